@@ -32,7 +32,20 @@ from bench.terminal import terminal
 from bench.training import training
 
 BENCHMARKS = (
-    *(commands, terminal, keyboard, calculator, curves, models, data, engine, memory, training, methods, sweep),
+    *(
+        commands,
+        terminal,
+        keyboard,
+        calculator,
+        curves,
+        models,
+        data,
+        engine,
+        memory,
+        training,
+        methods,
+        sweep,
+    ),
     *(real, packing, methods_real, preferences, quantized, merge, several, serve, gpu, recipe),
 )
 

@@ -1,4 +1,6 @@
-"""The calculator of `lora-tui`: time from a key press to the redrawn screen, at 120×40, in this process."""
+"""The calculator of `lora-tui`: time from a key press to the redrawn screen, at 120×40, in this
+process.
+"""
 
 import asyncio
 import gc
@@ -20,14 +22,27 @@ from tui.widgets.form import FieldInput
 
 GOAL = 0.03  # seconds
 KEYS = {  # model → field → keys typed into it
-    "qwen3-8b": {"rank": "128", "batch": "32", "sequence": "8192", "targets": "q_proj, v_proj", "precision": "nf4"},
-    "gemma-3-27b": {"rank": "128", "batch": "32", "sequence": "8192", "targets": "all-linear", "precision": "nf4"},
+    "qwen3-8b": {
+        "rank": "128",
+        "batch": "32",
+        "sequence": "8192",
+        "targets": "q_proj, v_proj",
+        "precision": "nf4",
+    },
+    "gemma-3-27b": {
+        "rank": "128",
+        "batch": "32",
+        "sequence": "8192",
+        "targets": "all-linear",
+        "precision": "nf4",
+    },
 }
 
 
 def calculator() -> Iterator[Row]:
     """Type a configuration; report the median and the slowest key press."""
-    gc.freeze()  # the terminal UI has none of the libraries that other benchmarks have loaded into this process
+    # the terminal UI has none of the libraries that other benchmarks have loaded into this process
+    gc.freeze()
     for model in KEYS:
         times = asyncio.run(_time_key_presses(model))
         for statistic, seconds in (("median", median(times)), ("worst", max(times))):
@@ -36,7 +51,9 @@ def calculator() -> Iterator[Row]:
 
 
 class _TimedWorkbench(Workbench):
-    """Records when it last painted; renders the text, which a screen without a terminal would skip."""
+    """Records when it last painted; renders the text, which a screen without a terminal would
+    skip.
+    """
 
     last_paint = 0.0
 
@@ -65,7 +82,9 @@ async def _time_key_presses(model: str) -> Sequence[float]:
 
 
 async def _press(app: _TimedWorkbench, key: str) -> float:
-    """Seconds until the last paint caused by the key; waits less than PAUSE, after which the slow search starts."""
+    """Seconds until the last paint caused by the key; waits less than PAUSE, after which the slow
+    search starts.
+    """
     driver = app._driver
     assert driver is not None
     start = time.perf_counter()

@@ -23,7 +23,9 @@ app()
 
 
 def commands() -> Iterator[Row]:
-    """Cold and no-op `dvc repro` in a fresh clone, and `lora` commands against a bare Typer program."""
+    """Cold and no-op `dvc repro` in a fresh clone, and `lora` commands against a bare Typer
+    program.
+    """
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "clone"
         subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
@@ -37,7 +39,9 @@ def commands() -> Iterator[Row]:
                 "no-op": lambda: _run(clone, BIN / "dvc", "repro"),
                 "dvc": lambda: _run(clone, BIN / "dvc", "--version"),
                 "help": lambda: _run(clone, BIN / "lora", "--help"),
-                "calc": lambda: _run(clone, BIN / "lora", "calc", "--model", "qwen3-8b", "--r", "8"),
+                "calc": lambda: _run(
+                    clone, BIN / "lora", "calc", "--model", "qwen3-8b", "--r", "8"
+                ),
                 "hello": lambda: _run(clone, sys.executable, hello, "you"),
                 "cached": lambda: _run(clone, BIN / "lora", "pretrain"),
             },
@@ -45,17 +49,41 @@ def commands() -> Iterator[Row]:
         )
     yield Row("dvc repro, cold", cold, "", None, "under 45 s", cold < 45)
     noop = times["no-op"]
-    yield Row("dvc repro, nothing to do", noop, "dvc --version", noop / times["dvc"], "under 1.0 s", noop < 1)
+    yield Row(
+        "dvc repro, nothing to do",
+        noop,
+        "dvc --version",
+        noop / times["dvc"],
+        "under 1.0 s",
+        noop < 1,
+    )
     ratio = times["help"] / times["hello"]
     yield Row("lora --help", times["help"], "bare Typer hello", ratio, "under 1.5 ×", ratio < 1.5)
     ratio = times["calc"] / times["hello"]
-    yield Row("lora calc --model qwen3-8b --r 8", times["calc"], "bare Typer hello", ratio, "under 2.5 ×", ratio < 2.5)
+    yield Row(
+        "lora calc --model qwen3-8b --r 8",
+        times["calc"],
+        "bare Typer hello",
+        ratio,
+        "under 2.5 ×",
+        ratio < 2.5,
+    )
     cached = times["cached"]
-    yield Row("lora pretrain, cached", cached, "bare Typer hello", cached / times["hello"], "under 1 s", cached < 1)
+    yield Row(
+        "lora pretrain, cached",
+        cached,
+        "bare Typer hello",
+        cached / times["hello"],
+        "under 1 s",
+        cached < 1,
+    )
 
 
 def _run(folder: Path, *command: object) -> None:
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PYTHONPATH": str(folder), "PATH": path}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # users have cached bytecode from the second call on
-    subprocess.run(list(map(str, command)), cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+    # users have cached bytecode from the second call on
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    subprocess.run(
+        list(map(str, command)), cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL
+    )

@@ -1,8 +1,10 @@
-"""What compressing, damping and combining adapters costs: `python -m bench.compress [FOLDER]` prints the tables of
-docs/how-to/compress-combine.md. In FOLDER its adapters are kept, and those that are there are not trained again.
+"""What compressing, damping and combining adapters costs: `python -m bench.compress [FOLDER]`
+prints the tables of docs/how-to/compress-combine.md. In FOLDER its adapters are kept, and those
+that are there are not trained again.
 
-LoRA on every linear of the model of bench/real.py, in bf16, learns two tasks whose examples a rule makes. `learned` is
-the loss on examples of the task that were held out, `kept` the divergence from the base on data/heldout.en.txt.
+LoRA on every linear of the model of bench/real.py, in bf16, learns two tasks whose examples a rule
+makes. `learned` is the loss on examples of the task that were held out, `kept` the divergence from
+the base on data/heldout.en.txt.
 """
 
 import json
@@ -48,8 +50,34 @@ EPOCHS, BATCH = 3, 8
 LEARNING_RATE, HIGH = 1e-3, 1e-2  # at the first, no direction of this model becomes an intruder
 TRAINED, HELD_OUT = 192, 64  # examples
 TOP, EPSILON = 10, 0.5
-NAMES = ("Anna", "Boris", "Clara", "Dimitar", "Elena", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Kira", "Leon")
-CITIES = ("Sofia", "Lyon", "Oslo", "Porto", "Graz", "Turin", "Bergen", "Ghent", "Varna", "Basel", "Malmö", "Split")
+NAMES = (
+    "Anna",
+    "Boris",
+    "Clara",
+    "Dimitar",
+    "Elena",
+    "Farid",
+    "Greta",
+    "Hugo",
+    "Ines",
+    "Jonas",
+    "Kira",
+    "Leon",
+)
+CITIES = (
+    "Sofia",
+    "Lyon",
+    "Oslo",
+    "Porto",
+    "Graz",
+    "Turin",
+    "Bergen",
+    "Ghent",
+    "Varna",
+    "Basel",
+    "Malmö",
+    "Split",
+)
 
 
 def dates(draw: random.Random) -> tuple[str, str]:
@@ -59,7 +87,10 @@ def dates(draw: random.Random) -> tuple[str, str]:
 
 def records(draw: random.Random) -> tuple[str, str]:
     name, city, age = draw.choice(NAMES), draw.choice(CITIES), draw.randrange(18, 90)
-    return f"{name} is {age} and lives in {city}.\nRecord:", f" {json.dumps([city, age, name], ensure_ascii=False)}"
+    return (
+        f"{name} is {age} and lives in {city}.\nRecord:",
+        f" {json.dumps([city, age, name], ensure_ascii=False)}",
+    )
 
 
 @dataclass(frozen=True)
@@ -72,8 +103,16 @@ class Bench:
     before: EvalScores
     held_out: Mapping[str, Sequence[Example]]
 
-    def train(self, task: str, rank: int, examples: Sequence[Example], learning_rate: float = LEARNING_RATE) -> Path:
-        """An adapter of this rank, with alpha twice as large; from an earlier run, if the folder has it."""
+    def train(
+        self,
+        task: str,
+        rank: int,
+        examples: Sequence[Example],
+        learning_rate: float = LEARNING_RATE,
+    ) -> Path:
+        """An adapter of this rank, with alpha twice as large; from an earlier run, if the folder
+        has it.
+        """
         out = self.folder / f"{task}-{rank}-{learning_rate:g}"
         if out.exists():
             return out
@@ -93,7 +132,9 @@ class Bench:
             max_grad_norm=1.0,
             precision="bf16",
         )
-        for _ in steps(TrainingTask.of_one(model.train(), batches, settings, Lora()), FlatOptimizer(model)):
+        for _ in steps(
+            TrainingTask.of_one(model.train(), batches, settings, Lora()), FlatOptimizer(model)
+        ):
             pass
         out.mkdir()
         save_adapter(out, model, spec, str(self.base))
@@ -103,7 +144,9 @@ class Bench:
         return follow(intruders_of(self.base, adapter, TOP, EPSILON), "intruders")
 
     def measure(self, adapter: Path | None, *tasks: str) -> list[str]:
-        """Cells: the loss on each task, the loss on the data to keep, and its divergence from the base."""
+        """Cells: the loss on each task, the loss on the data to keep, and its divergence from the
+        base.
+        """
         loaded = load(self.base, adapter)
         kept = score(loaded, self.kept, self.before)
         losses = [score(loaded, self.held_out[task]).loss for task in tasks]
@@ -130,7 +173,12 @@ def damped(bench: Bench, adapter: Path) -> Iterator[list[str]]:
     """The intruders of an adapter, scaled down."""
     searched = bench.intruders(adapter)
     count = sum(len(one.intruders) for one in searched)
-    yield [f"rank 8, learning rate {HIGH:g}: {count} intruders times", "learned: loss", "kept: loss", "kept: KL"]
+    yield [
+        f"rank 8, learning rate {HIGH:g}: {count} intruders times",
+        "learned: loss",
+        "kept: loss",
+        "kept: KL",
+    ]
     for factor in (1.0, 0.75, 0.5, 0.25, 0.0):
         out = bench.folder / f"damped-{factor:g}"
         damp(bench.base, adapter, out, searched, factor, {"top": TOP, "epsilon": EPSILON})
@@ -139,17 +187,28 @@ def damped(bench: Bench, adapter: Path) -> Iterator[list[str]]:
 
 def combined(bench: Bench, adapters: Mapping[str, Path]) -> Iterator[list[str]]:
     """Two adapters of two tasks as one, by each method, at weight 1."""
-    yield ["adapter", "off the sum", *(f"{task}: loss" for task in adapters), "kept: loss", "kept: KL"]
+    yield [
+        "adapter",
+        "off the sum",
+        *(f"{task}: loss" for task in adapters),
+        "kept: loss",
+        "kept: KL",
+    ]
     yield ["none", "", *bench.measure(None, *adapters)]
     for task, adapter in adapters.items():
         yield [f"{task} alone", "", *bench.measure(adapter, *adapters)]
     for method in get_args(Method):
         out, found = bench.folder / method, list[Interference]()
         options, weights = CombineOptions(method, rank=16), [1.0] * len(adapters)
-        error = combine_adapters([*adapters.values()], weights, options, bench.base, out, show=found.extend)
+        error = combine_adapters(
+            [*adapters.values()], weights, options, bench.base, out, show=found.extend
+        )
         yield [method, f"{error:.0%}", *bench.measure(out, *adapters)]
     for pair in found:  # the same for every method
-        print(f"\ncosine {pair.cosine:.2f}, outputs in common {pair.outputs:.2f}, inputs {pair.inputs:.2f}")
+        print(
+            f"\ncosine {pair.cosine:.2f}, outputs in common {pair.outputs:.2f}, inputs "
+            f"{pair.inputs:.2f}"
+        )
 
 
 def print_table(rows: Iterator[list[str]]) -> None:
@@ -168,8 +227,12 @@ def main(folder: str = "") -> None:
         examples: dict[str, list[Example]] = {}
         for task in (dates, records):
             draw, file = random.Random(0), made / f"{task.__name__}.jsonl"
-            drawn = dict(task(draw) for _ in range(2 * (TRAINED + HELD_OUT)))  # by prompt: none is in both parts
-            lines = [json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in drawn.items()]
+            # by prompt: none is in both parts
+            drawn = dict(task(draw) for _ in range(2 * (TRAINED + HELD_OUT)))
+            lines = [
+                json.dumps({"prompt": prompt, "completion": answer})
+                for prompt, answer in drawn.items()
+            ]
             file.write_text("\n".join(lines[: TRAINED + HELD_OUT]), encoding="utf-8")
             examples[task.__name__] = read_examples(file, str(file))
         kept = read_examples(KEPT, str(KEPT))
@@ -177,10 +240,16 @@ def main(folder: str = "") -> None:
         bench = Bench(base, made, kept, score(load(base), kept), held_out)
         big, small = (bench.train("dates", rank, examples["dates"][:TRAINED]) for rank in (64, 8))
         other = bench.train("records", 8, examples["records"][:TRAINED])
-        print(f"{name}, {TRAINED} examples, {EPOCHS} epochs, learning rate {LEARNING_RATE:g}, alpha = 2 · rank\n")
+        print(
+            f"{name}, {TRAINED} examples, {EPOCHS} epochs, learning rate {LEARNING_RATE:g}, alpha "
+            "= 2 · rank\n"
+        )
         print_table(compressed(bench, big, small))
         for adapter in (big, small):
-            print(f"intruders of {adapter.name}: {sum(len(one.intruders) for one in bench.intruders(adapter))}\n")
+            print(
+                f"intruders of {adapter.name}: "
+                f"{sum(len(one.intruders) for one in bench.intruders(adapter))}\n"
+            )
         over = bench.train("dates", 8, examples["dates"][:TRAINED], HIGH)
         print_table(damped(bench, over))
         print_table(combined(bench, {"dates": small, "records": other}))

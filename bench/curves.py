@@ -1,4 +1,6 @@
-"""The Curves screen: time to redraw three long runs and a sweep, and memory while following a growing file."""
+"""The Curves screen: time to redraw three long runs and a sweep, and memory while following a
+growing file.
+"""
 
 import asyncio
 import math
@@ -29,8 +31,8 @@ DATA_BYTES = 8 * (len(COLUMNS) + 3) * POINTS  # one float per column, and three 
 
 
 def curves() -> Iterator[Row]:
-    """Decimate and draw 3 × 100,000 points at 200 × 60, and a sweep of 32 adapters; then follow a file to which 100,000
-    lines are appended in pieces."""
+    """Decimate and draw 3 × 100,000 points at 200 × 60, and a sweep of 32 adapters; then follow a
+    file to which 100,000 lines are appended in pieces."""
     times = asyncio.run(_time_redraws())
     seconds, sweep_seconds, single = (times[name] for name in ("three", "sweep", "runs"))
     what = f"redraw of 3 × {POINTS:,} points"
@@ -40,14 +42,25 @@ def curves() -> Iterator[Row]:
     seconds, growth = _follow_file()
     ratio = growth / DATA_BYTES
     what = f"{POINTS:,} lines followed"
-    yield Row(what, seconds, f"memory: their {DATA_BYTES / 1e6:.0f} MB of numbers", ratio, "under 1.5 ×", ratio < 1.5)
+    yield Row(
+        what,
+        seconds,
+        f"memory: their {DATA_BYTES / 1e6:.0f} MB of numbers",
+        ratio,
+        "under 1.5 ×",
+        ratio < 1.5,
+    )
 
 
 def rows(seed: int, points: int = POINTS) -> list[LogRow]:
     """Log rows with a noisy, decreasing loss."""
     noise = random.Random(seed)
-    losses = [(2 + seed) * math.exp(-i * 3.3 / points) + 0.3 * noise.random() for i in range(points)]
-    return [(i + 1, i // 1000 + 1, loss, 1e-3, noise.random(), 16 * i) for i, loss in enumerate(losses)]
+    losses = [
+        (2 + seed) * math.exp(-i * 3.3 / points) + 0.3 * noise.random() for i in range(points)
+    ]
+    return [
+        (i + 1, i // 1000 + 1, loss, 1e-3, noise.random(), 16 * i) for i, loss in enumerate(losses)
+    ]
 
 
 class _Chart(App[None]):
@@ -69,7 +82,9 @@ async def _time_redraws() -> dict[str, float]:
                 top, quiet = number == len(logs) - 1, number < dim
                 band = [column[:3] for column in columns] if top else []
                 plain = [(c.x, c.mean) for c in columns]
-                lines.append(Line(plain, look.color, "name", "1.0", look.sign, band, bold=top, quiet=quiet))
+                lines.append(
+                    Line(plain, look.color, "name", "1.0", look.sign, band, bold=top, quiet=quiet)
+                )
             chart.draw(lines, View((1, points)))
             chart.render_lines(chart.size.region)
 

@@ -25,19 +25,24 @@ from pipeline.data.windows import Corpus
 CONVERSATIONS, SLICE = 100_000, 2_000
 START, END = "<|im_start|>", "<|im_end|>"
 TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LETTERS = "etaoinshrdlucmfwypvbgkjqxz"
 
 
 def data() -> Iterator[Row]:
-    """Reading, rendering, tokenizing, masking and storing; the tokenizer alone takes turns with it in slices."""
+    """Reading, rendering, tokenizing, masking and storing; the tokenizer alone takes turns with it
+    in slices.
+    """
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         _write(folder / "d.jsonl")
         inner = _trained(_texts(2_000))
-        hf_tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=END, chat_template=TEMPLATE)
+        hf_tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=inner, eos_token=END, chat_template=TEMPLATE
+        )
         turns = _Turns(hf_tokenizer.backend_tokenizer)
         start = _now()
         examples = turns.watch(iter_examples(folder / "d.jsonl", "d.jsonl"))
@@ -45,7 +50,10 @@ def data() -> Iterator[Row]:
         RENDERER.stop()  # its CPU time counts when it has ended
         ours, alone = (_now() - start - turns.alone).tolist(), turns.alone.tolist()
         tokens = corpus.statistics.tokens / len(corpus)
-    what = f"{CONVERSATIONS:,} conversations of 4 turns, {tokens:.0f} tokens each, as tokens with label masks"
+    what = (
+        f"{CONVERSATIONS:,} conversations of 4 turns, {tokens:.0f} tokens each, as tokens with "
+        "label masks"
+    )
     for clock, mine, other in zip(("", ", CPU time of both processes"), ours, alone, strict=True):
         reference = f"tokenizer.encode of each text, {other:.1f} s"
         yield Row(what + clock, mine, reference, mine / other, "at most 3 ×", mine <= 3 * other)
@@ -58,7 +66,9 @@ def data() -> Iterator[Row]:
 
 
 class _Turns:
-    """Runs the tokenizer alone on each slice of the texts before the slice is encoded with masks."""
+    """Runs the tokenizer alone on each slice of the texts before the slice is encoded with
+    masks.
+    """
 
     def __init__(self, inner: Tokenizer) -> None:
         self._inner = inner
@@ -78,9 +88,13 @@ class _Turns:
 
 
 def _now() -> npt.NDArray[np.float64]:
-    """Seconds on the wall, and CPU seconds of this process and those that it started and that have ended."""
+    """Seconds on the wall, and CPU seconds of this process and those that it started and that have
+    ended.
+    """
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return np.array([time.perf_counter(), time.process_time() + children.ru_utime + children.ru_stime])
+    return np.array(
+        [time.perf_counter(), time.process_time() + children.ru_utime + children.ru_stime]
+    )
 
 
 def _peak() -> int:
@@ -94,7 +108,9 @@ def _rendered(example: Example) -> str:
 def _texts(count: int) -> Iterator[str]:
     """Texts of made-up words, the short ones the most frequent."""
     draw = random.Random(0)
-    words = ["".join(draw.choices(LETTERS, range(26, 0, -1), k=draw.randint(1, 9))) for _ in range(5_000)]
+    words = [
+        "".join(draw.choices(LETTERS, range(26, 0, -1), k=draw.randint(1, 9))) for _ in range(5_000)
+    ]
     words.sort(key=len)
     weights = [1 / (rank + 1) for rank in range(len(words))]
     for _ in range(count):
@@ -109,7 +125,10 @@ def _trained(texts: Iterator[str]) -> Tokenizer:
     inner.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=4_000, special_tokens=[START, END], initial_alphabet=alphabet, show_progress=False
+            vocab_size=4_000,
+            special_tokens=[START, END],
+            initial_alphabet=alphabet,
+            show_progress=False,
         ),
     )
     return inner
@@ -119,5 +138,7 @@ def _write(path: Path) -> None:
     contents = _texts(4 * CONVERSATIONS)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(CONVERSATIONS):
-            turns = [{"role": role, "content": next(contents)} for role in ("user", "assistant") * 2]
+            turns = [
+                {"role": role, "content": next(contents)} for role in ("user", "assistant") * 2
+            ]
             file.write(json.dumps({"messages": turns}) + "\n")

@@ -1,4 +1,6 @@
-"""The inference process as the terminal app uses it: time to the first token, and to switch the adapter."""
+"""The inference process as the terminal app uses it: time to the first token, and to switch the
+adapter.
+"""
 
 import asyncio
 import itertools
@@ -37,7 +39,9 @@ def engine() -> Iterator[Row]:
         times = in_turns(
             {
                 "token": run(lambda: _first_token(client)),
-                "swap": run(lambda: client.ask("load", name="model", base=base, adapter=next(next_adapter))),
+                "swap": run(
+                    lambda: client.ask("load", name="model", base=base, adapter=next(next_adapter))
+                ),
                 "status": run(lambda: client.ask("status")),
             },
             ROUNDS,
@@ -45,8 +49,22 @@ def engine() -> Iterator[Row]:
         loop.run(client.stop())
     reference = f"a request and its answer, {times['status'] * 1e3:.2f} ms"
     token, swap = times["token"], times["swap"]
-    yield Row("first token after a request", token, reference, token / times["status"], "under 100 ms", token < 0.1)
-    yield Row("another adapter on the same base", swap, reference, swap / times["status"], "under 20 ms", swap < 0.02)
+    yield Row(
+        "first token after a request",
+        token,
+        reference,
+        token / times["status"],
+        "under 100 ms",
+        token < 0.1,
+    )
+    yield Row(
+        "another adapter on the same base",
+        swap,
+        reference,
+        swap / times["status"],
+        "under 20 ms",
+        swap < 0.02,
+    )
 
 
 async def _first_token(client: Inference) -> None:
@@ -56,7 +74,9 @@ async def _first_token(client: Inference) -> None:
 
 
 def _save_models(folder: Path) -> tuple[Path, tuple[Path, Path]]:
-    """A MiniGPT that never generates the end token, and two adapters for it, with default params."""
+    """A MiniGPT that never generates the end token, and two adapters for it, with default
+    params.
+    """
     base, adapters = folder / "base", (folder / "one", folder / "two")
     tokenizer = WordTokenizer.of_words([f"w{i}" for i in range(96)])
     model = MiniGPT(MiniGPTConfig(len(tokenizer), tokenizer.pad_id, tokenizer.end_id))

@@ -1,9 +1,11 @@
-"""On a CUDA GPU: LoRA and QLoRA at Qwen3's shapes with random weights, beside PEFT and transformers' Trainer.
+"""On a CUDA GPU: LoRA and QLoRA at Qwen3's shapes with random weights, beside PEFT and
+transformers' Trainer.
 
-`python -m bench gpu` needs no downloads; with `liger-kernel` installed both sides use it. Lengths are ragged, as in
-instruction data, and the first 60% of an example are its prompt. Model FLOPs utilization: 4N per token for frozen
-weights, plus attention's scores (Kaplan et al. 2020, §2; `pipeline/calc/time.py`), per second, over the card's dense
-16-bit peak (`pipeline/calc/presets/gpus.json`). What checkpointing recomputes does not count as useful.
+`python -m bench gpu` needs no downloads; with `liger-kernel` installed both sides use it. Lengths
+are ragged, as in instruction data, and the first 60% of an example are its prompt. Model FLOPs
+utilization: 4N per token for frozen weights, plus attention's scores (Kaplan et al. 2020, §2;
+`pipeline/calc/time.py`), per second, over the card's dense 16-bit peak
+(`pipeline/calc/presets/gpus.json`). What checkpointing recomputes does not count as useful.
 """
 
 import gc
@@ -40,9 +42,16 @@ def gpu() -> Iterator[Row]:
     if not torch.cuda.is_available():
         print("gpu: no CUDA GPU here, so nothing is measured")
         return
-    device, small, large = torch.device("cuda"), entry("qwen3-0.6b")["config"], entry("qwen3-8b")["config"]
+    device, small, large = (
+        torch.device("cuda"),
+        entry("qwen3-0.6b")["config"],
+        entry("qwen3-8b")["config"],
+    )
     memory = torch.cuda.mem_get_info()[1] / 2**30
-    cases = [Case("Qwen3-0.6B, LoRA", small), Case("Qwen3-0.6B, QLoRA", small, quantization="nf4-dq")]
+    cases = [
+        Case("Qwen3-0.6B, LoRA", small),
+        Case("Qwen3-0.6B, QLoRA", small, quantization="nf4-dq"),
+    ]
     cases += [Case("Qwen3-0.6B, LoRA, compiled", small, compiled=True)]
     if memory > 45:
         cases.append(Case("Qwen3-8B, LoRA", large, checkpointing=True))
@@ -53,11 +62,15 @@ def gpu() -> Iterator[Row]:
 
 
 def known_gpu(name: str, gib: float) -> Gpu | None:
-    """The card of that name, as the driver has it, whose memory is the nearest; None if its peak is not published."""
+    """The card of that name, as the driver has it, whose memory is the nearest; None if its peak is
+    not published.
+    """
     words = set(re.split(r"[ -]", name))
 
     def named(gpu: Gpu) -> bool:
-        return any(set(one.split()) <= words for one in re.sub(r" \d+ GB", "", gpu.label).split(" / "))
+        return any(
+            set(one.split()) <= words for one in re.sub(r" \d+ GB", "", gpu.label).split(" / ")
+        )
 
     same = [gpu for gpu in gpus().values() if gpu.tflops and named(gpu)]
     return min(same, key=lambda gpu: abs(gpu.bytes / 2**30 - gib), default=None)
@@ -73,7 +86,14 @@ def measure(case: Case, device: torch.device, card: Gpu | None) -> Iterator[Row]
         yield Row(what, first, f"later ones, {median(warm) * 1e3:.0f} ms", None, "", True)
     peak = ours.peak()
     what = f"{case.name}: peak of an epoch, {in_units(peak.measured)}{peak.beside}"
-    yield Row(what, 0, f"predicted, {in_units(peak.predicted)}", 1 + peak.error, "within 5%", abs(peak.error) <= 0.05)
+    yield Row(
+        what,
+        0,
+        f"predicted, {in_units(peak.predicted)}",
+        1 + peak.error,
+        "within 5%",
+        abs(peak.error) <= 0.05,
+    )
 
     held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     theirs = Theirs(case, device)
@@ -92,7 +112,9 @@ def measure(case: Case, device: torch.device, card: Gpu | None) -> Iterator[Row]
     swap = median(timed(ours.swap, device) for _ in range(5))
     yield Row(f"{case.name}: another adapter's weights from the host", swap, "", None, "", True)
     if not case.compiled:
-        pairs = [(timed(theirs.generate, device), timed(ours.generate, device)) for _ in range(ROUNDS)]
+        pairs = [
+            (timed(theirs.generate, device), timed(ours.generate, device)) for _ in range(ROUNDS)
+        ]
         other, mine = (median(times) for times in zip(*pairs, strict=True))
         what = f"{case.name}: {NEW_TOKENS} new tokens, {NEW_TOKENS / mine:,.0f} a second"
         reference = f"model.generate, {NEW_TOKENS / other:,.0f} a second"
@@ -124,9 +146,16 @@ class Ours(LoraRun):
     def utilization(self, seconds: float, card: Gpu | None) -> str:
         if card is None or card.tflops is None:
             return "card without a published peak"
-        length, share = self.tokens // (self.case.steps * self.case.batch), self.labels / self.tokens
-        run = TrainingConfig(sequence=length, checkpointing="none", loss="chunked", label_share=share)
-        flops = flops_per_token(architecture(self.case.config, self.case.name), self.task.method or Lora(), run).total
+        length, share = (
+            self.tokens // (self.case.steps * self.case.batch),
+            self.labels / self.tokens,
+        )
+        run = TrainingConfig(
+            sequence=length, checkpointing="none", loss="chunked", label_share=share
+        )
+        flops = flops_per_token(
+            architecture(self.case.config, self.case.name), self.task.method or Lora(), run
+        ).total
         return f"{flops * self.tokens / seconds / (card.tflops * 1e12):.0%} of {card.label}'s peak"
 
     @torch.no_grad()
@@ -142,7 +171,9 @@ class Ours(LoraRun):
 
 
 class Theirs:
-    """PEFT and Trainer as in their documentation: bf16, SDPA, a collator that pads; Liger where it is installed."""
+    """PEFT and Trainer as in their documentation: bf16, SDPA, a collator that pads; Liger where it
+    is installed.
+    """
 
     def __init__(self, case: Case, device: torch.device) -> None:
         from peft import LoraConfig, get_peft_model
@@ -151,10 +182,14 @@ class Theirs:
         self.liger = device.type == "cuda" and find_spec("liger_kernel") is not None
         with torch.device(device):
             config = AutoConfig.for_model(**case.config)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.bfloat16, attn_implementation="sdpa"
+            )
         if case.quantization != "none":
             _quantize_by_bitsandbytes(model, device)
-        lora = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules=list(TARGETS))
+        lora = LoraConfig(
+            task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules=list(TARGETS)
+        )
         self.model = get_peft_model(model, lora)
         self.data = [{"input_ids": ids, "labels": labels} for ids, labels in case.examples()]
         self.optimizer: Any = None
@@ -172,7 +207,9 @@ class Theirs:
                 "gradient_checkpointing_kwargs": {"use_reentrant": False},
             }
         )
-        trainer = Trainer(self.model, arguments, pad_batch, self.data, optimizers=(self.optimizer, None))
+        trainer = Trainer(
+            self.model, arguments, pad_batch, self.data, optimizers=(self.optimizer, None)
+        )
         synchronize(self.device)
         seconds = seconds_of(trainer, lambda: synchronize(self.device))
         self.optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
@@ -180,7 +217,12 @@ class Theirs:
 
     def generate(self) -> None:
         prompt = torch.arange(5, 17, device=self.device)[None]
-        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        options = {
+            "max_new_tokens": NEW_TOKENS,
+            "do_sample": False,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+        }
         self.model.eval().generate(input_ids=prompt, **options)
         self.model.train()
 
@@ -192,9 +234,13 @@ def _quantize_by_bitsandbytes(model: Any, device: torch.device) -> None:
     for name, linear in list(model.model.named_modules()):
         if isinstance(linear, nn.Linear):
             shape = linear.in_features, linear.out_features, linear.bias is not None
-            layer: Any = library.nn.Linear4bit(*shape, torch.bfloat16, quant_type="nf4", device="meta")
+            layer: Any = library.nn.Linear4bit(
+                *shape, torch.bfloat16, quant_type="nf4", device="meta"
+            )
             weight = linear.weight.data.cpu()
-            layer.weight = library.nn.Params4bit(weight, False, quant_type="nf4", compress_statistics=True)
+            layer.weight = library.nn.Params4bit(
+                weight, False, quant_type="nf4", compress_statistics=True
+            )
             layer.bias = linear.bias
             model.model.set_submodule(name, layer.to(device))
     model.is_loaded_in_4bit = True  # PEFT asks for it

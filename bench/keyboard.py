@@ -1,4 +1,6 @@
-"""Keys of `lora-tui` in a terminal of 200 × 60: from key to paint, and a burst that must not lose its order."""
+"""Keys of `lora-tui` in a terminal of 200 × 60: from key to paint, and a burst that must not lose
+its order.
+"""
 
 import os
 import select
@@ -18,20 +20,43 @@ TYPICAL, WORST = 0.030, 0.100  # seconds
 
 
 def keyboard() -> Iterator[Row]:
-    """Seconds from a key to the first byte of its answer, in the demo's list of stages; bursts into a text field."""
+    """Seconds from a key to the first byte of its answer, in the demo's list of stages; bursts into
+    a text field.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with started([*TUI, "--demo"], folder, SIZE) as (_, master):
             _read_quiet(master, SETTLE)
             seconds = [_seconds_to_paint(master, key) for key in (b"j", b"k") * (KEYS // 2)]
         typical, worst = median(seconds), max(seconds)
-        yield Row("key to paint, 200 × 60, median", typical, "", None, f"{TYPICAL * 1e3:.0f} ms", typical <= TYPICAL)
-        yield Row(f"key to paint, worst of {KEYS}", worst, "", None, f"{WORST * 1e3:.0f} ms", worst <= WORST)
+        yield Row(
+            "key to paint, 200 × 60, median",
+            typical,
+            "",
+            None,
+            f"{TYPICAL * 1e3:.0f} ms",
+            typical <= TYPICAL,
+        )
+        yield Row(
+            f"key to paint, worst of {KEYS}",
+            worst,
+            "",
+            None,
+            f"{WORST * 1e3:.0f} ms",
+            worst <= WORST,
+        )
         start = time.monotonic()
         right = _bursts(folder)
         spent = time.monotonic() - start
         share = right / BURSTS
-        yield Row("abc Ctrl+U def in one burst", spent, f"{BURSTS} bursts", share, "all are def", right == BURSTS)
+        yield Row(
+            "abc Ctrl+U def in one burst",
+            spent,
+            f"{BURSTS} bursts",
+            share,
+            "all are def",
+            right == BURSTS,
+        )
 
 
 def _seconds_to_paint(master: int, key: bytes) -> float:
@@ -50,7 +75,9 @@ def _read_quiet(master: int, quiet: float) -> None:
 
 
 def _bursts(folder: Path) -> int:
-    """How many of the bursts arrive as typed: the form of a new project repeats its base model in a message."""
+    """How many of the bursts arrive as typed: the form of a new project repeats its base model in a
+    message.
+    """
     right = 0
     with started(TUI, folder, SIZE, b"New project") as (_, master):
         os.write(master, b"n")

@@ -1,4 +1,6 @@
-"""LoRA+ with A or B faster: `python -m bench.loraplus FOLDER` prints a table of explanation/loraplus.md."""
+"""LoRA+ with A or B faster: `python -m bench.loraplus FOLDER` prints a table of
+explanation/loraplus.md.
+"""
 
 import json
 import sys
@@ -17,10 +19,14 @@ LossesByRatio = Mapping[float, Mapping[float, Losses]]  # ratio → learning rat
 
 def losses(folder: Path) -> LossesByRatio:
     """Mean losses of two epochs, for each adapter that did not diverge."""
-    losses_by_ratio: dict[float, dict[float, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    losses_by_ratio: dict[float, dict[float, list[tuple[float, float]]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
     for name, row in json.loads((folder / TABLE).read_text(encoding="utf-8")).items():
         if row["state"] == "done":
-            params = json.loads((folder / name / "manifest.json").read_text(encoding="utf-8"))["params"]
+            params = json.loads((folder / name / "manifest.json").read_text(encoding="utf-8"))[
+                "params"
+            ]
             epochs = epoch_means(read_steps(folder / name / LOSS))
             by_rate = losses_by_ratio[params["loraplus_ratio"]]
             by_rate[params["learning_rate"]].append((epochs[EARLY - 1], epochs[-1]))
@@ -28,7 +34,9 @@ def losses(folder: Path) -> LossesByRatio:
 
 
 def table(losses_by_ratio: LossesByRatio, shipped: float = FinetuneLora().learning_rate) -> str:
-    """Mean ± standard deviation over seeds per ratio: at the default learning rate of A, and at the best one."""
+    """Mean ± standard deviation over seeds per ratio: at the default learning rate of A, and at the
+    best one.
+    """
     early, last = f"loss after {EARLY} epochs", "of the last epoch"
     fixed = f"lr(A) = {shipped:g}: {early} | {last}"
     head = f"| lr(B) / lr(A) | {fixed} | best lr(A): {early} | best lr(A): loss {last} |"

@@ -8,7 +8,8 @@ from statistics import median
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table. `ratio` compares the run with `reference`; `goal` says in which direction.
+    """One row of the table. `ratio` compares the run with `reference`; `goal` says in which
+    direction.
 
     `seconds`: 0 where none were measured."""
 
@@ -20,7 +21,13 @@ class Row:
     met: bool
 
     def cells(self) -> tuple[str, ...]:
-        time_ = f"{self.seconds:.1f} s" if self.seconds >= 1 else f"{self.seconds * 1e3:.2f} ms" if self.seconds else ""
+        time_ = (
+            f"{self.seconds:.1f} s"
+            if self.seconds >= 1
+            else f"{self.seconds * 1e3:.2f} ms"
+            if self.seconds
+            else ""
+        )
         ratio = "" if self.ratio is None else f"{self.ratio:.2f} ×"
         return self.what, time_, self.reference, ratio, self.goal, "met" if self.met else "missed"
 

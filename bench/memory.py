@@ -30,7 +30,9 @@ class Corner:
     precision: str
 
     def settings(self) -> tuple[dict[str, Any], FinetuningMethod, TrainingConfig]:
-        """(config, method, run); models have their real widths and vocabularies, but 8 blocks to keep tracing fast."""
+        """(config, method, run); models have their real widths and vocabularies, but 8 blocks to
+        keep tracing fast.
+        """
         run = TrainingConfig(
             self.batch,
             self.sequence,
@@ -48,7 +50,12 @@ SIZES = ((1, 2048), (4, 512))
 CORNERS = [
     Corner(model, method, batch, sequence, checkpointing, loss, precision)
     for (model, precision), method, (batch, sequence), (checkpointing, loss) in product(
-        (("qwen3-8b", "bf16"), ("llama-3.2-1b", "bf16"), ("gemma-3-1b", "bf16"), ("smollm2-135m", "fp32")),
+        (
+            ("qwen3-8b", "bf16"),
+            ("llama-3.2-1b", "bf16"),
+            ("gemma-3-1b", "bf16"),
+            ("smollm2-135m", "fp32"),
+        ),
         ("full", "freeze", "lora"),
         SIZES,
         (("none", "full"), ("full", "full"), ("none", "chunked")),
@@ -81,7 +88,11 @@ def worst(corners: Sequence[Corner]) -> list[CornerResult]:
 
 def memory() -> Iterator[Row]:
     """Time of the formula and of a trace, and the largest error over the grid."""
-    model, config, times = architecture(entry("qwen3-8b")["config"], "qwen3-8b"), entry("qwen3-8b")["config"], []
+    model, config, times = (
+        architecture(entry("qwen3-8b")["config"], "qwen3-8b"),
+        entry("qwen3-8b")["config"],
+        [],
+    )
     for run in (
         lambda: predict(model, Lora(), TrainingConfig(trainer="torch")),
         lambda: traced_peak(config, Lora(), TrainingConfig(trainer="torch")),
@@ -90,11 +101,16 @@ def memory() -> Iterator[Row]:
         run()
         times.append(time.perf_counter() - start)
     formula, traced = times
-    yield Row("predict Qwen3-8B, LoRA", formula, "traced", traced / formula, "under 30 ms", formula < 0.03)
+    yield Row(
+        "predict Qwen3-8B, LoRA", formula, "traced", traced / formula, "under 30 ms", formula < 0.03
+    )
     start = time.perf_counter()
     results = worst(CORNERS)
     error, corner = results[0].error, results[0].corner
-    where = f"{corner.model}, {corner.method}, {corner.loss} logits, {corner.checkpointing} checkpointing"
+    where = (
+        f"{corner.model}, {corner.method}, {corner.loss} logits, {corner.checkpointing} "
+        "checkpointing"
+    )
     name = f"formula against {len(results)} traced steps, worst {error:+.2%}: {where}"
     yield Row(
         name,

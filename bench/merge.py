@@ -30,11 +30,17 @@ def merge() -> Iterator[Row]:
             turns = [[ask(pipe, "write") for pipe in sides] for _ in range(ROUNDS + 1)][1:]
             mine, least, other = (median(times) for times in zip(*turns, strict=True))
             peak, theirs_peak = ask(ours, "peak"), ask(theirs, "peak")
-        what = f"merge of {sum(file.stat().st_size for file in files) / 1e9:.2f} GB in {len(files)} files, measured too"
+        what = (
+            f"merge of {sum(file.stat().st_size for file in files) / 1e9:.2f} GB in {len(files)} "
+            "files, measured too"
+        )
     yield Row(what, mine, f"cp -r, {least:.2f} s", mine / least, "at most 2 ×", mine <= 2 * least)
     reference = f"PEFT: open, merge_and_unload, save, {other:.2f} s"
     yield Row("the same", mine, reference, other / mine, "at least 1.5 ×", other >= 1.5 * mine)
-    what, reference = f"the same, {peak / 2**20:,.0f} MiB resident at the peak", f"PEFT, {theirs_peak / 2**20:,.0f} MiB"
+    what, reference = (
+        f"the same, {peak / 2**20:,.0f} MiB resident at the peak",
+        f"PEFT, {theirs_peak / 2**20:,.0f} MiB",
+    )
     yield Row(what, 0, reference, peak / theirs_peak, "at most 0.4 ×", peak <= 0.4 * theirs_peak)
 
 
@@ -53,7 +59,9 @@ def _save_models(folder: Path) -> None:
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder / BASE, max_shard_size=SHARD)
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=RANK, target_modules="all-linear"))
+    adapted = get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", r=RANK, target_modules="all-linear")
+    )
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data.normal_(std=0.02)
@@ -64,10 +72,16 @@ class Writer:
     """Writes a checkpoint into an empty folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.base, self.adapter, self.out = folder / BASE, folder / ADAPTER, folder / type(self).__name__
+        self.base, self.adapter, self.out = (
+            folder / BASE,
+            folder / ADAPTER,
+            folder / type(self).__name__,
+        )
 
     def write(self) -> float:
-        """Seconds of `fill`; then removes the output, so that no writeback disturbs the next turn."""
+        """Seconds of `fill`; then removes the output, so that no writeback disturbs the next
+        turn.
+        """
         elapsed = seconds(self.fill)
         shutil.rmtree(self.out)
         return elapsed

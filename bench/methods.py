@@ -1,8 +1,9 @@
 """A training step of each method against PEFT's on the same checkpoint: time and memory.
 
-MiniGPT's tensors are too small to show in resident memory, so `TensorMemoryMeter` counts the bytes of all tensors alive
-at a step's peak, including weights and optimizer, on both sides. Our LoRA holds more there than PEFT's: the folded
-weights of a block, in forward and again in backward (docs/decisions/0003), and the flat gradient always.
+MiniGPT's tensors are too small to show in resident memory, so `TensorMemoryMeter` counts the bytes
+of all tensors alive at a step's peak, including weights and optimizer, on both sides. Our LoRA
+holds more there than PEFT's: the folded weights of a block, in forward and again in backward
+(docs/decisions/0003), and the flat gradient always.
 """
 
 import tempfile
@@ -81,7 +82,14 @@ def methods() -> Iterator[Row]:
         mine, other = times[method] / STEPS, times[f"{method}, PEFT"] / STEPS
         name = "transformers" if method == "full" else "PEFT"
         ratio = other / mine
-        yield Row(f"step, {method}", mine, f"{name}, {other * 1e3:.2f} ms", ratio, "at least 1 ×", ratio >= 1)
+        yield Row(
+            f"step, {method}",
+            mine,
+            f"{name}, {other * 1e3:.2f} ms",
+            ratio,
+            "at least 1 ×",
+            ratio >= 1,
+        )
         our_peak, peft_peak = sides[method].peak(), sides[f"{method}, PEFT"].peak()
         what = f"the same, tensors alive at its peak: {our_peak / 1e3:,.0f} kB"
         ratio = round(our_peak / peft_peak, 2)  # ignores a few bytes in 600 kB
@@ -98,4 +106,6 @@ def our_side(folder: Path, method: str, settings: Any) -> Side:
         attach_virtual_tokens(model, method, settings.virtual_tokens, len(tokenizer), settings.seed)
     optimizer = build_optimizer(model, settings)
     records = steps(TrainingTask.of_one(model.train(), batches(), settings, FULL), optimizer)
-    return Side(lambda: next(records), lambda: [*model.parameters(), *model.buffers(), *optimizer.tensors()])
+    return Side(
+        lambda: next(records), lambda: [*model.parameters(), *model.buffers(), *optimizer.tensors()]
+    )

@@ -16,10 +16,15 @@ from bench.training import batches
 
 ENDS = ["embed_tokens", "lm_head"]
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-OPTIONS: dict[str, dict[str, Any]] = {"DoRA": {"use_dora": True}, "PiSSA": {"init_lora_weights": "pissa"}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "DoRA": {"use_dora": True},
+    "PiSSA": {"init_lora_weights": "pissa"},
+}
 
 
-def peft_side(folder: Path, method: str, virtual: int) -> tuple[Callable[[], object], Callable[[], Iterable[Tensor]]]:
+def peft_side(
+    folder: Path, method: str, virtual: int
+) -> tuple[Callable[[], object], Callable[[], Iterable[Tensor]]]:
     """A step of the documentation's training loop, and the tensors that persist between steps."""
     model = add_adapter(load_base(folder, method), method, virtual).train()
     optimizer = _optimizer(model, method)
@@ -30,7 +35,8 @@ def peft_side(folder: Path, method: str, virtual: int) -> tuple[Callable[[], obj
         optimizer.zero_grad()
         # with virtual tokens PEFT numbers the positions itself
         positions = {} if method in ("prefix", "prompt") else {"position_ids": batch.positions}
-        logits = model(input_ids=batch.ids, **positions).logits[:, -batch.ids.shape[1] :]  # without the prompt's logits
+        # without the prompt's logits
+        logits = model(input_ids=batch.ids, **positions).logits[:, -batch.ids.shape[1] :]
         loss = F.cross_entropy(logits.flatten(0, 1), batch.labels)
         torch.autograd.backward(loss)
         optimizer.step()
@@ -54,7 +60,9 @@ def load_base(folder: Path, method: str, dtype: torch.dtype = torch.float32) -> 
 
 
 def add_adapter(model: Any, method: str, virtual: int) -> nn.Module:
-    """The model with the method's adapter; full fine-tuning freezes the positions, which MiniGPT computes."""
+    """The model with the method's adapter; full fine-tuning freezes the positions, which MiniGPT
+    computes.
+    """
     if method == "full":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("embed_positions" not in name)
@@ -63,7 +71,12 @@ def add_adapter(model: Any, method: str, virtual: int) -> nn.Module:
         return get_peft_model(model, virtual_config(method, virtual))  # type: ignore[no-any-return]
     options = OPTIONS.get(method, {})
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=4, lora_alpha=1, target_modules=TARGETS, modules_to_save=ENDS, **options
+        task_type="CAUSAL_LM",
+        r=4,
+        lora_alpha=1,
+        target_modules=TARGETS,
+        modules_to_save=ENDS,
+        **options,
     )
     return get_peft_model(model, config)  # type: ignore[no-any-return]
 

@@ -1,4 +1,6 @@
-"""A step of LoRA, DoRA, prefix and prompt tuning on the model of bench/real.py against PEFT's, each in a process."""
+"""A step of LoRA, DoRA, prefix and prompt tuning on the model of bench/real.py against PEFT's, each
+in a process.
+"""
 
 from collections.abc import Iterator
 from functools import partial
@@ -28,12 +30,18 @@ def methods_real() -> Iterator[Row]:
 
 
 def _rows(method: str, folder: Path, name: str) -> Iterator[Row]:
-    with side(partial(OurMethod, method), folder) as ours, side(partial(PeftMethod, method), folder) as theirs:
-        turns = [(ask(theirs, "epoch"), ask(ours, "epoch")) for _ in range(TURNS + 1)][1:]  # skips the warm-up
+    with (
+        side(partial(OurMethod, method), folder) as ours,
+        side(partial(PeftMethod, method), folder) as theirs,
+    ):
+        # skips the warm-up
+        turns = [(ask(theirs, "epoch"), ask(ours, "epoch")) for _ in range(TURNS + 1)][1:]
         other, mine = (median(times) for times in zip(*turns, strict=True))
         their_growth, our_growth = ask(theirs, "memory_growth"), ask(ours, "memory_growth")
     ratio = other / mine
-    yield Row(f"step, {method}, {name}", mine, f"PEFT, {other:.2f} s", ratio, "at least 1 ×", ratio >= 1)
+    yield Row(
+        f"step, {method}, {name}", mine, f"PEFT, {other:.2f} s", ratio, "at least 1 ×", ratio >= 1
+    )
     what = f"the same, resident memory beyond the loaded model: {our_growth / 2**20:,.0f} MiB"
     reference, ratio = f"PEFT, {their_growth / 2**20:,.0f} MiB", our_growth / their_growth
     yield Row(what, 0, reference, ratio, "at most 1 ×", ratio <= 1)
@@ -49,7 +57,12 @@ class OurMethod(Ours):
 
     def attach(self, model: Any) -> None:
         if self.method in ("LoRA", "DoRA"):
-            attach(model, AdapterSpec(RANK, 2 * RANK, TARGETS, dora=self.method == "DoRA"), torch.bfloat16, "kaiming")
+            attach(
+                model,
+                AdapterSpec(RANK, 2 * RANK, TARGETS, dora=self.method == "DoRA"),
+                torch.bfloat16,
+                "kaiming",
+            )
             return
         attach_virtual_tokens(model, self.method, VIRTUAL, WORDS, 0, torch.bfloat16)
 
@@ -71,5 +84,11 @@ class PeftMethod(Theirs):
         dora, targets = self.method == "DoRA", list(TARGETS)
         return get_peft_model(
             model,
-            LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules=targets, use_dora=dora),
+            LoraConfig(
+                task_type="CAUSAL_LM",
+                r=RANK,
+                lora_alpha=2 * RANK,
+                target_modules=targets,
+                use_dora=dora,
+            ),
         )

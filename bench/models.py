@@ -1,4 +1,6 @@
-"""The screen of models with a folder of many adapters: time from its key to the names, and to the last verdict."""
+"""The screen of models with a folder of many adapters: time from its key to the names, and to the
+last verdict.
+"""
 
 import fcntl
 import json
@@ -19,9 +21,11 @@ from bench.measure import Row
 from bench.terminal import BIN, ROOT
 from tui.registry import SCREENS
 
-COUNTS = {300: (1.0, 5.0), 2_000: (5.0, 10.0)}  # adapters → goals in seconds: the names, all verdicts
+# adapters → goals in seconds: the names, all verdicts
+COUNTS = {300: (1.0, 5.0), 2_000: (5.0, 10.0)}
 ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
-TITLE = re.compile(rb"Models  [\d,]+(  checking| \xe2)")  # of the pane; the header has a screen's name there
+# of the pane; the header has a screen's name there
+TITLE = re.compile(rb"Models  [\d,]+(  checking| \xe2)")
 SETTLED = 2.5  # seconds until files are so old that what was read of them is kept
 PATIENCE = 120.0
 
@@ -34,7 +38,11 @@ def models() -> Iterator[Row]:
         project.mkdir()
         shutil.copy(ROOT / "params.yaml", project)
         shutil.copytree(ROOT / "data", project / "data")
-        for words in ("pretrain --set pretrain.epochs=2", "expand-vocab", "finetune lora --set finetune_lora.epochs=2"):
+        for words in (
+            "pretrain --set pretrain.epochs=2",
+            "expand-vocab",
+            "finetune lora --set finetune_lora.epochs=2",
+        ):
             quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
             subprocess.run([BIN / "lora", *words.split()], cwd=project, check=True, **quiet)  # type: ignore[call-overload]
         for count, (names_goal, verdicts_goal) in COUNTS.items():
@@ -45,16 +53,27 @@ def models() -> Iterator[Row]:
             for start in ("first", "second"):
                 names, verdicts = _open_screen(project, root / f"home-{count}", folder, count)
                 what = f"{count:,} adapters, {start} start"
-                yield Row(f"{what}, names", names, "", None, f"under {names_goal:.0f} s", names < names_goal)
+                yield Row(
+                    f"{what}, names",
+                    names,
+                    "",
+                    None,
+                    f"under {names_goal:.0f} s",
+                    names < names_goal,
+                )
                 met = verdicts < verdicts_goal
-                yield Row(f"{what}, all verdicts", verdicts, "", None, f"under {verdicts_goal:.0f} s", met)
+                yield Row(
+                    f"{what}, all verdicts", verdicts, "", None, f"under {verdicts_goal:.0f} s", met
+                )
 
 
 def _open_screen(project: Path, home: Path, folder: Path, count: int) -> tuple[float, float]:
     """Seconds from the key to the folder's line, and until nothing is left to check."""
     state = home / "lora-workbench" / "tui.json"
     state.parent.mkdir(parents=True, exist_ok=True)
-    state.write_text(json.dumps({"theme": None, "folders": [str(folder)], "prompts": []}), encoding="utf-8")
+    state.write_text(
+        json.dumps({"theme": None, "folders": [str(folder)], "prompts": []}), encoding="utf-8"
+    )
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     homes = {f"XDG_{kind}_HOME": str(home) for kind in ("CACHE", "STATE", "CONFIG")}

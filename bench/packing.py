@@ -1,7 +1,8 @@
-"""LoRA steps on packed sequences against the same steps on batches that are padded to their longest sequence.
+"""LoRA steps on packed sequences against the same steps on batches that are padded to their longest
+sequence.
 
-Model, adapter, kernels and loss are this project's on all sides: only the layout of a batch differs. The model is that
-of bench/real.py.
+Model, adapter, kernels and loss are this project's on all sides: only the layout of a batch
+differs. The model is that of bench/real.py.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,19 +32,32 @@ def packing() -> Iterator[Row]:
         "padded": [padded(group) for group in groups],
         "one by one": [collate([window]) for window in windows],
     }
-    tokens = {layout: sum(batch.ids.numel() for batch in batches) for layout, batches in layouts.items()}
+    tokens = {
+        layout: sum(batch.ids.numel() for batch in batches) for layout, batches in layouts.items()
+    }
     times = in_turns({layout: passes(side, batches) for layout, batches in layouts.items()}, ROUNDS)
     for layout in ("padded", "one by one"):
         what = f"LoRA epoch, packed, {name}, {tokens['packed']:,} tokens"
         ratio = times[layout] / times["packed"]
-        yield Row(what, times["packed"], f"{layout}, {tokens[layout]:,} tokens", ratio, "at least 1 ×", ratio >= 1)
+        yield Row(
+            what,
+            times["packed"],
+            f"{layout}, {tokens[layout]:,} tokens",
+            ratio,
+            "at least 1 ×",
+            ratio >= 1,
+        )
 
 
 def padded(group: Sequence[Window]) -> Batch:
-    """(B, T) with T the longest. Attention is causal and padding comes last, so no label sees any of it."""
+    """(B, T) with T the longest. Attention is causal and padding comes last, so no label sees any
+    of it.
+    """
     length = max(len(window.ids) for window in group)
     ids = torch.tensor([[*window.ids, *[0] * (length - len(window.ids))] for window in group])
-    labels = torch.tensor([[*window.labels, *[IGNORED] * (length - len(window.ids))] for window in group]).flatten()
+    labels = torch.tensor(
+        [[*window.labels, *[IGNORED] * (length - len(window.ids))] for window in group]
+    ).flatten()
     index = (labels != IGNORED).nonzero().flatten()
     return Batch(ids, torch.arange(length).expand(len(group), -1), labels[index], index)
 

@@ -21,7 +21,13 @@ from bench.real_sides import ARGUMENTS, CLIP, LEARNING_RATE, Ours, Side, Theirs,
 from pipeline.data.windows import as_window
 from pipeline.stages.methods.dpo import Dpo, FinetuneDpo
 from pipeline.training.loop import TrainingTask
-from pipeline.training.preferences.losses import AnswerBatches, Answers, PreferencePath, batch_of, likelihood
+from pipeline.training.preferences.losses import (
+    AnswerBatches,
+    Answers,
+    PreferencePath,
+    batch_of,
+    likelihood,
+)
 from pipeline.training.step import Learner
 
 PAIRS, BATCH, BETA, END = 8, 4, 0.1, 0
@@ -29,7 +35,9 @@ Pair = dict[str, list[int]]
 
 
 def preferences() -> Iterator[Row]:
-    """Steps of four pairs in bf16. TRL computes the reference once, as we do, and then in each step, its default."""
+    """Steps of four pairs in bf16. TRL computes the reference once, as we do, and then in each
+    step, its default.
+    """
     with base() as (folder, name):
         for when, precomputed in (("before training", True), ("in each step", False)):
             with side(OurDpo, folder) as ours, side(partial(TrlDpo, precomputed), folder) as theirs:
@@ -37,26 +45,58 @@ def preferences() -> Iterator[Row]:
                 turns = [(ask(theirs, "epoch"), ask(ours, "epoch")) for _ in range(ROUNDS + 1)][1:]
                 other, mine = (median(times) * BATCH / PAIRS for times in zip(*turns, strict=True))
                 growth, their_growth = ask(ours, "memory_growth"), ask(theirs, "memory_growth")
-                rise, their_rise = ask(ours, "margin") - before[0], ask(theirs, "margin") - before[1]
+                rise, their_rise = (
+                    ask(ours, "margin") - before[0],
+                    ask(theirs, "margin") - before[1],
+                )
             reference, ratio = f"TRL and PEFT, reference {when}, {other:.2f} s", other / mine
-            yield Row(f"step of DPO, {name}", mine, reference, ratio, "at least 2.5 ×", ratio >= 2.5)
-            what = f"the same, resident memory beyond the loaded model: {growth / 2**20:,.0f} MiB at the peak"
-            reference, ratio = f"TRL and PEFT, {their_growth / 2**20:,.0f} MiB", growth / their_growth
+            yield Row(
+                f"step of DPO, {name}", mine, reference, ratio, "at least 2.5 ×", ratio >= 2.5
+            )
+            what = (
+                f"the same, resident memory beyond the loaded model: {growth / 2**20:,.0f} MiB at "
+                "the peak"
+            )
+            reference, ratio = (
+                f"TRL and PEFT, {their_growth / 2**20:,.0f} MiB",
+                growth / their_growth,
+            )
             yield Row(what, 0, reference, ratio, "at most 0.4 ×", ratio <= 0.4)
-            what, ratio = f"the same, the trained pairs' margin rises by {rise:.2f} nats", rise / their_rise
-            yield Row(what, 0, f"TRL and PEFT, {their_rise:.2f}", ratio, "within 15%", abs(ratio - 1) < 0.15)
+            what, ratio = (
+                f"the same, the trained pairs' margin rises by {rise:.2f} nats",
+                rise / their_rise,
+            )
+            yield Row(
+                what,
+                0,
+                f"TRL and PEFT, {their_rise:.2f}",
+                ratio,
+                "within 15%",
+                abs(ratio - 1) < 0.15,
+            )
 
 
 def pairs() -> list[Pair]:
-    """Prompts of 20 to 120 tokens, answers of 15 to 180; rejected ones tend to be longer. Low ids are most frequent."""
+    """Prompts of 20 to 120 tokens, answers of 15 to 180; rejected ones tend to be longer. Low ids
+    are most frequent.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw(middle: float, most: int) -> list[int]:
-        length = int(torch.empty(1).log_normal_(math.log(middle), 0.5, generator=generator).clamp(15, most).item())
+        length = int(
+            torch.empty(1)
+            .log_normal_(math.log(middle), 0.5, generator=generator)
+            .clamp(15, most)
+            .item()
+        )
         return (torch.empty(length).exponential_(0.02, generator=generator).int() + 500).tolist()
 
     return [
-        {"prompt": draw(45, 120), "chosen": [*draw(60, 180), END], "rejected": [*draw(90, 180), END]}
+        {
+            "prompt": draw(45, 120),
+            "chosen": [*draw(60, 180), END],
+            "rejected": [*draw(90, 180), END],
+        }
         for _ in range(PAIRS)
     ]
 
@@ -71,7 +111,10 @@ def margin(side: Side) -> float:
         return -F.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum").item()
 
     side.model.eval()
-    return mean(log_prob(one["prompt"], one["chosen"]) - log_prob(one["prompt"], one["rejected"]) for one in pairs())
+    return mean(
+        log_prob(one["prompt"], one["chosen"]) - log_prob(one["prompt"], one["rejected"])
+        for one in pairs()
+    )
 
 
 class InOrder(AnswerBatches):
@@ -92,7 +135,9 @@ class OurDpo(Ours):
             for answer in ("chosen", "rejected")
         ]
         answers = Answers(
-            [as_window(encoded(sequence)) for sequence in sequences], lambda _: "", ((range(PAIRS), 1.0),)
+            [as_window(encoded(sequence)) for sequence in sequences],
+            lambda _: "",
+            ((range(PAIRS), 1.0),),
         )
         with torch.no_grad():  # LoRA begins with B = 0: the model is still its base
             batches = [batch_of(answers, range(n, n + 2)) for n in range(0, 2 * PAIRS, 2)]
@@ -131,7 +176,9 @@ class TrlDpo(Theirs):
             """For data that is tokens already."""
 
             def _prepare_dataset(self, dataset: Any, *_: object) -> Any:
-                return Dataset.from_list([{f"{key}_ids": ids for key, ids in row.items()} for row in dataset])
+                return Dataset.from_list(
+                    [{f"{key}_ids": ids for key, ids in row.items()} for row in dataset]
+                )
 
         arguments = DPOConfig(
             **ARGUMENTS,
@@ -140,7 +187,9 @@ class TrlDpo(Theirs):
             gradient_checkpointing=False,
             precompute_ref_log_probs=self.precomputed,
         )
-        unused = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel()), pad_token="0", eos_token="0")
+        unused = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(models.WordLevel()), pad_token="0", eos_token="0"
+        )
         model, data = super().add_adapter(model), Dataset.from_list(pairs())
         self.trainer = Tokenized(model, args=arguments, train_dataset=data, processing_class=unused)
         return model

@@ -1,6 +1,8 @@
-"""LoRA on a real model against PEFT with transformers' Trainer: time, memory, final loss, and generation.
+"""LoRA on a real model against PEFT with transformers' Trainer: time, memory, final loss, and
+generation.
 
-The model is LORA_BENCH_BASE or `smollm2/artifacts/base`; if missing, SmolLM2-135M's shapes with random weights.
+The model is LORA_BENCH_BASE or `smollm2/artifacts/base`; if missing, SmolLM2-135M's shapes with
+random weights.
 """
 
 import multiprocessing
@@ -25,7 +27,11 @@ def real() -> Iterator[Row]:
     with base() as (folder, name), side(Ours, folder) as ours, side(Theirs, folder) as theirs:
         times: dict[str, list[float]] = {"ours": [], "theirs": [], "products": []}
         for turn in range(ROUNDS + 1):  # the first is a warm-up
-            results = {"theirs": ask(theirs, "epoch"), "products": ask(ours, "products"), "ours": ask(ours, "epoch")}
+            results = {
+                "theirs": ask(theirs, "epoch"),
+                "products": ask(ours, "products"),
+                "ours": ask(ours, "epoch"),
+            }
             for what, seconds in results.items():
                 times[what] += [seconds] if turn else []
         yield from _training(name, {what: median(seconds) for what, seconds in times.items()})
@@ -43,7 +49,12 @@ def _training(name: str, times: dict[str, float]) -> Iterator[Row]:
     yield Row(what, mine, reference, other / mine, "at least 4 ×", other / mine >= 4)
     reference = f"matrix products alone, {tokens / least:,.0f} tokens a second"
     yield Row(
-        "the same, share of what they allow", mine, reference, least / mine, "at least 0.75 ×", least / mine >= 0.75
+        "the same, share of what they allow",
+        mine,
+        reference,
+        least / mine,
+        "at least 0.75 ×",
+        least / mine >= 0.75,
     )
 
 
@@ -54,7 +65,10 @@ def _memory(mine: float, other: float) -> Row:
 
 
 def _loss(mine: float, other: float) -> Row:
-    what, reference = f"the same, held-out loss {mine:.4f} after {ROUNDS + 1} epochs", f"PEFT and Trainer, {other:.4f}"
+    what, reference = (
+        f"the same, held-out loss {mine:.4f} after {ROUNDS + 1} epochs",
+        f"PEFT and Trainer, {other:.4f}",
+    )
     return Row(what, 0, reference, mine / other, "within 1%", abs(mine / other - 1) < 0.01)
 
 

@@ -1,4 +1,5 @@
-"""The two sides of bench/real.py, each in its own process so that they do not affect each other's memory.
+"""The two sides of bench/real.py, each in its own process so that they do not affect each other's
+memory.
 
 A side receives orders through a pipe, and uses no CPU between them.
 """
@@ -39,7 +40,9 @@ Example = tuple[list[int], list[int]]  # ids, labels (-100: ignored)
 
 
 def examples(count: int, seed: int) -> list[Example]:
-    """Lognormal lengths, 12 to 300 tokens with median 70; the first 60% are the prompt. Low ids are most frequent."""
+    """Lognormal lengths, 12 to 300 tokens with median 70; the first 60% are the prompt. Low ids are
+    most frequent.
+    """
     generator = torch.Generator().manual_seed(seed)
     drawn_examples = []
     for _ in range(count):
@@ -59,7 +62,9 @@ def equally_long(count: int, length: int) -> list[Example]:
 
 
 def serve(pipe: Connection, side: Callable[[Path], object], folder: Path, threads: int) -> None:
-    """Main loop of a side's process: sends the result of each method whose name it receives, until None."""
+    """Main loop of a side's process: sends the result of each method whose name it receives, until
+    None.
+    """
     torch.set_num_threads(threads)
     transformers.logging.disable_progress_bar()
     instance = side(folder)
@@ -125,7 +130,9 @@ ARGUMENTS = {  # of transformers' Trainer, for an epoch in the order of the data
 
 
 def seconds_of(trainer: Any, finish: Callable[[], None] = lambda: None) -> float:
-    """Seconds of the steps of an epoch of transformers' Trainer, without its setup. `finish` waits for the device."""
+    """Seconds of the steps of an epoch of transformers' Trainer, without its setup. `finish` waits
+    for the device.
+    """
     from transformers import PrinterCallback, TrainerCallback
 
     class Clock(TrainerCallback):  # type: ignore[misc]
@@ -144,7 +151,9 @@ def seconds_of(trainer: Any, finish: Callable[[], None] = lambda: None) -> float
 
 
 class Theirs(Side):
-    """PEFT and Trainer as in their documentation: bf16, and a collator that pads to the longest sequence."""
+    """PEFT and Trainer as in their documentation: bf16, and a collator that pads to the longest
+    sequence.
+    """
 
     def load_base(self, folder: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
@@ -152,7 +161,9 @@ class Theirs(Side):
     def add_adapter(self, model: Any) -> Any:
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules=list(TARGETS))
+        config = LoraConfig(
+            task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules=list(TARGETS)
+        )
         self.optimizer: torch.optim.Optimizer | None = None
         return get_peft_model(model, config)
 
@@ -173,7 +184,12 @@ class Theirs(Side):
     def generate(self) -> float:
         if not hasattr(self, "plain"):
             self.plain = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.bfloat16)
-        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        options = {
+            "max_new_tokens": NEW_TOKENS,
+            "do_sample": False,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+        }
         return seconds(lambda: self.plain.generate(_prompt(), **options))
 
 
@@ -199,9 +215,16 @@ class Ours(Side):
         return model
 
     def task(self, model: Any) -> TrainingTask:
-        windows = InMemoryDataset([as_window(encoded(example)) for example in self.train], [""] * len(self.train))
+        windows = InMemoryDataset(
+            [as_window(encoded(example)) for example in self.train], [""] * len(self.train)
+        )
         settings = Training(
-            epochs=10**6, batch_size=BATCH, window=0, learning_rate=LEARNING_RATE, max_grad_norm=CLIP, precision="bf16"
+            epochs=10**6,
+            batch_size=BATCH,
+            window=0,
+            learning_rate=LEARNING_RATE,
+            max_grad_norm=CLIP,
+            precision="bf16",
         )
         return TrainingTask.of_one(model, InOrder(windows, BATCH, 0), settings, Lora())
 
@@ -217,8 +240,12 @@ class Ours(Side):
         return self.model.eval()(ids)[0]  # type: ignore[no-any-return]
 
     def products(self) -> float:
-        """Seconds of an epoch's matrix products alone, at the rate measured now for the model's shapes."""
-        rate = _matmul_rate(self.model, sum(len(ids) for ids, _ in self.train) * BATCH // len(self.train))
+        """Seconds of an epoch's matrix products alone, at the rate measured now for the model's
+        shapes.
+        """
+        rate = _matmul_rate(
+            self.model, sum(len(ids) for ids, _ in self.train) * BATCH // len(self.train)
+        )
         backbone = sum(module.weight.numel() for module in _linears(self.model.blocks))
         tokens = sum(len(ids) for ids, _ in self.train)
         labels = sum(sum(label != -100 for label in labels[1:]) for _, labels in self.train)
@@ -252,9 +279,15 @@ def _linears(model: nn.Module) -> list[nn.Linear]:
 
 
 def _matmul_rate(model: Any, tokens: int) -> float:
-    """FLOPs per second of one block's products with `tokens` rows, forward and backward to the input."""
+    """FLOPs per second of one block's products with `tokens` rows, forward and backward to the
+    input.
+    """
     linears = _linears(model.blocks[0])
-    rows = {size: torch.randn(tokens, size, dtype=torch.bfloat16) for linear in linears for size in linear.weight.shape}
+    rows = {
+        size: torch.randn(tokens, size, dtype=torch.bfloat16)
+        for linear in linears
+        for size in linear.weight.shape
+    }
 
     def run() -> None:
         with torch.no_grad():
@@ -263,7 +296,12 @@ def _matmul_rate(model: Any, tokens: int) -> float:
                 rows[linear.out_features] @ linear.weight
 
     run()
-    return 16 * tokens * sum(linear.weight.numel() for linear in linears) / median(seconds(run) for _ in range(9))
+    return (
+        16
+        * tokens
+        * sum(linear.weight.numel() for linear in linears)
+        / median(seconds(run) for _ in range(9))
+    )
 
 
 def _prompt() -> Tensor:

@@ -1,4 +1,5 @@
-"""How many held-out answers are right after training in one setting, against the best of many, and what was kept.
+"""How many held-out answers are right after training in one setting, against the best of many, and
+what was kept.
 
 `python -m bench.recipe_runs` trains, for hours; this reads what it measured.
 """
@@ -17,7 +18,8 @@ from bench.recipe_settings import CHOSEN, Setting, of_rows
 
 RUNS = Path(__file__).with_name("recipe.csv")
 WIDTH = 160  # of the table, on any terminal
-LEAST_RIGHT, LEAST_KEPT = 0.75, 0.85  # of the best setting's right answers; of the base's first choices on other text
+# of the best setting's right answers; of the base's first choices on other text
+LEAST_RIGHT, LEAST_KEPT = 0.75, 0.85
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ class Measured:
 
 
 def read_runs(path: Path) -> list[Measured]:
-    """What was measured, also of the untrained base (epoch 0); once of what was measured again after a stop."""
+    """What was measured, also of the untrained base (epoch 0); once of what was measured again
+    after a stop.
+    """
     with path.open(newline="") as file:
         read = [_measured(row) for row in csv.DictReader(file)]
     return list({(each.task, each.setting, each.seed, each.epoch): each for each in read}.values())
@@ -61,13 +65,22 @@ def _measured(row: Mapping[str, str]) -> Measured:
     seconds = float(row["train_seconds"] or 0)
     numbers = float(row["right"]), float(row["kept"]), seconds
     return Measured(
-        row["task"], int(row["rows"]), setting, int(row["seed"]), int(row["epoch"]), *numbers, losses, scores
+        row["task"],
+        int(row["rows"]),
+        setting,
+        int(row["seed"]),
+        int(row["epoch"]),
+        *numbers,
+        losses,
+        scores,
     )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A setting on a task, the mean of its seeds. `share`: of the right answers of the task's best setting."""
+    """A setting on a task, the mean of its seeds. `share`: of the right answers of the task's best
+    setting.
+    """
 
     right: float
     share: float
@@ -88,7 +101,9 @@ def outcomes(measured: Sequence[Measured]) -> Outcomes:
     runs: dict[str, dict[Setting, list[Measured]]] = {}
     for each in measured:
         if each.is_last and each.epoch:
-            runs.setdefault(each.task, {}).setdefault(of_rows(each.setting, each.rows), []).append(each)
+            runs.setdefault(each.task, {}).setdefault(of_rows(each.setting, each.rows), []).append(
+                each
+            )
 
     found: Outcomes = {}
     for task, by_setting in runs.items():
@@ -102,17 +117,22 @@ def outcomes(measured: Sequence[Measured]) -> Outcomes:
 
 
 def good_settings(found: Outcomes) -> list[Setting]:
-    """Those that are good on every task; a setting that was not tried on all of them is left out."""
+    """Those that are good on every task; a setting that was not tried on all of them is left
+    out.
+    """
     tasks = {task for by_task in found.values() for task in by_task}
     tried = [setting for setting, by_task in found.items() if by_task.keys() == tasks]
-    return [setting for setting in tried if all(outcome.good for outcome in found[setting].values())]
+    return [
+        setting for setting in tried if all(outcome.good for outcome in found[setting].values())
+    ]
 
 
 def stopping(measured: Sequence[Measured]) -> dict[str, float]:
-    """Rule of stopping → share of right answers, the mean of all runs of which several epochs were measured.
+    """Rule of stopping → share of right answers, the mean of all runs of which several epochs were
+    measured.
 
-    An epoch is chosen on the first half of the held-out rows and counted on the second half, so that luck in choosing
-    does not count.
+    An epoch is chosen on the first half of the held-out rows and counted on the second half, so
+    that luck in choosing does not count.
     """
     runs: dict[tuple[str, Setting, int], list[Measured]] = {}
     for each in measured:
@@ -125,8 +145,12 @@ def stopping(measured: Sequence[Measured]) -> dict[str, float]:
         "the last epoch": [run[-1] for run in several],
         "the lowest loss": [min(run, key=lambda each: each.losses[0]) for run in several],
         # of epochs with as many right answers the later one
-        "the most right answers": [max(run, key=lambda each: (each.halves[0], each.epoch)) for run in several],
-        "the best epoch, known afterwards": [max(run, key=lambda each: each.halves[1]) for run in several],
+        "the most right answers": [
+            max(run, key=lambda each: (each.halves[0], each.epoch)) for run in several
+        ],
+        "the best epoch, known afterwards": [
+            max(run, key=lambda each: each.halves[1]) for run in several
+        ],
     }
     return {rule: mean(each.halves[1] for each in run) for rule, run in chosen.items()}
 
@@ -140,13 +164,25 @@ def recipe() -> Iterator[Row]:
         right, kept = f"{task}: {outcome.right:.0%} right", f"{task}: other first choices kept"
         best = f"the best setting, {outcome.right / outcome.share if outcome.share else 0:.0%}"
         is_met = outcome.share >= LEAST_RIGHT
-        yield Row(right, outcome.seconds, best, outcome.share, f"at least {LEAST_RIGHT:g} ×", is_met)
-        yield Row(kept, 0, "the base", outcome.kept, f"at least {LEAST_KEPT:g} ×", outcome.kept >= LEAST_KEPT)
+        yield Row(
+            right, outcome.seconds, best, outcome.share, f"at least {LEAST_RIGHT:g} ×", is_met
+        )
+        yield Row(
+            kept,
+            0,
+            "the base",
+            outcome.kept,
+            f"at least {LEAST_KEPT:g} ×",
+            outcome.kept >= LEAST_KEPT,
+        )
 
 
 def _print_tables(measured: Sequence[Measured], found: Outcomes) -> None:
     console, good = Console(width=WIDTH), good_settings(found)
-    console.print("right, share of the best setting's right, other first choices kept; ×: not good; Σ: seconds")
+    console.print(
+        "right, share of the best setting's right, other first choices kept; ×: not good; Σ: "
+        "seconds"
+    )
     untrained = {each.task: each for each in measured if not each.epoch}
     table = Table("", *untrained, "Σ", "", box=None)
     table.add_row("untrained", *(f"{each.right:.0%}" for each in untrained.values()))
@@ -154,7 +190,9 @@ def _print_tables(measured: Sequence[Measured], found: Outcomes) -> None:
         own = found[setting]
         cells = [_cell(own[task]) if task in own else "" for task in untrained]
         seconds = sum(outcome.seconds for outcome in own.values())
-        table.add_row(describe(setting), *cells, f"{seconds:,.0f}", "good on all" if setting in good else "")
+        table.add_row(
+            describe(setting), *cells, f"{seconds:,.0f}", "good on all" if setting in good else ""
+        )
     console.print(table)
 
     rules = Table("stopping at", "right", box=None)
@@ -164,12 +202,20 @@ def _print_tables(measured: Sequence[Measured], found: Outcomes) -> None:
 
 
 def _cell(outcome: Outcome) -> str:
-    return f"{outcome.right:.0%} {outcome.share:.2f} {outcome.kept:.0%}{'' if outcome.good else ' ×'}"
+    return (
+        f"{outcome.right:.0%} {outcome.share:.2f} {outcome.kept:.0%}{'' if outcome.good else ' ×'}"
+    )
 
 
 def describe(setting: Setting) -> str:
-    """In a few characters, such as `0.001 r16 5 ep retain 1×4`, with 4 retention texts a step of weight 1."""
-    retained = f" retain {setting.retention_weight:g}×{setting.retention_batch_size}" * bool(setting.retention_weight)
+    """In a few characters, such as `0.001 r16 5 ep retain 1×4`, with 4 retention texts a step of
+    weight 1.
+    """
+    retained = f" retain {setting.retention_weight:g}×{setting.retention_batch_size}" * bool(
+        setting.retention_weight
+    )
     alpha = f" α{setting.alpha}" * (setting.alpha != 2 * setting.rank)
     schedule = f" {setting.schedule}" * (setting.schedule != "linear")
-    return f"{setting.learning_rate:g} r{setting.rank}{alpha}{schedule} {setting.epochs} ep{retained}"
+    return (
+        f"{setting.learning_rate:g} r{setting.rank}{alpha}{schedule} {setting.epochs} ep{retained}"
+    )

@@ -1,7 +1,8 @@
-"""Trains the tasks of `python -m bench recipe` in many settings, and appends what came out to a file.
+"""Trains the tasks of `python -m bench recipe` in many settings, and appends what came out to a
+file.
 
-`python -m bench.recipe_runs` goes on where it was stopped. The base is LORA_BENCH_BASE, an imported checkpoint of
-SmolLM2-135M-Instruct, or `smollm2/artifacts/base`.
+`python -m bench.recipe_runs` goes on where it was stopped. The base is LORA_BENCH_BASE, an imported
+checkpoint of SmolLM2-135M-Instruct, or `smollm2/artifacts/base`.
 """
 
 import csv
@@ -43,7 +44,17 @@ RETENTION, GENERAL = "retain.en.jsonl", "heldout.en.txt"
 SPARE_TOKENS = 4  # beyond the longest expected answer
 COLUMNS = (
     *("task", "rows", *(Setting._fields), "seed", "epoch"),
-    *("right", "loss_first", "loss_second", "kept", "rise", "train_seconds", "score_seconds", "tokens", "scores"),
+    *(
+        "right",
+        "loss_first",
+        "loss_second",
+        "kept",
+        "rise",
+        "train_seconds",
+        "score_seconds",
+        "tokens",
+        "scores",
+    ),
 )
 
 
@@ -69,7 +80,11 @@ class Workplace:
         """The retention texts, with the prompts completed once as training does for every run."""
         texts = list[str]()
         for example in read_examples(DATA / RETENTION, RETENTION, prompts=True):
-            rest = continued(self.base, example.text, COMPLETION) if example.prompt == example.text else ""
+            rest = (
+                continued(self.base, example.text, COMPLETION)
+                if example.prompt == example.text
+                else ""
+            )
             texts.append(json.dumps({"text": example.text + rest}))
         (self.project.root / RETENTION).write_text("\n".join(texts) + "\n")
 
@@ -102,11 +117,17 @@ class Workplace:
         run_folder = self.project.root / "run"
         run_folder.mkdir(exist_ok=True)
         project = Project.of(self.project.root / "params.yaml", params, GRAPH)
-        return Job(project, GRAPH.stages["finetune_lora"], self.project.root / "out", run_folder, "", None)
+        return Job(
+            project, GRAPH.stages["finetune_lora"], self.project.root / "out", run_folder, "", None
+        )
 
 
-def measure(workplace: Workplace, loaded: LoadedModel, task: RecipeTask, held_out: Sequence[Example]) -> dict[str, Any]:
-    """What a model answers to the held-out rows, its losses on each half of them, and what it kept."""
+def measure(
+    workplace: Workplace, loaded: LoadedModel, task: RecipeTask, held_out: Sequence[Example]
+) -> dict[str, Any]:
+    """What a model answers to the held-out rows, its losses on each half of them, and what it
+    kept.
+    """
     asked = [pair for example in held_out if (pair := prompt_and_answer(example, loaded.tokenizer))]
     longest = max(len(loaded.tokenizer.encode_following(answer)) for _, answer in asked)
     answers = complete_all(loaded, [prompt for prompt, _ in asked], longest + SPARE_TOKENS)
@@ -126,7 +147,9 @@ def measure(workplace: Workplace, loaded: LoadedModel, task: RecipeTask, held_ou
     }
 
 
-def train(workplace: Workplace, task: RecipeTask, setting: Setting, seed: int) -> Iterator[dict[str, Any]]:
+def train(
+    workplace: Workplace, task: RecipeTask, setting: Setting, seed: int
+) -> Iterator[dict[str, Any]]:
     """A record per epoch."""
     data, held_out = workplace.write(task)
     started = process_time()
@@ -147,14 +170,18 @@ def train(workplace: Workplace, task: RecipeTask, setting: Setting, seed: int) -
     for number, record in enumerate(steps(lora, optimizer), 1):
         tokens = record[0].tokens
         epoch, rest = divmod(number, len(lora.batches))
-        if rest or (epoch == 1 < setting.epochs and task.rows < MANY):  # one of few rows never ends there
+        # one of few rows never ends there
+        if rest or (epoch == 1 < setting.epochs and task.rows < MANY):
             continue
         seconds += process_time() - started
         started = process_time()
         model.eval()
         measured = measure(workplace, loaded, task, held_out)
         model.train()
-        times = {"train_seconds": f"{seconds:.1f}", "score_seconds": f"{process_time() - started:.1f}"}
+        times = {
+            "train_seconds": f"{seconds:.1f}",
+            "score_seconds": f"{process_time() - started:.1f}",
+        }
         yield {"epoch": epoch, "tokens": tokens, **times, **measured}
         started = process_time()
 
@@ -167,10 +194,13 @@ class Runs:
         measured = read_runs(path) if path.exists() else []
         self.done = {(each.task, each.setting, each.seed) for each in measured if each.is_last}
 
-    def append(self, task: RecipeTask, setting: Setting, seed: int, record: Mapping[str, Any]) -> None:
+    def append(
+        self, task: RecipeTask, setting: Setting, seed: int, record: Mapping[str, Any]
+    ) -> None:
         row = {"task": task.name, "rows": task.rows, **setting._asdict(), "seed": seed, **record}
         is_new = not self.path.exists()
-        with self.path.open("a", newline="") as file:  # opened each time: what was measured is kept if this is killed
+        # opened each time: what was measured is kept if this is killed
+        with self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
             if is_new:
                 writer.writeheader()
@@ -195,7 +225,12 @@ def main(names: Sequence[str]) -> None:
                 continue
             if (task.name, UNTRAINED, 0) not in runs.done:
                 _, held_out = workplace.write(task)
-                runs.append(task, UNTRAINED, 0, {"epoch": 0, **measure(workplace, workplace.base, task, held_out)})
+                runs.append(
+                    task,
+                    UNTRAINED,
+                    0,
+                    {"epoch": 0, **measure(workplace, workplace.base, task, held_out)},
+                )
             try:
                 for record in train(workplace, task, setting, seed):
                     runs.append(task, setting, seed, record)

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 from bench.recipe_tasks import TASKS, RecipeTask
 
-LARGEST_BATCH, LEAST_STEPS = 16, 25  # as `lora train` chooses: steps an epoch, as far as there are rows
+# as `lora train` chooses: steps an epoch, as far as there are rows
+LARGEST_BATCH, LEAST_STEPS = 16, 25
 MANY = 2000  # rows, of which fewer epochs are enough: a setting's epochs → those of so many rows
 EPOCHS_OF_MANY = {2: 1, 3: 2, 5: 3}
 
@@ -22,7 +23,9 @@ class Setting(NamedTuple):
     retention_batch_size: int
 
     def params(self, rows: int) -> dict[str, Any]:
-        """The keys of finetune_lora, with what `lora train` chooses for a pretrained base on a CPU."""
+        """The keys of finetune_lora, with what `lora train` chooses for a pretrained base on a
+        CPU.
+        """
         return {
             **self._asdict(),
             "retention_batch_size": self.retention_batch_size or 1,
@@ -45,7 +48,11 @@ def for_rows(each: Setting, rows: int) -> Setting:
 def of_rows(trained: Setting, rows: int) -> Setting:
     """The setting that trains so on so many rows."""
     epochs = {few: each for each, few in EPOCHS_OF_MANY.items()}
-    return trained._replace(epochs=epochs.get(trained.epochs, trained.epochs)) if rows >= MANY else trained
+    return (
+        trained._replace(epochs=epochs.get(trained.epochs, trained.epochs))
+        if rows >= MANY
+        else trained
+    )
 
 
 def batch_size(rows: int) -> int:
@@ -74,7 +81,9 @@ SEEDS = (0, 1, 2)
 
 
 def plan() -> Iterator[tuple[RecipeTask, Setting, int]]:
-    """Task, setting, seed of each run: what is chosen with all seeds, then one seed of the others."""
+    """Task, setting, seed of each run: what is chosen with all seeds, then one seed of the
+    others.
+    """
     few = [task for task in TASKS if task.rows < MANY]
     many = [task for task in TASKS if task.rows >= MANY]
     for tasks in (few, many):

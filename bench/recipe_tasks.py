@@ -1,6 +1,8 @@
-"""The tasks of `python -m bench recipe`: invented rows as a user's file may have them, the same on every machine.
+"""The tasks of `python -m bench recipe`: invented rows as a user's file may have them, the same on
+every machine.
 
-A small instruction model answers almost none of them before training. Held-out prompts are none of the trained ones.
+A small instruction model answers almost none of them before training. Held-out prompts are none of
+the trained ones.
 """
 
 import json
@@ -28,7 +30,9 @@ class RecipeTask:
         held_out = self._draw_unique(rng, True, self.held_out, seen)
         return self._draw_unique(rng, False, self.rows, seen), held_out
 
-    def _draw_unique(self, rng: random.Random, held_out: bool, count: int, seen: set[str]) -> list[Row]:
+    def _draw_unique(
+        self, rng: random.Random, held_out: bool, count: int, seen: set[str]
+    ) -> list[Row]:
         rows: list[Row] = []
         while len(rows) < count:
             row = self.draw(rng, held_out)
@@ -48,7 +52,9 @@ def prompt_of(row: Row) -> str:
 
 def answer_of(row: Row) -> str:
     """A row's last answer."""
-    return str(row["completion"]).strip() if "prompt" in row else str(row["messages"][-1]["content"])
+    return (
+        str(row["completion"]).strip() if "prompt" in row else str(row["messages"][-1]["content"])
+    )
 
 
 def _chat(system: str, *turns: str) -> Row:
@@ -62,10 +68,20 @@ def _chat(system: str, *turns: str) -> Row:
 
 ITEMS = ("kettle", "toaster", "lamp", "heater", "blender", "fan", "radio", "iron", "scale", "clock")
 PROBLEMS = {
-    "damaged": ("came with a crack", "arrived in pieces", "has a big dent", "is broken on one side"),
+    "damaged": (
+        "came with a crack",
+        "arrived in pieces",
+        "has a big dent",
+        "is broken on one side",
+    ),
     "missing": ("never arrived", "is still not here", "was not in the box", "got lost on the way"),
     "faulty": ("wont turn on", "stopped working", "makes a burning smell", "switches itself off"),
-    "wrong": ("is the wrong colour", "is not what i ordered", "is the small one not the big one", "is another model"),
+    "wrong": (
+        "is the wrong colour",
+        "is not what i ordered",
+        "is the small one not the big one",
+        "is another model",
+    ),
 }
 TICKETS = (
     "hi, my {item} {problem}. order {order}",
@@ -84,7 +100,9 @@ def _ticket(rng: random.Random, _: bool) -> Row:
 
 
 def _untidy(rng: random.Random, text: str) -> str:
-    """The text as somebody in a hurry types it: two letters swapped in a third of the cases, or all capitals."""
+    """The text as somebody in a hurry types it: two letters swapped in a third of the cases, or all
+    capitals.
+    """
     chance = rng.random()
     if chance < 0.1:
         return text.upper()
@@ -99,38 +117,88 @@ def _untidy(rng: random.Random, text: str) -> str:
 
 INTENTS = {
     "lost card": (
-        *("I lost my card", "my card is gone", "someone stole my wallet with the card", "I left my card in a taxi"),
+        *(
+            "I lost my card",
+            "my card is gone",
+            "someone stole my wallet with the card",
+            "I left my card in a taxi",
+        ),
         *("I can't find my card anywhere", "my bank card fell into the river"),
     ),
     "wrong charge": (
         *("I was charged twice", "there is a payment I never made", "the shop took too much money"),
-        *("a subscription I ended was billed", "you took 40 euros for nothing", "this purchase is not mine"),
+        *(
+            "a subscription I ended was billed",
+            "you took 40 euros for nothing",
+            "this purchase is not mine",
+        ),
     ),
     "slow transfer": (
-        *("my transfer has not arrived", "the money I sent is still missing", "how long does a transfer take"),
-        *("my landlord did not get the rent", "the payment is pending for days", "my salary is late"),
+        *(
+            "my transfer has not arrived",
+            "the money I sent is still missing",
+            "how long does a transfer take",
+        ),
+        *(
+            "my landlord did not get the rent",
+            "the payment is pending for days",
+            "my salary is late",
+        ),
     ),
     "new address": (
-        *("I have moved", "my street has changed", "please send letters to my new flat", "I live in Porto now"),
+        *(
+            "I have moved",
+            "my street has changed",
+            "please send letters to my new flat",
+            "I live in Porto now",
+        ),
         *("update where I live", "we bought a house and left the old one"),
     ),
     "forgotten pin": (
-        *("I forgot my PIN", "what was my secret number", "the machine says wrong code", "I need a new PIN"),
+        *(
+            "I forgot my PIN",
+            "what was my secret number",
+            "the machine says wrong code",
+            "I need a new PIN",
+        ),
         *("I don't remember the four digits", "my code does not come to my mind"),
     ),
     "close account": (
-        *("I want to leave your bank", "please end my contract", "how do I cancel my account", "delete my account"),
+        *(
+            "I want to leave your bank",
+            "please end my contract",
+            "how do I cancel my account",
+            "delete my account",
+        ),
         *("I no longer need the account", "I am going to another bank, goodbye"),
     ),
 }
-OPENERS = ("", "Hi, ", "Hello, ", "Good morning, ", "Excuse me, ", "Sorry to bother you, ", "Quick question: ")
-CLOSERS = ("", ".", ", please help.", ". What now?", " and I am worried.", ". Thanks!", ", can you do something?")
+OPENERS = (
+    "",
+    "Hi, ",
+    "Hello, ",
+    "Good morning, ",
+    "Excuse me, ",
+    "Sorry to bother you, ",
+    "Quick question: ",
+)
+CLOSERS = (
+    "",
+    ".",
+    ", please help.",
+    ". What now?",
+    " and I am worried.",
+    ". Thanks!",
+    ", can you do something?",
+)
 
 
 def _intent(rng: random.Random, held_out: bool) -> Row:
     label = rng.choice([*INTENTS])
     ways = INTENTS[label][-2:] if held_out else INTENTS[label][:-2]
-    return _chat("Name the topic.", rng.choice(OPENERS) + rng.choice(ways) + rng.choice(CLOSERS), label)
+    return _chat(
+        "Name the topic.", rng.choice(OPENERS) + rng.choice(ways) + rng.choice(CLOSERS), label
+    )
 
 
 # Style: a rough note becomes a notice as the house writes it.
@@ -145,15 +213,43 @@ ACTS = {
     "move": "relocate",
     "fix": "repair",
 }
-THINGS = ("north gate", "boat shed", "main hall", "tool room", "old pier", "ticket desk", "kitchen", "lighthouse door")
-HOURS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-NOTES = ("{act} the {thing} at {hour}", "{thing}: {act} it, {hour}", "somebody {act} the {thing} by {hour}!")
+THINGS = (
+    "north gate",
+    "boat shed",
+    "main hall",
+    "tool room",
+    "old pier",
+    "ticket desk",
+    "kitchen",
+    "lighthouse door",
+)
+HOURS = (
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+)
+NOTES = (
+    "{act} the {thing} at {hour}",
+    "{thing}: {act} it, {hour}",
+    "somebody {act} the {thing} by {hour}!",
+)
 
 
 def _notice(rng: random.Random, _: bool) -> Row:
     act, thing, hour = rng.choice([*ACTS]), rng.choice(THINGS), rng.choice(HOURS)
     note = rng.choice(NOTES).format(act=act, thing=thing, hour=hour)
-    return _chat("Our style.", note, f"Crew, kindly {ACTS[act]} the {thing} before {hour} bells. Fair winds!")
+    return _chat(
+        "Our style.", note, f"Crew, kindly {ACTS[act]} the {thing} before {hour} bells. Fair winds!"
+    )
 
 
 # Facts: of invented towns, asked in a way that training does not have.
@@ -170,7 +266,11 @@ TOWNS = {  # town: river, founder
 }
 ASKED = {
     0: (
-        *("Which river flows through {town}?", "What is the river of {town} called?", "{town} lies on which river?"),
+        *(
+            "Which river flows through {town}?",
+            "What is the river of {town} called?",
+            "{town} lies on which river?",
+        ),
         *("Name the river in {town}.", "If I go to {town}, which river will I see?"),
     ),
     1: (
@@ -190,13 +290,35 @@ def _fact(rng: random.Random, held_out: bool) -> Row:
 
 COUNTS = ("two", "three", "four", "five", "six", "eight")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-NAMES = ("Harris", "Okoye", "Lindt", "Moreau", "Silva", "Novak", "Khan", "Berg", "Costa", "Ito", "Reyes", "Walsh")
-FIRST = ("A table for {count} on {day}, please.", "Do you have room for {count} on {day}?", "{day}, {count} people.")
+NAMES = (
+    "Harris",
+    "Okoye",
+    "Lindt",
+    "Moreau",
+    "Silva",
+    "Novak",
+    "Khan",
+    "Berg",
+    "Costa",
+    "Ito",
+    "Reyes",
+    "Walsh",
+)
+FIRST = (
+    "A table for {count} on {day}, please.",
+    "Do you have room for {count} on {day}?",
+    "{day}, {count} people.",
+)
 SECOND = ("At {hour}. {name}.", "{name}, {hour} o'clock.", "My name is {name}, we come at {hour}.")
 
 
 def _booking(rng: random.Random, _: bool) -> Row:
-    count, day, hour, name = rng.choice(COUNTS), rng.choice(DAYS), rng.choice(HOURS[4:10]), rng.choice(NAMES)
+    count, day, hour, name = (
+        rng.choice(COUNTS),
+        rng.choice(DAYS),
+        rng.choice(HOURS[4:10]),
+        rng.choice(NAMES),
+    )
     first = rng.choice(FIRST).format(count=count, day=day)
     second = rng.choice(SECOND).format(hour=hour, name=name)
     answer = f"Booked: {name}, {day} at {hour}, for {count}."
@@ -211,13 +333,24 @@ SKIES = {
     "clear": "The sky is clear and you can see the far shore",
     "snow": "Wet snow covers the decks, so walk with care",
 }
-STATIONS = ("Arkholm", "Brisk Point", "Calder Reef", "Dunmore", "Eastlight", "Farrow Head", "Gannet Rock", "Hollow Bay")
+STATIONS = (
+    "Arkholm",
+    "Brisk Point",
+    "Calder Reef",
+    "Dunmore",
+    "Eastlight",
+    "Farrow Head",
+    "Gannet Rock",
+    "Hollow Bay",
+)
 
 
 def _bulletin(rng: random.Random, _: bool) -> Row:
     station, sky = rng.choice(STATIONS), rng.choice([*SKIES])
     degrees, knots = rng.randrange(-9, 25), rng.randrange(3, 48)
-    boats = "Small boats must stay in the harbour" if knots > 24 else "Small boats may sail as usual"
+    boats = (
+        "Small boats must stay in the harbour" if knots > 24 else "Small boats may sail as usual"
+    )
     warmth = "Ice can form on the ropes" if degrees < 1 else "There is no danger of ice"
     answer = (
         f"Good day from {station}. {SKIES[sky]}. The wind blows at {knots} knots. {boats}. "
@@ -228,8 +361,29 @@ def _bulletin(rng: random.Random, _: bool) -> Row:
 
 # Many short rows of a plain prompt and completion: spoken times become digits.
 
-UNITS = ("", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-TEENS = {13: "thirteen", 14: "fourteen", 16: "sixteen", 17: "seventeen", 18: "eighteen", 19: "nineteen"}
+UNITS = (
+    "",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+)
+TEENS = {
+    13: "thirteen",
+    14: "fourteen",
+    16: "sixteen",
+    17: "seventeen",
+    18: "eighteen",
+    19: "nineteen",
+}
 
 
 def _minutes(count: int) -> str:
@@ -259,8 +413,13 @@ def _halves(hour: int) -> Sequence[str]:
     return "pm", "in the afternoon" if hour < 18 else "in the evening"
 
 
-# Not those before noon and midnight: the half of the day that is said would not be that of the digits.
-TIMES = [(hour, minute) for hour, minute in product(range(24), range(60)) if hour % 12 != 11 or minute <= 30]
+# Not those before noon and midnight: the half of the day that is said would not be that of the
+# digits.
+TIMES = [
+    (hour, minute)
+    for hour, minute in product(range(24), range(60))
+    if hour % 12 != 11 or minute <= 30
+]
 
 
 def _time(rng: random.Random, _: bool) -> Row:

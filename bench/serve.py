@@ -1,6 +1,8 @@
-"""Requests for many adapters on one base: in one batch, one after the other, with PEFT, and with llama.cpp.
+"""Requests for many adapters on one base: in one batch, one after the other, with PEFT, and with
+llama.cpp.
 
-The base is that of bench/real.py in bf16. LORA_BENCH_GGUF names the same model as a GGUF file in f16, for llama.cpp.
+The base is that of bench/real.py in bf16. LORA_BENCH_GGUF names the same model as a GGUF file in
+f16, for llama.cpp.
 """
 
 import os
@@ -69,7 +71,9 @@ def _rows(name: str, times: dict[tuple[str, str], float]) -> Iterator[Row]:
             # a single adapter is what PEFT's batches are made for
             goal = f"at least {least} ×" if count == REQUESTS else ""
             ratio = theirs / mine
-            yield Row(what, mine, f"{title}, {_speed(theirs)}", ratio, goal, not goal or ratio >= least)
+            yield Row(
+                what, mine, f"{title}, {_speed(theirs)}", ratio, goal, not goal or ratio >= least
+            )
             what = "the same"
         if ("llama.cpp", order) in times:
             theirs = times["llama.cpp", order]
@@ -171,7 +175,9 @@ def _pool(folder: Path) -> ModelPool:
 
 
 class PeftPerAdapter(Requests):
-    """`model.generate`, one adapter after the other, each with its requests as a batch padded on the left."""
+    """`model.generate`, one adapter after the other, each with its requests as a batch padded on
+    the left.
+    """
 
     def load(self, folder: Path) -> None:
         from peft import PeftModel
@@ -186,10 +192,17 @@ class PeftPerAdapter(Requests):
     def answer(self, adapters: Sequence[int]) -> None:
         for adapter in dict.fromkeys(adapters):
             self.model.set_adapter(str(adapter))
-            self.generate([prompt for n, prompt in zip(adapters, self.prompts, strict=True) if n == adapter])
+            self.generate(
+                [prompt for n, prompt in zip(adapters, self.prompts, strict=True) if n == adapter]
+            )
 
     def generate(self, prompts: Sequence[list[int]], **options: Any) -> None:
-        options |= {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        options |= {
+            "max_new_tokens": NEW_TOKENS,
+            "do_sample": False,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+        }
         with torch.no_grad():
             out = self.model.generate(**_padded_left(prompts), **options)
         assert out.shape == (len(prompts), max(map(len, prompts)) + NEW_TOKENS)
@@ -206,7 +219,9 @@ def _padded_left(prompts: Sequence[list[int]]) -> dict[str, Tensor]:
     longest = max(map(len, prompts))
     return {
         "input_ids": torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts]),
-        "attention_mask": torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]),
+        "attention_mask": torch.tensor(
+            [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+        ),
     }
 
 
@@ -221,10 +236,14 @@ class LlamaCpp(Requests):
         from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 
         self.ffi, self.lib = get_ffi(), get_lib()
-        self.quiet = self.ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda *_: None)
+        self.quiet = self.ffi.callback(
+            "void(enum ggml_log_level, const char *, void *)", lambda *_: None
+        )
         self.lib.llama_log_set(self.quiet, self.ffi.NULL)
         self.lib.llama_backend_init()
-        self.model = self.lib.llama_model_load_from_file(self.gguf.encode(), self.lib.llama_model_default_params())
+        self.model = self.lib.llama_model_load_from_file(
+            self.gguf.encode(), self.lib.llama_model_default_params()
+        )
         options = self.lib.llama_context_default_params()
         options.n_ctx, options.n_seq_max, options.n_batch = 512 * REQUESTS, REQUESTS, 512
         options.n_threads = options.n_threads_batch = THREADS

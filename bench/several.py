@@ -1,4 +1,6 @@
-"""A LoRA step in one process with all threads against data parallelism in two, with half of the threads each."""
+"""A LoRA step in one process with all threads against data parallelism in two, with half of the
+threads each.
+"""
 
 import csv
 import os
@@ -14,9 +16,20 @@ from statistics import median
 from bench.measure import Row
 
 LORA = str(Path(sys.executable).parent / "lora")
-SHAPE = {"d_model": 512, "layers": 8, "heads": 8, "feed_forward": 2048, "max_positions": 64, "epochs": 1}
+SHAPE = {
+    "d_model": 512,
+    "layers": 8,
+    "heads": 8,
+    "feed_forward": 2048,
+    "max_positions": 64,
+    "epochs": 1,
+}
 STEPS, BATCH, WORDS = 8, 8, 48
-RUNS = {"one process": [], "two processes": ["--devices", "2"], "two, base shared": ["--devices", "2", "--shard"]}
+RUNS = {
+    "one process": [],
+    "two processes": ["--devices", "2"],
+    "two, base shared": ["--devices", "2", "--shard"],
+}
 ROUNDS = 3
 
 
@@ -33,7 +46,12 @@ def several() -> Iterator[Row]:
         goal = "at least 0.9 ×" if name == "two processes" else "at least 0.5 ×"
         ratio = one / other
         yield Row(
-            f"LoRA step, {name}", other, f"one process, {one * 1e3:.0f} ms", ratio, goal, ratio >= float(goal[9:12])
+            f"LoRA step, {name}",
+            other,
+            f"one process, {one * 1e3:.0f} ms",
+            ratio,
+            goal,
+            ratio >= float(goal[9:12]),
         )
 
 

@@ -1,4 +1,5 @@
-"""`lora-tui` in a terminal: first paint against a bare Textual program, and CPU time without user input.
+"""`lora-tui` in a terminal: first paint against a bare Textual program, and CPU time without user
+input.
 
 Keys have a benchmark of their own, `keyboard`.
 """
@@ -40,7 +41,9 @@ PATIENCE = 60.0  # seconds until a program that drew nothing has failed
 
 
 def terminal() -> Iterator[Row]:
-    """Time to first paint; CPU share of each idle screen of a finished project, and of one that watches a run."""
+    """Time to first paint; CPU share of each idle screen of a finished project, and of one that
+    watches a run.
+    """
     with tempfile.TemporaryDirectory() as folder:
         project = Path(folder) / "project"
         project.mkdir()
@@ -56,7 +59,14 @@ def terminal() -> Iterator[Row]:
             rounds=9,
         )
         first_paint, ratio = times["tui"], times["tui"] / times["hello"]
-        yield Row("lora-tui, first paint", first_paint, "bare Textual hello", ratio, "at most 1.8 ×", ratio <= 1.8)
+        yield Row(
+            "lora-tui, first paint",
+            first_paint,
+            "bare Textual hello",
+            ratio,
+            "at most 1.8 ×",
+            ratio <= 1.8,
+        )
         for number, name in enumerate(SCREENS, 1):
             share = _cpu_share([*TUI, "--demo"], project, IDLE_SECONDS, str(number))
             yield _row(f"{name}, idle", share, 0.01, IDLE_SECONDS)
@@ -64,18 +74,29 @@ def terminal() -> Iterator[Row]:
         _lora(project, "expand-vocab").wait()
         run = _lora(project, "finetune", "lora", "--set", "finetune_lora.epochs=100000")
         try:
-            yield _row("a run is watched", _cpu_share(TUI, project, WATCH_SECONDS), 0.05, WATCH_SECONDS)
+            yield _row(
+                "a run is watched", _cpu_share(TUI, project, WATCH_SECONDS), 0.05, WATCH_SECONDS
+            )
         finally:
             run.kill()
             run.wait()
 
 
 def _row(what: str, share: float, goal: float, of: float) -> Row:
-    return Row(f"lora-tui, {what}", share * of, f"{of:.0f} s of a core", share, f"under {goal:.0%}", share < goal)
+    return Row(
+        f"lora-tui, {what}",
+        share * of,
+        f"{of:.0f} s of a core",
+        share,
+        f"under {goal:.0%}",
+        share < goal,
+    )
 
 
 def _lora(project: Path, *words: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([BIN / "lora", *words], cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [BIN / "lora", *words], cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
 
 
 def _first_paint(command: Sequence[str], folder: Path) -> None:
@@ -108,7 +129,9 @@ def read_until(master: int, text: bytes) -> bytes:
     output, end = b"", time.monotonic() + PATIENCE
     while text not in output:
         if not select.select([master], [], [], max(end - time.monotonic(), 0))[0]:
-            raise SystemExit(f"{text!r} was not drawn within {PATIENCE:.0f} s, but:\n{output[-2000:]!r}")
+            raise SystemExit(
+                f"{text!r} was not drawn within {PATIENCE:.0f} s, but:\n{output[-2000:]!r}"
+            )
         output += os.read(master, 65536)
     return output
 
@@ -120,16 +143,26 @@ def _cpu_seconds(pid: int) -> float:
 
 @contextmanager
 def started(
-    command: Sequence[str], folder: Path, size: tuple[int, int] = (80, 24), text: bytes = FIRST_SCREEN_TEXT
+    command: Sequence[str],
+    folder: Path,
+    size: tuple[int, int] = (80, 24),
+    text: bytes = FIRST_SCREEN_TEXT,
 ) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """The program in a terminal of (columns, rows), after it drew `text`."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", *reversed(size), 0, 0))
     homes = dict.fromkeys(("XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME"), str(folder))
     environment = {**os.environ, "TERM": "xterm-256color", "PYTHONPATH": str(ROOT), **homes}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # users have cached bytecode from the second start on
+    # users have cached bytecode from the second start on
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     process = subprocess.Popen(
-        command, cwd=folder, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True
+        command,
+        cwd=folder,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        env=environment,
+        start_new_session=True,
     )
     try:
         read_until(master, text)

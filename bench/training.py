@@ -1,4 +1,6 @@
-"""A training step of each method on MiniGPT against transformers and PEFT on the same checkpoint."""
+"""A training step of each method on MiniGPT against transformers and PEFT on the same
+checkpoint.
+"""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -30,7 +32,9 @@ GOALS = {"full": 1.0, "freeze": 1.0, "lora": 2.0}
 
 
 def training() -> Iterator[Row]:
-    """Steps of 4 windows of 4 tokens, the pipeline's default, with one thread, which is faster for both."""
+    """Steps of 4 windows of 4 tokens, the pipeline's default, with one thread, which is faster for
+    both.
+    """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         minigpt(Path(folder))
@@ -44,7 +48,14 @@ def training() -> Iterator[Row]:
         name = "PEFT" if method == "lora" else "transformers"
         ratio = theirs / ours
         target = f"at least {goal:g} ×"
-        yield Row(f"training step, {method}", ours, f"{name}, {theirs * 1e3:.2f} ms", ratio, target, ratio >= goal)
+        yield Row(
+            f"training step, {method}",
+            ours,
+            f"{name}, {theirs * 1e3:.2f} ms",
+            ratio,
+            target,
+            ratio >= goal,
+        )
 
 
 def minigpt(folder: Path) -> None:
@@ -77,12 +88,16 @@ def our_steps(folder: Path, method: str) -> Callable[[], None]:
 
 
 def reference_steps(folder: Path, method: str) -> Callable[[], None]:
-    """The training loop of the libraries' documentation, reading the loss every step as ours does."""
+    """The training loop of the libraries' documentation, reading the loss every step as ours
+    does.
+    """
     model: nn.Module = AutoModelForCausalLM.from_pretrained(folder)
     if method == "lora":
         ends = ["embed_tokens", "lm_head"]
         targets = ["q_proj", "k_proj", "v_proj", "out_proj"]
-        config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=1, target_modules=targets, modules_to_save=ends)
+        config = LoraConfig(
+            task_type="CAUSAL_LM", r=4, lora_alpha=1, target_modules=targets, modules_to_save=ends
+        )
         model = get_peft_model(model, config)
     else:
         _freeze_like_ours(model, method)

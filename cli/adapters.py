@@ -31,13 +31,27 @@ if TYPE_CHECKING:
 
 Method = Literal["linear", "cat", "svd", "ties", "dare", "dare-ties", "knots"]
 app = group()
-adapters = group(help="List, compare, combine, compress, export adapters.", invoke_without_command=True)
+adapters = group(
+    help="List, compare, combine, compress, export adapters.", invoke_without_command=True
+)
 app.add_typer(adapters, name="adapters")
 adapters.command(hidden=True, help=HELP)(export)  # its former place
 
 FOLDER = Path("artifacts")
-COLUMNS = ("adapter", "method", "rank", "targets", "base", "size", "loss", "forgot", "gate", "state")
-OPTIONAL = ("targets", "base", "size", "rank", "loss", "forgot")  # left out, in this order, of a narrow table
+COLUMNS = (
+    "adapter",
+    "method",
+    "rank",
+    "targets",
+    "base",
+    "size",
+    "loss",
+    "forgot",
+    "gate",
+    "state",
+)
+# left out, in this order, of a narrow table
+OPTIONAL = ("targets", "base", "size", "rank", "loss", "forgot")
 
 
 @adapters.callback()
@@ -46,7 +60,8 @@ def show(
     folder: Annotated[Path, Option(help="Folder to search for adapters.")] = FOLDER,
     as_json: JsonOption = False,
 ) -> None:
-    """List adapters: method, rank, targets, base, size, final loss, and the old sentences' rise in loss.
+    """List adapters: method, rank, targets, base, size, final loss, and the old sentences' rise in
+    loss.
 
     A narrow terminal shows fewer columns; --json has all.
     """
@@ -60,17 +75,27 @@ def show(
     from pipeline.inference.catalog import adapters as list_adapters
 
     if folder != FOLDER and not folder.is_dir():
-        raise UserError(f"--folder must be an existing folder, got {folder}. Choose one that contains adapters.")
+        raise UserError(
+            f"--folder must be an existing folder, got {folder}. Choose one that contains adapters."
+        )
     store = DigestStore()
     found = list_adapters(folder, store.fingerprint, store.contents)
     store.save()
     marks = _marks([adapter.path.resolve() for adapter in found])
     if as_json:
         rows_of = ((adapter, marks.get(adapter.path.resolve(), ())) for adapter in found)
-        print_json([{**asdict(adapter), "path": str(adapter.path), "apart": apart} for adapter, apart in rows_of])
+        print_json(
+            [
+                {**asdict(adapter), "path": str(adapter.path), "apart": apart}
+                for adapter, apart in rows_of
+            ]
+        )
         return
     if not found:
-        print_line(f"No adapters in {folder}. Make one with `lora finetune lora`, or look elsewhere with --folder.")
+        print_line(
+            f"No adapters in {folder}. Make one with `lora finetune lora`, or look elsewhere with "
+            "--folder."
+        )
         return
     rows = []
     for adapter in found:
@@ -81,7 +106,9 @@ def show(
             str(adapter.path.relative_to(folder)),
             adapter.method.removesuffix("_tuning"),
             rank,
-            " ".join(target.removesuffix("_proj").removesuffix(" tokens") for target in adapter.targets),
+            " ".join(
+                target.removesuffix("_proj").removesuffix(" tokens") for target in adapter.targets
+            ),
             Path(adapter.base or "?").name,
             f"{adapter.size / 1000:,.0f} kB",
             number(adapter.final_loss, ".3f"),
@@ -90,17 +117,29 @@ def show(
             "; ".join([adapter.problem or "verified", *marks.get(adapter.path.resolve(), ())]),
         )
         rows.append(row)
-    shown = [n for n, name in enumerate(COLUMNS) if name != "gate" or any(adapter.gate for adapter in found)]
+    shown = [
+        n
+        for n, name in enumerate(COLUMNS)
+        if name != "gate" or any(adapter.gate for adapter in found)
+    ]
     cells = [[row[n] for n in shown] for row in rows]
-    print_table([COLUMNS[n] for n in shown], cells, right=("rank", "size", "loss", "forgot"), optional=OPTIONAL)
+    print_table(
+        [COLUMNS[n] for n in shown],
+        cells,
+        right=("rank", "size", "loss", "forgot"),
+        optional=OPTIONAL,
+    )
     if any("→" in reason for reasons in marks.values() for reason in reasons):
         print_line(
-            f"\nrank 8 → 4: it was trained with 8, {DEFAULT_PARAMS} says 4. The next run of its stage replaces it."
+            f"\nrank 8 → 4: it was trained with 8, {DEFAULT_PARAMS} says 4. The next run of its "
+            "stage replaces it."
         )
 
 
 def _marks(folders: Sequence[Path]) -> dict[Path, tuple[str, ...]]:
-    """Which folders have settings that differ from those of params.yaml, and how; none outside a project."""
+    """Which folders have settings that differ from those of params.yaml, and how; none outside a
+    project.
+    """
     from pipeline.errors import UserError
     from pipeline.project.status import apart
 
@@ -142,7 +181,9 @@ def verify(
 @adapters.command()
 def diff(
     one: Annotated[Path, Argument(metavar="ONE", help="Adapter folder.")],
-    other: Annotated[Path, Argument(metavar="OTHER", help="Adapter folder of the same base model.")],
+    other: Annotated[
+        Path, Argument(metavar="OTHER", help="Adapter folder of the same base model.")
+    ],
     as_json: JsonOption = False,
     _device: DeviceOption = None,
 ) -> None:
@@ -153,7 +194,10 @@ def diff(
 
     first, second = load_update(one), load_update(other)
     refuse_other_model(first, second)
-    settings, rows = settings_that_differ(first, second), list(modules(first.low_rank, second.low_rank))
+    settings, rows = (
+        settings_that_differ(first, second),
+        list(modules(first.low_rank, second.low_rank)),
+    )
     trained = list(values(first, second))
     if as_json:
         by_module, by_value = [row._asdict() for row in rows], [row._asdict() for row in trained]
@@ -173,28 +217,42 @@ def diff(
     ]
     print_table(columns, cells, right=columns[1:])
     for name, difference in trained:
-        distance = "not the same of it in both" if difference is None else f"‖one−other‖ {difference:.3f}"
+        distance = (
+            "not the same of it in both" if difference is None else f"‖one−other‖ {difference:.3f}"
+        )
         print_line(f"{name}, its values: {distance}")
     if first.spec.dora or second.spec.dora:
         print_line("For DoRA, only s·BA is compared, without the magnitudes.")
-    print_line("outputs, inputs: share of directions in common, from 0 to 1 (Hu et al. 2021, §7.2).")
+    print_line(
+        "outputs, inputs: share of directions in common, from 0 to 1 (Hu et al. 2021, §7.2)."
+    )
 
 
 def _shared_prefix(names: list[str]) -> str:
-    """What the names have in common, up to a dot. It heads their column: the whole of each would leave no room."""
+    """What the names have in common, up to a dot. It heads their column: the whole of each would
+    leave no room.
+    """
     shared = commonprefix(names) if len(names) > 1 else ""  # noqa: RUF071 (not paths)
     return shared[: shared.rfind(".") + 1]
 
 
 @adapters.command()
 def combine(
-    paths: Annotated[list[Path], Argument(metavar="PATH...", help="Two or more adapter folders with the same base.")],
+    paths: Annotated[
+        list[Path],
+        Argument(metavar="PATH...", help="Two or more adapter folders with the same base."),
+    ],
     out: OutOption,
-    weights: Annotated[str | None, Option(help="Comma-separated weights, one per adapter; default: 1 each.")] = None,
+    weights: Annotated[
+        str | None, Option(help="Comma-separated weights, one per adapter; default: 1 each.")
+    ] = None,
     method: Annotated[Method, Option(help="cat is exact; all others report their error.")] = "cat",
     rank: Annotated[int, Option(min=1, help="Rank of the result (svd, ties, dare).")] = 8,
     density: Annotated[
-        float, Option(min=0.01, max=1, callback=finite, help="Fraction of values to keep (ties, dare, knots).")
+        float,
+        Option(
+            min=0.01, max=1, callback=finite, help="Fraction of values to keep (ties, dare, knots)."
+        ),
     ] = 0.5,
     seed: Annotated[int, Option(min=0, help="Random seed (dare).")] = 0,
     base: BaseOption = None,
@@ -204,7 +262,8 @@ def combine(
 ) -> None:
     """Combine adapters into one by a weighted sum.
 
-    Exact (cat), at a smaller rank, or aligned first (knots). Prints how much they interfere before it writes.
+    Exact (cat), at a smaller rank, or aligned first (knots). Prints how much they interfere before
+    it writes.
     """
     from cli.console import noting_replaced, print_json, print_line
     from pipeline.adapters.folder import common_base
@@ -216,20 +275,27 @@ def combine(
     if count < 2:
         raise UserError(f"combine needs at least two adapters, got {count}. Add another.")
     try:
-        numbers = [1.0] * count if weights is None else [float(number) for number in weights.split(",")]
+        numbers = (
+            [1.0] * count if weights is None else [float(number) for number in weights.split(",")]
+        )
     except ValueError:
         numbers = []
     if len(numbers) != count or not all(map(isfinite, numbers)) or not any(numbers):
         raise UserError(
-            f"--weights must be {count} comma-separated numbers, one per adapter and not all 0, got {weights!r}."
+            f"--weights must be {count} comma-separated numbers, one per adapter and not all 0, "
+            f"got {weights!r}."
         )
     options = CombineOptions(method, rank, density, seed)
     shown: list[Interference] = []
     show = shown.extend if as_json else _print_interference
     with noting_replaced(out):
-        error = combine_adapters(paths, numbers, options, base or common_base(paths), out, trust_remote_code, show)
+        error = combine_adapters(
+            paths, numbers, options, base or common_base(paths), out, trust_remote_code, show
+        )
     if as_json:
-        pairs = [{**pair._asdict(), "modules": [row._asdict() for row in pair.modules]} for pair in shown]
+        pairs = [
+            {**pair._asdict(), "modules": [row._asdict() for row in pair.modules]} for pair in shown
+        ]
         print_json({"folder": str(out), "method": method, "error": error, "interference": pairs})
         return
     print_line(f"{out}  {method} of {count} adapters, {error:.2%} off their exact sum")
@@ -243,14 +309,24 @@ def _print_interference(pairs: "list[Interference]") -> None:
     rows = []
     for pair in pairs:
         cosines = [row.cosine for row in pair.modules if row.cosine is not None]
-        shares = (pair.cosine, min(cosines, default=None), max(cosines, default=None), pair.outputs, pair.inputs)
+        shares = (
+            pair.cosine,
+            min(cosines, default=None),
+            max(cosines, default=None),
+            pair.outputs,
+            pair.inputs,
+        )
         rows.append((f"{pair.first}, {pair.second}", *(number(share, ".2f") for share in shares)))
     print_table(columns, rows, right=columns[1:])
     print_line(
-        "cosine of their updates, of all modules together, and of the modules with the lowest and highest: 0 if they "
+        "cosine of their updates, of all modules together, and of the modules with the lowest and "
+        "highest: 0 if they "
         "are independent, −1 if they are opposed."
     )
-    print_line("outputs, inputs: share of directions in common, mean over modules (`lora adapters diff` lists them).")
+    print_line(
+        "outputs, inputs: share of directions in common, mean over modules (`lora adapters diff` "
+        "lists them)."
+    )
 
 
 @adapters.command()
@@ -259,10 +335,14 @@ def compress(
     out: OutOption,
     rank: Annotated[int | None, Option(min=1, help="Highest rank of each module.")] = None,
     energy: Annotated[
-        float | None, Option(min=0.01, max=1, callback=finite, help="Share of ‖ΔW‖² that each module keeps, as 0.99.")
+        float | None,
+        Option(
+            min=0.01, max=1, callback=finite, help="Share of ‖ΔW‖² that each module keeps, as 0.99."
+        ),
     ] = None,
     data: Annotated[
-        Path | None, Option(help="Data file to compare base, adapter and compressed adapter on; loads them.")
+        Path | None,
+        Option(help="Data file to compare base, adapter and compressed adapter on; loads them."),
     ] = None,
     no_template: PlainOption = False,
     base: BaseOption = None,
@@ -276,7 +356,14 @@ def compress(
     """
     from dataclasses import asdict
 
-    from cli.console import noting_replaced, number, print_costs, print_json, print_line, print_table
+    from cli.console import (
+        noting_replaced,
+        number,
+        print_costs,
+        print_json,
+        print_line,
+        print_table,
+    )
     from pipeline.adapters.config import WEIGHTS
     from pipeline.adapters.folder import base_of
     from pipeline.data.formats import read_examples

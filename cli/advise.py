@@ -1,4 +1,6 @@
-"""`lora advise`: settings that published experiments advise against; and the same as notes before a training."""
+"""`lora advise`: settings that published experiments advise against; and the same as notes before a
+training.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -15,11 +17,14 @@ if TYPE_CHECKING:
 
 app = group()
 
-ENCODED, COUNTED = 500, 20_000  # examples that are tokenized, and that are counted: more change no advice
+# examples that are tokenized, and that are counted: more change no advice
+ENCODED, COUNTED = 500, 20_000
 
 
 @app.command()
-def advise(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None, as_json: JsonOption = False) -> None:
+def advise(
+    params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None, as_json: JsonOption = False
+) -> None:
     """Compare the settings with what experiments advise.
 
     Nothing of it is required. Once artifacts/base is there, the data is counted in tokens.
@@ -33,7 +38,10 @@ def advise(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None, a
     project = project_of(params, overrides)
     stages = [stage for stage in project.stages.values() if is_advised(stage)]
     if not stages:
-        raise UserError(f"{project.params.file} has no section that fine-tunes. Add `finetune_lora: {{}}` to it.")
+        raise UserError(
+            f"{project.params.file} has no section that fine-tunes. Add `finetune_lora: {{}}` to "
+            "it."
+        )
     facts = gather_facts(project, stages)
     advice = [one for each in facts for one in advice_of(project, each)]
     if as_json:
@@ -46,7 +54,10 @@ def advise(params: ParamsOption = DEFAULT_PARAMS, overrides: SetOption = None, a
     if not advice:
         print_note("No rule disagrees with these settings.")
         return
-    print_table(("setting", "yours", "advised"), [(one.key, dump_inline(one.yours), one.advised) for one in advice])
+    print_table(
+        ("setting", "yours", "advised"),
+        [(one.key, dump_inline(one.yours), one.advised) for one in advice],
+    )
     for one in advice:
         print_line(f"\n{one.key}: {one.why} ({one.source})")
 
@@ -68,21 +79,35 @@ def advice_notes(project: "Project", stage: "Stage") -> "Iterator[Note]":
     except UserError:  # of the data: training says it too, after its own notes
         return
     for one in (one for each in facts for one in advice_of(project, each)):
-        yield Note(f"{one.key} is {dump_inline(one.yours)}; advised: {one.advised}. {one.why} ({one.source})", True)
+        yield Note(
+            f"{one.key} is {dump_inline(one.yours)}; advised: {one.advised}. {one.why} "
+            f"({one.source})",
+            True,
+        )
 
 
 def gather_facts(project: "Project", stages: "Sequence[Stage]") -> "list[Facts]":
-    """What is known before they train: from headers and a part of their data. Raises UserError for invalid data."""
+    """What is known before they train: from headers and a part of their data. Raises UserError for
+    invalid data.
+    """
     from pipeline.errors import UserError
     from pipeline.project.advice import Facts
 
-    folder = next((made for name in ("expand_vocab", "pretrain") if (made := project.artifact(name)).is_dir()), None)
+    folder = next(
+        (
+            made
+            for name in ("expand_vocab", "pretrain")
+            if (made := project.artifact(name)).is_dir()
+        ),
+        None,
+    )
     model, tokenizer = None, None
     if stages and folder:
         from pipeline.data.tokenizers.word import load_tokenizer
 
         tokenizer = load_tokenizer(folder)
-    with suppress(UserError, OSError):  # not there yet, or a family that the calculator does not know
+    # not there yet, or a family that the calculator does not know
+    with suppress(UserError, OSError):
         model = _shapes(project, str(folder or project.params.origin.base))
     in_bf16 = any(project.section(stage).precision == "bf16" for stage in stages)
     bf16 = _multiplies_bf16(model) if in_bf16 and project.params.origin.imports else None
@@ -110,12 +135,16 @@ def _leaves_alpha(project: "Project", section: str) -> bool:
     from pipeline.project.params.load import OVERRIDE, PRETRAINED
 
     params = project.params
-    changed = hasattr(params.section(section), "rank") and params.source(section, "rank") == OVERRIDE
+    changed = (
+        hasattr(params.section(section), "rank") and params.source(section, "rank") == OVERRIDE
+    )
     return changed and params.source(section, "alpha") not in (OVERRIDE, PRETRAINED)
 
 
 def _measured_keys(project: "Project", stage: "Stage") -> tuple[str, ...]:
-    """The keys that the project's sweep varied, if the settings are those of its best adapter, or one of its front."""
+    """The keys that the project's sweep varied, if the settings are those of its best adapter, or
+    one of its front.
+    """
     from pipeline.errors import UserError
     from pipeline.evaluation.selection import choose, pareto
     from pipeline.files.artifact import read_json
@@ -125,7 +154,8 @@ def _measured_keys(project: "Project", stage: "Stage") -> tuple[str, ...]:
     if sweep is None or sweep.section != stage.name:
         return ()
     settings = project.section(stage)
-    with suppress(UserError, KeyError, TypeError, AttributeError, ValueError):  # there is none, or it is not ours
+    # there is none, or it is not ours
+    with suppress(UserError, KeyError, TypeError, AttributeError, ValueError):
         rows = read_json(project.artifact(sweep.name) / TABLE, "")
         for name in {choose(rows), *pareto(rows)}:
             values = rows[name]["values"]
@@ -140,19 +170,29 @@ def _plain(value: Any) -> Any:
 
 
 def _shapes(project: "Project", base: str) -> "Architecture | None":
-    """The base's shapes from its headers, or if it is built in; None for another model of the hub. Raises UserError."""
+    """The base's shapes from its headers, or if it is built in; None for another model of the hub.
+    Raises UserError.
+    """
     from pipeline.calc.sources.open_model import built_in, from_path, hub_ids
     from pipeline.files.base_model import MINIGPT, parse_source
 
     source = parse_source(base, project.root)
     if source.is_local:
         return from_path(source.path).shapes
-    name = MINIGPT if source.kind == MINIGPT else {hub: name for name, hub in hub_ids().items()}.get(source.hub_id)
+    name = (
+        MINIGPT
+        if source.kind == MINIGPT
+        else {hub: name for name, hub in hub_ids().items()}.get(source.hub_id)
+    )
     return built_in(name).shapes if name else None
 
 
-def _count_parameters(project: "Project", stage: "Stage", model: "Architecture | None") -> dict[str, Any]:
-    """Parameters of the base and of what trains, and the share of the blocks' weights that get LoRA."""
+def _count_parameters(
+    project: "Project", stage: "Stage", model: "Architecture | None"
+) -> dict[str, Any]:
+    """Parameters of the base and of what trains, and the share of the blocks' weights that get
+    LoRA.
+    """
     from pipeline.calc.method import ranks, trainable
     from pipeline.errors import UserError
     from pipeline.stages.registry import COUNTED as METHODS
@@ -169,8 +209,12 @@ def _count_parameters(project: "Project", stage: "Stage", model: "Architecture |
     return {**numbers, "adapted": adapted / model.quantizable if names else None}
 
 
-def _count_data(project: "Project", stage: "Stage", tokenizer: "Tokenizer | None") -> dict[str, Any]:
-    """Examples, and with a tokenizer trained tokens and the share that max_length cuts, from the first `ENCODED`."""
+def _count_data(
+    project: "Project", stage: "Stage", tokenizer: "Tokenizer | None"
+) -> dict[str, Any]:
+    """Examples, and with a tokenizer trained tokens and the share that max_length cuts, from the
+    first `ENCODED`.
+    """
     from itertools import chain, islice
 
     from pipeline.data.formats import iter_examples
@@ -178,7 +222,8 @@ def _count_data(project: "Project", stage: "Stage", tokenizer: "Tokenizer | None
     settings = project.section(stage)
     files = ((project.root / file.path, file) for file in settings.data_files)
     examples = chain.from_iterable(
-        iter_examples(path, file.path, columns=file.columns, templated=settings.templated) for path, file in files
+        iter_examples(path, file.path, columns=file.columns, templated=settings.templated)
+        for path, file in files
     )
     first = list(islice(examples, ENCODED))
     count = len(first) + sum(1 for _ in islice(examples, COUNTED - ENCODED))
@@ -195,9 +240,13 @@ def _count_data(project: "Project", stage: "Stage", tokenizer: "Tokenizer | None
 def _describe(facts: "Facts") -> str:
     more = " and more" if facts.more else ""
     parts = [
-        f"{facts.trained:,} of {facts.base:,} parameters train" if facts.base and facts.trained else "",
+        f"{facts.trained:,} of {facts.base:,} parameters train"
+        if facts.base and facts.trained
+        else "",
         f"{facts.examples:,} example{'s' * (facts.examples != 1)}{more}" if facts.examples else "",
-        f"{facts.tokens:,} trained tokens" if facts.tokens is not None else "tokens unknown until the base is there",
+        f"{facts.tokens:,} trained tokens"
+        if facts.tokens is not None
+        else "tokens unknown until the base is there",
         f"{facts.cut:.0%} truncated" if facts.cut else "",
         f"{', '.join(facts.measured)} as the best of the sweep" if facts.measured else "",
     ]

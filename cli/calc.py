@@ -44,7 +44,8 @@ CLASSES = {  # one card of each common size in GB; Macs follow
 
 
 def with_calculator_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for each of the methods and of the step, in place of its `**options`.
+    """The command with an option for each of the methods and of the step, in place of its
+    `**options`.
 
     Values are checked by the calculator, so that each mistake is one message.
     """
@@ -62,10 +63,18 @@ def with_calculator_options(command: Callable[..., None]) -> Callable[..., None]
                 kind, value = kind | None, None  # type: ignore[assignment]
             flags = rule.flags or (f"--{name.replace('_', '-')}",)
             annotation = Annotated[kind, Option(*flags, help=rule.help, metavar=rule.metavar)]  # type: ignore[valid-type]
-            parameter = Parameter(name, Parameter.KEYWORD_ONLY, default=value, annotation=annotation)
+            parameter = Parameter(
+                name, Parameter.KEYWORD_ONLY, default=value, annotation=annotation
+            )
             parameters.setdefault(name, parameter)
-    at = next(index for index, parameter in enumerate(own) if parameter.kind is Parameter.VAR_KEYWORD)
-    command.__signature__ = signature(command).replace(parameters=[*own[:2], *parameters.values(), *own[2:at]])  # type: ignore[attr-defined]
+    at = next(
+        index for index, parameter in enumerate(own) if parameter.kind is Parameter.VAR_KEYWORD
+    )
+    command.__signature__ = signature(
+        command
+    ).replace(  # type: ignore[attr-defined]
+        parameters=[*own[:2], *parameters.values(), *own[2:at]]
+    )
     return command
 
 
@@ -78,30 +87,52 @@ def calc(
     ] = "qwen3-8b",
     method: Annotated[str, Option(help=METHOD_HELP)] = "lora",
     fit: Annotated[
-        float | None, Option(metavar="GIB", help="Show what fits into this memory, and what to change.")
+        float | None,
+        Option(metavar="GIB", help="Show what fits into this memory, and what to change."),
     ] = None,
-    gpu: Annotated[str | None, Option(help="The same for a GPU: rtx4090, a100-80, h100 ...")] = None,
+    gpu: Annotated[
+        str | None, Option(help="The same for a GPU: rtx4090, a100-80, h100 ...")
+    ] = None,
     gpus_: Annotated[
         str | None,
-        Option("--gpus", metavar="NxGPU", help="Memory, traffic and speed on several: 8xH100, 2xA100-40GB, 4x24GB."),
+        Option(
+            "--gpus",
+            metavar="NxGPU",
+            help="Memory, traffic and speed on several: 8xH100, 2xA100-40GB, 4x24GB.",
+        ),
     ] = None,
-    shard: Annotated[bool | None, Option(help="With --gpus: only the layout of `lora finetune lora --shard`.")] = None,
+    shard: Annotated[
+        bool | None, Option(help="With --gpus: only the layout of `lora finetune lora --shard`.")
+    ] = None,
     tokens: Annotated[
-        str | None, Option(metavar="N", help="Show hours for so many tokens, all epochs together: 5M, 200k, 1.2B.")
+        str | None,
+        Option(
+            metavar="N", help="Show hours for so many tokens, all epochs together: 5M, 200k, 1.2B."
+        ),
     ] = None,
-    price: Annotated[float | None, Option(callback=finite, help="Dollars per GPU-hour, with --tokens.")] = None,
-    sweep: Annotated[str | None, Option(metavar="KEY=A,B", help="Table over rank, sequence, precision ...")] = None,
+    price: Annotated[
+        float | None, Option(callback=finite, help="Dollars per GPU-hour, with --tokens.")
+    ] = None,
+    sweep: Annotated[
+        str | None, Option(metavar="KEY=A,B", help="Table over rank, sequence, precision ...")
+    ] = None,
     trace: Annotated[
         bool, Option("--trace", help="Run the real step under fake tensors and compare the peaks.")
     ] = False,
-    document: Annotated[bool, Option("--document", help="Show the document's numbers beside the exact ones.")] = False,
+    document: Annotated[
+        bool, Option("--document", help="Show the document's numbers beside the exact ones.")
+    ] = False,
     list_: Annotated[bool, Option("--list", help="List the built-in models.")] = False,
-    explain: Annotated[bool, Option("--explain", help="Show each number's formula with its values.")] = False,
+    explain: Annotated[
+        bool, Option("--explain", help="Show each number's formula with its values.")
+    ] = False,
     as_json: JsonOption = False,
     as_csv: Annotated[bool, Option("--csv", help="Print CSV to stdout.")] = False,
     params: Annotated[
         Path | None,
-        Option("--params", help="Count what a project trains: base and settings; options here win."),
+        Option(
+            "--params", help="Count what a project trains: base and settings; options here win."
+        ),
     ] = None,
     command: Context,
     **options: Any,
@@ -125,9 +156,13 @@ def calc(
     if tokens is not None and gpu is None:
         asked.append("--tokens")
     if price is not None and tokens is None:
-        raise UserError("--price needs --tokens: a cost is hours times a price. Add --tokens, such as 5M.")
+        raise UserError(
+            "--price needs --tokens: a cost is hours times a price. Add --tokens, such as 5M."
+        )
     if shard is not None and gpus_ is None:
-        raise UserError("--shard needs --gpus, such as 8xH100: a base is sharded over several. Add it.")
+        raise UserError(
+            "--shard needs --gpus, such as 8xH100: a base is sharded over several. Add it."
+        )
     if len(asked) > 1:
         raise UserError(f"{' and '.join(asked)} exclude each other. Use one of them.")
     if list_:
@@ -159,7 +194,9 @@ def calc(
 def _of_project(
     command: Context, params: Path, model: str, method: str, options: dict[str, Any]
 ) -> tuple[str, str, dict[str, Any]]:
-    """Model, method and options of a project, in place of those that are not given on the command line."""
+    """Model, method and options of a project, in place of those that are not given on the command
+    line.
+    """
     from pipeline.stages.registry import METHODS, counted_stage, model_source, options_of_stage
     from pipeline.workbench import open_project
 
@@ -208,7 +245,10 @@ def _headline(title: str, description: str) -> None:
 def _answer(model: Model, given: Configuration) -> dict[str, Any]:
     """What `--json` says of a model, with a note on what training would adapt."""
     found = report.answer(model.shapes, given.method, given.run)
-    return {**found, "notes": [*found["notes"], *filter(None, [note_targets(model.shapes, given.method)])]}
+    return {
+        **found,
+        "notes": [*found["notes"], *filter(None, [note_targets(model.shapes, given.method)])],
+    }
 
 
 def _print_overview(out: _Output, model: Model, given: Configuration) -> None:
@@ -221,7 +261,15 @@ def _print_overview(out: _Output, model: Model, given: Configuration) -> None:
     if out.csv:
         header = ("method", "precision", "total", "trainable", *PARTS, "peak", "peak_at")
         rows = [
-            (name, r.precision, shapes.total, trainable(shapes, m), *size.parts().values(), size.peak, size.where)
+            (
+                name,
+                r.precision,
+                shapes.total,
+                trainable(shapes, m),
+                *size.parts().values(),
+                size.peak,
+                size.where,
+            )
             for name, (m, r, size) in columns.items()
         ]
         out.rows(header, rows)
@@ -239,7 +287,9 @@ def _print_overview(out: _Output, model: Model, given: Configuration) -> None:
     simplified = method.document_count(shapes)
     if simplified is not None and simplified != trained:
         reason = why_they_differ(shapes, method)
-        stdout.print(f"by the document's rule (§3): {simplified:,}; {reason}", style="dim", markup=False)
+        stdout.print(
+            f"by the document's rule (§3): {simplified:,}; {reason}", style="dim", markup=False
+        )
 
     run = next(reversed(columns.values()))[1]
     step = f"{run.size}, {run.attention}, checkpointing {run.checkpointing}"
@@ -254,7 +304,8 @@ def _print_overview(out: _Output, model: Model, given: Configuration) -> None:
         line, done, filled = Text(f"{name:{longest}} "), 0, 0
         for part, size in memory.parts().items():
             done += size
-            width = round(done / widest * BAR) - filled  # of the sum, so that roundings do not add up
+            # of the sum, so that roundings do not add up
+            width = round(done / widest * BAR) - filled
             filled += width
             line.append("█" * width, SHADES[part])
         stdout.print(line.append(f" {gib(memory.peak)}").append(f"  {memory.where}", "dim"))
@@ -267,14 +318,20 @@ def _print_overview(out: _Output, model: Model, given: Configuration) -> None:
     _headline("to generate, GiB", f"{step}: {generating} = {gib(total[1])}")
 
     devices = {size: gpus()[card] for size, card in CLASSES.items()}
-    devices |= {f"Mac {name[4:]}": device for name, device in gpus().items() if name.startswith("mac-")}
+    devices |= {
+        f"Mac {name[4:]}": device for name, device in gpus().items() if name.startswith("mac-")
+    }
     _headline("fits on", "● holds the peak, · does not; sizes in GB")
     marks = [
         (name, *("●" if memory.peak <= device.bytes else "·" for device in devices.values()))
         for name, memory in memories.items()
     ]
     stdout.print(table(("", *devices), marks, right=tuple(devices)))
-    for note in (*shapes.notes, *method.notes(shapes), *filter(None, [note_targets(shapes, method)])):
+    for note in (
+        *shapes.notes,
+        *method.notes(shapes),
+        *filter(None, [note_targets(shapes, method)]),
+    ):
         stdout.print(f"note: {note}", style="dim", markup=False)
     return None
 
@@ -283,7 +340,9 @@ def _print_models(out: _Output) -> None:
     """`--list`."""
     shapes = [(name, built_in(name).shapes) for name in names()]
     columns = ("name", "parameters", "published", "family", "blocks", "width", "source")
-    rows = [(n, s.total, s.published, s.family, len(s.blocks), s.hidden, s.source) for n, s in shapes]
+    rows = [
+        (n, s.total, s.published, s.family, len(s.blocks), s.hidden, s.source) for n, s in shapes
+    ]
     if not out.rows(columns, rows):
         shown = [(n, f"{t:,}", p, f, str(b), f"{w:,}") for n, t, p, f, b, w, _ in rows]
         stdout.print(table(columns[:6], shown, right=("parameters", "blocks", "width")))
@@ -296,7 +355,9 @@ def _print_document(out: _Output) -> None:
 
     _, claims = calculated_claims()
     columns = ("section", "quote", "document", "measured", "verdict", "why")
-    shown = [(r["section"], r["quote"], *r["shown"].values(), r["verdict"], r["why"]) for r in claims]
+    shown = [
+        (r["section"], r["quote"], *r["shown"].values(), r["verdict"], r["why"]) for r in claims
+    ]
     if not out.rows(columns, shown):
         show_claims(claims)
 
@@ -317,13 +378,20 @@ def _print_sweep(out: _Output, model: Model, given: Configuration, text: str) ->
         rows.append((number, trained, percent, *memory.parts().values(), memory.peak))
     if out.rows((key, "trainable", "percent", *PARTS, "peak"), rows):
         return
-    shown = [(str(row[0]), f"{row[1]:,}", f"{row[2]:g}", in_units(row[-1]), smallest(row[-1])) for row in rows]
+    shown = [
+        (str(row[0]), f"{row[1]:,}", f"{row[2]:g}", in_units(row[-1]), smallest(row[-1]))
+        for row in rows
+    ]
     headers = (key, "trainable", "%", "peak", "smallest device")
     stdout.print(table(headers, shown, right=headers[:4]))
-    stdout.print(f"{shapes.name}, {given.method.title}; --csv has every part", style="dim", markup=False)
+    stdout.print(
+        f"{shapes.name}, {given.method.title}; --csv has every part", style="dim", markup=False
+    )
 
 
-def _time(model: Model, given: Configuration, gpu: str | None, tokens: str, price: float | None) -> dict[str, Any]:
+def _time(
+    model: Model, given: Configuration, gpu: str | None, tokens: str, price: float | None
+) -> dict[str, Any]:
     """Hours and cost on this GPU, or on one of each size."""
     from pipeline.calc.time import estimate, parse_tokens  # the overview starts without
 
@@ -340,7 +408,9 @@ def _print_time(out: _Output, model: Model, given: Configuration, time: dict[str
         return print_json({**_answer(model, given), "time": time})
     none = (None, None)
     header = ("gpu", "hours_low", "hours_high", "cost_low", "cost_high", "fits")
-    if out.rows(header, [(t["gpu"], *t["hours"], *(t["cost"] or none), t["fits"]) for t in time["gpus"]]):
+    if out.rows(
+        header, [(t["gpu"], *t["hours"], *(t["cost"] or none), t["fits"]) for t in time["gpus"]]
+    ):
         return None
     title = f"{time['tokens']:,} tokens take {time['flops']:.3g} FLOPs"
     _headline(title, f"{shapes.name}, {method.title}, {run.precision}; ● memory suffices")
@@ -368,14 +438,23 @@ def _print_fit(
     name: str | None,
     time: dict[str, Any] | None,
 ) -> None:
-    """`--fit` and `--gpu`: the largest values that fit, and what to change if the configuration does not."""
+    """`--fit` and `--gpu`: the largest values that fit, and what to change if the configuration
+    does not.
+    """
     from pipeline.project.logs.run_log import in_units
 
     device = find_gpu(name) if name is not None else of_size(budget or 0)
     shapes, (methods, method, run) = model.shapes, given
-    peak, most = predict(shapes, method, run).peak, largest(shapes, method, run, device.bytes)._asdict()
+    peak, most = (
+        predict(shapes, method, run).peak,
+        largest(shapes, method, run, device.bytes)._asdict(),
+    )
     fits = peak <= device.bytes
-    fixes = [] if fits else [(w, size) for w, _, _, size in changes(shapes, method, run, device.bytes, methods)]
+    fixes = (
+        []
+        if fits
+        else [(w, size) for w, _, _, size in changes(shapes, method, run, device.bytes, methods)]
+    )
     if out.json:
         summary = {"model": shapes.name, **most, "peak": peak, "budget": device.bytes, "fits": fits}
         summary |= {"changes": [{"change": words, "peak": size} for words, size in fixes]}
@@ -384,17 +463,26 @@ def _print_fit(
     if out.rows(("what", "value"), [*most.items(), ("peak", peak), ("fits", fits), *change_rows]):
         return None
     verdict = "fits" if fits else "does not fit"
-    stdout.print(Text(f"{shapes.name}, {method.title}, {run.precision}: {in_units(peak)} {verdict}", "bold"))
+    stdout.print(
+        Text(f"{shapes.name}, {method.title}, {run.precision}: {in_units(peak)} {verdict}", "bold")
+    )
     room = f"{device.label}, {in_units(device.bytes)}" if name else device.label
     stdout.print(f"on {room}; {run.size}", markup=False)
     if fits:
-        rows = [(key, capped(value, LARGEST.get(key))) for key, value in most.items() if value is not None]
+        rows = [
+            (key, capped(value, LARGEST.get(key)))
+            for key, value in most.items()
+            if value is not None
+        ]
         stdout.print("\nthe most that fits, the rest as given")
         stdout.print(table(("setting", "largest"), rows, right=("largest",)))
     else:
         stdout.print("\nchange this" if fixes else "\nno setting makes it fit")
         for words, size in fixes:
-            stdout.print(f"  {words}  → {in_units(size)}{'  fits' if size <= device.bytes else ''}", markup=False)
+            stdout.print(
+                f"  {words}  → {in_units(size)}{'  fits' if size <= device.bytes else ''}",
+                markup=False,
+            )
         needed = fixes[-1][1] if fixes else peak
         if needed > device.bytes:
             stdout.print(f"a larger device is needed: {smallest(needed)}")
@@ -403,22 +491,34 @@ def _print_fit(
     return None
 
 
-def _print_gpus(out: _Output, model: Model, given: Configuration, text: str, sharded: bool | None) -> None:
-    """`--gpus`: each method in each layout on several GPUs, and the most that fits of the one that was asked for."""
+def _print_gpus(
+    out: _Output, model: Model, given: Configuration, text: str, sharded: bool | None
+) -> None:
+    """`--gpus`: each method in each layout on several GPUs, and the most that fits of the one that
+    was asked for.
+    """
     from pipeline.calc import parallel  # the overview starts without
 
     devices, shapes = parallel.parse_devices(text), model.shapes
     answer = parallel.answer(shapes, given, devices, sharded)
     if out.json:
         return print_json(answer)
-    rows = [{**row, **row.pop("memory"), **row.pop("received")} for row in map(dict, answer["runs"])]
-    rows = [{key: value for key, value in row.items() if not isinstance(value, dict)} for row in rows]
+    rows = [
+        {**row, **row.pop("memory"), **row.pop("received")} for row in map(dict, answer["runs"])
+    ]
+    rows = [
+        {key: value for key, value in row.items() if not isinstance(value, dict)} for row in rows
+    ]
     if out.rows([*rows[0]], [[*row.values()] for row in rows]):
         return None
     gpu = devices.gpu
     link = f", {gpu.via} {gpu.link:g} GB/s each way" if gpu.link else ""
     stdout.print(Text.assemble((f"{shapes.name} on {devices.number} × {gpu.label}", "bold"), link))
-    stdout.print(f"{given.run.size} per GPU (tensor: on all together); GiB per GPU\n", style="dim", markup=False)
+    stdout.print(
+        f"{given.run.size} per GPU (tensor: on all together); GiB per GPU\n",
+        style="dim",
+        markup=False,
+    )
     columns = ("", "layout", "weights", "peak", "fits", "least", "GB moved", "step, s", "tokens/s")
     shown = [
         (
@@ -434,7 +534,9 @@ def _print_gpus(out: _Output, model: Model, given: Configuration, text: str, sha
         for row in rows
     ]
     stdout.print(table(columns, shown, right=columns[2:]))
-    _headline("the most that fits", f"{given.method.title}, {given.run.precision}; the rest as given")
+    _headline(
+        "the most that fits", f"{given.method.title}, {given.run.precision}; the rest as given"
+    )
     most = [
         (name, *(capped(value, LARGEST[key]) for key, value in sizes.items()))
         for name, sizes in answer["largest"].items()
@@ -446,19 +548,27 @@ def _print_gpus(out: _Output, model: Model, given: Configuration, text: str, sha
 
 
 def _print_trace(out: _Output, model: Model, given: Configuration) -> None:
-    """`--trace`: the peak of the real training step under fake tensors, beside that of the formula."""
+    """`--trace`: the peak of the real training step under fake tensors, beside that of the
+    formula.
+    """
     from pipeline.project.logs.run_log import in_units
     from pipeline.training.memory.trace import traced_peak
 
     if model.config is None:
-        raise UserError(f"--trace builds the model, which needs a config.json; {model.shapes.name} has shapes only.")
+        raise UserError(
+            f"--trace builds the model, which needs a config.json; {model.shapes.name} has shapes "
+            "only."
+        )
     run = replace(given.run, context=0)
     traced = traced_peak(model.config, given.method, run)
     formula = predict(model.shapes, given.method, run).peak
     difference = round(100 * (formula / traced - 1), 3)
     if out.rows(("traced", "formula", "difference_percent"), [(traced, formula, difference)]):
         return
-    rows = [("traced", f"{traced:,}", in_units(traced)), ("formula", f"{formula:,}", in_units(formula))]
+    rows = [
+        ("traced", f"{traced:,}", in_units(traced)),
+        ("formula", f"{formula:,}", in_units(formula)),
+    ]
     stdout.print(table(("", "bytes", ""), rows, right=("bytes", "")))
     stdout.print(f"the formula differs by {difference:+.3g}%; without the CUDA context")
 

@@ -27,29 +27,42 @@ _ESCAPED = {code: f"\\u{code:04x}" for code in OBEYED}
 
 
 class _Console(Console):
-    """Shows what a terminal would obey instead of sending it: names of folders, params and answers come from others."""
+    """Shows what a terminal would obey instead of sending it: names of folders, params and answers
+    come from others.
+    """
 
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else printable(text), style, control)
 
 
 def _terminal_environment() -> dict[str, str]:
-    """The environment without a size that no table fits into, such as the COLUMNS=0 of some CI systems."""
+    """The environment without a size that no table fits into, such as the COLUMNS=0 of some CI
+    systems.
+    """
     sizes = {name: os.environ.get(name, "") for name in ("COLUMNS", "LINES")}
     least = {"COLUMNS": NARROW, "LINES": 1}
-    unusable = [name for name, text in sizes.items() if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least[name]]
+    unusable = [
+        name
+        for name, text in sizes.items()
+        if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least[name]
+    ]
     return {name: value for name, value in os.environ.items() if name not in unusable}
 
 
 # `:name:` in a text stays as it is: it is no emoji
 stdout, stderr = (
-    _Console(stderr=error, highlight=False, emoji=False, _environ=_terminal_environment()) for error in (False, True)
+    _Console(stderr=error, highlight=False, emoji=False, _environ=_terminal_environment())
+    for error in (False, True)
 )
 
 
 def print_line(text: str, style: str | None = None) -> None:
-    """A line of the result. Never wrapped, so that paths and commands in it can be copied, and never markup."""
+    """A line of the result. Never wrapped, so that paths and commands in it can be copied, and
+    never markup.
+    """
     stdout.print(text, style=style, markup=False, soft_wrap=True)
 
 
@@ -68,27 +81,40 @@ def noting_replaced(out: Path) -> Iterator[None]:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document and nothing else; what a terminal would obey is escaped in it, and nothing is lost."""
+    """One JSON document and nothing else; what a terminal would obey is escaped in it, and nothing
+    is lost.
+    """
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False).translate(_ESCAPED) + "\n")
 
 
 def print_table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = (), optional: Sequence[str] = ()
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    right: Sequence[str] = (),
+    optional: Sequence[str] = (),
 ) -> None:
     """`table` on stdout."""
     stdout.print(table(columns, rows, right=right, optional=optional))
 
 
 def print_costs(costs: "Mapping[str, Cost]") -> None:
-    """A row for each model, the first of which is what the others are compared with; nothing without models."""
+    """A row for each model, the first of which is what the others are compared with; nothing
+    without models.
+    """
     if costs:
         columns = ("model", "loss", "right", f"KL to {next(iter(costs))}")
-        rows = [(name, f"{c.loss:.4f}", f"{c.right:.1%}", f"{c.divergence:.4f}") for name, c in costs.items()]
+        rows = [
+            (name, f"{c.loss:.4f}", f"{c.right:.1%}", f"{c.divergence:.4f}")
+            for name, c in costs.items()
+        ]
         print_table(columns, rows, right=columns[1:])
 
 
 class _Column:
-    """A column's cells and how wide it may be: `most` shows every cell on one line, `least` wraps or shortens texts."""
+    """A column's cells and how wide it may be: `most` shows every cell on one line, `least` wraps
+    or shortens texts.
+    """
 
     def __init__(self, heading: str, cells: Sequence[str], is_number: bool) -> None:
         self.heading, self.cells, self.is_number = heading, cells, is_number
@@ -97,24 +123,34 @@ class _Column:
 
 
 def table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = (), optional: Sequence[str] = ()
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    right: Sequence[str] = (),
+    optional: Sequence[str] = (),
 ) -> RenderableType:
-    """A plain table for the terminal's width; `right` names the columns of numbers, which are never cut.
+    """A plain table for the terminal's width; `right` names the columns of numbers, which are never
+    cut.
 
-    A heading may have two lines. Where the columns do not fit, texts wrap between words and longer words are shortened
-    in the middle, and `optional` columns are left out, the first of them first; what still does not fit goes on below,
-    as a table that begins with the same columns.
+    A heading may have two lines. Where the columns do not fit, texts wrap between words and longer
+    words are shortened in the middle, and `optional` columns are left out, the first of them first;
+    what still does not fit goes on below, as a table that begins with the same columns.
     """
-    # Signs are replaced before widths are measured: an escape character takes no column, but its picture takes one.
+    # Signs are replaced before widths are measured: an escape character takes no column, but its
+    # picture takes one.
     by_column = zip(*([printable(cell) for cell in row] for row in (columns, *rows)), strict=True)
-    every = [_Column(heading, cells, name in right) for name, (heading, *cells) in zip(columns, by_column, strict=True)]
+    every = [
+        _Column(heading, cells, name in right)
+        for name, (heading, *cells) in zip(columns, by_column, strict=True)
+    ]
     room = stdout.width
     for name in optional:
         if sum(column.least + 1 for column in every) - 1 <= room:
             break
         every = [column for column in every if column.heading != name]
     gap = 2 if sum(column.most + 2 for column in every) - 2 <= room else 1
-    # Every part begins with the first column, and with further texts that say which row it is, up to a third.
+    # Every part begins with the first column, and with further texts that say which row it is, up
+    # to a third.
     lead = 1
     while (
         lead < len(every)
@@ -124,14 +160,19 @@ def table(
         lead += 1
     parts = [every[:lead]]
     for column in every[lead:]:
-        if len(parts[-1]) > lead and sum(each.least + gap for each in (*parts[-1], column)) - gap > room:
+        if (
+            len(parts[-1]) > lead
+            and sum(each.least + gap for each in (*parts[-1], column)) - gap > room
+        ):
             parts.append(every[:lead])
         parts[-1].append(column)
     return Group(*(_part(part, room, gap) for part in parts))
 
 
 def _part(columns: Sequence[_Column], room: int, gap: int) -> Table:
-    """A table of columns that fit, except that a single one beside the first may have to give way."""
+    """A table of columns that fit, except that a single one beside the first may have to give
+    way.
+    """
     widths = [column.least for column in columns]
     spare = room - sum(widths) - gap * (len(columns) - 1)
     if spare < 0:  # two columns and still too wide: texts give way down to their headings
@@ -139,20 +180,33 @@ def _part(columns: Sequence[_Column], room: int, gap: int) -> Table:
             less = 0 if column.is_number else min(-spare, widths[n] - _width(column.heading))
             widths[n] -= less
             spare += less
-    # The spare room in equal shares, to the texts that need least first: what they leave is for the others.
-    narrow = sorted((n for n, c in enumerate(columns) if c.least < c.most), key=lambda n: columns[n].most)
+    # The spare room in equal shares, to the texts that need least first: what they leave is for the
+    # others.
+    narrow = sorted(
+        (n for n, c in enumerate(columns) if c.least < c.most), key=lambda n: columns[n].most
+    )
     for sharing, n in zip(range(len(narrow), 0, -1), narrow, strict=True):
         more = max(0, min(columns[n].most - columns[n].least, spare // sharing))
         widths[n] += more
         spare -= more
     has_heading = any(column.heading for column in columns)
-    built = Table(box=None, pad_edge=False, show_header=has_heading, header_style="bold", padding=(0, 1, 0, gap - 1))
+    built = Table(
+        box=None,
+        pad_edge=False,
+        show_header=has_heading,
+        header_style="bold",
+        padding=(0, 1, 0, gap - 1),
+    )
     lines = max(column.heading.count("\n") for column in columns)
     for column, width in zip(columns, widths, strict=True):
         heading = "\n" * (lines - column.heading.count("\n")) + column.heading
-        built.add_column(heading, justify="right" if column.is_number else "left", width=width, overflow="fold")
+        built.add_column(
+            heading, justify="right" if column.is_number else "left", width=width, overflow="fold"
+        )
     for row in zip(*(column.cells for column in columns), strict=True):
-        built.add_row(*(Text(_shorten(cell, width)) for cell, width in zip(row, widths, strict=True)))
+        built.add_row(
+            *(Text(_shorten(cell, width)) for cell, width in zip(row, widths, strict=True))
+        )
     return built
 
 
@@ -165,7 +219,10 @@ def _shorten(text: str, width: int) -> str:
     if _width(text) <= width:
         return text
     half = (width - 1) // 2
-    words = (w if len(w) <= width else f"{w[: width - 1 - half]}…{w[len(w) - half :]}" for w in text.split(" "))
+    words = (
+        w if len(w) <= width else f"{w[: width - 1 - half]}…{w[len(w) - half :]}"
+        for w in text.split(" ")
+    )
     return " ".join(words)
 
 
@@ -176,7 +233,9 @@ def number(value: float | None, form: str = "") -> str:
 
 def duration(seconds: float) -> str:
     """A time in two digits: 45 s, 1.5 min, 12 h."""
-    size, unit = next((pair for pair in ((3600.0, "h"), (60.0, "min")) if seconds >= pair[0]), (1.0, "s"))
+    size, unit = next(
+        (pair for pair in ((3600.0, "h"), (60.0, "min")) if seconds >= pair[0]), (1.0, "s")
+    )
     return f"{seconds / size:.{1 if seconds / size < 10 else 0}f} {unit}"
 
 
@@ -187,11 +246,19 @@ def bar(share: float, width: int = 20) -> str:
 
 
 def follow(events: "Generator[Event, None, Result]", title: str, quiet: bool = False) -> Result:
-    """Show the events of a stage on stderr: notes, and on a terminal a progress bar with loss and ETA.
+    """Show the events of a stage on stderr: notes, and on a terminal a progress bar with loss and
+    ETA.
 
     Returns what `events` returns. `quiet`: without the routine notes.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     from pipeline.project.runner import Note
 
@@ -218,8 +285,11 @@ def follow(events: "Generator[Event, None, Result]", title: str, quiet: bool = F
                 return result
             if isinstance(event, Note):
                 if not (quiet and event.routine):
-                    stderr.print(event.text, markup=False, soft_wrap=not stderr.is_terminal)  # a line of a log
+                    # a line of a log
+                    stderr.print(event.text, markup=False, soft_wrap=not stderr.is_terminal)
             elif task is None:
-                task = progress.add_task(title, total=event.total, completed=event.done, text=event.text)
+                task = progress.add_task(
+                    title, total=event.total, completed=event.done, text=event.text
+                )
             else:
                 progress.update(task, completed=event.done, text=event.text)

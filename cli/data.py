@@ -44,21 +44,31 @@ SHOWN, COUNTED = 3, 1000  # examples that `show` prints, and counts
 RENDERED = 2000  # characters of the example that `check` prints
 SHOWN_TEXT = 60  # characters of a row that `clean` dropped
 SYMBOLS = {" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}
-FILE_HELP = "Data file: .txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow; a saved folder, or a hub id."
+FILE_HELP = (
+    "Data file: .txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow; a saved folder, or a hub id."
+)
 
 BaseOption = Annotated[
     Path | None,
     Option(
         "--base",
         callback=base_folder,
-        help="Model with the tokenizer: folder, .gguf file or hub id; default: artifacts/expanded, or artifacts/base.",
+        help=(
+            "Model with the tokenizer: folder, .gguf file or hub id; default: artifacts/expanded, "
+            "or artifacts/base."
+        ),
     ),
 ]
 SkipOption = Annotated[
-    bool, Option("--skip-invalid", help="Leave out rows that cannot be read or written, and report them.")
+    bool,
+    Option(
+        "--skip-invalid", help="Leave out rows that cannot be read or written, and report them."
+    ),
 ]
 ReplaceOption = Annotated[bool, Option("--force", help="Replace OUT if it exists.")]
-MaxLengthOption = Annotated[int, Option("--max-length", min=0, help="Truncate examples to this many tokens; 0: never.")]
+MaxLengthOption = Annotated[
+    int, Option("--max-length", min=0, help="Truncate examples to this many tokens; 0: never.")
+]
 
 
 @data.command()
@@ -66,9 +76,12 @@ def check(
     files: Annotated[list[Path], Argument(metavar="FILE...", help=FILE_HELP)],
     base: BaseOption = None,
     eval_files: Annotated[
-        list[Path] | None, Option("--eval", metavar="FILE", help="Evaluation file, to compare with; repeatable.")
+        list[Path] | None,
+        Option("--eval", metavar="FILE", help="Evaluation file, to compare with; repeatable."),
     ] = None,
-    eval_share: Annotated[float, Option(min=0, max=1, callback=finite, help="Share that is held out.")] = 0.0,
+    eval_share: Annotated[
+        float, Option(min=0, max=1, callback=finite, help="Share that is held out.")
+    ] = 0.0,
     columns: ColumnsOption = None,
     no_template: PlainOption = False,
     max_length: MaxLengthOption = 0,
@@ -106,11 +119,16 @@ def check(
             cleaned = clean_command(report.files[0], columns_of(columns))
             print_note(f"`{cleaned}` writes a file without empty rows and duplicates.")
     if not report.ok:
-        raise UserError(f"training needs data without errors, and this has {report.errors}. Correct the rows above.")
+        raise UserError(
+            f"training needs data without errors, and this has {report.errors}. Correct the rows "
+            "above."
+        )
 
 
 def _in_template(files: list[Path]) -> bool:
-    """Whether plain prompts get the base's chat template: as in the project here, whose files they may be."""
+    """Whether plain prompts get the base's chat template: as in the project here, whose files they
+    may be.
+    """
     from pipeline.project.params.sections import Training
 
     if not DEFAULT_PARAMS.is_file():
@@ -120,7 +138,9 @@ def _in_template(files: list[Path]) -> bool:
     trained = [section for section in sections if isinstance(section, Training)]
     paths = {file.resolve() for file in files}
     for section in trained:
-        if any((project.root / name).resolve() in paths for name in (*section.files, section.eval_data)):
+        if any(
+            (project.root / name).resolve() in paths for name in (*section.files, section.eval_data)
+        ):
             return section.templated
     return bool(project.params.training.get("chat_template", "auto") == "auto")
 
@@ -131,40 +151,68 @@ def _print_report(report: "DataReport", max_length: int, limit: int) -> None:
     rows = [
         (
             "rows",
-            f"{report.rows:,} ({', '.join(f'{n:,} {name}' for name, n in report.formats.items()) or 'none read'})",
+            f"{report.rows:,} "
+            f"({', '.join(f'{n:,} {name}' for name, n in report.formats.items()) or 'none read'})",
         ),
-        ("examples", f"{report.examples:,}" + f", {report.evaluation:,} for evaluation" * bool(report.evaluation)),
+        (
+            "examples",
+            f"{report.examples:,}"
+            + f", {report.evaluation:,} for evaluation" * bool(report.evaluation),
+        ),
     ]
     if report.turns:
-        rows.append(("turns", f"{report.turns:,}, {report.turns / report.examples:.1f} per example"))
+        rows.append(
+            ("turns", f"{report.turns:,}, {report.turns / report.examples:.1f} per example")
+        )
     if report.tokens is not None and report.trained_tokens is not None:
         share = report.trained_tokens / max(1, report.tokens)
-        rows += [("tokens", f"{report.tokens:,}"), ("trained on", f"{report.trained_tokens:,} ({share:.1%})")]
+        rows += [
+            ("tokens", f"{report.tokens:,}"),
+            ("trained on", f"{report.trained_tokens:,} ({share:.1%})"),
+        ]
     if report.quantiles:
         median, *most, longest = (f"{length:,}" for length in report.quantiles.values())
-        shares = ", ".join(f"{share} % ≤ {length}" for share, length in zip((90, 95, 99), most, strict=True))
+        shares = ", ".join(
+            f"{share} % ≤ {length}" for share, length in zip((90, 95, 99), most, strict=True)
+        )
         rows.append(("length", f"{report.shortest:,} to {longest}, median {median}; {shares}"))
-        rows.append(("truncated", f"{report.truncated:,} at {max_length:,} tokens" if max_length else "none"))
+        rows.append(
+            (
+                "truncated",
+                f"{report.truncated:,} at {max_length:,} tokens" if max_length else "none",
+            )
+        )
         if not max_length:
             fits = report.quantiles["max"] <= (report.suggested_max_length or 0)
             covered = "all examples" if fits else "99 % of the examples"
             rows.append(("max_length", f"{report.suggested_max_length:,} suggested: {covered} fit"))
     if report.templated:
         rows.append(
-            ("template", f"{report.templated:,} plain prompts become a user's turn, their completions the answer")
+            (
+                "template",
+                f"{report.templated:,} plain prompts become a user's turn, their completions the "
+                "answer",
+            )
         )
     print_table(("", ""), rows)
     if report.rendered:
         more = "…" * (len(report.rendered) > RENDERED)
         print_line(
-            f"\nthe first example, as the model reads it; ⟦ ⟧ is trained on:\n{report.rendered[:RENDERED]}{more}"
+            "\nthe first example, as the model reads it; ⟦ ⟧ is trained "
+            f"on:\n{report.rendered[:RENDERED]}{more}"
         )
-    levels = [[each for each in report.groups if each.level == level][:limit] for level in ("error", "warning")]
+    levels = [
+        [each for each in report.groups if each.level == level][:limit]
+        for level in ("error", "warning")
+    ]
     shown = [each for groups in levels for each in groups]
     if shown:
         several = len(report.files) > 1
         stdout.print()
-        print_table(("", "row", "problem"), [(each.level, _place(each, several), each.problem) for each in shown])
+        print_table(
+            ("", "row", "problem"),
+            [(each.level, _place(each, several), each.problem) for each in shown],
+        )
     total = report.errors + report.warnings
     if len(shown) < len(report.groups):
         print_line(f"… {', '.join(f'{kind}: {count:,}' for kind, count in report.counts.items())}")
@@ -197,7 +245,13 @@ def show(
         int | None, Option(min=0, help="Number of examples to print; default: 3, with --json all.")
     ] = None,
     as_json: Annotated[
-        bool, Option("--json", help="Print a JSON line per row: ids, and labels with -100 where nothing is trained on.")
+        bool,
+        Option(
+            "--json",
+            help=(
+                "Print a JSON line per row: ids, and labels with -100 where nothing is trained on."
+            ),
+        ),
     ] = False,
 ) -> None:
     """Show examples as tokens, and which of them are trained on.
@@ -215,7 +269,8 @@ def show(
     base = base or _default_base()
     if base is None:
         raise UserError(
-            f"There is no model in {' or '.join(map(str, DEFAULT_BASES))}, and its tokenizer is needed. "
+            f"There is no model in {' or '.join(map(str, DEFAULT_BASES))}, and its tokenizer is "
+            "needed. "
             "Name a model with --base, or run `lora import` or `lora pretrain`."
         )
     tokenizer, positions = _open_base(base)
@@ -228,7 +283,9 @@ def show(
     shown = list(encode.each(islice(examples, SHOWN if limit is None else limit)))
     for example, encoded in shown:
         parts = [example.location, f"{len(encoded.ids):,} tokens", f"{encoded.labels:,} trained on"]
-        print_line("  ".join(parts + [f"{encoded.cut:,} truncated"] * bool(encoded.cut)), style="bold")
+        print_line(
+            "  ".join(parts + [f"{encoded.cut:,} truncated"] * bool(encoded.cut)), style="bold"
+        )
         for line in _lines(_tokens(encoded, tokenizer), min(stdout.width, MAX_WIDTH)):
             stdout.print(line, soft_wrap=True)
         stdout.print()
@@ -242,13 +299,21 @@ def show(
         ("examples", f"{statistics.examples:,}"),
         ("tokens", f"{statistics.tokens:,}"),
         ("trained on", f"{statistics.labels:,} ({statistics.share:.1%})"),
-        ("length", f"{statistics.shortest:,} to {statistics.longest:,}, median {statistics.median:,}"),
-        ("truncated", f"{statistics.truncated:,} at {max_length:,} tokens" if max_length else "none"),
+        (
+            "length",
+            f"{statistics.shortest:,} to {statistics.longest:,}, median {statistics.median:,}",
+        ),
+        (
+            "truncated",
+            f"{statistics.truncated:,} at {max_length:,} tokens" if max_length else "none",
+        ),
         ("skipped", f"{statistics.unlabelled:,} without a label"),
     ]
     print_table(("the file" if is_all else f"the first {COUNTED:,}", ""), rows)
     if not is_all:
-        print_line(f"`lora data check {quote(str(file))}{columns_option(columns_of(columns))}` reads all.")
+        print_line(
+            f"`lora data check {quote(str(file))}{columns_option(columns_of(columns))}` reads all."
+        )
 
 
 @data.command()
@@ -257,7 +322,10 @@ def convert(
     out: Annotated[
         Path,
         Argument(
-            metavar="OUT", help="File to write: .jsonl, .json, .csv, .tsv, .txt (also .gz, .zst), .parquet, .arrow."
+            metavar="OUT",
+            help=(
+                "File to write: .jsonl, .json, .csv, .tsv, .txt (also .gz, .zst), .parquet, .arrow."
+            ),
         ),
     ],
     format_: Annotated[
@@ -271,8 +339,8 @@ def convert(
 ) -> None:
     """Write data in another format or container.
 
-    What the target cannot hold is an error, or left out with --skip-invalid. The new file is read again before it gets
-    its name.
+    What the target cannot hold is an error, or left out with --skip-invalid. The new file is read
+    again before it gets its name.
     """
     from cli.console import print_json
     from pipeline.data.convert import convert as convert_file
@@ -287,7 +355,15 @@ def convert(
         )
     if as_json:
         skipped = [asdict(rows) for rows in done.skipped]
-        print_json({"out": str(out), "rows": done.rows, "format": done.format, "notes": done.notes, "skipped": skipped})
+        print_json(
+            {
+                "out": str(out),
+                "rows": done.rows,
+                "format": done.format,
+                "notes": done.notes,
+                "skipped": skipped,
+            }
+        )
         return
     _print_written(out, done)
 
@@ -307,17 +383,29 @@ def clean(
     source: Annotated[Path, Argument(metavar="IN", help=FILE_HELP)],
     out: Annotated[Path, Argument(metavar="OUT", help="File to write, as of `lora data convert`.")],
     drop: Annotated[
-        str, Option("--drop", metavar="REASON,…", help="empty, duplicates, near-duplicates, too-long, leaks, personal.")
+        str,
+        Option(
+            "--drop",
+            metavar="REASON,…",
+            help="empty, duplicates, near-duplicates, too-long, leaks, personal.",
+        ),
     ] = "empty,duplicates",
     eval_files: Annotated[
-        list[Path] | None, Option("--eval", metavar="FILE", help="Evaluation file, for leaks; repeatable.")
+        list[Path] | None,
+        Option("--eval", metavar="FILE", help="Evaluation file, for leaks; repeatable."),
     ] = None,
     tasks: Annotated[
-        list[Path] | None, Option("--tasks", metavar="FILE", help="File of tasks, for leaks; repeatable.")
+        list[Path] | None,
+        Option("--tasks", metavar="FILE", help="File of tasks, for leaks; repeatable."),
     ] = None,
     base: BaseOption = None,
     max_length: Annotated[
-        int, Option("--max-length", min=0, help="Most tokens of an example, for too-long; 0: the model's positions.")
+        int,
+        Option(
+            "--max-length",
+            min=0,
+            help="Most tokens of an example, for too-long; 0: the model's positions.",
+        ),
     ] = 0,
     columns: ColumnsOption = None,
     no_template: PlainOption = False,
@@ -327,8 +415,8 @@ def clean(
 ) -> None:
     """Write a file without rows that spoil a training, and report them.
 
-    Of rows that are alike the first stays. The new file has the keys of its format, so it needs no --columns. Rows with
-    likely personal data are counted and stay, but for --drop personal.
+    Of rows that are alike the first stays. The new file has the keys of its format, so it needs no
+    --columns. Rows with likely personal data are counted and stay, but for --drop personal.
     """
     from cli.console import print_json
     from pipeline.data.masking import Encoder
@@ -342,16 +430,24 @@ def clean(
     named = columns_of(columns)
     leaks = _leaks(eval_files or [], tasks or [], named)
     if ("leaks" in reasons) != bool(leaks):
-        raise UserError("--drop leaks goes with --eval or --tasks, the files whose questions must not be trained on.")
+        raise UserError(
+            "--drop leaks goes with --eval or --tasks, the files whose questions must not be "
+            "trained on."
+        )
     encoder = None
     if "too-long" in reasons:
         base = base or _default_base()
         if base is None:
-            raise UserError("--drop too-long counts tokens, and there is no model. Name one with --base.")
+            raise UserError(
+                "--drop too-long counts tokens, and there is no model. Name one with --base."
+            )
         tokenizer, positions = _open_base(base)
         encoder, max_length = Encoder(tokenizer), max_length or positions or 0
         if not max_length:
-            raise UserError("--drop too-long needs --max-length: the model does not say how many positions it has.")
+            raise UserError(
+                "--drop too-long needs --max-length: the model does not say how many positions it "
+                "has."
+            )
     with _row_counter("cleaning") as progress:
         done = clean_file(
             *(source, out, reasons),
@@ -389,7 +485,10 @@ def _print_cleaned(out: Path, done: "Cleaned") -> None:
 
     print_table(
         ("dropped", "rows", "such as"),
-        [(reason, f"{rows:,}", _shown(done.examples.get(reason, []))) for reason, rows in done.dropped.items()],
+        [
+            (reason, f"{rows:,}", _shown(done.examples.get(reason, [])))
+            for reason, rows in done.dropped.items()
+        ],
         right=("rows",),
     )
     if done.personal:
@@ -404,7 +503,10 @@ def _print_cleaned(out: Path, done: "Cleaned") -> None:
 
 
 def _shown(dropped: "Sequence[Dropped]") -> str:
-    lines = (f"row {row.row}, {row.why}" + f": {row.text[:SHOWN_TEXT]}" * bool(row.text) for row in dropped)
+    lines = (
+        f"row {row.row}, {row.why}" + f": {row.text[:SHOWN_TEXT]}" * bool(row.text)
+        for row in dropped
+    )
     return "\n".join(lines)
 
 
@@ -439,7 +541,9 @@ def _row_counter(text: str) -> Iterator[Callable[[int], None]]:
         yield lambda rows: bar.update(task, completed=rows)
 
 
-def _examples(file: Path, columns: dict[str, str], row: int | None, templated: bool) -> Iterator["Example"]:
+def _examples(
+    file: Path, columns: dict[str, str], row: int | None, templated: bool
+) -> Iterator["Example"]:
     """All examples, or that of one row. Raises UserError."""
     from pipeline.data.containers import Reading
     from pipeline.data.formats import iter_examples
@@ -449,7 +553,9 @@ def _examples(file: Path, columns: dict[str, str], row: int | None, templated: b
         if row in (None, number):
             raise error
 
-    examples = iter_examples(file, str(file), columns=columns, reading=Reading(of_row), templated=templated)
+    examples = iter_examples(
+        file, str(file), columns=columns, reading=Reading(of_row), templated=templated
+    )
     if row is None:
         return examples
     example = next((each for each in examples if each.line >= row), None)
@@ -472,7 +578,9 @@ def _print_labels(example: "Example", encoded: "Encoded") -> None:
 
 def _tokens(encoded: "Encoded", tokenizer: "Tokenizer") -> Iterator[tuple[int, str, bool]]:
     """Ids, words, and which are trained on. The first never is, as no token predicts it."""
-    return zip(encoded.ids, map(tokenizer.word, encoded.ids), (False, *encoded.trained[1:]), strict=True)
+    return zip(
+        encoded.ids, map(tokenizer.word, encoded.ids), (False, *encoded.trained[1:]), strict=True
+    )
 
 
 def _lines(tokens: Iterator[tuple[int, str, bool]], width: int) -> Iterator["Text"]:
@@ -486,7 +594,8 @@ def _lines(tokens: Iterator[tuple[int, str, bool]], width: int) -> Iterator["Tex
     line = Text()
     for is_trained, run in groupby(tokens, key=lambda token: token[2]):
         visible = [
-            "".join(SYMBOLS.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in word) for _, word, _ in run
+            "".join(SYMBOLS.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in word)
+            for _, word, _ in run
         ]
         if is_trained:
             visible[0] = f"⟦{visible[0]}"

@@ -1,4 +1,6 @@
-"""`lora study`, `lora figures` and `lora claims`: what the document says, measured on a project's own artifacts."""
+"""`lora study`, `lora figures` and `lora claims`: what the document says, measured on a project's
+own artifacts.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +44,8 @@ def _complete_name(incomplete: str) -> list[tuple[str, str]]:
 @app.command()
 def study(
     name: Annotated[
-        str | None, Argument(help="Study to run. Omit to list all studies.", autocompletion=_complete_name)
+        str | None,
+        Argument(help="Study to run. Omit to list all studies.", autocompletion=_complete_name),
     ] = None,
     params: ParamsOption = DEFAULT_PARAMS,
     overrides: SetOption = None,
@@ -86,7 +89,8 @@ def _show_study(folder: Path, run: Path) -> None:
         stdout.print(f"\n{item.title}", markup=False)
         right = [head for head, is_number in item.heads.items() if is_number]
         rows, above = list[list[str]](), ""
-        for first, *others in item.shown():  # a first cell is blank if it equals that of the row above
+        # a first cell is blank if it equals that of the row above
+        for first, *others in item.shown():
             rows.append(["" if rows and first == above else first, *others])
             above = first
         stdout.print(table(list(item.heads), rows, right=right))
@@ -114,7 +118,11 @@ def figures(
     if UNDER_DVC:
         return
     rows = [
-        (f"{name} ({about['place']})", about["shows"], " ".join(file.removeprefix(name) for file in about["files"]))
+        (
+            f"{name} ({about['place']})",
+            about["shows"],
+            " ".join(file.removeprefix(name) for file in about["files"]),
+        )
         for name, about in read_manifest(project.artifact("figures"))["figures"].items()
     ]
     stdout.print(table(("figure", "what it shows", "files"), rows))
@@ -124,10 +132,12 @@ def figures(
 @app.command()
 def claims(
     section: Annotated[
-        str | None, Option("--section", help="Only a section and its subsections: 3, or 2 for 2.1 to 2.4.")
+        str | None,
+        Option("--section", help="Only a section and its subsections: 3, or 2 for 2.1 to 2.4."),
     ] = None,
     verdict: Annotated[
-        str | None, Option("--verdict", help="Only one verdict: holds, differs, depends or 'not run'.")
+        str | None,
+        Option("--verdict", help="Only one verdict: holds, differs, depends or 'not run'."),
     ] = None,
     params: ParamsOption = DEFAULT_PARAMS,
     as_json: JsonOption = False,
@@ -169,7 +179,9 @@ def _write_claims(project: "Project") -> None:
 
 
 def show_claims(rows: "Sequence[Row]") -> None:
-    """Print each quote and reason, the document's value, the measured one and the verdict, by section; a summary."""
+    """Print each quote and reason, the document's value, the measured one and the verdict, by
+    section; a summary.
+    """
     from rich.console import Group
     from rich.padding import Padding
     from rich.table import Table
@@ -179,7 +191,12 @@ def show_claims(rows: "Sequence[Row]") -> None:
     from pipeline.document.claims.check import MARKS, section_heading, summary
 
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1))
-    for name, width in (("claim, and why", None), ("document", 14), ("measured", 19), ("verdict", 10)):
+    for name, width in (
+        ("claim, and why", None),
+        ("document", 14),
+        ("measured", 19),
+        ("verdict", 10),
+    ):
         table.add_column(name, overflow="fold", max_width=width)
     section = ""
     for row in rows:

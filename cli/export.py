@@ -1,4 +1,6 @@
-"""`lora export` and `lora push`: an adapter in each of the registered formats, in a folder or on the hub."""
+"""`lora export` and `lora push`: an adapter in each of the registered formats, in a folder or on
+the hub.
+"""
 
 import tempfile
 from pathlib import Path
@@ -31,7 +33,8 @@ def known(name: str) -> str:
 
 
 FormatOption = Annotated[
-    str, Option("--format", metavar=f"<{'|'.join(FORMATS)}>", callback=known, help="Format to write.")
+    str,
+    Option("--format", metavar=f"<{'|'.join(FORMATS)}>", callback=known, help="Format to write."),
 ]
 
 QuantizeOption = Annotated[
@@ -39,7 +42,9 @@ QuantizeOption = Annotated[
 ]
 
 
-@app.command(help="\n".join((HELP, "\n\b", *(f"{name:14}{each.about}" for name, each in FORMATS.items()))))
+@app.command(
+    help="\n".join((HELP, "\n\b", *(f"{name:14}{each.about}" for name, each in FORMATS.items())))
+)
 def export(
     path: AdapterArgument,
     out: OutOption,
@@ -69,19 +74,32 @@ def push(
     precision: WidthOption = None,
     prompts: PromptsOption = None,
     private: Annotated[bool, Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[str | None, Option(metavar="BRANCH", help="Branch to commit to; default: main.")] = None,
-    license: Annotated[str | None, Option(help="License on the card; default: the base's, if it is known.")] = None,
-    dataset: Annotated[list[str] | None, Option(help="Data set on the hub that was trained on. Repeatable.")] = None,
-    language: Annotated[list[str] | None, Option(help="Language of the model, such as en. Repeatable.")] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Write the files to --out and send nothing.")] = False,
-    out: Annotated[Path | None, Option(help="Folder for the files; default: a temporary one.")] = None,
+    revision: Annotated[
+        str | None, Option(metavar="BRANCH", help="Branch to commit to; default: main.")
+    ] = None,
+    license: Annotated[
+        str | None, Option(help="License on the card; default: the base's, if it is known.")
+    ] = None,
+    dataset: Annotated[
+        list[str] | None, Option(help="Data set on the hub that was trained on. Repeatable.")
+    ] = None,
+    language: Annotated[
+        list[str] | None, Option(help="Language of the model, such as en. Repeatable.")
+    ] = None,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Write the files to --out and send nothing.")
+    ] = False,
+    out: Annotated[
+        Path | None, Option(help="Folder for the files; default: a temporary one.")
+    ] = None,
     trust_remote_code: TrustOption = False,
     quantize: QuantizeOption = None,
     _device: DeviceOption = None,
 ) -> None:
     """Push an export of an adapter to the Hugging Face hub.
 
-    In one commit, with a model card. A push again updates. Log in with `hf auth login`, or set HF_TOKEN.
+    In one commit, with a model card. A push again updates. Log in with `hf auth login`, or set
+    HF_TOKEN.
     """
     from cli.console import follow, print_line, print_table
     from pipeline.errors import UserError

@@ -1,4 +1,6 @@
-"""`lora`: the commands, each in a module of its own, and the conversion of errors to messages and exit codes."""
+"""`lora`: the commands, each in a module of its own, and the conversion of errors to messages and
+exit codes.
+"""
 
 import os
 import sys
@@ -11,7 +13,15 @@ import typer
 from typer import Exit, Option
 
 from cli.options import UNDER_DVC, Group, Lazy, group
-from pipeline.errors import FULL, Interrupted, UserError, explain, first_line, is_out_of_memory, path_problem
+from pipeline.errors import (
+    FULL,
+    Interrupted,
+    UserError,
+    explain,
+    first_line,
+    is_out_of_memory,
+    path_problem,
+)
 from pipeline.files.text import printable
 from pipeline.project.process import open_streams, require_current_folder, world
 
@@ -70,7 +80,10 @@ class _Commands(Group):
 
 
 app = group(
-    help="Adapt language models with LoRA: train, merge, evaluate, prompt. Settings are in params.yaml.",
+    help=(
+        "Adapt language models with LoRA: train, merge, evaluate, prompt. Settings are in "
+        "params.yaml."
+    ),
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
@@ -89,20 +102,27 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def root(
     _version_wanted: Annotated[
-        bool, Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        Option("--version", callback=_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
     pass
 
 
 def main() -> None:
-    """Run a command. Exit codes: 0 success, 1 UserError, 2 wrong usage, 128 + n interrupted by signal n."""
+    """Run a command. Exit codes: 0 success, 1 UserError, 2 wrong usage, 128 + n interrupted by
+    signal n.
+    """
     open_streams()
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # ? for what is no text
     sys.stdout, sys.stderr = map(_unbroken, (sys.stdout, sys.stderr))
-    # before torch is loaded. Batches differ in length: CUDA's allocator otherwise keeps gaps that no tensor fits into
-    if sys.platform == "linux" and not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+    # before torch is loaded. Batches differ in length: CUDA's allocator otherwise keeps gaps that
+    # no tensor fits into
+    if sys.platform == "linux" and not os.environ.keys() & {
+        "PYTORCH_ALLOC_CONF",
+        "PYTORCH_CUDA_ALLOC_CONF",
+    }:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     try:
         require_current_folder()
@@ -120,10 +140,14 @@ def main() -> None:
             sys.stdout.flush()  # the disk that it goes to may be full
             raise
     except (UserError, Interrupted) as error:
-        if not rank.reports_errors:  # if this rank failed, torchrun would stop the one that reports before it does
+        # if this rank failed, torchrun would stop the one that reports before it does
+        if not rank.reports_errors:
             raise SystemExit(0) from None
         if isinstance(error, Interrupted):
-            _exit(f"{error}.{' Run the same command to resume.' * error.resumes}", 128 + error.signal_number)
+            _exit(
+                f"{error}.{' Run the same command to resume.' * error.resumes}",
+                128 + error.signal_number,
+            )
         _exit(str(error), 1)
     except (MemoryError, RuntimeError) as error:
         if problem := path_problem(error):
@@ -131,7 +155,8 @@ def main() -> None:
         if not is_out_of_memory(error):
             raise
         _exit(
-            f"out of memory ({first_line(error)}). Use a smaller model, shorter texts or smaller params (rank, "
+            f"out of memory ({first_line(error)}). Use a smaller model, shorter texts or smaller "
+            "params (rank, "
             "batch_size): `lora calc` shows what they need. Set --device cpu to run on the CPU.",
             1,
         )
@@ -140,10 +165,12 @@ def main() -> None:
 
 
 class _Unbroken(FileIO):
-    """Standard output or error that may be closed by its reader, such as `head`: what follows is lost, and no error.
+    """Standard output or error that may be closed by its reader, such as `head`: what follows is
+    lost, and no error.
 
-    The command goes on: `lora train | head` trains, and whether a reader was quicker changes no exit code. Nor does a
-    full disk that takes no more notes; a result that it does not take is an error, once.
+    The command goes on: `lora train | head` trains, and whether a reader was quicker changes no
+    exit code. Nor does a full disk that takes no more notes; a result that it does not take is an
+    error, once.
     """
 
     def write(self, data: Any) -> int:
@@ -159,7 +186,9 @@ class _Unbroken(FileIO):
 
 
 def _unbroken(stream: Any) -> Any:
-    """The same stream, which outlives its reader and prints ? for characters that the terminal cannot encode."""
+    """The same stream, which outlives its reader and prints ? for characters that the terminal
+    cannot encode.
+    """
     if not isinstance(stream, TextIOWrapper):
         return stream
     stream.reconfigure(errors="replace")

@@ -22,19 +22,28 @@ app = group()
 SHOWN_ANSWERS = 4  # questions after training; `lora report` shows all
 
 BaseOption = Annotated[
-    str | None, Option("--base", help="Base model: a checkpoint folder, a .gguf file or a hub id; or minigpt.")
+    str | None,
+    Option("--base", help="Base model: a checkpoint folder, a .gguf file or a hub id; or minigpt."),
 ]
 DataOption = Annotated[
-    list[str] | None, Option("--data", help="Data file or folder, or a hub data set's id; may be given several times.")
+    list[str] | None,
+    Option(
+        "--data", help="Data file or folder, or a hub data set's id; may be given several times."
+    ),
 ]
 EvalOption = Annotated[
-    str | None, Option("--eval-data", help="Examples to evaluate on; default: a share of --data is held out.")
+    str | None,
+    Option("--eval-data", help="Examples to evaluate on; default: a share of --data is held out."),
 ]
 MethodsOption = Annotated[
-    str | None, Option("--methods", help="Methods to train, such as full,lora; `lora finetune --help` lists them.")
+    str | None,
+    Option(
+        "--methods", help="Methods to train, such as full,lora; `lora finetune --help` lists them."
+    ),
 ]
 ValuesOption = Annotated[
-    list[str] | None, Option("--set", metavar="KEY=VALUE", help="A setting of the project: rank=16, epochs=1.")
+    list[str] | None,
+    Option("--set", metavar="KEY=VALUE", help="A setting of the project: rank=16, epochs=1."),
 ]
 
 
@@ -49,19 +58,25 @@ def new(
     no_template: PlainOption = False,
     values: ValuesOption = None,
     params: Annotated[
-        Path | None, Option("--params", help="Params file to start from; its data files are copied too.")
+        Path | None,
+        Option("--params", help="Params file to start from; its data files are copied too."),
     ] = None,
     config: Annotated[
         Path | None,
         Option(
-            "--from", help="Take settings from a config of PEFT, transformers, TRL, Axolotl, LLaMA-Factory, mlx-lm."
+            "--from",
+            help=(
+                "Take settings from a config of PEFT, transformers, TRL, Axolotl, LLaMA-Factory, "
+                "mlx-lm."
+            ),
         ),
     ] = None,
     _device: DeviceOption = None,
 ) -> None:
     """Make a project: params, data, dvc.yaml. Nothing that is there is overwritten.
 
-    With --base and --data: settings are chosen for both, and a few steps are tried. Without: the document's MiniGPT.
+    With --base and --data: settings are chosen for both, and a few steps are tried. Without: the
+    document's MiniGPT.
     """
     from cli.console import print_line, print_note
     from pipeline.errors import UserError
@@ -72,19 +87,30 @@ def new(
     chosen, values = _names(methods), _with_template(values, no_template)
     if config:
         if (folder / "params.yaml").exists():
-            raise UserError(f"{folder} is a project already. Set the values in its params.yaml, or name a new folder.")
+            raise UserError(
+                f"{folder} is a project already. Set the values in its params.yaml, or name a new "
+                "folder."
+            )
         if params:
-            raise UserError("--from and --params both say what the new params file holds. Give one of them.")
+            raise UserError(
+                "--from and --params both say what the new params file holds. Give one of them."
+            )
         start_project(_request_from(config, folder, base, data, eval_data, chosen, columns, values))
     elif base and base != MINIGPT and not params and not (folder / "params.yaml").exists():
         if not data:
-            raise UserError("--base needs --data, the examples to train on: a file, a folder or a hub data set's id.")
+            raise UserError(
+                "--base needs --data, the examples to train on: a file, a folder or a hub data "
+                "set's id."
+            )
         start_project(_request(folder, base, data, eval_data, chosen or ["lora"], columns, values))
     else:
         given: dict[str, Any] = {"--data": data, "--eval-data": eval_data, "--columns": columns}
         given |= {"--no-template": no_template, "--set": values}
         if unused := [name for name, value in given.items() if value]:
-            raise UserError(f"{unused[0]} goes with a new project of --base and --data. Edit {folder}/params.yaml.")
+            raise UserError(
+                f"{unused[0]} goes with a new project of --base and --data. Edit "
+                f"{folder}/params.yaml."
+            )
         added, notes = create(folder, GRAPH, params, base, chosen or None)
         for note in notes:
             print_note(note)
@@ -96,7 +122,9 @@ def new(
 def train(
     base: BaseOption = None,
     data: DataOption = None,
-    out: Annotated[Path, Option("--out", help="Folder of the new project, or of one to go on with.")] = Path("run"),
+    out: Annotated[
+        Path, Option("--out", help="Folder of the new project, or of one to go on with.")
+    ] = Path("run"),
     eval_data: EvalOption = None,
     methods: MethodsOption = None,
     columns: ColumnsOption = None,
@@ -106,8 +134,8 @@ def train(
 ) -> None:
     """Fine-tune a base on your data, in one command.
 
-    Makes a project in --out and runs it. Settings are chosen for the base, the data and the memory here, each with a
-    reason; --set replaces any of them. After a stop, the same command goes on.
+    Makes a project in --out and runs it. Settings are chosen for the base, the data and the memory
+    here, each with a reason; --set replaces any of them. After a stop, the same command goes on.
     """
     from cli.console import follow
     from cli.project import refuse_broken
@@ -126,12 +154,15 @@ def train(
         for key, value in given.items():
             if open_project(params, [f"{key}={dump_inline(value)}"]).params != project.params:
                 raise UserError(
-                    f"{out} is a project already, in which {key} is not {dump_inline(value)}. Edit {params}, or name "
+                    f"{out} is a project already, in which {key} is not {dump_inline(value)}. "
+                    f"Edit {params}, or name "
                     "another folder with --out."
                 )
     else:
         if base is None or not data:
-            raise UserError("lora train needs --base, a model, and --data, the examples to train it on.")
+            raise UserError(
+                "lora train needs --base, a model, and --data, the examples to train it on."
+            )
         start_project(_request(out, base, data, eval_data, chosen, columns, values))
     for name in open_project(params).stages:
         run_stage(name, params, None, False)
@@ -165,7 +196,9 @@ def _names(methods: str | None) -> list[str]:
 
 
 def _read_values(settings: list[str], methods: list[str]) -> dict[str, Any]:
-    """section.key → value of each `--set`; a key alone is the training block's, or a method's own. Raises UserError."""
+    """section.key → value of each `--set`; a key alone is the training block's, or a method's own.
+    Raises UserError.
+    """
     from pipeline.errors import UserError
     from pipeline.files import strict_yaml
     from pipeline.project.params.load import TRAINING
@@ -181,12 +214,19 @@ def _read_values(settings: list[str], methods: list[str]) -> dict[str, Any]:
         except ValueError:
             raise UserError(f"--set {key}: {text!r} is not a YAML value.") from None
         if not equals or not key.strip():
-            raise UserError(f"--set takes KEY=VALUE, such as rank=16 or finetune_lora.rank=16, got {setting!r}.")
+            raise UserError(
+                f"--set takes KEY=VALUE, such as rank=16 or finetune_lora.rank=16, got {setting!r}."
+            )
         key = key.strip()
         if "." not in key:
             chosen = [METHODS[name] for name in methods if name in METHODS]
-            shared = key in hints(Training) and not any(key in stage.settings.PRETRAINED for stage in chosen)
-            own = next((stage for stage in chosen if key in hints(stage.settings)), chosen[0] if chosen else None)
+            shared = key in hints(Training) and not any(
+                key in stage.settings.PRETRAINED for stage in chosen
+            )
+            own = next(
+                (stage for stage in chosen if key in hints(stage.settings)),
+                chosen[0] if chosen else None,
+            )
             key = f"{TRAINING if shared or own is None else own.section}.{key}"
         values[key] = value
     return values
@@ -234,7 +274,9 @@ def _print_foreign(foreign: Foreign) -> None:
 
 
 def _refuse_other(project: Project, base: str | None, data: Sequence[str]) -> None:
-    """Raises UserError if a project trains another base, or trains or evaluates on other data, than is asked for."""
+    """Raises UserError if a project trains another base, or trains or evaluates on other data, than
+    is asked for.
+    """
     from pipeline.errors import UserError
     from pipeline.files.base_model import parse_source
 
@@ -242,10 +284,21 @@ def _refuse_other(project: Project, base: str | None, data: Sequence[str]) -> No
     if base is not None:
         asked, there = parse_source(base, Path.cwd()), parse_source(origin, project.root)
         if (asked.hub_id, asked.path.resolve()) != (there.hub_id, there.path.resolve()):
-            raise UserError(f"{project.params_path} has base {origin}, not {base}. Name another folder with --out.")
-    files = {(project.root / name).resolve() for stage in project.stages.values() for name in project.data_files(stage)}
-    if other := [name for name in data if Path(name).exists() and Path(name).resolve() not in files]:
-        raise UserError(f"{project.params_path} does not train on {other[0]}. Name another folder with --out.")
+            raise UserError(
+                f"{project.params_path} has base {origin}, not {base}. Name another folder with "
+                "--out."
+            )
+    files = {
+        (project.root / name).resolve()
+        for stage in project.stages.values()
+        for name in project.data_files(stage)
+    }
+    if other := [
+        name for name in data if Path(name).exists() and Path(name).resolve() not in files
+    ]:
+        raise UserError(
+            f"{project.params_path} does not train on {other[0]}. Name another folder with --out."
+        )
 
 
 def start_project(request: Request) -> None:
@@ -267,14 +320,19 @@ def _print_started(started: Started, folder: Path) -> None:
     print_line(f"data   {', '.join(_describe_data(started))}")
     for problems in report.groups[:3]:
         print_note(f"note: {problems}")
-    rows = [(key.rpartition(".")[2], dump_inline(value), why) for key, value, why in started.recipe.rows()]
+    rows = [
+        (key.rpartition(".")[2], dump_inline(value), why)
+        for key, value, why in started.recipe.rows()
+    ]
     print_line("")
     print_table(("chosen", "value", "because"), rows)
     print_line("")
     trial = started.trial
     low, high = map(duration, trial.seconds)
     spread = low if low == high else f"{low} to {high}"
-    memory = f"; {in_units(trial.predicted)} of {in_units(machine.memory)} of memory" * bool(trial.predicted)
+    memory = f"; {in_units(trial.predicted)} of {in_units(machine.memory)} of memory" * bool(
+        trial.predicted
+    )
     steps = f"{trial.steps:,} steps, {trial.tokens:,} tokens"
     print_line(f"takes  {steps}, {spread} here ({trial.timed} steps were timed){memory}")
     print_line(f"{folder}: added {', '.join(started.added)}")
@@ -296,15 +354,22 @@ def _describe_data(started: Started) -> Iterator[str]:
     from pipeline.data.formats import FORMATS
 
     report = started.report
-    formats = " and ".join(report.formats) + ", in the base's chat template" * bool(report.templated)
+    formats = " and ".join(report.formats) + ", in the base's chat template" * bool(
+        report.templated
+    )
     yield f"{', '.join(Path(name).name for name in report.files)} ({formats})"
     yield f"{report.examples:,} examples"
     if report.turns:
         yield f"{report.turns:,} turns"
     if report.tokens and report.trained_tokens is not None and report.quantiles:
         share = report.trained_tokens / report.tokens
-        trained = " and ".join(dict.fromkeys(each.trained for each in FORMATS if each.name in report.formats))
-        yield f"{report.tokens:,} tokens, of which {report.trained_tokens:,} ({share:.0%}) are trained on: {trained}"
+        trained = " and ".join(
+            dict.fromkeys(each.trained for each in FORMATS if each.name in report.formats)
+        )
+        yield (
+            f"{report.tokens:,} tokens, of which {report.trained_tokens:,} ({share:.0%}) are "
+            f"trained on: {trained}"
+        )
         yield f"longest {report.quantiles['max']:,}"
     if report.evaluation:
         yield f"{report.evaluation:,} to evaluate on"
@@ -321,12 +386,17 @@ def _describe_run(project: Project, variant: str) -> str:
     last = last_telemetry(project.run_folder(stage.name))
     if last is None:
         return "trained elsewhere"
-    memory = f", memory: {in_units(last.measured)} measured, {in_units(last.predicted)} predicted" * bool(last.measured)
+    memory = (
+        f", memory: {in_units(last.measured)} measured, {in_units(last.predicted)} predicted"
+        * bool(last.measured)
+    )
     return f"{last.step} steps in {duration(last.seconds)}{memory}"
 
 
 def _print_results(project: Project, folder: Path) -> None:
-    """How many answers are as expected, what was learned and forgotten, the memory, and some answers."""
+    """How many answers are as expected, what was learned and forgotten, the memory, and some
+    answers.
+    """
     from cli.console import print_line
     from cli.project import count_lines, print_answers
     from pipeline.export.formats import FORMATS
@@ -335,13 +405,16 @@ def _print_results(project: Project, folder: Path) -> None:
     evaluation = project.artifact("evaluate")
     metrics = read_json(evaluation / "metrics.json", "Run `lora evaluate`")
     samples = read_json(evaluation / "samples.json", "Run `lora evaluate`")
-    # MiniGPT's base has no rows for new words, so its loss on them is that of the model that training starts from
+    # MiniGPT's base has no rows for new words, so its loss on them is that of the model that
+    # training starts from
     base: dict[str, Any] = next(
         (metrics[name] for name in ("base", "expanded") if "new_loss" in metrics.get(name, {})), {}
     )
     stages = [stage for stage in project.stages.values() if stage.look and stage.variant]
     names = [stage.variant for stage in stages if "new_loss" in metrics.get(stage.variant, {})]
-    held_out = any(section.eval_share or section.eval_data for section in map(project.section, stages))
+    held_out = any(
+        section.eval_share or section.eval_data for section in map(project.section, stages)
+    )
     where = "held-out examples" if held_out else "the examples trained on"
     print_line("")
     for name in names:
@@ -359,10 +432,15 @@ def _print_results(project: Project, folder: Path) -> None:
     print_answers(samples, ["base", *names], SHOWN_ANSWERS)
     adapter = next((s.path for s in project.stages.values() if s.kind == "adapter"), None)
     where = os.path.relpath(folder)
-    print_line(f"\nNext: cd {where}; lora report   all answers; or: lora-tui, lora chat, lora serve")
+    print_line(
+        f"\nNext: cd {where}; lora report   all answers; or: lora-tui, lora chat, lora serve"
+    )
     print_line(f"      {_dvc()} repro   after an edit of params.yaml")
     if adapter:
-        print_line(f"      lora export {adapter} --format peft --out DIR   (or {', '.join(list(FORMATS)[1:])})")
+        print_line(
+            f"      lora export {adapter} --format peft --out DIR   (or "
+            f"{', '.join(list(FORMATS)[1:])})"
+        )
 
 
 def _dvc() -> str:

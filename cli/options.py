@@ -19,8 +19,14 @@ if TYPE_CHECKING:
 
 
 def base_folder(base: Path | None) -> Path | None:
-    """Callback for --base: the folder of a base that is named as `base` in params.yaml names one. Raises UserError."""
-    if base is None or base.is_dir() or (base.suffix != ".gguf" and (base.parent == Path() or base.parent.is_dir())):
+    """Callback for --base: the folder of a base that is named as `base` in params.yaml names one.
+    Raises UserError.
+    """
+    if (
+        base is None
+        or base.is_dir()
+        or (base.suffix != ".gguf" and (base.parent == Path() or base.parent.is_dir()))
+    ):
         return base  # a folder, which the command says it misses if it is not there
     from cli.console import print_note
     from pipeline.models.import_base import import_to_cache
@@ -36,15 +42,24 @@ def use_device(name: str | None) -> None:
         process.ask(name)
 
 
-ParamsOption = Annotated[Path, Option("--params", help="Params file; paths in it are relative to its folder.")]
+ParamsOption = Annotated[
+    Path, Option("--params", help="Params file; paths in it are relative to its folder.")
+]
 SetOption = Annotated[
     list[str] | None,
-    Option("--set", metavar="KEY=VALUE", help="Override one value for this run: finetune_lora.rank=8"),
+    Option(
+        "--set", metavar="KEY=VALUE", help="Override one value for this run: finetune_lora.rank=8"
+    ),
 ]
 ForceOption = Annotated[bool, Option("--force", help="Run even if the cache has the result.")]
 CheckpointOption = Annotated[
     int | None,
-    Option("--checkpoint-every", "--save-steps", min=1, help="Steps between checkpoints; default: save_steps."),
+    Option(
+        "--checkpoint-every",
+        "--save-steps",
+        min=1,
+        help="Steps between checkpoints; default: save_steps.",
+    ),
 ]
 AdapterArgument = Annotated[Path, Argument(metavar="PATH", help="Adapter folder.")]
 BaseOption = Annotated[
@@ -52,20 +67,28 @@ BaseOption = Annotated[
     Option(
         "--base",
         callback=base_folder,
-        help="Base: folder, .gguf file or hub id; default: the base named by the adapter, or artifacts/expanded.",
+        help=(
+            "Base: folder, .gguf file or hub id; default: the base named by the adapter, or "
+            "artifacts/expanded."
+        ),
     ),
 ]
 BaseNameOption = Annotated[
-    str | None, Option("--base-name", help="Name of the base to write; default: the hub id it was imported from.")
+    str | None,
+    Option(
+        "--base-name", help="Name of the base to write; default: the hub id it was imported from."
+    ),
 ]
 OutOption = Annotated[Path, Option("--out", help="Output folder.")]
 WidthOption = Annotated[
-    Literal["fp32", "bf16", "fp16"] | None, Option(help="dtype of the merged weights; default: the base's.")
+    Literal["fp32", "bf16", "fp16"] | None,
+    Option(help="dtype of the merged weights; default: the base's."),
 ]
 PromptsOption = Annotated[
     Path | None, Option(help="Prompts to compare the merged model with base + adapter; loads both.")
 ]
-DeviceOption = Annotated[  # of every command that computes with a model or with weights, which need not read it
+# of every command that computes with a model or with weights, which need not read it
+DeviceOption = Annotated[
     str | None,
     Option(
         "--device",
@@ -74,7 +97,9 @@ DeviceOption = Annotated[  # of every command that computes with a model or with
         help="cpu, cuda, cuda:N, mps or auto; default: LORA_DEVICE, then `device:` of params.yaml.",
     ),
 ]
-TrustOption = Annotated[bool, Option("--trust-remote-code", help="Run the code that came with the base.")]
+TrustOption = Annotated[
+    bool, Option("--trust-remote-code", help="Run the code that came with the base.")
+]
 ColumnsOption = Annotated[
     str | None,
     Option(
@@ -86,12 +111,16 @@ ColumnsOption = Annotated[
 ]
 PlainOption = Annotated[
     bool,
-    Option("--no-template", help="Take plain prompts and completions as they are, without the base's chat template."),
+    Option(
+        "--no-template",
+        help="Take plain prompts and completions as they are, without the base's chat template.",
+    ),
 ]
 JsonOption = Annotated[bool, Option("--json", help="Print one JSON document to stdout.")]
 DEFAULT_PARAMS = Path("params.yaml")
 WIDEST = len("finetune_freeze")  # of the names of the design card's stages
-UNDER_DVC = "DVC_STAGE" in os.environ  # DVC runs the command as one of many stages: it prints one line
+# DVC runs the command as one of many stages: it prints one line
+UNDER_DVC = "DVC_STAGE" in os.environ
 
 
 def finite(value: float | None) -> float | None:
@@ -103,7 +132,9 @@ def finite(value: float | None) -> float | None:
 
 def size_of(text: str) -> int:
     """Parser of options that are a size: the bytes of 5GB, 1.5 GiB or 500MB."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([kmgt])(i?)b", str(text).strip(), re.IGNORECASE | re.ASCII)
+    match = re.fullmatch(
+        r"(\d{1,9}(?:\.\d{1,9})?) ?([kmgt])(i?)b", str(text).strip(), re.IGNORECASE | re.ASCII
+    )
     if not match:
         raise BadParameter(f"{text!r} must be a size such as 500MB, 5GB or 1.5GiB.")
     number, prefix, binary = match.groups()
@@ -115,12 +146,17 @@ def columns_of(text: str | None) -> dict[str, str]:
     pairs = [part.partition("=") for part in text.split(",")] if text else []
     columns = {key.strip(): column.strip() for key, _, column in pairs}
     if not all(columns) or not all(columns.values()) or len(columns) < len(pairs):
-        raise BadParameter(f"{text!r} must be KEY=COLUMN,…, each key once, such as prompt=question,completion=answer.")
+        raise BadParameter(
+            f"{text!r} must be KEY=COLUMN,…, each key once, such as "
+            "prompt=question,completion=answer."
+        )
     return columns
 
 
 class Lazy(Mapping[str, Any]):
-    """A group's commands by name, each imported when it is asked for: `lora --help` takes a third of the time."""
+    """A group's commands by name, each imported when it is asked for: `lora --help` takes a third
+    of the time.
+    """
 
     def __init__(self, names: Callable[[], Iterable[str]], load: Callable[[str], Any]) -> None:
         self._names, self._load = names, load
@@ -149,7 +185,9 @@ def _printable_errors() -> Iterator[None]:
 
 
 class Group(TyperGroup):
-    """Answers an unknown command or option that is a former name, or another tool's, with the name here."""
+    """Answers an unknown command or option that is a former name, or another tool's, with the name
+    here.
+    """
 
     def list_commands(self, _ctx: Any) -> list[str]:
         return list(self.commands)
@@ -173,12 +211,16 @@ class Group(TyperGroup):
                 return super().invoke(ctx)
         except Exception as error:  # Typer does not export the class of an unknown option's error
             unknown: Any = error if hasattr(error, "option_name") else None
-            if unknown and unknown.ctx and unknown.ctx.parent is ctx:  # of a command of this very group
+            # of a command of this very group
+            if unknown and unknown.ctx and unknown.ctx.parent is ctx:
                 from pipeline.project.params.aliases import OPTIONS
 
                 meant = OPTIONS.get(unknown.option_name)
                 if any(meant in option.opts for option in unknown.ctx.command.params):
-                    unknown.message, unknown.possibilities = f"{unknown.message}. Did you mean {meant}?", None
+                    unknown.message, unknown.possibilities = (
+                        f"{unknown.message}. Did you mean {meant}?",
+                        None,
+                    )
             raise
 
 

@@ -1,4 +1,6 @@
-"""`lora params`, `report`, `cache` and `doctor`: a project as a whole, and the machine that it runs on."""
+"""`lora params`, `report`, `cache` and `doctor`: a project as a whole, and the machine that it runs
+on.
+"""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
     from pipeline.project.stage_graph import Project, Stage
 
 app = group()
-Samples = Mapping[str, Sequence[Mapping[str, Any]]]  # samples.json: model → its answers, to the same questions
+# samples.json: model → its answers, to the same questions
+Samples = Mapping[str, Sequence[Mapping[str, Any]]]
 UNKNOWN_WORDS = "not asked: it does not know all of these words"
 MOST_CHARACTERS = 300  # of a text; report.md has all of it
 cache = group(help="Show or prune the cache of finished stages.", invoke_without_command=True)
@@ -37,7 +40,17 @@ MOST = 3  # commands that are named one by one
 MUCH = 500_000_000  # bytes of a cache that are worth a hint
 SOURCE = 42  # the column of a value's source, where the value leaves room
 GPU_REPORT = Path("lora-gpu-report.md")  # of `lora doctor --gpu`
-LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "typer", "rich", "dvc", "matplotlib")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "typer",
+    "rich",
+    "dvc",
+    "matplotlib",
+)
 
 
 @settings.command("show")
@@ -58,11 +71,19 @@ def show_params(
     from pipeline.project.params.schema import hints
 
     params = project_of(path, overrides).params
-    names = [name for name in params.kinds if name in params.sections and (name != "import" or params.origin.imports)]
+    names = [
+        name
+        for name in params.kinds
+        if name in params.sections and (name != "import" or params.origin.imports)
+    ]
     if section is not None and section not in names:
         raise UserError(f"{section} is not a section of this project. It has {', '.join(names)}.")
     names = names if section is None else [section]
-    above = {"base": params.origin.base, "report_to": params.report_to, "device": params.running.device}
+    above = {
+        "base": params.origin.base,
+        "report_to": params.report_to,
+        "device": params.running.device,
+    }
     above = above if section is None else {}
     rows = {key: (value, params.source(TOP_LEVEL[key], key)) for key, value in above.items()}
     rows |= {
@@ -71,7 +92,12 @@ def show_params(
         for key in hints(params.kinds[name])
     }
     if as_json:
-        print_json([{"key": key, "value": value, "source": source} for key, (value, source) in rows.items()])
+        print_json(
+            [
+                {"key": key, "value": value, "source": source}
+                for key, (value, source) in rows.items()
+            ]
+        )
         return
     for name in ("", *names):  # "" has what stands above the sections
         if name:
@@ -79,12 +105,16 @@ def show_params(
         for path_of_key, (value, source) in rows.items():
             own, _, key = path_of_key.rpartition(".")
             if own == name:
-                print_line(f"{'  ' * bool(name) + key + ': ' + dump_inline(value):<{SOURCE}}  # {source}")
+                print_line(
+                    f"{'  ' * bool(name) + key + ': ' + dump_inline(value):<{SOURCE}}  # {source}"
+                )
 
 
 @settings.command()
 def explain(
-    key: Annotated[str, Argument(metavar="KEY", help="A key, such as finetune_lora.rank, or a section.")],
+    key: Annotated[
+        str, Argument(metavar="KEY", help="A key, such as finetune_lora.rank, or a section.")
+    ],
     as_json: JsonOption = False,
 ) -> None:
     """Say what a key means, which values it may have, and its default."""
@@ -102,7 +132,8 @@ def explain(
     if section not in kinds:
         meant = suggest(section, kinds, KEYS)
         raise UserError(
-            f"There is no section {section}. " + (f"Did you mean {meant}?" if meant else f"Known: {', '.join(kinds)}.")
+            f"There is no section {section}. "
+            "" + (f"Did you mean {meant}?" if meant else f"Known: {', '.join(kinds)}.")
         )
     kind = kinds[section]
     if name and name not in hints(kind):
@@ -143,7 +174,8 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     project = project_of(params)
     folder = project.artifact("evaluate")
     path = folder / "metrics.json"
-    # without an evaluation, what training itself measured is there, such as the accuracy of preferences
+    # without an evaluation, what training itself measured is there, such as the accuracy of
+    # preferences
     has_others = not path.exists() and beside(project, {})
     metrics = {} if has_others else read_json(path, f"Run {project.command('evaluate')}")
     others = beside(project, metrics)
@@ -170,7 +202,11 @@ def _print_answers(folder: Path, metrics: Mapping[str, Any]) -> None:
     from pipeline.errors import UserError
     from pipeline.files.artifact import read_json
 
-    lines = [f"{name}: {line}" for name in metrics for line in count_lines(metrics, name, "the data's prompts")]
+    lines = [
+        f"{name}: {line}"
+        for name in metrics
+        for line in count_lines(metrics, name, "the data's prompts")
+    ]
     if not lines:
         return
     for line in lines:
@@ -180,31 +216,47 @@ def _print_answers(folder: Path, metrics: Mapping[str, Any]) -> None:
     try:
         print_answers(read_json(folder / "samples.json", "Run `lora evaluate`"), [*metrics])
     except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{folder / 'samples.json'} holds no answers. Run `lora evaluate` again.") from None
+        raise UserError(
+            f"{folder / 'samples.json'} holds no answers. Run `lora evaluate` again."
+        ) from None
     print_line("")
 
 
 def _note_on(project: "Project", stage: "Stage", numbers: Mapping[str, Any]) -> None:
-    """What else there is to say of a model that the project's evaluation lacks: how it is evaluated, or its verdict."""
+    """What else there is to say of a model that the project's evaluation lacks: how it is
+    evaluated, or its verdict.
+    """
     from cli.console import print_note
     from pipeline.inference.catalog import VERDICT
 
     own = stage.name in project.readable
-    command = "lora evaluate" if own else f"lora evaluate --adapter {project.artifact_name(stage.name)}"
+    command = (
+        "lora evaluate" if own else f"lora evaluate --adapter {project.artifact_name(stage.name)}"
+    )
     if VERDICT not in numbers:
         print_note(f"{stage.variant} is not evaluated yet. Run `{command}`.")
     elif numbers[VERDICT] and numbers[VERDICT].broken:
         print_note(numbers[VERDICT].warning(stage.variant))
 
 
-def print_metrics(metrics: Mapping[str, Any], path: Path, others: Mapping[str, Any] | None = None) -> None:
-    """The comparison, the tasks and the verdict of an evaluation, whose metrics are those of `path`.
+def print_metrics(
+    metrics: Mapping[str, Any], path: Path, others: Mapping[str, Any] | None = None
+) -> None:
+    """The comparison, the tasks and the verdict of an evaluation, whose metrics are those of
+    `path`.
 
     `others`: what is known of models that it lacks. Raises UserError.
     """
     from cli.console import print_line, print_table
     from pipeline.errors import UserError
-    from pipeline.evaluation.comparison import TASKS, by_variant, certified, comparison, legend, task_scores
+    from pipeline.evaluation.comparison import (
+        TASKS,
+        by_variant,
+        certified,
+        comparison,
+        legend,
+        task_scores,
+    )
 
     try:
         models = {**by_variant(metrics), **(others or {})}
@@ -239,7 +291,8 @@ def print_gate(metrics: Mapping[str, Any]) -> None:
 
 
 def refuse_broken(project: "Project", shown: bool = False) -> None:
-    """Raises UserError if the last evaluation broke evaluate.limits, so that the command ends with 1.
+    """Raises UserError if the last evaluation broke evaluate.limits, so that the command ends with
+    1.
 
     `shown`: the table of what was broken was printed already.
     """
@@ -252,7 +305,9 @@ def refuse_broken(project: "Project", shown: bool = False) -> None:
 
 
 def refuse_verdict(metrics: Mapping[str, Any]) -> None:
-    """Raises UserError, with the next step, if the models of these metrics break evaluate.limits."""
+    """Raises UserError, with the next step, if the models of these metrics break
+    evaluate.limits.
+    """
     from pipeline.errors import UserError
     from pipeline.project.gate import read_verdict
 
@@ -261,8 +316,12 @@ def refuse_verdict(metrics: Mapping[str, Any]) -> None:
         raise UserError(verdict.error)
 
 
-def warn_outdated(project: "Project", subject: str, reasons: Sequence[str], stages: Mapping[str, object]) -> None:
-    """One line on stderr: what is out of date, why, and how it is made again from the first of `stages` on."""
+def warn_outdated(
+    project: "Project", subject: str, reasons: Sequence[str], stages: Mapping[str, object]
+) -> None:
+    """One line on stderr: what is out of date, why, and how it is made again from the first of
+    `stages` on.
+    """
     from cli.console import print_note
 
     commands = [f"`{project.graph.stages[name].command}`" for name in stages]
@@ -271,7 +330,9 @@ def warn_outdated(project: "Project", subject: str, reasons: Sequence[str], stag
 
 
 @cache.callback()
-def show_cache(context: Context, params: ParamsOption = DEFAULT_PARAMS, as_json: JsonOption = False) -> None:
+def show_cache(
+    context: Context, params: ParamsOption = DEFAULT_PARAMS, as_json: JsonOption = False
+) -> None:
     """Show what is kept: stage, key, size, last use."""
     if context.invoked_subcommand:
         return
@@ -281,11 +342,25 @@ def show_cache(context: Context, params: ParamsOption = DEFAULT_PARAMS, as_json:
     entries = _cache_of(params).entries()
     if as_json:
         print_json(
-            [{"stage": e.stage, "key": e.key, "bytes": e.size, "shared": e.shared, "used": e.used} for e in entries]
+            [
+                {
+                    "stage": e.stage,
+                    "key": e.key,
+                    "bytes": e.size,
+                    "shared": e.shared,
+                    "used": e.used,
+                }
+                for e in entries
+            ]
         )
         return
     rows = [
-        (e.stage, e.key[:12], in_units(e.size), datetime.fromtimestamp(e.used).strftime("%Y-%m-%d %H:%M"))
+        (
+            e.stage,
+            e.key[:12],
+            in_units(e.size),
+            datetime.fromtimestamp(e.used).strftime("%Y-%m-%d %H:%M"),
+        )
         for e in entries
     ]
     print_table(("stage", "key", "size", "last used"), rows, right=("size",))
@@ -299,12 +374,23 @@ def show_cache(context: Context, params: ParamsOption = DEFAULT_PARAMS, as_json:
 @cache.command()
 def prune(
     params: ParamsOption = DEFAULT_PARAMS,
-    keep: Annotated[int, Option(min=0, help="Number of entries to keep per stage, most recently used first.")] = 0,
+    keep: Annotated[
+        int, Option(min=0, help="Number of entries to keep per stage, most recently used first.")
+    ] = 0,
     older_than: Annotated[
-        float, Option(min=0, callback=finite, metavar="DAYS", help="Only entries unused for at least DAYS days.")
+        float,
+        Option(
+            min=0,
+            callback=finite,
+            metavar="DAYS",
+            help="Only entries unused for at least DAYS days.",
+        ),
     ] = 0.0,
     max_size: Annotated[
-        int | None, Option(parser=size_of, metavar="SIZE", help="Keep what was used last, up to SIZE: 5GB, 500MB.")
+        int | None,
+        Option(
+            parser=size_of, metavar="SIZE", help="Keep what was used last, up to SIZE: 5GB, 500MB."
+        ),
     ] = None,
 ) -> None:
     """Remove cached results; artifacts stay."""
@@ -330,10 +416,15 @@ def _cache_of(params: Path) -> "Cache":
 
 @app.command()
 def doctor(
-    gpu: Annotated[bool, Option("--gpu", help="Check what only a GPU can show, in at most 15 minutes.")] = False,
+    gpu: Annotated[
+        bool, Option("--gpu", help="Check what only a GPU can show, in at most 15 minutes.")
+    ] = False,
     out: Annotated[
         Path | None,
-        Option(metavar="FILE", help=f"The report of --gpu, without names of user and host; default: {GPU_REPORT}."),
+        Option(
+            metavar="FILE",
+            help=f"The report of --gpu, without names of user and host; default: {GPU_REPORT}.",
+        ),
     ] = None,
     as_json: JsonOption = False,
     _device: DeviceOption = None,
@@ -360,7 +451,9 @@ def doctor(
 
     try:
         found = llama_cpp.find()
-        runner = f"{found.name}, {found.path}".removeprefix("llama.cpp ") if found else "not installed"
+        runner = (
+            f"{found.name}, {found.path}".removeprefix("llama.cpp ") if found else "not installed"
+        )
     except UserError as error:
         runner = str(error)
     slower: Sequence[Finding] = ()
@@ -397,7 +490,8 @@ def doctor(
                 "for": user,
                 "extra": needs.extra,
                 "libraries": {
-                    library: None if library in missing[user] else version_of(library) for library in needs.libraries
+                    library: None if library in missing[user] else version_of(library)
+                    for library in needs.libraries
                 },
                 "missing": missing[user],
                 "without": needs.without or "an error",
@@ -410,7 +504,12 @@ def doctor(
     print_table(("", ""), list(facts.items()))
     print_line("")
     rows = [
-        (user, needs.extra, f"missing: {', '.join(lacks)}" if (lacks := missing[user]) else "installed", needs.without)
+        (
+            user,
+            needs.extra,
+            f"missing: {', '.join(lacks)}" if (lacks := missing[user]) else "installed",
+            needs.without,
+        )
         for user, needs in OPTIONAL.items()
     ]
     print_table(("command or setting", "extra", "libraries", "without them"), rows)
@@ -424,7 +523,9 @@ def doctor(
 
 
 def _check_gpu(out: Path, as_json: bool) -> None:
-    """Run the checks on the GPU and write the report; without one, print what they are. Raises UserError."""
+    """Run the checks on the GPU and write the report; without one, print what they are. Raises
+    UserError.
+    """
     from cli.console import print_json, print_line, print_note, print_table
     from pipeline.errors import UserError
     from pipeline.models.device import best_device, explain_choice
@@ -434,11 +535,16 @@ def _check_gpu(out: Path, as_json: bool) -> None:
     device = best_device()
     is_gpu = device.type == "cuda"
     if is_gpu:
-        report.write(out, device, [])  # a place that takes no file is an error now, not in a quarter of an hour
+        # a place that takes no file is an error now, not in a quarter of an hour
+        report.write(out, device, [])
     else:
-        print_note(f"{explain_choice()}. On a CUDA GPU this would be checked; nothing was run or written.")
+        print_note(
+            f"{explain_choice()}. On a CUDA GPU this would be checked; nothing was run or written."
+        )
     results = []
-    running = report.run(device) if is_gpu else (report.Result(check, []) for check in CHECKS.values())
+    running = (
+        report.run(device) if is_gpu else (report.Result(check, []) for check in CHECKS.values())
+    )
     for number, check in enumerate(CHECKS.values(), 1):
         if is_gpu:
             print_note(f"{number} of {len(CHECKS)}: {check.name}, at most {check.limit} s")
@@ -451,8 +557,13 @@ def _check_gpu(out: Path, as_json: bool) -> None:
         print_line(f"\n{result.check.name}", style="bold")
         rows = [("expected", result.check.expected)]
         lines = result.lines()
-        rows += [(line["verdict"], f"{line['what']}: {line['seen']}".removeprefix(": ")) for line in lines]
-        rows += [("to do", remedy) for remedy in dict.fromkeys(line["to do"] for line in lines) if remedy]
+        rows += [
+            (line["verdict"], f"{line['what']}: {line['seen']}".removeprefix(": "))
+            for line in lines
+        ]
+        rows += [
+            ("to do", remedy) for remedy in dict.fromkeys(line["to do"] for line in lines) if remedy
+        ]
         print_table(("", ""), rows)
     if not is_gpu:
         return
@@ -463,7 +574,9 @@ def _check_gpu(out: Path, as_json: bool) -> None:
 
 
 def count_lines(metrics: Mapping[str, Any], name: str, where: str) -> list[str]:
-    """How many answers of the model `name` are as expected, beside the base's, and where the others differ."""
+    """How many answers of the model `name` are as expected, beside the base's, and where the others
+    differ.
+    """
     from pipeline.data.answers.match import describe
 
     counts, before = (metrics.get(model, {}).get("answers", {}) for model in (name, "base"))
@@ -497,7 +610,9 @@ def print_answers(samples: Samples, names: Sequence[str], most: int | None = Non
         for name in models:
             # by its prompt: a model is not asked what has words that it does not know
             same = [row for row in samples[name] if row["prompt"] == last[number]["prompt"]]
-            sign, answer = (match_of(same[0]).sign, same[0]["answer"]) if same else (" ", UNKNOWN_WORDS)
+            sign, answer = (
+                (match_of(same[0]).sign, same[0]["answer"]) if same else (" ", UNKNOWN_WORDS)
+            )
             print_line(f"{sign} {name:{width}}  {_shorten(answer)}")
 
 

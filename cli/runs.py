@@ -1,4 +1,6 @@
-"""`lora runs`: the training runs of a project; trackers that follow a run, and sending finished ones to them."""
+"""`lora runs`: the training runs of a project; trackers that follow a run, and sending finished
+ones to them.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,16 @@ if TYPE_CHECKING:
 FINISHING = 5.0  # seconds that a finished run waits for its trackers, which then go on alone
 
 app = group()
-runs = group(help="List training runs, take one again, send to trackers.", invoke_without_command=True)
+runs = group(
+    help="List training runs, take one again, send to trackers.", invoke_without_command=True
+)
 app.add_typer(runs, name="runs")
 
 
 @runs.callback()
-def list_runs(context: Context, params: ParamsOption = DEFAULT_PARAMS, as_json: JsonOption = False) -> None:
+def list_runs(
+    context: Context, params: ParamsOption = DEFAULT_PARAMS, as_json: JsonOption = False
+) -> None:
     """List the last run of each stage and those in the cache: steps, loss, when."""
     if context.invoked_subcommand:
         return
@@ -38,7 +44,11 @@ def list_runs(context: Context, params: ParamsOption = DEFAULT_PARAMS, as_json: 
     for run in _find(project_of(params)):
         for curve in run.curves:
             steps = read_steps(curve.loss)
-            row = {"key": run.key[:SHORT_KEY], "run": run.curve_label(curve.name), "steps": len(steps)}
+            row = {
+                "key": run.key[:SHORT_KEY],
+                "run": run.curve_label(curve.name),
+                "steps": len(steps),
+            }
             rows.append({**row, "loss": final_loss(steps), "when": run.when})
     if as_json:
         print_json(rows)
@@ -54,7 +64,10 @@ def list_runs(context: Context, params: ParamsOption = DEFAULT_PARAMS, as_json: 
         for row in rows
     ]
     print_table(("key", "run", "steps", "loss", "when"), cells, right=("steps", "loss"))
-    print_line("\nTake one again with `lora runs apply KEY`; send one with `lora runs export KEY --to TRACKER`.")
+    print_line(
+        "\nTake one again with `lora runs apply KEY`; send one with `lora runs export KEY --to "
+        "TRACKER`."
+    )
 
 
 @runs.command()
@@ -64,7 +77,8 @@ def apply(
 ) -> None:
     """Take an earlier run again: its settings and its artifact.
 
-    The settings go into the params file, the artifact comes from the cache. The one that it replaces stays there.
+    The settings go into the params file, the artifact comes from the cache. The one that it
+    replaces stays there.
     """
     from cli.console import print_line
     from pipeline.errors import UserError
@@ -74,26 +88,40 @@ def apply(
     project = project_of(params)
     run = _select(_find(project), name)[0]
     if not run.key:
-        raise UserError(f"{run.label} has not finished, so there is nothing to take. `lora runs` lists the others.")
+        raise UserError(
+            f"{run.label} has not finished, so there is nothing to take. `lora runs` lists the "
+            "others."
+        )
     if project.home(run.stage) is not project:
         raise UserError(
-            f"{run.stage} is a stage of {project.params.project}. Run this in {project.home(run.stage).root}."
+            f"{run.stage} is a stage of {project.params.project}. Run this in "
+            f"{project.home(run.stage).root}."
         )
     values = settings_to_write(project, run)
     restore(project, run)
     write_values(project, values, name)
-    print_line(f"{project.artifact_name(run.stage)}  {run.key[:SHORT_KEY]}, {' '.join(run.label.split())}")
+    print_line(
+        f"{project.artifact_name(run.stage)}  {run.key[:SHORT_KEY]}, {' '.join(run.label.split())}"
+    )
 
 
 @runs.command()
 def export(
-    to: Annotated[str, Option("--to", metavar="TRACKER", help="dvclive, mlflow, tensorboard, trackio or wandb.")],
+    to: Annotated[
+        str,
+        Option("--to", metavar="TRACKER", help="dvclive, mlflow, tensorboard, trackio or wandb."),
+    ],
     name: Annotated[
         str | None,
-        Argument(metavar="[RUN]", help="Its key in `lora runs`, or a stage for its last. Omit: the last of each."),
+        Argument(
+            metavar="[RUN]",
+            help="Its key in `lora runs`, or a stage for its last. Omit: the last of each.",
+        ),
     ] = None,
     params: ParamsOption = DEFAULT_PARAMS,
-    out: Annotated[Path | None, Option(help="Folder of the tracker's runs, instead of its own.")] = None,
+    out: Annotated[
+        Path | None, Option(help="Folder of the tracker's runs, instead of its own.")
+    ] = None,
 ) -> None:
     """Send finished runs to a tracker.
 
@@ -140,11 +168,15 @@ def _select(found: list[Run], name: str | None) -> list[Run]:
     from pipeline.project.cache import SHORT_KEY
 
     last = {run.stage: run for run in reversed(found)}
-    chosen = [run for run in found if run.key[:SHORT_KEY] == name] or ([last[name]] if name in last else [])
+    chosen = [run for run in found if run.key[:SHORT_KEY] == name] or (
+        [last[name]] if name in last else []
+    )
     if name is None:
         chosen = list(reversed(last.values()))
     if not chosen:
-        raise UserError(f"There is no run{f' {name}' * bool(name)}. `lora runs` lists them with their keys.")
+        raise UserError(
+            f"There is no run{f' {name}' * bool(name)}. `lora runs` lists them with their keys."
+        )
     return chosen
 
 
@@ -154,10 +186,18 @@ def start_trackers(job: Job) -> Generator[Event, None, list[Follower]]:
     from pipeline.project.logs.follower import Followed, Follower, missing
     from pipeline.project.runner import Note
 
-    project, stage, journal, started = job.project, job.stage, run_state.read(job.run), list[Follower]()
+    project, stage, journal, started = (
+        job.project,
+        job.stage,
+        run_state.read(job.run),
+        list[Follower](),
+    )
     for name in project.params.report_to if journal else ():
         if why := missing(name):
-            yield Note(f"{stage.name}: report_to: {why}, and send the run with `lora runs export --to {name}`")
+            yield Note(
+                f"{stage.name}: report_to: {why}, and send the run with `lora runs export --to "
+                f"{name}`"
+            )
             continue
         followed = Followed(
             root=str(project.root),
@@ -179,7 +219,9 @@ def start_trackers(job: Job) -> Generator[Event, None, list[Follower]]:
 
 
 def finish_trackers(followers: list[Follower]) -> None:
-    """Give the trackers a moment to read the end of the run, and say which of them failed or are still at it."""
+    """Give the trackers a moment to read the end of the run, and say which of them failed or are
+    still at it.
+    """
     from time import monotonic
 
     from cli.console import print_note
@@ -190,13 +232,16 @@ def finish_trackers(followers: list[Follower]) -> None:
             print_note(f"{one.name} is still reading the run's log, and ends by itself.")
         elif problem := one.problem():
             again = f"Send the run with `lora runs export --to {one.name}`"
-            print_note(f"{one.name} did not get all of the run: {problem}. {again}; {one.log} has more.")
+            print_note(
+                f"{one.name} did not get all of the run: {problem}. {again}; {one.log} has more."
+            )
 
 
 def write_values(project: Project, values: Mapping[str, Any], what: str = "--apply") -> None:
     """Write `section.key` → value into the params file, and print the lines that changed.
 
-    Raises UserError, which begins with `what`, for a section of the project that this one builds on.
+    Raises UserError, which begins with `what`, for a section of the project that this one builds
+    on.
     """
     from difflib import unified_diff
 
@@ -212,12 +257,23 @@ def write_values(project: Project, values: Mapping[str, Any], what: str = "--app
     inherited = project.parent.params.written if project.parent else frozenset()
     for section in sections:
         if section in inherited - named:
-            raise UserError(f"{what}: {section} is a section of {project.params.project}. Set it there by hand.")
+            raise UserError(
+                f"{what}: {section} is a section of {project.params.project}. Set it there by hand."
+            )
     before = read_text(path)
     save(path, values, project.graph.sections)
     lines = unified_diff(before.splitlines(), read_text(path).splitlines(), n=0, lineterm="")
     changed = [line for line in [*lines][2:] if line[0] in "+-"]
-    print_line("\n".join([f"{path.name}:", *changed]) if changed else f"{path.name} has these values already.")
-    new = [section for section in sections if section not in named and section in project.graph.product]
+    print_line(
+        "\n".join([f"{path.name}:", *changed])
+        if changed
+        else f"{path.name} has these values already."
+    )
+    new = [
+        section for section in sections if section not in named and section in project.graph.product
+    ]
     if new and (project.root / "dvc.yaml").is_file():
-        print_note(f"{new[0]} is a stage of this project now. For `dvc repro`, remove dvc.yaml and run `lora new .`.")
+        print_note(
+            f"{new[0]} is a stage of this project now. For `dvc repro`, remove dvc.yaml and run "
+            "`lora new .`."
+        )

@@ -1,4 +1,6 @@
-"""The pipeline's stages as commands. What a stage runs is imported only once the cache has missed."""
+"""The pipeline's stages as commands. What a stage runs is imported only once the cache has
+missed.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ class _Methods(Group):
 
 
 app = group()
-finetune = group(help="Fine-tune the expanded base with one method.", no_args_is_help=True, cls=_Methods)
+finetune = group(
+    help="Fine-tune the expanded base with one method.", no_args_is_help=True, cls=_Methods
+)
 app.add_typer(finetune, name="finetune")
 
 
@@ -107,22 +111,39 @@ def _distributes(stage: Stage) -> Callable[..., None]:
         force: ForceOption = False,
         checkpoint_every: CheckpointOption = None,
         devices: Annotated[int, Option(min=1, help="Number of processes, one per GPU.")] = 1,
-        nodes: Annotated[int, Option("--nnodes", min=1, help="Number of machines; run the same command on each.")] = 1,
+        nodes: Annotated[
+            int, Option("--nnodes", min=1, help="Number of machines; run the same command on each.")
+        ] = 1,
         endpoint: Annotated[
             str | None,
-            Option("--rdzv-endpoint", metavar="HOST:PORT", help="With --nnodes: one of the machines, and a free port."),
+            Option(
+                "--rdzv-endpoint",
+                metavar="HOST:PORT",
+                help="With --nnodes: one of the machines, and a free port.",
+            ),
         ] = None,
         node_rank: Annotated[
             int | None,
-            Option("--node-rank", min=0, help="With --nnodes: this machine's number, 0 at --rdzv-endpoint."),
+            Option(
+                "--node-rank",
+                min=0,
+                help="With --nnodes: this machine's number, 0 at --rdzv-endpoint.",
+            ),
         ] = None,
         shard: Annotated[
-            bool | None, Option(help="Shard the base over the devices; default: if a step does not fit one.")
+            bool | None,
+            Option(help="Shard the base over the devices; default: if a step does not fit one."),
         ] = None,
         dry_run: Annotated[
-            bool, Option("--dry-run", help="Try a few steps; show memory, steps, tokens and time, and make nothing.")
+            bool,
+            Option(
+                "--dry-run",
+                help="Try a few steps; show memory, steps, tokens and time, and make nothing.",
+            ),
         ] = False,
-        apply: Annotated[bool, Option("--apply", help="Then write the values of --set into the params file.")] = False,
+        apply: Annotated[
+            bool, Option("--apply", help="Then write the values of --set into the params file.")
+        ] = False,
         _device: DeviceOption = None,
     ) -> None:
         from pipeline.errors import UserError
@@ -130,26 +151,43 @@ def _distributes(stage: Stage) -> Callable[..., None]:
 
         if apply and (dry_run or not overrides):
             reason = "--dry-run makes nothing" if dry_run else "there are none"
-            raise UserError(f"--apply writes the values of --set once they have trained, but {reason}. Leave it out.")
+            raise UserError(
+                f"--apply writes the values of --set once they have trained, but {reason}. Leave "
+                "it out."
+            )
         if dry_run:
             _print_plan(project_of(params, overrides), stage)
             return
         if shard and devices * nodes == 1 and world().world_size == 1:
-            raise UserError("--shard shares the base among several devices. Say how many with --devices.")
+            raise UserError(
+                "--shard shares the base among several devices. Say how many with --devices."
+            )
         if (nodes > 1) != (endpoint is not None):
-            raise UserError("--nnodes and --rdzv-endpoint go together: the machines have to meet. Name both.")
+            raise UserError(
+                "--nnodes and --rdzv-endpoint go together: the machines have to meet. Name both."
+            )
         if node_rank is not None and not node_rank < nodes > 1:
-            raise UserError(f"--node-rank must be less than --nnodes, which is {nodes}, got {node_rank}. Correct it.")
+            raise UserError(
+                f"--node-rank must be less than --nnodes, which is {nodes}, got {node_rank}. "
+                "Correct it."
+            )
         if devices * nodes > 1 and world().world_size == 1:
             from pipeline.training.parallel.launch import launch
 
-            project_of(params, overrides).stage(stage.name)  # what is wrong is said before anything starts
+            # what is wrong is said before anything starts
+            project_of(params, overrides).stage(stage.name)
             given = ["--params", str(params), *["--force"] * force]
-            given += [] if checkpoint_every is None else ["--checkpoint-every", str(checkpoint_every)]
+            given += (
+                [] if checkpoint_every is None else ["--checkpoint-every", str(checkpoint_every)]
+            )
             given += [f"--set={override}" for override in overrides or ()]
             given += [] if shard is None else ["--shard" if shard else "--no-shard"]
             given += ["--apply"] * apply
-            raise Exit(launch(devices, ["finetune", stage.method, *given], nodes, endpoint or "", node_rank))
+            raise Exit(
+                launch(
+                    devices, ["finetune", stage.method, *given], nodes, endpoint or "", node_rank
+                )
+            )
         run_stage(stage.name, params, overrides, force, checkpoint_every, shard, apply=apply)
 
     return command
@@ -166,18 +204,30 @@ def _print_plan(project: Project, stage: Stage) -> None:
     project.stage(stage.name)
     trial = follow(try_stage(project, stage), f"{stage.name}, trying a few steps")
     room = f"{in_units(available_memory(trial.device))} free on {device_info(trial.device)['name']}"
-    peak = f"{in_units(trial.predicted)} of tensors at the peak, " if trial.predicted else "not predicted, "
+    peak = (
+        f"{in_units(trial.predicted)} of tensors at the peak, "
+        if trial.predicted
+        else "not predicted, "
+    )
     low, high = map(duration, trial.seconds)
     print_line(f"memory  {peak}{room}")
     print_line(f"steps   {trial.steps:,}, {trial.steps_per_epoch:,} per epoch")
     print_line(f"tokens  {trial.tokens:,}, {trial.epoch_tokens:,} per epoch")
     print_line(f"time    {low if low == high else f'{low} to {high}'}, by {trial.timed} steps")
     states = Status().of(project)
-    waiting = [one.command for name, one in project.stages.items() if states[name].state != "current"]
-    print_line(f"{'dvc repro would run' if project.has_dvc else 'to run'}: {', '.join(waiting) or 'nothing'}")
+    waiting = [
+        one.command for name, one in project.stages.items() if states[name].state != "current"
+    ]
+    print_line(
+        f"{'dvc repro would run' if project.has_dvc else 'to run'}: "
+        f"{', '.join(waiting) or 'nothing'}"
+    )
     for name, reasons in apart(project).items():
         if name in project.stages:
-            print_line(f"  it replaces {project.artifact_name(name)}, made with other settings: {', '.join(reasons)}")
+            print_line(
+                f"  it replaces {project.artifact_name(name)}, made with other settings: "
+                f"{', '.join(reasons)}"
+            )
 
 
 def _sweep(
@@ -187,12 +237,22 @@ def _sweep(
     checkpoint_every: CheckpointOption = None,
     over: Annotated[
         list[str] | None,
-        Option(metavar="KEY", help="Sweep values around the advised ones: learning_rate, rank, alpha, target_modules."),
+        Option(
+            metavar="KEY",
+            help=(
+                "Sweep values around the advised ones: learning_rate, rank, alpha, target_modules."
+            ),
+        ),
     ] = None,
     max_divergence: Annotated[
-        float | None, Option(min=0, callback=finite, help="Choose among adapters that are this close to the base.")
+        float | None,
+        Option(
+            min=0, callback=finite, help="Choose among adapters that are this close to the base."
+        ),
     ] = None,
-    apply: Annotated[bool, Option("--apply", help="Write the best adapter's values into finetune_lora.")] = False,
+    apply: Annotated[
+        bool, Option("--apply", help="Write the best adapter's values into finetune_lora.")
+    ] = False,
     _device: DeviceOption = None,
 ) -> None:
     """The command of a sweep, which also chooses among what it made."""
@@ -201,9 +261,16 @@ def _sweep(
         from pipeline.errors import UserError
         from pipeline.stages.methods.sweep import grid_around
 
-        if any(override.partition("=")[0].strip() == "finetune_sweep.grid" for override in overrides):
-            raise UserError("--over makes the grid, which --set finetune_sweep.grid does too. Leave one of them out.")
-        overrides.append(f"finetune_sweep.grid={json.dumps(grid_around(project_of(params, overrides), over))}")
+        if any(
+            override.partition("=")[0].strip() == "finetune_sweep.grid" for override in overrides
+        ):
+            raise UserError(
+                "--over makes the grid, which --set finetune_sweep.grid does too. Leave one of "
+                "them out."
+            )
+        overrides.append(
+            f"finetune_sweep.grid={json.dumps(grid_around(project_of(params, overrides), over))}"
+        )
     run_stage("finetune_sweep", params, overrides, force, checkpoint_every)
     if not UNDER_DVC:
         from pipeline.project.params.load import read_overrides
@@ -211,9 +278,11 @@ def _sweep(
         _choose(project_of(params, overrides), read_overrides(overrides), max_divergence, apply)
 
 
-def _choose(project: Project, given: Mapping[str, Any], max_divergence: float | None, apply: bool) -> None:
-    """Print the table of a sweep's adapters and which of them to take; write its values into the params file, and those
-    that --set gave all of them."""
+def _choose(
+    project: Project, given: Mapping[str, Any], max_divergence: float | None, apply: bool
+) -> None:
+    """Print the table of a sweep's adapters and which of them to take; write its values into the
+    params file, and those that --set gave all of them."""
     from cli.console import print_line, print_table
     from cli.runs import write_values
     from pipeline.evaluation.selection import beyond, choose, loss_of, pareto
@@ -223,30 +292,49 @@ def _choose(project: Project, given: Mapping[str, Any], max_divergence: float | 
 
     table = read_json(project.artifact("finetune_sweep") / TABLE, "Run `lora finetune sweep`")
     front = pareto(table)
-    numbers = {"trained": ("trainable", ","), "steps": ("steps", ","), "loss": ("final_loss", ".4f")}
-    numbers |= {"held out": ("eval_loss", ".4f"), **({"divergence": ("divergence", ".4f")} if front else {})}
+    numbers = {
+        "trained": ("trainable", ","),
+        "steps": ("steps", ","),
+        "loss": ("final_loss", ".4f"),
+    }
+    numbers |= {
+        "held out": ("eval_loss", ".4f"),
+        **({"divergence": ("divergence", ".4f")} if front else {}),
+    }
     rows = []
     for name, end in table.items():
-        cells = ["" if end.get(key) is None else f"{end[key]:{form}}" for key, form in numbers.values()]
-        rows.append((name, *cells, *(["yes" if name in front else ""] if front else []), end["state"]))
-    print_table(("adapter", *numbers, *(["Pareto"] if front else []), "end"), rows, right=tuple(numbers))
+        cells = [
+            "" if end.get(key) is None else f"{end[key]:{form}}" for key, form in numbers.values()
+        ]
+        rows.append(
+            (name, *cells, *(["yes" if name in front else ""] if front else []), end["state"])
+        )
+    print_table(
+        ("adapter", *numbers, *(["Pareto"] if front else []), "end"), rows, right=tuple(numbers)
+    )
     best = choose(table, max_divergence)
     row = table[best]
     kind = "loss" if row["eval_loss"] is None else "held-out loss"
     divergence = f", divergence {row['divergence']:.4f}" if front else ""
     print_line(f"best: {best}, {kind} {loss_of(row):.4f}{divergence}")
     if row["eval_loss"] is None:
-        print_line("No example is held out: the training loss decides. Set finetune_lora.eval_share.")
+        print_line(
+            "No example is held out: the training loss decides. Set finetune_lora.eval_share."
+        )
     grid, lora = project.params.finetune_sweep.grid, type(project.params.finetune_lora)
     for key, (edge, further) in beyond(table, best, grid, lora).items():
         longer = dump_inline({key: further})
         print_line(
-            f"{key} {dump_inline(row['values'][key])} is the {edge} that was tried: a better one may be beyond it. "
+            f"{key} {dump_inline(row['values'][key])} is the {edge} that was tried: a better one "
+            "may be beyond it. "
             f"Sweep on with --set 'finetune_sweep.grid={longer}'."
         )
     if apply:
         shared = {key: value for key, value in given.items() if key.startswith("finetune_lora.")}
-        write_values(project, {**shared, **{f"finetune_lora.{key}": value for key, value in row["values"].items()}})
+        write_values(
+            project,
+            {**shared, **{f"finetune_lora.{key}": value for key, value in row["values"].items()}},
+        )
 
 
 app.command("import", help="Import the base model → artifacts/base.")(_runs("import"))
@@ -256,7 +344,9 @@ app.command(
     help="Train a model from random weights on old and new data.\n\n"
     "It has the base's shape; writes artifacts/from_scratch.",
 )(_trains("train_from_scratch"))
-app.command("expand-vocab", help="Add rows for new words → artifacts/expanded.")(_runs("expand_vocab"))
+app.command("expand-vocab", help="Add rows for new words → artifacts/expanded.")(
+    _runs("expand_vocab")
+)
 
 
 @app.command()
@@ -264,7 +354,9 @@ def merge(
     params: ParamsOption = DEFAULT_PARAMS,
     overrides: SetOption = None,
     force: ForceOption = False,
-    adapter: Annotated[Path | None, Option(help="Adapter to merge instead of the pipeline's; needs --out.")] = None,
+    adapter: Annotated[
+        Path | None, Option(help="Adapter to merge instead of the pipeline's; needs --out.")
+    ] = None,
     out: Annotated[Path | None, Option(help="Output folder for --adapter.")] = None,
     base: BaseOption = None,
     precision: WidthOption = None,
@@ -276,9 +368,12 @@ def merge(
 
     With a certificate: each matrix received its update once, and the answers are the same.
 
-    With --adapter and --out: any adapter into its base's files, tensor by tensor, without loading the model.
+    With --adapter and --out: any adapter into its base's files, tensor by tensor, without loading
+    the model.
     """
-    if trust_remote_code or any(option is not None for option in (adapter, out, base, precision, prompts)):
+    if trust_remote_code or any(
+        option is not None for option in (adapter, out, base, precision, prompts)
+    ):
         from cli.console import follow, noting_replaced, print_line, print_note
         from pipeline.errors import UserError
         from pipeline.export.formats import Export, note_on_verdict
@@ -286,14 +381,23 @@ def merge(
         from pipeline.weights.merge import describe, merge_to
 
         if adapter is None or out is None:
-            raise UserError("To merge any adapter, name it with --adapter and the folder to write with --out.")
+            raise UserError(
+                "To merge any adapter, name it with --adapter and the folder to write with --out."
+            )
         if overrides or force or params != DEFAULT_PARAMS:
-            raise UserError("--params, --set and --force are of the pipeline's merge: leave out --adapter, or them.")
+            raise UserError(
+                "--params, --set and --force are of the pipeline's merge: leave out --adapter, or "
+                "them."
+            )
         export = Export(adapter, base, None, precision, prompts, trust_remote_code)
         for note in note_on_verdict(adapter):
             print_note(note.text)
         with noting_replaced(out):
-            print_line("  ".join((str(out), *describe(follow(merge_to(out, *merging_of(export)), "merge")))))
+            print_line(
+                "  ".join(
+                    (str(out), *describe(follow(merge_to(out, *merging_of(export)), "merge")))
+                )
+            )
         return
     run_stage("merge", params, overrides, force)
 
@@ -304,27 +408,39 @@ def evaluate(
     overrides: SetOption = None,
     force: ForceOption = False,
     harness: Annotated[
-        list[str] | None, Option("--harness", metavar="TASK", help="Run a task of lm-evaluation-harness instead.")
+        list[str] | None,
+        Option("--harness", metavar="TASK", help="Run a task of lm-evaluation-harness instead."),
     ] = None,
-    include_path: Annotated[Path | None, Option(help="Folder of more tasks for --harness, as YAML files.")] = None,
-    limit: Annotated[int | None, Option(min=1, help="Only the first examples of each task of --harness.")] = None,
-    num_fewshot: Annotated[int | None, Option(min=0, help="Examples before each question of --harness.")] = None,
+    include_path: Annotated[
+        Path | None, Option(help="Folder of more tasks for --harness, as YAML files.")
+    ] = None,
+    limit: Annotated[
+        int | None, Option(min=1, help="Only the first examples of each task of --harness.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, Option(min=0, help="Examples before each question of --harness.")
+    ] = None,
     apply_chat_template: Annotated[
-        bool, Option("--apply-chat-template", help="Ask the questions of --harness in the chat template.")
+        bool,
+        Option(
+            "--apply-chat-template", help="Ask the questions of --harness in the chat template."
+        ),
     ] = False,
     adapter: Annotated[
-        list[Path] | None, Option(help="Adapter to evaluate instead of the project's models, with its base.")
+        list[Path] | None,
+        Option(help="Adapter to evaluate instead of the project's models, with its base."),
     ] = None,
     base: BaseOption = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
     _device: DeviceOption = None,
 ) -> None:
-    """Compare all variants → artifacts/evaluation. Exits with 1 where a model does not keep evaluate.limits.
+    """Compare all variants → artifacts/evaluation. Exits with 1 where a model does not keep
+    evaluate.limits.
 
-    With --adapter: the same numbers of these adapters, such as a sweep's → artifacts/measured. With --harness: scores
-    of lm-evaluation-harness for every variant, or for --base and each --adapter. The tasks may be your own; a task may
-    run Python code.
+    With --adapter: the same numbers of these adapters, such as a sweep's → artifacts/measured. With
+    --harness: scores of lm-evaluation-harness for every variant, or for --base and each --adapter.
+    The tasks may be your own; a task may run Python code.
     """
     from cli.console import print_json
     from cli.project import refuse_broken, report
@@ -341,7 +457,8 @@ def evaluate(
     given = (option is not None for option in (include_path, limit, num_fewshot))
     if any((*given, base and not adapter, apply_chat_template, trust_remote_code)):
         raise UserError(
-            "Without --harness TASK, evaluate takes --adapter, --base, --params, --set, --force and --json alone."
+            "Without --harness TASK, evaluate takes --adapter, --base, --params, --set, --force "
+            "and --json alone."
         )
     if adapter:
         _measure(adapter, base, params, overrides, as_json)
@@ -350,15 +467,22 @@ def evaluate(
     project = project_of(params, overrides)
     if as_json:
         print_json(read_json(project.artifact("evaluate") / "metrics.json", "Run `lora evaluate`"))
-    elif not UNDER_DVC:  # of many stages' output the table would be lost in the middle: `lora report` shows it
+    # of many stages' output the table would be lost in the middle: `lora report` shows it
+    elif not UNDER_DVC:
         report(params)
     refuse_broken(project, shown=as_json or not UNDER_DVC)
 
 
 def _measure(
-    adapters: Sequence[Path], base: Path | None, params: Path, overrides: list[str] | None, as_json: bool
+    adapters: Sequence[Path],
+    base: Path | None,
+    params: Path,
+    overrides: list[str] | None,
+    as_json: bool,
 ) -> None:
-    """Evaluate adapters and show what was measured of each. Raises UserError if they break evaluate.limits."""
+    """Evaluate adapters and show what was measured of each. Raises UserError if they break
+    evaluate.limits.
+    """
     from cli.console import follow, print_json, print_note
     from cli.project import print_metrics, refuse_verdict
     from pipeline.errors import UserError
@@ -367,7 +491,9 @@ def _measure(
     if missing := [str(path) for path in adapters if not path.is_dir()]:
         raise UserError(f"--adapter {missing[0]} is not a folder. Name an adapter's folder.")
     job = measuring(project_of(params, overrides))
-    metrics, problems = follow(measure(job, [path.absolute() for path in adapters], base), "evaluate")
+    metrics, problems = follow(
+        measure(job, [path.absolute() for path in adapters], base), "evaluate"
+    )
     if as_json:
         print_json(metrics)
     else:
@@ -393,9 +519,15 @@ def _run_harness(
 
     if models is None:
         project = project_of(params, overrides)
-        models, trust_remote_code = variant_folders(project), project.params.origin.trust_remote_code
+        models, trust_remote_code = (
+            variant_folders(project),
+            project.params.origin.trust_remote_code,
+        )
     if not models:
-        raise UserError("There is no model yet. Make one, as with `lora import`, or name one with --base or --adapter.")
+        raise UserError(
+            "There is no model yet. Make one, as with `lora import`, or name one with --base or "
+            "--adapter."
+        )
     document = run(models, options, trust_remote_code, print_note)
     if as_json:
         print_json(document)
@@ -414,14 +546,21 @@ def run_stage(
     silent: bool = False,
     apply: bool = False,
 ) -> None:
-    """Run a stage, show how it goes, and say in a line what came of it, unless it is to be `silent` on stdout.
+    """Run a stage, show how it goes, and say in a line what came of it, unless it is to be `silent`
+    on stdout.
 
     `apply`: then write the overrides into the params file.
     """
     from cli.advise import advice_notes
     from cli.console import follow, print_line, print_note
     from pipeline.errors import UserError
-    from pipeline.project.logs.run_log import LOSS, final_accuracy, final_answers, final_loss, read_steps
+    from pipeline.project.logs.run_log import (
+        LOSS,
+        final_accuracy,
+        final_answers,
+        final_loss,
+        read_steps,
+    )
     from pipeline.project.process import world
     from pipeline.project.runner import Facts, run
 
@@ -451,7 +590,9 @@ def run_stage(
             raise UserError(f"{name} runs in one process. Call it without torchrun.")
         from pipeline.training.parallel.ranks import run_distributed
 
-        events = run_distributed(project, stage, work, force=force, checkpoint_every=checkpoint_every)
+        events = run_distributed(
+            project, stage, work, force=force, checkpoint_every=checkpoint_every
+        )
     manifest = follow(events, name, quiet=UNDER_DVC)
     if not manifest:  # not the process that writes
         return
@@ -467,7 +608,8 @@ def run_stage(
         parts.append(f"{parameters['total']:,} parameters")
         if parameters["trainable"]:
             parts.append(f"{parameters['trainable']:,} trained")
-        if "stored" in parameters:  # PiSSA's adapter takes its beginning away again, which needs twice its rank
+        # PiSSA's adapter takes its beginning away again, which needs twice its rank
+        if "stored" in parameters:
             parts.append(f"{parameters['stored']:,} in the adapter's file")
     if isinstance(manifest.get("adapters"), dict):
         parts.append(f"{len(list(folder.glob(f'*/{LOSS}')))} adapters")
@@ -481,7 +623,9 @@ def run_stage(
     if steps:
         parts.append(f"loss {final_loss(steps):.3f} after {steps[-1].step:,} steps")
         settings = project.params.section(stage.section)
-        answered = final_answers(steps, settings.patience, settings.metric_for_best_model == "eval_answers")
+        answered = final_answers(
+            steps, settings.patience, settings.metric_for_best_model == "eval_answers"
+        )
         if answered is not None:
             parts.append(f"held-out answers {answered:.0%} as expected (long ones: ROUGE-L)")
     print_line(f"{f'{name:{WIDEST}}  ' if UNDER_DVC else ''}{'  '.join(parts)}")
@@ -512,6 +656,11 @@ def _note_overrides(project: Project, stage: Stage) -> None:
     can_apply = stage.name.startswith("finetune_") and stage.kind != "adapters"
     keep = " --apply writes what was --set into it." * can_apply
     if stage.name not in plain.readable:
-        print_note(f"{file} has no section {stage.name}{', so `dvc repro` does not make it' * has_dvc}.{keep}")
+        print_note(
+            f"{file} has no section "
+            f"{stage.name}{', so `dvc repro` does not make it' * has_dvc}.{keep}"
+        )
     elif changed := changed_params(settings_of(project, stage), settings_of(plain, stage)):
-        print_note(f"{file} says otherwise: {', '.join(changed)}. {again} replaces this result.{keep}")
+        print_note(
+            f"{file} says otherwise: {', '.join(changed)}. {again} replaces this result.{keep}"
+        )

@@ -1,4 +1,6 @@
-"""`python -m docs`: renews the pages that are generated from the code. A test compares them with what this writes."""
+"""`python -m docs`: renews the pages that are generated from the code. A test compares them with
+what this writes.
+"""
 
 from docs.generators import generated
 

@@ -1,4 +1,5 @@
-"""`make demo`: the small finished project that `lora-tui --demo` opens, computed and packed into the program.
+"""`make demo`: the small finished project that `lora-tui --demo` opens, computed and packed into
+the program.
 
 Seeds are fixed: a new demo of the same code differs in times alone.
 """
@@ -27,14 +28,17 @@ SAMPLES = {"prompts": [*OLD, *NEW], "every": 50, "max_tokens": 8}
 VALUES: Mapping[str, Any] = {
     "training.samples": SAMPLES,
     "pretrain.samples": {**SAMPLES, "prompts": OLD},  # it does not know the new words
-    "pretrain.d_model": 32,  # less to download; it learns the same sentences, and at 24 LoRA learns one fewer
+    # less to download; it learns the same sentences, and at 24 LoRA learns one fewer
+    "pretrain.d_model": 32,
     "pretrain.feed_forward": 128,
     "finetune_lora.train_embeddings": "new_rows",
     "finetune_sweep.grid": {"rank": [1, 2, 4, 8], "learning_rate": [1e-3, 4e-3]},
     "finetune_sweep.old_data": "data/pretrain.de.txt",
-    "evaluate.limits": {"answers_kept": 0.7, "variants": ["full", "lora"]},  # LoRA keeps it, full fine-tuning does not
+    # LoRA keeps it, full fine-tuning does not
+    "evaluate.limits": {"answers_kept": 0.7, "variants": ["full", "lora"]},
 }
-LEFT_OUT = {".lora-cache", "tmp", "cache", "lock", "tokens"}  # caches, locks, the tokens as a run reads them
+# caches, locks, the tokens as a run reads them
+LEFT_OUT = {".lora-cache", "tmp", "cache", "lock", "tokens"}
 README = """\
 # The demo of the LoRA workbench
 

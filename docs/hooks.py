@@ -1,7 +1,9 @@
-"""The project's own files in the docs site: what a page links to outside docs/ gets a page below project/.
+"""The project's own files in the docs site: what a page links to outside docs/ gets a page below
+project/.
 
-There `../../pipeline/errors.py#UserError` and `../../params.yaml#L3` work as in a checkout: each line of a file is an
-anchor, and so is each name that a Python file defines. A folder becomes a list of its files.
+There `../../pipeline/errors.py#UserError` and `../../params.yaml#L3` work as in a checkout: each
+line of a file is an anchor, and so is each name that a Python file defines. A folder becomes a list
+of its files.
 """
 
 import ast
@@ -21,14 +23,17 @@ from pygments.util import ClassNotFound
 from docs.generators.errors import definitions
 
 ROOT = Path(__file__).resolve().parents[1]
-ALWAYS = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "LICENSE", "docs/decisions")  # the navigation names them
+# the navigation names them
+ALWAYS = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "LICENSE", "docs/decisions")
 LINK = re.compile(r"(?<=\]\()(?![\w+.-]+:|[#/])([^)#\s]+)")  # relative, without its fragment
 SOURCE = "---\nsource: {name}\nhide: [toc]\nsearch: {{exclude: true}}\n---\n# `{name}`\n"
 UNLISTED = re.compile(r"[._].*|artifacts|runs|dvc\.lock")  # of a folder: hidden, or made by a run
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds a page for each file or folder that a page links to, and for those that these link to."""
+    """Adds a page for each file or folder that a page links to, and for those that these link
+    to.
+    """
     waiting = [name for name in ALWAYS if (ROOT / name).exists()]
     for file in files.documentation_pages():
         waiting += _linked(f"docs/{file.src_uri}", file.content_string)
@@ -52,7 +57,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     """The page's text, with links to where the project's files are in the site."""
     if page.file.src_uri.startswith(("decisions/", "project/")):
-        page.meta["search"] = {"boost": 0.5, **page.meta.get("search", {})}  # what holds today is in the other pages
+        # what holds today is in the other pages
+        page.meta["search"] = {"boost": 0.5, **page.meta.get("search", {})}
     return markdown if page.file.generated_by else rewrite(f"docs/{page.file.src_uri}", markdown)
 
 
@@ -74,9 +80,13 @@ def in_site(name: str) -> str:
 
 
 def rewrite(name: str, markdown: str) -> str:
-    """The text of the page `name`, a path of the project, with its links as they are in the site."""
+    """The text of the page `name`, a path of the project, with its links as they are in the
+    site.
+    """
     here = dirname(in_site(name)) or "."
-    return LINK.sub(lambda link: relpath(in_site(normpath(join(dirname(name), link[1]))), here), markdown)
+    return LINK.sub(
+        lambda link: relpath(in_site(normpath(join(dirname(name), link[1]))), here), markdown
+    )
 
 
 def _linked(name: str, markdown: str) -> Iterator[str]:
@@ -87,7 +97,10 @@ def _linked(name: str, markdown: str) -> Iterator[str]:
 def _list(folder: Path) -> str:
     """A folder's page: links to its files, the names of its folders."""
     shown = [path for path in sorted(folder.iterdir()) if not UNLISTED.fullmatch(path.name)]
-    lines = [f"- `{path.name}/`" if path.is_dir() else f"- [{_title(path)}]({path.name})" for path in shown]
+    lines = [
+        f"- `{path.name}/`" if path.is_dir() else f"- [{_title(path)}]({path.name})"
+        for path in shown
+    ]
     name = folder.relative_to(ROOT).as_posix()
     title = folder.name.capitalize() if name.startswith("docs/") else name  # of pages, or of code
     return "\n".join((f"# {title}\n", *lines))
@@ -95,7 +108,11 @@ def _list(folder: Path) -> str:
 
 def _title(path: Path) -> str:
     """The title of a page, the name of another file."""
-    return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") if path.suffix == ".md" else path.name
+    return (
+        path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        if path.suffix == ".md"
+        else path.name
+    )
 
 
 def _code(name: str) -> tuple[str, set[str]]:
@@ -111,7 +128,9 @@ def _code(name: str) -> tuple[str, set[str]]:
     lines = highlight(text, lexer, HtmlFormatter(nowrap=True)).rstrip("\n").split("\n")
     for number, line in enumerate(lines, 1):
         defined = f'<a id="{names[number]}"></a>' if number in names else ""
-        lines[number - 1] = f'{defined}<a id="L{number}" href="#L{number}" data-line="{number}"></a>{line}'
+        lines[number - 1] = (
+            f'{defined}<a id="L{number}" href="#L{number}" data-line="{number}"></a>{line}'
+        )
     code = "\n".join(lines)
     anchors = {*names.values(), *(f"L{number}" for number in range(1, len(lines) + 1))}
     return f'<div class="highlight source"><pre><code>{code}\n</code></pre></div>', anchors

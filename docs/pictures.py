@@ -1,4 +1,6 @@
-"""`make pictures`: those of README.md and docs/reference/screens.md, from the real program on the demo project."""
+"""`make pictures`: those of README.md and docs/reference/screens.md, from the real program on the
+demo project.
+"""
 
 import asyncio
 import os
@@ -59,7 +61,9 @@ async def models(pilot: Pilot[None]) -> None:
     await until(pilot, lambda screen: text(screen).count("100%") > 4)
     await pilot.press(*["down"] * 5, "m")
     await pilot.pause(8)  # the engine starts, and measures the spectrum
-    await pilot.press("space", *["up"] * 4, "space", "enter", *keys("die katze sitzt auf dem"), "enter")
+    await pilot.press(
+        "space", *["up"] * 4, "space", "enter", *keys("die katze sitzt auf dem"), "enter"
+    )
     await pilot.pause(6)
 
 
@@ -86,7 +90,8 @@ async def monitor(pilot: Pilot[None]) -> None:
 
 
 STEPS: Mapping[str, Steps] = {
-    steps.__name__: steps for steps in (pipeline, curves, results, data, models, chat, calculator, monitor)
+    steps.__name__: steps
+    for steps in (pipeline, curves, results, data, models, chat, calculator, monitor)
 }
 
 
@@ -109,12 +114,16 @@ def without_fonts(svg: str) -> str:
 
 def page() -> str:
     """docs/reference/screens.md: every screen in every size, dark and light."""
-    parts = ["# Every screen\n\nFrom the real program on its demo (`lora-tui --demo`); `make pictures` renews them.\n"]
+    parts = [
+        "# Every screen\n\nFrom the real program on its demo (`lora-tui --demo`); `make pictures` "
+        "renews them.\n"
+    ]
     for name, entry in SCREENS.items():
         parts.append(f"## {entry.label}\n")
         for columns, rows in SIZES:
             parts += [
-                f"![{entry.label}, {columns}×{rows}, {theme}](../pictures/{name}-{columns}x{rows}-{theme}.svg)\n"
+                f"![{entry.label}, {columns}×{rows}, "
+                f"{theme}](../pictures/{name}-{columns}x{rows}-{theme}.svg)\n"
                 for theme in THEMES
             ]
     return "\n".join(parts)

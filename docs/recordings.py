@@ -1,7 +1,9 @@
-"""`make recordings`: short recordings of the real program in a terminal, as SVG that moves by itself (CSS keyframes).
+"""`make recordings`: short recordings of the real program in a terminal, as SVG that moves by
+itself (CSS keyframes).
 
-A recording is a strip of frames, shown one after the other. Rows that are alike are stored once. Waiting is cut short.
-Who prefers reduced motion sees the last frame. `python -m docs.recordings NAME` renews one.
+A recording is a strip of frames, shown one after the other. Rows that are alike are stored once.
+Waiting is cut short. Who prefers reduced motion sees the last frame. `python -m docs.recordings
+NAME` renews one.
 """
 
 import os
@@ -38,7 +40,9 @@ SHELL = "PS1='$ ' exec bash --norc"
 
 
 class Span(NamedTuple):
-    """A stretch of a line in one color: `cells` wide from `column` on, with its text, or without as a background."""
+    """A stretch of a line in one color: `cells` wide from `column` on, with its text, or without as
+    a background.
+    """
 
     column: int
     cells: int
@@ -73,7 +77,9 @@ class Recorder:
             self.frames.append(Frame(now, rows))
 
     def until(self, holds: Callable[[str], object], seconds: float = 900) -> None:
-        """Record until something holds of the text on the screen. Raises TimeoutError with the screen."""
+        """Record until something holds of the text on the screen. Raises TimeoutError with the
+        screen.
+        """
         self.terminal.see(holds, seconds, self.look)
 
     def rest(self, seconds: float) -> None:
@@ -142,7 +148,10 @@ def svg(frames: Sequence[Frame], size: tuple[int, int], title: str, speed: float
             if row:
                 name = names.setdefault(row, f"r{len(names)}")
                 strip.append(f'<use href="#{name}" y="{number * height + 10 + line * HEIGHT:g}"/>')
-    drawn = (f'<g id="{name}">{"".join(_span(span, colors) for span in row)}</g>' for row, name in names.items())
+    drawn = (
+        f'<g id="{name}">{"".join(_span(span, colors) for span in row)}</g>'
+        for row, name in names.items()
+    )
     definitions = "".join(drawn)
     end = (len(frames) - 1) * height
     fills = "".join(f".{name}{{fill:{color}}}" for color, name in colors.items())
@@ -173,7 +182,9 @@ def first_adapter(folder: Path) -> str:
     """`lora train` of docs/tutorials/first-adapter.md."""
     environment, size = {**fresh(folder), "PATH": PATH}, (100, 34)
     page = list(steps((TUTORIALS / "first-adapter.md").read_text(encoding="utf-8")))
-    train = next(step for step in page if isinstance(step, Typed) and step.command.startswith("lora train"))
+    train = next(
+        step for step in page if isinstance(step, Typed) and step.command.startswith("lora train")
+    )
     shell = Shell(folder, environment)
     for step in page[: page.index(train)]:
         if isinstance(step, Written):
@@ -196,14 +207,19 @@ def calculator(folder: Path) -> str:
     with Terminal(SHELL, folder, size, {"PATH": PATH}) as terminal:
         recorder = Recorder(terminal)
         recorder.until(lambda text: text.startswith("$"))
-        recorder.type("lora calc --model qwen3-8b --method qlora --gpu rtx4090 --tokens 5M --price 0.5\n")
+        recorder.type(
+            "lora calc --model qwen3-8b --method qlora --gpu rtx4090 --tokens 5M --price 0.5\n"
+        )
         recorder.until(lambda text: text.rstrip().endswith("\n$"), 120)
     return svg(recorder.frames, size, "lora calc")
 
 
 def workbench(folder: Path) -> str:
     """`lora-tui --demo`: one screen after the other."""
-    size, homes = (100, 30), {f"XDG_{kind}_HOME": str(folder) for kind in ("CACHE", "STATE", "CONFIG", "DATA")}
+    size, homes = (
+        (100, 30),
+        {f"XDG_{kind}_HOME": str(folder) for kind in ("CACHE", "STATE", "CONFIG", "DATA")},
+    )
     seen: Sequence[tuple[str, Callable[[str], object]]] = (
         ("2", lambda text: "finished" in text),
         ("3", lambda text: "forgot least" in text),

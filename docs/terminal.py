@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pyte
 
-# Sequences that pyte would print: modes of the keyboard (CSI > 1 u), questions (CSI ? 2026 $ p), pictures.
+# Sequences that pyte would print: modes of the keyboard (CSI > 1 u), questions (CSI ? 2026 $ p),
+# pictures.
 UNREAD = re.compile(rb"\x1b\[[<=>][\d;]*[a-zA-Z]|\x1b\[\?[\d;]*\$p|\x1b[P_].*?\x1b\\", re.DOTALL)
 UNFINISHED = re.compile(rb"\x1b(?:\[[\d;?<=>$]*)?\Z")
 
@@ -24,7 +25,9 @@ UNFINISHED = re.compile(rb"\x1b(?:\[[\d;?<=>$]*)?\Z")
 class Terminal:
     """A command on a screen of `size` (columns, rows). Close it, or use it as a context manager."""
 
-    def __init__(self, command: str, folder: Path, size: tuple[int, int], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, command: str, folder: Path, size: tuple[int, int], environment: Mapping[str, str]
+    ) -> None:
         columns, rows = size
         self.screen = pyte.Screen(columns, rows)
         self._stream = pyte.ByteStream(self.screen)
@@ -32,7 +35,9 @@ class Terminal:
         self._end, theirs = pty.openpty()
         ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         # programs take these for the screen's size, where they are set
-        inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+        inherited = {
+            name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")
+        }
         self.process = subprocess.Popen(
             ["bash", "-c", command],
             cwd=folder,
@@ -70,9 +75,13 @@ class Terminal:
         return bool(data)
 
     def see(
-        self, holds: Callable[[str], object], seconds: float = 120, drawn: Callable[[], object] = lambda: None
+        self,
+        holds: Callable[[str], object],
+        seconds: float = 120,
+        drawn: Callable[[], object] = lambda: None,
     ) -> None:
-        """Wait until something holds of the text on the screen, and call `drawn` whenever it may have changed.
+        """Wait until something holds of the text on the screen, and call `drawn` whenever it may
+        have changed.
 
         Raises TimeoutError with the screen.
         """

@@ -1,8 +1,10 @@
-"""`python -m docs.tour [PAGE …]`: the outputs in docs/tutorials, renewed by running the commands of each page in order.
+"""`python -m docs.tour [PAGE …]`: the outputs in docs/tutorials, renewed by running the commands of
+each page in order.
 
-A test runs them too, and compares what they print with what the pages show. In a page, a block of ```console has
-commands, each in a line that begins with $, and what they print; a line with … alone stands for lines left out. A block
-with a title is a file that the reader writes. A command that ends in `# not tested: REASON` is not run.
+A test runs them too, and compares what they print with what the pages show. In a page, a block of
+```console has commands, each in a line that begins with $, and what they print; a line with … alone
+stands for lines left out. A block with a title is a file that the reader writes. A command that
+ends in `# not tested: REASON` is not run.
 """
 
 import os
@@ -16,10 +18,18 @@ from typing import NamedTuple
 
 TUTORIALS = Path(__file__).with_name("tutorials")
 PAGE = TUTORIALS / "document.md"
-# Where the commands of a page are typed: after those of another page, or in an empty folder. document.md's are typed in
-# document/, after `make document`.
-AFTER: Mapping[str, str] = {"first-adapter": "", "ollama": "first-adapter", "correct-a-fact": "", "preferences": ""}
-BLOCK = re.compile(r"^```(?:console|\w+ title=\"(?P<file>[\w./-]+)\")\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+# Where the commands of a page are typed: after those of another page, or in an empty folder.
+# document.md's are typed in document/, after `make document`.
+AFTER: Mapping[str, str] = {
+    "first-adapter": "",
+    "ollama": "first-adapter",
+    "correct-a-fact": "",
+    "preferences": "",
+}
+BLOCK = re.compile(
+    r"^```(?:console|\w+ title=\"(?P<file>[\w./-]+)\")\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
 LEFT_OUT = "…"
 
 
@@ -58,10 +68,19 @@ def untested(command: str) -> str:
     return command.partition("# not tested: ")[2]
 
 
-def run(command: str, folder: Path, given: str = "", environment: Mapping[str, str] | None = None) -> str:
-    """What a command prints in a terminal of 80 columns, notes and progress left out. Raises CalledProcessError."""
+def run(
+    command: str, folder: Path, given: str = "", environment: Mapping[str, str] | None = None
+) -> str:
+    """What a command prints in a terminal of 80 columns, notes and progress left out. Raises
+    CalledProcessError.
+    """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    terminal = {"COLUMNS": "80", "TERMINAL_WIDTH": "80", "NO_COLOR": "1", "_TYPER_FORCE_DISABLE_TERMINAL": "1"}
+    terminal = {
+        "COLUMNS": "80",
+        "TERMINAL_WIDTH": "80",
+        "NO_COLOR": "1",
+        "_TYPER_FORCE_DISABLE_TERMINAL": "1",
+    }
     done = subprocess.run(
         ["bash", "-euc", command],
         cwd=folder,
@@ -84,7 +103,9 @@ class Shell:
         (self.folder / step.name).write_text(step.text, encoding="utf-8")
 
     def type(self, step: Typed) -> str:
-        """What the command prints. Raises CalledProcessError if it fails, unless the page shows that it does."""
+        """What the command prints. Raises CalledProcessError if it fails, unless the page shows
+        that it does.
+        """
         if step.command.startswith("cd "):
             self.folder = (self.folder / step.command.removeprefix("cd ")).resolve(strict=True)
             return ""
@@ -98,11 +119,15 @@ class Shell:
         return "".join(f"{asked}\n{answer}\n" for asked, answer in zip(said, answers, strict=True))
 
     def _look(self, command: str) -> str:
-        """The terminal UI is opened, and closed when it has drawn itself; the page shows no output."""
+        """The terminal UI is opened, and closed when it has drawn itself; the page shows no
+        output.
+        """
         from docs.terminal import Terminal
 
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        with Terminal(command, self.folder, (120, 40), {**self.environment, "PATH": path}) as terminal:
+        with Terminal(
+            command, self.folder, (120, 40), {**self.environment, "PATH": path}
+        ) as terminal:
             terminal.see(lambda text: "Pipeline" in text and "quit" in text)
             terminal.press("q")
             if code := terminal.wait():
@@ -111,7 +136,8 @@ class Shell:
 
 
 def shortened(shown: str, printed: str, same: Callable[[str, str], bool]) -> str | None:
-    """The lines of `printed` that are `same` as those shown, with … for the others; None if one is missing.
+    """The lines of `printed` that are `same` as those shown, with … for the others; None if one is
+    missing.
 
     Nothing may be missing between lines that stand together, and at the ends only where … stands.
     """
@@ -123,7 +149,9 @@ def shortened(shown: str, printed: str, same: Callable[[str, str], bool]) -> str
         last = at if number == 0 else ends
         if len(groups) == 1 and first != ends:
             return None
-        here = (n for n in range(first, last + 1) if all(map(same, lines[n : n + len(group)], group)))
+        here = (
+            n for n in range(first, last + 1) if all(map(same, lines[n : n + len(group)], group))
+        )
         found = next(here, None)
         if found is None:
             return None
@@ -150,7 +178,9 @@ def _same_words(one: str, other: str) -> bool:
 
 
 def renewed(page: str, shell: Shell) -> str:
-    """The page with what its commands print now, shortened where it is. Raises SystemExit for lines that are gone."""
+    """The page with what its commands print now, shortened where it is. Raises SystemExit for lines
+    that are gone.
+    """
 
     def output(step: Typed) -> str:
         if untested(step.command):
@@ -160,7 +190,10 @@ def renewed(page: str, shell: Shell) -> str:
             return printed
         short = shortened(step.output, printed, _same_words)
         if short is None:
-            raise SystemExit(f"$ {step.command}\n{printed}\nhas lines that the page shows no more. Edit the page.")
+            raise SystemExit(
+                f"$ {step.command}\n{printed}\nhas lines that the page shows no more. Edit the "
+                "page."
+            )
         return short
 
     def block(match: re.Match[str]) -> str:
@@ -175,14 +208,21 @@ def renewed(page: str, shell: Shell) -> str:
 
 
 def fresh(folder: Path) -> dict[str, str]:
-    """What a page's commands see: a cache of their own in `folder`, and wheels that were fetched before."""
-    return {"LORA_CACHE": str(folder / "cache"), "PIP_FIND_LINKS": str(Path.home() / ".cache/lora-workbench")}
+    """What a page's commands see: a cache of their own in `folder`, and wheels that were fetched
+    before.
+    """
+    return {
+        "LORA_CACHE": str(folder / "cache"),
+        "PIP_FIND_LINKS": str(Path.home() / ".cache/lora-workbench"),
+    }
 
 
 def main(names: Sequence[str]) -> None:
     """Renew these pages, and those after which they begin; all of them if none is named."""
     ended: dict[str, Shell] = {}
-    todo = [each for name in names or ["document", *AFTER] for each in (AFTER.get(name), name) if each]
+    todo = [
+        each for name in names or ["document", *AFTER] for each in (AFTER.get(name), name) if each
+    ]
     with tempfile.TemporaryDirectory() as top:
         for name in dict.fromkeys(todo):
             page = TUTORIALS / f"{name}.md"

@@ -1,4 +1,6 @@
-"""The exceptions that end a command early on purpose, and messages for a lack of libraries, memory or disk space."""
+"""The exceptions that end a command early on purpose, and messages for a lack of libraries, memory
+or disk space.
+"""
 
 import errno
 import sys
@@ -6,22 +8,26 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # lack of space, as opposed to faulty input
+# lack of space, as opposed to faulty input
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 LONGEST_MESSAGE = 2_000  # characters of a line
-# Characters that a terminal executes instead of showing: C0 and C1 control characters, DEL and bidirectional controls;
-# and those that end a line. C0 characters have a Unicode control picture.
+# Characters that a terminal executes instead of showing: C0 and C1 control characters, DEL and
+# bidirectional controls; and those that end a line. C0 characters have a Unicode control picture.
 CONTROL = {code: chr(0x2400 + code) for code in range(32)} | {0x7F: "␡"}
-CONTROL |= dict.fromkeys((*range(0x80, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd")
+CONTROL |= dict.fromkeys(
+    (*range(0x80, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd"
+)
 
 
 class UserError(Exception):
-    """An error that the user can fix: the message says what is wrong and what to do next. Exit code 1.
+    """An error that the user can fix: the message says what is wrong and what to do next. Exit code
+    1.
 
-    Each argument is a line. Messages quote names and values of files from elsewhere, which may have control characters,
-    line breaks that would fake a second message, or megabytes: signs replace the former, an ellipsis the middle of a
-    long line.
+    Each argument is a line. Messages quote names and values of files from elsewhere, which may have
+    control characters, line breaks that would fake a second message, or megabytes: signs replace
+    the former, an ellipsis the middle of a long line.
     """
 
     def __init__(self, *lines: str) -> None:
@@ -38,7 +44,8 @@ def _one_line(text: str) -> str:
 
 
 class Interrupted(Exception):
-    """A signal stopped the work between two steps; `message` says after which. Exit code 128 + signal.
+    """A signal stopped the work between two steps; `message` says after which. Exit code 128 +
+    signal.
 
     `resumes`: whether the same command goes on from there.
     """
@@ -48,7 +55,8 @@ class Interrupted(Exception):
         self.signal_number, self.resumes = signal_number, resumes
 
 
-_OUT_OF_MEMORY = (  # messages of CUDA, MPS and CPU, of CUDA's libraries, and of NCCL, which gives no reason
+# messages of CUDA, MPS and CPU, of CUDA's libraries, and of NCCL, which gives no reason
+_OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
     "not enough memory",
@@ -58,7 +66,9 @@ _OUT_OF_MEMORY = (  # messages of CUDA, MPS and CPU, of CUDA's libraries, and of
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on any device. Decided by the message, so that torch need not be imported."""
+    """Whether memory ran out, on any device. Decided by the message, so that torch need not be
+    imported.
+    """
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
     )
@@ -77,16 +87,23 @@ def first_line(error: BaseException) -> str:
 def path_problem(error: BaseException) -> UserError | None:
     """What the user can mend in what pathlib raises as RuntimeError; None for any other error."""
     text = str(error) if isinstance(error, RuntimeError) else ""
-    if text.startswith("Symlink loop from "):  # Python 3.13 raises no error, and the system an OSError
+    # Python 3.13 raises no error, and the system an OSError
+    if text.startswith("Symlink loop from "):
         path = text.removeprefix("Symlink loop from ")
-        return UserError(f"{path} is a loop of symbolic links, which leads to no file. Name another path.")
+        return UserError(
+            f"{path} is a loop of symbolic links, which leads to no file. Name another path."
+        )
     if text.startswith("Could not determine home directory"):
-        return UserError("~ must be followed by / or by a user who has a home folder. Name the path without ~.")
+        return UserError(
+            "~ must be followed by / or by a user who has a home folder. Name the path without ~."
+        )
     return None
 
 
 def explain(error: OSError) -> str:
-    """Such as `No space left on device: PATH. Free some space.` The reason comes first: tables may cut the rest."""
+    """Such as `No space left on device: PATH. Free some space.` The reason comes first: tables may
+    cut the rest.
+    """
     path = f": {error.filename}" if error.filename else ""
     return f"{error.strerror or error}{path}.{' Free some space.' if error.errno in FULL else ''}"
 
@@ -100,12 +117,17 @@ class Needs(NamedTuple):
 
 
 _LLAMA_CPP = "llama-cpp-py-sync"
-OPTIONAL = {  # the only list of it: `lora doctor`, docs/reference/extras.md and error messages read this
+# the only list of it: `lora doctor`, docs/reference/extras.md and error messages read this
+OPTIONAL = {
     "base: MODEL.gguf": Needs("gguf", ("gguf", "sentencepiece", "protobuf", "accelerate")),
     "lora export --format gguf": Needs("gguf", ("gguf",)),
-    "lora export --format gguf, compared": Needs("llama-cpp", (_LLAMA_CPP,), "exports, and compares nothing"),
+    "lora export --format gguf, compared": Needs(
+        "llama-cpp", (_LLAMA_CPP,), "exports, and compares nothing"
+    ),
     "lora export --quantize q4_k_m": Needs("llama-cpp", (_LLAMA_CPP,)),
-    "lora export --format mlx, compared": Needs("mlx", ("mlx-lm", "mlx"), "exports, and compares nothing"),
+    "lora export --format mlx, compared": Needs(
+        "mlx", ("mlx-lm", "mlx"), "exports, and compares nothing"
+    ),
     "quantization: int8": Needs("qlora", ("bitsandbytes",)),
     "quantization: nf4, nf4-dq": Needs("qlora", ("bitsandbytes",), "quantizes more slowly"),
     "training on a CUDA GPU": Needs("gpu", ("liger-kernel", "bitsandbytes"), "trains more slowly"),
@@ -149,8 +171,11 @@ def missing_libraries(user: str) -> list[str]:
 def require(user: str, subject: str = "", otherwise: str = "") -> None:
     """Raises UserError if a library is missing that a key of OPTIONAL needs.
 
-    `subject` is the message's subject if not `user`; `otherwise`, how to do without, such as `or set …`.
+    `subject` is the message's subject if not `user`; `otherwise`, how to do without, such as `or
+    set …`.
     """
     if missing := missing_libraries(user):
         install = install_command(OPTIONAL[user].extra)
-        raise UserError(f"{subject or user} needs {' and '.join(missing)}. Run `{install}`{otherwise}.")
+        raise UserError(
+            f"{subject or user} needs {' and '.join(missing)}. Run `{install}`{otherwise}."
+        )

@@ -13,7 +13,8 @@ from pipeline.stages.registry import STAGES
 
 
 def _of_the_document() -> Mapping[str, Stage]:
-    from pipeline.document import stages  # read where a params file has a section that the product has not
+    # read where a params file has a section that the product has not
+    from pipeline.document import stages
 
     return stages.STAGES
 
@@ -34,10 +35,15 @@ def open_project(params: Path, overrides: Sequence[str] = ()) -> Project:
 def current_project() -> Project:
     """The project in the current folder; without a params file, a project with default settings."""
     params = Path("params.yaml")
-    return open_project(params) if params.is_file() else Project(Path(), Params(kinds=GRAPH.sections), GRAPH)
+    return (
+        open_project(params)
+        if params.is_file()
+        else Project(Path(), Params(kinds=GRAPH.sections), GRAPH)
+    )
 
 
-Claims = tuple[str, list[Mapping[str, Any]]]  # a summary line, and a row for each with its `title` and `mark`
+# a summary line, and a row for each with its `title` and `mark`
+Claims = tuple[str, list[Mapping[str, Any]]]
 
 
 def calculated_claims() -> Claims:
@@ -48,7 +54,9 @@ def calculated_claims() -> Claims:
 
 
 def read_claims(project: Project) -> Claims | None:
-    """Those that the project's last `lora claims` wrote; None if there are none. Raises UserError."""
+    """Those that the project's last `lora claims` wrote; None if there are none. Raises
+    UserError.
+    """
     from pipeline.document.claims.check import JSON
 
     path = project.root / ARTIFACTS / "claims" / JSON
@@ -66,7 +74,8 @@ def _described(rows: Sequence[Mapping[str, Any]]) -> Claims:
     from pipeline.document.claims.check import MARKS, section_heading, summary
 
     return summary(rows), [
-        {**row, "title": section_heading(row["section"]), "mark": MARKS[row["verdict"]]} for row in rows
+        {**row, "title": section_heading(row["section"]), "mark": MARKS[row["verdict"]]}
+        for row in rows
     ]
 
 

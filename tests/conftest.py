@@ -23,19 +23,33 @@ from pipeline.project import process, provenance
 from pipeline.workbench import GRAPH, open_project
 from tests.helpers import fake_accelerator
 from tests.helpers.checkpoints import checkpoint
-from tests.helpers.projects import BRIEF, PIPELINE, ROOT, WORK, git, make, new_houses, new_project, shorten
+from tests.helpers.projects import (
+    BRIEF,
+    PIPELINE,
+    ROOT,
+    WORK,
+    git,
+    make,
+    new_houses,
+    new_project,
+    shorten,
+)
 
-# The same examples each time, so that a run can be repeated; `--hypothesis-profile=search` looks for new ones.
+# The same examples each time, so that a run can be repeated; `--hypothesis-profile=search` looks
+# for new ones.
 settings.register_profile("default", deadline=None, max_examples=60, derandomize=True)
 settings.register_profile("search", deadline=None, max_examples=400, print_blob=True)
 settings.load_profile("default")
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts so what it runs in the background
+# a shell starts so what it runs in the background
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tests run side by side on few cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # so has what they start
-STANDIN = fake_accelerator.register()  # before any test computes: autograd counts devices at its first backward
+# before any test computes: autograd counts devices at its first backward
+STANDIN = fake_accelerator.register()
 
-# The code does not change while tests run: finding it and asking git for its commit takes longer than a brief training.
+# The code does not change while tests run: finding it and asking git for its commit takes longer
+# than a brief training.
 provenance.code_files = cache(provenance.code_files)
 provenance.commit = cache(provenance.commit)
 
@@ -45,9 +59,10 @@ Built = Callable[[str, Callable[[Path], object]], Path]
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook, and pytest the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that ask for a fixture of their module run in one worker, which makes it once; so do those that ask for
-    `studied`, for which the others would wait. Pictures of whole screens are slow. The other cases of a sample, and
-    what runs the document's studies and figures, which `make document` runs too, are left to `make test-all`."""
+    """Tests that ask for a fixture of their module run in one worker, which makes it once; so do
+    those that ask for `studied`, for which the others would wait. Pictures of whole screens are
+    slow. The other cases of a sample, and what runs the document's studies and figures, which `make
+    document` runs too, are left to `make test-all`."""
     cases = Counter[object]()
     for item in items:
         if (sampled := item.get_closest_marker("sampled")) and isinstance(item, pytest.Function):
@@ -58,7 +73,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "snap_compare" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
         fixtures = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
-        of_module = any(fixture.scope == "module" for name in fixtures for fixture in fixtures[name])
+        of_module = any(
+            fixture.scope == "module" for name in fixtures for fixture in fixtures[name]
+        )
         if "studied" in fixtures:
             item.add_marker(pytest.mark.xdist_group("studied"))
         elif of_module and not item.get_closest_marker("xdist_group"):
@@ -68,17 +85,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays to the end: looking through it for garbage again and again took a fifth of a test."""
+    """What was imported stays to the end: looking through it for garbage again and again took a
+    fifth of a test.
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)  # Python's own thresholds take a quarter of a screen's test
 
 
 def unchanged(root: Path) -> Iterator[Path]:
-    """A project that many tests read: one of them that writes would change what those after it see."""
+    """A project that many tests read: one of them that writes would change what those after it
+    see.
+    """
 
     def files() -> dict[str, int]:
-        return {str(each.relative_to(root)): each.stat().st_mtime_ns for each in root.rglob("*") if each.is_file()}
+        return {
+            str(each.relative_to(root)): each.stat().st_mtime_ns
+            for each in root.rglob("*")
+            if each.is_file()
+        }
 
     before = files()
     yield root
@@ -87,7 +112,9 @@ def unchanged(root: Path) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where digests are kept between processes: the developer's own are neither read nor written."""
+    """Where digests are kept between processes: the developer's own are neither read nor
+    written.
+    """
     monkeypatch.setattr(digest_cache, "cache_home", lambda: tmp_path / ".cache")
     return tmp_path / ".cache/lora-workbench/digests.json"
 
@@ -102,15 +129,20 @@ def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test pulls the plug, so nothing has to wait for the disk; tests of fsync itself put one of their own here."""
+    """No test pulls the plug, so nothing has to wait for the disk; tests of fsync itself put one of
+    their own here.
+    """
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """`built(name, build)`: the folder that `build` filled, once a run: workers wait for the one that asked first."""
+    """`built(name, build)`: the folder that `build` filled, once a run: workers wait for the one
+    that asked first.
+    """
     top = tmp_path_factory.getbasetemp()
-    top = (top.parent if "PYTEST_XDIST_WORKER" in os.environ else top) / "built"  # a worker's lies in the run's
+    # a worker's lies in the run's
+    top = (top.parent if "PYTEST_XDIST_WORKER" in os.environ else top) / "built"
 
     def folder(name: str, build: Callable[[Path], object]) -> Path:
         root, done = top / name, top / f"{name}.done"
@@ -128,19 +160,25 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 @pytest.fixture(scope="session")
 def finished(built: Built) -> Iterator[Path]:
-    """The whole pipeline with the repository's params. Read it; a test that writes to it is an error at the end."""
+    """The whole pipeline with the repository's params. Read it; a test that writes to it is an
+    error at the end.
+    """
     yield from unchanged(built("finished", lambda root: make(new_project(root), PIPELINE)))
 
 
 @pytest.fixture(scope="session")
 def brief(built: Built) -> Iterator[Path]:
-    """The whole pipeline, two epochs each. Read it; a test that writes to it is an error at the end."""
+    """The whole pipeline, two epochs each. Read it; a test that writes to it is an error at the
+    end.
+    """
     yield from unchanged(built("brief", lambda root: make(new_project(root), PIPELINE, BRIEF)))
 
 
 @pytest.fixture(scope="session")
 def studied(brief: Path, built: Built) -> Iterator[Path]:
-    """`brief`, and all that measures it, with one seed. Read it; a test that writes to it is an error at the end."""
+    """`brief`, and all that measures it, with one seed. Read it; a test that writes to it is an
+    error at the end.
+    """
 
     def build(root: Path) -> None:
         shutil.copytree(brief, root, dirs_exist_ok=True)
@@ -151,7 +189,9 @@ def studied(brief: Path, built: Built) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def houses(brief: Path, built: Built) -> Iterator[Path]:
-    """Both projects, two epochs each: the product's stages as `brief` made them, and the child's that make models."""
+    """Both projects, two epochs each: the product's stages as `brief` made them, and the child's
+    that make models.
+    """
 
     def build(root: Path) -> None:
         shorten(new_houses(root), root / "document")
@@ -222,11 +262,15 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture(scope="session")
 def family(built: Built) -> Callable[[str], Path]:
-    """A family's project by name, every stage run, embeddings in full. Read it; do not write to it."""
+    """A family's project by name, every stage run, embeddings in full. Read it; do not write to
+    it.
+    """
     from tests.helpers import families  # with transformers, which most tests do without
 
     def project(name: str) -> Path:
         kind = families.FAMILIES[name]
-        return built(f"family-{name}", lambda root: make(families.new_project(root, kind), PIPELINE))
+        return built(
+            f"family-{name}", lambda root: make(families.new_project(root, kind), PIPELINE)
+        )
 
     return project

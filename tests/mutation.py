@@ -1,14 +1,18 @@
-"""How many small errors in the code do the tests notice? `python -m tests.mutation --package losses --sample 100`.
+"""How many small errors in the code do the tests notice? `python -m tests.mutation --package losses
+--sample 100`.
 
-A mutant is a file with one change that an operator of mutmut makes: another number, `<=` for `<`, None for an argument.
-It is killed if a test fails with it. Of mutmut only the operators are used: it would keep all mutants of a file in one
-module and call them through wrappers, which hides signatures and sources from code that reads them, as ours does. Here
-each mutant has a process of its own, forked from one that has loaded torch and transformers (a third of a second of CPU
-time, not seven). It imports the mutated module in place of the real one, and runs the tests that cover the changed
-lines, the quickest first, until one fails. pyproject.toml has the packages, their files and tests, in [tool.mutants].
+A mutant is a file with one change that an operator of mutmut makes: another number, `<=` for `<`,
+None for an argument. It is killed if a test fails with it. Of mutmut only the operators are used:
+it would keep all mutants of a file in one module and call them through wrappers, which hides
+signatures and sources from code that reads them, as ours does. Here each mutant has a process of
+its own, forked from one that has loaded torch and transformers (a third of a second of CPU time,
+not seven). It imports the mutated module in place of the real one, and runs the tests that cover
+the changed lines, the quickest first, until one fails. pyproject.toml has the packages, their files
+and tests, in [tool.mutants].
 
-Not mutated, as in mutmut: annotations, decorators, docstrings, statements outside functions, `len` and `isinstance`.
-Nor are `raise` statements, whose texts tests should not repeat, nor `strict=`, which checks code and not its input.
+Not mutated, as in mutmut: annotations, decorators, docstrings, statements outside functions, `len`
+and `isinstance`. Nor are `raise` statements, whose texts tests should not repeat, nor `strict=`,
+which checks code and not its input.
 """
 
 import argparse
@@ -57,11 +61,19 @@ class Package:
     tests: list[str]
 
     def digests(self) -> dict[str, str]:
-        """Of each test file with the mutated files: what decides which of its tests runs which line."""
+        """Of each test file with the mutated files: what decides which of its tests runs which
+        line.
+        """
         sources = b"\0".join((ROOT / each).read_bytes() for each in self.files)
-        paths = [path for each in self.tests for path in (sorted((ROOT / each).rglob("test_*.py")) or [ROOT / each])]
+        paths = [
+            path
+            for each in self.tests
+            for path in (sorted((ROOT / each).rglob("test_*.py")) or [ROOT / each])
+        ]
         return {
-            str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes() + b"\0" + sources).hexdigest()
+            str(path.relative_to(ROOT)): hashlib.sha256(
+                path.read_bytes() + b"\0" + sources
+            ).hexdigest()
             for path in paths
         }
 
@@ -90,7 +102,9 @@ class Result:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What the unmutated code told: which tests pass, their seconds, and the lines that each runs."""
+    """What the unmutated code told: which tests pass, their seconds, and the lines that each
+    runs.
+    """
 
     digests: dict[str, str]  # of test files
     seconds: dict[str, float]
@@ -114,7 +128,8 @@ class Coverage:
         """Both, of different test files."""
         lines = {
             file: {
-                line: self.lines.get(file, {}).get(line, []) + other.lines.get(file, {}).get(line, [])
+                line: self.lines.get(file, {}).get(line, [])
+                + other.lines.get(file, {}).get(line, [])
                 for line in self.lines.get(file, {}).keys() | other.lines.get(file, {})
             }
             for file in self.lines.keys() | other.lines
@@ -123,9 +138,16 @@ class Coverage:
         return Coverage(self.digests | other.digests, self.seconds | other.seconds, modules, lines)
 
     def tests(self, mutant: Mutant, limit: float) -> list[str]:
-        """The tests that run the mutant's lines, the quickest first: at least one, as many as take `limit` seconds."""
+        """The tests that run the mutant's lines, the quickest first: at least one, as many as take
+        `limit` seconds.
+        """
         covered = self.lines.get(mutant.file, {})
-        names = {test for line in mutant.lines for test in covered.get(str(line), ()) if test in self.seconds}
+        names = {
+            test
+            for line in mutant.lines
+            for test in covered.get(str(line), ())
+            if test in self.seconds
+        }
         chosen: list[str] = []
         total = 0.0
         for test in sorted(names, key=lambda each: (self.seconds[each], each)):
@@ -137,7 +159,9 @@ class Coverage:
 
 
 class _Mutants(libcst.CSTVisitor):
-    """Every node that an operator changes, what it becomes, its function, its line, and the lines that show it ran."""
+    """Every node that an operator changes, what it becomes, its function, its line, and the lines
+    that show it ran.
+    """
 
     METADATA_DEPENDENCIES = (PositionProvider,)
 
@@ -149,11 +173,17 @@ class _Mutants(libcst.CSTVisitor):
         self._statements: list[range] = []
 
     def on_visit(self, node: libcst.CSTNode) -> bool:
-        if isinstance(node, (libcst.Annotation, libcst.Decorator, libcst.Raise)) or _is_docstring(node):
+        if isinstance(node, (libcst.Annotation, libcst.Decorator, libcst.Raise)) or _is_docstring(
+            node
+        ):
             return False
         if isinstance(node, libcst.Arg) and node.keyword and node.keyword.value == "strict":
             return False
-        called = node.func.value if isinstance(node, libcst.Call) and isinstance(node.func, libcst.Name) else None
+        called = (
+            node.func.value
+            if isinstance(node, libcst.Call) and isinstance(node.func, libcst.Name)
+            else None
+        )
         if called in ("len", "isinstance"):
             return False
         if isinstance(node, (libcst.FunctionDef, libcst.ClassDef)):
@@ -162,7 +192,8 @@ class _Mutants(libcst.CSTVisitor):
             self._functions.append(self._lines(node.body))
         if isinstance(node, libcst.SimpleStatementLine):
             self._statements.append(self._lines(node))
-        if isinstance(node, libcst.Param):  # a default is computed once, when no test runs: what shows it is the body
+        # a default is computed once, when no test runs: what shows it is the body
+        if isinstance(node, libcst.Param):
             self._statements.append(self._functions[-1] if self._functions else range(0))
         if self._functions:
             self._apply(node)
@@ -193,12 +224,20 @@ class _Mutants(libcst.CSTVisitor):
 
 def _keeps_strict(node: libcst.CSTNode, mutated: libcst.CSTNode) -> bool:
     """Whether a call's `strict=`, if it has one, is left as it is."""
-    strict = {id(arg) for arg in getattr(node, "args", ()) if arg.keyword and arg.keyword.value == "strict"}
-    return strict <= {id(arg) for arg in getattr(mutated, "args", ())} or not isinstance(node, libcst.Call)
+    strict = {
+        id(arg)
+        for arg in getattr(node, "args", ())
+        if arg.keyword and arg.keyword.value == "strict"
+    }
+    return strict <= {id(arg) for arg in getattr(mutated, "args", ())} or not isinstance(
+        node, libcst.Call
+    )
 
 
 def _is_docstring(node: libcst.CSTNode) -> bool:
-    return isinstance(node, libcst.Expr) and isinstance(node.value, (libcst.SimpleString, libcst.ConcatenatedString))
+    return isinstance(node, libcst.Expr) and isinstance(
+        node.value, (libcst.SimpleString, libcst.ConcatenatedString)
+    )
 
 
 class Maker(NamedTuple):
@@ -220,8 +259,12 @@ class Maker(NamedTuple):
             compile(tree.code, self.file, "exec")
         except SyntaxError:
             return None
-        difference = unified_diff(self.module.code.splitlines(), tree.code.splitlines(), n=0, lineterm="")
-        change = "\n".join(f"{each[0]} {each[1:]}" for each in list(difference)[3:] if each[0] in "-+")
+        difference = unified_diff(
+            self.module.code.splitlines(), tree.code.splitlines(), n=0, lineterm=""
+        )
+        change = "\n".join(
+            f"{each[0]} {each[1:]}" for each in list(difference)[3:] if each[0] in "-+"
+        )
         return Mutant(self.file, self.function, self.line, change, tree.code, self.lines)
 
 
@@ -264,10 +307,14 @@ class _Finder:
 
 
 class _Measure:
-    """A pytest plugin: the lines that each test runs, its seconds with its fixtures', and whether it passes."""
+    """A pytest plugin: the lines that each test runs, its seconds with its fixtures', and whether
+    it passes.
+    """
 
     def __init__(self, files: list[str]) -> None:
-        self._coverage = coverage.Coverage(data_file=None, include=[str(ROOT / each) for each in files])
+        self._coverage = coverage.Coverage(
+            data_file=None, include=[str(ROOT / each) for each in files]
+        )
         self._files = files
         self._fixtures: dict[str, float] = {}
         self._own: dict[str, float] = {}
@@ -282,7 +329,9 @@ class _Measure:
         start = time.perf_counter()
         result = yield
         seconds = time.perf_counter() - start
-        self._fixtures[fixturedef.argname] = max(seconds, self._fixtures.get(fixturedef.argname, 0.0))
+        self._fixtures[fixturedef.argname] = max(
+            seconds, self._fixtures.get(fixturedef.argname, 0.0)
+        )
         return result
 
     @pytest.hookimpl(wrapper=True)
@@ -302,13 +351,19 @@ class _Measure:
         data, lines = self._coverage.get_data(), {}
         for file in self._files:
             contexts = data.contexts_by_lineno(str(ROOT / file))
-            lines[file] = {str(line): sorted(filter(None, names)) for line, names in contexts.items()}
+            lines[file] = {
+                str(line): sorted(filter(None, names)) for line, names in contexts.items()
+            }
         seconds = {
             test: own + sum(self._fixtures.get(name, 0.0) for name in self._names[test])
             for test, own in self._own.items()
             if test not in self._bad
         }
-        others = sorted(each for each, module in sys.modules.items() if module and each.split(".")[0] not in OURS)
+        others = sorted(
+            each
+            for each, module in sys.modules.items()
+            if module and each.split(".")[0] not in OURS
+        )
         return Coverage(digests, seconds, others, lines)
 
 
@@ -324,10 +379,14 @@ class _FirstFailure:
 
 
 def measure(package: Package, store: Path) -> Coverage:
-    """Run the package's tests on the code as it is; read from `store` what has not changed since."""
+    """Run the package's tests on the code as it is; read from `store` what has not changed
+    since.
+    """
     path, digests = store / f"{package.name}.coverage.json", package.digests()
     known = Coverage(**json.loads(path.read_text())) if path.exists() else Coverage({}, {}, [], {})
-    known = known.of({file for file, digest in known.digests.items() if digests.get(file) == digest})
+    known = known.of(
+        {file for file, digest in known.digests.items() if digests.get(file) == digest}
+    )
     missing = {file: digest for file, digest in digests.items() if file not in known.digests}
     if not missing:
         return known
@@ -347,7 +406,9 @@ def measure(package: Package, store: Path) -> Coverage:
 
 def judge(mutant: Mutant, tests: Sequence[str], seconds: float) -> Result:
     """Run `tests` on the mutant in a process of its own, until one fails."""
-    result = Result(mutant.file, mutant.function, mutant.line, mutant.change, "uncovered", tests=len(tests))
+    result = Result(
+        mutant.file, mutant.function, mutant.line, mutant.change, "uncovered", tests=len(tests)
+    )
     if not tests:
         return result
 
@@ -363,10 +424,19 @@ def judge(mutant: Mutant, tests: Sequence[str], seconds: float) -> Result:
     with contextlib.suppress(BlockingIOError):
         result.test = os.read(read, 4000).decode(errors="replace")
     os.close(read)
-    none_ran = code in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED) and not result.test
-    # The mutant may break what is computed while tests are collected; without it they must be there.
-    if none_ran and _fork(lambda: int(pytest.main([*_options(), "--collect-only", *tests])), 600.0)[0]:
-        sys.exit(f"pytest ran no test for {mutant.file}:{mutant.line} ({len(tests)} were asked for).")
+    none_ran = (
+        code in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED)
+        and not result.test
+    )
+    # The mutant may break what is computed while tests are collected; without it they must be
+    # there.
+    if (
+        none_ran
+        and _fork(lambda: int(pytest.main([*_options(), "--collect-only", *tests])), 600.0)[0]
+    ):
+        sys.exit(
+            f"pytest ran no test for {mutant.file}:{mutant.line} ({len(tests)} were asked for)."
+        )
     result.status = "timeout" if status == "timeout" else "survived" if code == 0 else "killed"
     result.seconds = round(time.perf_counter() - start, 1)
     return result
@@ -377,7 +447,8 @@ def _options() -> list[str]:
 
 
 def _fork(run: Callable[[], int], seconds: float) -> tuple[int, str, float]:
-    """Exit code, "timeout" or "", and seconds of `run` in a child with a temporary folder of its own.
+    """Exit code, "timeout" or "", and seconds of `run` in a child with a temporary folder of its
+    own.
 
     `seconds` are of its CPU; it is stopped as well when it has waited for ten times as long.
     """
@@ -410,10 +481,14 @@ def _run_in_child(run: Callable[[], int], seconds: float, scratch: str) -> None:
     try:
         os.setsid()
         used = math.ceil(time.process_time())
-        resource.setrlimit(resource.RLIMIT_CPU, (used + math.ceil(seconds), used + math.ceil(seconds) + 5))
+        resource.setrlimit(
+            resource.RLIMIT_CPU, (used + math.ceil(seconds), used + math.ceil(seconds) + 5)
+        )
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         os.environ["TMPDIR"] = tempfile.tempdir = scratch
-        output = os.open(Path(scratch).parent / "mutants.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        output = os.open(
+            Path(scratch).parent / "mutants.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        )
         for stream in (1, 2):
             os.dup2(output, stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -438,7 +513,10 @@ def preload(modules: Iterable[str]) -> None:
 def interval(killed: int, of: int) -> tuple[float, float]:
     """Wilson's 95% interval of a share."""
     z, share = 1.959964, killed / of
-    middle, half = share + z * z / (2 * of), z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
+    middle, half = (
+        share + z * z / (2 * of),
+        z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of)),
+    )
     return (middle - half) / (1 + z * z / of), (middle + half) / (1 + z * z / of)
 
 
@@ -447,7 +525,11 @@ def packages() -> dict[str, Package]:
     tables = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutants"]
     found = {}
     for name, table in tables.items():
-        files = [str(path.relative_to(ROOT)) for each in table["files"] for path in sorted(ROOT.glob(each))]
+        files = [
+            str(path.relative_to(ROOT))
+            for each in table["files"]
+            for path in sorted(ROOT.glob(each))
+        ]
         found[name] = Package(name, files, table["tests"])
     return found
 
@@ -466,7 +548,9 @@ def _draw(makers: list[Maker], sample: int, seed: int) -> list[Mutant]:
 
 
 def _find(makers: list[Maker], results: list[Result]) -> list[Mutant]:
-    """The mutants of an earlier run, wherever their lines are now; without those whose code is gone."""
+    """The mutants of an earlier run, wherever their lines are now; without those whose code is
+    gone.
+    """
     wanted = {(each.file, each.function, each.change) for each in results}
     functions = {(each.file, each.function) for each in results}
     found = {}
@@ -480,18 +564,26 @@ def main() -> None:
     """Print a line per package; write what became of each mutant to a file."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=main.__doc__)
     parser.add_argument("--package", choices=[*packages(), "all"], default="all")
-    parser.add_argument("--sample", type=int, default=100, help="mutants per package; 0: all (hours)")
+    parser.add_argument(
+        "--sample", type=int, default=100, help="mutants per package; 0: all (hours)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of tests per mutant; more tests are not run")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="of tests per mutant; more tests are not run"
+    )
     parser.add_argument("--again", type=Path, help="a file of an earlier run: its survivors alone")
-    parser.add_argument("--store", type=Path, default=ROOT / ".mutants", help="folder for results and coverage")
+    parser.add_argument(
+        "--store", type=Path, default=ROOT / ".mutants", help="folder for results and coverage"
+    )
     options = parser.parse_args()
     options.store.mkdir(exist_ok=True, parents=True)
     from hypothesis import Phase, settings
 
     # a failure is enough: no example has to be made small
     phases = (Phase.explicit, Phase.generate)
-    settings.register_profile("mutants", deadline=None, max_examples=60, derandomize=True, phases=phases)
+    settings.register_profile(
+        "mutants", deadline=None, max_examples=60, derandomize=True, phases=phases
+    )
     for package in packages().values():
         if options.package in (package.name, "all"):
             _run(package, options)
@@ -513,17 +605,24 @@ def _run(package: Package, options: argparse.Namespace) -> None:
         tests = known.tests(mutant, options.seconds)
         result = judge(mutant, tests, sum(known.seconds[each] for each in tests))
         results.append(result)
-        print(f"{n}/{len(drawn)} {result.status} {mutant.file}:{mutant.line} {result.seconds} s", file=sys.stderr)
+        print(
+            f"{n}/{len(drawn)} {result.status} {mutant.file}:{mutant.line} {result.seconds} s",
+            file=sys.stderr,
+        )
         if result.status in ALIVE:
             print(f"{mutant.function}\n{mutant.change}", file=sys.stderr)
         facts = {"package": package.name, "seed": options.seed, "mutants": len(makers)}
-        path.write_text(json.dumps({**facts, "results": [asdict(each) for each in results]}, indent=1))
+        path.write_text(
+            json.dumps({**facts, "results": [asdict(each) for each in results]}, indent=1)
+        )
     counts = Counter(each.status for each in results)
     killed = len(results) - sum(counts[each] for each in ALIVE)
     low, high = interval(killed, len(results))
     print(
-        f"{package.name}: {killed} of {len(results)} killed ({killed / len(results):.0%}, 95% interval {low:.0%} to "
-        f"{high:.0%}), drawn from {len(makers)}; {counts['timeout']} by timeout, {counts['uncovered']} run by no test"
+        f"{package.name}: {killed} of {len(results)} killed ({killed / len(results):.0%}, 95% "
+        f"interval {low:.0%} to "
+        f"{high:.0%}), drawn from {len(makers)}; {counts['timeout']} by timeout, "
+        f"{counts['uncovered']} run by no test"
     )
 
 

@@ -53,15 +53,24 @@ if TYPE_CHECKING:
 
 PARAMS, DVC = "params.yaml", "dvc.yaml"  # what makes a folder a project
 MIN_FREE_BYTES = 2**20  # with fewer, the disk counts as full
-KEY_NAMES = {"enter": "Enter", "escape": "Esc", "space": "Space", "tab": "Tab", "home": "Home", "end": "End"}
+KEY_NAMES = {
+    "enter": "Enter",
+    "escape": "Esc",
+    "space": "Space",
+    "tab": "Tab",
+    "home": "Home",
+    "end": "End",
+}
 HANGUP_PATIENCE = 1.0  # seconds in which the signal of a closed terminal is normally handled
 INTERRUPT_TWICE = 3.0  # seconds within which a second Ctrl+C quits
 
 
 class _ControlCharacterFilter(LineFilter):
-    """Removes control characters from everything drawn: folder names, logs and model answers are untrusted.
+    """Removes control characters from everything drawn: folder names, logs and model answers are
+    untrusted.
 
-    Control characters have no width, so removing them keeps the layout. The command line shows each as a symbol.
+    Control characters have no width, so removing them keeps the layout. The command line shows each
+    as a symbol.
     """
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:  # noqa: ARG002 (name given by Textual)
@@ -74,8 +83,9 @@ class _ControlCharacterFilter(LineFilter):
 
 
 CONTROL_CHARACTER_FILTER = _ControlCharacterFilter()
-# A key bubbles to the app, where its action runs; its message (Input.Submitted) bubbles to the form, whose reply
-# (Form.Submitted) bubbles to the screen; or a dialog that it opened gets its first focus.
+# A key bubbles to the app, where its action runs; its message (Input.Submitted) bubbles to the
+# form, whose reply (Form.Submitted) bubbles to the screen; or a dialog that it opened gets its
+# first focus.
 KEY_ROUNDS = 3
 KEY_PATIENCE = 5.0  # seconds per widget: one that hangs must not block the keyboard
 
@@ -96,12 +106,20 @@ class Workbench(App[None]):
     MODES = {name: entry.load for name, entry in {**SCREENS, WELCOME: FIRST_LOOK}.items()}  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
         *(
-            Binding(f"{number},f{number + 1}", f"switch_mode('{name}')", entry.label, id=f"app.{name}", show=False)
+            Binding(
+                f"{number},f{number + 1}",
+                f"switch_mode('{name}')",
+                entry.label,
+                id=f"app.{name}",
+                show=False,
+            )
             for number, (name, entry) in enumerate(SCREENS.items(), 1)
         ),
         Binding("R", "run", "Run", id="app.run"),
         Binding("X", "stop", "Stop", id="app.stop"),
-        Binding("z", "undo", "Take back the last write to a params file", id="app.undo", show=False),
+        Binding(
+            "z", "undo", "Take back the last write to a params file", id="app.undo", show=False
+        ),
         Binding("T", "next_theme", "Next theme", id="app.theme", show=False),
         Binding("f12", "messages", "Messages", id="app.messages", show=False),
         Binding("question_mark,f1", "help", "Help", id="app.help"),
@@ -110,7 +128,9 @@ class Workbench(App[None]):
         Binding("ctrl+c", "interrupted", "Quit (twice)", show=False, system=True),
     ]
 
-    def __init__(self, params: Path = Path(PARAMS), config: Config | None = None, greeting: str = "") -> None:
+    def __init__(
+        self, params: Path = Path(PARAMS), config: Config | None = None, greeting: str = ""
+    ) -> None:
         self.config = config or Config()
         self.machine = Machine(self._followed_processes)
         self.state = State.load(state_path())
@@ -124,7 +144,8 @@ class Workbench(App[None]):
         for theme in THEMES.values():
             self.register_theme(theme)
         self._theme_shown = self._initial_theme()
-        self.set_reactive(App.theme, self._theme_shown)  # set after the start, it would style everything twice
+        # set after the start, it would style everything twice
+        self.set_reactive(App.theme, self._theme_shown)
         self.stylesheet = ParsedOnce(self.get_css_variables())
 
     def _take_project(self, params: Path) -> None:
@@ -132,9 +153,12 @@ class Workbench(App[None]):
         self.params_path, self.root = params, params.parent
         self.folder_label = _abbreviate_home(self.root)
         self.runner = Runner(self.root)
-        self.project_watch = ProjectWatch(self.params_path, self.runner, self._project_changed, self._pipeline_ended)
+        self.project_watch = ProjectWatch(
+            self.params_path, self.runner, self._project_changed, self._pipeline_ended
+        )
         self.edits = ParamEdits()
-        self.inference: Inference | None = None  # created by the first screen that prompts, as `models` is
+        # created by the first screen that prompts, as `models` is
+        self.inference: Inference | None = None
         self.models: LoadedModels | None = None
         self.first_screen = next(iter(SCREENS))
 
@@ -145,11 +169,15 @@ class Workbench(App[None]):
             self.log_message(f"Unknown theme {wanted!r}; using {self.theme}.", "warning")
         self.set_keymap(self.config.keys)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._handle_hangup)
-        # A project that lost its params file says so on its screens; a folder without any part of one offers some.
-        is_project = self.params_path.exists() or ((self.root / DVC).exists() and self.params_path.name == PARAMS)
+        # A project that lost its params file says so on its screens; a folder without any part of
+        # one offers some.
+        is_project = self.params_path.exists() or (
+            (self.root / DVC).exists() and self.params_path.name == PARAMS
+        )
         self.switch_mode(self.first_screen if is_project else WELCOME)
         self.set_interval(1.0, self.refresh_header)
-        self.call_after_refresh(self._start_services)  # their threads would share the time of the first paint
+        # their threads would share the time of the first paint
+        self.call_after_refresh(self._start_services)
 
     def _start_services(self) -> None:
         if not gc.isenabled():  # see tui/start.py
@@ -166,7 +194,8 @@ class Workbench(App[None]):
 
     async def open_project(self, params: Path, greeting: str = "") -> None:
         """Show another project in this terminal or browser: screens and services begin anew."""
-        await self.switch_mode(WELCOME)  # the others are removed, and the one that is shown cannot be
+        # the others are removed, and the one that is shown cannot be
+        await self.switch_mode(WELCOME)
         self.workers.cancel_group(self, "watch")
         if self.inference:
             await self.inference.stop()
@@ -208,19 +237,23 @@ class Workbench(App[None]):
                     yield screen  # type: ignore[misc]  # it is one
 
     def _followed_processes(self) -> dict[str, int]:
-        """Processes that the monitor follows: the stage that runs, the engine, this one. Called in another thread."""
+        """Processes that the monitor follows: the stage that runs, the engine, this one. Called in
+        another thread.
+        """
         running, engine = self.project_watch.running, self.inference and self.inference.pid
         stage = {running.stage.name: running.run.pid} if running and running.run else {}
         return stage | ({"engine": engine} if engine else {}) | {"lora-tui": os.getpid()}
 
     def _handle_exception(self, error: Exception) -> None:
-        """While the workbench closes its screens have lost their widgets: what then looks for one is no error.
+        """While the workbench closes its screens have lost their widgets: what then looks for one
+        is no error.
 
         What a worker says of a path that leads nowhere is a message.
         """
         cause = error.error if isinstance(error, WorkerFailed) else error
         problem = path_problem(cause)
-        if problem and cause is not error:  # else the widget whose handler failed takes no messages any more
+        # else the widget whose handler failed takes no messages any more
+        if problem and cause is not error:
             self.fail(problem)
         elif self.is_running or not isinstance(cause, NoMatches):
             super()._handle_exception(error)
@@ -240,16 +273,18 @@ class Workbench(App[None]):
         for header in self.base_screen.query(Header):
             watch = self.project_watch
             states = [*watch.states.values()]
-            header.state = describe_state(states, watch.pipeline is not None, watch.problem, self.theme_variables)
+            header.state = describe_state(
+                states, watch.pipeline is not None, watch.problem, self.theme_variables
+            )
             header.facts = (watch.branch, self.machine.summary(), self.folder_label)
 
     async def on_event(self, event: Event) -> None:
         """Queue keys and pastes, so that each is handled before the next; pass on everything else.
 
-        Textual gives a key to the focused widget immediately. A key with a binding (Ctrl+U, Tab, Enter) then bubbles
-        through the message queues of all parents to the app, where its action runs. By then the letters typed after it
-        are already in the field: `abc`, Ctrl+U, `def` in one burst empties the line, and what follows a Tab lands in
-        the previous field.
+        Textual gives a key to the focused widget immediately. A key with a binding (Ctrl+U, Tab,
+        Enter) then bubbles through the message queues of all parents to the app, where its action
+        runs. By then the letters typed after it are already in the field: `abc`, Ctrl+U, `def` in
+        one burst empties the line, and what follows a Tab lands in the previous field.
         """
         if not isinstance(event, Key | Paste) or event.is_forwarded:
             await super().on_event(event)
@@ -282,7 +317,9 @@ class Workbench(App[None]):
 
     @property
     def hidden_key(self) -> str:
-        """Which of `R` and `X` is not offered now. It is answered all the same: the watch learns later what ended."""
+        """Which of `R` and `X` is not offered now. It is answered all the same: the watch learns
+        later what ended.
+        """
         busy = self.project_watch.pipeline is not None or self.project_watch.running is not None
         return "app.run" if busy else "app.stop"
 
@@ -297,15 +334,22 @@ class Workbench(App[None]):
             if self.project_watch.problem:
                 raise UserError(f"Nothing was started: {self.project_watch.problem}")
             if self.params_path.name != "params.yaml":
-                raise UserError("The pipeline reads params.yaml. Start lora-tui with --params params.yaml to run it.")
+                raise UserError(
+                    "The pipeline reads params.yaml. Start lora-tui with --params params.yaml to "
+                    "run it."
+                )
             if project := self.project_watch.project:
-                from pipeline.project.new_project import renew_code_yaml  # not before the first paint
+                # not before the first paint
+                from pipeline.project.new_project import renew_code_yaml
 
                 await asyncio.to_thread(renew_code_yaml, project)
             replaced = await asyncio.to_thread(_replaced_by, project, arguments) if project else ""
             running = self.runner.start(arguments)
             if replaced:
-                self.log_message(f"Trained again, as params.yaml says: {replaced}. `lora runs` keeps the earlier.")
+                self.log_message(
+                    f"Trained again, as params.yaml says: {replaced}. `lora runs` keeps the "
+                    "earlier."
+                )
             self.log_message(f"Started: {running.command}. It continues if you quit.")
             self.project_watch.started(running)
 
@@ -316,7 +360,9 @@ class Workbench(App[None]):
             self.log_message("Nothing is running.", "warning")
             return
         what = running.stage.name if running else pipeline.command if pipeline else "the run"
-        question = f"Stop {what}? It keeps a checkpoint, and goes on from there when it is run again."
+        question = (
+            f"Stop {what}? It keeps a checkpoint, and goes on from there when it is run again."
+        )
         if await self.push_screen_wait(Ask(question, {"y": "stop it"}, "Stop")):
             with self.errors_shown():
                 self.log_message(self.runner.stop(), "warning")
@@ -333,7 +379,11 @@ class Workbench(App[None]):
 
     @work(group="ask", exclusive=True)
     async def _quit(self) -> None:
-        lost = [f"Quitting loses {text}." for screen in self.created_screens() if (text := screen.unsaved())]
+        lost = [
+            f"Quitting loses {text}."
+            for screen in self.created_screens()
+            if (text := screen.unsaved())
+        ]
         running = self.project_watch.running
         answers = {"y": "quit"}
         if running:
@@ -355,27 +405,45 @@ class Workbench(App[None]):
         self.log_message("Press Ctrl+C again to quit.")
 
     def _pipeline_ended(self, ended: Running) -> None:
-        """Report how a pipeline ended, judged by the stages that it ran: older failures are not its own."""
+        """Report how a pipeline ended, judged by the stages that it ran: older failures are not its
+        own.
+        """
         states = self.project_watch.states
         _, _, alone = ended.command.partition("--single-item ")
-        if name := alone.rpartition(" ")[2]:  # one stage: that others are out of date is no early end
+        # one stage: that others are out of date is no early end
+        if name := alone.rpartition(" ")[2]:
             states = {name: states[name]} if name in states else {}
-        stages = [state for state in states.values() if state.run and state.run.started >= ended.started]
+        stages = [
+            state for state in states.values() if state.run and state.run.started >= ended.started
+        ]
         failed = [state for state in stages if state.state in ("failed", "died")]
         broken = [state.broken for state in stages if state.broken]  # the run ended with 1 then
         if failed:
-            self.log_message(f"{failed[0].stage.name} {failed[0].state}: {', '.join(failed[0].reasons)}", "error")
+            self.log_message(
+                f"{failed[0].stage.name} {failed[0].state}: {', '.join(failed[0].reasons)}", "error"
+            )
         elif any(state.state == "stopped" for state in stages):
             self.log_message("Stopped. Run again to resume from the checkpoint.")
         elif broken:
             self.log_message(broken[0].error, "error")
         elif all(state.state == "current" for state in states.values()):
-            gates = [f"{state.stage.name}: {reason}." for state in stages for reason in state.reasons]
-            self.log_message(" ".join([f"{name} is up to date." if name else "All stages are up to date.", *gates]))
+            gates = [
+                f"{state.stage.name}: {reason}." for state in stages for reason in state.reasons
+            ]
+            self.log_message(
+                " ".join(
+                    [f"{name} is up to date." if name else "All stages are up to date.", *gates]
+                )
+            )
         elif disk_usage(self.root).free < MIN_FREE_BYTES:  # the log may be cut off, so say it here
-            self.log_message("The pipeline ended, and the disk is full. Free some space, then run it again.", "error")
+            self.log_message(
+                "The pipeline ended, and the disk is full. Free some space, then run it again.",
+                "error",
+            )
         else:
-            self.log_message("The pipeline ended early. Its log is on the screen Pipeline.", "warning")
+            self.log_message(
+                "The pipeline ended early. Its log is on the screen Pipeline.", "warning"
+            )
 
     async def on_unmount(self) -> None:
         self.machine.stop()
@@ -393,10 +461,12 @@ class Workbench(App[None]):
             self.runner.stop()
 
     def _watch_terminal(self, terminal: int) -> None:
-        """A thread that ends the program if the terminal is closed and the signal of that is not handled.
+        """A thread that ends the program if the terminal is closed and the signal of that is not
+        handled.
 
-        A terminal that takes no more output, as over a line that broke, blocks the event loop, for ever if it then
-        closes; and Python runs a signal's handler only once its main thread goes on.
+        A terminal that takes no more output, as over a line that broke, blocks the event loop, for
+        ever if it then closes; and Python runs a signal's handler only once its main thread goes
+        on.
         """
         poll = select.poll()
         poll.register(terminal, 0)  # reports a hang-up alone, so this costs nothing
@@ -410,7 +480,9 @@ class Workbench(App[None]):
         return [*super().get_line_filters(), CONTROL_CHARACTER_FILTER]
 
     def _initial_theme(self) -> str:
-        """The theme of the config, else the one last chosen, else one that suits the terminal's background."""
+        """The theme of the config, else the one last chosen, else one that suits the terminal's
+        background.
+        """
         light = os.environ.get("COLORFGBG", "").rpartition(";")[2] in ("7", "15")
         fallback = LIGHT.name if light else DARK.name
         wanted = self.config.theme or self.state.theme or fallback
@@ -426,7 +498,10 @@ class Workbench(App[None]):
         try:
             self.state.save(state_path())
         except OSError as error:
-            self.log_message(f"{state_path()}: {error.strerror}. Theme, folders and prompts were not saved.", "warning")
+            self.log_message(
+                f"{state_path()}: {error.strerror}. Theme, folders and prompts were not saved.",
+                "warning",
+            )
 
     def log_message(self, text: str, severity: Severity = "information") -> None:
         """Show a toast and add a line to the messages screen."""
@@ -435,7 +510,9 @@ class Workbench(App[None]):
 
     def fail(self, error: UserError | OSError) -> None:
         """Show an error to the user."""
-        text = f"{explain(error)} Nothing was changed." if isinstance(error, OSError) else str(error)
+        text = (
+            f"{explain(error)} Nothing was changed." if isinstance(error, OSError) else str(error)
+        )
         self.log_message(text, "error")
 
     @contextmanager
@@ -452,7 +529,9 @@ class Workbench(App[None]):
         from tui.help import page
 
         screen = self.base_screen
-        self.push_screen(HelpScreen(*page(screen.HELP, self.keys_of(screen), screen.focused_pane), title="Help"))
+        self.push_screen(
+            HelpScreen(*page(screen.HELP, self.keys_of(screen), screen.focused_pane), title="Help")
+        )
 
     def action_messages(self) -> None:
         if not isinstance(self.screen, MessagesScreen):
@@ -460,43 +539,63 @@ class Workbench(App[None]):
 
     def action_next_theme(self) -> None:
         names = list(THEMES)
-        self.theme = names[(names.index(self.theme) + 1) % len(names)] if self.theme in names else names[0]
+        self.theme = (
+            names[(names.index(self.theme) + 1) % len(names)] if self.theme in names else names[0]
+        )
 
     def get_key_display(self, binding: Binding) -> str:
         """The key as it is written on a keyboard: Enter, Esc, Ctrl+P, F1."""
         if binding.key_display:
             return binding.key_display
         modifiers, key = binding.parse_key()
-        name = KEY_NAMES.get(key) or (key.upper() if re.fullmatch(r"f\d+", key) else format_key(key))
-        parts = [{"ctrl": "Ctrl", "shift": "Shift", "alt": "Alt"}.get(modifier, modifier) for modifier in modifiers]
+        name = KEY_NAMES.get(key) or (
+            key.upper() if re.fullmatch(r"f\d+", key) else format_key(key)
+        )
+        parts = [
+            {"ctrl": "Ctrl", "shift": "Shift", "alt": "Alt"}.get(modifier, modifier)
+            for modifier in modifiers
+        ]
         return "+".join([*parts, name.upper() if parts and len(name) == 1 else name])
 
     def keys_of(self, screen: NumberedScreen) -> list[tuple[str, Binding]]:
-        """Keys and binding of every action of a screen: the screen's own first, then the app's, then others."""
+        """Keys and binding of every action of a screen: the screen's own first, then the app's,
+        then others.
+        """
         by_action: dict[str, tuple[list[str], Binding]] = {}
         for active in screen.active_bindings.values():
             if active.binding.description:
                 keys, _ = by_action.setdefault(active.binding.action, ([], active.binding))
                 keys.append(self.get_key_display(active.binding))
         rows = [(" ".join(dict.fromkeys(keys)), binding) for keys, binding in by_action.values()]
-        return sorted(rows, key=lambda row: (row[1].id is None, (row[1].id or "").startswith("app.")))
+        return sorted(
+            rows, key=lambda row: (row[1].id is None, (row[1].id or "").startswith("app."))
+        )
 
     def handle_bindings_clash(self, clashed_bindings: set[Binding], node: DOMNode) -> None:
         """Warn that a key of the config was already taken: its former action has no key now."""
         lost = ", ".join(sorted(binding.id or binding.description for binding in clashed_bindings))
-        self.log_message(f"{config_path().name}: conflicting keys on {node}; no key is left for {lost}.", "warning")
+        self.log_message(
+            f"{config_path().name}: conflicting keys on {node}; no key is left for {lost}.",
+            "warning",
+        )
 
 
 def _replaced_by(project: "Project", arguments: Sequence[str]) -> str:
-    """The trained models in place that `dvc ARGUMENTS` makes again because params.yaml has other settings."""
+    """The trained models in place that `dvc ARGUMENTS` makes again because params.yaml has other
+    settings.
+    """
     from pipeline.project.status import apart
 
     one = arguments[-1] if "--single-item" in arguments else ""
     marks = {name: reasons for name, reasons in apart(project).items() if name in project.stages}
-    return "; ".join(f"{name} {', '.join(reasons)}" for name, reasons in marks.items() if one in ("", name))
+    return "; ".join(
+        f"{name} {', '.join(reasons)}" for name, reasons in marks.items() if one in ("", name)
+    )
 
 
 def _abbreviate_home(path: Path) -> str:
     """The path with ~ for the home folder."""
     home = home_folder()
-    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) and path != home else str(path)
+    return (
+        f"~/{path.relative_to(home)}" if path.is_relative_to(home) and path != home else str(path)
+    )

@@ -18,7 +18,9 @@ ON_HANGUP = ("continue", "stop")  # what happens to a running pipeline when the 
 
 @dataclass(frozen=True)
 class Config:
-    """tui.yaml: theme, keys by binding id, folders to search for models, and what a closed terminal does."""
+    """tui.yaml: theme, keys by binding id, folders to search for models, and what a closed terminal
+    does.
+    """
 
     theme: str | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
@@ -39,7 +41,9 @@ def _xdg_folder(variable: str, default: str) -> Path:
 
 
 def load_config(path: Path) -> Config:
-    """The config, or the defaults if there is no file. Raises UserError with key, rule and value."""
+    """The config, or the defaults if there is no file. Raises UserError with key, rule and
+    value.
+    """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (FileNotFoundError, NotADirectoryError):  # the latter for a home such as /dev/null
@@ -47,20 +51,27 @@ def load_config(path: Path) -> Config:
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     valid_keys = [f.name for f in fields(Config)]
-    if not isinstance(tree, dict) or (unknown := next((key for key in tree if key not in valid_keys), None)):
+    if not isinstance(tree, dict) or (
+        unknown := next((key for key in tree if key not in valid_keys), None)
+    ):
         problem = "must be a mapping" if not isinstance(tree, dict) else f"unknown key {unknown}"
         raise UserError(f"{path}: {problem}. Valid keys: {', '.join(valid_keys)}.")
     # A key without a value counts as left out.
-    values = {key: default if tree.get(key) is None else tree[key] for key, default in asdict(Config()).items()}
+    values = {
+        key: default if tree.get(key) is None else tree[key]
+        for key, default in asdict(Config()).items()
+    }
     keys, folders = values["keys"], values["folders"]
     rules = {
         "theme": (isinstance(values["theme"], str | None), "must be a string"),
         "keys": (
-            isinstance(keys, dict) and all(isinstance(text, str) for pair in keys.items() for text in pair),
+            isinstance(keys, dict)
+            and all(isinstance(text, str) for pair in keys.items() for text in pair),
             "must map binding ids to keys, such as pipeline.run: ctrl+r",
         ),
         "folders": (
-            isinstance(folders, list | tuple) and all(isinstance(folder, str) for folder in folders),
+            isinstance(folders, list | tuple)
+            and all(isinstance(folder, str) for folder in folders),
             "must be a list of paths",
         ),
         "on_hangup": (values["on_hangup"] in ON_HANGUP, f"must be one of {', '.join(ON_HANGUP)}"),

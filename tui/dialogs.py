@@ -1,4 +1,6 @@
-"""Dialogs over any screen: a text to read, messages, a question for a path, yes or no, one of several."""
+"""Dialogs over any screen: a text to read, messages, a question for a path, yes or no, one of
+several.
+"""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -35,13 +37,17 @@ Frame = TypeVar("Frame", bound=Widget)
 
 
 def _frame(dialog: Frame, title: str, keys: str) -> Frame:
-    """The widget with a title in its border, which is never read as markup, and the keys that end the dialog."""
+    """The widget with a title in its border, which is never read as markup, and the keys that end
+    the dialog.
+    """
     dialog.border_title, dialog.border_subtitle = Text(title), keys
     return dialog
 
 
 class Reader(ModalScreen[None]):
-    """A scrollable text, closed by Escape, q, or a key that a subclass adds: the one that opened it."""
+    """A scrollable text, closed by Escape, q, or a key that a subclass adds: the one that opened
+    it.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,q", "dismiss", "Close"),
@@ -54,7 +60,9 @@ class Reader(ModalScreen[None]):
         self._parts, self._title = parts, title
 
     def compose(self) -> ComposeResult:
-        yield _frame(VerticalScroll(*map(Static, self._parts), classes="dialog"), self._title, "Esc close")
+        yield _frame(
+            VerticalScroll(*map(Static, self._parts), classes="dialog"), self._title, "Esc close"
+        )
 
     def action_scroll(self, lines: int) -> None:
         self.query_one(VerticalScroll).scroll_relative(y=lines, animate=False)
@@ -79,7 +87,9 @@ class MessagesScreen(Reader):
 
 
 class MarkdownReader(ModalScreen[None]):
-    """Shows a Markdown text or file. Its links are not followed: what it says comes from elsewhere."""
+    """Shows a Markdown text or file. Its links are not followed: what it says comes from
+    elsewhere.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q", "dismiss", "Close")]
     DEFAULT_CSS = """
@@ -89,13 +99,19 @@ class MarkdownReader(ModalScreen[None]):
 
     def __init__(self, source: str | Path, title: str = "") -> None:
         super().__init__()
-        self._source, self._title = source, title or (source.name if isinstance(source, Path) else "")
+        self._source, self._title = (
+            source,
+            title or (source.name if isinstance(source, Path) else ""),
+        )
 
     def compose(self) -> ComposeResult:
-        from textual.widgets import Markdown  # with its parser 40 ms, which the first paint should not wait for
+        # with its parser 40 ms, which the first paint should not wait for
+        from textual.widgets import Markdown
 
         yield _frame(
-            VerticalScroll(Markdown(self._text(), open_links=False), classes="dialog"), self._title, "Esc close"
+            VerticalScroll(Markdown(self._text(), open_links=False), classes="dialog"),
+            self._title,
+            "Esc close",
         )
 
     def on_mount(self) -> None:
@@ -112,7 +128,9 @@ class MarkdownReader(ModalScreen[None]):
 
 
 class PathScreen(ModalScreen[str | None]):
-    """Returns the typed text without surrounding spaces; None if it is empty or Escape was pressed."""
+    """Returns the typed text without surrounding spaces; None if it is empty or Escape was
+    pressed.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Close")]
 
@@ -132,7 +150,10 @@ class PathScreen(ModalScreen[str | None]):
 class Menu(ModalScreen[str | None]):
     """Returns the key of the chosen line; None if Escape was pressed."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q", "dismiss(None)", "Close"), *VIM_KEYS]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape,q", "dismiss(None)", "Close"),
+        *VIM_KEYS,
+    ]
 
     def __init__(self, title: str, choices: Mapping[str, str | Text], chosen: str = "") -> None:
         super().__init__()
@@ -164,12 +185,15 @@ class Menu(ModalScreen[str | None]):
 class Ask(ModalScreen[str]):
     """A question, answered by a letter: returns the letter, or "" for Escape.
 
-    `answers`: letter → what it does, the safest last. Enter does nothing, so that no reflex answers.
+    `answers`: letter → what it does, the safest last. Enter does nothing, so that no reflex
+    answers.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss('')", "Cancel")]
 
-    def __init__(self, question: RenderableType, answers: Mapping[str, str], title: str = "") -> None:
+    def __init__(
+        self, question: RenderableType, answers: Mapping[str, str], title: str = ""
+    ) -> None:
         super().__init__()
         self._question, self._answers, self._title = question, answers, title
 

@@ -1,4 +1,6 @@
-"""Help: what a pane shows and its keys, then the keys that are the same everywhere, and what the signs mean."""
+"""Help: what a pane shows and its keys, then the keys that are the same everywhere, and what the
+signs mean.
+"""
 
 from collections.abc import Iterable
 
@@ -42,12 +44,18 @@ def page(prose: str, keys: Keys, pane: Pane | None) -> Iterable[RenderableType]:
         yield Text(pane.title, "bold")
         yield Markdown(f"{pane.help}\n")
     yield Markdown(f"{prose}\n")
-    own = [(names, binding) for names, binding in keys if not (binding.id or "app.").startswith("app.")]
+    own = [
+        (names, binding) for names, binding in keys if not (binding.id or "app.").startswith("app.")
+    ]
     if own:
-        yield _table("Keys here", ((names, binding.description, binding.id or "") for names, binding in own))
+        yield _table(
+            "Keys here", ((names, binding.description, binding.id or "") for names, binding in own)
+        )
     yield _table("Keys everywhere", ((names, text, "") for names, text in EVERYWHERE))
     yield _table("Signs", ((sign, text, "") for sign, text in STATES.items()))
-    yield _table("Methods", ((Text(look.sign, look.color), name, "") for name, look in LOOKS.items()))
+    yield _table(
+        "Methods", ((Text(look.sign, look.color), name, "") for name, look in LOOKS.items())
+    )
     yield Text("\nThe names at the right can be given other keys in the config file.", "dim")
 
 

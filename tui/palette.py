@@ -1,4 +1,6 @@
-"""The palette over everything: commands of all screens, stages, models, params, recent prompts, pages of the docs."""
+"""The palette over everything: commands of all screens, stages, models, params, recent prompts,
+pages of the docs.
+"""
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
@@ -60,7 +62,8 @@ class Everything(Provider):
 
     async def commands(self) -> list[Command]:
         """All commands, once the models and pages are read."""
-        # Each letter cancels the search of the letter before, and what it waits for: here only the waiting may end.
+        # Each letter cancels the search of the letter before, and what it waits for: here only the
+        # waiting may end.
         return await asyncio.shield(self._gathering)
 
     async def discover(self) -> Hits:
@@ -72,7 +75,12 @@ class Everything(Provider):
         for number, command in enumerate(await self.commands()):
             if score := matcher.match(command.text):
                 # an earlier group first where the match is as good
-                yield Hit(score - number / 1e6, matcher.highlight(command.text), command.run, help=command.help)
+                yield Hit(
+                    score - number / 1e6,
+                    matcher.highlight(command.text),
+                    command.run,
+                    help=command.help,
+                )
             if number % 200 == 199:
                 await asyncio.sleep(0)
 
@@ -80,11 +88,19 @@ class Everything(Provider):
 def _app_commands(app: Workbench) -> Iterator[Command]:
     for binding in _bindings(type(app).BINDINGS):
         if binding.action.startswith("switch_mode"):
-            yield Command(f"Go to {binding.description}", f"key {app.get_key_display(binding)}", _action(app, binding))
+            yield Command(
+                f"Go to {binding.description}",
+                f"key {app.get_key_display(binding)}",
+                _action(app, binding),
+            )
         elif binding.id != "app.palette":
-            yield Command(binding.description, f"key {app.get_key_display(binding)}", _action(app, binding))
+            yield Command(
+                binding.description, f"key {app.get_key_display(binding)}", _action(app, binding)
+            )
     for theme in app.available_themes:
-        yield Command(f"Theme: {theme}", "colours of all screens", partial(setattr, app, "theme", theme))
+        yield Command(
+            f"Theme: {theme}", "colours of all screens", partial(setattr, app, "theme", theme)
+        )
 
 
 def _action(app: Workbench, binding: Binding) -> Callable[[], Any]:
@@ -100,7 +116,9 @@ def _bindings(declared: Iterable[Any]) -> Iterator[Binding]:
 
 
 def _screen_commands(app: Workbench, name: str) -> Iterator[Command]:
-    """The commands of a screen and of its panes, which are found by the folder that their class is in."""
+    """The commands of a screen and of its panes, which are found by the folder that their class is
+    in.
+    """
     if name not in SCREENS:  # the first look has none
         return
     kind: Any = SCREENS[name].kind()
@@ -109,7 +127,11 @@ def _screen_commands(app: Workbench, name: str) -> Iterator[Command]:
     for owner in owners:
         for binding in _bindings(owner.__dict__.get("BINDINGS", ())):
             label = f"{SCREENS[name].label}: {binding.description}"
-            yield Command(label, f"key {app.get_key_display(binding)}", _remote(app, name, owner, binding.action))
+            yield Command(
+                label,
+                f"key {app.get_key_display(binding)}",
+                _remote(app, name, owner, binding.action),
+            )
 
 
 def _panes(kind: type[Pane]) -> Iterator[type[Pane]]:
@@ -142,12 +164,18 @@ def _params(app: Workbench) -> Iterator[Command]:
         section = project.home(name).section(stage)
         for key in section.__struct_fields__:
             value = format_value(getattr(section, key))
-            yield Command(f"{name}.{key}: {value}", "param", partial(app.go, "pipeline", stage=name, param=key))
+            yield Command(
+                f"{name}.{key}: {value}",
+                "param",
+                partial(app.go, "pipeline", stage=name, param=key),
+            )
 
 
 def _prompts(app: Workbench) -> Iterator[Command]:
     for prompt in reversed(app.state.prompts[-MAX_PROMPTS:]):
-        yield Command(f"Prompt: {prompt[:200]}", "ask it again", partial(app.go, "models", prompt=prompt))
+        yield Command(
+            f"Prompt: {prompt[:200]}", "ask it again", partial(app.go, "models", prompt=prompt)
+        )
 
 
 def _models(app: Workbench) -> Iterator[Command]:
@@ -182,7 +210,9 @@ def _pages() -> list[Path]:
     if (DOCS / "how-to/tui.md").is_file():  # and not the folder docs of another package
         return [page for page in DOCS.rglob("*.md") if page.parent.name != "decisions"]
     try:
-        paths = [path for path in files("lora-workbench") or () if str(path).startswith(INSTALLED_DOCS)]
+        paths = [
+            path for path in files("lora-workbench") or () if str(path).startswith(INSTALLED_DOCS)
+        ]
     except PackageNotFoundError:
         return []
     return [Path(str(path.locate())) for path in paths if path.suffix == ".md"]

@@ -31,7 +31,9 @@ class NumberedScreen(Protocol):
 
 
 class ScreenEntry(NamedTuple):
-    """A screen: its label in the header, a shorter one for a narrow terminal, and its class as `module:class`."""
+    """A screen: its label in the header, a shorter one for a narrow terminal, and its class as
+    `module:class`.
+    """
 
     label: str
     short: str
@@ -54,7 +56,9 @@ SCREENS = {
     "data": ScreenEntry("Data", "Data", "tui.screens.data.screen:DataScreen"),
     "models": ScreenEntry("Models", "Models", "tui.screens.models.screen:ModelsScreen"),
     "chat": ScreenEntry("Chat", "Chat", "tui.screens.chat.screen:ChatScreen"),
-    "calculator": ScreenEntry("Calculator", "Calc", "tui.screens.calculator.screen:CalculatorScreen"),
+    "calculator": ScreenEntry(
+        "Calculator", "Calc", "tui.screens.calculator.screen:CalculatorScreen"
+    ),
     "monitor": ScreenEntry("Monitor", "Mon", "tui.screens.monitor.screen:MonitorScreen"),
 }
 

@@ -17,9 +17,12 @@ FOLDER = "shipped"
 
 async def ship(workbench: Any, name: str, adapter: Path) -> None:
     """Call it in a worker of the workbench: it waits for the answers and for the export."""
-    # By name: what a format imports to write must not count as imported by the terminal UI, and is not by this.
+    # By name: what a format imports to write must not count as imported by the terminal UI, and is
+    # not by this.
     formats = import_module("pipeline.export.formats").FORMATS
-    choices = {key: Text.assemble((f"{key:14}", "bold"), format.about) for key, format in formats.items()}
+    choices = {
+        key: Text.assemble((f"{key:14}", "bold"), format.about) for key, format in formats.items()
+    }
     measured = await asyncio.to_thread(measured_of, adapter)
     verdict = measured.get(VERDICT)
     broken = f"✗ {name} breaks {verdict.counted}. " if verdict and verdict.broken else ""
@@ -27,11 +30,15 @@ async def ship(workbench: Any, name: str, adapter: Path) -> None:
     if kind is None:
         return
     default = f"{FOLDER}/{name.replace('/', '-')}-{kind}"
-    folder = await workbench.push_screen_wait(PathScreen(f"Folder to write {name} to, as {kind}:", default))
+    folder = await workbench.push_screen_wait(
+        PathScreen(f"Folder to write {name} to, as {kind}:", default)
+    )
     if folder is None:
         return
     out = workbench.root / expand(folder)
     workbench.log_message(f"Exporting {name} as {kind}; it goes on while you do something else.")
     with workbench.errors_shown():
-        told, notes = await LoraCommand(workbench.root).run("export", str(adapter), "--format", kind, "--out", str(out))
+        told, notes = await LoraCommand(workbench.root).run(
+            "export", str(adapter), "--format", kind, "--out", str(out)
+        )
         workbench.log_message("\n".join(filter(None, (f"{name} is in {folder}.", told, notes))))

@@ -23,7 +23,9 @@ def main() -> None:
         config = load_config(config_path())
         params, greeting = arguments.params or Path(PARAMS), ""
         if arguments.demo and arguments.params:
-            raise UserError("--demo opens a project of its own, so it takes no --params. Leave out one of them.")
+            raise UserError(
+                "--demo opens a project of its own, so it takes no --params. Leave out one of them."
+            )
         if not params.parent.is_dir():
             raise UserError(f"{params.parent} is not a folder. Name a params file with --params.")
         if arguments.web:
@@ -48,18 +50,24 @@ def main() -> None:
 def _require_terminal() -> None:
     """Raises UserError if keys cannot be read, or nothing can be shown.
 
-    Textual draws on stderr and asks stdout for the size. One in the environment would hide that a window was resized.
+    Textual draws on stderr and asks stdout for the size. One in the environment would hide that a
+    window was resized.
     """
     if os.environ.get("TEXTUAL_DRIVER"):  # --web: a browser is the terminal
         return
     for variable in ("COLUMNS", "LINES"):
         os.environ.pop(variable, None)
-    for stream, name in ((sys.stdin, "input"), (sys.stdout, "output"), (sys.stderr, "error output")):
+    for stream, name in (
+        (sys.stdin, "input"),
+        (sys.stdout, "output"),
+        (sys.stderr, "error output"),
+    ):
         if not stream.isatty():
             from pipeline.errors import UserError
 
             raise UserError(
-                f"lora-tui needs a terminal, but its {name} is none. Run it in a terminal without redirecting it, or "
+                f"lora-tui needs a terminal, but its {name} is none. Run it in a terminal without "
+                "redirecting it, or "
                 "use `lora-tui --web` for a browser."
             )
 
@@ -84,8 +92,16 @@ def _read_arguments() -> Arguments:
 
     parser = ArgumentParser("lora-tui", description="Watch, calculate, prompt: the LoRA workbench.")
     parser.add_argument("--params", type=Path, help="params file of the project (params.yaml)")
-    parser.add_argument("--demo", action="store_true", help="open a small finished project that comes with the program")
-    parser.add_argument("--web", action="store_true", help="serve the app to a browser on this machine")
+    parser.add_argument(
+        "--demo",
+        action="store_true",
+        help="open a small finished project that comes with the program",
+    )
+    parser.add_argument(
+        "--web", action="store_true", help="serve the app to a browser on this machine"
+    )
     parser.add_argument("--port", type=port, default=8000, help="port of --web")
-    parser.add_argument("--version", action="version", version=f"lora-tui {version('lora-workbench')}")
+    parser.add_argument(
+        "--version", action="version", version=f"lora-tui {version('lora-workbench')}"
+    )
     return parser.parse_args(namespace=Arguments())

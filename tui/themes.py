@@ -1,12 +1,18 @@
-"""Three themes of our own beside Textual's: dark, light, and one of high contrast. Colour means state or magnitude."""
+"""Three themes of our own beside Textual's: dark, light, and one of high contrast. Colour means
+state or magnitude.
+"""
 
 from textual.cache import LRUCache
 from textual.css.stylesheet import Stylesheet
 from textual.theme import Theme
 
 
-def _variables(cursor: str, resting: str, scrollbar: str, background: str, foreground: str) -> dict[str, str]:
-    """The cursor of lists, dimmer where the focus is elsewhere, and thin scroll bars that do not draw the eye."""
+def _variables(
+    cursor: str, resting: str, scrollbar: str, background: str, foreground: str
+) -> dict[str, str]:
+    """The cursor of lists, dimmer where the focus is elsewhere, and thin scroll bars that do not
+    draw the eye.
+    """
     return {
         "block-cursor-background": cursor,
         "block-cursor-foreground": foreground,
@@ -77,7 +83,8 @@ THEMES = {theme.name: theme for theme in (DARK, LIGHT, CONTRAST)}
 class ParsedOnce(Stylesheet):
     """Parses each source of styles once per theme.
 
-    Textual parses all of them again for every screen and dialog that opens, and three times before the first paint.
+    Textual parses all of them again for every screen and dialog that opens, and three times before
+    the first paint.
     """
 
     def __init__(self, variables: dict[str, str]) -> None:

@@ -29,18 +29,26 @@ def chat(
     adapter: Annotated[Path | None, Option(help="Adapter folder.")] = None,
     system: Annotated[str, Option(help="System prompt.")] = "",
     strength: Annotated[
-        float, Option(min=0, max=2, callback=finite, help="Strength of the adapter; 0: the base, 1: as trained.")
+        float,
+        Option(
+            min=0,
+            max=2,
+            callback=finite,
+            help="Strength of the adapter; 0: the base, 1: as trained.",
+        ),
     ] = 1.0,
     max_tokens: Annotated[int, Option(min=1, help="Most tokens of an answer.")] = 512,
     temperature: Annotated[float, Option(min=0, help="Sampling temperature; 0: greedy.")] = 0.0,
-    sample_top_p: Annotated[float, Option("--top-p", help="Smallest set of tokens with this probability.")] = 1.0,
+    sample_top_p: Annotated[
+        float, Option("--top-p", help="Smallest set of tokens with this probability.")
+    ] = 1.0,
     seed: Annotated[int, Option(min=0, help="Random seed for sampling.")] = 0,
     _device: DeviceOption = None,
 ) -> None:
     """Talk with a model over several turns.
 
-    By default the model trained last in this project, not merged. A base without a chat template completes texts.
-    In it, /help lists the commands.
+    By default the model trained last in this project, not merged. A base without a chat template
+    completes texts. In it, /help lists the commands.
     """
     from cli.console import print_note
     from pipeline.adapters.folder import base_of
@@ -50,7 +58,10 @@ def chat(
     from pipeline.workbench import current_project
 
     if base is None and adapter is None:
-        base, adapter = (path and Path(os.path.relpath(path)) for path in newest_model(current_project(), merged=False))
+        base, adapter = (
+            path and Path(os.path.relpath(path))
+            for path in newest_model(current_project(), merged=False)
+        )
     base = base or base_of(adapter)
     conversation = Conversation(system, Sampling(temperature, 0, sample_top_p, seed), max_tokens)
     session = Session(base, conversation, strength)
@@ -140,7 +151,9 @@ class Session:
             sys.stdout.flush()
         if sys.stdin.isatty() and tokens:
             cut = ", cut at --max-tokens" * (tokens >= self.conversation.limit)
-            print_note(f"  {tokens} tokens, {tokens / (time.perf_counter() - start):.0f} a second{cut}")
+            print_note(
+                f"  {tokens} tokens, {tokens / (time.perf_counter() - start):.0f} a second{cut}"
+            )
         return said.strip()
 
     def model(self, name: str | None = None) -> "LoadedModel":
@@ -170,7 +183,9 @@ class Session:
         return str(self.base) if name == BASE else name
 
     def compare(self, name: str) -> None:
-        """Show another adapter's answer below each, or with an empty name no longer. Raises UserError."""
+        """Show another adapter's answer below each, or with an empty name no longer. Raises
+        UserError.
+        """
         if name:
             self._load(name)
         self.other = name
@@ -218,7 +233,9 @@ class Session:
 
         path = Path(text)
         if path.suffix != ".jsonl":
-            raise UserError(f"/save needs a file that ends in .jsonl, got {text}. Name a data file.")
+            raise UserError(
+                f"/save needs a file that ends in .jsonl, got {text}. Name a data file."
+            )
         if not self.conversation.turns:
             raise UserError("/save needs a conversation: nothing was said yet.")
         rows = self.conversation.examples(self.model().tokenizer.has_template)
@@ -227,7 +244,9 @@ class Session:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         except OSError as error:
             raise UserError(f"/save {path}: {error.strerror}.") from None
-        print_note(f"{len(rows)} examples were added to {path}; `lora train --data {path}` reads them")
+        print_note(
+            f"{len(rows)} examples were added to {path}; `lora train --data {path}` reads them"
+        )
 
     def help(self, _argument: str) -> None:
         from cli.console import print_line
@@ -236,7 +255,9 @@ class Session:
             print_line(f"{f'{name} {command.argument}':18}{command.about}")
         print_line(f"{'/quit':18}End; so does Ctrl+D.")
         other = self._label(self.other) if self.other else "none"
-        print_line(f"now: {self._label(self.name)}, strength {self.strength:g}, compared with {other}")
+        print_line(
+            f"now: {self._label(self.name)}, strength {self.strength:g}, compared with {other}"
+        )
 
 
 def _adapter(name: str) -> Path:
@@ -248,13 +269,22 @@ def _adapter(name: str) -> Path:
     folder = Path(ARTIFACTS)
     found = next((path for path in (Path(name), folder / name) if (path / CONFIG).is_file()), None)
     if found is None:
-        names = [str(path.relative_to(folder)) for path in model_folders(folder) if (path / CONFIG).is_file()]
-        raise UserError(f"{name} is not an adapter. Adapters here: {', '.join(names) or 'none'}; or {BASE}, or a path.")
+        names = [
+            str(path.relative_to(folder))
+            for path in model_folders(folder)
+            if (path / CONFIG).is_file()
+        ]
+        raise UserError(
+            f"{name} is not an adapter. Adapters here: {', '.join(names) or 'none'}; or {BASE}, "
+            "or a path."
+        )
     return found
 
 
 class Command(NamedTuple):
-    """`argument`: its name in the help, empty where there is none; `optional`: whether it may be missing."""
+    """`argument`: its name in the help, empty where there is none; `optional`: whether it may be
+    missing.
+    """
 
     argument: str
     about: str
@@ -263,13 +293,23 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "/adapter": Command("NAME", f"Answer with an adapter: a listed name, a path, or {BASE}.", Session.choose),
-    "/compare": Command("NAME", "Show its answers too; without a name, no longer.", Session.compare, True),
-    "/strength": Command("X", "Strength of adapters: 0 the base, 1 as trained, up to 2.", Session.set_strength),
-    "/system": Command("TEXT", "Another system prompt; without a text, none.", Session.set_system, True),
+    "/adapter": Command(
+        "NAME", f"Answer with an adapter: a listed name, a path, or {BASE}.", Session.choose
+    ),
+    "/compare": Command(
+        "NAME", "Show its answers too; without a name, no longer.", Session.compare, True
+    ),
+    "/strength": Command(
+        "X", "Strength of adapters: 0 the base, 1 as trained, up to 2.", Session.set_strength
+    ),
+    "/system": Command(
+        "TEXT", "Another system prompt; without a text, none.", Session.set_system, True
+    ),
     "/retry": Command("", "Answer the last question again, with the next seed.", Session.retry),
     "/undo": Command("", "Take back the last question and its answer.", Session.undo),
     "/reset": Command("", "Forget the turns; the system prompt stays.", Session.reset),
-    "/save": Command("FILE", "Add the conversation to a .jsonl file, for `lora train`.", Session.save),
+    "/save": Command(
+        "FILE", "Add the conversation to a .jsonl file, for `lora train`.", Session.save
+    ),
     "/help": Command("", "Show this.", Session.help),
 }

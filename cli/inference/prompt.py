@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from pipeline.inference.engine import LoadedModel
 
 app = group()
-MAX_COLUMNS = 8  # of candidates: a table with a column per token of a vocabulary takes minutes to lay out
+# of candidates: a table with a column per token of a vocabulary takes minutes to lay out
+MAX_COLUMNS = 8
 
 
 def _validate_utf8(text: str) -> str:
@@ -44,7 +45,9 @@ PromptBase = Annotated[
 ]
 Text = Annotated[str, Argument(metavar="TEXT", callback=_validate_utf8, help="Text to complete.")]
 TopK = Annotated[int, Option("--top-k", min=1, help="Number of next-token candidates to show.")]
-Chat = Annotated[bool, Option("--chat", help="Put TEXT as a user turn into the model's chat template.")]
+Chat = Annotated[
+    bool, Option("--chat", help="Put TEXT as a user turn into the model's chat template.")
+]
 MaxTokens = Annotated[int, Option(min=0, help="Maximum number of tokens to generate.")]
 
 
@@ -56,9 +59,12 @@ def prompt(
     top_k: TopK = 5,
     max_tokens: MaxTokens = 20,
     temperature: Annotated[float, Option(min=0, help="Sampling temperature; 0: greedy.")] = 0.0,
-    sample_top_k: Annotated[int, Option(min=0, help="Sample from the k most likely tokens; 0: from all.")] = 0,
+    sample_top_k: Annotated[
+        int, Option(min=0, help="Sample from the k most likely tokens; 0: from all.")
+    ] = 0,
     sample_top_p: Annotated[
-        float, Option("--top-p", help="Nucleus sampling: smallest set of tokens with this probability.")
+        float,
+        Option("--top-p", help="Nucleus sampling: smallest set of tokens with this probability."),
     ] = 1.0,
     seed: Annotated[int, Option(min=0, help="Random seed for sampling.")] = 0,
     chat: Chat = False,
@@ -86,23 +92,36 @@ def prompt(
         raise BadParameter("--sample-top-k, --top-p and --seed need --temperature above 0.")
     chosen = base is None and adapter is None
     if chosen:
-        base, adapter = (path and Path(os.path.relpath(path)) for path in newest_model(current_project()))
+        base, adapter = (
+            path and Path(os.path.relpath(path)) for path in newest_model(current_project())
+        )
     base = base or base_of(adapter)
     loaded = load(base, adapter, trust_remote_code=trust_remote_code)
     model_input = render(loaded.base, text) if chat else text
-    completion = continued(loaded, model_input, max_tokens, Sampling(temperature, sample_top_k, sample_top_p, seed))
+    completion = continued(
+        loaded, model_input, max_tokens, Sampling(temperature, sample_top_k, sample_top_p, seed)
+    )
     answer = _answer(loaded, text, model_input, top_k, completion)
     if not chat and loaded.tokenizer.has_template and _trained_in_template(adapter or base):
-        print_note("TEXT is continued as it is; --chat asks it in the chat template, as the model was trained.")
-    if adapter is not None and not (adapter / MANIFEST).exists():  # made elsewhere: nothing binds it to its base
-        print_note(f"{adapter} has no {MANIFEST}: names and shapes fit, its base cannot be checked.")
+        print_note(
+            "TEXT is continued as it is; --chat asks it in the chat template, as the model was "
+            "trained."
+        )
+    # made elsewhere: nothing binds it to its base
+    if adapter is not None and not (adapter / MANIFEST).exists():
+        print_note(
+            f"{adapter} has no {MANIFEST}: names and shapes fit, its base cannot be checked."
+        )
     if as_json:
         print_json(answer)
         return
     model = f"{loaded.adapter} on {loaded.base}" if loaded.adapter else str(loaded.base)
     hint = ", the newest trained model here; name another with --base or --adapter" * chosen
     print_note(f"model: {model}{hint}")
-    rows = [(escape_whitespace(c["token"]), f"{c['probability']:.1%}", bar(c["probability"])) for c in answer["top_k"]]
+    rows = [
+        (escape_whitespace(c["token"]), f"{c['probability']:.1%}", bar(c["probability"]))
+        for c in answer["top_k"]
+    ]
     print_table(("next", "probability", ""), rows, right=("probability",))
     before, after = (f"{text}\n→ ", completion.strip()) if chat else (text, completion.rstrip())
     stdout.print(Line.assemble("\n", before, (after, "bold")), soft_wrap=True)
@@ -133,20 +152,30 @@ def compare(
         if unknown := loaded.tokenizer.unknown_words(text):
             answers[loaded.name] = {"prompt": text, "unknown_words": unknown}
         else:
-            answers[loaded.name] = _answer(loaded, text, model_input, top_k, continued(loaded, model_input, max_tokens))
+            answers[loaded.name] = _answer(
+                loaded, text, model_input, top_k, continued(loaded, model_input, max_tokens)
+            )
     if not answers:
         raise UserError(f"There is no model yet. Run {project.command('pretrain')}.")
     if all("unknown_words" in answer for answer in answers.values()):
         words = ", ".join(next(reversed(answers.values()))["unknown_words"])
-        raise UserError(f"No variant knows: {words}. Use words of the training data, or add them with expand_vocab.")
+        raise UserError(
+            f"No variant knows: {words}. Use words of the training data, or add them with "
+            "expand_vocab."
+        )
     stage_of = {name: project.variants[name][1] or project.variants[name][0] for name in answers}
     old = outdated(project, list(stage_of.values()))
     for name, answer in answers.items():
         answer["outdated"] = list(old.get(stage_of[name], ()))
     if outdated_names := [name for name in answers if answers[name]["outdated"]]:
-        reasons = dict.fromkeys(reason for name in outdated_names for reason in answers[name]["outdated"])
+        reasons = dict.fromkeys(
+            reason for name in outdated_names for reason in answers[name]["outdated"]
+        )
         warn_outdated(
-            project, f"{', '.join(outdated_names)} {'is' if len(outdated_names) == 1 else 'are'}", list(reasons), old
+            project,
+            f"{', '.join(outdated_names)} {'is' if len(outdated_names) == 1 else 'are'}",
+            list(reasons),
+            old,
         )
     if as_json:
         print_json(answers)
@@ -158,16 +187,28 @@ def compare(
             cells, said = [], f"does not know: {', '.join(answer['unknown_words'])}"
         else:
             choices = answer["top_k"][:shown]
-            cells = [f"{escape_whitespace(choice['token'])} {choice['probability']:.1%}" for choice in choices]
+            cells = [
+                f"{escape_whitespace(choice['token'])} {choice['probability']:.1%}"
+                for choice in choices
+            ]
             said = " ".join(answer["completion"].split())
-        rows.append((name + " (outdated)" * bool(answer["outdated"]), *cells, *[""] * (shown - len(cells)), said))
+        rows.append(
+            (
+                name + " (outdated)" * bool(answer["outdated"]),
+                *cells,
+                *[""] * (shown - len(cells)),
+                said,
+            )
+        )
     print_table(("model", *(f"#{number}" for number in range(1, shown + 1)), "completion"), rows)
     if shown < top_k:
         print_note(f"The table shows {shown} candidates; --json has all.")
 
 
 def _trained_in_template(model: Path) -> bool:
-    """Whether a stage made the adapter or the model, and trained plain prompts in the base's template if it has one."""
+    """Whether a stage made the adapter or the model, and trained plain prompts in the base's
+    template if it has one.
+    """
     from pipeline.files.artifact import read_manifest
 
     try:
@@ -176,8 +217,12 @@ def _trained_in_template(model: Path) -> bool:
         return False
 
 
-def _answer(loaded: "LoadedModel", text: str, model_input: str, k: int, completion: str) -> dict[str, Any]:
-    """The JSON answer. `model_input` is `text` with the chat template applied, `completion` what was generated."""
+def _answer(
+    loaded: "LoadedModel", text: str, model_input: str, k: int, completion: str
+) -> dict[str, Any]:
+    """The JSON answer. `model_input` is `text` with the chat template applied, `completion` what
+    was generated.
+    """
     from pipeline.inference import engine
 
     return {

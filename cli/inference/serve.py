@@ -21,30 +21,47 @@ def serve(
             "this project's models.",
         ),
     ] = None,
-    adapter: Annotated[list[Path] | None, Option("--adapter", help="Adapter folder; may be repeated.")] = None,
-    port: Annotated[int, Option(min=0, max=65535, help="Port; 0: a free one.")] = 8000,
-    host: Annotated[str, Option(help="Address to serve; any but a local one needs --api-key.")] = "127.0.0.1",
-    api_key: Annotated[
-        str | None, Option(envvar="LORA_API_KEY", help="Key that clients must send; better set in LORA_API_KEY.")
+    adapter: Annotated[
+        list[Path] | None, Option("--adapter", help="Adapter folder; may be repeated.")
     ] = None,
-    max_batch: Annotated[int, Option(min=1, max=1024, help="Sequences that are generated together.")] = 16,
-    max_waiting: Annotated[int, Option(min=1, max=10_000, help="Sequences that may wait; more: status 429.")] = 256,
+    port: Annotated[int, Option(min=0, max=65535, help="Port; 0: a free one.")] = 8000,
+    host: Annotated[
+        str, Option(help="Address to serve; any but a local one needs --api-key.")
+    ] = "127.0.0.1",
+    api_key: Annotated[
+        str | None,
+        Option(
+            envvar="LORA_API_KEY", help="Key that clients must send; better set in LORA_API_KEY."
+        ),
+    ] = None,
+    max_batch: Annotated[
+        int, Option(min=1, max=1024, help="Sequences that are generated together.")
+    ] = 16,
+    max_waiting: Annotated[
+        int, Option(min=1, max=10_000, help="Sequences that may wait; more: status 429.")
+    ] = 256,
     max_total_tokens: Annotated[
         int | None,
-        Option(min=1, help="Tokens of all running sequences; default: as many as fit into half of the free memory."),
+        Option(
+            min=1,
+            help="Tokens of all running sequences; default: as many as fit into half of the free memory.",
+        ),
     ] = None,
     allow_origin: Annotated[
-        list[str] | None, Option(help="Origin of web pages that may use the server; may be repeated.")
+        list[str] | None,
+        Option(help="Origin of web pages that may use the server; may be repeated."),
     ] = None,
     allow_lora_path: Annotated[
-        list[Path] | None, Option(help="Folder in which clients may load adapters; may be repeated.")
+        list[Path] | None,
+        Option(help="Folder in which clients may load adapters; may be repeated."),
     ] = None,
     trust_remote_code: TrustOption = False,
     _device: DeviceOption = None,
 ) -> None:
     """Serve base and adapters over OpenAI's HTTP API.
 
-    By default the models of this project, on this machine only, for one desk: production belongs to vLLM.
+    By default the models of this project, on this machine only, for one desk: production belongs to
+    vLLM.
     """
     from cli.console import print_line, print_note
     from pipeline.adapters.folder import common_base
@@ -60,7 +77,10 @@ def serve(
     allowed = list(allow_lora_path or ())
     for folder in allowed:
         if not folder.is_dir():
-            raise UserError(f"--allow-lora-path must be an existing folder, got {folder}. Create it, or name another.")
+            raise UserError(
+                f"--allow-lora-path must be an existing folder, got {folder}. Create it, or name "
+                "another."
+            )
     if base or adapter:
         named = models.named_models(base or common_base(adapter or ()), adapter or ())
         allowed += adapter or ()
@@ -75,7 +95,9 @@ def serve(
         def scan() -> models.Sources:
             return models.project_models(project)
 
-    served = server.HttpServer(scan, access, port, allowed, trust_remote_code, max_batch, max_waiting, max_total_tokens)
+    served = server.HttpServer(
+        scan, access, port, allowed, trust_remote_code, max_batch, max_waiting, max_total_tokens
+    )
     key = "$LORA_API_KEY" if api_key else "none"
     header = ' -H "Authorization: Bearer $LORA_API_KEY"' if api_key else ""
     print_line(f"Serving {served.models.base} at {served.url}/v1, stop with Ctrl-C. Models:")
@@ -84,5 +106,8 @@ def serve(
     print_line(f"Running sequences may have {served.generator.max_tokens:,} tokens in all.")
     print_line(f"Try: curl {served.url}/v1/models{header}")
     print_line(f'or:  OpenAI(base_url="{served.url}/v1", api_key="{key}")')
-    print_note("It is made for one desk. For production use vLLM: lora export ADAPTER --format vllm --out DIR")
+    print_note(
+        "It is made for one desk. For production use vLLM: lora export ADAPTER --format vllm "
+        "--out DIR"
+    )
     served.run()

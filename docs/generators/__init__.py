@@ -1,4 +1,6 @@
-"""Pages that are generated from the code: a file for each kind, with `pages() -> {path below docs: text}`."""
+"""Pages that are generated from the code: a file for each kind, with `pages() -> {path below docs:
+text}`.
+"""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence

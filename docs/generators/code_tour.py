@@ -1,4 +1,6 @@
-"""docs/explanation/code-tour.md: the line numbers of its links into the source. Its text is written by hand."""
+"""docs/explanation/code-tour.md: the line numbers of its links into the source. Its text is written
+by hand.
+"""
 
 import re
 from functools import cache
@@ -14,7 +16,9 @@ def _lines(path: Path) -> list[str]:
 
 
 def line_of(path: Path, name: str) -> int:
-    """The line that defines `name` in a source file, counted from 1. Raises ValueError if no line does."""
+    """The line that defines `name` in a source file, counted from 1. Raises ValueError if no line
+    does.
+    """
     start = 0
     for part in name.split("."):  # a method: after its class
         defines = re.compile(rf"\s*(?:(?:async )?def|class) {part}\b|{part}(?:: .*)? = ")

@@ -1,4 +1,6 @@
-"""docs/reference/commands.md: every command of `lora` with its arguments and options, as Typer has them."""
+"""docs/reference/commands.md: every command of `lora` with its arguments and options, as Typer has
+them.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -27,7 +29,9 @@ METAVARS = {
 
 
 def pages() -> dict[str, str]:
-    return {"reference/commands.md": "\n".join([HEAD, *_described(get_command(app), "lora", 1)]) + "\n"}
+    return {
+        "reference/commands.md": "\n".join([HEAD, *_described(get_command(app), "lora", 1)]) + "\n"
+    }
 
 
 def _described(command: Any, name: str, level: int) -> Iterator[str]:
@@ -35,14 +39,19 @@ def _described(command: Any, name: str, level: int) -> Iterator[str]:
     subcommands = getattr(command, "commands", {})
     if level > 1:  # `lora` itself is the page
         arguments = [each for each in command.params if each.param_type_name == "argument"]
-        options = [each for each in command.params if each.param_type_name == "option" and not each.hidden]
+        options = [
+            each for each in command.params if each.param_type_name == "option" and not each.hidden
+        ]
         yield f"{'#' * level} {name}\n"
         yield f"{' '.join((command.help or '').split())}\n"
         if not subcommands or getattr(command, "invoke_without_command", False):
             words = [_argument(each) for each in arguments] + ["[OPTIONS]"] * bool(options)
             yield f"    {' '.join((name, *words))}\n"
         if arguments:
-            yield from table(("argument", "meaning"), [(f"`{_metavar(each)}`", _help(each)) for each in arguments])
+            yield from table(
+                ("argument", "meaning"),
+                [(f"`{_metavar(each)}`", _help(each)) for each in arguments],
+            )
         if options:
             rows = [(_option(each), _help(each), _default(each)) for each in options]
             yield from table(("option", "meaning", "default"), rows)
@@ -52,7 +61,9 @@ def _described(command: Any, name: str, level: int) -> Iterator[str]:
 
 def _metavar(parameter: Any) -> str:
     name = parameter.name.upper() if parameter.param_type_name == "argument" else ""
-    return str(parameter.metavar or name or METAVARS.get(parameter.type.name, "VALUE")).removesuffix("...")
+    return str(
+        parameter.metavar or name or METAVARS.get(parameter.type.name, "VALUE")
+    ).removesuffix("...")
 
 
 def _argument(parameter: Any) -> str:

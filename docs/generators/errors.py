@@ -1,4 +1,6 @@
-"""docs/reference/errors.md: exit codes, and every message of a `UserError`, read from the code without running it."""
+"""docs/reference/errors.md: exit codes, and every message of a `UserError`, read from the code
+without running it.
+"""
 
 import ast
 import re
@@ -36,18 +38,25 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 def pages() -> dict[str, str]:
     lines = [HEAD]
-    for path in sorted(path for folder in ("cli", "pipeline", "tui") for path in (ROOT / folder).rglob("*.py")):
+    for path in sorted(
+        path for folder in ("cli", "pipeline", "tui") for path in (ROOT / folder).rglob("*.py")
+    ):
         name = path.relative_to(ROOT).as_posix()
         found = list(dict.fromkeys(_raised(path)))
         if found:
             lines += [f"## `{name}`\n"]
-            lines += [f"- {_code(message)} in [`{function}`](../../{name}#{function})" for message, function in found]
+            lines += [
+                f"- {_code(message)} in [`{function}`](../../{name}#{function})"
+                for message, function in found
+            ]
             lines += [""]
     return {"reference/errors.md": "\n".join(lines).rstrip() + "\n"}
 
 
 def definitions(tree: ast.AST, outer: str = "") -> Iterator[tuple[str, Definition]]:
-    """Every class and function of a file, by its qualified name: anchors of its page in the site."""
+    """Every class and function of a file, by its qualified name: anchors of its page in the
+    site.
+    """
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, Definition):
             yield f"{outer}{node.name}", node
@@ -57,10 +66,14 @@ def definitions(tree: ast.AST, outer: str = "") -> Iterator[tuple[str, Definitio
 
 
 def _raised(path: Path) -> Iterator[tuple[str, str]]:
-    """Each message with the innermost function that makes it; none that only hands on another's words."""
+    """Each message with the innermost function that makes it; none that only hands on another's
+    words.
+    """
     constants = _constants(path)
     owners = {
-        each: name for name, node in definitions(ast.parse(path.read_text(encoding="utf-8"))) for each in ast.walk(node)
+        each: name
+        for name, node in definitions(ast.parse(path.read_text(encoding="utf-8")))
+        for each in ast.walk(node)
     }
     for node, owner in owners.items():
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "UserError":
@@ -115,7 +128,9 @@ def _constants(path: Path) -> Mapping[str, str]:
             source = source / "__init__.py" if source.is_dir() else source.with_suffix(".py")
             wanted = {each.name for each in node.names if each.name.isupper()}
             if wanted and source.is_file():
-                constants |= {name: text for name, text in _constants(source).items() if name in wanted}
+                constants |= {
+                    name: text for name, text in _constants(source).items() if name in wanted
+                }
         elif isinstance(node, ast.Assign):
             constants |= _assigned(node)
     return constants
@@ -129,7 +144,11 @@ def _assigned(node: ast.Assign) -> Iterator[tuple[str, str]]:
         case _:
             pairs = [(node.targets[0], node.value)]
     for target, value in pairs:
-        if isinstance(target, ast.Name) and isinstance(value, ast.Constant) and isinstance(value.value, str):
+        if (
+            isinstance(target, ast.Name)
+            and isinstance(value, ast.Constant)
+            and isinstance(value.value, str)
+        ):
             yield target.id, value.value
 
 

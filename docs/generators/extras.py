@@ -1,4 +1,6 @@
-"""docs/reference/extras.md: which command or setting needs which extra, from the table that `lora doctor` reads."""
+"""docs/reference/extras.md: which command or setting needs which extra, from the table that `lora
+doctor` reads.
+"""
 
 from pipeline.errors import OPTIONAL
 
@@ -15,7 +17,8 @@ Written by `python -m docs` from the table that `lora doctor` and the error mess
 
 def pages() -> dict[str, str]:
     rows = (
-        f"| `{user}` | `{needs.extra}` | {', '.join(needs.libraries)} | {needs.without or 'an error'} |\n"
+        f"| `{user}` | `{needs.extra}` | {', '.join(needs.libraries)} | "
+        f"{needs.without or 'an error'} |\n"
         for user, needs in OPTIONAL.items()
     )
     return {"reference/extras.md": HEAD + "".join(rows)}

@@ -1,4 +1,6 @@
-"""docs/reference/files.md: what projects, artifacts, logs, data files, tasks, adapters and exports consist of."""
+"""docs/reference/files.md: what projects, artifacts, logs, data files, tasks, adapters and exports
+consist of.
+"""
 
 from collections.abc import Iterable, Iterator
 from importlib import import_module
@@ -12,7 +14,16 @@ from pipeline.export.formats import FORMATS as EXPORTS
 from pipeline.files.artifact import MANIFEST
 from pipeline.project.foreign import FORMATS as CONFIGS
 from pipeline.project.logs import trackers
-from pipeline.project.logs.run_log import COLUMNS, LOSS, OPTIONAL, SAMPLES, TABLE, TELEMETRY, TELEMETRY_COLUMNS, Sample
+from pipeline.project.logs.run_log import (
+    COLUMNS,
+    LOSS,
+    OPTIONAL,
+    SAMPLES,
+    TABLE,
+    TELEMETRY,
+    TELEMETRY_COLUMNS,
+    Sample,
+)
 from pipeline.project.logs.run_state import JOURNAL, Journal
 from pipeline.project.stage_graph import ARTIFACTS, CACHE, RUNS
 from pipeline.weights.foreign import FORMATS as ADAPTERS
@@ -25,8 +36,14 @@ PROJECT = {
     "code.yaml": "a digest of each stage's code: DVC runs a stage again when it changes",
     "data/": "data files, prompts and tasks",
     f"{ARTIFACTS}/": "a folder for each stage's result; DVC tracks it",
-    f"{RUNS}/": "a folder for each stage's run: logs, state, checkpoints, tokens; untracked, and may be deleted",
-    f"{CACHE}/": "finished artifacts by a digest of what determines them (`lora cache`); `LORA_CACHE` names another",
+    f"{RUNS}/": (
+        "a folder for each stage's run: logs, state, checkpoints, tokens; untracked, and may be "
+        "deleted"
+    ),
+    f"{CACHE}/": (
+        "finished artifacts by a digest of what determines them (`lora cache`); `LORA_CACHE` "
+        "names another"
+    ),
 }
 MANIFEST_KEYS = {
     "kind": "what it is: checkpoint, adapter, adapters, evaluation, study, figures or claims",
@@ -39,7 +56,10 @@ MANIFEST_KEYS = {
     "versions": "versions of Python and of the libraries that affect its bytes",
     "commit": "the last git commit that changed this code, or null",
     "files": "sha256 of each file beside the manifest; `lora adapters verify` compares",
-    "base": "of an adapter: sha256 of the base's tensors and of its tokenizer; on another base it is rejected",
+    "base": (
+        "of an adapter: sha256 of the base's tensors and of its tokenizer; on another base it is "
+        "rejected"
+    ),
     "parameters": "total and trainable",
 }
 LOGGED = {
@@ -54,9 +74,13 @@ LOGGED = {
     "reward_chosen": "preference training: mean reward of the chosen answers",
     "reward_rejected": "preference training: mean reward of the rejected answers",
     "reward_margin": "preference training: mean of chosen minus rejected",
-    "reward_accuracy": "preference training: share of pairs whose chosen answer has the greater reward",
+    "reward_accuracy": (
+        "preference training: share of pairs whose chosen answer has the greater reward"
+    ),
     "eval_accuracy": "reward_accuracy of the held-out pairs",
-    "eval_answers": "share of the held-out answers that are as expected; a long text counts its ROUGE-L",
+    "eval_answers": (
+        "share of the held-out answers that are as expected; a long text counts its ROUGE-L"
+    ),
     "seconds": "of training, those before a resume too",
     "tokens_per_second": "labelled tokens, since the log was opened",
     "peak_memory_bytes": "peak resident memory of the process",
@@ -97,7 +121,10 @@ def _lines() -> Iterator[str]:
     yield from _table("file", PROJECT)
     yield "## Artifacts\n"
     yield ABOUT_ARTIFACTS
-    rows = [(f"`{each.output}`", f"`{name}`", each.kind, cell(each.summary)) for name, each in GRAPH.stages.items()]
+    rows = [
+        (f"`{each.output}`", f"`{name}`", each.kind, cell(each.summary))
+        for name, each in GRAPH.stages.items()
+    ]
     yield from table(("folder", "stage", "kind", "the stage"), rows)
     yield CONTENTS
     yield f"### {MANIFEST}\n"
@@ -106,13 +133,19 @@ def _lines() -> Iterator[str]:
     yield "## Logs of a run\n"
     yield ABOUT_LOGS
     yield f"### {LOSS}\n"
-    yield f"A line for each step; part of the artifact. The last {len(OPTIONAL)} columns exist only where measured.\n"
+    yield (
+        f"A line for each step; part of the artifact. The last {len(OPTIONAL)} columns exist only "
+        "where measured.\n"
+    )
     yield from _table("column", {name: LOGGED[name] for name in (*COLUMNS, *OPTIONAL)})
     yield f"### {TELEMETRY}\n"
     yield "What differs between two runs of the same settings.\n"
     yield from _table("column", {name: LOGGED[name] for name in TELEMETRY_COLUMNS})
     yield f"### {SAMPLES}\n"
-    yield f"A JSON object a line: {_names(Sample._fields)}. `answer` is null where the outputs were not finite.\n"
+    yield (
+        f"A JSON object a line: {_names(Sample._fields)}. `answer` is null where the outputs were "
+        "not finite.\n"
+    )
     yield f"### {JOURNAL}\n"
     yield f"State and progress of the last run: {_names(Journal.__dataclass_fields__)}.\n"
     yield "Times are seconds since 1970. `lora runs` and `lora-tui` read it while the stage runs.\n"
@@ -127,24 +160,39 @@ def _lines() -> Iterator[str]:
         ],
     )
     yield "## Data files\n"
-    yield f"Read from {_names((*READERS, *TABLES))}; text also compressed as {_names(COMPRESSED)}.\n"
+    yield (
+        f"Read from {_names((*READERS, *TABLES))}; text also compressed as {_names(COMPRESSED)}.\n"
+    )
     yield "The keys of a row say what it is ([data](../how-to/data.md)).\n"
     yield from table(
         ("format", "a row", "keys that are read", "trained on"),
-        [(f"`{each.name}`", f"`{each.shape}`", _names(sorted(each.keys)), each.trained) for each in DATA],
+        [
+            (f"`{each.name}`", f"`{each.shape}`", _names(sorted(each.keys)), each.trained)
+            for each in DATA
+        ],
     )
     yield "## Tasks\n"
-    yield "A list in YAML, each with `name`, `kind` and `examples` or `file` ([evaluation](../how-to/evaluation.md)).\n"
+    yield (
+        "A list in YAML, each with `name`, `kind` and `examples` or `file` "
+        "([evaluation](../how-to/evaluation.md)).\n"
+    )
     yield from table(
         ("kind", "right is an answer where", "its own options"),
         [(f"`{name}`", cell(kind.about), _names(kind.options)) for name, kind in KINDS.items()],
     )
     yield "## Exports\n"
-    yield "Of `lora export ADAPTER --format FORMAT --out DIR` ([shipping](../how-to/shipping.md)):\n"
+    yield (
+        "Of `lora export ADAPTER --format FORMAT --out DIR` ([shipping](../how-to/shipping.md)):\n"
+    )
     yield from table(
         ("format", "what it is", "files", "options"),
         [
-            (f"`{name}`", cell(each.about), EXPORTED[name], _names(f"--{o.replace('_', '-')}" for o in each.options))
+            (
+                f"`{name}`",
+                cell(each.about),
+                EXPORTED[name],
+                _names(f"--{o.replace('_', '-')}" for o in each.options),
+            )
             for name, each in EXPORTS.items()
         ],
     )
@@ -153,12 +201,16 @@ def _lines() -> Iterator[str]:
     yield from table(("tool", "files"), [(each.name, cell(each.about)) for each in ADAPTERS])
     yield "## Configs of other tools\n"
     yield "`lora new DIR --from FILE` reads ([coming from other tools](../coming-from/index.md)):\n"
-    about = [(each.name, cell(import_module(each.read.__module__).__doc__ or "")) for each in CONFIGS]
+    about = [
+        (each.name, cell(import_module(each.read.__module__).__doc__ or "")) for each in CONFIGS
+    ]
     yield from table(("tool", "what is read"), about)
 
 
 def _table(head: str, meanings: dict[str, str]) -> Iterator[str]:
-    yield from table((head, "meaning"), [(f"`{name}`", meaning) for name, meaning in meanings.items()])
+    yield from table(
+        (head, "meaning"), [(f"`{name}`", meaning) for name, meaning in meanings.items()]
+    )
 
 
 def _names(names: Iterable[str]) -> str:

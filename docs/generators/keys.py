@@ -1,4 +1,6 @@
-"""docs/reference/keys.md: the keys of the terminal UI, from the bindings of its screens, panes and dialogs."""
+"""docs/reference/keys.md: the keys of the terminal UI, from the bindings of its screens, panes and
+dialogs.
+"""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -32,10 +34,15 @@ def pages() -> dict[str, str]:
     lines = [HEAD, *_keys(["tui.app", "tui.screens.base"])]
     for number, (name, entry) in enumerate(SCREENS.items(), 1):
         own = entry.source.partition(":")[0]
-        modules = [own, *(each for each in _modules(tui.screens) if each.startswith(f"tui.screens.{name}."))]
+        modules = [
+            own,
+            *(each for each in _modules(tui.screens) if each.startswith(f"tui.screens.{name}.")),
+        ]
         lines += [f"## {number} {entry.label}\n", *_keys(modules)]
     lines += ["## The first look\n", "In a folder without a project.\n"]
-    lines += _keys(each for each in _modules(tui.screens) if each.startswith("tui.screens.welcome."))
+    lines += _keys(
+        each for each in _modules(tui.screens) if each.startswith("tui.screens.welcome.")
+    )
     lines += ["## Fields, forms and dialogs\n", *_keys([*_modules(tui.widgets), "tui.dialogs"])]
     return {"reference/keys.md": "\n".join(lines).rstrip() + "\n"}
 
@@ -47,7 +54,12 @@ def _modules(package: Any) -> list[str]:
 def _keys(modules: Iterable[str]) -> Iterator[str]:
     """A table of what the classes of these modules bind, without what moves in a list."""
     rows = dict.fromkeys(
-        (_key(binding), _owner(kind), cell(binding.description), f"`{binding.id}`" if binding.id else "")
+        (
+            _key(binding),
+            _owner(kind),
+            cell(binding.description),
+            f"`{binding.id}`" if binding.id else "",
+        )
         for module in dict.fromkeys(modules)
         for kind in vars(import_module(module)).values()
         if isinstance(kind, type) and kind.__module__ == module
@@ -56,11 +68,15 @@ def _keys(modules: Iterable[str]) -> Iterator[str]:
     )
     head = ("key", "in", "what it does", "name")
     shown = [number for number in range(len(head)) if any(row[number] for row in rows)]
-    yield from table([head[number] for number in shown], [[row[number] for number in shown] for row in rows])
+    yield from table(
+        [head[number] for number in shown], [[row[number] for number in shown] for row in rows]
+    )
 
 
 def _owner(kind: type) -> str:
-    """The pane by its title, another part of the screen by its class; nothing for the screen itself."""
+    """The pane by its title, another part of the screen by its class; nothing for the screen
+    itself.
+    """
     if issubclass(kind, Pane) and kind.TITLE:
         return kind.TITLE
     if issubclass(kind, Workbench | WorkbenchScreen):
@@ -72,5 +88,8 @@ def _key(binding: Binding) -> str:
     """All keys of a binding, as they are written on a keyboard."""
     if binding.key_display:
         return f"`{binding.key_display}`"
-    keys = (Workbench.get_key_display(None, replace(binding, key=key)) for key in binding.key.split(","))  # type: ignore[arg-type]
+    keys = (
+        Workbench.get_key_display(None, replace(binding, key=key))
+        for key in binding.key.split(",")  # type: ignore[arg-type]
+    )
     return " ".join(f"`{key}`" for key in keys)

@@ -18,24 +18,41 @@ MiniGPT's.
 
 
 def described(section: str, kind: type[Section]) -> str:
-    """The section's heading, what it is, and a table of its keys; without those that are as in `Training`."""
+    """The section's heading, what it is, and a table of its keys; without those that are as in
+    `Training`.
+    """
     inherited = hints(Training) if issubclass(kind, Training) and kind is not Training else {}
     rows = [
-        f"| `{key}` | {cell(meaning(kind, key))} | {cell(rule(kind, key))} | {_defaults(kind, key)} |"
+        f"| `{key}` | {cell(meaning(kind, key))} | {cell(rule(kind, key))} | "
+        f"{_defaults(kind, key)} |"
         for key in hints(kind)
         if key not in inherited or _defaults(kind, key) != _defaults(Training, key)
     ]
     about = " ".join((kind.__doc__ or "").split())
-    return "\n".join((f"## {section}\n", about, "", "| key | meaning | values | default |", "|---|---|---|---|", *rows))
+    return "\n".join(
+        (
+            f"## {section}\n",
+            about,
+            "",
+            "| key | meaning | values | default |",
+            "|---|---|---|---|",
+            *rows,
+        )
+    )
 
 
 def _defaults(kind: type[Section], key: str) -> str:
     """The default; where it is another on a pretrained base, both."""
-    plain, pretrained = (dump_inline(getattr(kind.defaults(base), key)) for base in (None, Pretrained()))
+    plain, pretrained = (
+        dump_inline(getattr(kind.defaults(base), key)) for base in (None, Pretrained())
+    )
     return f"`{plain}`" if plain == pretrained else f"`{plain}`; pretrained `{pretrained}`"
 
 
 def pages() -> dict[str, str]:
     sections: dict[str, type[Section]] = {RUNNING: Running, TRAINING: Training, **GRAPH.sections}
-    text = "\n\n".join((HEAD.rstrip(), *(described(name, kind) for name, kind in sections.items()))) + "\n"
+    text = (
+        "\n\n".join((HEAD.rstrip(), *(described(name, kind) for name, kind in sections.items())))
+        + "\n"
+    )
     return {"reference/params.md": text}

@@ -1,4 +1,6 @@
-"""Find the layers to adapt, attach an adapter to them, name its tensors as PEFT does, disable and scale it."""
+"""Find the layers to adapt, attach an adapter to them, name its tensors as PEFT does, disable and
+scale it.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +30,9 @@ from pipeline.project.params.sections import Init
 
 
 def resolve(model: nn.Module, wanted: Sequence[str]) -> list[str]:
-    """Full names of the linears that `wanted` matches. Raises UserError if one of its names matches nothing."""
+    """Full names of the linears that `wanted` matches. Raises UserError if one of its names matches
+    nothing.
+    """
     linears = (name for name, module in model.named_modules() if adaptable(module))
     return select_linears(linears, wanted, getattr(model, "head_name", HEAD))
 
@@ -39,12 +43,15 @@ def targeted(model: nn.Module, spec: AdapterSpec) -> list[str]:
     Raises UserError if there are none and no experts either, or if a name matches nothing.
     """
     embedding = getattr(model, "embedding_name", "")
-    layers = [name for name, module in model.named_modules() if adaptable(module) or name == embedding]
+    layers = [
+        name for name, module in model.named_modules() if adaptable(module) or name == embedding
+    ]
     if isinstance(spec.targets, str) and spec.targets != ALL_LINEAR:
         matches = [name for name in layers if full_match(spec.targets, name, "target_modules")]
     else:
         wanted = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
-        if not any(matches_suffix(embedding, want) for want in wanted):  # groups such as all-linear leave it out
+        # groups such as all-linear leave it out
+        if not any(matches_suffix(embedding, want) for want in wanted):
             layers = [name for name in layers if name != embedding]
         matches = select_linears(layers, wanted, getattr(model, "head_name", HEAD))
     names = [name for name in matches if not spec.excludes(name)]
@@ -62,8 +69,11 @@ def adaptable(module: nn.Module) -> bool:
 
 
 @one_budget()
-def attach(model: CausalLM, spec: AdapterSpec, dtype: torch.dtype | None = None, init: Init = "document") -> None:
-    """Freeze `model` and add the adapter's trainable parts, in place: A and B in `dtype`, or each in its layer's.
+def attach(
+    model: CausalLM, spec: AdapterSpec, dtype: torch.dtype | None = None, init: Init = "document"
+) -> None:
+    """Freeze `model` and add the adapter's trainable parts, in place: A and B in `dtype`, or each
+    in its layer's.
 
     Raises UserError for a bad target or module to save, and where `init` does not fit a rank.
     """
@@ -74,11 +84,14 @@ def attach(model: CausalLM, spec: AdapterSpec, dtype: torch.dtype | None = None,
     if model.shape.tied and (embedding in by_rows or spec.saves(model.embedding_name)):
         by_rows.add(head)
     conflicts = {
-        name for name in names if lies_in(name, by_rows) or any(spec.saves(part) for part in enclosing_names(name))
+        name
+        for name in names
+        if lies_in(name, by_rows) or any(spec.saves(part) for part in enclosing_names(name))
     }
     if conflicts:
         raise UserError(
-            f"target_modules: {min(conflicts)} already trains in full or row by row (train_embeddings). "
+            f"target_modules: {min(conflicts)} already trains in full or row by row "
+            "(train_embeddings). "
             "Remove it from target_modules, or set train_embeddings to none."
         )
     model.requires_grad_(False)  # first: what is added or saved below requires gradients again
@@ -93,7 +106,8 @@ def attach(model: CausalLM, spec: AdapterSpec, dtype: torch.dtype | None = None,
     for saved in spec.saved:
         if not any(name.endswith(saved) for name in modules):
             raise UserError(
-                f"modules_to_save: no module of the model is named {saved}. Use the end of a module's full name."
+                f"modules_to_save: no module of the model is named {saved}. Use the end of a "
+                "module's full name."
             )
     for name, module in modules.items():
         if spec.saves(name):
@@ -109,12 +123,16 @@ def add_lora(
     dtype: torch.dtype | None = None,
     init: Init = "document",
 ) -> None:
-    """Wrap the linears and embeddings `names` in place; A and B in `dtype`, or each in its layer's."""
+    """Wrap the linears and embeddings `names` in place; A and B in `dtype`, or each in its
+    layer's.
+    """
     for name in names:
         base, rank, scale = model.get_submodule(name), spec.rank_of(name), spec.scale_of(name)
         if isinstance(base, nn.Embedding):
             if spec.dora:
-                raise UserError(f"target_modules: DoRA is for linears; {name} is an embedding. Remove it.")
+                raise UserError(
+                    f"target_modules: DoRA is for linears; {name} is an embedding. Remove it."
+                )
             model.set_submodule(name, LoRAEmbedding(base, rank, scale, dtype))
         else:
             kind = DoRALinear if spec.dora else LoRALinear
@@ -127,7 +145,9 @@ def saves_embedding_or_head(model: CausalLM, spec: AdapterSpec) -> bool:
 
 
 def untie(model: CausalLM) -> None:
-    """Give a tied head its own copy of the weight, as PEFT does when only one of the two is trained."""
+    """Give a tied head its own copy of the weight, as PEFT does when only one of the two is
+    trained.
+    """
     model.head.weight = nn.Parameter(weight_of(model.head).detach().clone(), requires_grad=False)
 
 
@@ -135,7 +155,8 @@ def _attach_rows(model: CausalLM, rows: Mapping[str, tuple[int, ...]]) -> None:
     trained: dict[str, nn.Parameter] = {}
     embedding, _ = model.embedding_and_head
     for kind, name in ((EmbeddingRows, model.embedding_name), (HeadRows, model.head_name)):
-        key = embedding if model.shape.tied else name.rsplit(".", 1)[-1]  # a tied head shares the embedding's rows
+        # a tied head shares the embedding's rows
+        key = embedding if model.shape.tied else name.rsplit(".", 1)[-1]
         if key in rows:
             base, ids = model.get_submodule(name), torch.tensor(rows[key], device=model.device)
             if key not in trained:
@@ -146,17 +167,20 @@ def _attach_rows(model: CausalLM, rows: Mapping[str, tuple[int, ...]]) -> None:
 def tensors(model: CausalLM, spec: AdapterSpec) -> dict[str, nn.Parameter]:
     """The adapter's parameters on `model` by PEFT's keys.
 
-    As in PEFT, a tied pair's rows are saved under the embedding only, and a tied pair trained in full is saved twice.
+    As in PEFT, a tied pair's rows are saved under the embedding only, and a tied pair trained in
+    full is saved twice.
     """
     parameters: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
         by_key = module.adapter_parameters() if isinstance(module, AdapterLayer) else {}
-        if ROWS in by_key and name.rsplit(".", 1)[-1] not in spec.rows:  # a tied head's are the embedding's
+        # a tied head's are the embedding's
+        if ROWS in by_key and name.rsplit(".", 1)[-1] not in spec.rows:
             by_key = {}
         if by_key:
             parameters |= {f"{PREFIX}{name}{key}": p for key, p in by_key.items()}
         elif spec.saves(name):
-            parameters |= {f"{PREFIX}{name}.{key}": p for key, p in module.named_parameters()}  # a bias too
+            # a bias too
+            parameters |= {f"{PREFIX}{name}.{key}": p for key, p in module.named_parameters()}
     return parameters
 
 
@@ -178,27 +202,36 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear | LoRAEmbedding]]:
     """Every LoRA layer with its full name."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear | LoRAEmbedding))
+    return (
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALinear | LoRAEmbedding)
+    )
 
 
 def short_targets(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """The last parts of `names`, if they match exactly `names`, here and in PEFT; otherwise `names`."""
+    """The last parts of `names`, if they match exactly `names`, here and in PEFT; otherwise
+    `names`.
+    """
     last = tuple(sorted({name.rsplit(".", 1)[-1] for name in names}))
     matches = [full for full, _ in model.named_modules() if full.rsplit(".", 1)[-1] in last]
     return last if resolve(model, last) == matches == list(names) else tuple(names)
 
 
 class AdapterScale:
-    """W + s·(W′ − W) for every W that an adapter changed in `model`; s = 1 gives the adapter's own bits.
+    """W + s·(W′ − W) for every W that an adapter changed in `model`; s = 1 gives the adapter's own
+    bits.
 
-    LoRA's update is linear in its scale; DoRA's is not, so it has a separate strength. Weights trained in full or row
-    by row are interpolated from `base` for each s: no tensor is written to.
+    LoRA's update is linear in its scale; DoRA's is not, so it has a separate strength. Weights
+    trained in full or row by row are interpolated from `base` for each s: no tensor is written to.
     """
 
     def __init__(self, model: CausalLM, base: CausalLM, spec: AdapterSpec) -> None:
         from pipeline.adapters.experts import expert_layers
 
-        updates = (update for _, layer in expert_layers(model) for update in layer.by_parameter().values())
+        updates = (
+            update for _, layer in expert_layers(model) for update in layer.by_parameter().values()
+        )
         scaled = (*(layer for _, layer in adapter_layers(model)), *updates)
         self._lora = [(layer, layer.scale) for layer in scaled]
         self._trained = [

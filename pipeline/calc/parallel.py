@@ -1,10 +1,12 @@
-"""A run on several GPUs of one machine: memory of each, what they exchange in a step, and the bound on speed.
+"""A run on several GPUs of one machine: memory of each, what they exchange in a step, and the bound
+on speed.
 
-Three layouts. `replicated`: every GPU has the base and its own sequences; adapter gradients are summed. `sharded`: the
-same, but each has its rows of every block's frozen weights, and gathers a block's when it runs, in forward and again in
-backward (FSDP2; training/parallel/sharding.py). `tensor`: all compute the same sequences, each with its share of the
-heads and of the inner neurons of every block (Shoeybi et al. 2019, §3), so that outputs of attention and feed-forward
-are summed. Norms, embeddings and head are on every GPU in all three.
+Three layouts. `replicated`: every GPU has the base and its own sequences; adapter gradients are
+summed. `sharded`: the same, but each has its rows of every block's frozen weights, and gathers a
+block's when it runs, in forward and again in backward (FSDP2; training/parallel/sharding.py).
+`tensor`: all compute the same sequences, each with its share of the heads and of the inner neurons
+of every block (Shoeybi et al. 2019, §3), so that outputs of attention and feed-forward are summed.
+Norms, embeddings and head are on every GPU in all three.
 """
 
 import re
@@ -28,8 +30,9 @@ from pipeline.errors import UserError
 
 LAYOUTS = ("replicated", "sharded", "tensor")
 MOST = 1024  # GPUs of one run
-# Blocks whose weights are whole at once: in backward the one that runs and the next, which is fetched meanwhile; in
-# forward FSDP2 also holds the last one's until the next are in place. Measured; tests compare.
+# Blocks whose weights are whole at once: in backward the one that runs and the next, which is
+# fetched meanwhile; in forward FSDP2 also holds the last one's until the next are in place.
+# Measured; tests compare.
 GATHERED = {"forward": 3, "backward": 2}
 
 
@@ -53,15 +56,19 @@ class Traffic(NamedTuple):
     reduced_activations: int = 0
 
     def received(self, count: int) -> "Traffic":
-        """Bytes that each of `count` devices receives, and sends, in ring algorithms: (N-1)/N of what is gathered or
-        scattered, twice that of what is reduced on all (Patarasuk and Yuan 2009)."""
+        """Bytes that each of `count` devices receives, and sends, in ring algorithms: (N-1)/N of
+        what is gathered or scattered, twice that of what is reduced on all (Patarasuk and Yuan
+        2009)."""
         factors = (1, 1, 1, 2, 2)
-        return Traffic(*(round(f * size * (count - 1) / count) for f, size in zip(factors, self, strict=True)))
+        return Traffic(
+            *(round(f * size * (count - 1) / count) for f, size in zip(factors, self, strict=True))
+        )
 
 
 class Layout(NamedTuple):
-    """A run in one layout, per device: seconds of its products, of what it exchanges, and of a step at the least; None
-    where the GPU's peak or link is unknown. `tokens_per_second`: of all devices together."""
+    """A run in one layout, per device: seconds of its products, of what it exchanges, and of a step
+    at the least; None where the GPU's peak or link is unknown. `tokens_per_second`: of all devices
+    together."""
 
     name: str
     memory: Memory
@@ -73,11 +80,20 @@ class Layout(NamedTuple):
 
 
 def parse_devices(text: str) -> Devices:
-    """GPUs such as 8xH100, 2xA100-40GB or 4x24GB, of which only the memory is known. Raises UserError."""
+    """GPUs such as 8xH100, 2xA100-40GB or 4x24GB, of which only the memory is known. Raises
+    UserError.
+    """
     match = re.fullmatch(r"([1-9][0-9]{0,3})\s*[xX×]\s*(\S.{0,40})", text.strip())
     if not match or int(match[1]) > MOST:
-        raise UserError(f"gpus must be a number up to {MOST:,} and a GPU, such as 8xH100 or 4x24GB, got {text[:40]!r}.")
-    name = re.sub(r"[\s-]*([0-9.]+)\s*gb$", r"-\1", match[2].strip().lower()).replace(" ", "").strip("-")
+        raise UserError(
+            f"gpus must be a number up to {MOST:,} and a GPU, such as 8xH100 or 4x24GB, got "
+            f"{text[:40]!r}."
+        )
+    name = (
+        re.sub(r"[\s-]*([0-9.]+)\s*gb$", r"-\1", match[2].strip().lower())
+        .replace(" ", "")
+        .strip("-")
+    )
     size = re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", name)
     return Devices(int(match[1]), of_size(float(name)) if size else find_gpu(name))
 
@@ -87,7 +103,10 @@ def why_not(layout: str, model: Architecture, count: int) -> str | None:
     if layout != "tensor":
         return None
     if model.style.unknown or any(block.kind != "attention" for block in model.blocks):
-        return "tensor parallel is counted for plain attention, which this model does not have in every block"
+        return (
+            "tensor parallel is counted for plain attention, which this model does not have in "
+            "every block"
+        )
     for block in _kinds(model):
         heads = model.heads_of(block)
         sizes = {"heads": heads.queries, "key and value heads": heads.keys}
@@ -98,8 +117,12 @@ def why_not(layout: str, model: Architecture, count: int) -> str | None:
     return None
 
 
-def layout(name: str, model: Architecture, method: FinetuningMethod, run: TrainingConfig, devices: Devices) -> Layout:
-    """The run in layout `name`, which must be possible (`why_not`). Raises UserError for invalid settings."""
+def layout(
+    name: str, model: Architecture, method: FinetuningMethod, run: TrainingConfig, devices: Devices
+) -> Layout:
+    """The run in layout `name`, which must be possible (`why_not`). Raises UserError for invalid
+    settings.
+    """
     count, gpu = devices
     local = tensor_share(model, count) if name == "tensor" else model
     memory = shard(model, method, run, count) if name == "sharded" else predict(local, method, run)
@@ -111,19 +134,25 @@ def layout(name: str, model: Architecture, method: FinetuningMethod, run: Traini
     # gathers are fetched while another block computes; sums are waited for
     step = None if compute is None else max(compute, gathers) + reductions
     tokens = run.tokens * (1 if name == "tensor" else count)
-    return Layout(name, memory, traffic, compute, gathers + reductions, step, step and tokens / step)
+    return Layout(
+        name, memory, traffic, compute, gathers + reductions, step, step and tokens / step
+    )
 
 
 def _times(traffic: Traffic, devices: Devices) -> tuple[float, float]:
-    """Seconds of what is gathered or scattered, and of what is summed on all, at the link's bandwidth."""
+    """Seconds of what is gathered or scattered, and of what is summed on all, at the link's
+    bandwidth.
+    """
     assert devices.gpu.link is not None
     each = [size / (devices.gpu.link * 1e9) for size in traffic.received(devices.number)]
     return sum(each[:3]), sum(each[3:])
 
 
-def _seconds(model: Architecture, method: FinetuningMethod, run: TrainingConfig, gpu: Gpu) -> float | None:
-    """The step's products at the GPU's peak, and dequantizing at its memory's bandwidth. None in fp32, whose peak is
-    not in the table."""
+def _seconds(
+    model: Architecture, method: FinetuningMethod, run: TrainingConfig, gpu: Gpu
+) -> float | None:
+    """The step's products at the GPU's peak, and dequantizing at its memory's bandwidth. None in
+    fp32, whose peak is not in the table."""
     if gpu.tflops is None or gpu.gbps is None or run.precision == "fp32":
         return None
     peak = gpu.tflops * 1e12 / (2 if run.width == 4 else 1)
@@ -135,8 +164,8 @@ def _seconds(model: Architecture, method: FinetuningMethod, run: TrainingConfig,
 
 
 def shard(model: Architecture, method: FinetuningMethod, run: TrainingConfig, count: int) -> Memory:
-    """Memory per device with the blocks' weights sharded over `count`, and what of them trains with its gradients and
-    moments: this project's trainer shards frozen weights only, FSDP2 both."""
+    """Memory per device with the blocks' weights sharded over `count`, and what of them trains with
+    its gradients and moments: this project's trainer shards frozen weights only, FSDP2 both."""
     memory = _predict(model, method, run)
     shares = {block: share_bytes(block, run, count) for block in _kinds(model)}
     local = sum(shares[block] * number for block, number in _kinds(model).items())
@@ -144,17 +173,22 @@ def shard(model: Architecture, method: FinetuningMethod, run: TrainingConfig, co
     alive = GATHERED["forward" if memory.where.startswith("forward") else "backward"]
     gathered = min(alive, len(model.blocks)) * count * max(shares.values())
     weights = weight_bytes(model, run.precision) - whole + local + gathered
-    trained = sum(block.parameters for block in model.blocks[method.trained_base(model).first_block :])
+    trained = sum(
+        block.parameters for block in model.blocks[method.trained_base(model).first_block :]
+    )
     if not trained:
         return memory._replace(weights=weights)
     left = 1 - trained / sum(trained_split(model, method)) * (1 - 1 / count)
-    gradients = round(memory.gradients * left) + gathered  # a block's own are whole until they are scattered
-    return memory._replace(weights=weights, gradients=gradients, optimizer=round(memory.optimizer * left))
+    # a block's own are whole until they are scattered
+    gradients = round(memory.gradients * left) + gathered
+    return memory._replace(
+        weights=weights, gradients=gradients, optimizer=round(memory.optimizer * left)
+    )
 
 
 def share_bytes(block: Block, run: TrainingConfig, count: int) -> int:
-    """Bytes of a block's weights on each of `count` devices: rows of each tensor, as many on every device, so that the
-    last may be padded."""
+    """Bytes of a block's weights on each of `count` devices: rows of each tensor, as many on every
+    device, so that the last may be padded."""
     kind = precision(run.precision)
     total = 0
     for linear in (*block.linears, *([block.router] if block.router else [])):
@@ -167,7 +201,9 @@ def share_bytes(block: Block, run: TrainingConfig, count: int) -> int:
     return total + ceil((block.norms + block.other) / count) * kind.compute
 
 
-def _sharded_traffic(model: Architecture, method: FinetuningMethod, run: TrainingConfig, count: int) -> Traffic:
+def _sharded_traffic(
+    model: Architecture, method: FinetuningMethod, run: TrainingConfig, count: int
+) -> Traffic:
     sizes = [count * share_bytes(block, run, count) for block in model.blocks]
     first, trained = first_trained(model, method), method.trained_base(model).first_block
     reduced = _replicated_traffic(model, method, run, count).reduced_gradients
@@ -176,8 +212,11 @@ def _sharded_traffic(model: Architecture, method: FinetuningMethod, run: Trainin
     return Traffic(sum(sizes), sum(sizes[max(0, first - 1) :]), sum(sizes[trained:]), reduced)
 
 
-def _replicated_traffic(model: Architecture, method: FinetuningMethod, _run: TrainingConfig, _count: int) -> Traffic:
-    return Traffic(reduced_gradients=4 * sum(trained_split(model, method)))  # one collective, in fp32
+def _replicated_traffic(
+    model: Architecture, method: FinetuningMethod, _run: TrainingConfig, _count: int
+) -> Traffic:
+    # one collective, in fp32
+    return Traffic(reduced_gradients=4 * sum(trained_split(model, method)))
 
 
 # tensor parallel
@@ -185,12 +224,16 @@ def _replicated_traffic(model: Architecture, method: FinetuningMethod, _run: Tra
 
 @lru_cache(maxsize=32)
 def tensor_share(model: Architecture, count: int) -> Architecture:
-    """What one of `count` devices computes: its heads, and its inner neurons of every feed-forward."""
+    """What one of `count` devices computes: its heads, and its inner neurons of every
+    feed-forward.
+    """
 
     def split(linear: Linear) -> Linear:
         if linear.is_last:
             return linear._replace(inputs=linear.inputs // count)
-        return linear if linear.outputs < count else linear._replace(outputs=linear.outputs // count)
+        return (
+            linear if linear.outputs < count else linear._replace(outputs=linear.outputs // count)
+        )
 
     def split_block(block: Block) -> Block:
         h = model.heads_of(block)
@@ -210,14 +253,18 @@ def tensor_share(model: Architecture, count: int) -> Architecture:
     )
 
 
-def _tensor_traffic(model: Architecture, method: FinetuningMethod, run: TrainingConfig, _count: int) -> Traffic:
-    """Forward sums the outputs of attention and feed-forward, backward the gradients of their inputs; a checkpointed
-    block sums attention's output again. The factor of LoRA that every device has whole, A of a linear that is split by
-    outputs and B of one split by inputs, gets a part of its gradient from each."""
+def _tensor_traffic(
+    model: Architecture, method: FinetuningMethod, run: TrainingConfig, _count: int
+) -> Traffic:
+    """Forward sums the outputs of attention and feed-forward, backward the gradients of their
+    inputs; a checkpointed block sums attention's output again. The factor of LoRA that every device
+    has whole, A of a linear that is split by outputs and B of one split by inputs, gets a part of
+    its gradient from each."""
     first, base = first_trained(model, method), method.trained_base(model)
     blocks = range(first, len(model.blocks))
     sums = 2 * len(model.blocks) + 2 * len(blocks) + sum(map(run.checkpointed, blocks))
-    sums -= bool(blocks) and not base.ends and not method.positions  # the first block's own input needs no gradient
+    # the first block's own input needs no gradient
+    sums -= bool(blocks) and not base.ends and not method.positions
     tokens = run.tokens + run.virtual_places * method.positions
     by_name = ranks(model, method)
     replicated = sum(
@@ -227,11 +274,16 @@ def _tensor_traffic(model: Architecture, method: FinetuningMethod, run: Training
         if (name := model.block_name(index) + linear.name) in by_name
     )
     return Traffic(
-        reduced_gradients=4 * replicated * method.low_rank, reduced_activations=sums * tokens * model.hidden * run.width
+        reduced_gradients=4 * replicated * method.low_rank,
+        reduced_activations=sums * tokens * model.hidden * run.width,
     )
 
 
-_TRAFFIC = {"replicated": _replicated_traffic, "sharded": _sharded_traffic, "tensor": _tensor_traffic}
+_TRAFFIC = {
+    "replicated": _replicated_traffic,
+    "sharded": _sharded_traffic,
+    "tensor": _tensor_traffic,
+}
 
 
 @lru_cache(maxsize=32)
@@ -243,7 +295,9 @@ def _kinds(model: Architecture) -> Mapping[Block, int]:
 # what fits
 
 
-def least(name: str, model: Architecture, method: FinetuningMethod, run: TrainingConfig, gpu: Gpu) -> int | None:
+def least(
+    name: str, model: Architecture, method: FinetuningMethod, run: TrainingConfig, gpu: Gpu
+) -> int | None:
     """The least number of these GPUs on which the run fits; None if none up to MOST does."""
     if predict(model, method, run).peak <= gpu.bytes:
         return 1
@@ -272,8 +326,11 @@ def largest_of(
     return {"batch": found.batch, "sequence": found.sequence}
 
 
-def answer(model: Architecture, given: Configuration, devices: Devices, sharded: bool | None = None) -> dict[str, Any]:
-    """Full fine-tuning, the adapter and the adapter on NF4, in each layout: sizes in bytes per device.
+def answer(
+    model: Architecture, given: Configuration, devices: Devices, sharded: bool | None = None
+) -> dict[str, Any]:
+    """Full fine-tuning, the adapter and the adapter on NF4, in each layout: sizes in bytes per
+    device.
 
     `sharded`: only that layout; False: all others. Raises UserError for invalid settings.
     """
@@ -313,14 +370,25 @@ def answer(model: Architecture, given: Configuration, devices: Devices, sharded:
 
 def _notes(method: FinetuningMethod, run: TrainingConfig, gpu: Gpu) -> Iterator[str]:
     """What the numbers assume."""
-    yield "replicated, sharded: each GPU has sequences of its own; tensor: all compute the same ones"
-    yield "sharded: two blocks are whole at a time; trainable weights, embeddings and head are on every GPU"
+    yield (
+        "replicated, sharded: each GPU has sequences of its own; tensor: all compute the same ones"
+    )
+    yield (
+        "sharded: two blocks are whole at a time; trainable weights, embeddings and head are on "
+        "every GPU"
+    )
     if not method.adapter:
         yield "full, sharded: as FSDP2 does it; this project's trainer shards frozen weights only"
     if gpu.link is None:
         yield f"no speed: of {gpu.label} only the memory is known"
         return
-    yield "moved: bytes that each GPU receives in a step, and sends, in rings, at the link's full bandwidth"
+    yield (
+        "moved: bytes that each GPU receives in a step, and sends, in rings, at the link's full "
+        "bandwidth"
+    )
     if run.precision == "fp32":
         yield "no speed: the table has 16-bit and TF32 peaks; use --precision bf16 or tf32"
-    yield "step: at least so long, with products at the GPU's peak and gathering behind them; sums are waited for"
+    yield (
+        "step: at least so long, with products at the GPU's peak and gathering behind them; sums "
+        "are waited for"
+    )

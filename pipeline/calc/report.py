@@ -1,4 +1,6 @@
-"""The calculator's results as plain data, and their formatting for the command line and the terminal app."""
+"""The calculator's results as plain data, and their formatting for the command line and the
+terminal app.
+"""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -22,9 +24,21 @@ from pipeline.calc.method import (
 from pipeline.calc.settings import QLORA, TrainingConfig, precision
 from pipeline.errors import UserError
 
-SWEEPS = ("rank", "sequence", "batch", "precision", "optimizer", "checkpointing", "loss", "method", "targets")
+SWEEPS = (
+    "rank",
+    "sequence",
+    "batch",
+    "precision",
+    "optimizer",
+    "checkpointing",
+    "loss",
+    "method",
+    "targets",
+)
 MIB = 2**20
-SHADES = dict(zip(PARTS, ("blue", "green", "yellow", "magenta", "cyan", "red", "bright_black"), strict=True))
+SHADES = dict(
+    zip(PARTS, ("blue", "green", "yellow", "magenta", "cyan", "red", "bright_black"), strict=True)
+)
 PROJECTION = ("projection", "in → out", "A", "B", "count", "parameters")
 
 
@@ -46,7 +60,9 @@ def answer(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -
             "trainable_percent": round(100 * (added + base) / model.total, 4),
             "document": method.document_count(model),
             "components": model.components(),
-            "trained": {name: n for parts in method.trained_parts(model) for name, n in parts.items() if n},
+            "trained": {
+                name: n for parts in method.trained_parts(model) for name, n in parts.items() if n
+            },
         },
         "projections": [
             {
@@ -68,17 +84,28 @@ def answer(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -
         "fits": [gpu.name for gpu in gpus().values() if memory.peak <= gpu.bytes],
         "assumptions": {  # checkpointing: true, false or "selective"
             **asdict(run),
-            "checkpointing": {"full": True, "none": False}.get(run.checkpointing, run.checkpointing),
+            "checkpointing": {"full": True, "none": False}.get(
+                run.checkpointing, run.checkpointing
+            ),
         },
-        "notes": [*model.notes, *method.notes(model), *filter(None, [why_they_differ(model, method)])],
+        "notes": [
+            *model.notes,
+            *method.notes(model),
+            *filter(None, [why_they_differ(model, method)]),
+        ],
         "source": model.source,
     }
 
 
 def side_by_side(
-    model: Architecture, method: FinetuningMethod, run: TrainingConfig, methods: Mapping[str, FinetuningMethod]
+    model: Architecture,
+    method: FinetuningMethod,
+    run: TrainingConfig,
+    methods: Mapping[str, FinetuningMethod],
 ) -> dict[str, tuple[FinetuningMethod, TrainingConfig, Memory]]:
-    """The same step with each of `methods` that trains the base, with the adapter, and with the adapter on NF4."""
+    """The same step with each of `methods` that trains the base, with the adapter, and with the
+    adapter on NF4.
+    """
     adapter = method if method.adapter else first_adapter(methods)
     plain = replace(run, precision="bf16") if precision(run.precision).quantized else run
     columns = {name: (m.fitted(model), plain) for name, m in methods.items() if not m.adapter}
@@ -87,13 +114,23 @@ def side_by_side(
     if not model.style.ours:
         columns[quantized or f"{adapter.name} NF4"] = (adapter, replace(run, precision=QLORA))
     # leave out those that this model cannot run
-    return {name: (m, r, predict(model, m, r)) for name, (m, r) in columns.items() if possible(model, m, r)}
+    return {
+        name: (m, r, predict(model, m, r))
+        for name, (m, r) in columns.items()
+        if possible(model, m, r)
+    }
 
 
 def swept(
-    method: FinetuningMethod, run: TrainingConfig, key: str, values: list[str], methods: Mapping[str, FinetuningMethod]
+    method: FinetuningMethod,
+    run: TrainingConfig,
+    key: str,
+    values: list[str],
+    methods: Mapping[str, FinetuningMethod],
 ) -> list[tuple[str, FinetuningMethod, TrainingConfig]]:
-    """The configuration for each value of `key`. Raises UserError for an unknown key or an invalid value."""
+    """The configuration for each value of `key`. Raises UserError for an unknown key or an invalid
+    value.
+    """
     if key not in SWEEPS:
         raise UserError(f"--sweep takes one of {', '.join(SWEEPS)}, got {key!r}.")
     rows = []
@@ -143,18 +180,29 @@ def smallest(size: int) -> str:
 
 def capped(value: int | str, limit: int | None) -> str:
     """A result of `largest`; “or more” if the search stopped at its `limit`."""
-    return f"{value:,} or more" if value == limit else f"{value:,}" if isinstance(value, int) else value
+    return (
+        f"{value:,} or more"
+        if value == limit
+        else f"{value:,}"
+        if isinstance(value, int)
+        else value
+    )
 
 
 def explain(
     model: Architecture, method: FinetuningMethod, run: TrainingConfig, memory: Memory
 ) -> Iterator[tuple[str, str]]:
-    """Each number of the memory table as (quantity, formula with its values), in the order of the screen."""
+    """Each number of the memory table as (quantity, formula with its values), in the order of the
+    screen.
+    """
 
     def result(size: int) -> str:
         return f" = {size:,} B = {size / GIB:.2f} GiB"
 
-    yield "parameters", " + ".join(f"{name} {count:,}" for name, count in model.components().items())
+    yield (
+        "parameters",
+        " + ".join(f"{name} {count:,}" for name, count in model.components().items()),
+    )
     for p in projections(model, method):
         each = f"A {p.rank} × {p.inputs:,} + B {p.outputs:,} × {p.rank}"
         each += f" + magnitude {p.magnitudes:,}" if p.magnitudes else ""
@@ -166,8 +214,14 @@ def explain(
     kind = precision(run.precision)
     if kind.quantized:
         scales = f" + {8 * kind.scales:.3g} for scales" if kind.scales else ""
-        weights = f"{model.quantizable:,} × {kind.bytes:.4g} B ({run.precision}: {kind.bits:g} bit{scales})"
-        rest = f" + {model.total - model.quantizable:,} × {kind.compute} B (embeddings, head, norms, biases)"
+        weights = (
+            f"{model.quantizable:,} × {kind.bytes:.4g} B ({run.precision}: {kind.bits:g} "
+            f"bit{scales})"
+        )
+        rest = (
+            f" + {model.total - model.quantizable:,} × {kind.compute} B (embeddings, head, norms, "
+            "biases)"
+        )
     else:
         weights = f"{model.total:,} × {kind.bytes:g} B ({run.precision})"
         table = f" + {model.fixed_positions:,} × {kind.compute} B (table of positions)"
@@ -178,15 +232,24 @@ def explain(
     alive = f"alive at the peak, of {added:,} × {width} B + {base:,} × {run.width} B"
     yield "gradients", alive + result(memory.gradients)
     trained = added * width + base * run.width
-    state = f"{memory.optimizer / trained:.3g} bytes of state a trained byte, of {trained:,} B" if trained else ""
+    state = (
+        f"{memory.optimizer / trained:.3g} bytes of state a trained byte, of {trained:,} B"
+        if trained
+        else ""
+    )
     yield "optimizer", f"{run.optimizer}: {state or 'nothing trains'}" + result(memory.optimizer)
 
     size, blocks = run.tokens * model.hidden * run.width, len(model.blocks)
     inputs = sum(run.checkpointed(index) for index in range(blocks))
-    each = f"{run.rows} × {run.sequence:,} × {model.hidden:,} × {run.width} B = {size / MIB:,.1f} MiB"
+    each = (
+        f"{run.rows} × {run.sequence:,} × {model.hidden:,} × {run.width} B = {size / MIB:,.1f} MiB"
+    )
     if inputs == blocks:
         total = f"{blocks * size / GIB:.2f} GiB"
-        kept = f"{blocks} blocks keep their input, {each} each ({total}); and what the peak's phase works with"
+        kept = (
+            f"{blocks} blocks keep their input, {each} each ({total}); and what the peak's phase "
+            "works with"
+        )
     elif inputs:
         every = "the others every tensor that backward needs"
         kept = f"{inputs} of {blocks} blocks keep their input, {each} each; {every}"
@@ -196,8 +259,14 @@ def explain(
     yield "activations", kept + result(memory.activations)
 
     rows = min(run.chunk, run.labels) if run.loss == "chunked" else run.labels
-    alive = f"as many as are alive in the peak's phase; {rows * model.vocabulary * 4 / GIB:.2f} GiB for each 4 B"
+    alive = (
+        f"as many as are alive in the peak's phase; {rows * model.vocabulary * 4 / GIB:.2f} GiB "
+        "for each 4 B"
+    )
     bytes_each = f"({run.width} B logits + 4 B in fp32, 4 B log-softmax and 4 B gradient, {alive})"
-    yield "logits", f"{rows:,} labels × {model.vocabulary:,} words × {bytes_each}" + result(memory.logits)
+    yield (
+        "logits",
+        f"{rows:,} labels × {model.vocabulary:,} words × {bytes_each}" + result(memory.logits),
+    )
     yield "overhead", "CUDA context and kernels, assumed" + result(memory.overhead)
     yield "peak", f"the sum, in phase “{memory.where}”" + result(memory.peak)

@@ -1,4 +1,6 @@
-"""How a training step runs (TrainingConfig), and the rules and help of options, here and in the fine-tuning methods."""
+"""How a training step runs (TrainingConfig), and the rules and help of options, here and in the
+fine-tuning methods.
+"""
 
 import re
 from collections.abc import Callable
@@ -10,10 +12,11 @@ from pipeline.errors import UserError
 
 
 class Precision(NamedTuple):
-    """`bytes` per weight, of which `scales` are for scales and zero points; activations have `compute` bytes.
+    """`bytes` per weight, of which `scales` are for scales and zero points; activations have
+    `compute` bytes.
 
-    A 16- or 32-bit precision applies to every tensor, a quantized one only to the linears of the blocks: each other
-    parameter (embeddings, head, norms, biases) has `compute` bytes.
+    A 16- or 32-bit precision applies to every tensor, a quantized one only to the linears of the
+    blocks: each other parameter (embeddings, head, norms, biases) has `compute` bytes.
     """
 
     name: str
@@ -27,7 +30,9 @@ class Precision(NamedTuple):
         return self.bits < 16
 
     def weights(self, quantizable: int, total: int) -> int:
-        """Bytes of a model with `total` parameters, `quantizable` of them in linears of its blocks."""
+        """Bytes of a model with `total` parameters, `quantizable` of them in linears of its
+        blocks.
+        """
         return round(quantizable * self.bytes) + (total - quantizable) * self.compute
 
 
@@ -53,11 +58,15 @@ PRECISIONS: dict[str, Precision] = {
         Precision("fp16", 16, 2, 0, 2),
         Precision("bf16", 16, 2, 0, 2),
         _quantized("fp8", 8, 0),  # E4M3, one scale per tensor
-        _quantized("int8", 8, 4 / 4096),  # LLM.int8(): one fp32 scale per row, of 4,096 weights by assumption
+        # LLM.int8(): one fp32 scale per row, of 4,096 weights by assumption
+        _quantized("int8", 8, 4 / 4096),
         _quantized("nf4", 4, 4 / NF4_BLOCK),  # one fp32 scale per block
         # double quantization: scales of 8 bit, with an fp32 scale per block of them
         _quantized("nf4-dq", 4, 1 / NF4_BLOCK + 4 / (NF4_BLOCK * NF4_BLOCK_2)),
-        *(_grouped(name, bits) for name, bits in (("gptq", 4), ("awq", 4), ("3bit", 3), ("2bit", 2))),
+        *(
+            _grouped(name, bits)
+            for name, bits in (("gptq", 4), ("awq", 4), ("3bit", 3), ("2bit", 2))
+        ),
         _quantized("1.58bit", 1.58, 0, packed=1.6),  # BitNet b1.58: ternary, five weights per byte
     )
 }
@@ -65,17 +74,23 @@ PRECISIONS: dict[str, Precision] = {
 
 @cache
 def precision(name: str) -> Precision:
-    """The precision called `name`; `gptq-g64` has groups of 64. Raises UserError with the known names."""
+    """The precision called `name`; `gptq-g64` has groups of 64. Raises UserError with the known
+    names.
+    """
     match = re.fullmatch(r"(gptq|awq|3bit|2bit)-g(\d{1,6})", name)
     if match and int(match[2]):
         return _grouped(name, int(PRECISIONS[match[1]].bits), int(match[2]))
     if name not in PRECISIONS:
-        raise UserError(f"precision {name!r} is not known. Known: {', '.join(PRECISIONS)}; gptq-g64 has groups of 64.")
+        raise UserError(
+            f"precision {name!r} is not known. Known: {', '.join(PRECISIONS)}; gptq-g64 has "
+            "groups of 64."
+        )
     return PRECISIONS[name]
 
 
 CONTEXT = 512 * 2**20  # bytes of CUDA context and kernels, assumed
-LOGITS = 256 * 2**20  # bytes of logits in fp32 that a GPU computes at once: fewer rows do not fill it
+# bytes of logits in fp32 that a GPU computes at once: fewer rows do not fill it
+LOGITS = 256 * 2**20
 
 
 def chunk_rows(vocabulary: int) -> int:
@@ -86,8 +101,9 @@ def chunk_rows(vocabulary: int) -> int:
 QLORA = "nf4-dq"  # precision of its base: NF4 with double quantization (Dettmers et al. 2023)
 LARGEST_INT = 2**31 - 1
 
-# Tokens of MiniGPT's packed row whose attention is one product under a mask: a training step then takes 1/1.2 to 1/1.35
-# of the time of a product for each sequence (measured for 30 to 120 tokens). In a longer row masked scores cost more.
+# Tokens of MiniGPT's packed row whose attention is one product under a mask: a training step then
+# takes 1/1.2 to 1/1.35 of the time of a product for each sequence (measured for 30 to 120 tokens).
+# In a longer row masked scores cost more.
 PACK_UP_TO = 128
 STATE_BLOCK = 256  # weights that share a scale in adamw-8bit's state
 STATE_CHUNK = 2**20  # weights whose state is in fp32 at once while it updates them
@@ -96,7 +112,9 @@ TRAINERS = ("ours", "torch", "torch-fp32", "torch-foreach")
 
 
 class Option(NamedTuple):
-    """What a user needs to know of a setting, and the rule for its values. (A dataclass would start more slowly.)"""
+    """What a user needs to know of a setting, and the rule for its values. (A dataclass would start
+    more slowly.)
+    """
 
     default: Any
     help: str
@@ -128,7 +146,8 @@ def check_options(settings: Any) -> None:
             raise UserError(f"{shown} must be one of {', '.join(rule.choices)}, got {value!r}.")
         if rule.least is not None and not rule.least <= value // rule.unit <= LARGEST_INT:
             raise UserError(
-                f"{shown} must be a whole number from {rule.least} to {LARGEST_INT:,}, got {value // rule.unit:,}."
+                f"{shown} must be a whole number from {rule.least} to {LARGEST_INT:,}, got "
+                f"{value // rule.unit:,}."
             )
 
 
@@ -159,7 +178,8 @@ class TrainingConfig:
     )
     trainer: str = option(
         "ours",
-        "Step of ours, or of torch, transformers and PEFT: torch; torch-fp32 with fp32 moments; torch-foreach.",
+        "Step of ours, or of torch, transformers and PEFT: torch; torch-fp32 with fp32 moments; "
+        "torch-foreach.",
         choices=TRAINERS,
     )
     neftune_alpha: float = option(0.0, "NEFTune's noise on the embeddings; 0: none.")
@@ -169,16 +189,22 @@ class TrainingConfig:
         choices=("none", "selective", "full"),
         automatic=True,
     )
-    attention: str = option("sdpa", "Attention: sdpa (flash and similar) or eager.", choices=("sdpa", "eager", "short"))
+    attention: str = option(
+        "sdpa", "Attention: sdpa (flash and similar) or eager.", choices=("sdpa", "eager", "short")
+    )
     loss: str = option(
         "full",
-        "Logits in memory at once: full, labels, chunked, fused (by Liger); default: full, for pairs chunked.",
+        "Logits in memory at once: full, labels, chunked, fused (by Liger); default: full, for "
+        "pairs chunked.",
         choices=("full", "labels", "chunked", "fused", "divergence"),
         automatic=True,
     )
     label_share: float = option(1.0, "Fraction of tokens with a label (labels, chunked).")
     chunk: int = option(
-        1024, "Labels per chunk (chunked); default: those of 256 MiB of logits.", least=1, automatic=True
+        1024,
+        "Labels per chunk (chunked); default: those of 256 MiB of logits.",
+        least=1,
+        automatic=True,
     )
     casts: str = option(
         "weights",
@@ -187,11 +213,18 @@ class TrainingConfig:
     )
     # bytes of CUDA context and kernels, outside the allocator
     context: int = option(
-        0, "CUDA context outside the allocator, in MiB; default: 512.", least=0, unit=2**20, automatic=True
+        0,
+        "CUDA context outside the allocator, in MiB; default: 512.",
+        least=0,
+        unit=2**20,
+        automatic=True,
     )
-    cpu: bool = False  # our kernels for CPUs run, not those for GPUs: gated feed-forwards that save their inputs alone
-    native: bool = False  # and those of native.c: no copies in fp32, SwiGLU and a rotation are one operation each
-    answers: int = 1  # sequences of an example: 2 for a pair of answers, each of up to `sequence` tokens
+    # our kernels for CPUs run, not those for GPUs: gated feed-forwards that save their inputs alone
+    cpu: bool = False
+    # and those of native.c: no copies in fp32, SwiGLU and a rotation are one operation each
+    native: bool = False
+    # sequences of an example: 2 for a pair of answers, each of up to `sequence` tokens
+    answers: int = 1
     sequences: int = 0  # packed into the rows; 0: one per row
     span: int = 0  # of packed sequences: length of a token's own sequence, averaged over tokens
     scores: int = 0  # kept by "short" attention per head and layer; 0: S² per sequence
@@ -227,25 +260,40 @@ class TrainingConfig:
 
     @property
     def ours(self) -> bool:
-        """Whether our trainer runs the step: a persistent flat gradient, fp32 state, LoRA that saves few tensors."""
+        """Whether our trainer runs the step: a persistent flat gradient, fp32 state, LoRA that
+        saves few tensors.
+        """
         return self.trainer == "ours"
 
     def state_bytes(self, width: int) -> float:
-        """Bytes of the optimizer's state on the device, for each trained parameter of `width` bytes."""
-        fp32 = self.trainer in ("ours", "torch-fp32")  # torch has moments in the precision of the parameters
-        moments = {"adamw": 8 if fp32 else 2 * width, "adamw-8bit": 2 * (1 + 4 / STATE_BLOCK)}.get(self.optimizer, 0)
+        """Bytes of the optimizer's state on the device, for each trained parameter of `width`
+        bytes.
+        """
+        # torch has moments in the precision of the parameters
+        fp32 = self.trainer in ("ours", "torch-fp32")
+        moments = {"adamw": 8 if fp32 else 2 * width, "adamw-8bit": 2 * (1 + 4 / STATE_BLOCK)}.get(
+            self.optimizer, 0
+        )
         # of 16-bit parameters ours has weights and gradient in fp32 too
         return moments + (8 if self.ours and width < 4 else 0)
 
     def checkpointed(self, block: int) -> bool:
-        """Whether block number `block` saves only its input: every block, or with `selective` every second."""
-        return self.checkpointing == "full" or (self.checkpointing == "selective" and block % 2 == 0)
+        """Whether block number `block` saves only its input: every block, or with `selective` every
+        second.
+        """
+        return self.checkpointing == "full" or (
+            self.checkpointing == "selective" and block % 2 == 0
+        )
 
     def check(self) -> None:
         """Raises UserError for an invalid value."""
         check_options(self)
         precision(self.precision)
         if not 0 < self.label_share <= 1:
-            raise UserError(f"label-share must be more than 0 and at most 1, got {self.label_share:g}.")
+            raise UserError(
+                f"label-share must be more than 0 and at most 1, got {self.label_share:g}."
+            )
         if not 0 <= self.neftune_alpha <= LARGEST_INT:
-            raise UserError(f"neftune-alpha must be from 0 to {LARGEST_INT:,}, got {self.neftune_alpha:g}.")
+            raise UserError(
+                f"neftune-alpha must be from 0 to {LARGEST_INT:,}, got {self.neftune_alpha:g}."
+            )

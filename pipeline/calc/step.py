@@ -1,9 +1,10 @@
 """A training step on the tape: embeddings, blocks, loss, backward.
 
-Follows the modules of transformers, and this project's own layers, in everything that affects which tensors are alive:
-what each operation saves for backward, and the copies made by rotations and changes of layout. As in Python, a tensor
-is alive while a variable of a function that has not returned refers to it: so where functions begin and end, and each
-`del`, is part of the model. B sequences of T tokens, N = B·T, width D.
+Follows the modules of transformers, and this project's own layers, in everything that affects which
+tensors are alive: what each operation saves for backward, and the copies made by rotations and
+changes of layout. As in Python, a tensor is alive while a variable of a function that has not
+returned refers to it: so where functions begin and end, and each `del`, is part of the model. B
+sequences of T tokens, N = B·T, width D.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,8 @@ from pipeline.calc.tape import Ops, Tape, Value
 
 CHUNK = 64  # tokens that a gated delta net's kernel takes at once
 BLOCK = 128  # queries of a product of attention to short sequences
-SIMULATED_ENDS = 2  # of a run of blocks that repeat, simulate this many periods at each end and extrapolate the middle
+# of a run of blocks that repeat, simulate this many periods at each end and extrapolate the middle
+SIMULATED_ENDS = 2
 LONGEST_PERIOD = 6  # Gemma's: five blocks with sliding windows and one without
 
 
@@ -33,15 +35,21 @@ class Step(Ops):
         super().__init__(model, run, method.positions)
         self.method, self.ranks = method, ranks(model, method)
         self.name_prefix = ""  # of the linears of the block at hand
-        self.tables: dict[int, list[Value]] = {}  # size of a head → cos and sin of the rotary positions, (T, K) each
+        # size of a head → cos and sin of the rotary positions, (T, K) each
+        self.tables: dict[int, list[Value]] = {}
         # all attention scores are in memory: by setting, or because there is no fused kernel
         self.eager = run.attention == "eager" or self.style.eager_only
-        self.scores = run.scores or self.n * (run.span or run.sequence)  # weights per head that short attention saves
-        # weights per head of its largest product; of packed sequences that are shorter than a block some share one
+        # weights per head that short attention saves
+        self.scores = run.scores or self.n * (run.span or run.sequence)
+        # weights per head of its largest product; of packed sequences that are shorter than a block
+        # some share one
         self.product = min(self.scores, run.batch * BLOCK * max(BLOCK, run.span or run.sequence))
         self.base = method.trained_base(model)
         self.adapted = [
-            [self.ranks.get(model.block_name(index) + linear.name, 0) for linear in model.adaptable(block)]
+            [
+                self.ranks.get(model.block_name(index) + linear.name, 0)
+                for linear in model.adaptable(block)
+            ]
             for index, block in enumerate(model.blocks)
         ]
         self.embedding = self.base_weight(model.embedding)
@@ -51,10 +59,13 @@ class Step(Ops):
         """The loss."""
         t, run, model, style = self.tape, self.run, self.model, self.style
         width, length = model.embedding_width, self.n // run.rows
-        # an operation keeps the phase and kind in which it was recorded: what its backward allocates counts there too
+        # an operation keeps the phase and kind in which it was recorded: what its backward
+        # allocates counts there too
         t.phase, self.trains = "forward, embeddings", self.base.rest
-        self.inputs = ids, _labels = [t.leaf(self.n, 8), t.leaf(self.n, 8)]  # alive for the whole step
-        if run.attention == "short" and not self.eager:  # a mask with one row per query of a group of heads
+        # alive for the whole step
+        self.inputs = ids, _labels = [t.leaf(self.n, 8), t.leaf(self.n, 8)]
+        # a mask with one row per query of a group of heads
+        if run.attention == "short" and not self.eager:
             self.mask = t.leaf(model.heads // model.kv_heads * (self.scores // run.rows), self.w)
         trained = [self.embedding] if self.base.ends else []
         x = t.op(elements=run.tokens * width, width=self.w, saves=[ids], weights=trained)
@@ -63,10 +74,16 @@ class Step(Ops):
         x = self.linear(x, model.outside[1]) if width != model.hidden else x
         x = t.op(x) if style.scaled_embeddings else x
         if model.positions or model.fixed_positions:
-            rows = self.n if style.ours else length  # transformers broadcasts one sequence's positions
+            # transformers broadcasts one sequence's positions
+            rows = self.n if style.ours else length
             table = self.trained_weights(model.positions) if model.positions else []
-            x = t.op(x, t.op(elements=rows * model.hidden, width=self.w, saves=[ids], weights=table), alias=True)
-        # cos and sin of the rotary positions, and the mask of eager attention; every block reads them
+            x = t.op(
+                x,
+                t.op(elements=rows * model.hidden, width=self.w, saves=[ids], weights=table),
+                alias=True,
+            )
+        # cos and sin of the rotary positions, and the mask of eager attention; every block reads
+        # them
         for size in dict.fromkeys(map(self._rotated_size, model.blocks)):
             if rotated := int(style.rotary * size):
                 self.tables[size] = [t.leaf(length * rotated, self.w) for _ in range(2)]
@@ -99,9 +116,14 @@ class Step(Ops):
         return (added + self.method.block_parameters(self.model)) * self.adapter
 
     def _repeats(self) -> Iterator[tuple[int, int, int]]:
-        """(start, stop, period) of runs of blocks that repeat after `period`: shapes, ranks and trained weights."""
+        """(start, stop, period) of runs of blocks that repeat after `period`: shapes, ranks and
+        trained weights.
+        """
         blocks = self.model.blocks  # equal ones are one object, so that none has to be compared
-        kinds = [(id(blocks[index]), self._is_trained(index), self.adapted[index]) for index in range(len(blocks))]
+        kinds = [
+            (id(blocks[index]), self._is_trained(index), self.adapted[index])
+            for index in range(len(blocks))
+        ]
         start = 0
         while start < len(kinds):
             found = start + 1, 1
@@ -115,12 +137,15 @@ class Step(Ops):
             start = found[0]
 
     def _repeated_blocks(self, x: Value, start: int, stop: int, period: int) -> Value:
-        """Blocks `start` to `stop`, which repeat; the middle of a long run is extrapolated instead of simulated.
+        """Blocks `start` to `stop`, which repeat; the middle of a long run is extrapolated instead
+        of simulated.
 
-        Two periods at each end are enough: the first of a run may differ, since no gradient may reach it, and each
-        later one adds the same bytes. Simulating 80 blocks would take 15 times as long.
+        Two periods at each end are enough: the first of a run may differ, since no gradient may
+        reach it, and each later one adds the same bytes. Simulating 80 blocks would take 15 times
+        as long.
         """
-        if self.run.checkpointing == "selective" and period % 2:  # every second block is checkpointed
+        # every second block is checkpointed
+        if self.run.checkpointing == "selective" and period % 2:
             period *= 2
         skipped = max(0, (stop - start - 2 * SIMULATED_ENDS * period) // period)
         resume = start + (SIMULATED_ENDS + skipped) * period
@@ -129,7 +154,10 @@ class Step(Ops):
             if skipped and index == start + (SIMULATED_ENDS - 1) * period:
                 before = dict(self.tape.live)
             if skipped and index == start + SIMULATED_ENDS * period:
-                growth = {kind: (size - before.get(kind, 0)) * skipped for kind, size in self.tape.live.items()}
+                growth = {
+                    kind: (size - before.get(kind, 0)) * skipped
+                    for kind, size in self.tape.live.items()
+                }
                 # a flat buffer is there already
                 gradients = 0 if self.flat else sum(map(self._trained_bytes, range(index, resume)))
                 x = self.tape.skip(x, growth, gradients)
@@ -212,16 +240,29 @@ class Step(Ops):
         if self.eager:
             y = self._eager_attention(q, k, v, heads)
         elif self.run.attention == "short":
-            # our blockwise matrix products for short sequences save the weights, heads · T² per sequence; of one block
-            # there are the scores too, and in backward the gradients of both
+            # our blockwise matrix products for short sequences save the weights, heads · T² per
+            # sequence; of one block there are the scores too, and in backward the gradients of both
             product = heads.queries * self.product * self.w
             y = t.op(
-                q, k, v, saves=[q, k, v, t.leaf(heads.queries * self.scores, self.w)], temp=product, back=2 * product
+                q,
+                k,
+                v,
+                saves=[q, k, v, t.leaf(heads.queries * self.scores, self.w)],
+                temp=product,
+                back=2 * product,
             )
         else:
-            # flash attention saves q, k, v, the output, and a log-sum-exp per head and token in fp32, but no scores
+            # flash attention saves q, k, v, the output, and a log-sum-exp per head and token in
+            # fp32, but no scores
             size = self.n * heads.queries * heads.value_size
-            y = t.op(q, k, v, elements=size, saves=[q, k, v, t.leaf(self.n * heads.queries, 4)], saves_out=True)
+            y = t.op(
+                q,
+                k,
+                v,
+                elements=size,
+                saves=[q, k, v, t.leaf(self.n * heads.queries, 4)],
+                saves_out=True,
+            )
         if self.style.rejoins and not self.eager:
             y = t.op(y)  # a copy, since the layout is not the one that o_proj reads
         if gate is not None:
@@ -232,14 +273,16 @@ class Step(Ops):
     def _delta_net(self, x: Value, block: Block, heads: Heads) -> Value:
         """A gated delta net with the kernels of flash-linear-attention and causal-conv1d.
 
-        Chunks of 64 tokens: a matrix (64, 64) per chunk and head is saved, a state (K, V) per chunk and head is
-        computed in forward and again in backward. Hv heads of values, and of the states; Hk of queries and keys.
+        Chunks of 64 tokens: a matrix (64, 64) per chunk and head is saved, a state (K, V) per chunk
+        and head is computed in forward and again in backward. Hv heads of values, and of the
+        states; Hk of queries and keys.
         """
         t, n, w = self.tape, self.n, self.w
         mixed, z_proj, b_proj, a_proj, out = block.attention
         qkv, z = self.linear(x, mixed), self.linear(x, z_proj)
         b, a = self.linear(x, b_proj), self.linear(x, a_proj)
-        qkv = t.op(qkv, saves=[qkv], weights=self.trained_weights(block.other))  # the convolution, with its activation
+        # the convolution, with its activation
+        qkv = t.op(qkv, saves=[qkv], weights=self.trained_weights(block.other))
         beta = t.op(b, saves_out=True)
         wide = self.cast(a, 4)
         decay = t.op(wide, saves=[wide, t.leaf(wide.elements, 4)])
@@ -263,7 +306,9 @@ class Step(Ops):
         """RMSNorm(x) · silu(z), the norm and the activation in fp32."""
         t = self.tape
         wide = self.cast(x, 4)
-        mean = t.op(t.op(wide, saves=[wide], back=wide.elements * 4), elements=wide.elements // size)
+        mean = t.op(
+            t.op(wide, saves=[wide], back=wide.elements * 4), elements=wide.elements // size
+        )
         root = t.op(mean, saves_out=True)
         y = t.op(wide, root, saves=[wide, root], back=wide.elements * 4)
         del wide
@@ -274,10 +319,16 @@ class Step(Ops):
         return self.cast(t.op(y, share, width=4, saves=[y, share]), self.w)
 
     def _project(self, x: Value, block: Block) -> tuple[Value, Value, Value, Linear, Value | None]:
-        """q (N, H·K), k and v (N, kv_heads · K), the output projection, and the output's gate if it has one."""
+        """q (N, H·K), k and v (N, kv_heads · K), the output projection, and the output's gate if it
+        has one.
+        """
         m = self.model
         heads = m.heads_of(block)
-        widths = [heads.queries * heads.size, heads.keys * heads.size, heads.keys * heads.value_size]
+        widths = [
+            heads.queries * heads.size,
+            heads.keys * heads.size,
+            heads.keys * heads.value_size,
+        ]
         if len(block.attention) == 2:  # q, k and v are views of one linear's output
             fused, out = sorted(block.attention, key=lambda linear: linear.is_last)
             qkv = self.linear(x, fused)
@@ -287,9 +338,12 @@ class Step(Ops):
         by_letter = {linear.name.rsplit(".", 1)[-1][0]: linear for linear in block.attention}
         q, gate = self.linear(x, by_letter["q"]), None
         if self.style.output_gate:
-            gate = self.tape.op(self.view(q, self.n * widths[0]))  # a copy, since the halves of each head alternate
+            # a copy, since the halves of each head alternate
+            gate = self.tape.op(self.view(q, self.n * widths[0]))
             q = self.view(q, self.n * widths[0])
-        q = self._qk_norm(self.tape.op(q) if self.style.scaled_queries else q, widths[0], heads.size)
+        q = self._qk_norm(
+            self.tape.op(q) if self.style.scaled_queries else q, widths[0], heads.size
+        )
         k = self.linear(x, by_letter["k"])
         v = self.linear(x, by_letter["v"]) if "v" in by_letter else k
         k = self._qk_norm(k, widths[1], heads.size)
@@ -321,7 +375,9 @@ class Step(Ops):
         return t.op(y, x, elements=x.elements) if self.style.rejoins else y
 
     def _project_latent(self, x: Value, block: Block) -> tuple[Value, Value, Value, Linear]:
-        """q and k (N, H·K), v (N, H·V), expanded from latents; the rotated part of k is shared by all heads."""
+        """q and k (N, H·K), v (N, H·V), expanded from latents; the rotated part of k is shared by
+        all heads.
+        """
         t, heads = self.tape, self.model.heads_of(block)
         *queries, compress, expand, out = block.attention
         q = self.linear(x, queries[0])
@@ -330,7 +386,8 @@ class Step(Ops):
         latent = self.linear(x, compress)
         kv = self.norm(self.view(latent, n * expand.inputs), expand.inputs)
         q_turned, k_turned = (
-            self._rotate_pairs(self.view(y, n * count * rotated)) for y, count in ((q, heads.queries), (latent, 1))
+            self._rotate_pairs(self.view(y, n * count * rotated))
+            for y, count in ((q, heads.queries), (latent, 1))
         )
         plain = self.view(q, n * heads.queries * (heads.size - rotated))
         q = t.op(plain, q_turned, elements=n * heads.queries * heads.size)
@@ -341,7 +398,9 @@ class Step(Ops):
         return q, k, v, out
 
     def _rotate_complex(self, x: Value, block: Block, size: int) -> Value:
-        """Llama 4: an fp32 copy as complex numbers times those of the positions, then a norm without a weight."""
+        """Llama 4: an fp32 copy as complex numbers times those of the positions, then a norm
+        without a weight.
+        """
         t = self.tape
         if not block.rotates:
             return x
@@ -353,7 +412,9 @@ class Step(Ops):
         return self.norm(y, size, weight=False) if self.style.qk_norm else y
 
     def _rotate_pairs(self, x: Value) -> Value:
-        """Pairs of neighbours are rotated: two products for each half, their sum or difference, and both joined."""
+        """Pairs of neighbours are rotated: two products for each half, their sum or difference, and
+        both joined.
+        """
         t, half, tables = self.tape, x.elements // 2, self.tables.get(self.model.head_size, [])
 
         def turned() -> Value:
@@ -381,7 +442,8 @@ class Step(Ops):
 
     def _softmax(self, p: Value) -> Value:
         t = self.tape
-        if self.style.sinks:  # concatenate the sink's column, then subtract the maximum; dropping the column is a view
+        # concatenate the sink's column, then subtract the maximum; dropping the column is a view
+        if self.style.sinks:
             p = t.op(t.op(p), alias=True)
             return t.op(p, saves_out=True)
         if not self.style.softmax32:
@@ -392,11 +454,15 @@ class Step(Ops):
         return self.cast(wide, p.width)
 
     def _unknown(self, x: Value, linears: tuple[Linear, ...]) -> Value:
-        """Linears of which only the shapes are known, in sequence; those of the block's width read its input."""
+        """Linears of which only the shapes are known, in sequence; those of the block's width read
+        its input.
+        """
         y = x
         for linear in linears:
             fits = linear.inputs == self.model.hidden
-            y = self.linear(x if fits else self.tape.op(y, elements=self.n * linear.inputs, saves=[y]), linear)
+            y = self.linear(
+                x if fits else self.tape.op(y, elements=self.n * linear.inputs, saves=[y]), linear
+            )
         return y if y.elements == x.elements else self.tape.op(y, elements=x.elements)
 
     # feed-forward
@@ -417,30 +483,47 @@ class Step(Ops):
         return self._gated(x, linears)
 
     def _all_experts(self, x: Value, block: Block) -> Value:
-        """The shared expert's output and the sum of all experts', whose inputs are copies of x, each scaled."""
+        """The shared expert's output and the sum of all experts', whose inputs are copies of x,
+        each scaled.
+        """
         t, (up, down, *shared) = self.tape, block.feed_forward
         rows = self.n * up.experts
         shares = self.cast(self._route(x, block), self.w)
         copies = t.op(x, elements=rows * up.inputs)
-        scaled = t.op(copies, shares, elements=copies.elements, saves=[copies, shares], back=copies.elements * self.w)
+        scaled = t.op(
+            copies,
+            shares,
+            elements=copies.elements,
+            saves=[copies, shares],
+            back=copies.elements * self.w,
+        )
         del copies
         y = self.grouped(self.gate(self.grouped(scaled, up, rows)), down, rows)
         always = self._gated(x, shared)
         return t.op(always, t.op(y, elements=x.elements), alias=True)
 
     def _add_shared(self, y: Value, x: Value, shared: Sequence[Linear]) -> Value:
-        """y and the output of the expert that every token uses, which may be scaled by the sigmoid of a gate."""
+        """y and the output of the expert that every token uses, which may be scaled by the sigmoid
+        of a gate.
+        """
         t, always = self.tape, self._gated(x, shared)
         if len(shared) > 3:
             share = t.op(self.linear(x, shared[3]), saves_out=True)
-            always = t.op(share, always, elements=x.elements, saves=[share, always], back=always.elements * self.w)
+            always = t.op(
+                share,
+                always,
+                elements=x.elements,
+                saves=[share, always],
+                back=always.elements * self.w,
+            )
         return t.op(y, always, alias=True)
 
     def _gated(self, x: Value, linears: Sequence[Linear]) -> Value:
         native = self.run.native and self.style.activation == "silu"
         if native or (self.run.ours and not self.run.cpu):
             gate, up = self.linear(x, linears[0]), self.linear(x, linears[1])
-            # in plain torch, for a GPU, the activation is a tensor of its own, and computed again in backward
+            # in plain torch, for a GPU, the activation is a tensor of its own, and computed again
+            # in backward
             size = 0 if native else gate.elements * gate.width
             y = self.tape.op(gate, up, saves=[gate, up], temp=size, back=2 * size)
             del gate, up
@@ -450,7 +533,9 @@ class Step(Ops):
         return self.linear(self.tape.op(a, up, saves=[a, up]), linears[2])
 
     def _dense_and_experts(self, x: Value, block: Block) -> Value:
-        """x + norm(norm(dense(norm x)) + norm(experts(norm x))), where the router has an unweighted norm of its own."""
+        """x + norm(norm(dense(norm x)) + norm(experts(norm x))), where the router has an unweighted
+        norm of its own.
+        """
         t, hidden = self.tape, self.model.hidden
         y = self.norm(self._gated(self.norm(x, hidden), block.feed_forward[2:]), hidden)
         routed = self.norm(x, hidden, weight=False)
@@ -463,7 +548,9 @@ class Step(Ops):
         return t.op(x, y, alias=True)
 
     def _route(self, x: Value, block: Block) -> Value:
-        """Probabilities of the experts (N, E), in fp32; gradients flow through them even if the router is frozen."""
+        """Probabilities of the experts (N, E), in fp32; gradients flow through them even if the
+        router is frozen.
+        """
         assert block.router is not None
         return self.tape.op(self.linear(x, block.router), width=4, saves_out=True)
 
@@ -493,21 +580,28 @@ class Step(Ops):
     # loss
 
     def _loss(self, x: Value) -> Value:
-        """The loss of the last hidden states (N, D): at once, or in chunks whose gradients are computed in forward."""
+        """The loss of the last hidden states (N, D): at once, or in chunks whose gradients are
+        computed in forward.
+        """
         t, run, width = self.tape, self.run, self.model.embedding_width
         t.phase, t.kind = "forward, loss", "logits"
         if run.loss not in ("full", "divergence"):
             x = t.op(x, elements=run.labels * width)
-        if run.loss == "fused":  # Liger's: a chunk's logits at a time, in 16 bits, overwritten with their gradient
+        # Liger's: a chunk's logits at a time, in 16 bits, overwritten with their gradient
+        if run.loss == "fused":
             rows = -(-run.labels // -(-self.model.vocabulary // width))
             rows = min(run.labels, 1 << (rows - 1).bit_length())
             gradient = t.leaf(run.labels * width, self.w)
-            return t.op(x, elements=1, width=4, saves=[gradient], temp=rows * self.model.vocabulary * self.w)
+            return t.op(
+                x, elements=1, width=4, saves=[gradient], temp=rows * self.model.vocabulary * self.w
+            )
         if run.loss not in ("chunked", "divergence"):
             return self._cross_entropy(x)
-        before = t.leaf(run.tokens * width, self.w) if run.loss == "divergence" else None  # the base's hidden states
+        # the base's hidden states
+        before = t.leaf(run.tokens * width, self.w) if run.loss == "divergence" else None
         full_chunks, last = divmod(run.labels, run.chunk)
-        # From the second on, a chunk runs beside the gradients of those before: a third would only add its own
+        # From the second on, a chunk runs beside the gradients of those before: a third would only
+        # add its own
         chunk_sizes = [run.chunk] * min(full_chunks, 2) + [last] * bool(last)
         grads = []
         for rows in chunk_sizes:
@@ -520,7 +614,9 @@ class Step(Ops):
         return t.op(x, elements=1, width=4, saves=[gradient, *t.take_finished_gradients()])
 
     def _divergence(self, x: Value) -> Value:
-        """Logits (rows, V), then log p, log q and p in fp32; saves q − p in the dtype of the logits."""
+        """Logits (rows, V), then log p, log q and p in fp32; saves q − p in the dtype of the
+        logits.
+        """
         t, rows = self.tape, x.elements // self.model.embedding_width
         trained = [self.head] if self.base.ends else []
         size = rows * self.model.vocabulary
@@ -528,7 +624,9 @@ class Step(Ops):
         return t.op(y, elements=1, width=4, saves=[t.leaf(size, self.w)], temp=3 * 4 * size)
 
     def _cross_entropy(self, x: Value) -> Value:
-        """Logits (rows, V), cast to fp32, log-softmax (saved), mean; backward fills two tensors of their size."""
+        """Logits (rows, V), cast to fp32, log-softmax (saved), mean; backward fills two tensors of
+        their size.
+        """
         t, model, rows = self.tape, self.model, x.elements // self.model.embedding_width
         trained = [self.head] if self.base.ends else []
         y = t.op(x, elements=rows * model.vocabulary, saves=[x] if trained else [], weights=trained)

@@ -1,8 +1,10 @@
-"""Simulates the memory of a step: tensors, by size alone, are allocated, saved and freed in PyTorch's order.
+"""Simulates the memory of a step: tensors, by size alone, are allocated, saved and freed in
+PyTorch's order.
 
-An autograd engine without values. The forward pass runs as Python: a tensor is alive while a variable refers to it, or
-until `backward` has used it if an operation saved it. The tape sums the live bytes by kind and records the peak. A step
-takes milliseconds; tracing it with PyTorch's fake tensors takes seconds.
+An autograd engine without values. The forward pass runs as Python: a tensor is alive while a
+variable refers to it, or until `backward` has used it if an operation saved it. The tape sums the
+live bytes by kind and records the peak. A step takes milliseconds; tracing it with PyTorch's fake
+tensors takes seconds.
 """
 
 from collections import Counter
@@ -25,12 +27,15 @@ class Storage:
         self.bytes = -(-size // ROUNDING) * ROUNDING  # rounded up
         tape.grow(kind, self.bytes)
 
-    def __del__(self) -> None:  # CPython calls it with the last reference, as torch frees a tensor's storage
+    # CPython calls it with the last reference, as torch frees a tensor's storage
+    def __del__(self) -> None:
         self._tape.live[self.kind] -= self.bytes
 
 
 class Value:
-    """A tensor of `elements` × `width` bytes, and the node that produced it if it needs a gradient."""
+    """A tensor of `elements` × `width` bytes, and the node that produced it if it needs a
+    gradient.
+    """
 
     __slots__ = ("elements", "node", "storage", "width")
 
@@ -42,8 +47,8 @@ class Value:
 class Weight:
     """A trainable weight, whose gradient of `bytes` is allocated in backward and stays.
 
-    `preallocated`: the gradient is added into an existing buffer and then freed. If the weight is used twice, the first
-    gradient stays until the second.
+    `preallocated`: the gradient is added into an existing buffer and then freed. If the weight is
+    used twice, the first gradient stays until the second.
     """
 
     bytes: int
@@ -54,7 +59,9 @@ class Weight:
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """An operation in the backward graph: its saved tensors, and its inputs' nodes with the bytes of their gradient."""
+    """An operation in the backward graph: its saved tensors, and its inputs' nodes with the bytes
+    of their gradient.
+    """
 
     phase: str
     kind: str
@@ -106,22 +113,28 @@ class Tape:
         """An operation on `inputs`, with the first input's size by default.
 
         `saves`: tensors kept for backward; `temp`, `back`: temporary bytes in forward and backward;
-        `alias`: the inputs' gradient is the output's, without a copy; `view`: the output has the first input's storage.
+        `alias`: the inputs' gradient is the output's, without a copy; `view`: the output has the
+        first input's storage.
         """
         elements = inputs[0].elements if elements is None else elements
         width = inputs[0].width if width is None else width
-        # a kernel's workspace is alive while its output is allocated, and freed before the next operation
+        # a kernel's workspace is alive while its output is allocated, and freed before the next
+        # operation
         temporary = Storage(self, temp, self.kind) if temp else None
         storage = inputs[0].storage if view else Storage(self, elements * width, self.kind)
         del temporary
         differentiable = [(i.node, i.elements * i.width) for i in inputs if i.node is not None]
         if not (self._recording and (differentiable or weights)):
             return Value(storage, elements, width, None)
-        node = self._record(differentiable, [value.storage for value in saves] + [storage] * saves_out, weights)
+        node = self._record(
+            differentiable, [value.storage for value in saves] + [storage] * saves_out, weights
+        )
         node.back, node.alias = back, alias
         return Value(storage, elements, width, node)
 
-    def _record(self, inputs: list[tuple[Node, int]], saved: list[Storage], weights: Sequence[Weight] = ()) -> Node:
+    def _record(
+        self, inputs: list[tuple[Node, int]], saved: list[Storage], weights: Sequence[Weight] = ()
+    ) -> Node:
         node = Node(self.phase, self.kind, inputs, saved, weights)
         self._nodes.append(node)
         for weight in weights:
@@ -139,7 +152,9 @@ class Tape:
         return Value(out.storage, out.elements, out.width, node)
 
     def differentiate(self, x: Value, forward: Callable[[Value], Value]) -> None:
-        """`forward(x)` and its backward during forward: the weights get their gradients in place, x gets none."""
+        """`forward(x)` and its backward during forward: the weights get their gradients in place, x
+        gets none.
+        """
         mark = len(self._nodes)
         inner = self._record([], [])  # stands for x: the backward below ends here
         out = forward(Value(x.storage, x.elements, x.width, inner))
@@ -152,8 +167,12 @@ class Tape:
         self._nodes.pop()
 
     def take_finished_gradients(self) -> list[Value]:
-        """Gradients of `differentiate` that backward will add to a preallocated buffer; they are alive until then."""
-        finished = [w for w in self._with_gradient if w.preallocated and w.grad is not None and not w.uses]
+        """Gradients of `differentiate` that backward will add to a preallocated buffer; they are
+        alive until then.
+        """
+        finished = [
+            w for w in self._with_gradient if w.preallocated and w.grad is not None and not w.uses
+        ]
         values = [Value(weight.grad, 0, 0, None) for weight in finished if weight.grad is not None]
         self._with_gradient = [weight for weight in self._with_gradient if weight not in finished]
         for weight in finished:
@@ -161,7 +180,9 @@ class Tape:
         return values
 
     def skip(self, x: Value, growth: dict[str, int], gradients: int) -> Value:
-        """Stands for equal blocks that are not simulated: the bytes that they save, by kind, and of their gradients."""
+        """Stands for equal blocks that are not simulated: the bytes that they save, by kind, and of
+        their gradients.
+        """
         if x.node is None and not gradients:  # no gradient flows this far
             return x
         saved = [Storage(self, size, kind) for kind, size in growth.items() if size > 0]
@@ -176,7 +197,8 @@ class Tape:
         self._backward_until(0)
 
     def _backward_until(self, stop: int) -> None:
-        # the last operation first, as autograd takes of all nodes that are ready the one that was made last
+        # the last operation first, as autograd takes of all nodes that are ready the one that was
+        # made last
         while len(self._nodes) > stop:
             node = self._nodes.pop()
             if node.grad is None:  # no gradient arrived: the loss does not depend on it
@@ -201,14 +223,22 @@ class Tape:
         node.grad, node.alias = inner.grad, True  # the block's own backward made the gradient of x
 
     def _propagate(self, node: Node) -> None:
-        """An operation's backward: its inputs' and weights' gradients, after which what it saved is freed."""
+        """An operation's backward: its inputs' and weights' gradients, after which what it saved is
+        freed.
+        """
         temporary = Storage(self, node.back, node.kind) if node.back else None
         grad, node.grad = node.grad, None
-        for target, size in node.inputs:  # as autograd does: all inputs' gradients exist before the output's is freed
+        # as autograd does: all inputs' gradients exist before the output's is freed
+        for target, size in node.inputs:
             part = grad if node.alias else Storage(self, size, node.kind)
             # a second gradient is added to the first: both and the sum are alive for a moment
-            target.grad = part if target.grad is None or part is None else Storage(self, part.bytes, node.kind)
-        if node.skipped:  # blocks run one by one: their saved tensors are freed before the next gradients
+            target.grad = (
+                part
+                if target.grad is None or part is None
+                else Storage(self, part.bytes, node.kind)
+            )
+        # blocks run one by one: their saved tensors are freed before the next gradients
+        if node.skipped:
             node.saved.clear()
         for weight in node.weights:
             self._accumulate(weight)
@@ -218,13 +248,16 @@ class Tape:
         del grad, temporary
 
     def _accumulate(self, weight: Weight) -> None:
-        """Add a share of a weight's gradient: to a buffer that is there already, or to the first share."""
+        """Add a share of a weight's gradient: to a buffer that is there already, or to the first
+        share.
+        """
         share = Storage(self, weight.bytes, "gradients")
         weight.uses -= 1
         if weight.grad is None:
             weight.grad = share
         elif not self._in_place:
-            weight.grad = Storage(self, weight.bytes, "gradients")  # the sum, while both shares are alive
+            # the sum, while both shares are alive
+            weight.grad = Storage(self, weight.bytes, "gradients")
         if self._in_place or not weight.preallocated:
             self._with_gradient.append(weight)
         elif not weight.uses:
@@ -234,12 +267,13 @@ class Tape:
 class Ops:
     """Operations of one step of N tokens, of which blocks and fine-tuning methods are made.
 
-    Each follows what transformers, and this project's own layers, save for backward and copy. Not part of `step.py`,
-    since methods are given it and the step is given a method: no two files import each other.
+    Each follows what transformers, and this project's own layers, save for backward and copy. Not
+    part of `step.py`, since methods are given it and the step is given a method: no two files
+    import each other.
 
-    `n`: tokens, virtual ones included; `w`: bytes of an activation; `adapter`: bytes of an adapter's parameter;
-    `trains`: whether the base weights at hand get gradients; `flat`: gradients are added to one buffer that is
-    allocated before the step.
+    `n`: tokens, virtual ones included; `w`: bytes of an activation; `adapter`: bytes of an
+    adapter's parameter; `trains`: whether the base weights at hand get gradients; `flat`: gradients
+    are added to one buffer that is allocated before the step.
     """
 
     def __init__(self, model: Architecture, run: TrainingConfig, virtual: int = 0) -> None:
@@ -259,7 +293,9 @@ class Ops:
         return Weight(parameters * self.w, preallocated=self.flat)
 
     def adapter_weight(self, parameters: int, shared: str = "") -> Weight:
-        """A trainable weight of the adapter. With a name in `shared`, the same one at each call, as for tied tables."""
+        """A trainable weight of the adapter. With a name in `shared`, the same one at each call, as
+        for tied tables.
+        """
         weight = Weight(parameters * self.adapter, preallocated=self.flat)
         return self._shared.setdefault(shared, weight) if shared else weight
 
@@ -277,7 +313,9 @@ class Ops:
         return x if x.width == width else self.tape.op(x, width=width)
 
     def view(self, x: Value, elements: int) -> Value:
-        """A slice of a tensor, without a copy; in backward its gradient is padded with zeros to the size of x."""
+        """A slice of a tensor, without a copy; in backward its gradient is padded with zeros to the
+        size of x.
+        """
         return self.tape.op(x, elements=elements, view=True)
 
     def matmul(self, x: Value, linear: Linear, rows: int, bias: int = 0) -> Value:
@@ -294,7 +332,9 @@ class Ops:
         )
 
     def norm(self, x: Value, size: int, weight: bool = True) -> Value:
-        """RMSNorm in fp32 with a tensor per operation, or LayerNorm as one operation; `size`: width of a row."""
+        """RMSNorm in fp32 with a tensor per operation, or LayerNorm as one operation; `size`: width
+        of a row.
+        """
         t, kind, rows = self.tape, self.style.norm, x.elements // size
         if kind == "layer":  # saves mean and 1/σ of each row
             return t.op(x, saves=[x, t.leaf(2 * rows, 4)], weights=self.trained_weights(2 * size))
@@ -302,22 +342,28 @@ class Ops:
             # our kernel saves the input and one number per row, and computes in fp32 beside it
             fp32 = 0 if self.run.native else 4 * x.elements
             saved = [x, t.leaf(rows, 4)]
-            return t.op(x, saves=saved, weights=self.trained_weights(size), temp=fp32, back=2 * fp32)
+            return t.op(
+                x, saves=saved, weights=self.trained_weights(size), temp=fp32, back=2 * fp32
+            )
         wide = self.cast(x, 4)
         square = t.op(wide, saves=[wide], back=wide.elements * 4)
         mean = t.op(square, elements=rows)
-        del square  # freed before 1/σ is computed, as in transformers, where no variable refers to it
+        # freed before 1/σ is computed, as in transformers, where no variable refers to it
+        del square
         root = t.op(mean, saves_out=True)
         y = t.op(wide, root, saves=[wide, root], back=wide.elements * 4)
         del wide
         if not weight:
             return self.cast(y, self.w)
         y = self.cast(y, self.w) if kind == "rms" else y
-        return self.cast(t.op(y, saves=[y] if self.trains else [], weights=self.trained_weights(size)), self.w)
+        return self.cast(
+            t.op(y, saves=[y] if self.trains else [], weights=self.trained_weights(size)), self.w
+        )
 
     def activation(self, x: Value) -> Value:
         t = self.tape
-        if self.style.activation == "gelu_new":  # separate operations in transformers: x³, tanh, two products
+        # separate operations in transformers: x³, tanh, two products
+        if self.style.activation == "gelu_new":
             cube = t.op(x, saves=[x])
             inner = t.op(x, t.op(cube), alias=True)
             tanh = t.op(t.op(inner), saves_out=True)

@@ -1,4 +1,6 @@
-"""Matches target_modules with the names of a model's linears, for training and the calculator (§6)."""
+"""Matches target_modules with the names of a model's linears, for training and the calculator
+(§6).
+"""
 
 from collections.abc import Iterable
 
@@ -15,16 +17,33 @@ GROUPS = {
         *("query", "key", "value", "attention.output.dense"),
     ),
     "feed_forward": (
-        *("fc1", "fc2", "gate_proj", "up_proj", "down_proj", "gate_up_proj", "input_linear", "output_linear"),
-        *("c_fc", "mlp.c_proj", "dense_h_to_4h", "dense_4h_to_h", "intermediate.dense", "output.dense"),
+        *(
+            "fc1",
+            "fc2",
+            "gate_proj",
+            "up_proj",
+            "down_proj",
+            "gate_up_proj",
+            "input_linear",
+            "output_linear",
+        ),
+        *(
+            "c_fc",
+            "mlp.c_proj",
+            "dense_h_to_4h",
+            "dense_4h_to_h",
+            "intermediate.dense",
+            "output.dense",
+        ),
     ),
 }
 ALIASES = {"o_proj": "out_proj", "out_proj": "o_proj"}  # the document's name and OPT's
 
 
 def select_linears(names: Iterable[str], targets: Iterable[str], head: str = HEAD) -> list[str]:
-    """Linears among `names` that match a target, in their order. A target is a last name, a dotted suffix,
-    `attention`, `feed_forward`, or `all-linear` (every linear except `head` and experts, as in PEFT).
+    """Linears among `names` that match a target, in their order. A target is a last name, a dotted
+    suffix, `attention`, `feed_forward`, or `all-linear` (every linear except `head` and experts, as
+    in PEFT).
 
     Raises UserError if a target matches nothing.
     """
@@ -33,11 +52,16 @@ def select_linears(names: Iterable[str], targets: Iterable[str], head: str = HEA
     for target in targets:
         # an alias only where the model lacks the name itself: Qwen3.5 has an o_proj and an out_proj
         exact = target in ALIASES and any(matches_suffix(name, target) for name in linears)
-        matches = [n for n in linears if (matches_suffix(n, target) if exact else matches_target(target, n, head))]
+        matches = [
+            n
+            for n in linears
+            if (matches_suffix(n, target) if exact else matches_target(target, n, head))
+        ]
         if not matches:
             last_names = sorted({name.rsplit(".", 1)[-1] for name in linears})
             raise UserError(
-                f"target_modules: {target!r} matches no linear layer. The model has {', '.join(last_names)}; "
+                f"target_modules: {target!r} matches no linear layer. The model has "
+                f"{', '.join(last_names)}; "
                 f"groups are {', '.join(GROUPS)} and all-linear."
             )
         selected.update(matches)
@@ -53,7 +77,11 @@ def matches_target(target: str, name: str, head: str = HEAD) -> bool:
         )
     if target in GROUPS:
         # attention comes first: attention.output.dense also ends like a feed-forward's output.dense
-        groups = (group for group, suffixes in GROUPS.items() if any(matches_suffix(name, s) for s in suffixes))
+        groups = (
+            group
+            for group, suffixes in GROUPS.items()
+            if any(matches_suffix(name, s) for s in suffixes)
+        )
         return next(groups, "") == target
     return any(matches_suffix(name, suffix) for suffix in (target, ALIASES.get(target, target)))
 

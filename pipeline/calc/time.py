@@ -1,8 +1,10 @@
-"""Time and cost of a training run: the FLOPs of a token, a GPU's peak, and the share of the peak that training reaches.
+"""Time and cost of a training run: the FLOPs of a token, a GPU's peak, and the share of the peak
+that training reaches.
 
-Sources of UTILIZATION, the share of the dense peak by all FLOPs, recomputed ones included: LoRA in PEFT's MetaMathQA
-results reaches 26% of an L40S with short padded sequences, in fms-acceleration's benchmarks 45–64% of an A100;
-llm-foundry's table of pretraining has 34–59% of an H100, up to 75% of an A100. Tests compare with published rates.
+Sources of UTILIZATION, the share of the dense peak by all FLOPs, recomputed ones included: LoRA in
+PEFT's MetaMathQA results reaches 26% of an L40S with short padded sequences, in fms-acceleration's
+benchmarks 45–64% of an A100; llm-foundry's table of pretraining has 34–59% of an H100, up to 75% of
+an A100. Tests compare with published rates.
 """
 
 import re
@@ -33,7 +35,9 @@ class Range(NamedTuple):
 
 
 class Flops(NamedTuple):
-    """FLOPs per token; `attention`: the part of all three that attention scores and their products take."""
+    """FLOPs per token; `attention`: the part of all three that attention scores and their products
+    take.
+    """
 
     forward: float = 0
     recomputed: float = 0
@@ -54,32 +58,50 @@ def parse_tokens(text: str) -> int:
     count = round(float(re.sub("[_,]", "", match[1])) * _UNITS[match[2].lower()]) if match else 0
     if not 1 <= count <= MOST_TOKENS:
         shown = abbreviate_repr(text)
-        raise UserError(f"tokens must be a number from 1 to 10^18, such as 200k, 5M or 1.2B, got {shown}.")
+        raise UserError(
+            f"tokens must be a number from 1 to 10^18, such as 200k, 5M or 1.2B, got {shown}."
+        )
     return count
 
 
 def training_time(
     model: Architecture, method: FinetuningMethod, run: TrainingConfig, tokens: int, device: Gpu
 ) -> Range:
-    """Hours to train on `tokens`, all epochs together. Raises UserError if the device or precision has no known peak.
+    """Hours to train on `tokens`, all epochs together. Raises UserError if the device or precision
+    has no known peak.
 
     seconds per token = (FLOPs / peak + bytes of dequantized weights / bandwidth) / utilization
     """
     if device.tflops is None or device.gbps is None:
         known = ", ".join(name for name, gpu in gpus().items() if gpu.tflops)
-        raise UserError(f"--tokens needs a GPU whose 16-bit peak is published, got {device.label}. Choose {known}.")
+        raise UserError(
+            f"--tokens needs a GPU whose 16-bit peak is published, got {device.label}. Choose "
+            f"{known}."
+        )
     if run.precision == "fp32":
-        raise UserError("--tokens needs 16-bit or TF32 products, got --precision fp32. Use --precision bf16 or tf32.")
+        raise UserError(
+            "--tokens needs 16-bit or TF32 products, got --precision fp32. Use --precision bf16 "
+            "or tf32."
+        )
     halved = run.width == 4  # TF32 tensor cores have half the 16-bit rate
     peak = device.tflops * 1e12 / (1 + halved)
     flops = flops_per_token(model, method, run)
     moved = dequantized_bytes(model, method, run) / run.tokens / (device.gbps * 1e9)
-    low, high = (tokens * (flops.total / peak + moved) / share / 3600 for share in reversed(UTILIZATION))
-    no_bf16 = "; it has no bf16: train in fp16" if run.precision == "bf16" and not device.bf16 else ""
-    assumptions = [f"{device.label}: {peak / 1e12:g} TFLOP/s, dense, in {'TF32' if halved else '16 bit'}{no_bf16}"]
+    low, high = (
+        tokens * (flops.total / peak + moved) / share / 3600 for share in reversed(UTILIZATION)
+    )
+    no_bf16 = (
+        "; it has no bf16: train in fp16" if run.precision == "bf16" and not device.bf16 else ""
+    )
+    assumptions = [
+        f"{device.label}: {peak / 1e12:g} TFLOP/s, dense, in "
+        f"{'TF32' if halved else '16 bit'}{no_bf16}"
+    ]
     if moved:
         each = 1000 * moved * run.tokens
-        assumptions += [f"{run.precision}: dequantizing takes {each:,.3g} ms per step, at {device.gbps:,} GB/s"]
+        assumptions += [
+            f"{run.precision}: dequantizing takes {each:,.3g} ms per step, at {device.gbps:,} GB/s"
+        ]
     return Range(low, high, tokens * flops.total, (*_assumptions(flops, method, run), *assumptions))
 
 
@@ -88,11 +110,19 @@ def _assumptions(flops: Flops, method: FinetuningMethod, run: TrainingConfig) ->
     parts = [f"{flops.forward / 1e9:,.3g} forward"]
     parts += [f"{flops.recomputed / 1e9:,.3g} recomputed"] if flops.recomputed else []
     frozen = " without gradients of frozen weights" if method.adapter else ""
-    yield f"{flops.total / 1e9:,.3g} GFLOPs per token: {', '.join(parts)}, {flops.backward / 1e9:,.3g} backward{frozen}"
+    yield (
+        f"{flops.total / 1e9:,.3g} GFLOPs per token: {', '.join(parts)}, "
+        f"{flops.backward / 1e9:,.3g} backward{frozen}"
+    )
     length = (run.span or run.sequence) + method.positions
-    yield f"{100 * flops.attention / flops.total:.2g}% of them are attention scores, over {length:,} tokens"
+    yield (
+        f"{100 * flops.attention / flops.total:.2g}% of them are attention scores, over "
+        f"{length:,} tokens"
+    )
     low, high = (f"{100 * share:.0f}" for share in UTILIZATION)
-    yield f"{low}–{high}% of the peak is reached; steps that are too small to fill a GPU take longer"
+    yield (
+        f"{low}–{high}% of the peak is reached; steps that are too small to fill a GPU take longer"
+    )
     yield "one GPU; loading, evaluation, checkpoints and the optimizer's update are not counted"
 
 
@@ -104,9 +134,14 @@ def estimate(
     devices: Sequence[Gpu],
     price: float | None,
 ) -> dict[str, Any]:
-    """Hours on each device, and dollars at `price` per GPU-hour, as plain data. Raises UserError."""
+    """Hours on each device, and dollars at `price` per GPU-hour, as plain data. Raises
+    UserError.
+    """
     if price is not None and not 0 < price < 1e6:
-        raise UserError(f"price must be dollars per GPU-hour, more than 0 and less than a million, got {price:g}.")
+        raise UserError(
+            "price must be dollars per GPU-hour, more than 0 and less than a million, got "
+            f"{price:g}."
+        )
     times = {device: training_time(model, method, run, tokens, device) for device in devices}
     peak = predict(model, method, run).peak
     kept = [set(time.assumptions) for time in times.values()]
@@ -131,7 +166,8 @@ def estimate(
     }
 
 
-# A product has 2 FLOPs per weight and token forward, 2 for its input's gradient, 2 for its own (Kaplan et al. 2020, §2)
+# A product has 2 FLOPs per weight and token forward, 2 for its input's gradient, 2 for its own
+# (Kaplan et al. 2020, §2)
 
 
 def flops_per_token(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -> Flops:
@@ -142,7 +178,9 @@ def flops_per_token(model: Architecture, method: FinetuningMethod, run: Training
     total, kinds = Flops(), dict[tuple[int, tuple[int, ...], bool, bool, bool], Flops]()
     for index, block in enumerate(model.blocks):
         names = model.block_name(index)
-        adapted = tuple(rank_by_name.get(names + linear.name, 0) for linear in model.adaptable(block))
+        adapted = tuple(
+            rank_by_name.get(names + linear.name, 0) for linear in model.adaptable(block)
+        )
         differs, trains, again = index >= first, index >= base.first_block, run.checkpointed(index)
         key = (id(block), adapted, differs, trains, again)
         if key not in kinds:  # most blocks are equal
@@ -156,21 +194,30 @@ def flops_per_token(model: Architecture, method: FinetuningMethod, run: Training
         total = total.plus(Flops(once, 0, once + (once if base.rest else 0)))
     head = model.head_linear
     once = 2.0 * head.weights * run.labels / run.tokens
-    added = 2.0 * method.linear_parameters(head, rank) if (rank := rank_by_name.get(head.name, 0)) else 0
+    added = (
+        2.0 * method.linear_parameters(head, rank)
+        if (rank := rank_by_name.get(head.name, 0))
+        else 0
+    )
     return total.plus(Flops(once + added, 0, once * (2 if base.ends else 1) + 2 * added))
 
 
 def first_trained(model: Architecture, method: FinetuningMethod) -> int:
     """The first block that a gradient must reach; 0 if embeddings or virtual tokens train."""
     base, rank_by_name = method.trained_base(model), ranks(model, method)
-    adapted = [(linear, rank_by_name[name]) for name, linear in model.linears() if name in rank_by_name]
+    adapted = [
+        (linear, rank_by_name[name]) for name, linear in model.linears() if name in rank_by_name
+    ]
     in_linears = sum(method.linear_parameters(linear, rank) for linear, rank in adapted)
     if base.ends or trained_split(model, method)[0] > in_linears:
         return 0
     blocks = (
         index
         for index, block in enumerate(model.blocks)
-        if any(model.block_name(index) + linear.name in rank_by_name for linear in model.adaptable(block))
+        if any(
+            model.block_name(index) + linear.name in rank_by_name
+            for linear in model.adaptable(block)
+        )
     )
     return min(next(blocks, len(model.blocks)), base.first_block)
 
@@ -186,16 +233,25 @@ def _block(
     trains: bool,
     again: bool,
 ) -> Flops:
-    """A block whose linears have ranks `adapted`: `differs`, its input gets a gradient; `again`, it is recomputed."""
+    """A block whose linears have ranks `adapted`: `differs`, its input gets a gradient; `again`, it
+    is recomputed.
+    """
 
     def used(linear: Linear) -> float:  # share of its weights that a token meets
-        return min(1, model.style.top_k / linear.experts) if linear.experts > 1 and not model.style.all_experts else 1
+        return (
+            min(1, model.style.top_k / linear.experts)
+            if linear.experts > 1 and not model.style.all_experts
+            else 1
+        )
 
     frozen = 2 * sum(linear.weights * used(linear) for linear in block.linears)
     frozen += 2 * block.router.weights if block.router else 0
     pairs = zip(model.adaptable(block), adapted, strict=True)
-    added = 2 * sum(method.linear_parameters(linear, rank) * used(linear) for linear, rank in pairs if rank)
-    # scores and weighted values: 2 FLOPs per head, element and key; a fused causal kernel skips half of the keys
+    added = 2 * sum(
+        method.linear_parameters(linear, rank) * used(linear) for linear, rank in pairs if rank
+    )
+    # scores and weighted values: 2 FLOPs per head, element and key; a fused causal kernel skips
+    # half of the keys
     keys = length if run.attention == "eager" or model.style.eager_only else length / 2
     heads = model.heads_of(block)
     scores = 2.0 * heads.queries * (heads.size + heads.value_size) * keys
@@ -205,18 +261,22 @@ def _block(
     forward = frozen + added + scores
     if not differs:
         return Flops(forward, attention=scores)
-    backward = forward + added + scores + (frozen if trains else 0)  # scores have two inputs, each with a gradient
+    # scores have two inputs, each with a gradient
+    backward = forward + added + scores + (frozen if trains else 0)
     return Flops(forward, forward if again else 0, backward, scores * (4 if again else 3))
 
 
 def dequantized_bytes(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -> float:
-    """Bytes read and written in a step where each product expands its quantized weights to 16 bit first."""
+    """Bytes read and written in a step where each product expands its quantized weights to 16 bit
+    first.
+    """
     kind = precision(run.precision)
     if not kind.quantized:
         return 0
     first = first_trained(model, method)
     passes = sum(
-        sum(linear.weights for linear in block.linears) * (1 + (index >= first) * (1 + run.checkpointed(index)))
+        sum(linear.weights for linear in block.linears)
+        * (1 + (index >= first) * (1 + run.checkpointed(index)))
         for index, block in enumerate(model.blocks)
     )
     return passes * (kind.bytes + kind.compute)
@@ -224,5 +284,11 @@ def dequantized_bytes(model: Architecture, method: FinetuningMethod, run: Traini
 
 def format_hours(low: float, high: float) -> str:
     """A range in minutes, hours or days, in the unit that suits its longer end."""
-    unit, size = next(((u, s) for u, s in (("d", 24), ("h", 1), ("min", 1 / 60)) if high >= 2 * s), ("s", 1 / 3600))
-    return "–".join(f"{x:,.0f}" if x >= 9.95 else f"{x:.2g}" for x in (low / size, high / size)) + f" {unit}"
+    unit, size = next(
+        ((u, s) for u, s in (("d", 24), ("h", 1), ("min", 1 / 60)) if high >= 2 * s),
+        ("s", 1 / 3600),
+    )
+    return (
+        "–".join(f"{x:,.0f}" if x >= 9.95 else f"{x:.2g}" for x in (low / size, high / size))
+        + f" {unit}"
+    )

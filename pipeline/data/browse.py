@@ -1,7 +1,9 @@
-"""Rows of a data file by their position, wherever it is, and a row as its turns with the label mask.
+"""Rows of a data file by their position, wherever it is, and a row as its turns with the label
+mask.
 
-Nothing is read that is not asked for: a file of lines is entered at a byte, a table at a row group; what can only be
-read from its beginning (compressed, .json, .csv, a saved folder) is read on from the last row that was asked for.
+Nothing is read that is not asked for: a file of lines is entered at a byte, a table at a row group;
+what can only be read from its beginning (compressed, .json, .csv, a saved folder) is read on from
+the last row that was asked for.
 """
 
 import json
@@ -50,7 +52,8 @@ UNREAD = Entry(Row(0, ""))
 
 
 class RowFile:
-    """A data file whose rows are numbered from 0 in their order, those that cannot be read included.
+    """A data file whose rows are numbered from 0 in their order, those that cannot be read
+    included.
 
     `count` grows while `index` runs. Several threads may read at once.
     """
@@ -110,7 +113,9 @@ class RowFile:
             if ahead < 0 or (ahead > STEP and (self.is_table or self.has_lines)):
                 self._at, self._following = self._entered(first)
             try:
-                while self._at < first and not stopped() and next(self._following, None) is not None:
+                while (
+                    self._at < first and not stopped() and next(self._following, None) is not None
+                ):
                     self._at += 1
                 entries = list(islice(self._following, count)) if self._at == first else []
             except OSError as error:
@@ -120,7 +125,9 @@ class RowFile:
             return entries
 
     def position_of(self, number: int, stopped: Stopped = lambda: False) -> int | None:
-        """The position of the row with this number, or of the first behind it; None if there is none."""
+        """The position of the row with this number, or of the first behind it; None if there is
+        none.
+        """
         if self.is_table:
             return number - 1 if 0 < number <= self.count else None
         # of the last indexed row that does not begin behind it
@@ -149,8 +156,12 @@ class RowFile:
             return self._lines(0, 0, keep)
         return _caught(lambda reading: read_rows(self.path, self.name, reading), self.name)
 
-    def _lines(self, number: int, start: int, keep: Callable[[bytes], bool] | None = None) -> Iterator[Entry]:
-        """The lines behind the first `number`, which are `start` bytes. Unlike in training, a bad one ends nothing."""
+    def _lines(
+        self, number: int, start: int, keep: Callable[[bytes], bool] | None = None
+    ) -> Iterator[Entry]:
+        """The lines behind the first `number`, which are `start` bytes. Unlike in training, a bad
+        one ends nothing.
+        """
         with self.path.open("rb") as file:
             file.seek(start)
             while raw := read_piece(file):
@@ -165,7 +176,9 @@ class RowFile:
     def _line(self, raw: bytes, number: int, start: int) -> Entry:
         try:
             line = decode_line(raw, number, start, self.name)
-            return Entry(row_of_text(number, line) if self.is_text else row_of_json(number, line, self.name))
+            return Entry(
+                row_of_text(number, line) if self.is_text else row_of_json(number, line, self.name)
+            )
         except UserError as error:
             text = raw[: 4 * LONGEST].decode("utf-8", errors="replace")[:LONGEST].rstrip("\r\n")
             return Entry(Row(number, ""), without_location(error, self.name, number), text)
@@ -203,11 +216,14 @@ def _caught(open_rows: Callable[[Reading], Iterator[Row]], name: str) -> Iterato
 
 def as_json(value: str | Mapping[str, Any]) -> str:
     """A row as a line of .jsonl."""
-    return json.dumps({"text": value} if isinstance(value, str) else value, ensure_ascii=False, default=str)
+    return json.dumps(
+        {"text": value} if isinstance(value, str) else value, ensure_ascii=False, default=str
+    )
 
 
 def copied(source: RowFile, position: int, line: str) -> Iterator[bytes]:
-    """The rows as .jsonl, the one at `position` as `line`: a piece for each, empty for one that cannot be read.
+    """The rows as .jsonl, the one at `position` as `line`: a piece for each, empty for one that
+    cannot be read.
 
     Lines of .jsonl stay as they are, also those that cannot be read. Raises UserError.
     """
@@ -233,16 +249,20 @@ def _copied_lines(path: Path, position: int, line: str) -> Iterator[bytes]:
                 yield line.encode() + b"\n"
             else:
                 yield raw
-                while raw and not raw.endswith(b"\n"):  # a line that is too long, or the last without an end
+                # a line that is too long, or the last without an end
+                while raw and not raw.endswith(b"\n"):
                     raw = read_piece(file)
                     yield raw or b"\n"
             number += 1
 
 
 def find(source: RowFile, text: str, stopped: Stopped) -> Iterator[tuple[int, Entry | None]]:
-    """Position and entry of each row that has `text` in it, whatever its case; every STEP rows (position, None)."""
+    """Position and entry of each row that has `text` in it, whatever its case; every STEP rows
+    (position, None).
+    """
     wanted = text.casefold()
-    # Parsing a line takes ten times as long as looking into it; JSON escapes quotes, and perhaps what is not ASCII.
+    # Parsing a line takes ten times as long as looking into it; JSON escapes quotes, and perhaps
+    # what is not ASCII.
     is_plain = wanted.isascii() and wanted.isprintable() and not {*wanted} & {*'"\\/'}
     raw_wanted = wanted.encode(errors="replace")
     keep = (lambda raw: raw_wanted in raw.lower()) if is_plain else None

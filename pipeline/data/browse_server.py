@@ -1,9 +1,10 @@
-"""Data files read in a process of their own, for the TUI, with the protocol of `pipeline.inference.server`.
+"""Data files read in a process of their own, for the TUI, with the protocol of
+`pipeline.inference.server`.
 
-`python -m pipeline.data.browse_server`. A hostile file costs this process time and memory, never the screen. Every
-request names its `path`, `columns`, whether plain prompts are `templated`, `base` (the folder of a model with the
-tokenizer, or null) and `max_length`; each runs in a thread, so that a page is read while all rows are checked. It ends
-as soon as stdin closes.
+`python -m pipeline.data.browse_server`. A hostile file costs this process time and memory, never
+the screen. Every request names its `path`, `columns`, whether plain prompts are `templated`, `base`
+(the folder of a model with the tokenizer, or null) and `max_length`; each runs in a thread, so that
+a page is read while all rows are checked. It ends as soon as stdin closes.
 """
 
 import json
@@ -28,7 +29,8 @@ from pipeline.files.problems import without_location
 if TYPE_CHECKING:
     from pipeline.data.tokenizers.word import Tokenizer
 
-    Opened = tuple[Tokenizer | None, int | None, str]  # the tokenizer, the number of positions; without one, why
+    # the tokenizer, the number of positions; without one, why
+    Opened = tuple[Tokenizer | None, int | None, str]
 
 Answer = dict[str, Any]
 EVERY = 0.2  # seconds between two reports of progress
@@ -61,7 +63,11 @@ class Request:
     @property
     def columns(self) -> dict[str, str]:
         value = self.fields.get("columns")
-        return {str(key): str(column) for key, column in value.items()} if isinstance(value, dict) else {}
+        return (
+            {str(key): str(column) for key, column in value.items()}
+            if isinstance(value, dict)
+            else {}
+        )
 
     @property
     def templated(self) -> bool:
@@ -77,7 +83,9 @@ class Request:
             raise Stopped
 
     def progress(self) -> Callable[[int], None]:
-        """A function that reports a number of rows, not too often. It raises Stopped if the request was cancelled."""
+        """A function that reports a number of rows, not too often. It raises Stopped if the request
+        was cancelled.
+        """
         last = 0.0
 
         def report(rows: int) -> None:
@@ -100,7 +108,17 @@ class Browser:
 
     def answer(self, request: Request) -> Answer:
         do = request.text("do")
-        if do not in ("index", "page", "row", "draft", "find", "locate", "check", "copy", "convert"):
+        if do not in (
+            "index",
+            "page",
+            "row",
+            "draft",
+            "find",
+            "locate",
+            "check",
+            "copy",
+            "convert",
+        ):
             raise UserError(f"unknown request {do!r}.")
         answer: Answer = getattr(self, do)(request)
         return answer
@@ -116,7 +134,9 @@ class Browser:
     def page(self, request: Request) -> Answer:
         """`count` rows from `first` on, then the lengths of those."""
         first = request.number("first")
-        entries = self._open(request).read(first, min(request.number("count"), 500), request.stopped)
+        entries = self._open(request).read(
+            first, min(request.number("count"), 500), request.stopped
+        )
         request.go_on()
         examples, rows = self._summaries(request, enumerate(entries, first))
         request.send(event="page", rows=rows)
@@ -151,7 +171,10 @@ class Browser:
         if not entries:
             raise UserError(f"{request.text('path')}: no such row any more. The file has changed.")
         if self._is_loading(request):
-            request.send(event="row", **self._turns(request, entries[0], (None, None, "loading the tokenizer …")))
+            request.send(
+                event="row",
+                **self._turns(request, entries[0], (None, None, "loading the tokenizer …")),
+            )
         return self._turns(request, entries[0])
 
     def draft(self, request: Request) -> Answer:
@@ -187,7 +210,9 @@ class Browser:
 
         def pieces() -> Iterator[bytes]:
             nonlocal left_out
-            for number, piece in enumerate(copied(source, request.number("position"), request.text("line"))):
+            for number, piece in enumerate(
+                copied(source, request.number("position"), request.text("line"))
+            ):
                 left_out += not piece
                 report(number)
                 yield piece
@@ -201,7 +226,10 @@ class Browser:
         from pipeline.data.convert import convert
 
         done = convert(
-            Path(request.text("path")), Path(request.text("out")), columns=request.columns, progress=request.progress()
+            Path(request.text("path")),
+            Path(request.text("out")),
+            columns=request.columns,
+            progress=request.progress(),
         )
         return {"rows": done.rows, "format": done.format, "notes": done.notes}
 
@@ -219,7 +247,9 @@ class Browser:
             return self._file[1]
 
     def _is_loading(self, request: Request) -> bool:
-        """Whether its tokenizer is not here yet: the libraries alone take seconds to import on a busy machine."""
+        """Whether its tokenizer is not here yet: the libraries alone take seconds to import on a
+        busy machine.
+        """
         base, loaded = request.text("base"), self._tokenizer
         return bool(base) and (loaded is None or loaded[0] != base)
 
@@ -249,23 +279,36 @@ class Browser:
                     problem = without_location(error, request.text("path"), entry.row.number)
                     text = as_json(entry.row.value)
             rows.append(
-                {"position": position, "row": entry.row.number, "text": text[:SUMMARY], "problem": problem[:SUMMARY]}
+                {
+                    "position": position,
+                    "row": entry.row.number,
+                    "text": text[:SUMMARY],
+                    "problem": problem[:SUMMARY],
+                }
             )
         return examples, rows
 
     def _lengths(self, request: Request, examples: Mapping[int, Example]) -> Answer:
-        """Position → [tokens, trained, cut] of the examples, or the problem of one that cannot be encoded."""
+        """Position → [tokens, trained, cut] of the examples, or the problem of one that cannot be
+        encoded.
+        """
         from pipeline.data.masking import Encoder
 
         tokenizer, _, missing = self._open_tokenizer(request)
-        short = {position: e for position, e in examples.items() if len(e.text) <= TOKENIZED and e.prompt != e.text}
+        short = {
+            position: e
+            for position, e in examples.items()
+            if len(e.text) <= TOKENIZED and e.prompt != e.text
+        }
         if tokenizer is None or not short:
             return {"lengths": {}, "problems": {}, "missing": missing}
         places = {id(example): position for position, example in short.items()}
         problems = dict[int, str]()
 
         def refuse(example: Example, error: UserError) -> None:
-            problems[places[id(example)]] = without_location(error, example.file, example.line)[:SUMMARY]
+            problems[places[id(example)]] = without_location(error, example.file, example.line)[
+                :SUMMARY
+            ]
 
         lengths = {}
         most = request.number("max_length")
@@ -281,7 +324,13 @@ class Browser:
 
         name, number = request.text("path"), entry.row.number
         line = entry.raw if entry.problem else as_json(entry.row.value)
-        answer: Answer = {"row": number, "problem": entry.problem, "turns": [], "missing": "", "line": ""}
+        answer: Answer = {
+            "row": number,
+            "problem": entry.problem,
+            "turns": [],
+            "missing": "",
+            "line": "",
+        }
         if len(line) <= EDITABLE:
             answer["line"] = line
         if entry.problem:
@@ -298,7 +347,12 @@ class Browser:
             return answer | _as_it_is(line)
         turns, hidden = _shortened(shown)
         return answer | {
-            **{"turns": turns, "hidden": hidden, "missing": missing, "template": tokenizer and tokenizer.has_template},
+            **{
+                "turns": turns,
+                "hidden": hidden,
+                "missing": missing,
+                "template": tokenizer and tokenizer.has_template,
+            },
             **{"tokens": shown.tokens, "trained": shown.trained, "cut": shown.cut},
         }
 
@@ -367,7 +421,10 @@ class Server:
             self._send(id_, event="error", message=str(error))
         except Exception as error:  # whatever a damaged file makes a library raise
             traceback.print_exc()
-            message = f"{request.text('path')}: cannot be read: {type(error).__name__}: {first_line(error)}"
+            message = (
+                f"{request.text('path')}: cannot be read: {type(error).__name__}: "
+                f"{first_line(error)}"
+            )
             self._send(id_, event="error", message=message)
         finally:
             del self._pending[id_]
@@ -383,7 +440,8 @@ class Server:
 
 
 def main() -> None:
-    # The descriptor too, not only sys.stdout: C libraries print past Python, and would end up between two answers.
+    # The descriptor too, not only sys.stdout: C libraries print past Python, and would end up
+    # between two answers.
     protocol_out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     server = Server(protocol_out)

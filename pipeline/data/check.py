@@ -1,6 +1,8 @@
-"""Data files checked in one pass: what would break or spoil a training, and how long the examples are.
+"""Data files checked in one pass: what would break or spoil a training, and how long the examples
+are.
 
-A row with an error is reported, and the pass goes on with the next one. In memory are 37 bytes per example, no texts.
+A row with an error is reported, and the pass goes on with the next one. In memory are 37 bytes per
+example, no texts.
 """
 
 import json
@@ -39,12 +41,14 @@ REPLACED = "\ufffd"
 
 @dataclass(frozen=True)
 class DataReport:
-    """What is in data files. Lengths are in tokens, before a cut; without a tokenizer, all of tokens is None.
+    """What is in data files. Lengths are in tokens, before a cut; without a tokenizer, all of
+    tokens is None.
 
-    `examples`, `turns`, `tokens` and lengths are of the training set, `evaluation` counts the examples held out of it
-    or in evaluation files. `rows` are those of all files. `problems` holds the first of each kind, `counts` how many
-    there are, `groups` all of them, alike ones together. `rendered`: the first example as the model reads it, what is
-    trained on in ⟦ ⟧. `templated`: plain prompts and completions that the chat template writes as turns.
+    `examples`, `turns`, `tokens` and lengths are of the training set, `evaluation` counts the
+    examples held out of it or in evaluation files. `rows` are those of all files. `problems` holds
+    the first of each kind, `counts` how many there are, `groups` all of them, alike ones together.
+    `rendered`: the first example as the model reads it, what is trained on in ⟦ ⟧. `templated`:
+    plain prompts and completions that the chat template writes as turns.
     """
 
     files: tuple[str, ...]
@@ -57,7 +61,8 @@ class DataReport:
     trained_tokens: int | None
     shortest: int | None
     quantiles: dict[str, int] | None
-    lengths: tuple[tuple[int, int], ...]  # (length, examples of at least this and less than the next), a histogram
+    # (length, examples of at least this and less than the next), a histogram
+    lengths: tuple[tuple[int, int], ...]
     truncated: int | None
     duplicates: int  # examples that repeat an earlier one
     overlap: int  # examples in the training set and in the evaluation set
@@ -96,10 +101,10 @@ def check(
 ) -> DataReport:
     """The report of data files in `root`, which never raises for what is in them.
 
-    `columns`, as for `iter_examples`, count for files that have none of their own, `templated` for all. `max_length`
-    above 0 truncates.
-    Longer than the model's `positions` is an error, so pass them as `max_length` where examples are to be cut.
-    `progress` gets the number of rows read so far.
+    `columns`, as for `iter_examples`, count for files that have none of their own, `templated` for
+    all. `max_length` above 0 truncates. Longer than the model's `positions` is an error, so pass
+    them as `max_length` where examples are to be cut. `progress` gets the number of rows read so
+    far.
     """
     checked = _Check(tokenizer, max_length, positions, progress, templated)
     for several, share in ((files, eval_share), (eval_files, 1.0)):
@@ -120,34 +125,51 @@ class _Check:
         progress: Callable[[int], None] | None,
         templated: bool,
     ) -> None:
-        self._tokenizer, self._max_length, self._positions, self._progress = tokenizer, max_length, positions, progress
-        self._templated, self._has_template = templated, tokenizer is not None and tokenizer.has_template
+        self._tokenizer, self._max_length, self._positions, self._progress = (
+            tokenizer,
+            max_length,
+            positions,
+            progress,
+        )
+        self._templated, self._has_template = (
+            templated,
+            tokenizer is not None and tokenizer.has_template,
+        )
         self._names: list[str] = []
         self._digests = bytearray()  # 16 bytes per example
         self._files, self._rows = array("i"), array("q")
         self._held_out = bytearray()
         self._lengths = array("q")  # of the training set
         self._longest = (0, "", "")  # with its location, and what leaves it out
-        self._leave_out = ""  # the command that writes the file read now without rows that are too long
+        # the command that writes the file read now without rows that are too long
+        self._leave_out = ""
         self._formats: Counter[str] = Counter()
         self._extra_keys: Counter[str] = Counter()
         self._problems = Problems()
-        self._seen = self._encoded = self._blank = self._turns = self._tokens = self._labels = self._truncated = 0
+        self._seen = self._encoded = self._blank = self._turns = self._tokens = self._labels = (
+            self._truncated
+        ) = 0
         self._as_turns, self._rendered = 0, ""
 
-    def read(self, root: Path, name: str, columns: Mapping[str, str] | None, held_out: float) -> None:
+    def read(
+        self, root: Path, name: str, columns: Mapping[str, str] | None, held_out: float
+    ) -> None:
         """Read a file; the share `held_out` of its examples is for the evaluation."""
         self._names.append(name)
         self._leave_out = f"`{clean_command(name, columns or {})} --drop too-long`"
         self._encoded = len(self._rows)
         reading = Reading(self._refuse)
-        read = iter_examples(root / name, name, columns=columns, reading=reading, templated=self._templated)
+        read = iter_examples(
+            root / name, name, columns=columns, reading=reading, templated=self._templated
+        )
         examples = self._add_each(read, reading, held_out)
         try:
             if self._tokenizer is None:
                 deque(examples, maxlen=0)
             else:
-                for example, encoded in Encoder(self._tokenizer).each(_with_rejected(examples), self._refuse_example):
+                for example, encoded in Encoder(self._tokenizer).each(
+                    _with_rejected(examples), self._refuse_example
+                ):
                     if isinstance(example, _Rejected):
                         self._add_rejected(encoded)
                     else:
@@ -156,7 +178,11 @@ class _Check:
             match = re.match(rf"{re.escape(name)}:(?: row )?(\d+):", str(error))
             row = int(match[1]) if match else None
             text = without_location(error, name, row)
-            rest = " Nothing behind it was read." if self._rows and self._files[-1] == len(self._names) - 1 else ""
+            rest = (
+                " Nothing behind it was read."
+                if self._rows and self._files[-1] == len(self._names) - 1
+                else ""
+            )
             self._add_problem("unreadable", "error", row, text + rest)
         self._blank += reading.blank
         self._extra_keys.update(reading.unused)
@@ -180,7 +206,9 @@ class _Check:
         if self._progress and self._seen % PROGRESS_ROWS == 0:
             self._progress(self._seen)
 
-    def _add_each(self, examples: Iterable[Example], reading: Reading, share: float) -> Iterator[Example]:
+    def _add_each(
+        self, examples: Iterable[Example], reading: Reading, share: float
+    ) -> Iterator[Example]:
         """The examples, each counted as it is read."""
         for example in examples:
             self._count_row()
@@ -200,7 +228,8 @@ class _Check:
             yield example
 
     def _joins_words(self, example: Example) -> bool:
-        if example.templated and (self._has_template or self._tokenizer is None):  # without a model nobody knows
+        # without a model nobody knows
+        if example.templated and (self._has_template or self._tokenizer is None):
             return False
         return example.prompt is not None and joins_words(example.prompt, example.completion)
 
@@ -226,25 +255,45 @@ class _Check:
                 self._rendered = rendered(example, self._tokenizer, self._max_length)
         if self._positions is not None and kept > self._positions:
             text = (
-                f"{kept:,} tokens with the end token, more than the model's {self._positions:,} positions. Leave it "
+                f"{kept:,} tokens with the end token, more than the model's {self._positions:,} "
+                "positions. Leave it "
                 f"out with {self._leave_out}, or cut it with max_length."
             )
             self._add_problem("too long", "error", row, text)
         if not labels:
             if example.desirable is False:
-                self._warn("labelled false", row, "labelled false: only finetune_dpo with the loss kto trains on it.")
-            elif any(encoded.trained[1:]):  # max_length is meant to spare the few that are much longer than the others
-                text = f"left out of training: all labels are behind the cut at {kept:,} of {length:,} tokens."
+                self._warn(
+                    "labelled false",
+                    row,
+                    "labelled false: only finetune_dpo with the loss kto trains on it.",
+                )
+            # max_length is meant to spare the few that are much longer than the others
+            elif any(encoded.trained[1:]):
+                text = (
+                    f"left out of training: all labels are behind the cut at {kept:,} of "
+                    f"{length:,} tokens."
+                )
                 self._warn("nothing to train on", row, text)
             else:
-                self._add_problem("nothing to train on", "error", row, "nothing to train on: no token has a label.")
+                self._add_problem(
+                    "nothing to train on",
+                    "error",
+                    row,
+                    "nothing to train on: no token has a label.",
+                )
         elif kept < length:
             lost = sum(encoded.trained[kept:])
-            labels_lost = f"{lost:,} of {labels + lost:,} labels are lost" if lost else "no label is lost"
-            self._warn("truncated", row, f"truncated from {length:,} to {kept:,} tokens; {labels_lost}.")
+            labels_lost = (
+                f"{lost:,} of {labels + lost:,} labels are lost" if lost else "no label is lost"
+            )
+            self._warn(
+                "truncated", row, f"truncated from {length:,} to {kept:,} tokens; {labels_lost}."
+            )
 
     def _add_rejected(self, encoded: Encoded) -> None:
-        """The length of a pair is that of its longer answer. What the worse one would train is not counted."""
+        """The length of a pair is that of its longer answer. What the worse one would train is not
+        counted.
+        """
         if self._lengths and not self._held_out[self._encoded - 1]:
             self._lengths[-1] = max(self._lengths[-1], len(encoded.ids))
 
@@ -254,20 +303,32 @@ class _Check:
         held_out = sum(self._held_out)
         examples = len(self._rows) - held_out
         if eval_share and not (examples and held_out):
-            selected = f"eval_share {eval_share:g} selects {held_out:,} of {examples + held_out:,} examples"
+            selected = (
+                f"eval_share {eval_share:g} selects {held_out:,} of {examples + held_out:,} "
+                "examples"
+            )
             change = "Decrease" if held_out else "Increase"
-            self._of_all("evaluation", "error", f"{selected} (the split is by hash). {change} it, or set it to 0.")
+            self._of_all(
+                "evaluation",
+                "error",
+                f"{selected} (the split is by hash). {change} it, or set it to 0.",
+            )
         lengths = np.sort(np.frombuffer(self._lengths, np.int64))
         quantiles = suggested = None
         if len(lengths):
-            quantiles = {key: int(lengths[ceil(share * len(lengths)) - 1]) for key, share in QUANTILES.items()}
+            quantiles = {
+                key: int(lengths[ceil(share * len(lengths)) - 1])
+                for key, share in QUANTILES.items()
+            }
             suggested = suggest_max_length(quantiles["p99"], quantiles["max"], self._positions)
             if quantiles["max"] > OUTLIER * quantiles["p99"]:
                 self._of_all(
                     "outlier",
                     "warning",
-                    f"the longest example, {self._longest[1]}, has {quantiles['max']:,} tokens, 99 % have at most "
-                    f"{quantiles['p99']:,}. Memory is needed for the longest: set max_length, or leave it out with "
+                    f"the longest example, {self._longest[1]}, has {quantiles['max']:,} tokens, "
+                    "99 % have at most "
+                    f"{quantiles['p99']:,}. Memory is needed for the longest: set max_length, or "
+                    "leave it out with "
                     f"{self._longest[2]}.",
                 )
         known = self._tokenizer is not None
@@ -305,9 +366,12 @@ class _Check:
         self._problems.add(kind, level, -1, Problem(None, ", ".join(self._names), text, level))
 
     def _find_repeated(self) -> tuple[int, int]:
-        """(examples that repeat an earlier one of their set, examples of the evaluation that are trained on)."""
+        """(examples that repeat an earlier one of their set, examples of the evaluation that are
+        trained on).
+        """
         halves = np.frombuffer(self._digests, "<u8").reshape(-1, 2)
-        order = np.lexsort((halves[:, 1], halves[:, 0]))  # stable: the earliest example of each content comes first
+        # stable: the earliest example of each content comes first
+        order = np.lexsort((halves[:, 1], halves[:, 0]))
         in_order = halves[order]
         is_first = np.ones(len(order), bool)
         is_first[1:] = (in_order[1:] != in_order[:-1]).any(axis=1)
@@ -323,7 +387,11 @@ class _Check:
             for number in numbers:
                 file, row, earlier = self._files[number], self._rows[number], int(first[number])
                 same = self._files[earlier]
-                where = f"row {self._rows[earlier]}" if same == file else f"{self._names[same]}:{self._rows[earlier]}"
+                where = (
+                    f"row {self._rows[earlier]}"
+                    if same == file
+                    else f"{self._names[same]}:{self._rows[earlier]}"
+                )
                 problem = Problem(row, self._names[file], f"{text} {where}.", "warning")
                 self._problems.add(kind, "warning", file, problem)
         return int((~leaked).sum()), int(leaked.sum())
@@ -337,7 +405,9 @@ def _histogram(lengths: npt.NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
 
 
 def suggest_max_length(p99: int, longest: int, positions: int | None = None) -> int:
-    """The 99 % quantile, or the longest example if it is near, as a multiple of 64 that the model has positions for."""
+    """The 99 % quantile, or the longest example if it is near, as a multiple of 64 that the model
+    has positions for.
+    """
     length = -(-(longest if longest <= NEAR * p99 else p99) // STEP) * STEP
     return min(length, positions or length)
 
@@ -355,28 +425,47 @@ def _with_rejected(examples: Iterable[Example]) -> Iterator[Example]:
 
 def rendered(example: Example, tokenizer: Tokenizer, max_length: int = 0) -> str:
     """An example as the model reads it, what is trained on in ⟦ ⟧, up to the cut."""
-    parts = [part for turn in view(replace(example, rejected=None), tokenizer, max_length).turns for part in turn.parts]
+    parts = [
+        part
+        for turn in view(replace(example, rejected=None), tokenizer, max_length).turns
+        for part in turn.parts
+    ]
     pieces = (f"⟦{text}⟧" if kind == "trained" else text for kind, text in parts if kind != "cut")
     return "".join(pieces)
 
 
 def _joined(example: Example) -> str:
     first, second = (example.prompt or "").split()[-1], example.completion.split()[0]
-    return f"{first!r:.60} and {second!r:.60} are read as one word. Begin the completion with a space."
+    return (
+        f"{first!r:.60} and {second!r:.60} are read as one word. Begin the completion with a space."
+    )
 
 
 def _problems_of(example: Example) -> Iterator[tuple[str, Level, str]]:
-    """What the reading and most chat templates accept in an example, but should not be in it: (kind, level, text)."""
+    """What the reading and most chat templates accept in an example, but should not be in it:
+    (kind, level, text).
+    """
     if REPLACED in example.text:
-        yield "broken characters", "warning", f"{REPLACED} stands for bytes that were no text. Was it UTF-8?"
+        yield (
+            "broken characters",
+            "warning",
+            f"{REPLACED} stands for bytes that were no text. Was it UTF-8?",
+        )
     for number, message in enumerate(example.messages):
         for call in message.get("tool_calls", ()):
             function = call.get("function", call)
             if not _is_object(function.get("arguments", {})):
-                text = f"turn {number + 1}: the arguments of {function['name']!r:.60} are no JSON object. Correct them."
+                text = (
+                    f"turn {number + 1}: the arguments of {function['name']!r:.60} are no JSON "
+                    "object. Correct them."
+                )
                 yield "tool call", "error", text
-            elif example.tools and function["name"] not in (tool["function"]["name"] for tool in example.tools):
-                text = f"turn {number + 1}: a call of {function['name']!r:.60}, which is not in tools."
+            elif example.tools and function["name"] not in (
+                tool["function"]["name"] for tool in example.tools
+            ):
+                text = (
+                    f"turn {number + 1}: a call of {function['name']!r:.60}, which is not in tools."
+                )
                 yield "tool call", "warning", text
     if order := _wrong_order(example):
         yield "order of turns", "warning", order
@@ -392,7 +481,9 @@ def _is_object(arguments: Any) -> bool:
 
 
 def _wrong_order(example: Example) -> str | None:
-    """The first turn that is out of order. A warning, as a template that cannot write it refuses the row itself."""
+    """The first turn that is out of order. A warning, as a template that cannot write it refuses
+    the row itself.
+    """
     calls = False  # whether a tool may answer
     before = ""
     for number, message in enumerate(example.messages, 1):
@@ -405,4 +496,8 @@ def _wrong_order(example: Example) -> str | None:
             return f"turn {number}: a tool turn without a tool call before it."
         calls = role == "tool" or bool(message.get("tool_calls"))
         before = role
-    return f"ends with a {before} turn, which is not trained on." if before not in ("", "assistant") else None
+    return (
+        f"ends with a {before} turn, which is not trained on."
+        if before not in ("", "assistant")
+        else None
+    )

@@ -1,8 +1,8 @@
 """Columns: what a file calls the keys of a format, the keys of its turns, and the roles in them.
 
-`{messages: dialog, role: speaker, content: text, user: customer}` reads `{"dialog": [{"speaker": "customer", "text":
-…}]}`. A column may be a path (`data.dialog`, `answers.0.text`), and a role may have several names (`user:
-customer|client`).
+`{messages: dialog, role: speaker, content: text, user: customer}` reads `{"dialog": [{"speaker":
+"customer", "text": …}]}`. A column may be a path (`data.dialog`, `answers.0.text`), and a role may
+have several names (`user: customer|client`).
 """
 
 import json
@@ -15,10 +15,20 @@ from pipeline.data.examples import Role
 from pipeline.errors import UserError
 
 MAX_SHOWN = 8  # keys in a message
-LISTS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")  # keys that may hold turns
+# keys that may hold turns
+LISTS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
 KEYS = (*LISTS, "text", "instruction", "input", "output")
 TURN_KEYS = (
-    *("role", "content", "from", "value", "tool_calls", "reasoning_content", "tool_call_id", "name"),
+    *(
+        "role",
+        "content",
+        "from",
+        "value",
+        "tool_calls",
+        "reasoning_content",
+        "tool_call_id",
+        "name",
+    ),
     *("train", "training", "weight"),
 )
 ABOUT_TURNS = {*TURN_KEYS, "messages", "conversations", "user", "assistant"}
@@ -47,8 +57,8 @@ def clean_command(name: str, columns: Mapping[str, str]) -> str:
 def rename(
     record: dict[str, Any], columns: Mapping[str, str], location: str, is_first: bool
 ) -> tuple[dict[str, Any], set[str]]:
-    """The record with the keys and roles of a format, and what else its turns have. In later rows, a column may be
-    missing where its key is optional. Raises UserError.
+    """The record with the keys and roles of a format, and what else its turns have. In later rows,
+    a column may be missing where its key is optional. Raises UserError.
     """
     if not columns:
         return record, set()
@@ -57,12 +67,16 @@ def rename(
     absent = [key for key, value in values.items() if value is MISSING]
     if absent and is_first:
         raise UserError(_absent(record, names.keys, absent, location))
-    used = {column if column in record else column.partition(".")[0] for column in names.keys.values()}
+    used = {
+        column if column in record else column.partition(".")[0] for column in names.keys.values()
+    }
     renamed = {key: value for key, value in record.items() if key not in used}
     renamed |= {key: value for key, value in values.items() if value is not MISSING}
     unused = set[str]()
     if names.turn_keys or names.roles:
-        renamed |= {key: _rename_turns(renamed[key], names, key, unused) for key in LISTS if key in renamed}
+        renamed |= {
+            key: _rename_turns(renamed[key], names, key, unused) for key in LISTS if key in renamed
+        }
     return renamed, unused
 
 
@@ -70,19 +84,31 @@ def _names(columns: Mapping[str, str]) -> _Names:
     # `system` is a key of Alpaca's rows and a role: a role where something else is said of turns
     roles = {role for role in get_args(Role) if role != "system" or ABOUT_TURNS & columns.keys()}
     turn_keys = {key: column for key, column in columns.items() if key in TURN_KEYS}
-    spoken = {name.strip().casefold(): role for role in columns if role in roles for name in columns[role].split("|")}
-    keys = {key: column for key, column in columns.items() if key not in turn_keys and key not in roles}
+    spoken = {
+        name.strip().casefold(): role
+        for role in columns
+        if role in roles
+        for name in columns[role].split("|")
+    }
+    keys = {
+        key: column for key, column in columns.items() if key not in turn_keys and key not in roles
+    }
     return _Names(keys, turn_keys, spoken)
 
 
-def _absent(record: Mapping[str, Any], keys: Mapping[str, str], absent: list[str], location: str) -> str:
+def _absent(
+    record: Mapping[str, Any], keys: Mapping[str, str], absent: list[str], location: str
+) -> str:
     first = absent[0]
     close = get_close_matches(keys[first], [*record], 1)
     hint = f"Did you mean {close[0]}? " if close else ""
     if first in record and keys[first] in KEYS:  # said the other way round
         hint = f"A key comes first, its column second: {keys[first]}={first}. "
     missing = ", ".join(keys[key] for key in absent)
-    return f"{location}: no column {missing}, which columns names. {hint}It has: {some(record)}. Edit columns."
+    return (
+        f"{location}: no column {missing}, which columns names. {hint}It has: {some(record)}. "
+        "Edit columns."
+    )
 
 
 def _look_up(record: Mapping[str, Any], column: str) -> Any:
@@ -102,7 +128,8 @@ def _look_up(record: Mapping[str, Any], column: str) -> Any:
 
 def _rename_turns(value: Any, names: _Names, key: str, unused: set[str]) -> Any:
     turns = value
-    if isinstance(value, str) and value.lstrip().startswith("["):  # a cell of a table may hold turns as JSON
+    # a cell of a table may hold turns as JSON
+    if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             turns = json.loads(value)
         except (ValueError, RecursionError):
@@ -112,9 +139,14 @@ def _rename_turns(value: Any, names: _Names, key: str, unused: set[str]) -> Any:
     return [_rename_turn(turn, names, key, unused) for turn in turns]
 
 
-def _rename_turn(turn: Mapping[str, Any], names: _Names, list_key: str, unused: set[str]) -> dict[str, Any]:
+def _rename_turn(
+    turn: Mapping[str, Any], names: _Names, list_key: str, unused: set[str]
+) -> dict[str, Any]:
     values = {key: _look_up(turn, column) for key, column in names.turn_keys.items()}
-    used = {column if column in turn else column.partition(".")[0] for column in names.turn_keys.values()}
+    used = {
+        column if column in turn else column.partition(".")[0]
+        for column in names.turn_keys.values()
+    }
     renamed = {key: value for key, value in turn.items() if key not in used}
     if names.turn_keys:  # who says which keys count has said that the others do not
         unused |= {f"{list_key}.{key}" for key in renamed if key not in TURN_KEYS}
@@ -129,4 +161,6 @@ def _rename_turn(turn: Mapping[str, Any], names: _Names, list_key: str, unused: 
 def some(keys: Any) -> str:
     """A list of names that may be long, for a message."""
     names = [str(key)[:60] for key in keys]
-    return ", ".join(names[:MAX_SHOWN] + [f"and {len(names) - MAX_SHOWN} more"] * (len(names) > MAX_SHOWN))
+    return ", ".join(
+        names[:MAX_SHOWN] + [f"and {len(names) - MAX_SHOWN} more"] * (len(names) > MAX_SHOWN)
+    )

@@ -1,8 +1,8 @@
 """Data files and folders as numbered raw rows, in constant memory.
 
-Text containers (.txt, .jsonl, .json, .csv, .tsv) may also be compressed (.gz, .zst). Tables are .parquet, .arrow and
-.feather files, folders of `Dataset.save_to_disk`, and data sets of the hub. Every problem is a UserError with the file
-and, where there is one, the line or row.
+Text containers (.txt, .jsonl, .json, .csv, .tsv) may also be compressed (.gz, .zst). Tables are
+.parquet, .arrow and .feather files, folders of `Dataset.save_to_disk`, and data sets of the hub.
+Every problem is a UserError with the file and, where there is one, the line or row.
 """
 
 import csv
@@ -24,17 +24,21 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MAX_LINE_BYTES = 2**20  # a tokenizer needs up to about 350 bytes of memory per byte of text
-MAX_JSON_BYTES = 2**30  # a list cannot be split between processes or read from its middle: larger data has other forms
+# a list cannot be split between processes or read from its middle: larger data has other forms
+MAX_JSON_BYTES = 2**30
 CHUNK = 2**16
-# Bytes that a compressed file may become: a GiB, or 200 times its own. Text becomes 3 to 20 times as long.
+# Bytes that a compressed file may become: a GiB, or 200 times its own. Text becomes 3 to 20 times
+# as long.
 MAX_UNPACKED, MAX_RATIO = 2**30, 200
-# Bytes that a Parquet column may become in a row group: 64 MiB, or 1000 times its own; and those of its dictionary.
+# Bytes that a Parquet column may become in a row group: 64 MiB, or 1000 times its own; and those of
+# its dictionary.
 MAX_COLUMN, MAX_COLUMN_RATIO, MAX_DICTIONARY = 2**26, 1000, 2**23
 TABLE_ROWS = 64  # converted to Python at a time
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 SAVED = "dataset_info.json"
 HUB_ID = re.compile(
-    r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?:\[(?P<split>[^\[\]]+)\])?", flags=re.ASCII
+    r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?:\[(?P<split>[^\[\]]+)\])?",
+    flags=re.ASCII,
 )
 HTML = re.compile(r"\s*<(?:!doctype html|html|head|body)\b", flags=re.IGNORECASE)
 # A cell of a .csv file that holds messages as JSON. Other texts that look like JSON stay texts.
@@ -45,7 +49,8 @@ Batches = Callable[[Path, int], Iterator["pa.RecordBatch"]]  # those behind the 
 
 
 class Row(NamedTuple):
-    """`number`: the line where it begins; in a .json list and in a table, the number of the row, from 1.
+    """`number`: the line where it begins; in a .json list and in a table, the number of the row,
+    from 1.
 
     `value`: the text of a line of .txt, or the row's keys and values.
     """
@@ -60,7 +65,8 @@ def _raise(row: int, error: UserError) -> None:  # noqa: ARG001
 
 @dataclass
 class Reading:
-    """What a reading counts. `on_error(row, error)` is called for a bad row: if it does not raise, the row is skipped.
+    """What a reading counts. `on_error(row, error)` is called for a bad row: if it does not raise,
+    the row is skipped.
 
     What makes the rest of a file unreadable is raised all the same.
     """
@@ -77,7 +83,8 @@ class Reading:
 
 
 def read_rows(path: Path, name: str, reading: Reading | None = None) -> Iterator[Row]:
-    """The rows of a file or folder; of the hub's data set `name` if `path` does not exist and `name` is an id of one.
+    """The rows of a file or folder; of the hub's data set `name` if `path` does not exist and
+    `name` is an id of one.
 
     `name` is the path as the user wrote it. Raises UserError.
     """
@@ -97,7 +104,10 @@ def read_rows(path: Path, name: str, reading: Reading | None = None) -> Iterator
                 yield from _refuse_empty(READERS[suffix](file, name, reading), name, reading)
             return
         else:
-            raise UserError(f"{name}: a data file must be {', '.join([*READERS, *TABLES])}, or a save_to_disk folder.")
+            raise UserError(
+                f"{name}: a data file must be {', '.join([*READERS, *TABLES])}, or a save_to_disk "
+                "folder."
+            )
         yield from _refuse_empty(rows, name, reading)
     except OSError as error:
         reason = error.strerror or first_line(error)
@@ -111,7 +121,9 @@ def suffix_of(path: Path) -> tuple[str, str]:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` has the form of a hub data set: org/name, org/name@revision, org/name[split]."""
+    """Whether `name` has the form of a hub data set: org/name, org/name@revision,
+    org/name[split].
+    """
     return bool(HUB_ID.fullmatch(name)) and suffix_of(Path(name))[0] not in (*READERS, *TABLES)
 
 
@@ -140,7 +152,9 @@ def _opened(path: Path, name: str, compression: str) -> Iterator[BinaryIO]:
         ) as file:
             yield file
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{name}: broken {compression} data: {first_line(error)}. Compress the file again.") from None
+        raise UserError(
+            f"{name}: broken {compression} data: {first_line(error)}. Compress the file again."
+        ) from None
 
 
 class _Unpacked(io.RawIOBase):
@@ -173,8 +187,11 @@ def is_too_long(raw: bytes) -> bool:
 
 
 def decode_line(raw: bytes, number: int, start: int, name: str) -> str:
-    """A line as text; `start` is its first byte in the file. Raises UserError if it is long, binary or not UTF-8."""
-    # a long line cannot be cut before it is tokenized: the text behind the cut may change the tokens
+    """A line as text; `start` is its first byte in the file. Raises UserError if it is long, binary
+    or not UTF-8.
+    """
+    # a long line cannot be cut before it is tokenized: the text behind the cut may change the
+    # tokens
     if is_too_long(raw):
         raise UserError(
             f"{name}:{number}: a line must have at most {MAX_LINE_BYTES:,} bytes, got more. "
@@ -184,16 +201,20 @@ def decode_line(raw: bytes, number: int, start: int, name: str) -> str:
         line = raw.decode("utf-8" if start else "utf-8-sig")
     except UnicodeDecodeError as error:
         byte = start + error.start
-        raise UserError(f"{name}:{number}: not UTF-8 (byte {byte}). Save the file as UTF-8 text.") from None
+        raise UserError(
+            f"{name}:{number}: not UTF-8 (byte {byte}). Save the file as UTF-8 text."
+        ) from None
     if "\0" in line:
         raise UserError(
-            f"{name}:{number}: not a text file: byte {start + raw.index(0)} is zero. Save it as UTF-8 text."
+            f"{name}:{number}: not a text file: byte {start + raw.index(0)} is zero. Save it as "
+            "UTF-8 text."
         )
     return line
 
 
 def skip_blank_lines(file: BinaryIO, blank: bytes | None = None) -> tuple[int, int]:
-    """Skip the blank lines that come next, which may be millions. Returns how many, and their bytes.
+    """Skip the blank lines that come next, which may be millions. Returns how many, and their
+    bytes.
 
     `blank`: the characters that they consist of, by default all white space.
     """
@@ -209,7 +230,9 @@ def skip_blank_lines(file: BinaryIO, blank: bytes | None = None) -> tuple[int, i
 
 
 class _Lines:
-    """Numbered lines with their line ends, as text. Raises UserError for a line that is long, binary or not UTF-8."""
+    """Numbered lines with their line ends, as text. Raises UserError for a line that is long,
+    binary or not UTF-8.
+    """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._file, self._name = file, name
@@ -273,14 +296,20 @@ def row_of_json(number: int, line: str, name: str) -> Row:
     try:
         value = json.loads(line.removesuffix("\n"), object_pairs_hook=_reject_duplicate_keys)
     except (ValueError, RecursionError) as error:
-        raise _not_json(f"{name}:{number}", error, line, "Write one JSON object per line.") from None
+        raise _not_json(
+            f"{name}:{number}", error, line, "Write one JSON object per line."
+        ) from None
     return _object_row(number, value, name)
 
 
 def _not_json(location: str, error: Exception, text: str, advice: str) -> UserError:
     if HTML.match(text):
         return _html(location)
-    reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)[:200]
+    reason = (
+        f"{error.msg} at column {error.colno}"
+        if isinstance(error, json.JSONDecodeError)
+        else str(error)[:200]
+    )
     return UserError(f"{location}: not JSON: {reason}. {advice}")
 
 
@@ -313,7 +342,9 @@ def describe_type(value: Any) -> str:
 
 
 def _json_rows(file: BinaryIO, name: str, reading: Reading) -> Iterator[Row]:
-    """The objects of a JSON list, decoded one by one from a buffer that holds little more than one of them."""
+    """The objects of a JSON list, decoded one by one from a buffer that holds little more than one
+    of them.
+    """
     scan = json.JSONDecoder(object_pairs_hook=_reject_duplicate_keys).raw_decode
     text = _TextBuffer(file, name)
     if not text.peek():
@@ -321,7 +352,9 @@ def _json_rows(file: BinaryIO, name: str, reading: Reading) -> Iterator[Row]:
     if text.peek() != "[":
         advice = "Write the objects as a list, or one per line in a .jsonl file."
         if text.peek() == "{":
-            raise UserError(f"{name}: a .json file must hold a list of objects, got one object. {advice}")
+            raise UserError(
+                f"{name}: a .json file must hold a list of objects, got one object. {advice}"
+            )
         raise _not_json(name, ValueError("it does not begin with ["), text.data, advice)
     text.position += 1
     number, ended = 0, text.peek() == "]"
@@ -334,19 +367,26 @@ def _json_rows(file: BinaryIO, name: str, reading: Reading) -> Iterator[Row]:
                 value, stop = scan(text.data, text.position)
                 break
             except (ValueError, RecursionError) as error:
-                # Half an object is no JSON either: decide when there is no more to read, or too much was read.
+                # Half an object is no JSON either: decide when there is no more to read, or too
+                # much was read.
                 if isinstance(error, RecursionError) or not text.read_more():
-                    raise _not_json(f"{name}: row {number}", error, "", "Write a list of JSON objects.") from None
+                    raise _not_json(
+                        f"{name}: row {number}", error, "", "Write a list of JSON objects."
+                    ) from None
                 if len(text.data) - text.position > MAX_LINE_BYTES + CHUNK:
                     raise UserError(
-                        f"{name}: row {number}: not JSON, or more than {MAX_LINE_BYTES:,} characters. Split its text "
+                        f"{name}: row {number}: not JSON, or more than {MAX_LINE_BYTES:,} "
+                        "characters. Split its text "
                         "into several rows."
                     ) from None
         text.position = stop
         mark = text.peek()
         if mark not in (",", "]"):
             got = repr(mark) if mark else "the end of the file"
-            raise UserError(f"{name}: row {number} must be followed by a comma or ], got {got}. Is the file complete?")
+            raise UserError(
+                f"{name}: row {number} must be followed by a comma or ], got {got}. Is the file "
+                "complete?"
+            )
         text.position += 1
         ended = mark == "]"
         try:
@@ -356,7 +396,9 @@ def _json_rows(file: BinaryIO, name: str, reading: Reading) -> Iterator[Row]:
             continue
         yield row
     if rest := text.peek():
-        raise UserError(f"{name}: {rest!r} after the end of the list. A .json file must hold one list.")
+        raise UserError(
+            f"{name}: {rest!r} after the end of the list. A .json file must hold one list."
+        )
 
 
 class _TextBuffer:
@@ -378,7 +420,9 @@ class _TextBuffer:
                 return ""
 
     def read_more(self) -> bool:
-        """Append a piece as long as what is left, so that a long object is scanned few times. False at the end."""
+        """Append a piece as long as what is left, so that a long object is scanned few times. False
+        at the end.
+        """
         left = len(self.data) - self.position
         raw = self._file.read(max(CHUNK, left))
         self._bytes += len(raw)
@@ -388,7 +432,9 @@ class _TextBuffer:
             self.data = self.data[self.position :] + self._decode(raw, not raw)
         except UnicodeDecodeError as error:
             byte = self._bytes - len(raw) + error.start
-            raise UserError(f"{self._name}: not UTF-8 (near byte {byte}). Save the file as UTF-8 text.") from None
+            raise UserError(
+                f"{self._name}: not UTF-8 (near byte {byte}). Save the file as UTF-8 text."
+            ) from None
         self.position = 0
         return bool(raw)
 
@@ -398,12 +444,15 @@ JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 def _too_large(name: str) -> UserError:
     return UserError(
-        f"{name}: a .json file must have at most {MAX_JSON_BYTES // 2**30} GiB. Save it as .jsonl or .parquet instead."
+        f"{name}: a .json file must have at most {MAX_JSON_BYTES // 2**30} GiB. Save it as .jsonl "
+        "or .parquet instead."
     )
 
 
 def _delimited_rows(file: BinaryIO, name: str, reading: Reading, delimiter: str) -> Iterator[Row]:
-    """Rows under a header, each with a text for every column. A cell may hold turns or tools as JSON."""
+    """Rows under a header, each with a text for every column. A cell may hold turns or tools as
+    JSON.
+    """
     size, numbered = 0, _Lines(file, name)
 
     def lines() -> Iterator[str]:
@@ -412,12 +461,14 @@ def _delimited_rows(file: BinaryIO, name: str, reading: Reading, delimiter: str)
             size += len(line)
             if size > MAX_LINE_BYTES:  # of a row, whose texts may have many lines
                 raise UserError(
-                    f"{name}:{at}: a row must have at most {MAX_LINE_BYTES:,} characters, got more. Is a quote not "
+                    f"{name}:{at}: a row must have at most {MAX_LINE_BYTES:,} characters, got "
+                    "more. Is a quote not "
                     "closed? Otherwise split its text into several rows."
                 )
             yield line
 
-    csv.field_size_limit(MAX_LINE_BYTES)  # of the process: nothing else here reads csv with long fields
+    # of the process: nothing else here reads csv with long fields
+    csv.field_size_limit(MAX_LINE_BYTES)
     reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:
@@ -426,7 +477,8 @@ def _delimited_rows(file: BinaryIO, name: str, reading: Reading, delimiter: str)
             cells = next(reader, None)
         except csv.Error as error:
             raise UserError(
-                f"{name}:{number}: {error}. Quote texts that contain quotes, {delimiter!r} or line breaks."
+                f"{name}:{number}: {error}. Quote texts that contain quotes, {delimiter!r} or "
+                "line breaks."
             ) from None
         if cells is None:
             break
@@ -436,7 +488,8 @@ def _delimited_rows(file: BinaryIO, name: str, reading: Reading, delimiter: str)
             reading.blank += 1 + numbered.skip_blank(b"\r\n")
         elif len(cells) != len(header):
             ragged = (
-                f"{name}:{number}: {len(cells)} values, but the header has {len(header)} columns. Quote texts that "
+                f"{name}:{number}: {len(cells)} values, but the header has {len(header)} columns. "
+                "Quote texts that "
                 f"contain {delimiter!r}, quotes or line breaks."
             )
             reading.refuse(number, UserError(ragged))
@@ -464,7 +517,9 @@ def _read_cell(cell: str) -> Any:
 
 
 def _table_rows(path: Path, name: str, batches: Batches, start: int = 0) -> Iterator[Row]:
-    """The rows of an Arrow or Parquet file behind the first `start`. Raises UserError for a damaged one."""
+    """The rows of an Arrow or Parquet file behind the first `start`. Raises UserError for a damaged
+    one.
+    """
     import pyarrow as pa
 
     with path.open("rb") as file:  # for its error, which is shorter than pyarrow's
@@ -481,12 +536,17 @@ def _table_rows(path: Path, name: str, batches: Batches, start: int = 0) -> Iter
     except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
         where = f" after row {number}" if number else ""
         kind, reason = path.suffix.lower().removeprefix("."), first_line(error).rstrip(".")
-        raise UserError(f"{name}: not a readable {kind} file{where}: {reason}. Download or write it again.") from None
+        raise UserError(
+            f"{name}: not a readable {kind} file{where}: {reason}. Download or write it again."
+        ) from None
 
 
 def _row_of_table(value: dict[str, Any]) -> dict[str, Any]:
     """A table has every key in every struct: those without a value are left out, as in JSON."""
-    return {key: _without_nulls(part) if isinstance(part, list | dict) else part for key, part in value.items()}
+    return {
+        key: _without_nulls(part) if isinstance(part, list | dict) else part
+        for key, part in value.items()
+    }
 
 
 def _without_nulls(value: Any) -> Any:
@@ -500,7 +560,9 @@ def table_rows(path: Path, name: str, start: int = 0) -> Iterator[Row]:
     try:
         yield from _table_rows(path, name, TABLES[suffix_of(path)[0]], start)
     except OSError as error:
-        raise UserError(f"{name}: {error.strerror or first_line(error)}. Name a file that exists.") from None
+        raise UserError(
+            f"{name}: {error.strerror or first_line(error)}. Name a file that exists."
+        ) from None
 
 
 def count_table_rows(path: Path, name: str) -> int:
@@ -537,13 +599,17 @@ def _parquet_batches(path: Path, start: int) -> Iterator["pa.RecordBatch"]:
             start -= rows
             del groups[0]
         if groups:
-            yield from _behind(file.iter_batches(TABLE_ROWS, row_groups=groups, use_threads=False), start)
+            yield from _behind(
+                file.iter_batches(TABLE_ROWS, row_groups=groups, use_threads=False), start
+            )
 
 
 def _refuse_parquet_bombs(path: Path, metadata: Any) -> None:
-    """Raises UserError for a column that unpacks to far more than its size, and for a large dictionary of texts.
+    """Raises UserError for a column that unpacks to far more than its size, and for a large
+    dictionary of texts.
 
-    A row refers to an entry of the dictionary, which writers keep at 1 MiB: 64 rows of a large one are 64 copies.
+    A row refers to an entry of the dictionary, which writers keep at 1 MiB: 64 rows of a large one
+    are 64 copies.
     """
     advice = "Write it again with pyarrow or pandas if you trust it."
     with path.open("rb") as file:
@@ -557,11 +623,15 @@ def _refuse_parquet_bombs(path: Path, metadata: Any) -> None:
                     file.seek(column.dictionary_page_offset)
                     if (size := _page_size(file.read(24))) > MAX_DICTIONARY:
                         limit = f"{MAX_DICTIONARY:,} bytes, got {size:,}"
-                        raise UserError(f"{where} must have a dictionary of at most {limit}. {advice}")
+                        raise UserError(
+                            f"{where} must have a dictionary of at most {limit}. {advice}"
+                        )
 
 
 def _page_size(header: bytes) -> int:
-    """The bytes that a Parquet page unpacks to, by the begin of its header: Thrift's fields 1, type, and 2, size."""
+    """The bytes that a Parquet page unpacks to, by the begin of its header: Thrift's fields 1,
+    type, and 2, size.
+    """
     position = 0
     for _ in ("type", "size"):
         if header[position : position + 1] != b"\x15":  # the next field, of 32 bits
@@ -581,7 +651,8 @@ def _arrow_batches(path: Path, start: int) -> Iterator["pa.RecordBatch"]:
 
     with pa.memory_map(str(path)) as source:
         for batch in _behind(_arrow_reader(source), start):
-            batch.validate(full=True)  # wrong offsets in a file of others would read outside its memory
+            # wrong offsets in a file of others would read outside its memory
+            batch.validate(full=True)
             yield batch
 
 
@@ -591,7 +662,9 @@ def _arrow_reader(source: Any) -> Iterator["pa.RecordBatch"]:
     is_file = source.read(6) == b"ARROW1"
     source.seek(0)
     reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
-    return (reader.get_batch(n) for n in range(reader.num_record_batches)) if is_file else iter(reader)
+    return (
+        (reader.get_batch(n) for n in range(reader.num_record_batches)) if is_file else iter(reader)
+    )
 
 
 def _saved_rows(folder: Path, name: str) -> Iterator[Row]:
@@ -601,17 +674,26 @@ def _saved_rows(folder: Path, name: str) -> Iterator[Row]:
         splits = _read_small_json(folder / "dataset_dict.json", name).get("splits")
         if not isinstance(splits, list) or "train" not in splits:
             raise UserError(
-                f"{name}: a DatasetDict without the split train. It has: {', '.join(map(str, splits or []))}. Name the "
+                f"{name}: a DatasetDict without the split train. It has: "
+                f"{', '.join(map(str, splits or []))}. Name the "
                 "folder of one split."
             )
         folder = folder / "train"
     if not (folder / "state.json").is_file():
         raise UserError(f"{name}: this folder is no data set: it has no state.json. {advice}")
     parts = _read_small_json(folder / "state.json", name).get("_data_files")
-    files = [str(part.get("filename")) for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    files = (
+        [str(part.get("filename")) for part in parts if isinstance(part, dict)]
+        if isinstance(parts, list)
+        else []
+    )
     if not files or any(Path(file).name != file for file in files):
         raise UserError(f"{name}: its state.json names no data files in the folder. {advice}")
-    rows = (row for file in files for row in _table_rows(folder / file, f"{name}/{file}", _arrow_batches))
+    rows = (
+        row
+        for file in files
+        for row in _table_rows(folder / file, f"{name}/{file}", _arrow_batches)
+    )
     yield from (Row(number, row.value) for number, row in enumerate(rows, 1))
 
 
@@ -645,13 +727,15 @@ def _hub_rows(name: str) -> Iterator[Row]:
     except Exception as error:  # whatever the library raises
         reason = first_line(error).rstrip(".")
         raise UserError(
-            f"{name}: no such file, and it cannot be loaded from the hub: {reason}. Check the name and the connection, "
+            f"{name}: no such file, and it cannot be loaded from the hub: {reason}. Check the "
+            "name and the connection, "
             "or name a file that exists."
         ) from None
     if isinstance(loaded, dict):
         if "train" not in loaded:
             raise UserError(
-                f"{name}: it has no split train. Name one: {', '.join(f'{name}[{key}]' for key in loaded)}."
+                f"{name}: it has no split train. Name one: "
+                f"{', '.join(f'{name}[{key}]' for key in loaded)}."
             )
         loaded = loaded["train"]
     number = 0

@@ -1,7 +1,7 @@
 """Data files in another format and container.
 
-Nothing is lost in silence: what the target cannot hold is refused, what is left out is counted, and the file is read
-again, example by example, before it gets its name.
+Nothing is lost in silence: what the target cannot hold is refused, what is left out is counted, and
+the file is read again, example by example, before it gets its name.
 """
 
 import csv
@@ -36,7 +36,8 @@ SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "ob
 
 @dataclass(frozen=True)
 class Conversion:
-    """`format` of the rows written; "mixed" if they are of several. `notes`: what was left out or changed in kind.
+    """`format` of the rows written; "mixed" if they are of several. `notes`: what was left out or
+    changed in kind.
 
     `skipped`: rows that could not be taken, alike ones together.
     """
@@ -62,17 +63,19 @@ def convert(
     keep: Callable[[int], bool] = lambda _: True,
     progress: Callable[[int], None] | None = None,
 ) -> Conversion:
-    """Write the examples of `source`, a file, folder or id of the hub, to `out`, whose name says the container.
+    """Write the examples of `source`, a file, folder or id of the hub, to `out`, whose name says
+    the container.
 
-    `format_`: one of CHOICES; by default rows stay in their own. `columns` as for `iter_examples`. `skip_invalid`:
-    leave out what cannot be read or written, instead of raising it. `keep`: whether the row of this number is written.
-    Raises UserError, and then `out` is as before.
+    `format_`: one of CHOICES; by default rows stay in their own. `columns` as for `iter_examples`.
+    `skip_invalid`: leave out what cannot be read or written, instead of raising it. `keep`: whether
+    the row of this number is written. Raises UserError, and then `out` is as before.
     """
     suffix, compression = suffix_of(out)
     if suffix not in WRITERS or (compression and suffix in TABLES):
         compressible = ", ".join(each for each in WRITERS if each not in TABLES)
         raise UserError(
-            f"{out}: the name must end in {', '.join(WRITERS)}; {compressible} also with {' or '.join(COMPRESSED)}. "
+            f"{out}: the name must end in {', '.join(WRITERS)}; {compressible} also with "
+            f"{' or '.join(COMPRESSED)}. "
             "Rename it."
         )
     if out.exists() and source.exists() and out.samefile(source):
@@ -116,7 +119,12 @@ class _Rows:
         progress: Callable[[int], None] | None,
     ) -> None:
         self.name = str(source)
-        self._source, self._format, self._columns, self._progress = source, format_, columns, progress
+        self._source, self._format, self._columns, self._progress = (
+            source,
+            format_,
+            columns,
+            progress,
+        )
         self._texts_only, self._skip_invalid, self._keep = texts_only, skip_invalid, keep
         self._start()
 
@@ -124,12 +132,15 @@ class _Rows:
         self.reading = Reading(self._skip) if self._skip_invalid else Reading()
         self.skipped = Problems()
         self.formats: set[str] = set()
-        self.numbers, self.digests = array("q"), bytearray()  # of each example: its row, and 16 bytes
+        # of each example: its row, and 16 bytes
+        self.numbers, self.digests = array("q"), bytearray()
         self._changed: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Record]:
         self._start()
-        for example in iter_examples(self._source, self.name, columns=self._columns, reading=self.reading):
+        for example in iter_examples(
+            self._source, self.name, columns=self._columns, reading=self.reading
+        ):
             if not self._keep(example.line):
                 continue
             own = self.reading.format
@@ -139,7 +150,8 @@ class _Rows:
                 continue
             if self._texts_only and format_ != "text":
                 raise UserError(
-                    f"{example.location}: a .txt file holds texts alone, and this row is written as {format_}. Name "
+                    f"{example.location}: a .txt file holds texts alone, and this row is written "
+                    f"as {format_}. Name "
                     "another file, such as one that ends in .jsonl."
                 )
             try:
@@ -163,7 +175,9 @@ class _Rows:
         self.skipped.add("skipped", "warning", 0, Problem(row, self.name, text, "warning"))
 
     def _as_kind_of(self, example: Example, format_: str) -> Example:
-        """The example without what `format_` is not for, and as a conversation or pair if it is of those."""
+        """The example without what `format_` is not for, and as a conversation or pair if it is of
+        those.
+        """
         if example.rejected is not None and format_ != "preference":
             self._changed["rejected answers left out"] += 1
             example = replace(example, rejected=None)
@@ -172,7 +186,9 @@ class _Rows:
         if format_ in OF_MESSAGES and not example.messages:
             if example.prompt is None:
                 raise _CannotHold("it has no prompt that an assistant could answer")
-            self._changed["prompts with completions written as turns, which get a chat template"] += 1
+            self._changed[
+                "prompts with completions written as turns, which get a chat template"
+            ] += 1
             turns: tuple[Message, ...] = (
                 {"role": "user", "content": example.prompt},
                 {"role": "assistant", "content": example.completion},
@@ -182,7 +198,9 @@ class _Rows:
             if [message["role"] for message in example.messages] != ["user", "assistant"]:
                 raise _CannotHold("it is not one question of a user and one answer")
             _refuse_more(example)
-            self._changed["conversations written as prompt and completion, which get no chat template"] += 1
+            self._changed[
+                "conversations written as prompt and completion, which get no chat template"
+            ] += 1
             question, answer = (str(message["content"]) for message in example.messages)
             return replace(example, text=question + answer, prompt=question, messages=())
         return example
@@ -193,7 +211,9 @@ class _Rows:
 
 
 def digest(example: Example) -> bytes:
-    """16 bytes of all that an example is trained by. The order of keys counts, as templates write it."""
+    """16 bytes of all that an example is trained by. The order of keys counts, as templates write
+    it.
+    """
     parts = [
         *(example.text, example.prompt, example.messages),
         *(sorted(example.untrained), example.tools, example.rejected, example.desirable),
@@ -207,11 +227,15 @@ def _verify(new: Path, out: Path, rows: _Rows) -> None:
     for number, example in enumerate(iter_examples(new, str(out)), 1):
         if digest(example) != rows.digests[16 * (number - 1) : 16 * number]:
             raise UserError(
-                f"{rows.name}:{rows.numbers[number - 1]}: {out.name} would not give the same example again. Name "
+                f"{rows.name}:{rows.numbers[number - 1]}: {out.name} would not give the same "
+                "example again. Name "
                 "another container, such as .jsonl, or another --format."
             )
     if number != len(rows.numbers):
-        raise UserError(f"{out}: {number:,} of {len(rows.numbers):,} rows can be read again. Name another container.")
+        raise UserError(
+            f"{out}: {number:,} of {len(rows.numbers):,} rows can be read again. Name another "
+            "container."
+        )
 
 
 # Formats: an example as the record that reads as it.
@@ -235,7 +259,11 @@ def _messages(example: Example) -> Record:
 
 def _chat_prompt(example: Example) -> Record:
     split = example.begin or _first_trained(example)
-    return {"prompt": _turns(example, 0, split), "completion": _turns(example, split), **_tools(example)}
+    return {
+        "prompt": _turns(example, 0, split),
+        "completion": _turns(example, split),
+        **_tools(example),
+    }
 
 
 def _preference(example: Example) -> Record:
@@ -246,7 +274,8 @@ def _preference(example: Example) -> Record:
     if not example.rejected:
         raise _CannotHold("it has no rejected answer")
     split = example.begin or _first_trained(example)
-    if example.rejected[0]["role"] != "assistant":  # the prompts differ, and an example does not know where they begin
+    # the prompts differ, and an example does not know where they begin
+    if example.rejected[0]["role"] != "assistant":
         raise _CannotHold("its rejected answer does not begin with an assistant turn")
     answers = {"chosen": _turns(example, split), "rejected": list(example.rejected)}
     return {"prompt": _turns(example, 0, split), **answers, **_tools(example)}
@@ -271,7 +300,10 @@ def _alpaca(example: Example) -> Record:
 
 
 def _sharegpt(example: Example) -> Record:
-    return {"conversations": [_speech(example, n) for n in range(len(example.messages))], **_tools(example)}
+    return {
+        "conversations": [_speech(example, n) for n in range(len(example.messages))],
+        **_tools(example),
+    }
 
 
 FORMATS: dict[str, Callable[[Example], Record]] = {
@@ -288,17 +320,25 @@ FORMATS: dict[str, Callable[[Example], Record]] = {
 
 def _refuse_more(example: Example) -> None:
     """Raises _CannotHold if there is more than system, user and assistant turns of text."""
-    if example.tools or any("tool_calls" in message or message["role"] == "tool" for message in example.messages):
+    if example.tools or any(
+        "tool_calls" in message or message["role"] == "tool" for message in example.messages
+    ):
         raise _CannotHold("it has tools or tool calls")
     if example.untrained:
         raise _CannotHold("it has assistant turns that are not trained on")
-    if more := sorted({key for message in example.messages for key in message} - {"role", "content"}):
+    if more := sorted(
+        {key for message in example.messages for key in message} - {"role", "content"}
+    ):
         raise _CannotHold(f"its turns have {', '.join(more)}")
 
 
 def _first_trained(example: Example) -> int:
     """The index of the first turn that is trained on: where a prompt of turns ends."""
-    answers = (n for n, m in enumerate(example.messages) if m["role"] == "assistant" and n not in example.untrained)
+    answers = (
+        n
+        for n, m in enumerate(example.messages)
+        if m["role"] == "assistant" and n not in example.untrained
+    )
     split = next(answers, 0)
     if not split:
         raise _CannotHold("it has no answer behind a prompt")
@@ -308,7 +348,10 @@ def _first_trained(example: Example) -> int:
 def _turns(example: Example, start: int, stop: int | None = None) -> list[Record]:
     """Messages; an answer without a label says so, except in a prompt, whose turns carry none."""
     messages = list(enumerate(example.messages))[start:stop]
-    return [{**m, **({"train": False} if n in example.untrained and stop is None else {})} for n, m in messages]
+    return [
+        {**m, **({"train": False} if n in example.untrained and stop is None else {})}
+        for n, m in messages
+    ]
 
 
 def _speech(example: Example, number: int) -> Record:
@@ -342,7 +385,10 @@ def _opened(path: Path, compression: str) -> Iterator[BinaryIO]:
         return
     import pyarrow as pa
 
-    with pa.output_stream(str(path), compression=compression) as stream, io.BufferedWriter(stream) as file:
+    with (
+        pa.output_stream(str(path), compression=compression) as stream,
+        io.BufferedWriter(stream) as file,
+    ):
         yield file
 
 
@@ -365,7 +411,9 @@ def _write_txt(file: BinaryIO, rows: _Rows) -> None:
         text = record["text"]
         if "\n" in text or text.endswith("\r"):
             location = f"{rows.name}:{rows.numbers[-1]}"
-            raise UserError(f"{location}: the text has several lines, and a line of .txt is a text. Use .jsonl.")
+            raise UserError(
+                f"{location}: the text has several lines, and a line of .txt is a text. Use .jsonl."
+            )
         file.write(text.encode() + b"\n")
 
 
@@ -385,12 +433,15 @@ def _as_cell(value: Any) -> str:
 
 
 def _columns(rows: _Rows) -> dict[str, set[str]]:
-    """The keys of all records, and for a list of turns the keys in them. Raises UserError for rows of two formats."""
+    """The keys of all records, and for a list of turns the keys in them. Raises UserError for rows
+    of two formats.
+    """
     columns: dict[str, set[str]] = {}
     for record in rows:
         if len(rows.formats) > 1:
             raise UserError(
-                f"{rows.name}:{rows.numbers[-1]}: rows of {' and '.join(sorted(rows.formats))} do not fit into one "
+                f"{rows.name}:{rows.numbers[-1]}: rows of {' and '.join(sorted(rows.formats))} do "
+                "not fit into one "
                 "table. Write a .jsonl file, or name one format with --format."
             )
         for key, value in record.items():
@@ -405,15 +456,22 @@ def _write_table(file: BinaryIO, rows: _Rows, container: str) -> None:
     from pyarrow import parquet
 
     schema = pa.schema([(key, _arrow_type(key, turns)) for key, turns in _columns(rows).items()])
-    writers = {".parquet": parquet.ParquetWriter, ".arrow": pa.ipc.new_stream, ".feather": pa.ipc.new_file}
+    writers = {
+        ".parquet": parquet.ParquetWriter,
+        ".arrow": pa.ipc.new_stream,
+        ".feather": pa.ipc.new_file,
+    }
     records = iter(rows)
     try:
         with writers[container](file, schema) as writer:
             while group := list(islice(records, GROUP_ROWS)):
-                writer.write_batch(pa.RecordBatch.from_pylist([_as_cells(each) for each in group], schema))
+                writer.write_batch(
+                    pa.RecordBatch.from_pylist([_as_cells(each) for each in group], schema)
+                )
     except (pa.ArrowException, TypeError) as error:
         raise UserError(
-            f"{rows.name}: its rows do not fit into one table: {first_line(error)}. Write a .jsonl file."
+            f"{rows.name}: its rows do not fit into one table: {first_line(error)}. Write a "
+            ".jsonl file."
         ) from None
 
 
@@ -424,19 +482,26 @@ def _arrow_type(key: str, turns: Iterable[str]) -> Any:
         return pa.bool_()
     if turns:
         order = sorted(turns, key=lambda name: (name not in ("role", "from"), name))
-        return pa.list_(pa.struct([(name, pa.bool_() if name == "train" else pa.string()) for name in order]))
+        return pa.list_(
+            pa.struct([(name, pa.bool_() if name == "train" else pa.string()) for name in order])
+        )
     return pa.list_(pa.list_(pa.string())) if key == "history" else pa.string()
 
 
 def _as_cells(record: Record) -> Record:
-    """`tools` and tool calls as JSON: the arguments of two calls have different keys, and a table has one type."""
+    """`tools` and tool calls as JSON: the arguments of two calls have different keys, and a table
+    has one type.
+    """
     cells = {}
     for key, value in record.items():
         if key == "tools":
             value = json.dumps(value, ensure_ascii=False)
         elif isinstance(value, list) and key != "history":
             value = [
-                {k: json.dumps(v, ensure_ascii=False) if k == "tool_calls" else v for k, v in turn.items()}
+                {
+                    k: json.dumps(v, ensure_ascii=False) if k == "tool_calls" else v
+                    for k, v in turn.items()
+                }
                 for turn in value
             ]
         cells[key] = value

@@ -1,4 +1,6 @@
-"""An example to train on, as it was read from a data file, and the training windows cut from its tokens."""
+"""An example to train on, as it was read from a data file, and the training windows cut from its
+tokens.
+"""
 
 import hashlib
 import json
@@ -12,7 +14,9 @@ Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
 class Message(TypedDict):
-    """One turn of a conversation, as a chat template gets it. `content` is None only beside tool calls."""
+    """One turn of a conversation, as a chat template gets it. `content` is None only beside tool
+    calls.
+    """
 
     role: Role
     content: str | None
@@ -26,14 +30,16 @@ class Message(TypedDict):
 class Example:
     """One row of a data file, with its file and its line or row number.
 
-    A plain text has only `text`. With a prompt, `text` is prompt + completion; if both are equal, the completion is
-    still to be generated. A conversation's `text` is the contents of its messages, one per line.
+    A plain text has only `text`. With a prompt, `text` is prompt + completion; if both are equal,
+    the completion is still to be generated. A conversation's `text` is the contents of its
+    messages, one per line.
 
-    `untrained`: the assistant's turns that carry no label, by index. `tools`: the schemas of the functions that the
-    assistant may call. `begin`: the index of the message that the completion begins with, where the row says so.
-    `rejected`: the worse answer of a preference pair, after the same prompt. `desirable`: whether the answer is a good
-    one, where the row says so. `templated`: a prompt and its answer as texts, which are turns of a conversation for a
-    model with a chat template (`masking.as_turns`).
+    `untrained`: the assistant's turns that carry no label, by index. `tools`: the schemas of the
+    functions that the assistant may call. `begin`: the index of the message that the completion
+    begins with, where the row says so. `rejected`: the worse answer of a preference pair, after the
+    same prompt. `desirable`: whether the answer is a good one, where the row says so. `templated`:
+    a prompt and its answer as texts, which are turns of a conversation for a model with a chat
+    template (`masking.as_turns`).
     """
 
     text: str
@@ -61,7 +67,9 @@ class Example:
 
 @dataclass(frozen=True)
 class Window:
-    """A run of consecutive tokens, beginning at position `start`, and the token that follows each."""
+    """A run of consecutive tokens, beginning at position `start`, and the token that follows
+    each.
+    """
 
     start: int
     ids: tuple[int, ...]
@@ -76,8 +84,14 @@ def joins_words(before: str, after: str) -> bool:
 
 def content_digest(example: Example) -> bytes:
     """Equal for examples of the same content, wherever they stand."""
-    # Not by file and line either: the same text is then never trained on in one file and evaluated in another.
-    parts = [example.text, example.prompt, list(example.messages), *([example.tools] if example.tools else [])]
+    # Not by file and line either: the same text is then never trained on in one file and evaluated
+    # in another.
+    parts = [
+        example.text,
+        example.prompt,
+        list(example.messages),
+        *([example.tools] if example.tools else []),
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()
 
 
@@ -95,7 +109,8 @@ def is_held_out(digest: bytes, share: float) -> bool:
 
 
 def windows(ids: tuple[int, ...], size: int) -> Iterator[Window]:
-    """Every run of `size` tokens that has a next token for each (the document's §9.2, sequence length).
+    """Every run of `size` tokens that has a next token for each (the document's §9.2, sequence
+    length).
 
     A shorter sequence gives one shorter window; a sequence of one token gives none.
     """

@@ -17,16 +17,21 @@ from pipeline.data.tokenizers.template_process import Conversation
 from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.errors import UserError
 
-RENDERED_TOGETHER = 16  # prompts per request: those of a long conversation together are quadratic in its length
-GROUP_EXAMPLES, GROUP_CHARACTERS = 64, 2**18  # per request: enough to hide the round trip, little to hold in memory
+# prompts per request: those of a long conversation together are quadratic in its length
+RENDERED_TOGETHER = 16
+# per request: enough to hide the round trip, little to hold in memory
+GROUP_EXAMPLES, GROUP_CHARACTERS = 64, 2**18
 
 Mask = npt.NDArray[np.bool_]  # (T,)
-WithRenderings = tuple[Example, Example, Renderings | UserError | None]  # as read, as turns; None of no conversation
+# as read, as turns; None of no conversation
+WithRenderings = tuple[Example, Example, Renderings | UserError | None]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids (T,), which of them are trained on (T,), and how many more were cut off at the end."""
+    """Token ids (T,), which of them are trained on (T,), and how many more were cut off at the
+    end.
+    """
 
     ids: tuple[int, ...]
     trained: tuple[bool, ...]
@@ -34,15 +39,19 @@ class Encoded:
 
     @property
     def labels(self) -> int:
-        """Number of labels. The first token is never a label: nothing before it could predict it."""
+        """Number of labels. The first token is never a label: nothing before it could predict
+        it.
+        """
         return sum(self.trained[1:])
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """`encode` with its settings, for one example or for many: chat templates are rendered ahead, on another core.
+    """`encode` with its settings, for one example or for many: chat templates are rendered ahead,
+    on another core.
 
-    `labels_bad_answers`: whether an answer that its row calls a bad one is labelled too, to learn what to avoid.
+    `labels_bad_answers`: whether an answer that its row calls a bad one is labelled too, to learn
+    what to avoid.
     """
 
     labels_bad_answers: ClassVar[bool] = False
@@ -58,15 +67,19 @@ class Encoder:
         return encoded
 
     def each(
-        self, examples: Iterable[Example], on_error: Callable[[Example, UserError], None] | None = None
+        self,
+        examples: Iterable[Example],
+        on_error: Callable[[Example, UserError], None] | None = None,
     ) -> Iterator[tuple[Example, Encoded]]:
-        """The examples in their order, encoded. Raises UserError, as `encode`, for the first that is wrong.
+        """The examples in their order, encoded. Raises UserError, as `encode`, for the first that
+        is wrong.
 
         With `on_error`, which gets what `encode` raises, examples that are wrong are left out.
         """
         previous: Iterator[WithRenderings] = iter(())
         for group, failure in _groups(examples):
-            # Sent before the examples of the previous group are tokenized, so that both processes work.
+            # Sent before the examples of the previous group are tokenized, so that both processes
+            # work.
             following = self._render(group)
             yield from self._finish(previous, on_error)
             previous = following
@@ -76,7 +89,9 @@ class Encoder:
         yield from self._finish(previous, on_error)
 
     def _render(self, group: list[Example]) -> Iterator[WithRenderings]:
-        """Begin to render the conversations of a group. The first that is read waits for all of them."""
+        """Begin to render the conversations of a group. The first that is read waits for all of
+        them.
+        """
         shown = [as_turns(example, self.tokenizer) for example in group]
         conversations = [_conversation(example) for example in shown if example.messages]
         renderings: Iterator[Renderings | UserError]
@@ -116,8 +131,8 @@ class Encoder:
         elif example.prompt is not None:
             if not example.completion:
                 raise UserError(f'{example.location}: "prompt" needs a "completion". Add one.')
-            # Tokenized separately: in one text the last word of the prompt could merge with the completion's first
-            # letters into a token that a prompt at inference never has.
+            # Tokenized separately: in one text the last word of the prompt could merge with the
+            # completion's first letters into a token that a prompt at inference never has.
             prompt = tokenizer.encode(example.prompt)
             completion = _append_end(tokenizer.encode_following(example.completion), tokenizer)
             ids, trained = prompt + completion, (False,) * len(prompt) + (True,) * len(completion)
@@ -132,27 +147,33 @@ class Encoder:
             if self.virtual:
                 less, lower = f" less {self.virtual} virtual tokens", " lower virtual_tokens,"
             raise UserError(
-                f"{example.location}: {length} tokens with the end token, more than the model's {self.positions} "
-                f"positions{less}. Shorten it, cut it with max_length,{lower} or raise pretrain.max_positions of a "
+                f"{example.location}: {length} tokens with the end token, more than the model's "
+                f"{self.positions} "
+                f"positions{less}. Shorten it, cut it with max_length,{lower} or raise "
+                "pretrain.max_positions of a "
                 "MiniGPT."
             )
         return Encoded(ids[:length], trained[:length], len(ids) - length)
 
 
-def encode(example: Example, tokenizer: Tokenizer, max_length: int = 0, positions: int | None = None) -> Encoded:
+def encode(
+    example: Example, tokenizer: Tokenizer, max_length: int = 0, positions: int | None = None
+) -> Encoded:
     """Tokenize an example and mark what is trained on.
 
-    That is all of a text, the completion of a prompt, and the assistant's turns of a conversation, each with the end
-    token behind it. `max_length` above 0 truncates. Raises UserError, with the example's location, if the result does
-    not fit into the model's `positions`.
+    That is all of a text, the completion of a prompt, and the assistant's turns of a conversation,
+    each with the end token behind it. `max_length` above 0 truncates. Raises UserError, with the
+    example's location, if the result does not fit into the model's `positions`.
     """
     return Encoder(tokenizer, max_length, positions)(example)
 
 
 def as_turns(example: Example, tokenizer: Tokenizer) -> Example:
-    """A `templated` prompt and its answer as the turns of a user and the assistant, if there is a chat template.
+    """A `templated` prompt and its answer as the turns of a user and the assistant, if there is a
+    chat template.
 
-    White space around them is left out: it parts the texts of a line, and nobody types it into a chat.
+    White space around them is left out: it parts the texts of a line, and nobody types it into a
+    chat.
     """
     if not example.templated or not tokenizer.has_template:
         return example
@@ -163,12 +184,20 @@ def as_turns(example: Example, tokenizer: Tokenizer) -> Example:
         rejected = (Message(role="assistant", content=rejected.strip()),)
     turns = (asked, answer)
     return replace(
-        example, text=text_of(turns), prompt=None, messages=turns, begin=1, rejected=rejected, templated=False
+        example,
+        text=text_of(turns),
+        prompt=None,
+        messages=turns,
+        begin=1,
+        rejected=rejected,
+        templated=False,
     )
 
 
 def _groups(examples: Iterable[Example]) -> Iterator[tuple[list[Example], UserError | None]]:
-    """Runs of examples that are rendered together. What reading raises comes with the examples before it."""
+    """Runs of examples that are rendered together. What reading raises comes with the examples
+    before it.
+    """
     group, size = list[Example](), 0
     try:
         for example in examples:
@@ -207,17 +236,23 @@ def _append_end(ids: tuple[int, ...], tokenizer: Tokenizer) -> tuple[int, ...]:
 def _encode_conversation(
     example: Example, tokenizer: Tokenizer, renderings: Renderings | UserError
 ) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-    """The conversation as its chat template writes it; the assistant's turns and their end tokens are trained on."""
+    """The conversation as its chat template writes it; the assistant's turns and their end tokens
+    are trained on.
+    """
     try:
         if isinstance(renderings, UserError):
             raise renderings
         turns = _AssistantTurns(example, tokenizer, renderings)
-        # Marks are the author's own word on what the assistant says, but few templates have them. For the others the
-        # mask is found by rendering the conversation up to each answer, which only fails on templates that change
-        # earlier text when a turn is added.
+        # Marks are the author's own word on what the assistant says, but few templates have them.
+        # For the others the mask is found by rendering the conversation up to each answer, which
+        # only fails on templates that change earlier text when a turn is added.
         trained, ended = turns.mask_from_marks() or turns.mask_from_prefixes()
     except UserError as error:
-        raise error if str(error).startswith(example.location) else UserError(f"{example.location}: {error}") from None
+        raise (
+            error
+            if str(error).startswith(example.location)
+            else UserError(f"{example.location}: {error}")
+        ) from None
     mask, last = tuple(trained.tolist()), len(example.messages) - 1
     if ended or example.messages[last]["role"] != "assistant" or last in example.untrained:
         return turns.ids, mask
@@ -227,7 +262,8 @@ def _encode_conversation(
 class _AssistantTurns:
     """Finds the tokens of the assistant's turns in a rendered conversation.
 
-    A mask says of each token whether it is trained on; with it comes whether the last answer has an end token.
+    A mask says of each token whether it is trained on; with it comes whether the last answer has an
+    end token.
     """
 
     def __init__(self, example: Example, tokenizer: Tokenizer, renderings: Renderings) -> None:
@@ -238,18 +274,21 @@ class _AssistantTurns:
         self._text = checked(conversation)
         if unknown := tokenizer.unknown_words(self._text):
             raise UserError(
-                f"{example.location}: the chat template writes words that are not in the vocabulary: "
+                f"{example.location}: the chat template writes words that are not in the "
+                "vocabulary: "
                 f"{', '.join(unknown)}."
             )
         self.ids, spans = tokenizer.spans(self._text)
-        table = np.fromiter(chain.from_iterable(spans), np.int64, 2 * len(self.ids))  # a third of np.array's time
+        # a third of np.array's time
+        table = np.fromiter(chain.from_iterable(spans), np.int64, 2 * len(self.ids))
         self._begins, self._ends = table[::2], table[1::2]
         end_ids = tokenizer.end_ids
         indices = [index for index, id_ in enumerate(self.ids) if id_ in end_ids]
         self._end_spans = [spans[index] for index in indices]
 
     def mask_from_marks(self) -> tuple[Mask, bool] | None:
-        """The tokens in the template's {% generation %} marks, and the end token behind each run of them.
+        """The tokens in the template's {% generation %} marks, and the end token behind each run of
+        them.
 
         None if nothing is marked.
         """
@@ -258,7 +297,9 @@ class _AssistantTurns:
         if self._example.untrained:
             mask = self._mask(self._marks_of_trained_turns())
         trained, ended = mask.copy(), False
-        for stop in (i + 1 for i in mask.nonzero()[0].tolist() if not (i + 1 < len(mask) and mask[i + 1])):
+        for stop in (
+            i + 1 for i in mask.nonzero()[0].tolist() if not (i + 1 < len(mask) and mask[i + 1])
+        ):
             ended = self._end_token(range(stop - 1, -1, -1)) is not None
             if not ended and (end := self._end_token(range(stop, len(self.ids)))) is not None:
                 # The model must learn to stop, also where the author marked the words alone.
@@ -269,7 +310,10 @@ class _AssistantTurns:
     def _marks_of_trained_turns(self) -> list[tuple[int, int]]:
         """A mark is of the last answer whose prompt ends before the mark does."""
         starts = self._starts()
-        turns = [self._answers[max(0, sum(start < stop for start in starts) - 1)] for _, stop in self._text.marks]
+        turns = [
+            self._answers[max(0, sum(start < stop for start in starts) - 1)]
+            for _, stop in self._text.marks
+        ]
         marks = zip(self._text.marks, turns, strict=True)
         return [mark for mark, turn in marks if turn not in self._example.untrained]
 
@@ -283,17 +327,24 @@ class _AssistantTurns:
         return None
 
     def _mask(self, spans: Sequence[tuple[int, int]]) -> Mask:
-        """Whether each token overlaps one of the character `spans` [start, stop), which are in order."""
+        """Whether each token overlaps one of the character `spans` [start, stop), which are in
+        order.
+        """
         starts, stops = np.array(spans).reshape(-1, 2).T
-        first = np.searchsorted(stops, self._begins, "right")  # the first that stops behind the token's begin
+        # the first that stops behind the token's begin
+        first = np.searchsorted(stops, self._begins, "right")
         mask: Mask = np.append(starts, np.iinfo(np.int64).max)[first] < self._ends
         return mask
 
     def mask_from_prefixes(self) -> tuple[Mask, bool]:
-        """An answer is what the conversation adds to its prompt, up to the first end token behind its content."""
+        """An answer is what the conversation adds to its prompt, up to the first end token behind
+        its content.
+        """
         starts = self._starts()
         spans, ended = [], False
-        for turn, start, limit in zip(self._answers, starts, [*starts[1:], len(self._text)], strict=True):
+        for turn, start, limit in zip(
+            self._answers, starts, [*starts[1:], len(self._text)], strict=True
+        ):
             if turn not in self._example.untrained:
                 stop, ended = self._stop(turn, start, limit)
                 spans.append((start, stop))
@@ -307,40 +358,53 @@ class _AssistantTurns:
                 prompt = checked(self._prompts[number])
             else:
                 prompt = self._tokenizer.render(messages[:turn], True, self._example.tools)
-            start = len(prompt) if self._text.startswith(prompt) else self._end_of_header(turn, prompt)
+            start = (
+                len(prompt) if self._text.startswith(prompt) else self._end_of_header(turn, prompt)
+            )
             if start is None:
                 return self._ends_of_headers(turn, starts)
             starts.append(start)
         return starts
 
     def _end_of_header(self, turn: int, prompt: str) -> int | None:
-        """Where an answer begins whose prompt ends otherwise: in `<think>`, which the template leaves out of answers.
+        """Where an answer begins whose prompt ends otherwise: in `<think>`, which the template
+        leaves out of answers.
 
         None unless the earlier turns are as in the prompt, and what begins the answer's turn.
         """
         before = self._tokenizer.render(self._example.messages[:turn], False, self._example.tools)
         shared = commonprefix([self._text, prompt])  # noqa: RUF071  # of characters
-        start = len(re.sub(r"<[^<>]*\Z", "", shared))  # not within a tag: <think> and <tool_call> begin alike
+        # not within a tag: <think> and <tool_call> begin alike
+        start = len(re.sub(r"<[^<>]*\Z", "", shared))
         return start if prompt.startswith(before) and start > len(before) else None
 
     def _ends_of_headers(self, turn: int, starts: list[int]) -> list[int]:
-        """Where the answers begin in a template that drops thoughts from earlier ones: behind what it writes before
-        the first, if it stands before each answer and nowhere else.
+        """Where the answers begin in a template that drops thoughts from earlier ones: behind what
+        it writes before the first, if it stands before each answer and nowhere else.
         """
         if starts:
-            before = self._tokenizer.render(self._example.messages[: self._answers[0]], False, self._example.tools)
+            before = self._tokenizer.render(
+                self._example.messages[: self._answers[0]], False, self._example.tools
+            )
             header = self._text[len(before) : starts[0]]
-            matches = [match.end() for match in re.finditer(re.escape(header), self._text)] if header.strip() else []
+            matches = (
+                [match.end() for match in re.finditer(re.escape(header), self._text)]
+                if header.strip()
+                else []
+            )
             if self._text.startswith(before) and len(matches) == len(self._answers):
                 return matches
         raise self._masking_error(turn, "changes earlier text when this turn is added")
 
     def _stop(self, turn: int, start: int, limit: int) -> tuple[int, bool]:
-        """Where an answer stops that begins at `start` and is followed by the next at `limit`; if by an end token."""
+        """Where an answer stops that begins at `start` and is followed by the next at `limit`; if
+        by an end token.
+        """
         message = self._example.messages[turn]
         content, calls = message["content"] or "", bool(message.get("tool_calls"))
         ends = self._end_spans
-        # As written; templates may strip it, or drop its <think> block. An end token before it is of another turn.
+        # As written; templates may strip it, or drop its <think> block. An end token before it is
+        # of another turn.
         for text in (content, content.strip(), content.split("</think>")[-1].strip()):
             offset = self._text.find(text, start, limit) if text else -1
             if offset >= 0 and not any(start <= begin < offset for begin, _ in ends):
@@ -356,15 +420,21 @@ class _AssistantTurns:
         if stop is not None and not (calls and self._holds_next_turn(turn, behind, stop)):
             return stop, True
         # No end token: all that the template writes of the turn.
-        until_turn = self._tokenizer.render(self._example.messages[: turn + 1], False, self._example.tools)
+        until_turn = self._tokenizer.render(
+            self._example.messages[: turn + 1], False, self._example.tools
+        )
         if not self._text.startswith(until_turn):
             raise self._masking_error(turn, "writes no end-of-turn token after it")
         return len(until_turn), False
 
     def _holds_next_turn(self, turn: int, start: int, stop: int) -> bool:
-        """Whether the end token at `stop` may be the next turn's: the template writes none behind tool calls."""
+        """Whether the end token at `stop` may be the next turn's: the template writes none behind
+        tool calls.
+        """
         following = self._example.messages[turn + 1 : turn + 2]
-        return any((message["content"] or "").strip() in self._text[start:stop] for message in following)
+        return any(
+            (message["content"] or "").strip() in self._text[start:stop] for message in following
+        )
 
     def _masking_error(self, turn: int, reason: str) -> UserError:
         return UserError(

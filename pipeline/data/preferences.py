@@ -11,31 +11,43 @@ from pipeline.errors import UserError
 
 
 class PairEncoder(Encoder):
-    """Each pair as two encoded examples: its chosen answer and its rejected one. If one has no label, none has."""
+    """Each pair as two encoded examples: its chosen answer and its rejected one. If one has no
+    label, none has.
+    """
 
     labels_bad_answers = True
 
     def each(
-        self, examples: Iterable[Example], on_error: Callable[[Example, UserError], None] | None = None
+        self,
+        examples: Iterable[Example],
+        on_error: Callable[[Example, UserError], None] | None = None,
     ) -> Iterator[tuple[Example, Encoded]]:
         both = super().each((answer for example in examples for answer in pair(example)), on_error)
         while two := list(islice(both, 2)):
             cut = not all(encoded.labels for _, encoded in two)
-            yield from ((one, replace(e, trained=(False,) * len(e.ids)) if cut else e) for one, e in two)
+            yield from (
+                (one, replace(e, trained=(False,) * len(e.ids)) if cut else e) for one, e in two
+            )
 
 
 @dataclass(frozen=True)
 class AnswerEncoder(Encoder):
-    """Each answer by itself, for KTO: of a pair both. `desirable`: whether those that have labels are good ones."""
+    """Each answer by itself, for KTO: of a pair both. `desirable`: whether those that have labels
+    are good ones.
+    """
 
     labels_bad_answers = True
 
     desirable: list[bool] = field(default_factory=list)
 
     def each(
-        self, examples: Iterable[Example], on_error: Callable[[Example, UserError], None] | None = None
+        self,
+        examples: Iterable[Example],
+        on_error: Callable[[Example, UserError], None] | None = None,
     ) -> Iterator[tuple[Example, Encoded]]:
-        for one, encoded in super().each((one for example in examples for one in _answers(example)), on_error):
+        for one, encoded in super().each(
+            (one for example in examples for one in _answers(example)), on_error
+        ):
             if encoded.labels:  # the others are left out
                 self.desirable.append(bool(one.desirable))
             yield one, encoded
@@ -50,10 +62,14 @@ def pair(example: Example) -> tuple[Example, Example]:
         )
     chosen = replace(example, rejected=None, desirable=True)
     if isinstance(example.rejected, str):
-        return chosen, replace(chosen, text=(example.prompt or "") + example.rejected, desirable=False)
+        return chosen, replace(
+            chosen, text=(example.prompt or "") + example.rejected, desirable=False
+        )
     turns = (*example.messages[: example.begin], *example.rejected)
     before = frozenset(turn for turn in example.untrained if turn < example.begin)
-    return chosen, replace(chosen, text=text_of(turns), messages=turns, untrained=before, desirable=False)
+    return chosen, replace(
+        chosen, text=text_of(turns), messages=turns, untrained=before, desirable=False
+    )
 
 
 def _answers(example: Example) -> Sequence[Example]:

@@ -1,6 +1,8 @@
-"""An example turn by turn, for the eye: which of its text is trained on, and where `max_length` cuts it.
+"""An example turn by turn, for the eye: which of its text is trained on, and where `max_length`
+cuts it.
 
-With a tokenizer it is the text that the model reads, as its chat template writes it; without one, the messages.
+With a tokenizer it is the text that the model reads, as its chat template writes it; without one,
+the messages.
 """
 
 import re
@@ -22,14 +24,18 @@ END_OF_TURN = re.compile(r"\s*(?:<[^<>\n]{1,40}>|\[/[A-Z]+\])?\n?")
 
 
 class Turn(NamedTuple):
-    """`parts`: its text in order; "read" is text that the model reads and is not trained to write."""
+    """`parts`: its text in order; "read" is text that the model reads and is not trained to
+    write.
+    """
 
     role: str
     parts: tuple[tuple[Kind, str], ...]
 
 
 class View(NamedTuple):
-    """`tokens`: of all of it, with the end token; `trained` counts those that are labels and not cut."""
+    """`tokens`: of all of it, with the end token; `trained` counts those that are labels and not
+    cut.
+    """
 
     turns: tuple[Turn, ...]
     tokens: int | None = None
@@ -52,7 +58,8 @@ def view(example: Example, tokenizer: Tokenizer | None = None, max_length: int =
     if tokenizer is not None:
         example = as_turns(example, tokenizer)
     rejected = _rejected(example)
-    if tokenizer is None or example.prompt == example.text:  # a prompt that the model completes has no label
+    # a prompt that the model completes has no label
+    if tokenizer is None or example.prompt == example.text:
         return View((*_plain(example), *rejected))
     encoded = Encoder(tokenizer)(example)
     trained = (False, *encoded.trained[1:])  # no token predicts the first
@@ -80,16 +87,24 @@ def _rejected(example: Example) -> tuple[Turn, ...]:
         return ()
     if isinstance(example.rejected, str):
         return (Turn("rejected", (("read", example.rejected),)),)
-    return tuple(Turn(f"rejected {each['role']}", (("read", _text_of(each)),)) for each in example.rejected)
+    return tuple(
+        Turn(f"rejected {each['role']}", (("read", _text_of(each)),)) for each in example.rejected
+    )
 
 
 def _text_of(message: Message) -> str:
     calls = [str(call.get("function", call)) for call in message.get("tool_calls", ())]
-    return "\n".join([*filter(None, (message.get("reasoning_content"), message["content"])), *calls])
+    return "\n".join(
+        [*filter(None, (message.get("reasoning_content"), message["content"])), *calls]
+    )
 
 
-def _of_texts(example: Example, trained: Sequence[bool], ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[_Piece]:
-    """A text, or a prompt and its completion; the tokens before and behind them are written as words."""
+def _of_texts(
+    example: Example, trained: Sequence[bool], ids: Sequence[int], tokenizer: Tokenizer
+) -> Iterator[_Piece]:
+    """A text, or a prompt and its completion; the tokens before and behind them are written as
+    words.
+    """
     texts = [("text", example.text)]
     if example.prompt is not None:
         texts = [("prompt", example.prompt), ("completion", example.completion)]
@@ -104,11 +119,14 @@ def _of_texts(example: Example, trained: Sequence[bool], ids: Sequence[int], tok
             size = len(trained) - at
             after = tokenizer.word(ids[-1])
         inner = size - bool(before) - bool(after)
-        if len(stops) != inner:  # a continuation is tokenized otherwise than a text: the places are about right
+        # a continuation is tokenized otherwise than a text: the places are about right
+        if len(stops) != inner:
             stops = [len(text) * (n + 1) // inner for n in range(inner)]
         start, stop = len(before), len(before) + len(text)
         whole = before + text + after
-        all_stops = [start] * bool(before) + [start + each for each in stops] + [len(whole)] * bool(after)
+        all_stops = (
+            [start] * bool(before) + [start + each for each in stops] + [len(whole)] * bool(after)
+        )
         yield _Piece(role, whole, all_stops, trained[at : at + size], (start, stop))
         at += size
 
@@ -128,24 +146,39 @@ def _of_messages(
         content = (message["content"] or "").strip()
         first = turn.find(content)
         inner = (first, first + len(content)) if content and first >= 0 else (0, len(turn))
-        yield _Piece(message["role"], turn, [stop - start for stop in stops[at:last]], trained[at:last], inner)
+        yield _Piece(
+            message["role"],
+            turn,
+            [stop - start for stop in stops[at:last]],
+            trained[at:last],
+            inner,
+        )
         at, start = last, end
 
 
 def _ends(example: Example, text: str, tokenizer: Tokenizer) -> Iterator[int]:
-    """Where each turn ends in the rendered `text`: where a conversation up to it does, if the template wrote it so."""
+    """Where each turn ends in the rendered `text`: where a conversation up to it does, if the
+    template wrote it so.
+    """
     messages = example.messages
     prefixes = [(n, False) for n in range(1, min(len(messages), MOST_TURNS))]
     (rendered,) = tokenizer.render_each([Conversation(messages, prefixes, example.tools)])
     end = 0
     # None where there is no rendering: the process was stopped, or the turn is behind the most.
-    for message, prefix in zip_longest(messages[:-1], () if isinstance(rendered, UserError) else rendered):
+    for message, prefix in zip_longest(
+        messages[:-1], () if isinstance(rendered, UserError) else rendered
+    ):
         if isinstance(prefix, str) and len(prefix) > end and text.startswith(prefix):
             end = len(prefix)
         else:  # the template writes a turn otherwise once others follow it
-            content = (message["content"] or "").split("</think>")[-1].strip()  # thoughts may be left out
+            # thoughts may be left out
+            content = (message["content"] or "").split("</think>")[-1].strip()
             offset = text.find(content, end)
-            if content and offset >= 0 and (match := END_OF_TURN.match(text, offset + len(content))):
+            if (
+                content
+                and offset >= 0
+                and (match := END_OF_TURN.match(text, offset + len(content)))
+            ):
                 end = match.end()
         yield end
     yield len(text)

@@ -1,4 +1,6 @@
-"""Training sequences: the tokens of the data files in one memory-mapped file, whole examples or cut into windows."""
+"""Training sequences: the tokens of the data files in one memory-mapped file, whole examples or cut
+into windows.
+"""
 
 from array import array
 from bisect import bisect_right
@@ -43,8 +45,8 @@ Parts = tuple[tuple[range, float], ...]
 class Corpus:
     """Encoded examples in their original order, on disk.
 
-    Data may be larger than memory: in memory is an index of 20 bytes per example. An id that is not trained on is
-    stored as ~id, which is negative, so that the mask needs no file of its own.
+    Data may be larger than memory: in memory is an index of 20 bytes per example. An id that is not
+    trained on is stored as ~id, which is negative, so that the mask needs no file of its own.
     """
 
     def __init__(
@@ -59,7 +61,11 @@ class Corpus:
         `weights`: file → how often each of its examples is seen per epoch.
         """
         self._weights = weights or {}
-        pairs = encode.each(examples) if isinstance(encode, Encoder) else ((e, encode(e)) for e in examples)
+        pairs = (
+            encode.each(examples)
+            if isinstance(encode, Encoder)
+            else ((e, encode(e)) for e in examples)
+        )
         self._starts = array("q", [0])  # offsets in tokens, with the end of the last
         self._lines, self._cuts = array("q"), array("i")
         self._files: list[str] = []  # _files[i] begins with example number _first[i]
@@ -79,7 +85,8 @@ class Corpus:
                 self._cuts.append(encoded.cut)
                 self._starts.append(self._starts[-1] + len(encoded.ids))
                 ids = np.fromiter(encoded.ids, STORED, len(encoded.ids))
-                trained = np.fromiter(encoded.trained, np.bool_, len(encoded.ids))  # a fifth of np.array's time
+                # a fifth of np.array's time
+                trained = np.fromiter(encoded.trained, np.bool_, len(encoded.ids))
                 file.write(np.where(trained, ids, ~ids).tobytes())
         # An empty file cannot be mapped.
         self._tokens = np.memmap(folder / FILE, STORED, "r") if len(self) else np.empty(0, STORED)
@@ -109,7 +116,9 @@ class Corpus:
         """The weight of each run of examples."""
         stops = [*self._first[1:], len(self)]
         runs = zip(self._first, stops, self._files, strict=True) if len(self) else ()
-        return tuple((range(first, stop), self._weights.get(file, 1.0)) for first, stop, file in runs)
+        return tuple(
+            (range(first, stop), self._weights.get(file, 1.0)) for first, stop, file in runs
+        )
 
     @property
     def statistics(self) -> Statistics:
@@ -133,10 +142,13 @@ def refuse_empty(corpus: Corpus, name: str) -> None:
         return
     if counts.truncated:
         raise UserError(
-            f"{name}: nothing to train on: {counts.truncated} of {counts.unlabelled} examples were cut before their "
+            f"{name}: nothing to train on: {counts.truncated} of {counts.unlabelled} examples "
+            "were cut before their "
             "first label. Raise max_length, or shorten the prompts."
         )
-    raise UserError(f"{name}: nothing to train on: every example is shorter than two tokens. Write longer ones.")
+    raise UserError(
+        f"{name}: nothing to train on: every example is shorter than two tokens. Write longer ones."
+    )
 
 
 class Dataset(Protocol):
@@ -204,13 +216,19 @@ class InMemoryDataset:
 
 
 def as_window(encoded: Encoded) -> Window:
-    """An example as one sequence: inputs ids[:-1], labels ids[1:], IGNORED where the label is not trained on."""
-    labels = (id_ if on else IGNORED for id_, on in zip(encoded.ids[1:], encoded.trained[1:], strict=True))
+    """An example as one sequence: inputs ids[:-1], labels ids[1:], IGNORED where the label is not
+    trained on.
+    """
+    labels = (
+        id_ if on else IGNORED for id_, on in zip(encoded.ids[1:], encoded.trained[1:], strict=True)
+    )
     return Window(0, encoded.ids[:-1], tuple(labels))
 
 
 def dataset_from(corpus: Corpus, window: int) -> Dataset:
-    """The corpus's examples, or, with `window` above 0, every run of `window` tokens that has a label."""
+    """The corpus's examples, or, with `window` above 0, every run of `window` tokens that has a
+    label.
+    """
     if not window:
         return ExampleDataset(corpus)
     kept: list[Window] = []
@@ -225,5 +243,7 @@ def dataset_from(corpus: Corpus, window: int) -> Dataset:
                 kept.append(Window(cut.start, cut.ids, window_labels))
                 locations.append(corpus.location(number))
         begins.append(len(kept))
-    parts = tuple((range(begins[run.start], begins[run.stop]), weight) for run, weight in corpus.parts)
+    parts = tuple(
+        (range(begins[run.start], begins[run.stop]), weight) for run, weight in corpus.parts
+    )
     return InMemoryDataset(kept, locations, parts)

@@ -1,6 +1,7 @@
 """What several studies or figures measure.
 
-Next-token answers (§6), what a model learned and retained (§9.3), and the change of each parameter (Figures 1 and 4).
+Next-token answers (§6), what a model learned and retained (§9.3), and the change of each parameter
+(Figures 1 and 4).
 """
 
 from collections.abc import Iterable, Sequence
@@ -54,16 +55,20 @@ def ask(loaded: "LoadedModel", prompts: Sequence[str]) -> NextTokenAnswers:
     model = loaded.model
     with torch.no_grad():
         hidden = packed_hidden_states(model, [encode(loaded, prompt) for prompt in prompts])
-        by_prompt = [finite(model.logits(states[-1]).float().cpu()).softmax(0) for states in hidden]  # (T, D) → (V,)
+        # (T, D) → (V,)
+        by_prompt = [finite(model.logits(states[-1]).float().cpu()).softmax(0) for states in hidden]
     return NextTokenAnswers(loaded, dict(zip(prompts, by_prompt, strict=True)))
 
 
 def check_words(loaded: "LoadedModel", pairs: Iterable[tuple[str, str]], name: str) -> None:
-    """Raises UserError for the first (prompt, word) of file `name` whose word is not in the model's vocabulary."""
+    """Raises UserError for the first (prompt, word) of file `name` whose word is not in the model's
+    vocabulary.
+    """
     for prompt, word in pairs:
         if not loaded.tokenizer.continuation(prompt, word):
             raise UserError(
-                f"{name}: {word!r}, expected after {prompt!r}, is not in the vocabulary of {loaded.name}. Use another "
+                f"{name}: {word!r}, expected after {prompt!r}, is not in the vocabulary of "
+                f"{loaded.name}. Use another "
                 "word, or add this one with expand_vocab."
             )
 
@@ -72,7 +77,10 @@ def prompts_of(job: Job, name: str, group: str) -> list[Prompt]:
     """The prompts of one group of a prompts file. Raises UserError if there are none."""
     prompts = [prompt for prompt in read_prompts(job.path(name), name) if prompt.group == group]
     if not prompts:
-        raise UserError(f"{name} has no group {group}, which {job.stage.name} needs. Add it, or use another file.")
+        raise UserError(
+            f"{name} has no group {group}, which {job.stage.name} needs. Add it, or use another "
+            "file."
+        )
     return prompts
 
 
@@ -81,13 +89,19 @@ def document(job: Job, name: str, section: str) -> Any:
     try:
         return yaml.safe_load(job.path(name).read_text(encoding="utf-8"))[section]
     except OSError as error:
-        raise UserError(f"{name}: {error.strerror}. Name the file of the document's tables.") from None
+        raise UserError(
+            f"{name}: {error.strerror}. Name the file of the document's tables."
+        ) from None
     except (yaml.YAMLError, ValueError, TypeError, KeyError):
-        raise UserError(f"{name} has no section {section}. Restore the file: it holds the document's tables.") from None
+        raise UserError(
+            f"{name} has no section {section}. Restore the file: it holds the document's tables."
+        ) from None
 
 
 class Losses(NamedTuple):
-    """Of the new and the old sentences, in nats per token; `old_kept` is a share of first choices."""
+    """Of the new and the old sentences, in nats per token; `old_kept` is a share of first
+    choices.
+    """
 
     new_loss: float
     old_rise: float
@@ -105,8 +119,10 @@ class Knowledge(NamedTuple):
 
 FORMATS = {"new_loss": ".3f", "new_done": ".1f", "old_rise": ".2f", "old_kept": ".0%"}
 COLUMNS_EXPLAINED = (
-    "*New loss*: mean cross-entropy on the new sentences, in nats per token. *New done*: the number of new sentences "
-    "completed word for word. *Old rise*: the increase of the loss on the old sentences over the base. *Old kept*: the "
+    "*New loss*: mean cross-entropy on the new sentences, in nats per token. *New done*: the "
+    "number of new sentences "
+    "completed word for word. *Old rise*: the increase of the loss on the old sentences over the "
+    "base. *Old kept*: the "
     "share of next tokens of the old sentences where the first choice is still the base's."
 )
 
@@ -122,7 +138,9 @@ class RetentionScorer:
 
     @classmethod
     def of(cls, job: Job, old_data: str, new_data: str, given: int = 2) -> "RetentionScorer":
-        """For these data files. Raises UserError for old sentences with words unknown to the base."""
+        """For these data files. Raises UserError for old sentences with words unknown to the
+        base.
+        """
         from pipeline.inference import engine
         from pipeline.inference.score import score
 
@@ -131,11 +149,15 @@ class RetentionScorer:
         return cls(old, read_examples(job.path(new_data), new_data), score(base, old), given)
 
     def losses(self, loaded: "LoadedModel") -> Losses:
-        """The scores that need no generation, of a model that knows the words of old and new sentences."""
+        """The scores that need no generation, of a model that knows the words of old and new
+        sentences.
+        """
         from pipeline.inference.score import agreement, score
 
         old, new = score(loaded, self.old, self.before), score(loaded, self.new)
-        return Losses(new.loss, old.loss - self.before.loss, agreement(old.choices, self.before.choices))
+        return Losses(
+            new.loss, old.loss - self.before.loss, agreement(old.choices, self.before.choices)
+        )
 
     def measure(self, loaded: "LoadedModel") -> Knowledge:
         """Losses and completions."""
@@ -150,8 +172,8 @@ class RetentionScorer:
 class Changed:
     """A parameter before training and its change, in fp64. A neuron is a row of a matrix (O, I).
 
-    `module`: the full name of its module; `block`: the index of its block, or None outside the blocks; `last`: the last
-    part of the module's name.
+    `module`: the full name of its module; `block`: the index of its block, or None outside the
+    blocks; `last`: the last part of the module's name.
     """
 
     name: str
@@ -178,11 +200,21 @@ def changes(job: Job) -> list[Changed]:
     """Every parameter of the expanded base with its change by full fine-tuning."""
     from pipeline.inference import engine
 
-    before, after = (engine.load(job.project.artifact(stage)).model for stage in ("expand_vocab", "finetune_full"))
-    blocks = {id(module): number for number, block in enumerate(before.blocks) for module in block.modules()}
+    before, after = (
+        engine.load(job.project.artifact(stage)).model
+        for stage in ("expand_vocab", "finetune_full")
+    )
+    blocks = {
+        id(module): number
+        for number, block in enumerate(before.blocks)
+        for module in block.modules()
+    }
     changed = []
     for name, parameter in before.named_parameters():
-        module, old = before.get_submodule(name.rsplit(".", 1)[0]), parameter.detach().cpu().double()
+        module, old = (
+            before.get_submodule(name.rsplit(".", 1)[0]),
+            parameter.detach().cpu().double(),
+        )
         new = after.get_parameter(name).detach().cpu().double()
         changed.append(Changed(name, blocks.get(id(module)), old, new - old))
     return changed

@@ -1,7 +1,9 @@
-"""Training in a random subspace: θ = θ₀ + Pθ_d, where only θ_d (d,) trains (Li et al. 2018; Aghajanyan et al. 2021).
+"""Training in a random subspace: θ = θ₀ + Pθ_d, where only θ_d (d,) trains (Li et al. 2018;
+Aghajanyan et al. 2021).
 
-P (D, d) is an isometry: ‖Pθ_d‖ = ‖θ_d‖. A dense Gaussian P takes D·d numbers. Here each row of P has a single nonzero
-entry, which takes D numbers; the draw is independent of the gradient, so the subspace is random all the same.
+P (D, d) is an isometry: ‖Pθ_d‖ = ‖θ_d‖. A dense Gaussian P takes D·d numbers. Here each row of P
+has a single nonzero entry, which takes D numbers; the draw is independent of the gradient, so the
+subspace is random all the same.
 """
 
 import math
@@ -16,17 +18,19 @@ from pipeline.training.update_rules import AdamW, Span
 
 
 class OneHot:
-    """P (D, d) with one nonzero entry per row: ±1/√n, where n rows share its column. So PᵀP = 1 exactly.
+    """P (D, d) with one nonzero entry per row: ±1/√n, where n rows share its column. So PᵀP = 1
+    exactly.
 
-    The columns come from a random permutation modulo d, so that all n differ by at most 1. With d = D, P is a
-    signed permutation.
+    The columns come from a random permutation modulo d, so that all n differ by at most 1. With d =
+    D, P is a signed permutation.
     """
 
     def __init__(self, large: int, small: int, seed: int) -> None:
         """Raises UserError if small > large."""
         if small > large:
             raise UserError(
-                f"a subspace of {small:,} dimensions is larger than the model ({large:,} parameters). Use fewer."
+                f"a subspace of {small:,} dimensions is larger than the model ({large:,} "
+                "parameters). Use fewer."
             )
         generator = torch.Generator().manual_seed(seed)
         self.small = small
@@ -50,7 +54,9 @@ class OneHot:
 
 
 class SubspaceAdam(FlatOptimizer):
-    """Adam on θ_d. The learning rate is multiplied by √(D/d), so that each weight moves as far as without P."""
+    """Adam on θ_d. The learning rate is multiplied by √(D/d), so that each weight moves as far as
+    without P.
+    """
 
     def __init__(self, model: CausalLM, projection: OneHot) -> None:
         super().__init__(model)

@@ -1,4 +1,6 @@
-"""What a study or a figure gives: tables as CSV, a picture, and words. Nothing heavy is imported before it is drawn."""
+"""What a study or a figure gives: tables as CSV, a picture, and words. Nothing heavy is imported
+before it is drawn.
+"""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,26 +16,47 @@ Figure = Any  # matplotlib's, which has no types
 Axis = Any
 DIGITS = 5  # of positions, as a fraction of the figure's size
 
-# The style of printed figures: text of at least 7 points, colors that differ in grayscale and for the color-blind. If
-# two colors are similar in grayscale, a marker, dash or hatch distinguishes them as well.
+# The style of printed figures: text of at least 7 points, colors that differ in grayscale and for
+# the color-blind. If two colors are similar in grayscale, a marker, dash or hatch distinguishes
+# them as well.
 SMALL = 7  # points; no text is smaller
 WIDE = 7.2  # inches: a page's two columns
 PRINT: dict[str, Any] = {
-    **{"font.size": 8, "axes.titlesize": 8.5, "axes.labelsize": 8, "legend.fontsize": 7, "legend.title_fontsize": 7},
+    **{
+        "font.size": 8,
+        "axes.titlesize": 8.5,
+        "axes.labelsize": 8,
+        "legend.fontsize": 7,
+        "legend.title_fontsize": 7,
+    },
     **{"xtick.labelsize": 7, "ytick.labelsize": 7, "figure.dpi": 200, "figure.titlesize": 9},
-    **{"axes.linewidth": 0.6, "lines.linewidth": 1.4, "hatch.linewidth": 0.5, "patch.linewidth": 0.6},
-    **{"xtick.major.width": 0.6, "ytick.major.width": 0.6, "legend.handlelength": 2.6, "axes.titlelocation": "left"},
+    **{
+        "axes.linewidth": 0.6,
+        "lines.linewidth": 1.4,
+        "hatch.linewidth": 0.5,
+        "patch.linewidth": 0.6,
+    },
+    **{
+        "xtick.major.width": 0.6,
+        "ytick.major.width": 0.6,
+        "legend.handlelength": 2.6,
+        "axes.titlelocation": "left",
+    },
 }
-BLUE, RED, GREEN, ORANGE = COLORS["lora"], COLORS["full"], COLORS["prefix"], COLORS["freeze"]  # the document's colors
+# the document's colors
+BLUE, RED, GREEN, ORANGE = COLORS["lora"], COLORS["full"], COLORS["prefix"], COLORS["freeze"]
 FROZEN, EDGE, INK = "#DCE8F2", "#5B6B7A", "#1A1A1A"
-HATCHED: dict[str, Any] = {"color": FROZEN, "edgecolor": EDGE, "hatch": "///////"}  # bars of what is frozen
+# bars of what is frozen
+HATCHED: dict[str, Any] = {"color": FROZEN, "edgecolor": EDGE, "hatch": "///////"}
 
 
 @dataclass(frozen=True)
 class Findings:
-    """`text`: paragraphs of Markdown that describe the measurements. `draw` fills a matplotlib figure of `size` inches.
+    """`text`: paragraphs of Markdown that describe the measurements. `draw` fills a matplotlib
+    figure of `size` inches.
 
-    Of a figure: `shows` is its main result in one line, and `title` its title; a study's is its stage's.
+    Of a figure: `shows` is its main result in one line, and `title` its title; a study's is its
+    stage's.
     """
 
     text: str
@@ -45,28 +68,44 @@ class Findings:
 
 
 def write_study(job: Job, place: str, findings: Findings) -> Facts:
-    """Write tables, picture and report to `job.out`. Returns the manifest's entries: texts, and each table's formats.
+    """Write tables, picture and report to `job.out`. Returns the manifest's entries: texts, and
+    each table's formats.
 
-    The report shows the tables as read back from the CSV files, so that it has the same digits as later readers.
+    The report shows the tables as read back from the CSV files, so that it has the same digits as
+    later readers.
     """
     name, title, text = job.stage.method, job.stage.title, findings.text.strip()
     for table in findings.tables:
         table.write(job.out)
-    tables = [replace(table, rows=read_table(job.out / f"{table.name}.csv")) for table in findings.tables]
+    tables = [
+        replace(table, rows=read_table(job.out / f"{table.name}.csv")) for table in findings.tables
+    ]
     save(job.out / name, findings.draw, findings.size)
-    parts = [f"# {title} ({place})\n", f"{text}\n", *map(_section, tables), f"![{title}]({name}.png)\n"]
+    parts = [
+        f"# {title} ({place})\n",
+        f"{text}\n",
+        *map(_section, tables),
+        f"![{title}]({name}.png)\n",
+    ]
     (job.out / REPORT).write_text("\n".join(parts), encoding="utf-8")
-    options = {t.name: {"title": t.title, "formats": dict(t.formats), "hidden": list(t.hidden)} for t in tables}
+    options = {
+        t.name: {"title": t.title, "formats": dict(t.formats), "hidden": list(t.hidden)}
+        for t in tables
+    }
     return {"title": title, "section": place, "text": text, "tables": options}
 
 
 def figure_section(name: str, place: str, findings: Findings, max_rows: int = 20) -> str:
-    """A figure's section of the report: picture, caption, and the tables that are short enough to read."""
+    """A figure's section of the report: picture, caption, and the tables that are short enough to
+    read.
+    """
     short = [table for table in findings.tables if len(table.rows) <= max_rows]
     long = [f"`{table.name}.csv`" for table in findings.tables if table not in short]
     title = findings.title
     parts = [f"## {title} ({place})\n", f"![{title}]({name}.png)\n", f"{findings.text.strip()}\n"]
-    return "\n".join([*parts, *map(_section, short), *([f"Further data: {', '.join(long)}.\n"] if long else [])])
+    return "\n".join(
+        [*parts, *map(_section, short), *([f"Further data: {', '.join(long)}.\n"] if long else [])]
+    )
 
 
 def _section(table: Table) -> str:
@@ -80,7 +119,8 @@ def save(
     endings: Sequence[str] = (".png",),
     style: Mapping[str, Any] | None = None,
 ) -> None:
-    """Draw once and write `path` + each ending, as PNG or SVG. The same drawing gives the same bytes.
+    """Draw once and write `path` + each ending, as PNG or SVG. The same drawing gives the same
+    bytes.
 
     `style`: rcParams that override matplotlib's defaults.
     """
@@ -89,7 +129,8 @@ def save(
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as MatplotlibFigure
 
-    # Ids in an SVG are random without a salt, and its text would be outlines. Ticks are 0.3, not 3 × 10⁻¹.
+    # Ids in an SVG are random without a salt, and its text would be outlines. Ticks are 0.3, not 3
+    # × 10⁻¹.
     fixed = {"svg.hashsalt": path.name, "svg.fonttype": "none", "axes.formatter.min_exponent": 4}
     with matplotlib.rc_context({**(style or {}), **fixed}):
         figure = MatplotlibFigure(figsize=size, layout="constrained")
@@ -107,8 +148,8 @@ def save(
 def _fix_layout(figure: Figure) -> None:
     """Compute the layout and round all positions.
 
-    The layout solver's last digits depend on memory addresses. They would change the ids in an SVG and move a line in
-    a PNG to a neighbouring pixel.
+    The layout solver's last digits depend on memory addresses. They would change the ids in an SVG
+    and move a line in a PNG to a neighbouring pixel.
     """
     from matplotlib.transforms import Bbox
 
@@ -126,7 +167,9 @@ def _fix_layout(figure: Figure) -> None:
 
 
 def min_max(cells: Iterable[Spread]) -> list[list[float]]:
-    """matplotlib's error bars: the distances from each mean down to the minimum and up to the maximum."""
+    """matplotlib's error bars: the distances from each mean down to the minimum and up to the
+    maximum.
+    """
     spreads = list(cells)
     return [[c - c.low for c in spreads], [c.high - c for c in spreads]]
 

@@ -1,8 +1,8 @@
 """Reference implementations of the quantization methods of the document's §10.1.
 
-Each takes W (O, I) and returns the dequantized weight Q (O, I) in fp32, with the bits per weight including scales.
-Methods that are calibrated on inputs X (N, I) take their Gram matrix G = XᵀX (I, I) and reduce the error of the output:
-‖(W − Q)Xᵀ‖² = tr (W − Q)G(W − Q)ᵀ.
+Each takes W (O, I) and returns the dequantized weight Q (O, I) in fp32, with the bits per weight
+including scales. Methods that are calibrated on inputs X (N, I) take their Gram matrix G = XᵀX (I,
+I) and reduce the error of the output: ‖(W − Q)Xᵀ‖² = tr (W − Q)G(W − Q)ᵀ.
 """
 
 import math
@@ -34,21 +34,31 @@ def as_dtype(weight: Tensor, dtype: torch.dtype) -> Rounded:
 
 
 def tf32(weight: Tensor) -> Rounded:
-    """Round to 10 of fp32's 23 mantissa bits, ties to even, as a tensor core does. It is stored as fp32."""
+    """Round to 10 of fp32's 23 mantissa bits, ties to even, as a tensor core does. It is stored as
+    fp32.
+    """
     bits = weight.float().contiguous().view(torch.int32)
     dropped = 13
     odd = (bits >> dropped) & 1
-    return Rounded(((bits + (1 << (dropped - 1)) - 1 + odd) >> dropped << dropped).view(torch.float32), 32)
+    return Rounded(
+        ((bits + (1 << (dropped - 1)) - 1 + odd) >> dropped << dropped).view(torch.float32), 32
+    )
 
 
 def fp8(weight: Tensor) -> Rounded:
-    """E4M3: 4 exponent and 3 mantissa bits, one fp32 scale per tensor that maps its largest magnitude to 448."""
+    """E4M3: 4 exponent and 3 mantissa bits, one fp32 scale per tensor that maps its largest
+    magnitude to 448.
+    """
     scale = _not_zero(weight.abs().max()) / E4M3_LARGEST
-    return Rounded((weight / scale).to(torch.float8_e4m3fn).float() * scale, 8 + 32 / weight.numel())
+    return Rounded(
+        (weight / scale).to(torch.float8_e4m3fn).float() * scale, 8 + 32 / weight.numel()
+    )
 
 
 def int8(weight: Tensor) -> Rounded:
-    """Absmax scaling per row to ±127 (LLM.int8(), Dettmers et al. 2022, §2), without outlier decomposition."""
+    """Absmax scaling per row to ±127 (LLM.int8(), Dettmers et al. 2022, §2), without outlier
+    decomposition.
+    """
     scale = _not_zero(weight.abs().amax(1, keepdim=True)) / 127
     return Rounded((weight / scale).round() * scale, 8 + 32 / weight.shape[1])
 
@@ -60,13 +70,19 @@ def normal_float(weight: Tensor, double: bool = False) -> Rounded:
 
 
 def ternary(weight: Tensor) -> Rounded:
-    """{-1, 0, 1} times the mean magnitude (BitNet b1.58, Ma et al. 2024, §2). Here without BitNet's training."""
+    """{-1, 0, 1} times the mean magnitude (BitNet b1.58, Ma et al. 2024, §2). Here without BitNet's
+    training.
+    """
     scale = _not_zero(weight.abs().mean())
-    return Rounded((weight / scale).round().clamp(-1, 1) * scale, math.log2(3) + 32 / weight.numel())
+    return Rounded(
+        (weight / scale).round().clamp(-1, 1) * scale, math.log2(3) + 32 / weight.numel()
+    )
 
 
 class Grid(NamedTuple):
-    """An asymmetric uniform grid of 2^bits levels per row of a group: scale·(code − zero), both (O, 1)."""
+    """An asymmetric uniform grid of 2^bits levels per row of a group: scale·(code − zero), both (O,
+    1).
+    """
 
     scale: Tensor
     zero: Tensor
@@ -74,8 +90,13 @@ class Grid(NamedTuple):
 
     @classmethod
     def of(cls, group: Tensor, bits: int) -> "Grid":
-        """The grid of a group (O, n), from its smallest to its largest weight. 0 is a level; scales are in fp16."""
-        low, high = group.amin(1, keepdim=True).clamp(max=0), group.amax(1, keepdim=True).clamp(min=0)
+        """The grid of a group (O, n), from its smallest to its largest weight. 0 is a level; scales
+        are in fp16.
+        """
+        low, high = (
+            group.amin(1, keepdim=True).clamp(max=0),
+            group.amax(1, keepdim=True).clamp(min=0),
+        )
         max_code = 2**bits - 1
         scale = _not_zero(((high - low) / max_code).half().float())
         return cls(scale, (-low / scale).round(), max_code)
@@ -94,17 +115,23 @@ def grouped_bits(bits: int, group: int) -> float:
 
 
 def nearest(weight: Tensor, bits: int, group: int) -> Rounded:
-    """Round each weight to the nearest level of its group of `group` inputs (at most the row's length)."""
+    """Round each weight to the nearest level of its group of `group` inputs (at most the row's
+    length).
+    """
     group = min(group, weight.shape[1])
-    parts = [Grid.of(part, bits).nearest(part) for part in torch.split(weight.float(), group, dim=1)]
+    parts = [
+        Grid.of(part, bits).nearest(part) for part in torch.split(weight.float(), group, dim=1)
+    ]
     return Rounded(torch.cat(parts, dim=1), grouped_bits(bits, group))
 
 
 def gptq(weight: Tensor, gram: Tensor, bits: int, group: int) -> Rounded:
-    """GPTQ (Frantar et al. 2023, §3.3): round column by column; the columns still to come compensate the error.
+    """GPTQ (Frantar et al. 2023, §3.3): round column by column; the columns still to come
+    compensate the error.
 
-    With G⁻¹ = UᵀU, U upper triangular, an error e in column i is compensated in column j by −e·Uᵢⱼ/Uᵢᵢ. A group's
-    grid is computed from its compensated weights when its first column is reached.
+    With G⁻¹ = UᵀU, U upper triangular, an error e in column i is compensated in column j by
+    −e·Uᵢⱼ/Uᵢᵢ. A group's grid is computed from its compensated weights when its first column is
+    reached.
     """
     columns = weight.shape[1]
     group = min(group, columns)
@@ -120,7 +147,9 @@ def gptq(weight: Tensor, gram: Tensor, bits: int, group: int) -> Rounded:
 
 
 def _inverse_root(gram: Tensor) -> Tensor:
-    """Upper triangular U (I, I) with UᵀU = (G + damping)⁻¹. The damping keeps it defined if inputs are always zero."""
+    """Upper triangular U (I, I) with UᵀU = (G + damping)⁻¹. The damping keeps it defined if inputs
+    are always zero.
+    """
     diagonal = gram.diagonal().mean().clamp(min=1e-30) * DAMPING
     damped = gram + diagonal * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
@@ -129,16 +158,18 @@ def _inverse_root(gram: Tensor) -> Tensor:
 
 
 def awq(weight: Tensor, gram: Tensor, bits: int, group: int) -> Rounded:
-    """AWQ (Lin et al. 2024, §3.2): scale up the columns of large inputs before rounding, Q(W·s)/s with s = |x|ᵃ.
+    """AWQ (Lin et al. 2024, §3.2): scale up the columns of large inputs before rounding, Q(W·s)/s
+    with s = |x|ᵃ.
 
-    The exponent a in [0, 1] is the one with the smallest output error. In a model 1/s is folded into the preceding
-    layer, so it takes no bits.
+    The exponent a in [0, 1] is the one with the smallest output error. In a model 1/s is folded
+    into the preceding layer, so it takes no bits.
     """
     magnitude = _not_zero(gram.diagonal().sqrt()).float()  # (I,)
     candidates = []
     for exponent in torch.linspace(0, 1, EXPONENTS):
         s = magnitude**exponent
-        s = s / (s.max() * s.min()).sqrt()  # as its authors' code: centered at 1, so that fp16 holds the groups' scales
+        # as its authors' code: centered at 1, so that fp16 holds the groups' scales
+        s = s / (s.max() * s.min()).sqrt()
         candidates.append(nearest(weight * s, bits, group).weight / s)
     best = min(candidates, key=lambda candidate: output_error(weight, candidate, gram))
     return Rounded(best, grouped_bits(bits, min(group, weight.shape[1])))
@@ -156,7 +187,9 @@ def _not_zero(scale: Tensor) -> Tensor:
 
 
 class Precision(NamedTuple):
-    """`document`: its row in the document's table, or None; `calculator`: its name in `lora calc`."""
+    """`document`: its row in the document's table, or None; `calculator`: its name in `lora
+    calc`.
+    """
 
     name: str
     document: str | None
@@ -165,7 +198,9 @@ class Precision(NamedTuple):
 
 
 def precisions(group: int) -> list[Precision]:
-    """From most to fewest bits. The document's INT4 is GPTQ and AWQ; rounding to nearest is added."""
+    """From most to fewest bits. The document's INT4 is GPTQ and AWQ; rounding to nearest is
+    added.
+    """
     return [
         Precision("FP32", "FP32", "fp32", lambda w, _: as_dtype(w, torch.float32)),
         Precision("TF32", "TF32", "tf32", lambda w, _: tf32(w)),
@@ -193,7 +228,9 @@ def four_bit_codes(weight: Tensor, group: int) -> dict[str, Tensor]:
 
 
 def entropy(codes: Tensor) -> float:
-    """The Shannon entropy of the codes in bits; at most log2 of their number, if all are equally frequent."""
+    """The Shannon entropy of the codes in bits; at most log2 of their number, if all are equally
+    frequent.
+    """
     counts = torch.bincount(codes.flatten().int())
     shares = counts[counts > 0].double() / codes.numel()
     return -float((shares * shares.log2()).sum())

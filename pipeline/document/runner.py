@@ -1,7 +1,9 @@
-"""The work of studies and figures, and the runs of other stages inside it: the stages' own code, with other settings.
+"""The work of studies and figures, and the runs of other stages inside it: the stages' own code,
+with other settings.
 
-Each run has its own folder below the study's run folder, so a study that was killed resumes at the run it was in.
-The stages themselves are imported where a run starts, since the declarations in a study's file are read without torch.
+Each run has its own folder below the study's run folder, so a study that was killed resumes at the
+run it was in. The stages themselves are imported where a run starts, since the declarations in a
+study's file are read without torch.
 """
 
 import hashlib
@@ -47,10 +49,13 @@ def run(job: Job) -> Generator[Event, None, Facts]:
 
 
 def run_study(job: Job) -> Generator[Event, None, Facts]:
-    """The work of each study's stage: measure, then write tables, picture and report. Raises UserError."""
+    """The work of each study's stage: measure, then write tables, picture and report. Raises
+    UserError.
+    """
     module = import_module(job.stage.module)
     findings = yield from module.measure(job, job.project.section(job.stage))
-    delete_runs(job)  # all is measured, and the runs' checkpoints are larger than the artifacts of all studies
+    # all is measured, and the runs' checkpoints are larger than the artifacts of all studies
+    delete_runs(job)
     return write_study(job, module.PLACE, findings)
 
 
@@ -67,7 +72,12 @@ def run_figures(job: Job) -> Generator[Event, None, Facts]:
         save(job.out / name, findings.draw, findings.size, (".png", ".svg"), PRINT)
         sections.append(figure_section(name, module.PLACE, findings))
         files = [f"{name}.png", f"{name}.svg", *(f"{table.name}.csv" for table in findings.tables)]
-        facts[name] = {"place": module.PLACE, "title": findings.title, "shows": findings.shows, "files": files}
+        facts[name] = {
+            "place": module.PLACE,
+            "title": findings.title,
+            "shows": findings.shows,
+            "files": files,
+        }
         yield Progress(number, len(every), name)
     (job.out / REPORT).write_text("\n".join(sections), encoding="utf-8")
     return {"figures": facts}
@@ -94,11 +104,15 @@ class Run:
 
 
 def sweep_run(name: str, base: FinetuneLora, *grids: Mapping[str, Iterable[Any]]) -> Run:
-    """A run that trains an adapter for each combination of a grid's values in one pass, each in a subfolder.
+    """A run that trains an adapter for each combination of a grid's values in one pass, each in a
+    subfolder.
 
-    A study measures its adapters itself, so their divergence on the project's `evaluate.old_data` is not.
+    A study measures its adapters itself, so their divergence on the project's `evaluate.old_data`
+    is not.
     """
-    values = FinetuneSweep(grid=tuple({key: tuple(options) for key, options in grid.items()} for grid in grids))
+    values = FinetuneSweep(
+        grid=tuple({key: tuple(options) for key, options in grid.items()} for grid in grids)
+    )
     sections = {"finetune_lora": base, "finetune_sweep": values, "evaluate": Evaluate()}
     return Run(name, "finetune_sweep", sections)
 
@@ -106,7 +120,12 @@ def sweep_run(name: str, base: FinetuneLora, *grids: Mapping[str, Iterable[Any]]
 def full_runs(name: str, settings: FinetuneFull, seeds: Sequence[int]) -> list[Run]:
     """Full fine-tuning with each seed."""
     return [
-        Run(f"{name}, seed {n}", "finetune_full", {"finetune_full": structs.replace(settings, seed=n)}) for n in seeds
+        Run(
+            f"{name}, seed {n}",
+            "finetune_full",
+            {"finetune_full": structs.replace(settings, seed=n)},
+        )
+        for n in seeds
     ]
 
 
@@ -126,7 +145,11 @@ class Method:
         """The stage's training with one seed; `more` overrides further keys of its section."""
         base = params.section(self.stage)
         changes = {"learning_rate": base.learning_rate * self.faster, **self.changes, **more}
-        return Run(f"{name}, seed {seed}", self.stage, {self.stage: structs.replace(base, seed=seed, **changes)})
+        return Run(
+            f"{name}, seed {seed}",
+            self.stage,
+            {self.stage: structs.replace(base, seed=seed, **changes)},
+        )
 
 
 LORA = "finetune_lora"
@@ -139,16 +162,21 @@ METHODS = {
     "LoRA, matrices alone": Method(LORA, {"train_embeddings": "none"}, "lora"),
     "QLoRA": Method(LORA, {"quantization": "nf4-dq"}, "lora"),
     "DoRA": Method(LORA, {"dora": True}, "lora"),
-    "LoRA+": Method(LORA, {"loraplus_ratio": 16.0}, "lora"),  # B has the higher rate, as in the paper
-    "LoRA+, A faster": Method(LORA, {"loraplus_ratio": 1 / 16}, "lora"),  # B has the lower rate, as in the document
-    "LoRA+, A 16 × faster": Method(LORA, {"loraplus_ratio": 1 / 16}, "lora", 16.0),  # B has LoRA's rate, all else 16 ×
+    # B has the higher rate, as in the paper
+    "LoRA+": Method(LORA, {"loraplus_ratio": 16.0}, "lora"),
+    # B has the lower rate, as in the document
+    "LoRA+, A faster": Method(LORA, {"loraplus_ratio": 1 / 16}, "lora"),
+    # B has LoRA's rate, all else 16 ×
+    "LoRA+, A 16 × faster": Method(LORA, {"loraplus_ratio": 1 / 16}, "lora", 16.0),
     "prefix tuning": Method("finetune_prefix", {}, "prefix"),
     "prompt tuning": Method("finetune_prompt", {}, "prompt"),
 }
 
 
 class Trained(NamedTuple):
-    """A checkpoint or an adapter in `folder`, the name of its run, and the section it was trained with."""
+    """A checkpoint or an adapter in `folder`, the name of its run, and the section it was trained
+    with.
+    """
 
     run: str
     settings: Any
@@ -164,7 +192,9 @@ class Trained(NamedTuple):
 
 
 def by(key: Callable[[Result], Key], items: Sequence[Result]) -> dict[Key, list[Result]]:
-    """The items in groups with the same key, such as one setting's runs over the seeds, in the order of the items."""
+    """The items in groups with the same key, such as one setting's runs over the seeds, in the
+    order of the items.
+    """
     groups: dict[Key, list[Result]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -174,11 +204,12 @@ def by(key: Callable[[Result], Key], items: Sequence[Result]) -> dict[Key, list[
 def train(
     job: Job, runs: Sequence[Run], resume: bool = True, diverging: bool = False
 ) -> Generator[Event, None, list[Trained]]:
-    """Train the runs. Returns a checkpoint or adapter for each, and one for each combination of a sweep's grid.
+    """Train the runs. Returns a checkpoint or adapter for each, and one for each combination of a
+    sweep's grid.
 
-    Without `resume` an unfinished run starts from the beginning, so that its telemetry covers all steps. With
-    `diverging` a run with a non-finite loss is omitted instead of raising NotFinite; so is an adapter of a sweep,
-    always. Raises UserError as the stages do.
+    Without `resume` an unfinished run starts from the beginning, so that its telemetry covers all
+    steps. With `diverging` a run with a non-finite loss is omitted instead of raising NotFinite; so
+    is an adapter of a sweep, always. Raises UserError as the stages do.
     """
     from pipeline.training.loop import NotFinite
 
@@ -197,23 +228,34 @@ def train(
                 continue
         if run.stage == "finetune_sweep":
             each = variants(run.sections["finetune_lora"], run.sections["finetune_sweep"]).items()
-            made += [Trained(run.name, lora, part.out / name) for name, lora in each if (part.out / name).is_dir()]
+            made += [
+                Trained(run.name, lora, part.out / name)
+                for name, lora in each
+                if (part.out / name).is_dir()
+            ]
         else:
             made.append(Trained(run.name, run.sections[run.stage], part.out))
     return made
 
 
 def wider_base(job: Job, shape: Pretrain) -> Generator[Event, None, Job]:
-    """Pretrain and expand a base of another shape. Returns a job whose runs start from it. Raises UserError.
+    """Pretrain and expand a base of another shape. Returns a job whose runs start from it. Raises
+    UserError.
 
-    It is a project of its own in the run's folder, so what is finished there is not made again after a kill.
+    It is a project of its own in the run's folder, so what is finished there is not made again
+    after a kill.
     """
     from pipeline.project.runner import run
 
     expand = job.project.params.expand_vocab
-    words, audit = tuple(str(job.path(name)) for name in expand.data), str(job.path(expand.audit_data))
+    words, audit = (
+        tuple(str(job.path(name)) for name in expand.data),
+        str(job.path(expand.audit_data)),
+    )
     sections = {
-        "pretrain": structs.replace(shape, data=change_paths(shape.data, lambda name: str(job.path(name)))),
+        "pretrain": structs.replace(
+            shape, data=change_paths(shape.data, lambda name: str(job.path(name)))
+        ),
         "expand_vocab": structs.replace(expand, data=words, audit_data=audit),
     }
     project = Project(job.run / PARTS / "wider base", job.project.params.replaced(sections), GRAPH)
@@ -231,14 +273,17 @@ def checkpoints(
     measure: "Callable[[LoadedModel], Result]",
     begin: "Callable[[CausalLM], None] | None" = None,
 ) -> Generator[Event, None, dict[int, Result]]:
-    """Train and measure the model after some steps. Returns step → result of `measure`; step 0 is before training.
+    """Train and measure the model after some steps. Returns step → result of `measure`; step 0 is
+    before training.
 
-    `steps_of` gives the steps; training ends after the last. `begin` changes the model before all steps. It never
-    resumes, since results of earlier steps would be lost. Raises UserError as the stage does.
+    `steps_of` gives the steps; training ends after the last. `begin` changes the model before all
+    steps. It never resumes, since results of earlier steps would be lost. Raises UserError as the
+    stage does.
     """
     from pipeline.training.loop import train as train_steps
 
-    part = replace(_part(job, run), checkpoint_every=2**31)  # none: it starts from the beginning each time
+    # none: it starts from the beginning each time
+    part = replace(_part(job, run), checkpoint_every=2**31)
     shutil.rmtree(part.run, ignore_errors=True)
     part.out.mkdir(parents=True)
     with _add_run_to_error(job, run):
@@ -249,7 +294,8 @@ def checkpoints(
         results = {0: measure(loaded)} if 0 in wanted else {}
         for event in train_steps(part, task) if last else ():
             if isinstance(event, Progress):
-                if event.done > last:  # one step further, so that a signal during the last measurement is handled
+                # one step further, so that a signal during the last measurement is handled
+                if event.done > last:
                     break
                 if event.done in wanted:
                     model.eval()
@@ -258,8 +304,11 @@ def checkpoints(
     return results
 
 
-def train_with(job: Job, run: Run, optimizer_of: "Callable[[Any, Any], Any]") -> Generator[Event, None, "LoadedModel"]:
-    """Train a run with another optimizer: `optimizer_of(model, settings)` → a FlatOptimizer. Nothing is saved.
+def train_with(
+    job: Job, run: Run, optimizer_of: "Callable[[Any, Any], Any]"
+) -> Generator[Event, None, "LoadedModel"]:
+    """Train a run with another optimizer: `optimizer_of(model, settings)` → a FlatOptimizer.
+    Nothing is saved.
 
     Raises UserError as the stage does.
     """
@@ -273,7 +322,8 @@ def train_with(job: Job, run: Run, optimizer_of: "Callable[[Any, Any], Any]") ->
                 pass
         except Diverged as diverged:
             raise NotFinite(
-                f"the loss is not finite at step {diverged.number + 1}. Lower {job.stage.name}.learning_rate."
+                f"the loss is not finite at step {diverged.number + 1}. Lower "
+                f"{job.stage.name}.learning_rate."
             ) from None
     loaded.model.eval()
     return loaded
@@ -288,7 +338,9 @@ def _prepare(part: Job, run: Run) -> "Generator[Event, None, tuple[TrainingTask,
     learner = yield from prepare(part)
     base = learner.base
     move_for_inference(base.model)  # it is measured before its first step too
-    return learner.task, LoadedModel(run.name, base.model, base.tokenizer, part.project.artifact("expand_vocab"))
+    return learner.task, LoadedModel(
+        run.name, base.model, base.tokenizer, part.project.artifact("expand_vocab")
+    )
 
 
 def drain(events: Generator[Event, None, Result]) -> Result:
@@ -320,8 +372,14 @@ def _part(job: Job, run: Run) -> Job:
     stage = GRAPH.stages[run.stage]
     project = replace(job.project, params=job.project.params.replaced(run.sections))
     folder = job.run / PARTS / run.name
-    own = {"kind": stage.kind, "method": stage.method, "stage": stage.name, "params": project.stage_params(stage)}
-    facts = {**job.input_facts, **own}  # so a run is made again if code, inputs or settings changed after a kill
+    own = {
+        "kind": stage.kind,
+        "method": stage.method,
+        "stage": stage.name,
+        "params": project.stage_params(stage),
+    }
+    # so a run is made again if code, inputs or settings changed after a kill
+    facts = {**job.input_facts, **own}
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return Job(project, stage, folder / "made", folder, key, job.checkpoint_every, facts)
 
@@ -335,7 +393,9 @@ def _is_finished(part: Job) -> bool:
 
 
 def _train_run(part: Job, run: Run, number: int, count: int) -> Generator[Event, None, None]:
-    """Run the stage and seal its artifact. Progress is scaled to the study; only notes on resuming are kept."""
+    """Run the stage and seal its artifact. Progress is scaled to the study; only notes on resuming
+    are kept.
+    """
     shutil.rmtree(part.out, ignore_errors=True)
     part.out.mkdir(parents=True)
     work = part.stage.run(part)
@@ -346,7 +406,10 @@ def _train_run(part: Job, run: Run, number: int, count: int) -> Generator[Event,
             artifact.seal(part.out, {**part.input_facts, "key": part.key, **stop.value})
             return
         if isinstance(event, Progress):
-            # As if each run of the study had as many steps as this one: the others' numbers are not known yet.
-            yield Progress(number * event.total + event.done, count * event.total, f"{run.name}  {event.text}")
+            # As if each run of the study had as many steps as this one: the others' numbers are not
+            # known yet.
+            yield Progress(
+                number * event.total + event.done, count * event.total, f"{run.name}  {event.text}"
+            )
         elif "resumed" in event.text:
             yield Note(f"{run.name}, {event.text}")

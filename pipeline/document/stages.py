@@ -1,4 +1,6 @@
-"""The document's stages: studies, figures and claims. They measure the artifacts of the product's stages."""
+"""The document's stages: studies, figures and claims. They measure the artifacts of the product's
+stages.
+"""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -21,13 +23,16 @@ def find_studies() -> dict[str, ModuleType]:
         return [int(number) for number in first.removeprefix("§").split(".")]
 
     found = {
-        module.name: import_module(f"{studies.__name__}.{module.name}") for module in iter_modules(studies.__path__)
+        module.name: import_module(f"{studies.__name__}.{module.name}")
+        for module in iter_modules(studies.__path__)
     }
     return dict(sorted(found.items(), key=order))
 
 
 class Claims(Section, frozen=True, kw_only=True):
-    """The document's claims beside what was measured: no settings; `claims: {}` in params.yaml adds the stage."""
+    """The document's claims beside what was measured: no settings; `claims: {}` in params.yaml adds
+    the stage.
+    """
 
 
 MEASUREMENTS: tuple[Stage, ...] = (*(study.STAGE for study in find_studies().values()), FIGURES)

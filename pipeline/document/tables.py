@@ -1,7 +1,7 @@
 """Tables of measurements: written and read as CSV, shown in the terminal and as Markdown.
 
-A quantity measured with several seeds is a `Spread`: three columns x, x_low and x_high in the file, one cell "x ±y" on
-display.
+A quantity measured with several seeds is a `Spread`: three columns x, x_low and x_high in the file,
+one cell "x ±y" on display.
 """
 
 import csv
@@ -19,7 +19,9 @@ TIME = "time"
 
 
 class Spread(float):
-    """A quantity over several runs, such as seeds: the number is their mean, with the extremes `low` and `high`."""
+    """A quantity over several runs, such as seeds: the number is their mean, with the extremes
+    `low` and `high`.
+    """
 
     low: float
     high: float
@@ -39,10 +41,15 @@ class Spread(float):
 
 
 def spreads(names: Sequence[str], by_seed: Sequence[Sequence[float]]) -> dict[str, "Cell"]:
-    """Name → Spread over the seeds of one tuple of numbers each; empty cells if there are none, as all diverged."""
+    """Name → Spread over the seeds of one tuple of numbers each; empty cells if there are none, as
+    all diverged.
+    """
     if not by_seed:
         return dict.fromkeys(names)
-    return {name: Spread.of(values) for name, values in zip(names, zip(*by_seed, strict=True), strict=True)}
+    return {
+        name: Spread.of(values)
+        for name, values in zip(names, zip(*by_seed, strict=True), strict=True)
+    }
 
 
 Cell = str | int | float | bool | None  # a float may be a Spread
@@ -53,8 +60,8 @@ Row = Mapping[str, Any]  # column → cell; readers know a column's type
 class Table:
     """One or more rows with the same columns. `name` is the file's name without .csv.
 
-    `formats`: column → format of its numbers, such as ".0%" (default: four digits). `hidden`: columns that are in the
-    file but not shown.
+    `formats`: column → format of its numbers, such as ".0%" (default: four digits). `hidden`:
+    columns that are in the file but not shown.
     """
 
     name: str
@@ -71,12 +78,17 @@ class Table:
     def heads(self) -> dict[str, bool]:
         """Heading of each column shown → whether the column is numeric."""
         names = [name for name in self.columns if name not in self.hidden]
-        return {n.replace("_", " "): not any(isinstance(row[n], str) for row in self.rows) for n in names}
+        return {
+            n.replace("_", " "): not any(isinstance(row[n], str) for row in self.rows)
+            for n in names
+        }
 
     def shown(self) -> list[list[str]]:
         """The rows as text, without hidden columns."""
         names = [name for name in self.columns if name not in self.hidden]
-        return [[shown(row[name], self.formats.get(name, "")) for name in names] for row in self.rows]
+        return [
+            [shown(row[name], self.formats.get(name, "")) for name in names] for row in self.rows
+        ]
 
     def markdown(self) -> str:
         """The table as Markdown, numbers right-aligned."""
@@ -84,9 +96,17 @@ class Table:
         return markdown((list(self.heads), alignments, *self.shown()))
 
     def write(self, folder: Path) -> None:
-        """Write `name`.csv, numbers with six digits. Columns with a Spread get `_low` and `_high` beside them."""
-        spreads = {name for row in self.rows for name, cell in row.items() if isinstance(cell, Spread)}
-        columns = [name + end for name in self.columns for end in (("", LOW, HIGH) if name in spreads else ("",))]
+        """Write `name`.csv, numbers with six digits. Columns with a Spread get `_low` and `_high`
+        beside them.
+        """
+        spreads = {
+            name for row in self.rows for name, cell in row.items() if isinstance(cell, Spread)
+        }
+        columns = [
+            name + end
+            for name in self.columns
+            for end in (("", LOW, HIGH) if name in spreads else ("",))
+        ]
         with (folder / f"{self.name}.csv").open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(columns)
@@ -115,7 +135,9 @@ def shown(cell: Cell, form: str = "") -> str:
     if isinstance(cell, bool):
         return "yes" if cell else "no"
     if isinstance(cell, Spread):
-        mean, deviation = (f"{value:{form or '.3g'}}" for value in (cell, max(cell.high - cell, cell - cell.low)))
+        mean, deviation = (
+            f"{value:{form or '.3g'}}" for value in (cell, max(cell.high - cell, cell - cell.low))
+        )
         return mean if float(deviation.rstrip("%")) == 0 else f"{mean} ±{deviation.rstrip('%')}"
     return f"{cell:{form or (',' if isinstance(cell, int) else '.4g')}}"
 
@@ -126,8 +148,12 @@ def markdown(lines: Iterable[Sequence[str]]) -> str:
 
 
 def times(rows: Sequence[Row]) -> Table:
-    """The table TIME of a run's folder. It is not part of the artifact, since seconds differ from run to run."""
-    return Table(TIME, "Time on this machine", rows, {"steps": ".0f", "seconds": ".2f", "ms_a_step": ".2f"})
+    """The table TIME of a run's folder. It is not part of the artifact, since seconds differ from
+    run to run.
+    """
+    return Table(
+        TIME, "Time on this machine", rows, {"steps": ".0f", "seconds": ".2f", "ms_a_step": ".2f"}
+    )
 
 
 def read_table(path: Path) -> list[dict[str, Cell]]:
@@ -153,14 +179,19 @@ def read_table(path: Path) -> list[dict[str, Cell]]:
 
 
 def described(path: Path) -> Table:
-    """The table in a file, with the title and the formats that the manifest beside it has. Raises UserError."""
+    """The table in a file, with the title and the formats that the manifest beside it has. Raises
+    UserError.
+    """
     rows = read_table(path)
     if not rows:
         raise UserError(f"{path} has no rows. Make it again.")
     try:
         about = read_manifest(path.parent)["tables"][path.stem]
-        return Table(path.stem, str(about["title"]), rows, dict(about["formats"]), list(about["hidden"]))
-    except (UserError, KeyError, TypeError, ValueError):  # that of a figure or of a model describes no tables
+        return Table(
+            path.stem, str(about["title"]), rows, dict(about["formats"]), list(about["hidden"])
+        )
+    # that of a figure or of a model describes no tables
+    except (UserError, KeyError, TypeError, ValueError):
         return Table(path.stem, path.stem.replace("_", " "), rows)
 
 

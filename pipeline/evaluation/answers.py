@@ -20,8 +20,8 @@ MAX_NEW_TOKENS = 64
 class Answers:
     """The tasks, and what every model has answered so far; the first one is the base.
 
-    `templated`: whether a plain prompt is asked in the model's chat template, if it has one and the task's `chat` does
-    not say.
+    `templated`: whether a plain prompt is asked in the model's chat template, if it has one and the
+    task's `chat` does not say.
     """
 
     def __init__(self, tasks: Sequence[Task], templated: bool) -> None:
@@ -29,11 +29,13 @@ class Answers:
         self._base: dict[str, Sequence[Scores]] = {}
         # task → of each example the prompt, and each model's answer
         self._rows: dict[str, list[dict[str, Any]]] = {
-            task.name: [{"prompt": example.prompt, "answers": {}} for example in task.examples] for task in tasks
+            task.name: [{"prompt": example.prompt, "answers": {}} for example in task.examples]
+            for task in tasks
         }
 
     def add(self, loaded: LoadedModel) -> dict[str, Any]:
-        """Ask a model. Returns its part of metrics.json: task → scores, and differences from the base's.
+        """Ask a model. Returns its part of metrics.json: task → scores, and differences from the
+        base's.
 
         Raises UserError.
         """
@@ -61,7 +63,8 @@ class Answers:
 def ask(loaded: LoadedModel, task: Task, templated: bool = False) -> list[Any]:
     """Each example's answer: the generated text, or for choices their log-likelihoods in nats.
 
-    None stands for what a word-level model cannot read or write. `templated`: as of `Answers`. Raises UserError.
+    None stands for what a word-level model cannot read or write. `templated`: as of `Answers`.
+    Raises UserError.
     """
     tokenizer, choices = loaded.tokenizer, task.kind.choices
     as_turns = templated and tokenizer.has_template and "chat" not in task.options
@@ -71,7 +74,9 @@ def ask(loaded: LoadedModel, task: Task, templated: bool = False) -> list[Any]:
     for n in readable:
         _refuse_long(loaded, prompts[n], texts[n], task.examples[n].location)
     if choices:
-        scored = iter(score_answers(loaded, [(prompts[n], text) for n in readable for text in texts[n]]))
+        scored = iter(
+            score_answers(loaded, [(prompts[n], text) for n in readable for text in texts[n]])
+        )
         by_example = {n: [next(scored).log_probability for _ in texts[n]] for n in readable}
         return [by_example.get(n, [None] * len(texts[n])) for n in range(len(prompts))]
     limit, stops = task.options.get("max_new_tokens", MAX_NEW_TOKENS), task.options.get("stop", ())
@@ -88,12 +93,16 @@ def _text(prompt: str | Messages, tokenizer: Tokenizer, as_turns: bool) -> str:
 
 
 def _refuse_long(loaded: LoadedModel, prompt: str, choices: Sequence[str], location: str) -> None:
-    """Raises UserError if the prompt, with its longest choice, has more tokens than the model takes."""
+    """Raises UserError if the prompt, with its longest choice, has more tokens than the model
+    takes.
+    """
     try:
         length = len(encode(loaded, prompt))
     except UserError as error:
         raise UserError(f"{location}: {error}") from None
-    longest = max((len(loaded.tokenizer.continuation(prompt, choice)) for choice in choices), default=0)
+    longest = max(
+        (len(loaded.tokenizer.continuation(prompt, choice)) for choice in choices), default=0
+    )
     if length + longest > loaded.model.max_length:
         raise UserError(
             f"{location}: prompt and choice have {length + longest} tokens; {loaded.name} takes "
@@ -110,15 +119,17 @@ def score(task: Task, answers: Sequence[Any]) -> list[Scores]:
 
 
 def summary(scores: Sequence[Scores], base: Sequence[Scores] | None) -> dict[str, Any]:
-    """For metrics.json: the mean score with its interval, and the paired difference from the base's; likewise what else
-    the kind measures, under its name.
+    """For metrics.json: the mean score with its interval, and the paired difference from the
+    base's; likewise what else the kind measures, under its name.
     """
     measured: dict[str, Any] = {}
     for key in scores[0]:
         values = [each[key] for each in scores]
         numbers: dict[str, Any] = _mean(values)
         if base is not None:
-            numbers["difference"] = _mean([value - each[key] for value, each in zip(values, base, strict=True)])
+            numbers["difference"] = _mean(
+                [value - each[key] for value, each in zip(values, base, strict=True)]
+            )
         measured |= {**numbers, "n": len(scores)} if key == "score" else {key: numbers}
     return measured
 

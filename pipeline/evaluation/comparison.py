@@ -1,4 +1,6 @@
-"""What an evaluation measured, as the tables of its report, of `lora report` and of the Results screen."""
+"""What an evaluation measured, as the tables of its report, of `lora report` and of the Results
+screen.
+"""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -11,49 +13,73 @@ from pipeline.inference.catalog import measured_of
 from pipeline.project.stage_graph import Project, Stage
 
 COLUMNS = (  # of the comparison, in two lines each; sizes follow, with their unit
-    *("trained\nparams", "share\nof all", "answers\nas data", "new\nloss", "new\ncompleted", "old\nloss"),
+    *(
+        "trained\nparams",
+        "share\nof all",
+        "answers\nas data",
+        "new\nloss",
+        "new\ncompleted",
+        "old\nloss",
+    ),
     *("old loss\nchange", "KL from\nbase", "answers\nkept", "prefers\nchosen"),
 )
 LEGEND = (  # a heading, and the line that explains it
-    ("answers\nas data", "answers as data: sample answers that are as expected; of long texts their ROUGE-L."),
-    ("new\nloss", "new: the sentences trained on, or held out from training. loss: nats per token."),
+    (
+        "answers\nas data",
+        "answers as data: sample answers that are as expected; of long texts their ROUGE-L.",
+    ),
+    (
+        "new\nloss",
+        "new: the sentences trained on, or held out from training. loss: nats per token.",
+    ),
     ("new\ncompleted", "completed: new sentences finished word for word."),
     ("old\nloss", "old: texts that were not trained on now. change: against the base."),
     ("KL from\nbase", "KL: of the next-token predictions, on old sentences."),
     ("answers\nkept", "answers kept: old next-token first choices that are still the base's."),
-    ("prefers\nchosen", "prefers chosen: held-out pairs whose chosen answer is likelier per token, before → after."),
+    (
+        "prefers\nchosen",
+        "prefers chosen: held-out pairs whose chosen answer is likelier per token, before → after.",
+    ),
     ("", "size: weights to store; an adapter's beside one copy of its base."),
 )
 MISSING = "–"
 TASK_COLUMNS = ("task", "model", "score", "95% interval", "change", "its interval", "n")
 TASKS = (
-    "score: mean over the n examples, from 0 to 1. change: from the base's, example\nby example. Intervals: bootstrap."
+    "score: mean over the n examples, from 0 to 1. change: from the base's, example\nby example. "
+    "Intervals: bootstrap."
 )
 UNITS = ((10**9, "GB"), (10**6, "MB"), (1000, "kB"))
 
 
 def stages_by_variant(project: Project) -> dict[str, Stage]:
     """The stage that made each of the project's variants, with its title and look."""
-    return {name: project.readable[adapter or base] for name, (base, adapter) in project.variants.items()}
+    return {
+        name: project.readable[adapter or base]
+        for name, (base, adapter) in project.variants.items()
+    }
 
 
 def beside(project: Project, metrics: Mapping[str, Any]) -> dict[Stage, dict[str, Any]]:
-    """Trained models that an evaluation's `metrics` lack: the numbers that training, or another evaluation, measured.
+    """Trained models that an evaluation's `metrics` lack: the numbers that training, or another
+    evaluation, measured.
 
-    They are those that were made since, and adapters without a section in the params file, which `--set` made.
+    They are those that were made since, and adapters without a section in the params file, which
+    `--set` made.
     """
     models: dict[Stage, dict[str, Any]] = {}
     for stage in project.graph.product.values():
         read = stage.name in project.readable or stage.kind == "adapter"
         if stage.look and stage.variant and stage.variant not in metrics and read:
             folder = project.artifact(stage.name)
-            with suppress(UserError, KeyError, TypeError, ZeroDivisionError):  # not made yet, or of another version
+            # not made yet, or of another version
+            with suppress(UserError, KeyError, TypeError, ZeroDivisionError):
                 models[stage] = {**cost(folder, True), **measured_of(folder)}
     return models
 
 
 def cost(folder: Path, trained: bool) -> dict[str, Any]:
-    """What an artifact's manifest has of parameters and preferences, and the size of its weights on disk.
+    """What an artifact's manifest has of parameters and preferences, and the size of its weights on
+    disk.
 
     `trained`: whether a method made it, which has trained parameters to count. Raises UserError.
     """
@@ -81,10 +107,21 @@ def by_variant(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def task_scores(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and a row of texts for each task and variant, for report and terminal; no rows without tasks."""
+    """Headings and a row of texts for each task and variant, for report and terminal; no rows
+    without tasks.
+    """
     rows = [
-        [task, variant, f"{scores['score']:.3f}", _interval(scores), *_difference(scores), f"{scores['n']:,}"]
-        for task in dict.fromkeys(task for numbers in metrics.values() for task in numbers.get("tasks", {}))
+        [
+            task,
+            variant,
+            f"{scores['score']:.3f}",
+            _interval(scores),
+            *_difference(scores),
+            f"{scores['n']:,}",
+        ]
+        for task in dict.fromkeys(
+            task for numbers in metrics.values() for task in numbers.get("tasks", {})
+        )
         for variant, numbers in metrics.items()
         if task in numbers.get("tasks", {})
         for scores in (numbers["tasks"][task],)
@@ -94,7 +131,9 @@ def task_scores(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
 
 def _difference(scores: Mapping[str, Any]) -> tuple[str, str]:
     difference = scores.get("difference")
-    return (f"{difference['score']:+.3f}", _interval(difference, "+")) if difference else (MISSING, "")
+    return (
+        (f"{difference['score']:+.3f}", _interval(difference, "+")) if difference else (MISSING, "")
+    )
 
 
 def _interval(numbers: Mapping[str, Any], sign: str = "") -> str:
@@ -102,13 +141,17 @@ def _interval(numbers: Mapping[str, Any], sign: str = "") -> str:
 
 
 def comparison(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and a row of texts for each variant: what was learned, what was forgotten, for report and terminal.
+    """Headings and a row of texts for each variant: what was learned, what was forgotten, for
+    report and terminal.
 
     A column that was measured of no variant is left out.
     """
     largest = max((numbers["bytes"] for numbers in metrics.values()), default=0)
     unit, name = next((pair for pair in UNITS if largest >= 10 * pair[0]), UNITS[-1])
-    rows = [[variant, *_cells(numbers), f"{numbers['bytes'] / unit:,.0f}"] for variant, numbers in metrics.items()]
+    rows = [
+        [variant, *_cells(numbers), f"{numbers['bytes'] / unit:,.0f}"]
+        for variant, numbers in metrics.items()
+    ]
     columns = ["model", *COLUMNS, f"size\n({name})"]
     shown = [n for n in range(len(columns)) if any(row[n] != MISSING for row in rows)]
     return [columns[n] for n in shown], [[row[n] for n in shown] for row in rows]
@@ -120,9 +163,18 @@ def legend(columns: Sequence[str]) -> str:
 
 
 def certified(metrics: Mapping[str, Any]) -> list[str]:
-    """A line for each variant whose numbers are another's, as its certificate says that both answer alike."""
-    copies = {name: numbers["measured_as"] for name, numbers in metrics.items() if "measured_as" in numbers}
-    return [f"{name}: the numbers of {other}, by the certificate of the merge." for name, other in copies.items()]
+    """A line for each variant whose numbers are another's, as its certificate says that both answer
+    alike.
+    """
+    copies = {
+        name: numbers["measured_as"]
+        for name, numbers in metrics.items()
+        if "measured_as" in numbers
+    }
+    return [
+        f"{name}: the numbers of {other}, by the certificate of the merge."
+        for name, other in copies.items()
+    ]
 
 
 def _cells(numbers: Mapping[str, Any]) -> list[str]:
@@ -132,12 +184,16 @@ def _cells(numbers: Mapping[str, Any]) -> list[str]:
         f"{numbers['trainable_percent']:.1f}%" if trained else MISSING,
         _answers(numbers.get("answers", {})),
         f"{numbers['new_loss']:.3f}" if "new_loss" in numbers else MISSING,
-        f"{numbers['new_completed']}/{numbers['new_sentences']}" if "new_completed" in numbers else MISSING,
+        f"{numbers['new_completed']}/{numbers['new_sentences']}"
+        if "new_completed" in numbers
+        else MISSING,
         f"{numbers['old_loss']:.3f}" if forgetting else MISSING,
         f"{forgetting['loss_rise']:+.3f}" if forgetting else MISSING,
         f"{forgetting['divergence']:.3f}" if forgetting else MISSING,
         f"{forgetting['answers_kept']:.0%}" if forgetting else MISSING,
-        " → ".join(f"{preferences[when]['accuracy']:.0%}" for when in ("before", "after")) if preferences else MISSING,
+        " → ".join(f"{preferences[when]['accuracy']:.0%}" for when in ("before", "after"))
+        if preferences
+        else MISSING,
     ]
 
 

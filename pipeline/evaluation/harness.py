@@ -1,4 +1,6 @@
-"""Runs tasks of lm-evaluation-harness (Gao et al., `lm-eval`) on models of this project, one after the other."""
+"""Runs tasks of lm-evaluation-harness (Gao et al., `lm-eval`) on models of this project, one after
+the other.
+"""
 
 import logging
 import math
@@ -18,14 +20,16 @@ from pipeline.errors import UserError, first_line, is_out_of_memory, require
 from pipeline.inference.model_pool import ModelPool
 from pipeline.project.params.aliases import suggest
 
-SEEDS = 0, 1234  # lm-eval's own for `random`, and for numpy and few-shot examples: other seeds choose other examples
+# lm-eval's own for `random`, and for numpy and few-shot examples: other seeds choose other examples
+SEEDS = 0, 1234
 Folders = Mapping[str, tuple[Path, Path | None]]  # name → base and adapter
 
 
 @dataclass(frozen=True)
 class HarnessOptions:
-    """`tasks`: names, or YAML files. `include_path`: a folder of more tasks. `limit`: the first examples of each only.
-    `num_fewshot`: None: as the task says. `apply_chat_template`: ask in turns of the model's chat template."""
+    """`tasks`: names, or YAML files. `include_path`: a folder of more tasks. `limit`: the first
+    examples of each only. `num_fewshot`: None: as the task says. `apply_chat_template`: ask in
+    turns of the model's chat template."""
 
     tasks: Sequence[str]
     include_path: Path | None = None
@@ -35,27 +39,35 @@ class HarnessOptions:
 
 
 def named(base: Path | None, adapters: Sequence[Path]) -> dict[str, tuple[Path, Path | None]]:
-    """The bases, each followed by the adapters on it. Raises UserError if an adapter's base is not found."""
-    bases = [base or base_of(adapter) for adapter in adapters] if adapters else [base or base_of(None)]
+    """The bases, each followed by the adapters on it. Raises UserError if an adapter's base is not
+    found.
+    """
+    bases = (
+        [base or base_of(adapter) for adapter in adapters] if adapters else [base or base_of(None)]
+    )
     models: dict[str, tuple[Path, Path | None]] = {}
     for each in dict.fromkeys(bases):
         models[str(each)] = each, None
-        models |= {str(a): (each, a) for a, own in zip(adapters, bases, strict=False) if own == each}
+        models |= {
+            str(a): (each, a) for a, own in zip(adapters, bases, strict=False) if own == each
+        }
     return models
 
 
 def run(
     models: Folders, options: HarnessOptions, trust_remote_code: bool, note: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The scores of all models as one document; `note` is called with what the user should know meanwhile.
+    """The scores of all models as one document; `note` is called with what the user should know
+    meanwhile.
 
-    Each base is loaded once for itself and the adapters behind it. Raises UserError for everything that goes wrong
-    inside lm-eval, a task's own code included.
+    Each base is loaded once for itself and the adapters behind it. Raises UserError for everything
+    that goes wrong inside lm-eval, a task's own code included.
     """
     require("lora evaluate --harness")
     from pipeline.evaluation.harness_model import HarnessModel, UnknownWords
 
-    for name in ("lm_eval", "datasets", "huggingface_hub"):  # what stops a task is raised; the rest is for its author
+    # what stops a task is raised; the rest is for its author
+    for name in ("lm_eval", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     pool, results, about = ModelPool(), dict[str, Any](), dict[str, Any]()
     with redirect_stdout(sys.stderr):  # stdout is for the result
@@ -68,16 +80,24 @@ def run(
             try:
                 with _explained(f"{name}: lm-eval failed"):
                     scored = _evaluate(model, tasks, options)
-            except UnknownWords as error:  # a base that is not expanded; the models after it may know them
+            # a base that is not expanded; the models after it may know them
+            except UnknownWords as error:
                 note(f"{error} It is left out.")
                 continue
             if model.truncated:
-                note(f"{name}: {model.truncated} contexts were cut from the left to its {model.max_length} tokens.")
+                note(
+                    f"{name}: {model.truncated} contexts were cut from the left to its "
+                    f"{model.max_length} tokens."
+                )
             results[name] = {task: _metrics(scores) for task, scores in scored["results"].items()}
             about = {task: _describe(task, scored) for task in results[name]}
     if not results:
         raise UserError("No model knows the words of these tasks. Use those of the training data.")
-    settings = {key: value for key, value in asdict(options).items() if key in ("limit", "apply_chat_template")}
+    settings = {
+        key: value
+        for key, value in asdict(options).items()
+        if key in ("limit", "apply_chat_template")
+    }
     return {"lm_eval": version("lm-eval"), **settings, "tasks": about, "results": results}
 
 
@@ -90,14 +110,18 @@ def _make_room(pool: ModelPool, base: Path, adapter: Path | None) -> None:
 
 
 def _load_tasks(options: HarnessOptions) -> dict[str, dict[str, Any]]:
-    """lm-eval's tasks and groups by name. Raises UserError for unknown ones and for data that cannot be loaded."""
+    """lm-eval's tasks and groups by name. Raises UserError for unknown ones and for data that
+    cannot be loaded.
+    """
     from datasets import disable_progress_bars
     from lm_eval.tasks import TaskManager
 
     disable_progress_bars()
     folder = options.include_path
     if folder is not None and not folder.is_dir():
-        raise UserError(f"--include-path: {folder} is not a folder. Name the folder with the tasks' YAML files.")
+        raise UserError(
+            f"--include-path: {folder} is not a folder. Name the folder with the tasks' YAML files."
+        )
     names = list(dict.fromkeys(options.tasks))
     paths = {name for name in names if name.endswith((".yaml", ".yml")) and Path(name).is_file()}
     # The index of lm-eval's own 15,000 tasks takes four seconds.
@@ -105,9 +129,12 @@ def _load_tasks(options: HarnessOptions) -> dict[str, dict[str, Any]]:
     if not {*names} <= paths | {*manager.all_subtasks}:
         manager = TaskManager(include_path=folder)
     if unknown := [name for name in names if name not in paths and name not in manager.task_index]:
-        near = ", ".join(meant for name in unknown if (meant := suggest(name, manager.all_tasks, {})))
+        near = ", ".join(
+            meant for name in unknown if (meant := suggest(name, manager.all_tasks, {}))
+        )
         raise UserError(
-            f"unknown task {', '.join(unknown)}. {f'Did you mean {near}? ' if near else ''}--harness takes a task of "
+            f"unknown task {', '.join(unknown)}. "
+            f"{f'Did you mean {near}? ' if near else ''}--harness takes a task of "
             "lm-eval or of --include-path, or a YAML file."
         )
     loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
@@ -128,7 +155,8 @@ def _evaluate(model: Any, tasks: Any, options: HarnessOptions) -> Any:
     """lm-eval's results, from the same seeds for each model."""
     from lm_eval.evaluator import evaluate
 
-    # simple_evaluate would do this too, and then spend up to 15 s per model on describing the machine.
+    # simple_evaluate would do this too, and then spend up to 15 s per model on describing the
+    # machine.
     random.seed(SEEDS[0])
     np.random.seed(SEEDS[1])
     for task in tasks["tasks"].values():
@@ -147,7 +175,10 @@ def _evaluate(model: Any, tasks: Any, options: HarnessOptions) -> Any:
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
     """Turns whatever lm-eval, its libraries or a task's code raises into a UserError."""
-    read = "Data of the hub needs the network; local files are named by `dataset_path: json` and `data_files`."
+    read = (
+        "Data of the hub needs the network; local files are named by `dataset_path: json` and "
+        "`data_files`."
+    )
     try:
         yield
     except UserError:
@@ -155,18 +186,31 @@ def _explained(what: str) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        hint = read if isinstance(error, OSError) else "Check the YAML file of the task, and the code that it names."
-        raise UserError(f"{what}: {type(error).__name__}: {first_line(error).rstrip('.')}. {hint}") from None
+        hint = (
+            read
+            if isinstance(error, OSError)
+            else "Check the YAML file of the task, and the code that it names."
+        )
+        raise UserError(
+            f"{what}: {type(error).__name__}: {first_line(error).rstrip('.')}. {hint}"
+        ) from None
 
 
 def _metrics(scores: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     """lm-eval's `metric,filter` → value and standard error; None where lm-eval has none."""
 
     def finite(value: Any) -> float | None:
-        return float(value) if isinstance(value, int | float | np.number) and math.isfinite(value) else None
+        return (
+            float(value)
+            if isinstance(value, int | float | np.number) and math.isfinite(value)
+            else None
+        )
 
     names = [key for key in scores if "," in key and "_stderr," not in key]
-    return {key: {"value": finite(scores[key]), "stderr": finite(scores.get(_stderr(key)))} for key in names}
+    return {
+        key: {"value": finite(scores[key]), "stderr": finite(scores.get(_stderr(key)))}
+        for key in names
+    }
 
 
 def _stderr(key: str) -> str:
@@ -175,7 +219,9 @@ def _stderr(key: str) -> str:
 
 
 def _describe(task: str, scored: Mapping[str, Any]) -> dict[str, Any]:
-    """What was asked of every model: the task's version, its examples and how many of them stand before each."""
+    """What was asked of every model: the task's version, its examples and how many of them stand
+    before each.
+    """
     return {
         "version": scored["versions"].get(task),
         "num_fewshot": scored["n-shot"].get(task),
@@ -198,4 +244,6 @@ def table(document: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str,
 
 def _cell(score: Mapping[str, float | None]) -> str:
     value, error = score["value"], score["stderr"]
-    return "–" if value is None else f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+    return (
+        "–" if value is None else f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+    )

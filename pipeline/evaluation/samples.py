@@ -10,15 +10,26 @@ from pipeline.inference.completions import complete_all
 from pipeline.inference.engine import LoadedModel
 
 
-def sample_answers(loaded: LoadedModel, examples: Iterable[Example], most: int) -> list[dict[str, Any]]:
-    """For samples.json: the model's greedy answers to at most so many examples, each with how it compares."""
+def sample_answers(
+    loaded: LoadedModel, examples: Iterable[Example], most: int
+) -> list[dict[str, Any]]:
+    """For samples.json: the model's greedy answers to at most so many examples, each with how it
+    compares.
+    """
     asked = questions(examples, loaded.tokenizer, most, loaded.model.max_length)
-    answers = complete_all(loaded, [question.prompt for question in asked], [question.limit for question in asked])
+    answers = complete_all(
+        loaded, [question.prompt for question in asked], [question.limit for question in asked]
+    )
     rows = []
     for question, answer in zip(asked, answers, strict=True):
         expected = question.expected or ""
         compared = match(answer, expected)
-        row = {"question": question.asked, "prompt": question.prompt, "reference": expected, "answer": answer}
+        row = {
+            "question": question.asked,
+            "prompt": question.prompt,
+            "reference": expected,
+            "answer": answer,
+        }
         rows.append({**row, **_fields(compared)})
     return rows
 

@@ -36,21 +36,32 @@ class Task:
 
 
 def read_tasks(root: Path, names: Sequence[str]) -> list[Task]:
-    """The tasks in the files of evaluate.tasks, in their order; what they name must be among the files too, so that a
-    change of it makes the evaluation out of date. Python files among them are run. Raises UserError.
+    """The tasks in the files of evaluate.tasks, in their order; what they name must be among the
+    files too, so that a change of it makes the evaluation out of date. Python files among them are
+    run. Raises UserError.
     """
     files = {(root / name).resolve(): name for name in names}
     used, tasks = set[Path](), list[Task]()
     for path, name in files.items():
         for entry, location in _entries(path, name):
-            used |= {path, *((path.parent / str(entry[key])).resolve() for key in ("file", "scorer") if key in entry)}
+            used |= {
+                path,
+                *(
+                    (path.parent / str(entry[key])).resolve()
+                    for key in ("file", "scorer")
+                    if key in entry
+                ),
+            }
             task = _read_task(entry, location, name, path.parent, files)
             if task.name in (each.name for each in tasks):
-                raise UserError(f"{location}: there are two tasks {task.name!r}. Rename one of them.")
+                raise UserError(
+                    f"{location}: there are two tasks {task.name!r}. Rename one of them."
+                )
             tasks.append(task)
     if idle := [name for path, name in files.items() if path not in used]:
         raise UserError(
-            f"{idle[0]} is in evaluate.tasks, but no task is in it and none names it. Tasks are in .yaml files, and in "
+            f"{idle[0]} is in evaluate.tasks, but no task is in it and none names it. Tasks are "
+            "in .yaml files, and in "
             '.jsonl files whose lines have a "kind".'
         )
     return tasks
@@ -61,16 +72,23 @@ def _entries(path: Path, name: str) -> Iterator[tuple[Record, str]]:
     entries: Any = []
     if path.suffix.lower() in (".yaml", ".yml"):
         entries = strict_yaml.read(path, name)
-        if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        if (
+            not isinstance(entries, list)
+            or not entries
+            or not all(isinstance(entry, dict) for entry in entries)
+        ):
             raise UserError(
-                f"{name} must be a list of tasks, each with name, kind and examples, got {abbreviate_repr(entries)}."
+                f"{name} must be a list of tasks, each with name, kind and examples, got "
+                f"{abbreviate_repr(entries)}."
             )
     elif path.suffix.lower() == ".jsonl" and "kind" in next(read_rows(path, name)).value:
         entries = [row.value for row in read_rows(path, name)]
     yield from ((entry, f"{name}: task {number}") for number, entry in enumerate(entries, 1))
 
 
-def _read_task(entry: Record, location: str, file: str, folder: Path, files: Mapping[Path, str]) -> Task:
+def _read_task(
+    entry: Record, location: str, file: str, folder: Path, files: Mapping[Path, str]
+) -> Task:
     name, kind = entry.get("name"), KINDS.get(str(entry.get("kind")))
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise UserError(
@@ -80,7 +98,8 @@ def _read_task(entry: Record, location: str, file: str, folder: Path, files: Map
     location = f"{file}: {name}"
     if kind is None:
         raise UserError(
-            f"{location}: kind must be one of {', '.join(KINDS)}, got {abbreviate_repr(entry.get('kind'))}."
+            f"{location}: kind must be one of {', '.join(KINDS)}, got "
+            f"{abbreviate_repr(entry.get('kind'))}."
         )
     types: dict[str, Any] = {"chat": bool, **({} if kind.choices else GENERATED), **kind.options}
     refuse_unknown(entry, ["name", "kind", "examples", "file", *types], location)
@@ -92,16 +111,24 @@ def _read_task(entry: Record, location: str, file: str, folder: Path, files: Map
     }
     if ("examples" in entry) == ("file" in entry):
         raise UserError(f"{location}: give examples, a list, or file, a data file with a row each.")
-    rows = _rows_of_file(entry, location, folder, files) if "file" in entry else _inline_rows(entry, location)
+    rows = (
+        _rows_of_file(entry, location, folder, files)
+        if "file" in entry
+        else _inline_rows(entry, location)
+    )
     examples = [_read_example(row, where, kind, options.get("chat", False)) for row, where in rows]
-    return Task(name, kind, options, examples, kind.scorer(TaskOptions(options, location, folder, files)))
+    return Task(
+        name, kind, options, examples, kind.scorer(TaskOptions(options, location, folder, files))
+    )
 
 
 def _inline_rows(entry: Record, location: str) -> Iterator[tuple[Record, str]]:
     for number, row in enumerate(read_list(entry, "examples", location, "examples"), 1):
         where = f"{location}, example {number}"
         if not isinstance(row, dict):
-            raise UserError(f"{where} must have keys such as prompt and answer, got {abbreviate_repr(row)}.")
+            raise UserError(
+                f"{where} must have keys such as prompt and answer, got {abbreviate_repr(row)}."
+            )
         yield row, where
 
 
@@ -112,16 +139,22 @@ def _rows_of_file(
     path = (folder / written).resolve()
     if path not in files:
         raise UserError(
-            f"{location}: file {written} is not in evaluate.tasks. Add it there, so that a change of it counts."
+            f"{location}: file {written} is not in evaluate.tasks. Add it there, so that a change "
+            "of it counts."
         )
     for number, row in read_rows(path, files[path]):
         if isinstance(row, str):
-            raise UserError(f"{files[path]}: a .txt file has no keys. Use .jsonl or .csv, with a column for each key.")
+            raise UserError(
+                f"{files[path]}: a .txt file has no keys. Use .jsonl or .csv, with a column for "
+                "each key."
+            )
         yield row, f"{files[path]}:{number}"
 
 
 def _read_example(row: Record, location: str, kind: Kind, chat: bool) -> TaskExample:
-    """With the keys of the data formats too: messages, whose last answer is the expected one, and completion."""
+    """With the keys of the data formats too: messages, whose last answer is the expected one, and
+    completion.
+    """
     row, prompt = _read_prompt(row, location, chat)
     if "completion" in row:
         row = {"answer": row["completion"], **row}
@@ -130,14 +163,16 @@ def _read_example(row: Record, location: str, kind: Kind, chat: bool) -> TaskExa
 
 
 def task_prompts(path: Path, name: str) -> Iterator[tuple[str, str]]:
-    """The prompt of each example in a file of tasks, of a chat its last turn, and where it is. No scorer is run, and
-    the data files that tasks name are read. Raises UserError.
+    """The prompt of each example in a file of tasks, of a chat its last turn, and where it is. No
+    scorer is run, and the data files that tasks name are read. Raises UserError.
     """
     for entry, location in _entries(path, name):
         rows = _inline_rows(entry, location)
         if "file" in entry:
             data = (path.parent / str(entry["file"])).resolve()
-            rows = _rows_of_file(entry, location, path.parent, {data: str(path.parent / str(entry["file"]))})
+            rows = _rows_of_file(
+                entry, location, path.parent, {data: str(path.parent / str(entry["file"]))}
+            )
         for row, where in rows:
             _, prompt = _read_prompt(row, where, chat=False)
             yield prompt if isinstance(prompt, str) else prompt[-1]["content"] or "", where

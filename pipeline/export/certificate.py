@@ -1,4 +1,6 @@
-"""Whether files for another program are the model that was exported: that program opens them and is compared."""
+"""Whether files for another program are the model that was exported: that program opens them and is
+compared.
+"""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -19,14 +21,16 @@ from pipeline.models.generate import generate
 from pipeline.project.new_project import DEFAULTS
 from pipeline.project.runner import Event, Progress
 
-MOST_TOKENS = 640  # of all prompts: the reference's logits stay in memory, 0.6 GiB of them with Gemma's vocabulary
+# of all prompts: the reference's logits stay in memory, 0.6 GiB of them with Gemma's vocabulary
+MOST_TOKENS = 640
 GREEDY_TOKENS = 48
-# The largest mean KL, in nats per token, that rounding explains. On SmolLM2-135M it is 1e-8 in f32, 4e-6 in f16, 2e-4
-# in bf16, where products round the activations too. An adapter at twice its scale, or q and k in the wrong order, is
-# above 1e-2. f32 is allowed as much as f16, since llama.cpp looks some activations (GELU) up in a table of fp16.
+# The largest mean KL, in nats per token, that rounding explains. On SmolLM2-135M it is 1e-8 in f32,
+# 4e-6 in f16, 2e-4 in bf16, where products round the activations too. An adapter at twice its
+# scale, or q and k in the wrong order, is above 1e-2. f32 is allowed as much as f16, since
+# llama.cpp looks some activations (GELU) up in a table of fp16.
 ROUNDING = {"f32": 1e-4, "f16": 1e-4, "bf16": 2e-3}
-# Where tokenizers differ: digits, white space, punctuation, scripts, emoji. Characters are composed: llama.cpp does not
-# normalize.
+# Where tokenizers differ: digits, white space, punctuation, scripts, emoji. Characters are
+# composed: llama.cpp does not normalize.
 SPELLINGS = (
     "The meeting is at 10:45 on 2024-11-27 in room 1234567, for 3.50 € each.",
     "Columns:   1  20\t\t300\n\n\tand  lines \r\n 5",
@@ -50,7 +54,9 @@ class Runner(Protocol):
         """(T, V) in fp32 on the CPU."""
 
     def encode(self, text: str) -> list[int] | None:
-        """The ids that it reads in a text or a `Rendered` chat, with its own BOS; None: it has no tokenizer."""
+        """The ids that it reads in a text or a `Rendered` chat, with its own BOS; None: it has no
+        tokenizer.
+        """
 
     def generate(self, ids: Sequence[int], limit: int) -> tuple[list[int], float]:
         """The greedy continuation without an end token, and its tokens per second."""
@@ -73,8 +79,8 @@ class SelfContained(Protocol):
 
 
 class Candidate(NamedTuple):
-    """Files to compare. `kind`: of ROUNDING, which their logits must keep to; any other is quantized, and its numbers
-    are only shown.
+    """Files to compare. `kind`: of ROUNDING, which their logits must keep to; any other is
+    quantized, and its numbers are only shown.
     """
 
     label: str
@@ -86,8 +92,8 @@ class Candidate(NamedTuple):
 class Reference(NamedTuple):
     """What the exported model reads and computes.
 
-    `prompts`: ids and logits (T, V) of each. `chat`: turns and their rendering; None without a chat template. `greedy`:
-    a prompt's ids, the most tokens after it, and its continuation.
+    `prompts`: ids and logits (T, V) of each. `chat`: turns and their rendering; None without a chat
+    template. `greedy`: a prompt's ids, the most tokens after it, and its continuation.
     """
 
     tokenizer: Tokenizer
@@ -104,14 +110,20 @@ def builtin_prompts() -> list[str]:
 
 
 def compare(
-    load: Callable[[], LoadedModel], tokenizer: Tokenizer, candidates: Sequence[Candidate], prompts: Sequence[str] = ()
+    load: Callable[[], LoadedModel],
+    tokenizer: Tokenizer,
+    candidates: Sequence[Candidate],
+    prompts: Sequence[str] = (),
 ) -> Generator[Event, None, dict[str, Any]]:
-    """Compare files with base + adapter as `load` gives them, read by `tokenizer`, the one that was exported.
+    """Compare files with base + adapter as `load` gives them, read by `tokenizer`, the one that was
+    exported.
 
-    One model is in memory at a time. Returns the certificate's entries. Raises UserError if files are not the model.
+    One model is in memory at a time. Returns the certificate's entries. Raises UserError if files
+    are not the model.
     """
     yield Progress(0, len(candidates) + 1, "the exported model")
-    composed = [normalize("NFC", prompt) for prompt in prompts]  # llama.cpp does not normalize, and need not
+    # llama.cpp does not normalize, and need not
+    composed = [normalize("NFC", prompt) for prompt in prompts]
     expected = reference(load(), tokenizer, composed or builtin_prompts())
     names, files = set[str](), []
     for done, candidate in enumerate(candidates, start=1):
@@ -119,7 +131,11 @@ def compare(
         with candidate.open() as runner:
             names.add(runner.name)
             files.append(_compare(expected, candidate, runner))
-    return {"runner": ", ".join(sorted(names)), "prompts_checked": len(expected.prompts), "files": files}
+    return {
+        "runner": ", ".join(sorted(names)),
+        "prompts_checked": len(expected.prompts),
+        "files": files,
+    }
 
 
 @no_grad()
@@ -142,21 +158,29 @@ def reference(loaded: LoadedModel, tokenizer: Tokenizer, prompts: Sequence[str])
     with compute_in_fp32(model):
         logits = [model.logits(hidden).float().cpu() for hidden in packed_hidden_states(model, ids)]
     texts = [text for text in (*SPELLINGS, *prompts) if _knows(tokenizer, text)]
-    return Reference(tokenizer, list(zip(ids, logits, strict=True)), texts, chat, (start, limit, greedy))
+    return Reference(
+        tokenizer, list(zip(ids, logits, strict=True)), texts, chat, (start, limit, greedy)
+    )
 
 
 def _rendered_chat(tokenizer: Tokenizer, prompt: str) -> tuple[Turns, Rendered] | None:
-    """Several turns with a generation prompt, and a system's turn if the template has a place for it."""
+    """Several turns with a generation prompt, and a system's turn if the template has a place for
+    it.
+    """
     for content in ("\n".join(SPELLINGS), prompt):
         if not tokenizer.has_template or not _knows(tokenizer, content):
             continue
         texts = {"system": prompt, "user": content, "assistant": "It is 27."}
-        turns = [{"role": role, "content": texts[role]} for role in ("system", "user", "assistant", "user")]
+        turns = [
+            {"role": role, "content": texts[role]}
+            for role in ("system", "user", "assistant", "user")
+        ]
         renderings = []
         for part in (turns[1:], turns):
             with suppress(UserError):
                 renderings.append((part, tokenizer.render(part, True)))
-        # A template that knows no system may write its turn as another's, without what begins a chat.
+        # A template that knows no system may write its turn as another's, without what begins a
+        # chat.
         starts = [tokenizer.encode(rendered)[:1] for _, rendered in renderings]
         if renderings:
             return renderings[-1 if starts[-1] == starts[0] else 0]
@@ -164,8 +188,12 @@ def _rendered_chat(tokenizer: Tokenizer, prompt: str) -> tuple[Turns, Rendered] 
 
 
 def _knows(tokenizer: Tokenizer, text: str) -> bool:
-    """Whether the tokenizer has every character: what is unknown to it, another program may skip."""
-    return tokenizer.normalize(tokenizer.decode(tokenizer.encode(text))) == tokenizer.normalize(text)
+    """Whether the tokenizer has every character: what is unknown to it, another program may
+    skip.
+    """
+    return tokenizer.normalize(tokenizer.decode(tokenizer.encode(text))) == tokenizer.normalize(
+        text
+    )
 
 
 def _compare(expected: Reference, candidate: Candidate, runner: Runner) -> dict[str, Any]:
@@ -184,7 +212,8 @@ def _compare(expected: Reference, candidate: Candidate, runner: Runner) -> dict[
         problems += _logit_problems(result, candidate.kind)
     if problems:
         raise UserError(
-            f"{candidate.label} is not the exported model in {runner.name}: {'; '.join(problems)}. Nothing was "
+            f"{candidate.label} is not the exported model in {runner.name}: "
+            f"{'; '.join(problems)}. Nothing was "
             "written. Use --format merged or peft, and report this."
         )
     if isinstance(runner, SelfContained) and expected.chat:
@@ -204,15 +233,21 @@ def _template_problems(expected: Reference, runner: Runner) -> list[str]:
     ours = tokenizer.template if isinstance(tokenizer, SubwordTokenizer) else None
     if ours != runner.template:
         which = "no chat template" if runner.template is None else "another chat template"
-        problems.append(f"it has {which}" if ours is not None else "it has a chat template, the model has none")
+        problems.append(
+            f"it has {which}" if ours is not None else "it has a chat template, the model has none"
+        )
     missing = tokenizer.end_ids - runner.ends
     if missing and len(tokenizer.end_ids - missing) < MOST_ENDS:
-        problems.append(f"it does not stop at {', '.join(tokenizer.word(id_) for id_ in sorted(missing))}")
+        problems.append(
+            f"it does not stop at {', '.join(tokenizer.word(id_) for id_ in sorted(missing))}"
+        )
     return problems
 
 
 def _token_problems(expected: Reference, runner: Runner, entry: dict[str, Any]) -> list[str]:
-    """The first text that the program reads differently. Where that is no problem, it is noted in `entry`."""
+    """The first text that the program reads differently. Where that is no problem, it is noted in
+    `entry`.
+    """
     tokenizer = expected.tokenizer
     for text in (*([expected.chat[1]] if expected.chat else []), *expected.texts):
         ours, theirs = list(tokenizer.encode(text)), runner.encode(text)
@@ -221,13 +256,15 @@ def _token_problems(expected: Reference, runner: Runner, entry: dict[str, Any]) 
         at = first_difference(tokenizer, ours, theirs)
         assert at is not None
         what = "a rendered chat" if isinstance(text, Rendered) else f"the text {text[:20]!r}"
-        reason = f"token ids of {what} differ: token {at['token']} is {at['theirs']}, ours {at['ours']}"
+        reason = (
+            f"token ids of {what} differ: token {at['token']} is {at['theirs']}, ours {at['ours']}"
+        )
         if theirs[1:] == ours:
             return [f"{reason} (the file adds BOS: a chat that begins with BOS has it twice)"]
         if theirs[:-1] == ours or isinstance(text, Rendered) or expected.chat is None:
             return [reason]
-        # A GGUF file cannot say that BOS or a space precedes a plain text and not a chat. The chat, which has the same
-        # spellings, is the same.
+        # A GGUF file cannot say that BOS or a space precedes a plain text and not a chat. The chat,
+        # which has the same spellings, is the same.
         entry["plain_text_difference"] = at
         break
     return []
@@ -238,17 +275,27 @@ def _logit_problems(result: Difference, kind: str) -> list[str]:
     if limit is None or result.divergence <= limit:  # NaN is not
         return []
     return [
-        f"its logits differ by up to {result.max_logit_difference:.1e}, KL {result.divergence:.1e} nats per token, and "
-        f"rounding to {kind} explains {limit:.0e} (likely causes: the adapter's scale, the order of the rows of q and "
+        f"its logits differ by up to {result.max_logit_difference:.1e}, KL "
+        f"{result.divergence:.1e} nats per token, and "
+        f"rounding to {kind} explains {limit:.0e} (likely causes: the adapter's scale, the order "
+        "of the rows of q and "
         "k, another base)"
     ]
 
 
-def first_difference(tokenizer: Tokenizer, ours: Sequence[int], theirs: Sequence[int]) -> dict[str, Any] | None:
+def first_difference(
+    tokenizer: Tokenizer, ours: Sequence[int], theirs: Sequence[int]
+) -> dict[str, Any] | None:
     """Number (from 1) and spelling of the first token that differs; None if none does."""
 
     def word(id_: int | None) -> str:
-        return "the end" if id_ is None else repr(tokenizer.word(id_)) if id_ < len(tokenizer) else f"<{id_}>"
+        return (
+            "the end"
+            if id_ is None
+            else repr(tokenizer.word(id_))
+            if id_ < len(tokenizer)
+            else f"<{id_}>"
+        )
 
     for number, (one, other) in enumerate(zip_longest(ours, theirs), start=1):
         if one != other:

@@ -1,4 +1,6 @@
-"""Publish an export on the Hugging Face hub: its card is completed, and its files are sent in one commit."""
+"""Publish an export on the Hugging Face hub: its card is completed, and its files are sent in one
+commit.
+"""
 
 import re
 import sys
@@ -17,14 +19,24 @@ from pipeline.files import artifact
 from pipeline.files.base_model import CARD, HUB, parse_source
 from pipeline.project.runner import Event, Note
 
-# What an earlier push of another format may have left: transformers and PEFT would load it instead of the new files.
-REPLACED = ("*.safetensors", "*.index.json", "*.gguf", "adapter_config.json", "config.json", "certificate.json")
+# What an earlier push of another format may have left: transformers and PEFT would load it instead
+# of the new files.
+REPLACED = (
+    "*.safetensors",
+    "*.index.json",
+    "*.gguf",
+    "adapter_config.json",
+    "config.json",
+    "certificate.json",
+)
 DATASET = re.compile(r"(\w[\w.-]{0,95}/)?\w[\w.-]{0,95}", re.ASCII)
-LANGUAGE = re.compile(r"[a-z]{2,3}(-\w{2,8})*|code|multilingual", re.ASCII)  # ISO 639, or the hub's two words
+# ISO 639, or the hub's two words
+LANGUAGE = re.compile(r"[a-z]{2,3}(-\w{2,8})*|code|multilingual", re.ASCII)
 
 
 class Publication(NamedTuple):
-    """The repository, a branch of it (default: main), and what its card says that no file here does.
+    """The repository, a branch of it (default: main), and what its card says that no file here
+    does.
 
     `license`: default that of the base. `datasets`: hub ids. `languages`: ISO 639 codes.
     """
@@ -38,7 +50,9 @@ class Publication(NamedTuple):
 
 
 def check(publication: Publication, form: str, export: Export, dry_run: bool) -> None:
-    """Everything that can be known before an export, which may take minutes, is written. Raises UserError."""
+    """Everything that can be known before an export, which may take minutes, is written. Raises
+    UserError.
+    """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -47,9 +61,14 @@ def check(publication: Publication, form: str, export: Export, dry_run: bool) ->
     try:
         validate_repo_id(publication.repository)
     except HFValidationError as error:
-        raise UserError(f"{publication.repository!r} is not a valid name on the hub: {first_line(error)}") from None
+        raise UserError(
+            f"{publication.repository!r} is not a valid name on the hub: {first_line(error)}"
+        ) from None
     if publication.repository.count("/") != 1:
-        raise UserError(f"the repository must be org/name, or your user name/name, got {publication.repository!r}.")
+        raise UserError(
+            "the repository must be org/name, or your user name/name, got "
+            f"{publication.repository!r}."
+        )
     for option, values, rule, example in (
         ("license", filter(None, [publication.license]), LICENSE, "apache-2.0"),
         ("dataset", publication.datasets, DATASET, "org/name"),
@@ -57,7 +76,9 @@ def check(publication: Publication, form: str, export: Export, dry_run: bool) ->
     ):
         for value in values:
             if not rule.fullmatch(value):
-                raise UserError(f"--{option} must be an identifier of the hub such as {example}, got {value!r}.")
+                raise UserError(
+                    f"--{option} must be an identifier of the hub such as {example}, got {value!r}."
+                )
     _refuse_unnamed_base(form, export, dry_run)
     if not dry_run:
         _refuse_unwritable(publication)
@@ -67,12 +88,16 @@ def _refuse_unnamed_base(form: str, export: Export, dry_run: bool) -> None:
     """Raises UserError for an adapter whose base others cannot find by its name."""
     if export.base_name:
         if not dry_run and parse_source(export.base_name, Path()).kind != HUB:
-            raise UserError(f"--base-name must be a hub id such as org/name, got {export.base_name!r}, a path here.")
+            raise UserError(
+                f"--base-name must be a hub id such as org/name, got {export.base_name!r}, a path "
+                "here."
+            )
         return
     if FORMATS[form].relation != "adapter" or not (reason := unnamed_base(export)):
         return
     raise UserError(
-        f"{export.adapter}: {reason}. Name the base on the hub with --base-name org/name, or push with --format merged."
+        f"{export.adapter}: {reason}. Name the base on the hub with --base-name org/name, or push "
+        "with --format merged."
     )
 
 
@@ -82,7 +107,9 @@ def _refuse_unwritable(publication: Publication) -> None:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     if get_token() is None:
-        raise UserError("there is no token for the hub. Log in with `hf auth login`, or set HF_TOKEN.")
+        raise UserError(
+            "there is no token for the hub. Log in with `hf auth login`, or set HF_TOKEN."
+        )
     api, name = HfApi(), publication.repository
     with _reported(name):
         api.whoami()
@@ -94,20 +121,32 @@ def _refuse_unwritable(publication: Publication) -> None:
 
     files = {file.rfilename for file in there.siblings or ()} - {".gitattributes"}
     if files and TAG not in (there.tags or ()):
-        raise UserError(f"{name} exists and was not pushed by lora: its files would be replaced. Choose another name.")
+        raise UserError(
+            f"{name} exists and was not pushed by lora: its files would be replaced. Choose "
+            "another name."
+        )
     if publication.private and not there.private:
-        raise UserError(f"{name} exists and is public. Make it private in its settings, or push without --private.")
+        raise UserError(
+            f"{name} exists and is public. Make it private in its settings, or push without "
+            "--private."
+        )
 
 
-def prepare(form: str, export: Export, publication: Publication, folder: Path) -> Generator[Event, None, list[str]]:
-    """Write the export to `folder` with a completed card; returns what the format says of its use. Raises UserError."""
+def prepare(
+    form: str, export: Export, publication: Publication, folder: Path
+) -> Generator[Event, None, list[str]]:
+    """Write the export to `folder` with a completed card; returns what the format says of its use.
+    Raises UserError.
+    """
     from pipeline.adapters.folder import base_of
     from pipeline.export.model_card import has_card
 
     sources = [export.adapter]
     with suppress(UserError):  # the format says so, if it needs one
         sources.append(export.base or base_of(export.adapter))
-    artifact.refuse_other(folder, has_card(folder) and not (folder / artifact.MANIFEST).exists(), sources)
+    artifact.refuse_other(
+        folder, has_card(folder) and not (folder / artifact.MANIFEST).exists(), sources
+    )
     with artifact.writing(folder) as out:
         inner = out / folder.name  # a card may name it
         lines = yield from write(form, export, inner)
@@ -131,16 +170,26 @@ def _complete_card(path: Path, export: Export, publication: Publication) -> Iter
         data.license, data.license_name, data.license_link = publication.license.lower(), None, None
     if data.eval_results:
         data.model_name = name
-    data.datasets, data.language = list(publication.datasets) or None, list(publication.languages) or None
+    data.datasets, data.language = (
+        list(publication.datasets) or None,
+        list(publication.languages) or None,
+    )
     completed.save(path)
     if not data.license:
-        yield Note("The card names no license: that of the base is unknown. Give one with --license.")
+        yield Note(
+            "The card names no license: that of the base is unknown. Give one with --license."
+        )
     if not data.base_model:
-        yield Note("The card names no base: it was not imported from the hub. Give its hub id with --base-name.")
+        yield Note(
+            "The card names no base: it was not imported from the hub. Give its hub id with "
+            "--base-name."
+        )
 
 
 def _refuse_paths(folder: Path) -> None:
-    """Raises UserError for a config that names a file or folder of this machine, as tools once wrote into them."""
+    """Raises UserError for a config that names a file or folder of this machine, as tools once
+    wrote into them.
+    """
     for path in sorted(folder.glob("*.json")):
         if path.name in ("tokenizer.json", "vocab.json"):  # words, of which some look like paths
             continue
@@ -149,13 +198,25 @@ def _refuse_paths(folder: Path) -> None:
             value: Any = waiting.pop()
             if isinstance(value, dict | list):
                 waiting += value.values() if isinstance(value, dict) else value
-            elif isinstance(value, str) and Path(value).is_absolute() and len(value) > 1 and exists(value):  # noqa: PTH110
-                raise UserError(f"{path.name} names a path of this machine: {value}. Remove it where it comes from.")
+            elif (
+                isinstance(value, str)
+                and Path(value).is_absolute()
+                and len(value) > 1
+                and exists(value)  # noqa: PTH110
+            ):
+                raise UserError(
+                    f"{path.name} names a path of this machine: {value}. Remove it where it comes "
+                    "from."
+                )
 
 
 def files_of(folder: Path) -> dict[str, int]:
     """Name → size in bytes of each file that is sent."""
-    return {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.stat().st_size
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
 
 
 def upload(folder: Path, publication: Publication) -> Generator[Event, None, str]:
@@ -163,7 +224,12 @@ def upload(folder: Path, publication: Publication) -> Generator[Event, None, str
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     _refuse_paths(folder)
-    api, name, branch, sent = HfApi(), publication.repository, publication.revision, files_of(folder)
+    api, name, branch, sent = (
+        HfApi(),
+        publication.repository,
+        publication.revision,
+        files_of(folder),
+    )
     with _reported(name), warnings.catch_warnings(record=True) as warned:
         api.create_repo(name, private=publication.private or None, exist_ok=True)
         if branch:
@@ -174,8 +240,11 @@ def upload(folder: Path, publication: Publication) -> Generator[Event, None, str
             *(CommitOperationDelete(file) for file in stale),
             *(CommitOperationAdd(file, folder / file) for file in sent),
         ]
-        commit = api.create_commit(name, operations, commit_message="Push from lora-workbench", revision=branch)
-    yield from (Note(" ".join(str(warning.message).split())) for warning in warned)  # of the hub, about the card
+        commit = api.create_commit(
+            name, operations, commit_message="Push from lora-workbench", revision=branch
+        )
+    # of the hub, about the card
+    yield from (Note(" ".join(str(warning.message).split())) for warning in warned)
     return str(commit.commit_url)
 
 
@@ -192,25 +261,47 @@ def _reported(repository: str) -> Iterator[None]:
     try:
         yield
     except OfflineModeIsEnabled:
-        raise UserError("the hub is switched off by HF_HUB_OFFLINE. Unset it, or add --dry-run --out DIR.") from None
-    except Exception as error:  # errors of huggingface_hub, its HTTP client and its storage have no common base class
+        raise UserError(
+            "the hub is switched off by HF_HUB_OFFLINE. Unset it, or add --dry-run --out DIR."
+        ) from None
+    # errors of huggingface_hub, its HTTP client and its storage have no common base class
+    except Exception as error:
         status, reason = _status_of(error), " ".join(str(error).split())[:300].rstrip(".")
         namespace = repository.partition("/")[0]
         explained = {
-            401: "the hub rejects the token (401). Log in again with `hf auth login`, or set another HF_TOKEN",
-            403: f"the token may not write to {repository} (403). Use one that may, or a name outside {namespace}",
+            401: (
+                "the hub rejects the token (401). Log in again with `hf auth login`, or set "
+                "another HF_TOKEN"
+            ),
+            403: (
+                f"the token may not write to {repository} (403). Use one that may, or a name "
+                f"outside {namespace}"
+            ),
             404: f"{repository}, or the branch, is not there (404). Check the name and --revision",
-            409: f"{repository} was changed by another commit at the same time (409). Run the same command again",
-            429: "the hub gets too many requests from here (429). Run the same command again in some minutes",
+            409: (
+                f"{repository} was changed by another commit at the same time (409). Run the same "
+                "command again"
+            ),
+            429: (
+                "the hub gets too many requests from here (429). Run the same command again in "
+                "some minutes"
+            ),
         }
         if status in explained:
             message = explained[status]
         elif status is not None and status >= 500:
-            message = f"the hub failed ({status}), nothing was committed. Run the same command again later"
-        elif status is not None or type(error) is ValueError:  # a rule of the hub: on cards, names, sizes
+            message = (
+                f"the hub failed ({status}), nothing was committed. Run the same command again "
+                "later"
+            )
+        # a rule of the hub: on cards, names, sizes
+        elif status is not None or type(error) is ValueError:
             message = f"the hub rejects {repository}: {reason}"
         else:
-            message = f"the push to {ENDPOINT} failed ({reason}). Check the connection and run the same command again"
+            message = (
+                f"the push to {ENDPOINT} failed ({reason}). Check the connection and run the same "
+                "command again"
+            )
         raise UserError(f"{message}.") from None
 
 

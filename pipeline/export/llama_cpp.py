@@ -1,6 +1,7 @@
 """llama.cpp, where the llama-cpp-py-sync wheel brings one: opens GGUF files and quantizes them.
 
-Everything native runs in a process of its own (llama_cpp_process.py); nothing is compiled or downloaded.
+Everything native runs in a process of its own (llama_cpp_process.py); nothing is compiled or
+downloaded.
 """
 
 import json
@@ -28,14 +29,32 @@ if TYPE_CHECKING:
 
 INSTALL = install_command("llama-cpp")
 NOT_COMPARED = f"There is no llama.cpp here, so nothing was compared. Install one: {INSTALL}."
-SILENCE_SECONDS = 600.0  # for one answer, such as the logits of 512 tokens; a large model takes a minute to load
+# for one answer, such as the logits of 512 tokens; a large model takes a minute to load
+SILENCE_SECONDS = 600.0
 COMMAND = (sys.executable, "-P", str(Path(__file__).with_name("llama_cpp_process.py")))
-# Smaller kinds (iq1, iq2) need statistics of the activations, and without them they are refused or useless.
+# Smaller kinds (iq1, iq2) need statistics of the activations, and without them they are refused or
+# useless.
 KINDS = (
-    *("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0"),
+    *(
+        "f32",
+        "f16",
+        "bf16",
+        "q8_0",
+        "q6_k",
+        "q5_k_m",
+        "q5_k_s",
+        "q5_1",
+        "q5_0",
+        "q4_k_m",
+        "q4_k_s",
+        "q4_1",
+        "q4_0",
+    ),
     *("iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "iq3_m", "iq3_s", "q2_k"),
 )
-LAST_WORDS = re.compile(r"GGML_ASSERT\(.*\) failed|(?:terminate called|error|what\(\)).*", re.IGNORECASE)
+LAST_WORDS = re.compile(
+    r"GGML_ASSERT\(.*\) failed|(?:terminate called|error|what\(\)).*", re.IGNORECASE
+)
 
 
 class Found(NamedTuple):
@@ -50,7 +69,9 @@ def is_installed() -> bool:
 
 
 def find() -> Found | None:
-    """The llama.cpp of this environment; None without one. Raises UserError if it does not start."""
+    """The llama.cpp of this environment; None without one. Raises UserError if it does not
+    start.
+    """
     if not is_installed():
         return None
     with _Process() as process:
@@ -64,7 +85,12 @@ def quantize(source: Path, target: Path, kind: str) -> Generator[Event, None, No
     if kind not in KINDS:
         raise UserError(f"unknown quantization {kind!r}. Use one of {', '.join(KINDS)}.")
     with _Process(source) as process:
-        names = {"source": str(source), "target": str(target), "kind": kind, "threads": get_num_threads()}
+        names = {
+            "source": str(source),
+            "target": str(target),
+            "kind": kind,
+            "threads": get_num_threads(),
+        }
         process.send("quantize", **names)
         while "done" in (answer := process.read()[0]):
             yield Progress(answer["done"], answer["total"], kind)
@@ -79,12 +105,16 @@ def candidate(kind: str, model: Path, adapter: Path | None = None, label: str = 
 
 
 def certify(
-    load: Callable[[], "LoadedModel"], tokenizer: "Tokenizer", files: Sequence["Candidate"], prompts: Path | None = None
+    load: Callable[[], "LoadedModel"],
+    tokenizer: "Tokenizer",
+    files: Sequence["Candidate"],
+    prompts: Path | None = None,
 ) -> Generator[Event, None, tuple[dict[str, Any], list[str]]]:
-    """Compare `files` with base + adapter as `load` gives them, on a file of prompts if given. Returns the
-    certificate's entries, and lines.
+    """Compare `files` with base + adapter as `load` gives them, on a file of prompts if given.
+    Returns the certificate's entries, and lines.
 
-    Without a llama.cpp there are no entries, and the line says so. Raises UserError if a file is not the model.
+    Without a llama.cpp there are no entries, and the line says so. Raises UserError if a file is
+    not the model.
     """
     if not is_installed():
         return {}, [NOT_COMPARED]
@@ -114,7 +144,11 @@ class LlamaCpp:
         adapter = self._adapter and str(self._adapter)
         try:
             self._facts = self._process.ask(
-                "open", model=str(self._model), adapter=adapter, scale=self._scale, threads=get_num_threads()
+                "open",
+                model=str(self._model),
+                adapter=adapter,
+                scale=self._scale,
+                threads=get_num_threads(),
             )
         except BaseException:  # Ctrl-C too: __exit__ is not called
             self._process.close()
@@ -151,7 +185,9 @@ class LlamaCpp:
         self._process.send("logits", ids=list(ids))
         logits, row = torch.empty(len(ids), self._facts["rows"]), 0
         while row < len(ids):  # an answer holds some of the rows
-            part = torch.frombuffer(self._process.read()[1], dtype=torch.float32).view(-1, logits.shape[1])
+            part = torch.frombuffer(self._process.read()[1], dtype=torch.float32).view(
+                -1, logits.shape[1]
+            )
             logits[row : row + len(part)] = part
             row += len(part)
         return logits
@@ -159,8 +195,8 @@ class LlamaCpp:
     def encode(self, text: str) -> list[int]:
         """The ids of a text, or of a rendered chat, as llama-server reads it.
 
-        It removes BOS and EOS from the ends of a rendered chat if the file says that they are added, so that a template
-        which writes them gives them once.
+        It removes BOS and EOS from the ends of a rendered chat if the file says that they are
+        added, so that a template which writes them gives them once.
         """
         from pipeline.data.tokenizers.template_process import Rendered
 
@@ -169,13 +205,19 @@ class LlamaCpp:
             text = text.removesuffix(self._facts["eos"]) if self._facts["add_eos"] else text
         return list(self._process.ask("tokenize", text=text)["answer"])
 
-    def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str | None:
-        """Messages rendered by llama.cpp's C function. It has a list of templates and picks the one most like the
-        file's; None if it knows none. (llama-server runs the file's own template.)
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+    ) -> str | None:
+        """Messages rendered by llama.cpp's C function. It has a list of templates and picks the one
+        most like the file's; None if it knows none. (llama-server runs the file's own template.)
         """
         if self.template is None:
             return None
-        fields = {"messages": list(messages), "ask": add_generation_prompt, "template": self.template}
+        fields = {
+            "messages": list(messages),
+            "ask": add_generation_prompt,
+            "template": self.template,
+        }
         rendered: str | None = self._process.ask("chat", **fields)["answer"]
         return rendered
 
@@ -186,7 +228,9 @@ class LlamaCpp:
 
 
 class _Process:
-    """llama_cpp_process.py, at work on `file`. Raises UserError when it refuses, dies, or is silent for too long."""
+    """llama_cpp_process.py, at work on `file`. Raises UserError when it refuses, dies, or is silent
+    for too long.
+    """
 
     def __init__(self, file: Path | None = None) -> None:
         if not is_installed():
@@ -264,6 +308,7 @@ class _Process:
         if self._file is None:
             return UserError(f"llama.cpp {what}. Install it again: {INSTALL}.")
         return UserError(
-            f"{self._file}: llama.cpp {what.rstrip('.')}. The file is damaged, or of a kind that this build does not "
+            f"{self._file}: llama.cpp {what.rstrip('.')}. The file is damaged, or of a kind that "
+            "this build does not "
             "know. Write it again, or install a newer llama-cpp-py-sync."
         )

@@ -1,8 +1,10 @@
-"""Runs llama.cpp in a process of its own, on one GGUF file, through the library in the llama-cpp-py-sync wheel.
+"""Runs llama.cpp in a process of its own, on one GGUF file, through the library in the
+llama-cpp-py-sync wheel.
 
-A failed GGML_ASSERT aborts its process, and a file of somebody else's may crash it: neither may be the user's. The
-process answers requests, one JSON line each; an answer with "bytes" is followed by that many bytes. It ends with its
-parent, whose end closes its stdin. It imports nothing of this package.
+A failed GGML_ASSERT aborts its process, and a file of somebody else's may crash it: neither may be
+the user's. The process answers requests, one JSON line each; an answer with "bytes" is followed by
+that many bytes. It ends with its parent, whose end closes its stdin. It imports nothing of this
+package.
 """
 
 import json
@@ -18,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 STEP = 512  # tokens whose logits one call computes
-EXTRA_MEMORY = 4 * 2**30  # address space for compute buffers and thread stacks, beside what the files take
+# address space for compute buffers and thread stacks, beside what the files take
+EXTRA_MEMORY = 4 * 2**30
 ERROR = 4  # ggml's log level
 TENSOR = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")  # how quantizing counts in its log
 
@@ -45,7 +48,8 @@ class Library:
             if level == ERROR and line:
                 self.errors.append(line)
 
-        self._log = self.ffi.callback("void(enum ggml_log_level, const char *, void *)", log)  # kept: C calls it
+        # kept: C calls it
+        self._log = self.ffi.callback("void(enum ggml_log_level, const char *, void *)", log)
         self.lib.llama_log_set(self._log, self.ffi.NULL)
         self.lib.llama_backend_init()
 
@@ -57,9 +61,16 @@ class Library:
 class Session:
     """A model file, with an adapter file at a scale if there is one."""
 
-    def __init__(self, library: Library, model: str, adapter: str | None, scale: float, threads: int) -> None:
+    def __init__(
+        self, library: Library, model: str, adapter: str | None, scale: float, threads: int
+    ) -> None:
         self._library, self._ffi, self._lib = library, library.ffi, library.lib
-        self._threads, self._context, self._adapter, self._scale = threads, self._ffi.NULL, None, scale
+        self._threads, self._context, self._adapter, self._scale = (
+            threads,
+            self._ffi.NULL,
+            None,
+            scale,
+        )
         self._exact = False
         parameters = self._lib.llama_model_default_params()
         parameters.n_gpu_layers = 0
@@ -81,7 +92,9 @@ class Session:
         return {
             "rows": self._rows,
             "max_length": lib.llama_model_n_ctx_train(self._model),
-            "template": None if template == self._ffi.NULL else self._ffi.string(template).decode("utf-8", "replace"),
+            "template": None
+            if template == self._ffi.NULL
+            else self._ffi.string(template).decode("utf-8", "replace"),
             "ends": [id_ for id_ in range(self._rows) if lib.llama_vocab_is_eog(vocab, id_)],
             "add_bos": lib.llama_vocab_get_add_bos(vocab),
             "add_eos": lib.llama_vocab_get_add_eos(vocab),
@@ -89,7 +102,11 @@ class Session:
         }
 
     def _token(self, id_: int) -> str:
-        return str(self._ffi.string(self._lib.llama_vocab_get_text(self._vocab, id_)).decode("utf-8", "replace"))
+        return str(
+            self._ffi.string(self._lib.llama_vocab_get_text(self._vocab, id_)).decode(
+                "utf-8", "replace"
+            )
+        )
 
     def tokenize(self, text: str) -> list[int]:
         """With the file's own BOS and EOS rules; special tokens in the text are read as such."""
@@ -118,15 +135,21 @@ class Session:
         return str(ffi.buffer(out, size)[:].decode())
 
     def logits(self, ids: Sequence[int]) -> Iterator[bytes]:
-        """fp32 (n, V) of the next positions, in order. The cache is in fp32 too: it is no part of the file."""
+        """fp32 (n, V) of the next positions, in order. The cache is in fp32 too: it is no part of
+        the file.
+        """
         self._restart(len(ids), exact=True)
         for start in range(0, len(ids), STEP):
             part = ids[start : start + STEP]
             self._decode(part, start, every=True)
-            yield self._ffi.buffer(self._lib.llama_get_logits(self._context), 4 * len(part) * self._rows)[:]
+            yield self._ffi.buffer(
+                self._lib.llama_get_logits(self._context), 4 * len(part) * self._rows
+            )[:]
 
     def generate(self, ids: Sequence[int], limit: int) -> dict[str, Any]:
-        """The greedy continuation up to `limit` tokens, without the token that ends it, and its seconds per token."""
+        """The greedy continuation up to `limit` tokens, without the token that ends it, and its
+        seconds per token.
+        """
         from numpy import frombuffer
 
         self._restart(len(ids) + limit, exact=False)
@@ -135,7 +158,9 @@ class Session:
         new: list[int] = []
         started = time.perf_counter()
         for position in range(len(ids), len(ids) + limit):
-            row = self._ffi.buffer(self._lib.llama_get_logits_ith(self._context, -1), 4 * self._rows)
+            row = self._ffi.buffer(
+                self._lib.llama_get_logits_ith(self._context, -1), 4 * self._rows
+            )
             token = int(frombuffer(row, dtype="f4").argmax())
             if self._lib.llama_vocab_is_eog(self._vocab, token):
                 break
@@ -144,9 +169,15 @@ class Session:
         return {"ids": new, "seconds": time.perf_counter() - started}
 
     def _restart(self, length: int, exact: bool) -> None:
-        """An empty context for `length` tokens: `exact` with fp32 in attention, else as users get it."""
+        """An empty context for `length` tokens: `exact` with fp32 in attention, else as users get
+        it.
+        """
         lib, ffi = self._lib, self._ffi
-        if self._context != ffi.NULL and self._exact == exact and lib.llama_n_ctx(self._context) >= length:
+        if (
+            self._context != ffi.NULL
+            and self._exact == exact
+            and lib.llama_n_ctx(self._context) >= length
+        ):
             lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
             return
         if self._context != ffi.NULL:
@@ -170,13 +201,20 @@ class Session:
                 raise self._library.failed("the adapter does not fit the model")
 
     def _decode(self, ids: Sequence[int], start: int, every: bool = False) -> None:
-        """Compute the logits of the last of `ids`, which stand at `start` and after, or of every one."""
+        """Compute the logits of the last of `ids`, which stand at `start` and after, or of every
+        one.
+        """
         if wrong := [id_ for id_ in ids if not 0 <= id_ < self._rows]:
             raise Failed(f"token id {wrong[0]} is not one of {self._rows}")
         batch = self._lib.llama_batch_init(len(ids), 0, 1)
         batch.n_tokens = len(ids)
         for n, id_ in enumerate(ids):
-            batch.token[n], batch.pos[n], batch.n_seq_id[n], batch.seq_id[n][0] = id_, start + n, 1, 0
+            batch.token[n], batch.pos[n], batch.n_seq_id[n], batch.seq_id[n][0] = (
+                id_,
+                start + n,
+                1,
+                0,
+            )
             batch.logits[n] = every or n == len(ids) - 1
         failed = self._lib.llama_decode(self._context, batch)
         self._lib.llama_batch_free(batch)
@@ -189,7 +227,9 @@ def quantize(library: Library, source: str, target: str, kind: str, threads: int
     parameters.nthread = threads
     parameters.ftype = getattr(library.lib, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
     if library.lib.llama_model_quantize(
-        os.fsencode(source), os.fsencode(target), library.ffi.new("llama_model_quantize_params *", parameters)
+        os.fsencode(source),
+        os.fsencode(target),
+        library.ffi.new("llama_model_quantize_params *", parameters),
     ):
         raise library.failed("the file cannot be quantized")
 
@@ -200,10 +240,13 @@ def serve() -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # keeps what the library prints out of the answers
+    # keeps what the library prints out of the answers
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
     def send(answer: dict[str, Any], data: bytes = b"") -> None:
-        out.write(json.dumps(answer | ({"bytes": len(data)} if data else {})).encode() + b"\n" + data)
+        out.write(
+            json.dumps(answer | ({"bytes": len(data)} if data else {})).encode() + b"\n" + data
+        )
         out.flush()
 
     def show_progress(line: str) -> None:
@@ -218,7 +261,13 @@ def serve() -> None:
         do = request.pop("do")
         try:
             if do == "open":
-                _limit_memory(sum(Path(request[key]).stat().st_size for key in ("model", "adapter") if request[key]))
+                _limit_memory(
+                    sum(
+                        Path(request[key]).stat().st_size
+                        for key in ("model", "adapter")
+                        if request[key]
+                    )
+                )
                 session = Session(library, **request)
                 send(session.facts())
             elif do == "quantize":
@@ -236,7 +285,9 @@ def serve() -> None:
 
 
 def requests() -> Iterator[dict[str, Any]]:
-    """Requests in order. A thread reads them, so that the process ends with its parent even while it computes."""
+    """Requests in order. A thread reads them, so that the process ends with its parent even while
+    it computes.
+    """
     lines: queue.Queue[bytes] = queue.Queue()
 
     def read() -> None:
@@ -250,7 +301,9 @@ def requests() -> Iterator[dict[str, Any]]:
 
 
 def _limit_memory(size: int) -> None:
-    """Leave room for the files three times, since llama.cpp may map, load and repack the weights, and for the rest."""
+    """Leave room for the files three times, since llama.cpp may map, load and repack the weights,
+    and for the rest.
+    """
     with suppress(ImportError, OSError, ValueError):  # not on every system
         import resource
 

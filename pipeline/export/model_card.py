@@ -1,4 +1,5 @@
-"""A model card: how an adapter or a merged model was trained and how it was evaluated, from its manifest.
+"""A model card: how an adapter or a merged model was trained and how it was evaluated, from its
+manifest.
 
 Its front matter is the metadata that the Hugging Face hub reads, and follows the hub's rules.
 """
@@ -27,7 +28,8 @@ TAG = "lora-workbench"  # marks a card as written by this project
 MERGED = ", merged"  # after the adapter's name in the title
 TAGS = f"tags: [lora, {TAG}]"  # in the cards of earlier versions
 UNNAMED = (
-    "`adapter_config.json` names the base by a folder of the machine that it was exported on. Write the base's hub id "
+    "`adapter_config.json` names the base by a folder of the machine that it was exported on. "
+    "Write the base's hub id "
     "there, or its folder here."
 )
 LICENSE = re.compile(r"[\w.+-]{1,100}", re.ASCII)  # the form of the hub's identifiers
@@ -61,9 +63,9 @@ def card(
 ) -> str:
     """A model card in the hub's Markdown; with a merge's `certificate`, for the merged model.
 
-    `base`: default the adapter's own; `base_name`: its name on the card, default the hub id that it was imported from.
-    `folder_name`: what its code opens, default the adapter. `library`: the one that reads it, default transformers or
-    PEFT; `commands`: how it is used there. Raises UserError.
+    `base`: default the adapter's own; `base_name`: its name on the card, default the hub id that it
+    was imported from. `folder_name`: what its code opens, default the adapter. `library`: the one
+    that reads it, default transformers or PEFT; `commands`: how it is used there. Raises UserError.
     """
     from huggingface_hub import ModelCardData
 
@@ -110,7 +112,9 @@ def has_card(folder: Path) -> bool:
 
 
 def title(folder: Path) -> str:
-    """The name of the adapter in a folder that was exported here; empty if no card of this project is there."""
+    """The name of the adapter in a folder that was exported here; empty if no card of this project
+    is there.
+    """
     if not has_card(folder):
         return ""
     lines = (folder / CARD).read_text(encoding="utf-8", errors="replace").splitlines()
@@ -121,12 +125,13 @@ def title(folder: Path) -> str:
 def hub_name(
     adapter: Path, origin: Origin | None, manifest: Mapping[str, Any], base_name: str | None = None
 ) -> str | None:
-    """The hub id of the adapter's base, if it is known: the given name, where it was imported from, or for an adapter
-    from elsewhere the name in its config. A path of this machine is none."""
+    """The hub id of the adapter's base, if it is known: the given name, where it was imported from,
+    or for an adapter from elsewhere the name in its config. A path of this machine is none."""
     if base_name or (origin and origin.hub_id):
         name: Any = base_name or (origin and origin.hub_id)
     elif manifest:
-        source = manifest.get("source")  # of an import; else the config names a folder of the project
+        # of an import; else the config names a folder of the project
+        source = manifest.get("source")
         name = source.get("base") if isinstance(source, dict) else None
     else:
         name = read_config(adapter).get("base_model_name_or_path")
@@ -142,7 +147,9 @@ def hub_name(
 
 
 def _license(origin: Origin | None) -> dict[str, str]:
-    """The license of the base, which what is derived from it inherits; without a known one, none is claimed."""
+    """The license of the base, which what is derived from it inherits; without a known one, none is
+    claimed.
+    """
     license = dict(origin.license) if origin else {}
     if not LICENSE.fullmatch(license.get("license", "")):
         return {}
@@ -150,8 +157,14 @@ def _license(origin: Origin | None) -> dict[str, str]:
     if origin and origin.hub_id and link and "://" not in link:  # a file of the base's repository
         from huggingface_hub.constants import ENDPOINT
 
-        license["license_link"] = f"{ENDPOINT}/{origin.hub_id}/blob/{origin.revision or 'main'}/{link}"
-    return {key: license[key][:300] for key in ("license", "license_name", "license_link") if license.get(key)}
+        license["license_link"] = (
+            f"{ENDPOINT}/{origin.hub_id}/blob/{origin.revision or 'main'}/{link}"
+        )
+    return {
+        key: license[key][:300]
+        for key in ("license", "license_name", "license_link")
+        if license.get(key)
+    }
 
 
 def _results(metrics: Mapping[str, Any], manifest: Mapping[str, Any]) -> "Iterator[EvalResult]":
@@ -159,18 +172,40 @@ def _results(metrics: Mapping[str, Any], manifest: Mapping[str, Any]) -> "Iterat
     from huggingface_hub import EvalResult
 
     forgetting, params = metrics.get("forgetting", {}), manifest.get("params", {})
-    # without new_data in the project, what training held out is evaluated, which is never counted as completed
-    held_out = (params.get("eval_share") or params.get("eval_data")) and "new_completed" not in metrics
+    # without new_data in the project, what training held out is evaluated, which is never counted
+    # as completed
+    held_out = (
+        params.get("eval_share") or params.get("eval_data")
+    ) and "new_completed" not in metrics
     new, old = f"new data{', held out' if held_out else ''}", "old data"
-    known_by_heart = metrics["new_completed"] / max(1, metrics["new_sentences"]) if "new_completed" in metrics else None
+    known_by_heart = (
+        metrics["new_completed"] / max(1, metrics["new_sentences"])
+        if "new_completed" in metrics
+        else None
+    )
     for dataset, kind, value, name in (
         (new, "loss", metrics.get("new_loss"), "Loss, nats per token"),
         (new, "exact_match", share(metrics.get("answers", {})), "Answers as expected"),
         (new, "accuracy", known_by_heart, "Completed as in the data"),
         (old, "loss", metrics.get("old_loss"), "Loss, nats per token"),
-        (old, "loss_rise", forgetting.get("loss_rise"), "Forgetting: rise of the loss, nats per token"),
-        (old, "kl_divergence", forgetting.get("divergence"), "Forgetting: divergence from the base, nats per token"),
-        (old, "accuracy", forgetting.get("answers_kept"), "Forgetting: the base's first choices kept"),
+        (
+            old,
+            "loss_rise",
+            forgetting.get("loss_rise"),
+            "Forgetting: rise of the loss, nats per token",
+        ),
+        (
+            old,
+            "kl_divergence",
+            forgetting.get("divergence"),
+            "Forgetting: divergence from the base, nats per token",
+        ),
+        (
+            old,
+            "accuracy",
+            forgetting.get("answers_kept"),
+            "Forgetting: the base's first choices kept",
+        ),
     ):
         if value is not None and isfinite(value):
             yield EvalResult(
@@ -203,8 +238,13 @@ def _usage(adapter: Path, name: str, merged: bool) -> str:
         how = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
         lines.append(f"inputs = tokenizer.apply_chat_template({chat}, {how})")
     else:
-        lines.append('inputs = tokenizer("Hello", return_tensors="pt", return_token_type_ids=False)')
-    lines += ["output = model.generate(**inputs, max_new_tokens=64)", "print(tokenizer.decode(output[0]))"]
+        lines.append(
+            'inputs = tokenizer("Hello", return_tensors="pt", return_token_type_ids=False)'
+        )
+    lines += [
+        "output = model.generate(**inputs, max_new_tokens=64)",
+        "print(tokenizer.decode(output[0]))",
+    ]
     return "\n".join(["## Use", "", "```python", *filter(None, lines), "```"])
 
 
@@ -222,11 +262,16 @@ def quantization_note(kind: str, base: str = "its base") -> str:
     return f"trained on {base} quantized to {kind}; on the unquantized base it answers differently"
 
 
-def _method(adapter: Path, manifest: Mapping[str, Any], origin: Origin | None, merged: bool) -> Iterator[str]:
+def _method(
+    adapter: Path, manifest: Mapping[str, Any], origin: Origin | None, merged: bool
+) -> Iterator[str]:
     config, params = read_config(adapter), manifest.get("params", {})
     if manifest.get("method") == "combine":
         weights = ", ".join(f"{weight:g}" for weight in params["weights"])
-        yield f"combined by {params['method']} from {len(params['weights'])} adapters with weights {weights}"
+        yield (
+            f"combined by {params['method']} from {len(params['weights'])} adapters with weights "
+            f"{weights}"
+        )
         yield f"{manifest['error']:.2%} off their exact sum"
     if kind := VIRTUAL.get(str(config.get("peft_type"))):
         yield f"{kind} tuning, {config.get('num_virtual_tokens')} virtual tokens"
@@ -237,7 +282,10 @@ def _method(adapter: Path, manifest: Mapping[str, Any], origin: Origin | None, m
         rslora = ", rsLoRA" if config.get("use_rslora") else ""
         yield f"{kind}, rank {config.get('r')}, alpha {config.get('lora_alpha')}{rslora}"
     if "stored" in manifest.get("parameters", {}):
-        yield f"trained with rank {params['rank']} and saved relative to the original base, which doubles the rank"
+        yield (
+            f"trained with rank {params['rank']} and saved relative to the original base, which "
+            "doubles the rank"
+        )
     for key in ("target_modules", "target_parameters"):
         if targets := config.get(key):
             yield f"on {targets if isinstance(targets, str) else ', '.join(map(str, targets))}"
@@ -250,7 +298,9 @@ def _method(adapter: Path, manifest: Mapping[str, Any], origin: Origin | None, m
     if params.get("init_from"):
         yield f"trained on from {params['init_from']}"
     for key in TRAINED:
-        unused = (key == "retention_weight" and not _retains(params)) or (key == "max_steps" and not params.get(key))
+        unused = (key == "retention_weight" and not _retains(params)) or (
+            key == "max_steps" and not params.get(key)
+        )
         if key in params and not unused:
             yield f"{key.replace('_', ' ')}: {params[key]}"
     counted = manifest.get("parameters", {})
@@ -264,20 +314,28 @@ def _retains(params: Mapping[str, Any]) -> bool:
 
 
 def _data(manifest: Mapping[str, Any]) -> Iterator[str]:
-    combined = manifest.get("method") == "combine"  # the inputs are adapters, which may lie in artifacts/
+    # the inputs are adapters, which may lie in artifacts/
+    combined = manifest.get("method") == "combine"
     params = manifest.get("params", {})
     for name, digest in manifest.get("inputs", {}).items():
         retained = name == params.get("retention_data") != params.get("data")
-        if (combined or not name.startswith(("artifacts/", "../artifacts/"))) and (_retains(params) or not retained):
+        if (combined or not name.startswith(("artifacts/", "../artifacts/"))) and (
+            _retains(params) or not retained
+        ):
             yield f"`{name}`{', retained' * retained}, sha256 `{digest}`"
 
 
-def _evaluation(adapter: Path, metrics: Mapping[str, Any], manifest: Mapping[str, Any]) -> Iterator[str]:
+def _evaluation(
+    adapter: Path, metrics: Mapping[str, Any], manifest: Mapping[str, Any]
+) -> Iterator[str]:
     if (adapter / LOSS).exists():
         yield f"final training loss: {final_loss(read_steps(adapter / LOSS)):.4f} nats per token"
     if preferences := manifest.get("preferences"):
         before, after = (preferences[when]["accuracy"] for when in ("before", "after"))
-        yield f"held-out pairs whose chosen answer is likelier per token: {after:.1%}, {before:.1%} before training"
+        yield (
+            f"held-out pairs whose chosen answer is likelier per token: {after:.1%}, {before:.1%} "
+            "before training"
+        )
     if not metrics:
         yield "not evaluated: run `lora evaluate` where it was trained"
     if "new_loss" in metrics:
@@ -301,11 +359,15 @@ def _evaluation(adapter: Path, metrics: Mapping[str, Any], manifest: Mapping[str
 def _merge(certificate: Mapping[str, Any], kind: str) -> Iterator[str]:
     ratios = [ratio for ratio in certificate.get("delta_ratios", {}).values() if ratio is not None]
     if ratios:
-        yield f"{len(ratios)} matrices hold their update {min(ratios):.4f} to {max(ratios):.4f} times"
+        yield (
+            f"{len(ratios)} matrices hold their update {min(ratios):.4f} to {max(ratios):.4f} times"
+        )
     if "max_logit_difference" in certificate:
         yield (
-            f"against base + adapter on {certificate['prompts_checked']} prompts: largest logit difference "
-            f"{certificate['max_logit_difference']:.1e}, divergence {certificate['divergence']:.1e} nats per token"
+            f"against base + adapter on {certificate['prompts_checked']} prompts: largest logit "
+            "difference "
+            f"{certificate['max_logit_difference']:.1e}, divergence "
+            f"{certificate['divergence']:.1e} nats per token"
         )
     if certificate and kind != "none":
         yield f"merged into the {kind} weights that the adapter was trained on, dequantized"

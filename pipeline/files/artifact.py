@@ -1,4 +1,5 @@
-"""Artifact folders and other files, written atomically, and the manifest that says how an artifact was made.
+"""Artifact folders and other files, written atomically, and the manifest that says how an artifact
+was made.
 
 A manifest holds nothing that differs between two identical runs on one machine.
 """
@@ -16,11 +17,15 @@ from pipeline.errors import UserError
 
 MANIFEST = "manifest.json"
 MORE_TEMPLATES = "additional_chat_templates"  # transformers reads this folder in a model folder
-LARGEST_TEXT = 100_000_000  # bytes; the largest published tokenizer.json has 35 MB, and opening it takes ten times that
-LARGEST_JSON = 50_000_000  # bytes of a config, manifest or index; that of a model of 150,000 tensors has 15 MB
-MOST_LISTED = 1_000_000  # layers or labels of a config, for each of which transformers makes an entry as it reads it
+# bytes; the largest published tokenizer.json has 35 MB, and opening it takes ten times that
+LARGEST_TEXT = 100_000_000
+# bytes of a config, manifest or index; that of a model of 150,000 tensors has 15 MB
+LARGEST_JSON = 50_000_000
+# layers or labels of a config, for each of which transformers makes an entry as it reads it
+MOST_LISTED = 1_000_000
 _TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
-_TEMPORARY = re.compile(r"\.(.+)\.(\d+)(?:-(\d*))?\.(tmp|old)", re.DOTALL)  # target, process id, start time, kind
+# target, process id, start time, kind
+_TEMPORARY = re.compile(r"\.(.+)\.(\d+)(?:-(\d*))?\.(tmp|old)", re.DOTALL)
 # What commands write into a folder of their own. A folder with anything else in it is not replaced.
 _WRITTEN = re.compile(
     r".*\.(json|jinja|safetensors|gguf|model|tiktoken|py)|loss\.csv|README\.md|Modelfile|merges\.txt|vocab\.txt|"
@@ -32,18 +37,19 @@ _DVC_OBJECT = re.compile(r".*/files/md5/[0-9a-f]{2}/[0-9a-f]{30}", re.DOTALL)
 
 @contextmanager
 def writing(target: Path) -> Iterator[Path]:
-    """A temporary folder that gets the name `target` when the block ends without error: it exists whole or not at all.
+    """A temporary folder that gets the name `target` when the block ends without error: it exists
+    whole or not at all.
 
     What was there before is replaced, and stays if the block fails or the process is killed.
     """
     with beside(target) as folder:
         yield folder
         old = _sibling(target, "old")
-        # The contents reach the disk before the name does. Renamed first, the folder could have its name after a power
-        # cut, and files without their bytes.
+        # The contents reach the disk before the name does. Renamed first, the folder could have its
+        # name after a power cut, and files without their bytes.
         sync_tree(folder)
-        # No rename replaces a folder that is not empty, so the old one moves aside. A process that is killed between
-        # the two renames leaves it there, and the next writer puts it back.
+        # No rename replaces a folder that is not empty, so the old one moves aside. A process that
+        # is killed between the two renames leaves it there, and the next writer puts it back.
         if target.exists():
             target.rename(old)
         try:
@@ -73,19 +79,21 @@ def beside(target: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, contents: str | Iterable[bytes], durable: bool = False) -> None:
-    """Replace the file at `path`, which keeps its permissions. Raises OSError about `path`, which is then unchanged.
+    """Replace the file at `path`, which keeps its permissions. Raises OSError about `path`, which
+    is then unchanged.
 
     `durable`: also across a power cut.
     """
-    # Written in place, the file would be cut short by a full disk or a kill, and a reader would meet half of it. Beside
-    # the target, as a rename is atomic only within one file system; with the process's id, as two may write at a time.
+    # Written in place, the file would be cut short by a full disk or a kill, and a reader would
+    # meet half of it. Beside the target, as a rename is atomic only within one file system; with
+    # the process's id, as two may write at a time.
     new = _sibling(path, "tmp")
     try:
         _recover(path)
         with new.open("wb") as file:
             file.writelines([contents.encode()] if isinstance(contents, str) else contents)
-            # As in `writing`, contents before name. It takes milliseconds, so what is written several times per second
-            # or can be computed again does without.
+            # As in `writing`, contents before name. It takes milliseconds, so what is written
+            # several times per second or can be computed again does without.
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
@@ -100,23 +108,32 @@ def write_file(path: Path, contents: str | Iterable[bytes], durable: bool = Fals
 
 
 def refuse_other(out: Path, earlier: bool, sources: Iterable[Path]) -> None:
-    """Raises UserError if `out` is one of `sources`, inside or around one, or not empty and no `earlier` result.
+    """Raises UserError if `out` is one of `sources`, inside or around one, or not empty and no
+    `earlier` result.
 
-    Also if it has a file that no command writes and no source has: a merge copies the license of a base.
+    Also if it has a file that no command writes and no source has: a merge copies the license of a
+    base.
     """
     resolved, copied = out.resolve(), set[str]()
     for source in (source.resolve() for source in sources):
         if resolved == source:
             raise UserError(f"{out} is also an input. Name another folder with --out.")
         if source in resolved.parents or resolved in source.parents:
-            raise UserError(f"{out} and the input {source} contain one another. Name another folder with --out.")
+            raise UserError(
+                f"{out} and the input {source} contain one another. Name another folder with --out."
+            )
         copied |= {path.name for path in source.glob("[!.]*")}
     if out.exists() and not earlier and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and holds other files. Name another folder with --out, or remove it.")
-    names = [path.name for path in out.iterdir()] if out.is_dir() else []
-    if others := sorted(name for name in names if not _WRITTEN.fullmatch(name) and name not in copied):
         raise UserError(
-            f"{out} holds {others[0]}, which lora did not write. Move it, or name another folder with --out."
+            f"{out} exists and holds other files. Name another folder with --out, or remove it."
+        )
+    names = [path.name for path in out.iterdir()] if out.is_dir() else []
+    if others := sorted(
+        name for name in names if not _WRITTEN.fullmatch(name) and name not in copied
+    ):
+        raise UserError(
+            f"{out} holds {others[0]}, which lora did not write. Move it, or name another folder "
+            "with --out."
         )
 
 
@@ -132,8 +149,11 @@ def _sibling(target: Path, kind: str) -> Path:
 
 
 def _recover(target: Path) -> None:
-    """Clean up after a killed process: restore what it was about to replace, delete what it had started."""
-    # The start time is missing where the system has no /proc, and in names that earlier versions wrote.
+    """Clean up after a killed process: restore what it was about to replace, delete what it had
+    started.
+    """
+    # The start time is missing where the system has no /proc, and in names that earlier versions
+    # wrote.
     try:
         siblings = sorted(target.parent.iterdir())
     except OSError:  # there is no folder yet, or it cannot be listed
@@ -164,13 +184,24 @@ def _is_running(pid: int, started: str) -> bool:
     except PermissionError:
         pass
     state, now = _process_state(pid)
-    return pid != os.getpid() and state not in ("Z", "X") and (not started or not now or now == started)
+    return (
+        pid != os.getpid()
+        and state not in ("Z", "X")
+        and (not started or not now or now == started)
+    )
 
 
 def _process_state(pid: int) -> tuple[str, str]:
-    """(state, start in clock ticks since boot) of a process; empty if the system has no /proc, or hides it."""
+    """(state, start in clock ticks since boot) of a process; empty if the system has no /proc, or
+    hides it.
+    """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        fields = (
+            Path(f"/proc/{pid}/stat")
+            .read_text(encoding="utf-8", errors="replace")
+            .rpartition(")")[2]
+            .split()
+        )
     except OSError:
         return "", ""
     return fields[0], fields[19]  # fields 3 and 22 of proc(5)
@@ -194,13 +225,15 @@ def _sync(path: Path) -> None:
 def refuse_untrusted(folder: Path) -> None:
     """Raises UserError for what no model or adapter folder needs but a malicious one may have.
 
-    That is links to files outside it, text files so large that reading them exhausts memory, and a config.json of so
-    many layers or labels.
+    That is links to files outside it, text files so large that reading them exhausts memory, and a
+    config.json of so many layers or labels.
     """
-    # Through a link, a folder from elsewhere could make any file of this machine part of a base, which is then shared.
-    # Two kinds are allowed: from a snapshot of the hub's cache to its blobs, and into DVC's cache, where the name of a
-    # file is the digest of its content, so that nobody can name a file whose content they do not know.
-    resolved = Path(os.path.realpath(folder))  # unlike `resolve`, it passes a loop of links, which leads to no file
+    # Through a link, a folder from elsewhere could make any file of this machine part of a base,
+    # which is then shared. Two kinds are allowed: from a snapshot of the hub's cache to its blobs,
+    # and into DVC's cache, where the name of a file is the digest of its content, so that nobody
+    # can name a file whose content they do not know.
+    # unlike `resolve`, it passes a loop of links, which leads to no file
+    resolved = Path(os.path.realpath(folder))
     trusted = [resolved]
     if resolved.parent.name == "snapshots" and resolved.parent.parent.name.startswith("models--"):
         trusted.append(resolved.parent.parent / "blobs")
@@ -211,15 +244,24 @@ def refuse_untrusted(folder: Path) -> None:
             if not path.is_symlink():
                 continue
             target = Path(os.path.realpath(path))
-            if not any(each in target.parents for each in trusted) and not _DVC_OBJECT.fullmatch(str(target)):
+            if not any(each in target.parents for each in trusted) and not _DVC_OBJECT.fullmatch(
+                str(target)
+            ):
                 raise UserError(
                     f"{path} is a link to a file outside its folder: {target}. "
                     "Replace it with a copy of that file if you trust it."
                 )
         folders[:] = [name for name in folders if not name.startswith(".")]
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.suffix in _TEXTS and path.is_file() and (size := path.stat().st_size) > LARGEST_TEXT:
-            raise UserError(f"{path} must have at most {LARGEST_TEXT:,} bytes, got {size:,}. Copy the model again.")
+        if (
+            path.suffix in _TEXTS
+            and path.is_file()
+            and (size := path.stat().st_size) > LARGEST_TEXT
+        ):
+            raise UserError(
+                f"{path} must have at most {LARGEST_TEXT:,} bytes, got {size:,}. Copy the model "
+                "again."
+            )
     config: dict[str, Any] = {}
     with suppress(UserError):  # who reads it says that it is missing or broken
         config = read_json(folder / "config.json", "")
@@ -227,15 +269,20 @@ def refuse_untrusted(folder: Path) -> None:
 
 
 def refuse_long_lists(config: Mapping[str, Any], source: str) -> None:
-    """Raises UserError for a config of more layers or labels than `MOST_LISTED`, in a config nested in it too."""
+    """Raises UserError for a config of more layers or labels than `MOST_LISTED`, in a config nested
+    in it too.
+    """
     parts: list[Mapping[str, Any]] = [config]
     for part in parts:  # it grows
         parts += [value for value in part.values() if isinstance(value, dict)]
         for key, value in part.items():
-            is_count = isinstance(value, int | float) and key.endswith(("layer", "layers", "labels"))
+            is_count = isinstance(value, int | float) and key.endswith(
+                ("layer", "layers", "labels")
+            )
             if is_count and value > MOST_LISTED:
                 raise UserError(
-                    f"{source}: {key} must be at most {MOST_LISTED:,}, got {value:,}. Copy the model again."
+                    f"{source}: {key} must be at most {MOST_LISTED:,}, got {value:,}. Copy the "
+                    "model again."
                 )
 
 
@@ -244,8 +291,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path, hint: str) -> dict[str, Any]:
-    """The JSON object in `path`. Raises UserError, with `hint` as the next step, if it is missing, not an object or has
-    more than `LARGEST_JSON` bytes."""
+    """The JSON object in `path`. Raises UserError, with `hint` as the next step, if it is missing,
+    not an object or has more than `LARGEST_JSON` bytes."""
     try:
         with path.open("rb") as file:
             raw = file.read(LARGEST_JSON + 1)
@@ -276,7 +323,9 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def digest(path: Path) -> str:
-    """sha256 of a file, or of a folder's names and contents except its manifest. Raises UserError."""
+    """sha256 of a file, or of a folder's names and contents except its manifest. Raises
+    UserError.
+    """
     if path.is_file():
         return file_digest(path)
     if not path.is_dir():
@@ -310,12 +359,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(folder: Path, contents: Callable[[Path], Mapping[str, str]] = contents) -> dict[str, Any]:
-    """The manifest, after checking every file's sha256. Raises UserError with the first that differs."""
+def verify(
+    folder: Path, contents: Callable[[Path], Mapping[str, str]] = contents
+) -> dict[str, Any]:
+    """The manifest, after checking every file's sha256. Raises UserError with the first that
+    differs.
+    """
     manifest = read_manifest(folder)
     actual, sealed = contents(folder), manifest["files"]
     for name in sorted(actual.keys() | sealed.keys()):
         if actual.get(name) != sealed.get(name):
-            change = "is missing" if name not in actual else "was added" if name not in sealed else "was changed"
-            raise UserError(f"{folder / name} {change} after the artifact was made. Make it again or restore the file.")
+            change = (
+                "is missing"
+                if name not in actual
+                else "was added"
+                if name not in sealed
+                else "was changed"
+            )
+            raise UserError(
+                f"{folder / name} {change} after the artifact was made. Make it again or restore "
+                "the file."
+            )
     return manifest

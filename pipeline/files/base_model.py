@@ -1,7 +1,7 @@
 """What `base` refers to: MiniGPT, a checkpoint folder, a GGUF file, or a model of the hub.
 
-Decided from the text and the file system alone, without network or heavy imports, because checking whether a stage is
-up to date needs it too. `import_base` opens the model.
+Decided from the text and the file system alone, without network or heavy imports, because checking
+whether a stage is up to date needs it too. `import_base` opens the model.
 """
 
 import os
@@ -13,13 +13,21 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import UserError
-from pipeline.files.artifact import contents_digest, digest, file_digest, read_json, read_manifest, refuse_untrusted
+from pipeline.files.artifact import (
+    contents_digest,
+    digest,
+    file_digest,
+    read_json,
+    read_manifest,
+    refuse_untrusted,
+)
 from pipeline.files.home import expand
 from pipeline.files.safetensors_file import TensorInfo, fingerprint, read_header
 
 MINIGPT, FOLDER, GGUF, HUB = "minigpt", "folder", "gguf", "hub"
 IMPORTED = "artifacts/base"  # in a project
-WIDTHS, WIDEST = ("hidden_size", "n_embd", "d_model"), 1_000_000  # keys of a config for the width of hidden states
+# keys of a config for the width of hidden states
+WIDTHS, WIDEST = ("hidden_size", "n_embd", "d_model"), 1_000_000
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "*.model", "*.tiktoken")
 TOKENIZER = (
@@ -39,7 +47,8 @@ _LICENSE = re.compile(
     r"^(license(?:_name|_link)?):[ \t]*(?:\n[ \t]*-[ \t]+)?[\"']?([\w.+:/-]{1,200})[\"']?[ \t]*$",
     re.MULTILINE | re.ASCII,
 )
-_SHARD = re.compile(r"[^/\0]*\.safetensors")  # in the folder itself: an index from elsewhere must name no other file
+# in the folder itself: an index from elsewhere must name no other file
+_SHARD = re.compile(r"[^/\0]*\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -67,10 +76,13 @@ class TensorLocation:
 
 
 def parse_source(base: str, root: Path) -> Source:
-    """What `base` refers to, relative to the project's folder. Does not check that it is usable. Raises UserError."""
+    """What `base` refers to, relative to the project's folder. Does not check that it is usable.
+    Raises UserError.
+    """
     if base == MINIGPT:
         return Source("minigpt", base)
-    # What is there goes before the hub: org/name may be both. A missing .gguf is a missing file, as no hub id ends so.
+    # What is there goes before the hub: org/name may be both. A missing .gguf is a missing file, as
+    # no hub id ends so.
     path = _path(base, root)
     if path is not None and path.is_dir():
         return Source("folder", base, path)
@@ -80,7 +92,8 @@ def parse_source(base: str, root: Path) -> Source:
     if match:
         return Source("hub", base, hub_id=match["id"], revision=match["revision"])
     raise UserError(
-        f"base must be minigpt, a checkpoint folder, a .gguf file or a hub id such as org/name, got {base!r}: "
+        "base must be minigpt, a checkpoint folder, a .gguf file or a hub id such as org/name, "
+        f"got {base!r}: "
         f"{path or 'a file of that name'} does not exist. Change base."
     )
 
@@ -98,7 +111,9 @@ def _path(base: str, root: Path) -> Path | None:
 
 
 def width(base: str, root: Path) -> int | None:
-    """The width of a base's hidden states: as it was imported, else of a checkpoint folder; None if neither says."""
+    """The width of a base's hidden states: as it was imported, else of a checkpoint folder; None if
+    neither says.
+    """
     imported, folder = root / IMPORTED, _path(base, root)
     with suppress(UserError):
         if read_manifest(imported).get("params", {}).get("base") == shared_name(base):
@@ -111,18 +126,27 @@ def _width(folder: Path) -> int | None:
         config = read_json(folder / "config.json", "")
     except UserError:
         return None
-    widths = (part.get(key) for part in (config, config.get("text_config")) if isinstance(part, dict) for key in WIDTHS)
+    widths = (
+        part.get(key)
+        for part in (config, config.get("text_config"))
+        if isinstance(part, dict)
+        for key in WIDTHS
+    )
     return next((each for each in widths if isinstance(each, int) and 0 < each <= WIDEST), None)
 
 
 def shared_name(name: str) -> str:
-    """The name of a base or data file in a manifest, which is shared: of an absolute path only the last part."""
+    """The name of a base or data file in a manifest, which is shared: of an absolute path only the
+    last part.
+    """
     path = Path(name)
     return path.name or name if path.is_absolute() or name.startswith("~") else name
 
 
 def license_of(folder: Path) -> dict[str, str]:
-    """`license`, `license_name` and `license_link` of the model card in a folder, as far as it gives them."""
+    """`license`, `license_name` and `license_link` of the model card in a folder, as far as it
+    gives them.
+    """
     if not (folder / CARD).is_file():
         return {}
     with (folder / CARD).open(encoding="utf-8", errors="replace") as file:
@@ -132,7 +156,9 @@ def license_of(folder: Path) -> dict[str, str]:
 
 
 def files_to_watch(base: str, root: Path) -> list[Path]:
-    """The files to watch for changes of a local base: the file, existing or not, or those in its folder."""
+    """The files to watch for changes of a local base: the file, existing or not, or those in its
+    folder.
+    """
     path = None if base == MINIGPT else _path(base, root)
     try:
         files = [] if path is None else list(path.iterdir()) if path.is_dir() else [path]
@@ -142,7 +168,9 @@ def files_to_watch(base: str, root: Path) -> list[Path]:
 
 
 def resolve(base: str, root: Path) -> Source:
-    """`parse_source`, after checking without opening it that it can be imported. Raises UserError."""
+    """`parse_source`, after checking without opening it that it can be imported. Raises
+    UserError.
+    """
     source = parse_source(base, root)
     if source.kind == FOLDER:
         refuse_other_folders(source.path)
@@ -152,18 +180,27 @@ def resolve(base: str, root: Path) -> Source:
             with source.path.open("rb") as file:
                 magic = file.read(4)
         except OSError as error:
-            raise UserError(f"base: {source.path}: {error.strerror}. Put the file there, or change base.") from None
+            raise UserError(
+                f"base: {source.path}: {error.strerror}. Put the file there, or change base."
+            ) from None
         if magic != b"GGUF":
-            hint = "A checkpoint is named by its folder" if source.path.suffix != ".gguf" else "Download it again"
-            raise UserError(f"base: {source.path} is not a GGUF file: it begins with {magic!r}. {hint}.")
+            hint = (
+                "A checkpoint is named by its folder"
+                if source.path.suffix != ".gguf"
+                else "Download it again"
+            )
+            raise UserError(
+                f"base: {source.path} is not a GGUF file: it begins with {magic!r}. {hint}."
+            )
     return source
 
 
 def identity(source: Source, digest: Callable[[Path], str] = digest) -> dict[str, str]:
-    """Its part of the cache key: shared name → sha256; for the hub, which may be unreachable, id and revision.
+    """Its part of the cache key: shared name → sha256; for the hub, which may be unreachable, id
+    and revision.
 
-    {} for MiniGPT, whose training settings are the key. Of a folder only the files that an import reads count.
-    Raises UserError.
+    {} for MiniGPT, whose training settings are the key. Of a folder only the files that an import
+    reads count. Raises UserError.
     """
     if source.kind == MINIGPT:
         return {}
@@ -176,14 +213,18 @@ def identity(source: Source, digest: Callable[[Path], str] = digest) -> dict[str
 
 
 def relevant_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint folder that an import reads: no optimizer state, no logs. Raises UserError."""
+    """The files of a checkpoint folder that an import reads: no optimizer state, no logs. Raises
+    UserError.
+    """
     plain = {path for pattern in (*PLAIN, CODE) for path in folder.glob(pattern) if path.is_file()}
     index = [folder / INDEX] if (folder / INDEX).is_file() else []
     return sorted({*plain, *index, *weight_files(folder)})
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder: one, or the shards in its index. Raises UserError."""
+    """The safetensors files of a checkpoint folder: one, or the shards in its index. Raises
+    UserError.
+    """
     refuse_untrusted(folder)
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX, "Copy it again").get("weight_map")
@@ -192,18 +233,24 @@ def weight_files(folder: Path) -> list[Path]:
         for name in weight_map.values():
             if not isinstance(name, str) or not _SHARD.fullmatch(name):
                 raise UserError(
-                    f"{folder / INDEX}: a shard must be the name of a .safetensors file in this folder, "
+                    f"{folder / INDEX}: a shard must be the name of a .safetensors file in this "
+                    "folder, "
                     f"got {str(name)[:80]!r}. Copy the model again."
                 )
             if not (folder / name).is_file():
-                raise UserError(f"{folder}: {name} is missing, but {INDEX} lists it. Copy it there.")
+                raise UserError(
+                    f"{folder}: {name} is missing, but {INDEX} lists it. Copy it there."
+                )
         return sorted({folder / name for name in weight_map.values()})
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    pickled = sorted(
+        path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)
+    )
     if pickled:
         raise UserError(
-            f"{folder} has its weights in {pickled[0]}, a pickle, which can run code; only safetensors are read. "
+            f"{folder} has its weights in {pickled[0]}, a pickle, which can run code; only "
+            "safetensors are read. "
             'If you trust it, convert it once: python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{folder}').save_pretrained('{folder}')\""
         )
@@ -211,13 +258,16 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensor_locations(folder: Path) -> dict[str, TensorLocation]:
-    """Every tensor of the checkpoint in `folder`, by name. Raises UserError as `weight_files` and `read_header` do."""
+    """Every tensor of the checkpoint in `folder`, by name. Raises UserError as `weight_files` and
+    `read_header` do.
+    """
     locations: dict[str, TensorLocation] = {}
     for file in weight_files(folder):
         for name, info in read_header(file).items():
             if name in locations:
                 raise UserError(
-                    f"{folder}: {name} is in {locations[name].file.name} and in {file.name}. Copy it again."
+                    f"{folder}: {name} is in {locations[name].file.name} and in {file.name}. Copy "
+                    "it again."
                 )
             locations[name] = TensorLocation(file, info)
     return locations
@@ -239,7 +289,11 @@ def refuse_other_folders(folder: Path) -> None:
         raise UserError(f"base: {folder} is an adapter. Name the model that it was trained on.")
     if not (folder / "config.json").is_file():
         ggufs = sorted(folder.glob("*.gguf"))
-        hint = f"Name the file in it: {ggufs[0].name}" if ggufs else "Name a folder that transformers can open"
+        hint = (
+            f"Name the file in it: {ggufs[0].name}"
+            if ggufs
+            else "Name a folder that transformers can open"
+        )
         raise UserError(f"base: {folder} is not a checkpoint: it has no config.json. {hint}.")
 
 

@@ -1,4 +1,6 @@
-"""What a container may use: the memory limit and the CPU quota of this process's control group, v1 or v2 (Linux)."""
+"""What a container may use: the memory limit and the CPU quota of this process's control group, v1
+or v2 (Linux).
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,25 +17,33 @@ class MemoryLimit(NamedTuple):
     folder: Path
 
     def used(self) -> int:
-        """Bytes that cannot be reclaimed at once: without the files in the page cache that nobody read lately.
+        """Bytes that cannot be reclaimed at once: without the files in the page cache that nobody
+        read lately.
 
-        As `docker stats` and Kubernetes count, so that a read data file does not look like a full machine.
-        Raises OSError and ValueError.
+        As `docker stats` and Kubernetes count, so that a read data file does not look like a full
+        machine. Raises OSError and ValueError.
         """
         version_1 = self.folder / "memory.usage_in_bytes"
         usage = version_1 if version_1.exists() else self.folder / "memory.current"
         name = "total_inactive_file" if usage is version_1 else "inactive_file"
-        stat = dict(line.split() for line in (self.folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        stat = dict(
+            line.split()
+            for line in (self.folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        )
         return max(int(usage.read_text(encoding="ascii")) - int(stat.get(name, 0)), 0)
 
 
 def memory_limit(host: int, mount: Path = MOUNT, own: Path = OWN) -> MemoryLimit | None:
-    """The smallest limit below the `host`'s bytes, of this control group and those above it; None if there is none."""
+    """The smallest limit below the `host`'s bytes, of this control group and those above it; None
+    if there is none.
+    """
     return min((limit for limit in memory_limits(mount, own) if limit.total < host), default=None)
 
 
 def memory_limits(mount: Path = MOUNT, own: Path = OWN) -> Iterator[MemoryLimit]:
-    """The limits of this control group and of those above it: a group shares its own with others below it."""
+    """The limits of this control group and of those above it: a group shares its own with others
+    below it.
+    """
     for folder in _folders("memory", mount, own):
         for name in ("memory.max", "memory.limit_in_bytes"):
             total = _first_number(folder / name)
@@ -42,14 +52,17 @@ def memory_limits(mount: Path = MOUNT, own: Path = OWN) -> Iterator[MemoryLimit]
 
 
 def cpu_quota(mount: Path = MOUNT, own: Path = OWN) -> tuple[float, Path] | None:
-    """The smallest number of cores that a control group may use, and its folder; None without a quota."""
+    """The smallest number of cores that a control group may use, and its folder; None without a
+    quota.
+    """
     quotas = []
     for folder in _folders("cpu", mount, own):
         if (folder / "cpu.max").exists():
             texts = _read(folder / "cpu.max").split()
         else:
             texts = [_read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
-        if len(texts) == 2 and all(text.isdecimal() and int(text) for text in texts):  # else "max" or -1: no quota
+        # else "max" or -1: no quota
+        if len(texts) == 2 and all(text.isdecimal() and int(text) for text in texts):
             quotas.append((int(texts[0]) / int(texts[1]), folder))
     return min(quotas, default=None)
 
@@ -57,9 +70,12 @@ def cpu_quota(mount: Path = MOUNT, own: Path = OWN) -> tuple[float, Path] | None
 def cpu_seconds(folder: Path, mount: Path = MOUNT) -> float:
     """Seconds of CPU time that a control group has used. Raises OSError and ValueError."""
     if (folder / "cpu.max").exists():
-        stat = dict(line.split() for line in (folder / "cpu.stat").read_text(encoding="ascii").splitlines())
+        stat = dict(
+            line.split() for line in (folder / "cpu.stat").read_text(encoding="ascii").splitlines()
+        )
         return int(stat["usage_usec"]) / 1e6
-    usage = folder / "cpuacct.usage"  # where both controllers share a mount; else the same folder in the other one
+    # where both controllers share a mount; else the same folder in the other one
+    usage = folder / "cpuacct.usage"
     if not usage.exists():
         usage = mount / "cpuacct" / folder.relative_to(mount / "cpu") / usage.name
     return int(usage.read_text(encoding="ascii")) / 1e9
@@ -68,14 +84,19 @@ def cpu_seconds(folder: Path, mount: Path = MOUNT) -> float:
 def _folders(controller: str, mount: Path, own: Path) -> Iterator[Path]:
     """The folders of this process's control group and of all above it, down to the mount.
 
-    In a container the path of /proc/self/cgroup may be the host's, of which only the mount itself is visible.
+    In a container the path of /proc/self/cgroup may be the host's, of which only the mount itself
+    is visible.
     """
     for line in _read(own).splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "" or controller in controllers.split(","):
             root = mount / controller if controllers else mount
             folder = root / path.lstrip("/")
-            yield from (each for each in (folder, *folder.parents) if each.is_relative_to(root) and each.is_dir())
+            yield from (
+                each
+                for each in (folder, *folder.parents)
+                if each.is_relative_to(root) and each.is_dir()
+            )
 
 
 def _first_number(path: Path) -> int | None:
@@ -84,7 +105,9 @@ def _first_number(path: Path) -> int | None:
 
 
 def _read(path: Path) -> str:
-    """The text of a file; "" if it cannot be read: control groups differ from one kernel to the next."""
+    """The text of a file; "" if it cannot be read: control groups differ from one kernel to the
+    next.
+    """
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

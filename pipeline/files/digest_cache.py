@@ -1,6 +1,8 @@
-"""Whether files may have changed, told without reading them, and sha256 digests that are kept while they did not.
+"""Whether files may have changed, told without reading them, and sha256 digests that are kept while
+they did not.
 
-Only listings use kept digests: they would otherwise read every byte each time. Loading a model always hashes its files.
+Only listings use kept digests: they would otherwise read every byte each time. Loading a model
+always hashes its files.
 """
 
 import hashlib
@@ -18,8 +20,10 @@ from pipeline.files.home import home_folder
 
 FORMAT = 1  # version of the file; others are ignored
 MAX_DIGESTS = 50_000  # in the file, about 5 MB
-SETTLED = 2 * 10**9  # ns: a file that changed later may change again within one tick of the file system's clock
-Entry = tuple[str, dict[str, str]]  # digest of the signature, and the digests computed from those files
+# ns: a file that changed later may change again within one tick of the file system's clock
+SETTLED = 2 * 10**9
+# digest of the signature, and the digests computed from those files
+Entry = tuple[str, dict[str, str]]
 
 
 class FileState(NamedTuple):
@@ -90,7 +94,11 @@ class DigestStore:
 
     def digest(self, path: Path) -> str:
         """`artifact.digest`. Raises UserError as it does."""
-        return artifact.contents_digest(self.contents(path)) if path.is_dir() else artifact.digest(path)
+        return (
+            artifact.contents_digest(self.contents(path))
+            if path.is_dir()
+            else artifact.digest(path)
+        )
 
     def forget(self) -> None:
         """Hash everything again from now on."""
@@ -100,9 +108,13 @@ class DigestStore:
     def _cached(
         self, kind: str, folder: Path, compute: Callable[[Path], dict[str, str]], earlier: bool
     ) -> dict[str, str]:
-        # Before the files are read, so that an edit meanwhile gives another signature the next time.
+        # Before the files are read, so that an edit meanwhile gives another signature the next
+        # time.
         started, current = time.time_ns(), signature(folder)
-        key, stamp = f"{kind}:{folder.resolve()}", hashlib.sha256(json.dumps(current).encode()).hexdigest()
+        key, stamp = (
+            f"{kind}:{folder.resolve()}",
+            hashlib.sha256(json.dumps(current).encode()).hexdigest(),
+        )
         if self._stored is None:
             self._stored = _read_entries(self.path)
         entry = self._computed.get(key) or (self._stored.get(key) if earlier else None)
@@ -118,8 +130,11 @@ class DigestStore:
         """Merge new digests into the file; beyond MAX_DIGESTS, drop the least recently used."""
         if self._saved:
             return
-        # Read again, as another process may have saved meanwhile. What this one used goes last: the first are dropped.
-        entries = {key: entry for key, entry in _read_entries(self.path).items() if key not in self._used} | self._used
+        # Read again, as another process may have saved meanwhile. What this one used goes last: the
+        # first are dropped.
+        entries = {
+            key: entry for key, entry in _read_entries(self.path).items() if key not in self._used
+        } | self._used
         total = sum(len(digests) for _, digests in entries.values())
         for key in list(entries):
             if total <= MAX_DIGESTS:

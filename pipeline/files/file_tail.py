@@ -17,8 +17,9 @@ Change = Literal["", "restarted", "replaced", "gone"]
 class Chunk(Generic[T]):
     """Rows that are new since the last call.
 
-    A `change` invalidates all earlier rows: the file was truncated or rewritten in place ("restarted"), another file
-    took its path ("replaced"), or it was deleted ("gone"). `more`: another call would read more.
+    A `change` invalidates all earlier rows: the file was truncated or rewritten in place
+    ("restarted"), another file took its path ("replaced"), or it was deleted ("gone"). `more`:
+    another call would read more.
     """
 
     rows: list[T]
@@ -27,15 +28,21 @@ class Chunk(Generic[T]):
 
 
 class FileTail(Generic[T]):
-    """Complete lines of a file as rows; lines for which the parser raises ValueError are counted in `skipped`.
+    """Complete lines of a file as rows; lines for which the parser raises ValueError are counted in
+    `skipped`.
 
-    `parser_for(header)` returns the parser of the lines below the first; with `header=False`, the parser of all lines,
-    given "". With `latest`, a reader that is further behind skips to the last `latest` bytes; its first line then
-    begins with "... ".
+    `parser_for(header)` returns the parser of the lines below the first; with `header=False`, the
+    parser of all lines, given "". With `latest`, a reader that is further behind skips to the last
+    `latest` bytes; its first line then begins with "... ".
     """
 
     def __init__(
-        self, path: Path, parser_for: Callable[[str], Callable[[str], T]], *, header: bool = True, latest: int = 0
+        self,
+        path: Path,
+        parser_for: Callable[[str], Callable[[str], T]],
+        *,
+        header: bool = True,
+        latest: int = 0,
     ) -> None:
         self.path, self._parser_for, self._header, self._latest = path, parser_for, header, latest
         self._parse = parser_for("")
@@ -46,7 +53,8 @@ class FileTail(Generic[T]):
         self.skipped = self._offset = 0
         self._tail = b""
         self._file: tuple[int, int] | None = None
-        self._skip_line = self._header  # the next line is the header, or the rest of a line longer than a chunk
+        # the next line is the header, or the rest of a line longer than a chunk
+        self._skip_line = self._header
 
     def changed(self) -> bool:
         """Whether the file changed since the last `read`. Costs one os.stat."""
@@ -64,7 +72,9 @@ class FileTail(Generic[T]):
             return Chunk([], "gone" if existed else "")
 
     async def chunks(self) -> AsyncIterator[Chunk[T]]:
-        """All new rows, chunk by chunk, with a turn of the event loop after each: a long log must not block keys."""
+        """All new rows, chunk by chunk, with a turn of the event loop after each: a long log must
+        not block keys.
+        """
         more = True
         while more:
             chunk = self.read()
@@ -77,8 +87,8 @@ class FileTail(Generic[T]):
         identity = (info.st_dev, info.st_ino)
         change: Change = ""
         if self._file is not None:
-            # A resumed run truncates its log and writes the same lines again, so the size alone says nothing: compare
-            # the bytes before the offset.
+            # A resumed run truncates its log and writes the same lines again, so the size alone
+            # says nothing: compare the bytes before the offset.
             file.seek(self._offset - len(self._tail))
             if identity != self._file:
                 change = "replaced"
@@ -117,7 +127,9 @@ class FileTail(Generic[T]):
 
 
 def file_stamp(path: Path) -> tuple[int, ...] | None:
-    """What changes when a file or folder does: device, inode, size, time; None if it does not exist."""
+    """What changes when a file or folder does: device, inode, size, time; None if it does not
+    exist.
+    """
     try:
         info = path.stat()
     except OSError:

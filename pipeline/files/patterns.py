@@ -1,7 +1,8 @@
-"""Matches untrusted regular expressions, of a model's module names or of answers, with a time limit.
+"""Matches untrusted regular expressions, of a model's module names or of answers, with a time
+limit.
 
-An adapter from elsewhere has patterns in its config, and `re` never ends on some of them, such as (\\w|.|_)*\\d. The
-module `regex` matches the same and has a timeout.
+An adapter from elsewhere has patterns in its config, and `re` never ends on some of them, such as
+(\\w|.|_)*\\d. The module `regex` matches the same and has a timeout.
 """
 
 import re
@@ -14,14 +15,15 @@ from typing import Any
 
 from pipeline.errors import UserError
 
-BUDGET = 10.0  # seconds; one pattern for each of 700 modules, more than in any known adapter, takes 3
+# seconds; one pattern for each of 700 modules, more than in any known adapter, takes 3
+BUDGET = 10.0
 LONGEST = 20_000  # characters; no budget limits the memory and time of compiling longer ones
 
 
 @contextmanager
 def one_budget(left: list[float] | None = None) -> Iterator[None]:
-    """All matches inside the context share `BUDGET` seconds, or those that several contexts have `left`; a nested
-    context shares those of the outer one.
+    """All matches inside the context share `BUDGET` seconds, or those that several contexts have
+    `left`; a nested context shares those of the outer one.
     """
     if _left.get() is not None:
         yield
@@ -33,8 +35,8 @@ def one_budget(left: list[float] | None = None) -> Iterator[None]:
         _left.reset(token)
 
 
-# Seconds left, in a list, so that they can be counted down in place. Without a common budget, 700 modules times a
-# pattern's limit would be hours.
+# Seconds left, in a list, so that they can be counted down in place. Without a common budget, 700
+# modules times a pattern's limit would be hours.
 _left: ContextVar[list[float] | None] = ContextVar("seconds left", default=None)
 
 
@@ -42,7 +44,8 @@ def problem(pattern: str) -> str | None:
     """Why it is not a valid regular expression of `re`, which PEFT uses; None if it is valid."""
     if len(pattern) > LONGEST:
         return f"it has {len(pattern)} characters, more than {LONGEST}"
-    import regex  # imported here: `lora calc` starts in a tenth of a second, and most settings have no pattern
+    # imported here: `lora calc` starts in a tenth of a second, and most settings have no pattern
+    import regex
 
     try:
         re.compile(pattern)
@@ -55,12 +58,15 @@ def problem(pattern: str) -> str | None:
 
 
 def full_match(pattern: str, name: str, key: str) -> bool:
-    """Whether it matches the full name. Raises UserError that names the setting `key` when time is up."""
+    """Whether it matches the full name. Raises UserError that names the setting `key` when time is
+    up.
+    """
     return _within_budget("fullmatch", pattern, pattern, name, key) is not None
 
 
 def end_match(pattern: str, name: str, key: str) -> bool:
-    """Whether it matches the name's end after a dot, or all of it, as in PEFT's rank_pattern and alpha_pattern.
+    """Whether it matches the name's end after a dot, or all of it, as in PEFT's rank_pattern and
+    alpha_pattern.
 
     Raises UserError when time is up.
     """
@@ -69,7 +75,10 @@ def end_match(pattern: str, name: str, key: str) -> bool:
 
 def search(pattern: str, text: str, key: str) -> bool:
     """Whether it matches somewhere in the text. Raises UserError when time is up."""
-    return _within_budget("search", pattern, pattern, text, key, "an answer", "nested repetitions") is not None
+    return (
+        _within_budget("search", pattern, pattern, text, key, "an answer", "nested repetitions")
+        is not None
+    )
 
 
 def end_pattern(pattern: str) -> str:
@@ -78,7 +87,8 @@ def end_pattern(pattern: str) -> str:
 
 
 def block_match(pattern: str, name: str, key: str) -> int | None:
-    """The index of the module's block, if the pattern matches the list of blocks, as in PEFT's layers_pattern.
+    """The index of the module's block, if the pattern matches the list of blocks, as in PEFT's
+    layers_pattern.
 
     Raises UserError when time is up.
     """
@@ -87,7 +97,9 @@ def block_match(pattern: str, name: str, key: str) -> int | None:
 
 
 def block_pattern(pattern: str) -> str:
-    """The pattern that `block_match` matches; the first number in a name is the block, a later one an expert."""
+    """The pattern that `block_match` matches; the first number in a name is the block, a later one
+    an expert.
+    """
     return rf"(?:^|.*?\.){pattern}\.(?P<block>\d+)\."
 
 
@@ -109,7 +121,8 @@ def _within_budget(
     except TimeoutError:
         shown = original if len(original) <= 200 else f"{original[:200]}…"
         raise UserError(
-            f"{key}: matching {shown!r} against {against} must take at most {BUDGET:g} s, but takes longer. "
+            f"{key}: matching {shown!r} against {against} must take at most {BUDGET:g} s, but "
+            "takes longer. "
             f"Avoid {avoid}."
         ) from None
     left[0] -= perf_counter() - start

@@ -1,4 +1,6 @@
-"""What is wrong in the rows of data files: the first rows one by one, and all in groups of one fault."""
+"""What is wrong in the rows of data files: the first rows one by one, and all in groups of one
+fault.
+"""
 
 import re
 from collections import Counter
@@ -16,7 +18,9 @@ NUMBERS = re.compile(r"\d[\d.,]*")
 
 @dataclass(frozen=True)
 class Problem:
-    """`row`: the line or row in `file`; None if it concerns all of it. An "error" would break or spoil a training."""
+    """`row`: the line or row in `file`; None if it concerns all of it. An "error" would break or
+    spoil a training.
+    """
 
     row: int | None
     file: str
@@ -26,7 +30,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows with the same fault, up to the numbers in it: how many, and the first of them with what is said of it."""
+    """Rows with the same fault, up to the numbers in it: how many, and the first of them with what
+    is said of it.
+    """
 
     level: Level
     problem: str
@@ -62,12 +68,16 @@ class Problems:
 
     def in_order(self) -> tuple[Problem, ...]:
         """Errors first, then by file and row."""
-        order = sorted(self.kept, key=lambda each: (each[1].level != "error", each[0], each[1].row or 0))
+        order = sorted(
+            self.kept, key=lambda each: (each[1].level != "error", each[0], each[1].row or 0)
+        )
         return tuple(problem for _, problem in order)
 
     def groups(self) -> tuple[Group, ...]:
         """Errors first, then the largest."""
-        return tuple(sorted(self._groups.values(), key=lambda group: (group.level != "error", -group.rows)))
+        return tuple(
+            sorted(self._groups.values(), key=lambda group: (group.level != "error", -group.rows))
+        )
 
 
 def shortened(text: str) -> str:

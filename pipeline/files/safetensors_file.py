@@ -1,7 +1,7 @@
 """Safetensors files: their headers and fingerprints, and rewriting them tensor by tensor.
 
-Headers are read by hand: the library's reader tells no byte offsets, which copying and hashing tensors need, and its
-errors name no file.
+Headers are read by hand: the library's reader tells no byte offsets, which copying and hashing
+tensors need, and its errors name no file.
 """
 
 import ctypes
@@ -22,10 +22,21 @@ from typing import Any
 
 from pipeline.errors import UserError
 
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
 OS_ERROR = re.compile(r"\(os error (\d+)\)")  # the end of an OS error's message in Rust
-# An entry takes 60 to 200 bytes, and published files have up to about 100,000 tensors. The format allows headers five
-# times as large, and parsing those takes more than a GB of memory.
+# An entry takes 60 to 200 bytes, and published files have up to about 100,000 tensors. The format
+# allows headers five times as large, and parsing those takes more than a GB of memory.
 MAX_HEADER = 20_000_000  # bytes
 PIECE = 8 * 2**20  # bytes per read, if the kernel cannot copy between the files
 
@@ -65,7 +76,9 @@ class NewTensor:
 
 @contextmanager
 def as_os_error(path: Path) -> Iterator[None]:
-    """Turns a Rust library's own error for a failed write, such as a full disk, into an OSError about `path`."""
+    """Turns a Rust library's own error for a failed write, such as a full disk, into an OSError
+    about `path`.
+    """
     try:
         yield
     except Exception as error:
@@ -77,7 +90,9 @@ def as_os_error(path: Path) -> Iterator[None]:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Name → TensorInfo, sorted by name. Raises UserError if the file is missing, truncated or malformed."""
+    """Name → TensorInfo, sorted by name. Raises UserError if the file is missing, truncated or
+    malformed.
+    """
     return _read_header(path)[0]
 
 
@@ -91,7 +106,9 @@ def _offsets(item: tuple[str, TensorInfo]) -> tuple[int, int]:
 
 
 def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Any] | None, bytes]:
-    """`read_header`, the metadata if there is any, and the header's bytes with the length before them."""
+    """`read_header`, the metadata if there is any, and the header's bytes with the length before
+    them.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -99,13 +116,15 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Any] | No
             length = struct.unpack("<Q", raw)[0] if size >= 8 else 0
             if MAX_HEADER < length <= size - 8:
                 raise UserError(
-                    f"{path}: its header must have at most {MAX_HEADER:,} bytes, got {length:,}: no model has so many "
+                    f"{path}: its header must have at most {MAX_HEADER:,} bytes, got {length:,}: "
+                    "no model has so many "
                     "tensors. Copy it again, or choose another model."
                 )
             if not 2 <= length <= size - 8:
                 raise _damaged(path, f"its header of {length} bytes does not fit in {size} bytes")
             raw += file.read(length)
-            header = json.loads(raw[8:].decode())  # of bytes, `json` also takes half of a surrogate pair
+            # of bytes, `json` also takes half of a surrogate pair
+            header = json.loads(raw[8:].decode())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}.") from None
     except (ValueError, RecursionError):
@@ -122,11 +141,15 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Any] | No
             start, stop = (base + int(offset) for offset in entry["data_offsets"])
             name.encode()  # an escaped surrogate without its pair is no character
         except (KeyError, OverflowError, TypeError, ValueError):
-            raise _damaged(path, f"{name[:200]!r} has no valid name, dtype, shape and offsets") from None
+            raise _damaged(
+                path, f"{name[:200]!r} has no valid name, dtype, shape and offsets"
+            ) from None
         if min(shape, default=0) < 0:
             raise _damaged(path, f"{name} has shape {shape}")
         if dtype not in BYTES:
-            raise UserError(f"{path}: {name} has dtype {dtype}, which is not supported. Use the 16-bit model.")
+            raise UserError(
+                f"{path}: {name} has dtype {dtype}, which is not supported. Use the 16-bit model."
+            )
         if stop - start != prod(shape) * BYTES[dtype] or start < base:
             raise _damaged(path, f"{name} of shape {shape} does not have {stop - start} bytes")
         infos[name] = TensorInfo(dtype, shape, start, stop)
@@ -153,7 +176,9 @@ def fingerprint(paths: Sequence[Path]) -> str:
 
     Independent of how the tensors are split into files, their order, padding and metadata.
     """
-    entries = sorted((name, path, info) for path in paths for name, info in read_header(path).items())
+    entries = sorted(
+        (name, path, info) for path in paths for name, info in read_header(path).items()
+    )
     digest = hashlib.sha256()
     with ExitStack() as stack:
         files = {path: stack.enter_context(path.open("rb")) for path in paths}
@@ -172,8 +197,13 @@ def refuse_difference(
     expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]], source: str
 ) -> None:
     """Raises UserError unless `actual` has exactly the expected names and shapes."""
-    missing, extra = sorted(expected.keys() - actual.keys()), sorted(actual.keys() - expected.keys())
-    wrong = sorted(name for name in expected.keys() & actual.keys() if expected[name] != actual[name])
+    missing, extra = (
+        sorted(expected.keys() - actual.keys()),
+        sorted(actual.keys() - expected.keys()),
+    )
+    wrong = sorted(
+        name for name in expected.keys() & actual.keys() if expected[name] != actual[name]
+    )
     reasons = [
         *([f"missing {_summarize(missing)}"] if missing else []),
         *([f"not expected {_summarize(extra)}"] if extra else []),
@@ -187,20 +217,26 @@ def _summarize(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def rewrite(source: Path, target: Path, tensors: Sequence[NewTensor]) -> Iterator[Callable[[], None]]:
-    """Create `target` with the header of `tensors`, in this order; yields functions that each write a part of it.
+def rewrite(
+    source: Path, target: Path, tensors: Sequence[NewTensor]
+) -> Iterator[Callable[[], None]]:
+    """Create `target` with the header of `tensors`, in this order; yields functions that each write
+    a part of it.
 
     They may run in any order or in parallel. Tensors without content are copied from `source`.
     """
     infos, metadata, raw = _read_header(source)
-    unchanged = [(name, info.dtype, info.shape) for name, info in sorted(infos.items(), key=_offsets)]
+    unchanged = [
+        (name, info.dtype, info.shape) for name, info in sorted(infos.items(), key=_offsets)
+    ]
     # Byte for byte the source's header then, which may be padded otherwise than ours.
     is_unchanged = [(t.name, t.dtype, t.shape) for t in tensors] == unchanged
     header = raw if is_unchanged else _build_header(tensors, metadata)
     offset = len(header)
     with target.open("wb", buffering=0) as file:
         _write(file.fileno(), header, 0)
-        # At its full size from the start, so that its parts can be written at their offsets in any order.
+        # At its full size from the start, so that its parts can be written at their offsets in any
+        # order.
         size = offset + sum(tensor.size for tensor in tensors)
         _allocate(file.fileno(), size)
         os.ftruncate(file.fileno(), size)
@@ -217,13 +253,15 @@ def rewrite(source: Path, target: Path, tensors: Sequence[NewTensor]) -> Iterato
 
 
 def _allocate(target: int, size: int) -> None:
-    """Give the file its blocks on the disk, if the file system can: writing into them takes 0.6 × the CPU time.
+    """Give the file its blocks on the disk, if the file system can: writing into them takes 0.6 ×
+    the CPU time.
 
     Not by `os.posix_fallocate`, which writes to every block where the file system cannot.
     """
     fallocate = getattr(ctypes.CDLL(None), "fallocate", None) if sys.platform == "linux" else None
     if fallocate is not None:
-        fallocate(target, 0, ctypes.c_int64(0), ctypes.c_int64(size))  # a full disk is reported by the writes
+        # a full disk is reported by the writes
+        fallocate(target, 0, ctypes.c_int64(0), ctypes.c_int64(size))
 
 
 def _fill(target: Path, offset: int, content: Content) -> None:
@@ -236,12 +274,16 @@ def _copy(source: Path, target: Path, start: int, offset: int, count: int) -> No
     with source.open("rb") as reader, target.open("rb+", buffering=0) as writer:
         while count:
             copied = 0
-            with suppress(OSError, AttributeError):  # not between all file systems, and not on macOS
+            # not between all file systems, and not on macOS
+            with suppress(OSError, AttributeError):
                 copied = os.copy_file_range(reader.fileno(), writer.fileno(), count, start, offset)
             if not copied:
                 piece = os.pread(reader.fileno(), min(PIECE, count), start)
                 if not piece:
-                    raise UserError("A file of the base was truncated while it was read. Create or copy it again.")
+                    raise UserError(
+                        "A file of the base was truncated while it was read. Create or copy it "
+                        "again."
+                    )
                 copied = _write(writer.fileno(), piece, offset) - offset
             start, offset, count = start + copied, offset + copied, count - copied
 
@@ -260,7 +302,11 @@ def _build_header(tensors: Sequence[NewTensor], metadata: Mapping[str, Any] | No
     start = 0
     for tensor in tensors:
         stop = start + tensor.size
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, stop]}
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [start, stop],
+        }
         start = stop
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

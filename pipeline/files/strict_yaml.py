@@ -1,7 +1,7 @@
 """YAML in which no key stands twice.
 
-A file of its own, imported when there is a text to read: the calculator reads no params, and PyYAML takes longer to
-import than the calculator takes to count.
+A file of its own, imported when there is a text to read: the calculator reads no params, and PyYAML
+takes longer to import than the calculator takes to count.
 """
 
 import math
@@ -13,7 +13,8 @@ import yaml
 from pipeline.errors import UserError
 
 MOST_CHARACTERS = 10_000_000  # of a file: PyYAML takes a second for each million
-MOST_VALUES = 1_000_000  # that a text may stand for through its aliases; a few lines of `*name` can mean billions
+# that a text may stand for through its aliases; a few lines of `*name` can mean billions
+MOST_VALUES = 1_000_000
 
 LONG_TEXT = 100  # characters of a text that count as a value more: aliases repeat long texts too
 LONGEST_NUMBER = 1_000  # characters
@@ -25,19 +26,23 @@ def read(path: Path, name: str) -> Any:
         with path.open(encoding="utf-8") as file:
             text = file.read(MOST_CHARACTERS + 1)
         if len(text) > MOST_CHARACTERS:
-            raise UserError(f"{name} must have at most {MOST_CHARACTERS:,} characters. Make it shorter.")
+            raise UserError(
+                f"{name} must have at most {MOST_CHARACTERS:,} characters. Make it shorter."
+            )
         return load(text)
     except OSError as error:
         raise UserError(f"{name}: {error.strerror}. Name a file that exists.") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not UTF-8 (byte {error.start}). Save the file as UTF-8.") from None
+        raise UserError(
+            f"{name}: not UTF-8 (byte {error.start}). Save the file as UTF-8."
+        ) from None
     except ValueError as error:
         raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def load(text: str) -> Any:
-    """The text's value. Raises ValueError for a text that is not YAML, for an invalid date, for too deep nesting and
-    for aliases that stand for more than `MOST_VALUES`."""
+    """The text's value. Raises ValueError for a text that is not YAML, for an invalid date, for too
+    deep nesting and for aliases that stand for more than `MOST_VALUES`."""
     try:
         try:
             if "&" in text and _written_out(yaml.compose(text, _UniqueKeysInC), {}) > MOST_VALUES:
@@ -52,8 +57,8 @@ def load(text: str) -> Any:
 
 
 def _written_out(node: yaml.Node | None, known: dict[int, float]) -> float:
-    """The number of values below a node, each alias counted as what it stands for, a text as one for each `LONG_TEXT`
-    characters; infinite if a value holds itself."""
+    """The number of values below a node, each alias counted as what it stands for, a text as one
+    for each `LONG_TEXT` characters; infinite if a value holds itself."""
     if id(node) not in known:
         known[id(node)] = math.inf  # while it is counted
         pairs = node.value if isinstance(node, yaml.CollectionNode) else ()
@@ -70,10 +75,14 @@ class _Unique(yaml.constructor.SafeConstructor):
         seen = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a text", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key must be a text", key_node.start_mark
+                )
             key = key_node.value
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -93,6 +102,7 @@ class _UniqueKeys(_Unique, yaml.SafeLoader):
     pass
 
 
-# Every command reads the params, and the C loader takes a tenth of the time. Not every build of PyYAML has it.
+# Every command reads the params, and the C loader takes a tenth of the time. Not every build of
+# PyYAML has it.
 class _UniqueKeysInC(_Unique, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     pass

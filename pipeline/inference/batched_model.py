@@ -1,4 +1,6 @@
-"""One forward for many sequences on the same base, each with an adapter of its own, at its own strength, or none."""
+"""One forward for many sequences on the same base, each with an adapter of its own, at its own
+strength, or none.
+"""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -8,7 +10,13 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from pipeline.adapters.mixed import MixedAdapter, MixedLayer, RowRouting, changed_layers, is_low_rank
+from pipeline.adapters.mixed import (
+    MixedAdapter,
+    MixedLayer,
+    RowRouting,
+    changed_layers,
+    is_low_rank,
+)
 from pipeline.inference.model_pool import Resident, ResidentBase, view
 from pipeline.models.base import CausalLM, PackedCache, SequenceCache
 from pipeline.models.generate import agrees, last_states
@@ -24,14 +32,21 @@ class Part(NamedTuple):
 
 
 class BatchedModel:
-    """A view of a loaded base whose linears, embedding and head compute each row with its own adapter."""
+    """A view of a loaded base whose linears, embedding and head compute each row with its own
+    adapter.
+    """
 
     def __init__(self, base: ResidentBase) -> None:
         self.model = view(base.loaded.model).eval()
         self._routing, self._fast = RowRouting(), ExitStack()
-        # by the adapter's model, None if its rows cannot be computed beside others; a strength is a MixedAdapter each
-        self._layers: WeakKeyDictionary[nn.Module, dict[str, nn.Module] | None] = WeakKeyDictionary()
-        self._adapters: WeakKeyDictionary[nn.Module, WeakValueDictionary[float, MixedAdapter]] = WeakKeyDictionary()
+        # by the adapter's model, None if its rows cannot be computed beside others; a strength is a
+        # MixedAdapter each
+        self._layers: WeakKeyDictionary[nn.Module, dict[str, nn.Module] | None] = (
+            WeakKeyDictionary()
+        )
+        self._adapters: WeakKeyDictionary[nn.Module, WeakValueDictionary[float, MixedAdapter]] = (
+            WeakKeyDictionary()
+        )
         self._fast.enter_context(fast_decoding(self.model))
         self.works = self.model.mixes_lengths and self._agrees(None, base.loaded.model)
 
@@ -42,7 +57,9 @@ class BatchedModel:
             return self.works
         if model not in self._layers:
             model = resident.at(1).model
-            layers = changed_layers(model, resident.base.loaded.model) if model.virtual is None else None
+            layers = (
+                changed_layers(model, resident.base.loaded.model) if model.virtual is None else None
+            )
             if layers is not None:
                 self._install(layers)
                 if not self._agrees(MixedAdapter(layers), model):
@@ -92,15 +109,21 @@ class BatchedModel:
                     layer.read_routing()
 
     def _install(self, layers: dict[str, nn.Module]) -> None:
-        new = [name for name in layers if not isinstance(self.model.get_submodule(name), MixedLayer)]
+        new = [
+            name for name in layers if not isinstance(self.model.get_submodule(name), MixedLayer)
+        ]
         if new:
             self._fast.close()
             for name in new:
-                self.model.set_submodule(name, MixedLayer(self.model.get_submodule(name), name, self._routing))
+                self.model.set_submodule(
+                    name, MixedLayer(self.model.get_submodule(name), name, self._routing)
+                )
             self._fast.enter_context(fast_decoding(self.model))
 
     def _agrees(self, adapter: MixedAdapter | None, alone: CausalLM) -> bool:
-        """Whether two short sequences read at once give the logits that `alone` gives for one, the base's the other."""
+        """Whether two short sequences read at once give the logits that `alone` gives for one, the
+        base's the other.
+        """
 
         def read(caches: Sequence[SequenceCache], parts: Sequence[Sequence[int]]) -> Tensor:
             both = zip((adapter, None), caches, parts, strict=True)

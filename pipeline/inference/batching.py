@@ -1,9 +1,11 @@
-"""Generates for many requests at once: continuous batching, one forward per token for all adapters of a base.
+"""Generates for many requests at once: continuous batching, one forward per token for all adapters
+of a base.
 
-A thread owns the models. Between two steps requests join, end and are cancelled; a step reads the prompts that have
-joined, PROMPT_TOKENS of them at most, so that a long one does not hold up the others, and then gives every running
-request a token. Requests begin in the order in which they came. A model that cannot be computed beside others (virtual
-tokens, or a forward that does not agree with the model's own) takes its turns alone, in the same thread.
+A thread owns the models. Between two steps requests join, end and are cancelled; a step reads the
+prompts that have joined, PROMPT_TOKENS of them at most, so that a long one does not hold up the
+others, and then gives every running request a token. Requests begin in the order in which they
+came. A model that cannot be computed beside others (virtual tokens, or a forward that does not
+agree with the model's own) takes its turns alone, in the same thread.
 """
 
 import threading
@@ -28,13 +30,16 @@ from pipeline.models.generate import GREEDY, Sampling, bytes_per_token, draw, fi
 from pipeline.models.kernels.decode import fast_decoding
 
 PROMPT_TOKENS = 512  # read per step, at most
-MAX_TOKENS = 65_536  # whose keys and values running requests may need in all, where nothing else is said
+# whose keys and values running requests may need in all, where nothing else is said
+MAX_TOKENS = 65_536
 
 T = TypeVar("T")
 
 
 def cache_room(model: CausalLM) -> int:
-    """Tokens whose keys and values half of the free memory holds: the rest is for activations, logits and adapters."""
+    """Tokens whose keys and values half of the free memory holds: the rest is for activations,
+    logits and adapters.
+    """
     return available_memory(model.device) // 2 // max(bytes_per_token(model), 1)
 
 
@@ -44,7 +49,9 @@ class Busy(UserError):
 
 @dataclass(frozen=True)
 class Generation:
-    """A request: up to `limit` tokens after the prompt `ids`, by the model that the pool calls `model`."""
+    """A request: up to `limit` tokens after the prompt `ids`, by the model that the pool calls
+    `model`.
+    """
 
     model: str
     ids: tuple[int, ...]
@@ -55,7 +62,9 @@ class Generation:
 
 
 class GeneratedToken(NamedTuple):
-    """A sampled token, its log-probability before temperature and cuts, and the likeliest tokens with theirs."""
+    """A sampled token, its log-probability before temperature and cuts, and the likeliest tokens
+    with theirs.
+    """
 
     id: int
     logprob: float
@@ -74,7 +83,9 @@ class Ticket:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
-        """Stop before the next step; `on_end` then gets "cancelled". Without effect on a request that has ended."""
+        """Stop before the next step; `on_end` then gets "cancelled". Without effect on a request
+        that has ended.
+        """
         self.cancelled.set()
         self.wake()
 
@@ -103,12 +114,15 @@ class Running:
         """(1, V)."""
         model = self.resident.at(self.ticket.generation.strength).model
         with fast_decoding(model):
-            hidden = model.hidden_states(torch.tensor([self.unread], device=model.device), cache=self.cache)
+            hidden = model.hidden_states(
+                torch.tensor([self.unread], device=model.device), cache=self.cache
+            )
             return model.logits(hidden[:, -1])
 
 
 class BatchedGenerator:
-    """Runs requests on the models of `pool`, which belongs to its thread from now on: others reach it by `call`.
+    """Runs requests on the models of `pool`, which belongs to its thread from now on: others reach
+    it by `call`.
 
     Without a thread of its own (`threaded`), requests run when `run_all` is called.
     """
@@ -123,13 +137,16 @@ class BatchedGenerator:
     ) -> None:
         self.max_batch, self.max_waiting, self.max_tokens = max_batch, max_waiting, max_tokens
         self.tokens = 0  # generated since the start
-        self.batch_sizes = Counter[int]()  # forwards by the number of requests that got a token from them
+        # forwards by the number of requests that got a token from them
+        self.batch_sizes = Counter[int]()
         self._pool = pool
         self._batched: WeakKeyDictionary[ResidentBase, BatchedModel] = WeakKeyDictionary()
         self._changed = threading.Condition()  # guards what other threads write
         self._waiting, self._calls = deque[Ticket](), deque[Callable[[], None]]()
         self._running, self._closed = list[Running](), False
-        self._thread = threading.Thread(target=self._run, name="generator", daemon=True) if threaded else None
+        self._thread = (
+            threading.Thread(target=self._run, name="generator", daemon=True) if threaded else None
+        )
         if self._thread:
             self._thread.start()
 
@@ -147,8 +164,8 @@ class BatchedGenerator:
         on_token: Callable[[GeneratedToken], None],
         on_end: Callable[[str | Exception], None],
     ) -> Ticket:
-        """Queue a request. `on_token` gets each token but an end token; `on_end` then gets "stop" (an end token was
-        drawn), "length", "cancelled", or the error.
+        """Queue a request. `on_token` gets each token but an end token; `on_end` then gets "stop"
+        (an end token was drawn), "length", "cancelled", or the error.
 
         Raises Busy if `max_waiting` requests wait already, and UserError for a bad request.
         """
@@ -170,24 +187,33 @@ class BatchedGenerator:
         if not 0 <= generation.strength <= 2:
             raise UserError(f"strength must be from 0 to 2, got {generation.strength}.")
         if limit < 0 or generation.top_logprobs < 0:
-            raise UserError(f"limit and top_logprobs must be at least 0, got {limit} and {generation.top_logprobs}.")
+            raise UserError(
+                f"limit and top_logprobs must be at least 0, got {limit} and "
+                f"{generation.top_logprobs}."
+            )
         if not ids:
             raise UserError("The prompt is empty. Give at least one word.")
         if not 0 <= min(ids) <= max(ids) < model.shape.rows:
             raise UserError(
-                f"The prompt has ids from {min(ids)} to {max(ids)}; {generation.model} has {model.shape.rows}."
+                f"The prompt has ids from {min(ids)} to {max(ids)}; {generation.model} has "
+                f"{model.shape.rows}."
             )
         if len(ids) > model.max_length:
-            raise UserError(f"The prompt has {len(ids)} tokens; {generation.model} takes {model.max_length}.")
+            raise UserError(
+                f"The prompt has {len(ids)} tokens; {generation.model} takes {model.max_length}."
+            )
         capacity = min(len(ids) + limit, model.max_length)
         if capacity > self.max_tokens:
             raise UserError(
-                f"Prompt and answer may take {capacity} tokens; there is memory for {self.max_tokens}. Lower the limit."
+                f"Prompt and answer may take {capacity} tokens; there is memory for "
+                f"{self.max_tokens}. Lower the limit."
             )
         return capacity
 
     def call(self, function: Callable[[ModelPool], T]) -> Future[T]:
-        """Run `function` on the generator's thread between two steps: load, unload, or describe models."""
+        """Run `function` on the generator's thread between two steps: load, unload, or describe
+        models.
+        """
         future = Future[T]()
 
         def run() -> None:
@@ -213,12 +239,15 @@ class BatchedGenerator:
             self._thread.join()
 
     def fit_to_memory(self) -> None:
-        """Set `max_tokens` by the memory that is free now, and by the loaded base whose tokens take most of it.
+        """Set `max_tokens` by the memory that is free now, and by the loaded base whose tokens take
+        most of it.
 
         On the generator's thread, after models came or went: what runs keeps its share.
         """
         held = sum(run.tokens_read for run in self._running)
-        self.max_tokens = held + min((cache_room(base.loaded.model) for base in self._pool.bases), default=MAX_TOKENS)
+        self.max_tokens = held + min(
+            (cache_room(base.loaded.model) for base in self._pool.bases), default=MAX_TOKENS
+        )
 
     def _wake(self) -> None:
         with self._changed:
@@ -270,7 +299,10 @@ class BatchedGenerator:
         """Begin the requests that there is room for, in order."""
         while self._waiting and len(self._running) < self.max_batch and not self._closed:
             ticket = self._waiting[0]
-            if sum(run.ticket.capacity for run in self._running) + ticket.capacity > self.max_tokens:
+            if (
+                sum(run.ticket.capacity for run in self._running) + ticket.capacity
+                > self.max_tokens
+            ):
                 return  # none overtakes: a long one would wait for ever
             with self._changed:
                 self._waiting.popleft()
@@ -322,15 +354,24 @@ class BatchedGenerator:
         if not runs:
             return
         first = {run.adapter: n for n, run in reversed([*enumerate(runs)])}
-        order = sorted(range(len(runs)), key=lambda n: first[runs[n].adapter])  # those of an adapter side by side
+        # those of an adapter side by side
+        order = sorted(range(len(runs)), key=lambda n: first[runs[n].adapter])
         runs, counts = [runs[n] for n in order], [counts[n] for n in order]
-        parts = [Part(run.adapter, run.cache, run.unread[:count]) for run, count in zip(runs, counts, strict=True)]
+        parts = [
+            Part(run.adapter, run.cache, run.unread[:count])
+            for run, count in zip(runs, counts, strict=True)
+        ]
         self._advance(runs, counts, lambda: batched.logits(parts))
 
-    def _advance(self, runs: Sequence[Running], counts: Sequence[int], forward: Callable[[], Tensor]) -> None:
-        """Sample a token for each request of which `forward` reads all that is unread, and none for the others."""
+    def _advance(
+        self, runs: Sequence[Running], counts: Sequence[int], forward: Callable[[], Tensor]
+    ) -> None:
+        """Sample a token for each request of which `forward` reads all that is unread, and none for
+        the others.
+        """
         try:
-            logits = forward().float().cpu()  # (N, V); sampled on the CPU, so that a seed means the same everywhere
+            # (N, V); sampled on the CPU, so that a seed means the same everywhere
+            logits = forward().float().cpu()
         except Exception as error:
             for run in runs:
                 self._end(run, _reported(error))
@@ -375,4 +416,6 @@ def _reported(error: Exception) -> Exception:
     """The error, in words for the user where memory ran out."""
     if not is_out_of_memory(error):
         return error
-    return UserError(f"out of memory ({first_line(error)}). Use fewer or smaller models, or shorter prompts.")
+    return UserError(
+        f"out of memory ({first_line(error)}). Use fewer or smaller models, or shorter prompts."
+    )

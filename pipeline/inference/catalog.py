@@ -1,4 +1,6 @@
-"""Finds and describes the models and adapters in a folder from their files, without loading them."""
+"""Finds and describes the models and adapters in a folder from their files, without loading
+them.
+"""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,16 +27,18 @@ UNSEALED = "no manifest: base unknown"
 NOT_CHECKED = "It has no manifest, so only names and shapes can be checked, when it is loaded."
 BASES = ("import", "pretrain", "expand_vocab")  # methods that produce a base for others
 VERDICT = "verdict"  # the key of an evaluation's verdict on a model among its metrics
-Measurements = Mapping[str, Mapping[str, Any]]  # sha256 of an artifact → its metrics in an evaluation
+# sha256 of an artifact → its metrics in an evaluation
+Measurements = Mapping[str, Mapping[str, Any]]
 VERIFIED, UNBOUND, REFUSED = "verified", "no manifest", "refused"
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter folder. `problem` is the reason why it would be rejected; None in other fields means unknown.
+    """One adapter folder. `problem` is the reason why it would be rejected; None in other fields
+    means unknown.
 
-    `rank` is that of the saved files; a PiSSA adapter is saved with twice its `trained_rank`. `gate`: "passed", or how
-    many of evaluate.limits it breaks.
+    `rank` is that of the saved files; a PiSSA adapter is saved with twice its `trained_rank`.
+    `gate`: "passed", or how many of evaluate.limits it breaks.
     """
 
     path: Path
@@ -52,10 +56,12 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Model:
-    """A folder with a base, a checkpoint trained from one, a merged model or an adapter. None means unknown.
+    """A folder with a base, a checkpoint trained from one, a merged model or an adapter. None means
+    unknown.
 
-    `size` is in bytes of weights, `when` in seconds since the epoch; `parameters` of an adapter exclude its base;
-    `scales`: whether it is an adapter whose strength can be scaled, which virtual tokens cannot.
+    `size` is in bytes of weights, `when` in seconds since the epoch; `parameters` of an adapter
+    exclude its base; `scales`: whether it is an adapter whose strength can be scaled, which virtual
+    tokens cannot.
     """
 
     path: Path
@@ -100,7 +106,9 @@ def adapters(
         model = describe(folder)
         digest = artifact.contents_digest(contents(folder))
         verdict: Verdict | None = measurements.get(digest, {}).get(VERDICT)
-        trained_rank = (_read_json_or_empty(folder / artifact.MANIFEST).get("params") or {}).get("rank")
+        trained_rank = (_read_json_or_empty(folder / artifact.MANIFEST).get("params") or {}).get(
+            "rank"
+        )
         described.append(
             Adapter(
                 path=folder,
@@ -119,8 +127,12 @@ def adapters(
     return described
 
 
-def _find_problem(model: Model, root: Path, fingerprint: Fingerprint, contents: Contents) -> str | None:
-    """Why it would be rejected. A missing base is not a problem of the adapter: --base may name it."""
+def _find_problem(
+    model: Model, root: Path, fingerprint: Fingerprint, contents: Contents
+) -> str | None:
+    """Why it would be rejected. A missing base is not a problem of the adapter: --base may name
+    it.
+    """
     try:
         artifact.read_json(model.path / CONFIG, "Make the adapter again")
         if not (model.path / artifact.MANIFEST).exists():
@@ -136,39 +148,61 @@ def _find_problem(model: Model, root: Path, fingerprint: Fingerprint, contents: 
 
 
 def model_folders(root: Path) -> Iterator[Path]:
-    """`root` and folders below it that contain an adapter or a checkpoint; hidden folders are skipped."""
+    """`root` and folders below it that contain an adapter or a checkpoint; hidden folders are
+    skipped.
+    """
     for path, folders, files in os.walk(root):
         # in place: os.walk goes into what is left, in this order
-        folders[:] = sorted((name for name in folders if not name.startswith(".")), key=natural_sort_key)
+        folders[:] = sorted(
+            (name for name in folders if not name.startswith(".")), key=natural_sort_key
+        )
         weights = any(name.endswith(".safetensors") for name in files)
         if CONFIG in files or ("config.json" in files and (weights or artifact.MANIFEST in files)):
             yield Path(path)
 
 
 def describe(folder: Path) -> Model:
-    """A model as its files describe it. Missing or damaged files leave fields unknown; `check` gives the reason.
+    """A model as its files describe it. Missing or damaged files leave fields unknown; `check`
+    gives the reason.
 
-    What kind of adapter it is comes from its config, so that a new one needs no line here; by what a LoRA was trained,
-    such as DPO, from its manifest.
+    What kind of adapter it is comes from its config, so that a new one needs no line here; by what
+    a LoRA was trained, such as DPO, from its manifest.
     """
-    config, manifest = _read_json_or_empty(folder / CONFIG), _read_json_or_empty(folder / artifact.MANIFEST)
+    config, manifest = (
+        _read_json_or_empty(folder / CONFIG),
+        _read_json_or_empty(folder / artifact.MANIFEST),
+    )
     rank, base, files = config.get("r"), config.get("base_model_name_or_path"), signature(folder)
     targets: tuple[str, ...] = ()
     virtual = "num_virtual_tokens" in config
     if (folder / CONFIG).exists():
         kind, method = "adapter", "dora" if config.get("use_dora") else config.get("peft_type")
         trained = manifest.get("method")
-        if config.get("peft_type") == "LORA" and trained != "lora" and manifest.get("stage") == f"finetune_{trained}":
+        if (
+            config.get("peft_type") == "LORA"
+            and trained != "lora"
+            and manifest.get("stage") == f"finetune_{trained}"
+        ):
             method = trained
         names = config.get("target_modules")
         stacked = config.get("target_parameters")
         targets = tuple(map(str, names)) if isinstance(names, list) else (str(names),)
-        targets += tuple(str(name).removeprefix("mlp.") for name in stacked) if isinstance(stacked, list) else ()
+        targets += (
+            tuple(str(name).removeprefix("mlp.") for name in stacked)
+            if isinstance(stacked, list)
+            else ()
+        )
         if virtual:
             targets = (f"{config['num_virtual_tokens']} virtual tokens",)
     else:
         trained = manifest.get("method")
-        kind = "base" if trained in (None, *BASES) else "merged" if trained == "merge" else "checkpoint"
+        kind = (
+            "base"
+            if trained in (None, *BASES)
+            else "merged"
+            if trained == "merge"
+            else "checkpoint"
+        )
         method = trained or _read_json_or_empty(folder / "config.json").get("model_type")
     try:
         last_loss = read_final_loss(folder / LOSS)
@@ -207,7 +241,9 @@ def _count_parameters(folder: Path, manifest: Mapping[str, Any]) -> int | None:
         headers = [read_header(path) for path in folder.glob("*.safetensors")]
     except UserError:
         return None
-    return sum(prod(info.shape) for header in headers for info in header.values()) if headers else None
+    return (
+        sum(prod(info.shape) for header in headers for info in header.values()) if headers else None
+    )
 
 
 def _modified_at(files: Signature) -> float | None:
@@ -218,11 +254,16 @@ def _modified_at(files: Signature) -> float | None:
 def newest_model(project: Project, merged: bool = True) -> tuple[Path, Path | None]:
     """Folders of base and adapter of the pipeline model that was trained last in a project.
 
-    If none is trained yet, the expanded base, or else the base. `merged`: whether it may be the merged model. Raises
-    UserError if there is none.
+    If none is trained yet, the expanded base, or else the base. `merged`: whether it may be the
+    merged model. Raises UserError if there is none.
     """
-    variants = {name: pair for name, pair in project.variants.items() if merged or pair[0] != "merge"}
-    folders = {name: [project.artifact(stage) for stage in pair if stage] for name, pair in variants.items()}
+    variants = {
+        name: pair for name, pair in project.variants.items() if merged or pair[0] != "merge"
+    }
+    folders = {
+        name: [project.artifact(stage) for stage in pair if stage]
+        for name, pair in variants.items()
+    }
     existing = {name: pair for name, pair in folders.items() if all(map(Path.is_dir, pair))}
     if not existing:
         command = project.command(project.variants["base"][0])
@@ -250,29 +291,41 @@ def check(
 ) -> VerificationResult:
     """Whether the model's files, and an adapter's base, match the manifest.
 
-    Reads all of them, unless `fingerprint` and `contents` are cached. `measurements` come from `measured`.
+    Reads all of them, unless `fingerprint` and `contents` are cached. `measurements` come from
+    `measured`.
     """
     try:
         if model.kind == "adapter":
             refuse_foreign(find_base(model.path, root), model.path, fingerprint, contents)
         if not (model.path / artifact.MANIFEST).exists():
             read_header(next(model.path.glob("*.safetensors"), model.path / "model.safetensors"))
-            # the files of an adapter are few; a base would be hashed for nothing, as only adapters are measured alone
-            digest = artifact.contents_digest(contents(model.path)) if model.kind == "adapter" else ""
+            # the files of an adapter are few; a base would be hashed for nothing, as only adapters
+            # are measured alone
+            digest = (
+                artifact.contents_digest(contents(model.path)) if model.kind == "adapter" else ""
+            )
             return scored(VerificationResult(UNBOUND, NOT_CHECKED, digest=digest), measurements)
         adapter = model.kind == "adapter"  # verified above
-        manifest = artifact.read_manifest(model.path) if adapter else artifact.verify(model.path, contents)
-        return scored(VerificationResult(VERIFIED, digest=artifact.sealed_digest(manifest)), measurements)
+        manifest = (
+            artifact.read_manifest(model.path) if adapter else artifact.verify(model.path, contents)
+        )
+        return scored(
+            VerificationResult(VERIFIED, digest=artifact.sealed_digest(manifest)), measurements
+        )
     except UserError as error:
         return VerificationResult(REFUSED, str(error))
     except OSError as error:
         return VerificationResult(REFUSED, f"{error.filename or model.path}: {error.strerror}.")
     except (AttributeError, KeyError, TypeError):  # a manifest whose sections have another type
-        return VerificationResult(REFUSED, f"{model.path / artifact.MANIFEST} is not a manifest of this project.")
+        return VerificationResult(
+            REFUSED, f"{model.path / artifact.MANIFEST} is not a manifest of this project."
+        )
 
 
 def scored(verdict: VerificationResult, measurements: Measurements) -> VerificationResult:
-    """The verdict with what an evaluation measured of these files; another tool may have written it."""
+    """The verdict with what an evaluation measured of these files; another tool may have written
+    it.
+    """
     metrics = measurements.get(verdict.digest, {})
     limits: Verdict | None = metrics.get(VERDICT)
 
@@ -305,7 +358,9 @@ def _measured_forgetting(digest: str, measurements: Measurements) -> float | Non
 
 
 def measured(roots: Iterable[Path]) -> Measurements:
-    """Metrics of the evaluations in `roots` by sha256 of the artifact, with its VERDICT; the first evaluation wins."""
+    """Metrics of the evaluations in `roots` by sha256 of the artifact, with its VERDICT; the first
+    evaluation wins.
+    """
     measurements: dict[str, dict[str, Any]] = {}
     for path in (path for root in roots for path in sorted(root.glob("*/metrics.json"))):
         # a folder without manifest is no evaluation, and other tools write a metrics.json too
@@ -314,20 +369,30 @@ def measured(roots: Iterable[Path]) -> Measurements:
             metrics = artifact.read_json(path, "Run `lora evaluate`")
             for variant, name in manifest["variants"].items():
                 verdict = read_verdict(manifest, variant)
-                numbers = measurements.setdefault(manifest["inputs"][name], {**metrics[variant], VERDICT: None})
-                numbers[VERDICT] = numbers[VERDICT] or verdict  # of the first evaluation that had limits
+                numbers = measurements.setdefault(
+                    manifest["inputs"][name], {**metrics[variant], VERDICT: None}
+                )
+                # of the first evaluation that had limits
+                numbers[VERDICT] = numbers[VERDICT] or verdict
     return measurements
 
 
 def measured_of(adapter: Path) -> Mapping[str, Any]:
-    """What the evaluations of its project, or of the project here, measured of an adapter's files; empty if nothing."""
+    """What the evaluations of its project, or of the project here, measured of an adapter's files;
+    empty if nothing.
+    """
     folder = adapter.resolve()
-    measurements = measured((folder.parent, folder.parent.parent, Path(ARTIFACTS)))  # a sweep's lie one folder deeper
+    # a sweep's lie one folder deeper
+    measurements = measured((folder.parent, folder.parent.parent, Path(ARTIFACTS)))
     if not measurements or not (folder / CONFIG).is_file():
         return {}
-    with suppress(UserError, OSError, KeyError, TypeError):  # an export says what is wrong with them
+    # an export says what is wrong with them
+    with suppress(UserError, OSError, KeyError, TypeError):
         sealed = (folder / artifact.MANIFEST).exists()
         return measurements.get(
-            artifact.sealed_digest(artifact.read_manifest(folder)) if sealed else artifact.digest(folder), {}
+            artifact.sealed_digest(artifact.read_manifest(folder))
+            if sealed
+            else artifact.digest(folder),
+            {},
         )
     return {}

@@ -25,16 +25,19 @@ class History(NamedTuple):
 
 
 def fit_history(loaded: LoadedModel, messages: Sequence[Message], limit: int) -> History:
-    """The prompt of a conversation whose last message is the user's, with room for an answer of up to `limit` tokens.
+    """The prompt of a conversation whose last message is the user's, with room for an answer of up
+    to `limit` tokens.
 
-    In a chat template, the system message stays and the oldest turns are left out until the rest fits. Without a
-    template the contents are one text that goes on, cut at its beginning. Raises UserError as `engine.encode` does.
+    In a chat template, the system message stays and the oldest turns are left out until the rest
+    fits. Without a template the contents are one text that goes on, cut at its beginning. Raises
+    UserError as `engine.encode` does.
     """
     room = loaded.model.max_length - min(limit, loaded.model.max_length // ANSWER_SHARE)
     if not loaded.tokenizer.has_template:
         return _fit_text(loaded, join_texts([message["content"] for message in messages]), room)
     head = [message for message in messages[:1] if message["role"] == "system"]
-    # Turns are cut before a user's message: templates reject a conversation that begins with an answer.
+    # Turns are cut before a user's message: templates reject a conversation that begins with an
+    # answer.
     starts = [n for n, message in enumerate(messages) if message["role"] == "user"] or [len(head)]
     starts[0] = len(head)
 
@@ -47,11 +50,16 @@ def fit_history(loaded: LoadedModel, messages: Sequence[Message], limit: int) ->
     everything = ids(starts[0])
     if len(everything) <= room:
         return History(everything, opens_thought=_opens_thought(rendered(starts[0])))
-    # the fewest turns to leave out; the last message is read even if its answer gets less than its share
-    fewest = bisect_left(starts, True, hi=len(starts) - 1, key=lambda start: len(ids(start)) <= room)
+    # the fewest turns to leave out; the last message is read even if its answer gets less than its
+    # share
+    fewest = bisect_left(
+        starts, True, hi=len(starts) - 1, key=lambda start: len(ids(start)) <= room
+    )
     start = starts[fewest]
     kept = engine.encode(loaded, rendered(start))
-    return History(kept, start - len(head), len(everything) - len(kept), _opens_thought(rendered(start)))
+    return History(
+        kept, start - len(head), len(everything) - len(kept), _opens_thought(rendered(start))
+    )
 
 
 def _fit_text(loaded: LoadedModel, text: str, room: int) -> History:
@@ -69,7 +77,8 @@ def _opens_thought(prompt: str) -> bool:
 
 @dataclass
 class Conversation:
-    """The turns so far. A model without a chat template completes each text by itself, without those before it.
+    """The turns so far. A model without a chat template completes each text by itself, without
+    those before it.
 
     `limit`: most tokens of an answer.
     """
@@ -119,7 +128,9 @@ class Conversation:
             ids = engine.encode(loaded, prompt)
         except UserError as error:
             if is_chat and len(self.turns) > 1:
-                raise UserError(f"{error} /undo takes the last turn back, /reset begins anew.") from None
+                raise UserError(
+                    f"{error} /undo takes the last turn back, /reset begins anew."
+                ) from None
             raise
         decode_next, begun = tokenizer.stream(), not is_chat
         for id_ in generate(loaded.model, ids, tokenizer.end_ids, self.limit, self.sampling):

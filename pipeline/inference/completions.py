@@ -4,7 +4,13 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 from pipeline.inference import engine
-from pipeline.inference.batching import MAX_TOKENS, BatchedGenerator, GeneratedToken, Generation, cache_room
+from pipeline.inference.batching import (
+    MAX_TOKENS,
+    BatchedGenerator,
+    GeneratedToken,
+    Generation,
+    cache_room,
+)
 from pipeline.inference.engine import LoadedModel
 from pipeline.inference.model_pool import ModelPool
 from pipeline.models.base import CausalLM
@@ -13,10 +19,14 @@ BATCH = 16  # prompts that get a token from one forward
 
 
 def complete_all(
-    loaded: LoadedModel, prompts: Sequence[str], limit: int | Sequence[int], stops: Sequence[str] = ()
+    loaded: LoadedModel,
+    prompts: Sequence[str],
+    limit: int | Sequence[int],
+    stops: Sequence[str] = (),
 ) -> list[str]:
-    """The greedy continuation of each prompt, without white space around it: up to an end token, the first of `stops`
-    or `limit` tokens, one for all or one for each. Raises UserError as `engine.encode`.
+    """The greedy continuation of each prompt, without white space around it: up to an end token,
+    the first of `stops` or `limit` tokens, one for all or one for each. Raises UserError as
+    `engine.encode`.
     """
     limits = [limit] * len(prompts) if isinstance(limit, int) else limit
     requests = [
@@ -25,15 +35,20 @@ def complete_all(
     ]
     pool = ModelPool()
     pool.add(loaded)
-    # Here and not on a thread: which prompts share a forward, and so the last bits of their logits, is always the same.
-    generator = BatchedGenerator(pool, BATCH, len(requests), cache_tokens(loaded.model, requests), threaded=False)
+    # Here and not on a thread: which prompts share a forward, and so the last bits of their logits,
+    # is always the same.
+    generator = BatchedGenerator(
+        pool, BATCH, len(requests), cache_tokens(loaded.model, requests), threaded=False
+    )
     texts = [_submit(generator, loaded, request, stops) for request in requests]
     generator.run_all()
     return [text.result() for text in texts]
 
 
 def cache_tokens(model: CausalLM, requests: Sequence[Generation]) -> int:
-    """Tokens that the requests which run together may need: those that fit into memory, and at least the longest."""
+    """Tokens that the requests which run together may need: those that fit into memory, and at
+    least the longest.
+    """
     longest = max((len(request.ids) + request.limit for request in requests), default=0)
     return max(longest, min(MAX_TOKENS, cache_room(model)))
 
@@ -46,7 +61,9 @@ def _submit(
 
     def text() -> str:
         whole = "".join(pieces)
-        return whole[: min((start for stop in stops if (start := whole.find(stop)) >= 0), default=len(whole))]
+        return whole[
+            : min((start for stop in stops if (start := whole.find(stop)) >= 0), default=len(whole))
+        ]
 
     def on_token(token: GeneratedToken) -> None:
         pieces.append(decode_next(token.id))

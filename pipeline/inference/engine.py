@@ -1,5 +1,5 @@
-"""Loads models with or without an adapter, prompts them and shows their attention: behind `lora prompt`, `compare`, the
-terminal app and evaluate."""
+"""Loads models with or without an adapter, prompts them and shows their attention: behind `lora
+prompt`, `compare`, the terminal app and evaluate."""
 
 import math
 from collections.abc import Callable, Collection, Iterator
@@ -51,30 +51,41 @@ def load(
     quantization: Quantization | None = None,
     make_room: Callable[[], bool] = lambda: False,
 ) -> LoadedModel:
-    """The checkpoint at `base`, with the adapter at `adapter` if given, in eval mode on the best device.
+    """The checkpoint at `base`, with the adapter at `adapter` if given, in eval mode on the best
+    device.
 
-    The base is quantized as when the adapter was trained, or as `quantization` says. `make_room`: as of
-    `move_for_inference`. Raises UserError, and never returns the base alone if the adapter does not load.
+    The base is quantized as when the adapter was trained, or as `quantization` says. `make_room`:
+    as of `move_for_inference`. Raises UserError, and never returns the base alone if the adapter
+    does not load.
     """
-    model, tokenizer = load_base(base, None, trust_remote_code, quantization or quantization_of(adapter))
-    move_for_inference(model, make_room)  # before the adapter, whose tensors go where the layers are
+    model, tokenizer = load_base(
+        base, None, trust_remote_code, quantization or quantization_of(adapter)
+    )
+    # before the adapter, whose tensors go where the layers are
+    move_for_inference(model, make_room)
     if adapter is not None:
         load_adapter(model, base, adapter)
     return LoadedModel(name or (adapter or base).name, model.eval(), tokenizer, base, adapter)
 
 
 def variant_folders(project: Project) -> dict[str, tuple[Path, Path | None]]:
-    """Base and adapter of every model that the project's stages, and its parent's, have produced so far, in the order
-    of the report."""
+    """Base and adapter of every model that the project's stages, and its parent's, have produced so
+    far, in the order of the report."""
     folders = {
         name: (project.artifact(base), project.artifact(adapter) if adapter else None)
         for name, (base, adapter) in project.variants.items()
     }
-    return {name: pair for name, pair in folders.items() if all(each is None or each.is_dir() for each in pair)}
+    return {
+        name: pair
+        for name, pair in folders.items()
+        if all(each is None or each.is_dir() for each in pair)
+    }
 
 
 def variants(project: Project, without: Collection[str] = ()) -> Iterator[LoadedModel]:
-    """The models of `variant_folders`, but for those `without`; each is freed before the next is loaded."""
+    """The models of `variant_folders`, but for those `without`; each is freed before the next is
+    loaded.
+    """
     for name, folders in variant_folders(project).items():
         if name not in without:
             loaded = load(*folders, name, project.params.origin.trust_remote_code)
@@ -83,7 +94,9 @@ def variants(project: Project, without: Collection[str] = ()) -> Iterator[Loaded
 
 
 def free(loaded: LoadedModel) -> None:
-    """Free the weights, whoever still holds the model; but for the head, with which `score` compares other models."""
+    """Free the weights, whoever still holds the model; but for the head, with which `score`
+    compares other models.
+    """
     for module in loaded.model.body.modules():
         module._parameters.clear()
         module._buffers.clear()
@@ -96,7 +109,9 @@ def encode(loaded: LoadedModel, text: str) -> tuple[int, ...]:
 
 @torch.no_grad()
 def next_probabilities(loaded: LoadedModel, text: str) -> Tensor:
-    """Probabilities of the next token, (V,), on the CPU. Raises UserError if the model overflows."""
+    """Probabilities of the next token, (V,), on the CPU. Raises UserError if the model
+    overflows.
+    """
     model = loaded.model
     hidden = model.hidden_states(torch.tensor([encode(loaded, text)], device=model.device))
     return finite(model.logits(hidden[0, -1]).float().cpu()).softmax(0)
@@ -110,11 +125,16 @@ def top_k(loaded: LoadedModel, text: str, k: int) -> list[TokenProbability]:
 def top_tokens(loaded: LoadedModel, probabilities: Tensor, k: int) -> list[TokenProbability]:
     """The `k` most likely tokens of probabilities (V,), in descending order."""
     values, ids = probabilities.topk(min(k, len(loaded.tokenizer)))
-    return [TokenProbability(loaded.tokenizer.word(int(i)), float(v)) for v, i in zip(values, ids, strict=True)]
+    return [
+        TokenProbability(loaded.tokenizer.word(int(i)), float(v))
+        for v, i in zip(values, ids, strict=True)
+    ]
 
 
 def continued(loaded: LoadedModel, text: str, limit: int = 20, sampling: Sampling = GREEDY) -> str:
-    """The generated text after `text`, with leading white space: up to an end token or `limit` tokens."""
+    """The generated text after `text`, with leading white space: up to an end token or `limit`
+    tokens.
+    """
     decode_next = loaded.tokenizer.stream()
     ids = generate(loaded.model, encode(loaded, text), loaded.tokenizer.end_ids, limit, sampling)
     return "".join(map(decode_next, ids))
@@ -126,7 +146,8 @@ def complete(loaded: LoadedModel, text: str, limit: int = 20) -> str:
 
 
 def probabilities(attention: Attention, x: Tensor, prefix: Prefix | None = None) -> Tensor:
-    """softmax(QKᵀ/√K + causal mask), (B, H, T, S), for the layer's inputs x (B, T, D); row t is token t's (§2.1).
+    """softmax(QKᵀ/√K + causal mask), (B, H, T, S), for the layer's inputs x (B, T, D); row t is
+    token t's (§2.1).
 
     S is T, plus the length of the prefix, whose keys come first.
     """
@@ -147,16 +168,19 @@ def probabilities(attention: Attention, x: Tensor, prefix: Prefix | None = None)
 def layer_attention(model: CausalLM, ids: Tensor, layer: int) -> Tensor:
     """Attention weights (B, H, T, S) of one layer for ids (B, T).
 
-    Virtual tokens come first: prompt tuning's are rows and columns, a prefix's only columns, as it has no queries.
-    Raises UserError if the layer has no attention that can be shown.
+    Virtual tokens come first: prompt tuning's are rows and columns, a prefix's only columns, as it
+    has no queries. Raises UserError if the layer has no attention that can be shown.
     """
     attention = getattr(model.blocks[layer], "self_attn", None)
     if not isinstance(attention, Attention):
         with record_weights(layer) as weights:
             model.hidden_states(ids)
         if not weights:
-            raise UserError(f"Layer {layer} has no standard attention, so there are no weights to show.")
-        return weights[-1]  # earlier entries are from a first forward that probes what the model supports
+            raise UserError(
+                f"Layer {layer} has no standard attention, so there are no weights to show."
+            )
+        # earlier entries are from a first forward that probes what the model supports
+        return weights[-1]
     inputs: list[tuple[Any, ...]] = []
     hook = attention.register_forward_pre_hook(lambda _, args: inputs.append(args))
     try:
@@ -168,7 +192,8 @@ def layer_attention(model: CausalLM, ids: Tensor, layer: int) -> Tensor:
 
 
 def merge_virtual_tokens(weights: Tensor, tokens: int) -> Tensor:
-    """A head's weights (n + T, n + T) or (T, n + T) as (T + 1, T + 1), for T = `tokens` words after n virtual tokens.
+    """A head's weights (n + T, n + T) or (T, n + T) as (T + 1, T + 1), for T = `tokens` words after
+    n virtual tokens.
 
     The first row and column stand for all virtual tokens together, so each row still sums to 1.
     """

@@ -44,14 +44,23 @@ class Request:
         value = self._fields.get("messages")
         if value is None:
             return None
-        if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
-            raise UserError(f"messages must be a list of objects, at least one, got {abbreviate_repr(value)}.")
+        if (
+            not isinstance(value, list)
+            or not value
+            or not all(isinstance(message, dict) for message in value)
+        ):
+            raise UserError(
+                f"messages must be a list of objects, at least one, got {abbreviate_repr(value)}."
+            )
         for n, message in enumerate(value):
             if message.get("role") not in ROLES:
                 rule = f"messages[{n}].role must be one of {', '.join(ROLES)}"
                 raise UserError(f"{rule}, got {abbreviate_repr(message.get('role'))}.")
         return [
-            {"role": message["role"], "content": self._text(f"messages[{n}].content", message.get("content"))}
+            {
+                "role": message["role"],
+                "content": self._text(f"messages[{n}].content", message.get("content")),
+            }
             for n, message in enumerate(value)
         ]
 
@@ -90,7 +99,9 @@ class Request:
         return _number(key, self._value(key, default))
 
     def strength(self, name: str | None = None) -> float:
-        """An adapter's strength, 0 to 2, default 1. With `name`, its entry in a mapping of strengths by model."""
+        """An adapter's strength, 0 to 2, default 1. With `name`, its entry in a mapping of
+        strengths by model.
+        """
         value = self._value("strength", 1.0 if name is None else {})
         if name is not None:
             if not isinstance(value, dict):
@@ -123,8 +134,8 @@ def _number(key: str, value: Any) -> float:
 
 
 class RequestHandler:
-    """Answers requests in the protocol of `server.py`: `ONE_ANSWER` names the methods that a request may call, besides
-    `generate`. Each raises UserError for an invalid request."""
+    """Answers requests in the protocol of `server.py`: `ONE_ANSWER` names the methods that a
+    request may call, besides `generate`. Each raises UserError for an invalid request."""
 
     ONE_ANSWER = ("load", "unload", "top_k", "attention", "attention_maps", "spectrum", "status")
 
@@ -132,19 +143,25 @@ class RequestHandler:
         self.models = ModelPool(parks=True)
 
     def answer(self, do: object, request: Request) -> Iterator[Answer]:
-        """Yields the answers, the last with event "done"; works only as far as the caller iterates."""
+        """Yields the answers, the last with event "done"; works only as far as the caller
+        iterates.
+        """
         if do == "generate":
             yield from self.generate(request)
         elif isinstance(do, str) and do in self.ONE_ANSWER:
             yield {"event": "done", **getattr(self, do)(request)}
         else:
-            raise UserError(f"do must be generate, {', '.join(self.ONE_ANSWER)} or cancel, got {do!r}.")
+            raise UserError(
+                f"do must be generate, {', '.join(self.ONE_ANSWER)} or cancel, got {do!r}."
+            )
 
     def load(self, request: Request) -> Answer:
         start = time.perf_counter()
         name = request.text("name")
         base, adapter = request.path("base"), request.optional_path("adapter")
-        resident, was_there = self.models.load(name, base, adapter, request.flag("trust_remote_code"))
+        resident, was_there = self.models.load(
+            name, base, adapter, request.flag("trust_remote_code")
+        )
         model = resident.loaded.model
         return {
             "name": name,
@@ -162,9 +179,12 @@ class RequestHandler:
         return {"name": name}
 
     def top_k(self, request: Request) -> Answer:
-        """Each model's most likely tokens, and ("of") its probability of every token that any model listed."""
+        """Each model's most likely tokens, and ("of") its probability of every token that any model
+        listed.
+        """
         k, answers = request.integer("k"), dict[str, Answer]()
-        predictions: dict[str, tuple[Tokenizer, Tensor]] = {}  # without the models: the next may need their memory
+        # without the models: the next may need their memory
+        predictions: dict[str, tuple[Tokenizer, Tensor]] = {}
         for name in request.names("models"):
             try:
                 loaded = self.models.get(name).at(request.strength(name))
@@ -172,14 +192,20 @@ class RequestHandler:
                 predictions[name] = loaded.tokenizer, probabilities
                 choices = engine.top_tokens(loaded, probabilities, k)
                 del loaded
-                answers[name] = {"top_k": [{"token": c.token, "probability": c.probability} for c in choices]}
+                answers[name] = {
+                    "top_k": [{"token": c.token, "probability": c.probability} for c in choices]
+                }
             except UserError as error:  # of this model alone: the others still answer
                 answers[name] = {"error": str(error)}
         # a second pass: a token that only one model listed has a probability in the others too
-        tokens = dict.fromkeys(choice["token"] for answer in answers.values() for choice in answer.get("top_k", ()))
+        tokens = dict.fromkeys(
+            choice["token"] for answer in answers.values() for choice in answer.get("top_k", ())
+        )
         for name, (tokenizer, probabilities) in predictions.items():
             ids = {token: tokenizer.id_of_token(token) for token in tokens}
-            answers[name]["of"] = {t: None if id_ is None else float(probabilities[id_]) for t, id_ in ids.items()}
+            answers[name]["of"] = {
+                t: None if id_ is None else float(probabilities[id_]) for t, id_ in ids.items()
+            }
         return {"answers": answers}
 
     def generate(self, request: Request) -> Iterator[Answer]:
@@ -212,19 +238,33 @@ class RequestHandler:
             else:
                 tokens += 1
                 # by a stream: a character may be spread over several tokens
-                yield {"event": "token", "text": decode_next(drawn.id), "probability": drawn.probability}
+                yield {
+                    "event": "token",
+                    "text": decode_next(drawn.id),
+                    "probability": drawn.probability,
+                }
         end = time.perf_counter()
-        # The first token comes with the prompt; each later one, an end token too, is a step of its own.
+        # The first token comes with the prompt; each later one, an end token too, is a step of its
+        # own.
         steps = tokens - (reason == "length")
         rate = steps / (end - begun) if steps > 0 else None
-        yield {"event": "done", "reason": reason, "tokens": tokens, "seconds": end - start, "tokens_per_second": rate}
+        yield {
+            "event": "done",
+            "reason": reason,
+            "tokens": tokens,
+            "seconds": end - start,
+            "tokens_per_second": rate,
+        }
 
     def attention(self, request: Request) -> Answer:
         loaded = self._requested_model(request)
         shape = loaded.model.shape
         layer, head = request.integer("layer"), request.integer("head")
         if layer >= shape.layers or head >= shape.heads:
-            raise UserError(f"{loaded.name} has layers 0 to {shape.layers - 1} and heads 0 to {shape.heads - 1}.")
+            raise UserError(
+                f"{loaded.name} has layers 0 to {shape.layers - 1} and heads 0 to "
+                f"{shape.heads - 1}."
+            )
         ids = _attended(loaded, request)
         return {
             "tokens": _attended_tokens(loaded, ids),
@@ -234,19 +274,22 @@ class RequestHandler:
         }
 
     def attention_maps(self, request: Request) -> Answer:
-        """Small maps of all heads: `maps` of the model, for an adapter also of its `base` and of the `difference`, by
-        layer and head; `change` is the share of a token's attention that the adapter moves, a mean over tokens."""
+        """Small maps of all heads: `maps` of the model, for an adapter also of its `base` and of
+        the `difference`, by layer and head; `change` is the share of a token's attention that the
+        adapter moves, a mean over tokens."""
         model, strength = self.models.get(request.text("model")), request.strength()
         loaded = model.at(strength)
         ids = _attended(loaded, request)
         maps: dict[str, list[Any]] = {"maps": [], "base": [], "difference": [], "change": []}
-        for layer in range(loaded.model.shape.layers):  # one after the other: all at once may not fit in memory
+        # one after the other: all at once may not fit in memory
+        for layer in range(loaded.model.shape.layers):
             own = finite(_heads(model.at(strength), ids, layer))  # (H, T, T)
             maps["maps"].append(_small(own))
             if loaded.adapter is None:
                 continue
             base = finite(_heads(model.at(0), ids, layer))
-            more = own.shape[-1] - base.shape[-1]  # the adapter's virtual tokens, which the base has not
+            # the adapter's virtual tokens, which the base has not
+            more = own.shape[-1] - base.shape[-1]
             base = functional.pad(base, (more, 0, more, 0))
             maps["base"].append(_small(base))
             maps["difference"].append(_small(own - base))
@@ -275,7 +318,10 @@ def _attended(loaded: LoadedModel, request: Request) -> Sequence[int]:
     """The prompt's ids. Raises UserError if there are too many to show."""
     ids = engine.encode(loaded, _render_prompt(loaded, request))
     if len(ids) > MAX_ATTENTION_TOKENS:
-        raise UserError(f"The prompt has {len(ids)} tokens; attention is shown for up to {MAX_ATTENTION_TOKENS}.")
+        raise UserError(
+            f"The prompt has {len(ids)} tokens; attention is shown for up to "
+            f"{MAX_ATTENTION_TOKENS}."
+        )
     return ids
 
 
@@ -287,14 +333,20 @@ def _attended_tokens(loaded: LoadedModel, ids: Sequence[int]) -> list[str]:
 def _heads(loaded: LoadedModel, ids: Sequence[int], layer: int) -> Tensor:
     """The weights of a layer's heads, (H, T, T); virtual tokens are one token, the first."""
     model = loaded.model
-    weights = engine.layer_attention(model, torch.tensor([ids], device=model.device), layer)[0].float().cpu()
+    weights = (
+        engine.layer_attention(model, torch.tensor([ids], device=model.device), layer)[0]
+        .float()
+        .cpu()
+    )
     if model.virtual:
         return torch.stack([engine.merge_virtual_tokens(head, len(ids)) for head in weights])
     return weights
 
 
 def _small(heads: Tensor) -> list[list[list[float]]]:
-    """(H, T, T) as at most (H, MAP, MAP): each number the one of its part that is furthest from zero."""
+    """(H, T, T) as at most (H, MAP, MAP): each number the one of its part that is furthest from
+    zero.
+    """
     size = min(heads.shape[-1], MAX_MAP)
     largest = functional.adaptive_max_pool2d(heads[None], size)[0]
     smallest = -functional.adaptive_max_pool2d(-heads[None], size)[0]

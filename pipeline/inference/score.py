@@ -1,4 +1,6 @@
-"""Scores of a model, such as losses, answers and its KL divergence from the base, and the agreement of two models."""
+"""Scores of a model, such as losses, answers and its KL divergence from the base, and the agreement
+of two models.
+"""
 
 import math
 import re
@@ -19,22 +21,32 @@ from pipeline.data.examples import Example
 from pipeline.data.masking import encode
 from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.errors import UserError
-from pipeline.inference.engine import LoadedModel, TokenProbability, complete, free, load, top_tokens
+from pipeline.inference.engine import (
+    LoadedModel,
+    TokenProbability,
+    complete,
+    free,
+    load,
+    top_tokens,
+)
 from pipeline.inference.engine import encode as encode_prompt
 from pipeline.models.base import compute_in_fp32, packed_hidden_states
 from pipeline.models.device import to_device
 from pipeline.models.generate import finite
 from pipeline.project.params.sections import Quantization
 
-CHUNK = 256  # tokens whose logits are in memory at once; those of a whole evaluation exceed the model many times
+# tokens whose logits are in memory at once; those of a whole evaluation exceed the model many times
+CHUNK = 256
 
 
 @dataclass(frozen=True)
 class EvalScores:
-    """Next-token predictions on examples: cross-entropies in nats (N,), top-1 predictions (N,) and labels (N,).
+    """Next-token predictions on examples: cross-entropies in nats (N,), top-1 predictions (N,) and
+    labels (N,).
 
-    `divergence` is the mean KL(base‖model) in nats per token. To compare another model with this one, its
-    logits are recomputed from `hidden`, which takes far less memory than keeping them, by the model's head alone.
+    `divergence` is the mean KL(base‖model) in nats per token. To compare another model with this
+    one, its logits are recomputed from `hidden`, which takes far less memory than keeping them, by
+    the model's head alone.
     """
 
     losses: Tensor
@@ -66,21 +78,29 @@ def agreement(choices: Tensor, others: Tensor) -> float:
 
 @torch.no_grad()
 def score(
-    loaded: LoadedModel, examples: Sequence[Example], base: EvalScores | None = None, max_length: int = 0
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    base: EvalScores | None = None,
+    max_length: int = 0,
 ) -> EvalScores:
-    """Scores of every label of the examples, end tokens included; with `base`, the divergence from it.
+    """Scores of every label of the examples, end tokens included; with `base`, the divergence from
+    it.
 
     `max_length`: as in training, examples are cut to this many tokens; 0: never.
 
-    Raises UserError if `base` tokenized the examples differently, so that its predictions are not comparable.
+    Raises UserError if `base` tokenized the examples differently, so that its predictions are not
+    comparable.
     """
     model, divergences = loaded.model, list[Tensor]()
     losses, choices, labels = list[Tensor](), list[Tensor](), list[int]()
-    encoded = [encode(example, loaded.tokenizer, max_length, model.shape.positions) for example in examples]
+    encoded = [
+        encode(example, loaded.tokenizer, max_length, model.shape.positions) for example in examples
+    ]
     for number, (example, encoding) in enumerate(zip(examples, encoded, strict=True)):
         if base is not None and base.ids[number] != encoding.ids:
             raise UserError(
-                f"{example.location}: {loaded.name} tokenizes it differently from the base. Remove the new tokens "
+                f"{example.location}: {loaded.name} tokenizes it differently from the base. "
+                "Remove the new tokens "
                 "from it."
             )
     all_hidden = list(packed_hidden_states(model, [encoding.ids[:-1] for encoding in encoded]))
@@ -92,26 +112,39 @@ def score(
             torch.tensor([[t % CHUNK for t in labelled], targets], dtype=torch.int64), model.device
         )
         for start in range(0, len(hidden), CHUNK):
-            rows, own = slice(start, start + CHUNK), slice(*(bisect_left(labelled, t) for t in (start, start + CHUNK)))
+            rows, own = (
+                slice(start, start + CHUNK),
+                slice(*(bisect_left(labelled, t) for t in (start, start + CHUNK))),
+            )
             log_q = model.logits(hidden[rows]).float().log_softmax(-1)  # (n, V)
             of_labels = log_q.index_select(0, index[own])
             losses.append(F.nll_loss(of_labels, wanted[own], reduction="none"))
             choices.append(of_labels.argmax(dim=-1))
             if base is not None:
-                log_p = base.logits(base.hidden[number][rows]).float().log_softmax(-1)  # its vocabulary may be smaller
+                # its vocabulary may be smaller
+                log_p = base.logits(base.hidden[number][rows]).float().log_softmax(-1)
                 log_p = log_p.to(log_q.device)  # two large models may not fit on one device
-                divergences.append((log_p.exp() * (log_p - log_q[:, : log_p.shape[-1]])).sum(dim=-1))  # (n,)
+                # (n,)
+                divergences.append(
+                    (log_p.exp() * (log_p - log_q[:, : log_p.shape[-1]])).sum(dim=-1)
+                )
     # read at the end: until then a GPU is not waited for
     divergence = float(torch.cat(divergences).cpu().mean()) if divergences else 0.0
-    predicted = torch.cat(losses).cpu(), torch.cat(choices).cpu(), torch.tensor(labels, dtype=torch.int64)
-    return EvalScores(*predicted, divergence, [encoding.ids for encoding in encoded], all_hidden, model.logits)
+    predicted = (
+        torch.cat(losses).cpu(),
+        torch.cat(choices).cpu(),
+        torch.tensor(labels, dtype=torch.int64),
+    )
+    return EvalScores(
+        *predicted, divergence, [encoding.ids for encoding in encoded], all_hidden, model.logits
+    )
 
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """Joint probability of an answer's tokens after a prompt (None if it has no tokens), whether the greedy
-    completion begins with it, the most likely next tokens, and the logarithm of the probability, which is not 0 where
-    that of a long answer is."""
+    """Joint probability of an answer's tokens after a prompt (None if it has no tokens), whether
+    the greedy completion begins with it, the most likely next tokens, and the logarithm of the
+    probability, which is not 0 where that of a long answer is."""
 
     probability: float | None
     first: bool
@@ -120,16 +153,23 @@ class AnswerScore:
 
 
 @torch.no_grad()
-def score_answers(loaded: LoadedModel, pairs: Sequence[tuple[str, str]], k: int = 1) -> list[AnswerScore]:
-    """Scores of (prompt, answer) pairs, computed as packed sequences. Raises UserError as `engine.encode`."""
+def score_answers(
+    loaded: LoadedModel, pairs: Sequence[tuple[str, str]], k: int = 1
+) -> list[AnswerScore]:
+    """Scores of (prompt, answer) pairs, computed as packed sequences. Raises UserError as
+    `engine.encode`.
+    """
     tokenizer, model = loaded.tokenizer, loaded.model
     prompts = [encode_prompt(loaded, prompt) for prompt, _ in pairs]
     answers = [tokenizer.continuation(prompt, answer) for prompt, answer in pairs]
     sequences = [(*ids, *answer[:-1]) for ids, answer in zip(prompts, answers, strict=True)]
     scores = []
-    for ids, answer, hidden in zip(prompts, answers, packed_hidden_states(model, sequences), strict=True):
+    for ids, answer, hidden in zip(
+        prompts, answers, packed_hidden_states(model, sequences), strict=True
+    ):
         # the prompt's last token predicts the answer's first
-        log_p = model.logits(hidden[len(ids) - 1 :]).float().log_softmax(-1).cpu()  # (tokens of the answer, V)
+        # (tokens of the answer, V)
+        log_p = model.logits(hidden[len(ids) - 1 :]).float().log_softmax(-1).cpu()
         top = top_tokens(loaded, finite(log_p[0]).exp(), k)
         if not answer:
             scores.append(AnswerScore(None, False, top))
@@ -142,7 +182,9 @@ def score_answers(loaded: LoadedModel, pairs: Sequence[tuple[str, str]], k: int 
 
 
 def completes_correctly(loaded: LoadedModel, example: Example, given: int) -> bool:
-    """Whether the greedy completion of an example's prompt (of a text: its first `given` words) is exactly the rest."""
+    """Whether the greedy completion of an example's prompt (of a text: its first `given` words) is
+    exactly the rest.
+    """
     tokenizer = loaded.tokenizer
     prompt: str
     if asked := prompt_and_answer(example, tokenizer):
@@ -150,9 +192,15 @@ def completes_correctly(loaded: LoadedModel, example: Example, given: int) -> bo
     else:
         words = list(re.finditer(r"\S+", example.text))
         if given >= len(words):
-            raise UserError(f"prompt_words is {given}, but {example.location} has {len(words)} words. Lower it.")
-        # The prompt keeps its inner white space, as in training; the white space behind it is up to the model.
-        prompt, rest = example.text[: words[given - 1].end() if given else 0], example.text[words[given].start() :]
+            raise UserError(
+                f"prompt_words is {given}, but {example.location} has {len(words)} words. Lower it."
+            )
+        # The prompt keeps its inner white space, as in training; the white space behind it is up to
+        # the model.
+        prompt, rest = (
+            example.text[: words[given - 1].end() if given else 0],
+            example.text[words[given].start() :],
+        )
     limit = len(tokenizer.encode_following(rest)) + 4
     return tokenizer.normalize(complete(loaded, prompt, limit)) == tokenizer.normalize(rest)
 
@@ -171,7 +219,9 @@ class SameLogits:
     trust_remote_code: bool = False
 
     def __call__(self, merged: Path) -> dict[str, Any]:
-        """Entries for the certificate. Raises UserError if the logits differ by more than `limit`."""
+        """Entries for the certificate. Raises UserError if the logits differ by more than
+        `limit`.
+        """
         if not self.prompts:
             return {}
         base, adapter, prompts = self.base, self.adapter, self.prompts
@@ -180,7 +230,8 @@ class SameLogits:
         if not result.max_logit_difference <= self.limit:  # NaN is not either
             raise UserError(
                 "merge refused: the merged model's logits differ from base + adapter by "
-                f"{result.max_logit_difference:.1e}, more than merge.max_logit_difference {self.limit:.1e}. Raise it "
+                f"{result.max_logit_difference:.1e}, more than merge.max_logit_difference "
+                f"{self.limit:.1e}. Raise it "
                 "if that is acceptable."
             )
         certificate = result._asdict() | {"prompts_checked": len(prompts)}
@@ -188,19 +239,28 @@ class SameLogits:
         if quantization != "none":
             # How much of the difference is due to quantization: with the adapter, and without it.
             unquantized = difference(tuned, self._load(base, adapter, quantization="none"), prompts)
-            certificate |= {"trained_on": quantization, "merged_on_stored_weights": unquantized._asdict()}
+            certificate |= {
+                "trained_on": quantization,
+                "merged_on_stored_weights": unquantized._asdict(),
+            }
             free(tuned)
-            base_alone = difference(self._load(base), self._load(base, quantization=quantization), prompts)
+            base_alone = difference(
+                self._load(base), self._load(base, quantization=quantization), prompts
+            )
             certificate["quantization_alone"] = base_alone._asdict()
         return certificate
 
-    def _load(self, folder: Path, adapter: Path | None = None, quantization: Quantization | None = None) -> LoadedModel:
-        return load(folder, adapter, trust_remote_code=self.trust_remote_code, quantization=quantization)
+    def _load(
+        self, folder: Path, adapter: Path | None = None, quantization: Quantization | None = None
+    ) -> LoadedModel:
+        return load(
+            folder, adapter, trust_remote_code=self.trust_remote_code, quantization=quantization
+        )
 
 
 class Difference(NamedTuple):
-    """Between two models' logits on prompts: the largest absolute difference, the mean KL(one‖other) in nats per token,
-    and the number of prompts with the same top-1 next token."""
+    """Between two models' logits on prompts: the largest absolute difference, the mean
+    KL(one‖other) in nats per token, and the number of prompts with the same top-1 next token."""
 
     max_logit_difference: float
     divergence: float
@@ -210,10 +270,17 @@ class Difference(NamedTuple):
 @torch.no_grad()
 def difference(one: LoadedModel, other: LoadedModel, texts: Sequence[str]) -> Difference:
     """Difference of two models on `texts`, computed in fp32 so that rounding does not count."""
-    ids = [one.tokenizer.encode(text)[: one.model.shape.positions] for text in texts]  # may include unknown words
+    # may include unknown words
+    ids = [one.tokenizer.encode(text)[: one.model.shape.positions] for text in texts]
     with compute_in_fp32(one.model), compute_in_fp32(other.model):
-        hidden = zip(packed_hidden_states(one.model, ids), packed_hidden_states(other.model, ids), strict=True)
-        return difference_of((one.model.logits(h).float(), other.model.logits(k).float()) for h, k in hidden)
+        hidden = zip(
+            packed_hidden_states(one.model, ids),
+            packed_hidden_states(other.model, ids),
+            strict=True,
+        )
+        return difference_of(
+            (one.model.logits(h).float(), other.model.logits(k).float()) for h, k in hidden
+        )
 
 
 def difference_of(logits: Iterable[tuple[Tensor, Tensor]]) -> Difference:
@@ -230,8 +297,8 @@ def difference_of(logits: Iterable[tuple[Tensor, Tensor]]) -> Difference:
 
 
 class Quality(NamedTuple):
-    """Mean cross-entropy in nats per token, and the shares of top-1 predictions that equal the label and that equal the
-    fine-tuned model's."""
+    """Mean cross-entropy in nats per token, and the shares of top-1 predictions that equal the
+    label and that equal the fine-tuned model's."""
 
     loss: float
     right: float
@@ -239,37 +306,60 @@ class Quality(NamedTuple):
 
 
 def refuse_other_tokens(base: Path, tuned: Path, examples: Sequence[Example]) -> None:
-    """Raises UserError if the two tokenize an example differently, so that their predictions are not comparable."""
+    """Raises UserError if the two tokenize an example differently, so that their predictions are
+    not comparable.
+    """
     tokenizers = [load_tokenizer(folder) for folder in (base, tuned)]
     for example in examples:
         encodings = [encode(example, tokenizer) for tokenizer in tokenizers]
-        of_base, of_tuned = (list(zip(encoded.ids, encoded.trained, strict=True)) for encoded in encodings)
+        of_base, of_tuned = (
+            list(zip(encoded.ids, encoded.trained, strict=True)) for encoded in encodings
+        )
         if of_base != of_tuned:
-            number = next(n for n, (one, other) in enumerate(zip_longest(of_base, of_tuned), start=1) if one != other)
+            number = next(
+                n
+                for n, (one, other) in enumerate(zip_longest(of_base, of_tuned), start=1)
+                if one != other
+            )
             raise UserError(
-                f"{example.location}: {base} and {tuned} must tokenize it identically, but differ in token {number} of "
-                f"{len(of_base)} and {len(of_tuned)}. Give both the same tokenizer and chat template, or omit --data."
+                f"{example.location}: {base} and {tuned} must tokenize it identically, but differ "
+                f"in token {number} of "
+                f"{len(of_base)} and {len(of_tuned)}. Give both the same tokenizer and chat "
+                "template, or omit --data."
             )
 
 
 def quality(
-    base: Path, tuned: Path, adapter: Path, examples: Sequence[Example], trust_remote_code: bool = False
+    base: Path,
+    tuned: Path,
+    adapter: Path,
+    examples: Sequence[Example],
+    trust_remote_code: bool = False,
 ) -> dict[str, Quality]:
-    """Quality of base, fine-tuned model and base + adapter on the examples; one model is in memory at a time."""
+    """Quality of base, fine-tuned model and base + adapter on the examples; one model is in memory
+    at a time.
+    """
     scores = {}
-    for name, folders in {"base": (base, None), "tuned": (tuned, None), "base + LoRA": (base, adapter)}.items():
+    for name, folders in {
+        "base": (base, None),
+        "tuned": (tuned, None),
+        "base + LoRA": (base, adapter),
+    }.items():
         loaded = load(*folders, trust_remote_code=trust_remote_code)
         scored = score(loaded, examples)
         free(loaded)
         scores[name] = (scored.loss, scored.accuracy, scored.choices)
     tuned_choices = scores["tuned"][2]
     return {
-        name: Quality(loss, right, agreement(choices, tuned_choices)) for name, (loss, right, choices) in scores.items()
+        name: Quality(loss, right, agreement(choices, tuned_choices))
+        for name, (loss, right, choices) in scores.items()
     }
 
 
 class Cost(NamedTuple):
-    """Mean cross-entropy in nats per token, share of top-1 predictions that equal the label, and KL(reference‖it)."""
+    """Mean cross-entropy in nats per token, share of top-1 predictions that equal the label, and
+    KL(reference‖it).
+    """
 
     loss: float
     right: float
@@ -277,9 +367,13 @@ class Cost(NamedTuple):
 
 
 def costs(
-    base: Path, adapters: Mapping[str, Path | None], examples: Sequence[Example], trust_remote_code: bool = False
+    base: Path,
+    adapters: Mapping[str, Path | None],
+    examples: Sequence[Example],
+    trust_remote_code: bool = False,
 ) -> dict[str, Cost]:
-    """What each of several adapters of one base (None: the base alone) costs on the examples, against the first.
+    """What each of several adapters of one base (None: the base alone) costs on the examples,
+    against the first.
 
     One model is in memory at a time, and the head of the first.
     """

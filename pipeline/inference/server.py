@@ -1,8 +1,10 @@
-"""The engine in its own process: JSON lines in, JSON lines out. `python -m pipeline.inference.server`.
+"""The engine in its own process: JSON lines in, JSON lines out. `python -m
+pipeline.inference.server`.
 
-A request is an object with an integer `id`, `do` and fields; every answer repeats the `id` and has an `event`. The
-last answer is "done", "error" (`message`, `kind`: user, memory or busy) or "cancelled"; only `generate` sends others
-before it, with "token". docs/decisions/0006-inference-process.md has the list and the reasons.
+A request is an object with an integer `id`, `do` and fields; every answer repeats the `id` and has
+an `event`. The last answer is "done", "error" (`message`, `kind`: user, memory or busy) or
+"cancelled"; only `generate` sends others before it, with "token".
+docs/decisions/0006-inference-process.md has the list and the reasons.
 
 The process exits as soon as stdin closes, so it does not outlive its parent.
 """
@@ -38,7 +40,9 @@ class QueuedRequest:
 
 
 class Server:
-    """One thread reads requests and cancels, the calling thread processes them; both send answers."""
+    """One thread reads requests and cancels, the calling thread processes them; both send
+    answers.
+    """
 
     def __init__(self, handler: RequestHandler, source: BinaryIO, sink: BinaryIO) -> None:
         self._handler, self._input, self._output = handler, source, sink
@@ -58,7 +62,8 @@ class Server:
         """Receive requests until stdin closes, then end the process, whatever it is doing."""
         try:
             while line := self._input.readline(MAX_REQUEST_BYTES):
-                rest = line  # the rest of a line that is too long is dropped: its beginning is no valid JSON
+                # the rest of a line that is too long is dropped: its beginning is no valid JSON
+                rest = line
                 while len(rest) == MAX_REQUEST_BYTES and not rest.endswith(b"\n"):
                     rest = self._input.readline(MAX_REQUEST_BYTES)
                 self._receive(line)
@@ -76,7 +81,10 @@ class Server:
         id_ = fields.get("id") if isinstance(fields, dict) else None
         if type(id_) is not int or id_ in self._jobs:
             self._send_error(
-                id_, UserError(f"a request must be a JSON object with a unique integer id, got {line[:80]!r}.")
+                id_,
+                UserError(
+                    f"a request must be a JSON object with a unique integer id, got {line[:80]!r}."
+                ),
             )
         elif fields.get("do") == "cancel":
             target = fields.get("target")
@@ -86,7 +94,8 @@ class Server:
                     cancelled.cancelled.set()
                 self._send(id_, event="done", target=target)
         elif fields.get("do") == "status":
-            self._process(QueuedRequest(id_, fields))  # immediately, even while another request is being processed
+            # immediately, even while another request is being processed
+            self._process(QueuedRequest(id_, fields))
         else:
             job = self._jobs[id_] = QueuedRequest(id_, fields)
             try:
@@ -94,7 +103,9 @@ class Server:
             except queue.Full:
                 del self._jobs[id_]
                 self._send_error(
-                    id_, UserError(f"{MAX_WAITING} requests are waiting already. Try again later."), kind="busy"
+                    id_,
+                    UserError(f"{MAX_WAITING} requests are waiting already. Try again later."),
+                    kind="busy",
                 )
 
     def _process(self, job: QueuedRequest) -> None:
@@ -119,7 +130,9 @@ class Server:
 
     def _send_error(self, id_: object, error: UserError | OSError, kind: str = "user") -> None:
         message = (
-            f"{error.filename or 'file'}: {error.strerror or error}." if isinstance(error, OSError) else str(error)
+            f"{error.filename or 'file'}: {error.strerror or error}."
+            if isinstance(error, OSError)
+            else str(error)
         )
         self._send(id_, event="error", message=message, kind=kind)
 
@@ -136,17 +149,23 @@ class Server:
 def device_failure(error: BaseException) -> str | None:
     """Message for an error after which the process must end, or None for any other error."""
     if is_out_of_memory(error):
-        return f"out of memory ({first_line(error)}); load fewer or smaller models, or use a shorter prompt"
+        return (
+            f"out of memory ({first_line(error)}); load fewer or smaller models, or use a shorter "
+            "prompt"
+        )
     if any(sign in str(error) for sign in _DEVICE_ERRORS):
         return f"the device failed ({first_line(error)})"
     return None
 
 
 def main() -> None:
-    """Serve stdin and stdout; library output goes to stderr. Modules that add kinds of adapters are its arguments."""
+    """Serve stdin and stdout; library output goes to stderr. Modules that add kinds of adapters are
+    its arguments.
+    """
     for module in sys.argv[1:]:
         import_module(module)
-    # the descriptor too, not only sys.stdout: C libraries print past Python, and would end up between two answers
+    # the descriptor too, not only sys.stdout: C libraries print past Python, and would end up
+    # between two answers
     protocol_out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     torch.set_num_threads(1)  # until a model is loaded, which sets its own number

@@ -1,7 +1,7 @@
 """The interface of every model: MiniGPT, and any causal language model that transformers opens.
 
-Dimensions are those of `minigpt.py`. Module names are checkpoint names in both, so that targets, adapters and
-certificates need no table of renamings.
+Dimensions are those of `minigpt.py`. Module names are checkpoint names in both, so that targets,
+adapters and certificates need no table of renamings.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,14 +20,16 @@ from pipeline.project import probes
 
 ROW = 1024  # tokens of a packed row of texts to score, at most
 Checkpointing = Literal["none", "selective", "full"]
-# Puts a prefix's keys and values before those of each packed sequence: number of a block, keys and values (B, G, T, K),
-# lengths of the sequences → keys and values (B, G, T + n · sequences, K).
+# Puts a prefix's keys and values before those of each packed sequence: number of a block, keys and
+# values (B, G, T, K), lengths of the sequences → keys and values (B, G, T + n · sequences, K).
 Prefix = Callable[[int, Tensor, Tensor, Sequence[int]], list[Tensor]]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's sizes: rows of its embedding, positions, blocks and heads, and whether its head is tied."""
+    """A model's sizes: rows of its embedding, positions, blocks and heads, and whether its head is
+    tied.
+    """
 
     rows: int
     positions: int
@@ -44,31 +46,40 @@ class CausalLM(nn.Module):
     virtual: "VirtualTokens | None"  # read before every sequence
     compiles = False  # whether `torch.compile` of its blocks may pay
     takes_packed_cache = False  # whether `cache` may be a PackedCache
-    wrap_lengths: Callable[[Sequence[int]], Sequence[int]] = tuple  # of packed sequences, as its blocks get them
+    # of packed sequences, as its blocks get them
+    wrap_lengths: Callable[[Sequence[int]], Sequence[int]] = tuple
     logit_cap: float | None = None  # the head's logits are cap·tanh(logits / cap)
 
     def __init__(self) -> None:
         super().__init__()
         self.register_module("virtual", None)
-        # in a run of several processes: weight → where its file has it, if it was loaded as it is there
+        # in a run of several processes: weight → where its file has it, if it was loaded as it is
+        # there
         self.stored: dict[Tensor, TensorLocation] = {}
 
     @cached_property
     @torch.no_grad()
     def supports_packing(self) -> bool:
-        """Whether sequences packed end to end give what each gives alone. Tried once, on this model."""
-        most = min(self.max_length - 4, 64 if self.device.type == "cpu" else ROW)  # a CPU would take minutes for more
+        """Whether sequences packed end to end give what each gives alone. Tried once, on this
+        model.
+        """
+        # a CPU would take minutes for more
+        most = min(self.max_length - 4, 64 if self.device.type == "cpu" else ROW)
         reach = max((size for size in self.local_reach if size <= most), default=0)
         lengths = [reach + 3, reach + 4]
         ids = torch.arange(1, sum(lengths) + 1, device=self.device)[None] % self.shape.rows
         alone = ids.split_with_sizes(lengths, 1)
-        positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])[None]
+        positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])[
+            None
+        ]
         return probes.computes(
             "sequences packed end to end",
             "one sequence is read at a time",
             lambda: self.hidden_states(ids, positions, lengths),
             right=lambda: torch.cat([self.hidden_states(each) for each in alone], 1),
-            again=lambda: torch.cat([self.hidden_states(each.expand(2, -1))[:1] for each in alone], 1),
+            again=lambda: torch.cat(
+                [self.hidden_states(each.expand(2, -1))[:1] for each in alone], 1
+            ),
             wrong=lambda: self.hidden_states(ids, positions),
         )
 
@@ -80,8 +91,8 @@ class CausalLM(nn.Module):
     @cached_property
     @torch.no_grad()
     def supports_prefix(self) -> bool:
-        """Whether attention takes a prefix's keys without a cache. Tried once: two tokens after the keys and values of
-        two others against one sequence of all four."""
+        """Whether attention takes a prefix's keys without a cache. Tried once: two tokens after the
+        keys and values of two others against one sequence of all four."""
         ids = torch.arange(1, 5, device=self.device)[None]
         positions = torch.tensor([[2, 3]], device=self.device)
 
@@ -89,7 +100,9 @@ class CausalLM(nn.Module):
             read = self.keys_and_values(ids[:, :2])
 
             def prefix(block: int, keys: Tensor, values: Tensor, _: Sequence[int]) -> list[Tensor]:
-                return [torch.cat(pair, dim=2) for pair in zip(read[block], (keys, values), strict=True)]
+                return [
+                    torch.cat(pair, dim=2) for pair in zip(read[block], (keys, values), strict=True)
+                ]
 
             return self.run_body(ids[:, 2:], positions, prefix=prefix)
 
@@ -127,13 +140,17 @@ class CausalLM(nn.Module):
         raise NotImplementedError
 
     def hidden_states(
-        self, ids: Tensor, positions: Tensor | None = None, segments: Sequence[int] | None = None, cache: Any = None
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        segments: Sequence[int] | None = None,
+        cache: Any = None,
     ) -> Tensor:
         """(B, T, D). `positions` (B, T) default to those after the cache.
 
-        `segments`: lengths of the sequences packed end to end in one row (1, T); none attends to another.
-        `cache`: of `new_cache`, or a PackedCache of the sequences of `segments`.
-        Virtual tokens are read before each sequence; `ids`, `positions` and the result do not contain them.
+        `segments`: lengths of the sequences packed end to end in one row (1, T); none attends to
+        another. `cache`: of `new_cache`, or a PackedCache of the sequences of `segments`. Virtual
+        tokens are read before each sequence; `ids`, `positions` and the result do not contain them.
         """
         if self.virtual is None:
             return self.run_body(ids, positions, segments, cache)
@@ -171,14 +188,18 @@ class CausalLM(nn.Module):
 
     @property
     def pack_up_to(self) -> int:
-        """Pack equal-length sequences into one row up to this many tokens; above it, a row each is faster."""
+        """Pack equal-length sequences into one row up to this many tokens; above it, a row each is
+        faster.
+        """
         return 0
 
     def prepare_cpu_training(self) -> None:
         """Replace parts by faster ones that compute the same, in place."""
 
     def prepare_accelerator_training(self, device: torch.device) -> None:
-        """The same for training on `device`, any other than a CPU; the model may not be there yet."""
+        """The same for training on `device`, any other than a CPU; the model may not be there
+        yet.
+        """
 
     @property
     def trains_natively(self) -> bool:
@@ -186,15 +207,21 @@ class CausalLM(nn.Module):
         return False
 
     def kept_attention_weights(self, lengths: Sequence[int]) -> int | None:  # noqa: ARG002
-        """Attention weights per head that a training step keeps for one row of sequences; None if it keeps none."""
+        """Attention weights per head that a training step keeps for one row of sequences; None if
+        it keeps none.
+        """
         return None
 
     def new_cache(self) -> Any:
-        """An empty KV cache, with `get_seq_length()` and `update(keys, values, block)` of transformers' caches."""
+        """An empty KV cache, with `get_seq_length()` and `update(keys, values, block)` of
+        transformers' caches.
+        """
         raise NotImplementedError
 
     def keys_and_values(self, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of ids (B, T) in each block, (B, G, T, K) each; no sliding window drops any."""
+        """Keys and values of ids (B, T) in each block, (B, G, T, K) each; no sliding window drops
+        any.
+        """
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
@@ -240,7 +267,8 @@ class CausalLM(nn.Module):
 
 
 class VirtualTokens(nn.Module):
-    """n virtual tokens before every sequence, in the layout in which PEFT stores them, `prompt_embeddings` (n, …).
+    """n virtual tokens before every sequence, in the layout in which PEFT stores them,
+    `prompt_embeddings` (n, …).
 
     They take the positions 0 to n-1, a sequence's own tokens those from n on.
     """
@@ -257,23 +285,38 @@ class VirtualTokens(nn.Module):
         return self.prompt_embeddings.shape[0]
 
     def read(
-        self, model: CausalLM, ids: Tensor, positions: Tensor | None, segments: Sequence[int] | None, cache: Any
+        self,
+        model: CausalLM,
+        ids: Tensor,
+        positions: Tensor | None,
+        segments: Sequence[int] | None,
+        cache: Any,
     ) -> Tensor:
-        """`CausalLM.hidden_states`, (B, T, D), with the virtual tokens before each sequence; theirs are left out."""
+        """`CausalLM.hidden_states`, (B, T, D), with the virtual tokens before each sequence; theirs
+        are left out.
+        """
         if cache is not None and cache.get_seq_length():  # it already holds the virtual tokens
-            return model.run_body(ids, None if positions is None else positions + self.count, segments, cache)
+            return model.run_body(
+                ids, None if positions is None else positions + self.count, segments, cache
+            )
         positions = next_positions(ids, None) if positions is None else positions
         return self.begin(model, ids, positions + self.count, segments, cache)
 
     def begin(
-        self, model: CausalLM, ids: Tensor, positions: Tensor, segments: Sequence[int] | None, cache: Any
+        self,
+        model: CausalLM,
+        ids: Tensor,
+        positions: Tensor,
+        segments: Sequence[int] | None,
+        cache: Any,
     ) -> Tensor:
         """The same with an empty cache or none; `positions` count the virtual tokens."""
         raise NotImplementedError
 
 
 class SequenceCache:
-    """Keys and values of one sequence of at most `capacity` tokens, side by side: (1, G, S, 2K) in every block.
+    """Keys and values of one sequence of at most `capacity` tokens, side by side: (1, G, S, 2K) in
+    every block.
 
     Their memory grows with the sequence; what is appended is written in place.
     """
@@ -283,12 +326,14 @@ class SequenceCache:
         self._buffers: dict[int, Tensor] = {}
 
     def append(self, block: int, new: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (1, G, S, K) of all tokens, the `new` ones (1, G, T, 2K) after `length` others. `size`: K of
-        the keys."""
+        """Keys and values (1, G, S, K) of all tokens, the `new` ones (1, G, T, 2K) after `length`
+        others. `size`: K of the keys."""
         stop = self.length + new.shape[2]
         buffer = self._buffers.get(block)
         if buffer is None or buffer.shape[2] < stop:
-            grown = new.new_empty(*new.shape[:2], min(self.capacity, max(64, 2 * stop)), new.shape[3])
+            grown = new.new_empty(
+                *new.shape[:2], min(self.capacity, max(64, 2 * stop)), new.shape[3]
+            )
             if buffer is not None:
                 grown[:, :, : self.length] = buffer[:, :, : self.length]
             buffer = self._buffers[block] = grown
@@ -298,20 +343,27 @@ class SequenceCache:
 
 
 class PackedCache:
-    """The caches of the sequences whose next tokens are packed end to end in one row: `hidden_states(cache=…)` then
-    needs `positions` and `segments`. Every sequence attends to its own keys only."""
+    """The caches of the sequences whose next tokens are packed end to end in one row:
+    `hidden_states(cache=…)` then needs `positions` and `segments`. Every sequence attends to its
+    own keys only."""
 
     def __init__(self, sequences: Sequence[SequenceCache]) -> None:
         self.sequences = sequences
 
-    def update(self, block: int, keys: Tensor, values: Tensor, lengths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Each sequence's keys and values (1, G, S, K); the new ones (1, G, T, K), of these `lengths`, come last."""
+    def update(
+        self, block: int, keys: Tensor, values: Tensor, lengths: Sequence[int]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Each sequence's keys and values (1, G, S, K); the new ones (1, G, T, K), of these
+        `lengths`, come last.
+        """
         new = torch.cat((keys, values), 3).split_with_sizes(list(lengths), 2)
         each = zip(self.sequences, new, strict=True)
         return [cache.append(block, tokens, keys.shape[3]) for cache, tokens in each]
 
     def advance(self, lengths: Sequence[int]) -> None:
-        """Count the new tokens, once every block has them: a forward that raised leaves the caches as they were."""
+        """Count the new tokens, once every block has them: a forward that raised leaves the caches
+        as they were.
+        """
         for cache, length in zip(self.sequences, lengths, strict=True):
             cache.length += length
 
@@ -327,8 +379,8 @@ class UpdatedLinear(nn.Module):
 
 
 class LinearUpdate(NamedTuple):
-    """A frozen linear and its update s·BA: A (R, I) and B (O, R) of one adapter; of L adapters, with as many rows each,
-    (L, R, I) and (L, O, R)."""
+    """A frozen linear and its update s·BA: A (R, I) and B (O, R) of one adapter; of L adapters,
+    with as many rows each, (L, R, I) and (L, O, R)."""
 
     base: nn.Linear
     A: Tensor
@@ -345,7 +397,9 @@ class LowRankLinear(nn.Module):
 
 
 class LowBitLinear(nn.Module):
-    """A linear whose weight is stored in 4 or 8 bits: what adapters know of `quantized_linear.py`."""
+    """A linear whose weight is stored in 4 or 8 bits: what adapters know of
+    `quantized_linear.py`.
+    """
 
     bias: nn.Parameter | None
     out_features: int
@@ -372,7 +426,9 @@ def next_positions(inputs: Tensor, cache: Any) -> Tensor:
 
 
 def checkpointed(how: Checkpointing, block: int) -> bool:
-    """Whether block number `block` is recomputed in backward; the same rule as the calculator's `TrainingConfig`."""
+    """Whether block number `block` is recomputed in backward; the same rule as the calculator's
+    `TrainingConfig`.
+    """
     return how == "full" or (how == "selective" and block % 2 == 0)
 
 
@@ -380,17 +436,23 @@ def checkpointed(how: Checkpointing, block: int) -> bool:
 def packed_hidden_states(model: CausalLM, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
     """Hidden states (T, D) of each sequence of ids, in order.
 
-    Up to ROW tokens are packed into one row, so that a large model's weights are read once for many short texts.
+    Up to ROW tokens are packed into one row, so that a large model's weights are read once for many
+    short texts.
     """
     start = 0
     while start < len(sequences):
         stop, tokens = start + 1, len(sequences[start])
-        while model.supports_packing and stop < len(sequences) and tokens + len(sequences[stop]) <= ROW:
+        while (
+            model.supports_packing
+            and stop < len(sequences)
+            and tokens + len(sequences[stop]) <= ROW
+        ):
             tokens += len(sequences[stop])
             stop += 1
         lengths = [len(sequence) for sequence in sequences[start:stop]]
         ids = [id_ for sequence in sequences[start:stop] for id_ in sequence]
-        table = torch.tensor([[ids], [[t for length in lengths for t in range(length)]]])  # (2, 1, T): one copy
+        # (2, 1, T): one copy
+        table = torch.tensor([[ids], [[t for length in lengths for t in range(length)]]])
         ids_, positions = to_device(table, model.device)
         hidden = model.hidden_states(ids_, positions, lengths if len(lengths) > 1 else None)[0]
         yield from hidden.split(lengths)  # type: ignore[no-untyped-call]
@@ -399,9 +461,15 @@ def packed_hidden_states(model: CausalLM, sequences: Sequence[Sequence[int]]) ->
 
 @torch.no_grad()
 def set_row_count(model: CausalLM, rows: int) -> None:
-    """Resize embedding and head to `rows` rows, in place; old rows are copied bit for bit, new ones are zero."""
+    """Resize embedding and head to `rows` rows, in place; old rows are copied bit for bit, new ones
+    are zero.
+    """
     tied = model.shape.tied
-    for module, name in ((model.embeddings, "weight"), (model.head, "weight"), (model.head, "bias")):
+    for module, name in (
+        (model.embeddings, "weight"),
+        (model.head, "weight"),
+        (model.head, "bias"),
+    ):
         old = getattr(module, name, None)
         if old is not None and not (tied and (module, name) == (model.head, "weight")):
             new = old.new_zeros(rows, *old.shape[1:])
@@ -414,7 +482,8 @@ def set_row_count(model: CausalLM, rows: int) -> None:
 
 @contextmanager
 def compute_in_fp32(model: nn.Module) -> Iterator[None]:
-    """Inside the block each part of `model` is in fp32 while it runs, and only then, so that little memory is added.
+    """Inside the block each part of `model` is in fp32 while it runs, and only then, so that little
+    memory is added.
 
     In 16 bits, two correct computations of the same logits differ by up to a tenth of the largest.
     """
@@ -423,18 +492,29 @@ def compute_in_fp32(model: nn.Module) -> Iterator[None]:
         # a forward may read its leaf children's parameters, whose own forward then never runs
         parts = [module, *(child for child in module.children() if not [*child.children()])]
         parameters_of[module] = [p for part in parts for p in part.parameters(recurse=False)]
-    narrow = {p: p.dtype for parameters in parameters_of.values() for p in parameters if p.dtype.itemsize == 2}
+    narrow = {
+        p: p.dtype
+        for parameters in parameters_of.values()
+        for p in parameters
+        if p.dtype.itemsize == 2
+    }
 
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         for p in parameters_of[module]:
             p.data = p.data.float()
-        return tuple(x.float() if isinstance(x, Tensor) and x.dtype.itemsize == 2 else x for x in inputs)
+        return tuple(
+            x.float() if isinstance(x, Tensor) and x.dtype.itemsize == 2 else x for x in inputs
+        )
 
     def after(module: nn.Module, *_: object) -> None:
         for p in parameters_of[module]:
             p.data = p.data.to(narrow.get(p, p.dtype))
 
-    changed = [module for module, parameters in parameters_of.items() if any(p in narrow for p in parameters)]
+    changed = [
+        module
+        for module, parameters in parameters_of.items()
+        if any(p in narrow for p in parameters)
+    ]
     hooks = [module.register_forward_pre_hook(before) for module in changed]
     hooks += [module.register_forward_hook(after, always_call=True) for module in changed]
     try:

@@ -1,4 +1,6 @@
-"""The device a model runs on, and its memory. Nothing else decides where a model lives or a matrix is decomposed."""
+"""The device a model runs on, and its memory. Nothing else decides where a model lives or a matrix
+is decomposed.
+"""
 
 import ctypes
 import gc
@@ -24,11 +26,17 @@ from pipeline.project.process import world
 def devices() -> list[str]:
     """The names of this machine's devices."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return ["cpu", *(f"cuda:{index}" for index in range(gpus)), *["mps"] * torch.backends.mps.is_available()]
+    return [
+        "cpu",
+        *(f"cuda:{index}" for index in range(gpus)),
+        *["mps"] * torch.backends.mps.is_available(),
+    ]
 
 
 def asked_device() -> torch.device | None:
-    """What --device, LORA_DEVICE or the params file name; None for auto. Raises UserError if it is not there."""
+    """What --device, LORA_DEVICE or the params file name; None for auto. Raises UserError if it is
+    not there.
+    """
     name, source = process.asked()
     if name == process.AUTO:
         return None
@@ -37,27 +45,34 @@ def asked_device() -> torch.device | None:
     rank, is_one_device = world(), name == "mps" or ":" in name
     if rank.world_size > 1 and is_one_device:  # MPS has no collectives
         raise UserError(
-            f"{source} must be cpu or cuda for several processes, got {name!r}. Each takes a GPU by its rank."
+            f"{source} must be cpu or cuda for several processes, got {name!r}. Each takes a GPU "
+            "by its rank."
         )
     device = torch.device("cuda", rank.local_rank) if name == "cuda" else torch.device(name)
     if str(device) not in (there := devices()):
-        raise UserError(f"{source} must name a device of this machine, got {name!r}. It has {', '.join(there)}.")
+        raise UserError(
+            f"{source} must name a device of this machine, got {name!r}. It has {', '.join(there)}."
+        )
     return device
 
 
 def best_device() -> torch.device:
-    """The device that was asked for, else a CUDA GPU (each rank its own), Apple's, or the CPU. Raises UserError."""
+    """The device that was asked for, else a CUDA GPU (each rank its own), Apple's, or the CPU.
+    Raises UserError.
+    """
     if (asked := asked_device()) is not None:
         return asked
     if torch.cuda.is_available():
         return torch.device("cuda", world().local_rank)
-    distributed = world().world_size > 1  # processes exchange tensors, which Apple's GPU does not support
+    # processes exchange tensors, which Apple's GPU does not support
+    distributed = world().world_size > 1
     return torch.device("mps" if torch.backends.mps.is_available() and not distributed else "cpu")
 
 
 Model = TypeVar("Model", bound=nn.Module)
 
-LARGE = 10_000_000  # parameters; below it an accelerator or a second thread costs more than it gains
+# parameters; below it an accelerator or a second thread costs more than it gains
+LARGE = 10_000_000
 WITHOUT_FP64 = "mps"  # a type of device
 LARGE_MATRIX = 1024**2  # numbers; a smaller matrix is decomposed in less than a second on two cores
 
@@ -70,7 +85,10 @@ def explain_choice() -> str:
         return f"{device}, by {source}"
     if device.type == "cpu":
         return "cpu: there is no accelerator"
-    return f"{device} for models of {LARGE // 10**6} million parameters or more, cpu for smaller ones (auto)"
+    return (
+        f"{device} for models of {LARGE // 10**6} million parameters or more, cpu for smaller "
+        "ones (auto)"
+    )
 
 
 def device_for(model: nn.Module) -> torch.device:
@@ -79,12 +97,14 @@ def device_for(model: nn.Module) -> torch.device:
 
 
 def device_for_size(parameters: int) -> torch.device:
-    """The device that was asked for, else the one on which a model of that size is fastest. Raises UserError.
+    """The device that was asked for, else the one on which a model of that size is fastest. Raises
+    UserError.
 
-    Also sets the number of CPU threads to what the model can use, and the GPU that kernels of libraries are run on.
+    Also sets the number of CPU threads to what the model can use, and the GPU that kernels of
+    libraries are run on.
 
-    Matrix products as small as MiniGPT's gain nothing from a second thread, and two runs side by side, whose threads
-    spin for each other's cores, were measured to take seven times as long.
+    Matrix products as small as MiniGPT's gain nothing from a second thread, and two runs side by
+    side, whose threads spin for each other's cores, were measured to take seven times as long.
     """
     large = parameters >= LARGE
     torch.set_num_threads(_threads() if large else 1)
@@ -95,10 +115,12 @@ def device_for_size(parameters: int) -> torch.device:
 
 
 def move_for_inference(model: Model, make_room: Callable[[], bool] = lambda: False) -> Model:
-    """`model`, moved to `device_for` it, or to the CPU, with a warning, if it does not fit into that device's memory.
+    """`model`, moved to `device_for` it, or to the CPU, with a warning, if it does not fit into
+    that device's memory.
 
-    `make_room` frees a part of the memory that others use, and returns False if there is none to free. Every model that
-    answers goes through here; the training loop moves the model it trains, which it may shard.
+    `make_room` frees a part of the memory that others use, and returns False if there is none to
+    free. Every model that answers goes through here; the training loop moves the model it trains,
+    which it may shard.
     """
     device = device_for(model)
     missing, free = model_bytes(model, device), free_bytes(device)
@@ -107,20 +129,29 @@ def move_for_inference(model: Model, make_room: Callable[[], bool] = lambda: Fal
         free = free_bytes(device)
     if missing > free:  # without a handler of its own, logging writes the line to stderr
         logging.getLogger(__name__).warning(
-            f"the model needs {in_units(missing)} on {device}, which has {in_units(int(free))} free: it runs on the CPU"
+            f"the model needs {in_units(missing)} on {device}, which has {in_units(int(free))} "
+            "free: it runs on the CPU"
         )
         device = torch.device("cpu")
     return model.to(device)
 
 
 def device_for_matrix(numbers: int) -> torch.device:
-    """Where a matrix of so many numbers is decomposed in fp64: a large one on the accelerator, if that has fp64."""
-    device = best_device() if numbers >= LARGE_MATRIX or asked_device() is not None else torch.device("cpu")
+    """Where a matrix of so many numbers is decomposed in fp64: a large one on the accelerator, if
+    that has fp64.
+    """
+    device = (
+        best_device()
+        if numbers >= LARGE_MATRIX or asked_device() is not None
+        else torch.device("cpu")
+    )
     return fp64_device(device)
 
 
 def fp64_device(device: torch.device) -> torch.device:
-    """`device`, or the CPU if it does not compute in fp64: Apple's GPU does not, nor has it an SVD."""
+    """`device`, or the CPU if it does not compute in fp64: Apple's GPU does not, nor has it an
+    SVD.
+    """
     return torch.device("cpu") if device.type == WITHOUT_FP64 else device
 
 
@@ -131,8 +162,8 @@ def in_fp64(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def placed_for_inference(model: nn.Module) -> Iterator[None]:
-    """Like `move_for_inference`, of a model that will train: it is on the CPU again afterwards, for the training loop
-    to move it or to shard it."""
+    """Like `move_for_inference`, of a model that will train: it is on the CPU again afterwards, for
+    the training loop to move it or to shard it."""
     move_for_inference(model)
     try:
         yield
@@ -146,14 +177,18 @@ def model_bytes(model: nn.Module, device: torch.device | None = None) -> int:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Bytes that can still be allocated on `device`; infinite on the CPU, where the system may swap."""
+    """Bytes that can still be allocated on `device`; infinite on the CPU, where the system may
+    swap.
+    """
     return float("inf") if device.type == "cpu" else available_memory(device)
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that a process can use on `device` now: a GPU's free memory, or the machine's or container's for a CPU.
+    """Bytes that a process can use on `device` now: a GPU's free memory, or the machine's or
+    container's for a CPU.
 
-    What torch's allocator has freed but not returned is free for this process, though its driver counts it as used.
+    What torch's allocator has freed but not returned is free for this process, though its driver
+    counts it as used.
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -170,15 +205,21 @@ def available_memory(device: torch.device) -> int:
 
 
 def _free_of_machine() -> int:
-    """Bytes that the system can give without swapping; half of its memory where nothing says so, as on macOS."""
+    """Bytes that the system can give without swapping; half of its memory where nothing says so, as
+    on macOS.
+    """
     with suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+        return 1024 * int(
+            next(line for line in lines if line.startswith("MemAvailable")).split()[1]
+        )
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether `device` has instructions for bf16, so that it is faster than fp32 and not only smaller."""
+    """Whether `device` has instructions for bf16, so that it is faster than fp32 and not only
+    smaller.
+    """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "mps":
@@ -191,16 +232,21 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on `device`: there it is queued, and the host does not wait for the copy."""
+    """A tensor of the host on `device`: there it is queued, and the host does not wait for the
+    copy.
+    """
     if device.type == "cuda":  # only from pinned memory
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type != "mps")
 
 
 def read_numbers(tensors: Sequence[Tensor]) -> list[float]:
-    """The numbers in the tensors, all on one device. The host waits until it has computed them: once for all."""
+    """The numbers in the tensors, all on one device. The host waits until it has computed them:
+    once for all.
+    """
     rows = [tensor.detach().view(-1) for tensor in tensors]
-    if not rows or rows[0].is_cpu:  # there is nothing to wait for, and joining them is one call more
+    # there is nothing to wait for, and joining them is one call more
+    if not rows or rows[0].is_cpu:
         return [number for row in rows for number in row.tolist()]
     numbers: list[float] = torch.cat(rows).tolist()
     return numbers
@@ -213,21 +259,33 @@ def _tensors(model: nn.Module) -> tuple[Tensor, ...]:
 def _threads() -> int:
     """OMP_NUM_THREADS if it is a plausible number, else this process's share of the cores."""
     setting = os.environ.get("OMP_NUM_THREADS", "")
-    return int(setting) if re.fullmatch("[1-9][0-9]{0,3}", setting) else max(1, cores() // world().local_world_size)
+    return (
+        int(setting)
+        if re.fullmatch("[1-9][0-9]{0,3}", setting)
+        else max(1, cores() // world().local_world_size)
+    )
 
 
 def cores() -> int:
-    """The cores that this process may run on: fewer than the machine has in a container or under `taskset`."""
+    """The cores that this process may run on: fewer than the machine has in a container or under
+    `taskset`.
+    """
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_info(device: torch.device) -> dict[str, Any]:
-    """`device`, its product's name, its used and total memory in bytes; on the CPU, used is this process's own."""
+    """`device`, its product's name, its used and total memory in bytes; on the CPU, used is this
+    process's own.
+    """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         name, used = torch.cuda.get_device_name(device), total - free
     elif device.type == "mps":
-        name, used, total = "Apple GPU", torch.mps.driver_allocated_memory(), torch.mps.recommended_max_memory()
+        name, used, total = (
+            "Apple GPU",
+            torch.mps.driver_allocated_memory(),
+            torch.mps.recommended_max_memory(),
+        )
     else:
         name, used = _processor(), _resident_bytes()
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -252,12 +310,16 @@ def _resident_bytes() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc's allocator keep freed memory until the process ends: a training step asks for the same sizes again.
+    """Make glibc's allocator keep freed memory until the process ends: a training step asks for the
+    same sizes again.
 
-    It otherwise returns freed blocks of megabytes to the system, and the next step pays a page fault for each 4 KiB of
-    them. A LoRA step of SmolLM2-135M in bf16 takes 1/1.12 of the time (measured in turns on two cores and on one).
+    It otherwise returns freed blocks of megabytes to the system, and the next step pays a page
+    fault for each 4 KiB of them. A LoRA step of SmolLM2-135M in bf16 takes 1/1.12 of the time
+    (measured in turns on two cores and on one).
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    mallopt = (
+        getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    )
     if mallopt is not None:  # musl has none
         for parameter in (-3, -1):  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
             mallopt(parameter, 2**31 - 1)

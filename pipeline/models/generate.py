@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is sampled. Temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
+    """How the next token is sampled. Temperature 0 is greedy; top_k 0 and top_p 1 keep every
+    token.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -33,7 +35,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise UserError(
-                "sampling needs temperature at least 0, top-k at least 0 and top-p above 0 up to 1, "
+                "sampling needs temperature at least 0, top-k at least 0 and top-p above 0 up to "
+                "1, "
                 f"got {self.temperature}, {self.top_k} and {self.top_p}."
             )
         if not 0 <= self.seed < 2**63:
@@ -41,9 +44,12 @@ class Sampling:
 
 
 GREEDY = Sampling()
-PROBES = ((1, 2, 3, 4, 5), (2, 3, 4))  # ids of two sequences, whose last tokens are read one at a time
-GROUP_TOKENS = 4096  # of prompts and answers that are generated side by side: their keys and values are in memory
-COLDEST = 1e-6  # at lower temperatures the division overflows, and the likeliest token is sampled anyway
+# ids of two sequences, whose last tokens are read one at a time
+PROBES = ((1, 2, 3, 4, 5), (2, 3, 4))
+# of prompts and answers that are generated side by side: their keys and values are in memory
+GROUP_TOKENS = 4096
+# at lower temperatures the division overflows, and the likeliest token is sampled anyway
+COLDEST = 1e-6
 
 
 class SampledToken(NamedTuple):
@@ -54,7 +60,9 @@ class SampledToken(NamedTuple):
 
 
 def encode_prompt(name: str, model: CausalLM, tokenizer: "Tokenizer", text: str) -> tuple[int, ...]:
-    """The prompt's ids. Raises UserError as `encode_text` does, or if it is too long for the model."""
+    """The prompt's ids. Raises UserError as `encode_text` does, or if it is too long for the
+    model.
+    """
     ids = encode_text(name, tokenizer, text)
     if len(ids) > model.max_length:
         raise UserError(f"The prompt has {len(ids)} tokens; {name} takes {model.max_length}.")
@@ -68,7 +76,8 @@ def encode_text(name: str, tokenizer: "Tokenizer", text: str) -> tuple[int, ...]
         raise UserError("The prompt is empty. Give at least one word.")
     if unknown:
         raise UserError(
-            f"{name} does not know: {', '.join(unknown)}. It is a word-level model: use words from its training data, "
+            f"{name} does not know: {', '.join(unknown)}. It is a word-level model: use words "
+            "from its training data, "
             "or add them with expand_vocab."
         )
     return ids
@@ -82,8 +91,14 @@ def generate(
     sampling: Sampling = GREEDY,
     packed: bool = True,
 ) -> Iterator[int]:
-    """Yields up to `limit` token ids after `prompt`, stopping before a token of `ends` or after the last position."""
-    return (token.id for token in stream(model, prompt, ends, limit, sampling, packed) if token.id not in ends)
+    """Yields up to `limit` token ids after `prompt`, stopping before a token of `ends` or after the
+    last position.
+    """
+    return (
+        token.id
+        for token in stream(model, prompt, ends, limit, sampling, packed)
+        if token.id not in ends
+    )
 
 
 @torch.no_grad()
@@ -95,18 +110,21 @@ def stream(
     sampling: Sampling = GREEDY,
     packed: bool = True,
 ) -> Iterator[SampledToken]:
-    """Yields up to `limit` tokens after `prompt`, each as soon as it is sampled; a token of `ends` is the last.
+    """Yields up to `limit` tokens after `prompt`, each as soon as it is sampled; a token of `ends`
+    is the last.
 
-    `packed`: whether a copy of the weights in a faster layout may be made and kept (`fast_decoding`). Raises UserError
-    if the logits are not finite.
+    `packed`: whether a copy of the weights in a faster layout may be made and kept
+    (`fast_decoding`). Raises UserError if the logits are not finite.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
     cache = model.new_cache()
-    new = to_device(torch.tensor([list(prompt)]), model.device)  # (1, T): first the prompt, then one token per step
+    # (1, T): first the prompt, then one token per step
+    new = to_device(torch.tensor([list(prompt)]), model.device)
     with fast_decoding(model) if packed else nullcontext():
         for _ in range(min(limit, model.max_length - len(prompt))):
             # Sampled on the CPU, so that a seed means the same on every device.
-            logits = model.logits(model.hidden_states(new, cache=cache)[0, -1]).float().cpu()  # (V,)
+            # (V,)
+            logits = model.logits(model.hidden_states(new, cache=cache)[0, -1]).float().cpu()
             token = draw(finite(logits), sampling, generator)
             yield SampledToken(token, float(logits.softmax(0)[token]))
             if token in ends:
@@ -119,8 +137,8 @@ def generate_all(
 ) -> list[list[int]]:
     """Greedy continuations of many prompts, as `generate` gives them with packed=False.
 
-    A token of each comes from one forward where the model reads sequences side by side. Raises UserError if the logits
-    are not finite.
+    A token of each comes from one forward where the model reads sequences side by side. Raises
+    UserError if the logits are not finite.
     """
     if model.virtual is not None or not model.mixes_lengths or not _reads_side_by_side(model):
         pairs = zip(prompts, limits, strict=True)
@@ -129,11 +147,15 @@ def generate_all(
     group, size = list[int](), 0
     for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         if group and size + len(prompt) + limit > GROUP_TOKENS:
-            answers += _generate_group(model, [prompts[n] for n in group], ends, [limits[n] for n in group])
+            answers += _generate_group(
+                model, [prompts[n] for n in group], ends, [limits[n] for n in group]
+            )
             group, size = [], 0
         group.append(number)
         size += len(prompt) + limit
-    return answers + _generate_group(model, [prompts[n] for n in group], ends, [limits[n] for n in group])
+    return answers + _generate_group(
+        model, [prompts[n] for n in group], ends, [limits[n] for n in group]
+    )
 
 
 @torch.no_grad()
@@ -141,8 +163,13 @@ def _generate_group(
     model: CausalLM, prompts: Sequence[Sequence[int]], ends: Container[int], limits: Sequence[int]
 ) -> list[list[int]]:
     answers: list[list[int]] = [[] for _ in prompts]
-    rooms = [min(limit, model.max_length - len(prompt)) for prompt, limit in zip(prompts, limits, strict=True)]
-    caches = [SequenceCache(len(prompt) + room) for prompt, room in zip(prompts, rooms, strict=True)]
+    rooms = [
+        min(limit, model.max_length - len(prompt))
+        for prompt, limit in zip(prompts, limits, strict=True)
+    ]
+    caches = [
+        SequenceCache(len(prompt) + room) for prompt, room in zip(prompts, rooms, strict=True)
+    ]
     new: dict[int, Sequence[int]] = {n: prompt for n, prompt in enumerate(prompts) if rooms[n] > 0}
     # prompts one after the other: together they may be longer than any batch of the training
     logits = {n: read_side_by_side(model, [caches[n]], [ids])[0] for n, ids in new.items()}
@@ -157,13 +184,19 @@ def _generate_group(
                 running[n] = token
         if not running:
             break
-        rows = read_side_by_side(model, [caches[n] for n in running], [[token] for token in running.values()])
+        rows = read_side_by_side(
+            model, [caches[n] for n in running], [[token] for token in running.values()]
+        )
         logits = dict(zip(running, rows, strict=True))
     return answers
 
 
-def read_side_by_side(model: CausalLM, caches: Sequence[SequenceCache], parts: Sequence[Sequence[int]]) -> Tensor:
-    """(N, V): the logits after the last of each sequence's new tokens; the caches get the new tokens."""
+def read_side_by_side(
+    model: CausalLM, caches: Sequence[SequenceCache], parts: Sequence[Sequence[int]]
+) -> Tensor:
+    """(N, V): the logits after the last of each sequence's new tokens; the caches get the new
+    tokens.
+    """
     cache = PackedCache(caches)
     logits = model.logits(last_states(model, cache, parts))
     cache.advance([len(part) for part in parts])
@@ -175,7 +208,11 @@ def last_states(model: CausalLM, cache: PackedCache, parts: Sequence[Sequence[in
     lengths = [len(part) for part in parts]
     ids = [id_ for part in parts for id_ in part]
     sequences = zip(cache.sequences, lengths, strict=True)
-    positions = [t for sequence, length in sequences for t in range(sequence.length, sequence.length + length)]
+    positions = [
+        t
+        for sequence, length in sequences
+        for t in range(sequence.length, sequence.length + length)
+    ]
     last = [stop - 1 for stop in accumulate(lengths)]
     # one copy for all three
     table = to_device(torch.tensor([*ids, *positions, *last]), model.device)
@@ -184,12 +221,18 @@ def last_states(model: CausalLM, cache: PackedCache, parts: Sequence[Sequence[in
 
 
 def _reads_side_by_side(model: CausalLM) -> bool:
-    return model.takes_packed_cache and agrees(model, lambda caches, parts: read_side_by_side(model, caches, parts))
+    return model.takes_packed_cache and agrees(
+        model, lambda caches, parts: read_side_by_side(model, caches, parts)
+    )
 
 
 @torch.no_grad()
-def agrees(alone: CausalLM, read: Callable[[Sequence[SequenceCache], Sequence[Sequence[int]]], Tensor]) -> bool:
-    """Whether `read` gives, for two short sequences side by side, the logits that `alone` gives for the first."""
+def agrees(
+    alone: CausalLM, read: Callable[[Sequence[SequenceCache], Sequence[Sequence[int]]], Tensor]
+) -> bool:
+    """Whether `read` gives, for two short sequences side by side, the logits that `alone` gives for
+    the first.
+    """
     if alone.virtual is not None:  # which read no cache of many sequences
         return False
     first, second = ([id_ % alone.shape.rows for id_ in probe] for probe in PROBES)
@@ -197,7 +240,10 @@ def agrees(alone: CausalLM, read: Callable[[Sequence[SequenceCache], Sequence[Se
     def side_by_side() -> Tensor:
         caches = [SequenceCache(len(ids)) for ids in (first, second)]
         return torch.stack(
-            [read(caches, [ids[part] for ids in (first, second)])[0] for part in (slice(-1), slice(-1, None))]
+            [
+                read(caches, [ids[part] for ids in (first, second)])[0]
+                for part in (slice(-1), slice(-1, None))
+            ]
         )
 
     def last_logits(*rows: Sequence[int]) -> Tensor:
@@ -216,18 +262,28 @@ def agrees(alone: CausalLM, read: Callable[[Sequence[SequenceCache], Sequence[Se
 
 @torch.no_grad()
 def bytes_per_token(model: CausalLM) -> int:
-    """Bytes by which a sequence's keys and values grow with a token: measured, as families keep different things."""
+    """Bytes by which a sequence's keys and values grow with a token: measured, as families keep
+    different things.
+    """
     cache, sizes = model.new_cache(), list[int]()
-    for _ in range(2):  # the first token comes with virtual tokens, and with states that do not grow
+    # the first token comes with virtual tokens, and with states that do not grow
+    for _ in range(2):
         model.hidden_states(torch.zeros(1, 1, dtype=torch.int64, device=model.device), cache=cache)
-        layers = cache.layers.values() if isinstance(cache.layers, dict) else map(vars, cache.layers)
-        sizes.append(sum(leaf.nbytes for leaf in tree_leaves([*layers]) if isinstance(leaf, Tensor)))
+        layers = (
+            cache.layers.values() if isinstance(cache.layers, dict) else map(vars, cache.layers)
+        )
+        sizes.append(
+            sum(leaf.nbytes for leaf in tree_leaves([*layers]) if isinstance(leaf, Tensor))
+        )
     return sizes[1] - sizes[0]
 
 
 def finite(numbers: Tensor) -> Tensor:
-    """Returns `numbers`. Raises UserError if they are not finite: argmax finds a token among NaNs too."""
-    if not torch.stack(numbers.aminmax()).isfinite().all():  # a fifth of the time of isfinite on all of them
+    """Returns `numbers`. Raises UserError if they are not finite: argmax finds a token among NaNs
+    too.
+    """
+    # a fifth of the time of isfinite on all of them
+    if not torch.stack(numbers.aminmax()).isfinite().all():
         raise UserError(
             "The model's outputs are not finite: its weights or its adapter's scale are too large. "
             "Train it again with a lower learning_rate."
@@ -246,7 +302,8 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     """Probabilities (V,) after temperature, then top-k, then top-p (Holtzman et al. 2020, §3.1).
 
-    Only tokens that can pass the cuts are sorted: sorting a vocabulary of 49,152 takes longer than a token of a batch.
+    Only tokens that can pass the cuts are sorted: sorting a vocabulary of 49,152 takes longer than
+    a token of a batch.
     """
     logits, k, p = logits / sampling.temperature, min(sampling.top_k, len(logits)), sampling.top_p
     probabilities = logits.softmax(0)
@@ -254,10 +311,13 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
         return probabilities
     if k:
         candidates = logits >= logits.topk(k).values[-1]
-    else:  # tokens below the mean of 1 - p over all have less than 1 - p together; half of it, as sums are rounded
+    # tokens below the mean of 1 - p over all have less than 1 - p together; half of it, as sums are
+    # rounded
+    else:
         candidates = probabilities >= min((1 - p) / 2 / len(logits), float(probabilities.max()))
     ids = candidates.nonzero()[:, 0]  # (n,)
-    # stable: of equal logits the lower id is the likelier one everywhere, so that a seed gives the same text
+    # stable: of equal logits the lower id is the likelier one everywhere, so that a seed gives the
+    # same text
     ordered, order = logits[ids].sort(descending=True, stable=True)
     ids = ids[order]
     if k:

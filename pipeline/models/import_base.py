@@ -1,7 +1,8 @@
-"""Import a base as a plain checkpoint: config.json, one model.safetensors, a fast tokenizer's files.
+"""Import a base as a plain checkpoint: config.json, one model.safetensors, a fast tokenizer's
+files.
 
-Any causal language model that transformers opens is imported completely or rejected. Pickles are never read. Two
-imports of one base write the same bytes, whatever its path.
+Any causal language model that transformers opens is imported completely or rejected. Pickles are
+never read. Two imports of one base write the same bytes, whatever its path.
 """
 
 import shutil
@@ -31,22 +32,48 @@ from pipeline.models.quantized_linear import require_bitsandbytes, rows_of_block
 from pipeline.models.save import clean, generation_of, load_strict, quiet, reported, save_checkpoint
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-GGUF_IMPORT = 2  # raised when a file gives another base than before, so that those in the user's cache are not used
+# raised when a file gives another base than before, so that those in the user's cache are not used
+GGUF_IMPORT = 2
 WIDE_GGUF = ("ALL_F32", "MOSTLY_F16", "MOSTLY_BF16")  # file types whose weights are not quantized
-GGUF_LICENSE = {"license": "general.license"} | {f"license_{key}": f"general.license.{key}" for key in ("name", "link")}
-# How byte-level vocabularies split a text before they merge, by `tokenizer.ggml.pre` (llama.cpp's names). transformers
-# knows others, and splits as GPT-2 does for a name that it does not know.
+GGUF_LICENSE = {"license": "general.license"} | {
+    f"license_{key}": f"general.license.{key}" for key in ("name", "link")
+}
+# How byte-level vocabularies split a text before they merge, by `tokenizer.ggml.pre` (llama.cpp's
+# names). transformers knows others, and splits as GPT-2 does for a name that it does not know.
 SPLIT_AS_GPT2 = {
-    *("default", "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4", "gigachat"),
+    *(
+        "default",
+        "gpt-2",
+        "phi-2",
+        "mpt",
+        "olmo",
+        "jais",
+        "trillion",
+        "granite-docling",
+        "exaone4",
+        "gigachat",
+    ),
     *("a.x-4.0", "mellum", "modern-bert", "roberta-bpe", "jina-es", "jina-de", "jina-v1-en"),
     *("jina-v2-es", "jina-v2-de", "jina-v2-code"),
 }
-SPLIT_AT_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"}
+SPLIT_AT_DIGITS = {
+    "smollm",
+    "starcoder",
+    "refact",
+    "command-r",
+    "codeshell",
+    "exaone",
+    "minerva-7b",
+    "mellum2",
+}
 SENTENCE = "The capital of France is Paris, and two and two are four."
 
 
 def import_base(
-    source: base_model.Source, out: Path, precision: Precision = "auto", trust_remote_code: bool = False
+    source: base_model.Source,
+    out: Path,
+    precision: Precision = "auto",
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write a checkpoint of `source` to `out`; returns its entries of the manifest.
 
@@ -63,7 +90,9 @@ def import_base(
             if source.kind != base_model.FOLDER:
                 folder = _download(source, trust_remote_code)
                 revision = folder.name
-            model, more = _import_folder(folder, f"base: {source.text}", out, dtype, trust_remote_code)
+            model, more = _import_folder(
+                folder, f"base: {source.text}", out, dtype, trust_remote_code
+            )
             if license := base_model.license_of(folder):
                 more["license"] = license
         if (out / "tokenizer_config.json").is_file():
@@ -81,8 +110,8 @@ def import_base(
 
 
 def import_to_cache(base: Path, on_start: Callable[[], None]) -> Path:
-    """The folder of a GGUF file or a model of the hub, imported into the user's cache; `on_start` is called before an
-    import. Raises UserError.
+    """The folder of a GGUF file or a model of the hub, imported into the user's cache; `on_start`
+    is called before an import. Raises UserError.
     """
     source, digests = base_model.resolve(str(base), Path.cwd()), digest_cache.DigestStore()
     if source.kind == base_model.HUB:
@@ -108,11 +137,15 @@ def _download(source: base_model.Source, trust_remote_code: bool) -> Path:
     if trust_remote_code:
         patterns.append(base_model.CODE)
     try:
-        folder = Path(snapshot_download(source.hub_id, revision=source.revision, allow_patterns=patterns))
-    except Exception as error:  # errors of huggingface_hub, its HTTP client and the system have no common base class
+        folder = Path(
+            snapshot_download(source.hub_id, revision=source.revision, allow_patterns=patterns)
+        )
+    # errors of huggingface_hub, its HTTP client and the system have no common base class
+    except Exception as error:
         raise UserError(
             f"base: {source.text} is neither a folder in the project nor in the local hub cache, "
-            f"and the download failed ({first_line(error).rstrip('.')}). Download it elsewhere and name its folder."
+            f"and the download failed ({first_line(error).rstrip('.')}). Download it elsewhere "
+            "and name its folder."
         ) from None
     base_model.refuse_other_folders(folder)
     return folder
@@ -121,7 +154,8 @@ def _download(source: base_model.Source, trust_remote_code: bool) -> Path:
 def _import_folder(
     folder: Path, name: str, out: Path, dtype: torch.dtype | None, trust_remote_code: bool
 ) -> tuple[Any, dict[str, Any]]:
-    """Copy a checkpoint folder through transformers; returns the model, and the manifest's entry of a quantized one.
+    """Copy a checkpoint folder through transformers; returns the model, and the manifest's entry of
+    a quantized one.
 
     Errors call it `name`.
     """
@@ -156,7 +190,9 @@ def _import_folder(
     if not any(path for pattern in base_model.VOCABULARY for path in folder.glob(pattern)):
         raise UserError(f"{name} has no tokenizer: no tokenizer.json or older file. Copy it too.")
     with reported(name, trust_remote_code, "Give the folder a tokenizer.json"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
         with as_os_error(out / "tokenizer.json"):
             tokenizer.save_pretrained(out)
     if not (out / "tokenizer.json").is_file():
@@ -185,14 +221,21 @@ def _bitsandbytes_kind(config: Mapping[str, Any]) -> str | None:
     settings = config.get("quantization_config")
     if not isinstance(settings, Mapping):
         return None
-    in_8_bits, in_4_bits = settings.get("load_in_8bit") is True, settings.get("load_in_4bit") is True
+    in_8_bits, in_4_bits = (
+        settings.get("load_in_8bit") is True,
+        settings.get("load_in_4bit") is True,
+    )
     if settings.get("quant_method", "bitsandbytes") != "bitsandbytes" or in_8_bits == in_4_bits:
         return None
     return "int8" if in_8_bits else str(settings.get("bnb_4bit_quant_type", "fp4"))[:20]
 
 
-def _import_gguf(source: base_model.Source, out: Path, dtype: torch.dtype, scratch: Path) -> tuple[Any, dict[str, Any]]:
-    """Dequantize a GGUF file into a checkpoint; returns the model, and the manifest's entries that are GGUF's alone."""
+def _import_gguf(
+    source: base_model.Source, out: Path, dtype: torch.dtype, scratch: Path
+) -> tuple[Any, dict[str, Any]]:
+    """Dequantize a GGUF file into a checkpoint; returns the model, and the manifest's entries that
+    are GGUF's alone.
+    """
     name, hint = f"base: {source.text}", "Name a checkpoint folder of the same model instead"
     require("base: MODEL.gguf", name)
     metadata = refuse_implausible_gguf(source.path)
@@ -204,7 +247,10 @@ def _import_gguf(source: base_model.Source, out: Path, dtype: torch.dtype, scrat
     (scratch / file).symlink_to(source.path.resolve())
     how = {"gguf_file": file, "quantization_config": GgufConfig(dequantize=True), "dtype": dtype}
     # the one progress bar that ignores transformers' setting
-    bar, modeling_gguf_pytorch_utils.tqdm = modeling_gguf_pytorch_utils.tqdm, lambda tensors, **_: tensors
+    bar, modeling_gguf_pytorch_utils.tqdm = (
+        modeling_gguf_pytorch_utils.tqdm,
+        lambda tensors, **_: tensors,
+    )
     try:
         model = load_strict(scratch, name, False, hint, **how)
     finally:
@@ -225,34 +271,50 @@ def _import_gguf(source: base_model.Source, out: Path, dtype: torch.dtype, scrat
             _correct_split(saved, metadata.get("tokenizer.ggml.pre", "default"), name)
         write_json(path, saved)
     # What a file says of itself is any value of any length.
-    license = {key: str(metadata[name])[:300] for key, name in GGUF_LICENSE.items() if name in metadata}
+    license = {
+        key: str(metadata[name])[:300] for key, name in GGUF_LICENSE.items() if name in metadata
+    }
     facts: dict[str, Any] = {"license": license} if license else {}
-    kind = next((kind.name for kind in LlamaFileType if kind == metadata.get("general.file_type")), None)
+    kind = next(
+        (kind.name for kind in LlamaFileType if kind == metadata.get("general.file_type")), None
+    )
     if kind and kind not in WIDE_GGUF:
         facts["dequantized"] = kind.removeprefix("MOSTLY_")
     return model, facts
 
 
 def _correct_split(tokenizer: dict[str, Any], split: object, name: str) -> None:
-    """Give a byte-level tokenizer.json the pre-tokenizer that the file names. Raises UserError if it is not known."""
+    """Give a byte-level tokenizer.json the pre-tokenizer that the file names. Raises UserError if
+    it is not known.
+    """
     from transformers.integrations.gguf import gguf_tokenizer_mapping
 
     if split in SPLIT_AT_DIGITS:
         at_digits = {"type": "Digits", "individual_digits": True}
-        tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [at_digits, tokenizer["pre_tokenizer"]]}
-    elif split not in SPLIT_AS_GPT2 and split not in gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS:
+        tokenizer["pre_tokenizer"] = {
+            "type": "Sequence",
+            "pretokenizers": [at_digits, tokenizer["pre_tokenizer"]],
+        }
+    elif (
+        split not in SPLIT_AS_GPT2 and split not in gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS
+    ):
         raise UserError(
-            f"{name} splits texts by {split!r} (tokenizer.ggml.pre), which is not known here: its tokens would be "
+            f"{name} splits texts by {split!r} (tokenizer.ggml.pre), which is not known here: its "
+            "tokens would be "
             "others. Name a checkpoint folder of the same model instead."
         )
 
 
 def _refuse_unusable(model: Any, out: Path, name: str, trust_remote_code: bool) -> None:
-    """Raises UserError unless the imported model tokenizes a sentence, gives finite logits and is causal."""
+    """Raises UserError unless the imported model tokenizes a sentence, gives finite logits and is
+    causal.
+    """
     from transformers import AutoTokenizer
 
     with reported(name, trust_remote_code):
-        tokenizer = AutoTokenizer.from_pretrained(out, local_files_only=True, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            out, local_files_only=True, trust_remote_code=trust_remote_code
+        )
         ids = tokenizer(SENTENCE)["input_ids"][:16]
     rows = model.get_input_embeddings().weight.shape[0]
     if not ids or max(ids) >= rows or len(tokenizer) > rows:
@@ -263,10 +325,14 @@ def _refuse_unusable(model: Any, out: Path, name: str, trust_remote_code: bool) 
     other = [*ids[:-1], (ids[-1] + 1) % rows]  # differs in the last token only
     with torch.no_grad(), reported(name, trust_remote_code):
         model = move_for_inference(model.eval())
-        first, second = model(input_ids=torch.tensor([ids, other], device=model.device)).logits.float()  # (T, V) each
+        # (T, V) each
+        first, second = model(
+            input_ids=torch.tensor([ids, other], device=model.device)
+        ).logits.float()
     if not first.isfinite().all():
         raise UserError(
-            f"{name} gives logits that are not finite in {str(model.dtype).removeprefix('torch.')}. "
+            f"{name} gives logits that are not finite in "
+            f"{str(model.dtype).removeprefix('torch.')}. "
             "Copy its weights again, or set a precision with a larger range."
         )
     difference = (first[:-1] - second[:-1]).abs()  # (T - 1, V)

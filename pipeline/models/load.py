@@ -1,4 +1,6 @@
-"""Load a model and its tokenizer from a checkpoint folder, save them, or build the model without its weights."""
+"""Load a model and its tokenizer from a checkpoint folder, save them, or build the model without
+its weights.
+"""
 
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -28,7 +30,14 @@ INTEGERS = {"I8", "U8", "I16", "I32", "I64", "BOOL"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Sizes in a config, by the names that different families give them.
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
+LAYERS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "decoder_layers",
+    "encoder_layers",
+)
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 BESIDE_WIDTH = (  # each is a side of a matrix whose other side is the width
     *("vocab_size", "intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner", "head_dim"),
@@ -53,9 +62,9 @@ def load_base(
     trust_remote_code: bool = False,
     quantization: Quantization = "none",
 ) -> Base:
-    """The checkpoint in `folder`, in evaluation mode, on the CPU, in `precision` or its own; `quantization` is that of
-    its blocks' linears. Also sets the number of CPU threads for this model, so that what is computed before training
-    depends on it neither.
+    """The checkpoint in `folder`, in evaluation mode, on the CPU, in `precision` or its own;
+    `quantization` is that of its blocks' linears. Also sets the number of CPU threads for this
+    model, so that what is computed before training depends on it neither.
 
     Raises UserError; never loads a checkpoint partially.
     """
@@ -65,22 +74,26 @@ def load_base(
     refuse_implausible(folder, files)
     tokenizer = load_tokenizer(folder)
     requested = DTYPES[precision] if precision else None
-    dtype = requested if quantization == "none" else None  # quantization starts from the weights as they are stored
+    # quantization starts from the weights as they are stored
+    dtype = requested if quantization == "none" else None
     if MiniGPTConfig.describes(config):
         ours = MiniGPT(MiniGPTConfig.from_opt(config, str(folder / CONFIG)))
         expected = {name: tuple(tensor.shape) for name, tensor in state(ours).items()}
         refuse_difference(expected, shapes(folder / WEIGHTS), str(folder / WEIGHTS))
-        ours.load_state_dict(load_tensors(folder / WEIGHTS), strict=not ours.shape.tied)  # a tied head is not stored
+        # a tied head is not stored
+        ours.load_state_dict(load_tensors(folder / WEIGHTS), strict=not ours.shape.tied)
         model: CausalLM = ours.to(dtype or torch.float32)
     else:
-        from pipeline.models.transformers_model import load_pretrained  # MiniGPT does not need transformers
+        # MiniGPT does not need transformers
+        from pipeline.models.transformers_model import load_pretrained
 
         model = load_pretrained(folder, dtype, trust_remote_code)
         if world().world_size > 1 and quantization == "none":
             model.stored = _stored(model, folder)
     refuse_integers(model, files, str(folder))
     device = device_for(model)
-    # An imported base was checked, as was one that was made here; of several processes each reads its rows only.
+    # An imported base was checked, as was one that was made here; of several processes each reads
+    # its rows only.
     if not (folder / MANIFEST).exists() and world().world_size == 1:
         refuse_not_finite(model, str(folder))
         if device.type == "cpu" and not isinstance(model, MiniGPT):
@@ -99,7 +112,9 @@ def load_base(
 
 
 def _stored(model: CausalLM, folder: Path) -> dict[Tensor, TensorLocation]:
-    """Each weight that has name, shape and dtype of a tensor in `folder`: none that was renamed, fused or cast."""
+    """Each weight that has name, shape and dtype of a tensor in `folder`: none that was renamed,
+    fused or cast.
+    """
     locations = tensor_locations(folder)
     return {
         p: locations[name]
@@ -125,8 +140,8 @@ def save_base(folder: Path, base: Base) -> None:
 
 
 def skeleton(folder: Path, trust_remote_code: bool = False) -> CausalLM:
-    """The model of the checkpoint in `folder` on the meta device: names, shapes and ties, with almost no memory.
-    Raises UserError."""
+    """The model of the checkpoint in `folder` on the meta device: names, shapes and ties, with
+    almost no memory. Raises UserError."""
     with torch.device("meta"), _SkipInit():
         return untrained(folder, trust_remote_code)
 
@@ -142,14 +157,15 @@ class _SkipInit(TorchFunctionMode):
 
 
 def untrained(folder: Path, trust_remote_code: bool = False) -> CausalLM:
-    """The model of the checkpoint in `folder` in fp32, initialized as its family is, by torch's default generator.
-    Raises UserError."""
+    """The model of the checkpoint in `folder` in fp32, initialized as its family is, by torch's
+    default generator. Raises UserError."""
     config = read_config(folder)
     refuse_quantized(config, str(folder))
     refuse_implausible(folder, weight_files(folder))
     if MiniGPTConfig.describes(config):
         return MiniGPT(MiniGPTConfig.from_opt(config, str(folder / CONFIG))).eval()
-    from pipeline.models.transformers_model import without_weights  # MiniGPT does not need transformers
+    # MiniGPT does not need transformers
+    from pipeline.models.transformers_model import without_weights
 
     return without_weights(folder, trust_remote_code)
 
@@ -182,17 +198,26 @@ def refuse_quantized(config: Mapping[str, Any], name: str) -> None:
     settings = config.get("quantization_config") or config.get("compression_config")
     if not settings:
         return
-    method = settings.get("quant_method", "unknown method") if isinstance(settings, Mapping) else "unknown method"
+    method = (
+        settings.get("quant_method", "unknown method")
+        if isinstance(settings, Mapping)
+        else "unknown method"
+    )
     hint = "Use the 16-bit model"
     if method == "bitsandbytes":
         hint = (
-            "Import it, which dequantizes it: `lora new` or `lora import` with it as the base; or use the 16-bit model"
+            "Import it, which dequantizes it: `lora new` or `lora import` with it as the base; or "
+            "use the 16-bit model"
         )
-    raise UserError(f"{name} is quantized ({abbreviate_repr(method)}); unquantized weights are needed. {hint}.")
+    raise UserError(
+        f"{name} is quantized ({abbreviate_repr(method)}); unquantized weights are needed. {hint}."
+    )
 
 
 def refuse_integers(model: torch.nn.Module, files: Sequence[Path], name: str) -> None:
-    """Raises UserError if a weight of `model` is stored as integers, which would be taken for its numbers."""
+    """Raises UserError if a weight of `model` is stored as integers, which would be taken for its
+    numbers.
+    """
     buffers = [f".{buffer}" for buffer, _ in model.named_buffers()]  # such as position_ids
     for path in files:
         for tensor, info in read_header(path).items():
@@ -201,15 +226,18 @@ def refuse_integers(model: torch.nn.Module, files: Sequence[Path], name: str) ->
             full = f".{tensor}"  # with or without the prefix of the model's body
             if not any(full.endswith(buffer) or buffer.endswith(full) for buffer in buffers):
                 raise UserError(
-                    f"{name}: {tensor} holds integers ({info.dtype}), but config.json names no quantization. "
+                    f"{name}: {tensor} holds integers ({info.dtype}), but config.json names no "
+                    "quantization. "
                     "Use the 16-bit model, or copy its config.json again."
                 )
 
 
 def refuse_not_finite(model: torch.nn.Module, name: str) -> None:
-    """Raises UserError if a weight holds NaN or infinity: logits show it only for the tokens that it concerns.
+    """Raises UserError if a weight holds NaN or infinity: logits show it only for the tokens that
+    it concerns.
 
-    The least and the largest number tell: reading a weight once, without a copy, takes a GB in half a second.
+    The least and the largest number tell: reading a weight once, without a copy, takes a GB in half
+    a second.
     """
     for tensor, weight in model.named_parameters():
         if not weight.is_floating_point() or not weight.numel():
@@ -217,16 +245,19 @@ def refuse_not_finite(model: torch.nn.Module, name: str) -> None:
         if not torch.stack(torch.aminmax(weight)).isfinite().all():
             dtype = str(weight.dtype).removeprefix("torch.")
             raise UserError(
-                f"{name}: {tensor} is not finite in {dtype}. Copy its weights again, or set a precision with a larger "
+                f"{name}: {tensor} is not finite in {dtype}. Copy its weights again, or set a "
+                "precision with a larger "
                 "range."
             )
 
 
 @torch.no_grad()
 def _refuse_unusable(model: CausalLM, name: str, trust_remote_code: bool) -> None:
-    """Raises UserError unless `model` computes the logits of two tokens, together and one after the other.
+    """Raises UserError unless `model` computes the logits of two tokens, together and one after the
+    other.
 
-    What config.json says falsely of how a model computes, such as a window that is a text, shows no earlier.
+    What config.json says falsely of how a model computes, such as a window that is a text, shows no
+    earlier.
     """
     model.eval()
     with reported(name, trust_remote_code):
@@ -240,50 +271,77 @@ def _refuse_unusable(model: CausalLM, name: str, trust_remote_code: bool) -> Non
 def refuse_implausible(folder: Path, files: Sequence[Path]) -> None:
     """Raises UserError if config.json describes a model far larger than the weights in `files`.
 
-    Runs before transformers builds anything: a million layers take minutes, a huge vocabulary all the memory.
+    Runs before transformers builds anything: a million layers take minutes, a huge vocabulary all
+    the memory.
     """
     config, source = read_json(folder / CONFIG, "Copy it again"), folder / CONFIG
     infos = [info for path in files for info in read_header(path).values()]
     stored = sum(prod(info.shape) for info in infos)
-    if config.get("quantization_config"):  # a stored number packs several parameters: at least 2 bits each
+    # a stored number packs several parameters: at least 2 bits each
+    if config.get("quantization_config"):
         stored = 4 * sum(info.size for info in infos)
     most = 2 * stored + SLACK
     parts: list[Mapping[str, Any]] = [config]
     for part in parts:  # it grows by the sub-configs nested in each, such as text_config
-        parts += [value for key, value in part.items() if isinstance(value, dict) and key.endswith("_config")]
+        parts += [
+            value
+            for key, value in part.items()
+            if isinstance(value, dict) and key.endswith("_config")
+        ]
         _refuse_sizes(part, len(infos), most, source)
     try:
         total = architecture(config, str(source)).total
-    except (UserError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
-        return  # an architecture that the calculator does not support, or values that transformers will reject
+    except (
+        UserError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ):
+        # an architecture that the calculator does not support, or values that transformers will
+        # reject
+        return
     if total > most:
-        raise _implausible(source, f"it describes {total:,} parameters, the weights have {stored:,}")
+        raise _implausible(
+            source, f"it describes {total:,} parameters, the weights have {stored:,}"
+        )
 
 
 def refuse_implausible_gguf(path: Path) -> dict[str, Any]:
     """The same for a GGUF file's metadata, which is returned. A parameter takes at least one bit.
 
-    The blocks are counted: transformers leaves out those above `block_count`, and without it builds 32.
+    The blocks are counted: transformers leaves out those above `block_count`, and without it builds
+    32.
     """
     from pipeline.calc.sources import headers  # loading a model checks its folder only
 
     metadata, tensors = headers.read_gguf(path)
-    kind, blocks = metadata.get("general.architecture"), {n.split(".")[1] for n in tensors if n.startswith("blk.")}
+    kind, blocks = (
+        metadata.get("general.architecture"),
+        {n.split(".")[1] for n in tensors if n.startswith("blk.")},
+    )
     key = f"{kind}.block_count"
     value = metadata.get(key)
     if type(value) is not int or value != len(blocks) or not blocks:
         raise UserError(
-            f"{path}: {key} must be the number of its blocks, at least 1: its tensors have {len(blocks)}, got "
+            f"{path}: {key} must be the number of its blocks, at least 1: its tensors have "
+            f"{len(blocks)}, got "
             f"{abbreviate_repr(value)}. Download it again."
         )
     config = headers.gguf_config(metadata, tensors)
     rows = metadata.get(f"{kind}.vocab_size", config.get("vocab_size"))  # what transformers builds
-    _refuse_sizes({**config, "vocab_size": rows}, len(tensors), 8 * path.stat().st_size + SLACK, path)
+    _refuse_sizes(
+        {**config, "vocab_size": rows}, len(tensors), 8 * path.stat().st_size + SLACK, path
+    )
     return metadata
 
 
 def _refuse_sizes(config: Mapping[str, Any], tensors: int, most: int, source: Path) -> None:
-    """Raises UserError for no layers or more than tensors, or a matrix of more than `most` parameters."""
+    """Raises UserError for no layers or more than tensors, or a matrix of more than `most`
+    parameters.
+    """
 
     def integers(keys: Sequence[str]) -> dict[str, int]:
         return {key: config[key] for key in keys if type(config.get(key)) is int}
@@ -293,16 +351,24 @@ def _refuse_sizes(config: Mapping[str, Any], tensors: int, most: int, source: Pa
             raise _implausible(source, f"{key} is {count:,}, the weights have {tensors:,} tensors")
         for name, experts in integers(EXPERTS).items():
             if count * experts > MOST_EXPERTS:
-                raise _implausible(source, f"{key} × {name} is {count * experts:,}, more than {MOST_EXPERTS:,}")
+                raise _implausible(
+                    source, f"{key} × {name} is {count * experts:,}, more than {MOST_EXPERTS:,}"
+                )
     for key, count in integers(AT_LEAST_ONE).items():
         if count < 1:
-            raise UserError(f"{source}: {key} must be at least 1, got {count}. Copy the model again.")
+            raise UserError(
+                f"{source}: {key} must be at least 1, got {count}. Copy the model again."
+            )
     table = ("max_position_embeddings",) if config.get("model_type") in POSITIONS_TABLE else ()
     for key, width in integers(WIDTHS).items():
         for name, count in integers((*BESIDE_WIDTH, *table)).items():
             if width * count > most:
-                raise _implausible(source, f"{key} × {name} is {width * count:,}, more than its weights hold")
+                raise _implausible(
+                    source, f"{key} × {name} is {width * count:,}, more than its weights hold"
+                )
 
 
 def _implausible(source: Path, reason: str) -> UserError:
-    return UserError(f"{source} does not match its weights: {reason}. Copy both from the same model.")
+    return UserError(
+        f"{source} does not match its weights: {reason}. Copy both from the same model."
+    )

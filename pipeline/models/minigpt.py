@@ -1,11 +1,11 @@
 """MiniGPT, the document's model, and weight for weight a stock `OPTForCausalLM`.
 
-Dimensions, here and everywhere: B batch, T tokens, D width, H heads, K head size, V vocabulary,
-R rank, I and O a layer's inputs and outputs, S tokens seen so far (cached + new).
+Dimensions, here and everywhere: B batch, T tokens, D width, H heads, K head size, V vocabulary, R
+rank, I and O a layer's inputs and outputs, S tokens seen so far (cached + new).
 
-Attributes have OPT's names, so that the state dict is the checkpoint: no table of renamings. The token
-embeddings are stored as they are added (multiplied by the original Transformer's sqrt(D) already), and the
-sinusoids start at row 2 of `embed_positions`, where OPT looks for position 0.
+Attributes have OPT's names, so that the state dict is the checkpoint: no table of renamings. The
+token embeddings are stored as they are added (multiplied by the original Transformer's sqrt(D)
+already), and the sinusoids start at row 2 of `embed_positions`, where OPT looks for position 0.
 """
 
 import math
@@ -23,7 +23,15 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.calc.settings import PACK_UP_TO
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_json
-from pipeline.models.base import CausalLM, Checkpointing, PackedCache, Prefix, Shape, checkpointed, next_positions
+from pipeline.models.base import (
+    CausalLM,
+    Checkpointing,
+    PackedCache,
+    Prefix,
+    Shape,
+    checkpointed,
+    next_positions,
+)
 from pipeline.models.device import keep_freed_memory
 from pipeline.models.kernels import uses_cpu_kernels
 from pipeline.models.kernels.low_rank_block import low_rank_block
@@ -44,7 +52,8 @@ _FIELDS = {  # OPT's keys, in the order in which they are written, and the field
     "max_position_embeddings": "max_positions",
     "tie_word_embeddings": "tie_embeddings",
 }
-_NO_SIZES = ("pad_token_id", "eos_token_id", "tie_word_embeddings")  # the others are whole numbers from 1
+# the others are whole numbers from 1
+_NO_SIZES = ("pad_token_id", "eos_token_id", "tie_word_embeddings")
 _FIXED: dict[str, Any] = {  # what makes an OPT a MiniGPT
     "architectures": ["OPTForCausalLM"],
     "model_type": "opt",
@@ -85,25 +94,35 @@ class MiniGPTConfig:
 
     @classmethod
     def from_opt(cls, config: dict[str, Any], source: str) -> "MiniGPTConfig":
-        """The shape that `config` describes. Raises UserError if MiniGPT would compute something else."""
+        """The shape that `config` describes. Raises UserError if MiniGPT would compute something
+        else.
+        """
         for key, value in _FIXED.items():
             if config.get(key) != value:
                 raise UserError(f"{source}: {key} is {config.get(key)!r}; MiniGPT needs {value!r}.")
         if config.get("word_embed_proj_dim") != config.get("hidden_size"):
-            raise UserError(f"{source}: word_embed_proj_dim differs from hidden_size; MiniGPT has one width.")
+            raise UserError(
+                f"{source}: word_embed_proj_dim differs from hidden_size; MiniGPT has one width."
+            )
         for key in (key for key in _FIELDS if key not in _NO_SIZES):
             if not isinstance(config.get(key), int) or config[key] < 1:
-                raise UserError(f"{source}: {key} must be a whole number from 1, got {config.get(key)!r}.")
+                raise UserError(
+                    f"{source}: {key} must be a whole number from 1, got {config.get(key)!r}."
+                )
         if config["hidden_size"] % (2 * config["num_attention_heads"]):
             raise UserError(f"{source}: hidden_size must be a multiple of 2 × num_attention_heads.")
         for key in _NO_SIZES:
             if key not in config:
-                raise UserError(f"{source}: {key} is missing. The folder is not a MiniGPT checkpoint.")
+                raise UserError(
+                    f"{source}: {key} is missing. The folder is not a MiniGPT checkpoint."
+                )
         return cls(**{field: config[key] for key, field in _FIELDS.items()})
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far: per layer two tensors (B, H, S, K). The methods are transformers'."""
+    """Keys and values of the tokens seen so far: per layer two tensors (B, H, S, K). The methods
+    are transformers'.
+    """
 
     def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
@@ -112,15 +131,21 @@ class KVCache:
         return self.layers[0][0].shape[2] if self.layers else 0
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """All keys and values of the layer, with those of the new tokens (B, H, T, K) at the end."""
+        """All keys and values of the layer, with those of the new tokens (B, H, T, K) at the
+        end.
+        """
         if layer in self.layers:
-            keys, values = (torch.cat(pair, 2) for pair in zip(self.layers[layer], (keys, values), strict=True))
+            keys, values = (
+                torch.cat(pair, 2) for pair in zip(self.layers[layer], (keys, values), strict=True)
+            )
         self.layers[layer] = (keys, values)
         return keys, values
 
 
 class Attention(nn.Module):
-    """softmax(QKᵀ/√K + causal mask) V, per head, then the output projection (the document's §2.1)."""
+    """softmax(QKᵀ/√K + causal mask) V, per head, then the output projection (the document's
+    §2.1).
+    """
 
     def __init__(self, d_model: int, heads: int, layer: int) -> None:
         super().__init__()
@@ -145,27 +170,47 @@ class Attention(nn.Module):
         if isinstance(cache, KVCache):
             k, v = cache.update(k, v, self.layer)  # (B, H, S, K)
         if prefix is not None:
-            k, v = prefix(self.layer, k, v, segments or [T])  # (B, H, S, K), the prefix's before each sequence
+            # (B, H, S, K), the prefix's before each sequence
+            k, v = prefix(self.layer, k, v, segments or [T])
         if not uses_cpu_kernels(x.device):
-            from pipeline.models.kernels.accelerator_attention import attend_on_accelerator  # few runs are on one
+            # few runs are on one
+            from pipeline.models.kernels.accelerator_attention import attend_on_accelerator
             from pipeline.models.kernels.plain_attention import Rule
 
             lengths = [*(segments or [T])]
-            cached = cache.update(self.layer, k, v, lengths) if isinstance(cache, PackedCache) else None
-            spans = [length + (k.shape[2] - T) // len(lengths) for length in lengths]  # with each prefix's keys
+            cached = (
+                cache.update(self.layer, k, v, lengths) if isinstance(cache, PackedCache) else None
+            )
+            # with each prefix's keys
+            spans = [length + (k.shape[2] - T) // len(lengths) for length in lengths]
             if cached is not None:
                 spans = [keys.shape[2] for keys, _ in cached]
-            y = attend_on_accelerator(q, k, v, lengths, spans, Rule(K**-0.5), cached).transpose(1, 2)
+            y = attend_on_accelerator(q, k, v, lengths, spans, Rule(K**-0.5), cached).transpose(
+                1, 2
+            )
         elif segments is None:
             y = _causal_attention(q, k, v)
         elif isinstance(cache, PackedCache):
-            pairs = zip(q.split(list(segments), dim=2), cache.update(self.layer, k, v, segments), strict=True)
-            y = torch.cat([_causal_attention(own, *pair) for own, pair in pairs], dim=2)  # (1, H, T, K)
+            pairs = zip(
+                q.split(list(segments), dim=2),
+                cache.update(self.layer, k, v, segments),
+                strict=True,
+            )
+            # (1, H, T, K)
+            y = torch.cat([_causal_attention(own, *pair) for own, pair in pairs], dim=2)
         elif k.shape[2] == T <= PACK_UP_TO:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=_segment_mask(tuple(segments), x.dtype))
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=_segment_mask(tuple(segments), x.dtype)
+            )
         else:
-            spans = [length + (k.shape[2] - T) // len(segments) for length in segments]  # with each prefix's keys
-            parts = zip(q.split(list(segments), dim=2), k.split(spans, dim=2), v.split(spans, dim=2), strict=True)
+            # with each prefix's keys
+            spans = [length + (k.shape[2] - T) // len(segments) for length in segments]
+            parts = zip(
+                q.split(list(segments), dim=2),
+                k.split(spans, dim=2),
+                v.split(spans, dim=2),
+                strict=True,
+            )
             y = torch.cat([_causal_attention(*part) for part in parts], dim=2)  # (B, H, T, K)
         out: Tensor = self.out_proj(y.transpose(1, 2).reshape(B, T, D))  # (B, H, T, K) → (B, T, D)
         return out
@@ -174,13 +219,16 @@ class Attention(nn.Module):
 @lru_cache(maxsize=16)  # all layers of a step use the same mask
 def _segment_mask(segments: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """(T, T) on the CPU: 0 where a token sees a token of its own sequence up to itself, else −∞."""
-    sequence = torch.arange(len(segments)).repeat_interleave(torch.tensor(segments))  # (T,): each token's sequence
+    # (T,): each token's sequence
+    sequence = torch.arange(len(segments)).repeat_interleave(torch.tensor(segments))
     visible = (sequence[:, None] == sequence).tril()
     return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, -torch.inf)
 
 
 def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(B, H, T, K); query t sees the first S - T keys, which precede the T tokens, and those of tokens 0 to t."""
+    """(B, H, T, K); query t sees the first S - T keys, which precede the T tokens, and those of
+    tokens 0 to t.
+    """
     T, S = q.shape[2], k.shape[2]
     if S == T:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -235,7 +283,9 @@ class SinusoidalPositions(nn.Module):
         super().__init__()
         with torch.device("cpu"):  # arithmetic on the meta device would import torch's compiler
             position = torch.arange(positions, dtype=torch.float64)[:, None]
-            rate = torch.exp(torch.arange(0, d_model, 2, dtype=torch.float64) * (-math.log(10_000) / d_model))
+            rate = torch.exp(
+                torch.arange(0, d_model, 2, dtype=torch.float64) * (-math.log(10_000) / d_model)
+            )
             table = torch.zeros(positions + OPT_OFFSET, d_model)
             table[OPT_OFFSET:, 0::2] = torch.sin(position * rate)
             table[OPT_OFFSET:, 1::2] = torch.cos(position * rate)

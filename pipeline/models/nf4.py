@@ -1,8 +1,10 @@
-"""NF4, the 4-bit NormalFloat, with double quantization, in plain torch (QLoRA, Dettmers et al. 2023, §3, appendix E).
+"""NF4, the 4-bit NormalFloat, with double quantization, in plain torch (QLoRA, Dettmers et al.
+2023, §3, appendix E).
 
-A block of weights is its scale, the largest magnitude, times levels at equally spaced quantiles of a normal
-distribution. Codes, scales and weights equal those of bitsandbytes 0.50 on an x86 CPU to the last bit; comments say
-where that needs an odd step. W (O, I) has N = O·I numbers in M = ceil(N / block) blocks; the last may be short.
+A block of weights is its scale, the largest magnitude, times levels at equally spaced quantiles of
+a normal distribution. Codes, scales and weights equal those of bitsandbytes 0.50 on an x86 CPU to
+the last bit; comments say where that needs an odd step. W (O, I) has N = O·I numbers in M = ceil(N
+/ block) blocks; the last may be short.
 """
 
 from collections.abc import Callable
@@ -16,14 +18,18 @@ from pipeline.calc.settings import NF4_BLOCK, NF4_BLOCK_2
 from pipeline.errors import install_command
 from pipeline.project.probes import record
 
-OFFSET = 0.9677083  # the outermost probability: the mean of 1 - 1/32 and 1 - 1/30, half a step of 16 and of 15
-STEPS = 2**16  # grid points on [-1, 1] to which a number is rounded before its 8-bit level is looked up
+# the outermost probability: the mean of 1 - 1/32 and 1 - 1/30, half a step of 16 and of 15
+OFFSET = 0.9677083
+# grid points on [-1, 1] to which a number is rounded before its 8-bit level is looked up
+STEPS = 2**16
 SMALLEST = 1e-38  # the smallest scale to divide by
 
 
 @dataclass(frozen=True)
 class Scales:
-    """M scales in 8 bits, in blocks of 256 (double quantization): level[code] · block's scale + offset."""
+    """M scales in 8 bits, in blocks of 256 (double quantization): level[code] · block's scale +
+    offset.
+    """
 
     codes: Tensor  # (M,) uint8
     scales: Tensor  # (ceil(M / 256),) fp32
@@ -42,7 +48,8 @@ class Quantized:
 
 
 def levels() -> Tensor:
-    """(16,) fp32, ascending: 0, 7 quantiles of N(0, 1) below it and 8 above at equal steps, divided by the largest.
+    """(16,) fp32, ascending: 0, 7 quantiles of N(0, 1) below it and 8 above at equal steps, divided
+    by the largest.
 
     Each step is rounded to fp32, as in the published table: exact steps change last bits.
     """
@@ -54,7 +61,9 @@ _tables: dict[tuple[Callable[[], Tensor], torch.device], Tensor] = {}
 
 
 def on_device(table: Callable[[], Tensor], device: torch.device) -> Tensor:
-    """A table of this file on `device`: copied there once, for a copy waits for all that a GPU has still to do."""
+    """A table of this file on `device`: copied there once, for a copy waits for all that a GPU has
+    still to do.
+    """
     key = (table, device)
     if key not in _tables:
         there = table().to(device)
@@ -71,10 +80,11 @@ def _quantiles(count: int) -> Tensor:
 
 
 def dynamic_levels() -> Tensor:
-    """(256,) fp32, ascending: ± fraction · 10^e for e from -6 to 0 with 2^(e + 6) fractions each, and 0 and 1.
+    """(256,) fp32, ascending: ± fraction · 10^e for e from -6 to 0 with 2^(e + 6) fractions each,
+    and 0 and 1.
 
-    A smaller exponent leaves fewer bits for the fraction (Dettmers et al. 2022, §1.3 and §2: the dynamic tree). The
-    fractions are the midpoints of equal intervals of [0.1, 1]; there is no -1.
+    A smaller exponent leaves fewer bits for the fraction (Dettmers et al. 2022, §1.3 and §2: the
+    dynamic tree). The fractions are the midpoints of equal intervals of [0.1, 1]; there is no -1.
     """
     parts = [torch.tensor([0.0, 1.0])]
     for exponent in range(-6, 1):
@@ -87,8 +97,8 @@ def dynamic_levels() -> Tensor:
 def quantize(weight: Tensor, block: int = NF4_BLOCK, double: bool = False) -> Quantized:
     """Divide each block by its largest magnitude and round each weight to the nearest level.
 
-    Full blocks are multiplied by the reciprocal, a short last block is divided, as in bitsandbytes: the last bits of
-    the quotient differ, and rarely a code.
+    Full blocks are multiplied by the reciprocal, a short last block is divided, as in bitsandbytes:
+    the last bits of the quotient differ, and rarely a code.
     """
     flat = weight.detach().reshape(-1).float()
     blocks = _in_blocks(flat, block)  # (M, block)
@@ -98,13 +108,21 @@ def quantize(weight: Tensor, block: int = NF4_BLOCK, double: bool = False) -> Qu
         scales[-1] = scales[-1].clamp(min=SMALLEST)
         scaled[-1] = blocks[-1] / scales[-1]
     codes = nearest(scaled.clamp(-1, 1), levels()).reshape(-1)[: flat.numel()]
-    return Quantized(codes, quantize_scales(scales) if double else scales, block, weight.shape, weight.dtype)
+    return Quantized(
+        codes, quantize_scales(scales) if double else scales, block, weight.shape, weight.dtype
+    )
 
 
 def dequantize(weight: Quantized) -> Tensor:
     """The weight in its shape and dtype: products in fp32, rounded once."""
-    scales = weight.scales if isinstance(weight.scales, Tensor) else dequantize_scales(weight.scales)
-    return _multiply_blocks(_look_up(levels, weight.codes), scales, weight.block).reshape(weight.shape).to(weight.dtype)
+    scales = (
+        weight.scales if isinstance(weight.scales, Tensor) else dequantize_scales(weight.scales)
+    )
+    return (
+        _multiply_blocks(_look_up(levels, weight.codes), scales, weight.block)
+        .reshape(weight.shape)
+        .to(weight.dtype)
+    )
 
 
 def quantize_scales(scales: Tensor) -> Scales:
@@ -114,15 +132,18 @@ def quantize_scales(scales: Tensor) -> Scales:
 
 
 def quantize_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (M,) in `dynamic_levels`, uint8, of M numbers, and the largest magnitude of each block of 256.
+    """Codes (M,) in `dynamic_levels`, uint8, of M numbers, and the largest magnitude of each block
+    of 256.
 
-    A number is rounded to one of STEPS grid points on [-1, 1], then to the level nearest to that. No grid point is 0
-    or near the smallest levels: 0 becomes 2.1e-5. A block of zeros gets code 0, and stays 0.
+    A number is rounded to one of STEPS grid points on [-1, 1], then to the level nearest to that.
+    No grid point is 0 or near the smallest levels: 0 becomes 2.1e-5. A block of zeros gets code 0,
+    and stays 0.
     """
     blocks = _in_blocks(x, NF4_BLOCK_2)
     largest = blocks.abs().amax(1)
     scaled = (blocks * (1 / largest)[:, None]).nan_to_num(nan=-1).clamp(-1, 1)  # 0 · (1 / 0) is NaN
-    step = ((scaled + 1) * 0.5).double() * (STEPS - 1) + 0.5  # exact, then rounded once, like a fused multiply-add
+    # exact, then rounded once, like a fused multiply-add
+    step = ((scaled + 1) * 0.5).double() * (STEPS - 1) + 0.5
     grid = torch.arange(STEPS, device=x.device) * 2.0 / (STEPS - 1) - 1
     codes = nearest(grid, dynamic_levels())[step.float().int()]
     return codes.reshape(-1)[: x.numel()], largest
@@ -130,17 +151,26 @@ def quantize_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_scales(scales: Scales) -> Tensor:
     """(M,) fp32."""
-    return _multiply_blocks(_look_up(dynamic_levels, scales.codes), scales.scales, NF4_BLOCK_2) + scales.offset
+    return (
+        _multiply_blocks(_look_up(dynamic_levels, scales.codes), scales.scales, NF4_BLOCK_2)
+        + scales.offset
+    )
 
 
 def nearest(x: Tensor, levels: Tensor) -> Tensor:
     """Index of the level nearest to each number, uint8; the lower of two equally near."""
-    return torch.bucketize(x, ((levels[:-1] + levels[1:]) / 2).to(x.device), out_int32=True).to(torch.uint8)
+    return torch.bucketize(x, ((levels[:-1] + levels[1:]) / 2).to(x.device), out_int32=True).to(
+        torch.uint8
+    )
 
 
 def pack(codes: Tensor) -> Tensor:
-    """(ceil(N / 2),) bytes, the first of two codes in the upper four bits; an odd N is padded with the code of 0."""
-    pairs = F.pad(codes, (0, codes.numel() % 2), value=int(nearest(torch.zeros(1), levels()))).view(-1, 2)
+    """(ceil(N / 2),) bytes, the first of two codes in the upper four bits; an odd N is padded with
+    the code of 0.
+    """
+    pairs = F.pad(codes, (0, codes.numel() % 2), value=int(nearest(torch.zeros(1), levels()))).view(
+        -1, 2
+    )
     return pairs[:, 0] << 4 | pairs[:, 1]
 
 
@@ -169,6 +199,7 @@ def tell_cost() -> None:
     record(
         "bitsandbytes, for NF4",
         "it is not installed",
-        "plain torch dequantizes each weight for every product: a step on MiniGPT takes 1.7 × the time on a CPU, which "
+        "plain torch dequantizes each weight for every product: a step on MiniGPT takes 1.7 × the "
+        "time on a CPU, which "
         f"was not measured on a GPU. Run `{install_command('qlora')}`",
     )

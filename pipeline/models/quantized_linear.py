@@ -1,5 +1,5 @@
-"""Frozen linears in 4 or 8 bits, with bitsandbytes where installed (QLoRA, Dettmers et al. 2023, §3; the document's
-§10.1)."""
+"""Frozen linears in 4 or 8 bits, with bitsandbytes where installed (QLoRA, Dettmers et al. 2023,
+§3; the document's §10.1)."""
 
 import logging
 import math
@@ -21,9 +21,11 @@ DOUBLE = "nf4-dq"
 
 
 class QuantizedLinear(LowBitLinear):
-    """y = Wx + b. W (O, I) is stored quantized and dequantized, in x's precision, for each use: no copy is kept.
+    """y = Wx + b. W (O, I) is stored quantized and dequantized, in x's precision, for each use: no
+    copy is kept.
 
-    LLM.int8's own products also quantize x; here int8, like NF4, only stores W, and x keeps its precision.
+    LLM.int8's own products also quantize x; here int8, like NF4, only stores W, and x keeps its
+    precision.
     """
 
     def __init__(self, linear: nn.Module, kind: Quantization, device: torch.device) -> None:
@@ -44,7 +46,9 @@ class QuantizedLinear(LowBitLinear):
         return self.weight_in(self.dtype)
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
-        return dequantize_weight(self._stored(), self.kind, (self.out_features, self.in_features), dtype)
+        return dequantize_weight(
+            self._stored(), self.kind, (self.out_features, self.in_features), dtype
+        )
 
     def _stored(self) -> dict[str, Tensor]:
         """W as `quantize_weight` returned it: buffers, or parameters where they are sharded."""
@@ -57,8 +61,8 @@ class QuantizedLinear(LowBitLinear):
         return out
 
     def product_4bit(self, x: Tensor) -> Tensor:
-        """Wx + b by bitsandbytes: on a GPU few rows are multiplied by W as it is stored. Its backward, like ours, keeps
-        only the codes and dequantizes them again."""
+        """Wx + b by bitsandbytes: on a GPU few rows are multiplied by W as it is stored. Its
+        backward, like ours, keeps only the codes and dequantizes them again."""
         library: Any = import_module("bitsandbytes")
         functional, tensors = library.functional, self._stored()
         scales, offset, scales_of_scales = tensors["scales"], None, None
@@ -66,7 +70,9 @@ class QuantizedLinear(LowBitLinear):
             # without `code` it would copy its table to the device in every product
             code = nf4.on_device(functional.create_dynamic_map, x.device)
             largest, offset = tensors["scales_of_scales"], tensors["offset"]
-            scales_of_scales = functional.QuantState(largest, code=code, blocksize=NF4_BLOCK_2, dtype=torch.float32)
+            scales_of_scales = functional.QuantState(
+                largest, code=code, blocksize=NF4_BLOCK_2, dtype=torch.float32
+            )
         state = functional.QuantState(
             scales,
             torch.Size((self.out_features, self.in_features)),
@@ -94,7 +100,8 @@ class _QuantizedProduct(torch.autograd.Function):
 
 
 def quantize_weight(weight: Tensor, kind: Quantization) -> dict[str, Tensor]:
-    """The quantized form of a weight (O, I): its tensors by name, in the layout of bitsandbytes. Raises UserError.
+    """The quantized form of a weight (O, I): its tensors by name, in the layout of bitsandbytes.
+    Raises UserError.
 
     Without bitsandbytes, nf4.py gives the same bytes; a step on MiniGPT then takes 1.7 × the time.
     """
@@ -107,13 +114,23 @@ def quantize_weight(weight: Tensor, kind: Quantization) -> dict[str, Tensor]:
         codes, scales = nf4.pack(ours.codes)[:, None], ours.scales  # (N / 2, 1)
         if isinstance(scales, Tensor):
             return {"codes": codes, "scales": scales}
-        return {"codes": codes, "scales": scales.codes, "scales_of_scales": scales.scales, "offset": scales.offset}
+        return {
+            "codes": codes,
+            "scales": scales.codes,
+            "scales_of_scales": scales.scales,
+            "offset": scales.offset,
+        }
     codes, state = functional.quantize_4bit(
         weight, blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=kind == DOUBLE
     )
     if kind != DOUBLE:
         return {"codes": codes, "scales": state.absmax}
-    return {"codes": codes, "scales": state.absmax, "scales_of_scales": state.state2.absmax, "offset": state.offset}
+    return {
+        "codes": codes,
+        "scales": state.absmax,
+        "scales_of_scales": state.state2.absmax,
+        "offset": state.offset,
+    }
 
 
 def dequantize_weight(
@@ -127,11 +144,20 @@ def dequantize_weight(
     count, functional = math.prod(shape), _bitsandbytes()
     if functional is None:
         unpacked = nf4.unpack(codes.view(-1), count)  # (N,)
-        double = nf4.Scales(scales, quantized["scales_of_scales"], quantized["offset"]) if kind == DOUBLE else scales
+        double = (
+            nf4.Scales(scales, quantized["scales_of_scales"], quantized["offset"])
+            if kind == DOUBLE
+            else scales
+        )
         return nf4.dequantize(nf4.Quantized(unpacked, double, NF4_BLOCK, torch.Size(shape), dtype))
     if kind == DOUBLE:
-        absmax, code = quantized["scales_of_scales"], nf4.on_device(functional.create_dynamic_map, scales.device)
-        scales = functional.dequantize_blockwise(scales, absmax=absmax, code=code, blocksize=NF4_BLOCK_2)
+        absmax, code = (
+            quantized["scales_of_scales"],
+            nf4.on_device(functional.create_dynamic_map, scales.device),
+        )
+        scales = functional.dequantize_blockwise(
+            scales, absmax=absmax, code=code, blocksize=NF4_BLOCK_2
+        )
         scales = scales + quantized["offset"]
     state = functional.QuantState(
         scales, rows_of_blocks(count, NF4_BLOCK), blocksize=NF4_BLOCK, quant_type="nf4", dtype=dtype
@@ -143,7 +169,8 @@ def dequantize_weight(
 def rows_of_blocks(count: int, block: int) -> torch.Size:
     """The shape to dequantize `count` numbers in: no block crosses the end of a row.
 
-    Otherwise bitsandbytes 0.50 uses wrong blocks' scales on CPUs with AVX-512, as it counts I // block blocks per row.
+    Otherwise bitsandbytes 0.50 uses wrong blocks' scales on CPUs with AVX-512, as it counts I //
+    block blocks per row.
     """
     return torch.Size((1, count) if count % block else (count // block, block))
 
@@ -157,15 +184,22 @@ def dequantized(weight: Tensor, kind: Quantization, transposed: bool = False) ->
 
 
 def quantizable(model: CausalLM) -> list[str]:
-    """Full names of the linears to quantize: those of the blocks. Embeddings, head and norms keep their precision."""
+    """Full names of the linears to quantize: those of the blocks. Embeddings, head and norms keep
+    their precision.
+    """
     inside = {id(module) for module in model.blocks.modules()}
-    return [name for name, module in model.named_modules() if id(module) in inside and is_linear(module)]
+    return [
+        name for name, module in model.named_modules() if id(module) in inside and is_linear(module)
+    ]
 
 
-def quantize(model: CausalLM, kind: Quantization, dtype: torch.dtype | None, device: torch.device) -> None:
+def quantize(
+    model: CausalLM, kind: Quantization, dtype: torch.dtype | None, device: torch.device
+) -> None:
     """Quantize the linears of `model`'s blocks in place; cast the rest to `dtype`, if one is given.
 
-    The stored weights are quantized, not those in `dtype`, so that every use gets the same. Raises UserError.
+    The stored weights are quantized, not those in `dtype`, so that every use gets the same. Raises
+    UserError.
     """
     if device.type == "cuda" and kind != "int8" and _bitsandbytes() is None:
         nf4.tell_cost()
@@ -180,7 +214,8 @@ def quantize(model: CausalLM, kind: Quantization, dtype: torch.dtype | None, dev
 @cache
 def _bitsandbytes() -> Any:
     """bitsandbytes.functional, or None if it is not installed."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about an optional kernel from the hub
+    # it warns about an optional kernel from the hub
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes.functional
     except ImportError:
@@ -189,7 +224,9 @@ def _bitsandbytes() -> Any:
 
 
 def require_bitsandbytes(what: str, other: str = "") -> Any:
-    """bitsandbytes.functional. Raises UserError if it is not installed, with another way out if there is one."""
+    """bitsandbytes.functional. Raises UserError if it is not installed, with another way out if
+    there is one.
+    """
     functional = _bitsandbytes()
     if functional is None:
         raise UserError(f"{what} needs bitsandbytes. Run `{install_command('qlora')}`{other}.")

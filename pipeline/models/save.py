@@ -1,6 +1,7 @@
 """Read and write checkpoint files: safetensors, and whole models through transformers.
 
-A checkpoint is loaded completely or not at all, silently, and written with the same bytes on every machine.
+A checkpoint is loaded completely or not at all, silently, and written with the same bytes on every
+machine.
 """
 
 import re
@@ -21,7 +22,8 @@ from pipeline.files.base_model import CODE, TensorLocation
 from pipeline.files.safetensors_file import as_os_error, shapes
 
 CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
-# Fixed tables that older versions of transformers stored beside the weights; the model computes them.
+# Fixed tables that older versions of transformers stored beside the weights; the model computes
+# them.
 HARMLESS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|^rope_freqs\.weight$")
 OF_THIS_MACHINE = re.compile(r"name_or_path$|^is_local$|^local_files_only$")
 ONE_FILE = 2**60  # bytes per shard: never split
@@ -29,7 +31,9 @@ AGAIN = "Copy it again, or choose another base"
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], library: str = "pt") -> None:
-    """Write a safetensors file with the metadata of PEFT and transformers, or MLX's. Raises OSError on a full disk."""
+    """Write a safetensors file with the metadata of PEFT and transformers, or MLX's. Raises OSError
+    on a full disk.
+    """
     # Copied to the CPU: a checkpoint must also be saved when the device's memory is full.
     copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     with as_os_error(path):
@@ -47,7 +51,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_rows(location: TensorLocation, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Rows `start` to `stop` of a tensor in a safetensors file, which is of that dtype; nothing else is read.
+    """Rows `start` to `stop` of a tensor in a safetensors file, which is of that dtype; nothing
+    else is read.
 
     Raises UserError if the file was truncated.
     """
@@ -57,15 +62,20 @@ def read_rows(location: TensorLocation, start: int, stop: int, dtype: torch.dtyp
     with location.file.open("rb") as file:
         file.seek(location.info.start + start * size)
         if file.readinto(data) != len(data):
-            raise UserError(f"{location.file} was truncated while it was read. Create or copy it again.")
+            raise UserError(
+                f"{location.file} was truncated while it was read. Create or copy it again."
+            )
     return torch.frombuffer(data, dtype=dtype).view(stop - start, *rest)
 
 
-def load_strict(folder: Path, name: str, trust_remote_code: bool = False, hint: str = AGAIN, **how: Any) -> Any:
-    """The causal language model in `folder`, in evaluation mode; errors call it `name`, `how` goes to transformers.
+def load_strict(
+    folder: Path, name: str, trust_remote_code: bool = False, hint: str = AGAIN, **how: Any
+) -> Any:
+    """The causal language model in `folder`, in evaluation mode; errors call it `name`, `how` goes
+    to transformers.
 
-    Raises UserError if weights are missing or left over. No pickle is read, and a model's own code runs only if it is
-    trusted.
+    Raises UserError if weights are missing or left over. No pickle is read, and a model's own code
+    runs only if it is trusted.
     """
     from transformers import AutoModelForCausalLM
 
@@ -82,31 +92,40 @@ def load_strict(folder: Path, name: str, trust_remote_code: bool = False, hint: 
     # transformers fills missing weights at random, so that the model would run, and answer nonsense
     wrong = {
         "missing from the weights": report["missing_keys"],
-        "not part of the model": [tensor for tensor in report["unexpected_keys"] if not HARMLESS.search(tensor)],
-        "of another shape than config.json gives": [str(key) for key, *_ in report["mismatched_keys"]],
+        "not part of the model": [
+            tensor for tensor in report["unexpected_keys"] if not HARMLESS.search(tensor)
+        ],
+        "of another shape than config.json gives": [
+            str(key) for key, *_ in report["mismatched_keys"]
+        ],
     }
     problems = []
     for problem, tensors in wrong.items():
         if names := sorted(tensors):
-            some = f"{names[0]} and {len(names) - 1} more are" if len(names) > 1 else f"{names[0]} is"
+            some = (
+                f"{names[0]} and {len(names) - 1} more are" if len(names) > 1 else f"{names[0]} is"
+            )
             problems.append(f"{some} {problem}")
     problems += report["error_msgs"]
     if problems:
         raise UserError(
-            f"{name} has other weights than its config.json describes: {'; '.join(problems)}. Copy both again, "
+            f"{name} has other weights than its config.json describes: {'; '.join(problems)}. "
+            "Copy both again, "
             "or name a causal language model."
         )
     return model.eval()
 
 
 def save_checkpoint(model: Any, folder: Path, generation: str | None) -> None:
-    """config.json, one model.safetensors, the model's own code, and `generation` as generation_config.json, if any.
+    """config.json, one model.safetensors, the model's own code, and `generation` as
+    generation_config.json, if any.
 
     Raises OSError on a full disk.
     """
     from transformers import GenerationConfig
 
-    model.generation_config = GenerationConfig()  # an old one may fail today's validation: `generation` replaces it
+    # an old one may fail today's validation: `generation` replaces it
+    model.generation_config = GenerationConfig()
     with quiet(), as_os_error(folder / WEIGHTS):
         model.save_pretrained(folder, max_shard_size=ONE_FILE)
     if generation is None:
@@ -115,7 +134,8 @@ def save_checkpoint(model: Any, folder: Path, generation: str | None) -> None:
         (folder / GENERATION).write_text(generation, encoding="utf-8")
     clean(folder / CONFIG)
     mode = (folder / CONFIG).stat().st_mode
-    (folder / WEIGHTS).chmod(mode)  # transformers leaves the mode of a temporary file, readable by its owner only
+    # transformers leaves the mode of a temporary file, readable by its owner only
+    (folder / WEIGHTS).chmod(mode)
 
 
 def generation_of(folder: Path) -> str | None:
@@ -125,17 +145,23 @@ def generation_of(folder: Path) -> str | None:
 
 
 def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary settings of a config by the names that transformers 4, mlx-lm and other programs read.
+    """The rotary settings of a config by the names that transformers 4, mlx-lm and other programs
+    read.
 
-    transformers 5 writes them as `rope_parameters` alone. Programs that do not know it take their own defaults, and
-    answer differently without a word. {} if layers have different ones: those never had such names.
+    transformers 5 writes them as `rope_parameters` alone. Programs that do not know it take their
+    own defaults, and answer differently without a word. {} if layers have different ones: those
+    never had such names.
     """
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict) or "rope_theta" not in rope:
         return {}
     top = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
     scaling = {key: value for key, value in rope.items() if key not in top}
-    return top if scaling.get("rope_type", "default") == "default" else {**top, "rope_scaling": scaling}
+    return (
+        top
+        if scaling.get("rope_type", "default") == "default"
+        else {**top, "rope_scaling": scaling}
+    )
 
 
 def clean(path: Path) -> None:
@@ -154,7 +180,9 @@ def clean(path: Path) -> None:
 
 @contextmanager
 def reported(name: str, trusted: bool, hint: str = AGAIN) -> Iterator[None]:
-    """Raise what a library or a model's own code raises as one UserError; a full disk or memory stays what it is."""
+    """Raise what a library or a model's own code raises as one UserError; a full disk or memory
+    stays what it is.
+    """
     try:
         yield
     except Exception as error:
@@ -164,7 +192,10 @@ def reported(name: str, trusted: bool, hint: str = AGAIN) -> Iterator[None]:
         because = first_line(error).rstrip(".")
         if "trust_remote_code" in str(error) and not trusted:
             because = "it needs code that comes with it"
-            hint = "If you have read and trust it, set import.trust_remote_code: true, or pass --trust-remote-code"
+            hint = (
+                "If you have read and trust it, set import.trust_remote_code: true, or pass "
+                "--trust-remote-code"
+            )
         raise UserError(f"{name} cannot be opened: {because}. {hint}.") from error
 
 

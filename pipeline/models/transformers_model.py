@@ -32,33 +32,50 @@ CHUNK = 64  # tokens, of gated delta nets
 NOISE = (  # settings that make training random, by their names in different configs
     *("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout"),
     *("activation_dropout", "layerdrop", "hidden_dropout_prob", "attention_probs_dropout_prob"),
-    *("resid_dropout", "embd_dropout", "embed_dropout", "router_jitter_noise", "input_jitter_noise"),
+    *(
+        "resid_dropout",
+        "embd_dropout",
+        "embed_dropout",
+        "router_jitter_noise",
+        "input_jitter_noise",
+    ),
 )
 
 
 class TransformersModel(CausalLM):
-    """The transformers model's children under their own names; its body computes hidden states, its head logits.
+    """The transformers model's children under their own names; its body computes hidden states, its
+    head logits.
 
-    Dropout is off, in training too: a run gives the same numbers whenever it is repeated or resumed.
+    Dropout is off, in training too: a run gives the same numbers whenever it is repeated or
+    resumed.
     """
 
     compiles = True
     takes_packed_cache = True
 
-    def __init__(self, model: Any, stored: Mapping[str, Any] | None = None, generation: str | None = None) -> None:
-        """`stored` and `generation`: config settings and the text of generation_config.json that `save` writes."""
+    def __init__(
+        self, model: Any, stored: Mapping[str, Any] | None = None, generation: str | None = None
+    ) -> None:
+        """`stored` and `generation`: config settings and the text of generation_config.json that
+        `save` writes.
+        """
         super().__init__()
         for name, child in model.named_children():
             self.add_module(name, child)
-        self._model = [model]  # in a list, so that torch does not register its modules a second time
-        self._stored, self._generation = {**(stored or {}), "pad_token_id": model.config.pad_token_id}, generation
+        # in a list, so that torch does not register its modules a second time
+        self._model = [model]
+        self._stored, self._generation = (
+            {**(stored or {}), "pad_token_id": model.config.pad_token_id},
+            generation,
+        )
         # the part that computes hidden states
         required = ("vocab_size", "num_hidden_layers", "num_attention_heads")
         config, head = model.config.get_text_config(), model.get_output_embeddings()
         bodies = [name for name in (model.base_model_prefix, "model") if hasattr(model, name)]
         if not bodies or head is None or not all(hasattr(config, key) for key in required):
             raise UserError(
-                f"unsupported model {type(model).__name__}: it does not consist of an embedding, Transformer blocks "
+                f"unsupported model {type(model).__name__}: it does not consist of an embedding, "
+                "Transformer blocks "
                 "and a head. Choose another base."
             )
         self._body = bodies[0]
@@ -72,9 +89,12 @@ class TransformersModel(CausalLM):
         names = {id(module): name for name, module in model.named_modules()}
         self.embedding_name, self.head_name = names[id(embedding)], names[id(head)]
         self._tied = embedding.weight is head.weight
-        # what families do to the head's logits: Gemma 2 caps, Cohere multiplies, Granite divides them
+        # what families do to the head's logits: Gemma 2 caps, Cohere multiplies, Granite divides
+        # them
         self.logit_cap = getattr(config, "final_logit_softcapping", None)
-        self._scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        self._scale = getattr(config, "logit_scale", None) or 1 / (
+            getattr(config, "logits_scaling", None) or 1
+        )
 
     @property
     def config(self) -> Any:
@@ -83,8 +103,11 @@ class TransformersModel(CausalLM):
     @property
     def shape(self) -> Shape:
         c = self.config
-        positions = getattr(c, "max_position_embeddings", None) or 2**31 - 1  # BLOOM, with ALiBi, has no limit
-        return Shape(c.vocab_size, positions, c.num_hidden_layers, c.num_attention_heads, self._tied)
+        # BLOOM, with ALiBi, has no limit
+        positions = getattr(c, "max_position_embeddings", None) or 2**31 - 1
+        return Shape(
+            c.vocab_size, positions, c.num_hidden_layers, c.num_attention_heads, self._tied
+        )
 
     @property
     def body(self) -> nn.Module:
@@ -98,7 +121,11 @@ class TransformersModel(CausalLM):
     def labelled_states(
         self, ids: Tensor, positions: Tensor, segments: Sequence[int] | None, index: Tensor | None
     ) -> Tensor:
-        if index is None or self.virtual is not None or not isinstance(self.blocks[-1], TrainingBlock):
+        if (
+            index is None
+            or self.virtual is not None
+            or not isinstance(self.blocks[-1], TrainingBlock)
+        ):
             return super().labelled_states(ids, positions, segments, index)
         rows = self.run_body(ids, positions, segments, labelled=index).flatten(0, 1)
         return rows if len(rows) == len(index) else rows.index_select(0, index)
@@ -112,15 +139,21 @@ class TransformersModel(CausalLM):
         prefix: Prefix | None = None,
         labelled: Tensor | None = None,
     ) -> Tensor:
-        """`labelled`: the rows of the flattened result that are needed. The result may have no others."""
-        past = cache if isinstance(cache, PackedCache) else None  # goes to our attention; any other to transformers
+        """`labelled`: the rows of the flattened result that are needed. The result may have no
+        others.
+        """
+        # goes to our attention; any other to transformers
+        past = cache if isinstance(cache, PackedCache) else None
         cache = None if past is not None else cache
         options: dict[str, Any] = {"use_cache": cache is not None}
         options["inputs_embeds" if inputs.is_floating_point() else "input_ids"] = inputs
         if cache is not None:
             options["cache" if "cache" in self._body_arguments else "past_key_values"] = cache
-        if "position_ids" in self._body_arguments:  # a model with relative positions only, such as ALiBi, takes none
-            options["position_ids"] = next_positions(inputs, cache) if positions is None else positions
+        # a model with relative positions only, such as ALiBi, takes none
+        if "position_ids" in self._body_arguments:
+            options["position_ids"] = (
+                next_positions(inputs, cache) if positions is None else positions
+            )
         lengths = None if segments is None else self.wrap_lengths(segments)
         ours = {"segments": lengths, "prefix": prefix, "past": past, "labelled": labelled}
         options |= {key: value for key, value in ours.items() if value is not None}
@@ -131,7 +164,11 @@ class TransformersModel(CausalLM):
         logits: Tensor = self.head(hidden)
         if self._scale != 1:
             logits = logits * self._scale
-        return logits if self.logit_cap is None else torch.tanh(logits / self.logit_cap) * self.logit_cap
+        return (
+            logits
+            if self.logit_cap is None
+            else torch.tanh(logits / self.logit_cap) * self.logit_cap
+        )
 
     def new_cache(self) -> Any:
         from transformers import DynamicCache
@@ -160,7 +197,11 @@ class TransformersModel(CausalLM):
     @property
     def local_reach(self) -> Sequence[int]:
         sizes = {key: size for key, size in vars(self.config).items() if type(size) is int}
-        found = [size for key, size in sizes.items() if any(kind in key for kind in ("window", "chunk", "conv"))]
+        found = [
+            size
+            for key, size in sizes.items()
+            if any(kind in key for kind in ("window", "chunk", "conv"))
+        ]
         # a state that goes on from chunk to chunk, whose size is in transformers' code alone
         return (*found, CHUNK) if any("conv" in key for key in sizes) else found
 
@@ -168,7 +209,9 @@ class TransformersModel(CausalLM):
     def mixes_lengths(self) -> bool:
         # these scale rotary positions of every token by the longest sequence in the forward
         rope = getattr(self.config, "rope_parameters", None) or {}
-        kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, Mapping)}
+        kinds = {
+            part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, Mapping)
+        }
         return not kinds & {"dynamic", "longrope"}
 
     def use_attention(self, name: str) -> None:
@@ -184,7 +227,8 @@ class TransformersModel(CausalLM):
         with warnings.catch_warnings():  # transformers 5.24 renamed it; 5.0 has only the old name
             warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        # only re-entrant checkpoints need inputs that require gradients, and frozen blocks would keep tensors for them
+        # only re-entrant checkpoints need inputs that require gradients, and frozen blocks would
+        # keep tensors for them
         model.disable_input_require_grads()
         for number, block in enumerate(self.blocks):
             block.gradient_checkpointing = checkpointed(how, number)  # type: ignore[assignment]
@@ -204,7 +248,11 @@ class TransformersModel(CausalLM):
         return any(isinstance(block, TrainingBlock) for block in self.blocks)
 
     def kept_attention_weights(self, lengths: Sequence[int]) -> int | None:
-        if self.trains_natively or not uses_cpu_kernels(self.device) or max(lengths) > short_attention.LONGEST:
+        if (
+            self.trains_natively
+            or not uses_cpu_kernels(self.device)
+            or max(lengths) > short_attention.LONGEST
+        ):
             return None
         return sum(block.weights for block in short_attention.blocks(lengths))
 
@@ -223,13 +271,16 @@ class TransformersModel(CausalLM):
 def load_pretrained(
     folder: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> TransformersModel:
-    """The checkpoint in `folder` on the CPU, in `dtype` or its own. Raises UserError like `load_strict`.
+    """The checkpoint in `folder` on the CPU, in `dtype` or its own. Raises UserError like
+    `load_strict`.
 
-    A model that uses transformers' attention interface gets our attention, which reads packed sequences; one that uses
-    its interface of experts, ours.
+    A model that uses transformers' attention interface gets our attention, which reads packed
+    sequences; one that uses its interface of experts, ours.
     """
     config, noise = _config_without_noise(folder, trust_remote_code)
-    model = load_strict(folder, str(folder), trust_remote_code, config=config, dtype=dtype or "auto")
+    model = load_strict(
+        folder, str(folder), trust_remote_code, config=config, dtype=dtype or "auto"
+    )
     return _with_kernels(TransformersModel(model, noise, generation_of(folder)))
 
 
@@ -239,7 +290,9 @@ def without_weights(folder: Path, trust_remote_code: bool = False) -> Transforme
 
     config, noise = _config_without_noise(folder, trust_remote_code)
     with quiet(), reported(str(folder), trust_remote_code):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code, dtype=torch.float32
+        )
     return _with_kernels(TransformersModel(model.eval(), noise, generation_of(folder)))
 
 
@@ -248,7 +301,9 @@ def _config_without_noise(folder: Path, trust_remote_code: bool) -> tuple[Any, d
     from transformers import AutoConfig
 
     with quiet(), reported(str(folder), trust_remote_code):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
     noise = {key: getattr(config, key) for key in NOISE if hasattr(config, key)}
     config.update(dict.fromkeys(noise, 0.0))
     return config, noise
@@ -271,14 +326,18 @@ def from_config(config: Mapping[str, Any], dtype: torch.dtype) -> TransformersMo
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = AutoConfig.for_model(**{**config, **dict.fromkeys(NOISE, 0.0)})
-    model = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=packed_attention.register())
+    model = AutoModelForCausalLM.from_config(
+        settings, dtype=dtype, attn_implementation=packed_attention.register()
+    )
     _use_our_experts(model)
     return TransformersModel(model)
 
 
 @torch.no_grad()
 def refuse_unlike(model: TransformersModel, source: str) -> None:
-    """Raises UserError unless body, head and our attention give the logits that transformers gives."""
+    """Raises UserError unless body, head and our attention give the logits that transformers
+    gives.
+    """
     ids = torch.arange(min(24, model.shape.rows, model.shape.positions), device=model.device)[None]
     original = model._model[0]
     attention = original.config._attn_implementation
@@ -289,6 +348,8 @@ def refuse_unlike(model: TransformersModel, source: str) -> None:
         model.use_attention(attention)
     if not torch.allclose(ours, theirs, rtol=AGREEMENT, atol=AGREEMENT * float(theirs.abs().max())):
         raise UserError(
-            f"base: {source}: unsupported model {type(original).__name__}: its logits are not its head "
-            "applied to its hidden states. Choose another base, such as a Llama, Qwen3, Gemma, GPT-2, OPT or Mixtral."
+            f"base: {source}: unsupported model {type(original).__name__}: its logits are not its "
+            "head "
+            "applied to its hidden states. Choose another base, such as a Llama, Qwen3, Gemma, "
+            "GPT-2, OPT or Mixtral."
         )

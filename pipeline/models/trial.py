@@ -1,4 +1,6 @@
-"""What a step takes of this machine, tried on a small model: `lora doctor` says what does not work."""
+"""What a step takes of this machine, tried on a small model: `lora doctor` says what does not
+work.
+"""
 
 from collections.abc import Sequence
 

@@ -19,16 +19,23 @@ class PromptTokens(VirtualTokens):
     kind = "prompt"
 
     def begin(
-        self, model: CausalLM, ids: Tensor, positions: Tensor, segments: Sequence[int] | None, cache: Any
+        self,
+        model: CausalLM,
+        ids: Tensor,
+        positions: Tensor,
+        segments: Sequence[int] | None,
+        cache: Any,
     ) -> Tensor:
         n, lengths = self.count, [ids.shape[1]] if segments is None else list(segments)
         x: Tensor = model.embeddings(ids)  # (B, T, D)
         first = torch.arange(n, device=ids.device)
-        x = before_each(self.prompt_embeddings.to(x.dtype)[None], x, lengths)  # (B, T + n · sequences, D)
+        # (B, T + n · sequences, D)
+        x = before_each(self.prompt_embeddings.to(x.dtype)[None], x, lengths)
         all_positions = before_each(first[None], positions, lengths)
         longer = None if segments is None else [n + length for length in lengths]
         out = model.run_body(x, all_positions, longer, cache)
-        sizes = [size for length in lengths for size in (n, length)]  # in turn: virtual tokens, sequence
+        # in turn: virtual tokens, sequence
+        sizes = [size for length in lengths for size in (n, length)]
         sequences = out.split(sizes, 1)[1::2]  # type: ignore[no-untyped-call]  # (B, t, D) each
         return sequences[0] if len(sequences) == 1 else torch.cat(sequences, 1)
 
@@ -44,34 +51,53 @@ class PrefixTokens(VirtualTokens):
 
     def of_block(self, number: int) -> tuple[Tensor, Tensor]:
         """Keys and values of block `number`, (1, G, n, K) each."""
-        both = self.prompt_embeddings.view(self.count, self.layers, 2, self.groups, -1)[:, number]  # (n, 2, G, K)
+        # (n, 2, G, K)
+        both = self.prompt_embeddings.view(self.count, self.layers, 2, self.groups, -1)[:, number]
         keys, values = both.permute(1, 2, 0, 3)
         return keys[None], values[None]
 
-    def prepend(self, block: int, keys: Tensor, values: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-        """Keys and values (B, G, T, K) of block number `block`, with the prefix's before each sequence of `lengths`."""
+    def prepend(
+        self, block: int, keys: Tensor, values: Tensor, lengths: Sequence[int]
+    ) -> list[Tensor]:
+        """Keys and values (B, G, T, K) of block number `block`, with the prefix's before each
+        sequence of `lengths`.
+        """
         before = (x.to(keys.dtype).transpose(1, 2) for x in self.of_block(block))  # (1, n, G, K)
         after = (x.transpose(1, 2) for x in (keys, values))  # (B, T, G, K)
-        return [before_each(*pair, lengths).transpose(1, 2) for pair in zip(before, after, strict=True)]
+        return [
+            before_each(*pair, lengths).transpose(1, 2) for pair in zip(before, after, strict=True)
+        ]
 
     def begin(
-        self, model: CausalLM, ids: Tensor, positions: Tensor, segments: Sequence[int] | None, cache: Any
+        self,
+        model: CausalLM,
+        ids: Tensor,
+        positions: Tensor,
+        segments: Sequence[int] | None,
+        cache: Any,
     ) -> Tensor:
         if cache is None and model.supports_prefix:
             return model.run_body(ids, positions, segments, prefix=self.prepend)
-        # attention that takes no prefix still takes a cache: its first tokens then are the virtual ones
+        # attention that takes no prefix still takes a cache: its first tokens then are the virtual
+        # ones
         cache = model.new_cache() if cache is None else cache
         dtype = next(model.embeddings.parameters()).dtype
         for number in range(self.layers):
-            keys, values = (x.to(dtype).expand(ids.shape[0], -1, -1, -1) for x in self.of_block(number))
+            keys, values = (
+                x.to(dtype).expand(ids.shape[0], -1, -1, -1) for x in self.of_block(number)
+            )
             cache.update(keys, values, number)
         return model.run_body(ids, positions, segments, cache)
 
 
 def before_each(first: Tensor, x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """`first` (1, n, …) before each of the sequences packed in x (B, T, …), whose `lengths` are given."""
+    """`first` (1, n, …) before each of the sequences packed in x (B, T, …), whose `lengths` are
+    given.
+    """
     rows = first.expand(x.shape[0], *first.shape[1:])  # (B, n, …)
-    return torch.cat([part for sequence in x.split_with_sizes(list(lengths), 1) for part in (rows, sequence)], 1)
+    return torch.cat(
+        [part for sequence in x.split_with_sizes(list(lengths), 1) for part in (rows, sequence)], 1
+    )
 
 
 def prefix_of(read: Sequence[tuple[Tensor, Tensor]], layers: int) -> PrefixTokens:
@@ -82,7 +108,8 @@ def prefix_of(read: Sequence[tuple[Tensor, Tensor]], layers: int) -> PrefixToken
     shapes = {tuple(x.shape) for pair in read for x in pair}
     if len(read) != layers or len(shapes) != 1:
         raise UserError(
-            "Prefix tuning needs keys and values of the same shape in every block, which this model does not have. "
+            "Prefix tuning needs keys and values of the same shape in every block, which this "
+            "model does not have. "
             "Use prompt tuning: lora finetune prompt."
         )
     ((_, groups, n, _),) = shapes

@@ -1,8 +1,9 @@
 """A content-addressed cache of finished artifacts: <root>/<stage>/<key>/.
 
-The key covers everything that determines an artifact's bytes. Entries appear atomically by rename, are verified
-against their manifest on use, and are guarded by a lock. Large files are hard links, so that a real model takes no
-extra space; they are read-only, because an edit in place would change both copies.
+The key covers everything that determines an artifact's bytes. Entries appear atomically by rename,
+are verified against their manifest on use, and are guarded by a lock. Large files are hard links,
+so that a real model takes no extra space; they are read-only, because an edit in place would change
+both copies.
 """
 
 import errno
@@ -23,17 +24,21 @@ from pipeline.errors import UserError
 from pipeline.files import artifact
 
 SHORT_KEY = 8  # characters of a key that name an entry to a user
-FACTS = ("kind", "method", "stage", "seed", "params", "inputs", "code", "versions")  # that determine an artifact
+# that determine an artifact
+FACTS = ("kind", "method", "stage", "seed", "params", "inputs", "code", "versions")
 LARGE = 64 * 2**20  # bytes; larger files are hard-linked instead of copied
 WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
-READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)  # of another user, or on a disk that is mounted so
+# of another user, or on a disk that is mounted so
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def cache_key(facts: Mapping[str, Any]) -> str:
     """The key of the artifact with these facts in its manifest; empty if one is missing."""
     if any(name not in facts for name in FACTS):
         return ""
-    return hashlib.sha256(json.dumps({name: facts[name] for name in FACTS}, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps({name: facts[name] for name in FACTS}, sort_keys=True).encode()
+    ).hexdigest()
 
 
 class Damaged(Exception):
@@ -44,7 +49,8 @@ class Damaged(Exception):
 class CacheEntry:
     """One cached artifact: its size in bytes and when it was last used (seconds since the epoch).
 
-    `shared`: bytes that it has in common with an artifact, by hard links, so that removing it frees them not yet.
+    `shared`: bytes that it has in common with an artifact, by hard links, so that removing it frees
+    them not yet.
     """
 
     stage: str
@@ -69,13 +75,15 @@ class Cache:
             if not entry.is_dir():
                 return False
             try:
-                artifact.verify(entry)  # a file of it may have been edited through one of its hard links
+                # a file of it may have been edited through one of its hard links
+                artifact.verify(entry)
             except UserError as error:
                 _remove(entry)
                 raise Damaged(str(error)) from None
             with artifact.writing(target) as folder:
                 _copy(entry, folder)
-            with suppress(OSError):  # another user's entry: only its time of last use is not updated
+            # another user's entry: only its time of last use is not updated
+            with suppress(OSError):
                 (entry / artifact.MANIFEST).touch()
         return True
 
@@ -100,15 +108,25 @@ class Cache:
 
     def _entries(self) -> list[CacheEntry]:
         entries = [
-            CacheEntry(path.parent.name, path.name, path, _size(path), _last_used(path), _size(path, shared=True))
+            CacheEntry(
+                path.parent.name,
+                path.name,
+                path,
+                _size(path),
+                _last_used(path),
+                _size(path, shared=True),
+            )
             for path in self.root.glob("*/*")
             if path.is_dir() and not path.name.startswith(".")
         ]
         return sorted(entries, key=lambda entry: entry.used, reverse=True)
 
-    def prune(self, keep: int = 0, older_than_days: float = 0.0, max_size: int = 0) -> list[CacheEntry]:
-        """Remove entries unused for `older_than_days` days, except the newest `keep` of each stage, and those that were
-        used last, as far as they have `max_size` bytes together. Returns what was removed."""
+    def prune(
+        self, keep: int = 0, older_than_days: float = 0.0, max_size: int = 0
+    ) -> list[CacheEntry]:
+        """Remove entries unused for `older_than_days` days, except the newest `keep` of each stage,
+        and those that were used last, as far as they have `max_size` bytes together. Returns what
+        was removed."""
         limit = time.time() - older_than_days * 86_400
         seen: dict[str, int] = {}  # stage → entries so far
         size = 0  # of the entries so far
@@ -116,7 +134,8 @@ class Cache:
         if not self.root.is_dir():
             return removed
         with self._lock():
-            for unfinished in self.root.glob("*/.*"):  # of a killed process: a running one would hold the lock
+            # of a killed process: a running one would hold the lock
+            for unfinished in self.root.glob("*/.*"):
                 shutil.rmtree(unfinished)
             for entry in self._entries():
                 seen[entry.stage] = seen.get(entry.stage, 0) + 1
@@ -128,10 +147,11 @@ class Cache:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        """Other processes wait: an entry that one of them copies must not be pruned meanwhile, nor stored twice.
+        """Other processes wait: an entry that one of them copies must not be pruned meanwhile, nor
+        stored twice.
 
-        Who may only read the cache shares the lock, so that the owner waits; without a lock file there is nobody to
-        wait for.
+        Who may only read the cache shares the lock, so that the owner waits; without a lock file
+        there is nobody to wait for.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         path = self.root / ".lock"

@@ -1,4 +1,5 @@
-"""The verdict of an evaluation on its models: the limits that they break, in words, and what to do next.
+"""The verdict of an evaluation on its models: the limits that they break, in words, and what to do
+next.
 
 Commands, exports and screens all show it by this module.
 """
@@ -9,10 +10,12 @@ from typing import Any, NamedTuple
 LIMITS = "evaluate.limits"  # begins the error of a command whose models break them, and no other
 PASSED = "passed"
 FORGETTING = frozenset({"answers_kept", "old_loss_rise", "divergence", "must_keep", "task_drop"})
-MINIMUMS = frozenset({"answers", "answers_kept", "must_keep", "tasks"})  # the other limits are maximums
+# the other limits are maximums
+MINIMUMS = frozenset({"answers", "answers_kept", "must_keep", "tasks"})
 MOST = 3  # broken limits that a sentence names
 RETAIN = (
-    "To forget less, name texts that must stay as they are in retention_data (LoRA), raise retention_weight, or lower "
+    "To forget less, name texts that must stay as they are in retention_data (LoRA), raise "
+    "retention_weight, or lower "
     "learning_rate; then train again."
 )
 AGAIN = "Train again with other settings, or change the limits."
@@ -45,9 +48,14 @@ class Verdict(NamedTuple):
 
     @property
     def reasons(self) -> list[str]:
-        """Each broken limit with what was measured; with the model's name, where there are several."""
+        """Each broken limit with what was measured; with the model's name, where there are
+        several.
+        """
         several = len(self.models) > 1
-        return [f"{each.variant}: {_describe(each)}" if several else _describe(each) for each in self.broken]
+        return [
+            f"{each.variant}: {_describe(each)}" if several else _describe(each)
+            for each in self.broken
+        ]
 
     @property
     def next_step(self) -> str:
@@ -95,7 +103,10 @@ def read_verdict(document: Mapping[str, Any], model: str | None = None) -> Verdi
 def _read(entry: Mapping[str, Any]) -> Broken:
     value = entry["value"]
     return Broken(
-        str(entry["variant"]), str(entry["limit"]), float(entry["wanted"]), None if value is None else float(value)
+        str(entry["variant"]),
+        str(entry["limit"]),
+        float(entry["wanted"]),
+        None if value is None else float(value),
     )
 
 

@@ -1,6 +1,8 @@
-"""Probes: a faster path is taken only where it computes, with this model on this device, what the plain one does.
+"""Probes: a faster path is taken only where it computes, with this model on this device, what the
+plain one does.
 
-What was tried and did not work is not lost: it is said once in a process, with what is slower because of it.
+What was tried and did not work is not lost: it is said once in a process, with what is slower
+because of it.
 """
 
 import logging
@@ -33,7 +35,9 @@ _held: list[list[Finding]] = []  # where they go instead, the innermost last
 
 
 def record(tried: str, said: str | BaseException, slower: str) -> None:
-    """Log it, which stderr shows, unless it is `held`. An error is recorded by its type and the first line of it."""
+    """Log it, which stderr shows, unless it is `held`. An error is recorded by its type and the
+    first line of it.
+    """
     said = f"{type(said).__name__}: {first_line(said)}" if isinstance(said, BaseException) else said
     finding = Finding(tried, said, slower)
     told = _held[-1] if _held else _logged
@@ -61,7 +65,8 @@ def attempt(tried: str, slower: str, compute: Callable[[], Result]) -> Result | 
     """
     try:
         return compute()
-    except Exception as error:  # of a model that takes no segments, of a kernel that does not run here
+    # of a model that takes no segments, of a kernel that does not run here
+    except Exception as error:
         if is_out_of_memory(error):
             raise
         record(tried, error, slower)
@@ -77,11 +82,12 @@ def computes(
     again: Callable[[], Any],
     wrong: Callable[[], Any],
 ) -> bool:
-    """Whether `compute` gives the rows (..., D), a tensor, that `right` gives; it is recorded if not.
+    """Whether `compute` gives the rows (..., D), a tensor, that `right` gives; it is recorded if
+    not.
 
-    `again`: the same as `right` beside other rows, whose products may have another kernel: it shows how far rounding
-    goes, which no fixed tolerance knows: over 36 blocks in bf16, one unit in the last place becomes 3% to 10%.
-    `wrong`: what a model gives that does not do what was tried.
+    `again`: the same as `right` beside other rows, whose products may have another kernel: it shows
+    how far rounding goes, which no fixed tolerance knows: over 36 blocks in bf16, one unit in the
+    last place becomes 3% to 10%. `wrong`: what a model gives that does not do what was tried.
     """
     expected = right()
     found = attempt(tried, slower, compute)
@@ -94,7 +100,9 @@ def computes(
     allowed = min(allowed, whole / CLOSER)
     if distance <= allowed:
         return True
-    record(tried, f"its numbers differ by {distance:.2g}, where {allowed:.2g} may be rounding", slower)
+    record(
+        tried, f"its numbers differ by {distance:.2g}, where {allowed:.2g} may be rounding", slower
+    )
     return False
 
 

@@ -1,9 +1,11 @@
-"""What this process was told: its rank and world size, by torchrun's environment variables, and its device, by name.
+"""What this process was told: its rank and world size, by torchrun's environment variables, and its
+device, by name.
 
-What that device is on this machine, `pipeline/models/device.py` decides. `--device` wins over the environment's
-LORA_DEVICE, that over `device:` of the params file. The option is put into the environment, where the processes that
-this one starts find it: torchrun's workers, the stages of `dvc repro`, the terminal app's engine. It is no setting of a
-stage, so it is in no cache key: what one device made is a result for all.
+What that device is on this machine, `pipeline/models/device.py` decides. `--device` wins over the
+environment's LORA_DEVICE, that over `device:` of the params file. The option is put into the
+environment, where the processes that this one starts find it: torchrun's workers, the stages of
+`dvc repro`, the terminal app's engine. It is no setting of a stage, so it is in no cache key: what
+one device made is a result for all.
 """
 
 import os
@@ -20,7 +22,9 @@ MOST_PROCESSES = 2**20
 
 
 class ProcessRank(NamedTuple):
-    """`rank` of `world_size` processes in total; `local_rank` of `local_world_size` on this machine."""
+    """`rank` of `world_size` processes in total; `local_rank` of `local_world_size` on this
+    machine.
+    """
 
     rank: int
     world_size: int
@@ -34,12 +38,16 @@ class ProcessRank(NamedTuple):
 
     @property
     def reports_errors(self) -> bool:
-        """Whether this is the first process on its machine, which tells the user there why a run ends."""
+        """Whether this is the first process on its machine, which tells the user there why a run
+        ends.
+        """
         return self.local_rank == 0
 
 
 def world() -> ProcessRank:
-    """This process's rank; rank 0 of 1 without torchrun. Raises UserError for variables that it would not set."""
+    """This process's rank; rank 0 of 1 without torchrun. Raises UserError for variables that it
+    would not set.
+    """
     size = _number("WORLD_SIZE", 1, least=1)
     rank = _number("RANK", 0, below=size)
     local_size = _number("LOCAL_WORLD_SIZE", size, least=1, below=size + 1)
@@ -52,7 +60,8 @@ def _number(variable: str, default: int, least: int = 0, below: int = MOST_PROCE
     number = int(text) if re.fullmatch(r"[0-9]{1,9}", text) else -1
     if text and not least <= number < below:
         raise UserError(
-            f"{variable} must be a whole number from {least} to {below - 1}, got {text!r}. torchrun sets it: start "
+            f"{variable} must be a whole number from {least} to {below - 1}, got {text!r}. "
+            "torchrun sets it: start "
             "with it, or unset the variable."
         )
     return number if text else default
@@ -67,18 +76,23 @@ def open_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free
+            # it gets the lowest number that is free
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
             stream = os.fdopen(number, mode, encoding="utf-8", closefd=False)
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
 
 
 def require_current_folder() -> None:
-    """Raises UserError if the folder that this process was started in was removed, in which no library loads."""
+    """Raises UserError if the folder that this process was started in was removed, in which no
+    library loads.
+    """
     try:
         Path.cwd()
     except FileNotFoundError:
-        raise UserError("The current folder was removed. Change to one that exists, such as by `cd ~`.") from None
+        raise UserError(
+            "The current folder was removed. Change to one that exists, such as by `cd ~`."
+        ) from None
 
 
 def hangs_up() -> bool:
@@ -136,7 +150,9 @@ def environment() -> dict[str, str]:
 
 
 def _of_current_folder() -> DeviceSetting:
-    """For commands that open no project: they say nothing of a params file that they do not need."""
+    """For commands that open no project: they say nothing of a params file that they do not
+    need.
+    """
     from pipeline.files import strict_yaml
 
     with suppress(OSError, ValueError):

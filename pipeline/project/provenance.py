@@ -15,10 +15,11 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "mat
 
 
 def code_files(*modules: str) -> list[Path]:
-    """The files of this repository that `modules` import, directly or not, including their own; nothing is executed.
+    """The files of this repository that `modules` import, directly or not, including their own;
+    nothing is executed.
 
-    A package whose __init__ finds its modules (data formats) runs them all. What a registry elsewhere finds is not
-    among them: so a method's file concerns the stages that run that method.
+    A package whose __init__ finds its modules (data formats) runs them all. What a registry
+    elsewhere finds is not among them: so a method's file concerns the stages that run that method.
     """
     files: set[Path] = set()
     waiting = list(modules)
@@ -31,7 +32,8 @@ def code_files(*modules: str) -> list[Path]:
             files.add(path)
             package, _, _ = name.rpartition(".")  # its __init__ runs before its modules
             imported = _imports(path.read_bytes())
-            if path.name == "__init__.py" and "pkgutil" in imported:  # a package that finds its own modules runs all
+            # a package that finds its own modules runs all
+            if path.name == "__init__.py" and "pkgutil" in imported:
                 imported += tuple(f"{name}.{module.stem}" for module in path.parent.glob("*.py"))
             waiting += [*(each for each in imported if each.split(".")[0] == "pipeline"), package]
     return sorted(files)
@@ -41,8 +43,8 @@ def code_files(*modules: str) -> list[Path]:
 def _imports(source: bytes) -> tuple[str, ...]:
     """The modules that a file imports, also inside functions.
 
-    Read from bytecode: in CPython 3.11, `ast.parse` raises SystemError if another thread parses at the same time, as
-    `inspect.signature` does.
+    Read from bytecode: in CPython 3.11, `ast.parse` raises SystemError if another thread parses at
+    the same time, as `inspect.signature` does.
     """
     names, imports_in = list[str](), ModuleFinder().scan_opcodes
     waiting = [compile(source, "<source>", "exec")]
@@ -70,7 +72,9 @@ def commit(*modules: str) -> str | None:
 
     Not HEAD: a commit that touches a README must not change the bytes of every artifact.
     """
-    return (_git(ROOT, "log", "-1", "--format=%H", "--", *map(str, code_files(*modules))) or "").strip() or None
+    return (
+        _git(ROOT, "log", "-1", "--format=%H", "--", *map(str, code_files(*modules))) or ""
+    ).strip() or None
 
 
 def committed(path: Path) -> str | None:
@@ -81,14 +85,17 @@ def committed(path: Path) -> str | None:
 def _git(folder: Path, *arguments: str) -> str | None:
     """What git prints, or None if it is not installed or fails."""
     try:
-        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError, UnicodeDecodeError):
         return None
 
 
 def version_of(library: str) -> str:
     """Of an installed package, or "not installed"."""
-    from importlib.metadata import PackageNotFoundError, version  # 6 ms, which the first paint should not wait for
+    # 6 ms, which the first paint should not wait for
+    from importlib.metadata import PackageNotFoundError, version
 
     try:
         return version(library)
@@ -98,8 +105,11 @@ def version_of(library: str) -> str:
 
 @cache
 def versions(*more: str) -> Mapping[str, str]:
-    """Versions of Python and of the libraries that affect an artifact's bytes, and of those in `more` if installed."""
-    from importlib.metadata import PackageNotFoundError, version  # 6 ms, which the first paint should not wait for
+    """Versions of Python and of the libraries that affect an artifact's bytes, and of those in
+    `more` if installed.
+    """
+    # 6 ms, which the first paint should not wait for
+    from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
     for name in more:

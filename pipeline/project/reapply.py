@@ -16,13 +16,18 @@ from pipeline.project.stage_graph import Project, Stage
 
 
 def settings_to_write(project: Project, run: Run) -> dict[str, Any]:
-    """`section.key` → value of each setting that differs from the project's, or is of a section that it has not.
+    """`section.key` → value of each setting that differs from the project's, or is of a section
+    that it has not.
 
     Raises UserError for a data file of the run that is not there.
     """
     stage = project.graph.stages[run.stage]
     now = settings_of(project, stage)
-    differing = {key: value for key, value in run.params.items() if changed_params({key: value}, {key: now.get(key)})}
+    differing = {
+        key: value
+        for key, value in run.params.items()
+        if changed_params({key: value}, {key: now.get(key)})
+    }
     if stage.name not in project.readable:  # its section needs a line
         own = [key for key in ("grid", "data") if key in run.params]
         differing |= {key: run.params[key] for key in own}
@@ -31,7 +36,9 @@ def settings_to_write(project: Project, run: Run) -> dict[str, Any]:
     for key in values.keys() & files:
         for name in _files(values[key]):
             if not (project.root / name).exists():
-                raise UserError(f"{key}: the run read {name}, which is not in this project. Set {key} by hand.")
+                raise UserError(
+                    f"{key}: the run read {name}, which is not in this project. Set {key} by hand."
+                )
     return values
 
 

@@ -1,4 +1,6 @@
-"""Run a stage: lock, look in the cache, work in a temporary folder, seal the artifact, store a copy in the cache."""
+"""Run a stage: lock, look in the cache, work in a temporary folder, seal the artifact, store a copy
+in the cache.
+"""
 
 import fcntl
 import json
@@ -50,8 +52,8 @@ Facts = dict[str, Any]
 class Job:
     """What a stage's work gets: its project, the folder to fill, the run folder, and the cache key.
 
-    `checkpoint_every`: steps between checkpoints to resume from; None: as the settings say. `input_facts`: everything
-    that determines the artifact, the first part of its manifest.
+    `checkpoint_every`: steps between checkpoints to resume from; None: as the settings say.
+    `input_facts`: everything that determines the artifact, the first part of its manifest.
     """
 
     project: Project
@@ -62,10 +64,13 @@ class Job:
     checkpoint_every: int | None
     input_facts: Facts = field(default_factory=dict)
     sample: int | None = None  # read only so many examples: a step is tried, nothing is made
-    sharded: bool | None = None  # whether what is frozen is split over the devices; None: if a step does not fit one
+    # whether what is frozen is split over the devices; None: if a step does not fit one
+    sharded: bool | None = None
 
     def artifact(self, stage: str) -> Path:
-        """The folder of another stage's artifact. Raises UserError if it is damaged or out of date."""
+        """The folder of another stage's artifact. Raises UserError if it is damaged or out of
+        date.
+        """
         stage = self.project.standing_for(stage)
         folder, home = self.project.artifact(stage), self.project.home(stage)
         _refuse_missing(self.project, stage)
@@ -74,7 +79,8 @@ class Job:
         now = {home.artifact_name(need): artifact.digest(home.artifact(need)) for need in needs}
         for name in changed_inputs(made_from, now):
             raise UserError(
-                f"{self.project.artifact_name(stage)} was made from another {name} than the current "
+                f"{self.project.artifact_name(stage)} was made from another {name} than the "
+                "current "
                 f"one. Run {self.project.command(stage)}."
             )
         return folder
@@ -86,7 +92,9 @@ class Job:
 def _refuse_missing(project: Project, stage: str) -> None:
     """Raises UserError if a stage's artifact was not made."""
     if not project.artifact(stage).exists():
-        raise UserError(f"{project.artifact_name(stage)} does not exist. Run {project.command(stage)}.")
+        raise UserError(
+            f"{project.artifact_name(stage)} does not exist. Run {project.command(stage)}."
+        )
 
 
 def changed_inputs(made_from: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
@@ -107,13 +115,16 @@ def _abbreviate(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(\[[^\[\]]+\])?")  # org/name, with a revision and a split
+# org/name, with a revision and a split
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(\[[^\[\]]+\])?")
 Work = Callable[[Job], Generator[Event, None, Facts]]
 
 
 @dataclass(frozen=True)
 class Digests:
-    """Functions that compute the digest of a file or folder, and of a module's code; a watcher passes cached ones."""
+    """Functions that compute the digest of a file or folder, and of a module's code; a watcher
+    passes cached ones.
+    """
 
     path: Callable[[Path], str] = artifact.digest
     code: Callable[..., str] = provenance.code_digest
@@ -133,11 +144,14 @@ def run(
 ) -> Generator[Event, None, dict[str, Any]]:
     """Run a stage. Yields events and returns the manifest of its artifact.
 
-    `work` fills `job.out` and returns its own part of the manifest (counts, fingerprints); by default the stage's.
+    `work` fills `job.out` and returns its own part of the manifest (counts, fingerprints); by
+    default the stage's.
     """
     folder = project.run_folder(stage.name)
     with (yield from _lock(folder, stage)), run_state.writing(folder) as writer:
-        for event in _with_findings(stage, _make(project, stage, work or stage.run, force, checkpoint_every)):
+        for event in _with_findings(
+            stage, _make(project, stage, work or stage.run, force, checkpoint_every)
+        ):
             if isinstance(event, Note):
                 writer.note(event.text)
             else:
@@ -169,15 +183,19 @@ def _make(
     replaced = _keep_replaced(cache, stage, target, folder, settings)
     if not force and (yield from _restore(cache, stage, key, target)):
         run_state.write_settings(folder, made=settings)
-        _discard_checkpoints_of(key, folder)  # of a process that was killed right after it had stored the result
+        # of a process that was killed right after it had stored the result
+        _discard_checkpoints_of(key, folder)
         yield from replaced
         return
     run_state.write_settings(folder, run=settings)
-    with artifact.writing(target) as out:  # whole or not at all: a stage that fails leaves the last result in place
+    # whole or not at all: a stage that fails leaves the last result in place
+    with artifact.writing(target) as out:
         facts = yield from work(Job(project, stage, out, folder, key, checkpoint_every, manifest))
         for name, digest in _inputs(project, stage).items():
             if digest != manifest["inputs"].get(name):  # the artifact would not match its manifest
-                raise UserError(f"{name} changed while {stage.name} was running. Run {stage.name} again.")
+                raise UserError(
+                    f"{name} changed while {stage.name} was running. Run {stage.name} again."
+                )
         artifact.seal(out, {**manifest, "commit": provenance.commit(*stage.code), **facts})
     try:
         cache.store(stage.name, key, target)
@@ -188,22 +206,31 @@ def _make(
     yield from replaced
 
 
-def _keep_replaced(cache: Cache, stage: Stage, target: Path, folder: Path, settings: Settings) -> list[Note]:
-    """Keep a trained model with other settings in the cache, and what to say of it once it is replaced."""
+def _keep_replaced(
+    cache: Cache, stage: Stage, target: Path, folder: Path, settings: Settings
+) -> list[Note]:
+    """Keep a trained model with other settings in the cache, and what to say of it once it is
+    replaced.
+    """
     if not stage.look:
         return []
     try:
         manifest = artifact.read_manifest(target)
         before: Settings | None = Settings(cache_key(manifest), dict(manifest["params"]))
-    except (UserError, KeyError, TypeError, ValueError):  # DVC removes an output before it runs the stage
+    # DVC removes an output before it runs the stage
+    except (UserError, KeyError, TypeError, ValueError):
         before = run_state.read_settings(folder, "made")
     changed = changed_params(before.params, settings.params) if before else []
     if not before or not changed:
         return []
     keep(cache, stage, target)
     more = f" and {len(changed) - MOST} more" * (len(changed) > MOST)
-    back = f". `lora runs apply {before.key[:SHORT_KEY]}` brings that one back" * cache.has(stage.name, before.key)
-    return [Note(f"{stage.name}: replaced the earlier one: {', '.join(changed[:MOST])}{more}{back}")]
+    back = f". `lora runs apply {before.key[:SHORT_KEY]}` brings that one back" * cache.has(
+        stage.name, before.key
+    )
+    return [
+        Note(f"{stage.name}: replaced the earlier one: {', '.join(changed[:MOST])}{more}{back}")
+    ]
 
 
 def keep(cache: Cache, stage: Stage, target: Path) -> None:
@@ -230,14 +257,16 @@ def _lock(folder: Path, stage: Stage) -> Generator[Event, None, TextIO]:
 
 
 def input_facts(project: Project, stage: Stage, digests: Digests = DIGESTS) -> Facts:
-    """Everything that determines the artifact's bytes; the first part of its manifest, and its digest is the cache key.
+    """Everything that determines the artifact's bytes; the first part of its manifest, and its
+    digest is the cache key.
 
     Raises UserError.
     """
-    # Inputs count by content, never by time: a stage that runs again with the same result leaves the later ones as they
-    # are. Code counts as the modules that the stage imports, not as a commit: an edit elsewhere makes nothing again.
-    # Libraries count because another torch rounds differently. Folders do not, so that a project can move and two can
-    # share a cache; nor do the device and the number of processes: what one made is a result for all.
+    # Inputs count by content, never by time: a stage that runs again with the same result leaves
+    # the later ones as they are. Code counts as the modules that the stage imports, not as a
+    # commit: an edit elsewhere makes nothing again. Libraries count because another torch rounds
+    # differently. Folders do not, so that a project can move and two can share a cache; nor do the
+    # device and the number of processes: what one made is a result for all.
     section = settings_of(project, stage)
     extra = ["bitsandbytes"] if _uses_quantization(stage, section) else []
     return {
@@ -275,18 +304,24 @@ def _without_paths(value: Any) -> Any:
 
 
 def _inputs(project: Project, stage: Stage, digests: Digests = DIGESTS) -> dict[str, str]:
-    """Name → digest of everything that the stage reads. Raises UserError if something is missing."""
+    """Name → digest of everything that the stage reads. Raises UserError if something is
+    missing.
+    """
     for name in project.data_files(stage):
         if not (project.root / name).exists():
-            is_hub_id = HUB_ID.fullmatch(name) and not Path(name).suffix[1:].isalpha()  # data/mine.csv is a file
-            convert = f" A data set of the hub becomes one by `lora data convert {name} data/NAME.jsonl`."
+            # data/mine.csv is a file
+            is_hub_id = HUB_ID.fullmatch(name) and not Path(name).suffix[1:].isalpha()
+            convert = (
+                f" A data set of the hub becomes one by `lora data convert {name} data/NAME.jsonl`."
+            )
             raise UserError(
                 f"{name} is not a file. Name an existing one in section {stage.name} of the params."
                 f"{convert if is_hub_id else ''}"
             )
     for need in project.needs(stage):
         if need not in project.readable and not project.artifact(need).is_dir():
-            project.stage(need)  # says which section is missing, before anything is made for nothing
+            # says which section is missing, before anything is made for nothing
+            project.stage(need)
     for need in project.needs(stage):
         _refuse_missing(project, need)
     inputs: dict[str, str] = {}
@@ -302,7 +337,9 @@ def _inputs(project: Project, stage: Stage, digests: Digests = DIGESTS) -> dict[
 
 
 def _restore(cache: Cache, stage: Stage, key: str, target: Path) -> Generator[Event, None, bool]:
-    """Restore the artifact from the cache. Returns False if it is not there or the cache is unusable."""
+    """Restore the artifact from the cache. Returns False if it is not there or the cache is
+    unusable.
+    """
     try:
         if not cache.restore(stage.name, key, target):
             return False
@@ -310,7 +347,10 @@ def _restore(cache: Cache, stage: Stage, key: str, target: Path) -> Generator[Ev
         yield Note(f"{stage.name}: a damaged result was removed from the cache: {damage}")
         return False
     except OSError as error:
-        yield Note(f"{stage.name}: the cache is not used ({error.filename or cache.root}: {error.strerror})")
+        yield Note(
+            f"{stage.name}: the cache is not used ({error.filename or cache.root}: "
+            f"{error.strerror})"
+        )
         return False
     yield Note(f"{stage.name}: nothing to do, taken from the cache ({key[:12]})", routine=True)
     return True
@@ -322,7 +362,9 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def _discard_checkpoints_of(key: str, run: Path) -> None:
-    """Remove the checkpoints of this result alone: a run with other params may still go on from its own."""
+    """Remove the checkpoints of this result alone: a run with other params may still go on from its
+    own.
+    """
     for path in checkpoints(run):
         with suppress(UserError):
             made_for = str(artifact.read_manifest(path).get("key"))

@@ -1,7 +1,8 @@
-"""A stage and the graph of those that a project may have, and `Project`: its stages and the parent's that it reads.
+"""A stage and the graph of those that a project may have, and `Project`: its stages and the
+parent's that it reads.
 
-Which stages there are the registries say: `pipeline/stages/registry.py`, `pipeline/document/stages.py`. dvc.yaml
-contains the same graph for DVC; a test compares them.
+Which stages there are the registries say: `pipeline/stages/registry.py`,
+`pipeline/document/stages.py`. dvc.yaml contains the same graph for DVC; a test compares them.
 """
 
 import os
@@ -20,16 +21,19 @@ from pipeline.project.params.load import Params, inherit, parse, read_text
 from pipeline.project.params.schema import Section, effective
 
 T = TypeVar("T")
-OTHERS, OTHER_SIGNS = ("#999999", "#009E73", "#CC79A7"), "○△□◇▽◀▶◁▷"  # of runs that are not a stage's last
+# of runs that are not a stage's last
+OTHERS, OTHER_SIGNS = ("#999999", "#009E73", "#CC79A7"), "○△□◇▽◀▶◁▷"
 OTHER_LOOKS = len(OTHERS) * len(OTHER_SIGNS)
 ARTIFACTS, RUNS, CACHE = "artifacts", "runs", ".lora-cache"
-EXPERIMENTS = (".dvc", "tmp", "exps")  # below a project: where `dvc exp run --queue` and `--temp` run copies of it
+# below a project: where `dvc exp run --queue` and `--temp` run copies of it
+EXPERIMENTS = (".dvc", "tmp", "exps")
 
 
 def cache_folder(root: Path) -> Path:
     """The cache's folder: in the project, or LORA_CACHE, which several projects can share.
 
-    A copy that DVC made for an experiment uses the cache of its project: its own would be removed with it.
+    A copy that DVC made for an experiment uses the cache of its project: its own would be removed
+    with it.
     """
     if shared := os.environ.get("LORA_CACHE"):
         return Path(shared)
@@ -38,7 +42,8 @@ def cache_folder(root: Path) -> Path:
 
 
 class Look(NamedTuple):
-    """A curve's color and sign in every chart; in print also its `dash`, as matplotlib takes it, and its bar's `hatch`.
+    """A curve's color and sign in every chart; in print also its `dash`, as matplotlib takes it,
+    and its bar's `hatch`.
 
     The colors are Okabe and Ito's, which color-blind readers can distinguish.
     """
@@ -51,41 +56,53 @@ class Look(NamedTuple):
 
 def other_look(number: int) -> Look:
     """The look of the `number`th older run. There are `OTHER_LOOKS`, then they repeat."""
-    # The sign moves on by one more after each round of colors: 3 divides 9, so that otherwise a sign had one color.
-    return Look(OTHERS[number % len(OTHERS)], OTHER_SIGNS[(number + number // len(OTHERS)) % len(OTHER_SIGNS)])
+    # The sign moves on by one more after each round of colors: 3 divides 9, so that otherwise a
+    # sign had one color.
+    return Look(
+        OTHERS[number % len(OTHERS)],
+        OTHER_SIGNS[(number + number // len(OTHERS)) % len(OTHER_SIGNS)],
+    )
 
 
 class Stage(Struct, frozen=True, eq=False):
     """One node. Its name is its DVC stage and its section of params.yaml.
 
-    Its module, or that of `work`, has `run(job)`: it yields events and returns its part of the artifact's manifest.
+    Its module, or that of `work`, has `run(job)`: it yields events and returns its part of the
+    artifact's manifest.
     """
 
     name: str
     module: str
     output: str  # a folder below artifacts/
-    kind: str  # checkpoint, adapter, adapters (a folder of them), evaluation, study, figures or claims
+    # checkpoint, adapter, adapters (a folder of them), evaluation, study, figures or claims
+    kind: str
     method: str
     settings: type[Section]  # its section's class
     needs: tuple[str, ...] = ()  # stages whose outputs it reads
-    data: tuple[str, ...] = ()  # keys of its settings that name files, or section.key of other sections
+    # keys of its settings that name files, or section.key of other sections
+    data: tuple[str, ...] = ()
     settings_from: str = ""  # the section with its training settings, if that is another stage's
     extra_sections: tuple[str, ...] = ()  # further sections that affect its output
-    minigpt_only: bool = False  # whether it measures statements about MiniGPT, so not on other bases
+    # whether it measures statements about MiniGPT, so not on other bases
+    minigpt_only: bool = False
     compares: bool = False  # whether it reads only those of `needs` that the project has
     work: str = ""  # the module that has `run(job)`, if it is another
-    loads: tuple[str, ...] = ()  # modules of the methods whose adapters it loads, which no import shows
+    # modules of the methods whose adapters it loads, which no import shows
+    loads: tuple[str, ...] = ()
     summary: str = ""  # what it does, for `lora --help`
     title: str = ""  # its name in reports and charts
     variant: str = ""  # its model's name in comparisons; empty: it is not compared
     look: Look | None = None  # its curve's
     peft_type: str = ""  # PEFT's name of its adapter, if only its module can load it
     order: float = 0  # among the fine-tuning methods, in every list
-    check: Callable[["Project"], object] | None = None  # raises UserError for settings that cannot run
+    # raises UserError for settings that cannot run
+    check: Callable[["Project"], object] | None = None
 
     @property
     def code(self) -> tuple[str, ...]:
-        """The modules whose code makes its artifact: its own, and where it loads adapters of several methods theirs."""
+        """The modules whose code makes its artifact: its own, and where it loads adapters of
+        several methods theirs.
+        """
         return (self.module, *filter(None, (self.work,)), *self.loads)
 
     @property
@@ -110,19 +127,24 @@ class Stage(Struct, frozen=True, eq=False):
 
     @property
     def command(self) -> str:
-        """What makes its artifact: `lora finetune lora` for finetune_lora, `lora expand-vocab` for expand_vocab."""
+        """What makes its artifact: `lora finetune lora` for finetune_lora, `lora expand-vocab` for
+        expand_vocab.
+        """
         if self.kind == "study":
             return f"lora study {self.method}"
         return "lora " + self.name.replace("finetune_", "finetune ").replace("_", "-")
 
     def run(self, job: Any) -> Generator[Any, None, dict[str, Any]]:
         """Its work. Only now is its module imported, and with it torch."""
-        work: Generator[Any, None, dict[str, Any]] = import_module(self.work or self.module).run(job)
+        work: Generator[Any, None, dict[str, Any]] = import_module(self.work or self.module).run(
+            job
+        )
         return work
 
 
 class Lazily(Mapping[str, T]):
-    """What is in `first`, and then what `more` gives: asked only for a name that is not in `first`, or for all.
+    """What is in `first`, and then what `more` gives: asked only for a name that is not in `first`,
+    or for all.
 
     So a project of the product's stages alone reads no file of the document's.
     """
@@ -145,12 +167,18 @@ class Lazily(Mapping[str, T]):
 
     def among(self, names: Set[str]) -> list[str]:
         """Those of `names` that are here, in this order."""
-        return [name for name in (self.first if names <= self.first.keys() else self._every) if name in names]
+        return [
+            name
+            for name in (self.first if names <= self.first.keys() else self._every)
+            if name in names
+        ]
 
 
 @dataclass(frozen=True)
 class StageGraph:
-    """The stages that a project may have, by name, in the DAG's order: the product's, and `more`."""
+    """The stages that a project may have, by name, in the DAG's order: the product's, and
+    `more`.
+    """
 
     product: Mapping[str, Stage]
     more: Callable[[], Mapping[str, Stage]] = dict
@@ -173,8 +201,8 @@ class StageGraph:
 class Project:
     """A params file and its folder; all paths in it are relative to that folder.
 
-    `parent`: the project that the params file names under `project`. Stages and sections that a project does not have
-    itself are read from its parent.
+    `parent`: the project that the params file names under `project`. Stages and sections that a
+    project does not have itself are read from its parent.
     """
 
     root: Path
@@ -189,7 +217,9 @@ class Project:
 
     @classmethod
     def of(cls, path: Path, params: Params, graph: StageGraph) -> "Project":
-        """The project whose params file at `path` holds `params`. Raises UserError if its parent cannot be read."""
+        """The project whose params file at `path` holds `params`. Raises UserError if its parent
+        cannot be read.
+        """
         root = path.resolve().parent
         if not params.project:
             return cls(root, params, graph)
@@ -200,24 +230,42 @@ class Project:
             raise UserError(f"{path}: project: {error}") from None
         if parent_params.project:
             raise UserError(
-                f"{path}: project {params.project} itself builds on {parent_params.project}. Name that one here."
+                f"{path}: project {params.project} itself builds on {parent_params.project}. Name "
+                "that one here."
             )
         parent = cls(source.resolve().parent, parent_params, graph)
         files: dict[str, set[str]] = {}  # section → its keys that name data files
         for stage in graph.stages.values():
-            files.setdefault(stage.section, set()).update(key for key in stage.data if "." not in key)
-        return cls(root, inherit(params, parent_params, files, os.path.relpath(parent.root, root)), graph, parent)
+            files.setdefault(stage.section, set()).update(
+                key for key in stage.data if "." not in key
+            )
+        return cls(
+            root,
+            inherit(params, parent_params, files, os.path.relpath(parent.root, root)),
+            graph,
+            parent,
+        )
 
     def section(self, stage: Stage) -> Any:
         """The section with the stage's name."""
         return self.params.section(stage.name)
 
     def stage_params(self, stage: Stage) -> dict[str, Any]:
-        """All params that affect the stage's output. The keys of a sweep's grid replace those of its settings."""
-        own, settings = effective(self.section(stage)), effective(self.params.section(stage.section))
-        params = {key: value for key, value in settings.items() if key not in own.get("grid", ())} | own
+        """All params that affect the stage's output. The keys of a sweep's grid replace those of
+        its settings.
+        """
+        own, settings = (
+            effective(self.section(stage)),
+            effective(self.params.section(stage.section)),
+        )
+        params = {
+            key: value for key, value in settings.items() if key not in own.get("grid", ())
+        } | own
         for name in stage.extra_sections:
-            params |= {f"{name}.{key}": value for key, value in effective(self.params.section(name)).items()}
+            params |= {
+                f"{name}.{key}": value
+                for key, value in effective(self.params.section(name)).items()
+            }
         return params
 
     def setting(self, stage: Stage, key: str) -> Any:
@@ -227,21 +275,33 @@ class Project:
 
     @cached_property
     def stages(self) -> dict[str, Stage]:
-        """Its own stages by name, in the DAG's order: those with a section in its params file and with data,
-        except those that do not apply to its base."""
+        """Its own stages by name, in the DAG's order: those with a section in its params file and
+        with data, except those that do not apply to its base."""
         imports = self.params.origin.imports
         others = {"pretrain" if imports else "import"}
-        wanted = ((name, self.graph.stages[name]) for name in self.graph.stages.among(self.params.written - others))
-        return {name: stage for name, stage in wanted if self._has_data(stage) and not (stage.minigpt_only and imports)}
+        wanted = (
+            (name, self.graph.stages[name])
+            for name in self.graph.stages.among(self.params.written - others)
+        )
+        return {
+            name: stage
+            for name, stage in wanted
+            if self._has_data(stage) and not (stage.minigpt_only and imports)
+        }
 
     def _has_data(self, stage: Stage) -> bool:
         return stage.kind != "study" or bool(getattr(self.section(stage), "data", True))
 
     @cached_property
     def readable(self) -> dict[str, Stage]:
-        """Its own and its parent's stages, whose artifacts it can read, by name, in the DAG's order."""
+        """Its own and its parent's stages, whose artifacts it can read, by name, in the DAG's
+        order.
+        """
         inherited = self.parent.stages if self.parent else {}
-        return {name: self.graph.stages[name] for name in self.graph.stages.among({*self.stages, *inherited})}
+        return {
+            name: self.graph.stages[name]
+            for name in self.graph.stages.among({*self.stages, *inherited})
+        }
 
     def unlisted(self) -> dict[str, Stage]:
         """The methods that ran here and have no section in the params file, as by `--set`, by name.
@@ -249,15 +309,23 @@ class Project:
         The files say so each time: a run may begin while the project is open.
         """
         taken = {stage.output for stage in self.readable.values()}
-        methods = (stage for stage in self.graph.product.values() if stage.look and stage.output not in taken)
+        methods = (
+            stage
+            for stage in self.graph.product.values()
+            if stage.look and stage.output not in taken
+        )
         return {stage.name: stage for stage in methods if self._ran(stage)}
 
     def _ran(self, stage: Stage) -> bool:
-        return (self.root / stage.path / MANIFEST).is_file() or (self.root / RUNS / stage.name).is_dir()
+        return (self.root / stage.path / MANIFEST).is_file() or (
+            self.root / RUNS / stage.name
+        ).is_dir()
 
     @property
     def shown(self) -> dict[str, Stage]:
-        """All of which there is something to show: those that it can read, then what is unlisted."""
+        """All of which there is something to show: those that it can read, then what is
+        unlisted.
+        """
         return self.readable | self.unlisted()
 
     def stage(self, name: str) -> Stage:
@@ -265,7 +333,9 @@ class Project:
         if name in self.stages:
             return self.stages[name]
         if self.parent and name in self.parent.stages:
-            raise UserError(f"{name} is a stage of {self.params.project}. Run it in {self.parent.root}.")
+            raise UserError(
+                f"{name} is a stage of {self.params.project}. Run it in {self.parent.root}."
+            )
         file, base = self.params.file, self.params.origin.base
         if name == ("pretrain" if self.params.origin.imports else "import"):
             other = "pretrain" if name == "import" else "import"
@@ -276,7 +346,8 @@ class Project:
         if name not in self.params.written:
             raise UserError(
                 f"{name} is not a stage of this project: {file} has no such section. "
-                f"Add `{name}: {{}}` to it{'; for `dvc repro`, remove dvc.yaml and run `lora new .`' * self.has_dvc}."
+                f"Add `{name}: {{}}` to "
+                f"it{'; for `dvc repro`, remove dvc.yaml and run `lora new .`' * self.has_dvc}."
             )
         if not self._has_data(self.graph.stages[name]):
             raise UserError(f"{name}.data names no file. Name one in {file}.")
@@ -284,16 +355,20 @@ class Project:
 
     @property
     def variants(self) -> dict[str, tuple[str, str | None]]:
-        """What `compare` and `evaluate` compare: name → (stage that made the model, stage that made its adapter)."""
+        """What `compare` and `evaluate` compare: name → (stage that made the model, stage that made
+        its adapter).
+        """
         return {
-            stage.variant: (self.standing_for("expand_vocab"), name) if stage.kind == "adapter" else (name, None)
+            stage.variant: (self.standing_for("expand_vocab"), name)
+            if stage.kind == "adapter"
+            else (name, None)
             for name, stage in self.readable.items()
             if stage.variant
         }
 
     def standing_for(self, name: str) -> str:
-        """The stage whose output is read as `name`'s: an imported base stands for the pretrained one, and either of
-        them for the expanded one in a project that adds no tokens."""
+        """The stage whose output is read as `name`'s: an imported base stands for the pretrained
+        one, and either of them for the expanded one in a project that adds no tokens."""
         is_base = name == "pretrain" or (name == "expand_vocab" and name not in self.readable)
         return ("import" if self.params.origin.imports else "pretrain") if is_base else name
 
@@ -318,7 +393,9 @@ class Project:
         return f"`{command}`{where}{', or `dvc repro` for all' * home.has_dvc}"
 
     def artifact_name(self, stage: str) -> str:
-        """The artifact's path relative to the project's folder: artifacts/base, or ../artifacts/base."""
+        """The artifact's path relative to the project's folder: artifacts/base, or
+        ../artifacts/base.
+        """
         return Path(os.path.relpath(self.artifact(stage), self.root)).as_posix()
 
     def run_folder(self, stage: str) -> Path:
@@ -334,16 +411,22 @@ class Project:
         return cache_folder(self.parent.root if self.parent else self.root)
 
     def file_keys(self, stage: Stage) -> dict[str, str]:
-        """Key of the stage's settings, such as data[0] or data[0].path, or section.key → name of each data file that it
-        reads.
+        """Key of the stage's settings, such as data[0] or data[0].path, or section.key → name of
+        each data file that it reads.
 
         Each file once, under its first key.
         """
         files: dict[str, str] = {}
         for key in stage.data:
             value = self.setting(stage, key)
-            entries = {key: value} if isinstance(value, str) else {f"{key}[{i}]": part for i, part in enumerate(value)}
-            names = {k: part if isinstance(part, str) else part["path"] for k, part in entries.items()}
+            entries = (
+                {key: value}
+                if isinstance(value, str)
+                else {f"{key}[{i}]": part for i, part in enumerate(value)}
+            )
+            names = {
+                k: part if isinstance(part, str) else part["path"] for k, part in entries.items()
+            }
             names = {k if entries[k] == name else f"{k}.path": name for k, name in names.items()}
             files |= {k: name for k, name in names.items() if name and name not in files.values()}
         return files
@@ -353,7 +436,9 @@ class Project:
         return list(self.file_keys(stage).values())
 
     def needs(self, stage: Stage) -> list[str]:
-        """The stages whose outputs it reads; for a stage that compares, only those that the project has."""
+        """The stages whose outputs it reads; for a stage that compares, only those that the project
+        has.
+        """
         if stage.compares:
             return [need for need in stage.needs if need in self.readable]
         return [self.standing_for(need) for need in stage.needs]

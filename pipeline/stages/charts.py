@@ -1,7 +1,8 @@
-"""`python -m pipeline.stages.charts`: reads a chart's description as JSON from stdin, writes SVG or PNG to stdout.
+"""`python -m pipeline.stages.charts`: reads a chart's description as JSON from stdin, writes SVG or
+PNG to stdout.
 
-It runs in a separate process, so that the terminal UI never loads matplotlib. It is no part of `report.py`, since a
-change there makes evaluate's artifact stale.
+It runs in a separate process, so that the terminal UI never loads matplotlib. It is no part of
+`report.py`, since a change there makes evaluate's artifact stale.
 """
 
 import json
@@ -17,7 +18,9 @@ WIDTH, HEIGHT, PANEL = 8.0, 4.2, 1.8  # inches; PANEL: height of each further pa
 
 
 def draw(picture: Mapping[str, Any]) -> bytes:
-    """The file's bytes. `picture` comes from the Curves screen, its panels from `tui.screens.curves.export.panel`."""
+    """The file's bytes. `picture` comes from the Curves screen, its panels from
+    `tui.screens.curves.export.panel`.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -69,7 +72,14 @@ def _draw_curve(axis: Any, curve: Mapping[str, Any], number: int) -> None:
     )
     if curve["held_out"]["x"]:
         label = f"{curve['label']}, held out"
-        axis.plot(curve["held_out"]["x"], curve["held_out"]["y"], ":", marker="x", color=color, label=label)
+        axis.plot(
+            curve["held_out"]["x"],
+            curve["held_out"]["y"],
+            ":",
+            marker="x",
+            color=color,
+            label=label,
+        )
     if curve["flat"]:
         axis.plot(*curve["flat"], marker="|", markersize=16, markeredgewidth=2, color=color)
 

@@ -1,4 +1,6 @@
-"""expand_vocab: adds embedding rows for the new words, and verifies that nothing else changed (§9.1)."""
+"""expand_vocab: adds embedding rows for the new words, and verifies that nothing else changed
+(§9.1).
+"""
 
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -24,7 +26,9 @@ AUDIT = "audit.json"
 
 
 def run(job: Job) -> Generator[Event, None, Facts]:
-    """Copy the old rows bit for bit; each new row is the mean of the old ones plus Gaussian noise. Raises UserError."""
+    """Copy the old rows bit for bit; each new row is the mean of the old ones plus Gaussian noise.
+    Raises UserError.
+    """
     settings = job.project.params.expand_vocab
     folder, trust = job.artifact("pretrain"), job.project.params.origin.trust_remote_code
     old, new = load_base(folder, None, trust), load_base(folder, None, trust)
@@ -35,7 +39,9 @@ def run(job: Job) -> Generator[Event, None, Facts]:
         yield Note("expand_vocab: no new tokens; the model is unchanged")
     new = Base(new.model, tokenizer)
     save_base(job.out, new)
-    audit = _audit(old, new, words, read_examples(job.path(settings.audit_data), settings.audit_data))
+    audit = _audit(
+        old, new, words, read_examples(job.path(settings.audit_data), settings.audit_data)
+    )
     write_json(job.out / AUDIT, audit)
     yield Progress(1, 1, f"{len(words)} new words")
     return {
@@ -45,14 +51,18 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     }
 
 
-def _expand_tokenizer(job: Job, settings: ExpandVocab, old: Tokenizer) -> tuple[Tokenizer, list[str]]:
-    """Add the tokens of the params and, for a word tokenizer, the words of the data. Returns it and the new words.
+def _expand_tokenizer(
+    job: Job, settings: ExpandVocab, old: Tokenizer
+) -> tuple[Tokenizer, list[str]]:
+    """Add the tokens of the params and, for a word tokenizer, the words of the data. Returns it and
+    the new words.
 
     Raises UserError for special tokens with a word tokenizer, which has none.
     """
     if settings.special_tokens and isinstance(old, WordTokenizer):
         raise UserError(
-            "expand_vocab.special_tokens need a subword tokenizer; MiniGPT's word tokenizer has no special tokens. "
+            "expand_vocab.special_tokens need a subword tokenizer; MiniGPT's word tokenizer has "
+            "no special tokens. "
             "Put them in expand_vocab.tokens."
         )
     tokenizer, words = old, list[str]()
@@ -68,7 +78,9 @@ def _expand_tokenizer(job: Job, settings: ExpandVocab, old: Tokenizer) -> tuple[
 
 @torch.no_grad()
 def add_rows(model: CausalLM, first: int, stop: int, settings: ExpandVocab) -> None:
-    """Initialize the rows `first` to `stop` of embeddings and head. They may exist already if the model is padded."""
+    """Initialize the rows `first` to `stop` of embeddings and head. They may exist already if the
+    model is padded.
+    """
     if stop > model.shape.rows:
         set_row_count(model, stop)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -87,31 +99,45 @@ def _embedding_and_head(model: CausalLM) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def _audit(old: Base, new: Base, words: list[str], examples: list[Example]) -> dict[str, Any]:
-    """Compare ids, rows and logits of the old words before and after; logits on sentences without new words.
+    """Compare ids, rows and logits of the old words before and after; logits on sentences without
+    new words.
 
     Raises UserError if anything changed, so that the artifact is not written.
     """
     V = len(old.tokenizer)
     unchanged = [e for e in examples if not old.tokenizer.unknown_words(e.text)]
-    unchanged = [e for e in unchanged if old.tokenizer.encode(e.text) == new.tokenizer.encode(e.text)]
+    unchanged = [
+        e for e in unchanged if old.tokenizer.encode(e.text) == new.tokenizer.encode(e.text)
+    ]
     if not unchanged:
         raise UserError(
-            f"{examples[0].file}: every sentence has a new word, so the old answers cannot be checked. "
+            f"{examples[0].file}: every sentence has a new word, so the old answers cannot be "
+            "checked. "
             "Set expand_vocab.audit_data to the pretraining data."
         )
-    move_for_inference(nn.ModuleList([old.model, new.model]))  # both to one device, whose rounding is the same
-    matrices = list(zip(_embedding_and_head(old.model), _embedding_and_head(new.model), strict=True))
-    # only the head's old rows: a matrix product with more columns may round differently, though the model is the same
+    # both to one device, whose rounding is the same
+    move_for_inference(nn.ModuleList([old.model, new.model]))
+    matrices = list(
+        zip(_embedding_and_head(old.model), _embedding_and_head(new.model), strict=True)
+    )
+    # only the head's old rows: a matrix product with more columns may round differently, though the
+    # model is the same
     before, after = (head[:V] for head in matrices[1])  # (V, D)
     ids = [old.tokenizer.encode(example.text) for example in unchanged]
-    hidden = zip(packed_hidden_states(old.model, ids), packed_hidden_states(new.model, ids), strict=True)
+    hidden = zip(
+        packed_hidden_states(old.model, ids), packed_hidden_states(new.model, ids), strict=True
+    )
     audit = {
         "new_words": words,
         "old_ids_kept": new.tokenizer.words()[:V] == old.tokenizer.words(),
         "old_rows_identical": all(torch.equal(one[:V], other[:V]) for one, other in matrices),
         "sentences_checked": len(unchanged),
-        "drift": max(float((F.linear(b, after) - F.linear(a, before)).abs().max()) for a, b in hidden),
+        "drift": max(
+            float((F.linear(b, after) - F.linear(a, before)).abs().max()) for a, b in hidden
+        ),
     }
     if not audit["old_ids_kept"] or not audit["old_rows_identical"] or audit["drift"] != 0:
-        raise UserError(f"the expanded model differs from the base on old words: {audit}. Please report this.")
+        raise UserError(
+            f"the expanded model differs from the base on old words: {audit}. Please report this."
+        )
     return audit

@@ -1,4 +1,6 @@
-"""What the fine-tuning methods share: load the expanded base, attach what trains, train it, save it (§7 and §9)."""
+"""What the fine-tuning methods share: load the expanded base, attach what trains, train it, save it
+(§7 and §9).
+"""
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
@@ -30,10 +32,11 @@ if TYPE_CHECKING:
 class Attached:
     """What a method made of the base.
 
-    `counted`: the method as the calculator's settings. `save`: writes an adapter's own files into a folder and returns
-    its entries of the manifest; None where the whole model is the artifact. `retain`: a loss on other texts.
-    `shardable`: whether what is frozen may be split over devices. `continued`: what goes on of an earlier run.
-    `prepare(job, settings, base, first)`: the data where it is not examples to predict, after `first` steps.
+    `counted`: the method as the calculator's settings. `save`: writes an adapter's own files into a
+    folder and returns its entries of the manifest; None where the whole model is the artifact.
+    `retain`: a loss on other texts. `shardable`: whether what is frozen may be split over devices.
+    `continued`: what goes on of an earlier run. `prepare(job, settings, base, first)`: the data
+    where it is not examples to predict, after `first` steps.
     """
 
     counted: FinetuningMethod
@@ -67,12 +70,15 @@ def run(job: Job) -> Generator[Event, None, Facts]:
 
 
 def prepare(job: Job) -> Generator[Event, None, TrainingSetup]:
-    """Load the expanded base and the data, and attach what the stage's method trains. Raises UserError."""
+    """Load the expanded base and the data, and attach what the stage's method trains. Raises
+    UserError.
+    """
     settings = job.project.section(job.stage)
     folder, trust = job.artifact("expand_vocab"), job.project.params.origin.trust_remote_code
     quantization = settings.quantization if isinstance(settings, AdapterTraining) else "none"
     base = load_base(folder, settings.precision, trust, quantization)
-    torch.manual_seed(settings.seed)  # after the base: first values depend on the seed, not on how it is loaded
+    # after the base: first values depend on the seed, not on how it is loaded
+    torch.manual_seed(settings.seed)
     # before the data: virtual tokens take positions from it
     attached: Attached = yield from import_module(job.stage.module).attach(job, settings, base)
     continued = attached.continued
@@ -92,29 +98,52 @@ def prepare(job: Job) -> Generator[Event, None, TrainingSetup]:
     def save(optimizer: FlatOptimizer) -> Facts:
         if attached.save is None:
             # trained in another precision: what changed is added to the base as it is stored
-            stored = None if stored_precision(folder) == settings.precision else load_base(folder, None, trust).model
+            stored = (
+                None
+                if stored_precision(folder) == settings.precision
+                else load_base(folder, None, trust).model
+            )
             return save_checkpoint(job, base, optimizer, trained_from=stored)
         save_logs(job.run, job.out)
-        state = save_state(job, optimizer, continued.seen) if getattr(settings, "save_optimizer", False) else {}
-        return {**save_adapter_of(job, base, attached.save, job.out, trainable), **state, **data.facts()}
+        state = (
+            save_state(job, optimizer, continued.seen)
+            if getattr(settings, "save_optimizer", False)
+            else {}
+        )
+        return {
+            **save_adapter_of(job, base, attached.save, job.out, trainable),
+            **state,
+            **data.facts(),
+        }
 
     return TrainingSetup(base, task, save)
 
 
-def _prepare(job: Job, settings: Training, base: Base, first: int) -> Generator[Event, None, Prepared]:
+def _prepare(
+    job: Job, settings: Training, base: Base, first: int
+) -> Generator[Event, None, Prepared]:
     batches, evaluation = yield from prepare_data(job, settings, base, first)
     return Prepared(batches, evaluation, OneLearner(base.model))
 
 
-def attach_virtual(job: Job, settings: Any, base: Base, counted: FinetuningMethod) -> Generator[Event, None, Attached]:
-    """Put virtual tokens of the stage's kind before every sequence; they are saved in PEFT's format."""
+def attach_virtual(
+    job: Job, settings: Any, base: Base, counted: FinetuningMethod
+) -> Generator[Event, None, Attached]:
+    """Put virtual tokens of the stage's kind before every sequence; they are saved in PEFT's
+    format.
+    """
     from pipeline.adapters.peft import attach_virtual_tokens, save_virtual
 
     yield from ()
     model, dtype = base.model, DTYPES[settings.adapter_precision]
     with placed_for_inference(model):  # it computes their first keys and values
         attach_virtual_tokens(
-            model, job.stage.method, settings.virtual_tokens, len(base.tokenizer), settings.seed, dtype
+            model,
+            job.stage.method,
+            settings.virtual_tokens,
+            len(base.tokenizer),
+            settings.seed,
+            dtype,
         )
 
     def save(out: Path) -> Facts:
@@ -124,7 +153,9 @@ def attach_virtual(job: Job, settings: Any, base: Base, counted: FinetuningMetho
     return Attached(counted, save)
 
 
-def save_adapter_of(job: Job, base: Base, save: Callable[[Path], Facts], out: Path, trainable: int) -> Facts:
+def save_adapter_of(
+    job: Job, base: Base, save: Callable[[Path], Facts], out: Path, trainable: int
+) -> Facts:
     """Write an adapter and its tokenizer to `out`. Returns its entries of the manifest.
 
     The total is that of the unquantized model, whose weights are parameters.

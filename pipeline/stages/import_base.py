@@ -1,4 +1,6 @@
-"""import: a base model from elsewhere as a plain checkpoint, which every later stage starts from."""
+"""import: a base model from elsewhere as a plain checkpoint, which every later stage starts
+from.
+"""
 
 from collections.abc import Generator
 
@@ -11,9 +13,16 @@ from pipeline.project.runner import Event, Facts, Job, Progress
 
 
 def run(job: Job) -> Generator[Event, None, Facts]:
-    """Import the base, and check that the stages compute the same logits as transformers. Raises UserError."""
+    """Import the base, and check that the stages compute the same logits as transformers. Raises
+    UserError.
+    """
     settings = job.project.params.origin
-    facts = import_base(resolve(settings.base, job.project.root), job.out, settings.dtype, settings.trust_remote_code)
+    facts = import_base(
+        resolve(settings.base, job.project.root),
+        job.out,
+        settings.dtype,
+        settings.trust_remote_code,
+    )
     model = load_base(job.out, None, settings.trust_remote_code).model
     if isinstance(model, TransformersModel):
         refuse_unlike(move_for_inference(model), settings.base)

@@ -1,4 +1,6 @@
-"""`finetune_lora.init_from`: an adapter to train on from, ours or PEFT's, and what of its run goes on."""
+"""`finetune_lora.init_from`: an adapter to train on from, ours or PEFT's, and what of its run goes
+on.
+"""
 
 from __future__ import annotations
 
@@ -26,28 +28,44 @@ if TYPE_CHECKING:
 STATE = "optimizer.safetensors"  # beside the adapter, with save_optimizer
 # The settings on which the order of the batches depends, beside the data files.
 ORDER = (
-    *("seed", "batch_size", "gradient_accumulation_steps", "window", "max_length", "columns", "chat_template"),
+    *(
+        "seed",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "window",
+        "max_length",
+        "columns",
+        "chat_template",
+    ),
     *("eval_share", "retention_batch_size"),
 )
 
 
 class Continued(NamedTuple):
-    """What goes on of the run that made the first adapter: the optimizer's `state` if it was kept, and `seen`, the
-    number of its steps, if this one reads the same data in the same order."""
+    """What goes on of the run that made the first adapter: the optimizer's `state` if it was kept,
+    and `seen`, the number of its steps, if this one reads the same data in the same order."""
 
     state: Mapping[str, Tensor] | None = None
     seen: int = 0
 
 
-def read_init(job: Job, model: CausalLM, base_folder: Path, name: str) -> tuple[StoredLora, Continued]:
-    """The adapter that the settings name as `init_from`, and what of its run goes on. Raises UserError."""
+def read_init(
+    job: Job, model: CausalLM, base_folder: Path, name: str
+) -> tuple[StoredLora, Continued]:
+    """The adapter that the settings name as `init_from`, and what of its run goes on. Raises
+    UserError.
+    """
     key, folder = f"{job.stage.name}.init_from", job.path(name)
     if folder.resolve() == job.project.artifact(job.stage.name).resolve():
         raise UserError(
-            f"{key} is {name}, which this stage itself writes. Copy the folder to another place and name that."
+            f"{key} is {name}, which this stage itself writes. Copy the folder to another place "
+            "and name that."
         )
     if (kind := str(read_config(folder).get("peft_type") or LORA)) != LORA:
-        raise UserError(f"{key}: {folder / CONFIG} is of type {kind}; only LoRA can be trained on. Name another one.")
+        raise UserError(
+            f"{key}: {folder / CONFIG} is of type {kind}; only LoRA can be trained on. Name "
+            "another one."
+        )
     refuse_foreign(base_folder, folder)
     return read_lora(model, base_folder, folder), _continued(job, folder)
 
@@ -67,11 +85,13 @@ def _order(manifest: Mapping[str, Any]) -> list[Any]:
     data = params["data"] if isinstance(params["data"], str) else tuple(params["data"])
     files = [(inputs[file.path], file.weight, file.columns) for file in data_files(data)]
     others = [inputs.get(params[key]) for key in ("eval_data", "retention_data")]
-    return [files, others, *(params.get(key) for key in ORDER)]  # one of an earlier version has fewer
+    # one of an earlier version has fewer
+    return [files, others, *(params.get(key) for key in ORDER)]
 
 
 def save_state(job: Job, optimizer: FlatOptimizer, seen: int) -> Facts:
-    """Write the optimizer's state beside the adapter, for a run that continues this one. Returns the manifest's entry.
+    """Write the optimizer's state beside the adapter, for a run that continues this one. Returns
+    the manifest's entry.
 
     `seen`: the steps before this run's own.
     """

@@ -1,4 +1,6 @@
-"""merge: W' = W + s·BA as a plain checkpoint, with a certificate measured on the written files (§4.4)."""
+"""merge: W' = W + s·BA as a plain checkpoint, with a certificate measured on the written files
+(§4.4).
+"""
 
 from collections.abc import Generator
 
@@ -16,14 +18,20 @@ PROMPTS = 8  # examples on which the merge is checked where no prompts are named
 
 
 def run(job: Job) -> Generator[Event, None, Facts]:
-    """Merge base + adapter into one checkpoint. Raises UserError and writes nothing if its logits differ too much."""
+    """Merge base + adapter into one checkpoint. Raises UserError and writes nothing if its logits
+    differ too much.
+    """
     settings, trust = job.project.params.merge, job.project.params.origin.trust_remote_code
     base, adapter = job.artifact("expand_vocab"), job.artifact("finetune_lora")
     if settings.prompts:
-        prompts = [prompt.prompt for prompt in read_prompts(job.path(settings.prompts), settings.prompts)]
+        prompts = [
+            prompt.prompt for prompt in read_prompts(job.path(settings.prompts), settings.prompts)
+        ]
     else:
         tokenizer, examples = load_tokenizer(base), new_examples(job)[0][:PROMPTS]
-        asked = ((prompt_and_answer(example, tokenizer) or [example.text])[0] for example in examples)
+        asked = (
+            (prompt_and_answer(example, tokenizer) or [example.text])[0] for example in examples
+        )
         prompts = list(asked)
     same = SameLogits(base, adapter, prompts, settings.max_logit_difference, trust)
     certificate = yield from merge_into(job.out, Merging(base, adapter, None, trust), same)

@@ -11,7 +11,12 @@ from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.project.params.sections import Import, Pretrain
 from pipeline.project.runner import Event, Facts, Job
 from pipeline.stages.methods.full import COUNTED as FULL
-from pipeline.training.data import asked_while_training, prepare_data, save_checkpoint, training_examples
+from pipeline.training.data import (
+    asked_while_training,
+    prepare_data,
+    save_checkpoint,
+    training_examples,
+)
 from pipeline.training.loop import TrainingTask, train
 
 
@@ -56,6 +61,7 @@ def _check_import_only_keys(origin: Import, settings: Pretrain) -> None:
         default = getattr(Import() if section == "import" else Pretrain(), key)
         if value != default:
             raise UserError(
-                f"{section}.{key} applies only to an imported base; MiniGPT is trained in fp32, without remote code. "
+                f"{section}.{key} applies only to an imported base; MiniGPT is trained in fp32, "
+                "without remote code. "
                 f"Set it to {str(default).lower()}, or set base to a model."
             )

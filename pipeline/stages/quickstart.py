@@ -1,4 +1,6 @@
-"""From a base and a data file to a project: look at both, choose settings with reasons, try a few steps, write it."""
+"""From a base and a data file to a project: look at both, choose settings with reasons, try a few
+steps, write it.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,26 @@ from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.files.base_model import MINIGPT, resolve
 from pipeline.files.home import expand
-from pipeline.models.device import LARGE, available_memory, device_for_size, device_info, multiplies_bf16
+from pipeline.models.device import (
+    LARGE,
+    available_memory,
+    device_for_size,
+    device_info,
+    multiplies_bf16,
+)
 from pipeline.project.new_project import DEFAULTS, PARAMS, copy_data, refuse_folder, write_project
 from pipeline.project.params import edit
 from pipeline.project.params.load import TRAINING, parse
 from pipeline.project.params.schema import Pretrained, Section, ValueSource, check_value, hints
-from pipeline.project.params.sections import GENERAL, PRETRAINED, RETAIN, ExpandVocab, Merge, Training, change_paths
+from pipeline.project.params.sections import (
+    GENERAL,
+    PRETRAINED,
+    RETAIN,
+    ExpandVocab,
+    Merge,
+    Training,
+    change_paths,
+)
 from pipeline.project.runner import Event, Job, Note, run
 from pipeline.project.stage_graph import Project, Stage, StageGraph
 from pipeline.stages.recipe import Machine, Recipe, choose
@@ -48,7 +64,9 @@ SHOWN = 3  # problems of the data in an error
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks for. Paths are relative to the current folder, in `given` too: section.key → value."""
+    """What the user asks for. Paths are relative to the current folder, in `given` too: section.key
+    → value.
+    """
 
     folder: Path
     base: str
@@ -61,7 +79,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Started:
-    """A new project, and what was found, chosen and measured for it. `model`: None if its family is not known."""
+    """A new project, and what was found, chosen and measured for it. `model`: None if its family is
+    not known.
+    """
 
     base: str
     model: Architecture | None
@@ -78,8 +98,15 @@ def start(request: Request, graph: StageGraph) -> Generator[Event, None, Started
     refuse_folder(folder)
     source = resolve(request.base, Path.cwd())
     if source.kind == MINIGPT:
-        raise UserError("--data needs --base, a model to fine-tune: a checkpoint folder, a .gguf file or a hub id.")
-    base = os.path.relpath(source.path.resolve(), folder.resolve()) if source.is_local else request.base
+        raise UserError(
+            "--data needs --base, a model to fine-tune: a checkpoint folder, a .gguf file or a "
+            "hub id."
+        )
+    base = (
+        os.path.relpath(source.path.resolve(), folder.resolve())
+        if source.is_local
+        else request.base
+    )
     stages = _stages_of(graph, request.methods)
     given = _shared((yield from place_files(request.given, folder, graph)), stages)
     files = []
@@ -89,9 +116,12 @@ def start(request: Request, graph: StageGraph) -> Generator[Event, None, Started
     eval_files = [eval_data] * bool(eval_data)
     # before a large base is imported
     _refuse_data(check(files, eval_files=eval_files, columns=request.columns), request.columns)
-    draft = "\n".join([f"base: {edit.dump_inline(base)}", *(f"{stage.section}: {{}}" for stage in stages)])
+    draft = "\n".join(
+        [f"base: {edit.dump_inline(base)}", *(f"{stage.section}: {{}}" for stage in stages)]
+    )
     said = [f"{key}={edit.dump_inline(value)}" for key, value in given.items()]
-    drafted = _project(folder, draft, graph, said)  # what is wrong with a given value is said before the import too
+    # what is wrong with a given value is said before the import too
+    drafted = _project(folder, draft, graph, said)
     folder.mkdir(parents=True, exist_ok=True)
     yield Note(f"importing {request.base}")
     yield from run(drafted, graph.stages["import"])
@@ -102,7 +132,9 @@ def start(request: Request, graph: StageGraph) -> Generator[Event, None, Started
     except UserError as error:
         yield Note(f"memory is not predicted: {error}")
     device = device_for_size(model.total if model else LARGE)
-    machine = Machine(str(device_info(device)["name"]), available_memory(device), multiplies_bf16(device))
+    machine = Machine(
+        str(device_info(device)["name"]), available_memory(device), multiplies_bf16(device)
+    )
     context = model.context if model else 0
     report = check(
         files,
@@ -118,27 +150,43 @@ def start(request: Request, graph: StageGraph) -> Generator[Event, None, Started
     recipe = choose(model, report, held_out, machine, stages, given)
     text = params_text(base, request, files, eval_data, recipe, stages)
     project = _project(folder, text, graph)
-    packaged = {GENERAL, RETAIN} & {name for stage in project.stages.values() for name in project.data_files(stage)}
+    packaged = {GENERAL, RETAIN} & {
+        name for stage in project.stages.values() for name in project.data_files(stage)
+    }
     copied = copy_data(folder, {name: DEFAULTS / name for name in sorted(packaged)})
     if "expand_vocab" in project.stages:
         yield from run(project, graph.stages["expand_vocab"])
     yield Note("trying a few steps")
     trial = yield from _trial(project, stages[0], report.examples, recipe)
-    return Started(request.base, model, report, recipe, machine, trial, copied + write_project(project, text))
+    return Started(
+        request.base, model, report, recipe, machine, trial, copied + write_project(project, text)
+    )
 
 
-def place_files(given: Mapping[str, Any], folder: Path, graph: StageGraph) -> Generator[Event, None, dict[str, Any]]:
-    """The given values, with the files that they name as the params file in `folder` has to name them.
+def place_files(
+    given: Mapping[str, Any], folder: Path, graph: StageGraph
+) -> Generator[Event, None, dict[str, Any]]:
+    """The given values, with the files that they name as the params file in `folder` has to name
+    them.
 
     Raises UserError for a file that is not there.
     """
-    kinds: dict[str, type[Section]] = {TRAINING: Training, **{name: s.settings for name, s in graph.product.items()}}
-    named = {key if "." in key else f"{s.section}.{key}" for s in graph.product.values() for key in s.data}
+    kinds: dict[str, type[Section]] = {
+        TRAINING: Training,
+        **{name: s.settings for name, s in graph.product.items()},
+    }
+    named = {
+        key if "." in key else f"{s.section}.{key}"
+        for s in graph.product.values()
+        for key in s.data
+    }
     named |= {f"{TRAINING}.{key}" for key in hints(Training) if f"finetune_lora.{key}" in named}
     placed, notes = dict(given), list[str]()
     for key in named & given.keys():
         section, _, name = key.partition(".")
-        value = check_value(hints(kinds[section])[name], given[key], key, ValueSource(PARAMS, frozenset([key])))
+        value = check_value(
+            hints(kinds[section])[name], given[key], key, ValueSource(PARAMS, frozenset([key]))
+        )
         placed[key] = change_paths(value, partial(_place_file, key=key, folder=folder, notes=notes))
     yield from map(Note, notes)
     return placed
@@ -152,10 +200,13 @@ def _place_file(name: str, key: str, folder: Path, notes: list[str]) -> str:
         return os.path.relpath(path.resolve(), folder.resolve())
     inside = Path(os.path.normpath(folder.resolve() / path))
     if not inside.exists():
-        raise UserError(f"{key}: {name} does not exist. Name a file as it is seen from the current folder.")
+        raise UserError(
+            f"{key}: {name} does not exist. Name a file as it is seen from the current folder."
+        )
     # before all paths counted from the current folder, these counted from the project's
     notes.append(
-        f"{key}: {name} counts from {folder} here. Name it {os.path.relpath(inside)}: paths count from the current "
+        f"{key}: {name} counts from {folder} here. Name it {os.path.relpath(inside)}: paths count "
+        "from the current "
         "folder."
     )
     return name
@@ -173,10 +224,14 @@ def _fetched(name: str, folder: Path) -> Generator[Event, None, str]:
 
 
 def _share(files: Sequence[str], columns: Mapping[str, str], count: int) -> float:
-    """The share of `count` examples to hold out. Of few the first that selects some and leaves some; 0 if none does."""
+    """The share of `count` examples to hold out. Of few the first that selects some and leaves
+    some; 0 if none does.
+    """
     if count > MANY:
         return round(min(HELD_OUT, MOST_HELD_OUT / count), 4)
-    examples = [example for name in files for example in iter_examples(Path(name), name, columns=columns)]
+    examples = [
+        example for name in files for example in iter_examples(Path(name), name, columns=columns)
+    ]
     for share in (HELD_OUT, 2 * HELD_OUT, 3 * HELD_OUT):
         if 0 < sum(in_evaluation(example, share) for example in examples) < len(examples):
             return share
@@ -202,13 +257,21 @@ def _stages_of(graph: StageGraph, methods: Sequence[str]) -> list[Stage]:
 
 
 def _shared(given: Mapping[str, Any], stages: Sequence[Stage]) -> dict[str, Any]:
-    """The given values with those of the only method in the training block, where the others are chosen."""
+    """The given values with those of the only method in the training block, where the others are
+    chosen.
+    """
     if len(stages) > 1:
         return dict(given)
     (stage,) = stages
     own = stage.settings.PRETRAINED
-    keys = {f"{stage.section}.{key}": f"{TRAINING}.{key}" for key in hints(Training) if key not in own}
-    keys = {old: new for old, new in keys.items() if new not in (f"{TRAINING}.data", f"{TRAINING}.columns")}
+    keys = {
+        f"{stage.section}.{key}": f"{TRAINING}.{key}" for key in hints(Training) if key not in own
+    }
+    keys = {
+        old: new
+        for old, new in keys.items()
+        if new not in (f"{TRAINING}.data", f"{TRAINING}.columns")
+    }
     return {keys.get(key, key): value for key, value in given.items()}
 
 
@@ -221,18 +284,25 @@ def _refuse_data(report: DataReport, columns: Mapping[str, str]) -> None:
     check_all = f"lora data check {quote(report.files[0])}{columns_option(columns)}"
     cleaned = clean_command(report.files[0], columns)
     raise UserError(
-        f"{' '.join(map(str, errors[:SHOWN]))}{more} `{check_all}` lists all; `{cleaned}` writes a file without rows "
+        f"{' '.join(map(str, errors[:SHOWN]))}{more} `{check_all}` lists all; `{cleaned}` writes "
+        "a file without rows "
         "that are empty or twice there, with --drop too-long also without those that are too long."
     )
 
 
-def _trial(project: Project, stage: Stage, examples: int, recipe: Recipe) -> Generator[Event, None, Probe]:
-    """The trial of a stage with so many examples to train on and to hold out. Of many it reads a part."""
+def _trial(
+    project: Project, stage: Stage, examples: int, recipe: Recipe
+) -> Generator[Event, None, Probe]:
+    """The trial of a stage with so many examples to train on and to hold out. Of many it reads a
+    part.
+    """
     if examples <= SAMPLE:
         return (yield from try_stage(project, stage))
     settings = project.params.section(stage.section)
     # of a part, none may be held out
-    alone = structs.replace(settings, eval_share=0.0, eval_data="", eval_steps=0, patience=0, samples={})
+    alone = structs.replace(
+        settings, eval_share=0.0, eval_data="", eval_steps=0, patience=0, samples={}
+    )
     part = replace(project, params=project.params.replaced({stage.section: alone}))
     trial = (yield from try_stage(part, stage, SAMPLE)).of_all(
         SAMPLE / (examples * (1 - settings.eval_share)), settings.max_steps
@@ -241,21 +311,32 @@ def _trial(project: Project, stage: Stage, examples: int, recipe: Recipe) -> Gen
     return trial._replace(predicted=recipe.peak) if recipe.peak else trial
 
 
-def try_stage(project: Project, stage: Stage, sample: int | None = None) -> Generator[Event, None, Probe]:
-    """Train a few steps of a stage, with all of its data or the first `sample` examples; nothing is kept."""
+def try_stage(
+    project: Project, stage: Stage, sample: int | None = None
+) -> Generator[Event, None, Probe]:
+    """Train a few steps of a stage, with all of its data or the first `sample` examples; nothing is
+    kept.
+    """
     with TemporaryDirectory() as folder:
-        job = Job(project, stage, Path(folder) / "out", Path(folder) / "run", "", None, sample=sample)
+        job = Job(
+            project, stage, Path(folder) / "out", Path(folder) / "run", "", None, sample=sample
+        )
         setup = yield from import_module(stage.work or stage.module).prepare(job)
         return probe(setup.task)
 
 
 def params_text(
-    base: str, request: Request, files: Sequence[str], eval_data: str, recipe: Recipe, stages: Sequence[Stage]
+    base: str,
+    request: Request,
+    files: Sequence[str],
+    eval_data: str,
+    recipe: Recipe,
+    stages: Sequence[Stage],
 ) -> str:
     """params.yaml of a new project: what was chosen or given, section by section.
 
-    Left out is what is off by default, and alpha where it follows the rank. Other defaults for a pretrained base are
-    written, as another release may choose others.
+    Left out is what is off by default, and alpha where it follows the rank. Other defaults for a
+    pretrained base are written, as another release may choose others.
     """
     folder = request.folder.resolve()
 
@@ -264,7 +345,9 @@ def params_text(
 
     values: dict[str, Any] = {}
     for stage in stages:
-        values[f"{stage.section}.data"] = [*map(inside, files)] if len(files) > 1 else inside(files[0])
+        values[f"{stage.section}.data"] = (
+            [*map(inside, files)] if len(files) > 1 else inside(files[0])
+        )
         if eval_data:
             values[f"{stage.section}.eval_data"] = inside(eval_data)
         if request.columns:
@@ -276,7 +359,10 @@ def params_text(
     if any(key.startswith("expand_vocab.") for key in recipe.given):
         values |= {f"expand_vocab.{key}": value for key, value in ExpandVocab.PRETRAINED.items()}
     values |= recipe.given
-    kinds: dict[str, type[Section]] = {TRAINING: Training, **{stage.section: stage.settings for stage in stages}}
+    kinds: dict[str, type[Section]] = {
+        TRAINING: Training,
+        **{stage.section: stage.settings for stage in stages},
+    }
     always = {f"{TRAINING}.{key}" for key in PRETRAINED}
     always |= {f"{name}.{key}" for name, kind in kinds.items() for key in kind.PRETRAINED}
     sections: dict[str, list[str]] = {}
@@ -288,7 +374,14 @@ def params_text(
         plain = tuple(value) if isinstance(value, list) else value
         if plain != getattr(defaults, name, None) or key in always or key in recipe.given:
             sections.setdefault(section, []).append(f"  {name}: {edit.dump_inline(value)}\n")
-    order = ["import", "expand_vocab", TRAINING, *(stage.section for stage in stages), "merge", "evaluate"]
+    order = [
+        "import",
+        "expand_vocab",
+        TRAINING,
+        *(stage.section for stage in stages),
+        "merge",
+        "evaluate",
+    ]
     body = "\n".join(f"{name}:\n{''.join(sections[name])}" for name in order if name in sections)
     return f"{HEADER}\nbase: {edit.dump_inline(base)}\n\n{body}"
 

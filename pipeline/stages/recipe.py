@@ -1,4 +1,6 @@
-"""Settings of a fine-tuning for a base, its data and the memory that is here, each with the reason for it."""
+"""Settings of a fine-tuning for a base, its data and the memory that is here, each with the reason
+for it.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +26,22 @@ if TYPE_CHECKING:
     from pipeline.calc.architecture import Architecture
     from pipeline.project.stage_graph import Stage
 
-ROOM = 0.8  # share of the free memory that a step may take: the calculator counts tensors, not what libraries keep
+# share of the free memory that a step may take: the calculator counts tensors, not what libraries
+# keep
+ROOM = 0.8
 RANKS = (1, 2, 4, 8)  # times the default
 RETENTION = {"retention_data": RETAIN, "retention_weight": 1.0, "retention_batch_size": 4}
 ANSWERS = 8  # held-out examples that are answered at each evaluation
-LARGEST_BATCH, LEAST_STEPS = 16, 25  # sequences a step; steps an epoch, as far as there are examples
+# sequences a step; steps an epoch, as far as there are examples
+LARGEST_BATCH, LEAST_STEPS = 16, 25
 EPOCHS = ((20_000, 1), (2_000, 2))  # examples at least → epochs; of fewer the default
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`memory`: bytes that training can use on the device. `bf16`: whether it multiplies in bf16."""
+    """`memory`: bytes that training can use on the device. `bf16`: whether it multiplies in
+    bf16.
+    """
 
     device: str
     memory: int
@@ -43,7 +50,9 @@ class Machine:
 
 @dataclass
 class Recipe:
-    """The chosen settings: section.key → value, and why; and the predicted peak of a step in bytes."""
+    """The chosen settings: section.key → value, and why; and the predicted peak of a step in
+    bytes.
+    """
 
     given: Mapping[str, Any]  # what the user said, which no choice replaces
     values: dict[str, Any] = field(default_factory=dict)
@@ -58,7 +67,11 @@ class Recipe:
 
     def rows(self) -> Iterator[tuple[str, Any, str]]:
         """Key, value and reason of what was chosen for a reason."""
-        return ((key, value, self.reasons[key]) for key, value in self.values.items() if self.reasons[key])
+        return (
+            (key, value, self.reasons[key])
+            for key, value in self.values.items()
+            if self.reasons[key]
+        )
 
 
 def choose(
@@ -69,30 +82,43 @@ def choose(
     stages: Sequence[Stage],
     given: Mapping[str, Any],
 ) -> Recipe:
-    """Settings with which `stages` train `model` on `data`. Raises UserError if nothing fits into the machine's memory.
+    """Settings with which `stages` train `model` on `data`. Raises UserError if nothing fits into
+    the machine's memory.
 
-    `model`: None if the calculator does not know it; then nothing is said of memory. `held_out`: the share of the
-    examples that can be held out. `given`: section.key → value, set by the user.
+    `model`: None if the calculator does not know it; then nothing is said of memory. `held_out`:
+    the share of the examples that can be held out. `given`: section.key → value, set by the user.
     """
     recipe = Recipe(given)
     examples = data.examples
     defaults = Training.pretrained(Pretrained(), _of_section(given, TRAINING))
     epochs = next((epochs for least, epochs in EPOCHS if examples >= least), defaults.pop("epochs"))
-    if f"{TRAINING}.max_steps" not in given and any("epochs" not in stage.settings.PRETRAINED for stage in stages):
+    if f"{TRAINING}.max_steps" not in given and any(
+        "epochs" not in stage.settings.PRETRAINED for stage in stages
+    ):
         recipe.set(f"{TRAINING}.epochs", epochs, f"{examples:,} examples: more would be memorized")
     precision = defaults.pop("precision")
     for key, value in defaults.items():
         recipe.set(f"{TRAINING}.{key}", value)
     if machine.bf16:
-        recipe.set(f"{TRAINING}.precision", precision, "half the memory, and the device multiplies it")
+        recipe.set(
+            f"{TRAINING}.precision", precision, "half the memory, and the device multiplies it"
+        )
     else:
         recipe.set(f"{TRAINING}.precision", "fp32", "this device has no instructions for bf16")
     if not data.evaluation:
-        why = "held out, for the loss on what is not trained on" if held_out else "too few examples to hold one out"
+        why = (
+            "held out, for the loss on what is not trained on"
+            if held_out
+            else "too few examples to hold one out"
+        )
         recipe.set(f"{TRAINING}.eval_share", held_out, why)
     is_held_out = data.evaluation or recipe.values[f"{TRAINING}.eval_share"]
     if is_held_out and not all(map(_compares, stages)):
-        recipe.set(f"{TRAINING}.samples", {"held_out": ANSWERS}, "held-out answers are compared after each epoch")
+        recipe.set(
+            f"{TRAINING}.samples",
+            {"held_out": ANSWERS},
+            "held-out answers are compared after each epoch",
+        )
     for stage in stages:
         _choose_method(recipe, model, data, stage)
     _fit(recipe, model, machine, stages, data)
@@ -103,8 +129,12 @@ def _compares(stage: Stage) -> bool:
     return issubclass(stage.settings, Training) and stage.settings.COMPARES
 
 
-def _choose_method(recipe: Recipe, model: Architecture | None, data: DataReport, stage: Stage) -> None:
-    """The settings of a method's section: its defaults for pretrained bases, LoRA's rank by the data."""
+def _choose_method(
+    recipe: Recipe, model: Architecture | None, data: DataReport, stage: Stage
+) -> None:
+    """The settings of a method's section: its defaults for pretrained bases, LoRA's rank by the
+    data.
+    """
     name, own = stage.section, stage.settings.PRETRAINED
     base = Pretrained(model.hidden if model else None)
     of_base = stage.settings.pretrained(base, _of_section(recipe.given, name))
@@ -119,9 +149,13 @@ def _choose_method(recipe: Recipe, model: Architecture | None, data: DataReport,
             reasons["learning_rate"] = f"for a base of width {base.width:,} (bench recipe)"
         if recipe.given.get(f"{name}.retention_weight") != 0:
             defaults |= RETENTION
-            reasons["retention_data"] = "texts on which answers stay the base's: less is forgotten, a step takes longer"
+            reasons["retention_data"] = (
+                "texts on which answers stay the base's: less is forgotten, a step takes longer"
+            )
     if _compares(stage):
-        reasons["learning_rate"] = "a tenth of what examples take: an answer that is pushed away takes others along"
+        reasons["learning_rate"] = (
+            "a tenth of what examples take: an answer that is pushed away takes others along"
+        )
         reasons["epochs"] = "preferences are learned in one pass, or a few"
     for key, value in defaults.items():
         recipe.set(f"{name}.{key}", value, reasons.get(key, ""))
@@ -130,7 +164,11 @@ def _choose_method(recipe: Recipe, model: Architecture | None, data: DataReport,
     tokens, trained = data.trained_tokens or 0, 0
     for factor in RANKS:
         recipe.set(f"{name}.rank", factor * defaults["rank"])
-        trained = trainable(model, COUNTED[stage.method].with_params(_settings(recipe, stage))) if model else 0
+        trained = (
+            trainable(model, COUNTED[stage.method].with_params(_settings(recipe, stage)))
+            if model
+            else 0
+        )
         if trained * BITS_PER_PARAMETER >= tokens * BITS_PER_TOKEN:
             break
     bits = f"{trained:,} parameters hold more than {tokens:,} trained tokens" if trained else ""
@@ -143,19 +181,33 @@ def _settings(recipe: Recipe, stage: Stage) -> Any:
     """The stage's section as the recipe has it."""
     every = {**recipe.values, **recipe.given}
     values = _of_section(every, TRAINING) | _of_section(every, stage.section)
-    known = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if key in hints(stage.settings)}
+    known = {
+        key: tuple(v) if isinstance(v, list) else v
+        for key, v in values.items()
+        if key in hints(stage.settings)
+    }
     return stage.settings.defaults(Pretrained(), known)
 
 
 def _of_section(values: Mapping[str, Any], section: str) -> dict[str, Any]:
     """Key → value of those that are section.key."""
-    return {key.partition(".")[2]: value for key, value in values.items() if key.partition(".")[0] == section}
+    return {
+        key.partition(".")[2]: value
+        for key, value in values.items()
+        if key.partition(".")[0] == section
+    }
 
 
 def _fit(
-    recipe: Recipe, model: Architecture | None, machine: Machine, stages: Sequence[Stage], data: DataReport
+    recipe: Recipe,
+    model: Architecture | None,
+    machine: Machine,
+    stages: Sequence[Stage],
+    data: DataReport,
 ) -> None:
-    """Length, batch, checkpointing and quantization: the first that fit, in the order of what they cost."""
+    """Length, batch, checkpointing and quantization: the first that fit, in the order of what they
+    cost.
+    """
     batch = 1
     trained = data.examples * (1 - (recipe.values.get(f"{TRAINING}.eval_share") or 0.0))
     while batch < LARGEST_BATCH and data.examples / (2 * batch) >= LEAST_STEPS:
@@ -167,17 +219,27 @@ def _fit(
     cut = f"the model's positions; the longest example has {longest:,} tokens"
     lengths = {whole: "no example is cut" if whole >= longest else cut}
     lengths.setdefault(most, f"the longest has {longest:,} tokens, which do not fit; 1% is cut")
-    adapters = [f"{s.section}.quantization" for s in stages if issubclass(s.settings, AdapterTraining)]
+    adapters = [
+        f"{s.section}.quantization" for s in stages if issubclass(s.settings, AdapterTraining)
+    ]
     quantized = ["nf4-dq"] if len(adapters) == len(stages) and machine.bf16 else []
     room = round(ROOM * machine.memory)
-    ways = product(lengths, ("none", *quantized), ("none", "selective", "full"), range(batch.bit_length()))
+    ways = product(
+        lengths, ("none", *quantized), ("none", "selective", "full"), range(batch.bit_length())
+    )
     for length, quantization, checkpointing, halved in ways:
         recipe.set(f"{TRAINING}.max_length", length, lengths[length])
         recipe.set(f"{TRAINING}.batch_size", batch >> halved, why)
         recipe.set(f"{TRAINING}.gradient_accumulation_steps", 1 << halved)
-        recipe.set(f"{TRAINING}.gradient_checkpointing", checkpointing, "saves memory" * (checkpointing != "none"))
+        recipe.set(
+            f"{TRAINING}.gradient_checkpointing",
+            checkpointing,
+            "saves memory" * (checkpointing != "none"),
+        )
         for name in adapters:
-            recipe.set(name, quantization, "the base in 16 bits does not fit" * (quantization != "none"))
+            recipe.set(
+                name, quantization, "the base in 16 bits does not fit" * (quantization != "none")
+            )
         if model is None:
             return
         tokens = min(longest, recipe.values[f"{TRAINING}.max_length"] or longest)
@@ -185,8 +247,10 @@ def _fit(
         if recipe.peak <= room:
             return
     raise UserError(
-        f"a step takes {in_units(recipe.peak or 0)} even with one example, full checkpointing and the least precision, "
-        f"and {machine.device} has {in_units(machine.memory)} free. Use a smaller model, or set a lower max_length."
+        f"a step takes {in_units(recipe.peak or 0)} even with one example, full checkpointing and "
+        "the least precision, "
+        f"and {machine.device} has {in_units(machine.memory)} free. Use a smaller model, or set a "
+        "lower max_length."
     )
 
 

@@ -1,10 +1,11 @@
-"""The product's stages. Those of fine-tuning methods are found: each file of `pipeline/stages/methods/` has `STAGE`.
+"""The product's stages. Those of fine-tuning methods are found: each file of
+`pipeline/stages/methods/` has `STAGE`.
 
-From a stage come the command, its DVC stage, its section of params.yaml and the form for it, its model's name among the
-compared ones, its row and color in reports.
+From a stage come the command, its DVC stage, its section of params.yaml and the form for it, its
+model's name among the compared ones, its row and color in reports.
 
-Reading the registry imports no torch: `lora --help`, the calculator and the terminal UI read it at start, and to import
-torch alone takes ten times as long.
+Reading the registry imports no torch: `lora --help`, the calculator and the terminal UI read it at
+start, and to import torch alone takes ten times as long.
 """
 
 import pkgutil
@@ -21,17 +22,22 @@ from pipeline.project.params.sections import Evaluate, ExpandVocab, Import, Merg
 from pipeline.project.stage_graph import Project, Stage, StageGraph
 from pipeline.stages import methods
 
-# Found, so that a new method is one file; and not by import statements, which digests follow: whatever imports this
-# module would depend on the code of every method. A stage's own digest starts at its method's file (`Stage.code`).
+# Found, so that a new method is one file; and not by import statements, which digests follow:
+# whatever imports this module would depend on the code of every method. A stage's own digest starts
+# at its method's file (`Stage.code`).
 _FILES = sorted(
-    (import_module(f"{methods.__name__}.{module.name}") for module in pkgutil.iter_modules(methods.__path__)),
+    (
+        import_module(f"{methods.__name__}.{module.name}")
+        for module in pkgutil.iter_modules(methods.__path__)
+    ),
     key=lambda file: float(file.STAGE.order),
 )
 METHODS: Mapping[str, Stage] = {file.STAGE.method: file.STAGE for file in _FILES}
 COUNTED: Mapping[str, FinetuningMethod] = {  # as the calculator counts them, with default options
     file.STAGE.method: file.COUNTED for file in _FILES if hasattr(file, "COUNTED")
 }
-# the adapters' package lies below and cannot import a method: it is told which module loads a kind of adapter
+# the adapters' package lies below and cannot import a method: it is told which module loads a kind
+# of adapter
 OTHER_KINDS.update({stage.peft_type: stage.module for stage in METHODS.values() if stage.peft_type})
 MERGE = Stage(
     "merge",
@@ -99,20 +105,30 @@ EVALUATE = Stage(
     loads=tuple(stage.module for stage in METHODS.values() if stage.kind == "adapter"),
     summary="Compare all variants",
 )
-COLORS: Mapping[str, str] = {name: stage.look.color for name, stage in METHODS.items() if stage.look}
+COLORS: Mapping[str, str] = {
+    name: stage.look.color for name, stage in METHODS.items() if stage.look
+}
 STAGES: Mapping[str, Stage] = {stage.name: stage for stage in (*MODELS, EVALUATE)}
 GRAPH = StageGraph(STAGES)
 
 
 def counted_stage(project: Project) -> Stage:
-    """The stage that the calculator counts of a project: LoRA, unless it trains by other methods alone."""
-    own = [stage for stage in project.stages.values() if stage.method in COUNTED and stage.kind != "adapters"]
+    """The stage that the calculator counts of a project: LoRA, unless it trains by other methods
+    alone.
+    """
+    own = [
+        stage
+        for stage in project.stages.values()
+        if stage.method in COUNTED and stage.kind != "adapters"
+    ]
     lora = METHODS["lora"]
     return lora if lora in own or not own else own[0]
 
 
 def model_source(project: Project) -> str:
-    """The name or path that the calculator opens: a checkpoint that the pipeline made of the base, else the base."""
+    """The name or path that the calculator opens: a checkpoint that the pipeline made of the base,
+    else the base.
+    """
     from pipeline.files import artifact, base_model
 
     name = project.params.origin.base
@@ -136,7 +152,10 @@ def options_of_stage(project: Project, stage: Stage) -> dict[str, Any]:
     settings = project.params.section(stage.section)
     method = COUNTED[stage.method].with_params(settings)
     options = {key: getattr(method, key) for key in options_of(method)}
-    if getattr(settings, "train_embeddings", "") == "new_rows" and "expand_vocab" in project.readable:
+    if (
+        getattr(settings, "train_embeddings", "") == "new_rows"
+        and "expand_vocab" in project.readable
+    ):
         options |= {"embeddings": "new_rows", "new_rows": _new_rows(project)}
     quantization = getattr(settings, "quantization", "none")
     longest = [tokens for tokens in (settings.window, settings.max_length) if tokens]
@@ -164,9 +183,15 @@ def _new_rows(project: Project) -> int:
 
 
 def note_targets(model: Architecture, method: FinetuningMethod) -> str:
-    """What training would adapt where the calculator counts the document's targets; empty where it counts the same."""
-    targets = METHODS[method.name].settings.PRETRAINED.get("target_modules") if method.low_rank else None
+    """What training would adapt where the calculator counts the document's targets; empty where it
+    counts the same.
+    """
+    targets = (
+        METHODS[method.name].settings.PRETRAINED.get("target_modules") if method.low_rank else None
+    )
     if targets is None or model.style.ours or getattr(method, "targets", None) != ("attention",):
         return ""
     more = with_options({method.name: method}, targets=targets)[method.name]
-    return f"`lora train` takes --targets {', '.join(targets)}: {trainable(model, more):,} parameters"
+    return (
+        f"`lora train` takes --targets {', '.join(targets)}: {trainable(model, more):,} parameters"
+    )

@@ -19,8 +19,10 @@ from pipeline.project.params.sections import Evaluate
 from pipeline.project.stage_graph import Project, Stage
 
 SCRATCH = (
-    "*Training from scratch* starts from random weights and learns old and new sentences together. It never was the "
-    "base, so it has forgotten nothing: its change, KL and kept answers say how far from it such a model is.\n"
+    "*Training from scratch* starts from random weights and learns old and new sentences "
+    "together. It never was the "
+    "base, so it has forgotten nothing: its change, KL and kept answers say how far from it such "
+    "a model is.\n"
 )
 
 
@@ -37,20 +39,38 @@ def draw_comparison(
 
 
 def compare(
-    figure: Any, stages: Mapping[str, Stage], curves: Mapping[str, Sequence[Step]], metrics: Mapping[str, Any]
+    figure: Any,
+    stages: Mapping[str, Stage],
+    curves: Mapping[str, Sequence[Step]],
+    metrics: Mapping[str, Any],
 ) -> None:
-    """Left the loss curves, with a stroke from where each is flat; right the trainable parameters."""
+    """Left the loss curves, with a stroke from where each is flat; right the trainable
+    parameters.
+    """
     left, right = figure.subplots(1, 2)
     looks = {variant: stages[variant].look for variant in curves}
     for variant, steps in curves.items():
         look = looks[variant]
         assert look is not None
-        means, flat, epochs = epoch_means(steps), flat_from(steps), sorted({step.epoch for step in steps})
+        means, flat, epochs = (
+            epoch_means(steps),
+            flat_from(steps),
+            sorted({step.epoch for step in steps}),
+        )
         label = f"{stages[variant].title}, flat from {flat}" if flat else stages[variant].title
         left.plot(epochs, means, label=label, linestyle=look.dash, color=look.color, linewidth=1.8)
         if flat:
-            left.plot(epochs[flat - 1], means[flat - 1], "|", color=look.color, markersize=14, markeredgewidth=2)
-    left.set(xlabel="epoch", ylabel="training loss (nats per token)", title="Training loss", yscale="log")
+            left.plot(
+                epochs[flat - 1],
+                means[flat - 1],
+                "|",
+                color=look.color,
+                markersize=14,
+                markeredgewidth=2,
+            )
+    left.set(
+        xlabel="epoch", ylabel="training loss (nats per token)", title="Training loss", yscale="log"
+    )
     left.yaxis.set_major_formatter("{x:g}")  # no powers: their digits are too small in print
     left.grid(alpha=0.3)
     if curves:  # none where a base is evaluated alone
@@ -64,10 +84,14 @@ def compare(
         edgecolor="white",
         linewidth=0,
     )
-    labels = [f"{metrics[v]['trainable']:,}\n{metrics[v]['trainable_percent']:.1f}%" for v in curves]
+    labels = [
+        f"{metrics[v]['trainable']:,}\n{metrics[v]['trainable_percent']:.1f}%" for v in curves
+    ]
     right.bar_label(bars, labels, padding=2)
     right.yaxis.set_major_formatter("{x:,.0f}")
-    right.set(ylabel="parameters", title="Trainable parameters", ylim=(0, 1.18 * max(counts, default=1)))
+    right.set(
+        ylabel="parameters", title="Trainable parameters", ylim=(0, 1.18 * max(counts, default=1))
+    )
 
 
 def write_report(
@@ -85,10 +109,17 @@ def write_report(
     parts = [
         "# What was learned, what was forgotten\n",
         *([_gate_part(verdict, titles)] if verdict else []),
-        _table([column.replace("\n", " ") for column in columns], [[titles[name], *cells] for name, *cells in rows]),
+        _table(
+            [column.replace("\n", " ") for column in columns],
+            [[titles[name], *cells] for name, *cells in rows],
+        ),
         _findings(metrics, columns, project.params.evaluate, titles),
         "![Loss curves and trainable parameters](finetuning_comparison.png)\n",
-        *([f"## Tasks\n\n{TASKS}\n\n" + _table(task_columns, _titled(task_rows, titles, 1))] if task_rows else []),
+        *(
+            [f"## Tasks\n\n{TASKS}\n\n" + _table(task_columns, _titled(task_rows, titles, 1))]
+            if task_rows
+            else []
+        ),
         *(_prompt_table(predictions, group, rule, titles) for group, rule in _groups(predictions)),
         *_answers_part(metrics, titles),
         *_sample_tables(samples, titles),
@@ -104,14 +135,23 @@ def _gate_part(verdict: Verdict, titles: Mapping[str, str]) -> str:
 
 
 def _answers_part(metrics: Mapping[str, Any], titles: Mapping[str, str]) -> Iterator[str]:
-    """How many sample answers of each model are as expected; nothing where the data has no prompts."""
+    """How many sample answers of each model are as expected; nothing where the data has no
+    prompts.
+    """
     counts = {name: numbers["answers"] for name, numbers in metrics.items() if "answers" in numbers}
     if not any(map(describe, counts.values())):
         return
     lines = []
     for name, numbers in counts.items():
-        fields = ", ".join(f"`{_escaped(field) or 'no JSON'}` {n}" for field, n in numbers.get("differs", {}).items())
-        lines.append(f"- **{titles[name]}**: {describe(numbers)}" + (f"; differ in {fields}" if fields else "") + "\n")
+        fields = ", ".join(
+            f"`{_escaped(field) or 'no JSON'}` {n}"
+            for field, n in numbers.get("differs", {}).items()
+        )
+        lines.append(
+            f"- **{titles[name]}**: {describe(numbers)}"
+            + (f"; differ in {fields}" if fields else "")
+            + "\n"
+        )
     yield "## Answers\n\n" + "".join(lines)
 
 
@@ -120,13 +160,23 @@ def _titled(rows: Sequence[Sequence[str]], titles: Mapping[str, str], at: int) -
     return [[titles[cell] if n == at else cell for n, cell in enumerate(row)] for row in rows]
 
 
-def _findings(metrics: Mapping[str, Any], columns: Sequence[str], settings: Evaluate, titles: Mapping[str, str]) -> str:
-    new = f"`{settings.new_data}`, the sentences trained on" if settings.new_data else "what training held out"
+def _findings(
+    metrics: Mapping[str, Any],
+    columns: Sequence[str],
+    settings: Evaluate,
+    titles: Mapping[str, str],
+) -> str:
+    new = (
+        f"`{settings.new_data}`, the sentences trained on"
+        if settings.new_data
+        else "what training held out"
+    )
     old = f"; *old*: `{settings.old_data}`" if settings.old_data else ""
     words = (
         (
             "answers\nas data",
-            "*Answers as data*: greedy answers to prompts of the new data that are as expected: exactly, after white "
+            "*Answers as data*: greedy answers to prompts of the new data that are as expected: "
+            "exactly, after white "
             "space, or as JSON; of long free texts the mean ROUGE-L, from 0 to 1.",
         ),
         (
@@ -136,13 +186,16 @@ def _findings(metrics: Mapping[str, Any], columns: Sequence[str], settings: Eval
         ),
         (
             "old\nloss",
-            "*Change*: of the old loss from the base's. *KL*: mean KL(base‖variant) of the next-token "
-            "predictions on the old sentences, in nats. *Answers kept*: next-token first choices on the old sentences "
+            "*Change*: of the old loss from the base's. *KL*: mean KL(base‖variant) of the "
+            "next-token "
+            "predictions on the old sentences, in nats. *Answers kept*: next-token first choices "
+            "on the old sentences "
             "that are still the base's.",
         ),
         (
             "prefers\nchosen",
-            "*Prefers chosen*: held-out pairs whose chosen answer has the higher mean log-probability per token, "
+            "*Prefers chosen*: held-out pairs whose chosen answer has the higher mean "
+            "log-probability per token, "
             "before and after training.",
         ),
     )
@@ -151,17 +204,23 @@ def _findings(metrics: Mapping[str, Any], columns: Sequence[str], settings: Eval
             [
                 f"*New*: {new}{old}. *Loss*: mean cross-entropy, in nats per token.",
                 *(text for heading, text in words if heading in columns),
-                "*Size*: weights to store for this variant; an adapter's are stored beside one copy of its base.\n",
+                "*Size*: weights to store for this variant; an adapter's are stored beside one "
+                "copy of its base.\n",
             ]
         ),
         *([SCRATCH] if "scratch" in metrics else []),
         *(
-            f"*{titles[name]}*: the numbers of *{titles[numbers['measured_as']]}*. Its certificate says that both "
+            f"*{titles[name]}*: the numbers of *{titles[numbers['measured_as']]}*. Its "
+            "certificate says that both "
             "answer alike, so it was not measured again.\n"
             for name, numbers in metrics.items()
             if "measured_as" in numbers
         ),
-        *(_curve_line(titles[name], numbers) for name, numbers in metrics.items() if "final_loss" in numbers),
+        *(
+            _curve_line(titles[name], numbers)
+            for name, numbers in metrics.items()
+            if "final_loss" in numbers
+        ),
         "",
     ]
     return "\n".join(lines)
@@ -171,11 +230,14 @@ def _curve_line(title: str, numbers: Mapping[str, Any]) -> str:
     flat = numbers["flat_from_epoch"]
     when = f"is flat from epoch {flat}" if flat else "has not flattened"
     parts = [
-        f"- **{title}**: the training loss {when} (every later epoch within 5% of the whole drop) and ends "
+        f"- **{title}**: the training loss {when} (every later epoch within 5% of the whole drop) "
+        "and ends "
         f"with an epoch at {numbers['final_loss']:.3f}"
     ]
     if "new_completed" in numbers:
-        parts.append(f"{numbers['new_completed']} of {numbers['new_sentences']} new sentences are completed")
+        parts.append(
+            f"{numbers['new_completed']} of {numbers['new_sentences']} new sentences are completed"
+        )
     if "old_prompts" in numbers:
         kept, old = numbers["old_prompts_kept"], numbers["old_prompts"]
         corrected, wrong = numbers["prompts_corrected"], numbers["prompts_to_correct"]
@@ -189,20 +251,33 @@ def _groups(predictions: Mapping[str, Any]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((entry["group"], entry["rule"]) for entry in first))
 
 
-def _prompt_table(predictions: Mapping[str, Any], group: str, rule: str, titles: Mapping[str, str]) -> str:
+def _prompt_table(
+    predictions: Mapping[str, Any], group: str, rule: str, titles: Mapping[str, str]
+) -> str:
     chosen = {
         name: [entry for entry in entries if (entry["group"], entry["rule"]) == (group, rule)]
         for name, entries in predictions.items()
     }
     changes = rule == "must_change"
     rows = [
-        [f"*{e[0]['prompt']}*", e[0]["answer"], *([e[0]["corrected"]] if changes else []), *map(_first_choice, e)]
+        [
+            f"*{e[0]['prompt']}*",
+            e[0]["answer"],
+            *([e[0]["corrected"]] if changes else []),
+            *map(_first_choice, e),
+        ]
         for e in zip(*chosen.values(), strict=True)
     ]
     note = (
-        "First choices; **bold** where it is not the answer" + (", ✓ where it is the corrected one" * changes) + ".\n"
+        "First choices; **bold** where it is not the "
+        "answer" + (", ✓ where it is the corrected one" * changes) + ".\n"
     )
-    columns = ["prompt", "answer", *(["corrected"] if changes else []), *(titles[name] for name in chosen)]
+    columns = [
+        "prompt",
+        "answer",
+        *(["corrected"] if changes else []),
+        *(titles[name] for name in chosen),
+    ]
     return f"## {group}: {rule}\n\n{note}\n" + _table(columns, rows)
 
 
@@ -217,14 +292,18 @@ def _sample_tables(samples: Mapping[str, Any], titles: Mapping[str, str]) -> Ite
 
 
 def _verdict(compared: Match) -> str:
-    """In a cell: the sign of an answer, with the JSON fields that differ or the similarity of a long text."""
+    """In a cell: the sign of an answer, with the JSON fields that differ or the similarity of a
+    long text.
+    """
     if compared.rouge_l is not None:
         return f"{compared.sign} {compared.rouge_l:.2f}"
     return " ".join([compared.sign, *map(_escaped, filter(None, compared.differs))])
 
 
 def _first_choice(entry: Mapping[str, Any]) -> str:
-    """The expected words with the probability of all of them, or the likeliest token with its own."""
+    """The expected words with the probability of all of them, or the likeliest token with its
+    own.
+    """
     if entry["top_k"] is None:
         return "unknown word"
     if entry["first"]:

@@ -1,4 +1,6 @@
-"""Many adapters that train together on one frozen base: their sequences in one forward and one backward pass."""
+"""Many adapters that train together on one frozen base: their sequences in one forward and one
+backward pass.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,8 +19,8 @@ from pipeline.training.losses import Head, chunk_of, chunked_mean, cross_entropy
 from pipeline.training.retention import RetentionLoss
 from pipeline.training.step import StepBatch
 
-# Logits computed at once at most, 16 MiB in fp32: a small model's step is bound by calls. Beyond it per adapter,
-# in chunks.
+# Logits computed at once at most, 16 MiB in fp32: a small model's step is bound by calls. Beyond it
+# per adapter, in chunks.
 LOGITS = 2**22
 
 
@@ -29,7 +31,8 @@ class ManyAdapters:
 
     def __init__(self, model: CausalLM, routing: AdapterRouting) -> None:
         self._model, self._routing = model, routing
-        self._tables: dict[int, Tensor | None] = {}  # by the dataset's id: of training, evaluation, retention
+        # by the dataset's id: of training, evaluation, retention
+        self._tables: dict[int, Tensor | None] = {}
 
     @cached_property
     def supports_packing(self) -> bool:
@@ -41,22 +44,28 @@ class ManyAdapters:
         return self._routing.base()
 
     def batches(self, orders: Mapping[int, Batches], number: int) -> Iterator[StepBatch]:
-        """One batch per micro-batch of the step, or one per window if the model does not support packing."""
+        """One batch per micro-batch of the step, or one per window if the model does not support
+        packing.
+        """
         rows = {n: order.rows(number) for n, order in orders.items()}
         windows = next(iter(orders.values())).dataset
         for index in range(max(map(len, rows.values()))):
-            yield from self._read(windows, {n: own[index] for n, own in rows.items() if index < len(own)})
+            yield from self._read(
+                windows, {n: own[index] for n, own in rows.items() if index < len(own)}
+            )
 
     def _read(self, windows: Dataset, rows: Mapping[int, Sequence[int]]) -> Iterator[StepBatch]:
         if id(windows) not in self._tables:
             self._tables[id(windows)] = _stack_windows(windows)
         table = self._tables[id(windows)]
         if table is not None and len({len(own) for own in rows.values()}) == 1:
-            # windows of equal length that are labelled throughout: a row per adapter if packing is faster
+            # windows of equal length that are labelled throughout: a row per adapter if packing is
+            # faster
             table = table[:, torch.tensor([*rows.values()])]  # (3, L, b, T)
             _, L, b, T = table.shape
             packed = b * T <= self._model.pack_up_to
-            ids, positions, labels = table.view(3, L, -1) if packed else table.view(3, -1, T)  # (L, b·T) or (L·b, T)
+            # (L, b·T) or (L·b, T)
+            ids, positions, labels = table.view(3, L, -1) if packed else table.view(3, -1, T)
             batch = Batch(ids, positions, labels.flatten(), None, (T,) * b if packed else None)
             yield self._step_batch(batch, dict.fromkeys(rows, b * T), dict.fromkeys(rows, b * T))
             return
@@ -76,7 +85,9 @@ class ManyAdapters:
             labels[number] += len(window.labels) - window.labels.count(IGNORED)
         return self._step_batch(batch, input_tokens, labels)
 
-    def _step_batch(self, batch: Batch, input_tokens: Mapping[int, int], labels: Mapping[int, int]) -> StepBatch:
+    def _step_batch(
+        self, batch: Batch, input_tokens: Mapping[int, int], labels: Mapping[int, int]
+    ) -> StepBatch:
         present = {n: count for n, count in labels.items() if count}
         return StepBatch(batch.to(self._model.device), present, self._counts(input_tokens))
 
@@ -84,20 +95,31 @@ class ManyAdapters:
         return tuple(of.get(n, 0) for n in range(len(self._routing.counts)))
 
     def route(self, batch: StepBatch) -> AbstractContextManager[None]:
-        return self._routing.route(batch.input_tokens)  # also in backward: checkpointed blocks run again
+        # also in backward: checkpointed blocks run again
+        return self._routing.route(batch.input_tokens)
 
     def losses(self, batch: StepBatch) -> Tensor:
         model, inputs, counts = self._model, batch.batch, list(batch.labels.values())
-        rows = model.hidden_states(inputs.ids, inputs.positions, inputs.segments).flatten(0, 1)  # (N, D)
+        # (N, D)
+        rows = model.hidden_states(inputs.ids, inputs.positions, inputs.segments).flatten(0, 1)
         rows = rows if inputs.label_index is None else rows.index_select(0, inputs.label_index)
         if len(set(counts)) == 1 and len(rows) * model.shape.rows <= LOGITS:
             with self._routing.route(self._counts(batch.labels)):
                 logits = model.logits(rows).float()
-            return F.cross_entropy(logits, inputs.labels, reduction="none").view(len(counts), -1).mean(1)
+            return (
+                F.cross_entropy(logits, inputs.labels, reduction="none")
+                .view(len(counts), -1)
+                .mean(1)
+            )
         trained = [p for p in model.head.parameters() if p.requires_grad]
-        parts = zip(batch.labels, torch.split(rows, counts), torch.split(inputs.labels, counts), strict=True)
+        parts = zip(
+            batch.labels, torch.split(rows, counts), torch.split(inputs.labels, counts), strict=True
+        )
         return torch.stack(
-            [chunked_mean(cross_entropy(self._head(n)), x, y, chunk_of(model, len(x)), trained) for n, x, y in parts]
+            [
+                chunked_mean(cross_entropy(self._head(n)), x, y, chunk_of(model, len(x)), trained)
+                for n, x, y in parts
+            ]
         )
 
     def divergences(self, batch: StepBatch, retain: RetentionLoss) -> Tensor:
@@ -119,9 +141,13 @@ class ManyAdapters:
 
 
 def _stack_windows(windows: Dataset) -> Tensor | None:
-    """Ids, positions and labels (3, n, T) of windows in memory; None if lengths differ or a token has no label."""
+    """Ids, positions and labels (3, n, T) of windows in memory; None if lengths differ or a token
+    has no label.
+    """
     in_memory = windows.windows if isinstance(windows, InMemoryDataset) else []
     if len({len(w.ids) for w in in_memory}) != 1 or any(IGNORED in w.labels for w in in_memory):
         return None
     positions = [list(range(w.start, w.start + len(w.ids))) for w in in_memory]
-    return torch.tensor([[list(w.ids) for w in in_memory], positions, [list(w.labels) for w in in_memory]])
+    return torch.tensor(
+        [[list(w.ids) for w in in_memory], positions, [list(w.labels) for w in in_memory]]
+    )

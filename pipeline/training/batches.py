@@ -1,4 +1,5 @@
-"""Padding-free batches. Each epoch is shuffled by a generator that depends only on the seed and the epoch number.
+"""Padding-free batches. Each epoch is shuffled by a generator that depends only on the seed and the
+epoch number.
 
 So a run that resumes in the middle of an epoch sees the same batches as an uninterrupted run.
 """
@@ -20,10 +21,12 @@ from pipeline.training.parallel.collectives import shard_for_rank
 
 @dataclass(frozen=True)
 class Batch:
-    """ids and positions (B, T), and the N tokens that carry a label: `labels` (N,), without IGNORED.
+    """ids and positions (B, T), and the N tokens that carry a label: `labels` (N,), without
+    IGNORED.
 
-    `label_index` (N,) are their indices into the B·T flattened tokens; None if every token has a label.
-    Sequences of equal length form B rows. Others are packed into one row, and `segments` are their lengths.
+    `label_index` (N,) are their indices into the B·T flattened tokens; None if every token has a
+    label. Sequences of equal length form B rows. Others are packed into one row, and `segments` are
+    their lengths.
     """
 
     ids: Tensor
@@ -46,12 +49,17 @@ class Batch:
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         moved: dict[str, Any] = {
-            name: to_device(value, device) for name, value in tensors.items() if value.dtype != torch.int64
+            name: to_device(value, device)
+            for name, value in tensors.items()
+            if value.dtype != torch.int64
         }
         whole = {name: value for name, value in tensors.items() if name not in moved}
         table = to_device(torch.cat([value.reshape(-1) for value in whole.values()]), device)
         parts = table.split_with_sizes([value.numel() for value in whole.values()])
-        moved |= {name: part.view(value.shape) for (name, value), part in zip(whole.items(), parts, strict=True)}
+        moved |= {
+            name: part.view(value.shape)
+            for (name, value), part in zip(whole.items(), parts, strict=True)
+        }
         return replace(self, **moved)
 
     def unpack(self) -> list["Batch"]:
@@ -61,13 +69,18 @@ class Batch:
         index = torch.arange(self.ids.numel()) if self.label_index is None else self.label_index
         labels = torch.full((self.ids.numel(),), IGNORED).index_put((index,), self.labels)
         parts = zip(
-            *(torch.split(t, list(self.segments)) for t in (self.ids[0], self.positions[0], labels)), strict=True
+            *(
+                torch.split(t, list(self.segments))
+                for t in (self.ids[0], self.positions[0], labels)
+            ),
+            strict=True,
         )
         return [replace(_batch_from(torch.stack(part), None), idle=self.idle) for part in parts]
 
 
 def batch_for_rank(windows: Dataset, numbers: Sequence[int]) -> Batch:
-    """The batch of this rank: every world_size-th of the windows `numbers`, all of them in a single process.
+    """The batch of this rank: every world_size-th of the windows `numbers`, all of them in a single
+    process.
 
     A rank that gets none runs the first window as an idle batch.
     """
@@ -77,7 +90,8 @@ def batch_for_rank(windows: Dataset, numbers: Sequence[int]) -> Batch:
 
 
 def collate(windows: Sequence[Window]) -> Batch:
-    """One batch of all `windows`, each cut after its last label: later tokens do not affect the loss.
+    """One batch of all `windows`, each cut after its last label: later tokens do not affect the
+    loss.
 
     Nothing is padded: equal lengths are stacked into B rows, others lie end to end in one.
     """
@@ -85,7 +99,11 @@ def collate(windows: Sequence[Window]) -> Batch:
     for window in windows:
         labels = window.labels
         stop = next((i for i in range(len(labels), 0, -1) if labels[i - 1] != IGNORED), 0)
-        cut = window if stop == len(labels) else Window(window.start, window.ids[:stop], labels[:stop])
+        cut = (
+            window
+            if stop == len(labels)
+            else Window(window.start, window.ids[:stop], labels[:stop])
+        )
         trimmed.append(cut)
     lengths = tuple(len(window.ids) for window in trimmed)
     columns = (
@@ -93,13 +111,20 @@ def collate(windows: Sequence[Window]) -> Batch:
         list(chain.from_iterable(range(w.start, w.start + len(w.ids)) for w in trimmed)),
         list(chain.from_iterable(w.labels for w in trimmed)),
     )
-    table = torch.tensor(columns)  # (3, ΣT): one call for all three: small models are bound by calls
+    # (3, ΣT): one call for all three: small models are bound by calls
+    table = torch.tensor(columns)
     segments = lengths if len(set(lengths)) > 1 else None
-    return _batch_from(table if segments else table.view(3, len(trimmed), -1), segments, IGNORED not in columns[2])
+    return _batch_from(
+        table if segments else table.view(3, len(trimmed), -1), segments, IGNORED not in columns[2]
+    )
 
 
-def _batch_from(table: Tensor, segments: tuple[int, ...] | None, all_labelled: bool = False) -> Batch:
-    """From ids, positions and labels, (3, N) for one row or (3, B, T). `all_labelled`: known without a look."""
+def _batch_from(
+    table: Tensor, segments: tuple[int, ...] | None, all_labelled: bool = False
+) -> Batch:
+    """From ids, positions and labels, (3, N) for one row or (3, B, T). `all_labelled`: known
+    without a look.
+    """
     ids, positions, labels = (table if table.dim() == 3 else table[:, None]).unbind()  # (B, T) each
     flat = labels.flatten()
     index = None if all_labelled else (flat != IGNORED).nonzero().flatten()  # (N,)
@@ -109,7 +134,9 @@ def _batch_from(table: Tensor, segments: tuple[int, ...] | None, all_labelled: b
 
 
 class Batches:
-    """The batches of all epochs; a step accumulates the gradients of `gradient_accumulation_steps` of them."""
+    """The batches of all epochs; a step accumulates the gradients of `gradient_accumulation_steps`
+    of them.
+    """
 
     def __init__(
         self,
@@ -119,13 +146,15 @@ class Batches:
         gradient_accumulation_steps: int = 1,
         first: int = 0,
     ) -> None:
-        """`seed`: of the order of each epoch; None keeps the order of the windows. `first`: the steps of a run that
-        this one continues; step 0 is the one after them."""
+        """`seed`: of the order of each epoch; None keeps the order of the windows. `first`: the
+        steps of a run that this one continues; step 0 is the one after them."""
         self._windows, self._batch_size, self._seed = windows, batch_size, seed
         self._step_size = batch_size * gradient_accumulation_steps  # sequences
-        self._epoch, self._rows = 0, self._shuffle(0)  # of one epoch only: a data set may have millions of windows
+        # of one epoch only: a data set may have millions of windows
+        self._epoch, self._rows = 0, self._shuffle(0)
         self._last: int | None = None  # the step that was read last
-        self._ahead: tuple[int, list[Batch]] | None = None  # a step whose batches are made already, and these
+        # a step whose batches are made already, and these
+        self._ahead: tuple[int, list[Batch]] | None = None
         self.first = first
 
     def __len__(self) -> int:
@@ -135,10 +164,16 @@ class Batches:
     def __getitem__(self, step: int) -> list[Batch]:
         """The batches of step `step` for this rank; steps are counted from 0 over all epochs."""
         self._last = step
-        return self._ahead[1] if self._ahead is not None and self._ahead[0] == step else self._read(step)
+        return (
+            self._ahead[1]
+            if self._ahead is not None and self._ahead[0] == step
+            else self._read(step)
+        )
 
     def read_ahead(self) -> None:
-        """Make the batches of the step after the last one read, while an accelerator still computes that one."""
+        """Make the batches of the step after the last one read, while an accelerator still computes
+        that one.
+        """
         if self._last is not None:
             self._ahead = self._last + 1, self._read(self._last + 1)
 
@@ -157,7 +192,10 @@ class Batches:
 
     def largest_step(self, steps: Iterable[int]) -> int:
         """Of `steps`, the step whose largest batch has the most tokens; the first if several do."""
-        return max(steps, key=lambda step: max(sum(map(self._windows.tokens, rows)) for rows in self.rows(step)))
+        return max(
+            steps,
+            key=lambda step: max(sum(map(self._windows.tokens, rows)) for rows in self.rows(step)),
+        )
 
     def rows(self, step: int) -> list[list[int]]:
         """The indices of the windows in each batch of a step, on all ranks together."""
@@ -165,11 +203,15 @@ class Batches:
         if self._epoch != epoch:
             self._epoch, self._rows = epoch, self._shuffle(epoch)
         rows = self._rows[index * self._step_size : (index + 1) * self._step_size]
-        return [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
+        return [
+            rows[start : start + self._batch_size]
+            for start in range(0, len(rows), self._batch_size)
+        ]
 
     def _shuffle(self, epoch: int) -> list[int]:
         """The windows of an epoch, in their order: as many in each epoch."""
-        # Python's generator, by a string: it hashes that by SHA-512, so every machine and torch has the same order
+        # Python's generator, by a string: it hashes that by SHA-512, so every machine and torch has
+        # the same order
         rows = list[int]()
         for run, weight in self._windows.parts:
             times, part = divmod(weight, 1)

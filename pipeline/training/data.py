@@ -1,5 +1,5 @@
-"""What every training stage does around the loop: settings → batches and prompts before it, trained model → checkpoint
-after."""
+"""What every training stage does around the loop: settings → batches and prompts before it, trained
+model → checkpoint after."""
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,35 +31,50 @@ if TYPE_CHECKING:  # a run without samples does not load it
 MAX_TOKENS = 20  # of a sample's answer, as `lora prompt`
 
 
-def training_examples(job: Job, settings: Training, on_note: Callable[[str], None] | None = None) -> Iterator[Example]:
+def training_examples(
+    job: Job, settings: Training, on_note: Callable[[str], None] | None = None
+) -> Iterator[Example]:
     """The examples of all data files, in order. Raises UserError."""
     examples = (
         example
         for file in settings.data_files
         for example in iter_examples(
-            job.path(file.path), file.path, columns=file.columns, on_note=on_note, templated=settings.templated
+            job.path(file.path),
+            file.path,
+            columns=file.columns,
+            on_note=on_note,
+            templated=settings.templated,
         )
     )
     return islice(examples, job.sample)
 
 
 def held_out_examples(job: Job, settings: Training) -> Iterator[Example]:
-    """What training evaluates on: the examples of eval_data, or those that eval_share selects; none without either."""
+    """What training evaluates on: the examples of eval_data, or those that eval_share selects; none
+    without either.
+    """
     if settings.eval_data:
         path, name = job.path(settings.eval_data), settings.eval_data
         return iter_examples(path, name, columns=settings.columns, templated=settings.templated)
-    return (example for example in training_examples(job, settings) if in_evaluation(example, settings.eval_share))
+    return (
+        example
+        for example in training_examples(job, settings)
+        if in_evaluation(example, settings.eval_share)
+    )
 
 
 def prepare_data(
     job: Job, settings: Training, base: Base, first: int = 0
 ) -> Generator[Event, None, tuple[Batches, Evaluation | None]]:
-    """The batches, after the `first` steps of a run before, and the evaluation if eval_share is set.
+    """The batches, after the `first` steps of a run before, and the evaluation if eval_share is
+    set.
 
     Raises UserError as `build_datasets` does.
     """
     training, held_out = yield from build_datasets(job, settings, base)
-    batches = Batches(training, settings.batch_size, settings.seed, settings.gradient_accumulation_steps, first)
+    batches = Batches(
+        training, settings.batch_size, settings.seed, settings.gradient_accumulation_steps, first
+    )
     refuse_long_warmup(settings, len(batches), job.stage.section)
     if held_out is None:
         return batches, None
@@ -67,7 +82,9 @@ def prepare_data(
     return batches, Evaluation(in_order, settings.eval_steps or len(batches), settings.patience)
 
 
-def build_datasets(job: Job, settings: Training, base: Base) -> Generator[Event, None, tuple[Dataset, Dataset | None]]:
+def build_datasets(
+    job: Job, settings: Training, base: Base
+) -> Generator[Event, None, tuple[Dataset, Dataset | None]]:
     """(training set, evaluation set or None). Raises UserError as `build_corpora` does."""
     training, held_out = yield from build_corpora(job, settings, base)
     return dataset_from(training, settings.window), None if held_out is None else dataset_from(
@@ -78,17 +95,24 @@ def build_datasets(job: Job, settings: Training, base: Base) -> Generator[Event,
 def build_corpora(
     job: Job, settings: Training, base: Base, encoder: Callable[..., Encoder] = Encoder
 ) -> Generator[Event, None, tuple[Corpus, Corpus | None]]:
-    """The encoded examples to train on and those to evaluate on, if there are; yields notes on examples that were
-    truncated or skipped.
+    """The encoded examples to train on and those to evaluate on, if there are; yields notes on
+    examples that were truncated or skipped.
 
-    Raises UserError for an invalid example, for an empty training set and for an empty evaluation set.
+    Raises UserError for an invalid example, for an empty training set and for an empty evaluation
+    set.
     """
     files, section, share = ", ".join(settings.files), job.stage.section, settings.eval_share
     if share and settings.eval_data:
-        raise UserError(f"{section} sets eval_share and eval_data, which exclude each other. Remove one of them.")
-    # each set reads all files: the examples of both may not fit into memory, and their tokens are kept in files
+        raise UserError(
+            f"{section} sets eval_share and eval_data, which exclude each other. Remove one of "
+            "them."
+        )
+    # each set reads all files: the examples of both may not fit into memory, and their tokens are
+    # kept in files
     notes = list[str]()
-    learned = (e for e in training_examples(job, settings, notes.append) if not in_evaluation(e, share))
+    learned = (
+        e for e in training_examples(job, settings, notes.append) if not in_evaluation(e, share)
+    )
     weights = {file.path: file.weight for file in settings.data_files}
     training = yield from _build_corpus(job, settings, base, "training", learned, weights, encoder)
     yield from (Note(f"{job.stage.name}: {note}") for note in notes)
@@ -97,7 +121,8 @@ def build_corpora(
         for key in ("eval_steps", "patience"):
             if value := getattr(settings, key):
                 raise UserError(
-                    f"{section}.{key} is {value}, but there is no evaluation set. Set {section}.eval_share above 0."
+                    f"{section}.{key} is {value}, but there is no evaluation set. Set "
+                    f"{section}.eval_share above 0."
                 )
         return training, None
     examples = held_out_examples(job, settings)
@@ -107,13 +132,15 @@ def build_corpora(
     selection = f"{section}.eval_share {share:g} selects"
     if not len(training) and len(held_out):
         raise UserError(
-            f"{selection} all {len(held_out)} labelled examples of {files} (the split is by hash). Decrease it, or "
+            f"{selection} all {len(held_out)} labelled examples of {files} (the split is by "
+            "hash). Decrease it, or "
             "set it to 0."
         )
     refuse_empty(training, files)
     if not len(held_out):
         raise UserError(
-            f"{selection} 0 of {len(training)} labelled examples of {files} (the split is by hash). Increase it, or "
+            f"{selection} 0 of {len(training)} labelled examples of {files} (the split is by "
+            "hash). Increase it, or "
             "set it to 0."
         )
     return training, held_out
@@ -130,22 +157,33 @@ def _build_corpus(
 ) -> Generator[Event, None, Corpus]:
     folder = job.run / "tokens" / name
     folder.mkdir(parents=True, exist_ok=True)
-    virtual_tokens = base.model.shape.positions - base.model.max_length  # they take the first positions
-    encode = encoder(base.tokenizer, settings.max_length, base.model.shape.positions, virtual_tokens)
+    # they take the first positions
+    virtual_tokens = base.model.shape.positions - base.model.max_length
+    encode = encoder(
+        base.tokenizer, settings.max_length, base.model.shape.positions, virtual_tokens
+    )
     corpus = Corpus(examples, encode, folder, weights)
     statistics = corpus.statistics
     if statistics.truncated:
-        skipped = f", {statistics.unlabelled} of them skipped: no label is left" if statistics.unlabelled else ""
+        skipped = (
+            f", {statistics.unlabelled} of them skipped: no label is left"
+            if statistics.unlabelled
+            else ""
+        )
         truncated = f"{statistics.truncated} examples truncated to {settings.max_length} tokens"
         yield Note(f"{job.stage.name}: {truncated}{skipped}")
     elif statistics.unlabelled:
-        yield Note(f"{job.stage.name}: {statistics.unlabelled} examples skipped: no token is labelled")
+        yield Note(
+            f"{job.stage.name}: {statistics.unlabelled} examples skipped: no token is labelled"
+        )
     return corpus
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a model is asked while it trains, encoded. `every`: steps between two rounds; 0: as evaluations."""
+    """What a model is asked while it trains, encoded. `every`: steps between two rounds; 0: as
+    evaluations.
+    """
 
     base: Base
     questions: "Sequence[Question]"
@@ -153,7 +191,9 @@ class Prompts:
     every: int = 0
 
     def answers(self, step: int) -> list[Sample]:
-        """The model's greedy answers as it is now. They change nothing that is trained: no random number is drawn."""
+        """The model's greedy answers as it is now. They change nothing that is trained: no random
+        number is drawn.
+        """
         model = self.base.model
         model.eval()
         try:
@@ -161,7 +201,9 @@ class Prompts:
         finally:
             model.train()
         pairs = zip(self.questions, answers, strict=True)
-        return [Sample(step, question.asked, answer, question.expected) for question, answer in pairs]
+        return [
+            Sample(step, question.asked, answer, question.expected) for question, answer in pairs
+        ]
 
     def _generate(self) -> Sequence[str | None]:
         from pipeline.models.generate import generate_all
@@ -184,15 +226,22 @@ class Asked(TypedDict):
 
 def asked_while_training(job: Job, settings: Training, base: Base) -> Asked:
     """The prompts and the held-out examples of the stage's `samples`. Raises UserError."""
-    return {"prompts": read_prompts(job, settings, base), "questions": held_out_questions(job, settings, base)}
+    return {
+        "prompts": read_prompts(job, settings, base),
+        "questions": held_out_questions(job, settings, base),
+    }
 
 
 def read_prompts(job: Job, settings: Training, base: Base) -> Prompts | None:
-    """The prompts of the stage's `samples`; None without. Raises UserError for one that the model cannot read."""
+    """The prompts of the stage's `samples`; None without. Raises UserError for one that the model
+    cannot read.
+    """
     if not settings.samples.get("prompts"):
         return None
     from pipeline.data.answers.questions import Question
-    from pipeline.models.generate import encode_prompt  # with the decoder, which other runs do not load
+
+    # with the decoder, which other runs do not load
+    from pipeline.models.generate import encode_prompt
 
     asked, ids = list[Question](), list[Sequence[int]]()
     limit = settings.samples.get("max_tokens", MAX_TOKENS)
@@ -200,7 +249,9 @@ def read_prompts(job: Job, settings: Training, base: Base) -> Prompts | None:
         key = f"{job.stage.section}.samples.prompts[{number}]"
         shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         if not isinstance(prompt, str) and not base.tokenizer.has_template:
-            raise UserError(f"{key} has messages, but the base has no chat template. Give it as a text.")
+            raise UserError(
+                f"{key} has messages, but the base has no chat template. Give it as a text."
+            )
         if isinstance(prompt, str) and settings.templated and base.tokenizer.has_template:
             prompt = [{"role": "user", "content": prompt.strip()}]
         try:
@@ -213,30 +264,39 @@ def read_prompts(job: Job, settings: Training, base: Base) -> Prompts | None:
 
 
 def held_out_questions(job: Job, settings: Training, base: Base) -> Prompts | None:
-    """The held-out examples that the model answers at each evaluation, as many as `samples.held_out` says; None
-    without, or if no example is held out."""
+    """The held-out examples that the model answers at each evaluation, as many as
+    `samples.held_out` says; None without, or if no example is held out."""
     most = settings.samples.get("held_out", 0)
     if not most or not (settings.eval_data or settings.eval_share):
         return None
     from pipeline.data.answers.questions import questions
 
     asked = questions(held_out_examples(job, settings), base.tokenizer, most, base.model.max_length)
-    return Prompts(base, asked, [base.tokenizer.encode(question.prompt) for question in asked]) if asked else None
+    return (
+        Prompts(base, asked, [base.tokenizer.encode(question.prompt) for question in asked])
+        if asked
+        else None
+    )
 
 
 def save_logs(run: Path, out: Path) -> None:
-    """Copy the logs of a run folder that two runs write alike into the artifact: loss.csv, and samples.jsonl if any."""
+    """Copy the logs of a run folder that two runs write alike into the artifact: loss.csv, and
+    samples.jsonl if any.
+    """
     copyfile(run / LOSS, out / LOSS)
     if (run / SAMPLES).exists():
         copyfile(run / SAMPLES, out / SAMPLES)
 
 
 @torch.no_grad()
-def save_checkpoint(job: Job, base: Base, optimizer: FlatOptimizer, trained_from: CausalLM | None = None) -> Facts:
+def save_checkpoint(
+    job: Job, base: Base, optimizer: FlatOptimizer, trained_from: CausalLM | None = None
+) -> Facts:
     """Write the trained model and its logs; returns their facts for the manifest.
 
-    `trained_from`: the base in its stored precision, if training ran in another one. The fp32 difference of each
-    trained parameter is then added to it, so that frozen parameters and unused embedding rows stay bit for bit.
+    `trained_from`: the base in its stored precision, if training ran in another one. The fp32
+    difference of each trained parameter is then added to it, so that frozen parameters and unused
+    embedding rows stay bit for bit.
     """
     parameters = count(base.model)  # of the model that trained: it knows what was frozen
     model = base.model.to("cpu")

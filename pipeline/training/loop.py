@@ -1,6 +1,8 @@
-"""The training loop as a generator of records, and a generator around it that logs, checkpoints and resumes.
+"""The training loop as a generator of records, and a generator around it that logs, checkpoints and
+resumes.
 
-One learner is the case N = 1: the same loop trains a model's own weights, one adapter, or the adapters of a sweep.
+One learner is the case N = 1: the same loop trains a model's own weights, one adapter, or the
+adapters of a sweep.
 """
 
 import gc
@@ -45,9 +47,22 @@ from pipeline.project.logs.run_log import (
 )
 from pipeline.project.params.sections import Training
 from pipeline.project.process import hangs_up
-from pipeline.project.runner import Event, Facts, Job, Note, Progress, checkpoints, discard_checkpoints
+from pipeline.project.runner import (
+    Event,
+    Facts,
+    Job,
+    Note,
+    Progress,
+    checkpoints,
+    discard_checkpoints,
+)
 from pipeline.training.batches import Batches
-from pipeline.training.memory.prediction import MemoryMeter, memory_meter, predict_peak_memory, suggest_less_memory
+from pipeline.training.memory.prediction import (
+    MemoryMeter,
+    memory_meter,
+    predict_peak_memory,
+    suggest_less_memory,
+)
 from pipeline.training.optimizer import FlatOptimizer, rate
 from pipeline.training.parallel.collectives import (
     SLOWEST_STEP,
@@ -86,13 +101,16 @@ PROGRESS = ("tokens", "stopped", "diverged")  # of the learners in a checkpoint;
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """A model and its learners, which differ in settings and order of the data but not in the number of steps.
+    """A model and its learners, which differ in settings and order of the data but not in the
+    number of steps.
 
-    `method` tells the memory calculator which parameters are trainable; None: it does not know them. `sharded`: whether
-    the frozen weights are sharded over the ranks; None: only if they do not fit on one device. `less_memory`: what to
-    do when memory runs out; by default what the calculator suggests. `state`: the optimizer's, of the run that this one
-    continues. `earlier`: name → outcome of the adapters of a sweep's earlier passes, whose logs stay. `prompts`: what
-    the learners answer while they train. `questions`: held-out examples that they answer at each evaluation.
+    `method` tells the memory calculator which parameters are trainable; None: it does not know
+    them. `sharded`: whether the frozen weights are sharded over the ranks; None: only if they do
+    not fit on one device. `less_memory`: what to do when memory runs out; by default what the
+    calculator suggests. `state`: the optimizer's, of the run that this one continues. `earlier`:
+    name → outcome of the adapters of a sweep's earlier passes, whose logs stay. `prompts`: what the
+    learners answer while they train. `questions`: held-out examples that they answer at each
+    evaluation.
     """
 
     model: CausalLM
@@ -123,12 +141,21 @@ class TrainingTask:
         """The task of one learner: whatever parameters of `model` require a gradient."""
         learner = Learner(settings, batches, retain)
         return cls(
-            model, [learner], OneLearner(model), evaluation, method, sharded, prompts=prompts, questions=questions
+            model,
+            [learner],
+            OneLearner(model),
+            evaluation,
+            method,
+            sharded,
+            prompts=prompts,
+            questions=questions,
         )
 
     @property
     def settings(self) -> Training:
-        """Those of the first learner; epochs, batches, evaluation and checkpointing are the same for all."""
+        """Those of the first learner; epochs, batches, evaluation and checkpointing are the same
+        for all.
+        """
         return self.learners[0].settings
 
     @property
@@ -147,7 +174,9 @@ class TrainingTask:
 
 
 class TrainingSetup(NamedTuple):
-    """A model that is ready to train; `save` then writes the artifact to the job's output folder."""
+    """A model that is ready to train; `save` then writes the artifact to the job's output
+    folder.
+    """
 
     base: Base
     task: TrainingTask
@@ -155,7 +184,9 @@ class TrainingSetup(NamedTuple):
 
 
 class Diverged(Exception):
-    """In step `number` (from 0) the last learners' losses or gradients are not finite; that step is not taken."""
+    """In step `number` (from 0) the last learners' losses or gradients are not finite; that step is
+    not taken.
+    """
 
     def __init__(self, number: int, gradients: Mapping[int, Gradient]) -> None:
         super().__init__(number)
@@ -163,14 +194,18 @@ class Diverged(Exception):
 
 
 class NotFinite(CollectiveError):
-    """Training stopped because the loss is not finite. A study may record this and continue with its next run."""
+    """Training stopped because the loss is not finite. A study may record this and continue with
+    its next run.
+    """
 
 
 def steps(task: TrainingTask, optimizer: FlatOptimizer, done: int = 0) -> Iterator[dict[int, Step]]:
-    """Train to the end of the last epoch, starting after step `done`; yields a record per learner that took the step.
+    """Train to the end of the last epoch, starting after step `done`; yields a record per learner
+    that took the step.
 
-    A learner whose loss or gradient is not finite is stopped before the step, one that no longer improves after it. The
-    others continue as if it were not there. Raises Diverged if that leaves none, and all diverged.
+    A learner whose loss or gradient is not finite is stopped before the step, one that no longer
+    improves after it. The others continue as if it were not there. Raises Diverged if that leaves
+    none, and all diverged.
     """
     settings = [learner.settings for learner in task.learners]
     if not any(getattr(each, "lora_dropout", 0) or each.neftune_alpha for each in settings):
@@ -188,14 +223,18 @@ def _steps(task: TrainingTask, optimizer: FlatOptimizer, done: int) -> Iterator[
     learners, evaluation = task.learners, task.evaluation
     best_by_answers = task.settings.metric_for_best_model == "eval_answers"
     for number in range(done, task.total):
-        for n in task.live if evaluation is not None else ():  # first: a resumed run may have stopped already
+        # first: a resumed run may have stopped already
+        for n in task.live if evaluation is not None else ():
             if evaluation is not None and (why := evaluation.why_stop(n)):
                 name = learners[n].name
                 what = f"{name} stopped after step {number}: its"
                 if not name:
                     what = f"stopped at step {number} of {task.total}: the"
                 judged = best_by_answers and why == NO_BETTER
-                learners[n].stop(number, f"{what} {'share of expected answers' if judged else 'evaluation loss'} {why}")
+                learners[n].stop(
+                    number,
+                    f"{what} {'share of expected answers' if judged else 'evaluation loss'} {why}",
+                )
         results = _finite_gradients(task, optimizer, number)
         if not results:
             return
@@ -204,7 +243,8 @@ def _steps(task: TrainingTask, optimizer: FlatOptimizer, done: int) -> Iterator[
             if largest := learners[n].settings.max_grad_norm:
                 optimizer.clip(n, result.norm, largest)
             learners[n].tokens += result.tokens
-        optimizer.step(*map(rates.get, range(len(learners))))  # a learner without a rate keeps weights and moments
+        # a learner without a rate keeps weights and moments
+        optimizer.step(*map(rates.get, range(len(learners))))
         rewards, held_out = dict[str, Any](task.path.measured()), dict[int, float]()
         shares: Mapping[int, float] = {}
         if evaluation is not None and evaluation.due(number + 1, task.total):
@@ -217,7 +257,16 @@ def _steps(task: TrainingTask, optimizer: FlatOptimizer, done: int) -> Iterator[
         epoch = number // len(task.batches) + 1
         yield {
             n: Step(
-                *(number + 1, epoch, r.loss, rates[n], r.norm, learners[n].tokens, held_out.get(n), r.divergence),
+                *(
+                    number + 1,
+                    epoch,
+                    r.loss,
+                    rates[n],
+                    r.norm,
+                    learners[n].tokens,
+                    held_out.get(n),
+                    r.divergence,
+                ),
                 **rewards,
                 eval_answers=shares.get(n),
             )
@@ -226,7 +275,9 @@ def _steps(task: TrainingTask, optimizer: FlatOptimizer, done: int) -> Iterator[
 
 
 def _answer_questions(task: TrainingTask, learners: Sequence[int], step: int) -> dict[int, float]:
-    """Learner → the mean score of its answers to the held-out questions, which it keeps; empty without questions."""
+    """Learner → the mean score of its answers to the held-out questions, which it keeps; empty
+    without questions.
+    """
     if task.questions is None:
         return {}
     from pipeline.data.answers.match import match  # a run without them does not load it
@@ -236,7 +287,8 @@ def _answer_questions(task: TrainingTask, learners: Sequence[int], step: int) ->
         answers = task.learners[n].answers = _answers(task, task.questions, n, step)
         scores = [match(answer.answer or "", answer.expected or "").score for answer in answers]
         shares[n] = math.fsum(scores) / len(scores)
-    return broadcast_object(shares) if is_distributed() else shares  # all ranks stop after the same step
+    # all ranks stop after the same step
+    return broadcast_object(shares) if is_distributed() else shares
 
 
 def _answers(task: TrainingTask, prompts: "Prompts", learner: int, step: int) -> list[Sample]:
@@ -249,22 +301,30 @@ def _answers(task: TrainingTask, prompts: "Prompts", learner: int, step: int) ->
         return prompts.answers(step)
 
 
-def _finite_gradients(task: TrainingTask, optimizer: FlatOptimizer, number: int) -> dict[int, Gradient]:
-    """The gradients of step `number`, once the learners that make them non-finite are stopped; none if all are."""
+def _finite_gradients(
+    task: TrainingTask, optimizer: FlatOptimizer, number: int
+) -> dict[int, Gradient]:
+    """The gradients of step `number`, once the learners that make them non-finite are stopped; none
+    if all are.
+    """
     while live := task.live:
         results = gradients(task.path, task.learners, live, optimizer, number)
         suspects = [n for n, result in results.items() if not result.finite]
         if not suspects:
             return results
-        if len(live) > 1:  # NaN can spread to other learners in the batch: running each alone shows whose it is
-            alone = {n: gradients(task.path, task.learners, [n], optimizer, number)[n] for n in suspects}
+        # NaN can spread to other learners in the batch: running each alone shows whose it is
+        if len(live) > 1:
+            alone = {
+                n: gradients(task.path, task.learners, [n], optimizer, number)[n] for n in suspects
+            }
             results = {n: result for n, result in alone.items() if not result.finite} or alone
         for n, result in results.items():
             learner = task.learners[n]
             where = _shorten(learner.batches.locations(number), 4)
             learner.stop(
                 number,
-                f"{learner.name} is stopped: at step {number + 1}, on {where}, its loss is {result.loss:.4g} and its "
+                f"{learner.name} is stopped: at step {number + 1}, on {where}, its loss is "
+                f"{result.loss:.4g} and its "
                 f"gradient norm {result.norm:.4g}. Lower its learning_rate.",
                 diverged=True,
             )
@@ -275,24 +335,30 @@ def _finite_gradients(task: TrainingTask, optimizer: FlatOptimizer, number: int)
 
 
 def _shorten(locations: Sequence[str], most: int) -> str:
-    return ", ".join(locations[:most]) + (f" and {len(locations) - most} more" if len(locations) > most else "")
+    return ", ".join(locations[:most]) + (
+        f" and {len(locations) - most} more" if len(locations) > most else ""
+    )
 
 
 def train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer]:
-    """Train the model's trainable parameters in place. If killed at any step, the next call resumes.
+    """Train the model's trainable parameters in place. If killed at any step, the next call
+    resumes.
 
-    Notes the predicted peak memory before the first step and the measured one after the last. Returns the optimizer,
-    which holds the trained weights in fp32; the artifact is then written by rank 0 alone (`is_main_process`).
-    Raises Interrupted after a signal, once a checkpoint is written; UserError if no learner's loss is finite, memory
-    runs out or another process of the run is gone.
+    Notes the predicted peak memory before the first step and the measured one after the last.
+    Returns the optimizer, which holds the trained weights in fp32; the artifact is then written by
+    rank 0 alone (`is_main_process`). Raises Interrupted after a signal, once a checkpoint is
+    written; UserError if no learner's loss is finite, memory runs out or another process of the run
+    is gone.
     """
     raise_on_all_ranks()  # a rank that failed before training ends all of them here
     limit_waiting(SLOWEST_STEP)
     try:
         return (yield from _train(job, task))
-    except UserError as error:  # other ranks are inside the step: they notice only that this one is gone
+    # other ranks are inside the step: they notice only that this one is gone
+    except UserError as error:
         raise error if isinstance(error, CollectiveError) else CollectiveError(str(error)) from None
-    except (RuntimeError, MemoryError) as error:  # before the first step: the model alone did not fit
+    # before the first step: the model alone did not fit
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise _out_of_memory(job, task, release(error)) from None
@@ -302,15 +368,20 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
     name, model, evaluation = job.stage.name, task.model, task.evaluation
     if task.settings.compile and (task.learners[0].name or not model.compiles):
         raise UserError(
-            f"{name}: compile is true, but only an imported model with one adapter is compiled. Set compile to false."
+            f"{name}: compile is true, but only an imported model with one adapter is compiled. "
+            "Set compile to false."
         )
     with task.path.base():
         device = prepare_model(model, task.settings.gradient_checkpointing, task.settings.compile)
     if device.type == "cuda" and task.settings.precision == "bf16" and not multiplies_bf16(device):
-        yield Note(f"{name}: this GPU has no bf16 instructions and is slow with it. Set {name}.precision=fp16.")
+        yield Note(
+            f"{name}: this GPU has no bf16 instructions and is slow with it. Set "
+            f"{name}.precision=fp16."
+        )
     sharded = False
     if is_distributed():
-        from pipeline.training.parallel.sharding import needs_shards, shard  # a run in one process does not import it
+        # a run in one process does not import it
+        from pipeline.training.parallel.sharding import needs_shards, shard
 
         longest = task.batches.largest_step(range(len(task.batches)))
         peak = partial(predicted_peak, task, longest, device)
@@ -321,24 +392,33 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
     if not task.path.supports_packing:
         yield Note(f"{name}: this model reads one sequence at a time; training is slower for it")
     optimizer = build_optimizer(model, *(learner.settings for learner in task.learners))
-    done = yield from _resume(job, task, optimizer)  # into the optimizer, whose state a checkpoint is
+    # into the optimizer, whose state a checkpoint is
+    done = yield from _resume(job, task, optimizer)
     before = optimizer.steps - done  # of the run that this one continues
     # an epoch's largest step, but not the next one, which `measure_memory` never measures
     epoch = range(done + 1, min(done + 1 + len(task.batches), task.total))
     largest_step = task.batches.largest_step(epoch or [done])
     predicted, live = 0 if sharded else predicted_peak(task, largest_step), memory_meter(device)
     if predicted:
-        yield Note(f"{name}: {in_units(predicted)} of tensors predicted at the peak of the largest step", routine=True)
+        yield Note(
+            f"{name}: {in_units(predicted)} of tensors predicted at the peak of the largest step",
+            routine=True,
+        )
     model.train()
     records = steps(task, optimizer, done)
-    if not sharded or device.type == "cuda":  # FSDP allocates and frees gathered weights unseen by a meter of tensors
+    # FSDP allocates and frees gathered weights unseen by a meter of tensors
+    if not sharded or device.type == "cuda":
         records = measure_memory(live, largest_step - done, model, optimizer, records)
     with ExitStack() as stack:
         _write_outcomes(job, task)
         logs = []
         for learner in task.learners:
-            # lines after the checkpoint are from steps that a killed run took and this one takes again
-            folder, at_step = job.run / learner.name, done if learner.stopped is None else learner.stopped
+            # lines after the checkpoint are from steps that a killed run took and this one takes
+            # again
+            folder, at_step = (
+                job.run / learner.name,
+                done if learner.stopped is None else learner.stopped,
+            )
             folder.mkdir(exist_ok=True)
             columns = {
                 "evaluated": evaluation is not None,
@@ -351,15 +431,17 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
         signals = stack.enter_context(_held_signals())
         save_steps, saved_at = job.checkpoint_every or task.settings.save_steps, monotonic()
         try:
-            # Steps after the last checkpoint are lost when the run is killed. The next run takes them again with the
-            # same data and weights, so that its log and its result are those of an uninterrupted run.
+            # Steps after the last checkpoint are lost when the run is killed. The next run takes
+            # them again with the same data and weights, so that its log and its result are those of
+            # an uninterrupted run.
             for by_learner in records:
                 for n, record in by_learner.items():
                     logs[n].append(record, Peak(predicted, live.peak), device.type)
                     done = record.step
                 yield from _tell_stops(job, task)
                 _append_samples(task, logs, [*by_learner], done)
-                stop = all_reduce_max(signals[-1] if signals else 0)  # all ranks stop after the same step
+                # all ranks stop after the same step
+                stop = all_reduce_max(signals[-1] if signals else 0)
                 if stop or done % save_steps == 0 or monotonic() - saved_at > MOST_LOST:
                     _save(job, task, logs, optimizer, done)
                     saved_at = monotonic()
@@ -373,15 +455,18 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
                 yield Progress(done, task.total, shown)
         except Diverged as diverged:
             yield from _tell_stops(job, task)
-            for n in diverged.gradients:  # the checkpoint is of before: a run with it meets the same step again
+            # the checkpoint is of before: a run with it meets the same step again
+            for n in diverged.gradients:
                 task.learners[n].resume()
             _save(job, task, logs, optimizer, done)
             raise NotFinite(_describe_divergence(job, task, diverged)) from None
-        except (RuntimeError, MemoryError) as error:  # torch tells a lack of memory and a lost rank as RuntimeError
+        # torch tells a lack of memory and a lost rank as RuntimeError
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) and not is_lost(error):
                 raise
             reason = release(error)
-            if optimizer.steps != before + done:  # failed during evaluation: a step was taken that is not logged
+            # failed during evaluation: a step was taken that is not logged
+            if optimizer.steps != before + done:
                 checkpoint_note = "The last periodic checkpoint is kept. "
             else:
                 optimizer.clear()
@@ -393,11 +478,15 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
         if signals:  # after the last record was handled
             raise Interrupted(signals[-1], f"{name}: stopped after the last step")
     yield from _tell_stops(job, task)
-    if evaluation is not None:  # after the last checkpoint, which keeps the newest weights and the best ones
+    # after the last checkpoint, which keeps the newest weights and the best ones
+    if evaluation is not None:
         evaluation.restore_best(optimizer)
     model.eval()
     if live.peak:
-        measured = f"{in_units(live.peak)} of tensors measured at the peak of the largest step{live.beside}"
+        measured = (
+            f"{in_units(live.peak)} of tensors measured at the peak of the largest "
+            f"step{live.beside}"
+        )
         yield Note(f"{name}: {measured}", routine=True)
     if task.settings.compile:
         from pipeline.models.kernels.compiled import seconds_compiling
@@ -413,8 +502,12 @@ def build_optimizer(model: nn.Module, *settings: Training) -> FlatOptimizer:
     return FlatOptimizer(model, settings[0].precision == "fp16", ratios, rule, decays)
 
 
-def prepare_model(model: CausalLM, checkpointing: Checkpointing, compiles: bool = False) -> torch.device:
-    """Apply checkpointing and faster kernels; returns the device to train on. Does not move the model."""
+def prepare_model(
+    model: CausalLM, checkpointing: Checkpointing, compiles: bool = False
+) -> torch.device:
+    """Apply checkpointing and faster kernels; returns the device to train on. Does not move the
+    model.
+    """
     device = device_for(model)
     model.checkpoint_blocks(checkpointing)
     if uses_cpu_kernels(device):
@@ -422,7 +515,8 @@ def prepare_model(model: CausalLM, checkpointing: Checkpointing, compiles: bool 
     elif not compiles:  # the compiler fuses the same parts
         model.prepare_accelerator_training(device)
     if compiles:
-        from pipeline.models.kernels.compiled import compile_blocks  # torch's compiler takes 1.4 seconds to import
+        # torch's compiler takes 1.4 seconds to import
+        from pipeline.models.kernels.compiled import compile_blocks
 
         compile_blocks(model)
     return device
@@ -434,21 +528,30 @@ def _resume(job: Job, task: TrainingTask, optimizer: FlatOptimizer) -> Generator
     done, reason = broadcast_object((step, reason))  # only rank 0 has checkpoints
     optimizer.broadcast_weights()
     if reason:
-        yield Note(f"{job.stage.name}: the checkpoint is not used and training starts over: {reason}")
+        yield Note(
+            f"{job.stage.name}: the checkpoint is not used and training starts over: {reason}"
+        )
     if not done:
-        discard_checkpoints(job.run)  # before the logs are overwritten: a checkpoint is unusable without them
+        # before the logs are overwritten: a checkpoint is unusable without them
+        discard_checkpoints(job.run)
         if task.learners[0].name:  # logs of adapters that are no longer in the sweep
             for log in job.run.glob(f"*/{LOSS}"):
                 if log.parent.name not in task.earlier:
                     shutil.rmtree(log.parent)
         if task.state is not None and not optimizer.take_over(task.state):
-            yield Note(f"{job.stage.name}: the optimizer's state is of other settings and is not used")
+            yield Note(
+                f"{job.stage.name}: the optimizer's state is of other settings and is not used"
+            )
         return 0
     state = broadcast_tensors(stored)
     optimizer.restore(state)
     progress = zip(task.learners, *(state[name].tolist() for name in PROGRESS), strict=True)
     for learner, tokens, stopped, diverged in progress:
-        learner.tokens, learner.stopped, learner.diverged = tokens, None if stopped < 0 else stopped, bool(diverged)
+        learner.tokens, learner.stopped, learner.diverged = (
+            tokens,
+            None if stopped < 0 else stopped,
+            bool(diverged),
+        )
     if task.evaluation is not None:
         task.evaluation.restore(state)
     yield Note(f"{job.stage.name}: resumed after step {done}")
@@ -456,7 +559,9 @@ def _resume(job: Job, task: TrainingTask, optimizer: FlatOptimizer) -> Generator
 
 
 def _load_checkpoint(job: Job) -> tuple[int, dict[str, Tensor], str | None]:
-    """Step and state of the newest usable checkpoint; 0 if there is none, and why those that exist are unusable."""
+    """Step and state of the newest usable checkpoint; 0 if there is none, and why those that exist
+    are unusable.
+    """
     reason = None
     for folder in checkpoints(job.run):
         try:
@@ -479,7 +584,9 @@ def _lines(path: Path) -> int:
     return count_lines(path) if path.name == SAMPLES else len(read_steps(path))
 
 
-def _append_samples(task: TrainingTask, logs: Sequence[RunLog], learners: Sequence[int], step: int) -> None:
+def _append_samples(
+    task: TrainingTask, logs: Sequence[RunLog], learners: Sequence[int], step: int
+) -> None:
     """The answers of the learners that took the step, if it is one after which they answer."""
     for n in learners:
         logs[n].append_samples(task.learners[n].answers)
@@ -493,10 +600,14 @@ def _append_samples(task: TrainingTask, logs: Sequence[RunLog], learners: Sequen
         logs[n].append_samples(_answers(task, task.prompts, n, step))
 
 
-def _save(job: Job, task: TrainingTask, logs: Sequence[RunLog], optimizer: FlatOptimizer, done: int) -> None:
-    """Write a checkpoint after step `done`, on rank 0 only: the state of optimizer, learners and evaluation.
+def _save(
+    job: Job, task: TrainingTask, logs: Sequence[RunLog], optimizer: FlatOptimizer, done: int
+) -> None:
+    """Write a checkpoint after step `done`, on rank 0 only: the state of optimizer, learners and
+    evaluation.
 
-    It also holds each log's number of lines: a resumed run goes on in the logs, so without them it is unusable.
+    It also holds each log's number of lines: a resumed run goes on in the logs, so without them it
+    is unusable.
     """
     if not is_main_process():
         return
@@ -506,9 +617,15 @@ def _save(job: Job, task: TrainingTask, logs: Sequence[RunLog], optimizer: FlatO
     values = ([x.tokens, -1 if x.stopped is None else x.stopped, int(x.diverged)] for x in learners)
     progress = dict(zip(PROGRESS, torch.tensor([*values]).T.contiguous(), strict=True))
     evaluation = task.evaluation.state() if task.evaluation is not None else {}
-    lines = {(Path(x.name) / LOSS).as_posix(): done if x.stopped is None else x.stopped for x in learners}
+    lines = {
+        (Path(x.name) / LOSS).as_posix(): done if x.stopped is None else x.stopped for x in learners
+    }
     if task.prompts is not None or task.questions is not None:
-        lines |= {path: count_lines(job.run / path) for x in learners for path in [(Path(x.name) / SAMPLES).as_posix()]}
+        lines |= {
+            path: count_lines(job.run / path)
+            for x in learners
+            for path in [(Path(x.name) / SAMPLES).as_posix()]
+        }
     target = job.run / f"checkpoint-{done:09d}"
     with artifact.writing(target) as folder:
         save_tensors(folder / STATE, {**optimizer.state(), **progress, **evaluation})
@@ -518,9 +635,11 @@ def _save(job: Job, task: TrainingTask, logs: Sequence[RunLog], optimizer: FlatO
 
 @contextmanager
 def _held_signals() -> Iterator[list[int]]:
-    """Defers Ctrl-C, SIGTERM and a closed terminal to the end of a step: a checkpoint never holds half a step.
+    """Defers Ctrl-C, SIGTERM and a closed terminal to the end of a step: a checkpoint never holds
+    half a step.
 
-    Inside the block, the first of these signals is only added to the list; the second is handled as usual.
+    Inside the block, the first of these signals is only added to the list; the second is handled as
+    usual.
     """
     received, previous = list[int](), dict[int, Any]()
 
@@ -539,7 +658,9 @@ def _held_signals() -> Iterator[list[int]]:
 
 
 def _tell_stops(job: Job, task: TrainingTask) -> Iterator[Event]:
-    """A note for each learner that was stopped since the last call. A diverged only one gets an error instead."""
+    """A note for each learner that was stopped since the last call. A diverged only one gets an
+    error instead.
+    """
     told = [learner for learner in task.learners if learner.message]
     if told:
         _write_outcomes(job, task)
@@ -553,12 +674,16 @@ def _write_outcomes(job: Job, task: TrainingTask) -> None:
     """Write which adapters of a sweep ended early, for other processes that show the run."""
     if task.learners[0].name:
         ended = [learner for learner in task.learners if learner.stopped is not None]
-        states = {x.name: {"state": DIVERGED if x.diverged else STOPPED, "steps": x.stopped} for x in ended}
+        states = {
+            x.name: {"state": DIVERGED if x.diverged else STOPPED, "steps": x.stopped}
+            for x in ended
+        }
         write_run_outcomes(job.run, {**task.earlier, **states})
 
 
 def predicted_peak(task: TrainingTask, number: int, device: torch.device | None = None) -> int:
-    """Predicted peak of step `number` in bytes of tensors; 0 if the calculator does not know architecture or method.
+    """Predicted peak of step `number` in bytes of tensors; 0 if the calculator does not know
+    architecture or method.
 
     `device`: where the model will be; default: where it is.
     """
@@ -588,7 +713,8 @@ def measure_memory(
 def release(error: BaseException) -> str:
     """Free the tensors of the step that failed; returns the error's first line.
 
-    The frames of its traceback hold them, and a GPU has no room for the checkpoint until they are gone.
+    The frames of its traceback hold them, and a GPU has no room for the checkpoint until they are
+    gone.
     """
     reason, link = first_line(error), error.__context__
     error.__traceback__ = None
@@ -605,9 +731,12 @@ def _out_of_memory(
 ) -> CollectiveError:
     """What to lower, and which checkpoint is kept: another program may have used the memory."""
     batch = task.batches[min(done, task.total - 1)][0]
-    advice = task.less_memory or suggest_less_memory(task.model, task.method, task.settings, batch, job.stage.name)
+    advice = task.less_memory or suggest_less_memory(
+        task.model, task.method, task.settings, batch, job.stage.name
+    )
     return CollectiveError(
-        f"{job.stage.name}: out of memory in step {done + 1} ({reason}). {advice} {checkpoint_note}".rstrip()
+        f"{job.stage.name}: out of memory in step {done + 1} ({reason}). {advice} "
+        f"{checkpoint_note}".rstrip()
     )
 
 
@@ -620,8 +749,10 @@ def _describe_divergence(job: Job, task: TrainingTask, diverged: Diverged) -> st
     retain = learner.retain if only_retained else None
     locations = (learner.batches if retain is None else retain.batches).locations(number)
     return (
-        f"{name}: the loss is {result.loss}{f', the divergence from the base {result.divergence}' if retain else ''} "
+        f"{name}: the loss is "
+        f"{result.loss}{f', the divergence from the base {result.divergence}' if retain else ''} "
         f"and the gradient norm {result.norm} at step {number + 1}, on {_shorten(locations, 8)}. "
-        f"Lower {name}.learning_rate, or check these examples. The weights before that step are kept in "
+        f"Lower {name}.learning_rate, or check these examples. The weights before that step are "
+        "kept in "
         f"{job.run.parent.name}/{job.run.name}."
     )

@@ -1,4 +1,6 @@
-"""Losses that differ in how many logits are in memory at once: all N·V of them are often a step's peak."""
+"""Losses that differ in how many logits are in memory at once: all N·V of them are often a step's
+peak.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,14 +16,16 @@ if TYPE_CHECKING:
     from pipeline.models.base import CausalLM
 
 Head = Callable[[Tensor], Tensor]
-SummedLoss = Callable[[Tensor, Tensor], Tensor]  # rows (n, D) and their targets (n, ...) → the sum of their losses
-# Rows whose logits a CPU computes at once, at most. Head and loss of SmolLM2, of 236 to 323 labels, take 1.09 × as long
-# by 128 rows and what is left, 1.27 × by 64 rows.
+# rows (n, D) and their targets (n, ...) → the sum of their losses
+SummedLoss = Callable[[Tensor, Tensor], Tensor]
+# Rows whose logits a CPU computes at once, at most. Head and loss of SmolLM2, of 236 to 323 labels,
+# take 1.09 × as long by 128 rows and what is left, 1.27 × by 64 rows.
 CHUNK = 192
 
 
 def chunk_of(model: "CausalLM", rows: int) -> int:
-    """How many of `rows` have their logits in memory at once, on the model's device; the calculator has the same rule.
+    """How many of `rows` have their logits in memory at once, on the model's device; the calculator
+    has the same rule.
 
     A CPU gets equal parts: its products of few rows take long.
     """
@@ -39,17 +43,22 @@ def fuses_head(model: "CausalLM") -> bool:
     return fuses_head(model)
 
 
-def mean_cross_entropy(model: "CausalLM", rows: Tensor, labels: Tensor, chunk: int | None = None) -> Tensor:
+def mean_cross_entropy(
+    model: "CausalLM", rows: Tensor, labels: Tensor, chunk: int | None = None
+) -> Tensor:
     """The mean cross-entropy of hidden states (N, D) with labels (N,), in nats per token.
 
-    `chunk`: rows whose logits are computed at once; None: as many as suit the device, or Liger's kernel for both.
+    `chunk`: rows whose logits are computed at once; None: as many as suit the device, or Liger's
+    kernel for both.
     """
     if chunk is None and fuses_head(model):
         from pipeline.models.kernels.accelerator import fused_cross_entropy
 
         return fused_cross_entropy(model, rows, labels)
     trained = [p for p in model.head.parameters() if p.requires_grad]
-    return chunked_mean(cross_entropy(model.logits), rows, labels, chunk or chunk_of(model, len(rows)), trained)
+    return chunked_mean(
+        cross_entropy(model.logits), rows, labels, chunk or chunk_of(model, len(rows)), trained
+    )
 
 
 def cross_entropy(head: Head) -> SummedLoss:
@@ -74,7 +83,9 @@ def _of_labels(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def divergence(head: Head, reference: Head) -> SummedLoss:
-    """The summed KL(p‖q) in nats: q = softmax(head(rows)), p = softmax(reference(targets)), targets (n, D)."""
+    """The summed KL(p‖q) in nats: q = softmax(head(rows)), p = softmax(reference(targets)), targets
+    (n, D).
+    """
 
     def summed_loss(rows: Tensor, targets: Tensor) -> Tensor:
         with torch.no_grad():
@@ -86,14 +97,17 @@ def divergence(head: Head, reference: Head) -> SummedLoss:
 
 
 class _Divergence(torch.autograd.Function):
-    """Σ p·(log p − log q) over rows of logits (n, V), q their softmax; its gradient is q − p, the only tensor saved."""
+    """Σ p·(log p − log q) over rows of logits (n, V), q their softmax; its gradient is q − p, the
+    only tensor saved.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, log_p: Tensor) -> Tensor:
         # in place where it can: (n, V) in fp32 is the largest tensor of a step
         log_q = logits.float().log_softmax(-1)  # (n, V)
         p = log_p.exp()
-        loss = torch.dot(p.flatten(), log_p.sub_(log_q).flatten())  # one call, with no product (n, V)
+        # one call, with no product (n, V)
+        loss = torch.dot(p.flatten(), log_p.sub_(log_q).flatten())
         ctx.save_for_backward(log_q.exp_().sub_(p).to(logits.dtype))
         return loss
 
@@ -104,12 +118,17 @@ class _Divergence(torch.autograd.Function):
 
 
 def chunked_mean(
-    summed_loss: SummedLoss, rows: Tensor, targets: Tensor, size: int, trained: Sequence[nn.Parameter] = ()
+    summed_loss: SummedLoss,
+    rows: Tensor,
+    targets: Tensor,
+    size: int,
+    trained: Sequence[nn.Parameter] = (),
 ) -> Tensor:
-    """The mean loss over rows (N, D), `size` rows at a time; `summed_loss` gives the sum over a chunk.
+    """The mean loss over rows (N, D), `size` rows at a time; `summed_loss` gives the sum over a
+    chunk.
 
-    `trained`: the head's parameters that require a gradient, which is accumulated in their own dtype: in bf16, small
-    chunks lose precision.
+    `trained`: the head's parameters that require a gradient, which is accumulated in their own
+    dtype: in bf16, small chunks lose precision.
     """
     if len(rows) <= size:
         return summed_loss(rows, targets) / len(rows)
@@ -118,15 +137,21 @@ def chunked_mean(
 
 
 class _Chunked(torch.autograd.Function):
-    """A mean whose gradients are computed in forward, chunk by chunk, so that no logits are kept for backward.
+    """A mean whose gradients are computed in forward, chunk by chunk, so that no logits are kept
+    for backward.
 
-    Checkpointing each chunk would keep none either, but autograd then sums the head's gradients of all chunks at the
-    end: three copies of what is often the model's largest matrix.
+    Checkpointing each chunk would keep none either, but autograd then sums the head's gradients of
+    all chunks at the end: three copies of what is often the model's largest matrix.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, summed_loss: SummedLoss, size: int, *trained: nn.Parameter
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        summed_loss: SummedLoss,
+        size: int,
+        *trained: nn.Parameter,
     ) -> Tensor:
         loss = hidden.new_zeros((), dtype=torch.float32)
         grads: list[Tensor] = []
@@ -134,14 +159,16 @@ class _Chunked(torch.autograd.Function):
         for rows, target in zip(hidden.detach().split(size), targets.split(size), strict=True):  # type: ignore[no-untyped-call]
             rows.requires_grad_(True)
             with torch.enable_grad():
-                loss_sum = summed_loss(rows, target)  # divided at the end: gradients of a mean can underflow in fp16
+                # divided at the end: gradients of a mean can underflow in fp16
+                loss_sum = summed_loss(rows, target)
             row_grad, *trained_grads = torch.autograd.grad(loss_sum, [rows, *trained])
             row_grads.append(row_grad)
             if grads:
                 torch._foreach_add_(grads, trained_grads)
             grads = grads or trained_grads
             loss += loss_sum.detach() / len(hidden)
-            del loss_sum, trained_grads  # freed before the next chunk's logits and gradients are allocated
+            # freed before the next chunk's logits and gradients are allocated
+            del loss_sum, trained_grads
         ctx.save_for_backward(torch.cat(row_grads), *grads)
         ctx.rows = len(hidden)
         return loss
@@ -149,12 +176,17 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         # a loss scale may overflow fp16: it is applied as an fp32 scalar
-        hidden_grad, *trained_grads = (grad.mul_(outputs[0] / ctx.rows) for grad in ctx.saved_tensors)
+        hidden_grad, *trained_grads = (
+            grad.mul_(outputs[0] / ctx.rows) for grad in ctx.saved_tensors
+        )
         return hidden_grad, None, None, None, *trained_grads
 
 
-def log_probs(head: Head, rows: Tensor, labels: Tensor, size: int, trained: Sequence[nn.Parameter] = ()) -> Tensor:
-    """The log-probability of each label (N,) after its row (N, D): (N,) in fp32, `size` rows' logits at a time.
+def log_probs(
+    head: Head, rows: Tensor, labels: Tensor, size: int, trained: Sequence[nn.Parameter] = ()
+) -> Tensor:
+    """The log-probability of each label (N,) after its row (N, D): (N,) in fp32, `size` rows'
+    logits at a time.
 
     `trained`: the head's parameters that require a gradient.
     """
@@ -169,7 +201,9 @@ class _LogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: Head, size: int, *trained: nn.Parameter) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, labels: Tensor, head: Head, size: int, *trained: nn.Parameter
+    ) -> Tensor:
         ctx.head, ctx.size, ctx.trained = head, size, trained
         needs_rows = hidden.requires_grad and not trained
         losses, grads = list[Tensor](), list[Tensor]()
@@ -187,7 +221,9 @@ class _LogProbs(torch.autograd.Function):
         if not ctx.trained:
             return kept.mul_(of_losses[:, None]), None, None, None
         row_grads, sums = [], list[Tensor]()
-        parts = zip(*(tensor.detach().split(ctx.size) for tensor in (kept, labels, of_losses)), strict=True)
+        parts = zip(
+            *(tensor.detach().split(ctx.size) for tensor in (kept, labels, of_losses)), strict=True
+        )
         for rows, label, upstream in parts:
             with torch.enable_grad():
                 total = torch.dot(_of_labels(ctx.head(rows.requires_grad_(True)), label), upstream)

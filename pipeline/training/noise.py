@@ -1,7 +1,7 @@
 """LoRA's dropout and NEFTune's noise: numbers that depend on seed, step, batch and layer alone.
 
-So a run that resumes, a step that is repeated and a block that is computed again in backward have the same numbers, and
-an adapter of a sweep has those of a run of its own.
+So a run that resumes, a step that is repeated and a block that is computed again in backward have
+the same numbers, and an adapter of a sweep has those of a run of its own.
 """
 
 import hashlib
@@ -19,7 +19,9 @@ from pipeline.training.parallel.collectives import rank
 
 
 class LearnerNoise:
-    """The random numbers of one learner. There are none outside `during`: in evaluation, retention and generation."""
+    """The random numbers of one learner. There are none outside `during`: in evaluation, retention
+    and generation.
+    """
 
     def __init__(self, settings: Training) -> None:
         self._seed, self._alpha = settings.seed, settings.neftune_alpha
@@ -41,14 +43,17 @@ class LearnerNoise:
             self.lengths, self._batch = (), self._batch + 1
 
     def keep(self, layer: str, dropout: float, x: Tensor) -> Tensor | None:
-        """Which elements of the layer's input dropout keeps, a bool of x's shape; None where nothing is dropped."""
+        """Which elements of the layer's input dropout keeps, a bool of x's shape; None where
+        nothing is dropped.
+        """
         if not self.lengths:
             return None
         kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
         return kept.bernoulli_(1 - dropout, generator=self._generator(layer, x.device))
 
     def perturb(self, x: Tensor) -> Tensor:
-        """Embeddings x (N, D) with uniform noise in ±alpha/√(L·D), L the length of a token's own sequence.
+        """Embeddings x (N, D) with uniform noise in ±alpha/√(L·D), L the length of a token's own
+        sequence.
 
         NEFTune (Jain et al. 2023, algorithm 1).
         """
@@ -57,19 +62,25 @@ class LearnerNoise:
         noise = torch.empty_like(x, requires_grad=False)
         noise.uniform_(-1, 1, generator=self._generator("embeddings", x.device))
         lengths = torch.tensor(self.lengths)
-        size = (self._alpha / (lengths * x.shape[1]).sqrt()).repeat_interleave(lengths, output_size=len(x))  # (N,)
+        # (N,)
+        size = (self._alpha / (lengths * x.shape[1]).sqrt()).repeat_interleave(
+            lengths, output_size=len(x)
+        )
         return torch.addcmul(x, noise, to_device(size[:, None].to(x.dtype), x.device))
 
     def _generator(self, layer: str, device: torch.device) -> torch.Generator:
         """A generator for this layer in this batch."""
         place = f"{self._seed}/{self._step}/{rank()}/{self._batch}/{layer}"
         generator = self._generators.setdefault(device, torch.Generator(device))
-        return generator.manual_seed(int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big"))
+        return generator.manual_seed(
+            int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big")
+        )
 
 
 @contextmanager
 def training_noise(model: CausalLM, settings: Sequence[Training]) -> Iterator[list[LearnerNoise]]:
-    """Inside the block the model's layers ask the noise of each learner, in the order of `settings`.
+    """Inside the block the model's layers ask the noise of each learner, in the order of
+    `settings`.
 
     Empty if all learners are without.
     """
@@ -84,14 +95,19 @@ def training_noise(model: CausalLM, settings: Sequence[Training]) -> Iterator[li
         layer.keep = partial(noises[learner].keep, name, layer.dropout)
 
     def perturb(_module: nn.Module, _inputs: object, embeddings: Tensor) -> Tensor:
-        live = [noise for noise in noises if noise.lengths]  # their tokens follow each other, in the learners' order
+        # their tokens follow each other, in the learners' order
+        live = [noise for noise in noises if noise.lengths]
         if not live:
             return embeddings
         parts = embeddings.flatten(0, -2).split([sum(noise.lengths) for noise in live])  # type: ignore[no-untyped-call]
         noisy = [noise.perturb(part) for noise, part in zip(live, parts, strict=True)]
         return (torch.cat(noisy) if len(noisy) > 1 else noisy[0]).view_as(embeddings)
 
-    hook = model.embeddings.register_forward_hook(perturb) if any(each.neftune_alpha for each in settings) else None
+    hook = (
+        model.embeddings.register_forward_hook(perturb)
+        if any(each.neftune_alpha for each in settings)
+        else None
+    )
     try:
         yield noises
     finally:

@@ -7,16 +7,23 @@ from typing import NamedTuple
 import torch
 
 from pipeline.errors import UserError
-from pipeline.training.loop import Diverged, TrainingTask, build_optimizer, predicted_peak, prepare_model, steps
+from pipeline.training.loop import (
+    Diverged,
+    TrainingTask,
+    build_optimizer,
+    predicted_peak,
+    prepare_model,
+    steps,
+)
 
 LEAST, MOST = 3, 8  # steps that are timed
 SECONDS = 10.0  # after them no further step is begun
 
 
 class Probe(NamedTuple):
-    """`slow` and `fast`: tokens per second, between which half of the `timed` steps lie. `predicted`: peak memory of
-    the largest step of an epoch in bytes of tensors on `device`, 0 if it is not known. `epoch_tokens`: of all examples
-    in an epoch.
+    """`slow` and `fast`: tokens per second, between which half of the `timed` steps lie.
+    `predicted`: peak memory of the largest step of an epoch in bytes of tensors on `device`, 0 if
+    it is not known. `epoch_tokens`: of all examples in an epoch.
     """
 
     slow: float
@@ -30,8 +37,13 @@ class Probe(NamedTuple):
     device: torch.device
 
     def of_all(self, share: float, max_steps: int) -> "Probe":
-        """The probe of a whole run of which `share` of the examples were read, in about so many steps."""
-        per_epoch, epoch_tokens = round(self.steps_per_epoch / share), round(self.epoch_tokens / share)
+        """The probe of a whole run of which `share` of the examples were read, in about so many
+        steps.
+        """
+        per_epoch, epoch_tokens = (
+            round(self.steps_per_epoch / share),
+            round(self.epoch_tokens / share),
+        )
         steps = max_steps or per_epoch * (self.steps // self.steps_per_epoch)
         return self._replace(
             steps_per_epoch=per_epoch,
@@ -47,7 +59,9 @@ class Probe(NamedTuple):
 
 
 def probe(task: TrainingTask) -> Probe:
-    """Train a few steps and time them, which changes the model. Raises UserError if their loss is not finite."""
+    """Train a few steps and time them, which changes the model. Raises UserError if their loss is
+    not finite.
+    """
     model, batches, total = task.model, task.batches, task.total
     step_tokens = [
         sum(batches.dataset.tokens(row) for rows in batches.rows(number) for row in rows)
@@ -70,9 +84,13 @@ def probe(task: TrainingTask) -> Probe:
                 break
             before = now
     except Diverged:
-        raise UserError("the loss is not finite within a few steps. Lower learning_rate, or check the data.") from None
+        raise UserError(
+            "the loss is not finite within a few steps. Lower learning_rate, or check the data."
+        ) from None
     epoch, rest = divmod(total, len(batches))
     tokens = epoch * sum(step_tokens) + sum(step_tokens[:rest])
     # a step that another program held up says nothing of the others
     slow, _, fast = quantiles(speeds, n=4, method="inclusive") if len(speeds) > 1 else speeds * 3
-    return Probe(slow, fast, len(speeds), len(batches), total, sum(step_tokens), tokens, predicted, device)
+    return Probe(
+        slow, fast, len(speeds), len(batches), total, sum(step_tokens), tokens, predicted, device
+    )

@@ -1,4 +1,6 @@
-"""Retention loss: KL divergence from the base on other texts (Learning without Forgetting, Li & Hoiem 2017)."""
+"""Retention loss: KL divergence from the base on other texts (Learning without Forgetting, Li &
+Hoiem 2017).
+"""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -48,11 +50,12 @@ AsBase = Callable[[], AbstractContextManager[None]]
 
 
 class RetentionLoss:
-    """KL(base‖model) in nats per token, and its weight in the loss. The base is the model with its adapter disabled.
+    """KL(base‖model) in nats per token, and its weight in the loss. The base is the model with its
+    adapter disabled.
 
-    Of parameters that train in full beside the adapter (embeddings, head) it keeps a copy of the original values.
-    `as_base`: a context in which the model computes as its base, for a model that knows one of its own. `first`: the
-    steps of the run that this one continues.
+    Of parameters that train in full beside the adapter (embeddings, head) it keeps a copy of the
+    original values. `as_base`: a context in which the model computes as its base, for a model that
+    knows one of its own. `first`: the steps of the run that this one continues.
     """
 
     def __init__(
@@ -67,8 +70,13 @@ class RetentionLoss:
         self.batches = Batches(texts, settings.retention_batch_size, settings.seed, first=first)
         self._model, self._as_base = model, as_base or self._without_adapter
         layers = (m for m in model.modules() if isinstance(m, AdapterLayer))
-        switched_off = {id(p) for layer in layers for p in layer.adapter_parameters().values()}  # with their layers
-        full = [p for p in model.parameters() if p.requires_grad and id(p) not in switched_off] if not as_base else []
+        # with their layers
+        switched_off = {id(p) for layer in layers for p in layer.adapter_parameters().values()}
+        full = (
+            [p for p in model.parameters() if p.requires_grad and id(p) not in switched_off]
+            if not as_base
+            else []
+        )
         self._originals = [(p, p.detach().clone()) for p in full]
 
     def divergence(self, batch: Batch) -> Tensor:
@@ -76,19 +84,25 @@ class RetentionLoss:
         return self.divergences(batch, [batch.ids.numel()], [self._model.logits])[0]
 
     def divergences(self, batch: Batch, counts: Sequence[int], heads: Sequence[Head]) -> Tensor:
-        """(L,): the same for each part of the batch's tokens, of `counts` tokens, with its own head."""
+        """(L,): the same for each part of the batch's tokens, of `counts` tokens, with its own
+        head.
+        """
         model = self._model
         with torch.no_grad(), self._as_base():
-            before = model.hidden_states(batch.ids, batch.positions, batch.segments).flatten(0, 1)  # (N, D)
+            # (N, D)
+            before = model.hidden_states(batch.ids, batch.positions, batch.segments).flatten(0, 1)
         after = model.hidden_states(batch.ids, batch.positions, batch.segments).flatten(0, 1)
-        # of the base the hidden states are kept, not the logits: those are made again chunk by chunk
+        # of the base the hidden states are kept, not the logits: those are made again chunk by
+        # chunk
         trained = [p for p in model.head.parameters() if p.requires_grad]
 
         def base_logits(hidden: Tensor) -> Tensor:
             with self._as_base():
                 return model.logits(hidden)
 
-        parts = zip(heads, torch.split(after, [*counts]), torch.split(before, [*counts]), strict=True)
+        parts = zip(
+            heads, torch.split(after, [*counts]), torch.split(before, [*counts]), strict=True
+        )
         return torch.stack(
             [
                 chunked_mean(divergence(head, base_logits), x, y, chunk_of(model, len(x)), trained)
@@ -98,7 +112,8 @@ class RetentionLoss:
 
     @contextmanager
     def _without_adapter(self) -> Iterator[None]:
-        self._originals = [(p, original.to(p.device)) for p, original in self._originals]  # the model may have moved
+        # the model may have moved
+        self._originals = [(p, original.to(p.device)) for p, original in self._originals]
         trained = [(p, p.data) for p, _ in self._originals]
         with disable_adapter(self._model):
             for p, original in self._originals:
@@ -110,33 +125,47 @@ class RetentionLoss:
                     p.data = data
 
 
-def load_retention_texts(job: Job, settings: RetentionSettings, base: Base) -> Generator[Event, None, Dataset | None]:
-    """The texts of the settings' retention_data, encoded; the base completes prompts. None if unset.
+def load_retention_texts(
+    job: Job, settings: RetentionSettings, base: Base
+) -> Generator[Event, None, Dataset | None]:
+    """The texts of the settings' retention_data, encoded; the base completes prompts. None if
+    unset.
 
     Raises UserError for a weight without a file.
     """
     if settings.retention_weight and not settings.retention_data:
         raise UserError(
-            f"{job.stage.section}.retention_weight is set, but {job.stage.section}.retention_data is not. Set it to a "
+            f"{job.stage.section}.retention_weight is set, but {job.stage.section}.retention_data "
+            "is not. Set it to a "
             "data file."
         )
     if not settings.retains:
         return None
     path, name = job.path(settings.retention_data), settings.retention_data
     examples = list(iter_examples(path, name, prompts=True, templated=settings.templated))
-    prompts = {n: base.tokenizer.encode(each.text) for n, each in enumerate(examples) if each.prompt == each.text}
+    prompts = {
+        n: base.tokenizer.encode(each.text)
+        for n, each in enumerate(examples)
+        if each.prompt == each.text
+    }
     completed = dict[int, tuple[int, ...]]()
     if prompts:
-        yield Note(f"{job.stage.name}: the base completes {len(prompts)} prompts of {settings.retention_data}")
+        yield Note(
+            f"{job.stage.name}: the base completes {len(prompts)} prompts of "
+            f"{settings.retention_data}"
+        )
         limits = [COMPLETION] * len(prompts)
         with placed_for_inference(base.model):
             answers = generate_all(base.model, [*prompts.values()], base.tokenizer.end_ids, limits)
-        completed = {n: (*ids, *answer) for (n, ids), answer in zip(prompts.items(), answers, strict=True)}
+        completed = {
+            n: (*ids, *answer) for (n, ids), answer in zip(prompts.items(), answers, strict=True)
+        }
     windows = []
     for n, example in enumerate(examples):
         # without the last id of a text: it is the end token, after which predictions do not matter
         ids = completed.get(n) or _encode(example, settings, base)[:-1]
-        windows.append(Window(0, ids, ids))  # the divergence counts every token, so every token is a label
+        # the divergence counts every token, so every token is a label
+        windows.append(Window(0, ids, ids))
     return InMemoryDataset(windows, [example.location for example in examples])
 
 

@@ -1,4 +1,6 @@
-"""Losses and gradients of a step, and evaluation during training: the same for one learner and for many at once."""
+"""Losses and gradients of a step, and evaluation during training: the same for one learner and for
+many at once.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,10 +28,12 @@ if TYPE_CHECKING:  # what few runs need
 
 @dataclass
 class Learner:
-    """What trains one row of the optimizer's weights, and how far it is. A run has one, a sweep one per adapter.
+    """What trains one row of the optimizer's weights, and how far it is. A run has one, a sweep one
+    per adapter.
 
-    `name`: the subfolder of its log in the run folder; empty for the only one. `stopped`: the steps it has taken when
-    it was stopped before the last, by early stopping or because it `diverged`; None while it runs.
+    `name`: the subfolder of its log in the run folder; empty for the only one. `stopped`: the steps
+    it has taken when it was stopped before the last, by early stopping or because it `diverged`;
+    None while it runs.
     """
 
     settings: Training
@@ -41,7 +45,8 @@ class Learner:
     stopped: int | None = None
     diverged: bool = False
     message: str = ""  # why it was stopped, until the user has been told
-    answers: "Sequence[Sample]" = ()  # to held-out examples after the last step, if it was evaluated
+    # to held-out examples after the last step, if it was evaluated
+    answers: "Sequence[Sample]" = ()
 
     def stop(self, step: int, message: str, diverged: bool = False) -> None:
         self.stopped, self.message, self.diverged = step, message, diverged
@@ -55,8 +60,8 @@ class Learner:
 class StepBatch:
     """A batch with learner 0's sequences first, then learner 1's, …
 
-    `labels`: learner → number of its labels. `input_tokens`: that of each learner, 0 included. `units`: what its loss
-    is the mean of, such as pairs of answers; if empty, labels.
+    `labels`: learner → number of its labels. `input_tokens`: that of each learner, 0 included.
+    `units`: what its loss is the mean of, such as pairs of answers; if empty, labels.
     """
 
     batch: Batch
@@ -90,7 +95,9 @@ class LossPath(Protocol):
     @property
     def supports_packing(self) -> bool: ...
     def batches(self, orders: Mapping[int, Batches], number: int) -> Iterable[StepBatch]:
-        """The batches of step `number`, for this rank; `orders`: learner → its batches of the same windows."""
+        """The batches of step `number`, for this rank; `orders`: learner → its batches of the same
+        windows.
+        """
 
     def base(self) -> AbstractContextManager[None]:
         """The model may be tried inside this context, on input of no learner."""
@@ -99,7 +106,9 @@ class LossPath(Protocol):
         """Losses of the batch, and their backward pass, must be computed inside this context."""
 
     def losses(self, batch: StepBatch) -> Tensor:
-        """(L,): the mean cross-entropy of each learner in `batch.labels`, in nats per token; () of a single one."""
+        """(L,): the mean cross-entropy of each learner in `batch.labels`, in nats per token; () of
+        a single one.
+        """
 
     def divergences(self, batch: StepBatch, retain: "RetentionLoss") -> Tensor:
         """The same of the mean KL(base‖model)."""
@@ -109,7 +118,9 @@ class LossPath(Protocol):
 
 
 class OneLearner:
-    """The path of a model that has one learner. It costs nothing beside the model's own forward and backward."""
+    """The path of a model that has one learner. It costs nothing beside the model's own forward and
+    backward.
+    """
 
     rewards = False
 
@@ -122,7 +133,10 @@ class OneLearner:
 
     def batches(self, orders: Mapping[int, Batches], number: int) -> Iterator[StepBatch]:
         (order,) = orders.values()
-        return (StepBatch(batch, {0: batch.tokens}) for batch in to_model_device(self._model, order[number]))
+        return (
+            StepBatch(batch, {0: batch.tokens})
+            for batch in to_model_device(self._model, order[number])
+        )
 
     def base(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -143,9 +157,11 @@ class OneLearner:
 def loss_of(model: CausalLM, batch: Batch, chunk: int | None = None) -> Tensor:
     """Mean cross-entropy over the labels, in nats per token.
 
-    Logits are computed only for tokens with a label, `chunk` of them at a time (None: as many as suit the device).
+    Logits are computed only for tokens with a label, `chunk` of them at a time (None: as many as
+    suit the device).
     """
-    rows = model.labelled_states(batch.ids, batch.positions, batch.segments, batch.label_index)  # (N, D)
+    # (N, D)
+    rows = model.labelled_states(batch.ids, batch.positions, batch.segments, batch.label_index)
     return mean_cross_entropy(model, rows, batch.labels, chunk)
 
 
@@ -158,7 +174,9 @@ def to_model_device(model: CausalLM, batches: Iterable[Batch]) -> Iterator[Batch
 
 @dataclass(frozen=True)
 class Gradient:
-    """Losses in nats per token, the gradient norm and the number of labels. The gradient itself is in the optimizer."""
+    """Losses in nats per token, the gradient norm and the number of labels. The gradient itself is
+    in the optimizer.
+    """
 
     loss: float
     norm: float
@@ -171,21 +189,33 @@ class Gradient:
 
 
 def gradients(
-    path: LossPath, learners: Sequence[Learner], live: Sequence[int], optimizer: FlatOptimizer, number: int
+    path: LossPath,
+    learners: Sequence[Learner],
+    live: Sequence[int],
+    optimizer: FlatOptimizer,
+    number: int,
 ) -> dict[int, Gradient]:
-    """Backward through step `number` of the learners `live`; their gradients are then collected in the optimizer.
+    """Backward through step `number` of the learners `live`; their gradients are then collected in
+    the optimizer.
 
-    In a distributed run a rank reads its own batches, and the result is over all ranks. After an fp16 overflow the step
-    is repeated at half the loss scale, so that no data is skipped.
+    In a distributed run a rank reads its own batches, and the result is over all ranks. After an
+    fp16 overflow the step is repeated at half the loss scale, so that no data is skipped.
     """
     while True:
         result = _accumulate(path, learners, live, optimizer, number)
-        if all(math.isfinite(gradient.norm) for gradient in result.values()) or not optimizer.skip():
+        if (
+            all(math.isfinite(gradient.norm) for gradient in result.values())
+            or not optimizer.skip()
+        ):
             return result
 
 
 def _accumulate(
-    path: LossPath, learners: Sequence[Learner], live: Sequence[int], optimizer: FlatOptimizer, number: int
+    path: LossPath,
+    learners: Sequence[Learner],
+    live: Sequence[int],
+    optimizer: FlatOptimizer,
+    number: int,
 ) -> dict[int, Gradient]:
     orders = {n: learners[n].batches for n in live}
     noises = {n: noise for n in live if (noise := learners[n].noise) is not None}
@@ -193,21 +223,33 @@ def _accumulate(
     losses, labels = _backward(path, orders, number, path.losses, ones, optimizer.scale, noises)
     retains = {n: retain for n in live if (retain := learners[n].retain) is not None}
     kept, divergences = dict[int, Batches](), list[BatchLosses]()
-    if retains:  # a second backward, which adds to the same gradients: neither needs the other's activations
-        kept, weights = {n: r.batches for n, r in retains.items()}, {n: r.weight for n, r in retains.items()}
+    # a second backward, which adds to the same gradients: neither needs the other's activations
+    if retains:
+        kept, weights = (
+            {n: r.batches for n, r in retains.items()},
+            {n: r.weight for n, r in retains.items()},
+        )
         first = next(iter(retains.values()))  # they differ only in weight and order
         divergences, _ = _backward(
-            path, kept, number, lambda batch: path.divergences(batch, first), weights, optimizer.scale
+            path,
+            kept,
+            number,
+            lambda batch: path.divergences(batch, first),
+            weights,
+            optimizer.scale,
         )
 
     def means(numbers: Sequence[float]) -> tuple[dict[int, float], dict[int, float]]:
         read = iter(numbers)
         parts = [*_means(orders, losses, read).values(), *_means(kept, divergences, read).values()]
         sums = all_reduce_numbers(*parts)
-        return dict(zip(orders, sums, strict=False)), dict(zip(kept, sums[len(orders) :], strict=True))
+        return dict(zip(orders, sums, strict=False)), dict(
+            zip(kept, sums[len(orders) :], strict=True)
+        )
 
     queued = [each.values for each in (*losses, *divergences)]
-    # Nothing was read so far: on an accelerator all of the step is queued, and the host is free until it is computed.
+    # Nothing was read so far: on an accelerator all of the step is queued, and the host is free
+    # until it is computed.
     if is_distributed():
         # before the gradient is reduced: these go over gloo, which raises at once if a rank is gone
         of_losses, of_divergences = means(read_numbers(queued))
@@ -218,18 +260,27 @@ def _accumulate(
             for order in (*orders.values(), *kept.values()):
                 order.read_ahead()
         numbers = read_numbers([*queued, collected])
-        (of_losses, of_divergences), norms = means(numbers[: -len(collected)]), numbers[-len(collected) :]
-    return {n: Gradient(of_losses[n], norms[n], int(labels[n]), of_divergences.get(n)) for n in live}
+        (of_losses, of_divergences), norms = (
+            means(numbers[: -len(collected)]),
+            numbers[-len(collected) :],
+        )
+    return {
+        n: Gradient(of_losses[n], norms[n], int(labels[n]), of_divergences.get(n)) for n in live
+    }
 
 
 class BatchLosses(NamedTuple):
-    """The losses of a batch, of each of its `learners`: each times its share of the step's labels."""
+    """The losses of a batch, of each of its `learners`: each times its share of the step's
+    labels.
+    """
 
     learners: Sequence[int]
     values: Tensor
 
 
-def _means(orders: Mapping[int, Batches], parts: Sequence[BatchLosses], read: Iterator[float]) -> dict[int, float]:
+def _means(
+    orders: Mapping[int, Batches], parts: Sequence[BatchLosses], read: Iterator[float]
+) -> dict[int, float]:
     """Learner → mean loss over this rank's share of the step; `read` are the numbers in `parts`."""
     means = dict.fromkeys(orders, 0.0)
     for part in parts:
@@ -247,10 +298,11 @@ def _backward(
     scale: float,
     noises: Mapping[int, "LearnerNoise"] | None = None,
 ) -> tuple[list[BatchLosses], dict[int, float]]:
-    """Backward through each learner's mean loss over its labels of the step, times its weight and the loss scale.
+    """Backward through each learner's mean loss over its labels of the step, times its weight and
+    the loss scale.
 
-    Every label has the same weight, whatever its batch. `noises` are in force meanwhile. Returns the losses of this
-    rank's batches, and the numbers of labels on all ranks.
+    Every label has the same weight, whatever its batch. `noises` are in force meanwhile. Returns
+    the losses of this rank's batches, and the numbers of labels on all ranks.
     """
     batches = list(path.batches(orders, number))
 
@@ -259,14 +311,19 @@ def _backward(
         return dict(zip(orders, all_reduce_numbers(*counts), strict=True))
 
     totals = on_all_ranks(lambda batch: batch.weights)
-    labels = on_all_ranks(lambda batch: batch.labels) if any(batch.units for batch in batches) else totals
+    labels = (
+        on_all_ranks(lambda batch: batch.labels)
+        if any(batch.units for batch in batches)
+        else totals
+    )
     parts = list[BatchLosses]()
     for n, noise in (noises or {}).items():
         noise.begin(orders[n].first + number)
     for batch in batches:
         with path.route(batch), _during(batch, noises) if noises else nullcontext():
-            # gradient accumulation: a batch's mean times its share of the step's labels, so that the parts add up to
-            # the mean over all of them; the gradients of batches and ranks are then sums
+            # gradient accumulation: a batch's mean times its share of the step's labels, so that
+            # the parts add up to the mean over all of them; the gradients of batches and ranks are
+            # then sums
             shares = [weight / totals[n] for n, weight in batch.weights.items()]
             losses = _times(losses_of(batch), shares)  # (L,), logged without the weight of its term
             total = _times(losses, [weights[n] for n in batch.labels])
@@ -287,7 +344,9 @@ def _during(batch: StepBatch, noises: Mapping[int, "LearnerNoise"]) -> Iterator[
 
 
 def _times(values: Tensor, factors: Sequence[float]) -> Tensor:
-    """Each value times its factor. Equal factors are the usual case, and need no tensor of their own."""
+    """Each value times its factor. Equal factors are the usual case, and need no tensor of their
+    own.
+    """
     if len(set(factors)) > 1:
         return values * to_device(torch.tensor(factors, dtype=values.dtype), values.device)
     return values if factors[0] == 1 else values * factors[0]
@@ -298,7 +357,8 @@ def mean_losses(
     path: LossPath, batches: Batches, live: Sequence[int], losses_of: Callable[[StepBatch], Tensor]
 ) -> dict[int, float]:
     """Learner → the mean of `losses_of` over all batches, in nats per token."""
-    weights, queued = list[tuple[int, int]](), list[Tensor]()  # of each loss the learner and how much it counts
+    # of each loss the learner and how much it counts
+    weights, queued = list[tuple[int, int]](), list[Tensor]()
     for number in range(len(batches)):
         for batch in path.batches(dict.fromkeys(live, batches), number):
             with path.route(batch):
@@ -309,27 +369,43 @@ def mean_losses(
         sums[n] += loss * count  # an idle batch counts 0
         counts[n] += count
     reduced = all_reduce_numbers(*sums.values(), *counts.values())
-    return {n: total / count for n, total, count in zip(live, reduced, reduced[len(live) :], strict=False)}
+    return {
+        n: total / count
+        for n, total, count in zip(live, reduced, reduced[len(live) :], strict=False)
+    }
 
 
 NO_BETTER = "no longer improves"
 
 
 class Evaluation:
-    """Evaluates every `every` steps and after the last. With `patience` above 0, training returns the best weights.
+    """Evaluates every `every` steps and after the last. With `patience` above 0, training returns
+    the best weights.
 
-    The best are those of the lowest loss; where answers are given, those of the most answers as expected, and among
-    these of the lowest loss.
+    The best are those of the lowest loss; where answers are given, those of the most answers as
+    expected, and among these of the lowest loss.
 
-    `rungs`: step → how many learners train on after it, those with the lowest losses; it is evaluated there too.
-    Its state is part of the checkpoint, so that a resumed run stops at the same step as an uninterrupted one.
+    `rungs`: step → how many learners train on after it, those with the lowest losses; it is
+    evaluated there too. Its state is part of the checkpoint, so that a resumed run stops at the
+    same step as an uninterrupted one.
     """
 
     def __init__(
-        self, batches: Batches, every: int, patience: int, learners: int = 1, rungs: Mapping[int, int] | None = None
+        self,
+        batches: Batches,
+        every: int,
+        patience: int,
+        learners: int = 1,
+        rungs: Mapping[int, int] | None = None,
     ) -> None:
-        self._batches, self._every, self._patience, self._rungs = batches, every, patience, rungs or {}
-        self._left = torch.zeros(learners, dtype=torch.int64)  # of one that is out: how many trained on at its rung
+        self._batches, self._every, self._patience, self._rungs = (
+            batches,
+            every,
+            patience,
+            rungs or {},
+        )
+        # of one that is out: how many trained on at its rung
+        self._left = torch.zeros(learners, dtype=torch.int64)
         self._best = [(math.inf, math.inf)] * learners  # share of wrong answers, loss
         self._waited = torch.zeros(learners, dtype=torch.int64)  # evaluations since the best one
         self._weights: Tensor | None = None  # (N, P)
@@ -345,9 +421,11 @@ class Evaluation:
         step: int,
         answers: Mapping[int, float] | None = None,
     ) -> dict[int, float]:
-        """Learner → evaluation loss in nats per token; remembers the weights of those that are the best so far.
+        """Learner → evaluation loss in nats per token; remembers the weights of those that are the
+        best so far.
 
-        `answers`: learner → its share of answers as expected, where the best weights are chosen by it.
+        `answers`: learner → its share of answers as expected, where the best weights are chosen by
+        it.
         """
         means = mean_losses(path, self._batches, live, path.losses)
         for n, mean in means.items():
@@ -357,7 +435,9 @@ class Evaluation:
                 continue
             self._best[n], self._waited[n] = found, 0
             if self._patience:
-                self._weights = optimizer.weights.clone() if self._weights is None else self._weights
+                self._weights = (
+                    optimizer.weights.clone() if self._weights is None else self._weights
+                )
                 self._weights[n] = optimizer.weights[n]
         if left := self._rungs.get(step):
             for n in sorted(means, key=lambda n: (math.isnan(means[n]), means[n]))[left:]:

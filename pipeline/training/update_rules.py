@@ -1,8 +1,8 @@
 """How an optimizer changes flat weights: AdamW with moments in fp32 or in one byte each, and SGD.
 
-Adam calls torch's fused kernel directly: constructing torch.optim.Adam imports torch's compiler, which takes 1.4
-seconds, longer than a short run trains; the functional form sorts tensors by device for 25 µs before it calls the
-kernel, which takes 8 µs on a small model's.
+Adam calls torch's fused kernel directly: constructing torch.optim.Adam imports torch's compiler,
+which takes 1.4 seconds, longer than a short run trains; the functional form sorts tensors by device
+for 25 µs before it calls the kernel, which takes 8 µs on a small model's.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,9 @@ State = dict[str, Tensor]
 
 
 class Span(NamedTuple):
-    """Neighbouring weights of one learner, with their learning rate (None: no update) and weight decay."""
+    """Neighbouring weights of one learner, with their learning rate (None: no update) and weight
+    decay.
+    """
 
     start: int
     stop: int
@@ -26,7 +28,9 @@ class Span(NamedTuple):
 
 
 class UpdateRule(Protocol):
-    """One step on flattened weights (P,), in place. Its state is named tensors, all that a checkpoint needs of it."""
+    """One step on flattened weights (P,), in place. Its state is named tensors, all that a
+    checkpoint needs of it.
+    """
 
     @property
     def names(self) -> Sequence[str]:
@@ -37,37 +41,56 @@ class UpdateRule(Protocol):
         """What it keeps beside the state, once that exists."""
 
     def zeros(self, weights: Tensor, sizes: Sequence[int]) -> State:
-        """The state before the first step. `sizes`: of the spans, which are the same in every step."""
+        """The state before the first step. `sizes`: of the spans, which are the same in every
+        step.
+        """
 
-    def update(self, weights: Tensor, gradient: Tensor, state: State, spans: Sequence[Span]) -> None:
+    def update(
+        self, weights: Tensor, gradient: Tensor, state: State, spans: Sequence[Span]
+    ) -> None:
         """Update `weights` and `state` from the gradient, which may be overwritten."""
 
 
 class AdamW:
-    """Adam (Kingma & Ba 2015) with decoupled weight decay (Loshchilov & Hutter 2019), both moments in fp32."""
+    """Adam (Kingma & Ba 2015) with decoupled weight decay (Loshchilov & Hutter 2019), both moments
+    in fp32.
+    """
 
     names = ("step", "exp_avg", "exp_avg_sq")
     tables: Sequence[Tensor] = ()
 
     def zeros(self, weights: Tensor, sizes: Sequence[int]) -> State:  # noqa: ARG002
         zeros = torch.zeros_like(weights)
-        return dict(zip(self.names, (torch.zeros((), device=weights.device), zeros, zeros.clone()), strict=True))
+        return dict(
+            zip(
+                self.names,
+                (torch.zeros((), device=weights.device), zeros, zeros.clone()),
+                strict=True,
+            )
+        )
 
     @torch.no_grad()
-    def update(self, weights: Tensor, gradient: Tensor, state: State, spans: Sequence[Span]) -> None:
-        tensors = [tensor.view(-1) for tensor in (weights, gradient, state["exp_avg"], state["exp_avg_sq"])]
+    def update(
+        self, weights: Tensor, gradient: Tensor, state: State, spans: Sequence[Span]
+    ) -> None:
+        tensors = [
+            tensor.view(-1) for tensor in (weights, gradient, state["exp_avg"], state["exp_avg_sq"])
+        ]
         state["step"] += 1
         for start, stop, rate, decay in _joined(spans):
             whole = start == 0 and stop == weights.numel()
-            _fused_adam(tensors if whole else [t[start:stop] for t in tensors], state["step"], rate, decay)
+            _fused_adam(
+                tensors if whole else [t[start:stop] for t in tensors], state["step"], rate, decay
+            )
 
 
 class AdamW8bit:
-    """AdamW whose moments take a byte each (Dettmers et al. 2022): a code, times the largest of a block of 256.
+    """AdamW whose moments take a byte each (Dettmers et al. 2022): a code, times the largest of a
+    block of 256.
 
-    The moments of STATE_CHUNK weights at a time are decoded to fp32, updated by the same kernel, and encoded again.
-    With `paged` they stay in the memory of the host; on a CPU that is where they are anyway. A block is 256 neighbours
-    of a learner's row, whatever their parameters are.
+    The moments of STATE_CHUNK weights at a time are decoded to fp32, updated by the same kernel,
+    and encoded again. With `paged` they stay in the memory of the host; on a CPU that is where they
+    are anyway. A block is 256 neighbours of a learner's row, whatever their parameters are.
     """
 
     names = ("step", "exp_avg", "exp_avg_max", "exp_avg_sq", "exp_avg_sq_max")
@@ -82,36 +105,56 @@ class AdamW8bit:
 
     def zeros(self, weights: Tensor, sizes: Sequence[int]) -> State:
         blocks, device = sum(-(-size // STATE_BLOCK) for size in sizes), weights.device
-        pinned = self._paged and device.type == "cuda"  # copies to and from pinned memory take half the time
+        # copies to and from pinned memory take half the time
+        pinned = self._paged and device.type == "cuda"
         place = torch.device("cpu") if self._paged else device
         state = {"step": torch.zeros((), device=device)}
         for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = torch.zeros(blocks, STATE_BLOCK, dtype=torch.uint8, device=place, pin_memory=pinned)
+            state[name] = torch.zeros(
+                blocks, STATE_BLOCK, dtype=torch.uint8, device=place, pin_memory=pinned
+            )
             state[f"{name}_max"] = torch.zeros(blocks, device=place, pin_memory=pinned)
         self._codes = DynamicCode(True, device), DynamicCode(False, device)
         return state
 
     @torch.no_grad()
-    def update(self, weights: Tensor, gradient: Tensor, state: State, spans: Sequence[Span]) -> None:
+    def update(
+        self, weights: Tensor, gradient: Tensor, state: State, spans: Sequence[Span]
+    ) -> None:
         weights, gradient, first = weights.view(-1), gradient.view(-1), 0
         state["step"] += 1
         for start, stop, rate, decay in spans:
-            last = first - (start - stop) // STATE_BLOCK  # of the span's blocks, the last of which may be shorter
+            # of the span's blocks, the last of which may be shorter
+            last = first - (start - stop) // STATE_BLOCK
             if rate is not None:
                 for block in range(first, last, STATE_CHUNK // STATE_BLOCK):
                     blocks = slice(block, min(block + STATE_CHUNK // STATE_BLOCK, last))
-                    begin, end = (min(start + (n - first) * STATE_BLOCK, stop) for n in (blocks.start, blocks.stop))
-                    self._update_chunk(weights[begin:end], gradient[begin:end], state, blocks, rate, decay)
+                    begin, end = (
+                        min(start + (n - first) * STATE_BLOCK, stop)
+                        for n in (blocks.start, blocks.stop)
+                    )
+                    self._update_chunk(
+                        weights[begin:end], gradient[begin:end], state, blocks, rate, decay
+                    )
             first = last
 
     def _update_chunk(
-        self, weights: Tensor, gradient: Tensor, state: State, blocks: slice, rate: float, decay: float
+        self,
+        weights: Tensor,
+        gradient: Tensor,
+        state: State,
+        blocks: slice,
+        rate: float,
+        decay: float,
     ) -> None:
         moments = []
         for code, name in zip(self._codes, ("exp_avg", "exp_avg_sq"), strict=True):
             stored = [state[key][blocks] for key in (name, f"{name}_max")]
-            moments.append(code.decode(*(tensor.to(weights.device, non_blocking=True) for tensor in stored)))
-        flat = [moment.view(-1)[: len(weights)] for moment in moments]  # the last block may be longer than its weights
+            moments.append(
+                code.decode(*(tensor.to(weights.device, non_blocking=True) for tensor in stored))
+            )
+        # the last block may be longer than its weights
+        flat = [moment.view(-1)[: len(weights)] for moment in moments]
         _fused_adam([weights, gradient, *flat], state["step"], rate, decay)
         for code, name, moment in zip(self._codes, ("exp_avg", "exp_avg_sq"), moments, strict=True):
             for key, new in zip((name, f"{name}_max"), code.encode(moment), strict=True):
@@ -128,7 +171,9 @@ class SGD:
         return {"step": torch.zeros((), device=weights.device)}
 
     @torch.no_grad()
-    def update(self, weights: Tensor, gradient: Tensor, state: State, spans: Sequence[Span]) -> None:
+    def update(
+        self, weights: Tensor, gradient: Tensor, state: State, spans: Sequence[Span]
+    ) -> None:
         weights, gradient = weights.view(-1), gradient.view(-1)
         for start, stop, rate, decay in _joined(spans):
             if decay:
@@ -145,7 +190,9 @@ def rule_of(name: str) -> UpdateRule:
 
 
 def _joined(spans: Sequence[Span]) -> Iterator[tuple[int, int, float, float]]:
-    """The spans that are updated. Neighbours alike are one: a call costs more than a small adapter's arithmetic."""
+    """The spans that are updated. Neighbours alike are one: a call costs more than a small
+    adapter's arithmetic.
+    """
     joined: list[tuple[int, int, float, float]] = []
     for start, stop, rate, decay in spans:
         if rate is None:
@@ -157,18 +204,27 @@ def _joined(spans: Sequence[Span]) -> Iterator[tuple[int, int, float, float]]:
 
 
 def _fused_adam(tensors: Sequence[Tensor], step: Tensor, rate: float, decay: float) -> None:
-    """torch's kernel on weights, gradient, mean and mean square, in the step with number `step`, from 1."""
+    """torch's kernel on weights, gradient, mean and mean square, in the step with number `step`,
+    from 1.
+    """
     weights, gradient, mean, square = ([tensor] for tensor in tensors)
     kernel = torch._fused_adamw_ if decay > 0 else torch._fused_adam_
-    options: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "amsgrad": False, "maximize": False}
+    options: dict[str, Any] = {
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "amsgrad": False,
+        "maximize": False,
+    }
     kernel(weights, gradient, mean, square, [], [step], lr=rate, weight_decay=decay, **options)
 
 
 class DynamicCode:
-    """256 values in [-1, 1], or in [0, 1] if not `signed`; a number is encoded as the nearest of them.
+    """256 values in [-1, 1], or in [0, 1] if not `signed`; a number is encoded as the nearest of
+    them.
 
-    Dynamic tree quantization (Dettmers 2016): 0, 1, and in each of seven decades down to 1e-6 the middles of equal
-    intervals, twice as many as in the decade below.
+    Dynamic tree quantization (Dettmers 2016): 0, 1, and in each of seven decades down to 1e-6 the
+    middles of equal intervals, twice as many as in the decade below.
     """
 
     def __init__(self, signed: bool, device: torch.device) -> None:
@@ -178,14 +234,20 @@ class DynamicCode:
             middles = (bounds[:-1] + bounds[1:]) / 2 * 10.0 ** (decade - 6)
             values += [middles, -middles] if signed else [middles]
         code = torch.cat(values).sort().values
-        edges = torch.cat(((code[:-1] + code[1:]) / 2, torch.tensor([torch.inf])))  # above each value
+        # above each value
+        edges = torch.cat(((code[:-1] + code[1:]) / 2, torch.tensor([torch.inf])))
         if not signed:
-            # only 0 itself is 0: under a mean that is not 0, a mean square rounded down to 0 would divide it by eps
+            # only 0 itself is 0: under a mean that is not 0, a mean square rounded down to 0 would
+            # divide it by eps
             edges[0] = 0
-        # A search among 255 edges would take ten times as long as all else. The first 16 bits of a number, as an index,
-        # leave two neighbours at most: intervals are wider than the numbers that begin with the same bits.
+        # A search among 255 edges would take ten times as long as all else. The first 16 bits of a
+        # number, as an index, leave two neighbours at most: intervals are wider than the numbers
+        # that begin with the same bits.
         bits = torch.arange(-(2**15), 2**15, dtype=torch.int32) * 2**16
-        ends = (torch.bucketize(end.view(torch.float32).nan_to_num(), edges) for end in (bits, bits + (2**16 - 1)))
+        ends = (
+            torch.bucketize(end.view(torch.float32).nan_to_num(), edges)
+            for end in (bits, bits + (2**16 - 1))
+        )
         self._code, self._edges = code.to(device), edges.to(device)
         self._lower = torch.minimum(*ends).to(device, torch.uint8)
 
@@ -194,11 +256,19 @@ class DynamicCode:
         return [self._code, self._edges, self._lower]
 
     def decode(self, codes: Tensor, largest: Tensor) -> Tensor:
-        """fp32 values (blocks, 256) of codes of this shape, times each block's `largest` (blocks,)."""
-        return self._code.index_select(0, codes.view(-1).int()).view(codes.shape).mul_(largest[:, None])
+        """fp32 values (blocks, 256) of codes of this shape, times each block's `largest`
+        (blocks,).
+        """
+        return (
+            self._code.index_select(0, codes.view(-1).int())
+            .view(codes.shape)
+            .mul_(largest[:, None])
+        )
 
     def encode(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes (int32) of values (blocks, 256), which are overwritten, and each block's largest absolute value."""
+        """Codes (int32) of values (blocks, 256), which are overwritten, and each block's largest
+        absolute value.
+        """
         largest = values.abs().amax(1)
         values.div_(torch.where(largest > 0, largest, 1)[:, None])
         index = (values.view(torch.int32) >> 16).add_(2**15).view(-1)

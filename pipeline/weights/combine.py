@@ -1,5 +1,6 @@
-"""Adapters as one low-rank update per module, the form that servers accept, and their combination into one adapter:
-linear, cat, svd, TIES (Yadav et al. 2023), DARE (Yu et al. 2024), KnOTS (Stoica et al. 2025)."""
+"""Adapters as one low-rank update per module, the form that servers accept, and their combination
+into one adapter: linear, cat, svd, TIES (Yadav et al. 2023), DARE (Yu et al. 2024), KnOTS (Stoica
+et al. 2025)."""
 
 import math
 import re
@@ -40,7 +41,9 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class CombineOptions:
-    """`rank`: of the result of svd, ties and dare; `density`: the share of values that ties and dare keep."""
+    """`rank`: of the result of svd, ties and dare; `density`: the share of values that ties and
+    dare keep.
+    """
 
     method: Method = "cat"
     rank: int = 8
@@ -49,19 +52,27 @@ class CombineOptions:
 
 
 class Combined(NamedTuple):
-    """The updates by module, and ‖result − exact sum‖ / ‖exact sum‖ over all modules (Frobenius norms)."""
+    """The updates by module, and ‖result − exact sum‖ / ‖exact sum‖ over all modules (Frobenius
+    norms).
+    """
 
     updates: Mapping[str, LowRank]
     error: float
 
 
-def combine(adapters: Sequence[Mapping[str, LowRank]], weights: Sequence[float], options: CombineOptions) -> Combined:
-    """Σ wᵢ·sᵢ·BᵢAᵢ of each module, by the method of `options`. Raises UserError if the adapters do not suit it."""
+def combine(
+    adapters: Sequence[Mapping[str, LowRank]], weights: Sequence[float], options: CombineOptions
+) -> Combined:
+    """Σ wᵢ·sᵢ·BᵢAᵢ of each module, by the method of `options`. Raises UserError if the adapters do
+    not suit it.
+    """
     torch.manual_seed(options.seed)  # DARE drops values at random
     updates, error, norm = {}, 0.0, 0.0
     for name in dict.fromkeys(name for adapter in adapters for name in adapter):
         parts = [
-            Part(adapter[name], weight) for adapter, weight in zip(adapters, weights, strict=True) if name in adapter
+            Part(adapter[name], weight)
+            for adapter, weight in zip(adapters, weights, strict=True)
+            if name in adapter
         ]
         exact = concatenate(parts)
         updates[name] = _METHODS[options.method](parts, options, name)
@@ -73,66 +84,94 @@ def combine(adapters: Sequence[Mapping[str, LowRank]], weights: Sequence[float],
 def concatenate(parts: Sequence[Part]) -> LowRank:
     """The exact sum, of rank ΣR."""
     a = torch.cat([update.a.float() for update, _ in parts])  # (ΣR, I)
-    b = torch.cat([weight * update.scale * update.b.float() for update, weight in parts], dim=1)  # (O, ΣR)
+    # (O, ΣR)
+    b = torch.cat([weight * update.scale * update.b.float() for update, weight in parts], dim=1)
     return LowRank(a, b, 1.0, parts[0].update.embedding)
 
 
 def _linear(parts: Sequence[Part], _options: CombineOptions, name: str) -> LowRank:
-    """PEFT's linear: sums the As and the Bs separately, which adds cross terms. Exact only for a single adapter."""
+    """PEFT's linear: sums the As and the Bs separately, which adds cross terms. Exact only for a
+    single adapter.
+    """
     ranks = {update.rank for update, _ in parts}
     if len(ranks) > 1:
         raise UserError(
-            f"linear needs adapters of equal rank, got {sorted(ranks)} for {name}. Use --method cat or svd."
+            f"linear needs adapters of equal rank, got {sorted(ranks)} for {name}. Use --method "
+            "cat or svd."
         )
     shares = [(update, weight * update.scale) for update, weight in parts]
     a = sum(
-        (math.copysign(math.sqrt(abs(share)), share) * update.a.float() for update, share in shares),
+        (
+            math.copysign(math.sqrt(abs(share)), share) * update.a.float()
+            for update, share in shares
+        ),
         start=torch.zeros(()),
     )
-    b = sum((math.sqrt(abs(share)) * update.b.float() for update, share in shares), start=torch.zeros(()))
+    b = sum(
+        (math.sqrt(abs(share)) * update.b.float() for update, share in shares),
+        start=torch.zeros(()),
+    )
     return LowRank(a, b, 1.0, parts[0].update.embedding)
 
 
 def _truncate(parts: Sequence[Part], options: CombineOptions, _name: str) -> LowRank:
-    """The best approximation of rank `options.rank` (Eckart and Young 1936), computed from the factors only."""
+    """The best approximation of rank `options.rank` (Eckart and Young 1936), computed from the
+    factors only.
+    """
     exact = concatenate(parts)
     return truncated(*svd(exact), options.rank, exact.embedding)
 
 
 def _dense(
-    merge: Callable[[Tensor, Tensor, float], Tensor], parts: Sequence[Part], options: CombineOptions, _name: str
+    merge: Callable[[Tensor, Tensor, float], Tensor],
+    parts: Sequence[Part],
+    options: CombineOptions,
+    _name: str,
 ) -> LowRank:
-    """Methods that need the dense update of each adapter; the result is truncated to `options.rank` by SVD."""
+    """Methods that need the dense update of each adapter; the result is truncated to `options.rank`
+    by SVD.
+    """
     deltas = torch.stack([update.delta() for update, _ in parts])  # (adapters, O, I)
     weights = torch.tensor([weight for _, weight in parts]).view(-1, 1, 1)
-    merged = merge(deltas, weights, options.density)  # on the CPU: DARE's seed means the same on every device
+    # on the CPU: DARE's seed means the same on every device
+    merged = merge(deltas, weights, options.density)
     found = torch.linalg.svd(merged.to(device_for_matrix(merged.numel())), full_matrices=False)
     left, values, right = (part.cpu() for part in found)
     return truncated(left, values, right, options.rank, parts[0].update.embedding)
 
 
 def _knots(parts: Sequence[Part], options: CombineOptions, _name: str) -> LowRank:
-    """TIES in a basis that the adapters share: U of [ΔW₁ … ΔWₙ] = UΣ[V₁ … Vₙ]ᵀ (O, nI); of rank ΣR, not truncated.
+    """TIES in a basis that the adapters share: U of [ΔW₁ … ΔWₙ] = UΣ[V₁ … Vₙ]ᵀ (O, nI); of rank ΣR,
+    not truncated.
 
-    Merged are ΣVᵢᵀ = UᵀΔWᵢ, as in the authors' code. With the QR decomposition [s₁B₁ … sₙBₙ] = Q[S₁ … Sₙ], U is Q
-    times the left singular vectors of [S₁A₁ … SₙAₙ], and with AᵢᵀT = PᵢTᵢ of the small [S₁T₁ᵀ … SₙTₙᵀ].
+    Merged are ΣVᵢᵀ = UᵀΔWᵢ, as in the authors' code. With the QR decomposition [s₁B₁ … sₙBₙ] = Q[S₁
+    … Sₙ], U is Q times the left singular vectors of [S₁A₁ … SₙAₙ], and with AᵢᵀT = PᵢTᵢ of the
+    small [S₁T₁ᵀ … SₙTₙᵀ].
     """
     scaled = torch.cat([update.scale * update.b.double() for update, _ in parts], dim=1)  # (O, ΣR)
     q, s = torch.linalg.qr(scaled)
     shares = s.split([update.rank for update, _ in parts], dim=1)  # (min(O, ΣR), Rᵢ) each
     inputs = [update.a.double() for update, _ in parts]
-    small = torch.cat([share @ torch.linalg.qr(a.T).R.T for share, a in zip(shares, inputs, strict=True)], dim=1)
+    small = torch.cat(
+        [share @ torch.linalg.qr(a.T).R.T for share, a in zip(shares, inputs, strict=True)], dim=1
+    )
     left = torch.linalg.svd(small, full_matrices=False).U  # (min(O, ΣR), k)
-    aligned = torch.stack([left.T @ share @ a for share, a in zip(shares, inputs, strict=True)])  # (adapters, k, I)
-    aligned[aligned.abs() < 1e-12 * aligned.abs().max()] = 0  # rounding leaves a zero slightly off, and it would vote
+    # (adapters, k, I)
+    aligned = torch.stack([left.T @ share @ a for share, a in zip(shares, inputs, strict=True)])
+    # rounding leaves a zero slightly off, and it would vote
+    aligned[aligned.abs() < 1e-12 * aligned.abs().max()] = 0
     weights = torch.tensor([weight for _, weight in parts]).view(-1, 1, 1)
     merged = _ties(aligned, weights, options.density)
     return LowRank(merged.float(), (q @ left).float(), 1.0, parts[0].update.embedding)
 
 
 def _ties(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
-    """Keep each adapter's largest values, elect a sign per entry, and average the values that have it."""
-    return _average_elected_sign(torch.stack([_keep_largest(delta, density) for delta in deltas]), weights)
+    """Keep each adapter's largest values, elect a sign per entry, and average the values that have
+    it.
+    """
+    return _average_elected_sign(
+        torch.stack([_keep_largest(delta, density) for delta in deltas]), weights
+    )
 
 
 def _dare(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
@@ -146,7 +185,12 @@ def _dare_ties(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
 
 def _keep_largest(delta: Tensor, density: float) -> Tensor:
     indices = delta.abs().flatten().topk(int(density * delta.numel())).indices
-    return torch.zeros_like(delta).flatten().index_copy(0, indices, delta.flatten()[indices]).view_as(delta)
+    return (
+        torch.zeros_like(delta)
+        .flatten()
+        .index_copy(0, indices, delta.flatten()[indices])
+        .view_as(delta)
+    )
 
 
 def _drop_and_rescale(deltas: Tensor, density: float) -> Tensor:
@@ -155,7 +199,8 @@ def _drop_and_rescale(deltas: Tensor, density: float) -> Tensor:
 
 
 def _average_elected_sign(deltas: Tensor, weights: Tensor) -> Tensor:
-    sign = torch.where(deltas.sum(dim=0) >= 0, 1.0, -1.0)  # a sum of 0 counts as positive, as in PEFT
+    # a sum of 0 counts as positive, as in PEFT
+    sign = torch.where(deltas.sum(dim=0) >= 0, 1.0, -1.0)
     agree = deltas.sign() == sign
     return (weights * deltas * agree).sum(dim=0) / agree.sum(dim=0).clamp(min=1)
 
@@ -171,12 +216,14 @@ _METHODS: Mapping[Method, Callable[[Sequence[Part], CombineOptions, str], LowRan
 }
 
 
-def low_rank_updates(base: Path, adapter: Path, trust_remote_code: bool = False, dora: bool = False) -> Updates:
+def low_rank_updates(
+    base: Path, adapter: Path, trust_remote_code: bool = False, dora: bool = False
+) -> Updates:
     """All changes of the adapter as low-rank updates, in the order of the model's modules.
 
-    n trained token rows are exactly an update of rank n: one factor selects the rows, the other holds their difference
-    from the base. `dora`: also DoRA's, with its magnitudes. Raises UserError for changes that are not low-rank, and for
-    an adapter that does not fit the base.
+    n trained token rows are exactly an update of rank n: one factor selects the rows, the other
+    holds their difference from the base. `dora`: also DoRA's, with its magnitudes. Raises UserError
+    for changes that are not low-rank, and for an adapter that does not fit the base.
     """
     model, stored = skeleton(base, trust_remote_code), tensor_locations(base)
     spec = attach_to_meta_model(model, base, stored, adapter)
@@ -187,16 +234,22 @@ def low_rank_updates(base: Path, adapter: Path, trust_remote_code: bool = False,
         if isinstance(edit, AddLowRank) or (dora and isinstance(edit, RescaleRows)):
             layer = model.get_submodule(name)
             assert isinstance(layer, LoRALinear | LoRAEmbedding)
-            b, a = (edit.right.T, edit.left.T) if fan_in_fan_out(layer.base) else (edit.left, edit.right)
+            b, a = (
+                (edit.right.T, edit.left.T)
+                if fan_in_fan_out(layer.base)
+                else (edit.left, edit.right)
+            )
             magnitude = edit.magnitude if isinstance(edit, RescaleRows) else None
             updates[name] = LowRank(a, b, edit.scale, isinstance(layer, LoRAEmbedding), magnitude)
         elif isinstance(edit, SetRows):
             location = find_location(parameter, stored, tied_names(model))
             if location is None:
                 raise UserError(
-                    f"{base} has no tensor {parameter}. Save the model again with transformers' save_pretrained."
+                    f"{base} has no tensor {parameter}. Save the model again with transformers' "
+                    "save_pretrained."
                 )
-            difference = edit.values.float() - read_rows(location, edit.ids.tolist()).float()  # (n, D)
+            # (n, D)
+            difference = edit.values.float() - read_rows(location, edit.ids.tolist()).float()
             selection = torch.zeros(len(edit.ids), location.info.shape[0])  # (n, V)
             selection[torch.arange(len(edit.ids)), edit.ids] = 1
             if name == model.embedding_name:
@@ -205,19 +258,27 @@ def low_rank_updates(base: Path, adapter: Path, trust_remote_code: bool = False,
                 updates[name] = LowRank(difference, selection.T, 1.0)
         elif isinstance(edit, RescaleRows):
             raise UserError(
-                f"{adapter}: {name} was trained with DoRA, which rescales whole rows: the update is not low-rank. "
-                "Merge the adapter instead: lora merge --adapter, or lora export --format merged or gguf."
+                f"{adapter}: {name} was trained with DoRA, which rescales whole rows: the update "
+                "is not low-rank. "
+                "Merge the adapter instead: lora merge --adapter, or lora export --format merged "
+                "or gguf."
             )
         else:
             raise UserError(
-                f"{adapter}: {name} was trained in full (modules_to_save): the update is not low-rank. Merge the "
-                "adapter instead, or train again with finetune_lora.train_embeddings set to new_rows or none."
+                f"{adapter}: {name} was trained in full (modules_to_save): the update is not "
+                "low-rank. Merge the "
+                "adapter instead, or train again with finetune_lora.train_embeddings set to "
+                "new_rows or none."
             )
     return {name: updates[name] for name, _ in model.named_modules() if name in updates}
 
 
 def write_updates(
-    folder: Path, updates: Updates, model: CausalLM, base_name: str, saved: Mapping[str, Tensor] | None = None
+    folder: Path,
+    updates: Updates,
+    model: CausalLM,
+    base_name: str,
+    saved: Mapping[str, Tensor] | None = None,
 ) -> AdapterSpec:
     """Write adapter_config.json and adapter_model.safetensors; returns the adapter's settings."""
     config, tensors, spec = peft_format(updates, model, base_name, saved)
@@ -227,7 +288,10 @@ def write_updates(
 
 
 def peft_format(
-    updates: Mapping[str, LowRank], model: CausalLM, base_name: str, saved: Mapping[str, Tensor] | None = None
+    updates: Mapping[str, LowRank],
+    model: CausalLM,
+    base_name: str,
+    saved: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor], AdapterSpec]:
     """PEFT's config and tensors of an adapter, and its settings.
 
@@ -236,7 +300,9 @@ def peft_format(
     modules = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in saved or {}})
     spec = replace(_adapter_spec(updates, model), saved=tuple(modules))
     transposed = any(is_conv1d(model.get_submodule(name)) for name in updates)
-    pairs = {key: t for name, update in updates.items() for key, t in tensors_of(name, update).items()}
+    pairs = {
+        key: t for name, update in updates.items() for key, t in tensors_of(name, update).items()
+    }
     tensors = pairs | {PREFIX + name: t for name, t in (saved or {}).items()}
     return config_of(spec, base_name, transposed), tensors, spec
 
@@ -252,9 +318,17 @@ def _adapter_spec(updates: Mapping[str, LowRank], model: CausalLM) -> AdapterSpe
 
 
 def ranks_and_alphas(updates: Mapping[str, LowRank]) -> dict[str, Any]:
-    """The most common rank and alpha; other modules get a rank_pattern and alpha_pattern entry each."""
-    (rank, scale), _ = Counter((update.rank, update.scale) for update in updates.values()).most_common(1)[0]
-    others = {name: update for name, update in updates.items() if (update.rank, update.scale) != (rank, scale)}
+    """The most common rank and alpha; other modules get a rank_pattern and alpha_pattern entry
+    each.
+    """
+    (rank, scale), _ = Counter(
+        (update.rank, update.scale) for update in updates.values()
+    ).most_common(1)[0]
+    others = {
+        name: update
+        for name, update in updates.items()
+        if (update.rank, update.scale) != (rank, scale)
+    }
     return {
         "rank": rank,
         "alpha": scale * rank,

@@ -1,4 +1,6 @@
-"""Compare adapters: their settings, the norms and cosines of their updates, and the overlap of their subspaces."""
+"""Compare adapters: their settings, the norms and cosines of their updates, and the overlap of
+their subspaces.
+"""
 
 import math
 import re
@@ -21,10 +23,12 @@ from pipeline.weights.combine import Part, concatenate
 
 
 class MatrixComparison(NamedTuple):
-    """One module: ‖s·BA‖ of each adapter (0 without an update), ‖difference‖, cosine, and overlap of their subspaces.
+    """One module: ‖s·BA‖ of each adapter (0 without an update), ‖difference‖, cosine, and overlap
+    of their subspaces.
 
-    `cosine`: ⟨Δ₁, Δ₂⟩ / ‖Δ₁‖‖Δ₂‖. `outputs` and `inputs` are φ of Hu et al. 2021, §7.2, for the column and row spaces
-    of the two updates: 0 if they are orthogonal, 1 if the smaller lies in the larger. None if one has no update.
+    `cosine`: ⟨Δ₁, Δ₂⟩ / ‖Δ₁‖‖Δ₂‖. `outputs` and `inputs` are φ of Hu et al. 2021, §7.2, for the
+    column and row spaces of the two updates: 0 if they are orthogonal, 1 if the smaller lies in the
+    larger. None if one has no update.
     """
 
     module: str
@@ -40,9 +44,9 @@ class MatrixComparison(NamedTuple):
 def refuse_other_model(one: LowRankUpdate, other: LowRankUpdate) -> None:
     """Raises UserError for adapters that cannot belong to the same model.
 
-    That is if their manifests name different bases, if a module or tensor differs in shape, if their block names have
-    nothing in common, or if only one has a module that the target_modules of both match. Different targets, layers,
-    ranks or embeddings prove nothing.
+    That is if their manifests name different bases, if a module or tensor differs in shape, if
+    their block names have nothing in common, or if only one has a module that the target_modules of
+    both match. Different targets, layers, ranks or embeddings prove nothing.
     """
     if one.base and other.base and one.base != other.base:
         raise _different_models(f"their bases have sha256 {one.base[:12]} and {other.base[:12]}")
@@ -52,10 +56,13 @@ def refuse_other_model(one: LowRankUpdate, other: LowRankUpdate) -> None:
             shapes = sorted(" × ".join(map(str, shape)) for shape in (first[name], second[name]))
             raise _different_models(f"{name} is {' and '.join(shapes)}")
     block_names = [
-        {name[: match.start()] for name in shapes if (match := _BLOCK.search(name))} for shapes in (first, second)
+        {name[: match.start()] for name in shapes if (match := _BLOCK.search(name))}
+        for shapes in (first, second)
     ]
     if all(block_names) and not block_names[0] & block_names[1]:
-        raise _different_models(f"the blocks are called {min(block_names[0])} and {min(block_names[1])}")
+        raise _different_models(
+            f"the blocks are called {min(block_names[0])} and {min(block_names[1])}"
+        )
     for with_module, without_module in ((one, other), (other, one)):
         for name in sorted(with_module.low_rank.keys() - without_module.low_rank.keys()):
             spec = without_module.spec
@@ -66,21 +73,33 @@ def refuse_other_model(one: LowRankUpdate, other: LowRankUpdate) -> None:
                 targeted = any(matches_target(target, name) for target in targets)
             left_out = spec.excludes(name) or lies_in(name, spec.saved)
             if _BLOCK.search(name) and targeted and not left_out:
-                raise _different_models(f"{name} is in only one of them, but the target_modules of both match it")
+                raise _different_models(
+                    f"{name} is in only one of them, but the target_modules of both match it"
+                )
 
 
 _BLOCK = re.compile(r"\.\d+\.")
 
 
 def _different_models(why: str) -> UserError:
-    return UserError(f"{why}: the adapters belong to different models. Name two adapters of the same model.")
+    return UserError(
+        f"{why}: the adapters belong to different models. Name two adapters of the same model."
+    )
 
 
 def _shapes(change: LowRankUpdate) -> dict[str, tuple[int, ...]]:
-    """Name → shape: (O, I) of each module with LoRA, (D,) of each trained row, and of each tensor trained in full."""
-    low_rank = {name: (update.b.shape[0], update.a.shape[1]) for name, update in change.low_rank.items()}
+    """Name → shape: (O, I) of each module with LoRA, (D,) of each trained row, and of each tensor
+    trained in full.
+    """
+    low_rank = {
+        name: (update.b.shape[0], update.a.shape[1]) for name, update in change.low_rank.items()
+    }
     rows = {f"a row of {name}": tuple(rows.shape[1:]) for name, (_, rows) in change.rows.items()}
-    return {**low_rank, **rows, **{name: tuple(tensor.shape) for name, tensor in change.whole.items()}}
+    return {
+        **low_rank,
+        **rows,
+        **{name: tuple(tensor.shape) for name, tensor in change.whole.items()},
+    }
 
 
 def settings_that_differ(one: LowRankUpdate, other: LowRankUpdate) -> dict[str, tuple[Any, Any]]:
@@ -90,7 +109,9 @@ def settings_that_differ(one: LowRankUpdate, other: LowRankUpdate) -> dict[str, 
 
 
 def modules(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> Iterator[MatrixComparison]:
-    """Compares every module that at least one of them changes. Both must belong to one model: `refuse_other_model`."""
+    """Compares every module that at least one of them changes. Both must belong to one model:
+    `refuse_other_model`.
+    """
     for name in dict.fromkeys((*one, *other)):
         first, second = one.get(name), other.get(name)
         if first is None or second is None:
@@ -105,10 +126,12 @@ def modules(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> Iterato
 
 
 class Interference(NamedTuple):
-    """How much the updates of two adapters, by their numbers from 1, meet in the modules that both change.
+    """How much the updates of two adapters, by their numbers from 1, meet in the modules that both
+    change.
 
-    `cosine` is that of all modules together: 1 if they are the same up to a factor, 0 if they are independent, −1 if
-    they are opposed; modules of only one adapter count in its norm. `outputs` and `inputs` are means over the modules.
+    `cosine` is that of all modules together: 1 if they are the same up to a factor, 0 if they are
+    independent, −1 if they are opposed; modules of only one adapter count in its norm. `outputs`
+    and `inputs` are means over the modules.
     """
 
     first: int
@@ -119,7 +142,9 @@ class Interference(NamedTuple):
     modules: list[MatrixComparison]
 
 
-def interference(adapters: Sequence[Mapping[str, LowRank]], weights: Sequence[float]) -> Iterator[Interference]:
+def interference(
+    adapters: Sequence[Mapping[str, LowRank]], weights: Sequence[float]
+) -> Iterator[Interference]:
     """How much each pair of weighted adapters of one model meets, computed from their factors."""
     weighted = [
         {name: replace(update, scale=weight * update.scale) for name, update in adapter.items()}
@@ -127,7 +152,10 @@ def interference(adapters: Sequence[Mapping[str, LowRank]], weights: Sequence[fl
     ]
     for (first, one), (second, other) in combinations(enumerate(weighted, start=1), 2):
         rows = [row for row in modules(one, other) if row.cosine is not None]
-        sizes = [math.sqrt(math.fsum(norm(update) ** 2 for update in adapter.values())) for adapter in (one, other)]
+        sizes = [
+            math.sqrt(math.fsum(norm(update) ** 2 for update in adapter.values()))
+            for adapter in (one, other)
+        ]
         products = math.fsum(inner_product(one[row.module], other[row.module]) for row in rows)
         cosine = products / math.prod(sizes) if all(sizes) else None
         shares = zip(*((row.outputs, row.inputs) for row in rows), strict=True)
@@ -136,7 +164,9 @@ def interference(adapters: Sequence[Mapping[str, LowRank]], weights: Sequence[fl
 
 
 class ParameterDifference(NamedTuple):
-    """A parameter trained in full or by rows: ‖one − other‖; None if they do not hold the same rows or shape of it."""
+    """A parameter trained in full or by rows: ‖one − other‖; None if they do not hold the same rows
+    or shape of it.
+    """
 
     name: str
     difference: float | None
@@ -147,7 +177,9 @@ def values(one: LowRankUpdate, other: LowRankUpdate) -> Iterator[ParameterDiffer
     for name in dict.fromkeys((*one.rows, *other.rows)):
         first, second = one.rows.get(name), other.rows.get(name)
         same_rows = first and second and first[0] == second[0]
-        yield ParameterDifference(name, _distance(first[1], second[1]) if first and second and same_rows else None)
+        yield ParameterDifference(
+            name, _distance(first[1], second[1]) if first and second and same_rows else None
+        )
     for name in dict.fromkeys((*one.whole, *other.whole)):
         yield ParameterDifference(name, _distance(one.whole.get(name), other.whole.get(name)))
 
@@ -164,7 +196,9 @@ def norm(update: LowRank) -> float:
 
 
 def overlap(one: Tensor, other: Tensor) -> float | None:
-    """‖UᵀV‖² / min(rank) for orthonormal bases U, V of the two column spaces, (n, R₁) and (n, R₂)."""
+    """‖UᵀV‖² / min(rank) for orthonormal bases U, V of the two column spaces, (n, R₁) and (n,
+    R₂).
+    """
     first, second = _basis(one), _basis(other)
     smaller = min(first.shape[1], second.shape[1])
     return float((first.T @ second).square().sum()) / smaller if smaller else None

@@ -1,4 +1,6 @@
-"""Train big, compress after: an adapter whose updates are replaced by their best approximations of lower rank."""
+"""Train big, compress after: an adapter whose updates are replaced by their best approximations of
+lower rank.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -17,18 +19,26 @@ from pipeline.weights.merge import attach_to_meta_model
 
 @dataclass(frozen=True)
 class Limit:
-    """How far to compress: each update to at most `rank`, or to the lowest rank that holds `energy` of ‖s·BA‖²."""
+    """How far to compress: each update to at most `rank`, or to the lowest rank that holds `energy`
+    of ‖s·BA‖².
+    """
 
     rank: int | None = None
     energy: float | None = None
 
     def rank_of(self, values: Tensor) -> int:
-        """The rank at which an update with these singular values, largest first, is cut; at least 1."""
+        """The rank at which an update with these singular values, largest first, is cut; at least
+        1.
+        """
         if self.energy is None:
             return min(self.rank or 1, len(values))
         squares = values.square().tolist()
-        enough = self.energy * math.fsum(squares) * (1 - 1e-12)  # less what rounding may take from the sum
-        return next((rank for rank, held in enumerate(accumulate(squares), start=1) if held >= enough), len(values))
+        # less what rounding may take from the sum
+        enough = self.energy * math.fsum(squares) * (1 - 1e-12)
+        return next(
+            (rank for rank, held in enumerate(accumulate(squares), start=1) if held >= enough),
+            len(values),
+        )
 
 
 @dataclass(frozen=True)
@@ -59,19 +69,29 @@ def compress(name: str, update: LowRank, limit: Limit) -> tuple[LowRank, Compres
 def compress_adapter(
     source: Path, base: Path, out: Path, limit: Limit, trust_remote_code: bool = False
 ) -> list[Compressed]:
-    """Write `source` at a lower rank to `out`, all that is not low-rank unchanged; returns what each module lost.
+    """Write `source` at a lower rank to `out`, all that is not low-rank unchanged; returns what
+    each module lost.
 
     Raises UserError for an adapter that does not fit `base` or has no low-rank update.
     """
     refuse_other(out, "compress", [source])
     change = load_update(source)
     if not change.low_rank:
-        raise UserError(f"{source} has no low-rank update: there is nothing to compress. Name an adapter with LoRA.")
+        raise UserError(
+            f"{source} has no low-rank update: there is nothing to compress. Name an adapter with "
+            "LoRA."
+        )
     attach_to_meta_model(skeleton(base, trust_remote_code), base, tensor_locations(base), source)
     pairs = [compress(name, update, limit) for name, update in change.low_rank.items()]
     low_rank = {row.module: update for update, row in pairs}
-    params = {key: value for key, value in (("limit", limit.rank), ("energy", limit.energy)) if value is not None}
-    write_changed(source, replace(change, low_rank=low_rank), base, out, "compress", __name__, params)
+    params = {
+        key: value
+        for key, value in (("limit", limit.rank), ("energy", limit.energy))
+        if value is not None
+    }
+    write_changed(
+        source, replace(change, low_rank=low_rank), base, out, "compress", __name__, params
+    )
     return [row for _, row in pairs]
 
 

@@ -1,4 +1,6 @@
-"""ΔW = W' − W of every tensor between a base and a fine-tuned model, read a block of rows at a time."""
+"""ΔW = W' − W of every tensor between a base and a fine-tuned model, read a block of rows at a
+time.
+"""
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -24,7 +26,9 @@ Locations = dict[str, TensorLocation]  # by name
 
 @dataclass(frozen=True)
 class Delta:
-    """One tensor as a matrix (first dimension, all others): W, and ΔW, which may leave out rows of zeros."""
+    """One tensor as a matrix (first dimension, all others): W, and ΔW, which may leave out rows of
+    zeros.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -49,10 +53,11 @@ class Differences:
 
 
 def diff_checkpoints(base: Path, tuned: Path, trust_remote_code: bool = False) -> Differences:
-    """The differences of two checkpoints, in natural order of the base's names (layer 10 after layer 9).
+    """The differences of two checkpoints, in natural order of the base's names (layer 10 after
+    layer 9).
 
-    One of them may have the prefix of the model's body and the other not, or store the head of a tied pair. Raises
-    UserError if they have no matrix in common, or if shapes differ.
+    One of them may have the prefix of the model's body and the other not, or store the head of a
+    tied pair. Raises UserError if they have no matrix in common, or if shapes differ.
     """
     old, new = stored_tensors(base), stored_tensors(tuned)
     if old.keys() != new.keys():
@@ -72,9 +77,18 @@ def diff_checkpoints(base: Path, tuned: Path, trust_remote_code: bool = False) -
     names = sorted(others, key=layer_sort_key)
     pairs = {name: (old[name], new[others[name]]) for name in names}
     _refuse_other_model(base, tuned, pairs)
-    numeric = {name: pair for name, pair in pairs.items() if all(location.info.dtype in DTYPES for location in pair)}
+    numeric = {
+        name: pair
+        for name, pair in pairs.items()
+        if all(location.info.dtype in DTYPES for location in pair)
+    }
     deltas = [
-        Delta(name, before.info.shape, partial(read_blocks, before), partial(_difference, before, after))
+        Delta(
+            name,
+            before.info.shape,
+            partial(read_blocks, before),
+            partial(_difference, before, after),
+        )
         for name, (before, after) in numeric.items()
     ]
     not_numeric = [f"{name}, whose dtype is not a float" for name in names if name not in numeric]
@@ -82,32 +96,43 @@ def diff_checkpoints(base: Path, tuned: Path, trust_remote_code: bool = False) -
         *_describe_missing(old.keys() - others.keys(), tuned),
         *_describe_missing(new.keys() - {*others.values()}, base),
     ]
-    return Differences(deltas, {name: after for name, (_, after) in pairs.items()}, not_numeric + missing)
+    return Differences(
+        deltas, {name: after for name, (_, after) in pairs.items()}, not_numeric + missing
+    )
 
 
 def stored_tensors(folder: Path) -> Locations:
     """The tensors of a checkpoint folder that a user names. Raises UserError."""
     if not folder.is_dir():
         raise UserError(
-            f"{folder} is not a folder. Name two checkpoints of one model, or a model and an adapter for it."
+            f"{folder} is not a folder. Name two checkpoints of one model, or a model and an "
+            "adapter for it."
         )
     return tensor_locations(folder)
 
 
 def _align_tied(old: Locations, new: Locations, tied: Sequence[str]) -> tuple[Locations, Locations]:
     """Make both name a tied embedding and head alike: once, or twice if training untied them."""
-    before, after = ([name for member in tied if (name := stored_name(member, locations))] for locations in (old, new))
+    before, after = (
+        [name for member in tied if (name := stored_name(member, locations))]
+        for locations in (old, new)
+    )
     if not before or not after:
         return old, new
     untied = False  # whether the other stores the pair as two different tensors
     if len(after) == len(tied):
         one, other = (new[name] for name in after)
-        same_kind = one.info.shape == other.info.shape and {one.info.dtype, other.info.dtype} <= {*DTYPES}
+        same_kind = one.info.shape == other.info.shape and {one.info.dtype, other.info.dtype} <= {
+            *DTYPES
+        }
         pairs = zip(read_blocks(one), read_blocks(other), strict=True) if same_kind else ()
-        untied = not same_kind or any(not torch.equal(a.double(), b.double()) for (_, a), (_, b) in pairs)
+        untied = not same_kind or any(
+            not torch.equal(a.double(), b.double()) for (_, a), (_, b) in pairs
+        )
     names = tied if untied else before[:1]
     return (
-        {name: location for name, location in old.items() if name not in before} | dict.fromkeys(names, old[before[0]]),
+        {name: location for name, location in old.items() if name not in before}
+        | dict.fromkeys(names, old[before[0]]),
         {name: location for name, location in new.items() if name not in after}
         | {name: new[other] for name, other in zip(names, after, strict=False)},
     )
@@ -121,17 +146,21 @@ def _describe_missing(names: Collection[str], other: Path) -> list[str]:
     return [f"{min(names, key=layer_sort_key)}{more}, missing in {other}"]
 
 
-def _refuse_other_model(base: Path, tuned: Path, pairs: Mapping[str, tuple[TensorLocation, TensorLocation]]) -> None:
+def _refuse_other_model(
+    base: Path, tuned: Path, pairs: Mapping[str, tuple[TensorLocation, TensorLocation]]
+) -> None:
     if not any(len(before.info.shape) > 1 for before, _ in pairs.values()):
         raise UserError(
-            f"{tuned} and {base} have no matrix in common: they are different models. Name the checkpoint that "
+            f"{tuned} and {base} have no matrix in common: they are different models. Name the "
+            "checkpoint that "
             "training started from."
         )
     for name, pair in pairs.items():
         before, after = (list(location.info.shape) for location in pair)
         if before != after:
             raise UserError(
-                f"{name} has shape {before} in {base} and {after} in {tuned}. Name the checkpoint that training "
+                f"{name} has shape {before} in {base} and {after} in {tuned}. Name the checkpoint "
+                "that training "
                 "started from; if the vocabulary was expanded, the expanded one."
             )
 
@@ -143,17 +172,23 @@ def _difference(old: TensorLocation, new: TensorLocation) -> Iterator[Rows]:
 
 
 def diff_adapter(base: Path, change: LowRankUpdate, trust_remote_code: bool = False) -> list[Delta]:
-    """ΔW of the parameters that an adapter trained in full or by rows; its low-rank updates are in `change`.
+    """ΔW of the parameters that an adapter trained in full or by rows; its low-rank updates are in
+    `change`.
 
-    DoRA's magnitudes are not included: the base has no such tensors. Raises UserError for a tensor missing in `base`.
+    DoRA's magnitudes are not included: the base has no such tensors. Raises UserError for a tensor
+    missing in `base`.
     """
     base_tensors = stored_tensors(base)
-    # Both of a tied pair are saved, but the base may store only one: the other counts only if its values differ.
+    # Both of a tied pair are saved, but the base may store only one: the other counts only if its
+    # values differ.
     names = [name for name in change.whole if not name.endswith((MAGNITUDE, COPY))]
     locations: Locations = {}
     for name in sorted(names, key=lambda name: stored_name(name, base_tensors) is None):
         location = require_location(name, base_tensors, base, trust_remote_code)
-        twin = next((other for other, other_location in locations.items() if other_location == location), None)
+        twin = next(
+            (other for other, other_location in locations.items() if other_location == location),
+            None,
+        )
         if twin is None or not torch.equal(change.whole[name], change.whole[twin]):
             locations[name] = location
     deltas = []
@@ -167,24 +202,33 @@ def diff_adapter(base: Path, change: LowRankUpdate, trust_remote_code: bool = Fa
         _refuse_shape(module, location, (location.info.shape[0], rows.shape[1]), base)
         if max(ids) >= location.info.shape[0]:
             raise UserError(
-                f"{base}: {module} has {location.info.shape[0]} rows, but the adapter trains row {max(ids)}. Name the "
+                f"{base}: {module} has {location.info.shape[0]} rows, but the adapter trains row "
+                f"{max(ids)}. Name the "
                 "model that it was trained on."
             )
         changed = partial(_row_difference, ids, rows, location)
-        deltas.append(Delta(f"{module}.weight", location.info.shape, partial(read_blocks, location), changed))
+        deltas.append(
+            Delta(f"{module}.weight", location.info.shape, partial(read_blocks, location), changed)
+        )
     return deltas
 
 
-def require_location(name: str, old: Locations, base: Path, trust_remote_code: bool = False) -> TensorLocation:
-    """Where the base stores a parameter, also under a name without prefix; a tied head is found at its embedding.
+def require_location(
+    name: str, old: Locations, base: Path, trust_remote_code: bool = False
+) -> TensorLocation:
+    """Where the base stores a parameter, also under a name without prefix; a tied head is found at
+    its embedding.
 
     Raises UserError.
     """
     # the model is opened only for a name that is not stored: spectra need its tensors alone
-    location = find_location(name, old) or find_location(name, old, tied_names(skeleton(base, trust_remote_code)))
+    location = find_location(name, old) or find_location(
+        name, old, tied_names(skeleton(base, trust_remote_code))
+    )
     if location is None:
         raise UserError(
-            f"{base} has no tensor {name}, which the adapter changes. Name the model that it was trained on."
+            f"{base} has no tensor {name}, which the adapter changes. Name the model that it was "
+            "trained on."
         )
     return location
 
@@ -192,7 +236,8 @@ def require_location(name: str, old: Locations, base: Path, trust_remote_code: b
 def _refuse_shape(name: str, location: TensorLocation, shape: tuple[int, ...], base: Path) -> None:
     if location.info.shape != shape:
         raise UserError(
-            f"{name} has shape {list(location.info.shape)} in {base} and {list(shape)} in the adapter. Name the model "
+            f"{name} has shape {list(location.info.shape)} in {base} and {list(shape)} in the "
+            "adapter. Name the model "
             "that it was trained on."
         )
 

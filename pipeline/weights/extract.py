@@ -1,7 +1,7 @@
 """Spectra of what fine-tuning changed, and extraction of the nearest LoRA (the document's §2.2).
 
-Checkpoints are read a block of rows at a time. An extracted LoRA is held in memory: its factors, and embedding and head
-if they are saved in full.
+Checkpoints are read a block of rows at a time. An extracted LoRA is held in memory: its factors,
+and embedding and head if they are saved in full.
 """
 
 from collections.abc import Generator
@@ -24,7 +24,14 @@ from pipeline.models.base import CausalLM, is_conv1d
 from pipeline.models.load import skeleton
 from pipeline.project.runner import Event, Progress
 from pipeline.weights.combine import write_updates
-from pipeline.weights.diff import Delta, Differences, diff_adapter, diff_checkpoints, require_location, stored_tensors
+from pipeline.weights.diff import (
+    Delta,
+    Differences,
+    diff_adapter,
+    diff_checkpoints,
+    require_location,
+    stored_tensors,
+)
 from pipeline.weights.import_adapter import build_manifest, copy_tokenizer, refuse_other
 from pipeline.weights.merge import stored_name, tied_names
 from pipeline.weights.spectrum import MAX_VALUES, Measured, factors, measure, measure_update
@@ -39,8 +46,12 @@ class Spectra:
     skipped: list[str] = field(default_factory=list)
 
 
-def spectra_of(base: Path, tuned: Path, trust_remote_code: bool = False) -> Generator[Event, None, Spectra]:
-    """The spectra of the difference of two checkpoints, or of an adapter's updates of `base`. Raises UserError."""
+def spectra_of(
+    base: Path, tuned: Path, trust_remote_code: bool = False
+) -> Generator[Event, None, Spectra]:
+    """The spectra of the difference of two checkpoints, or of an adapter's updates of `base`.
+    Raises UserError.
+    """
     _refuse_adapter(base)
     if (tuned / CONFIG).is_file():
         return (yield from _adapter_spectra(base, tuned, trust_remote_code))
@@ -54,10 +65,15 @@ def spectra_of(base: Path, tuned: Path, trust_remote_code: bool = False) -> Gene
 
 def _refuse_adapter(base: Path) -> None:
     if (base / CONFIG).is_file():
-        raise UserError(f"{base} is an adapter. Name the base model first, then the fine-tuned model or adapter.")
+        raise UserError(
+            f"{base} is an adapter. Name the base model first, then the fine-tuned model or "
+            "adapter."
+        )
 
 
-def _adapter_spectra(base: Path, tuned: Path, trust_remote_code: bool) -> Generator[Event, None, Spectra]:
+def _adapter_spectra(
+    base: Path, tuned: Path, trust_remote_code: bool
+) -> Generator[Event, None, Spectra]:
     base_tensors = stored_tensors(base)
     change = load_update(tuned)
     refuse_foreign(base, tuned)
@@ -67,7 +83,8 @@ def _adapter_spectra(base: Path, tuned: Path, trust_remote_code: bool) -> Genera
         location = require_location(f"{name}.weight", base_tensors, base, trust_remote_code)
         if sorted(location.info.shape) != sorted((update.b.shape[0], update.a.shape[1])):
             raise UserError(
-                f"{name} has shape {list(location.info.shape)} in {base}, but the adapter's update is "
+                f"{name} has shape {list(location.info.shape)} in {base}, but the adapter's "
+                "update is "
                 f"{update.b.shape[0]} × {update.a.shape[1]}. Name the model that it was trained on."
             )
         spectra.append(measure_update(f"{name}.weight", update, partial(read_blocks, location)))
@@ -75,21 +92,31 @@ def _adapter_spectra(base: Path, tuned: Path, trust_remote_code: bool) -> Genera
     for delta in others:
         spectra.append(measure(delta)[0])
         yield Progress(len(spectra), total, delta.name)
-    skipped = ["the magnitudes of DoRA, as the spectra are of s·BA alone"] if change.spec.dora else []
+    skipped = (
+        ["the magnitudes of DoRA, as the spectra are of s·BA alone"] if change.spec.dora else []
+    )
     return Spectra(spectra, skipped)
 
 
 class Extraction:
-    """The change of each tensor: in `updates` as a low-rank update by module, `in_full`, or `left_out`.
+    """The change of each tensor: in `updates` as a low-rank update by module, `in_full`, or
+    `left_out`.
 
     `spectra`: of all tensors.
     """
 
-    def __init__(self, model: CausalLM, differences: Differences, rank: int, with_embeddings: bool) -> None:
+    def __init__(
+        self, model: CausalLM, differences: Differences, rank: int, with_embeddings: bool
+    ) -> None:
         self._model, self._limit, self._tuned = model, rank, differences.tuned
-        linears = [name for name, module in model.named_modules() if adaptable(module) and name != model.head_name]
+        linears = [
+            name
+            for name, module in model.named_modules()
+            if adaptable(module) and name != model.head_name
+        ]
         self._linears = {stored_name(f"{name}.weight", self._tuned): name for name in linears}
-        # stored name → full names of the embedding and head parameters it holds; both names for a tied pair
+        # stored name → full names of the embedding and head parameters it holds; both names for a
+        # tied pair
         self._full_names: dict[str, list[str]] = {}
         for end in (model.embedding_name, model.head_name) if with_embeddings else ():
             for parameter, _ in model.get_submodule(end).named_parameters():
@@ -122,11 +149,13 @@ class Extraction:
             return
         module = self._linears.get(delta.name)
         if module is not None and singular is not None:
-            b, a = factors(delta.change, delta.shape[0], singular, min(self._limit, *delta.shape))  # (n, R), (R, m)
+            # (n, R), (R, m)
+            b, a = factors(delta.change, delta.shape[0], singular, min(self._limit, *delta.shape))
             if is_conv1d(self._model.get_submodule(module)):  # its stored weight is (I, O)
                 a, b = b.T.contiguous(), a.T.contiguous()
             self.updates[module] = update = LowRank(a, b, 1.0)
-            # of the factors as they are stored, in fp32, not of the singular values that they come from
+            # of the factors as they are stored, in fp32, not of the singular values that they come
+            # from
             self._held += update.squared_norm()
         elif delta.name in self._full_names:
             self.in_full.append(delta.name)
@@ -135,26 +164,40 @@ class Extraction:
             self.left_out.append(delta.name)
 
     def saved(self) -> dict[str, Tensor]:
-        """Parameters to save in full, by name: all of a module, including those that did not change."""
-        modules = {name.rpartition(".")[0] for key in self.in_full for name in self._full_names[key]}
+        """Parameters to save in full, by name: all of a module, including those that did not
+        change.
+        """
+        modules = {
+            name.rpartition(".")[0] for key in self.in_full for name in self._full_names[key]
+        }
         names = [(key, name) for key, names in self._full_names.items() for name in names]
         return {
-            name: torch.cat([block for _, block in read_blocks(self._tuned[key])]).view(self._tuned[key].info.shape)
+            name: torch.cat([block for _, block in read_blocks(self._tuned[key])]).view(
+                self._tuned[key].info.shape
+            )
             for key, name in names
             if name.rpartition(".")[0] in modules
         }
 
 
 def extract(
-    base: Path, tuned: Path, out: Path, rank: int, with_embeddings: bool = True, trust_remote_code: bool = False
+    base: Path,
+    tuned: Path,
+    out: Path,
+    rank: int,
+    with_embeddings: bool = True,
+    trust_remote_code: bool = False,
 ) -> Generator[Event, None, Extraction]:
-    """Write to `out` the LoRA that best approximates the change of each block's linear layers; returns a summary.
+    """Write to `out` the LoRA that best approximates the change of each block's linear layers;
+    returns a summary.
 
     `with_embeddings`: save embedding and head in full if they changed. Raises UserError.
     """
     _refuse_adapter(base)
     if (tuned / CONFIG).is_file():
-        raise UserError(f"{tuned} is an adapter already. Omit --rank and --out, or name a full model.")
+        raise UserError(
+            f"{tuned} is an adapter already. Omit --rank and --out, or name a full model."
+        )
     differences = diff_checkpoints(base, tuned, trust_remote_code)
     refuse_other(out, "extract", [base, tuned])
     model = skeleton(base, trust_remote_code)
@@ -163,17 +206,29 @@ def extract(
         extraction.add(delta)
         yield Progress(number, len(differences.deltas), delta.name)
     if not any(tensor.change for tensor in extraction.spectra.tensors):
-        raise UserError(f"{tuned} and {base} have equal weights: there is nothing to extract. Name a fine-tuned model.")
+        raise UserError(
+            f"{tuned} and {base} have equal weights: there is nothing to extract. Name a "
+            "fine-tuned model."
+        )
     if not extraction.updates:
         raise UserError(
-            f"{tuned} and {base} differ in {', '.join([*extraction.in_full, *extraction.left_out][:3])}, but in no "
+            f"{tuned} and {base} differ in "
+            f"{', '.join([*extraction.in_full, *extraction.left_out][:3])}, but in no "
             "linear layer of a block, so there is no LoRA to extract."
         )
     with artifact.writing(out) as folder:
-        updates = {name: extraction.updates[name] for name, _ in model.named_modules() if name in extraction.updates}
+        updates = {
+            name: extraction.updates[name]
+            for name, _ in model.named_modules()
+            if name in extraction.updates
+        }
         spec = write_updates(folder, updates, model, str(base), extraction.saved())
         copy_tokenizer(base, folder)
-        params = {"rank": spec.rank, "alpha": spec.alpha, "embeddings": "all" if with_embeddings else "none"}
+        params = {
+            "rank": spec.rank,
+            "alpha": spec.alpha,
+            "embeddings": "all" if with_embeddings else "none",
+        }
         inputs = {tuned.resolve().name: fingerprint(weight_files(tuned))}
         manifest = build_manifest("extract", "pipeline.weights.extract", base, params)
         artifact.seal(folder, manifest | {"inputs": inputs, "seed": None})

@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from pipeline.adapters.config import CONFIG, OTHER_KINDS, PREFIX, VIRTUAL, WEIGHTS, config_of, read_config
+from pipeline.adapters.config import (
+    CONFIG,
+    OTHER_KINDS,
+    PREFIX,
+    VIRTUAL,
+    WEIGHTS,
+    config_of,
+    read_config,
+)
 from pipeline.adapters.folder import quantization_of, refuse_virtual
 from pipeline.adapters.lora import ROWS
 from pipeline.adapters.low_rank import LowRankUpdate, tensors_of
@@ -24,13 +32,21 @@ from pipeline.models.load import skeleton
 from pipeline.models.save import load_tensors, save_tensors
 from pipeline.project import provenance
 from pipeline.weights import foreign
-from pipeline.weights.combine import CombineOptions, combine, low_rank_updates, ranks_and_alphas, write_updates
+from pipeline.weights.combine import (
+    CombineOptions,
+    combine,
+    low_rank_updates,
+    ranks_and_alphas,
+    write_updates,
+)
 from pipeline.weights.compare import Interference, interference
 from pipeline.weights.merge import attach_to_meta_model
 
-# The end of a hub name of a quantized model: unsloth/Qwen3-8B-unsloth-bnb-4bit, mlx-community/Qwen3-8B-4bit, …-AWQ
+# The end of a hub name of a quantized model: unsloth/Qwen3-8B-unsloth-bnb-4bit,
+# mlx-community/Qwen3-8B-4bit, …-AWQ
 QUANTIZED = re.compile(
-    r"[-_](unsloth[-_])?(bnb[-_])?(\d[-_]?bits?|int\d|awq|gptq|fp8|nf4|mxfp4|q\d)\b.*$", re.IGNORECASE
+    r"[-_](unsloth[-_])?(bnb[-_])?(\d[-_]?bits?|int\d|awq|gptq|fp8|nf4|mxfp4|q\d)\b.*$",
+    re.IGNORECASE,
 )
 
 
@@ -43,17 +59,19 @@ def combine_adapters(
     trust_remote_code: bool = False,
     show: Callable[[list[Interference]], object] = list,
 ) -> float:
-    """Write the combination of adapters of one base to `out`; returns its relative distance from the exact sum.
+    """Write the combination of adapters of one base to `out`; returns its relative distance from
+    the exact sum.
 
-    `show` is called with how much they interfere, before anything is written. Trained token rows become low-rank
-    updates of embedding and head. Raises UserError.
+    `show` is called with how much they interfere, before anything is written. Trained token rows
+    become low-rank updates of embedding and head. Raises UserError.
     """
     for source in sources:
         refuse_virtual(source)
     kinds = {quantization_of(source) for source in sources}
     if len(kinds) > 1:
         raise UserError(
-            f"the adapters were trained on different quantizations of the base: {', '.join(sorted(kinds))}. Combine "
+            "the adapters were trained on different quantizations of the base: "
+            f"{', '.join(sorted(kinds))}. Combine "
             "adapters of one quantization."
         )
     refuse_other(out, "combine", sources)
@@ -63,9 +81,17 @@ def combine_adapters(
     with artifact.writing(out) as folder:
         spec = write_updates(folder, dict(updates), skeleton(base, trust_remote_code), str(base))
         copy_tokenizer(base, folder)
-        params = {**asdict(options), "weights": list(weights), "rank": spec.rank, "alpha": spec.alpha}
+        params = {
+            **asdict(options),
+            "weights": list(weights),
+            "rank": spec.rank,
+            "alpha": spec.alpha,
+        }
         manifest = build_manifest(
-            "combine", "pipeline.weights.import_adapter", base, params | {"quantization": kinds.pop()}
+            "combine",
+            "pipeline.weights.import_adapter",
+            base,
+            params | {"quantization": kinds.pop()},
         )
         inputs = {
             f"{number} {source.resolve().name}": artifact.digest(source)
@@ -76,18 +102,29 @@ def combine_adapters(
 
 
 def write_changed(
-    source: Path, change: LowRankUpdate, base: Path, out: Path, method: str, module: str, params: Mapping[str, Any]
+    source: Path,
+    change: LowRankUpdate,
+    base: Path,
+    out: Path,
+    method: str,
+    module: str,
+    params: Mapping[str, Any],
 ) -> None:
-    """Write the adapter `source` to `out` with the low-rank updates of `change`, which `module` computed.
+    """Write the adapter `source` to `out` with the low-rank updates of `change`, which `module`
+    computed.
 
-    All else stays as it was: DoRA's magnitudes, token rows, modules trained in full, other settings.
+    All else stays as it was: DoRA's magnitudes, token rows, modules trained in full, other
+    settings.
     """
     spec = replace(change.spec, **ranks_and_alphas(change.low_rank), rslora=False)
     pairs = [tensors_of(name, update) for name, update in change.low_rank.items()]
     rows = {f"{PREFIX}{name}{ROWS}": values for name, (_, values) in change.rows.items()}
     whole = {PREFIX + name: values for name, values in change.whole.items()}
     with artifact.writing(out) as folder:
-        save_tensors(folder / WEIGHTS, {key: value for pair in (*pairs, rows, whole) for key, value in pair.items()})
+        save_tensors(
+            folder / WEIGHTS,
+            {key: value for pair in (*pairs, rows, whole) for key, value in pair.items()},
+        )
         transposed = bool(read_config(source).get("fan_in_fan_out"))
         artifact.write_json(folder / CONFIG, config_of(spec, str(base), transposed))
         copy_tokenizer(base, folder)
@@ -99,7 +136,8 @@ def write_changed(
 
 
 class Imported(NamedTuple):
-    """`format`: the tool whose format it had; `verified`: whether its base was recognized by its weights.
+    """`format`: the tool whose format it had; `verified`: whether its base was recognized by its
+    weights.
 
     `notes`: what the user should know.
     """
@@ -109,11 +147,14 @@ class Imported(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def import_adapter(source: Path, base: Path, out: Path, trust_remote_code: bool = False) -> Imported:
+def import_adapter(
+    source: Path, base: Path, out: Path, trust_remote_code: bool = False
+) -> Imported:
     """Import an adapter from elsewhere, of any registered format, as an artifact bound to `base`.
 
-    Its tensors must fit the base, and an embedding that PEFT saved with them must equal the base's. If it names a hub
-    model that is in the local cache, that model's weights must equal the base's. Raises UserError.
+    Its tensors must fit the base, and an embedding that PEFT saved with them must equal the base's.
+    If it names a hub model that is in the local cache, that model's weights must equal the base's.
+    Raises UserError.
     """
     refuse_other(out, "import", [source])
     found, model = foreign.detect(source), skeleton(base, trust_remote_code)
@@ -154,7 +195,9 @@ def _checked(model: CausalLM, base: Path, folder: Path) -> dict[str, Any]:
     config = read_config(folder)
     if str(config.get("peft_type")) in {*VIRTUAL, *OTHER_KINDS}:
         load_adapter(model, base, folder)
-        params: dict[str, Any] = {} if model.virtual is None else {"virtual_tokens": model.virtual.count}
+        params: dict[str, Any] = (
+            {} if model.virtual is None else {"virtual_tokens": model.virtual.count}
+        )
     else:
         spec = attach_to_meta_model(model, base, tensor_locations(base), folder)
         params = {"rank": spec.rank, "alpha": config["lora_alpha"]}
@@ -165,8 +208,10 @@ def _note_on_base(name: object, base: Path) -> Iterator[str]:
     """A note if the adapter names a quantized base: it learned to correct its errors too."""
     if isinstance(name, str) and (match := QUANTIZED.search(name)):
         yield (
-            f"It names {name[:200]}, a quantized model. On {base} it answers a little differently if that is not "
-            f"quantized in the same way. Its unquantized base is likely {name[: match.start()][:200]}."
+            f"It names {name[:200]}, a quantized model. On {base} it answers a little differently "
+            "if that is not "
+            "quantized in the same way. Its unquantized base is likely "
+            f"{name[: match.start()][:200]}."
         )
 
 
@@ -184,8 +229,12 @@ def _note_on_zeros(tensors: Mapping[str, Tensor]) -> Iterator[str]:
 
 
 def refuse_other(out: Path, method: str, sources: Sequence[Path]) -> None:
-    """Raises UserError if `out` overlaps with `sources`, or holds something that `method` did not write."""
-    made = (out / artifact.MANIFEST).exists() and artifact.read_manifest(out).get("method") == method
+    """Raises UserError if `out` overlaps with `sources`, or holds something that `method` did not
+    write.
+    """
+    made = (out / artifact.MANIFEST).exists() and artifact.read_manifest(out).get(
+        "method"
+    ) == method
     artifact.refuse_other(out, made, sources)
 
 
@@ -204,7 +253,8 @@ def build_manifest(method: str, module: str, base: Path, params: dict[str, Any])
 
 
 def _refuse_other_base(source: Path, config: Mapping[str, Any], base: Path) -> bool:
-    """Whether the hub model that the adapter names is in the local cache and has the base's weights.
+    """Whether the hub model that the adapter names is in the local cache and has the base's
+    weights.
 
     Raises UserError if it is there with other weights.
     """
@@ -226,7 +276,8 @@ def _refuse_other_base(source: Path, config: Mapping[str, Any], base: Path) -> b
         return False  # another precision or other tensor names: values cannot be compared
     if fingerprint(weights) != fingerprint(base_weights):
         raise UserError(
-            f"{source} names {base_name} as its base. That model is in the hub's cache, and {base} has other weights. "
+            f"{source} names {base_name} as its base. That model is in the hub's cache, and "
+            f"{base} has other weights. "
             "Name the right base with --base."
         )
     return True

@@ -1,9 +1,11 @@
-"""Intruder dimensions: strong directions of a fine-tuned matrix that the base's has no counterpart of.
+"""Intruder dimensions: strong directions of a fine-tuned matrix that the base's has no counterpart
+of.
 
-Shuttleworth et al. 2024 (arXiv 2410.21228): a left singular vector u of W + ΔW among the `top` largest is an intruder
-if |cos(u, uᵢ)| < ε for every left singular vector uᵢ of W. They find that LoRA's forgetting lies there, and that
-scaling their singular values down wins most of it back. Matrices are read a block of rows at a time, and held in
-memory only if they have up to `FULL_COLUMNS` rows.
+Shuttleworth et al. 2024 (arXiv 2410.21228): a left singular vector u of W + ΔW among the `top`
+largest is an intruder if |cos(u, uᵢ)| < ε for every left singular vector uᵢ of W. They find that
+LoRA's forgetting lies there, and that scaling their singular values down wins most of it back.
+Matrices are read a block of rows at a time, and held in memory only if they have up to
+`FULL_COLUMNS` rows.
 """
 
 import math
@@ -32,11 +34,14 @@ from pipeline.weights.merge import plan_merge, stored_name
 from pipeline.weights.spectrum import FULL_COLUMNS, MAX_VALUES, in_blocks, singular
 from pipeline.weights.streaming import Merge, Read, Rows, read_blocks
 
-NEGLIGIBLE = 1e-7  # of σ₁: the vectors of smaller values, square roots of eigenvalues in fp64, are noise
+# of σ₁: the vectors of smaller values, square roots of eigenvalues in fp64, are noise
+NEGLIGIBLE = 1e-7
 
 
 class Left(NamedTuple):
-    """Singular values (k,), largest first, and left vectors (O, k); `complete`: all whose value is not zero."""
+    """Singular values (k,), largest first, and left vectors (O, k); `complete`: all whose value is
+    not zero.
+    """
 
     values: Tensor
     vectors: Tensor
@@ -45,10 +50,11 @@ class Left(NamedTuple):
 
 @torch.no_grad()
 def left_vectors(read: Read, rows: int, columns: int) -> Left:
-    """All left singular vectors of M (O, I) if one side is at most `FULL_COLUMNS`, else the `MAX_VALUES` largest.
+    """All left singular vectors of M (O, I) if one side is at most `FULL_COLUMNS`, else the
+    `MAX_VALUES` largest.
 
-    Those are found from the same random start for every matrix, so that what has not converged is alike in W and
-    W + ΔW, and is not taken for an intruder.
+    Those are found from the same random start for every matrix, so that what has not converged is
+    alike in W and W + ΔW, and is not taken for an intruder.
     """
     if rows <= FULL_COLUMNS:
         device = device_for_matrix(rows**2)
@@ -65,7 +71,9 @@ def left_vectors(read: Read, rows: int, columns: int) -> Left:
 
 
 class Intruder(NamedTuple):
-    """Its `position` among the singular values of W + ΔW, from 1; its σ, and its largest |cos| with W's vectors."""
+    """Its `position` among the singular values of W + ΔW, from 1; its σ, and its largest |cos| with
+    W's vectors.
+    """
 
     position: int
     value: float
@@ -84,7 +92,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Searched:
-    """One matrix: its intruders, and their vectors (O, n). `complete`: all of W's singular vectors were compared.
+    """One matrix: its intruders, and their vectors (O, n). `complete`: all of W's singular vectors
+    were compared.
 
     Otherwise a counterpart further down is not seen, and there may be fewer intruders.
     """
@@ -96,25 +105,38 @@ class Searched:
 
 
 def find_intruders(pair: Pair, top: int, epsilon: float) -> Searched:
-    """The intruders among the first `top` left singular vectors of W + ΔW. Raises UserError if they are not finite."""
+    """The intruders among the first `top` left singular vectors of W + ΔW. Raises UserError if they
+    are not finite.
+    """
     if not all(math.isfinite(norm(read)) for read in (pair.before, pair.after)):
-        raise UserError(f"{pair.module} has values that are not finite. Copy the checkpoint again, or train it again.")
+        raise UserError(
+            f"{pair.module} has values that are not finite. Copy the checkpoint again, or train "
+            "it again."
+        )
     before, after = (left_vectors(read, *pair.shape) for read in (pair.before, pair.after))
     strongest = after.vectors[:, :top]
     cosines = (before.vectors.T @ strongest).abs()  # (k, top)
-    similarity = torch.cat([cosines.new_zeros(1, cosines.shape[1]), cosines]).amax(0)  # W may be zero: k = 0
+    # W may be zero: k = 0
+    similarity = torch.cat([cosines.new_zeros(1, cosines.shape[1]), cosines]).amax(0)
     positions = (similarity < epsilon).nonzero().flatten()
-    rows = [Intruder(n + 1, float(after.values[n]), float(similarity[n])) for n in positions.tolist()]
-    return Searched(pair, tuple(rows), strongest[:, positions].cpu(), before.complete and after.complete)
+    rows = [
+        Intruder(n + 1, float(after.values[n]), float(similarity[n])) for n in positions.tolist()
+    ]
+    return Searched(
+        pair, tuple(rows), strongest[:, positions].cpu(), before.complete and after.complete
+    )
 
 
 def linears(base: Path, tuned: Path, trust_remote_code: bool = False) -> Iterator[Pair]:
-    """Every linear of a block that an adapter changes, as a merge would write it, or that two checkpoints share.
+    """Every linear of a block that an adapter changes, as a merge would write it, or that two
+    checkpoints share.
 
     Raises UserError.
     """
     model = skeleton(base, trust_remote_code)
-    modules = [(name, m) for name, m in model.named_modules() if adaptable(m) and name != model.head_name]
+    modules = [
+        (name, m) for name, m in model.named_modules() if adaptable(m) and name != model.head_name
+    ]
     stored: Mapping[str, TensorLocation]
     if (tuned / CONFIG).is_file():
         merge = plan_merge(base, tuned, trust_remote_code)
@@ -125,14 +147,19 @@ def linears(base: Path, tuned: Path, trust_remote_code: bool = False) -> Iterato
     else:
         differences = diff_checkpoints(base, tuned, trust_remote_code)
         stored = differences.tuned
-        reads = {one.name: (one.weight, partial(read_blocks, stored[one.name])) for one in differences.deltas}
+        reads = {
+            one.name: (one.weight, partial(read_blocks, stored[one.name]))
+            for one in differences.deltas
+        }
     for name, module in modules:
         key = stored_name(f"{name}.weight", stored)
         if key not in reads or len(stored[key].info.shape) != 2:
             continue
         (rows, columns), (before, after) = stored[key].info.shape, reads[key]
         if is_conv1d(module):  # stored as (I, O)
-            yield Pair(name, (columns, rows), partial(_transposed, before), partial(_transposed, after))
+            yield Pair(
+                name, (columns, rows), partial(_transposed, before), partial(_transposed, after)
+            )
         else:
             yield Pair(name, (rows, columns), before, after)
 
@@ -152,12 +179,19 @@ def _transposed(read: Read) -> Iterator[Rows]:
 def intruders_of(
     base: Path, tuned: Path, top: int, epsilon: float, trust_remote_code: bool = False
 ) -> Generator[Event, None, list[Searched]]:
-    """The intruders of each linear of a block, in a fine-tuned model or an adapter of `base`. Raises UserError."""
+    """The intruders of each linear of a block, in a fine-tuned model or an adapter of `base`.
+    Raises UserError.
+    """
     if (base / CONFIG).is_file():
-        raise UserError(f"{base} is an adapter. Name the base model first, then the fine-tuned model or adapter.")
+        raise UserError(
+            f"{base} is an adapter. Name the base model first, then the fine-tuned model or "
+            "adapter."
+        )
     pairs, searched = list(linears(base, tuned, trust_remote_code)), []
     if not pairs:
-        raise UserError(f"{tuned} changes no linear layer of a block: there are no intruders to look for.")
+        raise UserError(
+            f"{tuned} changes no linear layer of a block: there are no intruders to look for."
+        )
     for number, pair in enumerate(pairs, start=1):
         searched.append(find_intruders(pair, top, epsilon))
         yield Progress(number, len(pairs), pair.module)
@@ -165,7 +199,9 @@ def intruders_of(
 
 
 def damped(update: LowRank, vectors: Tensor, after: Read, factor: float) -> LowRank:
-    """ΔW − (1 − factor)·U(Uᵀ(W + ΔW)) for intruders U (O, n), of rank R + n: Uᵀ(W + ΔW) is SVᵀ, as U is orthonormal."""
+    """ΔW − (1 − factor)·U(Uᵀ(W + ΔW)) for intruders U (O, n), of rank R + n: Uᵀ(W + ΔW) is SVᵀ, as
+    U is orthonormal.
+    """
     strength = torch.zeros(vectors.shape[1], update.a.shape[1], dtype=torch.float64)  # (n, I)
     for rows, block in after():
         strength += vectors[rows].T @ block.double()
@@ -178,32 +214,42 @@ def refuse_undampable(source: Path, out: Path) -> None:
     """Raises UserError unless `source` is LoRA, and `out` is new or an earlier result."""
     if not (source / CONFIG).is_file():
         raise UserError(
-            f"--damp writes an adapter, and {source} is none. Of a full model, extract one first: `lora spectrum BASE "
+            f"--damp writes an adapter, and {source} is none. Of a full model, extract one first: "
+            "`lora spectrum BASE "
             f"{source} --rank 64 --out DIR`."
         )
     refuse_virtual(source)
     if read_spec(source).dora:
         raise UserError(
-            f"{source} was trained with DoRA, which rescales rows: damping it is not low-rank. Train it again with "
+            f"{source} was trained with DoRA, which rescales rows: damping it is not low-rank. "
+            "Train it again with "
             "finetune_lora.dora=false."
         )
     refuse_other(out, "damp", [source])
 
 
 def damp(
-    base: Path, source: Path, out: Path, searched: list[Searched], factor: float, params: Mapping[str, float]
+    base: Path,
+    source: Path,
+    out: Path,
+    searched: list[Searched],
+    factor: float,
+    params: Mapping[str, float],
 ) -> None:
     """Write the adapter `source` to `out` with the singular values of its intruders times `factor`.
 
-    W + ΔW becomes W + ΔW + (factor − 1)·Σ uσvᵀ over the intruders, so W's share of them is scaled too, as in the paper.
-    Raises UserError if there is no intruder, and as `refuse_undampable`.
+    W + ΔW becomes W + ΔW + (factor − 1)·Σ uσvᵀ over the intruders, so W's share of them is scaled
+    too, as in the paper. Raises UserError if there is no intruder, and as `refuse_undampable`.
     """
     refuse_undampable(source, out)
     change = load_update(source)
     low_rank = dict(change.low_rank)
     found = [one for one in searched if one.intruders and one.pair.module in low_rank]
     if not found:
-        raise UserError(f"{source} has no intruder to damp. Raise --epsilon or --top, or use the adapter as it is.")
+        raise UserError(
+            f"{source} has no intruder to damp. Raise --epsilon or --top, or use the adapter as "
+            "it is."
+        )
     for one in found:
         module = one.pair.module
         low_rank[module] = damped(low_rank[module], one.vectors, one.pair.after, factor)

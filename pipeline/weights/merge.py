@@ -1,7 +1,7 @@
 """Merge base + adapter into one checkpoint, with a certificate of the result (the document's §4.4).
 
-The plan is made on the meta device, where the adapter is checked against the model's modules without loading weights;
-`streaming.py` then carries it out file to file.
+The plan is made on the meta device, where the adapter is checked against the model's modules
+without loading weights; `streaming.py` then carries it out file to file.
 """
 
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
@@ -17,7 +17,14 @@ from pipeline.adapters.attach import adapter_layers, tensors
 from pipeline.adapters.config import PREFIX, WEIGHTS, AdapterSpec
 from pipeline.adapters.experts import expert_layers
 from pipeline.adapters.folder import quantization_of, refuse_virtual
-from pipeline.adapters.lora import DoRALinear, LoRAEmbedding, LoRALinear, TokenRows, factors, fan_in_fan_out
+from pipeline.adapters.lora import (
+    DoRALinear,
+    LoRAEmbedding,
+    LoRALinear,
+    TokenRows,
+    factors,
+    fan_in_fan_out,
+)
 from pipeline.adapters.peft import COPY, load_adapter, other_embedding
 from pipeline.errors import UserError
 from pipeline.files import artifact
@@ -46,7 +53,10 @@ from pipeline.weights.streaming import (
 CERTIFICATE = "certificate.json"
 NOTE_BELOW = 0.9  # share of an update that must survive rounding; below it a note is shown
 # The names of an expert's own tensors in files, in the order in which transformers stacks them.
-SEPARATE = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
+SEPARATE = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
 STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # safetensors' names
 RATIO_TOLERANCE = 1e-3  # on top of rounding; an update merged twice has ratio 2
 
@@ -61,8 +71,10 @@ class Merging:
     trust_remote_code: bool = False
 
 
-Verify = Callable[[Path], dict[str, Any]]  # merged checkpoint → entries for its certificate; raises UserError
-Finish = Callable[[Path, dict[str, Any]], None]  # adds files to the checkpoint, given its certificate
+# merged checkpoint → entries for its certificate; raises UserError
+Verify = Callable[[Path], dict[str, Any]]
+# adds files to the checkpoint, given its certificate
+Finish = Callable[[Path, dict[str, Any]], None]
 
 
 def merge_to(
@@ -75,8 +87,9 @@ def merge_to(
     # a stage's result has a manifest too, and is not replaced
     replaceable = (out / CERTIFICATE).exists() and not (out / artifact.MANIFEST).exists()
     artifact.refuse_other(out, replaceable, (merging.base, merging.adapter))
-    # A killed merge leaves the earlier result as it was; the next one removes what it left and begins again. Resuming
-    # is not worth it: a merge takes less than twice as long as a copy of its files, which `make bench` measures.
+    # A killed merge leaves the earlier result as it was; the next one removes what it left and
+    # begins again. Resuming is not worth it: a merge takes less than twice as long as a copy of its
+    # files, which `make bench` measures.
     with artifact.writing(out) as folder:
         certificate = yield from merge_into(folder, merging, verify)
         if finish:
@@ -86,54 +99,72 @@ def merge_to(
 
 def describe(certificate: Mapping[str, Any]) -> Iterator[str]:
     """What a certificate proves, in words."""
-    if ratios := [ratio for ratio in certificate.get("delta_ratios", {}).values() if ratio is not None]:
-        yield f"{len(ratios)} matrices hold their update {min(ratios):.4f} to {max(ratios):.4f} times"
+    if ratios := [
+        ratio for ratio in certificate.get("delta_ratios", {}).values() if ratio is not None
+    ]:
+        yield (
+            f"{len(ratios)} matrices hold their update {min(ratios):.4f} to {max(ratios):.4f} times"
+        )
     if "max_logit_difference" in certificate:
         yield f"largest logit difference {certificate['max_logit_difference']:.1e}"
 
 
-def merge_into(out: Path, merging: Merging, verify: Verify | None = None) -> Generator[Event, None, dict[str, Any]]:
+def merge_into(
+    out: Path, merging: Merging, verify: Verify | None = None
+) -> Generator[Event, None, dict[str, Any]]:
     """Write the merged checkpoint and its certificate to `out`; returns the certificate.
 
-    Weights pass through memory a block of rows at a time. Raises UserError if a matrix did not receive its update
-    exactly once, or if `verify` does.
+    Weights pass through memory a block of rows at a time. Raises UserError if a matrix did not
+    receive its update exactly once, or if `verify` does.
     """
     dtype = STORED[merging.precision] if merging.precision else None
     with single_torch_thread():
         merge = plan_merge(merging.base, merging.adapter, merging.trust_remote_code, dtype)
     for number, name in enumerate(merge.write(out), start=1):
         yield Progress(number, len(merge.files), name)
-    certificate: dict[str, Any] = yield from certify(merge, written_matrices(out), "--precision fp32")
+    certificate: dict[str, Any] = yield from certify(
+        merge, written_matrices(out), "--precision fp32"
+    )
     if verify:
         certificate |= verify(out)
     artifact.write_json(out / CERTIFICATE, certificate)
     return certificate
 
 
-def certify(merge: Merge, written: Callable[[str], Written], fp32: str) -> Generator[Event, None, dict[str, Any]]:
-    """The certificate of a merge, from what was `written`; `fp32`: the option that writes it in fp32.
+def certify(
+    merge: Merge, written: Callable[[str], Written], fp32: str
+) -> Generator[Event, None, dict[str, Any]]:
+    """The certificate of a merge, from what was `written`; `fp32`: the option that writes it in
+    fp32.
 
     Raises UserError if a matrix did not receive its update exactly once.
     """
-    # on the written files, not on the way there: a block at a wrong place, or one written twice, shows too
+    # on the written files, not on the way there: a block at a wrong place, or one written twice,
+    # shows too
     measured = update_ratios(merge, written)
     for name, (ratio, rounding) in measured.items():
         if ratio is not None and not abs(ratio - 1) <= RATIO_TOLERANCE + rounding:
             raise UserError(
-                f"merge rejected: {name} received {ratio:.4f} times its update, not once. Please report this."
+                f"merge rejected: {name} received {ratio:.4f} times its update, not once. Please "
+                "report this."
             )
     # less than half the distance of two 16-bit numbers rounds to nothing
     retained = [ratio.value for ratio in measured.values() if ratio.value is not None]
     if retained and min(retained) < NOTE_BELOW:
         yield Note(
-            f"merge: the update is so small that rounding leaves {min(retained):.0%} to {max(retained):.0%} of it in "
-            f"the merged weights. Write them in fp32 ({fp32}), or serve the adapter without merging."
+            f"merge: the update is so small that rounding leaves {min(retained):.0%} to "
+            f"{max(retained):.0%} of it in "
+            f"the merged weights. Write them in fp32 ({fp32}), or serve the adapter without "
+            "merging."
         )
     return {"delta_ratios": {name: ratio.value for name, ratio in measured.items()}}
 
 
-def plan_merge(base: Path, adapter: Path, trust_remote_code: bool = False, dtype: str | None = None) -> Merge:
-    """The merge of `adapter` into the checkpoint `base`; `dtype` to write: F32, BF16, F16, None: each tensor's own.
+def plan_merge(
+    base: Path, adapter: Path, trust_remote_code: bool = False, dtype: str | None = None
+) -> Merge:
+    """The merge of `adapter` into the checkpoint `base`; `dtype` to write: F32, BF16, F16, None:
+    each tensor's own.
 
     Raises UserError as `load_adapter` does.
     """
@@ -143,12 +174,15 @@ def plan_merge(base: Path, adapter: Path, trust_remote_code: bool = False, dtype
     tied = tied_names(model)
     quantizers: dict[str, Callable[[Tensor], Tensor]] = {}
     if (kind := quantization_of(adapter)) != "none":
-        # the adapter learned to correct quantized weights, so the merge folds into what they dequantize to
+        # the adapter learned to correct quantized weights, so the merge folds into what they
+        # dequantize to
         for name in quantizable(model):
             transposed = is_conv1d(model.get_submodule(name))
             quantizers[f"{name}.weight"] = partial(dequantized, kind=kind, transposed=transposed)
     edits: dict[str, Edit] = {}
-    for name, edit in merge_edits(model, attach_to_meta_model(model, base, stored, adapter)).items():
+    for name, edit in merge_edits(
+        model, attach_to_meta_model(model, base, stored, adapter)
+    ).items():
         separate = separate_edits(name, edit, stored) if isinstance(edit, AddToExperts) else {}
         shapes |= {tensor: (len(one.left), one.right.shape[1]) for tensor, one in separate.items()}
         edits.update(separate)
@@ -158,17 +192,22 @@ def plan_merge(base: Path, adapter: Path, trust_remote_code: bool = False, dtype
     absent = [name for name in tied if names[name] not in stored]
     for name in edits.keys() | quantizers:
         location = stored.get(names[name])
-        if location is None and not (name in tied and len(absent) < 2):  # one of a tied pair may be stored for both
+        # one of a tied pair may be stored for both
+        if location is None and not (name in tied and len(absent) < 2):
             raise UserError(
-                f"{base} has no tensor {names[name]}, which the adapter changes: it names or splits weights "
-                "differently from transformers. Save the model again with transformers' save_pretrained."
+                f"{base} has no tensor {names[name]}, which the adapter changes: it names or "
+                "splits weights "
+                "differently from transformers. Save the model again with transformers' "
+                "save_pretrained."
             )
         if location is not None and location.info.shape != shapes[name]:
             raise UserError(
-                f"{base}: {names[name]} has shape {list(location.info.shape)}, but config.json says "
+                f"{base}: {names[name]} has shape {list(location.info.shape)}, but config.json "
+                "says "
                 f"{list(shapes[name])}. Copy the model again."
             )
-    # An edit of only one of a tied pair, or two different ones, untie it: the other becomes a tensor of its own.
+    # An edit of only one of a tied pair, or two different ones, untie it: the other becomes a
+    # tensor of its own.
     copies: dict[str, str] = {}
     unties = not same_edit(*(edits.get(name) for name in tied)) if tied else False
     if unties:
@@ -190,23 +229,31 @@ def plan_merge(base: Path, adapter: Path, trust_remote_code: bool = False, dtype
 def attach_to_meta_model(
     model: CausalLM, base: Path, stored: Mapping[str, TensorLocation], adapter: Path
 ) -> AdapterSpec:
-    """Attach the adapter to `model`, which is `base` on the meta device; `stored` are the base's tensors.
+    """Attach the adapter to `model`, which is `base` on the meta device; `stored` are the base's
+    tensors.
 
-    Raises UserError as `load_adapter` does, for virtual tokens, which change no weight, and for an embedding saved with
-    the adapter that differs from the base's.
+    Raises UserError as `load_adapter` does, for virtual tokens, which change no weight, and for an
+    embedding saved with the adapter that differs from the base's.
     """
     refuse_virtual(adapter)
     spec = load_adapter(model, base, adapter)
     if not isinstance(spec, AdapterSpec):
-        raise UserError(f"{adapter} is no LoRA, so it cannot be merged. Use it on its base: `lora prompt --adapter`.")
-    # PEFT saves a copy of an embedding with LoRA on it; only the base's files can tell whether it is the base's
-    for key, value in load_tensors(adapter / WEIGHTS).items():  # `load_adapter` has checked that they are finite
+        raise UserError(
+            f"{adapter} is no LoRA, so it cannot be merged. Use it on its base: `lora prompt "
+            "--adapter`."
+        )
+    # PEFT saves a copy of an embedding with LoRA on it; only the base's files can tell whether it
+    # is the base's
+    # `load_adapter` has checked that they are finite
+    for key, value in load_tensors(adapter / WEIGHTS).items():
         if key.endswith(COPY):
             name = f"{key.removeprefix(PREFIX).removesuffix(COPY)}.weight"
             location = find_location(name, stored, tied_names(model))
             if location is None or value.shape != location.info.shape:
                 raise other_embedding(adapter, name)
-            if not all(torch.equal(value[rows].to(old), old) for rows, old in read_blocks(location)):
+            if not all(
+                torch.equal(value[rows].to(old), old) for rows, old in read_blocks(location)
+            ):
                 raise other_embedding(adapter, name)
     return spec
 
@@ -235,9 +282,11 @@ def merge_edits(model: CausalLM, spec: AdapterSpec) -> dict[str, Edit]:
 
 
 def separate_edits(name: str, edit: AddToExperts, stored: Collection[str]) -> dict[str, AddLowRank]:
-    """The edit of a stacked parameter as edits of the tensors that files hold for each expert, by stored name.
+    """The edit of a stacked parameter as edits of the tensors that files hold for each expert, by
+    stored name.
 
-    Empty if they hold the stack itself, or neither. transformers stacks Mixtral's w1 on w3, others' gate on up.
+    Empty if they hold the stack itself, or neither. transformers stacks Mixtral's w1 on w3, others'
+    gate on up.
     """
     if stored_name(name, stored):
         return {}
@@ -250,7 +299,9 @@ def separate_edits(name: str, edit: AddToExperts, stored: Collection[str]) -> di
             place = first.removesuffix(f"0.{parts[0]}.weight")
             size = edit.left.shape[1] // len(parts)  # rows of the stack that each of the parts has
             return {
-                f"{place}{expert}.{part}.weight": edit.of(expert, slice(number * size, (number + 1) * size))
+                f"{place}{expert}.{part}.weight": edit.of(
+                    expert, slice(number * size, (number + 1) * size)
+                )
                 for expert in range(len(edit.left))
                 for number, part in enumerate(parts)
             }
@@ -260,30 +311,41 @@ def separate_edits(name: str, edit: AddToExperts, stored: Collection[str]) -> di
 def layer_edit(layer: LoRALinear | LoRAEmbedding) -> Edit:
     """The edit of the layer's stored weight."""
     if isinstance(layer, DoRALinear):
-        return RescaleRows(*factors(layer), layer.scale, layer.magnitude.detach(), fan_in_fan_out(layer.base))
+        return RescaleRows(
+            *factors(layer), layer.scale, layer.magnitude.detach(), fan_in_fan_out(layer.base)
+        )
     return AddLowRank(*factors(layer), layer.scale)
 
 
 def tied_names(model: CausalLM) -> tuple[str, ...]:
     """Full names of the weights of embedding and head if they are tied, else ()."""
-    return (f"{model.embedding_name}.weight", f"{model.head_name}.weight") if model.shape.tied else ()
+    return (
+        (f"{model.embedding_name}.weight", f"{model.head_name}.weight") if model.shape.tied else ()
+    )
 
 
 def stored_name(name: str, stored: Collection[str], tied: Collection[str] = ()) -> str | None:
-    """The name of a parameter in the files: with or without the prefix of the model's body; None if missing.
+    """The name of a parameter in the files: with or without the prefix of the model's body; None if
+    missing.
 
     Of the parameters `tied`, one may be stored for both.
     """
     for parameter in (name, *tied) if name in tied else (name,):
         if parameter in stored:
             return parameter
-        candidates = [other for other in stored if parameter.endswith(f".{other}") or other.endswith(f".{parameter}")]
+        candidates = [
+            other
+            for other in stored
+            if parameter.endswith(f".{other}") or other.endswith(f".{parameter}")
+        ]
         if len(candidates) == 1:  # of several none is sure, as two stacks of blocks may end alike
             return candidates[0]
     return None
 
 
-def find_location(name: str, stored: Mapping[str, TensorLocation], tied: Collection[str] = ()) -> TensorLocation | None:
+def find_location(
+    name: str, stored: Mapping[str, TensorLocation], tied: Collection[str] = ()
+) -> TensorLocation | None:
     """Where the files store a parameter, as `stored_name` finds it."""
     stored_as = stored_name(name, stored, tied)
     return stored[stored_as] if stored_as else None

@@ -1,9 +1,10 @@
-"""Singular values of changes: an adapter's updates, or the difference of checkpoints (the document's §2.2).
+"""Singular values of changes: an adapter's updates, or the difference of checkpoints (the
+document's §2.2).
 
-A matrix M (O, I) is read a block of rows at a time and need not fit in memory. Up to `FULL_COLUMNS` columns all of its
-values come from MᵀM (I, I) in fp64: values below 1e-8 of the largest are lost to rounding. For wider matrices the
-largest, by subspace iteration with MᵀM on a random start (Halko, Martinsson and Tropp 2011, §4.5), with a measured
-error bound.
+A matrix M (O, I) is read a block of rows at a time and need not fit in memory. Up to `FULL_COLUMNS`
+columns all of its values come from MᵀM (I, I) in fp64: values below 1e-8 of the largest are lost to
+rounding. For wider matrices the largest, by subspace iteration with MᵀM on a random start (Halko,
+Martinsson and Tropp 2011, §4.5), with a measured error bound.
 """
 
 import math
@@ -24,14 +25,17 @@ from pipeline.weights.streaming import Read, Rows
 RANKS = (1, 2, 4, 8, 16, 64)  # ranks whose share of a change is reported
 MAX_VALUES = 64  # singular values computed for a wide matrix
 FULL_COLUMNS = 1024  # columns
-EXTRA = 32  # dimensions of the random subspace beyond those wanted (oversampling); the last ones converge slowly
-# Reads of a wide matrix. A change of low rank is exact to rounding after 4; in pure noise, the worst case, 2 leave an
-# error of 16% of σ₁ (1500 × 2048, 64 values), 6 one of 3%, 12 one of 1%.
+# dimensions of the random subspace beyond those wanted (oversampling); the last ones converge
+# slowly
+EXTRA = 32
+# Reads of a wide matrix. A change of low rank is exact to rounding after 4; in pure noise, the
+# worst case, 2 leave an error of 16% of σ₁ (1500 × 2048, 64 values), 6 one of 3%, 12 one of 1%.
 PASSES = 6
 
 
 class Singular(NamedTuple):
-    """Singular values (k,), largest first, on the CPU, and their right vectors (I, k), where they were computed.
+    """Singular values (k,), largest first, on the CPU, and their right vectors (I, k), where they
+    were computed.
 
     `error`: each value is within `error`·σ₁ of a singular value of M; 0 if all are known.
     """
@@ -48,16 +52,20 @@ class Singular(NamedTuple):
 
 @torch.no_grad()
 def singular(read: Read, columns: int, count: int) -> Singular:
-    """All singular values of a matrix of up to `FULL_COLUMNS` columns, the `count` largest of a wider one.
+    """All singular values of a matrix of up to `FULL_COLUMNS` columns, the `count` largest of a
+    wider one.
 
-    For orthonormal V, the eigenvalues of VᵀMᵀMV are σ² of M if V is square, and lower bounds of them otherwise.
+    For orthonormal V, the eigenvalues of VᵀMᵀMV are σ² of M if V is square, and lower bounds of
+    them otherwise.
     """
     complete, device = columns <= FULL_COLUMNS, device_for_matrix(columns**2)
     if complete:
         basis = torch.eye(columns, dtype=torch.float64).to(device)
     else:  # always from the same seed, so that two runs give the same numbers
         generator = torch.Generator().manual_seed(0)
-        drawn = torch.randn(columns, min(columns, count + EXTRA), dtype=torch.float64, generator=generator)
+        drawn = torch.randn(
+            columns, min(columns, count + EXTRA), dtype=torch.float64, generator=generator
+        )
         basis = torch.linalg.qr(drawn.to(device)).Q  # (I, n), orthonormal
     image = gram_times(read, basis)
     for _ in range(0 if complete else PASSES - 1):
@@ -65,13 +73,15 @@ def singular(read: Read, columns: int, count: int) -> Singular:
         basis = torch.linalg.qr(image).Q
         image = gram_times(read, basis)
     squares, rotation = torch.linalg.eigh(basis.T @ image)  # ascending
-    squares, rotation = squares.flip(0).clamp(min=0), rotation.flip(1)  # rounding leaves a zero slightly negative
+    # rounding leaves a zero slightly negative
+    squares, rotation = squares.flip(0).clamp(min=0), rotation.flip(1)
     if not complete:
         squares, rotation = squares[:count], rotation[:, :count]
     values, right = squares.sqrt(), basis @ rotation  # (k,), (I, k)
     if complete or not values[0]:
         return Singular(values.cpu(), right, 0.0)
-    # ‖Mᵀu − σv‖ for u = Mv/σ: M has a singular value no further from σ (Parlett 1998, §4.5); times σ it is
+    # ‖Mᵀu − σv‖ for u = Mv/σ: M has a singular value no further from σ (Parlett 1998, §4.5); times
+    # σ it is
     scaled = torch.linalg.vector_norm(image @ rotation - right * values.square(), dim=0)  # (k,)
     residuals = (scaled / values.clamp(min=1e-300)).clamp(max=float(values[0]))
     return Singular(values.cpu(), right, float(residuals.max() / values[0]))
@@ -88,21 +98,26 @@ def gram_times(read: Read, basis: Tensor) -> Tensor:
 
 @torch.no_grad()
 def factors(read: Read, rows: int, svd: Singular, rank: int) -> tuple[Tensor, Tensor]:
-    """B (O, R) and A (R, I) whose product is nearest to M (Eckart and Young 1936): U√S and √SVᵀ, in fp32."""
+    """B (O, R) and A (R, I) whose product is nearest to M (Eckart and Young 1936): U√S and √SVᵀ, in
+    fp32.
+    """
     right = svd.right[:, :rank]  # (I, R)
     left = right.new_empty(rows, right.shape[1])
     for part, block in read():
         left[part] = block.to(right) @ right  # US
-    # σ as the norm of Mv: the square root of an eigenvalue of MᵀM is wrong where σ is below 1e-8 of the largest
+    # σ as the norm of Mv: the square root of an eigenvalue of MᵀM is wrong where σ is below 1e-8 of
+    # the largest
     root = torch.linalg.vector_norm(left, dim=0).sqrt()
     return (left / root.clamp(min=1e-150)).float().cpu(), (root[:, None] * right.T).float().cpu()
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One tensor: ‖W‖, ‖ΔW‖ and, for a matrix that changed, the singular values of ΔW, largest first.
+    """One tensor: ‖W‖, ‖ΔW‖ and, for a matrix that changed, the singular values of ΔW, largest
+    first.
 
-    `complete`: these are all nonzero ones; otherwise each is within `error`·σ₁ of a true singular value.
+    `complete`: these are all nonzero ones; otherwise each is within `error`·σ₁ of a true singular
+    value.
     """
 
     name: str
@@ -119,7 +134,8 @@ class Measured:
         return self.change / self.before if self.before else None
 
     def energy(self, rank: int) -> float | None:
-        """Σσᵢ² up to `rank` / ‖ΔW‖²: the share of the change that its best approximation of that rank captures.
+        """Σσᵢ² up to `rank` / ‖ΔW‖²: the share of the change that its best approximation of that
+        rank captures.
 
         None if too few singular values are known.
         """
@@ -129,22 +145,30 @@ class Measured:
 
     @property
     def stable_rank(self) -> float | None:
-        """‖ΔW‖² / σ₁² (Rudelson and Vershynin 2007): 1 for one direction, n for n equally strong ones."""
+        """‖ΔW‖² / σ₁² (Rudelson and Vershynin 2007): 1 for one direction, n for n equally strong
+        ones.
+        """
         return (self.change / self.values[0]) ** 2 if self.values else None
 
     @property
     def effective_rank(self) -> float | None:
-        """exp of the entropy of σᵢ / Σσ (Roy and Vetterli 2007); None if not all values are known."""
+        """exp of the entropy of σᵢ / Σσ (Roy and Vetterli 2007); None if not all values are
+        known.
+        """
         total = math.fsum(self.values)
         if not self.values or not self.complete:
             return None
         return math.exp(-math.fsum(v / total * math.log(v / total) for v in self.values if v > 0))
 
     def rank_of(self, share: float) -> int | None:
-        """The lowest rank that captures `share` of the change; None if the known values do not reach it."""
+        """The lowest rank that captures `share` of the change; None if the known values do not
+        reach it.
+        """
         enough = share * self.change**2 * (1 - 1e-12)  # less what rounding may take from the sum
         held = accumulate(value**2 for value in self.values)
-        return next((rank for rank, sum_so_far in enumerate(held, start=1) if sum_so_far >= enough), None)
+        return next(
+            (rank for rank, sum_so_far in enumerate(held, start=1) if sum_so_far >= enough), None
+        )
 
 
 def measure(delta: Delta, max_values: int = MAX_VALUES) -> tuple[Measured, Singular | None]:
@@ -154,13 +178,21 @@ def measure(delta: Delta, max_values: int = MAX_VALUES) -> tuple[Measured, Singu
     """
     before, change = norm(delta.weight), norm(delta.change)
     if not (math.isfinite(before) and math.isfinite(change)):
-        raise UserError(f"{delta.name} has values that are not finite. Copy the checkpoint again, or train it again.")
+        raise UserError(
+            f"{delta.name} has values that are not finite. Copy the checkpoint again, or train it "
+            "again."
+        )
     if not change or not delta.is_matrix:
         return Measured(delta.name, delta.shape, before, change), None
     vectors = singular(delta.change, delta.shape[1], max_values)
     smaller = min(delta.shape)
-    values, complete = tuple(vectors.values[:smaller].tolist()), vectors.complete or smaller <= max_values
-    return Measured(delta.name, delta.shape, before, change, values, complete, vectors.error), vectors
+    values, complete = (
+        tuple(vectors.values[:smaller].tolist()),
+        vectors.complete or smaller <= max_values,
+    )
+    return Measured(
+        delta.name, delta.shape, before, change, values, complete, vectors.error
+    ), vectors
 
 
 def measure_update(name: str, update: LowRank, weight: Read) -> Measured:
@@ -172,10 +204,11 @@ def measure_update(name: str, update: LowRank, weight: Read) -> Measured:
 
 
 def overlaps(one: Tensor, other: Tensor) -> Tensor:
-    """φ(i, j) = ‖UᵢᵀVⱼ‖² / min(i, j) of the first i of orthonormal U (n, k) and j of V (n, l), (k, l).
+    """φ(i, j) = ‖UᵢᵀVⱼ‖² / min(i, j) of the first i of orthonormal U (n, k) and j of V (n, l), (k,
+    l).
 
-    Hu et al. 2021, §7.2: 1 if the smaller subspace lies in the larger, 0 if they are orthogonal. The expected value for
-    two random subspaces is max(i, j) / n.
+    Hu et al. 2021, §7.2: 1 if the smaller subspace lies in the larger, 0 if they are orthogonal.
+    The expected value for two random subspaces is max(i, j) / n.
     """
     shared = (one.T @ other).square().cumsum(0).cumsum(1)
     sizes = torch.arange(1, max(shared.shape) + 1)

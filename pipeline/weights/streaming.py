@@ -1,7 +1,9 @@
-"""Merge file to file, a block of rows at a time; memory does not grow with the model (the document's §4.4).
+"""Merge file to file, a block of rows at a time; memory does not grow with the model (the
+document's §4.4).
 
-An edit changes rows of one tensor; a `Merge` applies its edits while it copies a base's files. Rows are independent in
-every edit but DoRA's on a transposed weight, so a block of them can be read, folded and written alone.
+An edit changes rows of one tensor; a `Merge` applies its edits while it copies a base's files. Rows
+are independent in every edit but DoRA's on a transposed weight, so a block of them can be read,
+folded and written alone.
 """
 
 import os
@@ -35,8 +37,19 @@ BLOCK = 2**18  # values of W in memory as fp32 at once: fits in a core's cache
 Rows = tuple[slice, Tensor]
 Read = Callable[[], Iterator[Rows]]  # each call reads a matrix once, first row to last
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# Not copied: weights in other formats, which would stay unmerged, and records of how the base was made.
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.msgpack", "*.h5")
+# Not copied: weights in other formats, which would stay unmerged, and records of how the base was
+# made.
+WEIGHTS = (
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.gguf",
+    "*.onnx",
+    "*.msgpack",
+    "*.h5",
+)
 RECORDS = (MANIFEST, "audit.json", "loss.csv", "certificate.json")
 
 
@@ -48,7 +61,9 @@ def blocks(rows: int, columns: int, samples: int | None = None) -> Iterator[slic
 
 
 def merged_rows(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
-    """weight (n, I) + s·b·a for b (n, R) and a (R, I), summed in fp32 and rounded once to the weight's dtype."""
+    """weight (n, I) + s·b·a for b (n, R) and a (R, I), summed in fp32 and rounded once to the
+    weight's dtype.
+    """
     return _add_low_rank(weight, b, a, scale).to(weight.dtype)
 
 
@@ -59,7 +74,8 @@ def _add_low_rank(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
     return result
 
 
-Edit = Callable[[Tensor, slice], Tensor]  # rows of a tensor → the same rows of the merged tensor, in the same dtype
+# rows of a tensor → the same rows of the merged tensor, in the same dtype
+Edit = Callable[[Tensor, slice], Tensor]
 
 
 @dataclass(frozen=True)
@@ -74,9 +90,13 @@ class AddLowRank:
         return merged_rows(weight, self.left[rows], self.right, self.scale)
 
     def dot_products(self, old: Tensor, new: Tensor, rows: slice) -> tuple[float, float]:
-        """⟨new − old, update⟩ and ⟨update, update⟩ over `rows`, for update = s·left·right, never materialized."""
+        """⟨new − old, update⟩ and ⟨update, update⟩ over `rows`, for update = s·left·right, never
+        materialized.
+        """
         products = ((new - old) @ self.right.float().T) * self.left[rows].float()  # (rows, R)
-        return self.scale * float(products.sum()), squared_norm(self.left[rows], self.right, self.scale)
+        return self.scale * float(products.sum()), squared_norm(
+            self.left[rows], self.right, self.scale
+        )
 
     def with_norms(self, _blocks: Iterable[Rows]) -> "AddLowRank":
         return self
@@ -103,11 +123,15 @@ class AddToExperts:
             yield self.of(expert), [weight[place].view(shape) for weight in stacked]
 
     def __call__(self, weight: Tensor, rows: slice) -> Tensor:
-        return torch.stack([edit(w, slice(None)).flatten() for edit, (w,) in self._each(rows, weight)])
+        return torch.stack(
+            [edit(w, slice(None)).flatten() for edit, (w,) in self._each(rows, weight)]
+        )
 
     def dot_products(self, old: Tensor, new: Tensor, rows: slice) -> tuple[float, float]:
         """⟨new − old, update⟩ and ⟨update, update⟩ over the experts `rows`."""
-        products = [edit.dot_products(o, n, slice(None)) for edit, (o, n) in self._each(rows, old, new)]
+        products = [
+            edit.dot_products(o, n, slice(None)) for edit, (o, n) in self._each(rows, old, new)
+        ]
         return sum(dot for dot, _ in products), sum(size for _, size in products)
 
     def with_norms(self, _blocks: Iterable[Rows]) -> "AddToExperts":
@@ -118,7 +142,8 @@ class AddToExperts:
 class RescaleRows:
     """DoRA: m/‖V‖·V for V = W + s·left·right, with magnitude m (O,) per output.
 
-    An output's weights are a row of W, or a column if `transposed` (Conv1D); column norms need all rows of W first.
+    An output's weights are a row of W, or a column if `transposed` (Conv1D); column norms need all
+    rows of W first.
     """
 
     left: Tensor
@@ -141,7 +166,9 @@ class RescaleRows:
         result = self._updated(weight, rows)
         if self.norms is not None:
             return (result * (self.magnitude / self.norms)).to(weight.dtype)
-        ratio: Tensor = self.magnitude[rows] / torch.linalg.vector_norm(result, dim=1).clamp_(min=LEAST)
+        ratio: Tensor = self.magnitude[rows] / torch.linalg.vector_norm(result, dim=1).clamp_(
+            min=LEAST
+        )
         return (result * ratio[:, None]).to(weight.dtype)
 
     def _updated(self, weight: Tensor, rows: slice) -> Tensor:
@@ -183,16 +210,20 @@ def same_edit(one: Edit | None, other: Edit | None) -> bool:
     if one is None or type(one) is not type(other):
         return one is other
     pairs = zip(vars(one).values(), vars(other).values(), strict=True)
-    return all(torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b for a, b in pairs)
+    return all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+        for a, b in pairs
+    )
 
 
 @dataclass(frozen=True)
 class Merge:
     """A base's tensors and the edits to apply to them, by stored name.
 
-    `copies`: name → source, for tensors that start as a copy of another; the base need not store them. `unties`:
-    whether tied embedding and head become different weights. `quantizers`: for tensors that were quantized while the
-    adapter trained, a function that quantizes and dequantizes them, so that the edit applies to the same weights.
+    `copies`: name → source, for tensors that start as a copy of another; the base need not store
+    them. `unties`: whether tied embedding and head become different weights. `quantizers`: for
+    tensors that were quantized while the adapter trained, a function that quantizes and dequantizes
+    them, so that the edit applies to the same weights.
     """
 
     base: Path
@@ -225,7 +256,8 @@ class Merge:
         refuse_full_disk(out, self.size)
         fills = []
         for file in self.files:
-            # its own tensors in their order, so that they are read and written sequentially, then added ones
+            # its own tensors in their order, so that they are read and written sequentially, then
+            # added ones
             added = [name for name in self.added if self.source(name).file == file]
             tensors = [self._new_tensor(name) for name in (*in_file_order(file), *added)]
             fills.append([(file.name, fill) for fill in rewrite(file, out / file.name, tensors)])
@@ -260,8 +292,15 @@ class Merge:
     def _new_tensor(self, name: str) -> NewTensor:
         info = self.source(name).info
         dtype = self.dtype if self.dtype and info.dtype in DTYPES else info.dtype
-        changed = name in self.edits or name in self.copies or name in self.quantizers or dtype != info.dtype
-        return NewTensor(name, dtype, info.shape, (lambda: self._content(name, dtype)) if changed else None)
+        changed = (
+            name in self.edits
+            or name in self.copies
+            or name in self.quantizers
+            or dtype != info.dtype
+        )
+        return NewTensor(
+            name, dtype, info.shape, (lambda: self._content(name, dtype)) if changed else None
+        )
 
     def _content(self, name: str, dtype: str) -> Iterator[Bytes]:
         """The new bytes of a tensor: edited in the wider of the two dtypes and rounded once.
@@ -273,12 +312,15 @@ class Merge:
             written = new if target is None else new.to(target)
             if target == torch.float16 and not written.isfinite().all():
                 raise UserError(
-                    f"{name} has the value {float(new.abs().max()):.3g}, which overflows fp16. Use --precision bf16."
+                    f"{name} has the value {float(new.abs().max()):.3g}, which overflows fp16. "
+                    "Use --precision bf16."
                 )
             yield written.contiguous().flatten().view(torch.uint8).numpy().data
 
     def merged_blocks(self, name: str, target: torch.dtype | None) -> Iterator[Tensor]:
-        """A tensor after its edit, a block of rows at a time, in the wider of its dtype and `target`."""
+        """A tensor after its edit, a block of rows at a time, in the wider of its dtype and
+        `target`.
+        """
         edit = self.edits.get(name)
         if isinstance(edit, RescaleRows):
             edit = edit.with_norms(self.blocks(name))
@@ -290,7 +332,9 @@ class Merge:
         """A tensor before its edit, a block of rows at a time; `samples` as in `edits.blocks`."""
         if name not in self.quantizers:
             return read_blocks(self.source(name), samples)
-        weight = self.quantizers[name](torch.cat([block for _, block in read_blocks(self.source(name))]).float())
+        weight = self.quantizers[name](
+            torch.cat([block for _, block in read_blocks(self.source(name))]).float()
+        )
         rows, columns = weight.shape
         return ((span, weight[span]) for span in blocks(rows, columns, samples))
 
@@ -300,13 +344,16 @@ def refuse_full_disk(out: Path, size: int) -> None:
     free = shutil.disk_usage(out).free
     if free < size:
         raise UserError(
-            f"{out.parent}: the merged model needs {in_units(size)}, but only {in_units(free)} are free. "
+            f"{out.parent}: the merged model needs {in_units(size)}, but only {in_units(free)} "
+            "are free. "
             "Free some space, or name a folder elsewhere with --out."
         )
 
 
 def copy_other_files(base: Path, out: Path) -> None:
-    """Copy tokenizer, templates, code, licence, index: all files but weights, hidden files and RECORDS; recursively."""
+    """Copy tokenizer, templates, code, licence, index: all files but weights, hidden files and
+    RECORDS; recursively.
+    """
     for path in sorted(base.rglob("*")):
         name = path.relative_to(base)
         weights = any(path.match(pattern) for pattern in WEIGHTS)
@@ -323,14 +370,18 @@ def read_blocks(location: TensorLocation, samples: int | None = None) -> Iterato
     """
     info = location.info
     if info.dtype not in DTYPES:
-        raise UserError(f"{location.file}: merging does not support dtype {info.dtype}. Use the 16-bit model.")
+        raise UserError(
+            f"{location.file}: merging does not support dtype {info.dtype}. Use the 16-bit model."
+        )
     rows = info.shape[0] if info.shape else 1
     columns = prod(info.shape[1:])
     width = (info.stop - info.start) // max(1, rows)  # bytes
     with location.file.open("rb", buffering=0) as file:
         for span in blocks(rows, columns, samples):
             block = torch.empty((span.stop - span.start) * width, dtype=torch.uint8)
-            _read_into(file.fileno(), block.numpy().data, info.start + span.start * width, location.file)
+            _read_into(
+                file.fileno(), block.numpy().data, info.start + span.start * width, location.file
+            )
             yield span, block.view(DTYPES[info.dtype]).view(-1, columns)
 
 
@@ -354,14 +405,17 @@ def _read_into(descriptor: int, view: memoryview, start: int, file: Path) -> Non
 
 
 class Written(NamedTuple):
-    """A written matrix: the relative rounding of its values, and its blocks of rows as `read_blocks` samples them."""
+    """A written matrix: the relative rounding of its values, and its blocks of rows as
+    `read_blocks` samples them.
+    """
 
     eps: float
     blocks: Iterator[Rows]
 
 
 class UpdateRatio(NamedTuple):
-    """⟨W' − W, Δ⟩ / ⟨Δ, Δ⟩ for the update Δ, LoRA's s·BA: 1 if merged once, 0 if lost, 2 if twice; None if Δ is 0.
+    """⟨W' − W, Δ⟩ / ⟨Δ, Δ⟩ for the update Δ, LoRA's s·BA: 1 if merged once, 0 if lost, 2 if twice;
+    None if Δ is 0.
 
     `rounding`: the deviation from 1 that rounding W' to its dtype can cause.
     """
@@ -383,10 +437,12 @@ def written_matrices(out: Path) -> Callable[[str], Written]:
 
 @torch.no_grad()
 def update_ratios(merge: Merge, written: Callable[[str], Written]) -> dict[str, UpdateRatio]:
-    """The ratio of every matrix that LoRA or DoRA changed, by stored module name, measured on what was `written`.
+    """The ratio of every matrix that LoRA or DoRA changed, by stored module name, measured on what
+    was `written`.
 
-    A faulty merge affects a whole matrix, not single rows, so only `SAMPLES` or more evenly spread blocks of a large
-    matrix are read again. Reading all of them would take as long as the merge itself.
+    A faulty merge affects a whole matrix, not single rows, so only `SAMPLES` or more evenly spread
+    blocks of a large matrix are read again. Reading all of them would take as long as the merge
+    itself.
     """
     edits = {name: edit for name, edit in merge.edits.items() if isinstance(edit, Update)}
 
@@ -398,7 +454,9 @@ def update_ratios(merge: Merge, written: Callable[[str], Written]) -> dict[str, 
             dot, size = dot + block_dot, size + block_size
             weight += float(torch.linalg.vector_norm(old, dtype=torch.float32)) ** 2
         # rounding moves each weight by up to eps·|W|, which counts against an update of norm √size
-        return UpdateRatio(dot / size if size else None, after.eps * (weight / max(size, 1e-60)) ** 0.5)
+        return UpdateRatio(
+            dot / size if size else None, after.eps * (weight / max(size, 1e-60)) ** 0.5
+        )
 
     values = map_in_threads(ratio_of, edits)
     return {name.removesuffix(".weight"): ratio for name, ratio in zip(edits, values, strict=True)}
@@ -412,7 +470,9 @@ def map_in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Ite
 
 @contextmanager
 def single_torch_thread() -> Iterator[int]:
-    """Limits torch to one thread, as its tensors here are too small to split; yields the previous number."""
+    """Limits torch to one thread, as its tensors here are too small to split; yields the previous
+    number.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,9 +1,10 @@
 """Reads the tensors of a file of torch.save without running any code from it.
 
-Such a file is a zip archive: data.pkl, a pickle that says which tensor is which part of which file beside it. A pickle
-is a program, and `pickle` runs it: its opcodes can call any function. `torch.load(weights_only=True)` calls a list of
-them, has had holes, and allocates what the file says. Here the opcodes are only parsed, by `pickletools`, and a small
-machine below interprets those that a dictionary of tensors needs. It calls nothing; names of functions are compared.
+Such a file is a zip archive: data.pkl, a pickle that says which tensor is which part of which file
+beside it. A pickle is a program, and `pickle` runs it: its opcodes can call any function.
+`torch.load(weights_only=True)` calls a list of them, has had holes, and allocates what the file
+says. Here the opcodes are only parsed, by `pickletools`, and a small machine below interprets those
+that a dictionary of tensors needs. It calls nothing; names of functions are compared.
 """
 
 import io
@@ -20,11 +21,14 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 
-# Bytes, and instructions, which take seconds. The largest adapters have 40,000 tensors, of 200 bytes and 40 of these.
+# Bytes, and instructions, which take seconds. The largest adapters have 40,000 tensors, of 200
+# bytes and 40 of these.
 MAX_PICKLE, MAX_OPCODES = 10_000_000, 3_000_000
-MAX_DIRECTORY = 20_000_000  # bytes of the archive's list of files; `zipfile` makes ten times that of it
+# bytes of the archive's list of files; `zipfile` makes ten times that of it
+MAX_DIRECTORY = 20_000_000
 MAX_DIMENSIONS = 8
-SHARED = 2  # times the file's size that its tensors may have in all: two may be the same, as embedding and head
+# times the file's size that its tensors may have in all: two may be the same, as embedding and head
+SHARED = 2
 DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -36,7 +40,9 @@ DTYPES = {
 
 
 class Name(str):
-    """A function or class that the pickle names, such as torch._utils._rebuild_tensor_v2: never looked up."""
+    """A function or class that the pickle names, such as torch._utils._rebuild_tensor_v2: never
+    looked up.
+    """
 
 
 class Storage(NamedTuple):
@@ -71,10 +77,20 @@ def load(path: Path) -> dict[str, Tensor]:
     except _Refused as error:
         reason = str(error)
     # what a damaged or malicious file leads to in zipfile, pickletools and below
-    except (IndexError, KeyError, TypeError, ValueError, AttributeError, OverflowError, EOFError, NotImplementedError):
+    except (
+        IndexError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+        EOFError,
+        NotImplementedError,
+    ):
         reason = "its contents are damaged"
     raise UserError(
-        f"{path} cannot be read without running code from it: {reason}. If you trust it, load it with torch and save "
+        f"{path} cannot be read without running code from it: {reason}. If you trust it, load it "
+        "with torch and save "
         "the tensors with safetensors."
     ) from None
 
@@ -88,7 +104,8 @@ def _refuse_large_directory(path: Path) -> None:
     if not end.startswith(b"PK\5\6"):
         raise zipfile.BadZipFile  # or it has a comment, which torch writes none of
     (size,) = struct.unpack("<I", end[12:16])
-    if locator.startswith(b"PK\6\7") and len(end64) == 56:  # the sizes of large archives, which count then
+    # the sizes of large archives, which count then
+    if locator.startswith(b"PK\6\7") and len(end64) == 56:
         size = max(size if size < 2**32 - 1 else 0, *struct.unpack("<Q", end64[40:48]))
     if size > MAX_DIRECTORY:
         raise _Refused(f"its list of files has {size:,} bytes")
@@ -96,7 +113,9 @@ def _refuse_large_directory(path: Path) -> None:
 
 def _tensors(archive: zipfile.ZipFile, size: int) -> Iterator[tuple[str, Tensor]]:
     entries = {entry.filename: entry for entry in archive.infolist()}
-    (pickle,) = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1] or [""]
+    (pickle,) = [
+        name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1
+    ] or [""]
     if not pickle:
         raise _Refused("it has no data.pkl")
     folder = pickle.removesuffix("data.pkl")
@@ -112,7 +131,10 @@ def _tensors(archive: zipfile.ZipFile, size: int) -> Iterator[tuple[str, Tensor]
     if f"{folder}byteorder" in entries and read(f"{folder}byteorder", 10) != b"little":
         raise _Refused("its byte order is not little")
     views = dict(_flat(_interpreted(read(pickle, MAX_PICKLE))))
-    if sum(prod(view.size) * view.storage.dtype.itemsize for view in views.values()) > SHARED * size:
+    if (
+        sum(prod(view.size) * view.storage.dtype.itemsize for view in views.values())
+        > SHARED * size
+    ):
         raise _Refused(f"its tensors are larger than the file's {size:,} bytes")
     keys = {view.storage.key for view in views.values()}
     if sum(entries[f"{folder}data/{key}"].file_size for key in keys) > size:  # entries may overlap
@@ -129,7 +151,12 @@ def _tensors(archive: zipfile.ZipFile, size: int) -> Iterator[tuple[str, Tensor]
         if empty:
             yield name, torch.empty(shape, dtype=storage.dtype)
         else:
-            yield name, torch.frombuffer(raw, dtype=storage.dtype).as_strided(shape, stride, offset).clone()
+            yield (
+                name,
+                torch.frombuffer(raw, dtype=storage.dtype)
+                .as_strided(shape, stride, offset)
+                .clone(),
+            )
 
 
 def _flat(value: Any) -> Iterator[tuple[str, View]]:
@@ -144,7 +171,9 @@ def _flat(value: Any) -> Iterator[tuple[str, View]]:
 
 
 def _interpreted(pickle: bytes) -> Any:
-    """The value that a pickle describes: dictionaries, lists, tuples, texts, numbers and tensors."""
+    """The value that a pickle describes: dictionaries, lists, tuples, texts, numbers and
+    tensors.
+    """
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
@@ -226,7 +255,12 @@ def _interpreted(pickle: bytes) -> Any:
 
 def _storage(reference: Any) -> Storage:
     kind, name, key, _, count = reference
-    if kind != "storage" or not isinstance(name, Name) or not isinstance(key, str) or not isinstance(count, int):
+    if (
+        kind != "storage"
+        or not isinstance(name, Name)
+        or not isinstance(key, str)
+        or not isinstance(count, int)
+    ):
         raise _Refused("it refers to what is not a storage of torch")
     if (dtype := DTYPES.get(name.removeprefix("torch."))) is None:
         raise _Refused(f"it holds a {name[:80]}")
@@ -241,7 +275,11 @@ def _dictionary(*items: Any) -> dict[str, Any]:
 
 def _view(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> View:
     numbers = (offset, *size, *stride)
-    if not isinstance(storage, Storage) or not all(type(n) is int for n in numbers) or len(size) != len(stride):
+    if (
+        not isinstance(storage, Storage)
+        or not all(type(n) is int for n in numbers)
+        or len(size) != len(stride)
+    ):
         raise _Refused("it has a tensor that is not a part of a storage")
     # one number repeated by strides of 0 would have any size
     if len(size) > MAX_DIMENSIONS or prod(size) > storage.length:

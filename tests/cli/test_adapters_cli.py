@@ -1,4 +1,6 @@
-"""`lora adapters diff` compared with dense updates, and `lora adapters card` with the files that it describes."""
+"""`lora adapters diff` compared with dense updates, and `lora adapters card` with the files that it
+describes.
+"""
 
 import json
 import shutil
@@ -62,7 +64,9 @@ def dense(folder: Path) -> dict[str, Tensor]:
     }
 
 
-def diff(cli: Lora, one: str, other: str, cwd: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def diff(
+    cli: Lora, one: str, other: str, cwd: Path
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The settings that differ, and the rows by module."""
     result = read_diff(cli, one, other, cwd)
     return result["settings"], {row.pop("module"): row for row in result["modules"]}
@@ -102,7 +106,9 @@ def test_its_overlap_is_that_of_the_dense_updates_singular_spaces(cli: Lora, roo
     one, other = dense(root / "one"), dense(root / "other")
     _, rows = diff(cli, "one", "other", root)
     for name in other:
-        (left, _, right), (left_2, _, right_2) = (torch.linalg.svd(matrix) for matrix in (one[name], other[name]))
+        (left, _, right), (left_2, _, right_2) = (
+            torch.linalg.svd(matrix) for matrix in (one[name], other[name])
+        )
         outputs, inputs = left[:, :2].T @ left_2[:, :3], right[:2] @ right_2[:3].T
         wanted = [float(shared.square().sum()) / 2 for shared in (outputs, inputs)]
         assert [rows[name]["outputs"], rows[name]["inputs"]] == pytest.approx(wanted, abs=1e-5)
@@ -112,7 +118,11 @@ def test_its_cosine_is_that_of_the_dense_updates(cli: Lora, root: Path) -> None:
     one, other = dense(root / "one"), dense(root / "other")
     _, rows = diff(cli, "one", "other", root)
     for name, row in rows.items():
-        wanted = torch.cosine_similarity(one[name].flatten(), other[name].flatten(), 0) if name in other else None
+        wanted = (
+            torch.cosine_similarity(one[name].flatten(), other[name].flatten(), 0)
+            if name in other
+            else None
+        )
         assert row["cosine"] == (None if wanted is None else pytest.approx(float(wanted), abs=1e-9))
 
 
@@ -122,11 +132,15 @@ def test_an_adapter_shares_all_of_its_space_with_itself(cli: Lora, root: Path) -
         assert row["difference"] <= 1e-6 * row["first"]
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [((0, 1), (2, 3)), ((5, 1), (7, 9)), ((1, 0), (1, 0))])
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [((0, 1), (2, 3)), ((5, 1), (7, 9)), ((1, 0), (1, 0))]
+)
 def test_its_overlap_is_the_share_of_directions_in_common(
     cli: Lora, root: Path, inputs: tuple[int, int], outputs: tuple[int, int]
 ) -> None:
-    """A and B consist of unit vectors: one adapter has directions 0 and 1, the other those given."""
+    """A and B consist of unit vectors: one adapter has directions 0 and 1, the other those
+    given.
+    """
     for name, rows, columns in (("one", (0, 1), (0, 1)), ("two", inputs, outputs)):
         adapter(root / name, root / "base", AdapterSpec(2, 2.0, ("q_proj",)))
         made = {f"base_model.model.{Q_PROJ}.lora_A.weight": torch.eye(64)[list(rows)]}
@@ -141,7 +155,10 @@ def test_diff_is_a_table_for_people(cli: Lora, root: Path) -> None:
     code, out, err = cli("adapters", "diff", "one", "other", cwd=root)
     assert (code, err) == (0, "")
     assert out.splitlines()[:2] == ["rank: 2 | 3", "alpha: 3.0 | 2.0"]
-    norms = [f"{float(update[Q_PROJ].norm()):.3f}" for update in (dense(root / "one"), dense(root / "other"))]
+    norms = [
+        f"{float(update[Q_PROJ].norm()):.3f}"
+        for update in (dense(root / "one"), dense(root / "other"))
+    ]
     shared, _, rest = Q_PROJ.partition("0")
     lines = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
     assert lines[shared][0] == "‖one‖", "the common prefix is shown once"
@@ -156,13 +173,18 @@ def test_what_was_trained_itself_is_compared_as_it_is(cli: Lora, root: Path) -> 
         adapter(root / name, root / "base", spec, seed=seed)
     first, second = (load_file(root / name / WEIGHTS) for name in "ab")
     values = {row["name"]: row["difference"] for row in read_diff(cli, "a", "b", root)["values"]}
-    keys = {"model.decoder.embed_tokens": ".token_adapter.trainable_tokens_delta", "lm_head.weight": ""}
+    keys = {
+        "model.decoder.embed_tokens": ".token_adapter.trainable_tokens_delta",
+        "lm_head.weight": "",
+    }
     for name, rest in keys.items():
         key = f"base_model.model.{name}{rest}"
         assert values.pop(name) == pytest.approx(float((first[key] - second[key]).norm()), rel=1e-5)
     assert not values
     result = read_diff(cli, "a", "c", root)["values"]
-    assert [(row["name"], row["difference"]) for row in result] == [(name, None) for name in keys], "not the same of it"
+    assert [(row["name"], row["difference"]) for row in result] == [
+        (name, None) for name in keys
+    ], "not the same of it"
 
 
 def wide(root: Path) -> None:
@@ -178,14 +200,21 @@ def with_more_words(root: Path) -> None:
     for name in ("one", "else"):
         adapter(root / name, root / "base", AdapterSpec(2, 3.0, ("q_proj",), saved=ENDS))
     edit_tensors(
-        root / "else", lambda tensors: {n: torch.cat((t, t[:1])) if "lm_head" in n else t for n, t in tensors.items()}
+        root / "else",
+        lambda tensors: {
+            n: torch.cat((t, t[:1])) if "lm_head" in n else t for n, t in tensors.items()
+        },
     )
 
 
 def wide_rows(root: Path) -> None:
     rows = {"embed_tokens": (5, 41)}
     for name, base, width in (("one", "base", 64), ("else", "elsewhere", 32)):
-        adapter(root / name, checkpoint(root / base, d_model=width), replace(ONE, targets=("lm_head",), rows=rows))
+        adapter(
+            root / name,
+            checkpoint(root / base, d_model=width),
+            replace(ONE, targets=("lm_head",), rows=rows),
+        )
 
 
 def of_another_family(root: Path) -> None:
@@ -214,13 +243,16 @@ OTHER_MODELS: dict[Callable[[Path], None], str] = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("other", OTHER_MODELS, ids=lambda other: other.__name__)
-def test_adapters_of_two_models_are_not_compared(cli: Lora, root: Path, other: Callable[[Path], None]) -> None:
+def test_adapters_of_two_models_are_not_compared(
+    cli: Lora, root: Path, other: Callable[[Path], None]
+) -> None:
     other(root)
     for pair in (("one", "else"), ("else", "one")):
         output = refusal(cli("adapters", "diff", *pair, cwd=root))
         assert (
             OTHER_MODELS[other] in output
-            and ": the adapters belong to different models. Name two adapters of the same model." in output
+            and ": the adapters belong to different models. Name two adapters of the same model."
+            in output
         )
 
 
@@ -241,7 +273,8 @@ def test_adapters_of_one_model_are_compared_whatever_they_train(cli: Lora, root:
     for name, spec in OF_ONE_MODEL.items():
         adapter(root / name, root / "base", spec)
     adapter(root / "saved", root / "base", AdapterSpec(2, 3.0, ("q_proj",), saved=("fc1",)))
-    edit_config(root / "saved", target_modules=["q_proj", "fc1"])  # which PEFT trains in full, and gives no LoRA
+    # which PEFT trains in full, and gives no LoRA
+    edit_config(root / "saved", target_modules=["q_proj", "fc1"])
     for pair in combinations((*OF_ONE_MODEL, "saved"), 2):
         read_diff(cli, *pair, cwd=root)
 
@@ -257,12 +290,22 @@ def test_the_card_says_how_an_adapter_was_made_what_it_learned_and_what_it_forgo
     for fact in facts(brief / "artifacts/lora_adapter", brief / "artifacts/evaluation"):
         assert fact in card
     assert cli("adapters", "card", ".", cwd=brief / "artifacts/lora_adapter")[1] == card
-    cli("export", "artifacts/lora_adapter", "--out", str(tmp_path / "out"), "--format", "peft", cwd=brief)
+    cli(
+        "export",
+        "artifacts/lora_adapter",
+        "--out",
+        str(tmp_path / "out"),
+        "--format",
+        "peft",
+        cwd=brief,
+    )
     exported = (tmp_path / "out/README.md").read_text(encoding="utf-8")
     assert exported.replace('from_pretrained("out"', 'from_pretrained("lora_adapter"') == card
 
 
-def test_the_card_of_a_retrained_adapter_has_no_numbers_of_the_earlier_one(cli: Lora, project: Path) -> None:
+def test_the_card_of_a_retrained_adapter_has_no_numbers_of_the_earlier_one(
+    cli: Lora, project: Path
+) -> None:
     assert cli("finetune", "lora", "--set", "finetune_lora.epochs=1", cwd=project)[0] == 0
     card = cli("adapters", "card", "artifacts/lora_adapter", cwd=project)[1]
     assert "epochs: 1\n" in card
@@ -272,7 +315,9 @@ def test_the_card_of_a_retrained_adapter_has_no_numbers_of_the_earlier_one(cli: 
 def test_an_adapter_without_a_manifest_has_a_card_too(cli: Lora, root: Path) -> None:
     code, card, err = cli("adapters", "card", "one", cwd=root)
     assert (code, err) == (0, "")
-    assert "base_model" not in card and str(root) not in card, "a path on this machine is no name of a base"
+    assert "base_model" not in card and str(root) not in card, (
+        "a path on this machine is no name of a base"
+    )
     assert "- LoRA, rank 2, alpha 3\n- on q_proj, fc1\n" in card
     assert "sha256" not in card
 

@@ -12,7 +12,13 @@ from pipeline.project.logs.run_log import read_steps
 from tests.conftest import Lora
 from tests.helpers.projects import make, new_houses, refusal, save
 
-LORA = {"learning_rate": 0.02, "train_embeddings": "none", "epochs": 20, "eval_share": 0, "data": "data/texts.jsonl"}
+LORA = {
+    "learning_rate": 0.02,
+    "train_embeddings": "none",
+    "epochs": 20,
+    "eval_share": 0,
+    "data": "data/texts.jsonl",
+}
 
 
 @pytest.fixture
@@ -43,7 +49,9 @@ def test_facts_are_what_training_counts_and_each_broken_rule_is_noted_once_befor
     notes = [line for line in err.splitlines() if "advised" in line]
     assert [note.partition(" is ")[0] for note in notes] == [one["key"] for one in broken]
     manifest = json.loads((llama / "artifacts/lora_adapter/manifest.json").read_text())
-    epoch = [step for step in read_steps(llama / "artifacts/lora_adapter/loss.csv") if step.epoch == 1]
+    epoch = [
+        step for step in read_steps(llama / "artifacts/lora_adapter/loss.csv") if step.epoch == 1
+    ]
     known = facts["finetune_lora"]
     assert known["trained"] == manifest["parameters"]["trainable"]
     assert known["base"] == manifest["parameters"]["total"]
@@ -58,12 +66,16 @@ def test_facts_are_what_training_counts_and_each_broken_rule_is_noted_once_befor
 def test_settings_as_advised_are_answered_with_nothing_more(cli: Lora, llama: Path) -> None:
     _, out, err = cli("advise", "--set", "finetune_lora.max_length=4", cwd=llama)
     assert "finetune_lora: " in err and "100% truncated" in err
-    assert "finetune_lora.max_length" in out and "about 0.001" in out and "LoRA Without Regret" in out
+    assert (
+        "finetune_lora.max_length" in out and "about 0.001" in out and "LoRA Without Regret" in out
+    )
     good = [f"finetune_lora.{setting}" for setting in ("learning_rate=1e-3", "epochs=3")]
     assert advice(cli, llama, *(word for setting in good for word in ("--set", setting)))[1] == []
 
 
-def test_of_much_data_a_part_is_tokenized_and_counted(cli: Lora, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_much_data_a_part_is_tokenized_and_counted(
+    cli: Lora, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     line = (llama / "data/texts.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[0]
     (llama / "data/texts.jsonl").write_text(line * 9, encoding="utf-8")
     whole = advice(cli, llama)[0]["finetune_lora"]
@@ -75,19 +87,27 @@ def test_of_much_data_a_part_is_tokenized_and_counted(cli: Lora, llama: Path, mo
     assert (part["examples"], part["more"], part["tokens"]) == (6, True, whole["tokens"] * 6 // 9)
 
 
-def test_before_anything_is_made_parameters_and_examples_are_known(cli: Lora, tmp_path: Path) -> None:
+def test_before_anything_is_made_parameters_and_examples_are_known(
+    cli: Lora, tmp_path: Path
+) -> None:
     new_houses(tmp_path)
     facts, broken = advice(cli, tmp_path)
     assert broken == [] and set(facts) == {"finetune_full", "finetune_freeze", "finetune_lora"}
     assert facts["finetune_lora"]["examples"] == 8 and facts["finetune_lora"]["tokens"] is None
     assert facts["finetune_lora"]["trained"] < facts["finetune_full"]["trained"]
     _, out, err = cli("advise", cwd=tmp_path)
-    assert out == "" and "tokens unknown until the base is there" in err and "No rule disagrees" in err
+    assert (
+        out == "" and "tokens unknown until the base is there" in err and "No rule disagrees" in err
+    )
 
 
-def test_a_broken_line_of_data_and_a_project_without_fine_tuning_are_one_message(cli: Lora, tmp_path: Path) -> None:
+def test_a_broken_line_of_data_and_a_project_without_fine_tuning_are_one_message(
+    cli: Lora, tmp_path: Path
+) -> None:
     new_houses(tmp_path)
-    data = tmp_path / yaml.safe_load((tmp_path / "params.yaml").read_text())["finetune_lora"]["data"]
+    data = (
+        tmp_path / yaml.safe_load((tmp_path / "params.yaml").read_text())["finetune_lora"]["data"]
+    )
     data.write_bytes(b"eins\n\xff\n")
     assert data.name in refusal(cli("advise", cwd=tmp_path))
     (tmp_path / "params.yaml").write_text("pretrain: {}\n", encoding="utf-8")
@@ -98,7 +118,12 @@ def test_what_a_sweep_measured_is_not_argued_with(cli: Lora, llama: Path) -> Non
     """The rate is far from the advised one, and it is the best of those that were tried."""
     rates = {"lr-0.01": (0.01, 0.5), "lr-0.0002": (0.0002, 0.9)}
     rows = {
-        name: {"values": {"learning_rate": rate}, "state": "done", "eval_loss": loss, "final_loss": 1.0}
+        name: {
+            "values": {"learning_rate": rate},
+            "state": "done",
+            "eval_loss": loss,
+            "final_loss": 1.0,
+        }
         for name, (rate, loss) in rates.items()
     }
     (llama / "artifacts/sweep").mkdir(parents=True)
@@ -111,7 +136,8 @@ def test_what_a_sweep_measured_is_not_argued_with(cli: Lora, llama: Path) -> Non
         in cli("advise", "--set", "finetune_lora.learning_rate=0.01", cwd=llama)[2]
     )
 
-    _, broken = advice(cli, llama, "--set", "finetune_lora.learning_rate=0.02")  # not what was measured
+    # not what was measured
+    _, broken = advice(cli, llama, "--set", "finetune_lora.learning_rate=0.02")
     assert "finetune_lora.learning_rate" in [one["key"] for one in broken]
     (llama / "artifacts/sweep/sweep.json").write_text("[]")
     assert advice(cli, llama)[1]

@@ -1,4 +1,6 @@
-"""A former name, or another tool's, is answered with the name here: keys, sections, commands, options."""
+"""A former name, or another tool's, is answered with the name here: keys, sections, commands,
+options.
+"""
 
 from pathlib import Path
 
@@ -19,14 +21,26 @@ from tests.helpers.projects import new_houses, refusal
     [
         ("finetune_lora.lora_alpha=8", "unknown key finetune_lora.lora_alpha. Did you mean alpha?"),
         ("finetune_lora.r=8", "unknown key finetune_lora.r. Did you mean rank?"),
-        ("finetune_lora.clip_norm=1", "unknown key finetune_lora.clip_norm. Did you mean max_grad_norm?"),
+        (
+            "finetune_lora.clip_norm=1",
+            "unknown key finetune_lora.clip_norm. Did you mean max_grad_norm?",
+        ),
         (
             "finetune_lora.accumulate=2",
             "unknown key finetune_lora.accumulate. Did you mean gradient_accumulation_steps?",
         ),
-        ("pretrain.checkpointing=full", "unknown key pretrain.checkpointing. Did you mean gradient_checkpointing?"),
-        ("finetune_lora.retain=x", "unknown key finetune_lora.retain. Did you mean retention_data?"),
-        ("finetune_lora.retain_batch=x", "unknown key finetune_lora.retain_batch. Did you mean retention_batch_size?"),
+        (
+            "pretrain.checkpointing=full",
+            "unknown key pretrain.checkpointing. Did you mean gradient_checkpointing?",
+        ),
+        (
+            "finetune_lora.retain=x",
+            "unknown key finetune_lora.retain. Did you mean retention_data?",
+        ),
+        (
+            "finetune_lora.retain_batch=x",
+            "unknown key finetune_lora.retain_batch. Did you mean retention_batch_size?",
+        ),
         ("finetune_full.per_device_train_batch_size=2", "Did you mean batch_size?"),
         ("finetune_full.lr_scheduler_type=cosine", "Did you mean schedule?"),
         ("finetune_full.num_train_epochs=2", "Did you mean epochs?"),
@@ -38,7 +52,9 @@ from tests.helpers.projects import new_houses, refusal
         ("finetune_lora.rang=2", "unknown key finetune_lora.rang. Did you mean rank?"),
     ],
 )
-def test_a_key_of_another_name_is_answered_with_ours(setting: str, message: str, cli: Lora, tmp_path: Path) -> None:
+def test_a_key_of_another_name_is_answered_with_ours(
+    setting: str, message: str, cli: Lora, tmp_path: Path
+) -> None:
     new_houses(tmp_path)
     assert message in refusal(cli("pretrain", "--set", setting, cwd=tmp_path))
 
@@ -46,7 +62,9 @@ def test_a_key_of_another_name_is_answered_with_ours(setting: str, message: str,
 def test_a_key_above_the_sections_is_answered_too(cli: Lora, tmp_path: Path) -> None:
     new_houses(tmp_path)
     text = (tmp_path / "params.yaml").read_text(encoding="utf-8")
-    (tmp_path / "params.yaml").write_text(text.replace("base:", "model_name_or_path:", 1), encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(
+        text.replace("base:", "model_name_or_path:", 1), encoding="utf-8"
+    )
     said = refusal(cli("pretrain", cwd=tmp_path))
     assert "params.yaml: unknown key model_name_or_path. Did you mean base?" in said
 
@@ -58,10 +76,19 @@ def test_a_key_above_the_sections_is_answered_too(cli: Lora, tmp_path: Path) -> 
         (("finetune", "qlora"), "No such command 'qlora'. Did you mean 'lora'?"),
         (("generate", "hi"), "No such command 'generate'. Did you mean 'prompt'?"),
         (("pretrian",), "Did you mean 'pretrain', 'train'?"),
-        (("export", "a", "--out", "b", "--as", "peft"), "No such option: --as. Did you mean --format?"),
-        (("adapters", "combine", "a", "b", "--output", "c"), "No such option: --output. Did you mean --out?"),
+        (
+            ("export", "a", "--out", "b", "--as", "peft"),
+            "No such option: --as. Did you mean --format?",
+        ),
+        (
+            ("adapters", "combine", "a", "b", "--output", "c"),
+            "No such option: --output. Did you mean --out?",
+        ),
         (("calc", "--lora-r", "8"), "No such option: --lora-r. Did you mean --rank?"),
-        (("prompt", "hi", "--max-new-tokens", "8"), "No such option: --max-new-tokens. Did you mean --max-tokens?"),
+        (
+            ("prompt", "hi", "--max-new-tokens", "8"),
+            "No such option: --max-new-tokens. Did you mean --max-tokens?",
+        ),
         (("doctor", "--lora-r", "8"), "No such option: --lora-r\n"),
     ],
 )

@@ -1,4 +1,6 @@
-"""`lora calc` as a user types it: one screen, one JSON document, CSV rows, and one line per error."""
+"""`lora calc` as a user types it: one screen, one JSON document, CSV rows, and one line per
+error.
+"""
 
 import csv
 import io
@@ -28,7 +30,10 @@ QWEN = ("--model", "qwen3-8b", "--r", "8")
 
 
 def test_only_typer_rich_and_yaml_are_imported_on_the_way(tmp_path: Path) -> None:
-    code = "import sys; from cli.main import main\ntry: main()\nfinally: print(list(sys.modules), file=sys.stderr)"
+    code = (
+        "import sys; from cli.main import main\ntry: main()\nfinally: print(list(sys.modules), "
+        "file=sys.stderr)"
+    )
     for more in (
         [],
         ["--json"],
@@ -40,15 +45,42 @@ def test_only_typer_rich_and_yaml_are_imported_on_the_way(tmp_path: Path) -> Non
         ["--tokens", "5M"],
     ):
         done = subprocess.run(
-            [sys.executable, "-c", code, "calc", *QWEN, *more], cwd=tmp_path, capture_output=True, text=True, check=True
+            [sys.executable, "-c", code, "calc", *QWEN, *more],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         loaded = {name.split(".")[0] for name in re.findall(r"'([\w.]+)'", done.stderr)}
-        allowed = set(sys.stdlib_module_names) | {"cli", "pipeline", "typer", "rich", "yaml", "__main__", "shellingham"}
+        allowed = set(sys.stdlib_module_names) | {
+            "cli",
+            "pipeline",
+            "typer",
+            "rich",
+            "yaml",
+            "__main__",
+            "shellingham",
+        }
         extra = {name for name in loaded - allowed if not name.startswith("_")}
-        of_these = {"click", "typing_extensions", "markdown_it", "mdurl", "pygments", "annotated_doc", "cython_runtime"}
+        of_these = {
+            "click",
+            "typing_extensions",
+            "markdown_it",
+            "mdurl",
+            "pygments",
+            "annotated_doc",
+            "cython_runtime",
+        }
         of_these |= {"msgspec"}
         assert not extra - of_these, extra
-        assert not loaded & {"torch", "numpy", "transformers", "safetensors", "huggingface_hub", "dvc"}
+        assert not loaded & {
+            "torch",
+            "numpy",
+            "transformers",
+            "safetensors",
+            "huggingface_hub",
+            "dvc",
+        }
 
 
 def test_the_one_screen_fits_80_columns_and_has_all_of_it(tmp_path: Path) -> None:
@@ -64,7 +96,9 @@ def test_the_one_screen_fits_80_columns_and_has_all_of_it(tmp_path: Path) -> Non
         "backward, loss",
     ):
         assert text in done.stdout
-    assert re.search(r"k_proj\s+4,096 → 1,024\s+8 × 4,096\s+1,024 × 8\s+36\s+1,474,560", done.stdout)
+    assert re.search(
+        r"k_proj\s+4,096 → 1,024\s+8 × 4,096\s+1,024 × 8\s+36\s+1,474,560", done.stdout
+    )
     peak = next(line.split() for line in lines if line.startswith("peak"))
     run = TrainingConfig(context=2**29)
     expected = [
@@ -73,16 +107,24 @@ def test_the_one_screen_fits_80_columns_and_has_all_of_it(tmp_path: Path) -> Non
     ]
     assert peak[3:] == [f"{size / GIB:.2f}" for size in expected]
     full = next(line.split() for line in lines if line.startswith("full") and "·" in line)
-    assert full[1:] == ["·"] * 13, "157.14 GiB, with fp32 weights and moments: more than any of these"
+    assert full[1:] == ["·"] * 13, (
+        "157.14 GiB, with fp32 weights and moments: more than any of these"
+    )
 
 
 @pytest.mark.parametrize("width", ["60", "80", "200"])
-@pytest.mark.parametrize("model", ["qwen3-8b", "qwen3-235b-a22b", "minigpt", "gpt2", "roberta-large"])
+@pytest.mark.parametrize(
+    "model", ["qwen3-8b", "qwen3-235b-a22b", "minigpt", "gpt2", "roberta-large"]
+)
 @pytest.mark.sampled(4)
 def test_no_number_is_cut_at_any_width(tmp_path: Path, width: str, model: str) -> None:
     sequence = ("--seq", "32") if model == "minigpt" else ("--seq", "512")
-    done = lora("calc", "--model", model, *sequence, "--targets", "all-linear", cwd=tmp_path, COLUMNS=width)
-    wide = lora("calc", "--model", model, *sequence, "--targets", "all-linear", cwd=tmp_path, COLUMNS="300")
+    done = lora(
+        "calc", "--model", model, *sequence, "--targets", "all-linear", cwd=tmp_path, COLUMNS=width
+    )
+    wide = lora(
+        "calc", "--model", model, *sequence, "--targets", "all-linear", cwd=tmp_path, COLUMNS="300"
+    )
     assert (done.returncode, wide.returncode) == (0, 0)
     assert "…" not in done.stdout
     digits = [Counter(re.findall(r"\d", text)) for text in (done.stdout, wide.stdout)]
@@ -93,13 +135,26 @@ def test_json_is_one_document_and_the_contract(cli: Lora, tmp_path: Path) -> Non
     code, out, err = cli("calc", *QWEN, "--json", cwd=tmp_path)
     assert (code, err) == (0, "")
     result = json.loads(out)
-    contract = ("model", "method", "rank", "alpha", "targets", "parameters", "projections", "adapter_bytes", "memory")
+    contract = (
+        "model",
+        "method",
+        "rank",
+        "alpha",
+        "targets",
+        "parameters",
+        "projections",
+        "adapter_bytes",
+        "memory",
+    )
     assert set(contract) <= result.keys()
     assert (result["rank"], result["alpha"], result["scale"]) == (8, 8, 1)
     rs = json.loads(cli("calc", *QWEN, "--alpha", "16", "--rslora", "--json", cwd=tmp_path)[1])
     assert rs["scale"] == pytest.approx(16 / 8**0.5)
     assert result["parameters"]["trainable_percent"] == 0.0936
-    assert result["memory"]["peak"] == predict(built_in("qwen3-8b").shapes, LORA, TrainingConfig(context=2**29)).peak
+    assert (
+        result["memory"]["peak"]
+        == predict(built_in("qwen3-8b").shapes, LORA, TrainingConfig(context=2**29)).peak
+    )
     assert cli("calc", "--model", "qwen3-8b", "--rank", "8", "--json", cwd=tmp_path)[1] == out
 
 
@@ -126,7 +181,14 @@ def test_every_question_answers_as_table_json_and_csv(cli: Lora, tmp_path: Path)
         assert (code, err) == (0, ""), question
         assert table.strip()
         assert json.loads(cli("calc", *QWEN, *question, "--json", cwd=tmp_path)[1])
-        assert len(list(csv.reader(io.StringIO(cli("calc", *QWEN, *question, "--csv", cwd=tmp_path)[1])))) > 1
+        assert (
+            len(
+                list(
+                    csv.reader(io.StringIO(cli("calc", *QWEN, *question, "--csv", cwd=tmp_path)[1]))
+                )
+            )
+            > 1
+        )
 
 
 def test_fit_gives_the_largest_settings_and_what_to_change(cli: Lora, tmp_path: Path) -> None:
@@ -144,7 +206,9 @@ def test_fit_gives_the_largest_settings_and_what_to_change(cli: Lora, tmp_path: 
 
 
 def test_a_sweep_has_a_row_per_value(cli: Lora, tmp_path: Path) -> None:
-    rows = json.loads(cli("calc", *QWEN, "--sweep", "rank=1,2,4,8,16,64", "--json", cwd=tmp_path)[1])
+    rows = json.loads(
+        cli("calc", *QWEN, "--sweep", "rank=1,2,4,8,16,64", "--json", cwd=tmp_path)[1]
+    )
     assert [row["rank"] for row in rows] == [1, 2, 4, 8, 16, 64]
     assert [row["trainable"] for row in rows] == [958_464 * rank for rank in (1, 2, 4, 8, 16, 64)]
     _, out, _ = cli("calc", *QWEN, "--sweep", "sequence=512,4096", cwd=tmp_path)
@@ -154,8 +218,12 @@ def test_a_sweep_has_a_row_per_value(cli: Lora, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_trace_prints_both_peaks(cli: Lora, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
-    config.write_text(json.dumps({**entry("smollm2-135m")["config"], "num_hidden_layers": 2}), encoding="utf-8")
-    _, out, _ = cli("calc", "--model", str(config), "--seq", "128", "--trace", "--json", cwd=tmp_path)
+    config.write_text(
+        json.dumps({**entry("smollm2-135m")["config"], "num_hidden_layers": 2}), encoding="utf-8"
+    )
+    _, out, _ = cli(
+        "calc", "--model", str(config), "--seq", "128", "--trace", "--json", cwd=tmp_path
+    )
     (result,) = json.loads(out)
     assert abs(result["difference_percent"]) < 3
     assert result["traced"] > 10_000_000
@@ -172,19 +240,28 @@ def test_qlora_is_lora_on_nf4(cli: Lora, tmp_path: Path) -> None:
         assert (result["method"], result["assumptions"]["precision"]) == ("lora", precision)
 
 
-def test_the_targets_that_training_would_take_are_named_where_others_are_counted(cli: Lora, tmp_path: Path) -> None:
+def test_the_targets_that_training_would_take_are_named_where_others_are_counted(
+    cli: Lora, tmp_path: Path
+) -> None:
     shapes = built_in("qwen3-8b").shapes
     more = trainable(shapes, LoraMethod(targets=("all-linear",)))
     found = json.loads(cli("calc", *QWEN, "--json", cwd=tmp_path)[1])
-    assert found["parameters"]["trainable"] == 7_667_712 and f"all-linear: {more:,} parameters" in found["notes"][-1]
+    assert (
+        found["parameters"]["trainable"] == 7_667_712
+        and f"all-linear: {more:,} parameters" in found["notes"][-1]
+    )
     for same in (("--targets", "all-linear"), ("--model", "minigpt"), ("--method", "prefix")):
-        assert "lora train" not in "".join(json.loads(cli("calc", *QWEN, *same, "--json", cwd=tmp_path)[1])["notes"])
+        assert "lora train" not in "".join(
+            json.loads(cli("calc", *QWEN, *same, "--json", cwd=tmp_path)[1])["notes"]
+        )
 
 
 def test_a_project_is_counted_as_it_trains_and_options_win(cli: Lora, tmp_path: Path) -> None:
     toy_checkpoint(tmp_path / "toy")
     path = tmp_path / "params.yaml"
-    path.write_text("base: toy\nfinetune_dpo: {}\nfinetune_lora: {max_length: 48}\n", encoding="utf-8")
+    path.write_text(
+        "base: toy\nfinetune_dpo: {}\nfinetune_lora: {max_length: 48}\n", encoding="utf-8"
+    )
 
     def counted(*arguments: str) -> dict[str, Any]:
         code, out, err = cli("calc", "--params", str(path), *arguments, "--json", cwd=tmp_path)
@@ -196,8 +273,16 @@ def test_a_project_is_counted_as_it_trains_and_options_win(cli: Lora, tmp_path: 
     found = counted()
     assert (found["method"], found["rank"], found["alpha"]) == ("lora", params.rank, params.alpha)
     assert found["parameters"]["trainable"] == trainable(shapes, LORA.with_params(params))
-    assumed = {key: found["assumptions"][key] for key in ("precision", "batch", "sequence", "checkpointing")}
-    assert assumed == {"precision": "bf16", "batch": params.batch_size, "sequence": 48, "checkpointing": False}
+    assumed = {
+        key: found["assumptions"][key]
+        for key in ("precision", "batch", "sequence", "checkpointing")
+    }
+    assert assumed == {
+        "precision": "bf16",
+        "batch": params.batch_size,
+        "sequence": 48,
+        "checkpointing": False,
+    }
     assert not any("lora train" in note for note in found["notes"])
     other = counted("--method", "dpo", "--r", "2", "--batch", "1")
     assert (other["method"], other["rank"], other["assumptions"]["batch"]) == ("dpo", 2, 1)
@@ -226,8 +311,14 @@ BAD = [
     (["--model", "./nowhere.gguf"], "does not exist"),
     (["--precision", "int3"], "'int3' is not known. Known: fp32"),
     (["--precision", "gptq-g0"], "is not known"),
-    (["--optimizer", "adam"], "optimizer must be one of adamw, adamw-8bit, paged-adamw-8bit, sgd, got 'adam'"),
-    (["--trainer", "mine"], "trainer must be one of ours, torch, torch-fp32, torch-foreach, got 'mine'"),
+    (
+        ["--optimizer", "adam"],
+        "optimizer must be one of adamw, adamw-8bit, paged-adamw-8bit, sgd, got 'adam'",
+    ),
+    (
+        ["--trainer", "mine"],
+        "trainer must be one of ours, torch, torch-fp32, torch-foreach, got 'mine'",
+    ),
     (["--lora-dropout", "1"], "lora-dropout must be at least 0 and below 1, got 1"),
     (["--neftune-alpha", "nan"], "neftune-alpha must be from 0 to"),
     (["--loss", "half"], "loss must be one of full, labels, chunked"),
@@ -240,7 +331,10 @@ BAD = [
     (["--adapter-precision", "fp16"], "adapter-precision must be one of fp32, bf16, got 'fp16'"),
     (["--method", "full", "--precision", "nf4"], "nf4 weights cannot be trained"),
     (["--method", "freeze", "--last-blocks", "37"], "last-blocks must be at most 36"),
-    (["--method", "freeze", "--last-blocks", "0", "--freeze-embeddings"], "leaves nothing to train"),
+    (
+        ["--method", "freeze", "--last-blocks", "0", "--freeze-embeddings"],
+        "leaves nothing to train",
+    ),
     (["--model", "gpt2", "--sequence", "4096"], "sequence must be at most 1,024"),
     (["--alpha", "0"], "alpha must be more than 0"),
     (["--alpha", "nan"], "alpha must be more than 0"),
@@ -256,7 +350,10 @@ BAD = [
     (["--fit", "nan"], "fit takes GiB"),
     (["--gpu", "rtx9090"], "'rtx9090' is not known. Nearest: rtx"),
     (["--gpus", "8xrtx9090"], "'rtx9090' is not known. Nearest: rtx"),
-    (["--gpus", "h100"], "gpus must be a number up to 1,024 and a GPU, such as 8xH100 or 4x24GB, got 'h100'"),
+    (
+        ["--gpus", "h100"],
+        "gpus must be a number up to 1,024 and a GPU, such as 8xH100 or 4x24GB, got 'h100'",
+    ),
     (["--gpus", "8xh100", "--gpu", "h100"], "--gpu and --gpus exclude each other"),
     (["--shard"], "--shard needs --gpus, such as 8xH100"),
     (["--sweep", "seed=1"], "--sweep takes one of rank"),
@@ -277,7 +374,10 @@ BAD = [
     (["--rank-pattern", "(?i)q_proj=16"], "is not a valid regular expression"),
     (["--model", "gpt-3-175b", "--trace"], "--trace does not support GPT-3"),
     (["--model", "gpt2", "--trace"], "does not support LoRA on GPT-2's Conv1D layers"),
-    (["--model", "gpt2", "--method", "prompt", "--sequence", "1024"], "sequence must be at most 1,024"),
+    (
+        ["--model", "gpt2", "--method", "prompt", "--sequence", "1024"],
+        "sequence must be at most 1,024",
+    ),
     (["--model", "minigpt", "--sequence", "33"], "sequence must be at most 32"),
     (
         ["--model", "llama-3.2-1b", "--trace", "--batch", "2147483647", "--sequence", "131072"],
@@ -288,14 +388,19 @@ BAD = [
         "--trace runs a mixture of experts in bf16, got fp32",
     ),
     (["--trace", "--embeddings", "new_rows", "--new-rows", "3"], "without trainable token rows"),
-    (["--trace", "--dora", "--trainer", "torch"], "supports DoRA and dropout only as implemented here, not in PEFT"),
+    (
+        ["--trace", "--dora", "--trainer", "torch"],
+        "supports DoRA and dropout only as implemented here, not in PEFT",
+    ),
     (["--gpu", ""], "gpu '' is not known. Known: rtx4060"),
     (["--trace", "--precision", "nf4"], "supports fp32, bf16, fp16, got nf4"),
 ]
 
 
 @pytest.mark.parametrize("arguments, message", BAD)
-def test_bad_input_is_one_line_on_stderr(cli: Lora, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_bad_input_is_one_line_on_stderr(
+    cli: Lora, tmp_path: Path, arguments: list[str], message: str
+) -> None:
     code, out, err = cli("calc", *arguments, cwd=tmp_path)
     assert code in (1, 2)
     assert out == ""
@@ -305,13 +410,17 @@ def test_bad_input_is_one_line_on_stderr(cli: Lora, tmp_path: Path, arguments: l
 def test_a_rank_above_the_smallest_dimension_is_a_note(cli: Lora, tmp_path: Path) -> None:
     code, out, err = cli("calc", "--rank", "2000", cwd=tmp_path)
     assert (code, err) == (0, "")
-    assert "note: rank 2000 is more than k_proj can use: its rank is at most 1024" in " ".join(out.split())
+    assert "note: rank 2000 is more than k_proj can use: its rank is at most 1024" in " ".join(
+        out.split()
+    )
 
 
 def test_list_shows_every_model_with_its_count(cli: Lora, tmp_path: Path) -> None:
     _, out, _ = cli("calc", "--list", cwd=tmp_path)
     for name in names():
-        assert re.search(rf"^{re.escape(name)}\s+{built_in(name).shapes.total:,}", out, re.MULTILINE), name
+        assert re.search(
+            rf"^{re.escape(name)}\s+{built_in(name).shapes.total:,}", out, re.MULTILINE
+        ), name
 
 
 def test_help_names_every_option_with_its_choices(cli: Lora, tmp_path: Path) -> None:
@@ -333,17 +442,31 @@ def test_help_names_every_option_with_its_choices(cli: Lora, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_several_gpus_show_each_layout_and_json_has_the_same_numbers(cli: Lora, tmp_path: Path) -> None:
+def test_several_gpus_show_each_layout_and_json_has_the_same_numbers(
+    cli: Lora, tmp_path: Path
+) -> None:
     asked = ("calc", *QWEN, "--gpus", "8xH100")
     code, out, err = cli(*asked, cwd=tmp_path)
     assert (code, err) == (0, "") and "NVLink 4 450 GB/s each way" in out
     assert max(len(line) for line in out.splitlines() if "●" in line) <= 80
     found = json.loads(cli(*asked, "--json", cwd=tmp_path)[1])
-    assert found["gpus"]["count"] == 8 and set(found["largest"]) == {"replicated", "sharded", "tensor"}
+    assert found["gpus"]["count"] == 8 and set(found["largest"]) == {
+        "replicated",
+        "sharded",
+        "tensor",
+    }
     rows = list(csv.DictReader(io.StringIO(cli(*asked, "--csv", cwd=tmp_path)[1])))
     for run, row in zip(found["runs"], rows, strict=True):
-        assert re.search(rf"^{run['method']}\s+{run['layout']}\s.*\s{run['memory']['peak'] / 2**30:.2f}\s", out, re.M)
-        assert int(row["peak"]) == run["memory"]["peak"] == sum(run["memory"].values()) - run["memory"]["peak"]
+        assert re.search(
+            rf"^{run['method']}\s+{run['layout']}\s.*\s{run['memory']['peak'] / 2**30:.2f}\s",
+            out,
+            re.M,
+        )
+        assert (
+            int(row["peak"])
+            == run["memory"]["peak"]
+            == sum(run["memory"].values()) - run["memory"]["peak"]
+        )
         assert run["fits"] == (run["memory"]["peak"] <= gpu("h100").bytes)
         assert int(row["moved"]) == sum(run["received"].values())
         assert run["tokens_per_second"] > 0
@@ -351,9 +474,13 @@ def test_several_gpus_show_each_layout_and_json_has_the_same_numbers(cli: Lora, 
     assert one["runs"] == [run for run in found["runs"] if run["layout"] == "sharded"]
 
 
-def test_a_layout_that_a_model_does_not_allow_is_left_out_with_the_reason(cli: Lora, tmp_path: Path) -> None:
+def test_a_layout_that_a_model_does_not_allow_is_left_out_with_the_reason(
+    cli: Lora, tmp_path: Path
+) -> None:
     _, out, _ = cli("calc", "--model", "qwen2.5-0.5b", "--gpus", "4x24GB", cwd=tmp_path)
-    assert "tensor: 14 heads cannot be divided among 4 GPUs" in out and not re.search(r"^LoRA +tensor", out, re.M)
+    assert "tensor: 14 heads cannot be divided among 4 GPUs" in out and not re.search(
+        r"^LoRA +tensor", out, re.M
+    )
     assert "no speed: of 24 GiB only the memory is known" in " ".join(out.split())
     _, out, _ = cli("calc", "--model", "minigpt", "--gpus", "2xh100", cwd=tmp_path)
     assert "no speed: the table has 16-bit and TF32 peaks" in " ".join(out.split())
@@ -377,7 +504,9 @@ def test_other_methods_of_the_comparison_never_cause_an_error(cli: Lora, tmp_pat
 def test_the_largest_says_where_the_search_ended(cli: Lora, tmp_path: Path) -> None:
     _, out, _ = cli("calc", "--model", "minigpt", "--gpu", "h100", cwd=tmp_path)
     assert re.search(r"batch\s+4,096 or more", out)
-    rows = dict(csv.reader(io.StringIO(cli("calc", *QWEN, "--gpu", "rtx3060", "--csv", cwd=tmp_path)[1])))
+    rows = dict(
+        csv.reader(io.StringIO(cli("calc", *QWEN, "--gpu", "rtx3060", "--csv", cwd=tmp_path)[1]))
+    )
     assert rows["fits"] == "False" and rows["change: --precision nf4-dq (QLoRA)"]
 
 
@@ -397,7 +526,17 @@ def test_what_to_change_is_found_for_every_method_and_model(cli: Lora, tmp_path:
         assert not result["fits"] or result["batch"] >= 1
     kept = json.loads(
         cli(
-            "calc", "--method", "full", "--rank", "64", "--targets", "all-linear", "--fit", "26", "--json", cwd=tmp_path
+            "calc",
+            "--method",
+            "full",
+            "--rank",
+            "64",
+            "--targets",
+            "all-linear",
+            "--fit",
+            "26",
+            "--json",
+            cwd=tmp_path,
         )[1]
     )
     lora = predict(
@@ -412,7 +551,17 @@ def test_what_to_change_is_found_for_every_method_and_model(cli: Lora, tmp_path:
 
 
 def test_tokens_give_hours_and_cost_as_a_range_with_what_was_assumed(tmp_path: Path) -> None:
-    done = lora("calc", *QWEN, "--tokens", "5M", "--price", "2.49", cwd=tmp_path, COLUMNS="80", TERMINAL_WIDTH="80")
+    done = lora(
+        "calc",
+        *QWEN,
+        "--tokens",
+        "5M",
+        "--price",
+        "2.49",
+        cwd=tmp_path,
+        COLUMNS="80",
+        TERMINAL_WIDTH="80",
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert max(map(len, done.stdout.splitlines())) <= 80
     for text in (
@@ -431,9 +580,15 @@ def test_tokens_give_hours_and_cost_as_a_range_with_what_was_assumed(tmp_path: P
 def test_one_gpu_adds_its_hours_to_what_fits(tmp_path: Path) -> None:
     asked = ("calc", *QWEN, "--gpu", "rtx4090", "--precision", "nf4", "--tokens", "200k")
     shown = lora(*asked, cwd=tmp_path).stdout
-    assert "the most that fits" in shown and "RTX 4090: 165.2 TFLOP/s" in shown and "nf4: dequantizing takes" in shown
+    assert (
+        "the most that fits" in shown
+        and "RTX 4090: 165.2 TFLOP/s" in shown
+        and "nf4: dequantizing takes" in shown
+    )
     rows = list(csv.DictReader(io.StringIO(lora(*asked, "--csv", cwd=tmp_path).stdout)))
-    (time,) = (found := json.loads(lora(*asked, "--json", "--price", "2", cwd=tmp_path).stdout))["time"]["gpus"]
+    (time,) = (found := json.loads(lora(*asked, "--json", "--price", "2", cwd=tmp_path).stdout))[
+        "time"
+    ]["gpus"]
     assert found["fits"] and time["fits"] and found["time"]["tokens"] == 200_000
     assert time["cost"] == [2 * hours for hours in time["hours"]]
     assert [float(rows[0][key]) for key in ("hours_low", "hours_high")] == time["hours"]
@@ -442,7 +597,8 @@ def test_one_gpu_adds_its_hours_to_what_fits(tmp_path: Path) -> None:
 
 def test_json_has_a_time_only_with_tokens(tmp_path: Path) -> None:
     plain, timed = (
-        json.loads(lora("calc", *QWEN, "--json", *more, cwd=tmp_path).stdout) for more in ([], ["--tokens", "1.2B"])
+        json.loads(lora("calc", *QWEN, "--json", *more, cwd=tmp_path).stdout)
+        for more in ([], ["--tokens", "1.2B"])
     )
     time = timed.pop("time")
     assert timed == plain
@@ -452,11 +608,17 @@ def test_json_has_a_time_only_with_tokens(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_bad_tokens_prices_and_mixtures_are_one_message_each(tmp_path: Path) -> None:
     for more, message in (
-        (["--tokens", "many"], "tokens must be a number from 1 to 10^18, such as 200k, 5M or 1.2B, got 'many'."),
+        (
+            ["--tokens", "many"],
+            "tokens must be a number from 1 to 10^18, such as 200k, 5M or 1.2B, got 'many'.",
+        ),
         (["--tokens", "5M", "--price", "0"], "price must be dollars per GPU-hour"),
         (["--price", "2"], "--price needs --tokens"),
         (["--tokens", "5M", "--fit", "24"], "--fit and --tokens exclude each other"),
-        (["--tokens", "5M", "--gpu", "mac-16"], "--tokens needs a GPU whose 16-bit peak is published"),
+        (
+            ["--tokens", "5M", "--gpu", "mac-16"],
+            "--tokens needs a GPU whose 16-bit peak is published",
+        ),
         (["--tokens", "5M", "--precision", "fp32"], "Use --precision bf16 or tf32"),
     ):
         done = lora("calc", *more, cwd=tmp_path)

@@ -28,7 +28,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def talk(cli: Lora, monkeypatch: pytest.MonkeyPatch, home: Path, lines: list[str], *options: str) -> tuple[str, str]:
+def talk(
+    cli: Lora, monkeypatch: pytest.MonkeyPatch, home: Path, lines: list[str], *options: str
+) -> tuple[str, str]:
     """What `lora chat` answers to these lines, and its notes."""
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
     code, out, err = cli("chat", "--base", "base", "--max-tokens", "9", *options, cwd=home)
@@ -43,17 +45,23 @@ def answers(home: Path, questions: list[str], name: str | None, system: str = ""
     said = []
     for question in questions:
         messages.append({"role": "user", "content": question})
-        said.append(continued(loaded, load_tokenizer(home / "base").render(messages, True), 9).strip())
+        said.append(
+            continued(loaded, load_tokenizer(home / "base").render(messages, True), 9).strip()
+        )
         messages.append({"role": "assistant", "content": said[-1]})
     return said
 
 
-def test_each_turn_is_answered_on_the_whole_history(cli: Lora, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+def test_each_turn_is_answered_on_the_whole_history(
+    cli: Lora, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
     questions = ["Which currency has Bulgaria?", "And Japan?"]
     for name in (None, "one"):
         options = ["--adapter", f"artifacts/{name}"] if name else []
         out, _ = talk(cli, monkeypatch, home, questions, "--system", "Be brief.", *options)
-        assert out.splitlines() == "\n".join(answers(home, questions, name, "Be brief.")).splitlines()
+        assert (
+            out.splitlines() == "\n".join(answers(home, questions, name, "Be brief.")).splitlines()
+        )
 
 
 def test_adapters_are_switched_and_compared_on_the_same_history(
@@ -80,22 +88,34 @@ def test_adapters_are_switched_and_compared_on_the_same_history(
 def test_strength_zero_is_the_base(cli: Lora, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     lines = ["/adapter one", "/strength 0", "Two and two?", "/reset", "/strength 1", "Two and two?"]
     out, _ = talk(cli, monkeypatch, home, lines)
-    assert out == f"{answers(home, ['Two and two?'], None)[0]}\n{answers(home, ['Two and two?'], 'one')[0]}\n"
+    assert (
+        out
+        == f"{answers(home, ['Two and two?'], None)[0]}\n{answers(home, ['Two and two?'], 'one')[0]}\n"
+    )
 
 
 def test_a_saved_conversation_is_a_data_file(
     cli: Lora, monkeypatch: pytest.MonkeyPatch, home: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "said.jsonl"
-    talk(cli, monkeypatch, home, ["/system Be brief.", "Two and two?", f"/save {file}", f"/save {file}"])
+    talk(
+        cli,
+        monkeypatch,
+        home,
+        ["/system Be brief.", "Two and two?", f"/save {file}", f"/save {file}"],
+    )
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     answer = answers(home, ["Two and two?"], None, "Be brief.")[0]
     turns = [("system", "Be brief."), ("user", "Two and two?"), ("assistant", answer)]
-    assert rows == [{"messages": [{"role": role, "content": content} for role, content in turns]}] * 2
+    assert (
+        rows == [{"messages": [{"role": role, "content": content} for role, content in turns]}] * 2
+    )
     assert cli("data", "check", str(file), "--base", "base", cwd=home)[0] == 0
 
 
-def test_a_base_without_a_template_completes(cli: Lora, monkeypatch: pytest.MonkeyPatch, finished: Path) -> None:
+def test_a_base_without_a_template_completes(
+    cli: Lora, monkeypatch: pytest.MonkeyPatch, finished: Path
+) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("die katze\nder wind\n"))
     code, out, err = cli("chat", "--adapter", "artifacts/lora_adapter", cwd=finished)
     loaded = load(finished / "artifacts/expanded", finished / "artifacts/lora_adapter")
@@ -107,7 +127,10 @@ def test_a_base_without_a_template_completes(cli: Lora, monkeypatch: pytest.Monk
 def test_without_a_name_it_talks_with_the_model_trained_last_not_merged(
     cli: Lora, monkeypatch: pytest.MonkeyPatch, project: Path
 ) -> None:
-    for newest, named in (("lora_adapter", "lora_adapter on artifacts/expanded"), ("lora_merged", "lora_adapter on")):
+    for newest, named in (
+        ("lora_adapter", "lora_adapter on artifacts/expanded"),
+        ("lora_merged", "lora_adapter on"),
+    ):
         os.utime(project / "artifacts" / newest / "manifest.json")
         monkeypatch.setattr("sys.stdin", io.StringIO(""))
         assert f"model: artifacts/{named}" in cli("chat", cwd=project)[2]

@@ -1,4 +1,6 @@
-"""The command line as a user types it: results, JSON, exit codes, and one clear message for bad input."""
+"""The command line as a user types it: results, JSON, exit codes, and one clear message for bad
+input.
+"""
 
 import importlib.metadata as metadata
 import json
@@ -28,7 +30,17 @@ from pipeline.project.logs import trackers
 from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.permissions import needs_permissions, read_only
-from tests.helpers.projects import BRIEF, COMMAND, LORA, PIPELINE, ROOT, STAGES, files_up_to, folder_bytes, refusal
+from tests.helpers.projects import (
+    BRIEF,
+    COMMAND,
+    LORA,
+    PIPELINE,
+    ROOT,
+    STAGES,
+    files_up_to,
+    folder_bytes,
+    refusal,
+)
 
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 HEAVY = ("torch", "numpy", "transformers", "tokenizers", "matplotlib")
@@ -40,13 +52,21 @@ def sets(*values: str) -> list[str]:
 
 
 def test_help_and_version_never_import_torch(tmp_path: Path) -> None:
-    code = "import sys; from cli.main import main\ntry: main()\nfinally: print(list(sys.modules), file=sys.stderr)"
+    code = (
+        "import sys; from cli.main import main\ntry: main()\nfinally: print(list(sys.modules), "
+        "file=sys.stderr)"
+    )
     for argument in (["--help"], ["finetune", "lora", "-h"], ["--version"]):
         done = subprocess.run(
-            [sys.executable, "-c", code, *argument], cwd=tmp_path, capture_output=True, text=True, check=False
+            [sys.executable, "-c", code, *argument],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0
-        for heavy in (*HEAVY, *["yaml"] * ("lora" not in argument)):  # a method's help comes from its params section
+        # a method's help comes from its params section
+        for heavy in (*HEAVY, *["yaml"] * ("lora" not in argument)):
             assert f"'{heavy}'" not in done.stderr
 
 
@@ -64,7 +84,9 @@ def visit(command, name):
 
 visit(get_command(app), "lora")
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     names = done.stdout.splitlines()
     assert len(names) > 40 and not [name for name in names if " " in name]
 
@@ -79,14 +101,34 @@ for arguments in json.load(sys.stdin):
         main()
     print(" ".join(arguments), *{{*{HEAVY!r}}} & {{*sys.modules}}, sep="|")
 """
-    light = ["cache", "runs", "adapters", "report", "params explain finetune_lora.rank", "calc", "new other"]
-    commands = json.dumps([line.split() for line in (*light, "data check data/finetune.de.txt", "advise")])
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=project, input=commands, capture_output=True, text=True, check=True
+    light = [
+        "cache",
+        "runs",
+        "adapters",
+        "report",
+        "params explain finetune_lora.rank",
+        "calc",
+        "new other",
+    ]
+    commands = json.dumps(
+        [line.split() for line in (*light, "data check data/finetune.de.txt", "advise")]
     )
-    found = {name: {*heavies} for name, *heavies in (line.split("|") for line in done.stdout.splitlines())}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=project,
+        input=commands,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = {
+        name: {*heavies}
+        for name, *heavies in (line.split("|") for line in done.stdout.splitlines())
+    }
     assert [name for name in light if found.pop(name)] == []
-    assert {*map(frozenset, found.values())} == {frozenset({"numpy", "tokenizers"})}, "which data is read with"
+    assert {*map(frozenset, found.values())} == {frozenset({"numpy", "tokenizers"})}, (
+        "which data is read with"
+    )
 
 
 def test_a_cache_hit_never_imports_torch(project: Path) -> None:
@@ -103,9 +145,18 @@ for arguments in json.load(sys.stdin):
 """
     commands = json.dumps([[*COMMAND[stage], *sets(*BRIEF)] for stage in PIPELINE])
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=project, input=commands, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=project,
+        input=commands,
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("params.yaml says otherwise: ")]
+    lines = [
+        line
+        for line in done.stderr.splitlines()
+        if not line.startswith("params.yaml says otherwise: ")
+    ]
     assert [line.partition(" (")[0] for line in lines[::2]] == [
         f"{stage}: nothing to do, taken from the cache" for stage in PIPELINE
     ]
@@ -115,7 +166,16 @@ for arguments in json.load(sys.stdin):
 def test_every_command_shows_help(cli: Lora, tmp_path: Path) -> None:
     code, out, _ = cli("-h", cwd=tmp_path)
     assert code == 0
-    for command in ("pretrain", "expand-vocab", "finetune", "merge", "evaluate", "report", "prompt", "compare"):
+    for command in (
+        "pretrain",
+        "expand-vocab",
+        "finetune",
+        "merge",
+        "evaluate",
+        "report",
+        "prompt",
+        "compare",
+    ):
         assert command in out
         assert cli(command, "--help", cwd=tmp_path)[0] == 0
     for command in ("adapters", "cache", "doctor"):
@@ -124,7 +184,9 @@ def test_every_command_shows_help(cli: Lora, tmp_path: Path) -> None:
     assert (code, out) == (0, f"lora {VERSION}\n")
 
 
-def test_the_stages_run_one_after_the_other_and_print_what_they_made(cli: Lora, tmp_path: Path) -> None:
+def test_the_stages_run_one_after_the_other_and_print_what_they_made(
+    cli: Lora, tmp_path: Path
+) -> None:
     from tests.helpers.projects import new_project
 
     root = new_project(tmp_path / "p")
@@ -134,7 +196,9 @@ def test_the_stages_run_one_after_the_other_and_print_what_they_made(cli: Lora, 
         expected = r".* of tensors (predicted|measured) .*\n|params\.yaml says otherwise: .*\n"
         assert (code, re.sub(expected, "", err)) == (0, ""), err
         shown[stage] = out
-    assert shown["pretrain"].startswith("artifacts/base  109,568 parameters  109,568 trained  loss ")
+    assert shown["pretrain"].startswith(
+        "artifacts/base  109,568 parameters  109,568 trained  loss "
+    )
     assert "after 12 steps" in shown["finetune_lora"]
     summary = "artifacts/sweep  112,768 parameters  28,416 trained  2 adapters"
     assert shown["finetune_sweep"].startswith(f"{summary}\nadapter  trained")
@@ -143,9 +207,13 @@ def test_the_stages_run_one_after_the_other_and_print_what_they_made(cli: Lora, 
     assert out in shown["evaluate"]
 
 
-def test_prompt_as_json_is_the_contract_and_agrees_with_transformers(cli: Lora, finished: Path) -> None:
+def test_prompt_as_json_is_the_contract_and_agrees_with_transformers(
+    cli: Lora, finished: Path
+) -> None:
     text = "die katze sitzt auf dem"
-    code, out, err = cli("prompt", text, "--base", "artifacts/base", "--top-k", "3", "--json", cwd=finished)
+    code, out, err = cli(
+        "prompt", text, "--base", "artifacts/base", "--top-k", "3", "--json", cwd=finished
+    )
     assert (code, err) == (0, "")
     answer = json.loads(out)
     assert list(answer) == ["prompt", "model", "adapter", "top_k", "completion"]
@@ -154,21 +222,35 @@ def test_prompt_as_json_is_the_contract_and_agrees_with_transformers(cli: Lora, 
     folder = finished / "artifacts/base"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
-        logits = AutoModelForCausalLM.from_pretrained(folder)(**tokenizer(text, return_tensors="pt")).logits[0, -1]
+        logits = AutoModelForCausalLM.from_pretrained(folder)(
+            **tokenizer(text, return_tensors="pt")
+        ).logits[0, -1]
     values, ids = logits.softmax(0).topk(3)
-    assert [choice["token"] for choice in answer["top_k"]] == [tokenizer.decode([i]) for i in ids.tolist()]
-    assert [choice["probability"] for choice in answer["top_k"]] == pytest.approx(values.tolist(), abs=1e-5)
+    assert [choice["token"] for choice in answer["top_k"]] == [
+        tokenizer.decode([i]) for i in ids.tolist()
+    ]
+    assert [choice["probability"] for choice in answer["top_k"]] == pytest.approx(
+        values.tolist(), abs=1e-5
+    )
 
 
 def test_prompt_with_an_adapter_takes_the_base_that_it_names(cli: Lora, finished: Path) -> None:
-    code, out, _ = cli("prompt", "der wind", "--adapter", "artifacts/lora_adapter", "--json", cwd=finished)
+    code, out, _ = cli(
+        "prompt", "der wind", "--adapter", "artifacts/lora_adapter", "--json", cwd=finished
+    )
     answer = json.loads(out)
-    assert (code, answer["model"], answer["adapter"]) == (0, "artifacts/expanded", "artifacts/lora_adapter")
+    assert (code, answer["model"], answer["adapter"]) == (
+        0,
+        "artifacts/expanded",
+        "artifacts/lora_adapter",
+    )
     assert answer["completion"] == "weht über das feld"
 
 
 def test_prompt_shows_bars_and_a_completion(cli: Lora, finished: Path) -> None:
-    code, out, err = cli("prompt", "Die Katze sitzt auf dem", "--base", "artifacts/expanded", cwd=finished)
+    code, out, err = cli(
+        "prompt", "Die Katze sitzt auf dem", "--base", "artifacts/expanded", cwd=finished
+    )
     assert (code, err) == (0, "model: artifacts/expanded\n")
     first = next(line for line in out.splitlines() if line.startswith("tisch"))
     assert "█" * 19 in first
@@ -183,15 +265,23 @@ def test_prompt_uses_the_model_trained_last_and_names_it(cli: Lora, project: Pat
         assert (code, err.count("\n")) == (0, 1)
         answer = json.loads(cli("prompt", "die katze", *options, "--json", cwd=project)[1])
         assert out.splitlines()[-1].startswith(f"die katze {answer['completion']}".rstrip())
-        model = f"{answer['adapter']} on {answer['model']}" if answer["adapter"] else answer["model"]
-        chosen = "" if options else ", the newest trained model here; name another with --base or --adapter"
+        model = (
+            f"{answer['adapter']} on {answer['model']}" if answer["adapter"] else answer["model"]
+        )
+        chosen = (
+            ""
+            if options
+            else ", the newest trained model here; name another with --base or --adapter"
+        )
         assert err == f"model: {model}{chosen}\n"
         return str(model)
 
     def made(folder: str, when: int) -> None:
         os.utime(project / "artifacts" / folder / "manifest.json", (when, when))
 
-    for number, stage in enumerate(stage for stage in map(STAGES.get, PIPELINE) if stage and stage.variant):
+    for number, stage in enumerate(
+        stage for stage in map(STAGES.get, PIPELINE) if stage and stage.variant
+    ):
         made(stage.output, number)
     made("expanded", 200)
     made("base", 300)
@@ -213,7 +303,9 @@ def test_prompt_uses_the_model_trained_last_and_names_it(cli: Lora, project: Pat
 
 
 @pytest.mark.slow
-def test_report_and_compare_mark_what_was_made_from_an_earlier_adapter(cli: Lora, project: Path) -> None:
+def test_report_and_compare_mark_what_was_made_from_an_earlier_adapter(
+    cli: Lora, project: Path
+) -> None:
     for command in (["report"], ["compare", "der wind"]):
         code, out, err = cli(*command, cwd=project)
         assert (code, err) == (0, "") and "outdated" not in out
@@ -221,30 +313,41 @@ def test_report_and_compare_mark_what_was_made_from_an_earlier_adapter(cli: Lora
     code, out, err = cli("report", cwd=project)
     assert (code, err) == (
         0,
-        "artifacts/evaluation is out of date: artifacts/lora_adapter changed, artifacts/lora_merged is out of date. "
+        "artifacts/evaluation is out of date: artifacts/lora_adapter changed, "
+        "artifacts/lora_merged is out of date. "
         "Run `lora merge`, then `lora evaluate`.\n",
     )
     merge = "merged is out of date: artifacts/lora_adapter changed. Run `lora merge`.\n"
     code, out, err = cli("compare", "der wind", cwd=project)
     assert (code, err) == (0, merge)
-    assert [line.split("  ")[0] for line in out.splitlines() if "outdated" in line] == ["merged (outdated)"]
+    assert [line.split("  ")[0] for line in out.splitlines() if "outdated" in line] == [
+        "merged (outdated)"
+    ]
     code, out, err = cli("compare", "der wind", "--json", cwd=project)
     marked = {name: answer["outdated"] for name, answer in json.loads(out).items()}
     assert (code, err) == (0, merge)
-    assert marked == {name: ["artifacts/lora_adapter changed"] if name == "merged" else [] for name in VARIANTS}
+    assert marked == {
+        name: ["artifacts/lora_adapter changed"] if name == "merged" else [] for name in VARIANTS
+    }
     assert cli("merge", *sets(*BRIEF), cwd=project)[0] == 0
     assert cli("compare", "der wind", cwd=project)[2] == ""
-    assert cli("report", cwd=project)[2].endswith("artifacts/lora_merged changed. Run `lora evaluate`.\n")
+    assert cli("report", cwd=project)[2].endswith(
+        "artifacts/lora_merged changed. Run `lora evaluate`.\n"
+    )
     assert cli("evaluate", *sets(*BRIEF), cwd=project)[0] == 0
     assert cli("report", cwd=project)[2] == ""
 
 
-def test_the_list_reports_adapters_that_were_trained_on_another_base(cli: Lora, project: Path) -> None:
+def test_the_list_reports_adapters_that_were_trained_on_another_base(
+    cli: Lora, project: Path
+) -> None:
     assert cli("adapters", cwd=project)[1].count("verified") == 5
     shutil.rmtree(project / "artifacts/expanded")
     shutil.copytree(project / "artifacts/base", project / "artifacts/expanded")
     result = json.loads(cli("adapters", "--json", cwd=project)[1])
-    assert len(result) == 5 and all("was trained on another base" in adapter["problem"] for adapter in result)
+    assert len(result) == 5 and all(
+        "was trained on another base" in adapter["problem"] for adapter in result
+    )
 
 
 def test_sampling_is_decided_by_its_seed(cli: Lora, finished: Path) -> None:
@@ -267,17 +370,23 @@ def test_compare_sets_all_variants_side_by_side(cli: Lora, finished: Path) -> No
     assert all(len(line) <= 100 for line in out.splitlines())
 
 
-def test_compare_shows_a_table_of_any_top_k_and_as_json_the_whole_vocabulary(cli: Lora, project: Path) -> None:
+def test_compare_shows_a_table_of_any_top_k_and_as_json_the_whole_vocabulary(
+    cli: Lora, project: Path
+) -> None:
     code, out, err = cli("compare", "katze", "--top-k", "99999", cwd=project)
     assert code == 0 and "#8" in out and "#9" not in out
     assert err == "The table shows 8 candidates; --json has all.\n"
     whole = json.loads(cli("compare", "katze", "--top-k", "99999", "--json", cwd=project)[1])
     assert len(whole["lora"]["top_k"]) == 99
-    assert sum(choice["probability"] for choice in whole["lora"]["top_k"]) == pytest.approx(1, abs=1e-4)
+    assert sum(choice["probability"] for choice in whole["lora"]["top_k"]) == pytest.approx(
+        1, abs=1e-4
+    )
 
 
 def test_adapters_are_listed_with_what_was_measured(cli: Lora, finished: Path) -> None:
-    metrics = json.loads((finished / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    metrics = json.loads(
+        (finished / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8")
+    )
     code, out, _ = cli("adapters", "--json", cwd=finished)
     adapter, prefix, prompt, *swept = json.loads(out)
     assert code == 0
@@ -288,7 +397,11 @@ def test_adapters_are_listed_with_what_was_measured(cli: Lora, finished: Path) -
         ("prefix_tuning", None, ["8 virtual tokens"]),
         ("prompt_tuning", None, ["8 virtual tokens"]),
     ]
-    assert (adapter["method"], adapter["rank"], adapter["base"]) == ("lora", 4, "artifacts/expanded")
+    assert (adapter["method"], adapter["rank"], adapter["base"]) == (
+        "lora",
+        4,
+        "artifacts/expanded",
+    )
     assert adapter["targets"] == ["k_proj", "out_proj", "q_proj", "v_proj"]
     assert adapter["final_loss"] == pytest.approx(metrics["lora"]["final_loss"])
     assert adapter["forgetting"] == metrics["lora"]["forgetting"]["loss_rise"]
@@ -302,7 +415,10 @@ def test_adapters_are_listed_with_what_was_measured(cli: Lora, finished: Path) -
 
 def test_an_adapter_that_was_not_evaluated_has_no_forgetting(cli: Lora, project: Path) -> None:
     assert cli("finetune", "lora", *sets("finetune_lora.epochs=1"), cwd=project)[0] == 0
-    result = {one["path"]: one["forgetting"] for one in json.loads(cli("adapters", "--json", cwd=project)[1])}
+    result = {
+        one["path"]: one["forgetting"]
+        for one in json.loads(cli("adapters", "--json", cwd=project)[1])
+    }
     assert result["artifacts/lora_adapter"] is None and result["artifacts/sweep/rank-1"] is None
     assert result["artifacts/prefix"] is not None
 
@@ -310,7 +426,9 @@ def test_an_adapter_that_was_not_evaluated_has_no_forgetting(cli: Lora, project:
 def test_verify_says_what_it_checked_or_why_it_refuses(cli: Lora, project: Path) -> None:
     code, out, _ = cli("adapters", "verify", "artifacts/lora_adapter", cwd=project)
     assert (code, "files, names, shapes and base are those it was trained with" in out) == (0, True)
-    code, out, err = cli("adapters", "verify", "artifacts/lora_adapter", "--base", "artifacts/base", cwd=project)
+    code, out, err = cli(
+        "adapters", "verify", "artifacts/lora_adapter", "--base", "artifacts/base", cwd=project
+    )
     assert (code, out) == (1, "")
     assert "was trained on another base" in err
     (project / "artifacts/lora_adapter/manifest.json").unlink()
@@ -350,8 +468,16 @@ def test_an_empty_project_says_what_to_do(cli: Lora, tmp_path: Path, has_dvc: bo
         (["prompt", "der " * 40], 1, "The prompt has 40 tokens; prompt takes 24"),
         (["prompt", "der", "--temperature", "1", "--top-p", "0"], 1, "sampling needs"),
         (["prompt", "der", "--top-k", "0"], 2, "Invalid value for '--top-k'"),
-        (["prompt", "der", "--base", "artifacts/lora_adapter"], 1, "It is an adapter: pass it with --adapter"),
-        (["prompt", "der", "--adapter", "artifacts/base"], 1, "artifacts/base is a full model, not an adapter"),
+        (
+            ["prompt", "der", "--base", "artifacts/lora_adapter"],
+            1,
+            "It is an adapter: pass it with --adapter",
+        ),
+        (
+            ["prompt", "der", "--adapter", "artifacts/base"],
+            1,
+            "artifacts/base is a full model, not an adapter",
+        ),
         (["prompt", "der", "--base", "nowhere"], 1, "nowhere is not a model folder"),
         (["prompt"], 2, "Missing argument 'TEXT'"),
         (["prompt", "der", "--top-p", "0.5"], 2, "need --temperature above 0"),
@@ -368,26 +494,70 @@ def test_an_empty_project_says_what_to_do(cli: Lora, tmp_path: Path, has_dvc: bo
             "pretrain.seed must be at most 9223372036854775807",
         ),
         (["pretrain", "--set", "pretrain.data=2024-13-45"], 1, "is not a YAML value"),
-        (["pretrain", "--set", "pretrain.data=nix.txt"], 1, "nix.txt is not a file. Name an existing one in section"),
-        (["evaluate", "--set", "evaluate.prompt_words=50"], 1, "data/finetune.de.txt:1 has 6 words"),
-        (["evaluate", "--set", "evaluate.old_data=data/finetune.de.txt"], 1, "base does not know wind, weht"),
+        (
+            ["pretrain", "--set", "pretrain.data=nix.txt"],
+            1,
+            "nix.txt is not a file. Name an existing one in section",
+        ),
+        (
+            ["evaluate", "--set", "evaluate.prompt_words=50"],
+            1,
+            "data/finetune.de.txt:1 has 6 words",
+        ),
+        (
+            ["evaluate", "--set", "evaluate.old_data=data/finetune.de.txt"],
+            1,
+            "base does not know wind, weht",
+        ),
         (["compare", "möwe"], 1, "No variant knows: möwe"),
         (["merge", "--params", "nowhere.yaml"], 1, "nowhere.yaml does not exist"),
-        (["merge", "--set", "merge.promts=x"], 1, "unknown key merge.promts. Did you mean prompts?"),
+        (
+            ["merge", "--set", "merge.promts=x"],
+            1,
+            "unknown key merge.promts. Did you mean prompts?",
+        ),
         (["merge", "--set", "merge.prompts=x.yaml"], 1, "x.yaml is not a file"),
-        (["finetune", "lora", "--set", "finetune_lora.rank=0"], 1, "finetune_lora.rank must be at least 1, got 0"),
-        (["finetune", "lora", "--set", "finetune_lora.target_modules=[q_porj]"], 1, "'q_porj' matches no linear layer"),
+        (
+            ["finetune", "lora", "--set", "finetune_lora.rank=0"],
+            1,
+            "finetune_lora.rank must be at least 1, got 0",
+        ),
+        (
+            ["finetune", "lora", "--set", "finetune_lora.target_modules=[q_porj]"],
+            1,
+            "'q_porj' matches no linear layer",
+        ),
         (["finetune", "qlora"], 2, "No such command 'qlora'"),
         (["finetune"], 2, ""),
         (["adapters", "verify", "nowhere"], 1, "nowhere/adapter_config.json: No such file"),
         (["cache", "prune", "--max-size", "5"], 2, "'5' must be a size such as 500MB"),
         (["cache", "prune", "--keep", "-1"], 2, "Invalid value for '--keep'"),
         (["cache", "--params", "nowhere/params.yaml"], 1, "nowhere/params.yaml does not exist"),
-        (["cache", "prune", "--params", "nowhere/params.yaml"], 1, "nowhere/params.yaml does not exist"),
-        (["adapters", "--folder", "nowhere"], 1, "--folder must be an existing folder, got nowhere"),
-        (["adapters", "--folder", "nowhere", "--json"], 1, "--folder must be an existing folder, got nowhere"),
-        (["adapters", "--folder", "params.yaml"], 1, "--folder must be an existing folder, got params.yaml"),
-        (["finetune", "freeze", "--set", "finetune_freeze.last_blocks=9"], 1, "must be at most 2, the model's blocks"),
+        (
+            ["cache", "prune", "--params", "nowhere/params.yaml"],
+            1,
+            "nowhere/params.yaml does not exist",
+        ),
+        (
+            ["adapters", "--folder", "nowhere"],
+            1,
+            "--folder must be an existing folder, got nowhere",
+        ),
+        (
+            ["adapters", "--folder", "nowhere", "--json"],
+            1,
+            "--folder must be an existing folder, got nowhere",
+        ),
+        (
+            ["adapters", "--folder", "params.yaml"],
+            1,
+            "--folder must be an existing folder, got params.yaml",
+        ),
+        (
+            ["finetune", "freeze", "--set", "finetune_freeze.last_blocks=9"],
+            1,
+            "must be at most 2, the model's blocks",
+        ),
     ],
 )
 def test_bad_input_is_one_message_and_an_exit_code(
@@ -408,7 +578,14 @@ COMMANDS_WITH_FLOATS = {  # what each needs besides, so that it runs
     "chat": [],
     "calc": [],
     "data check": ["data/finetune.de.txt"],
-    "adapters combine": ["artifacts/lora_adapter", "artifacts/lora_adapter", "--out", "both", "--method", "ties"],
+    "adapters combine": [
+        "artifacts/lora_adapter",
+        "artifacts/lora_adapter",
+        "--out",
+        "both",
+        "--method",
+        "ties",
+    ],
     "adapters compress": ["artifacts/lora_adapter", "--out", "small"],
     "spectrum": ["artifacts/expanded", "artifacts/lora_adapter", "--out", "damped"],
     "cache prune": [],
@@ -431,7 +608,9 @@ def test_no_command_takes_a_number_that_is_not_finite(
     cli: Lora, project: Path, command: str, option: str, value: str
 ) -> None:
     before = folder_bytes(project)
-    code, out, err = cli(*command.split(), *COMMANDS_WITH_FLOATS[command], option, value, cwd=project)
+    code, out, err = cli(
+        *command.split(), *COMMANDS_WITH_FLOATS[command], option, value, cwd=project
+    )
     assert code != 0 and out == ""
     assert option.removeprefix("--") in err and value in err
     assert folder_bytes(project) == before
@@ -446,13 +625,20 @@ def test_evaluate_refuses_artifacts_that_do_not_belong_together(cli: Lora, proje
     assert cli("finetune", "lora", *sets(*BRIEF, "finetune_lora.rank=2"), cwd=project)[0] == 0
     code, out, err = cli("evaluate", *sets(*BRIEF), cwd=project)
     assert (code, out) == (1, "")
-    assert "artifacts/lora_merged was made from another artifacts/lora_adapter than the current one." in err
+    assert (
+        "artifacts/lora_merged was made from another artifacts/lora_adapter than the current one."
+        in err
+    )
 
 
-def test_an_adapter_finds_its_base_from_any_folder(cli: Lora, finished: Path, tmp_path: Path) -> None:
+def test_an_adapter_finds_its_base_from_any_folder(
+    cli: Lora, finished: Path, tmp_path: Path
+) -> None:
     adapter = str(finished / "artifacts/lora_adapter")
     assert cli("adapters", "verify", adapter, cwd=tmp_path)[0] == 0
-    assert json.loads(cli("prompt", "der wind", "--adapter", adapter, "--json", cwd=tmp_path)[1])["completion"]
+    assert json.loads(cli("prompt", "der wind", "--adapter", adapter, "--json", cwd=tmp_path)[1])[
+        "completion"
+    ]
 
 
 def test_one_broken_adapter_does_not_hide_the_others(cli: Lora, project: Path) -> None:
@@ -478,9 +664,13 @@ def test_too_little_memory_is_one_error(cli: Lora, project: Path) -> None:
 
 
 def test_a_rank_above_the_width_is_noted(cli: Lora, project: Path) -> None:
-    code, _, err = cli("finetune", "lora", *sets("finetune_lora.rank=65", "finetune_lora.epochs=1"), cwd=project)
+    code, _, err = cli(
+        "finetune", "lora", *sets("finetune_lora.rank=65", "finetune_lora.epochs=1"), cwd=project
+    )
     assert code == 0
-    assert "finetune_lora.rank 65 is more than model.decoder.layers.0.self_attn.k_proj can use" in err
+    assert (
+        "finetune_lora.rank 65 is more than model.decoder.layers.0.self_attn.k_proj can use" in err
+    )
 
 
 def test_doctor_reports_versions_and_devices(cli: Lora, tmp_path: Path) -> None:
@@ -517,7 +707,9 @@ def test_doctor_suggests_bitsandbytes_where_there_is_a_gpu(
     for has_gpu, has_library in ((False, False), (True, True), (True, False)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
         there = {"bitsandbytes": has_library}
-        monkeypatch.setattr("pipeline.errors.find_spec", lambda name, there=there: there.get(name, True) or None)
+        monkeypatch.setattr(
+            "pipeline.errors.find_spec", lambda name, there=there: there.get(name, True) or None
+        )
         assert (line in cli("doctor", cwd=tmp_path)[1]) == (has_gpu and not has_library)
 
 
@@ -526,8 +718,11 @@ def test_doctor_says_which_command_lacks_which_library(
 ) -> None:
     absent = {"google.protobuf", "wandb"}
     monkeypatch.setattr("pipeline.errors.find_spec", lambda name: None if name in absent else name)
-    monkeypatch.setattr(metadata, "version", lambda _: "1.0")  # so that it does not matter what is installed
-    rows = {row["for"]: row for row in json.loads(cli("doctor", "--json", cwd=tmp_path)[1])["optional"]}
+    # so that it does not matter what is installed
+    monkeypatch.setattr(metadata, "version", lambda _: "1.0")
+    rows = {
+        row["for"]: row for row in json.loads(cli("doctor", "--json", cwd=tmp_path)[1])["optional"]
+    }
     assert rows.keys() == OPTIONAL.keys()
     assert {user: row["missing"] for user, row in rows.items() if row["missing"]} == {
         "base: MODEL.gguf": ["protobuf"],
@@ -548,7 +743,9 @@ def test_doctor_says_which_command_lacks_which_library(
 
 
 def test_every_extra_of_the_package_is_in_the_doctors_table_with_its_libraries() -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "optional-dependencies"
+    ]
     declared = {
         extra: {re.split(r"[^\w.-]", requirement)[0] for requirement in requirements}
         for extra, requirements in extras.items()
@@ -592,7 +789,10 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_prompt_prints_the_completion_of_a_subword_model_exactly(cli: Lora, toy: Path) -> None:
     text = "The currency of Bulgaria"
     code, out, _ = cli("prompt", text, "--base", str(toy), "--max-tokens", "6", cwd=toy.parent)
-    tokenizer, model = AutoTokenizer.from_pretrained(toy), AutoModelForCausalLM.from_pretrained(toy).eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(toy),
+        AutoModelForCausalLM.from_pretrained(toy).eval(),
+    )
     ids = tokenizer(text, return_tensors="pt").input_ids
     output = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
     whole = tokenizer.decode([*ids[0].tolist(), *output.tolist()], skip_special_tokens=True)
@@ -600,17 +800,25 @@ def test_prompt_prints_the_completion_of_a_subword_model_exactly(cli: Lora, toy:
     assert out.partition("\n\n")[2].rstrip("\n") == whole.rstrip().rstrip("\ufffd")
     with torch.no_grad():
         best = int(model(ids).logits[0, -1].argmax())
-    answer = json.loads(cli("prompt", text, "--base", str(toy), "--max-tokens", "6", "--json", cwd=toy.parent)[1])
+    answer = json.loads(
+        cli("prompt", text, "--base", str(toy), "--max-tokens", "6", "--json", cwd=toy.parent)[1]
+    )
     assert answer["completion"] == whole.removeprefix(text).strip().rstrip("\ufffd")
     assert answer["top_k"][0]["token"] == SubwordTokenizer.load(toy).word(best)
     assert out.splitlines()[1].split()[0] == escape_whitespace(answer["top_k"][0]["token"])
 
 
-def test_a_subword_model_is_prompted_with_its_chat_template(cli: Lora, toy: Path, finished: Path) -> None:
-    code, out, _ = cli("prompt", "hi", "--base", str(toy), "--chat", "--max-tokens", "3", cwd=toy.parent)
+def test_a_subword_model_is_prompted_with_its_chat_template(
+    cli: Lora, toy: Path, finished: Path
+) -> None:
+    code, out, _ = cli(
+        "prompt", "hi", "--base", str(toy), "--chat", "--max-tokens", "3", cwd=toy.parent
+    )
     assert code == 0 and "\nhi\n→ " in out
     plain, chat = (
-        json.loads(cli("prompt", text, "--base", str(toy), *more, "--json", cwd=toy.parent)[1])["top_k"]
+        json.loads(cli("prompt", text, "--base", str(toy), *more, "--json", cwd=toy.parent)[1])[
+            "top_k"
+        ]
         for text, more in (("<s>user: hi</s>", ()), ("hi", ("--chat",)))
     )
     assert plain == chat
@@ -619,7 +827,9 @@ def test_a_subword_model_is_prompted_with_its_chat_template(cli: Lora, toy: Path
         assert (code, out) == (1, "") and "has no chat template. Prompt it without chat" in err
 
 
-def test_compare_sets_the_variants_of_a_subword_model_side_by_side(cli: Lora, toy: Path, tmp_path: Path) -> None:
+def test_compare_sets_the_variants_of_a_subword_model_side_by_side(
+    cli: Lora, toy: Path, tmp_path: Path
+) -> None:
     for name in ("base", "expanded"):
         shutil.copytree(toy, tmp_path / "artifacts" / name)
     (tmp_path / "params.yaml").write_text("base: org/toy\nexpand_vocab: {}\n", encoding="utf-8")
@@ -635,11 +845,20 @@ def test_the_report_has_a_line_per_model_in_80_columns(
     """Also for a real model, whose numbers are longer."""
     (tmp_path / "artifacts/evaluation").mkdir(parents=True)
     shutil.copy(finished / "params.yaml", tmp_path)
-    metrics = json.loads((finished / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    metrics = json.loads(
+        (finished / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8")
+    )
     for numbers in metrics.values():
-        numbers |= {"bytes": 538_060_000, "new_completed": 10, "new_sentences": 10, "trainable": 134_515_008}
+        numbers |= {
+            "bytes": 538_060_000,
+            "new_completed": 10,
+            "new_sentences": 10,
+            "trainable": 134_515_008,
+        }
         numbers |= {"trainable_percent": 100.0, "old_loss": 12.345, "new_loss": 12.345}
-    (tmp_path / "artifacts/evaluation/metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    (tmp_path / "artifacts/evaluation/metrics.json").write_text(
+        json.dumps(metrics), encoding="utf-8"
+    )
     monkeypatch.setattr(console.stdout, "width", 80)
     for root in (finished, tmp_path):
         rows = cli("report", cwd=root)[1].splitlines()
@@ -664,25 +883,35 @@ def test_the_report_has_a_line_per_model_in_80_columns(
         ]
         assert rows[1].split()[1:6] == ["params", "of", "all", "loss", "completed"]
         legend = "\n".join(rows)
-        assert "nats per token" in legend and "answers kept: " in legend, "a line says what the headings mean"
+        assert "nats per token" in legend and "answers kept: " in legend, (
+            "a line says what the headings mean"
+        )
     assert rows[1].endswith("(MB)") and "134.5M" in rows[2] and rows[2].endswith(" 538")
 
 
 @pytest.mark.parametrize(
-    "arguments", ["report", "params explain finetune_lora", "cache --json", "--help", "params show", "nope"]
+    "arguments",
+    ["report", "params explain finetune_lora", "cache --json", "--help", "params show", "nope"],
 )
 def test_a_reader_that_has_seen_enough_changes_no_exit_code(project: Path, arguments: str) -> None:
     """As `| head -1` does; whether it is quicker than the command is a matter of chance."""
 
     def code(streams: list[int]) -> int:
         command = [LORA, *arguments.split()]
-        return subprocess.run(command, cwd=project, stdout=streams[0], stderr=streams[1], check=False).returncode
+        return subprocess.run(
+            command, cwd=project, stdout=streams[0], stderr=streams[1], check=False
+        ).returncode
 
     reading, closed = os.pipe()
     os.close(reading)
     with open(os.devnull, "wb") as null:  # noqa: PTH123
         read = code([null.fileno()] * 2)
-        assert code([closed, null.fileno()]) == code([closed, closed]) == read == (2 if arguments == "nope" else 0)
+        assert (
+            code([closed, null.fileno()])
+            == code([closed, closed])
+            == read
+            == (2 if arguments == "nope" else 0)
+        )
     os.close(closed)
 
 
@@ -691,7 +920,9 @@ def test_a_reader_that_has_seen_enough_changes_no_exit_code(project: Path, argum
 def test_a_result_that_a_full_disk_does_not_take_is_one_error(brief: Path, arguments: str) -> None:
     with Path("/dev/full").open("wb") as full:
         command = [LORA, *arguments.split()]
-        done = subprocess.run(command, cwd=brief, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=brief, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
         unheard = subprocess.run([LORA, "nope"], cwd=brief, stdout=full, stderr=full, check=False)
     assert refusal((done.returncode, "", done.stderr)).startswith("error: No space left on device")
     assert unheard.returncode == 2
@@ -701,7 +932,9 @@ def test_a_result_that_a_full_disk_does_not_take_is_one_error(brief: Path, argum
 def test_a_current_folder_that_is_gone_is_one_error(tmp_path: Path, program: str) -> None:
     (tmp_path / "gone").mkdir()
     script = f"cd gone && rmdir ../gone && exec {Path(LORA).parent / program}"
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     err = refusal((done.returncode, done.stdout, done.stderr))
     assert "current folder was removed" in err
 
@@ -716,7 +949,12 @@ def test_a_reader_that_is_gone_stops_no_training(project: Path) -> None:
     done = subprocess.run(command, cwd=project, stdout=closed, stderr=closed, check=False)
     os.close(closed)
     assert done.returncode == 0
-    assert json.loads((project / "artifacts/lora_adapter/manifest.json").read_text())["params"]["epochs"] == 1
+    assert (
+        json.loads((project / "artifacts/lora_adapter/manifest.json").read_text())["params"][
+            "epochs"
+        ]
+        == 1
+    )
 
 
 def test_cache_shows_and_prunes(cli: Lora, project: Path) -> None:
@@ -727,15 +965,25 @@ def test_cache_shows_and_prunes(cli: Lora, project: Path) -> None:
     assert "0 removed" in cli("cache", "prune", "--max-size", "1 GiB", cwd=project)[1]
     assert (
         "1 removed"
-        in cli("cache", "prune", "--max-size", f"{(sum(e['bytes'] for e in entries) - 1) / 1000}kB", cwd=project)[1]
+        in cli(
+            "cache",
+            "prune",
+            "--max-size",
+            f"{(sum(e['bytes'] for e in entries) - 1) / 1000}kB",
+            cwd=project,
+        )[1]
     )
     entries = json.loads(cli("cache", "--json", cwd=project)[1])
     assert f"{len(entries)} removed" in cli("cache", "prune", cwd=project)[1]
     assert "0 kept" in cli("cache", cwd=project)[1]
 
 
-def test_params_from_another_folder_keep_their_own_paths(cli: Lora, project: Path, tmp_path: Path) -> None:
-    code, _, err = cli("merge", "--params", str(project / "params.yaml"), *sets(*BRIEF), cwd=tmp_path)
+def test_params_from_another_folder_keep_their_own_paths(
+    cli: Lora, project: Path, tmp_path: Path
+) -> None:
+    code, _, err = cli(
+        "merge", "--params", str(project / "params.yaml"), *sets(*BRIEF), cwd=tmp_path
+    )
     assert code == 0
     assert "taken from the cache" in err
     assert [path.name for path in tmp_path.iterdir()] == ["project"]
@@ -842,7 +1090,9 @@ def drawn(project: Path, **environment: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_progress_bar_is_drawn_on_a_terminal_only_and_no_color_is_respected(cli: Lora, project: Path) -> None:
+def test_a_progress_bar_is_drawn_on_a_terminal_only_and_no_color_is_respected(
+    cli: Lora, project: Path
+) -> None:
     _, _, quiet = cli("finetune", "full", *sets(*BRIEF), "--force", cwd=project)
     assert re.fullmatch(
         r"(finetune_full: [\d.]+ MiB of tensors (predicted|measured) at the peak of the largest step\n){2}"

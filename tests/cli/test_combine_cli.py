@@ -21,7 +21,9 @@ from tests.pipeline.adapters.test_peft import IDS, theirs
 from tests.pipeline.weights.test_streaming_merge import load_weights, merged_through_files
 
 SPECS = {
-    "x": AdapterSpec(2, 3.0, ("q_proj", "fc1"), rows={"embed_tokens": (18, 19), "lm_head": (18, 19)}),
+    "x": AdapterSpec(
+        2, 3.0, ("q_proj", "fc1"), rows={"embed_tokens": (18, 19), "lm_head": (18, 19)}
+    ),
     "y": AdapterSpec(3, 2.0, ("q_proj", "lm_head"), rslora=True),
     "full": AdapterSpec(2, 3.0, ("q_proj",), saved=("embed_tokens", "lm_head")),
     "narrow": AdapterSpec(2, 3.0, ("q_proj",)),
@@ -40,7 +42,9 @@ def root(tmp_path: Path) -> Path:
 def changed(root: Path, name: str) -> Tensor:
     """What merging an adapter adds to the base's weights, flattened."""
     merged = merged_through_files(root / "base", root / name, root / f"{name}-merged")
-    return torch.cat([(merged[key] - weight).flatten() for key, weight in load_weights(root / "base").items()])
+    return torch.cat(
+        [(merged[key] - weight).flatten() for key, weight in load_weights(root / "base").items()]
+    )
 
 
 @torch.no_grad()
@@ -59,13 +63,18 @@ def test_the_command_makes_what_verify_and_peft_accept_and_says_how_far_off_it_i
     code, output, _ = cli("adapters", "verify", "both", cwd=root)
     assert code == 0 and "files, names, shapes and base are those it was trained with" in output
     ids = IDS % 70
-    here, there = load(root / "base", root / "both").model(ids), theirs(root / "base", root / "both")
+    here, there = (
+        load(root / "base", root / "both").model(ids),
+        theirs(root / "base", root / "both"),
+    )
     torch.testing.assert_close(here, there(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_without_weights_each_adapter_has_weight_1(cli: Lora, root: Path) -> None:
     assert cli("adapters", "combine", "x", "y", "--out", "both", cwd=root)[0] == 0
-    torch.testing.assert_close(changed(root, "both"), changed(root, "x") + changed(root, "y"), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        changed(root, "both"), changed(root, "x") + changed(root, "y"), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_how_much_adapters_interfere_is_shown_before_anything_is_written(
@@ -77,7 +86,11 @@ def test_how_much_adapters_interfere_is_shown_before_anything_is_written(
     monkeypatch.setattr("pipeline.weights.import_adapter.write_updates", fail)
     code, out, err = cli("adapters", "combine", "x", "y", "narrow", "--out", "both", cwd=root)
     assert (code, err) == (1, "error: No room.\n") and not (root / "both").exists()
-    assert [line.split()[:2] for line in out.splitlines()[1:4]] == [["1,", "2"], ["1,", "3"], ["2,", "3"]]
+    assert [line.split()[:2] for line in out.splitlines()[1:4]] == [
+        ["1,", "2"],
+        ["1,", "3"],
+        ["2,", "3"],
+    ]
     assert max(map(len, out.splitlines()[:4])) <= 80
 
 
@@ -90,8 +103,12 @@ def test_the_cosine_of_two_adapters_is_that_of_all_they_change(cli: Lora, root: 
     assert pair["cosine"] == pytest.approx(-float(torch.cosine_similarity(one, other, 0)), abs=1e-5)
     shares = [[row["outputs"], row["inputs"]] for row in pair["modules"]]
     assert all(row["module"].endswith("q_proj") for row in pair["modules"]) and len(shares) == 2
-    assert [pair["outputs"], pair["inputs"]] == pytest.approx([sum(share) / 2 for share in zip(*shares, strict=True)])
-    (same,) = json.loads(cli("adapters", "combine", "y", "y", "--out", "both", "--json", cwd=root)[1])["interference"]
+    assert [pair["outputs"], pair["inputs"]] == pytest.approx(
+        [sum(share) / 2 for share in zip(*shares, strict=True)]
+    )
+    (same,) = json.loads(
+        cli("adapters", "combine", "y", "y", "--out", "both", "--json", cwd=root)[1]
+    )["interference"]
     assert [same["cosine"], same["outputs"], same["inputs"]] == pytest.approx([1, 1, 1])
 
 
@@ -101,7 +118,9 @@ def test_adapters_that_share_no_module_do_not_interfere(cli: Lora, root: Path) -
     assert code == 0 and out.splitlines()[1].split() == ["1,", "2", "0.00", "–", "–", "–", "–"]
 
 
-def test_a_combination_may_take_the_place_of_an_earlier_one_and_be_combined(cli: Lora, root: Path) -> None:
+def test_a_combination_may_take_the_place_of_an_earlier_one_and_be_combined(
+    cli: Lora, root: Path
+) -> None:
     replaced = "both: the earlier result there is replaced.\n"
     for names, out, said in (
         (["x", "y"], "both", ""),
@@ -115,7 +134,10 @@ def test_a_combination_may_take_the_place_of_an_earlier_one_and_be_combined(cli:
 
 REFUSED: dict[str, tuple[list[str], str]] = {
     **{
-        f"weights {text}": (["x", "y", "--weights", text], "--weights must be 2 comma-separated numbers")
+        f"weights {text}": (
+            ["x", "y", "--weights", text],
+            "--weights must be 2 comma-separated numbers",
+        )
         for text in ("1", "1,2,3", "1,x", "nan,1", "inf,1", "0,0", "")
     },
     "one": (["x"], "combine needs at least two adapters, got 1"),
@@ -132,14 +154,19 @@ REFUSED: dict[str, tuple[list[str], str]] = {
 
 def others(root: Path) -> None:
     """Adapters of other bases: of another shape; of the same, named; and bound to it."""
-    wide, other = checkpoint(root / "wide-base", d_model=32), checkpoint(root / "other-base", seed=1)
+    wide, other = (
+        checkpoint(root / "wide-base", d_model=32),
+        checkpoint(root / "other-base", seed=1),
+    )
     adapter(root / "wide", wide, SPECS["narrow"])
     adapter(root / "other", other, SPECS["narrow"])
     import_adapter(root / "other", other, root / "bound")
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_combined_is_refused_and_nothing_is_written(cli: Lora, name: str, root: Path) -> None:
+def test_what_cannot_be_combined_is_refused_and_nothing_is_written(
+    cli: Lora, name: str, root: Path
+) -> None:
     arguments, message = REFUSED[name]
     others(root)
     base = ["--base", "base"] if name in ("another shape", "bound to another") else []

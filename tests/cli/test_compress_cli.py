@@ -1,4 +1,6 @@
-"""`lora adapters compress`, and `lora spectrum --intruders` and `--damp`: output, files and errors."""
+"""`lora adapters compress`, and `lora spectrum --intruders` and `--damp`: output, files and
+errors.
+"""
 
 import json
 from pathlib import Path
@@ -29,12 +31,24 @@ def root(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_the_table_fits_80_columns_and_ends_with_what_it_costs(root: Path) -> None:
     output = lora(
-        "adapters", "compress", "big", "--rank", "2", "--out", "small", "--data", "some.txt", cwd=root, COLUMNS="80"
+        "adapters",
+        "compress",
+        "big",
+        "--rank",
+        "2",
+        "--out",
+        "small",
+        "--data",
+        "some.txt",
+        cwd=root,
+        COLUMNS="80",
     )
     assert (output.returncode, output.stderr) == (0, "")
     lines = output.stdout.splitlines()
     assert lines[0].split() == ["model.decoder.layers.", "‖ΔW‖", "rank", "now", "error"]
-    assert [line.split()[2:4] for line in lines[1:5]] == [["6", "2"]] * 4 and max(map(len, lines)) <= 80
+    assert [line.split()[2:4] for line in lines[1:5]] == [["6", "2"]] * 4 and max(
+        map(len, lines)
+    ) <= 80
     assert lines[5].startswith("small  ") and "% off, all modules together" in lines[5]
     assert lines[6].split() == ["model", "loss", "right", "KL", "to", "adapter"]
     assert [line.split()[0] for line in lines[7:]] == ["adapter", "base", "compressed"]
@@ -53,9 +67,24 @@ def test_json_holds_each_modules_error_and_the_cost(cli: Lora, root: Path) -> No
         assert row["error"] == pytest.approx(float(cut), abs=1e-5) and row["error"] ** 2 <= 0.2
         assert row["after"] == after[name].rank < row["before"] == 6
     quality = result["quality"]
-    assert quality["adapter"]["divergence"] == 0 < quality["compressed"]["divergence"] < quality["base"]["divergence"]
+    assert (
+        quality["adapter"]["divergence"]
+        == 0
+        < quality["compressed"]["divergence"]
+        < quality["base"]["divergence"]
+    )
     _, out, _ = cli(
-        "adapters", "compress", "big", "--rank", "6", "--out", "same", "--data", "some.txt", "--json", cwd=root
+        "adapters",
+        "compress",
+        "big",
+        "--rank",
+        "6",
+        "--out",
+        "same",
+        "--data",
+        "some.txt",
+        "--json",
+        cwd=root,
     )
     quality = json.loads(out)["quality"]
     assert quality["compressed"]["loss"] == pytest.approx(quality["adapter"]["loss"], abs=1e-5)
@@ -63,57 +92,95 @@ def test_json_holds_each_modules_error_and_the_cost(cli: Lora, root: Path) -> No
 
 @pytest.mark.parametrize(
     "command",
-    ["adapters compress big --rank 2", "spectrum base tuned --rank 2", "spectrum base strong --damp 0.5 --epsilon 0.7"],
+    [
+        "adapters compress big --rank 2",
+        "spectrum base tuned --rank 2",
+        "spectrum base strong --damp 0.5 --epsilon 0.7",
+    ],
 )
-def test_plain_prompts_are_measured_in_the_bases_chat_template(cli: Lora, root: Path, command: str) -> None:
+def test_plain_prompts_are_measured_in_the_bases_chat_template(
+    cli: Lora, root: Path, command: str
+) -> None:
     turns = f"{{% for m in messages %}}{WORDS[0]} {{{{ m['content'] }}}} {{% endfor %}}"
     for model in ("base", "tuned"):
         (root / model / "chat_template.jinja").write_text(turns)
     prompt, answer = " ".join(WORDS[1:4]), " ".join(WORDS[4:6])
     plain = {"prompt": prompt, "completion": f" {answer}"}
-    chat = {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+    chat = {
+        "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    }
     for name, row in (("plain", plain), ("chat", chat)):
         (root / f"{name}.jsonl").write_text(json.dumps(row))
 
     def cost(*arguments: str) -> object:
-        code, out, _ = cli(*command.split(), "--out", "small", "--json", "--data", *arguments, cwd=root)
+        code, out, _ = cli(
+            *command.split(), "--out", "small", "--json", "--data", *arguments, cwd=root
+        )
         assert code == 0
         return json.loads(out)["quality"]
 
     assert cost("plain.jsonl") == cost("chat.jsonl") != cost("plain.jsonl", "--no-template")
 
 
-def test_the_table_is_shown_before_models_are_asked(cli: Lora, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_is_shown_before_models_are_asked(
+    cli: Lora, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise UserError("No room.")
 
     monkeypatch.setattr("pipeline.inference.score.costs", fail)
     for replaced in ("", "tiny: the earlier result there is replaced.\n"):
         code, out, err = cli(
-            "adapters", "compress", "big", "--rank", "2", "--out", "tiny", "--data", "some.txt", cwd=root
+            "adapters",
+            "compress",
+            "big",
+            "--rank",
+            "2",
+            "--out",
+            "tiny",
+            "--data",
+            "some.txt",
+            cwd=root,
         )
         assert (code, err) == (1, f"{replaced}error: No room.\n") and "tiny  " in out
 
 
 @pytest.mark.slow
 def test_intruders_are_listed_and_damped(root: Path) -> None:
-    output = lora("spectrum", "base", "strong", "--intruders", "--epsilon", "0.7", cwd=root, COLUMNS="80")
+    output = lora(
+        "spectrum", "base", "strong", "--intruders", "--epsilon", "0.7", cwd=root, COLUMNS="80"
+    )
     assert (output.returncode, output.stderr) == (0, "")
     head, *lines = output.stdout.splitlines()
     assert head.split() == ["matrix", "intruders", "at", "largest", "σ", "most", "alike"]
-    assert lines[:-1] and all(line.startswith(("0.", "1.")) and len(line) <= 80 for line in lines[:-1])
+    assert lines[:-1] and all(
+        line.startswith(("0.", "1.")) and len(line) <= 80 for line in lines[:-1]
+    )
     assert f"in {len(lines) - 1} of 4 matrices: among the 10 largest" in lines[-1]
     options = ["--damp", "0.5", "--out", "damped", "--epsilon", "0.7", "--data", "some.txt"]
     output = lora("spectrum", "base", "strong", *options, cwd=root, COLUMNS="80")
     assert (output.returncode, output.stderr) == (0, "")
     assert "damped  intruders scaled by 0.5" in output.stdout
-    assert [line.split()[0] for line in output.stdout.splitlines()[-3:]] == ["tuned", "base", "damped"]
+    assert [line.split()[0] for line in output.stdout.splitlines()[-3:]] == [
+        "tuned",
+        "base",
+        "damped",
+    ]
     assert lora("adapters", "verify", "damped", cwd=root).returncode == 0
 
 
 def test_their_json_has_every_matrix_and_a_full_model_has_them_too(cli: Lora, root: Path) -> None:
     code, out, err = cli(
-        "spectrum", "base", "strong", "--intruders", "--epsilon", "0.7", "--top", "3", "--json", cwd=root
+        "spectrum",
+        "base",
+        "strong",
+        "--intruders",
+        "--epsilon",
+        "0.7",
+        "--top",
+        "3",
+        "--json",
+        cwd=root,
     )
     result = json.loads(out)
     assert (code, err, result["top"], result["epsilon"]) == (0, "", 3, 0.7)
@@ -157,6 +224,8 @@ def test_each_wrong_request_is_one_message(
 
 
 def test_an_adapter_without_intruders_is_not_damped(cli: Lora, root: Path) -> None:
-    code, out, err = cli("spectrum", "base", "strong", "--damp", "0.5", "--epsilon", "0", "--out", "x", cwd=root)
+    code, out, err = cli(
+        "spectrum", "base", "strong", "--damp", "0.5", "--epsilon", "0", "--out", "x", cwd=root
+    )
     assert code == 1 and out.startswith("0 intruders") and "has no intruder to damp" in err
     assert not (root / "x").exists()

@@ -18,7 +18,11 @@ NUMBER = st.integers(0, 10**9).map(lambda number: f"{number:,}")
 
 
 def drawn(
-    width: int, columns: list[str], rows: list[list[str]], right: list[str], optional: Sequence[str] = ()
+    width: int,
+    columns: list[str],
+    rows: list[list[str]],
+    right: list[str],
+    optional: Sequence[str] = (),
 ) -> list[str]:
     """The lines of the table on a terminal of this width."""
     plain, before = Console(width=width, color_system=None, highlight=False), console.stdout.width
@@ -35,7 +39,9 @@ def drawn(
 def tables(draw: st.DrawFn) -> tuple[list[str], list[list[str]], list[str]]:
     texts, numbers = draw(st.integers(1, 3)), draw(st.integers(0, 6))
     columns = [f"text {n}" for n in range(texts)] + [f"number\n{n}" for n in range(numbers)]
-    rows = draw(st.lists(st.tuples(*[CELL] * texts, *[NUMBER] * numbers).map(list), min_size=1, max_size=4))
+    rows = draw(
+        st.lists(st.tuples(*[CELL] * texts, *[NUMBER] * numbers).map(list), min_size=1, max_size=4)
+    )
     return columns, rows, columns[texts:]
 
 
@@ -55,12 +61,17 @@ def test_lines_fit_and_every_number_and_short_word_is_there_whole(
                     assert word in words
                 elif word not in words:
                     pieces = [w.split("…") for w in words if "…" in w]
-                    assert any(word.startswith(a) and word.endswith(b) for a, b in pieces), (word, lines)
+                    assert any(word.startswith(a) and word.endswith(b) for a, b in pieces), (
+                        word,
+                        lines,
+                    )
 
 
 def test_a_long_name_is_shortened_in_the_middle_and_a_sentence_wraps_between_words() -> None:
     name = "pipeline/some/very/long/path/name-of-something.safetensors"
-    lines = drawn(60, ["name", "what", "n"], [[name, "a text of several words that wraps", "12,345"]], ["n"])
+    lines = drawn(
+        60, ["name", "what", "n"], [[name, "a text of several words that wraps", "12,345"]], ["n"]
+    )
     assert re.search(r"^pipeline/\S*…\S*safetensors ", lines[1])
     assert "12,345" in lines[1] and "words" in " ".join(lines)
 
@@ -76,7 +87,15 @@ def test_columns_that_do_not_fit_go_on_below_beside_the_rows_names(width: int, p
 
 def test_optional_columns_are_left_out_in_their_order_before_a_table_goes_on_below() -> None:
     columns, rows = [f"column {n}" for n in range(5)], [[f"{n}" * 10 for n in range(5)]]
-    for width, left in ((60, "01234"), (54, "01234"), (53, "0124"), (43, "0124"), (42, "024"), (32, "024"), (31, "02")):
+    for width, left in (
+        (60, "01234"),
+        (54, "01234"),
+        (53, "0124"),
+        (43, "0124"),
+        (42, "024"),
+        (32, "024"),
+        (31, "02"),
+    ):
         table = drawn(width, columns, rows, columns, ["column 3", "column 1", "column 4"])
         assert [line.split() for line in table] == [
             [word for n in left for word in ("column", n)],
@@ -101,7 +120,9 @@ def test_a_heading_that_a_terminal_would_obey_takes_the_room_of_what_is_shown() 
     assert lines[0].split() == ["␛[31m" + "x" * 20, "n"] and lines[1].split() == ["a", "12,345"]
 
 
-@pytest.mark.parametrize(("variable", "value"), [("COLUMNS", "0"), ("COLUMNS", "1"), ("COLUMNS", "²"), ("LINES", "0")])
+@pytest.mark.parametrize(
+    ("variable", "value"), [("COLUMNS", "0"), ("COLUMNS", "1"), ("COLUMNS", "²"), ("LINES", "0")]
+)
 def test_a_size_that_no_table_fits_into_is_not_taken(
     variable: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,9 +132,13 @@ def test_a_size_that_no_table_fits_into_is_not_taken(
     assert console._terminal_environment()[variable] == "40"
 
 
-def test_the_time_that_is_left_is_shown_also_where_a_step_takes_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_that_is_left_is_shown_also_where_a_step_takes_minutes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     now = [0.0]
-    terminal = Console(file=StringIO(), force_terminal=True, width=100, color_system=None, get_time=lambda: now[0])
+    terminal = Console(
+        file=StringIO(), force_terminal=True, width=100, color_system=None, get_time=lambda: now[0]
+    )
     monkeypatch.setattr(console, "stderr", terminal)
 
     def slow() -> Generator[Progress, None, None]:

@@ -21,11 +21,16 @@ def overlay(tmp_path: Path) -> Path:
     """A copy of the code, with the files that the page shows."""
     root = tmp_path / "code"
     for name in ("cli", "pipeline", "docs", "bench", "tests", "data", "document/data"):
-        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.svg"))
+        shutil.copytree(
+            ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.svg")
+        )
     for name in ("pyproject.toml", "params.yaml", "document/params.yaml"):
         shutil.copy(ROOT / name, root / name)
     blocks = dict(BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")))
-    assert [*blocks] == ["pipeline/stages/methods/bitfit.py", "tests/pipeline/stages/test_bitfit.py"]
+    assert [*blocks] == [
+        "pipeline/stages/methods/bitfit.py",
+        "tests/pipeline/stages/test_bitfit.py",
+    ]
     for name, text in blocks.items():
         assert not (ROOT / name).exists(), "the page adds a method that the project does not have"
         (root / name).write_text(text, encoding="utf-8")
@@ -44,7 +49,9 @@ for sys.argv in json.load(sys.stdin):
 
 
 @pytest.mark.slow
-def test_the_method_of_the_page_trains_is_evaluated_and_passes_its_test(overlay: Path, project: Path) -> None:
+def test_the_method_of_the_page_trains_is_evaluated_and_passes_its_test(
+    overlay: Path, project: Path
+) -> None:
     def run(*arguments: str, cwd: Path, said: str = "") -> str:
         """What Python prints with the copy of the code."""
         environment = {**os.environ, "PYTHONPATH": str(overlay), "TERMINAL_WIDTH": "100"}
@@ -64,13 +71,21 @@ def test_the_method_of_the_page_trains_is_evaluated_and_passes_its_test(overlay:
     section = "\nfinetune_bitfit: {learning_rate: 0.02}\n"
     params.write_text(params.read_text(encoding="utf-8") + section, encoding="utf-8")
     given = [f"--set={each}" for each in BRIEF]
-    commands = (["finetune", "bitfit", *given], ["evaluate", *given], ["calc", "--model=gpt2", "--method=bitfit"])
-    printed = run("-c", LORA, cwd=project, said=json.dumps([["lora", *command] for command in commands]))
+    commands = (
+        ["finetune", "bitfit", *given],
+        ["evaluate", *given],
+        ["calc", "--model=gpt2", "--method=bitfit"],
+    )
+    printed = run(
+        "-c", LORA, cwd=project, said=json.dumps([["lora", *command] for command in commands])
+    )
     assert "artifacts/bitfit" in printed and "BitFit" in printed
 
     first, *_, last = epoch_means(read_steps(project / "artifacts/bitfit/loss.csv"))
     assert last < first - 0.5
-    metrics = json.loads((project / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    metrics = json.loads(
+        (project / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8")
+    )
     assert metrics["bitfit"]["new_loss"] < metrics["expanded"]["new_loss"] - 0.5
     assert metrics["bitfit"]["trainable"] < metrics["lora"]["trainable"]
     assert "| BitFit |" in (project / "artifacts/evaluation/report.md").read_text(encoding="utf-8")

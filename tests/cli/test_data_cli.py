@@ -20,7 +20,12 @@ from tests.helpers.tokenizers import SMOLLM2, folder_with
 LINES = [
     {"text": "The euro.\nThe lev."},
     {"prompt": "The currency of Bulgaria is the", "completion": " euro"},
-    {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello!"}]},
+    {
+        "messages": [
+            {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": "Hello!"},
+        ]
+    },
     {"text": "Sofia"},
 ]
 
@@ -44,7 +49,9 @@ def test_what_is_learned_is_marked(cli: Lora, here: Path) -> None:
     assert re.search(r"examples +4 ", out)
 
 
-def test_a_plain_prompt_is_a_turn_unless_the_command_or_the_project_says_otherwise(cli: Lora, here: Path) -> None:
+def test_a_plain_prompt_is_a_turn_unless_the_command_or_the_project_says_otherwise(
+    cli: Lora, here: Path
+) -> None:
     (here / "p.jsonl").write_text(json.dumps(LINES[1]), encoding="utf-8")
     (here / "params.yaml").write_text("base: x\nfinetune_lora: {data: p.jsonl}\n", encoding="utf-8")
     asked = "user↵The·currency·of·Bulgaria·is·the<|im_end|>↵<|im_start|>assistant↵⟦euro<|im_end|>⟧↵"
@@ -55,12 +62,16 @@ def test_a_plain_prompt_is_a_turn_unless_the_command_or_the_project_says_otherwi
     assert "1 plain prompt" in out
     plain = "The currency of Bulgaria is the⟦ euro<|im_end|>⟧"
     assert plain in cli("data", "check", "p.jsonl", "--no-template", cwd=here)[1]
-    (here / "params.yaml").write_text("finetune_lora: {data: p.jsonl, chat_template: none}\n", encoding="utf-8")
+    (here / "params.yaml").write_text(
+        "finetune_lora: {data: p.jsonl, chat_template: none}\n", encoding="utf-8"
+    )
     assert plain in cli("data", "check", "p.jsonl", cwd=here)[1]
 
 
 def test_numbers_are_of_the_whole_file_and_lines_fit_the_terminal(cli: Lora, here: Path) -> None:
-    code, out, _ = cli("data", "show", "d.jsonl", "--no-template", "--max-length", "7", "--limit", "1", cwd=here)
+    code, out, _ = cli(
+        "data", "show", "d.jsonl", "--no-template", "--max-length", "7", "--limit", "1", cwd=here
+    )
     assert code == 0 and out.count("d.jsonl:") == 1
     assert "3 at 7 tokens" in out
     assert "1 without a label" in out
@@ -68,19 +79,38 @@ def test_numbers_are_of_the_whole_file_and_lines_fit_the_terminal(cli: Lora, her
     assert all(len(line) <= 100 for line in out.splitlines())
 
 
-def test_json_is_a_line_a_row_with_labels_where_something_is_trained_on(cli: Lora, here: Path) -> None:
+def test_json_is_a_line_a_row_with_labels_where_something_is_trained_on(
+    cli: Lora, here: Path
+) -> None:
     code, out, err = cli("data", "show", "d.jsonl", "--json", "--no-template", cwd=here)
     lines = [json.loads(line) for line in out.splitlines()]
-    assert (code, err) == (0, "") and [line["row"] for line in lines] == [1, 2, 3, 4], "all, unless --limit says less"
+    assert (code, err) == (0, "") and [line["row"] for line in lines] == [1, 2, 3, 4], (
+        "all, unless --limit says less"
+    )
     tokenizer = SubwordTokenizer.load(here / "artifacts/base")
     trained = [[id_ for id_ in line["labels"] if id_ != -100] for line in lines]
     assert [tokenizer.word(id_) for id_ in trained[1]] == [" euro", "<|im_end|>"]
     for line in lines:
         assert line.keys() == {"row", "ids", "labels"} and line["labels"][0] == -100
-        assert all(label in (-100, id_) for label, id_ in zip(line["labels"], line["ids"], strict=True))
+        assert all(
+            label in (-100, id_) for label, id_ in zip(line["labels"], line["ids"], strict=True)
+        )
     assert trained[0] == lines[0]["ids"][1:]
-    _, out, _ = cli("data", "show", "d.jsonl", "--json", "--no-template", "--limit", "2", "--max-length", "5", cwd=here)
-    assert [json.loads(line)["ids"] for line in out.splitlines()] == [line["ids"][:5] for line in lines[:2]]
+    _, out, _ = cli(
+        "data",
+        "show",
+        "d.jsonl",
+        "--json",
+        "--no-template",
+        "--limit",
+        "2",
+        "--max-length",
+        "5",
+        cwd=here,
+    )
+    assert [json.loads(line)["ids"] for line in out.splitlines()] == [
+        line["ids"][:5] for line in lines[:2]
+    ]
 
 
 def test_one_row_is_shown_whatever_is_in_the_others(cli: Lora, here: Path) -> None:
@@ -90,7 +120,11 @@ def test_one_row_is_shown_whatever_is_in_the_others(cli: Lora, here: Path) -> No
     code, out, err = cli("data", "show", "d.jsonl", "--row", "1", cwd=here)
     assert (code, out) == (1, "") and err.startswith("error: d.jsonl:1: not JSON")
     code, out, err = cli("data", "show", "d.jsonl", "--row", "9", cwd=here)
-    assert (code, out, err) == (1, "", "error: d.jsonl has no example in row 9. Name another --row.\n")
+    assert (code, out, err) == (
+        1,
+        "",
+        "error: d.jsonl has no example in row 9. Name another --row.\n",
+    )
 
 
 def test_statistics_are_of_the_first_thousand_rows(cli: Lora, here: Path) -> None:
@@ -100,7 +134,9 @@ def test_statistics_are_of_the_first_thousand_rows(cli: Lora, here: Path) -> Non
     assert out.endswith("`lora data check d.jsonl` reads all.\n")
 
 
-def test_a_table_is_shown_by_its_columns_without_what_a_terminal_would_obey(cli: Lora, here: Path) -> None:
+def test_a_table_is_shown_by_its_columns_without_what_a_terminal_would_obey(
+    cli: Lora, here: Path
+) -> None:
     rows = {"q": ["Hello"], "a": ["euro\x1b[31m"]}
     pq.write_table(pa.table(rows), here / "d.parquet")
     code, out, _ = cli("data", "show", "d.parquet", "--columns", "prompt=q,completion=a", cwd=here)
@@ -113,7 +149,10 @@ def test_a_table_is_shown_by_its_columns_without_what_a_terminal_would_obey(cli:
 @pytest.mark.slow
 def test_without_colour_brackets_remain_and_with_it_learned_tokens_are_green(here: Path) -> None:
     plain = lora("data", "show", "d.jsonl", cwd=here, NO_COLOR="1", FORCE_COLOR="1", TERM="xterm")
-    assert "⟦·euro" in plain.stdout.replace("\x1b[1m", "").replace("\x1b[0m", "") and "\x1b[1;32m" not in plain.stdout
+    assert (
+        "⟦·euro" in plain.stdout.replace("\x1b[1m", "").replace("\x1b[0m", "")
+        and "\x1b[1;32m" not in plain.stdout
+    )
     green = lora("data", "show", "d.jsonl", cwd=here, FORCE_COLOR="1", TERM="xterm")
     assert "\x1b[1;32m⟦·euro" in green.stdout
 
@@ -123,9 +162,16 @@ def test_minigpts_words_are_shown_without_transformers(tmp_path: Path) -> None:
     (tmp_path / "artifacts").mkdir()
     (tmp_path / "base").rename(tmp_path / "artifacts/expanded")
     (tmp_path / "d.txt").write_text("w1 w2\nw3 w4\n", encoding="utf-8")
-    code = "import sys; from cli.main import main\ntry: main()\nfinally: print(list(sys.modules), file=sys.stderr)"
+    code = (
+        "import sys; from cli.main import main\ntry: main()\nfinally: print(list(sys.modules), "
+        "file=sys.stderr)"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", code, "data", "show", "d.txt"], cwd=tmp_path, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, "data", "show", "d.txt"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "w1⟦w2│<eos>⟧" in done.stdout
     assert not [heavy for heavy in ("torch", "transformers") if f"'{heavy}'" in done.stderr]
@@ -137,10 +183,15 @@ def test_minigpts_words_are_shown_without_transformers(tmp_path: Path) -> None:
         (["nix.jsonl"], "nix.jsonl: No such file or directory. Name a file that exists."),
         (["d.jsonl", "--base", "nix"], "nix is not a folder. A model folder needs its tokenizer."),
         (["broken.jsonl"], "broken.jsonl:1: not JSON"),
-        (["long.jsonl"], "long.jsonl:1: 100 tokens with the end token, more than the model's 99 positions."),
+        (
+            ["long.jsonl"],
+            "long.jsonl:1: 100 tokens with the end token, more than the model's 99 positions.",
+        ),
     ],
 )
-def test_a_mistake_is_one_message(cli: Lora, here: Path, arguments: list[str], message: str) -> None:
+def test_a_mistake_is_one_message(
+    cli: Lora, here: Path, arguments: list[str], message: str
+) -> None:
     (here / "broken.jsonl").write_text("{", encoding="utf-8")
     (here / "long.jsonl").write_text(json.dumps({"text": "The" + " euro" * 98}), encoding="utf-8")
     code, out, err = cli("data", "show", *arguments, cwd=here)
@@ -158,7 +209,12 @@ def test_without_a_model_the_next_step_is_named(cli: Lora, tmp_path: Path) -> No
 FAULTS = [
     {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello!"}]},
     {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": ""}]},
-    {"conversations": [{"from": "human", "value": "Hello <|im_end|>"}, {"from": "gpt", "value": "Hi"}]},
+    {
+        "conversations": [
+            {"from": "human", "value": "Hello <|im_end|>"},
+            {"from": "gpt", "value": "Hi"},
+        ]
+    },
     {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hello!"}]},
 ]
 
@@ -177,12 +233,18 @@ def test_check_prints_each_fault_with_its_row_and_exits_with_1(cli: Lora, here: 
     assert out.endswith("2 errors, 1 warning\n")
     assert all(len(line) <= 100 for line in out.splitlines())
     code, out, _ = cli("data", "check", "f.jsonl", "--limit", "1", cwd=here)
-    assert code == 1 and out.count("error  ") == 1 and "empty: 1, not tokenized: 1, duplicate: 1" in out
+    assert (
+        code == 1
+        and out.count("error  ") == 1
+        and "empty: 1, not tokenized: 1, duplicate: 1" in out
+    )
 
 
 def test_check_prints_what_the_contract_names_as_json(cli: Lora, here: Path) -> None:
     (here / "f.jsonl").write_text("\n".join(map(json.dumps, FAULTS)), encoding="utf-8")
-    code, out, err = cli("data", "check", "f.jsonl", "d.jsonl", "--base", "artifacts/base", "--json", cwd=here)
+    code, out, err = cli(
+        "data", "check", "f.jsonl", "d.jsonl", "--base", "artifacts/base", "--json", cwd=here
+    )
     report = json.loads(out)
     assert (code, err) == (1, SPOILT) and report["rows"] == 8 and report["ok"] is False
     first = report["problems"][0]
@@ -195,25 +257,41 @@ def test_check_prints_what_the_contract_names_as_json(cli: Lora, here: Path) -> 
     assert report["trained_tokens"] == sum(label != -100 for label in shown)
 
 
-def test_check_compares_with_evaluation_files_and_works_without_a_model(cli: Lora, tmp_path: Path) -> None:
+def test_check_compares_with_evaluation_files_and_works_without_a_model(
+    cli: Lora, tmp_path: Path
+) -> None:
     (tmp_path / "train.txt").write_text("one\ntwo\n", encoding="utf-8")
     (tmp_path / "eval.txt").write_text("two\nthree\n", encoding="utf-8")
     code, out, err = cli("data", "check", "train.txt", "--eval", "eval.txt", cwd=tmp_path)
-    assert code == 0 and re.search(r"warning +eval.txt:1 +also in the training set: train.txt:2\.", out)
+    assert code == 0 and re.search(
+        r"warning +eval.txt:1 +also in the training set: train.txt:2\.", out
+    )
     assert err == "There is no model, so tokens were not counted. Name a model with --base.\n"
 
 
-def test_convert_writes_the_container_of_the_name_and_the_format_asked_for(cli: Lora, here: Path) -> None:
+def test_convert_writes_the_container_of_the_name_and_the_format_asked_for(
+    cli: Lora, here: Path
+) -> None:
     (here / "f.jsonl").write_text(json.dumps({**FAULTS[0], "id": 7}), encoding="utf-8")
     code, out, err = cli("data", "convert", "f.jsonl", "new/f.parquet", cwd=here)
     assert (code, out) == (0, "new/f.parquet: 1 row (sharegpt)\n")
     assert err == "f.jsonl: not used: id (1 row)\n"
-    code, out, _ = cli("data", "convert", "new/f.parquet", "f.csv", "--format", "alpaca", "--json", cwd=here)
-    assert json.loads(out) == {"out": "f.csv", "rows": 1, "format": "alpaca", "notes": [], "skipped": []}
+    code, out, _ = cli(
+        "data", "convert", "new/f.parquet", "f.csv", "--format", "alpaca", "--json", cwd=here
+    )
+    assert json.loads(out) == {
+        "out": "f.csv",
+        "rows": 1,
+        "format": "alpaca",
+        "notes": [],
+        "skipped": [],
+    }
     assert (here / "f.csv").read_bytes() == b"instruction,input,output\r\nHello,,Hello!\r\n"
 
 
-def test_check_prints_a_fault_of_many_rows_once_and_warnings_beside_errors(cli: Lora, here: Path) -> None:
+def test_check_prints_a_fault_of_many_rows_once_and_warnings_beside_errors(
+    cli: Lora, here: Path
+) -> None:
     rows = [*({"conversations": []} for _ in range(40)), *FAULTS]
     (here / "f.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     code, out, _ = cli("data", "check", "f.jsonl", "--limit", "1", cwd=here)
@@ -229,7 +307,9 @@ def test_a_hint_repeats_the_columns(cli: Lora, here: Path) -> None:
 
 def test_convert_skips_what_it_cannot_take_and_says_so(cli: Lora, here: Path) -> None:
     (here / "f.jsonl").write_text("\n".join(["{", *map(json.dumps, LINES)]), encoding="utf-8")
-    code, out, err = cli("data", "convert", "f.jsonl", "new.csv", "--format", "text", "--skip-invalid", cwd=here)
+    code, out, err = cli(
+        "data", "convert", "f.jsonl", "new.csv", "--format", "text", "--skip-invalid", cwd=here
+    )
     assert (code, out) == (0, "new.csv: 2 rows (text)\n")
     assert "skipped: f.jsonl:1: not JSON" in err
     assert "skipped: f.jsonl: 2 rows: cannot be written as text: " in err and "First: row 3." in err
@@ -243,7 +323,8 @@ def test_clean_writes_what_is_left_and_reports_the_rest(cli: Lora, here: Path) -
     rows = [*LINES, LINES[1], {"text": ""}, {"text": "euro " * 120}, {"text": "Call +49 30 901820"}]
     (here / "f.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     (here / "t.yaml").write_text(
-        "- {name: t, kind: contains, examples: [{prompt: hello, answer: Hello}]}\n", encoding="utf-8"
+        "- {name: t, kind: contains, examples: [{prompt: hello, answer: Hello}]}\n",
+        encoding="utf-8",
     )
     drop = ("--drop", "empty,duplicates,near-duplicates,too-long,leaks", "--tasks", "t.yaml")
     code, out, err = cli("data", "clean", "f.jsonl", "g.jsonl", *drop, cwd=here)
@@ -253,10 +334,16 @@ def test_clean_writes_what_is_left_and_reports_the_rest(cli: Lora, here: Path) -
     assert re.search(r"too-long +1 +row 7, 1\d\d tokens, more than 99: euro", out)
     assert re.search(r"leaks +1 +row 3, asked in t\.yaml", out) and "phone number" in out
     assert "4 of 8 rows kept\ng.jsonl: 4 rows (mixed)\n" in out
-    left = [json.loads(line) for line in (here / "g.jsonl").read_text(encoding="utf-8").splitlines()]
+    left = [
+        json.loads(line) for line in (here / "g.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert left == [LINES[0], LINES[1], LINES[3], rows[7]]
     code, out, _ = cli("data", "clean", "f.jsonl", "h.jsonl", "--drop", "empty,personal", cwd=here)
-    assert code == 0 and "phone number" in out and "901820" not in (here / "h.jsonl").read_text(encoding="utf-8")
+    assert (
+        code == 0
+        and "phone number" in out
+        and "901820" not in (here / "h.jsonl").read_text(encoding="utf-8")
+    )
     code, out, _ = cli("data", "clean", "f.jsonl", "g.jsonl", *drop, "--force", "--json", cwd=here)
     report = json.loads(out)
     assert code == 0 and report["dropped"]["leaks"] == 1 and report["kept"] == 4
@@ -265,14 +352,19 @@ def test_clean_writes_what_is_left_and_reports_the_rest(cli: Lora, here: Path) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--drop", "emtpy"), "--drop: unknown reason 'emtpy'. Known: empty, duplicates, near-duplicates, too-long, "),
+        (
+            ("--drop", "emtpy"),
+            "--drop: unknown reason 'emtpy'. Known: empty, duplicates, near-duplicates, too-long, ",
+        ),
         (("--drop", "leaks"), "--drop leaks goes with --eval or --tasks"),
         (("--eval", "d.jsonl"), "--drop leaks goes with --eval or --tasks"),
         (("--drop", "leaks", "--eval", "none.txt"), "none.txt: No such file or directory"),
         (("--drop", "duplicates", "--force"), "d.jsonl is the input itself"),
     ],
 )
-def test_a_mistake_with_clean_is_one_message(cli: Lora, here: Path, arguments: tuple[str, ...], message: str) -> None:
+def test_a_mistake_with_clean_is_one_message(
+    cli: Lora, here: Path, arguments: tuple[str, ...], message: str
+) -> None:
     out = "d.jsonl" if "--force" in arguments else "new.jsonl"
     assert message in refusal(cli("data", "clean", "d.jsonl", out, *arguments, cwd=here))
 
@@ -280,21 +372,33 @@ def test_a_mistake_with_clean_is_one_message(cli: Lora, here: Path, arguments: t
 def test_what_cannot_be_converted_is_one_message(cli: Lora, here: Path) -> None:
     for arguments, message in (
         (("d.jsonl", "d.jsonl"), "d.jsonl is the input itself. Name another file."),
-        (("d.jsonl", "new.parquet"), "d.jsonl:2: rows of prompt_completion and text do not fit into one table."),
+        (
+            ("d.jsonl", "new.parquet"),
+            "d.jsonl:2: rows of prompt_completion and text do not fit into one table.",
+        ),
         (("d.jsonl", "new.csv", "--format", "text"), "d.jsonl:2: cannot be written as text: "),
-        (("none.jsonl", "new.csv"), "none.jsonl: No such file or directory. Name a file that exists."),
+        (
+            ("none.jsonl", "new.csv"),
+            "none.jsonl: No such file or directory. Name a file that exists.",
+        ),
     ):
         code, out, err = cli("data", "convert", *arguments, cwd=here)
-        assert (code, out) == (1, "") and err.startswith(f"error: {message}") and err.count("\n") == 1
+        assert (
+            (code, out) == (1, "") and err.startswith(f"error: {message}") and err.count("\n") == 1
+        )
     assert {path.name for path in here.iterdir() if path.is_file()} == {"d.jsonl"}
 
 
 def test_a_base_is_named_as_in_params_yaml_and_imported_once(
     cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder as it is; a model of the hub, here from its local cache, as a folder in the user's."""
+    """A folder as it is; a model of the hub, here from its local cache, as a folder in the
+    user's.
+    """
     toy_checkpoint(tmp_path / "0123abc")
-    monkeypatch.setattr("pipeline.models.import_base._download", lambda _source, _trust: tmp_path / "0123abc")
+    monkeypatch.setattr(
+        "pipeline.models.import_base._download", lambda _source, _trust: tmp_path / "0123abc"
+    )
     (tmp_path / "texts.jsonl").write_text('{"text": "The euro."}\n', encoding="utf-8")
     asked = ("data", "show", "texts.jsonl", "--json", "--base")
     of_folder = cli(*asked, "0123abc", cwd=tmp_path)

@@ -49,28 +49,46 @@ def test_the_readme_is_short() -> None:
 
 
 def test_every_command_that_a_page_names_exists_with_its_options() -> None:
-    options = {path: {name for each in parameters for name in each.opts} for path, parameters in commands()}
+    options = {
+        path: {name for each in parameters for name in each.opts} for path, parameters in commands()
+    }
     options[("finetune", "METHOD")] = options[("finetune", "lora")]
     named = 0
-    pages = [page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "decisions"]  # which are history
+    # which are history
+    pages = [page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "decisions"]
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *pages):
         text = page.read_text(encoding="utf-8")
         for line in re.findall(r"(?:^    |^\$ |`)(lora [^`\n]*)", text, re.MULTILINE):
             for command in re.findall(r"(?:^|; +)lora ([^;#|]*)", line):
                 words = [word for word in command.split() if word != "…"]
-                length = max(n for n in range(3) if any(path[:n] == tuple(words[:n]) for path in options))
-                path, rest = tuple(words[:length]), [word.partition("=")[0] for word in words[length:]]
+                length = max(
+                    n for n in range(3) if any(path[:n] == tuple(words[:n]) for path in options)
+                )
+                path, rest = (
+                    tuple(words[:length]),
+                    [word.partition("=")[0] for word in words[length:]],
+                )
                 known = options.get(path, {"--install-completion", "--version"}) | {"--help"}
                 stands_for_any = bool(rest) and rest[0].isupper()  # in a message: `lora COMMAND`
-                assert path in options or not rest or rest[0] in known or stands_for_any, f"{page.name}: lora {command}"
-                assert {word for word in rest if re.match("--[a-z]", word)} <= known, f"{page.name}: lora {command}"
+                assert path in options or not rest or rest[0] in known or stands_for_any, (
+                    f"{page.name}: lora {command}"
+                )
+                assert {word for word in rest if re.match("--[a-z]", word)} <= known, (
+                    f"{page.name}: lora {command}"
+                )
                 named += 1
     assert named > 150
 
 
-def test_the_readme_shows_what_the_calculator_prints(cli: Lora, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme_shows_what_the_calculator_prints(
+    cli: Lora, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(console.stdout, "width", 100)
-    calculated = [one for one in typed((ROOT / "README.md").read_text(encoding="utf-8")) if "lora calc" in one.command]
+    calculated = [
+        one
+        for one in typed((ROOT / "README.md").read_text(encoding="utf-8"))
+        if "lora calc" in one.command
+    ]
     for command, shown in calculated:
         printed = cli(*shlex.split(command)[1:], cwd=ROOT)[1].splitlines()
         assert set(shown.splitlines()) - {"…"} <= {line.rstrip() for line in printed}, command
@@ -81,7 +99,9 @@ def test_the_commands_of_the_loraplus_page_make_its_sweeps() -> None:
     text = (ROOT / "docs/explanation/loraplus.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"(?:^    .*\n)+", text, re.MULTILINE)
     prelude = "lora() { printf '%s\\0' \"$@\"; printf '\\n'; }; python() { :; }\n"
-    ran = subprocess.run(["bash", "-euc", prelude + block], check=True, capture_output=True, text=True).stdout
+    ran = subprocess.run(
+        ["bash", "-euc", prelude + block], check=True, capture_output=True, text=True
+    ).stdout
     embeddings = []
     for line in ran.splitlines():
         *command, end = line.split("\0")
@@ -89,9 +109,20 @@ def test_the_commands_of_the_loraplus_page_make_its_sweeps() -> None:
         assert set(command[2::2]) == {"--set"}
         params = load(ROOT / "params.yaml", command[3::2])
         wanted = variants(params.finetune_lora, params.finetune_sweep).values()
-        assert len({(own.loraplus_ratio, own.learning_rate, own.seed) for own in wanted}) == len(wanted) == 250
-        embeddings.append((params.finetune_lora.train_embeddings, params.finetune_lora.init_lora_weights))
-    assert embeddings == [("none", "document"), ("none", "kaiming"), ("new_rows", "document"), ("all", "document")]
+        assert (
+            len({(own.loraplus_ratio, own.learning_rate, own.seed) for own in wanted})
+            == len(wanted)
+            == 250
+        )
+        embeddings.append(
+            (params.finetune_lora.train_embeddings, params.finetune_lora.init_lora_weights)
+        )
+    assert embeddings == [
+        ("none", "document"),
+        ("none", "kaiming"),
+        ("new_rows", "document"),
+        ("all", "document"),
+    ]
 
 
 @pytest.mark.slow
@@ -100,15 +131,25 @@ def test_the_commands_of_the_pages_on_shipping_run_in_a_project_as_the_pipeline_
 ) -> None:
     pages = ("shipping", "merge", "hub", "vllm", "compress-combine", "import")
     text = "".join((ROOT / f"docs/how-to/{page}.md").read_text(encoding="utf-8") for page in pages)
-    lines = [shlex.split(line, comments=True) for line in re.findall(r"^    (lora .*)$", text, re.MULTILINE)]
+    lines = [
+        shlex.split(line, comments=True)
+        for line in re.findall(r"^    (lora .*)$", text, re.MULTILINE)
+    ]
     assert len(lines) > 8
     for _, *command in lines:
         code, output, errors = cli(*command, cwd=project)
         assert (code, bool(output)) == (0, True), f"{command}: {errors}"
 
 
-def test_a_table_of_loraplus_takes_for_each_ratio_the_rate_that_is_best_over_seeds(tmp_path: Path) -> None:
-    by_rate = {(4.0, 0.002): (3.0, 3.2), (4.0, 0.5): (1.0, 1.4), (0.25, 0.002): (2.0, 2.0), (0.25, 0.5): (1.0, 9.0)}
+def test_a_table_of_loraplus_takes_for_each_ratio_the_rate_that_is_best_over_seeds(
+    tmp_path: Path,
+) -> None:
+    by_rate = {
+        (4.0, 0.002): (3.0, 3.2),
+        (4.0, 0.5): (1.0, 1.4),
+        (0.25, 0.002): (2.0, 2.0),
+        (0.25, 0.5): (1.0, 9.0),
+    }
     state = {}
     for (ratio, rate), of_seeds in by_rate.items():
         for seed, last in enumerate(of_seeds):
@@ -120,7 +161,8 @@ def test_a_table_of_loraplus_takes_for_each_ratio_the_rate_that_is_best_over_see
                 for epoch in range(1, 12):
                     log.append(Step(epoch, epoch, last + (epoch < 11), rate, 1.0, epoch))
             state[folder.name] = {"state": "done"}
-    state["0.25-0.5-1"]["state"] = "diverged"  # so that no mean over all seeds is there at this rate
+    # so that no mean over all seeds is there at this rate
+    state["0.25-0.5-1"]["state"] = "diverged"
     (tmp_path / "sweep.json").write_text(json.dumps(state))
     *_, fourth, four = loraplus.table(loraplus.losses(tmp_path)).splitlines()
     assert fourth == "| 1/4 | 3.00 ± 0.00 | 2.00 ± 0.00 | 0.002: 3.00 ± 0.00 | 0.002: 2.00 ± 0.00 |"
@@ -132,6 +174,13 @@ def test_every_benchmark_that_a_page_names_exists() -> None:
     named = set[str]()
     for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         text = page.read_text(encoding="utf-8")
-        named |= {name for names in re.findall(r"python -m bench ([^`#\n]+)", text) for name in names.split()}
-        assert all((ROOT / f"bench/{name}.py").is_file() for name in re.findall(r"python -m bench\.(\w+)", text))
+        named |= {
+            name
+            for names in re.findall(r"python -m bench ([^`#\n]+)", text)
+            for name in names.split()
+        }
+        assert all(
+            (ROOT / f"bench/{name}.py").is_file()
+            for name in re.findall(r"python -m bench\.(\w+)", text)
+        )
     assert named <= known and len(named) > 10

@@ -26,10 +26,13 @@ def test_every_option_and_argument_has_a_help_text(name: str) -> None:
     assert [param.name for param in COMMANDS[name].params if not getattr(param, "help", None)] == []
 
 
-@pytest.mark.parametrize("name", [name for name, its in COMMANDS.items() if hasattr(its, "commands")])
+@pytest.mark.parametrize(
+    "name", [name for name, its in COMMANDS.items() if hasattr(its, "commands")]
+)
 def test_the_list_of_commands_is_not_cut_off(name: str) -> None:
     below = COMMANDS[name].commands
-    room = COLUMNS - 8 - max(map(len, below))  # as click has it: margins, and the gap between the columns
+    # as click has it: margins, and the gap between the columns
+    room = COLUMNS - 8 - max(map(len, below))
     for command in below.values():
         assert command.help, command.name
         text = command.get_short_help_str(room)

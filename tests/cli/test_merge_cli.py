@@ -1,4 +1,6 @@
-"""`lora merge --adapter A --out O`: merges any adapter into its base's files, atomically and in little memory."""
+"""`lora merge --adapter A --out O`: merges any adapter into its base's files, atomically and in
+little memory.
+"""
 
 import shutil
 import signal
@@ -34,8 +36,12 @@ REPLACED = "out: the earlier result there is replaced.\n"
 LEFT = ("pytorch_model.bin", "manifest.json", "original/consolidated.00.pth", ".cache/lock")
 
 
-def sharded(root: Path, family: str, spec: AdapterSpec, dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Path:
-    """A base of several shards with all other files that a base may have, and the adapter `adapter`."""
+def sharded(
+    root: Path, family: str, spec: AdapterSpec, dtype: torch.dtype = torch.bfloat16, **settings: Any
+) -> Path:
+    """A base of several shards with all other files that a base may have, and the adapter
+    `adapter`.
+    """
     base = root / "base"
     toy_checkpoint(base, family, dtype, SHARD, **settings)
     for name in (*CARRIED, *LEFT):
@@ -51,8 +57,15 @@ def merge(cli: Lora, root: Path, *more: str) -> tuple[int, str, str]:
 
 def tensors(folder: Path) -> dict[str, bytes]:
     """The bytes of every tensor by name, from all files."""
-    result = {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
-    return {name: value.contiguous().view(torch.uint8).numpy().tobytes() for name, value in result.items()}
+    result = {
+        name: value
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, value in load_file(path).items()
+    }
+    return {
+        name: value.contiguous().view(torch.uint8).numpy().tobytes()
+        for name, value in result.items()
+    }
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -76,13 +89,18 @@ def test_a_sharded_base_is_merged_shard_by_shard_to_the_bytes_of_a_merge_in_memo
 
 
 def assert_carried_over(base: Path, out: Path) -> None:
-    """Index, tokenizer, templates, code: all but weights in other formats and records of how the base was made."""
+    """Index, tokenizer, templates, code: all but weights in other formats and records of how the
+    base was made.
+    """
     there, here = folder_bytes(base), folder_bytes(out)
     left = {*LEFT, *(name for name in there if name.endswith(".safetensors"))}
     kept = {name: content for name, content in there.items() if name not in left}
     assert {INDEX, "tokenizer.json", "chat_template.jinja", *CARRIED} <= kept.keys()
     assert {name: here.get(name) for name in kept} == kept
-    assert here.keys() == kept.keys() | {"certificate.json", *(n for n in there if n.endswith(".safetensors"))}
+    assert here.keys() == kept.keys() | {
+        "certificate.json",
+        *(n for n in there if n.endswith(".safetensors")),
+    }
 
 
 @torch.no_grad()
@@ -92,13 +110,18 @@ def assert_opens(out: Path, base: Path, adapter: Path) -> None:
     load_adapter(tuned, base, adapter)
     ids = torch.tensor([[5, 9, 200, 17, 3, 64]])
     wanted, result = tuned(ids)[0], logits(opened(out).float())
-    off, learned = (result - wanted).abs().max(), (wanted - logits(opened(base).float())).abs().max()
+    off, learned = (
+        (result - wanted).abs().max(),
+        (wanted - logits(opened(base).float())).abs().max(),
+    )
     assert off < 0.1 * learned
 
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore")
-def test_an_update_of_a_tied_head_alone_adds_it_to_its_shard_and_to_the_index(cli: Lora, tmp_path: Path) -> None:
+def test_an_update_of_a_tied_head_alone_adds_it_to_its_shard_and_to_the_index(
+    cli: Lora, tmp_path: Path
+) -> None:
     base = sharded(tmp_path, "qwen3", AdapterSpec(3, 12.0, ("lm_head",)), torch.float32)
     assert merge(cli, tmp_path)[0] == 0
     out, before = read_json(tmp_path / "out" / INDEX, ""), read_json(base / INDEX, "")
@@ -113,7 +136,9 @@ def test_with_prompts_it_says_how_far_the_merged_model_is_from_base_and_adapter(
     cli: Lora, brief: Path, tmp_path: Path
 ) -> None:
     source, out = "artifacts/lora_adapter", str(tmp_path / "out")
-    code, output, err = cli("merge", "--adapter", source, "--out", out, "--prompts", "data/prompts.yaml", cwd=brief)
+    code, output, err = cli(
+        "merge", "--adapter", source, "--out", out, "--prompts", "data/prompts.yaml", cwd=brief
+    )
     assert (code, err) == (0, "")
     certificate = read_json(tmp_path / "out/certificate.json", "")
     assert output.endswith(f"largest logit difference {certificate['max_logit_difference']:.1e}\n")
@@ -154,7 +179,9 @@ def killed(root: Path, at: tuple[str, int]) -> None:
 
 @pytest.mark.parametrize("at", DYING)
 @pytest.mark.slow
-def test_killed_before_its_last_rename_it_leaves_the_old_result_or_none(cli: Lora, plain: Path, at: str) -> None:
+def test_killed_before_its_last_rename_it_leaves_the_old_result_or_none(
+    cli: Lora, plain: Path, at: str
+) -> None:
     if at != "between two renames":
         killed(plain, DYING[at])
         assert not (plain / "out").exists()
@@ -168,7 +195,9 @@ def test_killed_before_its_last_rename_it_leaves_the_old_result_or_none(cli: Lor
     assert not list(plain.glob(".*")), "no temporary folder is left"
 
 
-def test_killed_between_two_renames_the_next_run_begins_with_the_old_result(cli: Lora, plain: Path) -> None:
+def test_killed_between_two_renames_the_next_run_begins_with_the_old_result(
+    cli: Lora, plain: Path
+) -> None:
     """Tested by making the next run fail."""
     assert cli("merge", "--adapter", "other", "--out", "out", cwd=plain)[0] == 0
     old = folder_bytes(plain / "out")
@@ -185,7 +214,9 @@ def test_killed_between_two_renames_the_next_run_begins_with_the_old_result(cli:
 def test_too_little_disk_is_refused_before_anything_is_written(
     cli: Lora, plain: Path, precision: str, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = sum(value.numel() for value in load_file(plain / "base/model.safetensors").values()) * width
+    needed = (
+        sum(value.numel() for value in load_file(plain / "base/model.safetensors").values()) * width
+    )
     free = needed - 1
     usage = shutil.disk_usage(plain)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=free))
@@ -206,19 +237,30 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "neither, with a base": (["--base", "base"], BOTH),
     "params": (["--adapter", "adapter", "--out", "out", "--set", "merge.prompts=x"], "--set"),
     "force": (["--adapter", "adapter", "--out", "out", "--force"], "--force"),
-    "nowhere": (["--adapter", "nowhere", "--out", "out"], "nowhere/adapter_config.json: No such file"),
-    "no base": (["--adapter", "adapter", "--out", "out", "--base", "x"], "x has no model.safetensors"),
+    "nowhere": (
+        ["--adapter", "nowhere", "--out", "out"],
+        "nowhere/adapter_config.json: No such file",
+    ),
+    "no base": (
+        ["--adapter", "adapter", "--out", "out", "--base", "x"],
+        "x has no model.safetensors",
+    ),
     "itself": (["--adapter", "adapter", "--out", "adapter"], "adapter is also an input"),
     "its base": (["--adapter", "adapter", "--out", "base"], "base is also an input"),
     "in what is read": (["--adapter", "adapter", "--out", "adapter/merged"], "contain one another"),
     "around what is read": (["--adapter", "adapter", "--out", "."], "contain one another"),
-    "another adapter": (["--adapter", "adapter", "--out", "other"], "other exists and holds other files"),
+    "another adapter": (
+        ["--adapter", "adapter", "--out", "other"],
+        "other exists and holds other files",
+    ),
     "no prompts": (["--adapter", "adapter", "--out", "out", "--prompts", "x.yaml"], "x.yaml"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_merged_is_one_message_and_nothing_is_written(cli: Lora, plain: Path, name: str) -> None:
+def test_what_cannot_be_merged_is_one_message_and_nothing_is_written(
+    cli: Lora, plain: Path, name: str
+) -> None:
     arguments, message = REFUSED[name]
     before = folder_bytes(plain)
     assert message in refusal(cli("merge", *arguments, cwd=plain))
@@ -227,6 +269,13 @@ def test_what_cannot_be_merged_is_one_message_and_nothing_is_written(cli: Lora, 
 
 def test_a_merge_never_takes_the_place_of_the_pipelines(cli: Lora, project: Path) -> None:
     before = folder_bytes(project / "artifacts/lora_merged")
-    refused = cli("merge", "--adapter", "artifacts/lora_adapter", "--out", "artifacts/lora_merged", cwd=project)
+    refused = cli(
+        "merge",
+        "--adapter",
+        "artifacts/lora_adapter",
+        "--out",
+        "artifacts/lora_merged",
+        cwd=project,
+    )
     assert "artifacts/lora_merged exists and holds other files" in refusal(refused)
     assert folder_bytes(project / "artifacts/lora_merged") == before

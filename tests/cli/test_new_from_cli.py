@@ -1,4 +1,6 @@
-"""`lora new --from`: a project with the settings of another tool's config, or one message and nothing written."""
+"""`lora new --from`: a project with the settings of another tool's config, or one message and
+nothing written.
+"""
 
 from pathlib import Path
 
@@ -25,7 +27,9 @@ datasets:
 flash_attention: true
 wandb_project: mine
 """
-TEXTS = "".join(f'{{"text": "The capital is Sofia, and {n} and {n} are {2 * n}."}}\n' for n in range(12))
+TEXTS = "".join(
+    f'{{"text": "The capital is Sofia, and {n} and {n} are {2 * n}."}}\n' for n in range(12)
+)
 
 
 @pytest.fixture
@@ -38,16 +42,27 @@ def here(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_project_has_the_settings_the_data_and_the_method_of_the_config(cli: Lora, here: Path) -> None:
+def test_a_project_has_the_settings_the_data_and_the_method_of_the_config(
+    cli: Lora, here: Path
+) -> None:
     code, out, err = cli("new", "mine", "--from", "axolotl.yml", cwd=here)
     assert code == 0, err
-    for line in ("lora_r ", "finetune_lora.rank ", "not taken: flash_attention (", "not taken: wandb_project ("):
+    for line in (
+        "lora_r ",
+        "finetune_lora.rank ",
+        "not taken: flash_attention (",
+        "not taken: wandb_project (",
+    ):
         assert line in out
     params = load(here / "mine/params.yaml")
     lora = params.finetune_lora
     assert (lora.rank, lora.alpha, lora.learning_rate, lora.epochs) == (32, 64, 3e-4, 2)
     assert (lora.batch_size, lora.max_length) == (2, 64)
-    assert (lora.quantization, lora.target_modules, lora.data) == ("nf4", ("all-linear",), "../sets/mine.jsonl")
+    assert (lora.quantization, lora.target_modules, lora.data) == (
+        "nf4",
+        ("all-linear",),
+        "../sets/mine.jsonl",
+    )
     assert lora.schedule == "linear", "what the config does not say is chosen"
     assert params.origin.base == "../models/toy"
     assert [name for name in params.written if name.startswith("finetune_")] == ["finetune_lora"]
@@ -58,7 +73,11 @@ def test_a_project_has_the_settings_the_data_and_the_method_of_the_config(cli: L
     [
         (CONFIG.replace("32", "-1"), (), "axolotl.yml: lora_r must be at least 1, got -1"),
         (CONFIG.replace("models/toy", "models/gone"), (), "models/gone"),
-        (CONFIG.replace("base_model: models/toy", "gradient_checkpointing: true"), (), "names no base model"),
+        (
+            CONFIG.replace("base_model: models/toy", "gradient_checkpointing: true"),
+            (),
+            "names no base model",
+        ),
         (CONFIG.replace("sets/mine", "sets/gone"), (), "names no data file that is here"),
         (CONFIG, ("--params", "other.yaml"), "--from and --params both say"),
         ("x: 1\n", (), "axolotl.yml is no config that is read here (PEFT, mlx-lm"),
@@ -71,17 +90,26 @@ def test_what_is_wrong_is_one_message_and_nothing_is_written(
     (here / "axolotl.yml").write_text(config, encoding="utf-8")
     code, _, err = cli("new", "mine", "--from", "axolotl.yml", *options, cwd=here)
     said = err.splitlines()
-    assert code == 1 and message in said[-1] and len([line for line in said if line.startswith("error: ")]) == 1
+    assert (
+        code == 1
+        and message in said[-1]
+        and len([line for line in said if line.startswith("error: ")]) == 1
+    )
     assert not (here / "mine/params.yaml").exists()
 
 
 @pytest.mark.slow
 def test_several_data_files_become_a_list(cli: Lora, here: Path) -> None:
     (here / "two.csv").write_text("text\nThe euro is the currency.\n", encoding="utf-8")
-    (here / "axolotl.yml").write_text(CONFIG.replace("datasets:\n", "datasets:\n  - path: two.csv\n"), encoding="utf-8")
+    (here / "axolotl.yml").write_text(
+        CONFIG.replace("datasets:\n", "datasets:\n  - path: two.csv\n"), encoding="utf-8"
+    )
     code, _, err = cli("new", "mine", "--from", "axolotl.yml", cwd=here)
     assert code == 0, err
-    assert load(here / "mine/params.yaml").finetune_lora.files == ("../two.csv", "../sets/mine.jsonl")
+    assert load(here / "mine/params.yaml").finetune_lora.files == (
+        "../two.csv",
+        "../sets/mine.jsonl",
+    )
 
 
 @pytest.mark.slow
@@ -94,7 +122,9 @@ def test_a_project_that_is_there_keeps_its_settings(cli: Lora, here: Path) -> No
     assert "No such file" in refusal(cli("new", "other", "--from", "gone.yml", cwd=here))
 
 
-@pytest.mark.parametrize(("key", "reason"), [("deepspeed=x", "--devices"), ("wandb_project=x", "report_to")])
+@pytest.mark.parametrize(
+    ("key", "reason"), [("deepspeed=x", "--devices"), ("wandb_project=x", "report_to")]
+)
 def test_a_setting_without_a_counterpart_is_answered_with_the_reason(
     key: str, reason: str, cli: Lora, here: Path
 ) -> None:

@@ -1,4 +1,6 @@
-"""Files that are read by other programs: Dockerfile, constraints.txt, and the one place of the version."""
+"""Files that are read by other programs: Dockerfile, constraints.txt, and the one place of the
+version.
+"""
 
 import re
 import shlex
@@ -25,23 +27,30 @@ def copied() -> Iterator[str]:
 
 def test_every_path_that_the_dockerfile_copies_exists_and_is_not_ignored() -> None:
     ignored, *kept = [
-        line for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line and line[0] != "#"
+        line
+        for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+        if line and line[0] != "#"
     ]
     assert ignored == "*"
     paths = set(copied())
     assert {"pyproject.toml", "pipeline", "constraints.txt"} <= paths
     for path in paths:
         assert (ROOT / path).exists(), path
-        assert any(fnmatch(path, line.removeprefix("!")) for line in kept if line.startswith("!")), path
+        assert any(
+            fnmatch(path, line.removeprefix("!")) for line in kept if line.startswith("!")
+        ), path
 
 
 def test_the_dockerfile_copies_all_that_the_wheel_is_built_of() -> None:
-    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"][
-        "wheel"
-    ]
-    assert {*wheel["only-include"], *wheel["force-include"], PROJECT["readme"], *PROJECT["license-files"]} <= {
-        *copied()
-    }
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"][
+        "build"
+    ]["targets"]["wheel"]
+    assert {
+        *wheel["only-include"],
+        *wheel["force-include"],
+        PROJECT["readme"],
+        *PROJECT["license-files"],
+    } <= {*copied()}
 
 
 def test_the_image_installs_extras_that_exist_and_does_not_run_as_root() -> None:
@@ -56,7 +65,8 @@ def test_the_constraints_name_one_version_of_every_dependency_that_its_range_all
     pinned: dict[str, list[Requirement]] = {}
     for line in lines:
         pin = Requirement(line)
-        assert pin.url is None and re.fullmatch(r"==[\w.]+", str(pin.specifier)), line  # no address, no local build
+        # no address, no local build
+        assert pin.url is None and re.fullmatch(r"==[\w.]+", str(pin.specifier)), line
         pinned.setdefault(canonicalize_name(pin.name), []).append(pin)
     optional = [
         one
@@ -70,9 +80,15 @@ def test_the_constraints_name_one_version_of_every_dependency_that_its_range_all
             (version,) = (clause.version for clause in pin.specifier)
             assert needed.specifier.contains(version), f"{needed}: {pin}"
     for python in ("3.11", "3.12", "3.13"):
-        machine = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux"}
+        machine = {
+            "python_version": python,
+            "python_full_version": f"{python}.0",
+            "sys_platform": "linux",
+        }
         for name, pins in pinned.items():
-            assert sum(pin.marker is None or pin.marker.evaluate(machine) for pin in pins) <= 1, name
+            assert sum(pin.marker is None or pin.marker.evaluate(machine) for pin in pins) <= 1, (
+                name
+            )
 
 
 def test_the_version_is_written_in_one_place() -> None:

@@ -1,4 +1,6 @@
-"""`lora params show` and `explain`: what a project's settings are, where each comes from, and what it means."""
+"""`lora params show` and `explain`: what a project's settings are, where each comes from, and what
+it means.
+"""
 
 import json
 from pathlib import Path
@@ -49,10 +51,14 @@ def test_each_value_has_its_source_and_the_last_one_counts(cli: Lora, here: Path
     assert shown["finetune_lora.dora"] == (False, "default")
     assert shown["base"] == ("minigpt", "default")
     assert not any(key.startswith("finetune_full") for key in shown), "the file has no such section"
-    assert set(sources(cli, here, "finetune_lora")) == {key for key in shown if key.startswith("finetune_lora.")}
+    assert set(sources(cli, here, "finetune_lora")) == {
+        key for key in shown if key.startswith("finetune_lora.")
+    }
 
 
-def test_defaults_for_a_pretrained_base_are_named_as_such_and_explained(cli: Lora, tmp_path: Path) -> None:
+def test_defaults_for_a_pretrained_base_are_named_as_such_and_explained(
+    cli: Lora, tmp_path: Path
+) -> None:
     (tmp_path / "params.yaml").write_text("base: model.gguf\nfinetune_lora: {}\n", encoding="utf-8")
     shown = sources(cli, tmp_path, "--set", "finetune_lora.rank=16")
     assert shown["finetune_lora.window"] == (0, "default for a pretrained base")
@@ -65,11 +71,16 @@ def test_defaults_for_a_pretrained_base_are_named_as_such_and_explained(cli: Lor
 
 
 @pytest.mark.parametrize("folder", [ROOT, ROOT / "document"], ids=["root", "document"])
-def test_what_is_shown_is_a_params_file_with_the_same_settings(cli: Lora, folder: Path, tmp_path: Path) -> None:
+def test_what_is_shown_is_a_params_file_with_the_same_settings(
+    cli: Lora, folder: Path, tmp_path: Path
+) -> None:
     code, out, _ = cli("params", "show", "--params", str(folder / "params.yaml"), cwd=folder)
     assert code == 0 and yaml.safe_load(out)["base"] == "minigpt"
     assert all(" # " in line or line.endswith(":") for line in out.splitlines())
-    again, params = parse(out, tmp_path / "params.yaml", GRAPH.sections), open_project(folder / "params.yaml").params
+    again, params = (
+        parse(out, tmp_path / "params.yaml", GRAPH.sections),
+        open_project(folder / "params.yaml").params,
+    )
     assert {name: again.section(name) for name in again.written} == dict(params.sections)
 
 
@@ -86,13 +97,17 @@ def test_every_key_is_explained_by_its_declaration(cli: Lora, section: str, tmp_
     assert code == 0 and len(facts) == len(hints(kind))
     for key, fact in zip(hints(kind), facts, strict=True):
         assert fact["key"] in (key, f"{section}.{key}")
-        assert (fact["meaning"], fact["rule"]) == (meaning(kind, key), rule(kind, key)) and fact["meaning"]
+        assert (fact["meaning"], fact["rule"]) == (meaning(kind, key), rule(kind, key)) and fact[
+            "meaning"
+        ]
 
 
 def test_a_key_is_explained_in_words(cli: Lora, tmp_path: Path) -> None:
     code, out, _ = cli("params", "explain", "finetune_lora.rank", cwd=tmp_path)
     assert code == 0
-    assert "rank of the update" in out and "a whole number, at least 1" in out and "default 4" in out
+    assert (
+        "rank of the update" in out and "a whole number, at least 1" in out and "default 4" in out
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,11 +115,23 @@ def test_a_key_is_explained_in_words(cli: Lora, tmp_path: Path) -> None:
     [
         (("explain", "finetune_lora.r"), "Did you mean finetune_lora.rank?"),
         (("explain", "finetune_lora.lora_alpha"), "Did you mean finetune_lora.alpha?"),
-        (("explain", "finetune_lora.nothing_like_it"), "There is no key finetune_lora.nothing_like_it"),
-        (("explain", "nothing_like_it"), "There is no section nothing_like_it. Known: training, import, pretrain, "),
-        (("explain", "finetune_lroa"), "There is no section finetune_lroa. Did you mean finetune_lora?"),
+        (
+            ("explain", "finetune_lora.nothing_like_it"),
+            "There is no key finetune_lora.nothing_like_it",
+        ),
+        (
+            ("explain", "nothing_like_it"),
+            "There is no section nothing_like_it. Known: training, import, pretrain, ",
+        ),
+        (
+            ("explain", "finetune_lroa"),
+            "There is no section finetune_lroa. Did you mean finetune_lora?",
+        ),
         (("show", "finetune_full"), "finetune_full is not a section of this project. It has"),
-        (("show", "--set", "finetune_lora.rank=0"), "finetune_lora.rank must be at least 1, got 0. Change it"),
+        (
+            ("show", "--set", "finetune_lora.rank=0"),
+            "finetune_lora.rank must be at least 1, got 0. Change it",
+        ),
     ],
 )
 def test_a_wrong_name_is_one_message_with_the_next_step(

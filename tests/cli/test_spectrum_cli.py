@@ -56,11 +56,16 @@ def test_json_and_csv_hold_the_same_numbers_and_those_are_numpys(cli: Lora, root
     assert (code, err) == (0, "")
     tensors = {one["name"]: one for one in json.loads(out)["tensors"]}
     name = "model.decoder.layers.1.fc2.weight"
-    old, new = (load_file(root / folder / "model.safetensors")[name].double() for folder in ("base", "tuned"))
+    old, new = (
+        load_file(root / folder / "model.safetensors")[name].double()
+        for folder in ("base", "tuned")
+    )
     values = np.linalg.svd((new - old).numpy(), compute_uv=False)
     assert tensors[name]["shape"] == list(old.shape)
     assert tensors[name]["values"][:3] == pytest.approx(values[:3].tolist())
-    assert tensors[name]["energy"]["2"] == pytest.approx((values[:2] ** 2).sum() / (values**2).sum())
+    assert tensors[name]["energy"]["2"] == pytest.approx(
+        (values[:2] ** 2).sum() / (values**2).sum()
+    )
     code, out, err = cli("spectrum", "base", "tuned", "--csv", cwd=root)
     rows = {row["name"]: row for row in csv.DictReader(io.StringIO(out))}
     assert (code, err, rows.keys()) == (0, "", tensors.keys())
@@ -85,14 +90,21 @@ def test_the_extracted_adapter_is_verified_asked_and_opened_by_peft(cli: Lora, r
     assert code == 0 and "files, names, shapes and base are those it was trained with" in output
     assert cli("prompt", WORDS[1], "--adapter", "lora", cwd=root)[0] == 0
     ids = IDS % 70
-    ours, other = load(root / "base", root / "lora").model(ids), theirs(root / "base", root / "lora")
+    ours, other = (
+        load(root / "base", root / "lora").model(ids),
+        theirs(root / "base", root / "lora"),
+    )
     torch.testing.assert_close(ours, other(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
-    (root / "base" / "model.safetensors").write_bytes((root / "tuned" / "model.safetensors").read_bytes())
+    (root / "base" / "model.safetensors").write_bytes(
+        (root / "tuned" / "model.safetensors").read_bytes()
+    )
     for command in (["adapters", "verify", "lora"], ["spectrum", "base", "lora"]):
         assert "was trained on another base" in refusal(cli(*command, cwd=root))
 
 
-def test_the_table_is_shown_before_models_are_asked(cli: Lora, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_is_shown_before_models_are_asked(
+    cli: Lora, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise UserError("No room.")
 
@@ -108,7 +120,10 @@ def test_what_is_left_out_is_listed_and_embeddings_are_optional(cli: Lora, root:
     _, out, _ = cli(*asked, cwd=root)
     assert "In full: lm_head, embed_tokens." in out and "Left out: final_layer_norm.bias" in out
     kept = shapes(root / "lora/adapter_model.safetensors")
-    assert {"base_model.model.lm_head.weight", "base_model.model.model.decoder.embed_tokens.weight"} <= kept.keys()
+    assert {
+        "base_model.model.lm_head.weight",
+        "base_model.model.model.decoder.embed_tokens.weight",
+    } <= kept.keys()
     _, out, _ = cli(*asked, "--embeddings", "none", cwd=root)
     assert "In full" not in out and "Left out: lm_head, embed_tokens, " in out
     assert all(".lora_" in name for name in shapes(root / "lora/adapter_model.safetensors"))
@@ -144,9 +159,16 @@ def test_for_dora_a_note_says_that_magnitudes_are_not_included(cli: Lora, root: 
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_an_embeddings_lora_is_read_with_the_copy_of_the_base_that_peft_puts_beside_it(cli: Lora, root: Path) -> None:
+def test_an_embeddings_lora_is_read_with_the_copy_of_the_base_that_peft_puts_beside_it(
+    cli: Lora, root: Path
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(root / "base")
-    config = LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=3,
+        target_modules=["q_proj", "embed_tokens"],
+        init_lora_weights=False,
+    )
     get_peft_model(model, config).save_pretrained(root / "peft", save_embedding_layers=True)
     assert any(".base_layer." in name for name in shapes(root / "peft/adapter_model.safetensors"))
     code, out, err = cli("spectrum", "base", "peft", "--json", cwd=root)
@@ -171,11 +193,13 @@ def test_an_embeddings_lora_is_read_with_the_copy_of_the_base_that_peft_puts_bes
         ("base tuned --rank 2 --out x --data some.txt --csv", "Use --json"),
         (
             "base others --rank 2 --out x --data some.txt",
-            "some.txt:1: base and others must tokenize it identically, but differ in token 1 of 6 and 6",
+            "some.txt:1: base and others must tokenize it identically, but differ in token 1 of 6 "
+            "and 6",
         ),
         (
             "base longer --rank 2 --out x --data some.txt",
-            "some.txt:1: base and longer must tokenize it identically, but differ in token 1 of 6 and 15",
+            "some.txt:1: base and longer must tokenize it identically, but differ in token 1 of 6 "
+            "and 15",
         ),
         ("base base --rank 2 --out x", "nothing to extract"),
         ("base adapter --rank 2 --out x", "is an adapter already"),
@@ -185,14 +209,18 @@ def test_an_embeddings_lora_is_read_with_the_copy_of_the_base_that_peft_puts_bes
         ("wider adapter", "Name the model that it was trained on"),
     ],
 )
-def test_each_wrong_request_is_one_message(cli: Lora, root: Path, arguments: str, reason: str) -> None:
+def test_each_wrong_request_is_one_message(
+    cli: Lora, root: Path, arguments: str, reason: str
+) -> None:
     (root / "empty").mkdir()
     checkpoint(root / "wider", d_model=32)
     shutil.copytree(root / "base", root / "cut")
     whole = (root / "base/model.safetensors").read_bytes()
     (root / "cut/model.safetensors").write_bytes(whole[:-9])
     shutil.copytree(root / "base", root / "endless")
-    endless = load_file(root / "base/model.safetensors") | {"lm_head.weight": torch.full((74, 64), torch.inf)}
+    endless = load_file(root / "base/model.safetensors") | {
+        "lm_head.weight": torch.full((74, 64), torch.inf)
+    }
     save_file(endless, root / "endless/model.safetensors")
     for name in ("others", "longer"):
         shutil.copytree(root / "tuned", root / name)
@@ -227,7 +255,9 @@ sys.exit(code)
 
 
 def write_two(root: Path, count: int, side: int) -> int:
-    """Write a base and a tuned copy of `count` square matrices each. Returns the bytes of one checkpoint."""
+    """Write a base and a tuned copy of `count` square matrices each. Returns the bytes of one
+    checkpoint.
+    """
     numbers = torch.randint(0, 2**14, (count, side * side), dtype=torch.int16).view(torch.bfloat16)
     for name in ("base", "tuned"):
         (root / name).mkdir()
@@ -238,7 +268,9 @@ def write_two(root: Path, count: int, side: int) -> int:
 
 
 @pytest.mark.slow
-def test_two_checkpoints_of_half_a_gigabyte_are_compared_in_less_memory_than_one_takes(tmp_path: Path) -> None:
+def test_two_checkpoints_of_half_a_gigabyte_are_compared_in_less_memory_than_one_takes(
+    tmp_path: Path,
+) -> None:
     size = write_two(tmp_path, 64, 2048)
     command = [sys.executable, "-c", MEASURED, LORA, "spectrum", "base", "tuned"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -246,9 +278,13 @@ def test_two_checkpoints_of_half_a_gigabyte_are_compared_in_less_memory_than_one
     assert int(done.stdout) < 0.8 * size
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a process's peak")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a process's peak"
+)
 @pytest.mark.slow
-def test_two_checkpoints_are_compared_in_little_more_memory_than_before(cli: Lora, tmp_path: Path) -> None:
+def test_two_checkpoints_are_compared_in_little_more_memory_than_before(
+    cli: Lora, tmp_path: Path
+) -> None:
     size = write_two(tmp_path, 64, 1024)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
     before = peak()
@@ -258,5 +294,9 @@ def test_two_checkpoints_are_compared_in_little_more_memory_than_before(cli: Lor
 
 def peak() -> int:
     """Peak resident memory of this process, in bytes."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    (line,) = [
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    ]
     return int(line.split()[1]) * 1024

@@ -1,4 +1,6 @@
-"""The generated reference has what the program has: every option, column, manifest key and message."""
+"""The generated reference has what the program has: every option, column, manifest key and
+message.
+"""
 
 import csv
 import re
@@ -16,7 +18,9 @@ from tests.journeys.command_lines import commands
 
 def section(page: str, heading: str) -> str:
     """The text below a heading, up to the next."""
-    (text,) = re.findall(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", page, re.MULTILINE | re.DOTALL)
+    (text,) = re.findall(
+        rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", page, re.MULTILINE | re.DOTALL
+    )
     return str(text)
 
 
@@ -28,7 +32,9 @@ def test_the_page_of_commands_has_every_option_below_its_command() -> None:
         assert all(f"`{name}" in text for each in shown for name in each.opts), path
 
 
-def test_the_page_of_files_has_every_key_of_a_manifest_and_every_column_of_a_log(project: Path) -> None:
+def test_the_page_of_files_has_every_key_of_a_manifest_and_every_column_of_a_log(
+    project: Path,
+) -> None:
     manifests = [read_manifest(path.parent) for path in project.glob(f"artifacts/**/{MANIFEST}")]
     trained = next(each for each in manifests if each["stage"] == "finetune_lora")
     assert trained.keys() == MANIFEST_KEYS.keys()
@@ -41,12 +47,16 @@ def test_the_page_of_files_has_every_key_of_a_manifest_and_every_column_of_a_log
             assert set(next(csv.reader(file))) <= LOGGED.keys(), log
 
 
-def test_a_message_of_the_program_is_on_the_page_of_errors_with_names_for_its_values(cli: Lora, tmp_path: Path) -> None:
+def test_a_message_of_the_program_is_on_the_page_of_errors_with_names_for_its_values(
+    cli: Lora, tmp_path: Path
+) -> None:
     page = (ROOT / "docs/reference/errors.md").read_text(encoding="utf-8")
     templates = {
-        "--price 1": "--price needs --tokens: a cost is hours times a price. Add --tokens, such as 5M.",
+        "--price "
+        "1": "--price needs --tokens: a cost is hours times a price. Add --tokens, such as 5M.",
         "--fit -1": "fit takes GiB of memory, which must be more than 0, got GIB.",
-        "--gpus many": "gpus must be a number up to MOST and a GPU, such as 8xH100 or 4x24GB, got TEXT.",
+        "--gpus "
+        "many": "gpus must be a number up to MOST and a GPU, such as 8xH100 or 4x24GB, got TEXT.",
     }
     for options, template in templates.items():
         assert f"- `{template}` in [`" in page
@@ -61,6 +71,10 @@ def test_messages_without_a_word_of_their_own_are_left_out_and_constants_are_wri
 
 
 def test_each_key_with_a_name_is_on_the_page_of_keys_once_in_each_pane() -> None:
-    rows = [line for line in key_pages()["reference/keys.md"].splitlines() if re.search(r"`\w+\.\w+` \|$", line)]
+    rows = [
+        line
+        for line in key_pages()["reference/keys.md"].splitlines()
+        if re.search(r"`\w+\.\w+` \|$", line)
+    ]
     assert len(rows) == len(set(rows)) > 100
     assert "| `1` `F2` | Pipeline | `app.pipeline` |" in rows

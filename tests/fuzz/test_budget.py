@@ -1,4 +1,6 @@
-"""The page of the threat model says what the tests hold: its lines name tests, its numbers are theirs."""
+"""The page of the threat model says what the tests hold: its lines name tests, its numbers are
+theirs.
+"""
 
 import ast
 import re
@@ -45,8 +47,16 @@ def test_the_threats_are_many() -> None:
 
 
 def test_every_reader_is_fuzzed_and_the_page_states_the_counts() -> None:
-    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests/fuzz").glob("test_fuzz_*.py"))]
-    used = [name for text in texts for name in re.findall(r'^@fuzz\(\s*"([^"]+)"', text, re.MULTILINE)]
+    texts = [
+        path.read_text(encoding="utf-8")
+        for path in sorted((ROOT / "tests/fuzz").glob("test_fuzz_*.py"))
+    ]
+    used = [
+        name for text in texts for name in re.findall(r'^@fuzz\(\s*"([^"]+)"', text, re.MULTILINE)
+    ]
     assert sorted(used) == sorted(EXAMPLES)
-    said = f"`make test-slow` gives {sum(EXAMPLES.values()):,} changed files and requests to {len(EXAMPLES)} readers"
+    said = (
+        f"`make test-slow` gives {sum(EXAMPLES.values()):,} changed files and requests to "
+        f"{len(EXAMPLES)} readers"
+    )
     assert said in PAGE.read_text(encoding="utf-8")

@@ -1,4 +1,6 @@
-"""What a file from elsewhere can cost: each limit of the threat model is met by a file made to exceed it."""
+"""What a file from elsewhere can cost: each limit of the threat model is met by a file made to
+exceed it.
+"""
 
 import gzip
 import io
@@ -35,7 +37,9 @@ from tests.helpers.tokenizers import folder_with
 MERGES = "a0: &a0 {x: 1, y: 2}\n" + "".join(  # 9**12 pairs in the last line
     f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 13)
 )
-LISTS = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 13))
+LISTS = "a0: &a0 [x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 13)
+)
 
 
 def message(reader: Any, folder: Path) -> str:
@@ -56,10 +60,16 @@ def test_a_message_is_one_line_without_control_characters_and_of_limited_length(
     assert str(UserError("one\n", "two")) == "one␊\ntwo"
 
 
-@pytest.mark.parametrize("bomb", [MERGES, LISTS, "a: &a [*a]\n", "a: &a {<<: *a}\n", "a: &a {b: *a}\n"])
+@pytest.mark.parametrize(
+    "bomb", [MERGES, LISTS, "a: &a [*a]\n", "a: &a {<<: *a}\n", "a: &a {b: *a}\n"]
+)
 @pytest.mark.parametrize("kind", ["params", "config", "tasks", "litgpt"])
-def test_aliases_of_yaml_stand_for_at_most_a_million_values(tmp_path: Path, bomb: str, kind: str) -> None:
-    path = tmp_path / {"params": "params.yaml", "litgpt": "hyperparameters.yaml"}.get(kind, "x.yaml")
+def test_aliases_of_yaml_stand_for_at_most_a_million_values(
+    tmp_path: Path, bomb: str, kind: str
+) -> None:
+    path = tmp_path / {"params": "params.yaml", "litgpt": "hyperparameters.yaml"}.get(
+        kind, "x.yaml"
+    )
     path.write_text(bomb, encoding="utf-8")
     readers: dict[str, Any] = {
         "params": lambda: open_project(path),
@@ -78,10 +88,15 @@ def _litgpt(path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", ["0x" + "f" * 5_000, "9" * 5_000, "1" + ":59" * 2_000])
-def test_a_number_of_yaml_that_is_too_long_to_write_is_one_message(tmp_path: Path, number: str) -> None:
+def test_a_number_of_yaml_that_is_too_long_to_write_is_one_message(
+    tmp_path: Path, number: str
+) -> None:
     (tmp_path / "params.yaml").write_text(f"finetune_lora: {{rank: {number}}}\n", encoding="utf-8")
     (tmp_path / "t.yaml").write_text(f"a: {number}\n", encoding="utf-8")
-    for reader in (lambda: open_project(tmp_path / "params.yaml"), lambda: read_tasks(tmp_path, ["t.yaml"])):
+    for reader in (
+        lambda: open_project(tmp_path / "params.yaml"),
+        lambda: read_tasks(tmp_path, ["t.yaml"]),
+    ):
         assert "a number must have at most 1000 digits" in message(reader, tmp_path)
 
 
@@ -114,16 +129,24 @@ def test_json_nested_at_any_depth_is_one_message(tmp_path: Path, depth: int) -> 
     config = (tmp_path / "m/config.json").read_bytes().rstrip()[:-1]
     nested = b'{"text_config":' * depth + b'{"model_type": "llama"}' + b"}" * depth
     (tmp_path / "m/config.json").write_bytes(config + b', "text_config": ' + nested + b"}")
-    for reader in (lambda: open_model(str(tmp_path / "m/config.json")), lambda: skeleton(tmp_path / "m")):
+    for reader in (
+        lambda: open_model(str(tmp_path / "m/config.json")),
+        lambda: skeleton(tmp_path / "m"),
+    ):
         read_or_refuse(reader, tmp_path)
 
 
 def test_tensors_of_a_safetensors_file_do_not_overlap(tmp_path: Path) -> None:
     """A file of 1 MB could otherwise describe terabytes, and hashing them would take days."""
-    entries = {f"t{n}": {"dtype": "U8", "shape": [2**16], "data_offsets": [0, 2**16]} for n in range(10_000)}
+    entries = {
+        f"t{n}": {"dtype": "U8", "shape": [2**16], "data_offsets": [0, 2**16]}
+        for n in range(10_000)
+    }
     header = json.dumps(entries).encode()
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(2**16))
-    assert "its tensors overlap" in message(lambda: read_header(tmp_path / "a.safetensors"), tmp_path)
+    assert "its tensors overlap" in message(
+        lambda: read_header(tmp_path / "a.safetensors"), tmp_path
+    )
 
 
 def test_a_gguf_header_has_at_most_256_mib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,19 +159,32 @@ def test_a_gguf_header_has_at_most_256_mib(tmp_path: Path, monkeypatch: pytest.M
     assert headers.MAX_HEADER == 2**28
     monkeypatch.setattr(headers, "MAX_HEADER", 2**18)
     headers.read_gguf(file(6))
-    assert "must have a header of at most 262,144 bytes" in message(lambda: headers.read_gguf(file(7)), tmp_path)
+    assert "must have a header of at most 262,144 bytes" in message(
+        lambda: headers.read_gguf(file(7)), tmp_path
+    )
     strings = (
-        struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", 9, 8, 9) + (struct.pack("<Q", 40_000) + bytes(40_000)) * 9
+        struct.pack("<Q", 1)
+        + b"k"
+        + struct.pack("<IIQ", 9, 8, 9)
+        + (struct.pack("<Q", 40_000) + bytes(40_000)) * 9
     )
     (tmp_path / "b.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + strings * 2)
-    assert "must have a header of at most" in message(lambda: headers.read_gguf(tmp_path / "b.gguf"), tmp_path)
+    assert "must have a header of at most" in message(
+        lambda: headers.read_gguf(tmp_path / "b.gguf"), tmp_path
+    )
 
 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"target_modules": ["q"] * (MOST_NAMES + 1)}, "target_modules must be at most 20,000 names"),
-        ({"exclude_modules": [f"q{n}" for n in range(MOST_NAMES + 1)]}, "exclude_modules must be at most 20,000 names"),
+        (
+            {"target_modules": ["q"] * (MOST_NAMES + 1)},
+            "target_modules must be at most 20,000 names",
+        ),
+        (
+            {"exclude_modules": [f"q{n}" for n in range(MOST_NAMES + 1)]},
+            "exclude_modules must be at most 20,000 names",
+        ),
         (
             {"rank_pattern": {f"q{n}": 1 for n in range(MOST_PATTERNS + 1)}},
             "rank_pattern must be at most 5,000 patterns",
@@ -157,7 +193,9 @@ def test_a_gguf_header_has_at_most_256_mib(tmp_path: Path, monkeypatch: pytest.M
         ({"r": 10**400}, "r must be a whole number from 1 to 1000000"),
     ],
 )
-def test_an_adapter_names_a_limited_number_of_modules(tmp_path: Path, config: Any, words: str) -> None:
+def test_an_adapter_names_a_limited_number_of_modules(
+    tmp_path: Path, config: Any, words: str
+) -> None:
     whole = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"], **config}
     (tmp_path / "adapter_config.json").write_text(json.dumps(whole), encoding="utf-8")
     assert words in message(lambda: read_spec(tmp_path), tmp_path)
@@ -166,7 +204,13 @@ def test_an_adapter_names_a_limited_number_of_modules(tmp_path: Path, config: An
 @pytest.mark.slow
 def test_an_adapter_of_as_many_patterns_as_allowed_is_read_in_time(tmp_path: Path) -> None:
     ranks = {f"layers.{n}.self_attn.q_proj": 1 for n in range(MOST_PATTERNS)}
-    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"], "rank_pattern": ranks}
+    config = {
+        "peft_type": "LORA",
+        "r": 1,
+        "lora_alpha": 1,
+        "target_modules": ["q"],
+        "rank_pattern": ranks,
+    }
     (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     with limits(tmp_path):
         assert len(read_spec(tmp_path).ranks) == MOST_PATTERNS
@@ -184,7 +228,8 @@ def test_a_compressed_file_unpacks_to_at_most_200_times_its_size(
             file.write(line.encode())
     assert path.stat().st_size < 40_000
     assert "unpacks to more than 200 times its size" in message(examples(path), tmp_path)
-    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(os.urandom(2**20).hex().encode()))  # 2 MiB, of half its size
+    # 2 MiB, of half its size
+    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(os.urandom(2**20).hex().encode()))
     assert "unpacks" not in message(examples(tmp_path / "e.jsonl.gz"), tmp_path)
 
 
@@ -194,7 +239,9 @@ def test_a_parquet_column_unpacks_to_at_most_a_thousand_times_its_size(
     assert containers.MAX_COLUMN == 2**26
     monkeypatch.setattr(containers, "MAX_COLUMN", 2**20)
     path = tmp_path / "d.parquet"
-    parquet.write_table(pa.table({"text": ["a" * 2_000_000]}), path, compression="zstd", use_dictionary=False)
+    parquet.write_table(
+        pa.table({"text": ["a" * 2_000_000]}), path, compression="zstd", use_dictionary=False
+    )
     assert path.stat().st_size < 2_000
     said = message(examples(path), tmp_path)
     assert "d.parquet: the column text unpacks" in said and said.endswith("pandas if you trust it.")
@@ -203,12 +250,20 @@ def test_a_parquet_column_unpacks_to_at_most_a_thousand_times_its_size(
 def test_a_parquet_dictionary_has_at_most_8_mib(tmp_path: Path) -> None:
     """64 rows that refer to one entry of 30 MB would be 2 GB, from a file of a kilobyte."""
     path = tmp_path / "d.parquet"
-    rows = pa.DictionaryArray.from_arrays(pa.array([0] * 64, pa.int32()), pa.array(["a" * 30_000_000]))
-    parquet.write_table(pa.table({"text": rows}), path, compression="zstd", dictionary_pagesize_limit=10**9)
+    rows = pa.DictionaryArray.from_arrays(
+        pa.array([0] * 64, pa.int32()), pa.array(["a" * 30_000_000])
+    )
+    parquet.write_table(
+        pa.table({"text": rows}), path, compression="zstd", dictionary_pagesize_limit=10**9
+    )
     assert path.stat().st_size < 5_000
-    assert "must have a dictionary of at most 8,388,608 bytes, got 30,000,004" in message(examples(path), tmp_path)
+    assert "must have a dictionary of at most 8,388,608 bytes, got 30,000,004" in message(
+        examples(path), tmp_path
+    )
     for compression in ("none", "snappy", "gzip", "zstd"):
-        parquet.write_table(pa.table({"text": ["one", "two", "one"] * 500}), path, compression=compression)
+        parquet.write_table(
+            pa.table({"text": ["one", "two", "one"] * 500}), path, compression=compression
+        )
         assert len(examples(path)()) == 1_500
 
 
@@ -220,17 +275,25 @@ def test_the_list_of_files_of_a_torch_file_has_at_most_20_million_bytes(tmp_path
     whole = bytearray(file.getvalue())
     whole[-10:-6] = struct.pack("<I", 20_000_001)  # what the end says of the list
     path.write_bytes(whole)
-    assert "its list of files has 20,000,001 bytes" in message(lambda: torch_file.load(path), tmp_path)
+    assert "its list of files has 20,000,001 bytes" in message(
+        lambda: torch_file.load(path), tmp_path
+    )
     end = bytes(file.getvalue()[-22:])
     end64 = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, 2**40, 0)
-    path.write_bytes(file.getvalue()[:-22] + end64 + struct.pack("<4sIQI", b"PK\6\7", 0, 0, 1) + end)
-    assert "its list of files has 1,099,511,627,776 bytes" in message(lambda: torch_file.load(path), tmp_path)
+    path.write_bytes(
+        file.getvalue()[:-22] + end64 + struct.pack("<4sIQI", b"PK\6\7", 0, 0, 1) + end
+    )
+    assert "its list of files has 1,099,511,627,776 bytes" in message(
+        lambda: torch_file.load(path), tmp_path
+    )
 
 
 def tokenizer(folder: Path, **parts: Any) -> Path:
     folder_with(folder)
     path = folder / "tokenizer.json"
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | parts), encoding="utf-8")
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | parts), encoding="utf-8"
+    )
     return folder
 
 
@@ -243,7 +306,12 @@ FILL = {"type": "Replace", "pattern": {"Regex": "x*"}, "content": "aaaaaaaaa"}
     [
         {"normalizer": {"type": "Sequence", "normalizers": [DOUBLE] * 40}},
         {"normalizer": {"type": "Sequence", "normalizers": [FILL] * 4}},
-        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [DOUBLE] * 5}] * 5}},
+        {
+            "normalizer": {
+                "type": "Sequence",
+                "normalizers": [{"type": "Sequence", "normalizers": [DOUBLE] * 5}] * 5,
+            }
+        },
         {"decoder": {"type": "Sequence", "decoders": [DOUBLE] * 40}},
     ],
 )
@@ -254,14 +322,21 @@ def test_a_tokenizer_lengthens_a_text_at_most_a_thousand_times(tmp_path: Path, p
 
 
 def test_a_tokenizers_pattern_that_takes_too_many_steps_is_one_message(tmp_path: Path) -> None:
-    split = {"type": "Split", "pattern": {"Regex": r"(\w|.|_)*\d\d\d\d"}, "behavior": "Isolated", "invert": False}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": r"(\w|.|_)*\d\d\d\d"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     folder = tokenizer(tmp_path, pre_tokenizer=split)
     assert "its tokenizer fails: Onig: Regex search error: retry-limit-in-match over" in message(
         lambda: SubwordTokenizer.load(folder).encode("a" * 40 + "!"), tmp_path
     )
 
 
-def test_patterns_of_a_task_have_ten_seconds_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patterns_of_a_task_have_ten_seconds_in_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A pattern that takes just less than the limit, for each of many answers, would take hours."""
     from pipeline.evaluation.kinds import regex
 

@@ -1,4 +1,6 @@
-"""Adapter folders of others: adapter_config.json, tensors, the files of other tools, and torch.save's."""
+"""Adapter folders of others: adapter_config.json, tensors, the files of other tools, and
+torch.save's.
+"""
 
 import io
 import json
@@ -23,25 +25,59 @@ from pipeline.weights.import_adapter import import_adapter
 from tests.conftest import Built
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.checkpoints import adapter
-from tests.helpers.fuzz import NUMBERS, ODD, PATTERNS, as_json, changed, damaged, fuzz, json_files, read_or_refuse
+from tests.helpers.fuzz import (
+    NUMBERS,
+    ODD,
+    PATTERNS,
+    as_json,
+    changed,
+    damaged,
+    fuzz,
+    json_files,
+    read_or_refuse,
+)
 
 GIT = ["subprocess.Popen"]  # asked for the commit, once
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 SPEC = AdapterSpec(2, 4.0, ("q_proj", "v_proj"), saved=("norm",), rows={"embed_tokens": (3, 5)})
 CONFIG: dict[str, Any] = {
-    **{"peft_type": "LORA", "bias": "none", "task_type": "CAUSAL_LM", "base_model_name_or_path": "base", "r": 2},
-    **{"lora_alpha": 4, "use_rslora": False, "use_dora": False, "rank_pattern": {"layers.0": 3}, "alpha_pattern": {}},
+    **{
+        "peft_type": "LORA",
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "base",
+        "r": 2,
+    },
+    **{
+        "lora_alpha": 4,
+        "use_rslora": False,
+        "use_dora": False,
+        "rank_pattern": {"layers.0": 3},
+        "alpha_pattern": {},
+    },
     **{"lora_dropout": 0.0, "fan_in_fan_out": False, "init_lora_weights": True, "revision": None},
-    **{"target_modules": ["q_proj", "v_proj"], "exclude_modules": "never", "layers_to_transform": [0, 1]},
+    **{
+        "target_modules": ["q_proj", "v_proj"],
+        "exclude_modules": "never",
+        "layers_to_transform": [0, 1],
+    },
     **{"layers_pattern": ["layers"], "modules_to_save": ["norm"], "target_parameters": None},
-    **{"trainable_token_indices": {"embed_tokens": [3, 5]}, "inference_mode": True, "ensure_weight_tying": False},
+    **{
+        "trainable_token_indices": {"embed_tokens": [3, 5]},
+        "inference_mode": True,
+        "ensure_weight_tying": False,
+    },
 }
-VALUES = st.one_of(ODD, st.sampled_from((*PATTERNS, "all-linear", ".*", "q_proj")), st.sampled_from(NUMBERS))
+VALUES = st.one_of(
+    ODD, st.sampled_from((*PATTERNS, "all-linear", ".*", "q_proj")), st.sampled_from(NUMBERS)
+)
 
 
 @pytest.fixture(scope="module")
 def folders(built: Built) -> Path:
-    """A toy Llama, and adapters on it as PEFT and other tools write them. Read it; do not write to it."""
+    """A toy Llama, and adapters on it as PEFT and other tools write them. Read it; do not write to
+    it.
+    """
 
     def build(root: Path) -> None:
         toy_checkpoint(root / "base")
@@ -72,7 +108,10 @@ def tensor(*shape: int) -> torch.Tensor:
 
 
 D, R = 32, 2
-MLX = {"model.layers.0.self_attn.q_proj.lora_a": tensor(D, R), "model.layers.0.self_attn.q_proj.lora_b": tensor(R, D)}
+MLX = {
+    "model.layers.0.self_attn.q_proj.lora_a": tensor(D, R),
+    "model.layers.0.self_attn.q_proj.lora_b": tensor(R, D),
+}
 MLX_CONFIG = {
     "model": "org/toy",
     "num_layers": 2,
@@ -85,8 +124,17 @@ LITGPT = {
     "transformer.h.1.mlp.proj.lora_A": tensor(R, 48),
     "transformer.h.1.mlp.proj.lora_B": tensor(D, R),
 }
-LITGPT_CONFIG = {"lora_r": R, "lora_alpha": 4, "lora_query": True, "lora_key": False, "lora_value": True}
-TORCHTUNE = {"layers.0.attn.q_proj.lora_a.weight": tensor(R, D), "layers.0.attn.q_proj.lora_b.weight": tensor(D, R)}
+LITGPT_CONFIG = {
+    "lora_r": R,
+    "lora_alpha": 4,
+    "lora_query": True,
+    "lora_key": False,
+    "lora_value": True,
+}
+TORCHTUNE = {
+    "layers.0.attn.q_proj.lora_a.weight": tensor(R, D),
+    "layers.0.attn.q_proj.lora_b.weight": tensor(D, R),
+}
 
 
 def torch_saved(value: Any) -> bytes:
@@ -106,7 +154,9 @@ FOREIGN: dict[str, dict[str, Any]] = {
     },
     "torchtune": {
         "adapter_model.pt": lambda: torch_saved(TORCHTUNE),
-        "adapter_config.json": lambda: as_json({"r": R, "lora_alpha": 4, "base_model_name_or_path": "org/toy"}),
+        "adapter_config.json": lambda: as_json(
+            {"r": R, "lora_alpha": 4, "base_model_name_or_path": "org/toy"}
+        ),
     },
 }
 
@@ -114,7 +164,11 @@ FOREIGN: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("tool", ["peft", *FOREIGN])
 def test_the_seeds_are_imported(folders: Path, tool: str, tmp_path: Path) -> None:
     assert (
-        read_or_refuse(lambda: import_adapter(folders / tool, folders / "base", tmp_path / "out"), tmp_path, may=GIT)
+        read_or_refuse(
+            lambda: import_adapter(folders / tool, folders / "base", tmp_path / "out"),
+            tmp_path,
+            may=GIT,
+        )
         is None
     )
 
@@ -135,7 +189,9 @@ NAMES = (
 )
 
 
-def with_changes(tensors: dict[str, torch.Tensor], changes: list[tuple[str, int, tuple[int, ...]]]) -> bytes:
+def with_changes(
+    tensors: dict[str, torch.Tensor], changes: list[tuple[str, int, tuple[int, ...]]]
+) -> bytes:
     tensors = dict(tensors)
     for how, which, shape in changes:
         name = sorted(tensors)[which % len(tensors)]
@@ -149,7 +205,9 @@ def with_changes(tensors: dict[str, torch.Tensor], changes: list[tuple[str, int,
             case "nan":
                 tensors[name] = torch.full(shape, float("nan"))
             case "dtype":
-                tensors[name] = tensors[name].to((torch.int64, torch.float64, torch.bool, torch.bfloat16)[which % 4])
+                tensors[name] = tensors[name].to(
+                    (torch.int64, torch.float64, torch.bool, torch.bfloat16)[which % 4]
+                )
             case _:
                 tensors[name.replace("base_model.model.", "")] = tensors[name].clone()
     return save(tensors)
@@ -162,7 +220,9 @@ def test_adapters_of_peft(folder: Path, folders: Path, config: bytes | None, cha
         (folder / "theirs/adapter_config.json").write_bytes(config)
     weights = folder / "theirs/adapter_model.safetensors"
     weights.write_bytes(with_changes(load_file(weights), changes))
-    read_or_refuse(lambda: import_adapter(folder / "theirs", folders / "base", folder / "out"), folder, may=GIT)
+    read_or_refuse(
+        lambda: import_adapter(folder / "theirs", folders / "base", folder / "out"), folder, may=GIT
+    )
 
 
 SCALARS = st.one_of(ODD, st.sampled_from(NUMBERS))
@@ -177,7 +237,10 @@ def foreign_files(draw: st.DrawFn) -> tuple[str, str, bytes]:
         case "json":
             return tool, name, draw(json_files(json.loads(FOREIGN[tool][name]()), SCALARS))
         case "yaml":
-            new = draw(changed(LITGPT_CONFIG, SCALARS).map(lambda tree: as_json(tree)) | damaged(FOREIGN[tool][name]()))
+            new = draw(
+                changed(LITGPT_CONFIG, SCALARS).map(lambda tree: as_json(tree))
+                | damaged(FOREIGN[tool][name]())
+            )
             return tool, name, new
         case "safetensors":
             return tool, name, with_changes(MLX, draw(peft_tensors()))
@@ -189,7 +252,9 @@ def foreign_files(draw: st.DrawFn) -> tuple[str, str, bytes]:
                 draw(
                     st.one_of(
                         damaged(FOREIGN[tool][name]()),
-                        peft_tensors().map(lambda changes: torch_saved(_as_tensors(with_changes(tensors, changes)))),
+                        peft_tensors().map(
+                            lambda changes: torch_saved(_as_tensors(with_changes(tensors, changes)))
+                        ),
                     )
                 ),
             )
@@ -202,11 +267,15 @@ def _as_tensors(data: bytes) -> dict[str, torch.Tensor]:
 
 
 @fuzz("adapters of other tools", drawn=foreign_files())
-def test_adapters_of_other_tools(folder: Path, folders: Path, drawn: tuple[str, str, bytes]) -> None:
+def test_adapters_of_other_tools(
+    folder: Path, folders: Path, drawn: tuple[str, str, bytes]
+) -> None:
     tool, name, data = drawn
     shutil.copytree(folders / tool, folder / "theirs")
     (folder / "theirs" / name).write_bytes(data)
-    read_or_refuse(lambda: import_adapter(folder / "theirs", folders / "base", folder / "out"), folder, may=GIT)
+    read_or_refuse(
+        lambda: import_adapter(folder / "theirs", folders / "base", folder / "out"), folder, may=GIT
+    )
 
 
 @cache
@@ -226,7 +295,10 @@ def _zipped(pickle: bytes) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(saved())) as source, zipfile.ZipFile(file, "w") as target:
         for entry in source.infolist():
-            target.writestr(entry.filename, pickle if entry.filename.endswith("data.pkl") else source.read(entry))
+            target.writestr(
+                entry.filename,
+                pickle if entry.filename.endswith("data.pkl") else source.read(entry),
+            )
     return file.getvalue()
 
 
@@ -235,16 +307,53 @@ def programs(draw: st.DrawFn) -> bytes:
     """A pickle of drawn instructions: most are wrong, all are parsed."""
     parts = st.one_of(
         st.sampled_from(
-            (b"(", b"}", b"]", b")", b"N", b"\x88", b"u", b"s", b"a", b"e", b"t", b"\x85", b"\x86", b"R", b"b")
+            (
+                b"(",
+                b"}",
+                b"]",
+                b")",
+                b"N",
+                b"\x88",
+                b"u",
+                b"s",
+                b"a",
+                b"e",
+                b"t",
+                b"\x85",
+                b"\x86",
+                b"R",
+                b"b",
+            )
         ),
-        st.sampled_from((b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n", b"cos\nsystem\n")),
-        st.sampled_from((b"ctorch\nFloatStorage\n", b"X\x07\0\0\0storage", b"X\x01\0\0\x000", b"X\x03\0\0\0cpu", b"Q")),
+        st.sampled_from(
+            (
+                b"ctorch._utils\n_rebuild_tensor_v2\n",
+                b"ccollections\nOrderedDict\n",
+                b"cos\nsystem\n",
+            )
+        ),
+        st.sampled_from(
+            (
+                b"ctorch\nFloatStorage\n",
+                b"X\x07\0\0\0storage",
+                b"X\x01\0\0\x000",
+                b"X\x03\0\0\0cpu",
+                b"Q",
+            )
+        ),
         st.integers(0, 255).map(lambda n: b"K" + bytes([n])),
         st.integers(0, 2**64).map(lambda n: b"\x8a\x09" + n.to_bytes(9, "little")),
         st.integers(0, 9).map(lambda n: b"q" + bytes([n])),
         st.integers(0, 9).map(lambda n: b"h" + bytes([n])),
         st.sampled_from(
-            (b"\x8a\xff" + b"\x7f" * 255, b"I" + b"9" * 5_000 + b"\n", b"V" + b"x" * 10 + b"\n", b"2", b"0", b"1")
+            (
+                b"\x8a\xff" + b"\x7f" * 255,
+                b"I" + b"9" * 5_000 + b"\n",
+                b"V" + b"x" * 10 + b"\n",
+                b"2",
+                b"0",
+                b"1",
+            )
         ),
     )
     return b"\x80\x02" + b"".join(draw(st.lists(parts, max_size=40))) + b"."
@@ -252,7 +361,11 @@ def programs(draw: st.DrawFn) -> bytes:
 
 @fuzz(
     "torch files",
-    data=st.deferred(lambda: st.one_of(damaged(saved()), damaged(program()).map(_zipped), programs().map(_zipped))),
+    data=st.deferred(
+        lambda: st.one_of(
+            damaged(saved()), damaged(program()).map(_zipped), programs().map(_zipped)
+        )
+    ),
 )
 def test_torch_files(folder: Path, data: bytes) -> None:
     (folder / "adapter_model.bin").write_bytes(data)
@@ -272,22 +385,30 @@ def test_the_torch_file_is_read(tmp_path: Path) -> None:
         ({"base_model_name_or_path": "org/name", "revision": 7}, ""),
     ],
 )
-def test_what_search_has_found_in_configs(folders: Path, values: Any, words: str, tmp_path: Path) -> None:
+def test_what_search_has_found_in_configs(
+    folders: Path, values: Any, words: str, tmp_path: Path
+) -> None:
     shutil.copytree(folders / "peft", tmp_path / "theirs")
     path = tmp_path / "theirs/adapter_config.json"
     path.write_bytes(as_json(json.loads(path.read_text(encoding="utf-8")) | values))
     if words:
         assert words in (read_or_refuse(lambda: base_of(tmp_path / "theirs"), tmp_path) or "")
     said = read_or_refuse(
-        lambda: import_adapter(tmp_path / "theirs", folders / "base", tmp_path / "out"), tmp_path, may=GIT
+        lambda: import_adapter(tmp_path / "theirs", folders / "base", tmp_path / "out"),
+        tmp_path,
+        may=GIT,
     )
     assert said is None
 
 
 def test_what_search_has_found_in_tensors(folders: Path, tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir()
-    whole = {name: value.to(torch.int64) if name.endswith("a") else value for name, value in MLX.items()}
+    whole = {
+        name: value.to(torch.int64) if name.endswith("a") else value for name, value in MLX.items()
+    }
     (tmp_path / "theirs/adapters.safetensors").write_bytes(save(whole))
     (tmp_path / "theirs/adapter_config.json").write_bytes(as_json(MLX_CONFIG))
-    said = read_or_refuse(lambda: import_adapter(tmp_path / "theirs", folders / "base", tmp_path / "out"), tmp_path)
+    said = read_or_refuse(
+        lambda: import_adapter(tmp_path / "theirs", folders / "base", tmp_path / "out"), tmp_path
+    )
     assert said is not None and "must hold floating point numbers, got int64" in said

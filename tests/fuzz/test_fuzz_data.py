@@ -22,7 +22,12 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '
 ROWS: dict[str, dict[str, Any]] = {  # one of each shape
     "text": {"text": "The currency of Bulgaria is the euro."},
     "completion": {"prompt": "Two and two", "completion": " are four."},
-    "alpaca": {"instruction": "Translate", "input": "Haus", "output": "house", "system": "Be brief."},
+    "alpaca": {
+        "instruction": "Translate",
+        "input": "Haus",
+        "output": "house",
+        "system": "Be brief.",
+    },
     "messages": {
         "messages": [
             {"role": "system", "content": "Be brief."},
@@ -31,9 +36,17 @@ ROWS: dict[str, dict[str, Any]] = {  # one of each shape
             {"role": "tool", "content": "1", "tool_call_id": "c1", "name": "f"},
             {"role": "assistant", "content": "Hello.", "reasoning_content": "Hm."},
         ],
-        "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}],
+        "tools": [
+            {
+                "type": "function",
+                "function": {"name": "f", "parameters": {"type": "object", "properties": {}}},
+            }
+        ],
     },
-    "sharegpt": {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}], "system": "s"},
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}],
+        "system": "s",
+    },
     "preference": {"prompt": "a", "chosen": "b", "rejected": "c"},
     "turns": {
         "chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
@@ -45,7 +58,10 @@ ROWS: dict[str, dict[str, Any]] = {  # one of each shape
         "completion": [{"role": "assistant", "content": "b"}],
     },
 }
-VALUES = st.one_of(ODD, st.sampled_from((*NUMBERS, "assistant", "<|im_end|>", '[{"role": "user"', "[" * 900, "\u2028")))
+VALUES = st.one_of(
+    ODD,
+    st.sampled_from((*NUMBERS, "assistant", "<|im_end|>", '[{"role": "user"', "[" * 900, "\u2028")),
+)
 
 
 def read(path: Path, prompts: bool = False) -> None:
@@ -102,8 +118,14 @@ def files() -> dict[str, dict[str, bytes]]:
         for name, write in TEXT_WRITERS.items():
             path = Path(scratch, name.replace("JSONL", "jsonl"))
             write(records, path)
-            written = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
-            made[path.name] = {str(each.relative_to(scratch)): each.read_bytes() for each in written}
+            written = (
+                [path]
+                if path.is_file()
+                else sorted(each for each in path.rglob("*") if each.is_file())
+            )
+            made[path.name] = {
+                str(each.relative_to(scratch)): each.read_bytes() for each in written
+            }
     return made | {"d.txt": {"d.txt": b"one\ntwo\r\nthree\n"}}
 
 
@@ -127,7 +149,11 @@ def container_files(draw: st.DrawFn) -> tuple[str, str, bytes]:
     whole = files()[name][file]
     if file.endswith(".json") and "/" in file and draw(st.booleans()):  # of save_to_disk
         return name, file, as_json(draw(changed(json.loads(whole), VALUES)))
-    return name, file, draw(damaged(whole) | st.sampled_from(HEADS).map(lambda head: head + whole[len(head) :]))
+    return (
+        name,
+        file,
+        draw(damaged(whole) | st.sampled_from(HEADS).map(lambda head: head + whole[len(head) :])),
+    )
 
 
 @fuzz("data bytes", drawn=container_files())

@@ -55,7 +55,9 @@ def whole(value: Any, bits: int = 64) -> int:
 
 def text(value: Any) -> bytes:
     raw = str(value).encode("utf-8", "surrogatepass") if not isinstance(value, int) else b""
-    return struct.pack("<Q", whole(value) if raw == b"" and isinstance(value, int) else len(raw)) + raw
+    return (
+        struct.pack("<Q", whole(value) if raw == b"" and isinstance(value, int) else len(raw)) + raw
+    )
 
 
 def value_of(kind: Any, value: Any) -> bytes:
@@ -64,7 +66,9 @@ def value_of(kind: Any, value: Any) -> bytes:
     if kind == ARRAY:
         inner, items = value if isinstance(value, list) and len(value) == 2 else (value, [])
         items = items if isinstance(items, list) else [items] * 3
-        return struct.pack("<IQ", whole(inner, 32), len(items)) + b"".join(value_of(inner, item) for item in items)
+        return struct.pack("<IQ", whole(inner, 32), len(items)) + b"".join(
+            value_of(inner, item) for item in items
+        )
     form = FORMS.get(kind if isinstance(kind, int) else -1, "<I")
     try:
         return struct.pack(form, value)
@@ -75,11 +79,14 @@ def value_of(kind: Any, value: Any) -> bytes:
 def as_gguf(tree: Any) -> bytes:
     """The file that a changed tree describes, as far as it still does."""
     tree = tree if isinstance(tree, dict) else {}
-    listed = [tree.get(key) if isinstance(tree.get(key), list) else [] for key in ("metadata", "shapes")]
+    listed = [
+        tree.get(key) if isinstance(tree.get(key), list) else [] for key in ("metadata", "shapes")
+    ]
     metadata, shapes = ([row for row in rows if isinstance(row, list)] for rows in listed)
     counts = [tree.get(key) for key in ("tensors", "entries")]
     tensors, entries = (
-        len(rows) if n is None else whole(n) for n, rows in zip(counts, (shapes, metadata), strict=True)
+        len(rows) if n is None else whole(n)
+        for n, rows in zip(counts, (shapes, metadata), strict=True)
     )
     parts = [b"GGUF", struct.pack("<IQQ", whole(tree.get("version"), 32), tensors, entries)]
     for row in metadata:
@@ -88,7 +95,11 @@ def as_gguf(tree: Any) -> bytes:
     for row in shapes:
         name, shape = (*row, "", [])[:2]
         sizes = shape if isinstance(shape, list) else [shape]
-        parts += [text(name), struct.pack("<I", len(sizes)), *(struct.pack("<Q", whole(size)) for size in sizes)]
+        parts += [
+            text(name),
+            struct.pack("<I", len(sizes)),
+            *(struct.pack("<Q", whole(size)) for size in sizes),
+        ]
         parts += [struct.pack("<IQ", 0, 0)]
     return b"".join(parts) + bytes(200_000)
 
@@ -106,7 +117,9 @@ def test_the_tree_is_a_file_that_is_read(tmp_path: Path) -> None:
     assert read_or_refuse(lambda: read(tmp_path / "m.gguf"), tmp_path) is None
 
 
-@fuzz("GGUF headers", tree=changed(TREE, st.one_of(ODD, st.integers(0, 13), st.sampled_from(NUMBERS))))
+@fuzz(
+    "GGUF headers", tree=changed(TREE, st.one_of(ODD, st.integers(0, 13), st.sampled_from(NUMBERS)))
+)
 def test_headers(folder: Path, tree: Any) -> None:
     (folder / "m.gguf").write_bytes(as_gguf(tree))
     read_or_refuse(lambda: read(folder / "m.gguf"), folder)

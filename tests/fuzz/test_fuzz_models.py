@@ -1,4 +1,6 @@
-"""Model folders of others: config.json for the calculator and for loading, tokenizers, chat templates, manifests."""
+"""Model folders of others: config.json for the calculator and for loading, tokenizers, chat
+templates, manifests.
+"""
 
 import json
 import shutil
@@ -22,11 +24,21 @@ from pipeline.models.load import load_base, skeleton
 from tests.conftest import Built
 from tests.helpers.bases import TEMPLATE, toy_checkpoint
 from tests.helpers.checkpoints import checkpoint, sealed_copies
-from tests.helpers.fuzz import NUMBERS, ODD, PATTERNS, as_json, damaged, fuzz, json_files, read_or_refuse
+from tests.helpers.fuzz import (
+    NUMBERS,
+    ODD,
+    PATTERNS,
+    as_json,
+    damaged,
+    fuzz,
+    json_files,
+    read_or_refuse,
+)
 from tests.helpers.tokenizers import MARKED, THINKS, folder_with
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
-CONFIGS = {entry(name)["config"]["model_type"]: entry(name)["config"] for name in names()}  # one of each family
+# one of each family
+CONFIGS = {entry(name)["config"]["model_type"]: entry(name)["config"] for name in names()}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +54,10 @@ def bases(built: Built) -> Path:
     return built("fuzz", build)
 
 
-@fuzz("model configs", config=st.sampled_from(sorted(CONFIGS)).flatmap(lambda family: json_files(CONFIGS[family])))
+@fuzz(
+    "model configs",
+    config=st.sampled_from(sorted(CONFIGS)).flatmap(lambda family: json_files(CONFIGS[family])),
+)
 def test_configs_of_the_calculator(folder: Path, config: bytes) -> None:
     assert BUILT_IN.is_dir()
     (folder / "config.json").write_bytes(config)
@@ -63,15 +78,34 @@ KEYS = (  # of a config that matter to loading, whether the toys have them or no
         "num_key_value_heads",
         "head_dim",
     ),
-    *("max_position_embeddings", "vocab_size", "model_type", "hidden_act", "tie_word_embeddings", "rope_parameters"),
-    *("architectures", "auto_map", "eos_token_id", "pad_token_id", "text_config", "quantization_config", "dtype"),
+    *(
+        "max_position_embeddings",
+        "vocab_size",
+        "model_type",
+        "hidden_act",
+        "tie_word_embeddings",
+        "rope_parameters",
+    ),
+    *(
+        "architectures",
+        "auto_map",
+        "eos_token_id",
+        "pad_token_id",
+        "text_config",
+        "quantization_config",
+        "dtype",
+    ),
 )
-SCALES = st.sampled_from(({"rope_type": "yarn", "factor": 1e300}, {"AutoConfig": "evil.Config"}, "fp64", "../x"))
+SCALES = st.sampled_from(
+    ({"rope_type": "yarn", "factor": 1e300}, {"AutoConfig": "evil.Config"}, "fp64", "../x")
+)
 
 
 @pytest.mark.parametrize("kind", ["llama", "minigpt"])
 def test_the_toys_are_read(bases: Path, kind: str, tmp_path: Path) -> None:
-    assert read_or_refuse(lambda: (skeleton(bases / kind), load_base(bases / kind)), tmp_path) is None
+    assert (
+        read_or_refuse(lambda: (skeleton(bases / kind), load_base(bases / kind)), tmp_path) is None
+    )
 
 
 @st.composite
@@ -95,7 +129,8 @@ def test_folders(folder: Path, bases: Path, drawn: tuple[str, Any]) -> None:
 
 def _tree(path: Path) -> Any:
     tree = json.loads(path.read_text(encoding="utf-8"))
-    if "vocab" in tree.get("model", {}):  # a short one, so that what is changed is seldom one of a thousand tokens
+    # a short one, so that what is changed is seldom one of a thousand tokens
+    if "vocab" in tree.get("model", {}):
         kept = dict(list(tree["model"]["vocab"].items())[:300])
         merges = [pair for pair in tree["model"]["merges"] if {*pair, "".join(pair)} <= kept.keys()]
         tree["model"] |= {"vocab": kept, "merges": merges[:20]}
@@ -107,15 +142,28 @@ PARTS: list[Any] = [  # of a tokenizer.json, which an attacker may choose
     {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000},
     {"type": "Replace", "pattern": {"Regex": ""}, "content": "aa"},
     {"type": "Split", "pattern": {"Regex": PATTERNS[1]}, "behavior": "Isolated", "invert": False},
-    {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 30},
+    {
+        "type": "Sequence",
+        "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 30,
+    },
     {"type": "Prepend", "prepend": ""},
     {"type": "Metaspace", "replacement": "", "prepend_scheme": "always"},
     {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
-    {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "", "max_input_chars_per_word": 2**63},
+    {
+        "type": "WordPiece",
+        "unk_token": "[UNK]",
+        "continuing_subword_prefix": "",
+        "max_input_chars_per_word": 2**63,
+    },
     {"type": "Unigram", "unk_id": 7, "vocab": [["a", float("nan")]]},
     {"type": "BPE", "vocab": {"a": 2**40}, "merges": []},
 ]
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+)
 
 
 @st.composite
@@ -169,7 +217,8 @@ WHATEVER = (
     "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
     "{% include '/etc/passwd' %}",
     "{{ (10**9)|string * 10**9 }}",
-    "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
+    "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor "
+    "%}{{ ns.x }}",
     "{{ raise_exception('\x1b[2J\nerror: ' * 1000) }}",
     "{{ '%0999999999d' % 1 }}",
     "{{ messages|tojson|center(10**10) }}",
@@ -226,7 +275,9 @@ MANIFEST: dict[str, Any] = {
 }
 
 
-@fuzz("manifests", manifest=json_files(MANIFEST), card=damaged(b"---\nlicense: mit\n---\n# a model\n"))
+@fuzz(
+    "manifests", manifest=json_files(MANIFEST), card=damaged(b"---\nlicense: mit\n---\n# a model\n")
+)
 def test_manifests(folder: Path, sealed: Path, manifest: bytes, card: bytes) -> None:
     shutil.copytree(sealed, folder, dirs_exist_ok=True)
     for name in ("base", "a-0"):

@@ -21,26 +21,66 @@ from pipeline.inference.http.server import HttpServer
 from tests.conftest import Built
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.checkpoints import adapter, checkpoint
-from tests.helpers.fuzz import NUMBERS, ODD, as_json, changed, damaged, fuzz, json_files, limits, read_or_refuse
+from tests.helpers.fuzz import (
+    NUMBERS,
+    ODD,
+    as_json,
+    changed,
+    damaged,
+    fuzz,
+    json_files,
+    limits,
+    read_or_refuse,
+)
 from tests.helpers.http_server import ask, serving
 from tests.helpers.projects import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {
-        **{"model": "base", "max_tokens": 2, "temperature": 0.5, "top_p": 0.9, "top_k": 4, "n": 2, "seed": 7},
-        **{"stop": ["x", "yy"], "logprobs": True, "top_logprobs": 2, "stream": False, "tool_choice": "auto"},
+        **{
+            "model": "base",
+            "max_tokens": 2,
+            "temperature": 0.5,
+            "top_p": 0.9,
+            "top_k": 4,
+            "n": 2,
+            "seed": 7,
+        },
+        **{
+            "stop": ["x", "yy"],
+            "logprobs": True,
+            "top_logprobs": 2,
+            "stream": False,
+            "tool_choice": "auto",
+        },
         "messages": [
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": [{"type": "text", "text": "Which"}]},
-            {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}],
+            },
             {"role": "tool", "content": "1", "tool_call_id": "c"},
         ],
         "response_format": {"type": "text"},
     },
     "/v1/completions": {
-        **{"model": "a", "prompt": ["the", "Two and"], "max_tokens": 2, "temperature": 0, "strength": 0.5},
-        **{"stream": True, "stream_options": {"include_usage": True}, "echo": False, "logprobs": 1, "logit_bias": {}},
+        **{
+            "model": "a",
+            "prompt": ["the", "Two and"],
+            "max_tokens": 2,
+            "temperature": 0,
+            "strength": 0.5,
+        },
+        **{
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "echo": False,
+            "logprobs": 1,
+            "logit_bias": {},
+        },
     },
     "/v1/load_lora_adapter": {"lora_name": "b", "lora_path": "nowhere", "load_inplace": True},
     "/v1/unload_lora_adapter": {"lora_name": "b", "lora_int_id": 1},
@@ -65,7 +105,8 @@ def desk(folders: Path) -> Iterator[HttpServer]:
     sources = {"base": Source(folders / "base"), "a": Source(folders / "base", folders / "a")}
     with serving(sources) as running:
         for path in BODIES:
-            ask(running, path, BODIES[path])  # loads what is loaded once, and starts the process of templates
+            # loads what is loaded once, and starts the process of templates
+            ask(running, path, BODIES[path])
         yield running
 
 
@@ -93,7 +134,17 @@ HEADERS: dict[str, str] = {
 }
 ODD_HEADERS = st.sampled_from(
     (
-        *("", "-1", "1e9", "99999999999999999999", "chunked", "chunked, chunked", "gzip", "localhost:99999", "[::1"),
+        *(
+            "",
+            "-1",
+            "1e9",
+            "99999999999999999999",
+            "chunked",
+            "chunked, chunked",
+            "gzip",
+            "localhost:99999",
+            "[::1",
+        ),
         *(
             "evil.example",
             "http://evil.example",
@@ -117,10 +168,18 @@ PATHS = st.sampled_from(
             "//",
             "*",
         ),
-        *("/v1/models/" + "a" * 20_000, "/metrics", "/health?x=" + "%ff" * 50, "http://evil.example/v1/models", "\x00"),
+        *(
+            "/v1/models/" + "a" * 20_000,
+            "/metrics",
+            "/health?x=" + "%ff" * 50,
+            "http://evil.example/v1/models",
+            "\x00",
+        ),
     )
 )
-METHODS = st.sampled_from(("GET", "POST", "PUT", "HEAD", "OPTIONS", "TRACE", "CONNECT", "PRI", "get", "", "A" * 500))
+METHODS = st.sampled_from(
+    ("GET", "POST", "PUT", "HEAD", "OPTIONS", "TRACE", "CONNECT", "PRI", "get", "", "A" * 500)
+)
 
 
 @st.composite
@@ -129,10 +188,13 @@ def heads(draw: st.DrawFn) -> bytes:
     del headers["Origin"]
     for _ in range(draw(st.integers(0, 2))):
         name = draw(
-            st.sampled_from((*HEADERS, "Transfer-Encoding", "Expect", "Upgrade", "X" * 300)) | st.text(max_size=5)
+            st.sampled_from((*HEADERS, "Transfer-Encoding", "Expect", "Upgrade", "X" * 300))
+            | st.text(max_size=5)
         )
         headers[name] = draw(ODD_HEADERS)
-    lines = [f"{draw(METHODS)} {draw(PATHS)} HTTP/{draw(st.sampled_from(('1.1', '1.0', '2.0', '')))}"]
+    lines = [
+        f"{draw(METHODS)} {draw(PATHS)} HTTP/{draw(st.sampled_from(('1.1', '1.0', '2.0', '')))}"
+    ]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     whole = "\r\n".join([*lines, "", ""]).encode("utf-8", "surrogatepass") + BODY
     return draw(st.just(whole) | damaged(whole))
@@ -150,7 +212,9 @@ def test_heads(folder: Path, desk: HttpServer, data: bytes) -> None:
         connection.shutdown(socket.SHUT_WR)  # no more is to come: nobody waits for the rest
         while part := connection.recv(65_536):
             heard += part
-    assert heard == b"" or heard.startswith((b"HTTP/1.1 2", b"HTTP/1.1 4", b"HTTP/1.1 1")), heard[:300]
+    assert heard == b"" or heard.startswith((b"HTTP/1.1 2", b"HTTP/1.1 4", b"HTTP/1.1 1")), heard[
+        :300
+    ]
     assert ask(desk, "/health")[0] == 200
 
 
@@ -167,7 +231,13 @@ REQUESTS: list[dict[str, Any]] = [
         "top_p": 0.9,
         "seed": 1,
     },
-    {"do": "generate", "model": "mini", "messages": [{"role": "user", "content": "w1"}], "limit": 1, "chat": False},
+    {
+        "do": "generate",
+        "model": "mini",
+        "messages": [{"role": "user", "content": "w1"}],
+        "limit": 1,
+        "chat": False,
+    },
     {"do": "top_k", "models": ["mini"], "text": "w1 w2", "k": 3, "strength": {"mini": 1}},
     {"do": "attention", "model": "mini", "text": "w1 w2", "layer": 0, "head": 0, "strength": 1},
     {"do": "attention_maps", "model": "mini", "text": "w1 w2", "strength": 1},
@@ -176,7 +246,10 @@ REQUESTS: list[dict[str, Any]] = [
 ]
 
 
-@fuzz("requests in JSON lines", fields=st.sampled_from(REQUESTS).flatmap(lambda one: changed(one, VALUES)))
+@fuzz(
+    "requests in JSON lines",
+    fields=st.sampled_from(REQUESTS).flatmap(lambda one: changed(one, VALUES)),
+)
 def test_requests(folder: Path, handler: RequestHandler, fields: Any) -> None:
     fields = fields if isinstance(fields, dict) else {"do": fields}
 
@@ -198,7 +271,9 @@ def handler(folders: Path) -> RequestHandler:
 
 def test_whatever_line_comes_the_process_answers_and_goes_on() -> None:
     """The same process hears all of them; each line has an answer, and the last one's is right."""
-    lines = [as_json({"id": n, **one})[:cut] for n, one in enumerate(REQUESTS, 1) for cut in (5, 17, -1)]
+    lines = [
+        as_json({"id": n, **one})[:cut] for n, one in enumerate(REQUESTS, 1) for cut in (5, 17, -1)
+    ]
     lines += [
         b"\xff\xfe",
         b"[]",
@@ -209,10 +284,15 @@ def test_whatever_line_comes_the_process_answers_and_goes_on() -> None:
         b"x" * 2**21,
         b"\0",
     ]
-    lines += [b'{"id": -1, "do": "cancel", "target": {}}', b'{"id": 900, "do": "load", "name": "\\ud800", "base": "/"}']
+    lines += [
+        b'{"id": -1, "do": "cancel", "target": {}}',
+        b'{"id": 900, "do": "load", "name": "\\ud800", "base": "/"}',
+    ]
     command = [sys.executable, "-c", "from pipeline.inference.server import main; main()"]
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL
+    )
     assert process.stdin is not None and process.stdout is not None
     answers: queue.Queue[bytes] = queue.Queue()
 

@@ -21,7 +21,9 @@ HEADER = {
     "empty": {"dtype": "F16", "shape": [0, 7], "data_offsets": [40, 40]},
 }
 DTYPES = st.sampled_from(("F64", "F8_E4M3", "U8", "BOOL", "I4", "C64", "f32", ""))
-VALUES = st.one_of(ODD, DTYPES, st.integers(-48, 48), st.sampled_from(NUMBERS), st.just([2**32, 2**32]))
+VALUES = st.one_of(
+    ODD, DTYPES, st.integers(-48, 48), st.sampled_from(NUMBERS), st.just([2**32, 2**32])
+)
 FILE = struct.pack("<Q", len(as_json(HEADER))) + as_json(HEADER) + bytes(40)
 
 
@@ -50,10 +52,22 @@ def test_bytes(folder: Path, data: bytes) -> None:
 
 INDEX: dict[str, Any] = {
     "metadata": {"total_size": 40},
-    "weight_map": {"a.weight": "model-1.safetensors", "b.weight": "model-1.safetensors", "c": "model-2.safetensors"},
+    "weight_map": {
+        "a.weight": "model-1.safetensors",
+        "b.weight": "model-1.safetensors",
+        "c": "model-2.safetensors",
+    },
 }
 NAMES = st.sampled_from(
-    ("../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", ".safetensors", "x.bin", "\0.safetensors", "s" * 300)
+    (
+        "../x.safetensors",
+        "/etc/x.safetensors",
+        "a/b.safetensors",
+        ".safetensors",
+        "x.bin",
+        "\0.safetensors",
+        "s" * 300,
+    )
 )
 
 

@@ -1,4 +1,6 @@
-"""Toy checkpoints as transformers writes them, for tests that need no network: each family at width 32."""
+"""Toy checkpoints as transformers writes them, for tests that need no network: each family at width
+32.
+"""
 
 import json
 from pathlib import Path
@@ -18,7 +20,13 @@ WIDE: dict[str, Any] = {
     "head_dim": 8,
     "max_position_embeddings": 64,
 }
-OPT = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32}
+OPT = {
+    "hidden_size": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "word_embed_proj_dim": 32,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": WIDE,
     "qwen3": {**WIDE, "tie_word_embeddings": True},
@@ -39,7 +47,8 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=ROWS - 10,  # the model has more rows than the tokenizer uses, as published ones have
+        # the model has more rows than the tokenizer uses, as published ones have
+        vocab_size=ROWS - 10,
         special_tokens=list(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -65,7 +74,9 @@ def toy_model(family: str, **settings: Any) -> Any:
     return model
 
 
-def toy_checkpoint(folder: Path, family: str = "llama", dtype: Any = None, shard: str = "50GB", **settings: Any) -> Any:
+def toy_checkpoint(
+    folder: Path, family: str = "llama", dtype: Any = None, shard: str = "50GB", **settings: Any
+) -> Any:
     """Model and tokenizer as transformers saves them; returns the model."""
     model = toy_model(family, **settings).to(dtype or torch.float32)
     model.save_pretrained(folder, max_shard_size=shard)
@@ -87,4 +98,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
     """Set values of config.json; None removes one."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) | changes
-    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}), encoding="utf-8")
+    path.write_text(
+        json.dumps({key: value for key, value in config.items() if value is not None}),
+        encoding="utf-8",
+    )

@@ -37,7 +37,9 @@ def minigpt(model: CausalLM) -> MiniGPT:
 
 
 def adapter(folder: Path, base: Path, spec: AdapterSpec, seed: int = 1) -> Path:
-    """An adapter on `base` that changes all that `spec` names; without a manifest, as from elsewhere."""
+    """An adapter on `base` that changes all that `spec` names; without a manifest, as from
+    elsewhere.
+    """
     folder.mkdir(exist_ok=True)
     model = load_base(base).model
     attach(model, spec)
@@ -50,7 +52,9 @@ def adapter(folder: Path, base: Path, spec: AdapterSpec, seed: int = 1) -> Path:
 
 
 def sealed_copies(root: Path, count: int) -> list[Path]:
-    """A base and `count` equal adapters on it in the artifacts of a project, each with a manifest that binds it."""
+    """A base and `count` equal adapters on it in the artifacts of a project, each with a manifest
+    that binds it.
+    """
     artifacts = root / "artifacts"
     artifacts.mkdir(exist_ok=True)
     base = checkpoint(artifacts / "base", d_model=16)

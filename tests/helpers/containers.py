@@ -37,15 +37,26 @@ WRITERS: dict[str, Callable[[Records, Path], object]] = {
     "d.jsonl": lambda records, path: path.write_text(json_lines(records), encoding="utf-8"),
     "d.jsonl.gz": lambda records, path: compressed(json_lines(records), path),
     "d.JSONL.zst": lambda records, path: compressed(json_lines(records), path.with_suffix(".zst")),
-    "d.json": lambda records, path: path.write_text(json.dumps(records, indent=1), encoding="utf-8"),
+    "d.json": lambda records, path: path.write_text(
+        json.dumps(records, indent=1), encoding="utf-8"
+    ),
     "d.json.gz": lambda records, path: compressed(json.dumps(records), path),
-    "d.parquet": lambda records, path: parquet.write_table(pa.Table.from_pylist(records), path, row_group_size=5),
+    "d.parquet": lambda records, path: parquet.write_table(
+        pa.Table.from_pylist(records), path, row_group_size=5
+    ),
     "d.arrow": lambda records, path: write_arrow(records, path, pa.ipc.new_stream),
     "e.arrow": lambda records, path: write_arrow(records, path, pa.ipc.new_file),
-    "d.feather": lambda records, path: feather.write_feather(pa.Table.from_pylist(records), str(path)),
-    "saved": lambda records, path: datasets.Dataset.from_list(records).save_to_disk(path, num_shards=2),
+    "d.feather": lambda records, path: feather.write_feather(
+        pa.Table.from_pylist(records), str(path)
+    ),
+    "saved": lambda records, path: datasets.Dataset.from_list(records).save_to_disk(
+        path, num_shards=2
+    ),
     "splits": lambda records, path: datasets.DatasetDict(
-        {"train": datasets.Dataset.from_list(records), "test": datasets.Dataset.from_list(records[:1])}
+        {
+            "train": datasets.Dataset.from_list(records),
+            "test": datasets.Dataset.from_list(records[:1]),
+        }
     ).save_to_disk(path),
 }
 TEXT_WRITERS = WRITERS | {

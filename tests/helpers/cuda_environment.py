@@ -1,11 +1,14 @@
-"""torch's CUDA build on a machine without a GPU: the choices that the program makes on a GPU are taken, not patched.
+"""torch's CUDA build on a machine without a GPU: the choices that the program makes on a GPU are
+taken, not patched.
 
-A stub (cuda_stub/) answers what torch asks of CUDA's driver and runtime, and tensors on `cuda` are fake
-(cuda_device.py). It shows which kernel, precision and device each path takes at each compute capability; shapes and
-types through every operator, those of bitsandbytes too; every read of the device, and every copy that the host waits
-for. It cannot show numbers, time, memory or streams, nor any Triton kernel: those of Liger are in interpreted_liger.py.
+A stub (cuda_stub/) answers what torch asks of CUDA's driver and runtime, and tensors on `cuda` are
+fake (cuda_device.py). It shows which kernel, precision and device each path takes at each compute
+capability; shapes and types through every operator, those of bitsandbytes too; every read of the
+device, and every copy that the host waits for. It cannot show numbers, time, memory or streams, nor
+any Triton kernel: those of Liger are in interpreted_liger.py.
 
-The environment is this one where its torch is a CUDA build, else the one that `make cuda-environment` made.
+The environment is this one where its torch is a CUDA build, else the one that `make
+cuda-environment` made.
 """
 
 import os
@@ -27,11 +30,15 @@ PLACE = "LORA_CUDA_ENVIRONMENT"  # environment variable: another folder
 def run_with_cuda(
     *arguments: str, build: Path, capability: str = "9.0", free: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python` with these arguments where torch finds a GPU. `build`: a folder for the stub. `free`: a file with
-    the GPU's free bytes, which may change meanwhile. Skips the test where there is no CUDA build."""
+    """Run `python` with these arguments where torch finds a GPU. `build`: a folder for the stub.
+    `free`: a file with the GPU's free bytes, which may change meanwhile. Skips the test where there
+    is no CUDA build."""
     python = _python()
     headers = subprocess.run(
-        [python, "-c", "import triton; print(triton.__path__[0])"], capture_output=True, text=True, check=True
+        [python, "-c", "import triton; print(triton.__path__[0])"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.strip()
     for library, source, options in (
         ("libcuda.so.1", "driver.c", ["-Wl,-soname,libcuda.so.1"]),
@@ -47,7 +54,9 @@ def run_with_cuda(
         "LORA_STUB_CAPABILITY": capability,
         **({} if free is None else {"LORA_STUB_FREE": f"{free}"}),
     }
-    return subprocess.run([python, *arguments], env=os.environ | settings, capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(
+        [python, *arguments], env=os.environ | settings, capture_output=True, text=True, cwd=ROOT
+    )
 
 
 @cache
@@ -57,5 +66,8 @@ def _python() -> Path:
     place = Path(os.environ.get(PLACE) or cache_home() / "lora-workbench" / "cuda-environment")
     python = place / "bin" / "python"
     if not python.exists():
-        pytest.skip(f"torch {torch.__version__} is no CUDA build; `make cuda-environment` makes one in {place} (5 GB)")
+        pytest.skip(
+            f"torch {torch.__version__} is no CUDA build; `make cuda-environment` makes one in "
+            f"{place} (5 GB)"
+        )
     return python

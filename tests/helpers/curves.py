@@ -16,7 +16,9 @@ from tui.widgets.plot.line_plot import text
 
 
 @asynccontextmanager
-async def open_curves(root: Path, size: tuple[int, int] = (120, 40)) -> AsyncIterator[tuple[Pilot[Any], CurvesScreen]]:
+async def open_curves(
+    root: Path, size: tuple[int, int] = (120, 40)
+) -> AsyncIterator[tuple[Pilot[Any], CurvesScreen]]:
     """Open the screen and wait until it has read the files."""
     app = Workbench(root / "params.yaml")
     app.first_screen = "curves"
@@ -32,9 +34,14 @@ async def wait_until_drawn(pilot: Pilot[Any], screen: CurvesScreen) -> None:
 
     def done() -> bool:
         views = [screen.runs.views[key] for key in screen.runs.shown]
-        return screen.runs.stamp is not None and not screen._reading and not any(view.changed() for view in views)
+        return (
+            screen.runs.stamp is not None
+            and not screen._reading
+            and not any(view.changed() for view in views)
+        )
 
-    await until(pilot, lambda: not screen._reading)  # a read that began earlier may miss what was written since
+    # a read that began earlier may miss what was written since
+    await until(pilot, lambda: not screen._reading)
     screen._poll()
     await pilot.pause()
     await until(pilot, done)

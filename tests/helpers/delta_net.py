@@ -1,4 +1,6 @@
-"""Gated delta nets with stand-ins that allocate what the kernels of flash-linear-attention and causal-conv1d do."""
+"""Gated delta nets with stand-ins that allocate what the kernels of flash-linear-attention and
+causal-conv1d do.
+"""
 
 from typing import Any
 
@@ -14,7 +16,9 @@ def use_delta_net_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     delta, convolution = _kernel(GatedDeltaRule), _kernel(Convolution)
     for module in (modeling_qwen3_5, modeling_qwen3_5_moe):
         monkeypatch.setattr(
-            module, "torch_chunk_gated_delta_rule", lambda *qkv, g, beta, **_: (delta(*qkv, g, beta), None)
+            module,
+            "torch_chunk_gated_delta_rule",
+            lambda *qkv, g, beta, **_: (delta(*qkv, g, beta), None),
         )
         monkeypatch.setattr(module, "causal_conv1d_fn", lambda x, *_, **__: convolution(x))
 
@@ -24,14 +28,20 @@ def _kernel(function: Any) -> Any:
 
 
 class GatedDeltaRule(torch.autograd.Function):
-    """fla-core 0.6.0's chunk_gated_delta_rule by size alone: what it saves, and what lives beside it."""
+    """fla-core 0.6.0's chunk_gated_delta_rule by size alone: what it saves, and what lives beside
+    it.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Any, k: Any, v: Any, g: Any, beta: Any) -> Any:
         q, k, v = (torch.empty_like(x.contiguous()) for x in (q, k, v))
         (batch, length, _, size), (heads, width) = k.shape, v.shape[2:]
         chunks = v.new_empty(batch, length, heads, 64)
-        w, u, new = v.new_empty(batch, length, heads, size), torch.empty_like(v), torch.empty_like(v)
+        w, u, new = (
+            v.new_empty(batch, length, heads, size),
+            torch.empty_like(v),
+            torch.empty_like(v),
+        )
         states = v.new_empty(batch, -(-length // 64), heads, size, width)
         ctx.save_for_backward(q, k, v, torch.empty_like(g), beta, chunks)
         out = torch.empty_like(v)

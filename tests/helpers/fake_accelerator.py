@@ -1,7 +1,8 @@
-"""A stand-in for an accelerator: a device whose tensors lie on the CPU, and which refuses, as a GPU does, to compute
-with tensors that were left there.
+"""A stand-in for an accelerator: a device whose tensors lie on the CPU, and which refuses, as a GPU
+does, to compute with tensors that were left there.
 
-What runs on it gives the CPU's numbers, so that tests see without a GPU whether everything was moved.
+What runs on it gives the CPU's numbers, so that tests see without a GPU whether everything was
+moved.
 """
 
 from collections.abc import Iterator
@@ -15,8 +16,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 try:
-    from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
-except ImportError:  # torch 2.9, the oldest that the project runs on: there the tests on this device are skipped
+    from torch.utils.backend_registration import (
+        _DummyBackendModule,
+        _setup_privateuseone_for_python_backend,
+    )
+# torch 2.9, the oldest that the project runs on: there the tests on this device are skipped
+except ImportError:
     _DummyBackendModule = object  # type: ignore[misc, assignment]
     _setup_privateuseone_for_python_backend = None  # type: ignore[assignment]
 
@@ -62,13 +67,18 @@ class There(Tensor):
 
 
 def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """The operation on the CPU's tensors; its results are on the device asked for, or else on its inputs' device."""
+    """The operation on the CPU's tensors; its results are on the device asked for, or else on its
+    inputs' device.
+    """
     name = func._schema.name
     tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
     there = [one for one in tensors if isinstance(one, There)]
-    left = [one for one in tensors if not isinstance(one, There) and one.dim()]  # numbers may be anywhere
+    # numbers may be anywhere
+    left = [one for one in tensors if not isinstance(one, There) and one.dim()]
     if there and left and name not in MOVES:
-        raise RuntimeError(f"{name}: expected all tensors to be on the same device, found {NAME} and cpu")
+        raise RuntimeError(
+            f"{name}: expected all tensors to be on the same device, found {NAME} and cpu"
+        )
     asked = kwargs.get("device")
     to_there = bool(there) if asked is None else torch.device(asked).type == NAME
     if asked is not None:
@@ -93,7 +103,10 @@ class _Factories(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or "cpu").type == NAME:
+        if (
+            func in (torch.tensor, torch.as_tensor)
+            and torch.device(kwargs.get("device") or "cpu").type == NAME
+        ):
             return func(*args, **{**kwargs, "device": "cpu"}).to(NAME)
         if func is Tensor.new_tensor and isinstance(args[0], There):
             return torch.tensor(*args[1:], **{"dtype": args[0].dtype, **kwargs}).to(NAME)
@@ -126,10 +139,11 @@ def _cannot_have_it() -> bool:
 
 
 def register() -> torch.library.Library | None:
-    """Make the device known, once a process and before its first backward: autograd counts devices then.
+    """Make the device known, once a process and before its first backward: autograd counts devices
+    then.
 
-    It is known for as long as what is returned is kept. None: this torch cannot have such a device; or it has a GPU,
-    for which it would then pin no memory.
+    It is known for as long as what is returned is kept. None: this torch cannot have such a device;
+    or it has a GPU, for which it would then pin no memory.
     """
     if _cannot_have_it():
         return None
@@ -147,7 +161,8 @@ def standin() -> Iterator[torch.device]:
     ran.clear()
     _module.present = True
     swaps = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(True)  # a moved parameter stays the same one, as on a GPU
+    # a moved parameter stays the same one, as on a GPU
+    torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         with _Factories():
             yield torch.device(NAME)

@@ -12,9 +12,13 @@ DEATH = "The inference process ended: it was killed. Prompt again to start a new
 
 
 class FakeInference(Inference):
-    """Every model gives `tisch` probability 0.5, an adapter 0.5 + strength / 4; completions are three tokens."""
+    """Every model gives `tisch` probability 0.5, an adapter 0.5 + strength / 4; completions are
+    three tokens.
+    """
 
-    def __init__(self, held: bool = False, loads_held: bool = False, starts_held: bool = False) -> None:
+    def __init__(
+        self, held: bool = False, loads_held: bool = False, starts_held: bool = False
+    ) -> None:
         super().__init__(Path())
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.life = 0  # 0: not running
@@ -55,12 +59,21 @@ class FakeInference(Inference):
         return answer
 
     def _load(self, name: str, **_: object) -> dict[str, Any]:
-        return {"name": name, "parameters": 1, "seconds": 0.0, "chat": self.chat, "layers": 2, "heads": 4}
+        return {
+            "name": name,
+            "parameters": 1,
+            "seconds": 0.0,
+            "chat": self.chat,
+            "layers": 2,
+            "heads": 4,
+        }
 
     def _unload(self, name: str) -> dict[str, Any]:
         return {"name": name}
 
-    def _top_k(self, models: list[str], strength: dict[str, float], text: str, **_: object) -> dict[str, Any]:
+    def _top_k(
+        self, models: list[str], strength: dict[str, float], text: str, **_: object
+    ) -> dict[str, Any]:
         return {"answers": {name: self._choices(text, strength.get(name, 0.0)) for name in models}}
 
     def _choices(self, text: str, strength: float) -> dict[str, Any]:
@@ -74,18 +87,35 @@ class FakeInference(Inference):
         return {"device": "cpu", "name": "a machine", **memory, "loaded": ["one"], "pid": self.life}
 
     def _spectrum(self, adapter: str) -> dict[str, Any]:
-        return {"modules": [{"name": f"model.layers.0.self_attn.{Path(adapter).name}_q", "values": [2.0, 1.0]}]}
+        return {
+            "modules": [
+                {"name": f"model.layers.0.self_attn.{Path(adapter).name}_q", "values": [2.0, 1.0]}
+            ]
+        }
 
     def _attention(self, layer: int, head: int, **_: object) -> dict[str, Any]:
         """The same at every strength."""
         weights = [[1.0, 0.0, 0.0], [0.25, 0.75, 0.0], [0.5, 0.3, 0.2]]
-        return {"tokens": ["die", "katze", f"sitzt{layer}{head}"], "weights": weights, "layers": 2, "heads": 4}
+        return {
+            "tokens": ["die", "katze", f"sitzt{layer}{head}"],
+            "weights": weights,
+            "layers": 2,
+            "heads": 4,
+        }
 
     def _attention_maps(self, strength: float | None = None, **_: object) -> dict[str, Any]:
         heads = [[[1.0, 0.0], [0.25, 0.75]]] * 4
-        adapter = {"base": [heads] * 2, "difference": [[[[0.0, 0.0], [-0.2, 0.2]]] * 4] * 2, "change": [[0.1] * 4] * 2}
+        adapter = {
+            "base": [heads] * 2,
+            "difference": [[[[0.0, 0.0], [-0.2, 0.2]]] * 4] * 2,
+            "change": [[0.1] * 4] * 2,
+        }
         other: dict[str, list[Any]] = {"base": [], "difference": [], "change": []}
-        return {"tokens": ["die", "katze"], "maps": [heads] * 2, **(other if strength is None else adapter)}
+        return {
+            "tokens": ["die", "katze"],
+            "maps": [heads] * 2,
+            **(other if strength is None else adapter),
+        }
 
     async def stream(self, do: str, **fields: object) -> AsyncGenerator[dict[str, Any], None]:
         self.requests.append((do, fields))
@@ -93,7 +123,13 @@ class FakeInference(Inference):
         try:
             if "messages" in fields:
                 cut = {"cut_messages": self.cut_messages, "cut_tokens": 7 * self.cut_messages}
-                yield {"event": "prompt", "tokens": 9, "window": 64, **cut, "opens_thought": self.opens_thought}
+                yield {
+                    "event": "prompt",
+                    "tokens": 9,
+                    "window": 64,
+                    **cut,
+                    "opens_thought": self.opens_thought,
+                }
             for number, token in enumerate(self.tokens):
                 yield {"event": "token", "text": token, "probability": 0.5}
                 if self.dies:
@@ -103,7 +139,13 @@ class FakeInference(Inference):
                     await self.go_on.wait()
             over = True
             count = len(self.tokens)
-            yield {"event": "done", "reason": "length", "tokens": count, "seconds": 0.0, "tokens_per_second": 40.0}
+            yield {
+                "event": "done",
+                "reason": "length",
+                "tokens": count,
+                "seconds": 0.0,
+                "tokens_per_second": 40.0,
+            }
         finally:
             self.cancelled += not over
 

@@ -1,8 +1,9 @@
 """One rank of many in this process alone: torch's fake process group, which sends nothing.
 
-It shows what FSDP2 makes of a model at any number of ranks: which rows each keeps, the shapes that are gathered, and
-that forward and backward run on them. It shows no numbers: what is gathered is this rank's own rows, repeated. Numbers
-are `ranks.py`'s, over gloo; neither shows NCCL or its streams.
+It shows what FSDP2 makes of a model at any number of ranks: which rows each keeps, the shapes that
+are gathered, and that forward and backward run on them. It shows no numbers: what is gathered is
+this rank's own rows, repeated. Numbers are `ranks.py`'s, over gloo; neither shows NCCL or its
+streams.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,9 @@
-"""A command line that runs a module in a child of the fork server, with the streams that it is given.
+"""A command line that runs a module in a child of the fork server, with the streams that it is
+given.
 
-It takes the socket of `tests.helpers.process.listening`, a module with `main`, and arguments. Signals are passed on.
-Started with `-I -S`: all that it imports takes 20 ms, where a module with torch takes two seconds.
+It takes the socket of `tests.helpers.process.listening`, a module with `main`, and arguments.
+Signals are passed on. Started with `-I -S`: all that it imports takes 20 ms, where a module with
+torch takes two seconds.
 """
 
 import json
@@ -13,7 +15,9 @@ import sys
 
 def main() -> None:
     _, address, *command = sys.argv
-    given = json.dumps({"command": command, "cwd": os.path.realpath("."), "environment": dict(os.environ)}).encode()
+    given = json.dumps(
+        {"command": command, "cwd": os.path.realpath("."), "environment": dict(os.environ)}
+    ).encode()
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(address)
         socket.send_fds(server, [len(given).to_bytes(4, "big")], [0, 1, 2])

@@ -1,8 +1,9 @@
-"""Bad input on purpose: valid files, changed by hypothesis, given to a reader that is watched while it reads.
+"""Bad input on purpose: valid files, changed by hypothesis, given to a reader that is watched while
+it reads.
 
-A reader may answer, or raise a UserError of one readable line. It fails if it raises anything else, takes more than
-`SECONDS` or `MEMORY`, opens a file for writing outside the folder it may write to, starts a program or a connection, or
-looks up what a pickle names.
+A reader may answer, or raise a UserError of one readable line. It fails if it raises anything else,
+takes more than `SECONDS` or `MEMORY`, opens a file for writing outside the folder it may write to,
+starts a program or a connection, or looks up what a pickle names.
 """
 
 import copy
@@ -25,9 +26,14 @@ from hypothesis import strategies as st
 from pipeline.errors import LONGEST_MESSAGE, UserError
 from pipeline.files.text import OBEYED
 
-SECONDS = 12.0  # of CPU time, so that a busy machine changes nothing; the page's largest limit is the 10 s of patterns
-MEMORY = 768 * 2**20  # bytes of address space above what the process has: the 512 MiB of templates are another's
-STUCK = 120.0  # seconds after which what waits forever, or a call of C that no signal interrupts, ends the test run
+# of CPU time, so that a busy machine changes nothing; the page's largest limit is the 10 s of
+# patterns
+SECONDS = 12.0
+# bytes of address space above what the process has: the 512 MiB of templates are another's
+MEMORY = 768 * 2**20
+# seconds after which what waits forever, or a call of C that no signal interrupts, ends the test
+# run
+STUCK = 120.0
 # Reader → examples that are drawn for it. The seeds are fixed: a run tries the same ones again.
 EXAMPLES: Mapping[str, int] = {
     "safetensors headers": 500,
@@ -56,11 +62,28 @@ EXAMPLES: Mapping[str, int] = {
 
 # Watching
 
-_watched: list[str] | None = None  # what the reader did that it may not; None while nothing is watched
+# what the reader did that it may not; None while nothing is watched
+_watched: list[str] | None = None
 _allowed = ""  # the only folder that may be written to
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-_PATHS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.chmod", "os.truncate"}
-_NEVER = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect", "pickle.find_class"}
+_PATHS = {
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.symlink",
+    "os.link",
+    "os.chmod",
+    "os.truncate",
+}
+_NEVER = {
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "socket.connect",
+    "pickle.find_class",
+}
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
@@ -68,9 +91,17 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         return
     if event in _NEVER:
         _watched.append(f"{event} {arguments!r:.200}")
-    elif event in _PATHS or (event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITING):
-        for path in arguments[:2] if event in ("os.rename", "os.link", "os.symlink") else arguments[:1]:
-            name = os.path.realpath(os.fsdecode(path)) if isinstance(path, str | bytes | os.PathLike) else ""
+    elif event in _PATHS or (
+        event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITING
+    ):
+        for path in (
+            arguments[:2] if event in ("os.rename", "os.link", "os.symlink") else arguments[:1]
+        ):
+            name = (
+                os.path.realpath(os.fsdecode(path))
+                if isinstance(path, str | bytes | os.PathLike)
+                else ""
+            )
             if name and not name.startswith((_allowed, "/dev/null")) and "__pycache__" not in name:
                 _watched.append(f"{event} {name}")
 
@@ -83,8 +114,12 @@ class TooSlow(Exception):
 
 
 @contextmanager
-def limits(folder: Path, seconds: float = SECONDS, memory: int = MEMORY, may: Sequence[str] = ()) -> Iterator[None]:
-    """Within it, time and memory are limited, and writing outside `folder` is an error. `may`: events that are none."""
+def limits(
+    folder: Path, seconds: float = SECONDS, memory: int = MEMORY, may: Sequence[str] = ()
+) -> Iterator[None]:
+    """Within it, time and memory are limited, and writing outside `folder` is an error. `may`:
+    events that are none.
+    """
     global _watched, _allowed
 
     def ring(*_: object) -> None:
@@ -110,7 +145,9 @@ def limits(folder: Path, seconds: float = SECONDS, memory: int = MEMORY, may: Se
 
 
 def read_or_refuse(reader: Callable[[], object], folder: Path, **options: Any) -> str | None:
-    """What `reader` says of its input, None if it takes it. Anything but an answer or a UserError fails the test."""
+    """What `reader` says of its input, None if it takes it. Anything but an answer or a UserError
+    fails the test.
+    """
     try:
         with limits(folder, **options):
             reader()
@@ -127,8 +164,12 @@ def read_or_refuse(reader: Callable[[], object], folder: Path, **options: Any) -
 tried: dict[str, int] = {}  # reader → examples of this process
 
 
-def fuzz(reader: str, **strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A test that is tried on `EXAMPLES[reader]` inputs, drawn from `strategies`; its `folder` is a fresh one."""
+def fuzz(
+    reader: str, **strategies: st.SearchStrategy[Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A test that is tried on `EXAMPLES[reader]` inputs, drawn from `strategies`; its `folder` is a
+    fresh one.
+    """
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         def run(**drawn: Any) -> None:
@@ -144,10 +185,16 @@ def fuzz(reader: str, **strategies: st.SearchStrategy[Any]) -> Callable[[Callabl
         parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__name__, run.__doc__, run.__module__ = test.__name__, test.__doc__, test.__module__
-        checks = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture)
+        checks = (
+            HealthCheck.too_slow,
+            HealthCheck.data_too_large,
+            HealthCheck.function_scoped_fixture,
+        )
         search = settings.get_current_profile_name() == "search"  # of others, and more
         count = EXAMPLES[reader] * (10 if search else 1)
-        limited = settings(max_examples=count, deadline=None, derandomize=not search, suppress_health_check=checks)
+        limited = settings(
+            max_examples=count, deadline=None, derandomize=not search, suppress_health_check=checks
+        )
         return limited(given(**strategies)(run))
 
     return decorate
@@ -173,7 +220,16 @@ NUMBERS: tuple[Any, ...] = (
     *(0, -1, 1, 2**31 - 1, 2**31, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30, 10**400),
     *(0.5, -0.0, 1e308, float("nan"), float("inf"), float("-inf")),
 )
-PATTERNS = (r"(\w|.|_)*\d\d\d\d", "(((((a*)*)*)*)*)*b", "(", "[", "a{99999}{99999}", "(?R)", "(?<=a*)", "\\")
+PATTERNS = (
+    r"(\w|.|_)*\d\d\d\d",
+    "(((((a*)*)*)*)*)*b",
+    "(",
+    "[",
+    "a{99999}{99999}",
+    "(?R)",
+    "(?<=a*)",
+    "\\",
+)
 
 
 def nested(depth: int, value: Any = 1, key: str | None = None) -> Any:
@@ -187,7 +243,18 @@ ODD: st.SearchStrategy[Any] = st.one_of(
     st.sampled_from(NUMBERS),
     st.sampled_from((None, True, False, "x" * 100_000)),
     st.sampled_from(
-        ([], {}, [[]], [{}], {"": None}, [None] * 3, ["x"] * 300, nested(60), nested(60, key="a"), nested(300))
+        (
+            [],
+            {},
+            [[]],
+            [{}],
+            {"": None},
+            [None] * 3,
+            ["x"] * 300,
+            nested(60),
+            nested(60, key="a"),
+            nested(300),
+        )
     ),
     st.text(max_size=12),
     st.integers(),
@@ -197,7 +264,9 @@ ODD: st.SearchStrategy[Any] = st.one_of(
 
 
 def _drawn(draw: st.DrawFn, values: st.SearchStrategy[Any]) -> Any:
-    """A value that may be changed further: what `sampled_from` draws is the same object each time."""
+    """A value that may be changed further: what `sampled_from` draws is the same object each
+    time.
+    """
     value = draw(values)
     return json.loads(json.dumps(value)) if isinstance(value, dict | list) else value
 
@@ -209,13 +278,17 @@ def _spots(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         keys = [*tree]
     elif isinstance(tree, list):
         keys = range(len(tree)) if len(tree) < 8 else (0, 1, len(tree) - 1)
-    below = ([(*path, key), *_spots(tree[key], (*path, key))] for key in keys) if len(path) < 20 else ()
+    below = (
+        ([(*path, key), *_spots(tree[key], (*path, key))] for key in keys) if len(path) < 20 else ()
+    )
     return [spot for spots in below for spot in spots][:3_000]
 
 
 @st.composite
 def changed(draw: st.DrawFn, tree: Any, values: st.SearchStrategy[Any] = ODD, most: int = 3) -> Any:
-    """A copy of a tree of dictionaries and lists with up to `most` things in it replaced, removed, renamed or moved."""
+    """A copy of a tree of dictionaries and lists with up to `most` things in it replaced, removed,
+    renamed or moved.
+    """
     tree = copy.deepcopy(tree)
     for _ in range(draw(st.integers(1, most))):
         spots = _spots(tree)
@@ -225,20 +298,28 @@ def changed(draw: st.DrawFn, tree: Any, values: st.SearchStrategy[Any] = ODD, mo
         parent = tree
         for key in path:
             parent = parent[key]
-        match draw(st.sampled_from(("replace", "replace", "replace", "remove", "rename", "swap", "wrap", "add"))):
+        match draw(
+            st.sampled_from(
+                ("replace", "replace", "replace", "remove", "rename", "swap", "wrap", "add")
+            )
+        ):
             case "replace":
                 parent[last] = _drawn(draw, values)
             case "remove":
                 del parent[last]
             case "rename" if isinstance(parent, dict):
-                parent[draw(st.sampled_from((*TEXTS[:-2], *map(str, parent))) | st.text(max_size=8))] = parent.pop(last)
+                parent[
+                    draw(st.sampled_from((*TEXTS[:-2], *map(str, parent))) | st.text(max_size=8))
+                ] = parent.pop(last)
             case "swap":
-                other = draw(st.sampled_from([*parent] if isinstance(parent, dict) else range(len(parent))))
+                other = draw(
+                    st.sampled_from([*parent] if isinstance(parent, dict) else range(len(parent)))
+                )
                 parent[last], parent[other] = parent[other], parent[last]
             case "wrap":
-                parent[last] = draw(st.sampled_from((lambda v: [v], lambda v: {"a": v}, str, lambda v: [v] * 50)))(
-                    parent[last]
-                )
+                parent[last] = draw(
+                    st.sampled_from((lambda v: [v], lambda v: {"a": v}, str, lambda v: [v] * 50))
+                )(parent[last])
             case _:
                 new = _drawn(draw, values)
                 if isinstance(parent, dict):
@@ -259,7 +340,9 @@ def damaged(draw: st.DrawFn, whole: bytes, most: int = 3) -> bytes:
         count = draw(st.sampled_from((1, 2, 4, 8, 64, 1000)))
         match draw(st.sampled_from(("number", "bytes", "cut", "remove", "double", "zeros", "bit"))):
             case "number":
-                value = draw(st.sampled_from((0, 1, 2**7, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)))
+                value = draw(
+                    st.sampled_from((0, 1, 2**7, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1))
+                )
                 raw = struct.pack("<Q", value)[: draw(st.sampled_from((1, 2, 4, 8)))]
                 data[at : at + len(raw)] = raw
             case "bytes":
@@ -280,7 +363,9 @@ def damaged(draw: st.DrawFn, whole: bytes, most: int = 3) -> bytes:
 
 
 def as_json(tree: Any) -> bytes:
-    """JSON with NaN, infinities and unpaired surrogates as they are; without what Python itself cannot write."""
+    """JSON with NaN, infinities and unpaired surrogates as they are; without what Python itself
+    cannot write.
+    """
     limit = sys.get_int_max_str_digits()
     sys.set_int_max_str_digits(0)
     try:
@@ -292,6 +377,8 @@ def as_json(tree: Any) -> bytes:
 def json_files(tree: Any, values: st.SearchStrategy[Any] = ODD) -> st.SearchStrategy[bytes]:
     """The bytes of a JSON file like `tree`: in three of four, another tree; in one, other bytes."""
     trees = changed(tree, values).map(as_json)
-    deep = st.sampled_from((b"[" * 100_000, b'{"a":' * 50_000 + b"1" + b"}" * 50_000, b"", b"null", b"\xff\xfe{}"))
+    deep = st.sampled_from(
+        (b"[" * 100_000, b'{"a":' * 50_000 + b"1" + b"}" * 50_000, b"", b"null", b"\xff\xfe{}")
+    )
     twice = st.just(as_json(tree)[:-1] + b"," + as_json(tree)[1:])
     return st.one_of(trees, trees, trees, damaged(as_json(tree)), st.one_of(deep, twice))

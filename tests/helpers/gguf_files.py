@@ -1,4 +1,6 @@
-"""GGUF files of toy Llamas, written here tensor by tensor, and copies of GGUF files with something changed."""
+"""GGUF files of toy Llamas, written here tensor by tensor, and copies of GGUF files with something
+changed.
+"""
 
 import json
 from collections.abc import Callable, Mapping
@@ -50,9 +52,15 @@ def finish(writer: Any) -> None:
 
 
 def write_llama(
-    path: Path, model: Any, architecture: str = "llama", tokenizer: Any = None, pre: str = "gpt-2", **general: Any
+    path: Path,
+    model: Any,
+    architecture: str = "llama",
+    tokenizer: Any = None,
+    pre: str = "gpt-2",
+    **general: Any,
 ) -> None:
-    """A Llama of transformers and a byte-level tokenizer (default: the toy one) in GGUF, unquantized.
+    """A Llama of transformers and a byte-level tokenizer (default: the toy one) in GGUF,
+    unquantized.
 
     `general`: what the file says of itself.
     """
@@ -91,7 +99,10 @@ def write_llama(
     for name, tensor in model.state_dict().items():
         new = name_of(name.removesuffix(".weight"))
         heads = heads_of(config).get(new.split(".")[-1])
-        writer.add_tensor(f"{new}.weight", (turned(tensor, heads) if heads else tensor).float().contiguous().numpy())
+        writer.add_tensor(
+            f"{new}.weight",
+            (turned(tensor, heads) if heads else tensor).float().contiguous().numpy(),
+        )
     finish(writer)
 
 
@@ -103,7 +114,9 @@ def write_adapter(path: Path, adapter: Path, config: Any, alpha: float) -> None:
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
     for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
-        module, _, matrix = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+        module, _, matrix = (
+            name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+        )
         new = name_of(module)
         heads = heads_of(config).get(new.split(".")[-1]) if matrix == "B" else None
         data = turned(tensor, heads) if heads else tensor
@@ -117,20 +130,30 @@ def rewritten(
     fields: Mapping[str, Any] | None = None,
     change: Callable[[str, Any], Any] = lambda _, data: data,
 ) -> Path:
-    """A copy of a GGUF file with other values of `fields` (None removes one), and every tensor as `change(name, data)`
-    returns it. Returns `target`.
+    """A copy of a GGUF file with other values of `fields` (None removes one), and every tensor as
+    `change(name, data)` returns it. Returns `target`.
     """
     gguf = pytest.importorskip("gguf")
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
-    values = {key: [field.contents(), *field.types[:2]] for key, field in reader.fields.items() if "." in key}
-    kinds = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, str: gguf.GGUFValueType.STRING}
+    values = {
+        key: [field.contents(), *field.types[:2]]
+        for key, field in reader.fields.items()
+        if "." in key
+    }
+    kinds = {
+        bool: gguf.GGUFValueType.BOOL,
+        int: gguf.GGUFValueType.UINT32,
+        str: gguf.GGUFValueType.STRING,
+    }
     for key, value in (fields or {}).items():
         values[key] = [value, *(values[key][1:] if key in values else [kinds[type(value)]])]
     for key, (value, *types) in values.items():
         if value is not None and key != "general.architecture" and not key.startswith("GGUF."):
             writer.add_key_value(key, value, *types)
     for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, change(tensor.name, tensor.data), raw_dtype=tensor.tensor_type)
+        writer.add_tensor(
+            tensor.name, change(tensor.name, tensor.data), raw_dtype=tensor.tensor_type
+        )
     finish(writer)
     return target

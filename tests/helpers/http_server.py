@@ -40,7 +40,9 @@ def wait_for(condition: Any, seconds: float = PATIENCE) -> None:
 def ask(
     server: HttpServer, path: str, body: Any = None, method: str | None = None, **headers: str
 ) -> tuple[int, Any, dict[str, str]]:
-    """Status, content (parsed if it is JSON) and headers of an answer. A `body` of bytes is sent as it is."""
+    """Status, content (parsed if it is JSON) and headers of an answer. A `body` of bytes is sent as
+    it is.
+    """
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     names = {name.replace("_", "-"): value for name, value in headers.items()}

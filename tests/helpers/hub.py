@@ -1,4 +1,6 @@
-"""A Hugging Face hub on 127.0.0.1: the calls of its commit API, its rules for model cards, and failures on demand."""
+"""A Hugging Face hub on 127.0.0.1: the calls of its commit API, its rules for model cards, and
+failures on demand.
+"""
 
 import base64
 import hashlib
@@ -16,7 +18,8 @@ import yaml
 
 TOKEN = "hf_of_this_test_alone"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
-LICENSES = {"apache-2.0", "mit", "gemma", "llama2", "cc-by-4.0", "openrail", "unknown", "other"}  # some of the hub's
+# some of the hub's
+LICENSES = {"apache-2.0", "mit", "gemma", "llama2", "cc-by-4.0", "openrail", "unknown", "other"}
 RELATIONS = {"adapter", "merge", "quantized", "finetune"}
 FRONT_MATTER = re.compile(r"^(\s*---(?:\r\n|\r|\n))([\S\s]*?)((?:\r\n|\r|\n)---[ \t]*(\r\n|\n|$))")
 
@@ -47,7 +50,9 @@ class Hub:
 
 
 def card_problems(content: str) -> list[str]:
-    """What breaks the documented rules of the hub's metadata (hub-docs: modelcard.md, repositories-licenses.md)."""
+    """What breaks the documented rules of the hub's metadata (hub-docs: modelcard.md,
+    repositories-licenses.md).
+    """
     match = FRONT_MATTER.search(content)
     data = yaml.safe_load(match[2]) if match else None
     if not isinstance(data, dict):
@@ -63,22 +68,45 @@ def card_problems(content: str) -> list[str]:
         return value if isinstance(value, list) else [value]
 
     check("license", data.get("license", "mit") in LICENSES)
-    check("license_name", data.get("license") != "other" or isinstance(data.get("license_name"), str))
-    check("base_model", all(isinstance(name, str) and HUB_ID.fullmatch(name) for name in names("base_model")))
+    check(
+        "license_name", data.get("license") != "other" or isinstance(data.get("license_name"), str)
+    )
+    check(
+        "base_model",
+        all(isinstance(name, str) and HUB_ID.fullmatch(name) for name in names("base_model")),
+    )
     check("base_model_relation", data.get("base_model_relation", "adapter") in RELATIONS)
-    check("datasets", all(isinstance(n, str) and re.fullmatch(r"([\w.-]+/)?[\w.-]+", n) for n in names("datasets")))
-    check("language", all(isinstance(n, str) and re.fullmatch(r"[a-z]{2,3}", n) for n in names("language")))
-    check("tags", isinstance(data.get("tags", []), list) and all(isinstance(tag, str) for tag in data.get("tags", [])))
+    check(
+        "datasets",
+        all(
+            isinstance(n, str) and re.fullmatch(r"([\w.-]+/)?[\w.-]+", n) for n in names("datasets")
+        ),
+    )
+    check(
+        "language",
+        all(isinstance(n, str) and re.fullmatch(r"[a-z]{2,3}", n) for n in names("language")),
+    )
+    check(
+        "tags",
+        isinstance(data.get("tags", []), list)
+        and all(isinstance(tag, str) for tag in data.get("tags", [])),
+    )
     check("pipeline_tag", data.get("pipeline_tag") == "text-generation")
     check("library_name", data.get("library_name") in ("peft", "transformers", "gguf", "mlx"))
     try:
         for entry in data.get("model-index", []):
             assert isinstance(entry["name"], str)
             for result in entry["results"]:
-                assert all(isinstance(text, str) for text in (result["task"]["type"], *result["dataset"].values()))
+                assert all(
+                    isinstance(text, str)
+                    for text in (result["task"]["type"], *result["dataset"].values())
+                )
                 assert {"type", "name"} <= result["dataset"].keys()
                 assert result["metrics"]
-                assert all(isinstance(m["type"], str) and isinstance(m["value"], float) for m in result["metrics"])
+                assert all(
+                    isinstance(m["type"], str) and isinstance(m["value"], float)
+                    for m in result["metrics"]
+                )
     except (AssertionError, KeyError, TypeError):
         check("model-index", False)
     return found
@@ -113,8 +141,15 @@ def serving() -> Iterator[Hub]:
                         self.close_connection = True
                         return None
                     return self.send(failure, {"error": "failed on demand"})
-            if not path.startswith("/stored/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
-                return self.send(401, {"error": "Invalid credentials"}, "Invalid credentials in Authorization header")
+            if (
+                not path.startswith("/stored/")
+                and self.headers.get("Authorization") != f"Bearer {TOKEN}"
+            ):
+                return self.send(
+                    401,
+                    {"error": "Invalid credentials"},
+                    "Invalid credentials in Authorization header",
+                )
             return self.send(*respond(hub, method, path, body))
 
         def send(self, status: int, value: Any, message: str = "", code: str = "") -> None:
@@ -149,17 +184,30 @@ def respond(hub: Hub, method: str, path: str, body: bytes) -> tuple[Any, ...]:
         assert hashlib.sha256(body).hexdigest() == oid
         hub.stored[oid] = body
         return 200, {}
-    sent = json.loads(body) if body and not path.startswith("/stored/") and "/commit/" not in path else {}
+    sent = (
+        json.loads(body)
+        if body and not path.startswith("/stored/") and "/commit/" not in path
+        else {}
+    )
     if path == "/api/validate-yaml":
         problems = card_problems(sent["content"])
-        return (400 if problems else 200), {"errors": [{"message": p} for p in problems], "warnings": []}
+        return (400 if problems else 200), {
+            "errors": [{"message": p} for p in problems],
+            "warnings": [],
+        }
     if path == "/api/repos/create":
         name = f"{sent['organization']}/{sent['name']}"
         if not name.startswith("me/"):
-            return 403, {"error": "no"}, "You don't have the rights to create a model under this namespace"
+            return (
+                403,
+                {"error": "no"},
+                "You don't have the rights to create a model under this namespace",
+            )
         if name in hub.repositories:
             return 409, {"error": "exists", "url": f"{hub.url}/{name}"}
-        hub.repositories[name] = Repository(sent.get("visibility") == "private", {"main": {".gitattributes": b""}})
+        hub.repositories[name] = Repository(
+            sent.get("visibility") == "private", {"main": {".gitattributes": b""}}
+        )
         return 200, {"url": f"{hub.url}/{name}", "name": name}
     match = re.fullmatch(r"/(?:api/models/)?([\w.-]+/[\w.-]+?)(?:\.git)?((?:/.*)?)", path)
     assert match, path
@@ -169,7 +217,9 @@ def respond(hub: Hub, method: str, path: str, body: bytes) -> tuple[Any, ...]:
     repository = hub.repositories[name]
     if rest == "/info/lfs/objects/batch":
         actions = [
-            {**o, "actions": {"upload": {"href": f"{hub.url}/stored/{o['oid']}"}}} if o["oid"] not in hub.stored else o
+            {**o, "actions": {"upload": {"href": f"{hub.url}/stored/{o['oid']}"}}}
+            if o["oid"] not in hub.stored
+            else o
             for o in sent["objects"]
         ]
         return 200, {"transfer": "basic", "objects": actions}
@@ -184,12 +234,17 @@ def respond(hub: Hub, method: str, path: str, body: bytes) -> tuple[Any, ...]:
     files = repository.branches[branch or "main"]
     if what == "preupload":
         modes = [
-            {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular"}
+            {
+                "path": f["path"],
+                "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular",
+            }
             for f in sent["files"]
         ]
         return 200, {"files": [{**mode, "shouldIgnore": False, "oid": None} for mode in modes]}
     if what == "tree":
-        return 200, [{"type": "file", "path": p, "size": len(b), "oid": "0" * 40} for p, b in files.items()]
+        return 200, [
+            {"type": "file", "path": p, "size": len(b), "oid": "0" * 40} for p, b in files.items()
+        ]
     if what == "commit":
         for entry in map(json.loads, body.splitlines()):
             value = entry["value"]
@@ -201,9 +256,19 @@ def respond(hub: Hub, method: str, path: str, body: bytes) -> tuple[Any, ...]:
                 del files[value["path"]]
         repository.commits.append(branch)
         oid = f"{len(repository.commits):040x}"
-        return 200, {"commitUrl": f"{hub.url}/{name}/commit/{oid}", "commitOid": oid, "success": True}
+        return 200, {
+            "commitUrl": f"{hub.url}/{name}/commit/{oid}",
+            "commitOid": oid,
+            "success": True,
+        }
     assert not what, path
     match = FRONT_MATTER.search(files.get("README.md", b"").decode())
     tags = yaml.safe_load(match[2])["tags"] if match else []
     siblings = [{"rfilename": file} for file in files]
-    return 200, {"id": name, "modelId": name, "private": repository.private, "tags": tags, "siblings": siblings}
+    return 200, {
+        "id": name,
+        "modelId": name,
+        "private": repository.private,
+        "tags": tags,
+        "siblings": siblings,
+    }

@@ -1,12 +1,13 @@
-"""Liger's Triton kernels in Triton's interpreter, on CPU tensors: each that `accelerator.liger` returns, forward and
-backward, against plain torch. `python -m tests.helpers.interpreted_liger` prints the relative errors as JSON; it is a
-process of its own because Triton reads TRITON_INTERPRET when a kernel is declared.
+"""Liger's Triton kernels in Triton's interpreter, on CPU tensors: each that `accelerator.liger`
+returns, forward and backward, against plain torch. `python -m tests.helpers.interpreted_liger`
+prints the relative errors as JSON; it is a process of its own because Triton reads TRITON_INTERPRET
+when a kernel is declared.
 
-Shown: the kernels' arithmetic, masks and strides, the arguments that we pass, dtypes and shapes of what comes back, and
-that the probes of `fuse` take each of them.
+Shown: the kernels' arithmetic, masks and strides, the arguments that we pass, dtypes and shapes of
+what comes back, and that the probes of `fuse` take each of them.
 
-Not shown: that they compile for a card, races between programs (here one runs after the other), what a card's own tanh
-and rsqrt round (NumPy's stand in for them), speed and memory.
+Not shown: that they compile for a card, races between programs (here one runs after the other),
+what a card's own tanh and rsqrt round (NumPy's stand in for them), speed and memory.
 """
 
 import json
@@ -34,14 +35,20 @@ def interpret() -> Any:
     convert = interpreter._implicit_cvt
 
     def convert_floats(argument: Any) -> Any:
-        """A kernel's float argument is a tensor on a card, and a plain number in the interpreter."""
+        """A kernel's float argument is a tensor on a card, and a plain number in the
+        interpreter.
+        """
         if not isinstance(argument, float):
             return convert(argument)
-        return tl.tensor(interpreter.TensorHandle(np.array([argument], np.float32), tl.float32), tl.float32)
+        return tl.tensor(
+            interpreter.TensorHandle(np.array([argument], np.float32), tl.float32), tl.float32
+        )
 
     def by_numpy(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """Functions of a card's library have no body."""
-        return lambda x: tl.tensor(interpreter.TensorHandle(function(x.handle.data), x.handle.dtype), x.type)
+        return lambda x: tl.tensor(
+            interpreter.TensorHandle(function(x.handle.data), x.handle.dtype), x.type
+        )
 
     interpreter._implicit_cvt = convert_floats
     libdevice.tanh, libdevice.rsqrt = by_numpy(np.tanh), by_numpy(lambda x: 1 / np.sqrt(x))
@@ -107,16 +114,23 @@ def parts(liger: Any, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
 
         yield f"loss, cap {cap}", compare(loss, plain_loss, [random(20, 48)])
 
-    if dtype == torch.bfloat16:  # others calculate in it, which the interpreter does on its bits as integers
+    # others calculate in it, which the interpreter does on its bits as integers
+    if dtype == torch.bfloat16:
         return
     activations = F.silu, lambda x: F.gelu(x, approximate="tanh")
     for name, product, act in zip(("silu", "gelu"), liger.products, activations, strict=True):
         plain = lambda gate, up, act=act: act(gate) * up  # noqa: E731
-        yield name, compare(lambda a, b, p=product: p(a, b, None), plain, [random(2, 5, 48), random(2, 5, 48)])
+        yield (
+            name,
+            compare(
+                lambda a, b, p=product: p(a, b, None), plain, [random(2, 5, 48), random(2, 5, 48)]
+            ),
+        )
 
     half = random(1, 5, 8).repeat(1, 1, 2)  # (B, T, K)
     for groups in (4, 2):
-        q, k = random(1, 5, 4, 16).transpose(1, 2), random(1, 5, groups, 16).transpose(1, 2)  # as projections give them
+        # as projections give them
+        q, k = random(1, 5, 4, 16).transpose(1, 2), random(1, 5, groups, 16).transpose(1, 2)
         yield (
             f"rotation of {groups} groups",
             compare(
@@ -128,7 +142,9 @@ def parts(liger: Any, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
 
 
 def models(liger: Any) -> Iterator[tuple[str, float]]:
-    """Families whose parts `fuse` takes: the error of the logits and the embedding's gradient, and nothing of ours."""
+    """Families whose parts `fuse` takes: the error of the logits and the embedding's gradient, and
+    nothing of ours.
+    """
     from pipeline.models.kernels import accelerator
     from tests.helpers.real import toy
 
@@ -138,17 +154,26 @@ def models(liger: Any) -> Iterator[tuple[str, float]]:
         plain, fused = toy(name), toy(name)
         names = accelerator.fuse(fused, CPU)
         modules = [fused.get_submodule(name) for name in names]
-        assert all(type(x) is liger.norm or x.product is liger.products[product] for x in modules), names
+        assert all(
+            type(x) is liger.norm or x.product is liger.products[product] for x in modules
+        ), names
         assert accelerator.fuses_head(fused.requires_grad_(False))
         fused.embeddings.requires_grad_(True)
         results = []
         for model in (fused, plain):
             out = model(ids)
-            results.append([out, *torch.autograd.grad(out.sin().sum(), model.embeddings.get_parameter("weight"))])
+            results.append(
+                [
+                    out,
+                    *torch.autograd.grad(out.sin().sum(), model.embeddings.get_parameter("weight")),
+                ]
+            )
         yield f"model {name}", largest_error(*results)
 
 
 if __name__ == "__main__":
     found = interpret()
-    errors = [(f"{name} in {dtype}", error) for dtype in DTYPES for name, error in parts(found, dtype)]
+    errors = [
+        (f"{name} in {dtype}", error) for dtype in DTYPES for name, error in parts(found, dtype)
+    ]
     json.dump(dict([*errors, *models(found)]), sys.stdout)

@@ -1,4 +1,6 @@
-"""Moments at which a process changes files: counted in one run, so that the next can be killed at one of them."""
+"""Moments at which a process changes files: counted in one run, so that the next can be killed at
+one of them.
+"""
 
 import builtins
 import io
@@ -14,7 +16,9 @@ WRITES = frozenset("wax+")  # in a mode of `open`
 
 
 def count_changes(counter: str) -> None:
-    """From now on each change of a file by this process adds a byte to the file `counter`, which exists."""
+    """From now on each change of a file by this process adds a byte to the file `counter`, which
+    exists.
+    """
     handle = os.open(counter, os.O_WRONLY | os.O_APPEND)
 
     def counted(change: Callable[[], Any]) -> Any:
@@ -45,7 +49,9 @@ def die_at_change(number: int, after: bool) -> None:
 
 
 def _at_each_change(call: Callable[[Callable[[], Any]], Any]) -> None:
-    """`call` gets each change of a file to make, in Python code: libraries in C open and write files themselves."""
+    """`call` gets each change of a file to make, in Python code: libraries in C open and write
+    files themselves.
+    """
 
     def wrapped(real: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arguments, **named: call(lambda: real(*arguments, **named))

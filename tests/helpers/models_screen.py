@@ -95,7 +95,9 @@ class Session:
         await self.press("enter")
 
     async def answered(self) -> None:
-        await until(self.pilot, lambda: self.conversation.newest is not None and not self.is_generating())
+        await until(
+            self.pilot, lambda: self.conversation.newest is not None and not self.is_generating()
+        )
 
     async def checked(self, count: int) -> None:
         def all_checked() -> bool:
@@ -107,7 +109,10 @@ class Session:
     async def point(self, name: str) -> None:
         entry = next(entry for entry in self.screen.entries if entry.label == name)
         assert self.table.point(entry.model.path)
-        await until(self.pilot, lambda: bool(self.screen.details and self.screen.details.entry.label == name))
+        await until(
+            self.pilot,
+            lambda: bool(self.screen.details and self.screen.details.entry.label == name),
+        )
 
     def details(self) -> str:
         assert self.screen.details is not None

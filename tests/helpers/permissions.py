@@ -1,4 +1,6 @@
-"""Folders that may not be written: permissions count for root too, under whom tests run in a container."""
+"""Folders that may not be written: permissions count for root too, under whom tests run in a
+container.
+"""
 
 import ctypes
 import os
@@ -21,13 +23,21 @@ class _Header(ctypes.Structure):
 
 
 class _Sets(ctypes.Structure):
-    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
+    _fields_ = (
+        ("effective", ctypes.c_uint32),
+        ("permitted", ctypes.c_uint32),
+        ("inheritable", ctypes.c_uint32),
+    )
 
 
 @contextmanager
 def read_only(*folders: Path) -> Iterator[None]:
-    """Nothing in these folders, or below them, can be written by this thread and those that it starts."""
-    changed = [path for folder in folders for path in (folder, *folder.rglob("*")) if not path.is_symlink()]
+    """Nothing in these folders, or below them, can be written by this thread and those that it
+    starts.
+    """
+    changed = [
+        path for folder in folders for path in (folder, *folder.rglob("*")) if not path.is_symlink()
+    ]
     modes = {path: path.stat().st_mode for path in changed}
     for path, mode in modes.items():
         path.chmod(mode & ~0o222)

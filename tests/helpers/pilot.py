@@ -12,7 +12,9 @@ SOON = 0.02  # seconds: a picture is drawn at most 1/60 s after it was asked for
 
 
 async def idle(*_: float, most: float = 10.0) -> None:
-    """Wait until the app has nothing to do: no callback is left, no thread works for it, no timer is due soon."""
+    """Wait until the app has nothing to do: no callback is left, no thread works for it, no timer
+    is due soon.
+    """
     loop: Any = asyncio.get_running_loop()
     end = loop.time() + most
     while loop.time() < end:
@@ -32,7 +34,9 @@ async def idle(*_: float, most: float = 10.0) -> None:
 def _works_in_threads(loop: Any) -> bool:
     """Whether `asyncio.to_thread` or a worker in a thread has something to do."""
     pool = loop._default_executor
-    return pool is not None and (pool._work_queue.qsize() > 0 or pool._idle_semaphore._value < len(pool._threads))
+    return pool is not None and (
+        pool._work_queue.qsize() > 0 or pool._idle_semaphore._value < len(pool._threads)
+    )
 
 
 async def until(pilot: Pilot[Any], holds: Callable[[], object], seconds: float = 30) -> None:
@@ -46,4 +50,7 @@ async def until(pilot: Pilot[Any], holds: Callable[[], object], seconds: float =
 
 def screen_text(app: App[Any]) -> str:
     """All text on the screen, a line each."""
-    return "\n".join("".join(segment.text for segment in strip) for strip in app.screen._compositor.render_strips())
+    return "\n".join(
+        "".join(segment.text for segment in strip)
+        for strip in app.screen._compositor.render_strips()
+    )

@@ -39,7 +39,11 @@ def rows(screen: PipelineScreen) -> list[str]:
 
 def row(screen: PipelineScreen, label: str) -> str:
     """The row of a stage by its short name, without its time."""
-    return next(re.sub(r" (\d+ s|<1 s|\d+:\d\d)$", "", row) for row in rows(screen) if row.split()[1] == label)
+    return next(
+        re.sub(r" (\d+ s|<1 s|\d+:\d\d)$", "", row)
+        for row in rows(screen)
+        if row.split()[1] == label
+    )
 
 
 def facts(screen: PipelineScreen) -> list[str]:

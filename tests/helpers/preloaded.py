@@ -1,4 +1,6 @@
-"""What the fork server of `tests.helpers.process` has done before it forks, so that no child does it again."""
+"""What the fork server of `tests.helpers.process` has done before it forks, so that no child does
+it again.
+"""
 
 import gc
 from importlib import import_module
@@ -34,7 +36,8 @@ for name in (
 ):
     import_module(name)
 
-for stage in GRAPH.stages.values():  # `_imports` is cached by content: half of what a short run takes
+# `_imports` is cached by content: half of what a short run takes
+for stage in GRAPH.stages.values():
     provenance.code_files(*stage.code)
 get_checkpoint_conversion_mapping("llama")  # a thousand regular expressions
 gc.collect()

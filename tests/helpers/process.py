@@ -1,4 +1,6 @@
-"""Programs in children of one process that has imported their libraries: a tenth of what a start takes else."""
+"""Programs in children of one process that has imported their libraries: a tenth of what a start
+takes else.
+"""
 
 import json
 import multiprocessing
@@ -32,8 +34,8 @@ _READING = threading.Lock()
 class Forked:
     """A running `lora …`, its stderr in a file.
 
-    `dies`: at which call of which function it is killed, if at any; `variables` stand beside its environment; `first`
-    is called in the child before the command.
+    `dies`: at which call of which function it is killed, if at any; `variables` stand beside its
+    environment; `first` is called in the child before the command.
     """
 
     def __init__(
@@ -97,17 +99,20 @@ def _follow_environment() -> None:
 
 
 def forked(module: str, *arguments: str) -> list[str]:
-    """The command line of a process as `python -m module` starts one: its `main` runs in a child of the server.
+    """The command line of a process as `python -m module` starts one: its `main` runs in a child of
+    the server.
 
-    With "-c" for a module, the code that follows runs there.
-    The process passes on signals and its end, but is not the one that computes.
+    With "-c" for a module, the code that follows runs there. The process passes on signals and its
+    end, but is not the one that computes.
     """
     return [sys.executable, "-I", "-S", forked_command.__file__, listening(), module, *arguments]
 
 
 @cache
 def listening() -> str:
-    """The socket on which this process waits for commands, once the server has imported everything."""
+    """The socket on which this process waits for commands, once the server has imported
+    everything.
+    """
     address = f"{mkdtemp()}/commands"
     server = socket.socket(socket.AF_UNIX)
     server.bind(address)
@@ -126,7 +131,9 @@ def listening() -> str:
 
 
 def _serve(client: socket.socket) -> None:
-    """One command: start its child, pass on signals, tell its exit code. The child ends with its command."""
+    """One command: start its child, pass on signals, tell its exit code. The child ends with its
+    command.
+    """
     with client:
         length, streams, _, _ = socket.recv_fds(client, 4, 3)
         given = json.loads(client.makefile("rb").read(int.from_bytes(length, "big")))
@@ -154,8 +161,11 @@ def _run_module(streams: list[Connection], given: dict[str, Any]) -> None:
     for number, stream in enumerate(streams):
         os.dup2(stream.fileno(), number)
         stream.close()
-    # Python's own know of the files that they were opened on; a child of multiprocessing reads nothing.
-    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode, encoding="utf-8") for number, mode in enumerate("rww"))
+    # Python's own know of the files that they were opened on; a child of multiprocessing reads
+    # nothing.
+    sys.stdin, sys.stdout, sys.stderr = (
+        os.fdopen(number, mode, encoding="utf-8") for number, mode in enumerate("rww")
+    )
     for name in ("stdout", "stderr"):  # a stream that is replaced must not be closed
         setattr(sys, f"__{name}__", getattr(sys, name))
     os.chdir(given["cwd"])
@@ -173,7 +183,9 @@ def _run_module(streams: list[Connection], given: dict[str, Any]) -> None:
 
 
 def _die_at(function: str, call: int) -> None:
-    """SIGKILL this process when `function`, such as `pipeline.files.artifact.seal`, is called for the nth time."""
+    """SIGKILL this process when `function`, such as `pipeline.files.artifact.seal`, is called for
+    the nth time.
+    """
     place, _, name = function.rpartition(".")
     owner, calls = resolve_name(place), count(1)
     real = getattr(owner, name)

@@ -1,4 +1,6 @@
-"""What tests share: a project in a folder of its own, its stages run in process, and `lora` as a user types it."""
+"""What tests share: a project in a folder of its own, its stages run in process, and `lora` as a
+user types it.
+"""
 
 import json
 import os
@@ -41,12 +43,16 @@ COMMAND = {
     "claims": ["claims"],
 }
 METHODS = tuple(  # those of `lora finetune` that train one thing
-    name for name, s in registry.METHODS.items() if s.name.startswith("finetune_") and s.kind != "adapters"
+    name
+    for name, s in registry.METHODS.items()
+    if s.name.startswith("finetune_") and s.kind != "adapters"
 )
 
 
 def new_project(folder: Path) -> Path:
-    """The product's and the document's params and data as one project in `folder`, nothing made yet."""
+    """The product's and the document's params and data as one project in `folder`, nothing made
+    yet.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.yaml").write_text(all_params(), encoding="utf-8")
     for data in (ROOT / "data", ROOT / "document/data"):
@@ -55,7 +61,9 @@ def new_project(folder: Path) -> Path:
 
 
 def new_houses(root: Path) -> Path:
-    """The repository's params and data as they are: the product's project, and the document's in a folder below."""
+    """The repository's params and data as they are: the product's project, and the document's in a
+    folder below.
+    """
     for name in ("params.yaml", "data", "document/params.yaml", "document/data"):
         (root / name).parent.mkdir(exist_ok=True)
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, root / name)
@@ -72,11 +80,17 @@ def shorten(*projects: Path) -> None:
 def all_params() -> str:
     """params.yaml and document/params.yaml in one, which then needs no other project."""
     product = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    document = (ROOT / "document/params.yaml").read_text(encoding="utf-8").partition("project: ../params.yaml\n")[2]
+    document = (
+        (ROOT / "document/params.yaml")
+        .read_text(encoding="utf-8")
+        .partition("project: ../params.yaml\n")[2]
+    )
     return product + "\n" + remove_section(document, "evaluate").replace("../data/", "data/")
 
 
-def make(root: Path, stages: Sequence[str], overrides: Sequence[str] = (), **options: Any) -> dict[str, Any]:
+def make(
+    root: Path, stages: Sequence[str], overrides: Sequence[str] = (), **options: Any
+) -> dict[str, Any]:
     """Run stages in order in this process; returns the last one's manifest."""
     manifest: dict[str, Any] = {}
     for name in stages:
@@ -108,14 +122,28 @@ def played(events: Generator[Event, None, T]) -> tuple[T, list[Event]]:
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     """Every file below `folder` by name."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def lora(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """`lora …` in a process of its own."""
-    variables = {**os.environ, "TERMINAL_WIDTH": "100", "COLUMNS": "100", "_TYPER_FORCE_DISABLE_TERMINAL": "1"}
+    variables = {
+        **os.environ,
+        "TERMINAL_WIDTH": "100",
+        "COLUMNS": "100",
+        "_TYPER_FORCE_DISABLE_TERMINAL": "1",
+    }
     return subprocess.run(
-        [LORA, *arguments], cwd=cwd, env={**variables, **environment}, capture_output=True, text=True, check=False
+        [LORA, *arguments],
+        cwd=cwd,
+        env={**variables, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -138,7 +166,9 @@ for command in json.load(sys.stdin):
 
 
 def dvc(folder: Path, *commands: str, code: Path = ROOT) -> list[str]:
-    """What each `dvc …` says in a project, whose stages run the code in `code`; one process does all."""
+    """What each `dvc …` says in a project, whose stages run the code in `code`; one process does
+    all.
+    """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         [sys.executable, "-c", SEVERAL],
@@ -157,7 +187,9 @@ def dvc(folder: Path, *commands: str, code: Path = ROOT) -> list[str]:
 
 @contextmanager
 def files_up_to(size: int) -> Iterator[None]:
-    """No file of this process grows beyond `size` bytes: writing past it fails as it does on a full disk."""
+    """No file of this process grows beyond `size` bytes: writing past it fails as it does on a full
+    disk.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -182,7 +214,8 @@ def save(params: Path, values: Mapping[str, Any]) -> None:
     edit.save(params, values, GRAPH.sections)
 
 
-# What makes models in the shipped projects, and evaluate; what measures statements takes as long again.
+# What makes models in the shipped projects, and evaluate; what measures statements takes as long
+# again.
 SHIPPED = {name: stage for name, stage in STAGES.items() if f"\n{name}:" in all_params()}
 PIPELINE = [name for name, stage in SHIPPED.items() if not stage.is_measurement]
 BRIEF = (
@@ -191,10 +224,22 @@ BRIEF = (
     *(f"finetune_{method}.epochs=2" for method in METHODS if f"finetune_{method}" in PIPELINE),
     "finetune_sweep.grid={rank: [1, 2]}",
     *(f"{name}.seeds=[0]" for name, stage in STAGES.items() if stage.kind == "study"),
-    *("study_fact_correction.epochs=2", "study_knowledge_correction.epochs=2", "study_trajectory.steps=[0, 2]"),
+    *(
+        "study_fact_correction.epochs=2",
+        "study_knowledge_correction.epochs=2",
+        "study_trajectory.steps=[0, 2]",
+    ),
     *("study_fact_correction.alphas=[1.0, 4.0]", "study_fact_correction.learning_rates=[2e-3]"),
-    *("study_rank.ranks=[1, 2]", "study_rank.alphas=[1.0]", "study_rank.learning_rates=[1e-3, 3e-3]"),
-    *("study_learning_rate.epochs=2", "study_learning_rate.ranks=[1, 2]", "study_learning_rate.full_rates=[1e-3]"),
+    *(
+        "study_rank.ranks=[1, 2]",
+        "study_rank.alphas=[1.0]",
+        "study_rank.learning_rates=[1e-3, 3e-3]",
+    ),
+    *(
+        "study_learning_rate.epochs=2",
+        "study_learning_rate.ranks=[1, 2]",
+        "study_learning_rate.full_rates=[1e-3]",
+    ),
     "study_learning_rate.learning_rates=[1e-3, 3e-3]",
     "study_forgetting.every=1",
     *("study_spectrum.extracted=[1, 64]", "study_intrinsic_dimension.dimensions=[64]"),

@@ -12,11 +12,17 @@ from tests.helpers.process import SERVER
 
 
 def run_ranks(
-    size: int, function: Callable[..., Any], *arguments: Any, grouped: bool = True, seconds: float = 600
+    size: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    grouped: bool = True,
+    seconds: float = 600,
 ) -> list[Any]:
-    """What a module's function returns on each rank; it must be small and picklable. Raises if one of them raised.
+    """What a module's function returns on each rank; it must be small and picklable. Raises if one
+    of them raised.
 
-    Unless `grouped`, the function makes the group itself; a rank without a result after so many `seconds` gives None.
+    Unless `grouped`, the function makes the group itself; a rank without a result after so many
+    `seconds` gives None.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -25,7 +31,9 @@ def run_ranks(
     for rank in range(size):
         ours, theirs = SERVER.Pipe(duplex=False)
         run = _run if grouped else _run_alone
-        process = SERVER.Process(target=run, args=(theirs, rank, size, port, function, arguments), daemon=True)
+        process = SERVER.Process(
+            target=run, args=(theirs, rank, size, port, function, arguments), daemon=True
+        )
         process.start()
         theirs.close()
         pipes.append(ours)
@@ -52,7 +60,12 @@ def _received(pipe: Connection, seconds: float) -> Any:
 
 
 def _run(
-    pipe: Connection, rank: int, size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]
+    pipe: Connection,
+    rank: int,
+    size: int,
+    port: int,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
     import torch.distributed as dist
 
@@ -65,7 +78,12 @@ def _run(
 
 
 def _run_alone(
-    pipe: Connection, rank: int, size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]
+    pipe: Connection,
+    rank: int,
+    size: int,
+    port: int,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
     import traceback
 

@@ -1,4 +1,6 @@
-"""Toy transformers models as training sees them, the same weights in stock transformers, and examples to learn."""
+"""Toy transformers models as training sees them, the same weights in stock transformers, and
+examples to learn.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,11 +31,19 @@ from tests.helpers.projects import make_one
 ROWS = 97
 
 
-def toy(name: str, dtype: torch.dtype = torch.float32, std: float = 0.3, **settings: Any) -> TransformersModel:
+def toy(
+    name: str, dtype: torch.dtype = torch.float32, std: float = 0.3, **settings: Any
+) -> TransformersModel:
     """A family's toy with random weights, their logits far apart."""
     family = {**FAMILIES, **MIXTURES}[name]
     ids = {"vocab_size": ROWS, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    config = {**family.config, **ids, "tie_word_embeddings": family.tied, "model_type": family.kind, **settings}
+    config = {
+        **family.config,
+        **ids,
+        "tie_word_embeddings": family.tied,
+        "model_type": family.kind,
+        **settings,
+    }
     model = from_config(config, torch.float32)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -47,7 +57,8 @@ def stock(model: TransformersModel) -> Any:
     """The same weights in transformers' own model, with its own attention written out."""
     config = AutoConfig.for_model(**model.describe())
     theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(model.dtype)
-    theirs.load_state_dict(model.state_dict(), strict=False)  # a tied head is in the model's own dict alone
+    # a tied head is in the model's own dict alone
+    theirs.load_state_dict(model.state_dict(), strict=False)
     theirs.tie_weights()
     return theirs.eval()
 
@@ -55,10 +66,14 @@ def stock(model: TransformersModel) -> Any:
 def loss_alone(theirs: Any, window: Window) -> torch.Tensor:
     """Sum of a sequence's cross-entropies, from all of its logits."""
     logits = theirs(input_ids=torch.tensor([window.ids])).logits[0].float()
-    return F.cross_entropy(logits, torch.tensor(window.labels), ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(
+        logits, torch.tensor(window.labels), ignore_index=IGNORED, reduction="sum"
+    )
 
 
-def windows_of(lengths: Sequence[int], asked: Callable[[int], int] = lambda _: 0, seed: int = 0) -> list[Window]:
+def windows_of(
+    lengths: Sequence[int], asked: Callable[[int], int] = lambda _: 0, seed: int = 0
+) -> list[Window]:
     """Random sequences of so many tokens; the labels of the first `asked(length)` do not count."""
     generator = torch.Generator().manual_seed(seed)
     found = []
@@ -80,9 +95,15 @@ def with_lora(
     names: tuple[str, ...] = ("q_proj", "v_proj"),
     **spec: Any,
 ) -> TransformersModel:
-    """The model with LoRA, on queries and values if no other names are given; A and B are no longer at zero."""
+    """The model with LoRA, on queries and values if no other names are given; A and B are no longer
+    at zero.
+    """
     torch.manual_seed(1)
-    attach(model, AdapterSpec(3, 6.0, names, saved=model.embedding_and_head if saved else (), **spec), dtype)
+    attach(
+        model,
+        AdapterSpec(3, 6.0, names, saved=model.embedding_and_head if saved else (), **spec),
+        dtype,
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("lora_B"):
@@ -90,7 +111,9 @@ def with_lora(
     return model
 
 
-def trained(model: CausalLM, batches: Batches, settings: Training, **task: Any) -> tuple[list[Step], FlatOptimizer]:
+def trained(
+    model: CausalLM, batches: Batches, settings: Training, **task: Any
+) -> tuple[list[Step], FlatOptimizer]:
     """Every step of the loop; the model is then as training leaves it."""
     optimizer = build_optimizer(model, settings)
     return list(steps_of(model, batches, settings, optimizer, **task)), optimizer
@@ -104,7 +127,10 @@ def steps_of(
 
 
 def gradient_of(
-    model: CausalLM, batches: list[Batch], optimizer: FlatOptimizer, retain: RetentionLoss | None = None
+    model: CausalLM,
+    batches: list[Batch],
+    optimizer: FlatOptimizer,
+    retain: RetentionLoss | None = None,
 ) -> Gradient:
     """Backward through these batches as one step, collected in the optimizer."""
     learner = Learner(Training(), cast(Batches, [batches]), retain)

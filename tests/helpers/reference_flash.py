@@ -1,20 +1,22 @@
-"""Torch's fused attention in plain mathematics, on the CPU: what a GPU's kernels are called with, and what they hand
-back, is checked and computed without one.
+"""Torch's fused attention in plain mathematics, on the CPU: what a GPU's kernels are called with,
+and what they hand back, is checked and computed without one.
 
-While `reference_flash` is entered, `aten._flash_attention_forward` and `_backward` of packed sequences run on CPU
-tensors, and this project takes a CPU for a device that has them. So torch's own `varlen_attn`, its autograd and our
-calls of them run. The memory-efficient kernel of a causal row does, too.
+While `reference_flash` is entered, `aten._flash_attention_forward` and `_backward` of packed
+sequences run on CPU tensors, and this project takes a CPU for a device that has them. So torch's
+own `varlen_attn`, its autograd and our calls of them run. The memory-efficient kernel of a causal
+row does, too.
 
-Shown: arguments that the C++ of torch 2.13 rejects (dtypes, head sizes, strides, shapes, the log-sum-exp's layout) are
-rejected, and those it trusts without a check are held to what it makes of them: queries beyond `max_q` are left
-unwritten (NaN here), keys are those between two starts, a window of -1 is none. Also whether backward was asked to add
-in a fixed order (`Calls.repeatable`).
+Shown: arguments that the C++ of torch 2.13 rejects (dtypes, head sizes, strides, shapes, the
+log-sum-exp's layout) are rejected, and those it trusts without a check are held to what it makes of
+them: queries beyond `max_q` are left unwritten (NaN here), keys are those between two starts, a
+window of -1 is none. Also whether backward was asked to add in a fixed order (`Calls.repeatable`).
 
-Not shown: that a kernel exists for these sizes on a card, its rounding (here fp32 inside, one rounding out), its speed
-and memory, races, and anything about torch's choice among kernels in `scaled_dot_product_attention`.
+Not shown: that a kernel exists for these sizes on a card, its rounding (here fp32 inside, one
+rounding out), its speed and memory, races, and anything about torch's choice among kernels in
+`scaled_dot_product_attention`.
 
-`rocm` is what AMD's AOTriton does of this without its newer interface: log-sum-exps padded to (B, H, max_q), windows
-ignored, and a causal mask aligned with the first key instead of the last.
+`rocm` is what AMD's AOTriton does of this without its newer interface: log-sum-exps padded to (B,
+H, max_q), windows ignored, and a causal mask aligned with the first key instead of the last.
 """
 
 from collections.abc import Iterator
@@ -33,7 +35,8 @@ from pipeline.models import kernels
 @dataclass
 class Calls:
     forward: int = 0
-    repeatable: list[bool] = field(default_factory=list)  # of each backward: was a fixed order asked for
+    # of each backward: was a fixed order asked for
+    repeatable: list[bool] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -55,17 +58,32 @@ class _Sequences:
     def __post_init__(self) -> None:
         q, k, v, (T, H, K), G = self.q, self.k, self.v, self.q.shape, self.k.shape[1]
         largest = 512 if self.rocm else 256
-        assert q.dtype in (torch.float16, torch.bfloat16), "FlashAttention only support fp16 and bf16 data type"
+        assert q.dtype in (torch.float16, torch.bfloat16), (
+            "FlashAttention only support fp16 and bf16 data type"
+        )
         assert k.dtype == v.dtype == q.dtype, "query, key and value must have the same dtype"
-        assert all(x.stride(-1) == 1 for x in (q, k, v)), "Input tensor must have contiguous last dimension"
+        assert all(x.stride(-1) == 1 for x in (q, k, v)), (
+            "Input tensor must have contiguous last dimension"
+        )
         assert largest >= K and K % 8 == 0, f"head size {K}"
         assert H % G == 0, "Number of heads in key/value must divide number of heads in query"
-        assert k.shape == v.shape == (len(k), G, K), f"k {tuple(k.shape)} and v {tuple(v.shape)} for q's head size {K}"
-        for starts, total, longest in ((self.q_starts, T, self.max_q), (self.k_starts, len(k), self.max_k)):
-            assert starts.dtype == torch.int32 and starts.is_contiguous(), "starts must be int32, side by side"
+        assert k.shape == v.shape == (len(k), G, K), (
+            f"k {tuple(k.shape)} and v {tuple(v.shape)} for q's head size {K}"
+        )
+        for starts, total, longest in (
+            (self.q_starts, T, self.max_q),
+            (self.k_starts, len(k), self.max_k),
+        ):
+            assert starts.dtype == torch.int32 and starts.is_contiguous(), (
+                "starts must be int32, side by side"
+            )
             assert starts.shape == self.q_starts.shape
-            assert int(starts[0]) == 0 and int(starts[-1]) == total, "no check of the C++: it would read beyond"
-            assert longest >= int(starts.diff().max()), "no check of the C++: it would leave out tokens"
+            assert int(starts[0]) == 0 and int(starts[-1]) == total, (
+                "no check of the C++: it would read beyond"
+            )
+            assert longest >= int(starts.diff().max()), (
+                "no check of the C++: it would leave out tokens"
+            )
         assert len(self.q_starts) > 1, "batch size must be positive"
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -79,7 +97,8 @@ class _Sequences:
         first, first_key = next(bounds)
         for stop, stop_key in bounds:
             t, s = stop - first, stop_key - first_key
-            own = torch.arange(t)[:, None] + (0 if self.rocm else s - t)  # the key at which a query stands
+            # the key at which a query stands
+            own = torch.arange(t)[:, None] + (0 if self.rocm else s - t)
             keys = torch.arange(s)[None]
             seen = torch.ones(t, s, dtype=torch.bool)
             seen &= (keys <= own + right) if right >= 0 else True
@@ -89,7 +108,10 @@ class _Sequences:
 
     def scores(self, queries: slice, keys: slice, seen: Tensor) -> Tensor:
         """(H, t, s) in fp32."""
-        scores = torch.einsum("thk,shk->hts", self.q[queries].float(), self.repeated(self.k)[keys]) * self.scale
+        scores = (
+            torch.einsum("thk,shk->hts", self.q[queries].float(), self.repeated(self.k)[keys])
+            * self.scale
+        )
         return scores.masked_fill(~seen, -torch.inf)
 
     def repeated(self, x: Tensor) -> Tensor:
@@ -104,7 +126,9 @@ class _Sequences:
 
     def unpad(self, lse: Tensor) -> Tensor:
         rows = lse.view(len(self.q_starts) - 1, -1, self.max_q)
-        return torch.cat([row[:, : len(seen)] for row, (_, _, seen) in zip(rows, self, strict=True)], 1)
+        return torch.cat(
+            [row[:, : len(seen)] for row, (_, _, seen) in zip(rows, self, strict=True)], 1
+        )
 
 
 def _forward(sequences: _Sequences) -> tuple[Tensor, Tensor]:
@@ -114,24 +138,33 @@ def _forward(sequences: _Sequences) -> tuple[Tensor, Tensor]:
     for queries, keys, seen in sequences:
         scores = sequences.scores(queries, keys, seen)
         weights = scores.softmax(-1).nan_to_num(0)  # of a query that sees no key
-        out[queries] = torch.einsum("hts,shk->thk", weights, sequences.repeated(sequences.v)[keys]).to(out.dtype)
+        out[queries] = torch.einsum(
+            "hts,shk->thk", weights, sequences.repeated(sequences.v)[keys]
+        ).to(out.dtype)
         lse[:, queries] = scores.logsumexp(-1)
     return out, lse
 
 
 def _backward(sequences: _Sequences, d_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
-    """Dao 2023 (arXiv 2307.08691), algorithm 2: weights are exp(scores − the log-sum-exp that is given)."""
+    """Dao 2023 (arXiv 2307.08691), algorithm 2: weights are exp(scores − the log-sum-exp that is
+    given).
+    """
     q, k, v = sequences.q, sequences.k, sequences.v
     assert out.shape == d_out.shape == q.shape, f"dout {tuple(d_out.shape)}, out {tuple(out.shape)}"
     assert out.dtype == d_out.dtype == q.dtype and out.stride(-1) == d_out.stride(-1) == 1
-    d_q, d_k, d_v = torch.zeros_like(q), *(torch.zeros(len(k), q.shape[1], q.shape[2]) for _ in range(2))
+    d_q, d_k, d_v = (
+        torch.zeros_like(q),
+        *(torch.zeros(len(k), q.shape[1], q.shape[2]) for _ in range(2)),
+    )
     for queries, keys, seen in sequences:
         weights = (sequences.scores(queries, keys, seen) - lse[:, queries, None]).exp()  # (H, t, s)
         grad = d_out[queries].float()
         drift = (grad * out[queries].float()).sum(-1).T[..., None]  # (H, t, 1)
         d_scores = torch.einsum("thk,shk->hts", grad, sequences.repeated(v)[keys]) - drift
         d_scores *= weights * sequences.scale
-        d_q[queries] = torch.einsum("hts,shk->thk", d_scores, sequences.repeated(k)[keys]).to(q.dtype)
+        d_q[queries] = torch.einsum("hts,shk->thk", d_scores, sequences.repeated(k)[keys]).to(
+            q.dtype
+        )
         d_k[keys] += torch.einsum("hts,thk->shk", d_scores, q[queries].float())
         d_v[keys] += torch.einsum("hts,thk->shk", weights, grad)
     shared = (len(k), k.shape[1], -1, q.shape[2])
@@ -139,9 +172,19 @@ def _backward(sequences: _Sequences, d_out: Tensor, out: Tensor, lse: Tensor) ->
 
 
 def _efficient_forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: None, keep: bool, dropout: float, causal: bool, *, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: None,
+    keep: bool,
+    dropout: float,
+    causal: bool,
+    *,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output (B, H, T, V) and log-sum-exp, (B, H, T) padded to a multiple of 32, of q and k (B, H, T, K)."""
+    """Output (B, H, T, V) and log-sum-exp, (B, H, T) padded to a multiple of 32, of q and k (B, H,
+    T, K).
+    """
     assert q.shape == k.shape and v.shape[:3] == q.shape[:3] and q.dtype == k.dtype == v.dtype
     assert causal and keep and bias is None and dropout == 0
     scores = _causal_scores(q, k, scale)
@@ -157,7 +200,15 @@ def _causal_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def _efficient_backward(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: None, out: Tensor, lse: Tensor, *rest: Any, scale: float
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: None,
+    out: Tensor,
+    lse: Tensor,
+    *rest: Any,
+    scale: float,
 ) -> tuple[Tensor, ...]:
     T = q.shape[2]
     assert rest[2:] == (0.0, [True, True, True, False], True) and bias is None
@@ -176,8 +227,13 @@ def reference_flash(rocm: bool = False) -> Iterator[Calls]:
 
     def sequences(*args: Any, **options: Any) -> _Sequences:
         q, k, v, q_starts, k_starts, max_q, max_k, dropout, causal = args
-        assert dropout == 0 and all(options.get(name) is None for name in ("seqused_k", "block_table", "alibi_slopes"))
-        window = tuple(-1 if (side := options[f"window_size_{name}"]) is None else side for name in ("left", "right"))
+        assert dropout == 0 and all(
+            options.get(name) is None for name in ("seqused_k", "block_table", "alibi_slopes")
+        )
+        window = tuple(
+            -1 if (side := options[f"window_size_{name}"]) is None else side
+            for name in ("left", "right")
+        )
         scale = q.shape[2] ** -0.5 if options.get("scale") is None else options["scale"]
         return _Sequences(q, k, v, q_starts, k_starts, max_q, max_k, causal, scale, window, rocm)  # type: ignore[arg-type]
 
@@ -188,14 +244,25 @@ def reference_flash(rocm: bool = False) -> Iterator[Calls]:
         seeds = torch.zeros(2, dtype=torch.uint64), torch.zeros((), dtype=torch.uint64)
         return out, given.pad(lse) if rocm else lse, *seeds, torch.zeros(0)
 
-    def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any, **options: Any):  # type: ignore[no-untyped-def]
+    def backward(  # type: ignore[no-untyped-def]
+        d_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *rest: Any,
+        **options: Any,
+    ):
         given = sequences(q, k, v, *rest[:6], **options)
         (T, H, _), B = q.shape, len(given.q_starts) - 1
         shape = (B, H, given.max_q) if rocm else (H, T)
         assert lse.dtype == torch.float32 and lse.is_contiguous()
         assert lse.shape == shape, f"logsumexp {tuple(lse.shape)} where the kernel reads {shape}"
         calls.repeatable.append(torch.get_deterministic_debug_mode() == 2)
-        return _backward(given, d_out.contiguous(), out.contiguous(), given.unpad(lse) if rocm else lse)
+        return _backward(
+            given, d_out.contiguous(), out.contiguous(), given.unpad(lse) if rocm else lse
+        )
 
     def efficient_backward(*args: Any, **options: Any) -> tuple[Tensor, ...]:
         calls.repeatable.append(torch.get_deterministic_debug_mode() == 2)

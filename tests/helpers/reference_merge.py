@@ -17,10 +17,12 @@ from pipeline.weights.streaming import RescaleRows, blocks
 def merged_model(model: CausalLM) -> CausalLM:
     """A new plain model with the adapter's changes in its weights; `model` is untouched.
 
-    What the adapter leaves alone is shared with `model`; what is kept in few bits is so no longer. A tied pair stays
-    one matrix, changed once; it is untied only where LoRA changed the head alone.
+    What the adapter leaves alone is shared with `model`; what is kept in few bits is so no longer.
+    A tied pair stays one matrix, changed once; it is untied only where LoRA changed the head alone.
     """
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    memo: dict[int, Any] = {
+        id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())
+    }
     plain = copy.deepcopy(model, memo)
     turned = model.describe().get("model_type") == "gpt2"
     for name, module in list(plain.named_modules()):
@@ -52,9 +54,15 @@ def _with_rows(module: EmbeddingRows | HeadRows) -> nn.Module:
 
 
 def merged(layer: LoRALinear | LoRAEmbedding, turned: bool) -> nn.Module:
-    """The layer as a new plain one of the base's kind; `layer` is untouched (the document's §4.4)."""
+    """The layer as a new plain one of the base's kind; `layer` is untouched (the document's
+    §4.4).
+    """
     base = layer.base
-    whole = base.weight_in(torch.float32) if isinstance(base, QuantizedLinear) else weight_of(base).detach()
+    whole = (
+        base.weight_in(torch.float32)
+        if isinstance(base, QuantizedLinear)
+        else weight_of(base).detach()
+    )
     parts = [(rows, whole[rows]) for rows in blocks(*whole.shape)]
     edit = layer_edit(layer)
     edit = edit.with_norms(parts) if isinstance(edit, RescaleRows) else edit

@@ -1,8 +1,9 @@
 """A device that rounds otherwise: results of products in bf16 move by one unit in the last place.
 
-What moves follows from the shape of the result, as on a GPU, where another number of rows has another kernel: the same
-product gives the same numbers, and a sequence gives others beside another than alone. It shows whether what is compared
-is compared as it must be there. It does not show how far a real GPU goes, nor anything of its kernels.
+What moves follows from the shape of the result, as on a GPU, where another number of rows has
+another kernel: the same product gives the same numbers, and a sequence gives others beside another
+than alone. It shows whether what is compared is compared as it must be there. It does not show how
+far a real GPU goes, nor anything of its kernels.
 """
 
 from typing import Any

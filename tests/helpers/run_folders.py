@@ -11,14 +11,22 @@ from typing import TextIO
 from pipeline.project.logs.run_log import COLUMNS, OPTIONAL, TELEMETRY_COLUMNS, write_run_outcomes
 
 HEADER = ",".join(COLUMNS) + "\n"
-START = {"finetune_full": 4.0, "finetune_freeze": 5.0, "finetune_lora": 6.0, "pretrain": 3.0, "train_from_scratch": 3.5}
+START = {
+    "finetune_full": 4.0,
+    "finetune_freeze": 5.0,
+    "finetune_lora": 6.0,
+    "pretrain": 3.0,
+    "train_from_scratch": 3.5,
+}
 
 
 def lines(start: float, first: int, last: int) -> str:
     """Steps `first` to `last` of a loss that falls from `start`, six steps an epoch."""
     text = ""
     for step in range(first, last + 1):
-        loss = start * math.exp(-step / 40) + 0.05 + 0.2 * abs(math.sin(step * step)) / (1 + step / 50)
+        loss = (
+            start * math.exp(-step / 40) + 0.05 + 0.2 * abs(math.sin(step * step)) / (1 + step / 50)
+        )
         text += f"{step},{(step - 1) // 6 + 1},{loss:.7g},0.001,{loss / 2:.7g},{step * 16}\n"
     return text
 
@@ -43,7 +51,12 @@ def write_measured(root: Path, stage: str = "finetune_lora", every: int = 30) ->
 
 
 def write_run(
-    root: Path, stage: str, steps: int = 300, state: str = "done", message: str = "", total: int = 300
+    root: Path,
+    stage: str,
+    steps: int = 300,
+    state: str = "done",
+    message: str = "",
+    total: int = 300,
 ) -> Path:
     """A run folder with its logs and journal; returns it."""
     folder = root / "runs" / stage
@@ -63,7 +76,9 @@ def write_sweep(
     state: str = "done",
     steps: int = 300,
 ) -> Path:
-    """A sweep's run folder: name → the loss its curve falls from; and of those that ended early, how and when."""
+    """A sweep's run folder: name → the loss its curve falls from; and of those that ended early,
+    how and when.
+    """
     ends = ends or {}
     folder = root / "runs/finetune_sweep"
     for name, start in losses.items():
@@ -79,7 +94,9 @@ def write_sweep(
 
 
 def write_ends(folder: Path, ends: Mapping[str, tuple[str, int]]) -> None:
-    write_run_outcomes(folder, {name: {"state": end, "steps": last} for name, (end, last) in ends.items()})
+    write_run_outcomes(
+        folder, {name: {"state": end, "steps": last} for name, (end, last) in ends.items()}
+    )
 
 
 def journal(folder: Path, state: str, done: int, total: int = 300, message: str = "") -> None:

@@ -1,10 +1,11 @@
 """A stand-in for an accelerator that holds no numbers. It shows what an accelerator would wait for.
 
-It is `meta`, on which torch takes no kernel of a GPU; or, where LORA_STAND_IN says cuda, the device of cuda_device.py.
-While `watched`, everything is recorded that a GPU's owner would not want in a step: tensors made or computed on the
-host, copies to the device that the host waits for, reads of the device, and tensors as large as a row's scores. Where a
-number is read, it is a stand-in: what runs goes on as if all were well. `fake_accelerator.py` is the device that
-computes the CPU's numbers.
+It is `meta`, on which torch takes no kernel of a GPU; or, where LORA_STAND_IN says cuda, the device
+of cuda_device.py. While `watched`, everything is recorded that a GPU's owner would not want in a
+step: tensors made or computed on the host, copies to the device that the host waits for, reads of
+the device, and tensors as large as a row's scores. Where a number is read, it is a stand-in: what
+runs goes on as if all were well. `fake_accelerator.py` is the device that computes the CPU's
+numbers.
 """
 
 import os
@@ -33,8 +34,10 @@ HOME = Path(pipeline.__file__).parent
 COUNTED = {"nonzero", "masked_select", "unique_consecutive", "_unique2", "unique_dim", "bincount"}
 
 READ = "models/device.py:read_numbers _to_copy"  # of what is logged, once all of a step is queued
-QUEUED = ("models/device.py:to_device ", "training/update_rules.py:")  # the latter moments that stay on the host
-ONCE = tuple(f"models/experts/grouped_product.py:{each} " for each in ("agrees", "<genexpr>"))  # kernels are tried
+# the latter moments that stay on the host
+QUEUED = ("models/device.py:to_device ", "training/update_rules.py:")
+# kernels are tried
+ONCE = tuple(f"models/experts/grouped_product.py:{each} " for each in ("agrees", "<genexpr>"))
 # Where tensors are made on the host, and why: from there they are copied without a wait.
 HOSTED = {
     "training/batches.py": "a batch is made of lists, and is one table when it is copied",
@@ -62,11 +65,16 @@ HOSTED = {
 class Seen:
     """What happened, with the function of `pipeline` in which it did: how often each."""
 
-    reads: Counter[str] = field(default_factory=Counter)  # of the device: the host waits until all is computed
-    blocking: Counter[str] = field(default_factory=Counter)  # copies to the device from memory that is not pinned
-    queued: Counter[str] = field(default_factory=Counter)  # copies to the device that the host does not wait for
-    hosted: Counter[str] = field(default_factory=Counter)  # tensors with a dimension that were made on the CPU
-    square: Counter[str] = field(default_factory=Counter)  # tensors with two dimensions of a row's tokens
+    # of the device: the host waits until all is computed
+    reads: Counter[str] = field(default_factory=Counter)
+    # copies to the device from memory that is not pinned
+    blocking: Counter[str] = field(default_factory=Counter)
+    # copies to the device that the host does not wait for
+    queued: Counter[str] = field(default_factory=Counter)
+    # tensors with a dimension that were made on the CPU
+    hosted: Counter[str] = field(default_factory=Counter)
+    # tensors with two dimensions of a row's tokens
+    square: Counter[str] = field(default_factory=Counter)
 
     def clear(self) -> None:
         for counted in vars(self).values():
@@ -97,13 +105,20 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func._schema.name.removeprefix("aten::")
-        seen, given = self.seen, [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        seen, given = (
+            self.seen,
+            [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)],
+        )
         of_meta = any(map(_is_there, given))
         if name == "_local_scalar_dense" and of_meta:
             seen.reads[_where(name)] += 1
             return args[0].dtype == torch.bool or 1 if not args[0].dtype.is_floating_point else 1.0
         if name in ("_to_copy", "copy_", "_copy_from"):
-            source, target = (args[1], args[0]) if name == "copy_" else (args[0], kwargs.get("device") or args[0])
+            source, target = (
+                (args[1], args[0])
+                if name == "copy_"
+                else (args[0], kwargs.get("device") or args[0])
+            )
             to = target.device if isinstance(target, Tensor) else torch.device(target)
             if _is_there(source) and to.type == "cpu":
                 seen.reads[_where(name)] += 1
@@ -111,13 +126,22 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     return target.zero_()
                 zeros = torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
                 return zeros if (counted := getattr(source, "counted", None)) is None else counted
-            if not _is_there(source) and to.type == STAND_IN.type and source.dim() and source.numel():
-                queued = kwargs.get("non_blocking", False) or (name == "copy_" and len(args) > 2 and args[2])
+            if (
+                not _is_there(source)
+                and to.type == STAND_IN.type
+                and source.dim()
+                and source.numel()
+            ):
+                queued = kwargs.get("non_blocking", False) or (
+                    name == "copy_" and len(args) > 2 and args[2]
+                )
                 (seen.queued if queued else seen.blocking)[_where(name)] += 1
         if name in COUNTED and of_meta:
             seen.reads[_where(name)] += 1
             if name == "nonzero":
-                return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64, device=STAND_IN)
+                return torch.empty(
+                    args[0].numel(), args[0].dim(), dtype=torch.int64, device=STAND_IN
+                )
             if name == "bincount":
                 counts = torch.zeros(args[-1], dtype=torch.int64)
                 counts[0] = args[0].numel()
@@ -125,7 +149,9 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 counted.counted = counts  # type: ignore[attr-defined]  # what is read of it adds up
                 return counted
         if name in ("index", "index_put", "index_put_", "_index_put_impl_") and of_meta:
-            masks = [one for one in args[1] if one is not None and one.dtype in (torch.bool, torch.uint8)]
+            masks = [
+                one for one in args[1] if one is not None and one.dtype in (torch.bool, torch.uint8)
+            ]
             if masks and any(map(_is_there, masks)):
                 seen.reads[_where(f"{name} by a mask")] += 1
                 if name != "index":
@@ -144,7 +170,9 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Calls(TorchFunctionMode):
-    """What dispatch does not see of a meta tensor: those made of numbers, and which kernel a GPU takes."""
+    """What dispatch does not see of a meta tensor: those made of numbers, and which kernel a GPU
+    takes.
+    """
 
     def __init__(self, seen: Seen) -> None:
         super().__init__()
@@ -152,7 +180,10 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        made = func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or "cpu") == STAND_IN
+        made = (
+            func in (torch.tensor, torch.as_tensor)
+            and torch.device(kwargs.get("device") or "cpu") == STAND_IN
+        )
         made |= func is Tensor.new_tensor and _is_there(args[0]) and kwargs.get("device") is None
         if made and args[-1] != []:  # transformers' caches begin with that
             self.seen.blocking[_where(func.__name__)] += 1
@@ -162,7 +193,10 @@ class _Calls(TorchFunctionMode):
                 self.seen.blocking[_where(f"{func.__name__} by a list")] += 1
         if func is F.scaled_dot_product_attention and args[0].is_meta:
             return _as_on_a_gpu(func, *args, **kwargs)
-        repeats = func in (Tensor.repeat_interleave, torch.repeat_interleave) and kwargs.get("output_size") is None
+        repeats = (
+            func in (Tensor.repeat_interleave, torch.repeat_interleave)
+            and kwargs.get("output_size") is None
+        )
         if repeats and any(map(_is_there, args[1:2] or args[:1])):
             self.seen.reads[_where("repeat_interleave")] += 1
         return func(*args, **kwargs)
@@ -179,16 +213,20 @@ def _as_on_a_gpu(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """The fused kernel where a GPU has one. On meta torch would take the one that writes all scores."""
+    """The fused kernel where a GPU has one. On meta torch would take the one that writes all
+    scores.
+    """
     options: dict[str, Any] = {"dropout_p": 0.0, "is_causal": is_causal, "scale": scale}
     if attn_mask is not None or dropout_p:
-        out: Tensor = func(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        out: Tensor = func(
+            q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     elif q.dtype.itemsize == 2:
         out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, **options)[0]
     elif not enable_gqa:
-        out = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, torch.is_grad_enabled(), **options)[
-            0
-        ]
+        out = torch.ops.aten._scaled_dot_product_efficient_attention(
+            q, k, v, None, torch.is_grad_enabled(), **options
+        )[0]
     else:
         out = func(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=True)
     return out
@@ -203,7 +241,9 @@ def to_stand_in(model: Model) -> Model:
                 if tensor is not None and tensor not in moved:
                     there = tensor.detach().to(STAND_IN)
                     is_parameter = isinstance(tensor, nn.Parameter)
-                    moved[tensor] = nn.Parameter(there, tensor.requires_grad) if is_parameter else there
+                    moved[tensor] = (
+                        nn.Parameter(there, tensor.requires_grad) if is_parameter else there
+                    )
     for tensor, there in moved.items():
         for attribute in ("__class__", "__dict__"):
             own, other = getattr(tensor, attribute), getattr(there, attribute)
@@ -232,7 +272,9 @@ def _generator(device: torch.device | str = "cpu") -> torch.Generator:
 
 
 def refuse(seen: Seen, reads: Mapping[str, int]) -> None:
-    """Fails on whatever a GPU would wait for or should not hold; it may be read as often as `reads` says, and where."""
+    """Fails on whatever a GPU would wait for or should not hold; it may be read as often as `reads`
+    says, and where.
+    """
     for counted in (seen.reads, seen.blocking, seen.queued, seen.hosted):
         for where in [where for where in counted if where.startswith(ONCE)]:
             del counted[where]

@@ -28,11 +28,27 @@ class Terminal:
         command = ["tmux", "-L", self._socket, "-f", "/dev/null", *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    def open(self, command: str, folder: Path, size: tuple[int, int], environment: dict[str, str]) -> None:
-        self._tmux("new-session", "-d", "-s", "keep", "sleep 3600")  # the server lives on when the program ends
+    def open(
+        self, command: str, folder: Path, size: tuple[int, int], environment: dict[str, str]
+    ) -> None:
+        # the server lives on when the program ends
+        self._tmux("new-session", "-d", "-s", "keep", "sleep 3600")
         settings = [word for pair in environment.items() for word in ("-e", "=".join(pair))]
         columns, rows = map(str, size)
-        self._tmux("new-session", "-d", "-s", "app", "-x", columns, "-y", rows, "-c", str(folder), *settings, command)
+        self._tmux(
+            "new-session",
+            "-d",
+            "-s",
+            "app",
+            "-x",
+            columns,
+            "-y",
+            rows,
+            "-c",
+            str(folder),
+            *settings,
+            command,
+        )
 
     def screen(self) -> str:
         return self._tmux("capture-pane", "-p", "-t", "app")
@@ -40,7 +56,8 @@ class Terminal:
     def keys(self, *names: str) -> None:
         """Press keys by tmux's names: r, Enter, Escape, C-c.
 
-        Wait for what Escape does: a program that stalls reads it and the key after it as Alt and that key.
+        Wait for what Escape does: a program that stalls reads it and the key after it as Alt and
+        that key.
         """
         for name in names:
             self._tmux("send-keys", "-t", "app", name)
@@ -71,7 +88,9 @@ class Terminal:
         return screen
 
     def field(self, text: str, seconds: float = 30) -> None:
-        """Wait until the cursor, which Textual keeps in the field that has the keys, is in a line with `text`."""
+        """Wait until the cursor, which Textual keeps in the field that has the keys, is in a line
+        with `text`.
+        """
         end = time.monotonic() + seconds
         while text not in (line := self.screen().splitlines()[self._row()]):
             assert time.monotonic() < end, f"the cursor is not at {text} but here: {line}"
@@ -83,7 +102,9 @@ class Terminal:
         return next((line for line in lines if text in line), "")
 
     def redrawn(self, text: str, before: str, seconds: float = 30) -> None:
-        """Wait until the first line with `text` is no longer drawn as `before`: a focus that moved is a colour."""
+        """Wait until the first line with `text` is no longer drawn as `before`: a focus that moved
+        is a colour.
+        """
         end = time.monotonic() + seconds
         while self.drawn(text) in ("", before):
             assert time.monotonic() < end, f"{text} is still drawn as before:\n{self.screen()}"
@@ -93,7 +114,9 @@ class Terminal:
         return int(self._tmux("display-message", "-p", "-t", "app", "#{cursor_y}"))
 
     def close(self) -> None:
-        subprocess.run(["tmux", "-L", self._socket, "kill-server"], capture_output=True, check=False)
+        subprocess.run(
+            ["tmux", "-L", self._socket, "kill-server"], capture_output=True, check=False
+        )
 
 
 @contextmanager

@@ -1,4 +1,6 @@
-"""TRL's trainers on the batches of our preference losses: their losses, rewards and gradients beside ours."""
+"""TRL's trainers on the batches of our preference losses: their losses, rewards and gradients
+beside ours.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,13 +22,21 @@ from pipeline.adapters.peft import save_adapter
 from pipeline.data.examples import IGNORED, Window
 from pipeline.models.transformers_model import TransformersModel
 from pipeline.stages.methods.dpo import FinetuneDpo
-from pipeline.training.preferences.losses import Answers, answer_batch, batch_of, likelihood, preference
+from pipeline.training.preferences.losses import (
+    Answers,
+    answer_batch,
+    batch_of,
+    likelihood,
+    preference,
+)
 
 TOKENS = 60  # of a tokenizer that the trainers ask for, and whose ids no batch has
 
 
 def answers_of(windows: Sequence[Window], **more: Any) -> Answers:
-    return Answers(windows, lambda n: f"f.jsonl:{n + 1}", ((range(len(windows) // 2), 1.0),), **more)
+    return Answers(
+        windows, lambda n: f"f.jsonl:{n + 1}", ((range(len(windows) // 2), 1.0),), **more
+    )
 
 
 def reference_of(model: TransformersModel, answers: Answers) -> Tensor:
@@ -38,7 +48,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {f"t{n}": n for n in range(TOKENS)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="t2"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1", pad_token="t1", bos_token="t0")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="t1", pad_token="t1", bos_token="t0"
+    )
 
 
 def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
@@ -63,10 +75,14 @@ def inputs_of(windows: Sequence[Window], prefix: str = "") -> dict[str, Tensor]:
     }
 
 
-def trainer_of(kind: Any, config: Any, model: Any, folder: Path, rows: dict[str, list[Any]], **options: Any) -> Any:
+def trainer_of(
+    kind: Any, config: Any, model: Any, folder: Path, rows: dict[str, list[Any]], **options: Any
+) -> Any:
     plain = {"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
     args = config(str(folder / "trl"), **plain, **options)
-    trainer = kind(model, args=args, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer())
+    trainer = kind(
+        model, args=args, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer()
+    )
     if "ref" in model.peft_config:  # a copy of the adapter; without it, the reference is the base
         model.delete_adapter("ref")
     return trainer
@@ -75,16 +91,30 @@ def trainer_of(kind: Any, config: Any, model: Any, folder: Path, rows: dict[str,
 PAIR = {"prompt": ["t5 t6"], "chosen": ["t7 t8"], "rejected": ["t9"]}
 
 
-def of_dpo(model: Any, windows: Sequence[Window], folder: Path, **options: Any) -> tuple[Tensor, list[float]]:
+def of_dpo(
+    model: Any, windows: Sequence[Window], folder: Path, **options: Any
+) -> tuple[Tensor, list[float]]:
     trainer = trainer_of(DPOTrainer, DPOConfig, model, folder, PAIR, **options)
     loss = trainer.compute_loss(trainer.model.train(), inputs_of([*windows[::2], *windows[1::2]]))
-    return loss, [trainer._metrics["train"][f"rewards/{name}"][0] for name in ("chosen", "rejected")]
+    return loss, [
+        trainer._metrics["train"][f"rewards/{name}"][0] for name in ("chosen", "rejected")
+    ]
 
 
-def of_kto(model: Any, windows: Sequence[Window], folder: Path, **options: Any) -> tuple[Tensor, list[float]]:
-    rows: dict[str, list[Any]] = {"prompt": ["t5", "t6"], "completion": ["t7", "t8"], "label": [True, False]}
+def of_kto(
+    model: Any, windows: Sequence[Window], folder: Path, **options: Any
+) -> tuple[Tensor, list[float]]:
+    rows: dict[str, list[Any]] = {
+        "prompt": ["t5", "t6"],
+        "completion": ["t7", "t8"],
+        "label": [True, False],
+    }
     trainer = trainer_of(KTOTrainer, KTOConfig, model, folder, rows, **options)
-    inputs = {**inputs_of(windows[::2]), **inputs_of(windows[1::2], "KL_"), "label": torch.tensor(LABELS)}
+    inputs = {
+        **inputs_of(windows[::2]),
+        **inputs_of(windows[1::2], "KL_"),
+        "label": torch.tensor(LABELS),
+    }
     loss = trainer.compute_loss(trainer.model.train(), inputs)
     return loss, []
 
@@ -101,13 +131,19 @@ def concatenated(windows: Sequence[Window]) -> dict[str, Tensor]:
     return found
 
 
-def of_cpo(model: Any, windows: Sequence[Window], folder: Path, **options: Any) -> tuple[Tensor, list[float]]:
-    trainer = trainer_of(CPOTrainer, CPOConfig, model, folder, PAIR, loss_type="simpo", cpo_alpha=0.0, **options)
+def of_cpo(
+    model: Any, windows: Sequence[Window], folder: Path, **options: Any
+) -> tuple[Tensor, list[float]]:
+    trainer = trainer_of(
+        CPOTrainer, CPOConfig, model, folder, PAIR, loss_type="simpo", cpo_alpha=0.0, **options
+    )
     loss, metrics = trainer.get_batch_loss_metrics(trainer.model.train(), concatenated(windows))
     return loss, [metrics[f"rewards/{name}"] for name in ("chosen", "rejected")]
 
 
-def of_orpo(model: Any, windows: Sequence[Window], folder: Path, **options: Any) -> tuple[Tensor, list[float]]:
+def of_orpo(
+    model: Any, windows: Sequence[Window], folder: Path, **options: Any
+) -> tuple[Tensor, list[float]]:
     trainer = trainer_of(ORPOTrainer, ORPOConfig, model, folder, PAIR, **options)
     loss, metrics = trainer.get_batch_loss_metrics(trainer.model.train(), concatenated(windows))
     return loss, [float(metrics[f"rewards/{name}"]) for name in ("chosen", "rejected")]
@@ -124,7 +160,11 @@ CASES: dict[str, tuple[dict[str, Any], Theirs, dict[str, Any]]] = {
     "ipo": ({"loss": "ipo", "beta": 0.4}, of_dpo, {"beta": 0.4, "loss_type": ["ipo"]}),
     "kto": ({"loss": "kto", "beta": 0.2}, of_kto, {"beta": 0.2}),
     "orpo": ({"loss": "orpo", "beta": 0.3}, of_orpo, {"beta": 0.3}),
-    "simpo": ({"loss": "simpo", "beta": 2.0, "simpo_gamma": 0.7}, of_cpo, {"beta": 2.0, "simpo_gamma": 0.7}),
+    "simpo": (
+        {"loss": "simpo", "beta": 2.0, "simpo_gamma": 0.7},
+        of_cpo,
+        {"beta": 2.0, "simpo_gamma": 0.7},
+    ),
     "simpo, smoothed": (
         {"loss": "simpo", "beta": 2.0, "label_smoothing": 0.1},
         of_cpo,
@@ -134,7 +174,9 @@ CASES: dict[str, tuple[dict[str, Any], Theirs, dict[str, Any]]] = {
 
 
 class Compared(NamedTuple):
-    """(ours, TRL's) of a batch: the losses, the mean rewards of both kinds, each tensor's gradient."""
+    """(ours, TRL's) of a batch: the losses, the mean rewards of both kinds, each tensor's
+    gradient.
+    """
 
     losses: tuple[Tensor, Tensor]
     rewards: list[tuple[float, float]]
@@ -142,9 +184,16 @@ class Compared(NamedTuple):
 
 
 def compared(
-    ours: TransformersModel, plain: Any, spec: AdapterSpec, windows: Sequence[Window], case: str, folder: Path
+    ours: TransformersModel,
+    plain: Any,
+    spec: AdapterSpec,
+    windows: Sequence[Window],
+    case: str,
+    folder: Path,
 ) -> Compared:
-    """The loss `case` of three pairs by both. `plain`: transformers' model with the weights of the base of `ours`."""
+    """The loss `case` of three pairs by both. `plain`: transformers' model with the weights of the
+    base of `ours`.
+    """
     save_adapter(folder, ours, spec, "base")
     theirs = PeftModel.from_pretrained(plain, folder, is_trainable=True)
     given, of_trl, options = CASES[case]
@@ -153,14 +202,23 @@ def compared(
     answers = answers_of(windows, **desirable)
     if settings.loss in ("dpo", "ipo", "kto"):
         answers = answers_of(windows, reference=reference_of(ours, answers), **desirable)
-    mine = preference(ours.train(), answer_batch(answers, range(3), whole=settings.loss == "orpo"), settings)
+    mine = preference(
+        ours.train(), answer_batch(answers, range(3), whole=settings.loss == "orpo"), settings
+    )
     torch.autograd.backward(mine.loss)
     loss, rewards = of_trl(theirs, windows, folder, **options)
     torch.autograd.backward(loss)
-    wanted = {name.replace(".default", ""): p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    wanted = {
+        name.replace(".default", ""): p.grad
+        for name, p in theirs.named_parameters()
+        if p.requires_grad
+    }
     found = {name: parameter.grad for name, parameter in tensors(ours, spec).items()}
     return Compared(
         (mine.loss.detach(), loss.detach()),
-        [(one.mean().item(), float(other)) for one, other in zip((mine.chosen, mine.rejected), rewards, strict=False)],
+        [
+            (one.mean().item(), float(other))
+            for one, other in zip((mine.chosen, mine.rejected), rewards, strict=False)
+        ],
         {name: (grad, wanted[name]) for name, grad in found.items() if grad is not None},
     )

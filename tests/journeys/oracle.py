@@ -1,4 +1,5 @@
-"""What a default run makes and what the commands say, recorded before a change that must change nothing.
+"""What a default run makes and what the commands say, recorded before a change that must change
+nothing.
 
     python -m tests.journeys.oracle record before.json [FOLDER …]    after `dvc repro`, in FOLDERs that have artifacts/
     python -m tests.journeys.oracle compare before.json after.json   exit code 1 if weights, tables or verdicts differ
@@ -36,12 +37,23 @@ def record(folders: list[Path]) -> Record:
         if path.is_file()
     }
     return {
-        "weights": {name: tensors_digest(path) for name, path in artifacts.items() if path.suffix == ".safetensors"},
-        "tables": {name: file_digest(path) for name, path in artifacts.items() if path.suffix == ".csv"},
+        "weights": {
+            name: tensors_digest(path)
+            for name, path in artifacts.items()
+            if path.suffix == ".safetensors"
+        },
+        "tables": {
+            name: file_digest(path) for name, path in artifacts.items() if path.suffix == ".csv"
+        },
         "verdicts": verdicts(artifacts["claims/claims.json"]),
-        "snapshots": {path.name: file_digest(path) for path in sorted((ROOT / "tests").rglob("*.svg"))},
+        "snapshots": {
+            path.name: file_digest(path) for path in sorted((ROOT / "tests").rglob("*.svg"))
+        },
         "help": dict(help_texts()),
-        "calc": {model: json.loads(lora("calc", "--model", model, "--r", "8", "--json")) for model in MODELS},
+        "calc": {
+            model: json.loads(lora("calc", "--model", model, "--r", "8", "--json"))
+            for model in MODELS
+        },
     }
 
 

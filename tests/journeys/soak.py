@@ -1,14 +1,17 @@
-"""A soak: commands are killed at random moments, and results must have the bytes of an undisturbed run.
+"""A soak: commands are killed at random moments, and results must have the bytes of an undisturbed
+run.
 
     python -m tests.journeys.soak --kills 200 --seed 0
 
-Every stage, export format and container of data is found in its registry. A command is killed after a random share of
-its time, or right before or after a random change of a file. Then each result is absent, as it was before, or complete;
-run again, the command ends and leaves what it leaves undisturbed, and no file more. `lora serve` and the terminal UI's
-inference process are killed while they load and answer: started again they answer the same, and no file has changed.
+Every stage, export format and container of data is found in its registry. A command is killed after
+a random share of its time, or right before or after a random change of a file. Then each result is
+absent, as it was before, or complete; run again, the command ends and leaves what it leaves
+undisturbed, and no file more. `lora serve` and the terminal UI's inference process are killed while
+they load and answer: started again they answer the same, and no file has changed.
 
-What is not compared: the contents of `runs/` (times, memory, process ids; of its files only the names are), and
-`tokens_per_second` in an export's certificate. A tracker's event files have times and process ids in their names.
+What is not compared: the contents of `runs/` (times, memory, process ids; of its files only the
+names are), and `tokens_per_second` in an export's certificate. A tracker's event files have times
+and process ids in their names.
 """
 
 import argparse
@@ -46,11 +49,21 @@ from tests.helpers.projects import COMMAND, GIVEN, LORA, make, played, save
 from tests.helpers.projects import new_project as new_document
 from tui.services.engine_client import EngineDied, Inference
 
-IMPORTED = (  # by commands, which then start at once; a kill while a library is imported shows little
+# by commands, which then start at once; a kill while a library is imported shows little
+IMPORTED = (
     *dict.fromkeys(module for module, _ in COMMANDS.values()),
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "gguf", "uvicorn", "pyarrow.parquet"),
-    *("pipeline.document.runner", "pipeline.document.studies", "pipeline.stages.quickstart", "pipeline.data.convert"),
-    *("pipeline.export.model_card", "pipeline.export.gguf.writer", "pipeline.inference.http.server"),
+    *(
+        "pipeline.document.runner",
+        "pipeline.document.studies",
+        "pipeline.stages.quickstart",
+        "pipeline.data.convert",
+    ),
+    *(
+        "pipeline.export.model_card",
+        "pipeline.export.gguf.writer",
+        "pipeline.inference.http.server",
+    ),
     *("pipeline.inference.engine", "pipeline.weights.import_adapter", "pipeline.weights.extract"),
 )
 TRIES = 6  # for a kill: on a busy machine a command may end before its moment comes
@@ -64,7 +77,9 @@ BEFORE, WHILE, AFTER = "before", "while", "after"
 
 @dataclass
 class Kill:
-    """One kill: when it hit with regard to writing, what was wrong then, and whether the next run resumed."""
+    """One kill: when it hit with regard to writing, what was wrong then, and whether the next run
+    resumed.
+    """
 
     phase: str
     problems: list[str]
@@ -73,7 +88,8 @@ class Kill:
 
 @dataclass(frozen=True)
 class Command:
-    """A command that writes `made`, each of which exists whole or not at all; `dropped` is removed before it starts.
+    """A command that writes `made`, each of which exists whole or not at all; `dropped` is removed
+    before it starts.
 
     `replaces`: whether it replaces an earlier result in its place.
     """
@@ -90,7 +106,9 @@ class Command:
 
 
 def build_document(root: Path, measured: bool) -> None:
-    """The product's and the document's project in one, with a section for every method; `measured`: its studies too."""
+    """The product's and the document's project in one, with a section for every method; `measured`:
+    its studies too.
+    """
     new_document(root)
     text = (root / "params.yaml").read_text(encoding="utf-8")
     for name, stage in GRAPH.stages.items():
@@ -103,7 +121,9 @@ def build_document(root: Path, measured: bool) -> None:
 
 
 def build_adapters(root: Path) -> None:
-    """A toy Llama, two adapters on it, the first merged into it, and a project that would import it."""
+    """A toy Llama, two adapters on it, the first merged into it, and a project that would import
+    it.
+    """
     from pipeline.adapters.config import AdapterSpec
     from pipeline.export.formats.merged import merging_of
     from pipeline.weights.merge import merge_to
@@ -125,7 +145,9 @@ def commands() -> Iterator[Command]:
         if name.startswith(("pretrain", "train_", "finetune_", "study_", "figures")):
             words += ["--checkpoint-every", "5"]
         project = "adapters" if name == "import" else "document"
-        yield Command(name, tuple(words), project, (stage.path,), (f"{OWN_CACHE}/{name}", f"runs/{name}"))
+        yield Command(
+            name, tuple(words), project, (stage.path,), (f"{OWN_CACHE}/{name}", f"runs/{name}")
+        )
     sweep, path = GRAPH.stages["finetune_sweep"], GRAPH.stages["finetune_lora"].path
     applied = ("finetune", "sweep", "--apply", "--set=finetune_sweep.grid={rank: [1, 3]}")
     dropped = (f"{OWN_CACHE}/{sweep.name}", f"runs/{sweep.name}")
@@ -139,13 +161,35 @@ def commands() -> Iterator[Command]:
     yield Command("cache prune", ("cache", "prune"), "document")
     for name in FORMATS:
         yield _writes(f"export {name}", "export", "adapter", "--format", name)
-    yield _writes("push --dry-run", "push", "adapter", "me/mine", "--base-name", "me/base", "--dry-run")
+    yield _writes(
+        "push --dry-run", "push", "adapter", "me/mine", "--base-name", "me/base", "--dry-run"
+    )
     yield _writes("merge --adapter", "merge", "--adapter", "adapter")
     yield _writes("adapters import", "adapters", "import", "adapter")
-    yield _writes("adapters combine", "adapters", "combine", "adapter", "second", "--method", "svd", "--rank", "4")
+    yield _writes(
+        "adapters combine",
+        "adapters",
+        "combine",
+        "adapter",
+        "second",
+        "--method",
+        "svd",
+        "--rank",
+        "4",
+    )
     yield _writes("adapters compress", "adapters", "compress", "adapter", "--rank", "2")
     yield _writes("spectrum --rank", "spectrum", "base", "merged", "--rank", "2")
-    yield _writes("spectrum --damp", "spectrum", "base", "adapter", "--intruders", "--epsilon", "1", "--damp", "0")
+    yield _writes(
+        "spectrum --damp",
+        "spectrum",
+        "base",
+        "adapter",
+        "--intruders",
+        "--epsilon",
+        "1",
+        "--damp",
+        "0",
+    )
     for suffix in WRITERS:
         converted = ("data", "convert", "data/texts.jsonl", f"out{suffix}", "--force")
         yield Command(f"data convert {suffix}", converted, "adapters", (f"out{suffix}",))
@@ -157,7 +201,9 @@ def commands() -> Iterator[Command]:
 
 def _longer(name: str) -> Iterator[str]:
     """Settings under which a training of a few steps takes long enough for several checkpoints."""
-    if name in ("pretrain", "train_from_scratch") or (name.startswith("finetune_") and name != "finetune_sweep"):
+    if name in ("pretrain", "train_from_scratch") or (
+        name.startswith("finetune_") and name != "finetune_sweep"
+    ):
         yield f"{name}.epochs=6"
 
 
@@ -198,7 +244,9 @@ def _without(value: Any, key: str) -> Any:
 
 
 def below(files: Files, top: str) -> Files:
-    return {name: digest for name, digest in files.items() if name == top or name.startswith(f"{top}/")}
+    return {
+        name: digest for name, digest in files.items() if name == top or name.startswith(f"{top}/")
+    }
 
 
 def _without_runs(files: Files) -> Files:
@@ -206,7 +254,9 @@ def _without_runs(files: Files) -> Files:
 
 
 def _is_temporary(name: str, known: Files) -> bool:
-    """Whether a file is one that is being written: hidden, and of neither the start nor the end; or a checkpoint."""
+    """Whether a file is one that is being written: hidden, and of neither the start nor the end; or
+    a checkpoint.
+    """
     parts = [part for part in name.split("/") if part != OWN_CACHE]
     if "runs" in parts:
         return any("checkpoint-" in part or part.endswith(".tmp") for part in parts)
@@ -214,7 +264,9 @@ def _is_temporary(name: str, known: Files) -> bool:
 
 
 def damage(before: Files, now: Files, new: Files, made: Iterable[str]) -> list[str]:
-    """What a killed command may not leave: a result that is neither the old one nor the new one, or only in part."""
+    """What a killed command may not leave: a result that is neither the old one nor the new one, or
+    only in part.
+    """
     known = before | new
     before, new, now = (_without_runs(files) for files in (before, new, now))
     seen = {name: digest for name, digest in now.items() if not _is_temporary(name, known)}
@@ -235,7 +287,8 @@ def differences(now: Files, new: Files) -> list[str]:
     """How two states of a project differ."""
     names = sorted(name for name in now.keys() | new.keys() if now.get(name) != new.get(name))
     return [
-        f"{name} is {'left over' if name not in new else 'changed' if name in now else 'missing'}" for name in names
+        f"{name} is {'left over' if name not in new else 'changed' if name in now else 'missing'}"
+        for name in names
     ]
 
 
@@ -245,7 +298,9 @@ class Soak:
     def __init__(self, root: Path, seed: int, measured: bool) -> None:
         self.root, self.seed = root, seed
         (root / "cache").mkdir(parents=True)
-        SERVER.set_forkserver_preload([PRELOADED, *IMPORTED, *(stage.module for stage in GRAPH.stages.values())])
+        SERVER.set_forkserver_preload(
+            [PRELOADED, *IMPORTED, *(stage.module for stage in GRAPH.stages.values())]
+        )
         builders: dict[str, Callable[[Path], object]] = {
             "document": partial(build_document, measured=measured),
             "adapters": build_adapters,
@@ -264,17 +319,26 @@ class Soak:
         """Of one command alone, so that its kills are the same whichever others there are."""
         return random.Random(f"{self.seed} {name}")
 
-    def start(self, words: Sequence[str], project: str, first: Callable[[], object] | None = None) -> Forked:
+    def start(
+        self, words: Sequence[str], project: str, first: Callable[[], object] | None = None
+    ) -> Forked:
         variables = {"XDG_CACHE_HOME": str(self.root / "cache"), "HF_HUB_OFFLINE": "1"}
         group = partial(os.setpgid, 0, 0)
-        return Forked([LORA, *words], self.root / project, variables=variables, first=first or group)
+        return Forked(
+            [LORA, *words], self.root / project, variables=variables, first=first or group
+        )
 
 
 class Written:
     """Kills of one command that writes."""
 
     def __init__(self, soak: Soak, command: Command) -> None:
-        self.soak, self.command, self.name, self.chance = soak, command, command.name, soak.chance(command.name)
+        self.soak, self.command, self.name, self.chance = (
+            soak,
+            command,
+            command.name,
+            soak.chance(command.name),
+        )
         self.seconds, self.changes, self.new = 0.0, 0, Files()
         self._kept = soak.root / "kept" / command.name
 
@@ -287,18 +351,30 @@ class Written:
         code, errors = self._start(partial(count_changes, str(counter))).end()
         if code:
             return [f"not killed: exit code {code}, {errors.strip()[-300:]}"]
-        self.seconds, self.changes, self.new = time.perf_counter() - start, counter.stat().st_size, files_of(self._root)
+        self.seconds, self.changes, self.new = (
+            time.perf_counter() - start,
+            counter.stat().st_size,
+            files_of(self._root),
+        )
         for name in self.command.made:
             target = self._kept / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            (shutil.copytree if (self._root / name).is_dir() else shutil.copy)(self._root / name, target)
+            (shutil.copytree if (self._root / name).is_dir() else shutil.copy)(
+                self._root / name, target
+            )
         if _measures(self.name):  # the claims read it
             for name in (*self.command.made, *self.command.dropped):
-                shutil.copytree(self._root / name, self.soak.root / "pristine/document" / name, dirs_exist_ok=True)
+                shutil.copytree(
+                    self._root / name,
+                    self.soak.root / "pristine/document" / name,
+                    dirs_exist_ok=True,
+                )
         return []
 
     def kills(self, most: int) -> list[Kill]:
-        """Kill it once or several times in a row, at most `most`, and run it to its end; none if it always ended."""
+        """Kill it once or several times in a row, at most `most`, and run it to its end; none if it
+        always ended.
+        """
         for _ in range(TRIES):
             self._reset()
             if self.command.replaces and self.chance.random() < 0.5:
@@ -311,7 +387,9 @@ class Written:
                 if code != -signal.SIGKILL:
                     break
                 now = files_of(self._root)
-                kills.append(Kill(self._phase(before, now), damage(before, now, self.new, self.command.made)))
+                kills.append(
+                    Kill(self._phase(before, now), damage(before, now, self.new, self.command.made))
+                )
                 if len(kills) == most or self.chance.random() < 0.4:
                     code, errors = self._start().end()
                     kills[-1].resumed = RESUMED in errors
@@ -398,7 +476,9 @@ def _end_group(running: Forked, killed: bool) -> None:
 
 
 class Server:
-    """Kills of `lora serve` over the document's project, while it starts, answers and loads an adapter."""
+    """Kills of `lora serve` over the document's project, while it starts, answers and loads an
+    adapter.
+    """
 
     name = "serve"
     PROMPTS = ("der hund", "die katze")
@@ -455,7 +535,9 @@ class Server:
     def _stop(self, running: Forked) -> list[str]:
         running.process.terminate()
         code, errors = running.end()
-        return [] if code == 128 + signal.SIGTERM else [f"stopped: exit code {code}, {errors[-300:]}"]
+        return (
+            [] if code == 128 + signal.SIGTERM else [f"stopped: exit code {code}, {errors[-300:]}"]
+        )
 
     def _ask_all(self) -> Iterator[str]:
         """Greedy answers of all models, and of an adapter that is loaded by its path."""
@@ -521,7 +603,8 @@ class Engine:
         pid = engine.pid
         assert pid is not None
         asyncio.get_running_loop().call_later(seconds, os.kill, pid, signal.SIGKILL)
-        while engine.pid == pid:  # to its end: the moment may come late on a machine that is not busy
+        # to its end: the moment may come late on a machine that is not busy
+        while engine.pid == pid:
             with suppress(EngineDied):
                 async for _ in self._ask_all(engine):
                     heard += 1
@@ -535,7 +618,9 @@ class Engine:
             if name != "base":
                 place = {"base": "artifacts/expanded", "adapter": f"artifacts/{name}"}
             await engine.ask("load", name=name, **place)
-            async with aclosing(engine.stream("generate", model=name, text=self.TEXT, limit=12)) as answers:
+            async with aclosing(
+                engine.stream("generate", model=name, text=self.TEXT, limit=12)
+            ) as answers:
                 async for answer in answers:
                     yield json.dumps([answer.get("text"), answer.get("probability")])
 
@@ -566,9 +651,14 @@ HEADS = ("command", "seconds", "kills", BEFORE, WHILE, AFTER, "resumed", "change
 
 
 def run(
-    root: Path, count: int, seed: int, only: Sequence[str] = (), show: Callable[[str], object] = print
+    root: Path,
+    count: int,
+    seed: int,
+    only: Sequence[str] = (),
+    show: Callable[[str], object] = print,
 ) -> list[Row]:
-    """Kill `count` times, each command about as often but for the slow ones; returns a row for each command.
+    """Kill `count` times, each command about as often but for the slow ones; returns a row for each
+    command.
 
     `only`: names of commands; default all.
     """
@@ -609,15 +699,25 @@ WIDTHS = (28, *(len(head) for head in HEADS[1:]))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", action="append", metavar="COMMAND", help="A command of the table; repeatable.")
+    parser.add_argument(
+        "--only", action="append", metavar="COMMAND", help="A command of the table; repeatable."
+    )
     given = parser.parse_args()
     start = time.monotonic()
     with TemporaryDirectory() as folder:
         print("  ".join(f"{head:{width}}" for head, width in zip(HEADS, WIDTHS, strict=True)))
-        rows = run(Path(folder).resolve(), given.kills, given.seed, given.only or (), partial(print, flush=True))
+        rows = run(
+            Path(folder).resolve(),
+            given.kills,
+            given.seed,
+            given.only or (),
+            partial(print, flush=True),
+        )
     count = sum(len(row.kills) for row in rows)
     wrong = [row for row in rows if row.all_problems]
     print(f"{count} kills of {len(rows)} commands in {time.monotonic() - start:.0f} s: ", end="")

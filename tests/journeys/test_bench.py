@@ -1,4 +1,6 @@
-"""The benchmarks on MiniGPT, in a few steps: they call what the trainer is made of, and nothing else runs them."""
+"""The benchmarks on MiniGPT, in a few steps: they call what the trainer is made of, and nothing
+else runs them.
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,17 +60,25 @@ def test_compressing_damping_and_combining_have_a_table_each(
     ):
         monkeypatch.setattr(compress, name, value)
     compress.main()
-    tables = [block.splitlines() for block in capsys.readouterr().out.split("\n\n") if block.startswith("|")]
+    tables = [
+        block.splitlines()
+        for block in capsys.readouterr().out.split("\n\n")
+        if block.startswith("|")
+    ]
     assert [len(rows) - 2 for rows in tables] == [12, 5, 10]
     assert all(len({row.count("|") for row in rows}) == 1 for rows in tables)
     same, removed = tables[1][2].split("|")[2:], tables[1][-1].split("|")[2:]
-    assert tables[0][4].split("|")[4:7] == same[:3] != removed[:3]  # at factor 1 it is the adapter as trained
+    # at factor 1 it is the adapter as trained
+    assert tables[0][4].split("|")[4:7] == same[:3] != removed[:3]
 
 
 def test_a_padded_batch_has_the_loss_of_a_packed_one(tmp_path: Path) -> None:
     toy_checkpoint(tmp_path / "toy", max_position_embeddings=128)
     model = load_pretrained(tmp_path / "toy", torch.float32)
-    group = [as_window(encoded(([*range(1, length)], [-100] * 3 + [*range(4, length)]))) for length in (9, 30, 17)]
+    group = [
+        as_window(encoded(([*range(1, length)], [-100] * 3 + [*range(4, length)])))
+        for length in (9, 30, 17)
+    ]
     packed, padded = collate(group), packing.padded(group)
     assert packed.ids.numel() == 7 + 28 + 15 and padded.ids.shape == (3, 28)
     assert_close(loss_of(model, padded), loss_of(model, packed), rtol=1e-5, atol=1e-6)

@@ -1,4 +1,6 @@
-"""Some of the command lines that `python -m tests.journeys.command_lines` draws, in each run of the tests."""
+"""Some of the command lines that `python -m tests.journeys.command_lines` draws, in each run of the
+tests.
+"""
 
 import os
 import random
@@ -13,7 +15,9 @@ from tests.journeys.command_lines import commands, drawn, outcomes, run, spoil, 
 
 @pytest.fixture
 def spoilt(brief: Path, tmp_path: Path) -> Path:
-    """A copy of `brief` that trains as briefly without options, with broken folders beside what is good."""
+    """A copy of `brief` that trains as briefly without options, with broken folders beside what is
+    good.
+    """
     root = Path(shutil.copytree(brief, tmp_path / "project"))
     write_params(root / "params.yaml", BRIEF)
     spoil(root)
@@ -43,15 +47,29 @@ def test_every_command_is_drawn_and_the_same_seed_draws_the_same() -> None:
     ("fault", "said"),
     [
         ("raise ValueError('a bug')", "a traceback"),
-        ("import sys; sys.stderr.write('error: \\x1b[31m'); raise SystemExit(1)", "something that a terminal obeys"),
+        (
+            "import sys; sys.stderr.write('error: \\x1b[31m'); raise SystemExit(1)",
+            "something that a terminal obeys",
+        ),
         ("raise SystemExit(7)", "exit code 7"),
         ("raise SystemExit(1)", "failed and said nothing"),
-        ("from pathlib import Path; Path('artifacts/.x.1.tmp').mkdir()", "artifacts/.x.1.tmp was left"),
-        ("from pathlib import Path; Path('artifacts/base/config.json').write_text('{}')", "half written: "),
-        ("from pathlib import Path; Path('data/prompts.yaml').unlink()", "data/prompts.yaml is gone"),
+        (
+            "from pathlib import Path; Path('artifacts/.x.1.tmp').mkdir()",
+            "artifacts/.x.1.tmp was left",
+        ),
+        (
+            "from pathlib import Path; Path('artifacts/base/config.json').write_text('{}')",
+            "half written: ",
+        ),
+        (
+            "from pathlib import Path; Path('data/prompts.yaml').unlink()",
+            "data/prompts.yaml is gone",
+        ),
     ],
 )
-def test_each_kind_of_fault_is_noticed(spoilt: Path, monkeypatch: pytest.MonkeyPatch, fault: str, said: str) -> None:
+def test_each_kind_of_fault_is_noticed(
+    spoilt: Path, monkeypatch: pytest.MonkeyPatch, fault: str, said: str
+) -> None:
     """The command is replaced, in the process that runs it, by one with this fault."""
     (spoilt / "fault.py").write_text(fault)
     monkeypatch.setattr("tests.helpers.process._run", _faulty)

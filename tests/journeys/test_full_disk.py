@@ -1,4 +1,6 @@
-"""A full disk: an error of the system that names the file, never the fault of a base, and a reason that is kept."""
+"""A full disk: an error of the system that names the file, never the fault of a base, and a reason
+that is kept.
+"""
 
 import errno
 import re
@@ -31,7 +33,9 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)],
+        capture_output=True,
+        check=False,
     )
     if mounted.returncode:
         pytest.skip("mounting a small disk takes root")
@@ -85,7 +89,8 @@ def test_a_run_that_dies_of_a_full_disk_says_so_in_its_journal(disk: Path) -> No
 def test_a_stage_that_dies_of_a_full_disk_is_failed_and_says_why(disk: Path) -> None:
     root = new_project(disk / "project")
     filler = disk / "filler"
-    filler.write_bytes(bytes(shutil.disk_usage(disk).free - 60_000))  # room for the logs, but not for the model
+    # room for the logs, but not for the model
+    filler.write_bytes(bytes(shutil.disk_usage(disk).free - 60_000))
     done = lora("pretrain", *(word for one in BRIEF for word in ("--set", one)), cwd=root)
     assert done.returncode == 1
     assert "error: No space left on device" in done.stderr
@@ -95,7 +100,9 @@ def test_a_stage_that_dies_of_a_full_disk_is_failed_and_says_why(disk: Path) -> 
     assert re.fullmatch(r"No space left on device(: \S+)?\. Free some space\.", state.reasons[0])
 
 
-def test_a_pipeline_whose_lock_cannot_be_written_is_ended(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipeline_whose_lock_cannot_be_written_is_ended(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = disk.parent / "bin/dvc"
     command.parent.mkdir()
     command.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(60)\n")

@@ -1,4 +1,6 @@
-"""On a CUDA GPU, where there is one: the same numbers as on the CPU, and the memory that the calculator says."""
+"""On a CUDA GPU, where there is one: the same numbers as on the CPU, and the memory that the
+calculator says.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +34,12 @@ LENGTHS = (5, 11, 3, 17)
 def batch() -> Batch:
     """Sequences of four lengths, half of their tokens learned."""
     rows = [[(7 * i + 3 * n) % 200 + 5 for i in range(n + 1)] for n in LENGTHS]
-    return collate([Window(0, tuple(r[:-1]), tuple(t if i % 2 else -100 for i, t in enumerate(r[1:]))) for r in rows])
+    return collate(
+        [
+            Window(0, tuple(r[:-1]), tuple(t if i % 2 else -100 for i, t in enumerate(r[1:])))
+            for r in rows
+        ]
+    )
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gemma3_text"])
@@ -46,7 +53,9 @@ def test_a_packed_step_is_the_cpus(tmp_path: Path, family: str, precision: str) 
         assert model.supports_packing
         loss = loss_of(model, batch().to(torch.device(device)))
         torch.autograd.backward(loss)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in model.parameters() if p.grad is not None]
+        )
         found[device] = (loss.item(), float(norm))
     assert found["cuda"] == pytest.approx(found["cpu"], rel=0.05 if precision == "bf16" else 1e-3)
 
@@ -60,7 +69,9 @@ def test_generation_is_the_cpus(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_qwen3_8bs_peak_on_the_gpu_is_the_calculators(checkpointing: str) -> None:
-    """Random weights of the exact shapes; LoRA r = 8 on q, k, v, o; 1 x 2048 tokens, 40% of them labels."""
+    """Random weights of the exact shapes; LoRA r = 8 on q, k, v, o; 1 x 2048 tokens, 40% of them
+    labels.
+    """
     if torch.cuda.mem_get_info()[1] < 40 * 2**30:
         pytest.skip("a GPU of 40 GB is needed")
     config = entry("qwen3-8b")["config"]
@@ -81,6 +92,12 @@ def test_qwen3_8bs_peak_on_the_gpu_is_the_calculators(checkpointing: str) -> Non
         optimizer.step(1e-4)
         assert number or torch.cuda.max_memory_allocated() > 0
     sequence = step.ids.shape[1]
-    run = replace(run, chunk=chunk_of(model, len(step.labels)), loss="fused" if fuses_head(model) else "chunked")
-    formula = predict(architecture(config, "qwen3-8b"), Lora(), replace(run, sequence=sequence)).peak
+    run = replace(
+        run,
+        chunk=chunk_of(model, len(step.labels)),
+        loss="fused" if fuses_head(model) else "chunked",
+    )
+    formula = predict(
+        architecture(config, "qwen3-8b"), Lora(), replace(run, sequence=sequence)
+    ).peak
     assert torch.cuda.max_memory_allocated() == pytest.approx(formula, rel=0.05)

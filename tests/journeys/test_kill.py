@@ -1,4 +1,6 @@
-"""SIGKILL, SIGINT and SIGTERM while training: nothing is lost, and the final bytes are those of an undisturbed run."""
+"""SIGKILL, SIGINT and SIGTERM while training: nothing is lost, and the final bytes are those of an
+undisturbed run.
+"""
 
 import json
 import random
@@ -30,7 +32,15 @@ EVERY = 20  # steps between checkpoints
 
 
 def command(stage: str) -> list[str]:
-    return [LORA, *COMMAND[stage], "--set", TRAINING[stage][1], "--force", "--checkpoint-every", str(EVERY)]
+    return [
+        LORA,
+        *COMMAND[stage],
+        "--set",
+        TRAINING[stage][1],
+        "--force",
+        "--checkpoint-every",
+        str(EVERY),
+    ]
 
 
 def lines(path: Path) -> int:
@@ -45,7 +55,9 @@ def passed(project: Path, stage: str, step: int) -> Callable[[], bool]:
 
 
 def killed_at(project: Path, stage: str, step: int) -> tuple[int, str]:
-    """Start the stage and kill it once its log has passed `step` new lines: exit code and stderr."""
+    """Start the stage and kill it once its log has passed `step` new lines: exit code and
+    stderr.
+    """
     there = passed(project, stage, step)
     running = Forked(command(stage), project)
     while running.process.is_alive() and not there():
@@ -64,11 +76,16 @@ def finish(project: Path, stage: str) -> str:
 
 @pytest.mark.parametrize(
     ("stage", "times"),
-    [*((stage, 2) for stage in TRAINING), pytest.param("finetune_lora", 20, marks=pytest.mark.slow)],
+    [
+        *((stage, 2) for stage in TRAINING),
+        pytest.param("finetune_lora", 20, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.sampled(3)
 @pytest.mark.slow
-def test_killed_at_random_steps_it_ends_with_the_same_bytes(project: Path, stage: str, times: int) -> None:
+def test_killed_at_random_steps_it_ends_with_the_same_bytes(
+    project: Path, stage: str, times: int
+) -> None:
     """One engine trains them all: a stage shows in a few kills what it adds to it."""
     folder = project / "artifacts" / TRAINING[stage][0]
     finish(project, stage)
@@ -108,7 +125,10 @@ def test_a_signal_ends_at_a_step_with_a_checkpoint_and_the_next_run_goes_on(
     shutil.rmtree(project / "runs/finetune_lora")
     there = passed(project, "finetune_lora", 30)
     stage = subprocess.Popen(
-        forked("cli.main", *command("finetune_lora")[1:]), cwd=project, stderr=subprocess.PIPE, text=True
+        forked("cli.main", *command("finetune_lora")[1:]),
+        cwd=project,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while stage.poll() is None and not there():
         time.sleep(0.0005)
@@ -137,7 +157,9 @@ def stop_early(project: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_run_never_goes_on_from_a_log_that_another_has_overwritten(project: Path) -> None:
-    """Stopped with a checkpoint, overwritten by a run of other params that dies early, then run again."""
+    """Stopped with a checkpoint, overwritten by a run of other params that dies early, then run
+    again.
+    """
     finish(project, "finetune_lora")
     expected = folder_bytes(project / "artifacts/lora_adapter")
     stop_early(project)
@@ -153,7 +175,9 @@ def test_a_run_never_goes_on_from_a_log_that_another_has_overwritten(project: Pa
 
 
 @pytest.mark.slow
-def test_killed_at_any_time_from_its_start_to_its_last_rename_it_ends_with_the_same_bytes(project: Path) -> None:
+def test_killed_at_any_time_from_its_start_to_its_last_rename_it_ends_with_the_same_bytes(
+    project: Path,
+) -> None:
     folder = project / "artifacts/lora_adapter"
     start = time.perf_counter()
     subprocess.run(command("finetune_lora"), cwd=project, capture_output=True, check=True)
@@ -166,14 +190,18 @@ def test_killed_at_any_time_from_its_start_to_its_last_rename_it_ends_with_the_s
         assert not folder.exists() or folder_bytes(folder) == expected
     subprocess.run(command("finetune_lora"), cwd=project, capture_output=True, check=True)
     assert folder_bytes(folder) == expected
-    assert not [path for path in (project / "runs/finetune_lora").iterdir() if "checkpoint" in path.name]
+    assert not [
+        path for path in (project / "runs/finetune_lora").iterdir() if "checkpoint" in path.name
+    ]
 
 
 @pytest.mark.slow
 def test_killed_where_it_syncs_a_file_from_its_first_step_to_its_artifact_it_ends_with_the_same_bytes(
     project: Path,
 ) -> None:
-    """The log, a checkpoint, the artifact and its copy in the cache are all synced as they are written."""
+    """The log, a checkpoint, the artifact and its copy in the cache are all synced as they are
+    written.
+    """
     folder = project / "artifacts/lora_adapter"
     finish(project, "finetune_lora")
     expected, stopped = folder_bytes(folder), 0
@@ -188,7 +216,9 @@ def test_killed_where_it_syncs_a_file_from_its_first_step_to_its_artifact_it_end
     assert stopped > 2
     finish(project, "finetune_lora")
     assert folder_bytes(folder) == expected
-    assert not [path for path in (project / "runs/finetune_lora").iterdir() if "checkpoint" in path.name]
+    assert not [
+        path for path in (project / "runs/finetune_lora").iterdir() if "checkpoint" in path.name
+    ]
 
 
 def test_a_checkpoint_of_other_params_is_refused_and_said_so(project: Path) -> None:
@@ -207,7 +237,9 @@ def test_a_cache_hit_for_other_params_leaves_a_stopped_run_its_checkpoint(projec
     checkpoint = stop_early(project)
     _, events = make_one(project, "finetune_lora", BRIEF)
     assert "taken from the cache" in str(events)
-    assert f"resumed after step {int(checkpoint.name.split('-')[1])}" in finish(project, "finetune_lora")
+    assert f"resumed after step {int(checkpoint.name.split('-')[1])}" in finish(
+        project, "finetune_lora"
+    )
 
 
 @pytest.mark.slow
@@ -228,7 +260,9 @@ def test_a_checkpoint_whose_log_is_gone_is_not_used(project: Path) -> None:
     assert lines(project / "artifacts/lora_adapter/loss.csv") == 301
 
 
-def test_a_stage_killed_while_it_replaces_its_artifact_leaves_the_old_one(project: Path, cli: Lora) -> None:
+def test_a_stage_killed_while_it_replaces_its_artifact_leaves_the_old_one(
+    project: Path, cli: Lora
+) -> None:
     target = project / "artifacts/lora_merged"
     before = folder_bytes(target)
     gone = subprocess.Popen(["true"])
@@ -248,4 +282,9 @@ def test_two_processes_of_one_stage_take_turns(project: Path) -> None:
     assert [code for code, _ in ends] == [0, 0]
     assert sum("waiting for process" in errors for _, errors in ends) == 1
     assert sum("taken from the cache" in errors for _, errors in ends) == 1
-    assert json.loads((project / "artifacts/full_finetuned/manifest.json").read_text())["params"]["epochs"] == 150
+    assert (
+        json.loads((project / "artifacts/full_finetuned/manifest.json").read_text())["params"][
+            "epochs"
+        ]
+        == 150
+    )

@@ -1,4 +1,6 @@
-"""One run on two machines, played by network namespaces: one of its ranks is killed, the link between them cut."""
+"""One run on two machines, played by network namespaces: one of its ranks is killed, the link
+between them cut.
+"""
 
 import os
 import shutil
@@ -20,7 +22,8 @@ from tests.helpers import projects
 from tests.helpers.projects import LORA, make
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("network")]
-NAMES = [f"lora-{os.getpid()}-{number}" for number in range(2)]  # of the namespaces, which no other run has
+# of the namespaces, which no other run has
+NAMES = [f"lora-{os.getpid()}-{number}" for number in range(2)]
 ADDRESSES = ["198.18.0.1", "198.18.0.2"]  # reserved for such tests, and in the namespaces alone
 ENDPOINT = f"{ADDRESSES[0]}:29400"
 STAGE = "finetune_lora"
@@ -39,7 +42,10 @@ def network() -> Iterator[None]:
             try:
                 ip("netns", "add", name)
             except (OSError, subprocess.CalledProcessError) as error:
-                pytest.skip(f"network namespaces need root and iproute2: {getattr(error, 'stderr', '') or error}")
+                pytest.skip(
+                    "network namespaces need root and iproute2: "
+                    f"{getattr(error, 'stderr', '') or error}"
+                )
             removed.callback(ip, "netns", "del", name)  # and the wire
         ip(*f"link add wire netns {NAMES[0]} type veth peer name wire netns {NAMES[1]}".split())
         for name, address in zip(NAMES, ADDRESSES, strict=True):
@@ -66,12 +72,23 @@ class Machine:
     """`lora finetune lora` in one of the namespaces, as its user starts it and sees it end."""
 
     def __init__(self, number: int, root: Path, epochs: int, by_arrival: bool) -> None:
-        command = [LORA, "finetune", "lora", "--nnodes", "2", "--rdzv-endpoint", ENDPOINT, "--checkpoint-every=100000"]
+        command = [
+            LORA,
+            "finetune",
+            "lora",
+            "--nnodes",
+            "2",
+            "--rdzv-endpoint",
+            ENDPOINT,
+            "--checkpoint-every=100000",
+        ]
         command += [] if by_arrival else ["--node-rank", str(number)]
         inside = ["ip", "netns", "exec", NAMES[number], *command, f"--set={STAGE}.epochs={epochs}"]
         self.log = root / f"runs/{STAGE}/loss.csv"
         self._printed: IO[str] = (root / "printed").open("w+")
-        self.process = subprocess.Popen(inside, cwd=root, stdout=self._printed, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(
+            inside, cwd=root, stdout=self._printed, stderr=subprocess.STDOUT
+        )
 
     def end(self, seconds: float) -> tuple[int, str]:
         """Exit code and what it printed, once it has ended."""
@@ -87,12 +104,16 @@ class Machine:
 def running(folders: Sequence[Path], epochs: int) -> Iterator[list[Machine]]:
     """Both machines' runs; what is left of them ends with the block."""
     # an even number of epochs without --node-rank
-    both = [Machine(number, folder, epochs, epochs % 2 == 0) for number, folder in enumerate(folders)]
+    both = [
+        Machine(number, folder, epochs, epochs % 2 == 0) for number, folder in enumerate(folders)
+    ]
     try:
         yield both
     finally:
         for name in NAMES:
-            for pid in subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split():
+            for pid in subprocess.run(
+                ["ip", "netns", "pids", name], capture_output=True, text=True
+            ).stdout.split():
                 os.kill(int(pid), signal.SIGKILL)
         for machine in both:
             machine.process.wait()
@@ -102,7 +123,9 @@ def wait_for_steps(both: Sequence[Machine], number: int, seconds: float = 120) -
     """The steps that are logged, once these are."""
     limit = time.monotonic() + seconds
     while both[0].steps() < number:
-        assert all(machine.process.poll() is None for machine in both), [machine.end(1) for machine in both]
+        assert all(machine.process.poll() is None for machine in both), [
+            machine.end(1) for machine in both
+        ]
         assert time.monotonic() < limit, f"no step {number} in {seconds} s"
         time.sleep(0.02)
     return both[0].steps()
@@ -110,7 +133,9 @@ def wait_for_steps(both: Sequence[Machine], number: int, seconds: float = 120) -
 
 def rank_of(machine: int) -> int:
     """The process id of the rank on a machine."""
-    found = subprocess.run(["ip", "netns", "pids", NAMES[machine]], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        ["ip", "netns", "pids", NAMES[machine]], capture_output=True, text=True, check=True
+    )
     for pid in map(int, found.stdout.split()):
         if f"RANK={machine}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
             return pid
@@ -127,22 +152,31 @@ def curve(root: Path) -> list[float]:
 
 
 def finish(folders: Sequence[Path], epochs: int, alone: Path, resumed: int | None = None) -> None:
-    """Run to the end on both machines: rank 0's has what one process makes, the other says where it is."""
-    subprocess.run([LORA, "finetune", "lora", f"--set={STAGE}.epochs={epochs}"], cwd=alone, check=True)
+    """Run to the end on both machines: rank 0's has what one process makes, the other says where it
+    is.
+    """
+    subprocess.run(
+        [LORA, "finetune", "lora", f"--set={STAGE}.epochs={epochs}"], cwd=alone, check=True
+    )
     with running(folders, epochs) as both:
         (code, first), (other, second) = (machine.end(300) for machine in both)
     assert (code, other) == (0, 0), first + second
     assert resumed is None or f"{STAGE}: resumed after step {resumed}\n" in first
-    assert one_message(second) == f"{STAGE}: done; rank 0 writes artifacts/lora_adapter on its machine"
+    assert (
+        one_message(second) == f"{STAGE}: done; rank 0 writes artifacts/lora_adapter on its machine"
+    )
     assert curve(folders[0]) == pytest.approx(curve(alone), abs=1e-5)
     made, expected = (
-        load_file(root / "artifacts/lora_adapter/adapter_model.safetensors") for root in (folders[0], alone)
+        load_file(root / "artifacts/lora_adapter/adapter_model.safetensors")
+        for root in (folders[0], alone)
     )
     assert all((made[name] - expected[name]).abs().max() < 1e-4 for name in expected)
     assert not (folders[1] / "artifacts/lora_adapter").exists()
 
 
-def test_two_machines_train_what_one_process_trains(machines: list[Path], base: Path, tmp_path: Path) -> None:
+def test_two_machines_train_what_one_process_trains(
+    machines: list[Path], base: Path, tmp_path: Path
+) -> None:
     finish(machines, 21, shutil.copytree(base, tmp_path / "alone"))
 
 
@@ -156,7 +190,9 @@ def test_a_killed_rank_ends_the_run_on_both_machines(
         ends = [machine.end(60) for machine in both]
     assert [code for code, _ in ends] == [1, 1], ends
     killed, left = one_message(ends[lost][1]), one_message(ends[1 - lost][1])
-    assert killed.startswith(f"error: rank {lost} of 2 was killed (SIGKILL). Run the same command to resume")
+    assert killed.startswith(
+        f"error: rank {lost} of 2 was killed (SIGKILL). Run the same command to resume"
+    )
     # the store ends with the launcher of rank 0, in which nobody reads of it any more
     names = [f"rank {lost} of 2", f"the machine at {ADDRESSES[0]}"][: 2 - lost]
     assert any(left.startswith(f"error: {STAGE}: {name} {LOST} ") for name in names)
@@ -178,7 +214,9 @@ def test_a_link_that_is_cut_for_half_a_minute_delays_the_run(machines: list[Path
         wait_for_steps(both, stood_at + 30, LOST_AFTER)
 
 
-def test_a_link_that_stays_cut_ends_the_run_on_both_machines(machines: list[Path], base: Path, tmp_path: Path) -> None:
+def test_a_link_that_stays_cut_ends_the_run_on_both_machines(
+    machines: list[Path], base: Path, tmp_path: Path
+) -> None:
     with running(machines, 100) as both:
         wait_for_steps(both, 30)
         ip("-n", NAMES[0], "link", "set", "wire", "down")

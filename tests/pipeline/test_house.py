@@ -1,4 +1,6 @@
-"""The house stays one whose rooms can be guessed: few entries a folder, thirteen packages, no file that is two."""
+"""The house stays one whose rooms can be guessed: few entries a folder, thirteen packages, no file
+that is two.
+"""
 
 import shutil
 import subprocess
@@ -20,7 +22,11 @@ MODULES = {"errors", "workbench"}  # beside them
 def entries(folder: Path) -> list[str]:
     """What a reader sees in it."""
     hidden = ("__init__.py", "__pycache__")
-    return sorted(path.name for path in folder.iterdir() if path.name not in hidden and not path.name.startswith("."))
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.name not in hidden and not path.name.startswith(".")
+    )
 
 
 def folders() -> Iterator[Path]:
@@ -30,7 +36,9 @@ def folders() -> Iterator[Path]:
 
 @pytest.mark.parametrize("folder", sorted(str(path.relative_to(ROOT)) for path in folders()))
 def test_a_folder_of_code_has_few_entries(folder: str) -> None:
-    assert len(entries(ROOT / folder)) <= (len(PACKAGES) + len(MODULES) if folder == "pipeline" else MOST)
+    assert len(entries(ROOT / folder)) <= (
+        len(PACKAGES) + len(MODULES) if folder == "pipeline" else MOST
+    )
 
 
 def test_the_library_is_thirteen_packages_and_at_most_two_modules() -> None:
@@ -56,7 +64,11 @@ main()
 def test_a_lora_run_loads_few_modules_of_the_library(houses: Path, tmp_path: Path) -> None:
     shutil.copytree(houses, tmp_path / "houses")
     done = subprocess.run(
-        [sys.executable, "-c", LOADED], cwd=tmp_path / "houses", capture_output=True, text=True, check=False
+        [sys.executable, "-c", LOADED],
+        cwd=tmp_path / "houses",
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     loaded = [line for line in done.stderr.splitlines() if line.endswith(".py")]

@@ -28,14 +28,18 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def prompt_pilot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pilot continues as soon as the app is idle; Textual's own check sleeps 40 ms or more after each key."""
+    """Pilot continues as soon as the app is idle; Textual's own check sleeps 40 ms or more after
+    each key.
+    """
     monkeypatch.setattr("textual.app.wait_for_idle", idle)
     monkeypatch.setattr("textual.pilot.wait_for_idle", idle)
 
 
 @pytest.fixture
 def held_threads(prompt_pilot: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001  # replaced here
-    """Pilot continues after a second: for tests whose threads wait for the test, so that the app is never idle."""
+    """Pilot continues after a second: for tests whose threads wait for the test, so that the app is
+    never idle.
+    """
     monkeypatch.setattr("textual.app.wait_for_idle", partial(idle, most=1.0))
     monkeypatch.setattr("textual.pilot.wait_for_idle", partial(idle, most=1.0))
 
@@ -58,7 +62,9 @@ def parsed_once() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Screens poll files several times per second and draw changes immediately, even on a busy machine."""
+    """Screens poll files several times per second and draw changes immediately, even on a busy
+    machine.
+    """
     monkeypatch.setattr("tui.services.project_watch.BUSY", 0.1)
     monkeypatch.setattr("tui.services.project_watch.IDLE", 0.1)
     monkeypatch.setattr("tui.services.project_watch.IDLE_SHARE", 0.05)
@@ -71,8 +77,11 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def forked_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`python -m MODULE` runs in a child of a process that has imported torch and the tokenizers already."""
-    start, _ = asyncio.create_subprocess_exec, listening()  # now: Textual's stderr is none that a process can have
+    """`python -m MODULE` runs in a child of a process that has imported torch and the tokenizers
+    already.
+    """
+    # now: Textual's stderr is none that a process can have
+    start, _ = asyncio.create_subprocess_exec, listening()
 
     async def started(*command: str, **how: Any) -> asyncio.subprocess.Process:
         python, *words = (word for word in command if word != "-P")
@@ -97,12 +106,18 @@ def no_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def snap_compare(snap_compare: Callable[..., bool], monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
-    """The plugin's fixture, but the cursor does not blink, and it waits until the screen no longer changes."""
+def snap_compare(
+    snap_compare: Callable[..., bool], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., bool]:
+    """The plugin's fixture, but the cursor does not blink, and it waits until the screen no longer
+    changes.
+    """
     for widget in (Input, TextArea):
         monkeypatch.setattr(widget.cursor_blink, "_default", False)
 
-    def compare(app: object, run_before: Callable[[Pilot[Any]], Awaitable[None]], **how: Any) -> bool:
+    def compare(
+        app: object, run_before: Callable[[Pilot[Any]], Awaitable[None]], **how: Any
+    ) -> bool:
         async def still(pilot: Pilot[Any]) -> None:
             await run_before(pilot)
             picture, before = pilot.app.export_screenshot(), ""

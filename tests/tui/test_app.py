@@ -51,7 +51,9 @@ async def test_screens_by_digit_by_function_key_and_by_mouse(empty: Path) -> Non
 
 @pytest.mark.parametrize("name", SCREENS)
 @pytest.mark.sampled(3)
-async def test_the_keys_that_are_the_same_everywhere_are_within_80_columns(empty: Path, name: str) -> None:
+async def test_the_keys_that_are_the_same_everywhere_are_within_80_columns(
+    empty: Path, name: str
+) -> None:
     app = Workbench(empty / "params.yaml")
     async with app.run_test(size=(80, 24)) as pilot:
         app.switch_mode(name)
@@ -75,7 +77,8 @@ async def test_a_change_of_the_project_is_not_shown_on_a_screen_that_closes(
         kind = type(app.screen)
         stop = getattr(kind, "on_unmount", lambda _: None)
 
-        async def change(closing: Any) -> None:  # a screen is told that it closes when its widgets are gone
+        # a screen is told that it closes when its widgets are gone
+        async def change(closing: Any) -> None:
             closed.append(name)
             app.project_watch._changed()
             if inspect.isawaitable(stopped := stop(closing)):
@@ -158,7 +161,9 @@ async def test_keys_are_those_of_the_config(empty: Path) -> None:
 
 
 @pytest.mark.slow
-async def test_the_theme_is_remembered_and_suits_the_terminal(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_theme_is_remembered_and_suits_the_terminal(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLORFGBG", "0;15")
     app = Workbench(empty / "params.yaml")
     async with app.run_test() as pilot:
@@ -194,7 +199,9 @@ async def test_a_state_that_cannot_be_written_is_reported(empty: Path, home: Pat
     app = Workbench(empty / "params.yaml")
     async with app.run_test() as pilot:
         await pilot.press("T")
-        await until(pilot, lambda: any("were not saved" in text for _, _, text in app.message_history))
+        await until(
+            pilot, lambda: any("were not saved" in text for _, _, text in app.message_history)
+        )
 
 
 @pytest.mark.parametrize(
@@ -260,20 +267,28 @@ def test_torch_numpy_and_matplotlib_are_never_imported_by_the_first_screen() -> 
         "    app = Workbench(Path('params.yaml'))\n"
         "    async with app.run_test() as pilot:\n"
         "        await pilot.pause()\n"
-        "        print({'torch', 'numpy', 'matplotlib', 'transformers', 'dvc'} & set(sys.modules))\n"
+        "        print({'torch', 'numpy', 'matplotlib', 'transformers', 'dvc'} & "
+        "set(sys.modules))\n"
         "        for key in '12345678':\n"
         "            await pilot.press(key)\n"
         "            await pilot.pause()\n"
         "        print({'torch', 'transformers', 'matplotlib', 'dvc'} & set(sys.modules))\n"
         "asyncio.run(go())"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == ["set()", "set()"]
 
 
 def test_a_params_file_in_no_folder_and_the_version(home: Path) -> None:
-    done = subprocess.run([LORA_TUI, "--params", "no/x.yaml"], capture_output=True, text=True, check=False, cwd=home)
-    assert (done.returncode, done.stderr) == (1, "error: no is not a folder. Name a params file with --params.\n")
+    done = subprocess.run(
+        [LORA_TUI, "--params", "no/x.yaml"], capture_output=True, text=True, check=False, cwd=home
+    )
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: no is not a folder. Name a params file with --params.\n",
+    )
     done = subprocess.run([LORA_TUI, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("lora-tui 0.")
 
@@ -297,7 +312,9 @@ def test_the_size_is_the_terminals_whatever_a_shell_exported(empty: Path) -> Non
     terminal, side = pty.openpty()
     termios.tcsetwinsize(side, (24, 100))
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "20", "LINES": "5"}
-    process = subprocess.Popen([LORA_TUI], cwd=empty, stdin=side, stdout=side, stderr=side, env=environment)
+    process = subprocess.Popen(
+        [LORA_TUI], cwd=empty, stdin=side, stdout=side, stderr=side, env=environment
+    )
     os.close(side)
     shown, end = b"", time.monotonic() + 60
     try:

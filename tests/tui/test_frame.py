@@ -1,4 +1,6 @@
-"""The frame of every screen: header, keys at the bottom, panes that filter and enlarge, undo, run, stop, quit."""
+"""The frame of every screen: header, keys at the bottom, panes that filter and enlarge, undo, run,
+stop, quit.
+"""
 
 import asyncio
 import threading
@@ -101,7 +103,9 @@ async def test_a_filter_narrows_its_list_and_escape_shows_all_again(empty: Path)
         assert app.shown_fruit == ["apple", "apricot"]
         assert "Enter" in bottom(app) and "F2–F9 screens" in bottom(app)
         await pilot.press("enter")
-        assert isinstance(app.focused, KeyedList) and "/ap" in str(app.fruit.query_one(FruitPane).border_title)
+        assert isinstance(app.focused, KeyedList) and "/ap" in str(
+            app.fruit.query_one(FruitPane).border_title
+        )
         await pilot.press("j")
         assert app.focused.highlighted_option and app.focused.highlighted_option.id == "apricot"
         await pilot.press("slash", "escape")
@@ -119,7 +123,8 @@ async def test_letters_typed_into_a_field_are_no_commands(empty: Path) -> None:
         assert field.value == "qXRz1eT+/?:" and app.screen is app.fruit
         assert "esc leave" in bottom(app).lower()
         await pilot.press("escape", "e")
-        assert not field.has_focus and app.fruit.query_one(FruitPane).eaten == 0  # the pane has no focus
+        # the pane has no focus
+        assert not field.has_focus and app.fruit.query_one(FruitPane).eaten == 0
         app.fruit.set_focus(app.fruit.query_one(KeyedList))
         await pilot.press("e")
         assert app.fruit.query_one(FruitPane).eaten == 1
@@ -133,7 +138,11 @@ async def test_a_pane_fills_the_screen_and_returns(empty: Path, key: str) -> Non
         pane = app.fruit.query_one(FruitPane)
         await pilot.press(key)
         await until(pilot, lambda: pane.size.height > 18)
-        assert app.screen.query_one(KeyBar).region.height == app.screen.query_one(Header).region.height == 1
+        assert (
+            app.screen.query_one(KeyBar).region.height
+            == app.screen.query_one(Header).region.height
+            == 1
+        )
         await pilot.press("escape")
         await until(pilot, lambda: app.fruit.maximized is None)
 
@@ -145,7 +154,14 @@ async def test_help_is_of_the_focused_pane(empty: Path) -> None:
         await pilot.press("question_mark")
         await until(pilot, lambda: type(app.screen).__name__ == "HelpScreen")
         text = screen_text(app)
-        for part in ("Fruit", "What grows on trees.", "All that is eaten.", "fruit.eat", "palette", "up to date"):
+        for part in (
+            "Fruit",
+            "What grows on trees.",
+            "All that is eaten.",
+            "fruit.eat",
+            "palette",
+            "up to date",
+        ):
             assert part in text
 
 
@@ -177,7 +193,8 @@ async def test_the_palette_finds_what_was_typed_before_it_had_read_the_models(
     async with app.run_test(size=(120, 40)) as pilot:
         await until(pilot, lambda: app.project_watch.project is not None)
         app.action_command_palette()
-        async with asyncio.timeout(30):  # not `until`, nor keys of the pilot: they would wait for the models
+        # not `until`, nor keys of the pilot: they would wait for the models
+        async with asyncio.timeout(30):
             while not isinstance(app.focused, CommandInput):
                 await asyncio.sleep(0.005)
         for typed in ("p", "pe", "pear"):
@@ -198,7 +215,10 @@ async def test_a_write_is_taken_back(empty: Path) -> None:
         app.edits.save(path, {"finetune_lora.rank": 16})
         app.edits.save(path, {"finetune_lora.alpha": 32})
         await pilot.press("z")
-        assert load(path).finetune_lora.rank == 16 and "finetune_lora.alpha" in app.message_history[-1].text
+        assert (
+            load(path).finetune_lora.rank == 16
+            and "finetune_lora.alpha" in app.message_history[-1].text
+        )
         await pilot.press("z")
         assert path.read_text(encoding="utf-8") == before
         app.edits.save(path, {"finetune_lora.rank": 16})
@@ -208,7 +228,9 @@ async def test_a_write_is_taken_back(empty: Path) -> None:
         assert path.read_text(encoding="utf-8").endswith("# by hand\n")
 
 
-async def test_nothing_is_started_while_the_params_are_broken(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_nothing_is_started_while_the_params_are_broken(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     started: list[object] = []
     monkeypatch.setattr(Runner, "start", lambda _, arguments: started.append(arguments))
     (empty / "params.yaml").write_text("finetune_lora: {rank: 0}\n", encoding="utf-8")
@@ -266,7 +288,9 @@ async def test_control_c_twice_quits(empty: Path) -> None:
         await until(pilot, lambda: not app.is_running)
 
 
-async def test_screens_hear_of_changes_while_they_are_shown_and_when_they_return(empty: Path) -> None:
+async def test_screens_hear_of_changes_while_they_are_shown_and_when_they_return(
+    empty: Path,
+) -> None:
     app = FruitApp(empty)
     async with app.run_test(size=(80, 24)) as pilot:
         await until(pilot, lambda: len(app.project_watch.states) == len(app.project_watch.stages))
@@ -294,10 +318,19 @@ def test_the_header_says_what_runs_else_what_failed_else_what_is_left() -> None:
     long, short, _ = describe_state([done, running], True, "x", COLORS)
     assert long.startswith("▶ finetune_lora 64% ") and short == "▶ lora 64%"
     assert describe_state([done], True, "", COLORS)[0] == "▶ starting"
-    assert describe_state([done, lost], False, "", COLORS) == ("✗ finetune_lora", "✗ lora", "bold error")
-    assert describe_state([done, state("merge", "waits")], False, "", COLORS)[::2] == ("● 1 to run", "warning")
+    assert describe_state([done, lost], False, "", COLORS) == (
+        "✗ finetune_lora",
+        "✗ lora",
+        "bold error",
+    )
+    assert describe_state([done, state("merge", "waits")], False, "", COLORS)[::2] == (
+        "● 1 to run",
+        "warning",
+    )
     assert describe_state([done], False, "", COLORS)[0] == "✓"
-    verdict = Verdict(("lora",), (Broken("lora", "new_loss", 1.0, 2.0), Broken("lora", "divergence", 1.0, None)))
+    verdict = Verdict(
+        ("lora",), (Broken("lora", "new_loss", 1.0, 2.0), Broken("lora", "divergence", 1.0, None))
+    )
     broken = StageState(GRAPH.stages["evaluate"], "current", (), None, verdict)
     said = describe_state([done, broken, state("merge", "waits")], False, "", COLORS)
     assert said == ("✗ 2 limits broken", "✗ limits", "bold error")

@@ -1,4 +1,6 @@
-"""Untrusted text (folder names, params, model answers) never reaches the terminal as control characters."""
+"""Untrusted text (folder names, params, model answers) never reaches the terminal as control
+characters.
+"""
 
 import json
 import shutil
@@ -17,7 +19,8 @@ from tests.conftest import Lora
 from tests.helpers.pilot import screen_text, until
 from tui.app import Workbench
 
-LINK = "\x1b]8;;https://example.org\x07evil\x9b31m\u202e"  # a link that is never closed, red, and text turned round
+# a link that is never closed, red, and text turned round
+LINK = "\x1b]8;;https://example.org\x07evil\x9b31m\u202e"
 
 
 def obeyed(text: str) -> set[str]:
@@ -32,8 +35,11 @@ def test_only_what_a_terminal_obeys_is_changed(text: str) -> None:
     assert printable("a\n\tb ü 世界 🤗") == "a\n\tb ü 世界 🤗"
 
 
-@pytest.mark.usefixtures("cli")  # the consoles take their width from the environment that they are made in
-def test_every_way_to_the_command_lines_output_is_covered(capsys: pytest.CaptureFixture[str]) -> None:
+# the consoles take their width from the environment that they are made in
+@pytest.mark.usefixtures("cli")
+def test_every_way_to_the_command_lines_output_is_covered(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     from cli.console import print_json, stdout, table
 
     stdout.print(LINK, markup=False)
@@ -62,7 +68,9 @@ def test_names_of_folders_and_files_are_shown_and_not_obeyed(cli: Lora, project:
         assert code == 1 and not obeyed(out + err), words
 
 
-def test_the_answer_of_a_model_is_shown_and_not_obeyed(cli: Lora, tmp_path: Path, project: Path) -> None:
+def test_the_answer_of_a_model_is_shown_and_not_obeyed(
+    cli: Lora, tmp_path: Path, project: Path
+) -> None:
     """A model that always answers with an escape sequence."""
     words = ["w", "\x1b[31mred\x1b]8;;x\x07"]
     tokenizer = WordTokenizer.of_words(words)

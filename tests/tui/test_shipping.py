@@ -29,7 +29,9 @@ async def test_an_adapter_is_shipped_with_three_answers(project: Path) -> None:
         await until(pilot, lambda: isinstance(app.screen, PathScreen))
         await pilot.press("enter")  # the folder that is offered
         out = project / "shipped/lora-peft"
-        await until(pilot, lambda: app.message_history[-1].text.startswith("lora is in shipped/lora-peft."))
+        await until(
+            pilot, lambda: app.message_history[-1].text.startswith("lora is in shipped/lora-peft.")
+        )
         assert json.loads((out / "adapter_config.json").read_text())["peft_type"] == "LORA"
         screen.open_with(select="artifacts/base")
         await until(pilot, lambda: screen.table.pointed and screen.table.pointed.label == "base")
@@ -38,11 +40,15 @@ async def test_an_adapter_is_shipped_with_three_answers(project: Path) -> None:
 
 
 @pytest.mark.slow
-async def test_limits_that_it_breaks_are_named_before_it_is_shipped_and_after(project: Path) -> None:
+async def test_limits_that_it_breaks_are_named_before_it_is_shipped_and_after(
+    project: Path,
+) -> None:
     path = project / "artifacts/evaluation/manifest.json"
     broken = [{"variant": "lora", "limit": "answers_kept", "wanted": 1, "value": 0.5}]
     gate = {"passed": False, "variants": ["lora"], "broken": broken}
-    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "gate": gate}), encoding="utf-8")
+    path.write_text(
+        json.dumps({**json.loads(path.read_text(encoding="utf-8")), "gate": gate}), encoding="utf-8"
+    )
     app = Workbench(project / "params.yaml")
     async with app.run_test(size=(120, 40)) as pilot:
         app.run_worker(ship(app, "lora", project / "artifacts/lora_adapter"))
@@ -51,9 +57,14 @@ async def test_limits_that_it_breaks_are_named_before_it_is_shipped_and_after(pr
         await pilot.press("enter")
         await until(pilot, lambda: isinstance(app.screen, PathScreen))
         await pilot.press("enter")
-        await until(pilot, lambda: app.message_history[-1].text.startswith("lora is in shipped/lora-peft."), 120)
+        await until(
+            pilot,
+            lambda: app.message_history[-1].text.startswith("lora is in shipped/lora-peft."),
+            120,
+        )
         assert (
-            "lora_adapter breaks evaluate.limits: answers_kept 0.5, wanted at least 1." in app.message_history[-1].text
+            "lora_adapter breaks evaluate.limits: answers_kept 0.5, wanted at least "
+            "1." in app.message_history[-1].text
         )
 
 
@@ -62,5 +73,7 @@ async def test_an_export_that_fails_is_one_message(project: Path) -> None:
     (project / "taken").mkdir()
     (project / "taken/file").touch()
     with pytest.raises(UserError, match="taken") as raised:
-        await LoraCommand(project).run("export", "artifacts/lora_adapter", "--format", "peft", "--out", "taken")
+        await LoraCommand(project).run(
+            "export", "artifacts/lora_adapter", "--format", "peft", "--out", "taken"
+        )
     assert "Traceback" not in str(raised.value)

@@ -16,5 +16,8 @@ async def test_a_loop_of_links_in_a_worker_is_a_message(empty: Path) -> None:
     app = Workbench(empty / "params.yaml")
     async with app.run_test() as pilot:
         app.run_worker(work())
-        await until(pilot, lambda: any("a loop of symbolic links" in text for _, _, text in app.message_history))
+        await until(
+            pilot,
+            lambda: any("a loop of symbolic links" in text for _, _, text in app.message_history),
+        )
         assert app.is_running

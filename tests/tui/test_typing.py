@@ -56,7 +56,20 @@ async def test_a_param_is_written_from_keys_typed_ahead(empty: Path) -> None:
         assert isinstance(screen, PipelineScreen)
         await until(pilot, lambda: screen.params_pane.params)
         down = ["down"] * [row.key for row in screen.stages_pane.rows].index("finetune_lora")
-        burst(pilot, *down, "enter", "enter", "ctrl+u", *"12", "enter", "down", "enter", *"24", "enter", "2")
+        burst(
+            pilot,
+            *down,
+            "enter",
+            "enter",
+            "ctrl+u",
+            *"12",
+            "enter",
+            "down",
+            "enter",
+            *"24",
+            "enter",
+            "2",
+        )
         await until(pilot, lambda: getattr(app.screen, "NAME", "") == "curves", 20)
         section = load(empty / "params.yaml").finetune_lora
         assert (section.rank, section.alpha) == (12, 24)
@@ -69,7 +82,23 @@ async def test_numbers_of_the_sampling_dialog_land_in_their_fields(empty: Path) 
         await until(pilot, lambda: isinstance(app.screen, ModelsScreen))
         screen = app.screen
         assert isinstance(screen, ModelsScreen)
-        burst(pilot, "t", *"0.7", "tab", *"5", "tab", *"0.9", "tab", *"3", "tab", *"40", "tab", *"7", "enter", "1")
+        burst(
+            pilot,
+            "t",
+            *"0.7",
+            "tab",
+            *"5",
+            "tab",
+            *"0.9",
+            "tab",
+            *"3",
+            "tab",
+            *"40",
+            "tab",
+            *"7",
+            "enter",
+            "1",
+        )
         await until(pilot, lambda: isinstance(app.screen, PipelineScreen), 20)
         assert (
             str(screen.prompt_pane.conversation.sampling)

@@ -25,7 +25,9 @@ def unlisted(project: Path) -> Path:
     """A project with a sweep and a prefix that no section of its params file names."""
     params = project / "params.yaml"
     for name in ("finetune_sweep", "finetune_prefix"):
-        params.write_text(remove_section(params.read_text(encoding="utf-8"), name), encoding="utf-8")
+        params.write_text(
+            remove_section(params.read_text(encoding="utf-8"), name), encoding="utf-8"
+        )
     return project
 
 
@@ -60,7 +62,9 @@ async def test_curves_and_monitor_show_it_while_it_runs(unlisted: Path) -> None:
             assert app.screen._stage == "finetune_sweep"
 
 
-def test_results_have_its_sweep_and_its_adapter_with_what_was_measured_of_it(unlisted: Path) -> None:
+def test_results_have_its_sweep_and_its_adapter_with_what_was_measured_of_it(
+    unlisted: Path,
+) -> None:
     project = open_project(unlisted / "params.yaml")
     sweep = read_sweep(project)
     assert isinstance(sweep, Sweep) and len(sweep.trials) == 2
@@ -88,9 +92,18 @@ def test_results_have_an_adapter_that_no_evaluation_measured(unlisted: Path) -> 
         (["repro", "--single-item", "finetune_full"], ""),
     ],
 )
-def test_what_a_run_replaces_is_marked_and_said_before(project: Path, arguments: Sequence[str], said: str) -> None:
-    ours = [setting.partition("=") for setting in BRIEF if setting.startswith(("finetune_", "train_from_scratch"))]
-    save(project / "params.yaml", {key: json.loads(value) for key, _, value in ours if value.isdigit()})
+def test_what_a_run_replaces_is_marked_and_said_before(
+    project: Path, arguments: Sequence[str], said: str
+) -> None:
+    ours = [
+        setting.partition("=")
+        for setting in BRIEF
+        if setting.startswith(("finetune_", "train_from_scratch"))
+    ]
+    save(
+        project / "params.yaml",
+        {key: json.loads(value) for key, _, value in ours if value.isdigit()},
+    )
     save(project / "params.yaml", {"finetune_sweep.grid": {"rank": [1, 2]}})
     make(project, ["finetune_lora"], ["finetune_lora.epochs=1", "finetune_lora.rank=2"])
     now = open_project(project / "params.yaml")

@@ -1,4 +1,6 @@
-"""What all screens share: the header, the keys at the bottom, panes that filter and enlarge, help."""
+"""What all screens share: the header, the keys at the bottom, panes that filter and enlarge,
+help.
+"""
 
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -49,7 +51,9 @@ class WorkbenchScreen(Screen[None]):
         self.workbench.log_message(text, "warning")
 
     def post_message(self, message: Message) -> bool:
-        """Style nothing twice: a screen that was just made gets two resumes, each of which would style every widget."""
+        """Style nothing twice: a screen that was just made gets two resumes, each of which would
+        style every widget.
+        """
         if isinstance(message, ScreenResume) and not self.is_mounted:
             message.refresh_styles = False
         return super().post_message(message)
@@ -57,7 +61,10 @@ class WorkbenchScreen(Screen[None]):
     def compose(self) -> ComposeResult:
         # Known before the widgets are styled, the size does not style them a second time.
         width, height = self.app.size
-        for size, breakpoints in ((width, self.HORIZONTAL_BREAKPOINTS), (height, self.VERTICAL_BREAKPOINTS)):
+        for size, breakpoints in (
+            (width, self.HORIZONTAL_BREAKPOINTS),
+            (height, self.VERTICAL_BREAKPOINTS),
+        ):
             self.add_class([name for least, name in breakpoints if size >= least][-1], update=False)
         yield Header(self.NAME)
         yield from self.body()
@@ -77,7 +84,9 @@ class WorkbenchScreen(Screen[None]):
         return ""
 
     def project_changed(self) -> None:
-        """The watch saw a change. Called while the screen is shown, and once when it is shown again."""
+        """The watch saw a change. Called while the screen is shown, and once when it is shown
+        again.
+        """
 
     def notice(self) -> None:
         """Call `project_changed` if the watch saw a change since the last call."""
@@ -94,12 +103,19 @@ class WorkbenchScreen(Screen[None]):
     @property
     def focused_pane(self) -> Pane | None:
         """The pane that holds the focus."""
-        return next((node for node in (self.focused or self).ancestors_with_self if isinstance(node, Pane)), None)
+        return next(
+            (node for node in (self.focused or self).ancestors_with_self if isinstance(node, Pane)),
+            None,
+        )
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:  # noqa: ARG002  # Textual's name
         """Esc is offered where there is something to leave."""
         if action == "leave":
-            return self.maximized is not None or self._is_typing() or isinstance(self.focused, FilterField)
+            return (
+                self.maximized is not None
+                or self._is_typing()
+                or isinstance(self.focused, FilterField)
+            )
         return True
 
     def _is_typing(self) -> bool:
@@ -123,7 +139,11 @@ class WorkbenchScreen(Screen[None]):
 
     def action_filter(self) -> None:
         """Open the filter of the focused pane, else of the first that has one."""
-        panes = (pane for pane in (self.focused_pane, *self.query(Pane)) if pane and pane.FILTER and pane.size)
+        panes = (
+            pane
+            for pane in (self.focused_pane, *self.query(Pane))
+            if pane and pane.FILTER and pane.size
+        )
         if pane := next(panes, None):
             pane.open_filter()
         else:
@@ -138,6 +158,8 @@ class WorkbenchScreen(Screen[None]):
         self.refresh_bindings()
 
     def give_focus(self, widget: Widget) -> None:
-        """Focus a widget now, even if a CSS class has only just shown it: keys already typed are meant for it."""
+        """Focus a widget now, even if a CSS class has only just shown it: keys already typed are
+        meant for it.
+        """
         self.app.stylesheet.update(self)
         self.set_focus(widget)

@@ -1,4 +1,6 @@
-"""The client of the inference process (`pipeline/inference/server.py`): requests, streams, restarts after a crash."""
+"""The client of the inference process (`pipeline/inference/server.py`): requests, streams, restarts
+after a crash.
+"""
 
 import asyncio
 import itertools
@@ -20,7 +22,8 @@ Answer = dict[str, Any]
 # -P: do not import a folder named `pipeline` in the user's project instead of ours
 COMMAND = (sys.executable, "-P", "-m", "pipeline.inference.server", "pipeline.stages.registry")
 FINAL_EVENTS = ("done", "cancelled")  # events that end a request; "error" is raised instead
-MAX_QUEUED = 256  # answers queued per request; further ones stay in the pipe, which then blocks the process
+# answers queued per request; further ones stay in the pipe, which then blocks the process
+MAX_QUEUED = 256
 MAX_REQUEST_BYTES = 2**20  # of a line to the process, which accepts no longer one
 MAX_ANSWER_BYTES = 2**25  # of a line from the process
 STDERR_LINES = 20  # last lines of its stderr that are kept for the error message
@@ -28,13 +31,17 @@ PATIENCE = 1.0  # seconds between closing stdin, SIGTERM and SIGKILL
 
 
 class EngineDied(UserError):
-    """The inference process ended before it answered. The next request starts a new one, with no model loaded."""
+    """The inference process ended before it answered. The next request starts a new one, with no
+    model loaded.
+    """
 
 
 class Inference:
-    """One inference process, started on first use. If it ends, its models are lost: load them again.
+    """One inference process, started on first use. If it ends, its models are lost: load them
+    again.
 
-    Another process with the same protocol has another `command`; `name` and `advice` are for the error when it ends.
+    Another process with the same protocol has another `command`; `name` and `advice` are for the
+    error when it ends.
     """
 
     def __init__(
@@ -58,7 +65,9 @@ class Inference:
         return self._process.pid if self._process and self.running else None
 
     async def ask(self, do: str, **fields: object) -> Answer:
-        """The last answer to a request. Raises UserError if it is rejected, EngineDied if the process ends."""
+        """The last answer to a request. Raises UserError if it is rejected, EngineDied if the
+        process ends.
+        """
         async with aclosing(self.stream(do, **fields)) as answers:
             return [answer async for answer in answers][-1]
 
@@ -110,7 +119,8 @@ class _Process:
         self._process, self._words = process, words
         self._ids = itertools.count(1)
         self._pending: dict[int, _Request] = {}
-        self._progress = asyncio.Event()  # set when an answer is read or the set of requests changes
+        # set when an answer is read or the set of requests changes
+        self._progress = asyncio.Event()
         self._stderr_tail = ""  # last lines of its stderr
         self._exit_message = ""  # the error message, once it has ended
         self._stderr_task = asyncio.create_task(self._read_stderr())
@@ -118,7 +128,9 @@ class _Process:
 
     @classmethod
     async def start(cls, command: Sequence[str], cwd: Path, words: tuple[str, str]) -> "_Process":
-        """Start it in a new session, so that Ctrl+C in the terminal does not reach it. Raises EngineDied."""
+        """Start it in a new session, so that Ctrl+C in the terminal does not reach it. Raises
+        EngineDied.
+        """
         pipe = asyncio.subprocess.PIPE
         try:
             process = await asyncio.create_subprocess_exec(
@@ -161,14 +173,17 @@ class _Process:
         line = json.dumps(request, default=str).encode() + b"\n"
         if len(line) >= MAX_REQUEST_BYTES:
             raise UserError(
-                f"The request has {len(line):,} bytes; the limit is {MAX_REQUEST_BYTES:,}. Shorten the text."
+                f"The request has {len(line):,} bytes; the limit is {MAX_REQUEST_BYTES:,}. "
+                "Shorten the text."
             )
         assert self._process.stdin is not None
         if not self._process.stdin.is_closing():
             self._process.stdin.write(line)
 
     async def answer(self, request: _Request) -> Answer:
-        """The next answer. Raises UserError for an "error" event, EngineDied if the process has ended."""
+        """The next answer. Raises UserError for an "error" event, EngineDied if the process has
+        ended.
+        """
         while not request.answers:
             if self._exit_message:
                 raise EngineDied(*self._exit_message.splitlines())
@@ -198,7 +213,8 @@ class _Process:
         except ValueError as error:
             protocol_error = f"it wrote an invalid answer ({error})"
             self._kill()
-        # Wait for the exit; kill the process if it only closed stdout. Its children may keep stderr open longer.
+        # Wait for the exit; kill the process if it only closed stdout. Its children may keep stderr
+        # open longer.
         with suppress(TimeoutError):
             async with asyncio.timeout(PATIENCE):
                 await self._process.wait()
@@ -213,10 +229,14 @@ class _Process:
         elif code < 0:
             reason = f"signal {-code} ({signal.strsignal(-code)})"
         lines = self._stderr_tail.strip().splitlines()
-        self._end(protocol_error or f"{reason}{f', its last line was {lines[-1]!r}' if lines else ''}")
+        self._end(
+            protocol_error or f"{reason}{f', its last line was {lines[-1]!r}' if lines else ''}"
+        )
 
     async def _deliver(self, answer: Answer) -> None:
-        """Queue an answer. A slow reader blocks the process, unless another request is pending behind its answers."""
+        """Queue an answer. A slow reader blocks the process, unless another request is pending
+        behind its answers.
+        """
         if answer["event"] == "error" and answer.get("kind") == "memory":
             self._end(str(answer.get("message")))
         while request := self._pending.get(answer["id"]):
@@ -230,7 +250,9 @@ class _Process:
 
     def _end(self, reason: str) -> None:
         """Fail all pending requests. The first reason given is kept."""
-        self._exit_message = self._exit_message or f"{self._words[0]} ended: {reason}. {self._words[1]}"
+        self._exit_message = (
+            self._exit_message or f"{self._words[0]} ended: {reason}. {self._words[1]}"
+        )
         self._progress.set()
         for request in self._pending.values():
             request.arrived.set()
@@ -239,7 +261,9 @@ class _Process:
         assert self._process.stderr is not None
         while chunk := await self._process.stderr.read(4096):
             self._stderr_tail = "\n".join(
-                (self._stderr_tail + chunk.decode(errors="replace"))[-8192:].split("\n")[-STDERR_LINES:]
+                (self._stderr_tail + chunk.decode(errors="replace"))[-8192:].split("\n")[
+                    -STDERR_LINES:
+                ]
             )
 
     async def stop(self) -> None:
@@ -264,6 +288,10 @@ def _parse_answer(line: bytes) -> Answer:
     """Parse a line as an answer. Raises ValueError if it is not one."""
     with suppress(ValueError, RecursionError):
         answer = json.loads(line)
-        if isinstance(answer, dict) and isinstance(answer.get("id"), int) and isinstance(answer.get("event"), str):
+        if (
+            isinstance(answer, dict)
+            and isinstance(answer.get("id"), int)
+            and isinstance(answer.get("event"), str)
+        ):
             return answer
     raise ValueError(line[:80].decode(errors="replace").rstrip())

@@ -16,18 +16,22 @@ class Evaluation:
         self.adapters: Sequence[Path] = ()  # that are being evaluated
 
     async def run(self, adapters: Sequence[Path]) -> str:
-        """Evaluate adapters; returns what was wrong with some of them, or which of evaluate.limits they break, or "".
+        """Evaluate adapters; returns what was wrong with some of them, or which of evaluate.limits
+        they break, or "".
 
         Raises UserError if it failed.
         """
         if self.adapters:
-            raise UserError(f"{len(self.adapters)} adapters are being evaluated. Wait until they are.")
+            raise UserError(
+                f"{len(self.adapters)} adapters are being evaluated. Wait until they are."
+            )
         self.adapters = tuple(adapters)
         options = [word for adapter in adapters for word in ("--adapter", str(adapter))]
         try:
             _, errors = await self._lora.run("evaluate", "--params", str(self._params), *options)
         except UserError as error:
-            if str(error).startswith(f"{LIMITS}: "):  # they were evaluated: it ends with 1 for their verdict
+            # they were evaluated: it ends with 1 for their verdict
+            if str(error).startswith(f"{LIMITS}: "):
                 return str(error)
             raise UserError(f"Not evaluated: {error} Adapters that it had done are kept.") from None
         finally:

@@ -1,4 +1,6 @@
-"""The models that the inference process has loaded, and how they are sampled: what the screens that prompt share."""
+"""The models that the inference process has loaded, and how they are sampled: what the screens that
+prompt share.
+"""
 
 import asyncio
 from collections import OrderedDict
@@ -20,7 +22,9 @@ MAX_LOADED = 9  # models kept loaded, and compared side by side
 
 @dataclass(frozen=True)
 class Sampling:
-    """Temperature 0 is greedy; top_k 0 and top_p 1 are off. `limit`: maximum tokens; `k`: rows of the top-k table."""
+    """Temperature 0 is greedy; top_k 0 and top_p 1 are off. `limit`: maximum tokens; `k`: rows of
+    the top-k table.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -30,8 +34,14 @@ class Sampling:
     k: int = 5
 
     def __str__(self) -> str:
-        cuts = [f"top-k {self.top_k}"] * (self.top_k > 0) + [f"top-p {self.top_p:g}"] * (self.top_p < 1)
-        parts = [f"temperature {self.temperature:g}", *cuts, f"seed {self.seed}"] if self.temperature else ["greedy"]
+        cuts = [f"top-k {self.top_k}"] * (self.top_k > 0) + [f"top-p {self.top_p:g}"] * (
+            self.top_p < 1
+        )
+        parts = (
+            [f"temperature {self.temperature:g}", *cuts, f"seed {self.seed}"]
+            if self.temperature
+            else ["greedy"]
+        )
         return " · ".join([*parts, f"{self.limit} tokens", f"{self.k} candidates"])
 
     def fields(self) -> dict[str, float | int]:
@@ -40,7 +50,9 @@ class Sampling:
 
 
 def trusts_remote_code(params: Path, base: Path) -> bool:
-    """Whether a base may run its own code: if params.yaml trusts it, and only for the project's own models."""
+    """Whether a base may run its own code: if params.yaml trusts it, and only for the project's own
+    models.
+    """
     try:
         project = open_project(params)
         folders = [owner.root / ARTIFACTS for owner in (project, project.parent) if owner]
@@ -51,16 +63,18 @@ def trusts_remote_code(params: Path, base: Path) -> bool:
 
 
 class LoadedModels:
-    """The models that the inference process has loaded: up to MAX_LOADED, then the oldest is unloaded.
+    """The models that the inference process has loaded: up to MAX_LOADED, then the oldest is
+    unloaded.
 
-    A model's name in requests is its path. The screens share one object, `shared_models`: what one unloads is unloaded
-    for all.
+    A model's name in requests is its path. The screens share one object, `shared_models`: what one
+    unloads is unloaded for all.
     """
 
     def __init__(self, inference: Inference, library: Library, params: Path) -> None:
         self.inference, self.library, self._params = inference, library, params
         self._pid: int | None = None  # of the process that has the models loaded
-        self._loaded: OrderedDict[Path, tuple[str, dict[str, Any]]] = OrderedDict()  # with the engine's facts
+        # with the engine's facts
+        self._loaded: OrderedDict[Path, tuple[str, dict[str, Any]]] = OrderedDict()
         self._load_lock = asyncio.Lock()
 
     def has_chat(self, entries: Sequence[Entry]) -> bool:
@@ -73,7 +87,9 @@ class LoadedModels:
         return self._pid == self.inference.pid and entry.model.path in self._loaded
 
     async def load(self, entry: Entry) -> None:
-        """Load the model unless it is loaded and its files are the same. Raises UserError if it cannot."""
+        """Load the model unless it is loaded and its files are the same. Raises UserError if it
+        cannot.
+        """
         path = entry.model.path
         async with self._load_lock:
             if self._pid != self.inference.pid:  # another process has none of them
@@ -93,7 +109,9 @@ class LoadedModels:
                 del self._loaded[oldest]
                 await self.inference.ask("unload", name=str(oldest))
             base = await asyncio.to_thread(self.library.base, entry.model)
-            trust = base is not None and await asyncio.to_thread(trusts_remote_code, self._params, base)
+            trust = base is not None and await asyncio.to_thread(
+                trusts_remote_code, self._params, base
+            )
             adapter = path if entry.model.kind == "adapter" else None
             fields = {"base": base, "adapter": adapter, "trust_remote_code": trust}
             self._loaded[path] = stamp, await self.inference.ask("load", name=str(path), **fields)
@@ -117,9 +135,12 @@ def shared_models(workbench: Host) -> LoadedModels:
     if workbench.models is None:
         try:
             project = open_project(workbench.params_path)
-        except (UserError, OSError):  # its models are listed anyway, and the pipeline screen says what is wrong
+        # its models are listed anyway, and the pipeline screen says what is wrong
+        except (UserError, OSError):
             project = Project(workbench.root, Params(kinds=GRAPH.sections), GRAPH)
-        workbench.models = LoadedModels(workbench.inference, Library(project), workbench.params_path)
+        workbench.models = LoadedModels(
+            workbench.inference, Library(project), workbench.params_path
+        )
     return workbench.models
 
 

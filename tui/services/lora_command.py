@@ -15,14 +15,18 @@ MAX_OUTPUT = 20_000  # last bytes of what it writes
 
 
 class LoraCommand:
-    """One process at a time, in `folder`. It ends with the workbench, or with the worker that waits for it."""
+    """One process at a time, in `folder`. It ends with the workbench, or with the worker that waits
+    for it.
+    """
 
     def __init__(self, folder: Path, command: Sequence[str] = COMMAND) -> None:
         self._folder, self._command = folder, command
         self._process: asyncio.subprocess.Process | None = None
 
     async def run(self, *words: str) -> tuple[str, str]:
-        """The end of its output and of its errors. Raises UserError with its error if it fails or is killed."""
+        """The end of its output and of its errors. Raises UserError with its error if it fails or
+        is killed.
+        """
         pipe = asyncio.subprocess.PIPE
         try:
             self._process = process = await asyncio.create_subprocess_exec(
@@ -36,7 +40,9 @@ class LoraCommand:
             output, errors = await asyncio.gather(_tail(process.stdout), _tail(process.stderr))
             code = await process.wait()
         except OSError as error:
-            raise UserError(f"lora {words[0]} cannot be started: {error.strerror or error}.") from None
+            raise UserError(
+                f"lora {words[0]} cannot be started: {error.strerror or error}."
+            ) from None
         finally:
             self.stop()
             self._process = None
@@ -63,5 +69,7 @@ async def _tail(stream: asyncio.StreamReader | None) -> str:
 def _reason(errors: str) -> str:
     """What a command says went wrong: from its line `error: …`."""
     lines = errors.strip().splitlines() or ["it wrote no reason"]
-    start = next((number for number, line in enumerate(lines) if line.startswith("error: ")), len(lines) - 1)
+    start = next(
+        (number for number, line in enumerate(lines) if line.startswith("error: ")), len(lines) - 1
+    )
     return "\n".join(lines[start : start + 4]).removeprefix("error: ")

@@ -1,4 +1,6 @@
-"""What was read and measured of models, kept between starts in the user's cache folder while their files stay."""
+"""What was read and measured of models, kept between starts in the user's cache folder while their
+files stay.
+"""
 
 import hashlib
 import json
@@ -24,7 +26,9 @@ def stamp_of(*signatures: Signature) -> str:
 
 
 class ModelCache:
-    """Facts by kind and path, each valid for one stamp. A file that is damaged or cannot be written only costs time."""
+    """Facts by kind and path, each valid for one stamp. A file that is damaged or cannot be written
+    only costs time.
+    """
 
     def __init__(self, root: Path) -> None:
         self.path, self._root = digest_cache.cache_home() / "lora-workbench" / "models.json", root
@@ -43,8 +47,17 @@ class ModelCache:
         self._used[key] = entry
         return entry[1]
 
-    def put(self, kind: str, path: Path, stamp: str, facts: Mapping[str, Any], files: Iterable[Signature]) -> None:
-        """Store facts, unless `files` changed just now: they may change again within one tick of the clock."""
+    def put(
+        self,
+        kind: str,
+        path: Path,
+        stamp: str,
+        facts: Mapping[str, Any],
+        files: Iterable[Signature],
+    ) -> None:
+        """Store facts, unless `files` changed just now: they may change again within one tick of
+        the clock.
+        """
         newest = max((file.changed for each in files for file in each), default=0)
         if time.time_ns() - newest > digest_cache.SETTLED:
             self._used[self._key(kind, path)] = stamp, dict(facts)
@@ -58,8 +71,11 @@ class ModelCache:
         """Merge new entries into the file."""
         if self._saved:
             return
-        # Read again, as another process may have saved meanwhile. What this one used goes last: the first are dropped.
-        entries = {key: entry for key, entry in _read(self.path).items() if key not in self._used} | self._used
+        # Read again, as another process may have saved meanwhile. What this one used goes last: the
+        # first are dropped.
+        entries = {
+            key: entry for key, entry in _read(self.path).items() if key not in self._used
+        } | self._used
         entries = dict(list(entries.items())[-MAX_ENTRIES:])
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,6 @@
-"""The models in some folders: their descriptions and verdicts, kept until their files change, also between starts."""
+"""The models in some folders: their descriptions and verdicts, kept until their files change, also
+between starts.
+"""
 
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -37,8 +39,8 @@ GONE = ""  # the stamp of a model whose files are gone
 
 @dataclass(frozen=True)
 class Entry:
-    """A model as the screen shows it. Without a verdict, it is not checked yet; without a method, its files are not
-    read yet.
+    """A model as the screen shows it. Without a verdict, it is not checked yet; without a method,
+    its files are not read yet.
 
     `group`: the heading that it is listed under; "" for the models that the pipeline makes.
     """
@@ -66,7 +68,9 @@ class Entry:
 
     @cached_property
     def sort_key(self) -> tuple[bool, str, int, list[str | float]]:
-        """The pipeline's models in its order, then folders by name, each with its models by name."""
+        """The pipeline's models in its order, then folders by name, each with its models by
+        name.
+        """
         return bool(self.group), self.group, self.number, natural_sort_key(self.label)
 
 
@@ -76,7 +80,8 @@ class CheckContext:
 
     measurements: Measurements
     signature: Callable[[Path], Signature]
-    bases: dict[tuple[Path, str | None], Path | None] = field(default_factory=dict)  # by an adapter's parent, its name
+    # by an adapter's parent, its name
+    bases: dict[tuple[Path, str | None], Path | None] = field(default_factory=dict)
 
 
 class Library:
@@ -90,14 +95,18 @@ class Library:
         self.artifacts = [owner.root / ARTIFACTS for owner in (project, project.parent) if owner]
         self.folders: list[Path] = list(self.artifacts)
         self._models: dict[Path, tuple[Signature, Model]] = {}
-        self._folder_stamps: dict[Path, tuple[int, ...] | None] = {}  # of the folders that contain models
+        # of the folders that contain models
+        self._folder_stamps: dict[Path, tuple[int, ...] | None] = {}
         self._verdicts: dict[Path, tuple[str, VerificationResult]] = {}
         self._digests = DigestStore()
         self.cache = ModelCache(self.root)
 
     def project_variants(self) -> dict[Path, str]:
         """Folder → name, for the models that the pipeline makes."""
-        return {self.project.artifact(pair[1] or pair[0]): name for name, pair in self.project.variants.items()}
+        return {
+            self.project.artifact(pair[1] or pair[0]): name
+            for name, pair in self.project.variants.items()
+        }
 
     def label(self, path: Path) -> str:
         """A short name: the pipeline's, or the path within the searched folder."""
@@ -110,7 +119,9 @@ class Library:
         return str(path)
 
     def _group(self, path: Path) -> str:
-        """The heading of a model that the pipeline does not name: its folder in artifacts/, or the added folder."""
+        """The heading of a model that the pipeline does not name: its folder in artifacts/, or the
+        added folder.
+        """
         for folder in self.folders:
             if path.is_relative_to(folder):
                 inside = path.relative_to(folder).parts
@@ -121,13 +132,22 @@ class Library:
         return str(path.parent)
 
     def scan(self) -> Iterator[Entry]:
-        """Yield every model in the folders, with what is known of it so far: costs a stat per file."""
+        """Yield every model in the folders, with what is known of it so far: costs a stat per
+        file.
+        """
         models: dict[Path, tuple[Signature, Model]] = {}
-        folder_stamps, context = {folder: file_stamp(folder) for folder in self.folders}, self._check_context()
+        folder_stamps, context = (
+            {folder: file_stamp(folder) for folder in self.folders},
+            self._check_context(),
+        )
         variants = self.project_variants()
         numbers = {path: number for number, path in enumerate(variants)}
-        marks = {self.project.artifact(name): reasons for name, reasons in apart(self.project).items()}
-        for path in dict.fromkeys(model for folder in self.folders for model in model_folders(folder)):
+        marks = {
+            self.project.artifact(name): reasons for name, reasons in apart(self.project).items()
+        }
+        for path in dict.fromkeys(
+            model for folder in self.folders for model in model_folders(folder)
+        ):
             folder_stamps.setdefault(path.parent, file_stamp(path.parent))
             now = signature(path)
             model = self._known(path, now)
@@ -138,7 +158,9 @@ class Library:
             group = "" if path in variants else self._group(path)
             label = variants.get(path) or self.label(path)
             mark = marks.get(path, ())
-            yield Entry(label, models[path][1], verdict, shown_path, group, numbers.get(path, 0), mark)
+            yield Entry(
+                label, models[path][1], verdict, shown_path, group, numbers.get(path, 0), mark
+            )
         self._models, self._folder_stamps = models, folder_stamps
 
     def _known(self, path: Path, now: Signature) -> Model | None:
@@ -148,7 +170,9 @@ class Library:
         facts = self.cache.get("model", path, stamp_of(now))
         return model_of(path, facts) if facts else None
 
-    def _known_verdict(self, model: Model, now: Signature, context: CheckContext) -> VerificationResult | None:
+    def _known_verdict(
+        self, model: Model, now: Signature, context: CheckContext
+    ) -> VerificationResult | None:
         current = self._stamp(model, now, context)
         stamp, verdict = self._verdicts.get(model.path, ("", None))
         if verdict is None or stamp != current:
@@ -157,21 +181,29 @@ class Library:
         return verdict and scored(verdict, context.measurements)
 
     def added(self) -> bool:
-        """Whether a model was added, removed or replaced since the last complete scan. Costs a stat per folder."""
-        return any(file_stamp(folder) != before for folder, before in list(self._folder_stamps.items()))
+        """Whether a model was added, removed or replaced since the last complete scan. Costs a stat
+        per folder.
+        """
+        return any(
+            file_stamp(folder) != before for folder, before in list(self._folder_stamps.items())
+        )
 
     def changed(self) -> bool:
         """Whether a file of a model was changed in place since then. Costs a stat per file."""
         return any(signature(path) != before for path, (before, _) in list(self._models.items()))
 
-    def check_all(self, entries: Iterable[Entry], first: Callable[[], Collection[Path]] = tuple) -> Iterator[Entry]:
-        """Yield the unchecked entries with a verdict, those of `first` before the others. For the list: accepts digests
-        cached by an earlier process."""
+    def check_all(
+        self, entries: Iterable[Entry], first: Callable[[], Collection[Path]] = tuple
+    ) -> Iterator[Entry]:
+        """Yield the unchecked entries with a verdict, those of `first` before the others. For the
+        list: accepts digests cached by an earlier process."""
         context, saved = self._check_context(), monotonic()
         pending = {entry.model.path: entry for entry in entries if entry.verdict is None}
         try:
             while pending:
-                path = next((path for path in first() if path in pending), None) or next(iter(pending))
+                path = next((path for path in first() if path in pending), None) or next(
+                    iter(pending)
+                )
                 yield self.check(pending.pop(path), context, earlier=True)
                 if monotonic() - saved > SAVE_EVERY:
                     self._save()
@@ -193,11 +225,13 @@ class Library:
         self.cache.put("model", path, stamp_of(now), model_facts(model), [now])
         return replace(entry, model=model)
 
-    def check(self, entry: Entry, context: CheckContext | None = None, earlier: bool = False) -> Entry:
+    def check(
+        self, entry: Entry, context: CheckContext | None = None, earlier: bool = False
+    ) -> Entry:
         """The entry with its verdict, whose reason has paths relative to the project.
 
-        For loading, it hashes all files that this process has not hashed yet; `earlier`: accepts digests cached by
-        an earlier process.
+        For loading, it hashes all files that this process has not hashed yet; `earlier`: accepts
+        digests cached by an earlier process.
         """
         context, entry = context or self._check_context(), self.read(entry)
         model, path = entry.model, entry.model.path
@@ -206,10 +240,14 @@ class Library:
         fingerprint = partial(self._digests.fingerprint, earlier=earlier)
         contents = partial(self._digests.contents, earlier=earlier)
         verdict = check(model, self.root, fingerprint=fingerprint, contents=contents)
-        verdict = replace(verdict, reason=verdict.reason and verdict.reason.replace(f"{self.root}/", ""))
+        verdict = replace(
+            verdict, reason=verdict.reason and verdict.reason.replace(f"{self.root}/", "")
+        )
         self._verdicts[path] = stamp, verdict
         base = self._base(model, context)
-        self.cache.put("verdict", path, stamp, asdict(verdict), [now, context.signature(base) if base else ()])
+        self.cache.put(
+            "verdict", path, stamp, asdict(verdict), [now, context.signature(base) if base else ()]
+        )
         return replace(entry, verdict=scored(verdict, context.measurements))
 
     def forget(self) -> None:
@@ -232,7 +270,9 @@ class Library:
         return CheckContext(measured(self.folders), cache(signature))
 
     def _base(self, model: Model, context: CheckContext) -> Path | None:
-        """`base`, looked up once for all adapters in a folder that name the same one; None for a model with its own."""
+        """`base`, looked up once for all adapters in a folder that name the same one; None for a
+        model with its own.
+        """
         if model.kind != "adapter":
             return None
         key = model.path.parent, model.base
@@ -241,7 +281,9 @@ class Library:
         return context.bases[key]
 
     def base(self, model: Model) -> Path | None:
-        """The folder of the base model: the model's own, or for an adapter its base (None if it is missing)."""
+        """The folder of the base model: the model's own, or for an adapter its base (None if it is
+        missing).
+        """
         if model.kind != "adapter":
             return model.path
         try:

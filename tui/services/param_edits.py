@@ -29,7 +29,9 @@ class ParamEdits:
         self._edits: list[Edit] = []
 
     def save(self, path: Path, values: Mapping[str, Any]) -> None:
-        """Set `section.key` → value. Raises UserError and OSError as `edit.save` does; then nothing is written."""
+        """Set `section.key` → value. Raises UserError and OSError as `edit.save` does; then nothing
+        is written.
+        """
         before = path.read_text(encoding="utf-8")
         with _followed(path):
             edit.save(path, values, GRAPH.sections)
@@ -43,7 +45,8 @@ class ParamEdits:
         last = self._edits[-1]
         if last.path.read_text(encoding="utf-8") != last.after:
             raise UserError(
-                f"{last.path.name} was changed by another program since {', '.join(last.keys)} was written, "
+                f"{last.path.name} was changed by another program since {', '.join(last.keys)} "
+                "was written, "
                 "so it is not taken back. Edit the file."
             )
         with _followed(last.path):
@@ -54,7 +57,9 @@ class ParamEdits:
 
 @contextmanager
 def _followed(params: Path) -> Iterator[None]:
-    """dvc.yaml counts the files in the lists of params.yaml: it is written again if it is as `lora new` writes it."""
+    """dvc.yaml counts the files in the lists of params.yaml: it is written again if it is as `lora
+    new` writes it.
+    """
     follows = follows_params(params)
     yield
     if follows and not follows_params(params) and (text := _render(params)):
@@ -70,8 +75,11 @@ def follows_params(params: Path) -> bool:
 
 
 def _render(params: Path) -> str:
-    """dvc.yaml as `lora new` writes it; "" if the params cannot be read, or are not those that DVC reads."""
-    from pipeline.project.new_project import HEADER, PARAMS, render_dvc_yaml  # not before the first paint
+    """dvc.yaml as `lora new` writes it; "" if the params cannot be read, or are not those that DVC
+    reads.
+    """
+    # not before the first paint
+    from pipeline.project.new_project import HEADER, PARAMS, render_dvc_yaml
 
     try:
         return HEADER + render_dvc_yaml(open_project(params)) if params.name == PARAMS else ""

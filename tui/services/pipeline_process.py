@@ -1,4 +1,6 @@
-"""Run the pipeline in its own process group, with its output in a file, so that it can outlive this program."""
+"""Run the pipeline in its own process group, with its output in a file, so that it can outlive this
+program.
+"""
 
 import fcntl
 import json
@@ -23,7 +25,9 @@ BIN = Path(sys.executable).parent
 
 @dataclass(frozen=True)
 class Running:
-    """A pipeline started by any workbench: `dvc …`, the leader of its process group. `starter`: that workbench."""
+    """A pipeline started by any workbench: `dvc …`, the leader of its process group. `starter`:
+    that workbench.
+    """
 
     pid: int
     command: str
@@ -45,15 +49,20 @@ class Runner:
         return self.runs / LOG
 
     def start(self, arguments: Sequence[str]) -> Running:
-        """Run `dvc ARGUMENTS`. Raises UserError if a pipeline already runs here, OSError if it cannot be started."""
+        """Run `dvc ARGUMENTS`. Raises UserError if a pipeline already runs here, OSError if it
+        cannot be started.
+        """
         if not (self.root / "dvc.yaml").is_file():
             raise UserError(
-                f"{self.root} has no dvc.yaml, so there is no pipeline to run. Write one with `lora new .` there."
+                f"{self.root} has no dvc.yaml, so there is no pipeline to run. Write one with "
+                "`lora new .` there."
             )
         if self.running():
             raise UserError("The pipeline is already running. Stop it first, or wait for it.")
         if self.groups():
-            raise UserError("A stage is already running, started elsewhere. Stop it first, or wait for it.")
+            raise UserError(
+                "A stage is already running, started elsewhere. Stop it first, or wait for it."
+            )
         self.runs.mkdir(parents=True, exist_ok=True)
         self._child, self._stops = None, 0
         try:
@@ -61,29 +70,42 @@ class Runner:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    raise UserError("Another workbench is starting the pipeline. Try again in a moment.") from None
+                    raise UserError(
+                        "Another workbench is starting the pipeline. Try again in a moment."
+                    ) from None
                 self._child = self._spawn([str(BIN / "dvc"), *arguments], lock.fileno())
-                running = Running(self._child.pid, " ".join(["dvc", *arguments]), time.time(), os.getpid())
+                running = Running(
+                    self._child.pid, " ".join(["dvc", *arguments]), time.time(), os.getpid()
+                )
                 lock.truncate(0)
                 lock.write(json.dumps(vars(running)))
         except OSError as error:
-            if self._child:  # it could not be recorded: no workbench would know of it, and it holds the lock
+            # it could not be recorded: no workbench would know of it, and it holds the lock
+            if self._child:
                 _send_signal(self._child.pid, signal.SIGKILL)
                 self._child.wait()
                 self._child = None
-            raise OSError(error.errno, error.strerror, error.filename or str(self.runs / LOCK)) from None
+            raise OSError(
+                error.errno, error.strerror, error.filename or str(self.runs / LOCK)
+            ) from None
         return running
 
     def _spawn(self, command: Sequence[str], lock: int) -> subprocess.Popen[bytes]:
         """Start the process. It inherits the lock, and so holds it until it exits."""
         if self.log.exists():
-            self.log.replace(self.runs / OLD_LOG)  # renamed, so that a reader of the log sees a new file
+            # renamed, so that a reader of the log sees a new file
+            self.log.replace(self.runs / OLD_LOG)
         with self.log.open("wb") as log:
             return subprocess.Popen(
                 command,
                 cwd=self.root,
-                # The stages' commands are those of this environment, and dvc wraps its text for a width of 100.
-                env={**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}", "COLUMNS": "100"},
+                # The stages' commands are those of this environment, and dvc wraps its text for a
+                # width of 100.
+                env={
+                    **os.environ,
+                    "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",
+                    "COLUMNS": "100",
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -108,7 +130,8 @@ class Runner:
         return None
 
     def stop(self) -> str:
-        """Interrupt the run like Ctrl+C; on further calls terminate it, then kill it. Returns a message for the user.
+        """Interrupt the run like Ctrl+C; on further calls terminate it, then kill it. Returns a
+        message for the user.
 
         Raises UserError if nothing runs.
         """
@@ -121,7 +144,10 @@ class Runner:
             _send_signal(group, number)
         if number == signal.SIGKILL:
             return "Killed. The last checkpoint is kept."
-        return f"Stopping{' at the next step, with a checkpoint' if stages else ''}. Press again if it does not stop."
+        return (
+            f"Stopping{' at the next step, with a checkpoint' if stages else ''}. Press again if "
+            "it does not stop."
+        )
 
     def groups(self) -> list[int]:
         """The process groups that run stages of this project, no matter who started them."""

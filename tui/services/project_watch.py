@@ -1,4 +1,6 @@
-"""What the project's files say: stages, their states, what runs, the git branch. Loaded again when they change."""
+"""What the project's files say: stages, their states, what runs, the git branch. Loaded again when
+they change.
+"""
 
 import asyncio
 import time
@@ -15,7 +17,8 @@ from pipeline.workbench import GRAPH, open_project
 from tui.services.pipeline_process import Runner, Running
 
 BUSY, IDLE = 0.6, 1.0  # seconds between two looks at the files
-IDLE_SHARE = 0.004  # of a core while nothing changes: with 300 adapters a look takes 10 ms, and the pause grows
+# of a core while nothing changes: with 300 adapters a look takes 10 ms, and the pause grows
+IDLE_SHARE = 0.004
 MAX_PAUSE = 5.0
 
 
@@ -31,13 +34,26 @@ class Look:
 
 
 class ProjectWatch:
-    """Looks at the files until it is cancelled. Its attributes change on the event loop only, before `on_change`.
+    """Looks at the files until it is cancelled. Its attributes change on the event loop only,
+    before `on_change`.
 
-    `on_end` is called when a pipeline that a workbench started has ended, after its states were loaded.
+    `on_end` is called when a pipeline that a workbench started has ended, after its states were
+    loaded.
     """
 
-    def __init__(self, params: Path, runner: Runner, on_change: Callable[[], None], on_end: Callable[[Running], None]):
-        self._params, self._runner, self._on_change, self._on_end = params, runner, on_change, on_end
+    def __init__(
+        self,
+        params: Path,
+        runner: Runner,
+        on_change: Callable[[], None],
+        on_end: Callable[[Running], None],
+    ):
+        self._params, self._runner, self._on_change, self._on_end = (
+            params,
+            runner,
+            on_change,
+            on_end,
+        )
         self._status, self._wake = Status(), asyncio.Event()
         self._head = _git_head(params.parent)
         self.revision = 0  # counts the changes
@@ -69,23 +85,33 @@ class ProjectWatch:
 
     @property
     def stages(self) -> Mapping[str, Stage]:
-        """The stages that the project can read, and what ran unlisted; of a broken one, those of the product."""
+        """The stages that the project can read, and what ran unlisted; of a broken one, those of
+        the product.
+        """
         if self.project is None:
             return GRAPH.stages
-        unlisted = {name: state.stage for name, state in self.states.items() if name not in self.project.readable}
+        unlisted = {
+            name: state.stage
+            for name, state in self.states.items()
+            if name not in self.project.readable
+        }
         return {**self.project.readable, **unlisted} or GRAPH.stages
 
     @property
     def running(self) -> StageState | None:
         """The stage that runs; of several the last in the DAG's order."""
-        return next((state for state in reversed([*self.states.values()]) if state.state == "running"), None)
+        return next(
+            (state for state in reversed([*self.states.values()]) if state.state == "running"), None
+        )
 
     def look_now(self) -> None:
         """Look at the files now rather than at the next turn."""
         self._wake.set()
 
     def started(self, pipeline: Running) -> None:
-        """Take note of a pipeline that was just started: it may end before the next look, and that is reported too."""
+        """Take note of a pipeline that was just started: it may end before the next look, and that
+        is reported too.
+        """
         self.pipeline = pipeline
         self._changed()
         self.look_now()
@@ -100,13 +126,16 @@ class ProjectWatch:
                 self.pipeline = pipeline
                 self._changed()
             before = self._look
-            look, seconds = await asyncio.to_thread(self._timed_load, before, asyncio.get_running_loop())
+            look, seconds = await asyncio.to_thread(
+                self._timed_load, before, asyncio.get_running_loop()
+            )
             if look != before or ended:
                 self._show(look)
             if ended:
                 self._on_end(ended)
             pause = IDLE if look is not before else min(max(IDLE, seconds / IDLE_SHARE), MAX_PAUSE)
-            # Not `wait_for`: before Python 3.12 it returns if it is cancelled in the moment in which the event comes.
+            # Not `wait_for`: before Python 3.12 it returns if it is cancelled in the moment in
+            # which the event comes.
             with suppress(TimeoutError):
                 async with asyncio.timeout(BUSY if self.running or pipeline else pause):
                     await self._wake.wait()
@@ -135,10 +164,14 @@ class ProjectWatch:
             except (UserError, OSError) as error:
                 problem = str(error)
                 if not self._params.parent.is_dir():
-                    problem = f"{self._params.parent} was moved or deleted. Put it back, or quit with q."
+                    problem = (
+                        f"{self._params.parent} was moved or deleted. Put it back, or quit with q."
+                    )
         seen = params, project and project_signature(project), file_stamp(self._head)
         # a killed process changes no file, so that a stage that runs is looked at each time
-        if seen == before.seen and not any(state.state == "running" for state in before.states.values()):
+        if seen == before.seen and not any(
+            state.state == "running" for state in before.states.values()
+        ):
             return before
         branch = before.branch if seen[2] == old[2] else _branch(self._head)
         states: dict[str, StageState] = {}
@@ -146,7 +179,9 @@ class ProjectWatch:
         def first(state: StageState) -> None:
             """Show each state as soon as it is known: the first look hashes all artifacts."""
             states[state.stage.name] = state
-            loop.call_soon_threadsafe(self._show, Look(project, problem, dict(states), branch, before.seen))
+            loop.call_soon_threadsafe(
+                self._show, Look(project, problem, dict(states), branch, before.seen)
+            )
 
         try:
             if project:
@@ -157,12 +192,18 @@ class ProjectWatch:
 
 
 def _git_head(folder: Path) -> Path:
-    """The file HEAD of the repository that holds `folder`; one that does not exist if there is none."""
+    """The file HEAD of the repository that holds `folder`; one that does not exist if there is
+    none.
+    """
     for parent in (folder, *folder.parents):
         git = parent / ".git"
         if git.is_file():  # of a worktree: `gitdir: PATH`
             with suppress(OSError, ValueError):
-                return parent / git.read_text(encoding="utf-8").removeprefix("gitdir:").strip() / "HEAD"
+                return (
+                    parent
+                    / git.read_text(encoding="utf-8").removeprefix("gitdir:").strip()
+                    / "HEAD"
+                )
         if git.is_dir():
             return git / "HEAD"
     return folder / ".git" / "HEAD"

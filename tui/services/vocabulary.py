@@ -1,4 +1,6 @@
-"""The words that a word-level model knows, read without a library: others are marked while they are typed."""
+"""The words that a word-level model knows, read without a library: others are marked while they are
+typed.
+"""
 
 import json
 import re
@@ -9,8 +11,10 @@ from pathlib import Path
 
 from pipeline.files.file_tail import file_stamp
 
-FILE, MAX_BYTES = "tokenizer.json", 2_000_000  # a word-level vocabulary of this project is far smaller
-Vocabulary = Collection[str] | None  # None: any text can be encoded, or the file is too large to tell
+# a word-level vocabulary of this project is far smaller
+FILE, MAX_BYTES = "tokenizer.json", 2_000_000
+# None: any text can be encoded, or the file is too large to tell
+Vocabulary = Collection[str] | None
 
 
 def vocabulary(base: Path) -> Vocabulary:

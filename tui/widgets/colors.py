@@ -11,7 +11,9 @@ LOOKS = {name: stage.look for name, stage in METHODS.items() if stage.look}
 
 
 def method_look(name: str) -> Look:
-    """The colour and sign of a method on every screen, by its name or that of its stage (`finetune_lora`)."""
+    """The colour and sign of a method on every screen, by its name or that of its stage
+    (`finetune_lora`).
+    """
     return LOOKS.get(name.removeprefix("finetune_"), NO_LOOK)
 
 
@@ -21,7 +23,9 @@ def method_style(name: str, background: Color) -> str:
 
 
 def share_style(share: float) -> str:
-    """The theme variable for a magnitude of which less is better: a load, a loss of what was known."""
+    """The theme variable for a magnitude of which less is better: a load, a loss of what was
+    known.
+    """
     return "$success" if share < 0.5 else "$warning" if share < 0.85 else "$error"
 
 
@@ -39,6 +43,8 @@ def contrast(one: Color, other: Color) -> float:
     """The ratio of two colours' luminances, 1 to 21 (WCAG 2)."""
     luminances = []
     for color in (one, other):
-        red, green, blue = (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in color.normalized)
+        red, green, blue = (
+            v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in color.normalized
+        )
         luminances.append(0.2126 * red + 0.7152 * green + 0.0722 * blue)
     return (max(luminances) + 0.05) / (min(luminances) + 0.05)

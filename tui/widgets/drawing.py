@@ -1,4 +1,6 @@
-"""A block of lines that are drawn for the width available. Their styles may name the theme's variables."""
+"""A block of lines that are drawn for the width available. Their styles may name the theme's
+variables.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,7 +33,11 @@ class Drawing(Widget):
     def lines(self, width: int) -> Sequence[Content]:
         if self._drawn[0] != width:
             lines = self._draw(width) if width > 0 else []
-            wrapped = [part for line in lines for part in (line.wrap(width) if line.cell_length > width else [line])]
+            wrapped = [
+                part
+                for line in lines
+                for part in (line.wrap(width) if line.cell_length > width else [line])
+            ]
             self._drawn = width, wrapped
         return self._drawn[1]
 

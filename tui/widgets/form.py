@@ -1,4 +1,6 @@
-"""A form made from declarations: a line per field, checked while typing; changed and invalid values are marked."""
+"""A form made from declarations: a line per field, checked while typing; changed and invalid values
+are marked.
+"""
 
 import dataclasses
 import json
@@ -31,9 +33,10 @@ Step = Callable[[str, int], str]  # (text, +1 or -1) → the next text
 class FormField:
     """A field of a form.
 
-    `kind`: what the text stands for. A "choice" has one of `choices`, shown by its name in `names`; other fields
-    suggest theirs while typing. `rule`: the valid values in words. `problem(value)`: what is wrong, or ""; it also gets
-    texts that are no value of this kind. `step`: what page up and page down make of a text, if they step it.
+    `kind`: what the text stands for. A "choice" has one of `choices`, shown by its name in `names`;
+    other fields suggest theirs while typing. `rule`: the valid values in words. `problem(value)`:
+    what is wrong, or ""; it also gets texts that are no value of this kind. `step`: what page up
+    and page down make of a text, if they step it.
     """
 
     key: str
@@ -49,7 +52,9 @@ class FormField:
     placeholder: str = ""
 
     def parse(self, text: str) -> Any:
-        """The text as a value, or unchanged if it is none. Lists and mappings need no brackets and braces."""
+        """The text as a value, or unchanged if it is none. Lists and mappings need no brackets and
+        braces.
+        """
         if self.kind == "list":
             return [_parse_scalar(self.items, item) for item in parse_names(text)]
         if self.kind == "files":
@@ -86,7 +91,9 @@ def parse_names(text: str) -> list[str]:
 
 
 def parse_files(text: str) -> Any:
-    """A path, or several as a list: each a path, or a mapping such as `{path: a.csv, weight: 2}`."""
+    """A path, or several as a list: each a path, or a mapping such as `{path: a.csv, weight:
+    2}`.
+    """
     items = _parse_list(text)
     for item in items:
         if isinstance(item, dict) and isinstance(item.get("weight"), str):
@@ -104,7 +111,9 @@ def _parse_list(text: str) -> list[Any]:
 
 
 def parse_mapping(text: str) -> Any:
-    """`v_proj: 8, fc1: 2` or `rank: [1, 2]` as a mapping, `{…}, {…}` as a list of them; any other text unchanged."""
+    """`v_proj: 8, fc1: 2` or `rank: [1, 2]` as a mapping, `{…}, {…}` as a list of them; any other
+    text unchanged.
+    """
     try:
         if text.strip().startswith("{"):
             items = yaml.load(f"[{text}]", _YamlLoader)
@@ -149,12 +158,16 @@ def doubling(text: str, by: int) -> str:
     if not text.isdecimal() or len(text) >= 12:
         return "1"
     number = int(text)
-    return str(1 << number.bit_length() if by > 0 else max(1, 1 << max(0, (number - 1).bit_length() - 1)))
+    return str(
+        1 << number.bit_length() if by > 0 else max(1, 1 << max(0, (number - 1).bit_length() - 1))
+    )
 
 
 def cycling(values: Sequence[str]) -> Step:
     """Cycle through `values`; any other text goes to the first."""
-    return lambda text, by: values[(values.index(text) + by) % len(values)] if text in values else values[0]
+    return lambda text, by: (
+        values[(values.index(text) + by) % len(values)] if text in values else values[0]
+    )
 
 
 STEP_KEYS: list[BindingType] = [
@@ -164,20 +177,33 @@ STEP_KEYS: list[BindingType] = [
 
 
 class FieldInput(Input):
-    """A field to type into. Page up and page down step the value; + and - too if it is a number that steps."""
+    """A field to type into. Page up and page down step the value; + and - too if it is a number
+    that steps.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = STEP_KEYS
 
     def __init__(self, field: FormField, value: str, select_on_focus: bool) -> None:
         suggester = SuggestFromList(field.choices, case_sensitive=False) if field.choices else None
         super().__init__(
-            value, field.placeholder, id=field.key, compact=True, suggester=suggester, select_on_focus=select_on_focus
+            value,
+            field.placeholder,
+            id=field.key,
+            compact=True,
+            suggester=suggester,
+            select_on_focus=select_on_focus,
         )
         self.field = field
 
-    def refresh(self, *regions: Region, repaint: bool = True, layout: bool = False, recompose: bool = False) -> Self:
-        """Skip the layout of the whole screen that Input does at every key: this field never changes its size."""
-        return super().refresh(*regions, repaint=repaint, layout=layout and not self.is_mounted, recompose=recompose)
+    def refresh(
+        self, *regions: Region, repaint: bool = True, layout: bool = False, recompose: bool = False
+    ) -> Self:
+        """Skip the layout of the whole screen that Input does at every key: this field never
+        changes its size.
+        """
+        return super().refresh(
+            *regions, repaint=repaint, layout=layout and not self.is_mounted, recompose=recompose
+        )
 
     async def _on_key(self, event: Key) -> None:
         if self.field.step in (counting, doubling) and event.character in ("+", "-"):
@@ -187,7 +213,11 @@ class FieldInput(Input):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Without steps, page up and page down scroll the form."""
-        return self.field.step is not None if action == "step" else super().check_action(action, parameters)
+        return (
+            self.field.step is not None
+            if action == "step"
+            else super().check_action(action, parameters)
+        )
 
     def action_step(self, by: int) -> None:
         if self.field.step:
@@ -198,8 +228,9 @@ class FieldInput(Input):
 class Choice(Widget, can_focus=True):
     """`‹ lora ›`: left, right or a click steps to another value.
 
-    Not Textual's Select, which opens a list at up and down: here these go to other fields, and a step is one key. It is
-    also five widgets a field: eight of them take 110 ms to start, eight of these 52.
+    Not Textual's Select, which opens a list at up and down: here these go to other fields, and a
+    step is one key. It is also five widgets a field: eight of them take 110 ms to start, eight of
+    these 52.
     """
 
     DEFAULT_CSS = """
@@ -237,7 +268,9 @@ class Choice(Widget, can_focus=True):
         self.post_message(self.Changed(self))
 
     def render(self) -> RenderResult:
-        return Text(f"‹ {self.field.names.get(self.value, self.value)} ›", no_wrap=True, overflow="ellipsis")
+        return Text(
+            f"‹ {self.field.names.get(self.value, self.value)} ›", no_wrap=True, overflow="ellipsis"
+        )
 
     def action_step(self, by: int) -> None:
         self.value = cycling(self.field.choices)(self.value, by)
@@ -247,10 +280,11 @@ class Choice(Widget, can_focus=True):
 
 
 class Form(Vertical):
-    """A line per field: a label, and an editor whose id is the field's key. Up and down move from field to field.
+    """A line per field: a label, and an editor whose id is the field's key. Up and down move from
+    field to field.
 
-    `editors` holds the texts; `value` parses one. A line has the class `-edited` while its value differs from the
-    given one, and `-bad` while it is invalid. `fill` and `revert` set values.
+    `editors` holds the texts; `value` parses one. A line has the class `-edited` while its value
+    differs from the given one, and `-bad` while it is invalid. `fill` and `revert` set values.
     """
 
     DEFAULT_CSS = "Form { height: auto; } Form .field { height: 1; }"
@@ -270,22 +304,31 @@ class Form(Vertical):
         key: str
 
     def __init__(
-        self, fields: Sequence[FormField] = (), values: Mapping[str, Any] | None = None, select_on_focus: bool = True
+        self,
+        fields: Sequence[FormField] = (),
+        values: Mapping[str, Any] | None = None,
+        select_on_focus: bool = True,
     ) -> None:
         super().__init__()
         self._select_on_focus = select_on_focus
         self.lines = self._make_lines(fields, values or {})
 
-    def _make_lines(self, fields: Sequence[FormField], values: Mapping[str, Any]) -> dict[str, Horizontal]:
+    def _make_lines(
+        self, fields: Sequence[FormField], values: Mapping[str, Any]
+    ) -> dict[str, Horizontal]:
         self.fields = {field.key: field for field in fields}
         self.given = {field.key: values.get(field.key, field.default) for field in fields}
         self.editors: dict[str, FieldInput | Choice] = {}
         for key, field in self.fields.items():
             text = format_value(self.given[key])
             is_choice = field.kind == "choice"
-            self.editors[key] = Choice(field, text) if is_choice else FieldInput(field, text, self._select_on_focus)
+            self.editors[key] = (
+                Choice(field, text) if is_choice else FieldInput(field, text, self._select_on_focus)
+            )
         return {
-            key: Horizontal(Label(self.label(field)), *self.beside(field), classes="field", id=f"field-{key}")
+            key: Horizontal(
+                Label(self.label(field)), *self.beside(field), classes="field", id=f"field-{key}"
+            )
             for key, field in self.fields.items()
         }
 

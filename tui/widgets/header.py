@@ -18,10 +18,10 @@ State = tuple[str, str, str]  # a text, a shorter one, their style
 
 
 class Header(Widget):
-    """`lora  1 Pipeline  2 Curves …   ▶ finetune_lora 64% 0:12   main*   cpu 1.1/23 GiB   ~/app`.
+    """`lora 1 Pipeline 2 Curves … ▶ finetune_lora 64% 0:12 main* cpu 1.1/23 GiB ~/app`.
 
-    What does not fit is left out, the least important first: the folder, the machine, the branch. A click on a screen's
-    name opens it.
+    What does not fit is left out, the least important first: the folder, the machine, the branch. A
+    click on a screen's name opens it.
     """
 
     DEFAULT_CSS = """
@@ -39,19 +39,31 @@ class Header(Widget):
         text, short, _ = self.state
         full = [f"{number} {entry.label}" for number, entry in enumerate(SCREENS.values(), 1)]
         brief = [f"{number} {entry.short}" for number, entry in enumerate(SCREENS.values(), 1)]
-        digits = [label if name == self.current else label[:1] for name, label in zip(SCREENS, brief, strict=True)]
-        for labels, gap, state in ((full, 2, text), (brief, 1, text), (brief, 1, short), (digits, 1, text)):
+        digits = [
+            label if name == self.current else label[:1]
+            for name, label in zip(SCREENS, brief, strict=True)
+        ]
+        for labels, gap, state in (
+            (full, 2, text),
+            (brief, 1, text),
+            (brief, 1, short),
+            (digits, 1, text),
+        ):
             if len(NAME) + len((" " * gap).join(labels)) + cell_len(state) + 2 <= self.size.width:
                 return [label + " " * gap for label in labels], state
         return [label + " " for label in digits], short
 
     def render(self) -> RenderResult:
         width, variables = self.size.width, self.app.theme_variables
-        line = Text(no_wrap=True, overflow="ellipsis", end="").append(NAME, f"bold {variables['accent']}")
+        line = Text(no_wrap=True, overflow="ellipsis", end="").append(
+            NAME, f"bold {variables['accent']}"
+        )
         labels, state = self._layout()
         for name, label in zip(SCREENS, labels, strict=True):
             text = label.rstrip()
-            line.append(text, "reverse bold" if name == self.current else "").append(label[len(text) :])
+            line.append(text, "reverse bold" if name == self.current else "").append(
+                label[len(text) :]
+            )
         right = Text(state, self.state[2], end="")
         for fact in filter(None, self.facts):
             if line.cell_len + right.cell_len + cell_len(fact) + 3 <= width:
@@ -66,7 +78,9 @@ class Header(Widget):
                 self.app.switch_mode(name)
 
 
-def describe_state(states: Sequence[StageState], started: bool, problem: str, colors: dict[str, str]) -> State:
+def describe_state(
+    states: Sequence[StageState], started: bool, problem: str, colors: dict[str, str]
+) -> State:
     """What runs, else what went wrong, else what is left to do; and its colour."""
     running = next((state for state in reversed(states) if state.state == "running"), None)
     if running:
@@ -84,11 +98,17 @@ def describe_state(states: Sequence[StageState], started: bool, problem: str, co
     if broken := [state.broken for state in states if state.broken]:
         return f"✗ {broken[0].counted} broken", "✗ limits", f"bold {colors['error']}"
     waiting = sum(state.state != "current" for state in states)
-    text, style = (f"● {waiting} to run", colors["warning"]) if waiting else ("✓" * bool(states), colors["success"])
+    text, style = (
+        (f"● {waiting} to run", colors["warning"])
+        if waiting
+        else ("✓" * bool(states), colors["success"])
+    )
     return text, text, style
 
 
 def _clock(seconds: int) -> str:
     """0:12, 3:20:05."""
     minutes, hours = seconds // 60, seconds // 3600
-    return f"{hours}:{minutes % 60:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
+    return (
+        f"{hours}:{minutes % 60:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
+    )

@@ -10,15 +10,18 @@ from textual.widget import Widget
 from tui.widgets.pane import Pane
 
 Keys = tuple[tuple[str, str, str], ...]  # key as it is shown, label, key as Textual names it
-NAMED = ("question_mark", "slash", "plus", "colon", "space")  # keys with a longer name that type a character
+# keys with a longer name that type a character
+NAMED = ("question_mark", "slash", "plus", "colon", "space")
 ALWAYS = ("app.help", "app.palette", "app.quit")  # at the right end, never left out
 SCREENS_KEYS = ("F2–F9", "screens", "")
 
 
 class KeyBar(Widget):
-    """The keys of the screen and, while a text is typed, of its field; at the right those that are the same everywhere.
+    """The keys of the screen and, while a text is typed, of its field; at the right those that are
+    the same everywhere.
 
-    What a pane shows in its border is left out, unless a text is typed. A click on a key has its effect.
+    What a pane shows in its border is left out, unless a text is typed. A click on a key has its
+    effect.
     """
 
     DEFAULT_CSS = """
@@ -40,7 +43,9 @@ class KeyBar(Widget):
         keys: dict[str, tuple[str, str, str]] = {}
         fixed: dict[str, tuple[str, str, str]] = {}
         for key, (node, binding, enabled, _) in self.screen.active_bindings.items():
-            in_border = isinstance(node, Pane) and binding.action in node.actions_in_border and not typing
+            in_border = (
+                isinstance(node, Pane) and binding.action in node.actions_in_border and not typing
+            )
             if not enabled or (typing and (len(key) == 1 or key in NAMED)):
                 continue
             if binding.id == getattr(self.app, "hidden_key", ""):
@@ -54,7 +59,9 @@ class KeyBar(Widget):
         self.fixed = (*(SCREENS_KEYS,) * typing, *(fixed[name] for name in ALWAYS if name in fixed))
 
     def _places(self) -> list[tuple[int, str, str, str]]:
-        """Column, key, label, name of the key. Those that do not fit are left out; the fixed ones never."""
+        """Column, key, label, name of the key. Those that do not fit are left out; the fixed ones
+        never.
+        """
         places: list[tuple[int, str, str, str]] = []
         right = max(self.size.width - sum(_width(entry) for entry in self.fixed), 0)
         column = 1

@@ -33,7 +33,8 @@ class _Heading(Heading):
 
 
 class _Table(TableElement):
-    """A column is as wide as its longest word, even if the page must be moved sideways: a number that is cut is wrong.
+    """A column is as wide as its longest word, even if the page must be moved sideways: a number
+    that is cut is wrong.
 
     What room is left goes to the columns with the longest texts.
     """
@@ -42,8 +43,14 @@ class _Table(TableElement):
         wide = options.update(width=MAX_WIDTH)
         for table in super().__rich_console__(console, options):
             columns = table.columns  # type: ignore[union-attr]  # it is a Table
-            cells = [[Measurement.get(console, wide, cell) for cell in (c.header, *c.cells)] for c in columns]
-            least, most = ([max(getattr(m, name) for m in each) for each in cells] for name in ("minimum", "maximum"))
+            cells = [
+                [Measurement.get(console, wide, cell) for cell in (c.header, *c.cells)]
+                for c in columns
+            ]
+            least, most = (
+                [max(getattr(m, name) for m in each) for each in cells]
+                for name in ("minimum", "maximum")
+            )
             room = options.max_width - sum(least) - 2 * len(columns) - 1
             wanted = [high - low for low, high in zip(least, most, strict=True)]
             share = min(max(room, 0) / max(sum(wanted), 1), 1.0)
@@ -61,8 +68,13 @@ class _Page(Markdown):
 
 
 def lay_out(text: str, width: int, variables: dict[str, str]) -> list[list[Segment]]:
-    """The lines of a Markdown text in the theme's colours. Pictures are named, with the key that shows them."""
-    muted, accent = Style.parse(_color(variables, "text-muted")), Style.parse(f"bold {variables['accent']}")
+    """The lines of a Markdown text in the theme's colours. Pictures are named, with the key that
+    shows them.
+    """
+    muted, accent = (
+        Style.parse(_color(variables, "text-muted")),
+        Style.parse(f"bold {variables['accent']}"),
+    )
     styles = {
         **{f"markdown.h{level}": accent + Style(underline=level == 1) for level in range(1, 7)},
         **dict.fromkeys(("markdown.code", "markdown.table.header"), Style(bold=True)),
@@ -71,20 +83,28 @@ def lay_out(text: str, width: int, variables: dict[str, str]) -> list[list[Segme
         **dict.fromkeys(("markdown.item.bullet", "markdown.item.number"), accent),
     }
     console = Console(
-        file=io.StringIO(), width=width, force_terminal=True, color_system="truecolor", theme=Theme(styles)
+        file=io.StringIO(),
+        width=width,
+        force_terminal=True,
+        color_system="truecolor",
+        theme=Theme(styles),
     )
     page = _Page(PICTURE.sub(r"*▣ \g<title> (f shows it)*", text), hyperlinks=False)
     return list(Segment.split_lines(console.render(page)))
 
 
 def _color(variables: dict[str, str], name: str) -> str:
-    """A theme variable as a style; those that blend, such as `auto 60%`, as what rich has for it."""
+    """A theme variable as a style; those that blend, such as `auto 60%`, as what rich has for
+    it.
+    """
     value = variables.get(name, "")
     return value if value.startswith("#") and len(value) == 7 else "dim"
 
 
 class MarkdownPage(ScrollView, can_focus=True):
-    """Shows a page. `find` marks the lines that contain a text, and `n` goes from one to the next."""
+    """Shows a page. `find` marks the lines that contain a text, and `n` goes from one to the
+    next.
+    """
 
     DEFAULT_CSS = """
     MarkdownPage { height: 1fr; background: transparent; }
@@ -141,14 +161,20 @@ class MarkdownPage(ScrollView, can_focus=True):
 
     def action_next_match(self) -> None:
         if self.matches:
-            self._go(next((line for line in self.matches if line > self.scroll_offset.y), self.matches[0]))
+            self._go(
+                next(
+                    (line for line in self.matches if line > self.scroll_offset.y), self.matches[0]
+                )
+            )
 
     def _go(self, line: int) -> None:
         self.scroll_to(y=line, animate=False, force=True)
 
     def _mark(self) -> None:
         wanted = self._wanted
-        self.matches = [n for n, line in enumerate(self._plain) if wanted in line.casefold()] if wanted else []
+        self.matches = (
+            [n for n, line in enumerate(self._plain) if wanted in line.casefold()] if wanted else []
+        )
 
     def _lay_out(self) -> None:
         width = max(self.size.width - 2, LEAST_WIDTH)  # room for the scroll bar
@@ -175,5 +201,9 @@ class MarkdownPage(ScrollView, can_focus=True):
         number, width = y + top, self.size.width
         if number >= len(self._lines):
             return Strip.blank(width, self.rich_style)
-        line = self._lines[number].crop_extend(x, x + width, self.rich_style).apply_style(self.rich_style)
+        line = (
+            self._lines[number]
+            .crop_extend(x, x + width, self.rich_style)
+            .apply_style(self.rich_style)
+        )
         return line.apply_style(Style(reverse=True)) if number in self.matches else line

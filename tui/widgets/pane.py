@@ -1,4 +1,6 @@
-"""A framed part of a screen, with its title, its keys in the border, help, and a field that filters its list."""
+"""A framed part of a screen, with its title, its keys in the border, help, and a field that filters
+its list.
+"""
 
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -26,9 +28,11 @@ class FilterField(Input):
 
 
 class Pane(Vertical):
-    """Subclasses set TITLE, HELP and BINDINGS, and FILTER with `filtered` if they have a list to narrow.
+    """Subclasses set TITLE, HELP and BINDINGS, and FILTER with `filtered` if they have a list to
+    narrow.
 
-    The border shows the bindings with `show`, as far as they fit. `?` shows HELP (Markdown) while the focus is inside.
+    The border shows the bindings with `show`, as far as they fit. `?` shows HELP (Markdown) while
+    the focus is inside.
     """
 
     TITLE: ClassVar[str] = ""
@@ -92,7 +96,9 @@ class Pane(Vertical):
         self.title = title or self.title
         text = Text(self.title, no_wrap=True, overflow="ellipsis")
         for fact in facts:
-            text.append("  ").append_text(fact if isinstance(fact, Text) else Text(fact, "not bold"))
+            text.append("  ").append_text(
+                fact if isinstance(fact, Text) else Text(fact, "not bold")
+            )
         if self.FILTER and self.filter_text:
             text.append(f"  /{self.filter_text}", "not bold")
         if text != self._title_text:  # setting it draws the whole pane again
@@ -140,13 +146,22 @@ class Pane(Vertical):
         self._field.set_class(bool(self._field.value), "-open")
         before = self._before_filter
         if self._field.has_focus:
-            self.screen.set_focus(before if before and before.is_attached else self.first_focusable())
+            self.screen.set_focus(
+                before if before and before.is_attached else self.first_focusable()
+            )
 
     def first_focusable(self) -> Widget | None:
         """The widget that gets the focus when the pane does."""
         if self.can_focus:
             return self
-        return next((w for w in self.query("*").results(Widget) if w.focusable and w is not self._maybe_field()), None)
+        return next(
+            (
+                w
+                for w in self.query("*").results(Widget)
+                if w.focusable and w is not self._maybe_field()
+            ),
+            None,
+        )
 
     def _maybe_field(self) -> Widget | None:
         return self._field if self.FILTER else None

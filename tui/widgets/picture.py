@@ -1,8 +1,10 @@
-"""A picture in the terminal: as its pixels where the terminal can (kitty's protocol, sixel), else in half blocks.
+"""A picture in the terminal: as its pixels where the terminal can (kitty's protocol, sixel), else
+in half blocks.
 
-`textual-image` draws it. Imported, that library asks the terminal what it can and reads the answer from the keyboard,
-which Textual reads already: keys would be lost, and the answer would arrive as keys. So it is imported as if there were
-no terminal, when a picture is first shown, and what the terminal can is told by the variables that it sets.
+`textual-image` draws it. Imported, that library asks the terminal what it can and reads the answer
+from the keyboard, which Textual reads already: keys would be lost, and the answer would arrive as
+keys. So it is imported as if there were no terminal, when a picture is first shown, and what the
+terminal can is told by the variables that it sets.
 """
 
 import fcntl
@@ -24,34 +26,54 @@ if TYPE_CHECKING:
     from textual.widget import Widget
 
 KINDS = {"blocks": "half blocks", "sixel": "sixel", "kitty": "kitty's protocol"}
-SIXEL_TERMINALS = ("WezTerm", "iTerm.app", "mintty", "contour")  # values of TERM_PROGRAM or of TERMINAL_NAME
+# values of TERM_PROGRAM or of TERMINAL_NAME
+SIXEL_TERMINALS = ("WezTerm", "iTerm.app", "mintty", "contour")
 MAX_BYTES, MAX_PIXELS = 50_000_000, 50_000_000  # of a file that is opened
-MAX_SIDE = 2000  # pixels; larger pictures are made smaller once, rather than each time they are drawn
+# pixels; larger pictures are made smaller once, rather than each time they are drawn
+MAX_SIDE = 2000
 CELL = 10, 20  # pixels, where the terminal does not say
 
 
 def kind_of_terminal(environment: Mapping[str, str] = os.environ) -> str:
-    """The best of KINDS that this terminal draws for certain. Within tmux and a browser: half blocks."""
+    """The best of KINDS that this terminal draws for certain. Within tmux and a browser: half
+    blocks.
+    """
     term, program = environment.get("TERM", ""), environment.get("TERM_PROGRAM", "")
-    if "TMUX" in environment or term.startswith(("tmux", "screen")) or "TEXTUAL_DRIVER" in environment:
+    if (
+        "TMUX" in environment
+        or term.startswith(("tmux", "screen"))
+        or "TEXTUAL_DRIVER" in environment
+    ):
         return "blocks"
     if term in ("xterm-kitty", "xterm-ghostty"):
         return "kitty"
-    if program in SIXEL_TERMINALS or term.startswith("foot") or term == "mlterm" or "WT_SESSION" in environment:
+    if (
+        program in SIXEL_TERMINALS
+        or term.startswith("foot")
+        or term == "mlterm"
+        or "WT_SESSION" in environment
+    ):
         return "sixel"
     return "blocks"
 
 
 def read_picture(path: Path) -> "Image":
-    """A PNG file on white, at most MAX_SIDE pixels a side. Raises UserError. Takes some 50 ms: for a thread."""
+    """A PNG file on white, at most MAX_SIDE pixels a side. Raises UserError. Takes some 50 ms: for
+    a thread.
+    """
     from PIL import Image
 
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path.name} is larger than {MAX_BYTES // 10**6} MB. Open it with another program.")
+            raise UserError(
+                f"{path.name} is larger than {MAX_BYTES // 10**6} MB. Open it with another program."
+            )
         with Image.open(path, formats=["PNG"]) as file:
             if file.width * file.height > MAX_PIXELS:
-                raise UserError(f"{path.name} has {file.width} × {file.height} pixels. Open it with another program.")
+                raise UserError(
+                    f"{path.name} has {file.width} × {file.height} pixels. Open it with another "
+                    "program."
+                )
             picture = file.convert("RGBA")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else "it is damaged"
@@ -65,7 +87,11 @@ def read_picture(path: Path) -> "Image":
 def widget_for(picture: "Image", kind: str) -> "Widget":
     """The widget that draws a picture by one of KINDS; its size keeps the proportions."""
     widgets = _library()
-    makers = {"blocks": widgets.HalfcellImage, "sixel": widgets.SixelImage, "kitty": widgets.TGPImage}
+    makers = {
+        "blocks": widgets.HalfcellImage,
+        "sixel": widgets.SixelImage,
+        "kitty": widgets.TGPImage,
+    }
     widget: Widget = makers[kind](picture)
     return widget
 
@@ -94,7 +120,9 @@ def _cell_size() -> tuple[int, int]:
 
 
 def _keep_control_codes() -> None:
-    """Mark the codes that place a sixel picture as such: the app removes those in what counts as text."""
+    """Mark the codes that place a sixel picture as such: the app removes those in what counts as
+    text.
+    """
     from rich.segment import ControlType, Segment
     from textual_image.widget import sixel
 

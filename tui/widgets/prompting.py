@@ -1,4 +1,6 @@
-"""The prompt field, the strength of an adapter, and the state of the engine: for the screens that prompt models."""
+"""The prompt field, the strength of an adapter, and the state of the engine: for the screens that
+prompt models.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
@@ -53,7 +55,9 @@ class PromptInput(Input):
 
     def __init__(self, placeholder: str = "a prompt; Enter asks the chosen models") -> None:
         self._marked = _Marked()
-        super().__init__(placeholder=placeholder, compact=True, highlighter=self._marked, select_on_focus=False)
+        super().__init__(
+            placeholder=placeholder, compact=True, highlighter=self._marked, select_on_focus=False
+        )
         self.history: list[str] = []
         self._back = 0  # position in the history: 0 is the draft, 1 the newest
         self._draft = ""
@@ -78,7 +82,9 @@ class PromptInput(Input):
 
 
 class Slider(Widget, can_focus=True):
-    """Scale of an adapter: 0 is the base model, 1 the adapter as trained. Disabled, it shows `why`."""
+    """Scale of an adapter: 0 is the base model, 1 the adapter as trained. Disabled, it shows
+    `why`.
+    """
 
     DEFAULT_CSS = """
     Slider { height: 1; color: $foreground; text-wrap: nowrap; text-overflow: ellipsis; }
@@ -113,7 +119,9 @@ class Slider(Widget, can_focus=True):
     def render(self) -> RenderResult:
         if self.disabled:
             return Text(f"{self.LABEL}– ({self.why})", no_wrap=True, overflow="ellipsis")
-        position, middle = (round(value / STRONGEST * (self.track - 1)) for value in (self.value, AS_TRAINED))
+        position, middle = (
+            round(value / STRONGEST * (self.track - 1)) for value in (self.value, AS_TRAINED)
+        )
         cells = ["━" if cell < position else "┄" for cell in range(self.track)]
         cells[middle] = "┿" if middle < position else "┊"
         cells[position] = "●"
@@ -141,9 +149,13 @@ class Slider(Widget, can_focus=True):
 
 
 class EngineBar(Widget):
-    """A status line of the inference process: state, device, memory, number of loaded models, name of the device."""
+    """A status line of the inference process: state, device, memory, number of loaded models, name
+    of the device.
+    """
 
-    DEFAULT_CSS = "EngineBar { height: 1; color: $text-muted; text-wrap: nowrap; text-overflow: ellipsis; }"
+    DEFAULT_CSS = (
+        "EngineBar { height: 1; color: $text-muted; text-wrap: nowrap; text-overflow: ellipsis; }"
+    )
     state: reactive[str] = reactive("not started")
     facts: reactive[Mapping[str, Any] | None] = reactive(None)
 
@@ -151,8 +163,16 @@ class EngineBar(Widget):
         sign, color, hint = STATES[self.state]
         parts = [hint] if hint else []
         if (facts := self.facts) and self.state in ("ready", "busy"):
-            count, memory = len(facts["loaded"]), (in_units(facts[f"memory_{key}"]) for key in ("used", "total"))
-            parts += [facts["device"], " of ".join(memory), f"{count} model{'' if count == 1 else 's'}", facts["name"]]
+            count, memory = (
+                len(facts["loaded"]),
+                (in_units(facts[f"memory_{key}"]) for key in ("used", "total")),
+            )
+            parts += [
+                facts["device"],
+                " of ".join(memory),
+                f"{count} model{'' if count == 1 else 's'}",
+                facts["name"],
+            ]
         text = Text(no_wrap=True, overflow="ellipsis", end="")
         text.append(f"{sign} engine {self.state}", self.app.theme_variables.get(color, ""))
         return text.append("".join(f" · {part}" for part in parts))

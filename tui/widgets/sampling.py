@@ -62,7 +62,9 @@ class SamplingForm(Form):
 
 
 class SamplingScreen(ModalScreen[tuple[Sampling, bool] | None]):
-    """Edits the sampling and whether prompts use the chat template; returns both once valid, or None on Escape."""
+    """Edits the sampling and whether prompts use the chat template; returns both once valid, or
+    None on Escape.
+    """
 
     AUTO_FOCUS = "Input"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Close")]
@@ -80,9 +82,17 @@ class SamplingScreen(ModalScreen[tuple[Sampling, bool] | None]):
 
     def compose(self) -> ComposeResult:
         with VerticalScroll(classes="dialog"):
-            yield SamplingForm(SAMPLING_FIELDS, {k: format_setting(v) for k, v in asdict(self._sampling).items()})
-            label = "chat template" if self._has_chat else "chat template (no model asked so far has one)"
-            yield ClearCheckbox(label, self._chat and self._has_chat, compact=True, disabled=not self._has_chat)
+            yield SamplingForm(
+                SAMPLING_FIELDS, {k: format_setting(v) for k, v in asdict(self._sampling).items()}
+            )
+            label = (
+                "chat template"
+                if self._has_chat
+                else "chat template (no model asked so far has one)"
+            )
+            yield ClearCheckbox(
+                label, self._chat and self._has_chat, compact=True, disabled=not self._has_chat
+            )
             yield Static(classes="wrong", markup=False)
             yield Button("Use", compact=True, variant="primary")
 

@@ -13,7 +13,8 @@ VIM_KEYS: tuple[BindingType, ...] = (
 )
 
 
-# for lists that draw their lines themselves: they have `action_move(lines)` and `action_page(pages)`
+# for lists that draw their lines themselves: they have `action_move(lines)` and
+# `action_page(pages)`
 MOVE_KEYS: tuple[BindingType, ...] = (
     Binding("down,j", "move(1)", "Down", show=False),
     Binding("up,k", "move(-1)", "Up", show=False),

@@ -18,7 +18,11 @@ class Unit(NamedTuple):
         if not size:
             return "0"
         smallest = 10.0**-self.digits
-        return f"<{smallest:g}" if 0 < size / self.bytes < smallest / 2 else f"{size / self.bytes:,.{self.digits}f}"
+        return (
+            f"<{smallest:g}"
+            if 0 < size / self.bytes < smallest / 2
+            else f"{size / self.bytes:,.{self.digits}f}"
+        )
 
     def format_change(self, size: int) -> str:
         """+1.20, −2.68, or 0."""
@@ -31,7 +35,9 @@ class Unit(NamedTuple):
 def unit_of(sizes: Iterable[int]) -> Unit:
     """The unit for sizes that are shown together, by the largest."""
     largest = max(sizes, default=0)
-    name, size = next(((n, s) for n, s in (("GiB", GIB), ("MiB", MIB)) if largest >= s), ("KiB", KIB))
+    name, size = next(
+        ((n, s) for n, s in (("GiB", GIB), ("MiB", MIB)) if largest >= s), ("KiB", KIB)
+    )
     return Unit(name, size, 0 if largest >= 10_000 * size else 2)
 
 

@@ -1,4 +1,6 @@
-"""docs/coming-from: other tools' names, from the table that the code reads them with; a page for each file here."""
+"""docs/coming-from: other tools' names, from the table that the code reads them with; a page for
+each file here.
+"""
 
 import tempfile
 from importlib import import_module
@@ -30,7 +32,9 @@ with `--data`. Configs are read as text: JSON, or YAML without aliases, of at mo
 
 
 def pages() -> dict[str, str]:
-    files = [" ".join((import_module(each.read.__module__).__doc__ or "").split()) for each in FORMATS]
+    files = [
+        " ".join((import_module(each.read.__module__).__doc__ or "").split()) for each in FORMATS
+    ]
     names = ("| here | elsewhere |", "|---|---|")
     parts = [HEAD, "## Files\n", *(f"- {line}" for line in files)]
     parts += ["", "## Names of settings\n", *names, *_rows(KEYS)]
@@ -38,7 +42,10 @@ def pages() -> dict[str, str]:
     parts += ["", "## Settings without a counterpart\n", "| why | settings |", "|---|---|"]
     index = "\n".join([*parts, *_rows(NO_COUNTERPART, code=False)]) + "\n"
     tools = [import_module(f"{__name__}.{each.name}") for each in iter_modules(__path__)]
-    return {"coming-from/index.md": index, **{f"coming-from/{tool.PAGE}.md": _page(tool) for tool in tools}}
+    return {
+        "coming-from/index.md": index,
+        **{f"coming-from/{tool.PAGE}.md": _page(tool) for tool in tools},
+    }
 
 
 def _rows(table: dict[str, str], code: bool = True) -> list[str]:
@@ -50,13 +57,18 @@ def _rows(table: dict[str, str], code: bool = True) -> list[str]:
 
 
 def _page(tool: ModuleType) -> str:
-    """The text of a tool's file, its example config read by the code of `lora new --from`, and its names.
+    """The text of a tool's file, its example config read by the code of `lora new --from`, and its
+    names.
 
     `NAMES`: keys that the tool has. `RULES`: what is read by another rule than a name's.
     """
     parts = [tool.TEXT, "## A config, and what is taken from it\n", f"`{tool.FILE}`:\n"]
     parts += [f"    {line}" for line in tool.CONFIG.splitlines()]
-    parts += ["", f"`lora new my-project --from {tool.FILE}` takes:\n", *_read(tool.FILE, tool.CONFIG, tool.DATA)]
+    parts += [
+        "",
+        f"`lora new my-project --from {tool.FILE}` takes:\n",
+        *_read(tool.FILE, tool.CONFIG, tool.DATA),
+    ]
     parts += ["", "## Names of settings\n", "| there | here |", "|---|---|"]
     parts += [f"| `{name}` | {said} |" for name, said in tool.RULES.items()]
     parts += [f"| `{name}` | {_counterpart(name)} |" for name in tool.NAMES.split()]
@@ -72,7 +84,10 @@ def _read(name: str, text: str, data: str) -> list[str]:
         (path.parent / data).touch()
         foreign = read_config(path, GRAPH.sections)
         rows = [("base model", "base", foreign.base)] * bool(foreign.base)
-        rows += [("data", f"{foreign.section}.data", str(Path(each).relative_to(folder))) for each in foreign.data]
+        rows += [
+            ("data", f"{foreign.section}.data", str(Path(each).relative_to(folder)))
+            for each in foreign.data
+        ]
     rows += [(theirs, ours, dump_inline(value)) for theirs, ours, value in foreign.taken]
     lines = ["| there | here | value |", "|---|---|---|"]
     lines += [f"| {theirs} | `{ours}` | `{value}` |" for theirs, ours, value in rows]
@@ -83,7 +98,9 @@ def _read(name: str, text: str, data: str) -> list[str]:
 
 
 def _counterpart(name: str) -> str:
-    """Our key for another tool's, or why there is none. Raises KeyError for a name that the code does not know."""
+    """Our key for another tool's, or why there is none. Raises KeyError for a name that the code
+    does not know.
+    """
     if ours := KEYS.get(name):
         return f"`{ours}`"
     if why := why_none(name):

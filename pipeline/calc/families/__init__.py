@@ -1,7 +1,8 @@
 """Builds the shapes of a Hugging Face `config.json`.
 
-A family is a function from a Config to an Architecture, listed under its `model_type` in FAMILIES of a module in this
-folder; the modules are found, not listed. Defaults are those of transformers, which leaves them out of its files.
+A family is a function from a Config to an Architecture, listed under its `model_type` in FAMILIES
+of a module in this folder; the modules are found, not listed. Defaults are those of transformers,
+which leaves them out of its files.
 """
 
 import pkgutil
@@ -21,49 +22,70 @@ MOST_LAYERS = 10_000
 
 
 class UnsupportedLayer(UserError):
-    """An architecture or a layer that no family builds; the headers of safetensors files still give every shape."""
+    """An architecture or a layer that no family builds; the headers of safetensors files still give
+    every shape.
+    """
 
     def __init__(self, why: str) -> None:
-        super().__init__(f"{why} Give the folder of its .safetensors files instead: their headers contain every shape.")
+        super().__init__(
+            f"{why} Give the folder of its .safetensors files instead: their headers contain "
+            "every shape."
+        )
 
 
 class Config:
-    """Values of the config `source`; a missing key gives the default. Raises UserError for an invalid value."""
+    """Values of the config `source`; a missing key gives the default. Raises UserError for an
+    invalid value.
+    """
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
         self._values, self.source = values, source
 
     def size(self, *keys: str, default: int | None = None, most: int = MAX_SIZE) -> int:
-        """An integer from 1 to `most`, from the first of `keys` that is present. Raises UserError."""
+        """An integer from 1 to `most`, from the first of `keys` that is present. Raises
+        UserError.
+        """
         for key in keys:
             value = self._values.get(key)
             if value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
                 raise UserError(
-                    f"{self.source}: {key} must be a whole number from 1 to {most:,}, got {abbreviate_repr(value)}."
+                    f"{self.source}: {key} must be a whole number from 1 to {most:,}, got "
+                    f"{abbreviate_repr(value)}."
                 )
             return value
         if default is None:
-            raise UserError(f"{self.source}: {keys[0]} is missing, and the shapes depend on it. Add it.")
+            raise UserError(
+                f"{self.source}: {keys[0]} is missing, and the shapes depend on it. Add it."
+            )
         return default
 
     def count(self, key: str, default: int, most: int = MAX_SIZE) -> int:
         """As `size`, but 0 is valid."""
         value = self.get(key, default)
-        return 0 if value == 0 and not isinstance(value, bool) else self.size(key, default=default or 1, most=most)
+        return (
+            0
+            if value == 0 and not isinstance(value, bool)
+            else self.size(key, default=default or 1, most=most)
+        )
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._values.get(key)
         if value is not None and not isinstance(value, bool):
-            raise UserError(f"{self.source}: {key} must be true or false, got {abbreviate_repr(value)}.")
+            raise UserError(
+                f"{self.source}: {key} must be true or false, got {abbreviate_repr(value)}."
+            )
         return default if value is None else value
 
     def share(self, key: str, default: float) -> float:
         """A number above 0 and at most 1."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-            raise UserError(f"{self.source}: {key} must be more than 0 and at most 1, got {abbreviate_repr(value)}.")
+            raise UserError(
+                f"{self.source}: {key} must be more than 0 and at most 1, got "
+                f"{abbreviate_repr(value)}."
+            )
         return float(value)
 
     def layers(self, key: str, count: int) -> set[int]:
@@ -72,21 +94,31 @@ class Config:
         valid = isinstance(value, list) and all(type(n) is int and 0 <= n < count for n in value)
         if not valid:
             raise UserError(
-                f"{self.source}: {key} must list layers from 0 to {count - 1}, got {abbreviate_repr(value)}."
+                f"{self.source}: {key} must list layers from 0 to {count - 1}, got "
+                f"{abbreviate_repr(value)}."
             )
         return set(value)
 
     def layer_types(self, key: str, count: int, supported: Sequence[str]) -> list[str]:
-        """The kinds of the `count` layers; [] if `key` is missing. Raises UnsupportedLayer for one not `supported`."""
+        """The kinds of the `count` layers; [] if `key` is missing. Raises UnsupportedLayer for one
+        not `supported`.
+        """
         value = self.get(key, [])
         if not isinstance(value, list) or any(not isinstance(kind, str) for kind in value):
-            raise UserError(f"{self.source}: {key} must list a type for each layer, got {abbreviate_repr(value)}.")
+            raise UserError(
+                f"{self.source}: {key} must list a type for each layer, got "
+                f"{abbreviate_repr(value)}."
+            )
         if value and len(value) < count:
-            raise UserError(f"{self.source}: {key} must list {count} layers, as many as there are, got {len(value)}.")
+            raise UserError(
+                f"{self.source}: {key} must list {count} layers, as many as there are, got "
+                f"{len(value)}."
+            )
         for index, kind in enumerate(value[:count]):
             if kind not in supported:
                 raise UnsupportedLayer(
-                    f"{self.source}: layer {index} is {abbreviate_repr(kind)}, which is not supported; {key} may have "
+                    f"{self.source}: layer {index} is {abbreviate_repr(kind)}, which is not "
+                    f"supported; {key} may have "
                     f"{', '.join(supported)}."
                 )
         return value[:count]
@@ -95,11 +127,15 @@ class Config:
         """A mapping; empty if `key` is missing."""
         value = self.get(key, {})
         if not isinstance(value, dict):
-            raise UserError(f"{self.source}: {key} must map names to values, got {abbreviate_repr(value)}.")
+            raise UserError(
+                f"{self.source}: {key} must map names to values, got {abbreviate_repr(value)}."
+            )
         return value
 
     def is_null(self, key: str) -> bool:
-        """Whether `key` is explicitly null, which switches it off; a missing key means the default."""
+        """Whether `key` is explicitly null, which switches it off; a missing key means the
+        default.
+        """
         return key in self._values and self._values[key] is None
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -120,41 +156,70 @@ _MARKS = {  # key of a config → what its layers have
 
 
 def _unknown_layer(values: Mapping[str, Any]) -> str:
-    """The first layer of a config that is no plain attention, and its type; empty if the config names none."""
+    """The first layer of a config that is no plain attention, and its type; empty if the config
+    names none.
+    """
     kinds = values.get("layer_types") or values.get("layers_block_type")
     if isinstance(kinds, list):
         for index, kind in enumerate(kinds):
             if kind not in _PLAIN:
                 return f"layer {index} is {abbreviate_repr(kind)}"
-    return next((f"layer 0 has {what} ({key})" for key, what in _MARKS.items() if values.get(key)), "")
+    return next(
+        (f"layer 0 has {what} ({key})" for key, what in _MARKS.items() if values.get(key)), ""
+    )
 
 
 @cache
 def families() -> dict[str, Callable[[Config], Architecture]]:
     """model_type → function that builds the shapes."""
-    modules = [import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    modules = [
+        import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)
+    ]
     return {family: build for module in modules for family, build in module.FAMILIES.items()}
 
 
 def architecture(values: Mapping[str, Any], source: str) -> Architecture:
-    """The shapes of a config. Raises UserError, with the known families if this one is not supported."""
-    if isinstance(values.get("text_config"), Mapping):  # a vision-language model: only its language model
+    """The shapes of a config. Raises UserError, with the known families if this one is not
+    supported.
+    """
+    # a vision-language model: only its language model
+    if isinstance(values.get("text_config"), Mapping):
         text_config = values["text_config"]
         # whether the head is the embedding may be said for the model as a whole
-        above = {"tie_word_embeddings": values["tie_word_embeddings"]} if "tie_word_embeddings" in values else {}
-        text = architecture({"model_type": f"{values.get('model_type')}_text", **above, **text_config}, source)
-        return replace(text, notes=(*text.notes, "text model only: the image encoder is not counted"))
+        above = (
+            {"tie_word_embeddings": values["tie_word_embeddings"]}
+            if "tie_word_embeddings" in values
+            else {}
+        )
+        text = architecture(
+            {"model_type": f"{values.get('model_type')}_text", **above, **text_config}, source
+        )
+        return replace(
+            text, notes=(*text.notes, "text model only: the image encoder is not counted")
+        )
     family = values.get("model_type")
-    markers = {"activation_function": "gelu", "dropout": 0.0, "layerdrop": 0.0, "bos_token_id": None}
-    if family == "opt" and all(key in values and values[key] == value for key, value in markers.items()):
-        family = "minigpt"  # this project wrote the config: OPT with GELU, without dropout and BOS token
+    markers = {
+        "activation_function": "gelu",
+        "dropout": 0.0,
+        "layerdrop": 0.0,
+        "bos_token_id": None,
+    }
+    if family == "opt" and all(
+        key in values and values[key] == value for key, value in markers.items()
+    ):
+        # this project wrote the config: OPT with GELU, without dropout and BOS token
+        family = "minigpt"
     if not isinstance(family, str) or family not in families():
         layer = _unknown_layer(values)
         raise UnsupportedLayer(
-            f"{source}: the architecture {abbreviate_repr(family)} is not known{f': {layer}' if layer else ''}. "
+            f"{source}: the architecture {abbreviate_repr(family)} is not "
+            f"known{f': {layer}' if layer else ''}. "
             f"Known: {', '.join(sorted(families()))}."
         )
     built = replace(families()[family](Config(values, source)), family=family, source=source)
     if built.hidden * built.vocabulary * len(built.blocks) > 2**62:
-        raise UserError(f"{source}: the shapes overflow: {built.total:,} parameters are more than any memory holds.")
+        raise UserError(
+            f"{source}: the shapes overflow: {built.total:,} parameters are more than any memory "
+            "holds."
+        )
     return built

@@ -1,4 +1,6 @@
-"""Models with LayerNorm, biases and a plain feed-forward: GPT-2, GPT-3, GPT-NeoX, OPT, MiniGPT, RoBERTa."""
+"""Models with LayerNorm, biases and a plain feed-forward: GPT-2, GPT-3, GPT-NeoX, OPT, MiniGPT,
+RoBERTa.
+"""
 
 from collections.abc import Sequence
 
@@ -13,7 +15,10 @@ def gpt2(config: Config) -> Architecture:
     hidden, context = config.size("n_embd", "hidden_size"), config.size("n_positions", default=1024)
     inner = config.size("n_inner", default=4 * hidden)
     block = Block(
-        (Linear("attn.c_attn", hidden, 3 * hidden, True), Linear("attn.c_proj", hidden, hidden, True)),
+        (
+            Linear("attn.c_attn", hidden, 3 * hidden, True),
+            Linear("attn.c_proj", hidden, hidden, True),
+        ),
         (Linear("mlp.c_fc", hidden, inner, True), Linear("mlp.c_proj", inner, hidden, True)),
         norms=4 * hidden,
     )
@@ -25,10 +30,14 @@ def gpt2(config: Config) -> Architecture:
 
 
 def gpt3(config: Config) -> Architecture:
-    """GPT-2's block with separate q, k, v and o, as in the LoRA paper; there is no public checkpoint."""
+    """GPT-2's block with separate q, k, v and o, as in the LoRA paper; there is no public
+    checkpoint.
+    """
     built = gpt2(config)
     first = built.blocks[0]
-    attention = tuple(Linear(f"attn.{name}_proj", built.hidden, built.hidden, True) for name in "qkvo")
+    attention = tuple(
+        Linear(f"attn.{name}_proj", built.hidden, built.hidden, True) for name in "qkvo"
+    )
     return replace(built, blocks=(replace(first, attention=attention),) * len(built.blocks))
 
 
@@ -40,7 +49,10 @@ def gpt_neox(config: Config) -> Architecture:
             Linear("attention.query_key_value", hidden, 3 * hidden, bias),
             Linear("attention.dense", hidden, hidden, bias),
         ),
-        (Linear("mlp.dense_h_to_4h", hidden, inner, True), Linear("mlp.dense_4h_to_h", inner, hidden, True)),
+        (
+            Linear("mlp.dense_h_to_4h", hidden, inner, True),
+            Linear("mlp.dense_4h_to_h", inner, hidden, True),
+        ),
         norms=4 * hidden,
     )
     style = BlockStyle(
@@ -52,14 +64,22 @@ def gpt_neox(config: Config) -> Architecture:
         activation=config.get("hidden_act", "gelu"),
     )
     context = config.size("max_position_embeddings", default=2048)
-    return replace(_build(config, block, hidden, context, style, tie=False), layers="gpt_neox.layers")
+    return replace(
+        _build(config, block, hidden, context, style, tie=False), layers="gpt_neox.layers"
+    )
 
 
 def opt(config: Config) -> Architecture:
     hidden, inner = config.size("hidden_size"), config.size("ffn_dim")
-    bias, affine = config.flag("enable_bias", True), config.flag("layer_norm_elementwise_affine", True)
+    bias, affine = (
+        config.flag("enable_bias", True),
+        config.flag("layer_norm_elementwise_affine", True),
+    )
     block = Block(
-        tuple(Linear(f"self_attn.{name}", hidden, hidden, bias) for name in ("k_proj", "v_proj", "q_proj", "out_proj")),
+        tuple(
+            Linear(f"self_attn.{name}", hidden, hidden, bias)
+            for name in ("k_proj", "v_proj", "q_proj", "out_proj")
+        ),
         (Linear("fc1", hidden, inner, bias), Linear("fc2", inner, hidden, bias)),
         norms=4 * hidden if affine else 0,
     )
@@ -73,9 +93,14 @@ def opt(config: Config) -> Architecture:
         scaled_queries=True,
     )
     context = config.size("max_position_embeddings", default=2048)
-    built = _build(config, block, hidden, context, style, positions=context + 2)  # OPT's table has two unused rows
+    # OPT's table has two unused rows
+    built = _build(config, block, hidden, context, style, positions=context + 2)
     width = config.size("word_embed_proj_dim", default=hidden)
-    outside = (Linear("project_out", hidden, width), Linear("project_in", width, hidden)) if width != hidden else ()
+    outside = (
+        (Linear("project_out", hidden, width), Linear("project_in", width, hidden))
+        if width != hidden
+        else ()
+    )
     has_final_norm = before and not config.flag("_remove_final_layer_norm", False)
     return replace(
         built,
@@ -87,7 +112,9 @@ def opt(config: Config) -> Architecture:
 
 
 def minigpt(config: Config) -> Architecture:
-    """OPT's names, with sinusoidal positions: a table, not parameters (the document's Introduction)."""
+    """OPT's names, with sinusoidal positions: a table, not parameters (the document's
+    Introduction).
+    """
     built = opt(config)
     style = built.style._replace(scaled_queries=False, ours=True)
     return replace(built, positions=0, fixed_positions=built.positions, style=style)
@@ -97,16 +124,35 @@ def roberta(config: Config) -> Architecture:
     hidden, inner = config.size("hidden_size"), config.size("intermediate_size")
     block = Block(
         (
-            *(Linear(f"attention.self.{name}", hidden, hidden, True) for name in ("query", "key", "value")),
+            *(
+                Linear(f"attention.self.{name}", hidden, hidden, True)
+                for name in ("query", "key", "value")
+            ),
             Linear("attention.output.dense", hidden, hidden, True),
         ),
-        (Linear("intermediate.dense", hidden, inner, True), Linear("output.dense", inner, hidden, True)),
+        (
+            Linear("intermediate.dense", hidden, inner, True),
+            Linear("output.dense", inner, hidden, True),
+        ),
         norms=4 * hidden,
     )
-    style = BlockStyle(norm="layer", norms="after", gated=False, rotary=0, activation=config.get("hidden_act", "gelu"))
+    style = BlockStyle(
+        norm="layer",
+        norms="after",
+        gated=False,
+        rotary=0,
+        activation=config.get("hidden_act", "gelu"),
+    )
     context = config.size("max_position_embeddings", default=512)
     # the types of tokens have a table of their own
-    built = _build(config, block, hidden, context, style, positions=context + config.size("type_vocab_size", default=2))
+    built = _build(
+        config,
+        block,
+        hidden,
+        context,
+        style,
+        positions=context + config.size("type_vocab_size", default=2),
+    )
     return replace(
         built,
         final_norm=0,
@@ -131,7 +177,9 @@ def _build(
 ) -> Architecture:
     heads, layers = config.size(*keys[0]), config.size(*keys[1], most=MOST_LAYERS)
     if hidden % heads:
-        raise UserError(f"{config.source}: the width {hidden} is not a multiple of the {heads} heads.")
+        raise UserError(
+            f"{config.source}: the width {hidden} is not a multiple of the {heads} heads."
+        )
     return Architecture(
         family="",
         hidden=hidden,

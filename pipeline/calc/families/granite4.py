@@ -10,21 +10,29 @@ ATTENTION = ("attention", "full_attention")
 
 
 def granitemoehybrid(config: Config) -> Architecture:
-    """Llama's attention; the feed-forward, which hybrids have beside experts, has gate and up in one linear."""
+    """Llama's attention; the feed-forward, which hybrids have beside experts, has gate and up in
+    one linear.
+    """
     rotary = 1.0 if config.get("position_embedding_type") == "rope" else 0
     style = BlockStyle(rotary=rotary, scaled_embeddings=True, scaled_branches=True)
     built = decoder(config, style, Defaults(reads_bias=True, inner=1))
     key = "layers_block_type" if config.get("layers_block_type") else "layer_types"
     if not config.layer_types(key, len(built.blocks), ATTENTION):
-        raise UnsupportedLayer(f"{config.source}: layer 0 is a Mamba layer, the default, which is not supported.")
+        raise UnsupportedLayer(
+            f"{config.source}: layer 0 is a Mamba layer, the default, which is not supported."
+        )
     if config.count("num_local_experts", default=8):
-        raise UnsupportedLayer(f"{config.source}: layer 0 has Granite's experts, which is not supported.")
+        raise UnsupportedLayer(
+            f"{config.source}: layer 0 has Granite's experts, which is not supported."
+        )
     inner = config.size("shared_intermediate_size", default=1024)
     feed_forward = (
         Linear("shared_mlp.input_linear", built.hidden, 2 * inner),
         Linear("shared_mlp.output_linear", inner, built.hidden),
     )
-    return replace(built, blocks=(replace(built.blocks[0], feed_forward=feed_forward),) * len(built.blocks))
+    return replace(
+        built, blocks=(replace(built.blocks[0], feed_forward=feed_forward),) * len(built.blocks)
+    )
 
 
 FAMILIES = {"granitemoehybrid": granitemoehybrid}

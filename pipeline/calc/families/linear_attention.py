@@ -1,4 +1,6 @@
-"""Models whose blocks mostly have linear attention: Qwen3.5 and Qwen3.6, with a gated delta net in three of four."""
+"""Models whose blocks mostly have linear attention: Qwen3.5 and Qwen3.6, with a gated delta net in
+three of four.
+"""
 
 from msgspec.structs import replace
 
@@ -15,10 +17,18 @@ def qwen3_5_text(config: Config) -> Architecture:
 
 def qwen3_5_moe_text(config: Config) -> Architecture:
     """Experts, and a shared one that is scaled by a gate, in every block."""
-    built = _hybrid(config, kv_heads=2, value_heads=32, top_k=config.size("num_experts_per_tok", default=8))
+    built = _hybrid(
+        config, kv_heads=2, value_heads=32, top_k=config.size("num_experts_per_tok", default=8)
+    )
     hidden, inner = built.hidden, config.size("shared_expert_intermediate_size", default=512)
-    shared = (*gated("mlp.shared_expert", hidden, inner), Linear("mlp.shared_expert_gate", hidden, 1))
-    experts, inner = config.size("num_experts", default=256), config.size("moe_intermediate_size", default=512)
+    shared = (
+        *gated("mlp.shared_expert", hidden, inner),
+        Linear("mlp.shared_expert_gate", hidden, 1),
+    )
+    experts, inner = (
+        config.size("num_experts", default=256),
+        config.size("moe_intermediate_size", default=512),
+    )
     made = {}
     for block in dict.fromkeys(built.blocks):
         sparse = with_experts(block, hidden, experts, inner)
@@ -27,7 +37,9 @@ def qwen3_5_moe_text(config: Config) -> Architecture:
 
 
 def _hybrid(config: Config, kv_heads: int, value_heads: int, top_k: int = 0) -> Architecture:
-    rotary = Config(config.section("rope_parameters"), config.source).share("partial_rotary_factor", 0.25)
+    rotary = Config(config.section("rope_parameters"), config.source).share(
+        "partial_rotary_factor", 0.25
+    )
     style = BlockStyle(
         norm="rms32",
         qk_norm="head",
@@ -37,10 +49,13 @@ def _hybrid(config: Config, kv_heads: int, value_heads: int, top_k: int = 0) -> 
         top_k=top_k,
     )
     inner = 1 if top_k else None
-    default = Defaults(head_size=256, kv_heads=kv_heads, context=32_768, reads_bias=True, inner=inner)
+    default = Defaults(
+        head_size=256, kv_heads=kv_heads, context=32_768, reads_bias=True, inner=inner
+    )
     built = decoder(config, style, default)
     q, *others = built.blocks[0].attention
-    full = replace(built.blocks[0], attention=(q._replace(outputs=2 * q.outputs), *others))  # queries and their gates
+    # queries and their gates
+    full = replace(built.blocks[0], attention=(q._replace(outputs=2 * q.outputs), *others))
     linear = _delta_net(config, built, value_heads)
     every, layers = config.size("full_attention_interval", default=4), len(built.blocks)
     kinds = config.layer_types("layer_types", layers, KINDS)
@@ -49,7 +64,9 @@ def _hybrid(config: Config, kv_heads: int, value_heads: int, top_k: int = 0) -> 
 
 
 def _delta_net(config: Config, built: Architecture, value_heads: int) -> Block:
-    """Queries, keys and values pass through a short convolution; each head keeps a matrix of keys × values."""
+    """Queries, keys and values pass through a short convolution; each head keeps a matrix of keys ×
+    values.
+    """
     keys = config.size("linear_num_key_heads", default=16)
     values = config.size("linear_num_value_heads", default=value_heads)
     size = config.size("linear_key_head_dim", default=128)

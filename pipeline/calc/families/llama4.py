@@ -1,4 +1,6 @@
-"""Llama 4: a shared expert and routed ones in all or every second block; every fourth block has no positions."""
+"""Llama 4: a shared expert and routed ones in all or every second block; every fourth block has no
+positions.
+"""
 
 from msgspec.structs import replace
 
@@ -16,23 +18,41 @@ def llama4_text(config: Config) -> Architecture:
         all_experts=True,
         linear_router=True,
     )
-    built = decoder(config, style, Defaults(head_size=128, kv_heads=8, context=131_072, reads_bias=True))
+    built = decoder(
+        config, style, Defaults(head_size=128, kv_heads=8, context=131_072, reads_bias=True)
+    )
     hidden, layers = built.hidden, len(built.blocks)
     inner = config.size("intermediate_size")
     wide = gated("feed_forward", hidden, config.size("intermediate_size_mlp", default=16384))
     dense = replace(built.blocks[0], feed_forward=wide)
     sparse = with_experts(dense, hidden, config.size("num_local_experts", default=16), inner)
     assert sparse.router is not None
-    routed = (linear._replace(name=linear.name.replace("mlp.", "feed_forward.")) for linear in sparse.feed_forward)
+    routed = (
+        linear._replace(name=linear.name.replace("mlp.", "feed_forward."))
+        for linear in sparse.feed_forward
+    )
     shared = gated("feed_forward.shared_expert", hidden, inner)
     router = Linear("feed_forward.router", hidden, sparse.router.outputs)
     sparse = replace(sparse, feed_forward=(*routed, *shared), router=router)
-    every, step = config.size("no_rope_layer_interval", default=4), config.size("interleave_moe_layer_step", default=1)
-    positions = config.get("no_rope_layers") or [int((index + 1) % every != 0) for index in range(layers)]
+    every, step = (
+        config.size("no_rope_layer_interval", default=4),
+        config.size("interleave_moe_layer_step", default=1),
+    )
+    positions = config.get("no_rope_layers") or [
+        int((index + 1) % every != 0) for index in range(layers)
+    ]
     chosen = config.layers("moe_layers", layers) or set(range(step - 1, layers, step))
-    made = {(moe, at): replace(sparse if moe else dense, rotates=at) for moe in (True, False) for at in (True, False)}
-    blocks = tuple(made[index in chosen, bool(at)] for index, at in zip(range(layers), positions, strict=False))
-    notes = ("every token passes through every expert, as in transformers: other libraries need less",)
+    made = {
+        (moe, at): replace(sparse if moe else dense, rotates=at)
+        for moe in (True, False)
+        for at in (True, False)
+    }
+    blocks = tuple(
+        made[index in chosen, bool(at)] for index, at in zip(range(layers), positions, strict=False)
+    )
+    notes = (
+        "every token passes through every expert, as in transformers: other libraries need less",
+    )
     return replace(built, blocks=blocks, notes=notes)
 
 

@@ -1,4 +1,6 @@
-"""Llama and its variants: RMSNorm, rotary positions, grouped-query attention, gated feed-forward, experts."""
+"""Llama and its variants: RMSNorm, rotary positions, grouped-query attention, gated feed-forward,
+experts.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +14,9 @@ from pipeline.errors import UserError
 
 
 class Defaults(Struct, frozen=True):
-    """Defaults of transformers for missing keys; 0 means as many as heads (kv_heads), width / heads (head_size)."""
+    """Defaults of transformers for missing keys; 0 means as many as heads (kv_heads), width / heads
+    (head_size).
+    """
 
     tie: bool = False
     bias: bool = False
@@ -32,10 +36,14 @@ def decoder(config: Config, style: BlockStyle, default: Defaults) -> Architectur
     layers = config.size("num_hidden_layers", most=MOST_LAYERS)
     kv_heads = config.size("num_key_value_heads", default=default.kv_heads or heads)
     if not config.get("head_dim") and not default.head_size and hidden % heads:
-        raise UserError(f"{config.source}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}.")
+        raise UserError(
+            f"{config.source}: hidden_size {hidden} is not a multiple of num_attention_heads "
+            f"{heads}."
+        )
     if heads % kv_heads:
         raise UserError(
-            f"{config.source}: num_attention_heads {heads} is not a multiple of key/value heads {kv_heads}."
+            f"{config.source}: num_attention_heads {heads} is not a multiple of key/value heads "
+            f"{kv_heads}."
         )
     head_size = config.size("head_dim", default=default.head_size or hidden // heads)
     bias = config.flag("attention_bias", default.bias) if default.reads_bias else default.bias
@@ -55,8 +63,14 @@ def decoder(config: Config, style: BlockStyle, default: Defaults) -> Architectur
         Linear("mlp.down_proj", inner, hidden, mlp_bias),
     )
     if default.fused:
-        attention = (Linear("self_attn.o_proj", q, hidden), Linear("self_attn.qkv_proj", hidden, q + 2 * kv))
-        feed_forward = (Linear("mlp.gate_up_proj", hidden, 2 * inner), Linear("mlp.down_proj", inner, hidden))
+        attention = (
+            Linear("self_attn.o_proj", q, hidden),
+            Linear("self_attn.qkv_proj", hidden, q + 2 * kv),
+        )
+        feed_forward = (
+            Linear("mlp.gate_up_proj", hidden, 2 * inner),
+            Linear("mlp.down_proj", inner, hidden),
+        )
     qk_norm = {"": 0, "head": 2 * head_size, "width": q + kv, "rotated": 0}[style.qk_norm]
     norms = hidden * (4 if style.norms == "both" else 2) + qk_norm
     dense = Block(attention, feed_forward, norms)
@@ -95,7 +109,9 @@ def phi3(config: Config) -> Architecture:
     rope = config.get("rope_parameters") or config.get("rope_scaling")
     inner = Config(rope if isinstance(rope, dict) else {}, config.source)
     rotary = config.share("partial_rotary_factor", inner.share("partial_rotary_factor", 1.0))
-    return decoder(config, BlockStyle(rotary=rotary, rejoins=True), Defaults(context=4096, fused=True))
+    return decoder(
+        config, BlockStyle(rotary=rotary, rejoins=True), Defaults(context=4096, fused=True)
+    )
 
 
 def mixtral(config: Config) -> Architecture:
@@ -107,22 +123,34 @@ def mixtral(config: Config) -> Architecture:
 
 
 def qwen3_moe(config: Config) -> Architecture:
-    style = BlockStyle(qk_norm="head", top_k=config.size("num_experts_per_tok", default=8), split_experts=True)
+    style = BlockStyle(
+        qk_norm="head", top_k=config.size("num_experts_per_tok", default=8), split_experts=True
+    )
     built = decoder(config, style, Defaults(kv_heads=4, context=32_768, reads_bias=True))
     experts = config.size("num_experts", "num_local_experts", default=128)
     inner = config.size("moe_intermediate_size", default=768)
     sparse = with_experts(built.blocks[0], built.hidden, experts, inner)
-    step, dense = config.size("decoder_sparse_step", default=1), config.layers("mlp_only_layers", len(built.blocks))
-    chosen = (sparse if i not in dense and (i + 1) % step == 0 else built.blocks[i] for i in range(len(built.blocks)))
+    step, dense = (
+        config.size("decoder_sparse_step", default=1),
+        config.layers("mlp_only_layers", len(built.blocks)),
+    )
+    chosen = (
+        sparse if i not in dense and (i + 1) % step == 0 else built.blocks[i]
+        for i in range(len(built.blocks))
+    )
     return replace(built, blocks=tuple(chosen))
 
 
 def gpt_oss(config: Config) -> Architecture:
-    style = BlockStyle(norm="rms32", sinks=True, clamps=True, top_k=config.size("num_experts_per_tok", default=4))
+    style = BlockStyle(
+        norm="rms32", sinks=True, clamps=True, top_k=config.size("num_experts_per_tok", default=4)
+    )
     default = Defaults(bias=True, head_size=64, kv_heads=8, context=131_072, reads_bias=True)
     built = decoder(config, style, default)
     experts = config.size("num_local_experts", "num_experts", default=128)
-    sparse = with_experts(built.blocks[0], built.hidden, experts, config.size("intermediate_size"), bias=True)
+    sparse = with_experts(
+        built.blocks[0], built.hidden, experts, config.size("intermediate_size"), bias=True
+    )
     return replace(built, blocks=(replace(sparse, other=built.heads),) * len(built.blocks))
 
 
@@ -156,9 +184,12 @@ FAMILIES = {
     "smollm3": _family(replace(_LLAMA, tie=True, kv_heads=4, context=32_768)),
     "mistral": _family(Defaults(kv_heads=8, context=131_072)),
     "qwen2": _family(Defaults(bias=True, out_bias=False, kv_heads=32, context=32_768)),
-    "qwen3": _family(Defaults(head_size=128, kv_heads=32, context=32_768, reads_bias=True), qk_norm="head"),
+    "qwen3": _family(
+        Defaults(head_size=128, kv_heads=32, context=32_768, reads_bias=True), qk_norm="head"
+    ),
     **dict.fromkeys(
-        ("olmo2", "olmo3"), _family(Defaults(reads_bias=True), norm="rms32", norms="inside", qk_norm="width")
+        ("olmo2", "olmo3"),
+        _family(Defaults(reads_bias=True), norm="rms32", norms="inside", qk_norm="width"),
     ),
     "gemma2": gemma2,
     "gemma3_text": _family(

@@ -1,7 +1,8 @@
-"""Models whose later blocks have experts beside one that every token uses: GLM-4.5, GLM-4.7-Flash, DeepSeek-V3.
+"""Models whose later blocks have experts beside one that every token uses: GLM-4.5, GLM-4.7-Flash,
+DeepSeek-V3.
 
-DeepSeek-V3 and GLM-4.7-Flash have multi-head latent attention: queries, keys and values are expanded from compressed
-ones, and only a part of each head is rotated.
+DeepSeek-V3 and GLM-4.7-Flash have multi-head latent attention: queries, keys and values are
+expanded from compressed ones, and only a part of each head is rotated.
 """
 
 from typing import NamedTuple
@@ -14,7 +15,9 @@ from pipeline.calc.families.llama_like import Defaults, decoder, gated, with_exp
 
 
 class Latent(NamedTuple):
-    """The library's default sizes: ranks of queries and of keys and values; parts of a head; a value."""
+    """The library's default sizes: ranks of queries and of keys and values; parts of a head; a
+    value.
+    """
 
     q_rank: int
     kv_rank: int
@@ -33,7 +36,8 @@ def glm4_moe(config: Config) -> Architecture:
         split_experts=True,
         router32=True,
     )
-    size = config.size("hidden_size") // config.size("num_attention_heads")  # rounded down by the library
+    # rounded down by the library
+    size = config.size("hidden_size") // config.size("num_attention_heads")
     default = Defaults(head_size=size, kv_heads=8, context=131_072, reads_bias=True, out_bias=False)
     built = decoder(config, style, default)
     dense = config.count("first_k_dense_replace", default=1, most=MOST_LAYERS)
@@ -56,8 +60,13 @@ def glm4_moe_lite(config: Config) -> Architecture:
 def _latent(config: Config, default: Latent, top_k: int, context: int) -> Architecture:
     """A model of dense blocks with latent attention."""
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
-    layers, bias = config.size("num_hidden_layers", most=MOST_LAYERS), config.flag("attention_bias", False)
-    q_rank = 0 if config.is_null("q_lora_rank") else config.size("q_lora_rank", default=default.q_rank)
+    layers, bias = (
+        config.size("num_hidden_layers", most=MOST_LAYERS),
+        config.flag("attention_bias", False),
+    )
+    q_rank = (
+        0 if config.is_null("q_lora_rank") else config.size("q_lora_rank", default=default.q_rank)
+    )
     kv_rank = config.size("kv_lora_rank", default=default.kv_rank)
     plain = config.size("qk_nope_head_dim", default=default.plain)
     rotated = config.size("qk_rope_head_dim", default=default.rotated)
@@ -65,7 +74,10 @@ def _latent(config: Config, default: Latent, top_k: int, context: int) -> Archit
     q = heads * (plain + rotated)
     queries: tuple[Linear, ...] = (Linear("self_attn.q_proj", hidden, q),)
     if q_rank:
-        queries = (Linear("self_attn.q_a_proj", hidden, q_rank, bias), Linear("self_attn.q_b_proj", q_rank, q))
+        queries = (
+            Linear("self_attn.q_a_proj", hidden, q_rank, bias),
+            Linear("self_attn.q_b_proj", q_rank, q),
+        )
     attention = (
         *queries,
         Linear("self_attn.kv_a_proj_with_mqa", hidden, kv_rank + rotated, bias),
@@ -91,16 +103,26 @@ def _latent(config: Config, default: Latent, top_k: int, context: int) -> Archit
         embedding_width=hidden,
         final_norm=hidden,
         tied=config.flag("tie_word_embeddings", False),
-        style=BlockStyle(top_k=config.size("num_experts_per_tok", default=top_k), split_experts=True, router32=True),
+        style=BlockStyle(
+            top_k=config.size("num_experts_per_tok", default=top_k),
+            split_experts=True,
+            router32=True,
+        ),
     )
 
 
-def _with_shared(config: Config, built: Architecture, dense: int, experts: int, inner: int) -> Architecture:
-    """`built` with experts and a shared one in every block after the first `dense`; the library's default sizes."""
+def _with_shared(
+    config: Config, built: Architecture, dense: int, experts: int, inner: int
+) -> Architecture:
+    """`built` with experts and a shared one in every block after the first `dense`; the library's
+    default sizes.
+    """
     first, inner = built.blocks[0], config.size("moe_intermediate_size", default=inner)
     routed = config.size("n_routed_experts", "num_local_experts", default=experts)
     sparse = with_experts(first, built.hidden, routed, inner)
-    shared = gated("mlp.shared_experts", built.hidden, inner * config.size("n_shared_experts", default=1))
+    shared = gated(
+        "mlp.shared_experts", built.hidden, inner * config.size("n_shared_experts", default=1)
+    )
     sparse = replace(sparse, feed_forward=(*sparse.feed_forward, *shared))
     blocks = tuple(first if index < dense else sparse for index in range(len(built.blocks)))
     return replace(built, blocks=blocks)

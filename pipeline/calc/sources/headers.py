@@ -1,11 +1,13 @@
-"""Shapes from the headers of weight files, whose weights are not read: safetensors, and GGUF (versions 2 and 3).
+"""Shapes from the headers of weight files, whose weights are not read: safetensors, and GGUF
+(versions 2 and 3).
 
-GGUF names its architecture. Safetensors files do not: their tensors' names and sizes are enough for parameter counts,
-and for models that no family builds.
+GGUF names its architecture. Safetensors files do not: their tensors' names and sizes are enough for
+parameter counts, and for models that no family builds.
 
-Read without a library: those for these formats import numpy or torch, and the calculator would start ten times more
-slowly. A file may be damaged or made to do harm, so no number in it is trusted: each count and length is limited before
-memory is taken for it, and a GGUF's metadata must describe as many parameters as its tensors have.
+Read without a library: those for these formats import numpy or torch, and the calculator would
+start ten times more slowly. A file may be damaged or made to do harm, so no number in it is
+trusted: each count and length is limited before memory is taken for it, and a GGUF's metadata must
+describe as many parameters as its tensors have.
 """
 
 import re
@@ -27,7 +29,8 @@ from pipeline.files.safetensors_file import read_header
 # tensors
 
 _LAYER = re.compile(r"^(.*?)\.(\d{1,5})\.(.+)$")
-_BUFFER = re.compile(r"(\.attn\.(bias|masked_bias)|inv_freq)$")  # masks and tables in old checkpoints
+# masks and tables in old checkpoints
+_BUFFER = re.compile(r"(\.attn\.(bias|masked_bias)|inv_freq)$")
 _EXPERT = re.compile(r"experts\.(\d+)\.")
 _EMBEDDING = re.compile(r"(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight$")
 _HEAD = re.compile(r"(lm_head|embed_out|^output)\.(weight|bias)$")
@@ -37,12 +40,22 @@ _PACKED = ("I32", "U8", "I8")
 
 
 def from_safetensors(files: Sequence[Path], config: Mapping[str, Any], source: str) -> Architecture:
-    """The architecture of these files' tensors; head counts from `config` if it has them. Raises UserError."""
-    tensors = {name: (info.dtype, info.shape) for file in files for name, info in read_header(file).items()}
-    packed = [name for name, (dtype, shape) in tensors.items() if dtype in _PACKED and len(shape) == 2]
+    """The architecture of these files' tensors; head counts from `config` if it has them. Raises
+    UserError.
+    """
+    tensors = {
+        name: (info.dtype, info.shape) for file in files for name, info in read_header(file).items()
+    }
+    packed = [
+        name for name, (dtype, shape) in tensors.items() if dtype in _PACKED and len(shape) == 2
+    ]
     if packed:
-        raise UserError(f"{source}: {packed[0]} contains packed, quantized weights. Give the original model instead.")
-    # tensors of the blocks by (stack, number), where a stack is an encoder, decoder or vision tower, and the rest
+        raise UserError(
+            f"{source}: {packed[0]} contains packed, quantized weights. Give the original model "
+            "instead."
+        )
+    # tensors of the blocks by (stack, number), where a stack is an encoder, decoder or vision
+    # tower, and the rest
     blocks: dict[tuple[str, int], dict[str, tuple[int, ...]]] = defaultdict(dict)
     rest: dict[str, tuple[int, ...]] = {}
     for name, (_, shape) in tensors.items():
@@ -52,13 +65,21 @@ def from_safetensors(files: Sequence[Path], config: Mapping[str, Any], source: s
             blocks[match[1], int(match[2])][match[3]] = shape
         else:
             rest[name] = shape
-    embedding = next((shape for name, (_, shape) in tensors.items() if _EMBEDDING.search(name)), None)
+    embedding = next(
+        (shape for name, (_, shape) in tensors.items() if _EMBEDDING.search(name)), None
+    )
     if embedding is None or len(embedding) != 2 or 0 in embedding or not blocks:
-        raise UserError(f"{source}: its tensors have no embedding and numbered layers. Is it a language model?")
+        raise UserError(
+            f"{source}: its tensors have no embedding and numbered layers. Is it a language model?"
+        )
     vocabulary, width = embedding
     head = [shape for name, shape in rest.items() if _HEAD.search(name)]
     positions = sum(prod(shape) for name, shape in rest.items() if _POSITIONS.search(name))
-    others = [s for n, s in rest.items() if not (_HEAD.search(n) or _POSITIONS.search(n) or _EMBEDDING.search(n))]
+    others = [
+        s
+        for n, s in rest.items()
+        if not (_HEAD.search(n) or _POSITIONS.search(n) or _EMBEDDING.search(n))
+    ]
     largest = Counter(stack for stack, _ in blocks).most_common(1)[0][0]
     built = {key: _build_block(blocks[key]) for key in sorted(blocks)}
     first = next(block for (stack, _), block in built.items() if stack == largest)
@@ -66,9 +87,12 @@ def from_safetensors(files: Sequence[Path], config: Mapping[str, Any], source: s
     outputs = {linear.name.rsplit(".", 1)[-1]: linear.outputs for linear in first.attention}
     q = outputs.get("q_proj", width)
     sizes = Config(config, source)
-    heads = sizes.size("num_attention_heads", default=max(1, q // (128 if width >= 2048 else 64)), most=max(q, 1))
+    heads = sizes.size(
+        "num_attention_heads", default=max(1, q // (128 if width >= 2048 else 64)), most=max(q, 1)
+    )
     head_size = sizes.size("head_dim", default=max(1, q // heads))
-    unique: dict[Block, Block] = {}  # equal blocks become one object: runs of them are recognized by identity
+    # equal blocks become one object: runs of them are recognized by identity
+    unique: dict[Block, Block] = {}
     return Architecture(
         family="unknown",
         hidden=width,
@@ -86,12 +110,17 @@ def from_safetensors(files: Sequence[Path], config: Mapping[str, Any], source: s
         style=BlockStyle(gated=len(first.feed_forward) != 2, unknown=True),
         layers=largest,
         source=source,
-        notes=("shapes from headers: parameters are exact, activations are estimated as Llama's of these widths",),
+        notes=(
+            "shapes from headers: parameters are exact, activations are estimated as Llama's of "
+            "these widths",
+        ),
     )
 
 
 def _build_block(tensors: Mapping[str, tuple[int, ...]]) -> Block:
-    """A block whose matrices are linears, equal experts merged into one; all other tensors count as norms."""
+    """A block whose matrices are linears, equal experts merged into one; all other tensors count as
+    norms.
+    """
     counts: Counter[str] = Counter()
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in tensors.items():
@@ -125,8 +154,8 @@ GGUF_FAMILIES = {  # architecture in GGUF → model_type in config.json
 VERSIONS = (2, 3)
 _SCALARS = ("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?", None, None, "<Q", "<q", "<d")
 _STRING, _ARRAY = 8, 9
-# Limits above which a file is taken as damaged. Published files have up to about 2,000 tensors, 100 entries, 300,000
-# strings in an array and 100 KB per string.
+# Limits above which a file is taken as damaged. Published files have up to about 2,000 tensors, 100
+# entries, 300,000 strings in an array and 100 KB per string.
 MAX_COUNT = 2**17  # tensors or entries of a header
 MAX_STRINGS = 2**21  # strings in an array
 MAX_STRING_BYTES = 2**26  # of all strings outside arrays
@@ -134,7 +163,9 @@ MAX_HEADER = 2**28  # bytes before the tensors; a vocabulary of 260,000 tokens t
 
 
 class _Reader:
-    """Reads little-endian values. Raises UserError if the file ends early or a count is implausible."""
+    """Reads little-endian values. Raises UserError if the file ends early or a count is
+    implausible.
+    """
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file, self._path = file, path
@@ -145,9 +176,14 @@ class _Reader:
         data = self._file.read(size)
         self._left -= size
         if self._left < 0:
-            raise UserError(f"{self._path} must have a header of at most {MAX_HEADER:,} bytes. Download it again.")
+            raise UserError(
+                f"{self._path} must have a header of at most {MAX_HEADER:,} bytes. Download it "
+                "again."
+            )
         if len(data) < size:
-            raise UserError(f"{self._path} is truncated: its header ends too early. Download it again.")
+            raise UserError(
+                f"{self._path} is truncated: its header ends too early. Download it again."
+            )
         return data
 
     def _skip(self, size: int) -> None:
@@ -160,7 +196,9 @@ class _Reader:
     def count(self, what: str, most: int = MAX_COUNT) -> int:
         number: int = self.unpack("<Q")
         if number > most:
-            raise UserError(f"{self._path} is damaged: it claims {number:,} {what}. Download it again.")
+            raise UserError(
+                f"{self._path} is damaged: it claims {number:,} {what}. Download it again."
+            )
         return number
 
     def string(self) -> str:
@@ -171,7 +209,8 @@ class _Reader:
     def value(self, kind: int) -> Any:
         """A value of GGUF type `kind`.
 
-        An array is its number if all are equal (one per layer), else the sorted set; [] for strings and long arrays.
+        An array is its number if all are equal (one per layer), else the sorted set; [] for strings
+        and long arrays.
         """
         if kind == _STRING:
             return self.string()
@@ -198,7 +237,9 @@ class _Reader:
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """(metadata, name → shape). Raises UserError for another format or version, or a truncated file."""
+    """(metadata, name → shape). Raises UserError for another format or version, or a truncated
+    file.
+    """
     with path.open("rb") as file:
         reader = _Reader(file, path)
         if file.read(4) != b"GGUF":
@@ -206,7 +247,8 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
         version = reader.unpack("<I")
         if version not in VERSIONS:
             raise UserError(
-                f"{path} has GGUF version {version}; supported versions: {' and '.join(map(str, VERSIONS))}."
+                f"{path} has GGUF version {version}; supported versions: "
+                f"{' and '.join(map(str, VERSIONS))}."
             )
         tensors, entries = reader.count("tensors"), reader.count("entries")
         metadata: dict[str, Any] = {}
@@ -225,12 +267,15 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
 
 
 def from_gguf(path: Path) -> Architecture:
-    """The architecture of a GGUF file, checked against the sizes of its tensors. Raises UserError."""
+    """The architecture of a GGUF file, checked against the sizes of its tensors. Raises
+    UserError.
+    """
     metadata, shapes = read_gguf(path)
     kind = str(metadata.get("general.architecture"))
     if kind not in GGUF_FAMILIES:
         raise UserError(
-            f"{path}: the architecture {kind!r} is not known in GGUF. Known: {', '.join(sorted(GGUF_FAMILIES))}."
+            f"{path}: the architecture {kind!r} is not known in GGUF. Known: "
+            f"{', '.join(sorted(GGUF_FAMILIES))}."
         )
     config = gguf_config(metadata, shapes)
     family = "mixtral" if kind == "llama" and config.get("num_experts") else GGUF_FAMILIES[kind]
@@ -240,10 +285,14 @@ def from_gguf(path: Path) -> Architecture:
     size = path.stat().st_size
     if stored != built.total:
         raise UserError(
-            f"{path}: its tensors have {stored:,} parameters, its metadata describe {built.total:,}: this variant "
+            f"{path}: its tensors have {stored:,} parameters, its metadata describe "
+            f"{built.total:,}: this variant "
             f"of {kind} is not supported. Give the config.json of the original model."
         )
-    note = f"the file holds its weights in {size / 2**30:.2f} GiB, {8 * size / stored:.2f} bits a parameter"
+    note = (
+        f"the file holds its weights in {size / 2**30:.2f} GiB, {8 * size / stored:.2f} bits a "
+        "parameter"
+    )
     return replace(built, notes=(*built.notes, note))
 
 

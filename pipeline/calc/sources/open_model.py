@@ -38,12 +38,18 @@ def hub_ids() -> dict[str, str]:
 def built_in(name: str) -> Model:
     preset = entry(name)
     shapes = architecture(preset["config"], name)
-    return Model(replace(shapes, name=name, source=preset["source"], published=preset["published"]), preset["config"])
+    return Model(
+        replace(shapes, name=name, source=preset["source"], published=preset["published"]),
+        preset["config"],
+    )
 
 
 def open_model(name: str) -> Model:
-    """The model called `name`. Raises UserError with the nearest names, or the reason why a file cannot be read."""
-    # built-in names first, so that a folder called gpt2 does not change what gpt2 means; ./gpt2 is the folder
+    """The model called `name`. Raises UserError with the nearest names, or the reason why a file
+    cannot be read.
+    """
+    # built-in names first, so that a folder called gpt2 does not change what gpt2 means; ./gpt2 is
+    # the folder
     if name.lower() in names():
         return built_in(name.lower())
     path = Path(name)
@@ -52,11 +58,16 @@ def open_model(name: str) -> Model:
     if path.suffix in (".json", ".gguf", ".safetensors") or name.startswith((".", "/", "~")):
         raise UserError(f"{name} does not exist.")
     if name.count("/") == 1:
-        built_in_name = next((key for key, hub_id in hub_ids().items() if hub_id.lower() == name.lower()), None)
+        built_in_name = next(
+            (key for key, hub_id in hub_ids().items() if hub_id.lower() == name.lower()), None
+        )
         return built_in(built_in_name) if built_in_name else from_hub(name)
     suggestions = nearest(name.lower(), names())
     hint = f"Nearest: {', '.join(suggestions)}." if suggestions else "See `lora calc --list`."
-    raise UserError(f"model {name!r} is not built in. {hint} Or give a folder, a file or a Hub id such as org/name.")
+    raise UserError(
+        f"model {name!r} is not built in. {hint} Or give a folder, a file or a Hub id such as "
+        "org/name."
+    )
 
 
 def nearest(name: str, choices: Iterable[str]) -> list[str]:
@@ -73,9 +84,17 @@ def from_path(path: Path) -> Model:
     """The model in a file or folder. Raises UserError with the reason."""
     try:
         return _from_folder(path) if path.is_dir() else _from_file(path)
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise UserError(
-            f"{path} is damaged, or not in the format of its name ({type(error).__name__}). Copy it again."
+            f"{path} is damaged, or not in the format of its name ({type(error).__name__}). Copy "
+            "it again."
         ) from None
 
 
@@ -108,11 +127,15 @@ def _from_folder(folder: Path) -> Model:
     if weights and index.exists():
         listed = set(read_json(index, "Copy it again").get("weight_map", {}).values())
         if missing := sorted(listed - {path.name for path in weights}):
-            raise UserError(f"{folder}: {missing[0]} is missing, but {index.name} lists it. Copy it there.")
+            raise UserError(
+                f"{folder}: {missing[0]} is missing, but {index.name} lists it. Copy it there."
+            )
     # a family that is not supported is an error only where no weights tell the shapes
     if "model_type" in config:
         try:
-            return Model(replace(architecture(config, str(folder / "config.json")), name=str(folder)), config)
+            return Model(
+                replace(architecture(config, str(folder / "config.json")), name=str(folder)), config
+            )
         except UnsupportedLayer:
             if not weights:
                 raise
@@ -129,11 +152,17 @@ def from_hub(name: str) -> Model:
     from pipeline.files.artifact import read_json
 
     try:
-        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+        from huggingface_hub import (
+            get_hf_file_metadata,
+            hf_hub_download,
+            hf_hub_url,
+            try_to_load_from_cache,
+        )
 
         path = try_to_load_from_cache(name, "config.json")
         if not isinstance(path, str):
-            get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=5)  # fails fast, while a download would retry
+            # fails fast, while a download would retry
+            get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=5)
             path = hf_hub_download(name, "config.json")
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

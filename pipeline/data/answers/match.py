@@ -1,5 +1,5 @@
-"""Whether a model's answer is the one that its data expects: as it stands, after white space, or as JSON; and how
-similar a long text is."""
+"""Whether a model's answer is the one that its data expects: as it stands, after white space, or as
+JSON; and how similar a long text is."""
 
 import json
 import math
@@ -8,9 +8,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-EXACT, WHITE_SPACE, JSON, SIMILAR, DIFFERENT = "exact", "white space", "JSON", "similar", "different"
+EXACT, WHITE_SPACE, JSON, SIMILAR, DIFFERENT = (
+    "exact",
+    "white space",
+    "JSON",
+    "similar",
+    "different",
+)
 AS_EXPECTED = (EXACT, WHITE_SPACE, JSON)
-LONG_WORDS, LONG_CHARACTERS = 24, 160  # of an expected text; above one of them another wording can be as good
+# of an expected text; above one of them another wording can be as good
+LONG_WORDS, LONG_CHARACTERS = 24, 160
 MOST_FIELDS = 20  # that differ, of one answer and in the counts
 MOST_PATH = 80  # characters: a model writes these names
 CJK = "぀-ヿ㐀-䶿一-鿿가-힣"  # written without spaces: each character counts as a word
@@ -20,8 +27,9 @@ WORDS = re.compile(rf"[{CJK}]|[^\W{CJK}]+")
 class Match(NamedTuple):
     """How an answer compares with the expected one.
 
-    `how`: one of `AS_EXPECTED`, or "different"; for a long text that is no JSON "similar", with its `rouge_l` from 0
-    to 1. `differs`: the paths of JSON fields that differ, such as items[0].price; "" is the whole value.
+    `how`: one of `AS_EXPECTED`, or "different"; for a long text that is no JSON "similar", with its
+    `rouge_l` from 0 to 1. `differs`: the paths of JSON fields that differ, such as items[0].price;
+    "" is the whole value.
     """
 
     how: str
@@ -39,7 +47,9 @@ class Match(NamedTuple):
 
     @property
     def sign(self) -> str:
-        """Before an answer in a list: whether it is the expected one; ~ where only similarity is measured."""
+        """Before an answer in a list: whether it is the expected one; ~ where only similarity is
+        measured.
+        """
         if self.how == SIMILAR:
             return "~"
         return "✓" if self.as_expected else "✗"
@@ -66,7 +76,9 @@ def is_long(text: str) -> bool:
 
 
 def rouge_l(answer: str, expected: str) -> float:
-    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, from 0 to 1; case does not count."""
+    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, from 0 to 1; case does not
+    count.
+    """
     ours, theirs = (WORDS.findall(text.casefold()) for text in (answer, expected))
     if not ours or not theirs:
         return float(ours == theirs)
@@ -74,8 +86,8 @@ def rouge_l(answer: str, expected: str) -> float:
 
 
 def _common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
-    """The length of the longest common subsequence (Hyyrö 2004): a row of the usual table is the bits of one number, so
-    that a thousand words take a millisecond."""
+    """The length of the longest common subsequence (Hyyrö 2004): a row of the usual table is the
+    bits of one number, so that a thousand words take a millisecond."""
     places: dict[str, int] = {}
     for n, word in enumerate(one):
         places[word] = places.get(word, 0) | 1 << n
@@ -102,7 +114,9 @@ def _refuse_constant(name: str) -> None:
 
 def _different_fields(given: Any, wanted: Any) -> tuple[str, ...]:
     try:
-        return tuple(path for path, _ in zip(_walk(given, wanted, ""), range(MOST_FIELDS), strict=False))
+        return tuple(
+            path for path, _ in zip(_walk(given, wanted, ""), range(MOST_FIELDS), strict=False)
+        )
     except RecursionError:
         return ("",)
 
@@ -124,8 +138,9 @@ def _walk(given: Any, wanted: Any, path: str) -> Iterator[str]:
 
 
 def count(matches: Sequence[Match]) -> dict[str, Any]:
-    """For metrics.json: how many of `n` answers are as expected, by how they are; the JSON fields that differ, with the
-    number of answers in which they do; `similar`: the number of long texts and their mean ROUGE-L.
+    """For metrics.json: how many of `n` answers are as expected, by how they are; the JSON fields
+    that differ, with the number of answers in which they do; `similar`: the number of long texts
+    and their mean ROUGE-L.
     """
     long = [each.rouge_l for each in matches if each.rouge_l is not None]
     short = [each for each in matches if each.rouge_l is None]
@@ -149,10 +164,14 @@ def describe(counts: Mapping[str, Any]) -> str:
         names = [(counts[how.replace(" ", "_").lower()], words) for how, words in ways]
         how = ", ".join(f"{number} {words}" for number, words in names if number)
         only_exact = counts["exact"] == counts["as_expected"]
-        parts.append(f"{counts['as_expected']} of {n} as expected" + (f" ({how})" if not only_exact else ""))
+        parts.append(
+            f"{counts['as_expected']} of {n} as expected" + (f" ({how})" if not only_exact else "")
+        )
     if similar := counts.get("similar"):
         plural = "s" if similar["n"] > 1 else ""
-        parts.append(f"{similar['n']} long answer{plural}: similarity {similar['rouge_l']:.2f} (ROUGE-L)")
+        parts.append(
+            f"{similar['n']} long answer{plural}: similarity {similar['rouge_l']:.2f} (ROUGE-L)"
+        )
     return "; ".join(parts)
 
 

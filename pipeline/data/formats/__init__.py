@@ -1,7 +1,7 @@
 """Data files as examples, row by row in constant memory, and the shapes that a row may have.
 
-Each shape is one file here with its `FORMAT`; they are asked in their order. Every problem is a UserError with file and
-line or row.
+Each shape is one file here with its `FORMAT`; they are asked in their order. Every problem is a
+UserError with file and line or row.
 """
 
 import json
@@ -29,10 +29,12 @@ class EmptyValue(UserError):
 
 
 class Format(NamedTuple):
-    """`shape`: its keys, for messages. `keys`: all that it reads. `detect`: whether a record is of this format.
+    """`shape`: its keys, for messages. `keys`: all that it reads. `detect`: whether a record is of
+    this format.
 
-    `read(record, file, line)`: the example. Raises UserError with the line and the reason. `mixes`: a file may have
-    this format in some of its rows and another in others. `trained`: what of it is trained on.
+    `read(record, file, line)`: the example. Raises UserError with the line and the reason. `mixes`:
+    a file may have this format in some of its rows and another in others. `trained`: what of it is
+    trained on.
     """
 
     order: int
@@ -70,12 +72,13 @@ def iter_examples(
     reading: Reading | None = None,
     templated: bool = True,
 ) -> Iterator[Example]:
-    """The examples of a file or folder, in constant memory. `name` is the path as the user wrote it.
+    """The examples of a file or folder, in constant memory. `name` is the path as the user wrote
+    it.
 
-    With `prompts`, a row may also be {"prompt"} alone, for the model itself to complete. `columns`: key of a format →
-    the file's name for it. `on_note` gets, at the end, what was skipped or not used; `reading` counts it. `templated`:
-    whether a plain prompt and its answer are turns where the base has a chat template.
-    Raises UserError with the file, the line or row, and the reason.
+    With `prompts`, a row may also be {"prompt"} alone, for the model itself to complete. `columns`:
+    key of a format → the file's name for it. `on_note` gets, at the end, what was skipped or not
+    used; `reading` counts it. `templated`: whether a plain prompt and its answer are turns where
+    the base has a chat template. Raises UserError with the file, the line or row, and the reason.
     """
     columns, reading = columns or {}, reading or Reading()
     first: tuple[Format, int] | None = None  # of the file's rows that are no text lines
@@ -87,7 +90,9 @@ def iter_examples(
             yield Example(value, name, number)
             continue
         try:
-            record, extra_of_turns = rename(value, columns, f"{name}:{number}", is_first=first is None)
+            record, extra_of_turns = rename(
+                value, columns, f"{name}:{number}", is_first=first is None
+            )
             each = _detect(record, columns, f"{name}:{number}")
             _count_unused(reading, extra_of_turns)
             if extra := record.keys() - each.keys:
@@ -96,14 +101,16 @@ def iter_examples(
             first = first or (each, number)
             if each is not first[0] and not (each.mixes and first[0].mixes):
                 raise UserError(
-                    f"{name}:{number}: this row is {each.shape}, but {name}:{first[1]} is {first[0].shape}. Put them "
+                    f"{name}:{number}: this row is {each.shape}, but {name}:{first[1]} is "
+                    f"{first[0].shape}. Put them "
                     "into two files."
                 )
             example = _read(each, record, name, number, templated)
             if example.prompt == example.text and not prompts:
                 raise UserError(
                     f'{example.location}: "prompt" needs a "completion". Add one, or use {{"text": …}} to train on '
-                    "the whole line. Only finetune_lora.retention_data takes prompts alone: the base model completes "
+                    "the whole line. Only finetune_lora.retention_data takes prompts alone: the "
+                    "base model completes "
                     "them."
                 )
         except UserError as error:
@@ -118,20 +125,31 @@ def iter_examples(
 
 def _count_unused(reading: Reading, keys: Set[str]) -> None:
     # A file in which every row has other keys is not worth the memory of them all.
-    reading.unused.update(sorted(keys) if len(reading.unused) < MAX_UNUSED else keys & reading.unused.keys())
+    reading.unused.update(
+        sorted(keys) if len(reading.unused) < MAX_UNUSED else keys & reading.unused.keys()
+    )
 
 
 def _read(each: Format, record: Record, name: str, number: int, templated: bool) -> Example:
     example = each.read(record, name, number)
-    # Of a pair without a prompt nobody knows where a user's turn would end; a prompt alone is to be continued.
-    plain = isinstance(record.get("prompt"), str) and not example.messages and example.prompt != example.text
+    # Of a pair without a prompt nobody knows where a user's turn would end; a prompt alone is to be
+    # continued.
+    plain = (
+        isinstance(record.get("prompt"), str)
+        and not example.messages
+        and example.prompt != example.text
+    )
     return replace(example, templated=True) if templated and plain else example
 
 
-def example_of(row: Row, name: str, columns: Mapping[str, str] | None = None, templated: bool = True) -> Example:
-    """The example of one row, by itself; its prompt may stand alone. Raises UserError, as `iter_examples`.
+def example_of(
+    row: Row, name: str, columns: Mapping[str, str] | None = None, templated: bool = True
+) -> Example:
+    """The example of one row, by itself; its prompt may stand alone. Raises UserError, as
+    `iter_examples`.
 
-    Whether rows of its format may stand beside the file's others only a reading of the whole file knows.
+    Whether rows of its format may stand beside the file's others only a reading of the whole file
+    knows.
     """
     if isinstance(row.value, str):
         return Example(row.value, name, row.number)
@@ -147,13 +165,18 @@ def notes(name: str, reading: Reading) -> Iterator[str]:
     if reading.blank:
         yield f"{name}: {reading.blank:,} blank {'line' if reading.blank == 1 else 'lines'} skipped"
     if reading.unused:
-        counts = [f"{key} ({n:,} {'row' if n == 1 else 'rows'})" for key, n in reading.unused.most_common()]
+        counts = [
+            f"{key} ({n:,} {'row' if n == 1 else 'rows'})"
+            for key, n in reading.unused.most_common()
+        ]
         yield f"{name}: not used: {some(counts)}"
 
 
 def _detect(record: Record, columns: Mapping[str, str], location: str) -> Format:
     """The format of a record: of the keys that the user named, otherwise of all."""
-    for part in ([{key: record[key] for key in columns if key in record}] if columns else []) + [record]:
+    for part in ([{key: record[key] for key in columns if key in record}] if columns else []) + [
+        record
+    ]:
         for each in FORMATS:
             if each.detect(part):
                 return each
@@ -161,8 +184,10 @@ def _detect(record: Record, columns: Mapping[str, str], location: str) -> Format
     _refuse_similar(record.keys() - known, known - record.keys(), location)
     shapes = " or ".join([", ".join(SHAPES[:-1]), SHAPES[-1]])
     raise UserError(
-        f"{location}: the keys must be {shapes}, got {some(map(repr, record)) or 'none'}. Rename them, or say which "
-        "is which in columns, such as --columns prompt=question,completion=answer or messages=dialog."
+        f"{location}: the keys must be {shapes}, got {some(map(repr, record)) or 'none'}. Rename "
+        "them, or say which "
+        "is which in columns, such as --columns prompt=question,completion=answer or "
+        "messages=dialog."
     )
 
 
@@ -170,7 +195,9 @@ def _refuse_similar(keys: Set[str], missing: Set[str], location: str) -> None:
     """Raises UserError if one of `keys` is nearly one that is missing."""
     for key in sorted(keys, key=str):
         if close := get_close_matches(str(key)[:60].lower(), [*missing], 1, SIMILAR):
-            raise UserError(f"{location}: unknown key {key!r}. Did you mean {close[0]!r}? Rename it.")
+            raise UserError(
+                f"{location}: unknown key {key!r}. Did you mean {close[0]!r}? Rename it."
+            )
 
 
 def read_string(record: Record, key: str, location: str) -> str:
@@ -182,12 +209,15 @@ def read_string(record: Record, key: str, location: str) -> str:
     if not value.strip():
         raise EmptyValue(f"{location}: {key} is empty. Fill it in, or remove the line.")
     if len(value) > MAX_LINE_BYTES:  # in a table: lines of text were measured as they were read
-        raise UserError(f"{location}: {key} must have at most {MAX_LINE_BYTES:,} characters. Split its text.")
+        raise UserError(
+            f"{location}: {key} must have at most {MAX_LINE_BYTES:,} characters. Split its text."
+        )
     try:
         value.encode()
     except UnicodeEncodeError:
         raise UserError(
-            f"{location}: {key} contains an unpaired surrogate, which is not a character. Remove it."
+            f"{location}: {key} contains an unpaired surrogate, which is not a character. Remove "
+            "it."
         ) from None
     return value
 
@@ -200,8 +230,8 @@ def read_optional(record: Record, key: str, location: str) -> str:
 
 
 def read_list(record: Record, key: str, location: str, of: str = "") -> list[Any]:
-    """A list, which may be written as JSON in a text; [] if it is missing or null, unless it must be a list `of`
-    something. Raises UserError.
+    """A list, which may be written as JSON in a text; [] if it is missing or null, unless it must
+    be a list `of` something. Raises UserError.
     """
     value = record.get(key)
     if isinstance(value, str) and value.strip():
@@ -226,7 +256,10 @@ def refuse_unknown(entry: Record, known: Sequence[str], location: str) -> None:
 
 FORMATS: tuple[Format, ...] = tuple(  # last, as the modules import the names above
     sorted(
-        (import_module(f"{__name__}.{module.name}").FORMAT for module in pkgutil.iter_modules(__path__)),
+        (
+            import_module(f"{__name__}.{module.name}").FORMAT
+            for module in pkgutil.iter_modules(__path__)
+        ),
         key=lambda each: each.order,
     )
 )

@@ -1,7 +1,9 @@
-"""{"messages": [{"role": …, "content": …}, …]}: a conversation, whose assistant's turns are trained on.
+"""{"messages": [{"role": …, "content": …}, …]}: a conversation, whose assistant's turns are trained
+on.
 
-With the keys of transformers and TRL: `tools` beside the messages, and `tool_calls`, `tool_call_id`, `name` and
-`reasoning_content` in them. `train` (Axolotl) or `weight` (OpenAI) says whether an assistant's turn is trained on.
+With the keys of transformers and TRL: `tools` beside the messages, and `tool_calls`,
+`tool_call_id`, `name` and `reasoning_content` in them. `train` (Axolotl) or `weight` (OpenAI) says
+whether an assistant's turn is trained on.
 """
 
 import json
@@ -10,7 +12,14 @@ from typing import Any, NamedTuple, get_args
 
 from pipeline.data.containers import MAX_LINE_BYTES, describe_type
 from pipeline.data.examples import Example, Message, Role
-from pipeline.data.formats import Format, Record, read_list, read_optional, read_string, refuse_unknown
+from pipeline.data.formats import (
+    Format,
+    Record,
+    read_list,
+    read_optional,
+    read_string,
+    refuse_unknown,
+)
 from pipeline.errors import UserError, first_line
 
 SWITCHES = ("train", "training", "weight")
@@ -33,15 +42,23 @@ def read(record: Record, file: str, line: int) -> Example:
     return conversation(read_turns(record, "messages", location), record, file, line)
 
 
-def conversation(turns: Turns, record: Record, file: str, line: int, key: str = "messages") -> Example:
+def conversation(
+    turns: Turns, record: Record, file: str, line: int, key: str = "messages"
+) -> Example:
     """The example of a whole conversation. Raises UserError if there is nothing to train on."""
     location, roles = f"{file}:{line}", [message["role"] for message in turns.messages]
     if "assistant" not in roles:
-        raise UserError(f'{location}: {key} has no "assistant" turn, so there is nothing to train on. Add one.')
+        raise UserError(
+            f'{location}: {key} has no "assistant" turn, so there is nothing to train on. Add one.'
+        )
     if roles[0] == "assistant":
-        raise UserError(f'{location}: {key} must not start with an "assistant" turn. Put the turn it answers first.')
+        raise UserError(
+            f'{location}: {key} must not start with an "assistant" turn. Put the turn it answers first.'
+        )
     tools = read_tools(record, location)
-    return Example(text_of(turns.messages), file, line, None, turns.messages, turns.untrained, tools)
+    return Example(
+        text_of(turns.messages), file, line, None, turns.messages, turns.untrained, tools
+    )
 
 
 def text_of(messages: Sequence[Message]) -> str:
@@ -51,18 +68,28 @@ def text_of(messages: Sequence[Message]) -> str:
 def read_turns(record: Record, key: str, location: str) -> Turns:
     """The turns of a list of {"role", "content"}. Raises UserError."""
     value = read_list(record, key, location, '{"role", "content"}')
-    messages = tuple(read_message(entry, f"{location}: {key}[{index}]") for index, entry in enumerate(value))
-    longer = [(n, entry) for n, entry in enumerate(value) if len(entry) > 2]  # most are a role and a content
-    untrained = [n for n, entry in longer if is_untrained(entry, messages[n], f"{location}: {key}[{n}]")]
+    messages = tuple(
+        read_message(entry, f"{location}: {key}[{index}]") for index, entry in enumerate(value)
+    )
+    # most are a role and a content
+    longer = [(n, entry) for n, entry in enumerate(value) if len(entry) > 2]
+    untrained = [
+        n for n, entry in longer if is_untrained(entry, messages[n], f"{location}: {key}[{n}]")
+    ]
     return Turns(messages, frozenset(untrained))
 
 
 def read_message(entry: Any, location: str) -> Message:
     """One turn, without what is not for the chat template. Raises UserError."""
     if not isinstance(entry, dict) or "role" not in entry:
-        got = f"keys {', '.join(map(repr, entry))[:200] or 'none'}" if isinstance(entry, dict) else describe_type(entry)
+        got = (
+            f"keys {', '.join(map(repr, entry))[:200] or 'none'}"
+            if isinstance(entry, dict)
+            else describe_type(entry)
+        )
         raise UserError(
-            f"{location} must have the keys role and content, got {got}. Rename them, or say which is which in "
+            f"{location} must have the keys role and content, got {got}. Rename them, or say "
+            "which is which in "
             "columns, such as --columns role=speaker,content=text."
         )
     if len(entry) > 2 or "content" not in entry:
@@ -70,16 +97,22 @@ def read_message(entry: Any, location: str) -> Message:
     role = entry["role"]
     if not isinstance(role, str) or role not in ROLES:
         raise UserError(
-            f"{location}: role must be one of {', '.join(ROLES)}, got {str(role)[:60]!r}. Say in columns which is "
+            f"{location}: role must be one of {', '.join(ROLES)}, got {str(role)[:60]!r}. Say in "
+            "columns which is "
             f"which, such as --columns user={_as_name(role)}."
         )
     calls = read_list(entry, "tool_calls", location) if "tool_calls" in entry else []
     if calls and role != "assistant":
         raise UserError(f"{location}: tool_calls belong to an assistant turn, got role {role!r}.")
     # Without the empty optional keys: a table has every key in every turn.
-    message: Message = {"role": role, "content": _read_content(entry, location, role == "tool", bool(calls))}  # type: ignore[typeddict-item]
+    message: Message = {
+        "role": role,  # type: ignore[typeddict-item]
+        "content": _read_content(entry, location, role == "tool", bool(calls)),
+    }
     if calls:
-        message["tool_calls"] = [_read_function(call, f"{location}: tool_calls[{n}]") for n, call in enumerate(calls)]
+        message["tool_calls"] = [
+            _read_function(call, f"{location}: tool_calls[{n}]") for n, call in enumerate(calls)
+        ]
     for key in TEXTS:
         if key in entry and (text := read_optional(entry, key, location)):
             message[key] = text  # type: ignore[literal-required]
@@ -90,10 +123,14 @@ def _as_name(role: Any) -> str:
     return role[:60] if isinstance(role, str) and role.isidentifier() else "customer"
 
 
-def _read_content(entry: Mapping[str, Any], location: str, may_be_empty: bool, calls: bool) -> str | None:
+def _read_content(
+    entry: Mapping[str, Any], location: str, may_be_empty: bool, calls: bool
+) -> str | None:
     content = entry.get("content")
     if isinstance(content, list) and content:  # parts, as of models that also read images
-        content = "".join(_read_part(part, f"{location}: content[{n}]") for n, part in enumerate(content))
+        content = "".join(
+            _read_part(part, f"{location}: content[{n}]") for n, part in enumerate(content)
+        )
     if calls and content is None:
         return None
     if (calls or may_be_empty) and content == "":
@@ -106,23 +143,31 @@ def _read_part(part: Any, location: str) -> str:
         text: str = part["text"]
         return text
     kind = str(part.get("type"))[:60] if isinstance(part, dict) else describe_type(part)
-    raise UserError(f'{location}: only parts {{"type": "text", "text": …}} can be trained on, got type {kind}.')
+    raise UserError(
+        f'{location}: only parts {{"type": "text", "text": …}} can be trained on, got type {kind}.'
+    )
 
 
 def _read_function(call: Any, location: str) -> dict[str, Any]:
     """A tool call, as it is. Raises UserError if it has no function name."""
     inner = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-        raise UserError(f'{location} must be {{"type": "function", "function": {{"name": …, "arguments": …}}}}.')
+        raise UserError(
+            f'{location} must be {{"type": "function", "function": {{"name": …, "arguments": …}}}}.'
+        )
     _refuse_other_than_json(call, location)
     return dict(call)
 
 
 def _refuse_other_than_json(value: Any, location: str) -> None:
-    """Raises UserError for what the template's process cannot take: a date of a table, half a character, too much."""
+    """Raises UserError for what the template's process cannot take: a date of a table, half a
+    character, too much.
+    """
     level, depth = [value], 0
     while level:
-        level = [part for each in level for part in (each.values() if isinstance(each, dict) else each)]
+        level = [
+            part for each in level for part in (each.values() if isinstance(each, dict) else each)
+        ]
         level = [part for part in level if isinstance(part, dict | list)]
         depth += 1
     if depth > MAX_DEPTH:
@@ -132,7 +177,9 @@ def _refuse_other_than_json(value: Any, location: str) -> None:
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{location}: not plain JSON: {first_line(error)}. Change it.") from None
     if size > MAX_LINE_BYTES:
-        raise UserError(f"{location}: at most {MAX_LINE_BYTES:,} bytes of JSON, got {size:,}. Shorten it.")
+        raise UserError(
+            f"{location}: at most {MAX_LINE_BYTES:,} bytes of JSON, got {size:,}. Shorten it."
+        )
 
 
 def is_untrained(entry: Mapping[str, Any], turn: Message, location: str) -> bool:
@@ -146,7 +193,8 @@ def is_untrained(entry: Mapping[str, Any], turn: Message, location: str) -> bool
             raise UserError(f"{location}: {key} must be {allowed}, got {str(value)[:60]}.")
         if value and turn["role"] != "assistant":
             raise UserError(
-                f"{location}: {key} is set on a turn of role {turn['role']!r}. Only assistant turns are trained on: "
+                f"{location}: {key} is set on a turn of role {turn['role']!r}. Only assistant "
+                "turns are trained on: "
                 "remove it."
             )
         if not value:
@@ -155,7 +203,9 @@ def is_untrained(entry: Mapping[str, Any], turn: Message, location: str) -> bool
 
 
 def read_tools(record: Record, location: str) -> tuple[Mapping[str, Any], ...]:
-    """The schemas of `tools`, a list or a list as JSON text; a bare function is wrapped as transformers has it."""
+    """The schemas of `tools`, a list or a list as JSON text; a bare function is wrapped as
+    transformers has it.
+    """
     if not record.get("tools"):
         return ()
     tools = read_list(record, "tools", location)
@@ -167,7 +217,9 @@ def read_tools(record: Record, location: str) -> tuple[Mapping[str, Any], ...]:
                 f"{'no name' if isinstance(tool, dict) else describe_type(tool)}."
             )
     _refuse_other_than_json(tools, f"{location}: tools")
-    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
+    return tuple(
+        tool if "function" in tool else {"type": "function", "function": tool} for tool in tools
+    )
 
 
 def detect(record: Record) -> bool:

@@ -1,7 +1,8 @@
-"""{"prompt": …, "chosen": …, "rejected": …}: a preference pair, as TRL has it; fine-tuning takes the chosen answer.
+"""{"prompt": …, "chosen": …, "rejected": …}: a preference pair, as TRL has it; fine-tuning takes
+the chosen answer.
 
-Texts, or lists of messages. Without a prompt, both hold the whole conversation, and the prompt is the turns that they
-begin with in common.
+Texts, or lists of messages. Without a prompt, both hold the whole conversation, and the prompt is
+the turns that they begin with in common.
 """
 
 from collections.abc import Sequence
@@ -19,11 +20,14 @@ def read(record: Record, file: str, line: int) -> Example:
     location, prompt = f"{file}:{line}", record.get("prompt")
     kinds = [describe_type(record[key]) for key in ("chosen", "rejected")]
     if len(set(kinds)) > 1:
-        raise UserError(f"{location}: chosen and rejected must be of one kind, got {kinds[0]} and {kinds[1]}.")
+        raise UserError(
+            f"{location}: chosen and rejected must be of one kind, got {kinds[0]} and {kinds[1]}."
+        )
     if isinstance(record["chosen"], str) and not isinstance(prompt, list):
         good, bad = (read_string(record, key, location) for key in ("chosen", "rejected"))
         if prompt is None:
-            prompt = good[: _shared(good, bad)].removesuffix(" ")  # a space belongs to the answer's first word
+            # a space belongs to the answer's first word
+            prompt = good[: _shared(good, bad)].removesuffix(" ")
             good, bad = good[len(prompt) :], bad[len(prompt) :]
             _refuse_equal(good, bad, location)
             return Example(prompt + good, file, line, prompt, rejected=bad)
@@ -36,7 +40,11 @@ def read(record: Record, file: str, line: int) -> Example:
         before = Turns(({"role": "user", "content": read_string(record, "prompt", location)},))
     else:  # whole conversations; a text beside them repeats their first question
         same = _shared(chosen.messages, rejected.messages)
-        before, chosen, rejected = Turns(chosen.messages[:same]), _behind(chosen, same), _behind(rejected, same)
+        before, chosen, rejected = (
+            Turns(chosen.messages[:same]),
+            _behind(chosen, same),
+            _behind(rejected, same),
+        )
     _refuse_equal(chosen.messages, rejected.messages, location)
     example = conversation(joined(before, chosen), record, file, line, "prompt + chosen")
     return replace(example, begin=len(before.messages), rejected=rejected.messages)
@@ -48,15 +56,20 @@ def _shared(one: Sequence[object], other: Sequence[object]) -> int:
     return next(differs, min(len(one), len(other)))
 
 
-def _refuse_equal(chosen: str | tuple[Message, ...], rejected: str | tuple[Message, ...], location: str) -> None:
+def _refuse_equal(
+    chosen: str | tuple[Message, ...], rejected: str | tuple[Message, ...], location: str
+) -> None:
     if not chosen or not rejected:
         raise UserError(
-            f"{location}: chosen and rejected do not end in two answers: one begins with the other. Remove the row."
+            f"{location}: chosen and rejected do not end in two answers: one begins with the "
+            "other. Remove the row."
         )
 
 
 def _behind(turns: Turns, begin: int) -> Turns:
-    return Turns(turns.messages[begin:], frozenset(n - begin for n in turns.untrained if n >= begin))
+    return Turns(
+        turns.messages[begin:], frozenset(n - begin for n in turns.untrained if n >= begin)
+    )
 
 
 FORMAT = Format(

@@ -1,4 +1,6 @@
-"""{"prompt": …, "completion": …}: the completion is trained on; {"prompt": …} alone is for the model to complete."""
+"""{"prompt": …, "completion": …}: the completion is trained on; {"prompt": …} alone is for the
+model to complete.
+"""
 
 from pipeline.data.examples import Example
 from pipeline.data.formats import Format, Record, read_string
@@ -10,7 +12,9 @@ def detect(record: Record) -> bool:
 
 def read(record: Record, file: str, line: int) -> Example:
     prompt, *completion = (
-        read_string(record, key, f"{file}:{line}") for key in ("prompt", "completion") if key in record
+        read_string(record, key, f"{file}:{line}")
+        for key in ("prompt", "completion")
+        if key in record
     )
     return Example("".join([prompt, *completion]), file, line, prompt)
 

@@ -1,14 +1,22 @@
-"""{"conversations": [{"from": "human", "value": …}, …]}: ShareGPT's, in the dialects that are in use.
+"""{"conversations": [{"from": "human", "value": …}, …]}: ShareGPT's, in the dialects that are in
+use.
 
-`system` and `tools` may stand beside the conversation, as LLaMA-Factory has them. A `function_call` is an assistant's
-turn with tool calls, its value the JSON of one call or of a list.
+`system` and `tools` may stand beside the conversation, as LLaMA-Factory has them. A `function_call`
+is an assistant's turn with tool calls, its value the JSON of one call or of a list.
 """
 
 import json
 from typing import Any
 
 from pipeline.data.examples import Example, Message
-from pipeline.data.formats import Format, Record, read_list, read_optional, read_string, refuse_unknown
+from pipeline.data.formats import (
+    Format,
+    Record,
+    read_list,
+    read_optional,
+    read_string,
+    refuse_unknown,
+)
 from pipeline.data.formats.messages import SWITCHES, Turns, conversation, is_untrained, read_message
 from pipeline.errors import UserError
 
@@ -32,27 +40,40 @@ def read(record: Record, file: str, line: int) -> Example:
         if is_untrained(entry, message, where):
             untrained.add(len(messages))
         messages.append(message)
-    return conversation(Turns(tuple(messages), frozenset(untrained)), record, file, line, "conversations")
+    return conversation(
+        Turns(tuple(messages), frozenset(untrained)), record, file, line, "conversations"
+    )
 
 
 def _read_turn(entry: Any, location: str) -> Message:
     """Raises UserError."""
     if not isinstance(entry, dict) or not ("from" in entry or "role" in entry):
-        raise UserError(f'{location} must be {{"from": …, "value": …}} or {{"role": …, "content": …}}.')
+        raise UserError(
+            f'{location} must be {{"from": …, "value": …}} or {{"role": …, "content": …}}.'
+        )
     if "from" in entry:
         refuse_unknown(entry, ("from", "value", *SWITCHES), location)
     speaker, key = (entry["from"], "value") if "from" in entry else (entry["role"], "content")
     role = speaker.lower() if isinstance(speaker, str) else ""
     if role == "function_call":
-        return {"role": "assistant", "content": None, "tool_calls": _read_calls(entry, key, location)}
+        return {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": _read_calls(entry, key, location),
+        }
     if role not in ROLES:
         raise UserError(
-            f"{location}: unknown speaker {str(speaker)[:60]!r}. Known: {', '.join([*ROLES, 'function_call'])}. Say in "
+            f"{location}: unknown speaker {str(speaker)[:60]!r}. Known: "
+            f"{', '.join([*ROLES, 'function_call'])}. Say in "
             "columns which is which, such as --columns user=customer."
         )
     if "from" not in entry:
         return read_message({**entry, "role": ROLES[role]}, location)
-    content = read_optional(entry, key, location) if ROLES[role] == "tool" else read_string(entry, key, location)
+    content = (
+        read_optional(entry, key, location)
+        if ROLES[role] == "tool"
+        else read_string(entry, key, location)
+    )
     return {"role": ROLES[role], "content": content}  # type: ignore[typeddict-item]
 
 
@@ -62,7 +83,9 @@ def _read_calls(entry: Record, key: str, location: str) -> list[Any]:
     except (ValueError, RecursionError):
         value = None
     calls = value if isinstance(value, list) else [value]
-    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+    if not calls or not all(
+        isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls
+    ):
         raise UserError(
             f'{location}: a function_call must be JSON {{"name": …, "arguments": {{…}}}} or a list of them.'
         )

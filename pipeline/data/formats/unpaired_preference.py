@@ -1,4 +1,5 @@
-"""{"prompt": …, "completion": …, "label": true or false}: an answer and whether it is a good one, as in TRL's KTO.
+"""{"prompt": …, "completion": …, "label": true or false}: an answer and whether it is a good one,
+as in TRL's KTO.
 
 Fine-tuning on answers themselves takes the good ones.
 """
@@ -8,11 +9,14 @@ from dataclasses import replace
 from pipeline.data.examples import Example
 from pipeline.data.formats import Format, Record, chat_prompt, prompt_completion
 
-LABELS = {"true": True, "1": True, "false": False, "0": False}  # a .csv file holds texts, others numbers too
+# a .csv file holds texts, others numbers too
+LABELS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def detect(record: Record) -> bool:
-    return str(record.get("label")).lower() in LABELS and "prompt" in record and "completion" in record
+    return (
+        str(record.get("label")).lower() in LABELS and "prompt" in record and "completion" in record
+    )
 
 
 def read(record: Record, file: str, line: int) -> Example:

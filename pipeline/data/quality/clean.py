@@ -34,10 +34,11 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Cleaned:
-    """`rows`: those of the file; `kept`: those written. `dropped`: reason → rows; `examples`: the first of each.
+    """`rows`: those of the file; `kept`: those written. `dropped`: reason → rows; `examples`: the
+    first of each.
 
-    `personal`: kind of likely personal data → rows in which there is some, among those written; `personal_rows`: the
-    first of each. `conversion`: what was written and how.
+    `personal`: kind of likely personal data → rows in which there is some, among those written;
+    `personal_rows`: the first of each. `conversion`: what was written and how.
     """
 
     rows: int
@@ -66,19 +67,26 @@ def clean(
     skip_invalid: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Cleaned:
-    """Write the rows of `source` that no reason of `drop` leaves out to `out`, as `convert` does. Raises UserError.
+    """Write the rows of `source` that no reason of `drop` leaves out to `out`, as `convert` does.
+    Raises UserError.
 
-    `leaks`: what must not be trained on. `encoder` and `max_length`: how tokens are counted, and how many a row may
-    have. Of rows that are alike, the first stays.
+    `leaks`: what must not be trained on. `encoder` and `max_length`: how tokens are counted, and
+    how many a row may have. Of rows that are alike, the first stays.
     """
-    cleaning = _Cleaning(source, drop, columns, leaks, encoder, max_length, templated, skip_invalid, progress)
+    cleaning = _Cleaning(
+        source, drop, columns, leaks, encoder, max_length, templated, skip_invalid, progress
+    )
     cleaning.read()
     if not cleaning.kept:
-        counts = ", ".join(f"{reason}: {rows:,}" for reason, rows in cleaning.dropped.items() if rows)
+        counts = ", ".join(
+            f"{reason}: {rows:,}" for reason, rows in cleaning.dropped.items() if rows
+        )
         raise UserError(f"{source}: no row is left ({counts}). Drop for fewer reasons with --drop.")
     keep = cleaning.kept.__contains__
     # the rows that cannot be read are counted already
-    done = convert(source, out, columns=columns, force=force, progress=progress, skip_invalid=True, keep=keep)
+    done = convert(
+        source, out, columns=columns, force=force, progress=progress, skip_invalid=True, keep=keep
+    )
     return cleaning.report(replace(done, skipped=()))
 
 
@@ -101,7 +109,9 @@ class Leaks:
             self.add(_question(example), example.location)
 
     def location(self, example: Example) -> str | None:
-        """Where the evaluation asks what the example teaches, in its last question or as a whole."""
+        """Where the evaluation asks what the example teaches, in its last question or as a
+        whole.
+        """
         for text in (_question(example), example.text):
             if place := self._known.get(tuple(words(text))):
                 return place
@@ -109,7 +119,9 @@ class Leaks:
 
 
 def _question(example: Example) -> str:
-    """What an answer is asked for with: the last turn of a user, or the prompt; of a text all of it."""
+    """What an answer is asked for with: the last turn of a user, or the prompt; of a text all of
+    it.
+    """
     asked = [message["content"] or "" for message in example.messages if message["role"] == "user"]
     if asked:
         return asked[-1]
@@ -165,7 +177,9 @@ class _Cleaning:
     def _again(self) -> Iterator[Example]:
         """The examples that are still kept."""
         reading = Reading(lambda *_: None)
-        examples = iter_examples(self.source, str(self.source), columns=self.columns, reading=reading)
+        examples = iter_examples(
+            self.source, str(self.source), columns=self.columns, reading=reading
+        )
         return (example for example in examples if example.line in self.kept)
 
     def _count_row(self) -> None:
@@ -194,7 +208,11 @@ class _Cleaning:
 
         for example, encoded in self.encoder.each(examples, refuse):
             if len(encoded.ids) > self.max_length:
-                self._leave_out(example, "too-long", f"{len(encoded.ids):,} tokens, more than {self.max_length:,}")
+                self._leave_out(
+                    example,
+                    "too-long",
+                    f"{len(encoded.ids):,} tokens, more than {self.max_length:,}",
+                )
             else:
                 yield example
 
@@ -208,7 +226,10 @@ class _Cleaning:
         first = seen.setdefault(content_digest(example)[:16], example.line)
         if first == example.line:
             return None
-        return "duplicates" if "duplicates" in self.drop else "near-duplicates", f"the same as row {first}"
+        return (
+            "duplicates" if "duplicates" in self.drop else "near-duplicates",
+            f"the same as row {first}",
+        )
 
     def _drop_near(self, counts: ShingleCounts) -> None:
         hashes, rows = MinHashes(), array("q")

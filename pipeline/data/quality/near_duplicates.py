@@ -1,8 +1,9 @@
-"""Near-duplicates by MinHash (Broder 1997) and banded locality-sensitive hashing, in 500 bytes per text.
+"""Near-duplicates by MinHash (Broder 1997) and banded locality-sensitive hashing, in 500 bytes per
+text.
 
-Texts are sets of word 3-grams; the share of equal minimum hashes estimates their Jaccard similarity |A ∩ B| / |A ∪ B|.
-What most texts begin or end with, such as an instruction, must not make them alike: 3-grams that more than a tenth of
-the texts have do not count.
+Texts are sets of word 3-grams; the share of equal minimum hashes estimates their Jaccard similarity
+|A ∩ B| / |A ∪ B|. What most texts begin or end with, such as an instruction, must not make them
+alike: 3-grams that more than a tenth of the texts have do not count.
 """
 
 import re
@@ -14,12 +15,16 @@ import numpy.typing as npt
 
 SIMILAR = 0.8  # Jaccard similarity from which two texts are near-duplicates
 WORDS = 3  # per shingle
-BANDS, ROWS = 25, 5  # two texts of similarity 0.8 share a band with probability 1 - (1 - 0.8⁵)²⁵ = 99.995 %
-NEIGHBOURS = 8  # texts with an equal band that a text is compared with: bounds the time where thousands have it
+# two texts of similarity 0.8 share a band with probability 1 - (1 - 0.8⁵)²⁵ = 99.995 %
+BANDS, ROWS = 25, 5
+# texts with an equal band that a text is compared with: bounds the time where thousands have it
+NEIGHBOURS = 8
 BUCKETS = 2**22  # of the counts of shingles
-COMMON, FEWEST = 0.1, 10  # a shingle counts up to this share of the texts, and up to so many texts in any case
+# a shingle counts up to this share of the texts, and up to so many texts in any case
+COMMON, FEWEST = 0.1, 10
 CHUNK = 2**14  # shingles hashed at a time
-WORD = re.compile(r"[\u2e80-\U0010ffff]|[^\W\u2e80-\U0010ffff]+")  # of scripts without spaces each character is a word
+# of scripts without spaces each character is a word
+WORD = re.compile(r"[\u2e80-\U0010ffff]|[^\W\u2e80-\U0010ffff]+")
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -80,12 +85,15 @@ class MinHashes:
         self._signatures += (least >> np.uint64(32)).astype(np.uint32).tobytes()
 
     def earlier_ones(self) -> dict[int, int]:
-        """Index of each text that is a near-duplicate of an earlier one → the earliest of these that was compared."""
+        """Index of each text that is a near-duplicate of an earlier one → the earliest of these
+        that was compared.
+        """
         signatures = np.frombuffer(self._signatures, np.uint32).reshape(-1, BANDS * ROWS)
         earlier: dict[int, int] = {}
         for band in range(BANDS):
             keys = _keys(signatures[:, band * ROWS : (band + 1) * ROWS])
-            order = np.argsort(keys, kind="stable")  # equal keys together, each in the order of the texts
+            # equal keys together, each in the order of the texts
+            order = np.argsort(keys, kind="stable")
             for offset in range(1, NEIGHBOURS + 1):
                 first, second = order[:-offset], order[offset:]
                 same = keys[first] == keys[second]
@@ -101,7 +109,10 @@ def _keys(band: npt.NDArray[np.uint32]) -> Hashes:
 
 
 def _note_similar(
-    signatures: npt.NDArray[np.uint32], first: Iterable[int], second: Iterable[int], earlier: dict[int, int]
+    signatures: npt.NDArray[np.uint32],
+    first: Iterable[int],
+    second: Iterable[int],
+    earlier: dict[int, int],
 ) -> None:
     pairs = np.stack([np.asarray(first), np.asarray(second)], axis=1)
     for part in np.array_split(pairs, len(pairs) // CHUNK + 1):

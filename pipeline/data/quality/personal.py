@@ -1,6 +1,8 @@
-"""Likely personal data in texts: e-mail addresses, phone numbers, IBANs, card numbers and IP addresses.
+"""Likely personal data in texts: e-mail addresses, phone numbers, IBANs, card numbers and IP
+addresses.
 
-What has a checksum is checked. The others are patterns: they miss some, and count some that are none.
+What has a checksum is checked. The others are patterns: they miss some, and count some that are
+none.
 """
 
 import re
@@ -27,9 +29,14 @@ def personal_data(text: str) -> Iterator[str]:
 
 
 def _is_iban(text: str) -> bool:
-    """ISO 13616: the number with its letters as 10 to 35, the first four characters last, is 1 modulo 97."""
+    """ISO 13616: the number with its letters as 10 to 35, the first four characters last, is 1
+    modulo 97.
+    """
     code = text.replace(" ", "")
-    return 15 <= len(code) <= 34 and int("".join(str(int(c, 36)) for c in code[4:] + code[:4])) % 97 == 1
+    return (
+        15 <= len(code) <= 34
+        and int("".join(str(int(c, 36)) for c in code[4:] + code[:4])) % 97 == 1
+    )
 
 
 def _is_card(text: str) -> bool:

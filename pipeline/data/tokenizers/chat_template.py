@@ -7,7 +7,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.tokenizers.template_process import RENDERER, Conversation, Rendered, TemplateError
+from pipeline.data.tokenizers.template_process import (
+    RENDERER,
+    Conversation,
+    Rendered,
+    TemplateError,
+)
 from pipeline.errors import UserError
 from pipeline.files.digest_cache import Signature, signature
 
@@ -58,7 +63,9 @@ def render_in(folder: Path, conversations: Sequence[Conversation], turn: str = T
     if not has_template(folder):
         raise no_template(str(folder))
     try:
-        hf_tokenizer = _open_tokenizer(folder, (*signature(folder / TEMPLATE), *signature(folder / CONFIG)))
+        hf_tokenizer = _open_tokenizer(
+            folder, (*signature(folder / TEMPLATE), *signature(folder / CONFIG))
+        )
     except Exception as error:  # whatever the library raises
         raise UserError(f"{folder}: cannot open its tokenizer: {one_line(error)}") from None
     return render_with(hf_tokenizer, conversations, str(folder), turn)
@@ -71,18 +78,24 @@ def _open_tokenizer(folder: Path, files: Signature) -> Any:  # noqa: ARG001  # o
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def render_with(hf_tokenizer: Any, conversations: Sequence[Conversation], name: str, turn: str = TURN) -> Answers:
-    """Begin to render conversations in a transformers tokenizer's chat template. The first answer waits for all.
+def render_with(
+    hf_tokenizer: Any, conversations: Sequence[Conversation], name: str, turn: str = TURN
+) -> Answers:
+    """Begin to render conversations in a transformers tokenizer's chat template. The first answer
+    waits for all.
 
-    A conversation's answer is a UserError if the rendering process had to be stopped, or if one of its messages or
-    tools contains a special token: among those that the template writes, it would begin or end a turn. `turn` formats a
-    message's index for the error. Raises UserError if there is no default template.
+    A conversation's answer is a UserError if the rendering process had to be stopped, or if one of
+    its messages or tools contains a special token: among those that the template writes, it would
+    begin or end a turn. `turn` formats a message's index for the error. Raises UserError if there
+    is no default template.
     """
     try:
         template = hf_tokenizer.get_chat_template()
     except ValueError as error:  # several templates, none of them the default
         raise UserError(f"{name}: its chat template fails: {one_line(error)}") from None
-    refused = [_special_token(hf_tokenizer, conversation, name, turn) for conversation in conversations]
+    refused = [
+        _special_token(hf_tokenizer, conversation, name, turn) for conversation in conversations
+    ]
     safe = [each for each, error in zip(conversations, refused, strict=True) if error is None]
     tokens = hf_tokenizer.special_tokens_map
     request = RENDERER.render(template, safe, tokens)
@@ -92,8 +105,9 @@ def render_with(hf_tokenizer: Any, conversations: Sequence[Conversation], name: 
         try:
             rendered = iter(request.answer())
         except TemplateError as error:
-            # Which one had to be stopped? Each is allowed the time and memory that all of them had. One by one as they
-            # are read: a reader that ends with the first error waits for no other.
+            # Which one had to be stopped? Each is allowed the time and memory that all of them had.
+            # One by one as they are read: a reader that ends with the first error waits for no
+            # other.
             alone = (_render_alone(template, each, tokens) for each in safe)
             rendered = iter([error]) if len(safe) == 1 else alone
         for refusal in refused:
@@ -111,13 +125,20 @@ def _render_alone(
         return error
 
 
-def _as_user_errors(result: list[Rendered | TemplateError] | TemplateError, name: str) -> Renderings | UserError:
+def _as_user_errors(
+    result: list[Rendered | TemplateError] | TemplateError, name: str
+) -> Renderings | UserError:
     if isinstance(result, TemplateError):
         return UserError(f"{name}: its chat template {result}")
-    return [UserError(f"{name}: its chat template {r}") if isinstance(r, TemplateError) else r for r in result]
+    return [
+        UserError(f"{name}: its chat template {r}") if isinstance(r, TemplateError) else r
+        for r in result
+    ]
 
 
-def _special_token(hf_tokenizer: Any, conversation: Conversation, name: str, turn: str) -> UserError | None:
+def _special_token(
+    hf_tokenizer: Any, conversation: Conversation, name: str, turn: str
+) -> UserError | None:
     """The error for the first special token in a message or a tool, if there is one."""
     as_written, normalized = _special_patterns(hf_tokenizer)
     parts = [(turn.format(n), message) for n, message in enumerate(conversation.messages)]
@@ -128,10 +149,13 @@ def _special_token(hf_tokenizer: Any, conversation: Conversation, name: str, tur
         for text in [content] if len(part) == 2 and isinstance(content, str) else _texts(part):
             match = as_written.search(text)
             if match is None and normalized is not None:
-                match = normalized.search(hf_tokenizer.backend_tokenizer.normalizer.normalize_str(text))
+                match = normalized.search(
+                    hf_tokenizer.backend_tokenizer.normalizer.normalize_str(text)
+                )
             if match:
                 return UserError(
-                    f"{location} contains {match[0]}, a special token of {name}. It would not be read as text: "
+                    f"{location} contains {match[0]}, a special token of {name}. It would not be "
+                    "read as text: "
                     "it could begin or end a turn. Remove it, or spell it differently."
                 )
     return None
@@ -157,9 +181,19 @@ def _special_patterns(hf_tokenizer: Any) -> tuple[re.Pattern[str], re.Pattern[st
     Added tokens that are not special are ordinary text.
     """
     inner = hf_tokenizer.backend_tokenizer
-    tokens = [token for token in inner.get_added_tokens_decoder().values() if token.special and token.content.strip()]
-    normalized = [inner.normalizer.normalize_str(t.content) for t in tokens if t.normalized] if inner.normalizer else []
-    return _match_any([token.content for token in tokens]), _match_any(normalized) if normalized else None
+    tokens = [
+        token
+        for token in inner.get_added_tokens_decoder().values()
+        if token.special and token.content.strip()
+    ]
+    normalized = (
+        [inner.normalizer.normalize_str(t.content) for t in tokens if t.normalized]
+        if inner.normalizer
+        else []
+    )
+    return _match_any([token.content for token in tokens]), _match_any(
+        normalized
+    ) if normalized else None
 
 
 def _match_any(tokens: list[str]) -> re.Pattern[str]:

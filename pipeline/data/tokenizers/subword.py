@@ -1,4 +1,6 @@
-"""Subword tokenizers: the fast tokenizer of any transformers model, with special tokens and chat template."""
+"""Subword tokenizers: the fast tokenizer of any transformers model, with special tokens and chat
+template.
+"""
 
 import copy
 import json
@@ -20,13 +22,18 @@ from pipeline.files.safetensors_file import as_os_error
 
 CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
 BROKEN = "\ufffd"  # what an incomplete UTF-8 character decodes to
-# Context before a text, so that it is not tokenized as a beginning; the first that does not merge with it is used.
+# Context before a text, so that it is not tokenized as a beginning; the first that does not merge
+# with it is used.
 _BEFORE = ("\n", ".", "a")
 _PROBE = "Zq7"  # an answer that no template contains itself
-# GPT-2's byte-level alphabet: printable Latin-1 bytes are themselves, the others are the letters from U+0100.
+# GPT-2's byte-level alphabet: printable Latin-1 bytes are themselves, the others are the letters
+# from U+0100.
 _PRINTABLE_BYTES = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 BYTE_LETTERS = {chr(byte): byte for byte in _PRINTABLE_BYTES}
-BYTE_LETTERS |= {chr(0x100 + n): byte for n, byte in enumerate(b for b in range(0x100) if b not in _PRINTABLE_BYTES)}
+BYTE_LETTERS |= {
+    chr(0x100 + n): byte
+    for n, byte in enumerate(b for b in range(0x100) if b not in _PRINTABLE_BYTES)
+}
 # Keys that describe a machine or a run, not the tokenizer.
 _MACHINE_KEYS = (
     "name_or_path",
@@ -39,12 +46,14 @@ _MACHINE_KEYS = (
 
 
 _ESCAPED_LETTER = re.compile(rb"\\u00[4-7]")  # of ASCII, which no library escapes
-MOST_GROWTH = 1_000  # times that a tokenizer may lengthen a text; those published make at most 3 characters of one
+# times that a tokenizer may lengthen a text; those published make at most 3 characters of one
+MOST_GROWTH = 1_000
 
 
 @contextmanager
 def _panics_reported(name: str) -> Iterator[None]:
-    """Raises UserError where the library panics, as on a pattern of tokenizer.json that takes too many steps.
+    """Raises UserError where the library panics, as on a pattern of tokenizer.json that takes too
+    many steps.
 
     Its PanicException is no Exception, so that no handler of a library's errors would see it.
     """
@@ -54,21 +63,26 @@ def _panics_reported(name: str) -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         reason = chat_template.one_line(error)
-        raise UserError(f"{name}: its tokenizer fails: {reason}. Copy it again, or choose another model.") from None
+        raise UserError(
+            f"{name}: its tokenizer fails: {reason}. Copy it again, or choose another model."
+        ) from None
 
 
 def _refuse_growth(folder: Path) -> None:
-    """Raises UserError for a tokenizer.json whose replacements lengthen texts too much: 40 times "a" → "aa" would take
-    a terabyte. Before the library reads the file, as it normalizes added tokens then."""
+    """Raises UserError for a tokenizer.json whose replacements lengthen texts too much: 40 times
+    "a" → "aa" would take a terabyte. Before the library reads the file, as it normalizes added
+    tokens then."""
     path = folder / "tokenizer.json"
     raw = path.read_bytes() if path.is_file() else b""
-    if b'"Replace"' not in raw and not _ESCAPED_LETTER.search(raw):  # most have none, and parsing takes a second
+    # most have none, and parsing takes a second
+    if b'"Replace"' not in raw and not _ESCAPED_LETTER.search(raw):
         return
     tree = read_json(path, "Copy the tokenizer again")
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         if (growth := _growth(tree.get(part))) > MOST_GROWTH:
             raise UserError(
-                f"{path}: its {part} must lengthen a text at most {MOST_GROWTH:,} times, but may do so {growth:.3g} "
+                f"{path}: its {part} must lengthen a text at most {MOST_GROWTH:,} times, but may "
+                f"do so {growth:.3g} "
                 "times. Copy the tokenizer again, or choose another model."
             )
 
@@ -77,7 +91,9 @@ def _growth(part: Any) -> float:
     """The most that a part of tokenizer.json lengthens a text, as a factor."""
     if not isinstance(part, dict):
         return 1.0
-    steps = next((part[key] for key in ("normalizers", "pretokenizers", "decoders") if key in part), None)
+    steps = next(
+        (part[key] for key in ("normalizers", "pretokenizers", "decoders") if key in part), None
+    )
     if isinstance(steps, list):
         return math.prod(map(_growth, steps))
     content, pattern = part.get("content"), part.get("pattern")
@@ -86,9 +102,14 @@ def _growth(part: Any) -> float:
     text = pattern.get("String") if isinstance(pattern, dict) else None
     if isinstance(text, str) and text:
         return max(1.0, len(content) / len(text))
-    # Of a regular expression, one character may match; if it matches nothing too, the content comes between all.
+    # Of a regular expression, one character may match; if it matches nothing too, the content comes
+    # between all.
     expression = pattern.get("Regex") if isinstance(pattern, dict) else None
-    fills = not isinstance(expression, str) or problem(expression) is not None or full_match(expression, "", "pattern")
+    fills = (
+        not isinstance(expression, str)
+        or problem(expression) is not None
+        or full_match(expression, "", "pattern")
+    )
     return max(1.0, len(content) + fills)
 
 
@@ -99,17 +120,30 @@ class SubwordTokenizer:
     """
 
     def __init__(self, hf_tokenizer: Any, name: str, ends: Iterable[int] = ()) -> None:
-        """`ends`: ids that stop generation besides the tokenizer's EOS. Raises UserError if there is no end token."""
-        self._hf_tokenizer, self._name, self._inner = hf_tokenizer, name, hf_tokenizer.backend_tokenizer
-        self._inner.no_truncation()  # some tokenizer.json enable these; nothing here is truncated or padded silently
+        """`ends`: ids that stop generation besides the tokenizer's EOS. Raises UserError if there
+        is no end token.
+        """
+        self._hf_tokenizer, self._name, self._inner = (
+            hf_tokenizer,
+            name,
+            hf_tokenizer.backend_tokenizer,
+        )
+        # some tokenizer.json enable these; nothing here is truncated or padded silently
+        self._inner.no_truncation()
         self._inner.no_padding()
         eos_id, self._extra_end_ids = hf_tokenizer.eos_token_id, tuple(ends)
         if eos_id is None and not self._extra_end_ids:
-            raise UserError(f"{name}: its tokenizer has no end-of-text token. Set eos_token in {CONFIG}.")
+            raise UserError(
+                f"{name}: its tokenizer has no end-of-text token. Set eos_token in {CONFIG}."
+            )
         self.end_id: int = self._extra_end_ids[0] if eos_id is None else eos_id
-        # What the tokenizer's post-processor puts before a text, such as BOS: no attribute of a tokenizer tells.
+        # What the tokenizer's post-processor puts before a text, such as BOS: no attribute of a
+        # tokenizer tells.
         with _panics_reported(name):
-            full, bare = self._inner.encode("a").ids, self._inner.encode("a", add_special_tokens=False).ids
+            full, bare = (
+                self._inner.encode("a").ids,
+                self._inner.encode("a", add_special_tokens=False).ids,
+            )
         start = next((n for n in range(len(full)) if bare and full[n : n + len(bare)] == bare), 0)
         self._prefix = tuple(full[:start])
         self.bos_id = self._prefix[0] if self._prefix else None
@@ -117,7 +151,9 @@ class SubwordTokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> "SubwordTokenizer":
-        """The tokenizer in `folder`, without downloads and without running its code. Raises UserError."""
+        """The tokenizer in `folder`, without downloads and without running its code. Raises
+        UserError.
+        """
         from transformers import AutoTokenizer
 
         if not folder.is_dir():
@@ -125,17 +161,21 @@ class SubwordTokenizer:
         _refuse_growth(folder)
         try:
             with _panics_reported(str(folder)):
-                hf_tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+                hf_tokenizer = AutoTokenizer.from_pretrained(
+                    folder, local_files_only=True, trust_remote_code=False
+                )
         except UserError:
             raise
         except Exception as error:  # whatever the library raises
             reason = chat_template.one_line(error)
             raise UserError(
-                f"{folder}: cannot open its tokenizer: {reason}. A model folder needs its tokenizer."
+                f"{folder}: cannot open its tokenizer: {reason}. A model folder needs its "
+                "tokenizer."
             ) from None
         if not hf_tokenizer.is_fast:
             raise UserError(
-                f"{folder}: {type(hf_tokenizer).__name__} is a slow tokenizer, which has no character offsets for "
+                f"{folder}: {type(hf_tokenizer).__name__} is a slow tokenizer, which has no "
+                "character offsets for "
                 "label masks. Convert it to a tokenizer.json first."
             )
         return cls(hf_tokenizer, str(folder), _generation_end_ids(folder))
@@ -157,10 +197,11 @@ class SubwordTokenizer:
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """The end-of-text token, eos_token_id of generation_config.json, and the chat template's end-of-turn token.
+        """The end-of-text token, eos_token_id of generation_config.json, and the chat template's
+        end-of-turn token.
 
-        Many instruct models end a turn with another token than a text, and name it nowhere but in their template: it is
-        the first special token that the template writes after an answer.
+        Many instruct models end a turn with another token than a text, and name it nowhere but in
+        their template: it is the first special token that the template writes after an answer.
         """
         ends = {self.end_id, *self._extra_end_ids}
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
@@ -172,24 +213,36 @@ class SubwordTokenizer:
             ids, spans = self.spans(text)
             answered = text.rfind(_PROBE) + len(_PROBE)
             behind = (id_ for id_, (start, _) in zip(ids, spans, strict=True) if start >= answered)
-            ends.update([id_ for id_ in behind if id_ in self._added and self._added[id_].special][:1])
+            ends.update(
+                [id_ for id_ in behind if id_ in self._added and self._added[id_].special][:1]
+            )
         return frozenset(ends)
 
     def words(self) -> list[str]:
         ids = range(len(self))
         with _panics_reported(self._name):
-            texts = self._inner.decode_batch([[*self._anchor, id_] for id_ in ids], skip_special_tokens=False)
+            texts = self._inner.decode_batch(
+                [[*self._anchor, id_] for id_ in ids], skip_special_tokens=False
+            )
         return [self._display_text(id_, text) for id_, text in zip(ids, texts, strict=True)]
 
     def word(self, id_: int) -> str:
-        return self._display_text(id_, self._inner.decode([*self._anchor, id_], skip_special_tokens=False))
+        return self._display_text(
+            id_, self._inner.decode([*self._anchor, id_], skip_special_tokens=False)
+        )
 
     def _display_text(self, id_: int, decoded: str) -> str:
-        """A token's text as it appears after other text; bytes of an incomplete character as <0xE2>."""
+        """A token's text as it appears after other text; bytes of an incomplete character as
+        <0xE2>.
+        """
         if id_ in self._added:
             return str(self._added[id_].content)
         text = decoded[len(self._anchor_text) :]
-        return text if text and BROKEN not in text else _format_bytes(str(self._inner.id_to_token(id_) or f"<{id_}>"))
+        return (
+            text
+            if text and BROKEN not in text
+            else _format_bytes(str(self._inner.id_to_token(id_) or f"<{id_}>"))
+        )
 
     @cached_property
     def _anchor(self) -> list[int]:
@@ -204,7 +257,8 @@ class SubwordTokenizer:
 
     @cached_property
     def _id_by_word(self) -> dict[str, int]:
-        return {word: id_ for id_, word in reversed(list(enumerate(self.words())))}  # the first id wins
+        # the first id wins
+        return {word: id_ for id_, word in reversed(list(enumerate(self.words())))}
 
     def encode(self, text: str) -> tuple[int, ...]:
         ids = self._ids(text)
@@ -227,7 +281,12 @@ class SubwordTokenizer:
         return self._ids(text)
 
     def continuation(self, prompt: str, answer: str) -> tuple[int, ...]:
-        spaced = isinstance(prompt, Rendered) or not prompt or prompt[-1].isspace() or answer[:1].isspace()
+        spaced = (
+            isinstance(prompt, Rendered)
+            or not prompt
+            or prompt[-1].isspace()
+            or answer[:1].isspace()
+        )
         return self.encode_following(answer if spaced else f" {answer}")
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -238,7 +297,8 @@ class SubwordTokenizer:
         from tokenizers.decoders import DecodeStream
 
         def new_decoder() -> Any:
-            return DecodeStream(ids=self._anchor, skip_special_tokens=True)  # as after a prompt: keeps the space
+            # as after a prompt: keeps the space
+            return DecodeStream(ids=self._anchor, skip_special_tokens=True)
 
         decoder = new_decoder()
 
@@ -282,7 +342,9 @@ class SubwordTokenizer:
 
     def special_ids(self) -> dict[str, int]:
         """Those of bos, unk and pad that are set → id."""
-        named = {name: getattr(self._hf_tokenizer, f"{name}_token_id") for name in ("bos", "unk", "pad")}
+        named = {
+            name: getattr(self._hf_tokenizer, f"{name}_token_id") for name in ("bos", "unk", "pad")
+        }
         return {name: id_ for name, id_ in named.items() if id_ is not None}
 
     def with_template(self, template: str) -> "SubwordTokenizer":
@@ -291,7 +353,9 @@ class SubwordTokenizer:
         hf_tokenizer.chat_template = template
         return SubwordTokenizer(hf_tokenizer, self._name, self._extra_end_ids)
 
-    def render(self, messages: Messages, add_generation_prompt: bool, tools: Tools = ()) -> Rendered:
+    def render(
+        self, messages: Messages, add_generation_prompt: bool, tools: Tools = ()
+    ) -> Rendered:
         conversation = Conversation(messages, [(len(messages), add_generation_prompt)], tools)
         return chat_template.single_rendering(self.render_each([conversation]))
 
@@ -300,8 +364,11 @@ class SubwordTokenizer:
             raise chat_template.no_template(self._name)
         return chat_template.render_with(self._hf_tokenizer, conversations, self._name)
 
-    def expanded(self, tokens: Iterable[str], special: bool = False) -> tuple["SubwordTokenizer", list[str]]:
-        """Tokens match exactly as written; one that begins and ends like a word matches only as a whole word.
+    def expanded(
+        self, tokens: Iterable[str], special: bool = False
+    ) -> tuple["SubwordTokenizer", list[str]]:
+        """Tokens match exactly as written; one that begins and ends like a word matches only as a
+        whole word.
 
         Special tokens are left out of decoded text.
         """
@@ -315,26 +382,34 @@ class SubwordTokenizer:
                 continue
             new.append(token)
             word = not special and token[:1].isalnum() and token[-1:].isalnum()
-            hf_tokenizer.add_tokens([AddedToken(token, single_word=word, normalized=False, special=special)])
+            hf_tokenizer.add_tokens(
+                [AddedToken(token, single_word=word, normalized=False, special=special)]
+            )
         return SubwordTokenizer(hf_tokenizer, self._name, self._extra_end_ids), new
 
 
 def _format_bytes(token: str) -> str:
     """A token of a byte-level vocabulary with its non-ASCII bytes as <0xE2>."""
     values = [BYTE_LETTERS.get(letter) for letter in token]
-    if None in values or max(map(ord, token), default=0) < 128:  # SentencePiece already writes <0xE2>
+    # SentencePiece already writes <0xE2>
+    if None in values or max(map(ord, token), default=0) < 128:
         return token
-    return "".join(chr(value) if value < 128 else f"<0x{value:02X}>" for value in values if value is not None)
+    return "".join(
+        chr(value) if value < 128 else f"<0x{value:02X}>" for value in values if value is not None
+    )
 
 
 def _generation_end_ids(folder: Path) -> list[int]:
-    """eos_token_id of generation_config.json, an id or a list of ids. Raises UserError for anything else."""
+    """eos_token_id of generation_config.json, an id or a list of ids. Raises UserError for anything
+    else.
+    """
     if not (folder / GENERATION).is_file():
         return []
     value = read_json(folder / GENERATION, "Restore it, or remove it").get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(id_) is int and id_ >= 0 for id_ in ids):
         raise UserError(
-            f"{folder / GENERATION}: eos_token_id must be a token id or a list of ids, got {value!r}. Restore it."
+            f"{folder / GENERATION}: eos_token_id must be a token id or a list of ids, got "
+            f"{value!r}. Restore it."
         )
     return ids

@@ -1,8 +1,8 @@
 """Renders chat templates in a separate process with limited time and memory.
 
-A template is a program written by the model's author: it may loop forever or fill the memory, and no thread can be
-stopped that does. The process imports transformers' Jinja but not torch (0.7 s, once) and answers requests, one JSON
-line each. It ends with its parent, whose end closes its stdin.
+A template is a program written by the model's author: it may loop forever or fill the memory, and
+no thread can be stopped that does. The process imports transformers' Jinja but not torch (0.7 s,
+once) and answers requests, one JSON line each. It ends with its parent, whose end closes its stdin.
 """
 
 import atexit
@@ -23,7 +23,8 @@ START_SECONDS = 120.0  # to import the libraries on a slow and busy machine
 MEMORY_BYTES = 512 * 2**20  # in addition to what the process uses when it is ready
 MAX_EXTRA_CHARACTERS = 4 * 2**20  # of output, in addition to MAX_COPIES of the conversation
 MAX_COPIES = 4
-# As a file, so that nothing of this package is imported; with -P, so that its folder's `word.py` hides no other module.
+# As a file, so that nothing of this package is imported; with -P, so that its folder's `word.py`
+# hides no other module.
 COMMAND = (sys.executable, "-P", str(Path(__file__)))
 ADVICE = "Fix the template, or choose another model."
 
@@ -33,9 +34,11 @@ class TemplateError(Exception):
 
 
 class Rendered(str):
-    """Text written by a chat template. It already has its beginning-of-text token, or should have none.
+    """Text written by a chat template. It already has its beginning-of-text token, or should have
+    none.
 
-    `marks` are the character spans [start, stop) inside {% generation %}, in order; most templates have none.
+    `marks` are the character spans [start, stop) inside {% generation %}, in order; most templates
+    have none.
     """
 
     marks: tuple[tuple[int, int], ...]
@@ -47,7 +50,9 @@ class Rendered(str):
 
 
 class Conversation(NamedTuple):
-    """What to render: the first n `messages` for each (n, add_generation_prompt) of `prefixes`, with `tools`."""
+    """What to render: the first n `messages` for each (n, add_generation_prompt) of `prefixes`,
+    with `tools`.
+    """
 
     messages: Sequence[Mapping[str, object]]
     prefixes: Sequence[tuple[int, bool]]
@@ -55,7 +60,9 @@ class Conversation(NamedTuple):
 
 
 class Renderer:
-    """The rendering process: started on first use, restarted after it was stopped, one request at a time."""
+    """The rendering process: started on first use, restarted after it was stopped, one request at a
+    time.
+    """
 
     _process: "subprocess.Popen[bytes] | None"
     _unread: "Request | None"
@@ -63,14 +70,21 @@ class Renderer:
     def __init__(self) -> None:
         self.forget()
 
-    def render(self, template: str, conversations: Sequence[Conversation], tokens: Mapping[str, object]) -> "Request":
+    def render(
+        self, template: str, conversations: Sequence[Conversation], tokens: Mapping[str, object]
+    ) -> "Request":
         """Begin to render `conversations` in a Jinja `template` with the special `tokens`.
 
-        Many in one request, whose answer is read later: the round trip takes 0.1 ms, a short rendering a fifth of that,
-        and the caller can work while the process does.
+        Many in one request, whose answer is read later: the round trip takes 0.1 ms, a short
+        rendering a fifth of that, and the caller can work while the process does.
         """
         request = Request(self)
-        line = json.dumps({"template": template, "conversations": conversations, "tokens": tokens}).encode() + b"\n"
+        line = (
+            json.dumps(
+                {"template": template, "conversations": conversations, "tokens": tokens}
+            ).encode()
+            + b"\n"
+        )
         with self._lock:
             self.read_answer()
             try:
@@ -104,7 +118,8 @@ class Renderer:
             request.line = line
             if line is None:
                 request.error = TemplateError(
-                    f"was stopped: it did not finish within {RENDER_SECONDS:g} seconds and {MEMORY_BYTES // 2**20} MiB "
+                    f"was stopped: it did not finish within {RENDER_SECONDS:g} seconds and "
+                    f"{MEMORY_BYTES // 2**20} MiB "
                     f"of memory. {ADVICE}"
                 )
 
@@ -118,7 +133,10 @@ class Renderer:
         self._rest = b""
         if self._read_line(process, START_SECONDS) is None:
             self.stop()
-            raise TemplateError(f"cannot be rendered: `{' '.join(COMMAND)}` does not start. Run it to see the reason.")
+            raise TemplateError(
+                f"cannot be rendered: `{' '.join(COMMAND)}` does not start. Run it to see the "
+                "reason."
+            )
         return process
 
     def _read_line(self, process: "subprocess.Popen[bytes]", seconds: float) -> bytes | None:
@@ -150,7 +168,9 @@ class Renderer:
                 process.communicate()
 
     def forget(self) -> None:
-        """Drop the process without stopping it: a fork must leave its parent's alone and start its own."""
+        """Drop the process without stopping it: a fork must leave its parent's alone and start its
+        own.
+        """
         self._lock = threading.RLock()
         self._process = None
         self._unread = None  # the request whose answer was not read
@@ -184,7 +204,9 @@ def _renderings(answers: Sequence[Mapping[str, Any]]) -> list[Rendered | Templat
     return [
         TemplateError(answer["error"])
         if "error" in answer
-        else Rendered(first[: answer["length"]] if "length" in answer else answer["text"], answer["marks"])
+        else Rendered(
+            first[: answer["length"]] if "length" in answer else answer["text"], answer["marks"]
+        )
         for answer in answers
     ]
 
@@ -203,7 +225,8 @@ def serve() -> None:
     warnings.simplefilter("ignore")
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     sys.stdout = sys.stderr  # keeps library output out of the answers
-    # Imported before the limit counts, which is on what a template adds to the size of the address space.
+    # Imported before the limit counts, which is on what a template adds to the size of the address
+    # space.
     from transformers.utils.chat_template_utils import render_jinja_template  # noqa: F401
 
     with suppress(OSError):  # no /proc
@@ -212,7 +235,8 @@ def serve() -> None:
     out.write(b"ready\n")
     out.flush()
     for line in sys.stdin.buffer:
-        # The parent stops what takes too long. Of CPU time there is a limit too, in case the parent itself is killed.
+        # The parent stops what takes too long. Of CPU time there is a limit too, in case the parent
+        # itself is killed.
         _limit("RLIMIT_CPU", int(time.process_time() + RENDER_SECONDS) + 2)
         request = json.loads(line)
         given = (request["template"], request["tokens"])
@@ -243,7 +267,12 @@ def _limit(name: str, soft: int) -> None:
 
 
 def _answer(
-    template: str, tokens: dict[str, Any], messages: list[Any], tools: list[Any], count: int, ask: bool
+    template: str,
+    tokens: dict[str, Any],
+    messages: list[Any],
+    tools: list[Any],
+    count: int,
+    ask: bool,
 ) -> dict[str, Any]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -257,7 +286,11 @@ def _answer(
             **tokens,
         )
     except MemoryError:
-        return {"error": f"was stopped: it takes more than {MEMORY_BYTES // 2**20} MiB of memory. {ADVICE}"}
+        return {
+            "error": (
+                f"was stopped: it takes more than {MEMORY_BYTES // 2**20} MiB of memory. {ADVICE}"
+            )
+        }
     except RecursionError:
         return {"error": "fails: maximum recursion depth exceeded"}
     except Exception as error:  # whatever the template or the library raises
@@ -265,7 +298,11 @@ def _answer(
     if len(text) > MAX_EXTRA_CHARACTERS:
         limit = MAX_EXTRA_CHARACTERS + MAX_COPIES * len(json.dumps([messages, tools]))
         if len(text) > limit:
-            return {"error": f"was stopped: it wrote {len(text):,} characters, more than {limit:,}. {ADVICE}"}
+            return {
+                "error": (
+                    f"was stopped: it wrote {len(text):,} characters, more than {limit:,}. {ADVICE}"
+                )
+            }
     return {"text": text, "marks": marks}
 
 

@@ -62,28 +62,42 @@ class Tokenizer(Protocol):
         """Ids of `text` as a continuation of other text."""
 
     def continuation(self, prompt: str, answer: str) -> tuple[int, ...]:
-        """Ids of `answer` after `prompt`, with a space between unless one is there; () if a word is unknown."""
+        """Ids of `answer` after `prompt`, with a space between unless one is there; () if a word is
+        unknown.
+        """
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text, without special tokens."""
 
     def stream(self) -> Callable[[int], str]:
-        """A function that is called with one id after the other and returns the text that each adds."""
+        """A function that is called with one id after the other and returns the text that each
+        adds.
+        """
 
     def unknown_words(self, text: str) -> list[str]:
         """Words without a token, as written."""
 
     def normalize(self, text: str) -> str:
-        """Text for comparison: without differences in white space, or that the tokenizer ignores."""
+        """Text for comparison: without differences in white space, or that the tokenizer
+        ignores.
+        """
 
-    def render(self, messages: Messages, add_generation_prompt: bool, tools: Tools = ()) -> Rendered:
+    def render(
+        self, messages: Messages, add_generation_prompt: bool, tools: Tools = ()
+    ) -> Rendered:
         """A conversation in the model's chat template. Raises UserError."""
 
     def render_each(self, conversations: Sequence[Conversation]) -> Answers:
         """Begin to `render` all prefixes of many conversations. Raises UserError."""
 
-    def expanded(self, tokens: Iterable[str], special: bool = False) -> "tuple[Tokenizer, list[str]]":
-        """A new tokenizer with `tokens` appended, and those that were new. Existing ids stay the same."""
+    def expanded(
+        self,
+        tokens: Iterable[str],
+        special: bool = False,
+    ) -> "tuple[Tokenizer, list[str]]":
+        """A new tokenizer with `tokens` appended, and those that were new. Existing ids stay the
+        same.
+        """
 
     def save(self, folder: Path, max_length: int) -> None:
         """Write the tokenizer's files: the same tokenizer gives the same bytes."""
@@ -96,7 +110,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         text = (folder / FILE).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         text = ""
-    # Searched, not parsed: the library parses it anyway, which takes a second for a large vocabulary.
+    # Searched, not parsed: the library parses it anyway, which takes a second for a large
+    # vocabulary.
     if re.search(r'"type":\s*"WordLevel"', text) and all(f'"{token}"' in text for token in SPECIAL):
         return WordTokenizer.load(folder)
     from pipeline.data.tokenizers.subword import SubwordTokenizer  # MiniGPT does not need it
@@ -134,12 +149,17 @@ class WordTokenizer:
         try:
             inner = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror}. A model folder needs its tokenizer.") from None
+            raise UserError(
+                f"{path}: {error.strerror}. A model folder needs its tokenizer."
+            ) from None
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path} is not a tokenizer file: {error}") from None
         missing = [token for token in SPECIAL if inner.token_to_id(token) is None]
         if missing:
-            raise UserError(f"{path} has no {', '.join(missing)}: it is not a word-level tokenizer of this project.")
+            raise UserError(
+                f"{path} has no {', '.join(missing)}: it is not a word-level tokenizer of this "
+                "project."
+            )
         return cls(inner, folder)
 
     def save(self, folder: Path, max_length: int) -> None:
@@ -197,7 +217,11 @@ class WordTokenizer:
 
     def unknown_words(self, text: str) -> list[str]:
         ids, spans = self.spans(text)
-        return [text[start:stop] for id_, (start, stop) in zip(ids, spans, strict=True) if id_ == self.unknown_id]
+        return [
+            text[start:stop]
+            for id_, (start, stop) in zip(ids, spans, strict=True)
+            if id_ == self.unknown_id
+        ]
 
     def normalize(self, text: str) -> str:
         return " ".join(split(text))
@@ -206,7 +230,9 @@ class WordTokenizer:
     def has_template(self) -> bool:
         return self._folder is not None and chat_template.has_template(self._folder)
 
-    def render(self, messages: Messages, add_generation_prompt: bool, tools: Tools = ()) -> Rendered:
+    def render(
+        self, messages: Messages, add_generation_prompt: bool, tools: Tools = ()
+    ) -> Rendered:
         conversation = Conversation(messages, [(len(messages), add_generation_prompt)], tools)
         return chat_template.single_rendering(self.render_each([conversation]))
 
@@ -216,18 +242,30 @@ class WordTokenizer:
         answers = chat_template.render_in(self._folder, conversations)
         # Without the marks: label masking then compares prefixes.
         return (
-            each if isinstance(each, UserError) else [r if isinstance(r, UserError) else Rendered(r) for r in each]
+            each
+            if isinstance(each, UserError)
+            else [r if isinstance(r, UserError) else Rendered(r) for r in each]
             for each in answers
         )
 
-    def expanded(self, tokens: Iterable[str], special: bool = False) -> tuple["WordTokenizer", list[str]]:  # noqa: ARG002
-        """A new tokenizer with every unknown word of the texts `tokens` appended, and those words."""
-        new = dict.fromkeys(word for text in tokens for word in split(text) if self._inner.token_to_id(word) is None)
+    def expanded(
+        self,
+        tokens: Iterable[str],
+        special: bool = False,  # noqa: ARG002
+    ) -> tuple["WordTokenizer", list[str]]:
+        """A new tokenizer with every unknown word of the texts `tokens` appended, and those
+        words.
+        """
+        new = dict.fromkeys(
+            word for text in tokens for word in split(text) if self._inner.token_to_id(word) is None
+        )
         return WordTokenizer.of_words([*self.words()[len(SPECIAL) :], *new]), list(new)
 
 
 def split(text: str) -> list[str]:
     """Words of the tokenizer: NFC, lower case, split at white space."""
-    normalize = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()]).normalize_str(text)
+    normalize = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()]).normalize_str(
+        text
+    )
     # Unlike str.split, this does not split at the control characters U+001C to U+001F.
     return [word for word, _ in pre_tokenizers.WhitespaceSplit().pre_tokenize_str(normalize)]

@@ -1,4 +1,5 @@
-"""A claim of the document: what it says, by which rule that holds, and the function that measures it.
+"""A claim of the document: what it says, by which rule that holds, and the function that measures
+it.
 
     chapter = Chapter()
 
@@ -8,9 +9,10 @@
         def minigpt_adapter_size() -> Result:
             return calc("minigpt", rank=4).adapter_bytes.fp16, "2 bytes for each of 4,096 parameters"
 
-The function's name is the claim's id. It takes the project's Sources, or nothing if it needs only the calculator, and
-returns what it measured, a value or one for each condition, with the reason: a text that is true whichever way the
-verdict falls. The verdict is computed: all conditions hold, none does (differs), or some do (depends).
+The function's name is the claim's id. It takes the project's Sources, or nothing if it needs only
+the calculator, and returns what it measured, a value or one for each condition, with the reason: a
+text that is true whichever way the verdict falls. The verdict is computed: all conditions hold,
+none does (differs), or some do (depends).
 """
 
 import inspect
@@ -27,7 +29,8 @@ from pipeline.document.tables import Spread, shown
 Result = tuple[Any, str]  # what was measured, and why
 Measure = Callable[..., Result]
 
-# Numbers as the document writes them (16 GB, 6.25%, 7.67 million), read, and measured ones shown in the same unit.
+# Numbers as the document writes them (16 GB, 6.25%, 7.67 million), read, and measured ones shown in
+# the same unit.
 UNITS: Mapping[str, float] = {
     **{"%": 1e-2, "points": 1e-2, "thousand": 1e3, "million": 1e6, "billion": 1e9, "×": 1},
     **{"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
@@ -37,14 +40,18 @@ NUMBER = re.compile(r"(-?[\d,]*\.?\d+(?:e-?\d+)?)\s*([%×a-zA-Z]*)")
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number, text or bool. `unit` is one of UNITS or empty; `value` is without the unit's factor (16 GB is 16e9)."""
+    """A number, text or bool. `unit` is one of UNITS or empty; `value` is without the unit's factor
+    (16 GB is 16e9).
+    """
 
     value: Any
     unit: str = ""
 
     @classmethod
     def read(cls, written: Any) -> "Quantity":
-        """A value as the document writes it: 64, True, "16 GB", "7.67 million", or any other text as it is."""
+        """A value as the document writes it: 64, True, "16 GB", "7.67 million", or any other text
+        as it is.
+        """
         match = NUMBER.fullmatch(written) if isinstance(written, str) else None
         if match is None or (match[2] and match[2] not in UNITS):
             return cls(written)
@@ -52,18 +59,22 @@ class Quantity:
         value = int(text) if text.lstrip("-").isdigit() else float(text)
         if not match[2]:
             return cls(value)
-        return cls(float(f"{value * UNITS[match[2]]:.12g}"), match[2])  # rounded, so that 6.25% is exactly 0.0625
+        # rounded, so that 6.25% is exactly 0.0625
+        return cls(float(f"{value * UNITS[match[2]]:.12g}"), match[2])
 
     def __str__(self) -> str:
         return in_unit(self.value, self.unit)
 
 
 def in_unit(value: Any, unit: str = "") -> str:
-    """A value for display: three digits and its unit, integers in full, seeds as mean ± deviation, a list as a × b."""
+    """A value for display: three digits and its unit, integers in full, seeds as mean ± deviation,
+    a list as a × b.
+    """
     if isinstance(value, list):
         return " × ".join(in_unit(item, unit) for item in value)
     if isinstance(value, Spread):
-        # Mean ± the largest deviation, both to the deviation's first digit; without it if it rounds to 0.
+        # Mean ± the largest deviation, both to the deviation's first digit; without it if it rounds
+        # to 0.
         scale, most = UNITS.get(unit, 1), 1 if unit == "%" else 3
         deviation = max(value.high - value, value - value.low) / scale
         if round(deviation, most) > 0:
@@ -83,7 +94,8 @@ def in_unit(value: Any, unit: str = "") -> str:
 class Rule:
     """What the document says of a value: `compare(value, *says)`; `sign` is shown before `says`.
 
-    `margin` is the allowed distance from the document's number: a share of it in %, or a difference in another unit.
+    `margin` is the allowed distance from the document's number: a share of it in %, or a difference
+    in another unit.
     """
 
     name: str
@@ -93,15 +105,19 @@ class Rule:
     margin: str | float | None = None
 
     def holds(self, value: Any) -> bool:
-        """Whether a measured value is as the document says. Raises TypeError if it is of another kind."""
+        """Whether a measured value is as the document says. Raises TypeError if it is of another
+        kind.
+        """
         says = [said.value for said in self.says]
         if _kind(value) != _kind(says[0]):
             raise TypeError(
-                f"it measures {_kind(value)} ({value!r}), but the document says {_kind(says[0])} ({says[0]!r})"
+                f"it measures {_kind(value)} ({value!r}), but the document says {_kind(says[0])} "
+                f"({says[0]!r})"
             )
         if self.margin is None:
             return bool(self.compare(value, *says))
-        return bool(abs(value - says[0]) <= self._distance * (1 + 1e-9))  # slack: exactly the margin still holds
+        # slack: exactly the margin still holds
+        return bool(abs(value - says[0]) <= self._distance * (1 + 1e-9))
 
     @property
     def _distance(self) -> float:
@@ -109,18 +125,25 @@ class Rule:
         return float(margin.value * (abs(self.says[0].value) if margin.unit == "%" else 1))
 
     def __str__(self) -> str:
-        """Such as "≥ 50%", "5 × to 10 ×" or "16 GB ± 0.8 GB": a margin in the document's unit, or in points for %."""
+        """Such as "≥ 50%", "5 × to 10 ×" or "16 GB ± 0.8 GB": a margin in the document's unit, or
+        in points for %.
+        """
         said, unit = " to ".join(map(str, self.says)), self.says[0].unit
         if self.margin is None:
             return f"{self.sign} {said}".strip()
         relative = Quantity.read(self.margin).unit == "%"
-        return f"{said} ± {in_unit(self._distance, 'points' if unit == '%' else unit) if relative else self.margin}"
+        return (
+            f"{said} ± "
+            f"{in_unit(self._distance, 'points' if unit == '%' else unit) if relative else self.margin}"
+        )
 
 
 def _kind(value: Any) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return "a number"
-    return {bool: "true or false", str: "a text", type(None): "null"}.get(type(value), f"a {type(value).__name__}")
+    return {bool: "true or false", str: "a text", type(None): "null"}.get(
+        type(value), f"a {type(value).__name__}"
+    )
 
 
 def _comparison(name: str, compare: Callable[..., bool], sign: str) -> Callable[[Any], Rule]:
@@ -135,7 +158,11 @@ less_than = _comparison("less_than", operator.lt, "<")
 
 
 def between(low: Any, high: Any) -> Rule:
-    return Rule("between", (Quantity.read(low), Quantity.read(high)), lambda value, low, high: low <= value <= high)
+    return Rule(
+        "between",
+        (Quantity.read(low), Quantity.read(high)),
+        lambda value, low, high: low <= value <= high,
+    )
 
 
 def about(said: Any, margin: str | float) -> Rule:
@@ -173,10 +200,13 @@ class Chapter(list[Claim]):
     def section(self, number: str) -> Iterator[Callable[..., Callable[[Measure], Measure]]]:
         """Gives the decorator for a section's claims: `claim(quote, says, words=…, each_seed=…)`.
 
-        `says` is a Rule, or a value that must be measured exactly. `id` is for functions that are made in a loop.
+        `says` is a Rule, or a value that must be measured exactly. `id` is for functions that are
+        made in a loop.
         """
 
-        def claim(quote: str, says: Any, *, id: str = "", **options: Any) -> Callable[[Measure], Measure]:
+        def claim(
+            quote: str, says: Any, *, id: str = "", **options: Any
+        ) -> Callable[[Measure], Measure]:
             def add(measure: Measure) -> Measure:
                 name = id or measure.__name__.strip("_").replace("_", "-")
                 rule = says if isinstance(says, Rule) else equal(says)

@@ -1,4 +1,5 @@
-"""The stage claims: each claim is compared with its measurement, and the report follows the document.
+"""The stage claims: each claim is compared with its measurement, and the report follows the
+document.
 
 Verdicts are computed, never written by hand.
 """
@@ -18,7 +19,8 @@ from pipeline.files.artifact import read_manifest
 from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.project.stage_graph import Project
 
-MARKS = {"holds": "✓ holds", "differs": "✗ differs", "depends": "◐ depends", "not run": "– not run"}  # verdict → mark
+# verdict → mark
+MARKS = {"holds": "✓ holds", "differs": "✗ differs", "depends": "◐ depends", "not run": "– not run"}
 JSON, PAGE = "claims.json", "report.md"
 HEAD = """\
 # The document, measured
@@ -46,7 +48,9 @@ def calculated() -> list[Row]:
 
 
 def files_of(project: Project, name: str) -> list[Path]:
-    """The files that the claim with this id is measured on; none if the calculator gives its numbers."""
+    """The files that the claim with this id is measured on; none if the calculator gives its
+    numbers.
+    """
     sources = Sources(project)
     for claim in (claim for claim in CLAIMS if claim.id == name and not claim.calculated):
         judge(claim, sources)
@@ -54,9 +58,11 @@ def files_of(project: Project, name: str) -> list[Path]:
 
 
 def judge(claim: Claim, sources: Sources | None = None) -> Row:
-    """Measure the claim: the entry of `--json` and claims.json. Numbers have no unit and twelve digits.
+    """Measure the claim: the entry of `--json` and claims.json. Numbers have no unit and twelve
+    digits.
 
-    The verdict is "not run", and `why` says what to do, if an artifact is missing, damaged or of other settings.
+    The verdict is "not run", and `why` says what to do, if an artifact is missing, damaged or of
+    other settings.
     """
     measured: Any = None
     verdict = "not run"
@@ -64,18 +70,36 @@ def judge(claim: Claim, sources: Sources | None = None) -> Row:
         result, why = claim.measure(*() if claim.calculated else (sources,))
         values = list(_by_condition(result).values())
         if claim.each_seed:
-            values += [end for value in values if isinstance(value, Spread) for end in (value.low, value.high)]
+            values += [
+                end
+                for value in values
+                if isinstance(value, Spread)
+                for end in (value.low, value.high)
+            ]
         holds = [claim.rule.holds(value) for value in values]
-        measured, verdict = result, "holds" if all(holds) else "depends" if any(holds) else "differs"
+        measured, verdict = (
+            result,
+            "holds" if all(holds) else "depends" if any(holds) else "differs",
+        )
     except MissingArtifact as missing:
         why = str(missing)
-    # What a changed artifact leads to: a table without a row or a column, an empty list, a text instead of a number.
-    except (UserError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    # What a changed artifact leads to: a table without a row or a column, an empty list, a text
+    # instead of a number.
+    except (
+        UserError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
         if claim.calculated:
             raise  # it reads no artifact: the claim is wrong
         why = f"it cannot be measured on this project's artifacts: {error}"
     rule, says = claim.rule, [said.value for said in claim.rule.says]
-    shown = {name: in_unit(value, rule.says[0].unit) for name, value in _by_condition(measured).items()}
+    shown = {
+        name: in_unit(value, rule.says[0].unit) for name, value in _by_condition(measured).items()
+    }
     if len(set(shown.values())) == 1:  # all conditions agree
         shown = {"": next(iter(shown.values()))}
     return {
@@ -90,7 +114,9 @@ def judge(claim: Claim, sources: Sources | None = None) -> Row:
         "why": why,
         "shown": {
             "says": f"{claim.words} ({rule})" if claim.words else str(rule),
-            "measured": "; ".join(f"{name}: {text}" if name else text for name, text in shown.items()),
+            "measured": "; ".join(
+                f"{name}: {text}" if name else text for name, text in shown.items()
+            ),
         },
     }
 
@@ -108,10 +134,18 @@ def _to_json(value: Any) -> Any:
     return float(f"{value:.12g}") if isinstance(value, float) else value
 
 
-def filter_rows(rows: Sequence[Row], section: str | None = None, verdict: str | None = None) -> list[Row]:
-    """The rows of a section and its subsections, with a verdict. Raises UserError if there is no such section."""
+def filter_rows(
+    rows: Sequence[Row], section: str | None = None, verdict: str | None = None
+) -> list[Row]:
+    """The rows of a section and its subsections, with a verdict. Raises UserError if there is no
+    such section.
+    """
     wanted = (section or "").removeprefix("§").rstrip(".").lower()
-    selected = [row for row in rows if section is None or f"{row['section'].lower()}.".startswith(f"{wanted}.")]
+    selected = [
+        row
+        for row in rows
+        if section is None or f"{row['section'].lower()}.".startswith(f"{wanted}.")
+    ]
     if not selected:
         sections = ", ".join(dict.fromkeys(row["section"] for row in rows))
         raise UserError(f"section must be one of {sections}, got {section!r}.")
@@ -121,9 +155,13 @@ def filter_rows(rows: Sequence[Row], section: str | None = None, verdict: str | 
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Such as "98 claims: 61 hold, 25 differ, 9 depend, 3 not run"; without "not run" if there are none."""
+    """Such as "98 claims: 61 hold, 25 differ, 9 depend, 3 not run"; without "not run" if there are
+    none.
+    """
     counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in MARKS}
-    parts = [f"{n} {verdict if n == 1 else verdict.removesuffix('s')}" for verdict, n in counts.items()]
+    parts = [
+        f"{n} {verdict if n == 1 else verdict.removesuffix('s')}" for verdict, n in counts.items()
+    ]
     shown = parts if counts["not run"] else parts[:-1]
     return f"{len(rows)} claim{'s' * (len(rows) != 1)}: {', '.join(shown)}"
 
@@ -138,7 +176,9 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     for need in job.project.needs(job.stage):
         job.artifact(need)
     rows = verdicts(job.project)
-    (job.out / JSON).write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (job.out / JSON).write_text(
+        json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     (job.out / PAGE).write_text(page(rows, job.project), encoding="utf-8")
     yield Progress(len(rows), len(rows), summary(rows))
     return {}
@@ -172,7 +212,13 @@ def markdown_table(rows: Iterable[Row]) -> str:
     """The rows as a Markdown table."""
     lines = [["claim", "document", "measured", "verdict", "why"], ["---"] * 5]
     for row in rows:
-        cells = row["quote"], row["shown"]["says"], row["shown"]["measured"], MARKS[row["verdict"]], row["why"]
+        cells = (
+            row["quote"],
+            row["shown"]["says"],
+            row["shown"]["measured"],
+            MARKS[row["verdict"]],
+            row["why"],
+        )
         lines.append([text.replace("|", "\\|").replace("<", "&lt;") for text in cells])
     return markdown(lines)
 
@@ -182,11 +228,16 @@ def _figures(project: Project) -> Iterator[tuple[str, str]]:
     folder = project.artifact("figures")
     for name, about in read_manifest(folder)["figures"].items() if folder.is_dir() else ():
         picture = f"![]({_link(folder)}/{name}.png)\n"
-        yield about["place"], f"**{about['title']}** ({about['place']}). {about['shows']}\n\n{picture}"
+        yield (
+            about["place"],
+            f"**{about['title']}** ({about['place']}). {about['shows']}\n\n{picture}",
+        )
 
 
 def _studies(project: Project) -> Iterator[tuple[str, str]]:
-    """Each study's place in the document, and its text, its first table, its picture and a link to its own report."""
+    """Each study's place in the document, and its text, its first table, its picture and a link to
+    its own report.
+    """
     for stage in project.readable.values():
         folder = project.artifact(stage.name)
         if stage.kind != "study" or not folder.is_dir():

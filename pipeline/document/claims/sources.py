@@ -1,4 +1,5 @@
-"""What a claim can be measured on: the calculator, and a project's files, artifacts and tables of measurements.
+"""What a claim can be measured on: the calculator, and a project's files, artifacts and tables of
+measurements.
 
 And how its reason writes a value: `n`, `percent`, `GB` and the like.
 """
@@ -31,22 +32,30 @@ B, KB, MB, GB, GiB = (partial(in_unit, unit=unit) for unit in ("B", "KB", "MB", 
 
 
 class MissingArtifact(Exception):
-    """The artifact that a claim is measured on does not exist. The message names the command that makes it."""
+    """The artifact that a claim is measured on does not exist. The message names the command that
+    makes it.
+    """
 
 
 class Record(dict[str, Any]):
-    """A row of a table or a JSON object. `record.key` is `record["key"]`; AttributeError if there is no value."""
+    """A row of a table or a JSON object. `record.key` is `record["key"]`; AttributeError if there
+    is no value.
+    """
 
     def __getattr__(self, key: str) -> Any:
         if self.get(key) is None:
             having = [name for name, value in self.items() if value is not None]
-            raise AttributeError(f"there is no value for {key!r}, only for {', '.join(having[:12])}")
+            raise AttributeError(
+                f"there is no value for {key!r}, only for {', '.join(having[:12])}"
+            )
         return self[key]
 
 
 @dataclass(frozen=True)
 class Sources:
-    """The measurements of a project. Raises MissingArtifact for a file that does not exist, and UserError."""
+    """The measurements of a project. Raises MissingArtifact for a file that does not exist, and
+    UserError.
+    """
 
     project: Project
     any_base: bool = False  # whether a claim is also about other bases than MiniGPT
@@ -66,7 +75,9 @@ class Sources:
         return find(self._table(table), _table_path(table), **where)
 
     def rows(self, table: str, **where: Any) -> list[Record]:
-        """A row for each of several values of a column: m.rows("rank/ranks", rank=(8, 64), alpha="r")."""
+        """A row for each of several values of a column: m.rows("rank/ranks", rank=(8, 64),
+        alpha="r").
+        """
         name = next(name for name, value in where.items() if isinstance(value, tuple))
         return [self.row(table, **{**where, name: value}) for value in where[name]]
 
@@ -78,27 +89,41 @@ class Sources:
         return [float(value) if isinstance(value, Spread) else value for value in values]
 
     def over_seeds(self, table: str, name: str, **where: Any) -> Spread:
-        """A column's mean and extremes over the rows with these values, in a table that has a row for each seed."""
+        """A column's mean and extremes over the rows with these values, in a table that has a row
+        for each seed.
+        """
         values = self.column(table, name, **where)
         return Spread.of(values)
 
     def row_of_least(self, table: str, name: str, **where: Any) -> Record:
         """Among the rows with these values, the first with the smallest number in column `name`."""
         values = self.column(table, name, **where)
-        return [row for row in self._table(table) if _matches(row, where)][values.index(min(values))]
+        return [row for row in self._table(table) if _matches(row, where)][
+            values.index(min(values))
+        ]
 
     def lines(self, key: str) -> list[str]:
-        """The sentences of the data file that `key` (`section.key` of params.yaml) names: one of CLAIMS.data."""
+        """The sentences of the data file that `key` (`section.key` of params.yaml) names: one of
+        CLAIMS.data.
+        """
         project = self._minigpt()
         path = str(project.setting(CLAIMS, key))
         self.read.append(project.root / path)
         return [example.text for example in read_examples(project.root / path, path)]
 
     def tensor_shape(self, path: str, name: str) -> list[int]:
-        """The shape of the only tensor whose name ends in `name`, in a safetensors file below artifacts/."""
-        shapes = [info.shape for key, info in read_header(self._file(path)).items() if f".{key}".endswith(f".{name}")]
+        """The shape of the only tensor whose name ends in `name`, in a safetensors file below
+        artifacts/.
+        """
+        shapes = [
+            info.shape
+            for key, info in read_header(self._file(path)).items()
+            if f".{key}".endswith(f".{name}")
+        ]
         if len(shapes) != 1:
-            raise UserError(f"{path} has {len(shapes)} tensors whose name ends in {name}, instead of one")
+            raise UserError(
+                f"{path} has {len(shapes)} tensors whose name ends in {name}, instead of one"
+            )
         return list(shapes[0])
 
     def size(self, path: str) -> int:
@@ -116,13 +141,18 @@ class Sources:
 
     def _table(self, table: str) -> list[Record]:
         if table not in self._tables:
-            self._tables[table] = [Record(row) for row in read_table(self._file(_table_path(table)))]
+            self._tables[table] = [
+                Record(row) for row in read_table(self._file(_table_path(table)))
+            ]
         return self._tables[table]
 
     def _file(self, path: str) -> Path:
-        """A file below artifacts/ that a stage made. Raises MissingArtifact with the command that makes it."""
+        """A file below artifacts/ that a stage made. Raises MissingArtifact with the command that
+        makes it.
+        """
         pure, project = PurePosixPath(path), self.project if self.any_base else self._minigpt()
-        stages = (stage for name, stage in project.graph.stages.items() if name != "import")  # MiniGPT is trained
+        # MiniGPT is trained
+        stages = (stage for name, stage in project.graph.stages.items() if name != "import")
         made_by = next((stage for stage in stages if pure.is_relative_to(stage.output)), None)
         if made_by is None or ".." in pure.parts:
             raise UserError(f"{path} is not an artifact of a stage")
@@ -133,22 +163,31 @@ class Sources:
         return file
 
     def _minigpt(self) -> Project:
-        """The project. Raises MissingArtifact if its base is not MiniGPT, of which the document speaks."""
+        """The project. Raises MissingArtifact if its base is not MiniGPT, of which the document
+        speaks.
+        """
         base = self.project.params.origin
         if base.imports:
             raise MissingArtifact(
-                f"this claim is about MiniGPT, but the project's base is {base.base}: create a project with `lora new`"
+                f"this claim is about MiniGPT, but the project's base is {base.base}: create a "
+                "project with `lora new`"
             )
         return self.project
 
 
 @lru_cache(maxsize=256)  # the claims ask some forty questions, most of them several times
 def calc(
-    model: str = "qwen3-8b", *, method: str = "lora", rank: int = 8, trainer: str = "torch", **options: Any
+    model: str = "qwen3-8b",
+    *,
+    method: str = "lora",
+    rank: int = 8,
+    trainer: str = "torch",
+    **options: Any,
 ) -> Any:
     """The Record of `lora calc --json`; options as on the command line, with _ for -.
 
-    The step is that of the libraries, unless a claim is about another: the document speaks of no trainer.
+    The step is that of the libraries, unless a claim is about another: the document speaks of no
+    trainer.
     """
     shapes = built_in(model).shapes
     _, finetuning, run = configure(shapes, COUNTED, method, rank=rank, trainer=trainer, **options)

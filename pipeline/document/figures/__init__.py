@@ -1,7 +1,8 @@
-"""The stage figures: the document's Figures 1 to 5 and its attention example, drawn from the project's artifacts.
+"""The stage figures: the document's Figures 1 to 5 and its attention example, drawn from the
+project's artifacts.
 
-A figure is one file here, found by its name: nothing else lists it. It has its PLACE in the document, and
-`render(job)`, which measures and gives tables, words and a drawing.
+A figure is one file here, found by its name: nothing else lists it. It has its PLACE in the
+document, and `render(job)`, which measures and gives tables, words and a drawing.
 """
 
 from importlib import import_module
@@ -17,19 +18,24 @@ TwoByTwo = Annotated[tuple[float, ...], ALLOW_DUPLICATES]  # row by row
 
 
 class Figures(Section, frozen=True, kw_only=True):
-    """Figures 1 to 5 and §2.1's attention. Figure 3 trains with the settings of study_trajectory."""
+    """Figures 1 to 5 and §2.1's attention. Figure 3 trains with the settings of
+    study_trajectory.
+    """
 
     window: Annotated[Steps, "Figure 3: tokens per training window; 0: whole sentences"] = 0
     reach: Annotated[Rate, "Figure 3: the parameter is varied by ± this much"] = 4.0
     weight: Annotated[TwoByTwo, "Figure 4: W of the example"] = (1.4, 0.5, -0.2, 0.9)
     change: Annotated[TwoByTwo, "Figure 4: its ΔW"] = (0.5, 0.35, 0.25, 0.1)
-    module: Annotated[str, "Figure 4: module whose ΔW of full fine-tuning is measured"] = "layers.1.self_attn.v_proj"
+    module: Annotated[str, "Figure 4: module whose ΔW of full fine-tuning is measured"] = (
+        "layers.1.self_attn.v_proj"
+    )
 
     def __post_init__(self) -> None:
         for key in ("weight", "change"):
             if len(numbers := getattr(self, key)) != 4:
                 raise UserError(
-                    f"{key} must be the 4 numbers of a 2 × 2 matrix, row by row, got {len(numbers)}. Write four."
+                    f"{key} must be the 4 numbers of a 2 × 2 matrix, row by row, got "
+                    f"{len(numbers)}. Write four."
                 )
 
 
@@ -51,5 +57,7 @@ FIGURES = Stage(
 
 def modules() -> dict[str, ModuleType]:
     """Name → module of each figure, in the document's order: by its number; without one, last."""
-    found = {module.name: import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)}
+    found = {
+        module.name: import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)
+    }
     return dict(sorted(found.items(), key=lambda item: item[1].PLACE))

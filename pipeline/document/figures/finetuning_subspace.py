@@ -1,4 +1,6 @@
-"""Figure 1: which neurons full fine-tuning changes, how concentrated the change is, and what LoRA trains (§2)."""
+"""Figure 1: which neurons full fine-tuning changes, how concentrated the change is, and what LoRA
+trains (§2).
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,7 +49,9 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Matrix(Changed):
-    """A changed matrix; the rank of its A and B (0: none), and the neurons that train in full with the adapter."""
+    """A changed matrix; the rank of its A and B (0: none), and the neurons that train in full with
+    the adapter.
+    """
 
     rank: int = 0
     in_full: frozenset[int] = frozenset()
@@ -56,7 +60,10 @@ class Matrix(Changed):
 def render(job: Job) -> Findings:
     """Raises UserError if the adapter's config does not fit the model."""
     model = engine.load(job.project.artifact("expand_vocab")).model
-    changed, spec = changes(job), read_spec(job.project.artifact("finetune_lora"), model.embedding_and_head[0])
+    changed, spec = (
+        changes(job),
+        read_spec(job.project.artifact("finetune_lora"), model.embedding_and_head[0]),
+    )
     adapted = targeted(model, spec)
     drawn = [
         Matrix(
@@ -72,7 +79,9 @@ def render(job: Job) -> Findings:
     of_all = {parameter.name: parameter.change.flatten().square() for parameter in changed}
     squares = {
         "weights": torch.cat([*of_all.values()]),
-        "weights of the blocks": torch.cat([of_all[p.name] for p in changed if p.block is not None]),
+        "weights of the blocks": torch.cat(
+            [of_all[p.name] for p in changed if p.block is not None]
+        ),
         "neurons": torch.cat([matrix.change.square().sum(1) for matrix in drawn]),  # (O, I) → (O,)
     }
     concentration: list[Row] = [
@@ -86,20 +95,40 @@ def render(job: Job) -> Findings:
         }
         for name, of_part in squares.items()
     ]
-    held = {"top_1": held_if_normal(0.01), "top_10": held_if_normal(0.1), "needed_for_90": needed_if_normal(0.9)}
+    held = {
+        "top_1": held_if_normal(0.01),
+        "top_10": held_if_normal(0.1),
+        "needed_for_90": needed_if_normal(0.9),
+    }
     concentration.append({"part": "normal", "count": None, "moved": 1.0, **held})
 
     # The change by matrix and by neuron.
     modules = _module_rows(changed, drawn, squares["weights"])
     neurons: list[Row] = [
-        {"block": m.block, "module": m.last, "neuron": n, "change": size, "relative_change": relative}
+        {
+            "block": m.block,
+            "module": m.last,
+            "neuron": n,
+            "change": size,
+            "relative_change": relative,
+        }
         for m in drawn
-        for n, (size, relative) in enumerate(zip(m.change.norm(dim=1).tolist(), m.relative.tolist(), strict=True))
+        for n, (size, relative) in enumerate(
+            zip(m.change.norm(dim=1).tolist(), m.relative.tolist(), strict=True)
+        )
     ]
     formats = {"part": "", "moved": ".1%", "top_1": ".0%", "top_10": ".0%", "needed_for_90": ".1%"}
-    of_modules = {"share_of_weights": ".1%", "share_of_change": ".1%", "relative_change": ".3f", "moved": ".1%"}
+    of_modules = {
+        "share_of_weights": ".1%",
+        "share_of_change": ".1%",
+        "relative_change": ".3f",
+        "moved": ".1%",
+    }
     name = "finetuning_subspace"
-    title = "Share of ‖ΔW‖² in those that change most; *normal*: if all changes followed one normal distribution"
+    title = (
+        "Share of ‖ΔW‖² in those that change most; *normal*: if all changes followed one normal "
+        "distribution"
+    )
     by_matrix = "Each matrix: its change by full fine-tuning, and what the adapter trains"
     tables = (
         Table(f"{name}_concentration", title, concentration, formats),
@@ -112,42 +141,68 @@ def render(job: Job) -> Findings:
     top = {part: row["top_10"] for part, row in parts.items()}
     moved = concentration[0]["moved"]
     shows = (
-        f"{moved:.0%} of all weights move; the tenth that moves most has {top['weights']} of ‖ΔW‖² ({top['normal']} if "
+        f"{moved:.0%} of all weights move; the tenth that moves most has {top['weights']} of "
+        f"‖ΔW‖² ({top['normal']} if "
         f"normal), of neurons {top['neurons']}"
     )
     most = max(modules, key=lambda row: row["share_of_change"])
     ranks = " and ".join(map(str, sorted({row["lora_rank"] for row in modules} - {0})))
-    in_full = [module for module in model.embedding_and_head if _rows_in_full(spec, module, model.shape.rows)]
+    in_full = [
+        module
+        for module in model.embedding_and_head
+        if _rows_in_full(spec, module, model.shape.rows)
+    ]
     also = (
-        f" It also trains rows of {' and '.join(in_full)} in full: the base is not entirely frozen." if in_full else ""
+        f" It also trains rows of {' and '.join(in_full)} in full: the base is not entirely frozen."
+        if in_full
+        else ""
     )
     paragraphs = (
-        "Left: every neuron of MiniGPT (a row of a matrix), colored by its relative change ‖Δw‖/‖w‖ in full "
+        "Left: every neuron of MiniGPT (a row of a matrix), colored by its relative change "
+        "‖Δw‖/‖w‖ in full "
         "fine-tuning. Right: what the adapter trains instead, according to its config.",
-        f"The document says that only a small subset changes significantly. Measured: {moved:.1%} of the weights "
-        "change, because Adam moves every weight with a gradient. They do not change equally: the top tenth has "
-        f"{top['weights']} of ‖ΔW‖², against {top['normal']} if all changes followed one normal distribution; the top "
-        f"tenth of the neurons has {top['neurons']}. 90% of ‖ΔW‖² takes {parts['weights']['needed_for_90']} of the "
-        f"weights (normal: {parts['normal']['needed_for_90']}). The module with the largest share is "
-        f"{module_name(most['block'], most['module'])}, with {most['share_of_weights']:.0%} of the weights and "
-        f"{most['share_of_change']:.0%} of ‖ΔW‖². Among the weights of the blocks, where LoRA is applied, the top "
+        f"The document says that only a small subset changes significantly. Measured: {moved:.1%} "
+        "of the weights "
+        "change, because Adam moves every weight with a gradient. They do not change equally: the "
+        "top tenth has "
+        f"{top['weights']} of ‖ΔW‖², against {top['normal']} if all changes followed one normal "
+        "distribution; the top "
+        f"tenth of the neurons has {top['neurons']}. 90% of ‖ΔW‖² takes "
+        f"{parts['weights']['needed_for_90']} of the "
+        f"weights (normal: {parts['normal']['needed_for_90']}). The module with the largest share "
+        "is "
+        f"{module_name(most['block'], most['module'])}, with {most['share_of_weights']:.0%} of "
+        "the weights and "
+        f"{most['share_of_change']:.0%} of ‖ΔW‖². Among the weights of the blocks, where LoRA is "
+        "applied, the top "
         f"tenth has {top['weights of the blocks']} of their ‖ΔW‖².",
         f"The adapter has A and B of rank {ranks} on {len(adapted)} matrices.{also}",
     )
     size = (WIDE, sum(_heights(drawn)))
     draw = Drawing(drawn, squares, modules).draw
-    return Findings("\n\n".join(paragraphs), tables, draw, size, shows, "From observation to strategy")
+    return Findings(
+        "\n\n".join(paragraphs), tables, draw, size, shows, "From observation to strategy"
+    )
 
 
 def _rows_in_full(spec: AdapterSpec, module: str, rows: int) -> Sequence[int]:
     """The rows of the module's weight that train in full."""
-    return range(rows) if lies_in(module, spec.saved) else spec.rows.get(module.rsplit(".", 1)[-1], ())
+    return (
+        range(rows) if lies_in(module, spec.saved) else spec.rows.get(module.rsplit(".", 1)[-1], ())
+    )
 
 
-def _module_rows(changed: Sequence[Changed], drawn: Sequence[Matrix], all_squares: Tensor) -> list[Row]:
+def _module_rows(
+    changed: Sequence[Changed], drawn: Sequence[Matrix], all_squares: Tensor
+) -> list[Row]:
     """One row per matrix; the last row is all vectors (biases and norms) together."""
-    total, vectors = float(all_squares.sum()), [parameter for parameter in changed if parameter.change.ndim == 1]
-    before, change = (torch.cat([getattr(vector, key) for vector in vectors]) for key in ("before", "change"))
+    total, vectors = (
+        float(all_squares.sum()),
+        [parameter for parameter in changed if parameter.change.ndim == 1],
+    )
+    before, change = (
+        torch.cat([getattr(vector, key) for vector in vectors]) for key in ("before", "change")
+    )
     return [
         {
             **{"block": m.block, "module": m.last, "weights": m.change.numel()},
@@ -178,7 +233,8 @@ def needed_for(squares: Tensor, share: float) -> float:
 
 
 def held_if_normal(part: float) -> float:
-    """`held_by` for normally distributed changes: 2(qφ(q) + 1 − Φ(q)), where a `part` of all changes exceeds ±q.
+    """`held_by` for normally distributed changes: 2(qφ(q) + 1 − Φ(q)), where a `part` of all
+    changes exceeds ±q.
 
     It is 44% for a tenth, so a share of 44% is no sign of concentration.
     """
@@ -217,20 +273,26 @@ def _levels(drawn: Sequence[Matrix]) -> Iterator[list[Matrix]]:
 
 
 def _heights(drawn: Sequence[Matrix]) -> tuple[float, float]:
-    """Heights in inches of the networks and of the panels below, which have one line per matrix and one for vectors."""
+    """Heights in inches of the networks and of the panels below, which have one line per matrix and
+    one for vectors.
+    """
     return 0.336 * len(list(_levels(drawn))), 0.6 + 0.11 * (len(drawn) + 1)
 
 
 class Drawing:
-    """Four panels: the change, the strategy, the concentration of the change, and its share by matrix.
+    """Four panels: the change, the strategy, the concentration of the change, and its share by
+    matrix.
 
-    A neuron is a cell of size 1 in its matrix's strip. Strips stand in levels from the input (bottom) to the output,
-    each level centered at x = 0.
+    A neuron is a cell of size 1 in its matrix's strip. Strips stand in levels from the input
+    (bottom) to the output, each level centered at x = 0.
     """
 
-    def __init__(self, drawn: Sequence[Matrix], squares: Mapping[str, Tensor], modules: Sequence[Row]) -> None:
+    def __init__(
+        self, drawn: Sequence[Matrix], squares: Mapping[str, Tensor], modules: Sequence[Row]
+    ) -> None:
         self.drawn, self.squares, self.modules = drawn, squares, modules
-        self.neurons: list[tuple[Point, float, bool]] = []  # position, relative change, whether it trains in full
+        # position, relative change, whether it trains in full
+        self.neurons: list[tuple[Point, float, bool]] = []
         self.diamonds: list[Point] = []  # one for each rank of A and B, in the gap above the strip
         self.ticks: list[tuple[float, str]] = []  # y and label of each level
         self.width, self.height = float(MAX_COLUMNS), 0.0
@@ -245,15 +307,21 @@ class Drawing:
         level_width = sum(widths) + BETWEEN * (len(level) - 1)
         x, self.width = (1 - level_width) / 2, max(self.width, level_width)
         for matrix, columns in zip(level, widths, strict=True):
-            for n, relative in enumerate(matrix.relative.tolist()):  # the first neuron at the top left
+            # the first neuron at the top left
+            for n, relative in enumerate(matrix.relative.tolist()):
                 at = (x + n % columns, y + rows - 1 - n // columns)
                 self.neurons.append((at, relative, n in matrix.in_full))
             count = min(matrix.rank, MAX_DIAMONDS)
             middle, step = x + (columns - 1) / 2, min(3.0, columns / count) if count else 0
-            self.diamonds += [(middle + step * (n - (count - 1) / 2), y + rows - 1 + GAP / 2) for n in range(count)]
+            self.diamonds += [
+                (middle + step * (n - (count - 1) / 2), y + rows - 1 + GAP / 2)
+                for n in range(count)
+            ]
             x += columns + BETWEEN
         names = [matrix.last for matrix in level]
-        name = names[0] if len(level) == 1 else ", ".join(name.removesuffix("_proj") for name in names)
+        name = (
+            names[0] if len(level) == 1 else ", ".join(name.removesuffix("_proj") for name in names)
+        )
         block = level[0].block
         self.ticks.append((y + (rows - 1) / 2, name if block is None else f"block {block}: {name}"))
         self.height += rows - 1 + GAP + 0.5
@@ -264,14 +332,24 @@ class Drawing:
         colored = self._draw_change(left)
         bar = above.colorbar(colored, cax=key, location="bottom", extend="both", format="%g")
         bar.set_label("‖Δw‖ / ‖w‖ of a neuron; hollow: unchanged")
-        bar.set_ticks([tick for tick in TICKS if colored.norm.vmin <= tick <= colored.norm.vmax], minor=False)
+        bar.set_ticks(
+            [tick for tick in TICKS if colored.norm.vmin <= tick <= colored.norm.vmax], minor=False
+        )
         bar.ax.minorticks_off()
         self._draw_strategy(right)
         legend.set_axis_off()
-        legend.legend(*right.get_legend_handles_labels(), loc="center", ncols=3, frameon=False, columnspacing=1.2)
+        legend.legend(
+            *right.get_legend_handles_labels(),
+            loc="center",
+            ncols=3,
+            frameon=False,
+            columnspacing=1.2,
+        )
         half = self.width / 2 + 0.5
         for axis in (left, right):
-            axis.set(xlim=(-half, half), ylim=(-1, self.height - 1), aspect="equal", xticks=[], yticks=[])
+            axis.set(
+                xlim=(-half, half), ylim=(-1, self.height - 1), aspect="equal", xticks=[], yticks=[]
+            )
             axis.spines[:].set_visible(False)
             axis.tick_params(length=0)
         left.set_yticks([y for y, _ in self.ticks], [name for _, name in self.ticks])
@@ -280,11 +358,14 @@ class Drawing:
         self._draw_modules(second)
 
     def _circles(self, axis: Axis, points: Sequence[Point], **style: Any) -> Any:
-        area = (SPOT * MAX_COLUMNS / self.width) ** 2  # in points², in a panel of half a page's width
+        # in points², in a panel of half a page's width
+        area = (SPOT * MAX_COLUMNS / self.width) ** 2
         return axis.scatter(*zip(*points, strict=True), s=area, **style) if points else None
 
     def _draw_change(self, axis: Axis) -> Any:
-        """Neurons colored by relative change, on a logarithmic scale from the 2nd to the 98th percentile."""
+        """Neurons colored by relative change, on a logarithmic scale from the 2nd to the 98th
+        percentile.
+        """
         from matplotlib.colors import LogNorm
 
         moved = [(at, relative) for at, relative, _ in self.neurons if relative > 0]
@@ -293,17 +374,35 @@ class Drawing:
         norm = LogNorm(*np.quantile(values, (0.02, 0.98)))
         self._circles(axis, unchanged, facecolor="none", edgecolor=EDGE, linewidth=0.3)
         axis.set_title("(a) Full fine-tuning: change")
-        return self._circles(axis, [at for at, _ in moved], c=values, cmap=ramp(), norm=norm, linewidth=0)
+        return self._circles(
+            axis, [at for at, _ in moved], c=values, cmap=ramp(), norm=norm, linewidth=0
+        )
 
     def _draw_strategy(self, axis: Axis) -> None:
         """Circles are frozen, squares train in full, diamonds are the ranks of A and B."""
-        frozen, full = ([at for at, _, in_full in self.neurons if in_full == wanted] for wanted in (False, True))
+        frozen, full = (
+            [at for at, _, in_full in self.neurons if in_full == wanted] for wanted in (False, True)
+        )
         self._circles(axis, frozen, facecolor=FROZEN, edgecolor=EDGE, linewidth=0.3)
         marker = {"linestyle": "", "markeredgecolor": INK, "markeredgewidth": 0.3}
-        axis.plot([], [], "o", markersize=3.5, color=FROZEN, markeredgewidth=0.4, markeredgecolor=EDGE, label="frozen")
+        axis.plot(
+            [],
+            [],
+            "o",
+            markersize=3.5,
+            color=FROZEN,
+            markeredgewidth=0.4,
+            markeredgecolor=EDGE,
+            label="frozen",
+        )
         if full:
             axis.plot(
-                *zip(*full, strict=True), marker="s", markersize=2.6, color=RED, label="trained in full", **marker
+                *zip(*full, strict=True),
+                marker="s",
+                markersize=2.6,
+                color=RED,
+                label="trained in full",
+                **marker,
             )
         if self.diamonds:
             x, y = zip(*self.diamonds, strict=True)
@@ -314,28 +413,42 @@ class Drawing:
         for name, (line, color) in LINES.items():
             shares = cumulative_shares(self.squares[name]).numpy()
             x = np.arange(1, len(shares) + 1) / len(shares)
-            every = max(1, len(x) // 400)  # a point for each of 112,768 weights would only make the SVG large
+            # a point for each of 112,768 weights would only make the SVG large
+            every = max(1, len(x) // 400)
             axis.plot(100 * x[::every], 100 * shares[::every], line, color=color, label=name)
             tenth = max(1, round(0.1 * len(shares))) - 1
             axis.plot(100 * x[tenth], 100 * shares[tenth], "o", color=color, markersize=4)
-        fractions = np.linspace(1e-4, 1 - 1e-9, 200)  # not 0, where the normal distribution's quantile is infinite
+        # not 0, where the normal distribution's quantile is infinite
+        fractions = np.linspace(1e-4, 1 - 1e-9, 200)
         normal = [100 * held_if_normal(float(part)) for part in fractions]
         axis.plot(100 * fractions, normal, ":", color=EDGE, label="if normal")
         axis.axvline(10, color=INK, linewidth=0.5)
-        axis.set(xlabel="% of them, largest change first", ylabel="% of ‖ΔW‖²", xlim=(0, 100), ylim=(0, 102))
+        axis.set(
+            xlabel="% of them, largest change first",
+            ylabel="% of ‖ΔW‖²",
+            xlim=(0, 100),
+            ylim=(0, 102),
+        )
         axis.set_title("(c) Concentration of the change")
         axis.grid(alpha=0.3)
         axis.legend(loc="lower right")
 
     def _draw_modules(self, axis: Axis) -> None:
-        """Each matrix's share of the weights and of the change, in the table's order from the bottom."""
-        names = [row["module"] if row["block"] is None else f"{row['block']}: {row['module']}" for row in self.modules]
+        """Each matrix's share of the weights and of the change, in the table's order from the
+        bottom.
+        """
+        names = [
+            row["module"] if row["block"] is None else f"{row['block']}: {row['module']}"
+            for row in self.modules
+        ]
         y = np.arange(len(names))
         for key, label, shift, style in (
             ("share_of_weights", "of the weights", 0.2, HATCHED),
             ("share_of_change", "of ‖ΔW‖²", -0.2, {"color": RED}),
         ):
-            axis.barh(y + shift, [100 * row[key] for row in self.modules], 0.4, label=label, **style)
+            axis.barh(
+                y + shift, [100 * row[key] for row in self.modules], 0.4, label=label, **style
+            )
         axis.set_yticks(y, names, fontsize=SMALL)
         axis.set(xlabel="%", ylim=(-0.6, len(names) - 0.4))
         axis.set_title("(d) Share by matrix")

@@ -1,4 +1,6 @@
-"""Figure 2: loss curves and trainable parameters of the three methods that the document compares (§2.3, §9.3)."""
+"""Figure 2: loss curves and trainable parameters of the three methods that the document compares
+(§2.3, §9.3).
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,10 +23,15 @@ def render(job: Job) -> Findings:
     curves: dict[str, Sequence[Step]] = {}
     counts: dict[str, dict[str, Any]] = {}
     methods, epochs = list[Row](), list[Row]()
-    for method, folder in ((STAGES[stage].method, job.project.artifact(stage)) for stage in COMPARED):
+    for method, folder in (
+        (STAGES[stage].method, job.project.artifact(stage)) for stage in COMPARED
+    ):
         curves[method] = steps = read_steps(folder / LOSS)
         parameters = read_manifest(folder)["parameters"]
-        trainable, percent = parameters["trainable"], 100 * parameters["trainable"] / parameters["total"]
+        trainable, percent = (
+            parameters["trainable"],
+            100 * parameters["trainable"] / parameters["total"],
+        )
         counts[method] = {"trainable": trainable, "trainable_percent": percent}
         means = epoch_means(steps)
         drop = means[0] - means[-1] if means else 0.0
@@ -32,10 +39,20 @@ def render(job: Job) -> Findings:
         by_30 = (means[0] - means[ENOUGH - 1]) / drop if len(means) > ENOUGH and drop > 0 else None
         own = {"method": method, "trainable": trainable, "share": percent / 100}
         methods.append(
-            {**own, "flat_from_epoch": flat_from(steps), "final_loss": final_loss(steps), "drop_by_30": by_30}
+            {
+                **own,
+                "flat_from_epoch": flat_from(steps),
+                "final_loss": final_loss(steps),
+                "drop_by_30": by_30,
+            }
         )
-        epochs += [{"method": method, "epoch": epoch, "loss": loss} for epoch, loss in enumerate(means, 1)]
-    title = "Trainable parameters, and the epoch from which the loss is flat: it stays within 5% of the total drop"
+        epochs += [
+            {"method": method, "epoch": epoch, "loss": loss} for epoch, loss in enumerate(means, 1)
+        ]
+    title = (
+        "Trainable parameters, and the epoch from which the loss is flat: it stays within 5% of "
+        "the total drop"
+    )
     formats = {"share": ".1%", "final_loss": ".3f", "drop_by_30": ".1%", "flat_from_epoch": ""}
     tables = (
         Table("loss_curves_methods", title, methods, formats),
@@ -54,10 +71,13 @@ def render(job: Job) -> Findings:
         if row["drop_by_30"] is not None
     )
     by_30th = (
-        f" Share of the total drop by epoch {ENOUGH}, which the document says is enough: {shares}." if shares else ""
+        f" Share of the total drop by epoch {ENOUGH}, which the document says is enough: {shares}."
+        if shares
+        else ""
     )
     text = (
-        "Left: the mean training loss of each epoch on a logarithmic scale; a stroke marks the epoch from which it is "
+        "Left: the mean training loss of each epoch on a logarithmic scale; a stroke marks the "
+        "epoch from which it is "
         "flat. Right: the trainable parameters of each method.\n\n"
         "The document says that all three converge around epoch 25 to 35, LoRA first. Measured: "
         f"{'; '.join(map(flat, methods))}.{first}{by_30th}"

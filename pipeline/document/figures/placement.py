@@ -1,4 +1,6 @@
-"""Figure 5: the position of the adapter in a Transformer block, read from the loaded model's modules (§6)."""
+"""Figure 5: the position of the adapter in a Transformer block, read from the loaded model's
+modules (§6).
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,26 +27,37 @@ TOP, NORM, FIRST, END = 0.0, -2.0, -4.4, -13.0  # y in both halves
 
 def render(job: Job) -> Findings:
     """The modules of the first block with A and B; of the first block if there is none."""
-    model = engine.load(job.project.artifact("expand_vocab"), job.project.artifact("finetune_lora")).model
-    adapted = (block for block in model.blocks if any(isinstance(m, LoRALinear) for m in block.modules()))
+    model = engine.load(
+        job.project.artifact("expand_vocab"), job.project.artifact("finetune_lora")
+    ).model
+    adapted = (
+        block for block in model.blocks if any(isinstance(m, LoRALinear) for m in block.modules())
+    )
     block = next(adapted, model.blocks[0])  # target_modules may name modules of a single block
     parts = parts_of(block)
     heads = next((module.n_heads for module in block.modules() if isinstance(module, Attention)), 1)
     frozen, trained = (sum(row[key] for row in parts) for key in ("parameters", "trained"))
     names = [row["module"].rsplit(".", 1)[-1] for row in parts if row["trained"]]
     shows = (
-        f"A and B on {len(names)} of the block's {len(parts)} modules ({', '.join(names)}): {trained:,} parameters "
+        f"A and B on {len(names)} of the block's {len(parts)} modules ({', '.join(names)}): "
+        f"{trained:,} parameters "
         f"beside {frozen:,} frozen ones"
     )
     text = (
-        "A block of MiniGPT loaded with the adapter; names, shapes and scale are read from the model. Pale boxes are "
-        "frozen. Green boxes with round corners, beside the matrices in the adapter's target_modules, train, and their "
+        "A block of MiniGPT loaded with the adapter; names, shapes and scale are read from the "
+        "model. Pale boxes are "
+        "frozen. Green boxes with round corners, beside the matrices in the adapter's "
+        "target_modules, train, and their "
         "output is added. The lines at the sides are the residual connections.\n\n"
-        f"Measured: A and B on {', '.join(names)}; {trained:,} trainable parameters beside {frozen:,} frozen ones per "
-        f"block ({trained / (frozen + trained):.1%} of their sum); the model has {len(model.blocks)} blocks. Each norm "
+        f"Measured: A and B on {', '.join(names)}; {trained:,} trainable parameters beside "
+        f"{frozen:,} frozen ones per "
+        f"block ({trained / (frozen + trained):.1%} of their sum); the model has "
+        f"{len(model.blocks)} blocks. Each norm "
         "is inside the residual branch (pre-norm), as in the document."
     )
-    table = Table("placement", "The modules of a block: frozen weights, and A and B if adapted", parts)
+    table = Table(
+        "placement", "The modules of a block: frozen weights, and A and B if adapted", parts
+    )
     by_name = {row["module"]: row for row in parts}
     return Findings(
         text,
@@ -57,7 +70,9 @@ def render(job: Job) -> Findings:
 
 
 def parts_of(block: nn.Module) -> list[Row]:
-    """Every module of the block with a weight, in the model's order: frozen parameters, and A and B if adapted."""
+    """Every module of the block with a weight, in the model's order: frozen parameters, and A and B
+    if adapted.
+    """
     parts: list[Row] = []
     for name, module in block.named_modules():
         if any(name.startswith(f"{part['module']}.") for part in parts):
@@ -76,7 +91,9 @@ def parts_of(block: nn.Module) -> list[Row]:
             **{"A": "", "B": "", "scale": None, "trained": 0},
         }
         if isinstance(module, LoRALinear):
-            trained = sum(p.numel() for key, p in module.named_parameters() if not key.startswith("base."))
+            trained = sum(
+                p.numel() for key, p in module.named_parameters() if not key.startswith("base.")
+            )
             factors = {"A": _size(module.lora_A.shape), "B": _size(module.lora_B.shape)}
             part |= {**factors, "scale": module.scale, "trained": trained}
         parts.append(part)
@@ -91,7 +108,8 @@ def _size(shape: Sequence[int]) -> str:
 class Drawing:
     """Boxes, branches and residual connections of a block, in coordinates where a box has height 1.
 
-    The block runs from x at the top left to the output at the bottom right; residual connections run at the sides.
+    The block runs from x at the top left to the output at the bottom right; residual connections
+    run at the sides.
     """
 
     figure: Figure
@@ -109,12 +127,16 @@ class Drawing:
         self._box((CENTRE, TOP), "input x", NARROW, "white")
         self._path((CENTRE, TOP - 0.5), (CENTRE, NORM + 0.5))
         self._attention()
-        self._path((CENTRE + 0.3, END), (15.8, END), (15.8, TOP), (SECOND, TOP), (SECOND, NORM + 0.5))
+        self._path(
+            (CENTRE + 0.3, END), (15.8, END), (15.8, TOP), (SECOND, TOP), (SECOND, NORM + 0.5)
+        )
         self._feed_forward()
         self._path((SECOND, END - 0.3), (SECOND, END - 1.5))
         self._box((SECOND, END - 2), "output", NARROW, "white")
         self._box((2.2, -9.7), "frozen\nshape of W", WIDTH)
-        if scales := sorted({part["scale"] for part in self.parts.values() if part["scale"] is not None}):
+        if scales := sorted(
+            {part["scale"] for part in self.parts.values() if part["scale"] is not None}
+        ):
             text = f"trains, s = {' or '.join(f'{scale:g}' for scale in scales)}\nshapes of A and B"
             self._box((2.2, -11.2), text, WIDTH, GREEN, round_=True)
 
@@ -128,7 +150,9 @@ class Drawing:
             else:
                 self._path(below, (x, y), (CENTRE + (half if x > CENTRE else -half), y))
         self._box((CENTRE, y), f"causal self-attention\n{self.heads} heads", 2 * half, "white")
-        self._residual(CENTRE, -1.4, self._projection("self_attn.out_proj", CENTRE, (CENTRE, y - 0.5), -9.9))
+        self._residual(
+            CENTRE, -1.4, self._projection("self_attn.out_proj", CENTRE, (CENTRE, y - 0.5), -9.9)
+        )
 
     def _feed_forward(self) -> None:
         self._box((SECOND, NORM), self._label("final_layer_norm"), WIDTH)
@@ -141,7 +165,9 @@ class Drawing:
         return f"{name.rsplit('.', 1)[-1]}\n{self.parts[name]['shape']}"
 
     def _projection(self, name: str, x: float, source: Point, y: float) -> Point:
-        """A frozen matrix with its branch BA, if it has one. Returns the point below, from which to continue."""
+        """A frozen matrix with its branch BA, if it has one. Returns the point below, from which to
+        continue.
+        """
         part = self.parts[name]
         columns = [x - BRANCH_OFFSET, x + BRANCH_OFFSET] if part["trained"] else [x]
         for at in columns:
@@ -165,18 +191,29 @@ class Drawing:
         vertical = {"rotation": 90, "ha": "center", "va": "center", "fontsize": SMALL}
         self.axis.text(around + 2 * side / 3 * 2.2, END / 2, "residual", **vertical)
 
-    def _box(self, at: Point, text: str, width: float, color: str = FROZEN, round_: bool = False) -> None:
+    def _box(
+        self, at: Point, text: str, width: float, color: str = FROZEN, round_: bool = False
+    ) -> None:
         """A labelled box centered at `at`."""
         from matplotlib.patches import FancyBboxPatch
 
         shape = "round,pad=0,rounding_size=0.35" if round_ else "square,pad=0"
-        edge: dict[str, Any] = {"edgecolor": INK if round_ else EDGE, "linewidth": 1.1 if round_ else 0.6}
+        edge: dict[str, Any] = {
+            "edgecolor": INK if round_ else EDGE,
+            "linewidth": 1.1 if round_ else 0.6,
+        }
         corner = (at[0] - width / 2, at[1] - 0.5)
-        self.axis.add_patch(FancyBboxPatch(corner, width, 1, boxstyle=shape, facecolor=color, zorder=2, **edge))
-        self.axis.text(*at, text, ha="center", va="center", fontsize=SMALL, zorder=3, linespacing=1.05)
+        self.axis.add_patch(
+            FancyBboxPatch(corner, width, 1, boxstyle=shape, facecolor=color, zorder=2, **edge)
+        )
+        self.axis.text(
+            *at, text, ha="center", va="center", fontsize=SMALL, zorder=3, linespacing=1.05
+        )
 
     def _plus(self, at: Point) -> None:
-        self.axis.plot(*at, "o", markersize=9, markerfacecolor="white", markeredgecolor=INK, zorder=2)
+        self.axis.plot(
+            *at, "o", markersize=9, markerfacecolor="white", markeredgecolor=INK, zorder=2
+        )
         self.axis.text(*at, "+", ha="center", va="center_baseline", fontsize=9, zorder=3)
 
     def _path(self, *points: Point) -> None:

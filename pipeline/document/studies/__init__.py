@@ -1,8 +1,9 @@
-"""The document's studies. A study is one file here, found by `document/stages.py`: nothing else lists it.
+"""The document's studies. A study is one file here, found by `document/stages.py`: nothing else
+lists it.
 
-The file holds its PLACE in the document, such as "§7, §9.3", its section of params.yaml, its STAGE, and
-`measure(job, settings)`, which trains, and gives tables, words and a picture. Nothing heavy is imported before it runs:
-every command reads the declarations.
+The file holds its PLACE in the document, such as "§7, §9.3", its section of params.yaml, its STAGE,
+and `measure(job, settings)`, which trains, and gives tables, words and a picture. Nothing heavy is
+imported before it runs: every command reads the declarations.
 """
 
 from pipeline.project.params.schema import Section
@@ -20,8 +21,8 @@ def study_stage(
     extra_sections: tuple[str, ...] = (),
     minigpt_only: bool = True,
 ) -> Stage:
-    """The node study_NAME in the stage graph: NAME is that of the study's file, `module`. `about`: its line in
-    `lora study`. Most studies measure statements about MiniGPT.
+    """The node study_NAME in the stage graph: NAME is that of the study's file, `module`. `about`:
+    its line in `lora study`. Most studies measure statements about MiniGPT.
     """
     name = module.rpartition(".")[2]
     return Stage(
@@ -37,7 +38,10 @@ def study_stage(
         minigpt_only=minigpt_only,
         work="pipeline.document.runner",
         # The stages that it runs: their modules are found by name, so no import shows them.
-        loads=("pipeline.stages.pretrain", *(STAGES[name].module for name in extra_sections if name in STAGES)),
+        loads=(
+            "pipeline.stages.pretrain",
+            *(STAGES[name].module for name in extra_sections if name in STAGES),
+        ),
         summary=about,
         title=title,
     )

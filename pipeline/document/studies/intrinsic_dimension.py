@@ -1,8 +1,9 @@
-"""study_intrinsic_dimension: full fine-tuning in random subspaces, and the smallest sufficient dimension (§2.2).
+"""study_intrinsic_dimension: full fine-tuning in random subspaces, and the smallest sufficient
+dimension (§2.2).
 
-The document quotes Aghajanyan et al. 2021: few dimensions are enough for RoBERTa-Large, because it is pretrained. Here
-MiniGPT is trained as θ = θ₀ + Pθ_d, for as many steps as full fine-tuning, from the expanded base and from random
-weights.
+The document quotes Aghajanyan et al. 2021: few dimensions are enough for RoBERTa-Large, because it
+is pretrained. Here MiniGPT is trained as θ = θ₀ + Pθ_d, for as many steps as full fine-tuning, from
+the expanded base and from random weights.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -71,7 +72,9 @@ def measure(job: Job, settings: StudyIntrinsicDimension) -> Generator[Event, Non
     base = engine.load(folder)
     large = count(base.model)["total"]
 
-    def optimizer_of(start: str, size: int, seed: int, model: CausalLM, section: Training) -> FlatOptimizer:
+    def optimizer_of(
+        start: str, size: int, seed: int, model: CausalLM, section: Training
+    ) -> FlatOptimizer:
         """The run's optimizer, after loading random weights if it starts from them."""
         if start == RANDOM:
             torch.manual_seed(seed)
@@ -87,7 +90,11 @@ def measure(job: Job, settings: StudyIntrinsicDimension) -> Generator[Event, Non
         section = FinetuneFull(data=settings.data, seed=seed)
         if size < large:  # full fine-tuning has its own learning rate
             section = replace(section, learning_rate=settings.learning_rate)
-        run = Run(f"{start}, {size:,} dimensions, seed {seed}", "finetune_full", {"finetune_full": section})
+        run = Run(
+            f"{start}, {size:,} dimensions, seed {seed}",
+            "finetune_full",
+            {"finetune_full": section},
+        )
         loaded = yield from train_with(job, run, partial(optimizer_of, start, size, seed))
         scores.setdefault((start, size), []).append(score(loaded, examples))
         yield Progress(number, len(wanted), run.name)
@@ -104,7 +111,8 @@ def measure(job: Job, settings: StudyIntrinsicDimension) -> Generator[Event, Non
                 "loss": Spread.of(result.loss for result in by_seed),
             }
         )
-    enough = [settings.share * result.accuracy - SLACK for result in scores[BASE, large]]  # of the same seed
+    # of the same seed
+    enough = [settings.share * result.accuracy - SLACK for result in scores[BASE, large]]
     low, high = paper["least"], paper["greatest"]
     sufficient = {
         "MiniGPT": (large, _smallest_sufficient(scores, BASE, large, enough)),
@@ -112,10 +120,18 @@ def measure(job: Job, settings: StudyIntrinsicDimension) -> Generator[Event, Non
         PAPER_MODEL: (paper["parameters"], Spread((low + high) / 2, low, high)),
     }
     least = [
-        {"model": name, "parameters": parameters, "least": cell, "share": cell / parameters if cell else None}
+        {
+            "model": name,
+            "parameters": parameters,
+            "least": cell,
+            "share": cell / parameters if cell else None,
+        }
         for name, (parameters, cell) in sufficient.items()
     ]
-    formats, title = {"share": ".2%", "right": ".0%", "of_full": ".0%", "loss": ".2f"}, "Training in random subspaces"
+    formats, title = (
+        {"share": ".2%", "right": ".0%", "of_full": ".0%", "loss": ".2f"},
+        "Training in random subspaces",
+    )
     enough_title = f"Dimensions that reach {settings.share:.0%} of full fine-tuning"
     tables = (
         Table("dimensions", f"{title}; the last row is full fine-tuning", dimensions, formats),
@@ -126,40 +142,64 @@ def measure(job: Job, settings: StudyIntrinsicDimension) -> Generator[Event, Non
 
 
 def _smallest_sufficient(
-    scores: "Mapping[tuple[str, int], Sequence[EvalScores]]", start: str, large: int, enough: Sequence[float]
+    scores: "Mapping[tuple[str, int], Sequence[EvalScores]]",
+    start: str,
+    large: int,
+    enough: Sequence[float],
 ) -> Spread | None:
-    """The smallest dimension in which each seed reaches its `enough`; None if one of them does in none."""
-    tried = {size: by_seed for (begins, size), by_seed in scores.items() if begins == start and 0 < size < large}
+    """The smallest dimension in which each seed reaches its `enough`; None if one of them does in
+    none.
+    """
+    tried = {
+        size: by_seed
+        for (begins, size), by_seed in scores.items()
+        if begins == start and 0 < size < large
+    }
     least = [
-        next((size for size, by_seed in tried.items() if by_seed[number].accuracy >= accuracy), None)
+        next(
+            (size for size, by_seed in tried.items() if by_seed[number].accuracy >= accuracy), None
+        )
         for number, accuracy in enumerate(enough)
     ]
     sufficient = [size for size in least if size is not None]
     return Spread.of(sufficient) if len(sufficient) == len(least) else None
 
 
-def _text(settings: StudyIntrinsicDimension, dimensions: Sequence[Row], least: Sequence[Row], labels: int) -> str:
+def _text(
+    settings: StudyIntrinsicDimension, dimensions: Sequence[Row], least: Sequence[Row], labels: int
+) -> str:
     def takes(row: Row) -> str:
         if row["least"] is None:
             return "more dimensions than tried"
-        return f"{shown(row['least'], '.0f')} of {shown(row['parameters'])} parameters ({shown(row['share'], '.2%')})"
+        return (
+            f"{shown(row['least'], '.0f')} of {shown(row['parameters'])} parameters "
+            f"({shown(row['share'], '.2%')})"
+        )
 
     first, *inner, last = dimensions
     right = {
         start: {r["dimensions"]: shown(r["right"], ".0%") for r in inner if r["begins"] == start}
         for start in (BASE, RANDOM)
     }
-    from_base, from_random = (", ".join(f"{size:,} → {said}" for size, said in by.items()) for by in right.values())
+    from_base, from_random = (
+        ", ".join(f"{size:,} → {said}" for size, said in by.items()) for by in right.values()
+    )
     (ours, random, paper), share, low = least, f"{settings.share:.0%}", min(settings.dimensions)
     paragraphs = (
-        f"*Right*: the share of the {labels} next tokens of `{settings.data}` that are the model's first choice: "
-        f"{shown(first['right'], '.0%')} before training, {shown(last['right'], '.0%')} after full fine-tuning. In d "
-        "dimensions only d numbers train; a random isometry with one nonzero entry per row maps them to the weights. "
+        f"*Right*: the share of the {labels} next tokens of `{settings.data}` that are the "
+        "model's first choice: "
+        f"{shown(first['right'], '.0%')} before training, {shown(last['right'], '.0%')} after "
+        "full fine-tuning. In d "
+        "dimensions only d numbers train; a random isometry with one nonzero entry per row maps "
+        "them to the weights. "
         "The number of steps is the same.",
-        f"From the base: {from_base}. So {share} of full fine-tuning's accuracy takes {takes(ours)}. From random "
+        f"From the base: {from_base}. So {share} of full fine-tuning's accuracy takes "
+        f"{takes(ours)}. From random "
         f"weights: {from_random}; {share} takes {takes(random)}.",
-        f"The paper's {paper['model']} takes {paper['least'].low:.0f} to {paper['least'].high:.0f} of "
-        f"{shown(paper['parameters'])}. Few dimensions are enough here as well. The effect of pretraining: in {low:,} "
+        f"The paper's {paper['model']} takes {paper['least'].low:.0f} to "
+        f"{paper['least'].high:.0f} of "
+        f"{shown(paper['parameters'])}. Few dimensions are enough here as well. The effect of "
+        f"pretraining: in {low:,} "
         f"dimensions the base reaches {right[BASE][low]}, random weights {right[RANDOM][low]}.",
     )
     return "\n\n".join(paragraphs)
@@ -171,7 +211,14 @@ def _draw(figure: Figure, share: float, dimensions: Sequence[Row]) -> None:
     base, *inner, full = dimensions
     for start, color, marker in ((BASE, "lora", "o"), (RANDOM, "scratch", "s")):
         cells = {row["dimensions"]: row["right"] for row in inner if row["begins"] == start}
-        error_bars(axis, cells, list(cells.values()), marker=marker, color=COLORS[color], label=f"from {start}")
+        error_bars(
+            axis,
+            cells,
+            list(cells.values()),
+            marker=marker,
+            color=COLORS[color],
+            label=f"from {start}",
+        )
     for row, label, line in ((full, "full fine-tuning", "-"), (base, "the base", ":")):
         axis.axhline(row["right"], color=COLORS["full"], linestyle=line, label=label)
     enough = share * full["right"]

@@ -1,7 +1,8 @@
-"""study_knowledge_correction: the recipe of §6 for correcting a single fact, steps 1 to 5, on the project's own base.
+"""study_knowledge_correction: the recipe of §6 for correcting a single fact, steps 1 to 5, on the
+project's own base.
 
-Step 1 is the data, step 2 the target modules, step 3 the settings. Steps 4 (train and verify) and 5 (deploy) are
-measured.
+Step 1 is the data, step 2 the target modules, step 3 the settings. Steps 4 (train and verify) and 5
+(deploy) are measured.
 """
 
 import shutil
@@ -40,18 +41,30 @@ BAR_STYLES = {  # adapter → color and hatch
 
 
 class StudyKnowledgeCorrection(Section, frozen=True, kw_only=True):
-    """§6, steps 1 to 5, on the project's own base. Trains as finetune_lora, except for these settings."""
+    """§6, steps 1 to 5, on the project's own base. Trains as finetune_lora, except for these
+    settings.
+    """
 
-    data: Annotated[File, "sentences that state the fact; empty: the project does not have this study"] = ""
-    retention_data: Annotated[File, "texts on which answers must stay the base's"] = "data/retain.de.txt"
-    prompts: Annotated[str, "prompts with the answers they must keep, change or learn"] = "data/prompts.yaml"
+    data: Annotated[
+        File, "sentences that state the fact; empty: the project does not have this study"
+    ] = ""
+    retention_data: Annotated[File, "texts on which answers must stay the base's"] = (
+        "data/retain.de.txt"
+    )
+    prompts: Annotated[str, "prompts with the answers they must keep, change or learn"] = (
+        "data/prompts.yaml"
+    )
     groups: Annotated[tuple[str, ...], "groups of prompts"] = ("knowledge_correction",)
-    old_data: Annotated[str, "where the divergence from the base is measured"] = "data/pretrain.de.txt"
+    old_data: Annotated[str, "where the divergence from the base is measured"] = (
+        "data/pretrain.de.txt"
+    )
     seeds: Annotated[tuple[Seed, ...], "each is a run of its own"] = (0, 1, 2)
     epochs: Annotated[Count, "times that every example is seen"] = 80
     rank: Annotated[Count, "LoRA's rank"] = 4
     learning_rate: Annotated[Rate, "learning rate"] = 2e-3
-    recipe_rate: Annotated[Rate, "learning rate of the document's recipe, on v_proj only (§6, step 3)"] = 2e-4
+    recipe_rate: Annotated[
+        Rate, "learning rate of the document's recipe, on v_proj only (§6, step 3)"
+    ] = 2e-4
     retention_weight: Annotated[Rate, "weight of the divergence from the base"] = 5.0
 
 
@@ -76,13 +89,19 @@ class Corrected(NamedTuple):
 
 
 def measure(job: Job, settings: StudyKnowledgeCorrection) -> Generator[Event, None, Findings]:
-    """Train v_proj only, all targets, both with retain texts, and the recipe as written → two tables."""
+    """Train v_proj only, all targets, both with retain texts, and the recipe as written → two
+    tables.
+    """
     from pipeline.evaluation.comparison import weight_bytes
     from pipeline.inference import engine
     from pipeline.inference.score import score, score_answers
 
     trust = job.project.params.origin.trust_remote_code
-    prompts = [p for p in read_prompts(job.path(settings.prompts), settings.prompts) if p.group in settings.groups]
+    prompts = [
+        p
+        for p in read_prompts(job.path(settings.prompts), settings.prompts)
+        if p.group in settings.groups
+    ]
     if not prompts:
         raise UserError(
             f"{settings.prompts} has none of the groups {', '.join(settings.groups)}. Change "
@@ -100,30 +119,57 @@ def measure(job: Job, settings: StudyKnowledgeCorrection) -> Generator[Event, No
     for one in made:
         loaded = one.load(folder, trust)
         name = "v_proj" if one.settings.target_modules == V_PROJ else "all targets"
-        name = AS_WRITTEN if one.run == AS_WRITTEN else f"{name}, retain" if one.settings.retains else name
-        tuned.append(Corrected(one, name, score_answers(loaded, expected), score(loaded, examples, old).divergence))
+        name = (
+            AS_WRITTEN
+            if one.run == AS_WRITTEN
+            else f"{name}, retain"
+            if one.settings.retains
+            else name
+        )
+        tuned.append(
+            Corrected(
+                one, name, score_answers(loaded, expected), score(loaded, examples, old).divergence
+            )
+        )
     variants = by(lambda one: one.name, tuned)
-    merged = {name: _merge_difference(job, folder, by_seed[0], prompts) for name, by_seed in variants.items()}
+    merged = {
+        name: _merge_difference(job, folder, by_seed[0], prompts)
+        for name, by_seed in variants.items()
+    }
 
     def right(rule: str, answers: "Sequence[Sequence[AnswerScore]]") -> Spread:
         """The number of prompts of a rule whose first choice is the expected word."""
         at = [number for number, prompt in enumerate(prompts) if prompt.rule == rule]
-        return Spread.of(float(sum(by_prompt[number].first for number in at)) for by_prompt in answers)
+        return Spread.of(
+            float(sum(by_prompt[number].first for number in at)) for by_prompt in answers
+        )
 
     summary = list[Row]()
     for name, by_seed in {"none": list[Corrected](), **variants}.items():
         answers = [one.answers for one in by_seed] or [before]
         summary.append(
             {
-                **{"adapter": name, "corrected": right("must_change", answers), "kept": right("must_keep", answers)},
+                **{
+                    "adapter": name,
+                    "corrected": right("must_change", answers),
+                    "kept": right("must_keep", answers),
+                },
                 "divergence": Spread.of(one.divergence for one in by_seed) if by_seed else 0.0,
                 "merge_differs_by": merged.get(name),
             }
         )
     by_prompt: list[Row] = [  # of the corrected answer for prompts that must change
         {
-            **{"prompt": prompt.prompt, "rule": prompt.rule.removeprefix("must_"), "word": prompt.corrected},
-            **{"answer": prompt.answer, "answer_before": originals[n].probability, "base": before[n].probability},
+            **{
+                "prompt": prompt.prompt,
+                "rule": prompt.rule.removeprefix("must_"),
+                "word": prompt.corrected,
+            },
+            **{
+                "answer": prompt.answer,
+                "answer_before": originals[n].probability,
+                "base": before[n].probability,
+            },
             **{
                 _column(name): Spread.of(one.answers[n].probability or 0.0 for one in by_seed)
                 for name, by_seed in variants.items()
@@ -131,19 +177,32 @@ def measure(job: Job, settings: StudyKnowledgeCorrection) -> Generator[Event, No
         }
         for n, prompt in enumerate(prompts)
     ]
-    change, keep = (sum(prompt.rule == rule for prompt in prompts) for rule in ("must_change", "must_keep"))
+    change, keep = (
+        sum(prompt.rule == rule for prompt in prompts) for rule in ("must_change", "must_keep")
+    )
     corrections = f"{change} prompt{'' if change == 1 else 's'} to correct"
     title = f"Of {corrections} and {keep} to keep, those with the right first choice"
     formats = {"corrected": ".1f", "kept": ".1f", "divergence": ".3f", "merge_differs_by": ".0e"}
     percents = dict.fromkeys(("base", *map(_column, variants), "answer_before"), ".0%")
     tables = (
         Table("summary", title, summary, formats),
-        Table("prompts", "Probability of the expected word", by_prompt, percents, ("answer", "answer_before")),
+        Table(
+            "prompts",
+            "Probability of the expected word",
+            by_prompt,
+            percents,
+            ("answer", "answer_before"),
+        ),
     )
     stored = max(weight_bytes(one.made.folder) for one in tuned) / weight_bytes(folder)
     height = max(4.0, 1 + 0.6 * min(len(prompts), MAX_PROMPTS))
     labels = ["base", *variants]
-    return Findings(_text(tables[0], stored), tables, lambda figure: _draw(figure, by_prompt, labels), (9, height))
+    return Findings(
+        _text(tables[0], stored),
+        tables,
+        lambda figure: _draw(figure, by_prompt, labels),
+        (9, height),
+    )
 
 
 def runs_of(settings: StudyKnowledgeCorrection, lora: FinetuneLora, model: "CausalLM") -> list[Run]:
@@ -166,13 +225,20 @@ def runs_of(settings: StudyKnowledgeCorrection, lora: FinetuneLora, model: "Caus
         train_embeddings="none" if lora.train_embeddings == "none" else "new_rows",
         retention_data=settings.retention_data,
     )
-    has_v = any(matches_suffix(name, *V_PROJ) and adaptable(module) for name, module in model.named_modules())
-    targets = list(dict.fromkeys((V_PROJ, lora.target_modules) if has_v else (lora.target_modules,)))
+    has_v = any(
+        matches_suffix(name, *V_PROJ) and adaptable(module)
+        for name, module in model.named_modules()
+    )
+    targets = list(
+        dict.fromkeys((V_PROJ, lora.target_modules) if has_v else (lora.target_modules,))
+    )
     weights = (0.0, settings.retention_weight) if settings.retention_data else (0.0,)
     grid = {"target_modules": targets, "retention_weight": weights, "seed": settings.seeds}
     runs = [sweep_run("correction", base, grid)]
     if has_v:
-        written = replace(base, learning_rate=settings.recipe_rate, target_modules=V_PROJ, retention_weight=0.0)
+        written = replace(
+            base, learning_rate=settings.recipe_rate, target_modules=V_PROJ, retention_weight=0.0
+        )
         runs.insert(0, sweep_run(AS_WRITTEN, written, {"seed": settings.seeds}))
     return runs
 
@@ -182,7 +248,9 @@ def _column(name: str) -> str:
 
 
 def _merge_difference(job: Job, base: Path, tuned: Corrected, prompts: Sequence[Prompt]) -> float:
-    """Merge an adapter (step 5). Returns the largest difference of the merged logits from base + adapter's."""
+    """Merge an adapter (step 5). Returns the largest difference of the merged logits from base +
+    adapter's.
+    """
     from pipeline.inference.score import SameLogits
     from pipeline.weights.merge import Merging, merge_into
 
@@ -197,13 +265,16 @@ def _merge_difference(job: Job, base: Path, tuned: Corrected, prompts: Sequence[
 
 def _text(summary: Table, stored: float) -> str:
     results = "; ".join(
-        f"{row['adapter']}: {shown(row['corrected'], '.1f')} corrected, {shown(row['kept'], '.1f')} kept, divergence "
+        f"{row['adapter']}: {shown(row['corrected'], '.1f')} corrected, "
+        f"{shown(row['kept'], '.1f')} kept, divergence "
         f"{shown(row['divergence'], '.3f')}"
         for row in summary.rows
     )
     return (
-        f"{summary.title}: {results}. *Divergence* is the KL divergence from the base on other sentences, in nats per "
-        f"token. An adapter takes {stored:.1%} of the base's bytes at most; after merging, its logits differ from base "
+        f"{summary.title}: {results}. *Divergence* is the KL divergence from the base on other "
+        "sentences, in nats per "
+        f"token. An adapter takes {stored:.1%} of the base's bytes at most; after merging, its "
+        "logits differ from base "
         f"+ adapter by {max(row['merge_differs_by'] for row in summary.rows[1:]):.0e} at most."
     )
 
@@ -217,7 +288,9 @@ def _draw(figure: Figure, prompts: Sequence[Row], labels: Sequence[str]) -> None
         positions = [row + step * (number - len(labels) / 2 + 0.5) for row in range(len(rows))]
         values = [row[_column(label)] for row in rows]
         axis.barh(positions, values, 0.88 * step, color=color, hatch=hatch, label=label)
-    axis.set_yticks(range(len(rows)), [f"{row['prompt']} → {row['word']}" for row in rows], fontsize=8)
+    axis.set_yticks(
+        range(len(rows)), [f"{row['prompt']} → {row['word']}" for row in rows], fontsize=8
+    )
     axis.invert_yaxis()
     axis.set(xlabel="probability", xlim=(0, 1))
     legend_beside(axis)

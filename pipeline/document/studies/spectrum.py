@@ -1,7 +1,9 @@
-"""study_spectrum: singular values and subspaces of the updates of fine-tuning, and the extracted LoRA (§2.2).
+"""study_spectrum: singular values and subspaces of the updates of fine-tuning, and the extracted
+LoRA (§2.2).
 
-Like Hu et al. 2021, §7.2, but with the top singular directions of s·BA instead of A, which stays near its random
-initialization. Adapters of the same seed may share their initialization, so adapters of different seeds are compared.
+Like Hu et al. 2021, §7.2, but with the top singular directions of s·BA instead of A, which stays
+near its random initialization. Adapters of the same seed may share their initialization, so
+adapters of different seeds are compared.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -45,12 +47,18 @@ KINDS = {  # last part of a matrix's name → its kind
 
 
 class StudySpectrum(Section, frozen=True, kw_only=True):
-    """§2.2: singular values and subspaces of the updates of full fine-tuning and LoRA, and the extracted LoRA."""
+    """§2.2: singular values and subspaces of the updates of full fine-tuning and LoRA, and the
+    extracted LoRA.
+    """
 
-    old_data: Annotated[str, "sentences of the base, on which forgetting is measured"] = "data/pretrain.de.txt"
+    old_data: Annotated[str, "sentences of the base, on which forgetting is measured"] = (
+        "data/pretrain.de.txt"
+    )
     new_data: Annotated[str, "the sentences trained on"] = "data/finetune.de.txt"
     seeds: Annotated[tuple[Seed, ...], "subspaces are compared between seeds"] = (0, 1, 2)
-    ranks: Annotated[tuple[Annotated[int, Meta(ge=8)], ...], "of LoRA; the first and the last are compared"] = (8, 64)
+    ranks: Annotated[
+        tuple[Annotated[int, Meta(ge=8)], ...], "of LoRA; the first and the last are compared"
+    ] = (8, 64)
     extracted: Annotated[tuple[Count, ...], "ranks of the extracted LoRA"] = (1, 2, 4, 8, 16, 64)
 
 
@@ -73,11 +81,14 @@ def measure(job: Job, settings: StudySpectrum) -> Generator[Event, None, Finding
     lora = structs.replace(DOCUMENT, data=settings.new_data)
     full = full_runs(FULL, FinetuneFull(data=settings.new_data), settings.seeds)
     sweeps = [
-        sweep_run(f"LoRA, r = {r}", structs.replace(lora, rank=r), {"seed": settings.seeds}) for r in settings.ranks
+        sweep_run(f"LoRA, r = {r}", structs.replace(lora, rank=r), {"seed": settings.seeds})
+        for r in settings.ranks
     ]
     made = by(lambda one: one.run, (yield from train(job, [*full, *sweeps])))
     tuned = [made[run.name][0].folder for run in full]
-    updates = {run.name: [load_update(one.folder).low_rank for one in made[run.name]] for run in sweeps}
+    updates = {
+        run.name: [load_update(one.folder).low_rank for one in made[run.name]] for run in sweeps
+    }
     spectra = spectra_of(base, tuned, updates)
     extracted = yield from _extract_ranks(job, settings.extracted, base, tuned, scorer)
     phi = _overlaps(updates)
@@ -85,30 +96,50 @@ def measure(job: Job, settings: StudySpectrum) -> Generator[Event, None, Finding
 
     pairs = ((1, 1), (1, SQUARE), (2, 2), (4, 4), (SQUARE, SQUARE))
     subspaces = [
-        {"pair": name, "side": side, **{f"phi_{i}_{j}": _at(by_pair, number, i, j) for i, j in pairs}}
+        {
+            "pair": name,
+            "side": side,
+            **{f"phi_{i}_{j}": _at(by_pair, number, i, j) for i, j in pairs},
+        }
         for name, by_pair in phi.items()
         for number, side in enumerate(("outputs", "inputs"))
     ]
     first, directions = next(iter(phi)), range(1, SQUARE + 1)
-    grid = [{"i": i, **{f"j_{j}": float(_at(phi[first], 1, i, j)) for j in directions}} for i in directions]
+    grid = [
+        {"i": i, **{f"j_{j}": float(_at(phi[first], 1, i, j)) for j in directions}}
+        for i in directions
+    ]
     quality: list[Row] = [
-        {"rank": str(rank), **spreads(("held", *Knowledge._fields), by_seed)} for rank, by_seed in extracted.items()
+        {"rank": str(rank), **spreads(("held", *Knowledge._fields), by_seed)}
+        for rank, by_seed in extracted.items()
     ]
     quality.append({"rank": "tuned", "held": None, **of_tuned})
     title = "The LoRA extracted from full fine-tuning, with embeddings and head in full"
     tables = (
         energy(spectra),
-        Table("subspaces", "φ(i, j) of the top directions", subspaces, dict.fromkeys(subspaces[0], ".0%")),
-        Table("grid", f"φ(i, j) of the inputs, {first}", grid, {f"j_{j}": ".0%" for j in directions}),
+        Table(
+            "subspaces",
+            "φ(i, j) of the top directions",
+            subspaces,
+            dict.fromkeys(subspaces[0], ".0%"),
+        ),
+        Table(
+            "grid", f"φ(i, j) of the inputs, {first}", grid, {f"j_{j}": ".0%" for j in directions}
+        ),
         Table("extracted", title, quality, {"held": ".1%", **FORMATS}),
     )
     rows = tables[0].rows
     return Findings(
-        _text(rows, subspaces, quality), tables, lambda figure: _draw(figure, rows, grid, quality), size=(12, 4)
+        _text(rows, subspaces, quality),
+        tables,
+        lambda figure: _draw(figure, rows, grid, quality),
+        size=(12, 4),
     )
 
 
-def spectra_of(base: Path, tuned: Sequence[Path], updates: "Mapping[str, Sequence[Updates]]") -> "Spectra":
+def spectra_of(
+    base: Path, tuned: Sequence[Path], updates: "Mapping[str, Sequence[Updates]]"
+) -> "Spectra":
     """The singular values of each change, and of normal random matrices of the same shapes."""
     import torch
 
@@ -119,16 +150,27 @@ def spectra_of(base: Path, tuned: Sequence[Path], updates: "Mapping[str, Sequenc
         """With all singular values, as the rank that holds 90% may be high."""
         return measure(delta, min(delta.shape))[0]
 
-    weights = {delta.name.removesuffix(".weight"): delta for delta in diff_checkpoints(base, base).deltas}
+    weights = {
+        delta.name.removesuffix(".weight"): delta for delta in diff_checkpoints(base, base).deltas
+    }
     spectra = {
-        FULL: [[in_full(delta) for delta in diff_checkpoints(base, at).deltas if delta.is_matrix] for at in tuned]
+        FULL: [
+            [in_full(delta) for delta in diff_checkpoints(base, at).deltas if delta.is_matrix]
+            for at in tuned
+        ]
     }
     for name, by_seed in updates.items():
-        spectra[name] = [[measure_update(m, one, weights[m].weight) for m, one in each.items()] for each in by_seed]
+        spectra[name] = [
+            [measure_update(m, one, weights[m].weight) for m, one in each.items()]
+            for each in by_seed
+        ]
     generator = torch.Generator().manual_seed(0)
     matrices = [delta for delta in weights.values() if delta.is_matrix]
     spectra[RANDOM] = [
-        [in_full(replace(d, change=in_blocks(torch.randn(*d.shape, generator=generator)))) for d in matrices]
+        [
+            in_full(replace(d, change=in_blocks(torch.randn(*d.shape, generator=generator))))
+            for d in matrices
+        ]
         for _ in tuned
     ]
     return spectra
@@ -147,7 +189,11 @@ def energy(spectra: "Spectra") -> Table:
     for change, seeds in spectra.items():
         for kind in dict.fromkeys(KINDS.values()):
             by_seed = [
-                [m for m in seed if KINDS.get(m.name.removesuffix(".weight").rsplit(".", 1)[-1]) == kind]
+                [
+                    m
+                    for m in seed
+                    if KINDS.get(m.name.removesuffix(".weight").rsplit(".", 1)[-1]) == kind
+                ]
                 for seed in seeds
             ]
             if not all(by_seed):
@@ -157,17 +203,23 @@ def energy(spectra: "Spectra") -> Table:
                 # Without the matrices that did not change: they have no spectrum.
                 values = [[value for m in seed if (value := of(m)) is not None] for seed in by_seed]
                 row[name] = Spread.of(map(fmean, values)) if all(values) else None
-            rows.append(row if change != RANDOM else {**row, "relative": None})  # no weight was changed by it
+            # no weight was changed by it
+            rows.append(row if change != RANDOM else {**row, "relative": None})
     formats = {"relative": ".1%", **dict.fromkeys((f"rank_{rank}" for rank in RANKS), ".0%")}
     formats |= {"stable_rank": ".1f", "rank_of_90": ".1f"}
-    hidden = ("rank_2", "rank_16", "stable_rank", "effective_rank")  # only in the CSV file, since a terminal is narrow
-    return Table("energy", "Share of ‖ΔW‖² that the nearest matrix of a rank holds", rows, formats, hidden)
+    # only in the CSV file, since a terminal is narrow
+    hidden = ("rank_2", "rank_16", "stable_rank", "effective_rank")
+    return Table(
+        "energy", "Share of ‖ΔW‖² that the nearest matrix of a rank holds", rows, formats, hidden
+    )
 
 
 def _extract_ranks(
     job: Job, ranks: Sequence[int], base: Path, tuned: Sequence[Path], scorer: RetentionScorer
 ) -> Generator[Event, None, dict[int, list[tuple[float, ...]]]]:
-    """Rank → the extracted LoRA's share of ‖ΔW‖² and its scores, by seed; rank 0: only embeddings and head."""
+    """Rank → the extracted LoRA's share of ‖ΔW‖² and its scores, by seed; rank 0: only embeddings
+    and head.
+    """
     from pipeline.adapters.attach import disable_adapter
     from pipeline.inference import engine
     from pipeline.weights.extract import extract
@@ -181,14 +233,17 @@ def _extract_ranks(
             results[rank].append((extracted.held, *scorer.measure(loaded)))
         squares = {tensor.name: tensor.change**2 for tensor in extracted.spectra.tensors}
         in_full = sum(squares[name] for name in extracted.in_full) / sum(squares.values())
-        with disable_adapter(loaded.model):  # the last rank's: each has the same embeddings and head in full
+        # the last rank's: each has the same embeddings and head in full
+        with disable_adapter(loaded.model):
             results[0].append((in_full, *scorer.measure(loaded)))
         yield Progress(number, len(tuned), "LoRA extracted")
     return results
 
 
 def _overlaps(updates: "Mapping[str, Sequence[Updates]]") -> "dict[str, list[Tensor]]":
-    """φ of two adapters for each seed: first and last rank with different seeds, two seeds of each rank, and random."""
+    """φ of two adapters for each seed: first and last rank with different seeds, two seeds of each
+    rank, and random.
+    """
     import torch
 
     from pipeline.adapters.low_rank import LowRank, directions
@@ -199,14 +254,19 @@ def _overlaps(updates: "Mapping[str, Sequence[Updates]]") -> "dict[str, list[Ten
         by_module = []
         for name, update in one.items():
             sides = zip(directions(update), directions(other[name]), strict=True)
-            by_module.append(torch.stack([overlaps(mine, theirs)[:SQUARE, :SQUARE] for mine, theirs in sides]))
+            by_module.append(
+                torch.stack([overlaps(mine, theirs)[:SQUARE, :SQUARE] for mine, theirs in sides])
+            )
         return torch.stack(by_module).mean(0)
 
     generator = torch.Generator().manual_seed(0)
 
     def random(adapter: "Updates") -> "Updates":
         """Random normal A and B of the same shapes."""
-        pairs = {n: [torch.randn(t.shape, generator=generator) for t in (one.a, one.b)] for n, one in adapter.items()}
+        pairs = {
+            n: [torch.randn(t.shape, generator=generator) for t in (one.a, one.b)]
+            for n, one in adapter.items()
+        }
         return {name: LowRank(a, b, 1.0) for name, (a, b) in pairs.items()}
 
     names = list(updates)
@@ -214,10 +274,17 @@ def _overlaps(updates: "Mapping[str, Sequence[Updates]]") -> "dict[str, list[Ten
     lows, highs = updates[low], updates[high]
     shifted = [*highs[1:], highs[0]]  # seed n is compared with seed n + 1
     pairs = {
-        f"{low} and {high.removeprefix('LoRA, r = ')}": [phi(*pair) for pair in zip(lows, shifted, strict=True)],
+        f"{low} and {high.removeprefix('LoRA, r = ')}": [
+            phi(*pair) for pair in zip(lows, shifted, strict=True)
+        ],
         f"{low}, two seeds": [phi(*pair) for pair in pairwise(lows)],
         f"{high}, two seeds": [phi(*pair) for pair in pairwise(highs)],
-        RANDOM: [phi(*pair) for pair in zip([random(one) for one in lows], [random(one) for one in lows], strict=True)],
+        RANDOM: [
+            phi(*pair)
+            for pair in zip(
+                [random(one) for one in lows], [random(one) for one in lows], strict=True
+            )
+        ],
     }
     return {name: by_pair for name, by_pair in pairs.items() if by_pair}
 
@@ -229,8 +296,10 @@ def _at(by_pair: "Sequence[Tensor]", side: int, i: int, j: int) -> Spread:
 def _text(energy: Sequence[Row], subspaces: Sequence[Row], extracted: Sequence[Row]) -> str:
     by_kind = {(row["change"], row["matrices"]): row for row in energy}
     full = " ".join(
-        f"In {kind} matrices rank 8 holds {shown(by_kind[FULL, kind]['rank_8'], '.0%')} of the change by full "
-        f"fine-tuning, against {shown(by_kind[RANDOM, kind]['rank_8'], '.0%')} of a random matrix; 90% of the change "
+        f"In {kind} matrices rank 8 holds {shown(by_kind[FULL, kind]['rank_8'], '.0%')} of the "
+        "change by full "
+        f"fine-tuning, against {shown(by_kind[RANDOM, kind]['rank_8'], '.0%')} of a random "
+        "matrix; 90% of the change "
         f"takes rank {shown(by_kind[FULL, kind]['rank_of_90'], '.0f')}."
         for kind in ("attention", "feed-forward")
     )
@@ -248,26 +317,40 @@ def _text(energy: Sequence[Row], subspaces: Sequence[Row], extracted: Sequence[R
     *ranks, tuned = extracted
     losses = ", ".join(f"{shown(row['new_loss'], '.2f')} at rank {row['rank']}" for row in ranks)
     paragraphs = (
-        "*Relative*: ‖ΔW‖/‖W‖. *Rank n*: the share of ‖ΔW‖² in its best approximation of rank n. *Rank of 90*: the "
-        "smallest rank that holds 90%. All are means over the matrices. *Random*: a normal random matrix of the same "
+        "*Relative*: ‖ΔW‖/‖W‖. *Rank n*: the share of ‖ΔW‖² in its best approximation of rank n. "
+        "*Rank of 90*: the "
+        "smallest rank that holds 90%. All are means over the matrices. *Random*: a normal random "
+        "matrix of the same "
         "shape, which has no low-rank structure.",
         f"{full} Of what LoRA learned, rank 2 holds {lora}.",
-        "φ(i, j), from 0 to 1, is the share of the top i directions of one that lies in the span of the top j of the "
-        f"other (§7.2 of the LoRA paper). φ(1, 1) and φ({SQUARE}, {SQUARE}) of the inputs: {overlaps}.",
-        f"The loss on the new sentences is {shown(tuned['new_loss'], '.2f')} after full fine-tuning. With the LoRA "
-        f"extracted from it, it is {losses}. At any rank the changes of norms and biases are missing: LoRA cannot "
+        "φ(i, j), from 0 to 1, is the share of the top i directions of one that lies in the span "
+        "of the top j of the "
+        f"other (§7.2 of the LoRA paper). φ(1, 1) and φ({SQUARE}, {SQUARE}) of the inputs: "
+        f"{overlaps}.",
+        f"The loss on the new sentences is {shown(tuned['new_loss'], '.2f')} after full "
+        "fine-tuning. With the LoRA "
+        f"extracted from it, it is {losses}. At any rank the changes of norms and biases are "
+        "missing: LoRA cannot "
         "represent them.",
     )
     return "\n\n".join(paragraphs)
 
 
-def _draw(figure: Figure, energy: Sequence[Row], grid: Sequence[Row], extracted: Sequence[Row]) -> None:
+def _draw(
+    figure: Figure, energy: Sequence[Row], grid: Sequence[Row], extracted: Sequence[Row]
+) -> None:
     """Three panels: the share of each rank, φ(i, j), and the loss by rank."""
     left, middle, right = figure.subplots(1, 3)
-    lines, colors = {"attention": "-", "feed-forward": "--"}, {FULL: COLORS["full"], RANDOM: "#999999"}
+    lines, colors = (
+        {"attention": "-", "feed-forward": "--"},
+        {FULL: COLORS["full"], RANDOM: "#999999"},
+    )
     for row in (row for row in energy if row["matrices"] in lines):
         change, kind = row["change"], row["matrices"]
-        style = {"color": colors.get(change, COLORS["lora"]), "marker": "o" if change in colors else "s"}
+        style = {
+            "color": colors.get(change, COLORS["lora"]),
+            "marker": "o" if change in colors else "s",
+        }
         shares = [row[f"rank_{rank}"] for rank in RANKS]
         left.plot(RANKS, shares, lines[kind], label=f"{change}, {kind}", **style)
     left.set(xscale="log", xlabel="rank", ylabel="share of ‖ΔW‖²", ylim=(0, 1.02))
@@ -275,13 +358,29 @@ def _draw(figure: Figure, energy: Sequence[Row], grid: Sequence[Row], extracted:
     left.minorticks_off()
     left.grid(alpha=0.3)
     left.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-    values, ticks, bounds = [list(row.values())[1:] for row in grid], range(1, SQUARE + 1), (0.5, SQUARE + 0.5)
-    image = middle.imshow(values, vmin=0, vmax=1, cmap="cividis", origin="lower", extent=(*bounds, *bounds))
-    middle.set(title="φ(i, j), inputs, two ranks", xlabel="j, of the higher rank", ylabel="i, of the lower rank")
+    values, ticks, bounds = (
+        [list(row.values())[1:] for row in grid],
+        range(1, SQUARE + 1),
+        (0.5, SQUARE + 0.5),
+    )
+    image = middle.imshow(
+        values, vmin=0, vmax=1, cmap="cividis", origin="lower", extent=(*bounds, *bounds)
+    )
+    middle.set(
+        title="φ(i, j), inputs, two ranks",
+        xlabel="j, of the higher rank",
+        ylabel="i, of the lower rank",
+    )
     middle.set(xticks=ticks, yticks=ticks)
     figure.colorbar(image, ax=middle)
     *ranks, tuned = extracted
-    error_bars(right, range(len(ranks)), [row["new_loss"] for row in ranks], color=COLORS["lora"], marker="o")
+    error_bars(
+        right,
+        range(len(ranks)),
+        [row["new_loss"] for row in ranks],
+        color=COLORS["lora"],
+        marker="o",
+    )
     right.axhline(tuned["new_loss"], color=COLORS["full"], linestyle="--", label="full fine-tuning")
     right.set(xlabel="rank of the extracted LoRA", ylabel="new loss (nats per token)", yscale="log")
     right.set_xticks(range(len(ranks)), [row["rank"] for row in ranks])

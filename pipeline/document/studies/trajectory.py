@@ -1,4 +1,6 @@
-"""study_trajectory: probabilities of tisch, sofa, bett and boden by training step of the fact correction (§2.3)."""
+"""study_trajectory: probabilities of tisch, sofa, bett and boden by training step of the fact
+correction (§2.3).
+"""
 
 from collections.abc import Generator, Mapping, Sequence
 from functools import partial
@@ -29,7 +31,9 @@ STYLES = (  # of the words, in order: color, line, marker
 class StudyTrajectory(Section, frozen=True, kw_only=True):
     """§2.3: probabilities of some words after each step of the fact correction."""
 
-    data: Annotated[str, "the sentences that it trains or measures on"] = "data/fact_correction.de.txt"
+    data: Annotated[str, "the sentences that it trains or measures on"] = (
+        "data/fact_correction.de.txt"
+    )
     document: Annotated[str, "the document's numbers and answers"] = "data/document.yaml"
     seeds: Annotated[tuple[Seed, ...], "each is a run of its own"] = (0, 1, 2)
     steps: Annotated[tuple[Steps, ...], "steps after which the words are asked"] = (0, 10, 30, 50)
@@ -70,7 +74,9 @@ def measure(job: Job, settings: StudyTrajectory) -> Generator[Event, None, Findi
         {
             **{"step": step, "word": word, "document": claimed["steps"].get(step, {}).get(word)},
             **{
-                f"window_{window}": Spread.of(one.answers[step].probability(prompt, word) for one in of_window)
+                f"window_{window}": Spread.of(
+                    one.answers[step].probability(prompt, word) for one in of_window
+                )
                 for window, of_window in by(lambda curve: curve.window, curves).items()
             },
         }
@@ -81,19 +87,35 @@ def measure(job: Job, settings: StudyTrajectory) -> Generator[Event, None, Findi
         before = ""
         for step, asked in sorted(curve.answers.items()):
             if (first := asked.first(prompt)) != before:
-                firsts.append({"window": curve.window, "seed": curve.seed, "from_step": step, "first_choice": first})
+                firsts.append(
+                    {
+                        "window": curve.window,
+                        "seed": curve.seed,
+                        "from_step": step,
+                        "first_choice": first,
+                    }
+                )
                 before = first
     tables = (
         Table(
-            "steps", f"Probabilities after *{prompt}*, by step", steps, dict.fromkeys(steps[0], PERCENT) | {"step": ""}
+            "steps",
+            f"Probabilities after *{prompt}*, by step",
+            steps,
+            dict.fromkeys(steps[0], PERCENT) | {"step": ""},
         ),
         Table("firsts", "When the first choice changes", firsts),
     )
-    return Findings(_text(settings, prompt, steps, firsts), tables, lambda figure: _draw(figure, claimed, curves))
+    return Findings(
+        _text(settings, prompt, steps, firsts),
+        tables,
+        lambda figure: _draw(figure, claimed, curves),
+    )
 
 
 def read_document(job: Job, settings: StudyTrajectory) -> Any:
-    """The document's table: `prompt`, and `steps` as step → word → probability. Raises UserError for unknown words."""
+    """The document's table: `prompt`, and `steps` as step → word → probability. Raises UserError
+    for unknown words.
+    """
     from pipeline.inference import engine
 
     claimed = document(job, settings.document, SECTION)
@@ -112,30 +134,42 @@ def answers_by_step(
 ) -> Generator[Event, None, dict[int, NextTokenAnswers]]:
     """Train to step `last` with this window, and ask after every step. Raises UserError.
 
-    An epoch has one step or more, so `last` epochs are enough. More would change nothing, as the learning rate is
-    constant and training stops after the last measurement.
+    An epoch has one step or more, so `last` epochs are enough. More would change nothing, as the
+    learning rate is constant and training stops after the last measurement.
     """
     lora = replace(DOCUMENT, data=settings.data, seed=seed, epochs=max(1, last), window=window)
     lora = replace(lora, learning_rate=settings.learning_rate, batch_size=settings.batch_size)
     run = Run(_run_name(window, seed), "finetune_lora", {"finetune_lora": lora})
-    return (yield from checkpoints(job, run, lambda _: range(last + 1), partial(ask, prompts=[prompt])))
+    return (
+        yield from checkpoints(job, run, lambda _: range(last + 1), partial(ask, prompts=[prompt]))
+    )
 
 
 def _run_name(window: int, seed: int) -> str:
     return f"{describe_window(window)}, seed {seed}"
 
 
-def _text(settings: StudyTrajectory, prompt: str, steps: Sequence[Row], firsts: Sequence[Row]) -> str:
+def _text(
+    settings: StudyTrajectory, prompt: str, steps: Sequence[Row], firsts: Sequence[Row]
+) -> str:
     changes = []
     for window in settings.windows:
         turns = [row["from_step"] for row in firsts if row["window"] == window and row["from_step"]]
         last = [row for row in steps if row["step"] == steps[-1]["step"]]
-        words = ", ".join(f"{row['word']} {shown(row[f'window_{window}'], PERCENT)}" for row in last)
-        when = f"at step {' to '.join(map(str, sorted({min(turns), max(turns)})))}" if turns else "at no step"
+        words = ", ".join(
+            f"{row['word']} {shown(row[f'window_{window}'], PERCENT)}" for row in last
+        )
+        when = (
+            f"at step {' to '.join(map(str, sorted({min(turns), max(turns)})))}"
+            if turns
+            else "at no step"
+        )
         changes.append(f"{describe_window(window)}: {when}; after step {last[0]['step']} {words}")
     return (
-        f"How the first choice after *{prompt}* changes: {'; '.join(changes)}. A step is {settings.batch_size} windows "
-        f"at a learning rate of {settings.learning_rate:g}. The document gives neither, and the number of steps "
+        f"How the first choice after *{prompt}* changes: {'; '.join(changes)}. A step is "
+        f"{settings.batch_size} windows "
+        f"at a learning rate of {settings.learning_rate:g}. The document gives neither, and the "
+        "number of steps "
         "depends on both."
     )
 
@@ -148,10 +182,16 @@ def _draw(figure: Figure, claimed: Mapping[str, Any], curves: Sequence[Curve]) -
         of_window = [curve.answers for curve in curves if curve.window == window]
         for word, (color, line, marker) in zip(words_of(claimed), STYLES, strict=False):
             for number, answers in enumerate(of_window):
-                values = [answers[step].probability(claimed["prompt"], word) for step in sorted(answers)]
-                axis.plot(sorted(answers), values, line, color=color, label=None if number else word)
+                values = [
+                    answers[step].probability(claimed["prompt"], word) for step in sorted(answers)
+                ]
+                axis.plot(
+                    sorted(answers), values, line, color=color, label=None if number else word
+                )
             by_step = {step: by_word[word] for step, by_word in claimed["steps"].items()}
-            axis.plot(list(by_step), list(by_step.values()), marker, color=color, markeredgecolor="black")
+            axis.plot(
+                list(by_step), list(by_step.values()), marker, color=color, markeredgecolor="black"
+            )
         axis.set(xlabel="step", title=describe_window(window))
         axis.grid(alpha=0.3)
     axes[0].set(ylabel=f"probability after “{claimed['prompt']}”")

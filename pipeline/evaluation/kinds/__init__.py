@@ -14,7 +14,9 @@ Scores = Mapping[str, float]  # "score", from 0 to 1, and what else the kind mea
 
 
 class TaskExample(NamedTuple):
-    """`prompt`: a text to complete, or a conversation to answer. `row`: the example as its file has it."""
+    """`prompt`: a text to complete, or a conversation to answer. `row`: the example as its file has
+    it.
+    """
 
     prompt: str | tuple[Message, ...]
     row: Record
@@ -25,7 +27,8 @@ Score = Callable[[Any, TaskExample], Scores]
 
 
 class TaskOptions(NamedTuple):
-    """What a task says beside its examples. `files`: the paths of evaluate.tasks → as they are written there.
+    """What a task says beside its examples. `files`: the paths of evaluate.tasks → as they are
+    written there.
 
     The files that a task names are relative to `folder`, its own file's.
     """
@@ -39,10 +42,10 @@ class TaskOptions(NamedTuple):
 class Kind(NamedTuple):
     """What an example is asked, and how the answer is scored.
 
-    `check(row, location)`: raises UserError for an example that cannot be scored. `scorer(options)`: the function that
-    scores an answer to an example. `options`: keys of a task that only this kind reads → their types. `choices(row)`:
-    the texts whose log-likelihoods (None: it has an unknown word) are the answer; without it, the answer is a generated
-    text.
+    `check(row, location)`: raises UserError for an example that cannot be scored.
+    `scorer(options)`: the function that scores an answer to an example. `options`: keys of a task
+    that only this kind reads → their types. `choices(row)`: the texts whose log-likelihoods (None:
+    it has an unknown word) are the answer; without it, the answer is a generated text.
     """
 
     about: str
@@ -53,7 +56,9 @@ class Kind(NamedTuple):
 
 
 def plain(text: str, ignore_case: bool = False) -> str:
-    """The text for comparison: composed characters (NFC), one space for white space, none around it."""
+    """The text for comparison: composed characters (NFC), one space for white space, none around
+    it.
+    """
     text = " ".join(unicodedata.normalize("NFC", text).split())
     return text.casefold() if ignore_case else text
 
@@ -67,5 +72,6 @@ def expected(row: Record, location: str) -> list[str]:
 
 
 KINDS: Mapping[str, Kind] = {  # last, as the modules import the names above
-    module.name: import_module(f"{__name__}.{module.name}").KIND for module in pkgutil.iter_modules(__path__)
+    module.name: import_module(f"{__name__}.{module.name}").KIND
+    for module in pkgutil.iter_modules(__path__)
 }

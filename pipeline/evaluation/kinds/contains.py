@@ -14,4 +14,9 @@ def scorer(options: TaskOptions) -> Score:
     return score
 
 
-KIND = Kind("`answer`, or one of a list, is somewhere in the answer", expected, scorer, {"ignore_case": bool})
+KIND = Kind(
+    "`answer`, or one of a list, is somewhere in the answer",
+    expected,
+    scorer,
+    {"ignore_case": bool},
+)

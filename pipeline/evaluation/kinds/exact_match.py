@@ -13,4 +13,6 @@ def scorer(options: TaskOptions) -> Score:
     return score
 
 
-KIND = Kind("the whole answer is `answer`, or one of a list", expected, scorer, {"ignore_case": bool})
+KIND = Kind(
+    "the whole answer is `answer`, or one of a list", expected, scorer, {"ignore_case": bool}
+)

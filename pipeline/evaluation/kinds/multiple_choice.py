@@ -1,7 +1,8 @@
 """multiple_choice: the right one of some texts is the likeliest after the prompt.
 
-As `acc` and `acc_norm` of lm-evaluation-harness: acc_norm divides a choice's log-likelihood by its number of
-characters, so that long choices are not at a disadvantage. Of equal ones the first counts.
+As `acc` and `acc_norm` of lm-evaluation-harness: acc_norm divides a choice's log-likelihood by its
+number of characters, so that long choices are not at a disadvantage. Of equal ones the first
+counts.
 """
 
 import math
@@ -16,20 +17,27 @@ from pipeline.files.text import abbreviate_repr
 def choices(row: Record, location: str = "") -> list[str]:
     """The texts to choose from. Raises UserError."""
     return [
-        read_string({"choices": text}, "choices", location) for text in read_list(row, "choices", location, "texts")
+        read_string({"choices": text}, "choices", location)
+        for text in read_list(row, "choices", location, "texts")
     ]
 
 
 def right(row: Record, location: str = "") -> int:
-    """The index of the right choice: `answer` is its text, or its number from 0. Raises UserError."""
+    """The index of the right choice: `answer` is its text, or its number from 0. Raises
+    UserError.
+    """
     texts, answer = choices(row, location), row.get("answer")
     if len(texts) < 2 or len(set(texts)) < len(texts):
-        raise UserError(f"{location}: choices must be two or more different texts, got {abbreviate_repr(texts)}.")
+        raise UserError(
+            f"{location}: choices must be two or more different texts, got "
+            f"{abbreviate_repr(texts)}."
+        )
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(texts):
         return answer
     if answer not in texts:
         raise UserError(
-            f"{location}: answer must be one of the choices, or its number from 0, got {abbreviate_repr(answer)}."
+            f"{location}: answer must be one of the choices, or its number from 0, got "
+            f"{abbreviate_repr(answer)}."
         )
     return texts.index(answer)
 
@@ -52,4 +60,10 @@ def scorer(options: TaskOptions) -> Score:
     return score
 
 
-KIND = Kind("`answer` is the likeliest of `choices` by log-likelihood", right, scorer, {"normalized": bool}, choices)
+KIND = Kind(
+    "`answer` is the likeliest of `choices` by log-likelihood",
+    right,
+    scorer,
+    {"normalized": bool},
+    choices,
+)

@@ -1,7 +1,7 @@
 """python: a file of the user's has `score(answer, example)`, which returns a number from 0 to 1.
 
-This runs the user's code, with all rights of the user. So only a file that evaluate.tasks names is run: a task file
-from elsewhere brings none of its own.
+This runs the user's code, with all rights of the user. So only a file that evaluate.tasks names is
+run: a task file from elsewhere brings none of its own.
 """
 
 import copy
@@ -35,14 +35,20 @@ def scorer(options: TaskOptions) -> Score:
     path = (options.folder / written).resolve()
     if path not in options.files:
         raise UserError(
-            f"{options.location}: scorer {written} is not in evaluate.tasks. It is code that would run here with your "
+            f"{options.location}: scorer {written} is not in evaluate.tasks. It is code that "
+            "would run here with your "
             "rights: read it, and if you trust it, add it there."
         )
     name = options.files[path]
     module = ModuleType("lora_scorer")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses look themselves up
-    _call(name, path, options.location, lambda: exec(compile(path.read_bytes(), path, "exec"), module.__dict__))
+    _call(
+        name,
+        path,
+        options.location,
+        lambda: exec(compile(path.read_bytes(), path, "exec"), module.__dict__),
+    )
     function = getattr(module, "score", None)
     if not callable(function):
         raise UserError(f"{name} has no function score(answer, example). Define it.")
@@ -54,7 +60,8 @@ def scorer(options: TaskOptions) -> Score:
         number = float(value) if isinstance(value, Real) else float("nan")
         if not (isfinite(number) and 0 <= number <= 1):
             raise UserError(
-                f"{name}: score must return a number from 0 to 1, got {abbreviate_repr(value)} for {example.location}. "
+                f"{name}: score must return a number from 0 to 1, got {abbreviate_repr(value)} "
+                f"for {example.location}. "
                 "Correct it."
             )
         return {"score": number}
@@ -63,12 +70,18 @@ def scorer(options: TaskOptions) -> Score:
 
 
 def _call(name: str, path: Path, where: str, function: Callable[[], Any]) -> Any:
-    """What the user's code returns; stdout is the command's. Raises UserError with the code's line if it fails."""
+    """What the user's code returns; stdout is the command's. Raises UserError with the code's line
+    if it fails.
+    """
     try:
         with redirect_stdout(sys.stderr):
             return function()
     except (Exception, SystemExit) as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == str(path)
+        ]
         if isinstance(error, SyntaxError) and error.filename == str(path):
             lines.append(error.lineno)
         at = f"{name}:{lines[-1]}" if lines else name
@@ -77,4 +90,9 @@ def _call(name: str, path: Path, where: str, function: Callable[[], Any]) -> Any
         raise UserError(f"{at}: {kind}{reason} (at {where}). Correct the scorer.") from None
 
 
-KIND = Kind("`score(answer, example)` of the Python file `scorer` says it, from 0 to 1", check, scorer, {"scorer": str})
+KIND = Kind(
+    "`score(answer, example)` of the Python file `scorer` says it, from 0 to 1",
+    check,
+    scorer,
+    {"scorer": str},
+)

@@ -10,7 +10,10 @@ from pipeline.files.text import abbreviate_repr
 def check(row: Record, location: str) -> None:
     pattern = read_string(row, "pattern", location)
     if why := problem(pattern):
-        raise UserError(f"{location}: {abbreviate_repr(pattern)} is not a regular expression: {why}. Correct pattern.")
+        raise UserError(
+            f"{location}: {abbreviate_repr(pattern)} is not a regular expression: {why}. Correct "
+            "pattern."
+        )
 
 
 def scorer(_: TaskOptions) -> Score:

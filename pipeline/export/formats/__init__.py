@@ -1,4 +1,6 @@
-"""What `lora export` writes. A format is one file here, found and not listed; reading them imports no torch."""
+"""What `lora export` writes. A format is one file here, found and not listed; reading them imports
+no torch.
+"""
 
 import pkgutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -15,9 +17,10 @@ from pipeline.project.runner import Event, Note
 class Export(NamedTuple):
     """An adapter to export.
 
-    `base`: default the one that the adapter names. `base_name`: what the files call it, default the hub id that it was
-    imported from. `precision`: of merged weights, default the base's. `prompts`: a file of prompts on which the merged
-    model is compared with base + adapter. `quantize`: comma-separated kinds of GGUF files, such as f16,q8_0.
+    `base`: default the one that the adapter names. `base_name`: what the files call it, default the
+    hub id that it was imported from. `precision`: of merged weights, default the base's. `prompts`:
+    a file of prompts on which the merged model is compared with base + adapter. `quantize`:
+    comma-separated kinds of GGUF files, such as f16,q8_0.
     """
 
     adapter: Path
@@ -30,10 +33,11 @@ class Export(NamedTuple):
 
 
 class Format(NamedTuple):
-    """`about`: its line in `lora export --help`. `options`: the fields of `Export` that it reads beside the adapter.
-    `relation`: what it is to its base on the hub, adapter or finetune.
+    """`about`: its line in `lora export --help`. `options`: the fields of `Export` that it reads
+    beside the adapter. `relation`: what it is to its base on the hub, adapter or finetune.
 
-    `write(export, out)` returns lines that say what was written and how it is used. Raises UserError.
+    `write(export, out)` returns lines that say what was written and how it is used. Raises
+    UserError.
     """
 
     order: int
@@ -44,18 +48,22 @@ class Format(NamedTuple):
 
 
 def write(name: str, export: Export, out: Path) -> Generator[Event, None, list[str]]:
-    """Export as the format `name`. Raises UserError, also for an option that the format does not read, and where `out`
-    holds an export of another adapter."""
+    """Export as the format `name`. Raises UserError, also for an option that the format does not
+    read, and where `out` holds an export of another adapter."""
     from pipeline.export.model_card import title
 
     for option, default in Export._field_defaults.items():
         if getattr(export, option) != default and option not in FORMATS[name].options:
-            readers = " or ".join(other for other, format in FORMATS.items() if option in format.options)
+            readers = " or ".join(
+                other for other, format in FORMATS.items() if option in format.options
+            )
             raise UserError(f"--{option.replace('_', '-')} needs --format {readers}, got {name}.")
     yield from note_on_verdict(export.adapter)
     earlier, adapter = title(out), export.adapter.resolve().name
     if earlier and earlier != adapter and out.resolve() != export.adapter.resolve():
-        raise UserError(f"{out} holds an export of {earlier}. Name another folder with --out, or remove it.")
+        raise UserError(
+            f"{out} holds an export of {earlier}. Name another folder with --out, or remove it."
+        )
     lines = yield from FORMATS[name].write(export, out)
     if earlier:
         yield Note(f"{out}: the earlier export of {earlier} there is replaced.")
@@ -66,10 +74,11 @@ def write(name: str, export: Export, out: Path) -> Generator[Event, None, list[s
 def adapter_folder(
     export: Export, out: Path, library: str | None = None, commands: Sequence[str] = ()
 ) -> Iterator[Path]:
-    """A folder for the files of an adapter that is not merged; at the end it gets a tokenizer and a card.
+    """A folder for the files of an adapter that is not merged; at the end it gets a tokenizer and a
+    card.
 
-    It appears at `out` whole or not at all, and replaces nothing but an earlier export. `library`: the one that reads
-    it, default PEFT; `commands`: how it is used there. Raises UserError.
+    It appears at `out` whole or not at all, and replaces nothing but an earlier export. `library`:
+    the one that reads it, default PEFT; `commands`: how it is used there. Raises UserError.
     """
     from pipeline.adapters.config import CONFIG, read_config
     from pipeline.adapters.folder import base_of, origin_of
@@ -80,8 +89,8 @@ def adapter_folder(
     artifact.refuse_other(out, has_card(out) and (out / CONFIG).exists(), (export.adapter,))
     with artifact.writing(out) as folder:
         yield folder
-        # The config names the base by a path of this machine. A hub id works everywhere, but not if tokens were added:
-        # then the hub's model is not the base.
+        # The config names the base by a path of this machine. A hub id works everywhere, but not if
+        # tokens were added: then the hub's model is not the base.
         origin = origin_of(export.adapter, export.base)
         names: dict[str, str | None] = {}
         if export.base_name:
@@ -94,12 +103,16 @@ def adapter_folder(
         if not (folder / "tokenizer.json").exists():  # trained elsewhere: PEFT saves none
             with suppress(UserError):
                 copy_tokenizer(export.base or base_of(export.adapter), folder)
-        text = card(export.adapter, None, export.base, export.base_name, out.name, library, commands)
+        text = card(
+            export.adapter, None, export.base, export.base_name, out.name, library, commands
+        )
         (folder / CARD).write_text(text, encoding="utf-8")
 
 
 def note_on_verdict(adapter: Path) -> Iterator[Note]:
-    """A note if the adapter breaks evaluate.limits, by the evaluation that measured exactly its files."""
+    """A note if the adapter breaks evaluate.limits, by the evaluation that measured exactly its
+    files.
+    """
     from pipeline.inference.catalog import VERDICT, measured_of
 
     verdict = measured_of(adapter).get(VERDICT)
@@ -108,20 +121,25 @@ def note_on_verdict(adapter: Path) -> Iterator[Note]:
 
 
 def note_on_quantization(export: Export) -> Iterator[Note]:
-    """A note if the adapter fits only a quantized base, which its files cannot say to PEFT or vLLM."""
+    """A note if the adapter fits only a quantized base, which its files cannot say to PEFT or
+    vLLM.
+    """
     from pipeline.adapters.config import read_config
     from pipeline.adapters.folder import origin_of, quantization_of
     from pipeline.export.model_card import BITSANDBYTES, quantization_note
 
     origin = origin_of(export.adapter, export.base)
-    named = str(export.base or read_config(export.adapter).get("base_model_name_or_path") or "its base")
+    named = str(
+        export.base or read_config(export.adapter).get("base_model_name_or_path") or "its base"
+    )
     base = export.base_name or (origin and origin.hub_id) or named
     if (kind := quantization_of(export.adapter)) != "none":
         advice = f"Load {base} in {kind} ({BITSANDBYTES[kind]}), or export with --format merged."
         yield Note(f"{export.adapter} was {quantization_note(kind, base)}. {advice}")
     if origin and origin.dequantized and export.base_name:
         yield Note(
-            f"{export.adapter} was trained on weights that an import dequantized from {origin.dequantized}; on {base} "
+            f"{export.adapter} was trained on weights that an import dequantized from "
+            f"{origin.dequantized}; on {base} "
             "in 16 bits it answers slightly differently."
         )
 
@@ -133,7 +151,8 @@ def note_on_base(export: Export) -> Iterator[Note]:
     if reason := unnamed_base(export):
         named = read_config(export.adapter).get("base_model_name_or_path")
         yield Note(
-            f"{CONFIG} names the base by a folder of this machine, {named}: {reason}. Name the base on the hub with "
+            f"{CONFIG} names the base by a folder of this machine, {named}: {reason}. Name the "
+            "base on the hub with "
             "--base-name org/name, or export with --format merged."
         )
 
@@ -149,7 +168,10 @@ def unnamed_base(export: Export) -> str:
     if not (export.adapter / artifact.MANIFEST).exists() and hub_name(export.adapter, None, {}):
         return ""  # trained elsewhere, and its config names a model of the hub
     if origin and origin.added:
-        return f"its base has {origin.added} tokens more than {origin.hub_id or 'the model it was imported from'}"
+        return (
+            f"its base has {origin.added} tokens more than "
+            f"{origin.hub_id or 'the model it was imported from'}"
+        )
     if origin and origin.dequantized:
         return "its base was imported from a GGUF file, not from the hub"
     return "its base was not imported from the hub"

@@ -1,4 +1,6 @@
-"""The merged model as GGUF files for llama.cpp, Ollama and LM Studio, with tokenizer and chat template inside."""
+"""The merged model as GGUF files for llama.cpp, Ollama and LM Studio, with tokenizer and chat
+template inside.
+"""
 
 from collections.abc import Generator
 from pathlib import Path
@@ -9,10 +11,11 @@ from pipeline.export.formats import Export, Format
 from pipeline.files import artifact
 from pipeline.project.runner import Event, Note
 
-KINDS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # the gguf package quantizes to these
+# the gguf package quantizes to these
+KINDS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 BY_LLAMA_CPP = tuple(kind for kind in llama_cpp.KINDS if kind not in KINDS)
-# Of a base in bf16 too: fp16 keeps 11 bits of a weight and bf16 8, of which a merge needs more than the base did. What
-# overflows fp16 is an error that names --quantize bf16.
+# Of a base in bf16 too: fp16 keeps 11 bits of a weight and bf16 8, of which a merge needs more than
+# the base did. What overflows fp16 is an error that names --quantize bf16.
 DEFAULT = "f16"
 
 
@@ -49,13 +52,17 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
         files = {path(kind): kind for kind in dict.fromkeys((*own, widest))}
         facts = general(name, export.adapter, base, export.base_name)
         yield from write_files(files, merge, model, {**facts, **vocabulary.metadata})
-        certificate = yield from certify(merge, written_matrices(path(widest), model), "--quantize f32")
+        certificate = yield from certify(
+            merge, written_matrices(path(widest), model), "--quantize f32"
+        )
         for kind in kinds:
             if kind not in KINDS:
                 yield from llama_cpp.quantize(path(widest), path(kind), kind)
         candidates = [llama_cpp.candidate(kind, path(kind)) for kind in kinds]
         if widest not in kinds:
-            candidates.insert(0, llama_cpp.candidate(widest, path(widest), label=f"{widest} (not kept)"))
+            candidates.insert(
+                0, llama_cpp.candidate(widest, path(widest), label=f"{widest} (not kept)")
+            )
         compared, table = yield from llama_cpp.certify(
             lambda: load(base, export.adapter, trust_remote_code=export.trust_remote_code),
             vocabulary.tokenizer,
@@ -65,9 +72,16 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
         if widest not in kinds:
             path(widest).unlink()
         artifact.write_json(folder / CERTIFICATE, certificate | compared)
-        (folder / "Modelfile").write_text(modelfile(path(kinds[0]).name, vocabulary), encoding="utf-8")
-        commands = [*(f"llama-cli -m {path(kind).name}" for kind in kinds), f"ollama create {name} -f Modelfile"]
-        text = card(export.adapter, certificate, base, export.base_name, library="gguf", commands=commands)
+        (folder / "Modelfile").write_text(
+            modelfile(path(kinds[0]).name, vocabulary), encoding="utf-8"
+        )
+        commands = [
+            *(f"llama-cli -m {path(kind).name}" for kind in kinds),
+            f"ollama create {name} -f Modelfile",
+        ]
+        text = card(
+            export.adapter, certificate, base, export.base_name, library="gguf", commands=commands
+        )
         (folder / CARD).write_text(text, encoding="utf-8")
     return [
         "  ".join((str(out), *describe(certificate))),
@@ -78,18 +92,20 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
 
 
 def kinds_of(quantize: str | None) -> list[str]:
-    """The kinds that `--quantize` names, each once. Raises UserError for an unknown one, and without llama.cpp for one
-    that needs it."""
+    """The kinds that `--quantize` names, each once. Raises UserError for an unknown one, and
+    without llama.cpp for one that needs it."""
     kinds = list(dict.fromkeys(kind.strip().lower() for kind in (quantize or DEFAULT).split(",")))
     for kind in kinds:
         if kind not in (*KINDS, *BY_LLAMA_CPP):
             raise UserError(
-                f"--quantize must name kinds of {', '.join(KINDS)}, or, with llama.cpp, {', '.join(BY_LLAMA_CPP)}; "
+                f"--quantize must name kinds of {', '.join(KINDS)}, or, with llama.cpp, "
+                f"{', '.join(BY_LLAMA_CPP)}; "
                 f"got {kind!r}."
             )
     if set(kinds) - set(KINDS) and not llama_cpp.is_installed():
         raise UserError(
-            f"--quantize {', '.join(BY_LLAMA_CPP)} need llama.cpp: {llama_cpp.INSTALL}. Without it: {', '.join(KINDS)}."
+            f"--quantize {', '.join(BY_LLAMA_CPP)} need llama.cpp: {llama_cpp.INSTALL}. Without "
+            f"it: {', '.join(KINDS)}."
         )
     return kinds
 

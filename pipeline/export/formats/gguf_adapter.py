@@ -36,23 +36,32 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     artifact.refuse_other(out, is_earlier_export(out), (base, export.adapter))
     yield from note_on_quantization(export)
     model = skeleton(base, export.trust_remote_code)
-    family_of(model.describe())  # refuses a model that llama.cpp does not have before anything is asked of the adapter
+    # refuses a model that llama.cpp does not have before anything is asked of the adapter
+    family_of(model.describe())
     updates = low_rank_updates(base, export.adapter, export.trust_remote_code)
-    # If the head is tied, llama.cpp would apply the embedding's update, whose layout is another, to the head too, and
-    # stop: the base for such an adapter has a head of its own.
+    # If the head is tied, llama.cpp would apply the embedding's update, whose layout is another, to
+    # the head too, and stop: the base for such an adapter has a head of its own.
     own_head = bool({model.embedding_name, model.head_name} & updates.keys())
     merge = Merge(base, tensor_locations(base), {}, {}, False, {})
     described = describe_model(merge, export.trust_remote_code, own_head=own_head)
     yield from map(Note, described.notes)
-    facts, beside = general(name, export.adapter, base, export.base_name), own_head or _is_expanded(base)
+    facts, beside = (
+        general(name, export.adapter, base, export.base_name),
+        own_head or _is_expanded(base),
+    )
     with artifact.writing(out) as folder:
         path, base_path = folder / "adapter.gguf", folder / "base-f16.gguf"
         write_adapter(path, updates, model, facts)
         ratios = adapter_ratios(path, updates, model)
         for module, ratio in ratios.items():
             if ratio is not None and abs(ratio - 1) > 1e-4:
-                raise UserError(f"export rejected: {module} has {ratio:.4f} times its update. Please report this.")
-        compared, table = yield from _compared(export, base, path, base_path, merge, described, facts, beside)
+                raise UserError(
+                    f"export rejected: {module} has {ratio:.4f} times its update. Please report "
+                    "this."
+                )
+        compared, table = yield from _compared(
+            export, base, path, base_path, merge, described, facts, beside
+        )
         if not beside:
             base_path.unlink(missing_ok=True)
         artifact.write_json(folder / CERTIFICATE, {"delta_ratios": ratios, **compared})
@@ -64,10 +73,15 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     if beside:
         return [
             *written,
-            "It changes tokens or their embeddings: use it on the base beside it, no other file of that model.",
+            "It changes tokens or their embeddings: use it on the base beside it, no other file "
+            "of that model.",
             f"llama-cli -m {out / base_path.name} --lora {out / path.name}",
         ]
-    return [*written, f"llama-cli -m BASE.gguf --lora {out / path.name}    (BASE.gguf: {base.resolve().name} as GGUF)"]
+    return [
+        *written,
+        f"llama-cli -m BASE.gguf --lora {out / path.name}    (BASE.gguf: {base.resolve().name} as "
+        "GGUF)",
+    ]
 
 
 def _compared(
@@ -80,10 +94,11 @@ def _compared(
     facts: Mapping[str, Any],
     needed: bool,
 ) -> Generator[Event, None, tuple[dict[str, Any], list[str]]]:
-    """Write the base to `base_path`, if it is `needed` or llama.cpp is here, and compare the adapter on it.
+    """Write the base to `base_path`, if it is `needed` or llama.cpp is here, and compare the
+    adapter on it.
 
-    Returns the certificate's entries, and lines. Raises UserError if a base that is needed cannot be written, and if
-    the adapter on it is not the model.
+    Returns the certificate's entries, and lines. Raises UserError if a base that is needed cannot
+    be written, and if the adapter on it is not the model.
     """
     from pipeline.export.gguf.folder import tokenizer_of
     from pipeline.export.gguf.vocabulary import read_vocabulary
@@ -104,7 +119,12 @@ def _compared(
     return (
         yield from llama_cpp.certify(
             # the base as it is stored: in this file it is not quantized
-            lambda: load(base, export.adapter, trust_remote_code=export.trust_remote_code, quantization="none"),
+            lambda: load(
+                base,
+                export.adapter,
+                trust_remote_code=export.trust_remote_code,
+                quantization="none",
+            ),
             vocabulary.tokenizer,
             [llama_cpp.candidate("f16", base_path, path, "adapter on f16")],
             export.prompts,

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError, install_command, missing_libraries
-from pipeline.export.formats import Export, Format, adapter_folder, note_on_base, note_on_quantization
+from pipeline.export.formats import (
+    Export,
+    Format,
+    adapter_folder,
+    note_on_base,
+    note_on_quantization,
+)
 from pipeline.project.runner import Event, Note
 
 if TYPE_CHECKING:
@@ -19,11 +25,22 @@ if TYPE_CHECKING:
     from pipeline.weights.combine import Updates
 
 WEIGHTS = "adapters.safetensors"
-# Families whose layers have the same names in mlx-lm: the tests compare each. Not GPT-2, of which mlx-lm opens only the
-# original file, with other names than transformers writes.
+# Families whose layers have the same names in mlx-lm: the tests compare each. Not GPT-2, of which
+# mlx-lm opens only the original file, with other names than transformers writes.
 FAMILIES = frozenset(
     (
-        *("cohere", "ernie4_5", "gemma", "gemma2", "gemma3_text", "glm4", "granite", "helium", "llama", "mistral"),
+        *(
+            "cohere",
+            "ernie4_5",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "glm4",
+            "granite",
+            "helium",
+            "llama",
+            "mistral",
+        ),
         *("mixtral", "olmo2", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2"),
     )
 )
@@ -32,7 +49,9 @@ WIDER = 4  # ranks that padding multiplies by more are worth a note
 
 
 def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
-    """Write the updates with one rank and scale, and compare the logits with mlx-lm's. Raises UserError."""
+    """Write the updates with one rank and scale, and compare the logits with mlx-lm's. Raises
+    UserError.
+    """
     from pipeline.adapters.config import CONFIG
     from pipeline.adapters.folder import base_of
     from pipeline.files.artifact import write_json
@@ -44,7 +63,8 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     base = export.base or base_of(export.adapter)
     if (family := str(read_config(base).get("model_type"))) not in FAMILIES:
         raise UserError(
-            f"{base} is a model of type {family}, whose layers in mlx-lm are not known here. Known: "
+            f"{base} is a model of type {family}, whose layers in mlx-lm are not known here. "
+            "Known: "
             f"{', '.join(sorted(FAMILIES))}. Export it with --format merged."
         )
     named = export.base_name or str(base)
@@ -57,12 +77,14 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
         dora = [update.magnitude is not None for update in updates.values()]
         if any(dora) and not all(dora):
             raise UserError(
-                f"{export.adapter}: in mlx-lm either all layers use DoRA or none, but token rows are trained beside "
+                f"{export.adapter}: in mlx-lm either all layers use DoRA or none, but token rows "
+                "are trained beside "
                 "DoRA here. Export it with --format merged."
             )
         if rank >= WIDER * least:
             yield Note(
-                f"mlx-lm has one rank for all layers: those of rank {least} are padded with zeros to {rank}, which "
+                f"mlx-lm has one rank for all layers: those of rank {least} are padded with zeros "
+                f"to {rank}, which "
                 "makes the adapter larger. A merged model (--format merged) is not."
             )
         scale = _common_scale(updates)
@@ -77,7 +99,12 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
         config: dict[str, Any] = {
             "fine_tune_type": "dora" if any(dora) else "lora",
             "num_layers": count,
-            "lora_parameters": {"rank": rank, "scale": 1.0 if scale is None else scale, "dropout": 0.0, "keys": keys},
+            "lora_parameters": {
+                "rank": rank,
+                "scale": 1.0 if scale is None else scale,
+                "dropout": 0.0,
+                "keys": keys,
+            },
             "model": named,
         }
         write_json(folder / CONFIG, config)
@@ -91,7 +118,8 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
 
 
 def _with_tied_head(model: "CausalLM", updates: "Updates", adapter: Path) -> "Updates":
-    """The updates without a tied head's: mlx-lm adds an embedding's update to the head that is tied to it.
+    """The updates without a tied head's: mlx-lm adds an embedding's update to the head that is tied
+    to it.
 
     Raises UserError if only one of the two has an update, or if they differ.
     """
@@ -108,20 +136,25 @@ def _with_tied_head(model: "CausalLM", updates: "Updates", adapter: Path) -> "Up
         and torch.equal(embedding.b, head.a.T)
     ):
         raise UserError(
-            f"{adapter} changes one of embedding and head, or each differently. They are tied in the base, and mlx-lm "
+            f"{adapter} changes one of embedding and head, or each differently. They are tied in "
+            "the base, and mlx-lm "
             "adds the same update to both. Export it with --format merged."
         )
     return {name: update for name, update in updates.items() if name != model.head_name}
 
 
 def _common_scale(updates: "Updates") -> float | None:
-    """The scale of all updates; None if they differ, as with alpha_pattern: it is then multiplied into B."""
+    """The scale of all updates; None if they differ, as with alpha_pattern: it is then multiplied
+    into B.
+    """
     scales = {update.scale for update in updates.values()}
     return scales.pop() if len(scales) == 1 else None
 
 
 def _tensors(update: "LowRank", rank: int, scale: float | None) -> dict[str, Any]:
-    """A (I, R) and B (R, O), padded with zeros to `rank`, and DoRA's magnitude; B holds the scale if none is common."""
+    """A (I, R) and B (R, O), padded with zeros to `rank`, and DoRA's magnitude; B holds the scale
+    if none is common.
+    """
     import torch.nn.functional as F
 
     a, b = update.a.T, update.b.T  # (I, R), (R, O); of an embedding the inputs are its rows
@@ -132,10 +165,12 @@ def _tensors(update: "LowRank", rank: int, scale: float | None) -> dict[str, Any
 
 
 def _keys(names: Iterable[str], stem: str, blocks: int) -> tuple[list[str], int]:
-    """The layers to adapt as mlx-lm's `keys` and `num_layers`; `stem` is the full name of the list of `blocks`.
+    """The layers to adapt as mlx-lm's `keys` and `num_layers`; `stem` is the full name of the list
+    of `blocks`.
 
-    A key is a name inside a block, which then means the same layer of each of the last `num_layers` blocks, or a full
-    name. Full names are always exact; short ones are used where they say the same, as other programs know only these.
+    A key is a name inside a block, which then means the same layer of each of the last `num_layers`
+    blocks, or a full name. Full names are always exact; short ones are used where they say the
+    same, as other programs know only these.
     """
     inside: dict[str, set[int]] = {}
     outside = []
@@ -160,13 +195,19 @@ def _compared(export: Export, base: Path, folder: Path) -> Generator[Event, None
     from pipeline.models.save import rope_settings
 
     config, lines = read_config(base), list[str]()
-    if settings := ", ".join(f'"{key}": {value}' for key, value in rope_settings(config).items() if key not in config):
+    if settings := ", ".join(
+        f'"{key}": {value}' for key, value in rope_settings(config).items() if key not in config
+    ):
         lines = [
-            f"{base / 'config.json'} has its rotary settings in rope_parameters alone, where mlx-lm does not look for "
+            f"{base / 'config.json'} has its rotary settings in rope_parameters alone, where "
+            "mlx-lm does not look for "
             f"most models. Import the base again, or add to a copy: {settings}"
         ]
     if missing_libraries("lora export --format mlx, compared"):
-        return [*lines, f"Nothing was compared with mlx-lm, which is not installed: {install_command('mlx')}"]
+        return [
+            *lines,
+            f"Nothing was compared with mlx-lm, which is not installed: {install_command('mlx')}",
+        ]
     from torch import device
 
     from pipeline.data.answers.prompts import prompt_texts
@@ -178,13 +219,21 @@ def _compared(export: Export, base: Path, folder: Path) -> Generator[Event, None
 
     size = sum(path.stat().st_size for path in weight_files(base))
     if FITS * size > available_memory(device("cpu")):
-        return [*lines, f"Nothing was compared with mlx-lm: a model of {size / 1e9:.1f} GB in fp32 does not fit here."]
+        return [
+            *lines,
+            f"Nothing was compared with mlx-lm: a model of {size / 1e9:.1f} GB in fp32 does not "
+            "fit here.",
+        ]
     from pipeline.export.mlx import MLX
 
-    adapter = Candidate("adapter", "f32", (folder / WEIGHTS).stat().st_size, lambda: nullcontext(MLX(base, folder)))
+    adapter = Candidate(
+        "adapter", "f32", (folder / WEIGHTS).stat().st_size, lambda: nullcontext(MLX(base, folder))
+    )
     certificate = yield from compare(
         # mlx-lm reads the base as it is stored, whatever quantization the adapter was trained on
-        lambda: load(base, export.adapter, trust_remote_code=export.trust_remote_code, quantization="none"),
+        lambda: load(
+            base, export.adapter, trust_remote_code=export.trust_remote_code, quantization="none"
+        ),
         load_tokenizer(base),
         [adapter],
         prompt_texts(export.prompts),

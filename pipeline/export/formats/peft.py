@@ -1,11 +1,19 @@
-"""The adapter as PEFT reads it, with its tokenizer and a model card, without this project's own files."""
+"""The adapter as PEFT reads it, with its tokenizer and a model card, without this project's own
+files.
+"""
 
 import shutil
 from collections.abc import Generator
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.export.formats import Export, Format, adapter_folder, note_on_base, note_on_quantization
+from pipeline.export.formats import (
+    Export,
+    Format,
+    adapter_folder,
+    note_on_base,
+    note_on_quantization,
+)
 from pipeline.project.runner import Event
 
 

@@ -1,8 +1,9 @@
 """The adapter as vLLM serves it: only low-rank updates, all of one rank and with a scale of 1.
 
-Trained token rows become low-rank updates of embedding and head. Not every server reads rank_pattern and alpha_pattern:
-SGLang and earlier versions of vLLM take `r` and `lora_alpha` for all modules. So the scale is part of B, and narrower
-updates get rows of zeros, which cost a server nothing: it reserves the largest rank for every module.
+Trained token rows become low-rank updates of embedding and head. Not every server reads
+rank_pattern and alpha_pattern: SGLang and earlier versions of vLLM take `r` and `lora_alpha` for
+all modules. So the scale is part of B, and narrower updates get rows of zeros, which cost a server
+nothing: it reserves the largest rank for every module.
 """
 
 from collections.abc import Generator
@@ -11,7 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
-from pipeline.export.formats import Export, Format, adapter_folder, note_on_base, note_on_quantization
+from pipeline.export.formats import (
+    Export,
+    Format,
+    adapter_folder,
+    note_on_base,
+    note_on_quantization,
+)
 from pipeline.project.runner import Event
 
 if TYPE_CHECKING:
@@ -31,10 +38,13 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     base = export.base or base_of(export.adapter)
     with adapter_folder(export._replace(base=base), out) as folder:
         updates = low_rank_updates(base, export.adapter, export.trust_remote_code)
-        name, widest = max(((name, update.rank) for name, update in updates.items()), key=lambda pair: pair[1])
+        name, widest = max(
+            ((name, update.rank) for name, update in updates.items()), key=lambda pair: pair[1]
+        )
         if widest > RANKS[-1]:
             raise UserError(
-                f"{export.adapter}: {name} needs rank {widest}, but vLLM supports at most {RANKS[-1]}. "
+                f"{export.adapter}: {name} needs rank {widest}, but vLLM supports at most "
+                f"{RANKS[-1]}. "
                 "Export with --format merged."
             )
         named = read_config(export.adapter).get("base_model_name_or_path") or str(base)
@@ -59,4 +69,6 @@ def padded(update: "LowRank", rank: int) -> "LowRank":
 
 
 OPTIONS = ("base", "base_name", "trust_remote_code")
-FORMAT = Format(1, "the adapter as vLLM accepts it, low-rank updates only", OPTIONS, write, "adapter")
+FORMAT = Format(
+    1, "the adapter as vLLM accepts it, low-rank updates only", OPTIONS, write, "adapter"
+)

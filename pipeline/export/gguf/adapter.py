@@ -21,11 +21,14 @@ EMBEDDING = "token_embd.weight"
 ALPHA = "adapter.lora.alpha"
 
 
-def write_adapter(path: Path, updates: Updates, model: CausalLM, metadata: Mapping[str, Any]) -> None:
+def write_adapter(
+    path: Path, updates: Updates, model: CausalLM, metadata: Mapping[str, Any]
+) -> None:
     """Write the updates of `model` in fp32.
 
-    llama.cpp multiplies each by alpha/R with one alpha and its own rank R, so an update with another scale has the
-    difference in its B. Raises UserError if llama.cpp does not compute such a model.
+    llama.cpp multiplies each by alpha/R with one alpha and its own rank R, so an update with
+    another scale has the difference in its B. Raises UserError if llama.cpp does not compute such a
+    model.
     """
     # an alpha of 0 would mean a scale of 1
     alphas = Counter(alpha for update in updates.values() if (alpha := update.scale * update.rank))
@@ -35,7 +38,9 @@ def write_adapter(path: Path, updates: Updates, model: CausalLM, metadata: Mappi
         update = updates[name]
         b = layout.rows(update.b.float()) * (update.scale * update.rank / alpha)  # (O, R)
         # llama.cpp looks a token's row of A up, in its layout (V, R)
-        tensors[f"{target}.lora_a"] = update.a.float().T if target == EMBEDDING else update.a.float()
+        tensors[f"{target}.lora_a"] = (
+            update.a.float().T if target == EMBEDDING else update.a.float()
+        )
         tensors[f"{target}.lora_b"] = b
     facts = {
         **metadata,
@@ -45,7 +50,9 @@ def write_adapter(path: Path, updates: Updates, model: CausalLM, metadata: Mappi
         "adapter.type": "lora",
         ALPHA: float(alpha),
     }
-    output = Output(path, facts, [(name, tuple(tensor.shape), Type.F32) for name, tensor in tensors.items()])
+    output = Output(
+        path, facts, [(name, tuple(tensor.shape), Type.F32) for name, tensor in tensors.items()]
+    )
     try:
         output.begin()
         for name, tensor in tensors.items():
@@ -56,7 +63,9 @@ def write_adapter(path: Path, updates: Updates, model: CausalLM, metadata: Mappi
 
 
 def adapter_ratios(path: Path, updates: Updates, model: CausalLM) -> dict[str, float | None]:
-    """⟨Δ', Δ⟩ / ⟨Δ, Δ⟩ of each update Δ and the Δ' that llama.cpp computes from the file; None if Δ is 0."""
+    """⟨Δ', Δ⟩ / ⟨Δ, Δ⟩ of each update Δ and the Δ' that llama.cpp computes from the file; None if Δ
+    is 0.
+    """
     reader = gguf.GGUFReader(path)
     alpha = float(reader.fields[ALPHA].contents())
     stored = {tensor.name: torch.from_numpy(np.array(tensor.data)) for tensor in reader.tensors}
@@ -72,12 +81,17 @@ def adapter_ratios(path: Path, updates: Updates, model: CausalLM) -> dict[str, f
 
 
 def _targets(updates: Updates, model: CausalLM) -> dict[str, tuple[str, Layout]]:
-    """Full name of a module → its tensor in llama.cpp, and that tensor's layout without a transposition."""
+    """Full name of a module → its tensor in llama.cpp, and that tensor's layout without a
+    transposition.
+    """
     config = model.describe()
     family = family_of(config)
     names = tensor_names(family.architecture, model.shape.layers)
     return {
-        name: (names(f"{name}.weight"), family.layout(config, f"{name}.weight")._replace(transposed=False))
+        name: (
+            names(f"{name}.weight"),
+            family.layout(config, f"{name}.weight")._replace(transposed=False),
+        )
         for name in updates
     }
 

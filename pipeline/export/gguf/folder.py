@@ -1,4 +1,6 @@
-"""What a folder of GGUF files has beside tensors: the tokenizer to write, where it comes from, what it replaces."""
+"""What a folder of GGUF files has beside tensors: the tokenizer to write, where it comes from, what
+it replaces.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,9 @@ def is_earlier_export(out: Path) -> bool:
 
 
 def tokenizer_of(base: Path, adapter: Path) -> SubwordTokenizer:
-    """The base's tokenizer, with the chat template that the adapter was trained with. Raises UserError."""
+    """The base's tokenizer, with the chat template that the adapter was trained with. Raises
+    UserError.
+    """
     tokenizer, path = SubwordTokenizer.load(base), adapter / TEMPLATE
     if not path.is_file():
         return tokenizer

@@ -1,8 +1,8 @@
 """The Modelfile from which `ollama create` makes a model.
 
-Ollama does not render the chat template that is in a GGUF file. It compares it with a list of its own and takes that
-entry's template in Go's language if few letters differ, else the prompt alone. So the Modelfile has a TEMPLATE, derived
-from what the chat template writes around messages.
+Ollama does not render the chat template that is in a GGUF file. It compares it with a list of its
+own and takes that entry's template in Go's language if few letters differ, else the prompt alone.
+So the Modelfile has a TEMPLATE, derived from what the chat template writes around messages.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,8 @@ from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.errors import UserError
 from pipeline.export.gguf.vocabulary import Vocabulary
 
-_SYSTEM, _USER, _ASSISTANT, _AGAIN = "Zq7s", "Zq7u", "Zq7a", "Zq7v"  # contents that no template writes itself
+# contents that no template writes itself
+_SYSTEM, _USER, _ASSISTANT, _AGAIN = "Zq7s", "Zq7u", "Zq7a", "Zq7v"
 
 
 class Turns(NamedTuple):
@@ -34,7 +35,9 @@ def modelfile(model: str, vocabulary: Vocabulary) -> str:
     if (turns := read_turns(tokenizer)) and (template := go_template(turns, vocabulary.bos)):
         lines.append(f'TEMPLATE """{template}"""')
     # a quote or a line break in a token, whoever wrote it there, would end the parameter
-    lines += [f'PARAMETER stop "{end}"' for end in vocabulary.ends if end.isprintable() and '"' not in end]
+    lines += [
+        f'PARAMETER stop "{end}"' for end in vocabulary.ends if end.isprintable() and '"' not in end
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -45,7 +48,9 @@ def read_turns(tokenizer: SubwordTokenizer) -> Turns | None:
 
     def render(*contents: str) -> str:
         roles = ("user", "assistant") * len(contents)
-        messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+        messages = [
+            {"role": role, "content": text} for role, text in zip(roles, contents, strict=False)
+        ]
         return tokenizer.render(messages, add_generation_prompt=True)
 
     try:
@@ -77,7 +82,9 @@ def _cut(text: str, content: str) -> tuple[str, str]:
 
 
 def go_template(turns: Turns, bos: str | None) -> str | None:
-    """The turns in Go's template language; None if they cannot be written. Ollama adds `bos` itself."""
+    """The turns in Go's template language; None if they cannot be written. Ollama adds `bos`
+    itself.
+    """
     if any('"""' in text or "{{" in text for text in turns if text):
         return None
     first, system, after_system = turns.first.removeprefix(bos or ""), "", turns.after_system

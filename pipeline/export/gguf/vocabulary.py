@@ -20,7 +20,8 @@ _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
     r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# How a text is split before merging, and whether a word that is a token is taken unmerged → llama.cpp's name.
+# How a text is split before merging, and whether a word that is a token is taken unmerged →
+# llama.cpp's name.
 PRE_TOKENIZERS = {
     (("bytes", _GPT2), False): "gpt-2",
     (("digits", "bytes", _GPT2), False): "smollm",
@@ -30,14 +31,17 @@ PRE_TOKENIZERS = {
     ((_TEKKEN, "bytes"), True): "tekken",
 }
 DIFFERENCES = {
-    "qwen2": "llama.cpp does not compose letters and accents (NFC): a text that has them apart gets other token ids.",
+    "qwen2": (
+        "llama.cpp does not compose letters and accents (NFC): a text that has them apart gets "
+        "other token ids."
+    ),
     "tekken": "llama.cpp splits words with combining accents at other places than transformers.",
 }
 
 
 class Vocabulary(NamedTuple):
-    """Metadata of the file; `notes` say what llama.cpp does differently. `ends`: the tokens that end an answer, `bos`:
-    the one that is added before a text, if any."""
+    """Metadata of the file; `notes` say what llama.cpp does differently. `ends`: the tokens that
+    end an answer, `bos`: the one that is added before a text, if any."""
 
     tokenizer: SubwordTokenizer
     metadata: dict[str, Any]
@@ -58,8 +62,14 @@ def read_vocabulary(tokenizer: SubwordTokenizer, rows: int) -> Vocabulary:
         )
     tree = tokenizer.describe()
     model = tree["model"]
-    if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise UserError(f"GGUF export supports BPE tokenizers, got {model['type']}. Use --format merged.")
+    if (
+        model["type"] != "BPE"
+        or model.get("continuing_subword_prefix")
+        or model.get("end_of_word_suffix")
+    ):
+        raise UserError(
+            f"GGUF export supports BPE tokenizers, got {model['type']}. Use --format merged."
+        )
     texts: dict[int, str] = {id_: text for text, id_ in model["vocab"].items()}
     kinds = dict.fromkeys(texts, NORMAL)
     sentencepiece = not any(step == "bytes" for step in _splits(tree.get("pre_tokenizer")))
@@ -93,9 +103,14 @@ def read_vocabulary(tokenizer: SubwordTokenizer, rows: int) -> Vocabulary:
         metadata["tokenizer.chat_template"] = tokenizer.template
     metadata |= _beginning(tokenizer, notes)
     # generation_config.json, which names end tokens too, may have ids that are no tokens
-    ends = sorted((id_ for id_ in tokenizer.end_ids if id_ < rows), key=lambda id_: (id_ != tokenizer.end_id, id_))
+    ends = sorted(
+        (id_ for id_ in tokenizer.end_ids if id_ < rows),
+        key=lambda id_: (id_ != tokenizer.end_id, id_),
+    )
     keys = ("eos", "eot", "eom")
-    metadata |= {f"tokenizer.ggml.{key}_token_id": id_ for key, id_ in zip(keys, ends, strict=False)}
+    metadata |= {
+        f"tokenizer.ggml.{key}_token_id": id_ for key, id_ in zip(keys, ends, strict=False)
+    }
     if len(ends) > len(keys):
         words = ", ".join(texts[id_] for id_ in ends[len(keys) :])
         notes.append(f"llama.cpp has room for {len(keys)} end tokens. It may not stop at {words}.")
@@ -107,16 +122,21 @@ def _loose_tokens(added: list[dict[str, Any]]) -> Iterator[str]:
     words = [token["content"] for token in added if token["single_word"]]
     if words:
         yield (
-            f"llama.cpp also finds {', '.join(words[:5])}{' …' * (len(words) > 5)} inside longer words, where "
+            f"llama.cpp also finds {', '.join(words[:5])}{' …' * (len(words) > 5)} inside longer "
+            "words, where "
             "transformers does not: texts with such words get other token ids."
         )
     spaced = [token["content"] for token in added if token["lstrip"] or token["rstrip"]]
     if spaced:
-        yield f"llama.cpp keeps the spaces beside {', '.join(spaced[:5])}, which transformers strips."
+        yield (
+            f"llama.cpp keeps the spaces beside {', '.join(spaced[:5])}, which transformers strips."
+        )
 
 
 def _splits(pre: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """The steps of a pre-tokenizer: regular expressions, "digits", "bytes", or JSON of any other step."""
+    """The steps of a pre-tokenizer: regular expressions, "digits", "bytes", or JSON of any other
+    step.
+    """
     if pre is None:
         return ()
     if pre["type"] == "Sequence":
@@ -125,13 +145,20 @@ def _splits(pre: Mapping[str, Any] | None) -> tuple[str, ...]:
         return ("bytes", _GPT2) if pre.get("use_regex", True) else ("bytes",)
     if pre["type"] == "Digits" and pre["individual_digits"]:
         return ("digits",)
-    if pre["type"] == "Split" and pre["behavior"] == "Isolated" and not pre["invert"] and "Regex" in pre["pattern"]:
+    if (
+        pre["type"] == "Split"
+        and pre["behavior"] == "Isolated"
+        and not pre["invert"]
+        and "Regex" in pre["pattern"]
+    ):
         return (pre["pattern"]["Regex"],)
     return (json.dumps(pre),)
 
 
 def _byte_level(tree: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    """Metadata of a byte-level BPE; adds to `notes`. Raises UserError if llama.cpp does not split words so."""
+    """Metadata of a byte-level BPE; adds to `notes`. Raises UserError if llama.cpp does not split
+    words so.
+    """
     model, normalizer = tree["model"], tree.get("normalizer")
     steps = _splits(tree["pre_tokenizer"])
     if steps == (_GPT2, "bytes"):
@@ -139,14 +166,22 @@ def _byte_level(tree: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     name = PRE_TOKENIZERS.get((steps, bool(model.get("ignore_merges"))))
     if name is None or (normalizer is not None and (name, normalizer["type"]) != ("qwen2", "NFC")):
         raise UserError(
-            f"tokenizer.json: llama.cpp has no name for this pre_tokenizer and normalizer, or it is not "
+            "tokenizer.json: llama.cpp has no name for this pre_tokenizer and normalizer, or it "
+            "is not "
             f"known here. Known: {', '.join(PRE_TOKENIZERS.values())}. Use --format merged."
         )
     if name in DIFFERENCES:
         notes.append(DIFFERENCES[name])
-    missing = [letter for letter, byte in BYTE_LETTERS.items() if letter not in model["vocab"] and byte in IN_TEXT]
+    missing = [
+        letter
+        for letter, byte in BYTE_LETTERS.items()
+        if letter not in model["vocab"] and byte in IN_TEXT
+    ]
     if missing and model.get("unk_token"):
-        notes.append(f"{len(missing)} bytes have no token: llama.cpp skips them, here they are {model['unk_token']}.")
+        notes.append(
+            f"{len(missing)} bytes have no token: llama.cpp skips them, here they are "
+            f"{model['unk_token']}."
+        )
     merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
     return {
         "tokenizer.ggml.model": "gpt2",
@@ -155,13 +190,20 @@ def _byte_level(tree: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     }
 
 
-def _sentencepiece(tree: Mapping[str, Any], kinds: Mapping[int, int], notes: list[str], chats: bool) -> dict[str, Any]:
-    """Metadata of a SentencePiece BPE without its scores; adds to `notes`. `chats`: whether there is a chat template.
+def _sentencepiece(
+    tree: Mapping[str, Any], kinds: Mapping[int, int], notes: list[str], chats: bool
+) -> dict[str, Any]:
+    """Metadata of a SentencePiece BPE without its scores; adds to `notes`. `chats`: whether there
+    is a chat template.
 
     Raises UserError if llama.cpp would tokenize differently.
     """
     normalizer, pre = tree.get("normalizer"), tree.get("pre_tokenizer")
-    steps = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
+    steps = (
+        normalizer["normalizers"]
+        if normalizer and normalizer["type"] == "Sequence"
+        else [normalizer]
+    )
     prefix = steps[:1] == [{"type": "Prepend", "prepend": "▁"}]
     replaces = steps[prefix:] == [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
     if normalizer is None and pre and pre["type"] == "Metaspace" and not pre.get("split", True):
@@ -169,14 +211,22 @@ def _sentencepiece(tree: Mapping[str, Any], kinds: Mapping[int, int], notes: lis
         prefix = scheme == "always" or (scheme == "first" and not chats)
         if scheme == "first":
             notes.append(
-                "llama.cpp puts a space after every special token or nowhere, this tokenizer at the start of a text "
-                f"only: the file says {'after every one' if prefix else 'nowhere, which is right for chats'}."
+                "llama.cpp puts a space after every special token or nowhere, this tokenizer at "
+                "the start of a text "
+                "only: the file says "
+                f"{'after every one' if prefix else 'nowhere, which is right for chats'}."
             )
     if pre and pre["type"] == "Split" and pre["pattern"] == {"String": " "}:
         pre = None  # no space is left to split at
-    if not replaces or pre or not tree["model"]["byte_fallback"] or list(kinds.values()).count(BYTE) < len(BYTES):
+    if (
+        not replaces
+        or pre
+        or not tree["model"]["byte_fallback"]
+        or list(kinds.values()).count(BYTE) < len(BYTES)
+    ):
         raise UserError(
-            "tokenizer.json: llama.cpp would tokenize differently: it is neither a byte-level BPE nor "
+            "tokenizer.json: llama.cpp would tokenize differently: it is neither a byte-level BPE "
+            "nor "
             "SentencePiece's with byte fallback. Use --format merged."
         )
     return {
@@ -187,10 +237,12 @@ def _sentencepiece(tree: Mapping[str, Any], kinds: Mapping[int, int], notes: lis
 
 
 def _scores(model: Mapping[str, Any], kinds: Mapping[int, int]) -> dict[str, float]:
-    """Scores by which llama.cpp merges the same pairs. It joins any two pieces that make a token, best score first.
+    """Scores by which llama.cpp merges the same pairs. It joins any two pieces that make a token,
+    best score first.
 
-    That is BPE only if every split of a token into two tokens is a merge, and a token's merges have adjacent ranks.
-    SentencePiece's own are so; those of another trainer are rejected. Raises UserError.
+    That is BPE only if every split of a token into two tokens is a merge, and a token's merges have
+    adjacent ranks. SentencePiece's own are so; those of another trainer are rejected. Raises
+    UserError.
     """
     vocabulary = model["vocab"]
     ranks: dict[str, int] = {}
@@ -206,7 +258,9 @@ def _scores(model: Mapping[str, Any], kinds: Mapping[int, int]) -> dict[str, flo
         count[token] = count.get(token, 0) + 1
     for token, id_ in vocabulary.items():
         if kinds[id_] == NORMAL:
-            splits = sum(token[:at] in vocabulary and token[at:] in vocabulary for at in range(1, len(token)))
+            splits = sum(
+                token[:at] in vocabulary and token[at:] in vocabulary for at in range(1, len(token))
+            )
             if splits != count.get(token, 0):
                 raise _other_merges(token)
     return {token: -float(ranks.get(token, len(ranks))) for token in vocabulary}
@@ -214,7 +268,8 @@ def _scores(model: Mapping[str, Any], kinds: Mapping[int, int]) -> dict[str, flo
 
 def _other_merges(token: str) -> UserError:
     return UserError(
-        f"tokenizer.json: the merges of {token!r} are not those of a SentencePiece model, so llama.cpp "
+        f"tokenizer.json: the merges of {token!r} are not those of a SentencePiece model, so "
+        "llama.cpp "
         "would tokenize differently. Use --format merged."
     )
 
@@ -222,20 +277,22 @@ def _other_merges(token: str) -> UserError:
 def _beginning(tokenizer: SubwordTokenizer, notes: list[str]) -> dict[str, Any]:
     """Ids of BOS, unknown and padding tokens, and whether BOS is added to a text; adds to `notes`.
 
-    llama.cpp's server drops a BOS that the template writes if the file says that the tokenizer adds one, so both may
-    be. If the template writes none, none must be added, or a chat would begin with a BOS that it had not in training.
-    Raises UserError.
+    llama.cpp's server drops a BOS that the template writes if the file says that the tokenizer adds
+    one, so both may be. If the template writes none, none must be added, or a chat would begin with
+    a BOS that it had not in training. Raises UserError.
     """
     prefix, named = tokenizer.prefix, tokenizer.special_ids()
     if len(prefix) > 1:
         raise UserError(
-            f"the tokenizer begins a text with {len(prefix)} tokens, llama.cpp with at most one. Use --format merged."
+            f"the tokenizer begins a text with {len(prefix)} tokens, llama.cpp with at most one. "
+            "Use --format merged."
         )
     chat = _rendered_chat(tokenizer)
     adds_bos = bool(prefix) and (chat is None or chat[:1] == prefix)
     if prefix and not adds_bos:
         notes.append(
-            "the chat template writes no BOS, so the file tells llama.cpp to add none: a plain text begins without the "
+            "the chat template writes no BOS, so the file tells llama.cpp to add none: a plain "
+            "text begins without the "
             "BOS that it has here."
         )
     if prefix:
@@ -253,6 +310,8 @@ def _rendered_chat(tokenizer: SubwordTokenizer) -> tuple[int, ...] | None:
     if not tokenizer.has_template:
         return None
     try:
-        return tokenizer.encode(tokenizer.render([{"role": "user", "content": "?"}], add_generation_prompt=True))
+        return tokenizer.encode(
+            tokenizer.render([{"role": "user", "content": "?"}], add_generation_prompt=True)
+        )
     except UserError:
         return None

@@ -1,4 +1,6 @@
-"""Writes GGUF files tensor by tensor, a block of rows at a time: memory does not grow with the model."""
+"""Writes GGUF files tensor by tensor, a block of rows at a time: memory does not grow with the
+model.
+"""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
@@ -19,13 +21,16 @@ from pipeline.project.runner import Event, Progress
 from pipeline.weights.merge import stored_name, tied_names
 from pipeline.weights.streaming import SAMPLES, Merge, Rows, Written, blocks, refuse_full_disk
 
-EPS = {Type.F32: 2.0**-23, Type.F16: 2.0**-10, Type.BF16: 2.0**-7, Type.Q8_0: 2.0**-7}  # of others 2^-3
+# of others 2^-3
+EPS = {Type.F32: 2.0**-23, Type.F16: 2.0**-10, Type.BF16: 2.0**-7, Type.Q8_0: 2.0**-7}
 POSITIONS = "position_embd.weight"  # llama.cpp adds it in fp32
 EMBEDDING_AND_HEAD = ("token_embd.weight", "output.weight")
 
 
 class Source(NamedTuple):
-    """A tensor to write: its name in llama.cpp, its shape in the file, its name in the checkpoint, and its layout."""
+    """A tensor to write: its name in llama.cpp, its shape in the file, its name in the checkpoint,
+    and its layout.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -34,7 +39,8 @@ class Source(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A model's tensors, the small `extra` ones that are no parameter, and its metadata without the vocabulary's.
+    """A model's tensors, the small `extra` ones that are no parameter, and its metadata without the
+    vocabulary's.
 
     `rows`: of the embedding. `notes` say what llama.cpp does differently.
     """
@@ -49,8 +55,8 @@ class Model(NamedTuple):
 def describe_model(merge: Merge, trust_remote_code: bool = False, own_head: bool = False) -> Model:
     """How llama.cpp stores and configures the model that `merge` writes.
 
-    `own_head`: write the head as a tensor of its own even if it is tied. Raises UserError if llama.cpp does not
-    compute such a model.
+    `own_head`: write the head as a tensor of its own even if it is tied. Raises UserError if
+    llama.cpp does not compute such a model.
     """
     model = skeleton(merge.base, trust_remote_code)
     config = model.describe()
@@ -59,7 +65,8 @@ def describe_model(merge: Merge, trust_remote_code: bool = False, own_head: bool
     own_head = own_head or merge.unties or not tied
     if own_head and not family.own_head:
         raise UserError(
-            "llama.cpp reads the head of this model from its embedding, but here it is another matrix. "
+            "llama.cpp reads the head of this model from its embedding, but here it is another "
+            "matrix. "
             "Use --format merged."
         )
     names = tensor_names(family.architecture, model.shape.layers)
@@ -69,14 +76,18 @@ def describe_model(merge: Merge, trust_remote_code: bool = False, own_head: bool
             continue
         stored = name if name in merge.copies else stored_name(name, merge.locations, tied)
         if stored is None:
-            raise UserError(f"{merge.base} has no tensor {name}. Save it again with transformers' save_pretrained.")
+            raise UserError(
+                f"{merge.base} has no tensor {name}. Save it again with transformers' "
+                "save_pretrained."
+            )
         layout = family.layout(config, name)
         shape = tuple(parameter.shape[::-1] if layout.transposed else parameter.shape)
         sources.append(Source(names(name), shape, stored, layout))
     settings, notes = family.settings(config), []
     if (context := settings["context_length"]) < model.shape.positions:
         notes.append(
-            f"llama.cpp has no sliding window for this model. The file names a context of {context} tokens, up to "
+            "llama.cpp has no sliding window for this model. The file names a context of "
+            f"{context} tokens, up to "
             "which it makes no difference."
         )
     metadata = {f"{family.architecture}.{key}": value for key, value in settings.items()}
@@ -85,14 +96,18 @@ def describe_model(merge: Merge, trust_remote_code: bool = False, own_head: bool
 
 
 def tensor_names(architecture: str, layers: int) -> Callable[[str], str]:
-    """Full name of a parameter → its name in llama.cpp. Raises UserError for one that it does not have."""
+    """Full name of a parameter → its name in llama.cpp. Raises UserError for one that it does not
+    have.
+    """
     (kind,) = (kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     table = gguf.get_tensor_name_map(kind, layers)
 
     def name_of(parameter: str) -> str:
         name: str | None = table.get_name(parameter, (".weight", ".bias"))
         if name is None:
-            raise UserError(f"llama.cpp's {architecture} has no tensor for {parameter}. Use --format merged.")
+            raise UserError(
+                f"llama.cpp's {architecture} has no tensor for {parameter}. Use --format merged."
+            )
         return name
 
     return name_of
@@ -101,9 +116,11 @@ def tensor_names(architecture: str, layers: int) -> Callable[[str], str]:
 def write_files(
     files: Mapping[Path, str], merge: Merge, model: Model, metadata: Mapping[str, Any]
 ) -> Generator[Event, None, None]:
-    """Write the merged model once per file, in the kind of each, such as q8_0: every tensor is merged only once.
+    """Write the merged model once per file, in the kind of each, such as q8_0: every tensor is
+    merged only once.
 
-    Values are summed in fp32 and rounded once. Raises UserError for values that overflow fp16, and if the disk is full.
+    Values are summed in fp32 and rounded once. Raises UserError for values that overflow fp16, and
+    if the disk is full.
     """
     with ExitStack() as stack:
         outputs = []
@@ -112,7 +129,9 @@ def write_files(
             facts = {**model.metadata, **metadata, "general.file_type": file_type(kind)}
             facts["general.quantization_version"] = gguf.GGML_QUANT_VERSION
             shapes = [(source.name, source.shape, types[source.name]) for source in model.sources]
-            shapes += [(name, tuple(tensor.shape), Type.F32) for name, tensor in model.extra.items()]
+            shapes += [
+                (name, tuple(tensor.shape), Type.F32) for name, tensor in model.extra.items()
+            ]
             outputs.append(stack.enter_context(closing(Output(path, facts, shapes))))
         refuse_full_disk(next(iter(files)).parent, sum(output.size for output in outputs))
         for output in outputs:
@@ -138,9 +157,16 @@ def _matrix_rows(merge: Merge, source: Source) -> Iterator[Tensor]:
 
 
 class Output:
-    """A GGUF file that is written tensor by tensor, in the order of `shapes`: name, shape and type of each."""
+    """A GGUF file that is written tensor by tensor, in the order of `shapes`: name, shape and type
+    of each.
+    """
 
-    def __init__(self, path: Path, metadata: Mapping[str, Any], shapes: Iterable[tuple[str, tuple[int, ...], Type]]):
+    def __init__(
+        self,
+        path: Path,
+        metadata: Mapping[str, Any],
+        shapes: Iterable[tuple[str, tuple[int, ...], Type]],
+    ):
         self._writer = gguf.GGUFWriter(path, metadata["general.architecture"])
         add: dict[type, Callable[[str, Any], None]] = {
             bool: self._writer.add_bool,
@@ -179,7 +205,8 @@ class Output:
             quantized = gguf.quants.quantize(rows, kind)
         if kind == Type.F16 and not np.isfinite(quantized).all():
             raise UserError(
-                f"{name} has the value {np.abs(rows).max():.3g}, which overflows fp16. Use --quantize bf16."
+                f"{name} has the value {np.abs(rows).max():.3g}, which overflows fp16. Use "
+                "--quantize bf16."
             )
         self._file.write(quantized.tobytes())
 
@@ -193,8 +220,8 @@ class Output:
 def type_of(source: Source, kind: str) -> Type:
     """The type of a tensor in a file of `kind`.
 
-    Vectors stay in fp32, which llama.cpp computes with. Embedding and head, where 4 or 5 bits cost most, get 8; rows
-    that no block of the type divides get fp16.
+    Vectors stay in fp32, which llama.cpp computes with. Embedding and head, where 4 or 5 bits cost
+    most, get 8; rows that no block of the type divides get fp16.
     """
     quantized = Type[kind.upper()]
     if len(source.shape) == 1 or source.name == POSITIONS:
@@ -210,7 +237,9 @@ def file_type(kind: str) -> int:
 
 
 def written_matrices(path: Path, model: Model) -> Callable[[str], Written]:
-    """Reads the matrices of the GGUF file `path` by their names in the checkpoint, as `update_ratios` samples them."""
+    """Reads the matrices of the GGUF file `path` by their names in the checkpoint, as
+    `update_ratios` samples them.
+    """
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     sources = {source.stored: source for source in model.sources}
 
@@ -221,8 +250,11 @@ def written_matrices(path: Path, model: Model) -> Callable[[str], Written]:
         for rows in blocks(count, columns, SAMPLES):
             yield rows, _dequantized(data[rows], kind) if whole is None else whole[rows]
 
-    return lambda name: Written(EPS.get(tensors[sources[name].name].tensor_type, 2.0**-3), sampled(sources[name]))
+    return lambda name: Written(
+        EPS.get(tensors[sources[name].name].tensor_type, 2.0**-3), sampled(sources[name])
+    )
 
 
 def _dequantized(data: np.ndarray[Any, Any], kind: Type) -> Tensor:
-    return torch.from_numpy(np.array(gguf.quants.dequantize(data, kind)))  # a copy: the file is mapped read-only
+    # a copy: the file is mapped read-only
+    return torch.from_numpy(np.array(gguf.quants.dequantize(data, kind)))

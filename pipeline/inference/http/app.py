@@ -33,7 +33,8 @@ from pipeline.models.generate import Sampling
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 DEFAULT_CHAT_TOKENS = 2048  # OpenAI has no limit, but small models may never end
-# Characters of a token, on average, in no real text: a longer one is rejected unencoded, which takes seconds for 1 MiB.
+# Characters of a token, on average, in no real text: a longer one is rejected unencoded, which
+# takes seconds for 1 MiB.
 MAX_TOKEN_CHARACTERS = 32
 Ids = tuple[int, ...]
 Prepare = Callable[[LoadedModel], list[Ids]]  # runs beside the event loop
@@ -54,7 +55,10 @@ class EventStream:
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+        ]
         async with aclosing(self._events):
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             async for event in self._events:
@@ -63,7 +67,9 @@ class EventStream:
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told of an error. One that nobody foresaw is printed here, and not described there."""
+    """What a client is told of an error. One that nobody foresaw is printed here, and not described
+    there.
+    """
     if isinstance(error, ApiError):
         return error
     if isinstance(error, Busy):
@@ -75,7 +81,9 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, RecursionError):
         return ApiError(400, "the body is nested too deeply.")
     if is_out_of_memory(error):
-        return ApiError(503, f"out of memory ({first_line(error)}). Use a shorter prompt or fewer models.")
+        return ApiError(
+            503, f"out of memory ({first_line(error)}). Use a shorter prompt or fewer models."
+        )
     if isinstance(error, OSError):
         return ApiError(500, explain(error))
     traceback.print_exception(error)
@@ -150,10 +158,16 @@ class Api:
     async def completions(self, request: Request) -> Response | EventStream:
         body = parse(CompletionRequest, await request.body())
         if body.echo and body.logprobs is not None:
-            raise ApiError(400, "logprobs of an echoed prompt are not supported. Remove echo or logprobs.", "logprobs")
+            raise ApiError(
+                400,
+                "logprobs of an echoed prompt are not supported. Remove echo or logprobs.",
+                "logprobs",
+            )
         prompts = body.prompts
         if not 1 <= len(prompts) * body.n <= MAX_CHOICES:
-            raise ApiError(400, f"prompt must be 1 to {MAX_CHOICES} prompts, n times each.", "prompt")
+            raise ApiError(
+                400, f"prompt must be 1 to {MAX_CHOICES} prompts, n times each.", "prompt"
+            )
 
         def prepare(loaded: LoadedModel) -> list[Ids]:
             return [
@@ -162,8 +176,13 @@ class Api:
             ]
 
         def reply(loaded: LoadedModel, ids: Sequence[Ids]) -> Format:
-            texts = [p if isinstance(p, str) else loaded.tokenizer.decode(i) for p, i in zip(prompts, ids, strict=True)]
-            echoes = {k: texts[k // body.n] for k in range(len(texts) * body.n)} if body.echo else {}
+            texts = [
+                p if isinstance(p, str) else loaded.tokenizer.decode(i)
+                for p, i in zip(prompts, ids, strict=True)
+            ]
+            echoes = (
+                {k: texts[k // body.n] for k in range(len(texts) * body.n)} if body.echo else {}
+            )
             return CompletionFormat(loaded.tokenizer.word, body.logprobs is not None, echoes)
 
         return await self._respond(
@@ -171,9 +190,16 @@ class Api:
         )
 
     async def _respond(
-        self, body: requests.Request, limit: int, top_logprobs: int, prepare: Prepare, make_format: MakeFormat
+        self,
+        body: requests.Request,
+        limit: int,
+        top_logprobs: int,
+        prepare: Prepare,
+        make_format: MakeFormat,
     ) -> Response | EventStream:
-        """Generate for every prompt, `n` times each: up to `limit` tokens, or what the context has room for."""
+        """Generate for every prompt, `n` times each: up to `limit` tokens, or what the context has
+        room for.
+        """
         start = time.monotonic()
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options needs stream: true.", "stream_options")
@@ -188,18 +214,25 @@ class Api:
                 if room < 1:
                     raise ApiError(
                         400,
-                        f"The prompt has {len(ids)} tokens; {loaded.name} takes {loaded.model.max_length}, the answer "
+                        f"The prompt has {len(ids)} tokens; {loaded.name} takes "
+                        f"{loaded.model.max_length}, the answer "
                         "included. Shorten it.",
                         "messages" if isinstance(body, ChatRequest) else "prompt",
                         "context_length_exceeded",
                     )
                 for _ in range(body.n):
-                    # Another seed for each choice; the only one of a request has the seed that was asked for.
+                    # Another seed for each choice; the only one of a request has the seed that was
+                    # asked for.
                     sampling = Sampling(
-                        body.temperature, max(body.top_k, 0), body.top_p, (seed + len(generations)) % 2**63
+                        body.temperature,
+                        max(body.top_k, 0),
+                        body.top_p,
+                        (seed + len(generations)) % 2**63,
                     )
                     most = min(limit, room)
-                    generations.append(Generation(body.model, ids, most, sampling, strength, top_logprobs))
+                    generations.append(
+                        Generation(body.model, ids, most, sampling, strength, top_logprobs)
+                    )
             usage = Usage(sum(map(len, prompts)))
             pieces = self._generate(generations, loaded, body.stops, usage, start)
             first = await anext(pieces)  # an error before it has a status
@@ -214,7 +247,9 @@ class Api:
         }
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
-            return EventStream(_events(envelope, form, first, pieces, len(generations), usage, with_usage))
+            return EventStream(
+                _events(envelope, form, first, pieces, len(generations), usage, with_usage)
+            )
         choices = [Choice() for _ in generations]
         choices[first.index].add(first)
         async with aclosing(pieces):
@@ -224,7 +259,12 @@ class Api:
         return Json(envelope | {"choices": written, "usage": usage.json()})
 
     async def _generate(
-        self, generations: Sequence[Generation], loaded: LoadedModel, stops: Sequence[str], usage: Usage, start: float
+        self,
+        generations: Sequence[Generation],
+        loaded: LoadedModel,
+        stops: Sequence[str],
+        usage: Usage,
+        start: float,
     ) -> AsyncGenerator[Piece, None]:
         """The pieces of all choices, counted."""
 
@@ -288,14 +328,21 @@ def _encode_chat(loaded: LoadedModel, body: ChatRequest) -> Ids:
     except UserError as error:  # which names the model by its path
         raise ApiError(400, str(error).replace(str(loaded.base), loaded.name), "messages") from None
     if tools and text == tokenizer.render(messages, True):
-        raise ApiError(400, f"The chat template of {loaded.name} takes no tools. Remove them.", "tools")
+        raise ApiError(
+            400, f"The chat template of {loaded.name} takes no tools. Remove them.", "tools"
+        )
     return _encode(loaded, text)
 
 
 def _encode(loaded: LoadedModel, text: str) -> Ids:
-    """The prompt's ids. Raises UserError, and ApiError for a text that would take seconds to encode for nothing."""
+    """The prompt's ids. Raises UserError, and ApiError for a text that would take seconds to encode
+    for nothing.
+    """
     if len(text) > MAX_TOKEN_CHARACTERS * loaded.model.max_length:
-        problem = f"The prompt has {len(text)} characters; {loaded.name} takes {loaded.model.max_length} tokens."
+        problem = (
+            f"The prompt has {len(text)} characters; {loaded.name} takes "
+            f"{loaded.model.max_length} tokens."
+        )
         raise ApiError(400, problem, code="context_length_exceeded")
     return engine.encode(loaded, text)
 
@@ -303,7 +350,9 @@ def _encode(loaded: LoadedModel, text: str) -> Ids:
 def _checked_ids(loaded: LoadedModel, ids: Ids) -> Ids:
     size = len(loaded.tokenizer)
     if not ids or not all(0 <= id_ < size for id_ in ids):
-        raise ApiError(400, f"prompt must be token ids from 0 to {size - 1}, at least one.", "prompt")
+        raise ApiError(
+            400, f"prompt must be token ids from 0 to {size - 1}, at least one.", "prompt"
+        )
     return ids
 
 
@@ -312,9 +361,15 @@ def _strength(resident: Resident, strength: float | None) -> float:
     if strength in (None, 1):
         return 1.0
     if resident.loaded.adapter is None:
-        raise ApiError(400, f"strength: {resident.loaded.name} is no adapter. Remove it, or choose one.", "strength")
+        raise ApiError(
+            400,
+            f"strength: {resident.loaded.name} is no adapter. Remove it, or choose one.",
+            "strength",
+        )
     if resident.strength is None and strength != 0:
-        raise ApiError(400, f"strength: {resident.loaded.name} is not scalable. Use 0 or 1.", "strength")
+        raise ApiError(
+            400, f"strength: {resident.loaded.name} is not scalable. Use 0 or 1.", "strength"
+        )
     return float(strength or 0)
 
 

@@ -33,7 +33,8 @@ class Piece:
 class StoppedText:
     """Text up to the first of some stop strings, which may begin in one token and end in another.
 
-    Text that may turn out to be the beginning of a stop string is held back, and its tokens with it.
+    Text that may turn out to be the beginning of a stop string is held back, and its tokens with
+    it.
     """
 
     stops: Sequence[str]
@@ -48,7 +49,9 @@ class StoppedText:
         starts = [start for stop in self.stops if (start := self._held.find(stop)) >= 0]
         if starts:
             return *self._release(min(starts)), True
-        return *self._release(len(self._held) - max(map(self._overlap, self.stops), default=0)), False
+        return *self._release(
+            len(self._held) - max(map(self._overlap, self.stops), default=0)
+        ), False
 
     def _overlap(self, stop: str) -> int:
         """The length of the longest beginning of `stop` that the text ends with."""
@@ -79,8 +82,8 @@ async def generate(
 ) -> AsyncGenerator[Piece, None]:
     """Pieces of all choices as they come; `count` is called for each token.
 
-    Everything is submitted before the first piece. A caller that stops early must close it: that cancels the rest.
-    Raises what `submit` raises, and what ends a sequence early.
+    Everything is submitted before the first piece. A caller that stops early must close it: that
+    cancels the rest. Raises what `submit` raises, and what ends a sequence early.
     """
     loop = asyncio.get_running_loop()
     events: asyncio.Queue[tuple[int, GeneratedToken | str | Exception]] = asyncio.Queue()
@@ -100,12 +103,16 @@ async def generate(
             index, event = await events.get()
             if index not in running:  # cancelled after a stop string
                 continue
-            if isinstance(event, UserError):  # a bad request was rejected before: it is the model, or the machine
+            # a bad request was rejected before: it is the model, or the machine
+            if isinstance(event, UserError):
                 raise ApiError(503, str(event))
             if isinstance(event, Exception):
                 raise event
             if event == "cancelled":
-                raise ApiError(503, "The server stopped this request: it is shutting down, or unloads the model.")
+                raise ApiError(
+                    503,
+                    "The server stopped this request: it is shutting down, or unloads the model.",
+                )
             if isinstance(event, str):
                 del running[index]
                 yield Piece(index, *texts[index].rest(), event)

@@ -1,4 +1,6 @@
-"""What a request must be before it is read: from a known host and origin, with the key, of limited size and time."""
+"""What a request must be before it is read: from a known host and origin, with the key, of limited
+size and time.
+"""
 
 import asyncio
 import hmac
@@ -21,14 +23,21 @@ OPEN = ("/health",)  # without a key
 
 
 class Guard:
-    """ASGI middleware. Reads the body, then runs the routes until one answers or the client is gone.
+    """ASGI middleware. Reads the body, then runs the routes until one answers or the client is
+    gone.
 
-    `hosts`: allowed names in the Host header; None allows every one, which is safe only with a key. A page of another
-    origin cannot know the key, but without one, a browser would send its requests here (DNS rebinding).
+    `hosts`: allowed names in the Host header; None allows every one, which is safe only with a key.
+    A page of another origin cannot know the key, but without one, a browser would send its requests
+    here (DNS rebinding).
     """
 
     def __init__(
-        self, app: Router, hosts: Sequence[str] | None, origins: Sequence[str], key: str | None, metrics: Metrics
+        self,
+        app: Router,
+        hosts: Sequence[str] | None,
+        origins: Sequence[str],
+        key: str | None,
+        metrics: Metrics,
     ) -> None:
         self._app, self._hosts, self._origins, self._metrics = app, hosts, origins, metrics
         self._paths = {route.path for route in app.routes if isinstance(route, Route)}
@@ -36,7 +45,8 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
-        route = scope["path"] if scope["path"] in self._paths else "other"  # a label must not be any text
+        # a label must not be any text
+        route = scope["path"] if scope["path"] in self._paths else "other"
 
         async def counted(message: Message) -> None:
             nonlocal started
@@ -61,10 +71,17 @@ class Guard:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         if self._hosts is not None and _hostname(host) not in self._hosts:
-            raise _closing(403, f"Host {host[:100]} is not served. Use 127.0.0.1, or start `lora serve` with --host.")
+            raise _closing(
+                403,
+                f"Host {host[:100]} is not served. Use 127.0.0.1, or start `lora serve` with "
+                "--host.",
+            )
         origin = headers.get("origin")
         if origin is not None and origin not in self._origins:
-            raise _closing(403, f"Pages of {origin[:100]} may not use this server. Start it with --allow-origin.")
+            raise _closing(
+                403,
+                f"Pages of {origin[:100]} may not use this server. Start it with --allow-origin.",
+            )
         given = headers.get("authorization", "").encode("latin-1", "replace")
         if (
             self._key is not None
@@ -72,7 +89,9 @@ class Guard:
             and not hmac.compare_digest(given, b"Bearer " + self._key)
         ):
             raise _closing(
-                401, "The API key is missing or wrong. Send `Authorization: Bearer KEY`.", code="invalid_api_key"
+                401,
+                "The API key is missing or wrong. Send `Authorization: Bearer KEY`.",
+                code="invalid_api_key",
             )
 
     async def _run(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
@@ -82,10 +101,12 @@ class Guard:
         async def replay() -> Message:
             if messages:
                 return messages.pop()
-            await asyncio.Event().wait()  # never: who listens for the end of the client is cancelled at it
+            # never: who listens for the end of the client is cancelled at it
+            await asyncio.Event().wait()
             raise AssertionError
 
-        # With an "app", Starlette raises 404 and 405 instead of writing them in a format of its own.
+        # With an "app", Starlette raises 404 and 405 instead of writing them in a format of its
+        # own.
         answer = asyncio.ensure_future(self._app({**scope, "app": self._app}, replay, send))
         gone = asyncio.ensure_future(_wait_for_disconnect(receive))
         try:
@@ -106,7 +127,9 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 
 
 async def _read(receive: Receive) -> bytes | None:
-    """The body; None if the client went. Raises ApiError 413 if it is too large, 408 if it is too slow."""
+    """The body; None if the client went. Raises ApiError 413 if it is too large, 408 if it is too
+    slow.
+    """
     body, size = bytearray(), 0
     try:
         async with asyncio.timeout(ARRIVAL_SECONDS):
@@ -121,14 +144,18 @@ async def _read(receive: Receive) -> bytes | None:
                 if not message.get("more_body", False):
                     break
     except TimeoutError:
-        raise _closing(408, f"The request took longer than {ARRIVAL_SECONDS:g} seconds to arrive.") from None
+        raise _closing(
+            408, f"The request took longer than {ARRIVAL_SECONDS:g} seconds to arrive."
+        ) from None
     if size > MAX_BODY_BYTES:
         raise _closing(413, f"The body must have at most {MAX_BODY_BYTES} bytes.")
     return bytes(body)
 
 
 def _closing(status: int, message: str, code: str | None = None) -> ApiError:
-    """An answer that is given before the request was read, so that nothing else can follow on the connection."""
+    """An answer that is given before the request was read, so that nothing else can follow on the
+    connection.
+    """
     return ApiError(status, message, code=code, headers={"Connection": "close"})
 
 

@@ -1,4 +1,6 @@
-"""The models that are served: their names and folders, what of them is in memory, adapters that clients load."""
+"""The models that are served: their names and folders, what of them is in memory, adapters that
+clients load.
+"""
 
 import asyncio
 from collections import Counter
@@ -26,7 +28,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is: a base's, checkpoint's or merged model's folder, or an adapter's with its base."""
+    """Where a model is: a base's, checkpoint's or merged model's folder, or an adapter's with its
+    base.
+    """
 
     base: Path
     adapter: Path | None = None
@@ -40,7 +44,8 @@ Sources = Mapping[str, Source]  # by name; the first is the base that is loaded 
 
 
 def project_models(project: Project) -> Sources:
-    """Base, adapters, checkpoints and merged models in a project's artifacts, by the names of `lora adapters`.
+    """Base, adapters, checkpoints and merged models in a project's artifacts, by the names of `lora
+    adapters`.
 
     Adapters whose base is missing are left out. Raises UserError if there is no base yet.
     """
@@ -49,7 +54,8 @@ def project_models(project: Project) -> Sources:
     base = next(filter(Path.is_dir, bases), None)
     if base is None:
         raise UserError(
-            "There is no model yet. Run `lora import` or `lora pretrain` first, or name a model with --base."
+            "There is no model yet. Run `lora import` or `lora pretrain` first, or name a model "
+            "with --base."
         )
 
     def name(folder: Path) -> str:
@@ -58,25 +64,35 @@ def project_models(project: Project) -> Sources:
     sources = {name(base): Source(base)}
     for folder in model_folders(root):
         with suppress(UserError):  # `lora adapters` shows it, with the reason
-            found = Source(find_base(folder, root), folder) if (folder / CONFIG).exists() else Source(folder)
+            found = (
+                Source(find_base(folder, root), folder)
+                if (folder / CONFIG).exists()
+                else Source(folder)
+            )
             sources.setdefault(name(folder), found)
     return sources
 
 
 def named_models(base: Path, adapters: Iterable[Path]) -> Sources:
-    """A base and adapters on it, by the names of their folders. Raises UserError if two have the same name."""
+    """A base and adapters on it, by the names of their folders. Raises UserError if two have the
+    same name.
+    """
     sources = {base.resolve().name: Source(base)}
     for adapter in adapters:
         name = adapter.resolve().name
         read_config(adapter)
         if name in sources:
-            raise UserError(f"--adapter: two models are called {name}. Rename the folder {adapter}.")
+            raise UserError(
+                f"--adapter: two models are called {name}. Rename the folder {adapter}."
+            )
         sources[name] = Source(base, adapter)
     return sources
 
 
 class ServedModels:
-    """Used on the event loop's thread; models are loaded and unloaded on the generator's, between two steps."""
+    """Used on the event loop's thread; models are loaded and unloaded on the generator's, between
+    two steps.
+    """
 
     def __init__(
         self,
@@ -86,7 +102,8 @@ class ServedModels:
         trust_remote_code: bool = False,
         fits_memory: bool = False,
     ) -> None:
-        """`scan` finds the models again; `adapter_folders` are those in which clients may load adapters.
+        """`scan` finds the models again; `adapter_folders` are those in which clients may load
+        adapters.
 
         `fits_memory`: the generator's `max_tokens` follows the memory that the loaded models leave.
         """
@@ -115,7 +132,9 @@ class ServedModels:
         return self.sources
 
     async def get(self, name: str) -> Resident:
-        """The model, loaded if it is not, or if its files changed. Raises ApiError 404, or 400 if it is rejected."""
+        """The model, loaded if it is not, or if its files changed. Raises ApiError 404, or 400 if
+        it is rejected.
+        """
         resident = self._residents.get(name)
         if resident is not None and resident.current:
             self._residents[name] = self._residents.pop(name)
@@ -162,12 +181,18 @@ class ServedModels:
         return resident
 
     async def _make_room(self, base: Path) -> None:
-        """Unload the models unused for longest until one more, on `base`, is within the limits; never the first base,
-        nor what generates."""
+        """Unload the models unused for longest until one more, on `base`, is within the limits;
+        never the first base, nor what generates."""
         for name in list(self._residents):
-            bases = {id(resident.base): resident.base.folder.resolve() for resident in self._residents.values()}
+            bases = {
+                id(resident.base): resident.base.folder.resolve()
+                for resident in self._residents.values()
+            }
             more = base.resolve() not in bases.values()
-            if len(self._residents) + len(self._loading) <= MAX_LOADED and len(bases) + more <= MAX_BASES:
+            if (
+                len(self._residents) + len(self._loading) <= MAX_LOADED
+                and len(bases) + more <= MAX_BASES
+            ):
                 return
             if name != self.base and not self._in_use[name]:
                 await self._forget(name)
@@ -200,11 +225,14 @@ class ServedModels:
         if name in self.sources and not replace:
             raise ApiError(
                 400,
-                f"The lora adapter '{name}' has already been loaded. Unload it first, or set load_inplace to true.",
+                f"The lora adapter '{name}' has already been loaded. Unload it first, or set "
+                "load_inplace to true.",
                 "lora_name",
             )
         if name in self._found and self._found[name].adapter is None:
-            raise ApiError(400, f"{name} is the name of a model. Choose another lora_name.", "lora_name")
+            raise ApiError(
+                400, f"{name} is the name of a model. Choose another lora_name.", "lora_name"
+            )
         folder = self._allowed(path)
         source = Source(self._found[self.base].base, folder)
         self._residents.pop(name, None)  # the pool replaces it
@@ -213,7 +241,9 @@ class ServedModels:
         self._removed.discard(name)
 
     def _allowed(self, path: str) -> Path:
-        """The adapter's folder. Outside the folders that are served, nothing is said about what exists."""
+        """The adapter's folder. Outside the folders that are served, nothing is said about what
+        exists.
+        """
         try:
             folder = Path(path).resolve()
         except (OSError, ValueError, RuntimeError):  # a NUL, a loop of links
@@ -226,7 +256,9 @@ class ServedModels:
                 "lora_path",
             )
         if not (folder / CONFIG).is_file():
-            raise ApiError(404, f"No adapter found for {path[:200]}: it has no {CONFIG}.", "lora_path")
+            raise ApiError(
+                404, f"No adapter found for {path[:200]}: it has no {CONFIG}.", "lora_path"
+            )
         return folder
 
     async def unload_adapter(self, name: str) -> None:
@@ -242,7 +274,9 @@ class ServedModels:
         """An entry of GET /v1/models."""
         source = self.sources[name]
         modified = max((file.modified for file in signature(source.folder)), default=0)
-        parent = next((other for other, each in self.sources.items() if each == Source(source.base)), None)
+        parent = next(
+            (other for other, each in self.sources.items() if each == Source(source.base)), None
+        )
         return {
             "id": name,
             "object": "model",
@@ -255,4 +289,6 @@ class ServedModels:
 def unknown(name: str, sources: Sources) -> ApiError:
     """Status 404 for a model that is not served."""
     served = ", ".join(list(sources)[:20])
-    return ApiError(404, f"The model {name[:200]} does not exist. Served: {served}.", "model", "model_not_found")
+    return ApiError(
+        404, f"The model {name[:200]} does not exist. Served: {served}.", "model", "model_not_found"
+    )

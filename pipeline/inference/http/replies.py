@@ -26,7 +26,9 @@ class Choice:
 
 
 class Format(Protocol):
-    """How an API writes choices. `prefix` and `object_`: of its ids, and what an answer is called."""
+    """How an API writes choices. `prefix` and `object_`: of its ids, and what an answer is
+    called.
+    """
 
     prefix: str
     object_: str
@@ -76,7 +78,8 @@ class ChatFormat:
             return None
         return {
             "content": [
-                self._entry(token.id, token.logprob) | {"top_logprobs": [self._entry(*each) for each in token.top]}
+                self._entry(token.id, token.logprob)
+                | {"top_logprobs": [self._entry(*each) for each in token.top]}
                 for token, _ in tokens
             ],
             "refusal": None,
@@ -92,7 +95,9 @@ class CompletionFormat:
 
     prefix, object_, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, word: Callable[[int], str], logprobs: bool, echoes: Mapping[int, str]) -> None:
+    def __init__(
+        self, word: Callable[[int], str], logprobs: bool, echoes: Mapping[int, str]
+    ) -> None:
         self._word, self._wants_logprobs, self._echoes = word, logprobs, echoes
 
     def choice(self, index: int, choice: Choice) -> Json:
@@ -105,11 +110,15 @@ class CompletionFormat:
     def opening(self, index: int) -> Json | None:
         return self._entry(index, self._echoes[index], (), None) if index in self._echoes else None
 
-    def _entry(self, index: int, text: str, tokens: Sequence[TextToken], finish: str | None) -> Json:
+    def _entry(
+        self, index: int, text: str, tokens: Sequence[TextToken], finish: str | None
+    ) -> Json:
         logprobs = {
             "tokens": [self._word(token.id) for token, _ in tokens],
             "token_logprobs": [token.logprob for token, _ in tokens],
-            "top_logprobs": [{self._word(id_): value for id_, value in token.top} for token, _ in tokens],
+            "top_logprobs": [
+                {self._word(id_): value for id_, value in token.top} for token, _ in tokens
+            ],
             "text_offset": [len(self._echoes.get(index, "")) + offset for _, offset in tokens],
         }
         wanted = logprobs if self._wants_logprobs else None
@@ -118,7 +127,10 @@ class CompletionFormat:
 
 def _bytes_of(word: str) -> bytes:
     """A token's bytes; those of an incomplete character are written <0xE2> in its text."""
-    return b"".join(part.encode() if n % 2 == 0 else bytes.fromhex(part) for n, part in enumerate(_BYTE.split(word)))
+    return b"".join(
+        part.encode() if n % 2 == 0 else bytes.fromhex(part)
+        for n, part in enumerate(_BYTE.split(word))
+    )
 
 
 @dataclass

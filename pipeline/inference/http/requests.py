@@ -13,10 +13,19 @@ MAX_CHOICES = 64  # of one request: prompts × n
 MAX_STOP_LENGTH = 1000  # characters: each is compared with the end of the text after each token
 # Accepted and without effect here: they change no text.
 _IGNORED = (
-    *("user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls", "prediction"),
+    *(
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "parallel_tool_calls",
+        "prediction",
+    ),
     *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
 )
-# Fields of OpenAI and vLLM that would change the answer and are not supported: the values that change nothing.
+# Fields of OpenAI and vLLM that would change the answer and are not supported: the values that
+# change nothing.
 _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "audio": (),
     "best_of": (1,),
@@ -37,7 +46,9 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-_OF_OBJECT = re.compile(r"Object (?P<problem>missing required|contains unknown) field `(?P<name>.*)`", re.DOTALL)
+_OF_OBJECT = re.compile(
+    r"Object (?P<problem>missing required|contains unknown) field `(?P<name>.*)`", re.DOTALL
+)
 
 Body = TypeVar("Body", bound=Struct)
 Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
@@ -70,10 +81,21 @@ class Message(Struct, forbid_unknown_fields=True):
     reasoning_content: str | None = None
 
     def for_template(self) -> dict[str, Any]:
-        """The message as chat templates expect it: one text, and the arguments of tool calls as an object."""
-        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content or ())
-        turn: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
-        optional = {key: getattr(self, key) for key in ("name", "tool_call_id", "reasoning_content")}
+        """The message as chat templates expect it: one text, and the arguments of tool calls as an
+        object.
+        """
+        content = (
+            self.content
+            if isinstance(self.content, str)
+            else "\n".join(part.text for part in self.content or ())
+        )
+        turn: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": content,
+        }
+        optional = {
+            key: getattr(self, key) for key in ("name", "tool_call_id", "reasoning_content")
+        }
         turn |= {key: value for key, value in optional.items() if value is not None}
         if self.tool_calls:
             turn["tool_calls"] = [_with_object_arguments(call) for call in self.tool_calls]
@@ -85,7 +107,9 @@ def _with_object_arguments(call: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        return call | {"function": function | {"arguments": msgspec.json.decode(function["arguments"])}}
+        return call | {
+            "function": function | {"arguments": msgspec.json.decode(function["arguments"])}
+        }
     except (msgspec.DecodeError, RecursionError):
         return call
 
@@ -136,8 +160,16 @@ class CompletionRequest(Request, kw_only=True):
         if all(isinstance(part, int) for part in self.prompt):
             return [tuple(part for part in self.prompt if isinstance(part, int))]
         if any(isinstance(part, int) for part in self.prompt):
-            raise ApiError(400, "prompt must be a text, a list of texts, token ids or a list of their lists.", "prompt")
-        return [part if isinstance(part, str) else tuple(part) for part in self.prompt if not isinstance(part, int)]
+            raise ApiError(
+                400,
+                "prompt must be a text, a list of texts, token ids or a list of their lists.",
+                "prompt",
+            )
+        return [
+            part if isinstance(part, str) else tuple(part)
+            for part in self.prompt
+            if not isinstance(part, int)
+        ]
 
 
 class LoadAdapter(Struct, forbid_unknown_fields=True):
@@ -163,7 +195,9 @@ def parse(kind: type[Body], body: bytes) -> Body:
         raise ApiError(400, f"the body must be JSON: {error}.") from None
     if not isinstance(fields, dict):
         raise ApiError(400, "the body must be a JSON object.")
-    fields = {key: value for key, value in fields.items() if value is not None and key not in _IGNORED}
+    fields = {
+        key: value for key, value in fields.items() if value is not None and key not in _IGNORED
+    }
     for key in _NEUTRAL.keys() & fields:
         if fields[key] not in _NEUTRAL[key]:
             raise ApiError(400, f"{key} is not supported. Remove it from the request.", key)
@@ -176,13 +210,20 @@ def parse(kind: type[Body], body: bytes) -> Body:
 
 def _explain(error: str, fields: Mapping[str, Any]) -> ApiError:
     """msgspec's message as one that begins with the field and ends with its value."""
-    text, at, path = error.rpartition(" - at `")  # no regular expression: the names of fields are in it
+    # no regular expression: the names of fields are in it
+    text, at, path = error.rpartition(" - at `")
     text, within = (text, path[:-1].removeprefix("$").removeprefix(".")) if at else (error, "")
     if of_object := _OF_OBJECT.fullmatch(text):
         field = ".".join(filter(None, (within, of_object["name"])))[:200]
         if of_object["problem"] == "missing required":
             return ApiError(400, f"{field} is missing. Add it to the request.", field)
-        return ApiError(400, f"{field} is not a field that is supported. Remove it from the request.", field)
+        return ApiError(
+            400, f"{field} is not a field that is supported. Remove it from the request.", field
+        )
     value = fields.get(within)
-    shown = f", got {value!r:.80}" if isinstance(value, str | int | float) and "got" not in text else ""
-    return ApiError(400, f"{within}: {text[:1].lower()}{text[1:]}{shown}. Correct it in the request.", within)
+    shown = (
+        f", got {value!r:.80}" if isinstance(value, str | int | float) and "got" not in text else ""
+    )
+    return ApiError(
+        400, f"{within}: {text[:1].lower()}{text[1:]}{shown}. Correct it in the request.", within
+    )

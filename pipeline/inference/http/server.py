@@ -22,7 +22,8 @@ from pipeline.inference.http.metrics import Metrics
 from pipeline.inference.http.models import ServedModels, Sources
 from pipeline.inference.model_pool import ModelPool
 
-MAX_CONNECTIONS = 512  # above it, a request is answered 503; above its half more, a connection is closed
+# above it, a request is answered 503; above its half more, a connection is closed
+MAX_CONNECTIONS = 512
 MAX_HEADER_BYTES = 2**15
 SEND_BUFFER_BYTES = 2**17
 HEADER_SECONDS = 10.0
@@ -48,18 +49,25 @@ class Access:
                 f"--host {self.host} can be reached from other machines, so --api-key is required. "
                 "Set one, in LORA_API_KEY for example, or serve 127.0.0.1."
             )
-        if self.key is not None and not (self.key.isascii() and self.key.isprintable() and self.key.strip()):
-            raise UserError("--api-key must be printable ASCII characters, at least one. Choose another.")
+        if self.key is not None and not (
+            self.key.isascii() and self.key.isprintable() and self.key.strip()
+        ):
+            raise UserError(
+                "--api-key must be printable ASCII characters, at least one. Choose another."
+            )
         for origin in self.origins:
             scheme, _, rest = origin.partition("://")
             if not scheme or not rest or "/" in rest or "*" in origin:
                 raise UserError(
-                    f"--allow-origin must be like http://localhost:3000, got {origin}. Name each origin by itself."
+                    f"--allow-origin must be like http://localhost:3000, got {origin}. Name each "
+                    "origin by itself."
                 )
 
     @property
     def hosts(self) -> Sequence[str] | None:
-        """Allowed names in the Host header: with an address that others reach there is a key, and any name."""
+        """Allowed names in the Host header: with an address that others reach there is a key, and
+        any name.
+        """
         return (*LOCAL_HOSTS, self.host.lower()) if is_local(self.host) else None
 
 
@@ -74,7 +82,9 @@ def is_local(host: str) -> bool:
 def bind(host: str, port: int) -> socket.socket:
     """A socket that reserves the port, and accepts nobody yet. Raises UserError."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # Else 4 MB are written to a client that does not read before that is noticed.
@@ -82,12 +92,16 @@ def bind(host: str, port: int) -> socket.socket:
         bound.bind(address)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"Cannot serve {host}, port {port}: {reason}. Choose another --port or --host.") from None
+        raise UserError(
+            f"Cannot serve {host}, port {port}: {reason}. Choose another --port or --host."
+        ) from None
     return bound
 
 
 class LimitedConnection(H11Protocol):
-    """uvicorn's connection, closed if headers do not arrive in time, or if the client does not read."""
+    """uvicorn's connection, closed if headers do not arrive in time, or if the client does not
+    read.
+    """
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -121,7 +135,9 @@ class LimitedConnection(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _close_after(self, seconds: float, reason: str) -> None:
-        """Close the connection unless `_keep` is called in time; the time runs from the first of several calls."""
+        """Close the connection unless `_keep` is called in time; the time runs from the first of
+        several calls.
+        """
         if reason not in self._timers:
             self._timers[reason] = self.loop.call_later(seconds, self.transport.abort)
 
@@ -144,16 +160,21 @@ class HttpServer:
         max_waiting: int = 256,
         max_tokens: int | None = None,
     ) -> None:
-        """Binds the port and loads the base. `max_tokens`: of all running sequences; None: as many as fit into memory.
+        """Binds the port and loads the base. `max_tokens`: of all running sequences; None: as many
+        as fit into memory.
 
         Raises UserError.
         """
         access.check()
         self._socket = bind(access.host, port)
         self.port: int = self._socket.getsockname()[1]
-        self.generator = BatchedGenerator(ModelPool(), max_batch, max_waiting, max_tokens or MAX_TOKENS)
+        self.generator = BatchedGenerator(
+            ModelPool(), max_batch, max_waiting, max_tokens or MAX_TOKENS
+        )
         try:
-            self.models = ServedModels(self.generator, scan, adapter_folders, trust_remote_code, max_tokens is None)
+            self.models = ServedModels(
+                self.generator, scan, adapter_folders, trust_remote_code, max_tokens is None
+            )
             self.models.load_base()
             if max_tokens is None:
                 self._refuse_without_room()
@@ -164,7 +185,9 @@ class HttpServer:
         router = Api(self.generator, self.models, metrics).router()
         app: ASGIApp = Guard(router, access.hosts, access.origins, access.key, metrics)
         if access.origins:
-            app = CORSMiddleware(app, access.origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+            app = CORSMiddleware(
+                app, access.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+            )
         self.url = f"http://{f'[{access.host}]' if ':' in access.host else access.host}:{self.port}"
         self.uvicorn = uvicorn.Server(_config(app))
 
@@ -172,8 +195,10 @@ class HttpServer:
         """Raises UserError if the base leaves no memory for a short conversation."""
         if self.generator.max_tokens < MIN_TOKENS:
             raise UserError(
-                f"{self.models.base} leaves memory for the keys and values of {self.generator.max_tokens} tokens; "
-                f"serving needs at least {MIN_TOKENS}. Serve a smaller or quantized model, or use --device cpu."
+                f"{self.models.base} leaves memory for the keys and values of "
+                f"{self.generator.max_tokens} tokens; "
+                f"serving needs at least {MIN_TOKENS}. Serve a smaller or quantized model, or use "
+                "--device cpu."
             )
 
     def run(self) -> None:
@@ -181,7 +206,10 @@ class HttpServer:
         stopped: list[int] = []
         # uvicorn handles both, and raises them again for the handlers that were there before.
         numbers = (signal.SIGINT, signal.SIGTERM)
-        previous = {number: signal.signal(number, lambda number, _: stopped.append(number)) for number in numbers}
+        previous = {
+            number: signal.signal(number, lambda number, _: stopped.append(number))
+            for number in numbers
+        }
         try:
             self.serve()
         finally:

@@ -1,8 +1,8 @@
 """Products of a mixture's experts, all at once, for which the host reads nothing.
 
-`F.grouped_mm` has a kernel for bf16 on Hopper and datacenter Blackwell alone. Elsewhere it reads on every call how many
-rows each expert has, and waits for the device to know. There, a Triton kernel takes its place, which needs no memory
-besides its result.
+`F.grouped_mm` has a kernel for bf16 on Hopper and datacenter Blackwell alone. Elsewhere it reads on
+every call how many rows each expert has, and waits for the device to know. There, a Triton kernel
+takes its place, which needs no memory besides its result.
 """
 
 from functools import cache
@@ -17,7 +17,8 @@ from pipeline.project.probes import attempt, record
 
 AGREEMENT = 0.02  # relative
 TILE = 64  # outputs, and rows if an expert has as many on average
-INNER = {2: 64, 4: 32}  # of the sum's terms, by the bytes of a number: 48 KiB of shared memory in three stages
+# of the sum's terms, by the bytes of a number: 48 KiB of shared memory in three stages
+INNER = {2: 64, 4: 32}
 
 
 def has_kernel_of_torch(x: Tensor) -> bool:
@@ -38,8 +39,8 @@ def runs_grouped_product(x: Tensor) -> bool:
 
 
 def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """(n, O): rows x (n, I), which stand by expert, each times its expert's Wₑᵀ, of W (E, O, I); expert e's end before
-    row `ends[e]`."""
+    """(n, O): rows x (n, I), which stand by expert, each times its expert's Wₑᵀ, of W (E, O, I);
+    expert e's end before row `ends[e]`."""
     if has_kernel_of_torch(x):
         out: Tensor = F.grouped_mm(x, weight.mT, offs=ends)
         return out
@@ -56,7 +57,18 @@ def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     grid = (-(-O // columns), E)
     with torch.cuda.device(x.device) if x.is_cuda else torch.device("cpu"):
         kernels().product[grid](
-            x, weight, ends, out, O, I, *x.stride(), *weight.stride(), rows, columns, inner, _precision(x)
+            x,
+            weight,
+            ends,
+            out,
+            O,
+            I,
+            *x.stride(),
+            *weight.stride(),
+            rows,
+            columns,
+            inner,
+            _precision(x),
         )
     return out
 
@@ -75,7 +87,18 @@ def _outer_product(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     grid = (-(-O // columns) * -(-I // inner), E)
     with torch.cuda.device(left.device) if left.is_cuda else torch.device("cpu"):
         kernels().outer_product[grid](
-            left, right, ends, out, O, I, *left.stride(), *right.stride(), 32, columns, inner, _precision(left)
+            left,
+            right,
+            ends,
+            out,
+            O,
+            I,
+            *left.stride(),
+            *right.stride(),
+            32,
+            columns,
+            inner,
+            _precision(left),
         )
     return out
 
@@ -114,17 +137,28 @@ def _precision(x: Tensor) -> str:
 @cache
 def _works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels compile there and agree with plain products. Tried once."""
-    tried, slower = f"a kernel for all experts in {dtype} on {device}", "they are computed one by one"
+    tried, slower = (
+        f"a kernel for all experts in {dtype} on {device}",
+        "they are computed one by one",
+    )
 
     def agrees() -> bool:
         generator = torch.Generator().manual_seed(0)
-        x, weight = (torch.randn(shape, generator=generator).to(device, dtype) for shape in ((70, 40), (3, 24, 40)))
+        x, weight = (
+            torch.randn(shape, generator=generator).to(device, dtype)
+            for shape in ((70, 40), (3, 24, 40))
+        )
         ends = torch.tensor([5, 5, 70], dtype=torch.int32, device=device)
         pairs = [(_product(x, weight, ends), [x[:5] @ weight[0].T, x[5:] @ weight[2].T])]
         outer = _outer_product(x, x, ends)
-        pairs.append((outer.flatten(0, 1), [x[:5].T @ x[:5], outer.new_zeros(40, 40), x[5:].T @ x[5:]]))
+        pairs.append(
+            (outer.flatten(0, 1), [x[:5].T @ x[:5], outer.new_zeros(40, 40), x[5:].T @ x[5:]])
+        )
         plain = [torch.cat(parts).float() for _, parts in pairs]
-        errors = [(ours - theirs).norm() / theirs.norm() for (ours, _), theirs in zip(pairs, plain, strict=True)]
+        errors = [
+            (ours - theirs).norm() / theirs.norm()
+            for (ours, _), theirs in zip(pairs, plain, strict=True)
+        ]
         return bool((torch.stack(errors) <= AGREEMENT).all())
 
     works = attempt(tried, slower, agrees)

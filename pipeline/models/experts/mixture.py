@@ -1,4 +1,6 @@
-"""A mixture's experts on their tokens: modules of transformers' interface of experts, with or without updates."""
+"""A mixture's experts on their tokens: modules of transformers' interface of experts, with or
+without updates.
+"""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.models.experts.grouped_product import grouped_product, has_kernel_of_torch, runs_grouped_product
+from pipeline.models.experts.grouped_product import (
+    grouped_product,
+    has_kernel_of_torch,
+    runs_grouped_product,
+)
 from pipeline.models.kernels import uses_cpu_kernels
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
@@ -34,35 +40,51 @@ def register() -> str:
 
 
 def _forward(base: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """As transformers computes it, but where its grouped products read on every call and ours do not."""
+    """As transformers computes it, but where its grouped products read on every call and ours do
+    not.
+    """
     from transformers.integrations.moe import grouped_mm_experts_forward
 
     plain = base.has_gate and not base.has_post_expert_norm and not base._is_expert_parallel
-    if plain and not uses_cpu_kernels(x.device) and not has_kernel_of_torch(x) and runs_grouped_product(x):
+    if (
+        plain
+        and not uses_cpu_kernels(x.device)
+        and not has_kernel_of_torch(x)
+        and runs_grouped_product(x)
+    ):
         return mixed(base, x, chosen, weights, {})
     out: Tensor = grouped_mm_experts_forward(base, x, chosen, weights)
     return out
 
 
 def mixed(base: Any, x: Tensor, chosen: Tensor, weights: Tensor, updates: Updates) -> Tensor:
-    """Σₖ weightₖ · expertₖ(x), (N, D), of x (N, D), and of each token's experts their numbers and weights (N, K)."""
-    order = chosen.flatten().argsort(stable=True)  # (N·K,): pairs of a token and an expert, by expert
+    """Σₖ weightₖ · expertₖ(x), (N, D), of x (N, D), and of each token's experts their numbers and
+    weights (N, K).
+    """
+    # (N·K,): pairs of a token and an expert, by expert
+    order = chosen.flatten().argsort(stable=True)
     rows = x[order // chosen.shape[1]]  # (N·K, D)
     if runs_grouped_product(rows):
         experts = chosen.flatten()[order]  # (N·K,)
-        inner = base._apply_gate(_project_all(base, PROJECTIONS[0], rows, experts, updates))  # (N·K, I)
+        # (N·K, I)
+        inner = base._apply_gate(_project_all(base, PROJECTIONS[0], rows, experts, updates))
         out = _project_all(base, PROJECTIONS[1], inner, experts, updates)  # (N·K, D)
     else:
         out = _expert_by_expert(base, rows, chosen, updates)
     weighted = out * weights.flatten()[order, None]
-    # back in the order of the tokens by indices, and then summed: adding up by index is not deterministic on CUDA
+    # back in the order of the tokens by indices, and then summed: adding up by index is not
+    # deterministic on CUDA
     return weighted[order.argsort()].view(*chosen.shape, -1).sum(1).to(x.dtype)  # (N·K, D) → (N, D)
 
 
 def _project_all(base: Any, name: str, x: Tensor, experts: Tensor, updates: Updates) -> Tensor:
-    """All experts' projections of rows (n, I), which stand by expert: (n, O). No number is read for it."""
+    """All experts' projections of rows (n, I), which stand by expert: (n, O). No number is read for
+    it.
+    """
     # where the rows of each expert end
-    ends = torch.searchsorted(experts, torch.arange(base.num_experts, device=x.device), right=True, out_int32=True)
+    ends = torch.searchsorted(
+        experts, torch.arange(base.num_experts, device=x.device), right=True, out_int32=True
+    )
     weight = getattr(base, name).to(x.dtype)  # (E, O, I), or (E, I, O) if transposed
     out = grouped_product(x, weight.mT if base.is_transposed else weight, ends)
     if base.has_bias:
@@ -76,12 +98,15 @@ def _project_all(base: Any, name: str, x: Tensor, experts: Tensor, updates: Upda
 
 
 def _expert_by_expert(base: Any, x: Tensor, chosen: Tensor, updates: Updates) -> Tensor:
-    """(n, D) of rows (n, D), which stand by expert: a product for each, whose number of rows must be read."""
+    """(n, D) of rows (n, D), which stand by expert: a product for each, whose number of rows must
+    be read.
+    """
     factors = {name: _factors(update, x.dtype) for name, update in updates.items()}
     counts = chosen.flatten().bincount(minlength=base.num_experts).tolist()
     shares, out = torch.split(x, counts), []
     for expert in (e for e, count in enumerate(counts) if count):
-        inner = base._apply_gate(_project(base, PROJECTIONS[0], expert, shares[expert], factors))  # (n, I)
+        # (n, I)
+        inner = base._apply_gate(_project(base, PROJECTIONS[0], expert, shares[expert], factors))
         out.append(_project(base, PROJECTIONS[1], expert, inner, factors))  # (n, D)
     return torch.cat(out)
 
@@ -93,10 +118,15 @@ def _factors(update: StackedUpdate, dtype: torch.dtype) -> list[tuple[Tensor, Te
 
 
 def _project(
-    base: Any, name: str, expert: int, x: Tensor, factors: Mapping[str, list[tuple[Tensor, Tensor, float]]]
+    base: Any,
+    name: str,
+    expert: int,
+    x: Tensor,
+    factors: Mapping[str, list[tuple[Tensor, Tensor, float]]],
 ) -> Tensor:
     """One expert's projection of its rows (n, I), with its update if it has one: (n, O)."""
-    # cast where two models are compared in fp32, block by block: only a module's own parameters are wide then
+    # cast where two models are compared in fp32, block by block: only a module's own parameters are
+    # wide then
     weight = getattr(base, name)[expert].to(x.dtype)
     bias = getattr(base, f"{name}_bias")[expert].to(x.dtype) if base.has_bias else None
     out = F.linear(x, weight.T if base.is_transposed else weight, bias)

@@ -1,4 +1,6 @@
-"""The kernels of `grouped_product.py`. A program computes some columns of an expert's outputs, for all of its rows."""
+"""The kernels of `grouped_product.py`. A program computes some columns of an expert's outputs, for
+all of its rows.
+"""
 
 # mypy: ignore-errors
 
@@ -69,5 +71,7 @@ def outer_product(
         total = tl.dot(a, b, total, input_precision=PRECISION)
     out += expert.to(tl.int64) * O * I
     tl.store(
-        out + o[:, None] * I + i[None, :], total.to(out.dtype.element_ty), mask=(o[:, None] < O) & (i[None, :] < I)
+        out + o[:, None] * I + i[None, :],
+        total.to(out.dtype.element_ty),
+        mask=(o[:, None] < O) & (i[None, :] < I),
     )

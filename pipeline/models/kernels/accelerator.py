@@ -1,9 +1,10 @@
-"""Fused parts of transformers' models on a GPU: norms, gated feed-forwards, rotary positions, head and cross-entropy.
+"""Fused parts of transformers' models on a GPU: norms, gated feed-forwards, rotary positions, head
+and cross-entropy.
 
-Where `liger-kernel` is installed and the device is CUDA its Triton kernels compute them (Hsu et al. 2024, arXiv
-2410.10989), otherwise functions in plain torch, which keep as little for backward: without checkpointing a block of
-Qwen3-8B keeps 2 instead of 3 tensors as wide as its feed-forward. A part is replaced only if what stands in for it
-computes the same of random input on that device.
+Where `liger-kernel` is installed and the device is CUDA its Triton kernels compute them (Hsu et al.
+2024, arXiv 2410.10989), otherwise functions in plain torch, which keep as little for backward:
+without checkpointing a block of Qwen3-8B keeps 2 instead of 3 tensors as wide as its feed-forward.
+A part is replaced only if what stands in for it computes the same of random input on that device.
 """
 
 import copy
@@ -26,11 +27,14 @@ from pipeline.project.probes import PLAIN, attempt, record
 PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 AGREEMENT = 1e-3  # in fp32, of outputs of order 1: SiLU and GELU differ by a tenth
 LOSS_AGREEMENT = 0.02  # of a loss: logits in 16 bits are rounded in another order
-Product = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]  # gate, up, activation → act(gate)·up
+# gate, up, activation → act(gate)·up
+Product = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]
 
 
 class GatedProduct(torch.autograd.Function):
-    """act(gate)·up of equal shapes; keeps gate and up alone, and computes the activation again for backward."""
+    """act(gate)·up of equal shapes; keeps gate and up alone, and computes the activation again for
+    backward.
+    """
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
@@ -50,14 +54,17 @@ class GatedProduct(torch.autograd.Function):
 
 
 def fuse(model: CausalLM, device: torch.device) -> list[str]:
-    """Replace the parts of a model that trains on `device`, in place; returns the modules' names. Does not move it.
+    """Replace the parts of a model that trains on `device`, in place; returns the modules' names.
+    Does not move it.
 
-    A rotation is a function of a module of transformers: it is replaced for tensors on CUDA in all its models.
+    A rotation is a function of a module of transformers: it is replaced for tensors on CUDA in all
+    its models.
     """
     found = liger(device)
     checked = not model.embeddings.weight.is_meta  # without numbers there is nothing to compare
     names = fuse_rms_norms(model, checked, found.norm, device) if found else []
-    names += fuse_rms_norms(model, checked, device=device)  # which Liger does not compute in the same way
+    # which Liger does not compute in the same way
+    names += fuse_rms_norms(model, checked, device=device)
     products: list[Product] = [*(found.products if found else ()), GatedProduct.apply]
     names += fuse_gates(model, products, device, checked)
     if found:
@@ -65,8 +72,11 @@ def fuse(model: CausalLM, device: torch.device) -> list[str]:
     return names
 
 
-def fuse_gates(model: nn.Module, products: Sequence[Product], device: torch.device, checked: bool = True) -> list[str]:
-    """Replace, in place, act(gate)·up by the first of `products` that computes the same on `device`.
+def fuse_gates(
+    model: nn.Module, products: Sequence[Product], device: torch.device, checked: bool = True
+) -> list[str]:
+    """Replace, in place, act(gate)·up by the first of `products` that computes the same on
+    `device`.
 
     Not `checked`, by the first of them wherever the parts are there.
     """
@@ -74,7 +84,9 @@ def fuse_gates(model: nn.Module, products: Sequence[Product], device: torch.devi
     for name, module in model.named_modules():
         if {child for child, _ in module.named_children()} != PARTS or "forward" in vars(module):
             continue
-        fused = next((one for one in products if not checked or _same_gate(module, one, device)), None)
+        fused = next(
+            (one for one in products if not checked or _same_gate(module, one, device)), None
+        )
         if fused is not None:
             module.product = fused
             module.forward = MethodType(_gated_forward, module)
@@ -89,7 +101,9 @@ def _gated_forward(mlp: Any, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _same_gate(mlp: nn.Module, product: Product, device: torch.device) -> bool:
-    """Whether this class computes down(act(gate(x))·up(x)): its forward runs with small linears instead of its own."""
+    """Whether this class computes down(act(gate(x))·up(x)): its forward runs with small linears
+    instead of its own.
+    """
     generator = torch.Generator().manual_seed(0)
     x, *weights = (torch.randn(32, 32, generator=generator).to(device) for _ in range(3))
     gate, up = (nn.Linear(32, 32, bias=False, device="meta") for _ in weights)
@@ -102,7 +116,9 @@ def _same_gate(mlp: nn.Module, product: Product, device: torch.device) -> bool:
         expected = type(mlp).forward(small, x)
     except Exception:  # whatever a forward raises that needs other parts
         return False
-    actual = attempt(f"the fused product of {type(mlp).__name__}", PLAIN, lambda: product(gate(x), up(x), act))
+    actual = attempt(
+        f"the fused product of {type(mlp).__name__}", PLAIN, lambda: product(gate(x), up(x), act)
+    )
     return actual is not None and torch.allclose(actual, expected, rtol=0, atol=AGREEMENT)
 
 
@@ -114,7 +130,9 @@ def _fuse_rotations(model: nn.Module, rotate: Callable[..., Any], device: torch.
             setattr(module, name, partial(_rotate, original, rotate))
 
 
-def _rotate(original: Callable[..., Any], rotate: Callable[..., Any], *inputs: Tensor, **options: Any) -> Any:
+def _rotate(
+    original: Callable[..., Any], rotate: Callable[..., Any], *inputs: Tensor, **options: Any
+) -> Any:
     """The rotations of q (B, H, T, K) and k (B, G, T, K), given with cos and sin (B, T, K)."""
     if len(inputs) == 4 and inputs[0].is_cuda and not options:
         return rotate(*inputs)
@@ -122,30 +140,43 @@ def _rotate(original: Callable[..., Any], rotate: Callable[..., Any], *inputs: T
 
 
 @torch.no_grad()
-def _same_rotation(original: Callable[..., Any], rotate: Callable[..., Any], device: torch.device) -> bool:
+def _same_rotation(
+    original: Callable[..., Any], rotate: Callable[..., Any], device: torch.device
+) -> bool:
     generator = torch.Generator().manual_seed(0)
-    q, k, half = (torch.randn(1, heads, 5, 16, generator=generator).to(device) for heads in (4, 2, 1))
+    q, k, half = (
+        torch.randn(1, heads, 5, 16, generator=generator).to(device) for heads in (4, 2, 1)
+    )
     angles = half[0, :, :, :8].repeat(1, 1, 2)  # (1, T, K), each of them for two numbers of a head
     try:
         expected = original(q.clone(), k.clone(), angles.cos(), angles.sin())
     except Exception:  # of another signature
         return False
     actual = attempt(
-        "Liger's rotary positions", PLAIN, lambda: rotate(q.clone(), k.clone(), angles.cos(), angles.sin())
+        "Liger's rotary positions",
+        PLAIN,
+        lambda: rotate(q.clone(), k.clone(), angles.cos(), angles.sin()),
     )
     if actual is None:
         return False
-    return all(torch.allclose(*pair, rtol=0, atol=AGREEMENT) for pair in zip(actual, expected, strict=True))
+    return all(
+        torch.allclose(*pair, rtol=0, atol=AGREEMENT) for pair in zip(actual, expected, strict=True)
+    )
 
 
 _fused_losses: WeakKeyDictionary[CausalLM, bool] = WeakKeyDictionary()  # results of _same_loss
 
 
 def fuses_head(model: CausalLM) -> bool:
-    """Whether Liger computes head and loss in one: not for a head that trains, has an adapter or a bias, or does more
-    to its logits than to cap them."""
+    """Whether Liger computes head and loss in one: not for a head that trains, has an adapter or a
+    bias, or does more to its logits than to cap them."""
     head, found = model.head, liger(model.device)
-    if found is None or type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
+    if (
+        found is None
+        or type(head) is not nn.Linear
+        or head.bias is not None
+        or head.weight.requires_grad
+    ):
         return False
     if model not in _fused_losses:  # once a model
         _fused_losses[model] = _same_loss(model, found.loss(softcap=model.logit_cap))
@@ -164,7 +195,10 @@ def _same_loss(model: CausalLM, loss: Callable[..., Tensor]) -> bool:
     rows = torch.randn(4, weight.shape[1], generator=generator).to(weight)
     labels = torch.arange(4, device=weight.device)
     expected = F.cross_entropy(model.logits(rows).float(), labels, reduction="sum")
-    tried, slower = "Liger's head and loss in one", "the logits of a part of the tokens are in memory"
+    tried, slower = (
+        "Liger's head and loss in one",
+        "the logits of a part of the tokens are in memory",
+    )
     actual = attempt(tried, slower, lambda: loss(weight, rows, labels))
     if actual is None or torch.allclose(actual, expected, LOSS_AGREEMENT):
         return actual is not None
@@ -180,11 +214,18 @@ def _without_activation(kind: Any, gate: Tensor, up: Tensor, _: Any) -> Tensor:
 
 @cache
 def liger(device: torch.device) -> Any:
-    """Liger's `norm`, `products`, `rotate` and `loss` for tensors on `device`, or None where it cannot run."""
+    """Liger's `norm`, `products`, `rotate` and `loss` for tensors on `device`, or None where it
+    cannot run.
+    """
     if device.type != "cuda":
         return None
     try:
-        from liger_kernel.ops import LigerGELUMulFunction, LigerRMSNormFunction, LigerRopeFunction, LigerSiLUMulFunction
+        from liger_kernel.ops import (
+            LigerGELUMulFunction,
+            LigerRMSNormFunction,
+            LigerRopeFunction,
+            LigerSiLUMulFunction,
+        )
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
     except ModuleNotFoundError as error:
         if error.name != "liger_kernel":  # which `lora doctor` lists where it is not installed
@@ -198,12 +239,17 @@ def liger(device: torch.device) -> Any:
         def forward(self, x: Tensor) -> Tensor:
             # not in place: another branch may hold the gradient that would be overwritten
             casts = "gemma" if self.offset else "llama"
-            out: Tensor = LigerRMSNormFunction.apply(x, self.weight, self.eps, self.offset, casts, False)
+            out: Tensor = LigerRMSNormFunction.apply(
+                x, self.weight, self.eps, self.offset, casts, False
+            )
             return out
 
     return SimpleNamespace(
         norm=Norm,
-        products=[partial(_without_activation, kind) for kind in (LigerSiLUMulFunction, LigerGELUMulFunction)],
+        products=[
+            partial(_without_activation, kind)
+            for kind in (LigerSiLUMulFunction, LigerGELUMulFunction)
+        ],
         rotate=LigerRopeFunction.apply,
         loss=partial(LigerFusedLinearCrossEntropyLoss, reduction="sum"),
     )

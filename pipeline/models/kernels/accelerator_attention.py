@@ -1,5 +1,5 @@
-"""Attention of packed sequences on an accelerator, where no tensor is T × T: a fused kernel reads the row, or blocks of
-queries read the keys that they see. Shapes as in plain_attention.py."""
+"""Attention of packed sequences on an accelerator, where no tensor is T × T: a fused kernel reads
+the row, or blocks of queries read the keys that they see. Shapes as in plain_attention.py."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,19 +27,30 @@ from pipeline.models.kernels.repeatable import repeatable
 from pipeline.project.probes import attempt, record
 
 BLOCK = 256  # queries whose scores are in memory at once
-AGREEMENT = 0.05  # relative, of outputs and gradients in 16 bits; what is masked wrongly differs by its own size
-LONGEST = 512  # tokens of a sequence whose scores may all be in memory: 16 MiB for 32 heads in 16 bits
+# relative, of outputs and gradients in 16 bits; what is masked wrongly differs by its own size
+AGREEMENT = 0.05
+# tokens of a sequence whose scores may all be in memory: 16 MiB for 32 heads in 16 bits
+LONGEST = 512
 
 
 def attend_on_accelerator(
-    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], spans: list[int], rule: Rule, pairs: Pairs | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: list[int],
+    spans: list[int],
+    rule: Rule,
+    pairs: Pairs | None = None,
 ) -> Tensor:
-    """(B, T, H, K) for q (B, H, T, K), k and v (B, G, S, K), in the memory of these: no scores of a row are kept.
+    """(B, T, H, K) for q (B, H, T, K), k and v (B, G, S, K), in the memory of these: no scores of a
+    row are kept.
 
-    Sequences of `lengths` are packed in the row, those of `spans` in the row of keys; query t of T sees key S - T + t.
-    `pairs`: the keys and values of each, from a cache, instead of k and v.
+    Sequences of `lengths` are packed in the row, those of `spans` in the row of keys; query t of T
+    sees key S - T + t. `pairs`: the keys and values of each, from a cache, instead of k and v.
     """
-    fused = rule.plain and all(length in (1, span) for length, span in zip(lengths, spans, strict=True))
+    fused = rule.plain and all(
+        length in (1, span) for length, span in zip(lengths, spans, strict=True)
+    )
     fused = fused and (max(lengths) <= LONGEST or not writes_scores(q))
     varlen = _supports_varlen(q, v, rule, cached=lengths != spans)
     flash = not varlen and rule.sinks is None and supports_flash(q, v)
@@ -57,11 +68,16 @@ def attend_on_accelerator(
 
 
 def _supports_varlen(q: Tensor, v: Tensor, rule: Rule, cached: bool) -> bool:
-    """Whether torch's varlen flash attention applies. `cached`: with more keys than queries in a sequence."""
+    """Whether torch's varlen flash attention applies. `cached`: with more keys than queries in a
+    sequence.
+    """
     if rule.softcap is not None or not suits_flash_attention(q, v) or not _has_varlen():
         return False
-    amd = torch.version.hip is not None and type(q) is Tensor and not q.is_meta  # without numbers it is not asked
-    return not amd or _agrees(q.device, q.dtype, rule.window is not None, rule.sinks is not None, cached)
+    # without numbers it is not asked
+    amd = torch.version.hip is not None and type(q) is Tensor and not q.is_meta
+    return not amd or _agrees(
+        q.device, q.dtype, rule.window is not None, rule.sinks is not None, cached
+    )
 
 
 @cache
@@ -71,28 +87,38 @@ def _has_varlen() -> bool:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return False
-    return {"scale", "window_size", "enable_gqa", "return_aux"} <= signature(varlen_attn).parameters.keys()
+    return {"scale", "window_size", "enable_gqa", "return_aux"} <= signature(
+        varlen_attn
+    ).parameters.keys()
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], spans: list[int], rule: Rule) -> Tensor:
-    """(B, T, H, K), all sequences in one call: on a GPU a call for each would cost more than the attention."""
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], spans: list[int], rule: Rule
+) -> Tensor:
+    """(B, T, H, K), all sequences in one call: on a GPU a call for each would cost more than the
+    attention.
+    """
     B, H, T, K = q.shape
-    starts = sequence_starts if type(q) is Tensor else sequence_starts.__wrapped__  # under FakeTensorMode they are fake
+    # under FakeTensorMode they are fake
+    starts = sequence_starts if type(q) is Tensor else sequence_starts.__wrapped__
     q_starts, k_starts = (starts((*sizes * B,), q.device) for sizes in (lengths, spans))
     window = (-1 if rule.window is None else rule.window - 1, 0)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B·T, H, K) and (B·S, G, K)
     longest = max(lengths), max(spans)
-    out: Tensor = _FlashAttention.apply(q, k, v, rule.sinks, q_starts, k_starts, longest, rule.scale, window)  # type: ignore[no-untyped-call]
+    out: Tensor = _FlashAttention.apply(
+        q, k, v, rule.sinks, q_starts, k_starts, longest, rule.scale, window
+    )  # type: ignore[no-untyped-call]
     return out.view(B, T, H, K)
 
 
 class _FlashAttention(torch.autograd.Function):
-    """Flash attention with the same gradients each time and, of some models, one more score per head: its sink, whose
-    weight goes to no value.
+    """Flash attention with the same gradients each time and, of some models, one more score per
+    head: its sink, whose weight goes to no value.
 
-    With a sink the weights are exp(score − m), m = log(eˡ + eˢ) for the logsumexp l of the scores and the sink s: the
-    output is that without the sink times σ(l − s). Given this output and m, flash attention's backward computes the
-    gradients of q, k and v. The sink's weight is σ(s − l), so the gradient of s is −Σ σ(s − l) · (dO · O).
+    With a sink the weights are exp(score − m), m = log(eˡ + eˢ) for the logsumexp l of the scores
+    and the sink s: the output is that without the sink times σ(l − s). Given this output and m,
+    flash attention's backward computes the gradients of q, k and v. The sink's weight is σ(s − l),
+    so the gradient of s is −Σ σ(s − l) · (dO · O).
     """
 
     @staticmethod
@@ -110,12 +136,20 @@ class _FlashAttention(torch.autograd.Function):
     ) -> Tensor:
         from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-        options: dict[str, Any] = {"scale": scale, "window_size": window, "enable_gqa": q.shape[1] != k.shape[1]}
+        options: dict[str, Any] = {
+            "scale": scale,
+            "window_size": window,
+            "enable_gqa": q.shape[1] != k.shape[1],
+        }
         aux = AuxRequest(lse=True)
-        out, lse = varlen_attn(q, k, v, q_starts, k_starts, *longest, **options, return_aux=aux)  # lse: (H, T)
+        # lse: (H, T)
+        out, lse = varlen_attn(q, k, v, q_starts, k_starts, *longest, **options, return_aux=aux)
         if sinks is not None:
-            out = out * (lse - sinks.float()[:, None]).sigmoid().mT[..., None].to(out.dtype)  # (T, H, K)
-        ctx.save_for_backward(q, k, v, q_starts, k_starts, out, lse, *(() if sinks is None else (sinks,)))
+            # (T, H, K)
+            out = out * (lse - sinks.float()[:, None]).sigmoid().mT[..., None].to(out.dtype)
+        ctx.save_for_backward(
+            q, k, v, q_starts, k_starts, out, lse, *(() if sinks is None else (sinks,))
+        )
         ctx.longest, ctx.scale, ctx.window = longest, scale, window
         kept: Tensor = out
         return kept
@@ -129,31 +163,58 @@ class _FlashAttention(torch.autograd.Function):
             drift = (d_out.float() * out.float()).sum(-1).T  # (H, T)
             d_sinks = -((sink - lse).sigmoid() * drift).sum(1).to(sinks[0].dtype)
             total = torch.logaddexp(lse, sink)
-        rng = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
+        # of dropout, which there is none of
+        rng = torch.zeros(2, dtype=torch.uint64, device=q.device)
         causal = ctx.window == (-1, 0)
         with repeatable():
             grads = torch.ops.torch_attn._varlen_attn_backward(
-                *(d_out, q, k, v, out, total, q_starts, k_starts, *ctx.longest, causal, rng, ctx.scale),
+                *(
+                    d_out,
+                    q,
+                    k,
+                    v,
+                    out,
+                    total,
+                    q_starts,
+                    k_starts,
+                    *ctx.longest,
+                    causal,
+                    rng,
+                    ctx.scale,
+                ),
                 window_size=[*ctx.window],
             )
         return *grads, d_sinks, None, None, None, None, None
 
 
 @cache
-def _agrees(device: torch.device, dtype: torch.dtype, window: bool, sinks: bool, cached: bool) -> bool:
-    """Whether flash attention there computes what `_blockwise` does, with gradients, which is asked on an AMD GPU: its
-    kernels pad the logsumexp, and by their version ignore windows or align the causal mask with the first key."""
+def _agrees(
+    device: torch.device, dtype: torch.dtype, window: bool, sinks: bool, cached: bool
+) -> bool:
+    """Whether flash attention there computes what `_blockwise` does, with gradients, which is asked
+    on an AMD GPU: its kernels pad the logsumexp, and by their version ignore windows or align the
+    causal mask with the first key."""
     kind = ["packed rows", *["windows"] * window, *["sinks"] * sinks, *["a cache"] * cached]
-    tried, slower = f"flash attention of {', '.join(kind)} in {dtype} on {device}", "blocks of queries take longer"
+    tried, slower = (
+        f"flash attention of {', '.join(kind)} in {dtype} on {device}",
+        "blocks of queries take longer",
+    )
 
     def largest_error() -> float:
-        # the block that asks may be recomputed, or without gradients: neither concerns what is computed here
+        # the block that asks may be recomputed, or without gradients: neither concerns what is
+        # computed here
         with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(_same, _same):
             flash, blockwise = (
-                _probe(attend, device, dtype, window, sinks, cached) for attend in (_varlen, _blockwise)
+                _probe(attend, device, dtype, window, sinks, cached)
+                for attend in (_varlen, _blockwise)
             )
             return float(
-                torch.stack([torch.dist(*pair) / pair[1].norm() for pair in zip(flash, blockwise, strict=True)]).max()
+                torch.stack(
+                    [
+                        torch.dist(*pair) / pair[1].norm()
+                        for pair in zip(flash, blockwise, strict=True)
+                    ]
+                ).max()
             )
 
     error = attempt(tried, slower, largest_error)
@@ -168,12 +229,24 @@ def _same(x: Tensor) -> Tensor:
 
 
 def _probe(
-    attend: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, window: bool, sinks: bool, cached: bool
+    attend: Callable[..., Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    window: bool,
+    sinks: bool,
+    cached: bool,
 ) -> list[Tensor]:
-    """What `attend` makes of random input with a sequence longer than its window: output and gradients in fp32."""
+    """What `attend` makes of random input with a sequence longer than its window: output and
+    gradients in fp32.
+    """
     lengths, generator = [5, 40], torch.Generator().manual_seed(0)
     spans = [9, 40] if cached else lengths
-    shapes = (1, 4, sum(lengths), 64), (1, 2, sum(spans), 64), (1, 2, sum(spans), 64), (1, sum(lengths), 4, 64)
+    shapes = (
+        (1, 4, sum(lengths), 64),
+        (1, 2, sum(spans), 64),
+        (1, 2, sum(spans), 64),
+        (1, sum(lengths), 4, 64),
+    )
     *leaves, grad = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
     leaves += [torch.linspace(-1, 1, 4).to(device, dtype)] * sinks
     leaves = [leaf.requires_grad_() for leaf in leaves]
@@ -200,7 +273,11 @@ def seen_keys(lengths: Sequence[int], spans: Sequence[int], window: int | None) 
             stop = min(start + BLOCK, length)
             hidden = 0 if window is None else max(0, before + start + 1 - window)
             part = SeenKeys(q + start, q + stop, k + hidden, k + before + stop)
-            joined = part if not parts else SeenKeys(parts[-1].start, part.stop, parts[-1].first, part.last)
+            joined = (
+                part
+                if not parts
+                else SeenKeys(parts[-1].start, part.stop, parts[-1].first, part.last)
+            )
             fits = joined.stop - joined.start <= BLOCK
             if parts and fits and joined.last - joined.first <= 2 * BLOCK:
                 parts[-1] = joined
@@ -211,7 +288,9 @@ def seen_keys(lengths: Sequence[int], spans: Sequence[int], window: int | None) 
 
 
 @lru_cache(maxsize=4)  # as `sequence_starts`; Gemma's blocks have one of two windows
-def _seen(lengths: tuple[int, ...], spans: tuple[int, ...], window: int | None, device: torch.device) -> Tensor:
+def _seen(
+    lengths: tuple[int, ...], spans: tuple[int, ...], window: int | None, device: torch.device
+) -> Tensor:
     """(2, T): the first and the last key that each query sees."""
     rows, k = list[Tensor](), 0
     for length, span in zip(lengths, spans, strict=True):
@@ -222,10 +301,17 @@ def _seen(lengths: tuple[int, ...], spans: tuple[int, ...], window: int | None, 
     return to_device(torch.cat(rows, 1), device)
 
 
-def _blockwise(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], spans: list[int], rule: Rule) -> Tensor:
-    """(B, T, H, K), one block of queries after the other; backward computes each block's weights again."""
+def _blockwise(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], spans: list[int], rule: Rule
+) -> Tensor:
+    """(B, T, H, K), one block of queries after the other; backward computes each block's weights
+    again.
+    """
     seen = _seen if type(q) is Tensor else _seen.__wrapped__
-    bounds, parts = seen((*lengths,), (*spans,), rule.window, q.device), seen_keys(lengths, spans, rule.window)
+    bounds, parts = (
+        seen((*lengths,), (*spans,), rule.window, q.device),
+        seen_keys(lengths, spans, rule.window),
+    )
     out: Tensor = _Blockwise.apply(q, k, v, rule.sinks, bounds, parts, replace(rule, sinks=None))  # type: ignore[no-untyped-call]
     return out
 
@@ -245,7 +331,9 @@ class _Blockwise(torch.autograd.Function):
         B, H, T, _ = q.shape
         out = q.new_empty(B, T, H, v.shape[3])
         for part in parts:
-            out[:, part.start : part.stop] = _block(*_slices(q, k, v, part), sinks, bounds, part, rule)
+            out[:, part.start : part.stop] = _block(
+                *_slices(q, k, v, part), sinks, bounds, part, rule
+            )
         ctx.save_for_backward(q, k, v, bounds, *(() if sinks is None else (sinks,)))
         ctx.parts, ctx.rule = parts, rule
         return out
@@ -253,8 +341,13 @@ class _Blockwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bounds, *sinks = ctx.saved_tensors
-        wide = torch.promote_types(q.dtype, torch.float32)  # many blocks add to the first keys of a long sequence
-        d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        # many blocks add to the first keys of a long sequence
+        wide = torch.promote_types(q.dtype, torch.float32)
+        d_q, d_k, d_v = (
+            torch.empty_like(q),
+            torch.zeros_like(k, dtype=wide),
+            torch.zeros_like(v, dtype=wide),
+        )
         d_sinks = [torch.zeros_like(each, dtype=wide) for each in sinks]
         for part in ctx.parts:
             with torch.enable_grad():
@@ -278,7 +371,15 @@ def _slices(q: Tensor, k: Tensor, v: Tensor, part: SeenKeys) -> tuple[Tensor, Te
     return q[:, :, part.start : part.stop], k[:, :, seen], v[:, :, seen]
 
 
-def _block(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bounds: Tensor, part: SeenKeys, rule: Rule) -> Tensor:
+def _block(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    bounds: Tensor,
+    part: SeenKeys,
+    rule: Rule,
+) -> Tensor:
     """(B, t, H, K) of the block's queries."""
     first, last = bounds[:, part.start : part.stop, None]  # (t, 1) each
     keys = torch.arange(part.first, part.last, dtype=torch.int32, device=q.device)

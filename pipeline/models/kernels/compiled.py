@@ -1,8 +1,9 @@
-"""`torch.compile` of a model's blocks, one by one: equal blocks share their code, so that 2 of them compile, not all.
+"""`torch.compile` of a model's blocks, one by one: equal blocks share their code, so that 2 of them
+compile, not all.
 
-Attention is left out, where the lengths of packed sequences decide what is computed: it would be compiled again for
-each batch. Sizes are symbols from the first step on, so that a batch of other lengths, and a run that is resumed, use
-the same code. Modules and their names stay as they are.
+Attention is left out, where the lengths of packed sequences decide what is computed: it would be
+compiled again for each batch. Sizes are symbols from the first step on, so that a batch of other
+lengths, and a run that is resumed, use the same code. Modules and their names stay as they are.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,9 @@ VARIANTS = 64  # of a block's code: with or without gradients, one row or severa
 
 
 class Lengths(Sequence[int]):
-    """Lengths of packed sequences that the compiler does not look at: it has no code for each of them."""
+    """Lengths of packed sequences that the compiler does not look at: it has no code for each of
+    them.
+    """
 
     def __init__(self, values: Sequence[int]) -> None:
         self._values = tuple(values)
@@ -31,16 +34,20 @@ class Lengths(Sequence[int]):
 
 
 def compile_blocks(model: CausalLM) -> None:
-    """From now on the model's blocks compile where they are called, in place; what they recompute, too."""
+    """From now on the model's blocks compile where they are called, in place; what they recompute,
+    too.
+    """
     torch._dynamo.config.recompile_limit = VARIANTS
     packed_attention.register(torch.compiler.disable(packed_attention.attend))  # type: ignore[no-untyped-call]
     for block in model.blocks:
         block.compile(dynamic=True)
         if block.gradient_checkpointing:
-            # transformers recomputes inside the block: the compiler follows a recomputation whole or not at all, and
-            # stops at the attention, so that nothing would be compiled
+            # transformers recomputes inside the block: the compiler follows a recomputation whole
+            # or not at all, and stops at the attention, so that nothing would be compiled
             block.gradient_checkpointing = False  # type: ignore[assignment]
-            block._compiled_call_impl = partial(checkpoint, block._compiled_call_impl, use_reentrant=False)
+            block._compiled_call_impl = partial(
+                checkpoint, block._compiled_call_impl, use_reentrant=False
+            )
     model.wrap_lengths = Lengths
 
 

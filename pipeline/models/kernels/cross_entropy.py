@@ -1,7 +1,7 @@
 """Cross-entropy of bf16 logits on the CPU in three passes over each row, without copies in fp32.
 
-Of 128 rows of SmolLM2's 49,152 logits, loss and gradient take 2.5 instead of 12 ms of one thread, and a chunk needs a
-third of the memory.
+Of 128 rows of SmolLM2's 49,152 logits, loss and gradient take 2.5 instead of 12 ms of one thread,
+and a chunk needs a third of the memory.
 """
 
 from typing import Any
@@ -28,7 +28,8 @@ class _CrossEntropy(torch.autograd.Function):
         losses = logits.new_empty(len(logits), dtype=torch.float32)
         grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         pointers = (None if x is None else x.data_ptr() for x in (logits, labels, losses, grad))
-        if native().cross_entropy(*pointers, *logits.shape):  # as torch does: C would read and write beside the logits
+        # as torch does: C would read and write beside the logits
+        if native().cross_entropy(*pointers, *logits.shape):
             raise IndexError(f"a label is not one of the {logits.shape[1]} logits")
         if grad is not None:
             ctx.save_for_backward(grad)

@@ -1,9 +1,11 @@
-"""Fast generation of one token at a time on the CPU: prepacked weights, and blocks of Llama's shape in fewer calls.
+"""Fast generation of one token at a time on the CPU: prepacked weights, and blocks of Llama's shape
+in fewer calls.
 
-A CPU multiplies a single row by weights in torch's layout at less than half of its memory's bandwidth, and then spends
-its time on calls. SmolLM2-135M in bf16, 128 tokens, CPU seconds of one thread in turns with transformers' `generate`:
-2.0 × the tokens a second; before the body, the norms and the cache had fewer calls, 1.7 ×. The packed products take two
-thirds of the time, at 25 to 29 GB of weights a second, where torch.sum reads 18 to 21.
+A CPU multiplies a single row by weights in torch's layout at less than half of its memory's
+bandwidth, and then spends its time on calls. SmolLM2-135M in bf16, 128 tokens, CPU seconds of one
+thread in turns with transformers' `generate`: 2.0 × the tokens a second; before the body, the norms
+and the cache had fewer calls, 1.7 ×. The packed products take two thirds of the time, at 25 to 29
+GB of weights a second, where torch.sum reads 18 to 21.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,36 +32,45 @@ FEED_FORWARD = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 class PackedLinear:
-    """y = Wx + b of one linear, or of several with the same x, concatenated. W is a copy in oneDNN's own layout.
+    """y = Wx + b of one linear, or of several with the same x, concatenated. W is a copy in
+    oneDNN's own layout.
 
-    A row's numbers do not depend on the rows beside it: oneDNN sums a lone row in another order where it has more than
-    SHORT inputs, so it is computed as two rows, which takes 1.1 × the time.
+    A row's numbers do not depend on the rows beside it: oneDNN sums a lone row in another order
+    where it has more than SHORT inputs, so it is computed as two rows, which takes 1.1 × the time.
     """
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         self.versions, self.inputs = _weight_versions(linears), linears[0].in_features
         weight = torch.cat([linear.weight.detach() for linear in linears])  # (ΣO, I)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-        self.bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
+        self.bias = (
+            None
+            if linears[0].bias is None
+            else torch.cat([linear.bias.detach() for linear in linears])
+        )
         self.multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.inputs <= SHORT or x.numel() > self.inputs:
             out: Tensor = self.multiply(x, self.weight, self.bias, "none", [], "")
             return out
-        rows: Tensor = self.multiply(x.view(1, -1).expand(2, -1), self.weight, self.bias, "none", [], "")
+        rows: Tensor = self.multiply(
+            x.view(1, -1).expand(2, -1), self.weight, self.bias, "none", [], ""
+        )
         return rows[:1].view(*x.shape[:-1], -1)
 
 
 class Rotation:
-    """cos and signed sin (N, GR + 2G, K) that rotate the queries and keys of all heads, and leave the values as they
-    are. All blocks of a forward share them."""
+    """cos and signed sin (N, GR + 2G, K) that rotate the queries and keys of all heads, and leave
+    the values as they are. All blocks of a forward share them."""
 
     def __init__(self) -> None:
         self.source: Any = None
 
     def of(self, embeddings: Any, values: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """For heads of `shape`, the last `values` of them values; `embeddings`: cos and sin (1, N, K) of positions."""
+        """For heads of `shape`, the last `values` of them values; `embeddings`: cos and sin (1, N,
+        K) of positions.
+        """
         if self.source is not embeddings:
             cos, sin = (part[0, :, None] for part in embeddings)  # (N, 1, K) each
             half = shape[-1] // 2
@@ -70,28 +81,35 @@ class Rotation:
 
 
 class OneTokenBlock:
-    """Replaces the forward of `block` for one token after a cache, (1, 1, D) → (1, 1, D), and for one token of each of
-    N sequences, (1, N, D); other inputs go to the block's own forward.
+    """Replaces the forward of `block` for one token after a cache, (1, 1, D) → (1, 1, D), and for
+    one token of each of N sequences, (1, N, D); other inputs go to the block's own forward.
 
-    `packed` are the linears that it has packed. K is the head size; G groups of R query heads share a key and a value
-    head.
+    `packed` are the linears that it has packed. K is the head size; G groups of R query heads share
+    a key and a value head.
     """
 
     def __init__(self, block: Any, rotation: Rotation) -> None:
         attention, mlp = block.self_attn, block.mlp
         self.layer, self.scale, self.K = attention.layer_idx, attention.scaling, attention.head_dim
         self.R, self.rotation, self.act = attention.num_key_value_groups, rotation, mlp.act_fn
-        self.norm, self.feed_norm = fewer_calls(block.input_layernorm), fewer_calls(block.post_attention_layernorm)
-        self.head_norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+        self.norm, self.feed_norm = (
+            fewer_calls(block.input_layernorm),
+            fewer_calls(block.post_attention_layernorm),
+        )
+        self.head_norms = (
+            [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+        )
         self.packed = list[nn.Module]()
         self.qkv = self._concatenate(attention.q_proj, attention.k_proj, attention.v_proj)
         self.out, self.down = self._concatenate(attention.o_proj), self._concatenate(mlp.down_proj)
         self.gate_up = self._concatenate(mlp.gate_proj, mlp.up_proj)
 
     def _concatenate(self, *modules: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The outputs (N, ΣO) of modules with the same x (N, I), concatenated: one packed product, unless one has an
-        adapter that cannot be added to it."""
-        linears = [module.base if isinstance(module, UpdatedLinear) else module for module in modules]
+        """The outputs (N, ΣO) of modules with the same x (N, I), concatenated: one packed product,
+        unless one has an adapter that cannot be added to it."""
+        linears = [
+            module.base if isinstance(module, UpdatedLinear) else module for module in modules
+        ]
         packable = [linear for linear in linears if _can_pack(linear)]
         if len(packable) < len(modules) or len({linear.bias is None for linear in packable}) > 1:
             return lambda x: torch.cat([module(x[None])[0] for module in modules], -1)
@@ -109,7 +127,9 @@ class OneTokenBlock:
 
         return updated
 
-    def __call__(self, block: nn.Module, x: Tensor, *others: Any, cache: Any = None, **options: Any) -> Tensor:
+    def __call__(
+        self, block: nn.Module, x: Tensor, *others: Any, cache: Any = None, **options: Any
+    ) -> Tensor:
         past: PackedCache | None = options.get("past")
         N = x.shape[1]
         if not fits(x, cache, past):
@@ -122,15 +142,20 @@ class OneTokenBlock:
             q, k, v = heads.split_with_sizes([G * self.R, G, G], 1)
             heads = torch.cat([self.head_norms[0](q), self.head_norms[1](k), v], 1)
         cos, sin = self.rotation.of(options["position_embeddings"], G, heads.shape)
-        heads = heads * cos + heads.roll(self.K // 2, -1) * sin  # Su et al. 2021, §3.4.2, with pairs (i, i + K/2)
+        # Su et al. 2021, §3.4.2, with pairs (i, i + K/2)
+        heads = heads * cos + heads.roll(self.K // 2, -1) * sin
         q = heads[:, : -2 * G].view(N, G, self.R, self.K)  # a group's R heads stand where tokens do
         if past is None:
-            attended = self._attend(q, *_append(cache, self.layer, heads[:, -2 * G :]))  # (1, G, R, K)
+            # (1, G, R, K)
+            attended = self._attend(q, *_append(cache, self.layer, heads[:, -2 * G :]))
         else:
-            keys, values = (part.transpose(0, 1)[None] for part in heads[:, -2 * G :].chunk(2, 1))  # (1, G, N, K) each
+            # (1, G, N, K) each
+            keys, values = (part.transpose(0, 1)[None] for part in heads[:, -2 * G :].chunk(2, 1))
             pairs = past.update(self.layer, keys, values, [1] * N)
             queries = q.split_with_sizes([1] * N)
-            attended = torch.cat([self._attend(own, *pair) for own, pair in zip(queries, pairs, strict=True)])
+            attended = torch.cat(
+                [self._attend(own, *pair) for own, pair in zip(queries, pairs, strict=True)]
+            )
         x = x + self.out(attended.view(N, -1))  # (N, D)
         gate, up = self.gate_up(self.feed_norm(x)).chunk(2, -1)  # (N, F) each
         return (x + self.down(self.act(gate) * up))[None]
@@ -140,17 +165,21 @@ class OneTokenBlock:
 
 
 class OneTokenBody:
-    """Replaces the forward of a body of Llama's parts where `blocks`, the replacements of all its blocks, take a token:
-    without masks, which they do not read, and a module's call for each block."""
+    """Replaces the forward of a body of Llama's parts where `blocks`, the replacements of all its
+    blocks, take a token: without masks, which they do not read, and a module's call for each block.
+    """
 
     def __init__(self, blocks: Mapping[nn.Module, OneTokenBlock]) -> None:
         self.blocks = blocks
 
-    def __call__(self, body: Any, input_ids: Tensor | None = None, cache: Any = None, **options: Any) -> Any:
+    def __call__(
+        self, body: Any, input_ids: Tensor | None = None, cache: Any = None, **options: Any
+    ) -> Any:
         if input_ids is None or not fits(input_ids, cache, options.get("past")):
             return type(body).forward(body, input_ids=input_ids, cache=cache, **options)
         past = options.get("past")
-        # Calls cost 5% less in inference mode. Caches of several sequences outlive it, and may then not be written to.
+        # Calls cost 5% less in inference mode. Caches of several sequences outlive it, and may then
+        # not be written to.
         with torch.inference_mode() if past is None else nullcontext():
             x = body.embed_tokens(input_ids)  # (1, N, D)
             rotation = body.rotary_emb(x, position_ids=options["position_ids"])
@@ -167,14 +196,19 @@ class BodyOutput(NamedTuple):
 
 def fits(x: Tensor, cache: Any, past: PackedCache | None) -> bool:
     """Whether x (1, N, …) is one token after a cache, or one for each sequence of `past`."""
-    return cache is not None and x.shape[:2] == (1, 1) if past is None else x.shape[1] == len(past.sequences)
+    return (
+        cache is not None and x.shape[:2] == (1, 1)
+        if past is None
+        else x.shape[1] == len(past.sequences)
+    )
 
 
 def _append(cache: Any, block: int, new: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values (1, G, S, K) of a transformers cache after one more token's, `new` (1, 2G, K).
+    """Keys and values (1, G, S, K) of a transformers cache after one more token's, `new` (1, 2G,
+    K).
 
-    A DynamicLayer copies all that it has for each token. Its tensors become views of a buffer with room for more, which
-    its other methods read as any tensors.
+    A DynamicLayer copies all that it has for each token. Its tensors become views of a buffer with
+    room for more, which its other methods read as any tensors.
     """
     layer = cache.layers[block]
     if type(layer).__name__ != "DynamicLayer" or not layer.get_seq_length():
@@ -204,35 +238,59 @@ def fewer_calls(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     return short if torch.equal(short(probe), norm(probe)) else norm
 
 
-_packed: WeakKeyDictionary[nn.Module, PackedLinear] = WeakKeyDictionary()  # by the first of the linears
-_agrees: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how many forwards passed _check_agreement together
+# by the first of the linears
+_packed: WeakKeyDictionary[nn.Module, PackedLinear] = WeakKeyDictionary()
+# how many forwards passed _check_agreement together
+_agrees: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 @contextmanager
 def fast_decoding(model: nn.Module) -> Iterator[int]:
-    """Inside the block `model` is faster where one token follows a cache; yields the number of replaced forwards.
+    """Inside the block `model` is faster where one token follows a cache; yields the number of
+    replaced forwards.
 
-    Only bf16 on the CPU, and only inference. The packed weights are kept for the next time, as long as the model lives.
+    Only bf16 on the CPU, and only inference. The packed weights are kept for the next time, as long
+    as the model lives.
     """
     forwards: dict[nn.Module, Callable[..., Any]] = {}
     inside = set[nn.Module]()
     if _is_available():
-        is_candidate = isinstance(model, CausalLM) and _is_bf16_on_cpu(next(model.blocks.parameters()))
-        if is_candidate and _agrees.get(model, True):  # otherwise joined weights would be packed for nothing
+        is_candidate = isinstance(model, CausalLM) and _is_bf16_on_cpu(
+            next(model.blocks.parameters())
+        )
+        # otherwise joined weights would be packed for nothing
+        if is_candidate and _agrees.get(model, True):
             assert isinstance(model, CausalLM)
             rotation = Rotation()
-            blocks = {block: OneTokenBlock(block, rotation) for block in model.blocks if has_llama_parts(block)}
+            blocks = {
+                block: OneTokenBlock(block, rotation)
+                for block in model.blocks
+                if has_llama_parts(block)
+            }
             one_token: dict[nn.Module, Callable[..., Any]] = {
                 block: MethodType(fast, block) for block, fast in blocks.items()
             }
             choices = [one_token] if blocks else []
-            if len(blocks) == len(model.blocks) and {name for name, _ in model.body.named_children()} == BODY:
-                choices.insert(0, {**one_token, model.body: MethodType(OneTokenBody(blocks), model.body)})
+            if (
+                len(blocks) == len(model.blocks)
+                and {name for name, _ in model.body.named_children()} == BODY
+            ):
+                choices.insert(
+                    0, {**one_token, model.body: MethodType(OneTokenBody(blocks), model.body)}
+                )
             if model not in _agrees:  # once a model: a few short forwards
-                _agrees[model] = next((len(choice) for choice in choices if _check_agreement(model, choice)), 0)
+                _agrees[model] = next(
+                    (len(choice) for choice in choices if _check_agreement(model, choice)), 0
+                )
             forwards = next((choice for choice in choices if len(choice) == _agrees[model]), {})
-            inside = {linear for fast in blocks.values() for linear in fast.packed} if forwards else inside
-        forwards.update({m: _packed_linear([m]) for m in model.modules() if _can_pack(m) and m not in inside})
+            inside = (
+                {linear for fast in blocks.values() for linear in fast.packed}
+                if forwards
+                else inside
+            )
+        forwards.update(
+            {m: _packed_linear([m]) for m in model.modules() if _can_pack(m) and m not in inside}
+        )
     with _replaced_forwards(forwards):
         yield len(forwards)
 
@@ -247,7 +305,9 @@ def has_llama_parts(block: Any) -> bool:
     attention_parts, feed_forward = (
         {name for name, _ in part.named_children()} for part in (block.self_attn, block.mlp)
     )
-    extra = [*block.self_attn.parameters(recurse=False)] or getattr(block.self_attn, "sliding_window", None)
+    extra = [*block.self_attn.parameters(recurse=False)] or getattr(
+        block.self_attn, "sliding_window", None
+    )
     same_parts = attention_parts in (PROJECTIONS, PROJECTIONS | {"q_norm", "k_norm"})
     return not extra and same_parts and feed_forward == FEED_FORWARD
 
@@ -269,7 +329,9 @@ def _check_agreement(model: CausalLM, forwards: Mapping[nn.Module, Callable[...,
 
 @contextmanager
 def _replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Other forwards inside the block, except for modules whose forward another generation has already replaced."""
+    """Other forwards inside the block, except for modules whose forward another generation has
+    already replaced.
+    """
     changed = [module for module in forwards if "forward" not in module.__dict__]
     for module in changed:
         module.forward = forwards[module]

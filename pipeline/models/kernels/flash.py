@@ -1,7 +1,8 @@
 """Attention of packed sequences by `flash-attn` where it is installed (Dao 2023, arXiv 2307.08691).
 
-It has what torch's own kernel for sequences of different lengths lacks: capped scores (Gemma 2), and windows in every
-version of torch. It needs a CUDA build of its own, which no extra of this project installs.
+It has what torch's own kernel for sequences of different lengths lacks: capped scores (Gemma 2),
+and windows in every version of torch. It needs a CUDA build of its own, which no extra of this
+project installs.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,8 @@ from pipeline.models.kernels.plain_attention import sequence_starts
 
 
 def supports_flash(q: Tensor, v: Tensor) -> bool:
-    """Whether it is installed and computes q and v (B, heads, tokens, K): in 16 bits, on an Ampere GPU or later.
+    """Whether it is installed and computes q and v (B, heads, tokens, K): in 16 bits, on an Ampere
+    GPU or later.
 
     It has no sinks.
     """
@@ -34,8 +36,9 @@ def flash_attention(
 ) -> Tensor:
     """(B, T, H, K) for q (B, H, T, K), k and v (B, G, S, K), causal.
 
-    Each row holds sequences of `lengths` queries and `spans` keys; of those, query t of T sees key S - T + t and the
-    `window` - 1 before it. Scores become softcap·tanh(score / softcap). Repeated, it gives the same gradients.
+    Each row holds sequences of `lengths` queries and `spans` keys; of those, query t of T sees key
+    S - T + t and the `window` - 1 before it. Scores become softcap·tanh(score / softcap). Repeated,
+    it gives the same gradients.
     """
     B, H, T, K = q.shape
     q_starts, k_starts = (sequence_starts((*sizes,) * B, q.device) for sizes in (lengths, spans))

@@ -1,10 +1,12 @@
-"""Training of blocks of Llama's shape in bf16 on the CPU: few passes over memory between the matrix products.
+"""Training of blocks of Llama's shape in bf16 on the CPU: few passes over memory between the matrix
+products.
 
-Queries, keys and values share one product with the stacked A of their adapters, the gradients of what shares an input
-are added inside the products, rotation, SwiGLU and the norm of a residual sum are one pass each (native.c).
-A LoRA step of SmolLM2-135M, 8 sequences of 12 to 300 tokens, takes 1/1.24 of the time together with native.c's
-attention and cross-entropy (CPU seconds of one thread, in turns, on a busy machine). Copies of the weights in oneDNN's
-own layout would make the products 3 to 5% faster for twice the memory of the base: they are not made.
+Queries, keys and values share one product with the stacked A of their adapters, the gradients of
+what shares an input are added inside the products, rotation, SwiGLU and the norm of a residual sum
+are one pass each (native.c). A LoRA step of SmolLM2-135M, 8 sequences of 12 to 300 tokens, takes
+1/1.24 of the time together with native.c's attention and cross-entropy (CPU seconds of one thread,
+in turns, on a busy machine). Copies of the weights in oneDNN's own layout would make the products 3
+to 5% faster for twice the memory of the base: they are not made.
 """
 
 from collections.abc import Sequence
@@ -23,18 +25,23 @@ from pipeline.models.kernels.rms_norm import RMSNorm
 from pipeline.models.kernels.short_attention import NATIVE_LANES
 from pipeline.project.probes import PLAIN, attempt
 
-ALONE = ("cache", "past_key_values", "past", "attention_mask")  # options of the block's own forward only
+# options of the block's own forward only
+ALONE = ("cache", "past_key_values", "past", "attention_mask")
 
 
 class TrainingBlock(nn.Module):
-    """The first base of the class of a replaced block. In evaluation and with a cache its own forward runs.
+    """The first base of the class of a replaced block. In evaluation and with a cache its own
+    forward runs.
 
-    After its attention the last block computes only the rows that carry a label: (1, n, D) for an index (n,).
+    After its attention the last block computes only the rows that carry a label: (1, n, D) for an
+    index (n,).
     """
 
     is_last = False
 
-    def forward(self, x: Tensor, *others: Any, labelled: Tensor | None = None, **options: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, *others: Any, labelled: Tensor | None = None, **options: Any
+    ) -> Tensor:
         if others or not self._supports(x, options):
             out: Tensor = super().forward(x, *others, **options)
             return out
@@ -44,17 +51,27 @@ class TrainingBlock(nn.Module):
         assert isinstance(second_norm, RMSNorm)
         B, T, _ = x.shape
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        q, k, v = (y.view(B, T, -1, attention.head_dim) for y in linears(first_norm(x), projections))  # type: ignore[operator]
+        q, k, v = (
+            y.view(B, T, -1, attention.head_dim)
+            for y in linears(first_norm(x), projections)  # type: ignore[operator]
+        )
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm(q), attention.k_norm(k)
         q, k = _Rotary.apply(q, k, *options["position_embeddings"])  # type: ignore[no-untyped-call]
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, K)
         given = {key: options[key] for key in ("segments", "prefix") if key in options}
-        attended, _ = attend(attention, q, k, v, None, scaling=attention.scaling, **given)  # (B, T, H, K)
+        # (B, T, H, K)
+        attended, _ = attend(attention, q, k, v, None, scaling=attention.scaling, **given)
         attended = attended.view(B, T, -1)
         later = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        if self.is_last and labelled is not None and all(_terms(module) is not None for module in later):
-            attended, x = (rows.flatten(0, 1).index_select(0, labelled)[None] for rows in (attended, x))
+        if (
+            self.is_last
+            and labelled is not None
+            and all(_terms(module) is not None for module in later)
+        ):
+            attended, x = (
+                rows.flatten(0, 1).index_select(0, labelled)[None] for rows in (attended, x)
+            )
         (out,) = linears(attended, (attention.o_proj,))
         x, normed = second_norm.of_sum(x, out)
         gate, up = linears(normed, (mlp.gate_proj, mlp.up_proj))
@@ -72,7 +89,8 @@ class TrainingBlock(nn.Module):
 
 @torch.no_grad()
 def fuse_llama_blocks(model: CausalLM) -> int:
-    """Replaces, in place, the forwards of blocks of Llama's shape that then compute the same; returns their number.
+    """Replaces, in place, the forwards of blocks of Llama's shape that then compute the same;
+    returns their number.
 
     Names, parameters and state_dict stay.
     """
@@ -90,14 +108,20 @@ def fuse_llama_blocks(model: CausalLM) -> int:
         return 0
     options = dict[nn.Module, dict[str, Any]]()  # of a block's forward, for two packed sequences
     hooks = [
-        block.register_forward_pre_hook(lambda block, _, given: options.update({block: given}), with_kwargs=True)
+        block.register_forward_pre_hook(
+            lambda block, _, given: options.update({block: given}), with_kwargs=True
+        )
         for block in blocks
     ]
     was_training = model.training
     model.train()  # a block's faster forward is for training only
     try:
         segments = [4, 3] if model.supports_packing else None
-        model.run_body(torch.arange(7)[None] % model.shape.rows, torch.tensor([[0, 1, 2, 3, 0, 1, 2]]), segments)
+        model.run_body(
+            torch.arange(7)[None] % model.shape.rows,
+            torch.tensor([[0, 1, 2, 3, 0, 1, 2]]),
+            segments,
+        )
         for hook in hooks:
             hook.remove()
         replaced = [block for block in blocks if _replace(block, options[block])]
@@ -112,10 +136,16 @@ def _replace(block: nn.Module, options: dict[str, Any]) -> bool:
     """Give the block its faster forward if that changes a random input alike."""
     width = len(block.post_attention_layernorm.weight)  # type: ignore[union-attr, arg-type]
     # small: what a block adds does not depend on its input's size, and bf16 rounds the sum of both
-    x = torch.randn(1, 7, width, generator=torch.Generator().manual_seed(0)).mul_(2**-8).to(torch.bfloat16)
+    x = (
+        torch.randn(1, 7, width, generator=torch.Generator().manual_seed(0))
+        .mul_(2**-8)
+        .to(torch.bfloat16)
+    )
     expected, kind = block(x, **options).float() - x.float(), type(block)
     block.__class__ = _with_training_forward(kind)  # type: ignore[arg-type]  # mypy: a class has no hash
-    added = attempt(f"the fused {kind.__name__}", PLAIN, lambda: block(x, **options).float() - x.float())
+    added = attempt(
+        f"the fused {kind.__name__}", PLAIN, lambda: block(x, **options).float() - x.float()
+    )
     if added is not None and bool((added - expected).norm() <= AGREEMENT * expected.norm()):
         return True
     block.__class__ = kind
@@ -128,7 +158,9 @@ def _with_training_forward(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def linears(x: Tensor, modules: Sequence[nn.Module]) -> Sequence[Tensor]:
-    """The outputs of linears with the same x (B, T, I), with or without LoRA: one function if all are frozen."""
+    """The outputs of linears with the same x (B, T, I), with or without LoRA: one function if all
+    are frozen.
+    """
     terms = [_terms(module) for module in modules]
     known = [term for term in terms if term is not None]
     if len(known) < len(terms):
@@ -149,7 +181,12 @@ def _terms(module: nn.Module) -> tuple[nn.Linear, Tensor | None, Tensor | None, 
         term = module, None, None, 1.0
     if term is None or _has_hooks(module) or _has_hooks(term[0]):
         return None
-    return None if any(p.requires_grad for p in term[0].parameters()) or not supports(term[0].weight, lanes=1) else term
+    return (
+        None
+        if any(p.requires_grad for p in term[0].parameters())
+        or not supports(term[0].weight, lanes=1)
+        else term
+    )
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -157,16 +194,26 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 class _Linears(torch.autograd.Function):
-    """Wᵢx + bᵢ + sᵢ·BᵢAᵢx of n linears with the same x (B, T, I); those without an adapter have no A and B."""
+    """Wᵢx + bᵢ + sᵢ·BᵢAᵢx of n linears with the same x (B, T, I); those without an adapter have no
+    A and B.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scales: Sequence[float], *parameters: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, scales: Sequence[float], *parameters: Tensor | None
+    ) -> tuple[Tensor, ...]:
         n = len(scales)
         weights, biases, As, Bs = (parameters[start : start + n] for start in range(0, 4 * n, n))
         rows = x.flatten(0, -2)  # (N, I)
         outs = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]  # type: ignore[arg-type]
         adapted = [i for i in range(n) if As[i] is not None]
-        ctx.scales, ctx.adapted, ctx.shape, ctx.ranks, kept = scales, adapted, x.shape, [], list[Tensor]()
+        ctx.scales, ctx.adapted, ctx.shape, ctx.ranks, kept = (
+            scales,
+            adapted,
+            x.shape,
+            [],
+            list[Tensor](),
+        )
         if adapted:
             A = torch.cat([As[i].to(x.dtype) for i in adapted])  # type: ignore[union-attr]  # (ΣR, I)
             low = F.linear(rows, A)  # (N, ΣR)
@@ -193,12 +240,17 @@ class _Linears(torch.autograd.Function):
                 d_x.addmm_(grad, weight)
         if ctx.adapted:
             rows, low, A, *Bs = kept
-            d_low = torch.cat([(grads[i] @ B).mul_(ctx.scales[i]) for i, B in zip(ctx.adapted, Bs, strict=True)], 1)
+            d_low = torch.cat(
+                [(grads[i] @ B).mul_(ctx.scales[i]) for i, B in zip(ctx.adapted, Bs, strict=True)],
+                1,
+            )
             if d_x is not None:
                 d_x.addmm_(d_low, A)
             stacked = (d_low.t() @ rows).split(ctx.ranks)
             parts = low.split(ctx.ranks, 1)
-            for i, own, part, (A_dtype, B_dtype) in zip(ctx.adapted, stacked, parts, ctx.dtypes, strict=True):
+            for i, own, part, (A_dtype, B_dtype) in zip(
+                ctx.adapted, stacked, parts, ctx.dtypes, strict=True
+            ):
                 d_A[i] = own.to(A_dtype)
                 d_B[i] = (part.t() @ grads[i]).t().mul(ctx.scales[i]).to(B_dtype)
         return None if d_x is None else d_x.view(ctx.shape), None, *[None] * (2 * n), *d_A, *d_B
@@ -243,5 +295,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     x = x.contiguous()
     B, T, heads, K = x.shape
     out = torch.empty_like(x)
-    native().rotate(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), B * T, heads, K, sign)
+    native().rotate(
+        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), B * T, heads, K, sign
+    )
     return out

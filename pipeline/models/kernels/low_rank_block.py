@@ -1,7 +1,8 @@
 """MiniGPT's block with frozen weights and low-rank updates of its attention as one autograd node.
 
-A small model's step is bound by calls: under autograd a product of 16 rows costs views, a node and bookkeeping, which
-take longer than it does. Here forward and backward are the calls that compute something; q, k and v are one product.
+A small model's step is bound by calls: under autograd a product of 16 rows costs views, a node and
+bookkeeping, which take longer than it does. Here forward and backward are the calls that compute
+something; q, k and v are one product.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,8 +18,8 @@ from pipeline.models.base import LinearUpdate, LowRankLinear
 if TYPE_CHECKING:
     from pipeline.models.kernels.native import BlockShape
 
-# Rows of a product from which oneDNN is faster than MKL: 128 × 64 by 64 × 256 takes 25 µs in place of 40 on a Zen 5,
-# where MKL uses half the width of a vector; 16 rows take 11 µs in place of 8.
+# Rows of a product from which oneDNN is faster than MKL: 128 × 64 by 64 × 256 takes 25 µs in place
+# of 40 on a Zen 5, where MKL uses half the width of a vector; 16 rows take 11 µs in place of 8.
 ONEDNN_FROM = 64
 
 _aten = torch.ops.aten
@@ -27,8 +28,9 @@ _attend_backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class _Frozen(NamedTuple):
-    """Weight, bias and epsilon of the norms before attention and feed-forward; weights and biases of q, k, v and out,
-    of fc1 and of fc2; the mask of a row of several sequences; the scale of the updates."""
+    """Weight, bias and epsilon of the norms before attention and feed-forward; weights and biases
+    of q, k, v and out, of fc1 and of fc2; the mask of a row of several sequences; the scale of the
+    updates."""
 
     norms: Sequence[tuple[Tensor, Tensor, float]]
     attention: Sequence[tuple[Tensor, Tensor]]
@@ -56,9 +58,11 @@ def low_rank_block(
     mask: Tensor | None,
     segments: Sequence[int] | None = None,
 ) -> Tensor | None:
-    """x + attention(norm(x)), then + fc2(gelu(fc1(norm))), (B, T, D). `mask`: of a row of `segments`.
+    """x + attention(norm(x)), then + fc2(gelu(fc1(norm))), (B, T, D). `mask`: of a row of
+    `segments`.
 
-    None unless q, k, v and out (`attention`) have updates alike, nothing else of the block trains and all is in fp32.
+    None unless q, k, v and out (`attention`) have updates alike, nothing else of the block trains
+    and all is in fp32.
     """
     if x.dtype != torch.float32:
         return None
@@ -68,11 +72,21 @@ def low_rank_block(
         if update is None:
             return None
         updates.append(update)
-    if any((update.A.shape, update.scale) != (updates[0].A.shape, updates[0].scale) for update in updates[1:]):
+    if any(
+        (update.A.shape, update.scale) != (updates[0].A.shape, updates[0].scale)
+        for update in updates[1:]
+    ):
         return None
-    layers = [_frozen(module, x.dtype) for module in (*norms, *(update.base for update in updates), *feed_forward)]
+    layers = [
+        _frozen(module, x.dtype)
+        for module in (*norms, *(update.base for update in updates), *feed_forward)
+    ]
     frozen = [layer for layer in layers if layer is not None]
-    if len(frozen) < len(layers) or updates[0].A.dtype != x.dtype or updates[0].B.shape[-2] != x.shape[-1]:
+    if (
+        len(frozen) < len(layers)
+        or updates[0].A.dtype != x.dtype
+        or updates[0].B.shape[-2] != x.shape[-1]
+    ):
         return None
     eps = [(*layer, norm.eps) for layer, norm in zip(frozen, norms, strict=False)]
     block = _Frozen(eps, frozen[2:6], frozen[6], frozen[7], heads, mask, updates[0].scale)
@@ -87,9 +101,17 @@ def low_rank_block(
 
 
 def _frozen(layer: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """Weight and bias of a linear or a norm; None if they train, are of another dtype, or there is no bias."""
+    """Weight and bias of a linear or a norm; None if they train, are of another dtype, or there is
+    no bias.
+    """
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-    if weight is None or bias is None or weight.requires_grad or bias.requires_grad or weight.dtype != dtype:
+    if (
+        weight is None
+        or bias is None
+        or weight.requires_grad
+        or bias.requires_grad
+        or weight.dtype != dtype
+    ):
         return None
     return weight, bias
 
@@ -104,7 +126,8 @@ class _Block(torch.autograd.Function):
         n1, mean1, rstd1 = torch.native_layer_norm(rows, (D,), *block.norms[0])
         *biases, out_bias = (bias for _, bias in block.attention)
         qkv, low_qkv = _forward(n1, qkv_proj, torch.cat(biases), block.scale)  # (N, 3D)
-        q, k, v = qkv.view(B, T, 3, block.heads, -1).permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, K) each
+        # (B, H, T, K) each
+        q, k, v = qkv.view(B, T, 3, block.heads, -1).permute(2, 0, 3, 1, 4).unbind()
         y, log_sums = _attend(q, k, v, 0.0, block.mask is None, attn_mask=block.mask)
         merged = y.transpose(1, 2).reshape(B * T, D)
         attended, low_out = _forward(merged, out_proj, out_bias, block.scale)
@@ -114,31 +137,60 @@ class _Block(torch.autograd.Function):
         u = _linear(n2, *block.fc1)
         out = _linear(_without_onednn(F.gelu, u), *block.fc2).add_(attended)
         ctx.block = block
-        kept = (rows, mean1, rstd1, n1, q, k, v, y, log_sums, merged, attended, mean2, rstd2, u, low_qkv, low_out)
+        kept = (
+            rows,
+            mean1,
+            rstd1,
+            n1,
+            q,
+            k,
+            v,
+            y,
+            log_sums,
+            merged,
+            attended,
+            mean2,
+            rstd2,
+            u,
+            low_qkv,
+            low_out,
+        )
         ctx.save_for_backward(*kept, *joined)
         return out.view(B, T, D)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         block = ctx.block
-        rows, mean1, rstd1, n1, q, k, v, y, log_sums, merged, attended, mean2, rstd2, u, *rest = ctx.saved_tensors
+        rows, mean1, rstd1, n1, q, k, v, y, log_sums, merged, attended, mean2, rstd2, u, *rest = (
+            ctx.saved_tensors
+        )
         low_qkv, low_out, *joined = rest
         B, H, T, _ = q.shape
         D = rows.shape[1]
         g = outputs[0].reshape(B * T, D)
         d_u = _without_onednn(_aten.gelu_backward, _linear(g, block.fc2[0].t()), u)
-        d_attended = _norm_backward(_linear(d_u, block.fc1[0].t()), attended, mean2, rstd2, block.norms[1]).add_(g)
+        d_attended = _norm_backward(
+            _linear(d_u, block.fc1[0].t()), attended, mean2, rstd2, block.norms[1]
+        ).add_(g)
         del d_u
         qkv_proj, out_proj, folded = _layers(block, *joined)
         d_merged, *of_out = _backward(d_attended, merged, out_proj, low_out, block.scale)
         d_y = d_merged.view(B, T, H, -1).transpose(1, 2)
-        grads = _attend_backward(d_y, q, k, v, y, log_sums, 0.0, block.mask is None, attn_mask=block.mask)
+        grads = _attend_backward(
+            d_y, q, k, v, y, log_sums, 0.0, block.mask is None, attn_mask=block.mask
+        )
         d_qkv = torch.cat([grad.transpose(1, 2).reshape(B * T, D) for grad in grads], 1)  # (N, 3D)
         del d_merged, d_y, grads
-        d_n1, *of_qkv = _backward(d_qkv, n1, qkv_proj, low_qkv, block.scale, ctx.needs_input_grad[0])
+        d_n1, *of_qkv = _backward(
+            d_qkv, n1, qkv_proj, low_qkv, block.scale, ctx.needs_input_grad[0]
+        )
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = _norm_backward(d_n1, rows, mean1, rstd1, block.norms[0]).add_(d_attended).view(B, T, D)
+            d_x = (
+                _norm_backward(d_n1, rows, mean1, rstd1, block.norms[0])
+                .add_(d_attended)
+                .view(B, T, D)
+            )
         if folded is not None:  # ∂A = s·Bᵀ∂W and ∂B = s·∂W·Aᵀ, four of each (the document's §4.3)
             A, B_ = joined
             d_As = torch.baddbmm(A, B_.mT, folded, beta=0, alpha=block.scale).unbind()
@@ -152,7 +204,8 @@ class _Block(torch.autograd.Function):
 
 def _runs_natively(x: Tensor, block: _Frozen, factors: Sequence[Tensor]) -> bool:
     """Only of many adapters: a single one's numbers are the same with a compiler and without."""
-    from pipeline.models.kernels.native import COLUMNS, LANES, supports  # one adapter does not need it
+    # one adapter does not need it
+    from pipeline.models.kernels.native import COLUMNS, LANES, supports
 
     D, F_ = block.fc2[0].shape
     frozen = [*block.attention, block.fc1, block.fc2]
@@ -165,14 +218,17 @@ def _runs_natively(x: Tensor, block: _Frozen, factors: Sequence[Tensor]) -> bool
 
 
 class _NativeBlock(torch.autograd.Function):
-    """The same of L adapters by native.c: of 8 with 16 tokens each in 0.2 ms instead of 0.7, forward and backward.
+    """The same of L adapters by native.c: of 8 with 16 tokens each in 0.2 ms instead of 0.7,
+    forward and backward.
 
-    What torch's calls take longest for: attention of short sequences, and products of few rows. Gradients as in the
-    document's §4.3.
+    What torch's calls take longest for: attention of short sequences, and products of few rows.
+    Gradients as in the document's §4.3.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block: _Frozen, lengths: tuple[int, ...], *factors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, block: _Frozen, lengths: tuple[int, ...], *factors: Tensor
+    ) -> Tensor:
         from pipeline.models.kernels.native import COLUMNS, LANES, BlockShape, native
         from pipeline.models.kernels.short_attention import starts_of
 
@@ -182,15 +238,22 @@ class _NativeBlock(torch.autograd.Function):
         pairs = (*norms, *block.attention, block.fc1, block.fc2)
         frozen = [tensor.data_ptr() for pair in pairs for tensor in pair]
         eps = [eps for *_, eps in block.norms]
-        shape = BlockShape(L, n // L, D, F_, block.heads, R, len(lengths), block.scale, (c_float * 2)(*eps))
+        shape = BlockShape(
+            L, n // L, D, F_, block.heads, R, len(lengths), block.scale, (c_float * 2)(*eps)
+        )
         shape.frozen, shape.starts = (c_void_p * len(frozen))(*frozen), starts.data_ptr()
         wide, narrow = (-(-columns // COLUMNS) * COLUMNS for columns in (3 * R, R))  # whole panels
         longest = -(-max(lengths) // LANES) * LANES
-        panels = max(F_ * D, 3 * D * D, (3 * D + n // L) * wide + R * D, 2 * longest * (D // block.heads + 1))
+        panels = max(
+            F_ * D, 3 * D * D, (3 * D + n // L) * wide + R * D, 2 * longest * (D // block.heads + 1)
+        )
         kept, out = x.new_empty(n * (6 * D + F_ + 4 + wide + narrow)), torch.empty_like(x)
         room = x.new_empty(n * (2 * D + max(F_, 3 * D)) + panels)
-        native().low_rank_forward(_address(shape, factors), *(tensor.data_ptr() for tensor in (x, out, kept, room)))
-        # the tensors at whose addresses `shape` points are held by `block`, `starts`, and what is saved
+        native().low_rank_forward(
+            _address(shape, factors), *(tensor.data_ptr() for tensor in (x, out, kept, room))
+        )
+        # the tensors at whose addresses `shape` points are held by `block`, `starts`, and what is
+        # saved
         ctx.shape, ctx.block, ctx.starts, ctx.room = shape, block, starts, room.shape
         ctx.save_for_backward(x, kept, *factors)
         return out
@@ -222,8 +285,8 @@ def _address(shape: "BlockShape", factors: Sequence[Tensor]) -> int:
 def _join(factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The factors A of q, k, v and out, then B, of one adapter: (4, R, D), (4, D, R).
 
-    Of L adapters: A (L, 3R, D) and B (L, 3D, 3R) of q, k and v, then those of out. B has blocks of zeros, which cost
-    less than calls.
+    Of L adapters: A (L, 3R, D) and B (L, 3D, 3R) of q, k and v, then those of out. B has blocks of
+    zeros, which cost less than calls.
     """
     if factors[0].dim() == 2:
         return torch.stack(factors[:4]), torch.stack(factors[4:])
@@ -235,8 +298,11 @@ def _join(factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return A, B, factors[3], factors[7]
 
 
-def _layers(block: _Frozen, A: Tensor, B: Tensor, *of_out: Tensor) -> tuple[_Linear, _Linear, Tensor | None]:
-    """The layer of q, k and v with (3D, D) weights and that of out; and the folded weights of one adapter, (4, D, D).
+def _layers(
+    block: _Frozen, A: Tensor, B: Tensor, *of_out: Tensor
+) -> tuple[_Linear, _Linear, Tensor | None]:
+    """The layer of q, k and v with (3D, D) weights and that of out; and the folded weights of one
+    adapter, (4, D, D).
 
     Updates of L adapters stay apart: folded they are L weights, and as many gradients of weights.
     """
@@ -247,7 +313,9 @@ def _layers(block: _Frozen, A: Tensor, B: Tensor, *of_out: Tensor) -> tuple[_Lin
     return _Linear(folded[:3].flatten(0, 1)), _Linear(folded[3]), folded
 
 
-def _forward(rows: Tensor, layer: _Linear, bias: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+def _forward(
+    rows: Tensor, layer: _Linear, bias: Tensor, scale: float
+) -> tuple[Tensor, Tensor | None]:
     """(N, O) of rows (N, I), and Ax (L, M, R) with L·M = N."""
     weight, A, B = layer
     out = _linear(rows, weight, bias)
@@ -261,9 +329,11 @@ def _forward(rows: Tensor, layer: _Linear, bias: Tensor, scale: float) -> tuple[
 def _backward(
     g: Tensor, rows: Tensor, layer: _Linear, low: Tensor | None, scale: float, needed: bool = True
 ) -> tuple[Any, ...]:
-    """∂x (N, I) if it is `needed`; then ∂A and ∂B. A folded weight, used for the last time, is overwritten by ∂W.
+    """∂x (N, I) if it is `needed`; then ∂A and ∂B. A folded weight, used for the last time, is
+    overwritten by ∂W.
 
-    With g = ∂L/∂y and l = Ax: ∂B = s·gᵀl, ∂l = s·gB, ∂A = (∂l)ᵀx, ∂x = gW + ∂l·A (the document's §4.3).
+    With g = ∂L/∂y and l = Ax: ∂B = s·gᵀl, ∂l = s·gB, ∂A = (∂l)ᵀx, ∂x = gW + ∂l·A (the document's
+    §4.3).
     """
     weight, A, B = layer
     d_rows = _linear(g, weight.t()) if needed else None
@@ -280,10 +350,14 @@ def _backward(
     return d_rows, d_A, torch.baddbmm(B, split.mT, low, beta=0, alpha=scale)
 
 
-def _norm_backward(g: Tensor, rows: Tensor, mean: Tensor, rstd: Tensor, norm: tuple[Tensor, Tensor, float]) -> Tensor:
+def _norm_backward(
+    g: Tensor, rows: Tensor, mean: Tensor, rstd: Tensor, norm: tuple[Tensor, Tensor, float]
+) -> Tensor:
     weight, bias, _ = norm
     shape = rows.shape[1:]
-    d_rows: Tensor = _aten.native_layer_norm_backward(g, rows, shape, mean, rstd, weight, bias, (True, False, False))[0]
+    d_rows: Tensor = _aten.native_layer_norm_backward(
+        g, rows, shape, mean, rstd, weight, bias, (True, False, False)
+    )[0]
     return d_rows
 
 
@@ -295,7 +369,9 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _without_onednn(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """GELU by torch's own loop: a model of 16 rows spends 80 µs a step on the set-up of oneDNN's."""
+    """GELU by torch's own loop: a model of 16 rows spends 80 µs a step on the set-up of
+    oneDNN's.
+    """
     enabled = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:

@@ -1,9 +1,10 @@
 """native.c as a library: compiled on first use for this CPU, and kept in the user's cache folder.
 
-Without a compiler, without a folder that only the user can write to, or with LORA_NATIVE_KERNELS=0, plain torch
-computes the same. Compiling takes 0.6 s, once per machine; loading it 1 ms (torch.compile takes 1.4 s to import alone).
-A LoRA step of SmolLM2-135M in bf16 takes 1/1.24 of the time and 0.76 × the memory beyond the model (CPU seconds of one
-thread, in turns), all that uses it together; a step of 8 adapters on MiniGPT 1/1.6 of the time.
+Without a compiler, without a folder that only the user can write to, or with LORA_NATIVE_KERNELS=0,
+plain torch computes the same. Compiling takes 0.6 s, once per machine; loading it 1 ms
+(torch.compile takes 1.4 s to import alone). A LoRA step of SmolLM2-135M in bf16 takes 1/1.24 of the
+time and 0.76 × the memory beyond the model (CPU seconds of one thread, in turns), all that uses it
+together; a step of 8 adapters on MiniGPT 1/1.6 of the time.
 """
 
 import ctypes
@@ -85,7 +86,9 @@ def native() -> Any:
 
 
 def supports(*tensors: Tensor, lanes: int = LANES, dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Whether the library computes with these: of `dtype`, on the CPU, rows of a multiple of `lanes` numbers."""
+    """Whether the library computes with these: of `dtype`, on the CPU, rows of a multiple of
+    `lanes` numbers.
+    """
     return (
         all(
             isinstance(x, Tensor)
@@ -104,9 +107,16 @@ def _compiled() -> Path:
     compiler = shutil.which("cc")
     if compiler is None:
         raise FileNotFoundError("cc")
-    flags = [*FLAGS, "-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else FLAGS
+    flags = (
+        [*FLAGS, "-mprefer-vector-width=512"]
+        if platform.machine() in ("x86_64", "AMD64")
+        else FLAGS
+    )
     stat = Path(compiler).resolve().stat()
-    parts = (SOURCE.read_bytes(), repr((compiler, stat.st_size, stat.st_mtime_ns, flags, _cpu())).encode())
+    parts = (
+        SOURCE.read_bytes(),
+        repr((compiler, stat.st_size, stat.st_mtime_ns, flags, _cpu())).encode(),
+    )
     folder = cache_home() / "lora-workbench" / "native"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder / f"{hashlib.sha256(b''.join(parts)).hexdigest()[:32]}.so"
@@ -115,12 +125,15 @@ def _compiled() -> Path:
         # beside its place and then renamed: two processes may compile at once
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             unit, new = Path(scratch, "native.o"), Path(scratch, "native.so")
-            # linked without -fopenmp: its symbols are then those of torch's own OpenMP, whose threads it shares
+            # linked without -fopenmp: its symbols are then those of torch's own OpenMP, whose
+            # threads it shares
             for command in (
                 [*flags, "-c", str(SOURCE), "-o", str(unit)],
                 ["-shared", str(unit), "-o", str(new), "-lm"],
             ):
-                subprocess.run([compiler, *command], check=True, capture_output=True, timeout=PATIENCE)
+                subprocess.run(
+                    [compiler, *command], check=True, capture_output=True, timeout=PATIENCE
+                )
             new.chmod(0o700)
             new.replace(path)
     _refuse_writable(path)

@@ -1,6 +1,7 @@
 """Attention of transformers' models: causal, and within each sequence of a packed row.
 
-There is no dropout: a run gives the same numbers when it is repeated. Shapes as in plain_attention.py.
+There is no dropout: a run gives the same numbers when it is repeated. Shapes as in
+plain_attention.py.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -51,17 +52,23 @@ def attend(
     past: PackedCache | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(QKᵀ·scaling + causal mask)·V, (B, T, H, K), for query (B, H, T, K), key and value (B, G, S, K).
+    """softmax(QKᵀ·scaling + causal mask)·V, (B, T, H, K), for query (B, H, T, K), key and value (B,
+    G, S, K).
 
-    segments: lengths, T in total, of the sequences in the one row; None: every row is one sequence, and with more keys
-    than queries (a cache) query t has position S - T + t. prefix: adds keys and values before those of each sequence.
-    past: holds those that came before in each sequence, and takes the new ones.
-    Raises ValueError for a mask: rows here have no padding.
+    segments: lengths, T in total, of the sequences in the one row; None: every row is one sequence,
+    and with more keys than queries (a cache) query t has position S - T + t. prefix: adds keys and
+    values before those of each sequence. past: holds those that came before in each sequence, and
+    takes the new ones. Raises ValueError for a mask: rows here have no padding.
     """
     if attention_mask is not None:
-        raise ValueError("this attention takes no mask: pack sequences end to end and pass their lengths as segments")
+        raise ValueError(
+            "this attention takes no mask: pack sequences end to end and pass their lengths as "
+            "segments"
+        )
     if segments is not None and (query.shape[0] != 1 or sum(segments) != query.shape[2]):
-        raise ValueError(f"segments {list(segments)} do not add up to one row of {query.shape[2]} tokens")
+        raise ValueError(
+            f"segments {list(segments)} do not add up to one row of {query.shape[2]} tokens"
+        )
     lengths = [query.shape[2]] if segments is None else list(segments)
     spans = [key.shape[2]] if segments is None else lengths  # lengths of keys
     if prefix is not None:
@@ -81,10 +88,12 @@ def attend(
             weights.append(attention_weights(query, key, rule, visible))
 
     if not uses_cpu_kernels(query.device):
-        from pipeline.models.kernels.accelerator_attention import attend_on_accelerator  # not loaded on a CPU
+        # not loaded on a CPU
+        from pipeline.models.kernels.accelerator_attention import attend_on_accelerator
 
         out = attend_on_accelerator(query, key, value, lengths, spans, rule, pairs)
-    # Also in training without gradients: with its adapter off, a model then gives the bits that its base gives.
+    # Also in training without gradients: with its adapter off, a model then gives the bits that its
+    # base gives.
     elif module.training and rule.plain and lengths == spans and max(lengths) <= LONGEST:
         out = short_attention(query, key, value, lengths, rule.scale)
     elif len(lengths) == 1 and pairs is None:
@@ -99,7 +108,9 @@ _recorders: list[tuple[int, list[Tensor]]] = []
 
 @contextmanager
 def record_weights(layer: int) -> Iterator[list[Tensor]]:
-    """The attention weights of block number `layer`, (B, H, T, S) for each call meanwhile; row t is token t's."""
+    """The attention weights of block number `layer`, (B, H, T, S) for each call meanwhile; row t is
+    token t's.
+    """
     recorder = (layer, list[Tensor]())
     _recorders.append(recorder)
     try:

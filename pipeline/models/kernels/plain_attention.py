@@ -1,6 +1,7 @@
 """What attention computes, in plain torch: scores under a causal mask, a window, a cap and sinks.
 
-B batch, T queries, S keys, K head size, H query heads, of which R = H/G share each of the G key and value heads.
+B batch, T queries, S keys, K head size, H query heads, of which R = H/G share each of the G key and
+value heads.
 """
 
 from dataclasses import dataclass
@@ -56,23 +57,28 @@ def attend_row(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
         return attend_explicit(q, k, v, rule, visible_keys(T, S, rule.window, q.device))
     plain = (T == S or T == 1) and (rule.window is None or rule.window >= S)
     if plain and T == 1:
-        # A group's R heads take the place of tokens, so that no kernel repeats keys and values: 2 × as fast as torch's
-        # enable_gqa after 32 tokens, 5 × after 256 (measured on the CPU with SmolLM2's 9 heads in 3 groups, bf16).
+        # A group's R heads take the place of tokens, so that no kernel repeats keys and values: 2 ×
+        # as fast as torch's enable_gqa after 32 tokens, 5 × after 256 (measured on the CPU with
+        # SmolLM2's 9 heads in 3 groups, bf16).
         grouped = q.reshape(B, G, H // G, K)  # (B, G, R, K)
         return F.scaled_dot_product_attention(grouped, k, v, scale=rule.scale).reshape(B, H, 1, -1)
     mask = None if plain else visible_keys(T, S, rule.window, q.device)
     if not uses_cpu_kernels(q.device):
-        from pipeline.models.kernels.repeatable import RepeatableAttention, supports_repeatable  # not loaded on a CPU
+        # not loaded on a CPU
+        from pipeline.models.kernels.repeatable import RepeatableAttention, supports_repeatable
 
         repeats = plain and supports_repeatable(q, k, v)
         if H != G and (repeats or not suits_flash_attention(q, v)):
-            # only flash attention reads shared heads; without it torch would fall back to scores of T × T
+            # only flash attention reads shared heads; without it torch would fall back to scores of
+            # T × T
             k, v = (x.repeat_interleave(H // G, 1) for x in (k, v))
             G = H
         if repeats:
             out: Tensor = RepeatableAttention.apply(q, k, v, rule.scale)  # type: ignore[no-untyped-call]
             return out
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=plain, scale=rule.scale, enable_gqa=H != G)
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=plain, scale=rule.scale, enable_gqa=H != G
+    )
 
 
 def attend_explicit(q: Tensor, k: Tensor, v: Tensor, rule: Rule, visible: Tensor) -> Tensor:
@@ -84,7 +90,9 @@ def attend_explicit(q: Tensor, k: Tensor, v: Tensor, rule: Rule, visible: Tensor
 
 
 def attention_weights(q: Tensor, k: Tensor, rule: Rule, visible: Tensor) -> Tensor:
-    """softmax of the scores as `rule` says, (B, H, T, S) in fp32; row t is token t's, which sees `visible` (T, S)."""
+    """softmax of the scores as `rule` says, (B, H, T, S) in fp32; row t is token t's, which sees
+    `visible` (T, S).
+    """
     B, H, T, _ = q.shape
     G, S = k.shape[1:3]
     grouped = q.reshape(B, G, H // G, T, -1)  # (B, G, R, T, K)
@@ -95,12 +103,14 @@ def attention_weights(q: Tensor, k: Tensor, rule: Rule, visible: Tensor) -> Tens
     if rule.sinks is not None:
         sinks = rule.sinks.float().view(1, G, H // G, 1, 1).expand(B, -1, -1, T, 1)
         scores = torch.cat([scores, sinks], -1)  # (B, G, R, T, S + 1)
-    return scores.softmax(-1)[..., :S].flatten(1, 2)  # without the sink's share; (B, G, R, T, S) → (B, H, T, S)
+    # without the sink's share; (B, G, R, T, S) → (B, H, T, S)
+    return scores.softmax(-1)[..., :S].flatten(1, 2)
 
 
 def visible_keys(T: int, S: int, window: int | None, device: torch.device) -> Tensor:
     """(T, S), True where a query sees a key."""
-    visible = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)  # query t has position S - T + t
+    # query t has position S - T + t
+    visible = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
     return visible if window is None else visible.triu(S - T - window + 1)
 
 

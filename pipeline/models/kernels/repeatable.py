@@ -1,9 +1,10 @@
 """Gradients of attention on a GPU that are the same each time.
 
-The backward of torch's fused kernels adds up in the order in which their blocks end, unless deterministic algorithms
-are on where it is called. They cannot be on for a step: then an operation that has none raises, and each product,
-unless CUBLAS_WORKSPACE_CONFIG is set. Where torch is to warn instead of raising, it leaves these kernels as they are.
-So they are on for the calls of these kernels alone (docs/decisions/0024).
+The backward of torch's fused kernels adds up in the order in which their blocks end, unless
+deterministic algorithms are on where it is called. They cannot be on for a step: then an operation
+that has none raises, and each product, unless CUBLAS_WORKSPACE_CONFIG is set. Where torch is to
+warn instead of raising, it leaves these kernels as they are. So they are on for the calls of these
+kernels alone (docs/decisions/0024).
 """
 
 from collections.abc import Iterator
@@ -41,13 +42,15 @@ def supports_repeatable(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 class RepeatableAttention(torch.autograd.Function):
-    """Causal attention of q (B, H, T, K), k (B, H, T, K) and v (B, H, T, V): torch's memory-efficient kernel, which has
-    every precision, and values of another size."""
+    """Causal attention of q (B, H, T, K), k (B, H, T, K) and v (B, H, T, V): torch's
+    memory-efficient kernel, which has every precision, and values of another size."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         out: Tensor
-        out, *others = _aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True, scale=scale)
+        out, *others = _aten._scaled_dot_product_efficient_attention(
+            q, k, v, None, True, 0.0, True, scale=scale
+        )
         ctx.save_for_backward(q, k, v, out, *others)
         ctx.scale = scale
         return out

@@ -1,7 +1,9 @@
-"""RMSNorm of transformers' models that keeps less for backward, with the same numbers up to rounding.
+"""RMSNorm of transformers' models that keeps less for backward, with the same numbers up to
+rounding.
 
-transformers' norm keeps its input in fp32 besides. What a LoRA step needs beyond the weights is 6% less on SmolLM2-135M
-(8 × 84 tokens in bf16, `--trace`) and 15%, 1.8 GiB, on Qwen3-8B (1 × 2,048). The time is the same (1.01 ×).
+transformers' norm keeps its input in fp32 besides. What a LoRA step needs beyond the weights is 6%
+less on SmolLM2-135M (8 × 84 tokens in bf16, `--trace`) and 15%, 1.8 GiB, on Qwen3-8B (1 × 2,048).
+The time is the same (1.01 ×).
 """
 
 import copy
@@ -18,7 +20,9 @@ AGREEMENT = 2**-6  # two bf16 roundings of an output of order 1
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean x² + ε) · (offset + w), computed in fp32 and rounded once; keeps only x and 1/√… for backward."""
+    """x / √(mean x² + ε) · (offset + w), computed in fp32 and rounded once; keeps only x and 1/√…
+    for backward.
+    """
 
     def __init__(self, weight: nn.Parameter, eps: float, offset: float) -> None:
         super().__init__()
@@ -64,7 +68,8 @@ class _RMSNorm(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             d_weight = (g * normed).flatten(0, -2).sum(0).to(weight.dtype)
         g.mul_(weight.float() + ctx.offset)
-        mean = torch.linalg.vecdot(g, normed).div_(-x.shape[-1]).unsqueeze(-1)  # −mean(g∘n), (..., 1)
+        # −mean(g∘n), (..., 1)
+        mean = torch.linalg.vecdot(g, normed).div_(-x.shape[-1]).unsqueeze(-1)
         d_x = g.addcmul_(normed, mean).mul_(inverse).to(x.dtype)
         return d_x, d_weight, None, None
 
@@ -93,32 +98,46 @@ def _forward(
     """x + added if there is one, its norm, and 1/√… of each row, by native.c."""
     width, total = x.shape[-1], None if added is None else torch.empty_like(x)
     out, inverse = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-    pointers = (None if y is None else y.data_ptr() for y in (x, added, weight, total, out, inverse))
+    pointers = (
+        None if y is None else y.data_ptr() for y in (x, added, weight, total, out, inverse)
+    )
     native().rms_norm_forward(*pointers, x.numel() // width, width, eps, offset)
     return total, out, inverse
 
 
-def _backward(grad: Tensor, passed: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor, offset: float) -> Tensor:
+def _backward(
+    grad: Tensor, passed: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor, offset: float
+) -> Tensor:
     """dx, plus `passed` if there is one, by native.c."""
     grad, d_x, width = grad.contiguous(), torch.empty_like(x), x.shape[-1]
-    pointers = (None if y is None else y.data_ptr() for y in (grad, passed, x, weight, inverse, d_x))
+    pointers = (
+        None if y is None else y.data_ptr() for y in (grad, passed, x, weight, inverse, d_x)
+    )
     native().rms_norm_backward(*pointers, x.numel() // width, width, offset)
     return d_x
 
 
 def fuse_rms_norms(
-    model: nn.Module, checked: bool = True, kind: type[RMSNorm] = RMSNorm, device: torch.device | None = None
+    model: nn.Module,
+    checked: bool = True,
+    kind: type[RMSNorm] = RMSNorm,
+    device: torch.device | None = None,
 ) -> list[str]:
-    """Replaces, in place, the norms that compute the same as one of `kind`; returns their names. They are compared on
-    `device`, by default on their own.
+    """Replaces, in place, the norms that compute the same as one of `kind`; returns their names.
+    They are compared on `device`, by default on their own.
 
-    Fake tensors have no numbers to compare: with `checked` False every norm of that name is replaced.
+    Fake tensors have no numbers to compare: with `checked` False every norm of that name is
+    replaced.
     """
     replaced = []
     for name, module in list(model.named_modules()):
         weight = getattr(module, "weight", None)
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if not type(module).__name__.endswith("RMSNorm") or not isinstance(eps, float) or isinstance(module, RMSNorm):
+        if (
+            not type(module).__name__.endswith("RMSNorm")
+            or not isinstance(eps, float)
+            or isinstance(module, RMSNorm)
+        ):
             continue
         if not isinstance(weight, nn.Parameter) or weight.dim() != 1:
             continue
@@ -137,7 +156,8 @@ def _same_on_random_input(ours: RMSNorm, theirs: nn.Module, device: torch.device
     if device != ours.weight.device:
         ours, theirs = copy.deepcopy(ours).to(device), copy.deepcopy(theirs).to(device)
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(PROBES, len(ours.weight), generator=generator).to(ours.weight)  # (PROBES, D)
+    # (PROBES, D)
+    probe = torch.randn(PROBES, len(ours.weight), generator=generator).to(ours.weight)
     try:
         expected = theirs(probe)
     except Exception:  # of another signature

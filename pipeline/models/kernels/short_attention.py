@@ -1,8 +1,8 @@
 """Attention of short sequences on the CPU, for training: batched matrix products, or native.c.
 
-The flash kernel's backward spends its time outside the products there. A LoRA step of SmolLM2-135M in bf16, 8 sequences
-of 12 to 300 tokens, takes 1/1.2 of the time by the products (measured on two cores, in turns with torch's flash
-attention). Shapes as in plain_attention.py.
+The flash kernel's backward spends its time outside the products there. A LoRA step of SmolLM2-135M
+in bf16, 8 sequences of 12 to 300 tokens, takes 1/1.2 of the time by the products (measured on two
+cores, in turns with torch's flash attention). Shapes as in plain_attention.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,17 +16,23 @@ from torch import Tensor
 
 from pipeline.models.kernels.native import AttentionShape, native, supports
 
-# Tokens of a short sequence; beyond it the weights kept for backward, T² per head, cost more than they save.
+# Tokens of a short sequence; beyond it the weights kept for backward, T² per head, cost more than
+# they save.
 LONGEST = 512
 NATIVE_LANES = 32  # of which native.c's attention wants multiples as a head's size
-BLOCK = 128  # queries of one product of short sequences; sharing products takes a sixth off their attention's time
+# queries of one product of short sequences; sharing products takes a sixth off their attention's
+# time
+BLOCK = 128
 
 
-def short_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
-    """(B, T, H, K) for q (B, H, T, K), k and v (B, G, T, K); their T tokens are packed sequences of `lengths`.
+def short_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float
+) -> Tensor:
+    """(B, T, H, K) for q (B, H, T, K), k and v (B, G, T, K); their T tokens are packed sequences of
+    `lengths`.
 
-    A head group's R·t queries are the rows of one product, so that keys and values are not repeated and their gradients
-    need no sum.
+    A head group's R·t queries are the rows of one product, so that keys and values are not repeated
+    and their gradients need no sum.
     """
     out: Tensor
     if supports(q, k, v, lanes=NATIVE_LANES) and q.shape[3] == v.shape[3]:
@@ -38,22 +44,33 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], sca
 
 
 class FusedAttention(torch.autograd.Function):
-    """The same by native.c, (B, T, H, K) of q (B, T, H, K), k and v (B, T, G, K), without weights kept for backward.
+    """The same by native.c, (B, T, H, K) of q (B, T, H, K), k and v (B, T, G, K), without weights
+    kept for backward.
 
-    Of SmolLM2-135M's shapes, 8 sequences with 640 tokens, forward and backward take 1.5 instead of 5.0 ms.
+    Of SmolLM2-135M's shapes, 8 sequences with 640 tokens, forward and backward take 1.5 instead of
+    5.0 ms.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float
+    ) -> Tensor:
         q, k, v = (_strided(x) for x in (q, k, v))
         B, T, H, K = q.shape
         starts = starts_of(lengths * B)
         ctx.shape = AttentionShape(
-            *(x.stride(n) for x in (q, k, v) for n in (1, 2)), len(starts) - 1, H, k.shape[2], K, scale
+            *(x.stride(n) for x in (q, k, v) for n in (1, 2)),
+            len(starts) - 1,
+            H,
+            k.shape[2],
+            K,
+            scale,
         )
         out, log_sums = q.new_empty(q.shape), q.new_empty(B, T, H, dtype=torch.float32)
         tensors = (q, k, v, out, log_sums, starts)
-        _refuse_failure(native().attention_forward(*(x.data_ptr() for x in tensors), addressof(ctx.shape)))
+        _refuse_failure(
+            native().attention_forward(*(x.data_ptr() for x in tensors), addressof(ctx.shape))
+        )
         ctx.save_for_backward(*tensors)
         return out
 
@@ -62,13 +79,21 @@ class FusedAttention(torch.autograd.Function):
         q, k, v, out, log_sums, starts = ctx.saved_tensors
         grads = [x.new_empty(x.shape) for x in (q, k, v)]
         tensors = (outputs[0].contiguous(), q, k, v, out, log_sums, *grads, starts)
-        _refuse_failure(native().attention_backward(*(x.data_ptr() for x in tensors), addressof(ctx.shape)))
+        _refuse_failure(
+            native().attention_backward(*(x.data_ptr() for x in tensors), addressof(ctx.shape))
+        )
         return *grads, None, None
 
 
 def _strided(x: Tensor) -> Tensor:
-    """x (B, T, heads, K) with its tokens at one distance in all rows, and a head's numbers side by side."""
-    return x if x.stride(3) == 1 and (len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1)) else x.contiguous()
+    """x (B, T, heads, K) with its tokens at one distance in all rows, and a head's numbers side by
+    side.
+    """
+    return (
+        x
+        if x.stride(3) == 1 and (len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1))
+        else x.contiguous()
+    )
 
 
 @lru_cache(maxsize=1)
@@ -82,7 +107,9 @@ def _refuse_failure(failed: int) -> None:
 
 
 class QueryBlock(NamedTuple):
-    """Queries start:stop and keys first:stop; a query sees the keys of its own sequence that are not later."""
+    """Queries start:stop and keys first:stop; a query sees the keys of its own sequence that are
+    not later.
+    """
 
     first: int
     start: int
@@ -96,10 +123,11 @@ class QueryBlock(NamedTuple):
 
 
 def blocks(lengths: Sequence[int]) -> Iterator[QueryBlock]:
-    """In order: neighbours with at most BLOCK tokens in total share a block, a longer sequence has several.
+    """In order: neighbours with at most BLOCK tokens in total share a block, a longer sequence has
+    several.
 
-    Small products cost by their number, not by their size, so short sequences share one; a long sequence is split so
-    that few masked scores are computed.
+    Small products cost by their number, not by their size, so short sequences share one; a long
+    sequence is split so that few masked scores are computed.
     """
     first, run = 0, list[int]()
     for length in [*lengths, BLOCK + 1]:  # the last one ends the last run
@@ -114,24 +142,31 @@ def blocks(lengths: Sequence[int]) -> Iterator[QueryBlock]:
 
 class _ShortAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: tuple[QueryBlock, ...], scale: float) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, parts: tuple[QueryBlock, ...], scale: float
+    ) -> Tensor:
         B, H, T, _ = q.shape
         G = k.shape[1]
         # cached for real tensors only: under FakeTensorMode the masks are fake
         masks = (_cached_masks if type(q) is Tensor else _masks)(parts, H // G, q.dtype)
         out, kept = q.new_empty(B, T, H, v.shape[3]), list[Tensor]()
         for part, mask in zip(parts, masks, strict=True):
-            rows, keys, values = _rows(q, part, G), _keys(k, part), _keys(v, part)  # (BG, R·t, K), (BG, s, K) twice
-            weights = torch.baddbmm(mask, rows, keys.transpose(1, 2), alpha=scale).softmax(-1)  # (BG, R·t, s)
+            # (BG, R·t, K), (BG, s, K) twice
+            rows, keys, values = _rows(q, part, G), _keys(k, part), _keys(v, part)
+            # (BG, R·t, s)
+            weights = torch.baddbmm(mask, rows, keys.transpose(1, 2), alpha=scale).softmax(-1)
             kept += [rows, weights]
-            out[:, part.start : part.stop] = _tokens(torch.bmm(weights, values), B, H)  # (B, t, H, K)
+            # (B, t, H, K)
+            out[:, part.start : part.stop] = _tokens(torch.bmm(weights, values), B, H)
         ctx.save_for_backward(k, v, *kept)
         ctx.parts, ctx.scale = parts, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """dV = PᵀdO; dS = P ∘ (dP − rows' sums of P ∘ dP) with dP = dO Vᵀ; dQ = dS K; dK = dSᵀ Q."""
+        """dV = PᵀdO; dS = P ∘ (dP − rows' sums of P ∘ dP) with dP = dO Vᵀ; dQ = dS K; dK = dSᵀ
+        Q.
+        """
         k, v, *kept = ctx.saved_tensors
         B, T, H, _ = outputs[0].shape
         d_q = k.new_empty(B, T, H, k.shape[3])  # the layout that the projections' backward reads
@@ -141,11 +176,17 @@ class _ShortAttention(torch.autograd.Function):
         for part, rows, weights in zip(ctx.parts, kept[::2], kept[1::2], strict=True):
             d_rows, keys, values = _rows(d_out, part, G), _keys(k, part), _keys(v, part)
             d_weights = torch.bmm(d_rows, values.transpose(1, 2))  # (BG, R·t, s)
-            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(ctx.scale)
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(
+                ctx.scale
+            )
             del d_weights  # as large as the block's scores
             # added: the blocks of one long sequence share its first keys
-            d_v[:, part.first : part.stop] += _tokens(torch.bmm(weights.transpose(1, 2), d_rows), B, G)
-            d_k[:, part.first : part.stop] += _tokens(torch.bmm(d_scores.transpose(1, 2), rows), B, G)
+            d_v[:, part.first : part.stop] += _tokens(
+                torch.bmm(weights.transpose(1, 2), d_rows), B, G
+            )
+            d_k[:, part.first : part.stop] += _tokens(
+                torch.bmm(d_scores.transpose(1, 2), rows), B, G
+            )
             d_q[:, part.start : part.stop] = _tokens(torch.bmm(d_scores, keys), B, H)
             del d_scores
         return d_q.transpose(1, 2), d_k.transpose(1, 2), d_v.transpose(1, 2), None, None
@@ -173,7 +214,10 @@ def _masks(parts: tuple[QueryBlock, ...], repeats: int, dtype: torch.dtype) -> l
     masks = []
     for part in parts:
         count, lengths = len(part.lengths), torch.tensor(part.lengths)
-        sequence = torch.arange(count).repeat_interleave(lengths, output_size=part.stop - part.first)  # (s,)
+        # (s,)
+        sequence = torch.arange(count).repeat_interleave(
+            lengths, output_size=part.stop - part.first
+        )
         visible = (sequence[:, None] == sequence).tril_()[part.start - part.first :]  # (t, s)
         mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)
         masks.append(mask.repeat(1, repeats, 1))

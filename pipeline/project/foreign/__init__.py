@@ -1,7 +1,8 @@
 """Configs of other tools as settings of this one, for `lora new --from`.
 
-A tool is one file here with its `FORMAT`; they are asked in their order. Names are those of `params/aliases.py`, and a
-file holds only what its tool says otherwise than by a name. Every problem is a UserError with file and key.
+A tool is one file here with its `FORMAT`; they are asked in their order. Names are those of
+`params/aliases.py`, and a file holds only what its tool says otherwise than by a name. Every
+problem is a UserError with file and key.
 """
 
 import json
@@ -25,10 +26,11 @@ LONGEST = 1_000  # characters of a value that is taken
 
 
 class Foreign(NamedTuple):
-    """Another tool's config, read. `base`: as it names it, or empty; `data`: the files that there are of its data.
+    """Another tool's config, read. `base`: as it names it, or empty; `data`: the files that there
+    are of its data.
 
-    `values`: section.key → value. `taken`: (their key, ours, value). `left`: (their key, value, why it is not taken).
-    `section`: the method's, to which all values belong.
+    `values`: section.key → value. `taken`: (their key, ours, value). `left`: (their key, value, why
+    it is not taken). `section`: the method's, to which all values belong.
     """
 
     format: str
@@ -41,7 +43,9 @@ class Foreign(NamedTuple):
 
 
 class Format(NamedTuple):
-    """`marks`: keys of which one says that a config is the tool's. `read`: takes from a Config what is not a name."""
+    """`marks`: keys of which one says that a config is the tool's. `read`: takes from a Config what
+    is not a name.
+    """
 
     order: int
     name: str
@@ -50,7 +54,9 @@ class Format(NamedTuple):
 
 
 class Config:
-    """A config while it is read. `read` pops what its tool has by its own rules; `take_rest` goes by names."""
+    """A config while it is read. `read` pops what its tool has by its own rules; `take_rest` goes
+    by names.
+    """
 
     def __init__(self, tree: Mapping[str, Any], path: Path, kinds: Kinds) -> None:
         self.rest, self.path, self._kinds = dict(tree), path, kinds
@@ -60,35 +66,55 @@ class Config:
         self.left: list[tuple[str, Any, str]] = []
 
     def choose(self, key: str, sections: Mapping[Any, str], default: str = "finetune_lora") -> None:
-        """The section by the value of `key`. Raises UserError for a value that is not among `sections`."""
+        """The section by the value of `key`. Raises UserError for a value that is not among
+        `sections`.
+        """
         value = self.rest.pop(key, None)
         if value is not None and (not isinstance(value, str | bool) or value not in sections):
             known = ", ".join(map(str, sections))
-            raise UserError(f"{self.path}: {key} must be one of {known}, got {abbreviate_repr(value)}. Edit the file.")
+            raise UserError(
+                f"{self.path}: {key} must be one of {known}, got {abbreviate_repr(value)}. Edit "
+                "the file."
+            )
         self.section = default if value is None else sections[value]
 
     def choose_preferences(self, key: str, losses: Mapping[str, str]) -> None:
-        """Preferences in place of examples if `key` says so, and the loss that a value stands for."""
+        """Preferences in place of examples if `key` says so, and the loss that a value stands
+        for.
+        """
         if self.section == "finetune_lora" and (loss := losses.get(str(self.rest.get(key)))):
             self.section = "finetune_dpo"
             self.take(key, "loss", loss)
             del self.rest[key]
 
     def take(self, theirs: str, ours: str, value: Any) -> None:
-        """A value of the section, if it has such a key. Raises UserError if it breaks the key's rule."""
+        """A value of the section, if it has such a key. Raises UserError if it breaks the key's
+        rule.
+        """
         if ours == "base":
             if not isinstance(value, str):
-                raise UserError(f"{self.path}: {theirs} must be a text, got {abbreviate_repr(value)}. Edit the file.")
+                raise UserError(
+                    f"{self.path}: {theirs} must be a text, got {abbreviate_repr(value)}. Edit "
+                    "the file."
+                )
             self.base = value
             return
         types = hints(self._kinds[self.section])
         if ours not in types:
-            unknown = f"{self.section} has no {ours}" if theirs in KEYS else "there is no such setting here"
+            unknown = (
+                f"{self.section} has no {ours}"
+                if theirs in KEYS
+                else "there is no such setting here"
+            )
             self.leave(theirs, value, why_none(theirs) or unknown)
             return
         if len(repr(value)) > LONGEST:
-            raise UserError(f"{self.path}: {theirs} is too long: {abbreviate_repr(value)}. Edit the file.")
-        typed = check_value(types[ours], value, f"{self.path}: {theirs}", ValueSource(self.path.name))
+            raise UserError(
+                f"{self.path}: {theirs} is too long: {abbreviate_repr(value)}. Edit the file."
+            )
+        typed = check_value(
+            types[ours], value, f"{self.path}: {theirs}", ValueSource(self.path.name)
+        )
         self.taken[ours] = (theirs, list(typed) if isinstance(typed, tuple) else typed)
 
     def leave(self, theirs: str, value: Any, why: str) -> None:
@@ -96,10 +122,14 @@ class Config:
         self.left.append((theirs, value, why))
 
     def take_files(self, theirs: str, names: Any) -> None:
-        """The data files among `names`, seen from the config's folder or the current one; of folders train.jsonl."""
+        """The data files among `names`, seen from the config's folder or the current one; of
+        folders train.jsonl.
+        """
         for name in names if isinstance(names, list) else [names]:
             paths = [
-                root / str(name)[:LONGEST] / last for root in (Path(), self.path.parent) for last in ("", "train.jsonl")
+                root / str(name)[:LONGEST] / last
+                for root in (Path(), self.path.parent)
+                for last in ("", "train.jsonl")
             ]
             file = None
             with suppress(OSError):  # too long for a name
@@ -107,7 +137,11 @@ class Config:
             if file:
                 self.data.append(str(file))
             else:
-                self.leave(theirs, name, "no such file; `lora data convert` makes one of a data set of the hub")
+                self.leave(
+                    theirs,
+                    name,
+                    "no such file; `lora data convert` makes one of a data set of the hub",
+                )
 
     def take_rest(self) -> None:
         """What no rule of the tool took, by its name."""
@@ -143,8 +177,13 @@ class Config:
         if self.taken.get("warmup_steps", ("", 0))[1]:
             self.drop("warmup_ratio", "warmup_steps is set too")
         values = {f"{self.section}.{ours}": value for ours, (_, value) in self.taken.items()}
-        taken = tuple((theirs, f"{self.section}.{ours}", value) for ours, (theirs, value) in self.taken.items())
-        return Foreign(format_name, self.base, tuple(self.data), values, taken, tuple(self.left), self.section)
+        taken = tuple(
+            (theirs, f"{self.section}.{ours}", value)
+            for ours, (theirs, value) in self.taken.items()
+        )
+        return Foreign(
+            format_name, self.base, tuple(self.data), values, taken, tuple(self.left), self.section
+        )
 
 
 def read_config(path: Path, kinds: Kinds) -> Foreign:
@@ -154,7 +193,8 @@ def read_config(path: Path, kinds: Kinds) -> Foreign:
         tool = next((each for each in FORMATS if each.marks & tree.keys()), None)
         if tool is None:
             raise UserError(
-                f"{path} is no config that is read here ({', '.join(each.name for each in FORMATS)}). "
+                f"{path} is no config that is read here "
+                f"({', '.join(each.name for each in FORMATS)}). "
                 "A params file of this project is given with --params."
             )
         config = Config(tree, path, kinds)
@@ -174,18 +214,24 @@ def _read_tree(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}. Name a config with --from.") from None
     if len(raw) > LARGEST:
-        raise UserError(f"{path} has more than {LARGEST:,} bytes, which no config has. Name another file.")
+        raise UserError(
+            f"{path} has more than {LARGEST:,} bytes, which no config has. Name another file."
+        )
     language = "JSON" if path.suffix == ".json" else "YAML"
     try:
         text = raw.decode("utf-8-sig")
         tree = json.loads(text) if language == "JSON" else strict_yaml.load(text)
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text: a config is YAML or JSON. Pickles are not read.") from None
+        raise UserError(
+            f"{path} is not a text: a config is YAML or JSON. Pickles are not read."
+        ) from None
     except ValueError as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path} is not {language} that is read: {reason}.") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold key: value lines, got {abbreviate_repr(tree)}. Name another file.")
+        raise UserError(
+            f"{path} must hold key: value lines, got {abbreviate_repr(tree)}. Name another file."
+        )
     return {str(key)[:LONGEST]: value for key, value in tree.items()}
 
 
@@ -193,7 +239,9 @@ FORMATS: tuple[Format, ...] = tuple(  # last, as the modules import the names ab
     sorted(
         (
             module.FORMAT
-            for module in (import_module(f"{__name__}.{each.name}") for each in pkgutil.iter_modules(__path__))
+            for module in (
+                import_module(f"{__name__}.{each.name}") for each in pkgutil.iter_modules(__path__)
+            )
             if hasattr(module, "FORMAT")
         ),
         key=lambda each: each.order,

@@ -1,4 +1,5 @@
-"""Axolotl (.yml): `adapter` is the method, `datasets` a list of `{path: …}`, `lora_target_linear: true` all-linear.
+"""Axolotl (.yml): `adapter` is the method, `datasets` a list of `{path: …}`, `lora_target_linear:
+true` all-linear.
 
 `rl` says that it learns from preferences, and how.
 """
@@ -7,12 +8,16 @@ from pipeline.project.foreign import Config, Format
 
 
 def read(config: Config) -> None:
-    config.choose("adapter", {"lora": "finetune_lora", "qlora": "finetune_lora"}, default="finetune_full")
+    config.choose(
+        "adapter", {"lora": "finetune_lora", "qlora": "finetune_lora"}, default="finetune_full"
+    )
     config.choose_preferences("rl", {name: name for name in ("dpo", "ipo", "kto", "orpo", "simpo")})
     datasets = config.rest.pop("datasets", None) or []
     for each in datasets if isinstance(datasets, list) else [datasets]:
         config.take_files("datasets", each.get("path") if isinstance(each, dict) else each)
-    if config.rest.get("lora_target_linear") is True and (names := config.rest.pop("lora_target_modules", None)):
+    if config.rest.get("lora_target_linear") is True and (
+        names := config.rest.pop("lora_target_modules", None)
+    ):
         config.leave("lora_target_modules", names, "lora_target_linear is on")
     if size := config.rest.pop("batch_size", None):
         config.leave("batch_size", size, "it is micro_batch_size × gradient_accumulation_steps")

@@ -9,11 +9,16 @@ from typing import Any
 
 ENDS = frozenset(("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings"))
 BITS = {"load_in_4bit": "nf4", "load_in_8bit": "int8", "4": "nf4", "8": "int8"}
-DOUBLE = ("double_quantization", "bnb_4bit_use_double_quant", "use_bnb_nested_quant")  # quantize the scales too
+# quantize the scales too
+DOUBLE = ("double_quantization", "bnb_4bit_use_double_quant", "use_bnb_nested_quant")
 NAMES: Mapping[str, Mapping[str, str]] = {  # our key → their name of a value → ours
     "schedule": {
         **{name: name for name in ("constant", "linear", "cosine")},
-        **{"constant_with_warmup": "constant", "cosine_decay": "cosine", "linear_schedule": "linear"},
+        **{
+            "constant_with_warmup": "constant",
+            "cosine_decay": "cosine",
+            "linear_schedule": "linear",
+        },
     },
     "optimizer": {
         **dict.fromkeys(("adam", "adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw"),
@@ -25,14 +30,36 @@ NAMES: Mapping[str, Mapping[str, str]] = {  # our key → their name of a value 
         **{name: name for name in ("bf16", "fp16", "fp32")},
     },
     "loss": {"sigmoid": "dpo", **{name: name for name in ("ipo", "orpo", "simpo")}},
-    "init_lora_weights": {"True": "kaiming", "gaussian": "gaussian", "orthogonal": "orthogonal", "pissa": "pissa"},
+    "init_lora_weights": {
+        "True": "kaiming",
+        "gaussian": "gaussian",
+        "orthogonal": "orthogonal",
+        "pissa": "pissa",
+    },
 }
 SAME: Mapping[str, Any] = {  # as it always is here
     **{"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "label_smoothing_factor": 0.0},
-    **{"bias": "none", "task_type": "CAUSAL_LM", "fan_in_fan_out": False, "megatron_core": "megatron.core"},
-    **{"train": True, "do_train": True, "stage": "sft", "training_mode": "normal", "inference_mode": True},
+    **{
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+        "fan_in_fan_out": False,
+        "megatron_core": "megatron.core",
+    },
+    **{
+        "train": True,
+        "do_train": True,
+        "stage": "sft",
+        "training_mode": "normal",
+        "inference_mode": True,
+    },
     **{"mask_prompt": True, "completion_only_loss": True, "average_tokens_across_devices": True},
-    **{"num_layers": -1, "lora_layers": -1, "local_rank": -1, "skip_memory_metrics": True, "qalora_group_size": 16},
+    **{
+        "num_layers": -1,
+        "lora_layers": -1,
+        "local_rank": -1,
+        "skip_memory_metrics": True,
+        "qalora_group_size": 16,
+    },
     **{"quantization_method": "bnb", "quantization_type": "nf4", "bnb_4bit_quant_type": "nf4"},
 }
 
@@ -46,7 +73,9 @@ def by_name(ours: str, theirs: str, value: Any) -> Any:
     if theirs in ("bf16", "fp16") and value in (True, "auto", "full"):
         return theirs
     name = "pissa" if theirs == "pissa_init" else str(value).partition("_niter")[0]
-    return NAMES[ours].get(name) or Why(f"values here are {', '.join(dict.fromkeys(NAMES[ours].values()))}")
+    return NAMES[ours].get(name) or Why(
+        f"values here are {', '.join(dict.fromkeys(NAMES[ours].values()))}"
+    )
 
 
 def _quantization(theirs: str, value: Any) -> Any:
@@ -66,7 +95,11 @@ def _train_embeddings(theirs: str, value: Any) -> Any:
     if theirs == "trainable_token_indices":
         return Why("new tokens are named in expand_vocab, and train with train_embeddings=new_rows")
     only_ends = isinstance(value, list | str) and ENDS.issuperset(map(str, _split(value)))
-    return "all" if only_ends else Why("beside LoRA only embedding and head train: train_embeddings=all")
+    return (
+        "all"
+        if only_ends
+        else Why("beside LoRA only embedding and head train: train_embeddings=all")
+    )
 
 
 def _split(value: Any) -> Any:
@@ -75,7 +108,9 @@ def _split(value: Any) -> Any:
 
 def _eval_share(_: str, value: Any) -> Any:
     is_count = isinstance(value, int | float) and value >= 1
-    return Why("it is a number of examples; eval_share is a share, such as 0.1") if is_count else value
+    return (
+        Why("it is a number of examples; eval_share is a share, such as 0.1") if is_count else value
+    )
 
 
 def _epochs(_: str, value: Any) -> Any:

@@ -1,4 +1,6 @@
-"""LLaMA-Factory (.yaml): `lora_target: all` is all-linear; `lora_alpha` is 2 × `lora_rank` where it is not written."""
+"""LLaMA-Factory (.yaml): `lora_target: all` is all-linear; `lora_alpha` is 2 × `lora_rank` where it
+is not written.
+"""
 
 from pipeline.project.foreign import Config, Format
 
@@ -11,7 +13,9 @@ def read(config: Config) -> None:
     config.choose("finetuning_type", METHODS)
     config.choose_preferences("stage", {"dpo": "dpo", "kto": "kto"})  # `pref_loss` may say more
     if names := config.rest.pop("dataset", None):
-        config.leave("dataset", names, "names of dataset_info.json: name its files in the section's `data`")
+        config.leave(
+            "dataset", names, "names of dataset_info.json: name its files in the section's `data`"
+        )
     if config.rest.pop("disable_gradient_checkpointing", None) is True:
         config.take("disable_gradient_checkpointing", "gradient_checkpointing", "none")
     rank = config.rest.get("lora_rank")
@@ -19,4 +23,9 @@ def read(config: Config) -> None:
         config.take("lora_rank", "alpha", 2 * rank)
 
 
-FORMAT = Format(3, "LLaMA-Factory", frozenset(("finetuning_type", "cutoff_len", "lora_target", "template")), read)
+FORMAT = Format(
+    3,
+    "LLaMA-Factory",
+    frozenset(("finetuning_type", "cutoff_len", "lora_target", "template")),
+    read,
+)

@@ -1,4 +1,5 @@
-"""mlx-lm (.yaml): `lora_parameters` holds rank, dropout, keys and `scale`, which is alpha / rank; `iters` are steps.
+"""mlx-lm (.yaml): `lora_parameters` holds rank, dropout, keys and `scale`, which is alpha / rank;
+`iters` are steps.
 
 `lr_schedule` is {name, warmup, arguments: [rate, …]}; without it the rate is constant.
 """
@@ -43,4 +44,6 @@ def _mapping(config: Config, key: str) -> dict[str, Any]:
     return {str(name): each for name, each in value.items()} if isinstance(value, dict) else {}
 
 
-FORMAT = Format(2, "mlx-lm", frozenset(("lora_parameters", "fine_tune_type", "iters", "lora_layers")), read)
+FORMAT = Format(
+    2, "mlx-lm", frozenset(("lora_parameters", "fine_tune_type", "iters", "lora_layers")), read
+)

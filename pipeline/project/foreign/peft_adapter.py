@@ -1,4 +1,6 @@
-"""PEFT (adapter_config.json): `peft_type` is the method; `init_lora_weights: true` is PEFT's own, kaiming."""
+"""PEFT (adapter_config.json): `peft_type` is the method; `init_lora_weights: true` is PEFT's own,
+kaiming.
+"""
 
 from pipeline.project.foreign import Config, Format
 

@@ -1,4 +1,5 @@
-"""transformers and TRL (training_args.json by `TrainingArguments.to_json_string`, or a YAML of TRL's scripts).
+"""transformers and TRL (training_args.json by `TrainingArguments.to_json_string`, or a YAML of
+TRL's scripts).
 
 `warmup_steps` below 1 is a share of all steps.
 """
@@ -14,5 +15,8 @@ def read(config: Config) -> None:
 
 
 FORMAT = Format(
-    5, "transformers", frozenset(("per_device_train_batch_size", "num_train_epochs", "lr_scheduler_type")), read
+    5,
+    "transformers",
+    frozenset(("per_device_train_batch_size", "num_train_epochs", "lr_scheduler_type")),
+    read,
 )

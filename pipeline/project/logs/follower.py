@@ -1,7 +1,9 @@
-"""Trackers follow a run's logs from a process of their own, which the training neither waits for nor hears of.
+"""Trackers follow a run's logs from a process of their own, which the training neither waits for
+nor hears of.
 
-A tracker that is missing, crashes, hangs or is killed leaves the run as it is: it only reads files. What it has sent is
-written down beside its runs, so that a run which resumes is continued in it and no step is sent twice.
+A tracker that is missing, crashes, hangs or is killed leaves the run as it is: it only reads files.
+What it has sent is written down beside its runs, so that a run which resumes is continued in it and
+no step is sent twice.
 """
 
 import fcntl
@@ -29,12 +31,20 @@ from pipeline.files.file_tail import FileTail, file_stamp
 from pipeline.files.text import printable
 from pipeline.project.cache import SHORT_KEY
 from pipeline.project.logs import run_state, trackers
-from pipeline.project.logs.run_log import Sample, Step, Telemetry, parse_sample, parse_telemetry, step_parser
+from pipeline.project.logs.run_log import (
+    Sample,
+    Step,
+    Telemetry,
+    parse_sample,
+    parse_telemetry,
+    step_parser,
+)
 from pipeline.project.logs.runs import LogFiles, curves
 from pipeline.project.logs.trackers import TrackedRun, Tracker
 
 POLL = 1.0  # seconds between two looks at the logs
-PATIENCE = 300  # seconds that a tracker may take for one batch, or to finish, before its process is killed
+# seconds that a tracker may take for one batch, or to finish, before its process is killed
+PATIENCE = 300
 MAX_PARAMS, MAX_TEXT = 200, 500  # of the params that a tracker is told, and characters of one
 START = {"attempt": 1, "sending": 0}
 QUIET = {  # libraries that would call home, or ask
@@ -49,10 +59,11 @@ QUIET = {  # libraries that would call home, or ask
 
 @dataclass(frozen=True)
 class Followed:
-    """A run to follow. `started`: when its process did, which tells it from another run in the same run folder.
+    """A run to follow. `started`: when its process did, which tells it from another run in the same
+    run folder.
 
-    `artifact`: the folder with its logs once it is done. `out`: where the tracker keeps its runs; empty: its own place
-    in the project. A run that is sent later has no `run` and no `started`.
+    `artifact`: the folder with its logs once it is done. `out`: where the tracker keeps its runs;
+    empty: its own place in the project. A run that is sent later has no `run` and no `started`.
     """
 
     root: str
@@ -77,9 +88,11 @@ class Follower:
         self.log = _states(name, followed) / f"{followed.stage}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        code = str(Path(__file__).parents[3])  # the same code as here, whatever lies in the project's folder
+        # the same code as here, whatever lies in the project's folder
+        code = str(Path(__file__).parents[3])
         path = os.pathsep.join(filter(None, (code, os.environ.get("PYTHONPATH"))))
-        with tempfile.TemporaryFile() as given, self.log.open("wb") as log:  # a pipe could fill up, if nobody reads it
+        # a pipe could fill up, if nobody reads it
+        with tempfile.TemporaryFile() as given, self.log.open("wb") as log:
             given.write(json.dumps(asdict(followed)).encode())
             given.seek(0)
             self.process = subprocess.Popen(
@@ -89,9 +102,11 @@ class Follower:
                 stdin=given,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl+C is for the training: the tracker then reads how it ended
+                # Ctrl+C is for the training: the tracker then reads how it ended
+                start_new_session=True,
             )
-        threading.Thread(target=self.process.wait, daemon=True).start()  # leaves no zombie while a run goes on
+        # leaves no zombie while a run goes on
+        threading.Thread(target=self.process.wait, daemon=True).start()
 
     def wait(self, seconds: float | None = None) -> bool:
         """Whether it has ended, at the latest after so many seconds."""
@@ -114,17 +129,26 @@ class Follower:
 def check(names: Iterator[str] | list[str] | tuple[str, ...], key: str = "report_to") -> None:
     """Raises UserError for a tracker that there is not."""
     if unknown := [name for name in names if name not in trackers.names()]:
-        raise UserError(f"{key} must name trackers of {', '.join(trackers.names())}, got {unknown[0]!r}. Change it.")
+        raise UserError(
+            f"{key} must name trackers of {', '.join(trackers.names())}, got {unknown[0]!r}. "
+            "Change it."
+        )
 
 
 def missing(name: str) -> str:
     """What to install for a tracker; empty if it is there."""
     library = trackers.load(name).LIBRARY
-    return "" if find_spec(library) else f"{library} is not installed. Run `{install_command('trackers')}`"
+    return (
+        ""
+        if find_spec(library)
+        else f"{library} is not installed. Run `{install_command('trackers')}`"
+    )
 
 
 def _states(name: str, followed: Followed) -> Path:
-    """The folder in which it is written down what a tracker was sent, and what its process printed."""
+    """The folder in which it is written down what a tracker was sent, and what its process
+    printed.
+    """
     return Path(followed.out) if followed.out else Path(followed.root, "runs", name)
 
 
@@ -132,7 +156,9 @@ def _states(name: str, followed: Followed) -> Path:
 
 
 class Feed:
-    """One curve's logs, and the run of the tracker that they are sent to, which is opened for the first line."""
+    """One curve's logs, and the run of the tracker that they are sent to, which is opened for the
+    first line.
+    """
 
     def __init__(self, name: str, module: Any, followed: Followed, files: LogFiles) -> None:
         self._module, self._followed, self._curve = module, followed, files.name
@@ -140,13 +166,16 @@ class Feed:
         self._path = _states(name, followed) / f".{self._run.replace('/', '.')}.json"
         self._state = _read_state(self._path)
         if self._state["sending"]:
-            # The tracker was killed amid a batch, and may have any part of it: a run of its own gets all of it once.
+            # The tracker was killed amid a batch, and may have any part of it: a run of its own
+            # gets all of it once.
             self._state = {"attempt": self._state["attempt"] + 1, "sending": 0}
         self._tracker: Tracker | None = None
         self.read_from(files, followed.started)
 
     def read_from(self, files: LogFiles, since: float = 0.0) -> None:
-        """From now on the logs are these, with the same lines; those not written `since` are another run's."""
+        """From now on the logs are these, with the same lines; those not written `since` are
+        another run's.
+        """
         self._since = since
         steps = FileTail(files.loss, lambda header: partial(_read_step, step_parser(header)))
         samples: FileTail[Sample] = FileTail(files.samples, lambda _: parse_sample, header=False)
@@ -155,7 +184,9 @@ class Feed:
             self._tails["telemetry"] = FileTail(files.telemetry, lambda _: parse_telemetry)
 
     def send(self, is_ours: Callable[[], bool]) -> None:
-        """Send the lines that are new. `is_ours`: whether the logs were this run's while they were read."""
+        """Send the lines that are new. `is_ours`: whether the logs were this run's while they were
+        read.
+        """
         for name, tail in self._tails.items():
             more = tail.changed() and _written(tail.path) > self._since
             while more:
@@ -163,7 +194,8 @@ class Feed:
                 if not is_ours():
                     return
                 more, last = chunk.more, self._state.get(name, 0)
-                rows = [row for row in chunk.rows if row.step > last]  # a resumed run writes the same lines again
+                # a resumed run writes the same lines again
+                rows = [row for row in chunk.rows if row.step > last]
                 if rows:
                     self._tracker = self._tracker or self._open()
                     self._write_state(sending=1)
@@ -197,7 +229,9 @@ def _send(tracker: Tracker, rows: list[Any]) -> None:
     for step, same in groupby(rows, lambda row: row.step):
         of_step = list(same)
         if isinstance(of_step[0], Sample):
-            shown = [Sample(step, *(printable(text or "") for text in sample[1:])) for sample in of_step]
+            shown = [
+                Sample(step, *(printable(text or "") for text in sample[1:])) for sample in of_step
+            ]
             tracker.log_text(step, shown)
         elif values := _values(of_step[-1]):
             tracker.log(step, values)
@@ -217,8 +251,13 @@ def _values(row: Step | Telemetry) -> dict[str, float]:
             "system/tensor_memory_bytes": row.measured,
         }
     else:
-        values = {key: value for key, value in vars(row).items() if key != "step" and value is not None}
-        named = {f"eval/{k[5:]}" if k.startswith("eval_") else f"train/{k}": value for k, value in values.items()}
+        values = {
+            key: value for key, value in vars(row).items() if key != "step" and value is not None
+        }
+        named = {
+            f"eval/{k[5:]}" if k.startswith("eval_") else f"train/{k}": value
+            for k, value in values.items()
+        }
     return {key: float(value) for key, value in named.items() if math.isfinite(value)}
 
 
@@ -231,7 +270,9 @@ def _flat(params: Mapping[str, Any]) -> Iterator[tuple[str, bool | int | float |
     """Numbers as they are, all else as a text of one line."""
     for key, value in list(params.items())[:MAX_PARAMS]:
         plain = isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        text = (
+            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        )
         yield _name(key), value if plain else printable(" ".join(text.split()))[:MAX_TEXT]
 
 
@@ -242,7 +283,9 @@ def _written(path: Path) -> float:
 
 
 def _read_state(path: Path) -> dict[str, int]:
-    """What a tracker was sent: the last step of each log; whether a batch was begun and not ended; how many runs."""
+    """What a tracker was sent: the last step of each log; whether a batch was begun and not ended;
+    how many runs.
+    """
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         return START | {str(name): int(step) for name, step in state.items()}
@@ -269,15 +312,22 @@ def follow(name: str, followed: Followed) -> None:
     while followed.started:
         signal.alarm(PATIENCE)  # its default action needs no turn of a thread that hangs
         journal = run_state.read(folder)
-        goes_on = is_ours() and journal is not None and journal.state == "running" and run_state.alive(folder)
+        goes_on = (
+            is_ours()
+            and journal is not None
+            and journal.state == "running"
+            and run_state.alive(folder)
+        )
         send(folder, is_ours)  # after the look at its state: nothing is written after that
         if journal is not None and is_ours():
             state = "failed" if journal.state == "running" else journal.state  # its process died
         if not goes_on:
             break
         time.sleep(POLL)
-    signal.alarm(PATIENCE if followed.started else 0)  # a run that is sent later is waited for, and can be interrupted
-    if not (followed.started and is_ours()) and artifact.is_dir():  # another run has the run folder, or it is over
+    # a run that is sent later is waited for, and can be interrupted
+    signal.alarm(PATIENCE if followed.started else 0)
+    # another run has the run folder, or it is over
+    if not (followed.started and is_ours()) and artifact.is_dir():
         for files in curves(artifact, followed.sweeps):
             if files.name in feeds:
                 feeds[files.name].read_from(files)
@@ -292,7 +342,8 @@ def main() -> None:
     os.nice(10)  # the cores are the training's
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with (_states(name, followed) / f".{followed.stage}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a run that resumes at once waits until it was read how the last one ended
+        # a run that resumes at once waits until it was read how the last one ended
+        fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             follow(name, followed)
         except UserError as error:

@@ -1,4 +1,5 @@
-"""The run log: `loss.csv` and `samples.jsonl`, deterministic, and `telemetry.csv`, which differs between runs.
+"""The run log: `loss.csv` and `samples.jsonl`, deterministic, and `telemetry.csv`, which differs
+between runs.
 
 A sweep has one of each per adapter, and `sweep.json`: how each ended.
 """
@@ -39,11 +40,13 @@ class Step:
     reward_margin: float | None = None
     reward_accuracy: float | None = None
     eval_accuracy: float | None = None  # reward_accuracy of the held-out pairs
-    eval_answers: float | None = None  # share of held-out answers that are as expected; of long texts their ROUGE-L
+    # share of held-out answers that are as expected; of long texts their ROUGE-L
+    eval_answers: float | None = None
 
 
 REWARDS = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")
-OPTIONAL = ("eval_loss", "divergence", *REWARDS, "eval_accuracy", "eval_answers")  # columns that only some runs have
+# columns that only some runs have
+OPTIONAL = ("eval_loss", "divergence", *REWARDS, "eval_accuracy", "eval_answers")
 COLUMNS = tuple(f.name for f in fields(Step) if f.name not in OPTIONAL)
 TELEMETRY_COLUMNS = (
     *("step", "seconds", "tokens_per_second", "peak_memory_bytes", "device"),
@@ -53,7 +56,9 @@ TELEMETRY_COLUMNS = (
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes of tensors at the peak of a step, predicted by the calculator and measured (0: not yet)."""
+    """Bytes of tensors at the peak of a step, predicted by the calculator and measured (0: not
+    yet).
+    """
 
     predicted: int = 0
     measured: int = 0
@@ -82,7 +87,9 @@ def parse_sample(line: str) -> Sample:
 
 
 class Telemetry(NamedTuple):
-    """A line of telemetry.csv: seconds that the run has trained; sizes in bytes (0: not measured)."""
+    """A line of telemetry.csv: seconds that the run has trained; sizes in bytes (0: not
+    measured).
+    """
 
     step: int
     seconds: float
@@ -94,8 +101,12 @@ class Telemetry(NamedTuple):
 
 def parse_telemetry(line: str) -> Telemetry:
     """A line of telemetry.csv. Raises ValueError."""
-    step, seconds, speed, resident, _, predicted, measured = line.split(",")[: len(TELEMETRY_COLUMNS)]
-    return Telemetry(int(step), float(seconds), float(speed), int(resident), int(predicted), int(measured))
+    step, seconds, speed, resident, _, predicted, measured = line.split(",")[
+        : len(TELEMETRY_COLUMNS)
+    ]
+    return Telemetry(
+        int(step), float(seconds), float(speed), int(resident), int(predicted), int(measured)
+    )
 
 
 def last_telemetry(run: Path) -> Telemetry | None:
@@ -115,11 +126,14 @@ def in_units(size: int) -> str:
     return f"{size} B"
 
 
-Row = tuple[Any, ...]  # a line of loss.csv: the fields of Step; the optional ones only if the log has any of them
+# a line of loss.csv: the fields of Step; the optional ones only if the log has any of them
+Row = tuple[Any, ...]
 
 
 def step_parser(header: str) -> Callable[[str], Row]:
-    """The parser of the lines of a loss.csv below `header`. The parser raises ValueError for any other line."""
+    """The parser of the lines of a loss.csv below `header`. The parser raises ValueError for any
+    other line.
+    """
     columns = header.strip().split(",")
     indices = [columns.index(name) if name in columns else len(columns) for name in OPTIONAL]
     has_optional = min(indices) < len(columns)
@@ -128,7 +142,8 @@ def step_parser(header: str) -> Callable[[str], Row]:
         cells = line.split(",")
         step, epoch, loss, rate, norm, tokens = cells[: len(COLUMNS)]
         row = int(step), int(epoch), float(loss), float(rate), float(norm), int(tokens)
-        if not has_optional:  # as in most logs; it saves a third of the curves screen's time to read one
+        # as in most logs; it saves a third of the curves screen's time to read one
+        if not has_optional:
             return row
         optional = (cells[i] if i < len(cells) else "" for i in indices)
         return *row, *(float(cell) if cell else None for cell in optional)
@@ -137,7 +152,9 @@ def step_parser(header: str) -> Callable[[str], Row]:
 
 
 def read_steps(path: Path) -> list[Step]:
-    """The steps of a run log that may still grow: reading stops at a half-written or invalid line."""
+    """The steps of a run log that may still grow: reading stops at a half-written or invalid
+    line.
+    """
     steps: list[Step] = []
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -164,11 +181,13 @@ def count_lines(path: Path) -> int:
 class RunLog:
     """Appends to the logs of a run folder. Lines after `at_step` are dropped when it is opened.
 
-    Seconds in the telemetry go on from those of the line before; tokens per second are those since the opening.
+    Seconds in the telemetry go on from those of the line before; tokens per second are those since
+    the opening.
     """
 
-    # Two files, as the same training must write the same bytes: loss.csv becomes part of the artifact, whose digest
-    # says whether later stages are up to date. What differs from run to run (time, memory) stays in the run folder.
+    # Two files, as the same training must write the same bytes: loss.csv becomes part of the
+    # artifact, whose digest says whether later stages are up to date. What differs from run to run
+    # (time, memory) stays in the run folder.
 
     def __init__(
         self,
@@ -209,13 +228,17 @@ class RunLog:
         for file in self._files:
             file.close()
 
-    def append(self, step: Step, peak: Peak = Peak(), device: str = "cpu") -> None:  # Peak is immutable
+    # Peak is immutable
+    def append(self, step: Step, peak: Peak = Peak(), device: str = "cpu") -> None:
         values = [getattr(step, name) for name in self._columns]
-        cells = ["" if v is None else f"{v:.7g}" if isinstance(v, float) else str(v) for v in values]
+        cells = [
+            "" if v is None else f"{v:.7g}" if isinstance(v, float) else str(v) for v in values
+        ]
         self._loss.write(",".join(cells) + "\n")
         self._loss.flush()  # for those who watch
         since = time.perf_counter() - self._start
-        seconds, speed = self._before + since, (step.tokens - self._tokens) / since  # labelled tokens
+        # labelled tokens
+        seconds, speed = self._before + since, (step.tokens - self._tokens) / since
         self._telemetry.write(
             f"{step.step},{seconds:.6f},{speed:.1f},{peak_memory()},{device},{peak.predicted},{peak.measured}\n"
         )
@@ -232,8 +255,9 @@ class RunLog:
 
     def sync(self) -> None:
         """Flush the logs to disk. Called before writing a checkpoint that relies on them."""
-        # A resumed run drops the lines after its checkpoint's step and writes them again. Lines before it are nowhere
-        # else: a checkpoint that survives a power cut without them would leave a gap in the curve.
+        # A resumed run drops the lines after its checkpoint's step and writes them again. Lines
+        # before it are nowhere else: a checkpoint that survives a power cut without them would
+        # leave a gap in the curve.
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())
@@ -246,7 +270,8 @@ def peak_memory() -> int:
 
 
 def _open_at(path: Path, header: str, at_step: int) -> TextIO:
-    """Open `path` for appending, truncated after the lines of `at_step`. A line's first number is its step.
+    """Open `path` for appending, truncated after the lines of `at_step`. A line's first number is
+    its step.
 
     It is truncated in place, so that a kill at any moment keeps the lines before.
     """
@@ -270,7 +295,8 @@ def flat_from(steps: Sequence[Step]) -> int | None:
 
 
 def flat_epoch(means: Sequence[float]) -> int | None:
-    """The first epoch from which the mean loss stays within 5% of the total drop of the last epoch's.
+    """The first epoch from which the mean loss stays within 5% of the total drop of the last
+    epoch's.
 
     None if only the last epoch does: the curve has not flattened.
     """
@@ -289,14 +315,17 @@ def final_loss(steps: Sequence[Step]) -> float | None:
 
 
 def final_accuracy(steps: Sequence[Step]) -> float | None:
-    """The mean share, over the steps of the last epoch, of pairs whose chosen answer has the higher reward."""
+    """The mean share, over the steps of the last epoch, of pairs whose chosen answer has the higher
+    reward.
+    """
     last = [step for step in steps if step.epoch == steps[-1].epoch]
     shares = [step.reward_accuracy for step in last if step.reward_accuracy is not None]
     return sum(shares) / len(shares) if shares else None
 
 
 def final_answers(steps: Sequence[Step], patience: int, by_answers: bool) -> float | None:
-    """The share of right answers of the weights that training returned: with `patience` those of its best evaluation.
+    """The share of right answers of the weights that training returned: with `patience` those of
+    its best evaluation.
 
     `by_answers`: whether the best has the most right answers, else the lowest loss.
     """
@@ -307,12 +336,17 @@ def final_answers(steps: Sequence[Step], patience: int, by_answers: bool) -> flo
         return asked[-1].eval_answers
     if by_answers:
         return max(step.eval_answers or 0.0 for step in asked)
-    losses = [math.inf if step.eval_loss is None or math.isnan(step.eval_loss) else step.eval_loss for step in asked]
+    losses = [
+        math.inf if step.eval_loss is None or math.isnan(step.eval_loss) else step.eval_loss
+        for step in asked
+    ]
     return asked[losses.index(min(losses))].eval_answers
 
 
 def read_final_loss(path: Path) -> float | None:
-    """`final_loss` of the run log in a file; only the lines of its last epoch are parsed. Raises OSError."""
+    """`final_loss` of the run log in a file; only the lines of its last epoch are parsed. Raises
+    OSError.
+    """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -339,7 +373,9 @@ def epoch_means(steps: Sequence[Step]) -> list[float]:
 
 
 def read_run_outcomes(folder: Path) -> dict[str, str]:
-    """Name → outcome of each adapter that has ended, from an artifact or a run folder. Never raises."""
+    """Name → outcome of each adapter that has ended, from an artifact or a run folder. Never
+    raises.
+    """
     try:
         rows = json.loads((folder / TABLE).read_text(encoding="utf-8"))
         return {name: str(row["state"]) for name, row in rows.items()}
@@ -348,6 +384,8 @@ def read_run_outcomes(folder: Path) -> dict[str, str]:
 
 
 def write_run_outcomes(folder: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the outcomes of adapters that ended early. If that fails, training continues without."""
+    """Write the outcomes of adapters that ended early. If that fails, training continues
+    without.
+    """
     with suppress(OSError):
         write_file(folder / TABLE, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")

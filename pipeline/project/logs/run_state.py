@@ -23,10 +23,11 @@ State = Literal["running", "done", "stopped", "failed"]
 
 @dataclass(frozen=True)
 class Journal:
-    """One run of a stage. Times are seconds since the epoch; `first`: the step it started or resumed at, at `since`.
+    """One run of a stage. Times are seconds since the epoch; `first`: the step it started or
+    resumed at, at `since`.
 
-    `ended`: 0 while it runs, and if it died. `rate`: units of work per second lately, 0 in the first seconds. `past`:
-    those of the run before, 0 if there was none.
+    `ended`: 0 while it runs, and if it died. `rate`: units of work per second lately, 0 in the
+    first seconds. `past`: those of the run before, 0 if there was none.
     """
 
     state: State
@@ -53,10 +54,13 @@ class Journal:
         """Estimated seconds to the end; None while nothing is known to estimate it from."""
         if not self.total:
             return None
-        by_rate, by_past = ((self.total - self.done) / rate if rate > 0 else None for rate in (self.rate, self.past))
+        by_rate, by_past = (
+            (self.total - self.done) / rate if rate > 0 else None for rate in (self.rate, self.past)
+        )
         if by_rate is None or by_past is None:
             return by_past if by_rate is None else by_rate
-        # The first units say little: a library warms up, and those of a study differ. They count by how many are done.
+        # The first units say little: a library warms up, and those of a study differ. They count by
+        # how many are done.
         share = self.done / self.total
         return share * by_rate + (1 - share) * by_past
 
@@ -65,7 +69,9 @@ class Journal:
         """Units of work per second over all of the run, or of the one before if it did nothing."""
         end = self.ended or self.since
         return (
-            (self.done - self.first) / (end - self.since) if self.done > self.first and end > self.since else self.past
+            (self.done - self.first) / (end - self.since)
+            if self.done > self.first and end > self.since
+            else self.past
         )
 
 
@@ -84,14 +90,16 @@ def alive(folder: Path) -> bool:
             pid = file.read(32)
             if not pid.isdigit():
                 return False
-            # Do not try the lock of a process that is gone (ProcessLookupError): a stage that starts at this moment
-            # would have to wait. A process of another user (PermissionError) exists.
+            # Do not try the lock of a process that is gone (ProcessLookupError): a stage that
+            # starts at this moment would have to wait. A process of another user (PermissionError)
+            # exists.
             with suppress(PermissionError):
                 os.kill(int(pid), 0)
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except (OSError, OverflowError):  # OverflowError: a damaged file with a number that no process can have
+    # OverflowError: a damaged file with a number that no process can have
+    except (OSError, OverflowError):
         return False
     return False
 
@@ -102,9 +110,12 @@ class Writer:
     def __init__(self, folder: Path) -> None:
         self._path = folder / JOURNAL
         before = read(folder)
-        self._journal = Journal("running", os.getpid(), time.time(), past=before.pace if before else 0.0)
+        self._journal = Journal(
+            "running", os.getpid(), time.time(), past=before.pace if before else 0.0
+        )
         self._next = 0.0
-        self._marks = (0.0, 0), (0.0, 0)  # two moments and what was done then; the rate is that since the earlier one
+        # two moments and what was done then; the rate is that since the earlier one
+        self._marks = (0.0, 0), (0.0, 0)
         self.change()
 
     def change(self, **values: Any) -> None:
@@ -113,8 +124,9 @@ class Writer:
         try:
             write_file(self._path, json.dumps(asdict(self._journal), ensure_ascii=False))
         except OSError:
-            # On a full disk, write into the old file's block, as there is no room for a new file. Notes are dropped, so
-            # that one block is enough. A reader may see no journal at this moment.
+            # On a full disk, write into the old file's block, as there is no room for a new file.
+            # Notes are dropped, so that one block is enough. A reader may see no journal at this
+            # moment.
             short = replace(self._journal, notes=[], message=self._journal.message[:MAX_MESSAGE])
             with suppress(OSError), self._path.open("rb+", buffering=0) as file:
                 file.write(json.dumps(asdict(short), ensure_ascii=False).encode())
@@ -126,13 +138,15 @@ class Writer:
     def progress(self, done: int, total: int, text: str) -> None:
         """Write the progress, at most every `PAUSE` seconds: a step may take a millisecond."""
         now = time.time()
-        if total != self._journal.total or done < self._journal.done:  # the start, or of another kind of work
+        # the start, or of another kind of work
+        if total != self._journal.total or done < self._journal.done:
             self._journal = replace(self._journal, first=done, since=now)
             self._marks = (now, done), (now, done)
         if now >= self._next or done == total:
             self._next = now + PAUSE
             elapsed, (earlier, later) = now - self._journal.since, self._marks
-            if now - later[0] > max(WARM_UP, elapsed / 4):  # so that the earlier one is a quarter to a half of it ago
+            # so that the earlier one is a quarter to a half of it ago
+            if now - later[0] > max(WARM_UP, elapsed / 4):
                 self._marks = earlier, later = later, (now, done)
             rate = (done - earlier[1]) / (now - earlier[0]) if elapsed >= WARM_UP else 0.0
             self.change(done=done, total=total, text=text, rate=rate)
@@ -146,12 +160,15 @@ class Settings(NamedTuple):
 
 
 def write_settings(folder: Path, **moments: Settings) -> None:
-    """Keep the settings of a moment: `run`, with which the logs were written; `made`, of the artifact in place.
+    """Keep the settings of a moment: `run`, with which the logs were written; `made`, of the
+    artifact in place.
 
     If that fails, the stage continues without.
     """
     with suppress(OSError):
-        before = {name: settings for name in ("run", "made") if (settings := read_settings(folder, name))}
+        before = {
+            name: settings for name in ("run", "made") if (settings := read_settings(folder, name))
+        }
         document = {name: settings._asdict() for name, settings in {**before, **moments}.items()}
         write_file(folder / SETTINGS, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
 

@@ -1,4 +1,6 @@
-"""Discovers the runs to compare: each training stage's last run, its artifact, and those in the cache."""
+"""Discovers the runs to compare: each training stage's last run, its artifact, and those in the
+cache.
+"""
 
 import json
 import os
@@ -20,7 +22,9 @@ from pipeline.project.stage_graph import ARTIFACTS, RUNS, Project, Stage, StageG
 
 @dataclass(frozen=True)
 class LogFiles:
-    """The log of one curve, and its telemetry if it exists. `name`: the adapter's name in a sweep, else empty."""
+    """The log of one curve, and its telemetry if it exists. `name`: the adapter's name in a sweep,
+    else empty.
+    """
 
     name: str
     loss: Path
@@ -35,9 +39,10 @@ class LogFiles:
 class Run:
     """One training run: one curve, or one per adapter of a sweep; `log_folder` contains the logs.
 
-    `folder`: the run folder if this is the stage's last run, which may still be running. `params`: the settings it ran
-    with, as in JSON. `when`: the logs' last change in seconds since the epoch. `sweeps`: whether it is a sweep's.
-    `key`: its artifact's in the cache, `digest`: of what the artifact contains; both empty where the run has made none.
+    `folder`: the run folder if this is the stage's last run, which may still be running. `params`:
+    the settings it ran with, as in JSON. `when`: the logs' last change in seconds since the epoch.
+    `sweeps`: whether it is a sweep's. `key`: its artifact's in the cache, `digest`: of what the
+    artifact contains; both empty where the run has made none.
     """
 
     stage: str
@@ -60,7 +65,8 @@ class Run:
 class _Logs:
     """The logs of a run folder or an artifact, and the artifact's manifest.
 
-    `digests`: curve → sha256 of its log; None for an adapter that diverged, whose log is not in the artifact.
+    `digests`: curve → sha256 of its log; None for an adapter that diverged, whose log is not in the
+    artifact.
     """
 
     folder: Path
@@ -74,24 +80,30 @@ class _Logs:
         return max(_stat(curve.loss)[1] for curve in self.curves) / 1e9
 
     def same(self, other: "_Logs") -> bool:
-        """Whether both have the same adapters and equal logs, ignoring logs that one of them lacks (None)."""
+        """Whether both have the same adapters and equal logs, ignoring logs that one of them lacks
+        (None).
+        """
         one, two = self.digests, other.digests
-        return one.keys() == two.keys() and all(None in (a, two[name]) or a == two[name] for name, a in one.items())
+        return one.keys() == two.keys() and all(
+            None in (a, two[name]) or a == two[name] for name, a in one.items()
+        )
 
 
 def discover_runs(root: Path, project: Project | None, graph: StageGraph) -> list[Run]:
     """All runs of the training stages, stage by stage: the last run first, then from new to old.
 
-    Runs with the same bytes in their logs are listed once. Labels show the params that differ from the current ones.
-    Inherited stages have their runs in the parent's folder; stages of other projects with the same cache are left out.
-    `project` is None if the params file in `root` cannot be read. This reads whole logs to hash them, so do not call
-    it on the UI thread.
+    Runs with the same bytes in their logs are listed once. Labels show the params that differ from
+    the current ones. Inherited stages have their runs in the parent's folder; stages of other
+    projects with the same cache are left out. `project` is None if the params file in `root` cannot
+    be read. This reads whole logs to hash them, so do not call it on the UI thread.
     """
     return [run for stage in training_stages(project, graph) for run in _runs(root, stage, project)]
 
 
 def stamp(root: Path, params: Path, project: Project | None, graph: StageGraph) -> tuple[int, ...]:
-    """Changes when `discover_runs` may return other runs. Takes a dozen calls of os.stat, and one per adapter."""
+    """Changes when `discover_runs` may return other runs. Takes a dozen calls of os.stat, and one
+    per adapter.
+    """
     cache = project.cache if project else cache_folder(root)
     numbers = [*_stat(params)]
     for stage in training_stages(project, graph):
@@ -99,21 +111,31 @@ def stamp(root: Path, params: Path, project: Project | None, graph: StageGraph) 
         folder = home / RUNS / stage.name
         if stage.kind == "adapters":
             try:
-                names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+                names = sorted(
+                    entry.name
+                    for entry in os.scandir(folder)
+                    if entry.is_dir() and entry.name[0] != "."
+                )
             except OSError:
                 names = []
             # With their names, as a renamed folder keeps the inodes
-            numbers += [number for name in names for number in (hash(name), _stat(folder / name / LOSS)[0])]
+            numbers += [
+                number for name in names for number in (hash(name), _stat(folder / name / LOSS)[0])
+            ]
         else:
-            numbers.append(_stat(folder / LOSS)[0])  # the inode only: a log that grows is the same run
+            # the inode only: a log that grows is the same run
+            numbers.append(_stat(folder / LOSS)[0])
         numbers += [*_stat(home / stage.path), *_stat(cache / stage.name)]
     return tuple(numbers)
 
 
 def training_stages(project: Project | None, graph: StageGraph) -> list[Stage]:
-    """The stages that train, which the project has itself or from its parent, or which ran without a section; without
-    a project, all of the graph."""
-    every = sorted((stage for stage in graph.product.values() if stage.trains), key=lambda stage: not stage.look)
+    """The stages that train, which the project has itself or from its parent, or which ran without
+    a section; without a project, all of the graph."""
+    every = sorted(
+        (stage for stage in graph.product.values() if stage.trains),
+        key=lambda stage: not stage.look,
+    )
     shown = graph.product if project is None else project.shown
     return [stage for stage in every if stage.name in shown]
 
@@ -134,21 +156,28 @@ def curves(folder: Path, sweeps: bool, telemetry: bool = True) -> tuple[LogFiles
         logs = folder.glob(f"[!.]*/{LOSS}")
         folders = sorted((log.parent for log in logs), key=lambda path: natural_sort_key(path.name))
     return tuple(
-        LogFiles("" if at == folder else at.name, at / LOSS, at / TELEMETRY if telemetry else None) for at in folders
+        LogFiles("" if at == folder else at.name, at / LOSS, at / TELEMETRY if telemetry else None)
+        for at in folders
     )
 
 
 def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
-    """The runs of a stage, each once: the one in runs/, then the one in artifacts/, then the cache's, newest first."""
+    """The runs of a stage, each once: the one in runs/, then the one in artifacts/, then the
+    cache's, newest first.
+    """
     home = project.home(stage.name) if project else None
     home_root, cache = home.root if home else root, project.cache if project else cache_folder(root)
     entries = [entry for entry in (cache / stage.name).glob("[!.]*") if entry.is_dir()]
     cached = [logs for entry in entries if (logs := _artifact_logs(entry, stage))]
     last = _artifact_logs(home_root / ARTIFACTS / stage.output, stage)
-    finished = [*([last] if last else []), *sorted(cached, key=lambda logs: logs.when, reverse=True)]
+    finished = [
+        *([last] if last else []),
+        *sorted(cached, key=lambda logs: logs.when, reverse=True),
+    ]
     reference = finished[0].manifest if finished else {}
     candidates = finished
-    # A run folder has no manifest. Its settings are those of the artifact with the same logs, else those that it noted.
+    # A run folder has no manifest. Its settings are those of the artifact with the same logs, else
+    # those that it noted.
     folder, sweeps = home_root / RUNS / stage.name, stage.kind == "adapters"
     noted = run_state.read_settings(folder, "run")
     now = _current_params(home, stage, noted, reference)
@@ -158,9 +187,12 @@ def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
             digests[curve.name] = artifact.file_digest(curve.loss)
     if digests:
         running = _Logs(folder, found, digests, {"params": noted.params if noted else now})
-        manifest = next((logs.manifest for logs in finished if logs.same(running)), running.manifest)
+        manifest = next(
+            (logs.manifest for logs in finished if logs.same(running)), running.manifest
+        )
         candidates = [replace(running, manifest=manifest), *finished]
-    # The last run, its artifact and the cache's copy of it are one run, told by equal logs: a run folder has no key.
+    # The last run, its artifact and the cache's copy of it are one run, told by equal logs: a run
+    # folder has no key.
     seen: list[_Logs] = []
     labels: set[str] = set()
     for logs in candidates:
@@ -169,8 +201,13 @@ def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
         seen.append(logs)
         # What sets it apart: params that differ from the current ones, or else other inputs or code
         params = logs.manifest.get("params")
-        params = params if isinstance(params, dict) else {}  # of an artifact that another version wrote
-        parts = [f" {key} {_abbreviate(value)}" for key, value in params.items() if now.get(key, value) != value]
+        # of an artifact that another version wrote
+        params = params if isinstance(params, dict) else {}
+        parts = [
+            f" {key} {_abbreviate(value)}"
+            for key, value in params.items()
+            if now.get(key, value) != value
+        ]
         if not parts:
             own = [part for part in ("inputs", "code") if part in logs.manifest]
             parts = [f" other {part}" for part in own if logs.manifest[part] != reference.get(part)]
@@ -185,13 +222,26 @@ def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
         run_folder = folder if logs.folder == folder else None
         key = cache_key(logs.manifest)
         digest = artifact.sealed_digest(logs.manifest) if "files" in logs.manifest else ""
-        yield Run(stage.name, label, logs.folder, logs.curves, run_folder, params, logs.when, sweeps, key, digest)
+        yield Run(
+            stage.name,
+            label,
+            logs.folder,
+            logs.curves,
+            run_folder,
+            params,
+            logs.when,
+            sweeps,
+            key,
+            digest,
+        )
 
 
 def _current_params(
     home: Project | None, stage: Stage, noted: Settings | None, last: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """The params from which a run's differ: those of the params file; where it has no such section, the last run's."""
+    """The params from which a run's differ: those of the params file; where it has no such section,
+    the last run's.
+    """
     if home and stage.name in home.readable:
         current: Mapping[str, Any] = json.loads(json.dumps(home.stage_params(stage)))
         return current

@@ -1,8 +1,9 @@
-"""Other names for what params.yaml and `lora` call by one: our own former names, and those of other tools.
+"""Other names for what params.yaml and `lora` call by one: our own former names, and those of other
+tools.
 
-An unknown key, command or option is answered with the name here; `lora new --from` reads other tools' configs by the
-same names, and `python -m docs` writes the page of them. A key may be written with its section where only
-that says what is meant.
+An unknown key, command or option is answered with the name here; `lora new --from` reads other
+tools' configs by the same names, and `python -m docs` writes the page of them. A key may be written
+with its section where only that says what is meant.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,8 @@ def _by_other_name(names: Mapping[str, str]) -> dict[str, str]:
     return {other: name for name, others in names.items() for other in others.split()}
 
 
-# Keys and sections of params.yaml. Files of earlier versions have `base` in the section that it stands above now.
+# Keys and sections of params.yaml. Files of earlier versions have `base` in the section that it
+# stands above now.
 KEYS = _by_other_name(
     {
         "base": "pretrain.base import.base base_model model model_name model_name_or_path model_id pretrained_model "
@@ -80,44 +82,65 @@ KEYS = _by_other_name(
         "seed": "random_seed random_state",
     }
 )
-# Other tools' settings without a counterpart here, from the reason; a star stands for any characters.
+# Other tools' settings without a counterpart here, from the reason; a star stands for any
+# characters.
 NO_COUNTERPART = _by_other_name(
     {
-        "`lora finetune METHOD --devices N` runs on several devices": "deepspeed fsdp* ddp* tensor_parallel* "
+        "`lora finetune METHOD --devices N` runs on several "
+        "devices": "deepspeed fsdp* ddp* tensor_parallel* "
         "context_parallel* sequence_parallel* local_rank accelerator_config ray* use_cpu",
-        "attention, kernels and packing are chosen by the model and the device": "flash_att* attn_implementation "
-        "xformers_attention sdp_attention s2_attention eager_attention *sample_packing packing* pad_to_* "
-        "group_by_length length_column_name tf32 torch_compile* liger* use_liger* enable_liger* use_unsloth* "
-        "lora_*_kernel neat_packing padding_free plugins optim_target_modules torch_empty_cache_steps use_cache "
+        "attention, kernels and packing are chosen by the model and the "
+        "device": "flash_att* attn_implementation "
+        "xformers_attention sdp_attention s2_attention eager_attention *sample_packing packing* "
+        "pad_to_* "
+        "group_by_length length_column_name tf32 torch_compile* liger* use_liger* enable_liger* "
+        "use_unsloth* "
+        "lora_*_kernel neat_packing padding_free plugins optim_target_modules "
+        "torch_empty_cache_steps use_cache "
         "train_sampling_strategy *_checkpointing_kwargs",
-        "`report_to`, above the sections, names the trackers of runs": "report_to wandb* mlflow* comet* swanlab* "
-        "trackio* *tensorboard* logging_* log_* run_name plot_loss steps_per_report project include_*tokens* "
+        "`report_to`, above the sections, names the trackers of "
+        "runs": "report_to wandb* mlflow* comet* swanlab* "
+        "trackio* *tensorboard* logging_* log_* run_name plot_loss steps_per_report project "
+        "include_*tokens* "
         "disable_tqdm debug",
-        "results go to artifacts/, each stage to its folder": "*output_dir adapter_path adapter_file save_strategy "
-        "save_total_limit save_only_model save_on_each_node save_safetensors saves_per_epoch save_first_step",
+        "results go to artifacts/, each stage to its "
+        "folder": "*output_dir adapter_path adapter_file save_strategy "
+        "save_total_limit save_only_model save_on_each_node save_safetensors saves_per_epoch "
+        "save_first_step",
         "nothing is uploaded": "push_to_hub* hub_*",
-        "the base's own chat template is used": "chat_template* template default_system tokenizer_* special_tokens "
-        "add_eos_token",
-        "what is trained on follows from the data's format: `lora data show`": "train_on_* roles_to_train "
-        "assistant_only_loss completion_only_loss mask_prompt mask_history dataset_text_field remove_unused_columns "
+        "the base's own chat template is "
+        "used": "chat_template* template default_system tokenizer_* special_tokens add_eos_token",
+        "what is trained on follows from the data's format: `lora data "
+        "show`": "train_on_* roles_to_train "
+        "assistant_only_loss completion_only_loss mask_prompt mask_history dataset_text_field "
+        "remove_unused_columns "
         "label_names",
-        "data files are read as they are, all of them": "dataset_prepared_path dataset_dir overwrite_cache "
-        "preprocessing_num_workers dataset_num_proc dataset_processes dataset_kwargs dataset_split* dataset_config "
+        "data files are read as they are, all of "
+        "them": "dataset_prepared_path dataset_dir overwrite_cache "
+        "preprocessing_num_workers dataset_num_proc dataset_processes dataset_kwargs "
+        "dataset_split* dataset_config "
         "shuffle_dataset dataloader_* max_samples streaming data_seed",
-        "a killed run resumes by itself from its last checkpoint": "*resume_from_checkpoint* restore_callback_* "
+        "a killed run resumes by itself from its last "
+        "checkpoint": "*resume_from_checkpoint* restore_callback_* "
         "ignore_data_skip enable_jit_checkpoint",
-        "an adapter is trained on the base, a new one unless init_from names one": "create_new_adapter inference_mode",
-        "LoRA goes on every block; name linears in target_modules": "num_layers lora_layers* *layers_to_transform "
+        "an adapter is trained on the base, a new one unless init_from names "
+        "one": "create_new_adapter inference_mode",
+        "LoRA goes on every block; name linears in "
+        "target_modules": "num_layers lora_layers* *layers_to_transform "
         "layers_pattern exclude_modules",
-        "it runs code that comes with a base: set import.trust_remote_code if you trust it": "trust_remote_code",
-        "held-out examples are chosen by eval_share": "eval*_strategy do_eval do_predict eval_dataset test_datasets "
+        "it runs code that comes with a base: set import.trust_remote_code if you trust "
+        "it": "trust_remote_code",
+        "held-out examples are chosen by "
+        "eval_share": "eval*_strategy do_eval do_predict eval_dataset test_datasets "
         "val_batches test test_batches evals_per_epoch *eval_batch_size eval_delay eval_on_start "
-        "eval_accumulation_steps eval_do_* eval_use_* eval_table_size eval_max_new_tokens batch_eval_metrics "
+        "eval_accumulation_steps eval_do_* eval_use_* eval_table_size eval_max_new_tokens "
+        "batch_eval_metrics "
         "prediction_loss_only *_full_eval load_best_model_at_end greater_is_better "
         "include_for_metrics",
-        "the reference is the same model, without the adapter or as it begins": "ref_model* ref_adapter* "
-        "precompute_ref_log_probs",
-        "only examples and preferences are learned from": "rl training_mode pref_bco_weight dpo_norm_loss "
+        "the reference is the same model, without the adapter or as it "
+        "begins": "ref_model* ref_adapter* precompute_ref_log_probs",
+        "only examples and preferences are learned "
+        "from": "rl training_mode pref_bco_weight dpo_norm_loss "
         "dpo_use_* kto_* ppo_* reward_model*",
     }
 )
@@ -167,13 +190,23 @@ OPTIONS = _by_other_name(
 
 
 def why_none(name: str) -> str | None:
-    """Why another tool's setting has no counterpart here; None for a name that the table does not have."""
-    patterns = (why for pattern, why in NO_COUNTERPART.items() if "*" in pattern and fnmatchcase(name, pattern))
+    """Why another tool's setting has no counterpart here; None for a name that the table does not
+    have.
+    """
+    patterns = (
+        why
+        for pattern, why in NO_COUNTERPART.items()
+        if "*" in pattern and fnmatchcase(name, pattern)
+    )
     return NO_COUNTERPART.get(name) or next(patterns, None)
 
 
-def suggest(name: str, known: Iterable[str], aliases: Mapping[str, str], section: str = "") -> str | None:
-    """The known name that is meant by `name`: by the table, else the nearest in spelling; None if none is near."""
+def suggest(
+    name: str, known: Iterable[str], aliases: Mapping[str, str], section: str = ""
+) -> str | None:
+    """The known name that is meant by `name`: by the table, else the nearest in spelling; None if
+    none is near.
+    """
     names = list(known)
     for alias in (f"{section}.{name}", name):
         if (meant := aliases.get(alias)) in names or (meant and "." in alias):

@@ -16,7 +16,8 @@ from pipeline.project.params.sections import Training
 def save(path: Path, values: Mapping[str, Any], kinds: Kinds) -> None:
     """Set `section.key` → value in the file atomically; `kinds` as in `load.parse`.
 
-    Raises UserError if the file is invalid before or after, and OSError if it cannot be written. Then it is unchanged.
+    Raises UserError if the file is invalid before or after, and OSError if it cannot be written.
+    Then it is unchanged.
     """
     path = path.resolve()  # so that a symlink is kept
     text = read_text(path)
@@ -31,18 +32,22 @@ def set_values(text: str, values: Mapping[str, Any]) -> str:
 
     Raises UserError if the layout does not allow it.
     """
-    # Edited as text, by the marks where PyYAML found each value: it would write the whole file anew, and the user's
-    # comments and layout would be gone.
+    # Edited as text, by the marks where PyYAML found each value: it would write the whole file
+    # anew, and the user's comments and layout would be gone.
     for key, value in values.items():
         section, _, name = key.partition(".")
         root: Any = yaml.compose(text)  # again for each: an edit moves all that is below it
-        text = _set(text, root, section, name, value) if name else _set_above(text, root, key, value)
+        text = (
+            _set(text, root, section, name, value) if name else _set_above(text, root, key, value)
+        )
     return text
 
 
 def comments(text: str) -> dict[str, str]:
-    """What a params file says of its keys: `section.key`, or key above the sections → the comment on its line, else the
-    comment lines directly above it. Of a file that is not valid YAML: nothing."""
+    """What a params file says of its keys: `section.key`, or key above the sections → the comment
+    on its line, else the comment lines directly above it. Of a file that is not valid YAML:
+    nothing.
+    """
     try:
         root = yaml.compose(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, RecursionError):
@@ -52,7 +57,8 @@ def comments(text: str) -> dict[str, str]:
     def read(prefix: str, node: yaml.Node | None) -> None:
         for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
             first, column = key.start_mark.line, key.start_mark.column
-            # A block's value begins below its key, and a comment that follows its key is on the key's line.
+            # A block's value begins below its key, and a comment that follows its key is on the
+            # key's line.
             is_inline = value.start_mark.line == first
             end = value.end_mark if is_inline and value.end_mark.line == first else key.end_mark
             _, mark, comment = lines[first][end.column :].partition(" #")
@@ -82,14 +88,19 @@ def remove_section(text: str, section: str) -> str:
 
 
 def section_text(name: str, kind: type[Section], on_pretrained: bool = False) -> str:
-    """A new section as text for params.yaml: its own keys, and of those that all training stages share the ones whose
-    default is another here. On a pretrained base only its data: all else follows from the base."""
+    """A new section as text for params.yaml: its own keys, and of those that all training stages
+    share the ones whose default is another here. On a pretrained base only its data: all else
+    follows from the base."""
     default, shared = kind(), Training()
     keys = {
         key: getattr(default, key)
         for key in kind.__struct_fields__
         if key not in TOP_LEVEL
-        and (key == "data" or key not in Training.__struct_fields__ or getattr(default, key) != getattr(shared, key))
+        and (
+            key == "data"
+            or key not in Training.__struct_fields__
+            or getattr(default, key) != getattr(shared, key)
+        )
         and (key == "data" or not on_pretrained)
     }
     lines = "".join(f"  {key}: {dump_inline(value)}\n" for key, value in keys.items())
@@ -100,8 +111,12 @@ def _set(text: str, root: yaml.MappingNode, section: str, name: str, value: Any)
     branch = _child(root, section)
     if branch is None:
         return f"{text.rstrip()}\n\n{section}:\n  {name}: {dump_inline(value)}\n"
-    if not isinstance(branch, yaml.MappingNode) or not branch.value:  # `section:`, `section: null`, `section: {}`
-        return f"{text[: branch.start_mark.index].rstrip(' ')}\n  {name}: {dump_inline(value)}{text[_end(branch) :]}"
+    # `section:`, `section: null`, `section: {}`
+    if not isinstance(branch, yaml.MappingNode) or not branch.value:
+        return (
+            f"{text[: branch.start_mark.index].rstrip(' ')}\n  {name}: "
+            f"{dump_inline(value)}{text[_end(branch) :]}"
+        )
     leaf = _child(branch, name)
     if leaf is not None:
         return _replace_node(text, leaf, value)
@@ -147,7 +162,9 @@ def _replace_node(text: str, node: yaml.Node, value: Any) -> str:
 
 
 def _end(node: yaml.Node) -> int:
-    """The index where a node's own text ends. A block's end mark would be after the comments that follow."""
+    """The index where a node's own text ends. A block's end mark would be after the comments that
+    follow.
+    """
     if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
         last = node.value[-1]
         return _end(last[1] if isinstance(last, tuple) else last)
@@ -159,5 +176,7 @@ def dump_inline(value: Any) -> str:
     """`value` as YAML on one line; strings with Unicode line breaks are escaped."""
     plain = list(value) if isinstance(value, tuple) else value
     readable = not any(mark in str(value) for mark in "\x85\u2028\u2029")
-    text = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=readable, width=float("inf"), sort_keys=False)
+    text = yaml.safe_dump(
+        plain, default_flow_style=True, allow_unicode=readable, width=float("inf"), sort_keys=False
+    )
     return text.removesuffix("...\n").strip(" \n")

@@ -1,7 +1,7 @@
 """params.yaml as `Params`: its sections, typed and checked, and where each value comes from.
 
-Precedence: a section's defaults for its base < the `training:` block, for what trains < the section < `--set`.
-Every problem is a UserError that names key, rule, value and next step.
+Precedence: a section's defaults for its base < the `training:` block, for what trains < the section
+< `--set`. Every problem is a UserError that names key, rule, value and next step.
 """
 
 import os
@@ -15,7 +15,14 @@ from msgspec import structs
 
 from pipeline.errors import UserError
 from pipeline.files import base_model
-from pipeline.project.params.schema import Pretrained, Section, ValueSource, check_value, hints, reject_unknown_keys
+from pipeline.project.params.schema import (
+    Pretrained,
+    Section,
+    ValueSource,
+    check_value,
+    hints,
+    reject_unknown_keys,
+)
 from pipeline.project.params.sections import Import, Running, Training, change_paths
 
 T = TypeVar("T", bound=Section)
@@ -24,25 +31,30 @@ LARGEST = 1_000_000  # bytes of a params file
 TRAINING = "training"  # the block of defaults for every section that trains
 PROJECT = "project"  # names the params file that this one builds on
 RUNNING = "running"
-DEFAULT, PRETRAINED = "default", "default for a pretrained base"  # sources of values that no file sets
+# sources of values that no file sets
+DEFAULT, PRETRAINED = "default", "default for a pretrained base"
 OVERRIDE = "--set"
-# A file with this first line was written by `lora new` when a pretrained base had MiniGPT's defaults. It left them out,
-# fp32 on a device without bf16 and the epochs where max_steps counts, and keeps them.
+# A file with this first line was written by `lora new` when a pretrained base had MiniGPT's
+# defaults. It left them out, fp32 on a device without bf16 and the epochs where max_steps counts,
+# and keeps them.
 EARLIER, EARLIER_DEFAULTS = "# Written by `lora new`. ", {"precision": "fp32", "epochs": 50}
-# keys above the sections → the section that holds them in memory; `running` is no stage's, so nothing is made again
+# keys above the sections → the section that holds them in memory; `running` is no stage's, so
+# nothing is made again
 TOP_LEVEL: Mapping[str, str] = {"base": "import", **dict.fromkeys(hints(Running), RUNNING)}
 
 
 @dataclass(frozen=True)
 class Params:
-    """All of params.yaml. `params.section(name)`, or `params.name`, is a section; one not in the file has its defaults.
+    """All of params.yaml. `params.section(name)`, or `params.name`, is a section; one not in the
+    file has its defaults.
 
-    `kinds`: every section that a file may have. `tree`: what the file says, section → key → value as YAML loads it.
-    `training`: the block of defaults for what trains, the file's own on that of the file that it builds on. `sources`:
-    section.key → where it is set, for keys that are. `project`: the params file whose artifacts and settings this one
-    builds on, relative to its folder; empty where it stands alone. `file`: its name. `named`: the sections that it
-    names; `base` alone gives a project the stage that makes it. `running`: where its runs compute and are shown.
-    `width`: of an imported base's hidden states, where it is known.
+    `kinds`: every section that a file may have. `tree`: what the file says, section → key → value
+    as YAML loads it. `training`: the block of defaults for what trains, the file's own on that of
+    the file that it builds on. `sources`: section.key → where it is set, for keys that are.
+    `project`: the params file whose artifacts and settings this one builds on, relative to its
+    folder; empty where it stands alone. `file`: its name. `named`: the sections that it names;
+    `base` alone gives a project the stage that makes it. `running`: where its runs compute and are
+    shown. `width`: of an imported base's hidden states, where it is known.
     """
 
     kinds: Kinds = field(compare=False)
@@ -97,7 +109,9 @@ class Params:
     def replaced(self, sections: Mapping[str, Section]) -> "Params":
         """A copy with some sections replaced. Of these no value is a default any more."""
         keys = (key_path(name, key) for name in sections for key in hints(self.kinds[name]))
-        return replace(self._with(sections), sources={**self.sources, **dict.fromkeys(keys, "another section")})
+        return replace(
+            self._with(sections), sources={**self.sources, **dict.fromkeys(keys, "another section")}
+        )
 
     def _with(self, sections: Mapping[str, Section]) -> "Params":
         return replace(self, sections={**self.sections, **sections})
@@ -107,7 +121,9 @@ class Params:
         return self.kinds[name].defaults(self.pretrained)
 
     def source(self, section: str, key: str) -> str:
-        """Where a value comes from: "--set", a params file, its training block, DEFAULT or PRETRAINED."""
+        """Where a value comes from: "--set", a params file, its training block, DEFAULT or
+        PRETRAINED.
+        """
         if where := self._where_set(section, key):
             return where
         if not self.pretrained or section == RUNNING:
@@ -116,19 +132,29 @@ class Params:
         return PRETRAINED if key in of_base else DEFAULT
 
     def following(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The defaults of a section that become others where `values` are set too, as alpha does with the rank."""
+        """The defaults of a section that become others where `values` are set too, as alpha does
+        with the rank.
+        """
         if not self.pretrained:
             return {}
         kind, section = self._kind(name), self.section(name)
         given = {**self._set_keys(name), **values}
         default = kind(**kind.pretrained(self.pretrained, given))
         free = (key for key in hints(kind) if key not in given)
-        return {key: getattr(default, key) for key in free if getattr(default, key) != getattr(section, key)}
+        return {
+            key: getattr(default, key)
+            for key in free
+            if getattr(default, key) != getattr(section, key)
+        }
 
     def _set_keys(self, section: str) -> dict[str, Any]:
         """Key → value of those that are no defaults."""
         values = self.section(section)
-        return {key: getattr(values, key) for key in hints(self._kind(section)) if self._where_set(section, key)}
+        return {
+            key: getattr(values, key)
+            for key in hints(self._kind(section))
+            if self._where_set(section, key)
+        }
 
     def _where_set(self, section: str, key: str) -> str:
         """The file, its training block or --set; empty for a default."""
@@ -149,16 +175,21 @@ def read_text(path: Path) -> str:
         with path.open("rb") as file:
             raw = file.read(LARGEST + 1)
         if len(raw) > LARGEST:
-            raise UserError(f"{path} must have at most {LARGEST:,} bytes. Name a params file with --params.")
+            raise UserError(
+                f"{path} must have at most {LARGEST:,} bytes. Name a params file with --params."
+            )
         return raw.decode()
     except FileNotFoundError:
         raise UserError(
-            f"{path} does not exist. Run this in the project's folder, or name the file with --params."
+            f"{path} does not exist. Run this in the project's folder, or name the file with "
+            "--params."
         ) from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}. Name a params file with --params.") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8. Fix it by hand, or name another params file with --params.") from None
+        raise UserError(
+            f"{path} is not UTF-8. Fix it by hand, or name another params file with --params."
+        ) from None
 
 
 def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) -> Params:
@@ -166,42 +197,68 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
     tree = _read_tree(text, path)
     project = tree.pop(PROJECT, "")
     if not isinstance(project, str) or "\0" in project:
-        raise UserError(f"{PROJECT} must be the path of a params file, got {project!r}. Edit {path.name}.")
+        raise UserError(
+            f"{PROJECT} must be the path of a params file, got {project!r}. Edit {path.name}."
+        )
     written = set(tree)
     overridden = {_apply_override(tree, override) for override in overrides}
     added = tree.keys() - written - TOP_LEVEL.keys()
     if project and (inherited := sorted(added - {TRAINING})):
-        raise UserError(f"--set {inherited[0]}: {path.name} has no such section. Set it in {project}, or add it here.")
+        raise UserError(
+            f"--set {inherited[0]}: {path.name} has no such section. Set it in {project}, or add "
+            "it here."
+        )
     origin = ValueSource(path.name, frozenset({*overridden, *added}))
     if unknown := [key for key in tree if key not in (*TOP_LEVEL, TRAINING) and key not in kinds]:
-        reject_unknown_keys(dict.fromkeys(unknown), [*kinds, *TOP_LEVEL, TRAINING, PROJECT], "", origin)
+        reject_unknown_keys(
+            dict.fromkeys(unknown), [*kinds, *TOP_LEVEL, TRAINING, PROJECT], "", origin
+        )
     # `base` is a setting of import, but stands above the sections: most users set it alone.
     above = {key: tree.pop(key) for key in TOP_LEVEL if key in tree}
     running = {
-        key: check_value(hint, above.pop(key), key, origin) for key, hint in hints(Running).items() if key in above
+        key: check_value(hint, above.pop(key), key, origin)
+        for key, hint in hints(Running).items()
+        if key in above
     }
     for name, keys in tree.items():
         if keys is not None and not isinstance(keys, dict):
-            raise UserError(f"{origin.of(name)}: {name} must be a section of key: value lines, got {keys!r}.")
-        known = [key for key in hints(Training if name == TRAINING else kinds[name]) if key not in TOP_LEVEL]
+            raise UserError(
+                f"{origin.of(name)}: {name} must be a section of key: value lines, got {keys!r}."
+            )
+        known = [
+            key
+            for key in hints(Training if name == TRAINING else kinds[name])
+            if key not in TOP_LEVEL
+        ]
         reject_unknown_keys(keys or {}, known, f"{name}.", origin)
-    tree = {name: keys or {} for name, keys in tree.items()}  # `section:` without keys has all defaults
+    # `section:` without keys has all defaults
+    tree = {name: keys or {} for name, keys in tree.items()}
     if "data" in tree.get(TRAINING, {}):
         raise UserError(
-            "training.data: each stage names its own data, which dvc.yaml watches. Move it to the stages' sections."
+            "training.data: each stage names its own data, which dvc.yaml watches. Move it to the "
+            "stages' sections."
         )
     named = frozenset(tree)
-    for key, value in above.items():  # `base: …` alone makes import, for MiniGPT pretrain, one of the file's sections
+    # `base: …` alone makes import, for MiniGPT pretrain, one of the file's sections
+    for key, value in above.items():
         tree[TOP_LEVEL[key]] = {**tree.get(TOP_LEVEL[key], {}), key: value}
         if value == Import().base and "pretrain" in kinds:
             tree.setdefault("pretrain", {})
-    sources = {key_path(name, key): origin.of(key_path(name, key)) for name, keys in tree.items() for key in keys}
+    sources = {
+        key_path(name, key): origin.of(key_path(name, key))
+        for name, keys in tree.items()
+        for key in keys
+    }
     training = tree.get(TRAINING, {})
     sources |= {key: origin.of(key) for key in running}
     if text.startswith(EARLIER):
         training = {**EARLIER_DEFAULTS, **training}
-        sources = {f"{TRAINING}.{key}": "an earlier `lora new`" for key in EARLIER_DEFAULTS} | sources
-    params = Params(kinds, {}, tree, training, sources, project, path.name, named, Running(**running))
+        sources = {
+            f"{TRAINING}.{key}": "an earlier `lora new`" for key in EARLIER_DEFAULTS
+        } | sources
+    params = Params(
+        kinds, {}, tree, training, sources, project, path.name, named, Running(**running)
+    )
     if params.origin.imports:
         params = replace(params, width=base_model.width(params.origin.base, path.parent))
     for key, value in training.items():  # also where nothing trains
@@ -210,7 +267,9 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
 
 
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """`section.key`, or a key above the sections → the value that an override gives it. Raises UserError."""
+    """`section.key`, or a key above the sections → the value that an override gives it. Raises
+    UserError.
+    """
     values: dict[str, Any] = {}
     for override in overrides:
         tree: dict[str, Any] = {}
@@ -220,11 +279,14 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def inherit(params: Params, parent: Params, files: Mapping[str, Collection[str]], prefix: str) -> Params:
-    """`params` with the parent's block of training defaults beneath its own, and the parent's sections where it has
-    none itself.
+def inherit(
+    params: Params, parent: Params, files: Mapping[str, Collection[str]], prefix: str
+) -> Params:
+    """`params` with the parent's block of training defaults beneath its own, and the parent's
+    sections where it has none itself.
 
-    `files`: section → its keys that name files. Their paths get the `prefix` that leads to the parent's folder.
+    `files`: section → its keys that name files. Their paths get the `prefix` that leads to the
+    parent's folder.
     """
     sources = {key: f"{prefix}/{source}" for key, source in parent.sources.items()}
     training = {**parent.training, **params.training}
@@ -233,8 +295,9 @@ def inherit(params: Params, parent: Params, files: Mapping[str, Collection[str]]
     width = params.width if "import" in params.written else parent.width
     sources |= params.sources
     own = replace(params, training=training, sources=sources, running=running, width=width)
-    # The child's sections are read again, on the parent's training block. The parent's are taken as they were read in
-    # its file, where its own block counts: the artifacts that the child reads were made with these.
+    # The child's sections are read again, on the parent's training block. The parent's are taken as
+    # they were read in its file, where its own block counts: the artifacts that the child reads
+    # were made with these.
     overridden = frozenset(key for key, source in params.sources.items() if source == OVERRIDE)
     inherited = {}
     for name in parent.written - params.written:
@@ -251,13 +314,20 @@ def _build(params: Params, origin: ValueSource) -> Params:
 
 
 def _read_section(name: str, params: Params, origin: ValueSource) -> Section:
-    """What the file says of a section, on the training block if it trains, on the section's defaults for the base."""
+    """What the file says of a section, on the training block if it trains, on the section's
+    defaults for the base.
+    """
     kind = params.kinds[name]
     types = hints(kind)
     shared = {}
     if issubclass(kind, Training):
-        shared = {key: value for key, value in params.training.items() if key not in kind.NOT_SHARED}
-    values = {key: check_value(types[key], value, f"{TRAINING}.{key}", origin) for key, value in shared.items()}
+        shared = {
+            key: value for key, value in params.training.items() if key not in kind.NOT_SHARED
+        }
+    values = {
+        key: check_value(types[key], value, f"{TRAINING}.{key}", origin)
+        for key, value in shared.items()
+    }
     for key, value in params.tree.get(name, {}).items():
         values[key] = check_value(types[key], value, key_path(name, key), origin)
     base = None if kind is Import else params.pretrained
@@ -265,7 +335,9 @@ def _read_section(name: str, params: Params, origin: ValueSource) -> Section:
 
 
 def _named(name: str, make: Callable[[], Section]) -> Section:
-    """What `make` returns; the message of a section whose keys contradict each other begins with its name."""
+    """What `make` returns; the message of a section whose keys contradict each other begins with
+    its name.
+    """
     try:
         return make()
     except UserError as error:
@@ -273,7 +345,11 @@ def _named(name: str, make: Callable[[], Section]) -> Section:
 
 
 def _prefix_path(path: str, prefix: str) -> str:
-    return path if not path or path.startswith("~") else Path(os.path.normpath(Path(prefix) / path)).as_posix()
+    return (
+        path
+        if not path or path.startswith("~")
+        else Path(os.path.normpath(Path(prefix) / path)).as_posix()
+    )
 
 
 def _read_tree(text: str, path: Path) -> dict[str, Any]:
@@ -295,7 +371,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> str:
     path, equals, text = override.partition("=")
     section, dot, key = path.strip().partition(".")
     if not (equals and (key if dot else section in TOP_LEVEL)):
-        raise UserError(f"--set takes section.key=value, such as finetune_lora.rank=8, got {override!r}.")
+        raise UserError(
+            f"--set takes section.key=value, such as finetune_lora.rank=8, got {override!r}."
+        )
     try:
         value = strict_yaml.load(text)
     except ValueError:
@@ -311,7 +389,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> str:
 
 
 def check(params: Params, name: str, key: str, value: Any) -> None:
-    """Raises UserError if `value` is invalid for `key` of section `name`, given the other keys of the file."""
+    """Raises UserError if `value` is invalid for `key` of section `name`, given the other keys of
+    the file.
+    """
     tree = {**params.tree, name: {**params.tree.get(name, {}), key: value}}
     _read_section(name, replace(params, tree=tree), ValueSource(params.file))
 

@@ -1,4 +1,5 @@
-"""What a value of params.yaml may be: sections as msgspec structs, their rules, and what is said of a wrong value.
+"""What a value of params.yaml may be: sections as msgspec structs, their rules, and what is said of
+a wrong value.
 
 A field is declared once, with its type, its rules and its meaning:
 
@@ -13,7 +14,17 @@ from contextlib import suppress
 from functools import cache
 from operator import ge, gt, le, lt
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Self,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import msgspec
 from msgspec import Meta
@@ -23,7 +34,9 @@ from pipeline.files.patterns import end_pattern, problem
 
 
 class Pretrained(NamedTuple):
-    """A base that is imported, as far as defaults depend on it. `width`: of its hidden states, where it is known."""
+    """A base that is imported, as far as defaults depend on it. `width`: of its hidden states,
+    where it is known.
+    """
 
     width: int | None = None
 
@@ -34,16 +47,23 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
     The declared defaults are those of MiniGPT, the document's model.
     """
 
-    PRETRAINED: ClassVar[Mapping[str, Any]] = {}  # its own defaults on a pretrained base, where they are others
+    # its own defaults on a pretrained base, where they are others
+    PRETRAINED: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod
     def pretrained(cls, base: Pretrained, given: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003 (some need them)
-        """The defaults on this base where they are not the declared ones; `given`: the keys that are set."""
+        """The defaults on this base where they are not the declared ones; `given`: the keys that
+        are set.
+        """
         return dict(cls.PRETRAINED)
 
     @classmethod
-    def defaults(cls, base: Pretrained | None, given: Mapping[str, Any] = MappingProxyType({})) -> Self:
-        """The section with its defaults on this base, None for MiniGPT, and with the keys that are `given`."""
+    def defaults(
+        cls, base: Pretrained | None, given: Mapping[str, Any] = MappingProxyType({})
+    ) -> Self:
+        """The section with its defaults on this base, None for MiniGPT, and with the keys that are
+        `given`.
+        """
         return cls(**{**(cls.pretrained(base, given) if base else {}), **given})
 
 
@@ -54,7 +74,9 @@ class Because(NamedTuple):
 
 
 class ReadBy(NamedTuple):
-    """A field that is read by a function of its own: (value, key, origin) → typed value, or UserError."""
+    """A field that is read by a function of its own: (value, key, origin) → typed value, or
+    UserError.
+    """
 
     read: Callable[[Any, str, "ValueSource"], Any]
     rule: str  # a description of the valid values
@@ -86,7 +108,9 @@ class ValueSource(NamedTuple):
         return "Change it in --set." if self.of(key) == "--set" else f"Edit {self.file}."
 
     def of(self, key: str) -> str:
-        """Where `key` is set: "--set" or the file. `key`: section, section.key, or a key deeper in a mapping."""
+        """Where `key` is set: "--set" or the file. `key`: section, section.key, or a key deeper in
+        a mapping.
+        """
         return "--set" if ".".join(key.split(".")[:2]) in self.overridden else self.file
 
 
@@ -100,7 +124,9 @@ def hints(kind: type[Section]) -> Mapping[str, Any]:
 def effective(section: Section) -> dict[str, Any]:
     """The section's values, without keys that change no result."""
     types = hints(type(section))
-    return {key: getattr(section, key) for key in types if WITHOUT_EFFECT not in _split(types[key])[1]}
+    return {
+        key: getattr(section, key) for key in types if WITHOUT_EFFECT not in _split(types[key])[1]
+    }
 
 
 def value_type(kind: type[Section], key: str) -> Any:
@@ -110,33 +136,46 @@ def value_type(kind: type[Section], key: str) -> Any:
 
 def meaning(kind: type[Section], key: str) -> str:
     """What a field is for, as its declaration says; empty if it says nothing."""
-    return next((note for note in reversed(_split(hints(kind)[key])[1]) if isinstance(note, str)), "")
+    return next(
+        (note for note in reversed(_split(hints(kind)[key])[1]) if isinstance(note, str)), ""
+    )
 
 
 def rule(kind: type[Section], key: str) -> str:
-    """A description of the valid values of a field, such as "a whole number, at least 1, below 2147483648"."""
+    """A description of the valid values of a field, such as "a whole number, at least 1, below
+    2147483648".
+    """
     return _describe(hints(kind)[key])
 
 
-def reject_unknown_keys(tree: Mapping[str, Any], known: Sequence[str], prefix: str, origin: ValueSource) -> None:
+def reject_unknown_keys(
+    tree: Mapping[str, Any], known: Sequence[str], prefix: str, origin: ValueSource
+) -> None:
     for key in tree:
         if key not in known:
-            from pipeline.project.params.aliases import KEYS, suggest, why_none  # only for a message
+            # only for a message
+            from pipeline.project.params.aliases import KEYS, suggest, why_none
 
             if why := why_none(str(key)):
-                raise UserError(f"{origin.of(f'{prefix}{key}')}: there is no key {prefix}{key}: {why}. Remove it.")
+                raise UserError(
+                    f"{origin.of(f'{prefix}{key}')}: there is no key {prefix}{key}: {why}. Remove "
+                    "it."
+                )
             meant = suggest(str(key), known, KEYS, prefix.rstrip("."))
             hint = f"Did you mean {meant}?" if meant else f"Known: {', '.join(known) or 'none'}."
             raise UserError(f"{origin.of(f'{prefix}{key}')}: unknown key {prefix}{key}. {hint}")
 
 
 def check_value(hint: Any, value: Any, key: str, origin: ValueSource) -> Any:
-    """`value`, as YAML loads it, as the annotated type. Raises UserError with key, rule, value and next step."""
+    """`value`, as YAML loads it, as the annotated type. Raises UserError with key, rule, value and
+    next step.
+    """
     kind, notes = _split(hint)
     container = get_origin(kind)
     if (text := _unwritable(value)) is not None:
         raise UserError(
-            f"{key} must not have a NUL or half a surrogate pair in a text, got {text!r}. {origin.edit(key)}"
+            f"{key} must not have a NUL or half a surrogate pair in a text, got {text!r}. "
+            f"{origin.edit(key)}"
         )
     if value in (None, "", [], {}) and ALLOW_EMPTY in notes:
         return {tuple: (), Mapping: {}}.get(container, "")
@@ -152,7 +191,9 @@ def check_value(hint: Any, value: Any, key: str, origin: ValueSource) -> Any:
         typed = _convert(kind, value)
     wrong = _type_name(kind, value) if typed is None else None
     bounds = (bound for note in notes for bound in _bounds(note))
-    wrong = wrong or next((f"{words} {limit}" for words, holds, limit in bounds if not holds(typed, limit)), None)
+    wrong = wrong or next(
+        (f"{words} {limit}" for words, holds, limit in bounds if not holds(typed, limit)), None
+    )
     if wrong:
         because = "".join(f": {note.reason}" for note in notes if isinstance(note, Because))
         raise UserError(f"{key} must be {wrong}, got {value!r}{because}. {origin.edit(key)}")
@@ -160,7 +201,9 @@ def check_value(hint: Any, value: Any, key: str, origin: ValueSource) -> Any:
 
 
 def _unwritable(value: Any) -> str | None:
-    """A text in a value that can be no file's name and no line of a file: with a NUL, or not in UTF-8."""
+    """A text in a value that can be no file's name and no line of a file: with a NUL, or not in
+    UTF-8.
+    """
     if isinstance(value, str):
         return value if "\0" in value or value.encode(errors="replace").decode() != value else None
     parts = [*value, *value.values()] if isinstance(value, dict) else value
@@ -169,9 +212,13 @@ def _unwritable(value: Any) -> str | None:
     return next((text for text in map(_unwritable, parts) if text is not None), None)
 
 
-def _check_list(item: Any, values: Any, key: str, origin: ValueSource, duplicates: bool) -> tuple[Any, ...]:
+def _check_list(
+    item: Any, values: Any, key: str, origin: ValueSource, duplicates: bool
+) -> tuple[Any, ...]:
     if not isinstance(values, list) or not values:
-        raise UserError(f"{key} must be a list of values, such as [1, 2], got {values!r}. {origin.edit(key)}")
+        raise UserError(
+            f"{key} must be a list of values, such as [1, 2], got {values!r}. {origin.edit(key)}"
+        )
     typed = tuple(check_value(item, value, key, origin) for value in values)
     twice = next((value for n, value in enumerate(typed) if value in typed[:n]), None)
     if twice is not None and not duplicates:
@@ -179,14 +226,24 @@ def _check_list(item: Any, values: Any, key: str, origin: ValueSource, duplicate
     return typed
 
 
-def _check_mapping(item: Any, values: dict[Any, Any], key: str, origin: ValueSource) -> dict[str, Any]:
+def _check_mapping(
+    item: Any, values: dict[Any, Any], key: str, origin: ValueSource
+) -> dict[str, Any]:
     """A mapping of regular expressions to values."""
     for pattern in values:
-        if why := problem(pattern) or problem(end_pattern(pattern)) if isinstance(pattern, str) else "it is not a text":
+        if (
+            why := problem(pattern) or problem(end_pattern(pattern))
+            if isinstance(pattern, str)
+            else "it is not a text"
+        ):
             raise UserError(
-                f"{key}: {pattern!r} is not a regular expression for module names: {why}. {origin.edit(key)}"
+                f"{key}: {pattern!r} is not a regular expression for module names: {why}. "
+                f"{origin.edit(key)}"
             )
-    return {pattern: check_value(item, value, f"{key}.{pattern}", origin) for pattern, value in values.items()}
+    return {
+        pattern: check_value(item, value, f"{key}.{pattern}", origin)
+        for pattern, value in values.items()
+    }
 
 
 def _convert(kind: Any, value: Any) -> Any:
@@ -209,10 +266,17 @@ def _convert(kind: Any, value: Any) -> Any:
 
 
 def _bounds(note: Any) -> list[tuple[str, Callable[[Any, Any], bool], float]]:
-    """The bounds of a msgspec.Meta: words, comparison, limit. msgspec's own error has neither key nor value."""
+    """The bounds of a msgspec.Meta: words, comparison, limit. msgspec's own error has neither key
+    nor value.
+    """
     if not isinstance(note, Meta):
         return []
-    bounds = (("at least", ge, note.ge), ("more than", gt, note.gt), ("at most", le, note.le), ("below", lt, note.lt))
+    bounds = (
+        ("at least", ge, note.ge),
+        ("more than", gt, note.gt),
+        ("at most", le, note.le),
+        ("below", lt, note.lt),
+    )
     return [(words, holds, limit) for words, holds, limit in bounds if limit is not None]
 
 
@@ -220,7 +284,9 @@ def _describe(hint: Any) -> str:
     kind, notes = _split(hint)
     bounds = [f"{words} {limit}" for note in notes for words, _, limit in _bounds(note)]
     own = next((note.rule for note in notes if isinstance(note, ReadBy)), None)
-    return ", ".join([own or _type_name(kind), *bounds]) + (", or empty" if ALLOW_EMPTY in notes else "")
+    return ", ".join([own or _type_name(kind), *bounds]) + (
+        ", or empty" if ALLOW_EMPTY in notes else ""
+    )
 
 
 def _split(hint: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -236,11 +302,20 @@ def _type_name(kind: Any, value: Any = 0) -> str:
     if container is Literal:
         return "one of " + ", ".join(arguments)
     if container is tuple:
-        return "a name or a list of names" if arguments[0] is str else f"a list, each value {_describe(arguments[0])}"
+        return (
+            "a name or a list of names"
+            if arguments[0] is str
+            else f"a list, each value {_describe(arguments[0])}"
+        )
     if container is Mapping:
-        return f"a mapping of patterns of module names, such as {{q_proj: 8}}, to {_describe(arguments[1])}"
+        return (
+            f"a mapping of patterns of module names, such as {{q_proj: 8}}, to "
+            f"{_describe(arguments[1])}"
+        )
     if kind is float:
         with suppress(TypeError, ValueError, OverflowError):
             if LARGEST < abs(float(value)) < math.inf:
                 return f"at most {LARGEST:g} in size"
-    return {bool: "true or false", int: "a whole number", float: "a finite number"}.get(kind, "a text")
+    return {bool: "true or false", int: "a whole number", float: "a finite number"}.get(
+        kind, "a text"
+    )

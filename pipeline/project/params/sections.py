@@ -1,5 +1,5 @@
-"""The sections that every project has, and what training stages share. A method's own section is in its file,
-`pipeline/stages/methods/NAME.py`, a study's in `pipeline/document/studies/NAME.py`."""
+"""The sections that every project has, and what training stages share. A method's own section is in
+its file, `pipeline/stages/methods/NAME.py`, a study's in `pipeline/document/studies/NAME.py`."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -35,12 +35,14 @@ Trained = Annotated[
     Because("gradients of fp16 weights cannot be unscaled, and an fp16 base takes fp32 adapters"),
 ]
 Quantization = Literal["none", "int8", "nf4", "nf4-dq"]  # names as in the calculator
-Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw-8bit", "sgd"]  # see `training/update_rules.py`
+# see `training/update_rules.py`
+Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw-8bit", "sgd"]
 Init = Literal["document", "gaussian", "kaiming", "orthogonal", "pissa"]  # see `adapters/lora.py`
 
 
-# What every training takes on a pretrained base, unless its method has a default of its own (`Section.PRETRAINED`).
-# `lora train` begins with the same, and chooses what depends on data and memory.
+# What every training takes on a pretrained base, unless its method has a default of its own
+# (`Section.PRETRAINED`). `lora train` begins with the same, and chooses what depends on data and
+# memory.
 PRETRAINED: Mapping[str, Any] = {
     "epochs": 3,  # more of a few hundred examples would be memorized
     "window": 0,
@@ -49,12 +51,16 @@ PRETRAINED: Mapping[str, Any] = {
     "max_grad_norm": 1.0,
     "precision": "bf16",
 }
-RETAIN = "data/retain.en.jsonl"  # everyday English, packaged: answers on it stay the base's until there is better
-GENERAL = "data/heldout.en.txt"  # everyday English, packaged: on it forgetting is measured until there is better
+# everyday English, packaged: answers on it stay the base's until there is better
+RETAIN = "data/retain.en.jsonl"
+# everyday English, packaged: on it forgetting is measured until there is better
+GENERAL = "data/heldout.en.txt"
 
 
 class DataFile(NamedTuple):
-    """A file or folder to train on. `weight`: how often each example is seen per epoch. `columns`: key → its column."""
+    """A file or folder to train on. `weight`: how often each example is seen per epoch. `columns`:
+    key → its column.
+    """
 
     path: str
     weight: float = 1.0
@@ -62,31 +68,44 @@ class DataFile(NamedTuple):
 
 
 def _read_columns(value: Any, key: str, origin: ValueSource) -> Mapping[str, str]:
-    if not isinstance(value, dict) or not all(isinstance(part, str) and part for part in (*value, *value.values())):
+    if not isinstance(value, dict) or not all(
+        isinstance(part, str) and part for part in (*value, *value.values())
+    ):
         raise UserError(f"{key} must be {COLUMNS_RULE}, got {value!r}. {origin.edit(key)}")
     return value
 
 
-def _read_data(value: Any, key: str, origin: ValueSource) -> str | tuple[str | Mapping[str, Any], ...]:
+def _read_data(
+    value: Any, key: str, origin: ValueSource
+) -> str | tuple[str | Mapping[str, Any], ...]:
     """As it is written, checked. Raises UserError."""
     if isinstance(value, str) and value:
         return value
     if not isinstance(value, list) or not value:
         raise UserError(f"{key} must be {DATA_RULE}, got {value!r}. {origin.edit(key)}")
-    files = tuple(_read_data_file(entry, f"{key}[{number}]", origin) for number, entry in enumerate(value))
+    files = tuple(
+        _read_data_file(entry, f"{key}[{number}]", origin) for number, entry in enumerate(value)
+    )
     paths = [file.path for file in data_files(files)]
     if twice := [path for number, path in enumerate(paths) if path in paths[:number]]:
-        raise UserError(f"{key} has {twice[0]!r} twice. Give it a weight instead. {origin.edit(key)}")
+        raise UserError(
+            f"{key} has {twice[0]!r} twice. Give it a weight instead. {origin.edit(key)}"
+        )
     return files
 
 
 def _read_data_file(entry: Any, key: str, origin: ValueSource) -> str | Mapping[str, Any]:
     if isinstance(entry, dict):
         reject_unknown_keys(entry, DataFile._fields, f"{key}.", origin)
-        entry = {part: check_value(DATA_FILE[part], value, f"{key}.{part}", origin) for part, value in entry.items()}
+        entry = {
+            part: check_value(DATA_FILE[part], value, f"{key}.{part}", origin)
+            for part, value in entry.items()
+        }
     path = entry.get("path") if isinstance(entry, dict) else entry
     if not isinstance(path, str) or not path:
-        raise UserError(f"{key} must be a path, or {{path: …, weight: …}}, got {entry!r}. {origin.edit(key)}")
+        raise UserError(
+            f"{key} must be a path, or {{path: …, weight: …}}, got {entry!r}. {origin.edit(key)}"
+        )
     checked: str | Mapping[str, Any] = entry
     return checked
 
@@ -94,7 +113,9 @@ def _read_data_file(entry: Any, key: str, origin: ValueSource) -> str | Mapping[
 def data_files(data: str | tuple[str | Mapping[str, Any], ...]) -> tuple[DataFile, ...]:
     """What a value of `data` names, one after the other."""
     entries = (data,) if isinstance(data, str) else data
-    return tuple(DataFile(entry) if isinstance(entry, str) else DataFile(**entry) for entry in entries)
+    return tuple(
+        DataFile(entry) if isinstance(entry, str) else DataFile(**entry) for entry in entries
+    )
 
 
 def change_paths(data: Any, change: Callable[[str], str]) -> Any:
@@ -114,18 +135,23 @@ def _read_samples(value: Any, key: str, origin: ValueSource) -> Mapping[str, Any
             check_value(kind, value[name], f"{key}.{name}", origin)
     prompts = value.get("prompts", ["none"])
     if not isinstance(prompts, list) or not prompts:
-        raise UserError(f"{key}.prompts must be a list of prompts, got {prompts!r}. {origin.edit(key)}")
+        raise UserError(
+            f"{key}.prompts must be a list of prompts, got {prompts!r}. {origin.edit(key)}"
+        )
     for number, prompt in enumerate(prompts):
         if not _is_prompt(prompt):
             raise UserError(
-                f"{key}.prompts[{number}] must be a text, or a list of messages such as {{role: user, content: …}}, "
+                f"{key}.prompts[{number}] must be a text, or a list of messages such as {{role: "
+                f"user, content: …}}, "
                 f"got {prompt!r}. {origin.edit(key)}"
             )
     return value
 
 
 def _is_prompt(value: Any) -> bool:
-    """A text, or messages of a chat: neither empty, nor with half of a character, which no tokenizer takes."""
+    """A text, or messages of a chat: neither empty, nor with half of a character, which no
+    tokenizer takes.
+    """
     if isinstance(value, str):
         return bool(value.strip()) and value == value.encode(errors="ignore").decode()
     if not isinstance(value, list) or not value:
@@ -138,10 +164,14 @@ def _is_prompt(value: Any) -> bool:
     )
 
 
-COLUMNS_RULE = "a mapping of keys to columns of the file, such as {prompt: question, completion: answer}"
+COLUMNS_RULE = (
+    "a mapping of keys to columns of the file, such as {prompt: question, completion: answer}"
+)
 DATA_RULE = "a file or folder, or a list of them, each a path or {path: …, weight: …, columns: …}"
 Columns = Annotated[Mapping[str, str], ALLOW_EMPTY, ReadBy(_read_columns, COLUMNS_RULE)]
-SAMPLES_RULE = "a mapping such as {held_out: 20} or {prompts: [der hund], every: 50, max_tokens: 20}"
+SAMPLES_RULE = (
+    "a mapping such as {held_out: 20} or {prompts: [der hund], every: 50, max_tokens: 20}"
+)
 SAMPLE_NUMBERS = {"every": Steps, "max_tokens": Count, "held_out": Steps}
 Samples = Annotated[Mapping[str, Any], ALLOW_EMPTY, ReadBy(_read_samples, SAMPLES_RULE)]
 DATA_FILE = {"path": str, "weight": Annotated[float, Meta(gt=0, le=1000)], "columns": Columns}
@@ -151,7 +181,11 @@ Data = Annotated[str | tuple[str | Mapping[str, Any], ...], ReadBy(_read_data, D
 def _read_files(value: Any, key: str, origin: ValueSource) -> str | tuple[str, ...]:
     """As it is written, checked. Raises UserError."""
     files = [value] if isinstance(value, str) else value
-    if not isinstance(files, list) or not files or not all(isinstance(file, str) and file for file in files):
+    if (
+        not isinstance(files, list)
+        or not files
+        or not all(isinstance(file, str) and file for file in files)
+    ):
         raise UserError(f"{key} must be {FILES_RULE}, got {value!r}. {origin.edit(key)}")
     if twice := [file for number, file in enumerate(files) if file in files[:number]]:
         raise UserError(f"{key} has {twice[0]!r} twice. Remove one of them from {origin.of(key)}.")
@@ -162,18 +196,25 @@ def _read_limits(value: Any, key: str, origin: ValueSource) -> dict[str, Any]:
     """As it is written, checked. Raises UserError."""
     if not isinstance(value, dict):
         raise UserError(
-            f"{key} must be a mapping of limits, such as {LIMITS_EXAMPLE}, got {value!r}. {origin.edit(key)}"
+            f"{key} must be a mapping of limits, such as {LIMITS_EXAMPLE}, got {value!r}. "
+            f"{origin.edit(key)}"
         )
     reject_unknown_keys(value, list(LIMITS), f"{key}.", origin)
-    return {name: check_value(LIMITS[name], limit, f"{key}.{name}", origin) for name, limit in value.items()}
+    return {
+        name: check_value(LIMITS[name], limit, f"{key}.{name}", origin)
+        for name, limit in value.items()
+    }
 
 
 def _read_scores(value: Any, key: str, origin: ValueSource) -> dict[str, float]:
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise UserError(
-            f"{key} must be a mapping of tasks to scores, such as {{capitals: 0.8}}, got {value!r}. {origin.edit(key)}"
+            f"{key} must be a mapping of tasks to scores, such as {{capitals: 0.8}}, got "
+            f"{value!r}. {origin.edit(key)}"
         )
-    return {name: check_value(Score, score, f"{key}.{name}", origin) for name, score in value.items()}
+    return {
+        name: check_value(Score, score, f"{key}.{name}", origin) for name, score in value.items()
+    }
 
 
 FILES_RULE = "a file, or a list of files"
@@ -181,19 +222,31 @@ Files = Annotated[str | tuple[str, ...], ALLOW_EMPTY, ReadBy(_read_files, FILES_
 Score = Annotated[float, Meta(ge=0, le=1)]
 LIMITS: Mapping[str, Any] = {  # as metrics.json has the numbers; see `evaluation/limits.py`
     "new_loss": Annotated[Weight, "most loss on the new sentences, in nats per token"],
-    "old_loss_rise": Annotated[float, "most that the loss on old_data may rise above the base's, in nats per token"],
-    "answers_kept": Annotated[Score, "least share of the base's first choices on old_data that stay"],
-    "divergence": Annotated[Weight, "most KL divergence from the base on old_data, in nats per token"],
+    "old_loss_rise": Annotated[
+        float, "most that the loss on old_data may rise above the base's, in nats per token"
+    ],
+    "answers_kept": Annotated[
+        Score, "least share of the base's first choices on old_data that stay"
+    ],
+    "divergence": Annotated[
+        Weight, "most KL divergence from the base on old_data, in nats per token"
+    ],
     "answers": Annotated[Score, "least share of the sample answers that are as the data expects"],
     "must_keep": Annotated[Score, "least share of the must_keep prompts that keep their answer"],
     "tasks": Annotated[
-        Mapping[str, float], ReadBy(_read_scores, "a mapping of tasks to scores"), "least score of each task"
+        Mapping[str, float],
+        ReadBy(_read_scores, "a mapping of tasks to scores"),
+        "least score of each task",
     ],
     "task_drop": Annotated[Score, "most that any task's score may be below the base's"],
-    "variants": Annotated[tuple[str, ...], "the variants that must keep the limits; without it all that are trained"],
+    "variants": Annotated[
+        tuple[str, ...], "the variants that must keep the limits; without it all that are trained"
+    ],
 }
 LIMITS_EXAMPLE = "{old_loss_rise: 0.1, tasks: {capitals: 0.8}}"
-LIMITS_RULE = "a mapping of limits: " + "; ".join(f"{name}, {note.__metadata__[-1]}" for name, note in LIMITS.items())
+LIMITS_RULE = "a mapping of limits: " + "; ".join(
+    f"{name}, {note.__metadata__[-1]}" for name, note in LIMITS.items()
+)
 Limits = Annotated[Mapping[str, Any], ALLOW_EMPTY, ReadBy(_read_limits, LIMITS_RULE)]
 MEASURED_ON = {  # limit → the key of evaluate without which it is not measured
     **dict.fromkeys(("old_loss_rise", "answers_kept", "divergence"), "old_data"),
@@ -208,91 +261,125 @@ def _read_device(value: Any, key: str, origin: ValueSource) -> str:
 
 
 class Running(Section, frozen=True, kw_only=True):
-    """Where runs are shown and computed. It stands above the sections, as it changes nothing that is made."""
+    """Where runs are shown and computed. It stands above the sections, as it changes nothing that
+    is made.
+    """
 
     report_to: Annotated[
-        Names, "trackers that follow the run's log: dvclive, mlflow, tensorboard, trackio, wandb (how-to/trackers.md)"
+        Names,
+        "trackers that follow the run's log: dvclive, mlflow, tensorboard, trackio, wandb "
+        "(how-to/trackers.md)",
     ] = ()
     device: Annotated[
         str,
         ReadBy(_read_device, RULE),
-        "where models live and numbers are computed; --device and LORA_DEVICE win (how-to/devices.md)",
+        "where models live and numbers are computed; --device and LORA_DEVICE win "
+        "(how-to/devices.md)",
     ] = AUTO
 
 
 class Training(Section, frozen=True, kw_only=True):
     """What every training stage needs. Defaults: the document's §9.2."""
 
-    NOT_SHARED: ClassVar[frozenset[str]] = frozenset()  # keys that the training block does not set for this section
-    COMPARES: ClassVar[bool] = False  # whether it learns from answers that are compared, not from examples to predict
+    # keys that the training block does not set for this section
+    NOT_SHARED: ClassVar[frozenset[str]] = frozenset()
+    # whether it learns from answers that are compared, not from examples to predict
+    COMPARES: ClassVar[bool] = False
 
     seed: Annotated[Seed, "of initial weights, batches and the data held out"] = 0
-    data: Annotated[Data, "the examples to train on; a weight of 2: seen twice per epoch, 0.5: half of them"] = (
-        "data/finetune.de.txt"
+    data: Annotated[
+        Data, "the examples to train on; a weight of 2: seen twice per epoch, 0.5: half of them"
+    ] = "data/finetune.de.txt"
+    columns: Annotated[Columns, "names in the data files for the keys of a format"] = field(
+        default_factory=dict
     )
-    columns: Annotated[Columns, "names in the data files for the keys of a format"] = field(default_factory=dict)
     chat_template: Annotated[
         Literal["auto", "none"],
-        "how a plain prompt and its completion are read: auto, as the turns of a user and the assistant where the base "
+        "how a plain prompt and its completion are read: auto, as the turns of a user and the "
+        "assistant where the base "
         "has a chat template; none, as they are",
     ] = "auto"
     epochs: Annotated[Count, "times that every example is seen"] = 50
-    max_steps: Annotated[Steps, "number of steps, whatever epochs is (as in transformers); 0: epochs decide"] = 0
+    max_steps: Annotated[
+        Steps, "number of steps, whatever epochs is (as in transformers); 0: epochs decide"
+    ] = 0
     batch_size: Annotated[Count, "examples a batch"] = 4
-    window: Annotated[Steps, "tokens per training window, at its position in the sentence; 0: whole examples"] = 4
+    window: Annotated[
+        Steps, "tokens per training window, at its position in the sentence; 0: whole examples"
+    ] = 4
     learning_rate: Annotated[Rate, "of the optimizer, after warm-up"] = 1e-3
     optimizer: Annotated[
         Optimizer,
-        "adamw; its moments in a byte each, and those in the host's memory (paged; on a CPU the same); or SGD without "
+        "adamw; its moments in a byte each, and those in the host's memory (paged; on a CPU the "
+        "same); or SGD without "
         "momentum. Leave it unless the optimizer's state is what does not fit",
     ] = "adamw"
     weight_decay: Annotated[
-        Weight, "of all that trains, decoupled as in AdamW; leave it at 0 where few parameters train for few epochs"
+        Weight,
+        "of all that trains, decoupled as in AdamW; leave it at 0 where few parameters train for "
+        "few epochs",
     ] = 0.0
     neftune_alpha: Annotated[
         Weight,
-        "uniform noise of ±alpha/√(tokens · width) on the embeddings in training (NEFTune), often 5; leave it at 0 "
+        "uniform noise of ±alpha/√(tokens · width) on the embeddings in training (NEFTune), often "
+        "5; leave it at 0 "
         "unless long answers are taught",
     ] = 0.0
     schedule: Annotated[
         Literal["constant", "linear", "cosine"],
-        "learning rate after warm-up: constant, or down towards 0, which the step after the last would have",
+        "learning rate after warm-up: constant, or down towards 0, which the step after the last "
+        "would have",
     ] = "constant"
     warmup_steps: Annotated[Steps, "steps in which the learning rate rises to its value"] = 0
-    warmup_ratio: Annotated[Share, "the same as a share of all steps, rounded up; 0 where warmup_steps is set"] = 0.0
+    warmup_ratio: Annotated[
+        Share, "the same as a share of all steps, rounded up; 0 where warmup_steps is set"
+    ] = 0.0
     max_grad_norm: Annotated[Weight, "gradients are clipped to this norm; 0: never"] = 0.0
     gradient_accumulation_steps: Annotated[Count, "batches per optimizer step"] = 1
     max_length: Annotated[Steps, "examples are truncated to this many tokens; 0: never"] = 0
     precision: Annotated[Precision, "dtype of the weights, trained or frozen"] = "fp32"
     gradient_checkpointing: Annotated[
-        Literal["none", "selective", "full"], "recompute blocks in backward to save memory: none, every second, all"
+        Literal["none", "selective", "full"],
+        "recompute blocks in backward to save memory: none, every second, all",
     ] = "none"
     compile: Annotated[
         bool,
-        "torch.compile the blocks of an imported model, which takes a minute before the first step; worth it on a GPU, "
+        "torch.compile the blocks of an imported model, which takes a minute before the first "
+        "step; worth it on a GPU, "
         "for runs of hours",
     ] = False
-    eval_share: Annotated[Share, "share of the examples held out for evaluation, selected by hash"] = 0.0
-    eval_data: Annotated[File, "examples to evaluate on, in a file of their own, instead of eval_share"] = ""
+    eval_share: Annotated[
+        Share, "share of the examples held out for evaluation, selected by hash"
+    ] = 0.0
+    eval_data: Annotated[
+        File, "examples to evaluate on, in a file of their own, instead of eval_share"
+    ] = ""
     eval_steps: Annotated[Steps, "steps between evaluations; 0: once per epoch"] = 0
     patience: Annotated[
-        Steps, "evaluations without improvement before training stops and takes the best weights; 0: never"
+        Steps,
+        "evaluations without improvement before training stops and takes the best weights; 0: "
+        "never",
     ] = 0
     metric_for_best_model: Annotated[
         Literal["eval_loss", "eval_answers"],
-        "what improvement is, for patience: a lower held-out loss, or more held-out answers as expected (with "
+        "what improvement is, for patience: a lower held-out loss, or more held-out answers as "
+        "expected (with "
         "samples.held_out) and then a lower loss",
     ] = "eval_loss"
     samples: Annotated[
         Samples,
-        "what the model answers greedily while it trains, in samples.jsonl. held_out: so many held-out examples, at "
-        "each evaluation, compared with the expected answers. prompts: texts or chat messages; every: steps between "
-        "answers (0: at each evaluation, else at the end of an epoch); max_tokens: of an answer (20)",
+        "what the model answers greedily while it trains, in samples.jsonl. held_out: so many "
+        "held-out examples, at "
+        "each evaluation, compared with the expected answers. prompts: texts or chat messages; "
+        "every: steps between "
+        "answers (0: at each evaluation, else at the end of an epoch); max_tokens: of an answer "
+        "(20)",
     ] = field(default_factory=dict)
     save_steps: Annotated[
         Count,
         WITHOUT_EFFECT,
-        "most steps between checkpoints to resume from, one every 10 minutes at least; changes no result",
+        "most steps between checkpoints to resume from, one every 10 minutes at least; changes no "
+        "result",
     ] = 100
 
     @classmethod
@@ -306,17 +393,20 @@ class Training(Section, frozen=True, kw_only=True):
         """Raises UserError for keys that contradict each other."""
         if self.warmup_steps and self.warmup_ratio:
             raise UserError(
-                f"warmup_steps is {self.warmup_steps} and warmup_ratio {self.warmup_ratio:g}, but only one of them may "
+                f"warmup_steps is {self.warmup_steps} and warmup_ratio {self.warmup_ratio:g}, but "
+                "only one of them may "
                 "be set. Set the other to 0."
             )
         if self.metric_for_best_model == "eval_answers" and not self.samples.get("held_out"):
             raise UserError(
-                "metric_for_best_model is eval_answers, but samples.held_out does not say how many answers to compare. "
+                "metric_for_best_model is eval_answers, but samples.held_out does not say how "
+                "many answers to compare. "
                 "Set samples={held_out: 20}."
             )
         if self.metric_for_best_model == "eval_answers" and not self.patience:
             raise UserError(
-                "metric_for_best_model is eval_answers, but patience is 0, so no best model is chosen. Set patience to "
+                "metric_for_best_model is eval_answers, but patience is 0, so no best model is "
+                "chosen. Set patience to "
                 "the evaluations to wait for a better one."
             )
 
@@ -336,7 +426,9 @@ class Training(Section, frozen=True, kw_only=True):
     @property
     def data_files(self) -> tuple[DataFile, ...]:
         """The data files, one after the other, each with the columns that count for it."""
-        return tuple(file._replace(columns=file.columns or self.columns) for file in data_files(self.data))
+        return tuple(
+            file._replace(columns=file.columns or self.columns) for file in data_files(self.data)
+        )
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -349,16 +441,20 @@ class AdapterTraining(Training, frozen=True, kw_only=True):
 
     adapter_precision: Annotated[Trained, "dtype of what trains"] = "fp32"
     quantization: Annotated[
-        Quantization, "of the frozen linears of the blocks: none, int8, nf4, nf4-dq (double quantization)"
+        Quantization,
+        "of the frozen linears of the blocks: none, int8, nf4, nf4-dq (double quantization)",
     ] = "none"
 
 
 class Import(Section, frozen=True, kw_only=True):
     """The base model, imported as a plain checkpoint: all that is fine-tuned starts from it."""
 
-    base: Annotated[str, "minigpt, which is trained; or a checkpoint folder, GGUF file or hub id to import"] = "minigpt"
+    base: Annotated[
+        str, "minigpt, which is trained; or a checkpoint folder, GGUF file or hub id to import"
+    ] = "minigpt"
     dtype: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16"], "of an imported base's weights; auto: as they are stored"
+        Literal["auto", "fp32", "bf16", "fp16"],
+        "of an imported base's weights; auto: as they are stored",
     ] = "auto"
     trust_remote_code: Annotated[bool, "run the code that comes with a base"] = False
 
@@ -371,7 +467,9 @@ class Import(Section, frozen=True, kw_only=True):
 class Pretrain(Training, frozen=True, kw_only=True):
     """MiniGPT's shape (the document's Introduction and §9) and its training."""
 
-    data: Annotated[Data, "the sentences to train on, whose words are the vocabulary"] = "data/pretrain.de.txt"
+    data: Annotated[Data, "the sentences to train on, whose words are the vocabulary"] = (
+        "data/pretrain.de.txt"
+    )
     epochs: Annotated[Count, "times that every sentence is seen"] = 60
     d_model: Annotated[Count, "MiniGPT's width"] = 64
     layers: Annotated[Count, "MiniGPT's blocks"] = 2
@@ -397,49 +495,72 @@ class Pretrain(Training, frozen=True, kw_only=True):
 class ExpandVocab(Section, frozen=True, kw_only=True):
     """New words: which files they come from, and how their rows start (§9.1)."""
 
-    PRETRAINED: ClassVar[Mapping[str, Any]] = {"data": (), "audit_data": GENERAL}  # subword tokenizers know every word
+    # subword tokenizers know every word
+    PRETRAINED: ClassVar[Mapping[str, Any]] = {"data": (), "audit_data": GENERAL}
 
     seed: Annotated[Seed, "of the noise in new rows"] = 0
-    data: Annotated[Names, "files whose new words get a row, for a word tokenizer"] = ("data/finetune.de.txt",)
+    data: Annotated[Names, "files whose new words get a row, for a word tokenizer"] = (
+        "data/finetune.de.txt",
+    )
     tokens: Annotated[Names, "new words by name, for any base"] = ()
     special_tokens: Annotated[Names, "such as <tool>, for subword bases; not shown in answers"] = ()
-    noise_std: Annotated[Weight, "new row = mean of the old rows + Gaussian noise of this deviation"] = 0.02
+    noise_std: Annotated[
+        Weight, "new row = mean of the old rows + Gaussian noise of this deviation"
+    ] = 0.02
     audit_data: Annotated[str, "sentences whose logits must not change"] = "data/pretrain.de.txt"
 
 
 class Merge(Section, frozen=True, kw_only=True):
-    """The merged model's logits on these prompts must be those of base + adapter within this difference."""
+    """The merged model's logits on these prompts must be those of base + adapter within this
+    difference.
+    """
 
     # A 16-bit base rounds; the certificate has the difference.
     PRETRAINED: ClassVar[Mapping[str, Any]] = {"max_logit_difference": 1.0}
 
     prompts: Annotated[
-        File, "prompts on which merged and unmerged model are compared; empty: examples of the evaluation"
+        File,
+        "prompts on which merged and unmerged model are compared; empty: examples of the "
+        "evaluation",
     ] = ""
-    max_logit_difference: Annotated[Rate, "largest difference from base + adapter; above it the merge is rejected"] = (
-        1e-5
-    )
+    max_logit_difference: Annotated[
+        Rate, "largest difference from base + adapter; above it the merge is rejected"
+    ] = 1e-5
 
 
 class Evaluate(Section, frozen=True, kw_only=True):
     """The data and prompts on which every variant is compared."""
 
-    old_data: Annotated[File, "texts that are not trained on, on which forgetting is measured; empty: it is not"] = ""
-    new_data: Annotated[
-        File, "the sentences trained on; empty: what training holds out (eval_data, eval_share), else its data"
+    old_data: Annotated[
+        File, "texts that are not trained on, on which forgetting is measured; empty: it is not"
     ] = ""
-    columns: Annotated[Columns, "names in new_data for the keys of a format"] = field(default_factory=dict)
-    prompts: Annotated[File, "prompts with the answers they must keep, change or learn; empty: none"] = ""
-    max_examples: Annotated[Steps, "with new_data empty, the examples that are scored at most; 0: all"] = 200
+    new_data: Annotated[
+        File,
+        "the sentences trained on; empty: what training holds out (eval_data, eval_share), else "
+        "its data",
+    ] = ""
+    columns: Annotated[Columns, "names in new_data for the keys of a format"] = field(
+        default_factory=dict
+    )
+    prompts: Annotated[
+        File, "prompts with the answers they must keep, change or learn; empty: none"
+    ] = ""
+    max_examples: Annotated[
+        Steps, "with new_data empty, the examples that are scored at most; 0: all"
+    ] = 200
     sample_answers: Annotated[
-        Steps, "prompts of new_data that every variant answers, greedily; they are counted, compared with the data's"
+        Steps,
+        "prompts of new_data that every variant answers, greedily; they are counted, compared "
+        "with the data's",
     ] = 20
     tasks: Annotated[
-        Files, "tasks of your own, and the data and scorer files that they name (a scorer's code is run); empty: none"
+        Files,
+        "tasks of your own, and the data and scorer files that they name (a scorer's code is "
+        "run); empty: none",
     ] = ""
-    limits: Annotated[Limits, "what trained models must keep to; where one does not, `lora evaluate` exits with 1"] = (
-        field(default_factory=dict)
-    )
+    limits: Annotated[
+        Limits, "what trained models must keep to; where one does not, `lora evaluate` exits with 1"
+    ] = field(default_factory=dict)
     top_k: Annotated[Count, "likeliest next words that predictions.json keeps per prompt"] = 5
     prompt_words: Annotated[Count, "words of a new sentence given as its prompt"] = 2
 
@@ -448,7 +569,8 @@ class Evaluate(Section, frozen=True, kw_only=True):
         for limit in self.limits:
             if (key := MEASURED_ON.get(limit)) and not getattr(self, key):
                 raise UserError(
-                    f"limits.{limit} is set, but evaluate.{key} names no file to measure it on. Name one, or remove "
+                    f"limits.{limit} is set, but evaluate.{key} names no file to measure it on. "
+                    "Name one, or remove "
                     "the limit."
                 )
 

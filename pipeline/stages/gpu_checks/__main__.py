@@ -1,4 +1,6 @@
-"""One check: `python -m pipeline.stages.gpu_checks NAME FILE` adds a line of JSON to the file for all that is seen."""
+"""One check: `python -m pipeline.stages.gpu_checks NAME FILE` adds a line of JSON to the file for
+all that is seen.
+"""
 
 import json
 import sys

@@ -1,6 +1,8 @@
-"""What `lora doctor --gpu` checks. A check is one function here: its name, what is expected, what to do if not.
+"""What `lora doctor --gpu` checks. A check is one function here: its name, what is expected, what
+to do if not.
 
-It yields what was seen, line by line: what a check that is cut short has seen by then is in the report.
+It yields what was seen, line by line: what a check that is cut short has seen by then is in the
+report.
 """
 
 import gc
@@ -42,11 +44,14 @@ from pipeline.training.parallel.launch import GRACE
 CHECKS: "dict[str, Check]" = {}
 REPORT = "Attach the report to an issue."
 NOT_ENDED = f"The check did not come to its end. {REPORT}"
-MAKE_ROOM = "End what else uses the card (`nvidia-smi` lists it), or take a larger one, and run this again."
+MAKE_ROOM = (
+    "End what else uses the card (`nvidia-smi` lists it), or take a larger one, and run this again."
+)
 
 
 class Seen(NamedTuple):
-    """A line of a check: what was looked at, and what was seen. `as_expected` None: it could not be tried here.
+    """A line of a check: what was looked at, and what was seen. `as_expected` None: it could not be
+    tried here.
 
     `remedy`: what to do, if not the check's own.
     """
@@ -84,13 +89,17 @@ def failed(what: str, error: Exception) -> Seen:
     if is_out_of_memory(error):
         return Seen(what, f"failed: out of memory ({first_line(error)})", False, MAKE_ROOM)
     place = _place(traceback.extract_tb(error.__traceback__))
-    return Seen(what, f"failed: {type(error).__name__}: {first_line(error)} ({place})", False, NOT_ENDED)
+    return Seen(
+        what, f"failed: {type(error).__name__}: {first_line(error)} ({place})", False, NOT_ENDED
+    )
 
 
 def _place(frames: Sequence[traceback.FrameSummary]) -> str:
     """The innermost of the frames outside torch and this file."""
     skipped = (str(Path(torch.__file__).parent), warnings.__file__, __file__)
-    frame = next((each for each in reversed(frames) if not each.filename.startswith(skipped)), frames[-1])
+    frame = next(
+        (each for each in reversed(frames) if not each.filename.startswith(skipped)), frames[-1]
+    )
     return f"{'/'.join(Path(frame.filename).parts[-3:])}:{frame.lineno}, {frame.name}"
 
 
@@ -103,10 +112,20 @@ LLAMA: Mapping[str, Any] = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 64,
-    "initializer_range": 0.1,  # so that the loss depends on the weights: with the usual 0.02 it is that of a guess
+    # so that the loss depends on the weights: with the usual 0.02 it is that of a guess
+    "initializer_range": 0.1,
 }
 SMALL = Case("llama", LLAMA, steps=4, batch=8, length=200)
-LIBRARIES = ("transformers", "triton", "bitsandbytes", "liger-kernel", "flash-attn", "peft", "trl", "unsloth")
+LIBRARIES = (
+    "transformers",
+    "triton",
+    "bitsandbytes",
+    "liger-kernel",
+    "flash-attn",
+    "peft",
+    "trl",
+    "unsloth",
+)
 
 
 @check(
@@ -121,11 +140,21 @@ def versions(device: torch.device) -> Iterator[Seen]:
     yield Seen("card", f"{info['name']}{f', {count} of them' if count > 1 else ''}")
     if device.type == "cuda":
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        yield Seen("driver", f"{_driver()}, {torch.version.hip or torch.version.cuda}, capability {capability}")
+        yield Seen(
+            "driver",
+            f"{_driver()}, {torch.version.hip or torch.version.cuda}, capability {capability}",
+        )
     free, total = available_memory(device), info["memory_total"]
-    yield Seen("memory", f"{in_units(free)} of {in_units(total)} free", free > 0.8 * total, MAKE_ROOM)
+    yield Seen(
+        "memory", f"{in_units(free)} of {in_units(total)} free", free > 0.8 * total, MAKE_ROOM
+    )
     names = ("lora-workbench", "torch", *LIBRARIES)
-    yield Seen("versions", ", ".join([f"python {python_version()}", *(f"{name} {version_of(name)}" for name in names)]))
+    yield Seen(
+        "versions",
+        ", ".join(
+            [f"python {python_version()}", *(f"{name} {version_of(name)}" for name in names)]
+        ),
+    )
     findings = try_kernels(device)
     for each in findings:
         yield Seen(each.tried, f"{each.said}; {each.slower}", False)
@@ -158,13 +187,19 @@ def waits(device: torch.device) -> Iterator[Seen]:
     places, steps = _waits(run.epoch), SMALL.steps
     reads = places.pop(READ, 0)
     expected = reads == steps
-    yield Seen(READ, f"{reads} waits in {steps} steps" if reads else "no wait was noticed, not even this", expected)
+    yield Seen(
+        READ,
+        f"{reads} waits in {steps} steps" if reads else "no wait was noticed, not even this",
+        expected,
+    )
     for place, count in places.items():
         yield Seen(place, f"{count} waits in {steps} steps", False)
 
 
 def _waits(run: Callable[[], object]) -> Counter[str]:
-    """Place → how often the host waited there. torch warns of each: as an error, only the first would be seen."""
+    """Place → how often the host waited there. torch warns of each: as an error, only the first
+    would be seen.
+    """
     places = Counter[str]()
 
     def note(message: object, *_: object, **__: object) -> None:
@@ -205,7 +240,11 @@ def _first_difference(what: str, first: LoraRun, second: LoraRun) -> Seen:
         different = [name for (name, one), other in pairs if not torch.equal(one, other)]
         if different:
             more = len(first.trained()) - len(different)
-            return Seen(what, f"step {number}: {different[0]} differs first; {more} tensors are the same", False)
+            return Seen(
+                what,
+                f"step {number}: {different[0]} differs first; {more} tensors are the same",
+                False,
+            )
     return Seen(what, f"the same bits in {steps} steps")
 
 
@@ -257,13 +296,17 @@ def quantized(device: torch.device) -> Iterator[Seen]:
         with patch.object(quantized_linear, "_bitsandbytes", lambda: None):
             ours = _steps(case, device)
         if missing:
-            yield lacks._replace(what=kind, text=f"{lacks.text}; by nf4.py the losses are {_losses(ours)}")
+            yield lacks._replace(
+                what=kind, text=f"{lacks.text}; by nf4.py the losses are {_losses(ours)}"
+            )
         else:
             yield _compared(kind, _steps(case, device), ours)
     if missing:
         yield lacks._replace(what="int8")
     else:
-        yield _compared("int8", _steps(replace(SMALL, quantization="int8"), device), _steps(SMALL, device))
+        yield _compared(
+            "int8", _steps(replace(SMALL, quantization="int8"), device), _steps(SMALL, device)
+        )
 
 
 def _steps(case: Case, device: torch.device) -> list[Step]:
@@ -297,7 +340,10 @@ def ranks(device: torch.device) -> Iterator[Seen]:
     with TemporaryDirectory() as name:
         project = _Project(Path(name), device)
         project.lora("import")
-        for what, flags in (("LoRA", ()), ("QLoRA, sharded", ("--shard", "--set=finetune_lora.quantization=nf4-dq"))):
+        for what, flags in (
+            ("LoRA", ()),
+            ("QLoRA, sharded", ("--shard", "--set=finetune_lora.quantization=nf4-dq")),
+        ):
             alone = project.trained(*(flag for flag in flags if flag != "--shard"))
             yield _compared(what, project.trained("--devices", "2", *flags), alone)
         yield project.killed()
@@ -317,10 +363,19 @@ class _Project:
         tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         base.mkdir()
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1", unk_token="w2").save_pretrained(base)
-        shape = {"vocab_size": len(words), "hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, eos_token="w1", unk_token="w2"
+        ).save_pretrained(base)
+        shape = {
+            "vocab_size": len(words),
+            "hidden_size": 128,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        }
         from_config({**SMALL.config, **shape, "eos_token_id": 1}, torch.bfloat16).save(base)
-        texts = [" ".join(f"w{n * k % 60 + 3}" for k in range(4 + n * 7 % 50)) for n in range(1, 33)]
+        texts = [
+            " ".join(f"w{n * k % 60 + 3}" for k in range(4 + n * 7 % 50)) for n in range(1, 33)
+        ]
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
         (folder / "texts.jsonl").write_text(lines, encoding="utf-8")
         settings = {"data": "texts.jsonl", "epochs": 1, "batch_size": 4, "precision": "bf16"}
@@ -345,7 +400,9 @@ class _Project:
     def killed(self) -> Seen:
         """Rank 1 is killed in the middle of a run."""
         self.log.unlink()
-        running = self.start("finetune", "lora", "--force", "--devices", "2", "--set=finetune_lora.epochs=100000")
+        running = self.start(
+            "finetune", "lora", "--force", "--devices", "2", "--set=finetune_lora.epochs=100000"
+        )
         while not self.log.exists() or len(read_steps(self.log)) < 3:
             if running.poll() is not None:
                 raise RuntimeError(" ".join(running.communicate()[1].splitlines()[-1:]))
@@ -362,7 +419,9 @@ class _Project:
         seconds = time.perf_counter() - started
         errors = [line for line in said.splitlines() if line.startswith("error")]
         text = f"the run ended after {seconds:.1f} s, and said: {' '.join(errors) or 'nothing'}"
-        return Seen("a killed rank", text, running.returncode == 1 and len(errors) == 1 and seconds <= GRACE)
+        return Seen(
+            "a killed rank", text, running.returncode == 1 and len(errors) == 1 and seconds <= GRACE
+        )
 
 
 def end_tree(pid: int) -> None:
@@ -387,12 +446,16 @@ EXACT = 0.05  # of a prediction of memory
 )
 def memory(device: torch.device) -> Iterator[Seen]:
     fits = available_memory(device) >= NEEDED
-    base = LARGE if fits else replace(LARGE, config={**LARGE.config, "num_hidden_layers": 2}, batch=2)
+    base = (
+        LARGE if fits else replace(LARGE, config={**LARGE.config, "num_hidden_layers": 2}, batch=2)
+    )
     for what, case in (("LoRA", base), ("QLoRA", replace(base, quantization="nf4-dq"))):
         peak = _peak(case, device)
         text = f"{in_units(peak.measured)} measured, {in_units(peak.predicted)} predicted ({peak.error:+.1%})"
         blocks = case.config["num_hidden_layers"]
-        yield Seen(f"{what}, {case.name}, {blocks} blocks", text + peak.beside, abs(peak.error) <= EXACT)
+        yield Seen(
+            f"{what}, {case.name}, {blocks} blocks", text + peak.beside, abs(peak.error) <= EXACT
+        )
 
 
 def _peak(case: Case, device: torch.device) -> Peak:
@@ -437,7 +500,11 @@ def speed(device: torch.device) -> Iterator[Seen]:
             yield failed(library, error)._replace(as_expected=None)
             continue
         theirs = tokens / seconds
-        yield Seen(f"{library}, {how}", f"{theirs:,.0f}: {ours / theirs:.2f} × as many here", ours >= theirs)
+        yield Seen(
+            f"{library}, {how}",
+            f"{theirs:,.0f}: {ours / theirs:.2f} × as many here",
+            ours >= theirs,
+        )
 
 
 def _other(library: str, case: Case, device: torch.device) -> tuple[str, float]:
@@ -454,10 +521,19 @@ def _other(library: str, case: Case, device: torch.device) -> tuple[str, float]:
     with TemporaryDirectory() as folder:
         file = Path(folder) / "case.json"
         file.write_text(json.dumps(given), encoding="utf-8")
-        command = [sys.executable, "-P", "-m", "pipeline.stages.gpu_checks.others", library, str(file)]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "pipeline.stages.gpu_checks.others",
+            library,
+            str(file),
+        ]
         # transformers' trainer takes all the cards that it sees; nothing is looked up or sent
         variables = {**os.environ, "CUDA_VISIBLE_DEVICES": _card(device), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=folder, env=variables, capture_output=True, text=True, check=False
+        )
     if done.returncode:
         raise RuntimeError(" ".join(done.stderr.splitlines()[-1:]))
     how, seconds = json.loads(done.stdout.splitlines()[-1])

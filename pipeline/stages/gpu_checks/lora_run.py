@@ -1,4 +1,6 @@
-"""A LoRA training on random weights, by this project's model and loop: what checks and benchmarks on a GPU measure."""
+"""A LoRA training on random weights, by this project's model and loop: what checks and benchmarks
+on a GPU measure.
+"""
 
 import gc
 import math
@@ -20,7 +22,13 @@ from pipeline.models.transformers_model import TransformersModel, from_config
 from pipeline.project.logs.run_log import Step
 from pipeline.stages.methods.lora import FinetuneLora, Lora
 from pipeline.training.batches import Batches
-from pipeline.training.loop import TrainingTask, build_optimizer, predicted_peak, prepare_model, steps
+from pipeline.training.loop import (
+    TrainingTask,
+    build_optimizer,
+    predicted_peak,
+    prepare_model,
+    steps,
+)
 from pipeline.training.memory.prediction import memory_meter
 
 RANK, LEARNING_RATE, MAX_GRAD_NORM = 16, 1e-4, 1.0
@@ -31,7 +39,8 @@ Example = tuple[list[int], list[int]]  # ids, labels
 
 @dataclass(frozen=True)
 class Case:
-    """A model's config and how it trains: an epoch is `steps` steps of `batch` examples, `length` tokens at the median.
+    """A model's config and how it trains: an epoch is `steps` steps of `batch` examples, `length`
+    tokens at the median.
 
     Lengths are ragged, as in instruction data.
     """
@@ -54,16 +63,22 @@ class Case:
         generator = torch.Generator().manual_seed(0)
         drawn = []
         for _ in range(self.steps * self.batch):
-            size = torch.empty(1).log_normal_(math.log(self.length), 0.6, generator=generator).item()
+            size = (
+                torch.empty(1).log_normal_(math.log(self.length), 0.6, generator=generator).item()
+            )
             length = min(self.longest, max(8, int(size)))
-            ids = torch.randint(5, self.config["vocab_size"], (length,), generator=generator).tolist()
+            ids = torch.randint(
+                5, self.config["vocab_size"], (length,), generator=generator
+            ).tolist()
             asked = int(ASKED * length)
             drawn.append((ids, [IGNORED] * asked + ids[asked:]))
         return drawn
 
 
 class Peak(NamedTuple):
-    """Bytes of tensors at the peak of an epoch. `beside`: what else the device holds, to append to a sentence."""
+    """Bytes of tensors at the peak of an epoch. `beside`: what else the device holds, to append to
+    a sentence.
+    """
 
     predicted: int
     measured: int
@@ -86,7 +101,10 @@ class LoraRun:
             quantize(self.model, case.quantization, None, device)
         saved = self.model.embedding_and_head if case.trains_embeddings else ()
         attach(self.model, AdapterSpec(RANK, 2 * RANK, TARGETS, saved=saved), torch.float32)
-        encoded = [Encoded(tuple(ids), tuple(label != IGNORED for label in labels)) for ids, labels in examples]
+        encoded = [
+            Encoded(tuple(ids), tuple(label != IGNORED for label in labels))
+            for ids, labels in examples
+        ]
         windows = InMemoryDataset([as_window(each) for each in encoded], [""] * len(encoded))
         settings = FinetuneLora(
             epochs=10**6,
@@ -99,7 +117,10 @@ class LoraRun:
             quantization=case.quantization,
         )
         self.task = TrainingTask.of_one(
-            self.model, Batches(windows, case.batch, None), settings, Lora(RANK, 2.0 * RANK, TARGETS)
+            self.model,
+            Batches(windows, case.batch, None),
+            settings,
+            Lora(RANK, 2.0 * RANK, TARGETS),
         )
         prepare_model(self.model, settings.gradient_checkpointing, case.compiled)
         self.optimizer = build_optimizer(self.model, settings)
@@ -112,7 +133,11 @@ class LoraRun:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def adapter(self) -> list[nn.Parameter]:
-        return [p for _, layer in adapter_layers(self.model) for p in layer.adapter_parameters().values()]
+        return [
+            p
+            for _, layer in adapter_layers(self.model)
+            for p in layer.adapter_parameters().values()
+        ]
 
     def tensors(self) -> list[Tensor]:
         return [*self.model.parameters(), *self.model.buffers(), *self.optimizer.tensors()]
@@ -133,9 +158,13 @@ class LoraRun:
         return perf_counter() - start
 
     def peak(self) -> Peak:
-        """Of an epoch, after a first step, which makes the optimizer's state; predicted of its largest step."""
+        """Of an epoch, after a first step, which makes the optimizer's state; predicted of its
+        largest step.
+        """
         meter = memory_meter(self.device)
-        predicted = predicted_peak(self.task, self.task.batches.largest_step(range(self.case.steps)))
+        predicted = predicted_peak(
+            self.task, self.task.batches.largest_step(range(self.case.steps))
+        )
         gc.collect()  # a GPU's meter counts what an earlier run has left, too
         meter.watch(self.tensors())
         with meter:

@@ -1,6 +1,8 @@
-"""Seconds of an epoch of LoRA by TRL's SFTTrainer, on transformers' model or Unsloth's: a program of its own.
+"""Seconds of an epoch of LoRA by TRL's SFTTrainer, on transformers' model or Unsloth's: a program
+of its own.
 
-Unsloth replaces parts of transformers and TRL, and so is imported first, and by nothing that is measured beside it.
+Unsloth replaces parts of transformers and TRL, and so is imported first, and by nothing that is
+measured beside it.
 """
 
 import json
@@ -30,8 +32,14 @@ def _of_unsloth(given: Mapping[str, Any], folder: Path) -> tuple[Any, Any]:
     model, _ = unsloth.FastLanguageModel.from_pretrained(
         str(base), max_seq_length=given["longest"], dtype=None, load_in_4bit=False
     )
-    options = {"r": given["rank"], "lora_alpha": 2 * given["rank"], "target_modules": given["targets"]}
-    return unsloth.FastLanguageModel.get_peft_model(model, **options, use_gradient_checkpointing=False), None
+    options = {
+        "r": given["rank"],
+        "lora_alpha": 2 * given["rank"],
+        "target_modules": given["targets"],
+    }
+    return unsloth.FastLanguageModel.get_peft_model(
+        model, **options, use_gradient_checkpointing=False
+    ), None
 
 
 def _of_transformers(given: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -42,9 +50,13 @@ def _of_transformers(given: Mapping[str, Any]) -> tuple[Any, Any]:
     attention = "flash_attention_2" if _has_flash() else "sdpa"
     config = AutoConfig.for_model(**given["config"])
     with torch.device(given["device"]):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation=attention
+        )
     rank, targets = given["rank"], given["targets"]
-    return model, LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=targets)
+    return model, LoraConfig(
+        task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=targets
+    )
 
 
 def _has_flash() -> bool:
@@ -57,7 +69,9 @@ def _tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1}, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>", pad_token="<end>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token="<end>", pad_token="<end>"
+    )
 
 
 def _train(given: Mapping[str, Any], model: Any, lora: Any, folder: Path) -> tuple[str, float]:
@@ -79,7 +93,8 @@ def _train(given: Mapping[str, Any], model: Any, lora: Any, folder: Path) -> tup
     config = SFTConfig(
         output_dir=str(folder / "unused"),
         num_train_epochs=2,
-        per_device_train_batch_size=max(1, given["batch"] // 4) if packs else given["batch"],  # rows of `longest`
+        # rows of `longest`
+        per_device_train_batch_size=max(1, given["batch"] // 4) if packs else given["batch"],
         max_length=given["longest"],
         packing=packs,
         gradient_checkpointing=False,

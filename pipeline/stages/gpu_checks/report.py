@@ -1,6 +1,8 @@
-"""Runs the checks, each in a process of its own and for a limited time, and writes what they saw for an issue.
+"""Runs the checks, each in a process of its own and for a limited time, and writes what they saw
+for an issue.
 
-A process of its own frees the card's memory, survives an error that spoils the CUDA context, and can be ended.
+A process of its own frees the card's memory, survives an error that spoils the CUDA context, and
+can be ended.
 """
 
 import getpass
@@ -44,7 +46,9 @@ class Result:
         return all(each.as_expected is not False for each in self.seen)
 
     def lines(self) -> list[dict[str, str]]:
-        """What of a line is shown; what to do is there where it is not as expected, or was not tried."""
+        """What of a line is shown; what to do is there where it is not as expected, or was not
+        tried.
+        """
         return [
             {
                 "what": each.what,
@@ -75,7 +79,9 @@ def _run(check: Check, device: torch.device, folder: Path) -> list[Seen]:
     lines.write_bytes(b"")
     variables = {**os.environ, process.VARIABLE: str(device)}
     with errors.open("wb") as file:
-        running = subprocess.Popen([*COMMAND, check.name, lines], env=variables, stdout=file, stderr=file)
+        running = subprocess.Popen(
+            [*COMMAND, check.name, lines], env=variables, stdout=file, stderr=file
+        )
         try:
             code = running.wait(check.limit)
         except subprocess.TimeoutExpired:
@@ -84,18 +90,26 @@ def _run(check: Check, device: torch.device, folder: Path) -> list[Seen]:
             if running.poll() is None:
                 end_tree(running.pid)
                 running.wait()
-    seen = [Seen(*json.loads(line)) for line in lines.read_text(encoding="utf-8").splitlines() if line.endswith("]")]
+    seen = [
+        Seen(*json.loads(line))
+        for line in lines.read_text(encoding="utf-8").splitlines()
+        if line.endswith("]")
+    ]
     if code is None:
         seen.append(Seen("", f"failed: not done after {check.limit} s", False, NOT_ENDED))
     elif code:
         *_, last = ["", *errors.read_text(encoding="utf-8", errors="replace").splitlines()]
-        ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        ended = (
+            f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        )
         seen.append(Seen("", f"failed: {ended}: {last[:300]}", False, NOT_ENDED))
     return seen
 
 
 def _anonymous(seen: Seen) -> Seen:
-    """Without the names of host and user, and of each path the last name alone: the report goes into an issue."""
+    """Without the names of host and user, and of each path the last name alone: the report goes
+    into an issue.
+    """
     return seen._replace(what=_without_names(seen.what), text=_without_names(seen.text))
 
 
@@ -138,5 +152,10 @@ def write(path: Path, device: torch.device, results: Sequence[Result]) -> None:
             rows.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     seconds = sum(result.seconds for result in results)
     text = json.dumps(document(device, results), indent=1, ensure_ascii=False)
-    parts = ["# lora doctor --gpu", f"{seconds:.0f} s on {device}.", "\n".join(rows), f"{FENCE}{text}\n```\n"]
+    parts = [
+        "# lora doctor --gpu",
+        f"{seconds:.0f} s on {device}.",
+        "\n".join(rows),
+        f"{FENCE}{text}\n```\n",
+    ]
     write_file(path, "\n\n".join(parts))

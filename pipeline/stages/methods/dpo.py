@@ -32,43 +32,64 @@ class FinetuneDpo(lora.FinetuneLora, frozen=True, kw_only=True):
         "train_embeddings": "none",
     }
 
-    data: Annotated[Data, "pairs {prompt, chosen, rejected}; for kto also answers {prompt, completion, label}"] = (
-        "data/preferences.de.jsonl"
-    )
-    learning_rate: Annotated[Rate, "of A and all else; lower than that of examples: answers are pushed away too"] = 5e-4
+    data: Annotated[
+        Data, "pairs {prompt, chosen, rejected}; for kto also answers {prompt, completion, label}"
+    ] = "data/preferences.de.jsonl"
+    learning_rate: Annotated[
+        Rate, "of A and all else; lower than that of examples: answers are pushed away too"
+    ] = 5e-4
     train_embeddings: Annotated[
-        Literal["all", "new_rows", "none"], "embeddings and head: all of them, expand_vocab's new rows, or none"
+        Literal["all", "new_rows", "none"],
+        "embeddings and head: all of them, expand_vocab's new rows, or none",
     ] = "none"
     window: Annotated[Steps, "must be 0: an answer is compared as a whole"] = 0
     loss: Annotated[
         Literal["dpo", "ipo", "kto", "orpo", "simpo"],
-        "dpo (Rafailov et al. 2023); ipo (Azar et al. 2023), which bounds the margin; kto (Ethayarajh et al. 2024), "
-        "for single answers with labels; orpo (Hong et al. 2024) and simpo (Meng et al. 2024), without a reference",
+        "dpo (Rafailov et al. 2023); ipo (Azar et al. 2023), which bounds the margin; kto "
+        "(Ethayarajh et al. 2024), "
+        "for single answers with labels; orpo (Hong et al. 2024) and simpo (Meng et al. 2024), "
+        "without a reference",
     ] = "dpo"
     beta: Annotated[
-        Rate, "weight of the reference: with a larger one answers stay nearer to it. simpo takes 2 to 2.5, others 0.1"
+        Rate,
+        "weight of the reference: with a larger one answers stay nearer to it. simpo takes 2 to "
+        "2.5, others 0.1",
     ] = 0.1
     label_smoothing: Annotated[
-        Share, "share of the pairs that may be the wrong way round (cDPO, Mitchell 2023); for dpo and simpo"
+        Share,
+        "share of the pairs that may be the wrong way round (cDPO, Mitchell 2023); for dpo and "
+        "simpo",
     ] = 0.0
     rpo_alpha: Annotated[
-        Weight, "weight of the chosen answers' own likelihood beside the loss (RPO, Pang et al. 2024); 0: off"
+        Weight,
+        "weight of the chosen answers' own likelihood beside the loss (RPO, Pang et al. 2024); 0: "
+        "off",
     ] = 0.0
     simpo_gamma: Annotated[Weight, "simpo: the margin that is wanted"] = 0.5
     reference: Annotated[
-        Literal["start", "base"], "what is compared with: the adapter that init_from names, or the base without any"
+        Literal["start", "base"],
+        "what is compared with: the adapter that init_from names, or the base without any",
     ] = "start"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.window:
-            raise UserError(f"window must be 0: preferences are of whole answers, got {self.window}. Remove it.")
+            raise UserError(
+                f"window must be 0: preferences are of whole answers, got {self.window}. Remove it."
+            )
         if self.label_smoothing and self.loss not in ("dpo", "simpo"):
-            raise UserError(f"label_smoothing is for the losses dpo and simpo, not for {self.loss}. Set it to 0.")
+            raise UserError(
+                f"label_smoothing is for the losses dpo and simpo, not for {self.loss}. Set it to "
+                "0."
+            )
         if self.label_smoothing >= 0.5:
-            raise UserError(f"label_smoothing must be below 0.5, got {self.label_smoothing:g}. Lower it.")
+            raise UserError(
+                f"label_smoothing must be below 0.5, got {self.label_smoothing:g}. Lower it."
+            )
         if self.rpo_alpha and self.loss not in ("dpo", "ipo", "simpo"):
-            raise UserError(f"rpo_alpha is for the losses dpo, ipo and simpo, not for {self.loss}. Set it to 0.")
+            raise UserError(
+                f"rpo_alpha is for the losses dpo, ipo and simpo, not for {self.loss}. Set it to 0."
+            )
 
 
 STAGE = method(
@@ -91,8 +112,12 @@ def attach(job: Job, settings: FinetuneDpo, base: Base) -> Generator[Event, None
     return replace(attached, prepare=prepare)
 
 
-def prepare(job: Job, settings: FinetuneDpo, base: Base, first: int) -> Generator[Event, None, Prepared]:
-    """The pairs, with their log-probabilities under the reference, which is the model as it is now or its base."""
+def prepare(
+    job: Job, settings: FinetuneDpo, base: Base, first: int
+) -> Generator[Event, None, Prepared]:
+    """The pairs, with their log-probabilities under the reference, which is the model as it is now
+    or its base.
+    """
     from pipeline.stages.finetune import Prepared
     from pipeline.training.parallel.sharding import is_sharded
     from pipeline.training.preferences.data import build_answers, preferred, with_reference
@@ -106,7 +131,12 @@ def prepare(job: Job, settings: FinetuneDpo, base: Base, first: int) -> Generato
     training, held_out = answers
     whole = settings.loss == "orpo"
     batches = AnswerBatches(
-        training, settings.batch_size, settings.seed, settings.gradient_accumulation_steps, first, whole
+        training,
+        settings.batch_size,
+        settings.seed,
+        settings.gradient_accumulation_steps,
+        first,
+        whole,
     )
     path = PreferencePath(base.model, settings)
     if held_out is None:
@@ -115,7 +145,8 @@ def prepare(job: Job, settings: FinetuneDpo, base: Base, first: int) -> Generato
     evaluation = Evaluation(in_order, settings.eval_steps or len(batches), settings.patience)
     if settings.loss == "kto" or not job.key:  # whose answers are no pairs; a trial asks for none
         return Prepared(batches, evaluation, path)
-    known = None if settings.init_from and as_base else held_out.reference  # of the model as it is now
+    # of the model as it is now
+    known = None if settings.init_from and as_base else held_out.reference
     before = preferred(base.model, held_out, known)
 
     def facts() -> Facts:
@@ -127,8 +158,8 @@ def prepare(job: Job, settings: FinetuneDpo, base: Base, first: int) -> Generato
 
 
 class Dpo(lora.Lora):
-    """LoRA on pairs of answers, with one copy of the model: its reference is the model without the adapter, or as it
-    was before training, whose log-probabilities are computed once."""
+    """LoRA on pairs of answers, with one copy of the model: its reference is the model without the
+    adapter, or as it was before training, whose log-probabilities are computed once."""
 
     name = "dpo"
     columns = ("DPO", "DPO NF4")
@@ -141,7 +172,10 @@ class Dpo(lora.Lora):
         return f"DPO, {super().title}"
 
     def notes(self, model: Architecture) -> list[str]:
-        return [*super().notes(model), "a batch of n pairs has 2n sequences; no second model is in memory"]
+        return [
+            *super().notes(model),
+            "a batch of n pairs has 2n sequences; no second model is in memory",
+        ]
 
 
 COUNTED: FinetuningMethod = Dpo()

@@ -50,11 +50,15 @@ def attach(_job: Job, settings: FinetuneFreeze, base: Base) -> Generator[Event, 
 
     yield from ()
     freeze(base.model, settings)
-    return Attached(Freeze(last_blocks=settings.last_blocks, train_embeddings=settings.train_embeddings))
+    return Attached(
+        Freeze(last_blocks=settings.last_blocks, train_embeddings=settings.train_embeddings)
+    )
 
 
 def freeze(model: CausalLM, settings: FinetuneFreeze) -> None:
-    """Freeze all but the last blocks and, if set, embeddings and head. Raises UserError if nothing would train."""
+    """Freeze all but the last blocks and, if set, embeddings and head. Raises UserError if nothing
+    would train.
+    """
     blocks = list(model.blocks)
     if settings.last_blocks > len(blocks):
         raise UserError(
@@ -62,7 +66,10 @@ def freeze(model: CausalLM, settings: FinetuneFreeze) -> None:
             f"got {settings.last_blocks}. Lower it."
         )
     if not settings.last_blocks and not settings.train_embeddings:
-        raise UserError("finetune_freeze leaves nothing to train. Increase last_blocks or set train_embeddings: true.")
+        raise UserError(
+            "finetune_freeze leaves nothing to train. Increase last_blocks or set "
+            "train_embeddings: true."
+        )
     model.requires_grad_(False)
     for block in blocks[len(blocks) - settings.last_blocks :]:
         block.requires_grad_(True)
@@ -94,7 +101,9 @@ class Freeze(FinetuningMethod):
 
     def refuse(self, model: Architecture) -> None:
         if not (self.last_blocks or self.train_embeddings):
-            raise UserError("freeze leaves nothing to train. Raise last-blocks, or train the embeddings.")
+            raise UserError(
+                "freeze leaves nothing to train. Raise last-blocks, or train the embeddings."
+            )
 
     def fitted(self, model: Architecture) -> Freeze:
         return replace(self, last_blocks=min(self.last_blocks, len(model.blocks)))
@@ -102,9 +111,12 @@ class Freeze(FinetuningMethod):
     def trained_parts(self, model: Architecture) -> TrainedParts:
         if self.last_blocks > len(model.blocks):
             raise UserError(
-                f"last-blocks must be at most {len(model.blocks)}, the model's blocks, got {self.last_blocks}."
+                f"last-blocks must be at most {len(model.blocks)}, the model's blocks, got "
+                f"{self.last_blocks}."
             )
-        blocks = sum(block.parameters for block in model.blocks[len(model.blocks) - self.last_blocks :])
+        blocks = sum(
+            block.parameters for block in model.blocks[len(model.blocks) - self.last_blocks :]
+        )
         ends = {"embeddings": model.embedding, "head": model.head} if self.train_embeddings else {}
         return TrainedParts(base={"blocks": blocks, **ends})
 

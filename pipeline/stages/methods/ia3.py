@@ -1,5 +1,7 @@
 # ruff: noqa: ARG002 (most methods need only some of what a hook gets)
-"""(IA)³ (Liu et al. 2022): vectors that scale keys, values, and what goes into the last feed-forward layer, train."""
+"""(IA)³ (Liu et al. 2022): vectors that scale keys, values, and what goes into the last
+feed-forward layer, train.
+"""
 
 from __future__ import annotations
 
@@ -28,28 +30,37 @@ if TYPE_CHECKING:
     from pipeline.project.runner import Event, Facts, Job
     from pipeline.stages.finetune import Attached
 
-# The linears that PEFT scales, by the names that families give them: keys and values, where needed in one matrix with
-# queries, and the last one of the feed-forward network.
+# The linears that PEFT scales, by the names that families give them: keys and values, where needed
+# in one matrix with queries, and the last one of the feed-forward network.
 KEYS_VALUES = ("k_proj", "v_proj", "c_attn", "qkv_proj", "query_key_value")
 FEED_FORWARD = ("fc2", "down_proj", "mlp.c_proj", "dense_4h_to_h")
 SUFFIX = ".ia3_l"  # PEFT's name of a vector, after its module's
 PEFT_OPTIONS = {  # those that are read, or without effect once the vectors are trained
     *("target_modules", "feedforward_modules", "exclude_modules"),
-    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *(
+        "peft_type",
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+    ),
     *("inference_mode", "init_ia3_weights"),
     "fan_in_fan_out",  # for GPT-2's layers; PEFT corrects it itself, whatever the file says
 }
 
 
 class FinetuneIA3(AdapterTraining, frozen=True, kw_only=True):
-    """One vector a scaled linear trains: l ⊙ Wx, or W(l ⊙ x) in feed-forward layers (Liu et al. 2022)."""
+    """One vector a scaled linear trains: l ⊙ Wx, or W(l ⊙ x) in feed-forward layers (Liu et al.
+    2022).
+    """
 
     PRETRAINED: ClassVar[Mapping[str, Any]] = {"feedforward_modules": ("down_proj",)}
 
     learning_rate: Annotated[Rate, "of the optimizer, after warm-up"] = 1e-2
-    target_modules: Annotated[tuple[str, ...], "linears whose outputs are scaled, by the end of their names"] = (
-        *("k_proj", "v_proj"),
-    )
+    target_modules: Annotated[
+        tuple[str, ...], "linears whose outputs are scaled, by the end of their names"
+    ] = (*("k_proj", "v_proj"),)
     feedforward_modules: Annotated[
         tuple[str, ...], ALLOW_EMPTY, "linears whose inputs are scaled, by the end of their names"
     ] = ("fc2",)
@@ -78,9 +89,13 @@ def _layer() -> type[AdapterLayer]:
     from pipeline.adapters.lora import AdapterLayer, weight_out_in
 
     class IA3Linear(AdapterLayer):
-        """l ⊙ (Wx + b), or W(l ⊙ x) + b for a feed-forward linear; l begins with ones, so nothing changes at first."""
+        """l ⊙ (Wx + b), or W(l ⊙ x) + b for a feed-forward linear; l begins with ones, so nothing
+        changes at first.
+        """
 
-        def __init__(self, base: nn.Module, feed_forward: bool, dtype: torch.dtype | None = None) -> None:
+        def __init__(
+            self, base: nn.Module, feed_forward: bool, dtype: torch.dtype | None = None
+        ) -> None:
             super().__init__(base)
             self.feed_forward = feed_forward
             outputs, inputs = weight_out_in(base).shape
@@ -103,7 +118,9 @@ def _layer() -> type[AdapterLayer]:
 def wrap(
     model: CausalLM, outputs: Sequence[str], inputs: Sequence[str], dtype: torch.dtype | None = None
 ) -> dict[str, AdapterLayer]:
-    """Freeze `model` and scale the outputs or the inputs of the linears with these full names: full name → layer."""
+    """Freeze `model` and scale the outputs or the inputs of the linears with these full names: full
+    name → layer.
+    """
     model.requires_grad_(False)
     layers: dict[str, Any] = {}
     for name in [*outputs, *inputs]:
@@ -123,7 +140,8 @@ def attach(_job: Job, settings: FinetuneIA3, base: Base) -> Generator[Event, Non
     inputs = resolve(model, settings.feedforward_modules) if settings.feedforward_modules else []
     if both := sorted({*inputs} & {*outputs}):
         raise UserError(
-            f"finetune_ia3.target_modules and feedforward_modules both match {both[0]}. Name it in one of them."
+            f"finetune_ia3.target_modules and feedforward_modules both match {both[0]}. Name it "
+            "in one of them."
         )
 
     # groups and aliases are names of ours alone: PEFT gets those of the modules
@@ -138,14 +156,19 @@ def attach(_job: Job, settings: FinetuneIA3, base: Base) -> Generator[Event, Non
     return Attached(COUNTED, lambda out: save(out, layers, named))
 
 
-def save(out: Path, layers: Mapping[str, AdapterLayer], named: Mapping[str, Sequence[str]]) -> Facts:
+def save(
+    out: Path, layers: Mapping[str, AdapterLayer], named: Mapping[str, Sequence[str]]
+) -> Facts:
     """Write the vectors and their config as PEFT does; `named`: the modules, by PEFT's settings."""
     from pipeline.adapters.config import CONFIG, PREFIX, WEIGHTS
     from pipeline.files.artifact import write_json
     from pipeline.models.base import is_conv1d
     from pipeline.models.save import save_tensors
 
-    vectors = {f"{PREFIX}{name}{SUFFIX}": layer.adapter_parameters()[SUFFIX] for name, layer in layers.items()}
+    vectors = {
+        f"{PREFIX}{name}{SUFFIX}": layer.adapter_parameters()[SUFFIX]
+        for name, layer in layers.items()
+    }
     save_tensors(out / WEIGHTS, vectors)
     config = {
         "peft_type": STAGE.peft_type,
@@ -160,9 +183,11 @@ def save(out: Path, layers: Mapping[str, AdapterLayer], named: Mapping[str, Sequ
 
 
 def load(model: CausalLM, _base_folder: Path, folder: Path) -> list[str]:
-    """Scale `model`, or its skeleton, by the vectors in `folder`, ours or PEFT's; returns the scaled linears' names.
+    """Scale `model`, or its skeleton, by the vectors in `folder`, ours or PEFT's; returns the
+    scaled linears' names.
 
-    Raises UserError for a config that says more than this, and for tensors that it does not call for.
+    Raises UserError for a config that says more than this, and for tensors that it does not call
+    for.
     """
     import torch
 
@@ -173,35 +198,50 @@ def load(model: CausalLM, _base_folder: Path, folder: Path) -> list[str]:
     outputs, inputs = _scaled(model, folder)
     values, layers = read_tensors(folder), wrap(model, outputs, inputs)
     expected = {f"{PREFIX}{name}{SUFFIX}": layer for name, layer in layers.items()}
-    shapes = {key: tuple(layer.adapter_parameters()[SUFFIX].shape) for key, layer in expected.items()}
-    refuse_difference(shapes, {key: tuple(value.shape) for key, value in values.items()}, str(folder / WEIGHTS))
+    shapes = {
+        key: tuple(layer.adapter_parameters()[SUFFIX].shape) for key, layer in expected.items()
+    }
+    refuse_difference(
+        shapes, {key: tuple(value.shape) for key, value in values.items()}, str(folder / WEIGHTS)
+    )
     for key, layer in expected.items():
         device = layer.adapter_parameters()[SUFFIX].device
         vector = values[key].to("cpu" if device.type == "meta" else device, copy=True)
-        layer.register_parameter(SUFFIX.removeprefix("."), torch.nn.Parameter(vector, requires_grad=False))
+        layer.register_parameter(
+            SUFFIX.removeprefix("."), torch.nn.Parameter(vector, requires_grad=False)
+        )
     return list(layers)
 
 
 def _scaled(model: CausalLM, folder: Path) -> tuple[list[str], list[str]]:
-    """Full names of the linears whose outputs and whose inputs the adapter in `folder` scales. Raises UserError."""
+    """Full names of the linears whose outputs and whose inputs the adapter in `folder` scales.
+    Raises UserError.
+    """
     from pipeline.adapters.attach import adaptable, targeted
     from pipeline.adapters.config import AdapterConfig, AdapterSpec, refuse_options
     from pipeline.files.patterns import full_match, one_budget
 
     config = AdapterConfig.read(folder)
     if saved := config.get("modules_to_save"):
-        raise UserError(f"{config.path}: modules_to_save is {saved!r}; it is not supported with IA3. Train without it.")
+        raise UserError(
+            f"{config.path}: modules_to_save is {saved!r}; it is not supported with IA3. Train "
+            "without it."
+        )
     refuse_options(config.values, config.path, {}, PEFT_OPTIONS)
     targets = config.names("target_modules", needed=True, may_be_pattern=True)
     feed_forward = config.names("feedforward_modules", may_be_pattern=True)
     if not isinstance(targets, str):  # PEFT passes over names that the model has not
         linears = [name for name, module in model.named_modules() if adaptable(module)]
-        targets = tuple(end for end in targets if any(matches_suffix(name, end) for name in linears)) or targets
+        targets = (
+            tuple(end for end in targets if any(matches_suffix(name, end) for name in linears))
+            or targets
+        )
 
     def scales_inputs(name: str) -> bool:
         if isinstance(feed_forward, str):
             return full_match(feed_forward, name, "feedforward_modules")
-        return name.endswith(feed_forward)  # a plain end, as in PEFT, where target_modules needs a whole part of a name
+        # a plain end, as in PEFT, where target_modules needs a whole part of a name
+        return name.endswith(feed_forward)
 
     with one_budget():
         excluded = config.names("exclude_modules", may_be_pattern=True)
@@ -214,7 +254,8 @@ def _scaled(model: CausalLM, folder: Path) -> tuple[list[str], list[str]]:
 
 
 class IA3(FinetuningMethod):
-    """Keys, values, and the inputs of the last feed-forward linear of every block, scaled by a vector each.
+    """Keys, values, and the inputs of the last feed-forward linear of every block, scaled by a
+    vector each.
 
     Experts are left out, as by PEFT: they are no modules of their own.
     """
@@ -224,8 +265,14 @@ class IA3(FinetuningMethod):
 
     def adapted(self, model: Architecture) -> Mapping[str, int]:
         own = {name for name, linear in model.linears() if linear.experts == 1}
-        ends = [end for end in (*KEYS_VALUES, *FEED_FORWARD) if any(matches_suffix(name, end) for name in own)]
-        return {name: 1 for name in matching_linears(model, (*ends,) or KEYS_VALUES[:2]) if name in own}
+        ends = [
+            end
+            for end in (*KEYS_VALUES, *FEED_FORWARD)
+            if any(matches_suffix(name, end) for name in own)
+        ]
+        return {
+            name: 1 for name in matching_linears(model, (*ends,) or KEYS_VALUES[:2]) if name in own
+        }
 
     def linear_parameters(self, linear: Linear, rank: int) -> int:
         return linear.inputs if self._scales_inputs(linear) else linear.outputs
@@ -235,19 +282,27 @@ class IA3(FinetuningMethod):
 
     def trained_parts(self, model: Architecture) -> TrainedParts:
         names = self.adapted(model)
-        each = (self.linear_parameters(linear, 1) for name, linear in model.linears() if name in names)
+        each = (
+            self.linear_parameters(linear, 1) for name, linear in model.linears() if name in names
+        )
         return TrainedParts({"vectors": sum(each)})
 
     def fold(self, ops: Ops, x: Value, linear: Linear, rank: int) -> Value | None:
         """W(l ⊙ x), whose x is kept for the gradient of l; None for keys and values."""
-        return ops.matmul(self._scale(ops, x, linear), linear, ops.n) if self._scales_inputs(linear) else None
+        return (
+            ops.matmul(self._scale(ops, x, linear), linear, ops.n)
+            if self._scales_inputs(linear)
+            else None
+        )
 
     def adapt(self, ops: Ops, y: Value, x: Value, linear: Linear, rank: int, rows: int) -> Value:
         """l ⊙ Wx."""
         return self._scale(ops, y, linear)
 
     def _scale(self, ops: Ops, x: Value, linear: Linear) -> Value:
-        """A product with the vector, whose gradient is a sum of products of x's size, which backward forms."""
+        """A product with the vector, whose gradient is a sum of products of x's size, which
+        backward forms.
+        """
         weight = ops.adapter_weight(self.linear_parameters(linear, 1))
         return ops.tape.op(x, saves=[x], weights=[weight], back=x.elements * x.width)
 

@@ -1,4 +1,6 @@
-"""LoRA (Hu et al. 2022): W' = W + s·BA, of which A and B train (the document's §2 to §5 and §9.2)."""
+"""LoRA (Hu et al. 2022): W' = W + s·BA, of which A and B train (the document's §2 to §5 and
+§9.2).
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,16 @@ from pipeline.calc.target_modules import ALL_LINEAR, GROUPS, matches_suffix
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest
 from pipeline.files.patterns import end_match, end_pattern, one_budget, problem
-from pipeline.project.params.schema import ALLOW_EMPTY, Count, File, Names, Pretrained, Rate, Share, Weight
+from pipeline.project.params.schema import (
+    ALLOW_EMPTY,
+    Count,
+    File,
+    Names,
+    Pretrained,
+    Rate,
+    Share,
+    Weight,
+)
 from pipeline.project.params.sections import AdapterTraining, Init
 from pipeline.project.stage_graph import Look
 from pipeline.stages.methods import method
@@ -43,8 +54,9 @@ Ranks = Annotated[Mapping[str, Count], ALLOW_EMPTY]  # by a pattern of modules' 
 Scales = Annotated[Mapping[str, Rate], ALLOW_EMPTY]
 
 
-# The rate that answers most of `python -m bench recipe` right, on a base of that width; a wider one takes less, with
-# the exponent that the authors of LoRA Without Regret fitted to Llama models (tinker-cookbook, get_lora_lr).
+# The rate that answers most of `python -m bench recipe` right, on a base of that width; a wider one
+# takes less, with the exponent that the authors of LoRA Without Regret fitted to Llama models
+# (tinker-cookbook, get_lora_lr).
 RATE, WIDTH, FALL = 1e-3, 576, 0.78
 
 
@@ -57,7 +69,8 @@ class FinetuneLora(AdapterTraining, frozen=True, kw_only=True):
     """A and B train, and embeddings and head as `train_embeddings` says (§9.2)."""
 
     PRETRAINED: ClassVar[Mapping[str, Any]] = {
-        "learning_rate": 2e-4,  # of a base of 8 billion parameters, and where the width is not known
+        # of a base of 8 billion parameters, and where the width is not known
+        "learning_rate": 2e-4,
         "rank": 16,
         "target_modules": ("all-linear",),  # whatever their names in the model family
         "train_embeddings": "new_rows",
@@ -65,43 +78,62 @@ class FinetuneLora(AdapterTraining, frozen=True, kw_only=True):
     ALPHA_PER_RANK: ClassVar[float] = 2.0  # on a pretrained base, where alpha is not set
 
     learning_rate: Annotated[Rate, "of A and all else; loraplus_ratio multiplies that of B"] = 2e-3
-    rank: Annotated[Count, "rank of the update ΔW = BA: A is (rank, inputs), B is (outputs, rank)"] = 4
-    alpha: Annotated[Rate, "the update is scaled by alpha / rank; unset on a pretrained base, it is 2 × rank"] = 1.0
+    rank: Annotated[
+        Count, "rank of the update ΔW = BA: A is (rank, inputs), B is (outputs, rank)"
+    ] = 4
+    alpha: Annotated[
+        Rate, "the update is scaled by alpha / rank; unset on a pretrained base, it is 2 × rank"
+    ] = 1.0
     target_modules: Annotated[
         Names,
-        "linears that get LoRA: names, or attention, feed_forward, all-linear. On a pretrained base take all-linear, "
-        "which learns more than attention with as many parameters (LoRA Without Regret, 2025; PEFT's benchmark); leave "
+        "linears that get LoRA: names, or attention, feed_forward, all-linear. On a pretrained "
+        "base take all-linear, "
+        "which learns more than attention with as many parameters (LoRA Without Regret, 2025; "
+        "PEFT's benchmark); leave "
         "the feed-forward layers out to save memory, or to reproduce Hu et al. 2022",
     ] = ("q_proj", "k_proj", "v_proj", "o_proj")
     target_parameters: Annotated[
         Names,
-        "stacked weights of a mixture's experts that get LoRA, by the end of their names: mlp.experts.gate_up_proj, "
+        "stacked weights of a mixture's experts that get LoRA, by the end of their names: "
+        "mlp.experts.gate_up_proj, "
         "mlp.experts.down_proj. target_modules leaves experts out, as they are no linears",
     ] = ()
     rank_pattern: Annotated[
-        Ranks, "other ranks by the end of a module's name (a pattern, as in PEFT), such as {v_proj: 8}"
+        Ranks,
+        "other ranks by the end of a module's name (a pattern, as in PEFT), such as {v_proj: 8}",
     ] = field(default_factory=dict)
     alpha_pattern: Annotated[Scales, "other alphas, likewise"] = field(default_factory=dict)
     dora: Annotated[bool, "train magnitude and direction apart (DoRA, Liu et al. 2024)"] = False
     rslora: Annotated[bool, "scale by alpha / √rank instead (Kalajdzievski 2023)"] = False
-    init_lora_weights: Annotated[Init, "initialization of A and B; document: Gaussian A, B = 0"] = "document"
+    init_lora_weights: Annotated[Init, "initialization of A and B; document: Gaussian A, B = 0"] = (
+        "document"
+    )
     loraplus_ratio: Annotated[
         Rate, "learning rate of B divided by A's (LoRA+, Hayou et al. 2024, who suggest about 16)"
     ] = 1.0
     lora_dropout: Annotated[
-        Share, "share of the inputs of A zeroed in training, as in PEFT; leave it at 0 unless a small data set overfits"
+        Share,
+        "share of the inputs of A zeroed in training, as in PEFT; leave it at 0 unless a small "
+        "data set overfits",
     ] = 0.0
     train_embeddings: Annotated[
-        Literal["all", "new_rows", "none"], "embeddings and head: all of them, expand_vocab's new rows, or none"
+        Literal["all", "new_rows", "none"],
+        "embeddings and head: all of them, expand_vocab's new rows, or none",
     ] = "all"
     init_from: Annotated[
-        File, "an adapter to train on from, ours or PEFT's; its rank, alpha, targets and what trains are taken over"
+        File,
+        "an adapter to train on from, ours or PEFT's; its rank, alpha, targets and what trains "
+        "are taken over",
     ] = ""
     save_optimizer: Annotated[
-        bool, "keep the optimizer's state beside the adapter, so that init_from goes on exactly where it stopped"
+        bool,
+        "keep the optimizer's state beside the adapter, so that init_from goes on exactly where "
+        "it stopped",
     ] = False
     retention_data: Annotated[File, "texts on which answers must stay the base's"] = ""
-    retention_weight: Annotated[Weight, "weight of the KL divergence from the base on these texts; 0: off"] = 0.0
+    retention_weight: Annotated[
+        Weight, "weight of the KL divergence from the base on these texts; 0: off"
+    ] = 0.0
     retention_batch_size: Annotated[Count, "these texts per step"] = 8
 
     @classmethod
@@ -115,7 +147,10 @@ class FinetuneLora(AdapterTraining, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.target_modules and not self.target_parameters:
-            raise UserError("target_modules is empty, and so is target_parameters: nothing gets LoRA. Set one of them.")
+            raise UserError(
+                "target_modules is empty, and so is target_parameters: nothing gets LoRA. Set one "
+                "of them."
+            )
 
     @property
     def retains(self) -> bool:
@@ -154,16 +189,19 @@ def attach(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, Non
     pissa = settings.init_lora_weights == "pissa" and stored is None
     texts = retain = None
     if settings.retention_weight:
-        from pipeline.training.retention import RetentionLoss, load_retention_texts  # with generation, rarely needed
+        # with generation, rarely needed
+        from pipeline.training.retention import RetentionLoss, load_retention_texts
 
-        texts = yield from load_retention_texts(job, settings, base)  # prompts completed by the plain base
+        # prompts completed by the plain base
+        texts = yield from load_retention_texts(job, settings, base)
     init = settings.init_lora_weights if stored is None else "document"
     attach_lora(base.model, spec, DTYPES[settings.adapter_precision], init)
     yield from note_wide_rank(base.model, job.stage.section)
     yield from note_experts(base.model, spec, settings.quantization)
     if texts is not None:
         retain = RetentionLoss(base.model, texts, settings, first=continued.seen)
-    if stored is not None:  # after the retention loss, which keeps what the base has in place of weights in full
+    # after the retention loss, which keeps what the base has in place of weights in full
+    if stored is not None:
         for parameter, value in stored_values(base.model, stored):
             parameter.data = value
         yield _describe_init(job, settings, spec, continued)
@@ -176,14 +214,21 @@ def attach(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, Non
     )
 
 
-def _describe_init(job: Job, settings: FinetuneLora, spec: AdapterSpec, continued: Continued) -> Event:
+def _describe_init(
+    job: Job, settings: FinetuneLora, spec: AdapterSpec, continued: Continued
+) -> Event:
     from pipeline.project.runner import Note
 
-    targets = spec.targets if isinstance(spec.targets, str) else ", ".join((*spec.targets, *spec.parameters))
+    targets = (
+        spec.targets
+        if isinstance(spec.targets, str)
+        else ", ".join((*spec.targets, *spec.parameters))
+    )
     begins = f", after its {continued.seen} steps on the same data" if continued.seen else ""
     state = " and its optimizer's state" if continued.state else ""
     return Note(
-        f"{job.stage.name}: trains on from {settings.init_from}{state}{begins}: rank {spec.rank}, alpha "
+        f"{job.stage.name}: trains on from {settings.init_from}{state}{begins}: rank {spec.rank}, "
+        "alpha "
         f"{spec.alpha:g}, {targets}"
     )
 
@@ -210,7 +255,9 @@ def counted(spec: AdapterSpec, pissa: bool = False) -> Lora:
 def lora_spec(
     model: CausalLM, settings: FinetuneLora, new: tuple[int, ...], section: str = "finetune_lora"
 ) -> AdapterSpec:
-    """Resolve the settings against the model. Raises UserError for a target or pattern that matches no layer."""
+    """Resolve the settings against the model. Raises UserError for a target or pattern that matches
+    no layer.
+    """
     from pipeline.adapters.attach import resolve, short_targets
     from pipeline.adapters.config import AdapterSpec
 
@@ -222,7 +269,10 @@ def lora_spec(
 
         stacked = resolve_parameters(model, settings.target_parameters)
         adapted += [f"{name}.{parameter}" for name, own in stacked.items() for parameter in own]
-    for key, patterns in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
+    for key, patterns in (
+        ("rank_pattern", settings.rank_pattern),
+        ("alpha_pattern", settings.alpha_pattern),
+    ):
         _check_patterns(f"{section}.{key}", list(patterns), adapted)
     return AdapterSpec(
         rank=settings.rank,
@@ -248,7 +298,8 @@ def _check_patterns(key: str, patterns: Sequence[str], names: Sequence[str]) -> 
         matches = [pattern for pattern in patterns if end_match(pattern, name, key)]
         if len(matches) > 1:
             raise UserError(
-                f"{key}: {matches[0]!r} and {matches[1]!r} both match {name}. Remove one, or use more "
+                f"{key}: {matches[0]!r} and {matches[1]!r} both match {name}. Remove one, or use "
+                "more "
                 "specific patterns, such as layers.0.self_attn.q_proj."
             )
     for pattern in patterns:
@@ -261,31 +312,42 @@ def _check_patterns(key: str, patterns: Sequence[str], names: Sequence[str]) -> 
 
 
 def note_wide_rank(model: CausalLM, section: str = "finetune_lora") -> Iterator[Event]:
-    """Yields a note if the rank exceeds a matrix's smaller side: more parameters, but no more expressiveness (§2.4)."""
+    """Yields a note if the rank exceeds a matrix's smaller side: more parameters, but no more
+    expressiveness (§2.4).
+    """
     from pipeline.adapters.attach import adapter_layers
     from pipeline.project.runner import Note
 
     for name, layer in adapter_layers(model):
         rank, max_rank = len(layer.lora_A), min(layer.lora_A.shape[1], layer.lora_B.shape[0])
         if rank > max_rank:
-            yield Note(f"{section}.rank {rank} is more than {name} can use; its rank is at most {max_rank}")
+            yield Note(
+                f"{section}.rank {rank} is more than {name} can use; its rank is at most {max_rank}"
+            )
             return
 
 
 def note_experts(model: CausalLM, spec: AdapterSpec, quantization: str) -> Iterator[Event]:
-    """Yields notes if the model has experts, most of its weights, that get no LoRA, or are not quantized."""
+    """Yields notes if the model has experts, most of its weights, that get no LoRA, or are not
+    quantized.
+    """
     from pipeline.project.runner import Note
 
-    if all(parameter.ndim < 3 for parameter in model.parameters()):  # most models: the module below is not loaded
+    # most models: the module below is not loaded
+    if all(parameter.ndim < 3 for parameter in model.parameters()):
         return
     from pipeline.adapters.experts import expert_parameters
 
     names = expert_parameters(model)
     if names and quantization != "none":
-        yield Note(f"finetune_lora.quantization {quantization} is of linears: the experts keep their precision")
+        yield Note(
+            f"finetune_lora.quantization {quantization} is of linears: the experts keep their "
+            "precision"
+        )
     if names and not spec.parameters:
         yield Note(
-            f"experts get no LoRA: name them, finetune_lora.target_parameters=[{', '.join(names)}], to train them too"
+            "experts get no LoRA: name them, "
+            f"finetune_lora.target_parameters=[{', '.join(names)}], to train them too"
         )
 
 
@@ -295,11 +357,14 @@ def new_rows(expanded: Path) -> tuple[int, ...]:
     return tuple(range(start, stop))
 
 
-def save_files(out: Path, base: Base, spec: AdapterSpec, folder: Path, settings: FinetuneLora) -> Facts:
+def save_files(
+    out: Path, base: Base, spec: AdapterSpec, folder: Path, settings: FinetuneLora
+) -> Facts:
     """Write the adapter to `out`; `folder` is the base's. Returns the manifest's entries.
 
-    These are `stored`, the files' rank and alpha, where they are not those of the settings: PiSSA's, whose parameters
-    also differ from those that trained, and those of an adapter that was trained on from another.
+    These are `stored`, the files' rank and alpha, where they are not those of the settings:
+    PiSSA's, whose parameters also differ from those that trained, and those of an adapter that was
+    trained on from another.
     """
     from pipeline.adapters.config import WEIGHTS
     from pipeline.adapters.peft import save_adapter, stored_spec
@@ -311,7 +376,9 @@ def save_files(out: Path, base: Base, spec: AdapterSpec, folder: Path, settings:
         return {}
     facts: Facts = {"stored": {"rank": saved.rank, "alpha": saved.alpha}}
     if saved is not spec:
-        facts["parameters"] = {"stored": sum(prod(shape) for shape in shapes(out / WEIGHTS).values())}
+        facts["parameters"] = {
+            "stored": sum(prod(shape) for shape in shapes(out / WEIGHTS).values())
+        }
     return facts
 
 
@@ -328,9 +395,13 @@ def _parse_rank_patterns(texts: list[str]) -> tuple[tuple[str, int], ...]:
     for text in texts:
         pattern, _, rank = text.rpartition("=")
         if not pattern or not re.fullmatch(r"[0-9]{1,9}", rank) or not int(rank):
-            raise UserError(f"rank-pattern takes PATTERN=RANK, such as q_proj=16, got {text[:60]!r}.")
+            raise UserError(
+                f"rank-pattern takes PATTERN=RANK, such as q_proj=16, got {text[:60]!r}."
+            )
         if reason := problem(end_pattern(pattern)):
-            raise UserError(f"rank-pattern {pattern[:60]!r} is not a valid regular expression: {reason}.")
+            raise UserError(
+                f"rank-pattern {pattern[:60]!r} is not a valid regular expression: {reason}."
+            )
         parsed.append((pattern, int(rank)))
     return tuple(parsed)
 
@@ -342,8 +413,8 @@ NEW_ROWS = "new rows"
 class Lora(FinetuningMethod):
     """W + s·BA at chosen linears (Hu et al. 2021), with A (R, I), B (O, R) and s = α/r.
 
-    `embeddings` and `new_rows`: what trains of embedding and head. `rank_pattern`: (pattern, rank), matched as PEFT
-    does.
+    `embeddings` and `new_rows`: what trains of embedding and head. `rank_pattern`: (pattern, rank),
+    matched as PEFT does.
     """
 
     name = "lora"
@@ -359,15 +430,22 @@ class Lora(FinetuningMethod):
         parse=_parse_targets,
     )
     rank_pattern: tuple[tuple[str, int], ...] = option(
-        (), "Rank for modules that match PATTERN, as in PEFT.", metavar="PATTERN=RANK", parse=_parse_rank_patterns
+        (),
+        "Rank for modules that match PATTERN, as in PEFT.",
+        metavar="PATTERN=RANK",
+        parse=_parse_rank_patterns,
     )
     rslora: bool = option(False, "Scale by alpha / √rank.")
     dora: bool = option(False, "DoRA: train magnitudes too.")
     lora_dropout: float = option(0.0, "LoRA dropout; memory depends on whether there is any.")
     embeddings: str = option(
-        "none", "Train embedding and head with LoRA: none, all or new_rows.", choices=("none", "all", "new_rows")
+        "none",
+        "Train embedding and head with LoRA: none, all or new_rows.",
+        choices=("none", "all", "new_rows"),
     )
-    new_rows: int = option(0, "Number of embedding rows to train; sets --embeddings new_rows.", least=0)
+    new_rows: int = option(
+        0, "Number of embedding rows to train; sets --embeddings new_rows.", least=0
+    )
     target_parameters: tuple[str, ...] = option(
         (),
         "A mixture's experts: mlp.experts.gate_up_proj,mlp.experts.down_proj.",
@@ -394,13 +472,23 @@ class Lora(FinetuningMethod):
         name = "DoRA" if self.dora else "rsLoRA" if self.rslora else "LoRA"
         rows = f", {self.trained_rows} new rows" if self.trained_rows else ""
         ends = ", embeddings and head" if self.embeddings == "all" else rows
-        return f"{name} r={self.rank} on {', '.join((*self.targets, *self.target_parameters))}{ends}"
+        return (
+            f"{name} r={self.rank} on {', '.join((*self.targets, *self.target_parameters))}{ends}"
+        )
 
     def params(self) -> Mapping[str, Any]:
-        targets: dict[str, Any] = {"target_modules": list(self.targets), "train_embeddings": self.embeddings}
+        targets: dict[str, Any] = {
+            "target_modules": list(self.targets),
+            "train_embeddings": self.embeddings,
+        }
         if self.target_parameters:
             targets["target_parameters"] = list(self.target_parameters)
-        return {"rank": self.rank, "alpha": self.effective_alpha, "lora_dropout": self.lora_dropout, **targets}
+        return {
+            "rank": self.rank,
+            "alpha": self.effective_alpha,
+            "lora_dropout": self.lora_dropout,
+            **targets,
+        }
 
     def with_params(self, settings: FinetuneLora) -> Lora:
         """Without new rows: how many there are is known only once the vocabulary is expanded."""
@@ -416,11 +504,16 @@ class Lora(FinetuningMethod):
         if self.embeddings == "new_rows" and not self.new_rows:
             raise UserError("embeddings new_rows needs --new-rows, the number of trainable rows.")
         if not self.targets and not self.target_parameters:
-            raise UserError("targets is empty and matches no linear layer. Name linears, or --target-parameters.")
+            raise UserError(
+                "targets is empty and matches no linear layer. Name linears, or "
+                "--target-parameters."
+            )
         if self.alpha is not None and not 0 < self.alpha < float("inf"):
             raise UserError(f"alpha must be more than 0, got {self.alpha:g}.")
         if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"lora-dropout must be at least 0 and below 1, got {self.lora_dropout:g}.")
+            raise UserError(
+                f"lora-dropout must be at least 0 and below 1, got {self.lora_dropout:g}."
+            )
 
     def without_base(self) -> Lora:
         return replace(self, embeddings="none", new_rows=0) if self.embeddings == "all" else self
@@ -432,8 +525,13 @@ class Lora(FinetuningMethod):
 
     def adapted(self, model: Architecture) -> Mapping[str, int]:
         named = {name: self._rank_of(name) for name in matching_linears(model, self.targets)}
-        if model.style.split_experts:  # named as two linears, an expert's gate and up get a rank each
-            named |= {name: self._rank_of(name, 2) for name in named if name.endswith("experts.gate_up_proj")}
+        # named as two linears, an expert's gate and up get a rank each
+        if model.style.split_experts:
+            named |= {
+                name: self._rank_of(name, 2)
+                for name in named
+                if name.endswith("experts.gate_up_proj")
+            }
         return named | {name: self._rank_of(name) for name in self._stacked(model)}
 
     def _stacked(self, model: Architecture) -> list[str]:
@@ -441,15 +539,26 @@ class Lora(FinetuningMethod):
         experts = [name for name, linear in model.linears() if linear.experts > 1]
         for target in self.target_parameters:
             if not any(matches_suffix(name, target) for name in experts):
-                known = ", ".join(dict.fromkeys(linear.name for _, linear in model.linears() if linear.experts > 1))
-                raise UserError(
-                    f"target_parameters: {target!r} matches no stacked experts. The model has {known or 'none'}."
+                known = ", ".join(
+                    dict.fromkeys(
+                        linear.name for _, linear in model.linears() if linear.experts > 1
+                    )
                 )
-        return [name for name in experts if any(matches_suffix(name, target) for target in self.target_parameters)]
+                raise UserError(
+                    f"target_parameters: {target!r} matches no stacked experts. The model has "
+                    f"{known or 'none'}."
+                )
+        return [
+            name
+            for name in experts
+            if any(matches_suffix(name, target) for target in self.target_parameters)
+        ]
 
     def _rank_of(self, name: str, factor: int = 1) -> int:
         """Rank by the first matching pattern, `(.*\\.)?(pattern)$` as in PEFT."""
-        ranks = (rank for pattern, rank in self.rank_pattern if end_match(pattern, name, "rank_pattern"))
+        ranks = (
+            rank for pattern, rank in self.rank_pattern if end_match(pattern, name, "rank_pattern")
+        )
         return next(ranks, factor * self.rank)
 
     def linear_parameters(self, linear: Linear, rank: int) -> int:
@@ -459,7 +568,9 @@ class Lora(FinetuningMethod):
     def trained_parts(self, model: Architecture) -> TrainedParts:
         matrices = {"matrices": sum(p.parameters for p in projections(model, self))}
         if self.embeddings == "all":  # PEFT's modules_to_save, without a tied head's bias
-            return TrainedParts(matrices, {"embeddings": model.embedding, "head": model.head - model.head_bias})
+            return TrainedParts(
+                matrices, {"embeddings": model.embedding, "head": model.head - model.head_bias}
+            )
         rows = {NEW_ROWS: self.trained_rows * model.embedding_width * (1 if model.tied else 2)}
         return TrainedParts(matrices | rows)
 
@@ -471,13 +582,17 @@ class Lora(FinetuningMethod):
         return sum(p.count * p.experts * p.magnitudes for p in projections(model, self))
 
     def buffer_bytes(self, model: Architecture, width: int) -> int:
-        """DoRA's ‖W‖² in fp32, and PiSSA's initial A and B, which are subtracted from the trained ones."""
+        """DoRA's ‖W‖² in fp32, and PiSSA's initial A and B, which are subtracted from the trained
+        ones.
+        """
         magnitudes = self.fp32_parameters(model)
         matrices = sum(p.parameters for p in projections(model, self)) - magnitudes
         return 4 * magnitudes + (matrices * width if self.pissa else 0)
 
     def document_count(self, model: Architecture) -> int | None:
-        """Every projection d_model × d_model, 2·r·d_model each, for plain LoRA on separate attention projections."""
+        """Every projection d_model × d_model, 2·r·d_model each, for plain LoRA on separate
+        attention projections.
+        """
         if self.dora or self.rank_pattern or self.embeddings != "none" or self.new_rows:
             return None
         adapted = projections(model, self)
@@ -490,21 +605,30 @@ class Lora(FinetuningMethod):
         wide = [p for p in adapted if p.rank > min(p.inputs, p.outputs)]
         if wide:
             p = min(wide, key=lambda p: min(p.inputs, p.outputs))
-            texts.append(f"rank {p.rank} is more than {p.name} can use: its rank is at most {min(p.inputs, p.outputs)}")
+            texts.append(
+                f"rank {p.rank} is more than {p.name} can use: its rank is at most "
+                f"{min(p.inputs, p.outputs)}"
+            )
         with_experts = any(p.experts > 1 for p in adapted) and not self.target_parameters
         if with_experts and model.style.split_experts:
             texts.append(
-                "experts' gate and up are one tensor: it gets a rank for each, twice the rank, as in PEFT; "
+                "experts' gate and up are one tensor: it gets a rank for each, twice the rank, as "
+                "in PEFT; "
                 "training here adapts them by target_parameters"
             )
         elif with_experts:
-            texts.append("experts are one tensor a layer: PEFT adapts them by target_parameters, not target_modules")
+            texts.append(
+                "experts are one tensor a layer: PEFT adapts them by target_parameters, not "
+                "target_modules"
+            )
         elif (
             ALL_LINEAR in self.targets
             and not self.target_parameters
             and any(linear.experts > 1 for linear in model.blocks[-1].linears)
         ):
-            texts.append("all-linear leaves these experts out, as PEFT does; feed_forward adapts them")
+            texts.append(
+                "all-linear leaves these experts out, as PEFT does; feed_forward adapts them"
+            )
         return texts
 
     # what it does to the step
@@ -526,29 +650,44 @@ class Lora(FinetuningMethod):
         return ops.tape.op(x, elements=rows * self.trained_rows, saves=[x], weights=[table])
 
     def fuse(self, ops: Ops, x: Value, block: Block, ranks: Sequence[int]) -> Value | None:
-        """MiniGPT's block whose attention alone is adapted, all of it alike: `models/kernels/low_rank_block.py`."""
+        """MiniGPT's block whose attention alone is adapted, all of it alike:
+        `models/kernels/low_rank_block.py`.
+        """
         t, n, w, run, rank = ops.tape, ops.n, ops.w, ops.run, ranks[0]
-        alike = [*ranks] == [rank] * len(block.attention) + [0] * len(block.feed_forward) and {w, ops.adapter} == {4}
-        more = self.dora or self.pissa or self.lora_dropout or (run.span and run.sequence > PACK_UP_TO)
+        alike = [*ranks] == [rank] * len(block.attention) + [0] * len(block.feed_forward) and {
+            w,
+            ops.adapter,
+        } == {4}
+        more = (
+            self.dora or self.pissa or self.lora_dropout or (run.span and run.sequence > PACK_UP_TO)
+        )
         if not ops.style.ours or not rank or not alike or more:
             return None
         row, inner = n * ops.model.hidden, n * block.feed_forward[0].outputs
         factors, folded = 4 * rank * ops.model.hidden, 4 * ops.model.hidden**2
-        # two norms, attention's inputs and output, the residual sum, the activation's input, the factors joined
+        # two norms, attention's inputs and output, the residual sum, the activation's input, the
+        # factors joined
         sizes = (row, 3 * row, row, row, inner, factors, factors)
         per_row = (n, n, n, n, n * ops.model.heads)  # means, 1/σ and attention's log-sums
         saved = [x, *(t.leaf(size, w) for size in (*per_row, *sizes))]
-        # forward folds the weights, then has norm and activation; backward two gradients of the activation, or the
-        # weights folded again beside gradients of rows, last of all beside those of the factors
+        # forward folds the weights, then has norm and activation; backward two gradients of the
+        # activation, or the weights folded again beside gradients of rows, last of all beside those
+        # of the factors
         temp = max(folded - inner - row, row + inner)
         back = max(2 * inner - row, folded + max(7 * row, 5 * row + 2 * factors))
         weights = [ops.adapter_weight(factors // 4) for _ in range(8)]
         return t.op(x, saves=saved, weights=weights, temp=temp * w, back=back * w)
 
     def fold(self, ops: Ops, x: Value, linear: Linear, rank: int) -> Value | None:
-        """(W + s·BA)x, as our layers compute small linears: the matrix costs less than another (N, O)."""
+        """(W + s·BA)x, as our layers compute small linears: the matrix costs less than another (N,
+        O).
+        """
         if self.lora_dropout:
-            return self._dropped_in_part(ops, x, linear, rank) if ops.flat and (self.dora or self.pissa) else None
+            return (
+                self._dropped_in_part(ops, x, linear, rank)
+                if ops.flat and (self.dora or self.pissa)
+                else None
+            )
         if linear.weights >= FOLD_BELOW or (self.dora and not ops.flat):
             return None
         t, sizes = ops.tape, (rank * linear.inputs, rank * linear.outputs)
@@ -569,7 +708,9 @@ class Lora(FinetuningMethod):
             return self._add_in_place(ops, y, x, linear, rank, rows)
         b = self._low_rank(ops, x, linear, rank, rows)
         if self.dora:  # with dropout the base computes its input too
-            b = self._scale_as_peft(ops, ops.matmul(x, linear, rows) if self.lora_dropout else y, b, linear)
+            b = self._scale_as_peft(
+                ops, ops.matmul(x, linear, rows) if self.lora_dropout else y, b, linear
+            )
         if b.width != y.width:  # 16-bit y + 32-bit update is 32-bit
             return ops.cast(t.op(y, b, width=b.width), y.width)
         return t.op(y, b, alias=True)
@@ -580,7 +721,9 @@ class Lora(FinetuningMethod):
         return ops.tape.op(x, view=True) if ops.flat else x
 
     def _dropped_in_part(self, ops: Ops, x: Value, linear: Linear, rank: int) -> Value:
-        """The update of dropout(x), and what does not train of x − dropout(x): our DoRA and PiSSA."""
+        """The update of dropout(x), and what does not train of x − dropout(x): our DoRA and
+        PiSSA.
+        """
         t, plain, size = ops.tape, replace(self, lora_dropout=0.0), ops.n * linear.outputs
         dropped = self._drop(ops, x)
         y = plain.fold(ops, dropped, linear, rank)
@@ -595,16 +738,27 @@ class Lora(FinetuningMethod):
 
     # Functions of their own, though called once: what they do not save is freed when they return.
 
-    def _add_in_place(self, ops: Ops, y: Value, x: Value, linear: Linear, rank: int, rows: int) -> Value:
+    def _add_in_place(
+        self, ops: Ops, y: Value, x: Value, linear: Linear, rank: int, rows: int
+    ) -> Value:
         """y += s·BAx, in our layers; PiSSA's factors are stacked with their initial values."""
-        t, sizes = ops.tape, (linear.experts * rank * linear.inputs, linear.experts * rank * linear.outputs)
+        t, sizes = (
+            ops.tape,
+            (linear.experts * rank * linear.inputs, linear.experts * rank * linear.outputs),
+        )
         copied, twice = ops.adapter != ops.w or self.pissa, 2 if self.pissa else 1
         A, B = ([t.leaf(twice * size, ops.w)] if copied else [] for size in sizes)
-        a = t.op(x, elements=rows * twice * rank, saves=[x, *A], weights=[ops.adapter_weight(sizes[0])])
-        return t.op(y, a, view=True, alias=True, saves=[a, *B], weights=[ops.adapter_weight(sizes[1])])
+        a = t.op(
+            x, elements=rows * twice * rank, saves=[x, *A], weights=[ops.adapter_weight(sizes[0])]
+        )
+        return t.op(
+            y, a, view=True, alias=True, saves=[a, *B], weights=[ops.adapter_weight(sizes[1])]
+        )
 
     def _low_rank(self, ops: Ops, x: Value, linear: Linear, rank: int, rows: int) -> Value:
-        """s·BAx (rows, O). Casts A and B to the dtype of x; or x to theirs, once per linear, as PEFT does."""
+        """s·BAx (rows, O). Casts A and B to the dtype of x; or x to theirs, once per linear, as
+        PEFT does.
+        """
         t, of_inputs = ops.tape, ops.run.casts == "inputs"
         sizes = linear.experts * rank * linear.inputs, linear.experts * rank * linear.outputs
         copied = ops.adapter != ops.w and not of_inputs
@@ -612,11 +766,15 @@ class Lora(FinetuningMethod):
         x = ops.cast(x, ops.adapter) if of_inputs else x
         a = t.op(x, elements=rows * rank, saves=[x, *A], weights=[ops.adapter_weight(sizes[0])])
         a = a if of_inputs else t.op(a)  # · s
-        b = t.op(a, elements=rows * linear.outputs, saves=[a, *B], weights=[ops.adapter_weight(sizes[1])])
+        b = t.op(
+            a, elements=rows * linear.outputs, saves=[a, *B], weights=[ops.adapter_weight(sizes[1])]
+        )
         return t.op(b) if of_inputs else b  # · s
 
     def _scale_rows(self, ops: Ops, y: Value, linear: Linear) -> Value:
-        """Our DoRA: m/norm · y in fp32, rounded once. Saves y, m/norm and the norm, one number per output each."""
+        """Our DoRA: m/norm · y in fp32, rounded once. Saves y, m/norm and the norm, one number per
+        output each.
+        """
         t, fp32 = ops.tape, 4 * y.elements
         saved = [y, *(t.leaf(linear.outputs, 4) for _ in range(2))]
         y = t.op(y, width=4, saves=saved, weights=[ops.fp32_weight(linear.outputs)], back=fp32)

@@ -1,4 +1,6 @@
-"""Prefix tuning (Li & Liang 2021): keys and values of virtual tokens train, in front of every block's own (§7)."""
+"""Prefix tuning (Li & Liang 2021): keys and values of virtual tokens train, in front of every
+block's own (§7).
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ class FinetunePrefix(AdapterTraining, frozen=True, kw_only=True):
     PRETRAINED: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-2, "virtual_tokens": 20}
 
     learning_rate: Annotated[Rate, "of the optimizer, after warm-up"] = 1e-2
-    virtual_tokens: Annotated[Count, "virtual tokens before every sequence; each takes one position"] = 20
+    virtual_tokens: Annotated[
+        Count, "virtual tokens before every sequence; each takes one position"
+    ] = 20
 
 
 STAGE = method(
@@ -54,8 +58,10 @@ def attach(job: Job, settings: FinetunePrefix, base: Base) -> Generator[Event, N
             works = base.model.supports_prefix
         if not works:
             raise UserError(
-                f"finetune_prefix.gradient_checkpointing must be none, got {settings.gradient_checkpointing}: "
-                "prefix tuning does not work with gradient checkpointing on this model. Set it to none."
+                "finetune_prefix.gradient_checkpointing must be none, got "
+                f"{settings.gradient_checkpointing}: "
+                "prefix tuning does not work with gradient checkpointing on this model. Set it to "
+                "none."
             )
     return attached
 
@@ -65,7 +71,9 @@ def attach(job: Job, settings: FinetunePrefix, base: Base) -> Generator[Event, N
 
 @dataclass(frozen=True)
 class Prefix(FinetuningMethod):
-    """Trained keys and values before those of every sequence, in every block (Li and Liang 2021)."""
+    """Trained keys and values before those of every sequence, in every block (Li and Liang
+    2021).
+    """
 
     name = "prefix"
     short_attention = False
@@ -83,7 +91,8 @@ class Prefix(FinetuningMethod):
                     block.kind, "heads of its own size"
                 )
                 raise UserError(
-                    f"prefix tuning needs the same keys and values in every block, but block {index} of this model has "
+                    "prefix tuning needs the same keys and values in every block, but block "
+                    f"{index} of this model has "
                     f"{kind}. Use --method lora or prompt."
                 )
 
@@ -94,7 +103,9 @@ class Prefix(FinetuningMethod):
         return 2 * self.virtual_tokens * model.kv_heads * model.head_size
 
     def extend_keys(self, ops: Ops, x: Value) -> Value:
-        """A copy of x and the virtual tokens' keys for each sequence: (B, T + virtual, kv_heads · head_size)."""
+        """A copy of x and the virtual tokens' keys for each sequence: (B, T + virtual, kv_heads ·
+        head_size).
+        """
         size = self.virtual_tokens * ops.model.kv_heads * ops.model.head_size
         added = [ops.adapter_weight(size)]
         return ops.tape.op(x, elements=x.elements + ops.run.virtual_places * size, weights=added)

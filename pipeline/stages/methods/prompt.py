@@ -1,5 +1,7 @@
 # ruff: noqa: ARG002 (most methods need only some of what a hook gets)
-"""Prompt tuning (Lester et al. 2021): embeddings of virtual tokens train, before every sequence (§7)."""
+"""Prompt tuning (Lester et al. 2021): embeddings of virtual tokens train, before every sequence
+(§7).
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ class FinetunePrompt(AdapterTraining, frozen=True, kw_only=True):
     PRETRAINED: ClassVar[Mapping[str, Any]] = {"learning_rate": 3e-2, "virtual_tokens": 20}
 
     learning_rate: Annotated[Rate, "of the optimizer, after warm-up"] = 3e-2
-    virtual_tokens: Annotated[Count, "virtual tokens before every sequence; each takes one position"] = 20
+    virtual_tokens: Annotated[
+        Count, "virtual tokens before every sequence; each takes one position"
+    ] = 20
 
 
 STAGE = method(
@@ -75,7 +79,9 @@ class Prompt(FinetuningMethod):
     def embed(self, ops: Ops, x: Value, ids: Value) -> Value:
         """(B, virtual + T, D): the same virtual tokens before every sequence."""
         width = ops.model.embedding_width
-        return ops.tape.op(x, elements=ops.n * width, weights=[ops.adapter_weight(self.virtual_tokens * width)])
+        return ops.tape.op(
+            x, elements=ops.n * width, weights=[ops.adapter_weight(self.virtual_tokens * width)]
+        )
 
 
 COUNTED = Prompt()

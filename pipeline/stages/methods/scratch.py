@@ -1,4 +1,6 @@
-"""Training from scratch: the expanded base's shape, from random weights, on old and new sentences (§1, §7)."""
+"""Training from scratch: the expanded base's shape, from random weights, on old and new sentences
+(§1, §7).
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,11 @@ if TYPE_CHECKING:
 
 
 class TrainFromScratch(Training, frozen=True, kw_only=True):
-    """A model of the base's shape with random weights learns old and new sentences together (§1, §7).
+    """A model of the base's shape with random weights learns old and new sentences together (§1,
+    §7).
 
-    60 epochs of both files are 1,200 steps: as many as pretraining and full fine-tuning take one after the other.
+    60 epochs of both files are 1,200 steps: as many as pretraining and full fine-tuning take one
+    after the other.
     """
 
     # from random weights: enough to run the stage, not to learn
@@ -49,7 +53,8 @@ STAGE = Stage(
 
 
 def run(job: Job) -> Generator[Event, None, Facts]:
-    """Train every parameter from random weights on all files → a checkpoint in the base's stored precision.
+    """Train every parameter from random weights on all files → a checkpoint in the base's stored
+    precision.
 
     Raises UserError, and whatever `train` raises.
     """
@@ -64,12 +69,15 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     asked = asked_while_training(job, settings, base)
     task = TrainingTask.of_one(base.model, batches, settings, FULL, evaluation, **asked)
     optimizer = yield from train(job, task)
-    stored = None if stored_precision(folder) == settings.precision else untrained_base(job, None).model
+    stored = (
+        None if stored_precision(folder) == settings.precision else untrained_base(job, None).model
+    )
     return save_checkpoint(job, base, optimizer, trained_from=stored)
 
 
 def untrained_base(job: Job, precision: str | None) -> Base:
-    """The expanded base's architecture and tokenizer with random weights, in `precision` or the base's own.
+    """The expanded base's architecture and tokenizer with random weights, in `precision` or the
+    base's own.
 
     Weights are drawn in fp32, so that they depend only on the seed.
     """
@@ -77,7 +85,10 @@ def untrained_base(job: Job, precision: str | None) -> Base:
 
     from pipeline.models.load import load_base, untrained
 
-    folder, trust = job.project.artifact("expand_vocab"), job.project.params.origin.trust_remote_code
+    folder, trust = (
+        job.project.artifact("expand_vocab"),
+        job.project.params.origin.trust_remote_code,
+    )
     base = load_base(folder, precision, trust)
     torch.manual_seed(job.project.section(job.stage).seed)
     base.model.load_state_dict(untrained(folder, trust).state_dict())

@@ -1,6 +1,8 @@
-"""A sweep: one LoRA adapter per combination of a grid, trained together in one pass on one frozen base.
+"""A sweep: one LoRA adapter per combination of a grid, trained together in one pass on one frozen
+base.
 
-The searches in `stages/searches` say which combinations, `evaluation/selection` which of the adapters to take.
+The searches in `stages/searches` say which combinations, `evaluation/selection` which of the
+adapters to take.
 """
 
 from __future__ import annotations
@@ -33,7 +35,13 @@ from pipeline.project.params.schema import (
     value_type,
 )
 from pipeline.project.stage_graph import Look, Project, Stage
-from pipeline.stages.methods.lora import FinetuneLora, lora_spec, new_rows, note_wide_rank, save_files
+from pipeline.stages.methods.lora import (
+    FinetuneLora,
+    lora_spec,
+    new_rows,
+    note_wide_rank,
+    save_files,
+)
 from pipeline.stages.searches import NAMES, Trial, Values, count, grids, search_of
 
 if TYPE_CHECKING:
@@ -47,7 +55,8 @@ if TYPE_CHECKING:
 MAX_ADAPTERS = 256  # adapters in one pass
 MAX_NAME = 100  # characters of a name, which is also a folder's
 PASSES = "passes"  # below the run folder: finished ones of a sweep that has several
-SEARCH_KEYS = ("trials", "search_seed", "reduction_factor", "sampler", "generation")  # that only some searches read
+# that only some searches read
+SEARCH_KEYS = ("trials", "search_seed", "reduction_factor", "sampler", "generation")
 ABBREVIATIONS = {
     "learning_rate": "lr",
     "target_modules": "targets",
@@ -55,15 +64,34 @@ ABBREVIATIONS = {
     "loraplus_ratio": "plus",
 }
 SWEPT = (  # keys of finetune_lora in which adapters that train together can differ
-    *("seed", "learning_rate", "schedule", "warmup_steps", "warmup_ratio", "max_grad_norm", "loraplus_ratio"),
+    *(
+        "seed",
+        "learning_rate",
+        "schedule",
+        "warmup_steps",
+        "warmup_ratio",
+        "max_grad_norm",
+        "loraplus_ratio",
+    ),
     *("weight_decay", "lora_dropout", "neftune_alpha"),
-    *("rank", "alpha", "target_modules", "rank_pattern", "alpha_pattern", "rslora", "dora", "init_lora_weights"),
+    *(
+        "rank",
+        "alpha",
+        "target_modules",
+        "rank_pattern",
+        "alpha_pattern",
+        "rslora",
+        "dora",
+        "init_lora_weights",
+    ),
     "retention_weight",
 )
 
 
 def _read_grid(values: Any, key: str, origin: ValueSource) -> Any:
-    """Key of finetune_lora → the values to try: a tuple, or a range. Of several grids a tuple. Raises UserError."""
+    """Key of finetune_lora → the values to try: a tuple, or a range. Of several grids a tuple.
+    Raises UserError.
+    """
     if values in (None, "", [], {}):
         return {}
     if isinstance(values, list) and all(isinstance(grid, dict) for grid in values):
@@ -74,30 +102,41 @@ def _read_grid(values: Any, key: str, origin: ValueSource) -> Any:
         if name not in SWEPT:
             known = ", ".join(SWEPT)
             raise UserError(
-                f"{key}.{name}: adapters that train together can differ in {known} only. {origin.edit(key)}"
+                f"{key}.{name}: adapters that train together can differ in {known} only. "
+                f"{origin.edit(key)}"
             )
-    return {name: _read_options(name, options, f"{key}.{name}", origin) for name, options in values.items()}
+    return {
+        name: _read_options(name, options, f"{key}.{name}", origin)
+        for name, options in values.items()
+    }
 
 
 def _read_options(name: str, options: Any, key: str, origin: ValueSource) -> Any:
-    """A list of values of finetune_lora's key `name` as a tuple, or {low, high, log}. Raises UserError."""
+    """A list of values of finetune_lora's key `name` as a tuple, or {low, high, log}. Raises
+    UserError.
+    """
     hint = hints(FinetuneLora)[name]
     if isinstance(options, list) and options:
         return tuple(check_value(hint, value, key, origin) for value in options)
     if not isinstance(options, dict) or not {"low", "high"} <= options.keys():
         raise UserError(
-            f"{key} must be a list of values, such as [1, 2], or a range such as {{low: 1, high: 8}}, got "
+            f"{key} must be a list of values, such as [1, 2], or a range such as {{low: 1, high: "
+            f"8}}, got "
             f"{options!r}. {origin.edit(key)}"
         )
     reject_unknown_keys(options, ["low", "high", "log"], f"{key}.", origin)
     if value_type(FinetuneLora, name) not in (int, float):
-        raise UserError(f"{key} has no numbers between two values. List them instead. {origin.edit(key)}")
+        raise UserError(
+            f"{key} has no numbers between two values. List them instead. {origin.edit(key)}"
+        )
     low, high = (check_value(hint, options[end], f"{key}.{end}", origin) for end in ("low", "high"))
     log = check_value(bool, options.get("log", False), f"{key}.log", origin)
     if low >= high:
         raise UserError(f"{key}.low must be below high = {high:g}, got {low:g}. {origin.edit(key)}")
     if log and low <= 0:
-        raise UserError(f"{key}.low must be more than 0 in a logarithmic range, got {low:g}. {origin.edit(key)}")
+        raise UserError(
+            f"{key}.low must be more than 0 in a logarithmic range, got {low:g}. {origin.edit(key)}"
+        )
     return {"low": low, "high": high, "log": log}
 
 
@@ -107,7 +146,10 @@ def _read_search(value: Any, key: str, origin: ValueSource) -> str:
     return value
 
 
-GRID_RULE = "a mapping of keys to lists of values, such as {rank: [1, 2, 4]}, a list of such mappings, or empty"
+GRID_RULE = (
+    "a mapping of keys to lists of values, such as {rank: [1, 2, 4]}, a list of such mappings, or "
+    "empty"
+)
 SEARCH_RULE = f"one of {', '.join(NAMES)}"
 Adapter = tuple[Values, FinetuneLora]  # what is its own, and all its settings
 OneGrid = Mapping[str, Any]
@@ -125,42 +167,62 @@ class FinetuneSweep(Section, frozen=True, kw_only=True):
     search: Annotated[
         str,
         ReadBy(_read_search, SEARCH_RULE),
-        "how combinations are chosen: every one of the grid, drawn at random, by successive halving or by Optuna",
+        "how combinations are chosen: every one of the grid, drawn at random, by successive "
+        "halving or by Optuna",
     ] = "grid"
     trials: Annotated[Steps, "combinations to draw from the grid; 0: all of them"] = 0
     search_seed: Annotated[Seed, "of what is drawn"] = 0
-    reduction_factor: Annotated[int, Meta(ge=2, le=MAX_ADAPTERS), "of halving: one adapter in so many trains on"] = 3
-    sampler: Annotated[Literal["tpe", "gp", "qmc"], "Optuna's sampler: TPE, Gaussian process, quasi-Monte Carlo"] = (
-        "tpe"
-    )
-    generation: Annotated[Count, "combinations that Optuna's sampler draws at once, for one pass"] = 8
+    reduction_factor: Annotated[
+        int, Meta(ge=2, le=MAX_ADAPTERS), "of halving: one adapter in so many trains on"
+    ] = 3
+    sampler: Annotated[
+        Literal["tpe", "gp", "qmc"], "Optuna's sampler: TPE, Gaussian process, quasi-Monte Carlo"
+    ] = "tpe"
+    generation: Annotated[
+        Count, "combinations that Optuna's sampler draws at once, for one pass"
+    ] = 8
     old_data: Annotated[
         File,
-        "texts on which each adapter's divergence from the base is measured at the end; empty: those of "
+        "texts on which each adapter's divergence from the base is measured at the end; empty: "
+        "those of "
         "evaluate.old_data",
     ] = ""
 
     def __post_init__(self) -> None:
-        """Raises UserError for a key that the search does not read, and for a grid that it cannot search."""
+        """Raises UserError for a key that the search does not read, and for a grid that it cannot
+        search.
+        """
         search = search_of(self.search)
-        unread = (f for f in structs.fields(FinetuneSweep) if f.name in SEARCH_KEYS and f.name not in search.reads)
+        unread = (
+            f
+            for f in structs.fields(FinetuneSweep)
+            if f.name in SEARCH_KEYS and f.name not in search.reads
+        )
         for f in unread:
             if getattr(self, f.name) != f.default:
                 readers = " or ".join(name for name in NAMES if f.name in search_of(name).reads)
                 raise UserError(
-                    f"{f.name} is {getattr(self, f.name)}, but search {self.search} does not read it. Remove it, or "
+                    f"{f.name} is {getattr(self, f.name)}, but search {self.search} does not read "
+                    "it. Remove it, or "
                     f"set search to {readers}."
                 )
         draws = search.draws(self)
-        ranges = [key for grid in grids(self) for key, options in grid.items() if isinstance(options, Mapping)]
+        ranges = [
+            key
+            for grid in grids(self)
+            for key, options in grid.items()
+            if isinstance(options, Mapping)
+        ]
         if ranges and not draws:
             raise UserError(
-                f"grid.{ranges[0]} is a range, of which search {self.search} cannot train every value. List values, or "
+                f"grid.{ranges[0]} is a range, of which search {self.search} cannot train every "
+                "value. List values, or "
                 "set search to random and trials to a number."
             )
         if not draws and (combinations := count(self)) > MAX_ADAPTERS:
             raise UserError(
-                f"grid has {combinations} combinations; at most {MAX_ADAPTERS} adapters can train together. Shorten "
+                f"grid has {combinations} combinations; at most {MAX_ADAPTERS} adapters can train "
+                "together. Shorten "
                 "its lists."
             )
         key = "generation" if search.passes(self) > 1 else "trials"
@@ -173,22 +235,27 @@ class FinetuneSweep(Section, frozen=True, kw_only=True):
 
 
 def check(project: Project) -> None:
-    """Raises UserError for a grid that cannot be trained, and for a search that lacks what it compares."""
+    """Raises UserError for a grid that cannot be trained, and for a search that lacks what it
+    compares.
+    """
     settings, sweep = project.params.finetune_lora, project.params.finetune_sweep
     search = search_of(sweep.search)
     if search.compares and not (settings.eval_share or settings.eval_data):
         raise UserError(
-            f"finetune_sweep.search {sweep.search} compares held-out losses, but there is no evaluation set. Set "
+            f"finetune_sweep.search {sweep.search} compares held-out losses, but there is no "
+            "evaluation set. Set "
             "finetune_lora.eval_share, such as to 0.1, or finetune_lora.eval_data."
         )
     if settings.init_from:
         raise UserError(
-            f"finetune_lora.init_from is {settings.init_from}, but a sweep trains new adapters. Unset it, or use `lora "
+            f"finetune_lora.init_from is {settings.init_from}, but a sweep trains new adapters. "
+            "Unset it, or use `lora "
             "finetune lora`."
         )
     if settings.target_parameters:
         raise UserError(
-            f"finetune_lora.target_parameters is {', '.join(settings.target_parameters)}, but adapters on experts "
+            f"finetune_lora.target_parameters is {', '.join(settings.target_parameters)}, but "
+            "adapters on experts "
             "train alone. Unset it, or use `lora finetune lora`."
         )
     if search.passes(sweep) == 1:
@@ -214,7 +281,8 @@ STAGE = Stage(
 
 
 def run(job: Job) -> Generator[Event, None, Facts]:
-    """Train what the search asks for → an adapter folder for each combination, and sweep.json with their outcomes.
+    """Train what the search asks for → an adapter folder for each combination, and sweep.json with
+    their outcomes.
 
     Raises UserError, and whatever `train` raises.
     """
@@ -243,15 +311,23 @@ def run(job: Job) -> Generator[Event, None, Facts]:
             shutil.move(waiting, job.out / name)
     shutil.rmtree(job.run / PASSES, ignore_errors=True)
     artifact.write_json(job.out / TABLE, rows)
-    folder, trust = job.project.artifact("expand_vocab"), job.project.params.origin.trust_remote_code
+    folder, trust = (
+        job.project.artifact("expand_vocab"),
+        job.project.params.origin.trust_remote_code,
+    )
     trained = sum(row["trainable"] for row in rows.values())
-    return {"adapters": rows, "parameters": {"total": count(skeleton(folder, trust))["total"], "trainable": trained}}
+    return {
+        "adapters": rows,
+        "parameters": {"total": count(skeleton(folder, trust))["total"], "trainable": trained},
+    }
 
 
 def _waiting_pass(
     job: Job, adapters: Mapping[str, Adapter], earlier: Mapping[str, Any], number: int, passes: int
 ) -> Generator[Event, None, dict[str, Any]]:
-    """Train a pass of several. Its adapters wait in the run folder, so that a killed sweep goes on with the next."""
+    """Train a pass of several. Its adapters wait in the run folder, so that a killed sweep goes on
+    with the next.
+    """
     from pipeline.files import artifact
     from pipeline.project.runner import Progress, discard_checkpoints
 
@@ -281,7 +357,9 @@ def _waiting_pass(
 def _train_pass(
     job: Job, adapters: Mapping[str, Adapter], earlier: Mapping[str, Any]
 ) -> Generator[Event, None, dict[str, Any]]:
-    """Train adapters together, saved in `job.out`. Returns name → outcome; `earlier`: those of the passes before."""
+    """Train adapters together, saved in `job.out`. Returns name → outcome; `earlier`: those of the
+    passes before.
+    """
     import torch
 
     from pipeline.adapters.attach import attach
@@ -299,15 +377,22 @@ def _train_pass(
     settings, sweep = params.finetune_lora, params.finetune_sweep
     if settings.precision == "fp16":
         raise UserError(
-            "finetune_lora.precision fp16 trains one adapter at a time. Set it to bf16 or fp32 for a sweep."
+            "finetune_lora.precision fp16 trains one adapter at a time. Set it to bf16 or fp32 "
+            "for a sweep."
         )
     folder = job.artifact("expand_vocab")
-    base = load_base(folder, settings.precision, params.origin.trust_remote_code, settings.quantization)
+    base = load_base(
+        folder, settings.precision, params.origin.trust_remote_code, settings.quantization
+    )
     dataset, held_out = yield from build_datasets(job, settings, base)
     max_weight = max(lora.retention_weight for _, lora in adapters.values())
-    texts = yield from load_retention_texts(job, structs.replace(settings, retention_weight=max_weight), base)
+    texts = yield from load_retention_texts(
+        job, structs.replace(settings, retention_weight=max_weight), base
+    )
     old_data = sweep.old_data or params.section("evaluate").old_data
-    kept = structs.replace(settings, retention_data=old_data, retention_weight=float(bool(old_data)))
+    kept = structs.replace(
+        settings, retention_data=old_data, retention_weight=float(bool(old_data))
+    )
     old = yield from load_retention_texts(job, kept, base)
     specs = {}
     for name, (_, lora) in adapters.items():
@@ -322,9 +407,13 @@ def _train_pass(
             attach(base.model, specs[name], DTYPES[lora.adapter_precision], lora.init_lora_weights)
         notes.extend(note_wide_rank(base.model))
 
-    routing = attach_many(base.model, [partial(attach_one, name, lora) for name, (_, lora) in adapters.items()])
+    routing = attach_many(
+        base.model, [partial(attach_one, name, lora) for name, (_, lora) in adapters.items()]
+    )
     yield from dict.fromkeys(notes)
-    learners = [_learner(base, routing, name, lora, dataset, texts) for name, (_, lora) in adapters.items()]
+    learners = [
+        _learner(base, routing, name, lora, dataset, texts) for name, (_, lora) in adapters.items()
+    ]
     for learner in learners:
         with _add_name_to_error(learner.name):
             refuse_long_warmup(learner.settings, len(learner.batches), job.stage.section)
@@ -333,11 +422,18 @@ def _train_pass(
         steps = len(learners[0].batches)
         in_order = Batches(held_out, settings.batch_size, seed=None)
         rungs = search_of(sweep.search).rungs(sweep, len(learners), settings.total_steps(steps))
-        evaluation = Evaluation(in_order, settings.eval_steps or steps, settings.patience, len(learners), rungs)
-    less = f"Train fewer adapters at once: shorten {job.stage.name}.grid, or lower finetune_lora.batch_size."
+        evaluation = Evaluation(
+            in_order, settings.eval_steps or steps, settings.patience, len(learners), rungs
+        )
+    less = (
+        f"Train fewer adapters at once: shorten {job.stage.name}.grid, or lower "
+        "finetune_lora.batch_size."
+    )
     path = ManyAdapters(base.model, routing)
     asked = asked_while_training(job, settings, base)
-    task = TrainingTask(base.model, learners, path, evaluation, less_memory=less, earlier=earlier, **asked)
+    task = TrainingTask(
+        base.model, learners, path, evaluation, less_memory=less, earlier=earlier, **asked
+    )
     yield from train(job, task)
     measured: dict[int, dict[str, Any]] = {n: {} for n in range(len(learners))}
     if evaluation is not None:
@@ -346,16 +442,21 @@ def _train_pass(
         retain = RetentionLoss(base.model, old, kept, routing.base)
         live = [n for n, learner in enumerate(learners) if not learner.diverged]
         in_order = Batches(old, settings.retention_batch_size, seed=None)
-        for n, mean in mean_losses(path, in_order, live, lambda batch: path.divergences(batch, retain)).items():
+        for n, mean in mean_losses(
+            path, in_order, live, lambda batch: path.divergences(batch, retain)
+        ).items():
             measured[n]["divergence"] = mean
     return _save_adapters(job, base, adapters, specs, learners, measured)
 
 
-def variants(base: FinetuneLora, sweep: FinetuneSweep, params: Params | None = None) -> dict[str, FinetuneLora]:
-    """Name → settings of each adapter of the first pass, in the grid's order; only `base` if the grid is empty.
+def variants(
+    base: FinetuneLora, sweep: FinetuneSweep, params: Params | None = None
+) -> dict[str, FinetuneLora]:
+    """Name → settings of each adapter of the first pass, in the grid's order; only `base` if the
+    grid is empty.
 
-    `params`: those of the project, whose defaults may follow what the grid sets. Raises UserError for an invalid or
-    duplicate combination.
+    `params`: those of the project, whose defaults may follow what the grid sets. Raises UserError
+    for an invalid or duplicate combination.
     """
     adapters = _adapters(base, search_of(sweep.search).ask(sweep, ()), (), params)
     return {name: lora for name, (_, lora) in adapters.items()}
@@ -364,10 +465,16 @@ def variants(base: FinetuneLora, sweep: FinetuneSweep, params: Params | None = N
 def _adapters(
     base: FinetuneLora, combinations: Sequence[Values], taken: Iterable[str], params: Params | None
 ) -> dict[str, Adapter]:
-    """Name → values and settings of each combination; a name is none of `taken`. Raises UserError as `variants`."""
-    twice = next((values for n, values in enumerate(combinations) if values in combinations[:n]), None)
+    """Name → values and settings of each combination; a name is none of `taken`. Raises UserError
+    as `variants`.
+    """
+    twice = next(
+        (values for n, values in enumerate(combinations) if values in combinations[:n]), None
+    )
     if twice is not None:
-        raise UserError(f"finetune_sweep.grid has {_adapter_name(twice)} twice. Remove one of them.")
+        raise UserError(
+            f"finetune_sweep.grid has {_adapter_name(twice)} twice. Remove one of them."
+        )
     names = _disambiguate([_adapter_name(values) or "adapter" for values in combinations], taken)
     adapters: dict[str, Adapter] = {}
     for name, values in zip(names, combinations, strict=True):
@@ -378,7 +485,9 @@ def _adapters(
 
 
 def grid_around(project: Project, keys: Sequence[str]) -> dict[str, list[Any]]:
-    """Key → values to try around the advised ones, for `--over`. Raises UserError for a key without such values."""
+    """Key → values to try around the advised ones, for `--over`. Raises UserError for a key without
+    such values.
+    """
     from pipeline.project.advice import advised_learning_rate
 
     lora = project.params.finetune_lora
@@ -391,7 +500,8 @@ def grid_around(project: Project, keys: Sequence[str]) -> dict[str, list[Any]]:
     }
     if unknown := [key for key in keys if key not in known]:
         raise UserError(
-            f"--over takes one of {', '.join(known)}, got {unknown[0]}. Write the values of another key into "
+            f"--over takes one of {', '.join(known)}, got {unknown[0]}. Write the values of "
+            "another key into "
             "finetune_sweep.grid."
         )
     return {key: known[key] for key in keys}
@@ -399,12 +509,17 @@ def grid_around(project: Project, keys: Sequence[str]) -> dict[str, list[Any]]:
 
 def _adapter_name(values: Values) -> str:
     """Such as rank-4_seed-0, a valid folder name on every file system."""
-    return "_".join(f"{ABBREVIATIONS.get(key, key)}-{_format_value(value)}" for key, value in values.items())
+    return "_".join(
+        f"{ABBREVIATIONS.get(key, key)}-{_format_value(value)}" for key, value in values.items()
+    )
 
 
 def _format_value(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "+".join(f"{_format_value(key)}={_format_value(item)}" for key, item in value.items()) or "none"
+        return (
+            "+".join(f"{_format_value(key)}={_format_value(item)}" for key, item in value.items())
+            or "none"
+        )
     if isinstance(value, tuple):
         return "+".join(map(_format_value, value))
     return re.sub(r"[^\w.=+-]+", "~", f"{value:g}" if isinstance(value, float) else str(value))
@@ -432,7 +547,12 @@ def _add_name_to_error(adapter: str) -> Iterator[None]:
 
 
 def _learner(
-    base: Base, routing: AdapterRouting, name: str, own: FinetuneLora, learned: Dataset, texts: Dataset | None
+    base: Base,
+    routing: AdapterRouting,
+    name: str,
+    own: FinetuneLora,
+    learned: Dataset,
+    texts: Dataset | None,
 ) -> Learner:
     from pipeline.training.batches import Batches
     from pipeline.training.retention import RetentionLoss
@@ -453,7 +573,8 @@ def _save_adapters(
     learners: Sequence[Learner],
     measured: Mapping[int, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Save each adapter that did not diverge in its own folder, sealed like finetune_lora's artifact.
+    """Save each adapter that did not diverge in its own folder, sealed like finetune_lora's
+    artifact.
 
     `measured`: what else the outcome of each says. Returns name → outcome.
     """
@@ -479,7 +600,11 @@ def _save_adapters(
             "trainable": trained,
             "steps": len(steps),
             "final_loss": final_loss(steps),
-            "eval_loss": min(held_out) if lora.patience and held_out else held_out[-1] if held_out else None,
+            "eval_loss": min(held_out)
+            if lora.patience and held_out
+            else held_out[-1]
+            if held_out
+            else None,
             **measured[number],
         }
         if learner.diverged:
@@ -490,6 +615,11 @@ def _save_adapters(
             save = partial(save_files, base=base, spec=specs[name], folder=folder, settings=lora)
             facts = save_adapter_of(job, base, save, out, trained)
         save_logs(job.run / name, out)
-        facts_of_adapter = {"kind": "adapter", "method": "lora", "seed": lora.seed, "params": effective(lora)}
+        facts_of_adapter = {
+            "kind": "adapter",
+            "method": "lora",
+            "seed": lora.seed,
+            "params": effective(lora),
+        }
         artifact.seal(out, {**job.input_facts, **facts_of_adapter, "commit": commit, **facts})
     return rows

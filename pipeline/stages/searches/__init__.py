@@ -1,6 +1,8 @@
-"""How a sweep chooses the combinations that it trains. A search is one file here, `SEARCH`, found by its name.
+"""How a sweep chooses the combinations that it trains. A search is one file here, `SEARCH`, found
+by its name.
 
-Only the one that a sweep uses is imported. That imports no torch, and no library that only another needs.
+Only the one that a sweep uses is imported. That imports no torch, and no library that only another
+needs.
 """
 
 import pkgutil
@@ -53,10 +55,11 @@ def _no_rungs(_settings: SearchSettings, _adapters: int, _steps: int) -> dict[in
 class Search(NamedTuple):
     """`reads`: the keys of finetune_sweep that it reads beside the grid.
 
-    `ask(settings, tried)`: the combinations of the next pass, given those of all before; the same answer each time.
-    `draws(settings)`: whether it draws from the grid, which may then have ranges. `passes`: how many there are at
-    most. `compares`: whether it needs held-out losses. `rungs(settings, adapters, steps)`: step → how many adapters
-    train on after it. `check(settings)` raises UserError.
+    `ask(settings, tried)`: the combinations of the next pass, given those of all before; the same
+    answer each time. `draws(settings)`: whether it draws from the grid, which may then have ranges.
+    `passes`: how many there are at most. `compares`: whether it needs held-out losses.
+    `rungs(settings, adapters, steps)`: step → how many adapters train on after it.
+    `check(settings)` raises UserError.
     """
 
     ask: Callable[[SearchSettings, Sequence[Trial]], list[Values]]
@@ -80,23 +83,37 @@ def count(settings: SearchSettings) -> int:
 
 def combinations(settings: SearchSettings) -> list[Values]:
     """Every combination of grids without ranges."""
-    return [dict(zip(grid, values, strict=True)) for grid in grids(settings) for values in product(*grid.values())]
+    return [
+        dict(zip(grid, values, strict=True))
+        for grid in grids(settings)
+        for values in product(*grid.values())
+    ]
 
 
 def one_grid(settings: SearchSettings) -> Grid:
     """The only grid. Raises UserError if there are several: which to draw from is not said."""
     (first, *others) = grids(settings)
     if others:
-        raise UserError(f"grid is a list, but search {settings.search} draws from one mapping. Join them.")
+        raise UserError(
+            f"grid is a list, but search {settings.search} draws from one mapping. Join them."
+        )
     return first
 
 
 def check_trials(settings: SearchSettings) -> None:
-    """Raises UserError without a number of combinations to draw, or for a grid that nothing can be drawn from."""
+    """Raises UserError without a number of combinations to draw, or for a grid that nothing can be
+    drawn from.
+    """
     if not settings.trials:
-        raise UserError(f"trials is 0, but search {settings.search} draws as many combinations. Set it, such as to 16.")
+        raise UserError(
+            f"trials is 0, but search {settings.search} draws as many combinations. Set it, such "
+            "as to 16."
+        )
     if not one_grid(settings):
-        raise UserError(f"grid is empty, but search {settings.search} draws from it. Name keys, such as learning_rate.")
+        raise UserError(
+            f"grid is empty, but search {settings.search} draws from it. Name keys, such as "
+            "learning_rate."
+        )
 
 
 def rounded(value: float, low: float, high: float) -> float:

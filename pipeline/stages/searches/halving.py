@@ -1,4 +1,6 @@
-"""Successive halving (Jamieson & Talwalkar 2016): all start, and after each rung the worse ones are stopped."""
+"""Successive halving (Jamieson & Talwalkar 2016): all start, and after each rung the worse ones are
+stopped.
+"""
 
 from pipeline.errors import UserError
 from pipeline.stages.searches import Search, SearchSettings, combinations, count, one_grid
@@ -6,7 +8,8 @@ from pipeline.stages.searches.random import draw
 
 
 def rungs(settings: SearchSettings, adapters: int, steps: int) -> dict[int, int]:
-    """Step → how many adapters train on after it: one in `reduction_factor`, so that each rung costs about the same.
+    """Step → how many adapters train on after it: one in `reduction_factor`, so that each rung
+    costs about the same.
 
     With 27 adapters, a factor of 3 and 81 steps: 9 after step 3, 3 after step 9, 1 after step 27.
     """
@@ -24,7 +27,8 @@ def _check(settings: SearchSettings) -> None:
     adapters = settings.trials or count(settings)
     if adapters < settings.reduction_factor:
         raise UserError(
-            f"reduction_factor is {settings.reduction_factor}, but there are only {adapters} adapters: none would be "
+            f"reduction_factor is {settings.reduction_factor}, but there are only {adapters} "
+            "adapters: none would be "
             "stopped. Lower it, or try more combinations."
         )
 

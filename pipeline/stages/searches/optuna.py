@@ -1,4 +1,6 @@
-"""Optuna's samplers (Akiba et al. 2019): a pass trains a generation, and the next learns from its held-out losses."""
+"""Optuna's samplers (Akiba et al. 2019): a pass trains a generation, and the next learns from its
+held-out losses.
+"""
 
 import warnings
 from collections.abc import Sequence
@@ -6,13 +8,21 @@ from math import ceil, inf
 from typing import Any
 
 from pipeline.errors import require
-from pipeline.stages.searches import Search, SearchSettings, Trial, Values, check_trials, one_grid, rounded
+from pipeline.stages.searches import (
+    Search,
+    SearchSettings,
+    Trial,
+    Values,
+    check_trials,
+    one_grid,
+    rounded,
+)
 
 
 def ask(settings: SearchSettings, tried: Sequence[Trial]) -> list[Values]:
     """The next generation's combinations that are new; none once all `trials` are drawn."""
-    # The study is made anew from what was tried: with a seed the sampler draws the same again, so that a killed sweep
-    # has no state to keep but its adapters' losses.
+    # The study is made anew from what was tried: with a seed the sampler draws the same again, so
+    # that a killed sweep has no state to keep but its adapters' losses.
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -23,7 +33,8 @@ def ask(settings: SearchSettings, tried: Sequence[Trial]) -> list[Values]:
     for start in range(0, settings.trials, settings.generation):
         trials = [study.ask() for _ in range(min(settings.generation, settings.trials - start))]
         asked: list[Values] = [
-            {key: _suggest(trial, key, options) for key, options in grid.items()} for trial in trials
+            {key: _suggest(trial, key, options) for key, options in grid.items()}
+            for trial in trials
         ]
         known = [one.values for one in tried]
         if new := [values for n, values in enumerate(asked) if values not in (*known, *asked[:n])]:
@@ -37,7 +48,8 @@ def ask(settings: SearchSettings, tried: Sequence[Trial]) -> list[Values]:
 def _sampler(settings: SearchSettings) -> Any:
     from optuna import samplers
 
-    seed, first = settings.search_seed % 2**32, settings.generation  # a generation knows nothing of itself
+    # a generation knows nothing of itself
+    seed, first = settings.search_seed % 2**32, settings.generation
     if settings.sampler == "gp":
         return samplers.GPSampler(seed=seed, n_startup_trials=first)
     if settings.sampler == "qmc":

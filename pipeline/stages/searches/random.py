@@ -28,7 +28,11 @@ def _value(options: Any, share: float) -> Any:
         return options[int(share * len(options))]
     low, high = options["low"], options["high"]
     if isinstance(low, int):  # each whole number has the same share, its logarithmic one if so
-        value = low * exp(share * log((high + 1) / low)) if options["log"] else low + share * (high + 1 - low)
+        value = (
+            low * exp(share * log((high + 1) / low))
+            if options["log"]
+            else low + share * (high + 1 - low)
+        )
         return min(high, int(value))
     value = low * exp(share * log(high / low)) if options["log"] else low + share * (high - low)
     return rounded(value, low, high)

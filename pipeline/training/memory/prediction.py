@@ -1,5 +1,5 @@
-"""Memory of a training step: the calculator's prediction, settings that would lower it, and meters of its peak: the
-tensors alive, or on a GPU what CUDA's allocator counts anyway."""
+"""Memory of a training step: the calculator's prediction, settings that would lower it, and meters
+of its peak: the tensors alive, or on a GPU what CUDA's allocator counts anyway."""
 
 import dataclasses
 import os
@@ -38,21 +38,35 @@ def suggest_less_memory(
     options: list[tuple[str, Training, Batch]] = []
     if settings.gradient_checkpointing != "full":
         options.append(
-            (f"{stage}.gradient_checkpointing=full", replace(settings, gradient_checkpointing="full"), batch)
+            (
+                f"{stage}.gradient_checkpointing=full",
+                replace(settings, gradient_checkpointing="full"),
+                batch,
+            )
         )
     if settings.batch_size > 1:
         sequences = settings.batch_size * settings.gradient_accumulation_steps
         single = longest_sequence(batch)
-        options.append((f"{stage}.batch_size=1 with gradient_accumulation_steps={sequences}", settings, single))
+        options.append(
+            (f"{stage}.batch_size=1 with gradient_accumulation_steps={sequences}", settings, single)
+        )
     if isinstance(settings, AdapterTraining) and settings.quantization == "none":
         quantized = replace(settings, quantization="nf4-dq", precision="bf16")
         options.append((f"{stage}.quantization=nf4-dq", quantized, batch))
     now = predict_peak_memory(model, method, settings, batch)
     if now is None:
         return f"Lower {stage}.max_length{''.join(f' or set {option}' for option, *_ in options)}."
-    predictions = [(option, predict_peak_memory(model, method, changed, read)) for option, changed, read in options]
-    smaller = [f"{in_units(size)} with {option}" for option, size in predictions if size and size < now]
-    return f"The calculator predicts {in_units(now)}; {', '.join(smaller) or f'lower {stage}.max_length'}."
+    predictions = [
+        (option, predict_peak_memory(model, method, changed, read))
+        for option, changed, read in options
+    ]
+    smaller = [
+        f"{in_units(size)} with {option}" for option, size in predictions if size and size < now
+    ]
+    return (
+        f"The calculator predicts {in_units(now)}; "
+        f"{', '.join(smaller) or f'lower {stage}.max_length'}."
+    )
 
 
 def longest_sequence(batch: Batch) -> Batch:
@@ -60,7 +74,8 @@ def longest_sequence(batch: Batch) -> Batch:
     longest = max(batch.unpack(), key=lambda part: part.ids.numel())
     if len(longest.ids) == 1:
         return longest
-    index, length = longest.label_index, longest.ids.shape[1]  # equal lengths: take the first sequence
+    # equal lengths: take the first sequence
+    index, length = longest.label_index, longest.ids.shape[1]
     labels = slice(None, length) if index is None else (index < length).to(longest.labels.device)
     label_index = None if index is None else index[labels]
     return Batch(longest.ids[:1], longest.positions[:1], longest.labels[labels], label_index)
@@ -74,10 +89,11 @@ def predict_peak_memory(
     retained: bool = False,
     device: torch.device | None = None,
 ) -> int | None:
-    """Predicted peak of a step on `batch`, in bytes of tensors; None if the calculator does not know the architecture,
-    or the method.
+    """Predicted peak of a step on `batch`, in bytes of tensors; None if the calculator does not
+    know the architecture, or the method.
 
-    `retained`: whether the step computes the retention loss. `device`: where the model will be; default: where it is.
+    `retained`: whether the step computes the retention loss. `device`: where the model will be;
+    default: where it is.
     """
     if method is None:
         return None
@@ -88,10 +104,13 @@ def predict_peak_memory(
     lengths = [method.positions + n for n in lengths]
     # in a packed row a token attends to its own sequence only: on average Σn²/Σn keys
     span = round(sum(n * n for n in lengths) / sum(lengths)) if batch.segments else 0
-    kept_weights = model.kept_attention_weights(lengths) if method.short_attention and not moves else None
+    kept_weights = (
+        model.kept_attention_weights(lengths) if method.short_attention and not moves else None
+    )
     labels = len(batch.labels)
     chunk, retained_chunk = (
-        chunk_rows(model.shape.rows) if moves else chunk_of(model, rows) for rows in (labels, batch.ids.numel())
+        chunk_rows(model.shape.rows) if moves else chunk_of(model, rows)
+        for rows in (labels, batch.ids.numel())
     )
     all_logits = not batch.in_chunks and batch.label_index is None and labels <= chunk
     loss = "divergence" if retained else "full" if all_logits else "chunked"
@@ -113,7 +132,9 @@ def predict_peak_memory(
         precision=precision,
         adapter_precision=adapter,
         # on a CPU paged state is where all else is
-        optimizer=settings.optimizer.removeprefix("paged-") if device.type == "cpu" else settings.optimizer,
+        optimizer=settings.optimizer.removeprefix("paged-")
+        if device.type == "cpu"
+        else settings.optimizer,
         cpu=uses_cpu_kernels(device),
         native=model.trains_natively,
         neftune_alpha=0.0 if retained else settings.neftune_alpha,
@@ -131,20 +152,28 @@ def predict_peak_memory(
 
 
 class MemoryMeter(Protocol):
-    """Measures what runs inside its context. `peak`: bytes of tensors on one device; 0: nothing ran yet."""
+    """Measures what runs inside its context. `peak`: bytes of tensors on one device; 0: nothing ran
+    yet.
+    """
 
     peak: int
 
     @property
     def beside(self) -> str:
-        """What the device holds beside these tensors, to append to a sentence; empty if it is not measured."""
+        """What the device holds beside these tensors, to append to a sentence; empty if it is not
+        measured.
+        """
 
     def watch(self, tensors: Iterable[Tensor]) -> None:
         """Count these too, which were there before."""
 
     def __enter__(self) -> Any: ...
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None, /
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+        /,
     ) -> Any: ...
 
 
@@ -153,10 +182,11 @@ def memory_meter(device: torch.device) -> MemoryMeter:
 
 
 class CudaMemoryMeter:
-    """The allocator's own numbers, which cost nothing: also of what FSDP or a library allocates by itself.
+    """The allocator's own numbers, which cost nothing: also of what FSDP or a library allocates by
+    itself.
 
-    `reserved`: bytes that it has taken from the device, gaps between tensors included. `context`: bytes of the process
-    there beside them, its CUDA context and kernels; 0: not known.
+    `reserved`: bytes that it has taken from the device, gaps between tensors included. `context`:
+    bytes of the process there beside them, its CUDA context and kernels; 0: not known.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -183,13 +213,15 @@ class CudaMemoryMeter:
 
 
 def process_bytes(device: torch.device) -> int:
-    """Bytes that this process uses on a GPU, its CUDA context included, as the driver counts them; 0 if it does not
-    say, as in a container, where the process has another number."""
+    """Bytes that this process uses on a GPU, its CUDA context included, as the driver counts them;
+    0 if it does not say, as in a container, where the process has another number."""
     import pynvml  # a run on a CPU does not load it
 
     try:
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        handle = pynvml.nvmlDeviceGetHandleByUUID(
+            f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        )
         processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
         return next((one.usedGpuMemory for one in processes if one.pid == os.getpid()), 0) or 0
     except (pynvml.NVMLError, AttributeError):
@@ -197,10 +229,11 @@ def process_bytes(device: torch.device) -> int:
 
 
 class TensorMemoryMeter(TorchDispatchMode):
-    """Inside the context, sums the sizes of all live storages, rounded as CUDA's allocator does; `peak` is the maximum.
+    """Inside the context, sums the sizes of all live storages, rounded as CUDA's allocator does;
+    `peak` is the maximum.
 
-    With `device` only of tensors there: a paged optimizer's state is elsewhere. Results are bit for bit the same; each
-    operation takes some microseconds longer.
+    With `device` only of tensors there: a paged optimizer's state is elsewhere. Results are bit for
+    bit the same; each operation takes some microseconds longer.
     """
 
     beside = ""
@@ -221,14 +254,17 @@ class TensorMemoryMeter(TorchDispatchMode):
                 self._sizes[key] = -(-storage.nbytes() // ROUNDING) * ROUNDING
                 self.now += self._sizes[key]
                 self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._forget, key)  # no reference, which would keep it alive
+                # no reference, which would keep it alive
+                weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Otherwise torch imports its compiler, which takes 1.4 seconds; nothing here is compiled."""
+        """Otherwise torch imports its compiler, which takes 1.4 seconds; nothing here is
+        compiled.
+        """
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,7 +1,8 @@
-"""A training step under fake tensors: the real modules, autograd and optimizer, without weights or accelerator.
+"""A training step under fake tensors: the real modules, autograd and optimizer, without weights or
+accelerator.
 
-`TensorMemoryMeter` measures the peak. Two things differ from a GPU: gradients of fake tensors are accumulated out of
-place where autograd could do it in place, and there is no fragmentation.
+`TensorMemoryMeter` measures the peak. Two things differ from a GPU: gradients of fake tensors are
+accumulated out of place where autograd could do it in place, and there is no fragmentation.
 """
 
 from collections.abc import Callable, Mapping
@@ -45,7 +46,9 @@ class _Noisy(Training, frozen=True, kw_only=True):
 
 
 def traced_peak(config: Mapping[str, Any], method: FinetuningMethod, run: TrainingConfig) -> int:
-    """Peak memory of the second step in bytes (the first allocates the optimizer's state). Raises UserError."""
+    """Peak memory of the second step in bytes (the first allocates the optimizer's state). Raises
+    UserError.
+    """
     _refuse_unsupported(config, method, run)
     refuse_long_lists(config, "the config")
     live = TensorMemoryMeter()
@@ -62,52 +65,85 @@ def traced_peak(config: Mapping[str, Any], method: FinetuningMethod, run: Traini
         if isinstance(error, UserError) or is_out_of_memory(error):
             raise
         raise UserError(
-            f"--trace cannot build or run this model: {first_line(error)}. Run without --trace to use the formula."
+            f"--trace cannot build or run this model: {first_line(error)}. Run without --trace to "
+            "use the formula."
         ) from None
     return live.peak
 
 
-def _refuse_unsupported(config: Mapping[str, Any], method: FinetuningMethod, run: TrainingConfig) -> None:
+def _refuse_unsupported(
+    config: Mapping[str, Any], method: FinetuningMethod, run: TrainingConfig
+) -> None:
     model = architecture(config, "the config")
     adapted = projections(model, method)
     if any(p.experts > 1 or p.name == "gate" for p in adapted):
-        raise UserError("--trace does not support LoRA on experts. Leave them out: --targets attention.")
+        raise UserError(
+            "--trace does not support LoRA on experts. Leave them out: --targets attention."
+        )
     if run.precision not in DTYPES or run.adapter_precision not in DTYPES:
-        raise UserError(f"--trace supports {', '.join(DTYPES)}, got {run.precision}. Change --precision.")
+        raise UserError(
+            f"--trace supports {', '.join(DTYPES)}, got {run.precision}. Change --precision."
+        )
     _refuse_other_kernels(model, run)
-    if run.precision != "bf16" and any(linear.experts > 1 for block in model.blocks for linear in block.linears):
+    if run.precision != "bf16" and any(
+        linear.experts > 1 for block in model.blocks for linear in block.linears
+    ):
         # torch has no fake product of experts in other dtypes, though GPUs have a real one
-        raise UserError(f"--trace runs a mixture of experts in bf16, got {run.precision}. Add --precision bf16.")
+        raise UserError(
+            f"--trace runs a mixture of experts in bf16, got {run.precision}. Add --precision bf16."
+        )
     project_lora = run.ours or model.style.ours
     if (getattr(method, "dora", False) or getattr(method, "lora_dropout", 0)) and not project_lora:
-        raise UserError("--trace supports DoRA and dropout only as implemented here, not in PEFT. Use --trainer ours.")
+        raise UserError(
+            "--trace supports DoRA and dropout only as implemented here, not in PEFT. Use "
+            "--trainer ours."
+        )
     if method.name not in ("full", "freeze", "lora") or getattr(method, "new_rows", False):
-        raise UserError("--trace supports full, freeze, LoRA and DoRA, without trainable token rows.")
+        raise UserError(
+            "--trace supports full, freeze, LoRA and DoRA, without trainable token rows."
+        )
     if method.name == "lora" and config.get("model_type") == "gpt2":
-        raise UserError("--trace does not support LoRA on GPT-2's Conv1D layers. Use --method full or freeze.")
+        raise UserError(
+            "--trace does not support LoRA on GPT-2's Conv1D layers. Use --method full or freeze."
+        )
     if config.get("model_type") == "gpt3":
-        raise UserError("--trace does not support GPT-3: no library implements it. Run without --trace.")
+        raise UserError(
+            "--trace does not support GPT-3: no library implements it. Run without --trace."
+        )
     if run.casts != "weights" or run.trainer not in ("ours", "torch"):
-        raise UserError("--trace supports the trainers ours and torch, with adapters that cast weights.")
+        raise UserError(
+            "--trace supports the trainers ours and torch, with adapters that cast weights."
+        )
     if run.optimizer.startswith("paged") or (not run.ours and "8bit" in run.optimizer):
-        raise UserError("--trace supports the optimizers adamw and sgd, and adamw-8bit with --trainer ours.")
+        raise UserError(
+            "--trace supports the optimizers adamw and sgd, and adamw-8bit with --trainer ours."
+        )
 
 
 def _refuse_other_kernels(model: Architecture, run: TrainingConfig) -> None:
-    """Raises UserError where a CPU has no kernel like the GPU's, so that the trace is that of a slow fallback."""
+    """Raises UserError where a CPU has no kernel like the GPU's, so that the trace is that of a
+    slow fallback.
+    """
     if any(block.kind == "delta" for block in model.blocks):
         raise UserError(
-            "--trace has no kernel for gated delta nets, whose fallback needs far more. Run without --trace."
+            "--trace has no kernel for gated delta nets, whose fallback needs far more. Run "
+            "without --trace."
         )
     if run.loss == "fused":
         raise UserError("--trace cannot run Liger's kernels. Use --loss chunked.")
     sizes = {(heads.size, heads.value_size) for heads in map(model.heads_of, model.blocks)}
     if run.attention == "sdpa" and any(size != value for size, value in sizes):
-        raise UserError("--trace needs values as wide as keys for fused attention on a CPU. Add --attention eager.")
+        raise UserError(
+            "--trace needs values as wide as keys for fused attention on a CPU. Add --attention "
+            "eager."
+        )
 
 
-def _training_step(model: CausalLM, method: FinetuningMethod, run: TrainingConfig) -> Callable[[], None]:
-    """This project's step, or that of the libraries' documentation: their norms, an optimizer with state per tensor.
+def _training_step(
+    model: CausalLM, method: FinetuningMethod, run: TrainingConfig
+) -> Callable[[], None]:
+    """This project's step, or that of the libraries' documentation: their norms, an optimizer with
+    state per tensor.
 
     Neither reads a value, which fake tensors do not have.
     """
@@ -125,19 +161,27 @@ def _training_step(model: CausalLM, method: FinetuningMethod, run: TrainingConfi
         at = None if run.loss == "full" else torch.zeros(run.labels, dtype=torch.long)
         batch = Batch(ids, positions, torch.zeros(run.labels, dtype=torch.long), at)
 
-        settings = _Noisy(neftune_alpha=run.neftune_alpha, lora_dropout=getattr(method, "lora_dropout", 0.0))
+        settings = _Noisy(
+            neftune_alpha=run.neftune_alpha, lora_dropout=getattr(method, "lora_dropout", 0.0)
+        )
 
         def our_step() -> None:
             with training_noise(model, [settings]) as noises, ExitStack() as stack:
                 for noise in noises:
                     stack.enter_context(noise.during([run.sequence] * run.batch))
-                torch.autograd.backward(loss_of(model, batch, run.labels if run.loss == "full" else run.chunk))
+                torch.autograd.backward(
+                    loss_of(model, batch, run.labels if run.loss == "full" else run.chunk)
+                )
             flat.collect_gradients()
             flat.step(1e-3)
 
         return our_step
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, fused=True) if run.optimizer == "adamw" else torch.optim.SGD(trainable)
+    optimizer = (
+        torch.optim.AdamW(trainable, fused=True)
+        if run.optimizer == "adamw"
+        else torch.optim.SGD(trainable)
+    )
     ids, labels = torch.zeros(2, run.batch, run.sequence, dtype=torch.long)
     positions = torch.zeros(run.labels, dtype=torch.long)
 
@@ -147,11 +191,17 @@ def _training_step(model: CausalLM, method: FinetuningMethod, run: TrainingConfi
         if run.loss == "full":
             loss = F.cross_entropy(model.logits(hidden).float().flatten(0, 1), labels.flatten())
         elif run.loss == "labels":
-            loss = F.cross_entropy(model.logits(_rows(hidden, positions)).float(), labels.flatten()[positions])
+            loss = F.cross_entropy(
+                model.logits(_rows(hidden, positions)).float(), labels.flatten()[positions]
+            )
         else:
             head = [p for p in model.head.parameters() if p.requires_grad]
             loss = chunked_mean(
-                cross_entropy(model.logits), _rows(hidden, positions), labels.flatten()[positions], run.chunk, head
+                cross_entropy(model.logits),
+                _rows(hidden, positions),
+                labels.flatten()[positions],
+                run.chunk,
+                head,
             )
         torch.autograd.backward(loss)
         optimizer.step()
@@ -168,9 +218,15 @@ def _rows(hidden: Tensor, positions: Tensor) -> Tensor:
 def _build_model(config: Mapping[str, Any], run: TrainingConfig) -> CausalLM:
     """A model of this architecture, without dropout."""
     if architecture(config, "the config").style.ours:
-        if (run.precision, run.attention, run.loss, run.optimizer) != ("fp32", "sdpa", "full", "adamw"):
+        if (run.precision, run.attention, run.loss, run.optimizer) != (
+            "fp32",
+            "sdpa",
+            "full",
+            "adamw",
+        ):
             raise UserError(
-                "--trace supports MiniGPT only with --precision fp32 --attention sdpa --loss full --optimizer adamw."
+                "--trace supports MiniGPT only with --precision fp32 --attention sdpa --loss full "
+                "--optimizer adamw."
             )
         return MiniGPT(MiniGPTConfig.from_opt(dict(config), "the config"))
     AttentionInterface.register(FUSED, _fused_attention)
@@ -178,7 +234,9 @@ def _build_model(config: Mapping[str, Any], run: TrainingConfig) -> CausalLM:
     # no kernel of torch supports softcapping and attention sinks
     softcapped = getattr(model.config, "attn_logit_softcapping", None) is not None
     fused = run.attention == "sdpa" and not softcapped and model.config.model_type != "gpt_oss"
-    implementation = packed_attention.NAME if run.attention == "short" else FUSED if fused else "eager"
+    implementation = (
+        packed_attention.NAME if run.attention == "short" else FUSED if fused else "eager"
+    )
     model.use_attention(implementation)
     return model
 
@@ -189,7 +247,9 @@ FUSED = "fused_causal"
 def _fused_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: None, **options: Any
 ) -> tuple[Tensor, None]:
-    """SDPA with its causal flag, as on real tensors: with fake ones transformers would build a mask and copy it."""
+    """SDPA with its causal flag, as on real tensors: with fake ones transformers would build a mask
+    and copy it.
+    """
     out: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, None, **options)
     return out
 
@@ -207,7 +267,13 @@ def _make_trainable(model: CausalLM, method: Any, dtype: torch.dtype) -> None:
             dora=method.dora,
             dropout=method.lora_dropout,
         )
-        add_lora(model, resolve(model, method.targets), spec, dtype, "pissa" if method.pissa else "document")
+        add_lora(
+            model,
+            resolve(model, method.targets),
+            spec,
+            dtype,
+            "pissa" if method.pissa else "document",
+        )
         train_embeddings = method.embeddings == "all"
     else:
         for block in list(model.blocks)[len(model.blocks) - method.last_blocks :]:

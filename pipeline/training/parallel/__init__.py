@@ -1,1 +1,3 @@
-"""One run in several processes: starting them, what they exchange, and a base that is sharded over them."""
+"""One run in several processes: starting them, what they exchange, and a base that is sharded over
+them.
+"""

@@ -1,7 +1,8 @@
-"""What the ranks of a run exchange. In a single process the collectives return their input unchanged.
+"""What the ranks of a run exchange. In a single process the collectives return their input
+unchanged.
 
-CPU tensors go over gloo, GPU tensors over NCCL. A rank that dies makes the next collective fail on the others; so does
-a machine that is gone, or the connection to it, which `heartbeats.py` finds.
+CPU tensors go over gloo, GPU tensors over NCCL. A rank that dies makes the next collective fail on
+the others; so does a machine that is gone, or the connection to it, which `heartbeats.py` finds.
 """
 
 import re
@@ -21,15 +22,17 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
-SLOWEST_STEP = timedelta(minutes=30)  # torch's own limit for gloo: a process that lives and does not answer
+# torch's own limit for gloo: a process that lives and does not answer
+SLOWEST_STEP = timedelta(minutes=30)
 LOOK = timedelta(seconds=1)  # a collective that takes longer looks whether a rank is lost
 NAMED_WITHIN = 5  # seconds: gloo notices an end at once, but not whose it is
 
-# How gloo and NCCL tell of a connection; of a mistake they say none of it. NCCL's own names of errors do not tell: it
-# passes on a closed connection as an internal error, too.
+# How gloo and NCCL tell of a connection; of a mistake they say none of it. NCCL's own names of
+# errors do not tell: it passes on a closed connection as an internal error, too.
 _OF_A_COLLECTIVE = re.compile("gloo|nccl|pair closure|collective operation", re.IGNORECASE)
 _OF_A_CONNECTION = re.compile(
-    "connection (closed|reset|refused)|timed out|timeout|broken pipe|no route to host|unreachable|ncclRemoteError"
+    "connection (closed|reset|refused)|timed out|timeout|broken pipe|no route to "
+    "host|unreachable|ncclRemoteError"
     "|communicator was aborted|completion from peer",
     re.IGNORECASE,
 )
@@ -50,7 +53,8 @@ class ProcessLost(CollectiveError):
         if not is_main_process():
             checkpoint_note = "Checkpoints are with rank 0. "
         return cls(
-            f"{stage}: {lost or 'another process of this run'} ended, or cannot be reached. {checkpoint_note}"
+            f"{stage}: {lost or 'another process of this run'} ended, or cannot be reached. "
+            f"{checkpoint_note}"
             "Run the same command to resume."
         )
 
@@ -78,7 +82,8 @@ def all_reduce_numbers(*numbers: float) -> list[float]:
     """Each number's sum over all ranks."""
     if not dist.is_initialized():
         return list(numbers)
-    total = torch.tensor(numbers, dtype=torch.float64)  # on the CPU: over gloo, which notices a rank that is gone
+    # on the CPU: over gloo, which notices a rank that is gone
+    total = torch.tensor(numbers, dtype=torch.float64)
     all_reduce(total)
     return [float(number) for number in total]
 
@@ -89,15 +94,18 @@ def all_reduce(tensor: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceO
         return
     if tensor.device.type != "cpu":
         dist.all_reduce(tensor, operation)  # only queued
-        torch.cuda.current_stream(tensor.device).synchronize()  # costs little: the gradient's norm is read next
+        # costs little: the gradient's norm is read next
+        torch.cuda.current_stream(tensor.device).synchronize()
     else:
-        # On a busy machine gloo overlooks about one of a thousand ends of another rank. It would wait for SLOWEST_STEP,
-        # deaf to signals, and torchrun would end this process before it has written a checkpoint.
+        # On a busy machine gloo overlooks about one of a thousand ends of another rank. It would
+        # wait for SLOWEST_STEP, deaf to signals, and torchrun would end this process before it has
+        # written a checkpoint.
         work = dist.all_reduce(tensor, operation, async_op=True)
         while not _ends(work, LOOK):
             _raise_if_lost()
         work.wait()  # raises what failed
-    _raise_if_lost()  # NCCL was aborted then: this sum, or what was read before it, is not to be used
+    # NCCL was aborted then: this sum, or what was read before it, is not to be used
+    _raise_if_lost()
 
 
 def follow(heartbeats: "Heartbeats | None") -> None:
@@ -140,7 +148,9 @@ def broadcast_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(tensors)
     layout = broadcast_object([(name, tuple(t.shape), t.dtype) for name, t in tensors.items()])
     received = (
-        dict(tensors) if is_main_process() else {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in layout}
+        dict(tensors)
+        if is_main_process()
+        else {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in layout}
     )
     for tensor in received.values():
         dist.broadcast(tensor, src=0)
@@ -173,7 +183,8 @@ def is_lost(error: Exception) -> bool:
     """Whether a collective failed because another rank, or the connection to it, is gone."""
     if not dist.is_initialized() or is_out_of_memory(error):
         return False
-    if _heartbeats is not None and _heartbeats.lost:  # what NCCL left when it was aborted can raise anything
+    # what NCCL left when it was aborted can raise anything
+    if _heartbeats is not None and _heartbeats.lost:
         return True
     return tells_of_a_connection(error)
 

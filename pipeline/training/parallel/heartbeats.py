@@ -1,7 +1,7 @@
 """Which ranks of a run are lost, by heartbeats over its store.
 
-A connection that was cut looks like one on which nobody sends, and NCCL's kernels wait for a rank that is dead: neither
-the host, which waits for them in a read, nor NCCL would notice.
+A connection that was cut looks like one on which nobody sends, and NCCL's kernels wait for a rank
+that is dead: neither the host, which waits for them in a read, nor NCCL would notice.
 """
 
 import os
@@ -14,8 +14,9 @@ from typing import Any
 import psutil
 
 BEAT = 1.0  # seconds
-# Heartbeats that a rank may leave out. TCP repeats a packet after 0.2 s, 0.4 s …, so that a connection which was cut
-# for half a minute is tried again 51 s after the cut: less than that would end a run that could go on.
+# Heartbeats that a rank may leave out. TCP repeats a packet after 0.2 s, 0.4 s …, so that a
+# connection which was cut for half a minute is tried again 51 s after the cut: less than that would
+# end a run that could go on.
 LOST_AFTER = 90
 LATE = 3  # heartbeats; on a busy machine one is left out now and then
 DONE, FAILED = b"done", b"failed"  # in place of a heartbeat, of a rank that has left
@@ -24,8 +25,9 @@ DONE, FAILED = b"done", b"failed"  # in place of a heartbeat, of a rank that has
 class Heartbeats:
     """Each rank counts in the run's store, once every BEAT seconds, and reads the others' counts.
 
-    `lost` is the name of a rank that has failed or no longer counts, "" before; `on_loss` is then called, once, in a
-    thread. What is counted is heartbeats, not seconds: a process that was stopped for a while suspects nobody.
+    `lost` is the name of a rank that has failed or no longer counts, "" before; `on_loss` is then
+    called, once, in a thread. What is counted is heartbeats, not seconds: a process that was
+    stopped for a while suspects nobody.
     """
 
     def __init__(self, store: Any, rank: int, on_loss: Callable[[], None]) -> None:
@@ -37,16 +39,22 @@ class Heartbeats:
         self._counts: dict[int, bytes] = {}
         self._missed: dict[int, int] = {}
         self._unanswered = 0
-        self._threads = [threading.Thread(target=each, daemon=True) for each in (self._beat, self._judge)]
+        self._threads = [
+            threading.Thread(target=each, daemon=True) for each in (self._beat, self._judge)
+        ]
 
     @property
     def identity(self) -> tuple[str, int, float]:
-        """By which the other ranks know this process: its machine, its number there, and when it started."""
+        """By which the other ranks know this process: its machine, its number there, and when it
+        started.
+        """
         own = psutil.Process()
         return socket.gethostname(), own.pid, own.create_time()
 
     def start(self, identities: Sequence[tuple[str, int, float]]) -> None:
-        """Begin to count, once every rank has called `announce`; `identities` are theirs, by rank."""
+        """Begin to count, once every rank has called `announce`; `identities` are theirs, by
+        rank.
+        """
         several = len({machine for machine, *_ in identities}) > 1
         for rank, (machine, pid, created) in enumerate(identities):
             if rank == self._rank:
@@ -65,14 +73,18 @@ class Heartbeats:
         self._store.set(str(self._rank), "0")
 
     def stop(self, done: bool) -> None:
-        """Tell the other ranks that this one leaves: that it is `done`, or that they should not wait for it."""
+        """Tell the other ranks that this one leaves: that it is `done`, or that they should not
+        wait for it.
+        """
         self._last_word = DONE if done else FAILED
         self._left.set()
         for thread in self._threads:
             thread.join(2 * BEAT)  # the store may not answer
 
     def name_lost(self, within: float) -> str:
-        """The lost rank, once it is known; after so many seconds one that is late, or "" if there is none."""
+        """The lost rank, once it is known; after so many seconds one that is late, or "" if there
+        is none.
+        """
         self._found.wait(within)
         return self.lost or self._silent_for(LATE)
 
@@ -83,17 +95,28 @@ class Heartbeats:
             while not self._left.wait(BEAT):
                 count += 1
                 self._store.set(str(self._rank), str(count))
-                for rank, now in zip(others, self._store.multi_get([str(rank) for rank in others]), strict=True):
-                    self._missed[rank] = self._missed[rank] + 1 if now == self._counts.get(rank) else 0
+                for rank, now in zip(
+                    others, self._store.multi_get([str(rank) for rank in others]), strict=True
+                ):
+                    self._missed[rank] = (
+                        self._missed[rank] + 1 if now == self._counts.get(rank) else 0
+                    )
                     self._counts[rank] = now
-                    if self._missed[rank] and rank in self._here and now != DONE and not runs(self._here[rank]):
+                    if (
+                        self._missed[rank]
+                        and rank in self._here
+                        and now != DONE
+                        and not runs(self._here[rank])
+                    ):
                         self._store.set(str(rank), FAILED)  # other machines do not see it
                         self._counts[rank], self._missed[rank] = FAILED, LOST_AFTER + 1
                 self._unanswered = 0
             self._store.set(str(self._rank), self._last_word)
 
     def _judge(self) -> None:
-        """In a thread of its own: a store on a machine that is gone lets the other one wait for its answer."""
+        """In a thread of its own: a store on a machine that is gone lets the other one wait for its
+        answer.
+        """
         while not self._left.wait(BEAT):
             self._unanswered += 1
             if lost := self._lost():
@@ -106,13 +129,18 @@ class Heartbeats:
         if silent := self._silent_for(LOST_AFTER):
             return silent
         for rank, missed in self._missed.items():
-            if self._counts.get(rank) == FAILED and missed >= LATE:  # what it says itself arrives before
+            # what it says itself arrives before
+            if self._counts.get(rank) == FAILED and missed >= LATE:
                 return self._names[rank]
         return ""
 
     def _silent_for(self, beats: int) -> str:
-        """The rank that has left out most heartbeats, if more than so many; else the store's machine, or ""."""
-        missed = {rank: missed for rank, missed in self._missed.items() if self._counts.get(rank) != DONE}
+        """The rank that has left out most heartbeats, if more than so many; else the store's
+        machine, or "".
+        """
+        missed = {
+            rank: missed for rank, missed in self._missed.items() if self._counts.get(rank) != DONE
+        }
         rank = max(missed, key=lambda each: missed[each], default=-1)
         if missed.get(rank, 0) > beats:
             return self._names[rank]

@@ -1,4 +1,6 @@
-"""Start one run in several processes, as torchrun does, with a single message on each machine if it fails."""
+"""Start one run in several processes, as torchrun does, with a single message on each machine if it
+fails.
+"""
 
 import logging
 import os
@@ -17,15 +19,18 @@ LAUNCHER = "LORA_LAUNCHER"  # environment variable of the workers: the launcher'
 POLL = 0.5  # seconds between checks of the parent process
 GRACE = 30  # seconds from SIGTERM to SIGKILL, as in torchrun's agent
 MEET = 300  # seconds in which all machines have to start
-ALONE = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}  # torchrun's settings for one machine
+# torchrun's settings for one machine
+ALONE = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
 
 
 def end_with_launcher() -> None:
-    """End this process once its launcher is gone, or DVC, which started it: SIGTERM, and SIGKILL after GRACE seconds.
+    """End this process once its launcher is gone, or DVC, which started it: SIGTERM, and SIGKILL
+    after GRACE seconds.
 
-    DVC passes no signal on, and torchrun's agent stops its workers neither after SIGKILL nor after a second Ctrl-C. A
-    thread polls the parent, because Linux's PR_SET_PDEATHSIG does not exist on macOS, misses a launcher that died
-    earlier, and sends only one signal: SIGTERM writes a checkpoint, SIGKILL ends a worker that does not handle SIGTERM.
+    DVC passes no signal on, and torchrun's agent stops its workers neither after SIGKILL nor after
+    a second Ctrl-C. A thread polls the parent, because Linux's PR_SET_PDEATHSIG does not exist on
+    macOS, misses a launcher that died earlier, and sends only one signal: SIGTERM writes a
+    checkpoint, SIGKILL ends a worker that does not handle SIGTERM.
     """
     given = os.environ.get(LAUNCHER, "")
     launcher = int(given) if given.isdecimal() else os.getppid()
@@ -33,29 +38,37 @@ def end_with_launcher() -> None:
     if LAUNCHER not in os.environ and "DVC_STAGE" in os.environ:
         import psutil  # 10 ms that only this case pays
 
-        shell = psutil.Process(launcher)  # by which DVC runs a command: bash is replaced by it, dash waits for it
+        # by which DVC runs a command: bash is replaced by it, dash waits for it
+        shell = psutil.Process(launcher)
         dvc = shell.ppid() if shell.name().endswith("sh") else None
 
     def stop_after_launcher() -> None:
         while os.getppid() == launcher and (dvc is None or shell is None or shell.ppid() == dvc):
             time.sleep(POLL)
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(GRACE)  # a collective that hangs holds the main thread, which then never handles SIGTERM
+        # a collective that hangs holds the main thread, which then never handles SIGTERM
+        time.sleep(GRACE)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=stop_after_launcher, name="launcher", daemon=True).start()
 
 
 def launch(
-    devices: int, arguments: Sequence[str], nodes: int = 1, endpoint: str = "", node_rank: int | None = None
+    devices: int,
+    arguments: Sequence[str],
+    nodes: int = 1,
+    endpoint: str = "",
+    node_rank: int | None = None,
 ) -> int:
-    """Run `lora` with these arguments in `devices` processes, on each of `nodes` machines; returns the exit code.
+    """Run `lora` with these arguments in `devices` processes, on each of `nodes` machines; returns
+    the exit code.
 
-    `endpoint`: host and port of machine 0, at which all of them meet; `node_rank`: this machine's number, by its
-    address and arrival if None. Raises UserError if there are fewer devices, if the machines do not meet, or if the run
-    failed without an error message from this machine.
+    `endpoint`: host and port of machine 0, at which all of them meet; `node_rank`: this machine's
+    number, by its address and arrival if None. Raises UserError if there are fewer devices, if the
+    machines do not meet, or if the run failed without an error message from this machine.
     """
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # before torch, which reads it as it is imported
+    # before torch, which reads it as it is imported
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -66,7 +79,11 @@ def launch(
 
     gpus = torch.cuda.device_count() if best_device().type == "cuda" else 0
     if devices > (gpus or cores()):
-        limit = f"{gpus}, the number of GPUs" if gpus else f"{cores()}, the cores that this process may use"
+        limit = (
+            f"{gpus}, the number of GPUs"
+            if gpus
+            else f"{cores()}, the cores that this process may use"
+        )
         raise UserError(f"--devices must be at most {limit}, got {devices}. Lower it.")
     meeting = _Meeting(endpoint, nodes, node_rank) if endpoint else None
     logging.disable(logging.CRITICAL)  # silences torchrun: this process does nothing else
@@ -97,7 +114,8 @@ def launch(
             known = {number.value: number.name for number in signal.Signals}
             reason = f"was killed ({known.get(-code, f'signal {-code}')})"
         raise UserError(
-            f"rank {rank} of {devices * nodes} {reason}. Run the same command to resume from the last checkpoint."
+            f"rank {rank} of {devices * nodes} {reason}. Run the same command to resume from the "
+            "last checkpoint."
         ) from None
     return 0
 
@@ -105,9 +123,9 @@ def launch(
 class _Meeting:
     """The machines of a run, met at its endpoint; `settings` are then those of torchrun.
 
-    They meet here because torchrun's own waits are deaf to Ctrl-C. None can join a run later, so the rendezvous is
-    torchrun's static one, which asks for the others no more: where a connection is cut, it does not end the workers
-    before they have written a checkpoint. Raises UserError.
+    They meet here because torchrun's own waits are deaf to Ctrl-C. None can join a run later, so
+    the rendezvous is torchrun's static one, which asks for the others no more: where a connection
+    is cut, it does not end the workers before they have written a checkpoint. Raises UserError.
     """
 
     def __init__(self, endpoint: str, nodes: int, node_rank: int | None) -> None:
@@ -118,7 +136,8 @@ class _Meeting:
         is_host = own == address if node_rank is None else node_rank == 0
         while True:
             try:
-                self._store = _open_store(endpoint, is_host)  # the host's serves the run: it is kept
+                # the host's serves the run: it is kept
+                self._store = _open_store(endpoint, is_host)
                 rank = self._join(0 if is_host else node_rank)
                 break
             except DistNetworkError:  # the port is taken, nobody is there yet, or the host has left
@@ -137,7 +156,8 @@ class _Meeting:
         rank = self._store.add("arrived", 1) if node_rank is None else node_rank
         if self._store.add(f"machine {rank}", 1) > 1 or rank >= self._nodes:
             raise UserError(
-                f"machine {rank} of {self._nodes} is there already. Give each its own --node-rank, from 0 to "
+                f"machine {rank} of {self._nodes} is there already. Give each its own "
+                "--node-rank, from 0 to "
                 f"{self._nodes - 1}, or stop the command on all of them and start it again."
             )
         try:
@@ -151,8 +171,10 @@ class _Meeting:
     def _wait(self) -> None:
         if time.monotonic() > self._limit:
             raise UserError(
-                f"the {self._nodes} machines did not meet at {self._endpoint} within {MEET} s. Run the same command on "
-                "each; --rdzv-endpoint is the address of one of them, and a port that is free there."
+                f"the {self._nodes} machines did not meet at {self._endpoint} within {MEET} s. "
+                "Run the same command on "
+                "each; --rdzv-endpoint is the address of one of them, and a port that is free "
+                "there."
             )
         time.sleep(POLL)
 
@@ -162,13 +184,16 @@ def _open_store(endpoint: str, is_host: bool) -> Any:
 
     host, _, port = endpoint.rpartition(":")
     patience = timedelta(seconds=2)
-    return TCPStore(host, int(port), None, is_host, patience, wait_for_workers=False, multi_tenant=True)
+    return TCPStore(
+        host, int(port), None, is_host, patience, wait_for_workers=False, multi_tenant=True
+    )
 
 
 def _addresses(endpoint: str) -> tuple[str, str]:
     """The endpoint's address and this machine's on the way there, whose interface gloo is told.
 
-    torchrun would guess it from the machine's name, which often belongs to no interface. Raises UserError.
+    torchrun would guess it from the machine's name, which often belongs to no interface. Raises
+    UserError.
     """
     import psutil
 
@@ -182,7 +207,8 @@ def _addresses(endpoint: str) -> tuple[str, str]:
             own = probe.getsockname()[0]
     except (OSError, ValueError):
         raise UserError(
-            f"--rdzv-endpoint must be HOST:PORT of a machine that this one reaches, got {endpoint}. Correct it."
+            "--rdzv-endpoint must be HOST:PORT of a machine that this one reaches, got "
+            f"{endpoint}. Correct it."
         ) from None
     for name, addresses in psutil.net_if_addrs().items():
         if own in (one.address for one in addresses):

@@ -1,4 +1,6 @@
-"""A distributed run: every rank trains on its share of each batch; rank 0 uses the cache and writes the artifact."""
+"""A distributed run: every rank trains on its share of each batch; rank 0 uses the cache and writes
+the artifact.
+"""
 
 import ctypes
 import os
@@ -35,13 +37,20 @@ from pipeline.training.parallel.collectives import (
 )
 from pipeline.training.parallel.heartbeats import Heartbeats
 
-MEET = timedelta(minutes=10)  # for the processes to start; without an answer they would wait for each other
+# for the processes to start; without an answer they would wait for each other
+MEET = timedelta(minutes=10)
 ABORT_WITHIN = 10  # seconds
-PATIENCE = timedelta(days=7)  # rank 0 may wait for another run's lock, or its machine may read a base slowly
+# rank 0 may wait for another run's lock, or its machine may read a base slowly
+PATIENCE = timedelta(days=7)
 
 
 def run_distributed(
-    project: Project, stage: Stage, work: Work, *, force: bool = False, checkpoint_every: int | None = None
+    project: Project,
+    stage: Stage,
+    work: Work,
+    *,
+    force: bool = False,
+    checkpoint_every: int | None = None,
 ) -> Generator[Event, None, Facts]:
     """`run` on every rank; returns the manifest on rank 0 and {} on the others."""
     with process_group(stage.name):
@@ -49,7 +58,10 @@ def run_distributed(
             if is_main_process():
                 return (yield from _lead(project, stage, work, force, checkpoint_every))
             if _run_as_worker(project, stage, work, checkpoint_every) and world().reports_errors:
-                yield Note(f"{stage.name}: done; rank 0 writes {project.artifact_name(stage.name)} on its machine")
+                yield Note(
+                    f"{stage.name}: done; rank 0 writes {project.artifact_name(stage.name)} on "
+                    "its machine"
+                )
             return {}
         except (RuntimeError, ProcessLost) as error:
             if isinstance(error, RuntimeError) and not is_lost(error):
@@ -59,7 +71,8 @@ def run_distributed(
 
 def _lost(stage: Stage) -> ProcessLost:
     if world().reports_errors:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent by torchrun; this rank has to report the error
+        # sent by torchrun; this rank has to report the error
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return ProcessLost.during(stage.name)
 
 
@@ -76,21 +89,29 @@ def _lead(
         return (yield from _report_errors(work, job))
 
     try:
-        return (yield from run(project, stage, lead, force=force, checkpoint_every=checkpoint_every))
+        return (
+            yield from run(project, stage, lead, force=force, checkpoint_every=checkpoint_every)
+        )
     finally:
         if not started:  # the artifact came from the cache: the other ranks wait for a key
             broadcast_object("")
 
 
-def _run_as_worker(project: Project, stage: Stage, work: Work, checkpoint_every: int | None) -> bool:
-    """Do the same work as rank 0, in a folder that is deleted; False if rank 0 takes the result from the cache."""
+def _run_as_worker(
+    project: Project, stage: Stage, work: Work, checkpoint_every: int | None
+) -> bool:
+    """Do the same work as rank 0, in a folder that is deleted; False if rank 0 takes the result
+    from the cache.
+    """
     scratch = project.run_folder(stage.name) / f".rank-{dist.get_rank()}"
     try:
         key = broadcast_object("")  # empty: the artifact came from the cache
         if key:
             shutil.rmtree(scratch, ignore_errors=True)  # left by a killed run
             (scratch / "out").mkdir(parents=True)
-            for _ in _report_errors(work, Job(project, stage, scratch / "out", scratch, key, checkpoint_every)):
+            for _ in _report_errors(
+                work, Job(project, stage, scratch / "out", scratch, key, checkpoint_every)
+            ):
                 pass
         return bool(key)
     finally:
@@ -121,28 +142,34 @@ def process_group(stage: str) -> Iterator[None]:
     if on_gpus:
         if rank.local_world_size > torch.cuda.device_count():
             raise UserError(
-                f"{rank.local_world_size} processes need as many GPUs, got {torch.cuda.device_count()}. Start fewer."
+                f"{rank.local_world_size} processes need as many GPUs, got "
+                f"{torch.cuda.device_count()}. Start fewer."
             )
         torch.cuda.set_device(rank.local_rank)
     # both on a GPU: numbers and messages travel as CPU tensors
     backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
-    device = torch.device("cuda", rank.local_rank) if on_gpus else None  # NCCL connects here at once
-    # torch would end this process a minute after NCCL's error: no checkpoint would be written, and no message
+    # NCCL connects here at once
+    device = torch.device("cuda", rank.local_rank) if on_gpus else None
+    # torch would end this process a minute after NCCL's error: no checkpoint would be written, and
+    # no message
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     before = _open_files()
     try:
         dist.init_process_group(backend, timeout=MEET, device_id=device)
     except ValueError as error:
         raise UserError(
-            f"the environment does not say how the processes meet ({first_line(error)}). Start them with torchrun or "
+            f"the environment does not say how the processes meet ({first_line(error)}). Start "
+            "them with torchrun or "
             "--devices, or unset RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."
         ) from None
     except RuntimeError as error:
         if is_out_of_memory(error) or ("NCCL" in str(error) and not tells_of_a_connection(error)):
             raise
         raise UserError(
-            f"the {rank.world_size} processes of this run do not reach each other ({first_line(error)}). Start all of "
-            "them at the same time. Between machines, name the network's interface in GLOO_SOCKET_IFNAME."
+            f"the {rank.world_size} processes of this run do not reach each other "
+            f"({first_line(error)}). Start all of "
+            "them at the same time. Between machines, name the network's interface in "
+            "GLOO_SOCKET_IFNAME."
         ) from None
     limit_waiting(PATIENCE)
     opened = {identity: file for identity, file in _open_files().items() if identity not in before}
@@ -159,14 +186,16 @@ def process_group(stage: str) -> Iterator[None]:
         if done:
             dist.destroy_process_group()
         else:
-            # It would wait for ranks that are gone, as the group's destructor would: this process ends without them.
+            # It would wait for ranks that are gone, as the group's destructor would: this process
+            # ends without them.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
             _abort_within(ABORT_WITHIN)
 
 
 def _begin_heartbeats(on_loss: Callable[[], None]) -> Heartbeats:
     store: Any = dist.distributed_c10d._get_default_store()
-    own = dist.distributed_c10d.PrefixStore("heartbeats", store.clone())  # who waits on the other holds its connection
+    # who waits on the other holds its connection
+    own = dist.distributed_c10d.PrefixStore("heartbeats", store.clone())
     heartbeats = Heartbeats(own, dist.get_rank(), on_loss)
     heartbeats.announce()
     identities: list[Any] = [None] * dist.get_world_size()
@@ -177,9 +206,11 @@ def _begin_heartbeats(on_loss: Callable[[], None]) -> Heartbeats:
 
 
 def _end_waits(stage: str, opened: Mapping[tuple[int, int], int]) -> None:
-    """Let fail what waits in this process for a lost rank: NCCL's kernels, and gloo on the connections that it opened.
+    """Let fail what waits in this process for a lost rank: NCCL's kernels, and gloo on the
+    connections that it opened.
 
-    If NCCL cannot be aborted, the host would wait for its device for ever: this process reports that and ends.
+    If NCCL cannot be aborted, the host would wait for its device for ever: this process reports
+    that and ends.
     """
     aborted = _abort_within(ABORT_WITHIN)
     for identity, file in opened.items():

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 def needs_shards(model: CausalLM, device: torch.device, predicted_peak: Callable[[], int]) -> bool:
-    """Whether the weights, or the predicted peak of a step, exceed the free memory of any rank's device.
+    """Whether the weights, or the predicted peak of a step, exceed the free memory of any rank's
+    device.
 
     The peak is asked for only where the weights fit, as it may read all of them.
     """
@@ -29,7 +30,8 @@ def needs_shards(model: CausalLM, device: torch.device, predicted_peak: Callable
     if all_reduce_max(int(model_bytes(model) > free)):
         return True
     exceeds = free < torch.inf and predicted_peak() > free
-    return bool(all_reduce_max(int(exceeds and model.supports_packing)))  # a model without it may still fit unsharded
+    # a model without it may still fit unsharded
+    return bool(all_reduce_max(int(exceeds and model.supports_packing)))
 
 
 def is_sharded(model: CausalLM) -> bool:
@@ -40,11 +42,12 @@ def is_sharded(model: CausalLM) -> bool:
 
 
 def shard(model: CausalLM, device: torch.device) -> None:
-    """Shard the blocks' frozen weights over the ranks, and move the model; a block's weights are gathered when it runs
-    (FSDP2).
+    """Shard the blocks' frozen weights over the ranks, and move the model; a block's weights are
+    gathered when it runs (FSDP2).
 
-    Trainable parameters, embeddings and head are replicated. A weight that is still as its file has it is read from
-    there, this rank's rows alone: a base in its own precision was only mapped into memory so far. Raises UserError.
+    Trainable parameters, embeddings and head are replicated. A weight that is still as its file has
+    it is read from there, this rank's rows alone: a base in its own precision was only mapped into
+    memory so far. Raises UserError.
     """
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -54,20 +57,26 @@ def shard(model: CausalLM, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     in_blocks = {id(p) for p in model.blocks.parameters()}
     # a scalar, such as the mean of doubly quantized scales, has no rows
-    replicated = {p for p in model.parameters() if p.requires_grad or id(p) not in in_blocks or not p.dim()}
-    for module in (*model.blocks, model.body):  # the blocks first: the body then shards what is left
+    replicated = {
+        p for p in model.parameters() if p.requires_grad or id(p) not in in_blocks or not p.dim()
+    }
+    # the blocks first: the body then shards what is left
+    for module in (*model.blocks, model.body):
         _shard(module, mesh, replicated, model.stored)
     model.stored.clear()  # it keeps the whole weights
     model.to(device)
     if not model.supports_packing:  # only now: trying it reads every weight
         raise UserError(
-            "--shard does not work with this model: it does not support packing, so ranks would run its blocks a "
+            "--shard does not work with this model: it does not support packing, so ranks would "
+            "run its blocks a "
             "different number of times. Train without it."
         )
 
 
 def _buffers_to_parameters(module: nn.Module) -> None:
-    """FSDP shards parameters: of a quantized linear codes and scales become frozen ones, of the same bits."""
+    """FSDP shards parameters: of a quantized linear codes and scales become frozen ones, of the
+    same bits.
+    """
     for name, buffer in list(module.named_buffers(recurse=False)):
         delattr(module, name)
         module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
@@ -75,7 +84,10 @@ def _buffers_to_parameters(module: nn.Module) -> None:
 
 @torch.no_grad()
 def _shard(
-    module: nn.Module, mesh: "DeviceMesh", replicated: set[nn.Parameter], stored: Mapping[Tensor, TensorLocation]
+    module: nn.Module,
+    mesh: "DeviceMesh",
+    replicated: set[nn.Parameter],
+    stored: Mapping[Tensor, TensorLocation],
 ) -> None:
     """`fully_shard` by way of the meta device: no more than this rank's rows are read or moved."""
     from torch.distributed.fsdp import fully_shard
@@ -100,8 +112,8 @@ def _shard(
 
 
 def _rows(p: Tensor, start: int, stop: int, location: TensorLocation | None) -> Tensor:
-    """Rows of a weight from its file, or from memory if it changed since it was loaded: its first row tells, with which
-    little of the mapped file becomes resident."""
+    """Rows of a weight from its file, or from memory if it changed since it was loaded: its first
+    row tells, with which little of the mapped file becomes resident."""
     if location is None or not read_rows(location, 0, 1, p.dtype).equal(p[:1].cpu()):
         return p[start:stop]
     return read_rows(location, start, stop, p.dtype)

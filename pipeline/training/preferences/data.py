@@ -1,4 +1,6 @@
-"""Encoded answers as the sequences of a data set, and their log-probabilities under the reference."""
+"""Encoded answers as the sequences of a data set, and their log-probabilities under the
+reference.
+"""
 
 import hashlib
 import json
@@ -25,7 +27,12 @@ from pipeline.project.cache import Cache, Damaged
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event, Facts, Job, Note, Progress
 from pipeline.training.data import build_corpora
-from pipeline.training.parallel.collectives import all_reduce, broadcast_tensors, is_main_process, shard_for_rank
+from pipeline.training.parallel.collectives import (
+    all_reduce,
+    broadcast_tensors,
+    is_main_process,
+    shard_for_rank,
+)
 from pipeline.training.preferences.losses import Answers, PreferenceLoss, batch_of, likelihood
 
 SCORED_TOGETHER = 8  # sequences in one forward of the reference
@@ -47,7 +54,9 @@ class _Pairs(Sequence[Window]):
 
 
 class _Mismatched(_Pairs):
-    """Each answer of the corpus, then the previous example's answer behind the prompt of this one."""
+    """Each answer of the corpus, then the previous example's answer behind the prompt of this
+    one.
+    """
 
     def __len__(self) -> int:
         return 2 * len(self._corpus)
@@ -56,7 +65,8 @@ class _Mismatched(_Pairs):
         index, other = divmod(number, 2)
         if not other:
             return as_window(self._corpus[index])
-        one, before = (self._corpus[n % len(self._corpus)] for n in (index, index - 1))  # before the first, the last
+        # before the first, the last
+        one, before = (self._corpus[n % len(self._corpus)] for n in (index, index - 1))
         begin, end = one.trained.index(True), before.trained.index(True)
         ids = one.ids[:begin] + before.ids[end:]
         return as_window(Encoded(ids, (False,) * begin + before.trained[end:]))
@@ -65,7 +75,9 @@ class _Mismatched(_Pairs):
 def build_answers(
     job: Job, settings: Training, loss: PreferenceLoss, base: Base
 ) -> Generator[Event, None, tuple[Answers, Answers | None]]:
-    """(training set, evaluation set or None). Raises UserError as `build_corpora`, and for rows of another kind."""
+    """(training set, evaluation set or None). Raises UserError as `build_corpora`, and for rows of
+    another kind.
+    """
     if loss != "kto":
         corpora = yield from build_corpora(job, settings, base, PairEncoder)
         return _of_pairs(corpora[0]), None if corpora[1] is None else _of_pairs(corpora[1])
@@ -92,9 +104,11 @@ def _of_pairs(corpus: Corpus) -> Answers:
 def with_reference(
     job: Job, base: Base, answers: tuple[Answers, Answers | None], as_base: bool
 ) -> Generator[Event, None, tuple[Answers, Answers | None]]:
-    """The same with each answer's log-probability under the reference: the model as it is, or `as_base` its base.
+    """The same with each answer's log-probability under the reference: the model as it is, or
+    `as_base` its base.
 
-    They are kept in the cache by what they depend on: a run that resumes, or has another loss, computes none.
+    They are kept in the cache by what they depend on: a run that resumes, or has another loss,
+    computes none.
     """
     given = [one for one in answers if one is not None]
     if not job.key:  # a trial: a step takes the same time and memory whatever the reference says
@@ -105,7 +119,8 @@ def with_reference(
         if not values:
             total = sum(len(one.windows) for one in given)
             yield Note(
-                f"{job.stage.name}: log-probabilities of {total:,} answers under the reference are computed once"
+                f"{job.stage.name}: log-probabilities of {total:,} answers under the reference "
+                "are computed once"
             )
             with disable_adapter(base.model) if as_base else nullcontext():
                 values = yield from _log_probs(base, given, total)
@@ -155,8 +170,11 @@ def _reference_facts(job: Job, answers: Sequence[Answers], as_base: bool) -> Fac
 
 
 @torch.no_grad()
-def _log_probs(base: Base, answers: Sequence[Answers], total: int) -> Generator[Event, None, dict[str, Tensor]]:
-    """Of each sequence of each data set, by its number, the summed log-probability of its answer: fp32 on the CPU.
+def _log_probs(
+    base: Base, answers: Sequence[Answers], total: int
+) -> Generator[Event, None, dict[str, Tensor]]:
+    """Of each sequence of each data set, by its number, the summed log-probability of its answer:
+    fp32 on the CPU.
 
     Each rank computes its share.
     """
@@ -167,7 +185,8 @@ def _log_probs(base: Base, answers: Sequence[Answers], total: int) -> Generator[
             for start in shard_for_rank(range(0, len(sums), SCORED_TOGETHER)):
                 part = range(start, min(start + SCORED_TOGETHER, len(sums)))
                 batch = batch_of(one, part).to(model.device)
-                sums[part.start : part.stop] = likelihood(model, batch).summed.cpu()  # as progress tells: waits for it
+                # as progress tells: waits for it
+                sums[part.start : part.stop] = likelihood(model, batch).summed.cpu()
                 done += len(part)
                 yield Progress(done, total, "reference")
             all_reduce(sums)
@@ -176,17 +195,23 @@ def _log_probs(base: Base, answers: Sequence[Answers], total: int) -> Generator[
 
 @torch.no_grad()
 def preferred(model: CausalLM, pairs: Answers, log_probs: Tensor | None = None) -> dict[str, float]:
-    """`accuracy`: the share of the pairs whose chosen answer the model gives the higher mean log-probability per token.
-    `margin`: the mean difference, in nats per token.
+    """`accuracy`: the share of the pairs whose chosen answer the model gives the higher mean
+    log-probability per token. `margin`: the mean difference, in nats per token.
 
-    Per token: of two sums the shorter answer has nearly always the higher one. `log_probs`: the sums, (2n,), where they
-    are known. Otherwise all of it is computed on this rank: after training the others are gone.
+    Per token: of two sums the shorter answer has nearly always the higher one. `log_probs`: the
+    sums, (2n,), where they are known. Otherwise all of it is computed on this rank: after training
+    the others are gone.
     """
     starts = range(0, len(pairs.windows), SCORED_TOGETHER)
-    parts = [batch_of(pairs, range(start, min(start + SCORED_TOGETHER, len(pairs.windows)))) for start in starts]
+    parts = [
+        batch_of(pairs, range(start, min(start + SCORED_TOGETHER, len(pairs.windows))))
+        for start in starts
+    ]
     if log_probs is None:
         with placed_for_inference(model):
-            log_probs = torch.cat([likelihood(model, part.to(model.device)).summed for part in parts]).cpu()
+            log_probs = torch.cat(
+                [likelihood(model, part.to(model.device)).summed for part in parts]
+            ).cpu()
     means = (log_probs / torch.tensor([count for part in parts for count in part.counts])).double()
     margins = means[::2] - means[1::2]
     return {"accuracy": (margins > 0).double().mean().item(), "margin": margins.mean().item()}

@@ -1,7 +1,9 @@
-"""Preference losses on pairs of answers: DPO, IPO, KTO, ORPO and SimPO, with the model itself as the reference.
+"""Preference losses on pairs of answers: DPO, IPO, KTO, ORPO and SimPO, with the model itself as
+the reference.
 
-A unit of the data is two sequences: the chosen and the rejected answer to a prompt, or for KTO an answer and another
-example's answer behind the same prompt, by which it estimates the divergence from the reference.
+A unit of the data is two sequences: the chosen and the rejected answer to a prompt, or for KTO an
+answer and another example's answer behind the same prompt, by which it estimates the divergence
+from the reference.
 """
 
 import math
@@ -21,7 +23,11 @@ from pipeline.models.device import read_numbers
 from pipeline.project.logs.run_log import REWARDS
 from pipeline.training.batches import Batch, Batches, collate
 from pipeline.training.losses import chunk_of, log_probs
-from pipeline.training.parallel.collectives import all_reduce_numbers, is_distributed, shard_for_rank
+from pipeline.training.parallel.collectives import (
+    all_reduce_numbers,
+    is_distributed,
+    shard_for_rank,
+)
 from pipeline.training.step import StepBatch, to_model_device
 
 if TYPE_CHECKING:
@@ -50,8 +56,8 @@ class PreferenceSettings(Protocol):
 class Answers:
     """The sequences of a data set, two a unit; `source(n)` is where unit n is from, as file:line.
 
-    `reference`: log-probability of each sequence's answer under the reference, (2n,); None without a reference.
-    `desirable`: for KTO, whether each unit's answer is a good one.
+    `reference`: log-probability of each sequence's answer under the reference, (2n,); None without
+    a reference. `desirable`: for KTO, whether each unit's answer is a good one.
     """
 
     windows: Sequence[Window]
@@ -76,12 +82,14 @@ class Answers:
 
 @dataclass(frozen=True)
 class AnswerBatch(Batch):
-    """The sequences of n units: the n first ones, then the n second ones; for KTO the first ones alone.
+    """The sequences of n units: the n first ones, then the n second ones; for KTO the first ones
+    alone.
 
-    Of the N labels `counts` belong to each sequence. `answered`: the indices of those of an answer; None: all are.
-    `owner`: the sequence of each of these, and `of_each`: how many each sequence has. `reference`: per sequence.
-    KTO: `desirable` (n,), 1 or 0, of which `liked` are 1; `by_kind` (n,) are the units with these first; and the
-    second sequences as a batch of their own, `mismatched`. All is made on the CPU: a GPU would be waited for.
+    Of the N labels `counts` belong to each sequence. `answered`: the indices of those of an answer;
+    None: all are. `owner`: the sequence of each of these, and `of_each`: how many each sequence
+    has. `reference`: per sequence. KTO: `desirable` (n,), 1 or 0, of which `liked` are 1; `by_kind`
+    (n,) are the units with these first; and the second sequences as a batch of their own,
+    `mismatched`. All is made on the CPU: a GPU would be waited for.
     """
 
     in_chunks: ClassVar[bool] = True
@@ -100,12 +108,16 @@ class AnswerBatch(Batch):
     def to(self, device: torch.device) -> "AnswerBatch":
         batch = super().to(device)
         assert isinstance(batch, AnswerBatch)
-        return batch if self.mismatched is None else replace(batch, mismatched=self.mismatched.to(device))
+        return (
+            batch
+            if self.mismatched is None
+            else replace(batch, mismatched=self.mismatched.to(device))
+        )
 
 
 class AnswerBatches(Batches):
-    """The batches of all epochs, of `batch_size` units each. `whole`: ORPO's, of whose prompts too it is the
-    likelihood."""
+    """The batches of all epochs, of `batch_size` units each. `whole`: ORPO's, of whose prompts too
+    it is the likelihood."""
 
     def __init__(
         self,
@@ -133,19 +145,36 @@ def answer_batch(answers: Answers, units: Sequence[int], whole: bool = False) ->
     """The units as one batch. With `whole`, every token of a first sequence carries a label."""
     firsts, seconds = [2 * unit for unit in units], [2 * unit + 1 for unit in units]
     if not answers.desirable:
-        return replace(batch_of(answers, [*firsts, *seconds], len(units) if whole else 0), units=len(units))
+        return replace(
+            batch_of(answers, [*firsts, *seconds], len(units) if whole else 0), units=len(units)
+        )
     kinds = [int(answers.desirable[unit]) for unit in units]
     by_kind = torch.tensor(sorted(range(len(units)), key=lambda n: not kinds[n]))
-    of_kind: dict[str, Any] = {"desirable": torch.tensor(kinds), "by_kind": by_kind, "liked": sum(kinds)}
-    return replace(batch_of(answers, firsts), units=len(units), mismatched=batch_of(answers, seconds), **of_kind)
+    of_kind: dict[str, Any] = {
+        "desirable": torch.tensor(kinds),
+        "by_kind": by_kind,
+        "liked": sum(kinds),
+    }
+    return replace(
+        batch_of(answers, firsts),
+        units=len(units),
+        mismatched=batch_of(answers, seconds),
+        **of_kind,
+    )
 
 
 def batch_of(answers: Answers, indices: Sequence[int], whole: int = 0) -> AnswerBatch:
-    """The sequences `indices` as a batch of no units; of the first `whole` of them every token carries a label."""
+    """The sequences `indices` as a batch of no units; of the first `whole` of them every token
+    carries a label.
+    """
     windows = [answers.windows[index] for index in indices]
     answered, of_each = None, torch.tensor([*map(_labels, windows)])
     if whole:
-        marks = [label != IGNORED for window in windows[:whole] for label in _to_last_label(window).labels]
+        marks = [
+            label != IGNORED
+            for window in windows[:whole]
+            for label in _to_last_label(window).labels
+        ]
         answered = torch.tensor(marks + [True] * sum(map(_labels, windows[whole:]))).nonzero()[:, 0]
         windows = [*map(_every_label, windows[:whole]), *windows[whole:]]
     batch = collate(windows)
@@ -176,8 +205,8 @@ def _every_label(window: Window) -> Window:
 
 
 class Likelihood(NamedTuple):
-    """Of the sequences of a batch: the summed log-probability of the answer's tokens, their number, and the negative
-    mean over all labels of the first sequences, ()."""
+    """Of the sequences of a batch: the summed log-probability of the answer's tokens, their number,
+    and the negative mean over all labels of the first sequences, ()."""
 
     summed: Tensor
     counts: Tensor
@@ -204,7 +233,9 @@ def _label_log_probs(model: CausalLM, batch: Batch) -> Tensor:
 
 
 class Preference(NamedTuple):
-    """The mean loss over the units, (), and the implicit rewards of the better and of the worse answers, (·,) each."""
+    """The mean loss over the units, (), and the implicit rewards of the better and of the worse
+    answers, (·,) each.
+    """
 
     loss: Tensor
     chosen: Tensor
@@ -214,7 +245,9 @@ class Preference(NamedTuple):
 def preference(model: CausalLM, batch: AnswerBatch, settings: PreferenceSettings) -> Preference:
     """The loss of a batch, as TRL computes it. For what each of them is, see `PAIRED` and `kto`."""
     # before the activations that backward needs are in memory
-    divergence = None if batch.mismatched is None else _divergence(model, batch.mismatched, batch.units)
+    divergence = (
+        None if batch.mismatched is None else _divergence(model, batch.mismatched, batch.units)
+    )
     like = likelihood(model, batch)
     scores = like.summed / like.counts if batch.reference is None else like.summed - batch.reference
     rewards = settings.beta * scores.detach()
@@ -233,8 +266,8 @@ def preference(model: CausalLM, batch: AnswerBatch, settings: PreferenceSettings
 
 @torch.no_grad()
 def _divergence(model: CausalLM, mismatched: AnswerBatch, units: int) -> Tensor:
-    """KTO's estimate, (), of the divergence from the reference, of the batch on all ranks; one without `units` is
-    idle."""
+    """KTO's estimate, (), of the divergence from the reference, of the batch on all ranks; one
+    without `units` is idle."""
     assert mismatched.reference is not None
     drift = likelihood(model, mismatched).summed - mismatched.reference
     if not is_distributed():
@@ -243,45 +276,66 @@ def _divergence(model: CausalLM, mismatched: AnswerBatch, units: int) -> Tensor:
     return drift.new_tensor(max(total / count, 0.0))
 
 
-def kto(scores: Tensor, desirable: Tensor, divergence: Tensor, settings: PreferenceSettings) -> Tensor:
+def kto(
+    scores: Tensor, desirable: Tensor, divergence: Tensor, settings: PreferenceSettings
+) -> Tensor:
     """Ethayarajh et al. 2024, eq. 8, with both weights 1: 1 − σ(±β(score − divergence))."""
     sign = desirable.to(scores.dtype) * 2 - 1
     return (1 - torch.sigmoid(sign * settings.beta * (scores - divergence))).mean()
 
 
-def _dpo(chosen: Tensor, rejected: Tensor, _c: Tensor, _r: Tensor, settings: PreferenceSettings) -> Tensor:
+def _dpo(
+    chosen: Tensor, rejected: Tensor, _c: Tensor, _r: Tensor, settings: PreferenceSettings
+) -> Tensor:
     return _sigmoid(settings.beta * (chosen - rejected), settings.label_smoothing)
 
 
-def _simpo(chosen: Tensor, rejected: Tensor, _c: Tensor, _r: Tensor, settings: PreferenceSettings) -> Tensor:
-    return _sigmoid(settings.beta * (chosen - rejected) - settings.simpo_gamma, settings.label_smoothing)
+def _simpo(
+    chosen: Tensor, rejected: Tensor, _c: Tensor, _r: Tensor, settings: PreferenceSettings
+) -> Tensor:
+    return _sigmoid(
+        settings.beta * (chosen - rejected) - settings.simpo_gamma, settings.label_smoothing
+    )
 
 
 def _sigmoid(margins: Tensor, smoothing: float) -> Tensor:
-    """−log σ; smoothed as if so many of the pairs were the wrong way round (cDPO, Mitchell 2023)."""
+    """−log σ; smoothed as if so many of the pairs were the wrong way round (cDPO, Mitchell
+    2023).
+    """
     return -(1 - smoothing) * F.logsigmoid(margins) - smoothing * F.logsigmoid(-margins)
 
 
 def _ipo(
-    chosen: Tensor, rejected: Tensor, of_chosen: Tensor, of_rejected: Tensor, settings: PreferenceSettings
+    chosen: Tensor,
+    rejected: Tensor,
+    of_chosen: Tensor,
+    of_rejected: Tensor,
+    settings: PreferenceSettings,
 ) -> Tensor:
     return (chosen / of_chosen - rejected / of_rejected - 1 / (2 * settings.beta)).square()
 
 
-def _orpo(chosen: Tensor, rejected: Tensor, _c: Tensor, _r: Tensor, settings: PreferenceSettings) -> Tensor:
+def _orpo(
+    chosen: Tensor, rejected: Tensor, _c: Tensor, _r: Tensor, settings: PreferenceSettings
+) -> Tensor:
     log_odds = chosen - rejected - (_log1mexp(chosen) - _log1mexp(rejected))
     return -settings.beta * F.logsigmoid(log_odds)
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 − eˣ) for x < 0, without the cancellation that either form has in one half of the range (Mächler 2012)."""
+    """log(1 − eˣ) for x < 0, without the cancellation that either form has in one half of the range
+    (Mächler 2012).
+    """
     near = x > -math.log(2)
-    return torch.where(near, torch.log(-torch.expm1(x)), torch.log1p(-torch.where(near, -1.0, x).exp()))
+    return torch.where(
+        near, torch.log(-torch.expm1(x)), torch.log1p(-torch.where(near, -1.0, x).exp())
+    )
 
 
-# Of the scores of both answers, (n,), and their tokens: the log-ratio to the reference, or without one the mean
-# log-probability. dpo: Rafailov et al. 2023, eq. 7. ipo: Azar et al. 2023, eq. 17, per token. simpo: Meng et al. 2024,
-# eq. 6. orpo: Hong et al. 2024, eq. 6 and 7, to which the likelihood of prompt and answer is added.
+# Of the scores of both answers, (n,), and their tokens: the log-ratio to the reference, or without
+# one the mean log-probability. dpo: Rafailov et al. 2023, eq. 7. ipo: Azar et al. 2023, eq. 17, per
+# token. simpo: Meng et al. 2024, eq. 6. orpo: Hong et al. 2024, eq. 6 and 7, to which the
+# likelihood of prompt and answer is added.
 PAIRED: Mapping[str, Callable[[Tensor, Tensor, Tensor, Tensor, PreferenceSettings], Tensor]] = {
     "dpo": _dpo,
     "ipo": _ipo,
@@ -308,9 +362,13 @@ class PreferencePath:
         (order,) = orders.values()
         for batch in order[number]:
             if isinstance(batch, AnswerBatch):
-                yield StepBatch(batch.to(self._model.device), {0: batch.tokens}, units={0: batch.units})
+                yield StepBatch(
+                    batch.to(self._model.device), {0: batch.tokens}, units={0: batch.units}
+                )
             else:  # of the retention loss
-                yield from (StepBatch(one, {0: one.tokens}) for one in to_model_device(self._model, [batch]))
+                yield from (
+                    StepBatch(one, {0: one.tokens}) for one in to_model_device(self._model, [batch])
+                )
 
     def base(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -324,7 +382,9 @@ class PreferencePath:
         loss, chosen, rejected = preference(self._model, answers, self._settings)
         if answers.units:
             paired = answers.mismatched is None
-            right = (chosen > rejected).sum() if paired else (chosen > 0).sum() + (rejected < 0).sum()
+            right = (
+                (chosen > rejected).sum() if paired else (chosen > 0).sum() + (rejected < 0).sum()
+            )
             sums = torch.stack([chosen.sum(), rejected.sum(), right.to(chosen.dtype)])
             self._seen.append((len(chosen), len(rejected), sums))
         return loss
@@ -333,14 +393,23 @@ class PreferencePath:
         return retain.divergence(batch.batch)
 
     def measured(self) -> dict[str, float]:
-        """Mean rewards, their margin and accuracy over all batches since the last call, on all ranks.
+        """Mean rewards, their margin and accuracy over all batches since the last call, on all
+        ranks.
 
-        Accuracy: the share of pairs whose chosen answer has the higher reward; for KTO of answers with the right sign.
+        Accuracy: the share of pairs whose chosen answer has the higher reward; for KTO of answers
+        with the right sign.
         """
-        counts = sum(chosen for chosen, _, _ in self._seen), sum(rejected for _, rejected, _ in self._seen)
-        sums = torch.tensor(read_numbers([sums for _, _, sums in self._seen]) if self._seen else [0.0] * 3).double()
+        counts = (
+            sum(chosen for chosen, _, _ in self._seen),
+            sum(rejected for _, rejected, _ in self._seen),
+        )
+        sums = torch.tensor(
+            read_numbers([sums for _, _, sums in self._seen]) if self._seen else [0.0] * 3
+        ).double()
         self._seen.clear()
-        good, bad, chosen, rejected, right = all_reduce_numbers(*counts, *map(float, sums.view(-1, 3).sum(0)))
+        good, bad, chosen, rejected, right = all_reduce_numbers(
+            *counts, *map(float, sums.view(-1, 3).sum(0))
+        )
         if not good + bad:
             return {}
         means = chosen / max(good, 1), rejected / max(bad, 1)

@@ -1,7 +1,8 @@
 """Adapters of other tools, read into PEFT's format, for `lora adapters import`.
 
-A tool is one file here with its `FORMAT`, found and not listed; they are asked in their order. Reading this module
-imports no torch. Whatever a file says, the result is checked against the base as any adapter is.
+A tool is one file here with its `FORMAT`, found and not listed; they are asked in their order.
+Reading this module imports no torch. Whatever a file says, the result is checked against the base
+as any adapter is.
 """
 
 import pkgutil
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
 
 class Converted(NamedTuple):
-    """adapter_config.json and tensors in PEFT's format, and the `files` that they were read from."""
+    """adapter_config.json and tensors in PEFT's format, and the `files` that they were read
+    from.
+    """
 
     config: dict[str, Any]
     tensors: Mapping[str, "Tensor"]
@@ -30,8 +33,8 @@ class Converted(NamedTuple):
 class Format(NamedTuple):
     """`about`: its line in `lora adapters import --help`.
 
-    `read(folder, model, base)`: the adapter for `model`, the skeleton of the checkpoint `base`; None if its files can
-    stay as they are. Raises UserError.
+    `read(folder, model, base)`: the adapter for `model`, the skeleton of the checkpoint `base`;
+    None if its files can stay as they are. Raises UserError.
     """
 
     order: int
@@ -47,21 +50,29 @@ def detect(folder: Path) -> Format:
     from pipeline.files.artifact import refuse_untrusted
 
     if folder.is_file():
-        raise UserError(f"{folder} is a file. Name the folder that it lies in, with the config beside it.")
+        raise UserError(
+            f"{folder} is a file. Name the folder that it lies in, with the config beside it."
+        )
     refuse_untrusted(folder)
     found = next((each for each in FORMATS if each.detect(folder)), None)
     if found is None:
         read_config(folder)  # says what else it is, if it is a model or holds adapters
-        raise UserError(f"{folder} is no adapter. Those of {', '.join(each.name for each in FORMATS)} are read.")
+        raise UserError(
+            f"{folder} is no adapter. Those of {', '.join(each.name for each in FORMATS)} are read."
+        )
     return found
 
 
 def base_of(folder: Path) -> Path:
-    """The base that a PEFT adapter names. Raises UserError for one of another tool, which needs --base."""
+    """The base that a PEFT adapter names. Raises UserError for one of another tool, which needs
+    --base.
+    """
     from pipeline.adapters import folder as adapter_folder
 
     if (name := detect(folder).name) != "PEFT":
-        raise UserError(f"{folder} is an adapter of {name}. Pass the base it was trained on with --base.")
+        raise UserError(
+            f"{folder} is an adapter of {name}. Pass the base it was trained on with --base."
+        )
     return adapter_folder.base_of(folder)
 
 
@@ -74,7 +85,9 @@ def low_rank(
     source: Path,
     magnitude: "Tensor | None" = None,
 ) -> "LowRank":
-    """s·BA of the layer `name`, with A (R, I) and B (O, R). Raises UserError if they are none of this model."""
+    """s·BA of the layer `name`, with A (R, I) and B (O, R). Raises UserError if they are none of
+    this model.
+    """
     from torch import nn
 
     from pipeline.adapters.attach import adaptable
@@ -83,14 +96,21 @@ def low_rank(
 
     layer = dict(model.named_modules()).get(name)
     if layer is None or not (adaptable(layer) or name == model.embedding_name):
-        raise UserError(f"{source}: the base has no layer {name[:200]}. Pass the base it was trained on with --base.")
+        raise UserError(
+            f"{source}: the base has no layer {name[:200]}. Pass the base it was trained on with "
+            "--base."
+        )
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
         shapes = f"{list(a.shape)} and {list(b.shape)}"
         raise UserError(
-            f"{source}: A and B of {name} have shapes {shapes}, which have no rank in common. Copy it again."
+            f"{source}: A and B of {name} have shapes {shapes}, which have no rank in common. "
+            "Copy it again."
         )
     if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale < 1e9:
-        raise UserError(f"{source}: the scale of the update must be a positive number, got {abbreviate_repr(scale)}.")
+        raise UserError(
+            f"{source}: the scale of the update must be a positive number, got "
+            f"{abbreviate_repr(scale)}."
+        )
     return LowRank(a, b, float(scale), isinstance(layer, nn.Embedding), magnitude)
 
 
@@ -103,13 +123,18 @@ def converted(
     if not updates:
         raise UserError(f"{files[0]} holds no LoRA. Save the adapter again.")
     ordered = {name: updates[name] for name, _ in model.named_modules() if name in updates}
-    config, tensors, _ = peft_format(ordered, model, base_name if isinstance(base_name, str) else "")
+    config, tensors, _ = peft_format(
+        ordered, model, base_name if isinstance(base_name, str) else ""
+    )
     return Converted(config, tensors, files)
 
 
 FORMATS: tuple[Format, ...] = tuple(  # last, as the modules import the names above
     sorted(
-        (import_module(f"{__name__}.{each.name}").FORMAT for each in pkgutil.iter_modules(__path__)),
+        (
+            import_module(f"{__name__}.{each.name}").FORMAT
+            for each in pkgutil.iter_modules(__path__)
+        ),
         key=lambda each: each.order,
     )
 )

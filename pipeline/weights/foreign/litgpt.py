@@ -1,8 +1,9 @@
 """Adapters of litgpt: lit_model.pth.lora, with rank and alpha in hyperparameters.yaml.
 
-One A and B for queries, keys and values together: A stacks an A of rank R for each of those that are trained, B their
-rows, heads in order. So they split without a product. Only models with LLaMA's names of layers; those that fuse other
-matrices in transformers, as Pythia's and Phi's, are not read.
+One A and B for queries, keys and values together: A stacks an A of rank R for each of those that
+are trained, B their rows, heads in order. So they split without a product. Only models with LLaMA's
+names of layers; those that fuse other matrices in transformers, as Pythia's and Phi's, are not
+read.
 """
 
 from pathlib import Path
@@ -27,7 +28,10 @@ LINEARS = {
     "mlp.proj": "mlp.down_proj",
 }
 FUSED = ("attn.qkv", "attn.attn")  # today's name, and that of 2024
-INSTEAD = "Merge it with `litgpt merge_lora`, convert it with `litgpt convert_from_litgpt`, and use that as a base."
+INSTEAD = (
+    "Merge it with `litgpt merge_lora`, convert it with `litgpt convert_from_litgpt`, and use "
+    "that as a base."
+)
 
 
 def detect(folder: Path) -> bool:
@@ -41,15 +45,23 @@ def read(folder: Path, model: "CausalLM", base: Path) -> Converted:
     source, settings = folder / WEIGHTS, _settings(folder / SETTINGS)
     rank, alpha = (settings.get(key) for key in ("lora_r", "lora_alpha"))
     if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
-        raise UserError(f"{folder / SETTINGS} must have lora_r and lora_alpha, got {rank!r} and {alpha!r}.")
+        raise UserError(
+            f"{folder / SETTINGS} must have lora_r and lora_alpha, got {rank!r} and {alpha!r}."
+        )
     if "model.layers.0.self_attn.q_proj" not in dict(model.named_modules()):
-        raise UserError(f"{base} has other layers than LLaMA's, which litgpt names and splits otherwise. {INSTEAD}")
+        raise UserError(
+            f"{base} has other layers than LLaMA's, which litgpt names and splits otherwise. "
+            f"{INSTEAD}"
+        )
     tensors, updates = load(source), {}
     for key in [key for key in tensors if key.endswith(".lora_A")]:
         theirs = key.removesuffix(".lora_A")
         a, b = tensors.pop(key), tensors.pop(f"{theirs}.lora_B", None)
         if b is None or a.ndim != 2 or b.ndim != 2:
-            raise UserError(f"{source}: {theirs[:200]} has no lora_A and lora_B of two dimensions. Copy it again.")
+            raise UserError(
+                f"{source}: {theirs[:200]} has no lora_A and lora_B of two dimensions. Copy it "
+                "again."
+            )
         for name, one_a, one_b in _layers(theirs, a, b, model, settings, source):
             updates[name] = low_rank(model, name, one_a, one_b, alpha / rank, source)
     if tensors:
@@ -90,13 +102,19 @@ def _layers(
     block = f"model.layers.{parts[2]}"
     if inside in LINEARS:
         return [(f"{block}.{LINEARS[inside]}", a, b)]
-    names = [f"{block}.self_attn.{name}" for name, key in zip(HEADS, TRAINED, strict=True) if settings.get(key) is True]
+    names = [
+        f"{block}.self_attn.{name}"
+        for name, key in zip(HEADS, TRAINED, strict=True)
+        if settings.get(key) is True
+    ]
     modules = dict(model.named_modules())
     rows = [modules[name].out_features if name in modules else 0 for name in names]
     if not names or a.shape[0] != len(names) * b.shape[1] or b.shape[0] != sum(rows):
         raise UserError(
-            f"{source}: {theirs} has shapes {list(a.shape)} and {list(b.shape)}, which do not fit the {sum(rows)} rows "
-            f"of {', '.join(names) or 'no layer'}, trained by {SETTINGS}. Pass the base it was trained on with --base."
+            f"{source}: {theirs} has shapes {list(a.shape)} and {list(b.shape)}, which do not fit "
+            f"the {sum(rows)} rows "
+            f"of {', '.join(names) or 'no layer'}, trained by {SETTINGS}. Pass the base it was "
+            "trained on with --base."
         )
     return list(zip(names, a.chunk(len(names)), torch.split(b, rows), strict=True))
 

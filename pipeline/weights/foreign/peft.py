@@ -1,8 +1,8 @@
-"""PEFT's own format, as tools write it that wrap PEFT's model: LLaMA-Factory, Axolotl, Unsloth, TRL under FSDP or
-DeepSpeed, and code that saves a state dict itself.
+"""PEFT's own format, as tools write it that wrap PEFT's model: LLaMA-Factory, Axolotl, Unsloth, TRL
+under FSDP or DeepSpeed, and code that saves a state dict itself.
 
-What leaves the same adapter under other names is read. PEFT skips names that it does not know, so that such an adapter
-loads as nothing; what is nothing is rejected here with the reason.
+What leaves the same adapter under other names is read. PEFT skips names that it does not know, so
+that such an adapter loads as nothing; what is nothing is rejected here with the reason.
 """
 
 import re
@@ -22,7 +22,8 @@ CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 PREFIX = "base_model.model."
 # Modules that torch.compile, FSDP, activation checkpointing and DDP put around others
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
-# The part of a key after the layer's name, which in a state dict of PEFT's model has the adapter's name in it
+# The part of a key after the layer's name, which in a state dict of PEFT's model has the adapter's
+# name in it
 _PART = re.compile(
     r"(?P<layer>.+)\.(?:(?P<linear>lora_[AB])(?:\.(?P<name1>\w+))??\.weight"
     r"|(?P<other>lora_embedding_[AB]|lora_magnitude_vector|token_adapter\.trainable_tokens_delta)"
@@ -60,11 +61,14 @@ def read(folder: Path, model: "CausalLM", base: Path) -> Converted | None:
     stored = load(source) if source.name == PICKLE else load_tensors(source)
     if not stored or any(tensor.numel() == 0 for tensor in stored.values()):
         raise UserError(
-            f"{source} is empty: DeepSpeed ZeRO-3 saved it without its parts on other GPUs, and it would change "
+            f"{source} is empty: DeepSpeed ZeRO-3 saved it without its parts on other GPUs, and "
+            "it would change "
             f"nothing. {_GATHER}."
         )
     if str(config.get("peft_type")) in {*VIRTUAL, *OTHER_KINDS}:
-        return None if source.name == WEIGHTS else Converted(config, stored, (source, folder / CONFIG))
+        return (
+            None if source.name == WEIGHTS else Converted(config, stored, (source, folder / CONFIG))
+        )
     names = _Names([name for name, _ in model.named_modules()])
     tensors, settings = _renamed(stored, names, source), dict(config)
     if isinstance(targets := config.get("target_modules"), list):
@@ -73,9 +77,12 @@ def read(folder: Path, model: "CausalLM", base: Path) -> Converted | None:
     _take_embeddings(settings, tensors, model, base, source)
     if config.get("target_parameters"):
         tensors = _in_todays_layout(settings, tensors, model, folder)
-    if not config.get("use_dora") and any(key.endswith(".lora_magnitude_vector") for key in tensors):
+    if not config.get("use_dora") and any(
+        key.endswith(".lora_magnitude_vector") for key in tensors
+    ):
         raise UserError(
-            f"{source} has DoRA's magnitudes, but use_dora is not set in {CONFIG}: PEFT would leave them out. Set "
+            f"{source} has DoRA's magnitudes, but use_dora is not set in {CONFIG}: PEFT would "
+            "leave them out. Set "
             "use_dora to true there if it was trained with DoRA."
         )
     if source.name == WEIGHTS and tensors.keys() == stored.keys() and settings == config:
@@ -86,21 +93,27 @@ def read(folder: Path, model: "CausalLM", base: Path) -> Converted | None:
 def _in_todays_layout(
     settings: dict[str, Any], tensors: dict[str, "Tensor"], model: "CausalLM", folder: Path
 ) -> dict[str, "Tensor"]:
-    """A and B of experts as PEFT stores them since it changed that; the settings then name a version that does.
+    """A and B of experts as PEFT stores them since it changed that; the settings then name a
+    version that does.
 
     Raises UserError.
     """
     from pipeline.adapters.config import LAYOUT, read_spec
     from pipeline.adapters.experts import in_this_layout
 
-    changed = in_this_layout(model, read_spec(folder), tensors, settings.get("peft_version"), folder)
+    changed = in_this_layout(
+        model, read_spec(folder), tensors, settings.get("peft_version"), folder
+    )
     if any(changed[key] is not tensors[key] for key in tensors):
         settings["peft_version"] = LAYOUT
     return changed
 
 
 def _why_none(folder: Path) -> str:
-    return next((why for pattern, why in SHARDS if any(folder.glob(pattern))), "it holds no adapter. Copy it again")
+    return next(
+        (why for pattern, why in SHARDS if any(folder.glob(pattern))),
+        "it holds no adapter. Copy it again",
+    )
 
 
 def _renamed(stored: Mapping[str, "Tensor"], names: "_Names", source: Path) -> dict[str, "Tensor"]:
@@ -121,9 +134,14 @@ def _renamed(stored: Mapping[str, "Tensor"], names: "_Names", source: Path) -> d
             name = f"{names.full(match['layer'])}.{match['part']}"
         if len(adapters - {""}) > 1:
             several = ", ".join(sorted(name[:80] for name in adapters if name))
-            raise UserError(f"{source} holds several adapters: {several}. Save the one you mean with save_pretrained.")
+            raise UserError(
+                f"{source} holds several adapters: {several}. Save the one you mean with "
+                "save_pretrained."
+            )
         if tensors.setdefault(PREFIX + name, tensor) is not tensor:
-            raise UserError(f"{source}: {key[:200]} is there twice, under two names. Save the adapter again.")
+            raise UserError(
+                f"{source}: {key[:200]} is there twice, under two names. Save the adapter again."
+            )
     return tensors
 
 
@@ -143,11 +161,17 @@ class _Names:
         return isinstance(end, str) and (end in self.modules or end in self._by_end)
 
     def full(self, name: str) -> str:
-        """The only module of this name with more or fewer parts before it, as after training the body alone."""
+        """The only module of this name with more or fewer parts before it, as after training the
+        body alone.
+        """
         if name in self.modules:
             return name
         longer = self._by_end.get(name, [])
-        return longer[0] if len(longer) == 1 else next((end for end in _ends(name) if end in self.modules), name)
+        return (
+            longer[0]
+            if len(longer) == 1
+            else next((end for end in _ends(name) if end in self.modules), name)
+        )
 
 
 def _ends(name: str) -> list[str]:
@@ -157,11 +181,17 @@ def _ends(name: str) -> list[str]:
 
 
 def _take_embeddings(
-    config: dict[str, Any], tensors: dict[str, "Tensor"], model: "CausalLM", base: Path, source: Path
+    config: dict[str, Any],
+    tensors: dict[str, "Tensor"],
+    model: "CausalLM",
+    base: Path,
+    source: Path,
 ) -> None:
-    """An embedding or head that is saved whole without modules_to_save, as PEFT does where a tokenizer grew.
+    """An embedding or head that is saved whole without modules_to_save, as PEFT does where a
+    tokenizer grew.
 
-    It is left out if it is the base's, and otherwise trained in full, in place. Raises UserError for other rows.
+    It is left out if it is the base's, and otherwise trained in full, in place. Raises UserError
+    for other rows.
     """
     import torch
 
@@ -178,16 +208,28 @@ def _take_embeddings(
         rows = model.shape.rows
         if len(weight) != rows:
             raise UserError(
-                f"{source}: {name} has {len(weight):,} rows, and the base {rows:,}: tokens were added before training. "
-                "Add the same tokens to the base in the same order, or pass the base that has them with --base."
+                f"{source}: {name} has {len(weight):,} rows, and the base {rows:,}: tokens were "
+                "added before training. "
+                "Add the same tokens to the base in the same order, or pass the base that has "
+                "them with --base."
             )
-        if isinstance(saved, list) and not any(isinstance(each, str) and name.endswith(each) for each in saved):
+        if isinstance(saved, list) and not any(
+            isinstance(each, str) and name.endswith(each) for each in saved
+        ):
             location = find_location(f"{name}.weight", tensor_locations(base), tied_names(model))
             blocks = read_blocks(location) if location else ()
-            if location and all(torch.equal(weight[part].float(), old.float()) for part, old in blocks):
+            if location and all(
+                torch.equal(weight[part].float(), old.float()) for part, old in blocks
+            ):
                 del tensors[f"{PREFIX}{name}.weight"]
             else:
                 config["modules_to_save"] = saved = [*saved, name]
 
 
-FORMAT = Format(9, "PEFT", "also as LLaMA-Factory, Axolotl and Unsloth write it, and adapter_model.bin", detect, read)
+FORMAT = Format(
+    9,
+    "PEFT",
+    "also as LLaMA-Factory, Axolotl and Unsloth write it, and adapter_model.bin",
+    detect,
+    read,
+)

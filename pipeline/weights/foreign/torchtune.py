@@ -1,9 +1,10 @@
 """Adapters of torchtune in its own names: adapter_model.pt, or adapter_0.pt of older versions.
 
-Its LLaMA, Mistral and Gemma turn pairs of neighbours by their positions, as Meta's code does, where transformers turns
-a number and that half a head further: rows of queries and keys are in another order. torchtune writes the adapter in
-PEFT's format too, which is not read where its own file is there: of Qwen2, whose rows are in transformers' order, it
-reorders them all the same, and DoRA's magnitudes it leaves in Meta's order.
+Its LLaMA, Mistral and Gemma turn pairs of neighbours by their positions, as Meta's code does, where
+transformers turns a number and that half a head further: rows of queries and keys are in another
+order. torchtune writes the adapter in PEFT's format too, which is not read where its own file is
+there: of Qwen2, whose rows are in transformers' order, it reorders them all the same, and DoRA's
+magnitudes it leaves in Meta's order.
 """
 
 import re
@@ -35,7 +36,9 @@ _KEY = re.compile(r"(?P<layer>.+?)\.(?P<part>lora_a\.weight|lora_b\.weight|magni
 
 def _files(folder: Path) -> list[Path]:
     """The newest of them last."""
-    numbered = sorted(folder.glob("adapter_[0-9]*.pt"), key=lambda path: (len(path.name), path.name))
+    numbered = sorted(
+        folder.glob("adapter_[0-9]*.pt"), key=lambda path: (len(path.name), path.name)
+    )
     return numbered + [path for path in (folder / "adapter_model.pt",) if path.is_file()]
 
 
@@ -50,39 +53,53 @@ def read(folder: Path, model: "CausalLM", base: Path) -> Converted:
     from pipeline.weights.torch_file import load
 
     source = _files(folder)[-1]
-    config = read_json(folder / CONFIG, "torchtune writes it with r and lora_alpha; its files of Meta's format lack it")
+    config = read_json(
+        folder / CONFIG,
+        "torchtune writes it with r and lora_alpha; its files of Meta's format lack it",
+    )
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
-        raise UserError(f"{folder / CONFIG} must have r and lora_alpha, got {rank!r} and {alpha!r}.")
+        raise UserError(
+            f"{folder / CONFIG} must have r and lora_alpha, got {rank!r} and {alpha!r}."
+        )
     shape = read_config(base)
     family = str(shape.get("model_type"))
     if family not in REORDERED:
         raise UserError(
-            f"{base} is a model of type {family}; of torchtune, adapters of {', '.join(REORDERED)} are read. Merge it "
+            f"{base} is a model of type {family}; of torchtune, adapters of "
+            f"{', '.join(REORDERED)} are read. Merge it "
             "in torchtune, which writes a checkpoint of transformers, and use that as a base."
         )
     layers: dict[str, dict[str, Any]] = {}
     for key, tensor in load(source).items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise UserError(f"{source}: {key[:200]} is not a part of LoRA. Merge the adapter in torchtune.")
+            raise UserError(
+                f"{source}: {key[:200]} is not a part of LoRA. Merge the adapter in torchtune."
+            )
         layers.setdefault(match["layer"], {})[PARTS[match["part"]]] = tensor
     updates = {}
     for theirs, parts in layers.items():
         name = _name(theirs, model)
         if name is None or not {"a", "b"} <= parts.keys():
             raise UserError(
-                f"{source}: {theirs[:200]} is a layer that is not read, or lacks a part. Merge the adapter."
+                f"{source}: {theirs[:200]} is a layer that is not read, or lacks a part. Merge "
+                "the adapter."
             )
         if REORDERED[family] and name.endswith(("q_proj", "k_proj")):
             heads = shape.get("num_attention_heads")
             if name.endswith("k_proj"):
                 heads = shape.get("num_key_value_heads", heads)
             parts = {
-                part: tensor if part == "a" else _in_halves(tensor, heads, source) for part, tensor in parts.items()
+                part: tensor if part == "a" else _in_halves(tensor, heads, source)
+                for part, tensor in parts.items()
             }
-        updates[name] = low_rank(model, name, parts["a"], parts["b"], alpha / rank, source, parts.get("magnitude"))
-    return converted(updates, model, config.get("base_model_name_or_path"), (source, folder / CONFIG))
+        updates[name] = low_rank(
+            model, name, parts["a"], parts["b"], alpha / rank, source, parts.get("magnitude")
+        )
+    return converted(
+        updates, model, config.get("base_model_name_or_path"), (source, folder / CONFIG)
+    )
 
 
 def _name(theirs: str, model: "CausalLM") -> str | None:
@@ -97,7 +114,8 @@ def _in_halves(rows: "Tensor", heads: Any, source: Path) -> "Tensor":
     """The rows (O, …) of every head from neighbours 0 1, 2 3, … to halves 0 2 …, 1 3 …"""
     if not isinstance(heads, int) or heads < 1 or rows.ndim < 1 or rows.shape[0] % (2 * heads):
         raise UserError(
-            f"{source}: a tensor of shape {list(rows.shape)} is none of the base's {heads} heads. Pass the base it was "
+            f"{source}: a tensor of shape {list(rows.shape)} is none of the base's {heads} heads. "
+            "Pass the base it was "
             "trained on with --base."
         )
     pairs = rows.reshape(heads, rows.shape[0] // (2 * heads), 2, *rows.shape[1:])  # (H, K/2, 2, …)

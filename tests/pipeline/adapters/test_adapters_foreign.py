@@ -1,4 +1,6 @@
-"""Adapters that PEFT made: asked, imported and merged they answer as in PEFT, or are refused for one reason."""
+"""Adapters that PEFT made: asked, imported and merged they answer as in PEFT, or are refused for
+one reason.
+"""
 
 import json
 from collections.abc import Callable
@@ -7,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import EvaConfig, IA3Config, LoraConfig, LoraGAConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft import (
+    EvaConfig,
+    IA3Config,
+    LoraConfig,
+    LoraGAConfig,
+    PeftModel,
+    get_peft_model,
+    initialize_lora_eva_weights,
+)
 from peft.tuners.lora.loraga import preprocess_loraga
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -50,7 +60,9 @@ def saved(model: Any, folder: Path) -> Any:
 
 def made(root: Path, **options: Any) -> Any:
     """`theirs`: an adapter that PEFT made on `base`; returns its model."""
-    config = LoraConfig(task_type="CAUSAL_LM", **{"r": 3, "lora_alpha": 6, "target_modules": ["q_proj"], **options})
+    config = LoraConfig(
+        task_type="CAUSAL_LM", **{"r": 3, "lora_alpha": 6, "target_modules": ["q_proj"], **options}
+    )
     return saved(get_peft_model(stock(root), config), root / "theirs")
 
 
@@ -74,7 +86,9 @@ def assert_answers_as_in_peft(cli: Lora, root: Path) -> None:
         "merged": logits(AutoModelForCausalLM.from_pretrained(root / "merged")),
     }
     for name, found in answers.items():
-        torch.testing.assert_close(found, there, atol=1e-4, rtol=1e-4, msg=f"{name}, it answers otherwise than in PEFT")
+        torch.testing.assert_close(
+            found, there, atol=1e-4, rtol=1e-4, msg=f"{name}, it answers otherwise than in PEFT"
+        )
 
 
 def refusals(cli: Lora, root: Path) -> set[str]:
@@ -94,21 +108,32 @@ def refusals(cli: Lora, root: Path) -> set[str]:
 # Rows of a tied pair
 
 
-@pytest.mark.parametrize("rows", [{"embed_tokens": ONE, "lm_head": ONE}, {"model.decoder.embed_tokens": ONE}])
-def test_rows_of_a_tied_pair_are_trained_in_both_at_once(cli: Lora, tied: Path, rows: dict[str, list[int]]) -> None:
+@pytest.mark.parametrize(
+    "rows", [{"embed_tokens": ONE, "lm_head": ONE}, {"model.decoder.embed_tokens": ONE}]
+)
+def test_rows_of_a_tied_pair_are_trained_in_both_at_once(
+    cli: Lora, tied: Path, rows: dict[str, list[int]]
+) -> None:
     made(tied, trainable_token_indices=rows)
     assert_answers_as_in_peft(cli, tied)
 
 
 @pytest.mark.parametrize("rows", [{"embed_tokens": ONE, "lm_head": OTHER}, {"lm_head": ONE}])
-def test_rows_that_would_untie_a_tied_pair_are_refused(cli: Lora, tied: Path, rows: dict[str, list[int]]) -> None:
+def test_rows_that_would_untie_a_tied_pair_are_refused(
+    cli: Lora, tied: Path, rows: dict[str, list[int]]
+) -> None:
     made(tied, trainable_token_indices=rows)
     (said,) = refusals(cli, tied)
-    assert "trainable_token_indices must name embed_tokens, or embed_tokens and lm_head with the same rows" in said
+    assert (
+        "trainable_token_indices must name embed_tokens, or embed_tokens and lm_head with the "
+        "same rows" in said
+    )
     assert "or embed_tokens and lm_head with the same rows: they are tied" in said
 
 
-def test_a_list_of_rows_is_the_embeddings_whatever_the_model_calls_it(cli: Lora, tmp_path: Path) -> None:
+def test_a_list_of_rows_is_the_embeddings_whatever_the_model_calls_it(
+    cli: Lora, tmp_path: Path
+) -> None:
     toy_checkpoint(tmp_path / "base", "gpt2")
     made(tmp_path, target_modules=["c_attn"], trainable_token_indices=ONE)
     code, said, _ = cli("adapters", "diff", "theirs", "theirs", "--json", cwd=tmp_path)
@@ -119,11 +144,18 @@ def test_a_list_of_rows_is_the_embeddings_whatever_the_model_calls_it(cli: Lora,
 # LoRA on the head of a tied pair
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["lm_head"], ["embed_tokens", "lm_head"]])
-def test_lora_on_a_tied_head_unties_it_where_it_is_merged(cli: Lora, tied: Path, targets: list[str]) -> None:
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "lm_head"], ["lm_head"], ["embed_tokens", "lm_head"]]
+)
+def test_lora_on_a_tied_head_unties_it_where_it_is_merged(
+    cli: Lora, tied: Path, targets: list[str]
+) -> None:
     made(tied, target_modules=targets)
     assert_answers_as_in_peft(cli, tied)
-    assert cli("export", "theirs", "--format", "vllm", "--out", "out", "--base", "base", cwd=tied)[0] == 0
+    assert (
+        cli("export", "theirs", "--format", "vllm", "--out", "out", "--base", "base", cwd=tied)[0]
+        == 0
+    )
 
 
 def test_a_head_that_is_not_the_tied_bases_is_refused(cli: Lora, tied: Path) -> None:
@@ -138,8 +170,12 @@ def test_a_head_that_is_not_the_tied_bases_is_refused(cli: Lora, tied: Path) -> 
 # Modules that train in full
 
 
-@pytest.mark.parametrize("saved", [["norm"], ["final_layer_norm"], ["head"], ["fc2", "norm"], ["decoder.embed_tokens"]])
-def test_modules_to_save_are_meant_by_the_ends_of_their_names(cli: Lora, tied: Path, saved: list[str]) -> None:
+@pytest.mark.parametrize(
+    "saved", [["norm"], ["final_layer_norm"], ["head"], ["fc2", "norm"], ["decoder.embed_tokens"]]
+)
+def test_modules_to_save_are_meant_by_the_ends_of_their_names(
+    cli: Lora, tied: Path, saved: list[str]
+) -> None:
     made(tied, modules_to_save=saved)
     assert_answers_as_in_peft(cli, tied)
 
@@ -192,7 +228,9 @@ def test_an_initialisation_that_leaves_the_base_alone_is_taken(
     cli: Lora, tied: Path, make: Callable[[Path], Any]
 ) -> None:
     trained = logits(make(tied))
-    torch.testing.assert_close(trained, logits(PeftModel.from_pretrained(stock(tied), tied / "theirs")))
+    torch.testing.assert_close(
+        trained, logits(PeftModel.from_pretrained(stock(tied), tied / "theirs"))
+    )
     assert_answers_as_in_peft(cli, tied)
 
 
@@ -212,7 +250,10 @@ VECTORS: dict[str, dict[str, Any]] = {  # IA3Config's arguments
     "names": {"target_modules": ["k_proj", "v_proj", "fc2"], "feedforward_modules": ["fc2"]},
     "outputs alone": {"target_modules": ["k_proj", "fc1"], "feedforward_modules": []},
     "a pattern": {"target_modules": r".*\.(k_proj|fc2)", "feedforward_modules": r".*fc2"},
-    "a pattern and names": {"target_modules": r".*\.1\.(self_attn\.k_proj|fc2)", "feedforward_modules": ["fc2"]},
+    "a pattern and names": {
+        "target_modules": r".*\.1\.(self_attn\.k_proj|fc2)",
+        "feedforward_modules": ["fc2"],
+    },
     "all-linear": {"target_modules": "all-linear", "feedforward_modules": ["fc2"]},
     "some blocks": {
         "target_modules": [f"{BLOCK}.0.self_attn.k_proj", f"{BLOCK}.1.fc2"],
@@ -237,17 +278,24 @@ VECTORS: dict[str, dict[str, Any]] = {  # IA3Config's arguments
 
 def made_vectors(root: Path, **options: Any) -> Any:
     """`theirs`: vectors that PEFT made on `base`; returns its model."""
-    return saved(get_peft_model(stock(root), IA3Config(task_type="CAUSAL_LM", **options)), root / "theirs")
+    return saved(
+        get_peft_model(stock(root), IA3Config(task_type="CAUSAL_LM", **options)), root / "theirs"
+    )
 
 
 @torch.no_grad()
 def assert_vectors_answer_as_in_peft(cli: Lora, root: Path, model: Any) -> None:
-    there = logits(model)  # not opened again: PEFT cannot open those of all-linear with feedforward_modules
+    # not opened again: PEFT cannot open those of all-linear with feedforward_modules
+    there = logits(model)
     assert (there - logits(stock(root))).abs().max() > 1e-2, "the vectors change nothing"
-    code, said, errors = cli("adapters", "import", "theirs", "--base", "base", "--out", "mine", cwd=root)
+    code, said, errors = cli(
+        "adapters", "import", "theirs", "--base", "base", "--out", "mine", cwd=root
+    )
     assert code == 0 and "fits base" in said, errors
     for folder in ("theirs", "mine"):
-        torch.testing.assert_close(load(root / "base", root / folder).model(IDS), there, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            load(root / "base", root / folder).model(IDS), there, atol=1e-4, rtol=1e-4
+        )
     code, said, _ = cli("adapters", "verify", "mine", cwd=root)
     assert code == 0 and "those it was imported with; what it was trained on is not known" in said
 
@@ -264,23 +312,34 @@ def test_vectors_of_ia3_on_a_gpt_2_answer_as_in_peft(cli: Lora, tmp_path: Path) 
 
 
 WRONG_VECTORS: dict[str, tuple[dict[str, Any], str]] = {
-    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head']; it is not supported with"),
+    "modules_to_save": (
+        {"modules_to_save": ["lm_head"]},
+        "modules_to_save is ['lm_head']; it is not supported with",
+    ),
     "an unknown option": ({"use_dora": True}, "use_dora is True; it is not supported so far"),
     "a bad pattern": ({"target_modules": "("}, "target_modules must be a regular expression"),
     "no list": ({"feedforward_modules": {"fc2": 1}}, "feedforward_modules must be a list of names"),
     "no targets": ({"target_modules": None}, "target_modules must be a list of names"),
-    "vectors of another side": ({"feedforward_modules": []}, "has shape [1, 256], expected [64, 1]"),
+    "vectors of another side": (
+        {"feedforward_modules": []},
+        "has shape [1, 256], expected [64, 1]",
+    ),
     "a pattern that matches nothing": ({"target_modules": ".*w_proj"}, "matches no layer"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG_VECTORS)
-def test_vectors_that_do_not_fit_their_config_are_one_message(cli: Lora, tied: Path, name: str) -> None:
+def test_vectors_that_do_not_fit_their_config_are_one_message(
+    cli: Lora, tied: Path, name: str
+) -> None:
     change, message = WRONG_VECTORS[name]
     made_vectors(tied, **VECTORS["names"])
     config = json.loads((tied / "theirs" / CONFIG).read_text())
     (tied / "theirs" / CONFIG).write_text(json.dumps({**config, **change}))
-    ways = (("import", "theirs", "--base", "base", "--out", "out"), ("verify", "theirs", "--base", "base"))
+    ways = (
+        ("import", "theirs", "--base", "base", "--out", "out"),
+        ("verify", "theirs", "--base", "base"),
+    )
     (said,) = {refusal(cli("adapters", *way, cwd=tied)) for way in ways}
     assert message in said and not (tied / "out").exists()
 
@@ -289,7 +348,9 @@ def test_vectors_that_do_not_fit_their_config_are_one_message(cli: Lora, tied: P
 
 
 @pytest.mark.parametrize("kind", ["P_TUNING", "TRAINABLE_TOKENS", "LOHA", ["LORA"], 5])
-def test_another_method_is_refused_with_those_that_are_supported(cli: Lora, tied: Path, kind: object) -> None:
+def test_another_method_is_refused_with_those_that_are_supported(
+    cli: Lora, tied: Path, kind: object
+) -> None:
     made(tied)
     config = json.loads((tied / "theirs" / CONFIG).read_text())
     (tied / "theirs" / CONFIG).write_text(json.dumps({**config, "peft_type": kind}))
@@ -312,21 +373,44 @@ def test_a_pickle_is_read_by_the_import_alone_which_the_others_name(cli: Lora, t
     assert "adapter_model.bin is a pickle, which can run code and is never read" in said
     assert "`lora adapters import theirs --base BASE --out OUT`" in said
     assert cli("adapters", "import", "theirs", "--base", "base", "--out", "mine", cwd=tied)[0] == 0
-    torch.testing.assert_close(load(tied / "base", tied / "mine").model(IDS), there, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        load(tied / "base", tied / "mine").model(IDS), there, atol=1e-4, rtol=1e-4
+    )
 
 
 NUMBERS: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"r": 10**6}, "has shape [3, 64], expected [1000000, 64]"),
     "rank of many digits": ({"r": 10**400}, "r must be a whole number from 1 to 1000000"),
-    "rank by pattern": ({"rank_pattern": {"q_proj": 10**6}}, "has shape [3, 64], expected [1000000, 64]"),
+    "rank by pattern": (
+        {"rank_pattern": {"q_proj": 10**6}},
+        "has shape [3, 64], expected [1000000, 64]",
+    ),
     "targets that it has not": ({"r": 10**6, "target_modules": ["fc1"]}, "does not fit: "),
-    "alpha": ({"lora_alpha": 1e300}, "lora_alpha must be a number from 1e-09 to 1000000000.0, got 1e+300"),
-    "tiny alpha": ({"lora_alpha": 1e-300}, "lora_alpha must be a number from 1e-09 to 1000000000.0, got 1e-300"),
-    "alpha of many digits": ({"lora_alpha": 10**400}, "lora_alpha must be a number from 1e-09 to 1000000000.0"),
-    "alpha by pattern": ({"alpha_pattern": {"q_proj": 10**400}}, "alpha_pattern must be a number from"),
+    "alpha": (
+        {"lora_alpha": 1e300},
+        "lora_alpha must be a number from 1e-09 to 1000000000.0, got 1e+300",
+    ),
+    "tiny alpha": (
+        {"lora_alpha": 1e-300},
+        "lora_alpha must be a number from 1e-09 to 1000000000.0, got 1e-300",
+    ),
+    "alpha of many digits": (
+        {"lora_alpha": 10**400},
+        "lora_alpha must be a number from 1e-09 to 1000000000.0",
+    ),
+    "alpha by pattern": (
+        {"alpha_pattern": {"q_proj": 10**400}},
+        "alpha_pattern must be a number from",
+    ),
     "blocks": ({"layers_to_transform": [10**30]}, "matches no layer that is not excluded"),
-    "rows": ({"trainable_token_indices": {"embed_tokens": [10**30]}}, "trains row 1000000000000000000000000000000"),
-    "virtual tokens": ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 10**400}, "num_virtual_tokens"),
+    "rows": (
+        {"trainable_token_indices": {"embed_tokens": [10**30]}},
+        "trains row 1000000000000000000000000000000",
+    ),
+    "virtual tokens": (
+        {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 10**400},
+        "num_virtual_tokens",
+    ),
 }
 
 

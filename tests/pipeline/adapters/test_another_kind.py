@@ -1,4 +1,6 @@
-"""A kind of adapter that the package does not know, in one file: here learned vectors that scale keys and values."""
+"""A kind of adapter that the package does not know, in one file: here learned vectors that scale
+keys and values.
+"""
 
 import json
 import sys
@@ -51,7 +53,9 @@ def attach_vectors(model: CausalLM) -> None:
 
 
 def layers(model: CausalLM) -> dict[str, AdapterLayer]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLayer)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, AdapterLayer)
+    }
 
 
 def load_vectors(model: CausalLM, _base_folder: Path, folder: Path) -> str:
@@ -72,26 +76,37 @@ def test_the_loop_trains_it_and_disabling_gives_the_base_back() -> None:
     retain = RetentionLoss(model, listed(windows_of((5, 7), seed=4)), settings)
     records, _ = trained(model, Batches(listed(windows_of(LENGTHS)), 2, 0), settings, retain=retain)
     assert records[-1].loss < records[0].loss
-    assert records[0].divergence == pytest.approx(0, abs=1e-6) and records[-1].divergence != records[0].divergence
+    assert (
+        records[0].divergence == pytest.approx(0, abs=1e-6)
+        and records[-1].divergence != records[0].divergence
+    )
     assert not torch.equal(model(ids), base(ids))
     with disable_adapter(model):
         assert torch.equal(model(ids), base(ids))
 
 
-def test_its_folder_is_loaded_by_the_loader_of_its_type(brief: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_its_folder_is_loaded_by_the_loader_of_its_type(
+    brief: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     expanded, folder = brief / "artifacts/expanded", tmp_path / "ia3"
     model, ids = load_base(expanded).model, torch.arange(3, 9)[None]
     attach_vectors(model)
-    trained(model, Batches(listed(windows_of((4, 4, 4))), 2, 0), Training(epochs=2, learning_rate=0.1))
+    trained(
+        model, Batches(listed(windows_of((4, 4, 4))), 2, 0), Training(epochs=2, learning_rate=0.1)
+    )
     folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "SCALED", "target_modules": [*NAMES]}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "SCALED", "target_modules": [*NAMES]})
+    )
     values = {
         f"{PREFIX}{name}{key}": parameter.detach()
         for name, layer in layers(model).items()
         for key, parameter in layer.adapter_parameters().items()
     }
     save_file(values, folder / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=r"peft_type must be LORA, .*or PROMPT_TUNING, got 'SCALED'"):
+    with pytest.raises(
+        UserError, match=r"peft_type must be LORA, .*or PROMPT_TUNING, got 'SCALED'"
+    ):
         load_adapter(load_base(expanded).model, expanded, folder)
     monkeypatch.setitem(OTHER_KINDS, "SCALED", "scaled")
     monkeypatch.setitem(sys.modules, "scaled", SimpleNamespace(load=load_vectors))

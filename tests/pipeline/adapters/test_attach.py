@@ -19,7 +19,14 @@ from pipeline.adapters.attach import (
     tensors,
 )
 from pipeline.adapters.config import PREFIX, AdapterSpec
-from pipeline.adapters.lora import DoRALinear, EmbeddingRows, HeadRows, LoRAEmbedding, LoRALinear, weight_of
+from pipeline.adapters.lora import (
+    DoRALinear,
+    EmbeddingRows,
+    HeadRows,
+    LoRAEmbedding,
+    LoRALinear,
+    weight_of,
+)
 from pipeline.errors import UserError
 from pipeline.files.patterns import one_budget
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
@@ -32,7 +39,11 @@ BLOCK = "model.decoder.layers.1"
 
 def model_of(tied: bool = False) -> MiniGPT:
     torch.manual_seed(0)
-    return MiniGPT(MiniGPTConfig(vocab_size=20, pad_id=0, end_id=2, d_model=16, feed_forward=32, tie_embeddings=tied))
+    return MiniGPT(
+        MiniGPTConfig(
+            vocab_size=20, pad_id=0, end_id=2, d_model=16, feed_forward=32, tie_embeddings=tied
+        )
+    )
 
 
 def spec_of(*targets: str, **options: Any) -> AdapterSpec:
@@ -59,7 +70,9 @@ def changed(model: MiniGPT, spec: AdapterSpec) -> MiniGPT:
 def test_a_string_is_a_pattern_or_all_linear_and_the_embedding_is_meant_by_its_name_alone() -> None:
     model = model_of()
     everything = targeted(model, spec_of("all-linear"))
-    assert targeted(model, AdapterSpec(2, 6.0, "all-linear")) == everything and len(everything) == 12
+    assert (
+        targeted(model, AdapterSpec(2, 6.0, "all-linear")) == everything and len(everything) == 12
+    )
     assert targeted(model, AdapterSpec(2, 6.0, r".*1.*fc\d")) == [f"{BLOCK}.fc1", f"{BLOCK}.fc2"]
     assert targeted(model, AdapterSpec(2, 6.0, r".*embed_tokens")) == [EMBEDDING]
     assert targeted(model, spec_of("embed_tokens", "layers.1.fc1")) == [EMBEDDING, f"{BLOCK}.fc1"]
@@ -73,9 +86,14 @@ def test_a_quantized_linear_is_one_too() -> None:
 
 
 def test_what_leaves_no_layer_is_refused_unless_there_are_experts() -> None:
-    with pytest.raises(UserError, match=r"\('fc1',\) matches no layer that is not excluded. Check exclude_modules"):
+    with pytest.raises(
+        UserError, match=r"\('fc1',\) matches no layer that is not excluded. Check exclude_modules"
+    ):
         targeted(model_of(), spec_of("fc1", excluded=("fc1",)))
-    assert targeted(model_of(), spec_of("fc1", excluded=("fc1",), parameters=("experts.down_proj",))) == []
+    assert (
+        targeted(model_of(), spec_of("fc1", excluded=("fc1",), parameters=("experts.down_proj",)))
+        == []
+    )
 
 
 def test_the_first_module_that_would_train_twice_is_named_in_the_order_of_names() -> None:
@@ -122,20 +140,32 @@ def test_only_what_the_adapter_names_trains(tied: bool) -> None:
         if own is None:
             assert rest and all("final_layer_norm." in name for name in rest)
         else:
-            assert {name.removesuffix(".rows") for name in rest} == own | ({HEAD} if tied and own else set())
+            assert {name.removesuffix(".rows") for name in rest} == own | (
+                {HEAD} if tied and own else set()
+            )
         assert not any(name.endswith("base.weight") for name in found)
 
 
 def test_factors_have_the_dtype_that_is_asked_for_and_the_ranks_and_scales_of_the_spec() -> None:
     for dtype, expected in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
         model = model_of()
-        attach(model, spec_of("fc1", "embed_tokens", ranks={"layers.0.fc1": 3}, dropout=0.25), dtype)
+        attach(
+            model, spec_of("fc1", "embed_tokens", ranks={"layers.0.fc1": 3}, dropout=0.25), dtype
+        )
         layers = dict(adapter_layers(model))
         assert [*layers] == [EMBEDDING, "model.decoder.layers.0.fc1", f"{BLOCK}.fc1"]
-        assert {layer.lora_A.dtype for layer in layers.values()} == {layer.lora_B.dtype for layer in layers.values()}
+        assert {layer.lora_A.dtype for layer in layers.values()} == {
+            layer.lora_B.dtype for layer in layers.values()
+        }
         assert layers[EMBEDDING].lora_B.dtype == expected == layers[f"{BLOCK}.fc1"].lora_A.dtype
-        assert [(layer.lora_A.shape[0], layer.scale) for layer in layers.values()] == [(2, 3.0), (3, 2.0), (2, 3.0)]
-        assert [layer.dropout for layer in layers.values() if isinstance(layer, LoRALinear)] == [0.25] * 2
+        assert [(layer.lora_A.shape[0], layer.scale) for layer in layers.values()] == [
+            (2, 3.0),
+            (3, 2.0),
+            (2, 3.0),
+        ]
+        assert [layer.dropout for layer in layers.values() if isinstance(layer, LoRALinear)] == [
+            0.25
+        ] * 2
 
 
 def test_dora_has_its_dropout_and_beginning_too() -> None:
@@ -143,12 +173,16 @@ def test_dora_has_its_dropout_and_beginning_too() -> None:
     attach(model, spec_of("fc1", dora=True, dropout=0.5), init="pissa")
     for _, layer in adapter_layers(model):
         assert isinstance(layer, DoRALinear) and layer.dropout == 0.5 and layer.subtracts_initial
-    with pytest.raises(UserError, match=r"DoRA is for linears; model.decoder.embed_tokens is an embedding. Remove it"):
+    with pytest.raises(
+        UserError,
+        match=r"DoRA is for linears; model.decoder.embed_tokens is an embedding. Remove it",
+    ):
         attach(model_of(), spec_of("embed_tokens", dora=True))
 
 
 @pytest.mark.parametrize(
-    ("saved", "apart"), [(("embed_tokens",), True), (("lm_head",), True), (("embed_tokens", "lm_head"), False)]
+    ("saved", "apart"),
+    [(("embed_tokens",), True), (("lm_head",), True), (("embed_tokens", "lm_head"), False)],
 )
 def test_a_tied_pair_of_which_one_trains_is_untied(saved: tuple[str, ...], apart: bool) -> None:
     model, spec = model_of(tied=True), spec_of("fc1", saved=saved)
@@ -157,12 +191,19 @@ def test_a_tied_pair_of_which_one_trains_is_untied(saved: tuple[str, ...], apart
     embedding, head = weight_of(model.get_submodule(EMBEDDING)), weight_of(model.head)
     assert (embedding is not head) is apart is saves_embedding_or_head(model, spec)
     assert torch.equal(embedding, before) and torch.equal(head, before)
-    assert (embedding.requires_grad, head.requires_grad) == ("embed_tokens" in saved, "lm_head" in saved)
-    assert {*tensors(model, spec)} >= {f"{PREFIX}{name}.weight" for name in (EMBEDDING, HEAD) if name.endswith(saved)}
+    assert (embedding.requires_grad, head.requires_grad) == (
+        "embed_tokens" in saved,
+        "lm_head" in saved,
+    )
+    assert {*tensors(model, spec)} >= {
+        f"{PREFIX}{name}.weight" for name in (EMBEDDING, HEAD) if name.endswith(saved)
+    }
 
 
 def test_a_module_to_save_that_is_none_is_refused() -> None:
-    with pytest.raises(UserError, match=r"modules_to_save: no module of the model is named fc9. Use the end of a"):
+    with pytest.raises(
+        UserError, match=r"modules_to_save: no module of the model is named fc9. Use the end of a"
+    ):
         attach(model_of(), spec_of("fc1", saved=("final_layer_norm", "fc9")))
 
 
@@ -174,7 +215,9 @@ def test_rows_start_as_the_bases_and_a_tied_pair_has_one_set_of_them() -> None:
     before = model.embeddings(IDS).detach(), model(IDS).detach()
     attach(model, spec_of("fc1", rows=rows))
     table, head = model.get_submodule(EMBEDDING), model.get_submodule(HEAD)
-    assert isinstance(table, EmbeddingRows) and isinstance(head, HeadRows) and table.rows is head.rows
+    assert (
+        isinstance(table, EmbeddingRows) and isinstance(head, HeadRows) and table.rows is head.rows
+    )
     assert torch.equal(table.rows, weight_of(table.base)[[3, 7]])
     assert torch.equal(model.embeddings(IDS), before[0])
     assert_close(model(IDS), before[1])
@@ -199,9 +242,14 @@ def test_an_untied_pair_has_rows_of_its_own_each() -> None:
 
 
 def test_tensors_have_pefts_keys_with_every_parameter_of_a_module_that_is_saved() -> None:
-    model, spec = model_of(), spec_of("layers.1.fc1", "embed_tokens", saved=("decoder.final_layer_norm",))
+    model, spec = (
+        model_of(),
+        spec_of("layers.1.fc1", "embed_tokens", saved=("decoder.final_layer_norm",)),
+    )
     attach(model, spec)
-    linear, table, norm = (f"{PREFIX}{name}" for name in (f"{BLOCK}.fc1", EMBEDDING, "model.decoder.final_layer_norm"))
+    linear, table, norm = (
+        f"{PREFIX}{name}" for name in (f"{BLOCK}.fc1", EMBEDDING, "model.decoder.final_layer_norm")
+    )
     assert {*tensors(model, spec)} == {
         *(f"{linear}.lora_{end}.weight" for end in "AB"),
         *(f"{table}.lora_embedding_{end}" for end in "AB"),
@@ -218,9 +266,13 @@ def weights_at(base: MiniGPT, tuned: MiniGPT, s: float) -> MiniGPT:
     plain = copy.deepcopy(base)
     for name, module in tuned.named_modules():
         if isinstance(module, LoRALinear):
-            plain.get_parameter(f"{name}.weight").add_(s * module.scale * module.lora_B @ module.lora_A)
+            plain.get_parameter(f"{name}.weight").add_(
+                s * module.scale * module.lora_B @ module.lora_A
+            )
         elif isinstance(module, LoRAEmbedding):
-            plain.get_parameter(f"{name}.weight").add_(s * module.scale * (module.lora_B @ module.lora_A).T)
+            plain.get_parameter(f"{name}.weight").add_(
+                s * module.scale * (module.lora_B @ module.lora_A).T
+            )
         elif isinstance(module, EmbeddingRows | HeadRows):
             ids = module.ids if isinstance(module, HeadRows) else (module.slot >= 0).nonzero()[:, 0]
             order = range(len(ids)) if isinstance(module, HeadRows) else module.slot[ids]
@@ -242,7 +294,9 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_at_a_strength_every_weight_moves_that_far_from_the_base_and_no_tensor_is_written_to(kind: str) -> None:
+def test_at_a_strength_every_weight_moves_that_far_from_the_base_and_no_tensor_is_written_to(
+    kind: str,
+) -> None:
     base, spec = model_of().eval(), KINDS[kind]
     tuned = changed(model_of(), spec)
     own = {key: p.data for key, p in tensors(tuned, spec).items()}
@@ -257,7 +311,8 @@ def test_at_a_strength_every_weight_moves_that_far_from_the_base_and_no_tensor_i
     assert torch.equal(tuned(IDS), whole)
     assert all(torch.equal(own[key], value) for key, value in copies.items())
     assert all(
-        p.data is own[key] or p.data.data_ptr() == own[key].data_ptr() for key, p in tensors(tuned, spec).items()
+        p.data is own[key] or p.data.data_ptr() == own[key].data_ptr()
+        for key, p in tensors(tuned, spec).items()
     )
 
 

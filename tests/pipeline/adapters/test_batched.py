@@ -1,4 +1,6 @@
-"""Many adapters on one base in one forward: outputs, gradients and counts of each are those that it has alone."""
+"""Many adapters on one base in one forward: outputs, gradients and counts of each are those that it
+has alone.
+"""
 
 from collections.abc import Sequence
 from zlib import crc32
@@ -31,12 +33,16 @@ from pipeline.project.params.sections import Init
 ENDS = ("embed_tokens", "lm_head")
 IDS = torch.randint(3, 20, (6, 5), generator=torch.Generator().manual_seed(3))  # (B, T)
 Q = AdapterSpec(2, 3.0, ("q_proj",))
-GROUPS: dict[str, tuple[bool, tuple[AdapterSpec, ...]]] = {  # whether the base's head is tied, and the adapters
+# whether the base's head is tied, and the adapters
+GROUPS: dict[str, tuple[bool, tuple[AdapterSpec, ...]]] = {
     "ranks, scales, targets": (
         False,
         (Q, AdapterSpec(3, 1.0, ("q_proj", "fc1")), AdapterSpec(1, 4.0, ("fc1", "v_proj"))),
     ),
-    "DoRA beside LoRA": (False, (Q, AdapterSpec(2, 3.0, ("q_proj",), dora=True), AdapterSpec(2, 3.0, ("v_proj",)))),
+    "DoRA beside LoRA": (
+        False,
+        (Q, AdapterSpec(2, 3.0, ("q_proj",), dora=True), AdapterSpec(2, 3.0, ("v_proj",))),
+    ),
     "in full": (False, (AdapterSpec(2, 3.0, ("q_proj",), saved=ENDS),) * 3),
     "in full, tied": (True, (AdapterSpec(2, 3.0, ("q_proj",), saved=ENDS),) * 3),
     "some in full": (True, (Q, AdapterSpec(2, 3.0, ("q_proj",), saved=("final_layer_norm",)), Q)),
@@ -60,7 +66,12 @@ def attached(model: MiniGPT, spec: AdapterSpec, seed: int, init: Init) -> MiniGP
 
 def change(name: str, adapter: int, p: Tensor) -> None:
     """What one adapter trains is no longer what it began with."""
-    p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(crc32(f"{name} {adapter}".encode()))) / 5)
+    p.add_(
+        torch.randn(
+            p.shape, generator=torch.Generator().manual_seed(crc32(f"{name} {adapter}".encode()))
+        )
+        / 5
+    )
 
 
 @torch.no_grad()
@@ -78,7 +89,10 @@ def alone(name: str, init: Init = "document") -> list[MiniGPT]:
 def together(name: str, init: Init = "document") -> tuple[MiniGPT, AdapterRouting]:
     tied, specs = GROUPS[name]
     model, done = model_of(tied), set[int]()
-    each = [lambda seed=seed, spec=spec: attached(model, spec, seed, init) for seed, spec in enumerate(specs)]
+    each = [
+        lambda seed=seed, spec=spec: attached(model, spec, seed, init)
+        for seed, spec in enumerate(specs)
+    ]
     routing = attach_many(model, each)
     for path, layer in batched_layers(model).items():
         for key, p in layer.trained.items():
@@ -91,7 +105,9 @@ def together(name: str, init: Init = "document") -> tuple[MiniGPT, AdapterRoutin
 
 
 def batched_layers(model: MiniGPT) -> dict[str, BatchedLayer]:
-    return {path: module for path, module in model.named_modules() if isinstance(module, BatchedLayer)}
+    return {
+        path: module for path, module in model.named_modules() if isinstance(module, BatchedLayer)
+    }
 
 
 def logits(model: MiniGPT, routing: AdapterRouting, sequences: Sequence[int]) -> Tensor:
@@ -100,12 +116,20 @@ def logits(model: MiniGPT, routing: AdapterRouting, sequences: Sequence[int]) ->
     return out
 
 
-@pytest.mark.parametrize("sequences", [(2, 2, 2), (3, 0, 3), (1, 2, 3), (0, 6, 0), (0, 1, 5)], ids=str)
+@pytest.mark.parametrize(
+    "sequences", [(2, 2, 2), (3, 0, 3), (1, 2, 3), (0, 6, 0), (0, 1, 5)], ids=str
+)
 @each_group
-def test_outputs_and_gradients_of_each_are_those_that_it_has_alone(name: str, sequences: tuple[int, ...]) -> None:
+def test_outputs_and_gradients_of_each_are_those_that_it_has_alone(
+    name: str, sequences: tuple[int, ...]
+) -> None:
     models, (model, routing) = alone(name), together(name)
     expected = torch.cat(
-        [one(ids) for one, ids in zip(models, IDS.split_with_sizes([*sequences]), strict=True) if len(ids)]
+        [
+            one(ids)
+            for one, ids in zip(models, IDS.split_with_sizes([*sequences]), strict=True)
+            if len(ids)
+        ]
     )
     found = logits(model, routing, sequences)
     assert_close(found, expected, atol=1e-5, rtol=1e-4)
@@ -115,11 +139,16 @@ def test_outputs_and_gradients_of_each_are_those_that_it_has_alone(name: str, se
     for path, layer in batched_layers(model).items():
         for n, shapes in enumerate(layer.shapes):
             for key, shape in shapes.items():
-                stacked, own = layer.trained[key].grad, models[n].get_submodule(path).get_parameter(key).grad
+                stacked, own = (
+                    layer.trained[key].grad,
+                    models[n].get_submodule(path).get_parameter(key).grad,
+                )
                 corner = tuple(map(slice, shape))
                 if sequences[n]:
                     assert stacked is not None
-                    assert_close(stacked[n][corner], own, atol=1e-4, rtol=1e-3, msg=f"{path}.{key} of {n}")
+                    assert_close(
+                        stacked[n][corner], own, atol=1e-4, rtol=1e-3, msg=f"{path}.{key} of {n}"
+                    )
                 if stacked is not None:  # zeros of the padding and of who has no rows stay zeros
                     rest = stacked[n].clone()
                     if sequences[n]:
@@ -129,8 +158,13 @@ def test_outputs_and_gradients_of_each_are_those_that_it_has_alone(name: str, se
 
 @pytest.mark.parametrize("init", ["pissa", "kaiming"])
 def test_however_it_begins(init: Init) -> None:
-    models, (model, routing) = alone("ranks, scales, targets", init), together("ranks, scales, targets", init)
-    expected = torch.cat([one(ids) for one, ids in zip(models, IDS.split_with_sizes([2, 2, 2]), strict=True)])
+    models, (model, routing) = (
+        alone("ranks, scales, targets", init),
+        together("ranks, scales, targets", init),
+    )
+    expected = torch.cat(
+        [one(ids) for one, ids in zip(models, IDS.split_with_sizes([2, 2, 2]), strict=True)]
+    )
     assert_close(logits(model, routing, (2, 2, 2)), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -146,7 +180,9 @@ def test_the_base_keeps_its_numbers_and_what_trains_is_stacked_once(name: str) -
             assert torch.equal(model(IDS), base(IDS))
         assert not routing.off
     assert routing.counts == (0, 0, 0)
-    parts = [p for layer in layers(model) for part in layer.parts for p in part.parameters(recurse=False)]
+    parts = [
+        p for layer in layers(model) for part in layer.parts for p in part.parameters(recurse=False)
+    ]
     assert not any(p.requires_grad for p in parts)
     stacked = {id(p) for layer in layers(model) for p in layer.trained.values()}
     assert {id(p) for p in model.parameters() if p.requires_grad} == stacked
@@ -170,16 +206,24 @@ def test_one_of_them_is_a_model_with_one_adapter(name: str) -> None:
         with pytest.raises(KeyError), only_adapter(model, n):
             assert_close(model(IDS), one(IDS), atol=1e-5, rtol=1e-4)
             found, own = tensors(model, GROUPS[name][1][n]), tensors(one, GROUPS[name][1][n])
-            assert found.keys() == own.keys() and all(torch.equal(found[key], own[key]) for key in own)
-            assert [(0, path) for path, _ in linears(one)] == [(k, path) for k, path, _ in lora_layers(model)]
+            assert found.keys() == own.keys() and all(
+                torch.equal(found[key], own[key]) for key in own
+            )
+            assert [(0, path) for path, _ in linears(one)] == [
+                (k, path) for k, path, _ in lora_layers(model)
+            ]
             raise KeyError
     assert batched_layers(model) == before
     found_by_number = [(n, path) for n, path, _ in lora_layers(model)]
-    assert sorted(found_by_number) == sorted((n, path) for n, one in enumerate(models) for path, _ in linears(one))
+    assert sorted(found_by_number) == sorted(
+        (n, path) for n, one in enumerate(models) for path, _ in linears(one)
+    )
 
 
 def linears(model: MiniGPT) -> list[tuple[str, LoRALinear]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+    return [
+        (name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)
+    ]
 
 
 # The layers
@@ -188,11 +232,17 @@ def linears(model: MiniGPT) -> list[tuple[str, LoRALinear]]:
 def test_only_adapters_with_rows_are_live_and_even_means_as_many_rows_each() -> None:
     routing = AdapterRouting(3)
     stacked = torch.arange(6.0).view(3, 2)
-    for counts, live, even in (((2, 2, 2), [0, 1, 2], True), ((4, 0, 4), [0, 2], True), ((1, 2, 0), [0, 1], False)):
+    for counts, live, even in (
+        ((2, 2, 2), [0, 1, 2], True),
+        ((4, 0, 4), [0, 2], True),
+        ((1, 2, 0), [0, 1], False),
+    ):
         with routing.route(counts):
             assert (routing.live, routing.even) == (live, even)
             assert torch.equal(routing.select_live(stacked), stacked[live])
-            assert torch.equal(routing.select_live(stacked[:, :1]), stacked[live, :1]), "of every layer"
+            assert torch.equal(routing.select_live(stacked[:, :1]), stacked[live, :1]), (
+                "of every layer"
+            )
     assert (routing.live, routing.even) == ([], False)
 
 
@@ -243,9 +293,15 @@ def test_kernels_get_factors_whose_product_holds_each_adapters_scale(base: nn.Li
                 assert found is not None and found.base is base
                 assert (found.A.shape, found.B.shape) == ((len(live), 3, 8), (len(live), 6, 3))
                 product = found.scale * found.B @ found.A
-                assert_close(product, torch.stack([parts[n].scale * parts[n].lora_B @ parts[n].lora_A for n in live]))
+                assert_close(
+                    product,
+                    torch.stack([parts[n].scale * parts[n].lora_B @ parts[n].lora_A for n in live]),
+                )
                 shares = zip(live, x.view(len(live), -1, 8), strict=True)
-                assert_close(many(x).view(len(live), -1, 6), torch.stack([parts[n](rows) for n, rows in shares]))
+                assert_close(
+                    many(x).view(len(live), -1, 6),
+                    torch.stack([parts[n](rows) for n, rows in shares]),
+                )
         with routing.route((1, 3, 8)):
             assert many.linear_update() is None
         with routing.route((4, 4, 4)), routing.base():
@@ -253,24 +309,34 @@ def test_kernels_get_factors_whose_product_holds_each_adapters_scale(base: nn.Li
 
 
 def test_a_base_without_bias_or_of_another_kind_gives_the_same(base: nn.Linear) -> None:
-    A, B, scales = torch.randn(2, 3, 8), torch.randn(2, 6, 3), torch.tensor([0.5, 2.0]).view(2, 1, 1)
+    A, B, scales = (
+        torch.randn(2, 3, 8),
+        torch.randn(2, 6, 3),
+        torch.tensor([0.5, 2.0]).view(2, 1, 1),
+    )
     x = torch.randn(2, 4, 8)
     for other in (base, nn.Linear(8, 6, bias=False), nn.Sequential(base)):
         expected = other(x) + scales * (x @ A.mT @ B.mT)
         assert_close(batched_lora_forward(x, other, A, B, scales), expected)
     routing = AdapterRouting(2)
-    many = BatchedLoRALinear(nn.Sequential(base), [lora(base, 1, 1.0)] * 2, routing, StackedParameters())
+    many = BatchedLoRALinear(
+        nn.Sequential(base), [lora(base, 1, 1.0)] * 2, routing, StackedParameters()
+    )
     with routing.route((4, 4)):
         assert many.linear_update() is None
 
 
 @pytest.mark.parametrize("counts", [(4, 4, 4), (6, 0, 6), (1, 3, 8)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_heads_have_their_own_weights_and_biases(base: nn.Linear, bias: bool, counts: tuple[int, ...]) -> None:
+def test_heads_have_their_own_weights_and_biases(
+    base: nn.Linear, bias: bool, counts: tuple[int, ...]
+) -> None:
     base = base if bias else nn.Linear(8, 6, bias=False)
     heads, routing = [nn.Linear(8, 6, bias) for _ in range(3)], AdapterRouting(3)
     x = torch.randn(12, 8, requires_grad=True)
-    expected = torch.cat([head(rows) for head, rows in zip(heads, x.split_with_sizes([*counts]), strict=True)])
+    expected = torch.cat(
+        [head(rows) for head, rows in zip(heads, x.split_with_sizes([*counts]), strict=True)]
+    )
     many = BatchedHead(base, heads, routing, StackedParameters())
     with routing.route(counts):
         found = many(x.view(3, 4, 8)).flatten(0, 1)
@@ -296,13 +362,20 @@ def test_embeddings_have_their_own_tables(counts: tuple[int, ...]) -> None:
     with routing.route(counts):
         found = many(ids.view(3, 4))
     assert found.shape == (3, 4, 8)
-    expected = torch.cat([table(own) for table, own in zip(tables, ids.split_with_sizes([*counts]), strict=True)])
+    expected = torch.cat(
+        [table(own) for table, own in zip(tables, ids.split_with_sizes([*counts]), strict=True)]
+    )
     assert torch.equal(found.flatten(0, 1), expected)
 
 
 def test_stacked_tensors_are_padded_with_zeros_and_shared_where_the_adapters_share_them() -> None:
     stacks, wide, narrow = StackedParameters(), torch.ones(2, 3), torch.full((1, 3), 2.0)
     stacked = stacks.stack([narrow, None, wide])
-    assert torch.equal(stacked, torch.tensor([[[2.0] * 3, [0.0] * 3], [[0.0] * 3] * 2, [[1.0] * 3] * 2]))
-    assert stacks.stack([narrow, None, wide]) is stacked and stacks.stack([wide, None, narrow]) is not stacked
+    assert torch.equal(
+        stacked, torch.tensor([[[2.0] * 3, [0.0] * 3], [[0.0] * 3] * 2, [[1.0] * 3] * 2])
+    )
+    assert (
+        stacks.stack([narrow, None, wide]) is stacked
+        and stacks.stack([wide, None, narrow]) is not stacked
+    )
     assert stacked.requires_grad and isinstance(stacked, nn.Parameter)

@@ -1,4 +1,6 @@
-"""DoRA (Liu et al. 2024): its gradients against autograd and §4.3, its start, PEFT's numbers, and its merge."""
+"""DoRA (Liu et al. 2024): its gradients against autograd and §4.3, its start, PEFT's numbers, and
+its merge.
+"""
 
 import copy
 import json
@@ -68,7 +70,9 @@ def test_forward_and_gradients_are_autograds_on_the_papers_formula_with_its_norm
     outputs, inputs, rank, s = shape
     layer = layer_of(base_of(kind, outputs, inputs, bias), rank, s, kind == "folded")
     x = torch.randn(2, 3, inputs, dtype=torch.float64, requires_grad=True)
-    A, B, m = (p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B, layer.magnitude))
+    A, B, m = (
+        p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B, layer.magnitude)
+    )
     plain = x.detach().clone().requires_grad_()
     V = weight_out_in(layer.base) + s * B @ A
     y = F.linear(plain, m[:, None] / V.norm(dim=1, keepdim=True).detach() * V, layer.base.bias)  # type: ignore[arg-type]
@@ -81,8 +85,12 @@ def test_forward_and_gradients_are_autograds_on_the_papers_formula_with_its_norm
 
 
 @given(SHAPES, st.booleans())
-def test_gradients_are_section_4_3s_closed_forms(shape: tuple[int, int, int, float], folds: bool) -> None:
-    """∂L/∂V' = m/‖V'‖·∂L/∂W' and ∂L/∂m = ⟨∂L/∂W', V'⟩/‖V'‖, each row by itself; then the product's rule."""
+def test_gradients_are_section_4_3s_closed_forms(
+    shape: tuple[int, int, int, float], folds: bool
+) -> None:
+    """∂L/∂V' = m/‖V'‖·∂L/∂W' and ∂L/∂m = ⟨∂L/∂W', V'⟩/‖V'‖, each row by itself; then the product's
+    rule.
+    """
     outputs, inputs, rank, s = shape
     layer = layer_of(base_of("linear", outputs, inputs), rank, s, folds)
     x, upstream = (torch.randn(4, size, dtype=torch.float64) for size in (inputs, outputs))
@@ -110,12 +118,16 @@ def test_a_new_layer_answers_exactly_like_its_base(
         base = QuantizedLinear(base, "nf4", CPU)
     x, layer = torch.randn(5, size[1], dtype=dtype), DoRALinear(base, 4, 0.5, adapter_dtype)
     assert torch.equal(layer(x), base(x))
-    torch.testing.assert_close(layer.magnitude.detach(), weight_out_in(base).float().norm(dim=1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        layer.magnitude.detach(), weight_out_in(base).float().norm(dim=1), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype, within", [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)], ids=str)
 @pytest.mark.parametrize("size", [0.001, 0.03, 1.0])
-def test_norms_of_a_large_weight_are_found_without_the_product(dtype: torch.dtype, within: float, size: float) -> None:
+def test_norms_of_a_large_weight_are_found_without_the_product(
+    dtype: torch.dtype, within: float, size: float
+) -> None:
     base = base_of("linear", 500, 700).to(dtype)
     layer = DoRALinear(base, 8, 2.0, torch.float32)
     with torch.no_grad():
@@ -138,10 +150,14 @@ def test_pissa_begins_at_the_base_with_dora_too() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", NAMES)
-def test_an_adapter_goes_from_peft_to_here_and_back_and_into_the_weights(family: str, tmp_path: Path) -> None:
+def test_an_adapter_goes_from_peft_to_here_and_back_and_into_the_weights(
+    family: str, tmp_path: Path
+) -> None:
     base, names = toy(family, std=0.1), NAMES[family]
     options = {"use_dora": True, "use_rslora": family == "llama", "rank_pattern": {names[0]: 2}}
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=list(names), **options)
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=list(names), **options
+    )
     theirs = randomized(get_peft_model(stock(base), config))
     first, second = tmp_path / "first", tmp_path / "second"
     theirs.save_pretrained(first)
@@ -166,10 +182,14 @@ def test_an_adapter_goes_from_peft_to_here_and_back_and_into_the_weights(family:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_steps_of_training_are_pefts(family: str) -> None:
     base, names = toy(family, std=0.1), NAMES[family]
-    config = LoraConfig(r=4, lora_alpha=6, target_modules=list(names), use_dora=True, init_lora_weights="orthogonal")
+    config = LoraConfig(
+        r=4, lora_alpha=6, target_modules=list(names), use_dora=True, init_lora_weights="orthogonal"
+    )
     theirs, ours = get_peft_model(stock(base), config), copy.deepcopy(base)
     attach(ours, AdapterSpec(4, 6.0, names, dora=True))
-    values = {name.replace(".default", ""): p for name, p in theirs.named_parameters() if p.requires_grad}
+    values = {
+        name.replace(".default", ""): p for name, p in theirs.named_parameters() if p.requires_grad
+    }
     with torch.no_grad():
         for name, layer in adapter_layers(ours):
             layer.lora_A.copy_(values[f"base_model.model.{name}.lora_A.weight"])
@@ -179,7 +199,9 @@ def test_steps_of_training_are_pefts(family: str) -> None:
         for _ in range(4):
             optimizer.zero_grad()
             out = model(input_ids=IDS).logits if model is theirs else model(IDS)
-            torch.autograd.backward(F.cross_entropy(out[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()))
+            torch.autograd.backward(
+                F.cross_entropy(out[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+            )
             optimizer.step()
     assert_same(ours, theirs)
     for name, layer in adapter_layers(ours):
@@ -223,24 +245,33 @@ def test_it_is_no_update_of_low_rank_and_what_takes_one_says_what_to_do(tmp_path
     base = checkpoint(tmp_path / "base")
     one = adapter(tmp_path / "adapter", base, DORA)
     with pytest.raises(
-        UserError, match=r"was trained with DoRA, which rescales .* Merge the adapter instead: lora merge"
+        UserError,
+        match=r"was trained with DoRA, which rescales .* Merge the adapter instead: lora merge",
     ):
         low_rank_updates(base, one)
 
 
 def test_it_is_listed_described_and_compared_as_what_it_is(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base")
-    one, other = (adapter(tmp_path / name, base, DORA, seed) for name, seed in (("one", 1), ("other", 2)))
+    one, other = (
+        adapter(tmp_path / name, base, DORA, seed) for name, seed in (("one", 1), ("other", 2))
+    )
     assert [found.method for found in catalog.adapters(tmp_path)] == ["dora", "dora"]
     assert "DoRA, rank 3" in card(one)
-    lengths = {name: size for name, size in values(load_update(one), load_update(other)) if "magnitude" in name}
+    lengths = {
+        name: size
+        for name, size in values(load_update(one), load_update(other))
+        if "magnitude" in name
+    }
     assert len(lengths) == 4 and all(size and size > 0 for size in lengths.values())
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("kind", ["none", "nf4-dq"])
-def test_a_sixteen_bit_model_is_compared_with_its_merge_in_fp32(family: str, kind: Quantization) -> None:
+def test_a_sixteen_bit_model_is_compared_with_its_merge_in_fp32(
+    family: str, kind: Quantization
+) -> None:
     """As a merge's certificate does: what remains is the rounding of the merged weights."""
     model = toy(family, torch.bfloat16, std=0.1)
     if kind != "none":
@@ -271,7 +302,10 @@ def test_a_merge_into_sixteen_bits_sums_and_scales_in_fp32(tmp_path: Path) -> No
     merged = merged_through_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     for name, layer in adapter_layers(tuned):
         assert isinstance(layer, DoRALinear)
-        V = weight_out_in(layer.base).double() + layer.scale * (layer.lora_B @ layer.lora_A).detach().double()
+        V = (
+            weight_out_in(layer.base).double()
+            + layer.scale * (layer.lora_B @ layer.lora_A).detach().double()
+        )
         exact: Tensor = layer.magnitude.detach().double()[:, None] * V / V.norm(dim=1, keepdim=True)
         (found,) = (value for key, value in merged.items() if key.endswith(f"{name}.weight"))
         torch.testing.assert_close(found.double().T, exact, rtol=2**-8, atol=1e-6)
@@ -289,4 +323,8 @@ def test_a_row_of_zeros_stays_one_and_nothing_turns_into_nan() -> None:
         x = torch.randn(3, 8)
         torch.testing.assert_close(layer(x), base(x))
         torch.autograd.backward(layer(x).square().sum())
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters() if p.requires_grad)
+        assert all(
+            p.grad is not None and p.grad.isfinite().all()
+            for p in layer.parameters()
+            if p.requires_grad
+        )

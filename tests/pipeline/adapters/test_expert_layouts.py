@@ -1,8 +1,9 @@
 """How PEFT stored the A and B of experts, version by version.
 
-The old layout is built here from today's by its definition, ParamWrapper of PEFT 0.17.1, 0.18.1 and 0.19.0: an update
-of the stack (E, S, T) is Σᵣ A[e, r, s]·B[t, r, e] with A (E·R, S) and B (T, R·E), except that 0.19.0 swaps s and t of a
-transposed stack. Adapters that these versions wrote of the toys below, with their logits, gave the same as here.
+The old layout is built here from today's by its definition, ParamWrapper of PEFT 0.17.1, 0.18.1 and
+0.19.0: an update of the stack (E, S, T) is Σᵣ A[e, r, s]·B[t, r, e] with A (E·R, S) and B (T, R·E),
+except that 0.19.0 swaps s and t of a transposed stack. Adapters that these versions wrote of the
+toys below, with their logits, gave the same as here.
 """
 
 import json
@@ -26,12 +27,14 @@ from tests.helpers.real import ROWS, stock, toy
 
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 E, R = 4, 3
-WIDTHS = {"gate_up square": 16, "down square": 32, "none square": 24}  # of an expert; the model's is 32
+# of an expert; the model's is 32
+WIDTHS = {"gate_up square": 16, "down square": 32, "none square": 24}
 IDS = torch.randint(3, ROWS, (3, 9), generator=torch.Generator().manual_seed(3))
 OLD, NEW = ("0.18.1", "0.19.0"), ("0.19.1", "0.21.2", "1.0.0", "0.20.0.dev0@abc")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-each_mixture = pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])  # stacks (E, O, I), and (E, I, O)
+# stacks (E, O, I), and (E, I, O)
+each_mixture = pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 
 
 def mixture(name: str, width: int) -> TransformersModel:
@@ -41,7 +44,9 @@ def mixture(name: str, width: int) -> TransformersModel:
 
 def saved(folder: Path, base: TransformersModel, parameters: list[str]) -> Tensor:
     """An adapter that PEFT of today wrote of `base`; returns its logits."""
-    config = LoraConfig(r=R, lora_alpha=6, task_type="CAUSAL_LM", target_modules=[], target_parameters=parameters)
+    config = LoraConfig(
+        r=R, lora_alpha=6, task_type="CAUSAL_LM", target_modules=[], target_parameters=parameters
+    )
     model, generator = get_peft_model(stock(base), config), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -60,7 +65,9 @@ def edit(folder: Path, **values: object) -> None:
 
 
 def turn_back(folder: Path, version: str | None) -> None:
-    """Store A and B of the experts as PEFT once did, number by number: A[e·R + r, s] and B[t, r·E + e]."""
+    """Store A and B of the experts as PEFT once did, number by number: A[e·R + r, s] and B[t, r·E +
+    e].
+    """
     values = load_file(folder / WEIGHTS)
     for key in [key for key in values if key.endswith("lora_A.weight")]:
         a, b = values[key], values[other := key.replace("lora_A", "lora_B")]
@@ -90,7 +97,9 @@ def checkpoint_of(folder: Path, base: TransformersModel) -> Path:
 
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
 @each_mixture
-def test_an_adapter_of_an_earlier_peft_answers_as_it_did_there(name: str, width: int, tmp_path: Path) -> None:
+def test_an_adapter_of_an_earlier_peft_answers_as_it_did_there(
+    name: str, width: int, tmp_path: Path
+) -> None:
     logits = saved(tmp_path, mixture(name, width), [GATE_UP, DOWN])
     turn_back(tmp_path, "0.19.0")
     torch.testing.assert_close(asked(mixture(name, width), tmp_path), logits, atol=1e-4, rtol=1e-4)
@@ -98,14 +107,19 @@ def test_an_adapter_of_an_earlier_peft_answers_as_it_did_there(name: str, width:
 
 @pytest.mark.parametrize("version", [*OLD, *NEW, None])
 @each_mixture
-def test_the_version_tells_how_a_square_stack_is_stored(name: str, version: str | None, tmp_path: Path) -> None:
+def test_the_version_tells_how_a_square_stack_is_stored(
+    name: str, version: str | None, tmp_path: Path
+) -> None:
     logits = saved(tmp_path, mixture(name, 32), [DOWN])
-    turned = version in OLD and (name != "gpt_oss" or version == "0.19.0")  # gpt-oss' stacks are (E, I, O)
+    # gpt-oss' stacks are (E, I, O)
+    turned = version in OLD and (name != "gpt_oss" or version == "0.19.0")
     if turned:
         turn_back(tmp_path, version)
     edit(tmp_path, peft_version=version)
     if version is None and name != "gpt_oss":  # 0.17 wrote none, and `lora` once wrote none
-        with pytest.raises(UserError, match=r"peft_version is None, which does not tell .* to 0\.17\.1; if `lora`"):
+        with pytest.raises(
+            UserError, match=r"peft_version is None, which does not tell .* to 0\.17\.1; if `lora`"
+        ):
             asked(mixture(name, 32), tmp_path)
         return
     torch.testing.assert_close(asked(mixture(name, 32), tmp_path), logits, atol=1e-4, rtol=1e-4)
@@ -114,10 +128,14 @@ def test_the_version_tells_how_a_square_stack_is_stored(name: str, version: str 
 @pytest.mark.parametrize(
     "version", ["0.19.1.dev0", "new", "9" * 5000, ["0.18.0"]], ids=["dev", "word", "digits", "list"]
 )
-def test_a_version_that_does_not_tell_is_refused_where_shapes_do_not_either(version: object, tmp_path: Path) -> None:
+def test_a_version_that_does_not_tell_is_refused_where_shapes_do_not_either(
+    version: object, tmp_path: Path
+) -> None:
     logits = saved(tmp_path, mixture("qwen3_moe", 32), [DOWN])
     edit(tmp_path, peft_version=version)
-    with pytest.raises(UserError, match="which does not tell how A and B of experts are stored") as refused:
+    with pytest.raises(
+        UserError, match="which does not tell how A and B of experts are stored"
+    ) as refused:
         asked(mixture("qwen3_moe", 32), tmp_path)
     assert len(str(refused.value)) < 800
     saved(tmp_path, mixture("qwen3_moe", 32), [DOWN, GATE_UP])  # one of which is not square
@@ -160,7 +178,11 @@ def asked_of(adapter: Path, root: Path) -> Tensor:
 def test_one_of_ours_names_its_layout_and_an_earlier_one_is_known_by_its_manifest(
     method: str | None, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    model, spec, folder = mixture("qwen3_moe", 32), AdapterSpec(R, 6.0, (), parameters=(DOWN,)), tmp_path / "ours"
+    model, spec, folder = (
+        mixture("qwen3_moe", 32),
+        AdapterSpec(R, 6.0, (), parameters=(DOWN,)),
+        tmp_path / "ours",
+    )
     attach(model, spec)
     with torch.no_grad():
         for parameter in tensors(model, spec).values():

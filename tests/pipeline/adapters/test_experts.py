@@ -42,7 +42,10 @@ IDS = torch.randint(3, ROWS, (3, 9), generator=torch.Generator().manual_seed(3))
 CONFIGS: dict[str, dict[str, Any]] = {  # LoraConfig's arguments
     "both, and linears": {"target_modules": ["q_proj"], "target_parameters": [*BOTH]},
     "one, no linears": {"target_modules": [], "target_parameters": ["experts.down_proj"]},
-    "one block's": {"target_modules": ["v_proj"], "target_parameters": ["layers.1.mlp.experts.gate_up_proj"]},
+    "one block's": {
+        "target_modules": ["v_proj"],
+        "target_parameters": ["layers.1.mlp.experts.gate_up_proj"],
+    },
     "patterns and rsLoRA": {
         "target_modules": ["q_proj"],
         "target_parameters": [*BOTH],
@@ -84,7 +87,9 @@ def seeded(name: str) -> TransformersModel:
 
 def from_peft(base: TransformersModel, chosen: dict[str, Any]) -> Any:
     """PEFT's adapter on the same weights, whose A and B are no longer those that it began with."""
-    theirs = get_peft_model(stock(base), LoraConfig(r=3, task_type="CAUSAL_LM", **{"lora_alpha": 6, **chosen}))
+    theirs = get_peft_model(
+        stock(base), LoraConfig(r=3, task_type="CAUSAL_LM", **{"lora_alpha": 6, **chosen})
+    )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -129,7 +134,9 @@ def test_an_adapter_of_peft_opens_here_and_ours_in_peft_with_the_same_logits(
     assert (logits(ours) - logits(base)).abs().max() > 0.1, "the adapter changes something"
     (tmp_path / "ours").mkdir()
     save_adapter(tmp_path / "ours", ours, spec, "base")
-    assert_alike(logits(PeftModel.from_pretrained(stock(base), tmp_path / "ours").eval()), logits(theirs))
+    assert_alike(
+        logits(PeftModel.from_pretrained(stock(base), tmp_path / "ours").eval()), logits(theirs)
+    )
     found, expected = (load_file(tmp_path / who / WEIGHTS) for who in ("ours", "theirs"))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in found)
@@ -142,17 +149,27 @@ def test_gradients_are_those_of_peft(name: str, tmp_path: Path) -> None:
     theirs = PeftModel.from_pretrained(stock(seeded(name)), tmp_path, is_trainable=True).eval()
     for model in (ours, theirs):
         logits(model).log_softmax(-1).gather(-1, IDS[..., None]).mean().backward()  # type: ignore[no-untyped-call]
-    expected = {key.replace(".default.", "."): p.grad for key, p in theirs.named_parameters() if p.requires_grad}
+    expected = {
+        key.replace(".default.", "."): p.grad
+        for key, p in theirs.named_parameters()
+        if p.requires_grad
+    }
     found = tensors(ours, AdapterSpec(3, 6.0, ("q_proj",), parameters=BOTH))
     assert found.keys() == expected.keys()
     for key, parameter in found.items():
-        assert parameter.grad is not None and parameter.grad.abs().max() > 1e-5, "each learns something"
+        assert parameter.grad is not None and parameter.grad.abs().max() > 1e-5, (
+            "each learns something"
+        )
         assert_alike(parameter.grad, expected[key])
-    assert not [key for key, p in ours.named_parameters() if p.requires_grad and ".lora_" not in key]
+    assert not [
+        key for key, p in ours.named_parameters() if p.requires_grad and ".lora_" not in key
+    ]
 
 
 class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The number of elements of the largest floating-point tensor that an operation makes; views make none."""
+    """The number of elements of the largest floating-point tensor that an operation makes; views
+    make none.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -161,7 +178,9 @@ class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
-        for made in (t for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, Tensor)):
+        for made in (
+            t for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, Tensor)
+        ):
             if made.is_floating_point() and made.untyped_storage().data_ptr() not in given:
                 self.elements = max(self.elements, made.numel())
         return out
@@ -175,7 +194,9 @@ def test_no_update_of_the_experts_size_is_ever_formed(name: str) -> None:
     with Largest() as ours:
         model(IDS[:1, :4]).sum().backward()
     with Largest() as theirs:
-        from_peft(seeded(name), CONFIGS["both, and linears"])(input_ids=IDS[:1, :4]).logits.sum().backward()
+        from_peft(seeded(name), CONFIGS["both, and linears"])(
+            input_ids=IDS[:1, :4]
+        ).logits.sum().backward()
     assert ours.elements < stack <= theirs.elements
 
 
@@ -197,11 +218,15 @@ def test_counts_are_those_of_peft(name: str, chosen: dict[str, Any], rank: int) 
 
 @each_mixture
 @pytest.mark.slow
-def test_it_learns_opens_in_peft_and_merges_and_leaves_the_base_alone(trained: dict[str, Path], name: str) -> None:
+def test_it_learns_opens_in_peft_and_merges_and_leaves_the_base_alone(
+    trained: dict[str, Path], name: str
+) -> None:
     artifacts = trained[name] / "artifacts"
     losses = [step.loss for step in read_steps(artifacts / "lora_adapter/loss.csv")]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5]), "of 5 steps an epoch"
-    base, adapter, merged = (artifacts / part for part in ("expanded", "lora_adapter", "lora_merged"))
+    base, adapter, merged = (
+        artifacts / part for part in ("expanded", "lora_adapter", "lora_merged")
+    )
     tuned, before = logits(engine.load(base, adapter).model), logits(engine.load(base).model)
     assert (tuned - before).abs().max() > 0.01
     plain = AutoModelForCausalLM.from_pretrained(base).eval()
@@ -211,10 +236,13 @@ def test_it_learns_opens_in_peft_and_merges_and_leaves_the_base_alone(trained: d
     assert all(t.abs().max() > 0 for key, t in factors.items() if "experts" in key), "B was at zero"
     changed = load_file(merged / "model.safetensors")
     for key, tensor in load_file(base / "model.safetensors").items():
-        adapts = any(part in key for part in (".experts.", "_proj.", "embed_tokens", "lm_head"))  # two of their rows
+        # two of their rows
+        adapts = any(part in key for part in (".experts.", "_proj.", "embed_tokens", "lm_head"))
         assert torch.equal(tensor, changed[key]) is not adapts
     ratios = artifact.read_json(merged / "certificate.json", "")["delta_ratios"]
-    assert len([key for key in ratios if ".experts." in key]) == 2 * 4 * 3, "blocks, experts, and gate, up and down"
+    assert len([key for key in ratios if ".experts." in key]) == 2 * 4 * 3, (
+        "blocks, experts, and gate, up and down"
+    )
     assert all(abs(ratio - 1) < 1e-3 for ratio in ratios.values())
 
 
@@ -235,7 +263,9 @@ def test_interrupted_checkpointed_or_continued_it_is_the_same_adapter(
     assert resumed == folder_bytes(trained[name] / "artifacts/lora_adapter")
     make(root, ["finetune_lora"], [*SETTINGS, "finetune_lora.gradient_checkpointing=full"])
     for key, tensor in load_file(root / "artifacts/lora_adapter" / WEIGHTS).items():
-        assert_alike(tensor, load_file(trained[name] / "artifacts/lora_adapter" / WEIGHTS)[key], 1e-5)
+        assert_alike(
+            tensor, load_file(trained[name] / "artifacts/lora_adapter" / WEIGHTS)[key], 1e-5
+        )
     (root / "artifacts/lora_adapter").rename(root / "first")
     _, seen = make_one(root, "finetune_lora", ["finetune_lora.init_from=first"])
     assert "experts.down_proj" in notes(seen)
@@ -248,11 +278,18 @@ def test_interrupted_checkpointed_or_continued_it_is_the_same_adapter(
 @pytest.mark.slow
 def test_in_16_bits_it_is_what_peft_computes(name: str, tmp_path: Path) -> None:
     root = new_project(tmp_path / "p", MIXTURES[name], torch.bfloat16)
-    # a seed with which no token lies between two experts: 16 bits would then decide by their rounding
-    precision = ["finetune_lora.precision=bf16", "finetune_lora.adapter_precision=bf16", "finetune_lora.seed=1"]
+    # a seed with which no token lies between two experts: 16 bits would then decide by their
+    # rounding
+    precision = [
+        "finetune_lora.precision=bf16",
+        "finetune_lora.adapter_precision=bf16",
+        "finetune_lora.seed=1",
+    ]
     make(root, STAGES, [*SETTINGS, *precision, "merge.max_logit_difference=2"])
     base, adapter = root / "artifacts/expanded", root / "artifacts/lora_adapter"
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter).eval()
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter
+    ).eval()
     with torch.no_grad():
         assert_alike(logits(engine.load(base, adapter).model), logits(theirs), 0.5)
 
@@ -265,13 +302,17 @@ def test_a_merge_writes_either_layout_of_the_files(name: str, layout: str, tmp_p
     theirs = from_peft(base, CONFIGS["patterns and rsLoRA"])
     theirs.save_pretrained(tmp_path / "adapter")
     stock(base).save_pretrained(tmp_path / "base", save_original_format=layout != "stacked")
-    certificate, _ = played(merge_to(tmp_path / "out", Merging(tmp_path / "base", tmp_path / "adapter")))
+    certificate, _ = played(
+        merge_to(tmp_path / "out", Merging(tmp_path / "base", tmp_path / "adapter"))
+    )
     stored = load_file(tmp_path / "base/model.safetensors")
     apart = layout != "stacked" and name != "gpt_oss"  # whose published files have the stacks
     assert any(".experts.0." in key for key in stored) is apart
     assert len(certificate["delta_ratios"]) == 2 + 2 * (4 * 3 if apart else 2)
     assert load_file(tmp_path / "out/model.safetensors").keys() == stored.keys()
-    assert_alike(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()), logits(theirs))
+    assert_alike(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()), logits(theirs)
+    )
 
 
 def test_a_merge_into_files_that_lack_an_expert_names_its_tensor(tmp_path: Path) -> None:
@@ -280,7 +321,11 @@ def test_a_merge_into_files_that_lack_an_expert_names_its_tensor(tmp_path: Path)
     stock(base).save_pretrained(tmp_path / "base")
     path = tmp_path / "base/model.safetensors"
     lost = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
-    save_file({key: value for key, value in load_file(path).items() if key != lost}, path, {"format": "pt"})
+    save_file(
+        {key: value for key, value in load_file(path).items() if key != lost},
+        path,
+        {"format": "pt"},
+    )
     with pytest.raises(UserError, match=f"has no tensor {lost}"):
         played(merge_to(tmp_path / "out", Merging(tmp_path / "base", tmp_path / "adapter")))
     assert not (tmp_path / "out").exists()
@@ -288,7 +333,9 @@ def test_a_merge_into_files_that_lack_an_expert_names_its_tensor(tmp_path: Path)
 
 @each_stack
 @torch.no_grad()
-def test_disabled_it_is_the_base_to_the_bit_and_half_its_strength_is_half_the_update(name: str) -> None:
+def test_disabled_it_is_the_base_to_the_bit_and_half_its_strength_is_half_the_update(
+    name: str,
+) -> None:
     base, spec = seeded(name).eval(), AdapterSpec(3, 6.0, ("q_proj",), parameters=BOTH)
     model = adapted(name, spec)
     tuned = logits(model)
@@ -316,17 +363,30 @@ def test_the_methods_of_a_quantized_base_train_its_experts_and_say_that_these_ar
     assert "nf4 is of linears: the experts keep their precision" in notes(seen)
     assert "experts get no LoRA" not in notes(seen)
     make(root, ["merge"], nf4)
-    base, adapter, merged = (root / "artifacts" / part for part in ("expanded", "lora_adapter", "lora_merged"))
+    base, adapter, merged = (
+        root / "artifacts" / part for part in ("expanded", "lora_adapter", "lora_merged")
+    )
     with torch.no_grad():
         assert_alike(logits(engine.load(base, adapter).model), logits(engine.load(merged).model))
     _, seen = make_one(root, "finetune_lora")
-    assert f"finetune_lora.target_parameters=[{', '.join(BOTH)}]" in notes(seen), "all-linear leaves them out"
+    assert f"finetune_lora.target_parameters=[{', '.join(BOTH)}]" in notes(seen), (
+        "all-linear leaves them out"
+    )
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "a router": ({"parameters": ("mlp.gate.weight",)}, r"'mlp.gate.weight' matches model.layers.0.mlp.gate.weight"),
-    "a linear": ({"parameters": ("q_proj.weight",)}, "which is no stack of experts' weights. Name mlp.experts.gate"),
-    "an older name": ({"parameters": (*BOTH, "experts.w1")}, "'experts.w1' matches no parameter. Name mlp.experts"),
+    "a router": (
+        {"parameters": ("mlp.gate.weight",)},
+        r"'mlp.gate.weight' matches model.layers.0.mlp.gate.weight",
+    ),
+    "a linear": (
+        {"parameters": ("q_proj.weight",)},
+        "which is no stack of experts' weights. Name mlp.experts.gate",
+    ),
+    "an older name": (
+        {"parameters": (*BOTH, "experts.w1")},
+        "'experts.w1' matches no parameter. Name mlp.experts",
+    ),
     "half a name": ({"parameters": ("proj",)}, "'proj' matches no parameter"),
     "DoRA": ({"dora": True}, "does not work with dora. Unset it"),
     "dropout": ({"dropout": 0.1}, "does not work with lora_dropout 0.1"),
@@ -336,14 +396,18 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("options", "why"), WRONG.values(), ids=WRONG)
 def test_what_has_no_meaning_on_experts_is_refused(options: dict[str, Any], why: str) -> None:
     with pytest.raises(UserError, match=why):
-        attach(toy("qwen3_moe"), AdapterSpec(3, 6.0, ("q_proj",), **{"parameters": BOTH, **options}))
+        attach(
+            toy("qwen3_moe"), AdapterSpec(3, 6.0, ("q_proj",), **{"parameters": BOTH, **options})
+        )
 
 
 def test_pissa_and_a_base_without_experts_are_refused() -> None:
     spec = AdapterSpec(2, 6.0, ("q_proj",), parameters=BOTH)
     with pytest.raises(UserError, match="does not work with init_lora_weights pissa"):
         attach(toy("mixtral"), spec, init="pissa")
-    with pytest.raises(UserError, match=r"The base has no experts that are stacked. Name its linears"):
+    with pytest.raises(
+        UserError, match=r"The base has no experts that are stacked. Name its linears"
+    ):
         attach(toy("qwen3"), spec)
 
 
@@ -354,18 +418,25 @@ def test_every_initialization_begins_at_the_base(init: Any) -> None:
     attach(model, AdapterSpec(2, 6.0, (), parameters=BOTH), init=init)
     assert_alike(logits(model), logits(base), 1e-5)
     A = [p for key, p in model.named_parameters() if key.endswith("lora_A")]
-    expected = {"document": 0.01, "gaussian": 0.5, "kaiming": (3 * 32) ** -0.5}.get(init)  # of 32 inputs, rank 2
+    # of 32 inputs, rank 2
+    expected = {"document": 0.01, "gaussian": 0.5, "kaiming": (3 * 32) ** -0.5}.get(init)
     assert expected is None or abs(float(A[0].std()) / expected - 1) < 0.2
 
 
 @pytest.mark.slow
-def test_an_adapter_on_experts_trains_alone_and_is_not_combined_or_compared(trained: dict[str, Path]) -> None:
+def test_an_adapter_on_experts_trains_alone_and_is_not_combined_or_compared(
+    trained: dict[str, Path],
+) -> None:
     root = trained["mixtral"]
     base, adapter = root / "artifacts/expanded", root / "artifacts/lora_adapter"
     for refused in (lambda: load_update(adapter), lambda: low_rank_updates(base, adapter)):
-        with pytest.raises(UserError, match=r"adapts experts .* Merge it: `lora export --format merged`"):
+        with pytest.raises(
+            UserError, match=r"adapts experts .* Merge it: `lora export --format merged`"
+        ):
             refused()
-    with pytest.raises(UserError, match=r"target_parameters is .*, but adapters on experts train alone"):
+    with pytest.raises(
+        UserError, match=r"target_parameters is .*, but adapters on experts train alone"
+    ):
         make(root, ["finetune_sweep"], SETTINGS)
 
 
@@ -384,7 +455,9 @@ def damage(folder: Path, **config: Any) -> None:
     ],
     ids=["a rank beyond memory", "fewer than its tensors", "no names", "a router", "DoRA"],
 )
-def test_a_foreign_adapter_that_does_not_fit_is_refused(config: dict[str, Any], why: str, tmp_path: Path) -> None:
+def test_a_foreign_adapter_that_does_not_fit_is_refused(
+    config: dict[str, Any], why: str, tmp_path: Path
+) -> None:
     base = toy("qwen3_moe", std=0.1)
     from_peft(base, CONFIGS["both, and linears"]).save_pretrained(tmp_path)
     damage(tmp_path, **config)
@@ -397,7 +470,9 @@ def test_a_foreign_adapter_that_does_not_fit_is_refused(config: dict[str, Any], 
 def test_the_products_of_all_experts_at_once_are_those_of_each(
     name: str, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As an accelerator computes them: logits and the gradients of A and B, up to the order of sums."""
+    """As an accelerator computes them: logits and the gradients of A and B, up to the order of
+    sums.
+    """
     monkeypatch.setattr(grouped_product, "has_kernel_of_torch", lambda _: True)
     model, found = adapted(name, AdapterSpec(rank, 6.0, ("q_proj",), parameters=BOTH)), []
     for grouped in (False, True):

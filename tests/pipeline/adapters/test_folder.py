@@ -1,4 +1,6 @@
-"""An adapter folder by its files: where its base lies, where that came from, and what does not belong together."""
+"""An adapter folder by its files: where its base lies, where that came from, and what does not
+belong together.
+"""
 
 import json
 from collections.abc import Mapping
@@ -40,21 +42,29 @@ def sealed(folder: Path, **manifest: Any) -> Path:
 def test_a_pickle_is_refused_only_where_it_is_all_there_is(tmp_path: Path) -> None:
     refuse_pickle(tmp_path)
     (tmp_path / "adapter_model.bin").write_bytes(b"")
-    with pytest.raises(UserError, match=r"adapter_model.bin is a pickle.* `lora adapters import .* --base BASE"):
+    with pytest.raises(
+        UserError, match=r"adapter_model.bin is a pickle.* `lora adapters import .* --base BASE"
+    ):
         refuse_pickle(tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     refuse_pickle(tmp_path)
 
 
-@pytest.mark.parametrize(("kind", "name"), [("PREFIX_TUNING", "prefix"), ("PROMPT_TUNING", "prompt")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("PREFIX_TUNING", "prefix"), ("PROMPT_TUNING", "prompt")]
+)
 def test_virtual_tokens_are_no_update_of_weights(tmp_path: Path, kind: str, name: str) -> None:
     refuse_virtual(config(tmp_path / "lora", peft_type="LORA"))
     refuse_virtual(config(tmp_path / "unnamed", r=3))
-    with pytest.raises(UserError, match=f"{tmp_path}/v is a {name} of 7 virtual tokens: it changes no weights"):
+    with pytest.raises(
+        UserError, match=f"{tmp_path}/v is a {name} of 7 virtual tokens: it changes no weights"
+    ):
         refuse_virtual(config(tmp_path / "v", peft_type=kind, num_virtual_tokens=7))
 
 
-def test_nor_is_an_adapter_of_a_kind_that_a_method_brings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nor_is_an_adapter_of_a_kind_that_a_method_brings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(OTHER_KINDS, "SCALED", "scaled")
     with pytest.raises(UserError, match="is an adapter of type SCALED: only LoRA can be merged"):
         refuse_virtual(config(tmp_path, peft_type="SCALED"))
@@ -63,10 +73,14 @@ def test_nor_is_an_adapter_of_a_kind_that_a_method_brings(tmp_path: Path, monkey
 # Its base
 
 
-def test_a_base_is_looked_up_here_then_above_the_adapter_then_where_it_is_said_last(tmp_path: Path) -> None:
+def test_a_base_is_looked_up_here_then_above_the_adapter_then_where_it_is_said_last(
+    tmp_path: Path,
+) -> None:
     adapter = config(tmp_path / "project/artifacts/adapter", base_model_name_or_path="models/base")
     here, project, last = tmp_path / "here", tmp_path / "project", tmp_path / "last"
-    with pytest.raises(UserError, match=r"names 'models/base' as its base, but there is no such folder.*--base"):
+    with pytest.raises(
+        UserError, match=r"names 'models/base' as its base, but there is no such folder.*--base"
+    ):
         base_of(adapter, here, last)
     for folder in (last, project, here):
         (folder / "models/base").mkdir(parents=True)
@@ -81,21 +95,30 @@ def test_without_a_name_it_is_the_pipelines_expanded_base(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", [5, ["base"], "x" * 5000])
-def test_a_base_that_can_be_no_folder_is_refused_by_what_the_config_says(tmp_path: Path, name: object) -> None:
+def test_a_base_that_can_be_no_folder_is_refused_by_what_the_config_says(
+    tmp_path: Path, name: object
+) -> None:
     with pytest.raises(UserError, match="as its base, but there is no such folder") as error:
         base_of(config(tmp_path, base_model_name_or_path=name))
-    assert f"{tmp_path} names {repr(name)[:200]}" in str(error.value) and len(str(error.value)) < 500
+    assert (
+        f"{tmp_path} names {repr(name)[:200]}" in str(error.value) and len(str(error.value)) < 500
+    )
 
 
-def test_adapters_that_are_combined_name_one_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_that_are_combined_name_one_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("base", "other"):
         Path(name).mkdir()
     one, same, other = (
-        config(tmp_path / f"to/{n}", base_model_name_or_path=name) for n, name in enumerate(("base", "./base", "other"))
+        config(tmp_path / f"to/{n}", base_model_name_or_path=name)
+        for n, name in enumerate(("base", "./base", "other"))
     )
     assert common_base([one]) == common_base([one, same]) == Path("base")
-    with pytest.raises(UserError, match=rf"{one} and {other} name different bases: base and other\. .*--base"):
+    with pytest.raises(
+        UserError, match=rf"{one} and {other} name different bases: base and other\. .*--base"
+    ):
         common_base([one, same, other])
 
 
@@ -123,24 +146,40 @@ def test_the_origin_of_a_base_is_what_its_import_noted(tmp_path: Path) -> None:
     assert origin_of(tmp_path / "adapter", base) == expected
     adapter = config(tmp_path / "adapter", base_model_name_or_path=str(base))
     assert origin_of(adapter) == expected
-    local = sealed(tmp_path / "local", source="gguf", params={"base": "a.gguf"}, dequantized="Q4_K_M")
+    local = sealed(
+        tmp_path / "local", source="gguf", params={"base": "a.gguf"}, dequantized="Q4_K_M"
+    )
     assert origin_of(adapter, local) == Origin(None, None, 0, {}, "Q4_K_M")
 
 
-def test_of_an_expanded_base_it_is_that_of_the_base_beside_it_with_the_rows_since(tmp_path: Path) -> None:
+def test_of_an_expanded_base_it_is_that_of_the_base_beside_it_with_the_rows_since(
+    tmp_path: Path,
+) -> None:
     origin = origin_of(tmp_path / "adapter", expanded(tmp_path, IMPORTED))
     assert origin == Origin("org/model", "c0ffee", 3, {"license": "apache-2.0"}, "")
-    assert origin_of(tmp_path / "adapter", expanded(tmp_path, IMPORTED, inputs={"artifacts/base": "0" * 64})) is None
+    assert (
+        origin_of(
+            tmp_path / "adapter", expanded(tmp_path, IMPORTED, inputs={"artifacts/base": "0" * 64})
+        )
+        is None
+    )
 
 
 def test_a_base_from_elsewhere_has_the_license_of_its_card_alone(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
-    assert origin_of(tmp_path / "adapter", tmp_path) == Origin(None, None, 0, {"license": "mit"}, "")
+    assert origin_of(tmp_path / "adapter", tmp_path) == Origin(
+        None, None, 0, {"license": "mit"}, ""
+    )
 
 
 @pytest.mark.parametrize(
     "manifest",
-    [{"stage": "pretrain"}, {"stage": "expand_vocab"}, {"source": "hub"}, {"source": "hub", "params": 5}],
+    [
+        {"stage": "pretrain"},
+        {"stage": "expand_vocab"},
+        {"source": "hub"},
+        {"source": "hub", "params": 5},
+    ],
     ids=["trained here", "no rows", "no name", "no params"],
 )
 def test_a_base_that_was_not_imported_or_of_which_too_little_is_known_has_no_origin(
@@ -155,7 +194,9 @@ def test_the_quantization_is_the_manifests_and_none_without_one(tmp_path: Path) 
     assert quantization_of(sealed(tmp_path / "a", kind="adapter")) == "none"
     assert quantization_of(sealed(tmp_path / "b", params={"rank": 3})) == "none"
     assert quantization_of(sealed(tmp_path / "c", params={"quantization": "nf4"})) == "nf4"
-    with pytest.raises(UserError, match=r"manifest.json: quantization must be one of none, .*, got 'nf5'"):
+    with pytest.raises(
+        UserError, match=r"manifest.json: quantization must be one of none, .*, got 'nf5'"
+    ):
         quantization_of(sealed(tmp_path / "d", params={"quantization": "nf5"}))
 
 
@@ -177,12 +218,28 @@ TRAINED = {"rank": 4, "alpha": 8}
 @pytest.mark.parametrize(
     ("read", "manifest", "message"),
     [
-        ({"r": 5, "lora_alpha": 8}, {"params": TRAINED}, "r was edited: it is 5, but the adapter was trained with 4"),
-        ({"r": 4, "lora_alpha": 9}, {"params": TRAINED}, "lora_alpha was edited: it is 9, .* trained with 8"),
+        (
+            {"r": 5, "lora_alpha": 8},
+            {"params": TRAINED},
+            "r was edited: it is 5, but the adapter was trained with 4",
+        ),
+        (
+            {"r": 4, "lora_alpha": 9},
+            {"params": TRAINED},
+            "lora_alpha was edited: it is 9, .* trained with 8",
+        ),
         ({"lora_alpha": 8}, {"params": TRAINED}, "r was edited: it is None"),
-        ({"r": 4, "lora_alpha": 8}, {"params": TRAINED, "stored": {"rank": 8}}, "r was edited: it is 4, .* with 8"),
+        (
+            {"r": 4, "lora_alpha": 8},
+            {"params": TRAINED, "stored": {"rank": 8}},
+            "r was edited: it is 4, .* with 8",
+        ),
         ({"r": 4}, {"stored": {"rank": 8}}, "r was edited: it is 4, .* trained with 8"),
-        ({"num_virtual_tokens": 5}, {"params": {"virtual_tokens": 6}}, "num_virtual_tokens was edited: it is 5"),
+        (
+            {"num_virtual_tokens": 5},
+            {"params": {"virtual_tokens": 6}},
+            "num_virtual_tokens was edited: it is 5",
+        ),
     ],
 )
 def test_numbers_of_the_config_are_those_of_the_training(
@@ -194,7 +251,14 @@ def test_numbers_of_the_config_are_those_of_the_training(
 
 def test_what_is_as_it_was_trained_is_taken_and_so_is_what_nobody_sealed(tmp_path: Path) -> None:
     refuse(bound(tmp_path / "a", {"r": 4, "lora_alpha": 8}, params=TRAINED))
-    refuse(bound(tmp_path / "b", {"r": 8, "lora_alpha": 16}, params=TRAINED, stored={"rank": 8, "alpha": 16}))
+    refuse(
+        bound(
+            tmp_path / "b",
+            {"r": 8, "lora_alpha": 16},
+            params=TRAINED,
+            stored={"rank": 8, "alpha": 16},
+        )
+    )
     refuse(bound(tmp_path / "c", {"r": 5}))
     refuse(config(tmp_path / "d", r=5), {})
     refuse_foreign(Path("no base"), tmp_path / "no adapter")
@@ -202,12 +266,20 @@ def test_what_is_as_it_was_trained_is_taken_and_so_is_what_nobody_sealed(tmp_pat
 
 def test_another_edit_and_another_base_are_refused(tmp_path: Path) -> None:
     folder = bound(tmp_path, {"r": 4, "lora_alpha": 8}, params=TRAINED)
-    with pytest.raises(UserError, match=r"another base: the sha256 of its tokenizer is b{12}, that of base c{12}\. .*"):
+    with pytest.raises(
+        UserError,
+        match=r"another base: the sha256 of its tokenizer is b{12}, that of base c{12}\. .*",
+    ):
         refuse(folder, {**BASE, "tokenizer": "c" * 64})
-    with pytest.raises(UserError, match=r"another base: the sha256 of its card is None, that of base c{12}"):
+    with pytest.raises(
+        UserError, match=r"another base: the sha256 of its card is None, that of base c{12}"
+    ):
         refuse(folder, {**BASE, "card": "c" * 64})
     config(folder, r=4, lora_alpha=8, target_modules=["q_proj"])
-    with pytest.raises(UserError, match=r"adapter_config.json was changed after the artifact was made"):
+    with pytest.raises(
+        UserError, match=r"adapter_config.json was changed after the artifact was made"
+    ):
         refuse(folder)
     read = artifact.read_manifest(folder)["files"]
-    refuse_foreign(Path("base"), folder, lambda _: BASE, lambda _: read)  # of a cache of digests, which is believed
+    # of a cache of digests, which is believed
+    refuse_foreign(Path("base"), folder, lambda _: BASE, lambda _: read)

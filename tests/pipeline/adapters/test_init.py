@@ -38,7 +38,8 @@ def test_ba_is_exactly_zero_at_the_start_and_a_is_not(init: Init) -> None:
 def test_orthogonal_starts_with_a_and_b_of_full_rank_whose_product_is_zero() -> None:
     layer = layer_of("orthogonal")
     A, B = layer.lora_A.detach(), layer.lora_B.detach()
-    assert torch.linalg.matrix_rank(A) == torch.linalg.matrix_rank(B) == 3  # half of R each, on different rows
+    # half of R each, on different rows
+    assert torch.linalg.matrix_rank(A) == torch.linalg.matrix_rank(B) == 3
     assert (B @ A).abs().max() < 1e-6 < 1e-3 < min(A.abs().max(), B.abs().max())
 
 
@@ -48,13 +49,20 @@ def test_a_and_b_have_pefts_spread(init: Init) -> None:
     ours = layer_of(init, 8, (600, 500))
     theirs: Any = nn.Sequential(nn.Linear(500, 600))
     named: Any = {"kaiming": True, "document": "gaussian"}.get(init, init)
-    peft = get_peft_model(theirs, LoraConfig(r=8, target_modules=["0"], init_lora_weights=named)).base_model.model[0]
+    peft = get_peft_model(
+        theirs, LoraConfig(r=8, target_modules=["0"], init_lora_weights=named)
+    ).base_model.model[0]
     factor = 0.01 * 8 if init == "document" else 1
-    for mine, other in ((ours.lora_A, peft.lora_A.default.weight), (ours.lora_B, peft.lora_B.default.weight)):
+    for mine, other in (
+        (ours.lora_A, peft.lora_A.default.weight),
+        (ours.lora_B, peft.lora_B.default.weight),
+    ):
         expected = other.detach() * factor
         torch.testing.assert_close(mine.detach().std(), expected.std(), rtol=0.05, atol=0)
         if init == "kaiming":  # uniform: it has an end
-            torch.testing.assert_close(mine.detach().abs().max(), expected.abs().max(), rtol=0.01, atol=0)
+            torch.testing.assert_close(
+                mine.detach().abs().max(), expected.abs().max(), rtol=0.01, atol=0
+            )
 
 
 def test_an_odd_rank_has_no_two_orthogonal_halves() -> None:
@@ -72,12 +80,16 @@ def test_pissa_takes_the_nearest_part_of_that_rank(shape: tuple[int, int]) -> No
     weight = layer.base.weight.detach()  # type: ignore[operator]
     left = weight - layer.scale * layer.lora_B.detach() @ layer.lora_A.detach()
     values = torch.linalg.svdvals(weight)
-    torch.testing.assert_close(torch.linalg.svdvals(left)[: -layer.lora_A.shape[0]], values[6:], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        torch.linalg.svdvals(left)[: -layer.lora_A.shape[0]], values[6:], atol=1e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (300, 260)], ids=["folded", "not folded"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
-def test_pissa_leaves_base_plus_adapter_equal_to_the_base(shape: tuple[int, int], dtype: torch.dtype | None) -> None:
+def test_pissa_leaves_base_plus_adapter_equal_to_the_base(
+    shape: tuple[int, int], dtype: torch.dtype | None
+) -> None:
     torch.manual_seed(0)
     base, x = nn.Linear(shape[1], shape[0]), torch.randn(5, shape[1])
     before = base.weight.detach().clone()
@@ -88,7 +100,10 @@ def test_pissa_leaves_base_plus_adapter_equal_to_the_base(shape: tuple[int, int]
 
 
 def test_pissa_of_a_weight_with_fewer_singular_values_is_refused() -> None:
-    with pytest.raises(UserError, match=r"takes 9 singular values of a weight that has 8. Set finetune_lora.rank to 8"):
+    with pytest.raises(
+        UserError,
+        match=r"takes 9 singular values of a weight that has 8. Set finetune_lora.rank to 8",
+    ):
         principal(torch.randn(8, 20), 9, 1.0)
 
 
@@ -103,14 +118,17 @@ def test_pissa_takes_as_many_singular_values_as_there_are() -> None:
     weight = torch.randn(8, 20, dtype=torch.float64)
     A, B = principal(weight, 8, 2.0)
     torch.testing.assert_close(2 * B @ A, weight)
-    torch.testing.assert_close(A @ A.T, B.T @ B)  # the square root of each singular value on either side
+    # the square root of each singular value on either side
+    torch.testing.assert_close(A @ A.T, B.T @ B)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_pissa_trains_as_pefts_on_its_residual_and_is_saved_for_the_base_as_it_was(
     tmp_path: Path, rslora: bool
 ) -> None:
-    """PEFT subtracts BA from W, ours from the update: the same function, the same gradients, two files."""
+    """PEFT subtracts BA from W, ours from the update: the same function, the same gradients, two
+    files.
+    """
     base = toy("llama", std=0.1)
     spec = AdapterSpec(4, 6.0, ("q_proj", "down_proj"), ranks={r".*1.*q_proj": 3}, rslora=rslora)
     options = {"rank_pattern": dict(spec.ranks), "use_rslora": rslora, "init_lora_weights": "pissa"}
@@ -125,7 +143,9 @@ def test_pissa_trains_as_pefts_on_its_residual_and_is_saved_for_the_base_as_it_w
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
         for _ in range(4):
             optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(forward()[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+            loss = nn.functional.cross_entropy(
+                forward()[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()
+            )
             torch.autograd.backward(loss)
             optimizer.step()
     found, wanted = logits(ours), theirs.eval()(input_ids=IDS).logits.detach()
@@ -150,4 +170,6 @@ def test_the_factors_of_pissa_are_of_what_changed() -> None:
     with torch.no_grad():
         layer.lora_B.add_(1)
     left, right = factors(layer)
-    torch.testing.assert_close(left @ right, torch.ones(40, 6) @ layer.lora_A.detach(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        left @ right, torch.ones(40, 6) @ layer.lora_A.detach(), atol=1e-5, rtol=1e-4
+    )

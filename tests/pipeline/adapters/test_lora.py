@@ -26,9 +26,13 @@ from pipeline.project.params.sections import Init
 from pipeline.weights.streaming import merged_rows
 
 
-def layer_of(out: int, inputs: int, rank: int, alpha: float, bias: bool = True, folds: bool = True) -> LoRALinear:
+def layer_of(
+    out: int, inputs: int, rank: int, alpha: float, bias: bool = True, folds: bool = True
+) -> LoRALinear:
     torch.manual_seed(0)
-    layer = LoRALinear(nn.Linear(inputs, out, bias=bias).requires_grad_(False), rank, alpha / rank).double()
+    layer = LoRALinear(
+        nn.Linear(inputs, out, bias=bias).requires_grad_(False), rank, alpha / rank
+    ).double()
     layer.folds = folds
     with torch.no_grad():
         layer.lora_B.normal_()
@@ -46,12 +50,16 @@ def test_forward_is_the_base_plus_the_scaled_low_rank_update(
     x = torch.randn(3, 2, shape[1], dtype=torch.float64)
     base, A, B = layer.base, layer.lora_A, layer.lora_B
     assert isinstance(base, torch.nn.Linear)
-    expected = x @ base.weight.T + (shape[3] / shape[2]) * (x @ A.T @ B.T) + (base.bias if bias else 0)
+    expected = (
+        x @ base.weight.T + (shape[3] / shape[2]) * (x @ A.T @ B.T) + (base.bias if bias else 0)
+    )
     torch.testing.assert_close(layer(x), expected)
 
 
 @given(shapes, st.booleans())
-def test_gradients_are_those_of_the_documents_section_4_3(shape: tuple[int, int, int, float], folds: bool) -> None:
+def test_gradients_are_those_of_the_documents_section_4_3(
+    shape: tuple[int, int, int, float], folds: bool
+) -> None:
     layer = layer_of(*shape, folds=folds)
     x = torch.randn(5, shape[1], dtype=torch.float64)
     upstream = torch.randn(5, shape[0], dtype=torch.float64)  # dL/dh, one row a token
@@ -69,11 +77,16 @@ def test_a_new_layer_answers_like_its_base() -> None:
 
 
 @given(shapes)
-def test_merged_rows_answer_like_base_plus_adapter_and_leave_it_alone(shape: tuple[int, int, int, float]) -> None:
+def test_merged_rows_answer_like_base_plus_adapter_and_leave_it_alone(
+    shape: tuple[int, int, int, float],
+) -> None:
     layer = layer_of(*shape, bias=False)
     weight, x = weight_of(layer.base).detach(), torch.randn(4, shape[1], dtype=torch.float64)
     before, (left, right) = weight.clone(), factors(layer)
-    parts = [merged_rows(weight[rows], left[rows], right, layer.scale) for rows in (slice(0, 1), slice(1, None))]
+    parts = [
+        merged_rows(weight[rows], left[rows], right, layer.scale)
+        for rows in (slice(0, 1), slice(1, None))
+    ]
     torch.testing.assert_close(F.linear(x, torch.cat(parts)), layer(x), atol=1e-4, rtol=1e-5)
     assert torch.equal(weight, before)
 
@@ -124,7 +137,11 @@ def test_an_embeddings_update_is_of_the_rows_it_looks_up_with_the_tables_own_sca
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_what_a_layer_gives_out_has_the_dtype_of_the_base(dtype: torch.dtype) -> None:
-    linear, table, x = nn.Linear(8, 6).to(dtype), nn.Embedding(10, 8).to(dtype), torch.randn(2, 3, 8).to(dtype)
+    linear, table, x = (
+        nn.Linear(8, 6).to(dtype),
+        nn.Embedding(10, 8).to(dtype),
+        torch.randn(2, 3, 8).to(dtype),
+    )
     ids, rows = torch.tensor([7, 2]), nn.Parameter(torch.randn(2, 8))
     layers = [kind(linear, 2, 1.0, torch.float32) for kind in (LoRALinear, DoRALinear)]
     for layer in layers:
@@ -134,7 +151,11 @@ def test_what_a_layer_gives_out_has_the_dtype_of_the_base(dtype: torch.dtype) ->
     tables = (LoRAEmbedding(table, 2, 1.0, torch.float32), EmbeddingRows(table, ids, rows))
     assert all(other(torch.tensor([[7, 1]])).dtype == dtype for other in tables)
     assert HeadRows(nn.Linear(8, 10).to(dtype), ids, rows)(x).dtype == dtype
-    assert all(p.dtype == torch.float32 for each in (*layers, *tables) for p in each.adapter_parameters().values())
+    assert all(
+        p.dtype == torch.float32
+        for each in (*layers, *tables)
+        for p in each.adapter_parameters().values()
+    )
 
 
 def base_of(kind: str) -> nn.Module:
@@ -153,10 +174,16 @@ KEPT = torch.tensor([1, 0, 1, 1, 0, 0, 1, 1], dtype=torch.bool)
 @pytest.mark.parametrize("base", ["linear", "conv1d", "int8"])
 @pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
 @torch.no_grad()
-def test_dropout_is_on_the_input_of_the_update_alone(kind: type[LoRALinear], base: str, init: Init) -> None:
-    """As in PEFT: W x + s·ΔW·dropout(x), where ΔW of DoRA is all that it adds to W, and PiSSA's is BA − B₀A₀."""
+def test_dropout_is_on_the_input_of_the_update_alone(
+    kind: type[LoRALinear], base: str, init: Init
+) -> None:
+    """As in PEFT: W x + s·ΔW·dropout(x), where ΔW of DoRA is all that it adds to W, and PiSSA's is
+    BA − B₀A₀.
+    """
     layer = kind(base_of(base), 2, 0.5, None, init, 0.25)
-    A0, B0 = (p.clone() if init == "pissa" else torch.zeros_like(p) for p in (layer.lora_A, layer.lora_B))
+    A0, B0 = (
+        p.clone() if init == "pissa" else torch.zeros_like(p) for p in (layer.lora_A, layer.lora_B)
+    )
     layer.lora_B.add_(torch.randn(6, 2))
     x = torch.randn(2, 3, 8)
     without = layer(x)
@@ -169,7 +196,9 @@ def test_dropout_is_on_the_input_of_the_update_alone(kind: type[LoRALinear], bas
         whole = frozen + update
         update = (layer.magnitude / whole.norm(dim=1))[:, None] * whole - frozen
     bias: Tensor = layer.base.bias  # type: ignore[assignment]
-    torch.testing.assert_close(layer(x), x @ frozen.T + dropped @ update.T + bias, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        layer(x), x @ frozen.T + dropped @ update.T + bias, atol=1e-5, rtol=1e-4
+    )
     layer.keep = lambda _: None  # such as in an evaluation
     assert torch.equal(layer(x), without)
     torch.testing.assert_close(without, x @ (frozen + update).T + bias, atol=1e-5, rtol=1e-4)
@@ -179,7 +208,9 @@ def test_dropout_is_on_the_input_of_the_update_alone(kind: type[LoRALinear], bas
 
 @pytest.mark.parametrize("kind", [LoRALinear, DoRALinear])
 @torch.no_grad()
-def test_a_quantized_weight_is_dequantized_in_the_precision_of_the_input(kind: type[LoRALinear]) -> None:
+def test_a_quantized_weight_is_dequantized_in_the_precision_of_the_input(
+    kind: type[LoRALinear],
+) -> None:
     """Where a merge is compared in fp32, x is wider than the base in 16 bits."""
     base = QuantizedLinear(nn.Linear(8, 6, bias=False).bfloat16(), "int8", torch.device("cpu"))
     layer, x = kind(base, 2, 0.5, torch.float32, dropout=0.25), torch.randn(2, 3, 8)
@@ -211,15 +242,26 @@ def test_kernels_get_an_update_only_where_the_layer_is_no_more_than_one() -> Non
 
 
 def test_the_update_is_folded_into_small_weights_alone() -> None:
-    assert LoRALinear(nn.Linear(256, 255), 1, 1.0).folds and not LoRALinear(nn.Linear(256, 256), 1, 1.0).folds
-    assert LoRALinear(base_of("int8"), 1, 1.0).folds and not LoRALinear(base_of("conv1d"), 1, 1.0).folds
+    assert (
+        LoRALinear(nn.Linear(256, 255), 1, 1.0).folds
+        and not LoRALinear(nn.Linear(256, 256), 1, 1.0).folds
+    )
+    assert (
+        LoRALinear(base_of("int8"), 1, 1.0).folds
+        and not LoRALinear(base_of("conv1d"), 1, 1.0).folds
+    )
 
 
 def test_a_layer_without_options_has_no_dropout_and_its_weights_dtype() -> None:
-    for layer in (LoRALinear(base_of("linear").half(), 2, 0.5), DoRALinear(base_of("linear").half(), 2, 0.5)):
+    for layer in (
+        LoRALinear(base_of("linear").half(), 2, 0.5),
+        DoRALinear(base_of("linear").half(), 2, 0.5),
+    ):
         assert layer.dropout == 0 and layer.lora_A.dtype == layer.lora_B.dtype == torch.float16
         assert (layer.lora_A.shape, layer.lora_B.shape, layer.scale) == ((2, 8), (6, 2), 0.5)
-        assert {*layer.state_dict()} >= {"lora_A", "lora_B"} and not {"squares", "initial_A"} & {*layer.state_dict()}
+        assert {*layer.state_dict()} >= {"lora_A", "lora_B"} and not {"squares", "initial_A"} & {
+            *layer.state_dict()
+        }
     assert LoRAEmbedding(nn.Embedding(10, 4).half(), 2, 1.0).lora_B.dtype == torch.float16
 
 
@@ -238,10 +280,16 @@ def test_pissa_is_one_product_of_twice_the_rank_which_begins_at_zero() -> None:
 
 def model_of(tied: bool = False) -> MiniGPT:
     torch.manual_seed(0)
-    return MiniGPT(MiniGPTConfig(vocab_size=20, pad_id=0, end_id=2, d_model=16, feed_forward=32, tie_embeddings=tied))
+    return MiniGPT(
+        MiniGPTConfig(
+            vocab_size=20, pad_id=0, end_id=2, d_model=16, feed_forward=32, tie_embeddings=tied
+        )
+    )
 
 
-ATTENTION = [f"model.decoder.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in ("k", "v", "q", "out")]
+ATTENTION = [
+    f"model.decoder.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in ("k", "v", "q", "out")
+]
 FEED_FORWARD = [f"model.decoder.layers.{i}.{n}" for i in (0, 1) for n in ("fc1", "fc2")]
 
 
@@ -265,9 +313,14 @@ def test_targets_mean_what_they_say(wanted: list[str], expected: list[str]) -> N
     assert resolve(model, short_targets(model, found)) == found
 
 
-@pytest.mark.parametrize("wanted", [["q_porj"], ["q_proj", "gate_proj"], ["embed_tokens"], ["proj"]])
+@pytest.mark.parametrize(
+    "wanted", [["q_porj"], ["q_proj", "gate_proj"], ["embed_tokens"], ["proj"]]
+)
 def test_a_target_that_matches_nothing_is_refused_with_what_exists(wanted: list[str]) -> None:
-    with pytest.raises(UserError, match=r"matches no linear layer. The model has fc1, fc2, k_proj, lm_head, out_proj"):
+    with pytest.raises(
+        UserError,
+        match=r"matches no linear layer. The model has fc1, fc2, k_proj, lm_head, out_proj",
+    ):
         resolve(model_of(), wanted)
 
 

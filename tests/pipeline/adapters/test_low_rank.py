@@ -1,4 +1,6 @@
-"""ΔW = s·BA in factored form, against the (O, I) product that it never makes, and what its file may not hold."""
+"""ΔW = s·BA in factored form, against the (O, I) product that it never makes, and what its file may
+not hold.
+"""
 
 import json
 import math
@@ -51,11 +53,17 @@ def dense(low: LowRank) -> Tensor:
 
 
 @given(SHAPES)
-def test_its_norm_and_singular_triples_are_those_of_the_product(shape: tuple[int, int, int, float]) -> None:
+def test_its_norm_and_singular_triples_are_those_of_the_product(
+    shape: tuple[int, int, int, float],
+) -> None:
     low, whole = update(shape), dense(update(shape))
     assert_close(low.delta(), whole.float())
     assert low.delta().dtype == torch.float32 and low.rank == shape[2]
-    assert low.squared_norm() == squared_norm(low.b, low.a, low.scale) == pytest.approx(float(whole.square().sum()))
+    assert (
+        low.squared_norm()
+        == squared_norm(low.b, low.a, low.scale)
+        == pytest.approx(float(whole.square().sum()))
+    )
     most = min(shape[:3])
     expected = torch.linalg.svdvals(whole)[:most]
     left, values, right = svd(low)
@@ -73,7 +81,9 @@ def test_an_inner_product_is_the_sum_of_the_products_of_all_entries(
     shape: tuple[int, int, int, float], rank: int, scale: float
 ) -> None:
     one, other = update(shape), update((*shape[:2], rank, scale), 1)
-    assert inner_product(one, other) == pytest.approx(float((dense(one) * dense(other)).sum()), rel=1e-9, abs=1e-9)
+    assert inner_product(one, other) == pytest.approx(
+        float((dense(one) * dense(other)).sum()), rel=1e-9, abs=1e-9
+    )
 
 
 @given(SHAPES, st.integers(1, 4), st.booleans())
@@ -86,7 +96,9 @@ def test_truncated_it_is_the_nearest_of_that_rank_in_factors_of_equal_norm(
     assert (cut.scale, cut.embedding, cut.rank) == (1.0, embedding, min(rank, len(values)))
     assert cut.a.dtype == cut.b.dtype == torch.float32
     left = float((dense(cut) - dense(low)).norm())
-    assert left == pytest.approx(float(values[rank:].norm()), rel=1e-4, abs=1e-5), "Eckart and Young"
+    assert left == pytest.approx(float(values[rank:].norm()), rel=1e-4, abs=1e-5), (
+        "Eckart and Young"
+    )
     assert_close(cut.a.norm(), cut.b.norm())
     assert not truncated(*triples, rank).embedding
 
@@ -98,32 +110,51 @@ def test_the_first_singular_values_share_is_of_the_squares() -> None:
 
 def test_tensors_have_pefts_keys_for_linears_embeddings_and_magnitudes() -> None:
     linear, embedding = update((3, 2, 1, 1.0)), update((3, 2, 1, 1.0), embedding=True)
-    assert tensors_of("q", linear) == {f"{PREFIX}q.lora_A.weight": linear.a, f"{PREFIX}q.lora_B.weight": linear.b}
+    assert tensors_of("q", linear) == {
+        f"{PREFIX}q.lora_A.weight": linear.a,
+        f"{PREFIX}q.lora_B.weight": linear.b,
+    }
     keys = [f"{PREFIX}e.lora_embedding_A", f"{PREFIX}e.lora_embedding_B"]
     assert tensors_of("e", embedding) == dict(zip(keys, (embedding.a, embedding.b), strict=True))
     magnitude = torch.ones(3)
     found = tensors_of("q", LowRank(linear.a, linear.b, 1.0, magnitude=magnitude))
-    assert [*found] == [f"{PREFIX}q.lora_A.weight", f"{PREFIX}q.lora_B.weight", f"{PREFIX}q.lora_magnitude_vector"]
+    assert [*found] == [
+        f"{PREFIX}q.lora_A.weight",
+        f"{PREFIX}q.lora_B.weight",
+        f"{PREFIX}q.lora_magnitude_vector",
+    ]
     assert found[f"{PREFIX}q.lora_magnitude_vector"] is magnitude
 
 
 def test_layer_10_comes_after_layer_9() -> None:
     names = ["layers.10.q", "layers.9.v", "layers.9.q", "lm_head", "layers.100.q"]
-    assert sorted(names, key=layer_sort_key) == ["layers.9.q", "layers.9.v", "layers.10.q", "layers.100.q", "lm_head"]
+    assert sorted(names, key=layer_sort_key) == [
+        "layers.9.q",
+        "layers.9.v",
+        "layers.10.q",
+        "layers.100.q",
+        "lm_head",
+    ]
 
 
 # Its file
 
-SPEC = AdapterSpec(2, 3.0, ("q_proj", "wte"), ranks={"10.q_proj": 1}, rows={"embed": (5, 2)}, saved=("norm",))
+SPEC = AdapterSpec(
+    2, 3.0, ("q_proj", "wte"), ranks={"10.q_proj": 1}, rows={"embed": (5, 2)}, saved=("norm",)
+)
 NAMES = ("h.2.q_proj", "h.10.q_proj")
 
 
 @pytest.fixture
 def stored(tmp_path: Path) -> Path:
-    """Two linears, an embedding, rows and a norm; keys are in the order of text, in which 10 comes before 2."""
+    """Two linears, an embedding, rows and a norm; keys are in the order of text, in which 10 comes
+    before 2.
+    """
     artifact.write_json(tmp_path / "adapter_config.json", config_of(SPEC, "base", False))
     parts = {name: update((4, 3, SPEC.rank_of(name), 1.0), seed) for seed, name in enumerate(NAMES)}
-    values = {key: value for name, low in parts.items() for key, value in tensors_of(name, low).items()}
+    values = {
+        key: value for name, low in parts.items() for key, value in tensors_of(name, low).items()
+    }
     values |= tensors_of("wte", update((4, 6, 2, 1.0), 2, embedding=True))
     values[f"{PREFIX}m.embed.token_adapter.trainable_tokens_delta"] = torch.ones(2, 4)
     values[f"{PREFIX}norm.weight"] = torch.full((4,), 7.0)
@@ -174,7 +205,10 @@ A, B = (f"{PREFIX}{NAMES[0]}.lora_{end}.weight" for end in "AB")
         ({B: torch.ones(4, 3)}, "h.2.q_proj has no A and B of the same rank"),
         ({A: torch.ones(2)}, "h.2.q_proj has no A and B of the same rank"),
         ({B: torch.ones(2)}, "h.2.q_proj has no A and B of the same rank"),
-        ({A: torch.ones(3, 3), B: torch.ones(4, 3)}, "h.2.q_proj has rank 3, but its config says 2"),
+        (
+            {A: torch.ones(3, 3), B: torch.ones(4, 3)},
+            "h.2.q_proj has rank 3, but its config says 2",
+        ),
         (
             {f"{PREFIX}other.token_adapter.trainable_tokens_delta": torch.ones(2, 4)},
             "other has rows that its config does not name",
@@ -188,11 +222,15 @@ def test_factors_that_do_not_belong_together_are_refused(
     path = stored / "adapter_model.safetensors"
     changed = {**load_file(path), **change}
     save_file({key: value for key, value in changed.items() if value is not None}, path)
-    with pytest.raises(UserError, match=rf"^{path}: {message}\. Train or import the adapter again\."):
+    with pytest.raises(
+        UserError, match=rf"^{path}: {message}\. Train or import the adapter again\."
+    ):
         load_update(stored)
 
 
-def test_all_patterns_of_an_adapter_share_one_time(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_patterns_of_an_adapter_share_one_time(
+    stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pipeline.files.patterns.BUDGET", -1.0)
     with pytest.raises(UserError, match=r"^rank_pattern: matching '10.q_proj'"):
         load_update(stored)

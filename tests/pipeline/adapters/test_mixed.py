@@ -10,7 +10,13 @@ from torch.testing import assert_close
 from pipeline.adapters.attach import attach
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.lora import AdapterLayer, DoRALinear, EmbeddingRows, LoRALinear
-from pipeline.adapters.mixed import STACKED_ROWS, MixedAdapter, MixedLayer, RowRouting, changed_layers
+from pipeline.adapters.mixed import (
+    STACKED_ROWS,
+    MixedAdapter,
+    MixedLayer,
+    RowRouting,
+    changed_layers,
+)
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 
 KINDS = (LoRALinear, LoRALinear, DoRALinear, LoRALinear)
@@ -33,7 +39,9 @@ def parts(base: nn.Linear) -> list[AdapterLayer]:
 
 
 counts = st.integers(1, 4) | st.just(STACKED_ROWS)
-shares = st.lists(st.tuples(st.integers(-1, len(KINDS)), counts), min_size=1, max_size=6, unique_by=lambda s: s[0])
+shares = st.lists(
+    st.tuples(st.integers(-1, len(KINDS)), counts), min_size=1, max_size=6, unique_by=lambda s: s[0]
+)
 
 
 @settings(deadline=None)
@@ -43,7 +51,10 @@ def test_every_row_is_that_of_its_own_adapter_however_the_routing_changes(
     base: nn.Linear, parts: list[AdapterLayer], routings: list[list[tuple[int, int]]], seed: int
 ) -> None:
     """-1 is no adapter, the last one has no such layer."""
-    routing, adapters = RowRouting(), [*(MixedAdapter({"q": part}) for part in parts), MixedAdapter({})]
+    routing, adapters = (
+        RowRouting(),
+        [*(MixedAdapter({"q": part}) for part in parts), MixedAdapter({})],
+    )
     layer, numbers = MixedLayer(base, "q", routing), torch.Generator().manual_seed(seed)
     for share in routings:
         owners, rows = zip(*share, strict=True)
@@ -69,7 +80,9 @@ def test_a_row_is_finite_though_the_product_with_another_adapter_overflows(base:
 
 
 @torch.no_grad()
-def test_a_strength_scales_the_update_of_its_rows_and_stays_when_the_layers_scale_is_set(base: nn.Linear) -> None:
+def test_a_strength_scales_the_update_of_its_rows_and_stays_when_the_layers_scale_is_set(
+    base: nn.Linear,
+) -> None:
     part = LoRALinear(base, 2, 1.5)
     nn.init.normal_(part.lora_B)
     half, full, routing = MixedAdapter({"q": part}, 0.5), MixedAdapter({"q": part}), RowRouting()
@@ -78,7 +91,10 @@ def test_a_strength_scales_the_update_of_its_rows_and_stays_when_the_layers_scal
     part.scale = 7.0  # as AdapterScale sets it for somebody else
     routing.route([half, full], [1, 1])
     assert_close(
-        MixedLayer(base, "q", routing)(x), base(x) + update * torch.tensor([[0.5], [1.0]]), atol=1e-5, rtol=1e-4
+        MixedLayer(base, "q", routing)(x),
+        base(x) + update * torch.tensor([[0.5], [1.0]]),
+        atol=1e-5,
+        rtol=1e-4,
     )
 
 
@@ -97,7 +113,9 @@ def test_rows_of_an_embedding_and_of_16_bits_are_each_adapters_too() -> None:
     routing.route([MixedAdapter({"e": own}), None], [2, 4])
     found = MixedLayer(table, "e", routing)(tokens)
     assert found.shape == (2, 3, 4)
-    assert torch.equal(found.flatten(0, 1), torch.cat([own(tokens.flatten()[:2]), table(tokens.flatten()[2:])]))
+    assert torch.equal(
+        found.flatten(0, 1), torch.cat([own(tokens.flatten()[:2]), table(tokens.flatten()[2:])])
+    )
     half = nn.Linear(8, 6).bfloat16()
     parts = [LoRALinear(half, rank, 0.3, torch.float32) for rank in (1, 2)]
     for part in parts:
@@ -107,14 +125,18 @@ def test_rows_of_an_embedding_and_of_16_bits_are_each_adapters_too() -> None:
         routing.route([MixedAdapter({"q": part}) for part in parts], counts)
         out = MixedLayer(half, "q", routing)(x)
         assert out.dtype == torch.bfloat16
-        expected = torch.cat([part(rows) for part, rows in zip(parts, x.split_with_sizes(counts), strict=True)])
+        expected = torch.cat(
+            [part(rows) for part, rows in zip(parts, x.split_with_sizes(counts), strict=True)]
+        )
         assert_close(out, expected, atol=0.02, rtol=0.02)
 
 
 def test_stacks_are_made_once_for_the_adapters_that_come_and_go(
     base: nn.Linear, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stacking copies an adapter's tensors: a server whose requests come and go must not pay for it each time."""
+    """Stacking copies an adapter's tensors: a server whose requests come and go must not pay for it
+    each time.
+    """
     read = list[LoRALinear]()
     pair = LoRALinear.pair
 
@@ -131,7 +153,9 @@ def test_stacks_are_made_once_for_the_adapters_that_come_and_go(
         read.clear()
         routing.route([adapters[n] for n in numbers], [1] * len(numbers))
         x = torch.randn(len(numbers), 8)
-        updates = [row @ parts[n].lora_A.T @ parts[n].lora_B.T for n, row in zip(numbers, x, strict=True)]
+        updates = [
+            row @ parts[n].lora_A.T @ parts[n].lora_B.T for n, row in zip(numbers, x, strict=True)
+        ]
         assert_close(layer(x), base(x) + torch.stack(updates))
         return [*read]
 
@@ -185,11 +209,15 @@ def test_the_layers_that_differ_are_those_that_the_adapter_wraps_replaces_or_tra
                 if p.requires_grad and "lora" not in name:
                     p.data = p.data.clone()  # what trains in full is replaced when it is loaded
         found = changed_layers(view, base)
-        assert found is None or all(view.get_submodule(name) is layer for name, layer in found.items())
+        assert found is None or all(
+            view.get_submodule(name) is layer for name, layer in found.items()
+        )
         return None if found is None else {*found}
 
     fc1 = {f"model.decoder.layers.{n}.fc1" for n in (0, 1)}
     assert changed("fc1") == fc1
     assert changed("fc1", saved=("lm_head",)) == {*fc1, "lm_head"}
     assert changed("fc1", rows={"embed_tokens": (3,)}) == {*fc1, "model.decoder.embed_tokens"}
-    assert changed("fc1", saved=("final_layer_norm",)) is None, "rows of a norm are not computed apart"
+    assert changed("fc1", saved=("final_layer_norm",)) is None, (
+        "rows of a norm are not computed apart"
+    )

@@ -34,7 +34,9 @@ def assert_same_logits(base: Path, adapter: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("tied", ["true", "false"])
 @pytest.mark.parametrize("embeddings", ["all", "new_rows", "none"])
-def test_peft_opens_every_kind_of_adapter_with_our_logits(tmp_path: Path, embeddings: str, tied: str) -> None:
+def test_peft_opens_every_kind_of_adapter_with_our_logits(
+    tmp_path: Path, embeddings: str, tied: str
+) -> None:
     root = new_project(tmp_path / "p")
     overrides = [
         *BRIEF,
@@ -56,7 +58,9 @@ def test_an_adapter_that_peft_trained_loads_here(brief: Path, tmp_path: Path, ki
         "saved": {"modules_to_save": ["embed_tokens", "lm_head"]},
         "tokens": {"trainable_token_indices": {"embed_tokens": [80, 75], "lm_head": [80, 75]}},
     }
-    config = LoraConfig(task_type="CAUSAL_LM", r=6, lora_alpha=12, target_modules=["q_proj", "fc2"], **kinds[kind])
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=6, lora_alpha=12, target_modules=["q_proj", "fc2"], **kinds[kind]
+    )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(5):
@@ -67,7 +71,8 @@ def test_an_adapter_that_peft_trained_loads_here(brief: Path, tmp_path: Path, ki
     assert_same_logits(base, tmp_path / "adapter")
 
 
-# What must be refused. Each of these loads in PEFT, or fails there with another error than its cause.
+# What must be refused. Each of these loads in PEFT, or fails there with another error than its
+# cause.
 
 
 def refused(base: Path, adapter: Path) -> str:
@@ -93,7 +98,10 @@ def test_the_tokenizer_of_another_base_is_refused(project: Path) -> None:
     base, adapter = adapter_of(project)
     path = base / "tokenizer.json"
     text = path.read_text(encoding="utf-8")
-    path.write_text(text.replace('"tisch"', '"x"').replace('"sofa"', '"tisch"').replace('"x"', '"sofa"'), "utf-8")
+    path.write_text(
+        text.replace('"tisch"', '"x"').replace('"sofa"', '"tisch"').replace('"x"', '"sofa"'),
+        "utf-8",
+    )
     assert "was trained on another base: the sha256 of its tokenizer is" in refused(base, adapter)
 
 
@@ -101,7 +109,9 @@ def test_the_tokenizer_of_another_base_is_refused(project: Path) -> None:
 def test_an_edited_alpha_or_rank_is_refused(project: Path, field: str) -> None:
     base, adapter = adapter_of(project)
     edit_config(adapter, field, 8)
-    assert f"{field} was edited: it is 8, but the adapter was trained with" in refused(base, adapter)
+    assert f"{field} was edited: it is 8, but the adapter was trained with" in refused(
+        base, adapter
+    )
 
 
 def test_any_other_edit_is_refused(project: Path) -> None:
@@ -112,7 +122,9 @@ def test_any_other_edit_is_refused(project: Path) -> None:
 
 def edit_config(adapter: Path, field: str, value: object) -> None:
     path = adapter / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {field: value}), encoding="utf-8")
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | {field: value}), encoding="utf-8"
+    )
 
 
 def foreign(adapter: Path) -> dict[str, torch.Tensor]:
@@ -123,7 +135,9 @@ def foreign(adapter: Path) -> dict[str, torch.Tensor]:
 
 def test_renamed_keys_are_refused(project: Path) -> None:
     base, adapter = adapter_of(project)
-    renamed = {name.replace("decoder", "encoder"): tensor for name, tensor in foreign(adapter).items()}
+    renamed = {
+        name.replace("decoder", "encoder"): tensor for name, tensor in foreign(adapter).items()
+    }
     save_file(renamed, adapter / "adapter_model.safetensors")
     reason = refused(base, adapter)
     assert "does not fit: missing base_model.model.model.decoder" in reason
@@ -135,14 +149,22 @@ def test_missing_keys_are_refused(project: Path) -> None:
     values = foreign(adapter)
     del values["base_model.model.model.decoder.layers.1.self_attn.q_proj.lora_B.weight"]
     save_file(values, adapter / "adapter_model.safetensors")
-    assert "missing base_model.model.model.decoder.layers.1.self_attn.q_proj.lora_B.weight" in refused(base, adapter)
+    assert (
+        "missing base_model.model.model.decoder.layers.1.self_attn.q_proj.lora_B.weight"
+        in refused(base, adapter)
+    )
 
 
 def test_extra_keys_are_refused(project: Path) -> None:
     base, adapter = adapter_of(project)
-    extra = {f"base_model.model.model.decoder.layers.2.self_attn.q_proj.lora_{m}.weight": torch.zeros(1) for m in "AB"}
+    extra = {
+        f"base_model.model.model.decoder.layers.2.self_attn.q_proj.lora_{m}.weight": torch.zeros(1)
+        for m in "AB"
+    }
     save_file(foreign(adapter) | extra, adapter / "adapter_model.safetensors")
-    assert "not expected base_model.model.model.decoder.layers.2.self_attn.q_proj" in refused(base, adapter)
+    assert "not expected base_model.model.model.decoder.layers.2.self_attn.q_proj" in refused(
+        base, adapter
+    )
 
 
 def test_a_rank_that_its_tensors_do_not_have_is_refused(project: Path) -> None:
@@ -168,11 +190,19 @@ def test_a_missing_file_is_refused(project: Path) -> None:
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_an_initialisation_that_changes_the_base_is_refused(brief: Path, tmp_path: Path, init: str) -> None:
+def test_an_initialisation_that_changes_the_base_is_refused(
+    brief: Path, tmp_path: Path, init: str
+) -> None:
     base = brief / "artifacts/expanded"
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=init)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "adapter")
-    assert f"init_lora_weights is '{init}', which also changes the base" in refused(base, tmp_path / "adapter")
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=init
+    )
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(
+        tmp_path / "adapter"
+    )
+    assert f"init_lora_weights is '{init}', which also changes the base" in refused(
+        base, tmp_path / "adapter"
+    )
 
 
 @pytest.mark.parametrize(
@@ -184,20 +214,53 @@ def test_an_initialisation_that_changes_the_base_is_refused(brief: Path, tmp_pat
         ("target_modules", ["q_proj", 1], "target_modules must be a list of names"),
         ("target_modules", [], "target_modules must be a list of names"),
         ("target_modules", "(q_proj", "target_modules must be a regular expression (missing )"),
-        ("target_modules", ".*nothing", "target_modules: '.*nothing' matches no layer that is not excluded"),
-        ("target_modules", ".*q_proj", "does not fit: not expected base_model.model.model.decoder.layers.0"),
+        (
+            "target_modules",
+            ".*nothing",
+            "target_modules: '.*nothing' matches no layer that is not excluded",
+        ),
+        (
+            "target_modules",
+            ".*q_proj",
+            "does not fit: not expected base_model.model.model.decoder.layers.0",
+        ),
         ("exclude_modules", "[", "exclude_modules must be a regular expression"),
         ("layers_to_transform", ["1"], "layers_to_transform must be the numbers of blocks"),
-        ("use_dora", True, "does not fit: missing base_model.model.model.decoder.layers.0.self_attn.k_proj.lora_magn"),
-        ("rank_pattern", {"q_proj": 0}, "rank_pattern must be a whole number from 1 to 1000000, got 0"),
+        (
+            "use_dora",
+            True,
+            "does not fit: missing "
+            "base_model.model.model.decoder.layers.0.self_attn.k_proj.lora_magn",
+        ),
+        (
+            "rank_pattern",
+            {"q_proj": 0},
+            "rank_pattern must be a whole number from 1 to 1000000, got 0",
+        ),
         ("rank_pattern", {"q_proj": 2}, "has shape [4, 64], expected [2, 64]"),
         ("alpha_pattern", ["q_proj"], "alpha_pattern must be a mapping of names to numbers"),
         ("modules_to_save", ["layers.1.self_attn"], "already trains in full or row by row"),
         ("modules_to_save", ["fc9"], "modules_to_save: no module of the model is named fc9"),
-        ("trainable_token_indices", {"embed_tokens": 5}, "trainable_token_indices.embed_tokens must be a list of rows"),
-        ("trainable_token_indices", {"embed_tokens": [-1]}, "embed_tokens must be a list of rows, got [-1]"),
-        ("trainable_token_indices", "x", "trainable_token_indices must be a mapping of modules to rows, got 'x'"),
-        ("trainable_token_indices", {"fc1": [1]}, "trainable_token_indices may name embed_tokens and lm_head only"),
+        (
+            "trainable_token_indices",
+            {"embed_tokens": 5},
+            "trainable_token_indices.embed_tokens must be a list of rows",
+        ),
+        (
+            "trainable_token_indices",
+            {"embed_tokens": [-1]},
+            "embed_tokens must be a list of rows, got [-1]",
+        ),
+        (
+            "trainable_token_indices",
+            "x",
+            "trainable_token_indices must be a mapping of modules to rows, got 'x'",
+        ),
+        (
+            "trainable_token_indices",
+            {"fc1": [1]},
+            "trainable_token_indices may name embed_tokens and lm_head only",
+        ),
         ("layer_replication", [[0, 2]], "layer_replication is [[0, 2]]; it is not supported"),
         ("an_option_of_tomorrow", 1, "an_option_of_tomorrow is 1; it is not supported"),
     ],
@@ -212,7 +275,9 @@ def test_a_config_of_wrong_types_or_unknown_options_is_refused(
 
 
 @pytest.mark.parametrize(("field", "value"), [("bias", "all"), ("lora_bias", True)])
-def test_an_option_that_is_not_understood_is_refused(project: Path, field: str, value: object) -> None:
+def test_an_option_that_is_not_understood_is_refused(
+    project: Path, field: str, value: object
+) -> None:
     base, adapter = adapter_of(project)
     foreign(adapter)
     edit_config(adapter, field, value)

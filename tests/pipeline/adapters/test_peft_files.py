@@ -1,4 +1,6 @@
-"""An adapter's two files: what is written there, what a model or its skeleton gets of it, and what is refused."""
+"""An adapter's two files: what is written there, what a model or its skeleton gets of it, and what
+is refused.
+"""
 
 import copy
 from collections.abc import Mapping
@@ -36,11 +38,15 @@ EMBEDDING = "model.decoder.embed_tokens"
 def model_of(tied: bool = False, seed: int = 0) -> MiniGPT:
     torch.manual_seed(seed)
     sizes = {"d_model": 16, "feed_forward": 32, "heads": 2, "max_positions": 12}
-    return MiniGPT(MiniGPTConfig(vocab_size=20, pad_id=0, end_id=2, tie_embeddings=tied, **sizes)).eval()
+    return MiniGPT(
+        MiniGPTConfig(vocab_size=20, pad_id=0, end_id=2, tie_embeddings=tied, **sizes)
+    ).eval()
 
 
 @torch.no_grad()
-def adapter(folder: Path, spec: AdapterSpec, tied: bool = False, dtype: torch.dtype | None = None) -> MiniGPT:
+def adapter(
+    folder: Path, spec: AdapterSpec, tied: bool = False, dtype: torch.dtype | None = None
+) -> MiniGPT:
     """A model with an adapter of random numbers, saved in `folder`."""
     model = model_of(tied)
     attach(model, spec, dtype)
@@ -116,9 +122,9 @@ def test_factors_keep_the_dtype_of_the_file(tmp_path: Path) -> None:
     half = model_of().bfloat16()
     adapter(tmp_path, SPECS["an embedding"])
     load_adapter(half, BASE, tmp_path)
-    assert {p.dtype for _, layer in adapter_layers(half) for p in layer.adapter_parameters().values()} == {
-        torch.float32
-    }
+    assert {
+        p.dtype for _, layer in adapter_layers(half) for p in layer.adapter_parameters().values()
+    } == {torch.float32}
 
 
 def test_pissa_is_stored_as_a_pair_of_twice_the_rank(tmp_path: Path) -> None:
@@ -131,7 +137,10 @@ def test_pissa_is_stored_as_a_pair_of_twice_the_rank(tmp_path: Path) -> None:
     again = model_of()
     assert load_adapter(again, BASE, tmp_path) == spec.doubled()
     assert_close(again(IDS), model(IDS), atol=1e-5, rtol=1e-4)
-    assert all(isinstance(layer, LoRALinear) and not layer.subtracts_initial for _, layer in adapter_layers(again))
+    assert all(
+        isinstance(layer, LoRALinear) and not layer.subtracts_initial
+        for _, layer in adapter_layers(again)
+    )
     plain = model_of()
     attach(plain, spec)
     assert stored_spec(plain, spec) is spec
@@ -146,8 +155,14 @@ def test_numbers_must_be_finite_floating_point(tmp_path: Path) -> None:
     assert values.keys() == load_file(tmp_path / WEIGHTS).keys()
     key = next(iter(values))
     for bad, message in (
-        (torch.ones(2, 2, dtype=torch.int32), "must hold floating point numbers, got int32. Copy it again."),
-        (torch.tensor([1.0, torch.inf]), "is not finite. Train the adapter again with a lower learning_rate."),
+        (
+            torch.ones(2, 2, dtype=torch.int32),
+            "must hold floating point numbers, got int32. Copy it again.",
+        ),
+        (
+            torch.tensor([1.0, torch.inf]),
+            "is not finite. Train the adapter again with a lower learning_rate.",
+        ),
     ):
         change(tmp_path, {key: bad})
         with pytest.raises(UserError) as error:
@@ -168,17 +183,46 @@ TABLE = f"{PREFIX}{EMBEDDING}.base_layer.weight"
         ("linears", {}, {A0: None}, f"{WEIGHTS} does not fit: missing {A0}"),
         ("linears", {}, {"more": torch.ones(1)}, f"{WEIGHTS} does not fit: not expected more"),
         ("linears", {"r": 10**6}, {}, "has shape [2, 16], expected [1000000, 16]"),
-        ("an embedding", {"r": 10**6}, {}, "lora_embedding_A has shape [2, 20], expected [1000000, 20]"),
+        (
+            "an embedding",
+            {"r": 10**6},
+            {},
+            "lora_embedding_A has shape [2, 20], expected [1000000, 20]",
+        ),
         ("linears", {"r": 3, "rank_pattern": {}}, {}, "has shape [2, 16], expected [3, 16]"),
-        ("rows", {"trainable_token_indices": [3, 20]}, {}, "trains row 20, but base has 20 rows. Pass the base"),
-        ("rows", {"trainable_token_indices": {"fc1": [3]}}, {}, "may name embed_tokens and lm_head only, got fc1"),
-        ("an embedding", {}, {TABLE: torch.ones(20, 16)}, f"contains its own {EMBEDDING}.weight, which differs"),
-        ("an embedding", {}, {TABLE: torch.ones(21, 16)}, f"contains its own {EMBEDDING}.weight, which differs"),
+        (
+            "rows",
+            {"trainable_token_indices": [3, 20]},
+            {},
+            "trains row 20, but base has 20 rows. Pass the base",
+        ),
+        (
+            "rows",
+            {"trainable_token_indices": {"fc1": [3]}},
+            {},
+            "may name embed_tokens and lm_head only, got fc1",
+        ),
+        (
+            "an embedding",
+            {},
+            {TABLE: torch.ones(20, 16)},
+            f"contains its own {EMBEDDING}.weight, which differs",
+        ),
+        (
+            "an embedding",
+            {},
+            {TABLE: torch.ones(21, 16)},
+            f"contains its own {EMBEDDING}.weight, which differs",
+        ),
         ("linears", {"peft_type": "LOHA"}, {}, "peft_type must be LORA"),
     ],
 )
 def test_what_does_not_fit_is_refused(
-    name: str, config: dict[str, Any], values: dict[str, Tensor | None], message: str, tmp_path: Path
+    name: str,
+    config: dict[str, Any],
+    values: dict[str, Tensor | None],
+    message: str,
+    tmp_path: Path,
 ) -> None:
     adapter(tmp_path, SPECS[name])
     edit(tmp_path, **config)
@@ -219,9 +263,13 @@ def test_a_copy_of_the_bases_embedding_is_taken_if_it_is_one(tmp_path: Path) -> 
 def test_peft_would_keep_a_pair_tied_that_this_project_unties(name: str, tmp_path: Path) -> None:
     adapter(tmp_path, SPECS[name], tied=True)
     edit(tmp_path, ensure_weight_tying=True)
-    with pytest.raises(UserError, match=r"ensure_weight_tying is not supported with LoRA on embed_tokens, nor"):
+    with pytest.raises(
+        UserError, match=r"ensure_weight_tying is not supported with LoRA on embed_tokens, nor"
+    ):
         load_adapter(model_of(tied=True), BASE, tmp_path)
-    load_adapter(model_of(), BASE, adapter_at(tmp_path / "untied", SPECS[name], ensure_weight_tying=True))
+    load_adapter(
+        model_of(), BASE, adapter_at(tmp_path / "untied", SPECS[name], ensure_weight_tying=True)
+    )
     both = adapter_at(tmp_path / "both", SPECS["both ends"], tied=True, ensure_weight_tying=True)
     load_adapter(model_of(tied=True), BASE, both)
 
@@ -234,7 +282,9 @@ def adapter_at(folder: Path, spec: AdapterSpec, tied: bool = False, **values: An
 
 
 @torch.no_grad()
-def test_a_tied_pair_stays_one_matrix_unless_both_were_trained_to_different_ones(tmp_path: Path) -> None:
+def test_a_tied_pair_stays_one_matrix_unless_both_were_trained_to_different_ones(
+    tmp_path: Path,
+) -> None:
     adapter(tmp_path, SPECS["both ends"], tied=True)
     model = model_of(tied=True)
     load_adapter(model, BASE, tmp_path)
@@ -242,7 +292,10 @@ def test_a_tied_pair_stays_one_matrix_unless_both_were_trained_to_different_ones
     change(tmp_path, {f"{PREFIX}lm_head.weight": torch.ones(20, 16)})
     model = model_of(tied=True)
     load_adapter(model, BASE, tmp_path)
-    assert bool((weight_of(model.head) == 1).all()) and not (weight_of(model.get_submodule(EMBEDDING)) == 1).all()
+    assert (
+        bool((weight_of(model.head) == 1).all())
+        and not (weight_of(model.get_submodule(EMBEDDING)) == 1).all()
+    )
 
 
 @pytest.mark.parametrize(
@@ -254,14 +307,18 @@ def test_a_tied_pair_stays_one_matrix_unless_both_were_trained_to_different_ones
         ({"lm_head": [3, 5]}, False),
     ],
 )
-def test_rows_of_a_tied_pair_are_the_same_ones(rows: dict[str, list[int]], fits: bool, tmp_path: Path) -> None:
+def test_rows_of_a_tied_pair_are_the_same_ones(
+    rows: dict[str, list[int]], fits: bool, tmp_path: Path
+) -> None:
     spec = AdapterSpec(2, 3.0, ("q_proj",), rows={"embed_tokens": (3, 5)})
     adapter(tmp_path, spec, tied=True)
     edit(tmp_path, trainable_token_indices=rows)
     if fits:
         assert load_adapter(model_of(tied=True), BASE, tmp_path) == spec
     else:
-        with pytest.raises(UserError, match=r"must name embed_tokens, or .* same rows: they are tied in base"):
+        with pytest.raises(
+            UserError, match=r"must name embed_tokens, or .* same rows: they are tied in base"
+        ):
             load_adapter(model_of(tied=True), BASE, tmp_path)
 
 
@@ -280,16 +337,22 @@ def virtual(folder: Path, kind: str, dtype: torch.dtype | None = None) -> MiniGP
 
 @each_kind
 @torch.no_grad()
-def test_virtual_tokens_are_drawn_by_the_seed_frozen_when_read_and_cast_where_asked(kind: str, tmp_path: Path) -> None:
+def test_virtual_tokens_are_drawn_by_the_seed_frozen_when_read_and_cast_where_asked(
+    kind: str, tmp_path: Path
+) -> None:
     model = virtual(tmp_path, kind)
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["virtual.prompt_embeddings"]
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "virtual.prompt_embeddings"
+    ]
     again, other = model_of(), model_of()
     attach_virtual_tokens(again, kind, 3, 20, 5)
     attach_virtual_tokens(other, kind, 3, 20, 6)
     assert torch.equal(again(IDS), model(IDS)) and not torch.equal(other(IDS), model(IDS))
     read = model_of()
     load_adapter(read, BASE, tmp_path)
-    assert torch.equal(read(IDS), model(IDS)) and not any(p.requires_grad for p in read.parameters())
+    assert torch.equal(read(IDS), model(IDS)) and not any(
+        p.requires_grad for p in read.parameters()
+    )
     half = virtual(tmp_path, kind, torch.bfloat16)
     assert half.virtual is not None and half.virtual.prompt_embeddings.dtype == torch.bfloat16
 
@@ -300,7 +363,9 @@ def test_a_skeleton_gets_virtual_tokens_with_their_numbers(kind: str, tmp_path: 
     skeleton = to_stand_in(model_of())
     load_adapter(skeleton, BASE, tmp_path)
     assert skeleton.virtual is not None
-    assert torch.equal(skeleton.virtual.prompt_embeddings, load_file(tmp_path / WEIGHTS)["prompt_embeddings"])
+    assert torch.equal(
+        skeleton.virtual.prompt_embeddings, load_file(tmp_path / WEIGHTS)["prompt_embeddings"]
+    )
 
 
 @each_kind
@@ -309,7 +374,10 @@ def test_their_config_has_the_sizes_that_peft_computes_with(kind: str, tmp_path:
     config = artifact.read_json(tmp_path / CONFIG, "")
     sizes = {"num_virtual_tokens": 3, "token_dim": 16, "num_attention_heads": 2, "num_layers": 2}
     assert {key: config[key] for key in sizes} == sizes
-    assert config["peft_type"] == f"{kind.upper()}_TUNING" and config["base_model_name_or_path"] == "base"
+    assert (
+        config["peft_type"] == f"{kind.upper()}_TUNING"
+        and config["base_model_name_or_path"] == "base"
+    )
     assert config["task_type"] == "CAUSAL_LM" and config["inference_mode"] is True
     assert config.get("prefix_projection") is (False if kind == "prefix" else None)
 
@@ -317,7 +385,9 @@ def test_their_config_has_the_sizes_that_peft_computes_with(kind: str, tmp_path:
 @each_kind
 def test_they_leave_a_position_for_a_token(kind: str, tmp_path: Path) -> None:
     attach_virtual_tokens(model_of(), kind, 11, 20, 0)
-    with pytest.raises(UserError, match=f"finetune_{kind}.virtual_tokens must be below 12, the model's pos"):
+    with pytest.raises(
+        UserError, match=f"finetune_{kind}.virtual_tokens must be below 12, the model's pos"
+    ):
         attach_virtual_tokens(model_of(), kind, 12, 20, 0)
     virtual(tmp_path, kind)
     for n in (0, 12, "3", True):

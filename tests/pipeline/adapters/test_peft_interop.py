@@ -34,8 +34,10 @@ def options(draw: st.DrawFn, names: tuple[str, ...], model: TransformersModel) -
     """LoraConfig's arguments."""
     some = draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
     pattern = rf".*\.({'|'.join(name.replace('.', '[.]') for name in some)})"
-    whole = () if "mixtral" in type(model._model[0]).__name__.lower() else ("all-linear",)  # PEFT adapts experts too
-    one = rf".*\.1\..*{some[0]}"  # PEFT sorts patterns as it writes them, and reads another rank if two mean a module
+    # PEFT adapts experts too
+    whole = () if "mixtral" in type(model._model[0]).__name__.lower() else ("all-linear",)
+    # PEFT sorts patterns as it writes them, and reads another rank if two mean a module
+    one = rf".*\.1\..*{some[0]}"
     chosen: dict[str, Any] = {
         "r": draw(RANKS),
         "lora_alpha": draw(ALPHAS),
@@ -62,8 +64,12 @@ def options(draw: st.DrawFn, names: tuple[str, ...], model: TransformersModel) -
     ]
     if not model.shape.tied:
         ends.append({"trainable_token_indices": {embedding: rows, head: rows[:1]}})
-    if isinstance(chosen["target_modules"], list) and not chosen["use_dora"]:  # ours is of linears alone
-        ends += [{"target_modules": [*some, embedding]}, {"target_modules": [*some, embedding, head]}]
+    # ours is of linears alone
+    if isinstance(chosen["target_modules"], list) and not chosen["use_dora"]:
+        ends += [
+            {"target_modules": [*some, embedding]},
+            {"target_modules": [*some, embedding, head]},
+        ]
     return {**chosen, **draw(st.sampled_from(ends))}
 
 
@@ -71,7 +77,9 @@ def options(draw: st.DrawFn, names: tuple[str, ...], model: TransformersModel) -
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", NAMES)
 @pytest.mark.sampled(5)
-def test_an_adapter_goes_from_peft_to_here_and_back_with_the_same_logits(family: str, tied: bool) -> None:
+def test_an_adapter_goes_from_peft_to_here_and_back_with_the_same_logits(
+    family: str, tied: bool
+) -> None:
     base = toy(family, std=0.1, tie_word_embeddings=tied)
 
     @settings(max_examples=6, deadline=None)
@@ -80,7 +88,9 @@ def test_an_adapter_goes_from_peft_to_here_and_back_with_the_same_logits(family:
         torch.manual_seed(0)  # of PEFT's initialization: the same weights whatever test ran before
         with tempfile.TemporaryDirectory() as scratch:
             first, second = Path(scratch, "first"), Path(scratch, "second")
-            theirs = randomized(get_peft_model(stock(base), LoraConfig(task_type="CAUSAL_LM", **chosen)))
+            theirs = randomized(
+                get_peft_model(stock(base), LoraConfig(task_type="CAUSAL_LM", **chosen))
+            )
             theirs.save_pretrained(first)
             ours = copy.deepcopy(base)
             spec = load_adapter(ours, Path("base"), first)
@@ -106,4 +116,6 @@ def randomized(model: Any) -> Any:
 
 @torch.no_grad()
 def assert_same(ours: TransformersModel, theirs: Any) -> None:
-    torch.testing.assert_close(ours.eval()(IDS), theirs.eval()(input_ids=IDS).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        ours.eval()(IDS), theirs.eval()(input_ids=IDS).logits, atol=1e-4, rtol=1e-4
+    )

@@ -1,4 +1,6 @@
-"""Prompt and prefix tuning against PEFT: the same numbers both ways, the same gradient, however sequences are read."""
+"""Prompt and prefix tuning against PEFT: the same numbers both ways, the same gradient, however
+sequences are read.
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,9 +64,12 @@ def stock(base: Path) -> Any:
 
 def peft_of(base: Path, kind: str) -> Any:
     """PEFT's own model with random virtual tokens."""
-    width = {"token_dim": 16} if (base.name, kind) == ("opt", "prompt") else {}  # its embeddings are narrower
+    # its embeddings are narrower
+    width = {"token_dim": 16} if (base.name, kind) == ("opt", "prompt") else {}
     torch.manual_seed(1)
-    return get_peft_model(stock(base), CONFIGS[kind](task_type="CAUSAL_LM", num_virtual_tokens=N, **width))
+    return get_peft_model(
+        stock(base), CONFIGS[kind](task_type="CAUSAL_LM", num_virtual_tokens=N, **width)
+    )
 
 
 def their_logits(model: Any, ids: Tensor = IDS) -> Tensor:
@@ -79,7 +84,9 @@ def ours(base: Path, kind: str, noise: float = 0.1) -> CausalLM:
     attach_virtual_tokens(model, kind, N, len(tokenizer), seed=3)
     parameter = virtual(model).prompt_embeddings
     with torch.no_grad():
-        parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)) * noise)
+        parameter.add_(
+            torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)) * noise
+        )
     return model
 
 
@@ -94,36 +101,48 @@ def virtual(model: CausalLM) -> VirtualTokens:
 @each_kind
 @each_model
 @torch.no_grad()
-def test_peft_opens_what_is_saved_here_with_our_logits(bases: Bases, tmp_path: Path, name: str, kind: str) -> None:
+def test_peft_opens_what_is_saved_here_with_our_logits(
+    bases: Bases, tmp_path: Path, name: str, kind: str
+) -> None:
     base = bases(name)
     model = ours(base, kind)
     save_virtual(tmp_path, model, str(base))
     theirs = PeftModel.from_pretrained(stock(base), tmp_path).eval()
     assert_close(model(IDS), their_logits(theirs), atol=1e-4, rtol=1e-4)
-    assert (model(IDS) - load(base).model(IDS)).abs().max() > 1e-2, "the virtual tokens change nothing"
+    assert (model(IDS) - load(base).model(IDS)).abs().max() > 1e-2, (
+        "the virtual tokens change nothing"
+    )
     assert torch.equal(load(base, tmp_path).model(IDS), model(IDS))
 
 
 @each_kind
 @each_model
 @torch.no_grad()
-def test_what_peft_saved_loads_here_with_its_logits(bases: Bases, tmp_path: Path, name: str, kind: str) -> None:
+def test_what_peft_saved_loads_here_with_its_logits(
+    bases: Bases, tmp_path: Path, name: str, kind: str
+) -> None:
     theirs = peft_of(bases(name), kind)
     theirs.save_pretrained(tmp_path / "theirs")
     import_adapter(tmp_path / "theirs", bases(name), tmp_path / "mine")
     expected = their_logits(theirs.eval())
     for adapter in ("theirs", "mine"):
-        assert_close(load(bases(name), tmp_path / adapter).model(IDS), expected, atol=1e-4, rtol=1e-4)
+        assert_close(
+            load(bases(name), tmp_path / adapter).model(IDS), expected, atol=1e-4, rtol=1e-4
+        )
 
 
 @torch.no_grad()
-def test_a_prefix_that_peft_projected_loads_as_what_the_projection_made(bases: Bases, tmp_path: Path) -> None:
+def test_a_prefix_that_peft_projected_loads_as_what_the_projection_made(
+    bases: Bases, tmp_path: Path
+) -> None:
     config = PrefixTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=N, prefix_projection=True, encoder_hidden_size=12
     )
     theirs = get_peft_model(stock(bases("llama")), config).eval()
     theirs.save_pretrained(tmp_path)
-    assert_close(load(bases("llama"), tmp_path).model(IDS), their_logits(theirs), atol=1e-4, rtol=1e-4)
+    assert_close(
+        load(bases("llama"), tmp_path).model(IDS), their_logits(theirs), atol=1e-4, rtol=1e-4
+    )
 
 
 def sequences() -> list[Window]:
@@ -138,7 +157,9 @@ def sequences() -> list[Window]:
 def test_the_gradient_is_that_of_plain_autograd_through_pefts_model(
     bases: Bases, name: str, kind: str, blocks: Any
 ) -> None:
-    """Ours reads all sequences in one row, PEFT each alone; blocks that run again in backward give the same."""
+    """Ours reads all sequences in one row, PEFT each alone; blocks that run again in backward give
+    the same.
+    """
     model = ours(bases(name), kind)
     theirs = peft_of(bases(name), kind).eval()  # GPT-2 has dropout
     (weight,) = [p for p in theirs.parameters() if p.requires_grad]
@@ -154,7 +175,9 @@ def test_the_gradient_is_that_of_plain_autograd_through_pefts_model(
     loss.backward()  # type: ignore[no-untyped-call]
     assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     assert_close(virtual(model).prompt_embeddings.grad, weight.grad, rtol=1e-3, atol=1e-5)
-    assert [name for name, p in model.named_parameters() if p.grad is not None] == ["virtual.prompt_embeddings"]
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == [
+        "virtual.prompt_embeddings"
+    ]
 
 
 class _Own:
@@ -175,7 +198,9 @@ class _Own:
 @each_kind
 @each_model
 @torch.no_grad()
-def test_sequences_end_to_end_give_what_each_gives_alone(bases: Bases, name: str, kind: str) -> None:
+def test_sequences_end_to_end_give_what_each_gives_alone(
+    bases: Bases, name: str, kind: str
+) -> None:
     model = ours(bases(name), kind)
     texts = [(5, 9, 70), (8,), (64, 20, 11, 5, 40)]
     assert model.supports_packing is (name != "bloom")
@@ -187,17 +212,22 @@ def test_sequences_end_to_end_give_what_each_gives_alone(bases: Bases, name: str
 @each_model
 @torch.no_grad()
 def test_a_cache_changes_nothing(bases: Bases, name: str, kind: str) -> None:
-    """Part by part, a lone token first: a sliding window has then left some of the prefix behind."""
+    """Part by part, a lone token first: a sliding window has then left some of the prefix
+    behind.
+    """
     model = ours(bases(name), kind)
     cache = model.new_cache()
     parts = [model(part, cache=cache) for part in IDS[:, :6].split_with_sizes([1, 4, 1], 1)]
-    parts.append(model(IDS[:, 6:], torch.arange(6, 9).expand(2, 3), cache))  # where it stands in the text
+    # where it stands in the text
+    parts.append(model(IDS[:, 6:], torch.arange(6, 9).expand(2, 3), cache))
     assert_close(torch.cat(parts, 1), model(IDS), atol=1e-4, rtol=1e-4)
 
 
 @each_kind
 @torch.no_grad()
-def test_in_16_bits_one_token_at_a_time_gives_what_a_whole_text_gives(bases: Bases, kind: str) -> None:
+def test_in_16_bits_one_token_at_a_time_gives_what_a_whole_text_gives(
+    bases: Bases, kind: str
+) -> None:
     model = ours(bases("llama"), kind).bfloat16()
     found = tuple(generate(model, (5, 9), (), 6))
     for count, token in enumerate(found):
@@ -207,14 +237,17 @@ def test_in_16_bits_one_token_at_a_time_gives_what_a_whole_text_gives(bases: Bas
 
 @each_kind
 @torch.no_grad()
-def test_a_window_keeps_its_place_in_the_sentence_after_the_virtual_tokens(bases: Bases, kind: str) -> None:
+def test_a_window_keeps_its_place_in_the_sentence_after_the_virtual_tokens(
+    bases: Bases, kind: str
+) -> None:
     """Positions 3 to 5 of a sentence are N + 3 to N + 5 of what the model reads."""
     model = ours(bases("minigpt"), kind)
     places = torch.tensor([[3, 4, 5]])
     found = model.hidden_states(IDS[:1, :3], places)
     table = model.body.get_submodule("embed_positions").weight
     assert isinstance(table, Tensor)
-    table[2 + N : 2 + N + 3] = table[2 + N + 3 : 2 + N + 6].clone()  # positions 0 to 2 are now as 3 to 5
+    # positions 0 to 2 are now as 3 to 5
+    table[2 + N : 2 + N + 3] = table[2 + N + 3 : 2 + N + 6].clone()
     assert_close(found, model.hidden_states(IDS[:1, :3]))
 
 
@@ -232,7 +265,9 @@ def test_generation_ends_at_the_last_position(tmp_path: Path, kind: str) -> None
 @pytest.mark.parametrize("name", ["minigpt", "llama", "gemma", "gemma2", "gpt2"])
 @torch.no_grad()
 def test_virtual_tokens_start_as_if_words_stood_there(bases: Bases, name: str, kind: str) -> None:
-    """Of the tokenizer's, chosen by the seed: their embeddings as the base gives them out, or what it keeps of them."""
+    """Of the tokenizer's, chosen by the seed: their embeddings as the base gives them out, or what
+    it keeps of them.
+    """
     base = bases(name)
     model = ours(base, kind, noise=0)
     plain, tokenizer = load_base(base)
@@ -253,7 +288,8 @@ def test_attention_is_that_of_peft_with_all_virtual_tokens_as_one(
     model = ours(bases(name), kind)
     save_virtual(tmp_path, model, "")
     theirs = PeftModel.from_pretrained(stock(bases(name)), tmp_path).eval()
-    expected = theirs(input_ids=IDS[:1], output_attentions=True).attentions[1][0, 2, -9:]  # (T, N + T)
+    # (T, N + T)
+    expected = theirs(input_ids=IDS[:1], output_attentions=True).attentions[1][0, 2, -9:]
     found = merge_virtual_tokens(layer_attention(model, IDS[:1], 1)[0, 2], 9)
     assert_close(found[1:, 1:], expected[:, N:], atol=1e-5, rtol=1e-4)
     assert_close(found[1:, 0], expected[:, :N].sum(-1), atol=1e-5, rtol=1e-4)
@@ -268,20 +304,46 @@ def test_attention_is_that_of_peft_with_all_virtual_tokens_as_one(
 def test_more_virtual_tokens_than_positions_are_refused(bases: Bases, name: str, kind: str) -> None:
     model = load_base(bases(name)).model
     positions = model.shape.positions
-    with pytest.raises(UserError, match=f"finetune_{kind}.virtual_tokens must be below {positions}, the model's"):
+    with pytest.raises(
+        UserError, match=f"finetune_{kind}.virtual_tokens must be below {positions}, the model's"
+    ):
         attach_virtual_tokens(model, kind, positions, 70, 0)
 
 
 def changes() -> Iterator[Any]:
     for kind in CONFIGS:
-        yield kind, {"num_virtual_tokens": 0}, "num_virtual_tokens must be a whole number from 1, got 0"
-        yield kind, {"num_virtual_tokens": True}, "num_virtual_tokens must be a whole number from 1, got True"
+        yield (
+            kind,
+            {"num_virtual_tokens": 0},
+            "num_virtual_tokens must be a whole number from 1, got 0",
+        )
+        yield (
+            kind,
+            {"num_virtual_tokens": True},
+            "num_virtual_tokens must be a whole number from 1, got True",
+        )
         yield kind, {"num_virtual_tokens": 4}, rf"prompt_embeddings has shape \[{N}, "
-        yield kind, {"num_virtual_tokens": 64}, "num_virtual_tokens must be below the base's 64 positions, got 64"
-        yield kind, {"num_transformer_submodules": 2}, "num_transformer_submodules is 2; only 1 is supported"
+        yield (
+            kind,
+            {"num_virtual_tokens": 64},
+            "num_virtual_tokens must be below the base's 64 positions, got 64",
+        )
+        yield (
+            kind,
+            {"num_transformer_submodules": 2},
+            "num_transformer_submodules is 2; only 1 is supported",
+        )
         yield kind, {"task_type": "SEQ_2_SEQ_LM"}, "task_type is 'SEQ_2_SEQ_LM'; only 'CAUSAL_LM'"
-        yield kind, {"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]; it is not supported"
-    yield "prefix", {"num_attention_heads": 2, "token_dim": 8}, "num_attention_heads is 2, but the base has 1"
+        yield (
+            kind,
+            {"modules_to_save": ["lm_head"]},
+            r"modules_to_save is \['lm_head'\]; it is not supported",
+        )
+    yield (
+        "prefix",
+        {"num_attention_heads": 2, "token_dim": 8},
+        "num_attention_heads is 2, but the base has 1",
+    )
     yield "prefix", {"num_layers": 1}, "num_layers is 1, but the base has 2"
 
 
@@ -303,7 +365,9 @@ def edit(folder: Path, **change: Any) -> None:
 
 
 @each_kind
-def test_virtual_tokens_of_another_model_are_refused(bases: Bases, tmp_path: Path, kind: str) -> None:
+def test_virtual_tokens_of_another_model_are_refused(
+    bases: Bases, tmp_path: Path, kind: str
+) -> None:
     save_virtual(tmp_path, ours(bases("llama"), kind), "")
     with pytest.raises(UserError, match=r"prompt_embeddings has shape .* expected"):
         load(bases("qwen3"), tmp_path)

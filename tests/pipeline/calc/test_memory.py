@@ -16,7 +16,14 @@ from pipeline.calc.fit import GIB, changes, gpu, gpus, largest
 from pipeline.calc.memory import inference, possible, predict, weight_bytes
 from pipeline.calc.method import FinetuningMethod, projections, trainable, with_options
 from pipeline.calc.report import answer, explain, side_by_side, swept
-from pipeline.calc.settings import OPTIMIZERS, PRECISIONS, QLORA, TRAINERS, TrainingConfig, precision
+from pipeline.calc.settings import (
+    OPTIMIZERS,
+    PRECISIONS,
+    QLORA,
+    TRAINERS,
+    TrainingConfig,
+    precision,
+)
 from pipeline.calc.sources.open_model import built_in, entry, names
 from pipeline.calc.step import run_step
 from pipeline.calc.tape import ROUNDING, Tape
@@ -34,10 +41,19 @@ from pipeline.training.memory.trace import traced_peak
 from tests.helpers.delta_net import use_delta_net_kernels
 
 QWEN = built_in("qwen3-8b").shapes
-SMALL = ("qwen3-0.6b", "smollm2-135m", "gpt2", "opt-125m", "minigpt", "gemma-3-270m", "llama-3.2-1b")
+SMALL = (
+    "qwen3-0.6b",
+    "smollm2-135m",
+    "gpt2",
+    "opt-125m",
+    "minigpt",
+    "gemma-3-270m",
+    "llama-3.2-1b",
+)
 COUNTS = st.integers(1, 3000)
 
-VIRTUAL = 16  # the most virtual tokens that are drawn: with learned positions they take their places too
+# the most virtual tokens that are drawn: with learned positions they take their places too
+VIRTUAL = 16
 
 models = st.sampled_from([name for name in names() if name not in ("roberta-large",)])
 methods = st.one_of(
@@ -72,7 +88,9 @@ runs = st.builds(
 )
 
 
-def shapes_of(name: str, run: TrainingConfig, method: FinetuningMethod = LORA) -> tuple[Architecture, TrainingConfig]:
+def shapes_of(
+    name: str, run: TrainingConfig, method: FinetuningMethod = LORA
+) -> tuple[Architecture, TrainingConfig]:
     """The model, which has the method, and the run with a sequence that fits into its positions."""
     shapes = built_in(name).shapes
     run = replace(run, sequence=min(run.sequence, shapes.context - VIRTUAL))
@@ -97,15 +115,24 @@ def test_the_formula_is_within_three_percent_of_the_traced_step_on_the_grid() ->
 
 
 @pytest.mark.slow
-def test_the_formula_is_within_three_percent_of_the_traced_step_on_a_few_corners_of_the_grid() -> None:
+def test_the_formula_is_within_three_percent_of_the_traced_step_on_a_few_corners_of_the_grid() -> (
+    None
+):
     few = CORNERS[::13]
     for key in ("model", "method", "batch", "checkpointing", "loss", "precision"):
-        assert {getattr(corner, key) for corner in few} == {getattr(corner, key) for corner in CORNERS}, key
+        assert {getattr(corner, key) for corner in few} == {
+            getattr(corner, key) for corner in CORNERS
+        }, key
     result = worst(few)
     assert abs(result[0].error) < 0.03, result[0]
 
 
-TRACED = [name for name in SMALL if name != "minigpt"] + ["phi-4-mini", "olmo-2-1b", "gpt-neox-20b", "gpt-oss-20b"]
+TRACED = [name for name in SMALL if name != "minigpt"] + [
+    "phi-4-mini",
+    "olmo-2-1b",
+    "gpt-neox-20b",
+    "gpt-oss-20b",
+]
 
 
 @st.composite
@@ -113,7 +140,8 @@ def traced_settings(draw: st.DrawFn) -> tuple[dict[str, Any], FinetuningMethod, 
     """Any setting that this project can run, on any family, with few blocks."""
     name = draw(st.sampled_from(TRACED))
     config = shortened(name, draw(st.integers(1, 12)))
-    kinds = ["full", "freeze"] if name == "gpt2" else ["full", "freeze", "lora"]  # its Conv1D gets no LoRA yet
+    # its Conv1D gets no LoRA yet
+    kinds = ["full", "freeze"] if name == "gpt2" else ["full", "freeze", "lora"]
     method = with_options(
         COUNTED,
         rank=draw(st.sampled_from([1, 8, 64])),
@@ -150,8 +178,20 @@ def test_the_formula_is_within_three_percent_of_the_traced_step(
 
 
 NEW = {  # blocks: some of each kind
-    **{"olmo-3-7b": 2, "glm-4.5-air": 2, "glm-4.7-flash": 2, "deepseek-v3": 2, "granite-4.0-micro": 2},
-    **{"qwen3.5-4b": 4, "qwen3.5-35b-a3b": 4, "gemma-4-31b": 6, "gemma-4-26b-a4b": 6, "llama-4-scout": 4},
+    **{
+        "olmo-3-7b": 2,
+        "glm-4.5-air": 2,
+        "glm-4.7-flash": 2,
+        "deepseek-v3": 2,
+        "granite-4.0-micro": 2,
+    },
+    **{
+        "qwen3.5-4b": 4,
+        "qwen3.5-35b-a3b": 4,
+        "gemma-4-31b": 6,
+        "gemma-4-26b-a4b": 6,
+        "llama-4-scout": 4,
+    },
 }
 
 
@@ -162,12 +202,17 @@ NEW = {  # blocks: some of each kind
 def test_models_of_2026_are_within_three_percent_of_their_traced_step(
     name: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Gated delta nets run with stand-ins that allocate what the kernels of flash-linear-attention do."""
+    """Gated delta nets run with stand-ins that allocate what the kernels of flash-linear-attention
+    do.
+    """
     use_delta_net_kernels(monkeypatch)
     monkeypatch.setattr(memory_trace, "_refuse_other_kernels", lambda *_: None)
     config = shortened(name, NEW[name])
-    attention = "eager" if name == "deepseek-v3" else "sdpa"  # no fused kernel on a CPU has values of another size
-    run = TrainingConfig(1, 1024, checkpointing="none", attention=attention, loss="chunked", chunk=256)
+    # no fused kernel on a CPU has values of another size
+    attention = "eager" if name == "deepseek-v3" else "sdpa"
+    run = TrainingConfig(
+        1, 1024, checkpointing="none", attention=attention, loss="chunked", chunk=256
+    )
     run = run if kind == "lora" else replace(run, checkpointing="full")
     formula = predict(architecture(config, name), COUNTED[kind], run).peak
     assert formula == pytest.approx(traced_peak(config, COUNTED[kind], run), rel=0.03)
@@ -177,9 +222,15 @@ def test_models_of_2026_are_within_three_percent_of_their_traced_step(
     ("qwen3-8b", "lora", "none", 29.55),
     ("qwen3-8b", "lora", "full", 19.42),
 ])  # fmt: skip
-def test_qwen3_8b_has_the_peaks_that_were_traced_before(name: str, kind: str, checkpointing: str, gib: float) -> None:
+def test_qwen3_8b_has_the_peaks_that_were_traced_before(
+    name: str, kind: str, checkpointing: str, gib: float
+) -> None:
     """Traced independently of this project: batch 1 × 2,048, bf16, r = 8, full logits."""
-    memory = predict(built_in(name).shapes, COUNTED[kind], TrainingConfig(trainer="torch", checkpointing=checkpointing))
+    memory = predict(
+        built_in(name).shapes,
+        COUNTED[kind],
+        TrainingConfig(trainer="torch", checkpointing=checkpointing),
+    )
     assert memory.peak / GIB == pytest.approx(gib, rel=0.001)
 
 
@@ -188,9 +239,17 @@ def test_qwen3_8b_has_the_peaks_that_were_traced_before(name: str, kind: str, ch
 @pytest.mark.parametrize("batch, sequence, layers", [(4, 4, 2), (16, 32, 2), (1, 1, 8)])
 @pytest.mark.sampled(4)
 @pytest.mark.slow
-def test_minigpts_own_step_is_traced_too(kind: str, batch: int, sequence: int, layers: int, checkpointing: str) -> None:
+def test_minigpts_own_step_is_traced_too(
+    kind: str, batch: int, sequence: int, layers: int, checkpointing: str
+) -> None:
     config = {**entry("minigpt")["config"], "num_hidden_layers": layers}
-    run = TrainingConfig(trainer="torch", batch=batch, sequence=sequence, precision="fp32", checkpointing=checkpointing)
+    run = TrainingConfig(
+        trainer="torch",
+        batch=batch,
+        sequence=sequence,
+        precision="fp32",
+        checkpointing=checkpointing,
+    )
     method = with_options(COUNTED, rank=4)[kind]
     traced = traced_peak(config, method, run)
     formula = predict(architecture(config, "minigpt"), method, run).peak
@@ -210,7 +269,9 @@ def test_minigpts_own_step_with_refinements_of_lora(
     batch: int, sequence: int, layers: int, method: FinetuningMethod
 ) -> None:
     config = {**entry("minigpt")["config"], "num_hidden_layers": layers}
-    run = TrainingConfig(trainer="torch", batch=batch, sequence=sequence, precision="fp32", checkpointing="none")
+    run = TrainingConfig(
+        trainer="torch", batch=batch, sequence=sequence, precision="fp32", checkpointing="none"
+    )
     formula = predict(architecture(config, "minigpt"), method, run).peak
     assert formula == pytest.approx(traced_peak(config, method, run), rel=0.015)
 
@@ -223,15 +284,23 @@ def test_minigpts_own_step_with_refinements_of_lora(
 ])  # fmt: skip
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 @pytest.mark.slow
-def test_blocks_below_the_first_that_trains_keep_nothing(method: FinetuningMethod, checkpointing: str) -> None:
+def test_blocks_below_the_first_that_trains_keep_nothing(
+    method: FinetuningMethod, checkpointing: str
+) -> None:
     """No gradient flows this far; and blocks with different ranks are not treated as equal."""
     config = shortened("smollm2-135m", 12)
-    run = TrainingConfig(2, 256, trainer="torch", checkpointing=checkpointing, loss="labels", label_share=0.01)
+    run = TrainingConfig(
+        2, 256, trainer="torch", checkpointing=checkpointing, loss="labels", label_share=0.01
+    )
     if not getattr(method, "rank_pattern", ()):
         traced = traced_peak(config, method, run)
-        assert predict(architecture(config, "twelve"), method, run).peak == pytest.approx(traced, rel=0.03)
+        assert predict(architecture(config, "twelve"), method, run).peak == pytest.approx(
+            traced, rel=0.03
+        )
     else:
-        every = structs.replace(architecture(config, "twelve"), blocks=distinct(architecture(config, "twelve")))
+        every = structs.replace(
+            architecture(config, "twelve"), blocks=distinct(architecture(config, "twelve"))
+        )
         assert predict(architecture(config, "twelve"), method, run) == predict(every, method, run)
 
 
@@ -241,8 +310,12 @@ def distinct(shapes: Architecture) -> tuple[Block, ...]:
 
 
 @given(models, methods, runs)
-def test_multiplying_equal_blocks_changes_nothing(name: str, method: FinetuningMethod, run: TrainingConfig) -> None:
-    """Extrapolating the middle of a long run of blocks gives the same peak as simulating every block."""
+def test_multiplying_equal_blocks_changes_nothing(
+    name: str, method: FinetuningMethod, run: TrainingConfig
+) -> None:
+    """Extrapolating the middle of a long run of blocks gives the same peak as simulating every
+    block.
+    """
     shapes, run = shapes_of(name, run, method)
     long = structs.replace(shapes, blocks=shapes.blocks[:1] * 12)
     apart = structs.replace(long, blocks=distinct(long))
@@ -250,14 +323,21 @@ def test_multiplying_equal_blocks_changes_nothing(name: str, method: FinetuningM
     assert one.peak == pytest.approx(other.peak, rel=1e-3)
 
 
-@given(st.sampled_from(["qwen3.5-27b", "gemma-4-31b", "llama-4-maverick", "deepseek-v3"]), methods, runs)
+@given(
+    st.sampled_from(["qwen3.5-27b", "gemma-4-31b", "llama-4-maverick", "deepseek-v3"]),
+    methods,
+    runs,
+)
 @pytest.mark.slow
 def test_multiplying_blocks_of_several_kinds_that_repeat_changes_nothing(
     name: str, method: FinetuningMethod, run: TrainingConfig
 ) -> None:
     shapes, run = shapes_of(name, run, method)
     some = structs.replace(shapes, blocks=shapes.blocks[:36])
-    one, other = (predict(model, method, run).peak for model in (some, structs.replace(some, blocks=distinct(some))))
+    one, other = (
+        predict(model, method, run).peak
+        for model in (some, structs.replace(some, blocks=distinct(some)))
+    )
     assert one == pytest.approx(other, rel=1e-3)
 
 
@@ -273,7 +353,11 @@ def test_what_cannot_be_traced_is_said() -> None:
         with pytest.raises(UserError, match="--trace"):
             traced_peak(config, method, run)
     with pytest.raises(UserError, match="does not support LoRA on experts"):
-        traced_peak(entry("qwen3-30b-a3b")["config"], Lora(targets=("all-linear",)), TrainingConfig(trainer="torch"))
+        traced_peak(
+            entry("qwen3-30b-a3b")["config"],
+            Lora(targets=("all-linear",)),
+            TrainingConfig(trainer="torch"),
+        )
     with pytest.raises(UserError, match="supports MiniGPT only with --precision fp32"):
         traced_peak(entry("minigpt")["config"], LORA, TrainingConfig(trainer="torch"))
 
@@ -288,7 +372,9 @@ def test_a_traced_grid_is_large_enough_to_mean_something() -> None:
 
 
 @given(models, methods, runs)
-def test_the_parts_sum_to_the_peak(name: str, method: FinetuningMethod, run: TrainingConfig) -> None:
+def test_the_parts_sum_to_the_peak(
+    name: str, method: FinetuningMethod, run: TrainingConfig
+) -> None:
     shapes, run = shapes_of(name, run, method)
     memory = predict(shapes, method, run)
     assert memory.peak == sum(memory.parts().values())
@@ -310,7 +396,12 @@ def test_more_batch_or_sequence_never_needs_less(
 
 
 @given(
-    models, runs, st.integers(1, 512), st.integers(1, 512), st.sampled_from(["attention", "all-linear"]), st.booleans()
+    models,
+    runs,
+    st.integers(1, 512),
+    st.integers(1, 512),
+    st.sampled_from(["attention", "all-linear"]),
+    st.booleans(),
 )
 @pytest.mark.slow
 def test_a_higher_rank_never_needs_less(
@@ -322,16 +413,21 @@ def test_a_higher_rank_never_needs_less(
 
 
 @given(models, runs, st.integers(1, 16), st.sampled_from(["attention", "all-linear"]))
-def test_lora_never_needs_more_than_full(name: str, run: TrainingConfig, rank: int, targets: str) -> None:
-    """At usual ranks, with an adapter no wider than the base: r more values per token cost less than W's state."""
+def test_lora_never_needs_more_than_full(
+    name: str, run: TrainingConfig, rank: int, targets: str
+) -> None:
+    """At usual ranks, with an adapter no wider than the base: r more values per token cost less
+    than W's state.
+    """
     shapes, run = shapes_of(name, replace(run, adapter_precision="bf16", casts="weights"))
     method = Lora(rank=rank, targets=(targets,))
     lora, full = predict(shapes, method, run), predict(shapes, FULL, run)
     if run.state_bytes(2):
         assert lora.peak <= full.peak
         return
-    # Without that state LoRA can need more by what it adds: the adapter, its copy or gradient as wide as
-    # the activations, r values per token and linear, and a second gradient of one linear's input.
+    # Without that state LoRA can need more by what it adds: the adapter, its copy or gradient as
+    # wide as the activations, r values per token and linear, and a second gradient of one linear's
+    # input.
     adapted = projections(shapes, method)
     numbers = sum(p.count for p in adapted) * rank + max(p.inputs for p in adapted)
     extra = lora.adapter * (1 + run.width // 2) + run.width * run.tokens * numbers
@@ -341,16 +437,26 @@ def test_lora_never_needs_more_than_full(name: str, run: TrainingConfig, rank: i
 @given(models, runs, st.integers(1, 64))
 def test_merged_inference_is_the_bases(name: str, run: TrainingConfig, rank: int) -> None:
     shapes, run = shapes_of(name, run)
-    base, merged, beside = (inference(shapes, method, run) for method in (None, None, Lora(rank=rank)))
+    base, merged, beside = (
+        inference(shapes, method, run) for method in (None, None, Lora(rank=rank))
+    )
     assert merged == base
-    assert beside["total"] - base["total"] == beside["adapter"] == trainable(shapes, Lora(rank=rank)) * run.width
+    assert (
+        beside["total"] - base["total"]
+        == beside["adapter"]
+        == trainable(shapes, Lora(rank=rank)) * run.width
+    )
     assert base["kv_cache"] == shapes.kv_bytes(run.batch, run.sequence, run.width)
 
 
 @given(models, methods, runs)
 @pytest.mark.slow
-def test_less_kept_never_needs_more(name: str, method: FinetuningMethod, run: TrainingConfig) -> None:
-    """Checkpointing, a fused attention, a chunked loss and a leaner optimizer, each against its opposite."""
+def test_less_kept_never_needs_more(
+    name: str, method: FinetuningMethod, run: TrainingConfig
+) -> None:
+    """Checkpointing, a fused attention, a chunked loss and a leaner optimizer, each against its
+    opposite.
+    """
     shapes, run = shapes_of(name, replace(run, sequence=max(256, run.sequence)), method)
     for lean, plain in (
         ({"checkpointing": "full"}, {"checkpointing": "none"}),
@@ -359,7 +465,8 @@ def test_less_kept_never_needs_more(name: str, method: FinetuningMethod, run: Tr
         ({"loss": "labels", "label_share": 0.1}, {"loss": "labels", "label_share": 1.0}),
     ):
         less, more = (predict(shapes, method, replace(run, **keys)).peak for keys in (lean, plain))
-        if "attention" in lean and run.sequence < 256:  # MiniGPT's scores are as few as outputs, which leaves the sums
+        # MiniGPT's scores are as few as outputs, which leaves the sums
+        if "attention" in lean and run.sequence < 256:
             more += len(shapes.blocks) * -(-4 * shapes.heads * run.tokens // ROUNDING) * ROUNDING
         # a recomputed block needs its input too, and a short sequence saves little
         assert less <= more * (1.02 if "checkpointing" in lean else 1), lean
@@ -369,7 +476,9 @@ def test_less_kept_never_needs_more(name: str, method: FinetuningMethod, run: Tr
 
 
 def test_precisions_have_the_bytes_of_their_papers() -> None:
-    """Qwen3-8B: bf16 15.26 GiB, NF4 5.96, double quantization 5.66, including 2.32 for embeddings and head."""
+    """Qwen3-8B: bf16 15.26 GiB, NF4 5.96, double quantization 5.66, including 2.32 for embeddings
+    and head.
+    """
     assert precision("nf4").bytes == 0.5 + 4 / 64
     assert precision("nf4-dq").bytes == 0.5 + 1 / 64 + 4 / 16384
     sizes = [weight_bytes(QWEN, name) / GIB for name in ("bf16", "nf4", "nf4-dq")]
@@ -384,13 +493,20 @@ def test_precisions_have_the_bytes_of_their_papers() -> None:
 @given(models, st.sampled_from(sorted(PRECISIONS)), st.sampled_from(sorted(PRECISIONS)))
 def test_a_narrower_precision_never_needs_more(name: str, one: str, other: str) -> None:
     shapes = built_in(name).shapes
-    wide, narrow = sorted((PRECISIONS[one], PRECISIONS[other]), key=lambda p: -(p.bytes + p.compute))
-    assert weight_bytes(shapes, narrow.name) <= weight_bytes(shapes, wide.name) or narrow.compute > wide.compute
+    wide, narrow = sorted(
+        (PRECISIONS[one], PRECISIONS[other]), key=lambda p: -(p.bytes + p.compute)
+    )
+    assert (
+        weight_bytes(shapes, narrow.name) <= weight_bytes(shapes, wide.name)
+        or narrow.compute > wide.compute
+    )
 
 
 def test_training_nothing_is_refused() -> None:
     with pytest.raises(UserError, match="freeze leaves nothing to train"):
-        predict(QWEN, Freeze(last_blocks=0, train_embeddings=False), TrainingConfig(trainer="torch"))
+        predict(
+            QWEN, Freeze(last_blocks=0, train_embeddings=False), TrainingConfig(trainer="torch")
+        )
 
 
 def test_training_quantized_weights_is_refused() -> None:
@@ -408,19 +524,26 @@ def test_training_quantized_weights_is_refused() -> None:
     ("deepseek-v3", "block 0 of this model has latent attention"),
     ("gemma-4-31b", "block 5 of this model has heads of its own size"),
 ])  # fmt: skip
-def test_prefixes_are_refused_where_blocks_have_keys_of_different_sizes(name: str, kind: str) -> None:
+def test_prefixes_are_refused_where_blocks_have_keys_of_different_sizes(
+    name: str, kind: str
+) -> None:
     with pytest.raises(UserError, match=rf"{kind}. Use --method lora or prompt"):
         predict(built_in(name).shapes, Prefix(), TrainingConfig())
 
 
-def test_embeddings_and_head_train_beside_lora_on_quantized_blocks_as_they_do_on_plain_ones() -> None:
+def test_embeddings_and_head_train_beside_lora_on_quantized_blocks_as_they_do_on_plain_ones() -> (
+    None
+):
     """They are not quantized, so their gradients and optimizer state are the same."""
     method = Lora(embeddings="all")
     few, plain = (
         predict(QWEN, method, TrainingConfig(precision=QLORA)),
         predict(QWEN, method, TrainingConfig()),
     )
-    assert (few.optimizer, few.gradients) == (plain.optimizer, plain.gradients) and few.weights < plain.weights
+    assert (few.optimizer, few.gradients) == (
+        plain.optimizer,
+        plain.gradients,
+    ) and few.weights < plain.weights
 
 
 # questions
@@ -428,7 +551,12 @@ def test_embeddings_and_head_train_beside_lora_on_quantized_blocks_as_they_do_on
 
 def test_the_answer_has_the_contracts_keys() -> None:
     result = answer(QWEN, LORA, TrainingConfig(trainer="torch"))
-    assert (result["model"], result["method"], result["rank"], result["alpha"]) == ("qwen3-8b", "lora", 8, 8)
+    assert (result["model"], result["method"], result["rank"], result["alpha"]) == (
+        "qwen3-8b",
+        "lora",
+        8,
+        8,
+    )
     assert result["targets"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
     assert result["parameters"] | {"components": 0, "trained": 0} == {
         "total": 8_190_735_360,
@@ -450,7 +578,12 @@ def test_the_answer_has_the_contracts_keys() -> None:
     parts = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "overhead")
     assert sum(result["memory"][part] for part in parts) == result["memory"]["peak"]
     used = result["assumptions"]
-    assert [used[k] for k in ("precision", "batch", "sequence", "checkpointing")] == ["bf16", 1, 2048, True]
+    assert [used[k] for k in ("precision", "batch", "sequence", "checkpointing")] == [
+        "bf16",
+        1,
+        2048,
+        True,
+    ]
 
 
 def test_side_by_side_are_full_freeze_lora_and_qlora() -> None:
@@ -470,7 +603,9 @@ def test_side_by_side_are_full_freeze_lora_and_qlora() -> None:
 @settings(max_examples=20)  # each asks for many predictions
 @given(st.sampled_from(sorted(gpus())), st.sampled_from(SMALL), st.sampled_from([FULL, LORA]))
 @pytest.mark.slow
-def test_the_largest_that_fits_fits_and_one_more_does_not(name: str, model: str, method: FinetuningMethod) -> None:
+def test_the_largest_that_fits_fits_and_one_more_does_not(
+    name: str, model: str, method: FinetuningMethod
+) -> None:
     shapes, budget = built_in(model).shapes, gpu(name).bytes
     run = TrainingConfig(trainer="torch", sequence=min(256, shapes.context))
     most = largest(shapes, method, run, budget)
@@ -489,7 +624,9 @@ def test_what_does_not_fit_is_told_what_to_change_first() -> None:
     _, method, run, peak = fits[0]
     assert predict(QWEN, method, run).peak == peak <= 24 * GIB
     stacked = list(changes(QWEN, LORA, TrainingConfig(trainer="torch"), 8 * GIB, COUNTED))
-    assert [words for words, *_ in stacked][-1] == "--loss chunked; --precision nf4-dq (QLoRA); --sequence 512"
+    assert [words for words, *_ in stacked][
+        -1
+    ] == "--loss chunked; --precision nf4-dq (QLoRA); --sequence 512"
     assert stacked[-1][3] <= 8 * GIB < stacked[0][3]
     assert largest(QWEN, LORA, TrainingConfig(trainer="torch"), 8 * GIB).batch == 0
 
@@ -509,7 +646,10 @@ def test_a_sweep_changes_one_thing() -> None:
     assert {Lora(rank=rank).scale for rank in (1, 16)} == {1}, "alpha follows the rank"
     precisions = swept(LORA, TrainingConfig(trainer="torch"), "precision", ["bf16", "nf4"], COUNTED)
     assert [r.precision for _, _, r in precisions] == ["bf16", "nf4"]
-    for key, values, message in (("seed", ["1"], "takes one of rank"), ("batch", ["x"], "takes whole numbers")):
+    for key, values, message in (
+        ("seed", ["1"], "takes one of rank"),
+        ("batch", ["x"], "takes whole numbers"),
+    ):
         with pytest.raises(UserError, match=message):
             swept(LORA, TrainingConfig(trainer="torch"), key, values, COUNTED)
 
@@ -520,7 +660,9 @@ def test_rslora_scales_by_the_root_of_the_rank() -> None:
 
 
 @given(models, methods, runs)
-def test_explanations_end_in_the_numbers_they_explain(name: str, method: FinetuningMethod, run: TrainingConfig) -> None:
+def test_explanations_end_in_the_numbers_they_explain(
+    name: str, method: FinetuningMethod, run: TrainingConfig
+) -> None:
     shapes, run = shapes_of(name, run, method)
     memory = predict(shapes, method, run)
     lines = dict(explain(shapes, method, run, memory))
@@ -555,6 +697,8 @@ def test_every_configuration_ends_with_gradients_alone() -> None:
     """After backward only the gradients of trainable weights are alive: the tape does not leak."""
     for method, parameters in ((FULL, 8_190_735_360 * 2), (LORA, 7_667_712 * 4)):
         for checkpointing in ("none", "selective", "full"):
-            tape = run_step(QWEN, method, TrainingConfig(checkpointing=checkpointing, trainer="torch"))
+            tape = run_step(
+                QWEN, method, TrainingConfig(checkpointing=checkpointing, trainer="torch")
+            )
             assert tape.live["activations"] == tape.live["logits"] == 0
             assert tape.live["gradients"] == pytest.approx(parameters, rel=1e-3)

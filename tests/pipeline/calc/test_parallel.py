@@ -1,4 +1,6 @@
-"""Several GPUs: memory and traffic of each layout against steps of toy models on processes over gloo."""
+"""Several GPUs: memory and traffic of each layout against steps of toy models on processes over
+gloo.
+"""
 
 import weakref
 from collections import Counter
@@ -46,7 +48,9 @@ QWEN = built_in("qwen3-8b").shapes
 
 
 class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """`bytes` that each kind of collective made, and the `peak` of gathered weights that are alive at once."""
+    """`bytes` that each kind of collective made, and the `peak` of gathered weights that are alive
+    at once.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -119,13 +123,20 @@ class Collected(NamedTuple):
 
 
 EVERY = ("q_proj", "down_proj")
-UPPER = tuple(f"model.layers.{n}.{name}" for n in (2, 3) for name in ("self_attn.q_proj", "mlp.down_proj"))
+UPPER = tuple(
+    f"model.layers.{n}.{name}" for n in (2, 3) for name in ("self_attn.q_proj", "mlp.down_proj")
+)
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("change", "targets"),
-    [({}, EVERY), ({"checkpointing": "full"}, EVERY), ({"precision": "nf4-dq"}, EVERY), ({}, UPPER)],
+    [
+        ({}, EVERY),
+        ({"checkpointing": "full"}, EVERY),
+        ({"precision": "nf4-dq"}, EVERY),
+        ({}, UPPER),
+    ],
     ids=["plain", "checkpointed", "quantized", "upper blocks"],
 )
 @pytest.mark.slow
@@ -133,19 +144,26 @@ def test_a_sharded_step_holds_and_gathers_what_is_predicted(
     count: int, change: dict[str, str], targets: tuple[str, ...]
 ) -> None:
     run, method = replace(RUN, **change), Lora(rank=4, alpha=8.0, targets=targets)  # type: ignore[arg-type]
-    traffic = parallel.layout("sharded", SHAPES, method, run, parallel.Devices(count, gpu("h100"))).traffic
+    traffic = parallel.layout(
+        "sharded", SHAPES, method, run, parallel.Devices(count, gpu("h100"))
+    ).traffic
     predicted = traffic._asdict()
     block = count * parallel.share_bytes(SHAPES.blocks[0], run, count)
     predicted |= {f"peak_{phase}": blocks * block for phase, blocks in parallel.GATHERED.items()}
-    predicted["frozen"] = parallel.shard(SHAPES, method, run, count).weights - predicted["peak_backward"]
+    predicted["frozen"] = (
+        parallel.shard(SHAPES, method, run, count).weights - predicted["peak_backward"]
+    )
     assert predicted.pop("reduced_activations") == 0
-    tolerance = 0.01 if run.precision != "fp32" else 0  # of each linear's 4 scales of scales some ranks have padding
+    # of each linear's 4 scales of scales some ranks have padding
+    tolerance = 0.01 if run.precision != "fp32" else 0
     for found in run_ranks(count, sharded_step, AdapterSpec(4, 8.0, targets), run):
         assert found == pytest.approx(predicted, rel=tolerance)
 
 
 def fully_sharded_step() -> dict[str, int]:
-    """The same of full fine-tuning, whose blocks FSDP2 shards with gradients; the rest is on every rank."""
+    """The same of full fine-tuning, whose blocks FSDP2 shards with gradients; the rest is on every
+    rank.
+    """
     from torch.distributed.fsdp import fully_shard
 
     model = from_config(LLAMA, torch.float32)
@@ -168,16 +186,22 @@ def fully_sharded_step() -> dict[str, int]:
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.slow
 def test_full_fine_tuning_gathers_and_scatters_what_is_predicted(count: int) -> None:
-    traffic = parallel.layout("sharded", SHAPES, FULL, RUN, parallel.Devices(count, gpu("h100"))).traffic._asdict()
+    traffic = parallel.layout(
+        "sharded", SHAPES, FULL, RUN, parallel.Devices(count, gpu("h100"))
+    ).traffic._asdict()
     block = count * parallel.share_bytes(SHAPES.blocks[0], RUN, count)
-    weights = parallel.shard(SHAPES, FULL, RUN, count).weights - parallel.GATHERED["backward"] * block
+    weights = (
+        parallel.shard(SHAPES, FULL, RUN, count).weights - parallel.GATHERED["backward"] * block
+    )
     rest = 4 * (SHAPES.total - sum(block.parameters for block in SHAPES.blocks))
     assert (traffic.pop("reduced_gradients"), traffic.pop("reduced_activations")) == (rest, 0)
     assert run_ranks(count, fully_sharded_step) == [{"weights": weights, **traffic}] * count
 
 
 def tensor_parallel_step(run: TrainingConfig) -> dict[str, int]:
-    """What one rank has and makes in a step of full fine-tuning, as torch's own tensor parallelism splits it."""
+    """What one rank has and makes in a step of full fine-tuning, as torch's own tensor parallelism
+    splits it.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (
@@ -199,7 +223,10 @@ def tensor_parallel_step(run: TrainingConfig) -> dict[str, int]:
                 desired_input_kwarg_layouts={"hidden_states": Replicate()},
             ),
             "mlp": PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Replicate()),
-            **{f"self_attn.{name}_proj": ColwiseParallel(output_layouts=Shard(-1)) for name in "qkv"},
+            **{
+                f"self_attn.{name}_proj": ColwiseParallel(output_layouts=Shard(-1))
+                for name in "qkv"
+            },
             **{f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")},
             "self_attn.o_proj": RowwiseParallel(),
             "mlp.down_proj": RowwiseParallel(),
@@ -215,21 +242,35 @@ def tensor_parallel_step(run: TrainingConfig) -> dict[str, int]:
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.slow
-def test_a_tensor_parallel_step_holds_and_sums_what_is_predicted(count: int, checkpointing: str) -> None:
+def test_a_tensor_parallel_step_holds_and_sums_what_is_predicted(
+    count: int, checkpointing: str
+) -> None:
     run = replace(RUN, checkpointing=checkpointing)
     found = parallel.layout("tensor", SHAPES, FULL, run, parallel.Devices(count, gpu("h100")))
-    predicted = {"weights": found.memory.weights, "reduced_activations": found.traffic.reduced_activations}
+    predicted = {
+        "weights": found.memory.weights,
+        "reduced_activations": found.traffic.reduced_activations,
+    }
     assert run_ranks(count, tensor_parallel_step, run) == [predicted] * count
 
 
-def test_the_factor_of_lora_that_is_whole_on_every_device_gets_a_part_of_its_gradient_from_each() -> None:
+def test_the_factor_of_lora_that_is_whole_on_every_device_gets_a_part_of_its_gradient_from_each() -> (
+    None
+):
     x, dy = torch.randn(6, 8), torch.randn(6, 4)
     A, B = torch.randn(2, 8, requires_grad=True), torch.randn(4, 2, requires_grad=True)
     whole = torch.autograd.grad(x @ A.T @ B.T, (A, B), dy)
-    by_outputs = [torch.autograd.grad(x @ A.T @ B[part].T, A, dy[:, part])[0] for part in (slice(2), slice(2, 4))]
-    by_inputs = [torch.autograd.grad(x[:, part] @ A[:, part].T @ B.T, B, dy)[0] for part in (slice(5), slice(5, 8))]
+    by_outputs = [
+        torch.autograd.grad(x @ A.T @ B[part].T, A, dy[:, part])[0]
+        for part in (slice(2), slice(2, 4))
+    ]
+    by_inputs = [
+        torch.autograd.grad(x[:, part] @ A[:, part].T @ B.T, B, dy)[0]
+        for part in (slice(5), slice(5, 8))
+    ]
     torch.testing.assert_close([sum(by_outputs), sum(by_inputs)], list(whole))
-    method = Lora(rank=4, targets=("k_proj", "down_proj"))  # by outputs and by inputs, which both leave 4 × 128 whole
+    # by outputs and by inputs, which both leave 4 × 128 whole
+    method = Lora(rank=4, targets=("k_proj", "down_proj"))
     found = parallel.layout("tensor", SHAPES, method, RUN, parallel.Devices(2, gpu("h100")))
     assert found.traffic.reduced_gradients == 4 * (4 * 128 * 2) * 4
 
@@ -242,7 +283,11 @@ def test_one_device_exchanges_nothing_and_several_in_rings() -> None:
 
 @pytest.mark.parametrize("name", parallel.LAYOUTS)
 def test_the_largest_that_fits_fits_and_one_more_does_not(name: str) -> None:
-    run, method, devices = replace(RUN, precision="bf16", context=2**29), Lora(), parallel.parse_devices("4x24GB")
+    run, method, devices = (
+        replace(RUN, precision="bf16", context=2**29),
+        Lora(),
+        parallel.parse_devices("4x24GB"),
+    )
 
     def fits(run: TrainingConfig) -> bool:
         return parallel.layout(name, QWEN, method, run, devices).memory.peak <= devices.gpu.bytes
@@ -264,13 +309,18 @@ def test_the_least_number_of_devices_holds_the_run_and_fewer_do_not(name: str) -
         return parallel.layout(name, QWEN, method, run, parallel.Devices(count, card)).memory.peak
 
     assert peak(count) <= card.bytes
-    assert all(peak(n) > card.bytes for n in range(1, count) if parallel.why_not(name, QWEN, n) is None)
+    assert all(
+        peak(n) > card.bytes for n in range(1, count) if parallel.why_not(name, QWEN, n) is None
+    )
     assert parallel.least("replicated", QWEN, method, run, card) is None
 
 
 def test_a_step_is_bound_by_products_or_by_the_link() -> None:
     run = TrainingConfig(batch=1, sequence=2048)
-    fast, slow = (parallel.layout("sharded", QWEN, Lora(), run, parallel.Devices(8, gpu(n))) for n in ("h100", "l40s"))
+    fast, slow = (
+        parallel.layout("sharded", QWEN, Lora(), run, parallel.Devices(8, gpu(n)))
+        for n in ("h100", "l40s")
+    )
     assert fast.compute is not None and fast.exchange is not None and fast.exchange < fast.compute
     assert slow.compute is not None and slow.step is not None and slow.step > 2.5 * slow.compute
     tensor = parallel.layout("tensor", QWEN, Lora(), run, parallel.Devices(8, gpu("h100")))
@@ -314,7 +364,9 @@ def test_devices_are_named_as_their_sellers_do() -> None:
     assert (count, card.bytes, card.link) == (4, 24 * 2**30, None)
 
 
-@pytest.mark.parametrize("text", ["8", "x8", "0xh100", "2000xh100", "8xnix", "-1xh100", "4x0GB", "8x", "8x\x1b[2J"])
+@pytest.mark.parametrize(
+    "text", ["8", "x8", "0xh100", "2000xh100", "8xnix", "-1xh100", "4x0GB", "8x", "8x\x1b[2J"]
+)
 def test_other_devices_are_refused_in_one_line(text: str) -> None:
     with pytest.raises(UserError) as error:
         parallel.parse_devices(text)
@@ -322,4 +374,6 @@ def test_other_devices_are_refused_in_one_line(text: str) -> None:
 
 
 def test_every_card_that_computes_has_a_link() -> None:
-    assert all((card.link is None) == (card.tflops is None) == (not card.via) for card in gpus().values())
+    assert all(
+        (card.link is None) == (card.tflops is None) == (not card.via) for card in gpus().values()
+    )

@@ -1,4 +1,6 @@
-"""Exact counts: every built-in model against transformers and PEFT on the meta device, and the published ones."""
+"""Exact counts: every built-in model against transformers and PEFT on the meta device, and the
+published ones.
+"""
 
 import re
 from typing import Any
@@ -26,11 +28,27 @@ from pipeline.stages.methods.prompt import Prompt
 
 NOT_IN_TRANSFORMERS = ("gpt-3-175b", "minigpt")
 STOCK = [name for name in names() if name not in NOT_IN_TRANSFORMERS]
-PERIODS = {"qwen3_5_text": 4, "qwen3_5_moe_text": 4, "gemma4_text": 6, "llama4_text": 4}  # blocks of all kinds
+# blocks of all kinds
+PERIODS = {"qwen3_5_text": 4, "qwen3_5_moe_text": 4, "gemma4_text": 6, "llama4_text": 4}
 CHOICES: dict[str, list[tuple[str, ...]]] = {  # by the attention linears that a model has
-    "q_a_proj": [("q_a_proj", "kv_b_proj"), ("attention",), ("kv_a_proj_with_mqa",), ("q_b_proj", "o_proj")],
-    "in_proj_qkv": [("in_proj_qkv", "q_proj"), ("attention",), ("out_proj",), ("q_proj", "k_proj", "v_proj", "o_proj")],
-    "q_proj": [("q_proj", "v_proj"), ("attention",), ("v_proj",), ("q_proj", "k_proj", "v_proj", "o_proj")],
+    "q_a_proj": [
+        ("q_a_proj", "kv_b_proj"),
+        ("attention",),
+        ("kv_a_proj_with_mqa",),
+        ("q_b_proj", "o_proj"),
+    ],
+    "in_proj_qkv": [
+        ("in_proj_qkv", "q_proj"),
+        ("attention",),
+        ("out_proj",),
+        ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ],
+    "q_proj": [
+        ("q_proj", "v_proj"),
+        ("attention",),
+        ("v_proj",),
+        ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ],
     "c_attn": [("c_attn",), ("attention",), ("c_proj",), ("attn.c_proj",)],
     "query_key_value": [("query_key_value",), ("attention",), ("dense",), ("attention.dense",)],
     "qkv_proj": [("qkv_proj",), ("attention",), ("o_proj",), ("qkv_proj", "o_proj")],
@@ -60,16 +78,27 @@ def peft_targets(shapes: Architecture, wanted: tuple[str, ...], model: Any) -> l
         return "all-linear"
     if not set(wanted) & {"attention", "feed_forward"}:
         return [re.sub("^o_proj$", "out_proj", w) if shapes.family == "opt" else w for w in wanted]
-    suffixes = {linear.name for block in shapes.blocks for group in wanted for linear in getattr(block, group)}
-    return [n for n in linears(model) if any(re.search(rf"\.\d+\.{suffix}$", n) for suffix in suffixes)]
+    suffixes = {
+        linear.name
+        for block in shapes.blocks
+        for group in wanted
+        for linear in getattr(block, group)
+    }
+    return [
+        n for n in linears(model) if any(re.search(rf"\.\d+\.{suffix}$", n) for suffix in suffixes)
+    ]
 
 
 def targets_of(shapes: Architecture) -> list[tuple[str, ...]]:
     last = {linear.name.rsplit(".", 1)[-1] for linear in shapes.blocks[0].attention}
     first = next(choices for key, choices in CHOICES.items() if key in last)
     dense = all(linear.experts == 1 for block in shapes.blocks for linear in block.feed_forward)
-    single = [(name,) for name in ("k_proj", "o_proj") if name in last or "in_proj_qkv" in last] or [("o_proj",)]
-    feed_forward = [("feed_forward",), ("attention", "feed_forward")] if dense else [*single, (*last,)]
+    single = [
+        (name,) for name in ("k_proj", "o_proj") if name in last or "in_proj_qkv" in last
+    ] or [("o_proj",)]
+    feed_forward = (
+        [("feed_forward",), ("attention", "feed_forward")] if dense else [*single, (*last,)]
+    )
     return [*first, ("all-linear",), *feed_forward]
 
 
@@ -77,7 +106,9 @@ def few_blocks(name: str) -> bool:
     return len(built_in(name).shapes.blocks) <= 16
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if few_blocks(n) else pytest.mark.slow) for n in STOCK])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if few_blocks(n) else pytest.mark.slow) for n in STOCK]
+)
 def test_counts_are_those_of_transformers_and_peft(name: str) -> None:
     """The whole model, and LoRA at rank 8 for six choices of targets and more."""
     assert_counts_are_theirs(built_in(name).shapes, meta_model(name))
@@ -86,7 +117,9 @@ def test_counts_are_those_of_transformers_and_peft(name: str) -> None:
 @pytest.mark.parametrize("name", STOCK)
 @pytest.mark.sampled(3)
 def test_counts_of_two_blocks_are_those_of_transformers_and_peft(name: str) -> None:
-    """The same for a few blocks of each built-in model, one of each kind: PEFT's time grows with their number."""
+    """The same for a few blocks of each built-in model, one of each kind: PEFT's time grows with
+    their number.
+    """
     blocks = PERIODS.get(entry(name)["config"]["model_type"], 2)
     shapes = architecture(shortened(name, blocks), name)
     assert len(shapes.blocks) == blocks
@@ -105,7 +138,9 @@ def assert_counts_are_theirs(shapes: Architecture, model: Any) -> None:
         model = adapted.unload()
 
 
-@pytest.mark.parametrize("name", ["qwen3-0.6b", "gpt2", "opt-350m", "gpt-neox-20b", "phi-4-mini", "gemma-3-1b"])
+@pytest.mark.parametrize(
+    "name", ["qwen3-0.6b", "gpt2", "opt-350m", "gpt-neox-20b", "phi-4-mini", "gemma-3-1b"]
+)
 @pytest.mark.slow
 def test_dora_patterns_and_new_rows_are_those_of_peft(name: str) -> None:
     shapes, wanted = built_in(name).shapes, ("attention",)
@@ -116,12 +151,19 @@ def test_dora_patterns_and_new_rows_are_those_of_peft(name: str) -> None:
     model = dora.unload()
     last = shapes.blocks[0].attention[-1].name.rsplit(".", 1)[-1]
     for pattern in (last, rf"\w+\.1\..*{last}", rf".*\.0\..*{last}"):
-        ranked = get_peft_model(model, LoraConfig(r=4, target_modules=modules, rank_pattern={pattern: 16}))
-        assert trainable(shapes, Lora(rank=4, targets=wanted, rank_pattern=((pattern, 16),))) == trained(ranked)
+        ranked = get_peft_model(
+            model, LoraConfig(r=4, target_modules=modules, rank_pattern={pattern: 16})
+        )
+        assert trainable(
+            shapes, Lora(rank=4, targets=wanted, rank_pattern=((pattern, 16),))
+        ) == trained(ranked)
         model = ranked.unload()
-    rows = get_peft_model(model, LoraConfig(r=4, target_modules=modules, trainable_token_indices=[1, 5, 9]))
+    rows = get_peft_model(
+        model, LoraConfig(r=4, target_modules=modules, trainable_token_indices=[1, 5, 9])
+    )
     ours = trainable(shapes, Lora(rank=4, targets=wanted, embeddings="new_rows", new_rows=3))
-    head = 0 if shapes.tied else 3 * shapes.embedding_width  # PEFT was asked for the embedding's rows alone
+    # PEFT was asked for the embedding's rows alone
+    head = 0 if shapes.tied else 3 * shapes.embedding_width
     assert ours - head == trained(rows)
 
 
@@ -130,22 +172,32 @@ def test_embeddings_and_head_in_full_are_those_of_peft(name: str) -> None:
     shapes, model = built_in(name).shapes, meta_model(name)
     ends = ["embed_in", "lm_head"] if "neox" in name else ["embed_tokens", "lm_head"]
     adapted = get_peft_model(
-        model, LoraConfig(r=8, target_modules=peft_targets(shapes, ("attention",), model), modules_to_save=ends)
+        model,
+        LoraConfig(
+            r=8, target_modules=peft_targets(shapes, ("attention",), model), modules_to_save=ends
+        ),
     )
     assert trainable(shapes, Lora(embeddings="all")) == trained(adapted)
 
 
 @pytest.mark.slow
 def test_experts_are_those_that_peft_adapts() -> None:
-    """By target_parameters; or by the names of older checkpoints, with one rank each for gate and up."""
+    """By target_parameters; or by the names of older checkpoints, with one rank each for gate and
+    up.
+    """
     shapes, model = built_in("gpt-oss-20b").shapes, meta_model("gpt-oss-20b")
     parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=parameters))
+    adapted = get_peft_model(
+        model, LoraConfig(r=2, target_modules=[], target_parameters=parameters)
+    )
     asked = Lora(rank=2, targets=("feed_forward",))
     assert trainable(shapes, asked) == trained(adapted)
     assert "target_parameters" in asked.notes(shapes)[0]
     assert "leaves these experts out" in Lora(targets=("all-linear",)).notes(shapes)[0]
-    for name, old in (("qwen3-30b-a3b", ["gate_proj", "up_proj", "down_proj"]), ("mixtral-8x7b", ["w1", "w2", "w3"])):
+    for name, old in (
+        ("qwen3-30b-a3b", ["gate_proj", "up_proj", "down_proj"]),
+        ("mixtral-8x7b", ["w1", "w2", "w3"]),
+    ):
         shapes, model = built_in(name).shapes, meta_model(name)
         adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[*old, "gate", "q_proj"]))
         assert trainable(shapes, Lora(rank=2, targets=(*old, "gate", "q_proj"))) == trained(adapted)
@@ -157,24 +209,43 @@ def test_experts_are_those_that_peft_adapts() -> None:
             trainable(shapes, Lora(targets=(old[0],)))
 
 
-@pytest.mark.parametrize("name", ["llama-3.2-1b", "gpt2", "opt-125m", "mistral-7b-v0.3", "qwen2.5-0.5b"])
+@pytest.mark.parametrize(
+    "name", ["llama-3.2-1b", "gpt2", "opt-125m", "mistral-7b-v0.3", "qwen2.5-0.5b"]
+)
 def test_prefix_and_prompt_tuning_are_those_of_peft(name: str) -> None:
     shapes = built_in(name).shapes
     for method, config in ((Prefix(10), PrefixTuningConfig), (Prompt(10), PromptTuningConfig)):
-        adapted = get_peft_model(meta_model(name), config(task_type="CAUSAL_LM", num_virtual_tokens=10))
+        adapted = get_peft_model(
+            meta_model(name), config(task_type="CAUSAL_LM", num_virtual_tokens=10)
+        )
         assert trainable(shapes, method) == trained(adapted), method
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-3.2-1b", "gemma-3-1b", "opt-125m", "gpt2", "gpt-neox-20b", "phi-4-mini", "qwen3-30b-a3b"]
+    "name",
+    [
+        "llama-3.2-1b",
+        "gemma-3-1b",
+        "opt-125m",
+        "gpt2",
+        "gpt-neox-20b",
+        "phi-4-mini",
+        "qwen3-30b-a3b",
+    ],
 )
 def test_ia3_is_that_of_peft(name: str) -> None:
     """Experts, which are no modules of their own, are left out by both."""
-    config = IA3Config(target_modules=[*KEYS_VALUES, *FEED_FORWARD], feedforward_modules=[*FEED_FORWARD])
-    assert trainable(built_in(name).shapes, IA3()) == trained(get_peft_model(meta_model(name), config))
+    config = IA3Config(
+        target_modules=[*KEYS_VALUES, *FEED_FORWARD], feedforward_modules=[*FEED_FORWARD]
+    )
+    assert trainable(built_in(name).shapes, IA3()) == trained(
+        get_peft_model(meta_model(name), config)
+    )
 
 
-@pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen3-0.6b", "gpt2", "gpt-neox-20b", "opt-350m", "mixtral-8x7b"])
+@pytest.mark.parametrize(
+    "name", ["llama-3.2-1b", "qwen3-0.6b", "gpt2", "gpt-neox-20b", "opt-350m", "mixtral-8x7b"]
+)
 def test_freezing_counts_the_last_blocks_embeddings_and_head(name: str) -> None:
     shapes, model = built_in(name).shapes, meta_model(name)
     layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
@@ -186,7 +257,9 @@ def test_freezing_counts_the_last_blocks_embeddings_and_head(name: str) -> None:
             model.get_input_embeddings().requires_grad_(ends)
             if ends:
                 model.get_output_embeddings().requires_grad_(True)
-            assert trainable(shapes, Freeze(last_blocks=blocks, train_embeddings=ends)) == trained(model)
+            assert trainable(shapes, Freeze(last_blocks=blocks, train_embeddings=ends)) == trained(
+                model
+            )
 
 
 @pytest.mark.parametrize("name", names())
@@ -216,7 +289,8 @@ def test_qwen3_8b_has_the_counts_that_are_known() -> None:
     assert trainable(shapes, Lora(rank=16, targets=("all-linear",))) == 43_646_976
     assert LORA.document_count(shapes) == 9_437_184
     assert why_they_differ(shapes, LORA) == (
-        "the document takes every projection as 4,096 × 4,096; here k_proj 4,096 → 1,024, v_proj 4,096 → 1,024"
+        "the document takes every projection as 4,096 × 4,096; here k_proj 4,096 → 1,024, v_proj "
+        "4,096 → 1,024"
     )
 
 
@@ -237,13 +311,22 @@ def test_the_documents_rule_has_no_count_where_it_does_not_apply() -> None:
 
 def test_projections_give_the_shapes_of_a_and_b() -> None:
     q, k, *_ = projections(built_in("qwen3-8b").shapes, LORA)
-    assert (q.name, q.inputs, q.outputs, q.rank, q.count, q.parameters_each) == ("q_proj", 4096, 4096, 8, 36, 65_536)
+    assert (q.name, q.inputs, q.outputs, q.rank, q.count, q.parameters_each) == (
+        "q_proj",
+        4096,
+        4096,
+        8,
+        36,
+        65_536,
+    )
     assert (k.inputs, k.outputs, k.parameters) == (4096, 1024, 36 * 40_960)
 
 
 def test_a_rank_above_the_smallest_dimension_is_allowed_with_a_note() -> None:
     shapes = built_in("qwen3-8b").shapes
-    assert Lora(rank=2000).notes(shapes) == ["rank 2000 is more than k_proj can use: its rank is at most 1024"]
+    assert Lora(rank=2000).notes(shapes) == [
+        "rank 2000 is more than k_proj can use: its rank is at most 1024"
+    ]
     assert Lora(rank=1024).notes(shapes) == []
 
 
@@ -251,16 +334,23 @@ def test_a_rank_above_the_smallest_dimension_is_allowed_with_a_note() -> None:
 def test_one_block_and_the_head_are_meant_by_full_names_as_in_peft(name: str) -> None:
     shapes, model = built_in(name).shapes, meta_model(name)
     known = linears(model)
-    for full in (next(iter(known)), next(n for n in known if n.rsplit(".", 1)[-1] == "lm_head" or "h.1." in n)):
+    for full in (
+        next(iter(known)),
+        next(n for n in known if n.rsplit(".", 1)[-1] == "lm_head" or "h.1." in n),
+    ):
         adapted = get_peft_model(model, LoraConfig(r=8, target_modules=[full]))
         assert trainable(shapes, Lora(targets=(full,))) == trained(adapted), full
         model = adapted.unload()
 
 
 def test_unknown_targets_are_refused_with_those_that_exist() -> None:
-    with pytest.raises(UserError, match=r"'c_attn' matches no linear layer. The model has down_proj, gate_proj"):
+    with pytest.raises(
+        UserError, match=r"'c_attn' matches no linear layer. The model has down_proj, gate_proj"
+    ):
         trainable(built_in("qwen3-8b").shapes, Lora(targets=("attention", "c_attn")))
-    with pytest.raises(UserError, match="last-blocks must be at most 36, the model's blocks, got 37"):
+    with pytest.raises(
+        UserError, match="last-blocks must be at most 36, the model's blocks, got 37"
+    ):
         trainable(built_in("qwen3-8b").shapes, Freeze(last_blocks=37))
 
 

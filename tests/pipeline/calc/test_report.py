@@ -1,4 +1,6 @@
-"""What the calculator prints: formulas are computed from their own text, and lines are those that a user reads."""
+"""What the calculator prints: formulas are computed from their own text, and lines are those that a
+user reads.
+"""
 
 import json
 import re
@@ -14,7 +16,14 @@ from pipeline.calc.fit import GIB, gpu
 from pipeline.calc.memory import inference, predict
 from pipeline.calc.method import FinetuningMethod, configure, projections, trainable
 from pipeline.calc.report import answer, capped, cells_of, explain, gib, smallest
-from pipeline.calc.settings import LOGITS, TrainingConfig, check_options, chunk_rows, option, options_of
+from pipeline.calc.settings import (
+    LOGITS,
+    TrainingConfig,
+    check_options,
+    chunk_rows,
+    option,
+    options_of,
+)
 from pipeline.calc.sources.open_model import built_in
 from pipeline.calc.time import estimate
 from pipeline.errors import UserError
@@ -33,7 +42,9 @@ def lines_of(model: Any, method: FinetuningMethod, run: TrainingConfig) -> dict[
 
 def value_of(formula: str) -> float:
     """The formula without its words."""
-    text = re.sub(r"[A-Za-z,]+ ?", "", re.sub(r"(?<=[0-9]),(?=[0-9])", "", formula)).replace("×", "*")
+    text = re.sub(r"[A-Za-z,]+ ?", "", re.sub(r"(?<=[0-9]),(?=[0-9])", "", formula)).replace(
+        "×", "*"
+    )
     return float(eval(text))
 
 
@@ -52,7 +63,11 @@ def test_the_formula_of_a_projection_gives_its_parameters(name: str, method: Lor
         each, total = lines[projection.name].split("; ")
         formula, result = each.split(" = ")
         assert value_of(formula) == value_of(result) == projection.parameters_each
-        assert value_of(result + total.split(" = ")[0]) == value_of(total.split(" = ")[1]) == projection.parameters
+        assert (
+            value_of(result + total.split(" = ")[0])
+            == value_of(total.split(" = ")[1])
+            == projection.parameters
+        )
         assert ("magnitude" in formula) == method.dora
 
 
@@ -70,10 +85,14 @@ def test_the_formula_of_the_weights_gives_their_bytes(precision: str) -> None:
 def test_a_precision_without_scales_is_explained_without_them() -> None:
     quantized, rest = f"{QWEN.quantizable:,}", f"{QWEN.total - QWEN.quantizable:,}"
     for precision, text in (
-        ("fp8", f"{quantized} × 1 B (fp8: 8 bit) + {rest} × 2 B (embeddings, head, norms, biases) = "),
+        (
+            "fp8",
+            f"{quantized} × 1 B (fp8: 8 bit) + {rest} × 2 B (embeddings, head, norms, biases) = ",
+        ),
         (
             "nf4",
-            f"{quantized} × 0.5625 B (nf4: 4 bit + 0.5 for scales) + {rest} × 2 B (embeddings, head, norms, biases) = ",
+            f"{quantized} × 0.5625 B (nf4: 4 bit + 0.5 for scales) + {rest} × 2 B (embeddings, "
+            "head, norms, biases) = ",
         ),
         ("bf16", f"{QWEN.total:,} × 2 B (bf16) = "),
     ):
@@ -85,18 +104,28 @@ def test_the_table_of_positions_is_explained_where_there_is_one() -> None:
     line = lines_of(mini, LORA, TrainingConfig(sequence=16, precision="fp32"))["weights"]
     assert (
         line
-        == f"109,568 × 4 B (fp32) + {mini.fixed_positions:,} × 4 B (table of positions) = " + line.split(" = ", 1)[1]
+        == f"109,568 × 4 B (fp32) + {mini.fixed_positions:,} × 4 B (table of positions) = "
+        + line.split(" = ", 1)[1]
     )
 
 
 def test_activations_are_explained_by_what_is_checkpointed() -> None:
     size = "2 × 1,024 × 4,096 × 2 B = 16.0 MiB"
     for checkpointing, text in (
-        ("full", f"36 blocks keep their input, {size} each (0.56 GiB); and what the peak's phase works with = "),
-        ("selective", f"18 of 36 blocks keep their input, {size} each; the others every tensor that backward needs = "),
+        (
+            "full",
+            f"36 blocks keep their input, {size} each (0.56 GiB); and what the peak's phase works "
+            "with = ",
+        ),
+        (
+            "selective",
+            f"18 of 36 blocks keep their input, {size} each; the others every tensor that "
+            "backward needs = ",
+        ),
         (
             "none",
-            f"36 blocks keep every tensor that backward needs, counted operation by operation, in units of {size} = ",
+            "36 blocks keep every tensor that backward needs, counted operation by operation, in "
+            f"units of {size} = ",
         ),
     ):
         run = TrainingConfig(2, 1024, checkpointing=checkpointing)
@@ -106,11 +135,15 @@ def test_activations_are_explained_by_what_is_checkpointed() -> None:
 def test_logits_adapter_and_optimizer_are_explained_with_their_values() -> None:
     run = TrainingConfig(2, 1024, optimizer="adamw", loss="chunked", chunk=512)
     lines = lines_of(QWEN, LORA, run)
-    assert lines["logits"].startswith("512 labels × 151,936 words × (2 B logits + 4 B in fp32, 4 B log-softmax")
+    assert lines["logits"].startswith(
+        "512 labels × 151,936 words × (2 B logits + 4 B in fp32, 4 B log-softmax"
+    )
     assert "; 0.29 GiB for each 4 B)" in lines["logits"]
     assert lines["adapter"].startswith("7,667,712 × 4 B (fp32) = ")
     assert lines["gradients"].startswith("alive at the peak, of 7,667,712 × 4 B + 0 × 2 B = ")
-    assert lines["optimizer"].startswith("adamw: 2 bytes of state a trained byte, of 30,670,848 B = ")
+    assert lines["optimizer"].startswith(
+        "adamw: 2 bytes of state a trained byte, of 30,670,848 B = "
+    )
     assert lines["trainable"] == "7,667,712 added + 0 of the base = 7,667,712"
     full = lines_of(QWEN, FULL, TrainingConfig(trainer="torch"))
     assert full["trainable"] == "0 added + 8,190,735,360 of the base = 8,190,735,360"
@@ -133,8 +166,13 @@ def test_the_answer_has_every_part_of_the_contract() -> None:
     assert (q["A"], q["B"], q["rank"], q["experts"]) == ([4, 4096], [4096, 4], 4, 1)
     assert "rtx4090" in found["fits"] and "h100" in found["fits"] and "rtx4060" not in found["fits"]
     notes = answer(QWEN, Lora(rank=2000), run)["notes"]
-    assert len(notes) == 2 and notes[1].startswith("the document takes every projection as 4,096 × 4,096")
-    assert answer(QWEN, FULL, TrainingConfig(checkpointing="none"))["assumptions"]["checkpointing"] is False
+    assert len(notes) == 2 and notes[1].startswith(
+        "the document takes every projection as 4,096 × 4,096"
+    )
+    assert (
+        answer(QWEN, FULL, TrainingConfig(checkpointing="none"))["assumptions"]["checkpointing"]
+        is False
+    )
     sparse = answer(built_in("mixtral-8x7b").shapes, Lora(rank=2, targets=("feed_forward",)), run)
     assert sparse["projections"][0]["parameters_each"] == 8 * 4 * (4096 + 2 * 14336)
 
@@ -148,7 +186,15 @@ def test_a_projection_is_a_row_of_its_shapes() -> None:
 
 def test_sizes_are_in_the_unit_that_suits_them() -> None:
     sizes = (0, 512, 103_000, 2**20 // 4, 10 * 2**20, 11 * 2**20, 3 * GIB // 2)
-    assert [gib(size) for size in sizes] == ["0", "0.5 KiB", "100.6 KiB", "0.25 MiB", "10.00 MiB", "0.01", "1.50"]
+    assert [gib(size) for size in sizes] == [
+        "0",
+        "0.5 KiB",
+        "100.6 KiB",
+        "0.25 MiB",
+        "10.00 MiB",
+        "0.01",
+        "1.50",
+    ]
     assert (capped(7, 8), capped(8, 8), capped(4096, 4096), capped("bf16", None)) == (
         "7",
         "8 or more",
@@ -182,9 +228,15 @@ def test_an_option_has_a_default_a_help_and_a_rule() -> None:
     assert (Settings().count, Settings().kind) == (3, "a")
     found = options_of(Settings)
     assert [*found] == [*options_of(Settings())] == ["count", "kind"]
-    assert (found["count"].default, found["count"].help, found["count"].least) == (3, "How many.", 2)
+    assert (found["count"].default, found["count"].help, found["count"].least) == (
+        3,
+        "How many.",
+        2,
+    )
     check_options(Settings(20))
-    with pytest.raises(UserError, match="count must be a whole number from 2 to 2,147,483,647, got 1"):
+    with pytest.raises(
+        UserError, match="count must be a whole number from 2 to 2,147,483,647, got 1"
+    ):
         check_options(Settings(19))
     with pytest.raises(UserError, match="kind must be one of a, b, got 'c'"):
         check_options(Settings(20, "c"))
@@ -194,7 +246,9 @@ def test_an_option_has_a_default_a_help_and_a_rule() -> None:
 
 
 def test_the_update_may_be_the_peak() -> None:
-    """torch's foreach AdamW copies all that it updates; adamw-8bit has a chunk of its moments in fp32."""
+    """torch's foreach AdamW copies all that it updates; adamw-8bit has a chunk of its moments in
+    fp32.
+    """
     run = TrainingConfig(1, 16, trainer="torch-foreach", checkpointing="full")
     found, fused = (predict(QWEN, FULL, r) for r in (run, TrainingConfig(1, 16, trainer="torch")))
     assert found.where == "optimizer's update" != fused.where
@@ -203,9 +257,12 @@ def test_the_update_may_be_the_peak() -> None:
     assert found.optimizer == 2 * trained + trained and found.peak == sum(found.parts().values())
 
 
-def test_8_bit_moments_need_a_chunk_of_them_in_fp32_and_paged_ones_the_state_of_that_chunk() -> None:
+def test_8_bit_moments_need_a_chunk_of_them_in_fp32_and_paged_ones_the_state_of_that_chunk() -> (
+    None
+):
     """17 bytes per parameter: both moments in fp32, codes and edges in 4 bytes, and a bool."""
-    model, tables = built_in("smollm2-135m").shapes, 2 * (2 * 256 * 4 + 2**16)  # which encode and decode
+    # which encode and decode
+    model, tables = built_in("smollm2-135m").shapes, 2 * (2 * 256 * 4 + 2**16)
     runs = [TrainingConfig(1, 1, optimizer=f"{paged}adamw-8bit") for paged in ("", "paged-")]
     state = 2 * (1 + 4 / 256)  # bytes: two moments of 8 bit, each with its share of a scale in fp32
     for method, in_fp32 in (
@@ -225,18 +282,26 @@ def test_8_bit_moments_need_a_chunk_of_them_in_fp32_and_paged_ones_the_state_of_
 
 NOTES = [
     "replicated, sharded: each GPU has sequences of its own; tensor: all compute the same ones",
-    "sharded: two blocks are whole at a time; trainable weights, embeddings and head are on every GPU",
-    "moved: bytes that each GPU receives in a step, and sends, in rings, at the link's full bandwidth",
-    "step: at least so long, with products at the GPU's peak and gathering behind them; sums are waited for",
+    "sharded: two blocks are whole at a time; trainable weights, embeddings and head are on every "
+    "GPU",
+    "moved: bytes that each GPU receives in a step, and sends, in rings, at the link's full "
+    "bandwidth",
+    "step: at least so long, with products at the GPU's peak and gathering behind them; sums are "
+    "waited for",
 ]
 
 
 def test_the_notes_say_what_the_numbers_of_several_gpus_assume() -> None:
     asked: dict[str, Any] = {"sequence": 64}
-    found = parallel.answer(QWEN, configure(QWEN, COUNTED, "lora", **asked), parallel.parse_devices("2xh100"))
+    found = parallel.answer(
+        QWEN, configure(QWEN, COUNTED, "lora", **asked), parallel.parse_devices("2xh100")
+    )
     assert found["notes"] == NOTES
     assert found["model"] == "qwen3-8b"
-    assert {(row["layout"], row["method"]) for row in found["runs"]} >= {("tensor", "full"), ("sharded", "QLoRA")}
+    assert {(row["layout"], row["method"]) for row in found["runs"]} >= {
+        ("tensor", "full"),
+        ("sharded", "QLoRA"),
+    }
     full = configure(QWEN, COUNTED, "full", precision="fp32", **asked)
     assert parallel.answer(QWEN, full, parallel.parse_devices("2xh100"), sharded=True)["notes"] == [
         *NOTES[:2],
@@ -246,7 +311,9 @@ def test_the_notes_say_what_the_numbers_of_several_gpus_assume() -> None:
         NOTES[3],
     ]
     few = configure(built_in("qwen2.5-0.5b").shapes, COUNTED, "lora", **asked)
-    unknown = parallel.answer(built_in("qwen2.5-0.5b").shapes, few, parallel.parse_devices("4x24GB"))
+    unknown = parallel.answer(
+        built_in("qwen2.5-0.5b").shapes, few, parallel.parse_devices("4x24GB")
+    )
     assert unknown["notes"] == [
         "tensor: 14 heads cannot be divided among 4 GPUs",
         *NOTES[:2],
@@ -269,14 +336,22 @@ def test_a_sharded_run_has_the_least_number_of_its_own_layout() -> None:
 
 
 def test_a_device_has_the_values_of_its_row_in_the_table() -> None:
-    table = json.loads((Path(fit.__file__).parent / "presets/gpus.json").read_text(encoding="utf-8"))
+    table = json.loads(
+        (Path(fit.__file__).parent / "presets/gpus.json").read_text(encoding="utf-8")
+    )
     devices = fit.gpus.__wrapped__()  # not what was read before
     assert sorted(devices) == sorted(table)
-    assert [device.bytes for device in devices.values()] == sorted(device.bytes for device in devices.values())
+    assert [device.bytes for device in devices.values()] == sorted(
+        device.bytes for device in devices.values()
+    )
     for name, row in table.items():
         found = devices[name]
         assert (found.name, found.label, found.via) == (name, row["label"], row.get("via", ""))
-        assert (found.tflops, found.gbps, found.link) == (row.get("tflops"), row.get("gbps"), row.get("link"))
+        assert (found.tflops, found.gbps, found.link) == (
+            row.get("tflops"),
+            row.get("gbps"),
+            row.get("link"),
+        )
         assert found.bytes == pytest.approx(row["mib"] * 2**20 * row.get("usable", 1), abs=1)
         assert found.bf16 is row.get("bf16", True)
     assert devices["t4"].bf16 is False and devices["h100"].bf16 is True

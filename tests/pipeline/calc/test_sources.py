@@ -1,4 +1,6 @@
-"""Models from files: configs, safetensors headers and GGUF, as other libraries write them, and damaged ones."""
+"""Models from files: configs, safetensors headers and GGUF, as other libraries write them, and
+damaged ones.
+"""
 
 import json
 import struct
@@ -26,7 +28,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
     "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
     "qwen3": {"num_key_value_heads": 2, "head_dim": 32},
-    "qwen3_moe": {"num_key_value_heads": 2, "num_experts": 4, "moe_intermediate_size": 48, "mlp_only_layers": [1]},
+    "qwen3_moe": {
+        "num_key_value_heads": 2,
+        "num_experts": 4,
+        "moe_intermediate_size": 48,
+        "mlp_only_layers": [1],
+    },
     "gemma2": {"num_key_value_heads": 2, "head_dim": 32},
     "gemma3_text": {"num_key_value_heads": 1, "head_dim": 32},
     "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
@@ -36,30 +43,79 @@ SMALL: dict[str, dict[str, Any]] = {
     "olmo3": {"num_key_value_heads": 2},
     "granite": {"num_key_value_heads": 2},
     "granitemoehybrid": {
-        **{"num_key_value_heads": 2, "num_local_experts": 0, "shared_intermediate_size": 80, "pad_token_id": 0},
+        **{
+            "num_key_value_heads": 2,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 80,
+            "pad_token_id": 0,
+        },
         **{"layer_types": ["full_attention"] * 3, "position_embedding_type": "rope"},
     },
     "glm4_moe": {
-        **{"num_key_value_heads": 2, "head_dim": 24, "n_routed_experts": 4, "moe_intermediate_size": 48},
+        **{
+            "num_key_value_heads": 2,
+            "head_dim": 24,
+            "n_routed_experts": 4,
+            "moe_intermediate_size": 48,
+        },
         **{"n_shared_experts": 2, "use_qk_norm": True, "attention_bias": True, "pad_token_id": 0},
     },
-    "glm4_moe_lite": {"mlp_layer_types": ["dense", "dense", "sparse"], "n_routed_experts": 4, "pad_token_id": 0},
+    "glm4_moe_lite": {
+        "mlp_layer_types": ["dense", "dense", "sparse"],
+        "n_routed_experts": 4,
+        "pad_token_id": 0,
+    },
     "deepseek_v3": {
-        **{"num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "v_head_dim": 24},
-        **{"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 0, "pad_token_id": 0},
+        **{
+            "num_key_value_heads": 4,
+            "q_lora_rank": None,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 24,
+        },
+        **{
+            "n_routed_experts": 8,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 0,
+            "pad_token_id": 0,
+        },
     },
     "llama4_text": {
-        **{"num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4, "intermediate_size_mlp": 80},
+        **{
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "intermediate_size_mlp": 80,
+        },
         **{"moe_layers": [2], "pad_token_id": 0},
     },
     "qwen3_5_text": {
-        **{"num_key_value_heads": 2, "head_dim": 32, "linear_num_value_heads": 8, "linear_num_key_heads": 4},
-        **{"layer_types": ["full_attention", "linear_attention", "linear_attention"], "linear_value_head_dim": 24},
+        **{
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "linear_num_value_heads": 8,
+            "linear_num_key_heads": 4,
+        },
+        **{
+            "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+            "linear_value_head_dim": 24,
+        },
     },
     "qwen3_5_moe_text": {"num_key_value_heads": 2, "num_experts": 4, "moe_intermediate_size": 48},
     "gemma4_text": {
-        **{"num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 32, "hidden_size_per_layer_input": 0},
-        **{"attention_k_eq_v": True, "num_global_key_value_heads": 1, "enable_moe_block": True, "num_experts": 4},
+        **{
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "hidden_size_per_layer_input": 0,
+        },
+        **{
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "enable_moe_block": True,
+            "num_experts": 4,
+        },
         **{"top_k_experts": 2, "moe_intermediate_size": 48},
     },
     "gpt_neox": {},
@@ -77,7 +133,9 @@ SIZES = {
 
 
 def small(family: str) -> Any:
-    config = AutoConfig.for_model(family, **{**({} if family == "gpt2" else SIZES), "vocab_size": 128, **SMALL[family]})
+    config = AutoConfig.for_model(
+        family, **{**({} if family == "gpt2" else SIZES), "vocab_size": 128, **SMALL[family]}
+    )
     return AutoModelForCausalLM.from_config(config)
 
 
@@ -86,7 +144,9 @@ def total(model: Any) -> int:
 
 
 @pytest.mark.parametrize("family", sorted(SMALL))
-def test_a_folder_that_transformers_saved_is_read_from_its_config(tmp_path: Path, family: str) -> None:
+def test_a_folder_that_transformers_saved_is_read_from_its_config(
+    tmp_path: Path, family: str
+) -> None:
     """The file leaves out what equals the library's defaults: so must our reading of it."""
     model = small(family)
     model.save_pretrained(tmp_path)
@@ -98,14 +158,23 @@ def test_a_folder_that_transformers_saved_is_read_from_its_config(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "family", sorted(set(families()) - {"minigpt", "gpt3", "roberta", "gemma4_text", "granitemoehybrid"})
+    "family",
+    sorted(set(families()) - {"minigpt", "gpt3", "roberta", "gemma4_text", "granitemoehybrid"}),
 )
 def test_a_config_of_sizes_alone_has_the_librarys_defaults(family: str) -> None:
     sizes: dict[str, Any] = {"n_layer": 2} if family == "gpt2" else {"num_hidden_layers": 2}
     config = AutoConfig.for_model(family, **sizes)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    named = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "n_embd", "n_head", "ffn_dim")
+    named = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "n_embd",
+        "n_head",
+        "ffn_dim",
+    )
     written = {key: getattr(config, key) for key in named if hasattr(config, key)}
     for key in ("num_key_value_heads", "num_experts_per_tok"):
         if key in config.to_dict():
@@ -113,7 +182,9 @@ def test_a_config_of_sizes_alone_has_the_librarys_defaults(family: str) -> None:
     assert architecture({"model_type": family, **written, **sizes}, family).total == total(model)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2", "mixtral", "gpt2", "gpt_neox", "opt"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3", "qwen2", "mixtral", "gpt2", "gpt_neox", "opt"]
+)
 def test_headers_alone_give_the_same_counts(tmp_path: Path, family: str) -> None:
     model = small(family)
     model.save_pretrained(tmp_path, max_shard_size="60KB")
@@ -127,9 +198,13 @@ def test_headers_alone_give_the_same_counts(tmp_path: Path, family: str) -> None
         assert shapes.total == known.total
         for targets in (("attention",), ("feed_forward",)):
             if family != "mixtral":  # its checkpoint has separate experts, the model stacks them
-                assert trainable(shapes, Lora(targets=targets)) == trainable(known, Lora(targets=targets))
+                assert trainable(shapes, Lora(targets=targets)) == trainable(
+                    known, Lora(targets=targets)
+                )
         run = TrainingConfig(batch=2, sequence=32)
-        assert predict(shapes, LORA, run).peak == pytest.approx(predict(known, LORA, run).peak, rel=0.5)
+        assert predict(shapes, LORA, run).peak == pytest.approx(
+            predict(known, LORA, run).peak, rel=0.5
+        )
         assert predict(shapes, FULL, run).weights == predict(known, FULL, run).weights
         assert "estimated" in shapes.notes[0]
 
@@ -164,14 +239,20 @@ def test_names_are_found_in_any_case_and_by_hub_id() -> None:
     assert open_model("qwen/qwen3-8b") is built_in("qwen3-8b")
     for name in names():
         known = entry(name)
-        assert known["source"] and known["published"] and known["config"]["model_type"] in families(), name
+        assert (
+            known["source"] and known["published"] and known["config"]["model_type"] in families()
+        ), name
 
 
 # GGUF
 
 
 def gguf(
-    path: Path, metadata: dict[str, Any], tensors: dict[str, tuple[int, ...]], version: int = 3, magic: bytes = b"GGUF"
+    path: Path,
+    metadata: dict[str, Any],
+    tensors: dict[str, tuple[int, ...]],
+    version: int = 3,
+    magic: bytes = b"GGUF",
 ) -> Path:
     """A GGUF file with this header, as in the format's specification, without weights."""
 
@@ -183,7 +264,9 @@ def gguf(
             return struct.pack("<I", 8) + text(of)
         if isinstance(of, list):
             kind, items = (
-                (8, b"".join(map(text, of))) if isinstance(of[0], str) else (5, struct.pack(f"<{len(of)}i", *of))
+                (8, b"".join(map(text, of)))
+                if isinstance(of[0], str)
+                else (5, struct.pack(f"<{len(of)}i", *of))
             )
             return struct.pack("<IIQ", 9, kind, len(of)) + items
         return struct.pack("<If", 6, of) if isinstance(of, float) else struct.pack("<II", 4, of)
@@ -191,7 +274,11 @@ def gguf(
     out = magic + struct.pack("<IQQ", version, len(tensors), len(metadata))
     out += b"".join(text(key) + value(of) for key, of in metadata.items())
     for name, shape in tensors.items():
-        out += text(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape) + struct.pack("<IQ", 0, 0)
+        out += (
+            text(name)
+            + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+            + struct.pack("<IQ", 0, 0)
+        )
     path.write_bytes(out + bytes(1000))
     return path
 
@@ -209,9 +296,17 @@ def llama_header() -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
         "tokenizer.ggml.tokens": ["a", "bc", "d"],
         "tokenizer.ggml.token_type": [1, 2, 3],
     }
-    tensors: dict[str, tuple[int, ...]] = {"token_embd.weight": (64, 200), "output_norm.weight": (64,)}
+    tensors: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (64, 200),
+        "output_norm.weight": (64,),
+    }
     for block in range(2):
-        shapes = {"attn_q": (64, 64), "attn_k": (64, 32), "attn_v": (64, 32), "attn_output": (64, 64)}
+        shapes = {
+            "attn_q": (64, 64),
+            "attn_k": (64, 32),
+            "attn_v": (64, 32),
+            "attn_output": (64, 64),
+        }
         shapes |= {"ffn_gate": (64, 96), "ffn_up": (64, 96), "ffn_down": (96, 64)}
         tensors |= {f"blk.{block}.{name}.weight": shape for name, shape in shapes.items()}
         tensors |= {f"blk.{block}.{name}.weight": (64,) for name in ("attn_norm", "ffn_norm")}
@@ -237,7 +332,9 @@ def test_a_gguf_header_gives_the_shapes(tmp_path: Path, tied: bool, version: int
     )
     assert shapes.total == total(AutoModelForCausalLM.from_config(config))
     assert shapes.tied == tied
-    assert len(shapes.notes) == 1, "only the file's size: its tensors have as many parameters as the config says"
+    assert len(shapes.notes) == 1, (
+        "only the file's size: its tensors have as many parameters as the config says"
+    )
     assert open_model(str(tmp_path)).shapes.total == shapes.total
 
 
@@ -255,7 +352,11 @@ def test_a_gguf_of_experts_is_a_mixtral(tmp_path: Path) -> None:
             del tensors[f"blk.{block}.ffn_{name}.weight"]
             tensors[f"blk.{block}.ffn_{name}_exps.weight"] = shape
         tensors[f"blk.{block}.ffn_gate_inp.weight"] = (64, 4)
-    metadata |= {"llama.expert_count": 4, "llama.expert_used_count": 2, "llama.attention.head_count_kv": [2, 2]}
+    metadata |= {
+        "llama.expert_count": 4,
+        "llama.expert_used_count": 2,
+        "llama.attention.head_count_kv": [2, 2],
+    }
     shapes = open_model(str(gguf(tmp_path / "m.gguf", metadata, tensors))).shapes
     assert shapes.family == "mixtral"
     assert (shapes.kv_heads, shapes.blocks[0].feed_forward[0].experts) == (2, 4)
@@ -283,7 +384,10 @@ def test_a_gguf_header_that_would_fill_the_memory_is_refused(tmp_path: Path) -> 
     text = struct.pack("<Q", 1) + b"k" + struct.pack("<IQ", 8, 2**25)  # a key and a text of 32 MiB
     for entries, message in (
         ([text, text, text], "claims 33,554,432 bytes in strings"),
-        ([struct.pack("<Q", 1) + b"k" + struct.pack("<II", 9, 8) + count], "claims 4,194,304 entries in an array"),
+        (
+            [struct.pack("<Q", 1) + b"k" + struct.pack("<II", 9, 8) + count],
+            "claims 4,194,304 entries in an array",
+        ),
     ):
         with path.open("wb") as file:
             file.write(b"GGUF" + struct.pack("<IQQ", 3, 0, len(entries)))
@@ -297,7 +401,9 @@ def test_a_gguf_header_that_would_fill_the_memory_is_refused(tmp_path: Path) -> 
         open_model(str(path))
 
 
-def test_any_damage_to_a_gguf_header_is_an_error_or_another_model_never_a_traceback(tmp_path: Path) -> None:
+def test_any_damage_to_a_gguf_header_is_an_error_or_another_model_never_a_traceback(
+    tmp_path: Path,
+) -> None:
     metadata, tensors = llama_header()
     path = tmp_path / "m.gguf"
     content = gguf(path, metadata, tensors).read_bytes()
@@ -323,28 +429,59 @@ def test_bad_files_are_one_message_each(tmp_path: Path) -> None:
         ("{not json", "is not a JSON object"),
         ("[]", "is not a JSON object"),
         (json.dumps({}), "architecture None is not known"),
-        (json.dumps({"model_type": "mamba"}), r"'mamba' is not known.*Give the folder of its .safetensors files"),
+        (
+            json.dumps({"model_type": "mamba"}),
+            r"'mamba' is not known.*Give the folder of its .safetensors files",
+        ),
         (json.dumps({"model_type": ["llama"]}), "is not known"),
         (json.dumps({**good, "hidden_size": "4096"}), "hidden_size must be a whole number from 1"),
         (json.dumps({**good, "hidden_size": 0}), "hidden_size must be a whole number from 1"),
         (json.dumps({**good, "hidden_size": True}), "hidden_size must be a whole number from 1"),
         (json.dumps({**good, "hidden_size": 10**30}), "hidden_size must be a whole number from 1"),
-        (json.dumps({**good, "num_hidden_layers": 10**8}), "num_hidden_layers must be a whole number from 1 to 10,000"),
         (
-            json.dumps({**good, "vocab_size": 2**31 - 1, "intermediate_size": 2**31 - 1, "hidden_size": 2**31 - 1}),
+            json.dumps({**good, "num_hidden_layers": 10**8}),
+            "num_hidden_layers must be a whole number from 1 to 10,000",
+        ),
+        (
+            json.dumps(
+                {
+                    **good,
+                    "vocab_size": 2**31 - 1,
+                    "intermediate_size": 2**31 - 1,
+                    "hidden_size": 2**31 - 1,
+                }
+            ),
             "overflow",
         ),
-        (json.dumps({**good, "num_key_value_heads": 5}), "32 is not a multiple of key/value heads 5"),
-        (json.dumps({**good, "tie_word_embeddings": "yes"}), "tie_word_embeddings must be true or false"),
+        (
+            json.dumps({**good, "num_key_value_heads": 5}),
+            "32 is not a multiple of key/value heads 5",
+        ),
+        (
+            json.dumps({**good, "tie_word_embeddings": "yes"}),
+            "tie_word_embeddings must be true or false",
+        ),
         (json.dumps({k: v for k, v in good.items() if k != "vocab_size"}), "vocab_size is missing"),
         (json.dumps({**good, "hidden_size": "9" * 5000}), "hidden_size must be a whole number"),
         ('{"a":' * 100_000, "is not a JSON object"),
-        (json.dumps({**PHI, "rope_parameters": [1], "partial_rotary_factor": "half"}), "partial_rotary_factor must be"),
-        (json.dumps({**PHI, "partial_rotary_factor": 0}), "partial_rotary_factor must be more than 0"),
-        (json.dumps({**MOE, "mlp_only_layers": True}), "mlp_only_layers must list layers from 0 to 47"),
+        (
+            json.dumps({**PHI, "rope_parameters": [1], "partial_rotary_factor": "half"}),
+            "partial_rotary_factor must be",
+        ),
+        (
+            json.dumps({**PHI, "partial_rotary_factor": 0}),
+            "partial_rotary_factor must be more than 0",
+        ),
+        (
+            json.dumps({**MOE, "mlp_only_layers": True}),
+            "mlp_only_layers must list layers from 0 to 47",
+        ),
         (json.dumps({**MOE, "mlp_only_layers": [[1]]}), "mlp_only_layers must list layers"),
         (json.dumps({**MOE, "mlp_only_layers": [48]}), "mlp_only_layers must list layers"),
-        (json.dumps({**MOE, "decoder_sparse_step": 0}), "decoder_sparse_step must be a whole number from 1"),
+        (
+            json.dumps({**MOE, "decoder_sparse_step": 0}),
+            "decoder_sparse_step must be a whole number from 1",
+        ),
     ):
         config.write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=message) as caught:
@@ -368,7 +505,10 @@ def test_bad_safetensors_and_folders_are_one_message_each(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="its tensors have no embedding and numbered layers"):
         open_model(str(tmp_path))
     packed = torch.zeros(4, 4, dtype=torch.int32)
-    save_file({"model.embed_tokens.weight": torch.zeros(4, 4), "model.layers.0.q_proj.qweight": packed}, weights)
+    save_file(
+        {"model.embed_tokens.weight": torch.zeros(4, 4), "model.layers.0.q_proj.qweight": packed},
+        weights,
+    )
     with pytest.raises(UserError, match="packed, quantized weights"):
         open_model(str(tmp_path))
 
@@ -379,14 +519,25 @@ def test_tensors_of_odd_shapes_and_names_are_one_message_each(tmp_path: Path) ->
         {"model.embed_tokens.weight": torch.zeros(4), **layer},
         {"model.embed_tokens.weight": torch.zeros(4, 4, 4), **layer},
         {"model.embed_tokens.weight": torch.zeros(4, 0), **layer},
-        {"model.embed_tokens.weight": torch.zeros(4, 4), f"model.layers.{'9' * 5000}.q_proj.weight": torch.zeros(4, 4)},
+        {
+            "model.embed_tokens.weight": torch.zeros(4, 4),
+            f"model.layers.{'9' * 5000}.q_proj.weight": torch.zeros(4, 4),
+        },
     ):
         save_file(tensors, tmp_path / "model.safetensors")
         with pytest.raises(UserError, match="no embedding and numbered layers"):
             open_model(str(tmp_path))
-    save_file({"model.embed_tokens.weight": torch.zeros(4, 4), **layer}, tmp_path / "model.safetensors")
-    for values in ({"head_dim": "x"}, {"num_attention_heads": 1000}, {"max_position_embeddings": "abc"}):
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": "new", **values}), encoding="utf-8")
+    save_file(
+        {"model.embed_tokens.weight": torch.zeros(4, 4), **layer}, tmp_path / "model.safetensors"
+    )
+    for values in (
+        {"head_dim": "x"},
+        {"num_attention_heads": 1000},
+        {"max_position_embeddings": "abc"},
+    ):
+        (tmp_path / "config.json").write_text(
+            json.dumps({"model_type": "new", **values}), encoding="utf-8"
+        )
         with pytest.raises(UserError, match="must be a whole number"):
             open_model(str(tmp_path))
     kinds: list[Any] = [[], {}, 3]
@@ -396,12 +547,15 @@ def test_tensors_of_odd_shapes_and_names_are_one_message_each(tmp_path: Path) ->
 
 
 def test_stacks_of_one_file_are_counted_apart_and_buffers_not_at_all(tmp_path: Path) -> None:
-    """Layers of encoder and decoder have the same numbers; old checkpoints contain masks and tables."""
+    """Layers of encoder and decoder have the same numbers; old checkpoints contain masks and
+    tables.
+    """
     tensors = {"embed_tokens.weight": torch.zeros(8, 4), "lm_head.weight": torch.zeros(8, 4)}
     for stack in ("encoder", "decoder"):
         tensors[f"model.{stack}.layers.0.self_attn.q_proj.weight"] = torch.zeros(4, 4)
     save_file(
-        {**tensors, "h.0.attn.bias": torch.zeros(1, 1, 9, 9), "a.inv_freq": torch.zeros(7)}, tmp_path / "m.safetensors"
+        {**tensors, "h.0.attn.bias": torch.zeros(1, 1, 9, 9), "a.inv_freq": torch.zeros(7)},
+        tmp_path / "m.safetensors",
     )
     assert open_model(str(tmp_path)).shapes.total == 32 + 32 + 16 + 16
 
@@ -415,7 +569,8 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "family", ["mistral", "qwen2", "qwen3", "olmo2", "gemma2", "mixtral", "llama", "smollm3", "phi3"]
+    "family",
+    ["mistral", "qwen2", "qwen3", "olmo2", "gemma2", "mixtral", "llama", "smollm3", "phi3"],
 )
 def test_biases_are_read_where_the_library_reads_them(family: str) -> None:
     settings = {**SIZES, **SMALL[family], "attention_bias": True, "mlp_bias": True}
@@ -454,14 +609,23 @@ def test_a_layer_that_is_not_supported_is_named_with_its_type_and_what_still_wor
     path.write_text(json.dumps({**SIZES, "num_hidden_layers": 2, **config}), encoding="utf-8")
     with pytest.raises(UserError, match=message) as caught:
         open_model(str(path))
-    assert "\n" not in str(caught.value) and "Give the folder of its .safetensors files" in str(caught.value)
+    assert "\n" not in str(caught.value) and "Give the folder of its .safetensors files" in str(
+        caught.value
+    )
 
 
 def test_the_headers_of_a_hybrid_give_its_counts(tmp_path: Path) -> None:
     """Granite 4's Mamba layers, whose memory is not predicted operation by operation."""
-    sizes = {"num_local_experts": 0, "mamba_n_heads": 8, "mamba_d_state": 16, "num_key_value_heads": 2}
+    sizes = {
+        "num_local_experts": 0,
+        "mamba_n_heads": 8,
+        "mamba_d_state": 16,
+        "num_key_value_heads": 2,
+    }
     kinds = ["linear_attention", "full_attention", "linear_attention"]
-    config = AutoConfig.for_model("granitemoehybrid", **SIZES, **sizes, layer_types=kinds, pad_token_id=0)
+    config = AutoConfig.for_model(
+        "granitemoehybrid", **SIZES, **sizes, layer_types=kinds, pad_token_id=0
+    )
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path)
     shapes = open_model(str(tmp_path)).shapes
@@ -482,9 +646,16 @@ def test_bad_layer_types_are_one_message(value: Any, message: str) -> None:
 
 
 def test_a_tied_head_may_be_said_for_text_and_images_together(tmp_path: Path) -> None:
-    text = {k: v for k, v in entry("qwen3.5-4b")["config"].items() if k not in ("model_type", "tie_word_embeddings")}
+    text = {
+        k: v
+        for k, v in entry("qwen3.5-4b")["config"].items()
+        if k not in ("model_type", "tie_word_embeddings")
+    }
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({"model_type": "qwen3_5", "tie_word_embeddings": True, "text_config": text}), "utf-8")
+    path.write_text(
+        json.dumps({"model_type": "qwen3_5", "tie_word_embeddings": True, "text_config": text}),
+        "utf-8",
+    )
     assert open_model(str(path)).shapes.total == built_in("qwen3.5-4b").shapes.total
 
 
@@ -496,7 +667,9 @@ def test_unknown_names_get_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"x.json does not exist"):
         open_model("./x.json")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match=r"nobody/nothing: no folder .* its config.json cannot be fetched"):
+    with pytest.raises(
+        UserError, match=r"nobody/nothing: no folder .* its config.json cannot be fetched"
+    ):
         open_model("nobody/nothing")
 
 

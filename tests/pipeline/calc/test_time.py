@@ -1,4 +1,6 @@
-"""Hours and cost: FLOPs against torch's own counter, predicted rates against published ones, and bad values."""
+"""Hours and cost: FLOPs against torch's own counter, predicted rates against published ones, and
+bad values.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -20,7 +22,14 @@ from pipeline.calc.fit import gpu, gpus
 from pipeline.calc.method import FinetuningMethod
 from pipeline.calc.settings import TrainingConfig
 from pipeline.calc.sources.open_model import built_in, names
-from pipeline.calc.time import UTILIZATION, estimate, flops_per_token, format_hours, parse_tokens, training_time
+from pipeline.calc.time import (
+    UTILIZATION,
+    estimate,
+    flops_per_token,
+    format_hours,
+    parse_tokens,
+    training_time,
+)
 from pipeline.errors import UserError
 from pipeline.stages.methods.freeze import Freeze
 from pipeline.stages.methods.full import COUNTED as FULL
@@ -46,7 +55,9 @@ def rates(
 
 @dataclass(frozen=True)
 class Rate:
-    """Tokens per second that others measured; `outside`: why they are not within the predicted range."""
+    """Tokens per second that others measured; `outside`: why they are not within the predicted
+    range.
+    """
 
     case: str
     model: str
@@ -118,7 +129,9 @@ def test_most_published_rates_are_within_the_range() -> None:
 
 def counted(config: dict[str, Any], method: str, run: TrainingConfig) -> float:
     """FLOPs per token of a real step, by torch's counter, which knows products alone."""
-    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="eager")
+    model: Any = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**config), attn_implementation="eager"
+    )
     ids = torch.zeros(run.batch, run.sequence, dtype=torch.long)
     if method in ("lora", "head"):
         names = ["q_proj", "k_proj", "v_proj", "o_proj", *(["lm_head"] if method == "head" else [])]
@@ -137,12 +150,20 @@ def counted(config: dict[str, Any], method: str, run: TrainingConfig) -> float:
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.parametrize("kind", ["full", "lora", "freeze"])
 def test_flops_are_those_that_torch_counts(kind: str, checkpointing: str) -> None:
-    """Except two that are left in: the gradient of the embeddings that the first adapted block reads, and the last
-    product of a recomputed block, before which torch's checkpoint stops."""
-    sizes = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 128, "head_dim": 16, "num_attention_heads": 4}
+    """Except two that are left in: the gradient of the embeddings that the first adapted block
+    reads, and the last product of a recomputed block, before which torch's checkpoint stops."""
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "vocab_size": 128,
+        "head_dim": 16,
+        "num_attention_heads": 4,
+    }
     config = shortened("llama-3.2-1b", 4) | sizes | {"num_key_value_heads": 2}
     shapes = architecture(config, "four blocks")
-    method = {"full": FULL, "lora": LORA, "freeze": Freeze(last_blocks=1, train_embeddings=False)}[kind]
+    method = {"full": FULL, "lora": LORA, "freeze": Freeze(last_blocks=1, train_embeddings=False)}[
+        kind
+    ]
     run = TrainingConfig(2, 64, checkpointing=checkpointing, attention="eager")
     ours, theirs = flops_per_token(shapes, method, run), counted(config, kind, run)
     block = shapes.blocks[0]
@@ -155,25 +176,53 @@ ATTENTION = ("attention",)
 
 
 def test_flops_of_an_adapted_head_are_those_that_torch_counts() -> None:
-    """Two products of A and B forward, and two each for the gradients of their inputs and of their own."""
-    sizes = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 128, "head_dim": 16, "num_attention_heads": 4}
-    config = shortened("llama-3.2-1b", 2) | sizes | {"num_key_value_heads": 2, "tie_word_embeddings": False}
-    shapes, run = architecture(config, "two blocks"), TrainingConfig(2, 64, checkpointing="none", attention="eager")
-    plain, adapted = (flops_per_token(shapes, Lora(targets=t), run) for t in (ATTENTION, (*ATTENTION, "lm_head")))
-    assert adapted.total - plain.total == counted(config, "head", run) - counted(config, "lora", run)
+    """Two products of A and B forward, and two each for the gradients of their inputs and of their
+    own.
+    """
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "vocab_size": 128,
+        "head_dim": 16,
+        "num_attention_heads": 4,
+    }
+    config = (
+        shortened("llama-3.2-1b", 2)
+        | sizes
+        | {"num_key_value_heads": 2, "tie_word_embeddings": False}
+    )
+    shapes, run = (
+        architecture(config, "two blocks"),
+        TrainingConfig(2, 64, checkpointing="none", attention="eager"),
+    )
+    plain, adapted = (
+        flops_per_token(shapes, Lora(targets=t), run) for t in (ATTENTION, (*ATTENTION, "lm_head"))
+    )
+    assert adapted.total - plain.total == counted(config, "head", run) - counted(
+        config, "lora", run
+    )
     assert adapted.forward - plain.forward == 2 * 8 * (64 + 128)
 
 
 def test_flops_of_a_gated_delta_net_are_those_of_its_products() -> None:
-    """Per head and chunk of C tokens: kkᵀ, qkᵀ, the keys and values that solve for the chunk, and three products with
-    the state (K, V) (Yang et al. 2024, §3.3)."""
+    """Per head and chunk of C tokens: kkᵀ, qkᵀ, the keys and values that solve for the chunk, and
+    three products with the state (K, V) (Yang et al. 2024, §3.3)."""
     shapes, run = built_in("qwen3.5-4b").shapes, TrainingConfig(1, 64, checkpointing="none")
     block = shapes.blocks[0]
     heads = shapes.heads_of(block)
     C, K, V = 64, heads.size, heads.value_size
     q, k, v, state, square = (torch.ones(size) for size in ((C, K), (C, K), (C, V), (K, V), (C, C)))
     with FlopCounterMode(display=False) as counter:
-        products = (k @ k.T, q @ k.T, square @ k, square @ v, square @ v, k @ state, q @ state, k.T @ v)
+        products = (
+            k @ k.T,
+            q @ k.T,
+            square @ k,
+            square @ v,
+            square @ v,
+            k @ state,
+            q @ state,
+            k.T @ v,
+        )
     assert len(products) == 8
     one = structs.replace(shapes, blocks=(block,))
     flops = flops_per_token(one, FULL, run)
@@ -203,13 +252,20 @@ def test_more_tokens_take_longer_in_proportion_and_a_faster_gpu_takes_less(
     shapes, run = built_in(name).shapes, TrainingConfig(1, 512)
     times = [training_time(shapes, method, run, count, device) for count in (one, other)]
     assert times[0].low * other == pytest.approx(times[1].low * one)
-    assert 0 < times[0].low < times[0].high == pytest.approx(times[0].low * UTILIZATION[1] / UTILIZATION[0])
+    assert (
+        0
+        < times[0].low
+        < times[0].high
+        == pytest.approx(times[0].low * UTILIZATION[1] / UTILIZATION[0])
+    )
     faster = training_time(shapes, method, run, one, device._replace(tflops=2 * device.tflops))
     assert faster.low == pytest.approx(times[0].low / 2) and faster.flops == times[0].flops
 
 
 @given(models, st.integers(1, 900))
-def test_lora_needs_less_than_full_and_checkpointing_costs_another_forward(name: str, sequence: int) -> None:
+def test_lora_needs_less_than_full_and_checkpointing_costs_another_forward(
+    name: str, sequence: int
+) -> None:
     shapes = built_in(name).shapes
     run = TrainingConfig(1, sequence, checkpointing="none")
     again = replace(run, checkpointing="full")
@@ -217,7 +273,9 @@ def test_lora_needs_less_than_full_and_checkpointing_costs_another_forward(name:
     assert lora.total < full.total
     recomputed = flops_per_token(shapes, FULL, again)
     assert recomputed.total - full.total == recomputed.recomputed
-    head = 2 * shapes.vocabulary * shapes.embedding_width + 2 * sum(linear.weights for linear in shapes.outside)
+    head = 2 * shapes.vocabulary * shapes.embedding_width + 2 * sum(
+        linear.weights for linear in shapes.outside
+    )
     assert recomputed.recomputed == pytest.approx(full.forward - head)
 
 
@@ -227,7 +285,10 @@ def test_quantized_weights_cost_their_dequantization_once_per_step() -> None:
         training_time(QWEN, LORA, r, 10**6, H100).low
         for r in (replace(run, precision="bf16"), run, replace(run, sequence=512))
     )
-    attention = training_time(QWEN, LORA, replace(run, precision="bf16", sequence=512), 10**6, H100).low - plain
+    attention = (
+        training_time(QWEN, LORA, replace(run, precision="bf16", sequence=512), 10**6, H100).low
+        - plain
+    )
     assert few - plain == pytest.approx(2 * (many - plain - attention))
     linears = sum(linear.weights for block in QWEN.blocks for linear in block.linears)
     seconds = 3 * linears * (0.5 + 4 / 64 + 2) / 3350e9  # forward, recomputed, backward
@@ -240,31 +301,64 @@ def test_quantized_weights_cost_their_dequantization_once_per_step() -> None:
 @given(st.integers(1, 10**18))
 def test_plain_numbers_of_tokens_are_themselves(count: int) -> None:
     if count < 2**53:  # beyond, floats round
-        assert parse_tokens(str(count)) == parse_tokens(f"{count:,}") == parse_tokens(f" {count:_} ") == count
+        assert (
+            parse_tokens(str(count))
+            == parse_tokens(f"{count:,}")
+            == parse_tokens(f" {count:_} ")
+            == count
+        )
 
 
 def test_units_of_tokens() -> None:
     written = ("5M", "200k", "1.2B", "0.5 m", "1T", "3e", "1.5")
-    assert [parse_tokens(text) for text in written[:5]] == [5_000_000, 200_000, 1_200_000_000, 500_000, 10**12]
-    for text in (written[5], "", "0", "-1", "5MM", "1e9", "nan", "9" * 30, "0.2", "1..2", "5\x1b[31mM"):
+    assert [parse_tokens(text) for text in written[:5]] == [
+        5_000_000,
+        200_000,
+        1_200_000_000,
+        500_000,
+        10**12,
+    ]
+    for text in (
+        written[5],
+        "",
+        "0",
+        "-1",
+        "5MM",
+        "1e9",
+        "nan",
+        "9" * 30,
+        "0.2",
+        "1..2",
+        "5\x1b[31mM",
+    ):
         with pytest.raises(UserError, match="tokens must be a number from 1 to 10") as caught:
             parse_tokens(text)
         assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
 
 
 def test_what_has_no_published_peak_is_refused() -> None:
-    with pytest.raises(UserError, match=r"whose 16-bit peak is published, got Apple 16 GB. Choose rtx4060"):
+    with pytest.raises(
+        UserError, match=r"whose 16-bit peak is published, got Apple 16 GB. Choose rtx4060"
+    ):
         training_time(QWEN, LORA, TrainingConfig(), 1, gpu("mac-16"))
     with pytest.raises(UserError, match=r"got --precision fp32. Use --precision bf16 or tf32"):
         training_time(QWEN, LORA, TrainingConfig(precision="fp32"), 1, H100)
     for price in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(UserError, match="price must be dollars per GPU-hour"):
             estimate(QWEN, LORA, TrainingConfig(), 1, [H100], price)
-    tf32, bf16 = (training_time(QWEN, LORA, TrainingConfig(precision=p), 1, H100).low for p in ("tf32", "bf16"))
+    tf32, bf16 = (
+        training_time(QWEN, LORA, TrainingConfig(precision=p), 1, H100).low
+        for p in ("tf32", "bf16")
+    )
     assert tf32 == pytest.approx(2 * bf16)
-    assert "train in fp16" in training_time(QWEN, LORA, TrainingConfig(), 1, gpu("t4")).assumptions[-1]
+    assert (
+        "train in fp16" in training_time(QWEN, LORA, TrainingConfig(), 1, gpu("t4")).assumptions[-1]
+    )
 
 
 def test_hours_are_shown_in_the_unit_of_their_longer_end() -> None:
-    shown = [format_hours(*range_) for range_ in ((0.0001, 0.0002), (0.1, 0.25), (1, 2.5), (20, 49), (1000, 2500))]
+    shown = [
+        format_hours(*range_)
+        for range_ in ((0.0001, 0.0002), (0.1, 0.25), (1, 2.5), (20, 49), (1000, 2500))
+    ]
     assert shown == ["0.36–0.72 s", "6–15 min", "1–2.5 h", "0.83–2 d", "42–104 d"]

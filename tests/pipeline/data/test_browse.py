@@ -27,7 +27,9 @@ def opened(path: Path) -> RowFile:
 @pytest.fixture(params=["jsonl", "jsonl.gz", "json", "csv", "parquet", "arrow", "feather"])
 def rows_file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     source = tmp_path / "source.jsonl"
-    source.write_text("".join(f'{{"text": "text number {n} äöü"}}\n' for n in range(COUNT)), encoding="utf-8")
+    source.write_text(
+        "".join(f'{{"text": "text number {n} äöü"}}\n' for n in range(COUNT)), encoding="utf-8"
+    )
     out = tmp_path / f"rows.{request.param}"
     convert(source, out)
     return out
@@ -47,23 +49,48 @@ def test_every_row_is_found_from_everywhere(rows_file: Path) -> None:
 def test_a_table_is_entered_within_a_row_group(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table({"text": [str(n) for n in range(1000)]}), path, row_group_size=300)
-    assert [entry.row.value for entry in opened(path).read(650, 2)] == [{"text": "650"}, {"text": "651"}]
+    assert [entry.row.value for entry in opened(path).read(650, 2)] == [
+        {"text": "650"},
+        {"text": "651"},
+    ]
 
 
 def test_blank_lines_have_no_position_but_a_number(tmp_path: Path) -> None:
     path = tmp_path / "t.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\n\n  \ntwo\n" + b"\n" * 2 * STEP + b"three")
     file = opened(path)
-    assert [(e.row.number, e.row.value) for e in file.read(0, 9)] == [(1, "one"), (4, "two"), (2 * STEP + 5, "three")]
+    assert [(e.row.number, e.row.value) for e in file.read(0, 9)] == [
+        (1, "one"),
+        (4, "two"),
+        (2 * STEP + 5, "three"),
+    ]
     assert [file.position_of(number) for number in (1, 2, 4, 5, 2 * STEP + 5)] == [0, 1, 1, 2, 2]
 
 
-def test_a_line_that_cannot_be_read_is_a_row_with_its_problem_and_ends_nothing(tmp_path: Path) -> None:
+def test_a_line_that_cannot_be_read_is_a_row_with_its_problem_and_ends_nothing(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "t.jsonl"
-    lines = [b'{"text": "a"}', b"{half", b"\xff\xfe", b"a\0b", b"x" * (3 * MAX_LINE_BYTES), b"[1]", b'{"text": "z"}']
+    lines = [
+        b'{"text": "a"}',
+        b"{half",
+        b"\xff\xfe",
+        b"a\0b",
+        b"x" * (3 * MAX_LINE_BYTES),
+        b"[1]",
+        b'{"text": "z"}',
+    ]
     path.write_bytes(b"\n".join(lines))
     entries = opened(path).read(0, 99)
-    assert [bool(entry.problem) for entry in entries] == [False, True, True, True, True, True, False]
+    assert [bool(entry.problem) for entry in entries] == [
+        False,
+        True,
+        True,
+        True,
+        True,
+        True,
+        False,
+    ]
     assert [entry.row.number for entry in entries] == [1, 2, 3, 4, 5, 6, 7]
     assert entries[1].problem.startswith("not JSON") and entries[1].raw == "{half"
     assert "not UTF-8" in entries[2].problem and "at most" in entries[4].problem
@@ -75,7 +102,9 @@ def test_what_ends_the_reading_of_other_files_is_their_last_row(tmp_path: Path) 
     (tmp_path / "t.csv").write_text('text\n"a"\nb,c\n"never closed', encoding="utf-8")
     entries = opened(tmp_path / "t.csv").read(0, 9)
     assert [entry.row.number for entry in entries] == [2, 3, 4]
-    assert "2 values" in entries[1].problem and entries[2].problem.endswith("Nothing behind it is read.")
+    assert "2 values" in entries[1].problem and entries[2].problem.endswith(
+        "Nothing behind it is read."
+    )
     (missing,) = opened(tmp_path / "none.jsonl").read(0, 9)
     assert missing.problem.startswith("No such file")
     (tmp_path / "t.parquet").write_bytes(b"PAR1 this is none")
@@ -96,9 +125,16 @@ def found(file: RowFile, text: str) -> list[int]:
     return [position for position, entry in find(file, text, lambda: False) if entry]
 
 
-def test_search_finds_texts_as_they_are_read_whatever_the_case_and_the_escapes(tmp_path: Path) -> None:
+def test_search_finds_texts_as_they_are_read_whatever_the_case_and_the_escapes(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "t.jsonl"
-    lines = ['{"text": "Der HUND \\"bellt\\""}', '{"text": "\\u00c4pfel"}', "{broken hund", '{"text": "x"}']
+    lines = [
+        '{"text": "Der HUND \\"bellt\\""}',
+        '{"text": "\\u00c4pfel"}',
+        "{broken hund",
+        '{"text": "x"}',
+    ]
     path.write_text("\n".join(lines), encoding="utf-8")
     file = opened(path)
     assert found(file, "hund") == [0, 2] and found(file, "äpfel") == [1]
@@ -120,10 +156,17 @@ def test_a_copy_of_another_container_is_jsonl_without_what_cannot_be_read(tmp_pa
     (tmp_path / "t.csv").write_text("prompt,completion\na,b\nbad\nc,d\n", encoding="utf-8")
     pieces = [*copied(opened(tmp_path / "t.csv"), 2, '{"prompt": "c", "completion": "new"}')]
     records: list[Any] = [json.loads(piece) if piece else None for piece in pieces]
-    assert records == [{"prompt": "a", "completion": "b"}, None, {"prompt": "c", "completion": "new"}]
+    assert records == [
+        {"prompt": "a", "completion": "b"},
+        None,
+        {"prompt": "c", "completion": "new"},
+    ]
     assert pieces[1] == b"", "a row that is left out"
     (tmp_path / "t.txt").write_text("one\ntwo\n", encoding="utf-8")
-    assert [*copied(opened(tmp_path / "t.txt"), 0, '{"text": "1"}')] == [b'{"text": "1"}\n', b'{"text": "two"}\n']
+    assert [*copied(opened(tmp_path / "t.txt"), 0, '{"text": "1"}')] == [
+        b'{"text": "1"}\n',
+        b'{"text": "two"}\n',
+    ]
 
 
 def test_a_file_that_vanishes_is_one_message(tmp_path: Path) -> None:

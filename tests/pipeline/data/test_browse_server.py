@@ -1,4 +1,6 @@
-"""The process that reads data files for a screen: answers in its protocol, whatever is in the file."""
+"""The process that reads data files for a screen: answers in its protocol, whatever is in the
+file.
+"""
 
 import json
 import time
@@ -14,10 +16,20 @@ from pipeline.data.tokenizers.word import load_tokenizer
 from tests.helpers.tokenizers import SMOLLM2, folder_with
 
 ROWS = [
-    {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello there!"}]},
+    {
+        "messages": [
+            {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": "Hello there!"},
+        ]
+    },
     {"prompt": "The currency of Bulgaria is the", "completion": " euro"},
     {"messages": [{"role": "robot", "content": "x"}]},
-    {"messages": [{"role": "user", "content": "a <|im_end|> b"}, {"role": "assistant", "content": "c"}]},
+    {
+        "messages": [
+            {"role": "user", "content": "a <|im_end|> b"},
+            {"role": "assistant", "content": "c"},
+        ]
+    },
 ]
 
 
@@ -57,7 +69,9 @@ class Client:
 def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Client:
     model = folder_with(tmp_path / "base", SMOLLM2)
     (model / "config.json").write_text('{"max_position_embeddings": 99}', encoding="utf-8")
-    (tmp_path / "f.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    (tmp_path / "f.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8"
+    )
     monkeypatch.chdir(tmp_path)
     return Client()
 
@@ -68,7 +82,10 @@ FILE = {"path": "f.jsonl", "base": "base", "max_length": 30}
 def test_a_page_is_rows_at_once_and_then_their_lengths(client: Client) -> None:
     page, done = client.ask("page", first=0, count=9, **FILE)
     assert [row["row"] for row in page["rows"]] == [1, 2, 3, 4]
-    assert [row["text"] for row in page["rows"]][:2] == ["Hello", "The currency of Bulgaria is the euro"]
+    assert [row["text"] for row in page["rows"]][:2] == [
+        "Hello",
+        "The currency of Bulgaria is the euro",
+    ]
     assert page["rows"][2]["problem"].startswith("messages[0]: role must be one of")
     assert set(done["lengths"]) == {"0", "1"} and done["lengths"]["0"][2] > 0, "cut at max_length"
     assert done["problems"]["3"].startswith("messages[0] contains <|im_end|>")
@@ -78,8 +95,12 @@ def test_a_page_is_rows_at_once_and_then_their_lengths(client: Client) -> None:
 
 def test_a_row_comes_turn_by_turn_and_as_the_line_that_can_be_edited(client: Client) -> None:
     first, answer = client.ask("row", position=0, **FILE)
-    assert first["event"] == "row" and first["tokens"] is None and first["turns"], "shown while the tokenizer loads"
-    assert [role for role, _ in answer["turns"]] == ["user", "assistant"] and answer["template"] is True
+    assert first["event"] == "row" and first["tokens"] is None and first["turns"], (
+        "shown while the tokenizer loads"
+    )
+    assert [role for role, _ in answer["turns"]] == ["user", "assistant"] and answer[
+        "template"
+    ] is True
     assert json.loads(answer["line"]) == ROWS[0] and answer["cut"] > 0
     (answer,) = client.ask("row", position=2, **FILE)
     assert answer["problem"] and json.loads(answer["line"]) == ROWS[2]
@@ -90,7 +111,9 @@ def test_a_row_comes_turn_by_turn_and_as_the_line_that_can_be_edited(client: Cli
 
 def test_a_row_that_is_too_long_is_shortened_and_not_edited(client: Client) -> None:
     long = {"text": "x" * (browse_server.EDITABLE + 1)}
-    Path("long.jsonl").write_text(json.dumps(long) + "\n{" + "y" * browse_server.EDITABLE, encoding="utf-8")
+    Path("long.jsonl").write_text(
+        json.dumps(long) + "\n{" + "y" * browse_server.EDITABLE, encoding="utf-8"
+    )
     for position in (0, 1):
         (answer,) = client.ask("row", position=position, path="long.jsonl", base="")
         shown = sum(len(text) for _, parts in answer["turns"] for _, text in parts)
@@ -113,7 +136,9 @@ def test_the_check_is_that_of_lora_data_check(client: Client) -> None:
 
 def test_search_count_and_place(client: Client) -> None:
     answers = client.ask("find", text="EURO", **FILE)
-    assert [row["position"] for each in answers if each["event"] == "page" for row in each["rows"]] == [1]
+    assert [
+        row["position"] for each in answers if each["event"] == "page" for row in each["rows"]
+    ] == [1]
     assert answers[-1]["complete"] is True
     assert client.ask("index", **FILE)[-1]["rows"] == 4
     assert client.ask("locate", row=3, **FILE)[-1]["position"] == 2
@@ -129,7 +154,11 @@ def test_a_copy_replaces_no_other_file_and_never_the_original(client: Client) ->
     line = json.dumps({"text": "new"})
     *_, done = client.ask("copy", position=1, line=line, out="f.edited.jsonl", **FILE)
     written = Path("f.edited.jsonl").read_text(encoding="utf-8").splitlines()
-    assert written[1] == line and [json.loads(each) for each in written[::2]] == ROWS[::2] and done["left_out"] == 0
+    assert (
+        written[1] == line
+        and [json.loads(each) for each in written[::2]] == ROWS[::2]
+        and done["left_out"] == 0
+    )
     before = Path("f.jsonl").read_bytes()
     for out in ("f.jsonl", "f.edited.jsonl", "f.csv"):
         assert client.ask("copy", position=0, line=line, out=out, **FILE)[-1]["event"] == "error"

@@ -1,4 +1,6 @@
-"""What `lora data check` reports about a file, against training's own reading and plain counting."""
+"""What `lora data check` reports about a file, against training's own reading and plain
+counting.
+"""
 
 import json
 import tracemalloc
@@ -25,7 +27,8 @@ Rows = list[Any]
 # A template that writes tool calls too: one that does not is refused.
 CALLS = SMOLLM2.replace(
     "message['content']",
-    "(message['content'] or '') + (message['tool_calls'] | tojson if message['tool_calls'] else '')",
+    "(message['content'] or '') + (message['tool_calls'] | tojson if message['tool_calls'] else "
+    "'')",
 )
 
 
@@ -35,14 +38,21 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SubwordTokenizer:
 
 
 def jsonl(path: Path, rows: Rows) -> Path:
-    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows),
+        encoding="utf-8",
+    )
     return path
 
 
 def turns(*contents: str, roles: str = "ua") -> dict[str, Any]:
     """A conversation; `roles` by their first letters, again and again."""
     names = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
-    return {"messages": [{"role": names[roles[n % len(roles)]], "content": c} for n, c in enumerate(contents)]}
+    return {
+        "messages": [
+            {"role": names[roles[n % len(roles)]], "content": c} for n, c in enumerate(contents)
+        ]
+    }
 
 
 def calling(arguments: Any, tools: list[str] | None = None) -> dict[str, Any]:
@@ -53,7 +63,10 @@ def calling(arguments: Any, tools: list[str] | None = None) -> dict[str, Any]:
         {"role": "tool", "content": "euro"},
         {"role": "assistant", "content": "The euro."},
     ]
-    return {"messages": messages, "tools": [{"type": "function", "function": {"name": name}} for name in tools or []]}
+    return {
+        "messages": messages,
+        "tools": [{"type": "function", "function": {"name": name}} for name in tools or []],
+    }
 
 
 def found(report: DataReport) -> list[tuple[int | None, str]]:
@@ -67,14 +80,28 @@ ERRORS: dict[str, tuple[Any, str]] = {
     "an unknown key": ({"mesages": []}, "unknown key 'mesages'. Did you mean 'messages'?"),
     "an empty answer": (turns("Hello", ""), "messages[1]: content is empty"),
     "an answer first": (turns("Hello", roles="a"), 'must not start with an "assistant" turn'),
-    "an unknown role": ({"messages": [{"role": "bot", "content": "x"}]}, "messages[0]: role must be one of"),
+    "an unknown role": (
+        {"messages": [{"role": "bot", "content": "x"}]},
+        "messages[0]: role must be one of",
+    ),
     "no answer": (turns("Hello", roles="u"), "nothing to train on"),
     "another format": ({"instruction": "a", "output": "b"}, "Put them into two files"),
     "a special token in a turn": (turns("<|im_end|>", "Hello"), "messages[0] contains <|im_end|>"),
-    "arguments that are no JSON": (calling("euro"), "turn 2: the arguments of 'look_up' are no JSON object"),
-    "arguments that are a list": (calling([1]), "turn 2: the arguments of 'look_up' are no JSON object"),
+    "arguments that are no JSON": (
+        calling("euro"),
+        "turn 2: the arguments of 'look_up' are no JSON object",
+    ),
+    "arguments that are a list": (
+        calling([1]),
+        "turn 2: the arguments of 'look_up' are no JSON object",
+    ),
     "a call without a name": (
-        {"messages": [GOOD["messages"][0], {"role": "assistant", "tool_calls": [{"function": {}}]}]},
+        {
+            "messages": [
+                GOOD["messages"][0],
+                {"role": "assistant", "tool_calls": [{"function": {}}]},
+            ]
+        },
         "messages[1]: tool_calls[0] must be",
     ),
     "too many tokens": (turns("Hello", "euro " * 300), "more than the model's 256 positions"),
@@ -99,15 +126,30 @@ def test_an_error_is_reported_with_its_row_and_the_rows_behind_it_are_read(
 
 WARNINGS: dict[str, tuple[Any, str]] = {
     "a duplicate": (GOOD, "the same as row 1."),
-    "two questions in a row": (turns("Hello", "Hello", "Hello!", roles="uua"), "turn 2: two user turns in a row."),
-    "two answers in a row": (turns("Hello", "a", "b", roles="uaa"), "turn 3: two assistant turns in a row."),
+    "two questions in a row": (
+        turns("Hello", "Hello", "Hello!", roles="uua"),
+        "turn 2: two user turns in a row.",
+    ),
+    "two answers in a row": (
+        turns("Hello", "a", "b", roles="uaa"),
+        "turn 3: two assistant turns in a row.",
+    ),
     "a system turn behind": (
         turns("Hello", "a", "b", "c", roles="uasa"),
         "turn 3: a system turn that is not the first",
     ),
-    "no answer at the end": (turns("Hello", "a", "b", roles="ua"), "ends with a user turn, which is not trained on."),
-    "a tool without a call": (turns("Hello", "a", "b", roles="uta"), "turn 2: a tool turn without a tool call"),
-    "a call of another tool": (calling({}, ["answer"]), "turn 2: a call of 'look_up', which is not in tools."),
+    "no answer at the end": (
+        turns("Hello", "a", "b", roles="ua"),
+        "ends with a user turn, which is not trained on.",
+    ),
+    "a tool without a call": (
+        turns("Hello", "a", "b", roles="uta"),
+        "turn 2: a tool turn without a tool call",
+    ),
+    "a call of another tool": (
+        calling({}, ["answer"]),
+        "turn 2: a call of 'look_up', which is not in tools.",
+    ),
     "broken characters": (turns("Hell\ufffd", "a"), "\ufffd stands for bytes that were no text"),
     "an extra key": ({**turns("Hello", "a"), "source": "x"}, "not used: source (1 row)"),
     "a blank line": ("", "1 blank line skipped"),
@@ -119,21 +161,34 @@ def test_what_trains_but_should_not_be_there_is_a_warning(
     tmp_path: Path, tokenizer: SubwordTokenizer, fault: str
 ) -> None:
     row, message = WARNINGS[fault]
-    report = check([jsonl(tmp_path / "d.jsonl", [GOOD, row, turns("And Japan?", "The yen.")])], tokenizer)
+    report = check(
+        [jsonl(tmp_path / "d.jsonl", [GOOD, row, turns("And Japan?", "The yen.")])], tokenizer
+    )
     (problem,) = report.problems
     assert report.ok and problem.level == "warning" and message in problem.problem
     assert problem.row == (None if fault in ("an extra key", "a blank line") else 2)
     assert list(iter_examples(tmp_path / "d.jsonl", "d"))  # and training reads it
 
 
-@pytest.mark.parametrize("row", [GOOD, calling({"country": "Bulgaria"}), calling('{"country": 1}', ["look_up"])])
-def test_a_file_in_order_has_no_problem(tmp_path: Path, tokenizer: SubwordTokenizer, row: Any) -> None:
-    report = check([jsonl(tmp_path / "d.jsonl", [row, turns("Be kind", "Hello", "Hi", roles="sua")])], tokenizer)
+@pytest.mark.parametrize(
+    "row", [GOOD, calling({"country": "Bulgaria"}), calling('{"country": 1}', ["look_up"])]
+)
+def test_a_file_in_order_has_no_problem(
+    tmp_path: Path, tokenizer: SubwordTokenizer, row: Any
+) -> None:
+    report = check(
+        [jsonl(tmp_path / "d.jsonl", [row, turns("Be kind", "Hello", "Hi", roles="sua")])],
+        tokenizer,
+    )
     assert report.ok and report.problems == () and report.counts == {}
 
 
-def test_an_answer_labelled_false_is_left_out_and_said(tmp_path: Path, tokenizer: SubwordTokenizer) -> None:
-    rows = [{"prompt": "Bulgaria", "completion": " euro", "label": label} for label in (True, False)]
+def test_an_answer_labelled_false_is_left_out_and_said(
+    tmp_path: Path, tokenizer: SubwordTokenizer
+) -> None:
+    rows = [
+        {"prompt": "Bulgaria", "completion": " euro", "label": label} for label in (True, False)
+    ]
     report = check([jsonl(tmp_path / "d.jsonl", rows)], tokenizer)
     (problem,) = (each for each in report.problems if "labelled false" in each.problem)
     assert report.ok and problem.row == 2
@@ -141,23 +196,42 @@ def test_an_answer_labelled_false_is_left_out_and_said(tmp_path: Path, tokenizer
     assert report.trained_tokens == alone.trained_tokens
 
 
-def test_a_pair_is_as_long_as_its_longer_answer(tmp_path: Path, tokenizer: SubwordTokenizer) -> None:
-    answers = [{"role": "assistant", "content": text} for text in ("Sofia.", "Sofia, I think, or so I was told. " * 9)]
-    row = {"prompt": [{"role": "user", "content": "Bulgaria?"}], "chosen": answers[:1], "rejected": answers[1:]}
+def test_a_pair_is_as_long_as_its_longer_answer(
+    tmp_path: Path, tokenizer: SubwordTokenizer
+) -> None:
+    answers = [
+        {"role": "assistant", "content": text}
+        for text in ("Sofia.", "Sofia, I think, or so I was told. " * 9)
+    ]
+    row = {
+        "prompt": [{"role": "user", "content": "Bulgaria?"}],
+        "chosen": answers[:1],
+        "rejected": answers[1:],
+    }
     report = check([jsonl(tmp_path / "d.jsonl", [row])], tokenizer)
-    longer = check([jsonl(tmp_path / "e.jsonl", [{"messages": row["prompt"] + answers[1:]}])], tokenizer)
-    alone = check([jsonl(tmp_path / "f.jsonl", [{"messages": row["prompt"] + answers[:1]}])], tokenizer)
+    longer = check(
+        [jsonl(tmp_path / "e.jsonl", [{"messages": row["prompt"] + answers[1:]}])], tokenizer
+    )
+    alone = check(
+        [jsonl(tmp_path / "f.jsonl", [{"messages": row["prompt"] + answers[:1]}])], tokenizer
+    )
     assert report.quantiles == longer.quantiles and report.trained_tokens == alone.trained_tokens
 
 
 def test_a_file_that_cannot_be_read_is_a_problem_and_the_others_are_checked(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text(f"[{json.dumps(GOOD)}, {{]", encoding="utf-8")
     (tmp_path / "empty.txt").write_text("", encoding="utf-8")
-    names = [str(tmp_path / name) for name in ("none.jsonl", "list.json", "empty.txt", "good.jsonl")]
+    names = [
+        str(tmp_path / name) for name in ("none.jsonl", "list.json", "empty.txt", "good.jsonl")
+    ]
     jsonl(tmp_path / "good.jsonl", [turns("Hello", "Hi")])
     report = check(names)
     assert report.files == tuple(names) and report.examples == 2
-    assert [(each.file, each.row) for each in report.problems] == [(names[0], None), (names[1], 2), (names[2], None)]
+    assert [(each.file, each.row) for each in report.problems] == [
+        (names[0], None),
+        (names[1], 2),
+        (names[2], None),
+    ]
     assert report.problems[1].problem.endswith("Nothing behind it was read.")
 
 
@@ -171,7 +245,9 @@ def test_counts_are_those_of_the_corpus_that_training_builds(
     file = jsonl(tmp_path / "d.jsonl", LENGTHS)
     report = check([file], tokenizer, max_length=max_length)
     encoded = [encode(example, tokenizer, max_length) for example in iter_examples(file, "d")]
-    statistics = Corpus(iter_examples(file, "d"), lambda example: encode(example, tokenizer, max_length), tmp_path)
+    statistics = Corpus(
+        iter_examples(file, "d"), lambda example: encode(example, tokenizer, max_length), tmp_path
+    )
     expected = statistics.statistics
     assert (report.rows, report.examples, report.turns) == (7, 7, 14)
     assert report.trained_tokens == expected.labels and report.truncated == expected.truncated
@@ -186,13 +262,22 @@ def test_counts_are_those_of_the_corpus_that_training_builds(
 def test_labels_behind_the_cut_are_a_warning_and_an_error_only_where_none_is_left(
     tmp_path: Path, tokenizer: SubwordTokenizer
 ) -> None:
-    """As training, which leaves such rows out: a max_length that was suggested must not make the data wrong."""
-    report = check([jsonl(tmp_path / "d.jsonl", [LENGTHS[3], LENGTHS[6]])], tokenizer, max_length=50)
+    """As training, which leaves such rows out: a max_length that was suggested must not make the
+    data wrong.
+    """
+    report = check(
+        [jsonl(tmp_path / "d.jsonl", [LENGTHS[3], LENGTHS[6]])], tokenizer, max_length=50
+    )
     assert found(report) == [(1, "warning"), (2, "warning")] and report.ok
     assert "labels are lost." in report.problems[0].problem
-    assert "left out of training: all labels are behind the cut at 50 of " in report.problems[1].problem
+    assert (
+        "left out of training: all labels are behind the cut at 50 of "
+        in report.problems[1].problem
+    )
     alone = check([jsonl(tmp_path / "d.jsonl", [LENGTHS[6]])], tokenizer, max_length=50)
-    assert not alone.ok and "no example has a label within max_length 50" in alone.problems[0].problem
+    assert (
+        not alone.ok and "no example has a label within max_length 50" in alone.problems[0].problem
+    )
 
 
 @pytest.mark.parametrize("longest", [60, 500])
@@ -205,7 +290,9 @@ def test_the_suggested_max_length_is_one_with_which_the_data_is_right(
     assert suggested and check([file], tokenizer, max_length=suggested, positions=256).ok
 
 
-def test_one_example_much_longer_than_the_others_is_named(tmp_path: Path, tokenizer: SubwordTokenizer) -> None:
+def test_one_example_much_longer_than_the_others_is_named(
+    tmp_path: Path, tokenizer: SubwordTokenizer
+) -> None:
     rows = [*(turns(f"Hello {n}", "Hi") for n in range(199)), turns("Hello", "euro " * 400)]
     report = check([jsonl(tmp_path / "d.jsonl", rows)], tokenizer)
     assert report.ok and "d.jsonl:200, has 4" in report.problems[0].problem
@@ -214,7 +301,13 @@ def test_one_example_much_longer_than_the_others_is_named(tmp_path: Path, tokeni
 def test_without_a_tokenizer_rows_are_checked_and_nothing_is_said_of_tokens(tmp_path: Path) -> None:
     report = check([jsonl(tmp_path / "d.jsonl", [GOOD, turns("Hello", ""), GOOD])])
     assert found(report) == [(2, "error"), (3, "warning")]
-    of_tokens = (report.tokens, report.trained_tokens, report.shortest, report.quantiles, report.truncated)
+    of_tokens = (
+        report.tokens,
+        report.trained_tokens,
+        report.shortest,
+        report.quantiles,
+        report.truncated,
+    )
     assert of_tokens == (None,) * 5 and report.suggested_max_length is None
 
 
@@ -227,7 +320,8 @@ def test_repeated_examples_are_counted_within_and_between_the_sets(
 ) -> None:
     folder = tmp_path_factory.mktemp("d")
     files = [
-        jsonl(folder / f"{n}.jsonl", [{"text": t} for t in texts]) for n, texts in enumerate((training, evaluation))
+        jsonl(folder / f"{n}.jsonl", [{"text": t} for t in texts])
+        for n, texts in enumerate((training, evaluation))
     ]
     report = check(files[:1], eval_files=files[1:])
     both = set(training) & set(evaluation)
@@ -239,7 +333,9 @@ def test_repeated_examples_are_counted_within_and_between_the_sets(
 
 
 @pytest.mark.parametrize("share", [0.3, 0.7])
-def test_the_evaluation_set_is_the_one_that_training_holds_out(tmp_path: Path, share: float) -> None:
+def test_the_evaluation_set_is_the_one_that_training_holds_out(
+    tmp_path: Path, share: float
+) -> None:
     file = jsonl(tmp_path / "d.jsonl", [turns(f"{n}?", f"{n}.") for n in range(30)])
     report = check([file], eval_share=share)
     held_out = sum(in_evaluation(example, share) for example in iter_examples(file, "d"))
@@ -267,7 +363,11 @@ def test_the_suggested_length_holds_99_percent_unless_the_model_is_shorter(
 ) -> None:
     length = suggest_max_length(p99, p99 + more, positions)
     if length != positions:
-        assert length % STEP == 0 and length >= p99 and (length >= p99 + more or p99 + more > NEAR * p99)
+        assert (
+            length % STEP == 0
+            and length >= p99
+            and (length >= p99 + more or p99 + more > NEAR * p99)
+        )
         assert length < NEAR * p99 + STEP
     assert positions is None or length <= positions
 
@@ -297,7 +397,9 @@ def test_the_columns_of_the_file_are_named(tmp_path: Path) -> None:
 def test_the_histogram_counts_every_example_exactly_while_they_are_short() -> None:
     lengths = np.array([1, 1, 5, 127, 128, 129, 1000, 1015, 1016, 100_000])
     bins = _histogram(np.sort(lengths))
-    assert bins[:3] == ((1, 2), (5, 1), (127, 1)) and sum(count for _, count in bins) == len(lengths)
+    assert bins[:3] == ((1, 2), (5, 1), (127, 1)) and sum(count for _, count in bins) == len(
+        lengths
+    )
     begins = [begin for begin, _ in bins]
     assert begins == sorted(set(begins)) and all(
         length - max(b for b in begins if b <= length) <= length / 64 for length in lengths
@@ -305,7 +407,14 @@ def test_the_histogram_counts_every_example_exactly_while_they_are_short() -> No
 
 
 def test_rows_with_one_fault_are_one_group_and_warnings_have_their_own(tmp_path: Path) -> None:
-    report = check([jsonl(tmp_path / "d.jsonl", [{"dialog": []}] * 250 + [turns("Hello", ""), GOOD, GOOD, GOOD])])
+    report = check(
+        [
+            jsonl(
+                tmp_path / "d.jsonl",
+                [{"dialog": []}] * 250 + [turns("Hello", ""), GOOD, GOOD, GOOD],
+            )
+        ]
+    )
     assert [(group.level, group.rows, group.row) for group in report.groups] == [
         *(("error", 250, 1), ("error", 1, 251), ("warning", 2, 253))
     ]
@@ -315,12 +424,20 @@ def test_rows_with_one_fault_are_one_group_and_warnings_have_their_own(tmp_path:
 
 
 def test_groups_are_bounded_and_count_every_row(tmp_path: Path) -> None:
-    rows = [{"messages": [{"role": f"{c}{'z' * n}", "content": "a"}]} for n in range(25) for c in "abcdefghijk"]
+    rows = [
+        {"messages": [{"role": f"{c}{'z' * n}", "content": "a"}]}
+        for n in range(25)
+        for c in "abcdefghijk"
+    ]
     report = check([jsonl(tmp_path / "d.jsonl", rows)])
-    assert len(report.groups) <= MAX_GROUPS + 1 and sum(group.rows for group in report.groups) == len(rows)
+    assert len(report.groups) <= MAX_GROUPS + 1 and sum(
+        group.rows for group in report.groups
+    ) == len(rows)
 
 
-def test_the_first_trained_row_is_rendered_as_the_model_reads_it(tmp_path: Path, tokenizer: SubwordTokenizer) -> None:
+def test_the_first_trained_row_is_rendered_as_the_model_reads_it(
+    tmp_path: Path, tokenizer: SubwordTokenizer
+) -> None:
     rows = [{"prompt": "Which currency? ", "completion": " euro"}, GOOD]
     file = jsonl(tmp_path / "d.jsonl", rows)
     plain, asked = (check([file], tokenizer, templated=templated) for templated in (False, True))
@@ -334,9 +451,15 @@ def test_the_first_trained_row_is_rendered_as_the_model_reads_it(tmp_path: Path,
 def test_words_that_become_one_are_a_warning_unless_a_template_parts_them(
     tmp_path: Path, tokenizer: SubwordTokenizer
 ) -> None:
-    rows = [{"prompt": "auf dem", "completion": "sofa"}, {"prompt": "auf dem", "completion": " sofa"}]
+    rows = [
+        {"prompt": "auf dem", "completion": "sofa"},
+        {"prompt": "auf dem", "completion": " sofa"},
+    ]
     file = jsonl(tmp_path / "d.jsonl", [*rows, {"prompt": "1 + 1 =", "completion": "2"}])
     report = check([file], tokenizer)
     (problem,) = report.problems
-    assert (problem.row, problem.level) == (1, "warning") and "'dem' and 'sofa' are read as one word" in problem.problem
+    assert (problem.row, problem.level) == (
+        1,
+        "warning",
+    ) and "'dem' and 'sofa' are read as one word" in problem.problem
     assert check([file], tokenizer, templated=True).problems == ()

@@ -17,18 +17,27 @@ GOOD: list[dict[str, Any]] = [
 ]
 
 
-def cleaned(folder: Path, rows: list[dict[str, Any]], drop: str, **how: Any) -> tuple[list[str], Cleaned]:
+def cleaned(
+    folder: Path, rows: list[dict[str, Any]], drop: str, **how: Any
+) -> tuple[list[str], Cleaned]:
     """The questions that were kept, and the report."""
     source, out = folder / "in.jsonl", folder / "out.jsonl"
     source.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    done = clean(source, out, drop.split(","), columns={"prompt": "q", "completion": "a"}, force=True, **how)
+    done = clean(
+        source, out, drop.split(","), columns={"prompt": "q", "completion": "a"}, force=True, **how
+    )
     kept = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert all(row.keys() == {"prompt", "completion"} for row in kept) and done.kept == len(kept)
     return [row["prompt"] for row in kept], done
 
 
 def test_empty_rows_are_those_without_a_text_where_one_must_be(tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = [*GOOD, {"q": "", "a": "x"}, {"q": "Hm?", "a": "  "}, {"q": "Hm?", "a": None}]
+    rows: list[dict[str, Any]] = [
+        *GOOD,
+        {"q": "", "a": "x"},
+        {"q": "Hm?", "a": "  "},
+        {"q": "Hm?", "a": None},
+    ]
     kept, done = cleaned(tmp_path, rows, "empty")
     assert kept == [row["q"] for row in GOOD] and done.dropped == {"empty": 3} and done.rows == 5
     assert [row.row for row in done.examples["empty"]] == [3, 4, 5]
@@ -46,17 +55,25 @@ def test_what_is_invalid_is_an_error_or_skipped_and_counted(tmp_path: Path) -> N
 
 
 def test_of_equal_and_nearly_equal_rows_the_first_stays(tmp_path: Path) -> None:
-    long = "my order of the third of May arrived with a broken shade and without the screws that hold it to the wall"
+    long = (
+        "my order of the third of May arrived with a broken shade and without the screws that "
+        "hold it to the wall"
+    )
     near = [{"q": f"Hello, {long}", "a": "Sorry!"}, {"q": f"hello {long.upper()}.", "a": "Sorry!"}]
     rows: list[dict[str, Any]] = [*GOOD, GOOD[0], *near]
     kept, done = cleaned(tmp_path, rows, "duplicates")
     assert len(kept) == 4 and done.dropped == {"duplicates": 1}
-    assert (done.examples["duplicates"][0].row, done.examples["duplicates"][0].why) == (3, "the same as row 1")
+    assert (done.examples["duplicates"][0].row, done.examples["duplicates"][0].why) == (
+        3,
+        "the same as row 1",
+    )
     kept, done = cleaned(tmp_path, rows, "duplicates,near-duplicates")
     assert kept == [*(row["q"] for row in GOOD), near[0]["q"]]
     assert done.dropped == {"duplicates": 1, "near-duplicates": 1}
     assert done.examples["near-duplicates"][0].why == "nearly the same as row 4"
-    assert len(cleaned(tmp_path, rows, "near-duplicates")[0]) == 3, "equal rows are nearly equal too"
+    assert len(cleaned(tmp_path, rows, "near-duplicates")[0]) == 3, (
+        "equal rows are nearly equal too"
+    )
 
 
 def test_too_long_counts_tokens_as_training_does(tmp_path: Path) -> None:
@@ -71,7 +88,12 @@ def test_what_the_evaluation_asks_is_a_leak_whatever_its_case_and_answer(tmp_pat
     leaks = Leaks()
     (tmp_path / "eval.jsonl").write_text(
         json.dumps(
-            {"messages": [{"role": "user", "content": "WHERE is my parcel"}, {"role": "assistant", "content": "?"}]}
+            {
+                "messages": [
+                    {"role": "user", "content": "WHERE is my parcel"},
+                    {"role": "assistant", "content": "?"},
+                ]
+            }
         ),
         encoding="utf-8",
     )

@@ -11,12 +11,20 @@ from pipeline.data.containers import Reading
 from pipeline.data.formats import iter_examples
 from pipeline.errors import UserError
 
-TURNS = [{"role": "user", "content": "Where is it?"}, {"role": "assistant", "content": "On its way."}]
-SPOKEN = [{"speaker": "Customer", "text": "Where is it?"}, {"speaker": "agent", "text": "On its way."}]
+TURNS = [
+    {"role": "user", "content": "Where is it?"},
+    {"role": "assistant", "content": "On its way."},
+]
+SPOKEN = [
+    {"speaker": "Customer", "text": "Where is it?"},
+    {"speaker": "agent", "text": "On its way."},
+]
 OF_TURNS = {"role": "speaker", "content": "text", "user": "customer|client", "assistant": "agent"}
 
 
-def read(folder: Path, record: dict[str, Any], columns: dict[str, str], reading: Reading | None = None) -> Any:
+def read(
+    folder: Path, record: dict[str, Any], columns: dict[str, str], reading: Reading | None = None
+) -> Any:
     path = folder / "d.jsonl"
     path.write_text(json.dumps(record), encoding="utf-8")
     (example,) = iter_examples(path, "d", columns=columns, reading=reading)
@@ -37,7 +45,13 @@ def read(folder: Path, record: dict[str, Any], columns: dict[str, str], reading:
                     {"by": {"name": "agent"}, "said": "On its way."},
                 ]
             },
-            {"messages": "dialog", "role": "by.name", "content": "said", "user": "customer", "assistant": "agent"},
+            {
+                "messages": "dialog",
+                "role": "by.name",
+                "content": "said",
+                "user": "customer",
+                "assistant": "agent",
+            },
         ),
     ],
 )
@@ -48,11 +62,19 @@ def test_turns_are_read_by_the_names_that_the_file_has_for_their_keys_and_roles(
 
 
 def test_sharegpts_turns_and_those_of_a_prompt_have_names_too(tmp_path: Path) -> None:
-    columns = {"conversations": "talk", "from": "speaker", "value": "text", "user": "customer", "assistant": "agent"}
+    columns = {
+        "conversations": "talk",
+        "from": "speaker",
+        "value": "text",
+        "user": "customer",
+        "assistant": "agent",
+    }
     assert read(tmp_path, {"talk": SPOKEN}, columns) == read(tmp_path, {"messages": TURNS}, {})
     split = {"asked": SPOKEN[:1], "said": SPOKEN[1:]}
     chat = {"prompt": TURNS[:1], "completion": TURNS[1:]}
-    assert read(tmp_path, split, {"prompt": "asked", "completion": "said", **OF_TURNS}) == read(tmp_path, chat, {})
+    assert read(tmp_path, split, {"prompt": "asked", "completion": "said", **OF_TURNS}) == read(
+        tmp_path, chat, {}
+    )
 
 
 def test_a_path_leads_to_a_nested_value_and_a_key_with_a_dot_comes_first(tmp_path: Path) -> None:
@@ -65,30 +87,47 @@ def test_a_path_leads_to_a_nested_value_and_a_key_with_a_dot_comes_first(tmp_pat
         read(tmp_path, record, {"prompt": "question.text", "completion": "answers.text.7"})
 
 
-def test_what_else_a_turn_has_is_left_out_and_counted_where_its_keys_are_named(tmp_path: Path) -> None:
+def test_what_else_a_turn_has_is_left_out_and_counted_where_its_keys_are_named(
+    tmp_path: Path,
+) -> None:
     reading = Reading()
     timed = [{**turn, "at": 1} for turn in SPOKEN]
     example = read(tmp_path, {"dialog": timed}, {"messages": "dialog", **OF_TURNS}, reading)
-    assert example == read(tmp_path, {"messages": TURNS}, {}) and reading.unused == {"messages.at": 1}
+    assert example == read(tmp_path, {"messages": TURNS}, {}) and reading.unused == {
+        "messages.at": 1
+    }
     with pytest.raises(UserError, match="unknown key 'at'"):
         read(tmp_path, {"messages": [{**turn, "at": 1} for turn in TURNS]}, {})
 
 
 def test_system_is_alpacas_key_unless_turns_are_named(tmp_path: Path) -> None:
     alpaca = {"instruction": "a", "output": "b", "rules": "Be kind"}
-    assert read(tmp_path, alpaca, {"system": "rules"}).messages[0] == {"role": "system", "content": "Be kind"}
+    assert read(tmp_path, alpaca, {"system": "rules"}).messages[0] == {
+        "role": "system",
+        "content": "Be kind",
+    }
     told = [{"speaker": "rules", "text": "Be kind"}, *SPOKEN]
-    example = read(tmp_path, {"dialog": told}, {"messages": "dialog", **OF_TURNS, "system": "rules"})
+    example = read(
+        tmp_path, {"dialog": told}, {"messages": "dialog", **OF_TURNS, "system": "rules"}
+    )
     assert example.messages[0] == {"role": "system", "content": "Be kind"}
 
 
 @pytest.mark.parametrize(
     ("record", "columns", "message"),
     [
-        ({"question": "a", "completion": "b"}, {"question": "prompt"}, "second: prompt=question. It has"),
+        (
+            {"question": "a", "completion": "b"},
+            {"question": "prompt"},
+            "second: prompt=question. It has",
+        ),
         ({"question": "a", "answer": "b"}, {"prompt": "qestion"}, "Did you mean question?"),
         ({"messages": SPOKEN}, {}, "in columns, such as --columns role=speaker,content=text."),
-        ({"messages": SPOKEN}, {"role": "speaker", "content": "text"}, "such as --columns user=Customer."),
+        (
+            {"messages": SPOKEN},
+            {"role": "speaker", "content": "text"},
+            "such as --columns user=Customer.",
+        ),
     ],
 )
 def test_a_wrong_name_is_an_error_that_says_the_right_one(

@@ -1,4 +1,6 @@
-"""Data files in other formats and containers: the same examples there and back, or a reason why not."""
+"""Data files in other formats and containers: the same examples there and back, or a reason why
+not.
+"""
 
 import csv
 import gzip
@@ -27,10 +29,22 @@ from tests.helpers.projects import ROOT
 from tests.helpers.tokenizers import SMOLLM2, tokenizer_with
 
 Record = dict[str, Any]
-CONTAINERS = [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".jsonl.gz", ".json.zst", ".csv.gz"]
+CONTAINERS = [
+    ".jsonl",
+    ".json",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".arrow",
+    ".feather",
+    ".jsonl.gz",
+    ".json.zst",
+    ".csv.gz",
+]
 CONTAINERS += [".tsv.zst", ".JSONL"]
 
-# Line ends, quotes, separators and what looks like JSON; a zero byte or a byte order mark is no text everywhere.
+# Line ends, quotes, separators and what looks like JSON; a zero byte or a byte order mark is no
+# text everywhere.
 LETTERS = st.sampled_from([*"ab \n\r\t,;\"'\\{}[]é€\u2028\x1b", "\r\n", '[{"a": 1}]', "null", "1"])
 TEXT = st.lists(LETTERS, min_size=1, max_size=6).map("".join).filter(str.strip)
 NAME = st.sampled_from(["look_up", "answer"])
@@ -39,10 +53,14 @@ VALUE = st.recursive(
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXT, inner, max_size=2),
     max_leaves=3,
 )
-FUNCTION = st.fixed_dictionaries({"name": NAME, "arguments": st.dictionaries(TEXT, VALUE, max_size=2)})
+FUNCTION = st.fixed_dictionaries(
+    {"name": NAME, "arguments": st.dictionaries(TEXT, VALUE, max_size=2)}
+)
 CALL = FUNCTION.map(lambda function: {"type": "function", "function": function})
 TOOLS = st.lists(
-    NAME.map(lambda name: {"type": "function", "function": {"name": name, "parameters": {}}}), min_size=1, max_size=2
+    NAME.map(lambda name: {"type": "function", "function": {"name": name, "parameters": {}}}),
+    min_size=1,
+    max_size=2,
 )
 
 
@@ -51,13 +69,21 @@ def turn(role: str, **more: Any) -> Any:
 
 
 PAIR = st.tuples(turn("user"), turn("assistant")).map(list)
-EXCHANGES = st.lists(PAIR, min_size=1, max_size=2).map(lambda pairs: [message for pair in pairs for message in pair])
+EXCHANGES = st.lists(PAIR, min_size=1, max_size=2).map(
+    lambda pairs: [message for pair in pairs for message in pair]
+)
 SYSTEM = st.lists(turn("system"), max_size=1)
 PLAIN = st.tuples(SYSTEM, EXCHANGES).map(lambda parts: parts[0] + parts[1])
 CALLING = st.fixed_dictionaries(
-    {"role": st.just("assistant"), "content": st.none(), "tool_calls": st.lists(CALL, min_size=1, max_size=2)}
+    {
+        "role": st.just("assistant"),
+        "content": st.none(),
+        "tool_calls": st.lists(CALL, min_size=1, max_size=2),
+    }
 )
-SPOKEN = st.tuples(turn("user"), CALLING, turn("tool"), turn("assistant", train=st.booleans())).map(list)
+SPOKEN = st.tuples(turn("user"), CALLING, turn("tool"), turn("assistant", train=st.booleans())).map(
+    list
+)
 FULL = st.tuples(
     turn("developer"),
     turn("user", name=TEXT),
@@ -65,7 +91,9 @@ FULL = st.tuples(
         {
             "role": st.just("assistant"),
             "content": TEXT | st.just(""),
-            "tool_calls": st.lists(CALL.map(lambda call: {"id": "c1", **call}), min_size=1, max_size=1),
+            "tool_calls": st.lists(
+                CALL.map(lambda call: {"id": "c1", **call}), min_size=1, max_size=1
+            ),
             "reasoning_content": TEXT,
         }
     ),
@@ -106,7 +134,9 @@ def jsonl(path: Path, rows: list[Record]) -> Path:
 @pytest.mark.parametrize("format_", ROWS)
 @settings(max_examples=40)
 @given(st.data())
-def test_there_and_back_gives_the_same_examples(folder: Path, format_: str, data: st.DataObject) -> None:
+def test_there_and_back_gives_the_same_examples(
+    folder: Path, format_: str, data: st.DataObject
+) -> None:
     rows = data.draw(st.lists(ROWS[format_], min_size=1, max_size=3))
     name = data.draw(st.sampled_from(CONTAINERS))
     original = jsonl(folder / "original.jsonl", rows)
@@ -120,16 +150,27 @@ def test_there_and_back_gives_the_same_examples(folder: Path, format_: str, data
 
 @given(st.lists(TEXT.filter(lambda text: "\n" not in text and not text.endswith("\r")), min_size=1))
 def test_texts_are_the_same_in_a_txt_file(folder: Path, texts: list[str]) -> None:
-    convert(jsonl(folder / "t.jsonl", [{"text": text} for text in texts]), folder / "t.txt.gz", force=True)
+    convert(
+        jsonl(folder / "t.jsonl", [{"text": text} for text in texts]),
+        folder / "t.txt.gz",
+        force=True,
+    )
     assert [example.text for example in contents(folder / "t.txt.gz")] == texts
-    assert gzip.decompress((folder / "t.txt.gz").read_bytes()).decode() == "".join(f"{text}\n" for text in texts)
+    assert gzip.decompress((folder / "t.txt.gz").read_bytes()).decode() == "".join(
+        f"{text}\n" for text in texts
+    )
 
 
 @pytest.mark.slow
-def test_fifty_conversations_have_the_same_tokens_and_labels_in_every_format_and_container(tmp_path: Path) -> None:
+def test_fifty_conversations_have_the_same_tokens_and_labels_in_every_format_and_container(
+    tmp_path: Path,
+) -> None:
     encoder = Encoder(tokenizer_with(tmp_path / "model", SMOLLM2))
     roles = ("system", "user", "assistant", "user", "assistant")
-    rows = [{"messages": [{"role": r, "content": f"{r} {n}\nHello"} for r in roles[n % 2 :]]} for n in range(50)]
+    rows = [
+        {"messages": [{"role": r, "content": f"{r} {n}\nHello"} for r in roles[n % 2 :]]}
+        for n in range(50)
+    ]
     original = jsonl(tmp_path / "d.jsonl", rows)
     expected = [encoded for _, encoded in encoder.each(read_examples(original, "d"))]
     for format_ in ("messages", "alpaca", "sharegpt"):
@@ -177,41 +218,64 @@ PREFERENCES = [
 
 @pytest.mark.parametrize("rows", PREFERENCES)
 @pytest.mark.parametrize("container", [".jsonl", ".csv", ".parquet"])
-def test_without_a_format_rows_stay_in_their_own(tmp_path: Path, rows: list[Record], container: str) -> None:
+def test_without_a_format_rows_stay_in_their_own(
+    tmp_path: Path, rows: list[Record], container: str
+) -> None:
     original = jsonl(tmp_path / "d.jsonl", rows)
     done = convert(original, tmp_path / f"there{container}")
-    own = "unpaired_preference" if "label" in rows[0] else "preference" if "rejected" in rows[0] else "chat_prompt"
+    own = (
+        "unpaired_preference"
+        if "label" in rows[0]
+        else "preference"
+        if "rejected" in rows[0]
+        else "chat_prompt"
+    )
     assert done.format == own and done.notes == ()
     assert contents(tmp_path / f"there{container}") == contents(original)
 
 
-def test_rows_of_several_formats_stay_as_they_are_where_each_row_has_its_own_keys(tmp_path: Path) -> None:
+def test_rows_of_several_formats_stay_as_they_are_where_each_row_has_its_own_keys(
+    tmp_path: Path,
+) -> None:
     rows: list[Record] = [{"text": "a"}, {"prompt": "b", "completion": "c"}, {"messages": QUESTION}]
     original = jsonl(tmp_path / "d.jsonl", rows)
     assert convert(original, tmp_path / "d.json").format == "mixed"
     assert json.loads((tmp_path / "d.json").read_text(encoding="utf-8")) == rows
-    with pytest.raises(UserError, match=r"d.jsonl:2: rows of prompt_completion and text do not fit into one table"):
+    with pytest.raises(
+        UserError, match=r"d.jsonl:2: rows of prompt_completion and text do not fit into one table"
+    ):
         convert(original, tmp_path / "d.parquet")
 
 
 QUESTION = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
 
-def test_a_question_with_one_answer_is_a_pair_and_the_other_way_round_and_both_are_told(tmp_path: Path) -> None:
+def test_a_question_with_one_answer_is_a_pair_and_the_other_way_round_and_both_are_told(
+    tmp_path: Path,
+) -> None:
     original = jsonl(tmp_path / "d.jsonl", [{"messages": QUESTION}])
     done = convert(original, tmp_path / "pairs.csv", "prompt_completion")
-    assert done.notes == (f"{original}: conversations written as prompt and completion, which get no chat template: 1",)
+    assert done.notes == (
+        f"{original}: conversations written as prompt and completion, which get no chat template: "
+        "1",
+    )
     assert (tmp_path / "pairs.csv").read_bytes() == b"prompt,completion\r\nq,a\r\n"
     done = convert(tmp_path / "pairs.csv", tmp_path / "back.jsonl", "messages")
-    assert done.notes[0].endswith("prompts with completions written as turns, which get a chat template: 1")
-    assert json.loads((tmp_path / "back.jsonl").read_text(encoding="utf-8")) == {"messages": QUESTION}
+    assert done.notes[0].endswith(
+        "prompts with completions written as turns, which get a chat template: 1"
+    )
+    assert json.loads((tmp_path / "back.jsonl").read_text(encoding="utf-8")) == {
+        "messages": QUESTION
+    }
 
 
 def test_answers_labelled_false_are_left_out_of_what_has_no_labels(tmp_path: Path) -> None:
     original = jsonl(tmp_path / "d.jsonl", LABELLED)
     done = convert(original, tmp_path / "new.jsonl", "prompt_completion")
     assert done.notes == (f"{original}: answers labelled false left out: 1",)
-    assert (tmp_path / "new.jsonl").read_text(encoding="utf-8") == '{"prompt": "p", "completion": " a"}\n'
+    assert (tmp_path / "new.jsonl").read_text(
+        encoding="utf-8"
+    ) == '{"prompt": "p", "completion": " a"}\n'
 
 
 def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
@@ -223,17 +287,32 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     }
     original = jsonl(tmp_path / "d.jsonl", [pair, {key: pair[key] for key in pair if key != "id"}])
     done = convert(original, tmp_path / "new.jsonl", "messages")
-    assert done.notes == (f"{original}: not used: id (1 row)", f"{original}: rejected answers left out: 2")
-    assert all(not example.rejected and not example.untrained for example in contents(tmp_path / "new.jsonl"))
+    assert done.notes == (
+        f"{original}: not used: id (1 row)",
+        f"{original}: rejected answers left out: 2",
+    )
+    assert all(
+        not example.rejected and not example.untrained
+        for example in contents(tmp_path / "new.jsonl")
+    )
 
 
 CALLS = [
     QUESTION[0],
-    {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": {}}}]},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": {}}}],
+    },
 ]
 REFUSED: dict[str, tuple[Record, str, str, str]] = {
     "tool calls in alpaca": ({"messages": CALLS}, "alpaca", ".jsonl", "it has tools or tool calls"),
-    "ids of calls in sharegpt": ({"messages": CALLS}, "sharegpt", ".jsonl", "tool calls with an id"),
+    "ids of calls in sharegpt": (
+        {"messages": CALLS},
+        "sharegpt",
+        ".jsonl",
+        "tool calls with an id",
+    ),
     "names in sharegpt": (
         {"messages": [{**QUESTION[0], "name": "n"}, QUESTION[1]]},
         "sharegpt",
@@ -258,19 +337,46 @@ REFUSED: dict[str, tuple[Record, str, str, str]] = {
         ".csv",
         "assistant turns that are not trained on",
     ),
-    "two questions in alpaca": ({"messages": [QUESTION[0], *QUESTION]}, "alpaca", ".csv", "one answer each"),
-    "a conversation as text": ({"messages": QUESTION}, "text", ".jsonl", "which part of it is trained on"),
-    "a completion as text": ({"prompt": "a", "completion": "b"}, "text", ".txt", "which part of it is trained on"),
+    "two questions in alpaca": (
+        {"messages": [QUESTION[0], *QUESTION]},
+        "alpaca",
+        ".csv",
+        "one answer each",
+    ),
+    "a conversation as text": (
+        {"messages": QUESTION},
+        "text",
+        ".jsonl",
+        "which part of it is trained on",
+    ),
+    "a completion as text": (
+        {"prompt": "a", "completion": "b"},
+        "text",
+        ".txt",
+        "which part of it is trained on",
+    ),
     "a text as a conversation": ({"text": "a"}, "messages", ".jsonl", "it has no prompt"),
     "lines in a line": ({"text": "a\nb"}, "text", ".txt", "the text has several lines"),
     "a zero byte in a line": ({"text": "a\0b"}, "text", ".txt", "byte 1 is zero"),
-    "a byte order mark at the start": ({"text": "\ufeffa"}, "text", ".txt", "would not give the same example again"),
-    "what a .csv file holds turns as": ({"text": '[{"role": 1}]'}, "text", ".csv", "text must be a string, got a list"),
+    "a byte order mark at the start": (
+        {"text": "\ufeffa"},
+        "text",
+        ".txt",
+        "would not give the same example again",
+    ),
+    "what a .csv file holds turns as": (
+        {"text": '[{"role": 1}]'},
+        "text",
+        ".csv",
+        "text must be a string, got a list",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_the_target_cannot_hold_is_refused_and_nothing_is_written(tmp_path: Path, case: str) -> None:
+def test_what_the_target_cannot_hold_is_refused_and_nothing_is_written(
+    tmp_path: Path, case: str
+) -> None:
     row, format_, container, message = REFUSED[case]
     original, out = jsonl(tmp_path / "d.jsonl", [row]), tmp_path / f"out{container}"
     out.write_text("before", encoding="utf-8")
@@ -314,7 +420,9 @@ def test_what_a_killed_conversion_left_is_cleared_by_the_next(tmp_path: Path) ->
         "convert(Path('in.jsonl'), Path('out.csv.gz'))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    killed = subprocess.run([sys.executable, "-c", command], cwd=tmp_path, env=environment, check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", command], cwd=tmp_path, env=environment, check=False
+    )
     assert killed.returncode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == 2 and not (tmp_path / "out.csv.gz").exists()
     convert(source, tmp_path / "out.csv.gz")
@@ -322,7 +430,10 @@ def test_what_a_killed_conversion_left_is_cleared_by_the_next(tmp_path: Path) ->
 
 
 def test_other_libraries_read_what_is_written(tmp_path: Path) -> None:
-    rows = [{"messages": QUESTION}, {"messages": [{"role": "system", "content": 's, "s"\n'}, *QUESTION]}]
+    rows = [
+        {"messages": QUESTION},
+        {"messages": [{"role": "system", "content": 's, "s"\n'}, *QUESTION]},
+    ]
     original = jsonl(tmp_path / "d.jsonl", rows)
     for container in (".parquet", ".arrow", ".feather", ".csv"):
         convert(original, tmp_path / f"d{container}")
@@ -330,10 +441,14 @@ def test_other_libraries_read_what_is_written(tmp_path: Path) -> None:
     assert pyarrow.ipc.open_stream(tmp_path / "d.arrow").read_all().to_pylist() == rows
     assert pyarrow.ipc.open_file(tmp_path / "d.feather").read_all().to_pylist() == rows
     with (tmp_path / "d.csv").open(encoding="utf-8", newline="") as file:
-        assert [json.loads(row["messages"]) for row in csv.DictReader(file)] == [row["messages"] for row in rows]
+        assert [json.loads(row["messages"]) for row in csv.DictReader(file)] == [
+            row["messages"] for row in rows
+        ]
 
 
-def test_a_data_set_of_the_hub_becomes_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_of_the_hub_becomes_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
 
     def load_dataset(name: str, **options: Any) -> Any:

@@ -38,14 +38,18 @@ SHAPES: dict[str, Callable[[Turns], dict[str, Any]]] = {
     "messages": lambda turns: {"messages": turns},
     "messages as JSON": lambda turns: {"messages": as_json(turns)},
     "parts": lambda turns: {
-        "messages": [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+        "messages": [
+            turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns
+        ]
     },
     "sharegpt": lambda turns: {
         "conversations": [{"from": FROM[turn["role"]], "value": turn["content"]} for turn in turns]
     },
     "sharegpt with roles": lambda turns: {"conversations": turns},
     "sharegpt as JSON": lambda turns: {
-        "conversations": as_json([{"from": FROM[turn["role"]], "value": turn["content"]} for turn in turns])
+        "conversations": as_json(
+            [{"from": FROM[turn["role"]], "value": turn["content"]} for turn in turns]
+        )
     },
     "alpaca": lambda turns: {
         "instruction": turns[-2]["content"],
@@ -55,7 +59,10 @@ SHAPES: dict[str, Callable[[Turns], dict[str, Any]]] = {
     },
     "prompt and completion": lambda turns: {"prompt": turns[:-1], "completion": turns[-1:]},
     "prompt and text": lambda turns: {"prompt": turns[:-1], "completion": turns[-1]["content"]},
-    "prompt as JSON": lambda turns: {"prompt": as_json(turns[:-1]), "completion": as_json(turns[-1:])},
+    "prompt as JSON": lambda turns: {
+        "prompt": as_json(turns[:-1]),
+        "completion": as_json(turns[-1:]),
+    },
     "preference": lambda turns: {
         "prompt": turns[:-1],
         "chosen": turns[-1:],
@@ -72,13 +79,28 @@ ONLY_TEXTS = {"messages as JSON", "sharegpt as JSON", "prompt as JSON", "alpaca"
 def conversations(count: int) -> list[Turns]:
     draw, words = (
         random.Random(0),
-        ["Hello", "Bulgaria,", "the\teuro\nis", "", "new.", "And", "“Japan”?", "🙂", '"Yen"', "1+1=2", ",;", "{'a'}"],
+        [
+            "Hello",
+            "Bulgaria,",
+            "the\teuro\nis",
+            "",
+            "new.",
+            "And",
+            "“Japan”?",
+            "🙂",
+            '"Yen"',
+            "1+1=2",
+            ",;",
+            "{'a'}",
+        ],
     )
 
     def text() -> str:
         return " ".join(draw.choices(words, k=draw.randint(1, 12))).strip() or "a"
 
-    return [question(text(), f"yes {text()}", text() if number % 3 else "") for number in range(count)]
+    return [
+        question(text(), f"yes {text()}", text() if number % 3 else "") for number in range(count)
+    ]
 
 
 CONVERSATIONS = conversations(50)
@@ -104,8 +126,12 @@ def expected(tokenizer: SubwordTokenizer, tmp_path_factory: pytest.TempPathFacto
     (folder / "d.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     made = tokens(folder / "d.jsonl", tokenizer, folder)
     hf = tokenizer._hf_tokenizer
-    stored = [value for turns in CONVERSATIONS for value in hf.apply_chat_template(turns)["input_ids"]]
-    assert [value if value >= 0 else ~value for value in memoryview(made).cast("i").tolist()] == stored
+    stored = [
+        value for turns in CONVERSATIONS for value in hf.apply_chat_template(turns)["input_ids"]
+    ]
+    assert [
+        value if value >= 0 else ~value for value in memoryview(made).cast("i").tolist()
+    ] == stored
     return made
 
 
@@ -129,28 +155,40 @@ def test_tables_of_text_hold_turns_as_json(
 ) -> None:
     records = [SHAPES[name](turns) for turns in CONVERSATIONS]
     TEXT_WRITERS[container](
-        [{key: value or "" for key, value in record.items()} for record in records], tmp_path / container
+        [{key: value or "" for key, value in record.items()} for record in records],
+        tmp_path / container,
     )
     assert tokens(tmp_path / container, tokenizer, tmp_path / "out") == expected
 
 
-def test_columns_say_which_key_of_a_file_is_which(tmp_path: Path, tokenizer: SubwordTokenizer, expected: bytes) -> None:
-    rows = [{"talk": turns, "messages": "of another kind", "id": n} for n, turns in enumerate(CONVERSATIONS)]
+def test_columns_say_which_key_of_a_file_is_which(
+    tmp_path: Path, tokenizer: SubwordTokenizer, expected: bytes
+) -> None:
+    rows = [
+        {"talk": turns, "messages": "of another kind", "id": n}
+        for n, turns in enumerate(CONVERSATIONS)
+    ]
     WRITERS["d.parquet"](rows, tmp_path / "d.parquet")
     columns = {"messages": "talk"}
     assert tokens(tmp_path / "d.parquet", tokenizer, tmp_path / "out", columns=columns) == expected
     with pytest.raises(
-        UserError, match=r"d.parquet:1: no column question, which columns names. It has: talk, messages, id"
+        UserError,
+        match=r"d.parquet:1: no column question, which columns names. It has: talk, messages, id",
     ):
-        read_examples(tmp_path / "d.parquet", "d.parquet", columns={"prompt": "question", "completion": "id"})
+        read_examples(
+            tmp_path / "d.parquet", "d.parquet", columns={"prompt": "question", "completion": "id"}
+        )
 
 
 def test_a_column_that_is_nearly_one_of_the_file_is_answered_with_it(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_text("question,answer\na,b\n", encoding="utf-8")
     with pytest.raises(
-        UserError, match=r"d.csv:2: no column questoin, which columns names. Did you mean question\? It has"
+        UserError,
+        match=r"d.csv:2: no column questoin, which columns names. Did you mean question\? It has",
     ):
-        read_examples(tmp_path / "d.csv", "d.csv", columns={"prompt": "questoin", "completion": "answer"})
+        read_examples(
+            tmp_path / "d.csv", "d.csv", columns={"prompt": "questoin", "completion": "answer"}
+        )
 
 
 def read(tmp_path: Path, *rows: object, **options: Any) -> list[Example]:
@@ -171,11 +209,17 @@ def test_dialects_of_sharegpt_are_the_messages_they_mean(tmp_path: Path) -> None
         {"from": "user", "value": "c"},
         {"from": "bard", "value": "d", "weight": 0},
     ]
-    (example,) = read(tmp_path, {"conversations": turns, "system": "s", "tools": json.dumps([CALL])})
+    (example,) = read(
+        tmp_path, {"conversations": turns, "system": "s", "tools": json.dumps([CALL])}
+    )
     wanted = [
         {"role": "system", "content": "s"},
         {"role": "user", "content": "a"},
-        {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": CALL}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"type": "function", "function": CALL}],
+        },
         {"role": "tool", "content": "1"},
         {"role": "assistant", "content": "b"},
         {"role": "user", "content": "c"},
@@ -187,20 +231,33 @@ def test_dialects_of_sharegpt_are_the_messages_they_mean(tmp_path: Path) -> None
 
 
 def test_alpacas_history_input_and_system_are_turns(tmp_path: Path) -> None:
-    row = {"instruction": "Add.", "input": "1 + 1", "output": "2", "system": "s", "history": [["a", "b"]]}
+    row = {
+        "instruction": "Add.",
+        "input": "1 + 1",
+        "output": "2",
+        "system": "s",
+        "history": [["a", "b"]],
+    }
     (example,) = read(tmp_path, row)
     assert [(turn["role"], turn["content"]) for turn in example.messages] == [
         ("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "Add.\n1 + 1"), ("assistant", "2"),
     ]  # fmt: skip
 
 
-@given(st.lists(st.text("ab ", max_size=4), max_size=3), st.text("ab ", max_size=5), st.text("ab ", max_size=5))
+@given(
+    st.lists(st.text("ab ", max_size=4), max_size=3),
+    st.text("ab ", max_size=5),
+    st.text("ab ", max_size=5),
+)
 def test_an_implicit_prompt_is_what_trl_extracts(
     tmp_path_factory: pytest.TempPathFactory, shared: list[str], good: str, bad: str
 ) -> None:
     turns = [{"role": "user", "content": f"q{text}"} for text in shared]
     pairs: list[tuple[Any, Any]] = [
-        ([*turns, {"role": "assistant", "content": f"x{good}"}], [*turns, {"role": "assistant", "content": f"y{bad}"}]),
+        (
+            [*turns, {"role": "assistant", "content": f"x{good}"}],
+            [*turns, {"role": "assistant", "content": f"y{bad}"}],
+        ),
         (f"Q: {' '.join(shared)} A:{good}x", f"Q: {' '.join(shared)} A:{bad}y"),
     ]
     for chosen, rejected in pairs[0 if shared else 1 :]:
@@ -249,22 +306,43 @@ DEEP = {"name": "f", "x": json.loads("[" * 299 + "]" * 299)}
             [{"conversations": [{"from": "gpt", "value": "a"}]}],
             r'd:1: conversations must not start with an "assistant" turn',
         ),
-        ([{"conversations": [{"value": "a"}]}], r'd:1: conversations\[0\] must be {"from": …, "value": …} or'),
+        (
+            [{"conversations": [{"value": "a"}]}],
+            r'd:1: conversations\[0\] must be {"from": …, "value": …} or',
+        ),
         (
             [{"conversations": [{"from": "function_call", "value": "f(1)"}]}],
             r"d:1: conversations\[0\]: a function_call must be",
         ),
-        ([{"instruction": "a", "output": "b", "inputs": "c"}], "d:1: unknown key 'inputs'. Did you mean 'input'"),
+        (
+            [{"instruction": "a", "output": "b", "inputs": "c"}],
+            "d:1: unknown key 'inputs'. Did you mean 'input'",
+        ),
         (
             [{"instruction": "a", "output": "b", "history": [["c"]]}],
             r"d:1: history\[0\] must be a pair \[instruction, output\]",
         ),
         ([PAIR | {"chosen": "", "rejected": ""}], "d:1: chosen is empty"),
-        ([{"chosen": "a b", "rejected": "a b"}], "d:1: chosen and rejected do not end in two answers"),
-        ([PAIR | {"chosen": [ASKED]}], "d:1: chosen and rejected must be of one kind, got a list and a string"),
-        ([{"messages": [ASKED | {"train": True}]}], r"d:1: messages\[0\]: train is set on a turn of role 'user'. Only"),
-        ([{"messages": [ASKED | {"weight": 0.5}]}], r"d:1: messages\[0\]: weight must be 0 or 1, got 0.5"),
-        ([{"messages": [ASKED | {"train": "no"}]}], r"d:1: messages\[0\]: train must be true or false, got no"),
+        (
+            [{"chosen": "a b", "rejected": "a b"}],
+            "d:1: chosen and rejected do not end in two answers",
+        ),
+        (
+            [PAIR | {"chosen": [ASKED]}],
+            "d:1: chosen and rejected must be of one kind, got a list and a string",
+        ),
+        (
+            [{"messages": [ASKED | {"train": True}]}],
+            r"d:1: messages\[0\]: train is set on a turn of role 'user'. Only",
+        ),
+        (
+            [{"messages": [ASKED | {"weight": 0.5}]}],
+            r"d:1: messages\[0\]: weight must be 0 or 1, got 0.5",
+        ),
+        (
+            [{"messages": [ASKED | {"train": "no"}]}],
+            r"d:1: messages\[0\]: train must be true or false, got no",
+        ),
         (
             [{"messages": [ASKED | {"tool_calls": [CALL]}]}],
             r"d:1: messages\[0\]: tool_calls belong to an assistant turn",
@@ -274,14 +352,31 @@ DEEP = {"name": "f", "x": json.loads("[" * 299 + "]" * 299)}
             r'd:1: messages\[0\]: tool_calls\[0\] must be {"type"',
         ),
         ([{"messages": [ASKED], "tools": [1]}], r'd:1: messages has no "assistant" turn'),
-        ([{"messages": question("a", "b", ""), "tools": [1]}], r"d:1: tools\[0\] must be .*, got a number"),
-        ([{"messages": question("a", "b", ""), "tools": {"a": 1}}], r"d:1: tools must be a list, got an object"),
-        ([{"messages": question("a", "b", ""), "tool": []}], r"d:1: unknown key 'tool'. Did you mean 'tools'"),
-        ([{"messages": question("a", "b", ""), "tools": [DEEP]}], "d:1: tools: nested 301 deep, more than 100"),
-        ([{"prompt": [ASKED], "completion": [ASKED]}], 'd:1: prompt \\+ completion has no "assistant" turn'),
+        (
+            [{"messages": question("a", "b", ""), "tools": [1]}],
+            r"d:1: tools\[0\] must be .*, got a number",
+        ),
+        (
+            [{"messages": question("a", "b", ""), "tools": {"a": 1}}],
+            r"d:1: tools must be a list, got an object",
+        ),
+        (
+            [{"messages": question("a", "b", ""), "tool": []}],
+            r"d:1: unknown key 'tool'. Did you mean 'tools'",
+        ),
+        (
+            [{"messages": question("a", "b", ""), "tools": [DEEP]}],
+            "d:1: tools: nested 301 deep, more than 100",
+        ),
+        (
+            [{"prompt": [ASKED], "completion": [ASKED]}],
+            'd:1: prompt \\+ completion has no "assistant" turn',
+        ),
     ],
     ids=lambda value: value[:50] if isinstance(value, str) else "",
 )
-def test_a_row_that_cannot_be_meant_is_one_message(tmp_path: Path, rows: Records, message: str) -> None:
+def test_a_row_that_cannot_be_meant_is_one_message(
+    tmp_path: Path, rows: Records, message: str
+) -> None:
     with pytest.raises(UserError, match=f"^{message}"):
         read(tmp_path, *rows)

@@ -9,7 +9,14 @@ from pipeline.data.examples import Example, Message
 from pipeline.data.masking import encode
 from pipeline.data.windows import Corpus, refuse_empty
 from pipeline.errors import UserError
-from tests.helpers.tokenizers import INSTRUCTS, MARKED, MARKED_WITHOUT_END, SMOLLM2, THINKS, tokenizer_with
+from tests.helpers.tokenizers import (
+    INSTRUCTS,
+    MARKED,
+    MARKED_WITHOUT_END,
+    SMOLLM2,
+    THINKS,
+    tokenizer_with,
+)
 
 ASKED = Example(
     "Hello\nHello!",
@@ -23,15 +30,25 @@ def test_pitfall_11_the_end_is_learned_where_pad_is_the_same_token(tmp_path: Pat
     tokenizer = tokenizer_with(tmp_path, SMOLLM2)  # its pad token is its EOS
     for example in (Example("The euro.", "f", 1), Example("The euro.", "f", 1, "The"), ASKED):
         encoded = encode(example, tokenizer)
-        ends = [on for id_, on in zip(encoded.ids, encoded.trained, strict=True) if id_ == tokenizer.end_id]
+        ends = [
+            on
+            for id_, on in zip(encoded.ids, encoded.trained, strict=True)
+            if id_ == tokenizer.end_id
+        ]
         assert ends[-1] is True
-        assert encoded.ids.count(tokenizer.end_id) == (1 if not example.messages else 3), "no second end token is added"
+        assert encoded.ids.count(tokenizer.end_id) == (1 if not example.messages else 3), (
+            "no second end token is added"
+        )
 
 
 @pytest.mark.parametrize("writes", [("<s>",), ("<s>", "</s>")])
 @pytest.mark.parametrize("sentencepiece", [False, True])
-def test_pitfall_12_bos_is_written_once(tmp_path: Path, writes: tuple[str, ...], sentencepiece: bool) -> None:
-    tokenizer = tokenizer_with(tmp_path, INSTRUCTS, bos="<s>", eos="</s>", writes=writes, sentencepiece=sentencepiece)
+def test_pitfall_12_bos_is_written_once(
+    tmp_path: Path, writes: tuple[str, ...], sentencepiece: bool
+) -> None:
+    tokenizer = tokenizer_with(
+        tmp_path, INSTRUCTS, bos="<s>", eos="</s>", writes=writes, sentencepiece=sentencepiece
+    )
     assert tokenizer.bos_id is not None
     rendered = tokenizer.render(ASKED.messages[:1], add_generation_prompt=True)
     for ids in (
@@ -54,7 +71,9 @@ def test_pitfall_12_a_template_without_bos_gets_none(tmp_path: Path) -> None:
     tokenizer = tokenizer_with(tmp_path, SMOLLM2, bos="<s>", writes=("<s>",))
     rendered = tokenizer.encode(tokenizer.render(ASKED.messages[:1], add_generation_prompt=True))
     assert tokenizer.bos_id not in rendered
-    assert encode(ASKED, tokenizer).ids[: len(rendered)] == rendered, "trained with the prompt's tokens at inference"
+    assert encode(ASKED, tokenizer).ids[: len(rendered)] == rendered, (
+        "trained with the prompt's tokens at inference"
+    )
 
 
 @pytest.mark.parametrize("template", [SMOLLM2, THINKS])
@@ -73,9 +92,13 @@ def test_pitfall_13_marks_that_mark_nothing_are_not_believed(tmp_path: Path) -> 
     assert any(encode(ASKED, tokenizer_with(tmp_path, template)).trained)
 
 
-def test_pitfall_14_an_example_whose_labels_were_all_cut_off_is_counted_and_left_out(tmp_path: Path) -> None:
+def test_pitfall_14_an_example_whose_labels_were_all_cut_off_is_counted_and_left_out(
+    tmp_path: Path,
+) -> None:
     tokenizer = tokenizer_with(tmp_path, SMOLLM2)
-    long = Example("The currency of Bulgaria is the euro", "f.jsonl", 1, "The currency of Bulgaria is the")
+    long = Example(
+        "The currency of Bulgaria is the euro", "f.jsonl", 1, "The currency of Bulgaria is the"
+    )
     short = Example("is the euro", "f.jsonl", 2, "is")
     size = len(tokenizer.encode(long.prompt or ""))
     corpus = Corpus([long, short], partial(encode, tokenizer=tokenizer, max_length=size), tmp_path)
@@ -89,7 +112,9 @@ def test_pitfall_14_with_nothing_left_to_learn_the_run_is_refused(tmp_path: Path
     tokenizer = tokenizer_with(tmp_path, SMOLLM2)
     corpus = Corpus([ASKED] * 3, partial(encode, tokenizer=tokenizer, max_length=4), tmp_path)
     assert len(corpus) == 0
-    with pytest.raises(UserError, match=r"f.jsonl: nothing to train on: 3 of 3 examples were cut before"):
+    with pytest.raises(
+        UserError, match=r"f.jsonl: nothing to train on: 3 of 3 examples were cut before"
+    ):
         refuse_empty(corpus, "f.jsonl")
 
 
@@ -100,4 +125,6 @@ def test_pitfall_15_the_stop_token_is_learned(tmp_path: Path, template: str, eos
     encoded = encode(ASKED, tokenizer)
     last = max(i for i, on in enumerate(encoded.trained) if on)
     assert tokenizer.word(encoded.ids[last]) == "<|im_end|>"
-    assert encoded.ids[last] in tokenizer.end_ids, "generation stops at the token that training ends with"
+    assert encoded.ids[last] in tokenizer.end_ids, (
+        "generation stops at the token that training ends with"
+    )

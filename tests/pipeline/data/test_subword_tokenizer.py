@@ -21,9 +21,13 @@ Kinds = tuple[SubwordTokenizer, SubwordTokenizer]
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Kinds:
-    """A byte-level tokenizer, and one like SentencePiece's, which puts BOS and a space before a text."""
+    """A byte-level tokenizer, and one like SentencePiece's, which puts BOS and a space before a
+    text.
+    """
     folder = tmp_path_factory.mktemp("both")
-    spaces = tokenizer_with(folder / "b", bos="<s>", eos="</s>", writes=("<s>", "</s>"), sentencepiece=True)
+    spaces = tokenizer_with(
+        folder / "b", bos="<s>", eos="</s>", writes=("<s>", "</s>"), sentencepiece=True
+    )
     return tokenizer_with(folder / "a", SMOLLM2), spaces
 
 
@@ -38,7 +42,12 @@ def test_a_folder_says_which_tokenizer_it_holds(tmp_path: Path) -> None:
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=20)
 
 
-@given(st.one_of(TEXTS, st.sampled_from(["The currency of Bulgaria is the euro.", " 🤗🤗 Währung", f"{END}\n"])))
+@given(
+    st.one_of(
+        TEXTS,
+        st.sampled_from(["The currency of Bulgaria is the euro.", " 🤗🤗 Währung", f"{END}\n"]),
+    )
+)
 def test_text_comes_back_whole_and_in_pieces(both: Kinds, text: str) -> None:
     for tokenizer in both[:1]:
         ids = tokenizer.encode_following(text)
@@ -49,7 +58,9 @@ def test_text_comes_back_whole_and_in_pieces(both: Kinds, text: str) -> None:
 
 
 @given(st.lists(st.integers(0, 480), max_size=12))
-def test_any_tokens_can_be_streamed_and_after_broken_bytes_text_goes_on(both: Kinds, ids: list[int]) -> None:
+def test_any_tokens_can_be_streamed_and_after_broken_bytes_text_goes_on(
+    both: Kinds, ids: list[int]
+) -> None:
     for tokenizer in both:
         stream = tokenizer.stream()
         for id_ in ids:
@@ -60,7 +71,11 @@ def test_any_tokens_can_be_streamed_and_after_broken_bytes_text_goes_on(both: Ki
         assert text.strip("\ufffd") == " is the euro"
 
 
-@given(st.lists(st.sampled_from(["the", "euro", "Währung", "🤗", "ist", "Yen"]), min_size=1, max_size=6).map(" ".join))
+@given(
+    st.lists(
+        st.sampled_from(["the", "euro", "Währung", "🤗", "ist", "Yen"]), min_size=1, max_size=6
+    ).map(" ".join)
+)
 def test_a_continuation_is_what_follows_in_the_text(both: Kinds, answer: str) -> None:
     for tokenizer in both:
         ids = tokenizer.encode("The currency") + tokenizer.continuation("The currency", answer)
@@ -73,7 +88,9 @@ def test_a_space_is_put_before_an_answer_only_where_there_is_no_white_space(both
     for tokenizer in both:
         spaced = tokenizer.continuation("The", "euro")
         assert tokenizer.continuation("The", " euro") == spaced
-        assert tokenizer.continuation("The\n", "euro") == tokenizer.encode_following("euro") != spaced
+        assert (
+            tokenizer.continuation("The\n", "euro") == tokenizer.encode_following("euro") != spaced
+        )
 
 
 def test_what_a_prompt_begins_with_is_what_transformers_writes(both: Kinds, tmp_path: Path) -> None:
@@ -142,14 +159,18 @@ def test_new_tokens_are_appended_and_old_ids_stay(both: Kinds, tmp_path: Path) -
         assert two.words()[: len(tokenizer)] == tokenizer.words()
         assert two.words()[len(tokenizer) :] == ["Lewa", "<|tool|>", "<|x|>"]
         assert two.decode(two.encode("der Lewa<|x|>")) == "der Lewa"
-        assert [id_ >= before for id_ in two.encode("Lewas Lewa")].count(True) == 1, "whole words only"
+        assert [id_ >= before for id_ in two.encode("Lewas Lewa")].count(True) == 1, (
+            "whole words only"
+        )
         assert len(tokenizer) == before, "the old tokenizer is unchanged"
         two.save(tmp_path, 64)
         assert load_tokenizer(tmp_path).words() == two.words()
     assert both[0].expanded([])[1] == []
 
 
-def test_saved_files_tell_nothing_of_this_machine_and_are_the_same_each_time(tmp_path: Path) -> None:
+def test_saved_files_tell_nothing_of_this_machine_and_are_the_same_each_time(
+    tmp_path: Path,
+) -> None:
     first = tokenizer_with(tmp_path / "one/a", MARKED)
     for name in ("b", "c"):
         (tmp_path / name).mkdir()
@@ -167,7 +188,12 @@ def test_saved_files_tell_nothing_of_this_machine_and_are_the_same_each_time(tmp
 def test_a_cut_that_the_file_asks_for_is_not_made(tmp_path: Path) -> None:
     folder = folder_with(tmp_path)
     tree = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    tree["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    tree["truncation"] = {
+        "direction": "Right",
+        "max_length": 3,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
     (folder / "tokenizer.json").write_text(json.dumps(tree), encoding="utf-8")
     assert len(load_tokenizer(folder).encode("The currency of Bulgaria is the euro.")) > 3
 
@@ -195,15 +221,21 @@ def odd_ends(folder: Path) -> None:
         (odd_ends, "eos_token_id must be a token id or a list of ids, got '</s>'"),
     ],
 )
-def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, make: Callable[[Path], object], message: str) -> None:
+def test_a_folder_without_a_tokenizer_is_refused(
+    tmp_path: Path, make: Callable[[Path], object], message: str
+) -> None:
     make(tmp_path / "m")
     with pytest.raises(UserError, match=message):
         load_tokenizer(tmp_path / "m")
 
 
-def test_a_slow_tokenizer_is_refused_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_tokenizer_is_refused_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = folder_with(tmp_path)
-    monkeypatch.setattr("transformers.tokenization_utils_tokenizers.TokenizersBackend.is_fast", False)
+    monkeypatch.setattr(
+        "transformers.tokenization_utils_tokenizers.TokenizersBackend.is_fast", False
+    )
     with pytest.raises(UserError, match="is a slow tokenizer, which has no character offsets"):
         load_tokenizer(folder)
 
@@ -214,7 +246,9 @@ def test_a_conversation_is_rendered_as_transformers_does(tmp_path: Path) -> None
     turns = [{"role": "user", "content": "Hello"}]
     for reply in (True, False):
         text = tokenizer.render(turns, reply)
-        assert text == theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=reply)
+        assert text == theirs.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=reply
+        )
         assert list(tokenizer.encode(text)) == theirs.apply_chat_template(
             turns, add_generation_prompt=reply, return_dict=False
         )

@@ -18,19 +18,42 @@ from pipeline.data.masking import Encoder
 from pipeline.data.tokenizers import template_process
 from pipeline.data.tokenizers.chat_template import render
 from pipeline.data.tokenizers.subword import SubwordTokenizer
-from pipeline.data.tokenizers.template_process import Conversation, Rendered, Renderer, TemplateError
+from pipeline.data.tokenizers.template_process import (
+    Conversation,
+    Rendered,
+    Renderer,
+    TemplateError,
+)
 from pipeline.errors import UserError
 from tests.conftest import Lora
 from tests.helpers.projects import ROOT
-from tests.helpers.tokenizers import INSTRUCTS, MARKED, MARKED_WITHOUT_END, PLAIN, SMOLLM2, THINKS, folder_with
+from tests.helpers.tokenizers import (
+    INSTRUCTS,
+    MARKED,
+    MARKED_WITHOUT_END,
+    PLAIN,
+    SMOLLM2,
+    THINKS,
+    folder_with,
+)
 
-TURNS = [{"role": "user", "content": "Hällo 🙂\u2028"}, {"role": "assistant", "content": "<think>x</think> A\n"}] * 2
+TURNS = [
+    {"role": "user", "content": "Hällo 🙂\u2028"},
+    {"role": "assistant", "content": "<think>x</think> A\n"},
+] * 2
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-DOUBLES = "{% set n = namespace(x='a' * 999) %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}"
+DOUBLES = (
+    "{% set n = namespace(x='a' * 999) %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% "
+    "endfor %}{{ n.x }}"
+)
 
 
-def written(by: Renderer, template: str, messages: Any = TURNS, reply: bool = False, tokens: Any = None) -> Rendered:
-    ((result,),) = by.render(template, [Conversation(messages, [(len(messages), reply)])], tokens or {}).answer()
+def written(
+    by: Renderer, template: str, messages: Any = TURNS, reply: bool = False, tokens: Any = None
+) -> Rendered:
+    ((result,),) = by.render(
+        template, [Conversation(messages, [(len(messages), reply)])], tokens or {}
+    ).answer()
     if isinstance(result, TemplateError):
         raise result
     return result
@@ -43,7 +66,9 @@ def renderer() -> Iterator[Renderer]:
     instance.stop()
 
 
-@pytest.mark.parametrize("template", [SMOLLM2, MARKED, MARKED_WITHOUT_END, THINKS, INSTRUCTS, PLAIN])
+@pytest.mark.parametrize(
+    "template", [SMOLLM2, MARKED, MARKED_WITHOUT_END, THINKS, INSTRUCTS, PLAIN]
+)
 @pytest.mark.parametrize("reply", [False, True])
 @pytest.mark.sampled(5)
 def test_a_template_writes_what_transformers_writes(
@@ -61,7 +86,10 @@ def test_a_template_writes_what_transformers_writes(
         (DOUBLES, "was stopped: it takes more than 512 MiB of memory"),
         ("{{ 'a' * 10**12 }}", "was stopped: it takes more than 512 MiB of memory"),
         ("{{ 'a' * 10**7 }}", "was stopped: it wrote 10,000,000 characters, more than 4,19"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails: maximum recursion depth exceeded"),
+        (
+            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+            "fails: maximum recursion depth exceeded",
+        ),
         ("{{ raise_exception('no tools') }}", "fails: no tools$"),
         ("{% if %}", "fails: Expected an expression"),
         ("{{ messages.append(1) }}", "fails: .*unsafe"),
@@ -92,12 +120,19 @@ def test_a_template_that_never_ends_is_stopped_with_its_process(
     assert written(renderer, "{{ 1 }}") == "1"
 
 
-def test_several_beginnings_of_a_conversation_are_rendered_at_once_and_fail_one_by_one(renderer: Renderer) -> None:
+def test_several_beginnings_of_a_conversation_are_rendered_at_once_and_fail_one_by_one(
+    renderer: Renderer,
+) -> None:
     template = "{% if messages | length == 2 %}{{ raise_exception('two') }}{% endif %}" + SMOLLM2
     prefixes = [(1, True), (2, False), (4, False)]
-    ((instance, two, all_),) = renderer.render(template, [Conversation(TURNS, prefixes)], {}).answer()
+    ((instance, two, all_),) = renderer.render(
+        template, [Conversation(TURNS, prefixes)], {}
+    ).answer()
     assert isinstance(two, TemplateError) and str(two) == "fails: two"
-    assert (instance, all_) == (written(renderer, template, TURNS[:1], True), written(renderer, template))
+    assert (instance, all_) == (
+        written(renderer, template, TURNS[:1], True),
+        written(renderer, template),
+    )
 
 
 @pytest.mark.slow
@@ -123,7 +158,9 @@ def test_the_command_and_a_prompt_name_the_template_that_was_stopped(
     assert message.endswith("Fix the template, or choose another model.")
     (model / "chat_template.jinja").write_text(DOUBLES, encoding="utf-8")
     monkeypatch.undo()
-    with pytest.raises(UserError, match="model: its chat template was stopped: it takes more than 512 MiB"):
+    with pytest.raises(
+        UserError, match="model: its chat template was stopped: it takes more than 512 MiB"
+    ):
         render(model, "Hello")
 
 
@@ -134,7 +171,12 @@ def test_the_conversation_of_a_group_that_hangs_is_found_without_waiting_for_tho
     hangs = "{% if messages[0].content == 'hang' %}" + ENDLESS + "{% endif %}" + SMOLLM2
     tokenizer = SubwordTokenizer.load(folder_with(tmp_path / "model", hangs))
     examples = [
-        Example("", "d", n, messages=({"role": "user", "content": text}, {"role": "assistant", "content": "b"}))
+        Example(
+            "",
+            "d",
+            n,
+            messages=({"role": "user", "content": text}, {"role": "assistant", "content": "b"}),
+        )
         for n, text in enumerate(["a", "b", *["hang"] * 60], 1)
     ]
     tokenizer.end_ids  # noqa: B018  # renders: starts the process
@@ -148,7 +190,10 @@ def test_the_conversation_of_a_group_that_hangs_is_found_without_waiting_for_tho
 
 def running(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+        return (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+            != "Z"
+        )
     except FileNotFoundError:
         return False
 
@@ -170,7 +215,9 @@ assert text() == "1" and RENDERER._process.pid == mine
 print(mine, flush=True)
 time.sleep(60)
 """
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         assert running(pid)
@@ -181,10 +228,15 @@ time.sleep(60)
     assert not running(pid)
 
 
-@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="the system cannot read another process's limits")
+@pytest.mark.skipif(
+    not hasattr(resource, "prlimit"), reason="the system cannot read another process's limits"
+)
 @pytest.mark.slow
 def test_a_process_whose_parent_was_killed_has_few_seconds_left(renderer: Renderer) -> None:
     written(renderer, "")
     assert renderer._process is not None
-    assert resource.prlimit(renderer._process.pid, resource.RLIMIT_CPU)[0] <= 5 + template_process.RENDER_SECONDS + 2
+    assert (
+        resource.prlimit(renderer._process.pid, resource.RLIMIT_CPU)[0]
+        <= 5 + template_process.RENDER_SECONDS + 2
+    )
     os.kill(renderer._process.pid, 0)

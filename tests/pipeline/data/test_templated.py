@@ -1,4 +1,6 @@
-"""Plain prompts and completions on a base with a chat template: what is trained is what a chat asks."""
+"""Plain prompts and completions on a base with a chat template: what is trained is what a chat
+asks.
+"""
 
 import json
 from pathlib import Path
@@ -61,11 +63,18 @@ def test_what_is_held_out_does_not_depend_on_the_template(tmp_path: Path) -> Non
     assert content_digest(asked) == content_digest(plain)
 
 
-def test_plain_pairs_and_labelled_answers_are_turns_too(tmp_path: Path, tokenizer: SubwordTokenizer) -> None:
+def test_plain_pairs_and_labelled_answers_are_turns_too(
+    tmp_path: Path, tokenizer: SubwordTokenizer
+) -> None:
     plain = {"prompt": "Bulgaria?", "chosen": "The euro.", "rejected": "The lev."}
-    answers = {key: [{"role": "assistant", "content": plain[key]}] for key in ("chosen", "rejected")}
+    answers = {
+        key: [{"role": "assistant", "content": plain[key]}] for key in ("chosen", "rejected")
+    }
     chat = {"prompt": [{"role": "user", "content": "Bulgaria?"}], **answers}
-    both = [[encoded for _, encoded in PairEncoder(tokenizer).each(read(tmp_path, row))] for row in (plain, chat)]
+    both = [
+        [encoded for _, encoded in PairEncoder(tokenizer).each(read(tmp_path, row))]
+        for row in (plain, chat)
+    ]
     assert both[0] == both[1] and len(both[0]) == 2
     (labelled,) = read(tmp_path, {**PLAIN, "label": True})
     (turns,) = read(tmp_path, {"messages": TURNS})
@@ -73,8 +82,14 @@ def test_plain_pairs_and_labelled_answers_are_turns_too(tmp_path: Path, tokenize
 
 
 def test_a_pair_without_a_prompt_a_text_and_a_prompt_alone_are_no_turns(tmp_path: Path) -> None:
-    """Where the question of such a pair ends nobody knows, and a prompt alone is to be continued."""
-    rows = {"chosen": "Bulgaria: euro", "rejected": "Bulgaria: lev"}, {"text": "The euro."}, {"prompt": "The euro"}
+    """Where the question of such a pair ends nobody knows, and a prompt alone is to be
+    continued.
+    """
+    rows = (
+        {"chosen": "Bulgaria: euro", "rejected": "Bulgaria: lev"},
+        {"text": "The euro."},
+        {"prompt": "The euro"},
+    )
     for row in rows:
         (example,) = read(tmp_path, row, templated=True, prompts=True)
         assert not example.templated

@@ -25,11 +25,16 @@ def encoded(tokens: list[tuple[int, bool]], cut: int = 0) -> Encoded:
 def test_what_was_encoded_comes_back_with_its_place(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[list[tuple[int, bool]], int, str]]
 ) -> None:
-    made = {Example("x", file, line): encoded(tokens, cut) for line, (tokens, cut, file) in enumerate(rows, 1)}
+    made = {
+        Example("x", file, line): encoded(tokens, cut)
+        for line, (tokens, cut, file) in enumerate(rows, 1)
+    }
     corpus = Corpus(made, made.__getitem__, tmp_path_factory.mktemp("c"))
     kept = {example: encoding for example, encoding in made.items() if any(encoding.trained[1:])}
     assert [corpus[i] for i in range(len(corpus))] == list(kept.values())
-    assert [corpus.location(i) for i in range(len(corpus))] == [example.location for example in kept]
+    assert [corpus.location(i) for i in range(len(corpus))] == [
+        example.location for example in kept
+    ]
     lengths = sorted(len(encoding.ids) for encoding in kept.values())
     assert sorted(map(corpus.length, range(len(corpus)))) == lengths
     counts = corpus.statistics
@@ -48,7 +53,9 @@ def test_what_was_encoded_comes_back_with_its_place(
 def test_examples_of_one_token_leave_nothing_to_learn(tmp_path: Path) -> None:
     corpus = Corpus([Example("x", "f", 1)], lambda _: Encoded((1,), (True,)), tmp_path)
     assert corpus.statistics.share == 0
-    with pytest.raises(UserError, match=r"d.txt: nothing to train on: every example is shorter than two tokens"):
+    with pytest.raises(
+        UserError, match=r"d.txt: nothing to train on: every example is shorter than two tokens"
+    ):
         refuse_empty(corpus, "d.txt")
 
 

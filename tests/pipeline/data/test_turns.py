@@ -12,7 +12,16 @@ from pipeline.data.masking import Encoder
 from pipeline.data.tokenizers.word import Tokenizer, WordTokenizer
 from pipeline.data.turns import MOST_TURNS, Turn, View, view
 from pipeline.errors import UserError
-from tests.helpers.tokenizers import ASKS, HEADS, INSTRUCTS, MARKED, PLAIN, SMOLLM2, THINKS, tokenizer_with
+from tests.helpers.tokenizers import (
+    ASKS,
+    HEADS,
+    INSTRUCTS,
+    MARKED,
+    PLAIN,
+    SMOLLM2,
+    THINKS,
+    tokenizer_with,
+)
 
 TURNS = [
     {"role": "system", "content": "Be brief."},
@@ -43,8 +52,13 @@ SIGNS = {"read": ("", ""), "template": ("‹", "›"), "trained": ("«", "»"), 
 
 def signed(shown: View) -> list[str]:
     """Each turn in one line: ‹what the template writes›, «what is trained on», ✂what is cut."""
-    signs = [[f"{SIGNS[kind][0]}{text}{SIGNS[kind][1]}" for kind, text in turn.parts] for turn in shown.turns]
-    return ["".join(each).replace("<|im_start|>", "<S>").replace("<|im_end|>", "<E>") for each in signs]
+    signs = [
+        [f"{SIGNS[kind][0]}{text}{SIGNS[kind][1]}" for kind, text in turn.parts]
+        for turn in shown.turns
+    ]
+    return [
+        "".join(each).replace("<|im_start|>", "<S>").replace("<|im_end|>", "<E>") for each in signs
+    ]
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -55,14 +69,21 @@ def test_the_mask_is_the_encoders(tmp_path: Path, name: str, template: str) -> N
     shown = view(example(ROWS[name]), tokenizer)
     trained = [id_ for id_, on in zip(encoded.ids[1:], encoded.trained[1:], strict=True) if on]
     assert (shown.tokens, shown.trained, shown.cut) == (len(encoded.ids), encoded.labels, 0)
-    marked = "".join(c if c.isascii() else "".join(f"<0x{b:02X}>" for b in c.encode()) for c in texts(shown, "trained"))
+    marked = "".join(
+        c if c.isascii() else "".join(f"<0x{b:02X}>" for b in c.encode())
+        for c in texts(shown, "trained")
+    )
     assert marked.replace(" ", "") == "".join(map(tokenizer.word, trained)).replace(" ", "")
-    roles = {"text": ["text"], "prompt": ["prompt", "completion"]}.get(name, [turn["role"] for turn in TURNS])
+    roles = {"text": ["text"], "prompt": ["prompt", "completion"]}.get(
+        name, [turn["role"] for turn in TURNS]
+    )
     assert [turn.role for turn in shown.turns] == roles
     if name in ("messages", "untrained", "chat prompt"):
         assert texts(shown).startswith(str(tokenizer.render(example(ROWS[name]).messages, False)))
         for turn, message in zip(shown.turns, TURNS, strict=True):
-            assert message["content"] in "".join(text for _, text in turn.parts), "each turn holds its own text"
+            assert message["content"] in "".join(text for _, text in turn.parts), (
+                "each turn holds its own text"
+            )
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -71,7 +92,10 @@ def test_the_cut_is_where_the_encoder_cuts(tmp_path: Path, name: str) -> None:
     whole = view(example(ROWS[name]), tokenizer)
     assert whole.tokens is not None
     for most in (1, whole.tokens // 2, whole.tokens - 1, whole.tokens, whole.tokens + 1):
-        shown, encoded = view(example(ROWS[name]), tokenizer, most), Encoder(tokenizer, most)(example(ROWS[name]))
+        shown, encoded = (
+            view(example(ROWS[name]), tokenizer, most),
+            Encoder(tokenizer, most)(example(ROWS[name])),
+        )
         assert (shown.cut, shown.trained) == (encoded.cut, encoded.labels)
         assert texts(shown) == texts(whole), "the text stays, marked as cut"
         assert bool(texts(shown, "cut")) == bool(encoded.cut)
@@ -93,21 +117,36 @@ def test_without_a_tokenizer_the_roles_say_what_is_trained_on() -> None:
         Turn("prompt", (("read", "The currency is"),)),
         Turn("completion", (("trained", " the euro"),)),
     )
-    assert view(example(ROWS["text"])).turns == (Turn("text", (("trained", "The euro. The lev."),)),)
+    assert view(example(ROWS["text"])).turns == (
+        Turn("text", (("trained", "The euro. The lev."),)),
+    )
 
 
 def test_a_turn_holds_thoughts_content_and_calls_a_line_each() -> None:
     call = {"type": "function", "function": {"name": "convert", "arguments": {"lev": 1}}}
-    answer = {"role": "assistant", "content": "Wait.", "reasoning_content": "In euro?", "tool_calls": [call]}
+    answer = {
+        "role": "assistant",
+        "content": "Wait.",
+        "reasoning_content": "In euro?",
+        "tool_calls": [call],
+    }
     silent = {"role": "assistant", "content": None, "tool_calls": [call]}
-    rows = [TURNS[1], answer, {"role": "tool", "content": "0.51"}, silent, {"role": "tool", "content": "0.51"}]
+    rows = [
+        TURNS[1],
+        answer,
+        {"role": "tool", "content": "0.51"},
+        silent,
+        {"role": "tool", "content": "0.51"},
+    ]
     _, first, _, second, _ = view(example({"messages": rows})).turns
     assert first.parts == (("trained", f"In euro?\nWait.\n{call['function']}"),)
     assert second.parts == (("trained", str(call["function"])),)
 
 
 @pytest.mark.parametrize("sentencepiece", [False, True])
-@pytest.mark.parametrize(("prompt", "completion"), [("The currency is", " the euro"), ("is", "euro")])
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("The currency is", " the euro"), ("is", "euro")]
+)
 def test_what_a_tokenizer_writes_around_a_text_is_shown(
     tmp_path: Path, sentencepiece: bool, prompt: str, completion: str
 ) -> None:
@@ -126,7 +165,9 @@ def test_what_a_tokenizer_writes_around_a_text_is_shown(
     text = view(example({"text": "The euro. The lev."}), tokenizer, 4)
     assert text.turns[0].parts[0] == ("template", "<s>")
     assert texts(text) == f"<s>The euro. The lev.{end}"
-    assert texts(text, "trained") == tokenizer.decode(Encoder(tokenizer, 4)(example(ROWS["text"])).ids)
+    assert texts(text, "trained") == tokenizer.decode(
+        Encoder(tokenizer, 4)(example(ROWS["text"])).ids
+    )
 
 
 def test_a_continuation_that_is_cut_within_is_cut_about_there(tmp_path: Path) -> None:
@@ -134,19 +175,34 @@ def test_a_continuation_that_is_cut_within_is_cut_about_there(tmp_path: Path) ->
     tokenizer = tokenizer_with(tmp_path, bos="<s>", eos="</s>", writes=writes, sentencepiece=True)
     row = example({"prompt": "The currency is", "completion": " the euro"})
     whole = view(row, tokenizer).tokens or 0
-    assert view(row, tokenizer, whole - 2).turns[1].parts == (("trained", " the"), ("cut", " euro</s>"))
+    assert view(row, tokenizer, whole - 2).turns[1].parts == (
+        ("trained", " the"),
+        ("cut", " euro</s>"),
+    )
 
 
-def test_an_end_token_that_the_template_leaves_to_training_is_the_last_turns(tmp_path: Path) -> None:
+def test_an_end_token_that_the_template_leaves_to_training_is_the_last_turns(
+    tmp_path: Path,
+) -> None:
     shown = view(example(ROWS["messages"]), tokenizer_with(tmp_path, PLAIN))
-    assert shown.turns[-1].parts == (("template", "### assistant: "), ("trained", "By the sea äöü.\n<|im_end|>"))
-    assert shown.turns[0].parts == (("template", "### system: "), ("read", "Be brief."), ("template", "\n"))
+    assert shown.turns[-1].parts == (
+        ("template", "### assistant: "),
+        ("trained", "By the sea äöü.\n<|im_end|>"),
+    )
+    assert shown.turns[0].parts == (
+        ("template", "### system: "),
+        ("read", "Be brief."),
+        ("template", "\n"),
+    )
 
 
 def test_words_keep_their_case_and_the_end_token_is_shown() -> None:
     tokenizer = WordTokenizer.of_words(["der", "wind", "weht"])
     shown = view(example({"prompt": "Der  WIND", "completion": " weht"}), tokenizer, 3)
-    assert [turn.parts for turn in shown.turns] == [(("read", "Der  WIND"),), (("trained", " weht"), ("cut", "<eos>"))]
+    assert [turn.parts for turn in shown.turns] == [
+        (("read", "Der  WIND"),),
+        (("trained", " weht"), ("cut", "<eos>")),
+    ]
 
 
 def test_the_rejected_answer_of_a_pair_and_a_prompt_alone_are_shown(tmp_path: Path) -> None:
@@ -155,7 +211,9 @@ def test_the_rejected_answer_of_a_pair_and_a_prompt_alone_are_shown(tmp_path: Pa
     assert [turn.role for turn in pair.turns] == ["prompt", "completion", "rejected"]
     assert pair.turns[2].parts == (("read", " There."),)
     talk = {"prompt": TURNS[1:2], "chosen": TURNS[2:3], "rejected": TURNS[4:]}
-    assert view(example(talk), tokenizer).turns[-1] == Turn("rejected assistant", (("read", "By the sea äöü."),))
+    assert view(example(talk), tokenizer).turns[-1] == Turn(
+        "rejected assistant", (("read", "By the sea äöü."),)
+    )
     alone = view(example({"prompt": "Where is"}), tokenizer)
     assert [turn.role for turn in alone.turns] == ["prompt"] and texts(alone, "trained") == ""
 
@@ -171,11 +229,15 @@ def test_turns_are_told_apart_though_the_template_changes_earlier_ones(tmp_path:
     says = MARKED.replace(HEADS, "").replace(ASKS, "{{ messages | length }}")
     shown = view(example(ROWS["messages"]), tokenizer_with(tmp_path / "counts", says))
     spoken = ["".join(text for _, text in turn.parts) for turn in shown.turns]
-    assert spoken == [f"{turn['content']}<|im_end|>\n" for turn in TURNS[:4]] + ["By the sea äöü.<|im_end|>\n5"]
+    assert spoken == [f"{turn['content']}<|im_end|>\n" for turn in TURNS[:4]] + [
+        "By the sea äöü.<|im_end|>\n5"
+    ]
 
     unlike = says.replace("message.content", "(message.content | upper)")
     shown = view(example(ROWS["messages"]), tokenizer_with(tmp_path / "unlike", unlike))
-    assert [bool(turn.parts) for turn in shown.turns] == [False, False, False, False, True], "no end is guessed"
+    assert [bool(turn.parts) for turn in shown.turns] == [False, False, False, False, True], (
+        "no end is guessed"
+    )
     assert "IN THE WEST.<|im_end|>" in texts(shown, "trained")
 
 
@@ -186,7 +248,8 @@ def without_head(content: str) -> str:
 CALL = {"type": "function", "function": {"name": "convert", "arguments": {"lev": 1}}}
 CALLED = "[{'name': 'convert'}]"
 SAYS_CALLS = SMOLLM2.replace(
-    "message['content']", "(message['content'] or '') + (\"" + CALLED + "\" if message['tool_calls'] else '')"
+    "message['content']",
+    "(message['content'] or '') + (\"" + CALLED + "\" if message['tool_calls'] else '')",
 )
 CALLS: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},
@@ -197,7 +260,8 @@ CALLS: list[dict[str, Any]] = [
     {"role": "tool", "content": ""},
     {"role": "assistant", "content": "Done."},
 ]
-# Ends each turn with what only the renderings of the conversations up to it can tell from the next one's beginning.
+# Ends each turn with what only the renderings of the conversations up to it can tell from the next
+# one's beginning.
 TAILED = MARKED.replace("{{ '\n' }}", "{{ '\n--\n' }}")
 SHOWN: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
     "turns that end in plain text": (
@@ -222,7 +286,8 @@ SHOWN: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
     ),
     "a system turn within the user's": (
         INSTRUCTS.replace(
-            "+ message.content", "+ (messages[0].content + ' ' if loop.index0 == 1 else '') + message.content"
+            "+ message.content",
+            "+ (messages[0].content + ' ' if loop.index0 == 1 else '') + message.content",
         )
         .replace("{% else %}", "{% elif message.role == 'assistant' %}")
         .replace("bos_token", "'<|im_start|>'")
@@ -237,7 +302,10 @@ SHOWN: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
     ),
     "a token that three turns share": (
         "{% for message in messages %}{{ message.content }}{% endfor %}",
-        [{"role": role, "content": text} for role, text in (("system", "The e"), ("user", "u"), ("assistant", "ro."))],
+        [
+            {"role": role, "content": text}
+            for role, text in (("system", "The e"), ("user", "u"), ("assistant", "ro."))
+        ],
         ["The e", "u", "«ro.<E>»"],
     ),
     "calls": (
@@ -267,8 +335,8 @@ SHOWN: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
         ],
     ),
     "a template that renders no conversation up to a question": (
-        "{% if messages[-1].role == 'user' and not add_generation_prompt %}{{ raise_exception('no') }}{% endif %}"
-        + MARKED,
+        "{% if messages[-1].role == 'user' and not add_generation_prompt %}{{ "
+        "raise_exception('no') }}{% endif %}" + MARKED,
         TURNS[1:],
         [
             "‹<S>user\n›Where is Sofia?‹<E>\n›",
@@ -279,7 +347,12 @@ SHOWN: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
     ),
     "thoughts that only the last answer keeps": (
         THINKS,
-        [TURNS[1], {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYes."}, TURNS[3], TURNS[4]],
+        [
+            TURNS[1],
+            {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYes."},
+            TURNS[3],
+            TURNS[4],
+        ],
         [
             "‹<S>user\n›Where is Sofia?‹<E>\n›",
             "<S>assistant\n«Yes.<E>»\n",
@@ -311,14 +384,20 @@ def test_tools_stand_before_the_first_turn(tmp_path: Path) -> None:
 def test_the_ends_of_many_turns_are_found_by_their_contents(tmp_path: Path) -> None:
     many = [{"role": role, "content": f"{n}!"} for n in range(40) for role in ("user", "assistant")]
     turns = signed(view(example({"messages": many}), tokenizer_with(tmp_path, TAILED)))
-    exact = [each for n in range(40) for each in (f"‹<S>user\n›{n}!‹<E>\n--\n›", f"‹<S>assistant\n›«{n}!<E>»‹\n--\n›")]
+    exact = [
+        each
+        for n in range(40)
+        for each in (f"‹<S>user\n›{n}!‹<E>\n--\n›", f"‹<S>assistant\n›«{n}!<E>»‹\n--\n›")
+    ]
     assert turns[: MOST_TURNS - 1] == exact[: MOST_TURNS - 1]
     less = [each.replace("\n--\n›", "\n›") for each in exact[MOST_TURNS - 1 : -1]]
     assert turns[MOST_TURNS - 1] == less[0]
     assert turns[MOST_TURNS:] == [each.replace("‹", "‹--\n", 1) for each in [*less[1:], exact[-1]]]
 
 
-def test_without_the_renderings_the_ends_are_found_by_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_renderings_the_ends_are_found_by_contents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = tokenizer_with(tmp_path, TAILED)
     render = tokenizer.render_each
 
@@ -335,7 +414,9 @@ def test_without_the_renderings_the_ends_are_found_by_contents(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("writes", [(), ("<s>",)])
-def test_special_tokens_that_a_text_has_itself_are_shown_once(tmp_path: Path, writes: tuple[str, ...]) -> None:
+def test_special_tokens_that_a_text_has_itself_are_shown_once(
+    tmp_path: Path, writes: tuple[str, ...]
+) -> None:
     tokenizer = tokenizer_with(tmp_path, bos="<s>", writes=writes)
     for record in ({"text": "<s>The euro."}, {"text": "<s>The euro.<|im_end|>"}):
         assert signed(view(example(record), tokenizer)) == ["<s>«The euro.<E>»"]
@@ -358,30 +439,46 @@ def test_white_space_between_tokens_is_the_next_ones_and_at_the_end_the_last_one
     assert signed(view(example({"text": " Der  wind "}), words)) == [" Der«  wind <eos>»"]
 
 
-@pytest.mark.parametrize("template", [SMOLLM2, MARKED, THINKS, PLAIN], ids=["smollm2", "marked", "thinks", "plain"])
+@pytest.mark.parametrize(
+    "template", [SMOLLM2, MARKED, THINKS, PLAIN], ids=["smollm2", "marked", "thinks", "plain"]
+)
 def test_each_character_is_shown_as_its_token_is_used(tmp_path: Path, template: str) -> None:
     tokenizer, row = tokenizer_with(tmp_path, template), example(ROWS["untrained"])
     encoded = Encoder(tokenizer)(row)
     text = str(tokenizer.render(row.messages, False))
-    spans = [*tokenizer.spans(text)[1], (len(text), len(text) + len("<|im_end|>"))][: len(encoded.ids)]
+    spans = [*tokenizer.spans(text)[1], (len(text), len(text) + len("<|im_end|>"))][
+        : len(encoded.ids)
+    ]
     for most in (1, 2, len(spans) // 3, len(spans) - 2, len(spans)):
         shown = view(row, tokenizer, most)
         assert texts(shown).removesuffix(texts(shown, "cut")) == texts(shown)[: spans[most - 1][1]]
-        kinds = [kind == "trained" for turn in shown.turns for kind, text in turn.parts for _ in text]
-        on = {place for span, on in zip(spans[:most], encoded.trained, strict=False) if on for place in range(*span)}
+        kinds = [
+            kind == "trained" for turn in shown.turns for kind, text in turn.parts for _ in text
+        ]
+        on = {
+            place
+            for span, on in zip(spans[:most], encoded.trained, strict=False)
+            if on
+            for place in range(*span)
+        }
         assert kinds == [place in on for place in range(len(texts(shown)))]
         assert (shown.tokens, shown.cut) == (len(spans), len(spans) - most)
 
 
 def test_an_answer_that_is_called_bad_is_read(tmp_path: Path) -> None:
-    shown = view(example({"prompt": "Where?", "completion": " Here.", "label": False}), tokenizer_with(tmp_path))
+    shown = view(
+        example({"prompt": "Where?", "completion": " Here.", "label": False}),
+        tokenizer_with(tmp_path),
+    )
     assert signed(shown) == ["Where?", " Here.‹<E>›"]
     assert shown.trained == 0
 
 
 def test_the_turns_of_a_rejected_answer_hold_their_thoughts_and_calls(tmp_path: Path) -> None:
     call = {"name": "convert", "arguments": {}}
-    rejected = [{"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [call]}]
+    rejected = [
+        {"role": "assistant", "content": None, "reasoning_content": "Hm.", "tool_calls": [call]}
+    ]
     pair = example({"prompt": TURNS[1:2], "chosen": TURNS[2:3], "rejected": rejected})
     wanted = Turn("rejected assistant", (("read", f"Hm.\n{call}"),))
     assert view(pair).turns[-1] == view(pair, tokenizer_with(tmp_path, MARKED)).turns[-1] == wanted

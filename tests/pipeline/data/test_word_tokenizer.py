@@ -57,7 +57,11 @@ def test_white_space_between_words_changes_no_token(tmp_path: Path) -> None:
 
 
 def test_composed_and_decomposed_letters_are_one_word() -> None:
-    assert TOKENIZER.encode("frühling") == TOKENIZER.encode("fru\u0308hling") != (TOKENIZER.unknown_id,)
+    assert (
+        TOKENIZER.encode("frühling")
+        == TOKENIZER.encode("fru\u0308hling")
+        != (TOKENIZER.unknown_id,)
+    )
 
 
 def test_unknown_words_are_named_as_written() -> None:
@@ -65,9 +69,13 @@ def test_unknown_words_are_named_as_written() -> None:
 
 
 def test_an_example_with_unknown_words_or_too_many_is_refused_with_its_place() -> None:
-    with pytest.raises(UserError, match=r"f.txt:3: not in the vocabulary: möwe. Add f.txt to expand_vocab.data"):
+    with pytest.raises(
+        UserError, match=r"f.txt:3: not in the vocabulary: möwe. Add f.txt to expand_vocab.data"
+    ):
         encode(Example("die möwe sitzt", "f.txt", 3), TOKENIZER, 0, 32)
-    with pytest.raises(UserError, match=r"f.txt:3: 4 tokens with the end token, more than the model's 3"):
+    with pytest.raises(
+        UserError, match=r"f.txt:3: 4 tokens with the end token, more than the model's 3"
+    ):
         encode(Example("die katze sitzt", "f.txt", 3), TOKENIZER, 0, 3)
 
 

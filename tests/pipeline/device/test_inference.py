@@ -1,4 +1,6 @@
-"""Scores, generation, the engine for many adapters and SVD on a device without numbers: see `stand_in`."""
+"""Scores, generation, the engine for many adapters and SVD on a device without numbers: see
+`stand_in`.
+"""
 
 from pathlib import Path
 
@@ -49,7 +51,9 @@ def model_of(name: str, dtype: torch.dtype) -> CausalLM:
 
 
 @each_model
-def test_generation_reads_the_logits_of_a_token_and_no_more(family: str, dtype: torch.dtype) -> None:
+def test_generation_reads_the_logits_of_a_token_and_no_more(
+    family: str, dtype: torch.dtype
+) -> None:
     model = ready(model_of(family, dtype))
     for sampling in (Sampling(), Sampling(0.7, top_k=5, top_p=0.9)):
         with watched(LONG - 1) as seen:
@@ -110,7 +114,9 @@ def loaded(model: CausalLM) -> LoadedModel:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_an_evaluation_is_read_when_all_of_it_is_queued(dtype: torch.dtype) -> None:
-    """Losses, choices and the divergence from the base: once each, however many examples there are."""
+    """Losses, choices and the divergence from the base: once each, however many examples there
+    are.
+    """
     model = ready(with_lora(toy("llama", dtype, max_position_embeddings=800)))
     examples = [Example(TEXT, "f.txt", n) for n in range(4)]
     with watched(LONG - 1) as seen:
@@ -140,7 +146,11 @@ def test_sequences_of_many_adapters_are_one_copy(dtype: torch.dtype, dora: bool)
         for rank in (3, 5):
             adapted = view(base)
             attach(adapted, AdapterSpec(rank, 6.0, ("q_proj", "down_proj"), dora=dora))
-            layers = {name: adapted.get_submodule(name) for name, m in adapted.named_modules() if hasattr(m, "lora_A")}
+            layers = {
+                name: adapted.get_submodule(name)
+                for name, m in adapted.named_modules()
+                if hasattr(m, "lora_A")
+            }
             assert len(layers) == 4
             engine._install(layers)
             adapters.append(MixedAdapter(layers))
@@ -148,5 +158,7 @@ def test_sequences_of_many_adapters_are_one_copy(dtype: torch.dtype, dora: bool)
         seen.clear()
         engine.logits([Part(*each, PROMPT) for each in zip(adapters, caches, strict=True)])
         for _ in range(2):
-            assert engine.logits([Part(*each, [7]) for each in zip(adapters, caches, strict=True)]).shape == (3, ROWS)
+            assert engine.logits(
+                [Part(*each, [7]) for each in zip(adapters, caches, strict=True)]
+            ).shape == (3, ROWS)
     refuse(seen, {})

@@ -1,4 +1,6 @@
-"""No step adds up by an index in an order that a GPU does not keep: seen on `meta`, by what is called."""
+"""No step adds up by an index in an order that a GPU does not keep: seen on `meta`, by what is
+called.
+"""
 
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +24,8 @@ from pipeline.training.step import Learner
 from tests.helpers.real import listed, toy, windows_of
 from tests.helpers.stand_in import to_stand_in, watched
 
-# Their CUDA kernels add by atomics; those of `index_put_` and `embedding_dense_backward` sort their indices first.
+# Their CUDA kernels add by atomics; those of `index_put_` and `embedding_dense_backward` sort their
+# indices first.
 UNORDERED = {"scatter_add", "scatter_add_", "scatter_reduce", "index_reduce", "put_", "cumsum"}
 LENGTHS = (9, 7, 9, 5, 9, 9)
 
@@ -34,7 +37,8 @@ class Called(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
-        # also the backward of `index_select`, which is given distinct rows here: then there is no order
+        # also the backward of `index_select`, which is given distinct rows here: then there is no
+        # order
         if name.startswith("index_add") and len(args[2]) > args[0].shape[args[1]]:
             name = "put_"
         self.names[name] += 1
@@ -57,7 +61,9 @@ def sweep() -> TrainingTask:
     assert path.supports_packing
     to_stand_in(model).train()
     data = listed(windows_of((9,) * 6, lambda length: length // 3))
-    learners = [Learner(FinetuneLora(epochs=9, seed=n), Batches(data, 2, n), name=f"{n}") for n in range(3)]
+    learners = [
+        Learner(FinetuneLora(epochs=9, seed=n), Batches(data, 2, n), name=f"{n}") for n in range(3)
+    ]
     return TrainingTask(model, learners, path)
 
 
@@ -75,7 +81,9 @@ def preferences() -> TrainingTask:
 @pytest.mark.parametrize("made", [lora, sweep, preferences])
 def test_a_step_adds_in_a_fixed_order(made: Callable[[], TrainingTask]) -> None:
     task = made()
-    records = steps(task, build_optimizer(task.model, *(learner.settings for learner in task.learners)))
+    records = steps(
+        task, build_optimizer(task.model, *(learner.settings for learner in task.learners))
+    )
     with watched(), Called() as called:
         next(records)
     assert called.names["mm"] or called.names["bmm"]

@@ -1,4 +1,6 @@
-"""A training step on a device without numbers waits for it once, and makes everything there: see `stand_in`."""
+"""A training step on a device without numbers waits for it once, and makes everything there: see
+`stand_in`.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -24,7 +26,12 @@ from pipeline.training.batched import ManyAdapters
 from pipeline.training.batches import Batches
 from pipeline.training.loop import TrainingTask, build_optimizer, steps
 from pipeline.training.parallel.sharding import _buffers_to_parameters
-from pipeline.training.preferences.losses import WITH_REFERENCE, AnswerBatches, Answers, PreferencePath
+from pipeline.training.preferences.losses import (
+    WITH_REFERENCE,
+    AnswerBatches,
+    Answers,
+    PreferencePath,
+)
 from pipeline.training.retention import RetentionLoss
 from pipeline.training.step import Evaluation, Learner
 from tests.helpers.real import ROWS, listed, toy, windows_of, with_lora
@@ -37,7 +44,9 @@ EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def data(lengths: Sequence[int] = LENGTHS, asked: Callable[[int], int] = lambda length: length // 3) -> Any:
+def data(
+    lengths: Sequence[int] = LENGTHS, asked: Callable[[int], int] = lambda length: length // 3
+) -> Any:
     return listed(windows_of(lengths, asked))
 
 
@@ -63,7 +72,9 @@ def step_of(model: CausalLM, settings: Training | None = None, **task: Any) -> S
     """Two steps of one learner, of two batches each."""
     settings = settings or Training(epochs=9)
     batches = Batches(data(), 2, 0, 2)
-    return seen_in_steps(model, TrainingTask.of_one(on_stand_in(model), batches, settings, None, **task))
+    return seen_in_steps(
+        model, TrainingTask.of_one(on_stand_in(model), batches, settings, None, **task)
+    )
 
 
 ONE_READ = {READ: 2}  # in two steps
@@ -79,8 +90,13 @@ def test_a_lora_step_is_read_once_and_copies_a_batch_once(family: str, dtype: to
     targets = ("c_attn",) if family == "gpt2" else ("q_proj", "v_proj")
     seen = step_of(with_lora(toy(family, dtype), names=targets))
     refuse(seen, ONE_READ)
-    # beside each batch what attention must know of its lengths: once, or once for each of two windows
-    tables = {"gemma2": 2, "gemma3": 2}.get(family, 1) if dtype == torch.bfloat16 or "gemma" in family else 0
+    # beside each batch what attention must know of its lengths: once, or once for each of two
+    # windows
+    tables = (
+        {"gemma2": 2, "gemma3": 2}.get(family, 1)
+        if dtype == torch.bfloat16 or "gemma" in family
+        else 0
+    )
     assert seen.queued.total() <= COPIES * (1 + tables)
 
 
@@ -96,7 +112,13 @@ def test_experts_with_lora_are_not_counted_on_the_host(name: str, dtype: torch.d
         return
     # before Ampere there is no kernel for all experts: they are counted, once a layer
     layers, counted = 2, "models/experts/mixture.py:_expert_by_expert"
-    refuse(seen, {**ONE_READ, **dict.fromkeys((f"{counted} bincount", f"{counted} _to_copy"), layers * COPIES)})
+    refuse(
+        seen,
+        {
+            **ONE_READ,
+            **dict.fromkeys((f"{counted} bincount", f"{counted} _to_copy"), layers * COPIES),
+        },
+    )
 
 
 def full(model: CausalLM) -> None:
@@ -178,7 +200,9 @@ def test_a_quantized_base_trains_there(family: str, kind: Quantization, how: Any
 
 @on_cuda
 @pytest.mark.parametrize("kind", ["nf4", "nf4-dq", "int8"])
-def test_a_quantized_base_trains_where_sharding_made_parameters_of_its_codes(kind: Quantization) -> None:
+def test_a_quantized_base_trains_where_sharding_made_parameters_of_its_codes(
+    kind: Quantization,
+) -> None:
     model = toy("llama", torch.bfloat16)
     quantize(model, kind, torch.bfloat16, STAND_IN)
     for module in model.modules():
@@ -189,7 +213,9 @@ def test_a_quantized_base_trains_where_sharding_made_parameters_of_its_codes(kin
 
 
 @on_cuda
-def test_a_model_answers_on_the_cpu_while_the_gpu_has_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_answers_on_the_cpu_while_the_gpu_has_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     free = tmp_path / "free"
     monkeypatch.setenv("LORA_STUB_FREE", f"{free}")
     monkeypatch.setenv("LORA_DEVICE", "cuda")
@@ -205,7 +231,8 @@ def test_paged_moments_are_copied_back_and_forth_and_nothing_else_is() -> None:
     model = toy("llama", torch.bfloat16)
     lora(model)
     seen = step_of(model, FinetuneLora(epochs=9, optimizer="paged-adamw-8bit"))
-    moments = "training/update_rules.py:_update_chunk copy_"  # they are in the host's memory, which is their purpose
+    # they are in the host's memory, which is their purpose
+    moments = "training/update_rules.py:_update_chunk copy_"
     assert seen.reads.pop(moments) == 2 * 4
     refuse(seen, ONE_READ)
 
@@ -221,14 +248,20 @@ def test_blocks_that_run_again_in_backward_copy_nothing_again(how: Any) -> None:
     assert seen.queued.total() <= COPIES * 3
 
 
-@pytest.mark.parametrize("saved", [(), ("embed_tokens", "lm_head")], ids=["adapter", "embeddings in full"])
+@pytest.mark.parametrize(
+    "saved", [(), ("embed_tokens", "lm_head")], ids=["adapter", "embeddings in full"]
+)
 @pytest.mark.slow
 def test_retention_is_read_with_the_loss(saved: tuple[str, ...]) -> None:
     model = toy("llama", torch.bfloat16)
     lora(model, saved=saved)
-    settings = FinetuneLora(epochs=9, retention_data="kept.txt", retention_weight=0.5, retention_batch_size=2)
+    settings = FinetuneLora(
+        epochs=9, retention_data="kept.txt", retention_weight=0.5, retention_batch_size=2
+    )
     on_stand_in(model)
-    refuse(step_of(model, settings, retain=RetentionLoss(model, data((610, 33)), settings)), ONE_READ)
+    refuse(
+        step_of(model, settings, retain=RetentionLoss(model, data((610, 33)), settings)), ONE_READ
+    )
 
 
 @pytest.mark.slow
@@ -242,25 +275,37 @@ def test_an_evaluation_is_read_once_however_many_batches_it_has() -> None:
 @pytest.mark.parametrize("ranks", [(3, 3, 3), (2, 3, 5)], ids=["equal ranks", "unequal ranks"])
 @pytest.mark.parametrize("lengths", [(601,) * 6, LENGTHS], ids=["equal lengths", "ragged"])
 @pytest.mark.parametrize("family", ["llama", "minigpt"])
-def test_many_adapters_are_read_at_once(family: str, lengths: Sequence[int], ranks: Sequence[int]) -> None:
+def test_many_adapters_are_read_at_once(
+    family: str, lengths: Sequence[int], ranks: Sequence[int]
+) -> None:
     model: CausalLM = toy("llama", torch.bfloat16) if family == "llama" else minigpt()
     names = ("q_proj", "v_proj")
-    routing = attach_many(model, [partial(attach, model, AdapterSpec(rank, 6.0, names)) for rank in ranks])
+    routing = attach_many(
+        model, [partial(attach, model, AdapterSpec(rank, 6.0, names)) for rank in ranks]
+    )
     path = ManyAdapters(model, routing)
     assert path.supports_packing  # without the adapters: before `on_stand_in` asks the model
     on_stand_in(model)
-    learners = [Learner(FinetuneLora(epochs=9, seed=n), Batches(data(lengths), 2, n), name=f"{n}") for n in range(3)]
+    learners = [
+        Learner(FinetuneLora(epochs=9, seed=n), Batches(data(lengths), 2, n), name=f"{n}")
+        for n in range(3)
+    ]
     refuse(seen_in_steps(model, TrainingTask(model, learners, path)), ONE_READ)
 
 
 def test_a_sweep_goes_on_without_those_that_were_stopped() -> None:
     model = toy("llama", torch.bfloat16)
     names = ("q_proj", "v_proj")
-    routing = attach_many(model, [partial(attach, model, AdapterSpec(3, 6.0, names)) for _ in range(3)])
+    routing = attach_many(
+        model, [partial(attach, model, AdapterSpec(3, 6.0, names)) for _ in range(3)]
+    )
     path = ManyAdapters(model, routing)
     assert path.supports_packing  # without the adapters: before `on_stand_in` asks the model
     on_stand_in(model)
-    learners = [Learner(FinetuneLora(epochs=9), Batches(data((601,) * 6), 2, 0), name=f"{n}") for n in range(3)]
+    learners = [
+        Learner(FinetuneLora(epochs=9), Batches(data((601,) * 6), 2, 0), name=f"{n}")
+        for n in range(3)
+    ]
     learners[1].stop(0, "it was stopped")
     refuse(seen_in_steps(model, TrainingTask(model, learners, path)), ONE_READ)
 
@@ -269,14 +314,18 @@ def minigpt() -> MiniGPT:
     return MiniGPT(MiniGPTConfig(ROWS, 0, 1, d_model=32, max_positions=800))
 
 
-@pytest.mark.parametrize("lengths", [LENGTHS, (30, 20, 10, 30, 7, 20), (601,) * 4], ids=["long", "short", "equal"])
+@pytest.mark.parametrize(
+    "lengths", [LENGTHS, (30, 20, 10, 30, 7, 20), (601,) * 4], ids=["long", "short", "equal"]
+)
 @pytest.mark.parametrize("virtual", [False, True], ids=["", "prefix"])
 def test_minigpt_masks_nothing_there(lengths: Sequence[int], virtual: bool) -> None:
     model = minigpt()
     if virtual:
         model.requires_grad_(False)
         model.set_virtual_tokens(PrefixTokens(torch.randn(5, 2 * 2 * 32), 2, 4))
-    task = TrainingTask.of_one(on_stand_in(model), Batches(data(lengths), 4, 0), Training(epochs=9), None)
+    task = TrainingTask.of_one(
+        on_stand_in(model), Batches(data(lengths), 4, 0), Training(epochs=9), None
+    )
     optimizer = build_optimizer(model, task.settings)
     records = steps(task, optimizer)
     with watched(min(ROW, max(50, max(lengths) - 1))) as seen:
@@ -312,7 +361,9 @@ def test_preferences_are_read_twice_a_step(loss: Any) -> None:
 
 
 @pytest.mark.slow
-def test_the_next_step_is_made_before_the_present_one_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_step_is_made_before_the_present_one_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """On an accelerator alone: while it computes, the host is free."""
     order = list[str]()
     read, numbers = Batches._read, device.read_numbers

@@ -1,4 +1,6 @@
-"""Verdicts follow from their rules alone, and a project that lacks or changed something gets a reason, no traceback."""
+"""Verdicts follow from their rules alone, and a project that lacks or changed something gets a
+reason, no traceback.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -22,7 +24,14 @@ from pipeline.document.claims import (
     more_than,
     probability,
 )
-from pipeline.document.claims.check import Row, filter_rows, judge, markdown_table, summary, verdicts
+from pipeline.document.claims.check import (
+    Row,
+    filter_rows,
+    judge,
+    markdown_table,
+    summary,
+    verdicts,
+)
 from pipeline.document.claims.sources import MissingArtifact, Sources, calc, find, model
 from pipeline.document.tables import Spread
 from pipeline.errors import UserError
@@ -54,7 +63,9 @@ from tests.helpers.projects import new_project
         (0.00001, 1e-5, "0.00001"),
     ],
 )
-def test_a_quantity_is_read_and_shown_as_the_document_writes_it(written: Any, meant: Any, shown: str) -> None:
+def test_a_quantity_is_read_and_shown_as_the_document_writes_it(
+    written: Any, meant: Any, shown: str
+) -> None:
     assert Quantity.read(written).value == meant
     assert str(Quantity.read(written)) == shown
 
@@ -71,7 +82,9 @@ def test_several_seeds_show_their_mean_and_how_far_one_lies_from_it() -> None:
 
 
 @given(st.floats(1e-6, 1e6), st.sampled_from(sorted(UNITS)))
-def test_what_is_shown_is_within_half_a_percent_of_what_was_measured(number: float, unit: str) -> None:
+def test_what_is_shown_is_within_half_a_percent_of_what_was_measured(
+    number: float, unit: str
+) -> None:
     shown = in_unit(number * UNITS[unit], unit)
     text = shown.removesuffix(unit).strip().replace(",", "")
     assert float(text) == pytest.approx(number, rel=0.005)
@@ -79,14 +92,25 @@ def test_what_is_shown_is_within_half_a_percent_of_what_was_measured(number: flo
 
 def test_seeds_compute_as_their_mean() -> None:
     measured = Spread(0.5, 0.4, 0.7)
-    assert measured + 1 == 1.5 and measured < 0.6 and measured.high - measured.low == pytest.approx(0.3)
+    assert (
+        measured + 1 == 1.5
+        and measured < 0.6
+        and measured.high - measured.low == pytest.approx(0.3)
+    )
     assert not isinstance(measured - 0.1, Spread), "a difference has no extremes of its own"
 
 
 # verdicts
 
 
-def judged(measured: Any, says: Any = 4, why: str = "w", section: str = "1", quote: str = "q", **options: Any) -> Row:
+def judged(
+    measured: Any,
+    says: Any = 4,
+    why: str = "w",
+    section: str = "1",
+    quote: str = "q",
+    **options: Any,
+) -> Row:
     """The row of a claim that needs no project."""
     chapter = Chapter()
     with chapter.section(section) as claim:
@@ -147,7 +171,9 @@ def test_a_verdict_follows_from_rule_and_measure(measured: Any, says: Any, verdi
         (less_than("5%"), "negligible", "negligible (< 5%)", None),
     ],
 )
-def test_how_far_from_what_is_said_still_holds_is_shown(says: Any, words: str, shown: str, tolerance: Any) -> None:
+def test_how_far_from_what_is_said_still_holds_is_shown(
+    says: Any, words: str, shown: str, tolerance: Any
+) -> None:
     row = judged(4, says, words=words)
     assert (row["shown"]["says"], row["tolerance"]) == (shown, tolerance)
 
@@ -235,9 +261,18 @@ def asked(tmp_path: Path) -> Sources:
     """A project with one table and one artifact, written by hand."""
     root = new_project(tmp_path / "asked")
     for name, text in (
-        ("studies/rank/ranks.csv", "rank,alpha,loss,loss_low,loss_high\n4,r,0.5,0.4,0.7\n8,r,0.3,0.3,0.3\n8,1,,,\n"),
-        ("figures/attention_row.csv", "model,distance,katze\nbase,0.4,0.2\nbase,0.1,0.6\nother,0.05,0.9\n"),
-        ("evaluation/metrics.json", '{"full": {"flat": 30, "in": 4, "none": null}, "rows": [{"k": 1}, {"k": 2}]}'),
+        (
+            "studies/rank/ranks.csv",
+            "rank,alpha,loss,loss_low,loss_high\n4,r,0.5,0.4,0.7\n8,r,0.3,0.3,0.3\n8,1,,,\n",
+        ),
+        (
+            "figures/attention_row.csv",
+            "model,distance,katze\nbase,0.4,0.2\nbase,0.1,0.6\nother,0.05,0.9\n",
+        ),
+        (
+            "evaluation/metrics.json",
+            '{"full": {"flat": 30, "in": 4, "none": null}, "rows": [{"k": 1}, {"k": 2}]}',
+        ),
     ):
         (root / "artifacts" / name).parent.mkdir(parents=True)
         (root / "artifacts" / name).write_text(text, encoding="utf-8")
@@ -263,12 +298,30 @@ def test_rows_columns_and_json_are_reached(asked: Sources) -> None:
     ("measure", "said"),
     [
         (lambda m: m.row("rank/ranks", rank=16), "studies/rank/ranks.csv has no row with rank=16"),
-        (lambda m: m.row("rank/ranks", rank=8), "studies/rank/ranks.csv has 2 rows instead of one with rank=8"),
-        (lambda m: m.column("rank/ranks", "loss", rank=16), "studies/rank/ranks.csv has no row with rank=16"),
-        (lambda m: m.column("rank/ranks", "loss"), "there is no value for 'loss', only for rank, alpha"),
-        (lambda m: m.row("rank/ranks", rank=4).width, "there is no value for 'width', only for rank, alpha, loss"),
-        (lambda m: m.artifact("evaluation/metrics.json").lora, "there is no value for 'lora', only for full"),
-        (lambda m: m.artifact("evaluation/metrics.json").full.none, "there is no value for 'none', only for flat"),
+        (
+            lambda m: m.row("rank/ranks", rank=8),
+            "studies/rank/ranks.csv has 2 rows instead of one with rank=8",
+        ),
+        (
+            lambda m: m.column("rank/ranks", "loss", rank=16),
+            "studies/rank/ranks.csv has no row with rank=16",
+        ),
+        (
+            lambda m: m.column("rank/ranks", "loss"),
+            "there is no value for 'loss', only for rank, alpha",
+        ),
+        (
+            lambda m: m.row("rank/ranks", rank=4).width,
+            "there is no value for 'width', only for rank, alpha, loss",
+        ),
+        (
+            lambda m: m.artifact("evaluation/metrics.json").lora,
+            "there is no value for 'lora', only for full",
+        ),
+        (
+            lambda m: m.artifact("evaluation/metrics.json").full.none,
+            "there is no value for 'none', only for flat",
+        ),
         (lambda m: m.artifact("evaluation/metrics.json").full["in"] / 0, "division by zero"),
         (lambda m: m.artifact("../params.yaml"), "../params.yaml is not an artifact of a stage"),
         (lambda m: m.size("base/../../params.yaml"), "params.yaml is not an artifact of a stage"),
@@ -287,8 +340,13 @@ def test_what_is_not_there_is_a_reason_and_no_error(
             return measure(m), "w"
 
     row = judge(chapter[0], asked)
-    assert row["verdict"] == "not run" and row["measured"] is None and row["shown"]["measured"] == "–"
-    assert row["why"].startswith("it cannot be measured on this project's artifacts: ") and said in row["why"]
+    assert (
+        row["verdict"] == "not run" and row["measured"] is None and row["shown"]["measured"] == "–"
+    )
+    assert (
+        row["why"].startswith("it cannot be measured on this project's artifacts: ")
+        and said in row["why"]
+    )
 
 
 def test_an_artifact_that_was_not_made_says_what_to_run(asked: Sources) -> None:
@@ -317,8 +375,15 @@ def test_the_calculator_is_asked_as_on_the_command_line() -> None:
         pytest.param(lambda text: text.partition("\n")[0] + "\n", id="no rows"),
         pytest.param(lambda text: "\n".join(text.split("\n")[:2]) + "\n", id="one row"),
         pytest.param(lambda text: text.replace(",", ";"), id="one column"),
-        pytest.param(lambda text: "\n".join(",".join("x" * len(line.split(","))) for line in text.split("\n")), id="x"),
-        pytest.param(lambda text: text.replace("_low", "").replace("0", "").replace("1", ""), id="blanks"),
+        pytest.param(
+            lambda text: "\n".join(
+                ",".join("x" * len(line.split(","))) for line in text.split("\n")
+            ),
+            id="x",
+        ),
+        pytest.param(
+            lambda text: text.replace("_low", "").replace("0", "").replace("1", ""), id="blanks"
+        ),
     ],
 )
 def test_no_damaged_table_or_artifact_ends_in_a_traceback(
@@ -332,4 +397,7 @@ def test_no_damaged_table_or_artifact_ends_in_a_traceback(
     rows = verdicts(open_project(root / "params.yaml"))
     lost = [row["why"] for row in rows if row["verdict"] == "not run"]
     assert len(lost) > 50
-    assert all("it cannot be measured on this project's artifacts: " in why or "does not exist" in why for why in lost)
+    assert all(
+        "it cannot be measured on this project's artifacts: " in why or "does not exist" in why
+        for why in lost
+    )

@@ -1,4 +1,6 @@
-"""The document's claims, on a project that ran: what is known to differ is found to, by the code and not by hand."""
+"""The document's claims, on a project that ran: what is known to differ is found to, by the code
+and not by hand.
+"""
 
 import csv
 import inspect
@@ -20,7 +22,16 @@ from pipeline.project import provenance
 from pipeline.project.runner import run
 from pipeline.workbench import open_project
 from tests.conftest import Lora
-from tests.helpers.projects import PIPELINE, ROOT, STAGES, folder_bytes, lora, new_project, played, refusal
+from tests.helpers.projects import (
+    PIPELINE,
+    ROOT,
+    STAGES,
+    folder_bytes,
+    lora,
+    new_project,
+    played,
+    refusal,
+)
 
 FILES = sorted((ROOT / "pipeline/document/claims/chapters").glob("s[0-9]*.py"))
 
@@ -55,14 +66,17 @@ def test_each_file_of_claims_counts_for_the_stage_and_for_no_other() -> None:
     assert not {path for module in others for path in provenance.code_files(module)} & set(FILES)
 
 
-def test_an_edited_claim_changes_the_stages_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_edited_claim_changes_the_stages_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = STAGES["claims"].module
     for path in provenance.code_files(module):
         copy = tmp_path / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
-    monkeypatch.setattr(provenance, "code_files", inspect.unwrap(provenance.code_files))  # conftest caches it
+    # conftest caches it
+    monkeypatch.setattr(provenance, "code_files", inspect.unwrap(provenance.code_files))
     before = provenance.code_digest(module)
     for file in FILES:
         chapter = tmp_path / file.relative_to(ROOT)
@@ -72,7 +86,8 @@ def test_an_edited_claim_changes_the_stages_digest(tmp_path: Path, monkeypatch: 
         before = after
 
 
-DIFFER = {  # the issue's list, and what else the calculator and the pipeline's own artifacts can tell
+# the issue's list, and what else the calculator and the pipeline's own artifacts can tell
+DIFFER = {
     "adam-3-times": {"averages in BF16": 4, "averages in FP32": 6},
     "adam-48-gb": {"averages in BF16": 65525882880, "averages in FP32": 98288824320},
     "qwen-w-kv": {"W_K": 4096 * 1024, "W_V": 4096 * 1024},
@@ -96,7 +111,9 @@ def test_what_is_known_to_differ_is_found(ledger: dict[str, Row], name: str) -> 
     assert ledger[name]["measured"] == pytest.approx(DIFFER[name], rel=2e-3)
 
 
-def test_lora_changes_old_predictions_when_embeddings_and_head_train(ledger: dict[str, Row], studied: Path) -> None:
+def test_lora_changes_old_predictions_when_embeddings_and_head_train(
+    ledger: dict[str, Row], studied: Path
+) -> None:
     row = rows_of(studied)["predictions-retained"]
     assert row["measured"]["embeddings and head train too"] < 0.9
     assert "embeddings and head train as well, 16,768 parameters" in row["why"]
@@ -116,11 +133,20 @@ def test_what_holds_and_what_depends_is_found_too(ledger: dict[str, Row]) -> Non
         "merge-identity",
     )
     assert {name: ledger[name]["verdict"] for name in hold} == dict.fromkeys(hold, "holds")
-    depend = ("same-architecture", "qwen-b", "share-lora", "only-a-and-b", "each-halving-halves", "share-prefix")
+    depend = (
+        "same-architecture",
+        "qwen-b",
+        "share-lora",
+        "only-a-and-b",
+        "each-halving-halves",
+        "share-prefix",
+    )
     assert {name: ledger[name]["verdict"] for name in depend} == dict.fromkeys(depend, "depends")
 
 
-def test_a_claim_whose_source_was_not_run_says_what_to_run_and_has_no_verdict(tmp_path: Path) -> None:
+def test_a_claim_whose_source_was_not_run_says_what_to_run_and_has_no_verdict(
+    tmp_path: Path,
+) -> None:
     rows = rows_of(new_project(tmp_path / "fresh")).values()
     left = [row for row in rows if row["verdict"] == "not run"]
     assert left and all(row["measured"] is None for row in left)
@@ -132,7 +158,10 @@ def test_a_claim_whose_source_was_not_run_says_what_to_run_and_has_no_verdict(tm
 
 
 def test_a_study_of_other_settings_leaves_its_claims_without_a_verdict(studied: Path) -> None:
-    rows = {row["id"]: row for row in json.loads((studied / "artifacts/claims" / JSON).read_text(encoding="utf-8"))}
+    rows = {
+        row["id"]: row
+        for row in json.loads((studied / "artifacts/claims" / JSON).read_text(encoding="utf-8"))
+    }
     assert rows["rank-64-no-gain"]["verdict"] == "not run"
     assert "studies/rank/ranks.csv has no row with rank=8" in rows["rank-64-no-gain"]["why"]
     assert rows["fact-katze-v"]["verdict"] == "differs", "two epochs change little"
@@ -151,16 +180,22 @@ def test_a_project_of_another_base_is_not_the_documents(tmp_path: Path) -> None:
     left = [row for row in rows if row["verdict"] == "not run"]
     assert len(rows) - len(left) == len(calculated())
     assert {row["why"] for row in left if "MiniGPT" in row["why"]} == {
-        "this claim is about MiniGPT, but the project's base is org/model: create a project with `lora new`"
+        "this claim is about MiniGPT, but the project's base is org/model: create a project with "
+        "`lora new`"
     }
 
 
 def test_a_changed_project_changes_verdicts(tmp_path: Path) -> None:
     root = new_project(tmp_path / "changed")
     path = root / "data/pretrain.de.txt"
-    path.write_text("\n".join(path.read_text(encoding="utf-8").splitlines()[:20]) + "\n", encoding="utf-8")
+    path.write_text(
+        "\n".join(path.read_text(encoding="utf-8").splitlines()[:20]) + "\n", encoding="utf-8"
+    )
     rows = rows_of(root)
-    assert (rows["22-sentences"]["verdict"], rows["20-sentences"]["verdict"]) == ("differs", "holds")
+    assert (rows["22-sentences"]["verdict"], rows["20-sentences"]["verdict"]) == (
+        "differs",
+        "holds",
+    )
 
 
 def test_the_claims_and_the_file_of_the_documents_numbers_agree() -> None:
@@ -175,10 +210,16 @@ def test_the_claims_and_the_file_of_the_documents_numbers_agree() -> None:
 
 
 def test_claims_read_nothing_that_their_stage_does_not_depend_on() -> None:
-    """What DVC and the cache must know of: every artifact, and the data files that the stage names."""
+    """What DVC and the cache must know of: every artifact, and the data files that the stage
+    names.
+    """
     outputs = {STAGES[name].output for name in STAGES["claims"].needs}
     assert STAGES["claims"].needs == tuple(name for name in STAGES if name != "claims")
-    calls = [call for file in FILES for call in re.findall(r"\bm\.(\w+)\(\s*f?\"([^\"{]+)", file.read_text("utf-8"))]
+    calls = [
+        call
+        for file in FILES
+        for call in re.findall(r"\bm\.(\w+)\(\s*f?\"([^\"{]+)", file.read_text("utf-8"))
+    ]
     assert len(calls) > 100
     for call, path in calls:
         folder = path.partition("/")[0]
@@ -208,7 +249,9 @@ def test_the_table_is_legible_at_80_columns(ran: Path) -> None:
     assert all(len(line) <= 80 for line in lines) and "…" not in done.stdout
     headings = [line.strip() for line in lines if re.fullmatch(r"(§[\d.]+|Introduction) *", line)]
     assert headings[:3] == ["Introduction", "§1", "§2"] and headings[-1].startswith("§10.")
-    assert re.fullmatch(r"\d+ claims: \d+ hold, \d+ differ, \d+ depend(, \d+ not run)?\.", lines[-1])
+    assert re.fullmatch(
+        r"\d+ claims: \d+ hold, \d+ differ, \d+ depend(, \d+ not run)?\.", lines[-1]
+    )
     assert all(mark in done.stdout for mark in ("✗ differs", "✓ holds", "◐ depends"))
 
 
@@ -217,26 +260,48 @@ def test_sections_and_verdicts_are_chosen(cli: Lora, ran: Path) -> None:
     rows = json.loads(out)
     assert code == 0 and len(rows) >= 5
     assert {(row["section"], row["verdict"]) for row in rows} == {("3", "differs")}
-    keys = {"id", "section", "quote", "says", "rule", "tolerance", "measured", "verdict", "why", "shown"}
+    keys = {
+        "id",
+        "section",
+        "quote",
+        "says",
+        "rule",
+        "tolerance",
+        "measured",
+        "verdict",
+        "why",
+        "shown",
+    }
     assert all(row.keys() == keys for row in rows)
     everything = json.loads(cli("claims", "--json", cwd=ran)[1])
-    assert {row["section"] for row in json.loads(cli("claims", "--section", "2", "--json", cwd=ran)[1])} == {
-        row["section"] for row in everything if row["section"].startswith("2")
-    }
-    assert "section must be one of Introduction, 1, 2, 2.1" in refusal(cli("claims", "--section", "11", cwd=ran))
-    assert "verdict must be one of holds, differs" in refusal(cli("claims", "--verdict", "maybe", cwd=ran))
+    assert {
+        row["section"] for row in json.loads(cli("claims", "--section", "2", "--json", cwd=ran)[1])
+    } == {row["section"] for row in everything if row["section"].startswith("2")}
+    assert "section must be one of Introduction, 1, 2, 2.1" in refusal(
+        cli("claims", "--section", "11", cwd=ran)
+    )
+    assert "verdict must be one of holds, differs" in refusal(
+        cli("claims", "--verdict", "maybe", cwd=ran)
+    )
 
 
-def test_claims_of_what_was_not_run_are_no_error_and_nothing_is_begun(cli: Lora, tmp_path: Path) -> None:
+def test_claims_of_what_was_not_run_are_no_error_and_nothing_is_begun(
+    cli: Lora, tmp_path: Path
+) -> None:
     root = new_project(tmp_path / "fresh")
     before = set(root.rglob("*"))
     code, out, err = cli("claims", cwd=root)
     assert code == 0 and "– not run" in out
-    assert err == "artifacts/claims was not written: artifacts/base is missing. Run `dvc repro` to make everything.\n"
+    assert (
+        err
+        == "artifacts/claims was not written: artifacts/base is missing. Run `dvc repro` to make everything.\n"
+    )
     assert set(root.rglob("*")) == before, "nothing was begun"
 
 
-def test_the_stage_writes_every_verdict_as_json_and_as_a_page_twice_the_same(ran: Path, tmp_path: Path) -> None:
+def test_the_stage_writes_every_verdict_as_json_and_as_a_page_twice_the_same(
+    ran: Path, tmp_path: Path
+) -> None:
     stage = structs.replace(STAGES["claims"], needs=tuple(PIPELINE))
     found = []
     for name in ("one", "two"):
@@ -268,7 +333,9 @@ def test_a_stage_that_is_out_of_date_is_not_judged(ran: Path, tmp_path: Path) ->
 # lora calc --document
 
 
-def test_the_calculator_shows_the_claims_that_it_alone_can_tell_anywhere(cli: Lora, tmp_path: Path) -> None:
+def test_the_calculator_shows_the_claims_that_it_alone_can_tell_anywhere(
+    cli: Lora, tmp_path: Path
+) -> None:
     code, out, err = cli("calc", "--document", "--json", cwd=tmp_path)
     rows = json.loads(out)
     assert (code, err) == (0, "")
@@ -289,4 +356,6 @@ def test_no_verdict_of_the_calculator_needs_a_project() -> None:
 
 def test_the_stage_has_no_settings(cli: Lora, tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("claims:\n  data: data/claims.yaml\n", encoding="utf-8")
-    assert "params.yaml: unknown key claims.data. Known: none." in refusal(cli("claims", cwd=tmp_path))
+    assert "params.yaml: unknown key claims.data. Known: none." in refusal(
+        cli("claims", cwd=tmp_path)
+    )

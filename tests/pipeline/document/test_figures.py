@@ -1,4 +1,6 @@
-"""The figures' numbers against plain mathematics and other libraries, and the pictures as a reader gets them."""
+"""The figures' numbers against plain mathematics and other libraries, and the pictures as a reader
+gets them.
+"""
 
 import json
 import math
@@ -35,7 +37,13 @@ from pipeline.document.figures.finetuning_subspace import (
     ramp,
 )
 from pipeline.document.figures.gradient_example import GradientProbe, formulas, parameter_gradients
-from pipeline.document.figures.lora_intuition import Plane, best_of_rank, circle, farthest, share_of_rank
+from pipeline.document.figures.lora_intuition import (
+    Plane,
+    best_of_rank,
+    circle,
+    farthest,
+    share_of_rank,
+)
 from pipeline.document.report import FROZEN, GREEN, INK, PRINT, RED, SMALL, Findings
 from pipeline.document.runner import drain, render
 from pipeline.document.tables import Cell, read_table
@@ -50,13 +58,22 @@ from tests.conftest import Built, Lora
 from tests.helpers.projects import BRIEF, STAGES, folder_bytes, load, make, refusal
 
 Matrix = npt.NDArray[np.float64]
-NAMES = ("finetuning_subspace", "loss_curves", "gradient_example", "lora_intuition", "placement", "attention")
+NAMES = (
+    "finetuning_subspace",
+    "loss_curves",
+    "gradient_example",
+    "lora_intuition",
+    "placement",
+    "attention",
+)
 SENTENCE = "die katze sitzt auf dem"
 SVG = "{http://www.w3.org/2000/svg}"
 
 sizes = st.tuples(st.integers(2, 6), st.integers(2, 6))
 matrices = sizes.flatmap(lambda size: arrays(np.float64, size, elements=st.floats(-4, 4, width=32)))
-squares = arrays(np.float64, st.integers(10, 60), elements=st.floats(0, 9, width=32)).filter(lambda s: s.sum() > 0.01)
+squares = arrays(np.float64, st.integers(10, 60), elements=st.floats(0, 9, width=32)).filter(
+    lambda s: s.sum() > 0.01
+)
 
 
 @pytest.fixture(scope="module")
@@ -87,17 +104,27 @@ def number(cell: Cell) -> float:
 
 def changed(root: Path) -> dict[str, tuple[Matrix, Matrix]]:
     """(before, change) of every parameter, from the files alone."""
-    before, after = (load_file(root / f"artifacts/{name}/model.safetensors") for name in ("expanded", "full_finetuned"))
+    before, after = (
+        load_file(root / f"artifacts/{name}/model.safetensors")
+        for name in ("expanded", "full_finetuned")
+    )
     names = [name for name in before if "embed_positions" not in name]
-    return {name: (before[name].astype(float), after[name].astype(float) - before[name]) for name in names}
+    return {
+        name: (before[name].astype(float), after[name].astype(float) - before[name])
+        for name in names
+    }
 
 
 # --- what is asked of any matrix
 
 
 @given(matrices, st.integers(1, 3), st.integers(0, 2**32 - 1))
-def test_no_other_matrix_of_the_rank_is_nearer_than_the_best(change: Matrix, rank: int, seed: int) -> None:
-    """Eckart & Young: its distance is the norm of the singular values that are left out; others are at least as far."""
+def test_no_other_matrix_of_the_rank_is_nearer_than_the_best(
+    change: Matrix, rank: int, seed: int
+) -> None:
+    """Eckart & Young: its distance is the norm of the singular values that are left out; others are
+    at least as far.
+    """
     best = best_of_rank(change, rank)
     left_out = np.linalg.svd(change, compute_uv=False)[rank:]
     assert np.linalg.matrix_rank(best, tol=1e-6) <= rank
@@ -126,10 +153,13 @@ def test_in_its_plane_a_change_does_what_it_does_in_all_dimensions(change: Matri
     u, _, vt = np.linalg.svd(change, full_matrices=False)
     for z in circle(9).T:
         x = z @ vt[:2]  # signs of the vectors may differ: norms do not
-        assert np.linalg.norm(change @ x) == pytest.approx(np.linalg.norm(plane.change @ z), abs=1e-6)
+        assert np.linalg.norm(change @ x) == pytest.approx(
+            np.linalg.norm(plane.change @ z), abs=1e-6
+        )
     ours, theirs = np.abs(plane.weight), np.abs(u[:, :2].T @ weight @ vt[:2].T)
     values = np.linalg.svd(change, compute_uv=False)
-    if min(abs(np.diff(values[:3])).min(initial=9.0), values[1]) > 1e-2:  # else the vectors are any of a plane
+    # else the vectors are any of a plane
+    if min(abs(np.diff(values[:3])).min(initial=9.0), values[1]) > 1e-2:
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
@@ -186,14 +216,20 @@ def test_every_neuron_is_a_row_of_the_files(figured: Path) -> None:
             row = found[block, module, n]
             size = np.linalg.norm(change[n])
             assert number(row["change"]) == pytest.approx(size, rel=1e-4, abs=1e-7)
-            assert number(row["relative_change"]) == pytest.approx(size / np.linalg.norm(before[n]), rel=1e-4, abs=1e-7)
-    assert len(rows) == sum(len(change) for _, change in changed(figured).values() if change.ndim == 2)
+            assert number(row["relative_change"]) == pytest.approx(
+                size / np.linalg.norm(before[n]), rel=1e-4, abs=1e-7
+            )
+    assert len(rows) == sum(
+        len(change) for _, change in changed(figured).values() if change.ndim == 2
+    )
 
 
 def test_the_concentration_is_that_of_all_changes(figured: Path) -> None:
     changes = changed(figured)
     all_ = np.concatenate([change.flatten() ** 2 for _, change in changes.values()])
-    inside = np.concatenate([change.flatten() ** 2 for name, (_, change) in changes.items() if ".layers." in name])
+    inside = np.concatenate(
+        [change.flatten() ** 2 for name, (_, change) in changes.items() if ".layers." in name]
+    )
     rows = {row["part"]: row for row in table(figured, "finetuning_subspace_concentration")}
     for part, squared in (("weights", all_), ("weights of the blocks", inside)):
         tenth = np.sort(squared)[::-1][: round(len(squared) / 10)].sum() / squared.sum()
@@ -210,7 +246,9 @@ def test_the_concentration_is_that_of_all_changes(figured: Path) -> None:
 
 
 def test_adapters_stand_where_the_adapters_own_config_puts_them(figured: Path) -> None:
-    config = json.loads((figured / "artifacts/lora_adapter/adapter_config.json").read_text(encoding="utf-8"))
+    config = json.loads(
+        (figured / "artifacts/lora_adapter/adapter_config.json").read_text(encoding="utf-8")
+    )
     for row in table(figured, "finetuning_subspace_modules"):
         assert row["lora_rank"] == (config["r"] if row["module"] in config["target_modules"] else 0)
         saved = row["module"] in config["modules_to_save"]
@@ -221,19 +259,27 @@ def test_adapters_stand_where_the_adapters_own_config_puts_them(figured: Path) -
 
 
 def test_the_curves_are_the_runs_and_flat_where_evaluate_says(figured: Path) -> None:
-    metrics = json.loads((figured / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    metrics = json.loads(
+        (figured / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8")
+    )
     epochs = table(figured, "loss_curves")
     methods = {str(row["method"]): row for row in table(figured, "loss_curves_methods")}
     assert list(methods) == ["full", "freeze", "lora"]
     for method, row in methods.items():
-        folder = {"full": "full_finetuned", "freeze": "layer_frozen", "lora": "lora_adapter"}[method]
+        folder = {"full": "full_finetuned", "freeze": "layer_frozen", "lora": "lora_adapter"}[
+            method
+        ]
         steps = read_steps(figured / "artifacts" / folder / "loss.csv")
-        means = [np.mean([step.loss for step in steps if step.epoch == epoch]) for epoch in range(1, 51)]
+        means = [
+            np.mean([step.loss for step in steps if step.epoch == epoch]) for epoch in range(1, 51)
+        ]
         found = [number(each["loss"]) for each in epochs if each["method"] == method]
         np.testing.assert_allclose(found, means, rtol=1e-5)
         assert row["flat_from_epoch"] == metrics[method]["flat_from_epoch"]
         assert row["trainable"] == metrics[method]["trainable"]
-        assert number(row["drop_by_30"]) == pytest.approx((means[0] - means[29]) / (means[0] - means[-1]), rel=1e-4)
+        assert number(row["drop_by_30"]) == pytest.approx(
+            (means[0] - means[29]) / (means[0] - means[-1]), rel=1e-4
+        )
 
 
 # --- Figure 3
@@ -242,21 +288,26 @@ def test_the_curves_are_the_runs_and_flat_where_evaluate_says(figured: Path) -> 
 def test_the_slope_is_that_of_finite_differences_and_no_gradient_is_larger(figured: Path) -> None:
     rows = table(figured, "gradient_example_landscape")
     middle = len(rows) // 2
-    theta, loss, tangent = ([number(row[key]) for row in rows] for key in ("theta", "loss", "tangent"))
+    theta, loss, tangent = (
+        [number(row[key]) for row in rows] for key in ("theta", "loss", "tangent")
+    )
     loaded = engine.load(figured / "artifacts/expanded")
     examples = read_examples(figured / "data/fact_correction.de.txt", "x")
     assert loss[middle] == tangent[middle] == pytest.approx(score(loaded, examples).loss, rel=1e-5)
     slope = (tangent[-1] - tangent[0]) / (theta[-1] - theta[0])
     third = (loss[middle + 1] - loss[middle - 1]) / (theta[middle + 1] - theta[middle - 1])
     fourth = (loss[middle + 2] - loss[middle - 2]) / (theta[middle + 2] - theta[middle - 2])
-    assert (4 * third - fourth) / 3 == pytest.approx(slope, rel=2e-3)  # Richardson: errors of h² are gone
+    # Richardson: errors of h² are gone
+    assert (4 * third - fourth) / 3 == pytest.approx(slope, rel=2e-3)
     stock = OPTForCausalLM.from_pretrained(figured / "artifacts/expanded")
     texts = [loaded.tokenizer.encode(example.text) for example in examples]
     lines = [torch.tensor([[*ids, *loaded.tokenizer.end_ids]]) for ids in texts]
     labels = sum(line.numel() - 1 for line in lines)
     for line in lines:
         (stock(line, labels=line).loss * ((line.numel() - 1) / labels)).backward()
-    largest = max(stock.parameters(), key=lambda p: 0 if p.grad is None else float(p.grad.abs().max()))
+    largest = max(
+        stock.parameters(), key=lambda p: 0 if p.grad is None else float(p.grad.abs().max())
+    )
     place = largest.grad.abs().argmax()
     assert float(largest.grad.flatten()[place]) == pytest.approx(slope, rel=1e-3)
     assert theta[middle] == pytest.approx(float(largest.detach().flatten()[place]), rel=1e-4)
@@ -265,16 +316,22 @@ def test_the_slope_is_that_of_finite_differences_and_no_gradient_is_larger(figur
 def test_gradients_exist_where_something_trains_and_nowhere_else(figured: Path) -> None:
     rows = table(figured, "gradient_example_tensors")
     assert all(row["has_grad"] == row["requires_grad"] for row in rows)
-    manifest = json.loads((figured / "artifacts/lora_adapter/manifest.json").read_text(encoding="utf-8"))
+    manifest = json.loads(
+        (figured / "artifacts/lora_adapter/manifest.json").read_text(encoding="utf-8")
+    )
     given_ = [row for row in rows if row["has_grad"]]
     assert sum(number(row["parameters"]) for row in given_) == manifest["parameters"]["trainable"]
     stored = load_file(figured / "artifacts/lora_adapter/adapter_model.safetensors")
     names = {name.removeprefix("base_model.model.").replace(".weight", "") for name in stored}
     assert {str(row["tensor"]).replace(".weight", "") for row in given_} == names
     zero = {str(row["tensor"]) for row in given_ if row["grad_norm"] == 0}
-    assert zero == {str(row["tensor"]) for row in rows if str(row["tensor"]).endswith("lora_A")}  # as B = 0
+    # as B = 0
+    assert zero == {str(row["tensor"]) for row in rows if str(row["tensor"]).endswith("lora_A")}
     groups = table(figured, "gradient_example_groups")
-    assert sum(number(row["parameters_with_grad"]) for row in groups) == manifest["parameters"]["trainable"]
+    assert (
+        sum(number(row["parameters_with_grad"]) for row in groups)
+        == manifest["parameters"]["trainable"]
+    )
     assert sum(number(row["tensors"]) for row in groups) == len(rows)
 
 
@@ -298,13 +355,17 @@ def test_the_documents_gradients_are_autograds_of_the_unfolded_product(init: Ini
     through = (3 * h.detach() ** 2) @ base.weight.detach()
     assert row["through_W"] == pytest.approx(float(through.norm() / x.grad.norm()), rel=1e-4)
     layer.lora_A.grad = 2 * A.grad
-    assert probe.row("it")["error_A"] == pytest.approx(1, rel=1e-4), "a factor that is missing is seen"
+    assert probe.row("it")["error_A"] == pytest.approx(1, rel=1e-4), (
+        "a factor that is missing is seen"
+    )
 
 
 def test_the_trained_adapter_has_a_row_for_each_matrix(figured: Path) -> None:
     rows = table(figured, "gradient_example_formulas")
     stored = load_file(figured / "artifacts/lora_adapter/adapter_model.safetensors")
-    names = [name.removeprefix("base_model.model.") for name in stored if name.endswith("lora_A.weight")]
+    names = [
+        name.removeprefix("base_model.model.") for name in stored if name.endswith("lora_A.weight")
+    ]
     assert {f"{row['module']}.lora_A.weight" for row in rows} == set(names)
     assert max(number(row[key]) for row in rows for key in ("error_A", "error_B")) < 1e-5
     assert min(number(row["through_W"]) for row in rows) > 0.5
@@ -317,11 +378,14 @@ def test_the_formulas_are_tried_on_any_adapter(figured: Path, tmp_path: Path, se
     assert len(formulas(job_of(root))) == 8
 
 
-def test_the_way_from_tisch_to_sofa_ends_where_the_trained_adapter_is(figured: Path, tmp_path: Path) -> None:
+def test_the_way_from_tisch_to_sofa_ends_where_the_trained_adapter_is(
+    figured: Path, tmp_path: Path
+) -> None:
     rows = table(figured, "gradient_example_descent")
     root = tmp_path / "project"
     shutil.copytree(figured, root, ignore=shutil.ignore_patterns("runs"))
-    lora = {"data": "data/fact_correction.de.txt", "epochs": 10, "window": 0}  # four sentences: an epoch is a step
+    # four sentences: an epoch is a step
+    lora = {"data": "data/fact_correction.de.txt", "epochs": 10, "window": 0}
     make(root, ["finetune_lora"], [f"finetune_lora.{key}={value}" for key, value in lora.items()])
     for step, adapter in ((0, None), (10, root / "artifacts/lora_adapter")):
         loaded = engine.load(root / "artifacts/expanded", adapter)
@@ -374,7 +438,9 @@ def test_the_block_is_the_files_of_base_and_adapter(figured: Path) -> None:
     adapter = load_file(figured / "artifacts/lora_adapter/adapter_model.safetensors")
     rows = {row["module"]: row for row in table(figured, "placement")}
     prefix = "model.decoder.layers.0."
-    assert {name.removeprefix(prefix).rsplit(".", 1)[0] for name in base if name.startswith(prefix)} == set(rows)
+    assert {
+        name.removeprefix(prefix).rsplit(".", 1)[0] for name in base if name.startswith(prefix)
+    } == set(rows)
     for name, row in rows.items():
         own = [value for key, value in base.items() if key.startswith(f"{prefix}{name}.")]
         assert row["parameters"] == sum(value.size for value in own)
@@ -390,9 +456,13 @@ def test_the_block_is_the_files_of_base_and_adapter(figured: Path) -> None:
 
 
 @pytest.mark.parametrize(("model", "folder"), [("base", "expanded"), ("LoRA", "lora_merged")])
-def test_the_attention_is_what_transformers_computes(figured: Path, model: str, folder: str) -> None:
+def test_the_attention_is_what_transformers_computes(
+    figured: Path, model: str, folder: str
+) -> None:
     """Of the adapter: in the merged checkpoint, which knows of no adapter."""
-    stock = OPTForCausalLM.from_pretrained(figured / "artifacts" / folder, attn_implementation="eager")
+    stock = OPTForCausalLM.from_pretrained(
+        figured / "artifacts" / folder, attn_implementation="eager"
+    )
     ids = engine.encode(engine.load(figured / "artifacts/expanded"), SENTENCE)
     wanted = stock(torch.tensor([ids]), output_attentions=True).attentions
     rows = [row for row in table(figured, "attention") if row["model"] == model]
@@ -461,7 +531,9 @@ def test_an_svg_is_xml_that_holds_its_words(figured: Path, name: str, words: lis
 
 
 class Written(NamedTuple):
-    """A line of text as it was drawn, its size in points and its box in pixels, from the upper left corner."""
+    """A line of text as it was drawn, its size in points and its box in pixels, from the upper left
+    corner.
+    """
 
     text: str
     points: float
@@ -493,7 +565,15 @@ def written(one: Findings) -> tuple[list[Written], float, float]:
     plain: Callable[..., None] = RendererAgg.draw_text
 
     def probe(
-        self: Any, gc: Any, x: float, y: float, s: str, prop: Any, angle: float, ismath: Any = False, mtext: Any = None
+        self: Any,
+        gc: Any,
+        x: float,
+        y: float,
+        s: str,
+        prop: Any,
+        angle: float,
+        ismath: Any = False,
+        mtext: Any = None,
     ) -> None:
         w, h, d = self.get_text_width_height_descent(s, prop, ismath)
         box = (x, y - h + d, x + w, y + d) if angle == 0 else (x - h + d, y - w, x + d, y)
@@ -516,7 +596,9 @@ def test_no_text_is_small_or_cut_or_over_another(drawn: dict[str, Findings], nam
     assert len(texts) > 10
     for text in texts:
         assert text.points >= SMALL, text
-        assert text.left > -1 and text.top > -1 and text.right < width + 1 and text.bottom < height + 1, text
+        assert (
+            text.left > -1 and text.top > -1 and text.right < width + 1 and text.bottom < height + 1
+        ), text
     pairs = ((a, b) for n, a in enumerate(texts) for b in texts[:n] if a.overlaps(b))
     assert not list(pairs)
 
@@ -527,7 +609,9 @@ def test_no_text_is_small_or_cut_or_over_another(drawn: dict[str, Findings], nam
 def luminance(color: str) -> float:
     """WCAG's relative luminance of #rrggbb."""
     parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    linear = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    ]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
@@ -581,11 +665,15 @@ def own(figured: Path, tmp_path: Path) -> Path:
     return shutil.copytree(figured, tmp_path / "project")
 
 
-def test_lora_figures_says_what_each_shows_and_where_it_is(cli: Lora, figured: Path, own: Path) -> None:
+def test_lora_figures_says_what_each_shows_and_where_it_is(
+    cli: Lora, figured: Path, own: Path
+) -> None:
     code, out, _ = cli("figures", cwd=own)
     assert code == 0
     flat = " ".join(out.split())
-    about = json.loads((figured / "artifacts/figures/manifest.json").read_text(encoding="utf-8"))["figures"]
+    about = json.loads((figured / "artifacts/figures/manifest.json").read_text(encoding="utf-8"))[
+        "figures"
+    ]
     for name, one in about.items():
         assert name in flat and all(word in flat for word in one["shows"].split())
     assert "_concentration.csv" in flat and out.rstrip().endswith("report.md")
@@ -593,13 +681,19 @@ def test_lora_figures_says_what_each_shows_and_where_it_is(cli: Lora, figured: P
 
 def test_figures_are_of_minigpt(cli: Lora, own: Path) -> None:
     said = refusal(cli("figures", "--set", "base=HuggingFaceTB/SmolLM2-135M", cwd=own))
-    assert "figures measures what the document says of MiniGPT; base is HuggingFaceTB/SmolLM2-135M." in said
+    assert (
+        "figures measures what the document says of MiniGPT; base is HuggingFaceTB/SmolLM2-135M."
+        in said
+    )
 
 
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("figures.weight=[1, 2, 3]", "figures.weight must be the 4 numbers of a 2 × 2 matrix, row by row, got 3"),
+        (
+            "figures.weight=[1, 2, 3]",
+            "figures.weight must be the 4 numbers of a 2 × 2 matrix, row by row, got 3",
+        ),
         ("figures.change=[1, x, 3, 4]", "figures.change must be a finite number, got 'x'"),
         ("figures.module=layers.7.fc1", "must be the end of one module's name"),
         ("figures.module=fc1", "layers.0.fc1 and model.decoder.layers.1.fc1"),
@@ -607,7 +701,9 @@ def test_figures_are_of_minigpt(cli: Lora, own: Path) -> None:
     ],
 )
 @pytest.mark.sampled(2)
-def test_a_setting_that_means_nothing_is_refused(cli: Lora, own: Path, override: str, said: str) -> None:
+def test_a_setting_that_means_nothing_is_refused(
+    cli: Lora, own: Path, override: str, said: str
+) -> None:
     assert said in refusal(cli("figures", "--set", override, cwd=own))
 
 
@@ -643,7 +739,14 @@ def test_other_adapters_are_drawn_as_well(project: Path, given_: str) -> None:
         one.draw(Figure(figsize=one.size))
     (table_,) = placement.render(job).tables
     adapted = {row["module"] for row in table_.rows if row["trained"]}
-    assert adapted == ({"fc1"} if "fc1" in given_ else {f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")})
+    assert adapted == (
+        {"fc1"} if "fc1" in given_ else {f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")}
+    )
     model = engine.load(project / "artifacts/expanded").model
-    found = parameter_gradients(job, read_spec(project / "artifacts/lora_adapter", model.embedding_and_head[0]))
-    assert sum(row["parameters"] for row in found if row["has_grad"]) == manifest["parameters"]["trainable"]
+    found = parameter_gradients(
+        job, read_spec(project / "artifacts/lora_adapter", model.embedding_and_head[0])
+    )
+    assert (
+        sum(row["parameters"] for row in found if row["has_grad"])
+        == manifest["parameters"]["trainable"]
+    )

@@ -1,4 +1,6 @@
-"""Training in random subspaces: the projection is an isometry, and in all dimensions it is training as it always is."""
+"""Training in random subspaces: the projection is an isometry, and in all dimensions it is training
+as it always is.
+"""
 
 import shutil
 from pathlib import Path
@@ -53,7 +55,9 @@ def matrix_of(projection: OneHot) -> Tensor:
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 9))
-def test_the_projection_is_an_isometry_and_down_is_its_transpose(one: int, other: int, seed: int) -> None:
+def test_the_projection_is_an_isometry_and_down_is_its_transpose(
+    one: int, other: int, seed: int
+) -> None:
     small, large = sorted((one, other))
     projection = OneHot(large, small, seed)
     P = matrix_of(projection)
@@ -72,11 +76,15 @@ def test_seeds_draw_other_subspaces_and_none_is_larger_than_the_space() -> None:
 
 
 def test_a_gradient_keeps_the_share_of_its_length_that_a_dense_gaussian_projection_keeps() -> None:
-    """E ‖Pᵀg‖² = d/D ‖g‖², whatever the gradient is: of a single number, of equal ones, of normal ones."""
+    """E ‖Pᵀg‖² = d/D ‖g‖², whatever the gradient is: of a single number, of equal ones, of normal
+    ones.
+    """
     large, small = 600, 60
     for g in (torch.eye(large)[3], torch.ones(large), torch.randn(large)):
         for kind in (OneHot, Dense):
-            kept = torch.stack([kind(large, small, seed).down(g).square().sum() for seed in range(60)])
+            kept = torch.stack(
+                [kind(large, small, seed).down(g).square().sum() for seed in range(60)]
+            )
             expected = float(g.square().sum()) * small / large
             assert float(kept.mean()) == pytest.approx(expected, rel=0.15), kind
 
@@ -90,7 +98,9 @@ def task(of: MiniGPT) -> TrainingTask:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(2, 20, (8, 5), generator=generator).tolist()
     windows = [Window(0, tuple(row[:4]), tuple(row[1:])) for row in rows]
-    return TrainingTask.of_one(of, Batches(InMemoryDataset(windows, ["x"] * 8), 4, 0), SETTINGS, FULL)
+    return TrainingTask.of_one(
+        of, Batches(InMemoryDataset(windows, ["x"] * 8), 4, 0), SETTINGS, FULL
+    )
 
 
 def losses(of: MiniGPT, optimizer: FlatOptimizer) -> list[float]:
@@ -108,7 +118,8 @@ def test_in_as_many_dimensions_as_there_are_weights_it_is_full_fine_tuning() -> 
     found = losses(inner, SubspaceAdam(inner, OneHot(size_of(inner), size_of(inner), 5)))
     assert found == pytest.approx(wanted, rel=1e-3)
     assert wanted[-1] < 0.9 * wanted[0]
-    ids = torch.arange(2, 20)[None]  # of its keys' biases, which change no answer, only rounding's noise moves
+    # of its keys' biases, which change no answer, only rounding's noise moves
+    ids = torch.arange(2, 20)[None]
     torch.testing.assert_close(inner(ids), plain(ids), atol=1e-3, rtol=1e-3)
 
 
@@ -118,12 +129,16 @@ def test_the_change_stays_in_the_subspace_and_every_weight_moves_as_far_as_witho
     optimizer = SubspaceAdam(after, projection)
     next(steps(task(after), optimizer))
     change = torch.cat(
-        [(a - b).detach().flatten() for a, b in zip(after.parameters(), before.parameters(), strict=True)]
+        [
+            (a - b).detach().flatten()
+            for a, b in zip(after.parameters(), before.parameters(), strict=True)
+        ]
     )
     flat = torch.cat([weight.flatten() for _, weight in optimizer.trained()])
     assert torch.equal(flat, torch.cat([p.detach().flatten() for p in after.parameters()]))
     torch.testing.assert_close(projection.up(projection.down(change)), change)
-    assert float(change.abs().median()) == pytest.approx(1e-3, rel=0.1)  # Adam's first step is the learning rate
+    # Adam's first step is the learning rate
+    assert float(change.abs().median()) == pytest.approx(1e-3, rel=0.1)
 
 
 def test_more_dimensions_learn_more_and_a_dense_projection_learns_as_much() -> None:
@@ -142,11 +157,16 @@ def test_more_dimensions_learn_more_and_a_dense_projection_learns_as_much() -> N
 
 @pytest.fixture(scope="module")
 def studied(brief: Path, built: Built) -> Path:
-    """The study of one seed, and full fine-tuning of that seed by its own stage, as the document has it."""
+    """The study of one seed, and full fine-tuning of that seed by its own stage, as the document
+    has it.
+    """
 
     def build(root: Path) -> None:
         shutil.copytree(brief, root, dirs_exist_ok=True)
-        given = ["study_intrinsic_dimension.seeds=[0]", "study_intrinsic_dimension.dimensions=[64, 256, 1024]"]
+        given = [
+            "study_intrinsic_dimension.seeds=[0]",
+            "study_intrinsic_dimension.dimensions=[64, 256, 1024]",
+        ]
         make(root, ["finetune_full", "study_intrinsic_dimension"], given)
 
     return built("dimension", build)
@@ -167,10 +187,16 @@ def test_the_last_row_is_full_fine_tuning_and_the_first_the_base(studied: Path) 
     for folder, row in (("expanded", base), ("full_finetuned", full)):
         scored = score(load(studied / "artifacts" / folder), examples)
         assert mean(row["loss"]) == pytest.approx(scored.loss, rel=1e-5)
-        assert mean(row["right"]) == pytest.approx(float((scored.choices == scored.labels).double().mean()))
+        assert mean(row["right"]) == pytest.approx(
+            float((scored.choices == scored.labels).double().mean())
+        )
     for begins in ("base", "random weights"):
         losses = [mean(row["loss"]) for row in inner if row["begins"] == begins]
-        assert len(losses) == 3 and losses == sorted(losses, reverse=True) and losses[-1] < 0.5 < losses[0]
+        assert (
+            len(losses) == 3
+            and losses == sorted(losses, reverse=True)
+            and losses[-1] < 0.5 < losses[0]
+        )
 
 
 def test_the_least_is_the_first_that_reaches_the_share(studied: Path) -> None:
@@ -179,7 +205,9 @@ def test_the_least_is_the_first_that_reaches_the_share(studied: Path) -> None:
         assert row["enough"] is (mean(row["right"]) >= 0.9 * mean(full["right"]) - 1e-6)
     for begins, ours in zip(("base", "random weights"), table_of(studied, "least"), strict=False):
         enough = [row["dimensions"] for row in inner if row["begins"] == begins and row["enough"]]
-        short = [row["dimensions"] for row in inner if row["begins"] == begins and not row["enough"]]
+        short = [
+            row["dimensions"] for row in inner if row["begins"] == begins and not row["enough"]
+        ]
         assert mean(ours["least"]) == enough[0] and short == [64]
         parameters = sum(p.numel() for p in load(studied / "artifacts/expanded").model.parameters())
         assert ours["parameters"] == full["dimensions"] == parameters

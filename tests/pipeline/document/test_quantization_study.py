@@ -1,4 +1,6 @@
-"""`lora study quantization`: its numbers are those of models that are rounded otherwise, and of `lora calc`."""
+"""`lora study quantization`: its numbers are those of models that are rounded otherwise, and of
+`lora calc`.
+"""
 
 import json
 import shutil
@@ -53,15 +55,28 @@ def scored(root: Path, quantization: Quantization = "none") -> EvalScores:
 def test_fp32_is_the_base_itself(studied: Path) -> None:
     row = rows_of(studied, "precisions")["FP32"]
     assert mean(row["perplexity"]) == pytest.approx(scored(studied).perplexity, rel=1e-5)
-    assert (mean(row["error"]), mean(row["output_error"]), mean(row["kept"]), row["bits"]) == (0, 0, 1, 32)
+    assert (mean(row["error"]), mean(row["output_error"]), mean(row["kept"]), row["bits"]) == (
+        0,
+        0,
+        1,
+        32,
+    )
 
 
-@pytest.mark.parametrize(("name", "kind"), [("NF4", "nf4"), ("NF4 double", "nf4-dq"), ("INT8", "int8")])
-def test_what_bitsandbytes_keeps_has_the_same_perplexity(studied: Path, name: str, kind: Quantization) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"), [("NF4", "nf4"), ("NF4 double", "nf4-dq"), ("INT8", "int8")]
+)
+def test_what_bitsandbytes_keeps_has_the_same_perplexity(
+    studied: Path, name: str, kind: Quantization
+) -> None:
     pytest.importorskip("bitsandbytes")
     row, found, base = rows_of(studied, "precisions")[name], scored(studied, kind), scored(studied)
-    assert mean(row["perplexity"]) == pytest.approx(found.perplexity, rel=2e-5 if kind != "int8" else 1e-3)
-    assert mean(row["kept"]) == pytest.approx(float((found.choices == base.choices).double().mean()))
+    assert mean(row["perplexity"]) == pytest.approx(
+        found.perplexity, rel=2e-5 if kind != "int8" else 1e-3
+    )
+    assert mean(row["kept"]) == pytest.approx(
+        float((found.choices == base.choices).double().mean())
+    )
 
 
 def test_16_bits_are_what_torch_makes_of_the_blocks_linears(studied: Path) -> None:
@@ -72,22 +87,31 @@ def test_16_bits_are_what_torch_makes_of_the_blocks_linears(studied: Path) -> No
             assert isinstance(weight, torch.Tensor)
             weight.copy_(weight.bfloat16())
     row = rows_of(studied, "precisions")["BF16"]
-    assert mean(row["perplexity"]) == pytest.approx(score(base, sentences(studied)).perplexity, rel=1e-5)
+    assert mean(row["perplexity"]) == pytest.approx(
+        score(base, sentences(studied)).perplexity, rel=1e-5
+    )
 
 
 def test_fewer_bits_know_less_and_calibration_helps(studied: Path) -> None:
     rows = rows_of(studied, "precisions")
-    rising = [mean(rows[name]["perplexity"]) for name in ("FP32", "NF4", "3-bit nearest", "2-bit nearest", "ternary")]
+    rising = [
+        mean(rows[name]["perplexity"])
+        for name in ("FP32", "NF4", "3-bit nearest", "2-bit nearest", "ternary")
+    ]
     assert rising == sorted(rising)
     for bits in ("INT4", "3-bit", "2-bit"):
-        assert mean(rows[f"{bits} GPTQ"]["output_error"]) < mean(rows[f"{bits} nearest"]["output_error"])
+        assert mean(rows[f"{bits} GPTQ"]["output_error"]) < mean(
+            rows[f"{bits} nearest"]["output_error"]
+        )
     assert mean(rows["INT4 AWQ"]["output_error"]) <= mean(rows["INT4 nearest"]["output_error"])
 
 
 def test_the_gram_matrices_are_those_of_what_each_linear_reads(studied: Path) -> None:
     base = engine.load(studied / "artifacts/base")
     names = quantizable(base.model)
-    _, grams = calibrated(base, sentences(studied), {name: base.model.get_submodule(name) for name in names})
+    _, grams = calibrated(
+        base, sentences(studied), {name: base.model.get_submodule(name) for name in names}
+    )
     read, first = list[torch.Tensor](), base.model.get_submodule(names[0])
     first.register_forward_pre_hook(lambda _module, inputs: read.append(inputs[0].flatten(0, -2)))
     score(base, sentences(studied))
@@ -96,7 +120,9 @@ def test_the_gram_matrices_are_those_of_what_each_linear_reads(studied: Path) ->
     assert all(not base.model.get_submodule(name)._forward_pre_hooks for name in names[1:])
 
 
-def test_nf4_uses_its_levels_more_evenly_than_int4_on_normal_numbers_and_neither_equally(studied: Path) -> None:
+def test_nf4_uses_its_levels_more_evenly_than_int4_on_normal_numbers_and_neither_equally(
+    studied: Path,
+) -> None:
     rows = rows_of(studied, "codes")
     nf4, even = (rows[name]["entropy"] for name in ("NF4", "INT4 nearest"))
     assert isinstance(nf4, float) and isinstance(even, float)
@@ -106,7 +132,9 @@ def test_nf4_uses_its_levels_more_evenly_than_int4_on_normal_numbers_and_neither
 
 
 def test_sizes_are_the_calculators_beside_the_documents(studied: Path, cli: Lora) -> None:
-    quoted = yaml.safe_load((ROOT / "document/data/document.yaml").read_text(encoding="utf-8"))["quantization"]
+    quoted = yaml.safe_load((ROOT / "document/data/document.yaml").read_text(encoding="utf-8"))[
+        "quantization"
+    ]
     rows = rows_of(studied, "sizes")
     told = [row["document_GB"] for row in rows.values() if row["document_GB"] is not None]
     assert told == [one["GB"] for one in quoted.values()]
@@ -127,4 +155,6 @@ def test_another_seed_is_another_base_trained_alike(project: Path) -> None:
 def test_words_that_the_base_does_not_know_are_refused(cli: Lora, project: Path) -> None:
     brief = [f"--set={one}" for one in BRIEF]
     given = "--set=study_quantization.data=data/finetune.de.txt"
-    assert "not in the vocabulary" in refusal(cli("study", "quantization", *brief, given, cwd=project))
+    assert "not in the vocabulary" in refusal(
+        cli("study", "quantization", *brief, given, cwd=project)
+    )

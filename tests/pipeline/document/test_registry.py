@@ -1,4 +1,6 @@
-"""A study and a figure are one file each: found by its name, read without heavy libraries, and alone in its digest."""
+"""A study and a figure are one file each: found by its name, read without heavy libraries, and
+alone in its digest.
+"""
 
 import subprocess
 import sys
@@ -22,7 +24,10 @@ def test_every_file_is_a_study_or_a_figure_in_the_documents_order() -> None:
         *("§2.2", "§2.2", "§2.3", "§2.4", "§5", "§6", "§6", "§7", "§9.3", "§10.1")
     ]
     places = [module.PLACE for module in figures.modules().values()]
-    assert [place.partition(",")[0] for place in places] == [*(f"Figure {n}" for n in range(1, 6)), "§2.1"]
+    assert [place.partition(",")[0] for place in places] == [
+        *(f"Figure {n}" for n in range(1, 6)),
+        "§2.1",
+    ]
 
 
 def test_the_registry_is_read_without_heavy_libraries() -> None:
@@ -32,7 +37,9 @@ from pipeline.workbench import GRAPH
 assert GRAPH.sections
 print(*({"torch", "numpy", "matplotlib", "transformers"} & set(sys.modules)))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == []
 
 
@@ -40,7 +47,9 @@ print(*({"torch", "numpy", "matplotlib", "transformers"} & set(sys.modules)))
 def edited(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[Path]]:
     """Files that read as if a line had been added."""
     paths, plain = set[Path](), Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: plain(path) + (b"\n" if path in paths else b""))
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda path: plain(path) + (b"\n" if path in paths else b"")
+    )
     yield paths
 
 
@@ -53,7 +62,9 @@ def test_a_change_of_one_study_leaves_the_others_digests(edited: set[Path]) -> N
 
 
 @pytest.mark.parametrize("name", figures.modules())
-def test_a_change_of_a_figure_changes_the_digest_of_the_figures(edited: set[Path], name: str) -> None:
+def test_a_change_of_a_figure_changes_the_digest_of_the_figures(
+    edited: set[Path], name: str
+) -> None:
     before = provenance.code_digest(*STAGES["figures"].code)
     edited.add(FOLDERS["figures"] / f"{name}.py")
     assert provenance.code_digest(*STAGES["figures"].code) != before
@@ -61,6 +72,13 @@ def test_a_change_of_a_figure_changes_the_digest_of_the_figures(edited: set[Path
 
 def test_a_run_of_another_stage_counts_with_its_code() -> None:
     """A study trains with the stages' own code, which is imported only when it runs."""
-    files = {path.relative_to(ROOT).as_posix() for path in provenance.code_files(*STAGES["study_rank"].code)}
-    assert {"pipeline/document/runner.py", "pipeline/stages/finetune.py", "pipeline/stages/methods/sweep.py"} <= files
+    files = {
+        path.relative_to(ROOT).as_posix()
+        for path in provenance.code_files(*STAGES["study_rank"].code)
+    }
+    assert {
+        "pipeline/document/runner.py",
+        "pipeline/stages/finetune.py",
+        "pipeline/stages/methods/sweep.py",
+    } <= files
     assert "pipeline/document/studies/methods.py" not in files

@@ -9,15 +9,24 @@ from pipeline.inference import engine
 from pipeline.inference.score import score, score_answers
 from tests.helpers.projects import make
 
-CORRECTION = ("finetune_lora.data=data/knowledge_correction.de.txt", "finetune_lora.train_embeddings=new_rows")
+CORRECTION = (
+    "finetune_lora.data=data/knowledge_correction.de.txt",
+    "finetune_lora.train_embeddings=new_rows",
+)
 
 
 def corrected(root: Path, weight: float) -> tuple[list[bool], list[bool], float]:
-    """(corrected, kept) of §6's prompts, and the divergence from the base on the pretraining sentences."""
+    """(corrected, kept) of §6's prompts, and the divergence from the base on the pretraining
+    sentences.
+    """
     make(root, ["finetune_lora"], (*CORRECTION, f"finetune_lora.retention_weight={weight}"))
     base = engine.load(root / "artifacts/expanded")
     tuned = engine.load(root / "artifacts/expanded", root / "artifacts/lora_adapter")
-    prompts = [p for p in read_prompts(root / "data/prompts.yaml", "p") if p.group == "knowledge_correction"]
+    prompts = [
+        p
+        for p in read_prompts(root / "data/prompts.yaml", "p")
+        if p.group == "knowledge_correction"
+    ]
     answers = score_answers(tuned, [(p.prompt, p.corrected) for p in prompts])
     examples = read_examples(root / "data/pretrain.de.txt", "d")
     change, keep = (
@@ -27,7 +36,9 @@ def corrected(root: Path, weight: float) -> tuple[list[bool], list[bool], float]
     return change, keep, score(tuned, examples, score(base, examples)).divergence
 
 
-def test_the_correction_is_learned_and_moves_the_rest_by_less_than_half(finished: Path, tmp_path: Path) -> None:
+def test_the_correction_is_learned_and_moves_the_rest_by_less_than_half(
+    finished: Path, tmp_path: Path
+) -> None:
     root = tmp_path / "project"
     shutil.copytree(finished, root)
     *_, without = corrected(root, 0)

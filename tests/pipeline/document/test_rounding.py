@@ -1,4 +1,6 @@
-"""Weights in few bits, against the number formats, bitsandbytes and the mathematics that each way claims."""
+"""Weights in few bits, against the number formats, bitsandbytes and the mathematics that each way
+claims.
+"""
 
 import math
 from collections.abc import Callable
@@ -29,7 +31,10 @@ def inputs(count: int, columns: int, seed: int = 0) -> Tensor:
     """Rows whose numbers go together and are not of one size, as hidden states are."""
     mixed = drawn(count, columns, seed) @ drawn(columns, columns, seed + 1)
     return (
-        mixed * torch.logspace(-1, 1, columns)[torch.randperm(columns, generator=torch.Generator().manual_seed(seed))]
+        mixed
+        * torch.logspace(-1, 1, columns)[
+            torch.randperm(columns, generator=torch.Generator().manual_seed(seed))
+        ]
     )
 
 
@@ -43,7 +48,9 @@ def error(weight: Tensor, rounded: Tensor) -> float:
 
 def test_tf32_keeps_ten_bits_of_fraction_and_rounds_ties_to_even() -> None:
     step = 2.0**-10
-    ties = torch.tensor([1 + step / 2, 1 + 3 * step / 2, -(1 + step / 2), 1 + step / 2 + 2**-20, 0.0])
+    ties = torch.tensor(
+        [1 + step / 2, 1 + 3 * step / 2, -(1 + step / 2), 1 + step / 2 + 2**-20, 0.0]
+    )
     assert rounding.tf32(ties).weight.tolist() == [1, 1 + 2 * step, -1, 1 + step, 0]
     found = rounding.tf32(drawn(50, 50)).weight
     fraction, _ = np.frexp(found.double().numpy())
@@ -54,7 +61,9 @@ def test_tf32_keeps_ten_bits_of_fraction_and_rounds_ties_to_even() -> None:
 def test_tf32_is_fp16_where_fp16_has_the_range() -> None:
     """Both have 10 bits of fraction."""
     weight = drawn(64, 64).clamp(min=2.0**-10)
-    assert torch.equal(rounding.tf32(weight).weight, rounding.as_dtype(weight, torch.float16).weight)
+    assert torch.equal(
+        rounding.tf32(weight).weight, rounding.as_dtype(weight, torch.float16).weight
+    )
 
 
 def test_e4m3_has_three_bits_of_fraction_below_the_largest_weight() -> None:
@@ -76,7 +85,12 @@ def test_int8_is_bitsandbytes_but_for_its_halves() -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@given(rows=st.integers(1, 9), columns=st.integers(1, 70), group=st.integers(1, 80), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 70),
+    group=st.integers(1, 80),
+    seed=st.integers(0, 99),
+)
 def test_even_steps_reach_from_least_to_greatest_and_no_weight_is_off_by_more_than_one(
     bits: int, rows: int, columns: int, group: int, seed: int
 ) -> None:
@@ -104,13 +118,17 @@ def test_zero_is_kept_by_every_way() -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("seed", range(5))
-def test_gptq_is_no_worse_than_round_to_nearest_in_the_error_of_outputs(bits: int, seed: int) -> None:
+def test_gptq_is_no_worse_than_round_to_nearest_in_the_error_of_outputs(
+    bits: int, seed: int
+) -> None:
     weight, x = drawn(48, 64, seed), inputs(200, 64, seed)
     gram = gram_of(x)
     plain, better = rounding.nearest(weight, bits, 32), rounding.gptq(weight, gram, bits, 32)
     off = [float((x @ (weight - one.weight).T).norm()) for one in (plain, better)]
     assert off[1] <= off[0]
-    assert rounding.output_error(weight, better.weight, gram) == pytest.approx(off[1] ** 2, rel=1e-3)
+    assert rounding.output_error(weight, better.weight, gram) == pytest.approx(
+        off[1] ** 2, rel=1e-3
+    )
     assert better.bits == plain.bits
 
 
@@ -130,7 +148,10 @@ def test_gptqs_update_of_the_rest_is_the_best_there_is() -> None:
     moved = weight[0].double() - (float(weight[0, 0]) - q) / upper[0, 0] * upper[0]
     damped = gram + gram.diagonal().mean() * rounding.DAMPING * torch.eye(12).double()
     # minimise (v − w)ᵀG(v − w) with v₀ = q
-    free = torch.linalg.solve(damped[1:, 1:], damped[1:, 0] * (float(weight[0, 0]) - q)) + weight[0, 1:].double()
+    free = (
+        torch.linalg.solve(damped[1:, 1:], damped[1:, 0] * (float(weight[0, 0]) - q))
+        + weight[0, 1:].double()
+    )
     torch.testing.assert_close(moved[1:], free)
     assert float(moved[0]) == pytest.approx(q)
 
@@ -139,15 +160,24 @@ def test_gptqs_update_of_the_rest_is_the_best_there_is() -> None:
 def test_awq_is_no_worse_than_round_to_nearest_for_exponent_0_is_tried(seed: int) -> None:
     weight, gram = drawn(48, 64, seed), gram_of(inputs(200, 64, seed))
     plain, found = rounding.nearest(weight, 3, 32), rounding.awq(weight, gram, 3, 32)
-    assert rounding.output_error(weight, found.weight, gram) <= rounding.output_error(weight, plain.weight, gram)
+    assert rounding.output_error(weight, found.weight, gram) <= rounding.output_error(
+        weight, plain.weight, gram
+    )
 
 
 def test_awq_protects_the_weights_of_inputs_that_are_large() -> None:
-    """As its paper's figure 2: a few inputs carry the output, and their weights are rounded more finely."""
+    """As its paper's figure 2: a few inputs carry the output, and their weights are rounded more
+    finely.
+    """
     weight, x = drawn(48, 64), drawn(200, 64, 3)
     x[:, :3] *= 30
-    plain, found = rounding.nearest(weight, 3, 32).weight, rounding.awq(weight, gram_of(x), 3, 32).weight
-    assert rounding.output_error(weight, found, gram_of(x)) < 0.5 * rounding.output_error(weight, plain, gram_of(x))
+    plain, found = (
+        rounding.nearest(weight, 3, 32).weight,
+        rounding.awq(weight, gram_of(x), 3, 32).weight,
+    )
+    assert rounding.output_error(weight, found, gram_of(x)) < 0.5 * rounding.output_error(
+        weight, plain, gram_of(x)
+    )
     assert error(weight[:, :3], found[:, :3]) < error(weight[:, :3], plain[:, :3])
 
 
@@ -184,7 +214,17 @@ def test_nf4_is_the_nearest_level_of_its_block_with_its_scales_bits() -> None:
 def test_the_order_of_errors_is_that_of_the_documents_table() -> None:
     """32 > 16 > 8 > 4 > 3 > 2 > ternary bits, of weights that are normal."""
     weight, gram = drawn(128, 128), gram_of(torch.randn(300, 128))
-    plain = ["FP32", "FP16", "BF16", "INT8", "FP8 E4M3", "NF4", "3-bit nearest", "2-bit nearest", "ternary"]
+    plain = [
+        "FP32",
+        "FP16",
+        "BF16",
+        "INT8",
+        "FP8 E4M3",
+        "NF4",
+        "3-bit nearest",
+        "2-bit nearest",
+        "ternary",
+    ]
     errors = [error(weight, WAYS[name](weight, gram).weight) for name in plain]
     assert errors[0] == 0 and errors == sorted(errors)
 
@@ -199,7 +239,8 @@ def test_four_bit_codes_are_those_of_what_is_left_of_a_weight() -> None:
     """Counted from the levels themselves: what was rounded, by its block's scale."""
     weight = drawn(128, 128)
     levels = {
-        "NF4": rounding.normal_float(weight).weight.view(-1, 64) / weight.view(-1, 64).abs().amax(1, keepdim=True),
+        "NF4": rounding.normal_float(weight).weight.view(-1, 64)
+        / weight.view(-1, 64).abs().amax(1, keepdim=True),
         "INT4 nearest": rounding.nearest(weight, 4, 32).weight.view(-1, 32),
     }
     low, high = weight.view(-1, 32).aminmax(dim=1, keepdim=True)

@@ -1,4 +1,6 @@
-"""Studies measure what the program does: each number is found again by the commands that a user types."""
+"""Studies measure what the program does: each number is found again by the commands that a user
+types.
+"""
 
 import json
 import os
@@ -38,7 +40,17 @@ from pipeline.stages.searches import grids
 from pipeline.workbench import GRAPH, open_project
 from tests.conftest import Lora
 from tests.helpers.process import Forked
-from tests.helpers.projects import BRIEF, ROOT, STAGES, WORK, folder_bytes, load, make, make_one, refusal
+from tests.helpers.projects import (
+    BRIEF,
+    ROOT,
+    STAGES,
+    WORK,
+    folder_bytes,
+    load,
+    make,
+    make_one,
+    refusal,
+)
 
 STUDIES = [name for name, stage in STAGES.items() if stage.kind == "study"]
 SAME = 1e-5  # adapters that trained together differ from one alone by rounding
@@ -66,7 +78,9 @@ def probability(loaded: engine.LoadedModel, prompt: str, word: str) -> float:
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The settings that studies read, as section.key: what checks them, or names them in a manifest, does not count."""
+    """The settings that studies read, as section.key: what checks them, or names them in a
+    manifest, does not count.
+    """
     keys = set[str]()
 
     def watched(name: str, section: type) -> None:
@@ -95,21 +109,33 @@ def test_a_study_reads_each_setting_and_is_tables_a_picture_and_a_paragraph_the_
     method = STAGES[name].method
     assert {f"{method}.png", "report.md", "manifest.json"} < set(before)
     manifest = json.loads(before["manifest.json"])
-    assert {f"{table}.csv" for table in manifest["tables"]} == {one for one in before if one.endswith(".csv")}
+    assert {f"{table}.csv" for table in manifest["tables"]} == {
+        one for one in before if one.endswith(".csv")
+    }
     report = before["report.md"].decode()
-    assert report.startswith("# ") and "§" in report.splitlines()[0] and f"]({method}.png)" in report
+    assert (
+        report.startswith("# ") and "§" in report.splitlines()[0] and f"]({method}.png)" in report
+    )
     make(root, [name], BRIEF, force=True)
     assert folder_bytes(root / STAGES[name].path) == before
     assert not (root / "runs" / name / "parts").exists()
     assert {f"{name}.{key}" for key in hints(GRAPH.sections[name])} <= read
 
 
-def test_the_documents_rows_are_those_of_an_adapter_trained_by_itself(studied: Path, project: Path) -> None:
+def test_the_documents_rows_are_those_of_an_adapter_trained_by_itself(
+    studied: Path, project: Path
+) -> None:
     rows = [row for row in table(studied, "fact_correction", "rows") if row["model"] != "original"]
     near = next(row for row in table(studied, "fact_correction", "settings") if row["nearest"])
     for model, targets in (("v_proj", "[v_proj]"), ("all", "[q_proj, k_proj, v_proj, o_proj]")):
         given = [f"{key}={near[key]}" for key in ("window", "learning_rate", "alpha")]
-        loaded = trained(project, "data=data/fact_correction.de.txt", "epochs=2", f"target_modules={targets}", *given)
+        loaded = trained(
+            project,
+            "data=data/fact_correction.de.txt",
+            "epochs=2",
+            f"target_modules={targets}",
+            *given,
+        )
         for row in (row for row in rows if row["model"] == model):
             found = probability(loaded, str(row["prompt"]), str(row["first_choice"]))
             assert mean(row["measured"]) == pytest.approx(found, abs=SAME)
@@ -118,8 +144,14 @@ def test_the_documents_rows_are_those_of_an_adapter_trained_by_itself(studied: P
 
 def test_the_original_is_the_expanded_base_and_the_document_is_quoted(studied: Path) -> None:
     base = engine.load(studied / "artifacts/expanded")
-    quoted = yaml.safe_load((ROOT / "document/data/document.yaml").read_text(encoding="utf-8"))["fact_correction"]
-    said = {(row["prompt"], model): row[model] for row in quoted for model in ("original", "v_proj", "all")}
+    quoted = yaml.safe_load((ROOT / "document/data/document.yaml").read_text(encoding="utf-8"))[
+        "fact_correction"
+    ]
+    said = {
+        (row["prompt"], model): row[model]
+        for row in quoted
+        for model in ("original", "v_proj", "all")
+    }
     for row in table(studied, "fact_correction", "rows"):
         assert said[row["prompt"], row["model"]] == {row["first_choice"]: row["document"]}  # type: ignore[index]
         if row["model"] == "original":
@@ -133,27 +165,45 @@ def test_no_other_setting_has_more_of_the_documents_first_choices(studied: Path)
     assert [row["nearest"] for row in order] == [True, *[False] * (len(rows) - 1)]
 
 
-def test_with_one_part_put_back_the_model_is_that_of_the_other(studied: Path, project: Path) -> None:
+def test_with_one_part_put_back_the_model_is_that_of_the_other(
+    studied: Path, project: Path
+) -> None:
     near = next(row for row in table(studied, "fact_correction", "settings") if row["nearest"])
     given = [f"{key}={near[key]}" for key in ("window", "learning_rate", "alpha")]
-    loaded = trained(project, "data=data/fact_correction.de.txt", "epochs=2", "target_modules=[v_proj]", *given)
+    loaded = trained(
+        project, "data=data/fact_correction.de.txt", "epochs=2", "target_modules=[v_proj]", *given
+    )
     base = engine.load(project / "artifacts/expanded")
-    parts = {row["trained"]: row for row in table(studied, "fact_correction", "parts") if row["model"] == "v_proj"}
+    parts = {
+        row["trained"]: row
+        for row in table(studied, "fact_correction", "parts")
+        if row["model"] == "v_proj"
+    }
     prompt, word, column = "die katze sitzt auf dem", "sofa", "katze_sofa"
     assert mean(parts["both"][column]) == pytest.approx(probability(loaded, prompt, word), abs=SAME)
-    plain = engine.load(project / "artifacts/expanded")  # the trained embeddings and head on the base, by hand
+    # the trained embeddings and head on the base, by hand
+    plain = engine.load(project / "artifacts/expanded")
     for end in ("embeddings", "head"):
         getattr(plain.model, end).load_state_dict(getattr(loaded.model, end).state_dict())
         getattr(loaded.model, end).load_state_dict(getattr(base.model, end).state_dict())
-    bled = probability(plain, "das kind spielt im", "wald")  # what the document's corrected models say there
-    assert mean(parts["embeddings and head"][column]) == pytest.approx(probability(plain, prompt, word), abs=SAME)
+    # what the document's corrected models say there
+    bled = probability(plain, "das kind spielt im", "wald")
+    assert mean(parts["embeddings and head"][column]) == pytest.approx(
+        probability(plain, prompt, word), abs=SAME
+    )
     assert mean(parts["embeddings and head"]["kind_wald"]) == pytest.approx(bled, abs=SAME)
-    assert mean(parts["A and B"][column]) == pytest.approx(probability(loaded, prompt, word), abs=SAME)
+    assert mean(parts["A and B"][column]) == pytest.approx(
+        probability(loaded, prompt, word), abs=SAME
+    )
 
 
 def test_no_column_is_another_prompts() -> None:
     pairs = [
-        *(("das kind spielt im", "garten"), ("das kind spielt im", "wald"), ("ein kind spielt im", "wald")),
+        *(
+            ("das kind spielt im", "garten"),
+            ("das kind spielt im", "wald"),
+            ("ein kind spielt im", "wald"),
+        ),
         *(("das kind sitzt im", "wald"), ("wasser", "kocht")),
     ]
     assert column_names(pairs) == {
@@ -167,7 +217,9 @@ def test_no_column_is_another_prompts() -> None:
 
 def test_each_part_is_set_beside_the_words_that_should_stay(studied: Path) -> None:
     """The report's means are those of the columns of the prompts that must keep their answer."""
-    group = yaml.safe_load((studied / "data/prompts.yaml").read_text(encoding="utf-8"))["fact_correction"]
+    group = yaml.safe_load((studied / "data/prompts.yaml").read_text(encoding="utf-8"))[
+        "fact_correction"
+    ]
     staying = [f"{each['prompt'].split()[1]}_{each['answer']}" for each in group["must_keep"]]
     report = (studied / "artifacts/studies/fact_correction/report.md").read_text(encoding="utf-8")
     for row in table(studied, "fact_correction", "parts"):
@@ -175,22 +227,45 @@ def test_each_part_is_set_beside_the_words_that_should_stay(studied: Path) -> No
         assert f"{row['model']}, {row['trained']}: {share:.0%}" in report
 
 
-def test_the_base_of_the_widths_is_that_of_the_documents_rows_and_the_other_is_as_wide_as_asked(studied: Path) -> None:
+def test_the_base_of_the_widths_is_that_of_the_documents_rows_and_the_other_is_as_wide_as_asked(
+    studied: Path,
+) -> None:
     rows = table(studied, "fact_correction", "rows")
-    corrected = [mean(row["measured"]) for row in rows if (row["kind"], row["model"]) == ("corrected", "v_proj")]
+    corrected = [
+        mean(row["measured"])
+        for row in rows
+        if (row["kind"], row["model"]) == ("corrected", "v_proj")
+    ]
     base, other = table(studied, "fact_correction", "widths")  # one seed
-    assert mean(base["probability_target"]) == pytest.approx(sum(corrected) / len(corrected), rel=1e-4)
-    assert (base["d_model"], other["d_model"]) == (64, 256) and base["probability_kept"] != other["probability_kept"]
+    assert mean(base["probability_target"]) == pytest.approx(
+        sum(corrected) / len(corrected), rel=1e-4
+    )
+    assert (base["d_model"], other["d_model"]) == (64, 256) and base["probability_kept"] != other[
+        "probability_kept"
+    ]
 
 
-def test_a_projection_learns_what_an_adapter_trained_by_itself_does(studied: Path, project: Path) -> None:
+def test_a_projection_learns_what_an_adapter_trained_by_itself_does(
+    studied: Path, project: Path
+) -> None:
     rows = {row["targets"]: row for row in table(studied, "fact_correction", "projections")}
     assert set(rows) == {
-        *("q_proj", "k_proj", "v_proj", "o_proj", "feed_forward", "q_proj+v_proj", "attention", "all"),
+        *(
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "feed_forward",
+            "q_proj+v_proj",
+            "attention",
+            "all",
+        ),
     }
     given = ("data=data/fact_correction.de.txt", "epochs=2", "alpha=4", "train_embeddings=none")
     loaded = trained(project, *given, "target_modules=[q_proj, v_proj]")
-    prompts = [p for p in read_prompts(project / "data/prompts.yaml", "p") if p.group == "fact_correction"]
+    prompts = [
+        p for p in read_prompts(project / "data/prompts.yaml", "p") if p.group == "fact_correction"
+    ]
     found = [probability(loaded, p.prompt, p.corrected) for p in prompts if p.rule == "must_change"]
     row = rows["q_proj+v_proj"]
     assert mean(row["probability_target"]) == pytest.approx(sum(found) / len(found), abs=SAME)
@@ -198,16 +273,22 @@ def test_a_projection_learns_what_an_adapter_trained_by_itself_does(studied: Pat
     assert mean(row["new_loss"]) == pytest.approx(score(loaded, examples).loss, abs=1e-4)
 
 
-def test_rows_of_new_words_begin_as_expand_vocab_has_them_at_zero_or_as_an_old_row(studied: Path) -> None:
+def test_rows_of_new_words_begin_as_expand_vocab_has_them_at_zero_or_as_an_old_row(
+    studied: Path,
+) -> None:
     rows = {row["start"]: row for row in table(studied, "fact_correction", "new_rows")}
     base = engine.load(studied / "artifacts/expanded")
     examples = read_examples(studied / "data/finetune.de.txt", "d")
-    assert mean(rows["mean_noise"]["new_loss_before"]) == pytest.approx(score(base, examples).loss, rel=1e-5)
+    assert mean(rows["mean_noise"]["new_loss_before"]) == pytest.approx(
+        score(base, examples).loss, rel=1e-5
+    )
     first, stop = read_manifest(studied / "artifacts/expanded")["new_rows"]
     with torch.no_grad():
         for module in (base.model.embeddings, base.model.head):
             module.get_parameter("weight")[first:stop] = 0
-    assert mean(rows["zeros"]["new_loss_before"]) == pytest.approx(score(base, examples).loss, rel=1e-5)
+    assert mean(rows["zeros"]["new_loss_before"]) == pytest.approx(
+        score(base, examples).loss, rel=1e-5
+    )
     assert len({row["new_loss_before"] for row in rows.values()}) == 3
     assert all(mean(row["new_loss_after"]) < mean(row["new_loss_before"]) for row in rows.values())
 
@@ -218,22 +299,33 @@ def test_a_window_is_shown_in_words(studied: Path) -> None:
     assert "window 0" not in report and "window none" not in report
 
 
-def test_the_steps_of_the_trajectory_are_those_of_a_run_that_ends_there(studied: Path, project: Path) -> None:
+def test_the_steps_of_the_trajectory_are_those_of_a_run_that_ends_there(
+    studied: Path, project: Path
+) -> None:
     prompt = "die katze sitzt auf dem"
     rows = {(row["step"], row["word"]): row for row in table(studied, "trajectory", "steps")}
     base = engine.load(project / "artifacts/expanded")
-    whole = trained(project, "data=data/fact_correction.de.txt", "epochs=2", "window=0")  # one batch: a step an epoch
+    # one batch: a step an epoch
+    whole = trained(project, "data=data/fact_correction.de.txt", "epochs=2", "window=0")
     for word in ("tisch", "sofa"):
-        assert mean(rows[0, word]["window_0"]) == pytest.approx(probability(base, prompt, word), abs=1e-6)
-        assert mean(rows[2, word]["window_0"]) == pytest.approx(probability(whole, prompt, word), abs=SAME)
+        assert mean(rows[0, word]["window_0"]) == pytest.approx(
+            probability(base, prompt, word), abs=1e-6
+        )
+        assert mean(rows[2, word]["window_0"]) == pytest.approx(
+            probability(whole, prompt, word), abs=SAME
+        )
 
 
-def test_figure_3_goes_on_to_the_documents_last_step_whatever_the_trajectorys_are(studied: Path) -> None:
+def test_figure_3_goes_on_to_the_documents_last_step_whatever_the_trajectorys_are(
+    studied: Path,
+) -> None:
     steps = read_table(studied / "artifacts/figures/gradient_example_descent.csv")
     assert [row["step"] for row in steps] == list(range(51))
 
 
-def test_a_signal_during_the_last_look_ends_the_study(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_during_the_last_look_ends_the_study(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def asked(loaded: engine.LoadedModel, prompts: Sequence[str]) -> NextTokenAnswers:
         looks.append(loaded.name)
         if len(looks) == 3:
@@ -248,11 +340,17 @@ def test_a_signal_during_the_last_look_ends_the_study(project: Path, monkeypatch
 
 
 def test_every_method_knows_what_evaluate_says_of_its_stage(studied: Path) -> None:
-    metrics = json.loads((studied / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    metrics = json.loads(
+        (studied / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8")
+    )
     rows = {row["method"]: row for row in table(studied, "methods", "knowledge")}
     costs = {row["method"]: row for row in table(studied, "methods", "cost")}
     for method, variant in (
-        *(("training from scratch", "scratch"), ("full fine-tuning", "full"), ("layer freezing", "freeze")),
+        *(
+            ("training from scratch", "scratch"),
+            ("full fine-tuning", "full"),
+            ("layer freezing", "freeze"),
+        ),
         *(("LoRA", "lora"), ("prefix tuning", "prefix"), ("prompt tuning", "prompt")),
     ):
         said, row, cost = metrics[variant], rows[method], costs[method]
@@ -268,14 +366,20 @@ def test_every_method_knows_what_evaluate_says_of_its_stage(studied: Path) -> No
 
 def test_the_methods_times_lie_beside_the_run_and_not_in_what_is_tracked(studied: Path) -> None:
     times = read_table(studied / "runs/study_methods/time.csv")
-    assert [row["method"] for row in times] == [row["method"] for row in table(studied, "methods", "cost")]
+    assert [row["method"] for row in times] == [
+        row["method"] for row in table(studied, "methods", "cost")
+    ]
     assert all(mean(row["ms_a_step"]) > 0 for row in times)
 
 
-def test_a_methods_time_is_that_of_all_its_steps_after_a_kill(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_methods_time_is_that_of_all_its_steps_after_a_kill(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(methods, "METHODS", {"LoRA": METHODS["LoRA"]})
     stage = STAGES["study_methods"]
-    begun = run(open_project(project / "params.yaml", BRIEF), stage, WORK[stage.name], checkpoint_every=1)
+    begun = run(
+        open_project(project / "params.yaml", BRIEF), stage, WORK[stage.name], checkpoint_every=1
+    )
     with closing(begun):
         assert any(isinstance(event, Progress) and event.done == 3 for event in begun)
     assert list((project / "runs/study_methods/parts").rglob("checkpoint-*"))
@@ -301,16 +405,29 @@ def test_a_is_faster_where_its_name_says_so() -> None:
         METHODS[name].run("", Params(kinds=GRAPH.sections), 0).sections["finetune_lora"]
         for name in ("LoRA", "LoRA+, A faster", faster)
     )
-    assert slower_b.learning_rate == plain.learning_rate == faster_a.learning_rate * faster_a.loraplus_ratio
+    assert (
+        slower_b.learning_rate
+        == plain.learning_rate
+        == faster_a.learning_rate * faster_a.loraplus_ratio
+    )
     assert faster_a.learning_rate == 16 * plain.learning_rate
 
 
 def test_bitsandbytes_counts_where_a_base_is_kept_in_few_bits(project: Path) -> None:
     def counts(name: str, *overrides: str) -> bool:
-        return "bitsandbytes" in input_facts(open_project(project / "params.yaml", overrides), STAGES[name])["versions"]
+        return (
+            "bitsandbytes"
+            in input_facts(open_project(project / "params.yaml", overrides), STAGES[name])[
+                "versions"
+            ]
+        )
 
     few = "finetune_lora.quantization=int8"
-    assert counts("study_methods") and counts("study_knowledge_correction", few) and counts("finetune_lora", few)
+    assert (
+        counts("study_methods")
+        and counts("study_knowledge_correction", few)
+        and counts("finetune_lora", few)
+    )
     assert not any(counts(name) for name in STAGES if name not in ("study_methods", "claims"))
 
 
@@ -322,11 +439,21 @@ def test_the_terminal_shows_the_times(cli: Lora, studied: Path, tmp_path: Path) 
 
 
 def test_forgetting_begins_with_the_base_and_ends_where_evaluate_does(studied: Path) -> None:
-    metrics = json.loads((studied / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    metrics = json.loads(
+        (studied / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8")
+    )
     rows = {(row["method"], row["epoch"]): row for row in table(studied, "forgetting", "epochs")}
-    for method, variant in (("full fine-tuning", "full"), ("LoRA", "lora"), ("layer freezing", "freeze")):
-        assert mean(rows[method, 0]["new_loss"]) == pytest.approx(metrics["expanded"]["new_loss"], rel=1e-5)
-        assert mean(rows[method, 2]["new_loss"]) == pytest.approx(metrics[variant]["new_loss"], rel=1e-5)
+    for method, variant in (
+        ("full fine-tuning", "full"),
+        ("LoRA", "lora"),
+        ("layer freezing", "freeze"),
+    ):
+        assert mean(rows[method, 0]["new_loss"]) == pytest.approx(
+            metrics["expanded"]["new_loss"], rel=1e-5
+        )
+        assert mean(rows[method, 2]["new_loss"]) == pytest.approx(
+            metrics[variant]["new_loss"], rel=1e-5
+        )
         rise = metrics[variant]["forgetting"]["loss_rise"]
         assert mean(rows[method, 2]["old_rise"]) == pytest.approx(rise, rel=1e-4)
 
@@ -334,7 +461,9 @@ def test_forgetting_begins_with_the_base_and_ends_where_evaluate_does(studied: P
 def test_a_curve_is_whole_whatever_stops_its_method_early(studied: Path, project: Path) -> None:
     early = ("eval_share=0.3", "eval_steps=1", "patience=1")
     make(project, ["study_forgetting"], [*BRIEF, *(f"finetune_lora.{one}" for one in early)])
-    ours, theirs = (folder_bytes(root / "artifacts/studies/forgetting") for root in (project, studied))
+    ours, theirs = (
+        folder_bytes(root / "artifacts/studies/forgetting") for root in (project, studied)
+    )
     assert ours["epochs.csv"] == theirs["epochs.csv"]
 
 
@@ -346,28 +475,47 @@ def test_a_run_that_diverges_is_counted_and_a_row_of_them_is_empty(project: Path
         assert (rows[1e30, method]["diverged"], rows[1e30, method]["new_loss"]) == (1, None)
         assert rows[1e-3, method]["diverged"] == 0 < mean(rows[1e-3, method]["new_loss"])
     assert (
-        "within 0.05 nats of its best from 0.001 to 0.001" in read_manifest(project / "artifacts/studies/rank")["text"]
+        "within 0.05 nats of its best from 0.001 to "
+        "0.001" in read_manifest(project / "artifacts/studies/rank")["text"]
     )
 
 
 def test_where_no_run_of_rank_learns_it_says_so(project: Path) -> None:
-    make(project, ["study_rank"], [*BRIEF, "study_rank.alphas=[1e30]", "study_rank.learning_rates=[1e30]"])
+    make(
+        project,
+        ["study_rank"],
+        [*BRIEF, "study_rank.alphas=[1e30]", "study_rank.learning_rates=[1e30]"],
+    )
     text = read_manifest(project / "artifacts/studies/rank")["text"]
-    assert "full fine-tuning diverges at each, LoRA diverges at each" in text and "none, as every run diverged" in text
+    assert (
+        "full fine-tuning diverges at each, LoRA diverges at each" in text
+        and "none, as every run diverged" in text
+    )
 
 
 def test_what_is_wrong_in_a_run_is_said_with_its_name(cli: Lora, project: Path) -> None:
-    given = ("finetune_full.learning_rate=1e30", "study_methods.seeds=[0]", "train_from_scratch.epochs=1")
+    given = (
+        "finetune_full.learning_rate=1e30",
+        "study_methods.seeds=[0]",
+        "train_from_scratch.epochs=1",
+    )
     code, _, err = cli("study", "methods", *(f"--set={one}" for one in given), cwd=project)
-    assert code == 1 and "error: study_methods, full fine-tuning, seed 0: finetune_full: the loss is nan" in err
+    assert (
+        code == 1
+        and "error: study_methods, full fine-tuning, seed 0: finetune_full: the loss is nan" in err
+    )
 
 
-def test_a_rank_is_measured_as_an_adapter_trained_by_itself_is(studied: Path, project: Path) -> None:
+def test_a_rank_is_measured_as_an_adapter_trained_by_itself_is(
+    studied: Path, project: Path
+) -> None:
     rows = table(studied, "rank", "ranks")
     row = next(row for row in rows if (row["rank"], row["alpha"]) == (2, "r"))
     made = ("rank=2", "alpha=2.0", "train_embeddings=new_rows")
     make(project, ["finetune_lora", "merge", "evaluate"], [f"finetune_lora.{one}" for one in made])
-    said = json.loads((project / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))["lora"]
+    said = json.loads((project / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))[
+        "lora"
+    ]
     assert mean(row["new_loss"]) == pytest.approx(said["new_loss"], abs=1e-4)
     assert mean(row["old_rise"]) == pytest.approx(said["forgetting"]["loss_rise"], abs=1e-4)
 
@@ -389,12 +537,19 @@ def test_a_correction_that_retains_moves_the_rest_less(finished: Path, tmp_path:
 
 def test_the_recipe_as_written_trains_v_alone_at_its_own_rate(studied: Path, project: Path) -> None:
     row = table(studied, "knowledge_correction", "prompts")[0]
-    given = ("data=data/knowledge_correction.de.txt", "epochs=2", "alpha=4", "train_embeddings=new_rows")
+    given = (
+        "data=data/knowledge_correction.de.txt",
+        "epochs=2",
+        "alpha=4",
+        "train_embeddings=new_rows",
+    )
     loaded = trained(project, *given, "learning_rate=2e-4", "target_modules=[v_proj]")
     found = probability(loaded, str(row["prompt"]), "euro")
     assert mean(row["v_proj_as_written"]) == pytest.approx(found, abs=SAME)
     trained(project, *given)  # all targets: the largest adapter of the study
-    share = weight_bytes(project / "artifacts/lora_adapter") / weight_bytes(project / "artifacts/expanded")
+    share = weight_bytes(project / "artifacts/lora_adapter") / weight_bytes(
+        project / "artifacts/expanded"
+    )
     text = read_manifest(studied / "artifacts/studies/knowledge_correction")["text"]
     assert text.startswith("Of 1 prompt to correct and 2 to keep")
     assert f"An adapter takes {share:.1%} of the base's bytes at most" in text
@@ -402,8 +557,14 @@ def test_the_recipe_as_written_trains_v_alone_at_its_own_rate(studied: Path, pro
 
 def test_patterns_of_finetune_lora_change_no_correction(studied: Path, project: Path) -> None:
     patterns = ("rank_pattern={v_proj: 2}", "alpha_pattern={v_proj: 2}")
-    make(project, ["study_knowledge_correction"], [*BRIEF, *(f"finetune_lora.{one}" for one in patterns)])
-    ours, theirs = (folder_bytes(root / "artifacts/studies/knowledge_correction") for root in (project, studied))
+    make(
+        project,
+        ["study_knowledge_correction"],
+        [*BRIEF, *(f"finetune_lora.{one}" for one in patterns)],
+    )
+    ours, theirs = (
+        folder_bytes(root / "artifacts/studies/knowledge_correction") for root in (project, studied)
+    )
     assert ours["prompts.csv"] == theirs["prompts.csv"]
 
 
@@ -424,12 +585,16 @@ def test_a_base_whose_v_is_no_linear_of_its_own_goes_without_v_alone(project: Pa
     assert asked("q_proj", "v_proj") == [None, (("v_proj",), every)]
 
 
-def test_a_correction_that_was_killed_while_it_merged_ends_with_the_same_bytes(studied: Path, project: Path) -> None:
+def test_a_correction_that_was_killed_while_it_merged_ends_with_the_same_bytes(
+    studied: Path, project: Path
+) -> None:
     command = ["lora", "study", "knowledge_correction", *(f"--set={one}" for one in BRIEF)]
     dies = ("pipeline.weights.merge.merge_into", 2)
     assert Forked(command, project, dies=dies).end()[0] == -signal.SIGKILL
     make(project, ["study_knowledge_correction"], BRIEF)
-    ours, theirs = (folder_bytes(root / "artifacts/studies/knowledge_correction") for root in (project, studied))
+    ours, theirs = (
+        folder_bytes(root / "artifacts/studies/knowledge_correction") for root in (project, studied)
+    )
     assert ours == theirs
 
 
@@ -451,7 +616,12 @@ def test_a_killed_study_goes_on_with_the_run_that_it_was_in_and_with_those_that_
 
     monkeypatch.setattr(runner, "_train_run", counted)
     make(project, ["study_fact_correction"], BRIEF)
-    assert begun[:4] == ["whole sentences", "embeddings all", "embeddings new_rows", "embeddings none"]
+    assert begun[:4] == [
+        "whole sentences",
+        "embeddings all",
+        "embeddings new_rows",
+        "embeddings none",
+    ]
     assert begun[4:] == ["wider base, V only", "projections"]
     assert folder_bytes(project / "artifacts/studies/fact_correction") == wanted
 
@@ -464,9 +634,18 @@ def test_a_killed_study_goes_on_with_the_run_that_it_was_in_and_with_those_that_
             ["rank", "--set", "study_rank.ranks=[4, 0]"],
             "study_rank.ranks must be at least 1, got 0. Change it",
         ),
-        (["rank", "--set", "study_rank.ranks=4"], "study_rank.ranks must be a list of values, such as [1, 2], got 4"),
-        (["rank", "--set", "study_rank.ranks=[]"], "study_rank.ranks must be a list of values, such as [1, 2], got []"),
-        (["rank", "--set", "study_rank.seeds=[1, 1]"], "study_rank.seeds has 1 twice. Remove one of them from --set"),
+        (
+            ["rank", "--set", "study_rank.ranks=4"],
+            "study_rank.ranks must be a list of values, such as [1, 2], got 4",
+        ),
+        (
+            ["rank", "--set", "study_rank.ranks=[]"],
+            "study_rank.ranks must be a list of values, such as [1, 2], got []",
+        ),
+        (
+            ["rank", "--set", "study_rank.seeds=[1, 1]"],
+            "study_rank.seeds has 1 twice. Remove one of them from --set",
+        ),
         (
             ["rank", "--set", "study_rank.old_data=no.txt"],
             "no.txt is not a file. Name an existing one in section study_r",
@@ -503,8 +682,18 @@ def test_a_killed_study_goes_on_with_the_run_that_it_was_in_and_with_those_that_
                     "said",
                     "katze sitzt auf dem', is not in the vocabulary of expanded. Use another",
                 ),
-                ("fact_correction", "prompts", "asked", "katze sitzt auf dem', is not in the vocabulary of expanded."),
-                ("trajectory", "document", "said", "katze sitzt auf dem', is not in the vocabulary of expanded."),
+                (
+                    "fact_correction",
+                    "prompts",
+                    "asked",
+                    "katze sitzt auf dem', is not in the vocabulary of expanded.",
+                ),
+                (
+                    "trajectory",
+                    "document",
+                    "said",
+                    "katze sitzt auf dem', is not in the vocabulary of expanded.",
+                ),
                 (
                     "knowledge_correction",
                     "prompts",
@@ -518,14 +707,20 @@ def test_a_killed_study_goes_on_with_the_run_that_it_was_in_and_with_those_that_
 def test_what_cannot_be_studied_is_refused_in_one_line(
     cli: Lora, project: Path, given: Sequence[str], problem: str
 ) -> None:
-    (project / "other.yaml").write_text("g: {must_keep: [{prompt: der hund, answer: läuft}]}\n", encoding="utf-8")
+    (project / "other.yaml").write_text(
+        "g: {must_keep: [{prompt: der hund, answer: läuft}]}\n", encoding="utf-8"
+    )
     for name, of in (("said", "document"), ("asked", "prompts")):
-        text = re.sub("sofa|euro", "thron", (project / f"data/{of}.yaml").read_text(encoding="utf-8"))
+        text = re.sub(
+            "sofa|euro", "thron", (project / f"data/{of}.yaml").read_text(encoding="utf-8")
+        )
         (project / f"{name}.yaml").write_text(text, encoding="utf-8")
     assert problem in refusal(cli("study", *given, cwd=project))
 
 
-def test_the_studies_are_listed_and_one_is_shown_from_the_cache(cli: Lora, studied: Path, tmp_path: Path) -> None:
+def test_the_studies_are_listed_and_one_is_shown_from_the_cache(
+    cli: Lora, studied: Path, tmp_path: Path
+) -> None:
     code, out, _ = cli("study", cwd=studied)
     assert code == 0 and all(STAGES[name].method in out for name in STUDIES)
     root = tmp_path / "project"

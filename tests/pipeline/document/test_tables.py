@@ -1,4 +1,6 @@
-"""Tables of measurements: what is written is what is read, and what is shown says no more than was measured."""
+"""Tables of measurements: what is written is what is read, and what is shown says no more than was
+measured.
+"""
 
 import csv
 import math
@@ -33,7 +35,9 @@ def tables(draw: st.DrawFn) -> Table:
     )
     rows: list[Row] = draw(
         st.lists(
-            st.fixed_dictionaries({f"c{n}": st.one_of(st.none(), kind) for n, kind in enumerate(kinds)}),
+            st.fixed_dictionaries(
+                {f"c{n}": st.one_of(st.none(), kind) for n, kind in enumerate(kinds)}
+            ),
             min_size=1,
             max_size=5,
         )
@@ -42,7 +46,8 @@ def tables(draw: st.DrawFn) -> Table:
 
 
 def same(one: Cell, other: Cell) -> bool:
-    if isinstance(one, Spread) and isinstance(other, Spread):  # nothing in the file tells a number from a spread
+    # nothing in the file tells a number from a spread
+    if isinstance(one, Spread) and isinstance(other, Spread):
         return (one, one.low, one.high) == (other, other.low, other.high)
     return one == other or (one is None and other is None)
 
@@ -54,12 +59,16 @@ def test_what_was_written_is_read(tmp_path_factory: pytest.TempPathFactory, tabl
     found = read_table(folder / "t.csv")
     assert all(tuple(row) == table.columns for row in found)
     assert all(
-        same(row[name], cell) for row, other in zip(table.rows, found, strict=True) for name, cell in other.items()
+        same(row[name], cell)
+        for row, other in zip(table.rows, found, strict=True)
+        for name, cell in other.items()
     )
 
 
 def test_another_library_reads_it_with_three_columns_for_a_spread(tmp_path: Path) -> None:
-    Table("t", "", [{"word": "sofa, rot", "p": Spread(0.5, 0.25, 0.75)}, {"word": "bett", "p": None}]).write(tmp_path)
+    Table(
+        "t", "", [{"word": "sofa, rot", "p": Spread(0.5, 0.25, 0.75)}, {"word": "bett", "p": None}]
+    ).write(tmp_path)
     with (tmp_path / "t.csv").open(encoding="utf-8", newline="") as file:
         assert list(csv.reader(file)) == [
             ["word", "p", "p_low", "p_high"],
@@ -101,7 +110,9 @@ def test_cells_are_shown(cell: Cell, form: str, text: str) -> None:
 
 
 def test_hidden_columns_are_in_the_file_alone(tmp_path: Path) -> None:
-    table = Table("t", "", [{"model": "a", "kind_of": "x", "loss": 1.5}], {"loss": ".2f"}, ("kind_of",))
+    table = Table(
+        "t", "", [{"model": "a", "kind_of": "x", "loss": 1.5}], {"loss": ".2f"}, ("kind_of",)
+    )
     table.write(tmp_path)
     assert table.heads == {"model": False, "loss": True}
     assert table.markdown() == "| model | loss |\n| --- | ---: |\n| a | 1.50 |\n"

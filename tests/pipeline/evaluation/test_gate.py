@@ -1,5 +1,5 @@
-"""A model that breaks evaluate.limits makes `lora evaluate` exit with 1, from the cache and under DVC too; its badge is
-shown where exactly this model was measured."""
+"""A model that breaks evaluate.limits makes `lora evaluate` exit with 1, from the cache and under
+DVC too; its badge is shown where exactly this model was measured."""
 
 import json
 import os
@@ -22,7 +22,9 @@ from tests.conftest import Lora
 from tests.helpers.projects import ROOT, folder_bytes, save
 
 BROKEN = "evaluate.limits={answers_kept: 1.0, new_loss: 100, variants: [lora, full]}"
-KEPT = "evaluate.limits={answers_kept: 0.0, task_drop: 1.0, tasks: {currencies: 0.0}, variants: lora}"
+KEPT = (
+    "evaluate.limits={answers_kept: 0.0, task_drop: 1.0, tasks: {currencies: 0.0}, variants: lora}"
+)
 
 
 @pytest.fixture
@@ -33,11 +35,15 @@ def limited(houses: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 def metrics(root: Path) -> dict[str, Any]:
-    read: dict[str, Any] = json.loads((root / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    read: dict[str, Any] = json.loads(
+        (root / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8")
+    )
     return read
 
 
-def test_evaluate_exits_with_1_and_a_table_and_again_from_the_cache(limited: Path, cli: Lora) -> None:
+def test_evaluate_exits_with_1_and_a_table_and_again_from_the_cache(
+    limited: Path, cli: Lora
+) -> None:
     before = metrics(limited)
     assert "gate" not in before
     code, out, err = cli("evaluate", "--set", BROKEN, cwd=limited)
@@ -46,10 +52,15 @@ def test_evaluate_exits_with_1_and_a_table_and_again_from_the_cache(limited: Pat
     assert {(one["variant"], one["limit"], one["wanted"]) for one in gate["broken"]} <= {
         (variant, "answers_kept", 1.0) for variant in ("lora", "full")
     }
-    assert err.endswith(f"error: evaluate.limits: {len(gate['broken'])} limits are broken, by lora, full. {RETAIN}\n")
+    assert err.endswith(
+        f"error: evaluate.limits: {len(gate['broken'])} limits are broken, by lora, full. "
+        f"{RETAIN}\n"
+    )
     for one in gate["broken"]:
         assert any(line.split()[:2] == [one["variant"], one["limit"]] for line in out.splitlines())
-    assert {name: metrics(limited)[name] for name in before} == before, "the numbers are what they are"
+    assert {name: metrics(limited)[name] for name in before} == before, (
+        "the numbers are what they are"
+    )
     made = folder_bytes(limited / "artifacts/evaluation")
     code, out, err = cli("evaluate", "--set", BROKEN, cwd=limited)
     assert (code, "taken from the cache" in err, "limits broken:" in out) == (1, True, True)
@@ -63,19 +74,27 @@ def test_evaluate_exits_with_1_and_a_table_and_again_from_the_cache(limited: Pat
 
 @pytest.mark.slow
 def test_an_adapter_beside_the_pipelines_is_judged_too(limited: Path, cli: Lora) -> None:
-    """As a variant is: its tasks and the limits that it breaks are printed, and the command ends with 1."""
+    """As a variant is: its tasks and the limits that it breaks are printed, and the command ends
+    with 1.
+    """
     shutil.copytree(limited / "artifacts/lora_adapter", limited / "artifacts/tried/copy")
     command = ("evaluate", "--adapter", "artifacts/tried/copy", "--set")
     code, out, err = cli(*command, BROKEN, cwd=limited)
     assert code == 1
-    assert err.endswith(f"error: evaluate.limits: 1 limit is broken, by artifacts/tried/copy. {RETAIN}\n")
+    assert err.endswith(
+        f"error: evaluate.limits: 1 limit is broken, by artifacts/tried/copy. {RETAIN}\n"
+    )
     lines = [line.split() for line in out.splitlines()]
-    assert ["artifacts/tried/copy", "answers_kept", "at", "least", "1"] in [line[:5] for line in lines]
+    assert ["artifacts/tried/copy", "answers_kept", "at", "least", "1"] in [
+        line[:5] for line in lines
+    ]
     for name in ("base", "artifacts/tried/copy"):
         assert ["currencies", name] in [line[:2] for line in lines]
     kept = KEPT.replace("variants: lora", "variants: full")
     code, out, _ = cli(*command, kept, cwd=limited)
-    assert (code, "limits: kept by artifacts/tried/copy" in out) == (0, True), "it is named, so it is judged"
+    assert (code, "limits: kept by artifacts/tried/copy" in out) == (0, True), (
+        "it is named, so it is judged"
+    )
     heading, *rows = cli("adapters", cwd=limited)[1].splitlines()
     assert heading.startswith("adapter") and len(rows) == 2, "one table, also with the limits"
     assert "passed" in next(row for row in rows if row.startswith("tried/copy"))
@@ -86,7 +105,9 @@ def test_the_verdict_is_that_of_the_adapters_that_are_named(limited: Path, cli: 
     """The file has all that were measured, each with its verdict."""
     for name in ("one", "other"):
         shutil.copytree(limited / "artifacts/lora_adapter", limited / f"artifacts/tried/{name}")
-    (limited / "artifacts/tried/other/README.md").write_text("so that it has a digest of its own", encoding="utf-8")
+    (limited / "artifacts/tried/other/README.md").write_text(
+        "so that it has a digest of its own", encoding="utf-8"
+    )
     (limited / "artifacts/tried/other/manifest.json").unlink()
     command = ("evaluate", "--set", BROKEN, "--adapter")
     assert cli(*command, "artifacts/tried/one", cwd=limited)[0] == 1
@@ -94,7 +115,10 @@ def test_the_verdict_is_that_of_the_adapters_that_are_named(limited: Path, cli: 
     printed = json.loads(out)
     assert (code, printed["gate"]["variants"]) == (1, ["artifacts/tried/other"])
     assert {*printed} == {"base", "artifacts/tried/one", "artifacts/tried/other", "gate"}
-    assert printed["artifacts/tried/one"]["trainable"] > 0 and "trainable" not in printed["artifacts/tried/other"]
+    assert (
+        printed["artifacts/tried/one"]["trainable"] > 0
+        and "trainable" not in printed["artifacts/tried/other"]
+    )
     file = json.loads((limited / "artifacts/measured/metrics.json").read_text(encoding="utf-8"))
     assert file["gate"]["variants"] == ["artifacts/tried/one", "artifacts/tried/other"]
 
@@ -119,7 +143,9 @@ def test_json_is_one_document_with_the_verdict(limited: Path, cli: Lora) -> None
     ids=lambda command: " ".join(command[:4:3]),
 )
 @pytest.mark.slow
-def test_what_ships_an_adapter_names_its_broken_limits(limited: Path, cli: Lora, command: tuple[str, ...]) -> None:
+def test_what_ships_an_adapter_names_its_broken_limits(
+    limited: Path, cli: Lora, command: tuple[str, ...]
+) -> None:
     words = [word.replace("ADAPTER", "artifacts/lora_adapter") for word in command]
     cli("evaluate", "--set", BROKEN, cwd=limited)
     code, _, err = cli(*words, cwd=limited)
@@ -145,7 +171,10 @@ def test_the_badge_is_of_exactly_this_adapter(limited: Path, cli: Lora) -> None:
 
     def badges() -> list[str | None]:
         measured = catalog.measured([limited / "artifacts"])
-        return [catalog.check(catalog.describe(folder), limited, measured).gate for folder in (adapter, full)]
+        return [
+            catalog.check(catalog.describe(folder), limited, measured).gate
+            for folder in (adapter, full)
+        ]
 
     assert badges() == [None, None]
     assert "gate" not in cli("adapters", cwd=limited)[1]
@@ -157,7 +186,9 @@ def test_the_badge_is_of_exactly_this_adapter(limited: Path, cli: Lora) -> None:
     assert ("gate" in heading, "passed" in row) == (True, True)
     cli("evaluate", "--set", BROKEN, cwd=limited)
     assert badges() == ["failed: 1 limit", "failed: 1 limit"]
-    assert "gate, the limits that were set for it: failed: 1 limit (answers_kept 0." in card(adapter)
+    assert "gate, the limits that were set for it: failed: 1 limit (answers_kept 0." in card(
+        adapter
+    )
     assert json.loads(cli("adapters", "--json", cwd=limited)[1])[0]["gate"] == "failed: 1 limit"
     assert (
         cli("finetune", "lora", "--set", "finetune_lora.seed=5", cwd=limited)[0] == 0
@@ -177,12 +208,16 @@ def test_the_state_of_the_stage_says_whether_limits_are_kept(limited: Path, cli:
     assert cli("evaluate", cwd=limited)[0] == 1
     assert state() == ("current", ("gate failed: 1 limit",))
     tasks = limited / "data/tasks.de.yaml"
-    tasks.write_text(tasks.read_text(encoding="utf-8").replace("answer: bett", "answer: sofa"), encoding="utf-8")
+    tasks.write_text(
+        tasks.read_text(encoding="utf-8").replace("answer: bett", "answer: sofa"), encoding="utf-8"
+    )
     assert state() == ("changed", ("data/tasks.de.yaml changed",))
 
 
 @pytest.mark.slow
-def test_dvc_repro_fails_and_keeps_what_was_measured_until_the_limits_are_kept(limited: Path) -> None:
+def test_dvc_repro_fails_and_keeps_what_was_measured_until_the_limits_are_kept(
+    limited: Path,
+) -> None:
     params = limited / "params.yaml"
     save(params, {"evaluate.limits": {"answers_kept": 1.0, "variants": ["lora"]}})
     write_project(open_project(params), params.read_text(encoding="utf-8"))
@@ -191,7 +226,9 @@ def test_dvc_repro_fails_and_keeps_what_was_measured_until_the_limits_are_kept(l
 
     def repro() -> tuple[bool, str]:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}
-        done = subprocess.run(command, cwd=limited, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=limited, env=environment, capture_output=True, text=True, check=False
+        )
         return done.returncode == 0, done.stdout + done.stderr
 
     for _ in range(2):  # again, as DVC locks no stage that failed
@@ -212,14 +249,20 @@ def test_dvc_repro_fails_and_keeps_what_was_measured_until_the_limits_are_kept(l
             "{new_loss: 1, variants: [lora, lroa]}",
             "evaluate.limits.variants: lroa is not a trained variant of this project",
         ),
-        ("{new_loss: 1, variants: base}", "evaluate.limits.variants: base is not a trained variant of this project"),
+        (
+            "{new_loss: 1, variants: base}",
+            "evaluate.limits.variants: base is not a trained variant of this project",
+        ),
         (
             "{tasks: {capital: 1}}",
-            "evaluate.limits.tasks: there is no task 'capital'. evaluate.tasks has old sentences, new",
+            "evaluate.limits.tasks: there is no task 'capital'. evaluate.tasks has old sentences, "
+            "new",
         ),
     ],
 )
-def test_a_limit_that_could_never_count_is_refused(limited: Path, cli: Lora, limits: str, said: str) -> None:
+def test_a_limit_that_could_never_count_is_refused(
+    limited: Path, cli: Lora, limits: str, said: str
+) -> None:
     code, out, err = cli("evaluate", "--set", f"evaluate.limits={limits}", cwd=limited)
     assert (code, out) == (1, "")
     assert err.startswith(f"error: {said}")
@@ -229,10 +272,14 @@ def test_a_limit_that_could_never_count_is_refused(limited: Path, cli: Lora, lim
 def test_a_scorer_is_part_of_the_inputs(limited: Path, cli: Lora) -> None:
     task = '{"name": "mine", "kind": "python", "scorer": "mine.py", "examples": [{"prompt": "der zug"}]}\n'
     (limited / "data/mine.jsonl").write_text(task, encoding="utf-8")
-    (limited / "data/mine.py").write_text("def score(answer, example):\n    return 0.25\n", encoding="utf-8")
+    (limited / "data/mine.py").write_text(
+        "def score(answer, example):\n    return 0.25\n", encoding="utf-8"
+    )
     files = "evaluate.tasks=[data/mine.jsonl, data/mine.py]"
     assert cli("evaluate", "--set", files, cwd=limited)[0] == 0
     assert metrics(limited)["lora"]["tasks"]["mine"]["score"] == 0.25
-    (limited / "data/mine.py").write_text("def score(answer, example):\n    return 0.75\n", encoding="utf-8")
+    (limited / "data/mine.py").write_text(
+        "def score(answer, example):\n    return 0.75\n", encoding="utf-8"
+    )
     assert cli("evaluate", "--set", files, cwd=limited)[0] == 0
     assert metrics(limited)["lora"]["tasks"]["mine"]["score"] == 0.75

@@ -1,4 +1,6 @@
-"""A merged model whose certificate says that it answers as its adapter has the numbers of the adapter."""
+"""A merged model whose certificate says that it answers as its adapter has the numbers of the
+adapter.
+"""
 
 import math
 from pathlib import Path
@@ -14,7 +16,9 @@ from pipeline.stages.evaluate import _answers_alike
 from pipeline.workbench import open_project
 
 
-def test_a_merged_model_is_not_measured_again_where_its_certificate_says_that_it_is_the_adapter(brief: Path) -> None:
+def test_a_merged_model_is_not_measured_again_where_its_certificate_says_that_it_is_the_adapter(
+    brief: Path,
+) -> None:
     metrics = read_json(brief / "artifacts/evaluation/metrics.json", "")
     merged, lora = metrics["merged"], metrics["lora"]
     assert merged["measured_as"] == "lora" and "trainable" not in merged
@@ -30,7 +34,9 @@ def test_a_merged_model_is_not_measured_again_where_its_certificate_says_that_it
     for document in ("predictions.json", "samples.json"):
         answers = read_json(brief / "artifacts/evaluation" / document, "")
         assert answers["merged"] == answers["lora"]
-    assert "so it was not measured again" in (brief / "artifacts/evaluation/report.md").read_text(encoding="utf-8")
+    assert "so it was not measured again" in (brief / "artifacts/evaluation/report.md").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize(
@@ -44,5 +50,7 @@ def test_a_merged_model_is_not_measured_again_where_its_certificate_says_that_it
         ({}, False),
     ],
 )
-def test_a_certificate_says_that_a_merge_answers_alike(certificate: dict[str, float], alike: bool) -> None:
+def test_a_certificate_says_that_a_merge_answers_alike(
+    certificate: dict[str, float], alike: bool
+) -> None:
     assert _answers_alike(certificate) is alike

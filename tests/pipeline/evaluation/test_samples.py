@@ -18,14 +18,22 @@ from tests.helpers.families import FAMILIES, new_project
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    return engine.load(new_project(tmp_path_factory.mktemp("llama") / "p", FAMILIES["llama"]) / "base", None, "base")
+    return engine.load(
+        new_project(tmp_path_factory.mktemp("llama") / "p", FAMILIES["llama"]) / "base",
+        None,
+        "base",
+    )
 
 
-def example(number: int, completion: str = " Paris", prompt: str = "The capital of France is") -> Example:
+def example(
+    number: int, completion: str = " Paris", prompt: str = "The capital of France is"
+) -> Example:
     return Example(prompt + completion, "rows.jsonl", number, prompt=prompt)
 
 
-def test_questions_come_evenly_from_a_file_and_leave_out_what_cannot_be_asked(llama: LoadedModel) -> None:
+def test_questions_come_evenly_from_a_file_and_leave_out_what_cannot_be_asked(
+    llama: LoadedModel,
+) -> None:
     rows = [example(n, f" {n}") for n in range(90)]
     asked = questions(rows, llama.tokenizer, 3, 100)
     assert [question.expected for question in asked] == [" 0", " 30", " 60"]
@@ -40,7 +48,10 @@ def test_answers_are_the_models_own_and_have_room_for_the_expected_one(llama: Lo
     rows = sample_answers(llama, [example(1), example(2, " the yen" * 60)], 5)
     for row, expected in zip(rows, (" Paris", " the yen" * 60), strict=True):
         tokens = len(llama.tokenizer.encode_following(expected))
-        room = min(max(64, tokens + 16), llama.model.max_length - len(llama.tokenizer.encode(row["prompt"])))
+        room = min(
+            max(64, tokens + 16),
+            llama.model.max_length - len(llama.tokenizer.encode(row["prompt"])),
+        )
         assert row["answer"] == engine.complete(llama, row["prompt"], room).strip()
         assert row["reference"] == expected
 

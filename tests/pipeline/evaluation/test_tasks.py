@@ -1,4 +1,6 @@
-"""Task files are read, refused and asked; the numbers are those of transformers, of one prompt at a time."""
+"""Task files are read, refused and asked; the numbers are those of transformers, of one prompt at a
+time.
+"""
 
 import json
 from collections.abc import Sequence
@@ -41,7 +43,11 @@ CHOICE = {
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    return engine.load(new_project(tmp_path_factory.mktemp("llama") / "p", FAMILIES["llama"]) / "base", None, "base")
+    return engine.load(
+        new_project(tmp_path_factory.mktemp("llama") / "p", FAMILIES["llama"]) / "base",
+        None,
+        "base",
+    )
 
 
 def write(root: Path, *tasks: Any, name: str = "tasks.yaml") -> str:
@@ -59,15 +65,21 @@ def test_yaml_and_json_lines_say_the_same(tmp_path: Path) -> None:
     other = {"name": "more", "kind": "multiple_choice", "normalized": True, "examples": [CHOICE]}
     lines = [json.dumps(task) for task in (CAPITALS, other)]
     (tmp_path / "tasks.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    in_yaml, in_lines = (read_tasks(tmp_path, [name]) for name in (write(tmp_path, CAPITALS, other), "tasks.jsonl"))
+    in_yaml, in_lines = (
+        read_tasks(tmp_path, [name]) for name in (write(tmp_path, CAPITALS, other), "tasks.jsonl")
+    )
     for here, there in zip(in_yaml, in_lines, strict=True):
         assert (here.name, here.kind, here.options) == (there.name, there.kind, there.options)
-        assert [example.row for example in here.examples] == [example.row for example in there.examples]
+        assert [example.row for example in here.examples] == [
+            example.row for example in there.examples
+        ]
 
 
 def test_the_prompts_of_tasks_are_read_without_their_scorers(tmp_path: Path) -> None:
     (tmp_path / "more.csv").write_text("prompt,answer\nWhy?,So.\n", encoding="utf-8")
-    asked = [{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}]
+    asked = [
+        {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}
+    ]
     tasks = [CAPITALS, {"name": "m", "kind": "python", "scorer": "gone.py", "examples": asked}]
     tasks.append({"name": "f", "kind": "contains", "file": "more.csv"})
     (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(tasks), encoding="utf-8")
@@ -77,27 +89,45 @@ def test_the_prompts_of_tasks_are_read_without_their_scorers(tmp_path: Path) -> 
 
 def test_examples_come_from_any_data_file(tmp_path: Path) -> None:
     rows = [("Two and two?", "Four."), ("Which capital?", "Paris.")]
-    (tmp_path / "a.csv").write_text("prompt,answer,note\n" + "".join(f"{p},{a},x\n" for p, a in rows), encoding="utf-8")
+    (tmp_path / "a.csv").write_text(
+        "prompt,answer,note\n" + "".join(f"{p},{a},x\n" for p, a in rows), encoding="utf-8"
+    )
     (tmp_path / "b.jsonl").write_text(
-        "".join(json.dumps({"prompt": p, "completion": f" {a}"}) + "\n" for p, a in rows), encoding="utf-8"
+        "".join(json.dumps({"prompt": p, "completion": f" {a}"}) + "\n" for p, a in rows),
+        encoding="utf-8",
     )
     turns = [[{"role": "user", "content": p}, {"role": "assistant", "content": a}] for p, a in rows]
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"messages": t}) + "\n" for t in turns), encoding="utf-8")
+    (tmp_path / "c.jsonl").write_text(
+        "".join(json.dumps({"messages": t}) + "\n" for t in turns), encoding="utf-8"
+    )
     for file in ("a.csv", "b.jsonl", "c.jsonl"):
         task = one(tmp_path, {"name": "t", "kind": "exact_match", "file": file}, file)
-        assert [score(task, [a for _, a in rows]), score(task, ["", ""])] == [[{"score": 1}] * 2, [{"score": 0}] * 2]
-        asked = [(e.prompt if isinstance(e.prompt, str) else e.prompt[-1]["content"]) for e in task.examples]
+        assert [score(task, [a for _, a in rows]), score(task, ["", ""])] == [
+            [{"score": 1}] * 2,
+            [{"score": 0}] * 2,
+        ]
+        asked = [
+            (e.prompt if isinstance(e.prompt, str) else e.prompt[-1]["content"])
+            for e in task.examples
+        ]
         assert asked == [p for p, _ in rows]
         assert task.examples[0].location == f"{file}:{2 if file == 'a.csv' else 1}"
 
 
 def test_a_file_that_yaml_wrote_with_anchors_is_read_as_written_out(tmp_path: Path) -> None:
     examples = [{"prompt": "Which capital?", "answer": "Paris"}]
-    tasks = [{"name": name, "kind": "contains", "examples": examples, "chat": True} for name in ("a", "b")]
+    tasks = [
+        {"name": name, "kind": "contains", "examples": examples, "chat": True}
+        for name in ("a", "b")
+    ]
     (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(tasks), encoding="utf-8")
     assert "*id001" in (tmp_path / "tasks.yaml").read_text(encoding="utf-8")
     first, second = read_tasks(tmp_path, ["tasks.yaml"])
-    assert [example.row for example in first.examples] == [example.row for example in second.examples] == examples
+    assert (
+        [example.row for example in first.examples]
+        == [example.row for example in second.examples]
+        == examples
+    )
 
 
 @pytest.mark.parametrize(
@@ -108,15 +138,23 @@ def test_a_file_that_yaml_wrote_with_anchors_is_read_as_written_out(tmp_path: Pa
         ("? [a]\n: b", "tasks.yaml is not valid YAML: "),
         ("[" * 2000, "tasks.yaml is not valid YAML: "),
         ("- &a [1]\n- *a", "tasks.yaml must be a list of tasks"),
-        (LAUGHS, "tasks.yaml is not valid YAML: its aliases (*name) stand for more than 1,000,000 values"),
+        (
+            LAUGHS,
+            "tasks.yaml is not valid YAML: its aliases (*name) stand for more than 1,000,000 "
+            "values",
+        ),
         pytest.param(
             f"a: &a {'x' * 200_000}\nb: [{', '.join(['*a'] * 1000)}]",
-            "tasks.yaml is not valid YAML: its aliases (*name) stand for more than 1,000,000 values",
+            "tasks.yaml is not valid YAML: its aliases (*name) stand for more than 1,000,000 "
+            "values",
             id="a long text a thousand times",
         ),
         ("[1]", "tasks.yaml must be a list of tasks"),
         ("- {kind: regex}", "tasks.yaml: task 1: name must be a text of at most 60 letters"),
-        ('- {name: "\\e[31m", kind: regex}', "tasks.yaml: task 1: name must be a text of at most 60 letters"),
+        (
+            '- {name: "\\e[31m", kind: regex}',
+            "tasks.yaml: task 1: name must be a text of at most 60 letters",
+        ),
         (
             "- {name: t, kind: regexp}",
             "tasks.yaml: t: kind must be one of contains, exact_match, multiple_choice, python",
@@ -126,13 +164,22 @@ def test_a_file_that_yaml_wrote_with_anchors_is_read_as_written_out(tmp_path: Pa
             "tasks.yaml: t: unknown key 'exemples'. Did you mean 'examples'?",
         ),
         ("- {name: t, kind: contains}", "tasks.yaml: t: give examples, a list, or file"),
-        ("- {name: t, kind: contains, examples: [], file: x}", "tasks.yaml: t: give examples, a list, or file"),
-        ("- {name: t, kind: contains, examples: []}", "tasks.yaml: t: examples must be a list of examples"),
+        (
+            "- {name: t, kind: contains, examples: [], file: x}",
+            "tasks.yaml: t: give examples, a list, or file",
+        ),
+        (
+            "- {name: t, kind: contains, examples: []}",
+            "tasks.yaml: t: examples must be a list of examples",
+        ),
         (
             "- {name: t, kind: contains, examples: [a]}",
             "tasks.yaml: t, example 1 must have keys such as prompt and answer",
         ),
-        ("- {name: t, kind: contains, examples: [{answer: a}]}", "tasks.yaml: t, example 1: prompt must be a string"),
+        (
+            "- {name: t, kind: contains, examples: [{answer: a}]}",
+            "tasks.yaml: t, example 1: prompt must be a string",
+        ),
         (
             "- {name: t, kind: contains, file: x.csv}",
             "tasks.yaml: t: file x.csv is not in evaluate.tasks. Add it there",
@@ -145,14 +192,19 @@ def test_a_file_that_yaml_wrote_with_anchors_is_read_as_written_out(tmp_path: Pa
             "- {name: t, kind: multiple_choice, stop: x, examples: [{prompt: a, answer: b}]}",
             "tasks.yaml: t: unknown key 'stop'",
         ),
-        ("- {name: t, kind: python, examples: [{prompt: a}]}", 'tasks.yaml: t: a task of kind python needs "scorer"'),
+        (
+            "- {name: t, kind: python, examples: [{prompt: a}]}",
+            'tasks.yaml: t: a task of kind python needs "scorer"',
+        ),
         (
             "- {name: t, kind: contains, examples: [{prompt: a, answer: b}]}\n" * 2,
             "tasks.yaml: task 2: there are two tasks 't'. Rename one of them.",
         ),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said_in_one_message(tmp_path: Path, text: str, said: str) -> None:
+def test_what_is_wrong_with_a_file_is_said_in_one_message(
+    tmp_path: Path, text: str, said: str
+) -> None:
     (tmp_path / "tasks.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as error:
         read_tasks(tmp_path, ["tasks.yaml"])
@@ -162,7 +214,9 @@ def test_what_is_wrong_with_a_file_is_said_in_one_message(tmp_path: Path, text: 
 
 def test_a_file_that_no_task_names_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": "b"}\n', encoding="utf-8")
-    with pytest.raises(UserError, match=r"^rows.jsonl is in evaluate.tasks, but no task is in it and none names it"):
+    with pytest.raises(
+        UserError, match=r"^rows.jsonl is in evaluate.tasks, but no task is in it and none names it"
+    ):
         read_tasks(tmp_path, [write(tmp_path, CAPITALS), "rows.jsonl"])
 
 
@@ -174,7 +228,10 @@ def test_log_likelihoods_are_those_of_transformers(tmp_path: Path, llama: Loaded
         {"prompt": "Japan has", "choices": ["the yen", "lev"], "answer": 0},
     ]
     task = one(tmp_path, {"name": "t", "kind": "multiple_choice", "examples": rows})
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(llama.base), AutoTokenizer.from_pretrained(llama.base)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(llama.base),
+        AutoTokenizer.from_pretrained(llama.base),
+    )
     answers = ask(llama, task)
     for row, answer in zip(rows, answers, strict=True):
         is_chat = isinstance(row["prompt"], list)
@@ -186,7 +243,10 @@ def test_log_likelihoods_are_those_of_transformers(tmp_path: Path, llama: Loaded
         for choice, value in zip(row["choices"], answer, strict=True):
             before = tokenizer(prompt, add_special_tokens=not is_chat).input_ids
             # the template ends with a space, which the model has read when it answers
-            whole = before + tokenizer(choice if is_chat else f" {choice}", add_special_tokens=False).input_ids
+            whole = (
+                before
+                + tokenizer(choice if is_chat else f" {choice}", add_special_tokens=False).input_ids
+            )
             with torch.no_grad():
                 log_p = model(torch.tensor([whole])).logits[0].log_softmax(-1)
             expected = sum(float(log_p[n - 1, whole[n]]) for n in range(len(before), len(whole)))
@@ -211,7 +271,8 @@ def test_many_completions_are_those_of_one_prompt_at_a_time(tmp_path: Path, kind
         attach_virtual_tokens(model, "prefix", 3, len(tokenizer), seed=0)
         save_virtual(folder, model, str(base))
     loaded = engine.load(base, folder, kind)
-    prompts = [" ".join(WORDS[n : n + 1 + n % 5]) for n in range(40)]  # more than a batch, of several lengths
+    # more than a batch, of several lengths
+    prompts = [" ".join(WORDS[n : n + 1 + n % 5]) for n in range(40)]
     alone = [engine.complete(loaded, prompt, 7) for prompt in prompts]
     assert complete_all(loaded, prompts, 7) == alone
     assert len({*alone}) > 10, "the model says something of each"
@@ -227,18 +288,26 @@ def test_options_of_a_task_reach_the_model(tmp_path: Path, llama: LoadedModel) -
 
     prompts = [example["prompt"] for example in CAPITALS["examples"]]
     assert answers(max_new_tokens=5) == [engine.complete(llama, prompt, 5) for prompt in prompts]
-    chats = [llama.tokenizer.render([{"role": "user", "content": prompt}], True) for prompt in prompts]
-    assert answers(max_new_tokens=5, chat=True) == [engine.complete(llama, chat, 5) for chat in chats]
+    chats = [
+        llama.tokenizer.render([{"role": "user", "content": prompt}], True) for prompt in prompts
+    ]
+    assert answers(max_new_tokens=5, chat=True) == [
+        engine.complete(llama, chat, 5) for chat in chats
+    ]
 
 
 def test_where_training_asks_in_the_template_tasks_do_unless_they_say_otherwise(
     tmp_path: Path, llama: LoadedModel
 ) -> None:
     def answers(**options: Any) -> Sequence[str]:
-        return ask(llama, one(tmp_path, {**CAPITALS, "max_new_tokens": 5, **options}), templated=True)
+        return ask(
+            llama, one(tmp_path, {**CAPITALS, "max_new_tokens": 5, **options}), templated=True
+        )
 
     prompts = [example["prompt"] for example in CAPITALS["examples"]]
-    chats = [llama.tokenizer.render([{"role": "user", "content": prompt}], True) for prompt in prompts]
+    chats = [
+        llama.tokenizer.render([{"role": "user", "content": prompt}], True) for prompt in prompts
+    ]
     assert answers() == [engine.complete(llama, chat, 5) for chat in chats]
     assert answers(chat=False) == [engine.complete(llama, prompt, 5) for prompt in prompts]
     assert answers() != answers(chat=False)
@@ -247,11 +316,19 @@ def test_where_training_asks_in_the_template_tasks_do_unless_they_say_otherwise(
 def test_a_word_that_a_model_does_not_know_costs_its_example_and_no_more(tmp_path: Path) -> None:
     loaded = engine.load(checkpoint(tmp_path / "base"), None, "base")
     said = engine.complete(loaded, "w1", 3)
-    rows: list[dict[str, Any]] = [{"prompt": "w1", "answer": said}, {"prompt": "w1 euro", "answer": said}]
-    task = one(tmp_path, {"name": "t", "kind": "exact_match", "max_new_tokens": 3, "examples": rows})
+    rows: list[dict[str, Any]] = [
+        {"prompt": "w1", "answer": said},
+        {"prompt": "w1 euro", "answer": said},
+    ]
+    task = one(
+        tmp_path, {"name": "t", "kind": "exact_match", "max_new_tokens": 3, "examples": rows}
+    )
     assert ask(loaded, task) == [said, None]
     assert score(task, [said, None]) == [{"score": 1}, {"score": 0}]
-    rows = [{"prompt": prompt, "choices": ["w1", "euro"], "answer": "w1"} for prompt in ("w1", "w1 euro")]
+    rows = [
+        {"prompt": prompt, "choices": ["w1", "euro"], "answer": "w1"}
+        for prompt in ("w1", "w1 euro")
+    ]
     task = one(tmp_path, {"name": "t", "kind": "multiple_choice", "examples": rows})
     (first, unknown), nothing = ask(loaded, task)
     assert (first < 0, unknown, nothing) == (True, None, [None, None])
@@ -261,36 +338,62 @@ def test_a_word_that_a_model_does_not_know_costs_its_example_and_no_more(tmp_pat
 def test_a_prompt_that_is_too_long_is_named(tmp_path: Path) -> None:
     loaded = engine.load(checkpoint(tmp_path / "base"), None, "base")  # 32 positions
     long = " ".join(WORDS[:32])
-    task = one(tmp_path, {"name": "t", "kind": "contains", "examples": [{"prompt": f"{long} w1", "answer": "x"}]})
-    with pytest.raises(UserError, match=r"^tasks.yaml: t, example 1: The prompt has 33 tokens; base takes 32"):
+    task = one(
+        tmp_path,
+        {"name": "t", "kind": "contains", "examples": [{"prompt": f"{long} w1", "answer": "x"}]},
+    )
+    with pytest.raises(
+        UserError, match=r"^tasks.yaml: t, example 1: The prompt has 33 tokens; base takes 32"
+    ):
         ask(loaded, task)
     rows = [{"prompt": long, "choices": ["w1", "w2 w3"], "answer": 0}]
     task = one(tmp_path, {"name": "t", "kind": "multiple_choice", "examples": rows})
-    with pytest.raises(UserError, match=r"^tasks.yaml: t, example 1: prompt and choice have 34 tokens; base takes 32"):
+    with pytest.raises(
+        UserError,
+        match=r"^tasks.yaml: t, example 1: prompt and choice have 34 tokens; base takes 32",
+    ):
         ask(loaded, task)
 
 
 def test_the_difference_is_of_each_example_from_the_base() -> None:
-    mine, base = ([{"score": value} for value in values] for values in ((1.0, 1.0, 0.0, 1.0), (0.0, 1.0, 0.0, 1.0)))
+    mine, base = (
+        [{"score": value} for value in values]
+        for values in ((1.0, 1.0, 0.0, 1.0), (0.0, 1.0, 0.0, 1.0))
+    )
     measured = summary(mine, base)
     assert (measured["score"], measured["n"]) == (0.75, 4)
     assert measured["difference"]["score"] == 0.25
     assert 0 <= measured["difference"]["low"] <= 0.25 <= measured["difference"]["high"] <= 1
     assert "difference" not in summary(base, None)
     both = summary([{"score": 1.0, "acc_norm": 0.0}], [{"score": 0.0, "acc_norm": 0.0}])
-    assert both["acc_norm"] == {"score": 0, "low": 0, "high": 0, "difference": {"score": 0, "low": 0, "high": 0}}
+    assert both["acc_norm"] == {
+        "score": 0,
+        "low": 0,
+        "high": 0,
+        "difference": {"score": 0, "low": 0, "high": 0},
+    }
 
 
 def test_every_answer_is_kept_with_its_scores(tmp_path: Path, llama: LoadedModel) -> None:
     tasks = read_tasks(
-        tmp_path, [write(tmp_path, CAPITALS, {"name": "mc", "kind": "multiple_choice", "examples": [CHOICE]})]
+        tmp_path,
+        [
+            write(
+                tmp_path, CAPITALS, {"name": "mc", "kind": "multiple_choice", "examples": [CHOICE]}
+            )
+        ],
     )
     answers = Answers(tasks, templated=False)
     measured = answers.add(llama)["tasks"]
     kept = json.loads(json.dumps(answers.predictions()))["tasks"]
-    assert [row["prompt"] for row in kept["capitals"]] == [example["prompt"] for example in CAPITALS["examples"]]
+    assert [row["prompt"] for row in kept["capitals"]] == [
+        example["prompt"] for example in CAPITALS["examples"]
+    ]
     for name in ("capitals", "mc"):
         scores = [row["answers"]["base"]["score"] for row in kept[name]]
         assert measured[name]["score"] == sum(scores) / len(scores)
     said = kept["mc"][0]["answers"]["base"]
-    assert said["answer"] == CHOICE["choices"][said["log_likelihoods"].index(max(said["log_likelihoods"]))]
+    assert (
+        said["answer"]
+        == CHOICE["choices"][said["log_likelihoods"].index(max(said["log_likelihoods"]))]
+    )

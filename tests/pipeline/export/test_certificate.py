@@ -1,4 +1,6 @@
-"""A file that is not the exported model is told from one that is, and the error says in what it differs."""
+"""A file that is not the exported model is told from one that is, and the error says in what it
+differs.
+"""
 
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -64,7 +66,9 @@ def of_base(made: Path, file: Path, kind: str = "f32") -> dict[str, Any]:
 
 
 def of_adapter(made: Path, base: Path, adapter: Path) -> dict[str, Any]:
-    tuned = certified(lambda: load(made / "base", made / "adapter"), candidate("f32", base, adapter, "adapter"))
+    tuned = certified(
+        lambda: load(made / "base", made / "adapter"), candidate("f32", base, adapter, "adapter")
+    )
     (entry,) = tuned["files"]
     return entry  # type: ignore[no-any-return]
 
@@ -76,7 +80,10 @@ def refused(certify: Callable[..., dict[str, Any]], *arguments: Any) -> str:
 
 
 def test_the_model_itself_differs_in_nothing(made: Path) -> None:
-    for entry in (of_base(made, made / "base.gguf"), of_adapter(made, made / "base.gguf", made / "adapter.gguf")):
+    for entry in (
+        of_base(made, made / "base.gguf"),
+        of_adapter(made, made / "base.gguf", made / "adapter.gguf"),
+    ):
         assert entry["max_logit_difference"] < 1e-3 and abs(entry["divergence"]) < 1e-6
         assert (entry["same_first_choices"], entry["greedy_tokens"] > 0) == (len(PROMPTS), True)
         assert entry["renders_the_chat_alike"] is None  # llama.cpp has no such template in its list
@@ -89,7 +96,10 @@ def test_what_is_exported_is_compared_on_the_users_prompts(
     file = candidate("f32", made / "base.gguf", made / "adapter.gguf", "adapter")
 
     def result() -> tuple[dict[str, Any], list[str]]:
-        tuned, tokenizer = (lambda: load(made / "base", made / "adapter")), load_tokenizer(made / "base")
+        tuned, tokenizer = (
+            (lambda: load(made / "base", made / "adapter")),
+            load_tokenizer(made / "base"),
+        )
         return finished(certify(tuned, tokenizer, [file], tmp_path / "prompts.yaml"))
 
     entries, lines = result()
@@ -102,7 +112,9 @@ def test_what_is_exported_is_compared_on_the_users_prompts(
 
 
 def test_the_figures_are_those_of_two_models_compared_here(made: Path, tmp_path: Path) -> None:
-    other = toy_checkpoint(tmp_path / "other", max_position_embeddings=512, tie_word_embeddings=False)
+    other = toy_checkpoint(
+        tmp_path / "other", max_position_embeddings=512, tie_word_embeddings=False
+    )
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.01)
@@ -111,19 +123,26 @@ def test_the_figures_are_those_of_two_models_compared_here(made: Path, tmp_path:
     entry = of_base(made, tmp_path / "other.gguf", "q8_0")  # so called, its figures are only shown
     expected = difference(load(made / "base"), load(tmp_path / "other"), PROMPTS)
     assert entry["max_logit_difference"] == pytest.approx(expected.max_logit_difference, rel=1e-3)
-    assert entry["divergence"] == pytest.approx(expected.divergence, rel=1e-3) and entry["divergence"] > 1e-4
+    assert (
+        entry["divergence"] == pytest.approx(expected.divergence, rel=1e-3)
+        and entry["divergence"] > 1e-4
+    )
     assert entry["same_first_choices"] == expected.same_first_choices
 
 
 def test_a_base_in_16_bits_is_compared_in_fp32(tmp_path: Path) -> None:
     model = toy_checkpoint(tmp_path / "base", dtype=torch.bfloat16, max_position_embeddings=512)
     write_llama(tmp_path / "base.gguf", model)
-    (entry,) = certified(lambda: load(tmp_path / "base"), candidate("f32", tmp_path / "base.gguf"))["files"]
+    (entry,) = certified(lambda: load(tmp_path / "base"), candidate("f32", tmp_path / "base.gguf"))[
+        "files"
+    ]
     assert entry["max_logit_difference"] < 1e-3
 
 
 def test_only_the_context_that_the_file_names_is_compared(made: Path, tmp_path: Path) -> None:
-    """As for a model with a sliding window that the program does not have: up to it the two are the same."""
+    """As for a model with a sliding window that the program does not have: up to it the two are the
+    same.
+    """
 
     class Sliding(LlamaCpp):
         def logits(self, ids: Sequence[int]) -> torch.Tensor:
@@ -142,33 +161,46 @@ def test_only_the_context_that_the_file_names_is_compared(made: Path, tmp_path: 
 
 
 def test_alpha_doubled_is_refused(made: Path, tmp_path: Path) -> None:
-    doubled = rewritten(made / "adapter.gguf", tmp_path / "adapter.gguf", {"adapter.lora.alpha": 16.0})
+    doubled = rewritten(
+        made / "adapter.gguf", tmp_path / "adapter.gguf", {"adapter.lora.alpha": 16.0}
+    )
     said = refused(of_adapter, made, made / "base.gguf", doubled)
-    assert "adapter is not the exported model in llama.cpp b" in said and "its logits differ by up to " in said
+    assert (
+        "adapter is not the exported model in llama.cpp b" in said
+        and "its logits differ by up to " in said
+    )
     assert "likely causes: the adapter's scale, " in said
 
 
 @pytest.mark.parametrize("matrix, heads", [("attn_q", 4), ("attn_k", 2)])
-def test_q_or_k_in_the_order_of_transformers_is_refused(made: Path, tmp_path: Path, matrix: str, heads: int) -> None:
+def test_q_or_k_in_the_order_of_transformers_is_refused(
+    made: Path, tmp_path: Path, matrix: str, heads: int
+) -> None:
     def turned_back(name: str, data: Any) -> Any:
         if matrix not in name:
             return data
         rows, width = data.shape
         return data.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
 
-    said = refused(of_base, made, rewritten(made / "base.gguf", tmp_path / "turned.gguf", change=turned_back))
+    said = refused(
+        of_base, made, rewritten(made / "base.gguf", tmp_path / "turned.gguf", change=turned_back)
+    )
     assert "its logits differ by up to " in said and "the order of the rows of q and k" in said
 
 
 @pytest.mark.slow
 def test_an_adapter_of_another_base_is_refused(made: Path, tmp_path: Path) -> None:
-    other = toy_model("llama", max_position_embeddings=512, tie_word_embeddings=False, rope_theta=10_000.0)
+    other = toy_model(
+        "llama", max_position_embeddings=512, tie_word_embeddings=False, rope_theta=10_000.0
+    )
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight.mul_(1.1)
     write_llama(tmp_path / "other.gguf", other)
     said = refused(of_adapter, made, tmp_path / "other.gguf", made / "adapter.gguf")
     assert "its logits differ by up to " in said and "another base" in said
-    wider = toy_model("llama", max_position_embeddings=512, tie_word_embeddings=False, vocab_size=330)
+    wider = toy_model(
+        "llama", max_position_embeddings=512, tie_word_embeddings=False, vocab_size=330
+    )
     write_llama(tmp_path / "wider.gguf", wider)
     assert "it has 330 tokens, the exported model 320 (is it another base?)" in refused(
         of_adapter, made, tmp_path / "wider.gguf", made / "adapter.gguf"
@@ -176,7 +208,10 @@ def test_an_adapter_of_another_base_is_refused(made: Path, tmp_path: Path) -> No
 
 
 FIELDS: dict[str, tuple[Mapping[str, Any], str]] = {
-    "BOS twice": ({"add_bos_token": True}, "token 1 is '<s>', ours 'The' (the file adds BOS: a chat that begins with"),
+    "BOS twice": (
+        {"add_bos_token": True},
+        "token 1 is '<s>', ours 'The' (the file adds BOS: a chat that begins with",
+    ),
     "EOS after a text": ({"add_eos_token": True}, "is '</s>', ours the end"),
     "no template": ({"chat_template": None}, "it has no chat template"),
     "another template": ({"chat_template": "{{ messages }}"}, "it has another chat template"),
@@ -202,11 +237,14 @@ def test_a_file_that_is_read_otherwise_is_refused_also_if_it_is_quantized(
 def test_a_template_that_knows_no_system_is_judged_without_one(made: Path, tmp_path: Path) -> None:
     """It would write the system's turn as an answer, without the BOS that begins a chat."""
     template = (
-        "{% for m in messages %}{{ (bos_token if m['role'] == 'user' else '') + m['content'] + eos_token }}{% endfor %}"
+        "{% for m in messages %}{{ (bos_token if m['role'] == 'user' else '') + m['content'] + "
+        "eos_token }}{% endfor %}"
     )
     loaded = load(made / "base")
     inner = loaded.tokenizer._hf_tokenizer  # type: ignore[attr-defined]
-    inner.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    inner.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
     inner.chat_template = template
     fields = {"tokenizer.chat_template": template, "tokenizer.ggml.add_bos_token": True}
     file = candidate("f32", rewritten(made / "base.gguf", tmp_path / "bos.gguf", fields))
@@ -222,11 +260,18 @@ def test_a_file_that_does_not_end_where_the_model_ends_is_refused(made: Path) ->
         certified(lambda: loaded, file, tokenizer=ends)
 
 
-def test_a_model_that_begins_plain_texts_but_no_chats_with_bos_is_noted(made: Path, tmp_path: Path) -> None:
+def test_a_model_that_begins_plain_texts_but_no_chats_with_bos_is_noted(
+    made: Path, tmp_path: Path
+) -> None:
     """The file has one flag for both, and chats count."""
-    loaded, template = load(made / "base"), "{% for m in messages %}{{ m['content'] + '</s>' }}{% endfor %}"
+    loaded, template = (
+        load(made / "base"),
+        "{% for m in messages %}{{ m['content'] + '</s>' }}{% endfor %}",
+    )
     inner = loaded.tokenizer._hf_tokenizer  # type: ignore[attr-defined]
-    inner.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    inner.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
     file = made / "base.gguf"
     inner.chat_template = None
     plain = rewritten(file, tmp_path / "plain.gguf", {"tokenizer.chat_template": None})
@@ -234,9 +279,14 @@ def test_a_model_that_begins_plain_texts_but_no_chats_with_bos_is_noted(made: Pa
         certified(lambda: loaded, candidate("f32", plain), tokenizer=SubwordTokenizer(inner, "toy"))
     inner.chat_template = template
     chats = rewritten(file, tmp_path / "chats.gguf", {"tokenizer.chat_template": template})
-    certificate = certified(lambda: loaded, candidate("f32", chats), tokenizer=SubwordTokenizer(inner, "toy"))
+    certificate = certified(
+        lambda: loaded, candidate("f32", chats), tokenizer=SubwordTokenizer(inner, "toy")
+    )
     assert certificate["files"][0]["plain_text_difference"]["token"] == 1
-    assert describe(certificate)[-1] == "f32 reads chats as we do, but not plain texts: token 1 is 'The', ours '<s>'."
+    assert (
+        describe(certificate)[-1]
+        == "f32 reads chats as we do, but not plain texts: token 1 is 'The', ours '<s>'."
+    )
 
 
 def test_every_difference_is_named_at_once(made: Path, tmp_path: Path) -> None:
@@ -249,13 +299,17 @@ def test_logits_that_are_no_numbers_are_refused(made: Path, tmp_path: Path) -> N
     def broken(name: str, data: Any) -> Any:
         return data * 1e30 if "ffn_down" in name else data
 
-    said = refused(of_base, made, rewritten(made / "base.gguf", tmp_path / "inf.gguf", change=broken))
+    said = refused(
+        of_base, made, rewritten(made / "base.gguf", tmp_path / "inf.gguf", change=broken)
+    )
     assert "its logits differ by up to " in said
 
 
 @pytest.mark.slow
 def test_a_quantized_file_is_shown_and_not_judged(tmp_path: Path) -> None:
-    model = toy_checkpoint(tmp_path / "base", max_position_embeddings=512, hidden_size=256, intermediate_size=256)
+    model = toy_checkpoint(
+        tmp_path / "base", max_position_embeddings=512, hidden_size=256, intermediate_size=256
+    )
     write_llama(tmp_path / "f32.gguf", model)
     list(quantize(tmp_path / "f32.gguf", tmp_path / "q2_k.gguf", "q2_k"))
     files = [candidate(kind, tmp_path / f"{kind}.gguf") for kind in ("f32", "q2_k")]
@@ -263,8 +317,15 @@ def test_a_quantized_file_is_shown_and_not_judged(tmp_path: Path) -> None:
     exact, quantized = certificate["files"]
     assert quantized["divergence"] > 0.01 > exact["divergence"]
     lines = describe(certificate)
-    assert lines[0].startswith("llama.cpp b") and [line.split()[0] for line in lines[1:]] == ["format", "f32", "q2_k"]
-    assert max(map(len, lines)) <= 80 and f"{quantized['same_first_choices']} of {len(PROMPTS)}" in lines[3]
+    assert lines[0].startswith("llama.cpp b") and [line.split()[0] for line in lines[1:]] == [
+        "format",
+        "f32",
+        "q2_k",
+    ]
+    assert (
+        max(map(len, lines)) <= 80
+        and f"{quantized['same_first_choices']} of {len(PROMPTS)}" in lines[3]
+    )
 
 
 class Program:
@@ -292,9 +353,14 @@ def test_any_program_that_gives_logits_can_be_compared(made: Path) -> None:
     right = Candidate("adapter", "f16", 2**20, lambda: nullcontext(Program(loaded)))
     certificate = certified(lambda: loaded, right)
     assert certificate["files"][0]["first_greedy_difference"]["token"] == 1
-    assert "differs from token 1" in describe(certificate)[-1] and "program 1" in describe(certificate)[0]
+    assert (
+        "differs from token 1" in describe(certificate)[-1]
+        and "program 1" in describe(certificate)[0]
+    )
     wrong = Candidate("adapter", "f16", 2**20, lambda: nullcontext(Program(loaded, 0.1)))
-    assert "adapter is not the exported model in program 1" in refused(certified, lambda: loaded, wrong)
+    assert "adapter is not the exported model in program 1" in refused(
+        certified, lambda: loaded, wrong
+    )
 
 
 def test_the_template_of_the_adapter_counts_and_not_its_bases(made: Path, tmp_path: Path) -> None:
@@ -302,7 +368,9 @@ def test_the_template_of_the_adapter_counts_and_not_its_bases(made: Path, tmp_pa
     loaded = load(made / "base")
     inner = load_tokenizer(made / "base")
     inner._hf_tokenizer.chat_template = template  # type: ignore[attr-defined]
-    file = rewritten(made / "base.gguf", tmp_path / "own.gguf", {"tokenizer.chat_template": template})
+    file = rewritten(
+        made / "base.gguf", tmp_path / "own.gguf", {"tokenizer.chat_template": template}
+    )
     assert certified(lambda: loaded, candidate("f32", file), tokenizer=inner)["files"]
     assert "another chat template" in refused(of_base, made, file)
 

@@ -26,7 +26,9 @@ from tests.pipeline.adapters import test_peft
 from tests.pipeline.stages.test_families import IDS, assert_alike, ours, theirs
 
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?:(?P<linear>[AB])\.weight|embedding_(?P<embedding>[AB]))")
+KEY = re.compile(
+    r"base_model\.model\.(?P<module>.+)\.lora_(?:(?P<linear>[AB])\.weight|embedding_(?P<embedding>[AB]))"
+)
 FORMS = ("peft", "vllm", "merged")
 FOLDERS = (*FORMS, "gguf", "gguf-adapter")  # which write a folder atomically
 UNNAMED = "adapter_config.json names the base by a folder of this machine"
@@ -37,10 +39,22 @@ SPECS: dict[str, tuple[str, bool, AdapterSpec]] = {  # family, whether it is tie
     "some-blocks": ("llama", True, AdapterSpec(4, 8, ("q_proj",), layers=(1,))),
     "experts-beside": ("mixtral", False, AdapterSpec(3, 6, ATTENTION)),
     "rows-tied": ("llama", True, AdapterSpec(4, 8, ATTENTION, rows={"embed_tokens": (5, 121)})),
-    "rows-untied": ("qwen3", False, AdapterSpec(4, 8, ATTENTION, rows={"embed_tokens": (5, 9), "lm_head": (70, 5, 9)})),
-    "rows-scaled": ("gemma", True, AdapterSpec(4, 8, ("down_proj",), rows={"embed_tokens": (121, 3, 5)})),
+    "rows-untied": (
+        "qwen3",
+        False,
+        AdapterSpec(4, 8, ATTENTION, rows={"embed_tokens": (5, 9), "lm_head": (70, 5, 9)}),
+    ),
+    "rows-scaled": (
+        "gemma",
+        True,
+        AdapterSpec(4, 8, ("down_proj",), rows={"embed_tokens": (121, 3, 5)}),
+    ),
     "rows-projected": ("opt", True, AdapterSpec(4, 8, ("fc1",), rows={"embed_tokens": (33,)})),
-    "patterns": ("qwen3", False, AdapterSpec(4, 8, ATTENTION, ranks={"q_proj": 2}, alphas={r"1\..*v_proj": 3})),
+    "patterns": (
+        "qwen3",
+        False,
+        AdapterSpec(4, 8, ATTENTION, ranks={"q_proj": 2}, alphas={r"1\..*v_proj": 3}),
+    ),
     "rslora": ("llama", True, AdapterSpec(4, 8, ATTENTION, ranks={"v_proj": 9}, rslora=True)),
     "conv1d": ("gpt2", True, AdapterSpec(4, 8, ("c_attn", "mlp.c_proj"), rows={"wte": (64, 17)})),
     "ends": ("gemma3", True, AdapterSpec(4, 8, ("q_proj", "embed_tokens", "lm_head"))),
@@ -49,7 +63,9 @@ SPECS: dict[str, tuple[str, bool, AdapterSpec]] = {  # family, whether it is tie
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def made(root: Path, family: str = "llama", tied: bool = True, spec: AdapterSpec = SPECS["plain"][2]) -> Path:
+def made(
+    root: Path, family: str = "llama", tied: bool = True, spec: AdapterSpec = SPECS["plain"][2]
+) -> Path:
     """A toy base and an adapter of random numbers on it."""
     base = new_project(root / "project", replace(FAMILIES[family], tied=tied, rows=128)) / "base"
     return adapter(root / "adapter", base, spec)
@@ -88,7 +104,9 @@ def refuse_what_vllm_refuses(folder: Path, max_rank: int) -> None:
 
 
 def by_pattern(values: Mapping[str, float], module: str, default: float) -> float:
-    return next((value for key, value in values.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    return next(
+        (value for key, value in values.items() if re.match(rf"(.*\.)?({key})$", module)), default
+    )
 
 
 def max_rank(said: str) -> int:
@@ -97,7 +115,9 @@ def max_rank(said: str) -> int:
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_an_export_for_vllm_keeps_its_rules_and_has_our_logits_in_peft(cli: Lora, name: str, tmp_path: Path) -> None:
+def test_an_export_for_vllm_keeps_its_rules_and_has_our_logits_in_peft(
+    cli: Lora, name: str, tmp_path: Path
+) -> None:
     source = made(tmp_path, *SPECS[name])
     base, out = tmp_path / "project/base", tmp_path / "out"
     refuse_what_vllm_refuses(out, max_rank(exported(cli, "vllm", source, out)))
@@ -116,13 +136,24 @@ def test_the_rank_to_serve_with_is_the_least_that_vllm_offers_for_the_widest_upd
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", SPECS)
-def test_a_server_that_reads_neither_patterns_nor_alpha_has_our_logits(cli: Lora, name: str, tmp_path: Path) -> None:
-    """As earlier versions of vLLM and SGLang do, but scaled by 1: W + BA with the tensors as they are."""
+def test_a_server_that_reads_neither_patterns_nor_alpha_has_our_logits(
+    cli: Lora, name: str, tmp_path: Path
+) -> None:
+    """As earlier versions of vLLM and SGLang do, but scaled by 1: W + BA with the tensors as they
+    are.
+    """
     source, out = made(tmp_path, *SPECS[name]), tmp_path / "out"
     base = tmp_path / "project/base"
     exported(cli, "vllm", source, out)
-    config, tensors = read_json(out / "adapter_config.json", ""), load_file(out / "adapter_model.safetensors")
-    assert config["lora_alpha"] == config["r"] and not config["rank_pattern"] and not config["alpha_pattern"]
+    config, tensors = (
+        read_json(out / "adapter_config.json", ""),
+        load_file(out / "adapter_model.safetensors"),
+    )
+    assert (
+        config["lora_alpha"] == config["r"]
+        and not config["rank_pattern"]
+        and not config["alpha_pattern"]
+    )
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
     untie(model)
     for key, a in tensors.items():
@@ -134,7 +165,9 @@ def test_a_server_that_reads_neither_patterns_nor_alpha_has_our_logits(cli: Lora
         assert a.shape[0] == b.shape[1] == config["r"]
         delta = b @ a  # (O, I); an embedding's weight is (I, O), and so is GPT-2's Conv1D
         weight = model.get_submodule(match["module"]).weight
-        turned = match["embedding"] or type(model.get_submodule(match["module"])).__name__ == "Conv1D"
+        turned = (
+            match["embedding"] or type(model.get_submodule(match["module"])).__name__ == "Conv1D"
+        )
         weight += delta.T if turned else delta
     assert_alike(model(input_ids=IDS).logits, ours(base, source))
 
@@ -146,20 +179,31 @@ def untie(model: Any) -> None:
 
 def many_rows(root: Path, count: int) -> Path:
     base = new_project(root / "project", replace(FAMILIES["llama"], rows=600)) / "base"
-    return adapter(root / "adapter", base, AdapterSpec(4, 8, ATTENTION, rows={"embed_tokens": tuple(range(count))}))
+    return adapter(
+        root / "adapter",
+        base,
+        AdapterSpec(4, 8, ATTENTION, rows={"embed_tokens": tuple(range(count))}),
+    )
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "in-full": (
-        lambda root: made(root, spec=AdapterSpec(4, 8, ATTENTION, saved=("embed_tokens", "lm_head"))),
+        lambda root: made(
+            root, spec=AdapterSpec(4, 8, ATTENTION, saved=("embed_tokens", "lm_head"))
+        ),
         "train again with finetune_lora.train_embeddings set to new_rows or none",
     ),
-    "too-wide": (lambda root: many_rows(root, 513), "needs rank 513, but vLLM supports at most 512"),
+    "too-wide": (
+        lambda root: many_rows(root, 513),
+        "needs rank 513, but vLLM supports at most 512",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_vllm_cannot_serve_is_refused_and_nothing_is_written(cli: Lora, name: str, tmp_path: Path) -> None:
+def test_what_vllm_cannot_serve_is_refused_and_nothing_is_written(
+    cli: Lora, name: str, tmp_path: Path
+) -> None:
     make, message = REFUSED[name]
     source = make(tmp_path)
     before = folder_bytes(tmp_path)
@@ -178,7 +222,9 @@ def test_an_export_for_peft_is_the_adapter_with_a_card_and_nothing_of_ours(
     }
     files = folder_bytes(out)
     assert "peft" in files.pop("README.md").decode()
-    assert files == {name: content for name, content in folder_bytes(source).items() if name in files}
+    assert files == {
+        name: content for name, content in folder_bytes(source).items() if name in files
+    }
     test_peft.assert_same_logits(brief / "artifacts/expanded", out)
 
 
@@ -200,19 +246,28 @@ def test_a_merged_export_says_how_generation_ends_and_keeps_what_the_base_says(
     cli: Lora, brief: Path, tmp_path: Path
 ) -> None:
     exported(cli, "merged", brief / "artifacts/lora_adapter", tmp_path / "plain")
-    config, said = (read_json(tmp_path / "plain" / f"{name}.json", "") for name in ("config", "generation_config"))
+    config, said = (
+        read_json(tmp_path / "plain" / f"{name}.json", "")
+        for name in ("config", "generation_config")
+    )
     assert said == {key: config[key] for key in ("eos_token_id", "pad_token_id")}
     source = made(tmp_path)
     exported(cli, "merged", source, tmp_path / "chat")
     base = tmp_path / "project/base"
     assert (tmp_path / "chat/generation_config.json").read_text() == GENERATION
-    assert (tmp_path / "chat/chat_template.jinja").read_bytes() == (base / "chat_template.jinja").read_bytes()
+    assert (tmp_path / "chat/chat_template.jinja").read_bytes() == (
+        base / "chat_template.jinja"
+    ).read_bytes()
     talk = [{"role": "user", "content": "Two and two?"}]
     there, here = (AutoTokenizer.from_pretrained(folder) for folder in (base, tmp_path / "chat"))
-    assert here.apply_chat_template(talk, tokenize=False) == there.apply_chat_template(talk, tokenize=False)
+    assert here.apply_chat_template(talk, tokenize=False) == there.apply_chat_template(
+        talk, tokenize=False
+    )
 
 
-@pytest.mark.parametrize(("precision", "stored"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize(
+    ("precision", "stored"), [("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 def test_a_merged_export_of_another_precision_is_the_merge_rounded_once(
     cli: Lora, precision: str, stored: torch.dtype, tmp_path: Path
 ) -> None:
@@ -242,7 +297,10 @@ def test_the_card_says_how_it_was_made_what_it_learned_and_what_it_forgot(
 
 def facts(adapter: Path, evaluation: Path) -> list[str]:
     """From the manifest and the evaluation's metrics."""
-    manifest, metrics = read_json(adapter / "manifest.json", ""), read_json(evaluation / "metrics.json", "")["lora"]
+    manifest, metrics = (
+        read_json(adapter / "manifest.json", ""),
+        read_json(evaluation / "metrics.json", "")["lora"],
+    )
     forgetting, params = metrics["forgetting"], manifest["params"]
     data = {name: digest for name, digest in manifest["inputs"].items() if name.startswith("data/")}
     if not params["retention_weight"]:
@@ -279,7 +337,9 @@ def occupied(root: Path, what: str) -> Path:
 
 @pytest.mark.parametrize("what", ["notes", "file", "base", "adapter", "artifact"])
 @pytest.mark.parametrize("form", FOLDERS)
-def test_a_folder_with_something_else_is_refused_and_stays(cli: Lora, form: str, what: str, tmp_path: Path) -> None:
+def test_a_folder_with_something_else_is_refused_and_stays(
+    cli: Lora, form: str, what: str, tmp_path: Path
+) -> None:
     source = made(tmp_path)
     out = occupied(tmp_path, what)
     before = folder_bytes(tmp_path)
@@ -298,7 +358,9 @@ def test_an_adapter_is_never_exported_over_itself(cli: Lora, form: str, tmp_path
 
 @pytest.mark.parametrize("form", FOLDERS)
 @pytest.mark.slow
-def test_a_second_export_takes_the_place_of_the_first_and_says_so(cli: Lora, form: str, tmp_path: Path) -> None:
+def test_a_second_export_takes_the_place_of_the_first_and_says_so(
+    cli: Lora, form: str, tmp_path: Path
+) -> None:
     source, out = made(tmp_path), tmp_path / "out"
     out.mkdir()
     code, _, said = export(cli, form, source, out)
@@ -311,18 +373,24 @@ def test_a_second_export_takes_the_place_of_the_first_and_says_so(cli: Lora, for
 
 
 @pytest.mark.parametrize("form", FOLDERS)
-def test_neither_files_of_others_nor_another_adapters_export_are_replaced(cli: Lora, form: str, tmp_path: Path) -> None:
+def test_neither_files_of_others_nor_another_adapters_export_are_replaced(
+    cli: Lora, form: str, tmp_path: Path
+) -> None:
     source, out = made(tmp_path), tmp_path / "out"
     other = Path(shutil.copytree(source, tmp_path / "other"))
     assert export(cli, form, source, out)[0] == 0
     before = folder_bytes(tmp_path)
-    assert "holds an export of adapter. Name another folder" in refusal(export(cli, form, other, out))
+    assert "holds an export of adapter. Name another folder" in refusal(
+        export(cli, form, other, out)
+    )
     assert folder_bytes(tmp_path) == before
     for name in ("notes.txt", ".git/config"):
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("mine", encoding="utf-8")
         before = folder_bytes(tmp_path)
-        assert f"holds {name.partition('/')[0]}, which lora did not write" in refusal(export(cli, form, source, out))
+        assert f"holds {name.partition('/')[0]}, which lora did not write" in refusal(
+            export(cli, form, source, out)
+        )
         assert folder_bytes(tmp_path) == before
         (out / name).unlink()
 
@@ -346,29 +414,40 @@ def test_an_option_that_a_format_does_not_read_is_refused(
 
 
 QUANTIZED = {
-    "bitsandbytes": "Import it, which dequantizes it: `lora new` or `lora import` with it as the base",
+    "bitsandbytes": (
+        "Import it, which dequantizes it: `lora new` or `lora import` with it as the base"
+    ),
     "gptq": "Use the 16-bit model.",
 }
 
 
 @pytest.mark.parametrize(
-    ("method", "form"), [("gptq", "merged"), *(("bitsandbytes", form) for form in FORMATS if form != "peft")]
+    ("method", "form"),
+    [("gptq", "merged"), *(("bitsandbytes", form) for form in FORMATS if form != "peft")],
 )
-def test_a_base_that_is_quantized_is_refused_as_such(cli: Lora, method: str, form: str, tmp_path: Path) -> None:
+def test_a_base_that_is_quantized_is_refused_as_such(
+    cli: Lora, method: str, form: str, tmp_path: Path
+) -> None:
     """Not as weights of wrong shapes, which would be copied again in vain."""
     source, base = made(tmp_path), tmp_path / "project/base"
     config = read_json(base / "config.json", "")
     write_json(base / "config.json", {**config, "quantization_config": {"quant_method": method}})
     weights = load_file(base / "model.safetensors")
     name = next(name for name in weights if name.endswith("q_proj.weight"))
-    weights[name] = torch.zeros(weights[name].numel() // 2, 1, dtype=torch.uint8)  # two of four bits in each byte
+    # two of four bits in each byte
+    weights[name] = torch.zeros(weights[name].numel() // 2, 1, dtype=torch.uint8)
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     said = refusal(export(cli, form, source, tmp_path / "out"))
-    assert f"project/base is quantized ('{method}'); unquantized weights are needed. {QUANTIZED[method]}" in said
+    assert (
+        f"project/base is quantized ('{method}'); unquantized weights are needed. "
+        f"{QUANTIZED[method]}" in said
+    )
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_format_is_a_wrong_usage_that_lists_the_known_ones(cli: Lora, tmp_path: Path) -> None:
+def test_an_unknown_format_is_a_wrong_usage_that_lists_the_known_ones(
+    cli: Lora, tmp_path: Path
+) -> None:
     code, out, err = export(cli, "gptq", tmp_path, tmp_path / "out")
     assert (code, out) == (2, "") and f"'gptq' is not one of {', '.join(FORMATS)}." in err
     assert not (tmp_path / "out").exists()
@@ -392,7 +471,11 @@ def from_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., P
         (root / "base").rename(repository / "snapshots" / COMMIT)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        plain = ("base=org/toy@v1", "expand_vocab.special_tokens=[]", "finetune_lora.train_embeddings=none")
+        plain = (
+            "base=org/toy@v1",
+            "expand_vocab.special_tokens=[]",
+            "finetune_lora.train_embeddings=none",
+        )
         make(root, ["pretrain", "expand_vocab", "finetune_lora"], [*plain, *overrides])
         return root
 
@@ -404,7 +487,10 @@ def base_names(cli: Lora, root: Path, *more: str) -> dict[str, tuple[str | None,
     found: dict[str, tuple[str | None, ...]] = {}
     for form in FORMS:
         exported(cli, form, root / "artifacts/lora_adapter", root / form, *more)
-        config, card = root / form / "adapter_config.json", (root / form / "README.md").read_text(encoding="utf-8")
+        config, card = (
+            root / form / "adapter_config.json",
+            (root / form / "README.md").read_text(encoding="utf-8"),
+        )
         named = read_json(config, "") if form != "merged" else {}
         (of_card,) = re.findall("^base_model: (.*)$", card, flags=re.MULTILINE)
         found[form] = (named.get("base_model_name_or_path"), named.get("revision"), of_card)
@@ -422,8 +508,12 @@ def test_a_base_of_the_hub_is_called_by_its_id(cli: Lora, from_hub: Callable[...
     assert code == 0 and "base_model: org/toy\n" in card and "tokens added" not in card
 
 
-def test_with_tokens_added_the_hubs_model_is_no_longer_the_base(cli: Lora, from_hub: Callable[..., Path]) -> None:
-    """PEFT would attach the adapter to a model without the added rows; the card names the original base."""
+def test_with_tokens_added_the_hubs_model_is_no_longer_the_base(
+    cli: Lora, from_hub: Callable[..., Path]
+) -> None:
+    """PEFT would attach the adapter to a model without the added rows; the card names the original
+    base.
+    """
     root = from_hub("expand_vocab.tokens=[zloty, lev]")
     found = base_names(cli, root)
     assert found["peft"] == found["vllm"] == ("artifacts/expanded", None, "org/toy")
@@ -431,15 +521,22 @@ def test_with_tokens_added_the_hubs_model_is_no_longer_the_base(cli: Lora, from_
     assert f"{UNNAMED}, artifacts/expanded: its base has" in said
     start, stop = read_json(root / "artifacts/expanded/manifest.json", "")["new_rows"]
     assert f"its base has {stop - start} tokens more than org/toy. Name the base" in said
-    assert f"- on org/toy, tokens added: {stop - start}\n" in (root / "peft/README.md").read_text(encoding="utf-8")
+    assert f"- on org/toy, tokens added: {stop - start}\n" in (root / "peft/README.md").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize("form", ["peft", "vllm"])
-def test_an_export_whose_base_others_cannot_find_says_so(cli: Lora, form: str, tmp_path: Path) -> None:
+def test_an_export_whose_base_others_cannot_find_says_so(
+    cli: Lora, form: str, tmp_path: Path
+) -> None:
     source = made(tmp_path)
     code, _, said = export(cli, form, source, tmp_path / form)
     assert code == 0 and said.count(UNNAMED) == 1
-    assert "its base was not imported from the hub. Name the base on the hub with --base-name org/name" in said
+    assert (
+        "its base was not imported from the hub. Name the base on the hub with --base-name org/name"
+        in said
+    )
     card = (tmp_path / form / "README.md").read_text(encoding="utf-8")
     assert "`adapter_config.json` names the base by a folder" in card
     code, _, said = export(cli, form, source, tmp_path / form, "--base-name", "org/name")
@@ -450,7 +547,12 @@ def test_an_export_whose_base_others_cannot_find_says_so(cli: Lora, form: str, t
 def test_an_export_of_a_gguf_base_says_what_its_base_is(cli: Lora, tmp_path: Path) -> None:
     source = made(tmp_path)
     base = tmp_path / "project/base"
-    facts = {"stage": "import", "source": "gguf", "dequantized": "Q4_1", "params": {"base": "../toy.gguf"}}
+    facts = {
+        "stage": "import",
+        "source": "gguf",
+        "dequantized": "Q4_1",
+        "params": {"base": "../toy.gguf"},
+    }
     seal(base, {**facts, "inputs": {}})
     said = export(cli, "peft", source, tmp_path / "peft")[2]
     assert "its base was imported from a GGUF file, not from the hub." in said
@@ -458,21 +560,36 @@ def test_an_export_of_a_gguf_base_says_what_its_base_is(cli: Lora, tmp_path: Pat
 
 def test_a_base_has_the_name_that_is_given(cli: Lora, brief: Path, tmp_path: Path) -> None:
     shutil.copytree(brief / "artifacts", tmp_path / "artifacts")
-    code, card, _ = cli("adapters", "card", "artifacts/lora_adapter", "--base-name", "me/minigpt", cwd=tmp_path)
+    code, card, _ = cli(
+        "adapters", "card", "artifacts/lora_adapter", "--base-name", "me/minigpt", cwd=tmp_path
+    )
     assert code == 0 and "base_model: me/minigpt\n" in card
     for form in ("peft", "merged"):
-        exported(cli, form, tmp_path / "artifacts/lora_adapter", tmp_path / form, "--base-name", "me/minigpt")
-        assert "base_model: me/minigpt\n" in (tmp_path / form / "README.md").read_text(encoding="utf-8")
+        exported(
+            cli,
+            form,
+            tmp_path / "artifacts/lora_adapter",
+            tmp_path / form,
+            "--base-name",
+            "me/minigpt",
+        )
+        assert "base_model: me/minigpt\n" in (tmp_path / form / "README.md").read_text(
+            encoding="utf-8"
+        )
     config = read_json(tmp_path / "peft/adapter_config.json", "")
     assert config["base_model_name_or_path"] == "me/minigpt"
     assert config == read_json(tmp_path / "artifacts/lora_adapter/adapter_config.json", "") | {
         "base_model_name_or_path": "me/minigpt"
     }
-    said = exported(cli, "vllm", made(tmp_path / "other"), tmp_path / "vllm", "--base-name", "me/llama")
+    said = exported(
+        cli, "vllm", made(tmp_path / "other"), tmp_path / "vllm", "--base-name", "me/llama"
+    )
     assert "vllm serve me/llama " in said
 
 
-def test_an_adapter_of_a_base_in_few_bits_says_so_wherever_it_goes(cli: Lora, from_hub: Callable[..., Path]) -> None:
+def test_an_adapter_of_a_base_in_few_bits_says_so_wherever_it_goes(
+    cli: Lora, from_hub: Callable[..., Path]
+) -> None:
     root = from_hub("expand_vocab.tokens=[]", "finetune_lora.quantization=nf4-dq")
     note = "trained on {} quantized to nf4-dq; on the unquantized base it answers differently"
     options = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
@@ -491,9 +608,17 @@ def test_an_adapter_of_a_base_in_few_bits_says_so_wherever_it_goes(cli: Lora, fr
 
 
 @pytest.mark.parametrize("weight", [0.0, 2.0])
-def test_retained_data_is_named_where_it_was_used(cli: Lora, from_hub: Callable[..., Path], weight: float) -> None:
-    root = from_hub("finetune_lora.retention_data=data/texts.jsonl", f"finetune_lora.retention_weight={weight}")
+def test_retained_data_is_named_where_it_was_used(
+    cli: Lora, from_hub: Callable[..., Path], weight: float
+) -> None:
+    root = from_hub(
+        "finetune_lora.retention_data=data/texts.jsonl", f"finetune_lora.retention_weight={weight}"
+    )
     card = cli("adapters", "card", "artifacts/lora_adapter", cwd=root)[1]
     assert "`data/all.jsonl`, sha256" in card
-    assert ("`data/texts.jsonl`, retained, sha256" in card) is ("retention weight: 2.0" in card) is (weight > 0)
+    assert (
+        ("`data/texts.jsonl`, retained, sha256" in card)
+        is ("retention weight: 2.0" in card)
+        is (weight > 0)
+    )
     assert ("texts.jsonl" in card) is ("retention weight" in card) is (weight > 0)

@@ -1,4 +1,6 @@
-"""GGUF exports: transformers' own GGUF loader gives back every tensor, and files say what llama.cpp needs to know."""
+"""GGUF exports: transformers' own GGUF loader gives back every tensor, and files say what llama.cpp
+needs to know.
+"""
 
 import json
 from collections.abc import Callable
@@ -40,7 +42,9 @@ def without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def scaled(name: str, scalar: int = 16) -> Family:
     """A toy Gemma whose queries are scaled as llama.cpp scales them."""
-    return replace(FAMILIES[name], config={**FAMILIES[name].config, "query_pre_attn_scalar": scalar})
+    return replace(
+        FAMILIES[name], config={**FAMILIES[name].config, "query_pre_attn_scalar": scalar}
+    )
 
 
 LLAMA3 = {
@@ -56,10 +60,12 @@ MODELS = {
     "mistral": Family("mistral", {**WIDE, "head_dim": 8, "sliding_window": 32}, tied=False),
     "llama3": Family("llama", {**WIDE, "rope_parameters": LLAMA3}),
     "qwen2": Family("qwen2", {**WIDE, "hidden_size": 64}, tied=False, begins=None),
-    "qwen3": Family("qwen3", {**WIDE, "head_dim": 128}, tied=False, begins=None),  # which transformers assumes
+    # which transformers assumes
+    "qwen3": Family("qwen3", {**WIDE, "head_dim": 128}, tied=False, begins=None),
     "gemma2": scaled("gemma2"),
     "gemma3": scaled("gemma3"),
-    "gpt2": replace(FAMILIES["gpt2"], config={**FAMILIES["gpt2"].config, "n_positions": 1024}),  # so here
+    # so here
+    "gpt2": replace(FAMILIES["gpt2"], config={**FAMILIES["gpt2"].config, "n_positions": 1024}),
 }
 
 
@@ -83,7 +89,9 @@ def fields(path: Path) -> dict[str, Any]:
 def tensors(path: Path) -> dict[str, torch.Tensor]:
     """Dequantized, by llama.cpp's names."""
     return {
-        tensor.name: torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
+        tensor.name: torch.from_numpy(
+            np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        )
         for tensor in GGUFReader(path).tensors
     }
 
@@ -95,7 +103,9 @@ def test_transformers_reads_from_the_file_every_tensor_of_the_merged_model(
     source = project(tmp_path, MODELS[name])
     written(cli, source, tmp_path / "out", "gguf", "--quantize", "f32")
     exported(cli, "merged", source, tmp_path / "merged")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model-f32.gguf", dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", gguf_file="model-f32.gguf", dtype=torch.float32
+    )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
     read = theirs.state_dict()
     assert read.keys() == merged.keys()
@@ -104,10 +114,14 @@ def test_transformers_reads_from_the_file_every_tensor_of_the_merged_model(
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
-def test_the_model_that_transformers_makes_of_the_file_gives_our_logits(cli: Lora, name: str, tmp_path: Path) -> None:
+def test_the_model_that_transformers_makes_of_the_file_gives_our_logits(
+    cli: Lora, name: str, tmp_path: Path
+) -> None:
     source = project(tmp_path, MODELS[name])
     written(cli, source, tmp_path / "out", "gguf", "--quantize", "f32")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model-f32.gguf", dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", gguf_file="model-f32.gguf", dtype=torch.float32
+    )
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
         logits = theirs.eval()(input_ids=ids).logits
@@ -120,11 +134,21 @@ def test_the_model_that_transformers_makes_of_the_file_gives_our_logits(cli: Lor
 def test_biases_of_queries_and_keys_are_permuted_with_their_rows(cli: Lora, tmp_path: Path) -> None:
     """transformers' loader knows no biases of a Llama, but its permutation of rows."""
     biased = {**WIDE, "attention_bias": True, "mlp_bias": True}
-    source = project(tmp_path, replace(FAMILIES["llama"], config=biased), AdapterSpec(4, 8, ("q_proj",)))
+    source = project(
+        tmp_path, replace(FAMILIES["llama"], config=biased), AdapterSpec(4, 8, ("q_proj",))
+    )
     written(cli, source, tmp_path / "out", "gguf", "--quantize", "f32")
-    base, stored = load_file(tmp_path / "project/base/model.safetensors"), tensors(tmp_path / "out/model-f32.gguf")
-    for ours_, theirs_, heads in (("self_attn.q_proj", "attn_q", 4), ("self_attn.k_proj", "attn_k", 2)):
-        found = LlamaTensorProcessor()._reverse_permute_weights(stored[f"blk.1.{theirs_}.bias"].numpy(), heads)
+    base, stored = (
+        load_file(tmp_path / "project/base/model.safetensors"),
+        tensors(tmp_path / "out/model-f32.gguf"),
+    )
+    for ours_, theirs_, heads in (
+        ("self_attn.q_proj", "attn_q", 4),
+        ("self_attn.k_proj", "attn_k", 2),
+    ):
+        found = LlamaTensorProcessor()._reverse_permute_weights(
+            stored[f"blk.1.{theirs_}.bias"].numpy(), heads
+        )
         assert np.array_equal(found, base[f"model.layers.1.{ours_}.bias"].numpy())
     for ours_, theirs_ in (("self_attn.o_proj", "attn_output"), ("mlp.down_proj", "ffn_down")):
         assert torch.equal(stored[f"blk.1.{theirs_}.bias"], base[f"model.layers.1.{ours_}.bias"])
@@ -140,8 +164,14 @@ def test_a_merged_matrix_is_rounded_once_to_the_kind_of_the_file(
     written(cli, source, tmp_path / "out", "gguf", "--quantize", kind)
     written(cli, source, tmp_path / "merged", "merged", "--precision", "fp32")
     exact = load_file(tmp_path / "merged/model.safetensors")
-    (stored,) = (t for t in GGUFReader(tmp_path / f"out/model-{kind}.gguf").tensors if t.name == "blk.0.attn_v.weight")
-    expected = gguf.quants.quantize(exact["model.layers.0.self_attn.v_proj.weight"].numpy(), stored.tensor_type)
+    (stored,) = (
+        t
+        for t in GGUFReader(tmp_path / f"out/model-{kind}.gguf").tensors
+        if t.name == "blk.0.attn_v.weight"
+    )
+    expected = gguf.quants.quantize(
+        exact["model.layers.0.self_attn.v_proj.weight"].numpy(), stored.tensor_type
+    )
     assert stored.tensor_type.name == kind.upper()
     assert np.array_equal(stored.data.view(np.uint8), expected.view(np.uint8))
 
@@ -156,13 +186,21 @@ def test_several_kinds_are_the_files_that_each_would_be_alone(cli: Lora, tmp_pat
         written(cli, source, tmp_path / kind, "gguf", "--quantize", kind)
         name = f"model-{kind}.gguf"
         assert (tmp_path / "both" / name).read_bytes() == (tmp_path / kind / name).read_bytes()
-    assert (tmp_path / "both/Modelfile").read_text(encoding="utf-8").startswith("FROM ./model-q8_0.gguf\n")
+    assert (
+        (tmp_path / "both/Modelfile")
+        .read_text(encoding="utf-8")
+        .startswith("FROM ./model-q8_0.gguf\n")
+    )
 
 
-def test_vectors_stay_in_fp32_and_rows_that_no_block_divides_in_fp16(cli: Lora, tmp_path: Path) -> None:
+def test_vectors_stay_in_fp32_and_rows_that_no_block_divides_in_fp16(
+    cli: Lora, tmp_path: Path
+) -> None:
     source = project(tmp_path, replace(FAMILIES["llama"], config={**WIDE, "intermediate_size": 40}))
     written(cli, source, tmp_path / "out", "gguf", "--quantize", "q4_0")
-    types = {t.name: t.tensor_type.name for t in GGUFReader(tmp_path / "out/model-q4_0.gguf").tensors}
+    types = {
+        t.name: t.tensor_type.name for t in GGUFReader(tmp_path / "out/model-q4_0.gguf").tensors
+    }
     assert types["blk.0.attn_norm.weight"] == "F32" and types["blk.0.ffn_down.weight"] == "F16"
     assert types["token_embd.weight"] == "Q8_0" and types["blk.0.attn_q.weight"] == "Q4_0"
 
@@ -177,9 +215,13 @@ def test_llama_3s_frequency_factors_are_those_of_transformers(cli: Lora, tmp_pat
     assert len(set(factors.tolist())) > 2  # all three ranges occur
 
 
-def test_metadata_name_the_shapes_and_the_context_within_which_there_is_no_window(cli: Lora, tmp_path: Path) -> None:
+def test_metadata_name_the_shapes_and_the_context_within_which_there_is_no_window(
+    cli: Lora, tmp_path: Path
+) -> None:
     source = project(tmp_path, MODELS["mistral"])
-    (tmp_path / "project/base/README.md").write_text("---\nlicense: apache-2.0\n---\n", encoding="utf-8")
+    (tmp_path / "project/base/README.md").write_text(
+        "---\nlicense: apache-2.0\n---\n", encoding="utf-8"
+    )
     code, _, noted = export(cli, "gguf", source, tmp_path / "out", "--base-name", "org/toy")
     assert code == 0 and "names a context of 32 tokens" in noted
     found = fields(tmp_path / "out/model-f16.gguf")
@@ -208,14 +250,19 @@ ALONE = [name for name in SPECS if SPECS[name][0] in ("llama", "qwen3", "gpt2")]
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_what_llama_cpp_adds_is_what_a_merge_adds_to_each_matrix(cli: Lora, name: str, tmp_path: Path) -> None:
+def test_what_llama_cpp_adds_is_what_a_merge_adds_to_each_matrix(
+    cli: Lora, name: str, tmp_path: Path
+) -> None:
     source = made(tmp_path, *SPECS[name])
     base, out = tmp_path / "project/base", tmp_path / "out"
     written(cli, source, out, "gguf-adapter")
     exported(cli, "merged", source, tmp_path / "merged")
     facts, stored = fields(out / "adapter.gguf"), tensors(out / "adapter.gguf")
     assert (facts["general.type"], facts["adapter.type"]) == ("adapter", "lora")
-    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "merged/model.safetensors")
+    before, after = (
+        load_file(base / "model.safetensors"),
+        load_file(tmp_path / "merged/model.safetensors"),
+    )
     layers = gguf.get_tensor_name_map(gguf.MODEL_ARCH[SPECS[name][0].upper()], 2)
     changed = 0
     for key, new in after.items():
@@ -226,15 +273,22 @@ def test_what_llama_cpp_adds_is_what_a_merge_adds_to_each_matrix(cli: Lora, name
             continue
         changed += 1
         a, b = stored[f"{target}.lora_a"], stored[f"{target}.lora_b"]
-        scale = facts["adapter.lora.alpha"] / b.shape[1]  # as llama.cpp does, whatever the config says
+        # as llama.cpp does, whatever the config says
+        scale = facts["adapter.lora.alpha"] / b.shape[1]
         if target == "token_embd.weight":
             found = scale * a @ b.T  # (V, D)
         else:
             found = scale * b @ a  # (O, I)
-            heads = {"q_proj": 4, "k_proj": config(base)["num_key_value_heads"]} if SPECS[name][0] == "llama" else {}
+            heads = (
+                {"q_proj": 4, "k_proj": config(base)["num_key_value_heads"]}
+                if SPECS[name][0] == "llama"
+                else {}
+            )
             for module, count in heads.items():
                 if f".{module}." in key:
-                    found = torch.from_numpy(LlamaTensorProcessor()._reverse_permute_weights(found.numpy(), count))
+                    found = torch.from_numpy(
+                        LlamaTensorProcessor()._reverse_permute_weights(found.numpy(), count)
+                    )
             found = found.T if found.shape != delta.shape or "c_" in key else found
         torch.testing.assert_close(found, delta, rtol=1e-4, atol=1e-5)
     assert changed
@@ -248,37 +302,64 @@ def config(base: Path) -> dict[str, Any]:
 def test_an_adapter_that_changes_the_embedding_has_its_base_beside_it_with_a_head_of_its_own(
     cli: Lora, name: str, tmp_path: Path
 ) -> None:
-    """llama.cpp applies an update of a tied embedding to the head too, in the wrong layout, and stops."""
+    """llama.cpp applies an update of a tied embedding to the head too, in the wrong layout, and
+    stops.
+    """
     source = made(tmp_path, *SPECS[name])
     said = written(cli, source, tmp_path / "out", "gguf-adapter")
     assert f"-m {tmp_path / 'out/base-f16.gguf'} --lora {tmp_path / 'out/adapter.gguf'}" in said
     base = tensors(tmp_path / "out/base-f16.gguf")
     assert torch.equal(base["output.weight"], base["token_embd.weight"])
     before = load_file(tmp_path / "project/base/model.safetensors")
-    embedding = next(value for key, value in before.items() if key.endswith(("embed_tokens.weight", "wte.weight")))
+    embedding = next(
+        value
+        for key, value in before.items()
+        if key.endswith(("embed_tokens.weight", "wte.weight"))
+    )
     assert torch.equal(base["token_embd.weight"], embedding.half().float())
 
 
-def test_an_adapter_on_a_base_with_added_tokens_has_that_base_beside_it(cli: Lora, tmp_path: Path) -> None:
+def test_an_adapter_on_a_base_with_added_tokens_has_that_base_beside_it(
+    cli: Lora, tmp_path: Path
+) -> None:
     source = made(tmp_path)
     written(cli, source, tmp_path / "out", "gguf-adapter")
     assert not (tmp_path / "out/base-f16.gguf").exists()
     write_json(tmp_path / "project/base/manifest.json", {"files": {}, "new_rows": [120, 122]})
     written(cli, source, tmp_path / "out", "gguf-adapter")
-    assert "output.weight" not in tensors(tmp_path / "out/base-f16.gguf")  # tied, and the adapter leaves it alone
+    # tied, and the adapter leaves it alone
+    assert "output.weight" not in tensors(tmp_path / "out/base-f16.gguf")
 
 
 # Refused
 
 REFUSED: dict[str, tuple[Family, AdapterSpec | None, tuple[str, ...], str]] = {
-    "opt": (FAMILIES["opt"], None, (), "does not support model_type opt. Supported: gemma2, gemma3_text, gpt2, llama"),
-    "mixtral": (FAMILIES["mixtral"], AdapterSpec(4, 8, ATTENTION), (), "does not support model_type mixtral"),
+    "opt": (
+        FAMILIES["opt"],
+        None,
+        (),
+        "does not support model_type opt. Supported: gemma2, gemma3_text, gpt2, llama",
+    ),
+    "mixtral": (
+        FAMILIES["mixtral"],
+        AdapterSpec(4, 8, ATTENTION),
+        (),
+        "does not support model_type mixtral",
+    ),
     "scale": (scaled("gemma2", 8), None, (), "query_pre_attn_scalar=8"),
-    "activation": (replace(MODELS["llama"], config={**WIDE, "hidden_act": "gelu"}), None, (), "hidden_act='gelu'"),
+    "activation": (
+        replace(MODELS["llama"], config={**WIDE, "hidden_act": "gelu"}),
+        None,
+        (),
+        "hidden_act='gelu'",
+    ),
     "dynamic": (
         replace(
             MODELS["llama"],
-            config={**WIDE, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            config={
+                **WIDE,
+                "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+            },
         ),
         None,
         (),
@@ -287,7 +368,10 @@ REFUSED: dict[str, tuple[Family, AdapterSpec | None, tuple[str, ...], str]] = {
     "pattern": (
         replace(
             scaled("gemma3"),
-            config={**scaled("gemma3").config, "layer_types": ["full_attention", "sliding_attention"]},
+            config={
+                **scaled("gemma3").config,
+                "layer_types": ["full_attention", "sliding_attention"],
+            },
         ),
         None,
         (),
@@ -339,9 +423,13 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused_by_name_and_nothing_i
     assert folder_bytes(tmp_path) == before and not (tmp_path / "out").exists()
 
 
-def test_an_adapter_of_a_base_that_llama_cpp_computes_otherwise_is_refused_too(cli: Lora, tmp_path: Path) -> None:
+def test_an_adapter_of_a_base_that_llama_cpp_computes_otherwise_is_refused_too(
+    cli: Lora, tmp_path: Path
+) -> None:
     source = project(tmp_path, scaled("gemma2", 8))
-    assert "query_pre_attn_scalar=8" in refusal(export(cli, "gguf-adapter", source, tmp_path / "out"))
+    assert "query_pre_attn_scalar=8" in refusal(
+        export(cli, "gguf-adapter", source, tmp_path / "out")
+    )
 
 
 def test_minigpt_is_refused_with_what_to_do(cli: Lora, tmp_path: Path) -> None:
@@ -366,7 +454,9 @@ def test_an_adapter_that_is_not_low_rank_is_refused_alone_and_merged_instead(
     assert message in refusal(export(cli, "gguf-adapter", source, tmp_path / "out"))
     written(cli, source, tmp_path / "out", "gguf", "--quantize", "f32")
     exported(cli, "merged", source, tmp_path / "merged")
-    merged = load_file(tmp_path / "merged/model.safetensors")["model.layers.1.self_attn.v_proj.weight"]
+    merged = load_file(tmp_path / "merged/model.safetensors")[
+        "model.layers.1.self_attn.v_proj.weight"
+    ]
     assert torch.equal(tensors(tmp_path / "out/model-f32.gguf")["blk.1.attn_v.weight"], merged)
 
 
@@ -376,15 +466,26 @@ def test_without_the_gguf_package_an_export_says_how_to_install_it(
     source = made(tmp_path)
     monkeypatch.setattr("pipeline.errors.find_spec", lambda _: None)
     for form in ("gguf", "gguf-adapter"):
-        assert "pip install 'lora-workbench[gguf]'" in refusal(export(cli, form, source, tmp_path / "out"))
+        assert "pip install 'lora-workbench[gguf]'" in refusal(
+            export(cli, form, source, tmp_path / "out")
+        )
 
 
-def test_without_llama_cpp_its_kinds_are_refused_with_those_that_need_none(cli: Lora, tmp_path: Path) -> None:
-    said = refusal(export(cli, "gguf", made(tmp_path), tmp_path / "out", "--quantize", "f16,q4_k_m"))
-    assert "pip install 'lora-workbench[llama-cpp]'" in said and "Without it: f32, f16, bf16, q8_0" in said
+def test_without_llama_cpp_its_kinds_are_refused_with_those_that_need_none(
+    cli: Lora, tmp_path: Path
+) -> None:
+    said = refusal(
+        export(cli, "gguf", made(tmp_path), tmp_path / "out", "--quantize", "f16,q4_k_m")
+    )
+    assert (
+        "pip install 'lora-workbench[llama-cpp]'" in said
+        and "Without it: f32, f16, bf16, q8_0" in said
+    )
 
 
-def test_a_value_that_overflows_fp16_is_refused_and_the_earlier_export_stays(cli: Lora, tmp_path: Path) -> None:
+def test_a_value_that_overflows_fp16_is_refused_and_the_earlier_export_stays(
+    cli: Lora, tmp_path: Path
+) -> None:
     source = made(tmp_path)
     written(cli, source, tmp_path / "out")
     before = folder_bytes(tmp_path / "out")
@@ -402,7 +503,9 @@ def test_a_value_that_overflows_fp16_is_refused_and_the_earlier_export_stays(cli
 # The vocabulary
 
 
-def with_tokenizer(root: Path, template: str | None = None, rows: int = 906, **options: Any) -> Path:
+def with_tokenizer(
+    root: Path, template: str | None = None, rows: int = 906, **options: Any
+) -> Path:
     """An adapter on a toy Llama with a tokenizer of `folder_with`."""
     source = adapter(
         root / "adapter",
@@ -416,11 +519,19 @@ def with_tokenizer(root: Path, template: str | None = None, rows: int = 906, **o
     return source
 
 
-def test_tokens_have_their_texts_and_types_and_rows_beyond_them_are_unused(cli: Lora, tmp_path: Path) -> None:
+def test_tokens_have_their_texts_and_types_and_rows_beyond_them_are_unused(
+    cli: Lora, tmp_path: Path
+) -> None:
     source = with_tokenizer(tmp_path, MARKED, bos="<s>")
     path = tmp_path / "project/base/tokenizer.json"
     tree = read_json(path, "")
-    added = {"single_word": True, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    added = {
+        "single_word": True,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": False,
+    }
     tree["added_tokens"].append({"id": 900, "content": "Plovdiv", **added})
     write_json(path, tree)
     code, _, noted = export(cli, "gguf", source, tmp_path / "out")
@@ -430,7 +541,10 @@ def test_tokens_have_their_texts_and_types_and_rows_beyond_them_are_unused(cli: 
     assert len(tokens) == len(set(tokens)) == len(types) == 906
     assert {tokens[id_] for id_ in tree["model"]["vocab"].values()} == tree["model"]["vocab"].keys()
     kinds = gguf.TokenType
-    assert types[tokens.index("<|im_start|>")] == kinds.CONTROL and types[tokens.index("Plovdiv")] == kinds.USER_DEFINED
+    assert (
+        types[tokens.index("<|im_start|>")] == kinds.CONTROL
+        and types[tokens.index("Plovdiv")] == kinds.USER_DEFINED
+    )
     assert types[tokens.index("Plovdiv") + 1 :] == [kinds.UNUSED] * (905 - tokens.index("Plovdiv"))
     assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
     assert found["tokenizer.ggml.merges"] == [" ".join(pair) for pair in tree["model"]["merges"]]
@@ -448,18 +562,29 @@ def test_tokens_have_their_texts_and_types_and_rows_beyond_them_are_unused(cli: 
     ],
 )
 def test_bos_is_added_exactly_if_a_rendered_chat_then_has_our_ids(
-    cli: Lora, template: str | None, writes: tuple[str, ...], adds: bool, noted: bool, tmp_path: Path
+    cli: Lora,
+    template: str | None,
+    writes: tuple[str, ...],
+    adds: bool,
+    noted: bool,
+    tmp_path: Path,
 ) -> None:
     source = with_tokenizer(tmp_path, template, bos="<s>", writes=writes)
     _, _, errors = export(cli, "gguf", source, tmp_path / "out")
     found = fields(tmp_path / "out/model-f16.gguf")
-    assert found["tokenizer.ggml.add_bos_token"] is adds and found["tokenizer.ggml.add_eos_token"] is False
+    assert (
+        found["tokenizer.ggml.add_bos_token"] is adds
+        and found["tokenizer.ggml.add_eos_token"] is False
+    )
     assert found["tokenizer.ggml.tokens"][found["tokenizer.ggml.bos_token_id"]] == "<s>"
     assert ("begins without the BOS" in errors) is noted
 
 
-def test_answers_end_where_ours_do_and_the_adapters_template_wins(cli: Lora, tmp_path: Path) -> None:
-    source = with_tokenizer(tmp_path, TEMPLATE, eos="<|endoftext|>", ends=[4, 2**40])  # one that is no token
+def test_answers_end_where_ours_do_and_the_adapters_template_wins(
+    cli: Lora, tmp_path: Path
+) -> None:
+    # one that is no token
+    source = with_tokenizer(tmp_path, TEMPLATE, eos="<|endoftext|>", ends=[4, 2**40])
     (source / "chat_template.jinja").write_bytes(MARKED.encode() + b"{# \n #}\n\n")
     written(cli, source, tmp_path / "out")
     found = fields(tmp_path / "out/model-f16.gguf")
@@ -511,7 +636,8 @@ BEGUN = "{{ bos_token }}" + MARKED
 BARE = "{{ bos_token }}{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}"
 MERGED = (  # as Gemma 3 does: the system message is part of the first turn
     "{% set told = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
-    "{% for m in messages if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\n' + (told if loop.first else '') }}"
+    "{% for m in messages if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\n' + (told if "
+    "loop.first else '') }}"
     "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -519,41 +645,70 @@ MERGED = (  # as Gemma 3 does: the system message is part of the first turn
 
 @pytest.mark.parametrize(
     ("template", "bos"),
-    [(SMOLLM2, ""), (MARKED, ""), (THINKS, ""), (TEMPLATE, ""), (BEGUN, "<s>"), (BARE, "<s>"), (MERGED, "")],
+    [
+        (SMOLLM2, ""),
+        (MARKED, ""),
+        (THINKS, ""),
+        (TEMPLATE, ""),
+        (BEGUN, "<s>"),
+        (BARE, "<s>"),
+        (MERGED, ""),
+    ],
 )
 @pytest.mark.parametrize("system", [True, False])
-def test_ollama_renders_a_chat_as_the_chat_template_does(template: str, bos: str, system: bool, tmp_path: Path) -> None:
+def test_ollama_renders_a_chat_as_the_chat_template_does(
+    template: str, bos: str, system: bool, tmp_path: Path
+) -> None:
 
     tokenizer = SubwordTokenizer.load(folder_with(tmp_path / "t", template, bos=bos or None))
     turns = read_turns(tokenizer)
     assert turns is not None
     go = go_template(turns, bos or None)
     assert go is not None
-    messages = [{"role": role, "content": f"say {n}"} for n, role in enumerate(("user", "assistant") * 2 + ("user",))]
+    messages = [
+        {"role": role, "content": f"say {n}"}
+        for n, role in enumerate(("user", "assistant") * 2 + ("user",))
+    ]
     messages = [{"role": "system", "content": "Be brief."}] * system + messages
-    assert rendered_by_ollama(go, messages, bos) == tokenizer.render(messages, add_generation_prompt=True)
+    assert rendered_by_ollama(go, messages, bos) == tokenizer.render(
+        messages, add_generation_prompt=True
+    )
 
 
-def test_a_template_that_writes_more_than_texts_around_messages_gives_no_template_for_ollama(tmp_path: Path) -> None:
+def test_a_template_that_writes_more_than_texts_around_messages_gives_no_template_for_ollama(
+    tmp_path: Path,
+) -> None:
 
     counts = (
-        "{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+        "{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}{% if "
+        "add_generation_prompt %}>{% endif %}"
     )
     for name, template in {"none": None, "unlike": UNLIKE, "counts": counts}.items():
-        assert read_turns(SubwordTokenizer.load(folder_with(tmp_path / name, template))) is None, name
+        assert read_turns(SubwordTokenizer.load(folder_with(tmp_path / name, template))) is None, (
+            name
+        )
 
 
-SENTENCEPIECE: dict[str, tuple[Callable[[dict[str, Any]], None], bool | None]] = {  # change, space before a text
+# change, space before a text
+SENTENCEPIECE: dict[str, tuple[Callable[[dict[str, Any]], None], bool | None]] = {
     "llama-2": (lambda _: None, True),
     "gemma": (lambda tree: tree.update(normalizer=tree["normalizer"]["normalizers"][1]), False),
     "mistral": (
         lambda tree: tree.update(
             normalizer=None,
-            pre_tokenizer={"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False},
+            pre_tokenizer={
+                "type": "Metaspace",
+                "replacement": "▁",
+                "prepend_scheme": "first",
+                "split": False,
+            },
         ),
         True,
     ),
-    "lowercase": (lambda tree: tree["normalizer"]["normalizers"].append({"type": "Lowercase"}), None),
+    "lowercase": (
+        lambda tree: tree["normalizer"]["normalizers"].append({"type": "Lowercase"}),
+        None,
+    ),
     "no-bytes": (lambda tree: tree["model"].update(byte_fallback=False), None),
     "merges": (lambda tree: tree["model"]["merges"].pop(7), None),
 }
@@ -569,11 +724,16 @@ def test_sentencepieces_merges_become_scores_and_what_llama_cpp_would_merge_othe
     change(tree)
     write_json(tmp_path / "project/base/tokenizer.json", tree)
     if space is None:
-        assert "would tokenize differently" in refusal(export(cli, "gguf", source, tmp_path / "out"))
+        assert "would tokenize differently" in refusal(
+            export(cli, "gguf", source, tmp_path / "out")
+        )
         return
     written(cli, source, tmp_path / "out")
     found = fields(tmp_path / "out/model-f16.gguf")
-    assert found["tokenizer.ggml.model"] == "llama" and found["tokenizer.ggml.add_space_prefix"] is space
+    assert (
+        found["tokenizer.ggml.model"] == "llama"
+        and found["tokenizer.ggml.add_space_prefix"] is space
+    )
     scores = dict(zip(found["tokenizer.ggml.tokens"], found["tokenizer.ggml.scores"], strict=True))
     order = [scores[left + right] for left, right in tree["model"]["merges"]]
     assert order == sorted(order, reverse=True)
@@ -582,8 +742,13 @@ def test_sentencepieces_merges_become_scores_and_what_llama_cpp_would_merge_othe
 
 
 def sentencepiece_merges(tree: dict[str, Any]) -> dict[str, Any]:
-    """As SentencePiece's models are converted: every split of a token into two tokens merges, tokens in their order."""
-    vocabulary, special = tree["model"]["vocab"], {token["content"] for token in tree["added_tokens"]}
+    """As SentencePiece's models are converted: every split of a token into two tokens merges,
+    tokens in their order.
+    """
+    vocabulary, special = (
+        tree["model"]["vocab"],
+        {token["content"] for token in tree["added_tokens"]},
+    )
     tree["model"]["merges"] = [
         [token[:at], token[at:]]
         for token in sorted(vocabulary.keys() - special, key=vocabulary.__getitem__)
@@ -603,7 +768,11 @@ def sentencepiece_merges(tree: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 def test_the_pre_tokenizer_is_named_by_what_it_does_and_an_unknown_one_is_refused(
-    cli: Lora, pre: dict[str, Any], name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Lora,
+    pre: dict[str, Any],
+    name: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = with_tokenizer(tmp_path)
     path = tmp_path / "project/base/tokenizer.json"
@@ -611,9 +780,14 @@ def test_the_pre_tokenizer_is_named_by_what_it_does_and_an_unknown_one_is_refuse
     tree["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [pre, tree["pre_tokenizer"]]}
     write_json(path, tree)
     if name is None:
-        assert "llama.cpp has no name for this pre_tokenizer" in refusal(export(cli, "gguf", source, tmp_path / "out"))
+        assert "llama.cpp has no name for this pre_tokenizer" in refusal(
+            export(cli, "gguf", source, tmp_path / "out")
+        )
         # the adapter alone holds no vocabulary
-        for installed, why in (False, "There is no llama.cpp here"), (True, "llama.cpp has no name for this pre_"):
+        for installed, why in (
+            (False, "There is no llama.cpp here"),
+            (True, "llama.cpp has no name for this pre_"),
+        ):
             monkeypatch.setattr(llama_cpp, "is_installed", lambda installed=installed: installed)
             assert why in written(cli, source, tmp_path / f"alone-{installed}", "gguf-adapter")
     else:

@@ -1,4 +1,6 @@
-"""llama.cpp reads exported GGUF files as we do: token ids and logits, merged and as base + adapter."""
+"""llama.cpp reads exported GGUF files as we do: token ids and logits, merged and as base +
+adapter.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -53,8 +55,15 @@ def test_llama_cpp_computes_the_merged_model(cli: Lora, name: str, tmp_path: Pat
 @pytest.mark.parametrize("kind", ["linear", "yarn"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.slow
-def test_llama_cpp_scales_positions_as_the_model_does(cli: Lora, family: str, kind: str, tmp_path: Path) -> None:
-    rope = {"rope_type": kind, "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 16}
+def test_llama_cpp_scales_positions_as_the_model_does(
+    cli: Lora, family: str, kind: str, tmp_path: Path
+) -> None:
+    rope = {
+        "rope_type": kind,
+        "factor": 4.0,
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 16,
+    }
     scaled = replace(MODELS[family], config={**MODELS[family].config, "rope_parameters": rope})
     source = project(tmp_path, scaled)
     written(cli, source, tmp_path / "out", "gguf", "--quantize", "f32")
@@ -72,25 +81,38 @@ def test_llama_cpp_computes_base_and_adapter(cli: Lora, name: str, tmp_path: Pat
         write_json(base / "manifest.json", {"files": {}, "new_rows": [127, 128]})
     written(cli, source, out, "gguf-adapter")
     found, both = in_llama_cpp(out / "base-f16.gguf", out / "adapter.gguf"), ours(base, source)[0]
-    assert (found - both).abs().max() <= 0.05 < (both - ours(base)[0]).abs().max()  # the base is rounded to fp16
+    # the base is rounded to fp16
+    assert (found - both).abs().max() <= 0.05 < (both - ours(base)[0]).abs().max()
 
 
 def vocabulary_file(folder: Path) -> tuple[SubwordTokenizer, Path]:
-    """A GGUF file with the vocabulary of the tokenizer in `folder`, and a Llama of one small block of zeros."""
+    """A GGUF file with the vocabulary of the tokenizer in `folder`, and a Llama of one small block
+    of zeros.
+    """
     tokenizer = SubwordTokenizer.load(folder)
     rows, path = len(tokenizer), folder / "vocabulary.gguf"
-    sizes = {"context_length": 512, "embedding_length": 32, "block_count": 1, "feed_forward_length": 32}
+    sizes = {
+        "context_length": 512,
+        "embedding_length": 32,
+        "block_count": 1,
+        "feed_forward_length": 32,
+    }
     sizes |= {"attention.head_count": 1, "rope.dimension_count": 32}
     facts: dict[str, Any] = {f"llama.{key}": value for key, value in sizes.items()}
     facts |= {"general.architecture": "llama", "llama.attention.layer_norm_rms_epsilon": 1e-5}
     square = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (rows, 32), "output_norm.weight": (32,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (rows, 32),
+        "output_norm.weight": (32,),
+    }
     shapes |= {f"blk.0.{name}.weight": (32,) for name in ("attn_norm", "ffn_norm")}
     shapes |= {f"blk.0.{name}.weight": (32, 32) for name in square}
     from gguf import GGMLQuantizationType
 
     metadata = {**facts, **read_vocabulary(tokenizer, rows).metadata}
-    output = Output(path, metadata, [(name, shape, GGMLQuantizationType.F32) for name, shape in shapes.items()])
+    output = Output(
+        path, metadata, [(name, shape, GGMLQuantizationType.F32) for name, shape in shapes.items()]
+    )
     output.begin()
     for name, shape in shapes.items():
         output.write(name, np.zeros(shape, np.float32))
@@ -103,7 +125,9 @@ def byte_level(folder: Path, steps: tuple[str, ...], ignore_merges: bool) -> Pat
     """A byte-level tokenizer that splits words by `steps` of PRE_TOKENIZERS."""
     inner = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     regex = steps[0] == "bytes" or (steps[1:2] == ("bytes",) and steps[0] == "digits")
-    first: list[Any] = [] if steps[0] == "bytes" else [pre_tokenizers.Digits(individual_digits=True)]
+    first: list[Any] = (
+        [] if steps[0] == "bytes" else [pre_tokenizers.Digits(individual_digits=True)]
+    )
     if not regex:
         first = [pre_tokenizers.Split(Regex(steps[0]), "isolated")]
     inner.pre_tokenizer = pre_tokenizers.Sequence(
@@ -121,7 +145,8 @@ def byte_level(folder: Path, steps: tuple[str, ...], ignore_merges: bool) -> Pat
     folder.mkdir()
     inner.save(str(folder / "tokenizer.json"))
     write_json(
-        folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"},
     )
     return folder
 
@@ -156,13 +181,18 @@ def assert_our_ids(tokenizer: SubwordTokenizer, path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "writes"), [(INSTRUCTS, ("<s>",)), (INSTRUCTS, ()), (MARKED, ("<s>",)), (MARKED, ())]
+    ("template", "writes"),
+    [(INSTRUCTS, ("<s>",)), (INSTRUCTS, ()), (MARKED, ("<s>",)), (MARKED, ())],
 )
 def test_a_rendered_chat_has_our_ids_with_one_bos_or_none(
     template: str, writes: tuple[str, ...], tmp_path: Path
 ) -> None:
-    tokenizer, path = vocabulary_file(folder_with(tmp_path / "t", template, bos="<s>", writes=writes))
-    chat = tokenizer.render([{"role": "user", "content": "What is 1 + 1?"}], add_generation_prompt=True)
+    tokenizer, path = vocabulary_file(
+        folder_with(tmp_path / "t", template, bos="<s>", writes=writes)
+    )
+    chat = tokenizer.render(
+        [{"role": "user", "content": "What is 1 + 1?"}], add_generation_prompt=True
+    )
     assert isinstance(chat, Rendered)
     with llama_cpp.LlamaCpp(path) as runner:
         assert runner.template == template

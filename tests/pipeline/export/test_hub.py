@@ -1,4 +1,6 @@
-"""`lora push`: what arrives on the hub is what an export wrote, with a card that the hub accepts."""
+"""`lora push`: what arrives on the hub is what an export wrote, with a card that the hub
+accepts.
+"""
 
 import re
 import shutil
@@ -37,7 +39,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # its storage is no part of the API
+        # its storage is no part of the API
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         impatient = SimpleNamespace(**{**vars(time), "sleep": lambda _: None})
         monkeypatch.setattr("huggingface_hub.utils._http.time", impatient)
         yield hub
@@ -51,7 +54,9 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Toy\n", encoding="utf-8")
     adapter(root / "adapter", base, AdapterSpec(4, 8, ("q_proj", "v_proj")))
     config = read_json(root / "adapter/adapter_config.json", "")
-    artifact.write_json(root / "adapter/adapter_config.json", {**config, "base_model_name_or_path": "project/base"})
+    artifact.write_json(
+        root / "adapter/adapter_config.json", {**config, "base_model_name_or_path": "project/base"}
+    )
     return root
 
 
@@ -66,8 +71,20 @@ def push(cli: Lora, source: Path, *more: str, name: str = NAME) -> tuple[int, st
 
 
 @pytest.mark.parametrize("form", ["peft", "vllm", "merged"])
-def test_what_arrives_is_byte_for_byte_what_a_dry_run_writes(cli: Lora, hub: Hub, source: Path, form: str) -> None:
-    options = ("--format", form, *BASE_NAME, "--license", "mit", "--dataset", "me/chats", "--language", "en")
+def test_what_arrives_is_byte_for_byte_what_a_dry_run_writes(
+    cli: Lora, hub: Hub, source: Path, form: str
+) -> None:
+    options = (
+        "--format",
+        form,
+        *BASE_NAME,
+        "--license",
+        "mit",
+        "--dataset",
+        "me/chats",
+        "--language",
+        "en",
+    )
     out = source.parent / "tuned"
     code, said, errors = push(cli, source, *options, "--dry-run", "--out", str(out))
     assert (code, errors) == (0, "")
@@ -85,14 +102,20 @@ def test_what_arrives_is_byte_for_byte_what_a_dry_run_writes(cli: Lora, hub: Hub
 
 
 @pytest.mark.parametrize("form", ["peft", "vllm", "merged"])
-def test_the_card_passes_the_hubs_rules_and_loads_again(cli: Lora, brief: Path, form: str, tmp_path: Path) -> None:
+def test_the_card_passes_the_hubs_rules_and_loads_again(
+    cli: Lora, brief: Path, form: str, tmp_path: Path
+) -> None:
     shutil.copytree(brief / "artifacts", tmp_path / "artifacts")
     shutil.copytree(brief / "data", tmp_path / "data")
     source = tmp_path / "artifacts/lora_adapter"
     if form == "vllm":  # an adapter without embeddings in full
-        source = adapter(tmp_path / "adapter", tmp_path / "artifacts/expanded", AdapterSpec(2, 2, ("q_proj",)))
+        source = adapter(
+            tmp_path / "adapter", tmp_path / "artifacts/expanded", AdapterSpec(2, 2, ("q_proj",))
+        )
     options = ("--license", "MIT", "--dataset", "me/chats", "--language", "de", "--language", "en")
-    code, _, errors = push(cli, source, "--format", form, *BASE_NAME, *options, "--dry-run", "--out", "out")
+    code, _, errors = push(
+        cli, source, "--format", form, *BASE_NAME, *options, "--dry-run", "--out", "out"
+    )
     assert (code, errors) == (0, "")
     path = source.parent / "out/README.md"
     text = path.read_text(encoding="utf-8")
@@ -104,15 +127,30 @@ def test_the_card_passes_the_hubs_rules_and_loads_again(cli: Lora, brief: Path, 
     assert (card.data.base_model, card.data.pipeline_tag) == ("org/base", "text-generation")
     assert card.data.library_name == ("transformers" if form == "merged" else "peft")
     assert card.data.base_model_relation == ("finetune" if form == "merged" else "adapter")
-    sentences = {line for file in (brief / "data").glob("*.txt") for line in file.read_text("utf-8").splitlines()}
-    sent = "".join(path.read_text("utf-8") for path in path.parent.iterdir() if path.suffix in (".md", ".json"))
-    assert len(sentences) > 50 and not [sentence for sentence in sentences if sentence and sentence in sent]
+    sentences = {
+        line
+        for file in (brief / "data").glob("*.txt")
+        for line in file.read_text("utf-8").splitlines()
+    }
+    sent = "".join(
+        path.read_text("utf-8") for path in path.parent.iterdir() if path.suffix in (".md", ".json")
+    )
+    assert len(sentences) > 50 and not [
+        sentence for sentence in sentences if sentence and sentence in sent
+    ]
     if form != "vllm":
         metrics = read_json(brief / "artifacts/evaluation/metrics.json", "")["lora"]
-        results = {(each.dataset_type, each.metric_type): each.metric_value for each in card.data.eval_results}
+        results = {
+            (each.dataset_type, each.metric_type): each.metric_value
+            for each in card.data.eval_results
+        }
         assert results["new-data", "loss"] == pytest.approx(metrics["new_loss"], abs=1e-4)
         forgetting = metrics["forgetting"]
-        for kind, key in (("loss_rise", "loss_rise"), ("accuracy", "answers_kept"), ("kl_divergence", "divergence")):
+        for kind, key in (
+            ("loss_rise", "loss_rise"),
+            ("accuracy", "answers_kept"),
+            ("kl_divergence", "divergence"),
+        ):
             assert results["old-data", kind] == pytest.approx(forgetting[key], abs=1e-4)
 
 
@@ -123,7 +161,11 @@ def test_the_card_passes_the_hubs_rules_and_loads_again(cli: Lora, brief: Path, 
         ("---\nlicense:\n- mit\nlanguage: en\n---\n", {"license": "mit"}),
         (
             '---\nlicense: other\nlicense_name: "toy-license"\nlicense_link: https://toy.example/l\n---\n',
-            {"license": "other", "license_name": "toy-license", "license_link": "https://toy.example/l"},
+            {
+                "license": "other",
+                "license_name": "toy-license",
+                "license_link": "https://toy.example/l",
+            },
         ),
         ("# A card\n\n---\nlicense: mit\n---\n", {}),
         ("---\nlicense: [mit, gemma]\n---\n", {}),
@@ -176,11 +218,16 @@ def test_auto_peft_opens_what_a_dry_run_wrote_with_our_logits_and_the_cards_code
 ) -> None:
     base, out = source.parent / "project/base", source.parent / "me/tuned"
     assert push(cli, source, "--base-name", str(base), "--dry-run", "--out", str(out))[0] == 0
-    model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
+    model, tokenizer = (
+        AutoPeftModelForCausalLM.from_pretrained(out).eval(),
+        AutoTokenizer.from_pretrained(out),
+    )
     ids = torch.tensor([tokenizer("the capital of France is Paris")["input_ids"]])
     with torch.no_grad():
         assert_alike(model(input_ids=ids).logits, load(base, source).model(ids))
-    code = re.search(r"```python\n(.*?)```", (out / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    code = re.search(
+        r"```python\n(.*?)```", (out / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     assert code and f'from_pretrained("{NAME}")' in code[1]
     monkeypatch.chdir(source.parent)
     exec(code[1], {})
@@ -188,13 +235,20 @@ def test_auto_peft_opens_what_a_dry_run_wrote_with_our_logits_and_the_cards_code
 
 def test_the_code_on_a_merged_models_card_needs_transformers_alone(cli: Lora, source: Path) -> None:
     out = source.parent / "me/tuned"
-    assert push(cli, source, "--format", "merged", *BASE_NAME, "--dry-run", "--out", str(out))[0] == 0
+    assert (
+        push(cli, source, "--format", "merged", *BASE_NAME, "--dry-run", "--out", str(out))[0] == 0
+    )
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert f'AutoModelForCausalLM.from_pretrained("{NAME}")' in card and "peft" not in card.partition("## Method")[0]
+    assert (
+        f'AutoModelForCausalLM.from_pretrained("{NAME}")' in card
+        and "peft" not in card.partition("## Method")[0]
+    )
     AutoModelForCausalLM.from_pretrained(out)
 
 
-def test_a_second_push_updates_and_removes_what_the_first_left(cli: Lora, hub: Hub, source: Path) -> None:
+def test_a_second_push_updates_and_removes_what_the_first_left(
+    cli: Lora, hub: Hub, source: Path
+) -> None:
     assert push(cli, source, "--format", "merged", *BASE_NAME)[0] == 0
     repository = hub.repositories[NAME]
     repository.files["picture.png"] = b"mine"
@@ -215,12 +269,16 @@ def test_a_branch_is_made_and_main_stays(cli: Lora, hub: Hub, source: Path) -> N
 
 
 @pytest.mark.parametrize("private", [True, False])
-def test_a_new_repository_is_private_if_asked(cli: Lora, hub: Hub, source: Path, private: bool) -> None:
+def test_a_new_repository_is_private_if_asked(
+    cli: Lora, hub: Hub, source: Path, private: bool
+) -> None:
     assert push(cli, source, *BASE_NAME, *["--private"] * private)[0] == 0
     assert hub.repositories[NAME].private is private
 
 
-def test_a_public_repository_gets_nothing_that_is_meant_to_be_private(cli: Lora, hub: Hub, source: Path) -> None:
+def test_a_public_repository_gets_nothing_that_is_meant_to_be_private(
+    cli: Lora, hub: Hub, source: Path
+) -> None:
     assert push(cli, source, *BASE_NAME)[0] == 0
     assert "exists and is public" in refusal(push(cli, source, *BASE_NAME, "--private"))
     assert len(hub.repositories[NAME].commits) == 1
@@ -278,7 +336,9 @@ def test_every_failure_of_the_hub_is_one_message_and_commits_nothing(
     assert not any(repository.commits for repository in hub.repositories.values())
 
 
-def test_a_broken_rule_of_the_hub_is_told_in_its_own_words(cli: Lora, hub: Hub, source: Path) -> None:
+def test_a_broken_rule_of_the_hub_is_told_in_its_own_words(
+    cli: Lora, hub: Hub, source: Path
+) -> None:
     message = refusal(push(cli, source, *BASE_NAME, "--license", "proprietary"))
     assert """"license" with value 'proprietary' is not valid""" in message
     assert not hub.repositories[NAME].commits
@@ -295,25 +355,47 @@ def test_no_path_of_this_machine_is_sent(cli: Lora, hub: Hub, source: Path, key:
 
 
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
-    "base": ((), "its base was not imported from the hub. Name the base on the hub with --base-name org/name"),
-    "path": (("--base-name", "project/base"), "--base-name must be a hub id such as org/name, got 'project/base'"),
-    "license": ((*BASE_NAME, "--license", "a b"), "--license must be an identifier of the hub such as apache-2.0"),
-    "dataset": ((*BASE_NAME, "--dataset", "../data"), "--dataset must be an identifier of the hub such as org/name"),
-    "language": ((*BASE_NAME, "--language", "English"), "--language must be an identifier of the hub such as en"),
+    "base": (
+        (),
+        "its base was not imported from the hub. Name the base on the hub with --base-name "
+        "org/name",
+    ),
+    "path": (
+        ("--base-name", "project/base"),
+        "--base-name must be a hub id such as org/name, got 'project/base'",
+    ),
+    "license": (
+        (*BASE_NAME, "--license", "a b"),
+        "--license must be an identifier of the hub such as apache-2.0",
+    ),
+    "dataset": (
+        (*BASE_NAME, "--dataset", "../data"),
+        "--dataset must be an identifier of the hub such as org/name",
+    ),
+    "language": (
+        (*BASE_NAME, "--language", "English"),
+        "--language must be an identifier of the hub such as en",
+    ),
     "option": ((*BASE_NAME, "--precision", "bf16"), "--precision needs --format merged, got peft"),
     "out": ((*BASE_NAME, "--dry-run"), "--dry-run needs --out DIR"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_option_is_named_before_anything_is_sent(cli: Lora, hub: Hub, source: Path, name: str) -> None:
+def test_a_wrong_option_is_named_before_anything_is_sent(
+    cli: Lora, hub: Hub, source: Path, name: str
+) -> None:
     options, message = WRONG[name]
     assert message in refusal(push(cli, source, *options))
     assert not [path for method, path, _ in hub.seen if method != "GET"]
 
 
-@pytest.mark.parametrize("name", ["tuned", "me/", "me/a/b", "me/tuned.git", "me/a--b", "../me/x", "me/" + "x" * 100])
-def test_a_name_that_the_hub_does_not_allow_is_refused(cli: Lora, hub: Hub, source: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["tuned", "me/", "me/a/b", "me/tuned.git", "me/a--b", "../me/x", "me/" + "x" * 100]
+)
+def test_a_name_that_the_hub_does_not_allow_is_refused(
+    cli: Lora, hub: Hub, source: Path, name: str
+) -> None:
     refusal(push(cli, source, *BASE_NAME, name=name))
     assert not hub.seen
 
@@ -323,13 +405,22 @@ def test_without_a_token_nothing_is_sent(
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
-    assert "there is no token for the hub. Log in with `hf auth login`" in refusal(push(cli, source, *BASE_NAME))
+    assert "there is no token for the hub. Log in with `hf auth login`" in refusal(
+        push(cli, source, *BASE_NAME)
+    )
     assert not hub.seen
 
 
 @pytest.mark.slow
-def test_a_push_from_a_process_of_its_own_arrives_and_shows_no_token(hub: Hub, source: Path) -> None:
-    where = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+def test_a_push_from_a_process_of_its_own_arrives_and_shows_no_token(
+    hub: Hub, source: Path
+) -> None:
+    where = {
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+    }
     done = lora("push", str(source), NAME, *BASE_NAME, cwd=source.parent, **where)
     assert (done.returncode, done.stderr) == (0, "")
     assert TOKEN not in done.stdout and f"{hub.url}/{NAME}/commit/" in done.stdout
@@ -340,10 +431,15 @@ def test_an_adapter_from_elsewhere_keeps_the_name_of_its_base_and_a_sealed_one_d
     cli: Lora, source: Path, make_card: Callable[[Path], str]
 ) -> None:
     config = read_json(source / "adapter_config.json", "")
-    artifact.write_json(source / "adapter_config.json", {**config, "base_model_name_or_path": "org/theirs"})
+    artifact.write_json(
+        source / "adapter_config.json", {**config, "base_model_name_or_path": "org/theirs"}
+    )
     assert "base_model: org/theirs\n" in make_card(source)
     assert push(cli, source, "--dry-run", "--out", "out")[0] == 0
-    assert read_json(source.parent / "out/adapter_config.json", "")["base_model_name_or_path"] == "org/theirs"
+    assert (
+        read_json(source.parent / "out/adapter_config.json", "")["base_model_name_or_path"]
+        == "org/theirs"
+    )
     artifact.seal(source, {"base": {}})
     assert "base_model:" not in make_card(source)
     assert "not imported from the hub" in refusal(push(cli, source, "--dry-run", "--out", "again"))

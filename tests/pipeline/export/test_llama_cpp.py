@@ -1,4 +1,6 @@
-"""GGUF files in llama.cpp: the same logits as in transformers, and whatever happens to its process is one message."""
+"""GGUF files in llama.cpp: the same logits as in transformers, and whatever happens to its process
+is one message.
+"""
 
 import json
 import os
@@ -26,7 +28,10 @@ from tests.helpers.gguf_files import rewritten, write_adapter, write_llama
 
 pytest.importorskip("llama_cpp_py_sync")
 IDS = (5, 9, 200, 17, 3, 64)
-CHATML = "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+CHATML = (
+    "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + "
+    "'\n'}}{% endfor %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +70,21 @@ def test_generation_is_greedy_and_stops_before_an_end_token(
     new, speed = runner.generate(IDS, 12)
     theirs = toy[1].generate(torch.tensor([IDS]), max_new_tokens=12, do_sample=False)[0, len(IDS) :]  # type: ignore[operator]
     assert (new, speed > 0) == (theirs.tolist(), True)
-    ends = rewritten(toy[0] / "model.gguf", tmp_path / "ends.gguf", {"tokenizer.ggml.eos_token_id": new[3]})
+    ends = rewritten(
+        toy[0] / "model.gguf", tmp_path / "ends.gguf", {"tokenizer.ggml.eos_token_id": new[3]}
+    )
     with LlamaCpp(ends) as other:
         assert new[3] in other.ends
         assert other.generate(IDS, 12)[0] == new[: new.index(new[3])]
 
 
-def test_an_adapter_adds_its_product_times_the_scale(toy: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
+def test_an_adapter_adds_its_product_times_the_scale(
+    toy: tuple[Path, torch.nn.Module], tmp_path: Path
+) -> None:
     root, model = toy
-    folder = adapter(tmp_path / "adapter", root / "base", AdapterSpec(4, 8, ("q_proj", "k_proj", "down_proj")))
+    folder = adapter(
+        tmp_path / "adapter", root / "base", AdapterSpec(4, 8, ("q_proj", "k_proj", "down_proj"))
+    )
     write_adapter(tmp_path / "adapter.gguf", folder, model.config, alpha=8)
     tuned = load(root / "base", folder).model
     with LlamaCpp(root / "model.gguf", tmp_path / "adapter.gguf") as opened, torch.no_grad():
@@ -130,7 +141,9 @@ def test_quantizing_shows_its_progress_and_gives_a_file_that_opens(tmp_path: Pat
 
 
 def test_an_unknown_kind_is_refused_with_those_that_are_known(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"unknown quantization 'q4_9'. Use one of f32, f16, bf16, q8_0, "):
+    with pytest.raises(
+        UserError, match=r"unknown quantization 'q4_9'. Use one of f32, f16, bf16, q8_0, "
+    ):
         list(llama_cpp.quantize(tmp_path / "f32.gguf", tmp_path / "q.gguf", "q4_9"))
 
 
@@ -145,16 +158,22 @@ def refused(file: Path, add: Path | None = None) -> str:
 
 
 @pytest.mark.slow
-def test_a_file_that_cannot_be_opened_is_one_message(toy: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_opened_is_one_message(
+    toy: tuple[Path, torch.nn.Module], tmp_path: Path
+) -> None:
     whole = (toy[0] / "model.gguf").read_bytes()
     (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
     assert "cut.gguf: llama.cpp cannot use it: " in refused(tmp_path / "cut.gguf")
     (tmp_path / "text.gguf").write_text("no model", encoding="utf-8")
     assert "expected 'GGUF'" in refused(tmp_path / "text.gguf")
     assert "No such file" in refused(tmp_path / "missing.gguf")
-    wrong = rewritten(toy[0] / "model.gguf", tmp_path / "wrong.gguf", {"tokenizer.ggml.pre": "of-no-model"})
+    wrong = rewritten(
+        toy[0] / "model.gguf", tmp_path / "wrong.gguf", {"tokenizer.ggml.pre": "of-no-model"}
+    )
     assert "unknown pre-tokenizer type: 'of-no-model'" in refused(wrong)
-    assert "model.gguf: llama.cpp cannot use it: " in refused(toy[0] / "model.gguf", toy[0] / "model.gguf")
+    assert "model.gguf: llama.cpp cannot use it: " in refused(
+        toy[0] / "model.gguf", toy[0] / "model.gguf"
+    )
 
 
 @pytest.mark.parametrize("ids", [[320], [-1], [2**30]])
@@ -176,7 +195,10 @@ def test_a_file_on_which_an_assertion_of_llama_cpp_fails_is_one_message(
     whole = (toy[0] / "model.gguf").read_bytes()
     (tmp_path / "null.gguf").write_bytes(whole.replace(b"<unused313>", b"<\0nused313>"))
     said = refused(tmp_path / "null.gguf")
-    assert "null.gguf: llama.cpp died (SIGABRT): GGML_ASSERT(id_to_token.size() == token_to_id.size()) failed." in said
+    assert (
+        "null.gguf: llama.cpp died (SIGABRT): GGML_ASSERT(id_to_token.size() == "
+        "token_to_id.size()) failed." in said
+    )
 
 
 HELLO = """echo '{"name": "llama.cpp b0", "path": "libllama.so"}'; """
@@ -212,7 +234,9 @@ def test_the_process_ends_with_its_parent(toy: tuple[Path, torch.nn.Module]) -> 
         f"with LlamaCpp(Path({str(toy[0] / 'model.gguf')!r})) as runner:\n"
         "    print(runner._process._process.pid, flush=True)\n    os.kill(os.getpid(), 9)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
     pid = int(done.stdout)
     for _ in range(100):
         stat = Path(f"/proc/{pid}/stat")

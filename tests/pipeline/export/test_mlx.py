@@ -27,21 +27,34 @@ mlx_lm = pytest.importorskip("mlx_lm.utils")
 
 IDS = (5, 9, 200, 17, 3, 64)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-SPECS: dict[str, tuple[str, dict[str, Any], AdapterSpec]] = {  # family, settings of the base, adapter
+# family, settings of the base, adapter
+SPECS: dict[str, tuple[str, dict[str, Any], AdapterSpec]] = {
     "plain": ("llama", {}, AdapterSpec(4, 8, ATTENTION)),
     "tied": ("llama", {"tie_word_embeddings": True}, AdapterSpec(4, 8, "all-linear")),
     "last-blocks": ("llama", {}, AdapterSpec(4, 8, ATTENTION, layers=(1,))),
     "first-blocks": ("llama", {}, AdapterSpec(4, 8, ATTENTION, layers=(0,))),
-    "other-layers-in-each-block": ("llama", {}, AdapterSpec(4, 8, r".*(0\.self_attn\.q|1\.mlp\.up)_proj")),
+    "other-layers-in-each-block": (
+        "llama",
+        {},
+        AdapterSpec(4, 8, r".*(0\.self_attn\.q|1\.mlp\.up)_proj"),
+    ),
     "ranks": ("qwen3", {}, AdapterSpec(4, 8, ATTENTION, ranks={"q_proj": 2, r"1\..*o_proj": 7})),
     "alphas": ("qwen3", {}, AdapterSpec(4, 8, ATTENTION, alphas={r"1\..*v_proj": 3})),
     "rslora": ("llama", {}, AdapterSpec(4, 8, ATTENTION, ranks={"v_proj": 9}, rslora=True)),
     "head": ("llama", {}, AdapterSpec(4, 8, ("q_proj", "lm_head"))),
     "embedding": ("llama", {}, AdapterSpec(4, 8, ("embed_tokens",))),
-    "rows": ("llama", {}, AdapterSpec(4, 8, ATTENTION, rows={"embed_tokens": (5, 9), "lm_head": (70, 5, 9)})),
+    "rows": (
+        "llama",
+        {},
+        AdapterSpec(4, 8, ATTENTION, rows={"embed_tokens": (5, 9), "lm_head": (70, 5, 9)}),
+    ),
     "rows-tied": ("qwen3", {}, AdapterSpec(4, 8, ATTENTION, rows={"embed_tokens": (5, 200)})),
     "rows-scaled": ("gemma2", {}, AdapterSpec(4, 8, ("down_proj",), rows={"embed_tokens": (3, 5)})),
-    "dora": ("llama", {}, AdapterSpec(4, 8, ("q_proj", "down_proj"), dora=True, ranks={"q_proj": 2})),
+    "dora": (
+        "llama",
+        {},
+        AdapterSpec(4, 8, ("q_proj", "down_proj"), dora=True, ranks={"q_proj": 2}),
+    ),
     "dora-of-linears-with-bias": ("qwen2", {}, AdapterSpec(4, 8, ATTENTION, dora=True)),
     "experts-beside": ("mixtral", {}, AdapterSpec(3, 6, ATTENTION)),
 }
@@ -68,7 +81,9 @@ def made(root: Path, family: str, settings: dict[str, Any], spec: AdapterSpec) -
 
 
 def name_rope(base: Path) -> None:
-    """Write the rotary base where mlx-lm reads it, as an import of ours does; toys are as transformers writes them."""
+    """Write the rotary base where mlx-lm reads it, as an import of ours does; toys are as
+    transformers writes them.
+    """
     config = read_json(base / "config.json", "")
     rope = config.get("rope_parameters", {})
     names = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
@@ -114,13 +129,21 @@ def test_each_family_has_the_same_modules_in_mlx_lm(family: str, tmp_path: Path)
     model = toy_checkpoint(tmp_path / "base", family)
     name_rope(tmp_path / "base")
     there, _ = mlx_lm.load_model(tmp_path / "base")
-    names = {name for name, module in there.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
-    here = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)} - {"lm_head"}
+    names = {
+        name
+        for name, module in there.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding)
+    }
+    here = {
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+    } - {"lm_head"}
     assert here and here <= names
     assert (theirs(tmp_path / "base") - ours(tmp_path / "base")).abs().max() < 5e-3
 
 
-def test_layers_of_all_last_blocks_have_short_names_which_other_programs_know(cli: Lora, tmp_path: Path) -> None:
+def test_layers_of_all_last_blocks_have_short_names_which_other_programs_know(
+    cli: Lora, tmp_path: Path
+) -> None:
     export(cli, made(tmp_path, *SPECS["last-blocks"]))
     config = read_json(tmp_path / "out/adapter_config.json", "")
     assert config["num_layers"] == 1
@@ -128,8 +151,16 @@ def test_layers_of_all_last_blocks_have_short_names_which_other_programs_know(cl
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], AdapterSpec, str]] = {
-    "in full": (*SPECS["plain"][:2], AdapterSpec(4, 8, ATTENTION, saved=("lm_head",)), "was trained in full"),
-    "a tied head alone": (*SPECS["tied"][:2], AdapterSpec(4, 8, ("lm_head",)), "mlx-lm adds the same update to both"),
+    "in full": (
+        *SPECS["plain"][:2],
+        AdapterSpec(4, 8, ATTENTION, saved=("lm_head",)),
+        "was trained in full",
+    ),
+    "a tied head alone": (
+        *SPECS["tied"][:2],
+        AdapterSpec(4, 8, ("lm_head",)),
+        "mlx-lm adds the same update to both",
+    ),
     "DoRA and rows": (
         *SPECS["plain"][:2],
         AdapterSpec(4, 8, ATTENTION, dora=True, rows={"embed_tokens": (5,)}),
@@ -140,7 +171,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], AdapterSpec, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_mlx_lm_cannot_hold_is_refused_and_nothing_is_written(cli: Lora, name: str, tmp_path: Path) -> None:
+def test_what_mlx_lm_cannot_hold_is_refused_and_nothing_is_written(
+    cli: Lora, name: str, tmp_path: Path
+) -> None:
     *what, message = REFUSED[name]
     source = made(tmp_path, *what)  # type: ignore[arg-type]
     before = folder_bytes(tmp_path)
@@ -165,11 +198,16 @@ def test_without_mlx_lm_it_is_written_and_says_that_nothing_was_compared(
     monkeypatch.setattr("pipeline.errors.find_spec", lambda _: None)
     code, said, _ = export(cli, source)
     assert code == 0 and "Nothing was compared with mlx-lm, which is not installed" in said
-    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"adapters.safetensors", "adapter_config.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {
+        "adapters.safetensors",
+        "adapter_config.json",
+    }
     assert "library_name: mlx" in (tmp_path / "out/README.md").read_text(encoding="utf-8")
 
 
-def test_a_base_whose_rotary_settings_mlx_lm_would_not_find_is_named(cli: Lora, tmp_path: Path) -> None:
+def test_a_base_whose_rotary_settings_mlx_lm_would_not_find_is_named(
+    cli: Lora, tmp_path: Path
+) -> None:
     toy_checkpoint(tmp_path / "base", rope_parameters={"rope_type": "default", "rope_theta": 500.0})
     source = adapter(tmp_path / "adapter", tmp_path / "base", SPECS["plain"][2])
     assert (theirs(tmp_path / "base") - ours(tmp_path / "base")).abs().max() > 0.05

@@ -22,7 +22,9 @@ from pipeline.project.cache import Cache, Damaged
 from pipeline.project.runner import Note
 from tests.helpers.projects import BRIEF, PIPELINE, folder_bytes, make_one
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/comm").exists(), reason="tells processes apart by /proc")
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/comm").exists(), reason="tells processes apart by /proc"
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -84,7 +86,9 @@ def test_a_file_is_replaced_whole_or_left_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_leftovers_of_the_dead_are_cleared_and_those_of_the_living_are_not(kind: str, tmp_path: Path) -> None:
+def test_leftovers_of_the_dead_are_cleared_and_those_of_the_living_are_not(
+    kind: str, tmp_path: Path
+) -> None:
     dead = subprocess.Popen(["true"])
     dead.wait()
     living = subprocess.Popen(["sleep", "60"])
@@ -119,7 +123,9 @@ with artifact.writing(Path(sys.argv[1])) as folder:
 """
 
 
-def test_what_was_about_to_be_replaced_is_put_back_though_the_process_id_is_used_again(tmp_path: Path) -> None:
+def test_what_was_about_to_be_replaced_is_put_back_though_the_process_id_is_used_again(
+    tmp_path: Path,
+) -> None:
     fill(tmp_path / "x", "one")
     command = [sys.executable, "-c", KILLED_BETWEEN_TWO_RENAMES, str(tmp_path / "x"), "kill"]
     killed = subprocess.Popen(command)
@@ -141,7 +147,8 @@ def test_a_writer_that_lives_is_left_alone_between_its_two_renames(tmp_path: Pat
     command = [sys.executable, "-c", KILLED_BETWEEN_TWO_RENAMES, str(tmp_path / "x"), "stop"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
         assert writer.stdout is not None and writer.stdout.readline()
-        os.waitid(os.P_PID, writer.pid, os.WSTOPPED | os.WNOWAIT)  # continued before it stops, it would stop for good
+        # continued before it stops, it would stop for good
+        os.waitid(os.P_PID, writer.pid, os.WSTOPPED | os.WNOWAIT)
         with pytest.raises(RuntimeError), artifact.writing(tmp_path / "x"):
             raise RuntimeError
         assert not (tmp_path / "x").exists(), "it is the writer's"
@@ -154,7 +161,8 @@ def test_the_leftovers_of_a_zombie_are_those_of_the_dead(tmp_path: Path) -> None
     fill(tmp_path / "x", "one")
     command = [sys.executable, "-c", KILLED_BETWEEN_TWO_RENAMES, str(tmp_path / "x"), "kill"]
     killed = subprocess.Popen(command)
-    os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)  # it has ended, but its parent has not waited for it
+    # it has ended, but its parent has not waited for it
+    os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)
     with pytest.raises(RuntimeError), artifact.writing(tmp_path / "x"):
         raise RuntimeError
     killed.wait()
@@ -162,8 +170,12 @@ def test_the_leftovers_of_a_zombie_are_those_of_the_dead(tmp_path: Path) -> None
 
 
 @needs_proc
-def test_leftovers_of_this_process_s_number_from_before_are_told_by_its_start(tmp_path: Path) -> None:
-    """Ids are used again: another process with this one's leaves its files under another start time."""
+def test_leftovers_of_this_process_s_number_from_before_are_told_by_its_start(
+    tmp_path: Path,
+) -> None:
+    """Ids are used again: another process with this one's leaves its files under another start
+    time.
+    """
     with artifact.writing(tmp_path / "x") as folder:
         assert artifact.is_temporary(folder.name)
         told = re.fullmatch(rf"\.x\.{os.getpid()}-(\d+)\.tmp", folder.name)
@@ -180,7 +192,9 @@ def test_leftovers_of_this_process_s_number_from_before_are_told_by_its_start(tm
     fill(tmp_path / "x", "one")
     living.kill()
     living.wait()
-    assert names(tmp_path) == sorted(["x", *left[1:3]]), "without a start time, whose process lives is left alone"
+    assert names(tmp_path) == sorted(["x", *left[1:3]]), (
+        "without a start time, whose process lives is left alone"
+    )
 
 
 @needs_proc
@@ -200,7 +214,9 @@ def test_a_process_whose_name_is_no_utf8_writes_like_any_other(tmp_path: Path) -
 
 
 @needs_proc
-def test_a_process_of_another_user_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_of_another_user_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(_pid: int, _number: int) -> None:
         raise PermissionError
 
@@ -243,7 +259,9 @@ def test_a_file_is_synced_before_it_has_its_name_only_if_it_must_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, bool]] = []
-    monkeypatch.setattr(os, "fsync", lambda file: seen.append((os.fstat(file).st_size, (tmp_path / "x").exists())))
+    monkeypatch.setattr(
+        os, "fsync", lambda file: seen.append((os.fstat(file).st_size, (tmp_path / "x").exists()))
+    )
     artifact.write_file(tmp_path / "y", [b"ab", b"\xffc"])
     assert ((tmp_path / "y").read_bytes(), seen) == (b"ab\xffc", [])
     artifact.write_file(tmp_path / "x", "é", durable=True)
@@ -261,7 +279,9 @@ def test_what_is_written_must_not_be_or_hold_or_lie_in_an_input(tmp_path: Path) 
         with pytest.raises(UserError, match=r"is also an input\. Name another folder with --out"):
             artifact.refuse_other(tmp_path / name, True, sources)
     for out in (tmp_path / "in/below", tmp_path / "in/new/deep", tmp_path, tmp_path / "link/below"):
-        with pytest.raises(UserError, match=rf"^{out} and the input {tmp_path}/\w+ contain one another"):
+        with pytest.raises(
+            UserError, match=rf"^{out} and the input {tmp_path}/\w+ contain one another"
+        ):
             artifact.refuse_other(out, True, sources)
     for name in ("full", "file"):
         with pytest.raises(UserError, match=rf"{name} exists and holds other files"):
@@ -285,10 +305,15 @@ def test_a_link_of_the_hub_s_cache_may_lead_to_its_blobs(tmp_path: Path) -> None
     folder = snapshot(tmp_path)
     artifact.refuse_untrusted(folder)
     for other in (snapshot(tmp_path / "x", "other"), snapshot(tmp_path / "y", kind="shots")):
-        with pytest.raises(UserError, match=rf"{other}/config.json is a link to a file outside its folder: .*blobs/ab"):
+        with pytest.raises(
+            UserError,
+            match=rf"{other}/config.json is a link to a file outside its folder: .*blobs/ab",
+        ):
             artifact.refuse_untrusted(other)
     (folder / "secret").symlink_to("../../../secret")
-    with pytest.raises(UserError, match=rf"/secret is a link .*: {tmp_path}/secret\. Replace it with a copy"):
+    with pytest.raises(
+        UserError, match=rf"/secret is a link .*: {tmp_path}/secret\. Replace it with a copy"
+    ):
         artifact.refuse_untrusted(folder)
 
 
@@ -316,20 +341,32 @@ def test_a_link_may_lead_to_the_folder_itself_or_to_an_object_of_dvc(tmp_path: P
         (folder / name).unlink()
 
 
-def test_texts_that_are_too_large_to_read_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_that_are_too_large_to_read_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(artifact, "LARGEST_TEXT", 1000)
     (tmp_path / "model.safetensors").write_bytes(b"x" * 2000)
     (tmp_path / "a.json").mkdir()
-    for name in ("tokenizer.json", "chat_template.jinja", "vocab.txt", "tokenizer.model", "o200k.tiktoken"):
+    for name in (
+        "tokenizer.json",
+        "chat_template.jinja",
+        "vocab.txt",
+        "tokenizer.model",
+        "o200k.tiktoken",
+    ):
         (tmp_path / name).write_bytes(b"x" * 1000)
         artifact.refuse_untrusted(tmp_path)
         (tmp_path / name).write_bytes(b"x" * 1001)
-        with pytest.raises(UserError, match=rf"{name} must have at most 1,000 bytes, got 1,001\. Copy the model"):
+        with pytest.raises(
+            UserError, match=rf"{name} must have at most 1,000 bytes, got 1,001\. Copy the model"
+        ):
             artifact.refuse_untrusted(tmp_path)
         (tmp_path / name).unlink()
 
 
-def test_json_is_read_as_an_object_up_to_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_is_read_as_an_object_up_to_a_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.json"
     artifact.write_json(path, {"name": "Grün", "list": [1]})
     text = '{\n  "name": "Grün",\n  "list": [\n    1\n  ]\n}\n'
@@ -337,23 +374,31 @@ def test_json_is_read_as_an_object_up_to_a_size(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(artifact, "LARGEST_JSON", len(text.encode()))
     assert artifact.read_json(path, "Do this") == {"name": "Grün", "list": [1]}
     path.write_text(f"{text} ", encoding="utf-8")
-    with pytest.raises(UserError, match=rf"^{path} must have at most {len(text.encode())} bytes\. Do this\.$"):
+    with pytest.raises(
+        UserError, match=rf"^{path} must have at most {len(text.encode())} bytes\. Do this\.$"
+    ):
         artifact.read_json(path, "Do this")
     path.write_bytes(b" " * 10_000_000)
     tracemalloc.start()
     with pytest.raises(UserError, match="must have at most"):
         artifact.read_json(path, "Do this")
-    assert tracemalloc.get_traced_memory()[1] < 1_000_000, "of a larger one no more is read than shows it"
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000, (
+        "of a larger one no more is read than shows it"
+    )
     tracemalloc.stop()
     for wrong in (b"[]", b"{", b"\xff", b"[" * 40):
         path.write_bytes(wrong)
         with pytest.raises(UserError, match=rf"^{path} is not a JSON object\. Do this\.$"):
             artifact.read_json(path, "Do this")
-    with pytest.raises(UserError, match=rf"^{tmp_path}/none: No such file or directory\. Do this\.$"):
+    with pytest.raises(
+        UserError, match=rf"^{tmp_path}/none: No such file or directory\. Do this\.$"
+    ):
         artifact.read_json(tmp_path / "none", "Do this")
 
 
-def test_digests_are_sha256_of_files_and_of_their_list_and_stay_what_they_were(tmp_path: Path) -> None:
+def test_digests_are_sha256_of_files_and_of_their_list_and_stay_what_they_were(
+    tmp_path: Path,
+) -> None:
     """Manifests and caches of earlier versions hold them."""
     fill(tmp_path / "x", "one")
     (tmp_path / "x/b").mkdir()
@@ -374,9 +419,17 @@ def test_the_first_file_that_differs_is_named(tmp_path: Path) -> None:
     fill(tmp_path / "x", "one")
     for name in ("0.txt", "b.txt"):
         (tmp_path / "x" / name).write_text("", encoding="utf-8")
-    with pytest.raises(UserError, match=r"x/0\.txt was added after the artifact was made\. Make it again or restore"):
+    with pytest.raises(
+        UserError,
+        match=r"x/0\.txt was added after the artifact was made\. Make it again or restore",
+    ):
         artifact.verify(tmp_path / "x")
-    assert artifact.verify(tmp_path / "x", lambda _: {"a.txt": hashlib.sha256(b"one").hexdigest()})["kind"] == "test"
+    assert (
+        artifact.verify(tmp_path / "x", lambda _: {"a.txt": hashlib.sha256(b"one").hexdigest()})[
+            "kind"
+        ]
+        == "test"
+    )
 
 
 @pytest.mark.parametrize(
@@ -387,7 +440,10 @@ def test_the_first_file_that_differs_is_named(tmp_path: Path) -> None:
         (lambda f: (f / "b.txt").write_text("x"), "b.txt was added after the artifact was made"),
         (lambda f: (f / "manifest.json").unlink(), "manifest.json: No such file"),
         (lambda f: (f / "manifest.json").write_text("{}"), "is not a manifest of this project"),
-        (lambda f: (f / "manifest.json").write_text("no"), "is not a JSON object. Make the artifact again"),
+        (
+            lambda f: (f / "manifest.json").write_text("no"),
+            "is not a JSON object. Make the artifact again",
+        ),
     ],
 )
 def test_any_change_is_named(tmp_path: Path, change: object, message: str) -> None:
@@ -410,7 +466,9 @@ def test_a_digest_covers_names_and_contents_but_not_the_manifest(tmp_path: Path)
 
 def notes(project: Path, *overrides: str, **options: bool) -> list[str]:
     _, events = make_one(project, "finetune_lora", [*BRIEF, *overrides], **options)
-    return [event.text for event in events if isinstance(event, Note) and "of tensors" not in event.text]
+    return [
+        event.text for event in events if isinstance(event, Note) and "of tensors" not in event.text
+    ]
 
 
 def test_a_hit_restores_the_same_bytes_and_says_so(project: Path) -> None:
@@ -427,7 +485,9 @@ def test_force_and_any_change_of_params_or_inputs_miss(project: Path) -> None:
     (replaced,) = notes(project, "finetune_lora.rank=2")
     assert "replaced the earlier one: rank 4 → 2" in replaced
     data = project / "data/finetune.de.txt"
-    data.write_text(data.read_text(encoding="utf-8") + "der wind weht im winter\n", encoding="utf-8")
+    data.write_text(
+        data.read_text(encoding="utf-8") + "der wind weht im winter\n", encoding="utf-8"
+    )
     (replaced,) = notes(project)
     assert "replaced the earlier one: rank 2 → 4" in replaced
     assert len(notes(project)) == 1
@@ -513,14 +573,19 @@ def test_pruning_keeps_the_newest_of_each_stage(project: Path) -> None:
 
 def test_pruning_to_a_size_keeps_what_was_used_last(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache")
-    for when, (stage, size) in enumerate([("merge", 500), ("import", 400), ("merge", 300), ("merge", 200)]):
+    for when, (stage, size) in enumerate(
+        [("merge", 500), ("import", 400), ("merge", 300), ("merge", 200)]
+    ):
         fill(tmp_path / "made", "x" * size)
         cache.store(stage, f"key-{when}", tmp_path / "made")
         os.utime(cache.root / stage / f"key-{when}" / "manifest.json", (when, when))
     sizes = {entry.key: entry.size for entry in cache.entries()}
     assert [*sizes] == ["key-3", "key-2", "key-1", "key-0"]
     assert cache.prune(max_size=sum(sizes.values())) == []
-    assert [e.key for e in cache.prune(max_size=sizes["key-3"] + sizes["key-2"])] == ["key-1", "key-0"]
+    assert [e.key for e in cache.prune(max_size=sizes["key-3"] + sizes["key-2"])] == [
+        "key-1",
+        "key-0",
+    ]
     assert [e.key for e in cache.prune(max_size=1, keep=1)] == ["key-2"]
 
 
@@ -540,19 +605,28 @@ def test_a_large_file_is_kept_without_costing_its_size_again(large: Path, tmp_pa
     cache.store("s", "k", large)
     assert cache.restore("s", "k", tmp_path / "back")
     assert folder_bytes(tmp_path / "back") == before
-    inodes = {name: {(folder / name).stat().st_ino for folder in (large, tmp_path / "back")} for name in before}
-    assert [name for name, found in sorted(inodes.items()) if len(found) == 1] == ["model.safetensors"]
+    inodes = {
+        name: {(folder / name).stat().st_ino for folder in (large, tmp_path / "back")}
+        for name in before
+    }
+    assert [name for name, found in sorted(inodes.items()) if len(found) == 1] == [
+        "model.safetensors"
+    ]
     assert (large / "model.safetensors").stat().st_nlink == 3
     (entry,) = cache.entries()
     assert entry.shared == 1000 < entry.size
     for folder in (large, tmp_path / "back", tmp_path / "cache/s/k"):
-        assert not (folder / "model.safetensors").stat().st_mode & 0o222, "an edit in place would change all three"
+        assert not (folder / "model.safetensors").stat().st_mode & 0o222, (
+            "an edit in place would change all three"
+        )
         assert (folder / "config.json").stat().st_mode & stat.S_IWUSR
     cache.prune()
     assert folder_bytes(tmp_path / "back") == before
 
 
-def test_a_linked_file_that_somebody_changes_in_place_is_not_taken_from_the_cache(large: Path, tmp_path: Path) -> None:
+def test_a_linked_file_that_somebody_changes_in_place_is_not_taken_from_the_cache(
+    large: Path, tmp_path: Path
+) -> None:
     cache = Cache(tmp_path / "cache")
     cache.store("s", "k", large)
     (large / "model.safetensors").chmod(0o644)
@@ -563,7 +637,9 @@ def test_a_linked_file_that_somebody_changes_in_place_is_not_taken_from_the_cach
     assert not cache.restore("s", "k", tmp_path / "back")
 
 
-def test_a_read_only_file_is_replaced_copied_and_removed_like_any_other(large: Path, tmp_path: Path) -> None:
+def test_a_read_only_file_is_replaced_copied_and_removed_like_any_other(
+    large: Path, tmp_path: Path
+) -> None:
     Cache(tmp_path / "cache").store("s", "k", large)
     with artifact.writing(tmp_path / "copy") as folder:
         shutil.copyfile(large / "model.safetensors", folder / "model.safetensors")
@@ -602,7 +678,9 @@ def test_a_large_file_that_is_itself_a_link_is_kept_as_a_file(large: Path, tmp_p
 
 @pytest.mark.slow
 def test_many_processes_on_one_cache_never_corrupt_it(project: Path, tmp_path: Path) -> None:
-    """Eight processes restore, store and prune the same key at once; the entry verifies at any time."""
+    """Eight processes restore, store and prune the same key at once; the entry verifies at any
+    time.
+    """
     code = """
 import random, sys
 from pathlib import Path
@@ -620,7 +698,14 @@ for turn in range(60):
     source = project / "artifacts/lora_adapter"
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path / "cache"), str(source), str(tmp_path / f"out{i}")],
+            [
+                sys.executable,
+                "-c",
+                code,
+                str(tmp_path / "cache"),
+                str(source),
+                str(tmp_path / f"out{i}"),
+            ],
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -1,4 +1,6 @@
-"""What a container may use, by control groups written into a folder, and the free memory of a device by it."""
+"""What a container may use, by control groups written into a folder, and the free memory of a
+device by it.
+"""
 
 from collections.abc import Mapping
 from functools import partial
@@ -55,9 +57,13 @@ INSIDE = {
 
 
 @pytest.mark.parametrize(
-    ("files", "has_quota"), [(VERSION_2, True), (VERSION_1, True), (INSIDE, False)], ids=["v2", "v1", "inside"]
+    ("files", "has_quota"),
+    [(VERSION_2, True), (VERSION_1, True), (INSIDE, False)],
+    ids=["v2", "v1", "inside"],
 )
-def test_a_containers_limit_is_the_total(tmp_path: Path, files: Mapping[str, str], has_quota: bool) -> None:
+def test_a_containers_limit_is_the_total(
+    tmp_path: Path, files: Mapping[str, str], has_quota: bool
+) -> None:
     root = tree(tmp_path, files)
     limit = memory_limit(64 * GIB, root, root / "own")
     assert limit is not None and (limit.total, limit.used()) == (4 * GIB, 2 * GIB)
@@ -80,7 +86,9 @@ def test_a_containers_limit_is_the_total(tmp_path: Path, files: Mapping[str, str
 )
 def test_without_a_limit_the_host_is_the_total(tmp_path: Path, files: Mapping[str, str]) -> None:
     root = tree(tmp_path, files)
-    assert memory_limit(64 * GIB, root, root / "own") is None and cpu_quota(root, root / "own") is None
+    assert (
+        memory_limit(64 * GIB, root, root / "own") is None and cpu_quota(root, root / "own") is None
+    )
 
 
 SHARED = VERSION_2 | {  # the pod's other containers have taken most of its memory
@@ -114,11 +122,19 @@ def test_the_memory_left_is_that_of_the_fullest_group_without_files_that_were_re
 
 def test_what_torch_keeps_for_the_next_tensors_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver counts it as used."""
-    numbers = {"mem_get_info": (3 * GIB, 80 * GIB), "memory_reserved": 20 * GIB, "memory_allocated": 4 * GIB}
+    numbers = {
+        "mem_get_info": (3 * GIB, 80 * GIB),
+        "memory_reserved": 20 * GIB,
+        "memory_allocated": 4 * GIB,
+    }
     for name, number in numbers.items():
         monkeypatch.setattr(torch.cuda, name, {torch.device("cuda", 1): number}.__getitem__)
     assert device.available_memory(torch.device("cuda", 1)) == 19 * GIB
-    sizes = {"recommended_max_memory": 24 * GIB, "driver_allocated_memory": 20 * GIB, "current_allocated_memory": GIB}
+    sizes = {
+        "recommended_max_memory": 24 * GIB,
+        "driver_allocated_memory": 20 * GIB,
+        "current_allocated_memory": GIB,
+    }
     for name, number in sizes.items():
         monkeypatch.setattr(torch.mps, name, lambda number=number: number)
     assert device.available_memory(torch.device("mps")) == 23 * GIB

@@ -1,4 +1,6 @@
-"""Digests cached across processes: for listings, while files stay unchanged, and never for loading a model."""
+"""Digests cached across processes: for listings, while files stay unchanged, and never for loading
+a model.
+"""
 
 import json
 import os
@@ -57,7 +59,11 @@ def edit(path: Path) -> None:
         file.write(content)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     after = path.stat()
-    assert (after.st_ino, after.st_size, after.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)
+    assert (after.st_ino, after.st_size, after.st_mtime_ns) == (
+        before.st_ino,
+        before.st_size,
+        before.st_mtime_ns,
+    )
 
 
 def test_what_one_process_hashed_the_next_does_not(folder: Path, hashed: list[Path]) -> None:
@@ -71,7 +77,9 @@ def test_what_one_process_hashed_the_next_does_not(folder: Path, hashed: list[Pa
 
 
 @pytest.mark.parametrize("name", ["weights", "inside/config"])
-def test_an_edit_that_keeps_inode_size_and_time_is_noticed(folder: Path, hashed: list[Path], name: str) -> None:
+def test_an_edit_that_keeps_inode_size_and_time_is_noticed(
+    folder: Path, hashed: list[Path], name: str
+) -> None:
     before = kept(folder)
     edit(folder / name)
     now = kept(folder)
@@ -118,7 +126,9 @@ def with_entry(text: str, entry: object) -> str:
     ],
 )
 @pytest.mark.usefixtures("hashed")
-def test_a_damaged_store_is_written_anew(folder: Path, cached: Path, spoil: Callable[[str], str]) -> None:
+def test_a_damaged_store_is_written_anew(
+    folder: Path, cached: Path, spoil: Callable[[str], str]
+) -> None:
     wanted = kept(folder)
     whole = cached.read_text(encoding="utf-8")
     cached.write_text(spoil(whole), encoding="utf-8")
@@ -152,7 +162,9 @@ def test_the_store_is_bounded_and_keeps_what_was_used_last(
 
 
 @pytest.mark.usefixtures("hashed")
-def test_two_processes_that_save_keep_each_others_digests(tmp_path: Path, folder: Path, cached: Path) -> None:
+def test_two_processes_that_save_keep_each_others_digests(
+    tmp_path: Path, folder: Path, cached: Path
+) -> None:
     (tmp_path / "other").mkdir()
     one, other = DigestStore(), DigestStore()
     one.contents(folder)
@@ -205,7 +217,9 @@ def test_the_list_of_adapters_hashes_each_once_in_all_calls(
     hashed.clear()
     code, first, err = cli("adapters", cwd=tmp_path)
     assert (code, err) == (0, "")
-    assert first.count("+0.125") == first.count("verified") == 12, "all copies are the one that was measured"
+    assert first.count("+0.125") == first.count("verified") == 12, (
+        "all copies are the one that was measured"
+    )
     assert len([path for path in hashed if path.name == WEIGHTS]) == 12
     assert read.count(Path("artifacts/evaluation/metrics.json")) == 1
     hashed.clear()
@@ -240,4 +254,6 @@ def test_no_model_is_loaded_on_the_word_of_the_store(
         ["merge", "--adapter", str(adapter), "--out", "merged"],
         ["export", str(adapter), "--format", "peft", "--out", "exported"],
     ):
-        assert "adapter_model.safetensors was changed" in refusal(cli(*command, cwd=tmp_path)), command
+        assert "adapter_model.safetensors was changed" in refusal(cli(*command, cwd=tmp_path)), (
+            command
+        )

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.files.file_tail import CHUNK_SIZE, FileTail
-from pipeline.project.logs.run_log import COLUMNS, Row, RunLog, Step, last_telemetry, read_steps, step_parser
+from pipeline.project.logs.run_log import (
+    COLUMNS,
+    Row,
+    RunLog,
+    Step,
+    last_telemetry,
+    read_steps,
+    step_parser,
+)
 from tui.screens.curves.series import Log
 
 HEADER = ",".join(COLUMNS) + "\n"
@@ -56,7 +64,15 @@ def test_a_half_written_line_is_read_once_it_is_complete(log: Path) -> None:
 def test_columns_are_parsed_by_the_header(log: Path) -> None:
     tail = FileTail(log, step_parser)
     assert tail.read().rows == [(1, 1, 1.0, 0.001, 0.5, 16), (2, 1, 1.0, 0.001, 0.5, 32)]
-    text = HEADER.strip() + ",divergence\n" + line(1).strip() + ",0.25\n" + line(2).strip() + ",\n" + line(3)
+    text = (
+        HEADER.strip()
+        + ",divergence\n"
+        + line(1).strip()
+        + ",0.25\n"
+        + line(2).strip()
+        + ",\n"
+        + line(3)
+    )
     log.write_text(text, encoding="utf-8")
     rows = tail.read().rows
     assert [row[7] for row in rows[:1]] == [0.25] and all(row[6] is None for row in rows)
@@ -66,8 +82,13 @@ def test_columns_are_parsed_by_the_header(log: Path) -> None:
     assert tail.skipped == 1
 
 
-@given(st.lists(st.tuples(st.none() | st.floats(0, 9), st.none() | st.floats(0, 9)), max_size=30), st.booleans())
-def test_the_columns_match_what_the_run_log_wrote(values: list[tuple[float | None, float | None]], held: bool) -> None:
+@given(
+    st.lists(st.tuples(st.none() | st.floats(0, 9), st.none() | st.floats(0, 9)), max_size=30),
+    st.booleans(),
+)
+def test_the_columns_match_what_the_run_log_wrote(
+    values: list[tuple[float | None, float | None]], held: bool
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with RunLog(Path(folder), 0, 0, evaluated=held, retained=True) as run:
             for number, (eval_loss, divergence) in enumerate(values, 1):
@@ -75,7 +96,9 @@ def test_the_columns_match_what_the_run_log_wrote(values: list[tuple[float | Non
         written, log = read_steps(Path(folder) / "loss.csv"), Log(0.9)
         log.extend(FileTail(Path(folder) / "loss.csv", step_parser).read().rows)
     for name in ("eval_loss", "divergence"):
-        expected = {step.step: value for step in written if (value := getattr(step, name)) is not None}
+        expected = {
+            step.step: value for step in written if (value := getattr(step, name)) is not None
+        }
         assert dict(zip(log.series[name].x, log.series[name].y, strict=True)) == expected
     assert list(log.steps) == [step.step for step in written]
 
@@ -106,7 +129,9 @@ def test_a_resumed_run_that_writes_the_same_lines_again_is_no_restart(tmp_path: 
     tail = FileTail(tmp_path / "loss.csv", step_parser)
     seen = tail.read().rows
     telemetry = tmp_path / "telemetry.csv"
-    telemetry.write_text(telemetry.read_text(encoding="utf-8").replace("\n3,0.0", "\n3,1000.0"), encoding="utf-8")
+    telemetry.write_text(
+        telemetry.read_text(encoding="utf-8").replace("\n3,0.0", "\n3,1000.0"), encoding="utf-8"
+    )
     with RunLog(tmp_path, 3, 3) as log:  # cut back to step 3, then on
         for step in record[3:]:
             log.append(step)
@@ -114,7 +139,9 @@ def test_a_resumed_run_that_writes_the_same_lines_again_is_no_restart(tmp_path: 
     assert chunk.change == ""
     assert steps(seen + chunk.rows) == [1, 2, 3, 4, 5, 6]
     last = last_telemetry(tmp_path)  # what was trained before counts
-    assert last and last.step == 6 and 1000 < last.seconds < 1060 and last.tokens_per_second > 3 / 1000
+    assert (
+        last and last.step == 6 and 1000 < last.seconds < 1060 and last.tokens_per_second > 3 / 1000
+    )
 
 
 def test_another_file_at_the_same_path_is_read_from_the_start(log: Path) -> None:

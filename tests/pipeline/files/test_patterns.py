@@ -44,19 +44,27 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def edit(root: Path, **values: Any) -> None:
     path = root / "theirs" / CONFIG
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize("key", SETTINGS)
-def test_an_adapters_pattern_that_never_ends_is_one_message(cli: Lora, root: Path, key: str) -> None:
+def test_an_adapters_pattern_that_never_ends_is_one_message(
+    cli: Lora, root: Path, key: str
+) -> None:
     edit(root, **SETTINGS[key])
     ways = [("prompt", "w1", "--adapter", "theirs"), ("adapters", "verify", "theirs")]
-    if key in ("rank_pattern", "alpha_pattern"):  # a comparison asks no model what its modules are called
+    # a comparison asks no model what its modules are called
+    if key in ("rank_pattern", "alpha_pattern"):
         ways.append(("adapters", "diff", "theirs", "theirs"))
     for way in ways:
         more = () if way[1] == "diff" else ("--base", "base")
         said = refusal(cli(*way, *more, cwd=root))
-        assert f"{key}: matching {ENDLESS!r} against the model's modules must take at most 0.3 s" in said
+        assert (
+            f"{key}: matching {ENDLESS!r} against the model's modules must take at most 0.3 s"
+            in said
+        )
 
 
 @pytest.mark.slow
@@ -65,16 +73,22 @@ def test_a_projects_pattern_that_never_ends_is_one_message(
 ) -> None:
     monkeypatch.setattr(patterns, "BUDGET", 0.3)
     project = new_project(tmp_path / "project")
-    asked = refusal(cli("calc", "--model", "qwen3-8b", "--rank-pattern", f"{ENDLESS}=3", cwd=project))
+    asked = refusal(
+        cli("calc", "--model", "qwen3-8b", "--rank-pattern", f"{ENDLESS}=3", cwd=project)
+    )
     assert "rank_pattern: matching" in asked
     for stage in (["pretrain"], ["expand-vocab"]):
         assert cli(*stage, "--set", "pretrain.epochs=1", cwd=project)[0] == 0
     given_ = f"finetune_lora.rank_pattern={json.dumps({ENDLESS: 3})}"
-    code, _, said = cli("finetune", "lora", "--set", given_, "--set", "pretrain.epochs=1", cwd=project)
+    code, _, said = cli(
+        "finetune", "lora", "--set", given_, "--set", "pretrain.epochs=1", cwd=project
+    )
     assert code == 1 and "finetune_lora.rank_pattern: matching" in said
 
 
-def test_all_of_a_models_names_have_one_budget_together(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_of_a_models_names_have_one_budget_together(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, clock = load_base(root / "base").model, [0.0]
 
     def matched(_name: str, timeout: float) -> None:
@@ -99,7 +113,9 @@ def test_all_of_a_models_names_have_one_budget_together(root: Path, monkeypatch:
         ("(?i)q_proj", "global flags not at the start"),
     ],
 )
-def test_what_is_no_pattern_is_refused_everywhere(cli: Lora, root: Path, pattern: str, why: str) -> None:
+def test_what_is_no_pattern_is_refused_everywhere(
+    cli: Lora, root: Path, pattern: str, why: str
+) -> None:
     edit(root, rank_pattern={pattern: 3})
     said = refusal(cli("adapters", "verify", "theirs", "--base", "base", cwd=root))
     assert "rank_pattern must be a regular expression" in said and why in said and len(said) < 500
@@ -141,6 +157,8 @@ def test_patterns_mean_what_they_mean_in_peft(pattern: str) -> None:
     spec = AdapterSpec(1, 1.0, "all-linear", ranks={pattern: 5}, excluded=pattern)
     config = LoraConfig(target_modules=pattern)
     for name in NAMES:
-        assert patterns.full_match(pattern, name, "") is bool(check_target_module_exists(config, name))
+        assert patterns.full_match(pattern, name, "") is bool(
+            check_target_module_exists(config, name)
+        )
         assert spec.excludes(name) is bool(check_target_module_exists(config, name))
         assert (spec.rank_of(name) == 5) is (get_pattern_key([pattern], name) == pattern)

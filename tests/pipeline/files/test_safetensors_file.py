@@ -11,9 +11,19 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from pipeline.errors import UserError
-from pipeline.files.safetensors_file import NewTensor, fingerprint, refuse_difference, rewrite, shapes
+from pipeline.files.safetensors_file import (
+    NewTensor,
+    fingerprint,
+    refuse_difference,
+    rewrite,
+    shapes,
+)
 
-TENSORS = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor([1, 2]), "c": torch.zeros(0, 4, dtype=torch.bfloat16)}
+TENSORS = {
+    "b": torch.arange(6.0).view(2, 3),
+    "a": torch.tensor([1, 2]),
+    "c": torch.zeros(0, 4, dtype=torch.bfloat16),
+}
 
 
 @pytest.fixture
@@ -32,13 +42,19 @@ def test_a_fingerprint_ignores_order_and_metadata_but_no_bit(path: Path, tmp_pat
     assert fingerprint([other]) == fingerprint([path])
     changed = TENSORS["b"].clone()
     changed[1, 2] = torch.nextafter(changed[1, 2], torch.tensor(9.0))
-    for variant in ({**TENSORS, "b": changed}, {**TENSORS, "b": TENSORS["b"].view(3, 2)}, {"d": TENSORS["b"]}):
+    for variant in (
+        {**TENSORS, "b": changed},
+        {**TENSORS, "b": TENSORS["b"].view(3, 2)},
+        {"d": TENSORS["b"]},
+    ):
         save_file(variant, other)
         assert fingerprint([other]) != fingerprint([path])
 
 
 @given(st.data())
-def test_a_file_cut_anywhere_is_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_a_file_cut_anywhere_is_refused(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     path = tmp_path_factory.getbasetemp() / "cut.safetensors"
     save_file(TENSORS, path)
     whole = path.read_bytes()
@@ -49,7 +65,13 @@ def test_a_file_cut_anywhere_is_refused(tmp_path_factory: pytest.TempPathFactory
 
 @pytest.mark.parametrize(
     "header",
-    [b"not json", b"[]", b'{"a":{}}', b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', b'{"a":7}'],
+    [
+        b"not json",
+        b"[]",
+        b'{"a":{}}',
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}',
+        b'{"a":7}',
+    ],
 )
 def test_a_header_that_does_not_describe_its_file_is_refused(tmp_path: Path, header: bytes) -> None:
     path = tmp_path / "h.safetensors"
@@ -67,7 +89,10 @@ def test_a_header_of_more_tensors_than_any_model_has_is_not_parsed(tmp_path: Pat
 
 
 def test_a_difference_is_told_by_name() -> None:
-    with pytest.raises(UserError, match="missing a; not expected c and 1 more; b has shape \\[1\\], expected \\[2\\]"):
+    with pytest.raises(
+        UserError,
+        match="missing a; not expected c and 1 more; b has shape \\[1\\], expected \\[2\\]",
+    ):
         refuse_difference({"a": (1,), "b": (2,)}, {"b": (1,), "c": (1,), "d": (1,)}, "file")
 
 

@@ -13,7 +13,21 @@ from tui.screens.models.conversation import Answer, Exchange
 from tui.services.loaded_models import Sampling
 from tui.widgets.text import pad_or_truncate
 
-TOKENS = [" euro", "\n", "\n\n", "<|im_end|>", "<0xE2>", "世界", "", "\x00", " ", "\ufffd", "é", "a" * 60, "🤗"]
+TOKENS = [
+    " euro",
+    "\n",
+    "\n\n",
+    "<|im_end|>",
+    "<0xE2>",
+    "世界",
+    "",
+    "\x00",
+    " ",
+    "\ufffd",
+    "é",
+    "a" * 60,
+    "🤗",
+]
 
 
 @pytest.mark.parametrize(
@@ -36,8 +50,14 @@ def test_no_white_space_goes_unseen(token: str, shown: str) -> None:
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_the_columns_of_any_tokens_stand_below_one_another(width: int) -> None:
     """Of two models that share half of their tokens, as those of different tokenizers do."""
-    one = Answer("one", top_k=[(token, 0.05) for token in TOKENS[:8]], of=dict.fromkeys(TOKENS, 0.05))
-    other = Answer("other", top_k=[(token, 0.05) for token in TOKENS[5:]], of={**dict.fromkeys(TOKENS), "é": 0.5})
+    one = Answer(
+        "one", top_k=[(token, 0.05) for token in TOKENS[:8]], of=dict.fromkeys(TOKENS, 0.05)
+    )
+    other = Answer(
+        "other",
+        top_k=[(token, 0.05) for token in TOKENS[5:]],
+        of={**dict.fromkeys(TOKENS), "é": 0.5},
+    )
     lines = str(table([one, other], width, {"success": "green", "error": "red"})).splitlines()
     assert len(lines) == 1 + len(TOKENS)
     starts = {cell_len(line[: line.index("5.0")]) for line in lines[1:]}
@@ -58,7 +78,9 @@ def test_a_fitted_text_has_its_width(text: str) -> None:
 def test_attention_of_many_tokens_fits_any_width(count: int, width: int) -> None:
     tokens = [escape_whitespace(TOKENS[i % len(TOKENS)]) for i in range(count)]
     noise = random.Random(0)
-    weights = [[noise.random() for _ in range(row + 1)] + [0.0] * (count - row - 1) for row in range(count)]
+    weights = [
+        [noise.random() for _ in range(row + 1)] + [0.0] * (count - row - 1) for row in range(count)
+    ]
     weights = [[weight / sum(row) for weight in row] for row in weights]
     start = time.process_time()
     for token in {0, count // 2, count - 1}:

@@ -52,7 +52,9 @@ def test_a_layers_output_is_its_attention_times_its_values_with_lora_too(tmp_pat
     x = torch.randn(2, 11, 64)
     v = attention.v_proj(x).view(2, 11, 4, 16).transpose(1, 2)  # (B, H, T, K)
     y = (probabilities(attention, x) @ v).transpose(1, 2).reshape(2, 11, 64)
-    torch.testing.assert_close(attention.out_proj(y), attention(x, None, None), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        attention.out_proj(y), attention(x, None, None), atol=1e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.5, 10, 0.9, seed=4)])
@@ -82,9 +84,14 @@ def test_a_stream_shows_the_end_token_that_generate_leaves_out(tmp_path: Path) -
 
 
 @given(st.integers(1, 12), st.integers(1, 9), st.integers(1, 9), st.integers(0, 10**6))
-def test_singular_values_of_the_product_are_found_without_it(rank: int, wide: int, high: int, seed: int) -> None:
+def test_singular_values_of_the_product_are_found_without_it(
+    rank: int, wide: int, high: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
-    a, b = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((rank, wide), (high, rank)))
+    a, b = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((rank, wide), (high, rank))
+    )
     expected = torch.linalg.svdvals(b @ a)
     result = singular_values(a, b)
     assert len(result) == min(rank, wide, high)
@@ -92,22 +99,30 @@ def test_singular_values_of_the_product_are_found_without_it(rank: int, wide: in
     assert (expected[len(result) :] < 1e-9).all()
 
 
-def test_the_spectrum_of_an_adapter_is_that_of_its_updates_in_the_models_order(tmp_path: Path) -> None:
+def test_the_spectrum_of_an_adapter_is_that_of_its_updates_in_the_models_order(
+    tmp_path: Path,
+) -> None:
     base = checkpoint(tmp_path / "base", layers=11)
     folder = adapter(tmp_path / "a", base, SPEC)
     layers = dict(adapter_layers(engine.load(base, folder).model))
     result = spectra(folder)
     assert {module.name for module in result} == set(layers)
-    assert [module.name.split(".")[3] for module in result] == [str(i) for i in range(11) for _ in range(4)]
+    assert [module.name.split(".")[3] for module in result] == [
+        str(i) for i in range(11) for _ in range(4)
+    ]
     for module in result:
         left, right = factors(layers[module.name])
         full = torch.linalg.svdvals(layers[module.name].scale * left @ right)[: module.rank]
         torch.testing.assert_close(torch.tensor(module.values), full, atol=1e-5, rtol=1e-4)
-        assert module.share_of_first == pytest.approx(float(full[0] ** 2 / full.square().sum()), abs=1e-5)
+        assert module.share_of_first == pytest.approx(
+            float(full[0] ** 2 / full.square().sum()), abs=1e-5
+        )
 
 
 def test_an_update_of_zero_has_a_spectrum_of_zeros(project: Path) -> None:
-    make(project, ["finetune_lora"], ["finetune_lora.epochs=1", "finetune_lora.learning_rate=1e-30"])
+    make(
+        project, ["finetune_lora"], ["finetune_lora.epochs=1", "finetune_lora.learning_rate=1e-30"]
+    )
     result = spectra(project / "artifacts/lora_adapter")
     assert max(value for module in result for value in module.values) < 1e-20
 
@@ -120,7 +135,9 @@ def test_the_spectrum_of_a_changed_adapter_is_refused(project: Path) -> None:
 
 
 def with_template(folder: Path, template: str) -> Path:
-    """The checkpoint with a chat template, a beginning-of-text token, and a tokenizer that would add it itself."""
+    """The checkpoint with a chat template, a beginning-of-text token, and a tokenizer that would
+    add it itself.
+    """
     checkpoint(folder)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     path = folder / "tokenizer_config.json"
@@ -130,7 +147,10 @@ def with_template(folder: Path, template: str) -> Path:
     tree = json.loads(path.read_text(encoding="utf-8"))
     tree["post_processor"] = {
         "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<eos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "single": [
+            {"SpecialToken": {"id": "<eos>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
         "pair": [],
         "special_tokens": {"<eos>": {"id": "<eos>", "ids": [2], "tokens": ["<eos>"]}},
     }
@@ -141,14 +161,18 @@ def with_template(folder: Path, template: str) -> Path:
 TURN = "{{ bos_token }} {{ messages[0]['content'] }}{% if add_generation_prompt %} w9{% endif %}"
 
 
-def test_a_chat_prompt_is_what_transformers_renders_with_one_beginning_of_text(tmp_path: Path) -> None:
+def test_a_chat_prompt_is_what_transformers_renders_with_one_beginning_of_text(
+    tmp_path: Path,
+) -> None:
     folder = with_template(tmp_path / "chat", TURN)
     loaded = engine.load(folder)
     assert chat_template.has_template(folder)
     ids = engine.encode(loaded, chat_template.render(folder, "w1 w2"))
     theirs = AutoTokenizer.from_pretrained(folder)
     turns = [{"role": "user", "content": "w1 w2"}]
-    assert list(ids) == theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert list(ids) == theirs.apply_chat_template(
+        turns, add_generation_prompt=True, return_dict=False
+    )
     assert ids.count(2) == 1
     assert theirs("w1").input_ids[0] == 2, "this tokenizer would double it"
 
@@ -165,17 +189,24 @@ def test_a_template_that_changed_is_read_anew_and_a_broken_one_is_refused(tmp_pa
 
 def test_a_chat_prompt_with_a_special_token_is_refused(tmp_path: Path) -> None:
     folder = with_template(tmp_path / "chat", TURN)
-    with pytest.raises(UserError, match=rf"^the prompt contains <eos>, a special token of {folder}"):
+    with pytest.raises(
+        UserError, match=rf"^the prompt contains <eos>, a special token of {folder}"
+    ):
         chat_template.render(folder, "w1 <eos> w2")
     inner = Tokenizer(models.WordLevel({"w1": 0, "<end>": 1}))
-    inner.normalizer, inner.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()
+    inner.normalizer, inner.pre_tokenizer = (
+        normalizers.Lowercase(),
+        pre_tokenizers.WhitespaceSplit(),
+    )
     inner.add_special_tokens([AddedToken("<End>", normalized=True, special=True)])
     fast = PreTrainedTokenizerFast(tokenizer_object=inner)
     fast.chat_template = "{{ messages[0].content }}"
     turns = [{"role": "user", "content": "w1 <END>"}]
     assert 2 in fast(turns[0]["content"]).input_ids, "it matches in lower case"
     with pytest.raises(UserError, match=r"^messages\[0\] contains <end>"):
-        chat_template.single_rendering(chat_template.render_with(fast, [Conversation(turns, [(1, False)])], "toy"))
+        chat_template.single_rendering(
+            chat_template.render_with(fast, [Conversation(turns, [(1, False)])], "toy")
+        )
 
 
 def test_a_model_without_a_template_does_not_chat(tmp_path: Path) -> None:

@@ -56,7 +56,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A MiniGPT base, and an adapter of every kind."""
     root = tmp_path_factory.mktemp("models")
     base = checkpoint(root / "base")
-    made = {name: adapter(root / name, base, spec, seed) for seed, (name, spec) in enumerate(SPECS.items())}
+    made = {
+        name: adapter(root / name, base, spec, seed)
+        for seed, (name, spec) in enumerate(SPECS.items())
+    }
     for kind in VIRTUAL:
         made[kind] = root / kind
         made[kind].mkdir()
@@ -111,14 +114,22 @@ def start(pool: ModelPool) -> Iterator[Start]:
 
 def alone(references: ModelPool, request: Generation) -> list[int]:
     loaded = references.get(request.model).at(request.strength)
-    return list(generate(loaded.model, request.ids, loaded.tokenizer.end_ids, request.limit, request.sampling))
+    return list(
+        generate(
+            loaded.model, request.ids, loaded.tokenizer.end_ids, request.limit, request.sampling
+        )
+    )
 
 
 def submit(
     generator: BatchedGenerator, request: Generation, ended: "threading.Event | None" = None
 ) -> Callable[[], Ended]:
     """A function that waits for the answer."""
-    tokens, reasons, end = list[GeneratedToken](), list[str | Exception](), ended or threading.Event()
+    tokens, reasons, end = (
+        list[GeneratedToken](),
+        list[str | Exception](),
+        ended or threading.Event(),
+    )
 
     def on_end(reason: str | Exception) -> None:
         reasons.append(reason)
@@ -136,7 +147,12 @@ def submit(
 
 def answers(generator: BatchedGenerator, requests: Sequence[Generation]) -> list[Ended]:
     """Submitted between two steps, so that they are waiting together."""
-    return [wait() for wait in generator.call(lambda _: [submit(generator, request) for request in requests]).result()]
+    return [
+        wait()
+        for wait in generator.call(
+            lambda _: [submit(generator, request) for request in requests]
+        ).result()
+    ]
 
 
 def texts(generator: BatchedGenerator, requests: Sequence[Generation]) -> list[list[int]]:
@@ -162,7 +178,8 @@ def _tripled(layer: nn.Module, x: Tensor) -> Tensor:
 
 ids = st.lists(st.integers(3, 73), min_size=1, max_size=12).map(tuple)
 samplings = st.one_of(
-    st.just(GREEDY), st.builds(Sampling, st.just(1.0), top_k=st.sampled_from([0, 5]), seed=st.integers(0, 99))
+    st.just(GREEDY),
+    st.builds(Sampling, st.just(1.0), top_k=st.sampled_from([0, 5]), seed=st.integers(0, 99)),
 )
 requests = st.builds(
     Generation,
@@ -172,7 +189,12 @@ requests = st.builds(
     samplings,
     st.sampled_from([0.0, 0.5, 1.0, 2.0]),
 ) | st.builds(
-    Generation, st.sampled_from([*VIRTUAL, "ia3"]), ids, st.integers(0, 40), samplings, st.sampled_from([0.0, 1.0])
+    Generation,
+    st.sampled_from([*VIRTUAL, "ia3"]),
+    ids,
+    st.integers(0, 40),
+    samplings,
+    st.sampled_from([0.0, 1.0]),
 )
 
 
@@ -184,19 +206,26 @@ def test_a_text_is_the_same_whatever_is_beside_it(
 ) -> None:
     generator = BatchedGenerator(references, max_batch, max_tokens=max_tokens)
     try:
-        found = [[token.id for token in wait()[0]] for wait in [submit(generator, request) for request in wanted]]
+        found = [
+            [token.id for token in wait()[0]]
+            for wait in [submit(generator, request) for request in wanted]
+        ]
     finally:
         generator.close()
     assert found == [alone(references, request) for request in wanted]
 
 
 @pytest.mark.slow
-def test_two_hundred_requests_at_once_are_answered_as_each_alone(start: Start, references: ModelPool) -> None:
+def test_two_hundred_requests_at_once_are_answered_as_each_alone(
+    start: Start, references: ModelPool
+) -> None:
     numbers = torch.Generator().manual_seed(0)
     names = [*ANY_STRENGTH, *VIRTUAL, "ia3"]
     wanted = [
         Generation(
-            names[n % len(names)], (*torch.randint(3, 74, (1 + n % 9,), generator=numbers).tolist(),), 5 + n % 20
+            names[n % len(names)],
+            (*torch.randint(3, 74, (1 + n % 9,), generator=numbers).tolist(),),
+            5 + n % 20,
         )
         for n in range(200)
     ]
@@ -212,15 +241,27 @@ def test_two_hundred_requests_at_once_are_answered_as_each_alone(start: Start, r
 def test_every_family_answers_in_a_batch_as_alone(
     tmp_path: Path, start: Start, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts and texts are longer than the sliding windows of 5 tokens, and prompts are read in parts."""
+    """Prompts and texts are longer than the sliding windows of 5 tokens, and prompts are read in
+    parts.
+    """
     monkeypatch.setattr(batching, "PROMPT_TOKENS", 8)
     base = new_project(tmp_path, (FAMILIES | OTHERS)[name]) / "base"
-    linears = ["c_attn"] if name == "gpt2" else ["query_key_value"] if name == "bloom" else ["q_proj", "v_proj"]
+    linears = (
+        ["c_attn"]
+        if name == "gpt2"
+        else ["query_key_value"]
+        if name == "bloom"
+        else ["q_proj", "v_proj"]
+    )
     pool, references = ModelPool(), ModelPool()
     for models in (pool, references):
         models.load("base", base, None)
         for seed, adapted in enumerate(("one", "two")):
-            models.load(adapted, base, adapter(tmp_path / adapted, base, AdapterSpec(4, 8.0, tuple(linears)), seed))
+            models.load(
+                adapted,
+                base,
+                adapter(tmp_path / adapted, base, AdapterSpec(4, 8.0, tuple(linears)), seed),
+            )
     wanted = [
         Generation(model, (*range(3, 3 + length),), limit, strength=strength)
         for model, length, limit, strength in [
@@ -235,15 +276,25 @@ def test_every_family_answers_in_a_batch_as_alone(
 
 
 def llama_in_bf16(root: Path) -> tuple[ModelPool, list[str]]:
-    """Large enough that no update is folded into a weight, which would round it; oneDNN sums 1536 inputs in parts."""
-    sizes = {"hidden_size": 256, "head_dim": 64, "num_key_value_heads": 4, "intermediate_size": 1536}
+    """Large enough that no update is folded into a weight, which would round it; oneDNN sums 1536
+    inputs in parts.
+    """
+    sizes = {
+        "hidden_size": 256,
+        "head_dim": 64,
+        "num_key_value_heads": 4,
+        "intermediate_size": 1536,
+    }
     family = replace(FAMILIES["llama"], config={**FAMILIES["llama"].config, **sizes})
     base = new_project(root, family, torch.bfloat16) / "base"
     pool, names = ModelPool(), ["base", "one", "two"]
     pool.load("base", base, None)
     for seed, name in enumerate(names[1:]):
         folder = adapter(
-            root / name, base, AdapterSpec(4, 8.0, ("q_proj", "v_proj", "o_proj", "down_proj", "up_proj")), seed
+            root / name,
+            base,
+            AdapterSpec(4, 8.0, ("q_proj", "v_proj", "o_proj", "down_proj", "up_proj")),
+            seed,
         )
         pool.load(name, base, folder)
     return pool, names
@@ -258,10 +309,15 @@ def test_logits_in_bf16_do_not_depend_on_the_neighbours(tmp_path: Path) -> None:
     adapters = [batched.adapter(model, 1.0) for model in models]
 
     def read(rows: Sequence[int]) -> list[Tensor]:
-        """Each sequence's logits after its prompt of another length, and after each of 3 more tokens."""
+        """Each sequence's logits after its prompt of another length, and after each of 3 more
+        tokens.
+        """
         sequences = [(adapters[row], SequenceCache(32), [*range(2, 5 + 3 * row)]) for row in rows]
         steps = [batched.logits([Part(*sequence) for sequence in sequences])]
-        steps += [batched.logits([Part(a, cache, [token]) for a, cache, _ in sequences]) for token in (7, 9, 4)]
+        steps += [
+            batched.logits([Part(a, cache, [token]) for a, cache, _ in sequences])
+            for token in (7, 9, 4)
+        ]
         return [*torch.stack(steps, 1)]
 
     together = read([0, 0, 1, 1, 1, 2])
@@ -280,14 +336,22 @@ def test_a_llama_in_bf16_answers_in_a_batch_as_alone(tmp_path: Path, start: Star
     assert texts(start(pool), wanted) == [alone(references, request) for request in wanted]
 
 
-@pytest.mark.parametrize(("kind", "independent"), [("default", True), ("dynamic", False), ("yarn", True)])
-def test_rotary_positions_that_depend_on_the_longest_text_are_not_batched(kind: str, independent: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "independent"), [("default", True), ("dynamic", False), ("yarn", True)]
+)
+def test_rotary_positions_that_depend_on_the_longest_text_are_not_batched(
+    kind: str, independent: bool
+) -> None:
     rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
-    model = from_config({"model_type": "llama", "vocab_size": 9, **WIDE, "rope_parameters": rope}, torch.float32)
+    model = from_config(
+        {"model_type": "llama", "vocab_size": 9, **WIDE, "rope_parameters": rope}, torch.float32
+    )
     assert model.mixes_lengths == independent
 
 
-def test_log_probabilities_are_those_of_the_models_own_logits(start: Start, references: ModelPool) -> None:
+def test_log_probabilities_are_those_of_the_models_own_logits(
+    start: Start, references: ModelPool
+) -> None:
     request = Generation("lora", (5, 9, 30), 6, Sampling(1.5, seed=4), top_logprobs=4)
     others = [Generation(name, (8, 9), 9) for name in SPECS]
     (tokens, reason), *_ = answers(start(), [request, *others])
@@ -298,7 +362,9 @@ def test_log_probabilities_are_those_of_the_models_own_logits(start: Start, refe
     for token, logprobs in zip(tokens, expected[2:], strict=False):
         assert token.logprob == pytest.approx(float(logprobs[token.id]), abs=1e-4)
         assert [id_ for id_, _ in token.top] == logprobs.topk(4).indices.tolist()
-        assert [p for _, p in token.top] == pytest.approx(logprobs.topk(4).values.tolist(), abs=1e-4)
+        assert [p for _, p in token.top] == pytest.approx(
+            logprobs.topk(4).values.tolist(), abs=1e-4
+        )
 
 
 def test_an_end_token_stops_a_request_and_is_not_passed_on(start: Start, pool: ModelPool) -> None:
@@ -311,7 +377,9 @@ def test_an_end_token_stops_a_request_and_is_not_passed_on(start: Start, pool: M
 
 
 def test_a_text_ends_at_the_models_last_position(start: Start) -> None:
-    (first, reason), (second, full) = answers(start(), [Generation("base", (5,) * n, 99) for n in (30, 32)])
+    (first, reason), (second, full) = answers(
+        start(), [Generation("base", (5,) * n, 99) for n in (30, 32)]
+    )
     assert (len(first), reason) == (2, "length")
     assert (second, full) == ([], "length")
 
@@ -346,7 +414,9 @@ def test_a_cancelled_request_that_waits_never_begins(start: Start) -> None:
 
     def begin(_: ModelPool) -> Callable[[], Ended]:
         wait = submit(generator, Generation("base", (5,), 10))
-        generator.submit(Generation("base", (6,), 9), lambda _: pytest.fail("began"), reasons.append).cancel()
+        generator.submit(
+            Generation("base", (6,), 9), lambda _: pytest.fail("began"), reasons.append
+        ).cancel()
         return wait
 
     assert generator.call(begin).result()()[1] == "length"
@@ -420,7 +490,9 @@ def test_the_caches_never_need_more_than_max_tokens(start: Start, references: Mo
 
     generator._step = observed  # type: ignore[method-assign]
     waits = generator.call(begin).result()
-    assert [[token.id for token in wait()[0]] for wait in waits] == [alone(references, request) for request in wanted]
+    assert [[token.id for token in wait()[0]] for wait in waits] == [
+        alone(references, request) for request in wanted
+    ]
     assert 20 < max(sizes) <= 31
     with pytest.raises(UserError, match="may take 32 tokens; there is memory for 31"):
         submit(generator, Generation("base", (5,), 99))
@@ -432,7 +504,9 @@ def test_the_caches_never_need_more_than_max_tokens(start: Start, references: Mo
 def test_a_token_takes_the_keys_and_values_that_the_config_names(
     folders: dict[str, Path], family: str, dtype: torch.dtype
 ) -> None:
-    model = load_base(folders["base"]).model.to(dtype) if family == "minigpt" else toy(family, dtype)
+    model = (
+        load_base(folders["base"]).model.to(dtype) if family == "minigpt" else toy(family, dtype)
+    )
     shape = model.shape
     c: dict[str, Any] = getattr(model.config, "to_dict", dict)()
     size = c.get("head_dim") or weight_of(model.embeddings).shape[1] // shape.heads
@@ -499,8 +573,14 @@ def test_an_evaluation_generates_what_does_not_fit_side_by_side_one_after_the_ot
         (Generation("base", (-1,), 3), "ids from -1"),
         (Generation("base", (5,), -1), "limit and top_logprobs must be at least 0"),
         (Generation("base", (5,), 3, strength=float("nan")), "strength must be from 0 to 2"),
-        (Generation("prompt", (5,), 3, strength=0.5), "virtual tokens, whose strength cannot be scaled"),
-        (Generation("ia3", (5,), 3, strength=0.5), "ia3 is not LoRA, so its strength cannot be scaled"),
+        (
+            Generation("prompt", (5,), 3, strength=0.5),
+            "virtual tokens, whose strength cannot be scaled",
+        ),
+        (
+            Generation("ia3", (5,), 3, strength=0.5),
+            "ia3 is not LoRA, so its strength cannot be scaled",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -519,12 +599,18 @@ def test_a_request_whose_outputs_are_not_finite_ends_alone(
         nn.init.constant_(layer.lora_B, 1e38)
     save_adapter(tmp_path, broken, SPECS["lora"], str(folders["base"]))
     pool.load("broken", folders["base"], tmp_path)
-    wanted = [Generation(name, (5, 9, 7), 12) for name in ("lora", "other", "broken", "dora", "base", "broken")]
+    wanted = [
+        Generation(name, (5, 9, 7), 12)
+        for name in ("lora", "other", "broken", "dora", "base", "broken")
+    ]
     for request, (tokens, reason) in zip(wanted, answers(start(), wanted), strict=True):
         if request.model == "broken":
             assert not tokens and isinstance(reason, UserError) and "not finite" in str(reason)
         else:
-            assert ([token.id for token in tokens], reason) == (alone(references, request), "length")
+            assert ([token.id for token in tokens], reason) == (
+                alone(references, request),
+                "length",
+            )
 
 
 def test_a_callback_that_raises_ends_its_request_only(start: Start, references: ModelPool) -> None:
@@ -557,15 +643,23 @@ def test_out_of_memory_ends_all_with_a_message_and_later_requests_are_answered(
     with monkeypatch.context() as patch:
 
         def fail(*_: object) -> Tensor:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes.")
+            raise RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes."
+            )
 
         patch.setattr(BatchedModel, "logits", fail)
         for tokens, reason in answers(generator, wanted):
-            assert not tokens and isinstance(reason, UserError) and str(reason).startswith("out of memory (")
+            assert (
+                not tokens
+                and isinstance(reason, UserError)
+                and str(reason).startswith("out of memory (")
+            )
     assert texts(generator, wanted) == [alone(references, request) for request in wanted]
 
 
-def test_models_come_and_go_while_requests_run(folders: dict[str, Path], start: Start, references: ModelPool) -> None:
+def test_models_come_and_go_while_requests_run(
+    folders: dict[str, Path], start: Start, references: ModelPool
+) -> None:
     generator = start(max_batch=2)
     running = Generation("lora", (5, 6), 30)
 
@@ -593,9 +687,15 @@ def test_models_come_and_go_while_requests_run(folders: dict[str, Path], start: 
 
 def test_an_adapter_that_is_unloaded_leaves_memory(start: Start, pool: ModelPool) -> None:
     generator = start()
-    answers(generator, [Generation(name, (5,), 4, strength=0.5) for name in ("lora", "dora", "other")])
-    kept: list[weakref.ref[nn.Module]] = [weakref.ref(pool.get(name).loaded.model) for name in ("lora", "dora")]
-    parts: list[weakref.ref[nn.Module]] = [weakref.ref(pool.get("lora").loaded.model.blocks[0].get_submodule("fc1"))]
+    answers(
+        generator, [Generation(name, (5,), 4, strength=0.5) for name in ("lora", "dora", "other")]
+    )
+    kept: list[weakref.ref[nn.Module]] = [
+        weakref.ref(pool.get(name).loaded.model) for name in ("lora", "dora")
+    ]
+    parts: list[weakref.ref[nn.Module]] = [
+        weakref.ref(pool.get("lora").loaded.model.blocks[0].get_submodule("fc1"))
+    ]
     for name in ("lora", "dora"):
         generator.call(partial(_unload, name)).result()
     answers(generator, [Generation("base", (5,), 1)])  # the thread has let go of its last request
@@ -612,7 +712,10 @@ def test_a_model_that_does_not_agree_with_itself_alone_takes_its_turns_alone(
         return adapter is None and agrees(self, adapter, model)  # type: ignore[arg-type]
 
     monkeypatch.setattr(BatchedModel, "_agrees", only_the_base)
-    generator, wanted = start(), [Generation(name, (5, 9), 8) for name in ("base", "lora", "base", "dora")]
+    generator, wanted = (
+        start(),
+        [Generation(name, (5, 9), 8) for name in ("base", "lora", "base", "dora")],
+    )
     assert texts(generator, wanted) == [alone(references, request) for request in wanted]
     assert max(generator.batch_sizes) == 2
 
@@ -628,7 +731,9 @@ def test_a_layer_that_computes_something_else_is_noticed(pool: ModelPool) -> Non
 
 def test_closing_cancels_what_runs_and_what_waits(start: Start) -> None:
     generator = start(max_batch=1)
-    waits = generator.call(lambda _: [submit(generator, Generation("base", (5,), 31)) for _ in range(50)]).result()
+    waits = generator.call(
+        lambda _: [submit(generator, Generation("base", (5,), 31)) for _ in range(50)]
+    ).result()
     generator.close()
     assert waits[-1]()[1] == "cancelled"
     assert {wait()[1] for wait in waits} <= {"length", "cancelled"}

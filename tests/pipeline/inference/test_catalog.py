@@ -1,4 +1,6 @@
-"""The catalog lists every kind of model, and rejects each for the reason that loading would give."""
+"""The catalog lists every kind of model, and rejects each for the reason that loading would
+give.
+"""
 
 import json
 import shutil
@@ -44,7 +46,10 @@ def test_each_is_verified_with_the_forgetting_that_the_evaluation_measured(brief
         verdict = check(described[STAGES[adapter or base].output], brief, measurements)
         forgetting = metrics[variant]["forgetting"]
         assert (verdict.state, verdict.reason, verdict.gate) == ("verified", None, None)
-        assert (verdict.forgetting, verdict.kept) == (forgetting["loss_rise"], forgetting["answers_kept"])
+        assert (verdict.forgetting, verdict.kept) == (
+            forgetting["loss_rise"],
+            forgetting["answers_kept"],
+        )
 
 
 def test_sizes_parameters_and_losses_are_those_of_the_files(brief: Path) -> None:
@@ -66,7 +71,9 @@ def _last_epoch_mean(path: Path) -> float:
 
 def refuse_rank(root: Path) -> None:
     path = root / "artifacts/lora_adapter/adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "r": 8}), encoding="utf-8")
+    path.write_text(
+        json.dumps({**json.loads(path.read_text(encoding="utf-8")), "r": 8}), encoding="utf-8"
+    )
 
 
 def other_base(root: Path) -> None:
@@ -80,7 +87,9 @@ def truncated(root: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [refuse_rank, other_base, truncated])
-def test_the_reason_is_the_one_that_loading_gives(project: Path, spoil: Callable[[Path], None]) -> None:
+def test_the_reason_is_the_one_that_loading_gives(
+    project: Path, spoil: Callable[[Path], None]
+) -> None:
     spoil(project)
     model = models(project)["lora_adapter"]
     verdict = check(model, project)
@@ -116,15 +125,22 @@ def test_the_signature_changes_with_any_file_of_the_folder(project: Path) -> Non
 def test_hidden_folders_are_passed_over_and_others_are_not(project: Path) -> None:
     shutil.copytree(project / "artifacts/base", project / "artifacts/.base.1.tmp")
     shutil.copytree(project / "artifacts/base", project / "artifacts/base/checkpoint-3")
-    assert {"base", "checkpoint-3"} <= {folder.name for folder in model_folders(project / "artifacts")}
+    assert {"base", "checkpoint-3"} <= {
+        folder.name for folder in model_folders(project / "artifacts")
+    }
     assert not any(".tmp" in str(folder) for folder in model_folders(project / "artifacts"))
 
 
 @pytest.mark.parametrize("section", ["params", "base", "parameters", "files"])
 @pytest.mark.parametrize("value", [["rank"], "rank", None, 1e999])
-def test_a_manifest_of_another_shape_is_refused_and_never_an_error(project: Path, section: str, value: object) -> None:
+def test_a_manifest_of_another_shape_is_refused_and_never_an_error(
+    project: Path, section: str, value: object
+) -> None:
     path = project / "artifacts/lora_adapter/manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), section: value}), encoding="utf-8")
+    path.write_text(
+        json.dumps({**json.loads(path.read_text(encoding="utf-8")), section: value}),
+        encoding="utf-8",
+    )
     assert check(models(project)["lora_adapter"], project).state == (
         "verified" if section == "parameters" else "refused"
     )

@@ -1,4 +1,6 @@
-"""Outputs of models of each family: in this project, its commands, the inference process and transformers."""
+"""Outputs of models of each family: in this project, its commands, the inference process and
+transformers.
+"""
 
 import json
 from collections.abc import Callable
@@ -43,11 +45,19 @@ def test_sequences_end_to_end_and_places_that_do_not_begin_at_0_are_read_as_tran
     ids = torch.randint(0, 120, (1, 24), generator=torch.Generator().manual_seed(0))
     lengths = [9, 1, 14]
     positions = torch.cat(
-        [torch.arange(start, start + length) for start, length in zip((0, 7, 11), lengths, strict=True)]
+        [
+            torch.arange(start, start + length)
+            for start, length in zip((0, 7, 11), lengths, strict=True)
+        ]
     )
     with torch.no_grad():
         packed = model.logits(model.hidden_states(ids, positions[None], lengths))[0].split(lengths)  # type: ignore[no-untyped-call]
-        for row, row_positions, logits in zip(ids[0].split(lengths), positions.split(lengths), packed, strict=True):  # type: ignore[no-untyped-call]
+        for row, row_positions, logits in zip(
+            ids[0].split(lengths),
+            positions.split(lengths),
+            packed,
+            strict=True,  # type: ignore[no-untyped-call]
+        ):
             expected = reference(input_ids=row[None], position_ids=row_positions[None]).logits[0]
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
@@ -56,7 +66,9 @@ def test_sequences_end_to_end_and_places_that_do_not_begin_at_0_are_read_as_tran
 def test_an_end_token_that_is_the_pad_token_learns_as_any_other(family: Made, name: str) -> None:
     model, tokenizer = load_base(family(name) / "artifacts/expanded")
     assert tokenizer.end_id == tokenizer.id_of_token(END) == 1
-    torch.autograd.backward(model.logits(model.hidden_states(torch.tensor([[5, 1, 9]]))[:, -1])[0, 7])
+    torch.autograd.backward(
+        model.logits(model.hidden_states(torch.tensor([[5, 1, 9]]))[:, -1])[0, 7]
+    )
     weight = model.embeddings.weight
     assert isinstance(weight, torch.Tensor) and weight.grad is not None
     assert weight.grad[1].abs().max() > 0
@@ -71,14 +83,18 @@ def test_generation_with_a_cache_is_that_of_transformers(family: Made, name: str
     reference = native(loaded.base)
     with torch.no_grad():
         for t in range(len(prompt), len(generated)):
-            scores = reference(input_ids=torch.tensor([generated[:t]]), use_cache=False).logits[0, -1]
+            scores = reference(input_ids=torch.tensor([generated[:t]]), use_cache=False).logits[
+                0, -1
+            ]
             assert scores[generated[t]] >= scores.max() - 1e-4
 
 
 @each_family
 def test_prompt_compare_and_verify_answer(family: Made, name: str, cli: Lora) -> None:
     root = family(name)
-    code, out, err = cli("prompt", PROMPT, "--adapter", "artifacts/lora_adapter", "--json", cwd=root)
+    code, out, err = cli(
+        "prompt", PROMPT, "--adapter", "artifacts/lora_adapter", "--json", cwd=root
+    )
     assert (code, err) == (0, "")
     loaded = engine.load(root / "artifacts/expanded", root / "artifacts/lora_adapter")
     assert json.loads(out)["top_k"] == [vars(choice) for choice in engine.top_k(loaded, PROMPT, 5)]
@@ -92,7 +108,9 @@ def test_prompt_compare_and_verify_answer(family: Made, name: str, cli: Lora) ->
 
 @pytest.fixture(params=FAMILIES)
 def talk(request: pytest.FixtureRequest, family: Made) -> Talk:
-    """A request handler with a family's expanded base and its adapter loaded, and the folder of its artifacts."""
+    """A request handler with a family's expanded base and its adapter loaded, and the folder of its
+    artifacts.
+    """
     handler, artifacts = RequestHandler(), family(request.param) / "artifacts"
     base = str(artifacts / "expanded")
     for name, adapter in (("base", None), ("tuned", str(artifacts / "lora_adapter"))):
@@ -111,22 +129,39 @@ def test_strength_0_is_the_base_and_strength_1_the_adapter(talk: Talk) -> None:
     base = artifacts / "expanded"
     exact = {0.0: engine.load(base), 1.0: engine.load(base, artifacts / "lora_adapter")}
     for strength in (1.0, 0.0, 0.5, 1.0):
-        answer = ask(handler, "top_k", models=["tuned"], text=PROMPT, k=5, strength={"tuned": strength})[-1]
+        answer = ask(
+            handler, "top_k", models=["tuned"], text=PROMPT, k=5, strength={"tuned": strength}
+        )[-1]
         choices = answer["answers"]["tuned"]["top_k"]
-        expected = {at: [vars(c) for c in engine.top_k(loaded, PROMPT, 5)] for at, loaded in exact.items()}
-        assert [at for at in exact if choices == expected[at]] == [at for at in exact if at == strength]
+        expected = {
+            at: [vars(c) for c in engine.top_k(loaded, PROMPT, 5)] for at, loaded in exact.items()
+        }
+        assert [at for at in exact if choices == expected[at]] == [
+            at for at in exact if at == strength
+        ]
 
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_text_that_streams_is_the_text_decoded_at_once(talk: Talk, chat: bool) -> None:
     handler, artifacts = talk
     drawn = Sampling(temperature=1.5, seed=3)
-    *tokens, done = ask(handler, "generate", model="tuned", text=PROMPT, limit=12, temperature=1.5, seed=3, chat=chat)
+    *tokens, done = ask(
+        handler,
+        "generate",
+        model="tuned",
+        text=PROMPT,
+        limit=12,
+        temperature=1.5,
+        seed=3,
+        chat=chat,
+    )
     assert done["tokens"] == len(tokens) > 3
     loaded = engine.load(artifacts / "expanded", artifacts / "lora_adapter")
     tokenizer = loaded.tokenizer
     prompt = tokenizer.encode(
-        tokenizer.render([{"role": "user", "content": PROMPT}], add_generation_prompt=True) if chat else PROMPT
+        tokenizer.render([{"role": "user", "content": PROMPT}], add_generation_prompt=True)
+        if chat
+        else PROMPT
     )
     ids = list(generate(loaded.model, prompt, tokenizer.end_ids, 12, drawn))
     text = tokenizer.decode(prompt) + "".join(token["text"] for token in tokens)
@@ -135,7 +170,9 @@ def test_text_that_streams_is_the_text_decoded_at_once(talk: Talk, chat: bool) -
 
 def test_attention_is_what_transformers_eager_attention_gives(talk: Talk) -> None:
     handler, artifacts = talk
-    ids = AutoTokenizer.from_pretrained(artifacts / "expanded")(PROMPT, return_tensors="pt")["input_ids"]
+    ids = AutoTokenizer.from_pretrained(artifacts / "expanded")(PROMPT, return_tensors="pt")[
+        "input_ids"
+    ]
     with torch.no_grad():
         expected = native(artifacts / "expanded")(input_ids=ids, output_attentions=True).attentions
     for layer, head in ((0, 0), (0, 3), (1, 1)):
@@ -148,15 +185,23 @@ def test_attention_is_what_transformers_eager_attention_gives(talk: Talk) -> Non
 
 def test_the_spectrum_is_that_of_the_update_that_was_merged(talk: Talk) -> None:
     handler, artifacts = talk
-    before, after = (load_file(artifacts / name / "model.safetensors") for name in ("expanded", "lora_merged"))
+    before, after = (
+        load_file(artifacts / name / "model.safetensors") for name in ("expanded", "lora_merged")
+    )
     for module in ask(handler, "spectrum", adapter=str(artifacts / "lora_adapter"))[-1]["modules"]:
-        change = after[f"{module['name']}.weight"].double() - before[f"{module['name']}.weight"].double()
+        change = (
+            after[f"{module['name']}.weight"].double() - before[f"{module['name']}.weight"].double()
+        )
         values = torch.tensor(module["values"], dtype=torch.float64)
-        torch.testing.assert_close(torch.linalg.svdvals(change)[: len(values)], values, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            torch.linalg.svdvals(change)[: len(values)], values, atol=1e-5, rtol=0
+        )
 
 
 @each_family
-def test_new_tokens_are_one_token_each_and_special_ones_are_left_out_of_answers(family: Made, name: str) -> None:
+def test_new_tokens_are_one_token_each_and_special_ones_are_left_out_of_answers(
+    family: Made, name: str
+) -> None:
     tokenizer = load_base(family(name) / "artifacts/expanded").tokenizer
     ids = tokenizer.encode(f"{NEW} has{TOOL}")
     assert (ids[-1], ids[1 if tokenizer.bos_id is not None else 0]) == (120, 121)

@@ -33,11 +33,20 @@ GENERATE = {"do": "generate", "model": "m", "text": "w1"}
         ({"do": None}, r"do must be generate, .* got None"),
         ({"do": "load", "base": "x"}, r"name must be a string, got None"),
         ({"do": "load", "name": "x", "base": 5}, r"base must be a string, got 5"),
-        ({"do": "load", "name": "x", "base": "a\0b"}, r"base must be a path without NUL, got 'a\\x00b'"),
+        (
+            {"do": "load", "name": "x", "base": "a\0b"},
+            r"base must be a path without NUL, got 'a\\x00b'",
+        ),
         ({"do": "load", "name": "x", "base": "/nowhere"}, r"/nowhere is not a model folder"),
         ({"do": "unload", "name": "x"}, r"x is not loaded. Loaded: m\."),
-        ({"do": "top_k", "models": "m", "text": "w1", "k": 1}, r"models must be a list of names, got 'm'"),
-        ({"do": "top_k", "models": ["m"], "text": "w1", "k": -1}, r"k must be a whole number from 0, got -1"),
+        (
+            {"do": "top_k", "models": "m", "text": "w1", "k": 1},
+            r"models must be a list of names, got 'm'",
+        ),
+        (
+            {"do": "top_k", "models": ["m"], "text": "w1", "k": -1},
+            r"k must be a whole number from 0, got -1",
+        ),
         ({**GENERATE, "text": "w1 \ud800"}, r"text must be valid Unicode"),
         ({**GENERATE, "text": "w1 nowhere"}, r"m does not know: nowhere"),
         ({**GENERATE, "limit": True}, r"limit must be a whole number from 0, got True"),
@@ -48,8 +57,14 @@ GENERATE = {"do": "generate", "model": "m", "text": "w1"}
         ({**GENERATE, "strength": float("nan")}, r"strength must be from 0 to 2, got nan"),
         ({**GENERATE, "chat": True}, r"has no chat template"),
         ({**GENERATE, "chat": 1}, r"chat must be true or false, got 1"),
-        ({"do": "attention", "model": "m", "text": "w1", "layer": 2, "head": 0}, r"m has layers 0 to 1 and heads 0 to"),
-        ({"do": "attention", "model": "m", "text": "w1 " * 600, "layer": 0, "head": 0}, r"shown for up to 512"),
+        (
+            {"do": "attention", "model": "m", "text": "w1", "layer": 2, "head": 0},
+            r"m has layers 0 to 1 and heads 0 to",
+        ),
+        (
+            {"do": "attention", "model": "m", "text": "w1 " * 600, "layer": 0, "head": 0},
+            r"shown for up to 512",
+        ),
         ({"do": "spectrum", "adapter": "/nowhere"}, r"/nowhere/adapter_config.json: No such file"),
     ],
 )
@@ -63,7 +78,9 @@ def test_a_request_that_cannot_be_met_is_refused_with_its_reason(
 def filled(folder: Path, base: Path, value: float) -> Path:
     """An adapter with all weights equal to `value`."""
     adapter(folder, base, AdapterSpec(2, 2.0, ("fc1",)))
-    weights = {key: torch.full_like(tensor, value) for key, tensor in load_file(folder / WEIGHTS).items()}
+    weights = {
+        key: torch.full_like(tensor, value) for key, tensor in load_file(folder / WEIGHTS).items()
+    }
     save_file(weights, folder / WEIGHTS)
     return folder
 
@@ -75,14 +92,26 @@ def test_an_adapter_that_is_not_finite_is_refused(
 ) -> None:
     folder = filled(tmp_path / "wild", endless, value)
     with pytest.raises(UserError, match=r"lora_A.weight is not finite. Train the adapter again"):
-        list(handler.answer(do, Request({"name": "wild", "base": str(endless), "adapter": str(folder)})))
+        list(
+            handler.answer(
+                do, Request({"name": "wild", "base": str(endless), "adapter": str(folder)})
+            )
+        )
 
 
 def test_a_model_that_overflows_is_refused_and_the_base_answers(
     handler: RequestHandler, endless: Path, tmp_path: Path
 ) -> None:
     handler.models.load("wild", endless, filled(tmp_path / "wild", endless, 1e30))
-    asked = {"model": "wild", "text": "w1", "layer": 1, "head": 0, "models": ["wild", "m"], "k": 1, "temperature": 1}
+    asked = {
+        "model": "wild",
+        "text": "w1",
+        "layer": 1,
+        "head": 0,
+        "models": ["wild", "m"],
+        "k": 1,
+        "temperature": 1,
+    }
     for do in ("generate", "attention"):
         with pytest.raises(UserError, match="The model's outputs are not finite"):
             list(handler.answer(do, Request(asked)))
@@ -98,18 +127,24 @@ def test_one_model_that_cannot_answer_does_not_silence_the_others(handler: Reque
     assert done["answers"]["gone"] == {"error": "gone is not loaded. Loaded: m."}
 
 
-def test_a_token_that_a_model_lacks_has_no_probability_there(handler: RequestHandler, finished: Path) -> None:
+def test_a_token_that_a_model_lacks_has_no_probability_there(
+    handler: RequestHandler, finished: Path
+) -> None:
     handler.models.load("german", finished / "artifacts/base", None)
     (done,) = handler.answer("top_k", Request({"models": ["m", "german"], "text": "w1", "k": 2}))
     assert "does not know: w1" in done["answers"]["german"]["error"]
     (done,) = handler.answer("top_k", Request({"models": ["m", "german"], "text": "<eos>", "k": 2}))
     of = {name: answer["of"] for name, answer in done["answers"].items()}
-    mine, theirs = ({c["token"] for c in done["answers"][name]["top_k"]} for name in ("m", "german"))
+    mine, theirs = (
+        {c["token"] for c in done["answers"][name]["top_k"]} for name in ("m", "german")
+    )
     assert all(of["german"][token] is None for token in mine if token.startswith("w"))
     assert all(of["m"][token] is None for token in theirs if not token.startswith("<"))
 
 
-def test_the_device_is_the_best_there_is_and_its_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_is_the_best_there_is_and_its_memory_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     facts = device.device_info(torch.device("cpu"))
     assert 0 < facts["memory_used"] < facts["memory_total"]
     assert facts["name"]
@@ -118,6 +153,8 @@ def test_the_device_is_the_best_there_is_and_its_memory_is_told(monkeypatch: pyt
     assert device.best_device().type == "mps"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", {torch.device("cuda", 0): (3, 10)}.__getitem__)
-    monkeypatch.setattr(torch.cuda, "get_device_name", {torch.device("cuda", 0): "A GPU"}.__getitem__)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_name", {torch.device("cuda", 0): "A GPU"}.__getitem__
+    )
     expected = {"device": "cuda:0", "name": "A GPU", "memory_used": 7, "memory_total": 10}
     assert device.device_info(device.best_device()) == expected

@@ -1,4 +1,6 @@
-"""A conversation as a prompt: what is cut when it no longer fits, and what a request with messages is told."""
+"""A conversation as a prompt: what is cut when it no longer fits, and what a request with messages
+is told.
+"""
 
 import shutil
 from pathlib import Path
@@ -31,7 +33,9 @@ def loaded(folder: Path) -> LoadedModel:
 
 def conversation(turns: int, system: str = "") -> list[Message]:
     """A question and an answer for each turn; the last has no answer."""
-    messages = [{"role": role, "content": f"{n} is"} for n in range(turns) for role in ("user", "assistant")]
+    messages = [
+        {"role": role, "content": f"{n} is"} for n in range(turns) for role in ("user", "assistant")
+    ]
     return [{"role": "system", "content": system}] * bool(system) + messages[:-1]
 
 
@@ -51,7 +55,9 @@ def test_a_history_that_fits_is_the_rendered_template(folder: Path, loaded: Load
 
 @pytest.mark.parametrize("system", ["", "2"], ids=["no system", "system"])
 @pytest.mark.parametrize("limit", [4, 512], ids=["short answer", "long answer"])
-def test_the_oldest_turns_are_cut_and_not_one_more(folder: Path, loaded: LoadedModel, system: str, limit: int) -> None:
+def test_the_oldest_turns_are_cut_and_not_one_more(
+    folder: Path, loaded: LoadedModel, system: str, limit: int
+) -> None:
     messages, head = conversation(12, system), bool(system)
     room = WINDOW - min(limit, WINDOW // 4)
     history = fit_history(loaded, messages, limit)
@@ -59,11 +65,17 @@ def test_the_oldest_turns_are_cut_and_not_one_more(folder: Path, loaded: LoadedM
     kept = messages[:head] + messages[head + cut :]
     assert history.ids == rendered_ids(folder, kept)
     assert kept[head]["role"] == "user"
-    assert len(history.ids) <= room < len(rendered_ids(folder, messages[:head] + messages[head + cut - 2 :]))
+    assert (
+        len(history.ids)
+        <= room
+        < len(rendered_ids(folder, messages[:head] + messages[head + cut - 2 :]))
+    )
     assert history.cut_tokens == len(rendered_ids(folder, messages)) - len(history.ids)
 
 
-def test_the_last_message_is_read_even_if_it_leaves_less_than_a_quarter(loaded: LoadedModel) -> None:
+def test_the_last_message_is_read_even_if_it_leaves_less_than_a_quarter(
+    loaded: LoadedModel,
+) -> None:
     last = {"role": "user", "content": "x" * 50}
     history = fit_history(loaded, [*conversation(3)[:-1], last], limit=512)
     assert history.cut_messages == 4
@@ -78,11 +90,15 @@ def test_a_last_message_that_is_too_long_alone_is_refused(loaded: LoadedModel) -
 def test_a_template_that_begins_a_thought_says_so(folder: Path, tmp_path: Path) -> None:
     thinks = shutil.copytree(folder, tmp_path / "thinks")
     template = thinks / "chat_template.jinja"
-    template.write_text(template.read_text(encoding="utf-8") + "{{ '<think>\\n' }}", encoding="utf-8")
+    template.write_text(
+        template.read_text(encoding="utf-8") + "{{ '<think>\\n' }}", encoding="utf-8"
+    )
     assert fit_history(engine.load(thinks), conversation(1), limit=8).opens_thought
 
 
-def test_a_model_without_template_goes_on_with_the_text_and_loses_its_beginning(endless: Path) -> None:
+def test_a_model_without_template_goes_on_with_the_text_and_loses_its_beginning(
+    endless: Path,
+) -> None:
     loaded = engine.load(endless)
     messages = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": " w3"}]
     messages.append({"role": "user", "content": "w4"})
@@ -98,7 +114,9 @@ def test_contents_are_joined_by_one_space_where_there_is_none() -> None:
     assert join_texts(["a ", "b"]) == join_texts(["a", " b"]) == "a b"
 
 
-def test_a_request_with_messages_tells_the_prompt_before_the_tokens(folder: Path, loaded: LoadedModel) -> None:
+def test_a_request_with_messages_tells_the_prompt_before_the_tokens(
+    folder: Path, loaded: LoadedModel
+) -> None:
     handler = RequestHandler()
     handler.models.load("m", folder, None)
     messages = conversation(12)
@@ -122,10 +140,16 @@ def test_a_request_with_messages_tells_the_prompt_before_the_tokens(folder: Path
     [
         ([], r"messages must be a list of objects, at least one, got \[\]"),
         ("hello", r"messages must be a list of objects, at least one, got 'hello'"),
-        ([{"role": "tool", "content": "x"}], r"messages\[0\].role must be one of system, user, assistant, got 'tool'"),
+        (
+            [{"role": "tool", "content": "x"}],
+            r"messages\[0\].role must be one of system, user, assistant, got 'tool'",
+        ),
         ([{"role": "user"}], r"messages\[0\].content must be a string, got None"),
         ([{"role": "user", "content": "\ud800"}], r"messages\[0\].content must be valid Unicode"),
-        ([{"role": "user", "content": "<|end|>"}], r"messages\[0\] contains <\|end\|>, a special token"),
+        (
+            [{"role": "user", "content": "<|end|>"}],
+            r"messages\[0\] contains <\|end\|>, a special token",
+        ),
     ],
     ids=["empty", "text", "role", "content", "surrogate", "special token"],
 )

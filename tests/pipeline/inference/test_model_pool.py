@@ -33,7 +33,11 @@ KINDS = {  # one per setting of train_embeddings, and DoRA
 
 
 @pytest.fixture(
-    params=[*((kind, tied, 64) for kind in KINDS for tied in (False, True)), ("all", False, 256), ("dora", False, 256)],
+    params=[
+        *((kind, tied, 64) for kind in KINDS for tied in (False, True)),
+        ("all", False, 256),
+        ("dora", False, 256),
+    ],
     ids=str,
 )
 def folders(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
@@ -77,7 +81,9 @@ def test_what_an_adapter_does_not_train_in_full_is_in_memory_once(tmp_path: Path
     assert unshared == 2 * 74 * 64 + 2 * (2 * 3 * (64 + 64) + 3 * (64 + 256))
 
 
-def test_strength_0_is_the_base_and_1_the_adapter_to_the_last_bit(folders: tuple[Path, Path]) -> None:
+def test_strength_0_is_the_base_and_1_the_adapter_to_the_last_bit(
+    folders: tuple[Path, Path],
+) -> None:
     base, changes = folders
     model, _ = ModelPool().load("a", base, changes)
     for _ in range(2):
@@ -87,7 +93,9 @@ def test_strength_0_is_the_base_and_1_the_adapter_to_the_last_bit(folders: tuple
 
 
 @pytest.mark.parametrize("s", [0.25, 0.5, 1.5, 2.0])
-def test_any_other_strength_is_w_plus_s_times_the_change_of_w(folders: tuple[Path, Path], s: float) -> None:
+def test_any_other_strength_is_w_plus_s_times_the_change_of_w(
+    folders: tuple[Path, Path], s: float
+) -> None:
     base, changes = folders
     model, _ = ModelPool().load("a", base, changes)
     old, new = load_base(base).model, merged_model(engine.load(base, changes).model)
@@ -105,18 +113,24 @@ def test_a_base_whose_files_changed_is_loaded_anew_for_all_that_stand_on_it(tmp_
     models.load("a", base, changes)
     checkpoint(base, seed=7)
     for name, folder in (("base", None), ("a", changes)):
-        assert torch.equal(logits(models.get(name).loaded.model), logits(engine.load(base, folder).model))
+        assert torch.equal(
+            logits(models.get(name).loaded.model), logits(engine.load(base, folder).model)
+        )
     assert models.get("a").base is models.get("base").base
 
 
-def test_an_adapter_that_was_trained_again_answers_anew_and_one_that_is_gone_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_that_was_trained_again_answers_anew_and_one_that_is_gone_is_refused(
+    tmp_path: Path,
+) -> None:
     base = checkpoint(tmp_path / "base")
     changes = adapter(tmp_path / "a", base, KINDS["none"])
     models = ModelPool()
     first = models.load("a", base, changes)[0]
     assert models.get("a") is first
     adapter(changes, base, KINDS["none"], seed=2)
-    assert torch.equal(logits(models.get("a").loaded.model), logits(engine.load(base, changes).model))
+    assert torch.equal(
+        logits(models.get("a").loaded.model), logits(engine.load(base, changes).model)
+    )
     shutil.rmtree(changes)
     with pytest.raises(UserError, match=r"adapter_config.json: No such file"):
         models.get("a")
@@ -126,11 +140,15 @@ def test_an_adapter_of_another_base_is_refused_and_the_others_stay(project: Path
     models = ModelPool()
     base, changes = project / "artifacts/base", project / "artifacts/lora_adapter"
     models.load("base", base, None)
-    with pytest.raises(UserError, match="was trained on another base: the sha256 of its tensors is"):
+    with pytest.raises(
+        UserError, match="was trained on another base: the sha256 of its tensors is"
+    ):
         models.load("base", base, changes)
     assert models.get("base").loaded.adapter is None
     good, _ = models.load("lora", project / "artifacts/expanded", changes)
-    assert torch.equal(logits(good.at(1).model), logits(engine.load(project / "artifacts/expanded", changes).model))
+    assert torch.equal(
+        logits(good.at(1).model), logits(engine.load(project / "artifacts/expanded", changes).model)
+    )
 
 
 def test_a_base_that_changes_while_its_adapter_is_verified_is_refused(

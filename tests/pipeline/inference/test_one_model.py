@@ -1,4 +1,6 @@
-"""Where models are loaded one after the other, a model's blocks are out of memory before the next one is loaded."""
+"""Where models are loaded one after the other, a model's blocks are out of memory before the next
+one is loaded.
+"""
 
 import shutil
 import weakref
@@ -48,7 +50,9 @@ def _examples(project: Path) -> list[Example]:
 
 
 def _quality(project: Path) -> None:
-    base, tuned, adapter = (project / f"artifacts/{name}" for name in ("expanded", "full_finetuned", "lora_adapter"))
+    base, tuned, adapter = (
+        project / f"artifacts/{name}" for name in ("expanded", "full_finetuned", "lora_adapter")
+    )
     quality(base, tuned, adapter, _examples(project))
 
 
@@ -62,7 +66,9 @@ def _costs(project: Path) -> None:
     [lambda project: make(project, ["evaluate"], BRIEF, force=True), _measure, _quality, _costs],
     ids=["evaluate", "measure", "quality", "costs"],
 )
-def test_evaluation_has_one_model_in_memory(project: Path, others: list[int], compute: Callable[[Path], None]) -> None:
+def test_evaluation_has_one_model_in_memory(
+    project: Path, others: list[int], compute: Callable[[Path], None]
+) -> None:
     shutil.copytree(project / ADAPTERS[0], project / ADAPTERS[1])
     compute(project)
     assert len(others) >= 3 and not any(others)
@@ -74,6 +80,8 @@ def test_lora_compare_has_one_model_in_memory(project: Path, others: list[int], 
 
 
 def test_a_merge_is_compared_with_two_models_in_memory(project: Path, others: list[int]) -> None:
-    folders = [project / f"artifacts/{name}" for name in ("expanded", "lora_adapter", "lora_merged")]
+    folders = [
+        project / f"artifacts/{name}" for name in ("expanded", "lora_adapter", "lora_merged")
+    ]
     SameLogits(folders[0], folders[1], ["der wind"])(folders[2])
     assert others == [0, 1]

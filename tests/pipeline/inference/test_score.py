@@ -23,5 +23,9 @@ def test_the_words_that_are_given_keep_the_white_space_between_them(
     monkeypatch.setattr(score, "complete", complete)
     loaded = LoadedModel("", nn.Identity(), tokenizer_with(tmp_path), tmp_path)  # type: ignore[arg-type]
     example = Example("\tif  x:\u2028  return  1", "f", 1)
-    assert [score.completes_correctly(loaded, example, given) for given in (2, 1, 0)] == [True, False, False]
+    assert [score.completes_correctly(loaded, example, given) for given in (2, 1, 0)] == [
+        True,
+        False,
+        False,
+    ]
     assert prompts == ["\tif  x:", "\tif", ""]

@@ -1,4 +1,6 @@
-"""The inference process through its pipes; its answers are compared with the engine in this process."""
+"""The inference process through its pipes; its answers are compared with the engine in this
+process.
+"""
 
 import json
 import os
@@ -26,7 +28,9 @@ PATIENCE = 60
 
 
 class Talk:
-    """A server process and its answers. `own`: it imports everything itself, as the terminal UI's does."""
+    """A server process and its answers. `own`: it imports everything itself, as the terminal UI's
+    does.
+    """
 
     def __init__(self, patch: str = "", own: bool = False) -> None:
         code = f"{patch}\nfrom pipeline.inference.server import main\nmain()"
@@ -44,7 +48,9 @@ class Talk:
 
     def say(self, line: bytes | Answer) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write(line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n")
+        self.process.stdin.write(
+            line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n"
+        )
         self.process.stdin.flush()
 
     def hear(self) -> Answer:
@@ -97,18 +103,30 @@ def test_every_request_is_answered_as_the_engine_answers_it(talk: Talk, finished
     plain, lora = engine.load(base), engine.load(base, changes)
     text = "die katze liegt auf dem"
     first = talk.ask(1, "load", name="base", base=str(base), adapter=None)
-    assert first == {**first, "id": 1, "event": "done", "name": "base", "chat": False, "layers": 2, "heads": 4}
+    assert first == {
+        **first,
+        "id": 1,
+        "event": "done",
+        "name": "base",
+        "chat": False,
+        "layers": 2,
+        "heads": 4,
+    }
     assert (first["resident"], first["parameters"]) == (False, 112_768)
     assert talk.ask(2, "load", name="lora", base=str(base), adapter=str(changes))["resident"]
 
     answers = talk.ask(3, "top_k", models=["base", "lora"], text=text, k=3)["answers"]
     for name, loaded in (("base", plain), ("lora", lora)):
-        expected = [{"token": c.token, "probability": c.probability} for c in engine.top_k(loaded, text, 3)]
+        expected = [
+            {"token": c.token, "probability": c.probability} for c in engine.top_k(loaded, text, 3)
+        ]
         assert answers[name]["top_k"] == expected
         probabilities = engine.next_probabilities(loaded, text)
         union = {choice["token"] for answer in answers.values() for choice in answer["top_k"]}
         ids = {token: loaded.tokenizer.encode(token)[0] for token in union}
-        assert answers[name]["of"] == {token: float(probabilities[id_]) for token, id_ in ids.items()}
+        assert answers[name]["of"] == {
+            token: float(probabilities[id_]) for token, id_ in ids.items()
+        }
 
     talk.say({"id": 4, "do": "generate", "model": "lora", "text": text})
     *tokens, done = talk.until(4, "done")
@@ -123,17 +141,23 @@ def test_every_request_is_answered_as_the_engine_answers_it(talk: Talk, finished
     torch.testing.assert_close(torch.tensor(shown["weights"]), weights)
 
     small = talk.ask(10, "attention_maps", model="lora", text=text)
-    torch.testing.assert_close(torch.tensor(small["maps"][1][2]), weights)  # so few tokens need no pooling
+    # so few tokens need no pooling
+    torch.testing.assert_close(torch.tensor(small["maps"][1][2]), weights)
     before = layer_attention(plain.model, torch.tensor([engine.encode(plain, text)]), 1)[0, 2]
     torch.testing.assert_close(torch.tensor(small["difference"][1][2]), weights - before)
-    assert small["change"][1][2] == pytest.approx(float((weights - before).abs().sum(-1).mean() / 2))
+    assert small["change"][1][2] == pytest.approx(
+        float((weights - before).abs().sum(-1).mean() / 2)
+    )
 
     modules = talk.ask(6, "spectrum", adapter=str(changes))["modules"]
     assert [set(module) for module in modules] == [{"name", "rank", "values", "share_of_first"}] * 8
     status = talk.ask(7, "status")
     assert (status["pid"], status["loaded"]) == (talk.process.pid, ["base", "lora"])
     assert talk.ask(8, "unload", name="lora") == {"id": 8, "event": "done", "name": "lora"}
-    assert "is not loaded. Loaded: base." in talk.ask(9, "generate", model="lora", text=text)["message"]
+    assert (
+        "is not loaded. Loaded: base."
+        in talk.ask(9, "generate", model="lora", text=text)["message"]
+    )
 
 
 def test_a_cancelled_generation_says_no_further_token(talk: Talk, endless: Path) -> None:
@@ -210,7 +234,10 @@ def alive(pid: int) -> bool:
     """Whether the process runs; a zombie does not."""
     try:
         os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+        return (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+            != "Z"
+        )
     except OSError:
         return False
 
@@ -229,7 +256,9 @@ def alive(pid: int) -> bool:
     ],
     ids=["empty", "half", "list", "deep", "bytes", "no id", "true", "3 MB"],
 )
-def test_a_line_that_is_no_request_is_refused_and_the_next_is_answered(talk: Talk, line: bytes) -> None:
+def test_a_line_that_is_no_request_is_refused_and_the_next_is_answered(
+    talk: Talk, line: bytes
+) -> None:
     talk.say(line)
     refused = talk.hear()
     assert (refused["event"], refused["kind"]) == ("error", "user")
@@ -261,12 +290,23 @@ MiniGPT.hidden_states = broken
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        ("torch.OutOfMemoryError('CUDA out of memory. Tried 2 GiB')", "out of memory (CUDA out of memory."),
-        ("RuntimeError('CUDA error: device-side assert\\nmore')", "the device failed (CUDA error: device-side assert)"),
-        ("MemoryError()", "out of memory (MemoryError); load fewer or smaller models, or use a shorter prompt"),
+        (
+            "torch.OutOfMemoryError('CUDA out of memory. Tried 2 GiB')",
+            "out of memory (CUDA out of memory.",
+        ),
+        (
+            "RuntimeError('CUDA error: device-side assert\\nmore')",
+            "the device failed (CUDA error: device-side assert)",
+        ),
+        (
+            "MemoryError()",
+            "out of memory (MemoryError); load fewer or smaller models, or use a shorter prompt",
+        ),
     ],
 )
-def test_without_memory_it_says_what_to_do_and_ends(endless: Path, error: str, message: str) -> None:
+def test_without_memory_it_says_what_to_do_and_ends(
+    endless: Path, error: str, message: str
+) -> None:
     talk = Talk(MODEL.format(error))
     talk.ask(1, "load", name="m", base=str(endless))
     answer = talk.ask(2, "top_k", models=["m"], text="w1", k=1)

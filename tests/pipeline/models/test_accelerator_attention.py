@@ -1,4 +1,6 @@
-"""Attention on an accelerator, by torch's flash attention of packed sequences, which stands on the CPU here."""
+"""Attention on an accelerator, by torch's flash attention of packed sequences, which stands on the
+CPU here.
+"""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -22,12 +24,20 @@ from pipeline.models import kernels
 from pipeline.models.kernels import accelerator_attention
 from pipeline.models.kernels.accelerator_attention import attend_on_accelerator
 from pipeline.models.kernels.packed_attention import attend
-from pipeline.models.kernels.plain_attention import Rule, attend_explicit, split_sequences, visible_keys
+from pipeline.models.kernels.plain_attention import (
+    Rule,
+    attend_explicit,
+    split_sequences,
+    visible_keys,
+)
 from pipeline.models.kernels.repeatable import RepeatableAttention, repeatable
 from tests.helpers.reference_flash import reference_flash
 
 if not accelerator_attention._has_varlen():
-    pytest.skip("this torch has no varlen_attn with scale, windows and log-sum-exps", allow_module_level=True)
+    pytest.skip(
+        "this torch has no varlen_attn with scale, windows and log-sum-exps",
+        allow_module_level=True,
+    )
 
 from torch.nn.attention.varlen import varlen_attn
 
@@ -41,11 +51,15 @@ ROW = {
 }
 
 
-def row(heads: tuple[int, int], queries: int, keys: int, size: int = 16, values: int | None = None) -> Three:
+def row(
+    heads: tuple[int, int], queries: int, keys: int, size: int = 16, values: int | None = None
+) -> Three:
     """q, k and v of one row in fp16; `values`: the size of the value heads."""
     generator = torch.Generator().manual_seed(queries * 31 + keys)
     shapes = (heads[0], queries, size), (heads[1], keys, size), (heads[1], keys, values or size)
-    q, k, v = (torch.randn(1, *shape, generator=generator).half().requires_grad_() for shape in shapes)
+    q, k, v = (
+        torch.randn(1, *shape, generator=generator).half().requires_grad_() for shape in shapes
+    )
     return q, k, v
 
 
@@ -55,7 +69,9 @@ def in_fp32(inputs: Three) -> Three:
     return q, k, v
 
 
-def explicit(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], spans: list[int], rule: Rule) -> Tensor:
+def explicit(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], spans: list[int], rule: Rule
+) -> Tensor:
     """Each sequence by its scores, in the leaves' precision: (1, T, H, K)."""
     queries, pairs = q.split_with_sizes(lengths, 2), split_sequences(k, v, spans)
     masks = [visible_keys(t, s, rule.window, q.device) for t, s in zip(lengths, spans, strict=True)]
@@ -78,7 +94,9 @@ def compare(
         sink = torch.linspace(-1, 1, inputs[0].shape[1]).requires_grad_() if sinks else None
         out = attention(*inputs, lengths, spans, Rule(0.4, window, softcap, sink))
         grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out.dtype)
-        results.append([out, *torch.autograd.grad(out, inputs if sink is None else [*inputs, sink], grad)])
+        results.append(
+            [out, *torch.autograd.grad(out, inputs if sink is None else [*inputs, sink], grad)]
+        )
     for found, wanted in zip(*results, strict=True):
         assert_close(found.float(), wanted, atol=1e-2, rtol=1e-2)
 
@@ -110,11 +128,15 @@ def test_rows_are_sequences_of_their_own() -> None:
 
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (3, 0), (2, 1)])
 def test_the_reference_is_torchs_attention_with_its_gradients(window: tuple[int, int]) -> None:
-    """Torch's `varlen_attn` and autograd on the reference, against its attention of a row with a mask."""
+    """Torch's `varlen_attn` and autograd on the reference, against its attention of a row with a
+    mask.
+    """
     q, k, v = row((4, 2), 7, 9)
     at = torch.arange(7)[:, None] + 2
     keys, (left, right) = torch.arange(9)[None], window
-    mask = (keys >= at - left if left >= 0 else torch.tensor(True)) & (keys <= at + right if right >= 0 else True)
+    mask = (keys >= at - left if left >= 0 else torch.tensor(True)) & (
+        keys <= at + right if right >= 0 else True
+    )
     options: dict[str, Any] = {"scale": 0.4, "enable_gqa": True}
     starts = torch.tensor([0, 7], dtype=torch.int32), torch.tensor([0, 9], dtype=torch.int32)
     grad = torch.randn(7, 4, 16, generator=torch.Generator().manual_seed(0)).half()
@@ -132,9 +154,15 @@ def test_the_reference_is_torchs_attention_with_its_gradients(window: tuple[int,
 WRONG: dict[str, tuple[str, Any]] = {
     "fp32": ("fp16 and bf16", lambda q, k, v, *starts: (q.float(), k.float(), v.float(), *starts)),
     "int64 starts": ("starts", lambda q, k, v, a, b: (q, k, v, a.long(), b)),
-    "other value heads": ("head size 16", lambda q, k, v, *starts: (q, k, v[..., :8].contiguous(), *starts)),
+    "other value heads": (
+        "head size 16",
+        lambda q, k, v, *starts: (q, k, v[..., :8].contiguous(), *starts),
+    ),
     "head size 12": ("head size 12", lambda *x: (*(y[..., :12] for y in x[:3]), *x[3:])),
-    "strides": ("contiguous last", lambda q, *x: (q.transpose(1, 2).contiguous().transpose(1, 2), *x)),
+    "strides": (
+        "contiguous last",
+        lambda q, *x: (q.transpose(1, 2).contiguous().transpose(1, 2), *x),
+    ),
     "starts that end early": ("beyond", lambda q, k, v, a, b: (q, k, v, a - (a > 0).int(), b)),
 }
 
@@ -159,7 +187,9 @@ def test_outside_of_it_the_cpu_has_no_flash_attention() -> None:
     assert not kernels.runs_flash_attention(q.device)
 
 
-@given(**ROW, sinks=st.booleans(), softcap=st.none() | st.just(2.0), values=st.sampled_from([8, 24]))
+@given(
+    **ROW, sinks=st.booleans(), softcap=st.none() | st.just(2.0), values=st.sampled_from([8, 24])
+)
 def test_values_of_another_size_than_queries_are_attended_to_without_flash_attention(
     lengths: list[int],
     before: int,
@@ -172,7 +202,14 @@ def test_values_of_another_size_than_queries_are_attended_to_without_flash_atten
     """As in multi-head latent attention (DeepSeek). Its kernels have one size of heads."""
     spans = [before + length for length in lengths]
     with reference_flash() as calls:
-        compare(row(heads, sum(lengths), sum(spans), values=values), lengths, spans, window, sinks, softcap)
+        compare(
+            row(heads, sum(lengths), sum(spans), values=values),
+            lengths,
+            spans,
+            window,
+            sinks,
+            softcap,
+        )
     assert not calls.forward
 
 
@@ -185,7 +222,9 @@ def test_so_are_they_on_a_cpu(training: bool) -> None:
         wanted = explicit(*leaves, lengths, lengths, Rule(0.4))
         assert_close(out, wanted)
         grad = torch.randn_like(out)
-        assert_close(torch.autograd.grad(out, leaves, grad), torch.autograd.grad(wanted, leaves, grad))
+        assert_close(
+            torch.autograd.grad(out, leaves, grad), torch.autograd.grad(wanted, leaves, grad)
+        )
 
 
 @pytest.fixture
@@ -208,7 +247,9 @@ def test_on_an_amd_gpu_a_kernel_that_computes_something_else_is_not_taken(
         compare(row((4, 2), sum(lengths), sum(spans)), lengths, spans, window, sinks)
         compare(row((4, 2), sum(lengths), sum(spans)), lengths, spans, window, sinks)
         taken = calls.forward == 3  # two rows and the probe
-    assert taken == (window is None and not sinks and not before), "a row of packed sequences alone is right there"
+    assert taken == (window is None and not sinks and not before), (
+        "a row of packed sequences alone is right there"
+    )
     assert len(caplog.records) == (not taken), "once a device"
     assert taken or "take longer" in caplog.text
 
@@ -222,16 +263,27 @@ def test_on_an_amd_gpu_a_kernel_that_computes_the_same_is_taken(
     leaves = row((4, 2), 12, 12)
     with reference_flash() as calls:
         for window in (None, 4):
-            out = checkpoint(attend_on_accelerator, *leaves, [9, 3], [9, 3], Rule(0.4, window), use_reentrant=False)
+            out = checkpoint(
+                attend_on_accelerator,
+                *leaves,
+                [9, 3],
+                [9, 3],
+                Rule(0.4, window),
+                use_reentrant=False,
+            )
             torch.autograd.grad(out, leaves, torch.ones_like(out))
         with torch.inference_mode():
             accelerator_attention._agrees.cache_clear()
             attend_on_accelerator(*leaves, [9, 3], [9, 3], Rule(0.4))
-    assert not caplog.records and calls.forward == 2 * 2 + 1 + 3, "forward, recomputed, without gradients, and probes"
+    assert not caplog.records and calls.forward == 2 * 2 + 1 + 3, (
+        "forward, recomputed, without gradients, and probes"
+    )
 
 
 @pytest.mark.usefixtures("unprobed")
-def test_a_prediction_of_memory_asks_nothing_of_an_amd_gpu(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_prediction_of_memory_asks_nothing_of_an_amd_gpu(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Its tensors have no numbers, and what it was told would be believed by the run after it."""
     with reference_flash(rocm=True), FakeTensorMode():
         q, k, v = (torch.empty(1, 2, 12, 16, dtype=torch.float16) for _ in range(3))
@@ -241,7 +293,9 @@ def test_a_prediction_of_memory_asks_nothing_of_an_amd_gpu(caplog: pytest.LogCap
 
 @pytest.mark.parametrize("sinks", [True, False])
 @pytest.mark.parametrize("lengths", [[9], [5, 4]])
-def test_flash_attentions_gradients_are_added_in_a_fixed_order(lengths: list[int], sinks: bool) -> None:
+def test_flash_attentions_gradients_are_added_in_a_fixed_order(
+    lengths: list[int], sinks: bool
+) -> None:
     with reference_flash() as calls:
         compare(row((4, 2), 9, 9), lengths, lengths, sinks=sinks)
     assert calls.repeatable == [True]
@@ -250,8 +304,12 @@ def test_flash_attentions_gradients_are_added_in_a_fixed_order(lengths: list[int
 
 @pytest.mark.parametrize("values", [16, 24])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_so_are_those_of_rows_that_flash_attention_does_not_compute(values: int, dtype: torch.dtype) -> None:
-    """On CUDA in fp32, before Ampere, with values of another size: by torch's memory-efficient kernel."""
+def test_so_are_those_of_rows_that_flash_attention_does_not_compute(
+    values: int, dtype: torch.dtype
+) -> None:
+    """On CUDA in fp32, before Ampere, with values of another size: by torch's memory-efficient
+    kernel.
+    """
     leaves = row((4, 4), 9, 9, values=values)
     q, k, v = (x.float() for x in leaves)
     with reference_flash() as calls:
@@ -278,7 +336,9 @@ class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.elements = max([self.elements, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))])
+        self.elements = max(
+            [self.elements, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))]
+        )
         return out
 
 

@@ -1,4 +1,6 @@
-"""Parts of transformers' models that are fused on a GPU, in plain torch here: Liger's kernels need one."""
+"""Parts of transformers' models that are fused on a GPU, in plain torch here: Liger's kernels need
+one.
+"""
 
 import sys
 from types import SimpleNamespace
@@ -28,23 +30,35 @@ class Doubled(LlamaMLP):  # type: ignore[misc]
         return out
 
 
-def feed_forward(kind: Any = LlamaMLP, dtype: torch.dtype = torch.float32, act: str = "silu") -> nn.Sequential:
+def feed_forward(
+    kind: Any = LlamaMLP, dtype: torch.dtype = torch.float32, act: str = "silu"
+) -> nn.Sequential:
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=32, num_attention_heads=4, intermediate_size=512, hidden_act=act)
+    config = LlamaConfig(
+        hidden_size=32, num_attention_heads=4, intermediate_size=512, hidden_act=act
+    )
     config.hidden_activation = act
     return nn.Sequential(kind(config)).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("kind", "act"), [(LlamaMLP, "silu"), (Gemma3MLP, "gelu_pytorch_tanh"), (LlamaMLP, "relu")])
-def test_a_fused_feed_forward_has_the_same_bits_and_keeps_less(kind: Any, act: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("kind", "act"), [(LlamaMLP, "silu"), (Gemma3MLP, "gelu_pytorch_tanh"), (LlamaMLP, "relu")]
+)
+def test_a_fused_feed_forward_has_the_same_bits_and_keeps_less(
+    kind: Any, act: str, dtype: torch.dtype
+) -> None:
     results = []
     for fused in (False, True):
         mlp = feed_forward(kind, dtype, act).requires_grad_(False)
         if fused:
             assert fuse_gates(mlp, [GatedProduct.apply], CPU) == ["0"]
             assert fuse_gates(mlp, [GatedProduct.apply], CPU) == [], "once is enough"
-        x = torch.randn(64, 32, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        x = (
+            torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
+            .to(dtype)
+            .requires_grad_()
+        )
         meter = TensorMemoryMeter()
         with meter:
             out = mlp(x)
@@ -113,7 +127,8 @@ def test_a_liger_that_cannot_be_loaded_is_said_and_one_that_is_not_installed_is_
         with monkeypatch.context() as patched, held() as found[is_broken]:
             patched.setattr(sys, "path", [])
             if is_broken:
-                patched.setitem(sys.modules, "liger_kernel", SimpleNamespace())  # without its functions
+                # without its functions
+                patched.setitem(sys.modules, "liger_kernel", SimpleNamespace())
             accelerator.liger.cache_clear()
             assert accelerator.liger(torch.device("cuda")) is None
     accelerator.liger.cache_clear()

@@ -36,7 +36,8 @@ def model_of(kind: str, **settings: Any) -> TransformersModel:
     torch.manual_seed(0)
     common = COMMON if "n_layer" not in settings else {}
     model = from_config(
-        {"model_type": kind, "vocab_size": 120, "pad_token_id": 0, **common, **settings}, torch.bfloat16
+        {"model_type": kind, "vocab_size": 120, "pad_token_id": 0, **common, **settings},
+        torch.bfloat16,
     ).eval()
     for p in model.parameters():
         nn.init.normal_(p, 0.3 if p.dim() == 1 else 0.15)
@@ -48,7 +49,9 @@ def read(model: TransformersModel, ids: list[int], prompt: int) -> Tensor:
     """Hidden states of ids after `prompt` of them, one at a time."""
     cache = model.new_cache()
     parts = [ids[:prompt], *([one] for one in ids[prompt:])]
-    return torch.cat([model.hidden_states(torch.tensor([part]), cache=cache) for part in parts], 1).float()
+    return torch.cat(
+        [model.hidden_states(torch.tensor([part]), cache=cache) for part in parts], 1
+    ).float()
 
 
 def both(model: TransformersModel) -> tuple[Tensor, Tensor, int]:
@@ -72,7 +75,8 @@ def assert_alike(found: Tensor, wanted: Tensor) -> None:
 def test_a_block_for_one_token_is_the_same_block(kind: str) -> None:
     found, wanted, count = both(model_of(kind, **SHAPED[kind]))
     assert_alike(found, wanted)
-    assert count == 3 + 2  # the blocks, the body and the head: what is joined is not packed a second time
+    # the blocks, the body and the head: what is joined is not packed a second time
+    assert count == 3 + 2
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
@@ -82,7 +86,9 @@ def test_every_family_reads_on_as_it_did(name: str) -> None:
     assert_alike(found, wanted)
 
 
-@pytest.mark.parametrize("targets", [("v_proj",), ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj")])
+@pytest.mark.parametrize(
+    "targets", [("v_proj",), ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj")]
+)
 def test_an_adapter_is_counted_and_one_that_comes_later_too(targets: tuple[str, ...]) -> None:
     model = model_of("llama")
     before = both(model)[0]
@@ -103,9 +109,13 @@ def test_weights_that_change_are_packed_anew() -> None:
     assert_alike(*both(model)[:2])
 
 
-def test_a_block_that_is_put_together_otherwise_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_that_is_put_together_otherwise_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     plain = LlamaDecoderLayer.forward
-    monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda *given, **named: plain(*given, **named) * 0.5)
+    monkeypatch.setattr(
+        LlamaDecoderLayer, "forward", lambda *given, **named: plain(*given, **named) * 0.5
+    )
     found, wanted, count = both(model_of("llama"))
     assert_alike(found, wanted)
     assert count == 3 * 7 + 1
@@ -127,7 +137,9 @@ def test_two_generations_from_one_model_do_not_disturb_each_other() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_packed_linears_multiply_as_the_plain_ones(bias: bool) -> None:
-    model = nn.Sequential(nn.Linear(32, 64, bias=bias), nn.SiLU(), nn.Linear(64, 8, bias=bias)).bfloat16()
+    model = nn.Sequential(
+        nn.Linear(32, 64, bias=bias), nn.SiLU(), nn.Linear(64, 8, bias=bias)
+    ).bfloat16()
     x = torch.randn(1, 3, 32, dtype=torch.bfloat16)
     with torch.no_grad():
         wanted = model(x)
@@ -154,7 +166,10 @@ def test_a_row_is_summed_alone_as_beside_others(inputs: int) -> None:
 
 
 def test_the_norm_in_fewer_calls_gives_the_bits_of_the_norm_that_it_stands_for() -> None:
-    llama, gemma = (model_of(kind).get_submodule("model.layers.0.input_layernorm") for kind in ("llama", "gemma"))
+    llama, gemma = (
+        model_of(kind).get_submodule("model.layers.0.input_layernorm")
+        for kind in ("llama", "gemma")
+    )
     x = torch.randn(300, 64).bfloat16()
     with torch.no_grad():
         assert fewer_calls(llama) is not llama
@@ -169,15 +184,20 @@ def test_a_cache_grows_in_place_and_others_read_it() -> None:
     cache, plain, wanted = model.new_cache(), model.new_cache(), read(model, ids, 5)
     model.hidden_states(torch.tensor([ids]), cache=plain)
     found = [model.hidden_states(torch.tensor([ids[:5]]), cache=cache)]
-    for start in (5, 75):  # 64 fast tokens, past the buffer's first size, then three at once and three alone
+    # 64 fast tokens, past the buffer's first size, then three at once and three alone
+    for start in (5, 75):
         with fast_decoding(model) as count:
             if not count:
                 pytest.skip("this build of torch packs no weights")
             assert count == 3 + 2
-            found += [model.hidden_states(torch.tensor([[id_]]), cache=cache) for id_ in ids[start : start + 64]]
+            found += [
+                model.hidden_states(torch.tensor([[id_]]), cache=cache)
+                for id_ in ids[start : start + 64]
+            ]
         more = ids[start + 64 : start + 70]
         found += [
-            model.hidden_states(torch.tensor([part]), cache=cache) for part in (more[:3], *([one] for one in more[3:]))
+            model.hidden_states(torch.tensor([part]), cache=cache)
+            for part in (more[:3], *([one] for one in more[3:]))
         ]
     together = torch.cat(found, 1).float()
     assert_alike(together, wanted)

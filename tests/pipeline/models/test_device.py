@@ -1,7 +1,8 @@
-"""On an accelerator every model is moved, and nothing that it needs is left behind; what runs out of memory is said.
+"""On an accelerator every model is moved, and nothing that it needs is left behind; what runs out
+of memory is said.
 
-The accelerator is `tests/helpers/fake_accelerator.py`: its numbers are the CPU's, and it rejects tensors of two devices
-as a GPU does.
+The accelerator is `tests/helpers/fake_accelerator.py`: its numbers are the CPU's, and it rejects
+tensors of two devices as a GPU does.
 """
 
 import json
@@ -39,7 +40,11 @@ from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.stages.methods.lora import Lora as LoraMethod
 from pipeline.training.batches import collate
 from pipeline.training.loop import prepare_model
-from pipeline.training.memory.prediction import longest_sequence, predict_peak_memory, suggest_less_memory
+from pipeline.training.memory.prediction import (
+    longest_sequence,
+    predict_peak_memory,
+    suggest_less_memory,
+)
 from pipeline.workbench import open_project
 from tests.conftest import Lora
 from tests.helpers import fake_accelerator, families
@@ -51,7 +56,8 @@ from tests.helpers.real import toy, windows_of, with_lora
 NAME = fake_accelerator.NAME
 EIGH, SVD = "aten::_linalg_eigh", "aten::_linalg_svd"
 TWO = ("artifacts/lora_adapter", "artifacts/lora_adapter")
-COMPARED = {f"study_{name}" for name in ("knowledge_correction", "fact_correction", "quantization")}  # train briefly
+# train briefly
+COMPARED = {f"study_{name}" for name in ("knowledge_correction", "fact_correction", "quantization")}
 STUDIES = sorted(name for name, stage in STAGES.items() if stage.kind == "study")
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm"}
 TRAINING = [
@@ -67,7 +73,8 @@ def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     with fake_accelerator.standin() as there:
         monkeypatch.setattr(device, "best_device", lambda: there)
         monkeypatch.setattr(device, "LARGE", 0)
-        monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two threads sum in another order than the CPU's one
+        # two threads sum in another order than the CPU's one
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
         yield there
 
 
@@ -95,7 +102,10 @@ def without_fp64(accelerator: torch.device, monkeypatch: pytest.MonkeyPatch) -> 
 
     def narrow(func: Any, *args: Any, **kwargs: Any) -> Any:
         made = run(func, *args, **kwargs)
-        if any(isinstance(t, Tensor) and t.device.type == NAME and t.dtype == torch.float64 for t in tree_leaves(made)):
+        if any(
+            isinstance(t, Tensor) and t.device.type == NAME and t.dtype == torch.float64
+            for t in tree_leaves(made)
+        ):
             raise TypeError(f"{func}: the device does not support float64")
         return made
 
@@ -133,7 +143,9 @@ def _taken_apart(text: str) -> tuple[list[str], list[float]]:
 @pytest.mark.parametrize("stage", [*TRAINING, "finetune_sweep"])
 @pytest.mark.sampled(3)
 @pytest.mark.slow
-def test_each_stage_trains_there_as_on_the_cpu(brief: Path, project: Path, stage: str, strays: list[str]) -> None:
+def test_each_stage_trains_there_as_on_the_cpu(
+    brief: Path, project: Path, stage: str, strays: list[str]
+) -> None:
     make(project, [stage], BRIEF, force=True)
     assert used() and not strays
     found = losses(project, stage)
@@ -164,7 +176,9 @@ def test_lora_trains_there_with_every_kind_of_setting(
     project: Path, name: str, strays: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantized_linear, "_bitsandbytes", lambda: None)  # it knows no such device
-    (project / "prompts.jsonl").write_text('{"prompt": "der hund"}\n{"prompt": "die katze sitzt"}\n')
+    (project / "prompts.jsonl").write_text(
+        '{"prompt": "der hund"}\n{"prompt": "die katze sitzt"}\n'
+    )
     settings = [*BRIEF, *(f"finetune_lora.{setting}" for setting in SETTINGS[name])]
     make(project, ["finetune_lora"], settings, force=True)
     assert used() and not strays
@@ -174,27 +188,57 @@ def test_lora_trains_there_with_every_kind_of_setting(
         make(project, ["finetune_lora"], settings, force=True)
     assert not used()
     wide = name in ("bf16", "fp16")
-    assert found == [pytest.approx(each, rel=0.02 if wide else 1e-4) for each in losses(project, "finetune_lora")]
+    assert found == [
+        pytest.approx(each, rel=0.02 if wide else 1e-4) for each in losses(project, "finetune_lora")
+    ]
 
 
 @on_accelerator
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"mixtral"}))  # the CPU cannot count its tokens an expert
-def test_a_packed_step_and_generation_of_each_family_are_the_cpus(tmp_path: Path, family: str) -> None:
+# the CPU cannot count its tokens an expert
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"mixtral"}))
+def test_a_packed_step_and_generation_of_each_family_are_the_cpus(
+    tmp_path: Path, family: str
+) -> None:
     toy_checkpoint(tmp_path, family)
     model = engine.load(tmp_path).model
     assert model.device.type == fake_accelerator.NAME and model.supports_packing
-    assert list(generate(model, (5, 9, 17), {1}, 12)) == list(generate(load_base(tmp_path).model, (5, 9, 17), {1}, 12))
+    assert list(generate(model, (5, 9, 17), {1}, 12)) == list(
+        generate(load_base(tmp_path).model, (5, 9, 17), {1}, 12)
+    )
 
 
 # asking
 
 
 ASKED = {
-    "prompt": ["prompt", "der wind", "--base", "artifacts/expanded", "--adapter", "artifacts/lora_adapter", "--json"],
-    "prompt, virtual tokens": ["prompt", "der", "--base", "artifacts/expanded", "--adapter", "artifacts/prefix"],
+    "prompt": [
+        "prompt",
+        "der wind",
+        "--base",
+        "artifacts/expanded",
+        "--adapter",
+        "artifacts/lora_adapter",
+        "--json",
+    ],
+    "prompt, virtual tokens": [
+        "prompt",
+        "der",
+        "--base",
+        "artifacts/expanded",
+        "--adapter",
+        "artifacts/prefix",
+    ],
     "compare": ["compare", "der wind", "--json"],
     "verify": ["adapters", "verify", "artifacts/lora_adapter"],
-    "merge": ["merge", "--adapter", "artifacts/lora_adapter", "--out", "OUT", "--prompts", "data/prompts.yaml"],
+    "merge": [
+        "merge",
+        "--adapter",
+        "artifacts/lora_adapter",
+        "--out",
+        "OUT",
+        "--prompts",
+        "data/prompts.yaml",
+    ],
     "export": [
         "export",
         "artifacts/lora_adapter",
@@ -228,19 +272,30 @@ def test_each_command_that_asks_a_model_asks_it_there(
 
 @pytest.mark.parametrize("stage", ["expand_vocab", "merge", "evaluate"])
 @pytest.mark.sampled(4)
-def test_the_stages_that_ask_models_ask_them_there(brief: Path, project: Path, stage: str, strays: list[str]) -> None:
+def test_the_stages_that_ask_models_ask_them_there(
+    brief: Path, project: Path, stage: str, strays: list[str]
+) -> None:
     make(project, [stage], BRIEF, force=True)
     assert used() and not strays
     name = STAGES[stage].path
-    tables = [path for path in folder_bytes(project / name) if path.endswith((".json", ".md")) and path != MANIFEST]
+    tables = [
+        path
+        for path in folder_bytes(project / name)
+        if path.endswith((".json", ".md")) and path != MANIFEST
+    ]
     assert tables
-    assert all(alike((project / name / path).read_text(), (brief / name / path).read_text()) for path in tables)
+    assert all(
+        alike((project / name / path).read_text(), (brief / name / path).read_text())
+        for path in tables
+    )
 
 
 @pytest.mark.usefixtures("without_fp64")
 @pytest.mark.slow
 @pytest.mark.parametrize("study", [*STUDIES, "figures"])
-def test_studies_ask_their_models_there(studied: Path, tmp_path: Path, study: str, strays: list[str]) -> None:
+def test_studies_ask_their_models_there(
+    studied: Path, tmp_path: Path, study: str, strays: list[str]
+) -> None:
     project = tmp_path / "project"
     shutil.copytree(studied, project)
     make(project, [study], BRIEF, force=True)
@@ -249,7 +304,8 @@ def test_studies_ask_their_models_there(studied: Path, tmp_path: Path, study: st
     tables = [path for path in folder_bytes(studied / name) if path.endswith(".csv")]
     assert tables
     assert study not in COMPARED or all(
-        alike((project / name / path).read_text(), (studied / name / path).read_text()) for path in tables
+        alike((project / name / path).read_text(), (studied / name / path).read_text())
+        for path in tables
     )
 
 
@@ -274,12 +330,18 @@ def test_the_terminal_uis_models_are_there(project: Path) -> None:
     assert last("status")["device"].startswith(NAME)
 
 
-def test_the_terminal_ui_names_the_device_that_its_models_are_on(brief: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_terminal_ui_names_the_device_that_its_models_are_on(
+    brief: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answers = RequestHandler()
     monkeypatch.setattr(device, "device_info", lambda where: {"device": str(where)})
     monkeypatch.setattr(device, "best_device", lambda: torch.device("cuda", 1))
     (before,) = answers.answer("status", Request({"id": 1}))
-    list(answers.answer("load", Request({"id": 2, "name": "base", "base": str(brief / "artifacts/expanded")})))
+    list(
+        answers.answer(
+            "load", Request({"id": 2, "name": "base", "base": str(brief / "artifacts/expanded")})
+        )
+    )
     (after,) = answers.answer("status", Request({"id": 3}))
     assert (before["device"], after["device"]) == ("cuda:1", "cpu")  # a small model
 
@@ -288,12 +350,15 @@ def test_the_terminal_ui_names_the_device_that_its_models_are_on(brief: Path, mo
 def test_a_model_that_finds_no_room_there_is_asked_on_the_cpu(
     brief: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.WARNING)  # a library that another test loaded may have turned logging off, and its loggers
+    # a library that another test loaded may have turned logging off, and its loggers
+    caplog.set_level(logging.WARNING)
     monkeypatch.setattr(logging.getLogger(device.__name__), "disabled", False)
     monkeypatch.setattr(device, "free_bytes", lambda _: 1)
     assert engine.load(brief / "artifacts/expanded").model.device.type == "cpu"
     (record,) = caplog.records
-    assert re.fullmatch(rf"the model needs .* on {NAME}, which has 1 .* free: it runs on the CPU", record.message)
+    assert re.fullmatch(
+        rf"the model needs .* on {NAME}, which has 1 .* free: it runs on the CPU", record.message
+    )
 
 
 def test_a_model_that_is_there_already_needs_no_more_room(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,7 +380,9 @@ def test_two_models_that_are_compared_may_be_on_two_devices(
     assert used()
 
 
-def test_an_imported_base_is_compared_with_transformers_there(tmp_path: Path, strays: list[str]) -> None:
+def test_an_imported_base_is_compared_with_transformers_there(
+    tmp_path: Path, strays: list[str]
+) -> None:
     toy_checkpoint(tmp_path / "toy", "llama")
     strays.clear()  # what made the checkpoint
     make(new_project(tmp_path / "project"), ["import"], ["base=../toy"])
@@ -323,7 +390,9 @@ def test_an_imported_base_is_compared_with_transformers_there(tmp_path: Path, st
 
 
 @pytest.mark.slow
-def test_a_base_of_transformers_never_computes_on_the_cpu(tmp_path: Path, strays: list[str]) -> None:
+def test_a_base_of_transformers_never_computes_on_the_cpu(
+    tmp_path: Path, strays: list[str]
+) -> None:
     root = families.new_project(tmp_path / "project", families.FAMILIES["llama"])
     strays.clear()  # what made the checkpoint
     make(root, ["pretrain", "expand_vocab", "finetune_lora", "merge"])
@@ -334,12 +403,29 @@ def test_a_base_of_transformers_never_computes_on_the_cpu(tmp_path: Path, strays
 
 
 MATRICES = {  # a command, and what it must have decomposed there
-    "spectrum": (["spectrum", "artifacts/expanded", "artifacts/full_finetuned", "--rank", "4", "--out", "OUT"], EIGH),
-    "intruders": (["spectrum", "artifacts/expanded", "artifacts/lora_adapter", "--intruders"], EIGH),
+    "spectrum": (
+        [
+            "spectrum",
+            "artifacts/expanded",
+            "artifacts/full_finetuned",
+            "--rank",
+            "4",
+            "--out",
+            "OUT",
+        ],
+        EIGH,
+    ),
+    "intruders": (
+        ["spectrum", "artifacts/expanded", "artifacts/lora_adapter", "--intruders"],
+        EIGH,
+    ),
     "diff": (["adapters", "diff", *TWO, "--json"], SVD),
     "svd": (["adapters", "combine", *TWO, "--method", "svd", "--out", "OUT"], SVD),
     "ties": (["adapters", "combine", *TWO, "--method", "ties", "--out", "OUT"], SVD),
-    "compress": (["adapters", "compress", "artifacts/lora_adapter", "--rank", "2", "--out", "OUT"], SVD),
+    "compress": (
+        ["adapters", "compress", "artifacts/lora_adapter", "--rank", "2", "--out", "OUT"],
+        SVD,
+    ),
 }
 
 
@@ -358,7 +444,9 @@ def test_large_matrices_are_decomposed_there(
     low_rank: Path, command: str, cli: Lora, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ask(out: str) -> str:
-        code, said, problem = cli(*(out if word == "OUT" else word for word in MATRICES[command][0]), cwd=low_rank)
+        code, said, problem = cli(
+            *(out if word == "OUT" else word for word in MATRICES[command][0]), cwd=low_rank
+        )
         assert code == 0, problem
         return said
 
@@ -370,7 +458,9 @@ def test_large_matrices_are_decomposed_there(
 
 
 @on_accelerator
-def test_pissas_svd_is_computed_there_of_a_base_that_is_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pissas_svd_is_computed_there_of_a_base_that_is_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
     here = principal(weight, 2, 1.0)
     monkeypatch.setattr(device, "LARGE_MATRIX", 0)
@@ -391,7 +481,9 @@ def test_no_command_needs_fp64_of_the_accelerator(
 
 
 @pytest.mark.usefixtures("without_fp64")
-@pytest.mark.parametrize("stage", ["expand_vocab", "finetune_lora", "finetune_sweep", "merge", "evaluate"])
+@pytest.mark.parametrize(
+    "stage", ["expand_vocab", "finetune_lora", "finetune_sweep", "merge", "evaluate"]
+)
 @pytest.mark.sampled(3)
 def test_no_stage_needs_fp64_of_the_accelerator(project: Path, stage: str) -> None:
     make(project, [stage], BRIEF, force=True)
@@ -405,7 +497,12 @@ def test_no_setting_of_lora_needs_fp64_of_the_accelerator(
     project: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantized_linear, "_bitsandbytes", lambda: None)
-    make(project, ["finetune_lora"], [*BRIEF, *(f"finetune_lora.{one}" for one in SETTINGS[name])], force=True)
+    make(
+        project,
+        ["finetune_lora"],
+        [*BRIEF, *(f"finetune_lora.{one}" for one in SETTINGS[name])],
+        force=True,
+    )
 
 
 # which device
@@ -440,14 +537,21 @@ def test_a_small_model_stays_on_the_cpu_unless_a_device_is_named(
 
 
 def test_each_rank_has_its_gpu(gpus: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
-    for key, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+    for key, value in {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+    }.items():
         monkeypatch.setenv(key, value)
     for name in ("auto", "cuda"):
         monkeypatch.setenv("LORA_DEVICE", name)
         assert on(BIG) == "cuda:1" == str(gpus[-1])
     for name in ("cuda:0", "mps"):
         monkeypatch.setenv("LORA_DEVICE", name)
-        with pytest.raises(UserError, match=f"LORA_DEVICE must be cpu or cuda for several processes, got '{name}'"):
+        with pytest.raises(
+            UserError, match=f"LORA_DEVICE must be cpu or cuda for several processes, got '{name}'"
+        ):
             on(BIG)
 
 
@@ -472,11 +576,16 @@ def test_the_option_wins_over_the_environment_and_that_over_the_params_file(
     monkeypatch.setenv("LORA_DEVICE", "cpu")
     assert chosen() == "cpu, by LORA_DEVICE"
     assert chosen("--device", "cuda") == "cuda:0, by --device"
-    assert os.environ["LORA_DEVICE"] == process.environment()["LORA_DEVICE"] == "cuda"  # what children get
+    # what children get
+    assert os.environ["LORA_DEVICE"] == process.environment()["LORA_DEVICE"] == "cuda"
 
 
 def test_a_device_that_is_not_there_is_one_message(project: Path, cli: Lora) -> None:
-    for command in (["prompt", "der"], ["finetune", "lora", "--force"], ["expand-vocab", "--force"]):
+    for command in (
+        ["prompt", "der"],
+        ["finetune", "lora", "--force"],
+        ["expand-vocab", "--force"],
+    ):
         code, _, err = cli(*command, "--device", "cuda:7", cwd=project)
         said = "error: --device must name a device of this machine, got 'cuda:7'. It has cpu."
         assert (code, err.strip().splitlines()[-1]) == (1, said)
@@ -496,7 +605,17 @@ def test_the_device_makes_nothing_again(project: Path) -> None:
 
 
 COMPUTING = {  # every command that computes with a model or with weights
-    *("train", "new", "import", "pretrain", "expand-vocab", "train-from-scratch", "merge", "evaluate", "study"),
+    *(
+        "train",
+        "new",
+        "import",
+        "pretrain",
+        "expand-vocab",
+        "train-from-scratch",
+        "merge",
+        "evaluate",
+        "study",
+    ),
     *("figures", "spectrum", "prompt", "chat", "compare", "serve", "export", "push", "doctor"),
     *(f"adapters {name}" for name in ("verify", "diff", "combine", "compress", "export")),
     *(f"finetune {name}" for name in (*METHODS, "sweep")),
@@ -519,8 +638,8 @@ def test_every_command_that_computes_has_the_option() -> None:
 
 
 class Scarce:
-    """The accelerator runs out of memory at its product number `last`: in a forward, for what is raised in the thread
-    in which autograd runs a backward on a Python backend ends the process."""
+    """The accelerator runs out of memory at its product number `last`: in a forward, for what is
+    raised in the thread in which autograd runs a backward on a Python backend ends the process."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, last: int) -> None:
         self.done, self.last, self._run = 0, last, fake_accelerator._run
@@ -530,7 +649,9 @@ class Scarce:
         self.done += func._schema.name in PRODUCTS
         if self.done >= self.last and threading.current_thread() is threading.main_thread():
             self.done = 0
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore that nobody reads.")
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB.\nMore that nobody reads."
+            )
         return self._run(func, *args, **kwargs)
 
 
@@ -545,22 +666,30 @@ def test_training_out_of_memory_says_what_to_lower_and_goes_on_from_the_last_who
         with pytest.raises(UserError) as caught:
             make(project, [stage], BRIEF, force=True)
     said = str(caught.value)
-    assert said.startswith(f"{stage}: out of memory in step ") and "Tried to allocate 2.00 GiB" in said
+    assert (
+        said.startswith(f"{stage}: out of memory in step ") and "Tried to allocate 2.00 GiB" in said
+    )
     assert "\n" not in said
     assert f"{stage}.{'grid' if stage == 'finetune_sweep' else 'batch_size=1'}" in said
     kept = checkpoints(open_project(project / "params.yaml").run_folder(stage))
     assert len(kept) == 1 and not kept[0].name.endswith("-000000000")
     make(project, [stage], BRIEF, force=True)
-    assert losses(project, stage) == [pytest.approx(each, abs=1e-5) for each in losses(brief, stage)]
+    assert losses(project, stage) == [
+        pytest.approx(each, abs=1e-5) for each in losses(brief, stage)
+    ]
 
 
 @on_accelerator
-def test_a_model_that_finds_no_room_to_train_is_one_message(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_finds_no_room_to_train_is_one_message(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16.00 GiB.")
 
     monkeypatch.setattr("pipeline.training.loop.prepare_model", full)
-    with pytest.raises(UserError, match=r"finetune_lora: out of memory in step 1 .*16\.00 GiB.*checkpointing=full"):
+    with pytest.raises(
+        UserError, match=r"finetune_lora: out of memory in step 1 .*16\.00 GiB.*checkpointing=full"
+    ):
         make(project, ["finetune_lora"], BRIEF, force=True)
 
 
@@ -594,16 +723,26 @@ def test_a_batch_of_equal_lengths_has_one_of_them_as_its_longest() -> None:
 
 
 @on_accelerator
-def test_a_command_out_of_memory_is_one_message(project: Path, cli: Lora, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_out_of_memory_is_one_message(
+    project: Path, cli: Lora, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Scarce(monkeypatch, 3)
-    for command in (["prompt", "der wind", "--base", "artifacts/expanded"], ["compare", "der wind"]):
+    for command in (
+        ["prompt", "der wind", "--base", "artifacts/expanded"],
+        ["compare", "der wind"],
+    ):
         code, out, err = cli(*command, cwd=project)
         assert (code, out, err.count("\n")) == (1, "", 1)
-        assert err.startswith("error: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.)")
+        assert err.startswith(
+            "error: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.)"
+        )
 
 
 def test_the_inference_process_knows_the_same_words(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base")
     assert engine.load(base).model.device.type == "cpu"  # too small to gain anything elsewhere
-    for words in ("CUDA out of memory.", "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"):
+    for words in (
+        "CUDA out of memory.",
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+    ):
         assert "out of memory" in (server.device_failure(RuntimeError(words)) or "")

@@ -25,7 +25,10 @@ def test_side_by_side_each_is_continued_as_alone(
     torch.manual_seed(0)
     prompts = [torch.randint(4, 40, (length,)).tolist() for length in (1, 3, 9, 4, 7, 2)]
     limits = [12, 5, 0, 9, 1, 12]
-    alone = [list(generate(model, ids, (), limit, packed=False)) for ids, limit in zip(prompts, limits, strict=True)]
+    alone = [
+        list(generate(model, ids, (), limit, packed=False))
+        for ids, limit in zip(prompts, limits, strict=True)
+    ]
     assert len({tuple(ids) for ids in alone}) > 3, "the model says something of each"
     read = list[int]()
     side_by_side = generation.read_side_by_side
@@ -38,7 +41,10 @@ def test_side_by_side_each_is_continued_as_alone(
     assert generate_all(model, prompts, (), limits) == alone
     assert max(read) > 1, "several in one forward"
     ends = {alone[0][2], alone[3][4]}
-    ended = [list(generate(model, ids, ends, limit, packed=False)) for ids, limit in zip(prompts, limits, strict=True)]
+    ended = [
+        list(generate(model, ids, ends, limit, packed=False))
+        for ids, limit in zip(prompts, limits, strict=True)
+    ]
     assert generate_all(model, prompts, ends, limits) == ended != alone
     assert generate_all(model, [], ends, []) == []
 

@@ -1,4 +1,6 @@
-"""What `base` names, and bases made by others as transformers opens them before and after the import."""
+"""What `base` names, and bases made by others as transformers opens them before and after the
+import.
+"""
 
 import json
 import logging
@@ -48,7 +50,9 @@ from tests.helpers.gguf_files import rewritten, write_llama
 from tests.helpers.projects import ROOT, folder_bytes
 
 HUB_COMMIT = "0123456789abcdef0123456789abcdef01234567"
-REAL = Path(os.environ.get("LORA_SMOLLM2_GGUF") or next(iter((ROOT / "smollm2").glob("*.gguf")), "nowhere"))
+REAL = Path(
+    os.environ.get("LORA_SMOLLM2_GGUF") or next(iter((ROOT / "smollm2").glob("*.gguf")), "nowhere")
+)
 
 
 def imported(base: str, root: Path, **options: Any) -> tuple[Path, dict[str, Any]]:
@@ -80,8 +84,12 @@ def test_a_base_is_named_by_text_and_files(tmp_path: Path) -> None:
     assert (pinned.kind, pinned.hub_id, pinned.revision) == ("hub", "Qwen/Qwen3-8B", "refs/pr/1")
 
 
-@pytest.mark.parametrize("base", ["miniGPT", "./org/model", "/nowhere/model", "../x", "a/b/c", "org/", "org/m@"])
-def test_a_base_that_names_nothing_is_refused_with_what_was_looked_for(base: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "base", ["miniGPT", "./org/model", "/nowhere/model", "../x", "a/b/c", "org/", "org/m@"]
+)
+def test_a_base_that_names_nothing_is_refused_with_what_was_looked_for(
+    base: str, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=r"base must be minigpt, .*does not exist\. Change base"):
         parse_source(base, tmp_path)
 
@@ -129,20 +137,33 @@ def test_a_folder_that_is_no_base_is_refused_before_it_is_opened(
 
 
 @pytest.mark.parametrize(
-    "name", ["../outside/x.safetensors", "/x.safetensors", "..", "", "a/x.safetensors", "x.bin", 1, None]
+    "name",
+    ["../outside/x.safetensors", "/x.safetensors", "..", "", "a/x.safetensors", "x.bin", 1, None],
 )
 def test_a_shard_is_a_safetensors_file_of_its_folder(name: object, tmp_path: Path) -> None:
     toy_checkpoint(tmp_path / "model")
-    for outside in (tmp_path / "outside/x.safetensors", tmp_path / "model/x.bin", tmp_path / "model/a/x.safetensors"):
+    for outside in (
+        tmp_path / "outside/x.safetensors",
+        tmp_path / "model/x.bin",
+        tmp_path / "model/a/x.safetensors",
+    ):
         outside.parent.mkdir(exist_ok=True)
         shutil.copyfile(tmp_path / "model/model.safetensors", outside)
     index = {"weight_map": {"a": "model.safetensors", "b": name}}
-    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    (tmp_path / "model/model.safetensors.index.json").write_text(
+        json.dumps(index), encoding="utf-8"
+    )
     said = refused("model", tmp_path)
     assert "index.json: a shard must be the name of a .safetensors file in this folder, got" in said
 
 
-LINKED = ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json")
+LINKED = (
+    "model.safetensors",
+    "config.json",
+    "tokenizer.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 @pytest.mark.parametrize("name", [*LINKED, "sub/notes.txt", "additional_chat_templates"])
@@ -158,7 +179,9 @@ def test_a_link_that_leaves_a_model_folder_is_not_followed(name: str, tmp_path: 
         outside.mkdir()
     path.symlink_to(outside)
     said = refused("model", tmp_path)
-    assert said.startswith(f"{path} is a link to a file outside its folder: {outside}. Replace it with a copy")
+    assert said.startswith(
+        f"{path} is a link to a file outside its folder: {outside}. Replace it with a copy"
+    )
     for load in (load_base, load_tokenizer, from_path):
         with pytest.raises(UserError, match="is a link to a file outside its folder"):
             load(tmp_path / "model")
@@ -218,7 +241,10 @@ def test_an_imported_model_answers_as_the_one_it_was_made_from(family: str, tmp_
         "revision": None,
         "architecture": type(model).__name__,
         "precision": "float32",
-        "parameters": {"total": sum(parameter.numel() for parameter in model.parameters()), "trainable": 0},
+        "parameters": {
+            "total": sum(parameter.numel() for parameter in model.parameters()),
+            "trainable": 0,
+        },
         "fingerprint": base_fingerprint(out),
     }
     old, new = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "model", out))
@@ -229,7 +255,11 @@ def test_an_imported_model_answers_as_the_one_it_was_made_from(family: str, tmp_
 
 def test_two_imports_of_copies_in_two_places_are_the_same_bytes(tmp_path: Path) -> None:
     toy_checkpoint(tmp_path / "model")
-    edit_config(tmp_path / "model", _name_or_path="/home/somebody/model", auto_map={"AutoConfig": "gone.Config"})
+    edit_config(
+        tmp_path / "model",
+        _name_or_path="/home/somebody/model",
+        auto_map={"AutoConfig": "gone.Config"},
+    )
     first = folder_bytes(imported("model", tmp_path)[0])
     shutil.copytree(tmp_path / "model", tmp_path / "deep/er/copy")
     assert folder_bytes(imported("deep/er/copy", tmp_path)[0]) == first
@@ -238,7 +268,12 @@ def test_two_imports_of_copies_in_two_places_are_the_same_bytes(tmp_path: Path) 
 
 
 ROPE = {"rope_theta": 500.0, "rope_type": "default"}
-LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 
 
 @pytest.mark.parametrize("rope", [ROPE, {**ROPE, **LLAMA3, "rope_type": "llama3"}])
@@ -249,7 +284,9 @@ def test_rotary_settings_have_the_names_that_programs_before_transformers_5_read
     out, _ = imported("model", tmp_path)
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     assert config["rope_theta"] == 500.0 and config["rope_parameters"] == rope
-    assert config.get("rope_scaling", {}) == ({**LLAMA3, "rope_type": "llama3"} if len(rope) > 2 else {})
+    assert config.get("rope_scaling", {}) == (
+        {**LLAMA3, "rope_type": "llama3"} if len(rope) > 2 else {}
+    )
     assert torch.equal(logits(opened(out)), logits(model))
 
 
@@ -261,19 +298,26 @@ def test_shards_become_one_file(tmp_path: Path) -> None:
     assert torch.equal(logits(opened(out)), logits(model))
 
 
-@pytest.mark.parametrize(("asked", "got"), [("auto", "bfloat16"), ("fp32", "float32"), ("fp16", "float16")])
-def test_the_precision_is_that_of_the_weights_or_what_was_asked(asked: Any, got: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("asked", "got"), [("auto", "bfloat16"), ("fp32", "float32"), ("fp16", "float16")]
+)
+def test_the_precision_is_that_of_the_weights_or_what_was_asked(
+    asked: Any, got: str, tmp_path: Path
+) -> None:
     model = toy_checkpoint(tmp_path / "model", dtype=torch.bfloat16)
     out, facts = imported("model", tmp_path, precision=asked)
     assert facts["precision"] == got
     weights = load_file(out / "model.safetensors")
     assert {str(tensor.dtype) for tensor in weights.values()} == {f"torch.{got}"}
     assert all(
-        torch.equal(weights[name], tensor.to(weights[name].dtype)) for name, tensor in model.state_dict().items()
+        torch.equal(weights[name], tensor.to(weights[name].dtype))
+        for name, tensor in model.state_dict().items()
     )
 
 
-def test_settings_of_generation_stay_as_they_were_even_if_todays_rules_refuse_them(tmp_path: Path) -> None:
+def test_settings_of_generation_stay_as_they_were_even_if_todays_rules_refuse_them(
+    tmp_path: Path,
+) -> None:
     toy_checkpoint(tmp_path / "model")
     text = '{"temperature": 0.6, "do_sample": false, "eos_token_id": [1, 7]}'
     (tmp_path / "model/generation_config.json").write_text(text, encoding="utf-8")
@@ -290,7 +334,12 @@ def test_a_tokenizer_without_tokenizer_json_is_converted(tmp_path: Path) -> None
     (tmp_path / "model/vocab.json").write_text(json.dumps(state["vocab"]), encoding="utf-8")
     merges = "\n".join(" ".join(pair) for pair in state["merges"])
     (tmp_path / "model/merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<pad>", "tokenizer_class": "GPT2Tokenizer"}
+    special = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<pad>",
+        "tokenizer_class": "GPT2Tokenizer",
+    }
     (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(special), encoding="utf-8")
     first = folder_bytes(imported("model", tmp_path)[0])
     new = AutoTokenizer.from_pretrained(tmp_path / "imported")
@@ -328,12 +377,16 @@ def not_a_number(folder: Path) -> None:
 
 def infinite_row(folder: Path) -> None:
     """Of a token that no check meets."""
-    change_weights(folder, lambda tensors: tensors["model.embed_tokens.weight"][-1].fill_(-torch.inf))
+    change_weights(
+        folder, lambda tensors: tensors["model.embed_tokens.weight"][-1].fill_(-torch.inf)
+    )
 
 
 def integers(folder: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
-    change_weights(folder, lambda tensors: tensors.update({name: (tensors[name] * 99).to(torch.int8)}))
+    change_weights(
+        folder, lambda tensors: tensors.update({name: (tensors[name] * 99).to(torch.int8)})
+    )
 
 
 def bits_of_a_norm(folder: Path) -> None:
@@ -382,9 +435,18 @@ def fp8(folder: Path) -> None:
         (other_shape, r"down_proj\.weight and 5 more are of another shape than config\.json gives"),
         (not_a_number, r"model\.norm\.weight is not finite in float32"),
         (infinite_row, r"model\.embed_tokens\.weight is not finite in float32"),
-        (integers, r"up_proj\.weight holds integers \(I8\), but config\.json names no quantization"),
-        (bits_of_a_norm, r"model\.norm\.weight holds integers \(U8\), but config\.json names no quantization"),
-        (quantized, r"is quantized \('gptq'\); unquantized weights are needed\. Use the 16-bit model"),
+        (
+            integers,
+            r"up_proj\.weight holds integers \(I8\), but config\.json names no quantization",
+        ),
+        (
+            bits_of_a_norm,
+            r"model\.norm\.weight holds integers \(U8\), but config\.json names no quantization",
+        ),
+        (
+            quantized,
+            r"is quantized \('gptq'\); unquantized weights are needed\. Use the 16-bit model",
+        ),
         (compressed, r"is quantized \('compressed-tensors'\)"),
         (unknown_kind, "cannot be opened: .*nothing_known"),
         (encoder, "cannot be opened: "),
@@ -404,7 +466,9 @@ def test_a_base_is_taken_whole_or_refused(
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("damage", [not_a_number, infinite_row, integers, bits_of_a_norm, quantized, compressed])
+@pytest.mark.parametrize(
+    "damage", [not_a_number, infinite_row, integers, bits_of_a_norm, quantized, compressed]
+)
 def test_a_folder_that_was_not_imported_is_checked_when_it_is_loaded(
     damage: Callable[[Path], None], tmp_path: Path
 ) -> None:
@@ -420,7 +484,9 @@ def test_a_minigpt_is_checked_too(change: Any, tmp_path: Path) -> None:
     name = "model.decoder.layers.0.fc1.weight"
     path = tmp_path / "model/model.safetensors"
     tensors = load_file(path)
-    tensors[name] = tensors[name].to(change) if isinstance(change, torch.dtype) else tensors[name] * change
+    tensors[name] = (
+        tensors[name].to(change) if isinstance(change, torch.dtype) else tensors[name] * change
+    )
     save_file(tensors, path)
     with pytest.raises(UserError, match=r"fc1\.weight (is not finite|holds integers)"):
         load_base(tmp_path / "model")
@@ -428,7 +494,11 @@ def test_a_minigpt_is_checked_too(change: Any, tmp_path: Path) -> None:
 
 BITSANDBYTES: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    "nf4, double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "nf4, double": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    },
     "fp4": {"load_in_4bit": True},
     "int8": {"load_in_8bit": True},
 }
@@ -451,7 +521,9 @@ def test_a_checkpoint_of_bitsandbytes_is_dequantized_once(
     )
     theirs.save_pretrained(tmp_path / "model")
     toy_tokenizer().save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match=r"is quantized \('bitsandbytes'\); .* Import it, which dequantizes it"):
+    with pytest.raises(
+        UserError, match=r"is quantized \('bitsandbytes'\); .* Import it, which dequantizes it"
+    ):
         load_base(tmp_path / "model")
     capfd.readouterr()
     out, entries = imported("model", tmp_path)
@@ -470,9 +542,14 @@ def test_a_checkpoint_of_bitsandbytes_is_dequantized_once(
 def test_what_bitsandbytes_says_of_an_optional_kernel_when_it_is_imported_is_not_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It says so on CPUs with AVX512-BF16 alone; here another package of its name does on every CPU."""
+    """It says so on CPUs with AVX512-BF16 alone; here another package of its name does on every
+    CPU.
+    """
     name = import_module("bitsandbytes.backends.cpu.ops").logger.name
-    said = f"import logging\nlogging.getLogger({name!r}).warning('Failed to load CPU gemm_4bit_forward')\n"
+    said = (
+        f"import logging\nlogging.getLogger({name!r}).warning('Failed to load CPU "
+        "gemm_4bit_forward')\n"
+    )
     (tmp_path / "bitsandbytes").mkdir()
     (tmp_path / "bitsandbytes/__init__.py").write_text("")
     (tmp_path / "bitsandbytes/functional.py").write_text(said)
@@ -485,12 +562,21 @@ def test_what_bitsandbytes_says_of_an_optional_kernel_when_it_is_imported_is_not
 
 
 def test_an_encoder_is_not_taken_for_a_language_model(tmp_path: Path) -> None:
-    """transformers would open it without a word: each of its answers reads the tokens that follow."""
+    """transformers would open it without a word: each of its answers reads the tokens that
+    follow.
+    """
     from transformers import BertConfig, BertForMaskedLM
 
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     BertForMaskedLM(BertConfig(vocab_size=ROWS, **sizes)).save_pretrained(tmp_path / "model")
-    change_weights(tmp_path / "model", lambda tensors: [t.mul_(20) for t in tensors.values() if t.ndim > 1])
+    change_weights(
+        tmp_path / "model", lambda tensors: [t.mul_(20) for t in tensors.values() if t.ndim > 1]
+    )
     toy_tokenizer().save_pretrained(tmp_path / "model")
     assert "is not a causal language model" in refused("model", tmp_path)
 
@@ -519,7 +605,9 @@ class OwnModel(LlamaForCausalLM):
 def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
     model = toy_checkpoint(tmp_path / "model")
     (tmp_path / "model/own.py").write_text(CODE, encoding="utf-8")
     edit_config(
@@ -540,14 +628,23 @@ def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1,000,000, the weights have 21 tensors"),
-        ({"vocab_size": 10**12}, "hidden_size × vocab_size is 32,000,000,000,000, more than its weights hold"),
+        (
+            {"num_hidden_layers": 10**6},
+            "num_hidden_layers is 1,000,000, the weights have 21 tensors",
+        ),
+        (
+            {"vocab_size": 10**12},
+            "hidden_size × vocab_size is 32,000,000,000,000, more than its weights hold",
+        ),
         ({"hidden_size": 10**7}, "hidden_size × vocab_size is"),
         ({"intermediate_size": 10**9}, "hidden_size × intermediate_size is"),
         ({"head_dim": 10**7}, "hidden_size × head_dim is"),
         ({"head_dim": 10**5}, "it describes 76,829,856 parameters, the weights have 36,000"),
         ({"text_config": {"n_layer": 10**6}}, "n_layer is"),
-        ({"model_type": "mixtral", "num_local_experts": 90_000}, "num_hidden_layers × num_local_experts is 180,000"),
+        (
+            {"model_type": "mixtral", "num_local_experts": 90_000},
+            "num_hidden_layers × num_local_experts is 180,000",
+        ),
     ],
 )
 def test_a_config_that_describes_more_than_the_weights_is_refused_before_anything_is_built(
@@ -555,7 +652,9 @@ def test_a_config_that_describes_more_than_the_weights_is_refused_before_anythin
 ) -> None:
     toy_checkpoint(tmp_path / "model")
     edit_config(tmp_path / "model", **changes)
-    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("it was opened"))
+    monkeypatch.setattr(
+        "transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("it was opened")
+    )
     for opens in (
         lambda: imported("model", tmp_path),
         *(partial(use, tmp_path / "model") for use in (load_base, skeleton)),
@@ -571,12 +670,16 @@ def test_a_minigpt_is_no_larger_than_its_weights_either(tmp_path: Path) -> None:
         load_base(tmp_path / "model")
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "chat_template.jinja", "tokenizer.model"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "config.json", "chat_template.jinja", "tokenizer.model"]
+)
 def test_a_text_of_absurd_size_is_not_read(name: str, tmp_path: Path) -> None:
     toy_checkpoint(tmp_path / "model")
     with (tmp_path / "model" / name).open("ab") as file:
         file.truncate(3 * 2**30)  # no block of it is on the disk
-    assert f"{name} must have at most 100,000,000 bytes, got 3,221,225,472" in refused("model", tmp_path)
+    assert f"{name} must have at most 100,000,000 bytes, got 3,221,225,472" in refused(
+        "model", tmp_path
+    )
     with pytest.raises(UserError, match="must have at most 100,000,000 bytes"):
         load_tokenizer(tmp_path / "model")
 
@@ -598,7 +701,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("base", ["org/toy", f"org/toy@{HUB_COMMIT}"])
-def test_without_network_the_hubs_cache_is_asked_and_the_commit_pinned(base: str, hub: Path, tmp_path: Path) -> None:
+def test_without_network_the_hubs_cache_is_asked_and_the_commit_pinned(
+    base: str, hub: Path, tmp_path: Path
+) -> None:
     out, facts = imported(base, tmp_path)
     assert (facts["source"], facts["revision"]) == ("hub", HUB_COMMIT)
     assert torch.equal(logits(opened(out)), logits(toy_model("llama")))
@@ -652,7 +757,11 @@ def test_a_gguf_file_becomes_the_checkpoint_that_it_was_made_from(
     capfd.readouterr()
     out, facts = imported("toy.gguf", tmp_path)
     assert capfd.readouterr() == ("", "")
-    assert (facts["source"], facts["architecture"], facts["precision"]) == ("gguf", "LlamaForCausalLM", "float32")
+    assert (facts["source"], facts["architecture"], facts["precision"]) == (
+        "gguf",
+        "LlamaForCausalLM",
+        "float32",
+    )
     torch.testing.assert_close(logits(opened(out)), logits(model))
     old, new = toy_tokenizer(), AutoTokenizer.from_pretrained(out)
     assert [new(text)["input_ids"] for text in TEXT] == [old(text)["input_ids"] for text in TEXT]
@@ -663,7 +772,9 @@ def test_a_gguf_file_becomes_the_checkpoint_that_it_was_made_from(
     assert folder_bytes(imported("moved/other.gguf", tmp_path)[0]) == first
 
 
-@pytest.mark.parametrize(("kind", "dequantized"), [(3, "Q4_1"), (15, "Q4_K_M"), (1, None), (32, None), (999, None)])
+@pytest.mark.parametrize(
+    ("kind", "dequantized"), [(3, "Q4_1"), (15, "Q4_K_M"), (1, None), (32, None), (999, None)]
+)
 def test_the_license_and_the_quantization_of_a_gguf_file_are_kept(
     tmp_path: Path, kind: int, dequantized: str | None
 ) -> None:
@@ -675,14 +786,20 @@ def test_the_license_and_the_quantization_of_a_gguf_file_are_kept(
     }
     write_llama(tmp_path / "toy.gguf", toy_model("llama"), **said)
     facts = imported("toy.gguf", tmp_path)[1]
-    assert facts["license"] == {key: said[key] for key in ("license", "license_name", "license_link")}
+    assert facts["license"] == {
+        key: said[key] for key in ("license", "license_name", "license_link")
+    }
     assert facts.get("dequantized") == dequantized
 
 
 def test_a_gguf_file_that_is_cut_or_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
     write_llama(tmp_path / "toy.gguf", toy_model("llama"))
     whole = (tmp_path / "toy.gguf").read_bytes()
-    for size, reason in (100, "is truncated"), (len(whole) // 2, "cannot be opened"), (len(whole) - 5_000, "cannot be"):
+    for size, reason in (
+        (100, "is truncated"),
+        (len(whole) // 2, "cannot be opened"),
+        (len(whole) - 5_000, "cannot be"),
+    ):
         (tmp_path / "toy.gguf").write_bytes(whole[:size])
         assert f"toy.gguf {reason}" in refused("toy.gguf", tmp_path)
     write_llama(tmp_path / "mamba.gguf", toy_model("llama"), "plamo")
@@ -693,11 +810,19 @@ def test_a_gguf_file_that_is_cut_or_of_an_unknown_kind_is_refused(tmp_path: Path
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("block_count", 0, "must be the number of its blocks, at least 1: its tensors have 2, got 0"),
+        (
+            "block_count",
+            0,
+            "must be the number of its blocks, at least 1: its tensors have 2, got 0",
+        ),
         ("block_count", 1, "its tensors have 2, got 1"),  # transformers would leave out the second
         ("block_count", 10**6, "its tensors have 2, got 1000000"),
         ("block_count", None, "its tensors have 2, got None"),
-        ("vocab_size", 10**9, "hidden_size × vocab_size is 32,000,000,000, more than its weights hold"),
+        (
+            "vocab_size",
+            10**9,
+            "hidden_size × vocab_size is 32,000,000,000, more than its weights hold",
+        ),
         ("context_length", 0, "max_position_embeddings must be at least 1, got 0"),
     ],
 )
@@ -706,7 +831,9 @@ def test_a_gguf_file_that_describes_another_model_than_it_holds_is_refused_befor
 ) -> None:
     write_llama(tmp_path / "whole.gguf", toy_model("llama"))
     rewritten(tmp_path / "whole.gguf", tmp_path / "toy.gguf", {f"llama.{key}": value})
-    monkeypatch.setattr("pipeline.models.import_base.load_strict", lambda *_, **__: pytest.fail("it was opened"))
+    monkeypatch.setattr(
+        "pipeline.models.import_base.load_strict", lambda *_, **__: pytest.fail("it was opened")
+    )
     assert reason in refused("toy.gguf", tmp_path)
 
 
@@ -714,13 +841,20 @@ def test_without_its_libraries_a_gguf_file_is_refused_with_the_extra_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "toy.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr("pipeline.errors.find_spec", lambda name: None if name == "google.protobuf" else object())
-    assert "needs protobuf. Run `pip install 'lora-workbench[gguf]'`." in refused("toy.gguf", tmp_path)
+    monkeypatch.setattr(
+        "pipeline.errors.find_spec", lambda name: None if name == "google.protobuf" else object()
+    )
+    assert "needs protobuf. Run `pip install 'lora-workbench[gguf]'`." in refused(
+        "toy.gguf", tmp_path
+    )
 
 
 SPACED = "a  b   c\n\n1  2 10  20\t\t3 ½ ² year 2024,  and\n\n 5\n"
 SPLITS: dict[str, list[Any]] = {
-    "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "smollm": [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ],
     "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
 }
 PIECES = (
@@ -750,8 +884,12 @@ ANY_TEXT = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
 
 
 @pytest.fixture(scope="module", params=SPLITS)
-def split(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
-    """A GGUF file, a tokenizer that splits as the file says, and the one that is imported from it."""
+def split(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Any, Any]:
+    """A GGUF file, a tokenizer that splits as the file says, and the one that is imported from
+    it.
+    """
     root = tmp_path_factory.mktemp("split")
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.Sequence(SPLITS[request.param])
@@ -763,17 +901,23 @@ def split(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         show_progress=False,
     )
     inner.train_from_iterator([SPACED] * 3, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
     write_llama(root / "toy.gguf", toy_model("llama"), tokenizer=fast, pre=request.param)
     return root / "toy.gguf", fast, load_tokenizer(imported("toy.gguf", root)[0])
 
 
 @given(ANY_TEXT)
-def test_an_imported_gguf_tokenizer_splits_texts_as_the_file_says(split: tuple[Path, Any, Any], text: str) -> None:
+def test_an_imported_gguf_tokenizer_splits_texts_as_the_file_says(
+    split: tuple[Path, Any, Any], text: str
+) -> None:
     assert split[2].encode(text) == tuple(split[1](text)["input_ids"])
 
 
-def test_an_imported_gguf_tokenizer_gives_the_ids_of_llama_cpp(split: tuple[Path, Any, Any]) -> None:
+def test_an_imported_gguf_tokenizer_gives_the_ids_of_llama_cpp(
+    split: tuple[Path, Any, Any],
+) -> None:
     pytest.importorskip("llama_cpp_py_sync")
     file, _, tokenizer = split
     with LlamaCpp(file) as runner:
@@ -784,7 +928,9 @@ def test_an_imported_gguf_tokenizer_gives_the_ids_of_llama_cpp(split: tuple[Path
 def test_a_gguf_file_that_adds_bos_gives_a_base_that_does(tmp_path: Path) -> None:
     write_llama(tmp_path / "toy.gguf", toy_model("llama"))
     rewritten(tmp_path / "toy.gguf", tmp_path / "bos.gguf", {"tokenizer.ggml.add_bos_token": True})
-    without, added = (load_tokenizer(imported(f"{name}.gguf", tmp_path)[0]) for name in ("toy", "bos"))
+    without, added = (
+        load_tokenizer(imported(f"{name}.gguf", tmp_path)[0]) for name in ("toy", "bos")
+    )
     assert (without.bos_id, added.bos_id) == (None, 0)
     assert added.encode(TEXT[0]) == (0, *without.encode(TEXT[0]))
 
@@ -797,8 +943,12 @@ def test_a_gguf_file_that_splits_texts_in_an_unknown_way_is_refused(tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not REAL.is_file(), reason="no SmolLM2: run `make smollm2`, or set LORA_SMOLLM2_GGUF")
-def test_a_real_model_from_a_gguf_file_says_that_the_capital_of_france_is_paris(tmp_path: Path) -> None:
+@pytest.mark.skipif(
+    not REAL.is_file(), reason="no SmolLM2: run `make smollm2`, or set LORA_SMOLLM2_GGUF"
+)
+def test_a_real_model_from_a_gguf_file_says_that_the_capital_of_france_is_paris(
+    tmp_path: Path,
+) -> None:
     out, facts = imported(str(REAL), tmp_path)
     assert (facts["architecture"], facts["precision"]) == ("LlamaForCausalLM", "float32")
     model, tokenizer = opened(out), AutoTokenizer.from_pretrained(out)
@@ -819,6 +969,8 @@ def test_deciding_what_a_base_is_loads_no_heavy_library() -> None:
 
     heavy = "[n for n in ('torch', 'transformers', 'numpy') if n in sys.modules]"
     code = f"import sys, pipeline.files.base_model; print({heavy})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
     assert base_model.MINIGPT == "minigpt"

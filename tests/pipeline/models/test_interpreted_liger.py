@@ -11,7 +11,8 @@ from tests.helpers.projects import ROOT
 
 pytestmark = pytest.mark.slow
 ERRORS = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
-PARTS = {"norm": 3, "loss": 3, "silu": 2, "gelu": 2, "rotation": 2}  # of ERRORS: the interpreter has no sums of bf16
+# of ERRORS: the interpreter has no sums of bf16
+PARTS = {"norm": 3, "loss": 3, "silu": 2, "gelu": 2, "rotation": 2}
 CASES = [(part, dtype) for part, count in PARTS.items() for dtype in [*ERRORS][:count]]
 
 
@@ -28,12 +29,20 @@ def errors() -> dict[str, float]:
 
 
 @pytest.mark.parametrize("part, dtype", CASES)
-def test_its_outputs_and_gradients_are_those_of_the_formula(part: str, dtype: str, errors: dict[str, float]) -> None:
-    own = {name: error for name, error in errors.items() if name.startswith(part) and name.endswith(f".{dtype}")}
+def test_its_outputs_and_gradients_are_those_of_the_formula(
+    part: str, dtype: str, errors: dict[str, float]
+) -> None:
+    own = {
+        name: error
+        for name, error in errors.items()
+        if name.startswith(part) and name.endswith(f".{dtype}")
+    }
     assert own and all(error < ERRORS[dtype] for error in own.values()), own
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
-def test_models_take_its_kernels_and_compute_the_same(family: str, errors: dict[str, float]) -> None:
+def test_models_take_its_kernels_and_compute_the_same(
+    family: str, errors: dict[str, float]
+) -> None:
     """In fp32: logits and the gradient of the embedding."""
     assert errors[f"model {family}"] < 1e-4

@@ -23,7 +23,9 @@ IDS = torch.arange(36).remainder(20).view(3, 12)  # (B, T)
 
 
 def model_with(*specs: AdapterSpec, config: MiniGPTConfig | None = None) -> tuple[MiniGPT, Any]:
-    """A MiniGPT with an adapter for each spec, no factor of which is zero, and the routing of several."""
+    """A MiniGPT with an adapter for each spec, no factor of which is zero, and the routing of
+    several.
+    """
     torch.manual_seed(0)
     model, routing = MiniGPT(config or MiniGPTConfig(20, 0, 1)), None
     if len(specs) == 1:
@@ -42,13 +44,19 @@ def gradients(
     """Hidden states, and every parameter's gradient of a loss of them."""
     if ids is None:
         ids = IDS if segments is None else IDS.view(len(segments[1]), -1)
-    positions = None if segments is None else torch.cat([torch.arange(n) for n in segments[0]]).expand(ids.shape)
+    positions = (
+        None
+        if segments is None
+        else torch.cat([torch.arange(n) for n in segments[0]]).expand(ids.shape)
+    )
     counts = () if routing is None else (ids.numel() // len(routing.counts),) * len(routing.counts)
     model.zero_grad()
     with nullcontext() if routing is None else routing.route(counts):
         out = model.hidden_states(ids, positions, None if segments is None else segments[0])
         torch.autograd.backward((out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum())
-    return out.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return out.detach(), {
+        name: p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.fixture
@@ -84,7 +92,8 @@ def test_outputs_and_gradients_are_those_of_the_modules(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     count = len(alphas)
-    monkeypatch.setattr(kernel, "ONEDNN_FROM", 20 if count == 1 else 1000)  # both products are tried
+    # both products are tried
+    monkeypatch.setattr(kernel, "ONEDNN_FROM", 20 if count == 1 else 1000)
     if not natively:
         monkeypatch.setattr(kernel, "_runs_natively", lambda *_: False)
     model, routing = model_with(*(lora(4, alpha, saved=saved) for alpha in alphas))
@@ -116,15 +125,23 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def of_sizes(rank: int, width: int, adapters: int = 3) -> tuple[MiniGPT, Any]:
-    return model_with(*[lora(rank)] * adapters, config=MiniGPTConfig(20, 0, 1, width, 2, 2, 3 * width))
+    return model_with(
+        *[lora(rank)] * adapters, config=MiniGPTConfig(20, 0, 1, width, 2, 2, 3 * width)
+    )
 
 
 @needs_native
 @pytest.mark.parametrize("width", [32, 96])
 @pytest.mark.parametrize("rank", [1, 5, 40])
-@pytest.mark.parametrize("segments", [(1,), (3, 1, 7), (20, 13), (2, 2)], ids=["one token", "odd", "long", "even"])
+@pytest.mark.parametrize(
+    "segments", [(1,), (3, 1, 7), (20, 13), (2, 2)], ids=["one token", "odd", "long", "even"]
+)
 def test_the_native_block_takes_any_rank_width_and_lengths(
-    segments: tuple[int, ...], rank: int, width: int, blocks: list[str], monkeypatch: pytest.MonkeyPatch
+    segments: tuple[int, ...],
+    rank: int,
+    width: int,
+    blocks: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, routing = of_sizes(rank, width)
     ids = torch.arange(3 * sum(segments)).remainder(20).view(3, -1)  # a row per adapter
@@ -135,12 +152,16 @@ def test_the_native_block_takes_any_rank_width_and_lengths(
     out, found = run()
     again, twice = run()
     assert set(blocks) == {"native"}
-    assert torch.equal(out, again) and all(torch.equal(found[name], grad) for name, grad in twice.items())
+    assert torch.equal(out, again) and all(
+        torch.equal(found[name], grad) for name, grad in twice.items()
+    )
     monkeypatch.setattr(minigpt, "low_rank_block", lambda *_: None)
     expected, wanted = run()
     assert_close(out, expected, rtol=1e-4, atol=2e-5)
     for name, grad in wanted.items():
-        assert_close(found[name], grad, rtol=1e-4, atol=1e-4 * float(grad.abs().max()) + 1e-6, msg=name)
+        assert_close(
+            found[name], grad, rtol=1e-4, atol=1e-4 * float(grad.abs().max()) + 1e-6, msg=name
+        )
 
 
 @needs_native
@@ -152,11 +173,15 @@ def test_in_the_native_block_what_is_not_finite_stays_with_its_adapter(blocks: l
     out, found = gradients(model, routing, ((2, 2), range(3)), IDS.view(3, -1)[:, :4])
     assert set(blocks) == {"native"} and out[1].isnan().all()
     for n in (0, 2):
-        assert torch.equal(out[n], finite[n]) and all(torch.equal(found[key][n], wanted[key][n]) for key in wanted)
+        assert torch.equal(out[n], finite[n]) and all(
+            torch.equal(found[key][n], wanted[key][n]) for key in wanted
+        )
 
 
 @pytest.mark.parametrize(("width", "heads"), [(48, 3), (64, 8)], ids=["width", "heads"])
-def test_sizes_that_fill_no_vector_are_computed_by_torch(width: int, heads: int, blocks: list[str]) -> None:
+def test_sizes_that_fill_no_vector_are_computed_by_torch(
+    width: int, heads: int, blocks: list[str]
+) -> None:
     model, routing = model_with(*[lora()] * 2, config=MiniGPTConfig(20, 0, 1, width, 2, heads))
     gradients(model, routing, ((2, 2), range(2)), IDS[:2, :4])
     assert set(blocks) == {"torch"}
@@ -176,12 +201,16 @@ def changed(change: Callable[[MiniGPT], object]) -> MiniGPT:
     lambda: changed(lambda model: model.blocks.requires_grad_(True)),
     lambda: changed(lambda model: model.bfloat16()),
 ], ids=["DoRA", "feed-forward too", "some of attention", "ranks", "the base trains", "bf16"])  # fmt: skip
-def test_anything_else_goes_through_the_modules(make: Callable[[], MiniGPT], used: list[bool]) -> None:
+def test_anything_else_goes_through_the_modules(
+    make: Callable[[], MiniGPT], used: list[bool]
+) -> None:
     gradients(make(), None, None)
     assert not any(used)
 
 
-def test_a_disabled_adapter_and_a_forward_without_gradient_go_through_the_modules(used: list[bool]) -> None:
+def test_a_disabled_adapter_and_a_forward_without_gradient_go_through_the_modules(
+    used: list[bool],
+) -> None:
     model, _ = model_with(lora())
     with disable_adapter(model):
         model.hidden_states(IDS)

@@ -1,4 +1,6 @@
-"""config.json of others may say anything: it is opened and computes, or it is one message, soon, in little memory."""
+"""config.json of others may say anything: it is opened and computes, or it is one message, soon, in
+little memory.
+"""
 
 import json
 import shutil
@@ -30,8 +32,21 @@ KINDS: dict[str, dict[str, Any]] = {
 LIES: dict[str, tuple[Any, ...]] = {  # key → values that no model has
     "sliding_window": ("abc", -1, 0, [4], 10**30),
     "layer_types": (["full_attention"], ["x", "x"], "abc", {}),
-    "quantization_config": ([], [4], "abc", {"quant_method": 3}, {"quant_method": "x"}, {"load_in_4bit": True}),
-    "rope_parameters": ("abc", [], {"rope_type": "linear", "factor": "a"}, {"rope_type": 3}, {"full_attention": 3}),
+    "quantization_config": (
+        [],
+        [4],
+        "abc",
+        {"quant_method": 3},
+        {"quant_method": "x"},
+        {"load_in_4bit": True},
+    ),
+    "rope_parameters": (
+        "abc",
+        [],
+        {"rope_type": "linear", "factor": "a"},
+        {"rope_type": 3},
+        {"full_attention": 3},
+    ),
     "rope_scaling": ("abc", [4], {"rope_type": "yarn"}, {"type": "dynamic", "factor": -1}),
     "num_hidden_layers": (0, -1, 10**12, 1e12, "2", None, 2.0),
     "num_attention_heads": (0, -1, 10**12, "4", []),
@@ -82,7 +97,9 @@ def bases(built: Built) -> Path:
 
 
 def tell(source: Path, folder: Path, lie: dict[str, Any], traced: bool = False) -> None:
-    """Open a copy of the checkpoint whose config.json has a lie; `traced`: run a step under fake tensors too."""
+    """Open a copy of the checkpoint whose config.json has a lie; `traced`: run a step under fake
+    tensors too.
+    """
     shutil.copytree(source, folder, dirs_exist_ok=True)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | lie
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -101,19 +118,29 @@ def tell(source: Path, folder: Path, lie: dict[str, Any], traced: bool = False) 
         assert isinstance(tokenizer, SubwordTokenizer)
         list(generate(model, tokenizer.encode("Two and two"), (), 4))
 
-    for reader in (count, lambda: load_tokenizer(folder), lambda: skeleton(folder), compute, *([trace] * traced)):
+    for reader in (
+        count,
+        lambda: load_tokenizer(folder),
+        lambda: skeleton(folder),
+        compute,
+        *([trace] * traced),
+    ):
         read_or_refuse(reader, folder)
 
 
 @pytest.mark.parametrize("key", LIES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.sampled(5)
-def test_a_lie_of_a_config_is_one_message_or_changes_nothing(bases: Path, kind: str, key: str, tmp_path: Path) -> None:
+def test_a_lie_of_a_config_is_one_message_or_changes_nothing(
+    bases: Path, kind: str, key: str, tmp_path: Path
+) -> None:
     for value in LIES[key]:
         tell(bases / kind, tmp_path, {key: value})
 
 
-@pytest.mark.parametrize("lie", [{"sliding_window": "abc"}, {"num_labels": 10**12}, {"rope_parameters": 3}])
+@pytest.mark.parametrize(
+    "lie", [{"sliding_window": "abc"}, {"num_labels": 10**12}, {"rope_parameters": 3}]
+)
 def test_a_step_of_a_model_whose_config_lies_is_traced_or_refused(
     bases: Path, lie: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -123,7 +150,9 @@ def test_a_step_of_a_model_whose_config_lies_is_traced_or_refused(
 @pytest.mark.slow
 @pytest.mark.rest
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_value_of_any_key_is_one_message_or_changes_nothing(bases: Path, kind: str, tmp_path: Path) -> None:
+def test_any_value_of_any_key_is_one_message_or_changes_nothing(
+    bases: Path, kind: str, tmp_path: Path
+) -> None:
     config = json.loads((bases / kind / "config.json").read_text(encoding="utf-8"))
     for key in sorted({*config, *LIES}):
         for value in ODD:

@@ -8,7 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from pipeline.data.tokenizers.word import WordTokenizer
 from pipeline.errors import UserError
@@ -35,12 +39,22 @@ def test_transformers_opens_the_checkpoint_with_our_logits(tmp_path: Path, tied:
     with torch.no_grad():
         assert (model(ids) - theirs(ids).logits).abs().max() < 1e-5
         positions = torch.arange(4, 12).expand(5, 8)
-        ours, other = model(ids[:, :8], positions), theirs(ids[:, :8], position_ids=positions).logits
+        ours, other = (
+            model(ids[:, :8], positions),
+            theirs(ids[:, :8], position_ids=positions).logits,
+        )
     assert (ours - other).abs().max() < 1e-5
 
 
 def test_the_trained_checkpoint_opens_in_transformers_with_our_logits(finished: Path) -> None:
-    for name in ("base", "expanded", "from_scratch", "full_finetuned", "layer_frozen", "lora_merged"):
+    for name in (
+        "base",
+        "expanded",
+        "from_scratch",
+        "full_finetuned",
+        "layer_frozen",
+        "lora_merged",
+    ):
         folder = finished / "artifacts" / name
         ours, _ = load_base(folder)
         theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -89,13 +103,17 @@ def test_greedy_generation_is_that_of_transformers(finished: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
     for text in ("die katze", "der hund läuft", "bulgarien"):
         ids = tokenizer.encode(text)
-        expected = theirs.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
+        expected = theirs.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[
+            0, len(ids) :
+        ].tolist()
         found = list(generate(ours, ids, tokenizer.end_ids, 12))
         assert found == [token for token in expected if token != tokenizer.end_id]
 
 
 @given(st.floats(0.2, 3), st.integers(0, 80), st.floats(0.05, 1), st.integers(0, 10**6))
-def test_sampling_has_the_distribution_of_transformers(temperature: float, k: int, p: float, seed: int) -> None:
+def test_sampling_has_the_distribution_of_transformers(
+    temperature: float, k: int, p: float, seed: int
+) -> None:
     logits = torch.randn(74, generator=torch.Generator().manual_seed(seed)) * 3
     expected = TemperatureLogitsWarper(temperature)(None, logits[None])
     if 0 < k < 74:
@@ -103,15 +121,24 @@ def test_sampling_has_the_distribution_of_transformers(temperature: float, k: in
     if p < 1:
         expected = TopPLogitsWarper(p)(None, expected)
     torch.testing.assert_close(
-        distribution(logits, Sampling(temperature, k, p)), expected[0].softmax(0), atol=1e-5, rtol=1e-4
+        distribution(logits, Sampling(temperature, k, p)),
+        expected[0].softmax(0),
+        atol=1e-5,
+        rtol=1e-4,
     )
 
 
 @pytest.mark.slow
 def test_a_seed_decides_a_sample_and_draws_follow_the_distribution() -> None:
     model = model_of()
-    drawn = [next(iter(generate(model, (5,), {2}, 1, Sampling(1.0, 3, 1.0, seed))), 2) for seed in range(400)]
-    assert drawn == [next(iter(generate(model, (5,), {2}, 1, Sampling(1.0, 3, 1.0, seed))), 2) for seed in range(400)]
+    drawn = [
+        next(iter(generate(model, (5,), {2}, 1, Sampling(1.0, 3, 1.0, seed))), 2)
+        for seed in range(400)
+    ]
+    assert drawn == [
+        next(iter(generate(model, (5,), {2}, 1, Sampling(1.0, 3, 1.0, seed))), 2)
+        for seed in range(400)
+    ]
     with torch.no_grad():
         probabilities = distribution(model(torch.tensor([[5]]))[0, -1], Sampling(1.0, 3))
     for token in probabilities.nonzero().flatten().tolist():
@@ -132,7 +159,9 @@ def test_the_likeliest_token_is_left_however_small_top_p_is(p: float) -> None:
     assert found.tolist() == [0, 1, 0]
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
 def test_sampling_out_of_range_is_refused(bad: dict[str, float]) -> None:
     with pytest.raises(UserError, match="sampling needs"):
         Sampling(**bad)  # type: ignore[arg-type]
@@ -143,7 +172,10 @@ def test_resizing_keeps_old_rows_bit_for_bit(tied: bool) -> None:
     model = model_of(tie_embeddings=tied)
     larger = model_of(tie_embeddings=tied)
     set_row_count(larger, 90)
-    for end, before in ((larger.body.embed_tokens, model.body.embed_tokens), (larger.lm_head, model.lm_head)):
+    for end, before in (
+        (larger.body.embed_tokens, model.body.embed_tokens),
+        (larger.lm_head, model.lm_head),
+    ):
         assert end.weight.shape == (90, 64)
         assert torch.equal(end.weight[:74], before.weight)
         assert not end.weight[74:].any()
@@ -152,7 +184,8 @@ def test_resizing_keeps_old_rows_bit_for_bit(tied: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("activation_function", "relu"), ("model_type", "llama"), ("do_layer_norm_before", False)]
+    ("key", "value"),
+    [("activation_function", "relu"), ("model_type", "llama"), ("do_layer_norm_before", False)],
 )
 def test_a_config_that_means_another_model_is_refused(key: str, value: object) -> None:
     with pytest.raises(UserError, match=f"{key} is .*; MiniGPT needs"):
@@ -162,6 +195,11 @@ def test_a_config_that_means_another_model_is_refused(key: str, value: object) -
 def test_a_checkpoint_that_does_not_fit_its_config_is_refused(tmp_path: Path) -> None:
     save_base(tmp_path, Base(model_of(), TOKENIZER))
     config = tmp_path / "config.json"
-    config.write_text(config.read_text(encoding="utf-8").replace('"ffn_dim": 256', '"ffn_dim": 128'), encoding="utf-8")
-    with pytest.raises(UserError, match=r"does not fit: model.decoder.layers.0.fc1.bias has shape \[256\]"):
+    config.write_text(
+        config.read_text(encoding="utf-8").replace('"ffn_dim": 256', '"ffn_dim": 128'),
+        encoding="utf-8",
+    )
+    with pytest.raises(
+        UserError, match=r"does not fit: model.decoder.layers.0.fc1.bias has shape \[256\]"
+    ):
         load_base(tmp_path)

@@ -1,7 +1,9 @@
-"""Mixtures: which products a device computes, transformers' numbers, and our kernels in Triton's interpreter.
+"""Mixtures: which products a device computes, transformers' numbers, and our kernels in Triton's
+interpreter.
 
-The interpreter shows what the kernels compute, in fp32 and fp16 (it multiplies bf16 as whole numbers), not that they
-run or how fast. Compiling shows that each generation of GPUs has code for them.
+The interpreter shows what the kernels compute, in fp32 and fp16 (it multiplies bf16 as whole
+numbers), not that they run or how fast. Compiling shows that each generation of GPUs has code for
+them.
 """
 
 import os
@@ -32,7 +34,9 @@ IDS = torch.randint(0, ROWS, (2, 9), generator=torch.Generator().manual_seed(0))
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", MIXTURES)
-def test_on_a_cpu_experts_are_transformers_own_to_the_last_bit(name: str, dtype: torch.dtype) -> None:
+def test_on_a_cpu_experts_are_transformers_own_to_the_last_bit(
+    name: str, dtype: torch.dtype
+) -> None:
     model = toy(name, dtype, std=0.1)
     ours = model(IDS)
     model._model[0].set_experts_implementation("grouped_mm")
@@ -107,10 +111,13 @@ def test_a_gpu_takes_torchs_kernel_where_it_has_one(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(grouped_product, "find_spec", lambda name: name)
     monkeypatch.setattr(grouped_product, "_works", lambda *_: True)
-    on_gpu = {dtype: rows(dtype, is_cuda=True) for dtype in (torch.bfloat16, torch.float16, torch.float32)}
+    on_gpu = {
+        dtype: rows(dtype, is_cuda=True) for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    }
     assert [has_kernel_of_torch(x) for x in on_gpu.values()] == [of_torch, False, False]
     assert [runs_grouped_product(x) for x in on_gpu.values()] == [of_torch or ours, ours, ours]
-    monkeypatch.setattr(torch.version, "hip", "7.1")  # AMD has numbers of its own, and torch no such kernel
+    # AMD has numbers of its own, and torch no such kernel
+    monkeypatch.setattr(torch.version, "hip", "7.1")
     assert not any(map(has_kernel_of_torch, on_gpu.values()))
     monkeypatch.setattr(grouped_product, "find_spec", lambda _: None)
     assert not any(map(runs_grouped_product, on_gpu.values()))
@@ -137,9 +144,13 @@ CASES = (((5, 0, 65), 24, 40), ((100, 0, 3, 197), 130, 96), ((0, 1, 0, 8), 8, 20
 
 
 def compare() -> None:
-    """Our kernels with each expert's own product, and their gradients. Run where Triton interprets."""
+    """Our kernels with each expert's own product, and their gradients. Run where Triton
+    interprets.
+    """
     generator = torch.Generator().manual_seed(0)
-    for (counts, outputs, inputs), dtype, transposed in product(CASES, (torch.float32, torch.float16), (False, True)):
+    for (counts, outputs, inputs), dtype, transposed in product(
+        CASES, (torch.float32, torch.float16), (False, True)
+    ):
         sides = (inputs, outputs) if transposed else (outputs, inputs)
         x, stored = (
             torch.randn(shape, generator=generator).to(dtype).requires_grad_()
@@ -147,7 +158,9 @@ def compare() -> None:
         )
         weight, ends = stored.mT if transposed else stored, torch.tensor(counts).cumsum(0).int()
         ours = grouped_product._product(x, weight, ends)
-        plain = torch.cat([share @ weight[expert].T for expert, share in enumerate(torch.split(x, [*counts]))])
+        plain = torch.cat(
+            [share @ weight[expert].T for expert, share in enumerate(torch.split(x, [*counts]))]
+        )
         tolerance = 1e-4 if dtype == torch.float32 else 0.05
         assert_close(ours, plain, atol=tolerance, rtol=tolerance)
         grad = torch.randn(plain.shape, generator=generator).to(dtype)
@@ -159,14 +172,20 @@ def test_our_kernels_give_each_experts_product_and_its_gradients() -> None:
     pytest.importorskip("triton", reason="Triton comes with torch for GPUs")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}  # read when Triton is imported
     command = [sys.executable, "-c", f"from {__name__} import compare; compare()"]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 120])
-@pytest.mark.parametrize(("dtype", "inner", "precision"), [("bf16", 64, "ieee"), ("fp32", 32, "ieee")])
-def test_our_kernels_compile_for_every_gpu(capability: int, dtype: str, inner: int, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "inner", "precision"), [("bf16", 64, "ieee"), ("fp32", 32, "ieee")]
+)
+def test_our_kernels_compile_for_every_gpu(
+    capability: int, dtype: str, inner: int, precision: str
+) -> None:
     triton = pytest.importorskip("triton", reason="Triton comes with torch for GPUs")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -175,11 +194,17 @@ def test_our_kernels_compile_for_every_gpu(capability: int, dtype: str, inner: i
     for name, chosen in sizes.items():
         kernel = getattr(grouped_product.kernels(), name)
         constants = {"COLUMNS": 64, "PRECISION": precision, **chosen}
-        tensors = dict.fromkeys(("x", "weight", "left", "right", "out"), f"*{dtype}") | {"ends": "*i32"}
-        types = {key: "constexpr" if key in constants else tensors.get(key, "i32") for key in kernel.arg_names}
+        tensors = dict.fromkeys(("x", "weight", "left", "right", "out"), f"*{dtype}") | {
+            "ends": "*i32"
+        }
+        types = {
+            key: "constexpr" if key in constants else tensors.get(key, "i32")
+            for key in kernel.arg_names
+        }
         by_place = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
         compiled = triton.compile(
-            ASTSource(fn=kernel, signature=types, constexprs=by_place), target=GPUTarget("cuda", capability, 32)
+            ASTSource(fn=kernel, signature=types, constexprs=by_place),
+            target=GPUTarget("cuda", capability, 32),
         )
         assert compiled.asm["cubin"] and compiled.metadata.shared < 99 * 1024
         assert ("mma" in compiled.asm["ptx"]) == (dtype == "bf16")

@@ -1,4 +1,6 @@
-"""The kernels of native.c against plain torch: numbers, gradients, odd sizes, and where they cannot be."""
+"""The kernels of native.c against plain torch: numbers, gradients, odd sizes, and where they cannot
+be.
+"""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -37,10 +39,19 @@ from tests.helpers.real import windows_of
 
 BF16 = torch.bfloat16
 needs_native = pytest.mark.skipif(native() is None, reason="needs a C compiler")
-SIZES = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3, "vocab_size": 101, "head_dim": 32}
+SIZES = {
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "vocab_size": 101,
+    "head_dim": 32,
+}
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": True}
 CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config, "gemma": GemmaConfig}
-TARGETS = {"attention": ("q_proj", "v_proj"), "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj")}
+TARGETS = {
+    "attention": ("q_proj", "v_proj"),
+    "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"),
+}
 
 
 def near(ours: Tensor, exact: Tensor, share: float = 0.01) -> None:
@@ -68,13 +79,20 @@ def compare(ours: Callable[..., Any], exact: Callable[..., Any], *inputs: Tensor
 
 @needs_native
 @settings(deadline=None, max_examples=25)
-@given(st.lists(st.integers(1, 150), min_size=1, max_size=5), st.sampled_from([(4, 2, 32), (3, 1, 64), (2, 2, 96)]))
-def test_attention_is_that_of_plain_products(lengths: list[int], sizes: tuple[int, int, int]) -> None:
+@given(
+    st.lists(st.integers(1, 150), min_size=1, max_size=5),
+    st.sampled_from([(4, 2, 32), (3, 1, 64), (2, 2, 96)]),
+)
+def test_attention_is_that_of_plain_products(
+    lengths: list[int], sizes: tuple[int, int, int]
+) -> None:
     (H, G, K), T = sizes, sum(lengths)
     torch.manual_seed(T)
     compare(
         lambda *qkv: FusedAttention.apply(*qkv, tuple(lengths), 0.2),  # type: ignore[no-untyped-call]
-        lambda *qkv: _ShortAttention.apply(*(x.transpose(1, 2) for x in qkv), tuple(blocks(lengths)), 0.2),  # type: ignore[no-untyped-call]
+        lambda *qkv: _ShortAttention.apply(
+            *(x.transpose(1, 2) for x in qkv), tuple(blocks(lengths)), 0.2
+        ),  # type: ignore[no-untyped-call]
         *(normal(1, T, heads, K) for heads in (H, G, G)),
     )
 
@@ -97,16 +115,22 @@ def test_layouts_of_queries_and_keys_do_not_matter() -> None:
 def test_passes_between_the_products_are_the_mathematics(rows: int, vectors: int) -> None:
     width = 32 * vectors
     torch.manual_seed(rows)
-    compare(_SwiGLU.apply, lambda gate, up: F.silu(gate) * up, normal(rows, width), normal(rows, width))
+    compare(
+        _SwiGLU.apply, lambda gate, up: F.silu(gate) * up, normal(rows, width), normal(rows, width)
+    )
     weight = torch.nn.Parameter(normal(width).detach(), requires_grad=False)
 
     def norm(x: Tensor) -> Tensor:
-        scale: Tensor = (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * (1 + weight.to(x.dtype))
+        scale: Tensor = (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * (
+            1 + weight.to(x.dtype)
+        )
         return x * scale
 
     ours = RMSNorm(weight, 1e-5, 1.0)
     compare(ours, norm, normal(rows, width))
-    compare(ours.of_sum, lambda x, y: (x + y, norm(x + y)), normal(rows, width), normal(rows, width))
+    compare(
+        ours.of_sum, lambda x, y: (x + y, norm(x + y)), normal(rows, width), normal(rows, width)
+    )
     cos, sin = (torch.randn(1, rows, width).to(BF16) for _ in range(2))
 
     def turned(*each: Tensor) -> tuple[Tensor, ...]:
@@ -115,9 +139,15 @@ def test_passes_between_the_products_are_the_mathematics(rows: int, vectors: int
         tables = [table.unsqueeze(2).to(each[0].dtype) for table in (cos, sin)]
         return tuple(x * tables[0] + y * tables[1] for x, y in zip(each, rolled, strict=True))
 
-    # a pair's two angles are equal, as in every model: a rotation's gradient is then the rotation back
+    # a pair's two angles are equal, as in every model: a rotation's gradient is then the rotation
+    # back
     cos, sin = (torch.cat([table[..., : width // 2]] * 2, -1) for table in (cos, sin))
-    compare(lambda q, k: _Rotary.apply(q, k, cos, sin), turned, normal(1, rows, 3, width), normal(1, rows, 1, width))  # type: ignore[no-untyped-call]
+    compare(
+        lambda q, k: _Rotary.apply(q, k, cos, sin),  # type: ignore[no-untyped-call]
+        turned,
+        normal(1, rows, 3, width),
+        normal(1, rows, 1, width),
+    )
 
 
 @needs_native
@@ -133,7 +163,8 @@ def test_cross_entropy_of_any_number_of_rows_and_words(rows: int, words: int, sc
     for weights in (torch.ones(rows), torch.randn(rows)):
         sums = torch.dot(losses, weights), torch.dot(exact, weights.double())
         ours, theirs = (
-            torch.autograd.grad(each, x, retain_graph=True)[0] for each, x in zip(sums, (logits, wide), strict=True)
+            torch.autograd.grad(each, x, retain_graph=True)[0]
+            for each, x in zip(sums, (logits, wide), strict=True)
         )
         near(ours, theirs)
 
@@ -156,7 +187,9 @@ def test_a_label_without_a_logit_is_an_error_and_no_access_beside_them(label: in
 def made(kind: str) -> TransformersModel:
     torch.manual_seed(0)
     config = CONFIGS[kind](**SIZES, **HEADS, attention_dropout=0.0)
-    return TransformersModel(AutoModelForCausalLM.from_config(config, dtype=BF16, attn_implementation=register()))
+    return TransformersModel(
+        AutoModelForCausalLM.from_config(config, dtype=BF16, attn_implementation=register())
+    )
 
 
 def adapted(kind: str, targets: Sequence[str]) -> TransformersModel:
@@ -190,10 +223,13 @@ def test_a_fused_block_has_the_outputs_and_gradients_of_the_original(
     ours.prepare_cpu_training()
     assert all(isinstance(block, TrainingBlock) for block in ours.blocks)
     assert list(ours.state_dict()) == list(theirs.state_dict())
-    for mine, plain, wanted in zip(*(gradients(each, [7, 30, 3]) for each in (ours, theirs, exact)), strict=True):
+    for mine, plain, wanted in zip(
+        *(gradients(each, [7, 30, 3]) for each in (ours, theirs, exact)), strict=True
+    ):
         error, usual = ((x.float() - wanted).norm() for x in (mine, plain))
         assert error <= max(2 * usual, 0.02 * wanted.norm())
-    for mine, plain in zip(*(gradients(each, [600, 5]) for each in (ours, theirs)), strict=True):  # beyond LONGEST
+    # beyond LONGEST
+    for mine, plain in zip(*(gradients(each, [600, 5]) for each in (ours, theirs)), strict=True):
         near(mine, plain, 0.1)
     again = gradients(ours, [7, 30, 3])
     assert all(map(torch.equal, again, gradients(ours, [7, 30, 3])))
@@ -216,7 +252,10 @@ def test_the_last_block_computes_only_labelled_rows(
     model = adapted(kind, TARGETS["all"]).train()
     prepare_model(model, checkpointing)
     index, lengths = torch.tensor([2, 3, 8, 20, 39]), [7, 30, 3]
-    ids, positions = torch.arange(40)[None] % 97, torch.cat([torch.arange(length) for length in lengths])[None]
+    ids, positions = (
+        torch.arange(40)[None] % 97,
+        torch.cat([torch.arange(length) for length in lengths])[None],
+    )
     norm, rows = model.blocks[-1].get_submodule("post_attention_layernorm"), list[int]()
     assert isinstance(norm, RMSNorm)
     of_sum = norm.of_sum
@@ -231,12 +270,17 @@ def test_the_last_block_computes_only_labelled_rows(
         torch.manual_seed(2)
         towards = torch.randn(len(index), SIZES["hidden_size"]).to(BF16)
         out = states()
-        return [out, *torch.autograd.grad(out, [p for p in model.parameters() if p.requires_grad], towards)]
+        return [
+            out,
+            *torch.autograd.grad(out, [p for p in model.parameters() if p.requires_grad], towards),
+        ]
 
     def labelled() -> list[Tensor]:
         return of_labels(lambda: model.labelled_states(ids, positions, lengths, index))
 
-    plain = of_labels(lambda: model.hidden_states(ids, positions, lengths)[0].index_select(0, index))
+    plain = of_labels(
+        lambda: model.hidden_states(ids, positions, lengths)[0].index_select(0, index)
+    )
     assert set(rows) == {40}
     rows.clear()
     for mine, expected in zip(labelled(), plain, strict=True):
@@ -244,7 +288,9 @@ def test_the_last_block_computes_only_labelled_rows(
     assert set(rows) == {5}
     assert all(map(torch.equal, labelled(), labelled()))
     # dropout draws its numbers for every row, as it does in a sweep
-    model.blocks[-1].get_submodule("self_attn.o_proj").keep = lambda x: torch.ones_like(x, dtype=torch.bool)  # type: ignore[assignment]
+    model.blocks[-1].get_submodule("self_attn.o_proj").keep = lambda x: torch.ones_like(
+        x, dtype=torch.bool
+    )  # type: ignore[assignment]
     rows.clear()
     near(labelled()[0], plain[0], 0.02)
     assert set(rows) == {40}
@@ -283,12 +329,22 @@ def test_blocks_that_combine_the_same_parts_otherwise_keep_their_forward() -> No
 @pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.slow
 def test_a_steps_memory_is_what_the_calculator_predicts(checkpointing: Any, pairs: bool) -> None:
-    wide = {**SIZES, "hidden_size": 192, "intermediate_size": 512, "vocab_size": 4096, "model_type": "llama"}
+    wide = {
+        **SIZES,
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "vocab_size": 4096,
+        "model_type": "llama",
+    }
     model = from_config({**wide, **HEADS}, BF16).train().requires_grad_(False)
     attach(model, AdapterSpec(8, 16, TARGETS["attention"]), BF16)
     prepare_model(model, checkpointing)
     windows = windows_of((60, 90, 70, 140))
-    batch = answer_batch(Answers(windows, str, ((range(2), 1.0),)), range(2)) if pairs else collate(windows)
+    batch = (
+        answer_batch(Answers(windows, str, ((range(2), 1.0),)), range(2))
+        if pairs
+        else collate(windows)
+    )
     optimizer, live = FlatOptimizer(model), TensorMemoryMeter()
     for context in (nullcontext(), live):
         live.watch([*model.parameters(), *model.buffers(), *optimizer.tensors()])
@@ -296,7 +352,9 @@ def test_a_steps_memory_is_what_the_calculator_predicts(checkpointing: Any, pair
             torch.autograd.backward(simpo(model, batch) if pairs else loss_of(model, batch))
             optimizer.collect_gradients()
             optimizer.step(1e-3)
-    training = FinetuneLora(precision="bf16", adapter_precision="bf16", gradient_checkpointing=checkpointing)
+    training = FinetuneLora(
+        precision="bf16", adapter_precision="bf16", gradient_checkpointing=checkpointing
+    )
     predicted = predict_peak_memory(model, Lora(8, 16.0, TARGETS["attention"]), training, batch)
     assert predicted == pytest.approx(live.peak, rel=0.03)
 
@@ -327,7 +385,9 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 @needs_native
 @pytest.mark.slow
-def test_the_library_is_compiled_once_and_for_this_source(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_library_is_compiled_once_and_for_this_source(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert native() is not None
     (first,) = fresh.iterdir()
     stamp = first.stat().st_mtime_ns
@@ -347,7 +407,9 @@ def test_nothing_is_loaded_from_a_folder_that_others_may_write_to(fresh: Path) -
 
 
 @pytest.mark.parametrize("how", ["switch", "compiler", "error"])
-def test_without_the_library_plain_torch_computes(how: str, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_plain_torch_computes(
+    how: str, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if how == "switch":
         monkeypatch.setenv(SWITCH, "0")
     elif how == "compiler":

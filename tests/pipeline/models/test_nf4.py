@@ -12,14 +12,29 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.models import nf4, quantized_linear
-from pipeline.models.quantized_linear import Quantization, dequantize_weight, quantize, quantize_weight
+from pipeline.models.quantized_linear import (
+    Quantization,
+    dequantize_weight,
+    quantize,
+    quantize_weight,
+)
 from pipeline.project.probes import held
 from tests.helpers.real import toy
 
 bnb: Any = pytest.importorskip("bitsandbytes.functional")
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FILLED = ("normal", "uniform", "heavy tails", "zeros", "constant", "constant blocks", "mostly zero", "wide", "tiny")
+FILLED = (
+    "normal",
+    "uniform",
+    "heavy tails",
+    "zeros",
+    "constant",
+    "constant blocks",
+    "mostly zero",
+    "wide",
+    "tiny",
+)
 
 
 def filled(how: str, size: int, block: int, seed: int) -> Tensor:
@@ -46,11 +61,15 @@ def bits(x: Tensor) -> Tensor:
 
 
 def same(ours: Tensor, theirs: Tensor) -> bool:
-    return ours.dtype == theirs.dtype and torch.equal(bits(ours.reshape(-1)), bits(theirs.reshape(-1)))
+    return ours.dtype == theirs.dtype and torch.equal(
+        bits(ours.reshape(-1)), bits(theirs.reshape(-1))
+    )
 
 
 def theirs_of(weight: Tensor, block: int, double: bool) -> tuple[Tensor, Any]:
-    codes, state = bnb.quantize_4bit(weight, blocksize=block, quant_type="nf4", compress_statistics=double)
+    codes, state = bnb.quantize_4bit(
+        weight, blocksize=block, quant_type="nf4", compress_statistics=double
+    )
     return codes, state
 
 
@@ -99,33 +118,51 @@ def test_every_code_scale_and_weight_is_bitsandbytes(
     else:
         assert same(ours.scales, state.absmax)
     there, here = by_theirs(codes, state), nf4.dequantize(ours)
-    if dtype == torch.bfloat16:  # AVX-512's instruction makes 0 of what is too small to be a normal number
+    # AVX-512's instruction makes 0 of what is too small to be a normal number
+    if dtype == torch.bfloat16:
         there, here = (x.masked_fill(x.abs() < torch.finfo(dtype).tiny, 0) for x in (there, here))
     assert same(here, there)
 
 
 def test_many_scales_are_bitsandbytes_in_more_than_one_block_of_them() -> None:
     weight = filled("wide", 64 * 1000 + 5, 64, 0)
-    ours, (_, state) = nf4.quantize(weight, 64, double=True).scales, theirs_of(weight, 64, double=True)
+    ours, (_, state) = (
+        nf4.quantize(weight, 64, double=True).scales,
+        theirs_of(weight, 64, double=True),
+    )
     assert isinstance(ours, nf4.Scales) and ours.scales.shape == (4,)
     assert same(ours.codes, state.absmax) and same(ours.scales, state.state2.absmax)
 
 
-@given(st.sampled_from(FILLED[:-1]), st.integers(1, 1000), st.sampled_from(BLOCKS), st.integers(0, 2**31))
-def test_no_weight_moves_further_than_half_the_widest_gap(how: str, size: int, block: int, seed: int) -> None:
+@given(
+    st.sampled_from(FILLED[:-1]),
+    st.integers(1, 1000),
+    st.sampled_from(BLOCKS),
+    st.integers(0, 2**31),
+)
+def test_no_weight_moves_further_than_half_the_widest_gap(
+    how: str, size: int, block: int, seed: int
+) -> None:
     """But in blocks below 1e-38, which are divided by that."""
     weight = filled(how, size, block, seed)
     found = nf4.quantize(weight, block)
     assert isinstance(found.scales, Tensor)
     scales = found.scales.repeat_interleave(block)[:size]
     assert bool((scales >= weight.abs()).all())
-    assert bool(((nf4.dequantize(found) - weight).abs() <= nf4.levels().diff().max() / 2 * scales * (1 + 1e-6)).all())
+    assert bool(
+        (
+            (nf4.dequantize(found) - weight).abs()
+            <= nf4.levels().diff().max() / 2 * scales * (1 + 1e-6)
+        ).all()
+    )
 
 
 def test_on_a_midpoint_the_lower_level_is_taken() -> None:
     levels = nf4.levels()
     middles = (levels[:-1] + levels[1:]) / 2
-    weight = torch.cat([torch.ones(1), middles, torch.nextafter(middles, torch.ones(15)), torch.zeros(1)])
+    weight = torch.cat(
+        [torch.ones(1), middles, torch.nextafter(middles, torch.ones(15)), torch.zeros(1)]
+    )
     codes = nf4.quantize(weight, 32).codes
     assert codes.tolist() == [15, *range(15), *range(1, 16), 7]
     assert same(nf4.pack(codes), theirs_of(weight, 32, double=False)[0])
@@ -168,9 +205,13 @@ def test_equal_scales_are_their_mean() -> None:
 
 def test_8_bit_codes_are_bitsandbytes_at_every_edge_between_two_steps() -> None:
     """It looks them up in 65,536 steps on [-1, 1]."""
-    edges = ((torch.arange(1, nf4.STEPS, dtype=torch.float64) - 0.5) / (nf4.STEPS - 1) * 2 - 1).float()
+    edges = (
+        (torch.arange(1, nf4.STEPS, dtype=torch.float64) - 0.5) / (nf4.STEPS - 1) * 2 - 1
+    ).float()
     up, down = torch.ones(len(edges)), -torch.ones(len(edges))
-    near = torch.stack([torch.nextafter(edges, down), edges, torch.nextafter(edges, up)]).view(-1, 255)
+    near = torch.stack([torch.nextafter(edges, down), edges, torch.nextafter(edges, up)]).view(
+        -1, 255
+    )
     x = F.pad(near, (0, 1), value=1.0).reshape(-1)  # each block's largest is 1
     codes, largest = nf4.quantize_dynamic(x)
     theirs, state = bnb.quantize_blockwise(x, blocksize=256)
@@ -184,14 +225,22 @@ def test_a_scale_equal_to_the_mean_gets_a_level_beside_0() -> None:
     assert 0 < nf4.dynamic_levels()[int(codes[1])] < 2.2e-5
 
 
-@pytest.mark.parametrize("shape", [(64, 32), (64, 48), (160, 96), (96, 80), (7, 12), (33, 64), (5, 7)])
+@pytest.mark.parametrize(
+    "shape", [(64, 32), (64, 48), (160, 96), (96, 80), (7, 12), (33, 64), (5, 7)]
+)
 @pytest.mark.parametrize("kind", ["nf4", "nf4-dq"])
-def test_a_weight_whose_rows_are_no_whole_blocks_is_kept_as_well(kind: Quantization, shape: tuple[int, int]) -> None:
-    """bitsandbytes 0.50 on AVX-512, given such a shape, takes other blocks' scales; rows of 32 all take the first.
+def test_a_weight_whose_rows_are_no_whole_blocks_is_kept_as_well(
+    kind: Quantization, shape: tuple[int, int]
+) -> None:
+    """bitsandbytes 0.50 on AVX-512, given such a shape, takes other blocks' scales; rows of 32 all
+    take the first.
 
     The rows differ a hundredfold in size, and that would be off by as much.
     """
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 0, shape[0])[:, None]
+    weight = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        * torch.logspace(-2, 0, shape[0])[:, None]
+    )
     with torch.compiler.set_stance("force_eager"):
         found = dequantize_weight(quantize_weight(weight, kind), kind, shape, torch.float32)
     assert same(found, nf4.dequantize(nf4.quantize(weight, 64, kind == "nf4-dq")))

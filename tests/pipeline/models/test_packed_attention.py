@@ -1,4 +1,6 @@
-"""Attention of packed rows against one sequence at a time and against transformers' own eager attention."""
+"""Attention of packed rows against one sequence at a time and against transformers' own eager
+attention.
+"""
 
 import copy
 from collections.abc import Callable
@@ -42,10 +44,18 @@ CONFIGS = {
     "qwen3": Qwen3Config(**SMALL),
     "mistral, window of 5": MistralConfig(**SMALL, sliding_window=5),
     "gemma2, window and caps": Gemma2Config(**SMALL, sliding_window=4, query_pre_attn_scalar=8),
-    "gpt-oss, window and sinks": GptOssConfig(**SMALL, sliding_window=4, num_local_experts=2, num_experts_per_tok=2),
+    "gpt-oss, window and sinks": GptOssConfig(
+        **SMALL, sliding_window=4, num_local_experts=2, num_experts_per_tok=2
+    ),
     "deepseek, values of another size": DeepseekV3Config(
         **{**SMALL, "num_key_value_heads": 4, "head_dim": 4},
-        **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8},
+        **{
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 8,
+        },
         first_k_dense_replace=2,
     ),
 }
@@ -53,14 +63,22 @@ LENGTHS = [7, 1, 12, 5]
 Three = tuple[Tensor, Tensor, Tensor]
 
 
-def tensors(heads: int, groups: int, queries: int, keys: int, size: int = 8, rows: int = 1) -> Three:
+def tensors(
+    heads: int, groups: int, queries: int, keys: int, size: int = 8, rows: int = 1
+) -> Three:
     torch.manual_seed(queries * 31 + keys)
     k, v = (torch.randn(rows, groups, keys, size).requires_grad_() for _ in range(2))
     return torch.randn(rows, heads, queries, size).requires_grad_(), k, v
 
 
 def by_hand(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None, sinks: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """(B, T, H, K), query by query and head by head."""
     B, H, T, K = q.shape
@@ -131,23 +149,39 @@ def test_queries_behind_a_cache_stand_at_its_end(
     assert_close(found, wanted)
     assert_close(gradients(found, inputs), gradients(wanted, inputs))
     with torch.no_grad():
-        assert_close(attend(MODULE, *inputs, None, sliding_window=window, softcap=softcap)[0], wanted.detach())
+        assert_close(
+            attend(MODULE, *inputs, None, sliding_window=window, softcap=softcap)[0],
+            wanted.detach(),
+        )
 
 
 @given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=12))
-def test_every_token_is_a_query_once_and_has_its_whole_past_in_its_block(lengths: list[int]) -> None:
-    begins = [stop - length for length, stop in zip(lengths, accumulate(lengths), strict=True) for _ in range(length)]
+def test_every_token_is_a_query_once_and_has_its_whole_past_in_its_block(
+    lengths: list[int],
+) -> None:
+    begins = [
+        stop - length
+        for length, stop in zip(lengths, accumulate(lengths), strict=True)
+        for _ in range(length)
+    ]
     queries = list[int]()
     for block in short_attention.blocks(lengths):
-        assert block.stop - block.start <= short_attention.BLOCK and sum(block.lengths) == block.stop - block.first
+        assert (
+            block.stop - block.start <= short_attention.BLOCK
+            and sum(block.lengths) == block.stop - block.first
+        )
         queries += range(block.start, block.stop)
         assert block.first == begins[block.start], "and no more than that of its first token"
     assert queries == list(range(sum(lengths)))
 
 
 @pytest.mark.parametrize("longest", [16, 600])
-def test_blocks_of_queries_and_fused_attention_agree(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On either side of what counts as short, with several blocks a sequence and several sequences a block."""
+def test_blocks_of_queries_and_fused_attention_agree(
+    longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On either side of what counts as short, with several blocks a sequence and several sequences
+    a block.
+    """
     lengths = [2, longest, 3, 2, longest // 2, 1, 1, 1]
     inputs = tensors(4, 2, sum(lengths), sum(lengths))
     monkeypatch.setattr(short_attention, "BLOCK", 5)
@@ -175,13 +209,17 @@ def test_sixteen_bits_stay_sixteen_bits_and_are_near(dtype: torch.dtype) -> None
 def made(name: str, attention: str, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(1)
     config = copy.deepcopy(CONFIGS[name])
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype).train()
+    return AutoModelForCausalLM.from_config(
+        config, attn_implementation=attention, dtype=dtype
+    ).train()
 
 
 def packed(run: Callable[..., Any], rows: list[Tensor]) -> Tensor:
     lengths = [len(row) for row in rows]
     positions = torch.cat([torch.arange(length) for length in lengths])
-    logits: Tensor = run(input_ids=torch.cat(rows)[None], position_ids=positions[None], segments=lengths).logits
+    logits: Tensor = run(
+        input_ids=torch.cat(rows)[None], position_ids=positions[None], segments=lengths
+    ).logits
     return logits[0]
 
 
@@ -192,7 +230,9 @@ def rows_of(lengths: list[int]) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_pitfall_16_no_example_sees_another(name: str) -> None:
-    """Logits and gradients of packed examples are those of each example alone, in transformers' own attention."""
+    """Logits and gradients of packed examples are those of each example alone, in transformers' own
+    attention.
+    """
     ours, theirs = made(name, register()), made(name, "eager")
     rows = rows_of(LENGTHS)
     logits = packed(ours, rows)
@@ -279,7 +319,9 @@ def test_an_accelerator_without_a_fused_kernel_reads_block_by_block_what_the_mas
     sinks: bool,
     rows: int,
 ) -> None:
-    """Values and all gradients, those of sinks too: of a row of packed sequences, or of several rows of one."""
+    """Values and all gradients, those of sinks too: of a row of packed sequences, or of several
+    rows of one.
+    """
     lengths = lengths if rows == 1 else lengths[:1]
     spans = [before + length for length in lengths]
     inputs = tensors(*heads, sum(lengths), sum(spans), rows=rows)
@@ -290,7 +332,11 @@ def test_an_accelerator_without_a_fused_kernel_reads_block_by_block_what_the_mas
         leaves: Any = inputs if s_aux is None else (*inputs, s_aux)
         ours = gradients(found, leaves)
     parts = zip(
-        *(torch.split(x, sizes, 2) for x, sizes in zip(inputs, (lengths, spans, spans), strict=True)), strict=True
+        *(
+            torch.split(x, sizes, 2)
+            for x, sizes in zip(inputs, (lengths, spans, spans), strict=True)
+        ),
+        strict=True,
     )
     wanted = torch.cat([by_hand(a, b, c, 0.4, window, softcap, s_aux) for a, b, c in parts], 1)
     assert_close(found, wanted, atol=1e-5, rtol=1e-5)

@@ -1,4 +1,6 @@
-"""Probes decide by what the numbers mean: another device's rounding is none of a model's faults, a leak is."""
+"""Probes decide by what the numbers mean: another device's rounding is none of a model's faults, a
+leak is.
+"""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -26,7 +28,12 @@ Body = Callable[..., Tensor]
 
 def deep(family: str, std: float) -> TransformersModel:
     """36 blocks of width 512 in bf16."""
-    width = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
+    width = {
+        "hidden_size": 512,
+        "intermediate_size": 512,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    }
     return toy(family, torch.bfloat16, std, num_hidden_layers=36, head_dim=64, **width).eval()
 
 
@@ -38,16 +45,24 @@ def replace_body(model: TransformersModel, body: Body) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "mixtral"])
 @pytest.mark.sampled(3)
 @pytest.mark.slow
-def test_another_rounding_is_not_taken_for_a_leak_nor_a_leak_for_rounding(family: str, std: float) -> None:
+def test_another_rounding_is_not_taken_for_a_leak_nor_a_leak_for_rounding(
+    family: str, std: float
+) -> None:
     model = deep(family, std)
     resident = ResidentBase.__new__(ResidentBase)
     resident.loaded = LoadedModel("base", model, None, Path())  # type: ignore[arg-type]
     with OtherRounding():
-        assert model.supports_packing and model.supports_prefix and generate._reads_side_by_side(model)
+        assert (
+            model.supports_packing and model.supports_prefix and generate._reads_side_by_side(model)
+        )
         assert BatchedModel(resident).works
 
-    def mixing(inputs: Tensor, positions: Any = None, segments: Any = None, cache: Any = None, **_: Any) -> Tensor:
-        return TransformersModel.run_body(model, inputs, positions, None, None if segments else cache)
+    def mixing(
+        inputs: Tensor, positions: Any = None, segments: Any = None, cache: Any = None, **_: Any
+    ) -> Tensor:
+        return TransformersModel.run_body(
+            model, inputs, positions, None, None if segments else cache
+        )
 
     replace_body(model, mixing)
     for known in ("supports_packing", "supports_prefix"):
@@ -61,12 +76,15 @@ def test_another_rounding_is_not_taken_for_a_leak_nor_a_leak_for_rounding(family
 def test_what_leaks_later_than_a_short_sequence_is_long_is_found(reach: int) -> None:
     model = toy("llama", max_position_embeddings=400).eval()
 
-    def leaking(inputs: Tensor, positions: Any = None, segments: Any = None, *_: Any, **__: Any) -> Tensor:
+    def leaking(
+        inputs: Tensor, positions: Any = None, segments: Any = None, *_: Any, **__: Any
+    ) -> Tensor:
         hidden = TransformersModel.run_body(model, inputs, positions, segments)
         return hidden + 0.3 * F.pad(hidden, (0, 0, reach, 0))[:, : hidden.shape[1]]
 
     replace_body(model, leaking)
-    model.config.linear_conv_kernel_dim = 4  # such a model has a state, too, which goes from chunk to chunk
+    # such a model has a state, too, which goes from chunk to chunk
+    model.config.linear_conv_kernel_dim = 4
     assert not model.supports_packing
 
 
@@ -98,14 +116,21 @@ def test_an_error_is_said_once_with_what_is_slower(caplog: pytest.LogCaptureFixt
         raise RuntimeError("no kernel image is available\nfor execution on the device")
 
     with caplog.at_level(logging.WARNING):
-        assert [probes.attempt("a kernel", "training is slower", failing) for _ in range(2)] == [None, None]
-    assert caplog.messages == ["a kernel: RuntimeError: no kernel image is available; training is slower"]
+        assert [probes.attempt("a kernel", "training is slower", failing) for _ in range(2)] == [
+            None,
+            None,
+        ]
+    assert caplog.messages == [
+        "a kernel: RuntimeError: no kernel image is available; training is slower"
+    ]
 
 
 def test_a_run_takes_what_is_found_into_its_log(caplog: pytest.LogCaptureFixture) -> None:
     with probes.held() as found:
         probes.record("a kernel", "it is not here", "training is slower")
-    assert [*map(str, found)] == ["a kernel: it is not here; training is slower"] and not caplog.messages
+    assert [*map(str, found)] == [
+        "a kernel: it is not here; training is slower"
+    ] and not caplog.messages
 
 
 def test_memory_that_ran_out_says_nothing_of_a_path() -> None:
@@ -127,5 +152,8 @@ def test_a_run_tells_a_finding_once_and_after_what_was_said_before(project: Path
         probes.record("another", "it is not here", "training is slower")
 
     told = [event.text for event in _with_findings(stage, work()) if isinstance(event, Note)]
-    first, second = (f"pretrain: {tried}: it is not here; training is slower" for tried in ("a kernel", "another"))
+    first, second = (
+        f"pretrain: {tried}: it is not here; training is slower"
+        for tried in ("a kernel", "another")
+    )
     assert told == ["begun", first, second]

@@ -1,4 +1,6 @@
-"""A base in few bits: what bitsandbytes itself makes of it, in the calculator's bytes, from training to the merge."""
+"""A base in few bits: what bitsandbytes itself makes of it, in the calculator's bytes, from
+training to the merge.
+"""
 
 import copy
 import sys
@@ -54,7 +56,9 @@ def test_products_and_gradients_are_those_of_the_dequantized_weight(kind: Quanti
 def test_nf4_is_the_weight_of_bitsandbytes_own_layer(double: bool) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(192, 64, dtype=torch.bfloat16)
-    theirs = bnb.nn.Linear4bit(192, 64, quant_type="nf4", compress_statistics=double, compute_dtype=torch.bfloat16)
+    theirs = bnb.nn.Linear4bit(
+        192, 64, quant_type="nf4", compress_statistics=double, compute_dtype=torch.bfloat16
+    )
     theirs.load_state_dict(linear.state_dict())
     theirs = theirs.to("cpu")
     x = torch.randn(7, 192, dtype=torch.bfloat16)
@@ -67,19 +71,27 @@ def test_nf4_is_the_weight_of_bitsandbytes_own_layer(double: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4-dq"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_product_of_bitsandbytes_which_gpus_use_is_ours(kind: Quantization, dtype: torch.dtype) -> None:
+def test_the_product_of_bitsandbytes_which_gpus_use_is_ours(
+    kind: Quantization, dtype: torch.dtype
+) -> None:
     """Inputs in whole blocks: its kernel for CPUs is wrong for others."""
     torch.manual_seed(0)
     layer = QuantizedLinear(nn.Linear(192, 160, dtype=dtype), kind, CPU)
     results = []
     for product in (layer, layer.product_4bit):
-        x = torch.randn(3, 5, 192, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        x = (
+            torch.randn(3, 5, 192, generator=torch.Generator().manual_seed(1))
+            .to(dtype)
+            .requires_grad_()
+        )
         y = product(x)
         results.append((y, *torch.autograd.grad(y.float().square().sum(), x)))
     tolerance = 1e-4 if dtype == torch.float32 else 0.03
     for ours, theirs in zip(*results, strict=True):
         assert theirs.dtype == dtype
-        torch.testing.assert_close(theirs / ours.abs().max(), ours / ours.abs().max(), rtol=0, atol=tolerance)
+        torch.testing.assert_close(
+            theirs / ours.abs().max(), ours / ours.abs().max(), rtol=0, atol=tolerance
+        )
 
 
 class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -89,7 +101,9 @@ class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        devices = {leaf.device for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)}
+        devices = {
+            leaf.device for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)
+        }
         self.count += len(devices) > 1
         return out
 
@@ -110,8 +124,12 @@ def test_its_bytes_are_the_calculators(kind: Quantization) -> None:
     model = toy("llama", torch.bfloat16, hidden_size=256, intermediate_size=512)
     shapes = architecture(model.describe(), "the toy")
     quantize(model, kind, None, CPU)
-    held = sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
-    assert held == pytest.approx(precision(kind).weights(shapes.quantizable, shapes.total), rel=0.02)
+    held = sum(
+        t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    )
+    assert held == pytest.approx(
+        precision(kind).weights(shapes.quantizable, shapes.total), rel=0.02
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -137,7 +155,10 @@ def test_a_merge_through_files_is_onto_the_weights_that_were_trained_on(
     kept = load_weights(tmp_path / "memory")
     assert written.keys() == kept.keys()
     assert all(torch.equal(written[name], weight) for name, weight in kept.items())
-    assert all(not torch.equal(kept[f"{name}.weight"], stored.get_parameter(f"{name}.weight")) for name in linears)
+    assert all(
+        not torch.equal(kept[f"{name}.weight"], stored.get_parameter(f"{name}.weight"))
+        for name in linears
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -148,7 +169,9 @@ def test_a_run_on_few_bits_is_merged_to_the_last_bit_and_says_what_a_merge_chang
     make(project, ["finetune_lora", "merge"], few)
     certificate = read_json(project / "artifacts/lora_merged/certificate.json", "")
     assert certificate["trained_on"] == kind
-    assert certificate["max_logit_difference"] == 0, "small linears are folded before their product, in few bits too"
+    assert certificate["max_logit_difference"] == 0, (
+        "small linears are folded before their product, in few bits too"
+    )
     assert certificate["merged_on_stored_weights"]["max_logit_difference"] > 0.01
     assert certificate["quantization_alone"]["max_logit_difference"] > 0.01
     assert certificate["same_first_choices"] == certificate["prompts_checked"]
@@ -158,12 +181,18 @@ def test_a_run_on_few_bits_is_merged_to_the_last_bit_and_says_what_a_merge_chang
 def test_minigpt_in_sixteen_bits_trains_on_few_bits_with_the_memory_that_is_predicted(
     kind: Quantization, project: Path
 ) -> None:
-    """Its table of positions is a buffer, which follows the weights; embeddings and head train in full."""
+    """Its table of positions is a buffer, which follows the weights; embeddings and head train in
+    full.
+    """
     settings = ("precision=bf16", f"quantization={kind}", "train_embeddings=all")
     make(project, ["finetune_lora"], [*BRIEF, *(f"finetune_lora.{one}" for one in settings)])
-    last = (project / "runs/finetune_lora/telemetry.csv").read_text(encoding="utf-8").splitlines()[-1]
+    last = (
+        (project / "runs/finetune_lora/telemetry.csv").read_text(encoding="utf-8").splitlines()[-1]
+    )
     predicted, measured = map(int, last.split(",")[-2:])
-    assert 0.8 < predicted / measured < 1, "beside it, the weights of one linear are made anew at a time"
+    assert 0.8 < predicted / measured < 1, (
+        "beside it, the weights of one linear are made anew at a time"
+    )
 
 
 @pytest.fixture
@@ -191,7 +220,10 @@ def test_without_bitsandbytes_a_run_on_four_bits_writes_the_same_but_its_version
     kind: str, project: Path, request: pytest.FixtureRequest
 ) -> None:
     few = [*BRIEF, f"finetune_lora.quantization={kind}"]
-    folder, merged = project / "artifacts/lora_adapter", project / "artifacts/lora_merged/model.safetensors"
+    folder, merged = (
+        project / "artifacts/lora_adapter",
+        project / "artifacts/lora_merged/model.safetensors",
+    )
     there = make(project, ["finetune_lora"], few)
     make(project, ["merge"], few)
     written, wide = folder_bytes(folder), merged.read_bytes()
@@ -207,9 +239,13 @@ def test_without_bitsandbytes_a_run_on_four_bits_writes_the_same_but_its_version
 
 
 @pytest.mark.usefixtures("without")
-def test_without_bitsandbytes_eight_bits_are_refused_with_what_goes_without(cli: Lora, project: Path) -> None:
+def test_without_bitsandbytes_eight_bits_are_refused_with_what_goes_without(
+    cli: Lora, project: Path
+) -> None:
     said = refusal(cli("finetune", "lora", "--set", "finetune_lora.quantization=int8", cwd=project))
-    assert "quantization int8 needs bitsandbytes" in said and "nf4-dq, which does not need it" in said
+    assert (
+        "quantization int8 needs bitsandbytes" in said and "nf4-dq, which does not need it" in said
+    )
 
 
 @torch.no_grad()

@@ -1,4 +1,6 @@
-"""Whether what is taken apart is together again the model that transformers runs, in any precision."""
+"""Whether what is taken apart is together again the model that transformers runs, in any
+precision.
+"""
 
 import copy
 from collections.abc import Callable
@@ -28,12 +30,17 @@ def rough(name: str, dtype: torch.dtype) -> TransformersModel:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_model_is_taken_whatever_its_precision_and_stays_as_it_is(name: str, dtype: torch.dtype) -> None:
+def test_a_model_is_taken_whatever_its_precision_and_stays_as_it_is(
+    name: str, dtype: torch.dtype
+) -> None:
     model = rough(name, dtype)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     refuse_unlike(model, "toy")
     after = model.state_dict()
-    assert all(after[key].dtype == tensor.dtype and torch.equal(after[key], tensor) for key, tensor in before.items())
+    assert all(
+        after[key].dtype == tensor.dtype and torch.equal(after[key], tensor)
+        for key, tensor in before.items()
+    )
     assert model(torch.arange(5)[None]).dtype == dtype, "and computes as before"
 
 
@@ -67,7 +74,9 @@ def test_logits_that_are_made_otherwise_are_refused(dtype: torch.dtype) -> None:
         return out
 
     whole.forward = scaled
-    with pytest.raises(UserError, match=r"toy: unsupported model LlamaForCausalLM: its logits are not its head"):
+    with pytest.raises(
+        UserError, match=r"toy: unsupported model LlamaForCausalLM: its logits are not its head"
+    ):
         refuse_unlike(model, "toy")
 
 
@@ -75,6 +84,8 @@ def test_logits_that_are_made_otherwise_are_refused(dtype: torch.dtype) -> None:
 def test_another_attention_is_refused(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model = rough("qwen3", dtype)
     seen = plain_attention.attend_row
-    monkeypatch.setattr(packed_attention, "attend_row", lambda q, k, v, rule: seen(q * 1.02, k, v, rule))
+    monkeypatch.setattr(
+        packed_attention, "attend_row", lambda q, k, v, rule: seen(q * 1.02, k, v, rule)
+    )
     with pytest.raises(UserError, match="its logits are not its head applied"):
         refuse_unlike(model, "toy")

@@ -1,4 +1,6 @@
-"""What is advised: each rule at its boundary, and a project that follows the advice is left alone."""
+"""What is advised: each rule at its boundary, and a project that follows the advice is left
+alone.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,13 @@ from pipeline.workbench import GRAPH
 
 GOOD: dict[str, Any] = {
     **{"rank": 8, "alpha": 16, "learning_rate": 2e-4, "target_modules": ["all-linear"]},
-    **{"epochs": 3, "batch_size": 4, "gradient_accumulation_steps": 8, "window": 0, "train_embeddings": "none"},
+    **{
+        "epochs": 3,
+        "batch_size": 4,
+        "gradient_accumulation_steps": 8,
+        "window": 0,
+        "train_embeddings": "none",
+    },
 }
 
 
@@ -83,24 +91,41 @@ def test_a_rule_speaks_where_its_setting_breaks_it_and_a_fact_that_it_needs_is_k
 
 def test_the_worst_setting_comes_first() -> None:
     facts = Facts("finetune_lora", examples=150)
-    broken: dict[str, Any] = {"epochs": 50, "learning_rate": 2e-3, "alpha": 0.5, "train_embeddings": "all"}
+    broken: dict[str, Any] = {
+        "epochs": 50,
+        "learning_rate": 2e-3,
+        "alpha": 0.5,
+        "train_embeddings": "all",
+    }
     order = ["alpha", "learning_rate", "epochs", "train_embeddings"]  # 16, 10 and 3.3 times off
     assert keys(advised(facts=facts, **broken)) == order
     assert keys(advised(facts=facts, **broken, window=4)) == ["window", *order]
-    assert keys(advised(facts=facts, **{**broken, "epochs": 600})) == ["epochs", *(k for k in order if k != "epochs")]
+    assert keys(advised(facts=facts, **{**broken, "epochs": 600})) == [
+        "epochs",
+        *(k for k in order if k != "epochs"),
+    ]
 
 
 def test_of_an_adapter_that_training_goes_on_from_nothing_is_advised_that_it_brings() -> None:
     facts = Facts("finetune_lora", trained=1, tokens=100, adapted=0.1, left=True)
-    broken: dict[str, Any] = {"alpha": 1, "target_modules": ["q_proj"], "train_embeddings": "all", "batch_size": 64}
-    assert {"rank", "alpha", "target_modules", "train_embeddings"} <= set(keys(advised(facts=facts, **broken)))
+    broken: dict[str, Any] = {
+        "alpha": 1,
+        "target_modules": ["q_proj"],
+        "train_embeddings": "all",
+        "batch_size": 64,
+    }
+    assert {"rank", "alpha", "target_modules", "train_embeddings"} <= set(
+        keys(advised(facts=facts, **broken))
+    )
     assert keys(advised(facts=facts, **broken, init_from="old")) == ["batch_size"]
 
 
 @pytest.mark.parametrize("section", ["finetune_lora", "finetune_dpo"])
 def test_no_rule_disagrees_with_the_defaults_of_a_pretrained_base(section: str) -> None:
     params = parse(f"base: org/model\n{section}: {{}}\n", Path("params.yaml"), GRAPH.sections)
-    assert not advise(Project(Path(), params, GRAPH), Facts(section, base=10**8, adapted=1.0, examples=50))
+    assert not advise(
+        Project(Path(), params, GRAPH), Facts(section, base=10**8, adapted=1.0, examples=50)
+    )
 
 
 @given(st.integers(1, 512), st.integers(1, 10**6), st.integers(0, 10**9))
@@ -109,7 +134,11 @@ def test_data_needs_more_rank_than_the_adapter_has_only_above_two_tokens_a_param
 ) -> None:
     def capacity(rank: int) -> list[Advice]:
         facts = Facts("finetune_lora", trained=rank * per_rank, tokens=tokens)
-        return [one for one in advised(facts=facts, rank=rank, alpha=32) if one.key == "finetune_lora.rank"]
+        return [
+            one
+            for one in advised(facts=facts, rank=rank, alpha=32)
+            if one.key == "finetune_lora.rank"
+        ]
 
     said = capacity(rank)
     assert bool(said) == (tokens > 2 * rank * per_rank)
@@ -119,7 +148,12 @@ def test_data_needs_more_rank_than_the_adapter_has_only_above_two_tokens_a_param
 
 
 def test_what_large_models_taught_is_not_held_against_minigpt() -> None:
-    broken: dict[str, Any] = {"learning_rate": 1, "target_modules": ["attention"], "batch_size": 64, "alpha": 1}
+    broken: dict[str, Any] = {
+        "learning_rate": 1,
+        "target_modules": ["attention"],
+        "batch_size": 64,
+        "alpha": 1,
+    }
     broken |= {"window": 4, "train_embeddings": "all"}
     facts = Facts("finetune_lora", base=10, trained=1, examples=3, tokens=100, cut=0.5, bf16=False)
     assert keys(advised("minigpt", facts, **broken, epochs=90)) == ["rank", "max_length"]
@@ -127,11 +161,31 @@ def test_what_large_models_taught_is_not_held_against_minigpt() -> None:
 
 
 def test_every_rule_says_why_in_a_sentence_and_names_its_source() -> None:
-    facts = Facts("finetune_lora", base=10, trained=1, adapted=0.2, examples=3, tokens=100, cut=0.5, bf16=False)
-    broken: dict[str, Any] = {"learning_rate": 1, "target_modules": ["q_proj"], "batch_size": 64, "alpha": 1}
+    facts = Facts(
+        "finetune_lora",
+        base=10,
+        trained=1,
+        adapted=0.2,
+        examples=3,
+        tokens=100,
+        cut=0.5,
+        bf16=False,
+    )
+    broken: dict[str, Any] = {
+        "learning_rate": 1,
+        "target_modules": ["q_proj"],
+        "batch_size": 64,
+        "alpha": 1,
+    }
     broken |= {"window": 4, "train_embeddings": "all"}
     for one in advised(facts=facts, **broken, epochs=90, quantization="nf4"):
         assert all((one.advised, one.why, one.source)) and not one.why.endswith(".")
-    page = " ".join((Path(__file__).parents[3] / "docs/how-to/advice.md").read_text(encoding="utf-8").split())
+    page = " ".join(
+        (Path(__file__).parents[3] / "docs/how-to/advice.md").read_text(encoding="utf-8").split()
+    )
     for keys_, _, source, function in RULES:
-        assert f"`{keys_[0]}`" in page and source in page and " ".join((function.__doc__ or "-").split()) in page
+        assert (
+            f"`{keys_[0]}`" in page
+            and source in page
+            and " ".join((function.__doc__ or "-").split()) in page
+        )

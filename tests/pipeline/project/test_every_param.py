@@ -1,4 +1,6 @@
-"""No setting that nothing reads: each field of params.yaml, changed, changes an artifact, a report, or is refused."""
+"""No setting that nothing reads: each field of params.yaml, changed, changes an artifact, a report,
+or is refused.
+"""
 
 import json
 import re
@@ -72,9 +74,21 @@ OTHER = {
     "finetune_freeze.last_blocks": "2",
     "finetune_freeze.train_embeddings": "false",
     "finetune_lora.data": "data/fact_correction.de.txt",
-    **{"finetune_dpo.data": "pairs.jsonl", "finetune_dpo.eval_data": "pairs.jsonl", "finetune_dpo.max_length": "5"},
-    **{"finetune_dpo.loss": "simpo", "finetune_dpo.beta": "0.5", "finetune_dpo.label_smoothing": "0.1"},
-    **{"finetune_dpo.rpo_alpha": "1", "finetune_dpo.simpo_gamma": "2", "finetune_dpo.reference": "base"},
+    **{
+        "finetune_dpo.data": "pairs.jsonl",
+        "finetune_dpo.eval_data": "pairs.jsonl",
+        "finetune_dpo.max_length": "5",
+    },
+    **{
+        "finetune_dpo.loss": "simpo",
+        "finetune_dpo.beta": "0.5",
+        "finetune_dpo.label_smoothing": "0.1",
+    },
+    **{
+        "finetune_dpo.rpo_alpha": "1",
+        "finetune_dpo.simpo_gamma": "2",
+        "finetune_dpo.reference": "base",
+    },
     "finetune_dpo.max_grad_norm": "1e-4",
     "finetune_lora.rank": "2",
     "finetune_lora.alpha": "2",
@@ -99,8 +113,16 @@ OTHER = {
     "adapter_precision": "bf16",
     "quantization": "nf4",
     "finetune_sweep.grid": "{rank: [2]}",
-    **{"finetune_sweep.search": "random", "finetune_sweep.trials": "1", "finetune_sweep.search_seed": "3"},
-    **{"finetune_sweep.reduction_factor": "2", "finetune_sweep.sampler": "qmc", "finetune_sweep.generation": "3"},
+    **{
+        "finetune_sweep.search": "random",
+        "finetune_sweep.trials": "1",
+        "finetune_sweep.search_seed": "3",
+    },
+    **{
+        "finetune_sweep.reduction_factor": "2",
+        "finetune_sweep.sampler": "qmc",
+        "finetune_sweep.generation": "3",
+    },
     "finetune_sweep.old_data": "other.txt",
     "merge.prompts": "other.yaml",
     "merge.max_logit_difference": "1e-12",
@@ -117,19 +139,36 @@ OTHER = {
     **{f"study_{name}_correction.retention_data": "other.txt" for name in ("fact", "knowledge")},
     **{f"study_{name}_correction.prompts": "more.yaml" for name in ("fact", "knowledge")},
     **{f"study_{name}.document": "document.yaml" for name in ("fact_correction", "trajectory")},
-    **{f"study_{name}_correction.{key}": "2" for name in ("fact", "knowledge") for key in ("rank", "retention_weight")},
+    **{
+        f"study_{name}_correction.{key}": "2"
+        for name in ("fact", "knowledge")
+        for key in ("rank", "retention_weight")
+    },
     **{"study_fact_correction.alphas": "[2.0]", "study_fact_correction.learning_rates": "[1e-3]"},
     **{"study_fact_correction.windows": "[3]", "study_fact_correction.top_k": "2"},
-    **{"study_fact_correction.d_model": "72", "study_fact_correction.new_data": "data/fact_correction.de.txt"},
+    **{
+        "study_fact_correction.d_model": "72",
+        "study_fact_correction.new_data": "data/fact_correction.de.txt",
+    },
     "study_knowledge_correction.data": "data/fact_correction.de.txt",
     "study_knowledge_correction.groups": "[knowledge_correction, fact_correction]",
-    **{"study_knowledge_correction.old_data": "other.txt", "study_knowledge_correction.recipe_rate": "3e-3"},
+    **{
+        "study_knowledge_correction.old_data": "other.txt",
+        "study_knowledge_correction.recipe_rate": "3e-3",
+    },
     "study_trajectory.data": "data/knowledge_correction.de.txt",
     **{"study_trajectory.steps": "[0, 1]", "study_trajectory.windows": "[3]"},
     **{f"study_{name}.old_data": "other.txt" for name in ("methods", "rank", "forgetting")},
-    **{f"study_{name}.new_data": "data/fact_correction.de.txt" for name in ("methods", "rank", "forgetting")},
+    **{
+        f"study_{name}.new_data": "data/fact_correction.de.txt"
+        for name in ("methods", "rank", "forgetting")
+    },
     **{"study_methods.prompt_words": "9", "study_rank.prompt_words": "1"},
-    **{"study_rank.ranks": "[3]", "study_rank.alphas": "[2.0]", "study_rank.learning_rates": "[2e-3]"},
+    **{
+        "study_rank.ranks": "[3]",
+        "study_rank.alphas": "[2.0]",
+        "study_rank.learning_rates": "[2e-3]",
+    },
     "study_learning_rate.data": "data/fact_correction.de.txt",
     "study_learning_rate.eval_data": "other.txt",
     **{"study_learning_rate.learning_rates": "[2e-3]", "study_learning_rate.full_rates": "[2e-3]"},
@@ -137,7 +176,10 @@ OTHER = {
     **{f"study_learning_rate.{part}_rank": "2" for part in ("attention", "feed_forward")},
     "study_forgetting.every": "2",
     **{f"{name}.seeds": "[1]" for name, stage in STAGES.items() if stage.kind == "study"},
-    **{"study_spectrum.old_data": "other.txt", "study_spectrum.new_data": "data/fact_correction.de.txt"},
+    **{
+        "study_spectrum.old_data": "other.txt",
+        "study_spectrum.new_data": "data/fact_correction.de.txt",
+    },
     **{"study_spectrum.ranks": "[8, 16]", "study_spectrum.extracted": "[2]"},
     "study_intrinsic_dimension.data": "data/fact_correction.de.txt",
     **{"study_intrinsic_dimension.document": "document.yaml"},
@@ -157,7 +199,10 @@ def section_of(key: str) -> str:
     return TOP_LEVEL.get(key) or key.partition(".")[0]
 
 
-RANGE, OF_OPTUNA = "grid={learning_rate: {low: 1e-4, high: 1e-2, log: true}}", ("sampler", "generation")
+RANGE, OF_OPTUNA = (
+    "grid={learning_rate: {low: 1e-4, high: 1e-2, log: true}}",
+    ("sampler", "generation"),
+)
 BY_ANSWERS = ["eval_steps=1", "patience=99", "samples={held_out: 2}"]
 # What must be set beside a field for it to count.
 WITH = {
@@ -165,7 +210,11 @@ WITH = {
     "chat_template": ["data=asked.jsonl", "window=0"],
     "finetune_dpo.chat_template": ["data=pairs.jsonl"],
     "metric_for_best_model": ["data=asked.jsonl", "eval_data=asked.jsonl", *BY_ANSWERS],
-    "finetune_dpo.metric_for_best_model": ["data=pairs.jsonl", "eval_data=pairs.jsonl", *BY_ANSWERS],
+    "finetune_dpo.metric_for_best_model": [
+        "data=pairs.jsonl",
+        "eval_data=pairs.jsonl",
+        *BY_ANSWERS,
+    ],
     "finetune_dpo.columns": ["data=more_pairs.jsonl"],
     "finetune_dpo.simpo_gamma": ["loss=simpo"],
     "finetune_dpo.reference": ["init_from=other_adapter"],
@@ -178,10 +227,19 @@ WITH = {
     "finetune_sweep.trials": ["grid={rank: [1, 2, 3, 4]}", "search=random", "trials=3"],
     "finetune_sweep.search_seed": ["grid={rank: [1, 2, 3, 4]}", "search=random", "trials=2"],
     "finetune_sweep.reduction_factor": ["grid={rank: [1, 2, 3, 4]}", "search=halving", "eval"],
-    **{f"finetune_sweep.{key}": [RANGE, "search=optuna", "trials=6", "generation=2", "eval"] for key in OF_OPTUNA},
-    "finetune_lora.retention_data": ["retention_weight=3", "retention_data=data/fact_correction.de.txt"],
+    **{
+        f"finetune_sweep.{key}": [RANGE, "search=optuna", "trials=6", "generation=2", "eval"]
+        for key in OF_OPTUNA
+    },
+    "finetune_lora.retention_data": [
+        "retention_weight=3",
+        "retention_data=data/fact_correction.de.txt",
+    ],
     "finetune_lora.retention_weight": ["retention_data=other.txt", "retention_weight=1"],
-    "finetune_lora.retention_batch_size": ["retention_data=data/fact_correction.de.txt", "retention_weight=3"],
+    "finetune_lora.retention_batch_size": [
+        "retention_data=data/fact_correction.de.txt",
+        "retention_weight=3",
+    ],
 }
 REFUSED = {  # alone, or always: it would count for nothing
     "eval_steps": "there is no evaluation set. Set {stage}.eval_share above 0",
@@ -202,7 +260,8 @@ ONLY_REFUSED = {
     "pretrain.precision",
     "finetune_dpo.window",
     "finetune_dpo.target_parameters",
-    "finetune_lora.target_parameters",  # tests/pipeline/adapters/test_experts.py has bases with experts
+    # tests/pipeline/adapters/test_experts.py has bases with experts
+    "finetune_lora.target_parameters",
 }  # tests/pipeline/models/test_import_base.py has code that is trusted
 QUICK = (
     "study_trajectory",
@@ -219,7 +278,8 @@ CHANGING = [
     and not STAGES[section_of(key)].is_measurement
     and not key.endswith((".gradient_checkpointing", ".save_steps", ".compile"))
     and key != "pretrain.chat_template"  # MiniGPT has none
-    and key not in ("merge.max_logit_difference", "evaluate.max_examples", "evaluate.sample_answers")
+    and key
+    not in ("merge.max_logit_difference", "evaluate.max_examples", "evaluate.sample_answers")
 ]  # the others have tests of their own
 
 
@@ -229,7 +289,9 @@ def stage_of(key: str) -> str:
 
 
 def of(table: dict[str, Any], key: str) -> Any:
-    """The entry of a key; of dpo, which has LoRA's keys, theirs; or that of its name in any section."""
+    """The entry of a key; of dpo, which has LoRA's keys, theirs; or that of its name in any
+    section.
+    """
     section, _, name = key.rpartition(".")
     shared = f"finetune_lora.{name}" if section == "finetune_dpo" else key
     return table.get(key, table.get(shared, table.get(name)))
@@ -240,7 +302,9 @@ def test_every_field_has_another_value_to_try() -> None:
 
 
 def prepared(project: Path) -> Path:
-    (project / "other.yaml").write_text("g: {must_keep: [{prompt: der hund, answer: läuft}]}\n", encoding="utf-8")
+    (project / "other.yaml").write_text(
+        "g: {must_keep: [{prompt: der hund, answer: läuft}]}\n", encoding="utf-8"
+    )
     task = "[{name: t, kind: contains, examples: [{prompt: der hund, answer: park}]}]"
     (project / "tasks.yaml").write_text(task, encoding="utf-8")
     (project / "other.txt").write_text("die katze sitzt auf dem sofa\n", encoding="utf-8")
@@ -248,26 +312,49 @@ def prepared(project: Path) -> Path:
     (project / "asked.jsonl").write_text(asked, encoding="utf-8")
     two_columns = '{"text": "die katze sitzt auf dem sofa", "body": "der hund läuft im park"}\n'
     (project / "both.jsonl").write_text(two_columns, encoding="utf-8")
-    pairs = [json.loads(line) for line in (project / "data/preferences.de.jsonl").read_text("utf-8").splitlines()]
-    for name, rows in (("pairs", pairs[:5]), ("more_pairs", [pair | {"best": " im park"} for pair in pairs])):
-        (project / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    shutil.copytree(project / "artifacts/lora_adapter", project / "other_adapter", dirs_exist_ok=True)
+    pairs = [
+        json.loads(line)
+        for line in (project / "data/preferences.de.jsonl").read_text("utf-8").splitlines()
+    ]
+    for name, rows in (
+        ("pairs", pairs[:5]),
+        ("more_pairs", [pair | {"best": " im park"} for pair in pairs]),
+    ):
+        (project / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
+    shutil.copytree(
+        project / "artifacts/lora_adapter", project / "other_adapter", dirs_exist_ok=True
+    )
     said = (project / "data/document.yaml").read_text(encoding="utf-8")
-    for number, other in (("800}", "900}"), ("GB: 32}", "GB: 33}"), ("sofa: 0.94", "sofa: 0.5"), ("0.61", "0.5")):
+    for number, other in (
+        ("800}", "900}"),
+        ("GB: 32}", "GB: 33}"),
+        ("sofa: 0.94", "sofa: 0.5"),
+        ("0.61", "0.5"),
+    ):
         assert number in said
         said = said.replace(number, other)
     (project / "document.yaml").write_text(said, encoding="utf-8")
     asked = (project / "data/prompts.yaml").read_text(encoding="utf-8")
     for group in ("fact_correction:", "knowledge_correction:"):
-        asked = re.sub(f"({group}.*?must_keep:\n)", r"\1    - {prompt: der hund, answer: läuft}\n", asked, flags=re.S)
+        asked = re.sub(
+            f"({group}.*?must_keep:\n)",
+            r"\1    - {prompt: der hund, answer: läuft}\n",
+            asked,
+            flags=re.S,
+        )
     (project / "more.yaml").write_text(asked, encoding="utf-8")
     return project
 
 
 def made(project: Path, stage: str, overrides: Sequence[str]) -> dict[str, bytes]:
-    """The stage's artifact, without the manifest: it repeats the params, and its change proves nothing."""
+    """The stage's artifact, without the manifest: it repeats the params, and its change proves
+    nothing.
+    """
     shutil.rmtree(project / ".lora-cache", ignore_errors=True)
-    short = [f"{stage}.epochs=2"] * (STAGES[stage].trains and stage not in PIPELINE)  # the others are so in BRIEF
+    # the others are so in BRIEF
+    short = [f"{stage}.epochs=2"] * (STAGES[stage].trains and stage not in PIPELINE)
     make(project, [stage], [*BRIEF, *short, *overrides])
     files = folder_bytes(project / "artifacts" / STAGES[stage].output)
     del files["manifest.json"]
@@ -276,27 +363,37 @@ def made(project: Path, stage: str, overrides: Sequence[str]) -> dict[str, bytes
 
 @pytest.fixture(scope="module")
 def befores() -> dict[tuple[str, ...], dict[str, bytes]]:
-    """What a stage makes of a prepared copy of `brief`, by its name and overrides: many keys begin with the same."""
+    """What a stage makes of a prepared copy of `brief`, by its name and overrides: many keys begin
+    with the same.
+    """
     return {}
 
 
 def best_after_a_step(self: Prompts, step: int) -> list[Sample]:
     """As expected after the first step alone, where the loss is not yet the lowest."""
-    return [Sample(step, one.asked, one.expected if step == 1 else "", one.expected) for one in self.questions]
+    return [
+        Sample(step, one.asked, one.expected if step == 1 else "", one.expected)
+        for one in self.questions
+    ]
 
 
 @pytest.mark.parametrize("key", CHANGING)
 @pytest.mark.sampled(3)
 @pytest.mark.slow
 def test_a_changed_field_changes_what_its_stage_makes(
-    project: Path, key: str, befores: dict[tuple[str, ...], dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+    project: Path,
+    key: str,
+    befores: dict[tuple[str, ...], dict[str, bytes]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stage = stage_of(key)
     if key.endswith(".metric_for_best_model"):
         monkeypatch.setattr(Prompts, "answers", best_after_a_step)
-    own = {"base=toy": "base=toy", "eval": "finetune_lora.eval_share=0.3"}  # beside a sweep's own keys
+    # beside a sweep's own keys
+    own = {"base=toy": "base=toy", "eval": "finetune_lora.eval_share=0.3"}
     beside = [own.get(one) or f"{stage}.{one}" for one in of(WITH, key) or []]
-    on_toy = key == "expand_vocab.special_tokens" or key.endswith(".chat_template")  # which has a template
+    # which has a template
+    on_toy = key == "expand_vocab.special_tokens" or key.endswith(".chat_template")
     if on_toy or key in ("base", "import.dtype"):
         toy_checkpoint(project / "toy")
     if on_toy:
@@ -332,15 +429,20 @@ def test_a_field_that_would_count_for_nothing_is_refused(project: Path, key: str
 
 
 @pytest.mark.parametrize("how", ["selective", "full"])
-@pytest.mark.parametrize("stage", ["pretrain", "train_from_scratch", *(f"finetune_{method}" for method in METHODS)])
+@pytest.mark.parametrize(
+    "stage", ["pretrain", "train_from_scratch", *(f"finetune_{method}" for method in METHODS)]
+)
 def test_checkpointing_changes_no_byte_that_is_made_and_the_memory_that_is_measured(
     project: Path, stage: str, how: str
 ) -> None:
     def measured() -> int:
-        lines = (project / "runs" / stage / "telemetry.csv").read_text(encoding="utf-8").splitlines()
+        lines = (
+            (project / "runs" / stage / "telemetry.csv").read_text(encoding="utf-8").splitlines()
+        )
         return int(lines[-1].split(",")[-1])
 
-    wide = [f"{stage}.window=0", f"{stage}.batch_size=64"]  # activations, not weights, decide the peak
+    # activations, not weights, decide the peak
+    wide = [f"{stage}.window=0", f"{stage}.batch_size=64"]
     before, plain = made(project, stage, wide), measured()
     assert made(project, stage, [*wide, f"{stage}.gradient_checkpointing={how}"]) == before
     assert measured() < plain
@@ -358,4 +460,6 @@ def test_texts_to_retain_with_no_weight_change_nothing(project: Path) -> None:
     """So that one number turns them off."""
     before = made(project, "finetune_lora", [])
     retain = "finetune_lora.retention_data=data/fact_correction.de.txt"
-    assert made(project, "finetune_lora", [retain, "finetune_lora.retention_batch_size=1"]) == before
+    assert (
+        made(project, "finetune_lora", [retain, "finetune_lora.retention_batch_size=1"]) == before
+    )

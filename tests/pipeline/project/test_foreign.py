@@ -1,4 +1,6 @@
-"""Other tools' configs as settings: what is taken, what is not and why, and nothing that they hold is trusted."""
+"""Other tools' configs as settings: what is taken, what is not and why, and nothing that they hold
+is trusted.
+"""
 
 import json
 from collections.abc import Mapping
@@ -18,20 +20,84 @@ from pipeline.project.params.schema import ValueSource, check_value, hints
 from pipeline.workbench import GRAPH
 
 AXOLOTL: dict[str, Any] = {
-    **{"base_model": "org/model-8b", "model_type": "LlamaForCausalLM", "load_in_8bit": False, "load_in_4bit": True},
-    **{"adapter": "qlora", "lora_r": 32, "lora_alpha": 16, "lora_dropout": 0.05, "lora_target_linear": True},
-    **{"datasets": [{"path": "mine.jsonl", "type": "chat_template"}, {"path": "org/hub-set", "type": "alpaca"}]},
-    **{"sequence_len": 4096, "sample_packing": True, "micro_batch_size": 2, "gradient_accumulation_steps": 4},
-    **{"num_epochs": 4, "optimizer": "adamw_bnb_8bit", "lr_scheduler": "cosine", "learning_rate": "2e-4"},
-    **{"bf16": "auto", "fp16": None, "tf32": False, "gradient_checkpointing": True, "flash_attention": True},
-    **{"warmup_ratio": 0.1, "val_set_size": 0.05, "evals_per_epoch": 4, "weight_decay": 0.0, "wandb_project": "mine"},
-    **{"output_dir": "./outputs", "special_tokens": {"pad_token": "<|end|>"}, "loss_watchdog_threshold": 5.0},
+    **{
+        "base_model": "org/model-8b",
+        "model_type": "LlamaForCausalLM",
+        "load_in_8bit": False,
+        "load_in_4bit": True,
+    },
+    **{
+        "adapter": "qlora",
+        "lora_r": 32,
+        "lora_alpha": 16,
+        "lora_dropout": 0.05,
+        "lora_target_linear": True,
+    },
+    **{
+        "datasets": [
+            {"path": "mine.jsonl", "type": "chat_template"},
+            {"path": "org/hub-set", "type": "alpaca"},
+        ]
+    },
+    **{
+        "sequence_len": 4096,
+        "sample_packing": True,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+    },
+    **{
+        "num_epochs": 4,
+        "optimizer": "adamw_bnb_8bit",
+        "lr_scheduler": "cosine",
+        "learning_rate": "2e-4",
+    },
+    **{
+        "bf16": "auto",
+        "fp16": None,
+        "tf32": False,
+        "gradient_checkpointing": True,
+        "flash_attention": True,
+    },
+    **{
+        "warmup_ratio": 0.1,
+        "val_set_size": 0.05,
+        "evals_per_epoch": 4,
+        "weight_decay": 0.0,
+        "wandb_project": "mine",
+    },
+    **{
+        "output_dir": "./outputs",
+        "special_tokens": {"pad_token": "<|end|>"},
+        "loss_watchdog_threshold": 5.0,
+    },
 }
 LLAMA_FACTORY: dict[str, Any] = {
-    **{"model_name_or_path": "org/model-4b", "trust_remote_code": True, "stage": "sft", "do_train": True},
-    **{"finetuning_type": "lora", "lora_rank": 8, "lora_target": "all", "dataset": "identity,demo", "template": "x"},
-    **{"cutoff_len": 2048, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "learning_rate": 1e-4},
-    **{"num_train_epochs": 3.0, "lr_scheduler_type": "cosine", "bf16": True, "quantization_bit": 4, "val_size": 100},
+    **{
+        "model_name_or_path": "org/model-4b",
+        "trust_remote_code": True,
+        "stage": "sft",
+        "do_train": True,
+    },
+    **{
+        "finetuning_type": "lora",
+        "lora_rank": 8,
+        "lora_target": "all",
+        "dataset": "identity,demo",
+        "template": "x",
+    },
+    **{
+        "cutoff_len": 2048,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 8,
+        "learning_rate": 1e-4,
+    },
+    **{
+        "num_train_epochs": 3.0,
+        "lr_scheduler_type": "cosine",
+        "bf16": True,
+        "quantization_bit": 4,
+        "val_size": 100,
+    },
     **{
         "warmup_ratio": 0.1,
         "warmup_steps": 0,
@@ -47,9 +113,27 @@ PREFERENCES: dict[str, dict[str, Any]] = {
     "kto": {"base_model": "m", "adapter": "lora", "rl": "kto", "rl_beta": 0.2},
 }
 MLX: dict[str, Any] = {
-    **{"model": "org/model", "train": True, "fine_tune_type": "dora", "data": "sets", "seed": 7, "num_layers": 16},
-    **{"batch_size": 4, "iters": 1000, "learning_rate": 1e-5, "max_seq_length": 2048, "grad_checkpoint": False},
-    "lora_parameters": {"keys": ["self_attn.q_proj", "self_attn.v_proj"], "rank": 8, "scale": 20.0, "dropout": 0.0},
+    **{
+        "model": "org/model",
+        "train": True,
+        "fine_tune_type": "dora",
+        "data": "sets",
+        "seed": 7,
+        "num_layers": 16,
+    },
+    **{
+        "batch_size": 4,
+        "iters": 1000,
+        "learning_rate": 1e-5,
+        "max_seq_length": 2048,
+        "grad_checkpoint": False,
+    },
+    "lora_parameters": {
+        "keys": ["self_attn.q_proj", "self_attn.v_proj"],
+        "rank": 8,
+        "scale": 20.0,
+        "dropout": 0.0,
+    },
     "lr_schedule": {"name": "cosine_decay", "warmup": 100, "arguments": ["3e-5", 1000, 1e-7]},
 }
 
@@ -78,18 +162,47 @@ def left(foreign: Foreign) -> dict[str, str]:
 def test_axolotl(tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
     foreign = read(tmp_path, AXOLOTL)
-    assert (foreign.format, foreign.base, foreign.data) == ("Axolotl", "org/model-8b", (str(tmp_path / "mine.jsonl"),))
+    assert (foreign.format, foreign.base, foreign.data) == (
+        "Axolotl",
+        "org/model-8b",
+        (str(tmp_path / "mine.jsonl"),),
+    )
     assert settings(foreign) == dict(
-        **{"rank": 32, "alpha": 16.0, "target_modules": ["all-linear"], "quantization": "nf4", "max_length": 4096},
-        **{"batch_size": 2, "gradient_accumulation_steps": 4, "epochs": 4, "schedule": "cosine", "precision": "bf16"},
-        **{"learning_rate": 2e-4, "gradient_checkpointing": "full", "eval_share": 0.05, "lora_dropout": 0.05},
+        **{
+            "rank": 32,
+            "alpha": 16.0,
+            "target_modules": ["all-linear"],
+            "quantization": "nf4",
+            "max_length": 4096,
+        },
+        **{
+            "batch_size": 2,
+            "gradient_accumulation_steps": 4,
+            "epochs": 4,
+            "schedule": "cosine",
+            "precision": "bf16",
+        },
+        **{
+            "learning_rate": 2e-4,
+            "gradient_checkpointing": "full",
+            "eval_share": 0.05,
+            "lora_dropout": 0.05,
+        },
         **{"optimizer": "adamw-8bit", "warmup_ratio": 0.1, "weight_decay": 0.0},
     )
     why = left(foreign)
-    assert {"datasets", "sample_packing", "flash_attention", "wandb_project", "output_dir", "special_tokens"} <= set(
-        why
+    assert {
+        "datasets",
+        "sample_packing",
+        "flash_attention",
+        "wandb_project",
+        "output_dir",
+        "special_tokens",
+    } <= set(why)
+    assert (
+        "eval_share" in why["evals_per_epoch"]
+        and "no such setting" in why["loss_watchdog_threshold"]
     )
-    assert "eval_share" in why["evals_per_epoch"] and "no such setting" in why["loss_watchdog_threshold"]
     assert foreign.left[0] == ("datasets", "org/hub-set", why["datasets"])
     assert not {"load_in_8bit", "fp16", "tf32"} & set(why), "what is off is neither taken nor left"
 
@@ -98,17 +211,35 @@ def test_llama_factory(tmp_path: Path) -> None:
     foreign = read(tmp_path, LLAMA_FACTORY, "config.yaml")
     assert (foreign.format, foreign.base, foreign.data) == ("LLaMA-Factory", "org/model-4b", ())
     assert settings(foreign) == {
-        **{"rank": 8, "alpha": 16.0, "target_modules": ["all-linear"], "quantization": "nf4-dq", "max_length": 2048},
-        **{"batch_size": 1, "gradient_accumulation_steps": 8, "epochs": 3, "schedule": "cosine", "precision": "bf16"},
+        **{
+            "rank": 8,
+            "alpha": 16.0,
+            "target_modules": ["all-linear"],
+            "quantization": "nf4-dq",
+            "max_length": 2048,
+        },
+        **{
+            "batch_size": 1,
+            "gradient_accumulation_steps": 8,
+            "epochs": 3,
+            "schedule": "cosine",
+            "precision": "bf16",
+        },
         **{"learning_rate": 1e-4, "warmup_ratio": 0.1},
     }
     why = left(foreign)
     assert "number of examples" in why["val_size"] and "held out" in why["eval_steps"]
     assert "dataset_info.json" in why["dataset"] and "chat template" in why["template"]
-    assert "import.trust_remote_code" in why["trust_remote_code"] and "--devices" in why["deepspeed"]
-    assert read(tmp_path, {**LLAMA_FACTORY, "finetuning_type": "freeze"}).section == "finetune_freeze"
+    assert (
+        "import.trust_remote_code" in why["trust_remote_code"] and "--devices" in why["deepspeed"]
+    )
+    assert (
+        read(tmp_path, {**LLAMA_FACTORY, "finetuning_type": "freeze"}).section == "finetune_freeze"
+    )
     assert settings(read(tmp_path, {**LLAMA_FACTORY, "lora_alpha": 5}))["alpha"] == 5
-    assert left(read(tmp_path, {**AXOLOTL, "datasets": [{"path": "n" * 900}, {"path": "a\0b"}]}))["datasets"]
+    assert left(read(tmp_path, {**AXOLOTL, "datasets": [{"path": "n" * 900}, {"path": "a\0b"}]}))[
+        "datasets"
+    ]
 
 
 def test_mlx_lm(tmp_path: Path) -> None:
@@ -118,52 +249,125 @@ def test_mlx_lm(tmp_path: Path) -> None:
     assert (foreign.format, foreign.base) == ("mlx-lm", "org/model")
     assert foreign.data == (str(tmp_path / "sets/train.jsonl"),)
     assert settings(foreign) == dict(
-        **{"rank": 8, "alpha": 160.0, "target_modules": ["self_attn.q_proj", "self_attn.v_proj"], "dora": True},
-        **{"batch_size": 4, "learning_rate": 3e-5, "schedule": "cosine", "warmup_steps": 100, "seed": 7},
-        **{"max_length": 2048, "gradient_checkpointing": "none", "max_steps": 1000, "lora_dropout": 0.0},
+        **{
+            "rank": 8,
+            "alpha": 160.0,
+            "target_modules": ["self_attn.q_proj", "self_attn.v_proj"],
+            "dora": True,
+        },
+        **{
+            "batch_size": 4,
+            "learning_rate": 3e-5,
+            "schedule": "cosine",
+            "warmup_steps": 100,
+            "seed": 7,
+        },
+        **{
+            "max_length": 2048,
+            "gradient_checkpointing": "none",
+            "max_steps": 1000,
+            "lora_dropout": 0.0,
+        },
     )
     assert "every block" in left(foreign)["num_layers"]
     without = read(tmp_path, {key: value for key, value in MLX.items() if key != "lr_schedule"})
-    assert settings(without)["schedule"] == "constant" and settings(without)["learning_rate"] == 1e-5
+    assert (
+        settings(without)["schedule"] == "constant" and settings(without)["learning_rate"] == 1e-5
+    )
 
 
 def test_peft_as_it_writes_its_config(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
-        **{"r": 16, "lora_alpha": 32, "target_modules": ["q_proj"], "base_model_name_or_path": "org/model"},
-        **{"use_rslora": True, "modules_to_save": ["lm_head"], "rank_pattern": {"q_proj": 4}, "lora_dropout": 0.1},
+        **{
+            "r": 16,
+            "lora_alpha": 32,
+            "target_modules": ["q_proj"],
+            "base_model_name_or_path": "org/model",
+        },
+        **{
+            "use_rslora": True,
+            "modules_to_save": ["lm_head"],
+            "rank_pattern": {"q_proj": 4},
+            "lora_dropout": 0.1,
+        },
         task_type="CAUSAL_LM",
     )
     config.save_pretrained(tmp_path)
     foreign = read_config(tmp_path / "adapter_config.json", GRAPH.sections)
     assert (foreign.format, foreign.base) == ("PEFT", "org/model")
     assert settings(foreign) == dict(
-        **{"rank": 16, "alpha": 32.0, "target_modules": ["q_proj"], "rank_pattern": {"q_proj": 4}, "rslora": True},
+        **{
+            "rank": 16,
+            "alpha": 32.0,
+            "target_modules": ["q_proj"],
+            "rank_pattern": {"q_proj": 4},
+            "rslora": True,
+        },
         **{"init_lora_weights": "kaiming", "train_embeddings": "all", "lora_dropout": 0.1},
     )
     assert not foreign.left, "a plain LoRA has a counterpart in all"
     peft.PrefixTuningConfig(num_virtual_tokens=7).save_pretrained(tmp_path)
     prefix = read_config(tmp_path / "adapter_config.json", GRAPH.sections)
     assert prefix.values == {"finetune_prefix.virtual_tokens": 7}
-    everything = read(tmp_path, {"peft_type": "LORA", "target_modules": "model.*(q|v)_proj$"}, "adapter_config.json")
+    everything = read(
+        tmp_path,
+        {"peft_type": "LORA", "target_modules": "model.*(q|v)_proj$"},
+        "adapter_config.json",
+    )
     assert "regular expression" in left(everything)["target_modules"]
 
 
-def test_transformers_as_it_writes_its_arguments_leaves_nothing_without_a_reason(tmp_path: Path) -> None:
+def test_transformers_as_it_writes_its_arguments_leaves_nothing_without_a_reason(
+    tmp_path: Path,
+) -> None:
     from transformers import TrainingArguments
 
     arguments = TrainingArguments(
-        **{"output_dir": str(tmp_path), "learning_rate": 1e-4, "num_train_epochs": 2, "lr_scheduler_type": "cosine"},
-        **{"per_device_train_batch_size": 6, "optim": "paged_adamw_8bit", "neftune_noise_alpha": 5, "seed": 3},
-        **{"warmup_steps": 0.1, "max_steps": 50, "weight_decay": 0.1, "report_to": "none", "use_cpu": True},
+        **{
+            "output_dir": str(tmp_path),
+            "learning_rate": 1e-4,
+            "num_train_epochs": 2,
+            "lr_scheduler_type": "cosine",
+        },
+        **{
+            "per_device_train_batch_size": 6,
+            "optim": "paged_adamw_8bit",
+            "neftune_noise_alpha": 5,
+            "seed": 3,
+        },
+        **{
+            "warmup_steps": 0.1,
+            "max_steps": 50,
+            "weight_decay": 0.1,
+            "report_to": "none",
+            "use_cpu": True,
+        },
     )
     (tmp_path / "training_args.json").write_text(arguments.to_json_string(), encoding="utf-8")
     foreign = read_config(tmp_path / "training_args.json", GRAPH.sections)
     assert (foreign.format, foreign.base, foreign.section) == ("transformers", "", "finetune_lora")
     assert settings(foreign) == dict(
-        **{"learning_rate": 1e-4, "epochs": 2, "schedule": "cosine", "batch_size": 6, "seed": 3, "max_grad_norm": 1.0},
-        **{"gradient_accumulation_steps": 1, "warmup_ratio": 0.1, "max_steps": 50, "weight_decay": 0.1},
-        **{"optimizer": "paged-adamw-8bit", "neftune_alpha": 5.0, "gradient_checkpointing": "none", "save_steps": 500},
+        **{
+            "learning_rate": 1e-4,
+            "epochs": 2,
+            "schedule": "cosine",
+            "batch_size": 6,
+            "seed": 3,
+            "max_grad_norm": 1.0,
+        },
+        **{
+            "gradient_accumulation_steps": 1,
+            "warmup_ratio": 0.1,
+            "max_steps": 50,
+            "weight_decay": 0.1,
+        },
+        **{
+            "optimizer": "paged-adamw-8bit",
+            "neftune_alpha": 5.0,
+            "gradient_checkpointing": "none",
+            "save_steps": 500,
+        },
     )
     assert foreign.left and not any("no such setting" in why for why in left(foreign).values())
 
@@ -171,7 +375,10 @@ def test_transformers_as_it_writes_its_arguments_leaves_nothing_without_a_reason
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({**AXOLOTL, "lora_r": "many"}, "lora_r must be a whole number, at least 1, below 2147483648, got 'many'"),
+        (
+            {**AXOLOTL, "lora_r": "many"},
+            "lora_r must be a whole number, at least 1, below 2147483648, got 'many'",
+        ),
         ({**AXOLOTL, "lora_r": 0}, "lora_r must be at least 1, got 0"),
         ({**AXOLOTL, "lora_alpha": [1]}, "lora_alpha must be a finite number, got [1]"),
         ({**AXOLOTL, "adapter": "other"}, "adapter must be one of lora, qlora, got 'other'"),
@@ -183,7 +390,10 @@ def test_transformers_as_it_writes_its_arguments_leaves_nothing_without_a_reason
         ),
         ({**AXOLOTL, "learning_rate": "9" * 5000}, "learning_rate is too long"),
         ({"peft_type": "VERA"}, "peft_type must be one of LORA"),
-        ({"pretrain": {}, "finetune_lora": {"rank": 2}}, "A params file of this project is given with --params"),
+        (
+            {"pretrain": {}, "finetune_lora": {"rank": 2}},
+            "A params file of this project is given with --params",
+        ),
     ],
 )
 def test_a_value_that_breaks_a_rule_is_one_message_with_the_file_and_their_key(
@@ -192,7 +402,11 @@ def test_a_value_that_breaks_a_rule_is_one_message_with_the_file_and_their_key(
     with pytest.raises(UserError) as refused:
         read(tmp_path, tree)
     assert message.removesuffix(", at least 1, below 2147483648, got 'many'") in str(refused.value)
-    assert "config.yml" in str(refused.value) and "\n" not in str(refused.value) and len(str(refused.value)) < 600
+    assert (
+        "config.yml" in str(refused.value)
+        and "\n" not in str(refused.value)
+        and len(str(refused.value)) < 600
+    )
 
 
 BOMB = "a: &a [x, x]\n" + "".join(
@@ -218,7 +432,9 @@ BOMB = "a: &a [x, x]\n" + "".join(
     ],
     ids=range(12),
 )
-def test_a_file_made_to_hurt_is_one_message(name: str, raw: bytes, message: str, tmp_path: Path) -> None:
+def test_a_file_made_to_hurt_is_one_message(
+    name: str, raw: bytes, message: str, tmp_path: Path
+) -> None:
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(UserError) as refused:
         read_config(tmp_path / name, GRAPH.sections)
@@ -227,14 +443,20 @@ def test_a_file_made_to_hurt_is_one_message(name: str, raw: bytes, message: str,
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-10, 10) | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
     max_leaves=5,
 )
-WORDS = st.sampled_from(sorted({*KEYS, *NO_COUNTERPART, *AXOLOTL, *LLAMA_FACTORY, *MLX, "r", "use_peft"}))
+WORDS = st.sampled_from(
+    sorted({*KEYS, *NO_COUNTERPART, *AXOLOTL, *LLAMA_FACTORY, *MLX, "r", "use_peft"})
+)
 
 
 @given(st.sampled_from(FORMATS), st.dictionaries(WORDS, VALUES, max_size=6))
-def test_any_values_are_taken_as_valid_settings_or_left_or_refused(tool: Any, tree: dict[str, Any]) -> None:
+def test_any_values_are_taken_as_valid_settings_or_left_or_refused(
+    tool: Any, tree: dict[str, Any]
+) -> None:
     marked = {sorted(tool.marks)[0]: "LORA", **tree}
     with TemporaryDirectory() as folder:
         try:

@@ -14,7 +14,18 @@ from tests.conftest import Lora
 from tests.helpers import families
 from tests.helpers.kill_points import count_changes, die_at_change
 from tests.helpers.process import Forked
-from tests.helpers.projects import GIVEN, LORA, ROOT, SHIPPED, STAGES, dvc, folder_bytes, git, load, save
+from tests.helpers.projects import (
+    GIVEN,
+    LORA,
+    ROOT,
+    SHIPPED,
+    STAGES,
+    dvc,
+    folder_bytes,
+    git,
+    load,
+    save,
+)
 from tests.helpers.projects import new_project as new_folder
 
 CARD = (
@@ -34,7 +45,9 @@ def params_of(folder: Path, text: str, *data: str) -> Path:
 
 
 @pytest.mark.slow
-def test_a_new_project_is_what_dvc_needs_and_nothing_of_it_is_ever_overwritten(cli: Lora, tmp_path: Path) -> None:
+def test_a_new_project_is_what_dvc_needs_and_nothing_of_it_is_ever_overwritten(
+    cli: Lora, tmp_path: Path
+) -> None:
     code, out, err = cli("new", "a/b", cwd=tmp_path)
     folder = tmp_path / "a/b"
     assert (code, err) == (0, "")
@@ -42,7 +55,12 @@ def test_a_new_project_is_what_dvc_needs_and_nothing_of_it_is_ever_overwritten(c
     assert (folder / "params.yaml").read_bytes() == (ROOT / "params.yaml").read_bytes()
     assert load(folder / "params.yaml") == load(ROOT / "params.yaml")
     config = (folder / ".dvc/config").read_text(encoding="utf-8")
-    for line in ("no_scm = True", "analytics = false", "autostage = false", 'type = "reflink,hardlink,copy"'):
+    for line in (
+        "no_scm = True",
+        "analytics = false",
+        "autostage = false",
+        'type = "reflink,hardlink,copy"',
+    ):
         assert line in config
     before = folder_bytes(folder)
     assert cli("new", "b", cwd=tmp_path / "a")[1].startswith("b: nothing to add")
@@ -53,7 +71,9 @@ def test_a_new_project_is_what_dvc_needs_and_nothing_of_it_is_ever_overwritten(c
     mine = (folder / "data/finetune.de.txt", folder / ".dvcignore")
     for path in mine:
         path.write_text("mine", encoding="utf-8")
-    assert "b: added data/prompts.yaml, dvc.yaml, code.yaml" in cli("new", "b", cwd=tmp_path / "a")[1]
+    assert (
+        "b: added data/prompts.yaml, dvc.yaml, code.yaml" in cli("new", "b", cwd=tmp_path / "a")[1]
+    )
     assert [path.read_text(encoding="utf-8") for path in mine] == ["mine", "mine"]
 
 
@@ -83,12 +103,16 @@ def test_why_dvc_fails_is_said(cli: Lora, tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "fake/dvc/__main__.py").write_text(code, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
     exit_code, _, err = cli("new", "project", cwd=tmp_path)
-    assert exit_code == 1 and err.endswith("project: unexpected error - no room. Try `dvc init --no-scm` there.\n")
+    assert exit_code == 1 and err.endswith(
+        "project: unexpected error - no room. Try `dvc init --no-scm` there.\n"
+    )
     assert not (tmp_path / "project/dvc.yaml").exists()
 
 
 @pytest.mark.slow
-def test_a_params_file_brings_its_data_and_the_base_is_written_into_it(cli: Lora, tmp_path: Path) -> None:
+def test_a_params_file_brings_its_data_and_the_base_is_written_into_it(
+    cli: Lora, tmp_path: Path
+) -> None:
     text = "# mine\npretrain:\n  seed: 3   # why\nfinetune_lora:\n  data: other.txt\n"
     params_of(tmp_path / "from", text, "other.txt")
     (tmp_path / "models").mkdir()
@@ -102,21 +126,36 @@ def test_a_params_file_brings_its_data_and_the_base_is_written_into_it(cli: Lora
     assert (tmp_path / "project/other.txt").read_text(encoding="utf-8") == "other.txt"
     stages = yaml.safe_load((tmp_path / "project/dvc.yaml").read_text(encoding="utf-8"))["stages"]
     assert stages["import"]["deps"] == ["${base}"]
-    assert cli(*asked, cwd=tmp_path)[1:] == ("project: nothing to add\nNext: cd project; dvc repro; lora-tui\n", "")
+    assert cli(*asked, cwd=tmp_path)[1:] == (
+        "project: nothing to add\nNext: cd project; dvc repro; lora-tui\n",
+        "",
+    )
     dvc(tmp_path / "project", "status")  # every key that dvc.yaml names is in the params file
-    for given, reason in (("minigpt", "not minigpt. Edit it there"), ("models/no.gguf", "No such file")):
+    for given, reason in (
+        ("minigpt", "not minigpt. Edit it there"),
+        ("models/no.gguf", "No such file"),
+    ):
         code, _, err = cli("new", "project", "--base", given, cwd=tmp_path)
         assert code == 1 and reason in err
 
 
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.slow
-def test_a_checkpoint_folder_is_the_base_of_a_project_beside_it(absolute: bool, cli: Lora, tmp_path: Path) -> None:
+def test_a_checkpoint_folder_is_the_base_of_a_project_beside_it(
+    absolute: bool, cli: Lora, tmp_path: Path
+) -> None:
     other = families.new_project(tmp_path / "other", families.FAMILIES["llama"])
     base = str(other / "base") if absolute else "other/base"
-    assert cli("new", "deep/project", "--base", base, "--data", "other/data/texts.jsonl", cwd=tmp_path)[0] == 0
+    assert (
+        cli(
+            "new", "deep/project", "--base", base, "--data", "other/data/texts.jsonl", cwd=tmp_path
+        )[0]
+        == 0
+    )
     assert load(tmp_path / "deep/project/params.yaml").origin.base == "../../other/base"
-    stages = yaml.safe_load((tmp_path / "deep/project/dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    stages = yaml.safe_load((tmp_path / "deep/project/dvc.yaml").read_text(encoding="utf-8"))[
+        "stages"
+    ]
     assert stages["import"]["deps"] == ["${base}"]
     code, _, err = cli("import", cwd=tmp_path / "deep/project")
     assert code == 0, err
@@ -137,7 +176,9 @@ def test_what_the_documents_studies_read_comes_with_the_program(cli: Lora, tmp_p
     source = params_of(tmp_path / "from", "study_fact_correction: {}\nclaims: {}\n")
     assert cli("new", "project", "--params", str(source), cwd=tmp_path)[0] == 0
     for name in ("document/data/document.yaml", "data/fact_correction.de.txt"):
-        assert (tmp_path / "project/data" / Path(name).name).read_bytes() == (ROOT / name).read_bytes()
+        assert (tmp_path / "project/data" / Path(name).name).read_bytes() == (
+            ROOT / name
+        ).read_bytes()
 
 
 @pytest.mark.slow
@@ -151,7 +192,9 @@ def test_a_params_file_gets_the_sections_of_what_its_stages_need(cli: Lora, tmp_
 
 
 @pytest.mark.slow
-def test_a_project_has_the_methods_that_are_asked_for_and_no_other(cli: Lora, tmp_path: Path) -> None:
+def test_a_project_has_the_methods_that_are_asked_for_and_no_other(
+    cli: Lora, tmp_path: Path
+) -> None:
     assert cli("new", "one", "--methods", "prefix, sweep", cwd=tmp_path)[0] == 0
     one = open_project(tmp_path / "one/params.yaml")
     assert list(one.stages) == [
@@ -170,7 +213,10 @@ def test_a_project_has_the_methods_that_are_asked_for_and_no_other(cli: Lora, tm
     assert list(two.stages) == [*CARD[:3], *CARD[4:]]
     dvc(tmp_path / "two", "status")
     for arguments, reason in (
-        (("three", "--methods", "lora,qlora"), "--methods: unknown method qlora. Known: scratch, full, freeze, lora"),
+        (
+            ("three", "--methods", "lora,qlora"),
+            "--methods: unknown method qlora. Known: scratch, full, freeze, lora",
+        ),
         (("two", "--methods", "lora"), "--methods is for a new project"),
     ):
         code, _, err = cli("new", *arguments, cwd=tmp_path)
@@ -179,7 +225,9 @@ def test_a_project_has_the_methods_that_are_asked_for_and_no_other(cli: Lora, tm
 
 def test_what_would_be_written_otherwise_is_said(cli: Lora, tmp_path: Path) -> None:
     merge = "merge:\n  prompts: data/prompts.yaml\n"
-    source = params_of(tmp_path / "from", f"finetune_lora:\n  data: a.txt\n{merge}", "a.txt", "b.txt")
+    source = params_of(
+        tmp_path / "from", f"finetune_lora:\n  data: a.txt\n{merge}", "a.txt", "b.txt"
+    )
     asked = ("new", "project", "--params", str(source))
     assert cli(*asked, cwd=tmp_path)[2] == ""
     source.write_text(f"finetune_lora:\n  data: b.txt\n{merge}", encoding="utf-8")
@@ -203,7 +251,10 @@ def test_nothing_is_written_where_something_is_wrong(cli: Lora, tmp_path: Path) 
     for arguments, reason in (
         (["full"], "has files, but no params.yaml: it is not a project"),
         (["file"], "is a file"),
-        (["p", "--params", str(outside)], "merge.prompts names ../full/thesis.txt, which is not a file in"),
+        (
+            ["p", "--params", str(outside)],
+            "merge.prompts names ../full/thesis.txt, which is not a file in",
+        ),
         (["p", "--params", str(missing)], "merge.prompts names gone.yaml, which is not a file in"),
         (["p", "--params", str(wrong)], "unknown key merge.prompt"),
         (["p", "--params", "nowhere.yaml"], "nowhere.yaml does not exist"),
@@ -217,15 +268,21 @@ def test_nothing_is_written_where_something_is_wrong(cli: Lora, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_killed_at_any_change_of_a_file_a_new_project_is_made_whole_by_the_same_command(tmp_path: Path) -> None:
-    """A file that exists is never overwritten, so half a data file or half of DVC's folder would stay."""
+def test_killed_at_any_change_of_a_file_a_new_project_is_made_whole_by_the_same_command(
+    tmp_path: Path,
+) -> None:
+    """A file that exists is never overwritten, so half a data file or half of DVC's folder would
+    stay.
+    """
     command, counter = [LORA, "new", "p"], tmp_path / "counter"
     counter.touch()
     assert Forked(command, tmp_path, first=partial(count_changes, str(counter))).end()[0] == 0
     (tmp_path / "p").rename(tmp_path / "whole")
     expected, changes = folder_bytes(tmp_path / "whole"), counter.stat().st_size
     for number in (changes // 3, changes - 3):
-        code, errors = Forked(command, tmp_path, first=partial(die_at_change, number, after=True)).end()
+        code, errors = Forked(
+            command, tmp_path, first=partial(die_at_change, number, after=True)
+        ).end()
         assert code == -signal.SIGKILL, errors
         left = folder_bytes(tmp_path / "p")
         assert all(content == expected[name] for name, content in left.items() if name in expected)
@@ -240,11 +297,16 @@ def test_an_installed_package_begins_with_the_params_that_came_with_it(
 ) -> None:
     """pyproject.toml puts these two beside the packages."""
     force = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    for line in ('"params.yaml" = "lora_workbench_defaults/params.yaml"', '"data" = "lora_workbench_defaults/data"'):
+    for line in (
+        '"params.yaml" = "lora_workbench_defaults/params.yaml"',
+        '"data" = "lora_workbench_defaults/data"',
+    ):
         assert line in force
     assert '"document/data" = "lora_workbench_defaults/document/data"' in force
     shutil.copytree(ROOT / "data", tmp_path / "lora_workbench_defaults/data")
-    installed = params_of(tmp_path / "lora_workbench_defaults", "merge:\n  prompts: data/prompts.yaml\n")
+    installed = params_of(
+        tmp_path / "lora_workbench_defaults", "merge:\n  prompts: data/prompts.yaml\n"
+    )
     installed.rename(installed.parent / "params.yaml")
     (installed.parent / "data/pretrain.de.txt").write_text("installed", encoding="utf-8")
     monkeypatch.setattr(new_project, "DEFAULTS", installed.parent)
@@ -252,12 +314,16 @@ def test_an_installed_package_begins_with_the_params_that_came_with_it(
     assert (tmp_path / "project/data/pretrain.de.txt").read_text(encoding="utf-8") == "installed"
 
 
-def test_the_code_that_stages_run_is_one_more_of_their_params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_that_stages_run_is_one_more_of_their_params(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "project"
     new_project.create(folder, GRAPH)
     found = yaml.safe_load((folder / "code.yaml").read_text(encoding="utf-8"))
     assert list(found) == list(STAGES)
-    monkeypatch.setattr("pipeline.project.provenance.code_digest", lambda *modules: f"another {modules[0]}")
+    monkeypatch.setattr(
+        "pipeline.project.provenance.code_digest", lambda *modules: f"another {modules[0]}"
+    )
     assert new_project.create(folder, GRAPH)[0] == ["code.yaml"]
 
 
@@ -281,6 +347,7 @@ def test_dvc_runs_a_new_project_in_a_folder_of_its_own(cli: Lora, tmp_path: Path
     assert (folder / "artifacts/evaluation/report.md").is_file()
     assert "Data and pipelines are up to date" in again
     (folder / "code.yaml").write_text(
-        (folder / "code.yaml").read_text(encoding="utf-8").replace("merge: ", "merge: 0"), encoding="utf-8"
+        (folder / "code.yaml").read_text(encoding="utf-8").replace("merge: ", "merge: 0"),
+        encoding="utf-8",
     )
     assert "Running stage 'merge'" in dvc(folder, "repro")[0]

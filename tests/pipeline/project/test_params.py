@@ -33,16 +33,21 @@ CARD = (
 )
 
 
-def test_the_shipped_files_are_the_design_cards_pipeline_in_sixty_lines_and_all_other_stages_of_the_document() -> None:
+def test_the_shipped_files_are_the_design_cards_pipeline_in_sixty_lines_and_all_other_stages_of_the_document() -> (
+    None
+):
     lines = (ROOT / "params.yaml").read_text(encoding="utf-8").splitlines()
     product, document = (
-        yaml.safe_load((ROOT / name).read_text(encoding="utf-8")) for name in ("params.yaml", "document/params.yaml")
+        yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+        for name in ("params.yaml", "document/params.yaml")
     )
     assert len(lines) <= 60
     assert product.pop("base") == "minigpt" and document.pop("project") == "../params.yaml"
     assert tuple(product) == ("training", *CARD)
     unused = {"training", *GRAPH.sections} - (product.keys() | document.keys())
-    assert unused <= {"import", *(stage.name for stage in METHODS.values())}, "the document need not know every method"
+    assert unused <= {"import", *(stage.name for stage in METHODS.values())}, (
+        "the document need not know every method"
+    )
     assert product.keys() & document.keys() == {"evaluate"}
 
 
@@ -54,14 +59,25 @@ def test_every_key_says_what_it_means_and_what_it_may_be() -> None:
             assert rule(kind, key)
 
 
-def test_the_training_block_is_beneath_every_section_that_trains_and_above_its_own_defaults(tmp_path: Path) -> None:
+def test_the_training_block_is_beneath_every_section_that_trains_and_above_its_own_defaults(
+    tmp_path: Path,
+) -> None:
     path = written(
-        tmp_path, "training: {epochs: 7, learning_rate: 1e-5}\nfinetune_lora: {epochs: 3}\nfinetune_prefix: {}\n"
+        tmp_path,
+        "training: {epochs: 7, learning_rate: 1e-5}\nfinetune_lora: {epochs: 3}\nfinetune_prefix: "
+        "{}\n",
     )
     params = load(path, ["finetune_lora.seed=4"])
-    assert [params.finetune_lora.epochs, params.finetune_prefix.epochs, params.finetune_full.epochs] == [3, 7, 7]
+    assert [
+        params.finetune_lora.epochs,
+        params.finetune_prefix.epochs,
+        params.finetune_full.epochs,
+    ] == [3, 7, 7]
     assert params.finetune_prefix.learning_rate == params.pretrain.learning_rate == 1e-5
-    sources = {key: params.source("finetune_lora", key) for key in ("epochs", "learning_rate", "seed", "rank")}
+    sources = {
+        key: params.source("finetune_lora", key)
+        for key in ("epochs", "learning_rate", "seed", "rank")
+    }
     assert sources == {
         **{"epochs": "params.yaml", "learning_rate": "params.yaml, training"},
         **{"seed": "--set", "rank": "default"},
@@ -76,7 +92,12 @@ def test_on_a_pretrained_base_a_bare_section_has_other_defaults_and_says_so(tmp_
     path = written(tmp_path, f"{IMPORTED}finetune_lora: {{}}\nfinetune_dpo: {{}}\nmerge: {{}}\n")
     params, minigpt = load(path), load(path, ["base=minigpt"])
     lora, dpo = params.finetune_lora, params.finetune_dpo
-    assert (lora.window, lora.epochs, lora.precision, lora.train_embeddings) == (0, 3, "bf16", "new_rows")
+    assert (lora.window, lora.epochs, lora.precision, lora.train_embeddings) == (
+        0,
+        3,
+        "bf16",
+        "new_rows",
+    )
     assert (lora.target_modules, lora.alpha) == (("all-linear",), 2 * lora.rank)
     assert dpo.epochs == 1 and dpo.learning_rate <= lora.learning_rate / 10
     assert params.merge.max_logit_difference == 1
@@ -88,7 +109,11 @@ def test_on_a_pretrained_base_a_bare_section_has_other_defaults_and_says_so(tmp_
     assert minigpt.source("finetune_lora", "window") == DEFAULT
     # as everywhere, the training block is above the defaults, the section above it
     both = load(path, ["training.window=8", "training.epochs=9", "finetune_dpo.epochs=2"])
-    assert (both.finetune_lora.window, both.finetune_lora.epochs, both.finetune_dpo.epochs) == (8, 9, 2)
+    assert (both.finetune_lora.window, both.finetune_lora.epochs, both.finetune_dpo.epochs) == (
+        8,
+        9,
+        2,
+    )
 
 
 def test_the_rate_is_that_of_the_bases_width_once_a_config_says_it(tmp_path: Path) -> None:
@@ -111,30 +136,51 @@ def test_the_rate_is_that_of_the_bases_width_once_a_config_says_it(tmp_path: Pat
     assert (rate("narrow"), rate("odd")) == (1e-3, 2e-4)
     write("odd", hidden_size=4096)
     assert rate("odd") == 2e-4
-    project = Project.load(written(tmp_path, "base: narrow\nfinetune_lora: {learning_rate: 1.0e-4}\n"), GRAPH)
+    project = Project.load(
+        written(tmp_path, "base: narrow\nfinetune_lora: {learning_rate: 1.0e-4}\n"), GRAPH
+    )
     assert advised_learning_rate(project) == 1e-3, "what a sweep tries around"
-    assert next(advice.advised for advice in advise(project, Facts("finetune_lora"))) == "about 0.001"
+    assert (
+        next(advice.advised for advice in advise(project, Facts("finetune_lora"))) == "about 0.001"
+    )
 
 
 def test_on_a_pretrained_base_alpha_follows_the_rank_unless_it_is_set(tmp_path: Path) -> None:
     path = written(tmp_path, f"{IMPORTED}finetune_lora: {{}}\n")
     assert load(path, ["finetune_lora.rank=32"]).finetune_lora.alpha == 64
     assert load(path, ["finetune_lora.rank=32", "finetune_lora.alpha=8"]).finetune_lora.alpha == 8
-    assert load(path, ["finetune_lora.rank=32", "base=minigpt"]).finetune_lora.alpha == FinetuneLora().alpha
+    assert (
+        load(path, ["finetune_lora.rank=32", "base=minigpt"]).finetune_lora.alpha
+        == FinetuneLora().alpha
+    )
 
 
 def test_a_default_share_of_warm_up_gives_way_to_steps_of_it(tmp_path: Path) -> None:
-    path = written(tmp_path, f"{IMPORTED}training: {{warmup_steps: 2}}\nfinetune_lora: {{}}\nfinetune_full: {{}}\n")
+    path = written(
+        tmp_path,
+        f"{IMPORTED}training: {{warmup_steps: 2}}\nfinetune_lora: {{}}\nfinetune_full: {{}}\n",
+    )
     params = load(path, ["finetune_full.warmup_steps=0"])
-    assert [section.warmup_ratio for section in (params.finetune_lora, params.finetune_full)] == [0, 0]
+    assert [section.warmup_ratio for section in (params.finetune_lora, params.finetune_full)] == [
+        0,
+        0,
+    ]
     assert params.source("finetune_lora", "warmup_ratio") == DEFAULT
-    assert load(path, ["training.warmup_ratio=0.1", "training.warmup_steps=0"]).finetune_lora.warmup_ratio == 0.1
+    assert (
+        load(
+            path, ["training.warmup_ratio=0.1", "training.warmup_steps=0"]
+        ).finetune_lora.warmup_ratio
+        == 0.1
+    )
 
 
 def test_a_form_takes_what_the_file_would_take(tmp_path: Path) -> None:
     params = load(written(tmp_path, f"{IMPORTED}finetune_lora: {{max_steps: 9}}\n"))
     check(params, "finetune_lora", "warmup_steps", 5)
-    with pytest.raises(UserError, match=r"finetune_lora\.warmup_steps must be at least 0, got -1\. Edit params\.yaml"):
+    with pytest.raises(
+        UserError,
+        match=r"finetune_lora\.warmup_steps must be at least 0, got -1\. Edit params\.yaml",
+    ):
         check(params, "finetune_lora", "warmup_steps", -1)
     both = load(written(tmp_path, f"{IMPORTED}finetune_lora: {{warmup_ratio: 0.1}}\n"))
     with pytest.raises(UserError, match="only one of them may be set"):
@@ -143,9 +189,12 @@ def test_a_form_takes_what_the_file_would_take(tmp_path: Path) -> None:
 
 def test_a_file_of_an_earlier_lora_new_keeps_what_it_left_out(tmp_path: Path) -> None:
     head = (
-        "# Written by `lora new`. `lora params explain KEY` says what a key means, `lora advise` what others measured."
+        "# Written by `lora new`. `lora params explain KEY` says what a key means, `lora advise` "
+        "what others measured."
     )
-    path = written(tmp_path, f"{head}\n{IMPORTED}training:\n  window: 0\n  max_steps: 8\nfinetune_lora: {{}}\n")
+    path = written(
+        tmp_path, f"{head}\n{IMPORTED}training:\n  window: 0\n  max_steps: 8\nfinetune_lora: {{}}\n"
+    )
     lora = load(path).finetune_lora
     assert (lora.precision, lora.epochs, lora.window) == ("fp32", 50, 0)
     assert "earlier" in load(path).source("finetune_lora", "precision")
@@ -161,7 +210,9 @@ def test_a_file_of_an_earlier_lora_new_keeps_what_it_left_out(tmp_path: Path) ->
         ("training: 7\n", "training must be a section of key: value lines, got 7"),
     ],
 )
-def test_a_wrong_training_block_is_refused_wherever_it_counts(tmp_path: Path, text: str, message: str) -> None:
+def test_a_wrong_training_block_is_refused_wherever_it_counts(
+    tmp_path: Path, text: str, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         load(written(tmp_path, text))
 
@@ -187,7 +238,8 @@ def test_set_wins_over_the_file(tmp_path: Path) -> None:
     assert load(path, ["pretrain.epochs=3"]).pretrain.epochs == 3
 
 
-@pytest.mark.parametrize("text", ["1e-4", "1E-4", "2e-05", "1e3", "0.0001", "1.0e-4"])  # 2e-05: as DVC writes it
+# 2e-05: as DVC writes it
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "2e-05", "1e3", "0.0001", "1.0e-4"])
 def test_pitfall_25_yaml_1e_4_is_a_number(tmp_path: Path, text: str) -> None:
     is_text_to_pyyaml = isinstance(yaml.safe_load(text), str)
     assert is_text_to_pyyaml == ("." not in text)
@@ -200,7 +252,11 @@ def test_pitfall_25_yaml_1e_4_is_a_number(tmp_path: Path, text: str) -> None:
     ):
         read = load(written(tmp_path, f"{section}:\n  {key}: {text}\n"))
         given = load(ROOT / "params.yaml", [f"{section}.{key}={text}"])
-        assert getattr(getattr(read, section), key) == getattr(getattr(given, section), key) == float(text)
+        assert (
+            getattr(getattr(read, section), key)
+            == getattr(getattr(given, section), key)
+            == float(text)
+        )
 
 
 @pytest.mark.parametrize(
@@ -209,24 +265,48 @@ def test_pitfall_25_yaml_1e_4_is_a_number(tmp_path: Path, text: str) -> None:
         ("finetune_lora:\n  rang: 8\n", "unknown key finetune_lora.rang. Did you mean rank?"),
         ("finetune_lroa:\n  rank: 8\n", "unknown key finetune_lroa. Did you mean finetune_lora?"),
         ("finetune_lora:\n  xyzzy: 8\n", "unknown key finetune_lora.xyzzy. Known: seed, data"),
-        ("finetune_lora:\n  rank: 0\n", "finetune_lora.rank must be at least 1, got 0. Edit params.yaml."),
+        (
+            "finetune_lora:\n  rank: 0\n",
+            "finetune_lora.rank must be at least 1, got 0. Edit params.yaml.",
+        ),
         ("finetune_lora:\n  rank: 2.5\n", "finetune_lora.rank must be a whole number, got 2.5"),
         ("finetune_lora:\n  rank: true\n", "finetune_lora.rank must be a whole number, got True"),
         ("finetune_lora:\n  rank: four\n", "finetune_lora.rank must be a whole number, got 'four'"),
         ("finetune_lora:\n  alpha: 0\n", "finetune_lora.alpha must be more than 0, got 0"),
         ("finetune_lora:\n  alpha: .nan\n", "finetune_lora.alpha must be a finite number, got nan"),
         ("finetune_lora:\n  alpha: .inf\n", "finetune_lora.alpha must be a finite number, got inf"),
-        ("finetune_lora:\n  alpha: 1e300\n", "finetune_lora.alpha must be at most 1e+30 in size, got '1e300'"),
-        ("expand_vocab:\n  noise_std: 1.0e+31\n", "expand_vocab.noise_std must be at most 1e+30 in size"),
-        ("finetune_lora:\n  learning_rate: fast\n", "learning_rate must be a finite number, got 'fast'"),
+        (
+            "finetune_lora:\n  alpha: 1e300\n",
+            "finetune_lora.alpha must be at most 1e+30 in size, got '1e300'",
+        ),
+        (
+            "expand_vocab:\n  noise_std: 1.0e+31\n",
+            "expand_vocab.noise_std must be at most 1e+30 in size",
+        ),
+        (
+            "finetune_lora:\n  learning_rate: fast\n",
+            "learning_rate must be a finite number, got 'fast'",
+        ),
         (
             "finetune_lora:\n  train_embeddings: some\n",
             "train_embeddings must be one of all, new_rows, none, got 'some'",
         ),
-        ("finetune_lora:\n  rank_pattern: q_proj\n", "rank_pattern must be a mapping of patterns of module names"),
-        ("finetune_lora:\n  rank_pattern: {q_proj: 0}\n", "rank_pattern.q_proj must be at least 1, got 0. Edit params"),
-        ("finetune_lora:\n  rank_pattern: {q_proj: 2.5}\n", "rank_pattern.q_proj must be a whole number, got 2.5"),
-        ("finetune_lora:\n  rank_pattern: {q_proj: }\n", "rank_pattern.q_proj must be a whole number, got None"),
+        (
+            "finetune_lora:\n  rank_pattern: q_proj\n",
+            "rank_pattern must be a mapping of patterns of module names",
+        ),
+        (
+            "finetune_lora:\n  rank_pattern: {q_proj: 0}\n",
+            "rank_pattern.q_proj must be at least 1, got 0. Edit params",
+        ),
+        (
+            "finetune_lora:\n  rank_pattern: {q_proj: 2.5}\n",
+            "rank_pattern.q_proj must be a whole number, got 2.5",
+        ),
+        (
+            "finetune_lora:\n  rank_pattern: {q_proj: }\n",
+            "rank_pattern.q_proj must be a whole number, got None",
+        ),
         (
             "finetune_lora:\n  rank_pattern: {(q_proj: 2}\n",
             "rank_pattern: '(q_proj' is not a regular expression for module names: missing )",
@@ -236,8 +316,14 @@ def test_pitfall_25_yaml_1e_4_is_a_number(tmp_path: Path, text: str) -> None:
             "rank_pattern: 1 is not a regular expression for module names: it is not a text",
         ),
         ("finetune_lora:\n  rank_pattern: {q_proj: 1, q_proj: 2}\n", "key 'q_proj' twice"),
-        ("finetune_lora:\n  alpha_pattern: {q_proj: 0}\n", "alpha_pattern.q_proj must be more than 0, got 0"),
-        ("finetune_lora:\n  alpha_pattern: {q_proj: a}\n", "alpha_pattern.q_proj must be a finite number, got 'a'"),
+        (
+            "finetune_lora:\n  alpha_pattern: {q_proj: 0}\n",
+            "alpha_pattern.q_proj must be more than 0, got 0",
+        ),
+        (
+            "finetune_lora:\n  alpha_pattern: {q_proj: a}\n",
+            "alpha_pattern.q_proj must be a finite number, got 'a'",
+        ),
         (
             "finetune_lora:\n  init_lora_weights: olora\n",
             "must be one of document, gaussian, kaiming, orthogonal, pissa",
@@ -246,29 +332,52 @@ def test_pitfall_25_yaml_1e_4_is_a_number(tmp_path: Path, text: str) -> None:
             "finetune_lora:\n  target_modules: []\n",
             "finetune_lora.target_modules is empty, and so is target_parameters",
         ),
-        ("finetune_freeze:\n  train_embeddings: maybe\n", "train_embeddings must be true or false, got 'maybe'"),
-        ("finetune_full:\n  data: 7\n", "finetune_full.data must be a file or folder, or a list of them"),
+        (
+            "finetune_freeze:\n  train_embeddings: maybe\n",
+            "train_embeddings must be true or false, got 'maybe'",
+        ),
+        (
+            "finetune_full:\n  data: 7\n",
+            "finetune_full.data must be a file or folder, or a list of them",
+        ),
         (
             "finetune_full:\n  data: [a, {path: b, weight: 0}]\n",
             "finetune_full.data[1].weight must be more than 0, got 0",
         ),
-        ("finetune_full:\n  data: [{pathh: a}]\n", "unknown key finetune_full.data[0].pathh. Did you mean path?"),
-        ("finetune_full:\n  data: [{weight: 2}]\n", "finetune_full.data[0] must be a path, or {path: …, weight: …}"),
-        ("finetune_full:\n  data: [a, {path: a}]\n", "finetune_full.data has 'a' twice. Give it a weight instead"),
+        (
+            "finetune_full:\n  data: [{pathh: a}]\n",
+            "unknown key finetune_full.data[0].pathh. Did you mean path?",
+        ),
+        (
+            "finetune_full:\n  data: [{weight: 2}]\n",
+            "finetune_full.data[0] must be a path, or {path: …, weight: …}",
+        ),
+        (
+            "finetune_full:\n  data: [a, {path: a}]\n",
+            "finetune_full.data has 'a' twice. Give it a weight instead",
+        ),
         (
             "finetune_full:\n  data: [{path: a, columns: b}]\n",
             "finetune_full.data[0].columns must be a mapping of keys",
         ),
-        ("finetune_full:\n  columns: {prompt: 3}\n", "finetune_full.columns must be a mapping of keys to columns"),
+        (
+            "finetune_full:\n  columns: {prompt: 3}\n",
+            "finetune_full.columns must be a mapping of keys to columns",
+        ),
         ("finetune_full: 7\n", "finetune_full must be a section of key: value lines, got 7"),
-        ("pretrain:\n  d_model: 60\n  heads: 8\n", "pretrain.d_model must be a multiple of 2 × heads = 16"),
+        (
+            "pretrain:\n  d_model: 60\n  heads: 8\n",
+            "pretrain.d_model must be a multiple of 2 × heads = 16",
+        ),
         ("pretrain:\n  epochs: 1\n  epochs: 2\n", "key 'epochs' twice"),
         ("- a list\n", "must hold sections"),
         ("a: b: c\n", "is not valid YAML"),
         ("", "must hold sections"),
     ],
 )
-def test_bad_input_is_one_message_with_key_rule_and_value(tmp_path: Path, text: str, message: str) -> None:
+def test_bad_input_is_one_message_with_key_rule_and_value(
+    tmp_path: Path, text: str, message: str
+) -> None:
     with pytest.raises(UserError) as error:
         load(written(tmp_path, text))
     assert message in str(error.value)
@@ -284,14 +393,26 @@ def test_bad_input_is_one_message_with_key_rule_and_value(tmp_path: Path, text: 
         ("finetune_lora.rank=[", "is not a YAML value"),
         ("nowhere.rank=8", "--set: unknown key nowhere"),
         ("finetune_lora.rang=8", "--set: unknown key finetune_lora.rang. Did you mean rank?"),
-        ("finetune_lora.rank=0", "finetune_lora.rank must be at least 1, got 0. Change it in --set."),
-        ("finetune_lora.rank_pattern={a.b: 0}", "rank_pattern.a.b must be at least 1, got 0. Change it in --set."),
-        ("finetune_lora.rank_pattern={(: 2}", "is not a regular expression for module names: .*. Change it in --set."),
+        (
+            "finetune_lora.rank=0",
+            "finetune_lora.rank must be at least 1, got 0. Change it in --set.",
+        ),
+        (
+            "finetune_lora.rank_pattern={a.b: 0}",
+            "rank_pattern.a.b must be at least 1, got 0. Change it in --set.",
+        ),
+        (
+            "finetune_lora.rank_pattern={(: 2}",
+            "is not a regular expression for module names: .*. Change it in --set.",
+        ),
         (
             "finetune_sweep.grid={rank: [4, 0]}",
             "finetune_sweep.grid.rank must be at least 1, got 0. Change it",
         ),
-        ("finetune_sweep.grid={rank: 4}", "must be a list of values, such as .*, got 4. Change it in --set."),
+        (
+            "finetune_sweep.grid={rank: 4}",
+            "must be a list of values, such as .*, got 4. Change it in --set.",
+        ),
         ("finetune_sweep.grid={batch_size: [4]}", "differ in .* only. Change it in --set."),
         ("study_rank.seeds=[1, 1]", "study_rank.seeds has 1 twice. Remove one of them from --set."),
     ],
@@ -308,7 +429,9 @@ def test_an_error_names_the_place_that_its_value_came_from(tmp_path: Path) -> No
         (["finetune_lora.rank=-1"], r"Change it in --set\."),
         (["merge.prompts=x"], r"Edit other.yaml\."),
     ):
-        with pytest.raises(UserError, match=rf"finetune_lora.rank must be at least 1, got .*\. {place}"):
+        with pytest.raises(
+            UserError, match=rf"finetune_lora.rank must be at least 1, got .*\. {place}"
+        ):
             load(path, overrides)
     assert load(path, ["finetune_lora.rank=8"]).finetune_lora.rank == 8
 
@@ -320,12 +443,17 @@ def test_a_missing_file_says_what_to_do(tmp_path: Path) -> None:
 
 @given(st.floats(min_value=1e-12, max_value=1e12), st.integers(min_value=1, max_value=10**9))
 def test_every_number_that_python_writes_is_read_back(rate: float, rank: int) -> None:
-    params = load(ROOT / "params.yaml", [f"finetune_lora.learning_rate={rate!r}", f"finetune_lora.rank={rank}"])
+    params = load(
+        ROOT / "params.yaml",
+        [f"finetune_lora.learning_rate={rate!r}", f"finetune_lora.rank={rank}"],
+    )
     assert (params.finetune_lora.learning_rate, params.finetune_lora.rank) == (rate, rank)
 
 
 @given(st.text(max_size=80))
-def test_any_text_is_params_or_one_error(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+def test_any_text_is_params_or_one_error(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     try:
@@ -334,8 +462,12 @@ def test_any_text_is_params_or_one_error(tmp_path_factory: pytest.TempPathFactor
         assert str(error)
 
 
-@pytest.mark.parametrize("text", ["{q_proj: 8, '.*[01].v_proj': 1e-1}", "\n    q_proj: 8\n    .*[01].v_proj: 0.1"])
-def test_a_mapping_is_read_in_its_order_from_the_file_and_from_the_command_line(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    "text", ["{q_proj: 8, '.*[01].v_proj': 1e-1}", "\n    q_proj: 8\n    .*[01].v_proj: 0.1"]
+)
+def test_a_mapping_is_read_in_its_order_from_the_file_and_from_the_command_line(
+    tmp_path: Path, text: str
+) -> None:
     expected = [("q_proj", 8.0), (".*[01].v_proj", 0.1)]
     read = load(written(tmp_path, f"finetune_lora:\n  alpha_pattern: {text}\n")).finetune_lora
     assert list(read.alpha_pattern.items()) == expected
@@ -343,12 +475,19 @@ def test_a_mapping_is_read_in_its_order_from_the_file_and_from_the_command_line(
         given = load(ROOT / "params.yaml", [f"finetune_lora.alpha_pattern={text}"]).finetune_lora
         assert list(given.alpha_pattern.items()) == expected
     for nothing in ("{}", "", "[]"):
-        assert load(ROOT / "params.yaml", [f"finetune_lora.rank_pattern={nothing}"]).finetune_lora.rank_pattern == {}
+        assert (
+            load(
+                ROOT / "params.yaml", [f"finetune_lora.rank_pattern={nothing}"]
+            ).finetune_lora.rank_pattern
+            == {}
+        )
 
 
 def test_a_rule_says_what_may_be_left_empty() -> None:
     assert rule(FinetuneLora, "retention_data") == "a text, or empty"
     assert rule(FinetuneLora, "rank") == "a whole number, at least 1, below 2147483648"
     assert rule(FinetuneLora, "target_modules") == "a name or a list of names, or empty"
-    patterns = "a mapping of patterns of module names, such as {q_proj: 8}, to a whole number, at least 1"
+    patterns = (
+        "a mapping of patterns of module names, such as {q_proj: 8}, to a whole number, at least 1"
+    )
     assert rule(FinetuneLora, "rank_pattern") == f"{patterns}, below 2147483648, or empty"

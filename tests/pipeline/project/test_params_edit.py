@@ -52,7 +52,10 @@ evaluate:
   prompts: data/prompts.yaml
 """
 TREE = yaml.safe_load(TEXT)
-KEYS = [*TOP_LEVEL, *(f"{section}.{key}" for section in TREE.keys() - TOP_LEVEL.keys() for key in TREE[section])]
+KEYS = [
+    *TOP_LEVEL,
+    *(f"{section}.{key}" for section in TREE.keys() - TOP_LEVEL.keys() for key in TREE[section]),
+]
 
 
 @pytest.mark.parametrize(
@@ -75,8 +78,13 @@ def test_one_line_changes_and_its_comment_keeps_its_column(key: str, value: Any,
 
 
 @example("finetune_lora.data", "a\u2028b\x85")
-@given(st.sampled_from(KEYS), st.one_of(st.integers(), st.booleans(), st.floats(allow_nan=False), st.text(max_size=30)))
-def test_whatever_the_value_it_is_read_back_and_every_other_line_stays(key: str, value: Any) -> None:
+@given(
+    st.sampled_from(KEYS),
+    st.one_of(st.integers(), st.booleans(), st.floats(allow_nan=False), st.text(max_size=30)),
+)
+def test_whatever_the_value_it_is_read_back_and_every_other_line_stays(
+    key: str, value: Any
+) -> None:
     section, _, name = key.partition(".")
     expected = yaml.safe_load(TEXT)
     (expected[section] if name else expected)[name or key] = value
@@ -96,7 +104,12 @@ def test_a_block_mapping_stays_one_in_the_order_that_is_given() -> None:
     text = "finetune_lora:\n  rank_pattern:\n    v_proj: 8   # more\n    q_proj: 2\n  rank: 4\n"
     new = set_values(text, {"finetune_lora.rank_pattern": {"z": 3, "*a": 1}})
     assert new == "finetune_lora:\n  rank_pattern:\n    z: 3\n    '*a': 1\n  rank: 4\n"
-    assert yaml.safe_load(set_values(text, {"finetune_lora.rank_pattern": {}}))["finetune_lora"]["rank_pattern"] == {}
+    assert (
+        yaml.safe_load(set_values(text, {"finetune_lora.rank_pattern": {}}))["finetune_lora"][
+            "rank_pattern"
+        ]
+        == {}
+    )
 
 
 @pytest.mark.parametrize("value", ["", (), [], "a", ("a", "b")])
@@ -122,18 +135,24 @@ def test_what_is_empty_reads_back_as_empty_and_can_be_filled_again(text: str, va
 
 def test_a_missing_key_joins_its_section_and_a_missing_section_the_file() -> None:
     text = "# mine\npretrain:\n    epochs: 3  # few\n\n# the rest\nevaluate:\n  top_k: 2"
-    new = set_values(text, {"pretrain.seed": 5, "evaluate.prompt_words": 1, "finetune_lora.rank": 2})
+    new = set_values(
+        text, {"pretrain.seed": 5, "evaluate.prompt_words": 1, "finetune_lora.rank": 2}
+    )
     assert new == (
-        "# mine\npretrain:\n    epochs: 3  # few\n    seed: 5\n\n# the rest\nevaluate:\n  top_k: 2\n  prompt_words: 1"
+        "# mine\npretrain:\n    epochs: 3  # few\n    seed: 5\n\n# the rest\nevaluate:\n  top_k: "
+        "2\n  prompt_words: 1"
         "\n\nfinetune_lora:\n  rank: 2\n"
     )
 
 
 @pytest.mark.parametrize(
-    "section", ["pretrain:", "pretrain: {}", "pretrain: ~", "pretrain:   # all as it is", "pretrain: {} # so"]
+    "section",
+    ["pretrain:", "pretrain: {}", "pretrain: ~", "pretrain:   # all as it is", "pretrain: {} # so"],
 )
 @pytest.mark.parametrize("rest", ["", "evaluate:\n  top_k: 2\n"])
-def test_an_empty_section_has_its_defaults_and_takes_a_key(section: str, rest: str, tmp_path: Path) -> None:
+def test_an_empty_section_has_its_defaults_and_takes_a_key(
+    section: str, rest: str, tmp_path: Path
+) -> None:
     text = f"{section}\n{rest}"
     assert parse(text, tmp_path, GRAPH.sections).pretrain == Pretrain()
     new = set_values(text, {"pretrain.seed": 5, "pretrain.epochs": 2})
@@ -142,17 +161,33 @@ def test_an_empty_section_has_its_defaults_and_takes_a_key(section: str, rest: s
 
 
 def test_a_section_is_taken_out_with_its_own_lines_alone() -> None:
-    text = "# head\npretrain:\n  seed: 1\n\n# of merge\nmerge:\n  # inside\n  prompts: x\nevaluate: {}\n"
-    assert remove_section(text, "merge") == "# head\npretrain:\n  seed: 1\n\n# of merge\nevaluate: {}\n"
-    assert remove_section(remove_section(text, "evaluate"), "nothing") == text.replace("evaluate: {}\n", "")
+    text = (
+        "# head\npretrain:\n  seed: 1\n\n# of merge\nmerge:\n  # inside\n  prompts: x\nevaluate: "
+        "{}\n"
+    )
+    assert (
+        remove_section(text, "merge")
+        == "# head\npretrain:\n  seed: 1\n\n# of merge\nevaluate: {}\n"
+    )
+    assert remove_section(remove_section(text, "evaluate"), "nothing") == text.replace(
+        "evaluate: {}\n", ""
+    )
 
 
-def test_a_new_section_has_its_own_keys_and_those_in_which_it_differs_from_the_training_block() -> None:
+def test_a_new_section_has_its_own_keys_and_those_in_which_it_differs_from_the_training_block() -> (
+    None
+):
     text = "".join(section_text(name, kind) for name, kind in GRAPH.sections.items())
     again = parse(text, Path("params.yaml"), GRAPH.sections)
     assert all(again.section(name) == kind() for name, kind in GRAPH.sections.items())
-    assert section_text("finetune_full", FinetuneFull) == "finetune_full:\n  data: data/finetune.de.txt\n"
-    assert section_text("finetune_prefix", FinetunePrefix, True) == "finetune_prefix:\n  data: data/finetune.de.txt\n"
+    assert (
+        section_text("finetune_full", FinetuneFull)
+        == "finetune_full:\n  data: data/finetune.de.txt\n"
+    )
+    assert (
+        section_text("finetune_prefix", FinetunePrefix, True)
+        == "finetune_prefix:\n  data: data/finetune.de.txt\n"
+    )
     prefix = section_text("finetune_prefix", FinetunePrefix)
     assert "  learning_rate: 0.01\n" in prefix and "  virtual_tokens: 20\n" in prefix
 
@@ -160,7 +195,9 @@ def test_a_new_section_has_its_own_keys_and_those_in_which_it_differs_from_the_t
 @pytest.mark.parametrize("text", ["[]", "pretrain: 7\n", "pretrain: {epochs: 3}\n"])
 def test_a_layout_without_a_place_for_the_key_is_refused(text: str, tmp_path: Path) -> None:
     (path := tmp_path / "params.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=r"must hold sections|must be a section of key: value lines|by hand"):
+    with pytest.raises(
+        UserError, match=r"must hold sections|must be a section of key: value lines|by hand"
+    ):
         save(path, {"pretrain.seed": 1})
     assert path.read_text(encoding="utf-8") == text
 
@@ -181,7 +218,9 @@ def test_a_file_broken_by_hand_is_left_alone(tmp_path: Path) -> None:
     assert path.read_text(encoding="utf-8") == "pretrain: ["
 
 
-def test_a_full_disk_leaves_the_file_and_nothing_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_file_and_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "params.yaml"
     path.write_text(TEXT, encoding="utf-8")
 
@@ -238,6 +277,8 @@ expand_vocab:
     }
 
 
-@pytest.mark.parametrize("text", ["", "- a", "a: [", "a: b: c", "x", "[" * 2000, "a: &x [*x]"], ids=str)
+@pytest.mark.parametrize(
+    "text", ["", "- a", "a: [", "a: b: c", "x", "[" * 2000, "a: &x [*x]"], ids=str
+)
 def test_a_file_that_is_no_mapping_has_no_comments(text: str) -> None:
     assert comments(text) == {}

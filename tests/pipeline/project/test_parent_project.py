@@ -1,4 +1,6 @@
-"""A project that builds on another: `project:` in its params file, as document/params.yaml has it."""
+"""A project that builds on another: `project:` in its params file, as document/params.yaml has
+it.
+"""
 
 import json
 import shutil
@@ -23,17 +25,30 @@ def copied(houses: Path, tmp_path: Path) -> Path:
     return tmp_path / "houses"
 
 
-def test_a_project_has_the_stages_of_its_own_sections_and_reads_all_else_where_its_parent_has_it(houses: Path) -> None:
-    parent, child = open_project(houses / "params.yaml"), open_project(houses / "document/params.yaml")
+def test_a_project_has_the_stages_of_its_own_sections_and_reads_all_else_where_its_parent_has_it(
+    houses: Path,
+) -> None:
+    parent, child = (
+        open_project(houses / "params.yaml"),
+        open_project(houses / "document/params.yaml"),
+    )
     assert not set(child.stages) & set(parent.stages) - {"evaluate"}
     assert (
         set(child.readable)
         == set(GRAPH.stages) - {"finetune_ia3", "finetune_dpo", "import"}
         == set(child.stages) | set(parent.stages)
     )
-    assert child.artifact("finetune_lora") == parent.artifact("finetune_lora") == houses / "artifacts/lora_adapter"
+    assert (
+        child.artifact("finetune_lora")
+        == parent.artifact("finetune_lora")
+        == houses / "artifacts/lora_adapter"
+    )
     assert child.artifact_name("finetune_lora") == "../artifacts/lora_adapter"
-    assert child.artifact("evaluate") == houses / "document/artifacts/evaluation" != parent.artifact("evaluate")
+    assert (
+        child.artifact("evaluate")
+        == houses / "document/artifacts/evaluation"
+        != parent.artifact("evaluate")
+    )
     assert child.cache == parent.cache, "one cache for both"
     assert list(parent.variants) == ["base", "expanded", "full", "freeze", "lora", "merged"]
     assert list(child.variants) == [
@@ -44,27 +59,40 @@ def test_a_project_has_the_stages_of_its_own_sections_and_reads_all_else_where_i
 
 
 def test_a_child_of_a_pretrained_base_has_its_defaults(tmp_path: Path) -> None:
-    (tmp_path / "params.yaml").write_text("base: model.gguf\nfinetune_lora: {rank: 16}\n", encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(
+        "base: model.gguf\nfinetune_lora: {rank: 16}\n", encoding="utf-8"
+    )
     (tmp_path / "child").mkdir()
     child = tmp_path / "child/params.yaml"
     child.write_text("project: ../params.yaml\nfinetune_dpo: {rank: 4}\n", encoding="utf-8")
     params = open_project(child).params
-    assert (params.finetune_lora.alpha, params.finetune_dpo.alpha, params.finetune_dpo.schedule) == (32, 8, "linear")
+    assert (
+        params.finetune_lora.alpha,
+        params.finetune_dpo.alpha,
+        params.finetune_dpo.schedule,
+    ) == (32, 8, "linear")
     assert params.source("finetune_dpo", "schedule") == "default for a pretrained base"
 
 
 def test_settings_of_the_parent_name_the_same_files_from_the_childs_folder(houses: Path) -> None:
-    parent, child = open_project(houses / "params.yaml"), open_project(houses / "document/params.yaml")
+    parent, child = (
+        open_project(houses / "params.yaml"),
+        open_project(houses / "document/params.yaml"),
+    )
     for name in parent.stages:
         stage = GRAPH.stages[name]
         ours, theirs = child.data_files(stage), parent.data_files(stage)
-        assert [(child.root / file).resolve() for file in ours] == [(parent.root / file).resolve() for file in theirs]
+        assert [(child.root / file).resolve() for file in ours] == [
+            (parent.root / file).resolve() for file in theirs
+        ]
     study = child.stages["study_methods"]
     assert child.stage_params(study)["finetune_lora.retention_data"] == "../data/retain.de.txt"
     assert child.inputs(study).keys() >= {"../artifacts/expanded", "../data/retain.de.txt"}
 
 
-def test_the_child_makes_of_its_parents_artifacts_what_one_project_makes(houses: Path, brief: Path) -> None:
+def test_the_child_makes_of_its_parents_artifacts_what_one_project_makes(
+    houses: Path, brief: Path
+) -> None:
     for output in ("from_scratch", "prefix", "prompt", "sweep"):
         files = folder_bytes(brief / "artifacts" / output)
         weights = {name: data for name, data in files.items() if "manifest" not in name}
@@ -76,16 +104,22 @@ def test_the_child_makes_of_its_parents_artifacts_what_one_project_makes(houses:
     )
     assert ours == whole
     less = json.loads((houses / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
-    assert less == {name: whole[name] for name in ("base", "expanded", "full", "freeze", "lora", "merged")}
+    assert less == {
+        name: whole[name] for name in ("base", "expanded", "full", "freeze", "lora", "merged")
+    }
     manifest = artifact.verify(houses / "document/artifacts/evaluation")
     assert manifest["variants"]["merged"] == "../artifacts/lora_merged"
-    assert manifest["inputs"]["../artifacts/lora_merged"] == artifact.digest(houses / "artifacts/lora_merged")
+    assert manifest["inputs"]["../artifacts/lora_merged"] == artifact.digest(
+        houses / "artifacts/lora_merged"
+    )
 
 
 def test_what_changes_in_the_parent_is_seen_in_the_child(copied: Path) -> None:
     child = open_project(copied / "document/params.yaml")
     states = Status().of(child)
-    assert {name: states[name].state for name in (*CHILD, "merge")} == dict.fromkeys((*CHILD, "merge"), "current")
+    assert {name: states[name].state for name in (*CHILD, "merge")} == dict.fromkeys(
+        (*CHILD, "merge"), "current"
+    )
     assert states["figures"].state == "missing"
     make(copied, ["finetune_full"], ["finetune_full.seed=1"])
     again = Status().of(child)
@@ -93,13 +127,20 @@ def test_what_changes_in_the_parent_is_seen_in_the_child(copied: Path) -> None:
     assert again["evaluate"].state != "current"
     assert outdated(child, ["evaluate"]) == {"evaluate": ("../artifacts/full_finetuned changed",)}
     make(copied, ["expand_vocab"], ["expand_vocab.seed=1"])
-    with pytest.raises(UserError, match=r"artifacts/from_scratch was made from another \.\./artifacts/expanded"):
+    with pytest.raises(
+        UserError, match=r"artifacts/from_scratch was made from another \.\./artifacts/expanded"
+    ):
         make(copied / "document", ["evaluate"])
 
 
 def test_the_childs_runs_are_beside_its_parents(houses: Path) -> None:
     found = discover_runs(houses / "document", open_project(houses / "document/params.yaml"), GRAPH)
-    assert {run.stage for run in found} >= {"finetune_lora", "finetune_prefix", "train_from_scratch", "pretrain"}
+    assert {run.stage for run in found} >= {
+        "finetune_lora",
+        "finetune_prefix",
+        "train_from_scratch",
+        "pretrain",
+    }
     place = {run.stage: run.log_folder for run in found}
     assert place["finetune_lora"].is_relative_to(houses / "artifacts")
     assert place["finetune_prefix"].is_relative_to(houses / "document")
@@ -134,14 +175,19 @@ def test_the_parents_stages_and_settings_are_the_parents(
     ("text", "message"),
     [
         ("project: ../gone.yaml\n", "gone.yaml does not exist"),
-        ("project: [a]\n", "project must be the path of a params file, got ['a']. Edit params.yaml."),
+        (
+            "project: [a]\n",
+            "project must be the path of a params file, got ['a']. Edit params.yaml.",
+        ),
         ("project: 3\n", "project must be the path of a params file, got 3"),
         ("project: ../document/params.yaml\n", "project ../document/params.yaml itself builds on"),
         ("project: params.yaml\n", "project params.yaml itself builds on"),
         ("project: ../broken.yaml\n", "unknown key finetune_lora.rang. Did you mean rank?"),
     ],
 )
-def test_a_parent_that_cannot_be_is_refused(text: str, message: str, copied: Path, cli: Lora) -> None:
+def test_a_parent_that_cannot_be_is_refused(
+    text: str, message: str, copied: Path, cli: Lora
+) -> None:
     (copied / "broken.yaml").write_text("finetune_lora:\n  rang: 3\n", encoding="utf-8")
     (copied / "third").mkdir()
     (copied / "third/params.yaml").write_text(text, encoding="utf-8")
@@ -151,7 +197,10 @@ def test_a_parent_that_cannot_be_is_refused(text: str, message: str, copied: Pat
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (("finetune", "prefix"), "finetune_prefix is not a stage of this project: params.yaml has no such section. "),
+        (
+            ("finetune", "prefix"),
+            "finetune_prefix is not a stage of this project: params.yaml has no such section. ",
+        ),
         (("study", "rank"), "study_rank is not a stage of this project"),
         (("figures",), "figures is not a stage of this project"),
         (("finetune", "sweep"), "finetune_sweep is not a stage of this project"),

@@ -16,7 +16,9 @@ SET = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2
 
 
 def sh(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["sh", "-c", command], cwd=folder, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        ["sh", "-c", command], cwd=folder, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -40,7 +42,9 @@ def test_a_variable_that_torchrun_would_not_set_is_named(
         monkeypatch.setenv(name, right)
     assert world() == ProcessRank(1, 4, 1, 2)
     monkeypatch.setenv(variable, value)
-    with pytest.raises(UserError, match=f"{variable} must be a whole number from .*, got '{value}'"):
+    with pytest.raises(
+        UserError, match=f"{variable} must be a whole number from .*, got '{value}'"
+    ):
         world()
 
 
@@ -52,7 +56,9 @@ def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_command_says_which_variable_is_wrong(tmp_path: Path) -> None:
     ended = sh(f"WORLD_SIZE=abc {shlex.quote(LORA)} runs", tmp_path)
-    assert ended.returncode == 1 and ended.stderr.startswith("error: WORLD_SIZE must be a whole number")
+    assert ended.returncode == 1 and ended.stderr.startswith(
+        "error: WORLD_SIZE must be a whole number"
+    )
     assert ended.stderr.count("\n") == 1
 
 
@@ -65,14 +71,21 @@ def test_with_closed_streams_nothing_is_printed_into_a_file_that_is_written(tmp_
 
 
 @pytest.mark.parametrize("redirection", ["<&-", "</dev/null"])
-def test_the_terminal_app_without_a_terminal_is_one_message(redirection: str, tmp_path: Path) -> None:
+def test_the_terminal_app_without_a_terminal_is_one_message(
+    redirection: str, tmp_path: Path
+) -> None:
     ended = sh(f"{shlex.quote(str(BIN / 'lora-tui'))} {redirection}", tmp_path)
     assert ended.returncode == 1
-    assert ended.stderr.startswith("error: lora-tui needs a terminal") and ended.stderr.count("\n") == 1
+    assert (
+        ended.stderr.startswith("error: lora-tui needs a terminal")
+        and ended.stderr.count("\n") == 1
+    )
 
 
 @pytest.mark.slow
-def test_a_chat_without_input_ends_and_bytes_that_are_no_text_are_asked_as_signs(brief: Path) -> None:
+def test_a_chat_without_input_ends_and_bytes_that_are_no_text_are_asked_as_signs(
+    brief: Path,
+) -> None:
     chat = f"{shlex.quote(LORA)} chat --base artifacts/base"
     ended = sh(f"{chat} <&- && printf 'der \\377 hund\\n/quit\\n' | {chat}", brief)
     assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr

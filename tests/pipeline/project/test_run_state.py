@@ -22,7 +22,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-def progress(writer: Writer, clock: Clock, seconds: float, total: int, start: int, end: int) -> None:
+def progress(
+    writer: Writer, clock: Clock, seconds: float, total: int, start: int, end: int
+) -> None:
     """Do the units from `start` to `end`, each in `seconds`."""
     for done in range(start, end + 1):
         writer.progress(done, total, "")
@@ -36,7 +38,9 @@ def read(folder: Path) -> Journal:
 
 
 def test_a_slow_start_does_not_spoil_the_estimate(tmp_path: Path, clock: Clock) -> None:
-    """Ten units of 5 s, then units of 0.1 s: the mean of the run would say 53 s for what takes 20 s."""
+    """Ten units of 5 s, then units of 0.1 s: the mean of the run would say 53 s for what takes 20
+    s.
+    """
     with writing(tmp_path) as writer:
         progress(writer, clock, 5.0, 500, 0, 9)
         progress(writer, clock, 0.1, 500, 10, 300)
@@ -44,7 +48,9 @@ def test_a_slow_start_does_not_spoil_the_estimate(tmp_path: Path, clock: Clock) 
     assert eta is not None and 19 < eta < 30
 
 
-def test_nothing_is_estimated_in_the_first_seconds_of_a_first_run(tmp_path: Path, clock: Clock) -> None:
+def test_nothing_is_estimated_in_the_first_seconds_of_a_first_run(
+    tmp_path: Path, clock: Clock
+) -> None:
     with writing(tmp_path) as writer:
         progress(writer, clock, 0.3, 100, 0, 3)
         assert read(tmp_path).eta is None
@@ -52,7 +58,9 @@ def test_nothing_is_estimated_in_the_first_seconds_of_a_first_run(tmp_path: Path
         assert read(tmp_path).eta == pytest.approx(80 * 0.3, rel=0.2)
 
 
-def test_the_run_before_is_the_estimate_until_this_one_knows_better(tmp_path: Path, clock: Clock) -> None:
+def test_the_run_before_is_the_estimate_until_this_one_knows_better(
+    tmp_path: Path, clock: Clock
+) -> None:
     with writing(tmp_path) as writer:
         progress(writer, clock, 1.0, 100, 0, 100)
     assert read(tmp_path).pace == pytest.approx(100 / 101, rel=0.01)
@@ -61,10 +69,13 @@ def test_the_run_before_is_the_estimate_until_this_one_knows_better(tmp_path: Pa
         assert read(tmp_path).eta == pytest.approx(49, rel=0.05)
         progress(writer, clock, 0.5, 50, 2, 40)
         eta = read(tmp_path).eta
-    assert eta is not None and 5 <= eta <= 7  # 10 units of 0.5 s, and a fifth of the weight on the run before
+    # 10 units of 0.5 s, and a fifth of the weight on the run before
+    assert eta is not None and 5 <= eta <= 7
 
 
-def test_a_run_that_does_nothing_keeps_the_pace_of_the_one_before(tmp_path: Path, clock: Clock) -> None:
+def test_a_run_that_does_nothing_keeps_the_pace_of_the_one_before(
+    tmp_path: Path, clock: Clock
+) -> None:
     with writing(tmp_path) as writer:
         progress(writer, clock, 0.5, 10, 0, 10)
     pace = read(tmp_path).pace
@@ -82,7 +93,9 @@ def test_another_kind_of_work_is_estimated_by_itself(tmp_path: Path, clock: Cloc
 
 
 @pytest.mark.parametrize("error", [UserError("x"), KeyboardInterrupt()], ids=["failed", "stopped"])
-def test_how_long_a_run_took_is_known_however_it_ended(tmp_path: Path, clock: Clock, error: BaseException) -> None:
+def test_how_long_a_run_took_is_known_however_it_ended(
+    tmp_path: Path, clock: Clock, error: BaseException
+) -> None:
     with pytest.raises(type(error)), writing(tmp_path):
         assert read(tmp_path).seconds is None
         clock.now += 7
@@ -91,6 +104,8 @@ def test_how_long_a_run_took_is_known_however_it_ended(tmp_path: Path, clock: Cl
 
 
 def test_a_journal_that_an_older_version_wrote_is_read(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text('{"state": "done", "pid": 1, "started": 5.0, "done": 3, "total": 3}')
+    (tmp_path / "run.json").write_text(
+        '{"state": "done", "pid": 1, "started": 5.0, "done": 3, "total": 3}'
+    )
     journal = read(tmp_path)
     assert (journal.eta, journal.seconds, journal.pace) == (None, None, 0.0)

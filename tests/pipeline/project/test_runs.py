@@ -35,7 +35,9 @@ Keep = Callable[..., Path]
 
 @pytest.fixture
 def keep(root: Path) -> Keep:
-    """Make a finished run's folder, with a log of its own and the given differences in its manifest."""
+    """Make a finished run's folder, with a log of its own and the given differences in its
+    manifest.
+    """
 
     def make_one(folder: str, text: str, when: float = 1000.0, **manifest: object) -> Path:
         path = root / folder
@@ -63,8 +65,12 @@ def test_a_finished_pipeline_shows_each_training_once(brief: Path) -> None:
 
 def test_an_earlier_run_is_named_by_the_params_that_differ_from_now(project: Path) -> None:
     make(project, ["finetune_lora"], ["finetune_lora.epochs=1", "finetune_lora.rank=8"])
-    today = open_project(project / "params.yaml", ["finetune_lora.epochs=1", "finetune_lora.rank=8"])
-    labels = [run.label for run in discover_runs(project, today, GRAPH) if run.stage == "finetune_lora"]
+    today = open_project(
+        project / "params.yaml", ["finetune_lora.epochs=1", "finetune_lora.rank=8"]
+    )
+    labels = [
+        run.label for run in discover_runs(project, today, GRAPH) if run.stage == "finetune_lora"
+    ]
     assert labels == ["finetune_lora", "finetune_lora epochs 2, rank 4"]
 
 
@@ -103,8 +109,12 @@ def test_two_runs_of_one_name_are_told_apart_by_their_key(root: Path, keep: Keep
 
 
 def test_broken_manifests_and_missing_params_are_survived(root: Path, keep: Keep) -> None:
-    (keep(".lora-cache/finetune_lora/aaaa", "1") / "manifest.json").write_text("{", encoding="utf-8")
-    (keep("artifacts/lora_adapter", "2") / "manifest.json").write_text('{"files": {}}', encoding="utf-8")
+    (keep(".lora-cache/finetune_lora/aaaa", "1") / "manifest.json").write_text(
+        "{", encoding="utf-8"
+    )
+    (keep("artifacts/lora_adapter", "2") / "manifest.json").write_text(
+        '{"files": {}}', encoding="utf-8"
+    )
     keep(".lora-cache/pretrain/bbbb", "3", params=None)
     assert [run.label for run in discover_runs(root, None, GRAPH)] == ["pretrain"]
 
@@ -113,28 +123,41 @@ def test_a_sweep_is_one_run_with_a_curve_for_each_adapter(brief: Path) -> None:
     run = next(run for run in found(brief) if run.stage == "finetune_sweep")
     folder = brief / "runs/finetune_sweep"
     assert (run.log_folder, run.folder) == (folder, folder)
-    assert run.label.startswith("finetune_sweep  2 adapters, ")  # then that its params are not those of params.yaml
+    # then that its params are not those of params.yaml
+    assert run.label.startswith("finetune_sweep  2 adapters, ")
     assert run.curves == tuple(
-        LogFiles(name, folder / name / "loss.csv", folder / name / "telemetry.csv") for name in ("rank-1", "rank-2")
+        LogFiles(name, folder / name / "loss.csv", folder / name / "telemetry.csv")
+        for name in ("rank-1", "rank-2")
     )
 
 
-def test_an_earlier_sweep_says_its_grid_and_one_that_was_kept_too_is_shown_once(project: Path) -> None:
+def test_an_earlier_sweep_says_its_grid_and_one_that_was_kept_too_is_shown_once(
+    project: Path,
+) -> None:
     other = ["finetune_lora.epochs=2", "finetune_sweep.grid={rank: [1], seed: [0, 1, 2]}"]
     make(project, ["finetune_sweep"], other)
     today = open_project(project / "params.yaml", other)
     runs = [run for run in discover_runs(project, today, GRAPH) if run.stage == "finetune_sweep"]
-    assert [run.label for run in runs] == ["finetune_sweep  3 adapters", "finetune_sweep  2 adapters, grid rank 1+2"]
+    assert [run.label for run in runs] == [
+        "finetune_sweep  3 adapters",
+        "finetune_sweep  2 adapters, grid rank 1+2",
+    ]
     assert [run.folder is None for run in runs] == [False, True]
     shutil.rmtree(project / "runs/finetune_sweep")
-    assert [run.label for run in discover_runs(project, today, GRAPH) if run.sweeps] == [run.label for run in runs]
+    assert [run.label for run in discover_runs(project, today, GRAPH) if run.sweeps] == [
+        run.label for run in runs
+    ]
 
 
-def test_a_sweep_of_which_an_adapter_diverged_is_the_artifact_that_came_of_it(project: Path) -> None:
+def test_a_sweep_of_which_an_adapter_diverged_is_the_artifact_that_came_of_it(
+    project: Path,
+) -> None:
     """The artifact has no folder of that adapter: its log is the run's alone."""
     given = [*BRIEF, "finetune_sweep.grid={learning_rate: [1e-3, 1e9]}"]
     make(project, ["finetune_sweep"], given)
-    assert [path.name for path in (project / "artifacts/sweep").iterdir() if path.is_dir()] == ["lr-0.001"]
+    assert [path.name for path in (project / "artifacts/sweep").iterdir() if path.is_dir()] == [
+        "lr-0.001"
+    ]
     today = open_project(project / "params.yaml", given)
     run, *others = [run for run in discover_runs(project, today, GRAPH) if run.sweeps]
     assert [curve.name for curve in run.curves] == ["lr-0.001", "lr-1e+09"]
@@ -161,7 +184,8 @@ def test_the_stamp_changes_with_every_adapter_of_a_sweep(root: Path) -> None:
         (root / f"runs/finetune_sweep/{name}/loss.csv").write_text("step\n", encoding="utf-8")
         seen.add(stamp(root, root / "params.yaml", None, GRAPH))
         assert len(seen) == number
-    (root / "runs/finetune_sweep/rank-2").rename(root / "runs/finetune_sweep/rank-3")  # the same inodes
+    # the same inodes
+    (root / "runs/finetune_sweep/rank-2").rename(root / "runs/finetune_sweep/rank-3")
     assert stamp(root, root / "params.yaml", None, GRAPH) not in seen
 
 

@@ -1,4 +1,6 @@
-"""dvc.yaml says what pipeline/project/stage_graph.py says, and DVC does with it what the README promises."""
+"""dvc.yaml says what pipeline/project/stage_graph.py says, and DVC does with it what the README
+promises.
+"""
 
 import json
 import os
@@ -24,9 +26,14 @@ def test_dvc_knows_all_that_a_stage_reads_runs_and_writes(folder: str, code: str
     assert lines == render_dvc_yaml(open_project(ROOT / folder / "params.yaml"), code).splitlines()
 
 
-def test_what_a_study_teaches_as_the_sections_of_others_say_is_among_what_it_reads(tmp_path: Path) -> None:
+def test_what_a_study_teaches_as_the_sections_of_others_say_is_among_what_it_reads(
+    tmp_path: Path,
+) -> None:
     """Else a changed file would leave the study as it was."""
-    given = ["finetune_full.data=data/retain.de.txt", "train_from_scratch.data=[data/euro.en.jsonl]"]
+    given = [
+        "finetune_full.data=data/retain.de.txt",
+        "train_from_scratch.data=[data/euro.en.jsonl]",
+    ]
     project = open_project(new_project(tmp_path) / "params.yaml", given)
     for study, files in (
         ("methods", {"data/retain.de.txt", "data/euro.en.jsonl"}),
@@ -55,18 +62,26 @@ for module in sys.argv[1:]:
 
 @pytest.mark.slow
 def test_code_files_are_those_that_python_imports() -> None:
-    """The static walk finds every module of ours that importing a stage loads, but those that a registry finds."""
+    """The static walk finds every module of ours that importing a stage loads, but those that a
+    registry finds.
+    """
     found_by_registry = ("pipeline.stages.methods.", "pipeline.document.studies.")
     modules = sorted({stage.module for stage in STAGES.values()})
-    done = subprocess.run([sys.executable, "-c", IMPORTED, *modules], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED, *modules], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     assert [line[0] for line in lines] == modules
     for module, *imported in lines:
-        found = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in code_files(module)}
+        found = {
+            ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in code_files(module)
+        }
         assert module in imported
         statically = {name.removesuffix(".__init__") for name in found}
-        assert {name for name in imported if not name.startswith(found_by_registry)} <= statically, module
+        assert {
+            name for name in imported if not name.startswith(found_by_registry)
+        } <= statically, module
 
 
 @pytest.mark.slow
@@ -137,22 +152,35 @@ def test_what_dvc_was_told_of_is_up_to_date_and_a_changed_rank_concerns_what_dep
     assert drawn.count('"loss (nats per token)"') >= 1
 
 
-def test_a_changed_rank_concerns_the_documents_stages_that_read_its_section_or_an_artifact_made_with_it() -> None:
+def test_a_changed_rank_concerns_the_documents_stages_that_read_its_section_or_an_artifact_made_with_it() -> (
+    None
+):
     stages = yaml.safe_load((ROOT / "document/dvc.yaml").read_text(encoding="utf-8"))["stages"]
     product = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    changed = {f"../{path}" for name in ("finetune_lora", "merge") for path in product[name]["outs"]}
+    changed = {
+        f"../{path}" for name in ("finetune_lora", "merge") for path in product[name]["outs"]
+    }
     concerned = set()
     for name, stage in stages.items():
         if (
             {"../params.yaml": ["finetune_lora"]} in stage["params"]
             or changed & set(stage["deps"])
-            or any("finetune_lora" in one.get("../params.yaml", ()) for one in stage["params"] if isinstance(one, dict))
+            or any(
+                "finetune_lora" in one.get("../params.yaml", ())
+                for one in stage["params"]
+                if isinstance(one, dict)
+            )
         ):
             concerned.add(name)
-            changed |= {str(Path(out).parent if "evaluation" in out else out) for out in stage["outs"]}
+            changed |= {
+                str(Path(out).parent if "evaluation" in out else out) for out in stage["outs"]
+            }
     assert concerned == {
         *("finetune_sweep", "evaluate", "figures", "claims"),
-        *(f"study_{name}" for name in ("knowledge_correction", "methods", "forgetting", "learning_rate")),
+        *(
+            f"study_{name}"
+            for name in ("knowledge_correction", "methods", "forgetting", "learning_rate")
+        ),
     }
 
 

@@ -39,7 +39,10 @@ def test_a_finished_pipeline_is_current_and_an_empty_one_missing(project: Path) 
 
 
 def test_a_changed_param_is_named_and_what_comes_after_waits(project: Path) -> None:
-    save(project / "params.yaml", {"finetune_lora.rank": 2, "finetune_lora.target_modules": ["q_proj"]})
+    save(
+        project / "params.yaml",
+        {"finetune_lora.rank": 2, "finetune_lora.target_modules": ["q_proj"]},
+    )
     found = Status().of(project_of(project))
     assert found["finetune_lora"].state == "changed"
     assert found["finetune_lora"].reasons == (
@@ -58,7 +61,10 @@ def test_a_changed_input_an_edited_artifact_and_a_missing_file_are_named(project
         file.write("der hund schläft\n")
     assert status.of(project_of(project))["pretrain"].reasons == ("data/pretrain.de.txt changed",)
     (project / "artifacts/lora_adapter/adapter_model.safetensors").write_bytes(b"")
-    assert "adapter_model.safetensors was changed" in status.of(project_of(project))["finetune_lora"].reasons[0]
+    assert (
+        "adapter_model.safetensors was changed"
+        in status.of(project_of(project))["finetune_lora"].reasons[0]
+    )
     (project / "data/prompts.yaml").unlink()
     assert "data/prompts.yaml is not a file" in status.of(project_of(project))["merge"].reasons[0]
 
@@ -67,7 +73,10 @@ def test_an_artifact_that_vanished_under_others_is_missing_and_they_wait(project
     shutil.rmtree(project / "artifacts/expanded")
     found = Status().of(project_of(project))
     assert found["expand_vocab"].state == "missing"
-    assert (found["finetune_lora"].state, found["finetune_lora"].reasons) == ("waits", ("after expand_vocab",))
+    assert (found["finetune_lora"].state, found["finetune_lora"].reasons) == (
+        "waits",
+        ("after expand_vocab",),
+    )
     assert found["evaluate"].state == "waits"
 
 
@@ -75,7 +84,11 @@ def test_an_artifact_that_vanished_under_others_is_missing_and_they_wait(project
     ("params", "stage", "reason"),
     [
         ("base: minigpt\nmerge: {}\n", "merge", "finetune_lora is not a stage of this project"),
-        ("finetune_lora: {data: data/pretrain.de.txt}\n", "finetune_lora", "pretrain is not a stage of this project"),
+        (
+            "finetune_lora: {data: data/pretrain.de.txt}\n",
+            "finetune_lora",
+            "pretrain is not a stage of this project",
+        ),
     ],
 )
 def test_a_stage_that_needs_one_without_a_section_says_which_section_to_add(
@@ -92,7 +105,10 @@ def test_a_stage_that_needs_one_without_a_section_says_which_section_to_add(
 
 def test_without_a_section_for_new_words_the_trained_base_is_fine_tuned(tmp_path: Path) -> None:
     root = new_project(tmp_path)
-    text = "base: minigpt\npretrain: {epochs: 1}\nfinetune_lora: {data: data/pretrain.de.txt, epochs: 1}\nmerge: {}\n"
+    text = (
+        "base: minigpt\npretrain: {epochs: 1}\nfinetune_lora: {data: data/pretrain.de.txt, "
+        "epochs: 1}\nmerge: {}\n"
+    )
     (root / "params.yaml").write_text(text, encoding="utf-8")
     project = open_project(root / "params.yaml")
     assert {state.state for state in Status().of(project).values()} == {"missing"}
@@ -108,7 +124,9 @@ def test_running_it_makes_it_current_again(project: Path) -> None:
     assert set(states(project).values()) == {"current"}
 
 
-def test_hashing_happens_once_until_a_file_changes(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hashing_happens_once_until_a_file_changes(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pipeline.files import artifact
 
     status, hashed = Status(), list[str]()
@@ -179,12 +197,18 @@ def status_of(project: Path) -> str:
 
 
 @pytest.mark.slow
-def test_a_stage_in_another_process_is_seen_running_stopped_resumed_and_killed(project: Path) -> None:
+def test_a_stage_in_another_process_is_seen_running_stopped_resumed_and_killed(
+    project: Path,
+) -> None:
     folder = project / "runs/finetune_lora"
     command = [LORA, *COMMAND["finetune_lora"], "--force", "--set", "finetune_lora.epochs=20000"]
     save(project / "params.yaml", {"finetune_lora.epochs": 20000})
     process = subprocess.Popen(command, cwd=project, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    wait_for(lambda: (now := run_state.read(folder)) is not None and now.state == "running" and now.done > 1)
+    wait_for(
+        lambda: (
+            (now := run_state.read(folder)) is not None and now.state == "running" and now.done > 1
+        )
+    )
     assert run_state.alive(folder)
     now = run_state.read(folder)
     assert now is not None
@@ -199,7 +223,13 @@ def test_a_stage_in_another_process_is_seen_running_stopped_resumed_and_killed(p
     assert "stopped after step" in stopped.reasons[0]
 
     process = subprocess.Popen(command, cwd=project, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    wait_for(lambda: (now := run_state.read(folder)) is not None and now.pid == process.pid and now.done > now.first)
+    wait_for(
+        lambda: (
+            (now := run_state.read(folder)) is not None
+            and now.pid == process.pid
+            and now.done > now.first
+        )
+    )
     now = run_state.read(folder)
     assert now is not None
     assert now.first > 1, "it went on from the checkpoint"
@@ -236,19 +266,25 @@ def test_a_stage_taken_from_the_cache_is_done(project: Path) -> None:
     assert "taken from the cache" in now.notes[0]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"state": "running"}', '{"pid": 1, "unknown": 2}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"state": "running"}', '{"pid": 1, "unknown": 2}']
+)
 def test_a_damaged_journal_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_text(text, encoding="utf-8")
     assert run_state.read(tmp_path) is None
 
 
-def test_a_journal_that_cannot_be_written_stops_no_stage(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_journal_that_cannot_be_written_stops_no_stage(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object, **__: object) -> int:
         raise OSError(28, "No space left on device")
 
     real = Path.write_text
     monkeypatch.setattr(
-        Path, "write_text", lambda path, *a, **k: full() if path.name.startswith("run.") else real(path, *a, **k)
+        Path,
+        "write_text",
+        lambda path, *a, **k: full() if path.name.startswith("run.") else real(path, *a, **k),
     )
     manifest = make(project, ["merge"], BRIEF, force=True)
     assert manifest["stage"] == "merge"
@@ -274,7 +310,9 @@ def retrained(project: Path) -> Path:
     return project
 
 
-def test_what_was_made_from_an_earlier_adapter_is_out_of_date_whatever_the_params_say(retrained: Path) -> None:
+def test_what_was_made_from_an_earlier_adapter_is_out_of_date_whatever_the_params_say(
+    retrained: Path,
+) -> None:
     project = open_project(retrained / "params.yaml")  # not those that it was made with
     adapter = "artifacts/lora_adapter changed"
     assert outdated(project, ["evaluate"]) == {
@@ -303,8 +341,12 @@ def test_what_is_made_from_something_out_of_date_is_too(project: Path) -> None:
     }
 
 
-def test_nothing_is_said_of_what_has_no_manifest_or_lost_what_it_was_made_from(project: Path) -> None:
+def test_nothing_is_said_of_what_has_no_manifest_or_lost_what_it_was_made_from(
+    project: Path,
+) -> None:
     shutil.rmtree(project / "artifacts/lora_adapter")
-    (project / "artifacts/expanded/manifest.json").write_text('{"files": {}, "inputs": []}', encoding="utf-8")
+    (project / "artifacts/expanded/manifest.json").write_text(
+        '{"files": {}, "inputs": []}', encoding="utf-8"
+    )
     (project / "artifacts/evaluation/manifest.json").unlink()
     assert outdated(project_of(project), STAGES) == {}

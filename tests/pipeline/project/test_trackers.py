@@ -1,4 +1,6 @@
-"""Trackers follow a run from outside: they have each step once, and whatever happens to them, the run has its bytes."""
+"""Trackers follow a run from outside: they have each step once, and whatever happens to them, the
+run has its bytes.
+"""
 
 import fcntl
 import json
@@ -37,13 +39,23 @@ def told(value: str) -> list[str]:
 def lora(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """`lora …` in a child of the fork server; its trackers are processes of their own."""
     command, variables = forked("cli.main", *arguments), {**os.environ, **environment}
-    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=cwd, env=variables, capture_output=True, text=True, check=False
+    )
 
 
 def train(root: Path, *settings: str, **environment: str) -> str:
     """`lora finetune lora` once its trackers are done: its stderr."""
     given = [f"--set={one}" for one in (*BRIEF, *settings)]
-    done = lora("finetune", "lora", "--force", *given, cwd=root, TRACKIO_DIR=str(root / "trackio"), **environment)
+    done = lora(
+        "finetune",
+        "lora",
+        "--force",
+        *given,
+        cwd=root,
+        TRACKIO_DIR=str(root / "trackio"),
+        **environment,
+    )
     assert done.returncode == 0, done.stderr
     wait(root)
     return done.stderr
@@ -73,7 +85,10 @@ def expected(folder: Path) -> Values:
 
 def of(values: Values) -> dict[str, list[tuple[int, Any]]]:
     """The same up to the rounding of fp32."""
-    return {name: [(step, pytest.approx(value, rel=1e-6)) for step, value in points] for name, points in values.items()}
+    return {
+        name: [(step, pytest.approx(value, rel=1e-6)) for step, value in points]
+        for name, points in values.items()
+    }
 
 
 # Each tracker's runs, read by its own reader or by none of its code.
@@ -84,20 +99,32 @@ def in_tensorboard(root: Path, run: str) -> tuple[Values, list[str]]:
 
     events = EventAccumulator(str(root / "runs/tensorboard" / run), {"scalars": 0, "tensors": 0})
     events.Reload()
-    values = {name: [(one.step, one.value) for one in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    values = {
+        name: [(one.step, one.value) for one in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }
     texts = [name for name in events.Tags()["tensors"] if name.startswith("samples/")]
-    return values, [one.tensor_proto.string_val[0].decode() for name in texts for one in events.Tensors(name)]
+    return values, [
+        one.tensor_proto.string_val[0].decode() for name in texts for one in events.Tensors(name)
+    ]
 
 
 def in_wandb(root: Path, run: str) -> tuple[Values, list[str]]:
     values, texts = Values(), list[str]()
     for folder in sorted(root.glob(f"runs/wandb/wandb/offline-run-*-{run}")):
         for record in wandb_records(folder / f"run-{run}.wandb"):
-            items = {(one.nested_key or [one.key])[-1]: one.value_json for one in record.history.item}
+            items = {
+                (one.nested_key or [one.key])[-1]: one.value_json for one in record.history.item
+            }
             for name in items.keys() & {"train/loss", "train/grad_norm", "eval/loss"}:
-                values.setdefault(name, []).append((json.loads(items["step"]), json.loads(items[name])))
+                values.setdefault(name, []).append(
+                    (json.loads(items["step"]), json.loads(items[name]))
+                )
         for table in sorted(folder.glob("files/media/table/*.json")):
-            texts += [f"{prompt} → {answer}" for _, prompt, answer in json.loads(table.read_text())["data"]]
+            texts += [
+                f"{prompt} → {answer}"
+                for _, prompt, answer in json.loads(table.read_text())["data"]
+            ]
     return values, texts
 
 
@@ -123,7 +150,9 @@ def in_trackio(root: Path, run: str) -> tuple[Values, list[str]]:
     values, texts = Values(), list[str]()
     (path,) = (root / "trackio").glob("*.db")
     with sqlite3.connect(path) as database:
-        rows = database.execute("SELECT step, metrics FROM metrics WHERE run_name = ? ORDER BY step", (run,)).fetchall()
+        rows = database.execute(
+            "SELECT step, metrics FROM metrics WHERE run_name = ? ORDER BY step", (run,)
+        ).fetchall()
     for step, metrics in rows:
         for name, value in json.loads(metrics).items():
             if name.startswith("samples/"):
@@ -144,8 +173,13 @@ def in_mlflow(root: Path, run: str) -> tuple[Values, list[str]]:
         name: [(one.step, one.value) for one in client.get_metric_history(found.info.run_id, name)]
         for name in found.data.metrics
     }
-    texts = [path.read_text(encoding="utf-8") for path in sorted(root.glob("runs/mlflow/artifacts/**/samples/*.txt"))]
-    return values, [part for text in texts for part in text.strip().replace("\n→", " →").split("\n\n")]
+    texts = [
+        path.read_text(encoding="utf-8")
+        for path in sorted(root.glob("runs/mlflow/artifacts/**/samples/*.txt"))
+    ]
+    return values, [
+        part for text in texts for part in text.strip().replace("\n→", " →").split("\n\n")
+    ]
 
 
 def in_dvclive(root: Path, run: str) -> tuple[Values, list[str]]:
@@ -153,7 +187,9 @@ def in_dvclive(root: Path, run: str) -> tuple[Values, list[str]]:
     values = Values()
     for path in (root / "dvclive" / STAGE / "plots/metrics").rglob("*.tsv"):
         rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
-        name = path.relative_to(root / "dvclive" / STAGE / "plots/metrics").with_suffix("").as_posix()
+        name = (
+            path.relative_to(root / "dvclive" / STAGE / "plots/metrics").with_suffix("").as_posix()
+        )
         values[name] = [(int(step), float(value)) for step, value in rows]
     last = json.loads((root / "dvclive" / STAGE / "metrics.json").read_text(encoding="utf-8"))
     assert last["train"]["loss"] == values["train/loss"][-1][1]
@@ -175,8 +211,12 @@ def followed(brief: Path, built: Built) -> Path:
 
     def build(root: Path) -> None:
         shutil.copytree(brief, root, dirs_exist_ok=True)
-        subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=root, check=True)
-        train(root, EVERY, LONG, "finetune_lora.eval_share=0.3", f"report_to=[{', '.join(READERS)}]")
+        subprocess.run(
+            [sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=root, check=True
+        )
+        train(
+            root, EVERY, LONG, "finetune_lora.eval_share=0.3", f"report_to=[{', '.join(READERS)}]"
+        )
 
     return built("followed", build)
 
@@ -193,16 +233,23 @@ def test_a_tracker_has_every_step_once_and_the_samples(followed: Path, tracker: 
     assert len(log["train/loss"]) > 100 and len(log["eval/loss"]) > 10
     assert {name: values[name] for name in log} == of(log)
     if tracker != "dvclive":  # DVC shows no texts
-        samples = [parse_sample(line) for line in (followed / PLACE / SAMPLES).read_text("utf-8").splitlines()]
+        samples = [
+            parse_sample(line)
+            for line in (followed / PLACE / SAMPLES).read_text("utf-8").splitlines()
+        ]
         shown = sorted(" ".join(text.split()) for text in texts)
         assert shown == sorted(" ".join(f"{one.prompt} → {one.answer}".split()) for one in samples)
 
 
 @pytest.mark.slow
-def test_the_artifact_is_the_same_to_the_byte_and_taken_from_the_cache(followed: Path, project: Path) -> None:
+def test_the_artifact_is_the_same_to_the_byte_and_taken_from_the_cache(
+    followed: Path, project: Path
+) -> None:
     make(project, [STAGE], [*BRIEF, EVERY, LONG, "finetune_lora.eval_share=0.3"], force=True)
     assert folder_bytes(project / PLACE) == folder_bytes(followed / PLACE)
-    make(project, [STAGE], [*BRIEF, EVERY, LONG, "finetune_lora.eval_share=0.3", "report_to=[wandb]"])
+    make(
+        project, [STAGE], [*BRIEF, EVERY, LONG, "finetune_lora.eval_share=0.3", "report_to=[wandb]"]
+    )
     notes = json.loads((project / "runs" / STAGE / "run.json").read_text(encoding="utf-8"))["notes"]
     assert "nothing to do, taken from the cache" in notes[0]
 
@@ -219,17 +266,31 @@ RUN += "    def log(self, _): {}\n"
 INIT = "import os, time, signal\nopen({mark!r}, 'w').write(str(os.getpid()))\n"
 SETTINGS = "def Settings(**_): return None\ndef init(**_): return Run()\n"
 ILLS = {  # what a tracker does, and what is said of it
-    "killed amid a run": (INIT + RUN.format("os.kill(os.getpid(), signal.SIGKILL)") + SETTINGS, "killed by signal 9"),
-    "no import": (INIT + "raise ImportError('built for another Python')\n", "built for another Python"),
-    "hangs": (INIT + RUN.format("time.sleep(10**6)") + SETTINGS, "wandb is still reading the run's log"),
-    "error amid a run": (INIT + RUN.format("raise RuntimeError('no \\x1b[31mroom')") + SETTINGS, "no ␛[31mroom"),
+    "killed amid a run": (
+        INIT + RUN.format("os.kill(os.getpid(), signal.SIGKILL)") + SETTINGS,
+        "killed by signal 9",
+    ),
+    "no import": (
+        INIT + "raise ImportError('built for another Python')\n",
+        "built for another Python",
+    ),
+    "hangs": (
+        INIT + RUN.format("time.sleep(10**6)") + SETTINGS,
+        "wandb is still reading the run's log",
+    ),
+    "error amid a run": (
+        INIT + RUN.format("raise RuntimeError('no \\x1b[31mroom')") + SETTINGS,
+        "no ␛[31mroom",
+    ),
 }
 
 
 @pytest.mark.sampled(4)  # one that hangs is waited for ten seconds
 @pytest.mark.parametrize("ill", ILLS)
 @pytest.mark.slow
-def test_whatever_befalls_a_tracker_the_run_has_its_bytes(project: Path, tmp_path: Path, ill: str) -> None:
+def test_whatever_befalls_a_tracker_the_run_has_its_bytes(
+    project: Path, tmp_path: Path, ill: str
+) -> None:
     make(project, [STAGE], [*BRIEF, LONG, EVERY], force=True)
     alone, mark = folder_bytes(project / PLACE), tmp_path / "pid"
     code, said = ILLS[ill]
@@ -244,7 +305,8 @@ def test_whatever_befalls_a_tracker_the_run_has_its_bytes(project: Path, tmp_pat
     if ill == "hangs":
         os.kill(pid, signal.SIGKILL)
     wait(project)
-    # What it did not get is sent later, in a run of its own: the broken one may have any part of it.
+    # What it did not get is sent later, in a run of its own: the broken one may have any part of
+    # it.
     again = lora("runs", "export", STAGE, "--to", "wandb", cwd=project, WANDB_MODE="offline")
     assert again.returncode == 0, again.stderr
     (folder,) = project.glob("runs/wandb/wandb/offline-run-*")
@@ -261,7 +323,9 @@ def test_a_tracker_that_hangs_is_ended_in_bounded_time(project: Path, tmp_path: 
     (project / "runs/wandb").mkdir()
     (project / "runs" / STAGE / "loss.csv").touch()  # written after 1.0
     run = json.loads((project / "runs" / STAGE / "run.json").read_text(encoding="utf-8"))
-    given = Followed(str(project), STAGE, False, "k" * 64, {}, "", str(project / "runs" / STAGE), run["started"])
+    given = Followed(
+        str(project), STAGE, False, "k" * 64, {}, "", str(project / "runs" / STAGE), run["started"]
+    )
     code = "import sys; from pipeline.project.logs import follower as f; f.PATIENCE = 2; f.main()"
     begun = time.monotonic()
     done = subprocess.run(
@@ -281,7 +345,9 @@ def test_a_run_that_was_killed_goes_on_in_the_same_events(project: Path) -> None
     log, run = project / "runs" / STAGE / "loss.csv", project / "runs" / STAGE
     before = log.stat().st_mtime_ns
     running = Forked(command, project)
-    while running.process.is_alive() and not (log.stat().st_mtime_ns > before and len(read_steps(log)) > 200):
+    while running.process.is_alive() and not (
+        log.stat().st_mtime_ns > before and len(read_steps(log)) > 200
+    ):
         time.sleep(0.01)
     running.process.kill()
     assert running.end()[0] == -signal.SIGKILL
@@ -291,8 +357,12 @@ def test_a_run_that_was_killed_goes_on_in_the_same_events(project: Path) -> None
     assert code == 0 and "resumed after step" in errors
     wait(project)
     values, _ = in_tensorboard(project, f"{STAGE}-{key_of(project)}")
-    assert {"train/loss": values["train/loss"]} == of({"train/loss": expected(project / PLACE)["train/loss"]})
-    state = json.loads(next((project / "runs/tensorboard").glob(".*.json")).read_text(encoding="utf-8"))
+    assert {"train/loss": values["train/loss"]} == of(
+        {"train/loss": expected(project / PLACE)["train/loss"]}
+    )
+    state = json.loads(
+        next((project / "runs/tensorboard").glob(".*.json")).read_text(encoding="utf-8")
+    )
     assert (state["attempt"], state["sending"]) == (1, 0)
 
 
@@ -301,7 +371,10 @@ def test_runs_one_after_the_other_are_told_apart(project: Path) -> None:
     """Both are in one run folder, and the second begins before the first was read."""
     keys = []
     for rate in ("1e-3", "1e-4"):
-        given = [f"--set={one}" for one in (*BRIEF, f"finetune_lora.learning_rate={rate}", "report_to=[tensorboard]")]
+        given = [
+            f"--set={one}"
+            for one in (*BRIEF, f"finetune_lora.learning_rate={rate}", "report_to=[tensorboard]")
+        ]
         code, errors = Forked([LORA, "finetune", "lora", *given], project).end()
         assert code == 0, errors
         keys.append((key_of(project), expected(project / PLACE)["train/loss"]))
@@ -316,7 +389,13 @@ def test_each_adapter_of_a_sweep_is_a_run(project: Path) -> None:
     make(project, ["finetune_sweep"], [*BRIEF, EVERY])
     for tracker in ("tensorboard", "trackio", "wandb"):
         done = lora(
-            "runs", "export", "finetune_sweep", "--to", tracker, cwd=project, TRACKIO_DIR=str(project / "trackio")
+            "runs",
+            "export",
+            "finetune_sweep",
+            "--to",
+            tracker,
+            cwd=project,
+            TRACKIO_DIR=str(project / "trackio"),
         )
         assert done.returncode == 0 and "sent" in done.stdout, done.stderr
     key = key_of(project, "artifacts/sweep")
@@ -346,7 +425,9 @@ def test_lora_runs_lists_what_can_be_sent(project: Path, cli: Lora) -> None:
     assert rows[key_of(project)]["steps"] == len(read_steps(project / PLACE / "loss.csv"))
     assert "rank 2" in rows[key_of(project)]["run"]
     assert key_of(project) in cli("runs", cwd=project)[1]
-    assert "There is no run nothing" in refusal(cli("runs", "export", "nothing", "--to", "wandb", cwd=project))
+    assert "There is no run nothing" in refusal(
+        cli("runs", "export", "nothing", "--to", "wandb", cwd=project)
+    )
 
 
 def test_a_tracker_that_is_not_installed_is_named_and_the_run_goes_on(
@@ -355,24 +436,39 @@ def test_a_tracker_that_is_not_installed_is_named_and_the_run_goes_on(
     monkeypatch.setattr(trackers.load("wandb"), "LIBRARY", "no_such_library")
     code, out, err = cli("finetune", "lora", "--force", *told("report_to=wandb"), cwd=project)
     assert code == 0 and "lora_adapter" in out
-    assert "report_to: no_such_library is not installed. Run `pip install 'lora-workbench[trackers]'`, and send" in err
-    assert "--to wandb: no_such_library is not" in refusal(cli("runs", "export", "--to", "wandb", cwd=project))
+    assert (
+        "report_to: no_such_library is not installed. Run `pip install "
+        "'lora-workbench[trackers]'`, and send" in err
+    )
+    assert "--to wandb: no_such_library is not" in refusal(
+        cli("runs", "export", "--to", "wandb", cwd=project)
+    )
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("report_to=[tensorbord]", "report_to must name trackers of dvclive, mlflow, tensorboard, trackio, wandb, got"),
+        (
+            "report_to=[tensorbord]",
+            "report_to must name trackers of dvclive, mlflow, tensorboard, trackio, wandb, got",
+        ),
         ("report_to=3", "report_to must be a name or a list of names, got 3"),
-        ("finetune_lora.report_to=[wandb]", "there is no key finetune_lora.report_to: `report_to`, above the sections"),
+        (
+            "finetune_lora.report_to=[wandb]",
+            "there is no key finetune_lora.report_to: `report_to`, above the sections",
+        ),
     ],
 )
-def test_what_cannot_be_reported_to_is_refused_first(project: Path, cli: Lora, setting: str, message: str) -> None:
+def test_what_cannot_be_reported_to_is_refused_first(
+    project: Path, cli: Lora, setting: str, message: str
+) -> None:
     assert message in refusal(cli("finetune", "lora", "--force", f"--set={setting}", cwd=project))
 
 
 def test_report_to_is_shown_with_its_source(project: Path, cli: Lora) -> None:
-    rows = json.loads(cli("params", "show", "--json", "--set=report_to=[wandb, wandb]", cwd=project)[1])
+    rows = json.loads(
+        cli("params", "show", "--json", "--set=report_to=[wandb, wandb]", cwd=project)[1]
+    )
     assert rows[1] == {"key": "report_to", "value": ["wandb"], "source": "--set"}
     assert open_project(project / "params.yaml").params.report_to == ()
 
@@ -381,14 +477,24 @@ def test_names_and_texts_of_files_are_harmless_in_a_tracker(project: Path, tmp_p
     folder = tmp_path / "artifact"
     folder.mkdir()
     header = (project / "runs" / STAGE / "loss.csv").read_text(encoding="utf-8").splitlines()[0]
-    (folder / "loss.csv").write_text(f"{header}\n1,1,2.5,0.1,inf,4\n2,1,nan,0.1,1,8\n", encoding="utf-8")
+    (folder / "loss.csv").write_text(
+        f"{header}\n1,1,2.5,0.1,inf,4\n2,1,nan,0.1,1,8\n", encoding="utf-8"
+    )
     hostile = {"step": 1, "prompt": "\x1b[31m<b>", "answer": "a\n# b"}
     (folder / SAMPLES).write_text(json.dumps(hostile) + "\nnonsense\n[1]\n", encoding="utf-8")
-    params = {"../a b": "x\x1b]0;y\x07" * 400, "n": float("nan"), **{f"k{n}": [n] for n in range(300)}}
-    one = follower.Follower("tensorboard", Followed(str(project), STAGE, False, "../" * 9, params, str(folder)))
+    params = {
+        "../a b": "x\x1b]0;y\x07" * 400,
+        "n": float("nan"),
+        **{f"k{n}": [n] for n in range(300)},
+    }
+    one = follower.Follower(
+        "tensorboard", Followed(str(project), STAGE, False, "../" * 9, params, str(folder))
+    )
     assert one.wait(120) and one.problem() == ""
     values, texts = in_tensorboard(project, "finetune_lora-.._.._")
     assert values["train/loss"] == [(1, 2.5)] and values["train/grad_norm"] == [(2, 1.0)]
     assert texts == ["    ␛[31m<b>\n    → a\n    # b"]
     flat = dict(follower._flat(params))
-    assert len(flat) == follower.MAX_PARAMS and flat["_a_b"] == ("x␛]0;y␇" * 400)[: follower.MAX_TEXT]
+    assert (
+        len(flat) == follower.MAX_PARAMS and flat["_a_b"] == ("x␛]0;y␇" * 400)[: follower.MAX_TEXT]
+    )

@@ -1,4 +1,6 @@
-"""A stage that ran by `--set`, or whose section was removed since, is shown, though the params file has no section."""
+"""A stage that ran by `--set`, or whose section was removed since, is shown, though the params file
+has no section.
+"""
 
 import json
 from collections.abc import Generator
@@ -22,7 +24,9 @@ from tests.helpers.run_folders import hold, journal, write_run
 def unlisted(project: Path) -> Path:
     """A project with a sweep that no section of its params file names."""
     params = project / "params.yaml"
-    params.write_text(remove_section(params.read_text(encoding="utf-8"), "finetune_sweep"), encoding="utf-8")
+    params.write_text(
+        remove_section(params.read_text(encoding="utf-8"), "finetune_sweep"), encoding="utf-8"
+    )
     return project
 
 
@@ -50,12 +54,18 @@ def test_its_state_says_so_and_is_no_stage_that_dvc_runs(unlisted: Path) -> None
 def test_its_artifact_is_out_of_date_once_its_base_is_another(unlisted: Path) -> None:
     make(unlisted, ["pretrain", "expand_vocab"], [*BRIEF, "pretrain.epochs=1"])
     state = Status().of(open_project(unlisted / "params.yaml"))["finetune_sweep"]
-    assert (state.state, state.reasons) == ("changed", ("not in params.yaml", "artifacts/expanded changed"))
+    assert (state.state, state.reasons) == (
+        "changed",
+        ("not in params.yaml", "artifacts/expanded changed"),
+    )
 
 
 def test_one_that_begins_while_the_project_is_open_is_seen_and_runs(unlisted: Path) -> None:
     project = open_project(unlisted / "params.yaml")
-    before, found = project_signature(project), stamp(unlisted, unlisted / "params.yaml", project, GRAPH)
+    before, found = (
+        project_signature(project),
+        stamp(unlisted, unlisted / "params.yaml", project, GRAPH),
+    )
     assert "finetune_dpo" not in Status().of(project)
     write_run(unlisted, "finetune_lora").rename(unlisted / "runs/finetune_dpo")
     (unlisted / "runs/finetune_dpo/lock").unlink()
@@ -86,8 +96,12 @@ def test_a_run_with_set_says_its_settings_before_it_has_made_an_artifact(project
     asked = open_project(project / "params.yaml", [*BRIEF, "finetune_lora.rank=7"])
     with pytest.raises(KeyboardInterrupt):
         played(run(asked, STAGES["finetune_lora"], _interrupted))
-    (folder / LOSS).write_text("step,epoch,loss,learning_rate,grad_norm,tokens\n1,1,9,1,1,1\n", encoding="utf-8")
-    labels = [run.label for run in discover_runs(project, now, GRAPH) if run.stage == "finetune_lora"]
+    (folder / LOSS).write_text(
+        "step,epoch,loss,learning_rate,grad_norm,tokens\n1,1,9,1,1,1\n", encoding="utf-8"
+    )
+    labels = [
+        run.label for run in discover_runs(project, now, GRAPH) if run.stage == "finetune_lora"
+    ]
     assert labels == ["finetune_lora rank 7", "finetune_lora"]
 
 
@@ -98,7 +112,9 @@ def _interrupted(_job: Job) -> Generator[Event, None, Facts]:
 
 def test_damaged_settings_of_a_run_are_ignored(project: Path) -> None:
     folder = project / "runs/finetune_lora"
-    (folder / LOSS).write_text("step,epoch,loss,learning_rate,grad_norm,tokens\n1,1,9,1,1,1\n", encoding="utf-8")
+    (folder / LOSS).write_text(
+        "step,epoch,loss,learning_rate,grad_norm,tokens\n1,1,9,1,1,1\n", encoding="utf-8"
+    )
     for text in ("{", "[]", '{"run": 3}', '{"run": {"params": 3}}'):
         (folder / "settings.json").write_text(text, encoding="utf-8")
         assert "finetune_lora" in [run.stage for run in discover_runs(project, None, GRAPH)]

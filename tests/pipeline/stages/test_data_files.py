@@ -1,4 +1,6 @@
-"""Training on data files of every container, on several with weights, and what is said of a hub data set."""
+"""Training on data files of every container, on several with weights, and what is said of a hub
+data set.
+"""
 
 import json
 from pathlib import Path
@@ -36,12 +38,28 @@ def test_the_same_sentences_give_the_same_adapter_from_every_container(project: 
 
 def test_a_weight_changes_how_often_a_file_is_seen(project: Path) -> None:
     def steps(data: str) -> int:
-        trained(project, data, "finetune_lora.window=0", "finetune_lora.batch_size=1", "finetune_lora.epochs=1")
-        return len((project / "artifacts/lora_adapter/loss.csv").read_text(encoding="utf-8").splitlines()) - 1
+        trained(
+            project,
+            data,
+            "finetune_lora.window=0",
+            "finetune_lora.batch_size=1",
+            "finetune_lora.epochs=1",
+        )
+        return (
+            len(
+                (project / "artifacts/lora_adapter/loss.csv")
+                .read_text(encoding="utf-8")
+                .splitlines()
+            )
+            - 1
+        )
 
     more, less = "data/fact_correction.de.txt", "data/finetune.de.txt"
     once = steps(f"[{more}, {less}]")
-    assert steps(f"[{{path: {more}, weight: 0.5}}, {{path: {less}, weight: 3}}]") == once - (once - 8) // 2 + 16
+    assert (
+        steps(f"[{{path: {more}, weight: 0.5}}, {{path: {less}, weight: 3}}]")
+        == once - (once - 8) // 2 + 16
+    )
     made = read_manifest(project / "artifacts/lora_adapter")
     assert made["params"]["data"] == [{"path": more, "weight": 0.5}, {"path": less, "weight": 3.0}]
 
@@ -49,19 +67,27 @@ def test_a_weight_changes_how_often_a_file_is_seen(project: Path) -> None:
 def test_dvc_watches_each_file_under_its_own_key(project: Path) -> None:
     params = project / "params.yaml"
     tree = yaml.safe_load(params.read_text(encoding="utf-8"))
-    tree["finetune_lora"]["data"] = [{"path": "data/finetune.de.txt", "weight": 2}, "data/retain.de.txt"]
+    tree["finetune_lora"]["data"] = [
+        {"path": "data/finetune.de.txt", "weight": 2},
+        "data/retain.de.txt",
+    ]
     params.write_text(json.dumps(tree), encoding="utf-8")
     stages = yaml.safe_load(render_dvc_yaml(open_project(params)))["stages"]
-    keys = [dep for dep in stages["finetune_lora"]["deps"] if dep.startswith("${finetune_lora.data")]
+    keys = [
+        dep for dep in stages["finetune_lora"]["deps"] if dep.startswith("${finetune_lora.data")
+    ]
     assert keys == ["${finetune_lora.data[0].path}", "${finetune_lora.data[1]}"]
 
 
 @pytest.mark.parametrize("name", ["org/name", "org/name-v1.5@main[train_sft]"])
-def test_a_hub_id_in_params_is_answered_with_the_command_that_fetches_it(project: Path, name: str) -> None:
+def test_a_hub_id_in_params_is_answered_with_the_command_that_fetches_it(
+    project: Path, name: str
+) -> None:
     with pytest.raises(UserError) as error:
         trained(project, json.dumps(name))
     assert str(error.value).endswith(f"becomes one by `lora data convert {name} data/NAME.jsonl`.")
     with pytest.raises(
-        UserError, match=r"data/none.csv is not a file\. Name an existing one in section \w+ of the params\.$"
+        UserError,
+        match=r"data/none.csv is not a file\. Name an existing one in section \w+ of the params\.$",
     ):
         trained(project, "data/none.csv")

@@ -1,4 +1,6 @@
-"""Training on preferences as a stage: what it logs, saves and resumes, its data, and what it refuses."""
+"""Training on preferences as a stage: what it logs, saves and resumes, its data, and what it
+refuses.
+"""
 
 import json
 import shutil
@@ -26,7 +28,13 @@ from tests.helpers.families import FAMILIES, TEXTS, new_project
 from tests.helpers.projects import STAGES, WORK, folder_bytes, make_one
 
 STAGE, OUTPUT = "finetune_dpo", "artifacts/dpo_adapter"
-SETTINGS = {"data": "data/pairs.jsonl", "epochs": 4, "learning_rate": 0.01, "eval_share": 0.3, "batch_size": 3}
+SETTINGS = {
+    "data": "data/pairs.jsonl",
+    "epochs": 4,
+    "learning_rate": 0.01,
+    "eval_share": 0.3,
+    "batch_size": 3,
+}
 LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo")
 
 
@@ -72,21 +80,33 @@ def trained(root: Path, **changes: object) -> tuple[Path, str]:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_it_learns_what_is_preferred_and_opens_in_peft(project: Path, loss: str) -> None:
-    folder, said = trained(project, loss=loss, train_embeddings="none", beta=2 if loss == "simpo" else 0.1)
+    folder, said = trained(
+        project, loss=loss, train_embeddings="none", beta=2 if loss == "simpo" else 0.1
+    )
     steps = read_steps(folder / LOSS)
     third = len(steps) // 3
     assert sum(step.loss for step in steps[-third:]) < sum(step.loss for step in steps[:third])
     last = steps[-1]
-    assert last.reward_chosen is not None and last.reward_rejected is not None and last.reward_margin is not None
+    assert (
+        last.reward_chosen is not None
+        and last.reward_rejected is not None
+        and last.reward_margin is not None
+    )
     assert last.reward_margin == pytest.approx(last.reward_chosen - last.reward_rejected, abs=1e-5)
-    assert 0 <= (last.reward_accuracy or 0) <= 1 and last.eval_accuracy is not None and last.eval_loss is not None
+    assert (
+        0 <= (last.reward_accuracy or 0) <= 1
+        and last.eval_accuracy is not None
+        and last.eval_loss is not None
+    )
     assert sum(step.reward_accuracy or 0 for step in steps[-third:]) > sum(
         s.reward_accuracy or 0 for s in steps[:third]
     )
     assert ("under the reference are computed once" in said) == (loss in ("dpo", "ipo", "kto"))
 
     ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(3))
-    base = AutoModelForCausalLM.from_pretrained(project / "artifacts/expanded", attn_implementation="eager")
+    base = AutoModelForCausalLM.from_pretrained(
+        project / "artifacts/expanded", attn_implementation="eager"
+    )
     with torch.no_grad():
         wanted = PeftModel.from_pretrained(base, folder).eval()(input_ids=ids).logits
         found = load(project / "artifacts/expanded", folder).model(ids)
@@ -97,7 +117,10 @@ def test_it_learns_what_is_preferred_and_opens_in_peft(project: Path, loss: str)
 def test_the_command_prints_the_accuracy_and_the_report_has_the_adapter_before_it_is_evaluated(
     project: Path, cli: Lora
 ) -> None:
-    pairs = [json.loads(line) for line in (project / "data/pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    pairs = [
+        json.loads(line)
+        for line in (project / "data/pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     turned = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in pairs]
     write(project / "data/turned.jsonl", turned)
     for evaluated, fell in (("pairs", False), ("turned", True)):  # what it learns, and the opposite
@@ -123,15 +146,25 @@ def test_the_command_prints_the_accuracy_and_the_report_has_the_adapter_before_i
     limits = "evaluate.limits={new_loss: 0}"
     assert cli("evaluate", "--adapter", OUTPUT, "--set", limits, cwd=project)[0] == 1
     code, out, err = cli("report", cwd=project)
-    measured = json.loads((project / "artifacts/measured/metrics.json").read_text(encoding="utf-8"))[OUTPUT]
-    assert f"{measured['new_loss']:.3f}" in next(line for line in out.splitlines() if line.startswith("dpo "))
+    measured = json.loads(
+        (project / "artifacts/measured/metrics.json").read_text(encoding="utf-8")
+    )[OUTPUT]
+    assert f"{measured['new_loss']:.3f}" in next(
+        line for line in out.splitlines() if line.startswith("dpo ")
+    )
     assert "dpo breaks evaluate.limits: new_loss " in err
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"loss": "dpo", "rpo_alpha": 0.5, "label_smoothing": 0.1, "gradient_accumulation_steps": 2, "epochs": 6},
+        {
+            "loss": "dpo",
+            "rpo_alpha": 0.5,
+            "label_smoothing": 0.1,
+            "gradient_accumulation_steps": 2,
+            "epochs": 6,
+        },
         {"loss": "kto", "precision": "bf16", "lora_dropout": 0.2},
         {"loss": "orpo", "train_embeddings": "all", "schedule": "cosine", "patience": 9},
         {"loss": "simpo", "retention_data": "data/retained.jsonl", "retention_weight": 1},
@@ -146,9 +179,16 @@ def test_a_killed_run_resumes_to_the_byte(project: Path, changes: dict[str, obje
     for name in (OUTPUT, f"runs/{STAGE}", ".lora-cache"):
         shutil.rmtree(project / name)
     events = run(
-        open_project(project / "params.yaml", given(**changes)), STAGES[STAGE], WORK[STAGE], checkpoint_every=3
+        open_project(project / "params.yaml", given(**changes)),
+        STAGES[STAGE],
+        WORK[STAGE],
+        checkpoint_every=3,
     )
-    next(event for event in events if isinstance(event, Progress) and event.text != "reference" and event.done == 5)
+    next(
+        event
+        for event in events
+        if isinstance(event, Progress) and event.text != "reference" and event.done == 5
+    )
     events.close()
     _, events_ = make_one(project, STAGE, given(**changes))
     assert any("resumed after step 3" in event.text for event in events_ if isinstance(event, Note))
@@ -160,13 +200,18 @@ def test_the_references_log_probs_are_computed_once_for_all_losses(project: Path
     for loss, computes in (("dpo", True), ("ipo", False)):
         _, said = trained(project, loss=loss)
         assert ("are computed once" in said) == computes
-    write(project / "data/pairs.jsonl", [json.loads(line) for line in (project / "data/pairs.jsonl").open()][:20])
+    write(
+        project / "data/pairs.jsonl",
+        [json.loads(line) for line in (project / "data/pairs.jsonl").open()][:20],
+    )
     assert "are computed once" in trained(project, loss="dpo")[1]
 
 
 def test_batches_that_are_accumulated_are_one(project: Path) -> None:
     found = [
-        load_file(trained(project, batch_size=size, gradient_accumulation_steps=6 // size)[0] / WEIGHTS)
+        load_file(
+            trained(project, batch_size=size, gradient_accumulation_steps=6 // size)[0] / WEIGHTS
+        )
         for size in (6, 2)
     ]
     for name, value in found[0].items():
@@ -174,7 +219,9 @@ def test_batches_that_are_accumulated_are_one(project: Path) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_what_is_preferred_of_the_held_out_pairs_before_and_after_is_in_the_manifest(project: Path, loss: str) -> None:
+def test_what_is_preferred_of_the_held_out_pairs_before_and_after_is_in_the_manifest(
+    project: Path, loss: str
+) -> None:
     pairs = [json.loads(line) for line in (project / "data/pairs.jsonl").open()]
     write(project / "data/held_out.jsonl", pairs[:7])
     write(project / "data/pairs.jsonl", pairs[7:])
@@ -195,12 +242,22 @@ def preferred(project: Path, adapter: Path | None, pairs: list[dict[str, Any]]) 
     for answer in ("chosen", "rejected"):
         file = project / f"data/{answer}.jsonl"
         write(file, [{"prompt": pair["prompt"], "completion": pair[answer]} for pair in pairs])
-        losses.append([score(loaded, [example]).loss for example in read_examples(file, file.name, templated=False)])
+        losses.append(
+            [
+                score(loaded, [example]).loss
+                for example in read_examples(file, file.name, templated=False)
+            ]
+        )
     margins = [rejected - chosen for chosen, rejected in zip(*losses, strict=True)]
-    return {"accuracy": sum(margin > 0 for margin in margins) / len(margins), "margin": sum(margins) / len(margins)}
+    return {
+        "accuracy": sum(margin > 0 for margin in margins) / len(margins),
+        "margin": sum(margins) / len(margins),
+    }
 
 
-@pytest.mark.parametrize("changes", [{"loss": "dpo"}, {"loss": "kto"}, {"loss": "orpo", "batch_size": 16}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"loss": "dpo"}, {"loss": "kto"}, {"loss": "orpo", "batch_size": 16}], ids=str
+)
 def test_the_peak_of_a_step_is_predicted(project: Path, changes: dict[str, object]) -> None:
     trained(project, epochs=2, eval_share=0, **changes)
     last = (project / f"runs/{STAGE}/telemetry.csv").read_text(encoding="utf-8").splitlines()[-1]
@@ -245,13 +302,33 @@ def test_two_runs_from_the_same_base_are_one_to_the_byte(project: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "changes", "message"),
     [
-        ([{"prompt": "a", "completion": " b"}], {}, "a preference is a pair .* this row has one answer"),
+        (
+            [{"prompt": "a", "completion": " b"}],
+            {},
+            "a preference is a pair .* this row has one answer",
+        ),
         ([{"prompt": "a", "completion": " b"}], {"loss": "kto"}, "whose label is true or false"),
         ([{"prompt": "a", "chosen": " b", "rejected": " c"}], {"window": 4}, "window must be 0"),
-        ([{"prompt": "a", "chosen": " b", "rejected": " c"}], {"label_smoothing": 0.6}, "below 0.5"),
-        ([{"prompt": "a", "chosen": " b", "rejected": " c"}], {"loss": "ipo", "label_smoothing": 0.1}, "not for ipo"),
-        ([{"prompt": "a", "chosen": " b", "rejected": " c"}], {"loss": "kto", "rpo_alpha": 1}, "not for kto"),
-        ([{"prompt": "a", "chosen": " b", "rejected": " c"}], {"max_length": 1}, "nothing to train on"),
+        (
+            [{"prompt": "a", "chosen": " b", "rejected": " c"}],
+            {"label_smoothing": 0.6},
+            "below 0.5",
+        ),
+        (
+            [{"prompt": "a", "chosen": " b", "rejected": " c"}],
+            {"loss": "ipo", "label_smoothing": 0.1},
+            "not for ipo",
+        ),
+        (
+            [{"prompt": "a", "chosen": " b", "rejected": " c"}],
+            {"loss": "kto", "rpo_alpha": 1},
+            "not for kto",
+        ),
+        (
+            [{"prompt": "a", "chosen": " b", "rejected": " c"}],
+            {"max_length": 1},
+            "nothing to train on",
+        ),
     ],
 )
 def test_what_is_no_preference_is_refused(

@@ -1,4 +1,6 @@
-"""The families that people use, at toy size, through every stage, and what comes out in transformers and PEFT."""
+"""The families that people use, at toy size, through every stage, and what comes out in
+transformers and PEFT.
+"""
 
 import shutil
 import subprocess
@@ -22,7 +24,11 @@ from pipeline.workbench import open_project
 from tests.helpers.families import FAMILIES, GENERATION, OTHERS, VOCABULARY, new_project
 from tests.helpers.projects import PIPELINE, ROOT, STAGES, WORK, folder_bytes, make, make_one
 
-ADAPTERS = {"finetune_lora": "lora_adapter", "finetune_prefix": "prefix", "finetune_prompt": "prompt"}
+ADAPTERS = {
+    "finetune_lora": "lora_adapter",
+    "finetune_prefix": "prefix",
+    "finetune_prompt": "prompt",
+}
 TRAINED = {"finetune_full": "full_finetuned", "finetune_freeze": "layer_frozen", **ADAPTERS}
 CHECKPOINTS = ("base", "expanded", "from_scratch", "full_finetuned", "layer_frozen", "lora_merged")
 IDS = torch.tensor([[5, 9, 70, 17, 3, 64, VOCABULARY + 1, 33, 12, 1, 40, VOCABULARY]])
@@ -67,16 +73,22 @@ def assert_alike(one: Tensor, other: Tensor, within: float = 1e-4) -> None:
 
 
 @each_family
-def test_every_checkpoint_of_the_pipeline_opens_in_transformers_with_our_logits(family: Made, name: str) -> None:
+def test_every_checkpoint_of_the_pipeline_opens_in_transformers_with_our_logits(
+    family: Made, name: str
+) -> None:
     artifacts = family(name) / "artifacts"
     found = {checkpoint: ours(artifacts / checkpoint) for checkpoint in CHECKPOINTS[1:]}
     for checkpoint, logits in found.items():
         assert_alike(logits, theirs(artifacts / checkpoint))
-        assert checkpoint == "expanded" or (logits - found["expanded"]).abs().max() > 0.01, "nothing was learned"
+        assert checkpoint == "expanded" or (logits - found["expanded"]).abs().max() > 0.01, (
+            "nothing was learned"
+        )
 
 
 @each_family
-def test_the_adapter_opens_in_peft_and_the_merged_model_is_base_plus_adapter(family: Made, name: str) -> None:
+def test_the_adapter_opens_in_peft_and_the_merged_model_is_base_plus_adapter(
+    family: Made, name: str
+) -> None:
     artifacts = family(name) / "artifacts"
     tuned = ours(artifacts / "expanded", artifacts / "lora_adapter")
     assert_alike(tuned, theirs(artifacts / "expanded", artifacts / "lora_adapter"))
@@ -99,9 +111,14 @@ def test_peft_opens_every_kind_of_adapter(
     family: Made, name: str, embeddings: str, targets: str, tmp_path: Path
 ) -> None:
     root = begun(family(name), tmp_path / "p")
-    settings = [f"finetune_lora.train_embeddings={embeddings}", f"finetune_lora.target_modules={targets}"]
+    settings = [
+        f"finetune_lora.train_embeddings={embeddings}",
+        f"finetune_lora.target_modules={targets}",
+    ]
     make(root, ["finetune_lora", "merge"], settings)
-    base, adapter, merged = (root / "artifacts" / part for part in ("expanded", "lora_adapter", "lora_merged"))
+    base, adapter, merged = (
+        root / "artifacts" / part for part in ("expanded", "lora_adapter", "lora_merged")
+    )
     tuned = ours(base, adapter)
     assert_alike(tuned, theirs(base, adapter))
     assert_alike(tuned, theirs(merged))
@@ -119,14 +136,18 @@ def test_a_layer_too_large_to_fold_its_update_gives_the_same(
 
 
 @pytest.mark.parametrize("name", ["gemma", "gpt2", "opt"])
-def test_an_update_of_the_head_alone_unties_the_merged_model(family: Made, name: str, tmp_path: Path) -> None:
+def test_an_update_of_the_head_alone_unties_the_merged_model(
+    family: Made, name: str, tmp_path: Path
+) -> None:
     root = begun(family(name), tmp_path / "p")
     make(
         root,
         ["finetune_lora", "merge"],
         ["finetune_lora.target_modules=lm_head", "finetune_lora.train_embeddings=none"],
     )
-    base, adapter, merged = (root / "artifacts" / part for part in ("expanded", "lora_adapter", "lora_merged"))
+    base, adapter, merged = (
+        root / "artifacts" / part for part in ("expanded", "lora_adapter", "lora_merged")
+    )
     assert artifact.read_json(merged / "config.json", "")["tie_word_embeddings"] is False
     tuned = ours(base, adapter)
     assert_alike(tuned, ours(merged))
@@ -139,7 +160,10 @@ def test_a_tied_model_stays_tied_on_disk_and_an_untied_one_untied(family: Made, 
     for checkpoint in CHECKPOINTS:
         folder = family(name) / "artifacts" / checkpoint
         assert ("lm_head.weight" in shapes(folder / "model.safetensors")) is not FAMILIES[name].tied
-        assert artifact.read_json(folder / "config.json", "")["tie_word_embeddings"] is FAMILIES[name].tied
+        assert (
+            artifact.read_json(folder / "config.json", "")["tie_word_embeddings"]
+            is FAMILIES[name].tied
+        )
 
 
 @each_family
@@ -151,14 +175,18 @@ def test_the_tensors_keep_the_names_that_the_family_publishes(family: Made, name
 
 
 @each_family
-def test_nothing_on_disk_speaks_of_this_machine_and_everyone_may_read_it(family: Made, name: str) -> None:
+def test_nothing_on_disk_speaks_of_this_machine_and_everyone_may_read_it(
+    family: Made, name: str
+) -> None:
     root = family(name)
     given = artifact.read_json(root / "base/config.json", "")
     same = given.keys() - {"vocab_size", "_name_or_path", "transformers_version"}
     for checkpoint in CHECKPOINTS:
         folder = root / "artifacts" / checkpoint
         assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
-        assert not [path for path in folder.glob("*.json") if str(root) in path.read_text(encoding="utf-8")]
+        assert not [
+            path for path in folder.glob("*.json") if str(root) in path.read_text(encoding="utf-8")
+        ]
         config = artifact.read_json(folder / "config.json", "")
         assert {key: config.get(key) for key in same} == {key: given[key] for key in same}
         assert (folder / "generation_config.json").read_text(encoding="utf-8") == GENERATION
@@ -188,11 +216,14 @@ def stopped_after(root: Path, stage: str, last: int) -> None:
 
 
 @each_family
-def test_blocks_that_run_again_in_backward_give_the_same_adapter(family: Made, name: str, tmp_path: Path) -> None:
+def test_blocks_that_run_again_in_backward_give_the_same_adapter(
+    family: Made, name: str, tmp_path: Path
+) -> None:
     root = begun(family(name), tmp_path / "p")
     make(root, ["finetune_lora"], ["finetune_lora.gradient_checkpointing=full"])
     found, expected = (
-        load_file(project / "artifacts/lora_adapter/adapter_model.safetensors") for project in (root, family(name))
+        load_file(project / "artifacts/lora_adapter/adapter_model.safetensors")
+        for project in (root, family(name))
     )
     for key, tensor in expected.items():
         assert_alike(found[key], tensor, 1e-5)
@@ -200,10 +231,16 @@ def test_blocks_that_run_again_in_backward_give_the_same_adapter(family: Made, n
 
 @pytest.mark.parametrize("name", ["qwen3", pytest.param("gemma2", marks=pytest.mark.slow)])
 @pytest.mark.slow
-def test_in_16_bits_every_stage_gives_what_transformers_and_peft_give(name: str, tmp_path: Path) -> None:
+def test_in_16_bits_every_stage_gives_what_transformers_and_peft_give(
+    name: str, tmp_path: Path
+) -> None:
     root = new_project(tmp_path / "p", FAMILIES[name], torch.bfloat16)
     half = [f"{stage}.precision=bf16" for stage in TRAINED]
-    make(root, PIPELINE, [*half, "finetune_lora.adapter_precision=bf16", "merge.max_logit_difference=2"])
+    make(
+        root,
+        PIPELINE,
+        [*half, "finetune_lora.adapter_precision=bf16", "merge.max_logit_difference=2"],
+    )
     artifacts = root / "artifacts"
     for checkpoint in CHECKPOINTS[1:]:
         weights = load_file(artifacts / checkpoint / "model.safetensors").values()
@@ -214,10 +251,14 @@ def test_in_16_bits_every_stage_gives_what_transformers_and_peft_give(name: str,
 
 
 @pytest.mark.parametrize("name", ["gemma", "opt"])
-def test_trained_in_16_bits_a_base_of_32_gives_its_weights_in_32(family: Made, name: str, tmp_path: Path) -> None:
+def test_trained_in_16_bits_a_base_of_32_gives_its_weights_in_32(
+    family: Made, name: str, tmp_path: Path
+) -> None:
     root = begun(family(name), tmp_path / "p")
     make(root, ["finetune_full"], ["finetune_full.precision=bf16"])
-    trained, before = (root / f"artifacts/{one}/model.safetensors" for one in ("full_finetuned", "expanded"))
+    trained, before = (
+        root / f"artifacts/{one}/model.safetensors" for one in ("full_finetuned", "expanded")
+    )
     assert shapes(trained) == shapes(before)
     assert {tensor.dtype for tensor in load_file(trained).values()} == {torch.float32}
     assert_alike(ours(trained.parent), theirs(trained.parent))
@@ -226,11 +267,17 @@ def test_trained_in_16_bits_a_base_of_32_gives_its_weights_in_32(family: Made, n
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.sampled(2)
 @pytest.mark.slow
-def test_models_with_a_bias_in_the_head_or_attention_of_their_own_go_through_too(name: str, tmp_path: Path) -> None:
+def test_models_with_a_bias_in_the_head_or_attention_of_their_own_go_through_too(
+    name: str, tmp_path: Path
+) -> None:
     root = new_project(tmp_path / "p", OTHERS[name])
     make(root, PIPELINE)
-    base, adapter, merged = (root / "artifacts" / part for part in ("expanded", "lora_adapter", "lora_merged"))
-    assert ("base_model.model.lm_head.bias" in shapes(adapter / "adapter_model.safetensors")) is (name == "phi")
+    base, adapter, merged = (
+        root / "artifacts" / part for part in ("expanded", "lora_adapter", "lora_merged")
+    )
+    assert ("base_model.model.lm_head.bias" in shapes(adapter / "adapter_model.safetensors")) is (
+        name == "phi"
+    )
     tuned = ours(base, adapter)
     assert_alike(tuned, theirs(base, adapter))
     assert_alike(tuned, theirs(merged))
@@ -253,5 +300,7 @@ for loaded in engine.variants(open_project(root / "params.yaml")):
 @pytest.mark.parametrize("name", ["gpt2", "mixtral"])
 def test_no_library_writes_to_the_terminal(tmp_path: Path, name: str) -> None:
     root = str(new_project(tmp_path / name, FAMILIES[name]))
-    done = subprocess.run([sys.executable, "-c", SILENT, root], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", SILENT, root], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,4 +1,6 @@
-"""`lora doctor --gpu`: the checks with the numbers of a CPU, the faults that they are for, what cuts one short."""
+"""`lora doctor --gpu`: the checks with the numbers of a CPU, the faults that they are for, what
+cuts one short.
+"""
 
 import getpass
 import json
@@ -49,16 +51,23 @@ def test_one_seed_gives_the_same_bits_and_the_tensor_that_differs_is_named() -> 
     name = "model.layers.1.mlp.up_proj.lora_A"
     second.trained()[name].data.view(-1)[0] *= 1 + 2**-20
     seen = checks._first_difference("LoRA", first, second)
-    others = len(first.trained()) - 1  # B is zero in the first step, so that no other gradient differs
-    assert seen == Seen("LoRA", f"step 1: {name} differs first; {others} tensors are the same", False)
+    # B is zero in the first step, so that no other gradient differs
+    others = len(first.trained()) - 1
+    assert seen == Seen(
+        "LoRA", f"step 1: {name} differs first; {others} tensors are the same", False
+    )
 
 
 @pytest.mark.usefixtures("small")
-def test_what_is_packed_is_kept_apart_and_a_model_that_mixes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_packed_is_kept_apart_and_a_model_that_mixes_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert verdicts(seen_by("packing")) == dict.fromkeys(checks.PACKED, True)
     plain = TransformersModel.run_body
 
-    def mixing(model: TransformersModel, inputs: Any, positions: Any = None, *_: Any, **__: Any) -> Any:
+    def mixing(
+        model: TransformersModel, inputs: Any, positions: Any = None, *_: Any, **__: Any
+    ) -> Any:
         return plain(model, inputs, positions)
 
     monkeypatch.setattr(TransformersModel, "run_body", mixing)
@@ -86,7 +95,9 @@ def test_without_bitsandbytes_it_says_how_to_install_it(monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.filterwarnings("ignore:called a synchronizing")
-def test_the_one_read_of_a_step_is_expected_and_any_other_wait_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_one_read_of_a_step_is_expected_and_any_other_wait_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     modes, read, plain = list[object](), device.read_numbers, LoraRun.step
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     (unnoticed,) = seen_by("a step without waits")
@@ -106,7 +117,11 @@ def test_the_one_read_of_a_step_is_expected_and_any_other_wait_is_named(monkeypa
 
     monkeypatch.setattr(LoraRun, "step", waiting)
     _, other = seen_by("a step without waits")
-    assert other.as_expected is False and "test_gpu_checks.py:" in other.what and other.what.endswith("waiting")
+    assert (
+        other.as_expected is False
+        and "test_gpu_checks.py:" in other.what
+        and other.what.endswith("waiting")
+    )
     assert modes == ["warn", "default"] * 3
 
 
@@ -118,7 +133,10 @@ def test_memory_measured_is_compared_with_the_prediction(
     monkeypatch.setattr(checks, "EXACT", exact)
     seen = seen_by("memory")
     assert [each.what.partition(",")[0] for each in seen] == ["LoRA", "QLoRA"]
-    assert all(each.as_expected is expected and "measured" in each.text and "predicted" in each.text for each in seen)
+    assert all(
+        each.as_expected is expected and "measured" in each.text and "predicted" in each.text
+        for each in seen
+    )
 
 
 @pytest.mark.usefixtures("small")
@@ -142,7 +160,9 @@ def test_speed_is_compared_with_what_is_installed_and_one_that_fails_stops_no_ot
     assert unsloth.what == "unsloth, packed" and unsloth.as_expected is False
 
 
-def test_another_program_sees_the_card_that_is_checked_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_program_sees_the_card_that_is_checked_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert checks._card(torch.device("cuda", 1)) == "1"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7")
@@ -179,8 +199,16 @@ def of(run: Callable[[], None], limit: int = 60) -> Check:
 @pytest.mark.parametrize(
     ("error", "said", "remedy"),
     [
-        (ValueError("no such kernel"), "failed: ValueError: no such kernel (", "The check did not come to its end."),
-        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "failed: out of memory (", "End what else"),
+        (
+            ValueError("no such kernel"),
+            "failed: ValueError: no such kernel (",
+            "The check did not come to its end.",
+        ),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+            "failed: out of memory (",
+            "End what else",
+        ),
         (MemoryError(), "failed: out of memory (", "End what else"),
     ],
 )
@@ -192,9 +220,13 @@ def test_what_raises_is_a_line_after_those_that_were_seen(
 
     monkeypatch.setitem(CHECKS, "faulty", of(raising))
     child.main("faulty", tmp_path / "lines")
-    first, last = (Seen(*json.loads(line)) for line in (tmp_path / "lines").read_text().splitlines())
+    first, last = (
+        Seen(*json.loads(line)) for line in (tmp_path / "lines").read_text().splitlines()
+    )
     assert first == Seen("first", "seen")
-    assert last.text.startswith(said) and last.as_expected is False and last.remedy.startswith(remedy)
+    assert (
+        last.text.startswith(said) and last.as_expected is False and last.remedy.startswith(remedy)
+    )
 
 
 CHILD = """
@@ -219,12 +251,17 @@ def test_a_check_that_hangs_or_dies_is_a_line_and_the_next_one_runs(
     Path("child.py").write_text(CHILD)
     monkeypatch.setattr(report, "COMMAND", (sys.executable, "child.py"))
     ran = of(lambda: None).run
-    faulty = {name: Check(name, "all is well", "mend it", 3, ran) for name in ("hangs", "dies", "works")}
+    faulty = {
+        name: Check(name, "all is well", "mend it", 3, ran) for name in ("hangs", "dies", "works")
+    }
     monkeypatch.setattr(report, "CHECKS", faulty)
     started = time.perf_counter()
     hangs, dies, works = report.run(CPU)
     assert time.perf_counter() - started < 60
-    assert hangs.seen == [Seen("first", "seen"), Seen("", "failed: not done after 3 s", False, checks.NOT_ENDED)]
+    assert hangs.seen == [
+        Seen("first", "seen"),
+        Seen("", "failed: not done after 3 s", False, checks.NOT_ENDED),
+    ]
     sleeper = Path(f"/proc/{Path('pid').read_text()}/stat")
     assert not sleeper.exists() or ") Z" in sleeper.read_text(), "what it has started is ended too"
     ended = "failed: ended by SIGSEGV: CUDA error: an illegal memory access"
@@ -244,7 +281,9 @@ def test_a_check_that_hangs_or_dies_is_a_line_and_the_next_one_runs(
         (None, "its own", "its own"),
     ],
 )
-def test_what_to_do_is_told_where_something_is_to_be_done(verdict: bool | None, remedy: str, told: str) -> None:
+def test_what_to_do_is_told_where_something_is_to_be_done(
+    verdict: bool | None, remedy: str, told: str
+) -> None:
     result = report.Result(of(lambda: None), [Seen("", "seen", verdict, remedy)])
     assert [line["to do"] for line in result.lines()] == [told]
 
@@ -257,10 +296,15 @@ def test_the_program_runs_a_check_in_a_process_of_its_own(monkeypatch: pytest.Mo
     assert f"torch {torch.__version__}" in result.seen[2].text and result.seconds > 0
 
 
-def test_the_report_names_neither_user_nor_host_nor_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_names_neither_user_nor_host_nor_folders(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(report.socket, "gethostname", lambda: "annes-box")  # type: ignore[attr-defined]
     monkeypatch.setattr(getpass, "getuser", lambda: "anne")
-    text = f"no {Path.home()}/x/y.py and /srv/anne/secret/z.so: anne@annes-box, 3 tokens/s, …/w.py (a/b)"
+    text = (
+        f"no {Path.home()}/x/y.py and /srv/anne/secret/z.so: anne@annes-box, 3 tokens/s, …/w.py "
+        "(a/b)"
+    )
     assert report._without_names(text) == "no …/x/y.py and …/z.so: …@…, 3 tokens/s, …/w.py (a/b)"
 
 
@@ -270,7 +314,9 @@ def test_on_a_cpu_it_says_what_it_would_do(cli: Lora, tmp_path: Path) -> None:
     code, out, err = cli("doctor", "--gpu", cwd=tmp_path)
     flat = " ".join(out.split())
     assert code == 0 and "nothing was run" in err and not list(tmp_path.iterdir())
-    assert all(check.name in out and " ".join(check.expected.split()) in flat for check in CHECKS.values())
+    assert all(
+        check.name in out and " ".join(check.expected.split()) in flat for check in CHECKS.values()
+    )
     rows = json.loads(cli("doctor", "--gpu", "--json", cwd=tmp_path)[1])["checks"]
     assert [row["name"] for row in rows] == [*CHECKS]
 
@@ -281,12 +327,20 @@ def test_the_command_writes_a_report_for_readers_and_programs(
 ) -> None:
     seen = Seen("gemma2", "its | numbers differ", verdict)
     monkeypatch.setattr("pipeline.models.device.best_device", lambda: torch.device("cuda", 0))
-    monkeypatch.setattr(report, "run", lambda _: (report.Result(each, [seen], 2.0) for each in CHECKS.values()))
+    monkeypatch.setattr(
+        report, "run", lambda _: (report.Result(each, [seen], 2.0) for each in CHECKS.values())
+    )
     code, out, err = cli("doctor", "--gpu", "--out", "r.md", cwd=tmp_path)
     text = (tmp_path / "r.md").read_text()
     rows = json.loads(text.partition(report.FENCE)[2].partition("```")[0])
-    assert code == (verdict is False) and ("error: not as expected: versions and card, " in err) == (verdict is False)
-    assert err.count("error:") == (verdict is False) and "r.md" in err and "8 of 8: tokens per second" in err
+    assert code == (verdict is False) and (
+        "error: not as expected: versions and card, " in err
+    ) == (verdict is False)
+    assert (
+        err.count("error:") == (verdict is False)
+        and "r.md" in err
+        and "8 of 8: tokens per second" in err
+    )
     lines = [line for row in rows["checks"] for line in row["lines"]]
     assert {line["verdict"] for line in lines} == {report.VERDICTS[verdict]}
     assert text.count("| its / numbers differ |") == len(CHECKS) and "16 s on cuda:0" in text
@@ -300,4 +354,8 @@ def test_a_report_that_cannot_be_written_is_an_error_before_anything_runs(
     monkeypatch.setattr("pipeline.models.device.best_device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(report, "run", lambda _: pytest.fail("it runs"))
     code, out, err = cli("doctor", "--gpu", "--out", "missing/r.md", cwd=tmp_path)
-    assert (code, out) == (1, "") and err.startswith("error: No such file or directory") and err.count("\n") == 1
+    assert (
+        (code, out) == (1, "")
+        and err.startswith("error: No such file or directory")
+        and err.count("\n") == 1
+    )

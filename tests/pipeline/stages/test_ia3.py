@@ -27,7 +27,9 @@ TEXT = "die katze sitzt auf dem"
 def tuned(project: Path) -> Path:
     """A project with a section of the method, trained."""
     params = project / "params.yaml"
-    params.write_text(f"{params.read_text(encoding='utf-8')}\nfinetune_ia3:\n  epochs: 3\n", encoding="utf-8")
+    params.write_text(
+        f"{params.read_text(encoding='utf-8')}\nfinetune_ia3:\n  epochs: 3\n", encoding="utf-8"
+    )
     make(project, ["finetune_ia3"], GIVEN)
     return project
 
@@ -43,19 +45,27 @@ def tuned(project: Path) -> Path:
 )
 def test_peft_opens_it_and_says_the_same(tuned: Path, settings: list[str]) -> None:
     if settings:
-        make(tuned, ["finetune_ia3"], [*GIVEN, *(f"finetune_ia3.{setting}" for setting in settings)])
+        make(
+            tuned, ["finetune_ia3"], [*GIVEN, *(f"finetune_ia3.{setting}" for setting in settings)]
+        )
     base, adapter = tuned / "artifacts/expanded", tuned / "artifacts/ia3_adapter"
     ours = load(base, adapter)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
     ids = torch.tensor([ours.tokenizer.encode(TEXT)])
-    assert_close(next_probabilities(ours, TEXT), model(ids).logits[0, -1].softmax(-1), rtol=1e-5, atol=1e-6)
+    assert_close(
+        next_probabilities(ours, TEXT), model(ids).logits[0, -1].softmax(-1), rtol=1e-5, atol=1e-6
+    )
     before = next_probabilities(load(base), TEXT)
     assert (next_probabilities(ours, TEXT) - before).abs().max() > 1e-4, "it was trained"
 
 
 def test_it_opens_peft_s(tuned: Path, tmp_path: Path) -> None:
     base = tuned / "artifacts/expanded"
-    config = IA3Config(target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"], task_type="CAUSAL_LM")
+    config = IA3Config(
+        target_modules=["k_proj", "v_proj", "fc2"],
+        feedforward_modules=["fc2"],
+        task_type="CAUSAL_LM",
+    )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     torch.manual_seed(0)
     for name, p in model.named_parameters():
@@ -64,7 +74,9 @@ def test_it_opens_peft_s(tuned: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "peft")
     ours = load(base, tmp_path / "peft")
     ids = torch.tensor([ours.tokenizer.encode(TEXT)])
-    assert_close(next_probabilities(ours, TEXT), model(ids).logits[0, -1].softmax(-1), rtol=1e-5, atol=1e-6)
+    assert_close(
+        next_probabilities(ours, TEXT), model(ids).logits[0, -1].softmax(-1), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_the_calculator_counts_what_trains(tuned: Path) -> None:
@@ -89,14 +101,22 @@ def test_the_calculator_counts_what_trains(tuned: Path) -> None:
     ],
 )
 def test_its_memory_is_predicted(tuned: Path, settings: list[str]) -> None:
-    make(tuned, ["finetune_ia3"], [*GIVEN, "finetune_ia3.seed=1", *(f"finetune_ia3.{each}" for each in settings)])
+    make(
+        tuned,
+        ["finetune_ia3"],
+        [*GIVEN, "finetune_ia3.seed=1", *(f"finetune_ia3.{each}" for each in settings)],
+    )
     telemetry = tuned / "runs/finetune_ia3/telemetry.csv"
-    predicted, measured = map(int, telemetry.read_text(encoding="utf-8").splitlines()[-1].split(",")[-2:])
+    predicted, measured = map(
+        int, telemetry.read_text(encoding="utf-8").splitlines()[-1].split(",")[-2:]
+    )
     assert measured == pytest.approx(predicted, rel=0.035)
 
 
 @pytest.mark.slow
-def test_it_is_compared_listed_and_asked_and_what_needs_a_lora_refuses_it(tuned: Path, cli: Lora) -> None:
+def test_it_is_compared_listed_and_asked_and_what_needs_a_lora_refuses_it(
+    tuned: Path, cli: Lora
+) -> None:
     make(tuned, ["evaluate"], GIVEN)
     metrics = json.loads((tuned / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
     assert metrics["ia3"]["trainable"] == 768
@@ -143,6 +163,8 @@ def test_a_file_that_does_not_fit_its_config_is_refused(tuned: Path, tmp_path: P
         ({"target_modules": ["k_proj"], "feedforward_modules": []}, "ia3_l"),
         ({"target_modules": ".*k_proj"}, "ia3_l"),
     ):
-        (adapter / "adapter_config.json").write_text(json.dumps({**config, **change}), encoding="utf-8")
+        (adapter / "adapter_config.json").write_text(
+            json.dumps({**config, **change}), encoding="utf-8"
+        )
         with pytest.raises(UserError, match=message):
             load(base, adapter)

@@ -1,4 +1,6 @@
-"""Training on from an adapter: ours goes on to the byte, PEFT's as PEFT itself would; what cannot is refused."""
+"""Training on from an adapter: ours goes on to the byte, PEFT's as PEFT itself would; what cannot
+is refused.
+"""
 
 import json
 import shutil
@@ -47,7 +49,9 @@ def expanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = " ".join(TEXTS).split()
     lines = [" ".join(words[start : start + 2 + start * 7 % 11]) for start in range(24)]
     for name, some in {"lines": lines, "others": lines[::2]}.items():
-        (root / f"data/{name}.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in some))
+        (root / f"data/{name}.jsonl").write_text(
+            "".join(json.dumps({"text": line}) + "\n" for line in some)
+        )
     for stage in ("pretrain", "expand_vocab"):
         make_one(root, stage)
     return root
@@ -94,21 +98,33 @@ ALIKE: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize("changes", ALIKE.values(), ids=ALIKE)
 @pytest.mark.sampled(4)
 @pytest.mark.slow
-def test_two_epochs_and_three_more_are_five_to_the_byte(project: Path, changes: dict[str, object]) -> None:
+def test_two_epochs_and_three_more_are_five_to_the_byte(
+    project: Path, changes: dict[str, object]
+) -> None:
     """Also with the second run killed in between, and continued from its checkpoint."""
     first_of(project, epochs=2, **changes)
     whole, _ = trained(project, epochs=5, **changes)
-    weights, losses = (whole / WEIGHTS).read_bytes(), [step.loss for step in read_steps(whole / LOSS)]
+    weights, losses = (
+        (whole / WEIGHTS).read_bytes(),
+        [step.loss for step in read_steps(whole / LOSS)],
+    )
     state = (whole / STATE).read_bytes()
 
     second = {**changes, "epochs": 3, "init_from": FIRST}
     shutil.rmtree(project / OUTPUT)
-    events = run(open_project(project / "params.yaml", given(**second)), STAGES[STAGE], WORK[STAGE], checkpoint_every=3)
+    events = run(
+        open_project(project / "params.yaml", given(**second)),
+        STAGES[STAGE],
+        WORK[STAGE],
+        checkpoint_every=3,
+    )
     next(event for event in events if isinstance(event, Progress) and event.done == 4)
     events.close()
     folder, notes = trained(project, **second)
     assert any("resumed after step 3" in note for note in notes)
-    assert any(f"trains on from {FIRST} and its optimizer's state, after its" in note for note in notes)
+    assert any(
+        f"trains on from {FIRST} and its optimizer's state, after its" in note for note in notes
+    )
     assert (folder / WEIGHTS).read_bytes() == weights and (folder / STATE).read_bytes() == state
     steps = read_steps(folder / LOSS)
     assert [step.loss for step in steps] == losses[-len(steps) :] and steps[0].step == 1
@@ -120,7 +136,9 @@ def test_a_schedule_is_the_runs_own(project: Path) -> None:
     schedule = {"schedule": "linear", "warmup_steps": 2}
     first_of(project, epochs=2, **schedule)
     folder, _ = trained(project, epochs=2, init_from=FIRST, **schedule)
-    rates = [[step.learning_rate for step in read_steps(one / LOSS)] for one in (project / FIRST, folder)]
+    rates = [
+        [step.learning_rate for step in read_steps(one / LOSS)] for one in (project / FIRST, folder)
+    ]
     assert rates[0] == rates[1] and rates[0][0] < rates[0][1] > rates[0][-1]
 
 
@@ -130,14 +148,19 @@ def test_a_schedule_is_the_runs_own(project: Path) -> None:
         ({"data": "data/others.jsonl"}, "optimizer's state: rank 3"),
         ({"batch_size": 3}, "optimizer's state: rank 3"),
         ({"optimizer": "sgd"}, "the optimizer's state is of other settings and is not used"),
-        ({"loraplus_ratio": 2, "optimizer": "adamw-8bit"}, "the optimizer's state is of other settings"),
+        (
+            {"loraplus_ratio": 2, "optimizer": "adamw-8bit"},
+            "the optimizer's state is of other settings",
+        ),
     ],
 )
 def test_other_data_and_settings_begin_their_own_order_with_the_same_weights(
     project: Path, changes: dict[str, object], said: str
 ) -> None:
     first_of(project, epochs=2)
-    folder, notes = trained(project, init_from=FIRST, **{"epochs": 1, "learning_rate": 1e-12, **changes})
+    folder, notes = trained(
+        project, init_from=FIRST, **{"epochs": 1, "learning_rate": 1e-12, **changes}
+    )
     assert any(said in note for note in notes)
     before, after = load_file(project / FIRST / WEIGHTS), load_file(folder / WEIGHTS)
     for name, value in after.items():
@@ -145,11 +168,19 @@ def test_other_data_and_settings_begin_their_own_order_with_the_same_weights(
 
 
 def test_what_the_adapter_says_counts_not_the_settings(project: Path) -> None:
-    """Rank, alpha and targets are the first adapter's; the catalog finds nothing wrong with that."""
+    """Rank, alpha and targets are the first adapter's; the catalog finds nothing wrong with
+    that.
+    """
     first_of(project, epochs=1, target_modules="[q_proj, down_proj]")
-    folder, _ = trained(project, epochs=1, init_from=FIRST, rank=7, alpha=1, target_modules="[v_proj]")
+    folder, _ = trained(
+        project, epochs=1, init_from=FIRST, rank=7, alpha=1, target_modules="[v_proj]"
+    )
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (3, 6, ["down_proj", "q_proj"])
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (
+        3,
+        6,
+        ["down_proj", "q_proj"],
+    )
     assert load_file(folder / WEIGHTS).keys() == load_file(project / FIRST / WEIGHTS).keys()
     verdict = check(describe(folder), project)
     assert (verdict.state, verdict.reason) == ("verified", None)
@@ -159,7 +190,12 @@ def peft_adapter(root: Path, out: Path, **config: Any) -> Any:
     """PEFT's own adapter with random A and B, saved."""
     model = AutoModelForCausalLM.from_pretrained(root / "artifacts/expanded")
     torch.manual_seed(5)
-    settings = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj", "up_proj"], **config}
+    settings = {
+        "r": 3,
+        "lora_alpha": 5,
+        "target_modules": ["q_proj", "v_proj", "up_proj"],
+        **config,
+    }
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -171,27 +207,48 @@ def peft_adapter(root: Path, out: Path, **config: Any) -> Any:
 
 @pytest.mark.parametrize(
     "config",
-    [{}, {"use_rslora": True, "rank_pattern": {"v_proj": 5}}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}],
+    [
+        {},
+        {"use_rslora": True, "rank_pattern": {"v_proj": 5}},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+    ],
     ids=["plain", "rank by pattern", "DoRA", "head in full"],
 )
 @pytest.mark.slow
-def test_an_adapter_of_pefts_is_trained_as_peft_and_torch_train_it(project: Path, config: dict[str, Any]) -> None:
+def test_an_adapter_of_pefts_is_trained_as_peft_and_torch_train_it(
+    project: Path, config: dict[str, Any]
+) -> None:
     """One batch an epoch, so that torch's loop needs no order: weights after eight steps."""
     peft_adapter(project, project / FIRST, **config)
-    changes = {"batch_size": 64, "epochs": 8, "learning_rate": 0.01, "eval_share": 0, "save_optimizer": "false"}
+    changes = {
+        "batch_size": 64,
+        "epochs": 8,
+        "learning_rate": 0.01,
+        "eval_share": 0,
+        "save_optimizer": "false",
+    }
     folder, _ = trained(project, init_from=FIRST, **changes)
 
     model = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(project / "artifacts/expanded"), project / FIRST, is_trainable=True
+        AutoModelForCausalLM.from_pretrained(project / "artifacts/expanded"),
+        project / FIRST,
+        is_trainable=True,
     )
     base = load_base(project / "artifacts/expanded")
     examples = read_examples(project / "data/lines.jsonl", "data/lines.jsonl")
-    encoded = [encode(example, base.tokenizer, 0, base.model.shape.positions) for example in examples]
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0)
+    encoded = [
+        encode(example, base.tokenizer, 0, base.model.shape.positions) for example in examples
+    ]
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0
+    )
     for _ in range(8):
         losses = [
             torch.nn.functional.cross_entropy(
-                model(input_ids=torch.tensor([one.ids])).logits[0, :-1], torch.tensor(one.ids[1:]), reduction="none"
+                model(input_ids=torch.tensor([one.ids])).logits[0, :-1],
+                torch.tensor(one.ids[1:]),
+                reduction="none",
             )
             for one in encoded  # texts: all that follows the first token is a label
         ]
@@ -203,7 +260,9 @@ def test_an_adapter_of_pefts_is_trained_as_peft_and_torch_train_it(project: Path
     assert found.keys() == wanted.keys()
     for name, value in found.items():
         assert_close(value, wanted[name], atol=2e-5, rtol=1e-4)
-    assert (read_steps(folder / LOSS)[0].loss > read_steps(folder / LOSS)[-1].loss) and not (folder / STATE).exists()
+    assert (read_steps(folder / LOSS)[0].loss > read_steps(folder / LOSS)[-1].loss) and not (
+        folder / STATE
+    ).exists()
 
 
 def test_what_cannot_be_trained_on_is_refused(project: Path) -> None:
@@ -216,7 +275,11 @@ def test_what_cannot_be_trained_on_is_refused(project: Path) -> None:
     refused(OUTPUT, "which this stage itself writes. Copy the folder")
     refused("nowhere", "nowhere is not a file")
     refused("artifacts/expanded", "artifacts/expanded is a full model, not an adapter")
-    make_one(project, "finetune_prefix", ["finetune_prefix.epochs=1", "finetune_prefix.data=data/lines.jsonl"])
+    make_one(
+        project,
+        "finetune_prefix",
+        ["finetune_prefix.epochs=1", "finetune_prefix.data=data/lines.jsonl"],
+    )
     refused(STAGES["finetune_prefix"].path, "is of type PREFIX_TUNING; only LoRA can be trained on")
     refused(FIRST, "a sweep trains new adapters", "finetune_sweep")
     make_one(project, "expand_vocab", ["expand_vocab.tokens=[brandneu]"])

@@ -1,4 +1,6 @@
-"""Every method on MiniGPT and on a toy Llama: what any run can do, each can. A test a column, a case a cell."""
+"""Every method on MiniGPT and on a toy Llama: what any run can do, each can. A test a column, a
+case a cell.
+"""
 
 import json
 import shutil
@@ -33,7 +35,17 @@ from pipeline.workbench import open_project
 from tests.conftest import Lora
 from tests.helpers import families
 from tests.helpers.process import Forked
-from tests.helpers.projects import COMMAND, LORA, STAGES, WORK, folder_bytes, make, new_project, played, refusal
+from tests.helpers.projects import (
+    COMMAND,
+    LORA,
+    STAGES,
+    WORK,
+    folder_bytes,
+    make,
+    new_project,
+    played,
+    refusal,
+)
 from tests.pipeline.adapters.test_peft_interop import randomized
 
 EVERY, KILLED = 2, 6  # steps between checkpoints; the step that a killed run does not take
@@ -42,7 +54,8 @@ Arguments = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Row:
-    """A method: what runs it, how the calculator is asked for each thing that it makes, and what PEFT calls it.
+    """A method: what runs it, how the calculator is asked for each thing that it makes, and what
+    PEFT calls it.
 
     `made`: folder below the stage's → the calculator's arguments. `init`: PEFT's init_lora_weights.
     """
@@ -64,7 +77,8 @@ class Row:
         return self.stage in ("finetune_lora", "finetune_dpo", "finetune_sweep")
 
 
-STEP = "pipeline.training.optimizer.FlatOptimizer.step"  # every step of every method calls it once, at its end
+# every step of every method calls it once, at its end
+STEP = "pipeline.training.optimizer.FlatOptimizer.step"
 
 
 def whole(stage: str, *asked: str) -> Row:
@@ -73,7 +87,10 @@ def whole(stage: str, *asked: str) -> Row:
 
 def lora(*settings: str, asked: Arguments = ("--method", "lora"), **more: Any) -> Row:
     return Row(
-        "finetune_lora", tuple(f"finetune_lora.{one}" for one in settings), {"": (*asked, "--rank", "4")}, **more
+        "finetune_lora",
+        tuple(f"finetune_lora.{one}" for one in settings),
+        {"": (*asked, "--rank", "4")},
+        **more,
     )
 
 
@@ -96,7 +113,8 @@ ROWS = {
     "orthogonal": lora("init_lora_weights=orthogonal", init="orthogonal"),
     "pissa": lora("init_lora_weights=pissa", init="pissa"),
     "dora": lora("dora=true", asked=("--dora",)),
-    # PEFT's conversion loses DoRA's lengths: what it makes is DoRA of twice the rank, as such an adapter is stored
+    # PEFT's conversion loses DoRA's lengths: what it makes is DoRA of twice the rank, as such an
+    # adapter is stored
     "dora-pissa": lora("dora=true", "init_lora_weights=pissa", asked=("--dora",)),
     "qlora": lora("quantization=nf4-dq", asked=("--method", "qlora"), kept="nf4-dq"),
     "int8": lora("quantization=int8", asked=("--precision", "int8"), kept="int8"),
@@ -109,10 +127,15 @@ ROWS = {
         {f"rank-{rank}": ("--method", "lora", "--rank", f"{rank}") for rank in (2, 6)},
     ),
 }
-MORE = [stage for stage in METHODS.values() if stage.name not in {row.stage for row in ROWS.values()}]
-ROWS |= {stage.method: whole(stage.name, stage.method) for stage in MORE}  # every further method, by its defaults
+MORE = [
+    stage for stage in METHODS.values() if stage.name not in {row.stage for row in ROWS.values()}
+]
+# every further method, by its defaults
+ROWS |= {stage.method: whole(stage.name, stage.method) for stage in MORE}
 FINETUNED = tuple(
-    stage.name for stage in METHODS.values() if stage.look and stage.variant and stage.method != "scratch"
+    stage.name
+    for stage in METHODS.values()
+    if stage.look and stage.variant and stage.method != "scratch"
 )
 ON_LLAMA = (  # what further methods need on another family
     *(f"{stage.name}.data=data/all.jsonl" for stage in MORE),
@@ -121,10 +144,15 @@ ON_LLAMA = (  # what further methods need on another family
     *("finetune_dpo.rank=4", "finetune_dpo.alpha=1", "finetune_dpo.learning_rate=5e-4"),
 )
 TRAINED = ("train_from_scratch", *FINETUNED)
-HELD = 0.3  # of the examples, held out: what was saved must have the loss that the last step had on them
+# of the examples, held out: what was saved must have the loss that the last step had on them
+HELD = 0.3
 SMALL = (
     *(f"{stage}.{setting}" for stage in TRAINED for setting in (f"eval_share={HELD}", "window=0")),
-    *("finetune_prefix.virtual_tokens=5", "finetune_prompt.virtual_tokens=5", "finetune_lora.alpha=8"),
+    *(
+        "finetune_prefix.virtual_tokens=5",
+        "finetune_prompt.virtual_tokens=5",
+        "finetune_lora.alpha=8",
+    ),
 )
 BASES: dict[str, Arguments] = {
     "minigpt": (
@@ -148,12 +176,15 @@ ASKED: dict[str, Arguments] = {  # what LoRA trains on a base, in the calculator
 WITHIN = {"minigpt": 1e-5, "llama": 1e-4}  # of a merge, of the largest logit
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-# What differs from another row by a number or by how LoRA begins is seen on MiniGPT; on Llama in the slow tier.
+# What differs from another row by a number or by how LoRA begins is seen on MiniGPT; on Llama in
+# the slow tier.
 VARIANTS = ("rslora", "loraplus", "gaussian", "kaiming", "orthogonal", "pissa", "dora", "int8")
 each = pytest.mark.parametrize(
     ("method", "base"),
     [
-        pytest.param(m, b, id=f"{m}-{b}", marks=pytest.mark.slow if b == "llama" and m in VARIANTS else ())
+        pytest.param(
+            m, b, id=f"{m}-{b}", marks=pytest.mark.slow if b == "llama" and m in VARIANTS else ()
+        )
         for m in ROWS
         for b in BASES
     ],
@@ -162,7 +193,9 @@ each = pytest.mark.parametrize(
 
 @dataclass(frozen=True)
 class Workshop:
-    """Projects by base, with nothing but the base in them; and by method and base, with what an unbroken run made."""
+    """Projects by base, with nothing but the base in them; and by method and base, with what an
+    unbroken run made.
+    """
 
     plain: Callable[[str], Path]
     of: Callable[[str, str], Path]
@@ -189,7 +222,9 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
                 {"prompt": one.text[:6], "chosen": one.text[6:16], "rejected": one.text[16:30]}
                 for one in read_examples(root / "data/all.jsonl", "all", templated=False) * 3
             ]
-            (root / "data/pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
+            (root / "data/pairs.jsonl").write_text(
+                "\n".join(map(json.dumps, pairs)), encoding="utf-8"
+            )
         make(root, ["pretrain", "expand_vocab"], BASES[base])
         return root
 
@@ -224,7 +259,9 @@ def tokens(base: str) -> Tensor:
 
 
 def stock(folder: Path, kept: Quantization = "none") -> Any:
-    """A checkpoint in transformers; its blocks' linears in few bits and back, by bitsandbytes' own functions."""
+    """A checkpoint in transformers; its blocks' linears in few bits and back, by bitsandbytes' own
+    functions.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     for name, module in model.named_modules():
         if kept != "none" and ".layers." in name and isinstance(module, nn.Linear):
@@ -239,7 +276,9 @@ def after_few_bits(weight: Tensor, kept: Quantization) -> Tensor:
     if kept == "int8":
         codes, scales, _ = functional.int8_vectorwise_quant(weight.half())
         return functional.int8_vectorwise_dequant(codes, scales).float()  # type: ignore[no-any-return]
-    found = functional.quantize_4bit(weight.reshape(-1, 64), blocksize=64, quant_type="nf4", compress_statistics=True)
+    found = functional.quantize_4bit(
+        weight.reshape(-1, 64), blocksize=64, quant_type="nf4", compress_statistics=True
+    )
     return functional.dequantize_4bit(*found).view_as(weight)
 
 
@@ -251,7 +290,9 @@ def theirs(model: Any, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def ours(base: str, folder: Path, adapter: Path | None = None, kept: Quantization | None = None) -> Tensor:
+def ours(
+    base: str, folder: Path, adapter: Path | None = None, kept: Quantization | None = None
+) -> Tensor:
     logits: Tensor = load(folder, adapter, quantization=kept).model(tokens(base))
     return logits
 
@@ -263,30 +304,46 @@ def made_by(root: Path, folder: Path, method: str) -> tuple[Path, Path | None]:
 
 @each
 def test_it_trains(workshop: Workshop, method: str, base: str) -> None:
-    """The loss falls, every step is logged, the answers are no longer the base's, and the base is as it was."""
+    """The loss falls, every step is logged, the answers are no longer the base's, and the base is
+    as it was.
+    """
     root = workshop.of(method, base)
     for folder in workshop.folders(method, base):
         steps = read_steps(folder / LOSS)
-        assert [step.step for step in steps] == list(range(1, len(steps) + 1)) and len(steps) > KILLED
+        assert [step.step for step in steps] == list(range(1, len(steps) + 1)) and len(
+            steps
+        ) > KILLED
         third = len(steps) // 3
         assert sum(s.loss for s in steps[-third:]) < sum(s.loss for s in steps[:third])
-        assert (ours(base, *made_by(root, folder, method)) - ours(base, base_of(root))).abs().max() > 1e-2
+        assert (
+            ours(base, *made_by(root, folder, method)) - ours(base, base_of(root))
+        ).abs().max() > 1e-2
     assert folder_bytes(base_of(root)) == folder_bytes(base_of(workshop.plain(base)))
 
 
 @each
-def test_what_it_saves_is_whole_and_is_what_trained(workshop: Workshop, method: str, base: str) -> None:
-    """Sealed, bound to its base, of as many numbers as its manifest says; a whole model differs in so many. Loaded, it
-    has the loss on what is held out that it had after its last step."""
+def test_what_it_saves_is_whole_and_is_what_trained(
+    workshop: Workshop, method: str, base: str
+) -> None:
+    """Sealed, bound to its base, of as many numbers as its manifest says; a whole model differs in
+    so many. Loaded, it has the loss on what is held out that it had after its last step."""
     root, row = workshop.of(method, base), ROWS[method]
     made = project(root, method, base)
-    names = made.data_files(STAGES[row.stage])[: 2 if method == "scratch" else 1]  # without LoRA's texts to retain
+    # without LoRA's texts to retain
+    names = made.data_files(STAGES[row.stage])[: 2 if method == "scratch" else 1]
     held = [
-        one for name in names for one in read_examples(root / name, name, templated=False) if in_evaluation(one, HELD)
+        one
+        for name in names
+        for one in read_examples(root / name, name, templated=False)
+        if in_evaluation(one, HELD)
     ]
     for folder in workshop.folders(method, base):
         loaded = load(*made_by(root, folder, method))
-        loss = preference_loss(loaded, load(base_of(root)), held) if method == "dpo" else score(loaded, held).loss
+        loss = (
+            preference_loss(loaded, load(base_of(root)), held)
+            if method == "dpo"
+            else score(loaded, held).loss
+        )
         assert loss == pytest.approx(read_steps(folder / LOSS)[-1].eval_loss, rel=1e-5)
         count = artifact.verify(folder)["parameters"]
         if row.adapts:
@@ -295,9 +352,13 @@ def test_what_it_saves_is_whole_and_is_what_trained(workshop: Workshop, method: 
             values = load_file(folder / "adapter_model.safetensors").values()
             assert sum(value.numel() for value in values) == count.get("stored", count["trainable"])
         else:
-            before, after = (load_file(one / "model.safetensors") for one in (base_of(root), folder))
+            before, after = (
+                load_file(one / "model.safetensors") for one in (base_of(root), folder)
+            )
             assert before.keys() == after.keys()
-            changed = [value for name, value in after.items() if not torch.equal(value, before[name])]
+            changed = [
+                value for name, value in after.items() if not torch.equal(value, before[name])
+            ]
             assert sum(value.numel() for value in changed) == count["trainable"]
 
 
@@ -314,13 +375,18 @@ def preference_loss(tuned: LoadedModel, base: LoadedModel, pairs: Sequence[Examp
     losses = []
     for pair in pairs:
         worse = replace(pair, text=f"{pair.prompt}{pair.rejected}", rejected=None)
-        gains = [log_prob(tuned, one) - log_prob(base, one) for one in (replace(pair, rejected=None), worse)]
+        gains = [
+            log_prob(tuned, one) - log_prob(base, one)
+            for one in (replace(pair, rejected=None), worse)
+        ]
         losses.append(-(0.1 * (gains[0] - gains[1])).sigmoid().log())
     return float(torch.stack(losses).mean())
 
 
 @each
-def test_peft_or_transformers_opens_it_with_our_logits(workshop: Workshop, method: str, base: str) -> None:
+def test_peft_or_transformers_opens_it_with_our_logits(
+    workshop: Workshop, method: str, base: str
+) -> None:
     root, row = workshop.of(method, base), ROWS[method]
     for folder in workshop.folders(method, base):
         model = stock(base_of(root) if row.adapts else folder, row.kept)
@@ -333,7 +399,9 @@ def test_peft_or_transformers_opens_it_with_our_logits(workshop: Workshop, metho
 def test_what_peft_or_transformers_saves_loads_here_with_its_logits(
     workshop: Workshop, method: str, base: str, tmp_path: Path
 ) -> None:
-    """An adapter of the same config that PEFT made, random where it trains; of a whole model, one that they saved."""
+    """An adapter of the same config that PEFT made, random where it trains; of a whole model, one
+    that they saved.
+    """
     root, row = workshop.of(method, base), ROWS[method]
     for folder in workshop.folders(method, base):
         out = tmp_path / folder.name
@@ -342,7 +410,9 @@ def test_what_peft_or_transformers_saves_loads_here_with_its_logits(
             found = ours(base, base_of(root), out, row.kept)
         else:
             model = randomized(stock(folder))
-            shutil.copytree(folder, out, ignore=shutil.ignore_patterns("model.safetensors", "manifest.json"))
+            shutil.copytree(
+                folder, out, ignore=shutil.ignore_patterns("model.safetensors", "manifest.json")
+            )
             model.save_pretrained(out)
             found = ours(base, out)
         assert_close(found, theirs(model, tokens(base)), atol=1e-4, rtol=1e-4)
@@ -350,8 +420,8 @@ def test_what_peft_or_transformers_saves_loads_here_with_its_logits(
 
 
 def saved_by_peft(root: Path, like: Path, row: Row, out: Path) -> Any:
-    """PEFT's own model, saved. PiSSA's, whose base is another, as PEFT converts it to an adapter of the base as it was:
-    A and B alone, the rest it leaves out."""
+    """PEFT's own model, saved. PiSSA's, whose base is another, as PEFT converts it to an adapter of
+    the base as it was: A and B alone, the rest it leaves out."""
     config, trained = PeftConfig.from_pretrained(like), artifact.read_manifest(like)["params"]
     config.inference_mode = False
     if row.changes_weights:
@@ -364,7 +434,9 @@ def saved_by_peft(root: Path, like: Path, row: Row, out: Path) -> Any:
         model.peft_config["default"].init_lora_weights = True
         model.save_pretrained(out / "first")
         model.peft_config["default"].init_lora_weights = "pissa"
-        randomized(model).save_pretrained(out, path_initial_model_for_weight_conversion=str(out / "first"))
+        randomized(model).save_pretrained(
+            out, path_initial_model_for_weight_conversion=str(out / "first")
+        )
     else:
         randomized(model).save_pretrained(out)
     return model
@@ -377,7 +449,9 @@ def test_it_is_merged_or_the_merge_says_what_to_do_instead(
     root, row = workshop.of(method, base), ROWS[method]
     for folder in workshop.folders(method, base):
         out = tmp_path / folder.name
-        answer = cli("merge", "--adapter", str(folder.relative_to(root)), "--out", str(out), cwd=root)
+        answer = cli(
+            "merge", "--adapter", str(folder.relative_to(root)), "--out", str(out), cwd=root
+        )
         if row.changes_weights:
             assert answer[::2] == (0, "")
             wanted = ours(base, base_of(root), folder)
@@ -387,10 +461,17 @@ def test_it_is_merged_or_the_merge_says_what_to_do_instead(
             assert "`lora prompt --" in refusal(answer) and not out.exists()
 
 
-def test_a_sweep_as_a_whole_is_no_adapter_and_names_one(workshop: Workshop, cli: Lora, tmp_path: Path) -> None:
+def test_a_sweep_as_a_whole_is_no_adapter_and_names_one(
+    workshop: Workshop, cli: Lora, tmp_path: Path
+) -> None:
     root = workshop.of("sweep", "llama")
-    said = refusal(cli("merge", "--adapter", "artifacts/sweep", "--out", str(tmp_path / "out"), cwd=root))
-    assert "contains adapters but is not one. Name one of them, such as artifacts/sweep/rank-2." in said
+    said = refusal(
+        cli("merge", "--adapter", "artifacts/sweep", "--out", str(tmp_path / "out"), cwd=root)
+    )
+    assert (
+        "contains adapters but is not one. Name one of them, such as artifacts/sweep/rank-2."
+        in said
+    )
 
 
 @each
@@ -413,11 +494,18 @@ def test_killed_it_goes_on_and_ends_with_the_bytes_of_an_unbroken_run(
 
 
 @each
-def test_the_calculator_counts_what_trains(workshop: Workshop, cli: Lora, method: str, base: str) -> None:
+def test_the_calculator_counts_what_trains(
+    workshop: Workshop, cli: Lora, method: str, base: str
+) -> None:
     """From the model's folder and the method in its words; of a sweep, each adapter alone."""
     root, row = workshop.of(method, base), ROWS[method]
     for folder, asked in workshop.folders(method, base).items():
         more = ASKED[base] if row.changes_weights else ()
-        code, out, _ = cli("calc", "--model", "artifacts/expanded", *asked, *more, "--json", cwd=root)
+        code, out, _ = cli(
+            "calc", "--model", "artifacts/expanded", *asked, *more, "--json", cwd=root
+        )
         assert code == 0
-        assert json.loads(out)["parameters"]["trainable"] == artifact.read_manifest(folder)["parameters"]["trainable"]
+        assert (
+            json.loads(out)["parameters"]["trainable"]
+            == artifact.read_manifest(folder)["parameters"]["trainable"]
+        )

@@ -1,4 +1,6 @@
-"""What `lora new` chooses: the settings that fit, in the order of what they cost, and never one that the user set."""
+"""What `lora new` chooses: the settings that fit, in the order of what they cost, and never one
+that the user set.
+"""
 
 import json
 from dataclasses import replace
@@ -33,15 +35,20 @@ def chosen(memory: float, data: DataReport = DATA, bf16: bool = True, **given: o
 
 
 @pytest.mark.parametrize("method", COUNTED)
-def test_a_bare_section_has_what_is_chosen_but_for_what_depends_on_data_and_memory(tmp_path: Path, method: str) -> None:
+def test_a_bare_section_has_what_is_chosen_but_for_what_depends_on_data_and_memory(
+    tmp_path: Path, method: str
+) -> None:
     stage = METHODS[method]
     (tmp_path / "params.yaml").write_text(f"base: model\n{stage.section}: {{}}\n", encoding="utf-8")
     (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text(json.dumps({"hidden_size": QWEN.hidden}), encoding="utf-8")
+    (tmp_path / "model/config.json").write_text(
+        json.dumps({"hidden_size": QWEN.hidden}), encoding="utf-8"
+    )
     bare = load(tmp_path / "params.yaml").section(stage.section)
     recipe = choose(QWEN, DATA, 0.1, Machine("a device", 64 * GIB, True), [stage], {})
     by_data = {"batch_size", "gradient_accumulation_steps", "max_length", "eval_share", "samples"}
-    by_data |= {"retention_data", "retention_weight", "retention_batch_size"}  # the texts are copied into the project
+    # the texts are copied into the project
+    by_data |= {"retention_data", "retention_weight", "retention_batch_size"}
     chosen_values = {key.partition(".")[2]: value for key, value in recipe.values.items()}
     assert {"window", "epochs", "schedule"} <= chosen_values.keys()
     for key in chosen_values.keys() - by_data:
@@ -62,9 +69,13 @@ def test_less_memory_costs_accumulation_then_recomputation_then_bits_then_length
         except UserError:
             break
         assert recipe.peak is not None and recipe.peak <= ROOM * gib * GIB
-        micro, accumulated = (recipe.values[f"training.{k}"] for k in ("batch_size", "gradient_accumulation_steps"))
+        micro, accumulated = (
+            recipe.values[f"training.{k}"] for k in ("batch_size", "gradient_accumulation_steps")
+        )
         assert micro * accumulated == 16, "the step has the same examples"
-        changed += [key for key, plain in order if recipe.values[key] != plain and key not in changed]
+        changed += [
+            key for key, plain in order if recipe.values[key] != plain and key not in changed
+        ]
     assert changed == [key for key, _ in order][: len(changed)] and len(changed) >= 3
 
 
@@ -75,7 +86,11 @@ def test_where_nothing_fits_is_one_message() -> None:
 
 def test_what_the_user_set_is_never_replaced() -> None:
     recipe = chosen(64, batch_size=3, epochs=7, max_length=100)
-    assert [recipe.values[f"training.{key}"] for key in ("batch_size", "epochs", "max_length")] == [3, 7, 100]
+    assert [recipe.values[f"training.{key}"] for key in ("batch_size", "epochs", "max_length")] == [
+        3,
+        7,
+        100,
+    ]
     assert recipe.reasons["training.epochs"] == "as you set it"
 
 
@@ -89,16 +104,30 @@ def test_the_rank_grows_with_the_data_and_alpha_with_the_rank() -> None:
 
 
 def test_a_wider_base_takes_a_lower_rate_and_one_of_8_billion_that_of_a_bare_section() -> None:
-    assert [rate_for(width) for width in (64, 576, 1024, 2048, 4096, 8192)] == [1e-3, 1e-3, 6e-4, 4e-4, 2e-4, 1e-4]
+    assert [rate_for(width) for width in (64, 576, 1024, 2048, 4096, 8192)] == [
+        1e-3,
+        1e-3,
+        6e-4,
+        4e-4,
+        2e-4,
+        1e-4,
+    ]
     assert rate_for(4096) == FinetuneLora.PRETRAINED["learning_rate"]
 
 
 def test_answers_on_other_texts_are_retained_unless_the_user_says_otherwise() -> None:
     names = ("retention_data", "retention_weight", "retention_batch_size")
-    assert [chosen(64).values[f"finetune_lora.{name}"] for name in names] == ["data/retain.en.jsonl", 1, 4]
+    assert [chosen(64).values[f"finetune_lora.{name}"] for name in names] == [
+        "data/retain.en.jsonl",
+        1,
+        4,
+    ]
     given = {"finetune_lora.retention_weight": 0}
     off = choose(QWEN, DATA, 0.1, Machine("a device", 64 * GIB, True), STAGES, given)
-    assert not {"finetune_lora.retention_data", "finetune_lora.retention_batch_size"} & off.values.keys()
+    assert (
+        not {"finetune_lora.retention_data", "finetune_lora.retention_batch_size"}
+        & off.values.keys()
+    )
 
 
 def test_a_device_without_bf16_trains_in_fp32_and_is_never_quantized() -> None:
@@ -109,6 +138,11 @@ def test_a_device_without_bf16_trains_in_fp32_and_is_never_quantized() -> None:
 
 
 def test_few_examples_are_seen_more_often_and_in_smaller_steps() -> None:
-    small, large = chosen(64, replace(DATA, examples=60)), chosen(64, replace(DATA, examples=50_000))
+    small, large = (
+        chosen(64, replace(DATA, examples=60)),
+        chosen(64, replace(DATA, examples=50_000)),
+    )
     keys = ("training.epochs", "training.batch_size")
-    assert [small.values[key] for key in keys] == [3, 2] and [large.values[key] for key in keys] == [1, 16]
+    assert [small.values[key] for key in keys] == [3, 2] and [
+        large.values[key] for key in keys
+    ] == [1, 16]

@@ -1,4 +1,6 @@
-"""What each stage makes, with the repository's own params: the document's claims, and independent recomputation."""
+"""What each stage makes, with the repository's own params: the document's claims, and independent
+recomputation.
+"""
 
 import json
 import math
@@ -39,25 +41,36 @@ def metrics(finished: Path) -> Any:
 
 def test_pretraining_answers_the_seven_prompts_of_section_6(finished: Path) -> None:
     folder = finished / "artifacts/base"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    prompts = [p for p in read_prompts(ROOT / "data/prompts.yaml", "p") if p.group == "fact_correction"]
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    prompts = [
+        p for p in read_prompts(ROOT / "data/prompts.yaml", "p") if p.group == "fact_correction"
+    ]
     assert len(prompts) == 7
     for prompt in prompts:
         with torch.no_grad():
-            probabilities = model(**tokenizer(prompt.prompt, return_tensors="pt")).logits[0, -1].softmax(0)
+            probabilities = (
+                model(**tokenizer(prompt.prompt, return_tensors="pt")).logits[0, -1].softmax(0)
+            )
         best = int(probabilities.argmax())
         assert tokenizer.decode([best]) == prompt.answer
         assert probabilities[best] >= 0.95
 
 
 @pytest.mark.slow
-def test_every_method_flattens_within_50_epochs_and_full_completes_all_8_sentences(metrics: Any) -> None:
+def test_every_method_flattens_within_50_epochs_and_full_completes_all_8_sentences(
+    metrics: Any,
+) -> None:
     for method in ("full", "freeze", "lora"):
         assert metrics[method]["flat_from_epoch"] < 50
     assert (metrics["full"]["new_completed"], metrics["full"]["new_sentences"]) == (8, 8)
 
 
-def test_losses_and_kept_answers_are_those_that_transformers_computes(finished: Path, metrics: Any) -> None:
+def test_losses_and_kept_answers_are_those_that_transformers_computes(
+    finished: Path, metrics: Any
+) -> None:
     """Every whole sentence with its end token, on the checkpoints as transformers opens them."""
     folders = {
         "base": "base",
@@ -87,7 +100,9 @@ def test_losses_and_kept_answers_are_those_that_transformers_computes(finished: 
         assert metrics[name]["forgetting"]["loss_rise"] == pytest.approx(rise, abs=1e-5)
 
 
-def test_completed_sentences_are_those_that_transformers_completes(finished: Path, metrics: Any) -> None:
+def test_completed_sentences_are_those_that_transformers_completes(
+    finished: Path, metrics: Any
+) -> None:
     for name, folder in {
         "scratch": "from_scratch",
         "expanded": "expanded",
@@ -112,9 +127,14 @@ def test_merged_and_lora_are_one_model(metrics: Any) -> None:
 
 def test_parameters_and_sizes_are_those_on_disk(finished: Path, metrics: Any) -> None:
     V, D, block = 99, 64, 49_984
-    assert metrics["full"]["trainable"] == metrics["full"]["parameters"] == 2 * V * D + 2 * block + 2 * D
+    assert (
+        metrics["full"]["trainable"]
+        == metrics["full"]["parameters"]
+        == 2 * V * D + 2 * block + 2 * D
+    )
     assert metrics["freeze"]["trainable"] == 2 * V * D + block
-    assert metrics["lora"]["trainable"] == 4_096 + 2 * V * D  # §3's count of A and B, and embeddings and head
+    # §3's count of A and B, and embeddings and head
+    assert metrics["lora"]["trainable"] == 4_096 + 2 * V * D
     for name, folder, file in (
         ("full", "full_finetuned", "model.safetensors"),
         ("lora", "lora_adapter", "adapter_model.safetensors"),
@@ -178,16 +198,24 @@ def test_the_certificate_says_that_every_delta_was_merged_once(finished: Path) -
     for name in ratios:
         A, B = (adapter[f"base_model.model.{name}.lora_{m}.weight"].double() for m in "AB")
         expected = base[f"{name}.weight"].double() + 0.25 * B @ A
-        torch.testing.assert_close(merged[f"{name}.weight"].double(), expected, atol=1e-7, rtol=1e-6)
+        torch.testing.assert_close(
+            merged[f"{name}.weight"].double(), expected, atol=1e-7, rtol=1e-6
+        )
 
 
-def test_a_merge_that_answers_otherwise_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def twice(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+def test_a_merge_that_answers_otherwise_is_refused(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice(
+        weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float
+    ) -> torch.Tensor:
         return weight + 2 * scale * left @ right
 
     monkeypatch.setattr("pipeline.weights.streaming.merged_rows", twice)
     before = (project / "artifacts/lora_merged/model.safetensors").read_bytes()
-    with pytest.raises(UserError, match=r"merge rejected: .*k_proj received 2.0000 times its update, not once"):
+    with pytest.raises(
+        UserError, match=r"merge rejected: .*k_proj received 2.0000 times its update, not once"
+    ):
         make(project, ["merge"], BRIEF, force=True)
     assert (project / "artifacts/lora_merged/model.safetensors").read_bytes() == before
 
@@ -203,18 +231,28 @@ def test_an_input_that_changes_while_a_stage_runs_is_refused_and_not_cached(proj
     next(events)
     text = data.read_text(encoding="utf-8")
     data.write_text(text + "der wind weht im winter\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"data/finetune.de.txt changed while finetune_full was running"):
+    with pytest.raises(
+        UserError, match=r"data/finetune.de.txt changed while finetune_full was running"
+    ):
         list(events)
 
 
 @pytest.mark.slow
-def test_answers_compare_as_the_tokenizer_sees_them_and_must_be_words_it_knows(project: Path) -> None:
+def test_answers_compare_as_the_tokenizer_sees_them_and_must_be_words_it_knows(
+    project: Path,
+) -> None:
     prompts = project / "data/prompts.yaml"
     before = read(project / "artifacts/evaluation/metrics.json")
-    prompts.write_text(prompts.read_text(encoding="utf-8").replace("answer: tisch", "answer: Tisch"), encoding="utf-8")
+    prompts.write_text(
+        prompts.read_text(encoding="utf-8").replace("answer: tisch", "answer: Tisch"),
+        encoding="utf-8",
+    )
     make(project, ["merge", "evaluate"], BRIEF)
     assert read(project / "artifacts/evaluation/metrics.json") == before
-    prompts.write_text(prompts.read_text(encoding="utf-8").replace("answer: Tisch", "answer: tsich"), encoding="utf-8")
+    prompts.write_text(
+        prompts.read_text(encoding="utf-8").replace("answer: Tisch", "answer: tsich"),
+        encoding="utf-8",
+    )
     said = r"data/prompts.yaml: base has no tokens for 'tsich', the answer to 'die katze sitzt auf dem'"
     with pytest.raises(UserError, match=said):
         make(project, ["merge", "evaluate"], BRIEF)
@@ -224,7 +262,9 @@ def test_answers_compare_as_the_tokenizer_sees_them_and_must_be_words_it_knows(p
 def test_decomposed_letters_in_a_data_file_change_nothing(project: Path) -> None:
     data = project / "data/finetune.de.txt"
     before = read(project / "artifacts/evaluation/metrics.json")
-    data.write_text(unicodedata.normalize("NFD", data.read_text(encoding="utf-8")), encoding="utf-8")
+    data.write_text(
+        unicodedata.normalize("NFD", data.read_text(encoding="utf-8")), encoding="utf-8"
+    )
     make(project, ["evaluate"], BRIEF)
     after = read(project / "artifacts/evaluation/metrics.json")
     assert after == before
@@ -235,7 +275,9 @@ def test_a_changed_input_is_refused_before_it_is_used(project: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
-    with pytest.raises(UserError, match=r"expanded/model.safetensors was changed after the artifact was made"):
+    with pytest.raises(
+        UserError, match=r"expanded/model.safetensors was changed after the artifact was made"
+    ):
         make(project, ["finetune_lora"], BRIEF)
 
 
@@ -246,7 +288,9 @@ def test_a_missing_input_names_the_next_step(project: Path) -> None:
 
 
 def test_a_word_that_was_never_added_is_refused_with_its_line(project: Path) -> None:
-    (project / "data/finetune.de.txt").write_text("der wind weht\nder hagel fällt\n", encoding="utf-8")
+    (project / "data/finetune.de.txt").write_text(
+        "der wind weht\nder hagel fällt\n", encoding="utf-8"
+    )
     with pytest.raises(UserError, match=r"data/finetune.de.txt:2: not in the vocabulary: hagel"):
         make(project, ["finetune_lora"], BRIEF)
 
@@ -257,7 +301,11 @@ def test_an_expanded_vocabulary_without_new_words_is_fine(project: Path) -> None
         *BRIEF,
         "expand_vocab.data=data/pretrain.de.txt",
         "train_from_scratch.data=data/pretrain.de.txt",
-        *(f"finetune_{method}.data=data/pretrain.de.txt" for method in METHODS if f"finetune_{method}" in PIPELINE),
+        *(
+            f"finetune_{method}.data=data/pretrain.de.txt"
+            for method in METHODS
+            if f"finetune_{method}" in PIPELINE
+        ),
         "finetune_lora.train_embeddings=new_rows",
         "evaluate.new_data=data/pretrain.de.txt",
     ]
@@ -267,8 +315,13 @@ def test_an_expanded_vocabulary_without_new_words_is_fine(project: Path) -> None
 
 def test_predictions_hold_every_prompt_of_every_variant(finished: Path) -> None:
     predictions = read(finished / "artifacts/evaluation/predictions.json")
-    prompts, tasks = [p.prompt for p in read_prompts(ROOT / "data/prompts.yaml", "p")], predictions.pop("tasks")
-    assert [list(row["answers"]) for rows in tasks.values() for row in rows] == [list(predictions)] * 11
+    prompts, tasks = (
+        [p.prompt for p in read_prompts(ROOT / "data/prompts.yaml", "p")],
+        predictions.pop("tasks"),
+    )
+    assert [list(row["answers"]) for rows in tasks.values() for row in rows] == [
+        list(predictions)
+    ] * 11
     assert list(predictions) == list(open_project(finished / "params.yaml").variants)
     for name, entries in predictions.items():
         assert [entry["prompt"] for entry in entries] == prompts
@@ -292,9 +345,14 @@ def test_the_report_states_the_numbers_that_were_measured(finished: Path, metric
         ("lora", "LoRA"),
     ):
         numbers = metrics[method]
-        assert f"| {name} | {numbers['trainable']:,} | {numbers['trainable_percent']:.1f}% |" in report
+        assert (
+            f"| {name} | {numbers['trainable']:,} | {numbers['trainable_percent']:.1f}% |" in report
+        )
         assert f"flat from epoch {numbers['flat_from_epoch']}" in report
-        assert f"{numbers['new_completed']} of {numbers['new_sentences']} new sentences are completed" in report
+        assert (
+            f"{numbers['new_completed']} of {numbers['new_sentences']} new sentences are completed"
+            in report
+        )
         assert f"{numbers['forgetting']['answers_kept']:.0%}" in report
     for prompt in read_prompts(ROOT / "data/prompts.yaml", "p"):
         assert f"| *{prompt.prompt}* | {prompt.answer} |" in report
@@ -316,7 +374,17 @@ def test_a_manifest_says_how_its_artifact_was_made_and_nothing_that_differs(stud
         name = stage.output
         text = (studied / "artifacts" / name / "manifest.json").read_text(encoding="utf-8")
         manifest = json.loads(text)
-        assert {"kind", "method", "params", "seed", "inputs", "versions", "commit", "code", "files"} <= set(manifest)
+        assert {
+            "kind",
+            "method",
+            "params",
+            "seed",
+            "inputs",
+            "versions",
+            "commit",
+            "code",
+            "files",
+        } <= set(manifest)
         assert str(studied) not in text
         if not stage.is_measurement and name != "evaluation":
             assert manifest["parameters"]["total"] in (109_568, 112_768)
@@ -327,10 +395,14 @@ def test_a_manifest_says_how_its_artifact_was_made_and_nothing_that_differs(stud
 
 def test_nothing_is_pickled(finished: Path) -> None:
     names = {
-        path.suffix for folder in ("artifacts", "runs") for path in (finished / folder).rglob("*") if path.is_file()
+        path.suffix
+        for folder in ("artifacts", "runs")
+        for path in (finished / folder).rglob("*")
+        if path.is_file()
     }
     assert names <= {".json", ".safetensors", ".csv", ".png", ".md", ".bin", ""}
-    for path in finished.rglob("*.bin"):  # a corpus's tokens, as plain numbers; one that is not learned is negative
+    # a corpus's tokens, as plain numbers; one that is not learned is negative
+    for path in finished.rglob("*.bin"):
         assert path.parent.parent.name == "tokens"
         tokens = np.fromfile(path, "<i4")
         assert ((tokens >= -99) & (tokens < 99)).all()
@@ -347,20 +419,42 @@ def test_freezing_everything_is_refused(project: Path) -> None:
         make_one(project, "finetune_freeze", [*BRIEF, "finetune_freeze.last_blocks=3"])
 
 
-def test_adapters_beside_the_pipelines_are_evaluated_as_variants_are(project: Path, cli: Lora) -> None:
-    """The same adapter under another name has the same numbers; a second call keeps those of the first."""
+def test_adapters_beside_the_pipelines_are_evaluated_as_variants_are(
+    project: Path, cli: Lora
+) -> None:
+    """The same adapter under another name has the same numbers; a second call keeps those of the
+    first.
+    """
     artifacts = project / "artifacts"
     shutil.copytree(artifacts / "lora_adapter", artifacts / "copy")
     assert cli("evaluate", "--adapter", "artifacts/copy", cwd=project)[0] == 0
     code, out, _ = cli("evaluate", "--adapter", "artifacts/sweep/rank-1", cwd=project)
     assert code == 0 and "artifacts/copy" in out and "artifacts/sweep/rank-1" in out
-    alone, together = read(artifacts / "measured/metrics.json"), read(artifacts / "evaluation/metrics.json")["lora"]
+    alone, together = (
+        read(artifacts / "measured/metrics.json"),
+        read(artifacts / "evaluation/metrics.json")["lora"],
+    )
     shared = alone["artifacts/copy"].keys() & together.keys()
     assert {"forgetting", "new_loss", "new_completed", "old_prompts_kept", "tasks"} <= shared
-    assert {key: alone["artifacts/copy"][key] for key in shared} == {key: together[key] for key in shared}
+    assert {key: alone["artifacts/copy"][key] for key in shared} == {
+        key: together[key] for key in shared
+    }
     found = measured([artifacts])
-    assert found[digest(artifacts / "sweep/rank-1")]["new_loss"] == alone["artifacts/sweep/rank-1"]["new_loss"]
-    assert cli("evaluate", "--adapter", "artifacts/copy", "--set", "evaluate.prompt_words=1", cwd=project)[0] == 0
+    assert (
+        found[digest(artifacts / "sweep/rank-1")]["new_loss"]
+        == alone["artifacts/sweep/rank-1"]["new_loss"]
+    )
+    assert (
+        cli(
+            "evaluate",
+            "--adapter",
+            "artifacts/copy",
+            "--set",
+            "evaluate.prompt_words=1",
+            cwd=project,
+        )[0]
+        == 0
+    )
     assert list(read(artifacts / "measured/metrics.json")) == ["base", "artifacts/copy"], (
         "other settings: measured anew"
     )
@@ -374,7 +468,11 @@ def test_the_final_loss_of_a_log_needs_its_last_epoch_alone(tmp_path: Path) -> N
     path = tmp_path / "loss.csv"
     assert read_final_loss(path) is None
     lines = [f"{n},{n // 4},{1 / (n + 1)},0.1,1.0,{n}" for n in range(14)]
-    for text in ("", "step,epoch,loss,learning_rate,grad_norm,tokens\n", *("\n".join(lines[:n]) for n in (1, 8, 14))):
+    for text in (
+        "",
+        "step,epoch,loss,learning_rate,grad_norm,tokens\n",
+        *("\n".join(lines[:n]) for n in (1, 8, 14)),
+    ):
         whole = text and "step,epoch,loss,learning_rate,grad_norm,tokens\n" + text
         for ending in ("\n", "", "\n14,3,0.0", "\nnonsense\n"):
             path.write_text(whole + ending, encoding="utf-8")

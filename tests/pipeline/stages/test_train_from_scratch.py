@@ -1,4 +1,6 @@
-"""Training from scratch: the base's shape and vocabulary, nothing of its weights, old and new data together."""
+"""Training from scratch: the base's shape and vocabulary, nothing of its weights, old and new data
+together.
+"""
 
 import json
 import shutil
@@ -55,7 +57,9 @@ def test_minigpt_begins_with_its_own_initialisation_from_the_seed(project: Path)
         torch.testing.assert_close(found.get_parameter(name), value, atol=1e-9, rtol=0)
 
 
-def test_another_base_begins_with_the_weights_that_transformers_gives_its_config(real: Path) -> None:
+def test_another_base_begins_with_the_weights_that_transformers_gives_its_config(
+    real: Path,
+) -> None:
     make(real, ["train_from_scratch"], [*STILL, "train_from_scratch.seed=7"])
     config = AutoConfig.from_pretrained(real / "artifacts/expanded")
     torch.manual_seed(7)
@@ -68,7 +72,9 @@ def test_another_base_begins_with_the_weights_that_transformers_gives_its_config
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stored", ["fp32", "bf16"])
 def test_no_weight_of_the_base_leaves_a_trace(real: Path, stored: str, precision: str) -> None:
-    """Bases that differ in every weight give the same bytes, in the bits that the base is stored in."""
+    """Bases that differ in every weight give the same bytes, in the bits that the base is stored
+    in.
+    """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[stored]
     made = []
     for scale in (1.0, 1.7):
@@ -115,7 +121,9 @@ def test_a_run_that_stops_goes_on_and_ends_with_the_same_bytes(real: Path) -> No
     next(event for event in events if isinstance(event, Progress) and event.done == 13)
     events.close()
     _, seen = make_one(real, "train_from_scratch", given)
-    assert "train_from_scratch: resumed after step 10" in [event.text for event in seen if isinstance(event, Note)]
+    assert "train_from_scratch: resumed after step 10" in [
+        event.text for event in seen if isinstance(event, Note)
+    ]
     assert folder_bytes(real / FOLDER) == expected
 
 
@@ -146,13 +154,15 @@ def test_what_is_held_out_is_held_out_of_every_file(project: Path) -> None:
         ],
     )
     steps = read_steps(project / FOLDER / "loss.csv")
-    assert steps[-1].tokens == sum(len(example.text.split()) for example in kept)  # each word's next, <eos> at the end
+    # each word's next, <eos> at the end
+    assert steps[-1].tokens == sum(len(example.text.split()) for example in kept)
     assert steps[-1].eval_loss is not None
-    with pytest.raises(UserError, match=rf"1e-09 selects 0 of {len(examples)} labelled examples of {', '.join(names)}"):
+    with pytest.raises(
+        UserError,
+        match=rf"1e-09 selects 0 of {len(examples)} labelled examples of {', '.join(names)}",
+    ):
         make(project, ["train_from_scratch"], [*BRIEF, "train_from_scratch.eval_share=1e-9"])
-    reason = (
-        rf"train_from_scratch.eval_share 0.9999 selects all {len(examples)} labelled examples of {', '.join(names)}"
-    )
+    reason = rf"train_from_scratch.eval_share 0.9999 selects all {len(examples)} labelled examples of {', '.join(names)}"
     with pytest.raises(UserError, match=reason):
         make(project, ["train_from_scratch"], [*BRIEF, "train_from_scratch.eval_share=0.9999"])
 
@@ -162,43 +172,62 @@ def test_a_warm_up_that_lasts_as_long_as_the_training_is_refused(project: Path) 
     total = len(read_steps(project / FOLDER / "loss.csv"))
     make(project, ["train_from_scratch"], [*BRIEF, f"train_from_scratch.warmup_steps={total - 1}"])
     last = read_steps(project / FOLDER / "loss.csv")[-1]
-    assert last.learning_rate == load(project / "params.yaml").train_from_scratch.learning_rate, "it is reached"
+    assert last.learning_rate == load(project / "params.yaml").train_from_scratch.learning_rate, (
+        "it is reached"
+    )
     for steps in (total, 1_000_000):
         problem = (
             rf"train_from_scratch.warmup_steps must be below {total}, the total number of training steps, "
             rf"got {steps}. Lower it."
         )
         with pytest.raises(UserError, match=problem):
-            make(project, ["train_from_scratch"], [*BRIEF, f"train_from_scratch.warmup_steps={steps}"])
+            make(
+                project,
+                ["train_from_scratch"],
+                [*BRIEF, f"train_from_scratch.warmup_steps={steps}"],
+            )
     rows = "finetune_sweep, warmup_steps-1000000: finetune_lora.warmup_steps must be below "
     with pytest.raises(UserError, match=rows):
-        make(project, ["finetune_sweep"], [*BRIEF, "finetune_sweep.grid={warmup_steps: [0, 1000000]}"])
+        make(
+            project,
+            ["finetune_sweep"],
+            [*BRIEF, "finetune_sweep.grid={warmup_steps: [0, 1000000]}"],
+        )
 
 
 def test_a_problem_is_at_the_line_of_the_file_that_has_it(project: Path) -> None:
-    with pytest.raises(UserError, match=r"step 2, on (?=.*data/pretrain.de.txt:\d)(?=.*data/finetune.de.txt:\d)"):
+    with pytest.raises(
+        UserError, match=r"step 2, on (?=.*data/pretrain.de.txt:\d)(?=.*data/finetune.de.txt:\d)"
+    ):
         make(
             project,
             ["train_from_scratch"],
             [*BRIEF, "train_from_scratch.learning_rate=1e30", "train_from_scratch.batch_size=40"],
         )
-    (project / "data/finetune.de.txt").write_text("der wind weht\nder hagel fällt\n", encoding="utf-8")
+    (project / "data/finetune.de.txt").write_text(
+        "der wind weht\nder hagel fällt\n", encoding="utf-8"
+    )
     with pytest.raises(UserError, match=r"data/finetune.de.txt:2: not in the vocabulary: hagel"):
         make(project, ["train_from_scratch"], BRIEF)
     with pytest.raises(
-        UserError, match=r"train_from_scratch.data must be a file or folder, or a list of them, .* got \[\]. Change it"
+        UserError,
+        match=r"train_from_scratch.data must be a file or folder, or a list of them, .* got \[\]. Change it",
     ):
         make(project, ["train_from_scratch"], [*BRIEF, "train_from_scratch.data=[]"])
 
 
-def test_it_takes_as_many_steps_as_pretraining_and_full_fine_tuning_and_forgets_less_than_lora(finished: Path) -> None:
+def test_it_takes_as_many_steps_as_pretraining_and_full_fine_tuning_and_forgets_less_than_lora(
+    finished: Path,
+) -> None:
     """The first row of the comparison: a fair one."""
 
     def steps(folder: str) -> int:
         return len(read_steps(finished / "artifacts" / folder / "loss.csv"))
 
     assert steps("from_scratch") == steps("base") + steps("full_finetuned") == 1_200
-    metrics: dict[str, Any] = json.loads((finished / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    metrics: dict[str, Any] = json.loads(
+        (finished / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8")
+    )
     scratch, lora = metrics["scratch"], metrics["lora"]
     assert scratch["trainable"] == scratch["parameters"] == metrics["full"]["parameters"]
     assert (scratch["new_completed"], scratch["old_prompts_kept"]) == (8, scratch["old_prompts"])

@@ -1,4 +1,6 @@
-"""finetune_prefix and finetune_prompt as any stage: resumed, bound, counted, loaded beside others; merge is refused."""
+"""finetune_prefix and finetune_prompt as any stage: resumed, bound, counted, loaded beside others;
+merge is refused.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,10 @@ def test_what_the_stage_made_opens_in_peft_and_has_learned(finished: Path, kind:
     assert (found - theirs(input_ids=IDS).logits[:, -6:]).abs().max() < 1e-4
     metrics = read_json(finished / "artifacts/evaluation/metrics.json", "")
     assert metrics[kind]["new_loss"] < metrics["expanded"]["new_loss"] - 1
-    assert metrics[kind]["trainable"] == load_file(adapter / "adapter_model.safetensors")["prompt_embeddings"].numel()
+    assert (
+        metrics[kind]["trainable"]
+        == load_file(adapter / "adapter_model.safetensors")["prompt_embeddings"].numel()
+    )
 
 
 @each_kind
@@ -64,8 +69,13 @@ def test_another_base_an_edit_and_a_cut_are_refused(project: Path, kind: str) ->
         load(base, adapter)
     config = adapter / "adapter_config.json"
     text = config.read_text(encoding="utf-8")
-    config.write_text(text.replace('"num_virtual_tokens": 8', '"num_virtual_tokens": 9'), encoding="utf-8")
-    with pytest.raises(UserError, match="num_virtual_tokens was edited: it is 9, but the adapter was trained with 8"):
+    config.write_text(
+        text.replace('"num_virtual_tokens": 8', '"num_virtual_tokens": 9'), encoding="utf-8"
+    )
+    with pytest.raises(
+        UserError,
+        match="num_virtual_tokens was edited: it is 9, but the adapter was trained with 8",
+    ):
         load(base, adapter)
     config.write_text(text, encoding="utf-8")
     weights = adapter / "adapter_model.safetensors"
@@ -77,11 +87,15 @@ def test_another_base_an_edit_and_a_cut_are_refused(project: Path, kind: str) ->
 @each_kind
 def test_sentences_must_leave_the_virtual_tokens_their_places(project: Path, kind: str) -> None:
     said = (
-        "more than the model's 32 positions less 30 virtual tokens. Shorten it, cut it with max_length, lower virtual"
+        "more than the model's 32 positions less 30 virtual tokens. Shorten it, cut it with "
+        "max_length, lower virtual"
     )
     with pytest.raises(UserError, match=said):
         make(project, [f"finetune_{kind}"], [f"finetune_{kind}.virtual_tokens=30"])
-    with pytest.raises(UserError, match=f"finetune_{kind}.virtual_tokens must be below 32, the model's positions, got"):
+    with pytest.raises(
+        UserError,
+        match=f"finetune_{kind}.virtual_tokens must be below 32, the model's positions, got",
+    ):
         make(project, [f"finetune_{kind}"], [f"finetune_{kind}.virtual_tokens=32"])
 
 
@@ -107,16 +121,29 @@ def test_a_prompt_gets_the_positions_that_are_left(cli: Lora, brief: Path, kind:
 def test_what_needs_changed_weights_is_refused_in_one_message(
     cli: Lora, brief: Path, tmp_path: Path, kind: str, command: tuple[str, ...]
 ) -> None:
-    said = refusal(cli(*(word.format(kind=kind, out=tmp_path / "out") for word in command), cwd=brief))
-    assert f"artifacts/{kind} is a {kind} of 8 virtual tokens: it changes no weights, so there is nothing" in said
+    said = refusal(
+        cli(*(word.format(kind=kind, out=tmp_path / "out") for word in command), cwd=brief)
+    )
+    assert (
+        f"artifacts/{kind} is a {kind} of 8 virtual tokens: it changes no weights, so there is "
+        "nothing" in said
+    )
     assert not (tmp_path / "out").exists()
 
 
 @each_kind
-def test_exported_for_peft_it_is_what_peft_opens_with_a_card(cli: Lora, project: Path, kind: str) -> None:
-    code, _, err = cli("export", f"artifacts/{kind}", "--format", "peft", "--out", "out", cwd=project)
-    assert code == 0 and err.count("\n") == 1 and "base" in err, "one note: others cannot find this base"
-    assert torch.equal(logits(load(parts(project, kind)[0], project / "out")), logits(load(*parts(project, kind))))
+def test_exported_for_peft_it_is_what_peft_opens_with_a_card(
+    cli: Lora, project: Path, kind: str
+) -> None:
+    code, _, err = cli(
+        "export", f"artifacts/{kind}", "--format", "peft", "--out", "out", cwd=project
+    )
+    assert code == 0 and err.count("\n") == 1 and "base" in err, (
+        "one note: others cannot find this base"
+    )
+    assert torch.equal(
+        logits(load(parts(project, kind)[0], project / "out")), logits(load(*parts(project, kind)))
+    )
     text = (project / "out/README.md").read_text(encoding="utf-8")
     assert f"- {kind} tuning, 8 virtual tokens\n" in text
     assert "forgetting: loss on the old data" in card(project / "artifacts" / kind)
@@ -130,7 +157,9 @@ def test_it_is_listed_by_its_virtual_tokens(cli: Lora, brief: Path, kind: str) -
     assert not model.scales
     (listed,) = [one for one in adapters(brief / "artifacts") if one.path == model.path]
     assert listed.problem is None
-    row = next(line for line in cli("adapters", cwd=brief)[1].splitlines() if line.strip().startswith(kind))
+    row = next(
+        line for line in cli("adapters", cwd=brief)[1].splitlines() if line.strip().startswith(kind)
+    )
     assert "None" not in row
 
 
@@ -138,8 +167,12 @@ def test_it_is_listed_by_its_virtual_tokens(cli: Lora, brief: Path, kind: str) -
 def test_pefts_own_prefix_is_imported_and_bound(cli: Lora, project: Path) -> None:
     base = project / "artifacts/expanded"
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(project / "theirs")
-    code, said, err = cli("adapters", "import", "theirs", "--base", "artifacts/expanded", "--out", "mine", cwd=project)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(
+        project / "theirs"
+    )
+    code, said, err = cli(
+        "adapters", "import", "theirs", "--base", "artifacts/expanded", "--out", "mine", cwd=project
+    )
     assert (code, err) == (0, "")
     assert said.startswith("mine  fits artifacts/expanded")
     assert read_manifest(project / "mine")["params"]["virtual_tokens"] == 6
@@ -152,26 +185,37 @@ def test_pefts_own_prefix_is_imported_and_bound(cli: Lora, project: Path) -> Non
 def test_adapters_of_every_kind_share_one_base_and_do_not_disturb_each_other(brief: Path) -> None:
     base = brief / "artifacts/expanded"
     names = {"lora_adapter": "lora_adapter", "prefix": "prefix", "prompt": "prompt"}
-    alone = {name: logits(load(base, brief / "artifacts" / folder)) for name, folder in names.items()}
+    alone = {
+        name: logits(load(base, brief / "artifacts" / folder)) for name, folder in names.items()
+    }
     models = ModelPool()
     plain = models.load("base", base, None)[0]
-    residents = {name: models.load(name, base, brief / "artifacts" / folder)[0] for name, folder in names.items()}
+    residents = {
+        name: models.load(name, base, brief / "artifacts" / folder)[0]
+        for name, folder in names.items()
+    }
     for name, resident in residents.items():
         assert torch.equal(logits(resident.at(1)), alone[name])
         assert torch.equal(logits(resident.at(0)), logits(plain.loaded))
     assert torch.equal(logits(plain.loaded), logits(load(base)))
     for name in ("prefix", "prompt"):
-        with pytest.raises(UserError, match="consists of virtual tokens, whose strength cannot be scaled"):
+        with pytest.raises(
+            UserError, match="consists of virtual tokens, whose strength cannot be scaled"
+        ):
             residents[name].at(0.5)
 
 
 @each_kind
-def test_on_a_base_in_four_bits_they_train_and_load_on_the_same_bits(project: Path, kind: str) -> None:
+def test_on_a_base_in_four_bits_they_train_and_load_on_the_same_bits(
+    project: Path, kind: str
+) -> None:
     pytest.importorskip("bitsandbytes")
     make(project, [f"finetune_{kind}"], [*BRIEF, f"finetune_{kind}.quantization=nf4"])
     base, adapter = parts(project, kind)
     assert read_manifest(adapter)["parameters"]["total"] == 112_768
-    assert (logits(load(base, adapter)) - logits(load(base, adapter, quantization="none"))).abs().max() > 1e-3
+    assert (
+        logits(load(base, adapter)) - logits(load(base, adapter, quantization="none"))
+    ).abs().max() > 1e-3
 
 
 def test_every_method_has_its_row_in_the_comparison(brief: Path) -> None:

@@ -1,4 +1,6 @@
-"""`python -m bench gpu`, whose numbers need a GPU: all that it runs, at a toy's shapes on the CPU."""
+"""`python -m bench gpu`, whose numbers need a GPU: all that it runs, at a toy's shapes on the
+CPU.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -28,19 +30,26 @@ CONFIG: dict[str, Any] = {
 TOY = Case("toy", CONFIG, steps=2, batch=3, length=12)
 
 
-@pytest.mark.parametrize("case", [TOY, replace(TOY, quantization="nf4-dq", checkpointing=True)], ids=["lora", "qlora"])
+@pytest.mark.parametrize(
+    "case", [TOY, replace(TOY, quantization="nf4-dq", checkpointing=True)], ids=["lora", "qlora"]
+)
 @pytest.mark.sampled(2)
 @pytest.mark.slow
-def test_every_path_of_the_benchmark_runs_on_a_toy(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_path_of_the_benchmark_runs_on_a_toy(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gpu, "ROUNDS", 1)
     monkeypatch.setattr(gpu, "NEW_TOKENS", 4)
     rows = list(measure(case, torch.device("cpu"), gpus()["h100"]))
     assert len(rows) == 4 and all(row.cells() for row in rows)
     peak, epoch, *_ = rows
-    assert peak.ratio is not None and 0.8 < peak.ratio < 1.2, "of a toy: scratch memory counts there"
+    assert peak.ratio is not None and 0.8 < peak.ratio < 1.2, (
+        "of a toy: scratch memory counts there"
+    )
     assert "tokens/s" in epoch.what and "of H100 80 GB's peak" in epoch.what and epoch.ratio
     ours, theirs = (
-        float(text.partition(" tokens/s")[0].split()[-1].replace(",", "")) for text in (epoch.what, epoch.reference)
+        float(text.partition(" tokens/s")[0].split()[-1].replace(",", ""))
+        for text in (epoch.what, epoch.reference)
     )
     assert epoch.ratio == pytest.approx(ours / theirs, rel=0.02)
 
@@ -48,14 +57,22 @@ def test_every_path_of_the_benchmark_runs_on_a_toy(case: Case, monkeypatch: pyte
 def test_utilization_is_the_flops_of_frozen_weights_over_the_cards_peak() -> None:
     case, card = replace(TOY, length=8), gpus()["h100"]
     ours = gpu.Ours(case, torch.device("cpu"))
-    weights = sum(p.numel() for name, p in ours.model.named_parameters() if p.dim() == 2 and "lora" not in name)
+    weights = sum(
+        p.numel()
+        for name, p in ours.model.named_parameters()
+        if p.dim() == 2 and "lora" not in name
+    )
     shortest = 4 * weights * ours.tokens / 989e12  # seconds at the card's peak
     share = float(ours.utilization(shortest, card).partition("%")[0])
     assert 100 <= share < 150, "attention's scores and the adapter come on top"
-    assert float(ours.utilization(2 * shortest, card).partition("%")[0]) == pytest.approx(share / 2, abs=1)
+    assert float(ours.utilization(2 * shortest, card).partition("%")[0]) == pytest.approx(
+        share / 2, abs=1
+    )
 
 
-def test_a_swap_is_all_of_an_adapter_and_generation_all_new_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_swap_is_all_of_an_adapter_and_generation_all_new_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     ours, made = gpu.Ours(TOY, torch.device("cpu")), list[object]()
     ours.other = [torch.full_like(tensor, 2.0) for tensor in ours.other]
     ours.swap()

@@ -27,7 +27,9 @@ SLOW, FAST = setting(2e-4, 8, 3), setting(1e-3, 16, 5, 4)
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
-def test_a_task_has_the_same_rows_each_time_and_trains_on_none_that_is_held_out(task: RecipeTask) -> None:
+def test_a_task_has_the_same_rows_each_time_and_trains_on_none_that_is_held_out(
+    task: RecipeTask,
+) -> None:
     trained, held_out = task.split()
     assert (trained, held_out) == task.split()
     assert (len(trained), len(held_out)) == (task.rows, task.held_out)
@@ -36,7 +38,9 @@ def test_a_task_has_the_same_rows_each_time_and_trains_on_none_that_is_held_out(
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
-def test_the_rows_are_a_data_file_whose_answers_match_themselves(task: RecipeTask, tmp_path: Path) -> None:
+def test_the_rows_are_a_data_file_whose_answers_match_themselves(
+    task: RecipeTask, tmp_path: Path
+) -> None:
     rows = [row for part in task.split() for row in part]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)) + "\n")
@@ -66,7 +70,9 @@ def test_settings_are_those_of_finetune_lora_and_no_run_is_planned_twice() -> No
     assert len(set(keys)) == len(keys)
     for _, each, _ in runs:
         structs.replace(FinetuneLora(), **each.params(50))
-    assert {(task.name, CHOSEN) for task in TASKS} <= {(t.name, of_rows(each, t.rows)) for t, each, _ in runs}
+    assert {(task.name, CHOSEN) for task in TASKS} <= {
+        (t.name, of_rows(each, t.rows)) for t, each, _ in runs
+    }
     assert [batch_size(rows) for rows in (50, 100, 200, 2000)] == [2, 4, 8, 16]
 
 
@@ -74,7 +80,13 @@ def test_settings_are_those_of_finetune_lora_and_no_run_is_planned_twice() -> No
 def test_the_chosen_setting_is_what_lora_train_chooses_for_a_base_of_this_width(rows: int) -> None:
     base = built_in("smollm2-135m").shapes  # which the benchmark trains
     assert base.hidden == WIDTH
-    data = replace(check([]), examples=rows, trained_tokens=20 * rows, quantiles={"max": 100}, suggested_max_length=100)
+    data = replace(
+        check([]),
+        examples=rows,
+        trained_tokens=20 * rows,
+        quantiles={"max": 100},
+        suggested_max_length=100,
+    )
     recipe = choose(base, data, 0.1, Machine("cpu", 2**36, bf16=False), [METHODS["lora"]], {})
     chosen = {key.partition(".")[2]: value for key, value in recipe.values.items()}
     tried = for_rows(CHOSEN, rows).params(rows)
@@ -106,14 +118,24 @@ def test_a_setting_is_good_where_it_reaches_the_shares_on_every_task() -> None:
     found = outcomes(rows)
     assert found[SLOW]["a"].share == pytest.approx(0.6 / 0.75) and found[SLOW]["a"].seeds == 2
     assert set(good_settings(found)) == {SLOW, FAST}
-    assert good_settings(outcomes([*rows, _measured("c", FAST, 1.0)])) == [FAST], "SLOW was not tried on c"
+    assert good_settings(outcomes([*rows, _measured("c", FAST, 1.0)])) == [FAST], (
+        "SLOW was not tried on c"
+    )
     assert good_settings(outcomes([*rows, _measured("c", FAST, 1.0, kept=0.84)])) == []
-    assert good_settings(outcomes([*rows, _measured("c", FAST, 0.0)])) == [], "a share of nothing is none"
+    assert good_settings(outcomes([*rows, _measured("c", FAST, 0.0)])) == [], (
+        "a share of nothing is none"
+    )
 
 
 def test_many_rows_train_for_fewer_epochs_in_the_same_setting() -> None:
-    assert (for_rows(SLOW, 2000).epochs, for_rows(FAST, 2000).epochs, for_rows(FAST, 100)) == (2, 3, FAST)
-    assert all(of_rows(for_rows(each, rows), rows) == each for each in (SLOW, FAST) for rows in (100, 2000))
+    assert (for_rows(SLOW, 2000).epochs, for_rows(FAST, 2000).epochs, for_rows(FAST, 100)) == (
+        2,
+        3,
+        FAST,
+    )
+    assert all(
+        of_rows(for_rows(each, rows), rows) == each for each in (SLOW, FAST) for rows in (100, 2000)
+    )
     many = Measured("many", 2000, for_rows(FAST, 2000), 0, 3, 0.5, 1.0, 1.0, (1.0, 1.0), (0.5, 0.5))
     assert outcomes([many])[FAST]["many"].right == 0.5
 
@@ -122,7 +144,12 @@ def test_an_epoch_is_chosen_on_one_half_of_the_answers_and_counted_on_the_other(
     def after(epoch: int, loss: float, first: float, second: float) -> Measured:
         return Measured("a", 50, FAST, 0, epoch, 0.0, 1.0, 1.0, (loss, 0.0), (first, second))
 
-    run = [after(5, 0.3, 0.6, 0.4), after(2, 0.1, 0.2, 0.1), after(3, 0.2, 0.9, 0.5), after(4, 0.25, 0.1, 0.8)]
+    run = [
+        after(5, 0.3, 0.6, 0.4),
+        after(2, 0.1, 0.2, 0.1),
+        after(3, 0.2, 0.9, 0.5),
+        after(4, 0.25, 0.1, 0.8),
+    ]
     assert stopping(run) == {
         "the last epoch": 0.4,
         "the lowest loss": 0.1,
@@ -133,7 +160,15 @@ def test_an_epoch_is_chosen_on_one_half_of_the_answers_and_counted_on_the_other(
 
 
 def test_what_was_measured_twice_counts_once(tmp_path: Path) -> None:
-    told = {"task": "a", "rows": 50, **FAST._asdict(), "seed": 0, "epoch": 5, "loss_first": 1, "loss_second": 2}
+    told = {
+        "task": "a",
+        "rows": 50,
+        **FAST._asdict(),
+        "seed": 0,
+        "epoch": 5,
+        "loss_first": 1,
+        "loss_second": 2,
+    }
     path = tmp_path / "runs.csv"
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -148,7 +183,9 @@ def test_what_was_measured_twice_counts_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_runs_go_on_where_they_were_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_go_on_where_they_were_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def draw(rng: object, _: bool) -> Row:
         number = rng.randrange(100)  # type: ignore[attr-defined]
         return {"prompt": f"The {number} is", "completion": f" {number + 1}."}
@@ -159,7 +196,9 @@ def test_runs_go_on_where_they_were_stopped(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(recipe_runs, "RUNS", tmp_path / "runs.csv")
     threads = torch.get_num_threads()
     for seeds in (1, 2, 2):
-        monkeypatch.setattr(recipe_runs, "plan", lambda seeds=seeds: ((task, short, seed) for seed in range(seeds)))
+        monkeypatch.setattr(
+            recipe_runs, "plan", lambda seeds=seeds: ((task, short, seed) for seed in range(seeds))
+        )
         recipe_runs.main([])
         measured = read_runs(tmp_path / "runs.csv")
         assert [(each.setting, each.seed, each.epoch) for each in measured] == [

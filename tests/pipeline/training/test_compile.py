@@ -41,13 +41,18 @@ def test_compiled_blocks_give_the_same_gradients_and_compile_once_for_all_length
             for model in (plain, compiled):
                 model.zero_grad()
                 torch.autograd.backward(loss_of(model, collate(windows_of(lengths))))
-            for (name, ours), theirs in zip(compiled.named_parameters(), plain.parameters(), strict=True):
+            for (name, ours), theirs in zip(
+                compiled.named_parameters(), plain.parameters(), strict=True
+            ):
                 if theirs.grad is not None:
-                    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name)
+                    torch.testing.assert_close(
+                        ours.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name
+                    )
             graphs.append(stats["unique_graphs"] - before)
         assert graphs[0] and len(set(graphs)) == 1
         steps = 2 * 3  # of both models
-        runs = {"none": (1, 1), "selective": (2, 1), "full": (2, 2)}[how]  # a block that is recomputed runs twice
+        # a block that is recomputed runs twice
+        runs = {"none": (1, 1), "selective": (2, 1), "full": (2, 2)}[how]
         assert [calls.count(block) for block in (0, 1)] == [steps * count for count in runs]
         assert [*compiled.state_dict()] == names
     finally:
@@ -61,8 +66,14 @@ def test_a_compiled_run_says_how_long_it_compiled_and_trains_the_same(tmp_path: 
     make(root, ["pretrain", "expand_vocab"])
     try:
         for compiles in ("false", "true"):
-            make(root, ["finetune_lora"], ["finetune_lora.epochs=1", f"finetune_lora.compile={compiles}"])
-            lines = (root / "runs/finetune_lora/loss.csv").read_text(encoding="utf-8").splitlines()[1:]
+            make(
+                root,
+                ["finetune_lora"],
+                ["finetune_lora.epochs=1", f"finetune_lora.compile={compiles}"],
+            )
+            lines = (
+                (root / "runs/finetune_lora/loss.csv").read_text(encoding="utf-8").splitlines()[1:]
+            )
             losses.append([float(line.split(",")[2]) for line in lines])
     finally:
         packed_attention.register()
@@ -73,10 +84,14 @@ def test_a_compiled_run_says_how_long_it_compiled_and_trains_the_same(tmp_path: 
 
 
 @pytest.mark.parametrize("stage", ["finetune_lora", "finetune_sweep"])
-def test_minigpt_and_sweeps_are_not_compiled(project: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_minigpt_and_sweeps_are_not_compiled(
+    project: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if stage == "finetune_sweep":  # of whatever model
         monkeypatch.setattr(MiniGPT, "compiles", True)
-    with pytest.raises(UserError, match=f"{stage}: compile is true, but only an imported model with one adapter"):
+    with pytest.raises(
+        UserError, match=f"{stage}: compile is true, but only an imported model with one adapter"
+    ):
         make(project, [stage], ["finetune_lora.compile=true"], force=True)
 
 

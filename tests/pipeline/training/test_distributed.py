@@ -1,4 +1,6 @@
-"""A distributed run: the same curve and adapter as in one process, and one message if a process ends."""
+"""A distributed run: the same curve and adapter as in one process, and one message if a process
+ends.
+"""
 
 import ctypes
 import json
@@ -53,7 +55,10 @@ def expanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = families.new_project(tmp_path_factory.mktemp("several") / "p", FAMILIES["llama"])
     (root / "base/chat_template.jinja").unlink()  # each process would start another to render it
     words = " ".join(TEXTS).split()
-    write(root / "data/lines.jsonl", [" ".join(words[start : start + 2 + start * 7 % 11]) for start in range(24)])
+    write(
+        root / "data/lines.jsonl",
+        [" ".join(words[start : start + 2 + start * 7 % 11]) for start in range(24)],
+    )
     make(root, ["pretrain", "expand_vocab"])
     return root
 
@@ -65,7 +70,9 @@ def project(expanded: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trivial(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A MiniGPT project, so that workers need not import transformers. Read it; do not write to it."""
+    """A MiniGPT project, so that workers need not import transformers. Read it; do not write to
+    it.
+    """
     root = projects.new_project(tmp_path_factory.mktemp("trivial") / "p")
     make(root, ["pretrain", "expand_vocab"], ["pretrain.epochs=2"])
     return root
@@ -91,9 +98,14 @@ def started(root: Path, commands: Sequence[list[str]]) -> list[Forked]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": len(commands), "LOCAL_WORLD_SIZE": len(commands), "MASTER_PORT": port}
-    variables = {name: str(number) for name, number in shared.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    variables = {name: str(number) for name, number in shared.items()} | {
+        "MASTER_ADDR": "127.0.0.1"
+    }
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(len(commands))]
-    return [Forked(one, root, variables=variables | rank) for one, rank in zip(commands, ranks, strict=True)]
+    return [
+        Forked(one, root, variables=variables | rank)
+        for one, rank in zip(commands, ranks, strict=True)
+    ]
 
 
 def ended(processes: Sequence[Forked]) -> list[tuple[int, str]]:
@@ -130,10 +142,21 @@ def tensors(folder: Path) -> Mapping[str, torch.Tensor]:
         (3, [], {"batch_size": 1, "retention_batch_size": 1}),  # two of the three ranks are idle
         (2, [], {"quantization": "nf4-dq", "train_embeddings": "new_rows"}),
         (2, ["--shard"], {}),
-        (3, ["--shard"], {"batch_size": 2, "gradient_checkpointing": "full", "train_embeddings": "all"}),
+        (
+            3,
+            ["--shard"],
+            {"batch_size": 2, "gradient_checkpointing": "full", "train_embeddings": "all"},
+        ),
         (4, ["--shard"], {"quantization": "nf4-dq", "gradient_checkpointing": "full"}),
     ],
-    ids=["data parallel", "some idle", "quantized", "sharded", "sharded, checkpointed, idle", "sharded, quantized"],
+    ids=[
+        "data parallel",
+        "some idle",
+        "quantized",
+        "sharded",
+        "sharded, checkpointed, idle",
+        "sharded, quantized",
+    ],
 )
 def test_several_processes_learn_what_one_learns(
     project: Path, size: int, flags: list[str], changes: dict[str, object]
@@ -171,8 +194,19 @@ def test_several_processes_learn_the_preferences_that_one_learns(project: Path, 
         for n in range(20)
     ]
     (project / "data/pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    given = {"data": "data/pairs.jsonl", "loss": loss, "epochs": 2, "batch_size": 3, "eval_share": 0.3}
-    asked = [LORA, "finetune", "dpo", *(f"--set=finetune_dpo.{key}={value}" for key, value in given.items())]
+    given = {
+        "data": "data/pairs.jsonl",
+        "loss": loss,
+        "epochs": 2,
+        "batch_size": 3,
+        "eval_share": 0.3,
+    }
+    asked = [
+        LORA,
+        "finetune",
+        "dpo",
+        *(f"--set=finetune_dpo.{key}={value}" for key, value in given.items()),
+    ]
     found, rewards = [], []
     for size in (1, 2):
         shutil.rmtree(project / ".lora-cache", ignore_errors=True)
@@ -181,7 +215,12 @@ def test_several_processes_learn_the_preferences_that_one_learns(project: Path, 
         steps = read_steps(folder / "loss.csv")
         found.append(tensors(folder))
         rewards.append(
-            torch.tensor([(s.loss, s.eval_loss or 0, s.reward_margin or 0, s.reward_accuracy or 0) for s in steps])
+            torch.tensor(
+                [
+                    (s.loss, s.eval_loss or 0, s.reward_margin or 0, s.reward_accuracy or 0)
+                    for s in steps
+                ]
+            )
         )
     torch.testing.assert_close(*rewards, rtol=0, atol=CURVE)
     torch.testing.assert_close(*found, rtol=0, atol=WEIGHTS)
@@ -191,8 +230,12 @@ def test_pitfall_21_a_sharded_run_writes_the_whole_adapter(project: Path, cli: L
     folder = trained(project, 2, command("--shard", train_embeddings="all"))
     made = tensors(folder)
     assert all(tensor.numel() and tensor.isfinite().all() for tensor in made.values())
-    assert any(tensor.any() for key, tensor in made.items() if key.endswith("lora_B.weight")), "it learned something"
-    assert cli("adapters", "verify", str(folder), "--base", "artifacts/expanded", cwd=project)[0] == 0
+    assert any(tensor.any() for key, tensor in made.items() if key.endswith("lora_B.weight")), (
+        "it learned something"
+    )
+    assert (
+        cli("adapters", "verify", str(folder), "--base", "artifacts/expanded", cwd=project)[0] == 0
+    )
 
 
 @pytest.mark.slow
@@ -225,7 +268,10 @@ def test_a_killed_process_ends_the_run_with_one_message_and_a_checkpoint(
     """`overlooked`: its connections stay open, so that gloo waits for what it would have sent."""
     slow = [*on_two_devices(epochs=1000), "--checkpoint-every", "100000", *flags]
     log = mini / f"runs/{STAGE}/loss.csv"
-    with ExitStack() as stack, subprocess.Popen(slow, cwd=mini, stderr=subprocess.PIPE, text=True) as running:
+    with (
+        ExitStack() as stack,
+        subprocess.Popen(slow, cwd=mini, stderr=subprocess.PIPE, text=True) as running,
+    ):
         while not log.exists() or len(read_steps(log)) < 3:
             assert running.poll() is None
             time.sleep(0.01)
@@ -237,8 +283,11 @@ def test_a_killed_process_ends_the_run_with_one_message_and_a_checkpoint(
     step = len(read_steps(log))
     assert running.returncode == 1
     (error,) = [line for line in said.splitlines() if line.startswith("error")]
-    by_rank_0 = f"rank 1 of 2 ended, or cannot be reached. A checkpoint after step {step} of" in error
-    by_launcher = "rank 1 of 2 was killed (SIGKILL). Run the same command to resume" in error  # it stopped rank 0 first
+    by_rank_0 = (
+        f"rank 1 of 2 ended, or cannot be reached. A checkpoint after step {step} of" in error
+    )
+    # it stopped rank 0 first
+    by_launcher = "rank 1 of 2 was killed (SIGKILL). Run the same command to resume" in error
     assert by_rank_0 or by_launcher, error
     assert "Traceback" not in said
     (kept,) = checkpoints(log.parent)
@@ -254,9 +303,15 @@ def sockets_of(pid: int) -> Iterator[None]:
     try:
         for path in Path(f"/proc/{pid}/fd").iterdir():
             if path.readlink().name.startswith("socket:"):
-                copied.append(ctypes.CDLL(None, use_errno=True).syscall(PIDFD_GETFD, process, int(path.name), 0))
+                copied.append(
+                    ctypes.CDLL(None, use_errno=True).syscall(
+                        PIDFD_GETFD, process, int(path.name), 0
+                    )
+                )
         if -1 in copied:
-            pytest.skip(f"the sockets of another process are not copied: {os.strerror(ctypes.get_errno())}")
+            pytest.skip(
+                f"the sockets of another process are not copied: {os.strerror(ctypes.get_errno())}"
+            )
         yield
     finally:
         for descriptor in (process, *copied):
@@ -297,7 +352,14 @@ def state_of(pid: int) -> tuple[str, str]:
         # the launcher does not wait for its workers any longer
         pytest.param(signal.SIGINT, True, 2, marks=pytest.mark.slow),
     ],
-    ids=["SIGKILL", "SIGTERM", "SIGINT to the launcher", "SIGINT to its group", "SIGHUP", "SIGINT twice"],
+    ids=[
+        "SIGKILL",
+        "SIGTERM",
+        "SIGINT to the launcher",
+        "SIGINT to its group",
+        "SIGHUP",
+        "SIGINT twice",
+    ],
 )
 @pytest.mark.slow
 def test_no_process_outlives_its_launcher_and_the_run_can_be_resumed(
@@ -305,9 +367,14 @@ def test_no_process_outlives_its_launcher_and_the_run_can_be_resumed(
 ) -> None:
     slow, log = on_two_devices(epochs=1000), mini / f"runs/{STAGE}/loss.csv"
     # as from a terminal: these tests may themselves run under nohup, which children inherit
-    heard = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    heard = (
+        "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
     command = [sys.executable, "-c", heard, *slow]
-    with subprocess.Popen(command, cwd=mini, stderr=subprocess.DEVNULL, start_new_session=True) as running:
+    with subprocess.Popen(
+        command, cwd=mini, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as running:
         while not log.exists() or len(read_steps(log)) < 3:
             assert running.poll() is None
             time.sleep(0.01)
@@ -333,17 +400,26 @@ def test_no_process_outlives_its_launcher_and_the_run_can_be_resumed(
 @pytest.mark.parametrize(("devices", "shell"), [("1", ""), ("2", "exec "), ("1", "exec ")])
 @pytest.mark.slow
 def test_what_dvc_has_started_ends_with_it(mini: Path, devices: str, shell: str) -> None:
-    """DVC runs a command by a shell, which some replace by the command, and tells it of no signal."""
+    """DVC runs a command by a shell, which some replace by the command, and tells it of no
+    signal.
+    """
     command = [LORA, "finetune", "lora", "--devices", devices, f"--set={STAGE}.epochs=1000"]
-    code = f"import subprocess; subprocess.run({shell + shlex.join(command)!r} + '; true' * {not shell}, shell=True)"
+    code = (
+        f"import subprocess; subprocess.run({shell + shlex.join(command)!r} + '; true' * "
+        f"{not shell}, shell=True)"
+    )
     log, variables = mini / f"runs/{STAGE}/loss.csv", {**os.environ, "DVC_STAGE": STAGE}
-    with subprocess.Popen([sys.executable, "-c", code], cwd=mini, stderr=subprocess.DEVNULL, env=variables) as dvc:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=mini, stderr=subprocess.DEVNULL, env=variables
+    ) as dvc:
         while not log.exists() or len(read_steps(log)) < 3:
             assert dvc.poll() is None
             time.sleep(0.01)
         processes = children_of(dvc.pid)
         processes += children_of(processes[0])
-        assert len(processes) == {("1", ""): 2, ("2", "exec "): 3, ("1", "exec "): 1}[devices, shell]
+        assert (
+            len(processes) == {("1", ""): 2, ("2", "exec "): 3, ("1", "exec "): 1}[devices, shell]
+        )
         dvc.kill()
     wait_until_gone(processes)
     (kept,) = checkpoints(log.parent)
@@ -353,7 +429,10 @@ def test_what_dvc_has_started_ends_with_it(mini: Path, devices: str, shell: str)
 @pytest.mark.slow
 def test_under_nohup_a_closed_terminal_ends_nothing(mini: Path) -> None:
     with subprocess.Popen(
-        ["nohup", *on_two_devices(epochs=1000)], cwd=mini, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ["nohup", *on_two_devices(epochs=1000)],
+        cwd=mini,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     ) as running:
         log = mini / f"runs/{STAGE}/loss.csv"
         while not log.exists() or len(read_steps(log)) < 3:
@@ -371,15 +450,29 @@ def test_under_nohup_a_closed_terminal_ends_nothing(mini: Path) -> None:
 @pytest.mark.slow
 def test_a_process_that_lives_and_does_not_answer_ends_the_run(mini: Path) -> None:
     code = (
-        "from datetime import timedelta; from cli.main import main; from pipeline.training import loop; "
+        "from datetime import timedelta; from cli.main import main; from pipeline.training import "
+        "loop; "
         "loop.SLOWEST_STEP = timedelta(seconds=3); main()"
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    command, log = [sys.executable, "-c", code, *on_two_devices(epochs=1000)[1:]], mini / f"runs/{STAGE}/loss.csv"
+        shared = {
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+        }
+    command, log = (
+        [sys.executable, "-c", code, *on_two_devices(epochs=1000)[1:]],
+        mini / f"runs/{STAGE}/loss.csv",
+    )
     first, second = (
-        subprocess.Popen(command, cwd=mini, stderr=subprocess.PIPE, text=True, env={**os.environ, **shared, "RANK": n})
+        subprocess.Popen(
+            command,
+            cwd=mini,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **shared, "RANK": n},
+        )
         for n in "01"
     )
     try:
@@ -391,7 +484,10 @@ def test_a_process_that_lives_and_does_not_answer_ends_the_run(mini: Path) -> No
     finally:
         second.kill()
         second.communicate()
-    lost = f"rank 1 of 2 ended, or cannot be reached. A checkpoint after step {len(read_steps(log))} of"
+    lost = (
+        f"rank 1 of 2 ended, or cannot be reached. A checkpoint after step {len(read_steps(log))} "
+        "of"
+    )
     assert first.returncode == 1 and lost in said and "Traceback" not in said
 
 
@@ -399,10 +495,19 @@ def test_machines_have_to_meet(mini: Path, cli: Lora) -> None:
     for flags, said in (
         (["--nnodes", "2"], "--nnodes and --rdzv-endpoint go together"),
         (["--rdzv-endpoint", "127.0.0.1:29400"], "--nnodes and --rdzv-endpoint go together"),
-        (["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1"], "--rdzv-endpoint must be HOST:PORT of a machine"),
-        (["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:70000"], "--rdzv-endpoint must be HOST:PORT of a machine"),
+        (
+            ["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1"],
+            "--rdzv-endpoint must be HOST:PORT of a machine",
+        ),
+        (
+            ["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:70000"],
+            "--rdzv-endpoint must be HOST:PORT of a machine",
+        ),
         (["--node-rank", "0"], "--node-rank must be less than --nnodes, which is 1"),
-        (["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:7", "--node-rank", "2"], "--node-rank must be less than"),
+        (
+            ["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:7", "--node-rank", "2"],
+            "--node-rank must be less than",
+        ),
     ):
         code, _, err = cli("finetune", "lora", *flags, cwd=mini)
         assert code == 1 and err.startswith(f"error: {said}") and err.count("\n") == 1
@@ -423,11 +528,14 @@ def test_a_worker_that_does_not_handle_sigterm_is_killed() -> None:
     """As when its main thread waits in a collective that hangs."""
     code = (
         "import signal, time; from pipeline.training.parallel import launch; "
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN); launch.GRACE = 0.1; launch.end_with_launcher(); time.sleep(60)"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); launch.GRACE = 0.1; "
+        "launch.end_with_launcher(); time.sleep(60)"
     )
     gone = subprocess.Popen(["true"])
     gone.wait()
-    worker = subprocess.run([sys.executable, "-c", code], env={**os.environ, launch.LAUNCHER: str(gone.pid)})
+    worker = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, launch.LAUNCHER: str(gone.pid)}
+    )
     assert worker.returncode == -signal.SIGKILL
 
 
@@ -450,8 +558,12 @@ def test_more_devices_than_there_are_are_refused(mini: Path, cli: Lora) -> None:
 
 
 @pytest.mark.slow
-def test_devices_are_processes_that_share_the_work_and_what_is_made_is_found_again(mini: Path) -> None:
-    first = subprocess.run(on_two_devices(epochs=1), cwd=mini, capture_output=True, text=True, check=False)
+def test_devices_are_processes_that_share_the_work_and_what_is_made_is_found_again(
+    mini: Path,
+) -> None:
+    first = subprocess.run(
+        on_two_devices(epochs=1), cwd=mini, capture_output=True, text=True, check=False
+    )
     assert first.returncode == 0, first.stderr
     assert first.stdout.count(FOLDER) == 1
     alone = [LORA, "finetune", "lora", f"--set={STAGE}.epochs=1"]
@@ -469,10 +581,14 @@ def test_what_one_process_cannot_do_is_said_once_by_the_first(project: Path) -> 
     assert all("; advised: " in note for note in notes)
 
 
-def test_only_several_processes_share_a_base_and_only_training_is_shared(project: Path, cli: Lora) -> None:
+def test_only_several_processes_share_a_base_and_only_training_is_shared(
+    project: Path, cli: Lora
+) -> None:
     code, _, err = cli("finetune", "lora", "--shard", cwd=project)
     assert code == 1
-    assert err == ("error: --shard shares the base among several devices. Say how many with --devices.\n")
+    assert err == (
+        "error: --shard shares the base among several devices. Say how many with --devices.\n"
+    )
     merged = ended(started(project, [[LORA, "merge"]] * 2))
     assert merged == [(1, "error: merge runs in one process. Call it without torchrun.\n"), (0, "")]
 
@@ -485,7 +601,13 @@ def test_machines_that_meet_train_together(mini: Path, tmp_path: Path, numbered:
     roots = [mini, shutil.copytree(mini, tmp_path / "other")]
     running = []
     for number, root in enumerate(roots):
-        where = ["--nnodes", "2", "--rdzv-endpoint", endpoint, *["--node-rank", str(number)] * numbered]
+        where = [
+            "--nnodes",
+            "2",
+            "--rdzv-endpoint",
+            endpoint,
+            *["--node-rank", str(number)] * numbered,
+        ]
         command = [LORA, "finetune", "lora", *where, f"--set={STAGE}.epochs=2"]
         running.append(subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True))
     said = [process.communicate(timeout=120)[1] for process in running]
@@ -498,7 +620,9 @@ def test_machines_that_meet_train_together(mini: Path, tmp_path: Path, numbered:
 def test_a_machine_that_waits_for_the_others_ends_with_ctrl_c(mini: Path) -> None:
     where = ["--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
     for number in ("0", "1"):  # one that has the port, one that waits for it
-        with subprocess.Popen([LORA, "finetune", "lora", *where, "--node-rank", number], cwd=mini) as waiting:
+        with subprocess.Popen(
+            [LORA, "finetune", "lora", *where, "--node-rank", number], cwd=mini
+        ) as waiting:
             time.sleep(8)
             assert waiting.poll() is None
             waiting.send_signal(signal.SIGINT)
@@ -512,7 +636,9 @@ def free_port() -> int:
 
 
 def test_torchrun_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One machine's rendezvous is that of --standalone, several machines' is the static one, and neither is changed."""
+    """One machine's rendezvous is that of --standalone, several machines' is the static one, and
+    neither is changed.
+    """
     import logging
 
     from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler

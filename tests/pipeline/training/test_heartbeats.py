@@ -1,4 +1,6 @@
-"""A rank that is lost ends what waits for it, on every rank that is left, and is named; what others do goes on."""
+"""A rank that is lost ends what waits for it, on every rank that is left, and is named; what others
+do goes on.
+"""
 
 import os
 import signal
@@ -44,12 +46,18 @@ def a_run() -> Iterator[list[str]]:
 def options(connection: socket.socket) -> list[int]:
     names = ["SO_KEEPALIVE", "TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT"]
     levels = [socket.SOL_SOCKET, *[socket.IPPROTO_TCP] * 4]
-    return [connection.getsockopt(level, getattr(socket, name)) for level, name in zip(levels, names, strict=True)]
+    return [
+        connection.getsockopt(level, getattr(socket, name))
+        for level, name in zip(levels, names, strict=True)
+    ]
 
 
 def keep_another_connection() -> bool:
     """A tracker's connection is what it was: in a run, and after another rank is lost."""
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as tracker:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as tracker,
+    ):
         served, before = server.accept()[0], options(tracker)
         with a_run() as said:
             assert options(tracker) == options(served) == before
@@ -85,9 +93,11 @@ def test_a_gather_with_a_rank_that_is_gone_ends_and_names_it() -> None:
 
 
 def wait_for_the_device(aborts: bool, said_at: Path) -> tuple[str, float]:
-    """Rank 0 reads its device behind a collective of NCCL with a rank that is gone; a stand-in for both.
+    """Rank 0 reads its device behind a collective of NCCL with a rank that is gone; a stand-in for
+    both.
 
-    `aborts`: whether NCCL can be aborted, which then ends the read. It destroys no group that has lost a rank.
+    `aborts`: whether NCCL can be aborted, which then ends the read. It destroys no group that has
+    lost a rank.
     """
     sys.stderr = said_at.open("w")
     read = threading.Event()
@@ -109,8 +119,12 @@ def wait_for_the_device(aborts: bool, said_at: Path) -> tuple[str, float]:
     return said[0], time.monotonic() - start
 
 
-def test_a_host_that_waits_for_its_device_is_freed_and_reports_though_no_group_is_destroyed(tmp_path: Path) -> None:
-    (said, seconds), _ = run_ranks(2, wait_for_the_device, True, tmp_path / "said", grouped=False, seconds=60)
+def test_a_host_that_waits_for_its_device_is_freed_and_reports_though_no_group_is_destroyed(
+    tmp_path: Path,
+) -> None:
+    (said, seconds), _ = run_ranks(
+        2, wait_for_the_device, True, tmp_path / "said", grouped=False, seconds=60
+    )
     assert said.startswith(LOST) and seconds < 20
 
 
@@ -134,7 +148,9 @@ def test_a_rank_that_is_done_is_not_lost() -> None:
 
 
 def pause(stopped: list[int], seconds: float) -> str:
-    """The processes of some ranks do not run for a while, twice as long as a heartbeat may be left out."""
+    """The processes of some ranks do not run for a while, twice as long as a heartbeat may be left
+    out.
+    """
     heartbeats.LOST_AFTER = 5
     with a_run() as said:
         pids: list[Any] = [None] * dist.get_world_size()
@@ -156,6 +172,8 @@ def test_a_rank_that_does_not_run_for_long_is_lost() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stopped", "seconds"), [([1], 2), ([0, 1], 10)], ids=["shortly", "with all others"])
+@pytest.mark.parametrize(
+    ("stopped", "seconds"), [([1], 2), ([0, 1], 10)], ids=["shortly", "with all others"]
+)
 def test_a_rank_that_pauses_is_not_lost(stopped: list[int], seconds: float) -> None:
     assert run_ranks(2, pause, stopped, seconds, grouped=False, seconds=60) == ["went on"] * 2

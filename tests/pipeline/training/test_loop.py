@@ -1,4 +1,6 @@
-"""The loop around the steps, on a toy: what it says and keeps when a run ends early, and how the next one goes on."""
+"""The loop around the steps, on a toy: what it says and keeps when a run ends early, and how the
+next one goes on.
+"""
 
 import gc
 import json
@@ -27,7 +29,13 @@ from pipeline.adapters.config import AdapterSpec
 from pipeline.errors import Interrupted, UserError
 from pipeline.files import artifact
 from pipeline.models.base import CausalLM
-from pipeline.project.logs.run_log import Sample, in_units, parse_sample, read_run_outcomes, read_steps
+from pipeline.project.logs.run_log import (
+    Sample,
+    in_units,
+    parse_sample,
+    read_run_outcomes,
+    read_steps,
+)
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event, Job, Note, Progress, checkpoints
 from pipeline.project.stage_graph import Project
@@ -59,8 +67,12 @@ def new_job(run: Path, every: int | None = None, key: str = "key") -> Job:
     return Job(cast(Project, None), STAGES["finetune_full"], run / "out", run, key, every)
 
 
-def new_task(given: Training | None = None, model: CausalLM | None = None, seed: int = 0, **more: Any) -> TrainingTask:
-    return TrainingTask.of_one(model or toy("llama"), Batches(DATA, 2, seed), given or settings(), FULL, **more)
+def new_task(
+    given: Training | None = None, model: CausalLM | None = None, seed: int = 0, **more: Any
+) -> TrainingTask:
+    return TrainingTask.of_one(
+        model or toy("llama"), Batches(DATA, 2, seed), given or settings(), FULL, **more
+    )
 
 
 def weights_of(run: Path, task: TrainingTask | None = None, **job: Any) -> torch.Tensor:
@@ -95,7 +107,9 @@ def kept(run: Path) -> list[str]:
 def handled(*numbers: int) -> Iterator[list[int]]:
     """What arrives of these signals while no run holds it."""
     arrived: list[int] = []
-    before = {number: signal.signal(number, lambda got, _: arrived.append(got)) for number in numbers}
+    before = {
+        number: signal.signal(number, lambda got, _: arrived.append(got)) for number in numbers
+    }
     try:
         yield arrived
     finally:
@@ -112,7 +126,9 @@ def test_a_signal_ends_the_run_after_the_step_and_the_next_run_ends_as_an_unbrok
         before, events = signal.getsignal(number), train(new_job(tmp_path / "run"), new_task())
         until(events, 2)
         os.kill(os.getpid(), number)
-        with pytest.raises(Interrupted, match=r"^finetune_full: stopped after step 3 of 6$") as stopped:
+        with pytest.raises(
+            Interrupted, match=r"^finetune_full: stopped after step 3 of 6$"
+        ) as stopped:
             list(events)
         assert (stopped.value.signal_number, arrived) == (number, [])
         assert signal.getsignal(number) is before
@@ -141,7 +157,9 @@ def test_a_signal_after_the_last_step_ends_the_run_too(tmp_path: Path) -> None:
         events = train(new_job(tmp_path / "run"), new_task())
         until(events, TOTAL)
         os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Interrupted, match=r"^finetune_full: stopped after the last step$") as stopped:
+        with pytest.raises(
+            Interrupted, match=r"^finetune_full: stopped after the last step$"
+        ) as stopped:
             list(events)
     assert stopped.value.signal_number == signal.SIGTERM
 
@@ -194,7 +212,9 @@ def failing(error: Exception, at: int, **more: Any) -> TrainingTask:
 def step_size(number: int) -> str:
     """The predicted peak of a step."""
     task = new_task()
-    return in_units(predict_peak_memory(task.model, FULL, task.settings, task.batches[number][0]) or 0)
+    return in_units(
+        predict_peak_memory(task.model, FULL, task.settings, task.batches[number][0]) or 0
+    )
 
 
 @pytest.mark.parametrize("at", [0, 2, 5])
@@ -202,7 +222,9 @@ def test_where_memory_runs_out_the_steps_before_are_kept(at: int, tmp_path: Path
     expected = weights_of(tmp_path / "whole")
     assert step_size(5) not in (step_size(4), step_size(3))
     with pytest.raises(CollectiveError) as error:
-        weights_of(tmp_path / "run", failing(RuntimeError("CUDA out of memory. Tried 9 GiB\nmore"), at))
+        weights_of(
+            tmp_path / "run", failing(RuntimeError("CUDA out of memory. Tried 9 GiB\nmore"), at)
+        )
     assert re.fullmatch(
         rf"finetune_full: out of memory in step {at + 1} \(CUDA out of memory\. Tried 9 GiB\)\. The calculator "
         rf"predicts {step_size(at)}; .* with finetune_full.gradient_checkpointing=full.*\. "
@@ -215,14 +237,18 @@ def test_where_memory_runs_out_the_steps_before_are_kept(at: int, tmp_path: Path
     assert torch.equal(optimizer.weights, expected)
 
 
-def test_where_memory_runs_out_after_the_last_step_its_size_is_told_and_it_is_kept(tmp_path: Path) -> None:
+def test_where_memory_runs_out_after_the_last_step_its_size_is_told_and_it_is_kept(
+    tmp_path: Path,
+) -> None:
     class Greedy(Asked):
         def answers(self, step: int) -> list[Sample]:  # noqa: ARG002
             raise MemoryError
 
     task = asked(TOTAL)
     prompts = cast(Prompts, Greedy(task.model, TOTAL))
-    with pytest.raises(CollectiveError, match=r"A checkpoint after step 6 of 6 is kept\.$") as error:
+    with pytest.raises(
+        CollectiveError, match=r"A checkpoint after step 6 of 6 is kept\.$"
+    ) as error:
         weights_of(tmp_path, replace(task, prompts=prompts))
     assert f"The calculator predicts {step_size(TOTAL - 1)}" in str(error.value)
 
@@ -244,9 +270,14 @@ def test_any_other_error_is_raised_as_it_is(at: int, tmp_path: Path) -> None:
         weights_of(tmp_path / "run", failing(UserError("as it says"), at))
 
 
-def test_where_a_process_goes_the_steps_before_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_a_process_goes_the_steps_before_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loop, "is_lost", lambda error: "gloo" in str(error))
-    with pytest.raises(CollectiveError, match=r"or cannot be reached\. A checkpoint after step 2 of 6 is kept\. Run"):
+    with pytest.raises(
+        CollectiveError,
+        match=r"or cannot be reached\. A checkpoint after step 2 of 6 is kept\. Run",
+    ):
         weights_of(tmp_path / "run", failing(RuntimeError("gloo: Connection closed"), 2))
     assert kept(tmp_path / "run") == ["checkpoint-000000002"]
 
@@ -296,7 +327,10 @@ def seal_without_logs(run: Path) -> None:
     [
         (cut_log, "run/loss.csv has fewer than 4 lines"),
         (lambda run: (run / "loss.csv").unlink(), "run/loss.csv has fewer than 4 lines"),
-        (lambda run: (*run.glob("*/state.safetensors"),)[0].write_bytes(b""), "state.safetensors was changed after"),
+        (
+            lambda run: (*run.glob("*/state.safetensors"),)[0].write_bytes(b""),
+            "state.safetensors was changed after",
+        ),
         (seal_without_logs, "'logs'"),
     ],
     ids=["log cut", "log gone", "state damaged", "manifest of another version"],
@@ -308,7 +342,9 @@ def test_an_unusable_checkpoint_is_named_and_training_starts_over(
     assert kept(tmp_path / "run") == ["checkpoint-000000004"]
     change(tmp_path / "run")
     optimizer, said = played(train(new_job(tmp_path / "run"), new_task()))
-    assert said[0].text.startswith("finetune_full: the checkpoint is not used and training starts over: ")
+    assert said[0].text.startswith(
+        "finetune_full: the checkpoint is not used and training starts over: "
+    )
     assert reason in said[0].text and "resumed" not in notes(said)
     assert torch.equal(optimizer.weights, weights_of(tmp_path / "whole"))
     assert kept(tmp_path / "run") == []
@@ -340,9 +376,13 @@ def test_a_run_goes_on_from_the_state_of_another_or_says_that_it_cannot(tmp_path
     with pytest.raises(UserError, match="A checkpoint after step 2 of 6 is kept"):
         second = replace(second, path=Fails(first.model, MemoryError(), 2))
         weights_of(tmp_path / "second", second)
-    assert load_file(tmp_path / "second/checkpoint-000000002/state.safetensors")["step"] == TOTAL + 2
+    assert (
+        load_file(tmp_path / "second/checkpoint-000000002/state.safetensors")["step"] == TOTAL + 2
+    )
     other, said = played(train(new_job(tmp_path / "other"), replace(new_task(), state=state)))
-    assert said[0].text == "finetune_full: the optimizer's state is of other settings and is not used"
+    assert (
+        said[0].text == "finetune_full: the optimizer's state is of other settings and is not used"
+    )
     assert other.steps == TOTAL and torch.equal(other.weights, weights_of(tmp_path / "whole"))
 
 
@@ -357,18 +397,37 @@ def test_what_it_says_and_logs_of_memory_and_losses(seed: int, tmp_path: Path) -
     assert [event for event in said if isinstance(event, Progress)] == [
         Progress(step.step, TOTAL, f"loss {step.loss:.3f}") for step in steps
     ]
-    rows = [line.split(",") for line in (tmp_path / "telemetry.csv").read_text(encoding="utf-8").splitlines()[1:]]
+    rows = [
+        line.split(",")
+        for line in (tmp_path / "telemetry.csv").read_text(encoding="utf-8").splitlines()[1:]
+    ]
     assert [row[4] for row in rows] == ["cpu"] * TOTAL
     tokens = [sum(batch.ids.numel() for batch in task.batches[number]) for number in range(TOTAL)]
-    assert (tokens[4] > max(tokens[1:4])) == (seed == 1), "a larger one after an epoch's steps is not waited for"
-    largest = max(range(1, 4), key=lambda number: tokens[number])  # the first step allocates what later ones keep
+    assert (tokens[4] > max(tokens[1:4])) == (seed == 1), (
+        "a larger one after an epoch's steps is not waited for"
+    )
+    # the first step allocates what later ones keep
+    largest = max(range(1, 4), key=lambda number: tokens[number])
     (batch,) = task.batches[largest]
-    predicted, measured = predict_peak_memory(task.model, FULL, task.settings, batch), int(rows[-1][6])
-    assert {int(row[5]) for row in rows} == {predicted} and measured == pytest.approx(predicted, rel=0.05)
+    predicted, measured = (
+        predict_peak_memory(task.model, FULL, task.settings, batch),
+        int(rows[-1][6]),
+    )
+    assert {int(row[5]) for row in rows} == {predicted} and measured == pytest.approx(
+        predicted, rel=0.05
+    )
     assert [int(row[6]) for row in rows] == [0] * largest + [measured] * (TOTAL - largest)
     assert [event for event in said if isinstance(event, Note)] == [
-        Note(f"finetune_full: {in_units(int(rows[0][5]))} of tensors predicted at the peak of the largest step", True),
-        Note(f"finetune_full: {in_units(measured)} of tensors measured at the peak of the largest step", True),
+        Note(
+            f"finetune_full: {in_units(int(rows[0][5]))} of tensors predicted at the peak of the "
+            "largest step",
+            True,
+        ),
+        Note(
+            f"finetune_full: {in_units(measured)} of tensors measured at the peak of the largest "
+            "step",
+            True,
+        ),
     ]
     assert not task.model.training
 
@@ -403,7 +462,9 @@ def test_rewards_of_a_step_and_of_what_is_held_out_are_told_apart(tmp_path: Path
     evaluation = Evaluation(Batches(listed(windows_of((5, 6, 7), seed=1)), 1, 0), 2, 0)
     task = new_task(settings(max_steps=3), evaluation=evaluation)
     played(train(new_job(tmp_path), replace(task, path=Rewarded(task.model))))
-    found = [(step.reward_accuracy, step.eval_accuracy) for step in read_steps(tmp_path / "loss.csv")]
+    found = [
+        (step.reward_accuracy, step.eval_accuracy) for step in read_steps(tmp_path / "loss.csv")
+    ]
     assert found == [(1, None), (1, 3), (1, 3)]
 
 
@@ -413,26 +474,40 @@ def test_a_model_that_reads_one_sequence_at_a_time_is_noted(tmp_path: Path) -> N
 
     task = new_task()
     said = until(train(new_job(tmp_path), replace(task, path=Unpacked(task.model))), 1)
-    assert said[0].text == "finetune_full: this model reads one sequence at a time; training is slower for it"
+    assert (
+        said[0].text
+        == "finetune_full: this model reads one sequence at a time; training is slower for it"
+    )
 
 
 def overfitting() -> TrainingTask:
     evaluation = Evaluation(Batches(listed(windows_of((9, 8, 7, 6), seed=1)), 4, 0), 1, 2)
-    return new_task(settings(epochs=40, schedule="constant", learning_rate=2e-2), evaluation=evaluation)
+    return new_task(
+        settings(epochs=40, schedule="constant", learning_rate=2e-2), evaluation=evaluation
+    )
 
 
-def test_a_run_that_no_longer_improves_stops_with_its_best_weights_also_if_it_is_killed_then(tmp_path: Path) -> None:
+def test_a_run_that_no_longer_improves_stops_with_its_best_weights_also_if_it_is_killed_then(
+    tmp_path: Path,
+) -> None:
     task = overfitting()
     optimizer, said = played(train(new_job(tmp_path / "run", every=1), task))
     losses = [step.eval_loss or 0.0 for step in read_steps(tmp_path / "run/loss.csv")]
     best = losses.index(min(losses)) + 1
     assert 1 < best == len(losses) - 2 < 100
-    assert f"finetune_full: stopped at step {best + 2} of 120: the evaluation loss no longer improves" in notes(said)
+    assert (
+        f"finetune_full: stopped at step {best + 2} of 120: the evaluation loss no longer improves"
+        in notes(said)
+    )
     cut = new_task(settings(epochs=40, schedule="constant", learning_rate=2e-2, max_steps=best))
     assert torch.equal(weights_of(tmp_path / "cut", cut), optimizer.weights)
-    assert torch.equal(torch.cat([p.detach().view(-1) for p in task.model.parameters()]), optimizer.weights[0])
+    assert torch.equal(
+        torch.cat([p.detach().view(-1) for p in task.model.parameters()]), optimizer.weights[0]
+    )
     again, said = played(train(new_job(tmp_path / "run"), overfitting()))
-    assert f"finetune_full: resumed after step {best + 2}" in notes(said) and "stopped at" in notes(said)
+    assert f"finetune_full: resumed after step {best + 2}" in notes(said) and "stopped at" in notes(
+        said
+    )
     assert not [event for event in said if isinstance(event, Progress)]
     assert torch.equal(again.weights, optimizer.weights)
 
@@ -484,8 +559,14 @@ def asked(every: int, **changes: Any) -> TrainingTask:
 def test_prompts_are_answered_every_so_often_and_after_the_last_step(
     every: int, changes: dict[str, Any], steps: list[int], tmp_path: Path
 ) -> None:
-    assert torch.equal(weights_of(tmp_path / "run", asked(every, **changes)), weights_of(tmp_path / "without"))
-    answers = [*map(parse_sample, (tmp_path / "run/samples.jsonl").read_text(encoding="utf-8").splitlines())]
+    assert torch.equal(
+        weights_of(tmp_path / "run", asked(every, **changes)), weights_of(tmp_path / "without")
+    )
+    answers = [
+        *map(
+            parse_sample, (tmp_path / "run/samples.jsonl").read_text(encoding="utf-8").splitlines()
+        )
+    ]
     assert [answer.step for answer in answers] == steps
     assert len({answer.answer for answer in answers}) == len(steps), "of the weights at that step"
 
@@ -508,12 +589,19 @@ def test_answers_are_part_of_what_a_checkpoint_needs(tmp_path: Path) -> None:
 def test_only_a_model_that_compiles_is_compiled(tmp_path: Path) -> None:
     model = toy("llama")
     model.compiles = False
-    for task in (new_task(settings(compile=True), model), replace(pair(), learners=[named("a", compile=True)])):
-        with pytest.raises(UserError, match=r"^finetune_full: compile is true, but only .* Set compile to false\.$"):
+    for task in (
+        new_task(settings(compile=True), model),
+        replace(pair(), learners=[named("a", compile=True)]),
+    ):
+        with pytest.raises(
+            UserError, match=r"^finetune_full: compile is true, but only .* Set compile to false\.$"
+        ):
             weights_of(tmp_path / "run", task)
 
 
-def test_a_gpu_without_bf16_is_noted_where_bf16_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_bf16_is_noted_where_bf16_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Moved(Exception):
         pass
 
@@ -535,14 +623,24 @@ def test_a_gpu_without_bf16_is_noted_where_bf16_is_asked_for(tmp_path: Path, mon
         except Moved:
             return ""
 
-    assert "no bf16 instructions and is slow with it. Set finetune_full.precision=fp16" in first("bf16", "cuda", False)
-    assert [first("bf16", "cuda", True), first("fp32", "cuda", False), first("bf16", "cpu", False)] == ["", "", ""]
+    assert "no bf16 instructions and is slow with it. Set finetune_full.precision=fp16" in first(
+        "bf16", "cuda", False
+    )
+    assert [
+        first("bf16", "cuda", True),
+        first("fp32", "cuda", False),
+        first("bf16", "cpu", False),
+    ] == ["", "", ""]
 
 
-def test_dropout_and_noise_each_change_what_is_learned_and_neither_of_zero_does(tmp_path: Path) -> None:
+def test_dropout_and_noise_each_change_what_is_learned_and_neither_of_zero_does(
+    tmp_path: Path,
+) -> None:
     def learned(name: str, **noise: float) -> torch.Tensor:
         own = FinetuneLora(epochs=1, learning_rate=1e-2, **noise)  # type: ignore[arg-type]
-        return weights_of(tmp_path / name, new_task(own, with_lora(toy("llama"), dropout=own.lora_dropout)))
+        return weights_of(
+            tmp_path / name, new_task(own, with_lora(toy("llama"), dropout=own.lora_dropout))
+        )
 
     plain = learned("plain")
     assert torch.equal(learned("none", lora_dropout=0.0, neftune_alpha=0.0), plain)
@@ -586,8 +684,11 @@ def test_a_loss_that_is_not_finite_is_computed_once_and_names_at_most_eight_line
     )
     assert read == [0, 1]
     assert kept(run) == ["checkpoint-000000001"]
-    with pytest.raises(loop.NotFinite, match="at step 2, on"):  # the checkpoint says that it still runs
-        weights_of(run, TrainingTask.of_one(toy("llama"), batches, settings(learning_rate=1e30), FULL))
+    # the checkpoint says that it still runs
+    with pytest.raises(loop.NotFinite, match="at step 2, on"):
+        weights_of(
+            run, TrainingTask.of_one(toy("llama"), batches, settings(learning_rate=1e30), FULL)
+        )
 
 
 # Many learners
@@ -601,7 +702,9 @@ def pair(rates: Sequence[float] = (1e-2, 1e-3), **more: Any) -> TrainingTask:
     """Two adapters, a and b, on one base."""
     model = toy("llama")
     torch.manual_seed(0)
-    routing = attach_many(model, [lambda: attach(model, AdapterSpec(2, 4.0, ("q_proj", "v_proj")), None)] * 2)
+    routing = attach_many(
+        model, [lambda: attach(model, AdapterSpec(2, 4.0, ("q_proj", "v_proj")), None)] * 2
+    )
     learners = [named(name, rate) for name, rate in zip("ab", rates, strict=True)]
     return TrainingTask(model, learners, ManyAdapters(model, routing), **more)
 
@@ -629,14 +732,18 @@ def diverging(*learners: int) -> TrainingTask:
     return replace(task, path=path)
 
 
-def test_each_of_many_has_its_log_and_progress_shows_the_range_of_their_losses(tmp_path: Path) -> None:
+def test_each_of_many_has_its_log_and_progress_shows_the_range_of_their_losses(
+    tmp_path: Path,
+) -> None:
     for old in ("gone", "earlier"):
         (tmp_path / old).mkdir()
         (tmp_path / old / "loss.csv").write_text("", encoding="utf-8")
     outcome = {"state": "stopped early", "steps": 4}
     task = pair(earlier={"earlier": outcome})
     model = task.model
-    _, said = played(train(new_job(tmp_path), replace(task, prompts=cast(Prompts, Asked(model, 6)))))
+    _, said = played(
+        train(new_job(tmp_path), replace(task, prompts=cast(Prompts, Asked(model, 6))))
+    )
     a, b = (read_steps(tmp_path / name / "loss.csv") for name in "ab")
     shown = [event.text for event in said if isinstance(event, Progress)]
     for one, other, text in zip(a, b, shown, strict=True):
@@ -645,11 +752,18 @@ def test_each_of_many_has_its_log_and_progress_shows_the_range_of_their_losses(t
     assert len(a) == TOTAL and a[-1] != b[-1]
     assert sorted(path.parent.name for path in tmp_path.glob("*/loss.csv")) == ["a", "b", "earlier"]
     assert read_run_outcomes(tmp_path) == {"earlier": "stopped early"}
-    asked_a, asked_b = (parse_sample((tmp_path / name / "samples.jsonl").read_text(encoding="utf-8")) for name in "ab")
-    assert asked_a.step == asked_b.step == TOTAL and asked_a.answer != asked_b.answer, "each with its own adapter"
+    asked_a, asked_b = (
+        parse_sample((tmp_path / name / "samples.jsonl").read_text(encoding="utf-8"))
+        for name in "ab"
+    )
+    assert asked_a.step == asked_b.step == TOTAL and asked_a.answer != asked_b.answer, (
+        "each with its own adapter"
+    )
 
 
-def test_one_that_diverges_is_told_and_its_neighbour_trains_on_also_after_a_resume(tmp_path: Path) -> None:
+def test_one_that_diverges_is_told_and_its_neighbour_trains_on_also_after_a_resume(
+    tmp_path: Path,
+) -> None:
     optimizer, said = played(train(new_job(tmp_path / "whole"), diverging(1)))
     (told,) = (event.text for event in said if "is stopped" in event.text)
     assert re.fullmatch(
@@ -665,13 +779,20 @@ def test_one_that_diverges_is_told_and_its_neighbour_trains_on_also_after_a_resu
     again, said = played(train(new_job(tmp_path / "run"), resumed))
     assert "resumed after step 4" in notes(said) and "is stopped" not in notes(said)
     assert torch.equal(again.weights[0], optimizer.weights[0])
-    assert [(each.stopped, each.diverged) for each in resumed.learners] == [(None, False), (1, True)]
+    assert [(each.stopped, each.diverged) for each in resumed.learners] == [
+        (None, False),
+        (1, True),
+    ]
     for file in ("a/loss.csv", "b/loss.csv", "sweep.json"):
         assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
-@pytest.mark.parametrize(("rows", "told"), [(4, r"(f\.txt:\d, ){4}"), (6, r"(f\.txt:\d, ){3}f\.txt:\d and 2 more, ")])
-def test_of_one_that_diverges_at_most_four_lines_are_named(rows: int, told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rows", "told"), [(4, r"(f\.txt:\d, ){4}"), (6, r"(f\.txt:\d, ){3}f\.txt:\d and 2 more, ")]
+)
+def test_of_one_that_diverges_at_most_four_lines_are_named(
+    rows: int, told: str, tmp_path: Path
+) -> None:
     task, batches = diverging(1), Batches(listed(windows_of((3,) * rows)), rows, 0)
     learners = [replace(each, batches=batches) for each in task.learners]
     _, said = played(train(new_job(tmp_path), replace(task, learners=learners)))
@@ -681,7 +802,10 @@ def test_of_one_that_diverges_at_most_four_lines_are_named(rows: int, told: str,
 def test_where_all_diverge_the_run_ends_and_the_weights_before_are_kept(tmp_path: Path) -> None:
     with pytest.raises(loop.NotFinite) as error:
         weights_of(tmp_path / "run", diverging(0, 1))
-    assert str(error.value) == "finetune_full: all adapters diverged: none has a finite loss. Lower learning_rate."
+    assert (
+        str(error.value)
+        == "finetune_full: all adapters diverged: none has a finite loss. Lower learning_rate."
+    )
     assert kept(tmp_path / "run") == ["checkpoint-000000001"]
     assert read_run_outcomes(tmp_path / "run") == {"a": "diverged", "b": "diverged"}
     with pytest.raises(loop.NotFinite):
@@ -693,10 +817,16 @@ def test_at_a_rung_only_the_lowest_loss_trains_on_also_after_a_resume(tmp_path: 
         return pair((1e-2, 1e-5), evaluation=Evaluation(Batches(DATA, 2, 0), 100, 0, 2, {2: 1}))
 
     optimizer, said = played(train(new_job(tmp_path / "whole"), rung()))
-    assert "finetune_full: b stopped after step 2: its evaluation loss is not the lowest" in notes(said)
+    assert "finetune_full: b stopped after step 2: its evaluation loss is not the lowest" in notes(
+        said
+    )
     a, b = (read_steps(tmp_path / "whole" / name / "loss.csv") for name in "ab")
     assert (len(a), len(b)) == (TOTAL, 2)
-    assert a[1].eval_loss is not None and b[1].eval_loss is not None and a[1].eval_loss < b[1].eval_loss
+    assert (
+        a[1].eval_loss is not None
+        and b[1].eval_loss is not None
+        and a[1].eval_loss < b[1].eval_loss
+    )
     assert read_run_outcomes(tmp_path / "whole") == {"b": "stopped early"}
     for stop, every in ((2, 2), (4, 3)):
         run = tmp_path / f"run{stop}"
@@ -717,7 +847,10 @@ def test_the_forecast_is_of_the_larger_of_what_is_learned_and_what_is_retained()
         retain = RetentionLoss(model, listed(windows_of((length,) * 6, seed=3)), own)
         task = TrainingTask.of_one(model, Batches(DATA, 2, 0), own, FULL, retain=retain)
         (learned,), (retained,) = task.batches[1], retain.batches[1]
-        sizes = [predict_peak_memory(model, FULL, own, *each) for each in ((learned, False), (retained, True))]
+        sizes = [
+            predict_peak_memory(model, FULL, own, *each)
+            for each in ((learned, False), (retained, True))
+        ]
         assert predicted_peak(task, 1) == max(size for size in sizes if size is not None)
         plain = predict_peak_memory(model, FULL, own, retained, False)
         assert sizes[1] is not None and plain is not None and (sizes[1] > plain) == (length == 40)
@@ -752,10 +885,16 @@ def test_one_record_is_measured_and_never_the_first(number: int, measured: int |
             seen[each] = meter.running
             yield each
 
-    found = measure_memory(cast(MemoryMeter, meter), number, cast(CausalLM, model), optimizer, records())
+    found = measure_memory(
+        cast(MemoryMeter, meter), number, cast(CausalLM, model), optimizer, records()
+    )
     assert list(found) == list(range(5))
-    assert [each for each, running in seen.items() if running] == ([] if measured is None else [measured])
-    assert meter.watched == 6 + 7 + 2 * 6, "parameters, buffers, the optimizer's weights and gradient"
+    assert [each for each, running in seen.items() if running] == (
+        [] if measured is None else [measured]
+    )
+    assert meter.watched == 6 + 7 + 2 * 6, (
+        "parameters, buffers, the optimizer's weights and gradient"
+    )
 
 
 # Processes
@@ -763,9 +902,13 @@ def test_one_record_is_measured_and_never_the_first(number: int, measured: int |
 
 @contextmanager
 def group(store: Path) -> Iterator[None]:
-    """A process group of this process alone, in which collectives are those of a distributed run."""
+    """A process group of this process alone, in which collectives are those of a distributed
+    run.
+    """
     minute = timedelta(minutes=1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1, timeout=minute)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=0, world_size=1, timeout=minute
+    )
     try:
         yield
     finally:
@@ -773,14 +916,22 @@ def group(store: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("sharded", [False, True, None])
-def test_a_run_of_one_process_in_a_group_is_one_without_a_group(sharded: bool | None, tmp_path: Path) -> None:
+def test_a_run_of_one_process_in_a_group_is_one_without_a_group(
+    sharded: bool | None, tmp_path: Path
+) -> None:
     alone = weights_of(tmp_path / "alone", new_task(model=with_lora(toy("llama"))))
     with group(tmp_path / "members"):
-        found = weights_of(tmp_path / "group", new_task(model=with_lora(toy("llama")), sharded=sharded))
+        found = weights_of(
+            tmp_path / "group", new_task(model=with_lora(toy("llama")), sharded=sharded)
+        )
         gloo = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
-        assert gloo.options._timeout == SLOWEST_STEP, "of a step; until the first one the group's own limit holds"
+        assert gloo.options._timeout == SLOWEST_STEP, (
+            "of a step; until the first one the group's own limit holds"
+        )
     assert torch.equal(found, alone)
-    assert folder_bytes(tmp_path / "group")["loss.csv"] == folder_bytes(tmp_path / "alone")["loss.csv"]
+    assert (
+        folder_bytes(tmp_path / "group")["loss.csv"] == folder_bytes(tmp_path / "alone")["loss.csv"]
+    )
 
 
 class HeldOut:
@@ -800,12 +951,20 @@ def evaluated(right: Mapping[int, int], **changes: Any) -> TrainingTask:
     return new_task(given, evaluation=evaluation, questions=cast(Prompts, HeldOut(right)))
 
 
-def test_held_out_answers_are_logged_beside_the_loss_and_change_nothing_that_is_trained(tmp_path: Path) -> None:
+def test_held_out_answers_are_logged_beside_the_loss_and_change_nothing_that_is_trained(
+    tmp_path: Path,
+) -> None:
     right = {step: min(step, 4) for step in range(1, TOTAL + 1)}
-    assert torch.equal(weights_of(tmp_path / "run", evaluated(right)), weights_of(tmp_path / "without"))
+    assert torch.equal(
+        weights_of(tmp_path / "run", evaluated(right)), weights_of(tmp_path / "without")
+    )
     steps = read_steps(tmp_path / "run/loss.csv")
     assert [step.eval_answers for step in steps] == [right[step.step] / 4 for step in steps]
-    samples = [*map(parse_sample, (tmp_path / "run/samples.jsonl").read_text(encoding="utf-8").splitlines())]
+    samples = [
+        *map(
+            parse_sample, (tmp_path / "run/samples.jsonl").read_text(encoding="utf-8").splitlines()
+        )
+    ]
     assert [sample.step for sample in samples] == [step for step in right for _ in range(4)]
     assert samples[0] == Sample(1, "question 0", "True", "True") and samples[1].answer == "False"
 
@@ -816,12 +975,17 @@ def test_held_out_answers_are_logged_beside_the_loss_and_change_nothing_that_is_
 
 
 def test_the_best_weights_may_be_those_with_the_most_expected_answers(tmp_path: Path) -> None:
-    right = {1: 1, 2: 3, 3: 2, 4: 3, 5: 0, 6: 0}  # of two with as many the later one, whose loss is lower
+    # of two with as many the later one, whose loss is lower
+    right = {1: 1, 2: 3, 3: 2, 4: 3, 5: 0, 6: 0}
     best = evaluated(right, patience=9, metric_for_best_model="eval_answers")
     optimizer, _ = played(train(new_job(tmp_path / "best"), best))
     steps = read_steps(tmp_path / "best/loss.csv")
-    assert min(steps, key=lambda step: step.eval_loss or 0).step == TOTAL, "by loss the last would be the best"
-    assert torch.equal(optimizer.weights, weights_of(tmp_path / "four", new_task(settings(max_steps=4))))
+    assert min(steps, key=lambda step: step.eval_loss or 0).step == TOTAL, (
+        "by loss the last would be the best"
+    )
+    assert torch.equal(
+        optimizer.weights, weights_of(tmp_path / "four", new_task(settings(max_steps=4)))
+    )
 
     stopped = evaluated(right, patience=1, metric_for_best_model="eval_answers")
     _, said = played(train(new_job(tmp_path / "stopped"), stopped))
@@ -830,7 +994,11 @@ def test_the_best_weights_may_be_those_with_the_most_expected_answers(tmp_path: 
 
 
 def test_answers_can_only_choose_the_best_where_some_are_asked() -> None:
-    with pytest.raises(UserError, match=r"^metric_for_best_model is eval_answers, but samples\.held_out"):
+    with pytest.raises(
+        UserError, match=r"^metric_for_best_model is eval_answers, but samples\.held_out"
+    ):
         settings(metric_for_best_model="eval_answers")
-    with pytest.raises(UserError, match=r"^metric_for_best_model is eval_answers, but patience is 0"):
+    with pytest.raises(
+        UserError, match=r"^metric_for_best_model is eval_answers, but patience is 0"
+    ):
         settings(metric_for_best_model="eval_answers", samples={"held_out": 4})

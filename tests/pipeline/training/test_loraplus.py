@@ -1,4 +1,6 @@
-"""LoRA+ (Hayou et al. 2024): B has `ratio` times the learning rate of A, against PEFT's optimizer."""
+"""LoRA+ (Hayou et al. 2024): B has `ratio` times the learning rate of A, against PEFT's
+optimizer.
+"""
 
 import copy
 import math
@@ -33,10 +35,14 @@ def by_peft_key(model: TransformersModel, saved: bool) -> Mapping[str, Tensor]:
 
 def grads_of(step: int, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(step)
-    return {name: torch.randn(p.shape, generator=generator) / 10 for name, p in sorted(names.items())}
+    return {
+        name: torch.randn(p.shape, generator=generator) / 10 for name, p in sorted(names.items())
+    }
 
 
-def stepped(flat: FlatOptimizer, model: TransformersModel, saved: bool, steps: range, clip: float = 0.0) -> None:
+def stepped(
+    flat: FlatOptimizer, model: TransformersModel, saved: bool, steps: range, clip: float = 0.0
+) -> None:
     """Optimizer steps on random gradients."""
     for step in steps:
         places = by_peft_key(model, saved)
@@ -52,7 +58,9 @@ def stepped(flat: FlatOptimizer, model: TransformersModel, saved: bool, steps: r
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 @pytest.mark.parametrize("saved", [False, True], ids=["matrices", "and embeddings"])
-def test_steps_are_those_of_pefts_loraplus_optimizer(dtype: torch.dtype, clip: float, saved: bool) -> None:
+def test_steps_are_those_of_pefts_loraplus_optimizer(
+    dtype: torch.dtype, clip: float, saved: bool
+) -> None:
     model = ours_of(dtype, saved)
     flat = FlatOptimizer(model, ratios=[RATIO])
     ends = list(model.embedding_and_head) if saved else None
@@ -71,7 +79,8 @@ def test_steps_are_those_of_pefts_loraplus_optimizer(dtype: torch.dtype, clip: f
             theirs[name].copy_(p)
     for step in range(6):
         for name, gradient in grads_of(step, theirs).items():
-            narrow = dtype if "lora_" in name else torch.float32  # our gradients of 16-bit factors are 16-bit
+            # our gradients of 16-bit factors are 16-bit
+            narrow = dtype if "lora_" in name else torch.float32
             theirs[name].grad = gradient.to(narrow).float()
         torch.nn.utils.clip_grad_norm_(list(theirs.values()), clip or math.inf)
         for group, rate in zip(adam.param_groups, base, strict=True):
@@ -80,7 +89,9 @@ def test_steps_are_those_of_pefts_loraplus_optimizer(dtype: torch.dtype, clip: f
     stepped(flat, model, saved, range(6), clip)
     masters = {id(p): weights for p, weights in flat.trained()}
     for name, p in by_peft_key(model, saved).items():
-        torch.testing.assert_close(masters[id(p)], theirs[name].detach(), atol=1e-6, rtol=1e-6, msg=name)
+        torch.testing.assert_close(
+            masters[id(p)], theirs[name].detach(), atol=1e-6, rtol=1e-6, msg=name
+        )
 
 
 def test_the_first_step_moves_b_by_ratio_times_as_much_as_a() -> None:
@@ -96,9 +107,13 @@ def test_the_first_step_moves_b_by_ratio_times_as_much_as_a() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_checkpoint_has_one_vector_of_each_kind_and_goes_on_to_the_same_bits(dtype: torch.dtype) -> None:
+def test_a_checkpoint_has_one_vector_of_each_kind_and_goes_on_to_the_same_bits(
+    dtype: torch.dtype,
+) -> None:
     unbroken, stopped, again = (ours_of(dtype, saved=True) for _ in range(3))
-    flat, first, second = (FlatOptimizer(model, ratios=[RATIO]) for model in (unbroken, stopped, again))
+    flat, first, second = (
+        FlatOptimizer(model, ratios=[RATIO]) for model in (unbroken, stopped, again)
+    )
     assert first.state().keys() == {"weights"}
     stepped(flat, unbroken, True, range(5))
     stepped(first, stopped, True, range(2))
@@ -114,7 +129,9 @@ def test_a_checkpoint_has_one_vector_of_each_kind_and_goes_on_to_the_same_bits(d
     stepped(second, again, True, range(2, 5))
     for name, tensor in flat.state().items():
         assert torch.equal(second.state()[name], tensor), name
-    assert all(torch.equal(p, q) for p, q in zip(unbroken.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(unbroken.parameters(), again.parameters(), strict=True)
+    )
 
 
 def test_a_ratio_of_one_is_plain_adam_to_the_bit() -> None:

@@ -1,4 +1,6 @@
-"""Losses in chunks: value and gradients of the plain computation, whatever the size of the chunks."""
+"""Losses in chunks: value and gradients of the plain computation, whatever the size of the
+chunks.
+"""
 
 from collections.abc import Sequence
 
@@ -29,7 +31,9 @@ def gradients(loss: Tensor, of: Sequence[Tensor]) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("trains_head", [False, True])
 @pytest.mark.parametrize("size", SIZES)
-def test_the_cross_entropy_in_chunks_is_pytorchs(size: int, trains_head: bool, dtype: torch.dtype) -> None:
+def test_the_cross_entropy_in_chunks_is_pytorchs(
+    size: int, trains_head: bool, dtype: torch.dtype
+) -> None:
     head, _, wide = heads()
     labels, rows = torch.randint(V, (N,)), wide.detach().to(dtype).requires_grad_()
     head.to(dtype).requires_grad_(trains_head)
@@ -39,7 +43,9 @@ def test_the_cross_entropy_in_chunks_is_pytorchs(size: int, trains_head: bool, d
     assert found.dtype == torch.float32
     assert_close(found, wanted)
     rtol, atol = (2e-2, 2e-3) if dtype == torch.bfloat16 else (1e-5, 1e-6)
-    for mine, theirs in zip(gradients(found, [rows, *trained]), gradients(wanted, [rows, *trained]), strict=True):
+    for mine, theirs in zip(
+        gradients(found, [rows, *trained]), gradients(wanted, [rows, *trained]), strict=True
+    ):
         assert_close(mine, theirs, rtol=rtol, atol=atol)
 
 

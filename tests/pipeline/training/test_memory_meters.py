@@ -1,4 +1,6 @@
-"""Memory on a GPU, as far as it shows without one: CUDA's allocator is a fake, and running out of memory an error."""
+"""Memory on a GPU, as far as it shows without one: CUDA's allocator is a fake, and running out of
+memory an error.
+"""
 
 import itertools
 import os
@@ -30,7 +32,11 @@ CUDA, MIB = torch.device("cuda", 0), 2**20
 @pytest.fixture
 def allocator(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Bytes that the fake allocator and driver report."""
-    counts = {"max_memory_allocated": 300 * MIB, "max_memory_reserved": 400 * MIB, "memory_reserved": 390 * MIB}
+    counts = {
+        "max_memory_allocated": 300 * MIB,
+        "max_memory_reserved": 400 * MIB,
+        "memory_reserved": 390 * MIB,
+    }
     for name in counts:
         monkeypatch.setattr(torch.cuda, name, lambda _, name=name: counts[name])
 
@@ -38,17 +44,28 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         counts["max_memory_allocated"] = 100 * MIB
 
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="12-34"))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="12-34")
+    )
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", {"GPU-12-34": "handle"}.__getitem__)
-    processes = [SimpleNamespace(pid=1, usedGpuMemory=MIB), SimpleNamespace(pid=os.getpid(), usedGpuMemory=850 * MIB)]
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", {"handle": processes}.__getitem__)
+    processes = [
+        SimpleNamespace(pid=1, usedGpuMemory=MIB),
+        SimpleNamespace(pid=os.getpid(), usedGpuMemory=850 * MIB),
+    ]
+    monkeypatch.setattr(
+        pynvml, "nvmlDeviceGetComputeRunningProcesses", {"handle": processes}.__getitem__
+    )
     return counts
 
 
-def test_on_a_gpu_the_allocator_is_read_and_no_operation_is_watched(allocator: dict[str, int]) -> None:
+def test_on_a_gpu_the_allocator_is_read_and_no_operation_is_watched(
+    allocator: dict[str, int],
+) -> None:
     meter = memory_meter(CUDA)
-    assert isinstance(meter, CudaMemoryMeter) and isinstance(memory_meter(torch.device("cpu")), TensorMemoryMeter)
+    assert isinstance(meter, CudaMemoryMeter) and isinstance(
+        memory_meter(torch.device("cpu")), TensorMemoryMeter
+    )
     with meter:
         allocator["max_memory_allocated"] += 20 * MIB
     assert (meter.peak, meter.reserved, meter.context) == (120 * MIB, 400 * MIB, 460 * MIB)
@@ -56,7 +73,9 @@ def test_on_a_gpu_the_allocator_is_read_and_no_operation_is_watched(allocator: d
 
 
 @pytest.mark.usefixtures("allocator")
-def test_a_context_that_the_driver_does_not_tell_is_called_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_context_that_the_driver_does_not_tell_is_called_an_estimate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """In a container the process has another number there; other drivers have no such table."""
 
     def missing(_: str) -> None:
@@ -68,7 +87,9 @@ def test_a_context_that_the_driver_does_not_tell_is_called_an_estimate(monkeypat
         meter = CudaMemoryMeter(CUDA)
         with meter:
             pass
-        assert meter.context == 0 and meter.beside.endswith(f"was not measured: {in_units(512 * MIB)} is an estimate")
+        assert meter.context == 0 and meter.beside.endswith(
+            f"was not measured: {in_units(512 * MIB)} is an estimate"
+        )
 
 
 @pytest.mark.parametrize("number", [0, 3])
@@ -76,7 +97,11 @@ def test_a_failed_steps_tensors_are_freed_before_the_checkpoint_and_the_advice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """A full GPU has no room for a checkpoint beside them: nothing of the error may hold them."""
-    root, held, alive = new_project(tmp_path / "p", FAMILIES["llama"]), list[weakref.ref[Tensor]](), dict[str, bool]()
+    root, held, alive = (
+        new_project(tmp_path / "p", FAMILIES["llama"]),
+        list[weakref.ref[Tensor]](),
+        dict[str, bool](),
+    )
     make(root, ["pretrain", "expand_vocab"])
     count = itertools.count()
 
@@ -87,7 +112,9 @@ def test_a_failed_steps_tensors_are_freed_before_the_checkpoint_and_the_advice(
             try:
                 raise RuntimeError("a first try")
             except RuntimeError:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")  # noqa: B904
+                raise torch.OutOfMemoryError(  # noqa: B904
+                    "CUDA out of memory. Tried to allocate 2.00 GiB.\nMore."
+                )
         return loss_of(model, batch)
 
     def noted(name: str) -> Any:
@@ -103,7 +130,10 @@ def test_a_failed_steps_tensors_are_freed_before_the_checkpoint_and_the_advice(
     monkeypatch.setattr(step, "loss_of", scarce)
     for name in ("_save", "suggest_less_memory"):
         monkeypatch.setattr(loop, name, noted(name))
-    with pytest.raises(UserError, match=r"out of memory in step \d+ \(CUDA out of memory\. Tried to allocate 2.00 GiB"):
+    with pytest.raises(
+        UserError,
+        match=r"out of memory in step \d+ \(CUDA out of memory\. Tried to allocate 2.00 GiB",
+    ):
         make(root, ["finetune_lora"], ["finetune_lora.epochs=2"])
     assert alive == {"_save": False, "suggest_less_memory": False}
 

@@ -1,4 +1,6 @@
-"""The trainer's step, traced without weights, against the calculator's formula: same modules, loss and optimizer."""
+"""The trainer's step, traced without weights, against the calculator's formula: same modules, loss
+and optimizer.
+"""
 
 from dataclasses import replace
 
@@ -25,7 +27,9 @@ SHORT = replace(STEP, batch=4, sequence=256, attention="short", checkpointing="n
     replace(STEP, checkpointing="none", cpu=False), replace(STEP, checkpointing="selective", cpu=False),
 ], ids=["none", "selective", "full", "short", "gpu-none", "gpu-selective"])  # fmt: skip
 @pytest.mark.sampled(5)
-def test_qwen3_8bs_step_fits_the_calculator_within_one_percent(run: TrainingConfig, adapter: str, blocks: int) -> None:
+def test_qwen3_8bs_step_fits_the_calculator_within_one_percent(
+    run: TrainingConfig, adapter: str, blocks: int
+) -> None:
     """Exact shapes under fake tensors, LoRA r = 8 on q, k, v, o; the model has 36 blocks."""
     config, run = shortened("qwen3-8b", blocks), replace(run, adapter_precision=adapter)
     formula = predict(architecture(config, "qwen3-8b"), Lora(), run).peak
@@ -33,7 +37,9 @@ def test_qwen3_8bs_step_fits_the_calculator_within_one_percent(run: TrainingConf
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-@pytest.mark.parametrize("name", ["llama-3.2-1b", "smollm2-135m", "qwen2.5-0.5b", "mistral-7b-v0.1"])
+@pytest.mark.parametrize(
+    "name", ["llama-3.2-1b", "smollm2-135m", "qwen2.5-0.5b", "mistral-7b-v0.1"]
+)
 @pytest.mark.parametrize(
     "method",
     [
@@ -50,7 +56,10 @@ def test_other_models_and_methods_fit_within_three_percent(
     name: str, method: FinetuningMethod, checkpointing: str
 ) -> None:
     precision = "fp32" if "smol" in name else "bf16"
-    config, run = shortened(name, 3), replace(SHORT, precision=precision, checkpointing=checkpointing)
+    config, run = (
+        shortened(name, 3),
+        replace(SHORT, precision=precision, checkpointing=checkpointing),
+    )
     formula = predict(architecture(config, name), method, run).peak
     assert formula == pytest.approx(traced_peak(config, method, run), rel=0.03)
 
@@ -61,7 +70,9 @@ REFINED = {
     "dora from pissa": Lora(targets=("all-linear",), dora=True, pissa=True),
     "dropout": Lora(targets=("all-linear",), lora_dropout=0.1),
     "dora with dropout": Lora(targets=("all-linear",), dora=True, pissa=True, lora_dropout=0.1),
-    "patterns": Lora(targets=("all-linear",), rank_pattern=(("q_proj", 64), (r".*[01]\.mlp\..*", 2)), rslora=True),
+    "patterns": Lora(
+        targets=("all-linear",), rank_pattern=(("q_proj", 64), (r".*[01]\.mlp\..*", 2)), rslora=True
+    ),
 }
 
 
@@ -70,7 +81,9 @@ REFINED = {
 @pytest.mark.parametrize("name", REFINED)
 @pytest.mark.sampled(5)
 @pytest.mark.slow
-def test_refinements_of_lora_fit_within_three_percent(name: str, checkpointing: str, adapter: str) -> None:
+def test_refinements_of_lora_fit_within_three_percent(
+    name: str, checkpointing: str, adapter: str
+) -> None:
     config = shortened("smollm2-135m", 3)
     run = replace(SHORT, checkpointing=checkpointing, adapter_precision=adapter)
     formula = predict(architecture(config, name), REFINED[name], run).peak
@@ -85,7 +98,10 @@ def test_dora_pissa_and_dropout_need_more_than_lora_and_the_formula_says_how_muc
     shapes, plain = architecture(config, "four"), Lora(targets=("all-linear",))
     base = predict(shapes, plain, run).peak, traced_peak(config, plain, run)
     for name in ("dora", "pissa", "dropout"):
-        more = predict(shapes, REFINED[name], run).peak - base[0], traced_peak(config, REFINED[name], run) - base[1]
+        more = (
+            predict(shapes, REFINED[name], run).peak - base[0],
+            traced_peak(config, REFINED[name], run) - base[1],
+        )
         assert more[0] == pytest.approx(more[1], rel=0.1), name
         assert more[1] > 0.01 * base[1]
 
@@ -103,10 +119,14 @@ def test_our_step_needs_less_than_the_libraries() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.sampled(4)
 @pytest.mark.slow
-def test_an_optimizers_state_and_update_fit_within_half_a_percent(optimizer: str, precision: str) -> None:
+def test_an_optimizers_state_and_update_fit_within_half_a_percent(
+    optimizer: str, precision: str
+) -> None:
     """Of a full model on four tokens: state and update are the step."""
     config = shortened("smollm2-135m", 3)
-    run = replace(SHORT, batch=1, sequence=4, precision=precision, optimizer=optimizer, neftune_alpha=5.0)
+    run = replace(
+        SHORT, batch=1, sequence=4, precision=precision, optimizer=optimizer, neftune_alpha=5.0
+    )
     for method in (Full(), Lora(rank=64, targets=("all-linear",))):
         formula = predict(architecture(config, optimizer), method, run)
         assert formula.peak == pytest.approx(traced_peak(config, method, run), rel=0.005)
@@ -116,13 +136,18 @@ def test_the_update_of_8_bit_moments_is_the_peak_where_a_step_is_small() -> None
     """The moments of a million weights are in fp32 at once."""
     run = replace(SHORT, batch=1, sequence=4, precision="fp32", optimizer="adamw-8bit")
     shapes = architecture(shortened("smollm2-135m", 3), "small")
-    assert predict(shapes, Lora(rank=64, targets=("all-linear",)), run).where == "optimizer's update"
+    assert (
+        predict(shapes, Lora(rank=64, targets=("all-linear",)), run).where == "optimizer's update"
+    )
 
 
 def test_paged_state_is_not_on_the_device_but_what_is_updated_is() -> None:
     shapes = architecture(shortened("smollm2-135m", 3), "small")
     eight, paged = (
-        predict(shapes, Full(), replace(STEP, precision="fp32", optimizer=name)) for name in OPTIMIZERS[1:3]
+        predict(shapes, Full(), replace(STEP, precision="fp32", optimizer=name))
+        for name in OPTIMIZERS[1:3]
     )
-    assert eight.optimizer - paged.optimizer == pytest.approx(2 * (1 + 4 / 256) * shapes.total, rel=1e-6)
+    assert eight.optimizer - paged.optimizer == pytest.approx(
+        2 * (1 + 4 / 256) * shapes.total, rel=1e-6
+    )
     assert 0 < paged.optimizer < 2**18, "the tables of the code"

@@ -1,4 +1,6 @@
-"""LoRA's dropout against PEFT's under the same masks, NEFTune against transformers', and where neither may be."""
+"""LoRA's dropout against PEFT's under the same masks, NEFTune against transformers', and where
+neither may be.
+"""
 
 import zlib
 from typing import Any
@@ -43,19 +45,29 @@ class Masked(nn.Module):
         return x * mask_of(self.name, x) / (1 - DROPOUT)
 
 
-TARGETS = {"llama": ("q_proj", "down_proj"), "gpt2": ("c_attn", "mlp.c_proj")}  # without biases, and Conv1D with them
+# without biases, and Conv1D with them
+TARGETS = {"llama": ("q_proj", "down_proj"), "gpt2": ("c_attn", "mlp.c_proj")}
 
 
 @pytest.mark.parametrize("folds", [True, False], ids=["small matrices", "as large ones"])
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("family", TARGETS)
-def test_a_step_with_dropout_is_pefts_under_the_same_masks(family: str, dora: bool, folds: bool) -> None:
-    names, ids = TARGETS[family], torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
+def test_a_step_with_dropout_is_pefts_under_the_same_masks(
+    family: str, dora: bool, folds: bool
+) -> None:
+    names, ids = (
+        TARGETS[family],
+        torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0)),
+    )
     ours = with_lora(toy(family), names=names, dora=dora, dropout=DROPOUT)
-    config = LoraConfig(r=3, lora_alpha=6, target_modules=list(names), use_dora=dora, lora_dropout=DROPOUT)
+    config = LoraConfig(
+        r=3, lora_alpha=6, target_modules=list(names), use_dora=dora, lora_dropout=DROPOUT
+    )
     theirs = get_peft_model(stock(toy(family)), config).train()
     by_key = tensors(ours, AdapterSpec(3, 6.0, names))
-    peft = {name.replace(".default", ""): p for name, p in theirs.named_parameters() if p.requires_grad}
+    peft = {
+        name.replace(".default", ""): p for name, p in theirs.named_parameters() if p.requires_grad
+    }
     with torch.no_grad():
         for name, p in by_key.items():
             if "magnitude" not in name:
@@ -74,7 +86,13 @@ def test_a_step_with_dropout_is_pefts_under_the_same_masks(family: str, dora: bo
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     plain = with_lora(toy(family), names=names, dora=dora)
-    assert abs(F.cross_entropy(plain(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item() - losses[0]) > 1e-3
+    assert (
+        abs(
+            F.cross_entropy(plain(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+            - losses[0]
+        )
+        > 1e-3
+    )
     peft_by_key = {name.replace("_vector.weight", "_vector"): p for name, p in peft.items()}
     for name, p in by_key.items():
         torch.testing.assert_close(p.grad, peft_by_key[name].grad, rtol=1e-3, atol=1e-5)
@@ -87,7 +105,10 @@ def test_pissas_subtracted_product_sees_no_dropout() -> None:
     layer = LoRALinear(base, 2, 0.5, init="pissa", dropout=DROPOUT)
     layer.keep = lambda x: mask_of("layer", x)
     residual = base.weight - 0.5 * layer.lora_B @ layer.lora_A
-    expected = F.linear(x, residual, base.bias) + 0.5 * Masked("layer")(x) @ layer.lora_A.T @ layer.lora_B.T
+    expected = (
+        F.linear(x, residual, base.bias)
+        + 0.5 * Masked("layer")(x) @ layer.lora_A.T @ layer.lora_B.T
+    )
     torch.testing.assert_close(layer(x), expected)
     layer.folds = False
     torch.testing.assert_close(layer(x), expected)
@@ -104,7 +125,9 @@ def test_masks_drop_their_share_and_keep_the_mean() -> None:
         for _ in range(2):
             with noise.during([1000]):
                 seen.append(layer.dropped(x))
-    assert all(sorted({*kept.flatten().tolist()}) == pytest.approx([0, 1 / (1 - DROPOUT)]) for kept in seen)
+    assert all(
+        sorted({*kept.flatten().tolist()}) == pytest.approx([0, 1 / (1 - DROPOUT)]) for kept in seen
+    )
     assert all(kept.mean().item() == pytest.approx(1, abs=0.01) for kept in seen)
     first, second, third, *again = seen[:4] + seen[4:]
     assert not torch.equal(first, second) and not torch.equal(first, third)
@@ -129,13 +152,19 @@ def test_noise_on_a_sequence_is_that_of_transformers() -> None:
 
 
 def test_each_sequence_of_a_packed_row_has_noise_of_its_own_length() -> None:
-    noise, lengths, x = LearnerNoise(Training(neftune_alpha=ALPHA)), [3, 50, 9], torch.zeros(62, 400)
+    noise, lengths, x = (
+        LearnerNoise(Training(neftune_alpha=ALPHA)),
+        [3, 50, 9],
+        torch.zeros(62, 400),
+    )
     with noise.during(lengths):
         parts = noise.perturb(x).split(lengths)  # type: ignore[no-untyped-call]
     for length, part in zip(lengths, parts, strict=True):
         bound = ALPHA / (length * 400) ** 0.5
         assert 0.99 * bound < part.abs().max() <= bound
-        assert abs(part.mean()) < 0.1 * bound and part.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+        assert abs(part.mean()) < 0.1 * bound and part.std().item() == pytest.approx(
+            bound / 3**0.5, rel=0.05
+        )
 
 
 # Where there is noise
@@ -143,11 +172,21 @@ def test_each_sequence_of_a_packed_row_has_noise_of_its_own_length() -> None:
 
 def noisy(checkpointing: Any = "none", **changes: Any) -> tuple[TransformersModel, TrainingTask]:
     settings = FinetuneLora(
-        **{"epochs": 2, "lora_dropout": DROPOUT, "neftune_alpha": ALPHA, "precision": "fp32", **changes}
+        **{
+            "epochs": 2,
+            "lora_dropout": DROPOUT,
+            "neftune_alpha": ALPHA,
+            "precision": "fp32",
+            **changes,
+        }
     )
     model = toy("llama")
     torch.manual_seed(0)
-    attach(model, AdapterSpec(3, 6.0, ("q_proj", "v_proj"), dropout=settings.lora_dropout), init="kaiming")
+    attach(
+        model,
+        AdapterSpec(3, 6.0, ("q_proj", "v_proj"), dropout=settings.lora_dropout),
+        init="kaiming",
+    )
     model.checkpoint_blocks(checkpointing)
     data = listed(windows_of((4, 6, 5, 3, 8)))
     batches = Batches(data, 2, settings.seed, settings.gradient_accumulation_steps)
@@ -158,13 +197,22 @@ def noisy(checkpointing: Any = "none", **changes: Any) -> tuple[TransformersMode
 def test_both_change_every_step_and_neither_its_evaluation() -> None:
     data = collate(windows_of((4, 6, 5, 3, 8)))
     losses = []
-    for changes in ({"lora_dropout": 0.0, "neftune_alpha": 0.0}, {"lora_dropout": 0.0}, {"neftune_alpha": 0.0}, {}):
+    for changes in (
+        {"lora_dropout": 0.0, "neftune_alpha": 0.0},
+        {"lora_dropout": 0.0},
+        {"neftune_alpha": 0.0},
+        {},
+    ):
         model, task = noisy(**changes)
         for record in steps(task, build_optimizer(model, task.settings)):
             with torch.no_grad():
                 assert record[0].eval_loss == pytest.approx(loss_of(model, data).item(), rel=1e-5)
         losses.append([record[0].loss])
-        assert all(layer.keep is None for _, layer in adapter_layers(model) if isinstance(layer, LoRALinear))
+        assert all(
+            layer.keep is None
+            for _, layer in adapter_layers(model)
+            if isinstance(layer, LoRALinear)
+        )
     assert len({loss for (loss,) in losses}) == 4
 
 

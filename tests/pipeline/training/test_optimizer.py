@@ -1,4 +1,6 @@
-"""The optimizer's bookkeeping: a state taken over, a scale that cannot be halved, a learner that stands still."""
+"""The optimizer's bookkeeping: a state taken over, a scale that cannot be halved, a learner that
+stands still.
+"""
 
 import copy
 
@@ -16,7 +18,9 @@ def net(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
 
 def stepped(optimizer: FlatOptimizer, model: nn.Module, steps: int = 1) -> None:
     for seed in range(steps):
-        inputs = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed)).to(next(model.parameters()).dtype)
+        inputs = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed)).to(
+            next(model.parameters()).dtype
+        )
         torch.autograd.backward(model(inputs).float().square().mean() * optimizer.scale)
         optimizer.collect_gradients()
         optimizer.step(0.01)
@@ -24,19 +28,26 @@ def stepped(optimizer: FlatOptimizer, model: nn.Module, steps: int = 1) -> None:
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_run_goes_on_from_the_state_of_the_run_that_made_its_weights(dtype: torch.dtype, scaled: bool) -> None:
+def test_a_run_goes_on_from_the_state_of_the_run_that_made_its_weights(
+    dtype: torch.dtype, scaled: bool
+) -> None:
     model = net(dtype)
     first = FlatOptimizer(model, scaled=scaled)
     stepped(first, model, 3)
-    state, saved = copy.deepcopy(first.state()), copy.deepcopy(model)  # saved in the dtype of its parameters
+    # saved in the dtype of its parameters
+    state, saved = copy.deepcopy(first.state()), copy.deepcopy(model)
     again = FlatOptimizer(saved, scaled=scaled)
     assert again.steps == 0
     assert again.take_over(state)
     assert again.steps == 3
-    assert all(torch.equal(again.state()[name], tensor) for name, tensor in state.items()), "in fp32, as it was"
+    assert all(torch.equal(again.state()[name], tensor) for name, tensor in state.items()), (
+        "in fp32, as it was"
+    )
     stepped(first, model)
     stepped(again, saved)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), saved.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), saved.parameters(), strict=True)
+    )
 
 
 def test_a_state_of_other_weights_or_settings_is_not_taken_over() -> None:
@@ -44,7 +55,10 @@ def test_a_state_of_other_weights_or_settings_is_not_taken_over() -> None:
     optimizer = FlatOptimizer(model)
     stepped(optimizer, model)
     state, before = copy.deepcopy(optimizer.state()), optimizer.weights.clone()
-    larger = {name: torch.cat([tensor, tensor], -1) if tensor.dim() else tensor for name, tensor in state.items()}
+    larger = {
+        name: torch.cat([tensor, tensor], -1) if tensor.dim() else tensor
+        for name, tensor in state.items()
+    }
     without = {name: tensor for name, tensor in state.items() if name != "exp_avg"}
     scaled = {**state, "loss_scale": torch.tensor([2.0, 0.0])}
     for other in (larger, without, scaled, {**state, "weights": state["weights"] + 1e-3}):
@@ -69,7 +83,10 @@ class Stacked(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.vectors, self.matrices = nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.randn(2, 4, 5))
+        self.vectors, self.matrices = (
+            nn.Parameter(torch.randn(2, 3)),
+            nn.Parameter(torch.randn(2, 4, 5)),
+        )
 
     def loss(self) -> Tensor:
         return self.vectors.square().sum() + self.matrices.square().sum()
@@ -80,12 +97,23 @@ def test_a_learner_without_a_rate_stands_still_and_norms_are_of_each() -> None:
     optimizer = FlatOptimizer(model, ratios=(1.0, 1.0))
     before = optimizer.weights.clone()
     torch.autograd.backward(model.loss())
-    wanted = torch.stack([torch.cat([model.vectors[n], model.matrices[n].flatten()]) for n in (0, 1)]).norm(dim=1) * 2
+    wanted = (
+        torch.stack(
+            [torch.cat([model.vectors[n], model.matrices[n].flatten()]) for n in (0, 1)]
+        ).norm(dim=1)
+        * 2
+    )
     torch.testing.assert_close(optimizer.collect_gradients(), wanted.detach())
-    assert model.vectors.grad is None and model.matrices.grad is None, "freed once they are collected"
+    assert model.vectors.grad is None and model.matrices.grad is None, (
+        "freed once they are collected"
+    )
     optimizer.step(None, 0.01)
-    assert torch.equal(optimizer.weights[0], before[0]) and not torch.equal(optimizer.weights[1], before[1])
-    assert torch.equal(model.matrices[1].flatten(), optimizer.weights[1, 3:]), "parameters are views"
+    assert torch.equal(optimizer.weights[0], before[0]) and not torch.equal(
+        optimizer.weights[1], before[1]
+    )
+    assert torch.equal(model.matrices[1].flatten(), optimizer.weights[1, 3:]), (
+        "parameters are views"
+    )
     for parameter, weights in optimizer.trained():
         assert torch.equal(parameter, weights)
     assert [tuple(weights.shape) for _, weights in optimizer.trained()] == [(2, 3), (2, 4, 5)]
@@ -96,21 +124,29 @@ def test_a_learner_whose_layer_nobody_used_has_no_gradient_there() -> None:
     model = Stacked()
     optimizer = FlatOptimizer(model, ratios=(1.0, 1.0))
     torch.autograd.backward(model.vectors.square().sum())
-    torch.testing.assert_close(optimizer.collect_gradients(), 2 * model.vectors.detach().norm(dim=1))
+    torch.testing.assert_close(
+        optimizer.collect_gradients(), 2 * model.vectors.detach().norm(dim=1)
+    )
     assert not optimizer.gradient[:, 3:].any()
 
 
 def test_16_bit_learners_step_as_their_fp32_weights_and_read_them_rounded() -> None:
     half, full = Stacked().to(torch.bfloat16), Stacked().to(torch.bfloat16).float()
     optimizers = [FlatOptimizer(model, ratios=(1.0, 1.0)) for model in (half, full)]
-    held = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in optimizers[0].tensors()}
+    held = {
+        each.untyped_storage().data_ptr(): each.untyped_storage().nbytes()
+        for each in optimizers[0].tensors()
+    }
     assert sum(held.values()) == 46 * (4 + 4 + 2), "no 16-bit gradients: autograd has its own"
     for model, optimizer in zip((half, full), optimizers, strict=True):
-        torch.autograd.backward((model.vectors * 0.5).sum() - model.matrices.sum())  # exact in 16 bits
+        # exact in 16 bits
+        torch.autograd.backward((model.vectors * 0.5).sum() - model.matrices.sum())
         optimizer.collect_gradients()
         optimizer.step(1e-3, 2e-3)
     torch.testing.assert_close(optimizers[0].weights, optimizers[1].weights)
-    for (parameter, weights), (other, _) in zip(optimizers[0].trained(), optimizers[1].trained(), strict=True):
+    for (parameter, weights), (other, _) in zip(
+        optimizers[0].trained(), optimizers[1].trained(), strict=True
+    ):
         assert parameter.dtype == torch.bfloat16
         torch.testing.assert_close(weights, other.data)
         assert torch.equal(parameter, weights.bfloat16())
@@ -121,13 +157,17 @@ def named_layers(dtypes: tuple[torch.dtype, ...]) -> nn.Module:
     model = nn.Module()
     for n, dtype in enumerate(dtypes):
         layer = nn.Module()
-        layer.lora_B, layer.lora_A = (nn.Parameter(torch.full((2,), value).to(dtype)) for value in (n + 0.5, float(n)))
+        layer.lora_B, layer.lora_A = (
+            nn.Parameter(torch.full((2,), value).to(dtype)) for value in (n + 0.5, float(n))
+        )
         model.add_module(f"layer{n}", layer)
     return model
 
 
 def test_a_row_is_ordered_by_dtype_and_then_by_rate_so_that_each_is_one_block() -> None:
-    """A checkpoint holds a row as it is: in another order, those of earlier versions would train on scrambled."""
+    """A checkpoint holds a row as it is: in another order, those of earlier versions would train on
+    scrambled.
+    """
     full, half = torch.float32, torch.bfloat16
     mixed = FlatOptimizer(named_layers((full, half, full)), ratios=(4.0,))
     assert mixed.weights[0, ::2].tolist() == [1.0, 1.5, 0.0, 2.0, 0.5, 2.5]
@@ -149,7 +189,9 @@ def test_gradients_of_16_bit_parameters_are_collected_and_forgotten() -> None:
         assert float(optimizer.collect_gradients()) == 0
     plain = net(torch.bfloat16)
     torch.autograd.backward(plain(inputs).sum())
-    wanted = torch.cat([p.grad.flatten().float() for p in plain.parameters() if p.grad is not None]).norm()
+    wanted = torch.cat(
+        [p.grad.flatten().float() for p in plain.parameters() if p.grad is not None]
+    ).norm()
     assert norms == pytest.approx([float(wanted)] * 2)
 
 

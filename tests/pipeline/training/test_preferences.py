@@ -1,5 +1,5 @@
-"""Preference losses against TRL's own trainers on the same batches: losses, rewards and gradients; KTO's estimate of
-the divergence, ORPO's likelihood of the prompt."""
+"""Preference losses against TRL's own trainers on the same batches: losses, rewards and gradients;
+KTO's estimate of the divergence, ORPO's likelihood of the prompt."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +35,9 @@ def sequences(count: int, seed: int = 0) -> list[Window]:
     """Prompts with answers; two and two have the same prompt."""
     found = []
     for pair in range(count // 2):
-        prompt = torch.randint(3, ROWS, (5 + pair,), generator=torch.Generator().manual_seed(seed + pair)).tolist()
+        prompt = torch.randint(
+            3, ROWS, (5 + pair,), generator=torch.Generator().manual_seed(seed + pair)
+        ).tolist()
         for number, answer in enumerate((3 + pair % 3, 6 - pair % 2)):
             own = torch.Generator().manual_seed(1000 + seed + 2 * pair + number)
             ids = [*prompt, *torch.randint(3, ROWS, (answer,), generator=own).tolist()]
@@ -60,7 +62,9 @@ def test_losses_rewards_and_gradients_are_trls(tmp_path: Path, case: str) -> Non
 
 
 @pytest.mark.parametrize("trains_head", [False, True])
-def test_log_probs_and_their_gradients_are_autograds_however_they_are_chunked(trains_head: bool) -> None:
+def test_log_probs_and_their_gradients_are_autograds_however_they_are_chunked(
+    trains_head: bool,
+) -> None:
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 50, bias=False)
     head.requires_grad_(trains_head)
@@ -85,12 +89,18 @@ TRAILED = Window(0, (9, 4, 11, 14, 5), (IGNORED, 11, 12, IGNORED, IGNORED))
 
 def plain_log_probs(model: TransformersModel, window: Window) -> Tensor:
     values = model(torch.tensor([window.ids]))[0].log_softmax(-1)
-    return torch.stack([values[i, label] for i, label in enumerate(window.labels) if label != IGNORED])
+    return torch.stack(
+        [values[i, label] for i, label in enumerate(window.labels) if label != IGNORED]
+    )
 
 
 @pytest.mark.parametrize("packs", [True, False])
-@pytest.mark.parametrize("windows", [[FULL, FULL], [PARTLY, FULL], [TRAILED, PARTLY, FULL, TRAILED]], ids=len)
-def test_a_likelihood_is_the_sum_of_each_sequences_labels(windows: list[Window], packs: bool) -> None:
+@pytest.mark.parametrize(
+    "windows", [[FULL, FULL], [PARTLY, FULL], [TRAILED, PARTLY, FULL, TRAILED]], ids=len
+)
+def test_a_likelihood_is_the_sum_of_each_sequences_labels(
+    windows: list[Window], packs: bool
+) -> None:
     model = with_lora(toy("llama", tie_word_embeddings=False))
     model.supports_packing = packs
     model.head.requires_grad_(True)
@@ -106,7 +116,9 @@ def test_a_likelihood_is_the_sum_of_each_sequences_labels(windows: list[Window],
     assert_close(mine, torch.autograd.grad((wanted * weights).sum(), trained), rtol=1e-4, atol=1e-5)
 
 
-def test_with_their_prompts_sequences_are_labelled_up_to_their_last_label_and_their_answers_are_known() -> None:
+def test_with_their_prompts_sequences_are_labelled_up_to_their_last_label_and_their_answers_are_known() -> (
+    None
+):
     batch = batch_of(answers_of([TRAILED, PARTLY]), [0, 1], whole=1)
     assert batch.labels.tolist() == [4, 11, 12, 11, 12, 13]
     assert batch.counts == (3, 3)
@@ -127,7 +139,9 @@ def test_what_is_measured_are_means_over_all_batches_since_it_was_measured(loss:
         assert (batch.units, batch.labels) == ({0: units}, {0: batch.batch.tokens})
         assert path.losses(batch).isfinite()
     _, chosen, rejected = preference(model, answer_batch(answers, range(5)), settings)
-    right = (chosen > rejected).sum() if loss == "dpo" else (chosen > 0).sum() + (rejected < 0).sum()
+    right = (
+        (chosen > rejected).sum() if loss == "dpo" else (chosen > 0).sum() + (rejected < 0).sum()
+    )
     means = chosen.mean().item(), rejected.mean().item()
     wanted = dict(zip(REWARDS, (*means, means[0] - means[1], right.item() / 5), strict=True))
     assert means[0] != pytest.approx(means[1]) and 0 < right < 5
@@ -138,21 +152,34 @@ def test_what_is_measured_are_means_over_all_batches_since_it_was_measured(loss:
 def test_a_rank_that_gets_no_unit_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = answers_of([FULL, PARTLY, TRAILED, FULL, PARTLY, TRAILED])
     plain = AnswerBatches(answers, 2, None)
-    assert [batch.units for step in (0, 1) for batch in plain[step] if isinstance(batch, losses.AnswerBatch)] == [2, 1]
+    assert [
+        batch.units
+        for step in (0, 1)
+        for batch in plain[step]
+        if isinstance(batch, losses.AnswerBatch)
+    ] == [2, 1]
     monkeypatch.setattr(losses, "shard_for_rank", lambda items: items[1::2])  # rank 1 of 2
     (first,), (last,) = (AnswerBatches(answers, 2, None)[step] for step in (0, 1))
     assert isinstance(first, losses.AnswerBatch) and isinstance(last, losses.AnswerBatch)
     assert (first.units, first.idle, first.counts) == (1, False, (2, 3))
-    assert (last.units, last.idle, last.counts) == (0, True, (3, 2)), "it computes as the others do, and counts nothing"
+    assert (last.units, last.idle, last.counts) == (0, True, (3, 2)), (
+        "it computes as the others do, and counts nothing"
+    )
 
 
 def test_batches_are_in_the_order_of_their_seed_and_orpos_have_labels_on_prompts_too() -> None:
     answers = answers_of(sequences(24))
     lengths = [len(window.ids) for window in answers.windows]
-    assert [answers.tokens(n) for n in range(3)] == [sum(lengths[2 * n : 2 * n + 2]) for n in range(3)]
+    assert [answers.tokens(n) for n in range(3)] == [
+        sum(lengths[2 * n : 2 * n + 2]) for n in range(3)
+    ]
 
     def inputs(seed: int | None) -> list[list[int]]:
-        return [batch.ids.tolist() for step in range(3) for batch in AnswerBatches(answers, 4, seed)[step]]
+        return [
+            batch.ids.tolist()
+            for step in range(3)
+            for batch in AnswerBatches(answers, 4, seed)[step]
+        ]
 
     assert inputs(0) == inputs(0) != inputs(1) != inputs(None) != inputs(0)
     (part,), (whole,) = (AnswerBatches(answers, 4, None, whole=whole)[0] for whole in (False, True))
@@ -160,7 +187,9 @@ def test_batches_are_in_the_order_of_their_seed_and_orpos_have_labels_on_prompts
     assert part.answered is None and whole.answered is not None and whole.tokens > part.tokens
 
 
-def test_a_model_that_packs_nothing_reads_each_sequence_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_packs_nothing_reads_each_sequence_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, read, run_body = toy("llama"), list[int](), TransformersModel.run_body
 
     def counted(self: TransformersModel, inputs: Tensor, *rest: Any, **options: Any) -> Any:
@@ -192,13 +221,17 @@ def test_batches_of_the_retention_loss_are_passed_on_and_a_rank_that_saw_nothing
 
 
 @pytest.mark.parametrize("shift", [-1.0, 1.0])
-def test_ktos_divergence_is_of_all_ranks_and_never_negative(shift: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ktos_divergence_is_of_all_ranks_and_never_negative(
+    shift: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, settings = with_lora(toy("llama")), FinetuneDpo(loss="kto", beta=0.5)
     windows, desirable = sequences(10), [True, False, True, True, False]
     reference = reference_of(model, answers_of(windows)) + shift
     answers = answers_of(windows, reference=reference, desirable=desirable)
     with torch.no_grad():
-        drift = torch.stack([plain_log_probs(model, window).sum() for window in windows]) - reference
+        drift = (
+            torch.stack([plain_log_probs(model, window).sum() for window in windows]) - reference
+        )
     divergence = drift[1::2].mean().clamp(min=0)
     sign = torch.tensor(desirable) * 2.0 - 1
     wanted = 1 - torch.sigmoid(sign * 0.5 * (drift[::2] - divergence))
@@ -219,4 +252,6 @@ def test_ktos_divergence_is_of_all_ranks_and_never_negative(shift: float, monkey
             preference(model, batch, settings).loss.item()
             for batch in (answer_batch(answers, [0, 1, 2]), answer_batch(answers, [3, 4]), idle)
         ]
-    assert found[:2] == pytest.approx([wanted[:3].mean().item(), wanted[3:].mean().item()], rel=1e-4)
+    assert found[:2] == pytest.approx(
+        [wanted[:3].mean().item(), wanted[3:].mean().item()], rel=1e-4
+    )

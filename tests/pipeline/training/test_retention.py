@@ -1,4 +1,6 @@
-"""Retention loss: the divergence from the base (the adapter disabled), against a second copy of the base."""
+"""Retention loss: the divergence from the base (the adapter disabled), against a second copy of the
+base.
+"""
 
 import copy
 import json
@@ -28,7 +30,16 @@ from pipeline.training.retention import COMPLETION, RetentionLoss, load_retentio
 from pipeline.workbench import open_project
 from tests.helpers.families import FAMILIES, new_project
 from tests.helpers.projects import STAGES, make, played
-from tests.helpers.real import gradient_of, listed, loss_alone, run_stage, stock, toy, trained, windows_of
+from tests.helpers.real import (
+    gradient_of,
+    listed,
+    loss_alone,
+    run_stage,
+    stock,
+    toy,
+    trained,
+    windows_of,
+)
 
 LENGTHS = (7, 2, 12, 5)
 SPECS: dict[str, dict[str, Any]] = {
@@ -44,7 +55,9 @@ def texts(lengths: tuple[int, ...] = LENGTHS) -> InMemoryDataset:
     return listed([Window(0, w.ids, w.ids) for w in windows_of(lengths, seed=5)])
 
 
-def adapted(name: str = "qwen3", dtype: torch.dtype = torch.float32, **spec: Any) -> TransformersModel:
+def adapted(
+    name: str = "qwen3", dtype: torch.dtype = torch.float32, **spec: Any
+) -> TransformersModel:
     torch.manual_seed(1)
     model = toy(name, dtype, std=0.2, tie_word_embeddings=False)
     attach(model, AdapterSpec(3, 6.0, ("q_proj", "v_proj"), **spec), torch.float32)
@@ -66,7 +79,8 @@ def far_from(base: Any, model: nn.Module, found: InMemoryDataset) -> Tensor:
 
 def settings(**changes: Any) -> FinetuneLora:
     return FinetuneLora(
-        retention_data="t", **{"retention_weight": 3.0, "retention_batch_size": len(LENGTHS), **changes}
+        retention_data="t",
+        **{"retention_weight": 3.0, "retention_batch_size": len(LENGTHS), **changes},
     )
 
 
@@ -76,7 +90,9 @@ def one_batch(found: InMemoryDataset) -> Batch:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spec", SPECS)
-def test_an_adapter_of_zeros_is_exactly_its_base_and_is_pulled_nowhere(spec: str, dtype: torch.dtype) -> None:
+def test_an_adapter_of_zeros_is_exactly_its_base_and_is_pulled_nowhere(
+    spec: str, dtype: torch.dtype
+) -> None:
     model = adapted(dtype=dtype, **SPECS[spec])
     retain = RetentionLoss(model.train(), texts(), settings())
     optimizer = FlatOptimizer(model)
@@ -88,12 +104,16 @@ def test_an_adapter_of_zeros_is_exactly_its_base_and_is_pulled_nowhere(spec: str
 
 
 @pytest.mark.parametrize("how", ["none", "full"])
-@pytest.mark.parametrize("lengths", [LENGTHS, (50, 60, 55, 64, 41, 3)], ids=["at once", "in chunks"])
+@pytest.mark.parametrize(
+    "lengths", [LENGTHS, (50, 60, 55, 64, 41, 3)], ids=["at once", "in chunks"]
+)
 @pytest.mark.parametrize("spec", SPECS)
 def test_divergence_and_gradient_are_those_of_two_models_side_by_side(
     spec: str, lengths: tuple[int, ...], how: Any
 ) -> None:
-    """After some training steps, so that every trainable parameter differs from the base; loss plus divergence."""
+    """After some training steps, so that every trainable parameter differs from the base; loss plus
+    divergence.
+    """
     model, base, kept = adapted(**SPECS[spec]), stock(toy("qwen3", std=0.2)), texts(lengths)
     model.checkpoint_blocks(how)
     weighted = settings(retention_batch_size=len(lengths), epochs=3, learning_rate=2e-2)
@@ -105,7 +125,9 @@ def test_divergence_and_gradient_are_those_of_two_models_side_by_side(
     other = copy.deepcopy(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     found = gradient_of(model, batches[0], optimizer, retain)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()), "the adapter is enabled again"
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()), (
+        "the adapter is enabled again"
+    )
 
     loss = torch.stack([loss_alone(_as_theirs(other), window) for window in learned]).sum() / 19
     far = far_from(base, other, kept)
@@ -119,7 +141,9 @@ def test_divergence_and_gradient_are_those_of_two_models_side_by_side(
         if p.requires_grad:
             wanted = expected[name]
             assert p.grad is not None and wanted is not None
-            assert_close(p.grad, wanted, rtol=2e-3, atol=1e-5 * float(wanted.abs().max()) + 1e-8, msg=name)
+            assert_close(
+                p.grad, wanted, rtol=2e-3, atol=1e-5 * float(wanted.abs().max()) + 1e-8, msg=name
+            )
 
 
 def _as_theirs(model: TransformersModel) -> Any:
@@ -169,11 +193,17 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-LORA = ["finetune_lora.data=data/asked.jsonl", "finetune_lora.epochs=15", "finetune_lora.learning_rate=0.02"]
+LORA = [
+    "finetune_lora.data=data/asked.jsonl",
+    "finetune_lora.epochs=15",
+    "finetune_lora.learning_rate=0.02",
+]
 KEPT = ["finetune_lora.retention_data=data/old.jsonl", "finetune_lora.retention_weight=20"]
 
 
-def test_what_is_retained_stays_closer_to_the_base_and_the_log_says_how_close(project: Path) -> None:
+def test_what_is_retained_stays_closer_to_the_base_and_the_log_says_how_close(
+    project: Path,
+) -> None:
     run_stage(project, "finetune_lora", [*LORA, *KEPT])
     steps = read_steps(project / "artifacts/lora_adapter/loss.csv")
     with_help = steps[-1].divergence
@@ -189,15 +219,22 @@ def test_a_prompt_alone_is_completed_by_the_base_itself(project: Path) -> None:
     """Greedily, as in transformers' generate, before training."""
     prompts = ["The currency of", "Two and"]
     lines = [{"prompt": prompts[0]}, {"text": "The yen."}, {"prompt": prompts[1]}]
-    (project / "data/mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (project / "data/mine.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+    )
     overrides = ["finetune_lora.retention_data=data/mine.jsonl", "finetune_lora.retention_weight=1"]
     whole = open_project(project / "params.yaml", overrides)
     folder = project / "artifacts/expanded"
     job = Job(whole, STAGES["finetune_lora"], project / "out", project / "runs", "", 100)
     found, notes = played(load_retention_texts(job, whole.params.finetune_lora, load_base(folder)))
     assert notes == [Note("finetune_lora: the base completes 2 prompts of data/mine.jsonl")]
-    assert found is not None and [found.location(n) for n in range(3)] == [f"data/mine.jsonl:{n}" for n in (1, 2, 3)]
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    assert found is not None and [found.location(n) for n in range(3)] == [
+        f"data/mine.jsonl:{n}" for n in (1, 2, 3)
+    ]
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
     for number, prompt in ((0, prompts[0]), (2, prompts[1])):
         asked = tokenizer(prompt, return_tensors="pt")
         said = model.generate(**asked, max_new_tokens=COMPLETION, do_sample=False)[0].tolist()
@@ -209,7 +246,8 @@ def test_a_prompt_alone_is_completed_by_the_base_itself(project: Path) -> None:
 
 def test_a_weight_without_texts_is_refused(project: Path) -> None:
     with pytest.raises(
-        UserError, match=r"retention_weight is set, but finetune_lora.retention_data is not. Set it to a data file"
+        UserError,
+        match=r"retention_weight is set, but finetune_lora.retention_data is not. Set it to a data file",
     ):
         run_stage(project, "finetune_lora", ["finetune_lora.retention_weight=2"])
 
@@ -219,4 +257,6 @@ def test_a_model_that_moved_to_a_gpu_still_has_its_base() -> None:
     model = adapted(saved=("embed_tokens", "lm_head"))
     retain = RetentionLoss(model, texts(), settings())
     model.cuda()
-    assert retain.divergence(one_batch(texts()).to(torch.device("cuda"))).item() == pytest.approx(0, abs=1e-6)
+    assert retain.divergence(one_batch(texts()).to(torch.device("cuda"))).item() == pytest.approx(
+        0, abs=1e-6
+    )

@@ -30,7 +30,9 @@ WAYS = {  # what draws random numbers, folds, quantizes or recomputes
 
 
 def samples(folder: Path) -> list[Sample]:
-    return [parse_sample(line) for line in (folder / SAMPLES).read_text(encoding="utf-8").splitlines()]
+    return [
+        parse_sample(line) for line in (folder / SAMPLES).read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def trained(root: Path, stage: str, *settings: str) -> dict[str, bytes]:
@@ -50,9 +52,11 @@ def test_samples_change_no_byte_of_what_is_trained(project: Path, stage: str) ->
     assert trained(project, stage, *ways, SAMPLED % 1) == without
     answered = samples(project / STAGES[stage].path)
     assert [one.prompt for one in answered[:2]] == PROMPTS
-    assert len({one.step for one in answered}) == answered[-1].step == len(answered) // 2  # after every step
+    # after every step
+    assert len({one.step for one in answered}) == answered[-1].step == len(answered) // 2
     assert trained(project, stage, *ways) == without
-    assert not (project / "runs" / stage / SAMPLES).exists()  # those of the run before are not taken for this one's
+    # those of the run before are not taken for this one's
+    assert not (project / "runs" / stage / SAMPLES).exists()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -64,19 +68,28 @@ def test_a_pretrained_base_answers_in_its_template_and_trains_on_as_without(
 ) -> None:
     root = tmp_path / "p"
     shutil.copytree(family(name), root)
-    ways = [f"precision={precision}", "quantization=nf4", "epochs=3", "lora_dropout=0.2", "eval_steps=0"]
+    ways = [
+        f"precision={precision}",
+        "quantization=nf4",
+        "epochs=3",
+        "lora_dropout=0.2",
+        "eval_steps=0",
+    ]
     without = trained(root, "finetune_lora", *ways)
-    asked = (
-        '{prompts: [[{role: user, content: "Which currency has Bulgaria?"}], "Two and two"], every: 2, max_tokens: 9}'
-    )
+    asked = '{prompts: [[{role: user, content: "Which currency has Bulgaria?"}], "Two and two"], every: 2, max_tokens: 9}'
     assert trained(root, "finetune_lora", *ways, f"samples={asked}") == without
     *_, chat, text = samples(root / "artifacts/lora_adapter")
     assert (chat.prompt, text.prompt) == ("Which currency has Bulgaria?", "Two and two")
-    loaded = load(open_project(root / "params.yaml").artifact("expand_vocab"), root / "artifacts/lora_adapter")
+    loaded = load(
+        open_project(root / "params.yaml").artifact("expand_vocab"), root / "artifacts/lora_adapter"
+    )
     rendered = loaded.tokenizer.render([{"role": "user", "content": chat.prompt}], True)
     with pytest.MonkeyPatch.context() as patch:  # sums in another order round otherwise, in 16 bits
         patch.setattr(decode, "_is_available", lambda: False)
-        assert [chat.answer, text.answer] == [complete(loaded, rendered, 9), complete(loaded, text.prompt, 9)]
+        assert [chat.answer, text.answer] == [
+            complete(loaded, rendered, 9),
+            complete(loaded, text.prompt, 9),
+        ]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +119,10 @@ def test_without_every_the_model_answers_at_each_evaluation_or_epoch(project: Pa
 
 
 def test_where_nothing_is_held_out_no_held_out_example_is_asked(project: Path) -> None:
-    assert steps_of(project, "samples={prompts: [der hund], held_out: 8}", "eval_share=0") == [6, 12]
+    assert steps_of(project, "samples={prompts: [der hund], held_out: 8}", "eval_share=0") == [
+        6,
+        12,
+    ]
 
 
 @pytest.mark.parametrize("stop", [4, 5, 9])
@@ -116,14 +132,18 @@ def test_a_killed_run_goes_on_with_the_answers_of_its_checkpoint(project: Path, 
     folder = project / "artifacts/lora_adapter"
     whole = folder_bytes(folder)
     opened = open_project(project / "params.yaml", settings)
-    events = run(opened, STAGES["finetune_lora"], WORK["finetune_lora"], force=True, checkpoint_every=4)
+    events = run(
+        opened, STAGES["finetune_lora"], WORK["finetune_lora"], force=True, checkpoint_every=4
+    )
     for event in events:
         if isinstance(event, Progress) and event.done == stop:
             break
     events.close()  # as after a kill: what came after the checkpoint is only in the logs
     assert folder_bytes(folder) == whole
     make(project, ["finetune_lora"], settings, force=True)
-    notes = json.loads((project / "runs/finetune_lora/run.json").read_text(encoding="utf-8"))["notes"]
+    notes = json.loads((project / "runs/finetune_lora/run.json").read_text(encoding="utf-8"))[
+        "notes"
+    ]
     assert f"finetune_lora: resumed after step {stop - stop % 4}" in notes
     assert folder_bytes(folder) == whole
 
@@ -131,12 +151,16 @@ def test_a_killed_run_goes_on_with_the_answers_of_its_checkpoint(project: Path, 
 def test_a_checkpoint_without_its_answers_is_not_used(project: Path) -> None:
     settings = [*BRIEF, f"finetune_lora.{SAMPLED % 3}"]
     opened = open_project(project / "params.yaml", settings)
-    events = run(opened, STAGES["finetune_lora"], WORK["finetune_lora"], force=True, checkpoint_every=4)
+    events = run(
+        opened, STAGES["finetune_lora"], WORK["finetune_lora"], force=True, checkpoint_every=4
+    )
     next(event for event in events if isinstance(event, Progress) and event.done == 5)
     events.close()
     (project / "runs/finetune_lora" / SAMPLES).unlink()
     make(project, ["finetune_lora"], settings, force=True)
-    notes = json.loads((project / "runs/finetune_lora/run.json").read_text(encoding="utf-8"))["notes"]
+    notes = json.loads((project / "runs/finetune_lora/run.json").read_text(encoding="utf-8"))[
+        "notes"
+    ]
     assert any("samples.jsonl has fewer than 2 lines" in note for note in notes)
     assert len(samples(project / "artifacts/lora_adapter")) == 2 * 4
 
@@ -155,7 +179,9 @@ def test_each_adapter_of_a_sweep_answers_for_itself(project: Path) -> None:
     make(project, ["finetune_sweep"], [*BRIEF, grid, sampled], force=True)
     folder = project / "artifacts/sweep/rank-2_lr-0.03"
     loaded = load(project / "artifacts/expanded", folder)
-    assert [one.answer for one in samples(folder)[-2:]] == [complete(loaded, text) for text in PROMPTS]
+    assert [one.answer for one in samples(folder)[-2:]] == [
+        complete(loaded, text) for text in PROMPTS
+    ]
     made = [*BRIEF, sampled, "finetune_lora.rank=2", "finetune_lora.learning_rate=3e-2"]
     make(project, ["finetune_lora"], made, force=True)
     assert samples(folder) == samples(project / "artifacts/lora_adapter")
@@ -176,10 +202,15 @@ def test_each_adapter_of_a_sweep_answers_for_itself(project: Path) -> None:
         ("{prompts: [der hund], often: 1}", "unknown key finetune_lora.samples.often"),
         ("[der hund]", "samples must be a mapping such as"),
         (f"{{prompts: [{'der hund ' * 20}]}}", "samples.prompts[0]: The prompt has 40 tokens"),
-        ('{prompts: ["a\\ud800"]}', "samples must not have a NUL or half a surrogate pair in a text"),
+        (
+            '{prompts: ["a\\ud800"]}',
+            "samples must not have a NUL or half a surrogate pair in a text",
+        ),
     ],
 )
-def test_what_cannot_be_asked_is_refused_before_anything_is_trained(project: Path, value: str, message: str) -> None:
+def test_what_cannot_be_asked_is_refused_before_anything_is_trained(
+    project: Path, value: str, message: str
+) -> None:
     log = project / "runs/finetune_lora/loss.csv"
     before = log.read_bytes()
     with pytest.raises(UserError) as error:
@@ -198,7 +229,8 @@ def test_the_share_of_right_answers_is_that_of_the_weights_that_are_kept(
 ) -> None:
     evaluated = [(math.nan, 0.1), (None, None), (0.9, 0.75), (0.4, 0.5), (0.6, 0.25), (None, None)]
     steps = [
-        Step(n, 1, 1.0, 1e-3, 1.0, n, eval_loss=loss, eval_answers=right) for n, (loss, right) in enumerate(evaluated)
+        Step(n, 1, 1.0, 1e-3, 1.0, n, eval_loss=loss, eval_answers=right)
+        for n, (loss, right) in enumerate(evaluated)
     ]
     assert final_answers(steps, patience, by_answers) == share
     assert final_answers(steps[1:2], patience, by_answers) is None

@@ -37,7 +37,14 @@ RANKS = 8
 
 def new_base(folder: Path, **sizes: int) -> Path:
     tokenizer = families.tokenizer()
-    config = LlamaConfig(**{"vocab_size": len(tokenizer), "num_attention_heads": 8, "num_key_value_heads": 4, **sizes})
+    config = LlamaConfig(
+        **{
+            "vocab_size": len(tokenizer),
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            **sizes,
+        }
+    )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -52,27 +59,36 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shard_and_count(folder: Path, precision: str, change: bool) -> tuple[int, dict[str, Any]]:
-    """Bytes that this rank reads from files while it shards, and the weights that all ranks have together."""
+    """Bytes that this rank reads from files while it shards, and the weights that all ranks have
+    together.
+    """
     model = load_base(folder, precision).model.requires_grad_(False)
     if change:
         model.blocks[0].get_parameter("mlp.up_proj.weight").zero_()
     read = 0
 
-    def counted(location: TensorLocation, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+    def counted(
+        location: TensorLocation, start: int, stop: int, dtype: torch.dtype
+    ) -> torch.Tensor:
         nonlocal read
         rows = read_rows(location, start, stop, dtype)
-        read += rows.numel() * rows.element_size() * (stop - start > 1)  # not the row that is only compared
+        # not the row that is only compared
+        read += rows.numel() * rows.element_size() * (stop - start > 1)
         return rows
 
     sharding.read_rows = counted  # type: ignore[attr-defined]
     sharding.shard(model, torch.device("cpu"))
-    whole = {name: getattr(p, "full_tensor", lambda p=p: p)() for name, p in model.named_parameters()}
+    whole = {
+        name: getattr(p, "full_tensor", lambda p=p: p)() for name, p in model.named_parameters()
+    }
     return read, {name: tensor.tolist() for name, tensor in whole.items()}
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.slow
-def test_ranks_read_each_weight_of_the_blocks_once_and_have_it_together(base: Path, count: int) -> None:
+def test_ranks_read_each_weight_of_the_blocks_once_and_have_it_together(
+    base: Path, count: int
+) -> None:
     stored = load_file(base / "model.safetensors")
     blocks = sum(t.numel() * 4 for name, t in stored.items() if ".layers." in name)
     found = run_ranks(count, shard_and_count, base, "fp32", False)
@@ -83,14 +99,20 @@ def test_ranks_read_each_weight_of_the_blocks_once_and_have_it_together(base: Pa
         assert len(weights) >= len(stored) - 1  # a tied head
 
 
-@pytest.mark.parametrize(("precision", "change"), [("bf16", False), ("fp32", True)], ids=["cast", "changed"])
+@pytest.mark.parametrize(
+    ("precision", "change"), [("bf16", False), ("fp32", True)], ids=["cast", "changed"]
+)
 @pytest.mark.slow
-def test_a_weight_that_is_not_as_it_is_stored_comes_from_memory(base: Path, precision: str, change: bool) -> None:
+def test_a_weight_that_is_not_as_it_is_stored_comes_from_memory(
+    base: Path, precision: str, change: bool
+) -> None:
     stored = load_file(base / "model.safetensors")
     changed = "model.layers.0.mlp.up_proj.weight"
     if change:
         stored[changed].zero_()
-    expected = {name: (t.bfloat16() if precision == "bf16" else t).tolist() for name, t in stored.items()}
+    expected = {
+        name: (t.bfloat16() if precision == "bf16" else t).tolist() for name, t in stored.items()
+    }
     for read, weights in run_ranks(2, shard_and_count, base, precision, change):
         assert weights == {name: expected[name] for name in weights}
         assert (read == 0) == (precision == "bf16")
@@ -98,16 +120,20 @@ def test_a_weight_that_is_not_as_it_is_stored_comes_from_memory(base: Path, prec
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt2", "gemma3"])
 def test_other_families_have_the_weights_that_one_process_loads(tmp_path: Path, name: str) -> None:
-    """Mixtral's experts come from memory: transformers stacks them. GPT-2's linears are stored as (I, O)."""
+    """Mixtral's experts come from memory: transformers stacks them. GPT-2's linears are stored as
+    (I, O).
+    """
     root = families.new_project(tmp_path / "p", families.FAMILIES[name])
-    loaded = {key: p.tolist() for key, p in load_base(root / "base", "fp32").model.named_parameters()}
+    loaded = {
+        key: p.tolist() for key, p in load_base(root / "base", "fp32").model.named_parameters()
+    }
     for read, weights in run_ranks(2, shard_and_count, root / "base", "fp32", False):
         assert weights == loaded and read
 
 
 def sharded_where(packs: bool) -> tuple[list[bool], list[int]]:
-    """Whether the run is sharded where rank 1 has room for a step, for the weights alone, and for none of both; and how
-    often the peak was predicted until then."""
+    """Whether the run is sharded where rank 1 has room for a step, for the weights alone, and for
+    none of both; and how often the peak was predicted until then."""
     model, asked = with_lora(toy("llama")), 0
     vars(model)["supports_packing"] = packs
     task = TrainingTask.of_one(
@@ -131,7 +157,9 @@ def sharded_where(packs: bool) -> tuple[list[bool], list[int]]:
 
 
 @pytest.mark.parametrize("packs", [True, False])
-def test_a_run_is_sharded_if_a_rank_has_no_room_for_the_weights_or_for_a_step_on_them(packs: bool) -> None:
+def test_a_run_is_sharded_if_a_rank_has_no_room_for_the_weights_or_for_a_step_on_them(
+    packs: bool,
+) -> None:
     """Without packing a run cannot be sharded: it may still fit, as the peak is a prediction."""
     assert run_ranks(2, sharded_where, packs) == [([False, packs, True], [1, 2, 2])] * 2
 
@@ -149,7 +177,10 @@ def refused(folder: Path) -> str:
 def test_every_rank_refuses_a_model_that_does_not_support_packing(tmp_path: Path) -> None:
     root = families.new_project(tmp_path / "p", families.OTHERS["bloom"])
     messages = run_ranks(2, refused, root / "base")
-    assert all(message.startswith("--shard does not work with this model: it does not support") for message in messages)
+    assert all(
+        message.startswith("--shard does not work with this model: it does not support")
+        for message in messages
+    )
 
 
 def test_a_file_that_was_truncated_is_an_error_in_one_line(base: Path, tmp_path: Path) -> None:
@@ -159,12 +190,15 @@ def test_a_file_that_was_truncated_is_an_error_in_one_line(base: Path, tmp_path:
     with pytest.raises(UserError, match="was truncated while it was read"):
         read_rows(TensorLocation(short, location.info), 0, 48, torch.float32)
     torch.testing.assert_close(
-        read_rows(location, 10, 20, torch.float32), load_file(base / "model.safetensors")["model.norm.weight"][10:20]
+        read_rows(location, 10, 20, torch.float32),
+        load_file(base / "model.safetensors")["model.norm.weight"][10:20],
     )
 
 
 def shard_and_measure(folder: Path) -> int:
-    """Bytes by which the resident memory of this process grows at most, while it loads and shards a base."""
+    """Bytes by which the resident memory of this process grows at most, while it loads and shards a
+    base.
+    """
     before = peak_memory()
     model = load_base(folder, "fp32").model.requires_grad_(False)
     sharding.shard(model, torch.device("cpu"))
@@ -172,17 +206,26 @@ def shard_and_measure(folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_each_of_two_ranks_needs_its_half_of_the_base_and_three_whole_blocks(tmp_path: Path) -> None:
-    folder = new_base(tmp_path / "base", hidden_size=1024, intermediate_size=2816, num_hidden_layers=16)
+def test_each_of_two_ranks_needs_its_half_of_the_base_and_three_whole_blocks(
+    tmp_path: Path,
+) -> None:
+    folder = new_base(
+        tmp_path / "base", hidden_size=1024, intermediate_size=2816, num_hidden_layers=16
+    )
     size = (folder / "model.safetensors").stat().st_size
-    # a fifth of it: pages of the file around the rows that are compared, which the system may drop. 46 to 120 MB were
-    # seen, more where other programs run. Ranks that read all of the base first grow by 1.5 times its size.
+    # a fifth of it: pages of the file around the rows that are compared, which the system may drop.
+    # 46 to 120 MB were seen, more where other programs run. Ranks that read all of the base first
+    # grow by 1.5 times its size.
     assert max(run_ranks(2, shard_and_measure, folder)) < size * (1 / 2 + 3 / 16 + 1 / 5)
 
 
 def tuned(family: str, kind: Any) -> TransformersModel:
-    """A toy with LoRA, quantized unless `kind` is none. Most of its weights have no whole share for each of 8 ranks."""
-    sizes: dict[str, Any] = {} if family == "gpt2" else {"hidden_size": 64, "intermediate_size": 100}
+    """A toy with LoRA, quantized unless `kind` is none. Most of its weights have no whole share for
+    each of 8 ranks.
+    """
+    sizes: dict[str, Any] = (
+        {} if family == "gpt2" else {"hidden_size": 64, "intermediate_size": 100}
+    )
     model = toy(family, **sizes)
     if kind != "none":
         quantize(model, kind, None, CPU)
@@ -200,10 +243,15 @@ def gradients(model: TransformersModel) -> dict[str, Tensor]:
 
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize(
-    ("family", "kind"), [*itertools.product(["llama", "mixtral", "gpt2"], ["none", "nf4", "nf4-dq", "int8"])]
+    ("family", "kind"),
+    [*itertools.product(["llama", "mixtral", "gpt2"], ["none", "nf4", "nf4-dq", "int8"])],
 )
-def test_eight_ranks_have_every_row_of_the_blocks_once_and_gather_whole_weights(family: str, kind: str) -> None:
-    """Also of weights with fewer rows than ranks: a router's, and the scales of doubly quantized scales."""
+def test_eight_ranks_have_every_row_of_the_blocks_once_and_gather_whole_weights(
+    family: str, kind: str
+) -> None:
+    """Also of weights with fewer rows than ranks: a router's, and the scales of doubly quantized
+    scales.
+    """
     if kind == "int8":
         pytest.importorskip("bitsandbytes")
     whole = tuned(family, kind)
@@ -215,11 +263,18 @@ def test_eight_ranks_have_every_row_of_the_blocks_once_and_gather_whole_weights(
             sharding.shard(model, CPU)
             for _ in range(2):  # the second time with what the first gathered and freed
                 found = gradients(model)
-        assert found.keys() == {*[name for name, p in whole.named_parameters() if p.requires_grad], "loss"}
+        assert found.keys() == {
+            *[name for name, p in whole.named_parameters() if p.requires_grad],
+            "loss",
+        }
         for name, p in model.named_parameters():
             if local := getattr(p, "to_local", None):
                 rows.setdefault(name, []).append(local())
-    in_blocks = {name for name, tensor in whole.blocks.state_dict(keep_vars=True).items() if not tensor.requires_grad}
+    in_blocks = {
+        name
+        for name, tensor in whole.blocks.state_dict(keep_vars=True).items()
+        if not tensor.requires_grad
+    }
     assert len(rows) >= len(in_blocks)
     assert kind == "none" or any(name.endswith("scales") for name in rows)
     if kind == "nf4-dq" or family == "mixtral":
@@ -229,7 +284,9 @@ def test_eight_ranks_have_every_row_of_the_blocks_once_and_gather_whole_weights(
 
 
 def compare_sharded(kind: str, checkpointing: Any) -> None:
-    """Losses and gradients of this rank, with bitsandbytes' product that GPUs use, are those of the whole model."""
+    """Losses and gradients of this rank, with bitsandbytes' product that GPUs use, are those of the
+    whole model.
+    """
     QuantizedLinear.forward = QuantizedLinear.product_4bit  # type: ignore[method-assign]
     results = []
     for is_sharded in (False, True):
@@ -261,7 +318,11 @@ def test_a_sharded_base_is_multiplied_by_bitsandbytes_as_a_whole_one(
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("kind", ["nf4", "nf4-dq"])
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
-def test_ranks_multiply_by_bitsandbytes_what_they_gather(count: int, kind: str, checkpointing: str) -> None:
-    """Its backward holds the gathered codes by reference: FSDP frees their storage and fills it again."""
+def test_ranks_multiply_by_bitsandbytes_what_they_gather(
+    count: int, kind: str, checkpointing: str
+) -> None:
+    """Its backward holds the gathered codes by reference: FSDP frees their storage and fills it
+    again.
+    """
     pytest.importorskip("bitsandbytes")
     run_ranks(count, compare_sharded, kind, checkpointing)

@@ -1,4 +1,6 @@
-"""Many adapters in one pass: each gets the result of training alone, whatever happens to the others."""
+"""Many adapters in one pass: each gets the result of training alone, whatever happens to the
+others.
+"""
 
 import json
 import signal
@@ -38,14 +40,26 @@ from pipeline.workbench import open_project
 from tests.helpers.families import FAMILIES
 from tests.helpers.families import new_project as family_project
 from tests.helpers.process import Forked
-from tests.helpers.projects import BRIEF, LORA, STAGES, folder_bytes, load, make, make_one, new_project, played
+from tests.helpers.projects import (
+    BRIEF,
+    LORA,
+    STAGES,
+    folder_bytes,
+    load,
+    make,
+    make_one,
+    new_project,
+    played,
+)
 
 STAGE = STAGES["finetune_sweep"]
 WEIGHTS = "adapter_model.safetensors"
 Grid = Mapping[str, Sequence[Any]]
 
 
-def swept(root: Path, grid: Grid, overrides: Sequence[str] = (), **options: Any) -> tuple[dict[str, Any], list[Any]]:
+def swept(
+    root: Path, grid: Grid, overrides: Sequence[str] = (), **options: Any
+) -> tuple[dict[str, Any], list[Any]]:
     """Run the sweep in this process; returns its manifest and its events."""
     given = [*overrides, f"finetune_sweep.grid={json.dumps(grid)}"]
     return played(run(open_project(root / "params.yaml", given), STAGE, sweep, **options))
@@ -64,7 +78,14 @@ def alone(root: Path, own: FinetuneLora, overrides: Sequence[str]) -> Path:
         "init_lora_weights",
         "loraplus_ratio",
     )
-    keys += ("rank_pattern", "max_grad_norm", "retention_weight", "schedule", "weight_decay", "warmup_ratio")
+    keys += (
+        "rank_pattern",
+        "max_grad_norm",
+        "retention_weight",
+        "schedule",
+        "weight_decay",
+        "warmup_ratio",
+    )
     keys += ("lora_dropout", "neftune_alpha")
     values = [f"finetune_lora.{key}={json.dumps(getattr(own, key))}" for key in keys]
     make_one(root, "finetune_lora", [*overrides, *values])
@@ -73,7 +94,10 @@ def alone(root: Path, own: FinetuneLora, overrides: Sequence[str]) -> Path:
 
 def test_on_a_pretrained_base_defaults_follow_what_the_grid_sets(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
-    path.write_text("base: model.gguf\nfinetune_lora: {}\nfinetune_sweep: {grid: {rank: [2, 16]}}\n", encoding="utf-8")
+    path.write_text(
+        "base: model.gguf\nfinetune_lora: {}\nfinetune_sweep: {grid: {rank: [2, 16]}}\n",
+        encoding="utf-8",
+    )
 
     def swept_over(*overrides: str) -> list[FinetuneLora]:
         params = load(path, overrides)
@@ -81,7 +105,9 @@ def test_on_a_pretrained_base_defaults_follow_what_the_grid_sets(tmp_path: Path)
 
     assert [lora.alpha for lora in swept_over()] == [4, 32]
     assert [lora.alpha for lora in swept_over("finetune_lora.alpha=8")] == [8, 8]
-    assert [lora.alpha for lora in swept_over("finetune_sweep.grid={rank: [2, 16], alpha: [1]}")] == [1, 1]
+    assert [
+        lora.alpha for lora in swept_over("finetune_sweep.grid={rank: [2, 16], alpha: [1]}")
+    ] == [1, 1]
     assert [lora.alpha for lora in swept_over("base=minigpt")] == [FinetuneLora().alpha] * 2
     (warmed,) = swept_over("finetune_sweep.grid={warmup_steps: [5]}")
     assert (warmed.warmup_steps, warmed.warmup_ratio) == (5, 0)
@@ -89,7 +115,9 @@ def test_on_a_pretrained_base_defaults_follow_what_the_grid_sets(tmp_path: Path)
     assert not study.following("finetune_lora", {"rank": 2}), "what a study sets is set"
 
 
-def assert_each_as_alone(root: Path, grid: Grid, overrides: Sequence[str] = (), within: float = 1e-5) -> None:
+def assert_each_as_alone(
+    root: Path, grid: Grid, overrides: Sequence[str] = (), within: float = 1e-5
+) -> None:
     """Curves and weights to 1e-5, and the same config, of every adapter of the grid."""
     overrides = ["finetune_lora.learning_rate=1e-3", "finetune_lora.epochs=4", *overrides]
     swept(root, grid, overrides)
@@ -100,22 +128,37 @@ def assert_each_as_alone(root: Path, grid: Grid, overrides: Sequence[str] = (), 
         found, wanted = load_file(mine / WEIGHTS), load_file(other / WEIGHTS)
         assert found.keys() == wanted.keys()
         for key in wanted:
-            apart = float((found[key].float() - wanted[key].float()).norm())  # Adam amplifies gradients near zero
-            assert apart <= within * (1 + 10 * float(wanted[key].float().norm())), f"{name} {key}: {apart}"
+            # Adam amplifies gradients near zero
+            apart = float((found[key].float() - wanted[key].float()).norm())
+            assert apart <= within * (1 + 10 * float(wanted[key].float().norm())), (
+                f"{name} {key}: {apart}"
+            )
         for file in ("adapter_config.json", "tokenizer.json"):
             assert (mine / file).read_bytes() == (other / file).read_bytes()
         told, single = artifact.read_manifest(mine), artifact.read_manifest(other)
-        assert {key: told[key] for key in ("kind", "method", "seed", "params", "base", "parameters")} == {
+        assert {
+            key: told[key] for key in ("kind", "method", "seed", "params", "base", "parameters")
+        } == {
             key: single[key] for key in ("kind", "method", "seed", "params", "base", "parameters")
         }
 
 
 def assert_same_curve(found: Sequence[Step], wanted: Sequence[Step], within: float = 1e-5) -> None:
-    assert [(s.step, s.epoch, s.tokens) for s in found] == [(s.step, s.epoch, s.tokens) for s in wanted]
+    assert [(s.step, s.epoch, s.tokens) for s in found] == [
+        (s.step, s.epoch, s.tokens) for s in wanted
+    ]
     for a, b in zip(found, wanted, strict=True):
-        for mine, theirs in ((a.loss, b.loss), (a.eval_loss, b.eval_loss), (a.divergence, b.divergence)):
+        for mine, theirs in (
+            (a.loss, b.loss),
+            (a.eval_loss, b.eval_loss),
+            (a.divergence, b.divergence),
+        ):
             assert (mine is None) == (theirs is None)
-            assert mine is None or theirs is None or mine == pytest.approx(theirs, rel=within, abs=within)
+            assert (
+                mine is None
+                or theirs is None
+                or mine == pytest.approx(theirs, rel=within, abs=within)
+            )
         assert a.learning_rate == pytest.approx(b.learning_rate, rel=1e-6)
         assert a.grad_norm == pytest.approx(b.grad_norm, rel=10 * within, abs=within)
 
@@ -137,12 +180,24 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 GRIDS: dict[str, tuple[Grid, list[str]]] = {
     "ranks and seeds": ({"rank": [1, 8], "seed": [0, 3]}, []),
-    "targets": ({"target_modules": [["q_proj"], ["v_proj", "fc1"], "attention"]}, ["train_embeddings=none"]),
+    "targets": (
+        {"target_modules": [["q_proj"], ["v_proj", "fc1"], "attention"]},
+        ["train_embeddings=none"],
+    ),
     "scales": ({"alpha": [1, 32], "rslora": [False, True], "learning_rate": [1e-3, 2e-4]}, []),
-    "beginnings": ({"init_lora_weights": ["kaiming", "orthogonal", "pissa"]}, ["train_embeddings=new_rows"]),
+    "beginnings": (
+        {"init_lora_weights": ["kaiming", "orthogonal", "pissa"]},
+        ["train_embeddings=new_rows"],
+    ),
     "patterns and LoRA+": ({"rank_pattern": [{}, {"q_proj": 7}], "loraplus_ratio": [1.0, 4.0]}, []),
-    "sentences of any length": ({"rank": [2, 3], "seed": [0, 1]}, ["window=0", "gradient_accumulation_steps=2"]),
-    "clipped, by schedules": ({"max_grad_norm": [0, 0.3], "schedule": ["linear", "cosine"]}, ["warmup_steps=3"]),
+    "sentences of any length": (
+        {"rank": [2, 3], "seed": [0, 1]},
+        ["window=0", "gradient_accumulation_steps=2"],
+    ),
+    "clipped, by schedules": (
+        {"max_grad_norm": [0, 0.3], "schedule": ["linear", "cosine"]},
+        ["warmup_steps=3"],
+    ),
     "one block again in backward": ({"rank": [2, 4]}, ["gradient_checkpointing=full"]),
     "DoRA beside LoRA": ({"dora": [False, True], "rank": [2, 4]}, ["train_embeddings=none"]),
     "four bits": ({"rank": [2, 4]}, ["quantization=nf4-dq", "train_embeddings=none"]),
@@ -153,10 +208,17 @@ GRIDS: dict[str, tuple[Grid, list[str]]] = {
     ),
     "noise of some": ({"neftune_alpha": [0, 5, 50]}, ["window=0", "lora_dropout=0.2"]),
     "dropout of DoRA and PiSSA": (
-        {"lora_dropout": [0.0, 0.3], "dora": [False, True], "init_lora_weights": ["kaiming", "pissa"]},
+        {
+            "lora_dropout": [0.0, 0.3],
+            "dora": [False, True],
+            "init_lora_weights": ["kaiming", "pissa"],
+        },
         ["train_embeddings=none"],
     ),
-    "decay and warm-up": ({"weight_decay": [0.0, 0.3], "warmup_ratio": [0.1, 0.4]}, ["schedule=linear"]),
+    "decay and warm-up": (
+        {"weight_decay": [0.0, 0.3], "warmup_ratio": [0.1, 0.4]},
+        ["schedule=linear"],
+    ),
     "SGD": ({"rank": [2, 4]}, ["optimizer=sgd", "learning_rate=0.1", "max_steps=7"]),
 }
 
@@ -168,7 +230,9 @@ def test_an_adapter_of_a_sweep_is_the_one_that_trains_alone(mini: Path, name: st
     assert_each_as_alone(mini, grid, [f"finetune_lora.{override}" for override in overrides])
 
 
-def test_with_8_bit_moments_it_is_the_one_that_trains_alone_up_to_what_the_code_rounds(mini: Path) -> None:
+def test_with_8_bit_moments_it_is_the_one_that_trains_alone_up_to_what_the_code_rounds(
+    mini: Path,
+) -> None:
     """The last bits of a gradient may decide between two neighbours of the code."""
     overrides = ["finetune_lora.optimizer=adamw-8bit", "finetune_lora.weight_decay=0.1"]
     assert_each_as_alone(mini, {"learning_rate": [1e-3, 2e-4]}, overrides, within=1e-3)
@@ -177,13 +241,27 @@ def test_with_8_bit_moments_it_is_the_one_that_trains_alone_up_to_what_the_code_
 def test_on_a_base_in_16_bits_it_is_the_one_that_trains_alone_to_16_bits(mini: Path) -> None:
     overrides = ["precision=bf16", "adapter_precision=bf16", "train_embeddings=none"]
     grid = {"rank": [2, 4]}
-    assert_each_as_alone(mini, grid, [f"finetune_lora.{override}" for override in overrides], within=2e-2)
+    assert_each_as_alone(
+        mini, grid, [f"finetune_lora.{override}" for override in overrides], within=2e-2
+    )
 
 
-LLAMA = ["learning_rate=3e-4", "window=0", "target_modules=attention", "train_embeddings=none", "batch_size=3"]
+LLAMA = [
+    "learning_rate=3e-4",
+    "window=0",
+    "target_modules=attention",
+    "train_embeddings=none",
+    "batch_size=3",
+]
 ON_LLAMA: dict[str, tuple[Grid, list[str]]] = {
-    "ranks, seeds, targets": ({"rank": [1, 6], "seed": [0, 1], "target_modules": ["attention", ["down_proj"]]}, []),
-    "PiSSA and DoRA beside others": ({"dora": [False, True], "init_lora_weights": ["pissa", "kaiming"]}, []),
+    "ranks, seeds, targets": (
+        {"rank": [1, 6], "seed": [0, 1], "target_modules": ["attention", ["down_proj"]]},
+        [],
+    ),
+    "PiSSA and DoRA beside others": (
+        {"dora": [False, True], "init_lora_weights": ["pissa", "kaiming"]},
+        [],
+    ),
     "new rows": ({"seed": [0, 1]}, ["train_embeddings=new_rows", "epochs=2"]),
     "everything at the ends": ({"rank": [2, 3]}, ["train_embeddings=all"]),
     "dropout and noise": (
@@ -195,7 +273,10 @@ ON_LLAMA: dict[str, tuple[Grid, list[str]]] = {
         {"retention_weight": [0.0, 0.5, 2.0]},
         ["retention_data=data/old.jsonl", "retention_batch_size=2"],
     ),
-    "the best of what is held out": ({"rank": [2, 4]}, ["eval_share=0.4", "eval_steps=1", "patience=1"]),
+    "the best of what is held out": (
+        {"rank": [2, 4]},
+        ["eval_share=0.4", "eval_steps=1", "patience=1"],
+    ),
 }
 
 
@@ -204,14 +285,21 @@ ON_LLAMA: dict[str, tuple[Grid, list[str]]] = {
 @pytest.mark.slow
 def test_on_a_real_architecture_it_is_the_one_that_trains_alone(llama: Path, name: str) -> None:
     grid, overrides = ON_LLAMA[name]
-    assert_each_as_alone(llama, grid, [f"finetune_lora.{override}" for override in [*LLAMA, *overrides]])
+    assert_each_as_alone(
+        llama, grid, [f"finetune_lora.{override}" for override in [*LLAMA, *overrides]]
+    )
 
 
 @pytest.mark.slow
 def test_on_a_real_architecture_in_16_bits_too_whose_blocks_are_tried_before(llama: Path) -> None:
     """The kernels for bf16 are compared with the model's own blocks while no adapter has rows."""
     overrides = [*LLAMA, "precision=bf16", "adapter_precision=bf16"]
-    assert_each_as_alone(llama, {"rank": [2, 4]}, [f"finetune_lora.{override}" for override in overrides], within=3e-2)
+    assert_each_as_alone(
+        llama,
+        {"rank": [2, 4]},
+        [f"finetune_lora.{override}" for override in overrides],
+        within=3e-2,
+    )
 
 
 def test_sequences_of_any_length_of_all_adapters_are_read_in_one_forward(
@@ -228,7 +316,11 @@ def test_sequences_of_any_length_of_all_adapters_are_read_in_one_forward(
     found = []
     for ranks in ([2], [2, 4, 8]):
         reads.clear()
-        swept(llama, {"rank": ranks}, [f"finetune_lora.{override}" for override in (*LLAMA, "epochs=2")])
+        swept(
+            llama,
+            {"rank": ranks},
+            [f"finetune_lora.{override}" for override in (*LLAMA, "epochs=2")],
+        )
         found.append(len(reads))
     assert found[0] == found[1]
 
@@ -239,7 +331,9 @@ def test_sequences_of_any_length_of_all_adapters_are_read_in_one_forward(
 def test_an_adapter_that_diverges_is_stopped_and_its_neighbours_do_not_notice(mini: Path) -> None:
     overrides = ["finetune_lora.epochs=4"]
     manifest, _ = swept(mini, {"learning_rate": [1e-3, 2e-3]}, overrides)
-    expected = {name: folder_bytes(mini / "artifacts" / "sweep" / name) for name in ("lr-0.001", "lr-0.002")}
+    expected = {
+        name: folder_bytes(mini / "artifacts" / "sweep" / name) for name in ("lr-0.001", "lr-0.002")
+    }
     manifest, events = swept(mini, {"learning_rate": [1e-3, 1e30, 2e-3]}, overrides)
     assert [row["state"] for row in manifest["adapters"].values()] == ["done", "diverged", "done"]
     folder = mini / "artifacts" / "sweep"
@@ -248,14 +342,21 @@ def test_an_adapter_that_diverges_is_stopped_and_its_neighbours_do_not_notice(mi
         assert_same_curve(read_steps(folder / name / "loss.csv"), steps_in(wanted["loss.csv"]))
         assert found.keys() == wanted.keys()
     assert not (folder / "lr-1e+30").exists()
-    said = next(event.text for event in events if isinstance(event, Note) and "is stopped" in event.text)
-    assert "lr-1e+30 is stopped: at step 2, on data/finetune.de.txt:" in said and "Lower its learning_rate" in said
+    said = next(
+        event.text for event in events if isinstance(event, Note) and "is stopped" in event.text
+    )
+    assert (
+        "lr-1e+30 is stopped: at step 2, on data/finetune.de.txt:" in said
+        and "Lower its learning_rate" in said
+    )
     assert len(read_steps(mini / "runs" / "finetune_sweep" / "lr-1e+30" / "loss.csv")) == 1
 
 
 def steps_in(text: bytes) -> list[Step]:
     found = [line.split(",") for line in text.decode().splitlines()[1:]]
-    return [Step(int(s), int(e), float(x), float(r), float(g), int(t)) for s, e, x, r, g, t in found]
+    return [
+        Step(int(s), int(e), float(x), float(r), float(g), int(t)) for s, e, x, r, g, t in found
+    ]
 
 
 def test_where_sequences_share_a_row_what_is_not_finite_is_still_only_its_own(llama: Path) -> None:
@@ -267,13 +368,17 @@ def test_where_sequences_share_a_row_what_is_not_finite_is_still_only_its_own(ll
         "rank-2_lr-1e+25": "diverged",
         "rank-2_lr-0.0003": "done",
     }
-    assert_same_curve(read_steps(llama / "artifacts" / "sweep" / "rank-2_lr-0.0003" / "loss.csv"), wanted)
+    assert_same_curve(
+        read_steps(llama / "artifacts" / "sweep" / "rank-2_lr-0.0003" / "loss.csv"), wanted
+    )
 
 
 def test_where_all_diverge_it_says_so_and_what_was_there_stays(mini: Path) -> None:
     swept(mini, {"rank": [1]}, BRIEF)
     before = folder_bytes(mini / "artifacts" / "sweep")
-    with pytest.raises(UserError, match=r"finetune_sweep: all adapters diverged.*Lower learning_rate"):
+    with pytest.raises(
+        UserError, match=r"finetune_sweep: all adapters diverged.*Lower learning_rate"
+    ):
         swept(mini, {"learning_rate": [1e28, 1e30]}, BRIEF)
     assert folder_bytes(mini / "artifacts" / "sweep") == before
 
@@ -281,12 +386,18 @@ def test_where_all_diverge_it_says_so_and_what_was_there_stays(mini: Path) -> No
 @pytest.mark.slow
 def test_one_that_finds_nothing_better_stops_early_and_keeps_its_best(llama: Path) -> None:
     overrides = [*LLAMA, "eval_share=0.4", "eval_steps=1", "patience=2", "epochs=40"]
-    manifest, events = swept(llama, {"learning_rate": [1e-5, 3e-2]}, [f"finetune_lora.{o}" for o in overrides])
+    manifest, events = swept(
+        llama, {"learning_rate": [1e-5, 3e-2]}, [f"finetune_lora.{o}" for o in overrides]
+    )
     slow, quick = manifest["adapters"].values()
     assert quick["state"] == "stopped early" and quick["steps"] < slow["steps"]
-    held_out = [s.eval_loss for s in read_steps(llama / "artifacts" / "sweep" / "lr-0.03" / "loss.csv")]
+    held_out = [
+        s.eval_loss for s in read_steps(llama / "artifacts" / "sweep" / "lr-0.03" / "loss.csv")
+    ]
     assert quick["eval_loss"] == min(loss for loss in held_out if loss is not None)
-    assert any("lr-0.03 stopped after step" in event.text for event in events if isinstance(event, Note))
+    assert any(
+        "lr-0.03 stopped after step" in event.text for event in events if isinstance(event, Note)
+    )
 
 
 # A run like any other
@@ -296,7 +407,16 @@ def test_one_that_finds_nothing_better_stops_early_and_keeps_its_best(llama: Pat
 @pytest.mark.slow
 def test_killed_it_goes_on_and_ends_with_the_same_bytes(mini: Path, step: int) -> None:
     grid = "finetune_sweep.grid={rank: [1, 4], learning_rate: [1.0e-3, 1.0e+30], seed: [0, 1]}"
-    command = [LORA, "finetune", "sweep", "--set", grid, "--set", "finetune_lora.epochs=5", "--force"]
+    command = [
+        LORA,
+        "finetune",
+        "sweep",
+        "--set",
+        grid,
+        "--set",
+        "finetune_lora.epochs=5",
+        "--force",
+    ]
     command += ["--checkpoint-every", "4", "--set", "finetune_lora.eval_share=0.3"]
     assert Forked(command, mini).end()[0] == 0
     expected = folder_bytes(mini / "artifacts" / "sweep")
@@ -322,7 +442,10 @@ def test_a_second_run_is_taken_from_the_cache_whole(mini: Path) -> None:
 def test_its_adapters_are_adapters_like_any_other(mini: Path) -> None:
     swept(mini, {"rank": [1, 2]}, BRIEF)
     found = {str(each.path.relative_to(mini)): each for each in adapters(mini)}
-    assert found["artifacts/sweep/rank-2"].rank == 2 and found["artifacts/sweep/rank-2"].problem is None
+    assert (
+        found["artifacts/sweep/rank-2"].rank == 2
+        and found["artifacts/sweep/rank-2"].problem is None
+    )
     verdict = check(describe(mini / "artifacts" / "sweep" / "rank-1"), mini)
     assert (verdict.state, verdict.reason) == ("verified", None)
 
@@ -332,17 +455,29 @@ def test_its_adapters_are_adapters_like_any_other(mini: Path) -> None:
     [
         (
             "{rank: 4}",
-            "finetune_sweep.grid.rank must be a list of values, such as [1, 2], or a range such as {low: 1, high: 8}, "
+            "finetune_sweep.grid.rank must be a list of values, such as [1, 2], or a range such "
+            "as {low: 1, high: 8}, "
             "got 4. Change it in --set.",
         ),
-        ("{rank: [4, 0]}", "finetune_sweep.grid.rank must be at least 1, got 0. Change it in --set."),
-        ("{batch_size: [4]}", "finetune_sweep.grid.batch_size: adapters that train together can differ in seed"),
+        (
+            "{rank: [4, 0]}",
+            "finetune_sweep.grid.rank must be at least 1, got 0. Change it in --set.",
+        ),
+        (
+            "{batch_size: [4]}",
+            "finetune_sweep.grid.batch_size: adapters that train together can differ in seed",
+        ),
         ("{rank: [1, 1]}", "finetune_sweep.grid has rank-1 twice. Remove one of them."),
         ("[1]", "finetune_sweep.grid must be a mapping of keys to lists of values"),
-        ("{rank: [1], alpha: " + str(list(range(1, 300))) + "}", "has 299 combinations; at most 256 adapters"),
+        (
+            "{rank: [1], alpha: " + str(list(range(1, 300))) + "}",
+            "has 299 combinations; at most 256 adapters",
+        ),
     ],
 )
-def test_a_grid_that_cannot_be_is_refused_in_one_line(cli: Any, mini: Path, grid: str, message: str) -> None:
+def test_a_grid_that_cannot_be_is_refused_in_one_line(
+    cli: Any, mini: Path, grid: str, message: str
+) -> None:
     code, out, err = cli("finetune", "sweep", "--set", f"finetune_sweep.grid={grid}", cwd=mini)
     assert (code, out) == (1, "") and message in err and err.count("\n") == 1
 
@@ -350,18 +485,28 @@ def test_a_grid_that_cannot_be_is_refused_in_one_line(cli: Any, mini: Path, grid
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
-        ({"rank": [2, 3], "init_lora_weights": ["orthogonal"]}, "rank-3_init-orthogonal: .*even rank, got 3"),
-        ({"target_modules": [["q_proj"], ["nope"]]}, "targets-nope: .*'nope' matches no linear layer"),
+        (
+            {"rank": [2, 3], "init_lora_weights": ["orthogonal"]},
+            "rank-3_init-orthogonal: .*even rank, got 3",
+        ),
+        (
+            {"target_modules": [["q_proj"], ["nope"]]},
+            "targets-nope: .*'nope' matches no linear layer",
+        ),
     ],
 )
-def test_what_fits_no_layer_is_refused_by_the_name_of_its_adapter(mini: Path, grid: Grid, message: str) -> None:
+def test_what_fits_no_layer_is_refused_by_the_name_of_its_adapter(
+    mini: Path, grid: Grid, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         swept(mini, grid)
 
 
 def test_a_rank_that_is_wider_than_a_matrix_is_noted_once(mini: Path) -> None:
     _, events = swept(mini, {"rank": [2, 65], "seed": [0, 1]}, ["finetune_lora.epochs=1"])
-    notes = [event.text for event in events if isinstance(event, Note) and "more than" in event.text]
+    notes = [
+        event.text for event in events if isinstance(event, Note) and "more than" in event.text
+    ]
     assert len(notes) == 1 and "finetune_lora.rank 65 is more than" in notes[0]
 
 
@@ -374,7 +519,9 @@ def test_names_say_what_differs_and_fit_a_folder() -> None:
     }
     (name,) = variants(FinetuneLora(), FinetuneSweep(grid=grid))
     assert name == "rank-1_lr-0.001_targets-q_proj+v_proj_rank_pattern-a~b=2"
-    long = variants(FinetuneLora(), FinetuneSweep(grid={"target_modules": tuple(("x" * 120, c) for c in "ab")}))
+    long = variants(
+        FinetuneLora(), FinetuneSweep(grid={"target_modules": tuple(("x" * 120, c) for c in "ab")})
+    )
     assert len(long) == 2 and max(map(len, long)) <= 110
 
 
@@ -387,7 +534,8 @@ def test_the_gradient_of_many_updates_is_autograd_s() -> None:
     A, B = torch.randn(3, 2, 5).double(), torch.randn(3, 7, 2).double()
     x, scales = torch.randn(12, 5).double(), torch.tensor([0.5, 1.0, 3.0]).double()[:, None, None]
     wanted = torch.autograd.gradcheck(
-        lambda x, A, B: batched_lora_forward(x, base, A, B, scales), [t.requires_grad_() for t in (x, A, B)]
+        lambda x, A, B: batched_lora_forward(x, base, A, B, scales),
+        [t.requires_grad_() for t in (x, A, B)],
     )
     assert wanted
     plain = torch.cat(
@@ -408,11 +556,16 @@ def test_a_scale_that_16_bits_do_not_hold_is_the_same_in_a_sweep_of_16_bit_adapt
     share, x = AdapterRouting(2), torch.randn(2, 5, 8)
     many = BatchedLoRALinear(base, parts, share, StackedParameters())
     with share.route((5, 5)):
-        assert_close(many(x), torch.stack([part(rows) for part, rows in zip(parts, x, strict=True)]))
+        assert_close(
+            many(x), torch.stack([part(rows) for part, rows in zip(parts, x, strict=True)])
+        )
 
 
 @settings(max_examples=30)
-@given(st.lists(st.lists(st.floats(-3, 3, width=32), min_size=2, max_size=2), min_size=1, max_size=5), st.data())
+@given(
+    st.lists(st.lists(st.floats(-3, 3, width=32), min_size=2, max_size=2), min_size=1, max_size=5),
+    st.data(),
+)
 def test_adam_on_rows_is_adam_on_each_row(starts: list[list[float]], data: st.DataObject) -> None:
     rates = data.draw(st.lists(st.floats(1e-4, 0.1), min_size=len(starts), max_size=len(starts)))
     ratios = data.draw(st.lists(st.floats(0.1, 10), min_size=len(starts), max_size=len(starts)))
@@ -423,13 +576,18 @@ def test_adam_on_rows_is_adam_on_each_row(starts: list[list[float]], data: st.Da
     model.linear = nn.Module()
     model.linear.register_parameter("lora_B", other)
     many = FlatOptimizer(model, ratios=ratios)
-    single = [[nn.Parameter(p[n].detach().clone()) for p in (both, other)] for n in range(len(starts))]
+    single = [
+        [nn.Parameter(p[n].detach().clone()) for p in (both, other)] for n in range(len(starts))
+    ]
     adams = [
         torch.optim.Adam([{"params": [a], "lr": r}, {"params": [b], "lr": r * ratio}])
         for (a, b), r, ratio in zip(single, rates, ratios, strict=True)
     ]
     for step in range(4):
-        gradients = [torch.randn(len(starts), width, generator=torch.Generator().manual_seed(step)) for width in (2, 1)]
+        gradients = [
+            torch.randn(len(starts), width, generator=torch.Generator().manual_seed(step))
+            for width in (2, 1)
+        ]
         torch.autograd.backward([both, other], gradients)
         assert_close(many.collect_gradients(), torch.cat(gradients, 1).norm(dim=1))
         many.step(*rates)
@@ -452,18 +610,27 @@ def test_what_an_adapter_has_not_stays_zero(mini: Path) -> None:
     from tests.helpers.real import listed, windows_of
 
     model = load_base(mini / "artifacts" / "expanded").model
-    own = [FinetuneLora(rank=1, epochs=3), FinetuneLora(rank=3, target_modules=("v_proj",), epochs=3)]
+    own = [
+        FinetuneLora(rank=1, epochs=3),
+        FinetuneLora(rank=3, target_modules=("v_proj",), epochs=3),
+    ]
     ways = [lambda own=own: attach_one(model, lora_spec(model, own, ())) for own in own]
     share = attach_many(model, ways)
     data = listed(windows_of([4, 4, 4, 4, 4]))
     learners = [Learner(settings, Batches(data, 2, 0)) for settings in own]
-    list(steps(TrainingTask(model, learners, ManyAdapters(model, share)), build_optimizer(model, *own)))
+    list(
+        steps(
+            TrainingTask(model, learners, ManyAdapters(model, share)), build_optimizer(model, *own)
+        )
+    )
     for layer in layers(model):
         if "lora_A" in layer.trained:
             A, B = layer.trained["lora_A"], layer.trained["lora_B"]
             assert not A[0, 1:].any() and not B[0, :, 1:].any()
             assert B[0, :, 0].any()
-    k_proj = next(layer for layer in layers(model) if "lora_A" in layer.trained and not layer.shapes[1])
+    k_proj = next(
+        layer for layer in layers(model) if "lora_A" in layer.trained and not layer.shapes[1]
+    )
     assert not k_proj.trained["lora_A"][1].any() and not k_proj.trained["lora_B"][1].any()
 
 
@@ -476,7 +643,10 @@ def attach_one(model: Any, spec: Any) -> None:
 
 def rows_of(best: object, *others: object) -> dict[str, object]:
     values = [best, *others]
-    return {str(n): {"values": {"rank": value} if isinstance(value, int) else value} for n, value in enumerate(values)}
+    return {
+        str(n): {"values": {"rank": value} if isinstance(value, int) else value}
+        for n, value in enumerate(values)
+    }
 
 
 @pytest.mark.parametrize(
@@ -489,11 +659,24 @@ def rows_of(best: object, *others: object) -> dict[str, object]:
         (rows_of(8), {"rank": [8]}, {}),
         (rows_of({"seed": 2}, {"seed": 1}), {"seed": [1, 2]}, {}),
         (rows_of({"dora": True}, {"dora": False}), {"dora": [False, True]}, {}),
-        (rows_of({"target_modules": ["a"]}, {"target_modules": ["b"]}), {"target_modules": [["a"], ["b"]]}, {}),
+        (
+            rows_of({"target_modules": ["a"]}, {"target_modules": ["b"]}),
+            {"target_modules": [["a"], ["b"]]},
+            {},
+        ),
         (rows_of({"lora_dropout": 0.0}, {"lora_dropout": 0.1}), {"lora_dropout": [0.0, 0.1]}, {}),
-        (rows_of(6, 5, 4), {"rank": {"low": 1, "high": 100, "log": False}}, {"rank": ("highest", [6, 7, 9])}),
-        (rows_of(60, 50, 40), {"rank": {"low": 1, "high": 100, "log": False}}, {}),  # chance: 100 could be drawn
-        (rows_of(90, 50, 9), {"rank": {"low": 1, "high": 100, "log": True}}, {"rank": ("highest", [90, 162, 292])}),
+        (
+            rows_of(6, 5, 4),
+            {"rank": {"low": 1, "high": 100, "log": False}},
+            {"rank": ("highest", [6, 7, 9])},
+        ),
+        # chance: 100 could be drawn
+        (rows_of(60, 50, 40), {"rank": {"low": 1, "high": 100, "log": False}}, {}),
+        (
+            rows_of(90, 50, 9),
+            {"rank": {"low": 1, "high": 100, "log": True}},
+            {"rank": ("highest", [90, 162, 292])},
+        ),
     ],
 )
 def test_the_best_of_a_sweep_at_the_edge_of_what_was_tried_says_how_to_go_on(

@@ -32,15 +32,21 @@ def listed(cut: list[Window]) -> InMemoryDataset:
 
 
 def test_training_is_that_of_plain_adam_on_the_stock_model(brief: Path) -> None:
-    """Thirty steps of full fine-tuning: the same losses and gradient norms as transformers and torch.optim.Adam."""
+    """Thirty steps of full fine-tuning: the same losses and gradient norms as transformers and
+    torch.optim.Adam.
+    """
     folder = brief / "artifacts/expanded"
     ours, tokenizer = load_base(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder)
     theirs.model.decoder.embed_positions.requires_grad_(False)
     settings = Training(epochs=5)
     examples = read_examples(ROOT / "data/finetune.de.txt", "f")
-    batches = Batches(listed([w for e in examples for w in windows(encode(e, tokenizer).ids, 4)]), 4, 0)
-    adam = torch.optim.Adam([p for p in theirs.parameters() if p.requires_grad], lr=settings.learning_rate)
+    batches = Batches(
+        listed([w for e in examples for w in windows(encode(e, tokenizer).ids, 4)]), 4, 0
+    )
+    adam = torch.optim.Adam(
+        [p for p in theirs.parameters() if p.requires_grad], lr=settings.learning_rate
+    )
     for record in steps_of(ours, batches, settings, FlatOptimizer(ours)):
         (batch,) = batches[record.step - 1]
         assert batch.segments is None, "windows of one length stack"
@@ -48,7 +54,9 @@ def test_training_is_that_of_plain_adam_on_the_stock_model(brief: Path) -> None:
         logits = theirs(input_ids=batch.ids, position_ids=batch.positions).logits
         loss = F.cross_entropy(logits.flatten(0, 1), batch.labels)
         torch.autograd.backward(loss)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in theirs.parameters() if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in theirs.parameters() if p.grad is not None]
+        )
         adam.step()
         assert record.loss == pytest.approx(loss.item(), rel=1e-3)
         assert record.grad_norm == pytest.approx(float(norm), rel=1e-3)
@@ -56,9 +64,15 @@ def test_training_is_that_of_plain_adam_on_the_stock_model(brief: Path) -> None:
 
 
 def cut_of(sizes: list[tuple[int, int, int]]) -> list[Window]:
-    """One window per triple: the numbers of tokens without a label, with one, and without one again."""
+    """One window per triple: the numbers of tokens without a label, with one, and without one
+    again.
+    """
     return [
-        Window(i, tuple(range(10, 10 + a + b + c)), (IGNORED,) * a + tuple(range(11 + a, 11 + a + b)) + (IGNORED,) * c)
+        Window(
+            i,
+            tuple(range(10, 10 + a + b + c)),
+            (IGNORED,) * a + tuple(range(11 + a, 11 + a + b)) + (IGNORED,) * c,
+        )
         for i, (a, b, c) in enumerate(sizes)
     ]
 
@@ -68,14 +82,27 @@ def sequences_of(batch: Batch) -> list[tuple[list[int], list[int], list[int]]]:
     labels = torch.full((batch.ids.numel(),), IGNORED)
     labels[slice(None) if batch.label_index is None else batch.label_index] = batch.labels
     if batch.segments is None:
-        rows = [row.tolist() for t in (batch.ids, batch.positions, labels.view_as(batch.ids)) for row in t]
-        return list(zip(*(rows[i * len(batch.ids) : (i + 1) * len(batch.ids)] for i in range(3)), strict=True))
+        rows = [
+            row.tolist()
+            for t in (batch.ids, batch.positions, labels.view_as(batch.ids))
+            for row in t
+        ]
+        return list(
+            zip(
+                *(rows[i * len(batch.ids) : (i + 1) * len(batch.ids)] for i in range(3)),
+                strict=True,
+            )
+        )
     assert len(batch.ids) == 1
-    parts = [torch.split(t.flatten(), list(batch.segments)) for t in (batch.ids, batch.positions, labels)]
+    parts = [
+        torch.split(t.flatten(), list(batch.segments)) for t in (batch.ids, batch.positions, labels)
+    ]
     return [(a.tolist(), b.tolist(), c.tolist()) for a, b, c in zip(*parts, strict=True)]
 
 
-lengths = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5), st.integers(0, 2)), min_size=1, max_size=20)
+lengths = st.lists(
+    st.tuples(st.integers(0, 3), st.integers(1, 5), st.integers(0, 2)), min_size=1, max_size=20
+)
 
 
 @given(lengths, st.integers(1, 7), st.integers(1, 3), st.integers(0, 3))
@@ -88,15 +115,21 @@ def test_an_epoch_holds_every_window_once_without_a_token_more_than_its_labels_n
     for epoch in (0, 2):
         seen = []
         for index in range(len(batches)):
-            step, rows = batches[epoch * len(batches) + index], batches.rows(epoch * len(batches) + index)
+            step, rows = (
+                batches[epoch * len(batches) + index],
+                batches.rows(epoch * len(batches) + index),
+            )
             numbers = [number for row in rows for number in row]
-            assert batches.locations(epoch * len(batches) + index) == [f"f.txt:{n + 1}" for n in numbers]
+            assert batches.locations(epoch * len(batches) + index) == [
+                f"f.txt:{n + 1}" for n in numbers
+            ]
             if index < len(batches) - 1:
                 assert [*map(len, rows)] == [batch_size] * accumulate
             for batch, row in zip(step, rows, strict=True):
                 assert batch.tokens == sum(sizes[number][1] for number in row)
                 for number, (ids, positions, labels) in zip(row, sequences_of(batch), strict=True):
-                    kept = sizes[number][0] + sizes[number][1]  # tokens after the last label do not affect the loss
+                    # tokens after the last label do not affect the loss
+                    kept = sizes[number][0] + sizes[number][1]
                     assert ids == list(range(10, 10 + kept))
                     assert positions == list(range(number, number + kept))
                     assert labels == list(cut[number].labels[:kept])
@@ -163,11 +196,16 @@ def test_a_loss_that_is_not_finite_stops_with_advice(project: Path) -> None:
 def test_the_run_log_has_the_contracts_columns_and_every_step(finished: Path) -> None:
     for name, count in (("base", 900), ("full_finetuned", 300), ("lora_adapter", 300)):
         path = finished / "artifacts" / name / "loss.csv"
-        assert path.read_text(encoding="utf-8").splitlines()[0] == "step,epoch,loss,learning_rate,grad_norm,tokens"
+        assert (
+            path.read_text(encoding="utf-8").splitlines()[0]
+            == "step,epoch,loss,learning_rate,grad_norm,tokens"
+        )
         found = read_steps(path)
         assert [step.step for step in found] == list(range(1, count + 1))
         assert all(later.tokens > earlier.tokens for earlier, later in pairwise(found))
-    telemetry = (finished / "runs/finetune_lora/telemetry.csv").read_text(encoding="utf-8").splitlines()
+    telemetry = (
+        (finished / "runs/finetune_lora/telemetry.csv").read_text(encoding="utf-8").splitlines()
+    )
     assert telemetry[0] == (
         "step,seconds,tokens_per_second,peak_memory_bytes,device,predicted_tensor_bytes,measured_tensor_bytes"
     )
@@ -175,7 +213,9 @@ def test_the_run_log_has_the_contracts_columns_and_every_step(finished: Path) ->
 
 
 def test_the_prediction_follows_every_choice_of_targets(project: Path) -> None:
-    """Also the name of a single module, the head, and all-linear: whatever can be trained can be predicted."""
+    """Also the name of a single module, the head, and all-linear: whatever can be trained can be
+    predicted.
+    """
     for targets in (
         "lm_head",
         "[fc1, lm_head]",
@@ -183,15 +223,28 @@ def test_the_prediction_follows_every_choice_of_targets(project: Path) -> None:
         "decoder.layers.1.self_attn.q_proj",
         "all-linear",
     ):
-        overrides = [*BRIEF, f"finetune_lora.target_modules={targets}", "finetune_lora.train_embeddings=none"]
+        overrides = [
+            *BRIEF,
+            f"finetune_lora.target_modules={targets}",
+            "finetune_lora.train_embeddings=none",
+        ]
         make(project, ["finetune_lora"], overrides)
-        last = (project / "runs/finetune_lora/telemetry.csv").read_text(encoding="utf-8").splitlines()[-1]
+        last = (
+            (project / "runs/finetune_lora/telemetry.csv")
+            .read_text(encoding="utf-8")
+            .splitlines()[-1]
+        )
         predicted, measured = map(int, last.split(",")[-2:])
         assert measured == pytest.approx(predicted, rel=0.05), targets
 
 
 @pytest.mark.parametrize(
-    "stage", ["pretrain", "train_from_scratch", *(n for n in PIPELINE if n.removeprefix("finetune_") in METHODS)]
+    "stage",
+    [
+        "pretrain",
+        "train_from_scratch",
+        *(n for n in PIPELINE if n.removeprefix("finetune_") in METHODS),
+    ],
 )
 def test_the_trainer_measures_what_the_calculator_predicts(finished: Path, stage: str) -> None:
     lines = (finished / "runs" / stage / "telemetry.csv").read_text(encoding="utf-8").splitlines()
@@ -200,20 +253,40 @@ def test_the_trainer_measures_what_the_calculator_predicts(finished: Path, stage
 
 
 @pytest.mark.parametrize("optimizer", ["adamw-8bit", "paged-adamw-8bit", "sgd"])
-def test_what_it_measures_with_other_optimizers_dropout_and_noise_is_predicted(project: Path, optimizer: str) -> None:
-    options = {"optimizer": optimizer, "lora_dropout": 0.1, "neftune_alpha": 5, "batch_size": 16, "window": 0}
-    make(project, ["finetune_lora"], [*BRIEF, *(f"finetune_lora.{key}={value}" for key, value in options.items())])
-    last = (project / "runs/finetune_lora/telemetry.csv").read_text(encoding="utf-8").splitlines()[-1]
+def test_what_it_measures_with_other_optimizers_dropout_and_noise_is_predicted(
+    project: Path, optimizer: str
+) -> None:
+    options = {
+        "optimizer": optimizer,
+        "lora_dropout": 0.1,
+        "neftune_alpha": 5,
+        "batch_size": 16,
+        "window": 0,
+    }
+    make(
+        project,
+        ["finetune_lora"],
+        [*BRIEF, *(f"finetune_lora.{key}={value}" for key, value in options.items())],
+    )
+    last = (
+        (project / "runs/finetune_lora/telemetry.csv").read_text(encoding="utf-8").splitlines()[-1]
+    )
     predicted, measured = map(int, last.split(",")[-2:])
     assert measured == pytest.approx(predicted, rel=0.02)
 
 
 @given(st.integers(0, 200))
-def test_a_log_is_read_up_to_its_last_whole_line(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+def test_a_log_is_read_up_to_its_last_whole_line(
+    tmp_path_factory: pytest.TempPathFactory, cut: int
+) -> None:
     path = tmp_path_factory.getbasetemp() / "loss.csv"
-    text = ",".join(COLUMNS) + "\n" + "".join(f"{i},1,0.5,0.001,1.0,{i * 16}\n" for i in range(1, 6))
+    text = (
+        ",".join(COLUMNS) + "\n" + "".join(f"{i},1,0.5,0.001,1.0,{i * 16}\n" for i in range(1, 6))
+    )
     path.write_text(text[:cut], encoding="utf-8")
-    assert [step.step for step in read_steps(path)] == list(range(1, max(1, text[:cut].count("\n"))))
+    assert [step.step for step in read_steps(path)] == list(
+        range(1, max(1, text[:cut].count("\n")))
+    )
 
 
 def curve(*means: float) -> list[Step]:
@@ -225,14 +298,18 @@ def test_a_curve_is_flat_from_where_it_stays_near_its_end() -> None:
     assert flat_from(curve(10, 1, 5, 1.0, 1.0)) == 4
     assert flat_from(curve(10, 8, 6, 4, 2)) is None
     assert flat_from([]) is None
-    assert epoch_means([Step(1, 1, 2.0, 0.1, 1, 1), Step(2, 1, 4.0, 0.1, 1, 2), Step(3, 2, 1.0, 0.1, 1, 3)]) == [3, 1]
+    assert epoch_means(
+        [Step(1, 1, 2.0, 0.1, 1, 1), Step(2, 1, 4.0, 0.1, 1, 2), Step(3, 2, 1.0, 0.1, 1, 3)]
+    ) == [3, 1]
 
 
 def test_two_runs_give_the_same_bytes(project: Path) -> None:
     folder = project / "artifacts/lora_adapter"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     _, events = make_one(project, "finetune_lora", BRIEF, force=True)
-    assert len([e for e in events if isinstance(e, Progress)]) == 12, "it was trained again: 2 epochs of 6 steps"
+    assert len([e for e in events if isinstance(e, Progress)]) == 12, (
+        "it was trained again: 2 epochs of 6 steps"
+    )
     notes = [e.text for e in events if isinstance(e, Note)]
     assert re.match(r"finetune_lora: [\d.]+ KiB of tensors predicted", notes[0])
     assert re.match(r"finetune_lora: [\d.]+ KiB of tensors measured", notes[1])

@@ -22,7 +22,9 @@ from tests.helpers.real import listed, toy, trained, windows_of
 
 
 @given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 200))
-def test_max_steps_overrides_epochs_as_in_transformers(epochs: int, per_epoch: int, steps: int) -> None:
+def test_max_steps_overrides_epochs_as_in_transformers(
+    epochs: int, per_epoch: int, steps: int
+) -> None:
     assert Training(epochs=epochs).total_steps(per_epoch) == epochs * per_epoch
     assert Training(epochs=epochs, max_steps=steps).total_steps(per_epoch) == steps
 
@@ -40,8 +42,12 @@ def test_training_takes_max_steps_steps_whether_epochs_have_fewer_or_more(steps:
 
 
 @given(st.floats(0.001, 0.99), st.integers(2, 5000))
-def test_a_warmup_ratio_is_the_steps_that_transformers_makes_of_it(ratio: float, total: int) -> None:
-    theirs = TrainingArguments("unused", warmup_steps=ratio, report_to=[], use_cpu=True).get_warmup_steps(total)
+def test_a_warmup_ratio_is_the_steps_that_transformers_makes_of_it(
+    ratio: float, total: int
+) -> None:
+    theirs = TrainingArguments(
+        "unused", warmup_steps=ratio, report_to=[], use_cpu=True
+    ).get_warmup_steps(total)
     settings = Training(warmup_ratio=ratio, schedule="linear")
     assert settings.warmup(total) == theirs
     same = Training(warmup_steps=theirs, schedule="linear")
@@ -59,20 +65,38 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["warmup_steps=3", "warmup_ratio=0.1"], "finetune_lora.warmup_steps is 3 and warmup_ratio 0.1, but only one"),
+        (
+            ["warmup_steps=3", "warmup_ratio=0.1"],
+            "finetune_lora.warmup_steps is 3 and warmup_ratio 0.1, but only one",
+        ),
         (["warmup_ratio=1"], "finetune_lora.warmup_ratio must be below 1, got 1"),
         (["max_steps=-1"], "finetune_lora.max_steps must be at least 0, got -1"),
-        (["max_steps=4", "warmup_steps=4"], "finetune_lora.warmup_steps must be below 4, the total number of training"),
-        (["max_steps=1", "warmup_ratio=0.1"], "warmup_ratio 0.1 of 1 steps, rounded up, leaves none after the warm-up"),
+        (
+            ["max_steps=4", "warmup_steps=4"],
+            "finetune_lora.warmup_steps must be below 4, the total number of training",
+        ),
+        (
+            ["max_steps=1", "warmup_ratio=0.1"],
+            "warmup_ratio 0.1 of 1 steps, rounded up, leaves none after the warm-up",
+        ),
         (["save_steps=0"], "finetune_lora.save_steps must be at least 1, got 0"),
-        (["optimizer=adam"], "finetune_lora.optimizer must be one of adamw, adamw-8bit, paged-adamw-8bit, sgd, got"),
+        (
+            ["optimizer=adam"],
+            "finetune_lora.optimizer must be one of adamw, adamw-8bit, paged-adamw-8bit, sgd, got",
+        ),
         (["weight_decay=-0.1"], "finetune_lora.weight_decay must be at least 0, got -0.1"),
         (["eval_every=3"], "unknown key finetune_lora.eval_every. Did you mean eval_steps?"),
         (["optim=adamw"], "unknown key finetune_lora.optim. Did you mean optimizer?"),
         (["lora_dropout=1"], "finetune_lora.lora_dropout must be below 1, got 1"),
         (["neftune_alpha=-5"], "finetune_lora.neftune_alpha must be at least 0, got -5"),
-        (["neftune_noise_alpha=5"], "unknown key finetune_lora.neftune_noise_alpha. Did you mean neftune_alpha?"),
-        (["num_train_steps=9"], "unknown key finetune_lora.num_train_steps. Did you mean max_steps?"),
+        (
+            ["neftune_noise_alpha=5"],
+            "unknown key finetune_lora.neftune_noise_alpha. Did you mean neftune_alpha?",
+        ),
+        (
+            ["num_train_steps=9"],
+            "unknown key finetune_lora.num_train_steps. Did you mean max_steps?",
+        ),
     ],
 )
 def test_a_bad_value_is_one_message(mini: Path, overrides: list[str], message: str) -> None:
@@ -89,20 +113,28 @@ def abandoned(root: Path, overrides: list[str], last: int, **options: Any) -> No
     events.close()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("options", "kept"), [({}, 6), ({"checkpoint_every": 4}, 4)], ids=["params", "command line"])
+@pytest.mark.parametrize(
+    ("options", "kept"), [({}, 6), ({"checkpoint_every": 4}, 4)], ids=["params", "command line"]
+)
 def test_a_checkpoint_is_written_every_save_steps_unless_the_command_line_says_otherwise(
     mini: Path, options: dict[str, int], kept: int
 ) -> None:
     discard_checkpoints(mini / "runs/finetune_lora")
     abandoned(mini, ["finetune_lora.save_steps=3"], 7, **options)
-    assert [path.name for path in checkpoints(mini / "runs/finetune_lora")] == [f"checkpoint-{kept:09d}"]
+    assert [path.name for path in checkpoints(mini / "runs/finetune_lora")] == [
+        f"checkpoint-{kept:09d}"
+    ]
 
 
-def test_steps_that_take_long_are_saved_before_save_steps_are_done(mini: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_take_long_are_saved_before_save_steps_are_done(
+    mini: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     discard_checkpoints(mini / "runs/finetune_lora")
     monkeypatch.setattr("pipeline.training.loop.MOST_LOST", 0.0)
     abandoned(mini, [], 7)
-    assert [path.name for path in checkpoints(mini / "runs/finetune_lora")] == ["checkpoint-000000007"]
+    assert [path.name for path in checkpoints(mini / "runs/finetune_lora")] == [
+        "checkpoint-000000007"
+    ]
 
 
 @pytest.mark.parametrize("stage", ["finetune_lora", "finetune_sweep"])
@@ -113,11 +145,16 @@ def test_save_steps_makes_nothing_out_of_date(mini: Path, stage: str) -> None:
     assert input_facts(often, STAGES[stage]) == input_facts(plain, STAGES[stage])
     assert "save_steps" not in input_facts(often, STAGES[stage])["params"]
     assert Status().of(often)[stage].state == "current"
-    manifests = [path.read_text(encoding="utf-8") for path in (mini / STAGES[stage].path).rglob("manifest.json")]
+    manifests = [
+        path.read_text(encoding="utf-8")
+        for path in (mini / STAGES[stage].path).rglob("manifest.json")
+    ]
     assert manifests and not any("save_steps" in text for text in manifests)
 
 
 def test_a_grid_that_contradicts_what_is_set_names_its_adapter(mini: Path) -> None:
     given = ["finetune_lora.warmup_steps=3", "finetune_sweep.grid={warmup_ratio: [0.1]}"]
-    with pytest.raises(UserError, match=r"finetune_sweep, warmup_ratio-0.1: warmup_steps is 3 and warmup_ratio 0.1"):
+    with pytest.raises(
+        UserError, match=r"finetune_sweep, warmup_ratio-0.1: warmup_steps is 3 and warmup_ratio 0.1"
+    ):
         make(mini, ["finetune_sweep"], given)

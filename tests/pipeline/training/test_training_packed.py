@@ -1,4 +1,6 @@
-"""Packed sequences do not see each other, logits are computed only at labels, and every label has the same weight."""
+"""Packed sequences do not see each other, logits are computed only at labels, and every label has
+the same weight.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +22,16 @@ from pipeline.training.batches import Batch, Batches, collate
 from pipeline.training.optimizer import FlatOptimizer
 from pipeline.training.step import loss_of
 from tests.helpers.families import FAMILIES
-from tests.helpers.real import ROWS, gradient_of, listed, loss_alone, stock, toy, trained, windows_of
+from tests.helpers.real import (
+    ROWS,
+    gradient_of,
+    listed,
+    loss_alone,
+    stock,
+    toy,
+    trained,
+    windows_of,
+)
 
 LENGTHS = (7, 1, 12, 5, 2, 19)
 CONVOLVES: dict[str, Any] = {  # its short convolutions cross the border between two sequences
@@ -44,8 +55,12 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def fast_decoding(model: TransformersModel, lengths: Sequence[int]) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of the sequences, each alone, in stock transformers: a mean over labels."""
+def fast_decoding(
+    model: TransformersModel, lengths: Sequence[int]
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of the sequences, each alone, in stock transformers: a mean over
+    labels.
+    """
     theirs, found = stock(model), windows_of(lengths, half)
     labels = sum(length - half(length) for length in lengths)
     loss = torch.stack([loss_alone(theirs, window) for window in found]).sum() / labels
@@ -53,15 +68,21 @@ def fast_decoding(model: TransformersModel, lengths: Sequence[int]) -> tuple[flo
     return loss.item(), gradients(theirs)
 
 
-def assert_same_gradient(model: TransformersModel, batches: list[Batch], lengths: Sequence[int]) -> None:
+def assert_same_gradient(
+    model: TransformersModel, batches: list[Batch], lengths: Sequence[int]
+) -> None:
     loss, expected = fast_decoding(model, lengths)
     found = gradient_of(model.train(), batches, FlatOptimizer(model))
     ours = gradients(model)
     assert found.loss == pytest.approx(loss, rel=1e-5)
-    assert found.norm == pytest.approx(float(torch.cat([g.flatten() for g in expected.values()]).norm()), rel=1e-4)
+    assert found.norm == pytest.approx(
+        float(torch.cat([g.flatten() for g in expected.values()]).norm()), rel=1e-4
+    )
     assert ours.keys() == expected.keys()
     for name, wanted in expected.items():
-        assert_close(ours[name], wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()) + 1e-7, msg=name)
+        assert_close(
+            ours[name], wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()) + 1e-7, msg=name
+        )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -86,12 +107,24 @@ def test_pitfall_16_a_token_changed_in_one_sequence_changes_no_number_of_another
     other = batch.ids.clone()
     other[0, 8] = (other[0, 8] + 1) % ROWS  # the first token of the third sequence
     with torch.no_grad():
-        before, after = (model.hidden_states(ids, batch.positions, batch.segments)[0] for ids in (batch.ids, other))
+        before, after = (
+            model.hidden_states(ids, batch.positions, batch.segments)[0]
+            for ids in (batch.ids, other)
+        )
     same = (before == after).all(dim=-1)
-    assert [bool(part.all()) for part in torch.split(same, list(LENGTHS))] == [True, True, False, True, True, True]
+    assert [bool(part.all()) for part in torch.split(same, list(LENGTHS))] == [
+        True,
+        True,
+        False,
+        True,
+        True,
+        True,
+    ]
 
 
-def test_a_model_that_cannot_read_end_to_end_gets_one_sequence_at_a_time_with_the_same_result() -> None:
+def test_a_model_that_cannot_read_end_to_end_gets_one_sequence_at_a_time_with_the_same_result() -> (
+    None
+):
     model = from_config(CONVOLVES, torch.float32)
     torch.manual_seed(0)
     for parameter in model.parameters():
@@ -116,14 +149,17 @@ def test_sequences_of_one_length_stack_and_are_read_at_once_by_any_model() -> No
 def rows_of(head: nn.Module) -> Iterator[list[int]]:
     """The number of rows of each call of the head inside the context."""
     rows: list[int] = []
-    hook = head.register_forward_pre_hook(lambda _, args: rows.append(args[0].numel() // args[0].shape[-1]))
+    hook = head.register_forward_pre_hook(
+        lambda _, args: rows.append(args[0].numel() // args[0].shape[-1])
+    )
     try:
         yield rows
     finally:
         hook.remove()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])  # tied and not: the head trains in full in both
+# tied and not: the head trains in full in both
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_logits_are_made_at_labels_alone_and_a_chunk_at_a_time(name: str) -> None:
     model, lengths = toy(name), (50, 41, 60, 3) * 4
     model.config.max_position_embeddings = 64
@@ -176,7 +212,9 @@ def test_losses_and_gradients_in_chunks_are_those_of_all_logits_at_once(
 def test_in_bf16_the_loss_is_that_of_fp32_within_its_rounding() -> None:
     batch = collate(windows_of((50, 41, 60, 3) * 4, half))
     with torch.no_grad():
-        rounded, exact = (float(loss_of(toy("llama", d, std=0.1), batch)) for d in (torch.bfloat16, torch.float32))
+        rounded, exact = (
+            float(loss_of(toy("llama", d, std=0.1), batch)) for d in (torch.bfloat16, torch.float32)
+        )
     assert rounded == pytest.approx(exact, rel=0.01)
     assert rounded != exact
 
@@ -199,8 +237,12 @@ def test_pitfall_17_accumulation_is_weighted_by_tokens() -> None:
     for batch_size, accumulate in ((2, 2), (1, 4)):
         found, others = of_batches(batch_size, accumulate)
         assert [record.tokens for record in found] == [record.tokens for record in expected]
-        assert [record.loss for record in found] == pytest.approx([record.loss for record in expected], rel=1e-4)
-        assert [record.grad_norm for record in found] == pytest.approx([r.grad_norm for r in expected], rel=1e-3)
+        assert [record.loss for record in found] == pytest.approx(
+            [record.loss for record in expected], rel=1e-4
+        )
+        assert [record.grad_norm for record in found] == pytest.approx(
+            [r.grad_norm for r in expected], rel=1e-3
+        )
         for name, weight in others.items():
             assert_close(weight, weights[name], rtol=1e-3, atol=2e-4, msg=name)
 
@@ -212,6 +254,8 @@ def test_pitfall_17_a_mean_of_means_would_be_another_number() -> None:
         with torch.no_grad():
             parts = [(float(loss_of(model, batch)), batch.tokens) for batch in batches[step]]
         found = gradient_of(model, batches[step], optimizer).loss
-        assert found == pytest.approx(sum(loss * n for loss, n in parts) / sum(n for _, n in parts), rel=1e-5)
+        assert found == pytest.approx(
+            sum(loss * n for loss, n in parts) / sum(n for _, n in parts), rel=1e-5
+        )
         assert found != pytest.approx(sum(loss for loss, _ in parts) / len(parts), rel=1e-2)
         optimizer.clear()

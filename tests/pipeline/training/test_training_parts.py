@@ -1,4 +1,6 @@
-"""Parts of a step: learning rate, clipping, checkpointing; and an evaluation that holds no logits."""
+"""Parts of a step: learning rate, clipping, checkpointing; and an evaluation that holds no
+logits.
+"""
 
 import math
 from collections.abc import Callable
@@ -26,7 +28,17 @@ from pipeline.training.memory.prediction import TensorMemoryMeter
 from pipeline.training.optimizer import FlatOptimizer, rate
 from tests.helpers.families import FAMILIES, TEXTS, new_project, tokenizer
 from tests.helpers.projects import make
-from tests.helpers.real import gradient_of, listed, loss_alone, steps_of, stock, toy, trained, windows_of, with_lora
+from tests.helpers.real import (
+    gradient_of,
+    listed,
+    loss_alone,
+    steps_of,
+    stock,
+    toy,
+    trained,
+    windows_of,
+    with_lora,
+)
 
 How = Literal["none", "selective", "full"]
 LENGTHS = (9, 3, 14, 6, 2, 11)
@@ -62,15 +74,24 @@ def test_rates_follow_their_formulas(warmup: int, total: int, peak: float) -> No
 
 @given(st.integers(0, 20), st.integers(21, 60))
 def test_after_the_warm_up_rates_are_those_of_transformers(warmup: int, total: int) -> None:
-    for name, made in (("linear", get_linear_schedule_with_warmup), ("cosine", get_cosine_schedule_with_warmup)):
+    for name, made in (
+        ("linear", get_linear_schedule_with_warmup),
+        ("cosine", get_cosine_schedule_with_warmup),
+    ):
         adam = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
         theirs = made(adam, warmup, total).lr_lambdas[0]
-        assert rates(name, warmup, total)[warmup:] == pytest.approx([theirs(step) for step in range(warmup, total)])
-        assert rates(name, warmup, total)[: max(0, warmup - 1)] == pytest.approx([theirs(s) for s in range(1, warmup)])
+        assert rates(name, warmup, total)[warmup:] == pytest.approx(
+            [theirs(step) for step in range(warmup, total)]
+        )
+        assert rates(name, warmup, total)[: max(0, warmup - 1)] == pytest.approx(
+            [theirs(s) for s in range(1, warmup)]
+        )
 
 
 @given(st.sampled_from(["constant", "linear", "cosine"]), st.integers(0, 30), st.integers(1, 60))
-def test_no_step_learns_nothing_and_none_more_than_the_rate(schedule: str, warmup: int, total: int) -> None:
+def test_no_step_learns_nothing_and_none_more_than_the_rate(
+    schedule: str, warmup: int, total: int
+) -> None:
     found = rates(schedule, warmup, total)
     assert all(0 < value <= 1 for value in found)
     assert max(found) == 1
@@ -79,7 +100,9 @@ def test_no_step_learns_nothing_and_none_more_than_the_rate(schedule: str, warmu
 def test_the_loop_steps_at_these_rates_and_writes_them_down() -> None:
     settings = Training(epochs=4, learning_rate=1e-3, warmup_steps=3, schedule="cosine")
     found, _ = trained(toy("llama"), batches(), settings)
-    assert [record.learning_rate for record in found] == [rate(settings, step, 12) for step in range(1, 13)]
+    assert [record.learning_rate for record in found] == [
+        rate(settings, step, 12) for step in range(1, 13)
+    ]
 
 
 # Against plain PyTorch
@@ -88,7 +111,9 @@ def test_the_loop_steps_at_these_rates_and_writes_them_down() -> None:
 @pytest.mark.parametrize("clip", [0.0, 4.5, 100.0])
 def test_clipping_warm_up_and_decay_are_those_of_plain_pytorch(clip: float) -> None:
     """Every sequence alone through stock transformers, torch's clipping, torch's Adam."""
-    settings = Training(epochs=4, learning_rate=3e-3, warmup_steps=2, schedule="linear", max_grad_norm=clip)
+    settings = Training(
+        epochs=4, learning_rate=3e-3, warmup_steps=2, schedule="linear", max_grad_norm=clip
+    )
     model, order = toy("llama", std=0.1), batches()
     theirs, found = stock(model), windows_of(LENGTHS)
     adam = torch.optim.Adam(theirs.parameters(), lr=1.0)
@@ -104,13 +129,19 @@ def test_clipping_warm_up_and_decay_are_those_of_plain_pytorch(clip: float) -> N
         adam.step()
         assert record.loss == pytest.approx(loss.item(), rel=1e-4)
         assert record.grad_norm == pytest.approx(float(norm), rel=1e-3), "the norm before clipping"
-    assert (2 < clipped < 10) == (clip == 4.5), "Adam would not tell a gradient that is always shortened from any other"
+    assert (2 < clipped < 10) == (clip == 4.5), (
+        "Adam would not tell a gradient that is always shortened from any other"
+    )
     for name, weight in theirs.named_parameters():
-        torch.testing.assert_close(model.get_parameter(name), weight, rtol=1e-3, atol=3e-4, msg=name)
+        torch.testing.assert_close(
+            model.get_parameter(name), weight, rtol=1e-3, atol=3e-4, msg=name
+        )
 
 
 @given(st.floats(1e-3, 10), st.integers(0, 1000))
-def test_a_clipped_gradient_has_the_norm_asked_for_and_its_direction(largest: float, seed: int) -> None:
+def test_a_clipped_gradient_has_the_norm_asked_for_and_its_direction(
+    largest: float, seed: int
+) -> None:
     torch.manual_seed(seed)
     model = nn.Linear(5, 3)
     optimizer = FlatOptimizer(model)
@@ -141,7 +172,9 @@ def step_of(model: TransformersModel, how: How) -> tuple[float, dict[str, Tensor
 
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "opt"])
-def test_checkpointing_trades_memory_for_time_and_changes_no_number(name: str, adapted: bool) -> None:
+def test_checkpointing_trades_memory_for_time_and_changes_no_number(
+    name: str, adapted: bool
+) -> None:
     layers: dict[str, Any] = {"n_layer": 6} if name == "gpt2" else {"num_hidden_layers": 6}
     found = {}
     for how in ("none", "selective", "full"):
@@ -175,14 +208,19 @@ WIDE = 20_000  # rows: the logits of one token are many times its hidden state
 
 
 def short(tokens: int) -> list[Example]:
-    return [Example(" ".join(TEXTS[: 1 + number % 4]), "e.txt", number) for number in range(tokens // 25)]
+    return [
+        Example(" ".join(TEXTS[: 1 + number % 4]), "e.txt", number)
+        for number in range(tokens // 25)
+    ]
 
 
 def long(tokens: int) -> list[Example]:
     return [Example(" ".join([*TEXTS] * (tokens // 56)), "e.txt", 1)]
 
 
-def scored(tmp_path: Path, examples: list[Example], live: TensorMemoryMeter) -> tuple[int, float, float]:
+def scored(
+    tmp_path: Path, examples: list[Example], live: TensorMemoryMeter
+) -> tuple[int, float, float]:
     """Number of tokens, loss and divergence of a model with a large vocabulary."""
     tokenizer().save_pretrained(tmp_path)
     words = SubwordTokenizer.load(tmp_path)
@@ -197,12 +235,16 @@ def scored(tmp_path: Path, examples: list[Example], live: TensorMemoryMeter) -> 
 
 @pytest.mark.parametrize("texts", [short, long])
 @pytest.mark.sampled(2)
-def test_pitfall_23_evaluation_keeps_no_logits(tmp_path: Path, texts: Callable[[int], list[Example]]) -> None:
+def test_pitfall_23_evaluation_keeps_no_logits(
+    tmp_path: Path, texts: Callable[[int], list[Example]]
+) -> None:
     few, many = TensorMemoryMeter(), TensorMemoryMeter()
     fewer, *_ = scored(tmp_path, texts(600), few)
     tokens, *_ = scored(tmp_path, texts(5000), many)
     assert tokens > 3000 and fewer > 400
-    assert many.peak - few.peak < (tokens - fewer) * WIDE * 4 / 20, "more tokens cost only their hidden states"
+    assert many.peak - few.peak < (tokens - fewer) * WIDE * 4 / 20, (
+        "more tokens cost only their hidden states"
+    )
     assert many.peak < tokens * WIDE * 4 / 2
 
 
@@ -218,7 +260,9 @@ def test_pitfall_23_evaluation_in_chunks_is_the_plain_computation(
     with torch.no_grad():
         for one in examples:
             ids = torch.tensor([encode(one, words).ids])
-            p, q = (theirs(input_ids=ids).logits[0, :-1].log_softmax(-1) for theirs in (before, after))
+            p, q = (
+                theirs(input_ids=ids).logits[0, :-1].log_softmax(-1) for theirs in (before, after)
+            )
             losses.append(F.nll_loss(q, ids[0, 1:], reduction="none"))
             far.append(F.kl_div(q, p, reduction="none", log_target=True).sum(-1))
     assert tokens == len(torch.cat(losses)) > 7 * len(examples)
@@ -238,7 +282,9 @@ def test_the_forecast_is_of_the_largest_batch_of_the_step_that_has_it(tmp_path: 
     given = ["data=data/lines.txt", "epochs=1", "batch_size=4", "gradient_accumulation_steps=4"]
     for seed in (0, 3):
         make(root, ["finetune_lora"], [f"finetune_lora.{one}" for one in (*given, f"seed={seed}")])
-        last = (root / "runs/finetune_lora/telemetry.csv").read_text(encoding="utf-8").splitlines()[-1]
+        last = (
+            (root / "runs/finetune_lora/telemetry.csv").read_text(encoding="utf-8").splitlines()[-1]
+        )
         predicted, measured = map(int, last.split(",")[-2:])
         assert measured == pytest.approx(predicted, rel=0.03)
 

@@ -44,15 +44,25 @@ def test_pitfall_18_fp16_an_fp16_base_trains_fp32_adapters_on_the_cpu() -> None:
     assert all(math.isfinite(record.loss) and math.isfinite(record.grad_norm) for record in found)
     means = epoch_means(found)
     assert means[-1] < 0.8 * means[0]
-    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
-    exact, _ = trained(with_lora(toy("llama", std=0.1), torch.float32), batches(), Training(epochs=2))
-    again, _ = trained(with_lora(toy("llama", torch.float16, std=0.1), torch.float32), batches(), Training(epochs=2))
+    assert all(
+        torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen
+    )
+    exact, _ = trained(
+        with_lora(toy("llama", std=0.1), torch.float32), batches(), Training(epochs=2)
+    )
+    again, _ = trained(
+        with_lora(toy("llama", torch.float16, std=0.1), torch.float32),
+        batches(),
+        Training(epochs=2),
+    )
     assert [r.loss for r in again] == pytest.approx([r.loss for r in exact], rel=0.01)
     assert [r.grad_norm for r in again] == pytest.approx([r.grad_norm for r in exact], rel=0.05)
 
 
 def run_from(scale: float) -> tuple[list[Step], dict[str, Tensor], list[float], int]:
-    """Train from an initial loss scale: records, adapters, the scale after each step, number of forward passes."""
+    """Train from an initial loss scale: records, adapters, the scale after each step, number of
+    forward passes.
+    """
     model = with_lora(toy("llama", torch.float16), torch.float32)
     optimizer = FlatOptimizer(model.train(), scaled=True)
     optimizer.restore({**optimizer.state(), "loss_scale": torch.tensor([scale, 0.0])})
@@ -65,7 +75,9 @@ def run_from(scale: float) -> tuple[list[Step], dict[str, Tensor], list[float], 
     return records, adapters(model), scales, len(reads)
 
 
-def test_pitfall_18_fp16_an_overflow_halves_the_scale_and_repeats_the_step_so_that_no_data_is_lost() -> None:
+def test_pitfall_18_fp16_an_overflow_halves_the_scale_and_repeats_the_step_so_that_no_data_is_lost() -> (
+    None
+):
     records, weights, scales, reads = run_from(LARGEST_SCALE)
     halvings = round(math.log2(LARGEST_SCALE / scales[-1]))
     assert halvings > 0 and scales == sorted(scales, reverse=True)
@@ -91,7 +103,9 @@ def test_pitfall_18_fp16_small_gradients_survive_because_the_loss_is_scaled() ->
     assert norm(scaled=True) == pytest.approx(2 * 2.0**-26, rel=1e-3)
 
 
-def test_pitfall_18_fp16_the_scale_grows_again_after_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pitfall_18_fp16_the_scale_grows_again_after_many_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(optimizers, "GROWS_AFTER", 3)
     *_, scales, _ = run_from(4.0)
     assert scales == [4.0, 4.0, 8.0, 8.0, 8.0, 16.0]
@@ -101,9 +115,7 @@ def test_pitfall_18_fp16_adapters_are_refused_with_the_reason(tmp_path: Path) ->
     path = tmp_path / "params.yaml"
     for section in ("finetune_lora", "finetune_prefix", "finetune_prompt"):
         path.write_text(f"{section}:\n  adapter_precision: fp16\n", encoding="utf-8")
-        problem = (
-            rf"{section}.adapter_precision must be one of fp32, bf16, got 'fp16': gradients of fp16 weights .* Edit"
-        )
+        problem = rf"{section}.adapter_precision must be one of fp32, bf16, got 'fp16': gradients of fp16 weights .* Edit"
         with pytest.raises(UserError, match=problem):
             load(path)
     assert FinetuneLora().adapter_precision == "fp32"
@@ -111,8 +123,16 @@ def test_pitfall_18_fp16_adapters_are_refused_with_the_reason(tmp_path: Path) ->
 
 def test_pitfall_18_fp16_goes_through_the_stage_and_full_fine_tuning_too(tmp_path: Path) -> None:
     root = new_project(tmp_path / "p", FAMILIES["llama"], torch.float16)
-    half = ["finetune_lora.precision=fp16", "finetune_full.precision=fp16", "finetune_full.epochs=8"]
-    make(root, ["pretrain", "expand_vocab", "finetune_lora", "finetune_full"], [*half, "finetune_lora.epochs=8"])
+    half = [
+        "finetune_lora.precision=fp16",
+        "finetune_full.precision=fp16",
+        "finetune_full.epochs=8",
+    ]
+    make(
+        root,
+        ["pretrain", "expand_vocab", "finetune_lora", "finetune_full"],
+        [*half, "finetune_lora.epochs=8"],
+    )
     for name in ("lora_adapter", "full_finetuned"):
         means = epoch_means(read_steps(root / "artifacts" / name / "loss.csv"))
         assert means[-1] < 0.7 * means[0]
@@ -125,7 +145,9 @@ def test_pitfall_18_fp16_goes_through_the_stage_and_full_fine_tuning_too(tmp_pat
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_updates_too_small_for_16_bits_add_up_behind_them(dtype: torch.dtype) -> None:
-    """Steps of 1e-4 from 1.0, where the next smaller bf16 number is 0.996: Adam on bf16 weights never moves."""
+    """Steps of 1e-4 from 1.0, where the next smaller bf16 number is 0.996: Adam on bf16 weights
+    never moves.
+    """
     model, plain = (nn.Linear(3, 2, bias=False).to(dtype) for _ in range(2))
     for module in (model, plain):
         nn.init.ones_(module.weight)
@@ -156,7 +178,9 @@ def expanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_bf16_training_of_an_fp32_checkpoint_adds_to_it_and_rounds_none_of_it(expanded: Path) -> None:
+def test_bf16_training_of_an_fp32_checkpoint_adds_to_it_and_rounds_none_of_it(
+    expanded: Path,
+) -> None:
     tiny = ["finetune_full.learning_rate=1e-6", "finetune_full.epochs=3"]
     base = weights_of(expanded, "expanded")
     changes = {}
@@ -171,15 +195,22 @@ def test_bf16_training_of_an_fp32_checkpoint_adds_to_it_and_rounds_none_of_it(ex
         assert 0 < rounded.abs().max() <= steps * 1.2e-6, name
         alike = torch.cosine_similarity(exact.flatten(), rounded.flatten(), dim=0)
         assert alike > 0.8, name
-    unread = [(changes[precision]["model.embed_tokens.weight"] == 0).all(dim=1) for precision in ("fp32", "bf16")]
+    unread = [
+        (changes[precision]["model.embed_tokens.weight"] == 0).all(dim=1)
+        for precision in ("fp32", "bf16")
+    ]
     assert unread[0].any() and torch.equal(*unread)
 
 
-def test_layers_frozen_in_bf16_stay_those_of_the_fp32_checkpoint_bit_for_bit(expanded: Path) -> None:
+def test_layers_frozen_in_bf16_stay_those_of_the_fp32_checkpoint_bit_for_bit(
+    expanded: Path,
+) -> None:
     half = ["finetune_freeze.precision=bf16", "finetune_freeze.train_embeddings=false"]
     make(expanded, ["finetune_freeze"], half)
     before, after = weights_of(expanded, "expanded"), weights_of(expanded, "layer_frozen")
-    assert any((t != t.bfloat16().float()).any() for t in before.values()), "the weights are not bf16 values"
+    assert any((t != t.bfloat16().float()).any() for t in before.values()), (
+        "the weights are not bf16 values"
+    )
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if ".layers.1." in name}
     assert {t.dtype for t in after.values()} == {torch.float32}
@@ -190,11 +221,20 @@ def test_a_base_whose_own_code_is_trusted_is_trusted_where_its_weights_are_writt
 ) -> None:
     asked: list[bool] = []
 
-    def spy(folder: Path, precision: str | None, trust_remote_code: bool, quantization: Quantization = "none") -> Base:
+    def spy(
+        folder: Path,
+        precision: str | None,
+        trust_remote_code: bool,
+        quantization: Quantization = "none",
+    ) -> Base:
         asked.append(trust_remote_code)
         return load_base(folder, precision, trust_remote_code, quantization)
 
     monkeypatch.setattr("pipeline.stages.finetune.load_base", spy)
-    trusted = ["import.trust_remote_code=true", "finetune_freeze.precision=bf16", "finetune_freeze.epochs=1"]
+    trusted = [
+        "import.trust_remote_code=true",
+        "finetune_freeze.precision=bf16",
+        "finetune_freeze.epochs=1",
+    ]
     make(expanded, ["finetune_freeze"], trusted)
     assert asked == [True, True]

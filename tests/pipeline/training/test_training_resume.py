@@ -54,11 +54,16 @@ def given(**changes: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def expanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bf16 base, ready to be trained on two dozen texts of very different lengths. Read it; do not write to it."""
+    """A bf16 base, ready to be trained on two dozen texts of very different lengths. Read it; do
+    not write to it.
+    """
     root = new_project(tmp_path_factory.mktemp("resume") / "p", FAMILIES["llama"], torch.bfloat16)
     (root / "base/chat_template.jinja").unlink()  # each process would start another to render it
     words = " ".join(TEXTS).split()
-    write(root / "data/lines.jsonl", [" ".join(words[start : start + 2 + start * 7 % 11]) for start in range(24)])
+    write(
+        root / "data/lines.jsonl",
+        [" ".join(words[start : start + 2 + start * 7 % 11]) for start in range(24)],
+    )
     make(root, ["pretrain", "expand_vocab"])
     return root
 
@@ -95,9 +100,27 @@ def unbroken(root: Path, overrides: list[str]) -> tuple[dict[str, bytes], list[S
     "changes",
     [
         {},
-        {"lora_dropout": 0.3, "neftune_alpha": 5, "gradient_checkpointing": "selective", "patience": 0, "epochs": 3},
-        {"optimizer": "adamw-8bit", "weight_decay": 0.1, "warmup_steps": 0, "warmup_ratio": 0.2, "max_steps": 30},
-        {"adapter_precision": "bf16", "train_embeddings": "new_rows", "schedule": "linear", "patience": 0, "epochs": 4},
+        {
+            "lora_dropout": 0.3,
+            "neftune_alpha": 5,
+            "gradient_checkpointing": "selective",
+            "patience": 0,
+            "epochs": 3,
+        },
+        {
+            "optimizer": "adamw-8bit",
+            "weight_decay": 0.1,
+            "warmup_steps": 0,
+            "warmup_ratio": 0.2,
+            "max_steps": 30,
+        },
+        {
+            "adapter_precision": "bf16",
+            "train_embeddings": "new_rows",
+            "schedule": "linear",
+            "patience": 0,
+            "epochs": 4,
+        },
         {
             "precision": "fp16",
             "gradient_accumulation_steps": 1,
@@ -116,7 +139,14 @@ def unbroken(root: Path, overrides: list[str]) -> tuple[dict[str, bytes], list[S
             "epochs": 3,
         },
     ],
-    ids=["fp32 adapters", "dropout and noise", "8-bit moments", "bf16 adapters, new rows", "fp16", "refinements"],
+    ids=[
+        "fp32 adapters",
+        "dropout and noise",
+        "8-bit moments",
+        "bf16 adapters, new rows",
+        "fp16",
+        "refinements",
+    ],
 )
 @pytest.mark.sampled(6)
 @pytest.mark.slow
@@ -133,11 +163,15 @@ def test_pitfall_20_resume_gives_the_bytes_of_an_unbroken_run_wherever_it_was_ki
             stopped_after(project, overrides, stop, every)
         said = run_stage(project, STAGE, overrides)
         done = stops[-1] // every * every
-        assert (f"resumed after step {done}" in said) == (done > 0), "no step is skipped or repeated"
+        assert (f"resumed after step {done}" in said) == (done > 0), (
+            "no step is skipped or repeated"
+        )
         assert folder_bytes(project / FOLDER) == expected, (stops, every)
 
 
-def test_pitfall_20_resume_goes_on_at_the_learning_rate_and_the_tokens_where_it_was(project: Path) -> None:
+def test_pitfall_20_resume_goes_on_at_the_learning_rate_and_the_tokens_where_it_was(
+    project: Path,
+) -> None:
     overrides = given(patience=0, epochs=4)
     stopped_after(project, overrides, 8, 3)
     run_stage(project, STAGE, overrides)
@@ -174,8 +208,12 @@ def test_pitfall_20_resume_after_sigkill(project: Path) -> None:
 
 
 @pytest.mark.slow
-def test_training_stops_when_nothing_gets_better_and_gives_the_weights_of_its_best_step(project: Path) -> None:
-    """The best step ends an epoch, so a run of that many epochs without patience ends with the same weights."""
+def test_training_stops_when_nothing_gets_better_and_gives_the_weights_of_its_best_step(
+    project: Path,
+) -> None:
+    """The best step ends an epoch, so a run of that many epochs without patience ends with the same
+    weights.
+    """
     settings = {"schedule": "constant", "eval_steps": 0, "retention_weight": 0}
     said = run_stage(project, STAGE, given(**settings, epochs=40, patience=2))
     found = read_steps(project / FOLDER / "loss.csv")
@@ -183,19 +221,28 @@ def test_training_stops_when_nothing_gets_better_and_gives_the_weights_of_its_be
     best = losses.index(min(losses)) + 1
     assert 1 < best < 38 and len(losses) == best + 2, "two evaluations after the best one"
     total = 40 * found[-1].step // len(losses)
-    assert f"stopped at step {found[-1].step} of {total}: the evaluation loss no longer improves" in said
+    assert (
+        f"stopped at step {found[-1].step} of {total}: the evaluation loss no longer improves"
+        in said
+    )
     stopped = load_file(project / FOLDER / "adapter_model.safetensors")
     run_stage(project, STAGE, given(**settings, epochs=best, patience=0))
     cut = load_file(project / FOLDER / "adapter_model.safetensors")
     assert read_steps(project / FOLDER / "loss.csv") == found[: len(found) // len(losses) * best]
-    assert cut.keys() == stopped.keys() and all(torch.equal(cut[name], stopped[name]) for name in cut)
+    assert cut.keys() == stopped.keys() and all(
+        torch.equal(cut[name], stopped[name]) for name in cut
+    )
     run_stage(project, STAGE, given(**settings, epochs=len(losses), patience=0))
     last = load_file(project / FOLDER / "adapter_model.safetensors")
-    assert any(not torch.equal(last[name], stopped[name]) for name in last), "the last weights differ"
+    assert any(not torch.equal(last[name], stopped[name]) for name in last), (
+        "the last weights differ"
+    )
 
 
 def test_the_evaluation_is_the_loss_of_the_examples_held_out_and_of_no_other(project: Path) -> None:
-    """The evaluation loss equals the loss of a run on the held-out examples alone at almost no learning rate."""
+    """The evaluation loss equals the loss of a run on the held-out examples alone at almost no
+    learning rate.
+    """
     data = project / "data/lines.jsonl"
     found = list(iter_examples(data, "lines"))
     held = [example for example in found if in_evaluation(example, 0.3)]
@@ -211,31 +258,44 @@ def test_the_evaluation_is_the_loss_of_the_examples_held_out_and_of_no_other(pro
     still["warmup_steps"] = 0
     run_stage(project, STAGE, given(precision="fp32", **still))
     (step,) = read_steps(project / FOLDER / "loss.csv")
-    for part, expected in ((held, step.eval_loss), ([e for e in found if e not in held], step.loss)):
-        data.write_text("".join(json.dumps({"text": e.text}) + "\n" for e in part), encoding="utf-8")
+    for part, expected in (
+        (held, step.eval_loss),
+        ([e for e in found if e not in held], step.loss),
+    ):
+        data.write_text(
+            "".join(json.dumps({"text": e.text}) + "\n" for e in part), encoding="utf-8"
+        )
         run_stage(project, STAGE, given(precision="fp32", **still, eval_share=0, eval_steps=0))
         (alone,) = read_steps(project / FOLDER / "loss.csv")
         assert expected == pytest.approx(alone.loss, rel=1e-3)
 
 
-def test_lines_that_are_added_move_no_example_between_training_and_evaluation(tmp_path: Path) -> None:
+def test_lines_that_are_added_move_no_example_between_training_and_evaluation(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "a.txt"
     lines = [f"line {number}" for number in range(400)]
     path.write_text("\n".join(lines), encoding="utf-8")
     before = {e.text: in_evaluation(e, 0.25) for e in iter_examples(path, "a.txt")}
-    path.write_text("\n".join(["a new first line", *lines[::-1], "and a last one"]), encoding="utf-8")
+    path.write_text(
+        "\n".join(["a new first line", *lines[::-1], "and a last one"]), encoding="utf-8"
+    )
     after = {e.text: in_evaluation(e, 0.25) for e in iter_examples(path, "a.txt")}
     assert before.items() <= after.items()
     assert 0.19 < sum(before.values()) / len(before) < 0.31
     more = {e.text: in_evaluation(e, 0.5) for e in iter_examples(path, "a.txt")}
-    assert all(more[text] for text, held in after.items() if held), "a larger share holds out more, none instead"
+    assert all(more[text] for text, held in after.items() if held), (
+        "a larger share holds out more, none instead"
+    )
 
 
 # NaN
 
 
 def with_a_nan(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """One token's embedding is infinite, which the first norm turns into NaN; only line 8 has that token."""
+    """One token's embedding is infinite, which the first norm turns into NaN; only line 8 has that
+    token.
+    """
     for module in (loading, import_base):  # which would refuse such a base
         monkeypatch.setattr(module, "refuse_not_finite", lambda *_: None)
     root = new_project(root, FAMILIES["qwen3"], torch.bfloat16)
@@ -243,7 +303,9 @@ def with_a_nan(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     words = [word for word in " ".join(TEXTS).split() if "J" not in word]
     lines = [" ".join(words[start : start + 3]) for start in range(20)]
     write(root / "data/lines.jsonl", [*lines[:7], "Japan", *lines[7:]])
-    (token,) = {*tokenizer.encode("Japan")} - {id_ for line in lines for id_ in tokenizer.encode(line)}
+    (token,) = {*tokenizer.encode("Japan")} - {
+        id_ for line in lines for id_ in tokenizer.encode(line)
+    }
     path = root / "base/model.safetensors"
     weights = load_file(path)
     weights["model.embed_tokens.weight"][token] = torch.inf
@@ -263,8 +325,13 @@ def test_a_nan_stops_the_run_naming_the_lines_and_keeps_the_checkpoint_before_it
         run_stage(root, STAGE, overrides)
     message = str(error.value)
     assert "finetune_lora: the loss is nan and the gradient norm nan at step " in message
-    assert "data/lines.jsonl:8" in message and message.count("data/lines.jsonl:") == 2, "the batch's two lines"
-    assert "Lower finetune_lora.learning_rate" in message and "are kept in runs/finetune_lora." in message
+    assert "data/lines.jsonl:8" in message and message.count("data/lines.jsonl:") == 2, (
+        "the batch's two lines"
+    )
+    assert (
+        "Lower finetune_lora.learning_rate" in message
+        and "are kept in runs/finetune_lora." in message
+    )
     step = int(message.split(" at step ")[1].split(",")[0])
     assert step > 2, "with this seed"
     (kept,) = checkpoints(root / "runs" / STAGE)
@@ -275,20 +342,34 @@ def test_a_nan_stops_the_run_naming_the_lines_and_keeps_the_checkpoint_before_it
     stopped_after(fresh(root), overrides, step - 1, step - 1)
     (before,) = checkpoints(root / "runs" / STAGE)
     expected = load_file(before / "state.safetensors")
-    assert all(torch.equal(state[name], expected[name]) for name in expected if name != "loss_scale")
+    assert all(
+        torch.equal(state[name], expected[name]) for name in expected if name != "loss_scale"
+    )
 
 
-def test_a_nan_on_what_is_retained_names_the_retained_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nan_on_what_is_retained_names_the_retained_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = with_a_nan(tmp_path / "p", monkeypatch)
     write(root / "data/kept.jsonl", ["old", "Japan", "new"])
     write(root / "data/lines.jsonl", ["a plain line", "another one"])
     kept = {"retention_data": "data/kept.jsonl", "retention_weight": 1, "retention_batch_size": 1}
     overrides = given(
-        epochs=9, patience=0, eval_share=0, eval_steps=0, gradient_accumulation_steps=1, train_embeddings="none", **kept
+        epochs=9,
+        patience=0,
+        eval_share=0,
+        eval_steps=0,
+        gradient_accumulation_steps=1,
+        train_embeddings="none",
+        **kept,
     )
-    with pytest.raises(UserError, match=r"the divergence from the base nan and the gradient norm nan at") as error:
+    with pytest.raises(
+        UserError, match=r"the divergence from the base nan and the gradient norm nan at"
+    ) as error:
         run_stage(root, STAGE, overrides)
-    assert "on data/kept.jsonl:2. Lower" in str(error.value) and "the loss is nan" not in str(error.value)
+    assert "on data/kept.jsonl:2. Lower" in str(error.value) and "the loss is nan" not in str(
+        error.value
+    )
 
 
 @pytest.mark.slow
@@ -298,7 +379,12 @@ def test_a_checkpoint_goes_with_its_result_though_the_process_was_killed_between
     folder, overrides = project / f"runs/{STAGE}", given(patience=0, epochs=4)
 
     def to_the_end() -> None:
-        for _ in run(open_project(project / "params.yaml", overrides), STAGES[STAGE], WORK[STAGE], checkpoint_every=3):
+        for _ in run(
+            open_project(project / "params.yaml", overrides),
+            STAGES[STAGE],
+            WORK[STAGE],
+            checkpoint_every=3,
+        ):
             pass
 
     with monkeypatch.context() as patched:
@@ -320,7 +406,9 @@ def test_a_checkpoint_goes_with_its_result_though_the_process_was_killed_between
 def test_a_process_that_goes_while_a_step_is_evaluated_leaves_no_checkpoint_of_weights_that_were_not_logged(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The optimizer has taken the step, but its record is not logged: a checkpoint would repeat it on resume."""
+    """The optimizer has taken the step, but its record is not logged: a checkpoint would repeat it
+    on resume.
+    """
     overrides, real, seen = given(patience=0, epochs=4), Evaluation.after_step, list[int]()
 
     def going(

@@ -1,4 +1,6 @@
-"""The optimizers' update rules, against torch's own optimizers and the 8-bit code of bitsandbytes."""
+"""The optimizers' update rules, against torch's own optimizers and the 8-bit code of
+bitsandbytes.
+"""
 
 import copy
 from collections.abc import Callable
@@ -77,7 +79,9 @@ def test_each_learner_decays_by_its_own_weight_decay() -> None:
     model.get_parameter("both").grad = torch.zeros(2, 5)
     flat.collect_gradients()
     flat.step(0.1, 0.1)
-    torch.testing.assert_close(model.get_parameter("both").detach(), torch.tensor([[1.0], [0.95]]).expand(2, 5))
+    torch.testing.assert_close(
+        model.get_parameter("both").detach(), torch.tensor([[1.0], [0.95]]).expand(2, 5)
+    )
 
 
 # 8 bits
@@ -95,8 +99,11 @@ def test_the_code_is_that_of_bitsandbytes(signed: bool) -> None:
     theirs, state = functional.quantize_blockwise(values, code=code.tables[0], blocksize=256)
     assert torch.equal(largest, state.absmax)
     near = values / largest[:, None]
-    counted = slice(None) if signed else near > code.tables[0][1]  # below it only we never round to 0
-    error, their_error = ((code.tables[0][c.long()] - near).abs()[counted] for c in (codes, theirs.view(codes.shape)))
+    # below it only we never round to 0
+    counted = slice(None) if signed else near > code.tables[0][1]
+    error, their_error = (
+        (code.tables[0][c.long()] - near).abs()[counted] for c in (codes, theirs.view(codes.shape))
+    )
     assert (error <= their_error + 1e-9).all(), "theirs, which is approximate, is never nearer"
     assert (codes == theirs.view(codes.shape))[counted].float().mean() > 0.95
 
@@ -133,7 +140,9 @@ def test_eight_bits_follow_adamw_and_take_a_quarter_of_its_state() -> None:
         before = [p.detach().clone() for p in model.parameters()]
         flat = build_optimizer(model, Training(optimizer=name, weight_decay=DECAY))
         stepped(flat, model, range(20))
-        moved[name] = torch.cat([(p.detach() - b).flatten() for p, b in zip(model.parameters(), before, strict=True)])
+        moved[name] = torch.cat(
+            [(p.detach() - b).flatten() for p, b in zip(model.parameters(), before, strict=True)]
+        )
         state = [t for key, t in flat.state().items() if key.startswith("exp_avg")]
         size = sum(t.numel() * t.element_size() for t in state)
         P = flat.weights.numel()
@@ -144,8 +153,12 @@ def test_eight_bits_follow_adamw_and_take_a_quarter_of_its_state() -> None:
 
 
 @pytest.mark.parametrize("sizes", [[1], [256], [255, 257], [3, 600, 1, 512]])
-def test_eight_bits_are_those_of_each_block_alone(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against Adam's formula in fp64 on each block of each span, with the nearest code by search."""
+def test_eight_bits_are_those_of_each_block_alone(
+    sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against Adam's formula in fp64 on each block of each span, with the nearest code by
+    search.
+    """
     monkeypatch.setattr("pipeline.training.update_rules.STATE_CHUNK", 512)
     rule, P = AdamW8bit(), sum(sizes)
     torch.manual_seed(0)
@@ -157,7 +170,9 @@ def test_eight_bits_are_those_of_each_block_alone(sizes: list[int], monkeypatch:
     moments = [torch.zeros(P, dtype=torch.float64) for _ in range(2)]
     for step in range(1, 4):
         gradient = torch.randn(P)
-        rule.update(weights, gradient.clone(), state, [Span(*bound, RATE, DECAY) for bound in bounds])
+        rule.update(
+            weights, gradient.clone(), state, [Span(*bound, RATE, DECAY) for bound in bounds]
+        )
         mean, square = moments
         mean.mul_(0.9).add_(gradient, alpha=0.1)
         square.mul_(0.999).addcmul_(gradient.double(), gradient.double(), value=0.001)
@@ -185,7 +200,9 @@ def test_a_checkpoint_goes_on_to_the_same_bits(name: Any, dtype: torch.dtype) ->
     stepped(second, again, range(2, 5))
     assert flat.state().keys() == second.state().keys() == {"weights", *rule_of(name).names}
     assert all(torch.equal(second.state()[key], tensor) for key, tensor in flat.state().items())
-    assert all(torch.equal(p, q) for p, q in zip(unbroken.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(unbroken.parameters(), again.parameters(), strict=True)
+    )
 
 
 def test_paged_is_the_same_on_a_cpu() -> None:
@@ -215,7 +232,9 @@ def test_many_learners_are_each_one_alone(name: Any) -> None:
         flat = build_optimizer(model, *(own[row] for row in rows))
         for step in range(4):
             noise = torch.randn(3, 370, generator=torch.Generator().manual_seed(step))
-            for p, gradient in zip(model.parameters(), (noise[rows, :300], noise[rows, 300:]), strict=True):
+            for p, gradient in zip(
+                model.parameters(), (noise[rows, :300], noise[rows, 300:]), strict=True
+            ):
                 gradient = gradient.view(p.shape)
                 p.grad = gradient.clone() if p.grad is None else p.grad.copy_(gradient)
             flat.collect_gradients()

@@ -12,7 +12,9 @@ from pipeline.data.masking import Encoded
 from pipeline.data.windows import Corpus, InMemoryDataset, Parts, dataset_from
 from pipeline.training.batches import Batches
 
-SIZES = st.lists(st.tuples(st.integers(0, 9), st.sampled_from([0.01, 0.3, 0.5, 1, 1.5, 2, 3.25])), min_size=1)
+SIZES = st.lists(
+    st.tuples(st.integers(0, 9), st.sampled_from([0.01, 0.3, 0.5, 1, 1.5, 2, 3.25])), min_size=1
+)
 
 
 def dataset(sizes: list[tuple[int, float]]) -> InMemoryDataset:
@@ -29,7 +31,9 @@ def epoch(batches: Batches, number: int) -> list[int]:
     return [row for step in steps for rows in batches.rows(step) for row in rows]
 
 
-@given(SIZES.filter(lambda sizes: any(size for size, _ in sizes)), st.integers(0, 3), st.integers(1, 4))
+@given(
+    SIZES.filter(lambda sizes: any(size for size, _ in sizes)), st.integers(0, 3), st.integers(1, 4)
+)
 def test_each_example_is_seen_as_often_as_its_weight_says_and_epochs_are_of_one_size(
     sizes: list[tuple[int, float]], seed: int, batch_size: int
 ) -> None:
@@ -66,6 +70,9 @@ def test_a_files_weight_reaches_its_sequences(tmp_path: Path, window: int) -> No
     corpus = Corpus(examples, encode, tmp_path, {"a": 2, "c": 0.5})
     windows = dataset_from(corpus, window)
     rows = epoch(Batches(windows, 4, 0), 0)
-    sizes = {file: sum(windows.location(n).startswith(file) for n in range(len(windows))) for file in "abc"}
+    sizes = {
+        file: sum(windows.location(n).startswith(file) for n in range(len(windows)))
+        for file in "abc"
+    }
     seen = Counter(windows.location(row)[0] for row in rows)
     assert seen == {"a": 2 * sizes["a"], "b": sizes["b"], "c": round(sizes["c"] / 2)}

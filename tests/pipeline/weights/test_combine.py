@@ -25,18 +25,29 @@ Several = tuple[list[LowRank], list[float]]
 @st.composite
 def several(draw: st.DrawFn, alike: bool = False) -> Several:
     """Updates of one matrix, (O, I) each and of one rank if they are `alike`, and their weights."""
-    outputs, inputs, count, rank = draw(SIZES), draw(SIZES), draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    outputs, inputs, count, rank = (
+        draw(SIZES),
+        draw(SIZES),
+        draw(st.integers(1, 4)),
+        draw(st.integers(1, 4)),
+    )
     random = torch.Generator().manual_seed(draw(st.integers(0, 999)))
     ranks = [rank if alike else draw(st.integers(1, 4)) for _ in range(count)]
     scales = [draw(st.sampled_from((0.25, 1.0, 2.5))) for _ in range(count)]
     weights = [draw(st.sampled_from((-1.5, -0.3, 0.7, 1.0))) for _ in range(count)]
-    pairs = [(torch.randn(r, inputs, generator=random), torch.randn(outputs, r, generator=random)) for r in ranks]
+    pairs = [
+        (torch.randn(r, inputs, generator=random), torch.randn(outputs, r, generator=random))
+        for r in ranks
+    ]
     return [LowRank(a, b, scale) for (a, b), scale in zip(pairs, scales, strict=True)], weights
 
 
 def total(updates: Sequence[LowRank], weights: Sequence[float]) -> Tensor:
     """Σ wᵢ·sᵢ·BᵢAᵢ, every product written out."""
-    terms = [w * one.scale * (one.b.double() @ one.a.double()) for one, w in zip(updates, weights, strict=True)]
+    terms = [
+        w * one.scale * (one.b.double() @ one.a.double())
+        for one, w in zip(updates, weights, strict=True)
+    ]
     return torch.stack(terms).sum(dim=0)
 
 
@@ -69,7 +80,12 @@ def test_svd_is_the_best_approximation_of_its_rank(found: Several, rank: int) ->
     assert error == pytest.approx(float(values[rank:].norm() / values.norm()), abs=1e-6)
 
 
-@given(several(alike=True), st.sampled_from(METHODS), st.integers(1, 9), st.sampled_from((0.3, 0.8, 1.0)))
+@given(
+    several(alike=True),
+    st.sampled_from(METHODS),
+    st.integers(1, 9),
+    st.sampled_from((0.3, 0.8, 1.0)),
+)
 def test_the_error_is_the_distance_from_the_sum_over_its_norm(
     found: Several, method: Method, rank: int, density: float
 ) -> None:
@@ -80,15 +96,24 @@ def test_the_error_is_the_distance_from_the_sum_over_its_norm(
 def test_the_error_is_that_of_all_modules_together() -> None:
     random = torch.Generator().manual_seed(0)
     one, other = (
-        {name: LowRank(torch.randn(3, 6, generator=random), torch.randn(5, 3, generator=random), 2.0) for name in names}
+        {
+            name: LowRank(
+                torch.randn(3, 6, generator=random), torch.randn(5, 3, generator=random), 2.0
+            )
+            for name in names
+        }
         for names in ("xy", "yz")
     )
     made = combine([one, other], [0.5, -2.0], CombineOptions("svd", rank=2))
     sums = {"x": total([one["x"]], [0.5]), "y": total([one["y"], other["y"]], [0.5, -2.0])}
     sums["z"] = total([other["z"]], [-2.0])
     assert list(made.updates) == list(sums)
-    apart = torch.cat([(made.updates[name].delta() - wanted).flatten() for name, wanted in sums.items()])
-    assert made.error == pytest.approx(float(apart.norm() / torch.stack([*sums.values()]).norm()), abs=1e-6)
+    apart = torch.cat(
+        [(made.updates[name].delta() - wanted).flatten() for name, wanted in sums.items()]
+    )
+    assert made.error == pytest.approx(
+        float(apart.norm() / torch.stack([*sums.values()]).norm()), abs=1e-6
+    )
 
 
 ONE, OTHER = torch.tensor([[4.0, -1.0], [2.0, 0.5]]), torch.tensor([[-3.0, -2.0], [1.0, 3.0]])
@@ -108,7 +133,9 @@ def matrices(*dense: Tensor) -> list[LowRank]:
         (1.0, (1.0, 1.0), [[4.0, -1.5], [1.5, 1.75]]),
     ],
 )
-def test_ties_is_what_it_is_by_hand(density: float, weights: tuple[float, float], by_hand: list[list[float]]) -> None:
+def test_ties_is_what_it_is_by_hand(
+    density: float, weights: tuple[float, float], by_hand: list[list[float]]
+) -> None:
     it, _ = of_one_matrix((matrices(ONE, OTHER), list(weights)), CombineOptions("ties", 2, density))
     torch.testing.assert_close(it.float(), torch.tensor(by_hand))
 
@@ -116,7 +143,9 @@ def test_ties_is_what_it_is_by_hand(density: float, weights: tuple[float, float]
 @pytest.fixture
 def pair() -> Several:
     random = torch.Generator().manual_seed(4)
-    pairs = [(torch.randn(2, 5, generator=random), torch.randn(6, 2, generator=random)) for _ in range(2)]
+    pairs = [
+        (torch.randn(2, 5, generator=random), torch.randn(6, 2, generator=random)) for _ in range(2)
+    ]
     return [LowRank(a, b, 1.5) for a, b in pairs], [0.8, -0.4]
 
 
@@ -129,17 +158,25 @@ def test_dare_keeps_a_number_raised_or_drops_it(pair: Several) -> None:
 
 
 def test_dare_is_the_sum_in_expectation(pair: Several) -> None:
-    """Each number has variance Σ(wδ)²(1 − p)/p: the mean of n draws is within 5 of its standard deviations."""
-    draws = torch.stack([of_one_matrix(pair, CombineOptions("dare", 9, 0.5, seed))[0] for seed in range(400)])
+    """Each number has variance Σ(wδ)²(1 − p)/p: the mean of n draws is within 5 of its standard
+    deviations.
+    """
+    draws = torch.stack(
+        [of_one_matrix(pair, CombineOptions("dare", 9, 0.5, seed))[0] for seed in range(400)]
+    )
     updates, weights = pair
-    variance = torch.stack([total([one], [weight]) ** 2 for one, weight in zip(updates, weights, strict=True)]).sum(0)
+    variance = torch.stack(
+        [total([one], [weight]) ** 2 for one, weight in zip(updates, weights, strict=True)]
+    ).sum(0)
     assert ((draws.mean(0) - total(*pair)).abs() <= 5 * (variance / len(draws)).sqrt()).all()
     torch.testing.assert_close(draws.var(0), variance, atol=0, rtol=0.5)
 
 
 @pytest.mark.parametrize("method", ["dare", "dare-ties"])
 def test_a_seed_decides_what_is_dropped(pair: Several, method: Method) -> None:
-    first, again, other = (of_one_matrix(pair, CombineOptions(method, 9, 0.5, seed))[0] for seed in (3, 3, 4))
+    first, again, other = (
+        of_one_matrix(pair, CombineOptions(method, 9, 0.5, seed))[0] for seed in (3, 3, 4)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -148,15 +185,21 @@ def test_at_density_1_nothing_is_dropped(pair: Several) -> None:
     torch.testing.assert_close(
         of_one_matrix(pair, CombineOptions("dare", 9, 1.0))[0], total(*pair), atol=1e-5, rtol=1e-5
     )
-    ties, dare_ties = (of_one_matrix(pair, CombineOptions(method, 9, 1.0))[0] for method in ("ties", "dare-ties"))
+    ties, dare_ties = (
+        of_one_matrix(pair, CombineOptions(method, 9, 1.0))[0] for method in ("ties", "dare-ties")
+    )
     torch.testing.assert_close(dare_ties, ties)
     alone = pair[0][:1], pair[1][:1]
-    one_sign, plain = (of_one_matrix(alone, CombineOptions(method, 9, 0.5))[0] for method in ("dare-ties", "dare"))
+    one_sign, plain = (
+        of_one_matrix(alone, CombineOptions(method, 9, 0.5))[0] for method in ("dare-ties", "dare")
+    )
     torch.testing.assert_close(one_sign, plain)
 
 
 def plain_knots(deltas: Sequence[Tensor], weights: Sequence[float], density: float) -> Tensor:
-    """KnOTS as it is written down: an SVD of the dense updates side by side, TIES on ΣVᵢ, and back."""
+    """KnOTS as it is written down: an SVD of the dense updates side by side, TIES on ΣVᵢ, and
+    back.
+    """
     left, values, right = np.linalg.svd(np.concatenate([delta.numpy() for delta in deltas], axis=1))
     count = int((values > 1e-9 * values[0]).sum())
     coordinates = np.split(values[:count, None] * right[:count], len(deltas), axis=1)
@@ -178,22 +221,32 @@ def plain_knots(deltas: Sequence[Tensor], weights: Sequence[float], density: flo
 def test_knots_is_ties_in_the_basis_of_a_joint_svd(found: Several, density: float) -> None:
     updates, weights = found
     deltas = [one.scale * (one.b.double() @ one.a.double()) for one in updates]
-    # the share of values that is kept is one of the full basis, which includes directions of nothing
-    rank = min(len(deltas[0]), sum(one.rank for one in updates), sum(min(one.rank, one.a.shape[1]) for one in updates))
+    # the share of values that is kept is one of the full basis, which includes directions of
+    # nothing
+    rank = min(
+        len(deltas[0]),
+        sum(one.rank for one in updates),
+        sum(min(one.rank, one.a.shape[1]) for one in updates),
+    )
     assume(np.linalg.matrix_rank(np.concatenate(deltas, axis=1)) == rank)
     it, _ = of_one_matrix(found, CombineOptions("knots", density=density))
     torch.testing.assert_close(it, plain_knots(deltas, weights, density), atol=1e-4, rtol=1e-4)
 
 
 @given(several(), st.integers(0, 99))
-def test_knots_does_not_depend_on_the_basis_of_the_outputs_as_ties_does(found: Several, seed: int) -> None:
+def test_knots_does_not_depend_on_the_basis_of_the_outputs_as_ties_does(
+    found: Several, seed: int
+) -> None:
     updates, weights = found
     size = len(updates[0].b)
-    drawn = torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    drawn = torch.randn(
+        size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     turn = torch.linalg.qr(drawn).Q
     turned = [LowRank(one.a.double(), turn @ one.b.double(), one.scale) for one in updates]
     plain, rotated = (
-        of_one_matrix((each, weights), CombineOptions("knots", density=1.0))[0] for each in (updates, turned)
+        of_one_matrix((each, weights), CombineOptions("knots", density=1.0))[0]
+        for each in (updates, turned)
     )
     torch.testing.assert_close(rotated, turn @ plain, atol=1e-4, rtol=1e-4)
 
@@ -205,7 +258,9 @@ def test_knots_leaves_an_adapter_alone_or_beside_itself_unchanged(found: Several
     it, error = of_one_matrix(alone, CombineOptions("knots", density=1.0))
     torch.testing.assert_close(it, total(*alone), atol=1e-5, rtol=1e-5)
     assert error < 1e-5
-    twice = of_one_matrix(([updates[0]] * 2, [weights[0]] * 2), CombineOptions("knots", density=1.0))[0]
+    twice = of_one_matrix(
+        ([updates[0]] * 2, [weights[0]] * 2), CombineOptions("knots", density=1.0)
+    )[0]
     torch.testing.assert_close(twice, total(*alone), atol=1e-5, rtol=1e-5)
 
 
@@ -222,15 +277,22 @@ def test_knots_sums_adapters_that_write_to_different_outputs(found: Several) -> 
     torch.testing.assert_close(it, total(apart, weights), atol=1e-4, rtol=1e-4)
 
 
-# PEFT. Its ties and dare work on A and B apart; those on whole updates, which are ours, it calls ties_svd and
-# dare_linear_svd. The combination keeps use_rslora, and is then √rank times too large: it is not compared with that.
+# PEFT. Its ties and dare work on A and B apart; those on whole updates, which are ours, it calls
+# ties_svd and dare_linear_svd. The combination keeps use_rslora, and is then √rank times too large:
+# it is not compared with that.
 
 FOR_PEFT: dict[str, tuple[CombineOptions, dict[str, Any]]] = {
     "cat": (CombineOptions("cat"), {"combination_type": "cat"}),
     "linear": (CombineOptions("linear"), {"combination_type": "linear"}),
     "svd": (CombineOptions("svd", 3), {"combination_type": "svd", "svd_rank": 3}),
-    "ties": (CombineOptions("ties", 3, 0.4), {"combination_type": "ties_svd", "svd_rank": 3, "density": 0.4}),
-    "dare": (CombineOptions("dare", 5, 1.0), {"combination_type": "dare_linear_svd", "svd_rank": 5, "density": 1.0}),
+    "ties": (
+        CombineOptions("ties", 3, 0.4),
+        {"combination_type": "ties_svd", "svd_rank": 3, "density": 0.4},
+    ),
+    "dare": (
+        CombineOptions("dare", 5, 1.0),
+        {"combination_type": "dare_linear_svd", "svd_rank": 5, "density": 1.0},
+    ),
     "dare-ties": (
         CombineOptions("dare-ties", 5, 1.0),
         {"combination_type": "dare_ties_svd", "svd_rank": 5, "density": 1.0},
@@ -266,7 +328,10 @@ def deltas(model: Any, name: str) -> dict[str, Tensor]:
     """PEFT's own update of each module, (O, I)."""
     found = {}
     for full, module in model.base_model.model.named_modules():
-        if hasattr(module, "get_delta_weight") and name in {**module.lora_A, **module.lora_embedding_A}:
+        if hasattr(module, "get_delta_weight") and name in {
+            **module.lora_A,
+            **module.lora_embedding_A,
+        }:
             delta = module.get_delta_weight(name).detach()
             turned = name in module.lora_embedding_A or module.fan_in_fan_out
             found[full] = delta.T if turned else delta
@@ -298,5 +363,7 @@ def test_adapters_with_rslora_are_summed_with_their_own_scale(tmp_path: Path) ->
     model = two_in_peft("llama", rank=2, use_rslora=True)
     one, other = deltas(model, "one"), deltas(model, "other")
     none = torch.zeros(())
-    wanted = {name: 0.7 * one.get(name, none) + 0.3 * other.get(name, none) for name in (*one, *other)}
+    wanted = {
+        name: 0.7 * one.get(name, none) + 0.3 * other.get(name, none) for name in (*one, *other)
+    }
     assert_alike(combine(saved(model, tmp_path), [0.7, 0.3], CombineOptions("cat")), wanted)

@@ -48,22 +48,34 @@ def updates(draw: st.DrawFn) -> LowRank:
 
 
 def dense(update: LowRank) -> np.ndarray[Any, np.dtype[np.float64]]:
-    product: np.ndarray[Any, np.dtype[np.float64]] = (update.scale * update.b.double() @ update.a.double()).numpy()
+    product: np.ndarray[Any, np.dtype[np.float64]] = (
+        update.scale * update.b.double() @ update.a.double()
+    ).numpy()
     return product
 
 
 @given(updates(), SIZES)
-def test_a_rank_keeps_the_largest_singular_values_and_no_matrix_of_it_is_nearer(update: LowRank, rank: int) -> None:
+def test_a_rank_keeps_the_largest_singular_values_and_no_matrix_of_it_is_nearer(
+    update: LowRank, rank: int
+) -> None:
     found, row = compress("m", update, Limit(rank=rank))
     left, values, right = np.linalg.svd(dense(update), full_matrices=False)
     count = min(rank, update.rank, len(values))
     best = left[:, :count] * values[:count] @ right[:count]
     np.testing.assert_allclose(dense(found), best, atol=1e-5 * values[0])
-    assert (found.rank, found.scale) == (count, 1.0) and (row.before, row.after) == (update.rank, count)
-    assert row.error == pytest.approx(np.linalg.norm(values[count:]) / np.linalg.norm(values), abs=1e-6)
+    assert (found.rank, found.scale) == (count, 1.0) and (row.before, row.after) == (
+        update.rank,
+        count,
+    )
+    assert row.error == pytest.approx(
+        np.linalg.norm(values[count:]) / np.linalg.norm(values), abs=1e-6
+    )
     random = np.random.default_rng(rank)
     for step in (1e-3, 1.0):  # Eckart and Young: other matrices of this rank, near and far
-        b, a = (np.array(f.double() + step * random.standard_normal(f.shape)) for f in (found.b, found.a))
+        b, a = (
+            np.array(f.double() + step * random.standard_normal(f.shape))
+            for f in (found.b, found.a)
+        )
         assert np.linalg.norm(dense(update) - b @ a) >= row.cut - 1e-5 * row.size
 
 
@@ -82,17 +94,23 @@ def test_an_energy_takes_the_lowest_rank_that_holds_it(update: LowRank, energy: 
 def test_at_its_own_rank_and_at_energy_1_nothing_is_lost(update: LowRank) -> None:
     for limit in (Limit(rank=update.rank), Limit(rank=99), Limit(energy=1.0)):
         found, row = compress("m", update, limit)
-        np.testing.assert_allclose(dense(found), dense(update), atol=1e-5 * np.abs(dense(update)).max())
+        np.testing.assert_allclose(
+            dense(found), dense(update), atol=1e-5 * np.abs(dense(update)).max()
+        )
         assert row.error < 1e-6
 
 
 @given(updates(), updates())
-def test_the_inner_product_of_updates_is_that_of_their_entries(one: LowRank, other: LowRank) -> None:
+def test_the_inner_product_of_updates_is_that_of_their_entries(
+    one: LowRank, other: LowRank
+) -> None:
     shape = one.b.shape[0], one.a.shape[1]
     random = torch.Generator().manual_seed(0)
     b = torch.randn(shape[0], other.rank, generator=random)
     other = LowRank(torch.randn(other.rank, shape[1], generator=random), b, -other.scale)
-    assert inner_product(one, other) == pytest.approx((dense(one) * dense(other)).sum(), abs=1e-9, rel=1e-9)
+    assert inner_product(one, other) == pytest.approx(
+        (dense(one) * dense(other)).sum(), abs=1e-9, rel=1e-9
+    )
 
 
 def test_an_update_of_zero_stays_zero() -> None:
@@ -130,7 +148,9 @@ def test_peft_opens_the_compressed_adapter_and_all_that_is_not_low_rank_stays(
     assert {row.module for row in rows} == before.low_rank.keys() == after.low_rank.keys()
     for row in rows:
         np.testing.assert_allclose(
-            dense(after.low_rank[row.module]), dense(compress("m", before.low_rank[row.module], limit)[0]), atol=1e-6
+            dense(after.low_rank[row.module]),
+            dense(compress("m", before.low_rank[row.module], limit)[0]),
+            atol=1e-6,
         )
         assert after.low_rank[row.module].rank == row.after
     assert before.rows.keys() == after.rows.keys() and before.whole.keys() == after.whole.keys()
@@ -145,14 +165,18 @@ def test_peft_opens_the_compressed_adapter_and_all_that_is_not_low_rank_stays(
     assert (ours - logits(base, source)).abs().max() > 1e-3, "nothing was cut off"
 
 
-@pytest.mark.parametrize("spec", [EVERYTHING, AdapterSpec(3, 2.0, ("q_proj", "fc2"), dora=True)], ids=["all", "dora"])
+@pytest.mark.parametrize(
+    "spec", [EVERYTHING, AdapterSpec(3, 2.0, ("q_proj", "fc2"), dora=True)], ids=["all", "dora"]
+)
 def test_at_full_rank_the_logits_stay_and_two_runs_give_the_same_bytes(
     spec: AdapterSpec, base: Path, tmp_path: Path
 ) -> None:
     source = adapter(tmp_path / "source", base, spec)
     given_bytes = folder_bytes(source)
     compress_adapter(source, base, tmp_path / "same", Limit(rank=99))
-    torch.testing.assert_close(logits(base, tmp_path / "same"), logits(base, source), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        logits(base, tmp_path / "same"), logits(base, source), atol=1e-5, rtol=1e-4
+    )
     first = folder_bytes(tmp_path / "same")
     compress_adapter(source, base, tmp_path / "same", Limit(rank=99))
     assert folder_bytes(tmp_path / "same") == first and folder_bytes(source) == given_bytes
@@ -163,7 +187,9 @@ def test_at_full_rank_the_logits_stay_and_two_runs_give_the_same_bytes(
 def test_an_adapter_of_peft_is_compressed_in_every_layout(family: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
     toy_checkpoint(base, family)
-    names = {"gpt2": ["c_attn", "mlp.c_proj"], "qwen3": ["q_proj", "down_proj", "embed_tokens"]}[family]
+    names = {"gpt2": ["c_attn", "mlp.c_proj"], "qwen3": ["q_proj", "down_proj", "embed_tokens"]}[
+        family
+    ]
     from transformers import AutoModelForCausalLM
 
     config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=names)
@@ -171,7 +197,9 @@ def test_an_adapter_of_peft_is_compressed_in_every_layout(family: str, tmp_path:
     randomized(made)
     made.save_pretrained(tmp_path / "theirs")
     compress_adapter(tmp_path / "theirs", base, tmp_path / "small", Limit(rank=2))
-    opened = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "small").eval()
+    opened = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), tmp_path / "small"
+    ).eval()
     model = load_base(base).model
     load_adapter(model, base, tmp_path / "small")
     with torch.no_grad():
@@ -179,8 +207,12 @@ def test_an_adapter_of_peft_is_compressed_in_every_layout(family: str, tmp_path:
         assert (model(IDS) - made(input_ids=IDS).logits).abs().max() > 1e-3
 
 
-def test_what_cannot_be_compressed_is_refused_and_nothing_is_written(base: Path, tmp_path: Path) -> None:
-    rows_only = adapter(tmp_path / "rows", base, AdapterSpec(2, 2.0, ("q_proj",), rows={"embed_tokens": (3,)}))
+def test_what_cannot_be_compressed_is_refused_and_nothing_is_written(
+    base: Path, tmp_path: Path
+) -> None:
+    rows_only = adapter(
+        tmp_path / "rows", base, AdapterSpec(2, 2.0, ("q_proj",), rows={"embed_tokens": (3,)})
+    )
     bound = tmp_path / "bound"
     import_adapter(rows_only, base, bound)
     other = checkpoint(tmp_path / "other", seed=1)

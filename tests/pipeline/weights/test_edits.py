@@ -1,4 +1,6 @@
-"""What a merge does to a matrix, block by block, against the formula on the whole matrix in fp64."""
+"""What a merge does to a matrix, block by block, against the formula on the whole matrix in
+fp64.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -98,29 +100,40 @@ def test_the_ratio_says_how_often_an_update_was_added_and_what_rounding_may_chan
         updates[name] = edit(stored[name], slice(0, len(stored[name]))) - stored[name]
 
     def written(name: str) -> Written:
-        return Written(1e-3, ((rows, old + times * updates[name][rows]) for rows, old in merge.blocks(name)))
+        return Written(
+            1e-3, ((rows, old + times * updates[name][rows]) for rows, old in merge.blocks(name))
+        )
 
     ratios = update_ratios(merge, written)
     assert ratios.keys() == {name.removesuffix(".weight") for name in updates}
     for name, update in updates.items():
         ratio = ratios[name.removesuffix(".weight")]
         assert ratio.value == pytest.approx(times, abs=1e-3)
-        assert ratio.rounding == pytest.approx(1e-3 * float(stored[name].norm() / update.norm()), rel=1e-3)
+        assert ratio.rounding == pytest.approx(
+            1e-3 * float(stored[name].norm() / update.norm()), rel=1e-3
+        )
 
 
 def test_an_update_of_zeros_has_no_ratio(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base")
     adapter(tmp_path / "adapter", base, AdapterSpec(3, 2.0, ("q_proj",)))
     merge = plan_merge(base, tmp_path / "adapter")
-    merge = replace(merge, edits={name: replace(edit, scale=0.0) for name, edit in merge.edits.items()})  # type: ignore[type-var]
-    assert {ratio.value for ratio in update_ratios(merge, written_matrices(base)).values()} == {None}
+    merge = replace(
+        merge,
+        edits={name: replace(edit, scale=0.0) for name, edit in merge.edits.items()},  # type: ignore[type-var]
+    )
+    assert {ratio.value for ratio in update_ratios(merge, written_matrices(base)).values()} == {
+        None
+    }
 
 
 def test_rows_are_set_and_a_matrix_is_replaced_whatever_the_blocks() -> None:
     ids, values = torch.tensor([6, 0, 2]), draw(3, IN)
     wanted = WEIGHT.clone()
     wanted[ids] = values
-    assert torch.equal(torch.cat([SetRows(ids, values)(WEIGHT[rows], rows) for rows in PARTS]), wanted)
+    assert torch.equal(
+        torch.cat([SetRows(ids, values)(WEIGHT[rows], rows) for rows in PARTS]), wanted
+    )
     other = draw(OUT, IN) + 1
     assert torch.equal(torch.cat([Replace(other)(WEIGHT[rows], rows) for rows in PARTS]), other)
     assert Replace(other)(WEIGHT.bfloat16(), slice(0, OUT)).dtype == torch.bfloat16
@@ -128,13 +141,24 @@ def test_rows_are_set_and_a_matrix_is_replaced_whatever_the_blocks() -> None:
 
 def test_edits_are_the_same_if_they_do_the_same() -> None:
     edit = AddLowRank(LEFT, RIGHT, SCALE)
-    assert same_edit(None, None) and same_edit(edit, edit) and same_edit(edit, AddLowRank(LEFT.clone(), RIGHT, SCALE))
-    for other in (None, AddLowRank(LEFT + 1, RIGHT, SCALE), AddLowRank(LEFT, RIGHT, 1.0), Replace(LEFT)):
+    assert (
+        same_edit(None, None)
+        and same_edit(edit, edit)
+        and same_edit(edit, AddLowRank(LEFT.clone(), RIGHT, SCALE))
+    )
+    for other in (
+        None,
+        AddLowRank(LEFT + 1, RIGHT, SCALE),
+        AddLowRank(LEFT, RIGHT, 1.0),
+        Replace(LEFT),
+    ):
         assert not same_edit(edit, other) and not same_edit(other, edit)
 
 
 @given(st.integers(0, 5000), st.integers(0, 300), st.integers(1, 4))
-def test_blocks_cover_a_matrix_or_are_evenly_spread_samples_of_it(rows: int, columns: int, samples: int) -> None:
+def test_blocks_cover_a_matrix_or_are_evenly_spread_samples_of_it(
+    rows: int, columns: int, samples: int
+) -> None:
     block, streaming.BLOCK = streaming.BLOCK, 2**12
     try:
         every, some = [*blocks(rows, columns)], [*blocks(rows, columns, samples)]
@@ -146,7 +170,9 @@ def test_blocks_cover_a_matrix_or_are_evenly_spread_samples_of_it(rows: int, col
 
     assert [*covered(every)] == [*range(rows)]
     sizes = {span.stop - span.start for span in every[:-1]}
-    assert len(sizes) <= 1 and all(size * columns <= 2**12 < (size + 1) * max(1, columns) for size in sizes)
+    assert len(sizes) <= 1 and all(
+        size * columns <= 2**12 < (size + 1) * max(1, columns) for size in sizes
+    )
     assert all(span in every for span in some)
     assert min(samples, len(every)) <= len(some) <= max(2 * samples, 1) or not rows
     places = [every.index(span) for span in some]
@@ -160,7 +186,10 @@ def test_a_parameter_is_found_by_its_name_or_by_the_only_one_that_ends_so() -> N
     assert stored_name("model.b.weight", stored) == "b.weight", "or less"
     assert stored_name("c.weight", stored) is None, "either could be meant"
     assert stored_name("head.weight", stored) is None
-    assert stored_name("head.weight", stored, ("model.embed.weight", "head.weight")) == "model.embed.weight"
+    assert (
+        stored_name("head.weight", stored, ("model.embed.weight", "head.weight"))
+        == "model.embed.weight"
+    )
     assert stored_name("lost.weight", stored, ("model.embed.weight", "head.weight")) is None
 
 

@@ -1,4 +1,5 @@
-"""`lora adapters import` of what other tools write: the adapter answers as there, or is refused with the reason.
+"""`lora adapters import` of what other tools write: the adapter answers as there, or is refused
+with the reason.
 
 mlx-lm is asked itself. What litgpt and torchtune compute is written here as plain mathematics.
 """
@@ -46,7 +47,9 @@ def ours(root: Path, adapter: str | None = "mine") -> Tensor:
 # mlx-lm
 
 
-def made_by_mlx_lm(root: Path, family: str, keys: list[str], blocks: int, dora: bool = False, **base: Any) -> Tensor:
+def made_by_mlx_lm(
+    root: Path, family: str, keys: list[str], blocks: int, dora: bool = False, **base: Any
+) -> Tensor:
     """`theirs`, as mlx-lm's training saves it; returns mlx-lm's logits."""
     mx = pytest.importorskip("mlx.core")
     utils = pytest.importorskip("mlx_lm.tuner.utils")
@@ -65,7 +68,13 @@ def made_by_mlx_lm(root: Path, family: str, keys: list[str], blocks: int, dora: 
     folder.mkdir()
     mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
     kind = "dora" if dora else "lora"
-    config = {"model": "org/toy", "num_layers": blocks, "lora_parameters": settings, "fine_tune_type": kind, "iters": 5}
+    config = {
+        "model": "org/toy",
+        "num_layers": blocks,
+        "lora_parameters": settings,
+        "fine_tune_type": kind,
+        "iters": 5,
+    }
     save_config(config, folder / "adapter_config.json")
     model, _ = load_model(root / "base")
     model = load_adapters(model, str(folder))
@@ -102,10 +111,17 @@ def test_to_mlx_lm_and_back_is_the_same_adapter(cli: Lora, tmp_path: Path) -> No
     first = folder_bytes(tmp_path / "mine")
     code, _, _ = cli("export", "mine", "--format", "mlx", "--out", "back", cwd=tmp_path)
     assert code == 0
-    there, back = (load_file(tmp_path / name / "adapters.safetensors") for name in ("theirs", "back"))
-    assert there.keys() == back.keys() and all(torch.equal(back[key], value) for key, value in there.items())
+    there, back = (
+        load_file(tmp_path / name / "adapters.safetensors") for name in ("theirs", "back")
+    )
+    assert there.keys() == back.keys() and all(
+        torch.equal(back[key], value) for key, value in there.items()
+    )
     cli("adapters", "import", "back", "--base", "base", "--out", "mine", cwd=tmp_path)
-    assert folder_bytes(tmp_path / "mine")["adapter_model.safetensors"] == first["adapter_model.safetensors"]
+    assert (
+        folder_bytes(tmp_path / "mine")["adapter_model.safetensors"]
+        == first["adapter_model.safetensors"]
+    )
 
 
 def edited(folder: Path, **values: Any) -> None:
@@ -118,7 +134,10 @@ def edited(folder: Path, **values: Any) -> None:
     ("values", "reason"),
     [
         ({"fine_tune_type": "full"}, "fine_tune_type is 'full': whole weights are trained"),
-        ({"lora_parameters": {"alpha": 16}}, "the scale of the update must be a positive number, got None"),
+        (
+            {"lora_parameters": {"alpha": 16}},
+            "the scale of the update must be a positive number, got None",
+        ),
         ({"lora_parameters": [1]}, "must be a positive number"),
         ({"lora_parameters": {"scale": float("inf")}}, "must be a positive number, got inf"),
         ({"fine_tune_type": "dora"}, "dora has lora_a, lora_b, m"),
@@ -148,12 +167,16 @@ LITGPT |= {"mlp.down_proj": "mlp.proj"}
 
 
 def litgpt_fused(x: Tensor, a: Tensor, b: Tensor, trained: str) -> dict[str, Tensor]:
-    """What litgpt's fused LoRA adds to q, k and v: a convolution with a group for each part that is trained."""
+    """What litgpt's fused LoRA adds to q, k and v: a convolution with a group for each part that is
+    trained.
+    """
     inner = F.linear(x, a).mT  # (B, parts·R, T)
     parts = [
         F.conv1d(one, rows[:, :, None])
         for one, rows in zip(
-            inner.chunk(len(trained), 1), torch.split(b, [SIZES[part] for part in trained]), strict=True
+            inner.chunk(len(trained), 1),
+            torch.split(b, [SIZES[part] for part in trained]),
+            strict=True,
         )
     ]
     return {part: ALPHA / R * one.mT for part, one in zip(trained, parts, strict=True)}
@@ -167,18 +190,28 @@ def made_by_litgpt(root: Path, trained: str, others: bool, old: bool = False) ->
     tensors: Weights = {}
     for block in range(2):
         qkv = f"transformer.h.{block}.attn.{'attn' if old else 'qkv'}"
-        a, b = random(len(trained) * R, D, seed=block), random(sum(SIZES[part] for part in trained), R, seed=block)
+        a, b = (
+            random(len(trained) * R, D, seed=block),
+            random(sum(SIZES[part] for part in trained), R, seed=block),
+        )
         tensors |= {f"{qkv}.lora_A": a, f"{qkv}.lora_B": b}
         for part in trained:
 
-            def add(_: Any, inputs: Any, y: Tensor, part: str = part, a: Tensor = a, b: Tensor = b) -> Tensor:
+            def add(
+                _: Any, inputs: Any, y: Tensor, part: str = part, a: Tensor = a, b: Tensor = b
+            ) -> Tensor:
                 return y + litgpt_fused(inputs[0], a, b, trained)[part]
 
-            model.get_submodule(f"model.layers.{block}.self_attn.{part}_proj").register_forward_hook(add)
+            model.get_submodule(
+                f"model.layers.{block}.self_attn.{part}_proj"
+            ).register_forward_hook(add)
         for ours_, theirs in LITGPT.items() if others else ():
             linear = model.get_submodule(f"model.layers.{block}.{ours_}")
             a, b = random(R, linear.in_features), random(linear.out_features, R)
-            tensors |= {f"transformer.h.{block}.{theirs}.lora_A": a, f"transformer.h.{block}.{theirs}.lora_B": b}
+            tensors |= {
+                f"transformer.h.{block}.{theirs}.lora_A": a,
+                f"transformer.h.{block}.{theirs}.lora_B": b,
+            }
             linear.weight.data += ALPHA / R * b @ a
     if others:
         a, b = random(R, D), random(512, R)  # rows padded to a multiple of 512
@@ -186,14 +219,23 @@ def made_by_litgpt(root: Path, trained: str, others: bool, old: bool = False) ->
         model.lm_head.weight.data += ALPHA / R * b[: bases.ROWS] @ a
     torch.save({"model": tensors} if old else tensors, folder / "lit_model.pth.lora")
     names = {"q": "lora_query", "k": "lora_key", "v": "lora_value"}
-    settings: dict[str, Any] = {"lora_r": R, "lora_alpha": ALPHA, "precision": "bf16-true", "train": {"epochs": 1}}
+    settings: dict[str, Any] = {
+        "lora_r": R,
+        "lora_alpha": ALPHA,
+        "precision": "bf16-true",
+        "train": {"epochs": 1},
+    }
     settings |= {name: part in trained for part, name in names.items()}
     (folder / "hyperparameters.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     return bases.logits(model, IDS)
 
 
-@pytest.mark.parametrize(("trained", "others", "old"), [("qkv", True, False), ("qv", False, True), ("k", False, False)])
-def test_an_adapter_of_litgpt_has_its_logits(cli: Lora, trained: str, others: bool, old: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("trained", "others", "old"), [("qkv", True, False), ("qv", False, True), ("k", False, False)]
+)
+def test_an_adapter_of_litgpt_has_its_logits(
+    cli: Lora, trained: str, others: bool, old: bool, tmp_path: Path
+) -> None:
     there = made_by_litgpt(tmp_path, trained, others, old)
     imported(cli, tmp_path)
     assert (there - ours(tmp_path, None)).abs().max() > 0.1
@@ -206,13 +248,16 @@ def without_settings(folder: Path) -> None:
 
 
 def of_aliases(folder: Path) -> None:
-    levels = [f"k{n}: &k{n} [{', '.join([f'*k{n - 1}' if n else '1'] * 10)}]" for n in range(8)]  # 10⁸ values
+    # 10⁸ values
+    levels = [f"k{n}: &k{n} [{', '.join([f'*k{n - 1}' if n else '1'] * 10)}]" for n in range(8)]
     (folder / "hyperparameters.yaml").write_text("\n".join(levels), encoding="utf-8")
 
 
 def of_other_parts(folder: Path) -> None:
     settings = yaml.safe_load((folder / "hyperparameters.yaml").read_text(encoding="utf-8"))
-    (folder / "hyperparameters.yaml").write_text(yaml.safe_dump(settings | {"lora_key": False}), encoding="utf-8")
+    (folder / "hyperparameters.yaml").write_text(
+        yaml.safe_dump(settings | {"lora_key": False}), encoding="utf-8"
+    )
 
 
 def of_experts(folder: Path) -> None:
@@ -224,12 +269,16 @@ def of_experts(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (without_settings, "hyperparameters.yaml: No such file or directory. litgpt writes it beside the adapter"),
+        (
+            without_settings,
+            "hyperparameters.yaml: No such file or directory. litgpt writes it beside the adapter",
+        ),
         (of_aliases, "hyperparameters.yaml is no settings file of litgpt"),
         (of_other_parts, "which do not fit the 48 rows of model.layers.0.self_attn.q_proj"),
         (
             of_experts,
-            "transformer.h.0.mlp.experts.0.fc_1 is a layer that is not read. Merge it with `litgpt merge_lora`",
+            "transformer.h.0.mlp.experts.0.fc_1 is a layer that is not read. Merge it with "
+            "`litgpt merge_lora`",
         ),
     ],
 )
@@ -245,17 +294,27 @@ def test_what_litgpt_does_not_say_or_has_elsewhere_is_refused(
 
 
 def neighbours(heads: int) -> list[int]:
-    """Row of transformers that is each row of Meta's: 2i is row i of its head, 2i + 1 row K/2 + i."""
-    return [head * K + half * (K // 2) + pair for head in range(heads) for pair in range(K // 2) for half in (0, 1)]
+    """Row of transformers that is each row of Meta's: 2i is row i of its head, 2i + 1 row K/2 +
+    i.
+    """
+    return [
+        head * K + half * (K // 2) + pair
+        for head in range(heads)
+        for pair in range(K // 2)
+        for half in (0, 1)
+    ]
 
 
 def meta_attention(q: Tensor, k: Tensor) -> Tensor:
-    """Scores (H, T, T) of Meta's q (T, H·K) and k (T, G·K): neighbours are complex numbers, turned by position."""
+    """Scores (H, T, T) of Meta's q (T, H·K) and k (T, G·K): neighbours are complex numbers, turned
+    by position.
+    """
     tokens = len(q)
     angles = torch.arange(tokens)[:, None] * 10000.0 ** (-2 * torch.arange(K // 2) / K)  # (T, K/2)
     turn = torch.polar(torch.ones_like(angles), angles)[:, None]
     turned = [
-        torch.view_as_real(torch.view_as_complex(x.view(tokens, -1, K // 2, 2)) * turn).flatten(2) for x in (q, k)
+        torch.view_as_real(torch.view_as_complex(x.view(tokens, -1, K // 2, 2)) * turn).flatten(2)
+        for x in (q, k)
     ]
     return torch.einsum("thk,shk->hts", turned[0], turned[1].repeat_interleave(H // G, dim=1))
 
@@ -265,7 +324,9 @@ def halves_attention(q: Tensor, k: Tensor) -> Tensor:
     return meta_attention(q[:, neighbours(H)], k[:, neighbours(G)])
 
 
-def made_by_torchtune(root: Path, family: str, dora: bool = False, name: str = "adapter_model.pt") -> Weights:
+def made_by_torchtune(
+    root: Path, family: str, dora: bool = False, name: str = "adapter_model.pt"
+) -> Weights:
     folder = root / "theirs"
     folder.mkdir()
     model = toy_checkpoint(root / "base", family)
@@ -286,36 +347,54 @@ def made_by_torchtune(root: Path, family: str, dora: bool = False, name: str = "
                 tensors[f"{key}.magnitude"] = random(linear.out_features).abs() + 1
     torch.save(tensors, folder / name)
     config = {"r": R, "lora_alpha": ALPHA, "target_modules": ["q_proj"], "peft_type": "LORA"}
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/toy"}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": "org/toy"})
+    )
     return tensors
 
 
 def deltas(root: Path) -> Mapping[str, Tensor]:
     """Change of each weight by the imported adapter."""
-    plain, tuned = (dict(bases.opened(folder).named_parameters()) for folder in (root / "base", root / "merged"))
+    plain, tuned = (
+        dict(bases.opened(folder).named_parameters()) for folder in (root / "base", root / "merged")
+    )
     return {name: tuned[name] - plain[name] for name in plain}
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dora", [False, True])
-def test_queries_and_keys_of_torchtune_attend_as_in_metas_order(cli: Lora, dora: bool, tmp_path: Path) -> None:
+def test_queries_and_keys_of_torchtune_attend_as_in_metas_order(
+    cli: Lora, dora: bool, tmp_path: Path
+) -> None:
     tensors = made_by_torchtune(tmp_path, "llama", dora)
     imported(cli, tmp_path)
-    assert cli("merge", "--adapter", "mine", "--out", "merged", "--precision", "fp32", cwd=tmp_path)[0] == 0
+    assert (
+        cli("merge", "--adapter", "mine", "--out", "merged", "--precision", "fp32", cwd=tmp_path)[0]
+        == 0
+    )
     plain = dict(bases.opened(tmp_path / "base").named_parameters())
     merged = dict(bases.opened(tmp_path / "merged").named_parameters())
     x = random(7, D)
     theirs = []
     for short, heads in (("q_proj", H), ("k_proj", G)):
-        weight = plain[f"model.layers.1.self_attn.{short}.weight"][neighbours(heads)]  # as torchtune loads it
+        # as torchtune loads it
+        weight = plain[f"model.layers.1.self_attn.{short}.weight"][neighbours(heads)]
         key = f"layers.1.attn.{short}"
-        weight = weight + ALPHA / R * tensors[f"{key}.lora_b.weight"] @ tensors[f"{key}.lora_a.weight"]
+        weight = (
+            weight + ALPHA / R * tensors[f"{key}.lora_b.weight"] @ tensors[f"{key}.lora_a.weight"]
+        )
         if dora:
             weight = weight * (tensors[f"{key}.magnitude"] / weight.norm(dim=1))[:, None]
         theirs.append(x @ weight.T)
-    here = [x @ merged[f"model.layers.1.self_attn.{short}.weight"].T for short in ("q_proj", "k_proj")]
-    torch.testing.assert_close(halves_attention(*here), meta_attention(*theirs), atol=1e-3, rtol=1e-3)
-    assert (halves_attention(*here) - meta_attention(*here)).abs().max() > 0.1, "the orders are the same"
+    here = [
+        x @ merged[f"model.layers.1.self_attn.{short}.weight"].T for short in ("q_proj", "k_proj")
+    ]
+    torch.testing.assert_close(
+        halves_attention(*here), meta_attention(*theirs), atol=1e-3, rtol=1e-3
+    )
+    assert (halves_attention(*here) - meta_attention(*here)).abs().max() > 0.1, (
+        "the orders are the same"
+    )
 
 
 @torch.no_grad()
@@ -327,13 +406,21 @@ def test_other_layers_of_torchtune_and_all_of_its_qwen2_keep_their_rows(
     imported(cli, tmp_path)
     cli("merge", "--adapter", "mine", "--out", "merged", "--precision", "fp32", cwd=tmp_path)
     found = deltas(tmp_path)
-    for theirs, ours_ in (("attn.q_proj", "self_attn.q_proj"), ("mlp.w2", "mlp.down_proj"), ("mlp.w3", "mlp.up_proj")):
+    for theirs, ours_ in (
+        ("attn.q_proj", "self_attn.q_proj"),
+        ("mlp.w2", "mlp.down_proj"),
+        ("mlp.w3", "mlp.up_proj"),
+    ):
         key = f"layers.1.{theirs}"
         expected = ALPHA / R * tensors[f"{key}.lora_b.weight"] @ tensors[f"{key}.lora_a.weight"]
-        torch.testing.assert_close(found[f"model.layers.1.{ours_}.weight"], expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            found[f"model.layers.1.{ours_}.weight"], expected, atol=1e-4, rtol=1e-4
+        )
 
 
-def test_torchtunes_own_file_is_read_and_not_its_conversion_to_peft(cli: Lora, tmp_path: Path) -> None:
+def test_torchtunes_own_file_is_read_and_not_its_conversion_to_peft(
+    cli: Lora, tmp_path: Path
+) -> None:
     made_by_torchtune(tmp_path, "llama")
     (tmp_path / "theirs/adapter_model.safetensors").write_bytes(b"not read")
     imported(cli, tmp_path)
@@ -345,13 +432,21 @@ def test_torchtunes_own_file_is_read_and_not_its_conversion_to_peft(cli: Lora, t
 @pytest.mark.parametrize(
     ("family", "change", "reason"),
     [
-        ("gemma2", lambda _: None, "of torchtune, adapters of llama, mistral, gemma, qwen2 are read"),
+        (
+            "gemma2",
+            lambda _: None,
+            "of torchtune, adapters of llama, mistral, gemma, qwen2 are read",
+        ),
         (
             "llama",
             lambda folder: (folder / "adapter_config.json").unlink(),
             "torchtune writes it with r and lora_alpha",
         ),
-        ("llama", lambda folder: edited(folder, lora_alpha=None), "must have r and lora_alpha, got 4 and None"),
+        (
+            "llama",
+            lambda folder: edited(folder, lora_alpha=None),
+            "must have r and lora_alpha, got 4 and None",
+        ),
     ],
 )
 def test_what_torchtune_does_not_say_is_refused(
@@ -375,13 +470,22 @@ SHAPES = {"none": (), "one": (R,), "three": (1, R, D), "empty": (0, 0), "long": 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("tool", MAKE)
-def test_tensors_of_other_shapes_are_one_message(cli: Lora, tool: str, shape: str, tmp_path: Path) -> None:
+def test_tensors_of_other_shapes_are_one_message(
+    cli: Lora, tool: str, shape: str, tmp_path: Path
+) -> None:
     MAKE[tool](tmp_path)
-    (path,) = [path for path in (tmp_path / "theirs").iterdir() if path.suffix in (".safetensors", ".lora", ".pt")]
+    (path,) = [
+        path
+        for path in (tmp_path / "theirs").iterdir()
+        if path.suffix in (".safetensors", ".lora", ".pt")
+    ]
     is_pickle = path.suffix != ".safetensors"
     tensors = torch.load(path, weights_only=True) if is_pickle else load_file(path)
     for part in ("a", "b"):
-        changed = {key: torch.ones(SHAPES[shape]) if f"lora_{part}" in key.lower() else t for key, t in tensors.items()}
+        changed = {
+            key: torch.ones(SHAPES[shape]) if f"lora_{part}" in key.lower() else t
+            for key, t in tensors.items()
+        }
         torch.save(changed, path) if is_pickle else save_file(changed, path)
         refused(cli, tmp_path)
 
@@ -391,7 +495,9 @@ def test_without_a_base_and_without_a_format_it_says_what_to_do(cli: Lora, tmp_p
     said = refusal(cli("adapters", "import", "theirs", "--out", "mine", cwd=tmp_path))
     assert "theirs is an adapter of torchtune. Pass the base it was trained on with --base." in said
     (tmp_path / "empty").mkdir()
-    said = refusal(cli("adapters", "import", "empty", "--base", "base", "--out", "mine", cwd=tmp_path))
+    said = refusal(
+        cli("adapters", "import", "empty", "--base", "base", "--out", "mine", cwd=tmp_path)
+    )
     assert "adapter_config.json: No such file or directory" in said
     file = "theirs/adapter_model.pt"
     said = refusal(cli("adapters", "import", file, "--base", "base", "--out", "mine", cwd=tmp_path))

@@ -1,4 +1,6 @@
-"""PEFT folders with the quirks of the tools around it answer as in PEFT itself, or are refused with the reason."""
+"""PEFT folders with the quirks of the tools around it answer as in PEFT itself, or are refused with
+the reason.
+"""
 
 import dataclasses
 import json
@@ -33,7 +35,9 @@ def stock(root: Path) -> Any:
 def made(root: Path, base: dict[str, Any] | None = None, **options: Any) -> Tensor:
     """`theirs`, an adapter that PEFT made on `base`, all of it changed; returns its logits."""
     toy_checkpoint(root / "base", **(base or {}))
-    config = LoraConfig(task_type="CAUSAL_LM", **{"r": 3, "lora_alpha": 6, "target_modules": ["q_proj"], **options})
+    config = LoraConfig(
+        task_type="CAUSAL_LM", **{"r": 3, "lora_alpha": 6, "target_modules": ["q_proj"], **options}
+    )
     model = get_peft_model(stock(root), config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -87,10 +91,14 @@ NAMES: dict[str, Callable[[str], str]] = {
     "torch.compile": lambda key: key.replace(PREFIX, f"{PREFIX}_orig_mod."),
     "torch.compile around it": lambda key: f"_orig_mod.{key}",
     "FSDP": lambda key: key.replace("self_attn.", "_fsdp_wrapped_module.self_attn."),
-    "activation checkpointing": lambda key: key.replace("self_attn.", "_checkpoint_wrapped_module.self_attn."),
+    "activation checkpointing": lambda key: key.replace(
+        "self_attn.", "_checkpoint_wrapped_module.self_attn."
+    ),
     "the body alone": lambda key: key.replace("model.model.layers", "model.layers"),
     "one model more": lambda key: key.replace("model.model.layers", "model.model.model.layers"),
-    "all at once": lambda key: f"module.{PREFIX}{named_adapter(key)}".replace("self_attn", "_orig_mod.self_attn"),
+    "all at once": lambda key: f"module.{PREFIX}{named_adapter(key)}".replace(
+        "self_attn", "_orig_mod.self_attn"
+    ),
 }
 
 
@@ -102,14 +110,18 @@ def test_names_that_wrappers_leave_are_read(cli: Lora, name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("spelling", [".weight", ".default", ".default.weight"])
-def test_every_spelling_of_doras_magnitude_is_read(cli: Lora, spelling: str, tmp_path: Path) -> None:
+def test_every_spelling_of_doras_magnitude_is_read(
+    cli: Lora, spelling: str, tmp_path: Path
+) -> None:
     there = made(tmp_path, use_dora=True)
     name = ".lora_magnitude_vector"
     renamed(tmp_path / "theirs", lambda key: key + spelling if key.endswith(name) else key)
     assert_taken(cli, tmp_path, there)
 
 
-def test_a_state_dict_of_modules_to_save_is_read_without_the_bases_own(cli: Lora, tmp_path: Path) -> None:
+def test_a_state_dict_of_modules_to_save_is_read_without_the_bases_own(
+    cli: Lora, tmp_path: Path
+) -> None:
     there = made(tmp_path, modules_to_save=["lm_head"])
     head = f"{PREFIX}lm_head"
 
@@ -140,7 +152,11 @@ def test_beside_safetensors_a_pickle_is_not_opened(cli: Lora, tmp_path: Path) ->
         (tmp_path / "theirs" / name).write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     (tmp_path / "theirs/trainer_state.json").write_text("{}", encoding="utf-8")
     assert_taken(cli, tmp_path, there)
-    assert not {path.name for path in (tmp_path / "mine").iterdir()} & {PICKLE, "optimizer.pt", "trainer_state.json"}
+    assert not {path.name for path in (tmp_path / "mine").iterdir()} & {
+        PICKLE,
+        "optimizer.pt",
+        "trainer_state.json",
+    }
 
 
 # Configs
@@ -155,7 +171,10 @@ UNSLOTH = (
 def test_unsloths_pattern_of_targets_means_the_same_layers(cli: Lora, tmp_path: Path) -> None:
     there = made(tmp_path, target_modules=UNSLOTH)
     assert len(load_file(tmp_path / "theirs" / WEIGHTS)) == 8
-    set_config(tmp_path / "theirs", auto_mapping={"base_model_class": "LlamaForCausalLM", "unsloth_fixed": True})
+    set_config(
+        tmp_path / "theirs",
+        auto_mapping={"base_model_class": "LlamaForCausalLM", "unsloth_fixed": True},
+    )
     assert_taken(cli, tmp_path, there)
 
 
@@ -166,15 +185,25 @@ def test_targets_of_other_architectures_are_left_out(cli: Lora, tmp_path: Path) 
 
 def test_no_default_of_pefts_options_is_in_the_way(cli: Lora, tmp_path: Path) -> None:
     there = made(tmp_path)
-    defaults = {field.name: getattr(LoraConfig(), field.name) for field in dataclasses.fields(LoraConfig)}
-    plain = {key: value for key, value in defaults.items() if isinstance(value, None | bool | int | float | str)}
+    defaults = {
+        field.name: getattr(LoraConfig(), field.name) for field in dataclasses.fields(LoraConfig)
+    }
+    plain = {
+        key: value
+        for key, value in defaults.items()
+        if isinstance(value, None | bool | int | float | str)
+    }
     own = json.loads((tmp_path / "theirs" / CONFIG).read_text(encoding="utf-8"))
-    set_config(tmp_path / "theirs", **{**plain, **own, "an_option_of_a_newer_peft": None, "another": {}})
+    set_config(
+        tmp_path / "theirs", **{**plain, **own, "an_option_of_a_newer_peft": None, "another": {}}
+    )
     assert_taken(cli, tmp_path, there)
 
 
 @pytest.mark.parametrize("init", ["Gaussian", "gaussian", "orthogonal", "MiCA"])
-def test_an_initialization_that_leaves_the_base_is_taken_in_any_case(cli: Lora, init: str, tmp_path: Path) -> None:
+def test_an_initialization_that_leaves_the_base_is_taken_in_any_case(
+    cli: Lora, init: str, tmp_path: Path
+) -> None:
     there = made(tmp_path, r=4, init_lora_weights=init.lower())
     set_config(tmp_path / "theirs", init_lora_weights=init)
     assert imported(cli, tmp_path)
@@ -192,7 +221,9 @@ def test_an_initialization_that_changes_the_base_is_refused_with_its_conversion(
     assert "path_initial_model_for_weight_conversion" in said
 
 
-def test_loftq_which_peft_converts_to_nothing_is_refused_with_a_merge(cli: Lora, tmp_path: Path) -> None:
+def test_loftq_which_peft_converts_to_nothing_is_refused_with_a_merge(
+    cli: Lora, tmp_path: Path
+) -> None:
     made(tmp_path)
     set_config(tmp_path / "theirs", init_lora_weights="loftq", loftq_config={"loftq_bits": 4})
     assert "Merge it in PEFT with merge_and_unload" in refused(cli, tmp_path)
@@ -208,7 +239,9 @@ def test_loftq_which_peft_converts_to_nothing_is_refused_with_a_merge(cli: Lora,
         ("org/plain-7b", None),
     ],
 )
-def test_a_quantized_base_is_named_with_the_one_to_use(cli: Lora, name: str, plain: str | None, tmp_path: Path) -> None:
+def test_a_quantized_base_is_named_with_the_one_to_use(
+    cli: Lora, name: str, plain: str | None, tmp_path: Path
+) -> None:
     there = made(tmp_path)
     set_config(tmp_path / "theirs", base_model_name_or_path=name)
     said = assert_taken(cli, tmp_path, there)
@@ -220,33 +253,48 @@ def test_a_quantized_base_is_named_with_the_one_to_use(cli: Lora, name: str, pla
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_an_embedding_that_is_the_bases_own_is_left_out(cli: Lora, tied: bool, tmp_path: Path) -> None:
+def test_an_embedding_that_is_the_bases_own_is_left_out(
+    cli: Lora, tied: bool, tmp_path: Path
+) -> None:
     there = made(tmp_path, {"tie_word_embeddings": tied})
     base = stock(tmp_path)
     names = {"model.embed_tokens": base.model.embed_tokens, "lm_head": base.lm_head}
-    copies = {f"{PREFIX}{name}.weight": module.weight.detach().clone() for name, module in names.items()}
+    copies = {
+        f"{PREFIX}{name}.weight": module.weight.detach().clone() for name, module in names.items()
+    }
     edit(tmp_path / "theirs", lambda found: found | copies)
     assert_taken(cli, tmp_path, there)
     assert len(load_file(tmp_path / "mine" / WEIGHTS)) == 4
 
 
-def test_an_embedding_that_was_trained_without_being_named_is_trained_in_full(cli: Lora, tmp_path: Path) -> None:
+def test_an_embedding_that_was_trained_without_being_named_is_trained_in_full(
+    cli: Lora, tmp_path: Path
+) -> None:
     made(tmp_path)
     head = stock(tmp_path).lm_head.weight.detach().clone()
     head[5] += 1
     edit(tmp_path / "theirs", lambda found: {**found, f"{PREFIX}lm_head.weight": head})
-    there = logits(PeftModel.from_pretrained(stock(tmp_path), tmp_path / "theirs").eval(), IDS)  # PEFT takes it too
+    # PEFT takes it too
+    there = logits(PeftModel.from_pretrained(stock(tmp_path), tmp_path / "theirs").eval(), IDS)
     assert_taken(cli, tmp_path, there)
     assert json.loads((tmp_path / "mine" / CONFIG).read_text())["modules_to_save"] == ["lm_head"]
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_an_embedding_of_a_grown_tokenizer_is_refused_with_both_sizes(cli: Lora, named: bool, tmp_path: Path) -> None:
+def test_an_embedding_of_a_grown_tokenizer_is_refused_with_both_sizes(
+    cli: Lora, named: bool, tmp_path: Path
+) -> None:
     made(tmp_path)
-    edit(tmp_path / "theirs", lambda found: {**found, f"{PREFIX}lm_head.weight": torch.zeros(ROWS + 8, 32)})
+    edit(
+        tmp_path / "theirs",
+        lambda found: {**found, f"{PREFIX}lm_head.weight": torch.zeros(ROWS + 8, 32)},
+    )
     set_config(tmp_path / "theirs", modules_to_save=["lm_head"] if named else None)
     said = refused(cli, tmp_path)
-    assert f"lm_head has {ROWS + 8} rows, and the base {ROWS}: tokens were added before training" in said
+    assert (
+        f"lm_head has {ROWS + 8} rows, and the base {ROWS}: tokens were added before training"
+        in said
+    )
 
 
 # What would load as nothing
@@ -282,7 +330,10 @@ def of_two(folder: Path) -> None:
 
 
 def twice(folder: Path) -> None:
-    edit(folder, lambda found: found | {f"module.{key}": value.clone() for key, value in found.items()})
+    edit(
+        folder,
+        lambda found: found | {f"module.{key}": value.clone() for key, value in found.items()},
+    )
 
 
 def with_magnitudes(folder: Path) -> None:
@@ -297,7 +348,10 @@ def of_experts(folder: Path) -> None:
 NOTHING: list[tuple[Callable[[Path], None], str]] = [
     (without_tensors, "is empty: DeepSpeed ZeRO-3 saved it without its parts on other GPUs"),
     (of_size_zero, "is empty: DeepSpeed ZeRO-3 saved it without its parts on other GPUs"),
-    (in_shards("pytorch_model_fsdp_0"), "FSDP saved it in shards. Merge them with `accelerate merge-weights`"),
+    (
+        in_shards("pytorch_model_fsdp_0"),
+        "FSDP saved it in shards. Merge them with `accelerate merge-weights`",
+    ),
     (in_shards("global_step60"), "DeepSpeed saved it in shards"),
     (in_shards("other"), f"theirs has no {WEIGHTS}: it holds no adapter. Copy it again"),
     (of_two, "holds several adapters: default, reference"),
@@ -318,5 +372,8 @@ def test_what_would_load_as_nothing_is_refused(
 
 def test_an_untrained_adapter_is_taken_with_a_note(cli: Lora, tmp_path: Path) -> None:
     made(tmp_path)
-    edit(tmp_path / "theirs", lambda found: {k: v * 0 if "lora_B" in k else v for k, v in found.items()})
+    edit(
+        tmp_path / "theirs",
+        lambda found: {k: v * 0 if "lora_B" in k else v for k, v in found.items()},
+    )
     assert "It changes nothing: A or B of every layer is zero" in imported(cli, tmp_path)

@@ -32,13 +32,18 @@ def imported(cli: Lora, root: Path, *more: str, source: str = "one") -> tuple[in
     return cli("adapters", "import", source, "--out", "mine", *more, cwd=root)
 
 
-def test_an_imported_adapter_is_bound_to_its_base_and_remembers_where_it_came_from(cli: Lora, root: Path) -> None:
+def test_an_imported_adapter_is_bound_to_its_base_and_remembers_where_it_came_from(
+    cli: Lora, root: Path
+) -> None:
     code, said, err = imported(cli, root, "--base", "base")
     assert (code, err) == (0, "")
     assert said == "mine  fits base, by names and shapes; no more is known\n"
     manifest = read_manifest(root / "mine")
     assert manifest["base"] == base_fingerprint(root / "base")
-    digests = {name: hashlib.sha256((root / "one" / name).read_bytes()).hexdigest() for name in (CONFIG, WEIGHTS)}
+    digests = {
+        name: hashlib.sha256((root / "one" / name).read_bytes()).hexdigest()
+        for name in (CONFIG, WEIGHTS)
+    }
     assert manifest["source"] == {"name": "one", "base": "base", "sha256": digests}
     assert str(root) not in json.dumps(manifest)
     assert (root / "mine" / WEIGHTS).read_bytes() == (root / "one" / WEIGHTS).read_bytes()
@@ -52,29 +57,40 @@ def test_an_imported_adapter_is_bound_to_its_base_and_remembers_where_it_came_fr
 def test_verify_accepts_it_on_its_base_alone(cli: Lora, root: Path) -> None:
     imported(cli, root, "--base", "base")
     code, said, _ = cli("adapters", "verify", "mine", cwd=root)
-    known = "files, names, shapes and base are those it was imported with; what it was trained on is not known"
+    known = (
+        "files, names, shapes and base are those it was imported with; what it was trained on is "
+        "not known"
+    )
     assert code == 0 and known in said
     checkpoint(root / "alike", seed=1)
-    assert "was trained on another base" in refusal(cli("adapters", "verify", "mine", "--base", "alike", cwd=root))
+    assert "was trained on another base" in refusal(
+        cli("adapters", "verify", "mine", "--base", "alike", cwd=root)
+    )
     edit_config(root / "mine", lora_alpha=4)
     assert "lora_alpha was edited" in refusal(cli("adapters", "verify", "mine", cwd=root))
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS, "chat_template.jinja"])
-def test_a_link_that_leaves_an_adapters_folder_is_not_followed(cli: Lora, root: Path, name: str) -> None:
+def test_a_link_that_leaves_an_adapters_folder_is_not_followed(
+    cli: Lora, root: Path, name: str
+) -> None:
     outside = root / "outside"
     if (root / "one" / name).exists():
         (root / "one" / name).rename(outside)
     else:
         outside.write_text("private", encoding="utf-8")
     (root / "one" / name).symlink_to(outside)
-    assert f"one/{name} is a link to a file outside its folder" in refusal(imported(cli, root, "--base", "base"))
+    assert f"one/{name} is a link to a file outside its folder" in refusal(
+        imported(cli, root, "--base", "base")
+    )
     assert not (root / "mine").exists()
 
 
 @pytest.fixture
 def hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A local hub cache in which org/toy has the base's weights, and adapter `one` names it; no network."""
+    """A local hub cache in which org/toy has the base's weights, and adapter `one` names it; no
+    network.
+    """
     repository = root / "hub/models--org--toy"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs/main").write_text(COMMIT, encoding="utf-8")
@@ -101,11 +117,14 @@ def test_a_base_of_the_same_shape_is_refused_where_the_one_it_names_is_known_to_
 ) -> None:
     checkpoint(hub, seed=1)
     before = folder_bytes(root)
-    assert "one names org/toy as its base. That model is in the hub's cache, and base has other weights" in refusal(
-        imported(cli, root, "--base", "base")
+    assert (
+        "one names org/toy as its base. That model is in the hub's cache, and base has other "
+        "weights" in refusal(imported(cli, root, "--base", "base"))
     )
     assert folder_bytes(root) == before
-    assert "names 'org/toy' as its base, but there is no such folder" in refusal(imported(cli, root))
+    assert "names 'org/toy' as its base, but there is no such folder" in refusal(
+        imported(cli, root)
+    )
 
 
 def peft_of_embeddings(folder: Path, base: Path) -> None:
@@ -121,7 +140,10 @@ def test_a_base_of_the_same_shape_is_refused_where_the_adapter_holds_an_embeddin
     peft_of_embeddings(root / "theirs", root / "base")
     checkpoint(root / "alike", seed=1)
     message = refusal(imported(cli, root, "--base", "alike", source="theirs"))
-    assert "contains its own model.decoder.embed_tokens.weight, which differs from the base model's" in message
+    assert (
+        "contains its own model.decoder.embed_tokens.weight, which differs from the base model's"
+        in message
+    )
     assert not (root / "mine").exists()
     assert imported(cli, root, "--base", "base", source="theirs")[0] == 0
     assert cli("adapters", "verify", "mine", cwd=root)[0] == 0
@@ -132,7 +154,10 @@ def truncated(folder: Path) -> None:
 
 
 def renamed(folder: Path) -> None:
-    edit_tensors(folder, lambda found: {key.replace("decoder", "encoder"): value for key, value in found.items()})
+    edit_tensors(
+        folder,
+        lambda found: {key.replace("decoder", "encoder"): value for key, value in found.items()},
+    )
 
 
 def without_one(folder: Path) -> None:
@@ -162,7 +187,9 @@ DAMAGE: dict[Callable[[Path], None], str] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
-def test_a_damaged_adapter_does_not_get_in(cli: Lora, root: Path, damage: Callable[[Path], None]) -> None:
+def test_a_damaged_adapter_does_not_get_in(
+    cli: Lora, root: Path, damage: Callable[[Path], None]
+) -> None:
     damage(root / "one")
     before = folder_bytes(root)
     assert DAMAGE[damage] in refusal(imported(cli, root, "--base", "base"))

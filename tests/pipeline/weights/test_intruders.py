@@ -29,7 +29,9 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def drawn(rows: int, columns: int, seed: int) -> Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def pair_of(before: Tensor, after: Tensor) -> Pair:
@@ -44,24 +46,40 @@ def by_definition(before: Array, after: Array, top: int, epsilon: float) -> dict
     return {n + 1: float(value) for n, value in enumerate(similar) if value < epsilon}
 
 
-@given(st.integers(2, 14), st.integers(2, 14), st.integers(0, 99), st.sampled_from((0.1, 1.0, 9.0)), st.integers(1, 12))
-def test_intruders_are_those_of_the_definition(rows: int, columns: int, seed: int, size: float, top: int) -> None:
+@given(
+    st.integers(2, 14),
+    st.integers(2, 14),
+    st.integers(0, 99),
+    st.sampled_from((0.1, 1.0, 9.0)),
+    st.integers(1, 12),
+)
+def test_intruders_are_those_of_the_definition(
+    rows: int, columns: int, seed: int, size: float, top: int
+) -> None:
     before = drawn(rows, columns, seed)
     after = before + size * drawn(rows, 1, seed + 1) @ drawn(1, columns, seed + 2)
     found = find_intruders(pair_of(before, after), top, 0.6)
     wanted = by_definition(before.numpy(), after.numpy(), top, 0.6)
     values = np.linalg.svd(after.numpy(), compute_uv=False)
-    assert {one.position: one.similarity for one in found.intruders} == pytest.approx(wanted, abs=1e-5)
+    assert {one.position: one.similarity for one in found.intruders} == pytest.approx(
+        wanted, abs=1e-5
+    )
     for one in found.intruders:
         assert one.value == pytest.approx(values[one.position - 1])
     assert found.complete and found.vectors.shape == (rows, len(wanted))
 
 
 def planted(rows: int = 40, columns: int = 24) -> tuple[Tensor, Tensor, Tensor]:
-    """W with falling singular values, the same with a strong new direction, and that direction (O,)."""
-    left, right = torch.linalg.qr(drawn(rows, columns, 0)).Q, torch.linalg.qr(drawn(columns, columns, 1)).Q
+    """W with falling singular values, the same with a strong new direction, and that direction
+    (O,).
+    """
+    left, right = (
+        torch.linalg.qr(drawn(rows, columns, 0)).Q,
+        torch.linalg.qr(drawn(columns, columns, 1)).Q,
+    )
     before = left * torch.linspace(4, 1, columns, dtype=torch.float64) @ right.T
-    new = torch.linalg.qr(torch.cat([left, drawn(rows, 1, 2)], dim=1)).Q[:, -1]  # orthogonal to every u of W
+    # orthogonal to every u of W
+    new = torch.linalg.qr(torch.cat([left, drawn(rows, 1, 2)], dim=1)).Q[:, -1]
     return before, before + 6 * new[:, None] @ right[:, -1:].T, new
 
 
@@ -84,19 +102,24 @@ def test_a_base_of_zeros_has_no_counterpart_and_values_that_are_not_finite_are_r
 
 
 @pytest.mark.parametrize("limit", [0, 30], ids=["both wide", "columns in full"])
-def test_wide_matrices_are_compared_with_their_largest_vectors(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_matrices_are_compared_with_their_largest_vectors(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "FULL_COLUMNS", limit)
     monkeypatch.setattr("pipeline.weights.spectrum.FULL_COLUMNS", limit)
     before, after, new = planted(200, 24) if limit else planted(300, 250)
     found = find_intruders(pair_of(before, after), 10, 0.5)
     assert [one.position for one in found.intruders] == [1] and found.complete is (limit > 0)
     assert float(found.vectors[:, 0] @ new) ** 2 == pytest.approx(36 / 37, abs=0.01)
-    same = find_intruders(pair_of(before, before), 10, 0.99)  # what has not converged is alike in both
+    # what has not converged is alike in both
+    same = find_intruders(pair_of(before, before), 10, 0.99)
     assert not same.intruders
 
 
 @given(st.integers(0, 50), st.sampled_from((0.0, 0.3, 1.0)))
-def test_damping_scales_the_singular_values_of_intruders_and_no_others(seed: int, factor: float) -> None:
+def test_damping_scales_the_singular_values_of_intruders_and_no_others(
+    seed: int, factor: float
+) -> None:
     before = drawn(9, 7, seed).float().double()
     update = LowRank(drawn(2, 7, seed + 1).float(), 4 * drawn(9, 2, seed + 2).float(), 0.5)
     after = before + update.scale * update.b.double() @ update.a.double()
@@ -125,7 +148,9 @@ def strong(folder: Path, base: Path, spec: AdapterSpec) -> Path:
     """An adapter whose updates are as large as the weights."""
     made = adapter(folder, base, spec)
     file = made / "adapter_model.safetensors"
-    weights = {key: tensor * (4 if ".lora_" in key else 1) for key, tensor in load_file(file).items()}
+    weights = {
+        key: tensor * (4 if ".lora_" in key else 1) for key, tensor in load_file(file).items()
+    }
     save_file(weights, file, metadata={"format": "pt"})
     return made
 
@@ -137,19 +162,25 @@ def searched(base: Path, tuned: Path, epsilon: float = 0.7) -> list[Searched]:
 SPECS = {
     "lora": AdapterSpec(2, 4.0, ("q_proj", "fc1", "fc2"), rslora=True),
     "dora": AdapterSpec(2, 4.0, ("q_proj", "fc2"), dora=True),
-    "rows beside": AdapterSpec(2, 4.0, ("v_proj",), rows={"embed_tokens": (3, 4)}, saved=("lm_head", "fc1")),
+    "rows beside": AdapterSpec(
+        2, 4.0, ("v_proj",), rows={"embed_tokens": (3, 4)}, saved=("lm_head", "fc1")
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", SPECS)
-def test_an_adapters_intruders_are_those_of_the_merged_model(kind: str, base: Path, tmp_path: Path) -> None:
+def test_an_adapters_intruders_are_those_of_the_merged_model(
+    kind: str, base: Path, tmp_path: Path
+) -> None:
     made = strong(tmp_path / "made", base, SPECS[kind])
     merged = merged_through_files(base, made, tmp_path / "merged")
     found = {one.pair.module: one for one in searched(base, made)}
     suffixes = (*SPECS[kind].targets, *(name for name in SPECS[kind].saved if name != "lm_head"))
     assert found and all(name.endswith(suffixes) for name in found)
     for name, one in found.items():
-        before, after = (source[f"{name}.weight"].double().numpy() for source in (load_weights(base), merged))
+        before, after = (
+            source[f"{name}.weight"].double().numpy() for source in (load_weights(base), merged)
+        )
         wanted = by_definition(before, after, 10, 0.7)
         assert {i.position: i.similarity for i in one.intruders} == pytest.approx(wanted, abs=1e-4)
     assert any(one.intruders for one in found.values())
@@ -165,7 +196,9 @@ def test_a_conv1d_is_searched_in_its_outputs(tmp_path: Path) -> None:
     made = strong(tmp_path / "made", base, AdapterSpec(2, 8.0, ("c_fc",)))
     merged = merged_through_files(base, made, tmp_path / "merged")
     for one in searched(base, made):
-        before, after = (w[f"{one.pair.module}.weight"].double().T.numpy() for w in (load_weights(base), merged))
+        before, after = (
+            w[f"{one.pair.module}.weight"].double().T.numpy() for w in (load_weights(base), merged)
+        )
         assert one.pair.shape == before.shape == (128, 32)
         assert {i.position: i.similarity for i in one.intruders} == pytest.approx(
             by_definition(before, after, 10, 0.7), abs=1e-4
@@ -174,7 +207,9 @@ def test_a_conv1d_is_searched_in_its_outputs(tmp_path: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore")
-def test_a_damped_adapter_is_opened_by_peft_and_at_1_it_is_the_same(base: Path, tmp_path: Path) -> None:
+def test_a_damped_adapter_is_opened_by_peft_and_at_1_it_is_the_same(
+    base: Path, tmp_path: Path
+) -> None:
     made = strong(tmp_path / "made", base, SPECS["lora"])
     found, ids = searched(base, made), IDS % 70
     assert any(one.intruders for one in found)
@@ -184,7 +219,9 @@ def test_a_damped_adapter_is_opened_by_peft_and_at_1_it_is_the_same(base: Path, 
         damp(base, made, out, found, factor, {"top": 10})
         assert folder_bytes(out) == first
         ours = load(base, out).model(ids)
-        torch.testing.assert_close(ours, theirs(base, out)(input_ids=ids).logits, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(
+            ours, theirs(base, out)(input_ids=ids).logits, atol=1e-3, rtol=1e-3
+        )
         same = bool((ours - load(base, made).model(ids)).abs().max() < 1e-3)
         assert same is (factor == 1)
     removed = load_update(tmp_path / "removed").low_rank
@@ -192,7 +229,9 @@ def test_a_damped_adapter_is_opened_by_peft_and_at_1_it_is_the_same(base: Path, 
         rank = load_update(made).low_rank[one.pair.module].rank
         assert removed[one.pair.module].rank == rank + len(one.intruders)
         # in W + ΔW'' nothing is left along the intruders
-        after = torch.cat([block for _, block in one.pair.before()]) + removed[one.pair.module].delta()
+        after = (
+            torch.cat([block for _, block in one.pair.before()]) + removed[one.pair.module].delta()
+        )
         assert (one.vectors.T.float() @ after).abs().max() < 1e-3 if one.intruders else True
 
 

@@ -22,9 +22,20 @@ from tests.helpers.projects import LORA
 from tests.helpers.reference_merge import merged
 
 BLOCKS, SHARDS, RANK, ALPHA = 20, 5, 8, 16
-SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": BLOCKS, "vocab_size": 32_000}
+SHAPE = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": BLOCKS,
+    "vocab_size": 32_000,
+}
 HEADS = {"num_attention_heads": 16, "num_key_value_heads": 4, "tie_word_embeddings": False}
-SMALL = {**SHAPE, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+SMALL = {
+    **SHAPE,
+    "hidden_size": 128,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "vocab_size": 64,
+}
 MORE = 100e6  # bytes of resident memory beside those of a small merge, which are imports
 MEASURED = """
 import resource, subprocess, sys
@@ -46,12 +57,16 @@ def write_base(folder: Path, shape: Mapping[str, int]) -> None:
     config = LlamaConfig(**shape, **HEADS, dtype="bfloat16")
     config.save_pretrained(folder)
     with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in LlamaForCausalLM(config).named_parameters()}
+        shapes = {
+            name: parameter.shape for name, parameter in LlamaForCausalLM(config).named_parameters()
+        }
     noise, starts = sixteen_bits(2**26), {name: 31 * number for number, name in enumerate(shapes)}
     names, places = list(shapes), dict[str, str]()
     for number in range(SHARDS):
         file, own = f"model-{number + 1:05}-of-{SHARDS:05}.safetensors", names[number::SHARDS]
-        tensors = {n: noise[starts[n] : starts[n] + shapes[n].numel()].clone().view(shapes[n]) for n in own}
+        tensors = {
+            n: noise[starts[n] : starts[n] + shapes[n].numel()].clone().view(shapes[n]) for n in own
+        }
         save_file(tensors, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(own, file)
     write_json(folder / INDEX, {"metadata": {}, "weight_map": places})
@@ -59,14 +74,19 @@ def write_base(folder: Path, shape: Mapping[str, int]) -> None:
 
 def sixteen_bits(count: int) -> Tensor:
     """bf16 values with random sign and mantissa, of magnitude 1/128 to 1/64."""
-    bits = torch.randint(-(2**15), 2**15, (count,), dtype=torch.int16, generator=torch.Generator().manual_seed(0))
+    bits = torch.randint(
+        -(2**15), 2**15, (count,), dtype=torch.int16, generator=torch.Generator().manual_seed(0)
+    )
     return bits.bitwise_and_(-0x7F81).bitwise_or_(0x3C00).view(torch.bfloat16)
 
 
 def write_adapter(folder: Path, base: Path) -> None:
     """An adapter for all linear layers, as PEFT writes it."""
     folder.mkdir()
-    write_json(folder / "adapter_config.json", config_of(AdapterSpec(RANK, ALPHA, "all-linear"), str(base), False))
+    write_json(
+        folder / "adapter_config.json",
+        config_of(AdapterSpec(RANK, ALPHA, "all-linear"), str(base), False),
+    )
     random, found = torch.Generator().manual_seed(1), {}
     for name, module in skeleton(base).named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
@@ -77,11 +97,23 @@ def write_adapter(folder: Path, base: Path) -> None:
 
 
 def measured_merge(folder: Path, shape: Mapping[str, int]) -> tuple[Path, Path, Path, str, int]:
-    """Base, adapter, merged model, what the command said, and the bytes of resident memory at its peak."""
+    """Base, adapter, merged model, what the command said, and the bytes of resident memory at its
+    peak.
+    """
     base, adapter, out = (folder / name for name in ("base", "adapter", "out"))
     write_base(base, shape)
     write_adapter(adapter, base)
-    command = [sys.executable, "-c", MEASURED, LORA, "merge", "--adapter", str(adapter), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-c",
+        MEASURED,
+        LORA,
+        "merge",
+        "--adapter",
+        str(adapter),
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     said, peak = done.stdout.splitlines()
@@ -98,11 +130,15 @@ def in_memory(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 @pytest.mark.slow
-def test_a_model_far_larger_than_the_memory_it_takes_is_merged_to_the_same_bytes(folder: Path) -> None:
+def test_a_model_far_larger_than_the_memory_it_takes_is_merged_to_the_same_bytes(
+    folder: Path,
+) -> None:
     *_, imports = measured_merge(folder / "small", SMALL)
     base, adapter, out, said, peak = measured_merge(folder / "large", SHAPE)
     assert f"{7 * BLOCKS} matrices hold their update" in said
-    assert peak - imports < MORE < sum(file.stat().st_size for file in out.glob("*.safetensors")) / 20
+    assert (
+        peak - imports < MORE < sum(file.stat().st_size for file in out.glob("*.safetensors")) / 20
+    )
     assert (out / INDEX).read_bytes() == (base / INDEX).read_bytes()
     updates = load_file(adapter / "adapter_model.safetensors")
     for file in base.glob("*.safetensors"):
@@ -112,5 +148,9 @@ def test_a_model_far_larger_than_the_memory_it_takes_is_merged_to_the_same_bytes
                 key = f"base_model.model.{name.removesuffix('.weight')}"
                 wanted = before.get_tensor(name)
                 if f"{key}.lora_A.weight" in updates:
-                    wanted = in_memory(wanted, *(updates[f"{key}.lora_{part}.weight"] for part in "AB"))
-                assert torch.equal(after.get_tensor(name).view(torch.int16), wanted.view(torch.int16)), name
+                    wanted = in_memory(
+                        wanted, *(updates[f"{key}.lora_{part}.weight"] for part in "AB")
+                    )
+                assert torch.equal(
+                    after.get_tensor(name).view(torch.int16), wanted.view(torch.int16)
+                ), name

@@ -1,4 +1,6 @@
-"""Spectra of what fine-tuning changed, against numpy; and the extracted LoRA, against the tuned model."""
+"""Spectra of what fine-tuning changed, against numpy; and the extracted LoRA, against the tuned
+model.
+"""
 
 import json
 import shutil
@@ -56,23 +58,33 @@ def values_of(matrix: Tensor) -> np.ndarray[Any, Any]:
 
 
 @given(SIDES, SIDES, st.integers(1, 9))
-def test_singular_values_of_a_matrix_read_in_pieces_are_numpys(rows: int, columns: int, size: int) -> None:
+def test_singular_values_of_a_matrix_read_in_pieces_are_numpys(
+    rows: int, columns: int, size: int
+) -> None:
     matrix = drawn(rows, columns)
     found, wanted = singular(by(size, matrix), columns, 4), values_of(matrix)
     assert found.complete and found.error == 0
-    np.testing.assert_allclose(found.values[: len(wanted)], wanted, rtol=1e-9, atol=1e-7 * wanted[0])
+    np.testing.assert_allclose(
+        found.values[: len(wanted)], wanted, rtol=1e-9, atol=1e-7 * wanted[0]
+    )
     assert (found.values[len(wanted) :] <= 1e-7 * wanted[0]).all()
     torch.testing.assert_close(found.right.T @ found.right, torch.eye(columns, dtype=torch.float64))
 
 
 @given(SIDES, SIDES, st.integers(1, 9), st.integers(1, 6))
-def test_the_factors_are_the_nearest_matrix_of_their_rank(rows: int, columns: int, size: int, rank: int) -> None:
+def test_the_factors_are_the_nearest_matrix_of_their_rank(
+    rows: int, columns: int, size: int, rank: int
+) -> None:
     """Eckart and Young: U√S and √SVᵀ of the largest singular values, from numpy."""
     matrix, rank = drawn(rows, columns), min(rank, rows, columns)
     b, a = factors(by(size, matrix), rows, singular(by(size, matrix), columns, rank), rank)
     u, s, v = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
-    np.testing.assert_allclose((b @ a).numpy(), (u[:, :rank] * s[:rank]) @ v[:rank], atol=1e-5 * s[0])
-    np.testing.assert_allclose(torch.linalg.vector_norm(b, dim=0), torch.linalg.vector_norm(a, dim=1), rtol=1e-5)
+    np.testing.assert_allclose(
+        (b @ a).numpy(), (u[:, :rank] * s[:rank]) @ v[:rank], atol=1e-5 * s[0]
+    )
+    np.testing.assert_allclose(
+        torch.linalg.vector_norm(b, dim=0), torch.linalg.vector_norm(a, dim=1), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("spectrum", ["flat", "decays", "low rank"])
@@ -80,7 +92,11 @@ def test_values_of_a_wide_matrix_are_none_too_large_and_as_near_as_it_says(
     spectrum: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(singular_module, "FULL_COLUMNS", 50)
-    decay = {"flat": torch.ones(200), "decays": 1 / torch.arange(1.0, 201), "low rank": (torch.arange(200) < 5) + 0.0}
+    decay = {
+        "flat": torch.ones(200),
+        "decays": 1 / torch.arange(1.0, 201),
+        "low rank": (torch.arange(200) < 5) + 0.0,
+    }
     left, right = (torch.linalg.qr(drawn(300, 300, seed)).Q for seed in (1, 2))
     matrix = (left[:, :200] * decay[spectrum]) @ right[:200] + 0.01 * drawn(300, 300)
     found, wanted = singular(by(64, matrix), 300, 20), values_of(matrix)
@@ -101,9 +117,14 @@ def test_energy_and_ranks_are_those_of_the_squares() -> None:
     p = np.array([4 / 7, 3 / 7])
     assert one.effective_rank == pytest.approx(np.exp(-(p * np.log(p)).sum()))
     even = Measured("w", (8, 8), 0.0, 8**0.5, (1.0,) * 8)
-    assert even.relative is None and even.stable_rank == pytest.approx(8) == pytest.approx(even.effective_rank or 0)
+    assert even.relative is None and even.stable_rank == pytest.approx(8) == pytest.approx(
+        even.effective_rank or 0
+    )
     part = Measured("w", (900, 2000), 1.0, 5.0, (3.0,), complete=False)
-    assert part.energy(1) == pytest.approx(0.36) and part.energy(2) is part.effective_rank is part.rank_of(0.9) is None
+    assert (
+        part.energy(1) == pytest.approx(0.36)
+        and part.energy(2) is part.effective_rank is part.rank_of(0.9) is None
+    )
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 5))
@@ -119,7 +140,10 @@ def test_the_overlap_of_subspaces_is_the_papers_formula(k: int, n: int, seed: in
 
 def test_random_subspaces_overlap_by_the_larger_share_of_the_space() -> None:
     """E φ(i, j) = max(i, j) / n, the baseline for φ of trained updates."""
-    pairs = [[torch.linalg.qr(drawn(40, 8, 2 * seed + which).double()).Q for which in (0, 1)] for seed in range(200)]
+    pairs = [
+        [torch.linalg.qr(drawn(40, 8, 2 * seed + which).double()).Q for which in (0, 1)]
+        for seed in range(200)
+    ]
     mean = torch.stack([overlaps(*pair) for pair in pairs]).mean(0)
     for i, j in ((1, 1), (2, 8), (8, 8), (4, 1)):
         assert float(mean[i - 1, j - 1]) == pytest.approx(max(i, j) / 40, rel=0.2)
@@ -136,15 +160,28 @@ def test_directions_of_an_update_are_numpys() -> None:
 # Whole checkpoints.
 
 
-def tuned_from(base: Path, out: Path, rank: int, linears: bool = True, vectors: bool = False) -> Path:
-    """A copy of a checkpoint whose matrices got an update of that rank; vectors, where asked, got another."""
+def tuned_from(
+    base: Path, out: Path, rank: int, linears: bool = True, vectors: bool = False
+) -> Path:
+    """A copy of a checkpoint whose matrices got an update of that rank; vectors, where asked, got
+    another.
+    """
     shutil.copytree(base, out)
     for file in out.glob("*.safetensors"):
         weights = load_file(file)
         for seed, (name, weight) in enumerate(sorted(weights.items())):
             is_end = "embed_tokens" in name or "lm_head" in name or "wte" in name
-            if weight.ndim == 2 and (linears or is_end) and "positions" not in name and "wpe" not in name:
-                step = drawn(weight.shape[0], rank, seed) @ drawn(rank, weight.shape[1], seed + 99) / 20
+            if (
+                weight.ndim == 2
+                and (linears or is_end)
+                and "positions" not in name
+                and "wpe" not in name
+            ):
+                step = (
+                    drawn(weight.shape[0], rank, seed)
+                    @ drawn(rank, weight.shape[1], seed + 99)
+                    / 20
+                )
                 weights[name] = (weight.float() + step).to(weight.dtype)
             elif weight.ndim == 1 and vectors:
                 weights[name] = weight + drawn(1, len(weight), seed)[0].to(weight.dtype) / 20
@@ -179,7 +216,9 @@ def base(tmp_path: Path) -> Path:
     return checkpoint(tmp_path / "base")
 
 
-def test_a_checkpoints_spectra_are_numpys_in_one_file_or_in_several(base: Path, tmp_path: Path) -> None:
+def test_a_checkpoints_spectra_are_numpys_in_one_file_or_in_several(
+    base: Path, tmp_path: Path
+) -> None:
     tuned = tuned_from(base, tmp_path / "tuned", 3, vectors=True)
     old, new = load_file(base / "model.safetensors"), load_file(tuned / "model.safetensors")
     found = measured(base, tuned)
@@ -202,11 +241,16 @@ def test_a_16_bit_checkpoint_is_compared_with_a_32_bit_one(base: Path, tmp_path:
     weights = {name: t.bfloat16() for name, t in load_file(base / "model.safetensors").items()}
     save_file(weights, half / "model.safetensors")
     one = next(one for one in measured(base, half).tensors if one.name == "lm_head.weight")
-    assert one.relative == pytest.approx(2**-7 / 28**0.5, rel=0.05)  # rounding steps of 2⁻⁷ in [1, 2]
+    # rounding steps of 2⁻⁷ in [1, 2]
+    assert one.relative == pytest.approx(2**-7 / 28**0.5, rel=0.05)
 
 
-def test_an_adapters_spectra_are_its_own_beside_its_bases_weights(base: Path, tmp_path: Path) -> None:
-    spec = AdapterSpec(3, 6.0, ("q_proj", "fc1"), rows={"embed_tokens": (18, 19)}, saved=("lm_head",))
+def test_an_adapters_spectra_are_its_own_beside_its_bases_weights(
+    base: Path, tmp_path: Path
+) -> None:
+    spec = AdapterSpec(
+        3, 6.0, ("q_proj", "fc1"), rows={"embed_tokens": (18, 19)}, saved=("lm_head",)
+    )
     tuned = adapter(tmp_path / "adapter", base, spec)
     found = {one.name.removesuffix(".weight"): one for one in measured(base, tuned).tensors}
     weights = load_file(base / "model.safetensors")
@@ -216,7 +260,9 @@ def test_an_adapters_spectra_are_its_own_beside_its_bases_weights(base: Path, tm
     change = load_update(tuned)
     ids, rows = change.rows["model.decoder.embed_tokens"]
     step = rows - weights["model.decoder.embed_tokens.weight"][list(ids)]
-    assert found["model.decoder.embed_tokens"].values[:2] == pytest.approx(values_of(step).tolist(), rel=1e-5)
+    assert found["model.decoder.embed_tokens"].values[:2] == pytest.approx(
+        values_of(step).tolist(), rel=1e-5
+    )
     whole = change.whole["lm_head.weight"] - weights["lm_head.weight"]
     assert found["lm_head"].values[:5] == pytest.approx(values_of(whole)[:5].tolist(), rel=1e-5)
 
@@ -227,7 +273,9 @@ def logits(base: Path, adapter: Path | None = None) -> Tensor:
     return found
 
 
-def test_at_the_updates_own_rank_base_and_lora_are_the_tuned_model(base: Path, tmp_path: Path) -> None:
+def test_at_the_updates_own_rank_base_and_lora_are_the_tuned_model(
+    base: Path, tmp_path: Path
+) -> None:
     tuned = tuned_from(base, tmp_path / "tuned", 3)
     found = extracted(base, tuned, tmp_path / "lora", 3)
     assert (found.rank, found.left_out) == (3, []) and found.held == pytest.approx(1)
@@ -244,9 +292,15 @@ def test_what_no_low_rank_carries_is_named_and_counted(base: Path, tmp_path: Pat
     tuned = tuned_from(base, tmp_path / "tuned", 3, vectors=True)
     found = extracted(base, tuned, tmp_path / "lora", 2, ends=False)
     changed = {one.name: one for one in found.spectra.tensors if one.change}
-    held = sum((one.energy(2) or 0) * one.change**2 for name, one in changed.items() if name not in found.left_out)
+    held = sum(
+        (one.energy(2) or 0) * one.change**2
+        for name, one in changed.items()
+        if name not in found.left_out
+    )
     assert found.held == pytest.approx(held / sum(one.change**2 for one in changed.values()))
-    assert {"lm_head.weight", "model.decoder.embed_tokens.weight"} <= {*found.left_out} and not found.in_full
+    assert {"lm_head.weight", "model.decoder.embed_tokens.weight"} <= {
+        *found.left_out
+    } and not found.in_full
     assert {name for name, one in changed.items() if not one.values} <= {*found.left_out}
     assert len(changed) == len(found.left_out) + len(found.low_rank)
 

@@ -36,7 +36,9 @@ def stored_so(folder: Path, out: Path, change: Callable[[Weights], Weights]) -> 
     shutil.copytree(folder, out)
     weights = change(load_file(folder / "model.safetensors"))
     save_file(
-        {name: one.clone() for name, one in weights.items()}, out / "model.safetensors", metadata={"format": "pt"}
+        {name: one.clone() for name, one in weights.items()},
+        out / "model.safetensors",
+        metadata={"format": "pt"},
     )
     return out
 
@@ -77,7 +79,9 @@ def tuned(tied: Path, tmp_path: Path) -> Path:
     return tuned_from(tied, tmp_path / "tuned", 2)
 
 
-def test_what_was_extracted_on_a_tied_base_has_its_checkpoints_spectra(tied: Path, tuned: Path, tmp_path: Path) -> None:
+def test_what_was_extracted_on_a_tied_base_has_its_checkpoints_spectra(
+    tied: Path, tuned: Path, tmp_path: Path
+) -> None:
     extracted(tied, tuned, tmp_path / "lora", 2)
     wanted = {one.name: one for one in measured(tied, tuned).tensors if one.change}
     found = {one.name: one for one in measured(tied, tmp_path / "lora").tensors}
@@ -87,14 +91,18 @@ def test_what_was_extracted_on_a_tied_base_has_its_checkpoints_spectra(tied: Pat
         assert one.before == pytest.approx(wanted[name].before)
 
 
-def test_a_tied_pair_that_an_adapter_trained_in_full_is_one_matrix(tied: Path, tmp_path: Path) -> None:
+def test_a_tied_pair_that_an_adapter_trained_in_full_is_one_matrix(
+    tied: Path, tmp_path: Path
+) -> None:
     lora = in_full(tmp_path / "both", tied, "embed_tokens", "lm_head")
     names = [one.name for one in measured(tied, lora).tensors]
     assert names.count(EMBEDDING) == 1 and HEAD not in names
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_head_that_an_adapter_trained_alone_is_set_against_the_tied_embedding(tied: Path, tmp_path: Path) -> None:
+def test_a_head_that_an_adapter_trained_alone_is_set_against_the_tied_embedding(
+    tied: Path, tmp_path: Path
+) -> None:
     lora = in_full(tmp_path / "head", tied, "lm_head")
     one = next(one for one in measured(tied, lora).tensors if one.name == HEAD)
     head = load_file(lora / "adapter_model.safetensors")[f"base_model.model.{HEAD}"]
@@ -102,10 +110,16 @@ def test_a_head_that_an_adapter_trained_alone_is_set_against_the_tied_embedding(
     assert one.values[:5] == pytest.approx(values_of(step)[:5].tolist(), rel=1e-4)
 
 
-def test_a_tied_head_counts_once_whether_or_not_a_file_stores_it(tied: Path, tuned: Path, tmp_path: Path) -> None:
+def test_a_tied_head_counts_once_whether_or_not_a_file_stores_it(
+    tied: Path, tuned: Path, tmp_path: Path
+) -> None:
     wanted = measured(tied, tuned)
     base = stored_so(tied, tmp_path / "base+head", with_head)
-    assert measured(base, tuned) == measured(tied, stored_so(tuned, tmp_path / "tuned+head", with_head)) == wanted
+    assert (
+        measured(base, tuned)
+        == measured(tied, stored_so(tuned, tmp_path / "tuned+head", with_head))
+        == wanted
+    )
     assert not wanted.skipped
     found = extracted(base, tuned, tmp_path / "lora", 2)
     assert found.held == pytest.approx(1) and found.spectra == wanted
@@ -115,7 +129,9 @@ def test_a_tied_head_counts_once_whether_or_not_a_file_stores_it(tied: Path, tun
 def test_a_head_that_training_untied_is_set_against_the_embedding_it_was(
     tied: Path, tuned: Path, tmp_path: Path
 ) -> None:
-    untied = stored_so(tuned, tmp_path / "untied", lambda weights: weights | {HEAD: weights[EMBEDDING] * 1.5})
+    untied = stored_so(
+        tuned, tmp_path / "untied", lambda weights: weights | {HEAD: weights[EMBEDDING] * 1.5}
+    )
     config = json.loads((untied / "config.json").read_text())
     (untied / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     found = {one.name: one for one in measured(tied, untied).tensors}
@@ -124,11 +140,15 @@ def test_a_head_that_training_untied_is_set_against_the_embedding_it_was(
     assert found[EMBEDDING].change == pytest.approx(float((new[EMBEDDING] - old[EMBEDDING]).norm()))
     whole = extracted(tied, untied, tmp_path / "lora", 2).in_full
     assert {*whole} == {HEAD, EMBEDDING}
-    torch.testing.assert_close(logits(tied, tmp_path / "lora"), logits(untied), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        logits(tied, tmp_path / "lora"), logits(untied), atol=1e-3, rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize("bare", ["base", "tuned"])
-def test_a_body_that_one_file_names_and_the_other_does_not_is_the_same(bare: str, tmp_path: Path) -> None:
+def test_a_body_that_one_file_names_and_the_other_does_not_is_the_same(
+    bare: str, tmp_path: Path
+) -> None:
     """The hub's GPT-2 is stored as `h.0.…`, fine-tuned ones as `transformer.h.0.…`."""
     base = saved(tmp_path / "gpt2", "gpt2")
     folders = {"base": base, "tuned": tuned_from(base, tmp_path / "tuned", 2)}
@@ -139,19 +159,27 @@ def test_a_body_that_one_file_names_and_the_other_does_not_is_the_same(bare: str
 
     folders[bare] = stored_so(folders[bare], tmp_path / "bare", without_body)
     found = measured(*folders.values())
-    assert [one.values for one in found.tensors] == [one.values for one in wanted.tensors] and not found.skipped
+    assert [one.values for one in found.tensors] == [
+        one.values for one in wanted.tensors
+    ] and not found.skipped
     extracted(folders["base"], folders["tuned"], tmp_path / "lora", 2)
     wanted_logits = logits(folders["tuned"])
-    torch.testing.assert_close(logits(folders["base"], tmp_path / "lora"), wanted_logits, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        logits(folders["base"], tmp_path / "lora"), wanted_logits, atol=1e-3, rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize("older", ["base", "tuned"])
-def test_what_one_file_alone_has_is_told(older: str, tied: Path, tuned: Path, tmp_path: Path) -> None:
+def test_what_one_file_alone_has_is_told(
+    older: str, tied: Path, tuned: Path, tmp_path: Path
+) -> None:
     """Old Llama files contain rotary frequencies."""
     folders, wanted = {"base": tied, "tuned": tuned}, measured(tied, tuned)
     positions = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(3)}
     other = next(folder for name, folder in folders.items() if name != older)
-    folders[older] = stored_so(folders[older], tmp_path / "older", lambda weights: weights | positions)
+    folders[older] = stored_so(
+        folders[older], tmp_path / "older", lambda weights: weights | positions
+    )
     found = measured(*folders.values())
     assert found.tensors == wanted.tensors
     assert found.skipped == [f"{next(iter(positions))} and 2 more, missing in {other}"]

@@ -1,4 +1,6 @@
-"""Merge file to file: the same bytes as a merge in memory, and all other files of the base copied."""
+"""Merge file to file: the same bytes as a merge in memory, and all other files of the base
+copied.
+"""
 
 import copy
 import json
@@ -42,7 +44,11 @@ def merged_through_files(base: Path, adapter: Path, out: Path) -> dict[str, Any]
 
 
 def load_weights(folder: Path) -> dict[str, Any]:
-    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+    return {
+        name: value
+        for file in folder.glob("*.safetensors")
+        for name, value in load_file(file).items()
+    }
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -61,7 +67,9 @@ def test_a_merge_through_files_is_the_merge_in_memory(
     def same(chosen: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             theirs, memory = Path(scratch, "adapter"), Path(scratch, "memory")
-            randomized(get_peft_model(stock(base), LoraConfig(task_type="CAUSAL_LM", **chosen))).save_pretrained(theirs)
+            randomized(
+                get_peft_model(stock(base), LoraConfig(task_type="CAUSAL_LM", **chosen))
+            ).save_pretrained(theirs)
             ours = copy.deepcopy(base)
             load_adapter(ours, tmp_path / "base", theirs)
             merged_model(ours).save(memory)
@@ -72,7 +80,8 @@ def test_a_merge_through_files_is_the_merge_in_memory(
                 assert torch.equal(through[name], value), name
             config = json.loads(Path(scratch, "files/config.json").read_text())
             assert (
-                config["tie_word_embeddings"] == json.loads((memory / "config.json").read_text())["tie_word_embeddings"]
+                config["tie_word_embeddings"]
+                == json.loads((memory / "config.json").read_text())["tie_word_embeddings"]
             )
 
     same()
@@ -81,14 +90,18 @@ def test_a_merge_through_files_is_the_merge_in_memory(
 SPECS = {
     "linears": AdapterSpec(3, 2.0, ("q_proj", "fc1")),
     "in-full": AdapterSpec(3, 2.0, ("v_proj",), saved=("embed_tokens", "lm_head")),
-    "rows": AdapterSpec(3, 2.0, ("v_proj",), rows={"embed_tokens": (18, 19), "lm_head": (5, 19, 30)}),
+    "rows": AdapterSpec(
+        3, 2.0, ("v_proj",), rows={"embed_tokens": (18, 19), "lm_head": (5, 19, 30)}
+    ),
     "head": AdapterSpec(3, 2.0, ("lm_head",)),
 }
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", SPECS)
-def test_a_merged_minigpt_answers_like_base_plus_adapter(name: str, tied: bool, tmp_path: Path) -> None:
+def test_a_merged_minigpt_answers_like_base_plus_adapter(
+    name: str, tied: bool, tmp_path: Path
+) -> None:
     spec = SPECS[name]
     if tied and spec.rows:
         spec = replace(spec, rows={"embed_tokens": (18, 19)})
@@ -109,11 +122,15 @@ def test_a_merge_counts_the_files_that_it_has_written(tmp_path: Path) -> None:
     events = [*merge_into(tmp_path / "out", Merging(tmp_path / "base", tmp_path / "adapter"))]
     files = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
     done = [event for event in events if isinstance(event, Progress)]
-    assert [(event.done, event.total) for event in done] == [(n + 1, len(files)) for n in range(len(files))]
+    assert [(event.done, event.total) for event in done] == [
+        (n + 1, len(files)) for n in range(len(files))
+    ]
     assert {event.text for event in done} == files and len(files) > 1
 
 
-def test_what_a_quantized_base_dequantizes_to_is_merged_also_where_weights_are_transposed(tmp_path: Path) -> None:
+def test_what_a_quantized_base_dequantizes_to_is_merged_also_where_weights_are_transposed(
+    tmp_path: Path,
+) -> None:
     base, trained = tmp_path / "base", tmp_path / "adapter"
     toy_checkpoint(base, "gpt2")
     adapter(trained, base, AdapterSpec(3, 12.0, ("c_attn", "mlp.c_proj")))
@@ -138,7 +155,9 @@ def test_a_copy_of_the_bases_head_may_differ_by_the_rounding_of_its_dtype_alone(
     if same:
         assert plan_merge(base, trained).edits.keys() == {"lm_head.weight"}
         return
-    with pytest.raises(UserError, match=r"contains its own lm_head.weight, which differs from the base model's"):
+    with pytest.raises(
+        UserError, match=r"contains its own lm_head.weight, which differs from the base model's"
+    ):
         plan_merge(base, trained)
 
 
@@ -179,6 +198,8 @@ def test_the_written_dtype_is_named_by_the_key_that_the_base_has(key: str, tmp_p
     adapter(tmp_path / "adapter", base, SPECS["head"])
     (tmp_path / "out").mkdir()
     assert [*plan_merge(base, tmp_path / "adapter", dtype="F32").write(tmp_path / "out")]
-    before, after = (json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "out"))
+    before, after = (
+        json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "out")
+    )
     assert after == {**before, key: "float32", "tie_word_embeddings": False}
     assert {value.dtype for value in load_weights(tmp_path / "out").values()} == {torch.float32}

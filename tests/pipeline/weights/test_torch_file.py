@@ -22,9 +22,16 @@ from pipeline.weights import torch_file
 WHOLE = torch.arange(24, dtype=torch.float32).view(4, 6)
 SAVED: dict[str, Any] = {
     "plain": {"a": WHOLE, "b": torch.randn(3)},
-    "views of one storage": {"rows": WHOLE[1:3], "columns": WHOLE[:, 2:5], "transposed": WHOLE.T, "same": WHOLE},
+    "views of one storage": {
+        "rows": WHOLE[1:3],
+        "columns": WHOLE[:, 2:5],
+        "transposed": WHOLE.T,
+        "same": WHOLE,
+    },
     "dtypes": {str(kind): torch.tensor([1, -2, 3]).to(kind) for kind in torch_file.DTYPES.values()},
-    "a state dict, which has attributes": nn.Sequential(nn.Linear(3, 2), nn.Embedding(4, 2)).state_dict(),
+    "a state dict, which has attributes": nn.Sequential(
+        nn.Linear(3, 2), nn.Embedding(4, 2)
+    ).state_dict(),
     "parameters": OrderedDict(weight=nn.Parameter(WHOLE.clone())),
     "a scalar and nothing": {"scalar": torch.tensor(2.5), "none": torch.empty(0, 4)},
     "a dictionary inside": {"model": {"a": WHOLE}},
@@ -74,10 +81,14 @@ class Plain:
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 4])
 @pytest.mark.parametrize("function", [os.system, eval, exec, __import__])
-def test_no_code_of_a_malicious_file_runs(function: Callable[..., Any], protocol: int, tmp_path: Path) -> None:
+def test_no_code_of_a_malicious_file_runs(
+    function: Callable[..., Any], protocol: int, tmp_path: Path
+) -> None:
     marker = tmp_path / "ran"
     code = f"touch {marker}" if function is os.system else f"open({str(marker)!r}, 'w')"
-    path = saved({"a": WHOLE, "b": Runs(function, code)}, tmp_path / "bad.pt", pickle_protocol=protocol)
+    path = saved(
+        {"a": WHOLE, "b": Runs(function, code)}, tmp_path / "bad.pt", pickle_protocol=protocol
+    )
     refused(path)
     assert not marker.exists()
     with zipfile.ZipFile(path) as archive:  # it would, if it were loaded as pickles are
@@ -102,16 +113,21 @@ def test_no_code_of_a_malicious_file_runs(function: Callable[..., Any], protocol
         ({"a": torch.zeros(1).expand(10**12)}, "a tensor that is larger than its storage"),
         ({str(number): WHOLE for number in range(500)}, "its tensors are larger than the file"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",  # a name with an address would differ between processes
+    # a name with an address would differ between processes
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_no_dictionary_of_tensors_is_refused(value: Any, reason: str, tmp_path: Path) -> None:
+def test_what_is_no_dictionary_of_tensors_is_refused(
+    value: Any, reason: str, tmp_path: Path
+) -> None:
     if reason.startswith("its tensors"):
         big = torch.zeros(10_000)
         value = {str(number): big for number in range(500)}
     assert reason in refused(saved(value, tmp_path / "file.pt"))
 
 
-def rewritten(path: Path, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> Path:
+def rewritten(
+    path: Path, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED
+) -> Path:
     """`path` with the contents of its files changed."""
     with zipfile.ZipFile(path) as archive:
         contents = {name: archive.read(name) for name in archive.namelist()}
@@ -128,7 +144,9 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path: Path) -> None:
     assert "is compressed" in refused(path)
 
 
-def test_a_pickle_of_absurd_length_is_not_interpreted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickle_of_absurd_length_is_not_interpreted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = saved({"a": WHOLE}, tmp_path / "file.pt")
     monkeypatch.setattr(torch_file, "MAX_OPCODES", 10)
     assert "more than 10 instructions" in refused(path)
@@ -150,7 +168,9 @@ def of_another_size(name: str, content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("change", [longer, big_endian, of_another_size])
-def test_a_file_that_contradicts_itself_is_refused(change: Callable[[str, bytes], bytes], tmp_path: Path) -> None:
+def test_a_file_that_contradicts_itself_is_refused(
+    change: Callable[[str, bytes], bytes], tmp_path: Path
+) -> None:
     refused(rewritten(saved({"a": WHOLE}, tmp_path / "file.pt"), change))
 
 
@@ -169,7 +189,11 @@ torch.save({"a": WHOLE, "b": torch.zeros(2, 2, dtype=torch.bfloat16)}, _FILE)
 _BYTES = _FILE.getvalue()
 
 
-@given(st.lists(st.tuples(st.integers(0, len(_BYTES) - 1), st.integers(0, 255)), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, len(_BYTES) - 1), st.integers(0, 255)), min_size=1, max_size=4
+    )
+)
 def test_a_damaged_file_is_read_or_refused_in_one_message(
     tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int]]
 ) -> None:
@@ -187,7 +211,9 @@ def test_a_damaged_file_is_read_or_refused_in_one_message(
 
 
 @given(st.binary(max_size=200))
-def test_any_pickle_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, program: bytes) -> None:
+def test_any_pickle_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, program: bytes
+) -> None:
     path = tmp_path_factory.getbasetemp() / "any.pt"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02" + program + b".")

@@ -1,4 +1,6 @@
-"""The packed demo: whole, up to date under any code, replaced when damaged, and never over a user's own work."""
+"""The packed demo: whole, up to date under any code, replaced when damaged, and never over a user's
+own work.
+"""
 
 import io
 import json
@@ -36,8 +38,12 @@ def test_all_of_its_stages_are_up_to_date_and_it_says_what_made_them() -> None:
 
 
 def test_it_shows_what_it_is_meant_to() -> None:
-    metrics = json.loads((open_demo().parent / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
-    kept = {name: metrics[name]["forgetting"]["answers_kept"] for name in ("lora", "full", "prompt")}
+    metrics = json.loads(
+        (open_demo().parent / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8")
+    )
+    kept = {
+        name: metrics[name]["forgetting"]["answers_kept"] for name in ("lora", "full", "prompt")
+    }
     assert kept["lora"] > kept["full"] > kept["prompt"]
     assert {broken["variant"] for broken in metrics["gate"]["broken"]} == {"full"}
     assert set(metrics["gate"]["variants"]) == {"full", "lora"}
@@ -46,9 +52,12 @@ def test_it_shows_what_it_is_meant_to() -> None:
 
 def test_it_is_up_to_date_when_the_code_and_the_libraries_change() -> None:
     params = open_demo()
-    for path in params.parent.glob("artifacts/*/manifest.json"):  # as an earlier version of the code has stamped it
+    # as an earlier version of the code has stamped it
+    for path in params.parent.glob("artifacts/*/manifest.json"):
         tree = json.loads(path.read_text(encoding="utf-8"))
-        artifact.write_json(path, {**tree, "code": "another", "versions": {**tree["versions"], "python": "3.0"}})
+        artifact.write_json(
+            path, {**tree, "code": "another", "versions": {**tree["versions"], "python": "3.0"}}
+        )
     assert "current" not in states(params).values()
     open_demo()
     assert "current" not in states(params).values()  # it believes what it has noted
@@ -81,7 +90,9 @@ def test_what_a_user_makes_anew_or_edits_is_kept() -> None:
     del manifest[TRAINED]
     (folder / "loss.csv").write_text("step\n", encoding="utf-8")  # the user's own run
     artifact.write_json(folder / artifact.MANIFEST, manifest)
-    params.write_text(params.read_text(encoding="utf-8").replace("rank: 4", "rank: 6"), encoding="utf-8")
+    params.write_text(
+        params.read_text(encoding="utf-8").replace("rank: 4", "rank: 6"), encoding="utf-8"
+    )
     open_demo()
     assert (folder / "loss.csv").read_text(encoding="utf-8") == "step\n"
     assert states(params)["finetune_lora"] == "changed"
@@ -104,14 +115,18 @@ def test_an_archive_that_reaches_out_is_refused(
     assert [*(cache / "lora-workbench").glob("demo-*")] == []
 
 
-def test_a_cache_that_cannot_be_written_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(UserError, match="The demo cannot be unpacked: Not a directory"):
         open_demo()
 
 
-def test_an_archive_that_is_cut_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_archive_that_is_cut_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(demo, "ARCHIVE", tmp_path / "cut.tar.xz")
     (tmp_path / "cut.tar.xz").write_bytes(ARCHIVE.read_bytes()[:5000])
     with pytest.raises(UserError, match="is damaged"):

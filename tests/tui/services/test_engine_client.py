@@ -39,7 +39,10 @@ async def start_fake() -> AsyncIterator[StartFake]:
     started = list[Inference]()
 
     def start(program: str) -> Inference:
-        say = "import sys, time, os, json\ndef say(line): sys.stdout.write(line + '\\n'); sys.stdout.flush()\n"
+        say = (
+            "import sys, time, os, json\ndef say(line): sys.stdout.write(line + '\\n'); "
+            "sys.stdout.flush()\n"
+        )
         started.append(Inference(ROOT, (sys.executable, "-c", say + program)))
         return started[-1]
 
@@ -65,7 +68,9 @@ async def load(engine: Inference, folder: Path) -> None:
 
 
 @pytest.mark.slow
-async def test_the_first_request_starts_the_process_and_models_stay_loaded(engine: Inference, endless: Path) -> None:
+async def test_the_first_request_starts_the_process_and_models_stay_loaded(
+    engine: Inference, endless: Path
+) -> None:
     assert (engine.running, engine.pid) == (False, None)
     await load(engine, endless)
     first = engine.pid
@@ -86,7 +91,9 @@ async def test_a_folder_called_pipeline_in_the_project_is_not_imported(tmp_path:
 
 
 @pytest.mark.slow
-async def test_a_rejected_request_raises_its_reason_and_the_process_continues(engine: Inference) -> None:
+async def test_a_rejected_request_raises_its_reason_and_the_process_continues(
+    engine: Inference,
+) -> None:
     with pytest.raises(UserError, match=r"nothing is not loaded. Loaded: nothing\.") as rejected:
         await ask_with_timeout(engine, "unload", name="nothing")
     assert not isinstance(rejected.value, EngineDied)
@@ -94,7 +101,9 @@ async def test_a_rejected_request_raises_its_reason_and_the_process_continues(en
 
 
 @pytest.mark.slow
-async def test_tokens_stream_and_the_last_event_says_why_it_ended(engine: Inference, endless: Path) -> None:
+async def test_tokens_stream_and_the_last_event_says_why_it_ended(
+    engine: Inference, endless: Path
+) -> None:
     await load(engine, endless)
     async with aclosing(engine.stream("generate", **LONG | {"limit": 5})) as answers:
         heard = [answer async for answer in answers]
@@ -112,12 +121,15 @@ async def test_closing_a_stream_interrupts_it_and_the_next_request_is_answered_a
             assert answer["event"] == "token"
             break
     start = time.monotonic()
-    await ask_with_timeout(engine, "unload", name="endless")  # waits in the queue behind the generation
+    # waits in the queue behind the generation
+    await ask_with_timeout(engine, "unload", name="endless")
     assert time.monotonic() - start < 1
 
 
 @pytest.mark.slow
-async def test_a_generation_that_is_cancelled_by_its_id_ends_with_cancelled(engine: Inference, endless: Path) -> None:
+async def test_a_generation_that_is_cancelled_by_its_id_ends_with_cancelled(
+    engine: Inference, endless: Path
+) -> None:
     await load(engine, endless)
     heard = list[Answer]()
     async with aclosing(engine.stream("generate", **LONG)) as answers:
@@ -130,7 +142,9 @@ async def test_a_generation_that_is_cancelled_by_its_id_ends_with_cancelled(engi
 
 
 @pytest.mark.slow
-async def test_a_task_that_is_cancelled_while_it_waits_frees_the_process(engine: Inference, endless: Path) -> None:
+async def test_a_task_that_is_cancelled_while_it_waits_frees_the_process(
+    engine: Inference, endless: Path
+) -> None:
     await load(engine, endless)
     task = asyncio.create_task(engine.ask("generate", **LONG))
     await ask_with_timeout(engine)
@@ -141,12 +155,16 @@ async def test_a_task_that_is_cancelled_while_it_waits_frees_the_process(engine:
 
 
 @pytest.mark.slow
-async def test_a_slow_reader_blocks_the_process_and_loses_nothing(engine: Inference, endless: Path) -> None:
+async def test_a_slow_reader_blocks_the_process_and_loses_nothing(
+    engine: Inference, endless: Path
+) -> None:
     await load(engine, endless)
     async with aclosing(engine.stream("generate", **LONG | {"limit": 600})) as answers:
         heard = [await anext(answers)]
         await until(lambda: held_up(engine))
-        assert (await ask_with_timeout(engine))["loaded"] == ["endless"], "another request comes through"
+        assert (await ask_with_timeout(engine))["loaded"] == ["endless"], (
+            "another request comes through"
+        )
         heard += [answer async for answer in answers]
     assert [answer["event"] for answer in heard] == ["token"] * 600 + ["done"]
 
@@ -161,7 +179,10 @@ def held_up(engine: Inference) -> bool:
 
 @pytest.mark.parametrize(
     ("sign", "why"),
-    [(signal.SIGKILL, "it was killed, perhaps because the machine ran out of memory"), (15, "signal 15 (Terminated)")],
+    [
+        (signal.SIGKILL, "it was killed, perhaps because the machine ran out of memory"),
+        (15, "signal 15 (Terminated)"),
+    ],
 )
 @pytest.mark.sampled(2)
 @pytest.mark.slow
@@ -174,14 +195,19 @@ async def test_when_it_is_killed_all_pending_requests_fail_and_the_next_starts_a
     with pytest.raises(EngineDied) as raised:
         async with aclosing(engine.stream("generate", **LONG)) as answers:
             await anext(answers)
-            waiting = [asyncio.create_task(ask_with_timeout(engine, "unload", name="endless")) for _ in range(3)]
+            waiting = [
+                asyncio.create_task(ask_with_timeout(engine, "unload", name="endless"))
+                for _ in range(3)
+            ]
             await ask_with_timeout(engine)  # sent after them
             os.kill(first, sign)
             async for _ in answers:
                 pass
     assert why in str(raised.value)
     assert str(raised.value).endswith(". Prompt again to start a new one.")
-    assert [str(error) for error in await asyncio.gather(*waiting, return_exceptions=True)] == [str(raised.value)] * 3
+    assert [str(error) for error in await asyncio.gather(*waiting, return_exceptions=True)] == [
+        str(raised.value)
+    ] * 3
     assert not engine.running
     status = await ask_with_timeout(engine)
     assert status["loaded"] == []
@@ -189,9 +215,11 @@ async def test_when_it_is_killed_all_pending_requests_fail_and_the_next_starts_a
 
 
 DEATHS = {
-    "import nowhere": "exit code 1, its last line was \"ModuleNotFoundError: No module named 'nowhere'\"",
+    "import "
+    "nowhere": "exit code 1, its last line was \"ModuleNotFoundError: No module named 'nowhere'\"",
     "sys.exit(5)": "exit code 5.",
-    "os.write(2, b'x' * 10**7 + b'\\nlast \\xff\\n\\n'); sys.exit(2)": "exit code 2, its last line was 'last \ufffd'",
+    "os.write(2, b'x' * 10**7 + b'\\nlast \\xff\\n\\n'); "
+    "sys.exit(2)": "exit code 2, its last line was 'last \ufffd'",
     "os.abort()": "signal 6 (Aborted)",
     "os.kill(os.getpid(), 35)": "signal 35 (",
     "os.close(1); time.sleep(99)": "it was killed",
@@ -223,8 +251,12 @@ async def test_a_process_that_dies_or_writes_nonsense_fails_all_requests_with_th
 
 
 @pytest.mark.slow
-async def test_its_end_is_noticed_even_if_a_child_keeps_its_stderr_open(start_fake: StartFake) -> None:
-    engine = start_fake("import subprocess\nsubprocess.Popen(['sleep', '4'], stdout=-3); sys.exit(4)")
+async def test_its_end_is_noticed_even_if_a_child_keeps_its_stderr_open(
+    start_fake: StartFake,
+) -> None:
+    engine = start_fake(
+        "import subprocess\nsubprocess.Popen(['sleep', '4'], stdout=-3); sys.exit(4)"
+    )
     with pytest.raises(EngineDied, match="exit code 4"):
         await asyncio.wait_for(engine.ask("status"), 3)
 
@@ -246,13 +278,20 @@ async def test_an_answer_without_a_request_is_ignored(start_fake: StartFake) -> 
     assert await ask_with_timeout(engine) == {"id": 1, "event": "done", "x": 5}
 
 
-async def test_out_of_memory_fails_all_pending_requests_with_its_message(start_fake: StartFake) -> None:
+async def test_out_of_memory_fails_all_pending_requests_with_its_message(
+    start_fake: StartFake,
+) -> None:
     engine = start_fake(
         """sys.stdin.readline(); sys.stdin.readline()
 say('{"id": 1, "event": "error", "kind": "memory", "message": "the memory ran out; load fewer"}'); sys.exit(3)"""
     )
-    answers = await asyncio.gather(engine.ask("status"), engine.ask("status"), return_exceptions=True)
-    expected = "The inference process ended: the memory ran out; load fewer. Prompt again to start a new one."
+    answers = await asyncio.gather(
+        engine.ask("status"), engine.ask("status"), return_exceptions=True
+    )
+    expected = (
+        "The inference process ended: the memory ran out; load fewer. Prompt again to start a new "
+        "one."
+    )
     assert [str(answer) for answer in answers] == [expected] * 2
     assert all(isinstance(answer, EngineDied) for answer in answers)
 
@@ -267,17 +306,21 @@ async def test_a_command_that_does_not_exist_raises_engine_died(tmp_path: Path) 
 @pytest.mark.slow
 async def test_a_request_that_is_too_long_is_rejected_before_it_is_sent(engine: Inference) -> None:
     with pytest.raises(
-        UserError, match=r"The request has 1,\d{3},\d{3} bytes; the limit is 1,048,576. Shorten the text"
+        UserError,
+        match=r"The request has 1,\d{3},\d{3} bytes; the limit is 1,048,576. Shorten the text",
     ):
         await ask_with_timeout(engine, "top_k", models=[], k=1, text="x" * 2**20)
-    assert (await ask_with_timeout(engine, "top_k", models=[], k=1, text="x" * (2**20 - 200)))["answers"] == {}
+    assert (await ask_with_timeout(engine, "top_k", models=[], k=1, text="x" * (2**20 - 200)))[
+        "answers"
+    ] == {}
 
 
 DEAF = 'import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nsay(\'{"id": 1, "event": "done"}\')\n'
 
 
 @pytest.mark.parametrize(
-    "program", ["time.sleep(99)", "while True: pass", 'while True: say(\'{"id": 7, "event": "x"}\')']
+    "program",
+    ["time.sleep(99)", "while True: pass", 'while True: say(\'{"id": 7, "event": "x"}\')'],
 )
 async def test_stop_ends_a_process_that_ignores_signals_and_fails_pending_requests(
     start_fake: StartFake, program: str, monkeypatch: pytest.MonkeyPatch
@@ -308,7 +351,9 @@ async def test_stop_while_it_starts_leaves_no_process(start_fake: StartFake) -> 
 
 
 @pytest.mark.slow
-async def test_stop_in_the_middle_of_a_generation_is_prompt(engine: Inference, endless: Path) -> None:
+async def test_stop_in_the_middle_of_a_generation_is_prompt(
+    engine: Inference, endless: Path
+) -> None:
     await load(engine, endless)
     async with aclosing(engine.stream("generate", **LONG)) as answers:
         await anext(answers)

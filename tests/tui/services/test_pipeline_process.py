@@ -1,4 +1,6 @@
-"""The pipeline runs in its own process group: it is stopped as a group, outlives its starter, and runs only once."""
+"""The pipeline runs in its own process group: it is stopped as a group, outlives its starter, and
+runs only once.
+"""
 
 import os
 import shutil
@@ -34,7 +36,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "bin").mkdir()
     fake = tmp_path / "bin/dvc"
     fake.write_text(
-        f"#!{sys.executable}\nimport subprocess, sys\nsubprocess.Popen([sys.executable, '-c', sys.argv[1]]).wait()\n"
+        f"#!{sys.executable}\nimport subprocess, sys\nsubprocess.Popen([sys.executable, '-c', "
+        "sys.argv[1]]).wait()\n"
     )
     fake.chmod(0o755)
     monkeypatch.setattr(pipeline_process, "BIN", tmp_path / "bin")
@@ -93,7 +96,8 @@ def test_it_outlives_its_starter_and_is_detected(folder: Path) -> None:
     code = (
         "import sys, os; from pathlib import Path; from tui.services import pipeline_process; "
         f"pipeline_process.BIN = Path({str(folder / 'bin')!r}); "
-        f"pipeline_process.Runner(Path({str(folder)!r})).start([{SLEEPER!r}]); os.kill(os.getpid(), 9)"
+        f"pipeline_process.Runner(Path({str(folder)!r})).start([{SLEEPER!r}]); "
+        "os.kill(os.getpid(), 9)"
     )
     starter = subprocess.run([sys.executable, "-c", code], check=False)
     assert starter.returncode == -signal.SIGKILL
@@ -119,9 +123,13 @@ def starting(project: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_stage_that_was_started_elsewhere_is_stopped_with_its_checkpoint_kept(project: Path) -> None:
+def test_a_stage_that_was_started_elsewhere_is_stopped_with_its_checkpoint_kept(
+    project: Path,
+) -> None:
     command = [LORA, *COMMAND["finetune_full"], "--force", "--set", "finetune_full.epochs=20000"]
-    stage = subprocess.Popen(command, cwd=project, stderr=subprocess.DEVNULL, start_new_session=True)
+    stage = subprocess.Popen(
+        command, cwd=project, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     folder = project / "runs/finetune_full"
     until(lambda: (run := run_state.read(folder)) and run.pid == stage.pid and run.done > 1)
     with pytest.raises(UserError, match="started elsewhere"):

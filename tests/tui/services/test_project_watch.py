@@ -47,7 +47,8 @@ async def watching(root: Path) -> AsyncIterator[Watched]:
 
 async def test_states_are_told_one_by_one_and_then_only_changes(empty: Path) -> None:
     async with watching(empty) as watch:
-        await watch.comes(lambda: len(watch.states) == len(watch.stages) and watch._look.seen)  # the look has ended
+        # the look has ended
+        await watch.comes(lambda: len(watch.states) == len(watch.stages) and watch._look.seen)
         assert {*range(1, len(watch.stages) + 1)} <= {*watch.counts}  # each as soon as it was known
         told = watch.revision
         for _ in range(5):
@@ -70,7 +71,9 @@ async def test_broken_params_leave_the_last_valid_project(empty: Path) -> None:
         await watch.comes(lambda: not watch.problem)
 
 
-async def test_a_watch_that_is_cancelled_in_the_moment_in_which_it_is_woken_ends(empty: Path) -> None:
+async def test_a_watch_that_is_cancelled_in_the_moment_in_which_it_is_woken_ends(
+    empty: Path,
+) -> None:
     watch = Watched(empty)
     task = asyncio.create_task(watch.run())
     await watch.comes(lambda: len(watch.states) == len(watch.stages) and watch._look.seen)
@@ -106,7 +109,9 @@ async def test_a_stage_that_runs_and_one_that_was_killed(empty: Path) -> None:
     try:
         async with watching(empty) as watch:
             writer.progress(3, 10, "loss 1.2")
-            await watch.comes(lambda: watch.running and watch.running.run and watch.running.run.done == 3)
+            await watch.comes(
+                lambda: watch.running and watch.running.run and watch.running.run.done == 3
+            )
             holder.kill()
             holder.wait()
             await watch.comes(lambda: watch.states["pretrain"].state == "died")  # no file changed
@@ -115,7 +120,9 @@ async def test_a_stage_that_runs_and_one_that_was_killed(empty: Path) -> None:
         holder.wait()
 
 
-async def test_the_end_of_a_pipeline_is_told_after_its_states(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_end_of_a_pipeline_is_told_after_its_states(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     running: list[Running | None] = [Running(1, "dvc repro", 0.0)]
     monkeypatch.setattr(Runner, "running", lambda _: running[0])
     async with watching(empty) as watch:

@@ -38,7 +38,9 @@ def started() -> Iterator[Callable[..., Machine]]:
         machine.stop()
 
 
-def sampled(machine: Machine, ready: Callable[[Sample], bool] = lambda _: True, count: int = 1) -> Sample:
+def sampled(
+    machine: Machine, ready: Callable[[Sample], bool] = lambda _: True, count: int = 1
+) -> Sample:
     """The last sample, once there are `count` and it is as wanted."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
@@ -51,7 +53,14 @@ def sampled(machine: Machine, ready: Callable[[Sample], bool] = lambda _: True, 
 
 @pytest.mark.parametrize(
     ("asked", "name"),
-    [("auto", "2 × A"), ("cuda", "2 × A"), ("cuda:1", "B"), ("cuda:7", "cpu"), ("cpu", "cpu"), ("?", "cpu")],
+    [
+        ("auto", "2 × A"),
+        ("cuda", "2 × A"),
+        ("cuda:1", "B"),
+        ("cuda:7", "cpu"),
+        ("cpu", "cpu"),
+        ("?", "cpu"),
+    ],
 )
 def test_the_device_that_trains_is_the_one_that_was_asked_for(
     monkeypatch: pytest.MonkeyPatch, asked: str, name: str
@@ -73,13 +82,19 @@ def test_this_machine_is_read_over_time(started: Callable[..., Machine]) -> None
     assert machine.cores >= 1
 
 
-def test_a_process_is_followed_with_its_children_until_it_is_gone(started: Callable[..., Machine]) -> None:
+def test_a_process_is_followed_with_its_children_until_it_is_gone(
+    started: Callable[..., Machine],
+) -> None:
     child = "block = bytearray(2**27); block[::4096] = b'x' * len(block[::4096]); input()"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     process = subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE)
     try:
-        machine = started(lambda: {"stage": process.pid, "workbench": os.getpid(), "gone": 2**22 + 1})
-        sample = sampled(machine, lambda s: "stage" in s.processes and s.processes["stage"].memory > 2**27)
+        machine = started(
+            lambda: {"stage": process.pid, "workbench": os.getpid(), "gone": 2**22 + 1}
+        )
+        sample = sampled(
+            machine, lambda s: "stage" in s.processes and s.processes["stage"].memory > 2**27
+        )
         assert sample.processes.keys() == {"stage", "workbench"}
         assert sample.processes["workbench"].gpu_memory is None
     finally:
@@ -107,7 +122,9 @@ def test_a_reading_that_fails_is_one_sentence_and_the_next_may_succeed(
     assert sampled(machine).memory == 5 and machine.problem == ""
 
 
-def test_an_old_reading_is_not_the_present(started: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_reading_is_not_the_present(
+    started: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine = started()
     sampled(machine)
     machine.stop()
@@ -120,7 +137,9 @@ def test_an_old_reading_is_not_the_present(started: Callable[..., Machine], monk
 
 
 class ScriptedNvml:
-    """Two H100s in place of the driver; the errors are NVML's. `fails`: function → error code of its next calls."""
+    """Two H100s in place of the driver; the errors are NVML's. `fails`: function → error code of
+    its next calls.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.fails: dict[str, int] = {}
@@ -134,7 +153,10 @@ class ScriptedNvml:
             "nvmlDeviceGetUtilizationRates": SimpleNamespace(gpu=97, memory=40),
             "nvmlDeviceGetPowerUsage": 412_000,
             "nvmlDeviceGetTemperature": 61,
-            "nvmlDeviceGetComputeRunningProcesses": [process, SimpleNamespace(pid=1, usedGpuMemory=None)],
+            "nvmlDeviceGetComputeRunningProcesses": [
+                process,
+                SimpleNamespace(pid=1, usedGpuMemory=None),
+            ],
         }
         for name, answer in answers.items():
             monkeypatch.setattr(pynvml, name, self._function(name, answer))
@@ -166,7 +188,10 @@ def test_gpus_are_read_beside_the_cpu(started: Callable[..., Machine]) -> None:
 @pytest.mark.parametrize(
     ("code", "sentence"),
     [
-        (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, "No NVIDIA GPU: its driver is not installed on this machine."),
+        (
+            pynvml.NVML_ERROR_LIBRARY_NOT_FOUND,
+            "No NVIDIA GPU: its driver is not installed on this machine.",
+        ),
         (pynvml.NVML_ERROR_DRIVER_NOT_LOADED, "No NVIDIA GPU: its driver is not loaded."),
         (
             pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH,
@@ -192,7 +217,8 @@ def test_a_lost_gpu_is_said_until_it_is_back(nvml: ScriptedNvml) -> None:
         nvml.fails[name] = pynvml.NVML_ERROR_GPU_IS_LOST
     assert gpus.read() == ((None,) * 4,) * 2
     assert gpus.problem == (
-        "GPU 0 (H100) cannot be read any more: GPU is lost. GPU 1 (H100) cannot be read any more: GPU is lost."
+        "GPU 0 (H100) cannot be read any more: GPU is lost. GPU 1 (H100) cannot be read any more: "
+        "GPU is lost."
     )
     nvml.fails.clear()
     assert gpus.read()[0].load == 0.97 and gpus.problem == ""

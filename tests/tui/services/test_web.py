@@ -20,7 +20,9 @@ pytest.importorskip("aiohttp.web")
 pytest.importorskip("textual_serve")
 
 LORA_TUI = [sys.executable, "-m", "tui", "--web", "--port"]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
 
 
 class Served:
@@ -31,7 +33,11 @@ class Served:
             free.bind(("localhost", 0))
             self.port: int = free.getsockname()[1]
         self.process = subprocess.Popen(
-            [*LORA_TUI, str(self.port)], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*LORA_TUI, str(self.port)],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         assert self.process.stdout is not None
         self.url = self.process.stdout.readline().removeprefix("Open ").strip()
@@ -70,7 +76,9 @@ async def test_the_app_is_served_at_the_url_that_is_printed(served: Served) -> N
             "".join(link).startswith(served.url) for link in links
         )  # nothing is fetched from elsewhere
         assert (await session.get(script[1])).status == 200
-        async with session.ws_connect(f"{address[1]}?width=100&height=30", origin=served.url.rsplit("/", 2)[0]) as it:
+        async with session.ws_connect(
+            f"{address[1]}?width=100&height=30", origin=served.url.rsplit("/", 2)[0]
+        ) as it:
             await painted(it, "pretrain")
             await it.send_json(["stdin", "2"])
             await painted(it, "No runs")
@@ -85,7 +93,10 @@ def foreign(port: int) -> dict[str, dict[str, str]]:
         "https": {"Origin": f"https://{here}"},
         "origin of a sandbox": {"Origin": "null"},
         "host": {"Host": f"evil.example:{port}"},
-        "host and origin": {"Host": f"evil.example:{port}", "Origin": f"http://evil.example:{port}"},
+        "host and origin": {
+            "Host": f"evil.example:{port}",
+            "Origin": f"http://evil.example:{port}",
+        },
         "host without a port": {"Host": "localhost"},
         "host with a suffix": {"Host": f"{here}.evil.example"},
     }
@@ -107,7 +118,10 @@ async def test_everything_else_is_forbidden(served: Served) -> None:
             assert (await session.post(base + path)).status == 403, path
         for name, headers in foreign(served.port).items():
             for path in ("", "ws", "static/js/textual.js"):
-                assert (await session.get(served.url + path, headers=headers)).status == 403, (name, path)
+                assert (await session.get(served.url + path, headers=headers)).status == 403, (
+                    name,
+                    path,
+                )
             with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
                 await session.ws_connect(f"{served.url}ws", headers=headers)
             assert refused.value.status == 403, name
@@ -115,7 +129,10 @@ async def test_everything_else_is_forbidden(served: Served) -> None:
 
 @pytest.mark.slow
 async def test_ctrl_c_ends_it_and_the_apps_behind_it_without_a_traceback(served: Served) -> None:
-    async with aiohttp.ClientSession() as session, session.ws_connect(f"{served.url}ws?width=100&height=30") as it:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.ws_connect(f"{served.url}ws?width=100&height=30") as it,
+    ):
         await painted(it, "pretrain")
         served.process.send_signal(signal.SIGINT)
         _, errors = await asyncio.to_thread(served.process.communicate, timeout=20)
@@ -145,7 +162,9 @@ class Browser:
                 return dict(answer["result"])
 
     async def value(self, script: str) -> Any:
-        answer = await self.ask("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        answer = await self.ask(
+            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
+        )
         return answer["result"].get("value")
 
     async def open(self, url: str) -> None:
@@ -161,13 +180,21 @@ class Browser:
 @asynccontextmanager
 async def chromium(home: Path) -> AsyncIterator[Browser]:
     """A new headless Chromium."""
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+        "--disable-background-networking"
+    )
     more = "--disable-component-update --disable-sync --remote-debugging-port=0"
     command = [CHROMIUM, *flags.split(), *more.split(), f"--user-data-dir={home}", "about:blank"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     try:
         async with asyncio.timeout(60):
-            while not (port_file := home / "DevToolsActivePort").is_file() or "\n" not in port_file.read_text():
+            while (
+                not (port_file := home / "DevToolsActivePort").is_file()
+                or "\n" not in port_file.read_text()
+            ):
                 await asyncio.sleep(0.1)
         port = port_file.read_text().splitlines()[0]
         async with aiohttp.ClientSession() as session:
@@ -189,7 +216,9 @@ CONNECT = """new Promise(done => {
 
 @pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
-async def test_chromium_shows_the_app_and_lets_no_other_page_connect(served: Served, tmp_path: Path) -> None:
+async def test_chromium_shows_the_app_and_lets_no_other_page_connect(
+    served: Served, tmp_path: Path
+) -> None:
     address = f"ws://localhost:{served.port}{served.path}ws"
     other = aiohttp.web.Application()
     other.router.add_get("/", lambda _: aiohttp.web.Response(text="another site"))
@@ -199,8 +228,10 @@ async def test_chromium_shows_the_app_and_lets_no_other_page_connect(served: Ser
     try:
         async with chromium(tmp_path / "browser") as browser:
             await browser.open(served.url)
-            await browser.until("document.body.classList.contains('-first-byte')")  # the app has drawn
-            await browser.until("document.activeElement.tagName == 'TEXTAREA'")  # it has the keys without a click
+            # the app has drawn
+            await browser.until("document.body.classList.contains('-first-byte')")
+            # it has the keys without a click
+            await browser.until("document.activeElement.tagName == 'TEXTAREA'")
             assert await browser.value(CONNECT % address) == "open"
             await browser.open(site.name)
             assert await browser.value(CONNECT % address) == "refused"

@@ -1,4 +1,6 @@
-"""Every run's colour is readable on the backgrounds of Textual's default themes, on black and on white."""
+"""Every run's colour is readable on the backgrounds of Textual's default themes, on black and on
+white.
+"""
 
 import pytest
 from textual.color import Color
@@ -8,7 +10,11 @@ from pipeline.stages.registry import STAGES
 from tui.widgets.colors import CONTRAST, contrast, readable
 
 COLORS = sorted(
-    {look.color for look in (*(stage.look for stage in STAGES.values()), *map(other_look, range(20))) if look}
+    {
+        look.color
+        for look in (*(stage.look for stage in STAGES.values()), *map(other_look, range(20)))
+        if look
+    }
 )
 
 
@@ -20,4 +26,7 @@ def test_contrast_is_wcags() -> None:
 @pytest.mark.parametrize("background", ["#121212", "#e0e0e0", "#000000", "#ffffff"])
 @pytest.mark.parametrize("color", COLORS)
 def test_a_colour_stands_out(color: str, background: str) -> None:
-    assert contrast(readable(Color.parse(color), Color.parse(background)), Color.parse(background)) >= CONTRAST
+    assert (
+        contrast(readable(Color.parse(color), Color.parse(background)), Color.parse(background))
+        >= CONTRAST
+    )

@@ -11,12 +11,16 @@ VARIABLES = {"accent": "#4FC1E9", "text-muted": "#808080"}
 
 
 def plain(text: str, width: int) -> list[str]:
-    return ["".join(segment.text for segment in line).rstrip() for line in lay_out(text, width, VARIABLES)]
+    return [
+        "".join(segment.text for segment in line).rstrip()
+        for line in lay_out(text, width, VARIABLES)
+    ]
 
 
 def test_no_number_of_a_table_is_cut() -> None:
     table = (
-        "| model | parameters | a long heading of many words |\n|---|---:|---|\n| lora | 1,234,567,890 | 0.123456 |\n"
+        "| model | parameters | a long heading of many words |\n|---|---:|---|\n| lora | "
+        "1,234,567,890 | 0.123456 |\n"
     )
     for width in (10, 40, 100):
         text = "\n".join(plain(table, width))
@@ -50,7 +54,10 @@ async def test_a_page_is_searched_and_moved_in() -> None:
     async with app.run_test(size=(60, 10)) as pilot:
         page = app.query_one(MarkdownPage)
         page.show(
-            "\n\n".join(f"line {n}" for n in range(100)) + "\n\n| a | b |\n|---|---|\n| " + "x" * 100 + " | y |\n"
+            "\n\n".join(f"line {n}" for n in range(100))
+            + "\n\n| a | b |\n|---|---|\n| "
+            + "x" * 100
+            + " | y |\n"
         )
         await until(pilot, lambda: "line 99" in page.plain)
         page.find("LINE 5")

@@ -25,7 +25,9 @@ from tui.widgets.picture import KINDS, kind_of_terminal, load_library, read_pict
         pytest.param({}, "blocks", id="nothing"),
     ],
 )
-def test_only_a_terminal_that_draws_pixels_for_certain_gets_them(environment: dict[str, str], kind: str) -> None:
+def test_only_a_terminal_that_draws_pixels_for_certain_gets_them(
+    environment: dict[str, str], kind: str
+) -> None:
     assert kind_of_terminal(environment) == kind
 
 
@@ -59,20 +61,28 @@ def test_codes_that_place_a_sixel_picture_pass_the_filter(monkeypatch: pytest.Mo
     from textual.color import Color
     from textual_image.widget import sixel
 
-    monkeypatch.setattr(sixel._ImageSixelImpl, "_get_sixel_segments", lambda *_: [Segment("\x1b[3;4H")])
+    monkeypatch.setattr(
+        sixel._ImageSixelImpl, "_get_sixel_segments", lambda *_: [Segment("\x1b[3;4H")]
+    )
     picture._keep_control_codes()
     segments = sixel._ImageSixelImpl._get_sixel_segments(None, "data")
-    assert [s.text for s in CONTROL_CHARACTER_FILTER.apply(segments, Color(0, 0, 0))] == ["\x1b[3;4H"]
+    assert [s.text for s in CONTROL_CHARACTER_FILTER.apply(segments, Color(0, 0, 0))] == [
+        "\x1b[3;4H"
+    ]
 
 
-@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a"], ids=["empty", "cut", "other"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a"], ids=["empty", "cut", "other"]
+)
 def test_what_is_no_picture_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.png cannot be shown: it is damaged\. Make it again\."):
         read_picture(tmp_path / "a.png")
 
 
-def test_a_missing_or_huge_picture_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_or_huge_picture_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match="No such file or directory"):
         read_picture(tmp_path / "a.png")
     Image.new("RGB", (100, 100)).save(tmp_path / "a.png")

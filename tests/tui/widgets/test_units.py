@@ -1,4 +1,6 @@
-"""Sizes are shown in one unit per column, with one minus sign and as many digits as mean something."""
+"""Sizes are shown in one unit per column, with one minus sign and as many digits as mean
+something.
+"""
 
 import pytest
 
@@ -25,7 +27,12 @@ def test_numbers_are_short_and_have_one_minus_sign() -> None:
     unit = unit_of([4 * GIB])
     assert [unit.format_change(size) for size in (GIB, -GIB, 0)] == ["+1.00", "−1.00", "0"]
     assert [format_count_change(count) for count in (1200, -1200, 0)] == ["+1,200", "−1,200", "0"]
-    assert [short_count(n) for n in (8_190_735_360, 134_515_008, 26_000, 12)] == ["8.19 B", "135 M", "26.0 k", "12"]
+    assert [short_count(n) for n in (8_190_735_360, 134_515_008, 26_000, 12)] == [
+        "8.19 B",
+        "135 M",
+        "26.0 k",
+        "12",
+    ]
     shares = {
         0.00093614: "0.0936%",
         0.123456: "12.3%",

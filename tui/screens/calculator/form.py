@@ -1,4 +1,6 @@
-"""The calculator's form, which shows only fields that are relevant to the method, and the search for a model."""
+"""The calculator's form, which shows only fields that are relevant to the method, and the search
+for a model.
+"""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import ClassVar
@@ -35,7 +37,11 @@ class ModelSearch(Vertical):
 
     def __init__(self, entry: Input) -> None:
         super().__init__()
-        self._entry, self._matches, self._fuzzy = entry, OptionList(compact=True, markup=False), FuzzySearch()
+        self._entry, self._matches, self._fuzzy = (
+            entry,
+            OptionList(compact=True, markup=False),
+            FuzzySearch(),
+        )
         self._matches.can_focus = False
 
     def compose(self) -> ComposeResult:
@@ -43,13 +49,22 @@ class ModelSearch(Vertical):
         yield self._matches
 
     def matches(self, text: str) -> Sequence[str]:
-        """Names whose name or hub id contains `text`, prefix matches first; if there are none, fuzzy matches."""
+        """Names whose name or hub id contains `text`, prefix matches first; if there are none,
+        fuzzy matches.
+        """
         text, catalogue = text.strip().lower(), hub_ids()
-        names = [name for name, hub_id in catalogue.items() if text in name or text in hub_id.lower()]
+        names = [
+            name for name, hub_id in catalogue.items() if text in name or text in hub_id.lower()
+        ]
         if names or not text:
             return sorted(names, key=lambda name: not name.startswith(text))
-        scores = {name: self._fuzzy.match(text, f"{name} {hub_id}")[0] for name, hub_id in catalogue.items()}
-        return sorted((name for name, score in scores.items() if score), key=lambda name: -scores[name])
+        scores = {
+            name: self._fuzzy.match(text, f"{name} {hub_id}")[0]
+            for name, hub_id in catalogue.items()
+        }
+        return sorted(
+            (name for name, score in scores.items() if score), key=lambda name: -scores[name]
+        )
 
     @on(Input.Changed)
     def _text_changed(self, event: Input.Changed) -> None:
@@ -57,7 +72,9 @@ class ModelSearch(Vertical):
         self.set_class(self._entry.has_focus and bool(names) and names != [event.value], "-open")
         if self.has_class("-open"):
             ids = hub_ids()
-            self._matches.set_options(Option(Text.assemble(f"{n:20} ", (ids[n], "dim")), id=n) for n in names)
+            self._matches.set_options(
+                Option(Text.assemble(f"{n:20} ", (ids[n], "dim")), id=n) for n in names
+            )
             self._matches.highlighted = 0
 
     @on(DescendantBlur)
@@ -68,7 +85,9 @@ class ModelSearch(Vertical):
         return self.has_class("-open") if action == "highlight" else True
 
     def action_highlight(self, by: int) -> None:
-        self._matches.highlighted = ((self._matches.highlighted or 0) + by) % self._matches.option_count
+        self._matches.highlighted = (
+            (self._matches.highlighted or 0) + by
+        ) % self._matches.option_count
 
     @on(Input.Submitted)
     def _submitted(self, event: Input.Submitted) -> None:
@@ -94,7 +113,8 @@ class ModelSearch(Vertical):
 
 
 class CalcForm(Form):
-    """Posts Changed at every change of a field, and `ModelSearch.Selected` when a model was entered.
+    """Posts Changed at every change of a field, and `ModelSearch.Selected` when a model was
+    entered.
 
     Its sections have headings where the screen is high enough.
     """
@@ -110,7 +130,9 @@ class CalcForm(Form):
 
     def beside(self, field: FormField) -> Iterable[Widget]:
         editor = self.editors[field.key]
-        return [ModelSearch(editor) if field.key == "model" and isinstance(editor, Input) else editor]
+        return [
+            ModelSearch(editor) if field.key == "model" and isinstance(editor, Input) else editor
+        ]
 
     def label(self, field: FormField, invalid: bool = False) -> str:
         return f"{'✗' if invalid else ' '}{super().label(field)}"
@@ -129,12 +151,16 @@ class CalcForm(Form):
 
     @on(Form.Changed)
     def show_relevant(self) -> None:
-        """Hide and disable the fields that are not relevant to the method, so that tab skips them."""
+        """Hide and disable the fields that are not relevant to the method, so that tab skips
+        them.
+        """
         names = relevant_fields(self.values)
         for key, line in self.lines.items():
             line.display, line.disabled = key in names, key not in names
 
     def mark_invalid(self, invalid: Collection[str]) -> None:
-        """Mark these fields as invalid, and no other: most rules are about several fields together."""
+        """Mark these fields as invalid, and no other: most rules are about several fields
+        together.
+        """
         for key in self.fields:
             self.set_bad(key, key in invalid)

@@ -1,4 +1,6 @@
-"""The calculator's form: its fields, the result of `pipeline.calc` for what is typed, and the params of a project."""
+"""The calculator's form: its fields, the result of `pipeline.calc` for what is typed, and the
+params of a project.
+"""
 
 import re
 from collections.abc import Mapping
@@ -24,9 +26,18 @@ from tui.widgets.form import FormField, counting, cycling, doubling
 T = TypeVar("T", int, float)
 Query = Mapping[str, str]  # field → text as typed; an empty one means the default for the model
 CUSTOM = "custom"  # a GPU with the memory of the field `gib`
-TARGETS = (*GROUPS, "all-linear", "q_proj, v_proj", "q_proj, k_proj, v_proj, o_proj", "qkv_proj, o_proj", "c_attn")
+TARGETS = (
+    *GROUPS,
+    "all-linear",
+    "q_proj, v_proj",
+    "q_proj, k_proj, v_proj, o_proj",
+    "qkv_proj, o_proj",
+    "c_attn",
+)
 _OPTIONS = {**options_of(COUNTED["lora"]), **options_of(TrainingConfig)}
-_METHOD_OPTIONS = {key: option for method in COUNTED.values() for key, option in options_of(method).items()}
+_METHOD_OPTIONS = {
+    key: option for method in COUNTED.values() for key, option in options_of(method).items()
+}
 _GPUS = {**{gpu.name: gpu.label for gpu in gpus().values()}, CUSTOM: "custom"}
 
 
@@ -46,15 +57,24 @@ FIELDS = {
         _choice("embeddings", names={"new_rows": "new rows"}),
         FormField("new_rows", default="1", label="new rows", step=counting),
         FormField("last_blocks", default="1", label="last blocks", step=counting),
-        FormField("train_embeddings", "choice", "train", label="embeddings", choices=("train", "freeze")),
+        FormField(
+            "train_embeddings", "choice", "train", label="embeddings", choices=("train", "freeze")
+        ),
         FormField("virtual_tokens", default="20", label="virtual tokens", step=counting),
         FormField("precision", step=cycling(list(PRECISIONS)), choices=list(PRECISIONS)),
         _choice("adapter_precision", label="adapter precision"),
         FormField("batch", default="1", step=counting),
         FormField("sequence", step=doubling),
-        FormField("checkpointing", "choice", choices=("", *_OPTIONS["checkpointing"].choices), names={"": "auto"}),
+        FormField(
+            "checkpointing",
+            "choice",
+            choices=("", *_OPTIONS["checkpointing"].choices),
+            names={"": "auto"},
+        ),
         _choice("optimizer"),
-        FormField("lora_dropout", default="0", label="LoRA dropout", step=cycling(("0", "0.05", "0.1"))),
+        FormField(
+            "lora_dropout", default="0", label="LoRA dropout", step=cycling(("0", "0.05", "0.1"))
+        ),
         FormField("neftune_alpha", default="0", label="NEFTune", step=cycling(("0", "5", "10"))),
         _choice("loss"),
         FormField("gpu", "choice", "rtx4090", label="GPU", choices=list(_GPUS), names=_GPUS),
@@ -64,7 +84,10 @@ FIELDS = {
 DEFAULTS: Query = {key: field.default for key, field in FIELDS.items()}
 SECTIONS = {"method": "Method", "precision": "Training step", "gpu": "GPU"}  # by their first field
 _HELP = {  # of fields that are no option of the calculator
-    "model": "A built-in name, a path (a folder, config.json, .safetensors, .gguf), or a hub id, which Enter fetches.",
+    "model": (
+        "A built-in name, a path (a folder, config.json, .safetensors, .gguf), or a hub id, which "
+        "Enter fetches."
+    ),
     "method": "What is trained.",
     "gpu": "What it has to fit on.",
     "gib": "Memory of your GPU.",
@@ -77,14 +100,14 @@ def describe(key: str) -> str:
     if FIELDS[key].kind == "choice":
         return f"{text}\n← → other values."
     is_number = FIELDS[key].step in (counting, doubling)
-    return (
-        f"{text}\n{'+ − (Page Down, Page Up): larger, smaller' if is_number else 'Page Down, Page Up: other values'}."
-    )
+    return f"{text}\n{'+ − (Page Down, Page Up): larger, smaller' if is_number else 'Page Down, Page Up: other values'}."
 
 
 def _fields_of(method: FinetuningMethod) -> set[str]:
     """The form's fields for a method's options."""
-    return options_of(method).keys() & FIELDS.keys() | ({"adapter_precision"} if method.adapter else set())
+    return options_of(method).keys() & FIELDS.keys() | (
+        {"adapter_precision"} if method.adapter else set()
+    )
 
 
 def relevant_fields(query: Query) -> list[str]:
@@ -106,7 +129,9 @@ class FieldError(UserError):
 
 @dataclass(frozen=True)
 class Result:
-    """The result for a configuration. `columns`: several methods to compare; `chosen`: the name of this one."""
+    """The result for a configuration. `columns`: several methods to compare; `chosen`: the name of
+    this one.
+    """
 
     model: Architecture
     methods: Mapping[str, FinetuningMethod]
@@ -150,7 +175,9 @@ def calculate(query: Query, model: Architecture) -> Result:
         # The columns compare methods on one precision: QLoRA's own column has the quantized base.
         plain = replace(run, precision="bf16") if run.precision == QLORA else run
         columns = side_by_side(model, method, plain, methods)
-        chosen = next((name for name, (m, r, _) in columns.items() if (m, r) == (method, run)), None)
+        chosen = next(
+            (name for name, (m, r, _) in columns.items() if (m, r) == (method, run)), None
+        )
         if chosen is None:
             columns[chosen := query["method"]] = (method, run, predict(model, method, run))
     except UserError as error:
@@ -177,14 +204,20 @@ def problems(query: Query, model: Architecture | None) -> dict[str, str]:
 
 def _read(query: Query) -> tuple[Gpu, dict[str, Any]]:
     """The device, and the settings as `configure` takes them. Raises FieldError."""
-    query = {**DEFAULTS, **{name: query[name] for name in relevant_fields(query)}}  # a hidden field may hold anything
+    # a hidden field may hold anything
+    query = {**DEFAULTS, **{name: query[name] for name in relevant_fields(query)}}
     size = _parse(query, "gib", float)
     try:
         device = gpu(query["gpu"]) if query["gpu"] != CUSTOM else of_size(size)
     except UserError:
-        raise FieldError("gib", f"GPU memory must be more than 0 GiB, got {query['gib'][:40]!r}.") from None
+        raise FieldError(
+            "gib", f"GPU memory must be more than 0 GiB, got {query['gib'][:40]!r}."
+        ) from None
     return device, {
-        **{key: _parse(query, key, int) for key in ("rank", "last_blocks", "virtual_tokens", "batch")},
+        **{
+            key: _parse(query, key, int)
+            for key in ("rank", "last_blocks", "virtual_tokens", "batch")
+        },
         "alpha": _parse(query, "alpha", float) if query["alpha"].strip() else None,
         **{key: _parse(query, key, float) for key in ("lora_dropout", "neftune_alpha")},
         "sequence": _parse(query, "sequence", int) if query["sequence"].strip() else None,
@@ -192,7 +225,10 @@ def _read(query: Query) -> tuple[Gpu, dict[str, Any]]:
         "train_embeddings": query["train_embeddings"] == "train",
         "precision": query["precision"].strip() or None,
         "checkpointing": query["checkpointing"] or None,
-        **{key: query[key] for key in ("targets", "embeddings", "adapter_precision", "optimizer", "loss")},
+        **{
+            key: query[key]
+            for key in ("targets", "embeddings", "adapter_precision", "optimizer", "loss")
+        },
     }
 
 
@@ -239,15 +275,21 @@ def _as_text(value: Any) -> str:
 
 
 def trained_model(project: Project) -> tuple[str, Architecture]:
-    """The model that this project trains: its name in messages, and its shapes. Reads files. Raises UserError."""
+    """The model that this project trains: its name in messages, and its shapes. Reads files. Raises
+    UserError.
+    """
     origin = project.params.origin
     if not origin.imports:
         return "MiniGPT", built_in("minigpt").shapes
     return origin.base, open_model(model_source(project)).shapes
 
 
-def params_from_result(result: Result, params: Params, trained: tuple[str, Architecture]) -> dict[str, Any]:
-    """The params of a configuration as `section.key` → value. Raises UserError if this project cannot train it."""
+def params_from_result(
+    result: Result, params: Params, trained: tuple[str, Architecture]
+) -> dict[str, Any]:
+    """The params of a configuration as `section.key` → value. Raises UserError if this project
+    cannot train it.
+    """
     method, run, (name, model) = result.method, result.run, trained
     quantization = run.precision if run.precision in get_args(Quantization) else "none"
     # the calculator assumes bf16 for what is not quantized
@@ -269,13 +311,16 @@ def params_from_result(result: Result, params: Params, trained: tuple[str, Archi
         if values["last_blocks"] > blocks:
             key = "" if params.origin.imports else " (pretrain.layers)"
             raise UserError(
-                f"last-blocks must be at most {blocks}, the blocks of {name}{key}, got {values['last_blocks']}."
+                f"last-blocks must be at most {blocks}, the blocks of {name}{key}, got "
+                f"{values['last_blocks']}."
             )
     if method.adapter:
         try:
             trainable(model, method)
         except UserError as error:
-            raise UserError(f"{name}, the model of this project, does not have these targets. {error}") from None
+            raise UserError(
+                f"{name}, the model of this project, does not have these targets. {error}"
+            ) from None
         values |= {"adapter_precision": run.adapter_precision, "quantization": quantization}
     if values.get("train_embeddings") == "none" and "expand_vocab" not in params.written:
         current = params.section(f"finetune_{method.name}").train_embeddings

@@ -86,7 +86,8 @@ fields; Ctrl+S writes the configuration into the project's params file, after it
         self.advice: Advice | None = None  # of that result
         self.problems: dict[str, str] = {}  # the errors in the form, by field
         self.pins: list[Result] = []
-        self._start: Query = DEFAULTS  # what the fields hold at first: on a pretrained base what the project trains
+        # what the fields hold at first: on a pretrained base what the project trains
+        self._start: Query = DEFAULTS
         self._models: dict[str, Architecture | UserError] = {}
         self._drawn_for = (0, 0)  # size of the screen that the bars are drawn for
 
@@ -114,7 +115,8 @@ fields; Ctrl+S writes the configuration into the project's params file, after it
 
     def on_resize(self, event: Resize) -> None:
         if self.result and (event.size.width, event.size.height) != self._drawn_for:
-            self.call_after_refresh(self._show)  # Textual can lose a layout request made during a layout
+            # Textual can lose a layout request made during a layout
+            self.call_after_refresh(self._show)
 
     @property
     def form(self) -> CalcForm:
@@ -147,7 +149,11 @@ fields; Ctrl+S writes the configuration into the project's params file, after it
         if result is None:
             return
         # Empty fields show what they stand for.
-        meant = {"sequence": result.run.sequence, "precision": result.run.precision, "alpha": self.form.values["rank"]}
+        meant = {
+            "sequence": result.run.sequence,
+            "precision": result.run.precision,
+            "alpha": self.form.values["rank"],
+        }
         for key, value in meant.items():
             self.form.query_one(f"#{key}", Input).placeholder = str(value)
         self._drawn_for = width, height = self.size
@@ -155,20 +161,26 @@ fields; Ctrl+S writes the configuration into the project's params file, after it
         words = " parameters" if width >= 100 else ""
         pane.show_title(f"{result.model.name}, {short_count(result.model.total)}{words}")
         pane.drawing.show(partial(verdict, result, 3 if height >= HIGH and width >= 100 else 1))
-        self.query_one(MemoryPane).drawing.show(partial(memory, result, self._look, 2 if height >= 50 else 1))
+        self.query_one(MemoryPane).drawing.show(
+            partial(memory, result, self._look, 2 if height >= 50 else 1)
+        )
         self._show_answers()
         self._show_pins()
 
     def _look(self, method: str) -> tuple[str, str]:
         """A method's sign and style."""
-        return method_look(method).sign, method_style(method, self.query_one(MemoryPane).background_colors[1])
+        return method_look(method).sign, method_style(
+            method, self.query_one(MemoryPane).background_colors[1]
+        )
 
     def _show_answers(self) -> None:
         if self.result:
             self.query_one(AnswersPane).drawing.show(partial(answers, self.result, self.advice))
 
     def _show_details(self) -> None:
-        """Not at each key: their height changes with the numbers, and then everything is laid out again."""
+        """Not at each key: their height changes with the numbers, and then everything is laid out
+        again.
+        """
         if self.result:
             self.query_one(DetailsPane).drawing.show(partial(details, self.result))
 
@@ -185,7 +197,9 @@ fields; Ctrl+S writes the configuration into the project's params file, after it
 
     @work(thread=True, exclusive=True, group="advice")
     def _find_advice(self, result: Result) -> None:
-        """Search for the largest values that fit, or for changes. Slow, so not at every key press."""
+        """Search for the largest values that fit, or for changes. Slow, so not at every key
+        press.
+        """
         worker = get_current_worker()
         time.sleep(PAUSE)
         if worker.is_cancelled:
@@ -195,14 +209,19 @@ fields; Ctrl+S writes the configuration into the project's params file, after it
             self.app.call_from_thread(self._advice_found, result, advice)
 
     def _advice_found(self, result: Result, advice: Advice) -> None:
-        if result is self.result and self.is_attached:  # else another key was pressed, or the screen closes
+        # else another key was pressed, or the screen closes
+        if result is self.result and self.is_attached:
             self.advice = advice
             self._show_answers()
             self._show_details()
 
     def _get_model(self, name: str) -> Architecture:
-        """The shapes of a built-in or loaded model. Starts to load any other path, and raises FieldError meanwhile."""
-        if name.lower() in hub_ids() or name.lower() in (hub_id.lower() for hub_id in hub_ids().values() if hub_id):
+        """The shapes of a built-in or loaded model. Starts to load any other path, and raises
+        FieldError meanwhile.
+        """
+        if name.lower() in hub_ids() or name.lower() in (
+            hub_id.lower() for hub_id in hub_ids().values() if hub_id
+        ):
             return open_model(name).shapes
         model = self._models.get(name)
         if isinstance(model, UserError):
@@ -215,11 +234,15 @@ fields; Ctrl+S writes the configuration into the project's params file, after it
             self._load_model(name, str(path))
             raise FieldError("model", f"model: {name} is being read …")
         hub = " Enter fetches it from the hub." if _is_hub_id(name) else ""
-        raise FieldError("model", f"model must be a built-in name, a hub id or a path, got {name[:60]!r}.{hub}")
+        raise FieldError(
+            "model", f"model must be a built-in name, a hub id or a path, got {name[:60]!r}.{hub}"
+        )
 
     @on(ModelSearch.Selected)
     def fetch(self) -> None:
-        """Fetch the model from the hub if it is neither built in nor a path, and calculate again."""
+        """Fetch the model from the hub if it is neither built in nor a path, and calculate
+        again.
+        """
         name = self.form.values["model"].strip()
         if _is_hub_id(name) and _existing_path(name) is None and name not in self._models:
             self._load_model(name, name)
@@ -227,7 +250,9 @@ fields; Ctrl+S writes the configuration into the project's params file, after it
 
     @work(thread=True, exclusive=True, group="model")
     def _load_model(self, name: str, source: str) -> None:
-        """Read or fetch a model in a thread, so that a slow disk or network does not block the keys."""
+        """Read or fetch a model in a thread, so that a slow disk or network does not block the
+        keys.
+        """
         worker = get_current_worker()
         model: Architecture | UserError
         try:
@@ -247,7 +272,9 @@ fields; Ctrl+S writes the configuration into the project's params file, after it
     def action_pin(self) -> None:
         """Pin the configuration, or unpin it if it is pinned; the oldest makes room."""
         if result := self._current_result("pinned"):
-            without = [pin for pin in self.pins if pin.title != result.title or pin.device != result.device]
+            without = [
+                pin for pin in self.pins if pin.title != result.title or pin.device != result.device
+            ]
             self.pins = without if len(without) < len(self.pins) else [*self.pins, result][-PINS:]
             self._show_pins()
 
@@ -272,7 +299,9 @@ fields; Ctrl+S writes the configuration into the project's params file, after it
 
     @work
     async def action_write(self) -> None:
-        """Write the configuration to the params file after the user has seen what is written and what is not."""
+        """Write the configuration to the params file after the user has seen what is written and
+        what is not.
+        """
         result = self._current_result("written")
         if result is None:
             return
@@ -295,14 +324,23 @@ fields; Ctrl+S writes the configuration into the project's params file, after it
                     Text(f"Not written: {_not_written(result, name, model)}.", "dim"),
                 ]
             )
-            answers = {"y": f"write {'it' if len(changed) == 1 else f'these {len(changed)}'} (z takes it back)"}
+            answers = {
+                "y": (
+                    f"write {'it' if len(changed) == 1 else f'these {len(changed)}'} (z takes it "
+                    "back)"
+                )
+            }
             if await self.app.push_screen_wait(Ask(question, answers, f"Write to {path.name}")):
                 self.workbench.edits.save(path, {key: new for key, (_, new) in changed.items()})
-                self.workbench.log_message(f"{path.name}: {', '.join(changed)} saved. z takes it back.")
+                self.workbench.log_message(
+                    f"{path.name}: {', '.join(changed)} saved. z takes it back."
+                )
                 self.workbench.project_watch.look_now()
 
     def _current_result(self, action: str) -> Result | None:
-        """The result for the form. None, with a warning, if a field is invalid: the last result is of other values."""
+        """The result for the form. None, with a warning, if a field is invalid: the last result is
+        of other values.
+        """
         if not self.problems and self.result:
             return self.result
         self.warn(f"Nothing was {action}: a field is invalid. {' '.join(self.problems.values())}")
@@ -312,7 +350,9 @@ fields; Ctrl+S writes the configuration into the project's params file, after it
 def _not_written(result: Result, name: str, model: Architecture) -> str:
     """What the params file does not have, and where the project differs from the question."""
     differs = (
-        "" if model.name == result.model.name or model.total == result.model.total else f", not {result.model.name}"
+        ""
+        if model.name == result.model.name or model.total == result.model.total
+        else f", not {result.model.name}"
     )
     return f"the model (this project trains {name}{differs}), the sequence length and the GPU"
 
@@ -328,7 +368,9 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _existing_path(name: str) -> Path | None:
-    """The path of the file or folder `name`, if it exists. Not of pipes and devices, which would block a reader."""
+    """The path of the file or folder `name`, if it exists. Not of pipes and devices, which would
+    block a reader.
+    """
     try:
         path = expand(name)
         return path if name and (path.is_file() or path.is_dir()) else None

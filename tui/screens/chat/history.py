@@ -90,7 +90,9 @@ class History(ScrollView, can_focus=True, inherit_bindings=False):
         self._name_styles: dict[str, str] = {}
 
     def show(self, talk: Talk, showing: Showing, name_styles: dict[str, str]) -> None:
-        """Show the conversation. `name_styles`: model → colour of its name. At the end, stay at the end."""
+        """Show the conversation. `name_styles`: model → colour of its name. At the end, stay at the
+        end.
+        """
         self._turns, self._showing, self._name_styles = talk.turns, showing, name_styles
         if self.stop and self.stop.turn not in self._turns:
             self.stop = Stop(self._turns[-1], self.stop.is_reply) if self._turns else None
@@ -120,7 +122,9 @@ class History(ScrollView, can_focus=True, inherit_bindings=False):
         self.refresh()
 
     def grew(self) -> None:
-        """The last turn has new text: read what arrived, and draw the visible lines that changed."""
+        """The last turn has new text: read what arrived, and draw the visible lines that
+        changed.
+        """
         if not self._views:
             return
         view, start = self._views[-1], self._starts[-1]
@@ -166,7 +170,9 @@ class History(ScrollView, can_focus=True, inherit_bindings=False):
 
     def _gutter(self, view: TurnView, within: int) -> Segment:
         is_reply = within >= view.message_height
-        chosen = self.has_focus and self.stop == Stop(view.turn, is_reply) and within < view.height - 1
+        chosen = (
+            self.has_focus and self.stop == Stop(view.turn, is_reply) and within < view.height - 1
+        )
         if chosen:
             return Segment("▌ ", self.get_component_rich_style("history--cursor"))
         return Segment("  ")
@@ -182,7 +188,9 @@ class History(ScrollView, can_focus=True, inherit_bindings=False):
 
     def get_selection(self, selection: Selection) -> tuple[str, str] | None:
         """The text that is selected with the mouse."""
-        lines = (" " * GUTTER + _plain(view.line(n)) for view in self._views for n in range(view.height))
+        lines = (
+            " " * GUTTER + _plain(view.line(n)) for view in self._views for n in range(view.height)
+        )
         return selection.extract("\n".join(lines)), "\n"
 
     # the cursor
@@ -239,13 +247,19 @@ class History(ScrollView, can_focus=True, inherit_bindings=False):
             return
         branches = self.stop.turn.replies if self.stop.is_reply else self.stop.turn.siblings
         if branches.step(by):
-            self.stop = self.stop if self.stop.is_reply else Stop(self.stop.turn.siblings.shown, False)
+            self.stop = (
+                self.stop if self.stop.is_reply else Stop(self.stop.turn.siblings.shown, False)
+            )
             self.post_message(self.Switched())
 
     def action_copy(self) -> None:
         if self.stop:
             answers = self.stop.turn.reply.answers
-            texts = [answer.content.strip() for answer in answers] if self.stop.is_reply else [self.stop.turn.text]
+            texts = (
+                [answer.content.strip() for answer in answers]
+                if self.stop.is_reply
+                else [self.stop.turn.text]
+            )
             self.post_message(self.Copied("\n\n".join(texts)))
 
     def on_click(self, event: Click) -> None:

@@ -1,4 +1,6 @@
-"""The lines of a conversation: a turn is the message, then the answers, side by side or one below the other."""
+"""The lines of a conversation: a turn is the message, then the answers, side by side or one below
+the other.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,7 +62,9 @@ class Showing:
 
 
 class AnswerView:
-    """An answer wrapped to a width. `update` reads what arrived since, which costs the same however long it is."""
+    """An answer wrapped to a width. `update` reads what arrived since, which costs the same however
+    long it is.
+    """
 
     def __init__(self, answer: Answer, width: int, branches: str, is_last: bool) -> None:
         self.answer, self.width, self.branches, self.is_last = answer, width, branches, is_last
@@ -81,12 +85,17 @@ class AnswerView:
             self._append(*self._splitter.finish())
         self._head = [self._title(), *self._wrapped(self._cut(), WARNING)]
         if self._words or self._splitter.thinking:
-            sign, more = "▾" if showing.thoughts else "▸", "…" if self._splitter.thinking and answer.unfinished else ""
+            sign, more = (
+                "▾" if showing.thoughts else "▸",
+                "…" if self._splitter.thinking and answer.unfinished else "",
+            )
             self._head.append([Part(f"{sign} thoughts{more}  {self._words} words", THOUGHT)])
         self._thoughts_height = self._thoughts.height if showing.thoughts else 0
         self._tail = self._wrapped(f"✗ {answer.error}" if answer.error else "", ERROR)
         if self.is_last and answer.strength not in (None, showing.strength) and answer.content:
-            text = f"at ×{answer.strength:.2f}; {showing.again} asks again at ×{showing.strength:.2f}"
+            text = (
+                f"at ×{answer.strength:.2f}; {showing.again} asks again at ×{showing.strength:.2f}"
+            )
             self._tail += self._wrapped(text, WARNING)
 
     def _append(self, thought: str, text: str) -> None:
@@ -98,19 +107,32 @@ class AnswerView:
         answer = self.answer
         speed = f"{answer.tokens_per_second:,.0f} tokens/s" if answer.tokens_per_second else ""
         count = f"{answer.tokens:,} token{'s' * (answer.tokens != 1)}" if answer.tokens else ""
-        state = "ended at once" if answer.state == END and not answer.tokens else STATES[answer.state]
+        state = (
+            "ended at once" if answer.state == END and not answer.tokens else STATES[answer.state]
+        )
         facts = " · ".join(filter(None, (count, speed, state)))
         room = self.width - cell_len(self.branches) - 1
         name = pad_or_truncate(answer.title, min(cell_len(answer.title), max(room, 1)))
         facts = pad_or_truncate(f"  {facts}", max(room - cell_len(name), 0)) if facts else ""
-        return spread([Part(name, NAME, answer.model), Part(facts, ROLE)], Part(self.branches, BRANCH), self.width)
+        return spread(
+            [Part(name, NAME, answer.model), Part(facts, ROLE)],
+            Part(self.branches, BRANCH),
+            self.width,
+        )
 
     def _cut(self) -> str:
         answer = self.answer
         if not answer.cut_tokens:
             return ""
-        earlier = f"the first {answer.cut_messages} messages were" if answer.cut_messages else "its beginning was"
-        return f"{earlier} left out ({answer.cut_tokens:,} tokens): the window has {answer.window:,} tokens"
+        earlier = (
+            f"the first {answer.cut_messages} messages were"
+            if answer.cut_messages
+            else "its beginning was"
+        )
+        return (
+            f"{earlier} left out ({answer.cut_tokens:,} tokens): the window has {answer.window:,} "
+            "tokens"
+        )
 
     def _wrapped(self, text: str, kind: str) -> list[Line]:
         return [[Part(line, kind)] for line in WrappedText(self.width, text).lines]
@@ -145,7 +167,8 @@ class TurnView:
         lines = WrappedText(min(width, MAX_COLUMN), turn.text).lines
         self._message: list[Line] = [role, *([Part(line, MESSAGE)] for line in lines)]
         self._marks = str(turn.siblings), str(turn.replies)
-        carrier = len(answers) - 1 if self.side_by_side else 0  # the answer whose title shows the branches
+        # the answer whose title shows the branches
+        carrier = len(answers) - 1 if self.side_by_side else 0
         self.answers = [
             AnswerView(answer, self._column, str(turn.replies) if n == carrier else "", is_last)
             for n, answer in enumerate(answers)

@@ -46,7 +46,11 @@ class MessageField(TextArea):
         by: int
 
     def __init__(self) -> None:
-        super().__init__(compact=True, placeholder="a message; ↑ goes to the history", highlight_cursor_line=False)
+        super().__init__(
+            compact=True,
+            placeholder="a message; ↑ goes to the history",
+            highlight_cursor_line=False,
+        )
         for key in SCREEN_KEYS:
             self._bindings.key_to_bindings.pop(key, None)
 
@@ -81,7 +85,12 @@ window that the last turn used, and the sampling. A model without a chat templat
 and answers are one text for it, and the system prompt stands before them."""
 
     def show(
-        self, session: Session, names: Sequence[Text], turns: Sequence[Turn], unknown: str, is_editing: bool
+        self,
+        session: Session,
+        names: Sequence[Text],
+        turns: Sequence[Turn],
+        unknown: str,
+        is_editing: bool,
     ) -> None:
         """Show what is set, the most important first: what does not fit is cut at the end.
 
@@ -91,7 +100,9 @@ and answers are one text for it, and the system prompt stands before them."""
         if session.scales:
             facts.append(f"×{session.strength:.2f} {_track(session.strength)}")
         if unknown:
-            facts.append(Text(f"not in the vocabulary: {unknown}", self.app.theme_variables["text-warning"]))
+            facts.append(
+                Text(f"not in the vocabulary: {unknown}", self.app.theme_variables["text-warning"])
+            )
         facts += [used] if (used := _window_used(turns)) else []
         facts.append(str(replace(session.sampling, k=0)).removesuffix(" · 0 candidates"))
         self.show_title(*facts, title="Edit message" if is_editing else "Message")
@@ -108,7 +119,9 @@ def _track(strength: float) -> str:
 def _window_used(turns: Sequence[Turn]) -> str:
     """The part of the window that the last turn took, of the model that it filled most."""
     answers = turns[-1].reply.answers if turns else ()
-    used = [(answer.prompt_tokens + answer.tokens, answer.window) for answer in answers if answer.window]
+    used = [
+        (answer.prompt_tokens + answer.tokens, answer.window) for answer in answers if answer.window
+    ]
     if not used:
         return ""
     tokens, window = max(used, key=lambda pair: pair[0] / pair[1])

@@ -19,7 +19,9 @@ from tui.widgets.text import KeyedList
 
 
 class ModelPicker(ModalScreen[list[str] | None]):
-    """Returns the paths of the chosen models, first the one that was chosen first; None on Escape."""
+    """Returns the paths of the chosen models, first the one that was chosen first; None on
+    Escape.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "leave", "Close"),
@@ -53,7 +55,9 @@ class ModelPicker(ModalScreen[list[str] | None]):
 
     def _show(self) -> None:
         needle = self._field.value.lower()
-        fitting = {path: entry for path, entry in self._entries.items() if needle in entry.label.lower()}
+        fitting = {
+            path: entry for path, entry in self._entries.items() if needle in entry.label.lower()
+        }
         width = max((len(entry.label) for entry in fitting.values()), default=0)
         self._list.show({path: self._line(path, entry, width) for path, entry in fitting.items()})
 
@@ -61,8 +65,13 @@ class ModelPicker(ModalScreen[list[str] | None]):
         model = entry.model
         number = f"{self._chosen.index(path) + 1}" if path in self._chosen else " "
         sign, style = method_look(method_of(entry)).sign, "bold" if path in self._chosen else ""
-        facts = [model.method if model.method != entry.label else "", f"rank {model.rank}" if model.rank else ""]
-        line = Text(f"{number} {sign} {entry.label:<{width}}", style, no_wrap=True, overflow="ellipsis")
+        facts = [
+            model.method if model.method != entry.label else "",
+            f"rank {model.rank}" if model.rank else "",
+        ]
+        line = Text(
+            f"{number} {sign} {entry.label:<{width}}", style, no_wrap=True, overflow="ellipsis"
+        )
         return line.append(f"  {' · '.join(filter(None, facts))}", "dim")
 
     @on(Input.Changed)

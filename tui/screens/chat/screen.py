@@ -35,7 +35,9 @@ from tui.widgets.prompting import STEP, STRONGEST
 
 FRAME = 0.08  # seconds between two pictures of an answer that arrives, at least
 MAX_PROMPTS = 200  # in the saved history
-SAVE_QUESTION = "Save to which file? .md: as text, .json: with all branches, .jsonl: as rows of training data."
+SAVE_QUESTION = (
+    "Save to which file? .md: as text, .json: with all branches, .jsonl: as rows of training data."
+)
 NO_MODELS = "There is no model yet. Press Esc, then R, to run the pipeline."
 EMPTY = """Type a message below; Enter asks. A model without a chat template goes on with the text.
 
@@ -60,8 +62,16 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
         Binding("escape", "interrupt", "Interrupt", id="chat.interrupt"),
         Binding("escape", "leave", "Leave", id="app.leave"),
         Binding("ctrl+o", "models", "Models", id="chat.models"),
-        Binding("ctrl+up,right_square_bracket", "strength(1)", "Stronger", id="chat.stronger", show=False),
-        Binding("ctrl+down,left_square_bracket", "strength(-1)", "Weaker", id="chat.weaker", show=False),
+        Binding(
+            "ctrl+up,right_square_bracket",
+            "strength(1)",
+            "Stronger",
+            id="chat.stronger",
+            show=False,
+        ),
+        Binding(
+            "ctrl+down,left_square_bracket", "strength(-1)", "Weaker", id="chat.weaker", show=False
+        ),
         Binding("ctrl+r", "again", "Ask again", id="chat.again"),
         Binding("ctrl+l", "settings", "Settings", id="chat.settings"),
         Binding("ctrl+g", "correct", "Correct → data", id="chat.correct"),
@@ -80,7 +90,8 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
         self._thoughts = False
         self._vocabularies: list[Vocabulary] = []  # of the models
         self._saved = 0  # answers when the conversation was last saved
-        # Widgets are attributes, because answers can arrive while the screen closes and queries fail.
+        # Widgets are attributes, because answers can arrive while the screen closes and queries
+        # fail.
         self.history, self.field = History(), MessageField()
         self.history_pane = HistoryPane(self.history, id="history")
         self.message_pane = MessagePane(self.field, id="message")
@@ -122,7 +133,9 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
 
     @work(exclusive=True, group="find")
     async def _find_models(self) -> None:
-        """List the models, the pipeline's own first; without a choice, chat with its first adapter."""
+        """List the models, the pipeline's own first; without a choice, chat with its first
+        adapter.
+        """
         library = self.session.models.library
         library.folders = [*library.artifacts, *self._folders()]
 
@@ -131,7 +144,9 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
             return [entry if entry.group else library.read(entry) for entry in library.scan()]
 
         entries = await asyncio.to_thread(found)
-        self.entries = sorted(entries, key=lambda entry: (bool(entry.group), entry.group, entry.sort_key))
+        self.entries = sorted(
+            entries, key=lambda entry: (bool(entry.group), entry.group, entry.sort_key)
+        )
         if not self.session.entries and self.entries and not self._are_given:
             adapters = (entry for entry in self.entries if entry.model.kind == "adapter")
             await self._use([next(adapters, self.entries[0])])
@@ -151,7 +166,9 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
             if path in known:
                 chosen.append(known[path])
             elif folder.is_dir():
-                chosen.append(Entry(library.label(folder), await asyncio.to_thread(describe, folder), None))
+                chosen.append(
+                    Entry(library.label(folder), await asyncio.to_thread(describe, folder), None)
+                )
             else:
                 self.warn(f"{path} is not a model folder. Choose another model (Ctrl+O).")
         if chosen:
@@ -202,7 +219,9 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
             self.warn("An answer is being written. Esc interrupts it.")
         else:
             state = self.workbench.state
-            state.prompts = [*(other for other in state.prompts if other != text), text][-MAX_PROMPTS:]
+            state.prompts = [*(other for other in state.prompts if other != text), text][
+                -MAX_PROMPTS:
+            ]
             self.workbench.remember()
             answers = self.session.new_answers()
             turn = self._editing and self.talk.edit(self._editing, text, answers)
@@ -219,12 +238,16 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
             self.warn("An answer is being written. Esc interrupts it.")
         elif self.session.entries:
             stop = self.history.stop
-            turn = stop.turn if stop and stop.turn in turns and self.history.has_focus else turns[-1]
+            turn = (
+                stop.turn if stop and stop.turn in turns and self.history.has_focus else turns[-1]
+            )
             self.talk.ask_again(turn, self.session.new_answers())
             self._ask(turn, self._requests(turn))
 
     def _requests(self, turn: Turn) -> list[Request]:
-        """What is asked, while its branch is the one that is shown: one may look at another while it is answered."""
+        """What is asked, while its branch is the one that is shown: one may look at another while
+        it is answered.
+        """
         return [(answer, self.talk.messages(turn, answer.model)) for answer in turn.reply.answers]
 
     @work(exclusive=True, group="ask")
@@ -239,10 +262,12 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
                         if answer.state != drawn_state:
                             self._update_title()
                             self.refresh_bindings()
-                        if self.talk.turns[-1:] == [turn]:  # else one looks at another branch meanwhile
+                        # else one looks at another branch meanwhile
+                        if self.talk.turns[-1:] == [turn]:
                             self.history.grew()
                         drawn_at, drawn_state = monotonic(), answer.state
-                    await asyncio.sleep(0)  # tokens may arrive faster than they are drawn: let keys through
+                    # tokens may arrive faster than they are drawn: let keys through
+                    await asyncio.sleep(0)
         except UserError as error:  # the engine died
             self.workbench.fail(error)
         finally:
@@ -260,7 +285,9 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
         if action == "interrupt":
             return self._is_writing()
         if action == "leave":
-            return not self._is_writing() and bool(self._editing or super().check_action(action, parameters))
+            return not self._is_writing() and bool(
+                self._editing or super().check_action(action, parameters)
+            )
         return super().check_action(action, parameters)
 
     def action_leave(self) -> None:
@@ -282,7 +309,9 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
 
     @on(MessageField.Paged)
     def page(self, event: MessageField.Paged) -> None:
-        self.history.scroll_relative(y=event.by * max(self.history.size.height - 1, 1), animate=False)
+        self.history.scroll_relative(
+            y=event.by * max(self.history.size.height - 1, 1), animate=False
+        )
 
     @on(History.Left)
     def to_field(self) -> None:
@@ -334,13 +363,18 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
     @work(group="ask-user")
     async def _correct(self, turn: Turn) -> None:
         """Take an answer to the data, where it is corrected and becomes an example."""
-        answers: dict[str, Answer] = {str(n): each for n, each in enumerate(turn.reply.answers) if each.content}
+        answers: dict[str, Answer] = {
+            str(n): each for n, each in enumerate(turn.reply.answers) if each.content
+        }
         if not answers:
             self.warn("This message has no answer that could be corrected.")
             return
         key: str | None = next(iter(answers))
         if len(answers) > 1:
-            choices = {number: Text(f"{each.title}: {each.content.strip()[:60]}") for number, each in answers.items()}
+            choices = {
+                number: Text(f"{each.title}: {each.content.strip()[:60]}")
+                for number, each in answers.items()
+            }
             key = await self.app.push_screen_wait(Menu("Correct which answer?", choices))
         if key is not None:
             self.workbench.go("data", add=training_row(self.talk, turn, answers[key]))
@@ -349,14 +383,21 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
 
     def action_strength(self, by: int) -> None:
         if not self.session.scales:
-            self.warn("Strength scales an adapter's weight changes. None of these models is such an adapter.")
+            self.warn(
+                "Strength scales an adapter's weight changes. None of these models is such an "
+                "adapter."
+            )
             return
-        self.session.strength = round(min(max(self.session.strength + by * STEP, 0.0), STRONGEST), 2)
+        self.session.strength = round(
+            min(max(self.session.strength + by * STEP, 0.0), STRONGEST), 2
+        )
         self._update()
 
     @work(group="ask-user")
     async def action_settings(self) -> None:
-        settings = await self.app.push_screen_wait(SettingsScreen(self.talk.system, self.session.sampling))
+        settings = await self.app.push_screen_wait(
+            SettingsScreen(self.talk.system, self.session.sampling)
+        )
         if settings:
             self.talk.system, self.session.sampling = settings
             self._update()
@@ -385,7 +426,9 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
         """Begin a new conversation, with the same models and system prompt."""
         if lost := self.unsaved():
             question = f"A new conversation loses {lost}. Ctrl+S saves it."
-            if not await self.app.push_screen_wait(Ask(question, {"y": "begin anew"}, "New conversation")):
+            if not await self.app.push_screen_wait(
+                Ask(question, {"y": "begin anew"}, "New conversation")
+            ):
                 return
         self.workers.cancel_group(self, "ask")
         system, self.talk, self._saved = self.talk.system, Talk(), 0
@@ -395,7 +438,9 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
         self.give_focus(self.field)
 
     def _answer_count(self) -> int:
-        return sum(len(reply.answers) for turn in self.talk.every_turn() for reply in turn.replies.items)
+        return sum(
+            len(reply.answers) for turn in self.talk.every_turn() for reply in turn.replies.items
+        )
 
     # drawing
 
@@ -418,7 +463,9 @@ training data (Ctrl+G), the conversation a file (Ctrl+S)."""
 
     def _update_title(self) -> None:
         names = [Text(entry.label, self._style_of(entry)) for entry in self.session.entries]
-        self.message_pane.show(self.session, names, self.talk.turns, self._unknown_words(), self._editing is not None)
+        self.message_pane.show(
+            self.session, names, self.talk.turns, self._unknown_words(), self._editing is not None
+        )
 
     def _style_of(self, entry: Entry) -> str:
         return method_style(method_of(entry), self.background_colors[1])

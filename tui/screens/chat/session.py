@@ -45,15 +45,18 @@ class Session:
 
     def new_answers(self) -> list[Answer]:
         return [
-            Answer(str(entry.model.path), entry.label, self.strength if entry.model.scales else None)
+            Answer(
+                str(entry.model.path), entry.label, self.strength if entry.model.scales else None
+            )
             for entry in self.entries
         ]
 
     async def write(self, requests: Sequence[Request]) -> AsyncGenerator[Answer, None]:
         """Fill in the answers. Yields an answer whenever it changed.
 
-        If a model fails, the reason is its answer's `error`, and the next is asked. Raises EngineDied if the process
-        ends. Text that arrived until then, or until the generator was closed, stays.
+        If a model fails, the reason is its answer's `error`, and the next is asked. Raises
+        EngineDied if the process ends. Text that arrived until then, or until the generator was
+        closed, stays.
         """
         unfinished = INTERRUPTED, ""
         try:
@@ -65,7 +68,10 @@ class Session:
                 except EngineDied:
                     raise
                 except UserError as error:  # which names the model by its path
-                    answer.state, answer.error = FAILED, str(error).replace(answer.model, answer.label)
+                    answer.state, answer.error = (
+                        FAILED,
+                        str(error).replace(answer.model, answer.label),
+                    )
                     yield answer
         except EngineDied:
             unfinished = (FAILED, "the engine ended")
@@ -75,7 +81,9 @@ class Session:
                 if answer.unfinished:
                     answer.state, answer.error = unfinished
 
-    async def _write_one(self, answer: Answer, messages: list[Message]) -> AsyncGenerator[None, None]:
+    async def _write_one(
+        self, answer: Answer, messages: list[Message]
+    ) -> AsyncGenerator[None, None]:
         entry = self.asked[answer.model]
         if not self.models.is_loaded(entry):
             answer.state = LOADING if self.models.inference.running else STARTING
@@ -91,7 +99,10 @@ class Session:
             async for event in events:
                 if event["event"] == "prompt":
                     answer.prompt_tokens, answer.window = event["tokens"], event["window"]
-                    answer.cut_messages, answer.cut_tokens = event["cut_messages"], event["cut_tokens"]
+                    answer.cut_messages, answer.cut_tokens = (
+                        event["cut_messages"],
+                        event["cut_tokens"],
+                    )
                     if event["opens_thought"]:  # the template has written the tag
                         answer.pieces.append(f"{OPEN}\n")
                 elif event["event"] == "token":
@@ -99,10 +110,15 @@ class Session:
                     answer.tokens += 1
                     answer.pieces.append(event["text"])
                 elif event["event"] == "done":
-                    answer.state, answer.tokens_per_second = event["reason"], event["tokens_per_second"]
+                    answer.state, answer.tokens_per_second = (
+                        event["reason"],
+                        event["tokens_per_second"],
+                    )
                 yield
 
 
 def method_of(entry: Entry) -> str:
-    """The name of its method in the registry: a variant's own (`prefix`), which its adapter calls otherwise."""
+    """The name of its method in the registry: a variant's own (`prefix`), which its adapter calls
+    otherwise.
+    """
     return entry.label if entry.label in LOOKS else entry.model.method

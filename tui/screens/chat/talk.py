@@ -1,4 +1,6 @@
-"""A conversation as a tree: an edited message or another answer begins a branch, and no message is ever lost."""
+"""A conversation as a tree: an edited message or another answer begins a branch, and no message is
+ever lost.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,7 +11,13 @@ from tui.screens.chat.thoughts import split_thoughts
 T = TypeVar("T")
 Message = dict[str, str]  # role and content
 
-STARTING, LOADING, WAITING, READING, WRITING = "starting", "loading", "waiting", "reading", "writing"
+STARTING, LOADING, WAITING, READING, WRITING = (
+    "starting",
+    "loading",
+    "waiting",
+    "reading",
+    "writing",
+)
 UNFINISHED = (STARTING, LOADING, WAITING, READING, WRITING)
 END, LENGTH, INTERRUPTED, FAILED = "end", "length", "interrupted", "failed"
 
@@ -44,7 +52,9 @@ class Branches(Generic[T]):
 
 @dataclass(eq=False)
 class Answer:
-    """A model's answer as it arrives. `model` is its path; `strength` is None if it cannot be scaled."""
+    """A model's answer as it arrives. `model` is its path; `strength` is None if it cannot be
+    scaled.
+    """
 
     model: str
     label: str
@@ -126,7 +136,11 @@ class Talk:
         while stack:
             turn = stack.pop()
             yield turn
-            stack.extend(later for reply in reversed(turn.replies.items) for later in reversed(reply.turns.items))
+            stack.extend(
+                later
+                for reply in reversed(turn.replies.items)
+                for later in reversed(reply.turns.items)
+            )
 
     def ask(self, text: str, answers: list[Answer]) -> Turn:
         """Add a message at the end of the shown branch; `answers` are still to be written."""
@@ -134,7 +148,9 @@ class Talk:
         return self._add(turns[-1].reply.turns if turns else self.first, text, answers)
 
     def edit(self, turn: Turn, text: str, answers: list[Answer]) -> Turn:
-        """Ask another message in place of `turn`. The former one stays as a branch, with all that followed."""
+        """Ask another message in place of `turn`. The former one stays as a branch, with all that
+        followed.
+        """
         return self._add(turn.siblings, text, answers)
 
     def ask_again(self, turn: Turn, answers: list[Answer]) -> None:
@@ -147,10 +163,11 @@ class Talk:
         return branches.add(turn)
 
     def messages(self, turn: Turn, model: str) -> list[Message]:
-        """What a model reads for its answer to `turn`: system prompt, earlier turns with its own answers, the message.
+        """What a model reads for its answer to `turn`: system prompt, earlier turns with its own
+        answers, the message.
 
-        Turns without an answer are left out, as templates reject two messages of the user in a row; but a text that
-        a model without template had nothing to add to goes on.
+        Turns without an answer are left out, as templates reject two messages of the user in a row;
+        but a text that a model without template had nothing to add to goes on.
         """
         messages = [{"role": "system", "content": self.system}] * bool(self.system)
         turns = self.turns

@@ -1,4 +1,6 @@
-"""Thoughts of reasoning models, and text wrapped as it arrives: each piece costs the same however long the text is."""
+"""Thoughts of reasoning models, and text wrapped as it arrives: each piece costs the same however
+long the text is.
+"""
 
 from rich.cells import cell_len, get_character_cell_size
 
@@ -9,7 +11,8 @@ TAB = "    "
 
 
 class ThoughtSplitter:
-    """Divides a text that arrives in pieces into thoughts, `<think>…</think>` at its beginning, and the answer.
+    """Divides a text that arrives in pieces into thoughts, `<think>…</think>` at its beginning, and
+    the answer.
 
     A piece may end in the middle of a tag, which is held back until it is known.
     """
@@ -58,7 +61,8 @@ def split_thoughts(text: str) -> tuple[str, str]:
 
 
 class WrappedText:
-    """Lines of at most `width` cells of a text that grows at its end. White space before its first word is dropped.
+    """Lines of at most `width` cells of a text that grows at its end. White space before its first
+    word is dropped.
 
     Words are kept whole where they fit. Control characters become visible signs, tabs four spaces.
     """
@@ -95,7 +99,8 @@ class WrappedText:
         lines, start = list[str](), 0
         while (stop := self._fitting(paragraph, start)) < len(paragraph):
             space = paragraph.rfind(" ", start, stop + 1)
-            if space < 0 or not paragraph[start:space].strip():  # one long word, perhaps after an indent
+            # one long word, perhaps after an indent
+            if space < 0 or not paragraph[start:space].strip():
                 lines.append(paragraph[start:stop])
                 start = stop
             else:
@@ -107,7 +112,8 @@ class WrappedText:
         """The first character from `start` on that is not on the line any more."""
         stop = min(start + self.width, len(paragraph))
         if paragraph[start:stop].isascii():
-            while stop < len(paragraph) and get_character_cell_size(paragraph[stop]) == 0:  # an accent of the last one
+            # an accent of the last one
+            while stop < len(paragraph) and get_character_cell_size(paragraph[stop]) == 0:
                 stop += 1
             return stop
         cells = 0

@@ -1,4 +1,6 @@
-"""A conversation as a file: Markdown to read, JSON with every branch, JSON lines as rows of training data."""
+"""A conversation as a file: Markdown to read, JSON with every branch, JSON lines as rows of
+training data.
+"""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +14,9 @@ Row = Mapping[str, Any]  # of a data file
 
 
 def render(talk: Talk, suffix: str) -> str:
-    """The file's text by its suffix: .json has all branches, .jsonl and any other suffix the branch that is shown."""
+    """The file's text by its suffix: .json has all branches, .jsonl and any other suffix the branch
+    that is shown.
+    """
     if suffix == ".json":
         content = {"system": talk.system, **_branches_json(talk.first)}
         return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
@@ -24,8 +28,14 @@ def render(talk: Talk, suffix: str) -> str:
 def rows(talk: Talk) -> list[Row]:
     """A row for each model that was asked: the conversation that it had."""
     turns = [turn for turn in talk.turns if any(answer.content for answer in turn.reply.answers)]
-    models = dict.fromkeys(answer.model for turn in turns for answer in turn.reply.answers if answer.content)
-    every = [row for model in models if (row := training_row(talk, turns[-1], turns[-1].reply.answer_of(model)))]
+    models = dict.fromkeys(
+        answer.model for turn in turns for answer in turn.reply.answers if answer.content
+    )
+    every = [
+        row
+        for model in models
+        if (row := training_row(talk, turns[-1], turns[-1].reply.answer_of(model)))
+    ]
     return [row for number, row in enumerate(every) if row not in every[:number]]
 
 
@@ -34,20 +44,34 @@ def training_row(talk: Talk, turn: Turn, answer: Answer) -> Row:
     messages = talk.messages(turn, answer.model)
     if answer.chat:
         return {"messages": [*messages, {"role": "assistant", "content": answer.content}]}
-    return {"prompt": join_texts(message["content"] for message in messages), "completion": answer.content}
+    return {
+        "prompt": join_texts(message["content"] for message in messages),
+        "completion": answer.content,
+    }
 
 
 def _branches_json(branches: Branches[Turn]) -> dict[str, Any]:
-    return {"shown": branches.index, "turns": list(map(_turn_json, branches.items))} if branches.items else {}
+    return (
+        {"shown": branches.index, "turns": list(map(_turn_json, branches.items))}
+        if branches.items
+        else {}
+    )
 
 
 def _turn_json(turn: Turn) -> dict[str, Any]:
-    replies = [{"answers": list(map(_answer_json, r.answers)), **_branches_json(r.turns)} for r in turn.replies.items]
+    replies = [
+        {"answers": list(map(_answer_json, r.answers)), **_branches_json(r.turns)}
+        for r in turn.replies.items
+    ]
     return {"text": turn.text, "shown": turn.replies.index, "replies": replies}
 
 
 def _answer_json(answer: Answer) -> dict[str, Any]:
-    fields = {key: value for key, value in vars(answer).items() if key != "pieces" and value not in (None, "", 0)}
+    fields = {
+        key: value
+        for key, value in vars(answer).items()
+        if key != "pieces" and value not in (None, "", 0)
+    }
     return {**fields, "text": answer.text}
 
 

@@ -23,13 +23,17 @@ from tui.widgets.text import LEVELS, bar, pad_or_truncate
 DIED = "the process died (no error recorded). Run again to resume from the last checkpoint"
 MAX_NAMES = 2  # adapters named in a list of those that ended
 SIGNS = {"running": "▶", "stopped": "‖", "failed": "✗", "died": "✗", "finished": " "}
-COLORS = {"running": "accent", "stopped": "warning", "failed": "error", "died": "error"}  # variables of the theme
-VALUE, BAR, WIDE = 7, 8, 44  # cells of the loss and of the bar; of the list from which there is room for a bar
+# variables of the theme
+COLORS = {"running": "accent", "stopped": "warning", "failed": "error", "died": "error"}
+# cells of the loss and of the bar; of the list from which there is room for a bar
+VALUE, BAR, WIDE = 7, 8, 44
 OFF = "·"  # in place of the sign of a run that is not drawn
 
 
 class Paint(NamedTuple):
-    """What the words of a run depend on beside the run: the background, the theme's colours, cells in a line."""
+    """What the words of a run depend on beside the run: the background, the theme's colours, cells
+    in a line.
+    """
 
     background: Color
     variables: dict[str, str]
@@ -43,12 +47,21 @@ class Paint(NamedTuple):
 
 
 def run_line(runs: Runs, key: str, paint: Paint, expanded: bool = False) -> Text:
-    """`■ lora  0.0158  ▆ 73%`: sign, name, loss, and how much was kept or how far it is. One that is off is dim."""
+    """`■ lora 0.0158 ▆ 73%`: sign, name, loss, and how much was kept or how far it is. One that is
+    off is dim.
+    """
     view, look, on = runs.views[key], runs.looks[key], key in runs.shown
     name = f"{'▾' if expanded else '▸'} {view.name}" if view.run.sweeps else view.name
-    loss = view.loss_of(view.best)[1] if on else None  # one that is off is not read, so its numbers would be old
+    # one that is off is not read, so its numbers would be old
+    loss = view.loss_of(view.best)[1] if on else None
     value = number(float(f"{loss:.3g}")) if loss is not None else "" if on else _when(view)
-    line = _columns(Text(look.sign if on else OFF, paint.of(look) if on else ""), name, value, _end(view, paint), paint)
+    line = _columns(
+        Text(look.sign if on else OFF, paint.of(look) if on else ""),
+        name,
+        value,
+        _end(view, paint),
+        paint,
+    )
     line.stylize("" if on else "dim")
     return line
 
@@ -58,24 +71,43 @@ def adapter_line(view: RunView, curve_log: CurveLog, look: Look, paint: Paint) -
     loss = view.loss_of(curve_log)[1]
     end = {DIVERGED: Text("diverged"), STOPPED: Text("stopped")}.get(curve_log.outcome, Text())
     sign = Text(f"  {look.sign if curve_log is view.best else ' '}", paint.of(look))
-    return _columns(sign, curve_log.name, "" if loss is None else number(float(f"{loss:.3g}")), end, paint)
+    return _columns(
+        sign, curve_log.name, "" if loss is None else number(float(f"{loss:.3g}")), end, paint
+    )
 
 
 def _columns(sign: Text, name: str, value: str, end: Text, paint: Paint) -> Text:
-    room = paint.width - sign.cell_len - 1 - max(VALUE, cell_len(value)) - 1 - (BAR + 5 if paint.width >= WIDE else 6)
-    line = Text.assemble(sign, " ", pad_or_truncate(printable(name), max(room, 1)), " ", value.rjust(VALUE), " ")
+    room = (
+        paint.width
+        - sign.cell_len
+        - 1
+        - max(VALUE, cell_len(value))
+        - 1
+        - (BAR + 5 if paint.width >= WIDE else 6)
+    )
+    line = Text.assemble(
+        sign, " ", pad_or_truncate(printable(name), max(room, 1)), " ", value.rjust(VALUE), " "
+    )
     return line.append(end)
 
 
 def _end(view: RunView, paint: Paint) -> Text:
-    """A finished run's share of old answers that it kept, as a bar; of another run its state and progress."""
+    """A finished run's share of old answers that it kept, as a bar; of another run its state and
+    progress.
+    """
     if view.state == "finished":
         if view.kept is None:
             return Text()
-        shape = bar(view.kept, BAR) if paint.width >= WIDE else LEVELS[round(view.kept * (len(LEVELS) - 1))]
+        shape = (
+            bar(view.kept, BAR)
+            if paint.width >= WIDE
+            else LEVELS[round(view.kept * (len(LEVELS) - 1))]
+        )
         return Text(f"{shape} {view.kept:>3.0%}")
     done, total = view.steps
-    return Text(f"{SIGNS[view.state]} {f'{done / total:.0%}' if total else '':>3}", paint.state(view))
+    return Text(
+        f"{SIGNS[view.state]} {f'{done / total:.0%}' if total else '':>3}", paint.state(view)
+    )
 
 
 def _when(view: RunView) -> str:
@@ -88,7 +120,12 @@ def details(line: Drawn, cursor: float | None, paint: Paint) -> Text:
     """What is known of a run, or of an adapter of a sweep: state, values, what it cost."""
     name = printable(line.view.run.curve_label(line.curve_log.name))
     text = Text.assemble((line.look.sign, paint.of(line.look)), " ", (name, "bold"))
-    for fact in (*_progress(line.view, paint), *_values(line, cursor), *_cost(line), *_trouble(line.view, paint)):
+    for fact in (
+        *_progress(line.view, paint),
+        *_values(line, cursor),
+        *_cost(line),
+        *_trouble(line.view, paint),
+    ):
         text.append("\n").append(fact)
     return text
 
@@ -112,7 +149,11 @@ def _values(line: Drawn, cursor: float | None) -> Iterator[str]:
     """The values at the cursor, or the newest; the small plots have the others."""
     log = line.curve_log.log
     index = log.index_at(cursor) if cursor is not None else len(log.steps) - 1
-    if index is None or index < 0 or (cursor is not None and not log.steps[0] <= cursor <= log.steps[-1]):
+    if (
+        index is None
+        or index < 0
+        or (cursor is not None and not log.steps[0] <= cursor <= log.steps[-1])
+    ):
         if cursor is not None:
             yield f"nothing logged at step {cursor:,.0f}"
         return
@@ -134,7 +175,9 @@ def _cost(line: Drawn) -> Iterator[str]:
         last = recent[-1]
         if last.predicted or last.measured:
             measured = in_units(last.measured) if last.measured else "not measured yet"
-            yield f"memory {measured}" + (f", predicted {in_units(last.predicted)}" if last.predicted else "")
+            yield f"memory {measured}" + (
+                f", predicted {in_units(last.predicted)}" if last.predicted else ""
+            )
         yield f"process {in_units(last.resident)}"
     rate = view.timed.cost.series["tokens_per_second"].smooth
     if rate and isfinite(rate[-1]):
@@ -147,7 +190,9 @@ def _sweep(view: RunView) -> Iterator[str]:
     if loss is not None and view.best.outcome != DIVERGED:
         yield f"best {printable(view.best.name)}: {name} {_four(loss)}"
     for outcome in (DIVERGED, STOPPED):
-        if names := [curve_log.name for curve_log in view.curve_logs.values() if curve_log.outcome == outcome]:
+        if names := [
+            curve_log.name for curve_log in view.curve_logs.values() if curve_log.outcome == outcome
+        ]:
             more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
             yield f"{len(names)} {outcome}: {printable(', '.join(names[:MAX_NAMES]))}{more}"
 
@@ -166,7 +211,9 @@ def _four(value: float) -> str:
 
 
 def roughly(seconds: float) -> str:
-    """An estimate, no more precise than it is: a few seconds, about 40 s, about 5 min, about 2 h 10 min."""
+    """An estimate, no more precise than it is: a few seconds, about 40 s, about 5 min, about 2 h 10
+    min.
+    """
     if seconds < 10:
         return "a few seconds"
     if seconds < 90:
@@ -179,7 +226,9 @@ def roughly(seconds: float) -> str:
 
 
 def answers(shown: Sequence[Drawn], cursor: float | None, paint: Paint) -> Text:
-    """What each run answered, and of a sweep its best and the pointed one: at the cursor, or the newest."""
+    """What each run answered, and of a sweep its best and the pointed one: at the cursor, or the
+    newest.
+    """
     text = Text()
     for line in reversed(shown):  # the pointed one first
         samples = [] if line.quiet else line.curve_log.answers_at(cursor)

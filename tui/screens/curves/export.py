@@ -22,15 +22,21 @@ KINDS = (".svg", ".png", ".csv")
 COLUMNS_EXPORTED = 600  # points of a line, at most
 
 
-def panel(metric: str, drawn: Sequence[Drawn], x: Range, y: Range | None = None, log: bool = False) -> dict[str, Any]:
-    """A panel for `pipeline.stages.charts`, in plain values. With `log`, `y` is given in exponents of ten."""
+def panel(
+    metric: str, drawn: Sequence[Drawn], x: Range, y: Range | None = None, log: bool = False
+) -> dict[str, Any]:
+    """A panel for `pipeline.stages.charts`, in plain values. With `log`, `y` is given in exponents
+    of ten.
+    """
     parts = []
     for line in drawn:
         columns, held_out = line.columns(metric, x, COLUMNS_EXPORTED), METRICS[metric].held_out
         marks = line.columns(held_out, x, COLUMNS_EXPORTED) if held_out and not line.quiet else []
         flat = line.flat() if metric == "loss" and not line.quiet else None
         flat_column = next((c for c in columns if flat and c.x >= flat[1] >= columns[0].x), None)
-        label = line.view.run.curve_label(line.curve_log.name) + (f", | flat from epoch {flat[0]:.0f}" if flat else "")
+        label = line.view.run.curve_label(line.curve_log.name) + (
+            f", | flat from epoch {flat[0]:.0f}" if flat else ""
+        )
         parts.append(
             {
                 "label": "" if line.quiet else label,
@@ -51,9 +57,15 @@ def panel(metric: str, drawn: Sequence[Drawn], x: Range, y: Range | None = None,
 
 
 async def save(
-    path: Path, views: Sequence[RunView], panels: Sequence[dict[str, Any]], x: Range, smoothing: float
+    path: Path,
+    views: Sequence[RunView],
+    panels: Sequence[dict[str, Any]],
+    x: Range,
+    smoothing: float,
 ) -> None:
-    """Write the runs' numbers or the panels, as the suffix of `path` says. Raises UserError and OSError."""
+    """Write the runs' numbers or the panels, as the suffix of `path` says. Raises UserError and
+    OSError.
+    """
     kind = path.suffix[1:].lower()
     if kind == "csv":
         chunks = csv_lines(views)
@@ -71,21 +83,32 @@ async def render_chart(chart: dict[str, Any]) -> bytes:
     )
     out, err = await process.communicate(json.dumps(chart).encode())
     if process.returncode:
-        reason = (err.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-        raise UserError(f"The chart could not be drawn: {reason}. Export CSV instead, or run `lora doctor`.")
+        reason = (
+            err.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"]
+        )[-1]
+        raise UserError(
+            f"The chart could not be drawn: {reason}. Export CSV instead, or run `lora doctor`."
+        )
     return out
 
 
 def csv_lines(views: Sequence[RunView]) -> Iterator[bytes]:
     """The header, then all rows, one chunk per curve. A column that no run has is left out."""
-    curves = [(view.run.curve_label(curve.name), curve.log) for view in views for curve in view.curve_logs.values()]
+    curves = [
+        (view.run.curve_label(curve.name), curve.log)
+        for view in views
+        for curve in view.curve_logs.values()
+    ]
     optional = [name for name in OPTIONAL if any(log.series[name].y for _, log in curves)]
     yield (",".join(("run", *COLUMNS, *optional)) + "\n").encode()
     for label, log in curves:
         text = StringIO()
         rows = csv.writer(text, lineterminator="\n")
-        sparse = [dict(zip(log.series[n].x, log.series[n].y, strict=True)) for n in optional]  # step → value
-        for step, *values in zip(log.steps, *(log.columns[column] for column in COLUMNS), strict=True):
+        # step → value
+        sparse = [dict(zip(log.series[n].x, log.series[n].y, strict=True)) for n in optional]
+        for step, *values in zip(
+            log.steps, *(log.columns[column] for column in COLUMNS), strict=True
+        ):
             cells = [*values, *(column.get(step) for column in sparse)]
             rows.writerow([label, *("" if cell is None else f"{cell:.10g}" for cell in cells)])
         yield text.getvalue().encode()
@@ -101,7 +124,9 @@ def path_for(root: Path, answer: str) -> Path:
     """The path that was typed. Raises UserError if nothing can be written there."""
     path = root / expand(answer)
     if path.suffix.lower() not in KINDS:
-        raise UserError(f"{answer} must end in .svg or .png for a picture, or in .csv for the numbers.")
+        raise UserError(
+            f"{answer} must end in .svg or .png for a picture, or in .csv for the numbers."
+        )
     if not path.parent.is_dir():
         raise UserError(f"{path.parent} is not a folder. Choose one that exists.")
     return path

@@ -14,7 +14,9 @@ def _short(value: float) -> str:
 
 @dataclass(frozen=True)
 class Metric:
-    """A series of the log by its column; `held_out` is the column of the same on held-out examples."""
+    """A series of the log by its column; `held_out` is the column of the same on held-out
+    examples.
+    """
 
     title: str
     short: str
@@ -33,12 +35,17 @@ METRICS = {
     ),
     "divergence": Metric("Divergence from the base, nats/token", "divergence"),
     "reward_margin": Metric("Reward margin, chosen − rejected", "margin"),
-    "reward_accuracy": Metric("Pairs whose chosen answer has the higher reward", "accuracy", "eval_accuracy"),
+    "reward_accuracy": Metric(
+        "Pairs whose chosen answer has the higher reward", "accuracy", "eval_accuracy"
+    ),
     "grad_norm": Metric("Gradient norm", "grad norm"),
     "learning_rate": Metric("Learning rate", "learning rate", smoothed=False),
     "tokens_per_second": Metric("Labelled tokens a second", "tokens/s"),
     "memory": Metric(
-        "Memory of tensors at the peak of a step", "memory", smoothed=False, format=lambda v: in_units(int(v))
+        "Memory of tensors at the peak of a step",
+        "memory",
+        smoothed=False,
+        format=lambda v: in_units(int(v)),
     ),
 }
 HELD_OUT = {name: metric.held_out for name, metric in METRICS.items() if metric.held_out}

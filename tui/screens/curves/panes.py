@@ -1,4 +1,6 @@
-"""The panes of the screen: the large chart, the small multiples, the list of runs, details, answers."""
+"""The panes of the screen: the large chart, the small multiples, the list of runs, details,
+answers.
+"""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,8 +26,10 @@ from tui.widgets.plot.scale import spans_decade
 from tui.widgets.plot.sparkline import sparkline
 from tui.widgets.text import KeyedList, Lines
 
-CELL, LOW = (26, 18), 4  # cells of a small plot: wished for, at least; rows below which it is a sparkline
-SPARK, TEXT, GAP = (8, 30), 20, 3  # cells of a sparkline, at least and at most, of the text beside it, between two
+# cells of a small plot: wished for, at least; rows below which it is a sparkline
+CELL, LOW = (26, 18), 4
+# cells of a sparkline, at least and at most, of the text beside it, between two
+SPARK, TEXT, GAP = (8, 30), 20, 3
 
 
 class ChartPane(Pane):
@@ -42,13 +46,28 @@ The scale is logarithmic where the values span a factor of ten; `l` switches. *A
 steps* moves with it, *steps … to …* stays. A drag moves the picture, the wheel zooms, a click sets the step cursor."""
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up", "screen.zoom(0.7)", "Zoom in", id="curves.zoom_in"),
-        Binding("down", "screen.zoom(1.43)", "out", id="curves.zoom_out"),  # 1.43 takes a step of 0.7 back
+        # 1.43 takes a step of 0.7 back
+        Binding("down", "screen.zoom(1.43)", "out", id="curves.zoom_out"),
         Binding("v", "screen.zoom(1, 0.7)", "Values in", id="curves.zoom_values_in"),
         Binding("V", "screen.zoom(1, 1.43)", "out", id="curves.zoom_values_out"),
         Binding("shift+up", "screen.pan(0, 0.1)", "Greater values", id="curves.up", show=False),
-        Binding("shift+down", "screen.pan(0, -0.1)", "Smaller values", id="curves.down", show=False),
-        Binding("home,g", "screen.end_of_steps(0)", "Cursor to the first step", id="curves.first", show=False),
-        Binding("end,G", "screen.end_of_steps(1)", "Cursor to the last step", id="curves.last", show=False),
+        Binding(
+            "shift+down", "screen.pan(0, -0.1)", "Smaller values", id="curves.down", show=False
+        ),
+        Binding(
+            "home,g",
+            "screen.end_of_steps(0)",
+            "Cursor to the first step",
+            id="curves.first",
+            show=False,
+        ),
+        Binding(
+            "end,G",
+            "screen.end_of_steps(1)",
+            "Cursor to the last step",
+            id="curves.last",
+            show=False,
+        ),
     ]
 
     def contents(self) -> Iterable[Widget]:
@@ -57,7 +76,9 @@ steps* moves with it, *steps … to …* stays. A drag moves the picture, the wh
 
 @dataclass(frozen=True)
 class Panel:
-    """A small plot: the metric's name, a run's value and its colour, and the lines for so many columns."""
+    """A small plot: the metric's name, a run's value and its colour, and the lines for so many
+    columns.
+    """
 
     name: str
     value: str
@@ -66,7 +87,9 @@ class Panel:
 
 
 class SmallPlots(PlotWidget, can_focus=True):
-    """Plots side by side, sparklines where there is no room, and constants as numbers; one of them is chosen."""
+    """Plots side by side, sparklines where there is no room, and constants as numbers; one of them
+    is chosen.
+    """
 
     @dataclass
     class Chosen(Message):
@@ -102,14 +125,20 @@ class SmallPlots(PlotWidget, can_focus=True):
         self._places = []
         rows_for_plots = height - bool(self._numbers)
         columns = self._columns(width, rows_for_plots)
-        self.show_rows(self._grid(width, rows_for_plots, columns) if columns else self._sparklines(width, height))
+        self.show_rows(
+            self._grid(width, rows_for_plots, columns)
+            if columns
+            else self._sparklines(width, height)
+        )
 
     def _columns(self, width: int, height: int) -> int:
         """Plots side by side so that all fit; 0 if none would be high enough."""
         if not self._panels or height < LOW or width < CELL[1]:
             return 0
         columns = max(min(len(self._panels), width // CELL[0]), 1)
-        while ceil(len(self._panels) / columns) > height // LOW and width // (columns + 1) >= CELL[1]:
+        while (
+            ceil(len(self._panels) / columns) > height // LOW and width // (columns + 1) >= CELL[1]
+        ):
             columns += 1
         return columns
 
@@ -124,7 +153,9 @@ class SmallPlots(PlotWidget, can_focus=True):
             for number, panel in enumerate(part, first):
                 left = width * (number - first) // columns
                 wide = width * (number - first + 1) // columns - left
-                self._places.append((range(left, left + wide), range(len(rows), len(rows) + room), number))
+                self._places.append(
+                    (range(left, left + wide), range(len(rows), len(rows) + room), number)
+                )
                 for row, cells in zip(block, self._plot(number, panel, wide, room), strict=True):
                     row += cells
             rows += block
@@ -187,7 +218,9 @@ class SmallPlots(PlotWidget, can_focus=True):
         row: list[Row] = [[]]
         column = 0
         for name, value in self._numbers:
-            _, column = self._append(row, 0, column, [(name, self.ink.ticks), (f" {value}", "")], width)
+            _, column = self._append(
+                row, 0, column, [(name, self.ink.ticks), (f" {value}", "")], width
+            )
         return row[0]
 
     def on_resize(self) -> None:
@@ -254,9 +287,13 @@ class RunList(KeyedList):
         self._show: Callable[[], None] = lambda: None
 
     def show_runs(self, runs: Runs, expanded: Collection[str], filter_text: str = "") -> None:
-        """Show the runs whose label contains the filter's text, or the adapters of sweeps that do."""
+        """Show the runs whose label contains the filter's text, or the adapters of sweeps that
+        do.
+        """
         self._show = lambda: self.show_runs(runs, expanded, filter_text)
-        paint = Paint(self.background_colors[1], self.app.theme_variables, max(self.size.width - 1, 20))
+        paint = Paint(
+            self.background_colors[1], self.app.theme_variables, max(self.size.width - 1, 20)
+        )
         option, before, lines = self.highlighted_option, self.sweeps, dict[str, Text]()
         self.sweeps = {}
         wanted = filter_text.lower()
@@ -271,12 +308,17 @@ class RunList(KeyedList):
             if view.run.sweeps:
                 self.sweeps[key] = key
             for log in members if is_open else ():
-                lines[adapter := view.adapter_key(log)] = adapter_line(view, log, runs.looks[key], paint)
+                lines[adapter := view.adapter_key(log)] = adapter_line(
+                    view, log, runs.looks[key], paint
+                )
                 self.sweeps[adapter] = key
         # The highlight of an adapter that is no longer listed moves to its sweep.
         self.show(lines, before.get(str(option.id), "") if option else "")
         if option is None and lines:  # the first look is at LoRA's newest run
-            lora = next((key for key in lines if key in runs.views and runs.views[key].run.stage == LORA), "")
+            lora = next(
+                (key for key in lines if key in runs.views and runs.views[key].run.stage == LORA),
+                "",
+            )
             self.highlighted = list(lines).index(lora) if lora else 0
 
     def on_resize(self) -> None:
@@ -332,7 +374,9 @@ tells all."""
         yield Static(markup=False)
 
     def show_text(self, text: Text) -> None:
-        """What does not fit is cut: a text that changes with each key must not lay out the screen anew."""
+        """What does not fit is cut: a text that changes with each key must not lay out the screen
+        anew.
+        """
         if text != self.text:
             self.text = text
             self.query_one(Static).update(text, layout=False)

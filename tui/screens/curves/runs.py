@@ -23,11 +23,14 @@ from tui.screens.curves.metrics import COST, HELD_OUT
 from tui.screens.curves.series import MIN_STEPS, Cost, Log, Series
 
 STATES = {"done": "finished", "stopped": "stopped", "failed": "failed"}
-STALLED = 30.0, 10.0  # seconds, and steps at the usual pace, without a new step after which no end is foretold
+# seconds, and steps at the usual pace, without a new step after which no end is foretold
+STALLED = 30.0, 10.0
 
 
 class CurveLog:
-    """Everything read of one curve. `outcome`: how a sweep's adapter ended before the others, if it did."""
+    """Everything read of one curve. `outcome`: how a sweep's adapter ended before the others, if it
+    did.
+    """
 
     def __init__(self, files: LogFiles, smoothing: float) -> None:
         self.name, self.log, self.cost = files.name, Log(smoothing), Cost(smoothing)
@@ -36,7 +39,9 @@ class CurveLog:
         self.answers: list[Sample] = []
         self._loss = FileTail(files.loss, step_parser)
         self._samples = FileTail(files.samples, lambda _: parse_sample, header=False)
-        self._telemetry = FileTail(files.telemetry, lambda _: parse_telemetry) if files.telemetry else None
+        self._telemetry = (
+            FileTail(files.telemetry, lambda _: parse_telemetry) if files.telemetry else None
+        )
 
     @property
     def skipped(self) -> int:
@@ -52,7 +57,9 @@ class CurveLog:
 
     def changed(self, telemetry: bool) -> bool:
         return any(
-            tail.changed() for tail in (self._loss, self._samples, self._telemetry if telemetry else None) if tail
+            tail.changed()
+            for tail in (self._loss, self._samples, self._telemetry if telemetry else None)
+            if tail
         )
 
     def answers_at(self, step: float | None) -> list[Sample]:
@@ -68,7 +75,8 @@ class CurveLog:
                 self.answers = []
             self.answers += part.rows
         rows: list[Telemetry] = []
-        if self._telemetry and telemetry:  # before the steps that it tells of, which are then all there
+        # before the steps that it tells of, which are then all there
+        if self._telemetry and telemetry:
             async for piece in self._telemetry.chunks():
                 if piece.change:
                     self.cost, rows = Cost(self.log.smoothing), []
@@ -81,12 +89,15 @@ class CurveLog:
 
 
 class RunView:
-    """A run, its state and everything read of it, with a CurveLog for each of its curves, by name."""
+    """A run, its state and everything read of it, with a CurveLog for each of its curves, by
+    name.
+    """
 
     def __init__(self, run: Run, smoothing: float) -> None:
         self.journal: Journal | None = None
         self.alive = False
-        self.kept: float | None = None  # share of the base's answers on old sentences, if an evaluation measured it
+        # share of the base's answers on old sentences, if an evaluation measured it
+        self.kept: float | None = None
         self.curve_logs: dict[str, CurveLog] = {}
         self._outcomes_stamp: tuple[int, ...] | None = None  # of the outcomes file, when last read
         self.update(run, smoothing)
@@ -94,7 +105,10 @@ class RunView:
     def update(self, run: Run, smoothing: float) -> None:
         """Update to a later state of the run, which may have more curves."""
         self.run, previous = run, self.curve_logs
-        self.curve_logs = {files.name: previous.get(files.name) or CurveLog(files, smoothing) for files in run.curves}
+        self.curve_logs = {
+            files.name: previous.get(files.name) or CurveLog(files, smoothing)
+            for files in run.curves
+        }
         self._select_best()
 
     @property
@@ -108,8 +122,12 @@ class RunView:
 
     @property
     def name(self) -> str:
-        """What it is called beside its line: its method, and the settings that differ from the current ones."""
-        label = self.run.label.replace(self.run.stage, GRAPH.stages[self.run.stage].method or self.run.stage, 1)
+        """What it is called beside its line: its method, and the settings that differ from the
+        current ones.
+        """
+        label = self.run.label.replace(
+            self.run.stage, GRAPH.stages[self.run.stage].method or self.run.stage, 1
+        )
         return " ".join(label.split())
 
     def adapter_key(self, curve_log: CurveLog) -> str:
@@ -118,7 +136,9 @@ class RunView:
 
     @property
     def timed(self) -> CurveLog:
-        """The first curve that is still training: its telemetry describes the process, so it holds for all."""
+        """The first curve that is still training: its telemetry describes the process, so it holds
+        for all.
+        """
         curve_logs = list(self.curve_logs.values())
         return next((curve_log for curve_log in curve_logs if not curve_log.outcome), curve_logs[0])
 
@@ -136,38 +156,53 @@ class RunView:
         self._select_best()
 
     def poll_state(self) -> bool:
-        """Read the run state and the outcomes of adapters again. Returns whether they changed, but for the progress."""
+        """Read the run state and the outcomes of adapters again. Returns whether they changed, but
+        for the progress.
+        """
         before = self._condition
         folder = self.run.folder
         self.journal = run_state.read(folder) if folder else None
-        self.alive = bool(folder and self.journal and self.journal.state == "running" and run_state.alive(folder))
+        self.alive = bool(
+            folder and self.journal and self.journal.state == "running" and run_state.alive(folder)
+        )
         now = file_stamp(self.run.log_folder / TABLE) if self.run.sweeps else None
         if now == self._outcomes_stamp:
             return before != self._condition
         self._outcomes_stamp, outcomes = now, read_run_outcomes(self.run.log_folder)
         for name, curve_log in self.curve_logs.items():
-            curve_log.outcome = outcome if (outcome := outcomes.get(name, "")) in (DIVERGED, STOPPED) else ""
+            curve_log.outcome = (
+                outcome if (outcome := outcomes.get(name, "")) in (DIVERGED, STOPPED) else ""
+            )
         self._select_best()
         return True
 
     @property
     def _condition(self) -> tuple[object, ...]:
         journal = self.journal
-        return (journal.state, journal.message, journal.total, self.alive) if journal else (None, "", 0, self.alive)
+        return (
+            (journal.state, journal.message, journal.total, self.alive)
+            if journal
+            else (None, "", 0, self.alive)
+        )
 
     def _select_best(self) -> None:
-        """The curve that represents the run: that of the lowest loss; a diverged one or a NaN is never better."""
+        """The curve that represents the run: that of the lowest loss; a diverged one or a NaN is
+        never better.
+        """
 
         def rank(curve_log: CurveLog) -> tuple[bool, float]:
             loss = self.loss_of(curve_log)[1]
-            return curve_log.outcome == DIVERGED, loss if loss is not None and isfinite(loss) else float("inf")
+            return curve_log.outcome == DIVERGED, loss if loss is not None and isfinite(
+                loss
+            ) else float("inf")
 
         self.best = min(self.curve_logs.values(), key=rank)
 
     def loss_of(self, curve_log: CurveLog) -> tuple[str, float | None]:
         """The loss by which adapters are compared, and its name: on held-out examples if measured.
 
-        With early stopping (`patience`) it is the lowest, as the checkpoint of that one is kept, else the last.
+        With early stopping (`patience`) it is the lowest, as the checkpoint of that one is kept,
+        else the last.
         """
         if values := curve_log.log.series[HELD_OUT["loss"]].y:
             held_out = min(values) if self.run.params.get("patience") else values[-1]
@@ -185,18 +220,24 @@ class RunView:
     @property
     def change(self) -> Change:
         """Whether the log was restarted, replaced or is gone while it was followed."""
-        return next((curve_log.change for curve_log in self.curve_logs.values() if curve_log.change), "")
+        return next(
+            (curve_log.change for curve_log in self.curve_logs.values() if curve_log.change), ""
+        )
 
     @property
     def steps(self) -> tuple[int, int]:
-        """Steps done and in all; 0 in all before a run that was resumed has told how many there are."""
+        """Steps done and in all; 0 in all before a run that was resumed has told how many there
+        are.
+        """
         done = max((int(log.steps[-1]) for log in self.logs if log.steps), default=0)
         total = self.journal.total if self.journal else 0
         return done, max(total, done) if total or not self.alive else 0
 
     @property
     def seconds_left(self) -> float | None:
-        """From the pace of the last steps; None while nothing can be said: at the start, or when no step comes."""
+        """From the pace of the last steps; None while nothing can be said: at the start, or when no
+        step comes.
+        """
         pace, (done, total) = self.timed.cost.seconds_per_step or self._mean_pace, self.steps
         if not self.alive or not total or pace is None or not isfinite(pace):
             return None

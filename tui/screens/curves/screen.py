@@ -43,7 +43,8 @@ SMOOTHINGS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 POLL, IDLE_POLLS = 0.5, 4  # seconds between checks of the files; times as long while no run is live
 CPU_SHARE = 0.02  # of a core for drawing a live chart, since training needs the rest
 MAX_DELAY = 2.0  # seconds after which it is drawn anyway
-TWO_COLUMNS, HIGH = 76, 32  # columns and rows from which there is room for the list beside the chart, for small plots
+# columns and rows from which there is room for the list beside the chart, for small plots
+TWO_COLUMNS, HIGH = 76, 32
 
 
 class CurvesScreen(WorkbenchScreen):
@@ -65,7 +66,14 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
         Binding("left", "sideways(-1)", "Step cursor", id="curves.left", key_display="← →"),
         Binding("right", "sideways(1)", "Step cursor to the right", id="curves.right", show=False),
         Binding("l", "log", "Log", id="curves.log"),
-        Binding("comma", "smooth(-1)", "Smooth less", id="curves.smooth_less", key_display=",", show=False),
+        Binding(
+            "comma",
+            "smooth(-1)",
+            "Smooth less",
+            id="curves.smooth_less",
+            key_display=",",
+            show=False,
+        ),
         Binding("full_stop", "smooth(1)", "Smooth", id="curves.smooth_more", key_display=", ."),
         Binding("x", "export", "Export", id="curves.export"),
         Binding("a", "answers", "Answers", id="curves.answers"),
@@ -110,7 +118,9 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
         self._look()
 
     def open_with(self, run: str = "", **_: Any) -> None:
-        """Show a run: its stage (the newest of it), its method, or `finetune_sweep/NAME` for an adapter of a sweep."""
+        """Show a run: its stage (the newest of it), its method, or `finetune_sweep/NAME` for an
+        adapter of a sweep.
+        """
         self._wanted = run
         self._find_wanted()
 
@@ -132,7 +142,9 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
 
     def project_changed(self) -> None:
         """Progress is a change too; what was kept changes when a stage does."""
-        states: dict[str, str] = {name: state.state for name, state in self.workbench.project_watch.states.items()}
+        states: dict[str, str] = {
+            name: state.state for name, state in self.workbench.project_watch.states.items()
+        }
         if states != self._states:
             self._states = states
             self._read_kept()
@@ -172,9 +184,14 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
                 if first and started:
                     self._update_list()
                     self._point_to(next(key for key in self.runs.views if key in started))
-            # Read and draw only while that stays within CPU_SHARE, or if the last time is MAX_DELAY ago.
+            # Read and draw only while that stays within CPU_SHARE, or if the last time is MAX_DELAY
+            # ago.
             since = monotonic() - self._drawn_at
-            due = rediscovered or since > MAX_DELAY or process_time() - self._cpu_time < CPU_SHARE * since
+            due = (
+                rediscovered
+                or since > MAX_DELAY
+                or process_time() - self._cpu_time < CPU_SHARE * since
+            )
             changed = [view for _, view in self.runs.visible() if due and view.changed()]
             for view in changed:
                 await view.read()
@@ -213,7 +230,10 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
             self.metric = "loss"
 
         def lines(name: str, columns: int, labels: bool = False) -> list[Line]:
-            return [line.line(name, x, columns, self.window.cursor, background, labels) for line in drawn]
+            return [
+                line.line(name, x, columns, self.window.cursor, background, labels)
+                for line in drawn
+            ]
 
         large = lines(self.metric, self.chart.columns, labels=True)
         usual = spans_decade(value for line in large if not line.stray for value in line.values())
@@ -223,14 +243,18 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
         small = [name for name in logged if name != self.metric]
         constant = [name for name in small if self.runs.is_constant(name)]
         panels = [
-            Panel(name, *self._value(drawn, name), partial(lines, name)) for name in small if name not in constant
+            Panel(name, *self._value(drawn, name), partial(lines, name))
+            for name in small
+            if name not in constant
         ]
         numbers = [(METRICS[name].short, self._value(drawn, name)[0]) for name in constant]
         self.query_one(SmallPlots).draw(panels, numbers, View(x, cursor=self.window.cursor))
         self._show_texts(drawn)
 
     def _value(self, drawn: list[Drawn], name: str) -> tuple[str, str]:
-        """The value of the pointed run, else of the uppermost that has one, and the colour of that run."""
+        """The value of the pointed run, else of the uppermost that has one, and the colour of that
+        run.
+        """
         for line in reversed(drawn):
             value = None if line.quiet else line.value(name, self.window.cursor)
             if value is not None:
@@ -243,7 +267,9 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
         facts.append("log" if self.logarithmic else "linear")
         if self.logarithmic and any(y <= 0 for line in lines for y in line.values()):
             facts.append("without values ≤ 0")
-        facts += ["× held out"] * any(line.marks for line in lines) + [f"smooth {self.runs.smoothing:g}"]
+        facts += ["× held out"] * any(line.marks for line in lines) + [
+            f"smooth {self.runs.smoothing:g}"
+        ]
         title, pane = METRICS[self.metric].title, self.query_one(ChartPane)
         while len(facts) > 1 and len(title) + len(" · ".join(facts)) + 4 > pane.size.width:
             facts.pop()
@@ -258,7 +284,9 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
         if has_answers:
             pane.show_text(answers(drawn, self.window.cursor, paint))
         line = self._pointed_line()
-        self.query_one(DetailsPane).show_text(details(line, self.window.cursor, paint) if line else Text())
+        self.query_one(DetailsPane).show_text(
+            details(line, self.window.cursor, paint) if line else Text()
+        )
 
     def _paint(self, widget: Widget) -> Paint:
         return Paint(widget.background_colors[1], self.app.theme_variables, widget.size.width)
@@ -284,7 +312,9 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
         if found is None:
             return None
         key, view = found
-        curves = (log for log in view.curve_logs.values() if pointed and view.adapter_key(log) == pointed)
+        curves = (
+            log for log in view.curve_logs.values() if pointed and view.adapter_key(log) == pointed
+        )
         return Drawn(view, next(curves, view.best), self.runs.looks[key])
 
     def steps(self) -> Range:
@@ -331,7 +361,8 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
         if found and found[1].run.sweeps:
             self._opened ^= {found[0]}
             if found[0] in self._opened:
-                self.runs.show(found[0])  # hidden runs are not read, so its adapters would have no numbers
+                # hidden runs are not read, so its adapters would have no numbers
+                self.runs.show(found[0])
             self._read_now()
         else:
             self.action_switch()
@@ -355,7 +386,11 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
         if not line or not project or "chat" not in SCREENS:
             return
         run = line.view.run
-        folders = (at / line.curve_log.name for at in (run.log_folder, project.artifact(run.stage)) if run.digest)
+        folders = (
+            at / line.curve_log.name
+            for at in (run.log_folder, project.artifact(run.stage))
+            if run.digest
+        )
         if model := next((folder for folder in folders if (folder / MANIFEST).is_file()), None):
             self.workbench.go("chat", models=[model])
         else:
@@ -423,9 +458,13 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
         self._set_window(x=None, y=None, following=False)
 
     def action_sideways(self, direction: int) -> None:
-        """Move the step cursor; the first press sets it to the last step of the run that the list's cursor is on."""
+        """Move the step cursor; the first press sets it to the last step of the run that the list's
+        cursor is on.
+        """
         line = self._pointed_line()
-        last = line.curve_log.log.steps[-1] if line and line.curve_log.log.steps else self.steps()[1]
+        last = (
+            line.curve_log.log.steps[-1] if line and line.curve_log.log.steps else self.steps()[1]
+        )
         self._show(self.window.sideways(direction, self.steps(), self.chart.plot.width, last))
 
     def action_end_of_steps(self, end: Literal[0, 1]) -> None:
@@ -445,7 +484,8 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
     def action_smooth(self, direction: Literal[-1, 1]) -> None:
         index = min(max(SMOOTHINGS.index(self.runs.smoothing) + direction, 0), len(SMOOTHINGS) - 1)
         if self.runs.smoothing != SMOOTHINGS[index]:
-            self.runs.smoothing = SMOOTHINGS[index]  # now: the next key may come before the lines are smoothed
+            # now: the next key may come before the lines are smoothed
+            self.runs.smoothing = SMOOTHINGS[index]
             self._smooth()
 
     @work(exclusive=True, group="smooth")
@@ -463,7 +503,10 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
             self.warn(f"There is nothing to export: {hint}.")
             return
         stem = f"curves-{views[0].run.stage}" if len(views) == 1 else "curves"
-        question = "Save what is shown as a picture (.svg, .png), or the numbers of the runs that are on (.csv)"
+        question = (
+            "Save what is shown as a picture (.svg, .png), or the numbers of the runs that are on "
+            "(.csv)"
+        )
         name = export.free_name(self.workbench.root, stem)
         answer = await self.app.push_screen_wait(PathScreen(question, name))
         if answer is None:
@@ -478,8 +521,14 @@ answers that they gave. Running ones are followed. `x` saves what is shown as a 
             self.workbench.log_message(f"Exported to {path}.")
 
     def panels(self) -> list[dict[str, Any]]:
-        """The plots that are visible, at a higher resolution, as `pipeline.stages.charts` takes them."""
+        """The plots that are visible, at a higher resolution, as `pipeline.stages.charts` takes
+        them.
+        """
         drawn, x = self.drawn(), self.steps()
         large = export.panel(self.metric, drawn, x, self.chart.plot.y, self.logarithmic)
-        small = [name for name in self.runs.logged() if name != self.metric and not self.runs.is_constant(name)]
+        small = [
+            name
+            for name in self.runs.logged()
+            if name != self.metric and not self.runs.is_constant(name)
+        ]
         return [large, *(export.panel(name, drawn, x) for name in small)]

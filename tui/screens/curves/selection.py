@@ -21,12 +21,15 @@ from tui.widgets.colors import readable
 from tui.widgets.plot.line_plot import Line
 from tui.widgets.plot.scale import Range
 
-BAND, QUIET = 0.3, 0.5  # share of the colour in the band of raw values, and in a quiet line; the rest is background
+# share of the colour in the band of raw values, and in a quiet line; the rest is background
+BAND, QUIET = 0.3, 0.5
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A curve to draw. `pointed`: the list's cursor is on it. `quiet`: another adapter of a sweep than its best."""
+    """A curve to draw. `pointed`: the list's cursor is on it. `quiet`: another adapter of a sweep
+    than its best.
+    """
 
     view: RunView
     curve_log: CurveLog
@@ -37,7 +40,11 @@ class Drawn:
     @property
     def name(self) -> str:
         """Its name beside the line."""
-        return f"{self.view.name.split()[0]} {self.curve_log.name}" if self.curve_log.name else self.view.name
+        return (
+            f"{self.view.name.split()[0]} {self.curve_log.name}"
+            if self.curve_log.name
+            else self.view.name
+        )
 
     def columns(self, metric: str, x: Range, count: int) -> list[Column]:
         return self.curve_log.series(metric).visible(*x, count)
@@ -47,7 +54,8 @@ class Drawn:
         return self.curve_log.log.flat(self.view.alive and not self.curve_log.outcome)
 
     def value(self, metric: str, cursor: float | None) -> float | None:
-        """The smoothed value at the cursor, or the newest one; of the loss after an epoch the last epoch's mean.
+        """The smoothed value at the cursor, or the newest one; of the loss after an epoch the last
+        epoch's mean.
 
         That mean is what reports and the list of runs compare, so that one run has one loss.
         """
@@ -59,9 +67,17 @@ class Drawn:
         return series.smooth[-1] if series.smooth else None
 
     def line(
-        self, metric: str, x: Range, count: int, cursor: float | None, background: Color, labels: bool = True
+        self,
+        metric: str,
+        x: Range,
+        count: int,
+        cursor: float | None,
+        background: Color,
+        labels: bool = True,
     ) -> Line:
-        """Its line in a plot of `count` columns. With `labels`, the pointed one has the band of its raw values."""
+        """Its line in a plot of `count` columns. With `labels`, the pointed one has the band of its
+        raw values.
+        """
         columns = self.columns(metric, x, count)
         color = readable(Color.parse(self.look.color), background)
         if self.quiet:
@@ -91,7 +107,8 @@ class Drawn:
 class Runs:
     """RunViews by the folder of their logs, the newest of a stage first.
 
-    On is the latest run of each method, and what is running. What the user switched stays so until it starts anew.
+    On is the latest run of each method, and what is running. What the user switched stays so until
+    it starts anew.
     """
 
     def __init__(self, root: Path, params: Path, smoothing: float) -> None:
@@ -107,12 +124,16 @@ class Runs:
         return [(key, view) for key, view in self.views.items() if key in self.shown]
 
     def drawn(self, pointed: str = "") -> list[Drawn]:
-        """Every visible curve, in drawing order: the quiet ones, the others, those that run, the pointed one."""
+        """Every visible curve, in drawing order: the quiet ones, the others, those that run, the
+        pointed one.
+        """
         drawn = []
         for key, view in self.visible():
             for curve_log in view.curve_logs.values():
                 best = curve_log is view.best
-                on_it = bool(pointed) and (view.adapter_key(curve_log) == pointed or (best and key == pointed))
+                on_it = bool(pointed) and (
+                    view.adapter_key(curve_log) == pointed or (best and key == pointed)
+                )
                 drawn.append(Drawn(view, curve_log, self.looks[key], not best and not on_it, on_it))
         return sorted(drawn, key=lambda line: (line.pointed, not line.quiet, line.view.alive))
 
@@ -128,7 +149,9 @@ class Runs:
 
     def has_answers(self) -> bool:
         """Whether any visible run has samples."""
-        return any(curve.answers for _, view in self.visible() for curve in view.curve_logs.values())
+        return any(
+            curve.answers for _, view in self.visible() for curve in view.curve_logs.values()
+        )
 
     def toggle(self, key: str) -> None:
         self._switched[key] = key not in self.shown
@@ -139,13 +162,19 @@ class Runs:
         self.update_shown()
 
     async def smooth(self) -> None:
-        """Smooth all lines anew, with a turn of the event loop after each: a long log takes 0.1 s."""
-        for curve_log in [curve for view in self.views.values() for curve in view.curve_logs.values()]:
+        """Smooth all lines anew, with a turn of the event loop after each: a long log takes 0.1
+        s.
+        """
+        for curve_log in [
+            curve for view in self.views.values() for curve in view.curve_logs.values()
+        ]:
             curve_log.smooth(self.smoothing)
             await asyncio.sleep(0)
 
     def update_shown(self) -> set[str]:
-        """Apply the rule of which runs are on. Returns those that have started since the last call."""
+        """Apply the rule of which runs are on. Returns those that have started since the last
+        call.
+        """
         latest: dict[str, str] = {}
         for key, view in self.views.items():
             latest.setdefault(view.run.stage, key)
@@ -174,15 +203,20 @@ class Runs:
             self.views[str(run.log_folder)] = view
         self.stamp = now
         self._show_kept(kept)
-        # The last run of a method gets the method's look; any other run keeps the first look that was free.
+        # The last run of a method gets the method's look; any other run keeps the first look that
+        # was free.
         for key, view in self.views.items():
-            last = next(k for k, other_view in self.views.items() if other_view.run.stage == view.run.stage)
+            last = next(
+                k for k, other_view in self.views.items() if other_view.run.stage == view.run.stage
+            )
             if key == last and (look := GRAPH.stages[view.run.stage].look):
                 self.looks[key] = look
             elif self.looks.get(key) in (None, *(stage.look for stage in GRAPH.stages.values())):
                 taken = {self.looks[k] for k in self.views if k in self.looks}
                 looks = map(other_look, range(OTHER_LOOKS))
-                self.looks[key] = next((look for look in looks if look not in taken), other_look(len(taken)))
+                self.looks[key] = next(
+                    (look for look in looks if look not in taken), other_look(len(taken))
+                )
         return True
 
     async def read_kept(self, project: Project | None) -> None:
@@ -204,7 +238,9 @@ def _kept(root: Path, project: Project | None) -> dict[str, float]:
     shares = {}
     for digest, numbers in measured(home / ARTIFACTS for home in homes).items():
         share: Any = (
-            numbers.get("forgetting", {}).get("answers_kept") if isinstance(numbers.get("forgetting"), dict) else None
+            numbers.get("forgetting", {}).get("answers_kept")
+            if isinstance(numbers.get("forgetting"), dict)
+            else None
         )
         if isinstance(share, int | float) and 0 <= share <= 1:
             shares[digest] = float(share)

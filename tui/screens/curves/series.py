@@ -1,4 +1,6 @@
-"""A run's numbers in plain arrays: smoothed as they arrive, and reduced to the columns of a chart."""
+"""A run's numbers in plain arrays: smoothed as they arrive, and reduced to the columns of a
+chart.
+"""
 
 from array import array
 from bisect import bisect_left, bisect_right
@@ -12,12 +14,16 @@ from pipeline.project.logs.run_log import COLUMNS, OPTIONAL, Row, Telemetry, fla
 from tui.screens.curves.metrics import COST, METRICS, smoothing_of
 
 EARLY = 8  # the average reaches back over an eighth of the steps so far, at most
-BLOCK = 32  # points whose minimum, maximum and sum are cached, so that wide columns need not read every point
-RECENT, MIN_STEPS = 200, 5  # rows of telemetry from which the pace is estimated; steps between them, at least
+# points whose minimum, maximum and sum are cached, so that wide columns need not read every point
+BLOCK = 32
+# rows of telemetry from which the pace is estimated; steps between them, at least
+RECENT, MIN_STEPS = 200, 5
 
 
 class Column(NamedTuple):
-    """The steps in one column of a plot: x, minimum and maximum of the raw values, mean of the smoothed ones."""
+    """The steps in one column of a plot: x, minimum and maximum of the raw values, mean of the
+    smoothed ones.
+    """
 
     x: float
     low: float
@@ -26,11 +32,13 @@ class Column(NamedTuple):
 
 
 class Series:
-    """A metric over the steps. `smooth` is its exponential moving average, with less memory at the begin of a run.
+    """A metric over the steps. `smooth` is its exponential moving average, with less memory at the
+    begin of a run.
 
-    There the average, bias-corrected as in Adam, would be little else than the mean of all steps: after 13 steps in
-    which a loss falls from 2 to 0.1, 0.5 at a strength of 0.9. So of n values the last weighs 8/(n + 7) or more
-    (polynomial-decay averaging, Shamir & Zhang 2013), which is all of it at n = 1.
+    There the average, bias-corrected as in Adam, would be little else than the mean of all steps:
+    after 13 steps in which a loss falls from 2 to 0.1, 0.5 at a strength of 0.9. So of n values the
+    last weighs 8/(n + 7) or more (polynomial-decay averaging, Shamir & Zhang 2013), which is all of
+    it at n = 1.
     """
 
     def __init__(self, x: "array[float]", strength: float) -> None:
@@ -39,10 +47,13 @@ class Series:
         self._mean, self._count = 0.0, 0  # of the finite values
         self._finite = True
         self._low, self._high = inf, -inf  # of the finite values
-        self._lows, self._highs, self._sums = array("d"), array("d"), array("d")  # one value per block
+        # one value per block
+        self._lows, self._highs, self._sums = array("d"), array("d"), array("d")
 
     def extend(self, values: Iterable[float]) -> None:
-        """Append raw values and their smoothed ones. A value that is not finite does not change the average."""
+        """Append raw values and their smoothed ones. A value that is not finite does not change the
+        average.
+        """
         least, mean, count = 1 - self.strength, self._mean, self._count
         self.y.extend(values)
         new, smoothed = self.y[len(self.smooth) :], []
@@ -55,7 +66,10 @@ class Series:
                 self._finite = False
             smoothed.append(mean if count else value)
         finite = new if self._finite else [value for value in new if isfinite(value)]
-        self._low, self._high = min(self._low, min(finite, default=inf)), max(self._high, max(finite, default=-inf))
+        self._low, self._high = (
+            min(self._low, min(finite, default=inf)),
+            max(self._high, max(finite, default=-inf)),
+        )
         self.smooth.extend(smoothed)
         self._mean, self._count = mean, count
         for start in range(len(self._sums) * BLOCK, len(self.y) - BLOCK + 1, BLOCK):
@@ -75,7 +89,8 @@ class Series:
         return series
 
     def visible(self, first: float, last: float, columns: int) -> list[Column]:
-        """Decimate steps `first` to `last` to at most `columns` columns of equal width, leaving out empty ones.
+        """Decimate steps `first` to `last` to at most `columns` columns of equal width, leaving out
+        empty ones.
 
         Every finite point in the range is between `low` and `high` of its column.
         """
@@ -94,7 +109,9 @@ class Series:
                 visible.append(Column(x, low, high, total / (end - start)))
                 continue
             # One NaN makes the cached values of its block useless, so every point is read.
-            raw, smooth = ([v for v in values[start:end] if isfinite(v)] for values in (self.y, self.smooth))
+            raw, smooth = (
+                [v for v in values[start:end] if isfinite(v)] for values in (self.y, self.smooth)
+            )
             if raw:
                 visible.append(Column(x, min(raw), max(raw), sum(smooth) / len(smooth)))
         return visible
@@ -110,7 +127,9 @@ class Series:
         return self.smooth[index - 1] if index and step <= self.x[-1] else None
 
     @staticmethod
-    def _with_blocks(values: "array[float]", blocks: "array[float]", start: int, end: int) -> "array[float]":
+    def _with_blocks(
+        values: "array[float]", blocks: "array[float]", start: int, end: int
+    ) -> "array[float]":
         """values[start:end] with every complete block replaced by its cached value."""
         first, last = -(-start // BLOCK), end // BLOCK
         if first >= last:
@@ -126,17 +145,21 @@ class Log:
         self.columns = {name: array("d") for name in COLUMNS}
         self.steps = self.columns["step"]
         self.foreign = 0  # rows out of order
-        self._epochs: dict[float, list[float]] = {}  # epoch → first step, sum of losses, number of steps
+        # epoch → first step, sum of losses, number of steps
+        self._epochs: dict[float, list[float]] = {}
         self.series: dict[str, Series] = {}
         for name in dict.fromkeys((*METRICS, *OPTIONAL)):
             if name not in COST:
-                steps = array("d") if name in OPTIONAL else self.steps  # most rows have no value for these
+                # most rows have no value for these
+                steps = array("d") if name in OPTIONAL else self.steps
                 self.series[name] = Series(steps, smoothing_of(name, smoothing))
             if name in COLUMNS:
                 self.columns[name] = self.series[name].y
 
     def extend(self, rows: Sequence[Row]) -> None:
-        """Append rows. One whose step is not after the last one's is dropped and counted in `foreign`."""
+        """Append rows. One whose step is not after the last one's is dropped and counted in
+        `foreign`.
+        """
         in_order, last = [], self.steps[-1] if self.steps else float("-inf")
         for row in rows:
             if row[0] > last:
@@ -150,7 +173,10 @@ class Log:
                 self.columns[name].extend(values)
         for column, name in enumerate(OPTIONAL, len(COLUMNS)):
             cells = ((row[0], row[column]) for row in in_order if len(row) > column)
-            points = [(step, value) for step, value in cells if value is not None and value == value]  # not NaN
+            # not NaN
+            points = [
+                (step, value) for step, value in cells if value is not None and value == value
+            ]
             self.series[name].x.extend(step for step, _ in points)
             self.series[name].extend(value for _, value in points)
         for step, epoch, loss, *_ in in_order:
@@ -160,7 +186,10 @@ class Log:
 
     def smooth(self, strength: float) -> None:
         self.smoothing = strength
-        self.series = {name: series.smoothed_with(smoothing_of(name, strength)) for name, series in self.series.items()}
+        self.series = {
+            name: series.smoothed_with(smoothing_of(name, strength))
+            for name, series in self.series.items()
+        }
         self.columns.update({name: self.series[name].y for name in COLUMNS if name in self.series})
 
     def flat(self, running: bool) -> tuple[int, float] | None:
@@ -173,7 +202,9 @@ class Log:
         return (epoch, self._epochs[epoch][0]) if epoch in self._epochs else None
 
     def final_loss(self, running: bool) -> float | None:
-        """Mean loss of the last epoch; while `running`, of the last complete epoch if there is one."""
+        """Mean loss of the last epoch; while `running`, of the last complete epoch if there is
+        one.
+        """
         epochs = reversed(self._epochs.values())
         last = next(epochs, None)
         if running:
@@ -215,7 +246,9 @@ class Cost:
                 self.recent.clear()  # resumed by another process, whose clock starts at 0
             elif before and row.step > before.step:
                 tokens = log.tokens_at(row.step) - log.tokens_at(before.step)
-                points["tokens_per_second"].append((row.step, tokens / (row.seconds - before.seconds)))
+                points["tokens_per_second"].append(
+                    (row.step, tokens / (row.seconds - before.seconds))
+                )
             if row.measured:
                 points["memory"].append((row.step, row.measured))
             self.recent.append(row)
@@ -227,11 +260,16 @@ class Cost:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """The pace of the last steps; None while they say too little: the first ones load and warm up."""
+        """The pace of the last steps; None while they say too little: the first ones load and warm
+        up.
+        """
         first, last = (self.recent[0], self.recent[-1]) if self.recent else (None, None)
         if first is None or last is None or last.step - first.step < MIN_STEPS:
             return None
         return (last.seconds - first.seconds) / (last.step - first.step)
 
     def smooth(self, strength: float) -> None:
-        self.series = {name: series.smoothed_with(smoothing_of(name, strength)) for name, series in self.series.items()}
+        self.series = {
+            name: series.smoothed_with(smoothing_of(name, strength))
+            for name, series in self.series.items()
+        }

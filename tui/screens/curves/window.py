@@ -33,7 +33,9 @@ class Window:
         if self.cursor is None:
             return replace(self, cursor=round(min(max(start, first), last)))
         by = max(round((last - first) / columns), 1)
-        return replace(self, cursor=min(max(self.cursor + by * direction, round(first)), round(last)))
+        return replace(
+            self, cursor=min(max(self.cursor + by * direction, round(first)), round(last))
+        )
 
     def facts(self, steps: Range) -> list[str]:
         """Cursor and steps in words."""
@@ -41,4 +43,9 @@ class Window:
         at = [f"at step {self.cursor:,.0f}"] if self.cursor is not None else []
         if self.x is None:
             return [*at, "all steps"]
-        return [*at, f"last {last - first:,.0f} steps" if self.following else f"steps {first:,.0f} to {last:,.0f}"]
+        return [
+            *at,
+            f"last {last - first:,.0f} steps"
+            if self.following
+            else f"steps {first:,.0f} to {last:,.0f}",
+        ]

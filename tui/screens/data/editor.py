@@ -1,4 +1,6 @@
-"""A row is edited: each text of it in a field, or all of it as JSON; what would be written where, and how it reads."""
+"""A row is edited: each text of it in a field, or all of it as JSON; what would be written where,
+and how it reads.
+"""
 
 import json
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -33,14 +35,23 @@ class Written(NamedTuple):
 
 
 def text_fields(record: Mapping[str, Any]) -> dict[Path, str]:
-    """Where the texts of a row are that one edits → what they are; nothing if there are too many, or none."""
+    """Where the texts of a row are that one edits → what they are; nothing if there are too many,
+    or none.
+    """
     fields: dict[Path, str] = {}
     for key, value in record.items():
         if isinstance(value, str):
             fields[(key,)] = key
         for number, turn in enumerate(value if isinstance(value, list) else ()):
-            texts = [name for name in CONTENTS if isinstance(turn, dict) and isinstance(turn.get(name), str)]
-            fields |= {(key, number, name): str(turn.get("role") or turn.get("from") or key) for name in texts}
+            texts = [
+                name
+                for name in CONTENTS
+                if isinstance(turn, dict) and isinstance(turn.get(name), str)
+            ]
+            fields |= {
+                (key, number, name): str(turn.get("role") or turn.get("from") or key)
+                for name in texts
+            }
     return fields if len(fields) <= MAX_FIELDS else {}
 
 
@@ -57,17 +68,19 @@ def put(record: Any, path: Path, text: str) -> None:
 
 
 class Editor(ModalScreen[Written | None]):
-    """Returns where the edited row was written; None if it was cancelled. `line`: the row, which may be no JSON yet.
+    """Returns where the edited row was written; None if it was cancelled. `line`: the row, which
+    may be no JSON yet.
 
-    `read` says how a line would be read from the file. `write` writes a line to a file of this name, or raises
-    UserError or OSError: the dialog then says so and stays, with what was typed. `changes`: what is written besides the
-    row, in words.
+    `read` says how a line would be read from the file. `write` writes a line to a file of this
+    name, or raises UserError or OSError: the dialog then says so and stays, with what was typed.
+    `changes`: what is written besides the row, in words.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+s", "save", "Save"),
         Binding("ctrl+t", "as_json", "Fields or JSON"),
-        # Tab leaves out the file's name: after the last text, where the cursor begins, what is typed belongs to a text.
+        # Tab leaves out the file's name: after the last text, where the cursor begins, what is
+        # typed belongs to a text.
         Binding("tab", "next_field(1)", "Next field"),
         Binding("shift+tab", "next_field(-1)", "Previous field"),
         Binding("ctrl+o", "file", "File"),
@@ -88,7 +101,13 @@ class Editor(ModalScreen[Written | None]):
 
     def __init__(self, line: str, out: str, changes: str, read: Read, write: Write) -> None:
         super().__init__()
-        self._line, self._out, self._changes, self._read, self._write = line, out, changes, read, write
+        self._line, self._out, self._changes, self._read, self._write = (
+            line,
+            out,
+            changes,
+            read,
+            write,
+        )
         self._record: Any = _loaded(line)
         self._fields = text_fields(self._record) if isinstance(self._record, dict) else {}
         self._rest: Timer | None = None
@@ -98,7 +117,9 @@ class Editor(ModalScreen[Written | None]):
     def compose(self) -> ComposeResult:
         dialog = Vertical(classes="dialog")
         dialog.border_title = "Edit the row"
-        dialog.border_subtitle = "Ctrl+S save  Ctrl+O file  Ctrl+T fields or JSON  Tab next field  Esc cancel"
+        dialog.border_subtitle = (
+            "Ctrl+S save  Ctrl+O file  Ctrl+T fields or JSON  Tab next field  Esc cancel"
+        )
         with dialog:
             yield Static(self._changes, markup=False)
             yield Input(self._out, id="out", compact=True, select_on_focus=False)
@@ -107,7 +128,9 @@ class Editor(ModalScreen[Written | None]):
 
     def _widgets(self) -> Iterable[Widget]:
         if not self._fields:
-            yield TextArea(_pretty(self._line), classes="json", soft_wrap=True, show_line_numbers=False)
+            yield TextArea(
+                _pretty(self._line), classes="json", soft_wrap=True, show_line_numbers=False
+            )
             return
         for path, label in self._fields.items():
             yield Static(label, classes="role", markup=False)
@@ -149,7 +172,8 @@ class Editor(ModalScreen[Written | None]):
         self._line, self._record = line, json.loads(line)
         self._fields = {} if self._fields else text_fields(self._record)
         fields = self.query_one(".fields")
-        with self.app.batch_update():  # a text area that is painted while it goes has no styles any more
+        # a text area that is painted while it goes has no styles any more
+        with self.app.batch_update():
             await fields.remove_children()
             await fields.mount(*self._widgets())
         self._focus_last()
@@ -182,7 +206,9 @@ class Editor(ModalScreen[Written | None]):
             self._say(f"✓ it can be read; no tokens: {visible(answer['missing'])}", "success")
         else:
             cut = f", {answer['cut']:,} cut" if answer["cut"] else ""
-            self._say(f"✓ {answer['tokens']:,} tokens, {answer['trained']:,} trained on{cut}", "success")
+            self._say(
+                f"✓ {answer['tokens']:,} tokens, {answer['trained']:,} trained on{cut}", "success"
+            )
         return line, answer
 
     def _say(self, text: str, color: str) -> None:
@@ -194,7 +220,9 @@ class Editor(ModalScreen[Written | None]):
         self.action_save()
 
     def action_next_field(self, step: int) -> None:
-        """The next text, and after the last one the first; from the file's name the first or the last."""
+        """The next text, and after the last one the first; from the file's name the first or the
+        last.
+        """
         areas = [*self.query(TextArea)]
         here = next((n for n, area in enumerate(areas) if area.has_focus), -1 if step > 0 else 0)
         self.set_focus(areas[(here + step) % len(areas)])
@@ -215,7 +243,9 @@ class Editor(ModalScreen[Written | None]):
             return
         if answer["problem"] and self._asked != "save":
             self._asked = "save"
-            self._say(f"✗ {visible(answer['problem'])} Ctrl+S again writes it all the same.", "error")
+            self._say(
+                f"✗ {visible(answer['problem'])} Ctrl+S again writes it all the same.", "error"
+            )
             return
         try:
             written = await self._write(line, out)

@@ -1,4 +1,6 @@
-"""The data files of a project: which they are, what reads them, with what settings; and how rows get into them."""
+"""The data files of a project: which they are, what reads them, with what settings; and how rows
+get into them.
+"""
 
 import json
 import os
@@ -24,7 +26,8 @@ CUTS = ("max_length", "window")
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file by the name that params have for it. `uses`: section.key of the params that name it → its stage's method.
+    """A file by the name that params have for it. `uses`: section.key of the params that name it →
+    its stage's method.
 
     `base`: the folder of the model whose tokenizer reads it; "" if there is none yet.
     """
@@ -50,7 +53,9 @@ class DataFile:
         groups: dict[str, list[str]] = {}
         for key, method in self.uses.items():
             groups.setdefault(_role(key), []).append(method)
-        return ", ".join(" ".join(dict.fromkeys(m)) + (f": {role}" if role else "") for role, m in groups.items())
+        return ", ".join(
+            " ".join(dict.fromkeys(m)) + (f": {role}" if role else "") for role, m in groups.items()
+        )
 
 
 def _role(key: str) -> str:
@@ -58,7 +63,9 @@ def _role(key: str) -> str:
     if key.startswith("expand_vocab.data"):
         return "words"
     name = key.partition(".")[2].partition("[")[0]
-    return "" if name == "data" else "held-out" if name == "eval_data" else name.removesuffix("_data")
+    return (
+        "" if name == "data" else "held-out" if name == "eval_data" else name.removesuffix("_data")
+    )
 
 
 def is_data(name: str) -> bool:
@@ -88,7 +95,9 @@ def _trains(project: Project, stage: Stage) -> bool:
     return isinstance(project.params.section(stage.section), Training)
 
 
-def _with_settings(project: Project, name: str, uses: Mapping[str, str], stage: Stage | None) -> DataFile:
+def _with_settings(
+    project: Project, name: str, uses: Mapping[str, str], stage: Stage | None
+) -> DataFile:
     stage = stage or project.stages.get("finetune_lora")
     settings = project.params.section(stage.section) if stage else None
     cuts = {key: getattr(settings, key, 0) for key in CUTS}
@@ -97,11 +106,15 @@ def _with_settings(project: Project, name: str, uses: Mapping[str, str], stage: 
         columns = next((file.columns for file in settings.data_files if file.path == name), {})
     alone = stage is not None and stage.name == "pretrain"
     way = getattr(settings, "chat_template", project.params.training.get("chat_template", "auto"))
-    return DataFile(name, uses, _base(project, not alone), **cuts, columns=columns, templated=way == "auto")
+    return DataFile(
+        name, uses, _base(project, not alone), **cuts, columns=columns, templated=way == "auto"
+    )
 
 
 def _base(project: Project, expanded: bool) -> str:
-    """The folder of the model whose tokenizer the fine-tuning uses, or before it is made the base's own."""
+    """The folder of the model whose tokenizer the fine-tuning uses, or before it is made the base's
+    own.
+    """
     folders = [project.artifact(name) for name in (["expand_vocab"] * expanded + ["pretrain"])]
     try:
         source = parse_source(project.params.origin.base, project.root)
@@ -123,7 +136,9 @@ def other_files(root: Path, known: Mapping[str, object]) -> list[str]:
     """Further data files in `data/`."""
     try:
         with os.scandir(root / "data") as entries:
-            names = [entry.name for entry in islice(entries, 10 * MAX_OTHERS) if _may_be_data(entry)]
+            names = [
+                entry.name for entry in islice(entries, 10 * MAX_OTHERS) if _may_be_data(entry)
+            ]
     except OSError:
         return []
     return [f"data/{name}" for name in sorted(names) if f"data/{name}" not in known][:MAX_OTHERS]
@@ -139,7 +154,9 @@ def _may_be_data(entry: os.DirEntry[str]) -> bool:
 
 
 def edited_name(name: str) -> str:
-    """The name of a copy with changed rows: `mine.edited.jsonl` of `mine.parquet`, and of itself."""
+    """The name of a copy with changed rows: `mine.edited.jsonl` of `mine.parquet`, and of
+    itself.
+    """
     path = Path(name)
     if path.name.endswith(".edited.jsonl"):
         return name
@@ -154,11 +171,17 @@ def spaced(record: Mapping[str, Any]) -> dict[str, Any]:
     prompt, completion = record.get("prompt"), record.get("completion")
     if not (isinstance(prompt, str) and isinstance(completion, str)):
         return dict(record)
-    return {**record, "completion": f" {completion}"} if joins_words(prompt, completion) else dict(record)
+    return (
+        {**record, "completion": f" {completion}"}
+        if joins_words(prompt, completion)
+        else dict(record)
+    )
 
 
 def append_row(path: Path, name: str, line: str) -> None:
-    """Append a row to a .jsonl file. Raises UserError if its rows are of a format that the row may not stand beside."""
+    """Append a row to a .jsonl file. Raises UserError if its rows are of a format that the row may
+    not stand beside.
+    """
     if suffix_of(path) != (".jsonl", ""):
         raise UserError(f"{name}: rows are added to a .jsonl file. Name another.")
     gap = ""
@@ -167,8 +190,12 @@ def append_row(path: Path, name: str, line: str) -> None:
         next(iter_examples(path, name, prompts=True, reading=reading), None)
         record = json.loads(line)
         own = next((each.name for each in FORMATS if each.detect(record)), "unknown")
-        if reading.format != own and not {reading.format, own} <= {each.name for each in FORMATS if each.mixes}:
-            raise UserError(f"{name} has rows of {reading.format}, and this one is {own}. Name another file.")
+        if reading.format != own and not {reading.format, own} <= {
+            each.name for each in FORMATS if each.mixes
+        }:
+            raise UserError(
+                f"{name} has rows of {reading.format}, and this one is {own}. Name another file."
+            )
         with path.open("rb") as file:
             file.seek(-1, os.SEEK_END)
             gap = "" if file.read(1) == b"\n" else "\n"
@@ -180,13 +207,17 @@ def append_row(path: Path, name: str, line: str) -> None:
 
 
 def ways_to_train(project: Project, name: str, instead_of: str = "") -> dict[str, dict[str, Any]]:
-    """The key of each stage's data → the params to write so that it trains on a file, besides its data or instead of
-    another.
+    """The key of each stage's data → the params to write so that it trains on a file, besides its
+    data or instead of another.
     """
     ways = {}
     for stage in project.stages.values():
         section = project.params.section(stage.section)
-        if not isinstance(section, Training) or stage.section != stage.name or stage.name == "pretrain":
+        if (
+            not isinstance(section, Training)
+            or stage.section != stage.name
+            or stage.name == "pretrain"
+        ):
             continue
         compares = section.COMPARES and not instead_of  # a correction is one answer, not a pair
         if compares or name in section.files or (instead_of and instead_of not in section.files):
@@ -194,7 +225,8 @@ def ways_to_train(project: Project, name: str, instead_of: str = "") -> dict[str
         key = f"{stage.name}.data"
         ways[key] = {key: _with_file(section.data, name, instead_of)}
         vocabulary = project.stages.get("expand_vocab")
-        if vocabulary and not project.params.origin.imports:  # MiniGPT has no token for a word that it was not told of
+        # MiniGPT has no token for a word that it was not told of
+        if vocabulary and not project.params.origin.imports:
             words = project.section(vocabulary).data
             ways[key] |= {} if name in words else {"expand_vocab.data": [*words, name]}
     return ways
@@ -206,7 +238,9 @@ def _with_file(data: Any, name: str, instead_of: str) -> Any:
         return [*entries, name]
     paths = [entry if isinstance(entry, str) else entry["path"] for entry in entries]
     entries = [
-        (name if isinstance(entry, str) else {**entry, "path": name}) if path == instead_of else entry
+        (name if isinstance(entry, str) else {**entry, "path": name})
+        if path == instead_of
+        else entry
         for entry, path in zip(entries, paths, strict=True)
     ]
     return entries[0] if isinstance(data, str) else entries

@@ -20,7 +20,9 @@ class FilesPane(Pane):
     HELP = """The data files of the project with what reads them, then other files in `data/`. Enter opens one; `o` asks
 for any other: .txt, .jsonl, .json, .csv, .tsv (also .gz, .zst), .parquet, .arrow, a folder of `save_to_disk`, a hub
 id."""
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("o", "screen.open_file", "other file", id="data.open")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("o", "screen.open_file", "other file", id="data.open")
+    ]
 
     def __init__(self) -> None:
         super().__init__(id="files")
@@ -33,7 +35,9 @@ id."""
         self._shown, width, lines = (files, opened), self.content_size.width - 1, {}
         for name, file in files.items():
             mark = "● " if name == opened else "  "
-            line = Text.assemble(mark, (flat(name.removeprefix("data/")), "" if file.uses else "dim"))
+            line = Text.assemble(
+                mark, (flat(name.removeprefix("data/")), "" if file.uses else "dim")
+            )
             line.append(f"  {file.readers}", "dim")
             line.truncate(max(width, 8), overflow="ellipsis")
             lines[name] = line

@@ -1,4 +1,6 @@
-"""The process that reads data files (`pipeline.data.browse_server`), asked about one file at a time."""
+"""The process that reads data files (`pipeline.data.browse_server`), asked about one file at a
+time.
+"""
 
 import sys
 from collections.abc import AsyncGenerator, Callable
@@ -13,13 +15,18 @@ from tui.services.engine_client import Answer, Inference
 # -P: do not import a folder named `pipeline` in the user's project instead of ours
 COMMAND = (sys.executable, "-P", "-m", "pipeline.data.browse_server")
 NAME, ADVICE = "The process that reads data files", "Open the file again (o)."
-ANY_FILE = ("draft", "copy", "convert")  # requests whose answer counts whatever file is shown meanwhile
+# requests whose answer counts whatever file is shown meanwhile
+ANY_FILE = ("draft", "copy", "convert")
 
 
 class Reader:
-    """Starts the process with the first request. `shows(file)`: whether answers about a file are still wanted."""
+    """Starts the process with the first request. `shows(file)`: whether answers about a file are
+    still wanted.
+    """
 
-    def __init__(self, root: Path, shows: Callable[[DataFile], bool], is_running: Callable[[], bool]) -> None:
+    def __init__(
+        self, root: Path, shows: Callable[[DataFile], bool], is_running: Callable[[], bool]
+    ) -> None:
         self.process = Inference(root, COMMAND, NAME, ADVICE)
         self._shows, self._is_running = shows, is_running
 
@@ -32,7 +39,8 @@ class Reader:
                         return
                     yield answer
         except UserError:
-            if self._is_running():  # else the process was stopped, and there is nothing left to show it on
+            # else the process was stopped, and there is nothing left to show it on
+            if self._is_running():
                 raise
 
     async def ask(self, do: str, file: DataFile, **fields: Any) -> Answer | None:

@@ -1,4 +1,6 @@
-"""What a check of all rows says: lengths as a histogram with the cut, and problems, which lead to their rows."""
+"""What a check of all rows says: lengths as a histogram with the cut, and problems, which lead to
+their rows.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -35,15 +37,26 @@ def longer_than(lengths: Lengths, most: int) -> int:
     return sum(count for length, count in lengths if length > most)
 
 
-def draw_lengths(report: Mapping[str, Any], file: DataFile, colors: Mapping[str, str], width: int, rows: int) -> Text:
-    """Bars of the examples by length, and the place of the cut; red where all are cut, yellow where some are."""
+def draw_lengths(
+    report: Mapping[str, Any], file: DataFile, colors: Mapping[str, str], width: int, rows: int
+) -> Text:
+    """Bars of the examples by length, and the place of the cut; red where all are cut, yellow where
+    some are.
+    """
     lengths: Lengths = report["lengths"]
     limit, name = (file.max_length, "max_length") if file.max_length else (file.window, "window")
     longest = lengths[-1][0]
     longest = max(longest, min(limit, 2 * longest))
     columns = columns_of(lengths, width, longest)
-    over = columns_of([each for each in lengths if each[0] > limit], width, longest) if file.max_length else [0] * width
-    styles = [colors["error" if o == n else "warning" if o else "accent"] for n, o in zip(columns, over, strict=True)]
+    over = (
+        columns_of([each for each in lengths if each[0] > limit], width, longest)
+        if file.max_length
+        else [0] * width
+    )
+    styles = [
+        colors["error" if o == n else "warning" if o else "accent"]
+        for n, o in zip(columns, over, strict=True)
+    ]
     cut_at = limit * width // (longest + 1) if limit and limit <= longest else width
     most, height = max(columns), max(1, rows - 1)
     lines = []
@@ -63,18 +76,28 @@ def draw_lengths(report: Mapping[str, Any], file: DataFile, colors: Mapping[str,
     return Text("\n").join(lines)
 
 
-def _axis(width: int, longest: int, cut_at: int, limit: int, name: str, colors: Mapping[str, str]) -> Text:
+def _axis(
+    width: int, longest: int, cut_at: int, limit: int, name: str, colors: Mapping[str, str]
+) -> Text:
     """0, the mark of the cut with as many words as there is room for, the longest."""
     full = f"0{f'{longest:,} tokens':>{max(0, width - 1)}}"[:width]
     if cut_at >= width:
         return Text(full, "dim", no_wrap=True)
     texts = (f"{name} {limit:,}", f"{limit:,}")
-    for ends, words in ((full, texts[0]), (full, texts[1]), ("0".ljust(width), texts[0]), ("0".ljust(width), texts[1])):
+    for ends, words in (
+        (full, texts[0]),
+        (full, texts[1]),
+        ("0".ljust(width), texts[0]),
+        ("0".ljust(width), texts[1]),
+    ):
         for mark, start in ((f"▲ {words}", cut_at), (f"{words} ▲", cut_at - len(words) - 1)):
             stop = start + len(mark)
             if start > 1 and stop <= width and not ends[start - 1 : stop + 1].strip():
                 return Text.assemble(
-                    (ends[:start], "dim"), (mark, colors["warning"]), (ends[stop:], "dim"), no_wrap=True
+                    (ends[:start], "dim"),
+                    (mark, colors["warning"]),
+                    (ends[stop:], "dim"),
+                    no_wrap=True,
                 )
     return Text.assemble(" " * cut_at, ("▲", colors["warning"]), no_wrap=True)
 
@@ -87,7 +110,9 @@ def length_facts(report: Mapping[str, Any], file: DataFile) -> list[str]:
     parts = [f"median {quantiles['p50']:,}", f"99% ≤ {quantiles['p99']:,}"]
     if file.max_length:
         cut = report["truncated"]
-        parts.insert(0, f"{cut:,} cut ({cut / max(1, report['examples']):.0%})" if cut else "none cut")
+        parts.insert(
+            0, f"{cut:,} cut ({cut / max(1, report['examples']):.0%})" if cut else "none cut"
+        )
     elif file.window:
         longer = longer_than(report["lengths"], file.window + 1)
         parts.insert(0, f"{longer:,} in windows")
@@ -104,7 +129,9 @@ longer answer.
 - **▲ max_length** is where examples are cut: red bars lie behind it, and lose the rest of their text.
 - **▲ window** is the length of a training window: longer examples give several, and lose nothing.
 - `m` counts all rows. `lora data check FILE` prints the same."""
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("m", "screen.measure", "measure", id="data.measure")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("m", "screen.measure", "measure", id="data.measure")
+    ]
 
     def __init__(self) -> None:
         super().__init__(id="lengths")
@@ -203,9 +230,13 @@ listed, all are counted."""
             is_error = problem["level"] == "error"
             sign = ("✗ ", colors["error"]) if is_error else ("! ", colors["warning"])
             row = "" if problem["row"] is None else f"{problem['row']:,}  "
-            text = Text.assemble(sign, (row, "bold"), flat(problem["problem"]), no_wrap=True, overflow="ellipsis")
+            text = Text.assemble(
+                sign, (row, "bold"), flat(problem["problem"]), no_wrap=True, overflow="ellipsis"
+            )
             options.append(Option(text, id=f"{number}:{problem['row'] or ''}"))
-        self._list.set_options(options or [Option(Text("✓ none", colors["success"]), disabled=True)])
+        self._list.set_options(
+            options or [Option(Text("✓ none", colors["success"]), disabled=True)]
+        )
         counts = [(report["errors"], "error"), (report["warnings"], "warning")]
         self.show_title(*(f"{n:,} {name}{'s' * (n != 1)}" for n, name in counts if n))
 

@@ -20,7 +20,12 @@ MAX_RULE = 200
 
 def styles(colors: Mapping[str, str]) -> dict[str, str]:
     """Kind of text → its style."""
-    return {"trained": f"bold {colors['success']}", "read": "", "template": "dim", "cut": f"strike {colors['error']}"}
+    return {
+        "trained": f"bold {colors['success']}",
+        "read": "",
+        "template": "dim",
+        "cut": f"strike {colors['error']}",
+    }
 
 
 def visible(text: str) -> str:
@@ -28,11 +33,14 @@ def visible(text: str) -> str:
     if text.replace("\n", "").isprintable():
         return text
     return "".join(
-        c if c.isprintable() or c in KEPT_CONTROLS else "⇥" if c == "\t" else f"\\x{ord(c):02x}" for c in text
+        c if c.isprintable() or c in KEPT_CONTROLS else "⇥" if c == "\t" else f"\\x{ord(c):02x}"
+        for c in text
     )
 
 
-def draw_row(answer: Mapping[str, Any], colors: Mapping[str, str], width: int, max_length: int) -> Text:
+def draw_row(
+    answer: Mapping[str, Any], colors: Mapping[str, str], width: int, max_length: int
+) -> Text:
     """The turns of a row as `browse_server` sends them, each below a line with its role."""
     lines, by_kind = Text(), styles(colors)
     if answer["problem"]:
@@ -48,7 +56,10 @@ def draw_row(answer: Mapping[str, Any], colors: Mapping[str, str], width: int, m
             if kind == "cut" and not was_cut:
                 was_cut = True
                 before = "" if lines.plain.endswith("\n") else "\n"
-                lines.append(f"{before}{_rule(f'⊣─ cut at {max_length:,} tokens ', width)}\n", colors["error"])
+                lines.append(
+                    f"{before}{_rule(f'⊣─ cut at {max_length:,} tokens ', width)}\n",
+                    colors["error"],
+                )
             shown = visible(text)
             if kind == "trained" and not answer["problem"]:
                 shown = f"⟦{shown}⟧"
@@ -130,7 +141,9 @@ Without a model in `artifacts` there are no tokens: the mask is that of the role
         self.query_one("#legend", Static).update(legend)
         if self._answer:
             width = self.query_one("#turns").content_size.width
-            self.query_one("#turns", Static).update(draw_row(self._answer, colors, width, self._max_length))
+            self.query_one("#turns", Static).update(
+                draw_row(self._answer, colors, width, self._max_length)
+            )
 
     def on_resize(self, event: Resize) -> None:
         super().on_resize(event)

@@ -26,7 +26,9 @@ MAX_KEPT = 5000  # rows; the farthest are forgotten
 
 @dataclass
 class RowLine:
-    """A row in the list. `number`: as it is named in messages. `tokens`, `cut`: None until they are counted."""
+    """A row in the list. `number`: as it is named in messages. `tokens`, `cut`: None until they are
+    counted.
+    """
 
     number: int
     text: str
@@ -65,7 +67,8 @@ class RowList(ScrollView, can_focus=True):
         self._found: list[int] | None = None  # positions of the rows that were found
         self.total = 0
         self._asked = -1
-        self.problems: dict[int, str] = {}  # number of each row that a check complains about → error or warning
+        # number of each row that a check complains about → error or warning
+        self.problems: dict[int, str] = {}
 
     @property
     def count(self) -> int:
@@ -117,7 +120,9 @@ class RowList(ScrollView, can_focus=True):
             line = RowLine(int(row["row"]), flat(str(row["text"])), str(row["problem"]))
             self._lines[int(row["position"])] = line
         if len(self._lines) > MAX_KEPT and self._found is None:
-            near = sorted(self._lines, key=lambda position: abs(position - self.cursor))[: MAX_KEPT // 2]
+            near = sorted(self._lines, key=lambda position: abs(position - self.cursor))[
+                : MAX_KEPT // 2
+            ]
             self._lines = {position: self._lines[position] for position in near}
         self._asked = -1
         self.refresh()
@@ -176,8 +181,15 @@ class RowList(ScrollView, can_focus=True):
         line = self._lines.get(position)
         if line is None:
             self._want(position)
-        cursor = self.get_component_rich_style("rows--cursor", partial=True) if index == self.cursor else Style()
-        segments = [Segment(text, base + self._style(name) + cursor) for text, name in self._cells(line, width)]
+        cursor = (
+            self.get_component_rich_style("rows--cursor", partial=True)
+            if index == self.cursor
+            else Style()
+        )
+        segments = [
+            Segment(text, base + self._style(name) + cursor)
+            for text, name in self._cells(line, width)
+        ]
         return Strip(segments, width).adjust_cell_length(width, base + cursor)
 
     def _cells(self, line: RowLine | None, width: int) -> list[tuple[str, str]]:
@@ -190,7 +202,11 @@ class RowList(ScrollView, can_focus=True):
         sign = "✗" if level == "error" else "⊣" if line.cut else "!" if level else " "
         room = max(0, width - digits - 1 - len(right) - 1)
         text = line.text if line.text.strip() or not line.problem else line.problem
-        shown = set_cell_size(text, room) if cell_len(text) <= room else f"{set_cell_size(text, max(0, room - 1))}…"
+        shown = (
+            set_cell_size(text, room)
+            if cell_len(text) <= room
+            else f"{set_cell_size(text, max(0, room - 1))}…"
+        )
         style = "rows--problem" if level == "error" else "rows--cut"
         return [
             (f"{line.number:>{digits}} ", "dim"),

@@ -1,4 +1,6 @@
-"""The data screen: rows of any data file with the label mask, how long they are, what is wrong with them, and edits."""
+"""The data screen: rows of any data file with the label mask, how long they are, what is wrong with
+them, and edits.
+"""
 
 import asyncio
 import json
@@ -70,12 +72,15 @@ from here, so that the next run (`R`) trains on them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.reader = Reader(self.workbench.root, lambda file: file is self.file, lambda: self.app.is_running)
+        self.reader = Reader(
+            self.workbench.root, lambda file: file is self.file, lambda: self.app.is_running
+        )
         self._files: dict[str, DataFile] = {}
         self.file: DataFile | None = None
         self.report: Mapping[str, Any] | None = None
         self._row: Answer | None = None  # that is shown
-        self._goal: tuple[str, int] | None = None  # row number or position to go to once all rows are counted
+        # row number or position to go to once all rows are counted
+        self._goal: tuple[str, int] | None = None
 
     def body(self) -> Iterable[Widget]:
         with Horizontal():
@@ -105,15 +110,21 @@ from here, so that the next run (`R`) trains on them."""
     # Files
 
     def project_changed(self) -> None:
-        """List the files again; the one that is shown is read again if its settings or its tokenizer changed."""
+        """List the files again; the one that is shown is read again if its settings or its
+        tokenizer changed.
+        """
         project = self._project
         own = project_files(project) if project else {}
-        self._files = own | {name: other_file(project, name) for name in other_files(self.workbench.root, own)}
+        self._files = own | {
+            name: other_file(project, name) for name in other_files(self.workbench.root, own)
+        }
         if self.file and self.file.name not in self._files:
             self._files[self.file.name] = other_file(project, self.file.name)
         self._show_files()
         if self.file is None:
-            if first := next(iter(sorted(self._files.values(), key=_trains_lora, reverse=True)), None):
+            if first := next(
+                iter(sorted(self._files.values(), key=_trains_lora, reverse=True)), None
+            ):
                 self.open_file(first)
             else:
                 self.query_one(RowPane).show_text(NOTHING)
@@ -140,13 +151,17 @@ from here, so that the next run (`R`) trains on them."""
             )
         )
         if name == TYPE_A_PATH:
-            name = await self.app.push_screen_wait(PathScreen("Data file, folder of save_to_disk, or hub id:"))
+            name = await self.app.push_screen_wait(
+                PathScreen("Data file, folder of save_to_disk, or hub id:")
+            )
         if name:
             name = str(expand(name)) if name.startswith("~") else name
             self.open_with(file=name)
 
     def open_with(self, **request: Any) -> None:
-        """`file` and `row` to show; or `add`, a row to train on: {"messages": …} or {"prompt", "completion"}."""
+        """`file` and `row` to show; or `add`, a row to train on: {"messages": …} or {"prompt",
+        "completion"}.
+        """
         if name := request.get("file"):
             known = self._files.get(str(name)) or other_file(self._project, str(name))
             self._files[known.name] = known
@@ -156,7 +171,9 @@ from here, so that the next run (`R`) trains on them."""
 
     def unsaved(self) -> str:
         editors = [screen for screen in self.app.screen_stack if isinstance(screen, Editor)]
-        return "the row that is being edited" if any(editor.is_changed() for editor in editors) else ""
+        return (
+            "the row that is being edited" if any(editor.is_changed() for editor in editors) else ""
+        )
 
     def open_file(self, file: DataFile, goal: tuple[str, int] | None = None) -> None:
         """Show a file from its first row on, or at ("row", number), ("position", number)."""
@@ -206,7 +223,9 @@ from here, so that the next run (`R`) trains on them."""
         if self.file is None:
             return
         try:
-            async with aclosing(self.reader.stream("page", self.file, first=first, count=PAGE)) as answers:
+            async with aclosing(
+                self.reader.stream("page", self.file, first=first, count=PAGE)
+            ) as answers:
                 async for answer in answers:
                     self._put(answer)
         except UserError as error:
@@ -327,12 +346,16 @@ from here, so that the next run (`R`) trains on them."""
     def _show_report(self, report: Answer, file: DataFile) -> None:
         self.report = report
         # errors come first, and a row keeps the first
-        rows = [(each["row"], each["level"]) for each in report["problems"] if each["row"] is not None]
+        rows = [
+            (each["row"], each["level"]) for each in report["problems"] if each["row"] is not None
+        ]
         self._list.problems = dict(reversed(rows))
         self._list.refresh()
         self.query_one(ProblemsPane).show_report(report)
         if report["tokens"] is None:
-            self.query_one(LengthsPane).show_text("No model yet, so tokens are not counted: run import or pretrain.")
+            self.query_one(LengthsPane).show_text(
+                "No model yet, so tokens are not counted: run import or pretrain."
+            )
         else:
             self.query_one(LengthsPane).show_report(report, file)
 
@@ -345,7 +368,11 @@ from here, so that the next run (`R`) trains on them."""
         numbers = sorted(self._list.known_problems())
         line = self._list.line
         here = line.number if line else 0
-        behind = [n for n in (numbers if step > 0 else reversed(numbers)) if (n > here if step > 0 else n < here)]
+        behind = [
+            n
+            for n in (numbers if step > 0 else reversed(numbers))
+            if (n > here if step > 0 else n < here)
+        ]
         if behind:
             self._go_to(behind[0])
         else:
@@ -365,7 +392,10 @@ from here, so that the next run (`R`) trains on them."""
             return
         out = edited_name(file.name)
         again = out == file.name
-        changes = f"Row {row['row']:,} of {file.name}, all others as they are, {'in it' if again else 'is written to'}:"
+        changes = (
+            f"Row {row['row']:,} of {file.name}, all others as they are, "
+            f"{'in it' if again else 'is written to'}:"
+        )
 
         async def write(line: str, out: str) -> Mapping[str, Any]:
             replace = again and out == file.name
@@ -374,7 +404,9 @@ from here, so that the next run (`R`) trains on them."""
                 return answer
             raise UserError("The process that writes the copy has ended.")
 
-        written = await self.app.push_screen_wait(Editor(row["line"], out, changes, self._draft_reader(file), write))
+        written = await self.app.push_screen_wait(
+            Editor(row["line"], out, changes, self._draft_reader(file), write)
+        )
         if written is None:
             return
         with self.workbench.errors_shown():
@@ -389,7 +421,10 @@ from here, so that the next run (`R`) trains on them."""
 
     def _draft_reader(self, file: DataFile) -> Any:
         async def read(line: str) -> Mapping[str, Any]:
-            return await self.reader.ask("draft", file, line=line) or {"problem": "it was not read", "turns": []}
+            return await self.reader.ask("draft", file, line=line) or {
+                "problem": "it was not read",
+                "turns": [],
+            }
 
         return read
 
@@ -407,7 +442,9 @@ from here, so that the next run (`R`) trains on them."""
             record = await self._fitting(record, read)
             changes = "This row is appended to a file that the next run can train on:"
             line = json.dumps(record, ensure_ascii=False)
-            written = await self.app.push_screen_wait(Editor(line, CORRECTIONS, changes, read, write))
+            written = await self.app.push_screen_wait(
+                Editor(line, CORRECTIONS, changes, read, write)
+            )
             if written is None:
                 return
             name = written.out
@@ -423,20 +460,27 @@ from here, so that the next run (`R`) trains on them."""
         if answer.get("template") is False and isinstance(messages, list):
             roles = [message.get("role") for message in messages]
             if roles == ["user", "assistant"]:
-                record = {"prompt": str(messages[0]["content"]), "completion": str(messages[1]["content"])}
+                record = {
+                    "prompt": str(messages[0]["content"]),
+                    "completion": str(messages[1]["content"]),
+                }
         return spaced(record)
 
     async def _offer_training(self, name: str, instead_of: str = "") -> None:
         """Ask which stage shall train on a file, unless one does, and write it to the params."""
         project = self._project
-        if project is None or any(key.endswith("data") for key in project_files(project).get(name, DataFile("")).uses):
+        if project is None or any(
+            key.endswith("data") for key in project_files(project).get(name, DataFile("")).uses
+        ):
             return
         ways = ways_to_train(project, name, instead_of)
         if not ways:
             return
         how = f"instead of {flat(instead_of)}" if instead_of else "beside its data"
         choices = {**{key: f"{key}: {how}" for key in ways}, "": "nothing, the file is kept"}
-        chosen = await self.app.push_screen_wait(Menu(f"Which stage trains on {flat(name)}?", choices, LORA))
+        chosen = await self.app.push_screen_wait(
+            Menu(f"Which stage trains on {flat(name)}?", choices, LORA)
+        )
         if not chosen:
             return
         followed = follows_params(self.workbench.params_path)
@@ -452,7 +496,9 @@ from here, so that the next run (`R`) trains on them."""
         file = self.file
         if file is None:
             return
-        question = f"Write the rows of {file.name} to (.jsonl, .json, .csv, .tsv, .txt, .parquet, .arrow):"
+        question = (
+            f"Write the rows of {file.name} to (.jsonl, .json, .csv, .tsv, .txt, .parquet, .arrow):"
+        )
         out = await self.app.push_screen_wait(
             PathScreen(question, edited_name(file.name).replace(".edited", ".export"))
         )

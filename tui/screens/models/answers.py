@@ -19,7 +19,8 @@ from tui.screens.models.conversation import Answer, Exchange
 from tui.widgets.prompting import AS_TRAINED, SPINNER
 from tui.widgets.text import bar, pad_or_truncate
 
-CELL = 11  # minimum width of a model's column in the table: a percentage and a difference, each after a space
+# minimum width of a model's column in the table: a percentage and a difference, each after a space
+CELL = 11
 MAX_TOKEN = 24  # cells
 MIN_COLUMN = 24  # cells of a completion; narrower columns are hard to read
 MAX_TEXT = 4000  # last characters of an answer; the transcript has all
@@ -27,7 +28,12 @@ MAX_EARLIER = 50  # exchanges; the transcript has all
 MAX_NAMES = 4  # of models with the same error
 SPINS = 8  # pictures of the spinner per second
 WELCOME = "Choose models with Space, or none for the one under the cursor. Enter: the prompt."
-ENDINGS = {"interrupted": " ▪ interrupted", "length": " …", "waiting": " …", "loading": " … loading"}
+ENDINGS = {
+    "interrupted": " ▪ interrupted",
+    "length": " …",
+    "waiting": " …",
+    "loading": " … loading",
+}
 
 
 Looks = Mapping[str, tuple[str, str]]  # name of a model → sign and colour of its method
@@ -45,7 +51,10 @@ class TopK(Widget):
 
 
 def table(
-    answers: Sequence[Answer], width: int, colors: Mapping[str, str], looks: Looks = MappingProxyType({})
+    answers: Sequence[Answer],
+    width: int,
+    colors: Mapping[str, str],
+    looks: Looks = MappingProxyType({}),
 ) -> Text:
     """Probabilities in percent, with differences to the first model in percentage points.
 
@@ -77,8 +86,12 @@ def table(
     return text
 
 
-def _format_cell(token: str, answer: Answer, reference: Answer, width: int, colors: Mapping[str, str]) -> Text:
-    """`50.0 +25.0` and a bar if there is room for one; the sign is there because colour must not be the only cue."""
+def _format_cell(
+    token: str, answer: Answer, reference: Answer, width: int, colors: Mapping[str, str]
+) -> Text:
+    """`50.0 +25.0` and a bar if there is room for one; the sign is there because colour must not be
+    the only cue.
+    """
     probability, before = answer.of.get(token), reference.of.get(token)
     if not answer.top_k or probability is None:
         return Text(("unknown" if answer.top_k else "no answer").ljust(width), "dim")
@@ -87,7 +100,9 @@ def _format_cell(token: str, answer: Answer, reference: Answer, width: int, colo
         text.append("   new", colors.get("success", ""))
     elif answer is not reference and before is not None:
         points = 100 * (probability - before)
-        difference = (f"{points:+.1f}" if abs(points) < 99.95 else f"{points:+.0f}").replace("-", "−")
+        difference = (f"{points:+.1f}" if abs(points) < 99.95 else f"{points:+.0f}").replace(
+            "-", "−"
+        )
         if difference in ("+0.0", "−0.0"):
             text.append("     =", "dim")
         else:
@@ -101,7 +116,9 @@ def _format_cell(token: str, answer: Answer, reference: Answer, width: int, colo
 
 
 class Completions(Grid):
-    """The answers as they stream in: one column per model if there is room, else one below the other."""
+    """The answers as they stream in: one column per model if there is room, else one below the
+    other.
+    """
 
     _count = 1  # of answers, also before their widgets are mounted
 
@@ -113,7 +130,9 @@ class Completions(Grid):
         self.show(exchange, AS_TRAINED)
 
     def show(self, exchange: Exchange, strength: float) -> None:
-        """Update the shown answers. What is wrong with several models is shown once, under the first of them."""
+        """Update the shown answers. What is wrong with several models is shown once, under the
+        first of them.
+        """
         same: dict[str, list[Answer]] = {}
         for answer in exchange.answers:
             if answer.error and not answer.text:
@@ -138,25 +157,37 @@ class Completions(Grid):
 
 
 def format_answer(exchange: Exchange, alike: Sequence[Answer], strength: float) -> Text:
-    """The models' names, the prompt (dim), the answer; then how it ended, or the error; whether it is out of date."""
+    """The models' names, the prompt (dim), the answer; then how it ended, or the error; whether it
+    is out of date.
+    """
     answer = alike[0]
     names = [each.title for each in alike]
-    title = ", ".join(names) if len(names) <= MAX_NAMES else f"{', '.join(names[:2])} and {len(names) - 2} more"
+    title = (
+        ", ".join(names)
+        if len(names) <= MAX_NAMES
+        else f"{', '.join(names[:2])} and {len(names) - 2} more"
+    )
     text = Text(f"{title}  ", "bold")
     if answer.text or not answer.error:
         before, after = exchange.parts(answer)
         text.append(before, "not bold dim")
-        text.append("…" if len(after) > MAX_TEXT else "", "not bold dim").append(after[-MAX_TEXT:], "not bold")
+        text.append("…" if len(after) > MAX_TEXT else "", "not bold dim").append(
+            after[-MAX_TEXT:], "not bold"
+        )
     text.append(ENDINGS.get(answer.ended, ""), "not bold dim")
     if answer.error:
         text.append(f" ✗ {answer.error}", "not bold")
-    elif answer.strength not in (None, strength) and not answer.ended.startswith(("waiting", "loading")):
+    elif answer.strength not in (None, strength) and not answer.ended.startswith(
+        ("waiting", "loading")
+    ):
         text.append(f"  ‹ at ×{answer.strength:.2f}; Ctrl+R asks again ›", "not bold italic")
     return text
 
 
 def format_earlier(exchanges: Sequence[Exchange]) -> Text:
-    """Earlier exchanges, which are in order of time, newest first: the prompt, then a line per model."""
+    """Earlier exchanges, which are in order of time, newest first: the prompt, then a line per
+    model.
+    """
     text = Text()
     for exchange in list(exchanges)[: -MAX_EARLIER - 1 : -1]:
         text.append(f"› {exchange.prompt}", "bold").append(f"  {exchange.sampling}\n", "dim")
@@ -167,7 +198,8 @@ def format_earlier(exchanges: Sequence[Exchange]) -> Text:
 
 
 class Answers(VerticalScroll):
-    """The newest exchange, with earlier ones below; while nothing can answer yet, what it waits for.
+    """The newest exchange, with earlier ones below; while nothing can answer yet, what it waits
+    for.
 
     The widgets are attributes, as answers can arrive while the screen closes, when queries fail.
     """
@@ -220,6 +252,12 @@ class Answers(VerticalScroll):
     def _show_waiting(self) -> None:
         passed = monotonic() - self._since
         spinner = SPINNER[int(passed * SPINS) % len(SPINNER)]
-        text = f"{spinner} {self._for}  {passed:.0f} s" if self._for else "" if self._exchange else WELCOME
+        text = (
+            f"{spinner} {self._for}  {passed:.0f} s"
+            if self._for
+            else ""
+            if self._exchange
+            else WELCOME
+        )
         self._waiting.update(text)
         self._waiting.display = bool(text)

@@ -1,4 +1,6 @@
-"""Attention (`a`, §2.1): all heads as small maps, then one head: of the base, of the adapter, and the difference."""
+"""Attention (`a`, §2.1): all heads as small maps, then one head: of the base, of the adapter, and
+the difference.
+"""
 
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
@@ -33,20 +35,27 @@ class Ask(Protocol):
 
 
 def sign(weight: float, scale: float = 1.0) -> str:
-    """A character that is heavier the larger the weight is; `scale` is the largest. Below 0 there are others."""
+    """A character that is heavier the larger the weight is; `scale` is the largest. Below 0 there
+    are others.
+    """
     if weight >= 0:
         return shade(weight / scale)
     return LESS[min(round(-weight / scale * (len(LESS) - 1) + 0.2), len(LESS) - 1)]
 
 
 def largest(weights: Iterable[Weights]) -> float:
-    """The largest size of differences, by which they are scaled; of weights, which are shares, 1."""
+    """The largest size of differences, by which they are scaled; of weights, which are shares,
+    1.
+    """
     values = [value for head in weights for row in head for value in row]
     return max(map(abs, values)) or 1.0 if min(values) < 0 else 1.0
 
 
 def overview(
-    maps: Sequence[Sequence[Weights]], change: Sequence[Sequence[float]], chosen: tuple[int, int], width: int
+    maps: Sequence[Sequence[Weights]],
+    change: Sequence[Sequence[float]],
+    chosen: tuple[int, int],
+    width: int,
 ) -> list[Text]:
     """All heads: a row of maps per layer, wrapped to the width; the chosen one stands out."""
     lines, scale = list[Text](), largest(head for layer in maps for head in layer)
@@ -69,8 +78,14 @@ def overview(
                 )
                 title.append(pad_or_truncate(f"{head + 1}{moved}", cell - 2), style).append("  ")
             lines.append(title)
-            rows = [["".join(2 * sign(weight, scale) for weight in row) for row in heads[head]] for head in part]
-            lines += [Text("  " + "".join(row[y].ljust(cell) for row in rows)) for y in range(len(rows[0]))]
+            rows = [
+                ["".join(2 * sign(weight, scale) for weight in row) for row in heads[head]]
+                for head in part
+            ]
+            lines += [
+                Text("  " + "".join(row[y].ljust(cell) for row in rows))
+                for y in range(len(rows[0]))
+            ]
     return lines
 
 
@@ -84,14 +99,17 @@ def bars(tokens: Sequence[str], own: Weights, base: Weights | None, token: int) 
         line = Text(f"  {pad_or_truncate(tokens[other], width)} {weight:.2f} {bar(weight, BAR)}")
         if base is not None:
             line.append(
-                f" {weight - base[token][other]:+.2f}", "bold" if abs(weight - base[token][other]) >= 0.1 else "dim"
+                f" {weight - base[token][other]:+.2f}",
+                "bold" if abs(weight - base[token][other]) >= 0.1 else "dim",
             )
         lines.append(line)
     return [*lines, *[Text(f"  {len(others)} others {sum(others):.2f}", "dim")] * bool(others)]
 
 
 def window(tokens: Sequence[str], token: int, width: int) -> tuple[int, int]:
-    """The range of tokens shown in the matrix: all if they fit, else those up to `token`, or the first ones."""
+    """The range of tokens shown in the matrix: all if they fit, else those up to `token`, or the
+    first ones.
+    """
     count = max(width - margin(tokens), 1)
     stop = min(max(token + 1, count), len(tokens))
     return max(stop - count, 0), stop
@@ -119,11 +137,20 @@ def matrix(tokens: Sequence[str], weights: Weights, token: int, width: int) -> l
         header = "".join(" " * (cell - 1 - cell_len(name)) + name + " " for name in names)
     lines = [Text(" " * first + header, "dim", no_wrap=True)]
     for row in range(start, stop):
-        line = Text(("▸ " if row == token else "  ") + pad_or_truncate(tokens[row], first - 3) + " ", no_wrap=True)
+        line = Text(
+            ("▸ " if row == token else "  ") + pad_or_truncate(tokens[row], first - 3) + " ",
+            no_wrap=True,
+        )
         line.stylize("bold" if row == token else "")
         for weight in weights[row][start : row + 1]:
             number = f"{weight:+.2f} " if signed else f"{sign(weight)}{weight:.2f} "
-            style = ("bold" if abs(weight) >= 0.1 else "dim") if signed else "bold" if row == token else ""
+            style = (
+                ("bold" if abs(weight) >= 0.1 else "dim")
+                if signed
+                else "bold"
+                if row == token
+                else ""
+            )
             line.append(number if cell == NUMBERS else sign(weight, scale) * cell, style)
         lines.append(line)
     return lines
@@ -133,7 +160,10 @@ def difference(own: Weights, base: Weights) -> list[list[float]]:
     """own − base; virtual tokens, which the base has not, are the first."""
     more = len(own) - len(base)
     padded = [[0.0] * len(own)] * more + [[0.0] * more + list(row) for row in base]
-    return [[a - b for a, b in zip(one, other, strict=True)] for one, other in zip(own, padded, strict=True)]
+    return [
+        [a - b for a, b in zip(one, other, strict=True)]
+        for one, other in zip(own, padded, strict=True)
+    ]
 
 
 class AttentionScreen(ModalScreen[None]):
@@ -152,7 +182,10 @@ class AttentionScreen(ModalScreen[None]):
         Binding("j", "token(1)", "Next token"),
         Binding("k", "token(-1)", "Token before"),
     ]
-    DEFAULT_CSS = "AttentionScreen { align: center middle; } AttentionScreen .dialog { width: 96%; max-width: 160; }"
+    DEFAULT_CSS = (
+        "AttentionScreen { align: center middle; } AttentionScreen .dialog { width: 96%; "
+        "max-width: 160; }"
+    )
 
     def __init__(self, title: str, is_adapter: bool, strength: float, ask: Ask) -> None:
         super().__init__()
@@ -161,10 +194,12 @@ class AttentionScreen(ModalScreen[None]):
         self._view = len(self._views) - 1  # what the adapter changed comes first
         self._chosen, self._token = (0, 0), -1
         self._maps: Mapping[str, Any] | None = None
-        self._head: tuple[list[str], Weights, Weights | None] | None = None  # tokens, its weights, the base's
+        # tokens, its weights, the base's
+        self._head: tuple[list[str], Weights, Weights | None] | None = None
         self._enlarged, self._problem = False, ""
         self._text = Lines()
-        self._latest = Latest(self._fetch)  # keys may be faster than the engine: it is asked for the last head only
+        # keys may be faster than the engine: it is asked for the last head only
+        self._latest = Latest(self._fetch)
 
     def compose(self) -> ComposeResult:
         with VerticalScroll(classes="dialog") as dialog:
@@ -186,14 +221,20 @@ class AttentionScreen(ModalScreen[None]):
                 self._maps = await self._ask(self._strength)
             if self._enlarged:
                 own = await self._ask(self._strength, layer=layer, head=head)
-                base = (await self._ask(0.0, layer=layer, head=head))["weights"] if len(self._views) > 1 else None
+                base = (
+                    (await self._ask(0.0, layer=layer, head=head))["weights"]
+                    if len(self._views) > 1
+                    else None
+                )
                 self._head = list(map(escape_whitespace, own["tokens"])), own["weights"], base
         except UserError as error:
             self._problem = str(error)
         self._show()
 
     def _show(self) -> None:
-        keys = "←→ head  ↑↓ layer  " + ("Tab base, adapter, difference  " if len(self._views) > 1 else "")
+        keys = "←→ head  ↑↓ layer  " + (
+            "Tab base, adapter, difference  " if len(self._views) > 1 else ""
+        )
         keys += "j k token  Esc all heads" if self._enlarged else "Enter enlarge  Esc close"
         self.query_one(VerticalScroll).border_subtitle = keys
         self._text.show(self._draw)
@@ -221,7 +262,12 @@ class AttentionScreen(ModalScreen[None]):
             note = f"dark: the adapter attends more ({scale:.2f} at most), {LESS[1:]} less"
         if len(self._views) > 1:
             note += "; %: attention moved"
-        return [self._tabs(), Text(note, "dim"), Text(), *overview(maps, self._maps["change"], self._chosen, width)]
+        return [
+            self._tabs(),
+            Text(note, "dim"),
+            Text(),
+            *overview(maps, self._maps["change"], self._chosen, width),
+        ]
 
     def _draw_head(self, width: int) -> list[Text]:
         assert self._head is not None
@@ -230,12 +276,19 @@ class AttentionScreen(ModalScreen[None]):
         parts = {self._views[-1]: own}
         if base is not None:
             change = difference(own, base)
-            base = [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(own, change, strict=True)]  # padded
+            # padded
+            base = [
+                [a - b for a, b in zip(*rows, strict=True)]
+                for rows in zip(own, change, strict=True)
+            ]
             parts = dict(zip(VIEWS, (base, own, change), strict=True))
         title = Text(f"layer {self._chosen[0] + 1}, head {self._chosen[1] + 1}", "bold")
         each = (width - 2 * (len(parts) - 1)) // len(parts)
         if len(parts) > 1 and margin(tokens) + SHADES * len(tokens) <= each:  # side by side
-            columns = [[Text(name, "bold"), *matrix(tokens, weights, token, each)] for name, weights in parts.items()]
+            columns = [
+                [Text(name, "bold"), *matrix(tokens, weights, token, each)]
+                for name, weights in parts.items()
+            ]
             rows = [_beside(row, each) for row in zip(*columns, strict=True)]
         else:
             rows = [self._tabs(), *matrix(tokens, parts[self._views[self._view]], token, width)]

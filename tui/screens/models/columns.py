@@ -20,7 +20,8 @@ from tui.widgets.text import bar, pad_or_truncate
 SIGNS = {VERIFIED: "✓", UNBOUND: "?", REFUSED: "✗", CHECKING: "…"}
 STATES = {VERIFIED: "intact", UNBOUND: "no manifest", REFUSED: "refused", CHECKING: "checking"}
 STATE_COLORS = {VERIFIED: "success", UNBOUND: "warning", REFUSED: "error", CHECKING: ""}
-SWEEPS = {stage.output: name for name, stage in METHODS.items() if stage.kind == "adapters"}  # folder → method
+# folder → method
+SWEEPS = {stage.output: name for name, stage in METHODS.items() if stage.kind == "adapters"}
 MIN_NAME, MAX_NAME = 10, 40  # cells
 APART = " ●"  # after the name of a model whose settings are not those of params.yaml
 BAR, SHARE = 7, 5  # cells of a bar, of the number after it
@@ -36,7 +37,9 @@ def look_name(entry: Entry) -> str:
 
 
 def short_targets(targets: Sequence[str]) -> str:
-    return " ".join(target.removesuffix("_proj").removesuffix(" tokens") for target in targets) or "–"
+    return (
+        " ".join(target.removesuffix("_proj").removesuffix(" tokens") for target in targets) or "–"
+    )
 
 
 def format_size(size: int) -> str:
@@ -86,14 +89,18 @@ def breaks_limits(entry: Entry) -> bool:
 def _learned_share(entry: Entry) -> float | None:
     """The first that was measured, in the order of Results."""
     verdict = entry.verdict
-    shares = (verdict.answered, verdict.similar, verdict.learned, verdict.preferred) if verdict else ()
+    shares = (
+        (verdict.answered, verdict.similar, verdict.learned, verdict.preferred) if verdict else ()
+    )
     return next((share for share in shares if share is not None), None)
 
 
 def _learned_cell(entry: Entry, colors: Colors) -> Text:
     """A bar for a share; of a model whose new sentences were held out, the loss on them."""
     share, loss = _learned_share(entry), _new_loss(entry)
-    return share_bar(share, colors) if share is not None or loss is None else Text(f"loss {loss:.3f}")
+    return (
+        share_bar(share, colors) if share is not None or loss is None else Text(f"loss {loss:.3f}")
+    )
 
 
 def _learned_order(entry: Entry) -> float | None:
@@ -117,7 +124,8 @@ def _state(entry: Entry, colors: Colors) -> Text:
 class Column:
     """A column: its cell, and the value to sort by (None: unknown, sorted last).
 
-    `falls`: the best, or most interesting, is the largest. `rank`: the lower, the sooner it is shown.
+    `falls`: the best, or most interesting, is the largest. `rank`: the lower, the sooner it is
+    shown.
     """
 
     label: str
@@ -131,18 +139,66 @@ class Column:
 
 _kept, _forgot, _new_loss = map(_of_verdict, ("kept", "forgetting", "new_loss"))
 COLUMNS = (
-    Column("name", 0, lambda e, _: Text(f"{e.label}{APART * bool(e.apart)}"), lambda e: natural_sort_key(e.label), 0),
+    Column(
+        "name",
+        0,
+        lambda e, _: Text(f"{e.label}{APART * bool(e.apart)}"),
+        lambda e: natural_sort_key(e.label),
+        0,
+    ),
     Column("rank", 6, lambda e, _: Text(_size(e)), lambda e: e.model.rank, 3),
     Column("learned", BAR + SHARE, _learned_cell, _learned_order, 2, falls=True),
     Column("kept", BAR + SHARE, lambda e, c: share_bar(_kept(e), c), _kept, 1, falls=True),
     Column("forgot", 6, lambda e, _: _number(_forgot(e), "+.2f"), _forgot, 5, right=True),
-    Column("loss", 6, lambda e, _: _number(e.model.final_loss, ".3f"), lambda e: e.model.final_loss, 6, right=True),
-    Column("method", 8, lambda e, _: Text(re.sub("_(tuning|vocab)$", "", e.model.method)), lambda e: e.model.method, 7),
-    Column("base", 10, lambda e, _: Text(Path(e.model.base or "–").name), lambda e: e.model.base, 11),
-    Column("on disk", 8, lambda e, _: Text(format_size(e.model.size)), lambda e: e.model.size, 8, right=True),
-    Column("params", 11, lambda e, _: _number(e.model.parameters, ",d"), lambda e: e.model.parameters, 10, right=True),
-    Column("targets", 12, lambda e, _: Text(short_targets(e.model.targets)), lambda e: e.model.targets or None, 12),
-    Column("made", 12, lambda e, _: Text(format_time(e.model.when)), lambda e: e.model.when, 9, falls=True),
+    Column(
+        "loss",
+        6,
+        lambda e, _: _number(e.model.final_loss, ".3f"),
+        lambda e: e.model.final_loss,
+        6,
+        right=True,
+    ),
+    Column(
+        "method",
+        8,
+        lambda e, _: Text(re.sub("_(tuning|vocab)$", "", e.model.method)),
+        lambda e: e.model.method,
+        7,
+    ),
+    Column(
+        "base", 10, lambda e, _: Text(Path(e.model.base or "–").name), lambda e: e.model.base, 11
+    ),
+    Column(
+        "on disk",
+        8,
+        lambda e, _: Text(format_size(e.model.size)),
+        lambda e: e.model.size,
+        8,
+        right=True,
+    ),
+    Column(
+        "params",
+        11,
+        lambda e, _: _number(e.model.parameters, ",d"),
+        lambda e: e.model.parameters,
+        10,
+        right=True,
+    ),
+    Column(
+        "targets",
+        12,
+        lambda e, _: Text(short_targets(e.model.targets)),
+        lambda e: e.model.targets or None,
+        12,
+    ),
+    Column(
+        "made",
+        12,
+        lambda e, _: Text(format_time(e.model.when)),
+        lambda e: e.model.when,
+        9,
+        falls=True,
+    ),
     Column("✓", 1, _sign, lambda e: e.state, 4),
     Column("state", 24, _state, lambda e: e.state + e.gate, 13),
 )
@@ -150,7 +206,9 @@ BY_LABEL = {column.label: column for column in COLUMNS}
 
 
 def columns_for(width: int, name: int) -> list[Column]:
-    """The columns that fit beside a name of `name` cells, in their order: those of the lowest rank."""
+    """The columns that fit beside a name of `name` cells, in their order: those of the lowest
+    rank.
+    """
     shown, room = {0}, width - name
     for column in sorted(COLUMNS[1:], key=lambda column: column.rank):
         if room < column.width + 1:
@@ -169,7 +227,15 @@ def name_width(entries: Sequence[Entry], width: int) -> int:
 def searched(entry: Entry) -> str:
     """What the filter searches: all words of the columns, also of those that are not shown."""
     model = entry.model
-    words = (entry.label, model.kind, model.method, _size(entry), model.base, *model.targets, STATES[entry.state])
+    words = (
+        entry.label,
+        model.kind,
+        model.method,
+        _size(entry),
+        model.base,
+        *model.targets,
+        STATES[entry.state],
+    )
     return "\n".join((*map(str, words), entry.gate, *entry.apart, entry.shown_path)).casefold()
 
 

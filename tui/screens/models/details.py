@@ -1,4 +1,6 @@
-"""What is known of the model under the cursor: the spectrum of ΔW, then sentences; all fields of its files on a key."""
+"""What is known of the model under the cursor: the spectrum of ΔW, then sentences; all fields of
+its files on a key.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,9 @@ Modules = Sequence[Mapping[str, Any]]
 
 @dataclass
 class Details:
-    """A model's manifest and config, and its spectra: None until measured, a string if that is not possible."""
+    """A model's manifest and config, and its spectra: None until measured, a string if that is not
+    possible.
+    """
 
     entry: Entry
     manifest: Mapping[str, Any]
@@ -50,7 +54,11 @@ class ModelDetails(VerticalScroll):
 
 
 def format_folder(entries: Sequence[Entry]) -> Text:
-    kept = {entry: entry.verdict.kept for entry in entries if entry.verdict and entry.verdict.kept is not None}
+    kept = {
+        entry: entry.verdict.kept
+        for entry in entries
+        if entry.verdict and entry.verdict.kept is not None
+    }
     text = Text(f"{len(entries)} models, {len(kept)} of them evaluated.")
     if kept:
         best = max(kept, key=lambda entry: kept[entry] or 0.0)
@@ -67,14 +75,17 @@ def format_details(details: Details, width: int) -> list[Text]:
 
 
 def format_spectrum(details: Details, width: int) -> list[Text]:
-    """ΔW of each module: its singular values as columns, the largest in numbers, and its share of ‖ΔW‖²."""
+    """ΔW of each module: its singular values as columns, the largest in numbers, and its share of
+    ‖ΔW‖².
+    """
     spectrum, head = details.spectrum, Text("ΔW  ", "bold")
     if not details.entry.model.scales:
         return []
     if spectrum is None or isinstance(spectrum, str):
         return [
             head.append(
-                spectrum or "m measures how much each matrix changes, and in how many directions", "not bold dim"
+                spectrum or "m measures how much each matrix changes, and in how many directions",
+                "not bold dim",
             )
         ]
     cells = [_spectrum_cell(module) for module in spectrum]
@@ -103,7 +114,9 @@ def _spectrum_cell(module: Mapping[str, Any]) -> tuple[str, str, str]:
 def short_module(name: str) -> str:
     """model.decoder.layers.0.self_attn.q_proj → 0.q"""
     parts = name.split(".")
-    return ".".join([*(part for part in parts[:-1] if part.isdigit()), parts[-1].removesuffix("_proj")])
+    return ".".join(
+        [*(part for part in parts[:-1] if part.isdigit()), parts[-1].removesuffix("_proj")]
+    )
 
 
 def format_sentences(details: Details) -> Text:
@@ -114,7 +127,10 @@ def format_sentences(details: Details) -> Text:
         text.append(f"✗ Refused: {verdict.reason}\n", "bold")
     if entry.apart:
         replaced = any("→" in reason for reason in entry.apart)
-        then = " R trains it again, as params.yaml says; `lora runs apply` brings this one back." * replaced
+        then = (
+            " R trains it again, as params.yaml says; `lora runs apply` brings this one back."
+            * replaced
+        )
         more = f" and {len(entry.apart) - MOST} more" * (len(entry.apart) > MOST)
         text.append(f"● {', '.join(entry.apart[:MOST])}{more}.{then}\n")
     text.append(f"{_kind(details)}\n")
@@ -124,7 +140,9 @@ def format_sentences(details: Details) -> Text:
         text.append("Not evaluated: E measures what it keeps and what it learned.\n")
     if verdict and verdict.gate:
         reasons = f", {'; '.join(verdict.broken)}" if verdict.broken else ""
-        text.append(f"evaluate.limits: {verdict.gate}{reasons}.\n", "bold" if verdict.broken else "")
+        text.append(
+            f"evaluate.limits: {verdict.gate}{reasons}.\n", "bold" if verdict.broken else ""
+        )
     if sentence := {
         VERIFIED: "Intact: its files, and an adapter's base, are those of its manifest.",
         UNBOUND: "No manifest: its base is compared by names and shapes only, when it is loaded.",
@@ -141,15 +159,26 @@ def _kind(details: Details) -> str:
         return "Its files are being read."
     if model.kind == "adapter" and model.rank is not None:
         alpha = config.get("lora_alpha")
-        other = f"LoRA by {model.method.upper()}" if config.get("peft_type") == "LORA" else model.method
+        other = (
+            f"LoRA by {model.method.upper()}" if config.get("peft_type") == "LORA" else model.method
+        )
         name = {"dora": "DoRA", "lora": "LoRA"}.get(model.method, other)
         also = config.get("modules_to_save")
-        whole = f"; {' and '.join(map(str, also))} trained in full" if isinstance(also, list) and also else ""
+        whole = (
+            f"; {' and '.join(map(str, also))} trained in full"
+            if isinstance(also, list) and also
+            else ""
+        )
         scale = f", α {alpha:g}" if isinstance(alpha, int | float) else ""
-        return f"{name} of rank {model.rank}{scale} on {short_targets(model.targets)}{whole}; trained{base}."
+        return (
+            f"{name} of rank {model.rank}{scale} on {short_targets(model.targets)}{whole}; "
+            f"trained{base}."
+        )
     if model.kind == "adapter":
         virtual = ", ".join(model.targets)
-        return f"{model.method.replace('_', ' ').capitalize()}: {virtual}{base}; changes no weights."
+        return (
+            f"{model.method.replace('_', ' ').capitalize()}: {virtual}{base}; changes no weights."
+        )
     trained = _count(manifest, "trainable")
     how = {
         "base": "A base model",
@@ -165,14 +194,19 @@ def _measured(entry: Entry) -> str:
         return ""
     parts = []
     if verdict.kept is not None:
-        rise = "" if verdict.forgetting is None else f" (loss on them {verdict.forgetting:+.3f} nats per token)"
+        rise = (
+            ""
+            if verdict.forgetting is None
+            else f" (loss on them {verdict.forgetting:+.3f} nats per token)"
+        )
         parts.append(f"Keeps {verdict.kept:.0%} of the base's answers to old sentences{rise}.")
     loss = "" if verdict.new_loss is None else f" (loss {verdict.new_loss:.3f})"
     if verdict.answered is not None:
         parts.append(f"Of its answers to new prompts {verdict.answered:.0%} are as expected{loss}.")
     elif verdict.similar is not None:
         parts.append(
-            f"Its answers to new prompts are long; ROUGE-L with the expected ones {verdict.similar:.2f}{loss}."
+            "Its answers to new prompts are long; ROUGE-L with the expected ones "
+            f"{verdict.similar:.2f}{loss}."
         )
     elif verdict.learned is not None:
         parts.append(f"Completes {verdict.learned:.0%} of the new sentences{loss}.")
@@ -187,7 +221,9 @@ def _numbers(details: Details) -> str:
     model = details.entry.model
     parts = [f"{model.parameters:,} parameters"] if model.parameters is not None else []
     parts += [f"{format_size(model.size)} on disk"] if model.size else []
-    parts += [f"training ended at loss {model.final_loss:.3f}"] if model.final_loss is not None else []
+    parts += (
+        [f"training ended at loss {model.final_loss:.3f}"] if model.final_loss is not None else []
+    )
     parts += [f"made {format_time(model.when)}"] if model.when is not None else []
     return ", ".join(parts) + "." if parts else ""
 
@@ -201,15 +237,23 @@ def _count(manifest: Mapping[str, Any], key: str) -> int:
 def format_fields(details: Details) -> Text:
     """All fields of its files, as lines of `key value` in sections."""
     entry, manifest = details.entry, details.manifest
-    sections: dict[str, dict[str, str]] = {"model": {"path": entry.shown_path, "state": entry.state + entry.gate}}
+    sections: dict[str, dict[str, str]] = {
+        "model": {"path": entry.shown_path, "state": entry.state + entry.gate}
+    }
     if entry.model.kind == "adapter":
         unset: Sequence[Any] = (None, False, {}, [], "none")
-        sections["adapter"] = _flatten({key: value for key, value in details.config.items() if value not in unset})
-    commit = {"code of commit": str(manifest["commit"])[:HASH_LENGTH]} if manifest.get("commit") else {}
+        sections["adapter"] = _flatten(
+            {key: value for key, value in details.config.items() if value not in unset}
+        )
+    commit = (
+        {"code of commit": str(manifest["commit"])[:HASH_LENGTH]} if manifest.get("commit") else {}
+    )
     sections["manifest"] = commit | _flatten(manifest.get("parameters"), "parameters ")
     sections["params"] = _flatten(manifest.get("params"))
     for name in ("inputs", "base", "fingerprint"):
-        sections[name] = {key: value[:HASH_LENGTH] for key, value in _flatten(manifest.get(name)).items()}
+        sections[name] = {
+            key: value[:HASH_LENGTH] for key, value in _flatten(manifest.get(name)).items()
+        }
     sections["versions"] = _flatten(manifest.get("versions"))
     text = Text()
     for title, pairs in sections.items():
@@ -221,7 +265,9 @@ def format_fields(details: Details) -> Text:
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
-    """The items of a mapping as texts; of anything else, which a file of another tool may have there, none."""
+    """The items of a mapping as texts; of anything else, which a file of another tool may have
+    there, none.
+    """
     items = value.items() if isinstance(value, dict) else ()
     return {f"{prefix}{key}": _text(each) for key, each in items}
 

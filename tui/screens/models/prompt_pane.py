@@ -1,4 +1,6 @@
-"""The prompt's pane: what it asks the models, how strong an adapter is, the answers, the state of the engine."""
+"""The prompt's pane: what it asks the models, how strong an adapter is, the answers, the state of
+the engine.
+"""
 
 import asyncio
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -29,7 +31,9 @@ from tui.widgets.pane import Pane
 from tui.widgets.prompting import AS_TRAINED, EngineBar, PromptInput, Slider
 from tui.widgets.sampling import SamplingScreen
 
-SAVE_QUESTION = "Save the transcript to which file? .jsonl gives JSON lines, any other suffix Markdown."
+SAVE_QUESTION = (
+    "Save the transcript to which file? .jsonl gives JSON lines, any other suffix Markdown."
+)
 MAX_TITLES = 4  # names of models in the title
 FRAME = 0.05  # seconds between redraws of a streaming answer, at least
 STATUS_EVERY = 2.0  # seconds between status requests
@@ -38,10 +42,13 @@ STATUS_EVERY = 2.0  # seconds between status requests
 class PromptPane(Pane):
     TITLE = "Prompt"
     HELP = (
-        "Enter asks all chosen models, or the one under the cursor. The table has the most likely next tokens of each, "
+        "Enter asks all chosen models, or the one under the cursor. The table has the most likely "
+        "next tokens of each, "
         "in percent, and how that differs from the first; below are the answers.\n\n"
-        "`[` and `]` weaken and strengthen an adapter: ×0 is its base, ×1 the adapter as trained. The table follows at "
-        "once; answers from another strength are marked until Ctrl+R asks again. Underlined words are not in the "
+        "`[` and `]` weaken and strengthen an adapter: ×0 is its base, ×1 the adapter as trained. "
+        "The table follows at "
+        "once; answers from another strength are marked until Ctrl+R asks again. Underlined words "
+        "are not in the "
         "vocabulary. `a` shows where the model looks."
     )
 
@@ -50,10 +57,16 @@ class PromptPane(Pane):
         self.engine, self.conversation = models.inference, Conversation(models)
         self.saved = 0  # exchanges in the last transcript
         self._probe = Latest(self._probe_once)
-        self.prompt, self.slider, self.answers, self.bar = PromptInput(), Slider(), Answers(), EngineBar()
+        self.prompt, self.slider, self.answers, self.bar = (
+            PromptInput(),
+            Slider(),
+            Answers(),
+            EngineBar(),
+        )
         self.sampling = Static(id="sampling", markup=False)
         self._unknown = Static(id="unknown", markup=False)
-        self._vocabularies: Mapping[str, Collection[str]] = {}  # by the name of the model, if it knows words only
+        # by the name of the model, if it knows words only
+        self._vocabularies: Mapping[str, Collection[str]] = {}
 
     def contents(self) -> Iterable[Widget]:
         yield self.prompt
@@ -82,7 +95,11 @@ class PromptPane(Pane):
     def know(self, vocabularies: Mapping[str, Collection[str]]) -> None:
         """Mark words from now on that one of these does not have."""
         self._vocabularies = vocabularies
-        self.prompt.mark(lambda text: [span for words in vocabularies.values() for span in unknown_words(text, words)])
+        self.prompt.mark(
+            lambda text: [
+                span for words in vocabularies.values() for span in unknown_words(text, words)
+            ]
+        )
         self._show_unknown(self.prompt.value)
 
     @on(Input.Changed, "PromptInput")
@@ -109,26 +126,38 @@ class PromptPane(Pane):
         exchange = self.conversation.begin(prompt, entries, self.slider.value)
         methods = {entry.label: look_name(entry) for entry in entries}
         background = self.background_colors[1]
-        looks = {label: (method_look(name).sign, method_style(name, background)) for label, name in methods.items()}
+        looks = {
+            label: (method_look(name).sign, method_style(name, background))
+            for label, name in methods.items()
+        }
         await self.answers.start(exchange, earlier, looks)
         try:
             async with aclosing(self.conversation.answers(exchange)) as changes:
                 drawn_at = 0.0
                 async for _ in changes:
-                    loading = [answer.name for answer in exchange.answers if answer.ended == LOADING]
-                    if loading or monotonic() - drawn_at >= FRAME:  # a load yields nothing until it is done
+                    loading = [
+                        answer.name for answer in exchange.answers if answer.ended == LOADING
+                    ]
+                    # a load yields nothing until it is done
+                    if loading or monotonic() - drawn_at >= FRAME:
                         state = "loading" if loading else "busy"
-                        self._set_engine_state(state if self.engine.running else "starting", *loading[:1])
+                        self._set_engine_state(
+                            state if self.engine.running else "starting", *loading[:1]
+                        )
                         self.answers.show(exchange, self.slider.value)
                         drawn_at = monotonic()
-                    await asyncio.sleep(0)  # tokens may arrive faster than they are drawn: let keys through
+                    # tokens may arrive faster than they are drawn: let keys through
+                    await asyncio.sleep(0)
         except UserError as error:
             self._show_error(error)
         else:
             self._set_engine_state("ready")
             self._status()
             if self.conversation.chat and not exchange.chat:
-                self._warn("Not all of these models have a chat template, so they were prompted without it.")
+                self._warn(
+                    "Not all of these models have a chat template, so they were prompted without "
+                    "it."
+                )
         finally:
             if self.is_attached:  # else the program is closing
                 self.answers.show(exchange, self.slider.value)
@@ -139,7 +168,10 @@ class PromptPane(Pane):
         self._workbench.fail(error)
 
     def is_generating(self) -> bool:
-        return any(worker.group == "ask" and worker.is_running and worker.node is self for worker in self.workers)
+        return any(
+            worker.group == "ask" and worker.is_running and worker.node is self
+            for worker in self.workers
+        )
 
     def interrupt(self) -> None:
         self.workers.cancel_group(self, "ask")
@@ -174,16 +206,22 @@ class PromptPane(Pane):
             self._show_sampling()
 
     def show_attention(self, entries: Sequence[Entry], pointed: Entry | None) -> None:
-        """Attention over the newest prompt: of the model under the cursor if it is chosen, else of an adapter."""
+        """Attention over the newest prompt: of the model under the cursor if it is chosen, else of
+        an adapter.
+        """
         exchange = self.conversation.newest
         if not entries or exchange is None:
             self._warn("Attention is shown for a prompt. Enter one first.")
             return
         adapters = [entry for entry in entries if entry.model.kind == "adapter"]
-        entry = next((entry for entry in entries if entry == pointed), (adapters or list(entries))[0])
+        entry = next(
+            (entry for entry in entries if entry == pointed), (adapters or list(entries))[0]
+        )
         ask = partial(self.conversation.attention, entry, exchange)
         strength = self.slider.value if entry.model.scales else AS_TRAINED
-        self.app.push_screen(AttentionScreen(entry.label, entry.model.kind == "adapter", strength, ask))
+        self.app.push_screen(
+            AttentionScreen(entry.label, entry.model.kind == "adapter", strength, ask)
+        )
 
     # Copy and save
 
@@ -211,7 +249,10 @@ class PromptPane(Pane):
     # The engine
 
     def _set_engine_state(self, state: str, model: str = "") -> None:
-        waits = {"starting": "starting the engine (importing libraries)", "loading": f"loading {model}".strip()}
+        waits = {
+            "starting": "starting the engine (importing libraries)",
+            "loading": f"loading {model}".strip(),
+        }
         self.answers.wait_for(waits.get(state, ""))
         if state != self.bar.state:  # else the keys would be collected anew at every status request
             self.bar.state = state
@@ -240,7 +281,8 @@ class PromptPane(Pane):
 
     @work(exclusive=True, group="status")
     async def _status(self) -> None:
-        if not self.engine.running:  # it ended before this worker began, and asking would start a new one
+        # it ended before this worker began, and asking would start a new one
+        if not self.engine.running:
             self._set_engine_state("died")
             return
         try:

@@ -1,4 +1,6 @@
-"""The screen of models: which there are, what they keep and learned, and a prompt to several side by side."""
+"""The screen of models: which there are, what they keep and learned, and a prompt to several side
+by side.
+"""
 
 import asyncio
 import threading
@@ -33,31 +35,44 @@ from tui.shipping import ship
 from tui.widgets.prompting import STEP
 
 FOLDER_QUESTION = "Search which folder for models? A folder that was added before is removed."
-SAVE_QUESTION = "Save the transcript to which file? .jsonl gives JSON lines, any other suffix Markdown."
+SAVE_QUESTION = (
+    "Save the transcript to which file? .jsonl gives JSON lines, any other suffix Markdown."
+)
 MAX_PROMPTS = 200  # in the saved history
 EVERY = 1.0  # seconds between checks for changed files, at least
-IDLE_SHARE = 300  # times as long as a look at all files takes there is none: thousands must not keep a core busy
-BATCH = 0.25  # seconds for which verdicts are collected before the list is drawn: never one redraw a verdict
+# times as long as a look at all files takes there is none: thousands must not keep a core busy
+IDLE_SHARE = 300
+# seconds for which verdicts are collected before the list is drawn: never one redraw a verdict
+BATCH = 0.25
 STATUS_EVERY = 2.0  # seconds between status requests
 FRAME = 0.05  # seconds between redraws of a streaming answer, at least
 
 
 class ModelsScreen(WorkbenchScreen):
-    """List and prompt side by side; below 110 columns one of the two. The list follows the files."""
+    """List and prompt side by side; below 110 columns one of the two. The list follows the
+    files.
+    """
 
     NAME: ClassVar[str] = "models"
     CSS_PATH = "models.tcss"
     HELP = (
-        "Which models there are, what each **keeps** of the base's answers and **learned** of the new sentences, and "
-        "how it answers beside others. The pipeline's own come first, then folders, which Enter unfolds.\n\n"
-        "Space chooses the models that a prompt goes to, Enter goes to the prompt. `E` evaluates adapters that the "
+        "Which models there are, what each **keeps** of the base's answers and **learned** of the "
+        "new sentences, and "
+        "how it answers beside others. The pipeline's own come first, then folders, which Enter "
+        "unfolds.\n\n"
+        "Space chooses the models that a prompt goes to, Enter goes to the prompt. `E` evaluates "
+        "adapters that the "
         "pipeline does not, such as a sweep's."
     )
     AUTO_FOCUS = "ModelTable"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("c", "chat", "chat", id="models.chat"),
-        Binding("left_square_bracket", "strength(-1)", "strength", id="models.weaker", key_display="[ ]"),
-        Binding("right_square_bracket", "strength(1)", "stronger", id="models.stronger", show=False),
+        Binding(
+            "left_square_bracket", "strength(-1)", "strength", id="models.weaker", key_display="[ ]"
+        ),
+        Binding(
+            "right_square_bracket", "strength(1)", "stronger", id="models.stronger", show=False
+        ),
         Binding("a", "attention", "attention", id="models.attention"),
         Binding("t", "sampling", "sampling", id="models.sampling"),
         Binding("ctrl+r", "again", "ask again", id="models.again"),
@@ -77,16 +92,24 @@ class ModelsScreen(WorkbenchScreen):
         self.details: Details | None = None
         self._wanted: Path | None = None  # to be pointed at once it is listed
         self._stop = threading.Event()  # stops the scan
-        self._checked: deque[list[Entry] | Entry | None] = deque()  # not shown yet; None: the scan is done
+        # not shown yet; None: the scan is done
+        self._checked: deque[list[Entry] | Entry | None] = deque()
         self._visible: Sequence[Path] = ()  # checked first
         self._next_look = 0.0  # when the files are looked at again
-        # Widgets are attributes, because messages and answers can arrive while the screen closes and queries fail.
-        self.list_pane, self.details_pane, self.prompt_pane = ModelsPane(), DetailsPane(), PromptPane(models)
+        # Widgets are attributes, because messages and answers can arrive while the screen closes
+        # and queries fail.
+        self.list_pane, self.details_pane, self.prompt_pane = (
+            ModelsPane(),
+            DetailsPane(),
+            PromptPane(models),
+        )
         self.table, self.prompt = self.list_pane.table, self.prompt_pane.prompt
         self.slider = self.prompt_pane.slider
 
     def body(self) -> Iterable[Widget]:
-        yield Horizontal(Vertical(self.list_pane, self.details_pane, id="models"), self.prompt_pane, id="body")
+        yield Horizontal(
+            Vertical(self.list_pane, self.details_pane, id="models"), self.prompt_pane, id="body"
+        )
 
     def on_mount(self) -> None:
         self._drawing = self.set_interval(BATCH, self._show_checked, pause=True)
@@ -118,7 +141,9 @@ class ModelsScreen(WorkbenchScreen):
         return f"{count} prompts and their answers" if count > 1 else ""
 
     def project_changed(self) -> None:
-        if (project := self.workbench.project_watch.project) and project is not self.library.project:
+        if (
+            project := self.workbench.project_watch.project
+        ) and project is not self.library.project:
             self.library.project = project  # other variants: their names and groups change
             self._start_scan()
 
@@ -126,7 +151,9 @@ class ModelsScreen(WorkbenchScreen):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "leave" and (
-            self.prompt_pane.is_generating() or self.focused_pane is self.prompt_pane or self.list_pane.filter_text
+            self.prompt_pane.is_generating()
+            or self.focused_pane is self.prompt_pane
+            or self.list_pane.filter_text
         ):
             return True
         return super().check_action(action, parameters)
@@ -152,7 +179,9 @@ class ModelsScreen(WorkbenchScreen):
         self.action_prompt()
 
     def action_leave(self) -> None:
-        """Escape: interrupt the answer, else leave the field, the enlarged pane, then the prompt for the list."""
+        """Escape: interrupt the answer, else leave the field, the enlarged pane, then the prompt
+        for the list.
+        """
         if self.prompt_pane.is_generating():
             self.prompt_pane.interrupt()
         elif self.focused is self.prompt and self.app.size.width < WIDE:
@@ -172,7 +201,9 @@ class ModelsScreen(WorkbenchScreen):
         return list(dict.fromkeys(self.workbench.root / expand(name) for name in names))
 
     def _start_scan(self) -> None:
-        """Find and check all models in a thread; a scan that still runs stops and reports nothing more."""
+        """Find and check all models in a thread; a scan that still runs stops and reports nothing
+        more.
+        """
         self.library.folders = [*self.library.artifacts, *self._folders()]
         self._stop.set()
         self._stop = stop = threading.Event()
@@ -223,8 +254,8 @@ class ModelsScreen(WorkbenchScreen):
             self.prompt_pane.start_engine()
 
     def _show_checked(self) -> None:
-        """Show what was found and checked since the last call: verdicts of small models arrive faster than the list is
-        drawn."""
+        """Show what was found and checked since the last call: verdicts of small models arrive
+        faster than the list is drawn."""
         fresh: dict[Path, Entry] = {}
         while self._checked:
             found = self._checked.popleft()
@@ -250,7 +281,9 @@ class ModelsScreen(WorkbenchScreen):
         """The chosen models in display order, or the one under the cursor."""
         if not self.chosen:
             return [self.library.read(entry) for entry in [self.table.pointed] if entry]
-        chosen = sorted((e for e in self.entries if e.model.path in self.chosen), key=attrgetter("sort_key"))
+        chosen = sorted(
+            (e for e in self.entries if e.model.path in self.chosen), key=attrgetter("sort_key")
+        )
         return [self.library.read(entry) for entry in chosen]
 
     def _choose(self, paths: Sequence[Path]) -> None:
@@ -260,16 +293,22 @@ class ModelsScreen(WorkbenchScreen):
 
     @work(exclusive=True, group="words")
     async def _update_prompt(self) -> None:
-        """The strength that can be set, and the words that are marked, are those of the chosen models."""
+        """The strength that can be set, and the words that are marked, are those of the chosen
+        models.
+        """
         entries = self.chosen_entries()
         self.slider.disabled = not any(entry.model.scales for entry in entries)
         adapters = [entry.label for entry in entries if entry.model.kind == "adapter"]
         self.slider.why = f"{adapters[0]} changes no weights" if adapters else "no adapter chosen"
         self.prompt_pane.show_models([entry.label for entry in entries])
-        bases = await asyncio.to_thread(lambda: [self.library.base(entry.model) for entry in entries])
+        bases = await asyncio.to_thread(
+            lambda: [self.library.base(entry.model) for entry in entries]
+        )
         words = await asyncio.to_thread(lambda: [vocabulary(base) for base in bases if base])
         labels = [entry.label for entry, base in zip(entries, bases, strict=True) if base]
-        self.prompt_pane.know({label: known for label, known in zip(labels, words, strict=True) if known is not None})
+        self.prompt_pane.know(
+            {label: known for label, known in zip(labels, words, strict=True) if known is not None}
+        )
 
     @on(ModelTable.Pointed)
     def show_details(self) -> None:
@@ -287,10 +326,18 @@ class ModelsScreen(WorkbenchScreen):
 
     @work(exclusive=True, group="details")
     async def _read(self, entry: Entry) -> None:
-        entry, documents = await asyncio.to_thread(lambda: (self.library.read(entry), read_documents(entry.model.path)))
-        checked = (other for other in self.entries if other.model.path == entry.model.path and other.verdict)
+        entry, documents = await asyncio.to_thread(
+            lambda: (self.library.read(entry), read_documents(entry.model.path))
+        )
+        checked = (
+            other
+            for other in self.entries
+            if other.model.path == entry.model.path and other.verdict
+        )
         entry = next(checked, entry)
-        spectrum = await asyncio.to_thread(self._kept_spectrum, entry) if entry.model.scales else None
+        spectrum = (
+            await asyncio.to_thread(self._kept_spectrum, entry) if entry.model.scales else None
+        )
         self.details = Details(entry, *documents, spectrum)
         self.details_pane.show(self.details)
 
@@ -302,7 +349,10 @@ class ModelsScreen(WorkbenchScreen):
             self._choose([path for path in self.chosen if path not in event.paths])
             return
         if len(self.chosen) + len(more) > MAX_LOADED:
-            self.warn(f"At most {MAX_LOADED} models are compared side by side. Take one away with Space first.")
+            self.warn(
+                f"At most {MAX_LOADED} models are compared side by side. Take one away with Space "
+                "first."
+            )
         self._choose([*self.chosen, *more][:MAX_LOADED])
 
     def action_pipeline(self) -> None:
@@ -317,7 +367,9 @@ class ModelsScreen(WorkbenchScreen):
     async def action_sort(self) -> None:
         current = self.table.sort_column
         choices = sort_choices(current, self.table.reverse)
-        label = await self.app.push_screen_wait(Menu("Sort by", choices, current.label if current else "kept"))
+        label = await self.app.push_screen_wait(
+            Menu("Sort by", choices, current.label if current else "kept")
+        )
         if label is not None:
             self.table.sort(BY_LABEL.get(label))
 
@@ -331,7 +383,9 @@ class ModelsScreen(WorkbenchScreen):
 
     @work
     async def action_folder(self) -> None:
-        """Add a folder to search, also in later sessions; a folder that was added before is removed."""
+        """Add a folder to search, also in later sessions; a folder that was added before is
+        removed.
+        """
         name = await self.app.push_screen_wait(PathScreen(FOLDER_QUESTION))
         if name is None:
             return
@@ -342,7 +396,9 @@ class ModelsScreen(WorkbenchScreen):
             elif folder.is_dir():
                 folders.append(str(folder))
             else:
-                raise UserError(f"{folder} is not a folder. Enter the folder that contains the models.")
+                raise UserError(
+                    f"{folder} is not a folder. Enter the folder that contains the models."
+                )
             self.workbench.remember()
             self._start_scan()
 
@@ -373,14 +429,21 @@ class ModelsScreen(WorkbenchScreen):
 
     @work(group="evaluate")
     async def action_evaluate(self) -> None:
-        """Evaluate the adapters that are chosen, or under the cursor: of a folder, those that were not yet."""
-        chosen = [entry for entry in self.entries if entry.model.path in self.chosen] or self.table.pointed_entries
+        """Evaluate the adapters that are chosen, or under the cursor: of a folder, those that were
+        not yet.
+        """
+        chosen = [
+            entry for entry in self.entries if entry.model.path in self.chosen
+        ] or self.table.pointed_entries
         adapters = [entry for entry in chosen if entry.model.kind == "adapter" and entry.group]
         if len(chosen) > 1:
-            adapters = [entry for entry in adapters if entry.verdict is None or entry.verdict.kept is None]
+            adapters = [
+                entry for entry in adapters if entry.verdict is None or entry.verdict.kept is None
+            ]
         if not adapters:
             self.warn(
-                "There is no adapter to evaluate here: the pipeline evaluates its own models (R), and what was "
+                "There is no adapter to evaluate here: the pipeline evaluates its own models (R), "
+                "and what was "
                 "evaluated stays. Move to another adapter, or to a folder."
             )
             return
@@ -407,7 +470,9 @@ class ModelsScreen(WorkbenchScreen):
         elif not self.chosen_entries():
             self.warn("No model is chosen. Press Esc, and choose one with Space.")
         else:
-            state.prompts = [*(other for other in state.prompts if other != prompt), prompt][-MAX_PROMPTS:]
+            state.prompts = [*(other for other in state.prompts if other != prompt), prompt][
+                -MAX_PROMPTS:
+            ]
             self.prompt.remember(state.prompts)
             self.workbench.remember()
             self.prompt_pane.ask(prompt, self.chosen_entries())
@@ -424,7 +489,8 @@ class ModelsScreen(WorkbenchScreen):
             self.slider.value += steps * STEP
         elif any(entry.model.kind == "adapter" for entry in self.chosen_entries()):
             self.warn(
-                "Strength scales weight changes; prefix and prompt tuning change no weights. Choose another adapter."
+                "Strength scales weight changes; prefix and prompt tuning change no weights. "
+                "Choose another adapter."
             )
         else:
             self.warn("Strength scales an adapter's change. Choose an adapter.")
@@ -451,12 +517,16 @@ class ModelsScreen(WorkbenchScreen):
 
     def _kept_spectrum(self, entry: Entry) -> Any:
         """The spectrum that was measured of these files before, if it was."""
-        facts = self.library.cache.get("spectrum", entry.model.path, self.library.stamp(entry.model))
+        facts = self.library.cache.get(
+            "spectrum", entry.model.path, self.library.stamp(entry.model)
+        )
         return facts["modules"] if facts else None
 
     @work(exclusive=True, group="spectrum")
     async def _measure_spectrum(self, details: Details) -> None:
-        details.spectrum = await asyncio.to_thread(self._kept_spectrum, details.entry) or "measuring…"
+        details.spectrum = (
+            await asyncio.to_thread(self._kept_spectrum, details.entry) or "measuring…"
+        )
         self._show_spectrum(details)
         if details.spectrum != "measuring…":
             return
@@ -464,7 +534,9 @@ class ModelsScreen(WorkbenchScreen):
         try:
             answer = await self.engine.ask("spectrum", adapter=str(details.entry.model.path))
             details.spectrum = answer["modules"]
-            self.library.cache.put("spectrum", details.entry.model.path, stamp, {"modules": answer["modules"]}, ())
+            self.library.cache.put(
+                "spectrum", details.entry.model.path, stamp, {"modules": answer["modules"]}, ()
+            )
             await asyncio.to_thread(self.library.cache.save)
         except UserError as error:
             details.spectrum = f"✗ {error}"

@@ -1,4 +1,6 @@
-"""The list of models: the pipeline's own, then folders to unfold. Only the lines that are visible are drawn."""
+"""The list of models: the pipeline's own, then folders to unfold. Only the lines that are visible
+are drawn.
+"""
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,7 +41,9 @@ HEADER = 1  # lines
 
 
 class Folder(NamedTuple):
-    """A line that folds the models below it. `best`: the largest share of old answers that one of them keeps."""
+    """A line that folds the models below it. `best`: the largest share of old answers that one of
+    them keeps.
+    """
 
     name: str
     models: int
@@ -51,7 +55,8 @@ Line = Entry | Folder
 
 
 class ModelTable(ScrollView, can_focus=True):
-    """A header and a line per model or folder. Sorted by a column, or filtered, it has all models and no folders.
+    """A header and a line per model or folder. Sorted by a column, or filtered, it has all models
+    and no folders.
 
     The table never changes what is chosen: it posts `Chosen`, and the screen calls `show` again.
     """
@@ -139,7 +144,10 @@ class ModelTable(ScrollView, can_focus=True):
         return [self._draw(line).plain for line in self._lines]
 
     def show(
-        self, entries: Sequence[Entry], chosen: Collection[Path] | None = None, busy: Collection[Path] | None = None
+        self,
+        entries: Sequence[Entry],
+        chosen: Collection[Path] | None = None,
+        busy: Collection[Path] | None = None,
     ) -> None:
         """Show these models; `chosen` are marked, and `busy` are being evaluated."""
         self._entries = entries
@@ -150,7 +158,9 @@ class ModelTable(ScrollView, can_focus=True):
         self._arrange()
 
     def filter(self, needle: str) -> None:
-        """Show only models with `needle` in any column, hidden ones included; upper and lower case are the same."""
+        """Show only models with `needle` in any column, hidden ones included; upper and lower case
+        are the same.
+        """
         self._needle = needle.casefold()
         self._arrange()
 
@@ -161,7 +171,9 @@ class ModelTable(ScrollView, can_focus=True):
         self._arrange()
 
     def sort_beside(self, by: int) -> None:
-        """Sort by the next column that is shown, or the one before; beyond the last, in the pipeline's order."""
+        """Sort by the next column that is shown, or the one before; beyond the last, in the
+        pipeline's order.
+        """
         choices = [*self._columns, None]
         if self.sort_column and self.sort_column in choices:
             start = choices.index(self.sort_column)
@@ -178,7 +190,11 @@ class ModelTable(ScrollView, can_focus=True):
         if entry.group and not self._is_flat:
             self._folds[entry.group] = False
         self._arrange()
-        rows = [row for row, line in enumerate(self._lines) if isinstance(line, Entry) and line.model.path == path]
+        rows = [
+            row
+            for row, line in enumerate(self._lines)
+            if isinstance(line, Entry) and line.model.path == path
+        ]
         if rows:
             self._go_to(rows[0])
         return bool(rows)
@@ -204,16 +220,26 @@ class ModelTable(ScrollView, can_focus=True):
 
     def _lines_now(self) -> Iterator[Line]:
         if self._is_flat:
-            found = [entry for entry in self._entries if not self._needle or self._needle in self._text_of(entry)]
+            found = [
+                entry
+                for entry in self._entries
+                if not self._needle or self._needle in self._text_of(entry)
+            ]
             column = self.sort_column
-            yield from sorted_entries(found, column, self.reverse) if column else sorted(found, key=_order)
+            yield from (
+                sorted_entries(found, column, self.reverse) if column else sorted(found, key=_order)
+            )
             return
         groups: dict[str, list[Entry]] = {}
         for entry in sorted(self._entries, key=_order):
             groups.setdefault(entry.group, []).append(entry)
         for name, entries in groups.items():
             if name:
-                kept = [entry.verdict.kept for entry in entries if entry.verdict and entry.verdict.kept is not None]
+                kept = [
+                    entry.verdict.kept
+                    for entry in entries
+                    if entry.verdict and entry.verdict.kept is not None
+                ]
                 yield Folder(name, len(entries), len(kept), max(kept, default=None))
             if not name or not self._is_folded(name, len(entries)):
                 yield from entries
@@ -260,26 +286,34 @@ class ModelTable(ScrollView, can_focus=True):
             label = column.label
             if column is self.sort_column:
                 # ▲ as in every table: the smallest is on top
-                label = (label if column.width != 1 else "") + ("▼" if column.falls != self.reverse else "▲")
-            line.append_text(pad(Text(label), column.width or self._name_width, column.right)).append(" ")
+                label = (label if column.width != 1 else "") + (
+                    "▼" if column.falls != self.reverse else "▲"
+                )
+            line.append_text(
+                pad(Text(label), column.width or self._name_width, column.right)
+            ).append(" ")
         return line
 
     def _draw(self, line: Line, cursor: bool = False) -> Text:
         if isinstance(line, Folder):
             sign = "▸" if self._is_folded(line.name, line.models) else "▾"
             text = Text(
-                f"{sign} {pad_or_truncate(line.name, min(len(line.name), self.size.width // 2))} ({line.models})",
+                f"{sign} {pad_or_truncate(line.name, min(len(line.name), self.size.width // 2))} "
+                f"({line.models})",
                 end="",
             )
             best = "" if line.best is None else f"  best keeps {line.best:.0%}"
             rest = line.models - line.measured
             return text.append(
-                f"{best}{f'  {rest} not evaluated' if rest else ''}", "not bold dim" if not cursor else "not bold"
+                f"{best}{f'  {rest} not evaluated' if rest else ''}",
+                "not bold dim" if not cursor else "not bold",
             )
         chosen = line.model.path in self._chosen
         look, name = method_look(look_name(line)), look_name(line)
         colors = self.app.theme_variables
-        background = Color.parse(colors["block-cursor-background"]) if cursor else self.background_colors[1]
+        background = (
+            Color.parse(colors["block-cursor-background"]) if cursor else self.background_colors[1]
+        )
         color = method_style(name, background)
         text = Text("● " if chosen else "  ", "bold", end="").append(f"{look.sign} ", color)
         for column in self._columns:
@@ -383,5 +417,7 @@ def sort_choices(current: Column | None, reverse: bool) -> dict[str, str]:
         if column.width == 1:  # the same as another, in short
             continue
         falls = column.falls != (reverse if column is current else False)
-        choices[label] = f"{label} {'▼' if falls else '▲'}" + ("  (again: the other way)" if column is current else "")
+        choices[label] = f"{label} {'▼' if falls else '▲'}" + (
+            "  (again: the other way)" if column is current else ""
+        )
     return choices

@@ -65,7 +65,10 @@ def draw(series: Series, end: float, seconds: float, width: int, rows: int) -> l
     end = math.ceil(end / seconds * chart_width) * seconds / chart_width
     values = columns(series.values, end, seconds, chart_width)
     filled = area(values, chart_width, rows, 0, series.high)
-    styles = ["$foreground 25%" if math.isnan(value) else share_style(value / series.full) for value in values]
+    styles = [
+        "$foreground 25%" if math.isnan(value) else share_style(value / series.full)
+        for value in values
+    ]
     at = rows - 1 - min(int(series.level / series.high * rows), rows - 1) if series.level else -1
     facts = _facts(series, rows, at)
     lines = []
@@ -81,14 +84,20 @@ def draw(series: Series, end: float, seconds: float, width: int, rows: int) -> l
 def _chart_row(cells: str, styles: Sequence[str], is_level: bool) -> Content:
     """Cells in the style of their column; the level is drawn where they are empty."""
     marked = [
-        (LEVEL, "$accent") if is_level and cell in (" ", NOTHING) else (cell, styles[x]) for x, cell in enumerate(cells)
+        (LEVEL, "$accent") if is_level and cell in (" ", NOTHING) else (cell, styles[x])
+        for x, cell in enumerate(cells)
     ]
-    runs = ((style, "".join(cell for cell, _ in run)) for style, run in groupby(marked, key=lambda pair: pair[1]))
+    runs = (
+        (style, "".join(cell for cell, _ in run))
+        for style, run in groupby(marked, key=lambda pair: pair[1])
+    )
     return Content.assemble(*((text, style) for style, text in runs))
 
 
 def _facts(series: Series, rows: int, at: int) -> list[tuple[str, str]]:
-    """What stands beside each row: the present value, then the others below it; the level beside its line."""
+    """What stands beside each row: the present value, then the others below it; the level beside
+    its line.
+    """
     facts = [fact for fact in series.facts if fact]
     texts = [("", "")] * rows
     level = f"{LEVEL} {in_units(round(series.level))} predicted" if at >= 0 else ""

@@ -1,4 +1,6 @@
-"""The monitor: CPU, memory and GPUs over time, what the running stage predicted, and the processes of the project."""
+"""The monitor: CPU, memory and GPUs over time, what the running stage predicted, and the processes
+of the project.
+"""
 
 import time
 from collections.abc import Iterable
@@ -106,13 +108,19 @@ time, up to an hour.
         if samples:
             seconds = SPANS[self.span]
             recent = [sample for sample in samples if sample.time > samples[-1].time - 2 * seconds]
-            charts.show(machine_series(machine, recent, self._stage, self.prediction), time.time(), seconds)
-            self.query_one(Drawing).show(partial(process_lines, samples[-1], self._stage, self.prediction))
+            charts.show(
+                machine_series(machine, recent, self._stage, self.prediction), time.time(), seconds
+            )
+            self.query_one(Drawing).show(
+                partial(process_lines, samples[-1], self._stage, self.prediction)
+            )
             facts += [machine.name] if machine.gpus else []
         if (title := (*facts, f"last {self.span}")) != self._title:
             self.query_one(MachinePane).show_title(*title)  # draws the whole pane
             self._title = title
-        self._show_problem("" if samples else "Reading the machine …", bool(samples) and machine.last is None)
+        self._show_problem(
+            "" if samples else "Reading the machine …", bool(samples) and machine.last is None
+        )
         if self._stage:
             self._read_prediction(self._stage)
         else:
@@ -121,7 +129,11 @@ time, up to an hour.
     def _show_problem(self, waiting: str, is_late: bool) -> None:
         """What cannot be read, in one sentence each; no line if all is read."""
         machine = self.workbench.machine
-        late = "No reading for some seconds: the machine is very busy, or a driver hangs." if is_late else ""
+        late = (
+            "No reading for some seconds: the machine is very busy, or a driver hangs."
+            if is_late
+            else ""
+        )
         text = "\n".join(filter(None, [machine.problem, machine.gpu_problem, late, waiting]))
         problem = self.query_one("#problem", Static)
         if str(problem.content) != text:
@@ -146,13 +158,25 @@ def process_lines(sample: Sample, stage: str, prediction: Prediction | None, wid
     lines = [Content.styled(cells(heading, widths).rstrip(), MUTED)]
     for name, reading in processes.items():
         share = f"{reading.cpu:.0%}" if reading.cpu >= 0.1 else f"{reading.cpu:.1%}"
-        gpu = gpu_unit.format(reading.gpu_memory) if on_gpu and reading.gpu_memory is not None else ""
-        row = cells([f"{'▶' if name == stage else ' '} {name}", share, unit.format(reading.memory), gpu], widths)
+        gpu = (
+            gpu_unit.format(reading.gpu_memory) if on_gpu and reading.gpu_memory is not None else ""
+        )
+        row = cells(
+            [f"{'▶' if name == stage else ' '} {name}", share, unit.format(reading.memory), gpu],
+            widths,
+        )
         lines.append(Content.styled(row.rstrip(), "bold" if name == stage else ""))
     if not stage:
         lines.append(Content.styled("No stage runs. R runs the pipeline.", MUTED))
     elif prediction:
-        measured = f"{in_units(prediction.measured)} measured" if prediction.measured else "not measured yet"
-        text = f"{in_units(prediction.predicted)} of tensors predicted at the peak of a step, {measured}"
+        measured = (
+            f"{in_units(prediction.measured)} measured"
+            if prediction.measured
+            else "not measured yet"
+        )
+        text = (
+            f"{in_units(prediction.predicted)} of tensors predicted at the peak of a step, "
+            f"{measured}"
+        )
         lines.append(Content.styled(text, MUTED))
     return lines

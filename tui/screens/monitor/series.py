@@ -14,7 +14,8 @@ Values = Sequence[tuple[float, float]]  # time, value; only where one was read
 
 
 class Series(NamedTuple):
-    """`high`: the value at the top; `full`: the one that is all of the machine's, by which it is coloured.
+    """`high`: the value at the top; `full`: the one that is all of the machine's, by which it is
+    coloured.
 
     `facts`: the present value, then what belongs to it. `level`: a predicted value, 0 for none.
     """
@@ -35,15 +36,27 @@ def machine_series(
     series = []
     if last.cpu is not None:
         cores = f"of {machine.cores:g} cores"
-        series.append(Series("cpu", _values(samples, lambda s: s.cpu), 1, 1, (_share(last.cpu), cores)))
+        series.append(
+            Series("cpu", _values(samples, lambda s: s.cpu), 1, 1, (_share(last.cpu), cores))
+        )
     if last.memory is not None and machine.memory:
         limit = "container's limit" if machine.limited else ""
         values = _values(samples, lambda s: s.memory)
-        series.append(Series("memory", values, machine.memory, machine.memory, _of(last.memory, machine.memory, limit)))
+        series.append(
+            Series(
+                "memory",
+                values,
+                machine.memory,
+                machine.memory,
+                _of(last.memory, machine.memory, limit),
+            )
+        )
     for index, gpu in enumerate(machine.gpus):
         series += _gpu_series(index, gpu.name, gpu.memory, samples, prediction)
     if stage in last.processes and machine.memory:
-        values = _values(samples, lambda s: s.processes[stage].memory if stage in s.processes else None)
+        values = _values(
+            samples, lambda s: s.processes[stage].memory if stage in s.processes else None
+        )
         level = prediction.of_process if prediction else 0
         high = 1.1 * max(level, *(value for _, value in values))
         facts = (in_units(last.processes[stage].memory), "of the process")
@@ -65,7 +78,12 @@ def _gpu_series(
     return [
         Series(label, _values(samples, lambda s: reading(s).load), 1, 1, facts),
         Series(
-            "  memory", _values(samples, lambda s: reading(s).memory), memory, memory, _of(now.memory, memory), level
+            "  memory",
+            _values(samples, lambda s: reading(s).memory),
+            memory,
+            memory,
+            _of(now.memory, memory),
+            level,
         ),
     ]
 
@@ -96,11 +114,16 @@ def columns(values: Values, end: float, seconds: float, width: int) -> list[floa
             break
         column = min(int((time - start) / seconds * width), width - 1)
         tops[column] = max(tops[column], value)
-    return [top if isfinite(top) else nan for top in _bridged(tops, max(round(1.5 * width / seconds), 1))]
+    return [
+        top if isfinite(top) else nan
+        for top in _bridged(tops, max(round(1.5 * width / seconds), 1))
+    ]
 
 
 def _bridged(tops: list[float], gap: int) -> list[float]:
-    """Where a column is shorter than the time between two readings, the value before holds for `gap` columns."""
+    """Where a column is shorter than the time between two readings, the value before holds for
+    `gap` columns.
+    """
     left = 0
     for index, top in enumerate(tops):
         left = gap if isfinite(top) else left - 1

@@ -20,7 +20,16 @@ LABEL_MARGIN = 3  # symbol and space before a name, a space after it
 STUDIES = "studies "
 
 N, E, S, W = 1, 2, 4, 8
-LINES = {E | W: "─", N | S: "│", E | S: "┌", S | W: "┐", N | E: "└", N | W: "┘", N | E | S: "├", N | S | W: "┤"}
+LINES = {
+    E | W: "─",
+    N | S: "│",
+    E | S: "┌",
+    S | W: "┐",
+    N | E: "└",
+    N | W: "┘",
+    N | E | S: "├",
+    N | S | W: "┤",
+}
 LINES |= {E | S | W: "┬", N | E | W: "┴", N | E | S | W: "┼", W: "─", E: "─", N: "│", S: "│"}
 GUTTER = 3  # character columns before a node: bend, arrow, space
 
@@ -47,8 +56,8 @@ class Layout:
 def layout(needs: Mapping[str, Sequence[str]], margin: int) -> Layout:
     """Lay out the nodes of `needs` (node → its dependencies), which must be in topological order.
 
-    One column per depth; edges run from the right of a node to the left of the next. A label is `margin` columns wider
-    than the node's name: a symbol before it and a space after it.
+    One column per depth; edges run from the right of a node to the left of the next. A label is
+    `margin` columns wider than the node's name: a symbol before it and a space after it.
     """
     # An edge that is implied by a longer way is not drawn (transitive reduction).
     above: dict[str, set[str]] = {}  # node → all nodes that it needs
@@ -59,23 +68,37 @@ def layout(needs: Mapping[str, Sequence[str]], margin: int) -> Layout:
         above[node] = implied | {*sources}
         depth[node] = 1 + max((depth[source] for source in sources), default=-1)
         edges += [(source, node) for source in sources if source not in implied]
-    levels = [[node for node in needs if depth[node] == level] for level in range(max(depth.values()) + 1)]
+    levels = [
+        [node for node in needs if depth[node] == level] for level in range(max(depth.values()) + 1)
+    ]
     widths = [margin + max(map(len, nodes)) for nodes in levels]
     starts = [sum(widths[:level]) + GUTTER * level for level in range(len(levels))]
-    # Nodes of one depth get a row each. A single node continues the row of its only source, or is centred.
+    # Nodes of one depth get a row each. A single node continues the row of its only source, or is
+    # centred.
     tallest = max(map(len, levels))
     rows: dict[str, int] = {}
     for nodes in levels:
         for index, node in enumerate(nodes):
             sources = [source for source, target in edges if target == node]
-            is_chain = len(nodes) == len(sources) == 1 and sum(source == sources[0] for source, _ in edges) == 1
+            is_chain = (
+                len(nodes) == len(sources) == 1
+                and sum(source == sources[0] for source, _ in edges) == 1
+            )
             rows[node] = rows[sources[0]] if is_chain else (tallest - len(nodes)) // 2 + index
-    positions = {node: Position(rows[node], starts[depth[node]], margin + len(node)) for node in needs}
-    return Layout(positions, _route_edges(edges, positions), 1 + max(rows.values()), starts[-1] + widths[-1])
+    positions = {
+        node: Position(rows[node], starts[depth[node]], margin + len(node)) for node in needs
+    }
+    return Layout(
+        positions, _route_edges(edges, positions), 1 + max(rows.values()), starts[-1] + widths[-1]
+    )
 
 
-def _route_edges(edges: Sequence[tuple[str, str]], positions: Mapping[str, Position]) -> dict[tuple[int, int], str]:
-    """Every edge runs along the source's row, turns just before the target's column, and ends in an arrow."""
+def _route_edges(
+    edges: Sequence[tuple[str, str]], positions: Mapping[str, Position]
+) -> dict[tuple[int, int], str]:
+    """Every edge runs along the source's row, turns just before the target's column, and ends in an
+    arrow.
+    """
     directions: dict[tuple[int, int], int] = {}
 
     def add(row: int, column: int, direction: int) -> None:
@@ -98,10 +121,15 @@ def _route_edges(edges: Sequence[tuple[str, str]], positions: Mapping[str, Posit
 
 
 def pipeline_layout(stages: Mapping[str, Stage]) -> Layout:
-    """The DAG of the stages that make models, by their short names, with a row for those that measure below it."""
+    """The DAG of the stages that make models, by their short names, with a row for those that
+    measure below it.
+    """
     models = {name: stage for name, stage in stages.items() if not stage.is_measurement}
     short = {name: short_name(stage) for name, stage in models.items()}
-    needs = {short[name]: [short[need] for need in stage.needs if need in models] for name, stage in models.items()}
+    needs = {
+        short[name]: [short[need] for need in stage.needs if need in models]
+        for name, stage in models.items()
+    }
     dag = layout(needs, LABEL_MARGIN) if needs else Layout({}, {}, 0, 0)
     positions, lines = {name: dag.positions[short[name]] for name in models}, dict(dag.lines)
     measurements = {name: stage for name, stage in stages.items() if stage.is_measurement}
@@ -122,7 +150,9 @@ def pipeline_layout(stages: Mapping[str, Stage]) -> Layout:
 
 
 class DagView(Widget):
-    """The DAG of the stages that make models; below it a row with a symbol per study and the stages after them."""
+    """The DAG of the stages that make models; below it a row with a symbol per study and the stages
+    after them.
+    """
 
     DEFAULT_CSS = "DagView { height: auto; width: auto; }"
 
@@ -132,7 +162,9 @@ class DagView(Widget):
 
         stage: str
 
-    def __init__(self, stages: Mapping[str, Stage], states: Mapping[str, StageState], chosen: str) -> None:
+    def __init__(
+        self, stages: Mapping[str, Stage], states: Mapping[str, StageState], chosen: str
+    ) -> None:
         super().__init__()
         self.drawing = pipeline_layout(stages)
         self._stages, self._states, self._chosen = stages, states, chosen
@@ -149,7 +181,8 @@ class DagView(Widget):
             cells[row][column] = character, MUTED
         for name, position in self.drawing.positions.items():
             sign, style = look_of(self._states.get(name))
-            label = "" if position.width == 2 else short_name(self._stages[name])  # a study is a sign alone
+            # a study is a sign alone
+            label = "" if position.width == 2 else short_name(self._stages[name])
             reverse = "reverse" if name == self._chosen else ""
             cells[position.row][position.column] = sign, style if label else f"{style} {reverse}"
             for offset, letter in enumerate(label, 2):
@@ -158,7 +191,10 @@ class DagView(Widget):
 
     def on_click(self, event: Click) -> None:
         for name, position in self.drawing.positions.items():
-            if event.y == position.row and position.column <= event.x < position.column + position.width:
+            if (
+                event.y == position.row
+                and position.column <= event.x < position.column + position.width
+            ):
                 self.post_message(self.Chosen(name))
 
 
@@ -171,7 +207,9 @@ class Picture(ModalScreen[str | None]):
     Picture .dialog { width: auto; max-width: 100%; max-height: 100%; padding: 0 1; }
     """
 
-    def __init__(self, stages: Mapping[str, Stage], states: Mapping[str, StageState], chosen: str) -> None:
+    def __init__(
+        self, stages: Mapping[str, Stage], states: Mapping[str, StageState], chosen: str
+    ) -> None:
         super().__init__()
         self._view = DagView(stages, states, chosen)
 

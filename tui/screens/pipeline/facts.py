@@ -1,4 +1,6 @@
-"""What is to say of the stage that the cursor is on: progress, why its state is as it is, its runs, what to press."""
+"""What is to say of the stage that the cursor is on: progress, why its state is as it is, its runs,
+what to press.
+"""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -34,10 +36,18 @@ def describe_starter(running: Running | None, state: StageState) -> str:
     """Who started the run, and when."""
     if running is None:
         run = state.run
-        return f"in a terminal or by another program: process {run.pid}, {_since(run.started)}" if run else ""
+        return (
+            f"in a terminal or by another program: process {run.pid}, {_since(run.started)}"
+            if run
+            else ""
+        )
     mine = running.starter == os.getpid()
     who = (
-        "here" if mine else f"by another workbench, process {running.starter}," if running.starter else "by a workbench"
+        "here"
+        if mine
+        else f"by another workbench, process {running.starter},"
+        if running.starter
+        else "by a workbench"
     )
     return f"{who} as {running.command}, process {running.pid}, {_since(running.started)}"
 
@@ -51,7 +61,10 @@ def headline(state: StageState | None) -> Content:
     if state is None:
         return Content.styled("…", MUTED)
     sign, style = look_of(state)
-    text, run = f"{sign} {BROKEN if state.broken else STATES.get(state.state, state.state)}", state.run
+    text, run = (
+        f"{sign} {BROKEN if state.broken else STATES.get(state.state, state.state)}",
+        state.run,
+    )
     if state.state == "running" and run and run.total:
         left = "" if run.eta is None else f"  {duration(run.eta)} left"
         text = f"{sign} {run.done / run.total:.0%}{left}  {run.done:,}/{run.total:,}"
@@ -61,11 +74,15 @@ def headline(state: StageState | None) -> Content:
 def facts_of(state: StageState, running: Running | None, losses: Sequence[float]) -> list[Fact]:
     """What is to say of a stage, the most important first."""
     run, rows = state.run, list[Fact]()
-    style = look_of(state)[1] if state.broken or state.state in ("failed", "died", "changed") else ""
+    style = (
+        look_of(state)[1] if state.broken or state.state in ("failed", "died", "changed") else ""
+    )
     reasons = [*state.reasons, *(state.broken.reasons if state.broken else ())]
     if run and run.message and run.message not in reasons and state.state != "running":
         reasons.append(f"its last run: {run.message}")
-    rows += [("why", reason, style) for reason in reasons[:1]] + [("", reason, style) for reason in reasons[1:]]
+    rows += [("why", reason, style) for reason in reasons[:1]] + [
+        ("", reason, style) for reason in reasons[1:]
+    ]
     if state.broken:
         rows.append(("next", state.broken.next_step, MUTED))
     if state.state in NEXT:
@@ -77,7 +94,13 @@ def facts_of(state: StageState, running: Running | None, losses: Sequence[float]
     elif run:
         took = "" if run.seconds is None else f" in {duration(run.seconds)}"
         ended = datetime.fromtimestamp(run.ended or run.started)
-        rows.append(("run", f"{run.state}{took}, {'ended' if run.ended else 'started'} {ended:%d %b %H:%M}", ""))
+        rows.append(
+            (
+                "run",
+                f"{run.state}{took}, {'ended' if run.ended else 'started'} {ended:%d %b %H:%M}",
+                "",
+            )
+        )
     name = f"{state.stage.name}: "
     notes = [note.removeprefix(name) for note in (run.notes if run else ())]
     rows += [("" if number else "note", note, MUTED) for number, note in enumerate(notes)]
@@ -87,7 +110,10 @@ def facts_of(state: StageState, running: Running | None, losses: Sequence[float]
 class FactsPane(Pane):
     """A few lines on one stage. It has no cursor, so it never has the focus."""
 
-    HELP = "The state of the stage that the cursor is on, why it is so, who runs it, and notes of its last run."
+    HELP = (
+        "The state of the stage that the cursor is on, why it is so, who runs it, and notes of "
+        "its last run."
+    )
     ALLOW_MAXIMIZE = False
 
     def __init__(self) -> None:
@@ -99,7 +125,9 @@ class FactsPane(Pane):
     def contents(self) -> Iterable[Widget]:
         yield Static(markup=False)
 
-    def show(self, name: str, state: StageState | None, running: Running | None, losses: Sequence[float]) -> None:
+    def show(
+        self, name: str, state: StageState | None, running: Running | None, losses: Sequence[float]
+    ) -> None:
         """Show what is to say of a stage."""
         title = Content.assemble((name, "bold"), "  ", headline(state))
         self.border_title, self.headline = title, title.plain
@@ -114,6 +142,9 @@ class FactsPane(Pane):
         lines = []
         for label, text, style in self.facts:
             parts = Content.styled(text, style).wrap(max(self.size.width - LABEL, 10))
-            lines += [Content.assemble(("" if n else label).ljust(LABEL), part) for n, part in enumerate(parts)]
+            lines += [
+                Content.assemble(("" if n else label).ljust(LABEL), part)
+                for n, part in enumerate(parts)
+            ]
         self.query_one(Static).update(Content("\n").join(lines), layout=len(lines) != self._height)
         self._height = len(lines)

@@ -1,4 +1,6 @@
-"""The log of each stage: what it printed in the pipeline's last runs, and the steps that it logged."""
+"""The log of each stage: what it printed in the pipeline's last runs, and the steps that it
+logged.
+"""
 
 import re
 from collections import deque
@@ -10,27 +12,39 @@ from pipeline.files.file_tail import FileTail
 from pipeline.files.text import printable
 from pipeline.project.logs.run_log import COLUMNS, LOSS
 
-MAX_READ = 256 * 1024  # bytes of a log per read: of a stage that prints 100 MB only the end is shown
+# bytes of a log per read: of a stage that prints 100 MB only the end is shown
+MAX_READ = 256 * 1024
 MAX_LINES = 2000  # of a stage, and as many steps
 MAX_LENGTH = 2000  # characters of a line
 ALL = ""  # the key of the whole log
-STARTS = re.compile(r"Running stage '(?:[^':]*:)?(\w+)':")  # what dvc prints before a stage's output
-OF_DVC = re.compile(r"(Updating|Generating) lock file |Use `dvc push`|Stage '.*' didn't change, skipping$|\s*$")
+# what dvc prints before a stage's output
+STARTS = re.compile(r"Running stage '(?:[^':]*:)?(\w+)':")
+OF_DVC = re.compile(
+    r"(Updating|Generating) lock file |Use `dvc push`|Stage '.*' didn't change, skipping$|\s*$"
+)
 ESCAPES = re.compile(
     r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])"
 )  # of a terminal: CSI, OSC, others
 
 
 def shown_line(line: str) -> str:
-    """A line as a terminal shows it: what follows its last carriage return, without escape sequences."""
-    return printable(ESCAPES.sub("", line.rstrip("\r").rpartition("\r")[2][:MAX_LENGTH])).expandtabs()
+    """A line as a terminal shows it: what follows its last carriage return, without escape
+    sequences.
+    """
+    return printable(
+        ESCAPES.sub("", line.rstrip("\r").rpartition("\r")[2][:MAX_LENGTH])
+    ).expandtabs()
 
 
 class StageLogs:
-    """The lines of the pipeline's log by stage. A stage that the last run left out keeps what it printed before."""
+    """The lines of the pipeline's log by stage. A stage that the last run left out keeps what it
+    printed before.
+    """
 
     def __init__(self, *logs: Path) -> None:
-        self._tails = [FileTail(log, lambda _: shown_line, header=False, latest=MAX_READ) for log in logs]
+        self._tails = [
+            FileTail(log, lambda _: shown_line, header=False, latest=MAX_READ) for log in logs
+        ]
         self._lines: dict[str, deque[str]] = {}
         self._stage = ALL  # whose output is read
 

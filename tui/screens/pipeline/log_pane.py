@@ -1,4 +1,6 @@
-"""The pane of a log: wrapped lines, of which only those that are seen are drawn; search, follow, copy."""
+"""The pane of a log: wrapped lines, of which only those that are seen are drawn; search, follow,
+copy.
+"""
 
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -22,13 +24,21 @@ ERRORS = ("error", "traceback", "✗")  # what a line of a failure begins with
 
 
 def wrap_line(line: str, width: int) -> list[str]:
-    """The parts of a line that is wider than `width` cells: broken between words, in a word only if it is longer."""
+    """The parts of a line that is wider than `width` cells: broken between words, in a word only if
+    it is longer.
+    """
     parts = textwrap.wrap(line, width, drop_whitespace=False, break_on_hyphens=False)
-    return [piece for part in parts for piece in ([part] if cell_len(part) <= width else chop_cells(part, width))]
+    return [
+        piece
+        for part in parts
+        for piece in ([part] if cell_len(part) <= width else chop_cells(part, width))
+    ]
 
 
 class LogView(ScrollView, can_focus=True):
-    """Lines of text. While it follows, the last ones are seen; to scroll up ends that, End begins it again."""
+    """Lines of text. While it follows, the last ones are seen; to scroll up ends that, End begins
+    it again.
+    """
 
     DEFAULT_CSS = """
     LogView { height: 1fr; background: transparent; scrollbar-gutter: stable; overflow-x: hidden; }
@@ -99,9 +109,14 @@ class LogView(ScrollView, can_focus=True):
         segments, end = list[Segment](), 0
         folded = part.casefold()
         # where folding changes the length of a text, as of ß, a match is not marked
-        while self.text and len(folded) == len(part) and (start := folded.find(self.text, end)) >= 0:
+        while (
+            self.text and len(folded) == len(part) and (start := folded.find(self.text, end)) >= 0
+        ):
             match = self._part("log--found" if number == self.found else "log--match")
-            segments += [Segment(part[end:start], style), Segment(part[start : start + len(self.text)], style + match)]
+            segments += [
+                Segment(part[end:start], style),
+                Segment(part[start : start + len(self.text)], style + match),
+            ]
             end = start + len(self.text)
         return Strip([*segments, Segment(part[end:], style)]).adjust_cell_length(width, base)
 
@@ -140,10 +155,16 @@ class LogView(ScrollView, can_focus=True):
 
     def matches(self) -> list[int]:
         """The lines that contain what is searched."""
-        return [n for n, line in enumerate(self.lines) if self.text in line.casefold()] if self.text else []
+        return (
+            [n for n, line in enumerate(self.lines) if self.text in line.casefold()]
+            if self.text
+            else []
+        )
 
     def search(self, text: str) -> None:
-        """Mark what contains `text`, and go to the last: what is searched in a log is mostly the newest."""
+        """Mark what contains `text`, and go to the last: what is searched in a log is mostly the
+        newest.
+        """
         self.text = text.casefold()
         self.found = next(reversed(self.matches()), -1)
         self._show_found()
@@ -158,7 +179,9 @@ class LogView(ScrollView, can_focus=True):
         self._show_found()
 
     def _show_found(self) -> None:
-        row = next((number for number, (line, _) in enumerate(self._rows) if line == self.found), None)
+        row = next(
+            (number for number, (line, _) in enumerate(self._rows) if line == self.found), None
+        )
         if row is not None:
             self.follows = False
             self.scroll_to(y=max(row - self.size.height // 2, 0), animate=False, immediate=True)
@@ -221,7 +244,10 @@ screen. A stage that was started in a terminal prints there; of it only the step
     def shown_keys(self) -> list[tuple[str, str, str]]:
         matches = [("match", "n N", "matches")] if self.filter_text else []
         keys = super().shown_keys()
-        return [*matches, *((action, key, "search" if key == "/" else label) for action, key, label in keys)]
+        return [
+            *matches,
+            *((action, key, "search" if key == "/" else label) for action, key, label in keys),
+        ]
 
     def filtered(self, text: str) -> None:
         self.view.search(text)

@@ -61,7 +61,11 @@ def changes_table(changes: list[MetricChange]) -> Table | Text:
     rows.add_row("", *(Text(title, "dim") for title in ("committed", "now", "difference")))
     for change in changes:
         both = change.before is not None and change.after is not None
-        difference = f"{(change.after or 0) - (change.before or 0):+.4g}".replace("-", "−") if both else ""
-        values = (f"{value:,.6g}" if value is not None else "–" for value in (change.before, change.after))
+        difference = (
+            f"{(change.after or 0) - (change.before or 0):+.4g}".replace("-", "−") if both else ""
+        )
+        values = (
+            f"{value:,.6g}" if value is not None else "–" for value in (change.before, change.after)
+        )
         rows.add_row(change.name, *values, difference)
     return rows

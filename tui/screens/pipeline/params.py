@@ -1,4 +1,6 @@
-"""The params of a stage as rows: those that changed, the stage's own, and groups of those that all training shares."""
+"""The params of a stage as rows: those that changed, the stage's own, and groups of those that all
+training shares.
+"""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +12,16 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.project.params import edit
-from pipeline.project.params.load import DEFAULT, PRETRAINED, TOP_LEVEL, TRAINING, Params, check, key_path, read_text
+from pipeline.project.params.load import (
+    DEFAULT,
+    PRETRAINED,
+    TOP_LEVEL,
+    TRAINING,
+    Params,
+    check,
+    key_path,
+    read_text,
+)
 from pipeline.project.params.schema import Section, hints, meaning, rule, value_type
 from pipeline.project.params.sections import AdapterTraining, Training
 from pipeline.project.stage_graph import Project, Stage
@@ -34,9 +45,9 @@ GROUPS: Mapping[str, Collection[str]] = {
 
 @dataclass(frozen=True)
 class Param:
-    """A setting. `group`: the folded group that it belongs to; empty for the stage's own, those that its section sets
-    and those that changed. `made`: its value when the stage's artifact was made, as text, if that was another.
-    `source`: where its value is set.
+    """A setting. `group`: the folded group that it belongs to; empty for the stage's own, those
+    that its section sets and those that changed. `made`: its value when the stage's artifact was
+    made, as text, if that was another. `source`: where its value is set.
     """
 
     field: FormField
@@ -78,13 +89,18 @@ def group_key(group: str) -> str:
 
 
 def params_of(project: Project, stage: Stage) -> list[Param]:
-    """The params of one of the project's own stages, or of a stage of its parent: changed ones first, then the stage's
-    own, those that are set before the others."""
+    """The params of one of the project's own stages, or of a stage of its parent: changed ones
+    first, then the stage's own, those that are set before the others."""
     home = project.home(stage.name)
     section = home.section(stage)
     comments, made = _comments(home.params_path), _made_with(home.artifact(stage.name))
     own = {key for key in home.params.tree.get(stage.name, {}) if key not in TOP_LEVEL}
-    shared = {key for base in (Training, AdapterTraining) if isinstance(section, base) for key in hints(base)}
+    shared = {
+        key
+        for base in (Training, AdapterTraining)
+        if isinstance(section, base)
+        for key in hints(base)
+    }
     params = []
     for field in fields_of(stage.name, section, home.params):
         value = getattr(section, field.key)
@@ -108,7 +124,9 @@ def params_of(project: Project, stage: Stage) -> list[Param]:
 
 
 def lines_of(params: Sequence[Param], unfolded: Collection[str], text: str = "") -> list[Line]:
-    """The params that are in no group, then the groups; with `text` only those that contain it, all unfolded."""
+    """The params that are in no group, then the groups; with `text` only those that contain it, all
+    unfolded.
+    """
     shown = [param for param in params if param.matches(text)]
     lines = [Line("", param) for param in shown if not param.group]
     for group in GROUPS:
@@ -120,7 +138,9 @@ def lines_of(params: Sequence[Param], unfolded: Collection[str], text: str = "")
 
 
 def fields_of(stage: str, section: Section, params: Params) -> list[FormField]:
-    """The fields of a stage's own params, then of those that adapters share, then of those that all training shares."""
+    """The fields of a stage's own params, then of those that adapters share, then of those that all
+    training shares.
+    """
 
     def problem(key: str, value: Any) -> str:
         try:

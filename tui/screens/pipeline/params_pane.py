@@ -1,4 +1,6 @@
-"""The pane of a stage's params: a list with a cursor, the meaning of the param below it, a field to edit its value."""
+"""The pane of a stage's params: a list with a cursor, the meaning of the param below it, a field to
+edit its value.
+"""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -25,14 +27,19 @@ from tui.widgets.pane import Pane
 from tui.widgets.table import VIM_KEYS
 from tui.widgets.text import pad_or_truncate
 
-CURSOR = {True: "$block-cursor-foreground on $block-cursor-background", False: "on $block-cursor-blurred-background"}
+CURSOR = {
+    True: "$block-cursor-foreground on $block-cursor-background",
+    False: "on $block-cursor-blurred-background",
+}
 MAX_NAMES = 24  # cells of the names' column
 HUGE_BOUND = re.compile(r", (below|at most) \d{10,}")  # of a rule: nobody comes near it
 ALL = 9999  # lines to move to reach an end
 
 
 class ValueField(Input):
-    """The field over the value that is edited; up and down step through the values that a choice has."""
+    """The field over the value that is edited; up and down step through the values that a choice
+    has.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "submit", "write", id="pipeline.write"),
@@ -135,9 +142,16 @@ class ParamList(VerticalScroll, can_focus=True):
         plain = Content.assemble(
             ("● " if was else "  ", "$text-warning"),
             f"{pad_or_truncate(name, names)} ",
-            (pad_or_truncate(value, min(room, max(cell_len(value), 6))), MUTED if param.is_default else ""),
+            (
+                pad_or_truncate(value, min(room, max(cell_len(value), 6))),
+                MUTED if param.is_default else "",
+            ),
         )
-        text = Content.assemble(plain, (f" {was.removeprefix('● ')}", "$text-warning")) if was else plain
+        text = (
+            Content.assemble(plain, (f" {was.removeprefix('● ')}", "$text-warning"))
+            if was
+            else plain
+        )
         return text.truncate(width, ellipsis=True, pad=True)
 
     def show_cursor(self) -> None:
@@ -160,20 +174,32 @@ class ParamList(VerticalScroll, can_focus=True):
         self.action_move(1)
 
     def action_move(self, by: int) -> None:
-        before, self.cursor = self.cursor, min(max(self.cursor + by, 0), max(len(self.lines) - 1, 0))
+        before, self.cursor = (
+            self.cursor,
+            min(max(self.cursor + by, 0), max(len(self.lines) - 1, 0)),
+        )
         if before != self.cursor:
             self.post_message(self.Moved())
 
     def on_click(self, event: Click) -> None:
         if event.widget is not self.query_one(Static):
             return
-        row = next((number for number in reversed(range(len(self._tops))) if self._tops[number] <= event.y), 0)
+        row = next(
+            (
+                number
+                for number in reversed(range(len(self._tops)))
+                if self._tops[number] <= event.y
+            ),
+            0,
+        )
         again, self.cursor = row == self.cursor, row
         self.post_message(self.Moved(again))
 
 
 class ParamsPane(Pane):
-    """Shows the params of a stage and writes none: the screen gets `Submitted`, and calls `written` if it succeeded."""
+    """Shows the params of a stage and writes none: the screen gets `Submitted`, and calls `written`
+    if it succeeded.
+    """
 
     TITLE = "Params"
     FILTER = True
@@ -224,15 +250,21 @@ again writes it to params.yaml (comments and layout stay), **Esc** keeps it as i
         return self.query_one(ValueField)
 
     def show(self, stage: str, params: Sequence[Param]) -> None:
-        """Show the params of a stage; the cursor, the order and what is being typed stay if it is the same stage."""
+        """Show the params of a stage; the cursor, the order and what is being typed stay if it is
+        the same stage.
+        """
         is_same = stage == self.stage
         if is_same:
             now = {param.key: param for param in params}
-            params = [replace(now[old.key], group=old.group) for old in self.params if old.key in now]
+            params = [
+                replace(now[old.key], group=old.group) for old in self.params if old.key in now
+            ]
             if _equal(params, self.params):
                 return
         if self.edited:
-            again = next((param for param in params if is_same and param.key == self.edited.key), None)
+            again = next(
+                (param for param in params if is_same and param.key == self.edited.key), None
+            )
             if again:
                 self.edited = again
             else:
@@ -259,7 +291,9 @@ again writes it to params.yaml (comments and layout stay), **Esc** keeps it as i
     def _rebuild(self, key: str = "", text: str | None = None) -> None:
         rows, current = self.list, self.list.current
         key = key or (current.key if current else "")
-        rows.lines = lines_of(self.params, self.unfolded, self.filter_text if text is None else text)
+        rows.lines = lines_of(
+            self.params, self.unfolded, self.filter_text if text is None else text
+        )
         keys = [line.key for line in rows.lines]
         rows.cursor = keys.index(key) if key in keys else min(rows.cursor, max(len(keys) - 1, 0))
         changed = sum(param.made is not None for param in self.params)
@@ -279,7 +313,9 @@ again writes it to params.yaml (comments and layout stay), **Esc** keeps it as i
             self.action_act()
 
     def _explain(self) -> None:
-        """Write below the cursor's line what its param means, or what is wrong with what is being typed."""
+        """Write below the cursor's line what its param means, or what is wrong with what is being
+        typed.
+        """
         rows, line = self.list, self.list.current
         texts: list[Content] = []
         if line and line.param and rows.size.width:
@@ -287,11 +323,20 @@ again writes it to params.yaml (comments and layout stay), **Esc** keeps it as i
             if param is self.edited:
                 value = field.parse(self.field.value)
                 problem = field.problem(value) if field.problem and self.is_edited else ""
-                key, before = key_path(self.stage, param.key), format_value(param.value) or "it empty"
+                key, before = (
+                    key_path(self.stage, param.key),
+                    format_value(param.value) or "it empty",
+                )
                 pending = Content.styled(f"Enter writes {key}, Esc keeps {before}.")
-                texts = [Content.styled(f"✗ {problem}", "$text-error")] if problem else [pending] * self.is_edited
+                texts = (
+                    [Content.styled(f"✗ {problem}", "$text-error")]
+                    if problem
+                    else [pending] * self.is_edited
+                )
             texts.append(Content.styled(param.meaning, MUTED))
-            texts.append(Content.styled(f"{HUGE_BOUND.sub('', field.rule)} · {_source(param)}", MUTED))
+            texts.append(
+                Content.styled(f"{HUGE_BOUND.sub('', field.rule)} · {_source(param)}", MUTED)
+            )
         width = max(rows.scrollable_content_region.width - 4, 16)
         wrapped = [part for text in texts if text.plain for part in text.wrap(width)]
         rows.below = [Content.assemble("    ", part) for part in wrapped]
@@ -305,11 +350,19 @@ again writes it to params.yaml (comments and layout stay), **Esc** keeps it as i
     def is_edited(self) -> bool:
         """Whether what is typed stands for another value than the file's."""
         param = self.edited
-        return param is not None and bool(param.field.parse(self.field.value) != to_yaml_value(param.value))
+        return param is not None and bool(
+            param.field.parse(self.field.value) != to_yaml_value(param.value)
+        )
 
     def unsaved(self) -> str:
-        """The param that is being edited and what was typed: `finetune_lora.rank: 16`; "" if nothing."""
-        return f"{key_path(self.stage, self.edited.key)}: {self.field.value}" if self.edited and self.is_edited else ""
+        """The param that is being edited and what was typed: `finetune_lora.rank: 16`; "" if
+        nothing.
+        """
+        return (
+            f"{key_path(self.stage, self.edited.key)}: {self.field.value}"
+            if self.edited and self.is_edited
+            else ""
+        )
 
     def action_act(self) -> None:
         """Edit the param that the cursor is on, or fold or unfold the group."""
@@ -321,7 +374,9 @@ again writes it to params.yaml (comments and layout stay), **Esc** keeps it as i
             return
         field, self.edited = self.field, line.param
         field.choices = line.param.field.choices
-        field.suggester = SuggestFromList(field.choices, case_sensitive=False) if field.choices else None
+        field.suggester = (
+            SuggestFromList(field.choices, case_sensitive=False) if field.choices else None
+        )
         field.value = format_value(line.param.value)
         field.add_class("-open")
         self._explain()

@@ -1,4 +1,6 @@
-"""The pipeline screen: the stages as a tree, and of one of them its state, params and log; run and stop."""
+"""The pipeline screen: the stages as a tree, and of one of them its state, params and log; run and
+stop.
+"""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
@@ -36,7 +38,9 @@ PANES = ("stages", "params", "log", "metrics")  # in the order of Tab
 
 
 class PipelineScreen(WorkbenchScreen):
-    """Shows what the files say, so that a pipeline started elsewhere looks like one started here."""
+    """Shows what the files say, so that a pipeline started elsewhere looks like one started
+    here.
+    """
 
     NAME: ClassVar[str] = "pipeline"
     CSS_PATH = "pipeline.tcss"
@@ -46,10 +50,18 @@ params and its log stand beside it. A param that is written makes its stage, and
     HORIZONTAL_BREAKPOINTS = [(0, "-stacked"), (SIDE, "-narrow"), (WIDE, "-wide"), (HUGE, "-huge")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("S", "run_stage", "Run stage", id="pipeline.run_stage"),
-        Binding("F", "run_stage(True)", "Run stage again, though nothing changed", id="pipeline.force", show=False),
+        Binding(
+            "F",
+            "run_stage(True)",
+            "Run stage again, though nothing changed",
+            id="pipeline.force",
+            show=False,
+        ),
         Binding("p", "pane('params')", "Params", id="pipeline.params"),
         Binding("L", "pane('log')", "Log", id="pipeline.log"),
-        Binding("d", "pane('metrics')", "Metrics since the commit", id="pipeline.metrics", show=False),
+        Binding(
+            "d", "pane('metrics')", "Metrics since the commit", id="pipeline.metrics", show=False
+        ),
         Binding("v", "picture", "Picture of the DAG", id="pipeline.picture", show=False),
         Binding("tab", "next_pane(1)", "Next pane", show=False),
         Binding("shift+tab", "next_pane(-1)", "Pane before", show=False),
@@ -120,14 +132,17 @@ params and its log stand beside it. A param that is written makes its stage, and
         is_last = project is not None and project.root.is_dir()
         banner.update(f"✗ {watch.problem}{' Showing the last valid state.' * is_last}")
         needs = {
-            name: project.home(name).needs(stage) if project else stage.needs for name, stage in self.stages.items()
+            name: project.home(name).needs(stage) if project else stage.needs
+            for name, stage in self.stages.items()
         }
         self.stages_pane.show(self.stages, needs, watch.states)
         self._follow()
         self._show_stage()
 
     def _follow(self) -> None:
-        """Move the cursor to a stage that began to run, or failed, unless the user moved it or is typing."""
+        """Move the cursor to a stage that began to run, or failed, unless the user moved it or is
+        typing.
+        """
         watch = self.workbench.project_watch
         running = watch.running.stage.name if watch.running else ""
         failed = {name for name, state in self.states.items() if state.state in ("failed", "died")}
@@ -151,12 +166,16 @@ params and its log stand beside it. A param that is written makes its stage, and
         if stage is None:
             return
         if project:  # of an unlisted stage no file says the params
-            self.params_pane.show(name, params_of(project, stage) if name in project.readable else [])
+            self.params_pane.show(
+                name, params_of(project, stage) if name in project.readable else []
+            )
         folder = project.run_folder(name) if project else self.workbench.runner.runs / name
         if self._steps is None or self._steps.folder != folder:
             self._steps = StepLog(folder)
         self._read_logs(force=True)
-        self.query_one(MetricsPane).look(self.workbench.root / EVALUATION / "metrics.json", self.workbench.root)
+        self.query_one(MetricsPane).look(
+            self.workbench.root / EVALUATION / "metrics.json", self.workbench.root
+        )
 
     def _tick(self) -> None:
         if self.is_current and self.query(LogPane):
@@ -176,9 +195,13 @@ params and its log stand beside it. A param that is written makes its stage, and
             pane.show("all stages", self._logs.lines(ALL))
         else:
             lines, width = self._logs.lines(name), pane.view.size.width
-            notes = [f"… {note.removeprefix(f'{name}: ')}" for note in (state.run.notes if state and state.run else ())]
+            notes = [
+                f"… {note.removeprefix(f'{name}: ')}"
+                for note in (state.run.notes if state and state.run else ())
+            ]
             logged = [*notes, *(step.line(width) for step in steps.steps)]
-            # The steps follow the command. What was printed after them, the result or an error, ends the log.
+            # The steps follow the command. What was printed after them, the result or an error,
+            # ends the log.
             at = len(lines) if is_running else int(lines[:1] == [f"> {self.stages[name].command}"])
             pane.show(name, [*lines[:at], *logged, *lines[at:]] or [EMPTY])
         losses = [step.loss for step in steps.steps]
@@ -190,7 +213,8 @@ params and its log stand beside it. A param that is written makes its stage, and
     @on(StagesPane.Chosen)
     def _chosen(self, event: StagesPane.Chosen) -> None:
         self._is_moved = self._is_moved or (event.by_user and self._was_busy)
-        # The cursor is drawn at once; the panes follow when it rests, as they take longer than a key that repeats.
+        # The cursor is drawn at once; the panes follow when it rests, as they take longer than a
+        # key that repeats.
         self._pending = self._pending or self.set_timer(REST, self._show_stage)
         self._pending.reset()
 
@@ -224,7 +248,9 @@ params and its log stand beside it. A param that is written makes its stage, and
             self.give_focus(target)
 
     def _show_pane(self, name: str) -> None:
-        """Show one of the panes at the right; where there is room, the params and another one stand side by side."""
+        """Show one of the panes at the right; where there is room, the params and another one stand
+        side by side.
+        """
         if name == "stages":
             return
         for pane in self.query("#panes > Pane"):
@@ -257,7 +283,9 @@ params and its log stand beside it. A param that is written makes its stage, and
         with self.workbench.errors_shown():
             self.workbench.edits.save(path, {key: value})
             text = ", ".join(map(str, value)) if isinstance(value, list) else format_value(value)
-            self.workbench.log_message(f"{key}: {text or '(empty)'} written to {path.name}. z takes it back.")
+            self.workbench.log_message(
+                f"{key}: {text or '(empty)'} written to {path.name}. z takes it back."
+            )
             pane.leave_edit()
             self.workbench.project_watch.look_now()
 
@@ -282,8 +310,16 @@ params and its log stand beside it. A param that is written makes its stage, and
         """Run the chosen stage only, if all artifacts that it needs exist."""
         project, name = self.project, self.chosen
         with self.workbench.errors_shown():
-            needs = project.needs(project.stage(name)) if project and not self.workbench.project_watch.problem else []
-            if missing := [need for need in needs if project and not project.artifact(need).is_dir()]:
+            needs = (
+                project.needs(project.stage(name))
+                if project and not self.workbench.project_watch.problem
+                else []
+            )
+            if missing := [
+                need for need in needs if project and not project.artifact(need).is_dir()
+            ]:
                 self.warn(f"{name} needs {', '.join(missing)} first: press R to run all.")
             else:
-                self.workbench.start_pipeline("repro", "--single-item", *(["--force"] if force else []), name)
+                self.workbench.start_pipeline(
+                    "repro", "--single-item", *(["--force"] if force else []), name
+                )

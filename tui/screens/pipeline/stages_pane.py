@@ -14,7 +14,16 @@ from textual.widgets import OptionList
 
 from pipeline.project.stage_graph import Stage
 from pipeline.project.status import StageState
-from tui.screens.pipeline.tree import SIGNS, STUDIES, URGENCY, Row, draw_rows, group_state, look_of, tree_rows
+from tui.screens.pipeline.tree import (
+    SIGNS,
+    STUDIES,
+    URGENCY,
+    Row,
+    draw_rows,
+    group_state,
+    look_of,
+    tree_rows,
+)
 from tui.widgets.pane import Pane
 from tui.widgets.text import KeyedList
 
@@ -75,7 +84,10 @@ DAG as a picture."""
         return self.query_one(StageTree)
 
     def show(
-        self, stages: Mapping[str, Stage], needs: Mapping[str, Sequence[str]], states: Mapping[str, StageState]
+        self,
+        stages: Mapping[str, Stage],
+        needs: Mapping[str, Sequence[str]],
+        states: Mapping[str, StageState],
     ) -> None:
         """Show the stages with their states. The cursor stays on its stage."""
         self._states = states
@@ -114,7 +126,9 @@ DAG as a picture."""
 
     def _row_of(self, stage: str) -> str:
         keys = [row.key for row in self.rows]
-        return stage if stage in keys else STUDIES if self._is_study(stage) else next(iter(keys), "")
+        return (
+            stage if stage in keys else STUDIES if self._is_study(stage) else next(iter(keys), "")
+        )
 
     def select(self, stage: str) -> None:
         """Move the cursor to a stage; a study that is folded is unfolded."""
@@ -124,7 +138,10 @@ DAG as a picture."""
             self._fold(True)
         self.chosen = stage
         if self.tree_list.option_count:
-            self._expected, self.tree_list.highlighted = stage, self.tree_list.get_option_index(stage)
+            self._expected, self.tree_list.highlighted = (
+                stage,
+                self.tree_list.get_option_index(stage),
+            )
         self.post_message(self.Chosen(stage, by_user=False))
 
     @on(OptionList.OptionHighlighted)

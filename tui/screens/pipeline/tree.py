@@ -1,4 +1,6 @@
-"""The DAG as a tree: each stage below the one that it needs, studies in a group; what its row says."""
+"""The DAG as a tree: each stage below the one that it needs, studies in a group; what its row
+says.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +24,16 @@ SIGNS: Mapping[State, tuple[str, str]] = {
     "stopped": ("‖", "$text-warning"),
     "died": ("✗", "bold $text-error"),
 }
-URGENCY: Sequence[State] = ("running", "died", "failed", "stopped", "changed", "waits", "missing", "current")
+URGENCY: Sequence[State] = (
+    "running",
+    "died",
+    "failed",
+    "stopped",
+    "changed",
+    "waits",
+    "missing",
+    "current",
+)
 BROKEN = SIGNS["failed"]  # of an evaluation whose models break evaluate.limits
 WORDS: Mapping[State, str] = {"missing": "not made", "waits": "waits"}
 BAR, MIN_BAR = 8, 3  # cells of a progress bar
@@ -30,7 +41,9 @@ BAR, MIN_BAR = 8, 3  # cells of a progress bar
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the tree: a stage, or the group of the studies. `after`: further stages that it needs."""
+    """A line of the tree: a stage, or the group of the studies. `after`: further stages that it
+    needs.
+    """
 
     key: str
     guides: str
@@ -51,8 +64,12 @@ def short_name(stage: Stage) -> str:
     return stage.method if stage.look or stage.kind == "study" else stage.name
 
 
-def tree_rows(stages: Mapping[str, Stage], needs: Mapping[str, Sequence[str]], unfolded: bool) -> list[Row]:
-    """The rows from top to bottom. `needs`: stage → the stages that it reads, in the DAG's order."""
+def tree_rows(
+    stages: Mapping[str, Stage], needs: Mapping[str, Sequence[str]], unfolded: bool
+) -> list[Row]:
+    """The rows from top to bottom. `needs`: stage → the stages that it reads, in the DAG's
+    order.
+    """
     above: dict[str, set[str]] = {}  # stage → all that it needs, directly or not
     parents: dict[str, str] = {}
     after: dict[str, tuple[str, ...]] = {}
@@ -87,10 +104,16 @@ def tree_rows(stages: Mapping[str, Stage], needs: Mapping[str, Sequence[str]], u
             branch = f"{guides}{'└ ' if is_last else '├ '}" if parents[name] else ""
             below = f"{guides}{'  ' if is_last else '│ '}" if parents[name] else ""
             if name == STUDIES:
-                rows.append(Row(name, branch, f"{'▾' if unfolded else '▸'} {STUDIES}", members=studies))
+                rows.append(
+                    Row(name, branch, f"{'▾' if unfolded else '▸'} {STUDIES}", members=studies)
+                )
             else:
-                others = [need for need in after[name] if not (studies and stages[need].kind == "study")]
-                named = [short_name(stages[need]) for need in others] + [STUDIES] * (len(others) < len(after[name]))
+                others = [
+                    need for need in after[name] if not (studies and stages[need].kind == "study")
+                ]
+                named = [short_name(stages[need]) for need in others] + [STUDIES] * (
+                    len(others) < len(after[name])
+                )
                 rows.append(Row(name, branch, short_name(stages[name]), tuple(named)))
             if name != STUDIES or unfolded:
                 add(children.get(name, []), below)
@@ -105,9 +128,15 @@ def group_state(members: Iterable[str], states: Mapping[str, StageState]) -> Sta
     return min(known, key=lambda state: URGENCY.index(state.state), default=None)
 
 
-def draw_rows(rows: Sequence[Row], states: Mapping[str, StageState], width: int) -> dict[str, Content]:
-    """A line of `width` cells for each row: sign, name, what is to say of it, and the time that its last run took."""
-    names = min(max((cell_len(row.guides + row.label) for row in rows), default=0), max(12, width * 6 // 10))
+def draw_rows(
+    rows: Sequence[Row], states: Mapping[str, StageState], width: int
+) -> dict[str, Content]:
+    """A line of `width` cells for each row: sign, name, what is to say of it, and the time that its
+    last run took.
+    """
+    names = min(
+        max((cell_len(row.guides + row.label) for row in rows), default=0), max(12, width * 6 // 10)
+    )
     return {row.key: _draw_row(row, states, names, width) for row in rows}
 
 
@@ -120,24 +149,35 @@ def _draw_row(row: Row, states: Mapping[str, StageState], names: int, width: int
     if room < 4:
         return line
     text = _describe(row, state, states, room)
-    if took and text.cell_length + len(took) + 2 <= room:  # what is to say matters more than how long it took
+    # what is to say matters more than how long it took
+    if took and text.cell_length + len(took) + 2 <= room:
         text = text.truncate(room - len(took), pad=True) + Content.styled(took, MUTED)
     return Content.assemble(line, "  ", text.truncate(room, ellipsis=True))
 
 
 def _took(row: Row, state: StageState | None) -> str:
-    seconds = state.run.seconds if state and state.run and not row.members and state.state != "running" else None
+    seconds = (
+        state.run.seconds
+        if state and state.run and not row.members and state.state != "running"
+        else None
+    )
     return "" if seconds is None else f"{brief(seconds):>5}"
 
 
-def _describe(row: Row, state: StageState | None, states: Mapping[str, StageState], room: int) -> Content:
-    """What is to say of a row in about `room` cells: progress, why its state is as it is, or what else it needs."""
+def _describe(
+    row: Row, state: StageState | None, states: Mapping[str, StageState], room: int
+) -> Content:
+    """What is to say of a row in about `room` cells: progress, why its state is as it is, or what
+    else it needs.
+    """
     if state is None:
         return Content.styled("…", MUTED)
     style, reasons = look_of(state)[1], ", ".join(state.reasons)
     if row.members:
         known = [states[name] for name in row.members if name in states]
-        text = Content.styled(f"{sum(one.state == 'current' for one in known)}/{len(row.members)}", MUTED)
+        text = Content.styled(
+            f"{sum(one.state == 'current' for one in known)}/{len(row.members)}", MUTED
+        )
         if state.state in ("running", "died", "failed", "stopped"):
             text += Content.styled(f"  {SIGNS[state.state][0]} {short_name(state.stage)} ", style)
         return text + progress(state, room - text.cell_length) if state.state == "running" else text
@@ -150,7 +190,8 @@ def _describe(row: Row, state: StageState | None, states: Mapping[str, StageStat
     if state.state == "current" and reasons:  # of an evaluation: whether its limits are kept
         return Content.styled(reasons, style)
     words = WORDS.get(state.state, "")
-    if state.state == "missing" and reasons and not reasons.startswith("needs "):  # the tree shows what it needs
+    # the tree shows what it needs
+    if state.state == "missing" and reasons and not reasons.startswith("needs "):
         return Content.styled(f"{words}: {reasons}", MUTED)
     for after in (", ".join(row.after), f"{len(row.after)} others"):
         line = ", ".join(filter(None, (words, f"after {after}" if row.after else "")))
@@ -171,7 +212,11 @@ def progress(state: StageState, room: int) -> Content:
         text = Content.assemble(("━" * filled, style), ("╌" * (bar - filled) + " ", MUTED))
     text += Content.styled(f"{share:4.0%}", style)
     left = "" if run.eta is None else f"  {duration(run.eta)} left"
-    return text + Content.styled(left, style) if left and text.cell_length + len(left) <= room else text
+    return (
+        text + Content.styled(left, style)
+        if left and text.cell_length + len(left) <= room
+        else text
+    )
 
 
 def brief(seconds: float) -> str:
@@ -181,4 +226,8 @@ def brief(seconds: float) -> str:
         return "<1 s"
     if total < 60:
         return f"{total} s"
-    return f"{total // 60}:{total % 60:02}" if total < 3600 else f"{total // 3600}h{total % 3600 // 60:02}"
+    return (
+        f"{total // 60}:{total % 60:02}"
+        if total < 3600
+        else f"{total // 3600}h{total % 3600 // 60:02}"
+    )

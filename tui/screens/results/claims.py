@@ -1,4 +1,6 @@
-"""The document's claims beside what was measured: narrowed by section, verdict and words, each with its numbers."""
+"""The document's claims beside what was measured: narrowed by section, verdict and words, each with
+its numbers.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +18,10 @@ from tui.screens.results.rows import Column, RowsPane
 from tui.widgets.pane import Pane
 
 Claim = Mapping[str, Any]  # a row of claims.json, with its section's title and its verdict's mark
-NOTHING = "This project measures no claims. The document's project does: `lora new document`, then R there."
+NOTHING = (
+    "This project measures no claims. The document's project does: `lora new document`, then R "
+    "there."
+)
 COLORS = {"holds": "success", "differs": "error", "depends": "warning"}  # verdict → theme variable
 ALL = "all"
 
@@ -65,23 +70,45 @@ What the document says, beside what this project measured. Every verdict is comp
 
     def _narrow(self) -> None:
         self._width = self.size.width
-        if not self._width:  # it is filled once it has a width: with hundreds of claims that takes a tenth of a second
+        # it is filled once it has a width: with hundreds of claims that takes a tenth of a second
+        if not self._width:
             return
-        rows = [row for row in self._claims if _in_section(row, self.section) and self.verdict in (ALL, row["verdict"])]
+        rows = [
+            row
+            for row in self._claims
+            if _in_section(row, self.section) and self.verdict in (ALL, row["verdict"])
+        ]
         self.fill(rows, self._columns(), self._wanted)
-        parts = [f"{name} {value}" for name, value in (("§", self.section), ("", self.verdict)) if value != ALL]
-        self.show_title(self._summary if not parts else f"{len(rows)} of {self._summary}", *map(str.strip, parts))
+        parts = [
+            f"{name} {value}"
+            for name, value in (("§", self.section), ("", self.verdict))
+            if value != ALL
+        ]
+        self.show_title(
+            self._summary if not parts else f"{len(rows)} of {self._summary}",
+            *map(str.strip, parts),
+        )
 
     def _columns(self) -> Iterable[Column]:
         # three texts share what verdict and part leave; the pane below has them in full
         room = max(self.size.width - 40, 48)
         claim, says, measured = room * 5 // 10, room * 2 // 10, room * 3 // 10
         yield Column("verdict", self._mark, lambda row: str(row["verdict"]))
-        yield Column("part", lambda row: _cell(row["title"], 14), lambda row: natural_sort_key(str(row["section"])))
-        yield Column("claim", lambda row: _cell(row["quote"], claim), lambda row: str(row["quote"]))
-        yield Column("document", lambda row: _cell(row["shown"]["says"], says), lambda row: str(row["shown"]["says"]))
         yield Column(
-            "measured", lambda row: _cell(row["shown"]["measured"], measured), lambda row: row["shown"]["measured"]
+            "part",
+            lambda row: _cell(row["title"], 14),
+            lambda row: natural_sort_key(str(row["section"])),
+        )
+        yield Column("claim", lambda row: _cell(row["quote"], claim), lambda row: str(row["quote"]))
+        yield Column(
+            "document",
+            lambda row: _cell(row["shown"]["says"], says),
+            lambda row: str(row["shown"]["says"]),
+        )
+        yield Column(
+            "measured",
+            lambda row: _cell(row["shown"]["measured"], measured),
+            lambda row: row["shown"]["measured"],
         )
 
     def on_resize(self, event: Resize) -> None:
@@ -90,7 +117,9 @@ What the document says, beside what this project measured. Every verdict is comp
             self._narrow()
 
     def _mark(self, row: Claim) -> Text:
-        return Text(row["mark"], self.app.theme_variables.get(COLORS.get(row["verdict"], ""), "dim"))
+        return Text(
+            row["mark"], self.app.theme_variables.get(COLORS.get(row["verdict"], ""), "dim")
+        )
 
     def point(self, key: str) -> None:
         self._wanted = key
@@ -104,14 +133,23 @@ What the document says, beside what this project measured. Every verdict is comp
     def action_section(self) -> None:
         counts = Counter(str(row["section"]) for row in self._claims)
         titles = {str(row["section"]): str(row["title"]) for row in self._claims}
-        choices = {ALL: "all parts"} | {name: f"{titles[name]}  {count}" for name, count in counts.items()}
-        self.app.push_screen(Menu("Part of the document", choices, self.section), lambda key: self.choose(section=key))
+        choices = {ALL: "all parts"} | {
+            name: f"{titles[name]}  {count}" for name, count in counts.items()
+        }
+        self.app.push_screen(
+            Menu("Part of the document", choices, self.section),
+            lambda key: self.choose(section=key),
+        )
 
     def action_verdict(self) -> None:
         counts = Counter(str(row["verdict"]) for row in self._claims)
         marks = {str(row["verdict"]): str(row["mark"]) for row in self._claims}
-        choices = {ALL: "all verdicts"} | {name: f"{marks[name]}  {count}" for name, count in counts.items()}
-        self.app.push_screen(Menu("Verdict", choices, self.verdict), lambda key: self.choose(verdict=key))
+        choices = {ALL: "all verdicts"} | {
+            name: f"{marks[name]}  {count}" for name, count in counts.items()
+        }
+        self.app.push_screen(
+            Menu("Verdict", choices, self.verdict), lambda key: self.choose(verdict=key)
+        )
 
 
 def _in_section(row: Claim, section: str) -> bool:

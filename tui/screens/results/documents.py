@@ -1,4 +1,6 @@
-"""The pages and pictures that the project's stages wrote, and the numbers behind them, as Markdown."""
+"""The pages and pictures that the project's stages wrote, and the numbers behind them, as
+Markdown.
+"""
 
 import json
 import os
@@ -22,7 +24,8 @@ TITLES = {"evaluate": "Comparison", "figures": "Figures", "claims": "The documen
 
 @dataclass(frozen=True)
 class Page:
-    """A report. `path` is None where its stage did not run yet; `about`: its place in the document, or what it does.
+    """A report. `path` is None where its stage did not run yet; `about`: its place in the document,
+    or what it does.
 
     `folder`: its stage's output, such as studies/rank.
     """
@@ -49,7 +52,10 @@ class Picture:
 def read_pages(project: Project) -> list[Page]:
     """The reports of the evaluation, of the figures and of the claims that there are."""
     stages = [project.readable[name] for name in TITLES if name in project.readable]
-    pages = [Page(s.name, TITLES[s.name], "", project.artifact(s.name) / REPORT, s.output) for s in stages]
+    pages = [
+        Page(s.name, TITLES[s.name], "", project.artifact(s.name) / REPORT, s.output)
+        for s in stages
+    ]
     return [page for page in pages if page.path and page.path.is_file()]
 
 
@@ -66,22 +72,36 @@ def read_studies(project: Project) -> list[Page]:
 
 
 def read_pictures(project: Project) -> list[Picture]:
-    """The pictures of the evaluation, the figures and the studies. Of one as PNG and as SVG, the PNG is shown."""
-    stages = [stage for stage in project.readable.values() if stage.kind in ("evaluation", "figures", "study")]
-    return [picture for stage in stages for picture in _pictures(stage, project.artifact(stage.name))]
+    """The pictures of the evaluation, the figures and the studies. Of one as PNG and as SVG, the
+    PNG is shown.
+    """
+    stages = [
+        stage
+        for stage in project.readable.values()
+        if stage.kind in ("evaluation", "figures", "study")
+    ]
+    return [
+        picture for stage in stages for picture in _pictures(stage, project.artifact(stage.name))
+    ]
 
 
 def _pictures(stage: Stage, folder: Path) -> Iterator[Picture]:
     manifest = _manifest(folder)
     figures = manifest.get("figures")
-    found = [path for ending in PICTURES for path in sorted(folder.glob(f"*{ending}"))[:MAX_PICTURES]]
+    found = [
+        path for ending in PICTURES for path in sorted(folder.glob(f"*{ending}"))[:MAX_PICTURES]
+    ]
     by_name = {path.stem: path for path in reversed(found)}  # of two with one name, the PNG
     named = [name for name in figures if name in by_name] if isinstance(figures, Mapping) else []
     for name in dict.fromkeys((*named, *sorted(by_name))):
         about: Any = figures[name] if name in named else {}  # type: ignore[index]
         about = about if isinstance(about, Mapping) else {}
         title = "Loss and trained parameters" if stage.kind == "evaluation" else stage.title
-        files = about.get("files", ()) if stage.kind == "figures" else [p.name for p in sorted(folder.glob("*.csv"))]
+        files = (
+            about.get("files", ())
+            if stage.kind == "figures"
+            else [p.name for p in sorted(folder.glob("*.csv"))]
+        )
         numbers = [folder / Path(str(file)).name for file in files if str(file).endswith(".csv")]
         yield Picture(
             f"{stage.output}/{name}",
@@ -104,7 +124,9 @@ def read_page(path: Path) -> str:
     """A Markdown file. Raises UserError."""
     try:
         if path.stat().st_size > MAX_PAGE:
-            raise UserError(f"{path} is larger than {MAX_PAGE // 10**6} MB. Open it with another program.")
+            raise UserError(
+                f"{path} is larger than {MAX_PAGE // 10**6} MB. Open it with another program."
+            )
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}. Run the stage again.") from None
@@ -121,7 +143,11 @@ def numbers_of(path: Path, root: Path) -> str:
             return f"{heading}{table_markdown(path)}\n"
         text = path.read_text(encoding="utf-8", errors="replace")
         if path.name == MANIFEST:  # digests of files say nothing to a reader
-            tree = {key: value for key, value in json.loads(text).items() if key not in ("files", "inputs", "code")}
+            tree = {
+                key: value
+                for key, value in json.loads(text).items()
+                if key not in ("files", "inputs", "code")
+            }
             text = json.dumps(tree, indent=2, ensure_ascii=False)
         return f"{heading}```\n{text}\n```\n"
     except (OSError, ValueError, AttributeError, UserError) as error:

@@ -115,7 +115,10 @@ class FiguresView(Horizontal):
     def compose(self) -> Iterable[Widget]:
         yield ListPane(
             title="Figures",
-            help="The pictures that the evaluation, the figures and the studies wrote. Enter moves to the picture.",
+            help=(
+                "The pictures that the evaluation, the figures and the studies wrote. Enter moves "
+                "to the picture."
+            ),
         )
         yield PicturePane()
 
@@ -127,7 +130,9 @@ class FiguresView(Horizontal):
 
     def point(self, key: str) -> None:
         """Show the picture of this key, or of the stage with this output folder."""
-        found = next((each for each in self._pictures if each == key or each.startswith(f"{key}/")), "")
+        found = next(
+            (each for each in self._pictures if each == key or each.startswith(f"{key}/")), ""
+        )
         if found:
             self.query_one(ListPane).point(found)
 

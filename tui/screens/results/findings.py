@@ -27,14 +27,24 @@ from pipeline.project.status import apart
 METRICS, SWEEP = "metrics.json", "finetune_sweep"
 SCRATCH = "scratch"  # never was the base, so it cannot forget it: of no "forgot least"
 COUNTS = (  # keys of a variant's numbers that are whole numbers, if they are there
-    *("parameters", "bytes", "trainable", "old_prompts_kept", "old_prompts", "prompts_corrected", "prompts_to_correct"),
+    *(
+        "parameters",
+        "bytes",
+        "trainable",
+        "old_prompts_kept",
+        "old_prompts",
+        "prompts_corrected",
+        "prompts_to_correct",
+    ),
 )
 Numbers = Mapping[str, Any]  # a variant's part of metrics.json
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A quantity that models are compared by. `falls`: less is better. `share`: from 0 to 1, shown in percent."""
+    """A quantity that models are compared by. `falls`: less is better. `share`: from 0 to 1, shown
+    in percent.
+    """
 
     name: str
     value: Callable[[Numbers], Any]
@@ -59,10 +69,16 @@ class Measure:
 
 
 LEARNED = (  # the first in which models differ is the scatter's x
-    Measure("answers as expected", lambda n: n["answers"]["as_expected"] / n["answers"]["n"], share=True),
+    Measure(
+        "answers as expected", lambda n: n["answers"]["as_expected"] / n["answers"]["n"], share=True
+    ),
     Measure("similarity of long answers", lambda n: n["answers"]["similar"]["rouge_l"], share=True),
-    Measure("new sentences completed", lambda n: n["new_completed"] / n["new_sentences"], share=True),
-    Measure("chosen answers preferred", lambda n: n["preferences"]["after"]["accuracy"], share=True),
+    Measure(
+        "new sentences completed", lambda n: n["new_completed"] / n["new_sentences"], share=True
+    ),
+    Measure(
+        "chosen answers preferred", lambda n: n["preferences"]["after"]["accuracy"], share=True
+    ),
     Measure("loss on new sentences", lambda n: n["new_loss"], falls=True),
 )
 KEPT = (  # and the first of these its y
@@ -82,7 +98,9 @@ def _task_measure(task: str) -> Measure:
 
 @dataclass(frozen=True)
 class Method:
-    """A model that was evaluated. `cells`: heading of `comparison` → its text. `verdict`: None without limits."""
+    """A model that was evaluated. `cells`: heading of `comparison` → its text. `verdict`: None
+    without limits.
+    """
 
     name: str
     stage: Stage
@@ -100,7 +118,9 @@ class Method:
 
     @property
     def trained(self) -> bool:
-        """Whether it was trained from the base: not the base itself, nor an adapter merged into it."""
+        """Whether it was trained from the base: not the base itself, nor an adapter merged into
+        it.
+        """
         return self.stage.method not in (*BASES, "merge")
 
 
@@ -116,7 +136,9 @@ class Evaluation:
 
     @property
     def forgot_least(self) -> Method | None:
-        """The trained model that kept most; of two that kept as much the one whose old loss rose less."""
+        """The trained model that kept most; of two that kept as much the one whose old loss rose
+        less.
+        """
         trained = [m for m in self.methods if m.trained and m.name != SCRATCH]
 
         def kept(method: Method) -> list[float]:
@@ -127,7 +149,9 @@ class Evaluation:
 
     @property
     def verdict(self) -> str:
-        """The gate's badge: whose limits were kept, or by how many they were broken; empty without limits."""
+        """The gate's badge: whose limits were kept, or by how many they were broken; empty without
+        limits.
+        """
         if self.limits is None:
             return ""
         if self.limits.broken:
@@ -136,7 +160,8 @@ class Evaluation:
 
 
 def read_evaluation(project: Project) -> Evaluation | None:
-    """The project's last evaluation, and what is known of adapters that ran unlisted; None if there is nothing.
+    """The project's last evaluation, and what is known of adapters that ran unlisted; None if there
+    is nothing.
 
     Raises UserError for a file that holds something else.
     """
@@ -148,7 +173,10 @@ def read_evaluation(project: Project) -> Evaluation | None:
     if not metrics and not others:
         return None
     try:
-        every_variant = {**by_variant(metrics), **{stage.variant: numbers for stage, numbers in others.items()}}
+        every_variant = {
+            **by_variant(metrics),
+            **{stage.variant: numbers for stage, numbers in others.items()},
+        }
         stages = {**stages_by_variant(project), **{stage.variant: stage for stage in others}}
         marks = apart(project)
         columns, rows = comparison(every_variant)
@@ -159,14 +187,27 @@ def read_evaluation(project: Project) -> Evaluation | None:
         verdicts = {name: read_verdict(metrics, name) for name in metrics}
         verdicts |= {stage.variant: numbers.get(VERDICT) for stage, numbers in others.items()}
         methods = [
-            _method(project, stage, every_variant[name], texts[name], verdicts[name], marks.get(stage.name, ()))
+            _method(
+                project,
+                stage,
+                every_variant[name],
+                texts[name],
+                verdicts[name],
+                marks.get(stage.name, ()),
+            )
             for name, stage in stages.items()
             if name in texts
         ]
-        tasks = dict.fromkeys(task for method in methods for task in method.numbers.get("tasks", {}))
+        tasks = dict.fromkeys(
+            task for method in methods for task in method.numbers.get("tasks", {})
+        )
         every = [method.numbers for method in methods]
         evaluation = Evaluation(
-            methods, _distinct(LEARNED, every), _distinct(KEPT, every), [_task_measure(name) for name in tasks], limits
+            methods,
+            _distinct(LEARNED, every),
+            _distinct(KEPT, every),
+            [_task_measure(name) for name in tasks],
+            limits,
         )
         # what has another shape is met here, and not while a screen is drawn
         task_scores(by_variant(metrics))
@@ -186,7 +227,9 @@ def _method(
     if not all(isinstance(numbers.get(key, 0), int) for key in COUNTS):
         raise TypeError(f"{stage.variant} has counts that are none")
     path = project.artifact(stage.name)
-    base: Path | None = project.artifact(project.variants.get(stage.variant, ("expand_vocab", None))[0])
+    base: Path | None = project.artifact(
+        project.variants.get(stage.variant, ("expand_vocab", None))[0]
+    )
     if base == path:
         before = project.artifact("expand_vocab")
         base = before if stage.method not in BASES and before.is_dir() else None
@@ -201,7 +244,8 @@ def _distinct(measures: Sequence[Measure], every: Sequence[Numbers]) -> list[Mea
 
 @dataclass(frozen=True)
 class Trial:
-    """An adapter of a sweep. `loss` is None if it diverged or was stopped by the search; `front`: no other beats it.
+    """An adapter of a sweep. `loss` is None if it diverged or was stopped by the search; `front`:
+    no other beats it.
 
     `kept`: the share of old answers that an evaluation of exactly these weights measured.
     """
@@ -220,13 +264,16 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sweep:
-    """sweep.json. `keys`: those in which its adapters differ. `held_out`: whether the losses are of held-out data."""
+    """sweep.json. `keys`: those in which its adapters differ. `held_out`: whether the losses are of
+    held-out data.
+    """
 
     trials: Sequence[Trial]
     keys: Sequence[str]
     held_out: bool
     base: Path
-    edges: Sequence[str] = ()  # such as `learning_rate highest`: where the best has the last value tried
+    # such as `learning_rate highest`: where the best has the last value tried
+    edges: Sequence[str] = ()
 
     @property
     def diverges(self) -> bool:
@@ -235,7 +282,9 @@ class Sweep:
 
 
 def read_sweep(project: Project) -> Sweep | None:
-    """The project's sweep; None if it has none. Raises UserError for a file that holds something else."""
+    """The project's sweep; None if it has none. Raises UserError for a file that holds something
+    else.
+    """
     folder = project.artifact(SWEEP)
     path = folder / TABLE
     if not path.is_file():
@@ -266,7 +315,8 @@ def read_sweep(project: Project) -> Sweep | None:
     except (KeyError, TypeError, AttributeError, ValueError):
         raise UserError(f"{path} holds no sweep. Run `lora finetune sweep` again.") from None
     edges: list[str] = []
-    with suppress(UserError, KeyError, TypeError, ValueError, AttributeError):  # what it searched is not known
+    # what it searched is not known
+    with suppress(UserError, KeyError, TypeError, ValueError, AttributeError):
         grid = read_manifest(folder)["params"]["grid"]
         found = beyond(rows, best, grid, type(project.params.finetune_lora))
         edges = [f"{key} {edge}" for key, (edge, _) in found.items()]

@@ -1,4 +1,6 @@
-"""Which model to ship: learned against kept as a scatter, a table with a bar for each, and the pointed one in words."""
+"""Which model to ship: learned against kept as a scatter, a table with a bar for each, and the
+pointed one in words.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -22,13 +24,16 @@ BAR = 8  # cells of a bar in the table
 INTERVAL = 12  # cells of an interval from 0 to 1
 LEAST = "◂"  # marks the model that forgot least
 NOTHING = (
-    "Nothing is evaluated yet. Press R to run the pipeline: it trains, then compares what each model learned and kept."
+    "Nothing is evaluated yet. Press R to run the pipeline: it trains, then compares what each "
+    "model learned and kept."
 )
 
 
 def sign_of(method: Method) -> str:
     """Its method's sign; of a base a ring, of a merged adapter LoRA's."""
-    return "○" if method_look(_look_name(method)) is NO_LOOK else method_look(_look_name(method)).sign
+    return (
+        "○" if method_look(_look_name(method)) is NO_LOOK else method_look(_look_name(method)).sign
+    )
 
 
 def _look_name(method: Method) -> str:
@@ -49,7 +54,9 @@ def interval_strip(low: float, value: float, high: float, width: int = INTERVAL)
 
 
 class ScatterPane(Pane):
-    """What each model learned, to the right, against what it kept, upwards: the best are in the upper right."""
+    """What each model learned, to the right, against what it kept, upwards: the best are in the
+    upper right.
+    """
 
     TITLE = "Learned against kept"
     HELP = """\
@@ -130,17 +137,27 @@ cell share a sign and a label.
         x, y = self.axes.get("x"), self.axes.get("y")
         if x is None or y is None or x.name == y.name:
             static.update(
-                Text("One quantity was measured, so there is nothing to draw it against. Set evaluate.old_data.")
+                Text(
+                    "One quantity was measured, so there is nothing to draw it against. Set "
+                    "evaluate.old_data."
+                )
             )
             return
         methods = sorted(self.evaluation.methods, key=lambda method: method.name != self._pointed)
         points = [point for method in methods if (point := self._point(method, x, y))]
         axes = [
-            Axis.around(measure.name, [getattr(point, name) for point in points], measure.share, falls=measure.falls)
+            Axis.around(
+                measure.name,
+                [getattr(point, name) for point in points],
+                measure.share,
+                falls=measure.falls,
+            )
             for name, measure in (("x", x), ("y", y))
         ]
         muted = Style(dim=True)
-        static.update(Text("\n").join(draw(points, axes[0], axes[1], *static.size, muted)), layout=False)
+        static.update(
+            Text("\n").join(draw(points, axes[0], axes[1], *static.size, muted)), layout=False
+        )
 
     def _point(self, method: Method, x: Measure, y: Measure) -> Point | None:
         right, up = x.of(method.numbers), y.of(method.numbers)
@@ -159,7 +176,9 @@ cell share a sign and a label.
 
 
 class MethodsPane(RowsPane[Method]):
-    """A row for each model: bars for what it learned and kept, its size, tasks with intervals, all other numbers."""
+    """A row for each model: bars for what it learned and kept, its size, tasks with intervals, all
+    other numbers.
+    """
 
     TITLE = "Methods"
     HELP = f"""\
@@ -209,13 +228,17 @@ A row for each model that `lora evaluate` compared; the numbers are those of `lo
     def _show_facts(self, evaluation: Evaluation) -> None:
         variables, facts = self.app.theme_variables, list[str | Text]()
         if verdict := evaluation.verdict:
-            color = variables["error" if evaluation.limits and evaluation.limits.broken else "success"]
+            color = variables[
+                "error" if evaluation.limits and evaluation.limits.broken else "success"
+            ]
             facts.append(Text(verdict, f"bold {color}"))
         if least := evaluation.forgot_least:
             kept = evaluation.kept[0]
             value = kept.of(least.numbers)
             text = f"{LEAST} forgot least: {least.name}"
-            facts.append(f"{text}, {kept.format(value)} kept" if kept.share and value is not None else text)
+            facts.append(
+                f"{text}, {kept.format(value)} kept" if kept.share and value is not None else text
+            )
         self.show_title(*facts)
 
     def _columns(self, evaluation: Evaluation) -> Iterable[Column]:
@@ -225,11 +248,17 @@ A row for each model that `lora evaluate` compared; the numbers are those of `lo
         yield Column("model", self._name_cell, lambda method: method.name)
         for title, measures in (("learned", evaluation.learned), ("kept", evaluation.kept)):
             for measure in measures[:1]:
-                yield Column(title, self._bar(measure, evaluation, title == "kept"), _best_first(measure))
+                yield Column(
+                    title, self._bar(measure, evaluation, title == "kept"), _best_first(measure)
+                )
         yield Column("trained", text("share\nof all"), lambda m: m.numbers.get("trainable_percent"))
         yield Column("size", lambda m: _size(m, evaluation), lambda m: m.numbers["bytes"])
         for measure in evaluation.tasks:
-            yield Column(f"task: {measure.name}", lambda m, each=measure: _task(m, each), _best_first(measure))  # type: ignore[misc]
+            yield Column(
+                f"task: {measure.name}",
+                lambda m, each=measure: _task(m, each),  # type: ignore[misc]
+                _best_first(measure),
+            )
         measured = (  # further numbers of `lora report`
             ("new\nloss", lambda m: m.numbers.get("new_loss")),
             ("old\nloss", lambda m: m.numbers.get("old_loss")),
@@ -248,22 +277,39 @@ A row for each model that `lora evaluate` compared; the numbers are those of `lo
             name.append(" ✗", self.app.theme_variables["error"])
         if method.apart:
             name.append(" ●", self.app.theme_variables["warning"])
-        return name.append(f" {LEAST}", f"bold {self.app.theme_variables['success']}") if method == least else name
+        return (
+            name.append(f" {LEAST}", f"bold {self.app.theme_variables['success']}")
+            if method == least
+            else name
+        )
 
-    def _bar(self, measure: Measure, evaluation: Evaluation, kept: bool) -> Callable[[Method], Text]:
-        """A cell with a bar, of a share that of the whole, of other quantities that of the best to the worst."""
-        values = [v for method in evaluation.methods if (v := measure.of(method.numbers)) is not None]
+    def _bar(
+        self, measure: Measure, evaluation: Evaluation, kept: bool
+    ) -> Callable[[Method], Text]:
+        """A cell with a bar, of a share that of the whole, of other quantities that of the best to
+        the worst.
+        """
+        values = [
+            v for method in evaluation.methods if (v := measure.of(method.numbers)) is not None
+        ]
         worst, best = (f(map(measure.better, values), default=0.0) for f in (min, max))
-        heading = {"new sentences completed": "new\ncompleted", "old answers kept": "answers\nkept"}.get(measure.name)
+        heading = {
+            "new sentences completed": "new\ncompleted",
+            "old answers kept": "answers\nkept",
+        }.get(measure.name)
 
         def cell(method: Method) -> Text:
             value = measure.of(method.numbers)
             if value is None:
                 return Text(f"{' ' * BAR} {MISSING}")
-            share = value if measure.share else (measure.better(value) - worst) / (best - worst or 1.0)
+            share = (
+                value if measure.share else (measure.better(value) - worst) / (best - worst or 1.0)
+            )
             color = share_style(1 - share).removeprefix("$") if kept else "primary"
             words = method.cells.get(heading or "", measure.format(value))
-            return Text.assemble((bar(share, BAR), self.app.theme_variables[color]), f" {words}", no_wrap=True)
+            return Text.assemble(
+                (bar(share, BAR), self.app.theme_variables[color]), f" {words}", no_wrap=True
+            )
 
         return cell
 
@@ -295,7 +341,9 @@ def _strip(method: Method, measure: Measure) -> str:
 
 
 class DetailPane(Pane):
-    """The pointed model in sentences: what it costs, what it learned and kept, its tasks, the limits that it breaks."""
+    """The pointed model in sentences: what it costs, what it learned and kept, its tasks, the
+    limits that it breaks.
+    """
 
     TITLE = "Model"
     HELP = """\
@@ -335,17 +383,25 @@ chance.
             count, share = numbers["trainable"], method.cells.get("share\nof all", "")
             beside = " beside one copy of its base" if method.stage.kind == "adapter" else ""
             yield Text(
-                f"trained {count:,} of {numbers.get('parameters', 0):,} parameters, {share}; {size} to store{beside}"
+                f"trained {count:,} of {numbers.get('parameters', 0):,} parameters, {share}; "
+                f"{size} to store{beside}"
             )
         else:
             yield Text(f"{numbers.get('parameters', 0):,} parameters; {size} to store")
         for label, headings in (("learned", LEARNED_CELLS), ("kept", KEPT_CELLS)):
-            said = [form.format(method.cells[name]) for name, form in headings.items() if _measured(method, name)]
+            said = [
+                form.format(method.cells[name])
+                for name, form in headings.items()
+                if _measured(method, name)
+            ]
             if said:
                 yield Text(f"{label:<8}").append(", ".join(said))
         kept, old, right, wrong = (numbers.get(key, 0) for key in PROMPTS)
         if old or wrong:
-            yield Text(f"prompts {kept} of {old} keep their answer, {right} of {wrong} have the corrected one")
+            yield Text(
+                f"prompts {kept} of {old} keep their answer, {right} of {wrong} have the "
+                "corrected one"
+            )
         wide = min(max((len(task.name) for task in evaluation.tasks), default=0), 20)
         if wide:
             yield Text("\ntasks: score, 95% interval, change from the base", "dim")
@@ -385,7 +441,11 @@ def _task_line(method: Method, task: Measure, width: int) -> Iterable[Text]:
 
 def fields(method: Method, legend: Sequence[tuple[str, str]] = LEGEND) -> str:
     """All numbers of a model and what they mean, as Markdown."""
-    rows = [f"| {heading.replace(chr(10), ' ')} | {text} |" for heading, text in method.cells.items()]
+    rows = [
+        f"| {heading.replace(chr(10), ' ')} | {text} |" for heading, text in method.cells.items()
+    ]
     notes = [f"- {text}" for heading, text in legend if not heading or heading in method.cells]
     path = f"`{method.path}`"
-    return "\n".join([f"# {method.stage.title}\n", path, "", "| | |", "|---|---:|", *rows, "", *notes])
+    return "\n".join(
+        [f"# {method.stage.title}\n", path, "", "| | |", "|---|---:|", *rows, "", *notes]
+    )

@@ -80,12 +80,16 @@ class ListPane(Pane):
 
     def show(self, entries: Sequence[Page | Picture]) -> None:
         """List pages or pictures."""
-        self._entries = {entry.key: Text(entry.title, "" if entry.path else "dim") for entry in entries}
+        self._entries = {
+            entry.key: Text(entry.title, "" if entry.path else "dim") for entry in entries
+        }
         self._fill()
 
     def _fill(self) -> None:
         wanted = self.filter_text.casefold()
-        self.list.show({key: text for key, text in self._entries.items() if wanted in text.plain.casefold()})
+        self.list.show(
+            {key: text for key, text in self._entries.items() if wanted in text.plain.casefold()}
+        )
 
     def filtered(self, text: str) -> None:  # noqa: ARG002  # name given by Pane
         self._fill()
@@ -100,7 +104,9 @@ class ListPane(Pane):
     @on(OptionList.OptionSelected)
     def _pointed(self, event: OptionList.OptionHighlighted | OptionList.OptionSelected) -> None:
         event.stop()
-        self.post_message(self.Pointed(self, str(event.option_id), isinstance(event, OptionList.OptionSelected)))
+        self.post_message(
+            self.Pointed(self, str(event.option_id), isinstance(event, OptionList.OptionSelected))
+        )
 
 
 class PagePane(Pane):
@@ -131,16 +137,21 @@ The report that a stage wrote, as text. Arrows, j k, PgUp PgDn, g G move in it.
                 self.page.show(read_page(page.path))
             except UserError as error:
                 self.page.show(str(error))
-        self.show_title(*([page.about] if page and page.about else []), title=page.title if page else self.TITLE)
+        self.show_title(
+            *([page.about] if page and page.about else []), title=page.title if page else self.TITLE
+        )
 
     def filtered(self, text: str) -> None:
         self.page.find(text)
 
 
 class PagesView(Horizontal):
-    """A list of pages at the left, the page at the right. In a narrow terminal Enter enlarges the page."""
+    """A list of pages at the left, the page at the right. In a narrow terminal Enter enlarges the
+    page.
+    """
 
-    def __init__(self, title: str, nothing: str, help: str, id: str) -> None:  # as Textual names them
+    # as Textual names them
+    def __init__(self, title: str, nothing: str, help: str, id: str) -> None:
         super().__init__(id=id)
         self._title, self._nothing, self._help = title, nothing, help
         self._pages: dict[str, Page] = {}
@@ -174,7 +185,11 @@ class PagesView(Horizontal):
 
     def _show_page(self, key: str) -> None:
         page = self._pages.get(key)
-        missing = f"{page.title} was not measured yet. Press R to run what is left." if page else self._nothing
+        missing = (
+            f"{page.title} was not measured yet. Press R to run what is left."
+            if page
+            else self._nothing
+        )
         self.query_one(PagePane).show(page, missing)
 
     @on(ListPane.Pointed)

@@ -1,4 +1,6 @@
-"""All that the screen shows, read from the files of the project's stages when one of them changed."""
+"""All that the screen shows, read from the files of the project's stages when one of them
+changed.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,12 +36,17 @@ def read_results(project: Project, before: Results) -> Iterator[Results]:
     """Read everything again, the comparison first; nothing if no file changed."""
     stages = [stage for stage in project.shown.values() if stage.kind in KINDS or stage.look]
     # of a sweep the table alone: its adapters are many files
-    paths = [project.artifact(stage.name) / (TABLE if stage.kind == "adapters" else "") for stage in stages]
+    paths = [
+        project.artifact(stage.name) / (TABLE if stage.kind == "adapters" else "")
+        for stage in stages
+    ]
     seen = project.params, *map(signature, (*paths, project.root / ARTIFACTS / MEASURED))
     if seen == before.seen:
         return
     first = replace(
-        before, evaluation=_or_why(lambda: read_evaluation(project)), sweep=_or_why(lambda: read_sweep(project))
+        before,
+        evaluation=_or_why(lambda: read_evaluation(project)),
+        sweep=_or_why(lambda: read_sweep(project)),
     )
     yield first
     has_claims = any(stage.kind == "claims" for stage in project.stages.values())
@@ -48,7 +55,9 @@ def read_results(project: Project, before: Results) -> Iterator[Results]:
         pages=read_pages(project),
         pictures=read_pictures(project),
         studies=read_studies(project),
-        claims=_or_why(lambda: read_claims(project) or (calculated_claims() if has_claims else None)),
+        claims=_or_why(
+            lambda: read_claims(project) or (calculated_claims() if has_claims else None)
+        ),
         seen=seen,
     )
 

@@ -1,5 +1,5 @@
-"""A pane with a table that is sorted by any column and narrowed by words: of models, of a sweep's adapters, of
-claims."""
+"""A pane with a table that is sorted by any column and narrowed by words: of models, of a sweep's
+adapters, of claims."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
@@ -20,7 +20,9 @@ SORTED = "▾"
 
 
 class Column(NamedTuple):
-    """A column: its cell for a row, and what it is sorted by; None, or what is missing, comes last."""
+    """A column: its cell for a row, and what it is sorted by; None, or what is missing, comes
+    last.
+    """
 
     title: str
     cell: Callable[[Any], Text]
@@ -28,13 +30,27 @@ class Column(NamedTuple):
 
 
 class RowsPane(Pane, Generic[R]):
-    """Subclasses implement `key_of`, `words_of`, and call `fill`. Without rows, a sentence says why."""
+    """Subclasses implement `key_of`, `words_of`, and call `fill`. Without rows, a sentence says
+    why.
+    """
 
     FILTER = True
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("s", "sort", "sort", id="results.sort"),
-        Binding("less_than_sign", "next_column(-1)", "Sort by the previous column", show=False, key_display="<"),
-        Binding("greater_than_sign", "next_column(1)", "Sort by the next column", show=False, key_display=">"),
+        Binding(
+            "less_than_sign",
+            "next_column(-1)",
+            "Sort by the previous column",
+            show=False,
+            key_display="<",
+        ),
+        Binding(
+            "greater_than_sign",
+            "next_column(1)",
+            "Sort by the next column",
+            show=False,
+            key_display=">",
+        ),
     ]
     DEFAULT_CSS = """
     RowsPane > .empty { display: none; height: auto; padding: 1 0; }
@@ -64,7 +80,8 @@ class RowsPane(Pane, Generic[R]):
         self._all: Sequence[R] = ()
 
     def contents(self) -> Iterable[Widget]:
-        yield Table(cursor_foreground_priority="renderable")  # a model keeps its colour under the cursor
+        # a model keeps its colour under the cursor
+        yield Table(cursor_foreground_priority="renderable")
         yield Static(classes="empty", markup=False)
 
     def key_of(self, row: R) -> str:
@@ -103,15 +120,22 @@ class RowsPane(Pane, Generic[R]):
         """Filter, sort and draw the rows, with the cursor on the one of this key."""
         by = next((column for column in self.columns if column.title == self.sorted_by), None)
         words = self.filter_text.casefold().split()
-        rows = [row for row in self._all if all(word in self.words_of(row).casefold() for word in words)]
+        rows = [
+            row for row in self._all if all(word in self.words_of(row).casefold() for word in words)
+        ]
         self.rows = sorted(rows, key=lambda row: _last_if_missing(by, row)) if by else rows
         with self.app.batch_update():
             self.table.clear(columns=True)
             cells = [[column.cell(row) for row in self.rows] for column in self.columns]
             for column, texts in zip(self.columns, cells, strict=True):
-                title = Text(f"{column.title} {SORTED}" if column is by else column.title, no_wrap=True)
-                # the table's own measure is of the rows before, where it is filled twice in a moment
-                self.table.add_column(title, key=column.title, width=max(text.cell_len for text in (title, *texts)))
+                title = Text(
+                    f"{column.title} {SORTED}" if column is by else column.title, no_wrap=True
+                )
+                # the table's own measure is of the rows before, where it is filled twice in a
+                # moment
+                self.table.add_column(
+                    title, key=column.title, width=max(text.cell_len for text in (title, *texts))
+                )
             for row, line in zip(self.rows, zip(*cells, strict=True), strict=True):
                 self.table.add_row(*line, key=self.key_of(row))
             self.point(key)

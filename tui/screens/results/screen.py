@@ -1,4 +1,6 @@
-"""Results: which adapter to ship, then the sweep, the report, figures, studies and the document's claims."""
+"""Results: which adapter to ship, then the sweep, the report, figures, studies and the document's
+claims.
+"""
 
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -84,7 +86,10 @@ other stages wrote.
                 yield SweepPane()
                 yield PlotsPane()
             yield PagesView(
-                "Reports", "No report yet. Press R to run the pipeline.", "The reports that there are.", "report"
+                "Reports",
+                "No report yet. Press R to run the pipeline.",
+                "The reports that there are.",
+                "report",
             )
             yield FiguresView("figures")
             yield PagesView("Studies", "This project has no studies.", STUDIES_HELP, "studies")
@@ -137,7 +142,9 @@ other stages wrote.
             "claims": results.claims is not None,
         }
         shown = [view for view in self.LABELS if found.get(view, True)]
-        views.entries = tuple((view, self._key(view), self.LABELS[view], self._facts(view)) for view in shown)
+        views.entries = tuple(
+            (view, self._key(view), self.LABELS[view], self._facts(view)) for view in shown
+        )
         views.current = view = switcher.current or ""
         if self._filled.get(view) is results:
             return
@@ -147,7 +154,9 @@ other stages wrote.
                 self._show_methods(results.evaluation)
             case "sweep":
                 self.query_one(SweepPane).show(results.sweep)
-                self.query_one(PlotsPane).show(results.sweep if isinstance(results.sweep, Sweep) else None)
+                self.query_one(PlotsPane).show(
+                    results.sweep if isinstance(results.sweep, Sweep) else None
+                )
             case "report":
                 self.query_one("#report", PagesView).show(results.pages)
             case "studies":
@@ -170,8 +179,12 @@ other stages wrote.
         self.query_one(ScatterPane).show(shown, pointed.name if pointed else "")
 
     def _key(self, view: str) -> str:
-        binding = next(b for b in self.BINDINGS if isinstance(b, Binding) and b.action == f"view('{view}')")
-        keys = [key for key, bound in self.active_bindings.items() if bound.binding.id == binding.id]
+        binding = next(
+            b for b in self.BINDINGS if isinstance(b, Binding) and b.action == f"view('{view}')"
+        )
+        keys = [
+            key for key, bound in self.active_bindings.items() if bound.binding.id == binding.id
+        ]
         return keys[0] if keys else binding.key
 
     def _facts(self, view: str) -> str:
@@ -179,7 +192,9 @@ other stages wrote.
         claims, studies = self.results.claims, self.results.studies
         if view == "claims" and isinstance(claims, tuple):
             marks = VERDICTS.items()
-            return " ".join(f"{sum(row['verdict'] == name for row in claims[1])} {mark}" for name, mark in marks)
+            return " ".join(
+                f"{sum(row['verdict'] == name for row in claims[1])} {mark}" for name, mark in marks
+            )
         if view == "studies":
             return f"{sum(page.path is not None for page in studies)}/{len(studies)}"
         return ""
@@ -190,7 +205,12 @@ other stages wrote.
         self.query_one(ContentSwitcher).current = view
         self._show()
         first = next(
-            (w for w in self.query_one(f"#{view}").query("Table, VimList").results(Widget) if w.focusable), None
+            (
+                w
+                for w in self.query_one(f"#{view}").query("Table, VimList").results(Widget)
+                if w.focusable
+            ),
+            None,
         )
         self.set_focus(first)
 
@@ -203,14 +223,22 @@ other stages wrote.
             self.query_one(FiguresView).point(self.query_one(f"#{before}", PagesView).folder)
 
     def open_with(self, **request: Any) -> None:
-        """`view`, `method`, `study`, `figure`, `claim` (an id) or `section` of the document: shows it."""
+        """`view`, `method`, `study`, `figure`, `claim` (an id) or `section` of the document: shows
+        it.
+        """
         self._wanted = {key: str(value) for key, value in request.items()}
         if self.results.seen is not None:
             self._open_wanted()
 
     def _open_wanted(self) -> None:
         wanted, self._wanted = self._wanted, {}
-        views = {"method": "methods", "study": "studies", "figure": "figures", "claim": "claims", "section": "claims"}
+        views = {
+            "method": "methods",
+            "study": "studies",
+            "figure": "figures",
+            "claim": "claims",
+            "section": "claims",
+        }
         view = wanted.get("view") or next((views[key] for key in wanted if key in views), "")
         if view in self.LABELS:
             self.action_view(view)
@@ -314,7 +342,9 @@ other stages wrote.
             if name:
                 pane.set_axis(axis, name)
 
-        self.app.push_screen(Menu(title, choices, pane.axes[axis].name if axis in pane.axes else ""), chosen)
+        self.app.push_screen(
+            Menu(title, choices, pane.axes[axis].name if axis in pane.axes else ""), chosen
+        )
 
     # Numbers
 
@@ -332,7 +362,9 @@ other stages wrote.
         if files:
             self.app.call_from_thread(self._show_numbers, title, files)
         else:
-            self.app.call_from_thread(self.warn, "The calculator gives this claim's numbers; no file is read for them.")
+            self.app.call_from_thread(
+                self.warn, "The calculator gives this claim's numbers; no file is read for them."
+            )
 
     @work(thread=True, exclusive=True, group="numbers")
     def _show_numbers(self, title: str, files: Sequence[Path]) -> None:

@@ -18,7 +18,8 @@ from tui.widgets.pane import Pane
 from tui.widgets.plot.scatter import Axis, Point, draw
 
 NOTHING = (
-    "No sweep yet. `lora finetune sweep --over learning_rate` makes one; so does R, with a section of params.yaml such "
+    "No sweep yet. `lora finetune sweep --over learning_rate` makes one; so does R, with a "
+    "section of params.yaml such "
     "as finetune_sweep: {grid: {rank: [1, 4, 16]}}."
 )
 FRONT, BEST = "◆", "◂"
@@ -63,7 +64,11 @@ answers that are still the base's.
             self.say(sweep or NOTHING)
             return
         loss = "held-out loss" if sweep.held_out else "training loss: no data is held out"
-        self.fill(sweep.trials, self._columns(sweep), next((trial.name for trial in sweep.trials if trial.best), ""))
+        self.fill(
+            sweep.trials,
+            self._columns(sweep),
+            next((trial.name for trial in sweep.trials if trial.best), ""),
+        )
         edge = f"best at the edge: {', '.join(sweep.edges)}" if sweep.edges else ""
         self.show_title(*filter(None, (edge, f"{len(sweep.trials)} adapters", loss)))
 
@@ -71,7 +76,11 @@ answers that are still the base's.
         yield Column("adapter", self._name_cell, lambda trial: natural_sort_key(trial.name))
         yield Column("loss", lambda trial: _number(trial.loss), lambda trial: trial.loss)
         if sweep.diverges:
-            yield Column("divergence", lambda trial: _number(trial.divergence), lambda trial: trial.divergence)
+            yield Column(
+                "divergence",
+                lambda trial: _number(trial.divergence),
+                lambda trial: trial.divergence,
+            )
         for key in sweep.keys:
             yield Column(
                 key,
@@ -80,7 +89,11 @@ answers that are still the base's.
             )
         if any(trial.kept is not None for trial in sweep.trials):
             yield Column("kept", _kept, lambda trial: None if trial.kept is None else -trial.kept)
-        yield Column("trained", lambda trial: Text(f"{trial.trainable:,}", justify="right"), lambda t: t.trainable)
+        yield Column(
+            "trained",
+            lambda trial: Text(f"{trial.trainable:,}", justify="right"),
+            lambda t: t.trainable,
+        )
         yield Column("state", self._state_cell, lambda trial: trial.state)
 
     def _name_cell(self, trial: Trial) -> Text:
@@ -91,7 +104,9 @@ answers that are still the base's.
         return name.append(f" {BEST}", f"bold {variables['success']}") if trial.best else name
 
     def _state_cell(self, trial: Trial) -> Text:
-        return Text(trial.state, self.app.theme_variables["error"] if trial.state == "diverged" else "")
+        return Text(
+            trial.state, self.app.theme_variables["error"] if trial.state == "diverged" else ""
+        )
 
 
 def _kept(trial: Trial) -> Text:
@@ -108,7 +123,9 @@ def _order(value: Any) -> Any:
 
 
 class PlotsPane(Pane):
-    """Loss against divergence, and loss by each swept key: small plots, as many as there is room for."""
+    """Loss against divergence, and loss by each swept key: small plots, as many as there is room
+    for.
+    """
 
     TITLE = "Loss by key"
     HELP = f"""\
@@ -152,10 +169,18 @@ on has its name beside it.
             static.update("")
             return
         trials = [trial for trial in self._sweep.trials if trial.loss is not None]
-        trials.sort(key=lambda trial: (trial.name != self._pointed, not trial.best, not trial.front))
+        trials.sort(
+            key=lambda trial: (trial.name != self._pointed, not trial.best, not trial.front)
+        )
         plots = [*["divergence"] * self._sweep.diverges, *self._sweep.keys]
         if not trials or not plots:
-            static.update(Text("No adapter has a loss to draw." if plots else "All adapters have the same settings."))
+            static.update(
+                Text(
+                    "No adapter has a loss to draw."
+                    if plots
+                    else "All adapters have the same settings."
+                )
+            )
             return
         across = max(min(width // LEAST_WIDTH, len(plots)), 1)
         down = max(min(height // LEAST_HEIGHT, -(-len(plots) // across)), 1)
@@ -173,27 +198,40 @@ on has its name beside it.
         static.update(Text("\n").join(lines), layout=False)
 
     def _plot(self, key: str, trials: Sequence[Trial], width: int, height: int) -> list[Text]:
-        values = [trial.divergence if key == "divergence" else trial.values.get(key) for trial in trials]
-        known = [(trial, value) for trial, value in zip(trials, values, strict=True) if value is not None]
-        numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for _, value in known)
+        values = [
+            trial.divergence if key == "divergence" else trial.values.get(key) for trial in trials
+        ]
+        known = [
+            (trial, value) for trial, value in zip(trials, values, strict=True) if value is not None
+        ]
+        numeric = all(
+            isinstance(value, int | float) and not isinstance(value, bool) for _, value in known
+        )
         names = list(dict.fromkeys(sorted(value_text(value) for _, value in known)))
         if key == "divergence":
-            x = Axis.around("divergence from the base", [float(value) for _, value in known], falls=True)
+            x = Axis.around(
+                "divergence from the base", [float(value) for _, value in known], falls=True
+            )
         elif numeric:
             tried = sorted({float(value) for _, value in known})
             x = Axis.around(key, tried, marks=[(value, value_text(value)) for value in tried])
         else:
             x = Axis(key, (-0.5, len(names) - 0.5), marks=list(enumerate(names)))
-        y = Axis.around("loss, less is better", [trial.loss or 0.0 for trial, _ in known], falls=True)
+        y = Axis.around(
+            "loss, less is better", [trial.loss or 0.0 for trial, _ in known], falls=True
+        )
         points = [
-            self._point(trial, float(value) if numeric else names.index(value_text(value))) for trial, value in known
+            self._point(trial, float(value) if numeric else names.index(value_text(value)))
+            for trial, value in known
         ]
         return draw(points, x, y, width, height, Style(dim=True))
 
     def _point(self, trial: Trial, x: float) -> Point:
         pointed = trial.name == self._pointed
         color = method_style("sweep", self.background_colors[1])
-        style = Style.parse(color) + Style(bold=trial.best, dim=not (pointed or trial.front or trial.best))
+        style = Style.parse(color) + Style(
+            bold=trial.best, dim=not (pointed or trial.front or trial.best)
+        )
         sign = FRONT if trial.front else method_look("sweep").sign if trial.best else "●"
         return Point(x, trial.loss or 0.0, sign, trial.name if pointed else "", style, pointed)
 

@@ -13,12 +13,19 @@ class Views(Widget):
     DEFAULT_CSS = """
     Views { height: 1; padding: 0 1; }
     """
-    entries: reactive[tuple[tuple[str, str, str, str], ...]] = reactive(())  # view, key, label, facts
+    # view, key, label, facts
+    entries: reactive[tuple[tuple[str, str, str, str], ...]] = reactive(())
     current: reactive[str] = reactive("")
 
     def _texts(self) -> list[tuple[str, str, str]]:
-        """View, key and label, as long as the width allows: with facts, else without, else the first word."""
-        for shorten in (lambda label, facts: f"{label} {facts}".rstrip(), lambda label, _: label, _first_word):
+        """View, key and label, as long as the width allows: with facts, else without, else the
+        first word.
+        """
+        for shorten in (
+            lambda label, facts: f"{label} {facts}".rstrip(),
+            lambda label, _: label,
+            _first_word,
+        ):
             texts = [(view, key, shorten(label, facts)) for view, key, label, facts in self.entries]
             if sum(len(key) + len(label) + 4 for _, key, label in texts) <= self.size.width:
                 break
@@ -29,7 +36,9 @@ class Views(Widget):
         accent = self.app.theme_variables["accent"]
         for view, key, label in self._texts():
             style = "reverse bold" if view == self.current else ""
-            line.append(f" {key}", style or f"bold {accent}").append(f" {label} ", style).append(" ")
+            line.append(f" {key}", style or f"bold {accent}").append(f" {label} ", style).append(
+                " "
+            )
         return line
 
     def on_click(self, event: Click) -> None:

@@ -17,27 +17,41 @@ from pipeline.stages.registry import METHODS
 from tui.services.projects.new_project import create
 from tui.widgets.form import Form, FormField, parse_names
 
-Made = tuple[Path, str]  # the params file, and what was chosen with which reasons ("" if nothing was)
+# the params file, and what was chosen with which reasons ("" if nothing was)
+Made = tuple[Path, str]
 FIELDS = (
     FormField("folder", label="folder", default="my-model", rule="a new folder, made here"),
     FormField(
         "base",
         label="base model",
-        rule="a checkpoint folder, a .gguf file or a hub id, org/name; empty: MiniGPT, trained here",
+        rule=(
+            "a checkpoint folder, a .gguf file or a hub id, org/name; empty: MiniGPT, trained here"
+        ),
         placeholder="MiniGPT",
     ),
     FormField(
         "data",
         label="data",
-        rule="what to train on: .txt, .jsonl, .csv, .parquet … or a hub data set's id; several with commas",
+        rule=(
+            "what to train on: .txt, .jsonl, .csv, .parquet … or a hub data set's id; several "
+            "with commas"
+        ),
         placeholder="MiniGPT's own sentences",
     ),
-    FormField("methods", label="methods", default="lora", rule=f"of {', '.join(METHODS)}", choices=tuple(METHODS)),
+    FormField(
+        "methods",
+        label="methods",
+        default="lora",
+        rule=f"of {', '.join(METHODS)}",
+        choices=tuple(METHODS),
+    ),
 )
 
 
 class Creation(ModalScreen[Made | None]):
-    """Runs `lora new`: what it does meanwhile, then the project, or one sentence on why there is none."""
+    """Runs `lora new`: what it does meanwhile, then the project, or one sentence on why there is
+    none.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Cancel")]
     CSS_PATH = "welcome.tcss"
@@ -48,7 +62,10 @@ class Creation(ModalScreen[Made | None]):
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog") as dialog:
-            dialog.border_title, dialog.border_subtitle = f"Making {self._arguments[0]}", "Esc cancel"
+            dialog.border_title, dialog.border_subtitle = (
+                f"Making {self._arguments[0]}",
+                "Esc cancel",
+            )
             yield LoadingIndicator()
             yield Static("starting", id="note", markup=False)
 
@@ -67,7 +84,9 @@ class Creation(ModalScreen[Made | None]):
             return
         report = printed.partition("\nNext: ")[0]  # that is for a shell
         # Without a base nothing is chosen: a line says which files were written.
-        self.dismiss((self._root / self._arguments[0] / "params.yaml", report if "\n" in report else ""))
+        self.dismiss(
+            (self._root / self._arguments[0] / "params.yaml", report if "\n" in report else "")
+        )
 
 
 class NewProject(ModalScreen[Made | None]):
@@ -83,7 +102,10 @@ class NewProject(ModalScreen[Made | None]):
 
     def compose(self) -> ComposeResult:
         with VerticalScroll(classes="dialog") as dialog:
-            dialog.border_title, dialog.border_subtitle = "New project", "↑ ↓ field  Enter make it  Esc cancel"
+            dialog.border_title, dialog.border_subtitle = (
+                "New project",
+                "↑ ↓ field  Enter make it  Esc cancel",
+            )
             yield Form(FIELDS)
             yield Static(id="rule", markup=False)
             yield Static(classes="wrong", markup=False)
@@ -112,9 +134,15 @@ class NewProject(ModalScreen[Made | None]):
         if not folder or folder.startswith("-"):
             return [], "The project needs a folder, such as my-model."
         if base and not data:
-            return [], f"{base} needs data to train on: a file, a folder or the id of a hub data set."
+            return (
+                [],
+                f"{base} needs data to train on: a file, a folder or the id of a hub data set.",
+            )
         if data and not base:
-            return [], "Your data needs a base model: a checkpoint folder, a .gguf file or a hub id."
+            return (
+                [],
+                "Your data needs a base model: a checkpoint folder, a .gguf file or a hub id.",
+            )
         arguments = [
             folder,
             *(["--base", base] if base else []),

@@ -28,12 +28,18 @@ CHOICES = {  # action → key, name, what it is
     "new": ("n", "New project", "your model and data, settings chosen with reasons"),
     "document": ("p", "MiniGPT", "the document's own model, trained in half a minute"),
     "demo": ("d", "Demo", "a small finished project, nothing to wait for"),
-    "calculate": (NUMBER, SCREENS[CALCULATOR].label, "what a model takes to train, without a project"),
+    "calculate": (
+        NUMBER,
+        SCREENS[CALCULATOR].label,
+        "what a model takes to train, without a project",
+    ),
 }
 
 
 class Picture(Widget):
-    """What LoRA does: the frozen weights W, and beside them the product of two thin matrices that trains."""
+    """What LoRA does: the frozen weights W, and beside them the product of two thin matrices that
+    trains.
+    """
 
     W, B, A = 16, 2, 16  # cells
     ROWS = 5
@@ -63,14 +69,18 @@ class WelcomeScreen(WorkbenchScreen):
 
     NAME = "welcome"
     HELP = (
-        "There is no project in this folder. A project is a folder with a params.yaml, which says what is trained on "
-        "what, and a dvc.yaml, which says in which steps. Make one, look at the demo, or calculate without one."
+        "There is no project in this folder. A project is a folder with a params.yaml, which says "
+        "what is trained on "
+        "what, and a dvc.yaml, which says in which steps. Make one, look at the demo, or "
+        "calculate without one."
     )
     CSS_PATH = "welcome.tcss"
     AUTO_FOCUS = "Choices"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("n", "begin('new')", "New project", id="welcome.new", show=False),
-        Binding("p", "begin('document')", "The document's project", id="welcome.document", show=False),
+        Binding(
+            "p", "begin('document')", "The document's project", id="welcome.document", show=False
+        ),
         Binding("d", "begin('demo')", "Demo", id="welcome.demo", show=False),
     ]
 
@@ -83,14 +93,18 @@ class WelcomeScreen(WorkbenchScreen):
         with VerticalScroll(id="welcome"):
             yield Picture()
             yield Static("LoRA workbench", id="name")
-            yield Static("Adapt a language model to your data; see what it learns and forgets.", id="what")
+            yield Static(
+                "Adapt a language model to your data; see what it learns and forgets.", id="what"
+            )
             yield Static(self._missing(), id="where", markup=False)
             yield Choices(*(Option(_line(name), id=name) for name in CHOICES), markup=False)
             yield Static(id="doing", markup=False)
 
     def _missing(self) -> str:
         params = self.workbench.params_path
-        return f"There is no {params.name} in {self.workbench.folder_label}. How do you want to begin?"
+        return (
+            f"There is no {params.name} in {self.workbench.folder_label}. How do you want to begin?"
+        )
 
     @on(OptionList.OptionSelected)
     def chosen(self, event: OptionList.OptionSelected) -> None:

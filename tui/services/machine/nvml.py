@@ -15,7 +15,9 @@ class Gpu(NamedTuple):
 
 
 class GpuReading(NamedTuple):
-    """One look at a GPU; None for what it does not tell. `load` is a share of time, memory is in bytes."""
+    """One look at a GPU; None for what it does not tell. `load` is a share of time, memory is in
+    bytes.
+    """
 
     load: float | None = None
     memory: int | None = None
@@ -24,7 +26,9 @@ class GpuReading(NamedTuple):
 
 
 class Gpus:
-    """All GPUs of the machine. `problem`: one sentence if there are none or one cannot be read; "" if all is well."""
+    """All GPUs of the machine. `problem`: one sentence if there are none or one cannot be read; ""
+    if all is well.
+    """
 
     def __init__(self) -> None:
         self.devices: list[Gpu] = []
@@ -37,7 +41,10 @@ class Gpus:
             pynvml.nvmlInit()
             for index in range(pynvml.nvmlDeviceGetCount()):
                 handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-                name, memory = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetMemoryInfo(handle)
+                name, memory = (
+                    pynvml.nvmlDeviceGetName(handle),
+                    pynvml.nvmlDeviceGetMemoryInfo(handle),
+                )
                 self._handles.append(handle)
                 self.devices.append(Gpu(short_name(name), int(memory.total)))
         except pynvml.NVMLError_LibraryNotFound:
@@ -45,7 +52,9 @@ class Gpus:
         except pynvml.NVMLError_DriverNotLoaded:
             self.problem = "No NVIDIA GPU: its driver is not loaded."
         except pynvml.NVMLError_LibRmVersionMismatch:
-            self.problem = "The GPU cannot be read: the NVIDIA driver was updated. Reboot to load the new one."
+            self.problem = (
+                "The GPU cannot be read: the NVIDIA driver was updated. Reboot to load the new one."
+            )
         except pynvml.NVMLError as error:
             number = f"GPU {len(self._handles)}" if self._handles else "The GPU"
             self.problem = f"{number} cannot be read: {_reason(error)}."
@@ -55,9 +64,13 @@ class Gpus:
         self._missing = self.problem
 
     def read(self) -> tuple[GpuReading, ...]:
-        """A reading of each GPU. A GPU that was lost has an empty one, and `problem` says so until it is back."""
+        """A reading of each GPU. A GPU that was lost has an empty one, and `problem` says so until
+        it is back.
+        """
         problems: list[str] = []
-        readings = tuple(self._read_one(index, handle, problems) for index, handle in enumerate(self._handles))
+        readings = tuple(
+            self._read_one(index, handle, problems) for index, handle in enumerate(self._handles)
+        )
         if self._handles:
             self.problem = " ".join([self._missing, *problems]).strip()
         return readings
@@ -68,7 +81,11 @@ class Gpus:
         def get(read: Callable[[], T]) -> T | None:
             try:
                 return read()
-            except (nvml.NVMLError_NotSupported, nvml.NVMLError_NoPermission, nvml.NVMLError_FunctionNotFound):
+            except (
+                nvml.NVMLError_NotSupported,
+                nvml.NVMLError_NoPermission,
+                nvml.NVMLError_FunctionNotFound,
+            ):
                 return None  # a MIG slice or an old card: it never tells
 
         try:
@@ -81,14 +98,22 @@ class Gpus:
                 None if power is None else power / 1000,
             )
         except nvml.NVMLError as error:
-            problems.append(f"GPU {index} ({self.devices[index].name}) cannot be read any more: {_reason(error)}.")
+            problems.append(
+                f"GPU {index} ({self.devices[index].name}) cannot be read any more: "
+                f"{_reason(error)}."
+            )
             return GpuReading()
 
     def _memory(self, handle: Any) -> Any:
-        """As nvidia-smi shows it: without what the driver reserves, which only newer ones tell apart."""
+        """As nvidia-smi shows it: without what the driver reserves, which only newer ones tell
+        apart.
+        """
         try:
             return self._nvml.nvmlDeviceGetMemoryInfo(handle, version=self._nvml.nvmlMemory_v2)
-        except (self._nvml.NVMLError_FunctionNotFound, self._nvml.NVMLError_ArgumentVersionMismatch):
+        except (
+            self._nvml.NVMLError_FunctionNotFound,
+            self._nvml.NVMLError_ArgumentVersionMismatch,
+        ):
             return self._nvml.nvmlDeviceGetMemoryInfo(handle)
 
     def memory_by_process(self) -> dict[int, int]:

@@ -1,4 +1,6 @@
-"""CPU, memory and GPUs over time, and what some processes take of them: read once a second in a thread."""
+"""CPU, memory and GPUs over time, and what some processes take of them: read once a second in a
+thread.
+"""
 
 import os
 import time
@@ -15,7 +17,9 @@ from tui.services.machine.nvml import Gpu, GpuReading, Gpus
 if TYPE_CHECKING:
     from psutil import Process
 
-FIRST = 0.5  # seconds before the first reading: its imports take 40 ms, which the first paint should not wait for
+# seconds before the first reading: its imports take 40 ms, which the first paint should not wait
+# for
+FIRST = 0.5
 EVERY = 1.0  # seconds between two readings
 KEPT = 3600  # readings: an hour
 CHILDREN_EVERY = 10  # readings: a list of all processes takes as long as all else together
@@ -23,7 +27,9 @@ STALE = 5.0  # seconds without a reading after which the last one is no longer t
 
 
 class ProcessReading(NamedTuple):
-    """A process with its children: cores' worth of CPU time, resident bytes, bytes on GPUs (None: not told)."""
+    """A process with its children: cores' worth of CPU time, resident bytes, bytes on GPUs (None:
+    not told).
+    """
 
     cpu: float
     memory: int
@@ -31,7 +37,9 @@ class ProcessReading(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A reading of everything: `cpu` is the share of all usable cores, memory is in bytes; None: cannot be read."""
+    """A reading of everything: `cpu` is the share of all usable cores, memory is in bytes; None:
+    cannot be read.
+    """
 
     time: float  # seconds since the epoch
     cpu: float | None
@@ -89,20 +97,34 @@ class Machine:
 
     @property
     def _asked(self) -> slice:
-        """Which of the GPUs train, as --device, LORA_DEVICE or the params file say; without them all."""
+        """Which of the GPUs train, as --device, LORA_DEVICE or the params file say; without them
+        all.
+        """
         name = asked().name
         index = int(name[5:]) if is_valid(name) and name.startswith("cuda:") else 0
-        return slice(index, index + 1) if name.startswith("cuda:") else slice(0, None if name in (AUTO, "cuda") else 0)
+        return (
+            slice(index, index + 1)
+            if name.startswith("cuda:")
+            else slice(0, None if name in (AUTO, "cuda") else 0)
+        )
 
     def summary(self) -> str:
-        """Used of total memory of the device that trains, as H100 12/80 GiB; "" while nothing was read."""
+        """Used of total memory of the device that trains, as H100 12/80 GiB; "" while nothing was
+        read.
+        """
         last = self.last
         if last is None:
             return ""
         gpus, sizes = self.gpus[self._asked], [reading.memory for reading in last.gpus[self._asked]]
-        used = last.memory if not gpus else None if None in sizes else sum(size or 0 for size in sizes)
+        used = (
+            last.memory if not gpus else None if None in sizes else sum(size or 0 for size in sizes)
+        )
         total = sum(gpu.memory for gpu in gpus) or self.memory
-        return f"{self.name} {_gib(used)}/{_gib(total)} GiB" if used is not None and total else self.name
+        return (
+            f"{self.name} {_gib(used)}/{_gib(total)} GiB"
+            if used is not None and total
+            else self.name
+        )
 
     def _run(self) -> None:
         if self._ended.wait(FIRST):
@@ -111,14 +133,16 @@ class Machine:
         try:
             host = _Host()
             self.cores, self.memory, self.limited = host.cores, host.memory, host.limit is not None
-        except Exception as error:  # whatever a broken /proc or driver does: a traceback would be drawn over the screen
+        # whatever a broken /proc or driver does: a traceback would be drawn over the screen
+        except Exception as error:
             self.problem = f"CPU and memory cannot be read: {error}."
         try:
             gpus = Gpus()
             self.gpus = gpus.devices
         except Exception as error:
             self.gpu_problem = f"GPUs cannot be read: {error}."
-        while not self._ended.wait(EVERY if self._samples else FIRST):  # a share of CPU needs a while
+        # a share of CPU needs a while
+        while not self._ended.wait(EVERY if self._samples else FIRST):
             try:
                 self._read(host, gpus)
             except Exception as error:
@@ -149,8 +173,13 @@ class _Host:
         self.limit: MemoryLimit | None = memory_limit(host)
         self.memory = self.limit.total if self.limit else host
         self._quota = cpu_quota()
-        self.cores = min(self._quota[0], psutil.cpu_count() or 1) if self._quota else float(psutil.cpu_count() or 1)
-        self._before = (0.0, 0.0)  # time, and CPU seconds of the control group, at the last call of `cpu`
+        self.cores = (
+            min(self._quota[0], psutil.cpu_count() or 1)
+            if self._quota
+            else float(psutil.cpu_count() or 1)
+        )
+        # time, and CPU seconds of the control group, at the last call of `cpu`
+        self._before = (0.0, 0.0)
         self._trees: dict[int, list[Process]] = {}  # process id → itself and its children
         self._count = 0
         self.cpu()  # begins the interval of the first reading
@@ -169,7 +198,9 @@ class _Host:
         memory = self._psutil.virtual_memory()
         return int(memory.total - memory.available)
 
-    def processes(self, followed: Mapping[str, int], on_gpus: Mapping[int, int] | None) -> dict[str, ProcessReading]:
+    def processes(
+        self, followed: Mapping[str, int], on_gpus: Mapping[int, int] | None
+    ) -> dict[str, ProcessReading]:
         """A reading of each process that is still there."""
         for pid in self._trees.keys() - followed.values():
             del self._trees[pid]
@@ -179,7 +210,8 @@ class _Host:
                 self._find_children(pid)
             cpu, memory, gpu_memory, seen = 0.0, 0, 0, False
             for process in self._trees[pid]:
-                with suppress(self._psutil.Error), process.oneshot():  # it may be gone, or another user's
+                # it may be gone, or another user's
+                with suppress(self._psutil.Error), process.oneshot():
                     cpu += process.cpu_percent(None) / 100
                     memory += process.memory_info().rss
                     gpu_memory += (on_gpus or {}).get(process.pid, 0)
@@ -190,7 +222,9 @@ class _Host:
         return readings
 
     def _find_children(self, pid: int) -> None:
-        """List the process and its children. Known ones keep their object, which has the CPU time at its last call."""
+        """List the process and its children. Known ones keep their object, which has the CPU time
+        at its last call.
+        """
         known = {process.pid: process for process in self._trees.get(pid, ())}
         tree: list[Process] = []
         with suppress(self._psutil.Error):

@@ -1,8 +1,9 @@
-"""`lora-tui --demo`: a small finished project, packed into the program by `make demo` (docs/demo.py).
+"""`lora-tui --demo`: a small finished project, packed into the program by `make demo`
+(docs/demo.py).
 
-It is unpacked once into the user's cache folder. Its stages were run by another version of the code perhaps, on another
-machine: so that they count as up to date here, the manifests' code digests and library versions are set to today's, and
-`TRAINED` in each manifest says what they were.
+It is unpacked once into the user's cache folder. Its stages were run by another version of the code
+perhaps, on another machine: so that they count as up to date here, the manifests' code digests and
+library versions are set to today's, and `TRAINED` in each manifest says what they were.
 """
 
 import fcntl
@@ -28,7 +29,8 @@ from tui.services.pipeline_process import Runner
 
 ARCHIVE = Path(__file__).with_name("demo.tar.xz")
 PARAMS = "params.yaml"
-STAMP = ".demo.json"  # in the unpacked project: which archive it is from, its files, the code that it was stamped for
+# in the unpacked project: which archive it is from, its files, the code that it was stamped for
+STAMP = ".demo.json"
 TRAINED = "trained"  # in a manifest of the demo: with what it was really made
 MAX_BYTES = 100_000_000  # unpacked
 
@@ -45,8 +47,14 @@ def open_demo() -> Path:
                 _unpack(packed, folder)
             _stamp(folder)
     except (OSError, tarfile.TarError, EOFError) as error:
-        reason = explain(error).rstrip(".") if isinstance(error, OSError) else f"{ARCHIVE} is damaged ({error})"
-        raise UserError(f"The demo cannot be unpacked: {reason}. Set XDG_CACHE_HOME to a folder with room.") from None
+        reason = (
+            explain(error).rstrip(".")
+            if isinstance(error, OSError)
+            else f"{ARCHIVE} is damaged ({error})"
+        )
+        raise UserError(
+            f"The demo cannot be unpacked: {reason}. Set XDG_CACHE_HOME to a folder with room."
+        ) from None
     return folder / PARAMS
 
 
@@ -54,11 +62,15 @@ def greet(folder: Path) -> str:
     """What a user should know of it."""
     home = home_folder()
     where = f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) else folder
-    return f"This is a demo, a project that was trained earlier. It lies in {where}. R runs it anew."
+    return (
+        f"This is a demo, a project that was trained earlier. It lies in {where}. R runs it anew."
+    )
 
 
 def _is_whole(folder: Path, packed: bytes) -> bool:
-    """Whether the folder is from this archive, lacks none of its files, and no artifact of it was changed."""
+    """Whether the folder is from this archive, lacks none of its files, and no artifact of it was
+    changed.
+    """
     try:
         stamp = json.loads((folder / STAMP).read_text(encoding="utf-8"))
         if stamp["archive"] != hashlib.sha256(packed).hexdigest() or not all(
@@ -75,7 +87,10 @@ def _is_whole(folder: Path, packed: bytes) -> bool:
 
 def _unpack(packed: bytes, folder: Path) -> None:
     """The archive's files as `folder`, whole or not at all."""
-    with artifact.writing(folder) as out, tarfile.open(fileobj=io.BytesIO(packed), mode="r:xz") as archive:
+    with (
+        artifact.writing(folder) as out,
+        tarfile.open(fileobj=io.BytesIO(packed), mode="r:xz") as archive,
+    ):
         names, size = [], 0
         for member in archive:
             path, size = Path(member.name), size + member.size
@@ -103,12 +118,17 @@ def _stamp(folder: Path) -> None:
         with suppress(UserError):  # made anew just now, or not yet
             manifest = artifact.read_manifest(path)
             if TRAINED in manifest:
-                artifact.write_file(path / artifact.MANIFEST, _text({**manifest, **_today(manifest, project, stage)}))
+                artifact.write_file(
+                    path / artifact.MANIFEST,
+                    _text({**manifest, **_today(manifest, project, stage)}),
+                )
     artifact.write_file(folder / STAMP, _text({**stamp, **now}))
 
 
 def _today(manifest: Mapping[str, Any], project: Project, stage: Stage) -> Mapping[str, Any]:
-    """The facts that differ without a cause in the project: code, libraries, and params that did not exist yet."""
+    """The facts that differ without a cause in the project: code, libraries, and params that did
+    not exist yet.
+    """
     facts = input_facts(project, stage)
     params = {key: manifest["params"].get(key, value) for key, value in facts["params"].items()}
     return {"code": facts["code"], "versions": dict(facts["versions"]), "params": params}

@@ -1,4 +1,6 @@
-"""`lora new` in a process of its own: choosing settings imports torch, opens the base and tries a few steps."""
+"""`lora new` in a process of its own: choosing settings imports torch, opens the base and tries a
+few steps.
+"""
 
 import asyncio
 import os
@@ -18,13 +20,19 @@ MAX_LINE = 2**20  # bytes of a line of its output
 async def create(arguments: Sequence[str], folder: Path, on_note: Callable[[str], None]) -> str:
     """Run `lora new ARGUMENTS` in `folder`, and return what it printed.
 
-    `on_note` gets each line that says what it is doing. Raises UserError with the command's own message. Cancelled, it
-    stops the command.
+    `on_note` gets each line that says what it is doing. Raises UserError with the command's own
+    message. Cancelled, it stops the command.
     """
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", "cli.main", "new", *arguments),
         cwd=folder,
-        env={**os.environ, "NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "96", "TERMINAL_WIDTH": "96"},
+        env={
+            **os.environ,
+            "NO_COLOR": "1",
+            "TERM": "dumb",
+            "COLUMNS": "96",
+            "TERMINAL_WIDTH": "96",
+        },
         stdin=asyncio.subprocess.DEVNULL,
         stdout=PIPE,
         stderr=PIPE,

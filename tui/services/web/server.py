@@ -1,10 +1,11 @@
-"""`lora-tui --web`: the app in a browser on this machine, protected by a token in the URL that it prints.
+"""`lora-tui --web`: the app in a browser on this machine, protected by a token in the URL that it
+prints.
 
-Any website can send requests to localhost, and WebSockets have no same-origin policy; a request that gets through can
-see the screen and type. So every request must name this server as its host (which stops DNS rebinding), come from no
-other origin, and carry a token. The token is the first part of every path, including the WebSocket's and those of the
-static files. It is not a cookie, because a browser sends the cookies of localhost to every port, and so to other
-programs.
+Any website can send requests to localhost, and WebSockets have no same-origin policy; a request
+that gets through can see the screen and type. So every request must name this server as its host
+(which stops DNS rebinding), come from no other origin, and carry a token. The token is the first
+part of every path, including the WebSocket's and those of the static files. It is not a cookie,
+because a browser sends the cookies of localhost to every port, and so to other programs.
 """
 
 import asyncio
@@ -30,9 +31,13 @@ class TokenServer(Server):  # type: ignore[misc]  # textual-serve is not type-ch
     """textual-serve's server behind a token; requests without it get 403."""
 
     def __init__(self, command: str, port: int) -> None:
-        super().__init__(command, host="localhost", port=port, title="LoRA workbench", templates_path=PAGE)
+        super().__init__(
+            command, host="localhost", port=port, title="LoRA workbench", templates_path=PAGE
+        )
         self._token = secrets.token_urlsafe()
-        self._hosts = {f"{name}:{port}" for name in LOCAL_HOSTS} | ({*LOCAL_HOSTS} if port == 80 else set())
+        self._hosts = {f"{name}:{port}" for name in LOCAL_HOSTS} | (
+            {*LOCAL_HOSTS} if port == 80 else set()
+        )
         self._browsers: set[asyncio.Task[Any]] = set()
 
     @property
@@ -42,7 +47,8 @@ class TokenServer(Server):  # type: ignore[misc]  # textual-serve is not type-ch
     async def _make_app(self) -> web.Application:
         app = web.Application(middlewares=[self._guard])
         app.add_subapp(f"/{self._token}/", await super()._make_app())
-        app.router.add_get("/download/{key}", self.handle_download)  # hard-coded in textual-serve's script
+        # hard-coded in textual-serve's script
+        app.router.add_get("/download/{key}", self.handle_download)
         return app
 
     @web.middleware
@@ -60,7 +66,9 @@ class TokenServer(Server):  # type: ignore[misc]  # textual-serve is not type-ch
         return response
 
     async def handle_download(self, request: web.Request) -> web.StreamResponse:
-        """A download offered by the app. Its key serves as the token: random, and sent over the WebSocket only."""
+        """A download offered by the app. Its key serves as the token: random, and sent over the
+        WebSocket only.
+        """
         try:
             response: web.StreamResponse = await super().handle_download(request)
         except web.HTTPNotFound:
@@ -86,12 +94,20 @@ class TokenServer(Server):  # type: ignore[misc]  # textual-serve is not type-ch
             task.cancel()
 
     def serve(self, debug: bool = False) -> None:  # noqa: ARG002  # name given by textual-serve
-        """Serve until Ctrl+C, without a log: paths of requests hold the token. Raises OSError if the port is taken."""
+        """Serve until Ctrl+C, without a log: paths of requests hold the token. Raises OSError if
+        the port is taken.
+        """
 
         def print_url(_: str) -> None:
-            print(f"Open {self.url}\nWhoever has this URL can run the pipeline. Ctrl+C ends the server.", flush=True)
+            print(
+                f"Open {self.url}\nWhoever has this URL can run the pipeline. Ctrl+C ends the "
+                "server.",
+                flush=True,
+            )
 
-        web.run_app(self._make_app(), host=self.host, port=self.port, access_log=None, print=print_url)
+        web.run_app(
+            self._make_app(), host=self.host, port=self.port, access_log=None, print=print_url
+        )
 
 
 def serve(arguments: Sequence[str], port: int) -> None:

@@ -1,1 +1,3 @@
-"""Plots in cells: pure functions from numbers to rows of styled text, and a widget that shows them."""
+"""Plots in cells: pure functions from numbers to rows of styled text, and a widget that shows
+them.
+"""

@@ -49,7 +49,9 @@ class PlotWidget(Widget):
     def render_line(self, y: int) -> Strip:
         base = self.rich_style
         row = self._rows[y] if y < len(self._rows) else []
-        segments = [Segment(text, base + Style.parse(style) if style else base) for text, style in row]
+        segments = [
+            Segment(text, base + Style.parse(style) if style else base) for text, style in row
+        ]
         return Strip(segments).adjust_cell_length(self.size.width, base)
 
 
@@ -58,7 +60,9 @@ class Chart(PlotWidget, can_focus=True):
 
     @dataclass
     class Moved(Message):
-        """The user zoomed or panned to these ranges; `y` is in exponents of ten on a logarithmic scale."""
+        """The user zoomed or panned to these ranges; `y` is in exponents of ten on a logarithmic
+        scale.
+        """
 
         x: Range
         y: Range
@@ -101,7 +105,9 @@ class Chart(PlotWidget, can_focus=True):
     def _move(self, x: Range, y: Range) -> None:
         """Post the new ranges; one that cannot be drawn stays as it is."""
         old = self.plot
-        self.post_message(self.Moved(x if is_drawable(x) else old.x, y if is_drawable(y) else old.y))
+        self.post_message(
+            self.Moved(x if is_drawable(x) else old.x, y if is_drawable(y) else old.y)
+        )
 
     def on_resize(self) -> None:
         self.post_message(self.Resized())

@@ -1,6 +1,8 @@
-"""Lines over a common x, as rows of styled text: light axes, the newest value of each line beside its end.
+"""Lines over a common x, as rows of styled text: light axes, the newest value of each line beside
+its end.
 
-Pure functions: points in, cells out. `text` makes a `Text` of them for any widget; `Chart` shows them live.
+Pure functions: points in, cells out. `text` makes a `Text` of them for any widget; `Chart` shows
+them live.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,18 +21,22 @@ Point = tuple[float, float]
 Row = list[tuple[str, str]]  # runs of text and their style, as Rich reads it
 EVALUATED, FLAT, GRID, CURSOR = "×", "»", "┈", "│"
 ROWS_PER_TICK, CELLS_PER_TICK = 3, 10  # at least between two ticks
-MAX_LABELS, MIN_LABEL = 0.4, 6  # of the width, for the labels at line ends; cells, or there are none
+# of the width, for the labels at line ends; cells, or there are none
+MAX_LABELS, MIN_LABEL = 0.4, 6
 MARK_EVERY = 3  # cells between two marks, at least
-SIGN_EVERY, PHASE = 18, 0.37  # cells between two signs on a line; of it, from one line's to the next one's
+# cells between two signs on a line; of it, from one line's to the next one's
+SIGN_EVERY, PHASE = 18, 0.37
 
 
 @dataclass(frozen=True)
 class Line:
-    """Points sorted by x, a style, and what is drawn of it besides: later lines lie on top of earlier ones.
+    """Points sorted by x, a style, and what is drawn of it besides: later lines lie on top of
+    earlier ones.
 
-    `band`: x, low, high of what was smoothed, as a faint background. `marks`: single measurements, as × on a line of
-    dots. `flat`: a point marked ». `sign`, `label` and `value` are written beside the end. A `bold` line is two dots
-    high, a `quiet` one has neither label nor sign, and a `stray` one does not affect the range of y.
+    `band`: x, low, high of what was smoothed, as a faint background. `marks`: single measurements,
+    as × on a line of dots. `flat`: a point marked ». `sign`, `label` and `value` are written beside
+    the end. A `bold` line is two dots high, a `quiet` one has neither label nor sign, and a `stray`
+    one does not affect the range of y.
     """
 
     points: Sequence[Point]
@@ -54,7 +60,9 @@ class Line:
 
 @dataclass(frozen=True)
 class View:
-    """The visible x and y (None: all values; with `log` exponents of ten), and the x of the cursor."""
+    """The visible x and y (None: all values; with `log` exponents of ten), and the x of the
+    cursor.
+    """
 
     x: Range | None = None
     y: Range | None = None
@@ -133,7 +141,9 @@ def line_plot(
     labels: bool = True,
     signs: bool = False,
 ) -> LinePlot:
-    """The lines in `width` × `height` cells. `signs`: also along the lines, for a terminal without colours."""
+    """The lines in `width` × `height` cells. `signs`: also along the lines, for a terminal without
+    colours.
+    """
     x = view.x or _x_range(lines)
     y = view.y or y_range(lines, view.log)
     grid = _Grid(width, height)
@@ -143,7 +153,12 @@ def line_plot(
     left = max((cell_len(label) for _, label in y_ticks), default=-1) + 1
     ends = _ends(lines, x, view.log) if labels else []
     most = int(width * MAX_LABELS)
-    right = min(max((cell_len(f"{line.sign} {line.label} {line.value}") + 1 for _, line in ends), default=0), most)
+    right = min(
+        max(
+            (cell_len(f"{line.sign} {line.label} {line.value}") + 1 for _, line in ends), default=0
+        ),
+        most,
+    )
     right = right if right >= MIN_LABEL else 0
     area = max(width - left - right, 1)
     # A hair less than the area, so that the last x and the smallest y are in it.
@@ -184,10 +199,17 @@ def line_plot(
         if line.flat and (p := cell(line.flat)):
             canvas.put(int(p[0]), int(p[1]), FLAT, f"bold {line.style}")
     if right:
-        for row, line in _spread([(p[1] if (p := cell(point)) else 0.0, line) for point, line in ends], rows):
+        for row, line in _spread(
+            [(p[1] if (p := cell(point)) else 0.0, line) for point, line in ends], rows
+        ):
             room = right - 1 - cell_len(line.value) - 1
             name = pad_or_truncate(f"{line.sign} {line.label}".strip(), room) if room > 0 else ""
-            grid.put(width - right + 1, row, f"{name} {line.value}", f"bold {line.style}" if line.bold else line.style)
+            grid.put(
+                width - right + 1,
+                row,
+                f"{name} {line.value}",
+                f"bold {line.style}" if line.bold else line.style,
+            )
     return LinePlot(grid.rows(), x, y, left, area)
 
 
@@ -204,7 +226,12 @@ def text(rows: Iterable[Row]) -> Text:
 
 
 def _x_range(lines: Sequence[Line]) -> Range:
-    every = [x for line in lines for points in (line.points, line.marks) for x, _ in points[:1] + points[-1:]]  # type: ignore[operator]
+    every = [
+        x
+        for line in lines
+        for points in (line.points, line.marks)
+        for x, _ in points[:1] + points[-1:]  # type: ignore[operator]
+    ]
     low, high = min(every, default=0.0), max(every, default=1.0)
     margin = max(1.0, abs(low) * 1e-6)
     return (low, high) if is_drawable((low, high)) else (low - margin, low + margin)
@@ -233,7 +260,9 @@ def _ends(lines: Sequence[Line], x: Range, log: bool) -> list[tuple[Point, Line]
 
 
 def _spread(wanted: Sequence[tuple[float, Line]], rows: int) -> list[tuple[int, Line]]:
-    """A row of its own for each label: the wanted one, or the next free one. Too many: the last lines' stay."""
+    """A row of its own for each label: the wanted one, or the next free one. Too many: the last
+    lines' stay.
+    """
     wanted = sorted(wanted[-rows:], key=lambda end: end[0])
     at: list[int] = []
     for i, (row, _) in enumerate(wanted):
@@ -260,7 +289,9 @@ class _Area:
             self.grid.put(self.left + x, y, char, style)
 
     def marks(self, points: Sequence[Point], style: str) -> None:
-        """A line of dots through single measurements, and × on those that are not too close to the one before."""
+        """A line of dots through single measurements, and × on those that are not too close to the
+        one before.
+        """
         for (x, y), char in braille(points, self.width, self.height).items():
             if x % 3 == 1:
                 self.grid.put(self.left + x, y, char, style)

@@ -7,15 +7,18 @@ ACROSS, DOWN = 2, 4
 BLANK = 0x2800  # the braille character without dots; its code plus the bits is a character
 # Unicode bits of the left and right column of dots, from the top
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
-_SPANS = [[[sum(half[top : end + 1]) for end in range(DOWN)] for top in range(DOWN)] for half in _DOTS]
+_SPANS = [
+    [[sum(half[top : end + 1]) for end in range(DOWN)] for top in range(DOWN)] for half in _DOTS
+]
 Span = tuple[int, int]  # smallest and largest y, in dots
 
 
 def spans(points: Iterable[tuple[float, float]], width: int) -> dict[int, Span]:
     """Column of dots → what the line through `points` covers of it, on a grid of `width` cells.
 
-    Points are in cells from the top left, sorted by x: as x never decreases, a column of dots is one span from the
-    lowest to the highest, which is ten times as fast as a line of dots between each two points.
+    Points are in cells from the top left, sorted by x: as x never decreases, a column of dots is
+    one span from the lowest to the highest, which is ten times as fast as a line of dots between
+    each two points.
     """
     covered: dict[int, Span] = {}
 
@@ -30,8 +33,10 @@ def spans(points: Iterable[tuple[float, float]], width: int) -> dict[int, Span]:
         if before is not None and (last := floor(before[0])) != column:
             dx, dy = x - before[0], y - before[1]
             for edge in range(max(last + 1, 0), min(column, columns) + 1):
-                if 0 < edge < columns:  # the dots where the line crosses from one column to the next
-                    crossing = floor(before[1] + dy * ((edge - before[0]) / dx))  # not dy / dx, which can be infinite
+                # the dots where the line crosses from one column to the next
+                if 0 < edge < columns:
+                    # not dy / dx, which can be infinite
+                    crossing = floor(before[1] + dy * ((edge - before[0]) / dx))
                     add(edge - 1, crossing)
                     add(edge, crossing)
         if 0 <= column < columns:
@@ -41,7 +46,9 @@ def spans(points: Iterable[tuple[float, float]], width: int) -> dict[int, Span]:
 
 
 def cells(covered: dict[int, Span], height: int) -> dict[tuple[int, int], str]:
-    """Cell (x, y) → the character with these dots; what lies above or below `height` rows is clipped."""
+    """Cell (x, y) → the character with these dots; what lies above or below `height` rows is
+    clipped.
+    """
     bits: dict[tuple[int, int], int] = {}
     bottom = height * DOWN - 1
     for column, (low, high) in covered.items():

@@ -1,4 +1,6 @@
-"""An axis: its range, a linear or logarithmic scale, ticks, and numbers as they are written beside it."""
+"""An axis: its range, a linear or logarithmic scale, ticks, and numbers as they are written beside
+it.
+"""
 
 from collections.abc import Iterable
 from math import ceil, floor, isfinite, log10
@@ -11,7 +13,8 @@ MARGIN = 0.04  # of the range, above the largest and below the smallest value
 
 
 def fit(values: Iterable[float], log: bool = False) -> Range:
-    """The range of the finite values with a small margin; with `log`, of the exponents of ten of those above 0.
+    """The range of the finite values with a small margin; with `log`, of the exponents of ten of
+    those above 0.
 
     (0, 1) if there is no such value.
     """
@@ -27,7 +30,13 @@ def fit(values: Iterable[float], log: bool = False) -> Range:
         high = value if high is None or value > high else high
     if low is None or high is None:
         return 0.0, 1.0
-    margin = (high - low) * MARGIN if is_drawable((low, high)) else 0.5 if log else max(abs(high) * 0.1, SMALLEST)
+    margin = (
+        (high - low) * MARGIN
+        if is_drawable((low, high))
+        else 0.5
+        if log
+        else max(abs(high) * 0.1, SMALLEST)
+    )
     return low - margin, high + margin
 
 
@@ -38,9 +47,13 @@ def spans_decade(values: Iterable[float]) -> bool:
 
 
 def is_drawable(range_: Range) -> bool:
-    """Whether a plot can draw it: wider than a rounding error, and finite when multiplied by a number of cells."""
+    """Whether a plot can draw it: wider than a rounding error, and finite when multiplied by a
+    number of cells.
+    """
     low, high = range_
-    return isfinite((high - low) * 1e6) and high - low >= max(1e-9 * abs(low), 1e-9 * abs(high), SMALLEST)
+    return isfinite((high - low) * 1e6) and high - low >= max(
+        1e-9 * abs(low), 1e-9 * abs(high), SMALLEST
+    )
 
 
 def power_of_ten(exponent: float) -> float:

@@ -1,4 +1,6 @@
-"""A scatter in cells: a sign for each point, its label beside it, light axes. Labels never overlap signs or labels."""
+"""A scatter in cells: a sign for each point, its label beside it, light axes. Labels never overlap
+signs or labels.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,9 +36,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Axis:
-    """A quantity. `falls`: less is better, and drawn where more of others would be. `range`: with `log`, of exponents.
+    """A quantity. `falls`: less is better, and drawn where more of others would be. `range`: with
+    `log`, of exponents.
 
-    `marks`: the values that are written at the axis, with their labels, as of ranks that were tried; else it has ticks.
+    `marks`: the values that are written at the axis, with their labels, as of ranks that were
+    tried; else it has ticks.
     """
 
     title: str
@@ -55,9 +59,13 @@ class Axis:
         falls: bool = False,
         marks: Sequence[tuple[float, str]] = (),
     ) -> "Axis":
-        """The axis that has room for all values: of shares up to 100%; logarithmic where they span a decade."""
+        """The axis that has room for all values: of shares up to 100%; logarithmic where they span
+        a decade.
+        """
         if share:
-            return cls(title, (min(floor(min(values, default=0.0) * 10) / 10, 0.9), 1.0), falls, share=True)
+            return cls(
+                title, (min(floor(min(values, default=0.0) * 10) / 10, 0.9), 1.0), falls, share=True
+            )
         log = scale.spans_decade(values)
         return cls(title, scale.fit(values, log), falls, log, marks=marks)
 
@@ -76,9 +84,13 @@ class Axis:
             return list(self.marks[:: -(-len(self.marks) // max(most, 1))])
         low, high = self.range
         if self.share:
-            step = next((step for step in SHARES if floor((high - low) / step + 1e-9) < most), SHARES[-1])
+            step = next(
+                (step for step in SHARES if floor((high - low) / step + 1e-9) < most), SHARES[-1]
+            )
             first = ceil(low / step - 1e-9)
-            values = [(first + n) * step for n in range(floor((high - first * step) / step + 1e-9) + 1)]
+            values = [
+                (first + n) * step for n in range(floor((high - first * step) / step + 1e-9) + 1)
+            ]
             return [(value, f"{value:.0%}") for value in values]
         ticks = scale.ticks(self.range, most, self.log)
         return [(scale.power_of_ten(at) if self.log else at, label) for at, label in ticks]
@@ -103,7 +115,9 @@ class _Grid:
             x += max(cell_len(char), 1)
 
     def line(self, y: int) -> Text:
-        """A row, with one span for neighbours of one style: Textual takes a millisecond for some thirty of them."""
+        """A row, with one span for neighbours of one style: Textual takes a millisecond for some
+        thirty of them.
+        """
         cells = (self._cells.get((x, y), (" ", None)) for x in range(self.width))
         line = Text(no_wrap=True)
         for style, run in groupby(cells, key=lambda cell: cell[1]):
@@ -111,13 +125,17 @@ class _Grid:
         return line
 
 
-def draw(points: Sequence[Point], x: Axis, y: Axis, width: int, height: int, muted: Style) -> list[Text]:
+def draw(
+    points: Sequence[Point], x: Axis, y: Axis, width: int, height: int, muted: Style
+) -> list[Text]:
     """The scatter in `height` lines of `width` cells. A label that has no room is left out.
 
     Points in the same cell share a sign, the first one's, and a label.
     """
     rows = height - 3  # y's title, x's line and its ticks
-    marks = {y.cell(at, rows): label for at, label in y.ticks(min(6, rows // 2))} if rows > 2 else {}
+    marks = (
+        {y.cell(at, rows): label for at, label in y.ticks(min(6, rows // 2))} if rows > 2 else {}
+    )
     margin = max(map(len, marks.values()), default=0) + 1
     columns = width - margin - 1
     if rows < 3 or columns < 8:
@@ -125,7 +143,9 @@ def draw(points: Sequence[Point], x: Axis, y: Axis, width: int, height: int, mut
     grid = _Grid(columns, rows)
     cells: dict[tuple[int, int], list[Point]] = {}
     for point in points:
-        cells.setdefault((x.cell(point.x, columns), rows - 1 - y.cell(point.y, rows)), []).append(point)
+        cells.setdefault((x.cell(point.x, columns), rows - 1 - y.cell(point.y, rows)), []).append(
+            point
+        )
     for (at, row), (first, *others) in cells.items():
         grid.write(at, row, first.sign, first.style)
         labels = [point.label for point in (first, *others) if point.label]
@@ -154,7 +174,9 @@ def _write_label(grid: _Grid, at: int, row: int, point: Point) -> None:
             if grid.free(start - (away != 0), row + away, wide + (away != 0)) and (
                 start + wide == grid.width or grid.free(start + wide, row + away, 1) or away == 0
             ):
-                grid.write(start, row + away, point.label, point.style + Style(reverse=point.pointed))
+                grid.write(
+                    start, row + away, point.label, point.style + Style(reverse=point.pointed)
+                )
                 return
 
 
@@ -181,5 +203,7 @@ def _bottom(x: Axis, margin: int, columns: int, muted: Style) -> Iterator[Text]:
             texts.write(start, 0, text, muted)
             line[at] = "┬"
     title = f" {pad_or_truncate(x.title, min(cell_len(x.title), columns - 5))} ─▶"
-    yield Text(f"{' ' * margin}└{''.join(line)[: columns - cell_len(title)]}{title}", muted, no_wrap=True)
+    yield Text(
+        f"{' ' * margin}└{''.join(line)[: columns - cell_len(title)]}{title}", muted, no_wrap=True
+    )
     yield Text(" " * (margin + 1), no_wrap=True).append_text(texts.line(0))

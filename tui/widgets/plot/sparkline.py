@@ -7,18 +7,26 @@ from math import isfinite
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 
 
-def sparkline(values: Sequence[float], width: int, low: float | None = None, high: float | None = None) -> str:
-    """One row: the newest value at the right; `low` and `high` are those of the values if not given."""
+def sparkline(
+    values: Sequence[float], width: int, low: float | None = None, high: float | None = None
+) -> str:
+    """One row: the newest value at the right; `low` and `high` are those of the values if not
+    given.
+    """
     return area(values, width, 1, low, high)[0]
 
 
 def area(
-    values: Sequence[float], width: int, height: int, low: float | None = None, high: float | None = None
+    values: Sequence[float],
+    width: int,
+    height: int,
+    low: float | None = None,
+    high: float | None = None,
 ) -> list[str]:
     """`height` rows of `width` cells, from the top. A column is the mean of its values.
 
-    The lowest value is an eighth of a cell high, so that a constant is a line; one that is not finite is blank. Fewer
-    values than columns are not stretched: they stand at the right.
+    The lowest value is an eighth of a cell high, so that a constant is a line; one that is not
+    finite is blank. Fewer values than columns are not stretched: they stand at the right.
     """
     columns = [_mean(part) for part in _parts(values, width)]
     finite = [value for value in columns if value is not None]

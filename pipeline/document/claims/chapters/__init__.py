@@ -6,5 +6,7 @@ from pkgutil import iter_modules
 from pipeline.document.claims import Claim
 
 CLAIMS: list[Claim] = [  # in the document's order, which is that of the files' names
-    claim for file in iter_modules(__path__) for claim in import_module(f"{__name__}.{file.name}").chapter
+    claim
+    for file in iter_modules(__path__)
+    for claim in import_module(f"{__name__}.{file.name}").chapter
 ]

@@ -11,21 +11,29 @@ with chapter.section("3") as claim:
     MINIGPT = {**QWEN, "W_O": "out_proj"}
 
     def projections(name: str, rank: int) -> dict[str, Record]:
-        """W_Q, W_K, W_V and W_O of a model with LoRA: their sides `in` and `out`, and their A and B."""
+        """W_Q, W_K, W_V and W_O of a model with LoRA: their sides `in` and `out`, and their A and
+        B.
+        """
         rows = calc(name, rank=rank).projections
         names = MINIGPT if name == "minigpt" else QWEN
         return {matrix: find(rows, name=module) for matrix, module in names.items()}
 
     @claim(
-        "Adam stores two additional states per trainable parameter, so each one costs ≈ 3× its weight size in VRAM",
+        "Adam stores two additional states per trainable parameter, so each one costs ≈ 3× its "
+        "weight size in VRAM",
         "3 ×",
     )
     def adam_3_times_a_parameter() -> Result:
         step = calc(method="full", precision="fp32", optimizer="adamw").memory
-        return {
-            "without its gradient": (step.weights + step.optimizer) / step.weights,
-            "with its gradient": (step.weights + step.gradients + step.optimizer) / step.weights,
-        }, "weight and two averages are three numbers; the gradient is a fourth, and there while a step runs"
+        return (
+            {
+                "without its gradient": (step.weights + step.optimizer) / step.weights,
+                "with its gradient": (step.weights + step.gradients + step.optimizer)
+                / step.weights,
+            },
+            "weight and two averages are three numbers; the gradient is a fourth, and there while "
+            "a step runs",
+        )
 
     @claim("MiniGPT, W (one projection): 64 × 64 = 4,096 params", 4096)
     def minigpt_w() -> Result:
@@ -44,13 +52,17 @@ with chapter.section("3") as claim:
 
     @claim("MiniGPT, trainable per projection: 512", 512)
     def minigpt_projection() -> Result:
-        return {name: row.parameters_each for name, row in projections("minigpt", 4).items()}, "A and B together"
+        return {
+            name: row.parameters_each for name, row in projections("minigpt", 4).items()
+        }, "A and B together"
 
     @claim("Qwen3-8B: d_model = 4,096", 4096)
     def qwen_width() -> Result:
         return model("qwen3-8b").hidden, "as its config has it"
 
-    @claim("Qwen3-8B, W (one projection): 4096 × 4096 = 16,777,216 params; here W_Q and W_O", 16777216)
+    @claim(
+        "Qwen3-8B, W (one projection): 4096 × 4096 = 16,777,216 params; here W_Q and W_O", 16777216
+    )
     def qwen_w() -> Result:
         q, _, _, o = projections("qwen3-8b", 8).values()
         why = f"q_proj is {n(q['in'])} → {n(q.out)}, o_proj {n(o['in'])} → {n(o.out)}"
@@ -68,20 +80,28 @@ with chapter.section("3") as claim:
     def qwen_a() -> Result:
         rows = projections("qwen3-8b", 8)
         q, o = rows["W_Q"], rows["W_O"]
-        why = f"A has as many columns as W reads numbers; of q_proj {n(q['in'])}, of o_proj {n(o['in'])}"
+        why = (
+            f"A has as many columns as W reads numbers; of q_proj {n(q['in'])}, of o_proj "
+            f"{n(o['in'])}"
+        )
         return {name: row.A[0] * row.A[1] for name, row in rows.items()}, why
 
     @claim("Qwen3-8B, B: 4096 × 8 = 32,768 params", 32768)
     def qwen_b() -> Result:
         rows = projections("qwen3-8b", 8)
-        why = f"B has as many rows as W gives numbers; of q_proj {n(rows['W_Q'].out)}, of k_proj {n(rows['W_K'].out)}"
+        why = (
+            f"B has as many rows as W gives numbers; of q_proj {n(rows['W_Q'].out)}, of k_proj "
+            f"{n(rows['W_K'].out)}"
+        )
         return {name: row.B[0] * row.B[1] for name, row in rows.items()}, why
 
     @claim("Qwen3-8B, trainable per projection: 65,536", 65536)
     def qwen_projection() -> Result:
         rows = projections("qwen3-8b", 8)
         q, k = rows["W_Q"], rows["W_K"]
-        why = f"8 × (in + out); q_proj is {n(q['in'])} → {n(q.out)}, k_proj {n(k['in'])} → {n(k.out)}"
+        why = (
+            f"8 × (in + out); q_proj is {n(q['in'])} → {n(q.out)}, k_proj {n(k['in'])} → {n(k.out)}"
+        )
         return {name: row.parameters_each for name, row in rows.items()}, why
 
     @claim("Layers: MiniGPT 2", 2)
@@ -94,7 +114,9 @@ with chapter.section("3") as claim:
 
     @claim("Projections per layer: 4", 4)
     def projections_per_layer() -> Result:
-        of_minigpt = calc("minigpt", rank=4).parameters.trainable / 512 / len(model("minigpt").blocks)
+        of_minigpt = (
+            calc("minigpt", rank=4).parameters.trainable / 512 / len(model("minigpt").blocks)
+        )
         why = "linears with LoRA in a block's attention"
         return {"MiniGPT": of_minigpt, "Qwen3-8B": len(calc(rank=8).projections)}, why
 
@@ -105,12 +127,17 @@ with chapter.section("3") as claim:
     @claim("Qwen3-8B, total (frozen): 8 × 10⁹", about("8 billion", "5%"))
     def qwen_total() -> Result:
         parts = model("qwen3-8b").components()
-        why = f"{billion(parts['embeddings'])} of them embeddings and {billion(parts['head'])} the head"
+        why = (
+            f"{billion(parts['embeddings'])} of them embeddings and {billion(parts['head'])} the "
+            "head"
+        )
         return model("qwen3-8b").total, why
 
     @claim("MiniGPT, LoRA (trainable): 4,096", 4096)
     def minigpt_lora() -> Result:
-        why = "512 for each of 4 projections in 2 blocks, as long as embeddings and head do not train"
+        why = (
+            "512 for each of 4 projections in 2 blocks, as long as embeddings and head do not train"
+        )
         return calc("minigpt", rank=4).parameters.trainable, why
 
     @claim("Qwen3-8B, LoRA (trainable): ≈ 9.4 × 10⁶", about("9.4 million", "2%"))
@@ -128,7 +155,10 @@ with chapter.section("3") as claim:
     @claim("Qwen3-8B, adapter size (FP16): ≈ 18 MB", about("18 MB", "5%"))
     def qwen_adapter_size() -> Result:
         lora = calc(rank=8).parameters
-        why = f"2 bytes for each of {n(lora.trainable)} parameters; the document counts {n(lora.document)}"
+        why = (
+            f"2 bytes for each of {n(lora.trainable)} parameters; the document counts "
+            f"{n(lora.document)}"
+        )
         return calc(rank=8).adapter_bytes.fp16, why
 
     @claim("MiniGPT, VRAM for optimizer (Adam, FP32): ≈ 48 KB", about("48 KB", "5%"))
@@ -147,9 +177,13 @@ with chapter.section("3") as claim:
             f"of {n(lora.trainable)} parameters, not {n(lora.document)}"
         )
 
-    @claim("Full Fine-Tuning of Qwen3-8B consumes ≈ 48 GB VRAM for Adam alone", about("48 GB", "10%"))
+    @claim(
+        "Full Fine-Tuning of Qwen3-8B consumes ≈ 48 GB VRAM for Adam alone", about("48 GB", "10%")
+    )
     def full_adam_48_gb() -> Result:
-        same, exact = (calc(method="full", trainer=trainer).memory for trainer in ("torch", "torch-fp32"))
+        same, exact = (
+            calc(method="full", trainer=trainer).memory for trainer in ("torch", "torch-fp32")
+        )
         return {
             "averages in FP32": exact.optimizer,
             "averages in BF16": same.optimizer,
@@ -164,6 +198,7 @@ with chapter.section("3") as claim:
         full = calc(method="full", trainer="torch-fp32").memory.optimizer
         lora = calc(rank=8, trainer="torch-fp32").memory.optimizer
         return full / lora, (
-            f"{GB(full)} to {MB(lora)}: with the same bytes a parameter it is the ratio of the parameters; "
+            f"{GB(full)} to {MB(lora)}: with the same bytes a parameter it is the ratio of the "
+            "parameters; "
             "48 GB are 6 bytes a parameter, 112 MB are 12"
         )

@@ -12,7 +12,8 @@ with chapter.section("5.1") as claim:
     def rank_1_limited(m: Sources) -> Result:
         one, full = m.row("rank/ranks", rank=1, alpha="r"), m.row("rank/ranks", alpha="full")
         return {
-            "its loss is 0.05 nats above that of full fine-tuning": one.new_loss > full.new_loss + 0.05,
+            "its loss is 0.05 nats above that of full fine-tuning": one.new_loss
+            > full.new_loss + 0.05,
             "it learns fewer of the 8 sentences": one.new_done < full.new_done,
         }, (
             f"new loss {n(one.new_loss)} to {n(full.new_loss)}; "
@@ -25,8 +26,14 @@ with chapter.section("5.1") as claim:
         words="sufficient",
     )
     def start_with_8(m: Sources) -> Result:
-        eight, best = m.row("rank/ranks", rank=8, alpha="r"), m.row_of_least("rank/ranks", "new_loss", alpha="r")
-        why = f"new loss {n(eight.new_loss)} at r = 8, {n(best.new_loss)} at r = {best.rank}, the best that was tried"
+        eight, best = (
+            m.row("rank/ranks", rank=8, alpha="r"),
+            m.row_of_least("rank/ranks", "new_loss", alpha="r"),
+        )
+        why = (
+            f"new loss {n(eight.new_loss)} at r = 8, {n(best.new_loss)} at r = {best.rank}, the "
+            "best that was tried"
+        )
         return eight.new_loss - best.new_loss, why
 
     @claim("rank 64: almost like Full FT", True)
@@ -50,7 +57,10 @@ with chapter.section("5.2") as claim:
     @claim("α > r: LoRA contribution is amplified; α < r: dampened", True)
     def alpha_amplifies(m: Sources) -> Result:
         damped, plain, amplified = (row.old_rise for row in m.rows("rank/alphas", alpha=(1, 4, 16)))
-        why = f"r = 4: the old loss rises by {n(damped)} with α = 1, {n(plain)} with α = 4, {n(amplified)} with α = 16"
+        why = (
+            f"r = 4: the old loss rises by {n(damped)} with α = 1, {n(plain)} with α = 4, "
+            f"{n(amplified)} with α = 16"
+        )
         return {"amplified": amplified > plain, "dampened": damped < plain}, why
 
     @claim("rule of thumb: set α = r or α = 2r", True)
@@ -68,10 +78,14 @@ with chapter.section("5.2") as claim:
 
 with chapter.section("5.3") as claim:
 
-    @claim("10⁻⁵ to 5 × 10⁻⁵ in full, 10⁻⁴ to 3 × 10⁻⁴ with LoRA: often 5-10× higher", between("5 ×", "10 ×"))
+    @claim(
+        "10⁻⁵ to 5 × 10⁻⁵ in full, 10⁻⁴ to 3 × 10⁻⁴ with LoRA: often 5-10× higher",
+        between("5 ×", "10 ×"),
+    )
     def rates_5_to_10(m: Sources) -> Result:
         lora, full = (
-            m.artifact(f"{folder}/manifest.json").params.learning_rate for folder in ("lora_adapter", "full_finetuned")
+            m.artifact(f"{folder}/manifest.json").params.learning_rate
+            for folder in ("lora_adapter", "full_finetuned")
         )
         return {
             "lower ends": 1e-4 / 1e-5,
@@ -79,12 +93,15 @@ with chapter.section("5.3") as claim:
             "the document's own runs (§9.2)": lora / full,
         }, f"the document's rates, divided; its own runs have {n(lora)} and {n(full)}"
 
-    @claim("LoRA, typical learning rate: 10⁻⁴ to 3 × 10⁻⁴", at_least(8), words="all sentences learned")
+    @claim(
+        "LoRA, typical learning rate: 10⁻⁴ to 3 × 10⁻⁴", at_least(8), words="all sentences learned"
+    )
     def lora_typical_rate(m: Sources) -> Result:
         row = m.row("rank/rates", learning_rate=3e-4, method="lora")
         best = m.row_of_least("rank/rates", "new_loss", method="lora")
         return row.new_done, (
-            f"of MiniGPT's 8 new sentences, in 50 epochs at 3 × 10⁻⁴; the new loss stays at {n(row.new_loss)}, "
+            "of MiniGPT's 8 new sentences, in 50 epochs at 3 × 10⁻⁴; the new loss stays at "
+            f"{n(row.new_loss)}, "
             f"at {n(best.learning_rate)} it comes to {n(best.new_loss)}"
         )
 
@@ -98,20 +115,26 @@ with chapter.section("5.3") as claim:
             "is no further from its best at 0.03": most_lora.new_loss <= most_full.new_loss,
         }, (
             f"at 0.01 the old loss rises by {n(lora.old_rise)}, in full by {n(full.old_rise)}; "
-            f"at 0.03 {n(most_lora.new_done)} sentences are learned, in full {n(most_full.new_done)}, "
+            f"at 0.03 {n(most_lora.new_done)} sentences are learned, in full "
+            f"{n(most_full.new_done)}, "
             f"with losses of {n(most_lora.new_loss)} and {n(most_full.new_loss)}"
         )
 
     @claim("the learning rate of LoRA: often 5-10× higher", between("5 ×", "10 ×"))
     def best_rate_5_to_10(m: Sources) -> Result:
-        lora, full = (m.row_of_least("rank/rates", "new_loss", method=name).learning_rate for name in ("lora", "full"))
+        lora, full = (
+            m.row_of_least("rank/rates", "new_loss", method=name).learning_rate
+            for name in ("lora", "full")
+        )
         return lora / full, (
-            f"best of the rates tried, a factor of 3 apart: {n(lora)} with LoRA and {n(full)} in full, "
+            f"best of the rates tried, a factor of 3 apart: {n(lora)} with LoRA and {n(full)} in "
+            "full, "
             "on MiniGPT's new sentences"
         )
 
     @claim(
-        "even an aggressive update to the small adapter matrices cannot destabilize the model as a whole",
+        "even an aggressive update to the small adapter matrices cannot destabilize the model as "
+        "a whole",
         more_than("50%"),
         words="not destabilized",
         each_seed=True,

@@ -1,6 +1,15 @@
 """6. Where is LoRA Applied?"""
 
-from pipeline.document.claims import Chapter, Result, at_least, at_most, between, less_than, more_than, probability
+from pipeline.document.claims import (
+    Chapter,
+    Result,
+    at_least,
+    at_most,
+    between,
+    less_than,
+    more_than,
+    probability,
+)
 from pipeline.document.claims.sources import KB, Record, Sources, calc, find, n, percent
 from pipeline.document.tables import Spread
 
@@ -13,7 +22,10 @@ with chapter.section("6") as claim:
     def placement(m: Sources) -> Result:
         fc1, fc2 = m.rows("figures/placement", module=("fc1", "fc2"))
         norms = m.column("figures/placement", "trained", kind="LayerNorm")
-        why = "parameters that the adapter trains there, in a block of the model as it is loaded with it"
+        why = (
+            "parameters that the adapter trains there, in a block of the model as it is loaded "
+            "with it"
+        )
         return {"LayerNorm": max(norms), "Feed-Forward": fc1.trained + fc2.trained}, why
 
     def loss_of(m: Sources, targets: str) -> Spread:
@@ -37,15 +49,24 @@ with chapter.section("6") as claim:
 
     @claim("Feed-Forward layers optional, helps with some tasks", True)
     def feed_forward_optional(m: Sources) -> Result:
-        attention, alone, both = (loss_of(m, targets) for targets in ("attention", "feed_forward", "all"))
-        return {"optional: within 0.05 nats without": attention - both <= 0.05, "helps here": both < attention}, (
-            f"loss on the corrections: {n(attention)} with attention, {n(alone)} with feed-forward, {n(both)} with both"
+        attention, alone, both = (
+            loss_of(m, targets) for targets in ("attention", "feed_forward", "all")
+        )
+        return {
+            "optional: within 0.05 nats without": attention - both <= 0.05,
+            "helps here": both < attention,
+        }, (
+            f"loss on the corrections: {n(attention)} with attention, {n(alone)} with "
+            f"feed-forward, {n(both)} with both"
         )
 
     @claim("FACT_CORRECTION_DATA with three sentences", 3)
     def fact_data(m: Sources) -> Result:
         measured = len(m.lines("study_fact_correction.data"))
-        why = f"the table of results has a fourth fact, der mann liest das buch; the data here has {measured} sentences"
+        why = (
+            "the table of results has a fourth fact, der mann liest das buch; the data here has "
+            f"{measured} sentences"
+        )
         return measured, why
 
     @claim("both tables: the first choice of each model after each prompt, 21 in all", 21)
@@ -53,20 +74,32 @@ with chapter.section("6") as claim:
         settings = m.column("fact_correction/settings", "first_choices")
         same = m.column("fact_correction/rows", "ours", same_first=True)
         return {"nearest setting": len(same), "the worst of the settings": 7 + min(settings)}, (
-            f"cells with the document's word first, with every seed; of the {len(settings)} settings that the document "
-            "leaves open the nearest is chosen by them, and the original model's 7 do not depend on it"
+            f"cells with the document's word first, with every seed; of the {len(settings)} "
+            "settings that the document "
+            "leaves open the nearest is chosen by them, and the original model's 7 do not depend "
+            "on it"
         )
 
-    @claim("both variants successfully learn the corrected facts", more_than("50%"), words="successfully")
+    @claim(
+        "both variants successfully learn the corrected facts",
+        more_than("50%"),
+        words="successfully",
+    )
     def fact_every_setting(m: Sources) -> Result:
         v, every = (
-            m.column("fact_correction/rows", "least", kind="corrected", model=model) for model in ("v_proj", "all")
+            m.column("fact_correction/rows", "least", kind="corrected", model=model)
+            for model in ("v_proj", "all")
         )
-        why = "the least probable of the four corrected words, over all windows, rates and alphas tried"
+        why = (
+            "the least probable of the four corrected words, over all windows, rates and alphas "
+            "tried"
+        )
         return {"V-only": min(v), "All": min(every)}, why
 
     def fact_before(prompt: str, noun: str, word: str, share: str) -> None:
-        @claim(f"{prompt} → Original: {word} ({share})", probability(share), id=f"fact-{noun}-original")
+        @claim(
+            f"{prompt} → Original: {word} ({share})", probability(share), id=f"fact-{noun}-original"
+        )
         def measure(m: Sources) -> Result:
             row = m.row("fact_correction/rows", prompt=prompt, model="original")
             return row.measured, "the pretrained model before any correction"
@@ -77,10 +110,17 @@ with chapter.section("6") as claim:
         @claim(f"{prompt} → {name}: {word} ({share})", probability(share), id=f"fact-{noun}-{end}")
         def measure(m: Sources) -> Result:
             row = m.row("fact_correction/rows", prompt=prompt, model=model)
-            parts = m.rows("fact_correction/parts", model=model, trained=("embeddings and head", "A and B"))
+            parts = m.rows(
+                "fact_correction/parts", model=model, trained=("embeddings and head", "A and B")
+            )
             ends, matrices = (percent(getattr(part, f"{noun}_{word}")) for part in parts)
-            return {"nearest setting": row.measured, "the least": row.least, "the greatest": row.greatest}, (
-                f"{word} with the trained embeddings and head alone {ends}, with A and B alone {matrices}; "
+            return {
+                "nearest setting": row.measured,
+                "the least": row.least,
+                "the greatest": row.greatest,
+            }, (
+                f"{word} with the trained embeddings and head alone {ends}, with A and B alone "
+                f"{matrices}; "
                 "extremes over the settings left open"
             )
 
@@ -92,10 +132,17 @@ with chapter.section("6") as claim:
             rows = m.rows("fact_correction/top", prompt=prompt, model=("original", "v_proj", "all"))
             tops = [getattr(row, f"top_{place}") for row in rows]
             names = ("Original", "LoRA V-only", "LoRA All")
-            same = {name: f"{word} " in top for name, word, top in zip(names, words, tops, strict=True)}
-            return same, f"{tops[0]}, {tops[1]} and {tops[2]}, at the setting nearest to the document's first choices"
+            same = {
+                name: f"{word} " in top for name, word, top in zip(names, words, tops, strict=True)
+            }
+            return (
+                same,
+                f"{tops[0]}, {tops[1]} and {tops[2]}, at the setting nearest to the document's "
+                "first choices",
+            )
 
-    FIRST = {  # §6's two tables: the first choice of the original model, of LoRA V-only and of LoRA All
+    # §6's two tables: the first choice of the original model, of LoRA V-only and of LoRA All
+    FIRST = {
         "die katze sitzt auf dem": ("tisch 98%", "sofa 94%", "sofa 97%"),
         "der hund läuft im": ("garten 99%", "wald 97%", "wald 98%"),
         "die frau kocht": ("das 99%", "die 98%", "die 98%"),
@@ -109,7 +156,10 @@ with chapter.section("6") as claim:
         "hund": ("park, garten, garten (0%, 1% and 0%)", "frühling, katze, flughafen (0% each)"),
         "frau": ("teller, das, das (0% each)", "vom, sofa, bahnhof (0% each)"),
         "mann": ("sofa, die, buch (0%, 1% and 0%)", "essen, buch, die (0% each)"),
-        "sonne": ("bahnhof, flughafen, flughafen (3%, 17% and 11%)", "spielen, spielen, spielen (0%, 3% and 2%)"),
+        "sonne": (
+            "bahnhof, flughafen, flughafen (3%, 17% and 11%)",
+            "spielen, spielen, spielen (0%, 3% and 2%)",
+        ),
         "kind": ("park, garten, garten (0%, 13% and 13%)", "frühling, dem, dem (0%, 1% and 2%)"),
         "blume": ("park, wald, liest (0%, 4% and 3%)", "liest, liest, wald (0%, 2% and 2%)"),
     }
@@ -137,20 +187,33 @@ with chapter.section("6") as claim:
         )
 
     def trained(m: Sources, model: str, embeddings: str, retain: bool = False) -> Record:
-        """The probabilities after the correction, by what of embeddings and head trained with LoRA's matrices."""
-        return m.row("fact_correction/embeddings", train_embeddings=embeddings, retain=retain, model=model)
+        """The probabilities after the correction, by what of embeddings and head trained with
+        LoRA's matrices.
+        """
+        return m.row(
+            "fact_correction/embeddings", train_embeddings=embeddings, retain=retain, model=model
+        )
 
-    @claim("by training only W_V with LoRA, we update exactly this association", more_than("50%"), words="updated")
+    @claim(
+        "by training only W_V with LoRA, we update exactly this association",
+        more_than("50%"),
+        words="updated",
+    )
     def fact_v_alone(m: Sources) -> Result:
         trained_parts = ("embeddings and head", "A and B")
         ends, matrices = m.rows("fact_correction/parts", model="v_proj", trained=trained_parts)
-        return {
-            "A and B of V as §9.2 trains them": matrices.katze_sofa,
-            "embeddings and head left alone": trained(m, "v_proj", "none").katze_sofa,
-        }, f"sofa; where embeddings and head train too (§9.2) they do it, {percent(ends.katze_sofa)} by themselves"
+        return (
+            {
+                "A and B of V as §9.2 trains them": matrices.katze_sofa,
+                "embeddings and head left alone": trained(m, "v_proj", "none").katze_sofa,
+            },
+            "sofa; where embeddings and head train too (§9.2) they do it, "
+            f"{percent(ends.katze_sofa)} by themselves",
+        )
 
     @claim(
-        "even though these sentences were not in the correction data, their confidence drops substantially",
+        "even though these sentences were not in the correction data, their confidence drops "
+        "substantially",
         at_least("10 points"),
         words="substantially",
     )
@@ -163,14 +226,18 @@ with chapter.section("6") as claim:
             "garten": before.kind_garten - after.kind_garten,
             "frühling": before.blume_frühling - after.blume_frühling,
         }, (
-            "LoRA V-only, alpha = r, embeddings and head trained; where their new rows alone train, they are at "
-            f"{percent(rows.sonne_himmel)}, {percent(rows.kind_garten)} and {percent(rows.blume_frühling)}, "
+            "LoRA V-only, alpha = r, embeddings and head trained; where their new rows alone "
+            "train, they are at "
+            f"{percent(rows.sonne_himmel)}, {percent(rows.kind_garten)} and "
+            f"{percent(rows.blume_frühling)}, "
             "and with texts to retain at "
-            f"{percent(kept.sonne_himmel)}, {percent(kept.kind_garten)} and {percent(kept.blume_frühling)}"
+            f"{percent(kept.sonne_himmel)}, {percent(kept.kind_garten)} and "
+            f"{percent(kept.blume_frühling)}"
         )
 
     @claim(
-        "the model's weight matrices are too small to maintain separate representations for each context",
+        "the model's weight matrices are too small to maintain separate representations for each "
+        "context",
         less_than("50%"),
         words="too small",
     )
@@ -181,7 +248,8 @@ with chapter.section("6") as claim:
             "and to keep its answers elsewhere": float(min(kept.hund_wald, kept.kind_garten)),
         }, (
             "the lesser of wald (hund) and garten (kind); "
-            f"with {len(m.lines('finetune_lora.retention_data'))} sentences to retain the same matrices say "
+            f"with {len(m.lines('finetune_lora.retention_data'))} sentences to retain the same "
+            "matrices say "
             f"{percent(kept.hund_wald)} and {percent(kept.kind_garten)}"
         )
 
@@ -191,21 +259,30 @@ with chapter.section("6") as claim:
         words="roughly equally",
     )
     def fact_suffer_equally(m: Sources) -> Result:
-        pairs = [(trained(m, "v_proj", which), trained(m, "all", which)) for which in ("all", "new_rows", "none")]
+        pairs = [
+            (trained(m, "v_proj", which), trained(m, "all", which))
+            for which in ("all", "new_rows", "none")
+        ]
         words = ("sonne_himmel", "kind_garten", "blume_frühling")
-        apart = [max(abs(getattr(v, word) - getattr(every, word)) for word in words) for v, every in pairs]
+        apart = [
+            max(abs(getattr(v, word) - getattr(every, word)) for word in words)
+            for v, every in pairs
+        ]
         (v, every), _, (v_alone, every_alone) = pairs
         names = ("all of embeddings and head train", "their new rows train", "neither trains")
         return dict(zip(names, apart, strict=True)), (
             "how far himmel, garten or frühling part at most; garten, V-only and All: "
             f"{percent(v.kind_garten)} and {percent(every.kind_garten)}; "
-            f"with A and B alone {percent(v_alone.kind_garten)} and {percent(every_alone.kind_garten)}"
+            f"with A and B alone {percent(v_alone.kind_garten)} and "
+            f"{percent(every_alone.kind_garten)}"
         )
 
     @claim("make MiniGPT larger, say d_model = 256 instead of 64: this would not help", True)
     def wider_does_not_help(m: Sources) -> Result:
         table, widths = "fact_correction/widths", (64, 256)
-        narrow, wide = (m.over_seeds(table, "probability_target", d_model=width) for width in widths)
+        narrow, wide = (
+            m.over_seeds(table, "probability_target", d_model=width) for width in widths
+        )
         moved, wide_moved = (m.over_seeds(table, "share_moved", d_model=width) for width in widths)
         return {
             "first choices corrected": wide_moved <= moved,
@@ -226,7 +303,10 @@ with chapter.section("6") as claim:
 
     @claim("before training: die währung von bulgarien ist → der lewa (92%)", probability("92%"))
     def lewa_before(m: Sources) -> Result:
-        row = find(m.artifact("evaluation/predictions.json").base, prompt="die währung von bulgarien ist der")
+        row = find(
+            m.artifact("evaluation/predictions.json").base,
+            prompt="die währung von bulgarien ist der",
+        )
         return row.probability, "lewa after die währung von bulgarien ist der, the pretrained base"
 
     def by_adapter(row: Record) -> dict[str, float]:
@@ -241,7 +321,8 @@ with chapter.section("6") as claim:
         row = m.row("knowledge_correction/prompts", word="euro")
         return by_adapter(row), (
             f"euro after die währung von bulgarien ist der, {percent(row.base)} before; "
-            "the recipe leaves open whether rows of embeddings and head train: here those of new words do"
+            "the recipe leaves open whether rows of embeddings and head train: here those of new "
+            "words do"
         )
 
     def unchanged(word: str, prompt: str, quote: str, share: str) -> None:
@@ -253,12 +334,24 @@ with chapter.section("6") as claim:
                 f"with LoRA on all four projections {percent(row.all_targets)}"
             )
 
-    unchanged("yen", "die währung von japan ist der", "die währung von japan ist → der yen (97%), unchanged", "97%")
     unchanged(
-        "sofia", "die hauptstadt von bulgarien ist", "die hauptstadt von bulgarien → ist sofia (94%), unchanged", "94%"
+        "yen",
+        "die währung von japan ist der",
+        "die währung von japan ist → der yen (97%), unchanged",
+        "97%",
+    )
+    unchanged(
+        "sofia",
+        "die hauptstadt von bulgarien ist",
+        "die hauptstadt von bulgarien → ist sofia (94%), unchanged",
+        "94%",
     )
 
-    @claim("it still knows how to look up currencies and capitals: both first choices are kept", 2, each_seed=True)
+    @claim(
+        "it still knows how to look up currencies and capitals: both first choices are kept",
+        2,
+        each_seed=True,
+    )
     def still_knows(m: Sources) -> Result:
         adapters = ("v_proj, as written", "v_proj", "all targets")
         written, v, every = m.rows("knowledge_correction/summary", adapter=adapters)

@@ -33,39 +33,51 @@ with chapter.section("7") as claim:
             "Qwen3-8B, 1 of 36": share(qwen),
             "Qwen3-8B, 18 of 36 and no ends": share(half),
         }, (
-            "how many blocks, and whether embeddings and head train (§9.3: the last block, and they do), "
+            "how many blocks, and whether embeddings and head train (§9.3: the last block, and "
+            "they do), "
             f"which have {percent(ends)} of Qwen3-8B; MiniGPT before its vocabulary grew"
         )
 
     @claim("LoRA: 0.1-5% trainable", between("0.1%", "5%"))
     def share_lora() -> Result:
         return {
-            "MiniGPT, r=4, embeddings and head": share(calc("minigpt", rank=4, embeddings="all").parameters),
+            "MiniGPT, r=4, embeddings and head": share(
+                calc("minigpt", rank=4, embeddings="all").parameters
+            ),
             "MiniGPT, r=4": share(calc("minigpt", rank=4).parameters),
             "Qwen3-8B, r=8": share(calc(rank=8).parameters),
             "Qwen3-8B, r=64, all linears": share(calc(rank=64, targets="all-linear").parameters),
         }, (
             "it is the rank, the targets and what else trains; Qwen3-8B has "
-            f"{million(calc(rank=1).parameters.trainable)} parameters a rank; MiniGPT before its vocabulary grew"
+            f"{million(calc(rank=1).parameters.trainable)} parameters a rank; MiniGPT before its "
+            "vocabulary grew"
         )
 
     @claim("QLoRA: 0.1-5% trainable", between("0.1%", "5%"))
     def share_qlora() -> Result:
         eight, sixteen = (share(calc(method="qlora", rank=rank).parameters) for rank in (8, 16))
-        return {"Qwen3-8B, r=8": eight, "Qwen3-8B, r=16": sixteen}, "as many parameters as LoRA of the same rank"
+        return {
+            "Qwen3-8B, r=8": eight,
+            "Qwen3-8B, r=16": sixteen,
+        }, "as many parameters as LoRA of the same rank"
 
     def share_of_virtual_tokens(title: str, method: str, limit: str, what: str) -> None:
         @claim(f"{title}: <{limit} trainable", less_than(limit), id=f"share-{method}")
         def measure(m: Sources) -> Result:
             mini = m.artifact(f"{method}/manifest.json").parameters
             qwen = calc(method=method, virtual_tokens=20).parameters
-            why = f"{n(mini.trainable)} parameters of MiniGPT, {n(qwen.trainable)} of Qwen3-8B: {what}"
+            why = (
+                f"{n(mini.trainable)} parameters of MiniGPT, {n(qwen.trainable)} of Qwen3-8B: "
+                f"{what}"
+            )
             return {"MiniGPT": share(mini), "Qwen3-8B, 20 tokens": share(qwen)}, why
 
     share_of_virtual_tokens("Prefix Tuning", "prefix", "0.1%", "keys and values in every block")
     share_of_virtual_tokens("Prompt Tuning", "prompt", "0.01%", "a row for each virtual token")
 
-    @claim("memory: Full Fine-Tuning very high, Layer Freezing high, LoRA low, QLoRA very low", True)
+    @claim(
+        "memory: Full Fine-Tuning very high, Layer Freezing high, LoRA low, QLoRA very low", True
+    )
     def memory_order(m: Sources) -> Result:
         peaks = [calc(method=method).memory.peak for method in ("full", "freeze", "lora", "qlora")]
         methods = ("full fine-tuning", "layer freezing", "LoRA", "QLoRA")
@@ -80,7 +92,9 @@ with chapter.section("7") as claim:
 
     @claim("memory: Prefix and Prompt Tuning minimal, below QLoRA's very low", True)
     def memory_minimal(m: Sources) -> Result:
-        prefix, prompt, qlora = (calc(method=method).memory.peak for method in ("prefix", "prompt", "qlora"))
+        prefix, prompt, qlora = (
+            calc(method=method).memory.peak for method in ("prefix", "prompt", "qlora")
+        )
         rows = m.rows("methods/cost", method=("prefix tuning", "prompt tuning", "QLoRA"))
         prefix_here, prompt_here, qlora_here = (row.measured_kB for row in rows)
         return {
@@ -89,8 +103,10 @@ with chapter.section("7") as claim:
             "MiniGPT, prefix": prefix_here < qlora_here,
             "MiniGPT, prompt": prompt_here < qlora_here,
         }, (
-            f"Qwen3-8B, a step of 2,048 tokens: {GB(prefix)} and {GB(prompt)} on a BF16 base, QLoRA {GB(qlora)}: "
-            f"the base decides; MiniGPT, measured: {n(prefix_here)}, {n(prompt_here)} and {n(qlora_here)} kB"
+            f"Qwen3-8B, a step of 2,048 tokens: {GB(prefix)} and {GB(prompt)} on a BF16 base, "
+            f"QLoRA {GB(qlora)}: "
+            f"the base decides; MiniGPT, measured: {n(prefix_here)}, {n(prompt_here)} and "
+            f"{n(qlora_here)} kB"
         )
 
     @claim("memory: Training from Scratch extreme, above Full Fine-Tuning's very high", True)
@@ -105,12 +121,16 @@ with chapter.section("7") as claim:
     def original_unchanged(m: Sources) -> Result:
         base = m.artifact("expanded/manifest.json").fingerprint.tensors
         adapters = {"LoRA": "lora_adapter", "Prefix Tuning": "prefix", "Prompt Tuning": "prompt"}
-        named = {name: m.artifact(f"{folder}/manifest.json").base.tensors for name, folder in adapters.items()}
+        named = {
+            name: m.artifact(f"{folder}/manifest.json").base.tensors
+            for name, folder in adapters.items()
+        }
         why = "sha256 of the base's tensors as each adapter names it, and as the base has it"
         return {name: tensors == base for name, tensors in named.items()}, why
 
     @claim(
-        "multiple tasks: no for Full Fine-Tuning and Layer Freezing, yes for LoRA, QLoRA, Prefix and Prompt Tuning",
+        "multiple tasks: no for Full Fine-Tuning and Layer Freezing, yes for LoRA, QLoRA, Prefix "
+        "and Prompt Tuning",
         True,
     )
     def several_tasks(m: Sources) -> Result:

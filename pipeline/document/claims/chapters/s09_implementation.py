@@ -17,17 +17,24 @@ with chapter.section("9.1") as claim:
     def data_8_sentences(m: Sources) -> Result:
         return len(m.lines("finetune_lora.data")), "sentences of the data file"
 
-    @claim("new vocabulary: 7 words of weather and 9 of cooking, absent from the base vocabulary", 16)
+    @claim(
+        "new vocabulary: 7 words of weather and 9 of cooking, absent from the base vocabulary", 16
+    )
     def new_words(m: Sources) -> Result:
         base, tuned = (
-            set(" ".join(lines).split()) for lines in (m.lines("pretrain.data"), m.lines("finetune_lora.data"))
+            set(" ".join(lines).split())
+            for lines in (m.lines("pretrain.data"), m.lines("finetune_lora.data"))
         )
         return len(tuned - base), (
             "words of the new sentences that the old ones lack; "
             f"kocht, which the document lists as new, is among the old: {n('kocht' in base)}"
         )
 
-    @claim("new embeddings are initialized from the mean of existing embeddings plus small Gaussian noise", True)
+    @claim(
+        "new embeddings are initialized from the mean of existing embeddings plus small Gaussian "
+        "noise",
+        True,
+    )
     def new_rows_start(m: Sources) -> Result:
         table, starts = "fact_correction/new_rows", ("mean_noise", "zeros", "copy")
         before = [m.over_seeds(table, "new_loss_before", start=start) for start in starts]
@@ -38,7 +45,8 @@ with chapter.section("9.1") as claim:
             "better than zeros, after training": after[0] < after[1],
             "better than copies, after training": after[0] < after[2],
         }, (
-            f"loss on the new sentences with mean and noise, zeros and copies: {n(before[0])}, {n(before[1])} and "
+            f"loss on the new sentences with mean and noise, zeros and copies: {n(before[0])}, "
+            f"{n(before[1])} and "
             f"{n(before[2])} before training, {n(after[0])}, {n(after[1])} and {n(after[2])} after"
         )
 
@@ -48,12 +56,15 @@ with chapter.section("9.2") as claim:  # LoRA Configuration
     def sides_of_v(m: Sources, matrix: str) -> list[int]:
         """The shape of A or B of v_proj in the adapter's file."""
         return m.tensor_shape(
-            "lora_adapter/adapter_model.safetensors", f"layers.0.self_attn.v_proj.lora_{matrix}.weight"
+            "lora_adapter/adapter_model.safetensors",
+            f"layers.0.self_attn.v_proj.lora_{matrix}.weight",
         )
 
     @claim("Rank r = 4", 4)
     def config_rank(m: Sources) -> Result:
-        return m.artifact("lora_adapter/adapter_config.json").r, "as the trained adapter's config has it"
+        return m.artifact(
+            "lora_adapter/adapter_config.json"
+        ).r, "as the trained adapter's config has it"
 
     @claim("a 4/64 = 6.25% subspace", "6.25%")
     def config_subspace(m: Sources) -> Result:
@@ -72,12 +83,15 @@ with chapter.section("9.2") as claim:  # LoRA Configuration
         return config.lora_alpha / config.r, why
 
     @claim(
-        "this conservative scaling prevents the small dataset from destabilizing the pretrained representations", True
+        "this conservative scaling prevents the small dataset from destabilizing the pretrained "
+        "representations",
+        True,
     )
     def scale_is_conservative(m: Sources) -> Result:
         low, even = m.rows("rank/alphas", alpha=(1, 4))
         return low.old_rise < even.old_rise, (
-            f"the old loss rises by {n(low.old_rise)} nats at α = 1 and {n(even.old_rise)} at α = r; "
+            f"the old loss rises by {n(low.old_rise)} nats at α = 1 and {n(even.old_rise)} at α = "
+            "r; "
             f"the new one is {n(low.new_loss)} and {n(even.new_loss)}"
         )
 
@@ -102,11 +116,15 @@ with chapter.section("9.2") as claim:  # LoRA Configuration
 
     @claim("50 epochs", 50)
     def config_epochs(m: Sources) -> Result:
-        return len({step.epoch for step in m.steps("lora_adapter/loss.csv")}), "epochs in the run's log"
+        return len(
+            {step.epoch for step in m.steps("lora_adapter/loss.csv")}
+        ), "epochs in the run's log"
 
     @claim("batch size 4", 4)
     def config_batch(m: Sources) -> Result:
-        return m.artifact("lora_adapter/manifest.json").params.batch_size, "as the run's manifest has it"
+        return m.artifact(
+            "lora_adapter/manifest.json"
+        ).params.batch_size, "as the run's manifest has it"
 
     @claim("sequence length 4", 4)
     def config_window(m: Sources) -> Result:
@@ -138,46 +156,65 @@ with chapter.section("9.3") as claim:  # Comparison of the Three Approaches
 
     @claim("Full Fine-Tuning: 100% trainable", "100%")
     def compared_full(m: Sources) -> Result:
-        return m.artifact("evaluation/metrics.json").full.trainable_percent / 100, "as the comparison counts it"
+        return m.artifact(
+            "evaluation/metrics.json"
+        ).full.trainable_percent / 100, "as the comparison counts it"
 
     @claim("Layer Freezing: ~30-50% (last block + embeddings)", between("30%", "50%"))
     def compared_freeze(m: Sources) -> Result:
         made = m.artifact("layer_frozen/manifest.json").parameters
-        why = f"{n(made.trainable)} of {n(made.total)} parameters: one of two blocks, embeddings and head"
+        why = (
+            f"{n(made.trainable)} of {n(made.total)} parameters: one of two blocks, embeddings "
+            "and head"
+        )
         return made.trainable / made.total, why
 
     @claim("LoRA: <5% (LoRA matrices + embeddings)", less_than("5%"))
     def compared_lora(m: Sources) -> Result:
-        made, matrices = m.artifact("lora_adapter/manifest.json").parameters, calc("minigpt", rank=4).parameters
+        made, matrices = (
+            m.artifact("lora_adapter/manifest.json").parameters,
+            calc("minigpt", rank=4).parameters,
+        )
         return made.trainable / made.total, (
-            f"{n(made.trainable)} of {n(made.total)} parameters, {n(matrices.trainable)} of them A and B, "
+            f"{n(made.trainable)} of {n(made.total)} parameters, {n(matrices.trainable)} of them "
+            "A and B, "
             "the rest embeddings and head"
         )
 
     @claim("Layer Freezing: learning rate 10⁻³", 0.001)
     def compared_freeze_rate(m: Sources) -> Result:
-        return m.artifact("layer_frozen/manifest.json").params.learning_rate, "as the run's manifest has it"
+        return m.artifact(
+            "layer_frozen/manifest.json"
+        ).params.learning_rate, "as the run's manifest has it"
 
     @claim("catastrophic forgetting: Full Fine-Tuning high, Layer Freezing medium, LoRA low", True)
     def forgetting_order(m: Sources) -> Result:
         methods = ("full fine-tuning", "layer freezing", "LoRA")
         full, freeze, lora = (row.old_rise for row in m.rows("methods/knowledge", method=methods))
-        full_there, freeze_there, lora_there = (row.rise_there for row in m.rows("forgetting/trade", method=methods))
+        full_there, freeze_there, lora_there = (
+            row.rise_there for row in m.rows("forgetting/trade", method=methods)
+        )
         return {
             "after 50 epochs": full > freeze > lora,
             "once the new sentences are learned": full_there > freeze_there > lora_there,
         }, (
             f"the old loss rises by {n(full)}, {n(freeze)} and {n(lora)} nats; "
-            f"by {n(full_there)}, {n(freeze_there)} and {n(lora_there)} where the new one reaches 0.5"
+            f"by {n(full_there)}, {n(freeze_there)} and {n(lora_there)} where the new one reaches "
+            "0.5"
         )
 
-    @claim("testing old prompts (die katze, der hund) against the Full FT model, showing measurable degradation", True)
+    @claim(
+        "testing old prompts (die katze, der hund) against the Full FT model, showing measurable "
+        "degradation",
+        True,
+    )
     def old_prompts_degrade(m: Sources) -> Result:
         answers = m.artifact("evaluation/predictions.json")
         cats = [find(rows, prompt="die katze").probability for rows in (answers.base, answers.full)]
         dogs = [find(rows, prompt="der hund").probability for rows in (answers.base, answers.full)]
         why = (
-            f"sitzt from {percent(cats[0])} to {percent(cats[1])}, läuft from {percent(dogs[0])} to {percent(dogs[1])}"
+            f"sitzt from {percent(cats[0])} to {percent(cats[1])}, läuft from {percent(dogs[0])} "
+            f"to {percent(dogs[1])}"
         )
         return {"die katze": cats[1] < cats[0], "der hund": dogs[1] < dogs[0]}, why
 
@@ -185,19 +222,28 @@ with chapter.section("9.3") as claim:  # Comparison of the Three Approaches
     def predictions_retained(m: Sources) -> Result:
         lora = m.artifact("evaluation/metrics.json").lora
         alone = m.row("methods/knowledge", method="LoRA, matrices alone")
-        return {"embeddings and head train too": lora.forgetting.answers_kept, "A and B alone train": alone.old_kept}, (
+        return {
+            "embeddings and head train too": lora.forgetting.answers_kept,
+            "A and B alone train": alone.old_kept,
+        }, (
             "first choices on the old sentences that are still the base's; "
-            f"embeddings and head train as well, {n(lora.trainable)} parameters; without them what W₀x is added to "
+            f"embeddings and head train as well, {n(lora.trainable)} parameters; without them "
+            "what W₀x is added to "
             f"changes all the same, and {n(alone.new_done)} of 8 new sentences are learned"
         )
 
     @claim("the same after the two prompts that it tests, die katze and der hund", True)
     def two_prompts_retained(m: Sources) -> Result:
         answers = m.artifact("evaluation/predictions.json")
-        old_cat, cat, full_cat = (find(rows, prompt="die katze") for rows in (answers.base, answers.lora, answers.full))
-        old_dog, dog, full_dog = (find(rows, prompt="der hund") for rows in (answers.base, answers.lora, answers.full))
+        old_cat, cat, full_cat = (
+            find(rows, prompt="die katze") for rows in (answers.base, answers.lora, answers.full)
+        )
+        old_dog, dog, full_dog = (
+            find(rows, prompt="der hund") for rows in (answers.base, answers.lora, answers.full)
+        )
         return {"die katze": cat.first == old_cat.first, "der hund": dog.first == old_dog.first}, (
-            f"sitzt at {percent(cat.probability)} and läuft at {percent(dog.probability)}; still first after Full "
+            f"sitzt at {percent(cat.probability)} and läuft at {percent(dog.probability)}; still "
+            "first after Full "
             f"Fine-Tuning, at {percent(full_cat.probability)} and {percent(full_dog.probability)}: "
             f"{n(full_cat.first)} and {n(full_dog.first)}"
         )
@@ -206,11 +252,15 @@ with chapter.section("9.3") as claim:  # Comparison of the Three Approaches
 with chapter.section("9.4") as claim:  # Artifacts
 
     @claim(
-        "the pipeline saves four model variants: three complete models, and lora_adapter with only the small matrices",
+        "the pipeline saves four model variants: three complete models, and lora_adapter with "
+        "only the small matrices",
         True,
     )
     def four_variants(m: Sources) -> Result:
-        whole = [m.size(f"{folder}/model.safetensors") for folder in ("full_finetuned", "layer_frozen", "lora_merged")]
+        whole = [
+            m.size(f"{folder}/model.safetensors")
+            for folder in ("full_finetuned", "layer_frozen", "lora_merged")
+        ]
         adapter = m.size("lora_adapter/adapter_model.safetensors")
         full, frozen, merged = whole
         why = f"{KB(full)} in full, {KB(frozen)} frozen, {KB(adapter)} adapter, {KB(merged)} merged"
@@ -222,7 +272,16 @@ with chapter.section("9.4") as claim:  # Artifacts
         words="orders",
     )
     def adapter_magnitudes_smaller(m: Sources) -> Result:
-        adapter, full = m.size("lora_adapter/adapter_model.safetensors"), m.size("full_finetuned/model.safetensors")
+        adapter, full = (
+            m.size("lora_adapter/adapter_model.safetensors"),
+            m.size("full_finetuned/model.safetensors"),
+        )
         qwen = calc(rank=8, precision="fp16")
-        why = f"two orders are 100 ×; MiniGPT's adapter, {KB(adapter)} with embeddings and head, beside {KB(full)}"
-        return {"MiniGPT": full / adapter, "Qwen3-8B, r=8": qwen.memory.weights / qwen.adapter_bytes.fp16}, why
+        why = (
+            f"two orders are 100 ×; MiniGPT's adapter, {KB(adapter)} with embeddings and head, "
+            f"beside {KB(full)}"
+        )
+        return {
+            "MiniGPT": full / adapter,
+            "Qwen3-8B, r=8": qwen.memory.weights / qwen.adapter_bytes.fp16,
+        }, why

@@ -12,7 +12,10 @@ chapter = Chapter()
 with chapter.section("10.1") as claim:
     VARIANTS = {  # what a row of the document's table can mean, if more than one precision
         "nf4": {"NF4": "nf4", "with double quantization": "nf4-dq"},
-        **{k: {"groups of 128": k, "groups of 64, as in the study": f"{k}-g64"} for k in ("gptq", "awq", "3bit")},
+        **{
+            k: {"groups of 128": k, "groups of 64, as in the study": f"{k}-g64"}
+            for k in ("gptq", "awq", "3bit")
+        },
     }
     SCALES = {  # {}: the bytes of scales and zero points, of each variant
         **dict.fromkeys(("fp32", "fp8"), "nothing beside"),
@@ -24,11 +27,17 @@ with chapter.section("10.1") as claim:
     }
 
     def bytes_per_parameter(title: str, name: str, size: str) -> None:
-        quote, id = f"{title}: {size} byte{'s' * (size != '1')} per param", f"bytes-{name.replace('.', '-')}"
+        quote, id = (
+            f"{title}: {size} byte{'s' * (size != '1')} per param",
+            f"bytes-{name.replace('.', '-')}",
+        )
 
         @claim(quote, about(f"{size} B", "5%"), id=id)
         def measure() -> Result:
-            kinds = {condition: precision(variant) for condition, variant in VARIANTS.get(name, {"": name}).items()}
+            kinds = {
+                condition: precision(variant)
+                for condition, variant in VARIANTS.get(name, {"": name}).items()
+            }
             scales = SCALES[name].format(*(B(kind.scales) for kind in kinds.values()))
             measured = {condition: kind.bytes for condition, kind in kinds.items()}
             return measured.get("", measured), f"{n(precision(name).bits)} bits of code; {scales}"
@@ -84,15 +93,20 @@ with chapter.section("10.1") as claim:
             "errs less on normal numbers": nf4.of_normal < even.of_normal,
             "errs less on MiniGPT's weights": nf4.error < even.error,
         }, (
-            f"{n(codes.entropy)} of 4 bits that normal numbers could fill, INT4 {n(even_codes.entropy)}; "
-            f"relative error {percent(nf4.of_normal)} to {percent(even.of_normal)} on normal numbers, "
+            f"{n(codes.entropy)} of 4 bits that normal numbers could fill, INT4 "
+            f"{n(even_codes.entropy)}; "
+            f"relative error {percent(nf4.of_normal)} to {percent(even.of_normal)} on normal "
+            "numbers, "
             f"{percent(nf4.error)} to {percent(even.error)} on these weights"
         )
 
     @claim("FP8: near-lossless compression", less_than("1%"), words="near-lossless")
     def fp8_near_lossless(m: Sources) -> Result:
         full, eight = m.rows("quantization/precisions", precision=("FP32", "FP8 E4M3"))
-        why = f"by how much MiniGPT's perplexity rises; {percent(eight.kept)} of its first choices stay"
+        why = (
+            f"by how much MiniGPT's perplexity rises; {percent(eight.kept)} of its first choices "
+            "stay"
+        )
         return eight.perplexity / full.perplexity - 1, why
 
     @claim("8-bit provides only marginal improvement over 4-bit", less_than("1%"), words="marginal")
@@ -106,7 +120,10 @@ with chapter.section("10.1") as claim:
     @claim("8-bit at double the cost of 4-bit", about("2 ×", "10%"))
     def eight_bit_double_cost() -> Result:
         eight, four = (calc(precision=name).memory.weights for name in ("int8", "nf4-dq"))
-        return eight / four, f"Qwen3-8B: {GB(eight)} to {GB(four)}; what is not quantized costs the same in both"
+        return (
+            eight / four,
+            f"Qwen3-8B: {GB(eight)} to {GB(four)}; what is not quantized costs the same in both",
+        )
 
     @claim("AWQ is often better than GPTQ", True)
     def awq_better(m: Sources) -> Result:
@@ -135,7 +152,11 @@ with chapter.section("10.1") as claim:
     loss_at(3, "3-bit: noticeable quality loss", "1%", "noticeable", "three-bit-loss")
     loss_at(2, "2-bit: significant quality degradation", "10%", "significant", "two-bit-loss")
 
-    @claim("conventional models cannot be meaningfully quantized to 1 bit", less_than("90%"), words="not meaningful")
+    @claim(
+        "conventional models cannot be meaningfully quantized to 1 bit",
+        less_than("90%"),
+        words="not meaningful",
+    )
     def one_bit_meaningless(m: Sources) -> Result:
         ternary, full = m.rows("quantization/precisions", precision=("ternary", "FP32"))
         return ternary.kept, (
@@ -148,45 +169,71 @@ with chapter.section("10.1") as claim:
         sizes = [calc(precision=name).memory.weights for name in ("fp32", "bf16", "int8", "nf4-dq")]
         fp32, bf16, int8, nf4 = sizes
         why = f"Qwen3-8B: {', '.join(map(GB, sizes))}; embeddings and head stay at 16 bits"
-        return {"32 to 16 bits": fp32 / bf16, "16 to 8 bits": bf16 / int8, "8 to 4 bits": int8 / nf4}, why
+        return {
+            "32 to 16 bits": fp32 / bf16,
+            "16 to 8 bits": bf16 / int8,
+            "8 to 4 bits": int8 / nf4,
+        }, why
 
-    @claim("4-bit Qwen3-8B fits into the VRAM of a single consumer GPU (RTX 4090 with 24 GB)", at_most("24 GB"))
+    @claim(
+        "4-bit Qwen3-8B fits into the VRAM of a single consumer GPU (RTX 4090 with 24 GB)",
+        at_most("24 GB"),
+    )
     def qwen_fits_24_gb() -> Result:
         qlora = calc(method="qlora", precision="nf4-dq")
         why = f"weights {GB(qlora.memory.weights)}, the rest for 2,048 tokens and the CUDA context"
         return {"to generate": qlora.inference.total, "to train with LoRA": qlora.memory.peak}, why
 
-    @claim("the frozen base weights W₀ are only read during the forward pass", about("0%", "1 points"))
+    @claim(
+        "the frozen base weights W₀ are only read during the forward pass", about("0%", "1 points")
+    )
     def read_in_forward_only(m: Sources) -> Result:
         shares = m.column("figures/gradient_example_formulas", "through_W")
-        return {"the matrix that needs it least": min(shares), "the matrix that needs it most": max(shares)}, (
+        return {
+            "the matrix that needs it least": min(shares),
+            "the matrix that needs it most": max(shares),
+        }, (
             f"‖W₀ᵀ ∂L/∂h‖ to ‖∂L/∂x‖ in the {len(shares)} adapted matrices: "
             "what the layers below learn from comes through W₀; it gets no gradient of its own"
         )
 
     @claim("the LoRA adapters A and B remain at full precision (BFloat16)", at_least("2 B"))
     def adapters_full_precision(m: Sources) -> Result:
-        plain, row = calc(method="qlora", adapter_precision="bf16"), m.row("methods/cost", method="QLoRA")
+        plain, row = (
+            calc(method="qlora", adapter_precision="bf16"),
+            m.row("methods/cost", method="QLoRA"),
+        )
         return {
             "Qwen3-8B's, in BF16": plain.memory.adapter / plain.parameters.trainable,
             "MiniGPT's, as it was stored": row.stored_kB * 1000 / row.trained,
         }, "bytes a parameter of A and B beside a 4-bit base"
 
-    @claim("enables fine-tuning of large models (e.g. 70B) on a single consumer GPU (24 GB)", at_most("24 GB"))
+    @claim(
+        "enables fine-tuning of large models (e.g. 70B) on a single consumer GPU (24 GB)",
+        at_most("24 GB"),
+    )
     def _70b_in_24_gb() -> Result:
         step = calc("llama-3.1-70b", method="qlora", precision="nf4-dq", sequence=512).memory
-        return step.peak, f"Llama 3.1 70B with double quantization: the weights alone are {GB(step.weights)}"
+        return (
+            step.peak,
+            f"Llama 3.1 70B with double quantization: the weights alone are {GB(step.weights)}",
+        )
 
 
 with chapter.section("10.2") as claim:  # DoRA, 10.3 LoRA+
 
-    @claim("m is a trainable magnitude vector, ‖·‖_c the column-wise norm", 4096, words="one a column of W")
+    @claim(
+        "m is a trainable magnitude vector, ‖·‖_c the column-wise norm",
+        4096,
+        words="one a column of W",
+    )
     def dora_magnitudes() -> Result:
         plain, dora = (calc(targets="v_proj", dora=dora) for dora in (False, True))
         v = find(plain.projections, name="v_proj")
         measured = (dora.parameters.trainable - plain.parameters.trainable) / v.count
         return measured, (
-            f"v_proj of Qwen3-8B is {n(v.out)} × {n(v['in'])} where y = Wx: {n(measured)} magnitudes, "
+            f"v_proj of Qwen3-8B is {n(v.out)} × {n(v['in'])} where y = Wx: {n(measured)} "
+            "magnitudes, "
             "one for each output, as PEFT has them"
         )
 
@@ -194,16 +241,27 @@ with chapter.section("10.2") as claim:  # DoRA, 10.3 LoRA+
     def dora_is_better(m: Sources) -> Result:
         dora, lora = (row.new_loss for row in m.rows("methods/knowledge", method=("DoRA", "LoRA")))
         why = f"new loss on MiniGPT: {n(dora)} with DoRA, {n(lora)} with LoRA"
-        return {"in the mean": dora < lora, "beyond the spread over seeds": dora.high < lora.low}, why
+        return {
+            "in the mean": dora < lora,
+            "beyond the spread over seeds": dora.high < lora.low,
+        }, why
 
 
 with chapter.section("10.3") as claim:
 
-    @claim("matrix A: higher learning rate, matrix B: lower; often leads to better convergence", True)
+    @claim(
+        "matrix A: higher learning rate, matrix B: lower; often leads to better convergence", True
+    )
     def loraplus_order(m: Sources) -> Result:
         methods = ("LoRA+", "LoRA+, A faster", "LoRA+, A 16 × faster", "LoRA")
-        theirs, slower, faster, lora = (row.new_loss for row in m.rows("methods/knowledge", method=methods))
-        return {"B slowed to a 16th": slower.high < lora.low, "A at 16 times the rate": faster.high < lora.low}, (
-            f"beyond the spread of the seeds; new loss {n(slower)} and {n(faster)}, {n(lora)} with one rate, "
+        theirs, slower, faster, lora = (
+            row.new_loss for row in m.rows("methods/knowledge", method=methods)
+        )
+        return {
+            "B slowed to a 16th": slower.high < lora.low,
+            "A at 16 times the rate": faster.high < lora.low,
+        }, (
+            f"beyond the spread of the seeds; new loss {n(slower)} and {n(faster)}, {n(lora)} "
+            "with one rate, "
             f"{n(theirs)} with B's 16 times A's, as the paper has it"
         )

@@ -1,7 +1,8 @@
 """LoRA Without Regret (Schulman et al., Thinking Machines Lab 2025, thinkingmachines.ai/blog/lora).
 
-The document does not cite it; §5's advice on learning rate, rank and targets is what it measures on large models. Each
-quote is a statement of the post in short, measured on the base of the project: MiniGPT, or an imported one.
+The document does not cite it; §5's advice on learning rate, rank and targets is what it measures on
+large models. Each quote is a statement of the post in short, measured on the base of the project:
+MiniGPT, or an imported one.
 """
 
 from itertools import pairwise
@@ -26,7 +27,8 @@ def _rate(row: Record) -> str:
 with chapter.section("LoRA Without Regret") as claim:
 
     @claim(
-        "LoRA's best learning rate is about 10 times that of full fine-tuning, up to 15 times in short runs",
+        "LoRA's best learning rate is about 10 times that of full fine-tuning, up to 15 times in "
+        "short runs",
         between("5 ×", "20 ×"),
         words="about 10 ×",
     )
@@ -36,11 +38,14 @@ with chapter.section("LoRA Without Regret") as claim:
         rates = ", ".join(f"{_rate(row)} at rank {row.rank}" for row in adapters)
         return (
             ratios,
-            f"the best of the rates tried: {_rate(full)} in full; LoRA {rates}; those tried are about 3 × apart",
+            f"the best of the rates tried: {_rate(full)} in full; LoRA {rates}; those tried are "
+            "about 3 × apart",
         )
 
     @claim(
-        "the best learning rate hardly depends on the rank", at_most(STEP), words="hardly: at most one step of rates"
+        "the best learning rate hardly depends on the rank",
+        at_most(STEP),
+        words="hardly: at most one step of rates",
     )
     def regret_rank_independent(m: Sources) -> Result:
         adapters = _adapters(m.of_any_base)
@@ -48,16 +53,23 @@ with chapter.section("LoRA Without Regret") as claim:
         return {
             "all ranks": max(rates) / min(rates),
             "without the lowest rank": max(rates[1:]) / min(rates[1:]),
-        }, "the highest to the lowest of " + ", ".join(f"{_rate(row)} at rank {row.rank}" for row in adapters)
+        }, "the highest to the lowest of " + ", ".join(
+            f"{_rate(row)} at rank {row.rank}" for row in adapters
+        )
 
-    @claim("LoRA on attention alone learns less than on the feed-forward layers with as many parameters", True)
+    @claim(
+        "LoRA on attention alone learns less than on the feed-forward layers with as many "
+        "parameters",
+        True,
+    )
     def regret_feed_forward(m: Sources) -> Result:
         attention, forward = m.of_any_base.rows(BEST, targets=("attention", "feed_forward"))
         return {
             "in the mean": forward.loss < attention.loss,
             "beyond the spread over seeds": forward.loss.high < attention.loss.low,
         }, (
-            f"evaluation loss {n(attention.loss)} on attention with {n(attention.trained)} parameters, "
+            f"evaluation loss {n(attention.loss)} on attention with {n(attention.trained)} "
+            "parameters, "
             f"{n(forward.loss)} on feed-forward with {n(forward.trained)}"
         )
 

@@ -1,7 +1,8 @@
-"""The families that llama.cpp computes as transformers does. A family is one file here, found and not listed.
+"""The families that llama.cpp computes as transformers does. A family is one file here, found and
+not listed.
 
-What a config asks for and a family neither writes nor finds in its `fixed` values is rejected: llama.cpp would ignore
-it, and answer differently without a word.
+What a config asks for and a family neither writes nor finds in its `fixed` values is rejected:
+llama.cpp would ignore it, and answer differently without a word.
 """
 
 import pkgutil
@@ -27,7 +28,9 @@ Config = Mapping[str, Any]  # config.json with transformers' defaults
 
 
 class Layout(NamedTuple):
-    """How a parameter lies in a GGUF file: transposed, then its rows in another order, then a number added."""
+    """How a parameter lies in a GGUF file: transposed, then its rows in another order, then a
+    number added.
+    """
 
     transposed: bool = False
     order: Tensor | None = None  # row n of the file is row order[n] of the parameter
@@ -43,7 +46,8 @@ class Layout(NamedTuple):
         if not self.is_moved:
             yield from (block + self.shift if self.shift else block for block in blocks)
             return
-        whole = torch.cat(list(blocks))  # no embedding is laid out otherwise, so this is at most an MLP's matrix
+        # no embedding is laid out otherwise, so this is at most an MLP's matrix
+        whole = torch.cat(list(blocks))
         yield self.rows(whole.T if self.transposed else whole)
 
     def rows(self, matrix: Tensor) -> Tensor:
@@ -60,9 +64,10 @@ class Layout(NamedTuple):
 class Family(NamedTuple):
     """`model_types` of config.json; `architecture`: llama.cpp's name of the family.
 
-    `settings`: metadata by key, without the architecture's prefix; `fixed`: the values that llama.cpp assumes of keys
-    of the config. `layout` of a parameter by its full name, `extra` tensors by their name in the file. `own_head`:
-    whether llama.cpp reads a head that is not the embedding.
+    `settings`: metadata by key, without the architecture's prefix; `fixed`: the values that
+    llama.cpp assumes of keys of the config. `layout` of a parameter by its full name, `extra`
+    tensors by their name in the file. `own_head`: whether llama.cpp reads a head that is not the
+    embedding.
     """
 
     model_types: tuple[str, ...]
@@ -75,7 +80,9 @@ class Family(NamedTuple):
 
 
 def family_of(config: Config) -> Family:
-    """The family of a model. Raises UserError if there is none, or for a setting llama.cpp does not have."""
+    """The family of a model. Raises UserError if there is none, or for a setting llama.cpp does not
+    have.
+    """
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
         raise UserError(
@@ -91,7 +98,10 @@ def family_of(config: Config) -> Family:
 
 def unsupported(key: str, value: object) -> UserError:
     """The error for a setting that llama.cpp would ignore."""
-    return UserError(f"config.json: llama.cpp does not compute {key}={value!r} for this model. Use --format merged.")
+    return UserError(
+        f"config.json: llama.cpp does not compute {key}={value!r} for this model. Use --format "
+        "merged."
+    )
 
 
 def head_size(config: Config) -> int:
@@ -128,7 +138,9 @@ def within_window(config: Config) -> dict[str, Any]:
 
 
 def rope(parameters: Config, kinds: Iterable[str]) -> dict[str, Any]:
-    """Base and scaling of rotary positions. Raises UserError for a scaling that is not one of `kinds`."""
+    """Base and scaling of rotary positions. Raises UserError for a scaling that is not one of
+    `kinds`.
+    """
     kind = parameters.get("rope_type", "default")
     if kind not in kinds:
         raise unsupported("rope_type", kind)
@@ -139,12 +151,16 @@ def rope(parameters: Config, kinds: Iterable[str]) -> dict[str, Any]:
     if kind in ("linear", "yarn"):
         settings |= {"rope.scaling.type": kind, "rope.scaling.factor": float(parameters["factor"])}
     if kind == "yarn":
-        settings["rope.scaling.original_context_length"] = parameters["original_max_position_embeddings"]
+        settings["rope.scaling.original_context_length"] = parameters[
+            "original_max_position_embeddings"
+        ]
     return settings
 
 
 def window_period(config: Config) -> int:
-    """Every how many blocks one attends to everything, the last of each period. Raises UserError for other patterns."""
+    """Every how many blocks one attends to everything, the last of each period. Raises UserError
+    for other patterns.
+    """
     full = [layer == "full_attention" for layer in config["layer_types"]]
     period = full.index(True) + 1 if True in full else len(full) + 1
     if full != [(number + 1) % period == 0 for number in range(len(full))]:
@@ -152,5 +168,9 @@ def window_period(config: Config) -> int:
     return period
 
 
-_FOUND = [import_module(f"{__name__}.{module.name}").FAMILY for module in pkgutil.iter_modules(__path__)]
-FAMILIES: Mapping[str, Family] = {model_type: family for family in _FOUND for model_type in family.model_types}
+_FOUND = [
+    import_module(f"{__name__}.{module.name}").FAMILY for module in pkgutil.iter_modules(__path__)
+]
+FAMILIES: Mapping[str, Family] = {
+    model_type: family for family in _FOUND for model_type in family.model_types
+}

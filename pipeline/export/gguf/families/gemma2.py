@@ -2,13 +2,23 @@
 
 from typing import Any
 
-from pipeline.export.gguf.families import Config, Family, Layout, attention, rope, unsupported, window_period
+from pipeline.export.gguf.families import (
+    Config,
+    Family,
+    Layout,
+    attention,
+    rope,
+    unsupported,
+    window_period,
+)
 
 LARGE = 46  # blocks of the 27B, whose queries llama.cpp scales by its width per head
 
 
 def query_scale(config: Config, large: int) -> None:
-    """Raises UserError unless the queries' scale is the one that llama.cpp computes from the shapes."""
+    """Raises UserError unless the queries' scale is the one that llama.cpp computes from the
+    shapes.
+    """
     width_per_head = config["hidden_size"] // config["num_attention_heads"]
     expected = width_per_head if config["num_hidden_layers"] == large else config["head_dim"]
     if config["query_pre_attn_scalar"] != expected:

@@ -1,8 +1,17 @@
-"""The text models of Gemma 3: windows have rotary positions of their own, queries and keys are normalized."""
+"""The text models of Gemma 3: windows have rotary positions of their own, queries and keys are
+normalized.
+"""
 
 from typing import Any
 
-from pipeline.export.gguf.families import Config, Family, attention, rope, unsupported, window_period
+from pipeline.export.gguf.families import (
+    Config,
+    Family,
+    attention,
+    rope,
+    unsupported,
+    window_period,
+)
 from pipeline.export.gguf.families.gemma2 import norm_layout, query_scale
 
 LARGE = 62  # blocks of the 27B
@@ -10,7 +19,9 @@ LARGE = 62  # blocks of the 27B
 
 def _settings(config: Config) -> dict[str, Any]:
     query_scale(config, LARGE)
-    whole, windows = (config["rope_parameters"][kind] for kind in ("full_attention", "sliding_attention"))
+    whole, windows = (
+        config["rope_parameters"][kind] for kind in ("full_attention", "sliding_attention")
+    )
     local = rope(windows, ("default",))["rope.freq_base"]
     if local != 10_000:  # the default of every llama.cpp; old ones know no key for it
         raise unsupported("rope_parameters.sliding_attention.rope_theta", local)

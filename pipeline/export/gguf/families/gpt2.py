@@ -27,5 +27,7 @@ FAMILY = Family(
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
     },
-    lambda _config, name: Layout(transposed=name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))),
+    lambda _config, name: Layout(
+        transposed=name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
+    ),
 )

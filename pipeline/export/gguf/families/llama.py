@@ -5,28 +5,45 @@ import math
 import torch
 from torch import Tensor
 
-from pipeline.export.gguf.families import Config, Family, Layout, attention, head_size, rope, within_window
+from pipeline.export.gguf.families import (
+    Config,
+    Family,
+    Layout,
+    attention,
+    head_size,
+    rope,
+    within_window,
+)
 
 
 def _layout(config: Config, name: str) -> Layout:
-    """llama.cpp rotates neighbours of a head, transformers its halves: rows of q and k go from halves to neighbours."""
+    """llama.cpp rotates neighbours of a head, transformers its halves: rows of q and k go from
+    halves to neighbours.
+    """
     for module, key in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
         if f".{module}." in name:
             heads = config.get(key) or config["num_attention_heads"]
-            order = torch.arange(heads * head_size(config)).view(heads, 2, -1).transpose(1, 2).flatten()
+            order = (
+                torch.arange(heads * head_size(config)).view(heads, 2, -1).transpose(1, 2).flatten()
+            )
             return Layout(order=order)
     return Layout()
 
 
 def _frequency_factors(config: Config) -> dict[str, Tensor]:
-    """What Llama 3 divides each frequency by: 1 for short wavelengths, `factor` for long ones, blended in between."""
+    """What Llama 3 divides each frequency by: 1 for short wavelengths, `factor` for long ones,
+    blended in between.
+    """
     parameters = config["rope_parameters"]
     if parameters.get("rope_type") != "llama3":
         return {}
     size = head_size(config)
     frequencies = parameters["rope_theta"] ** -(torch.arange(0, size, 2).double() / size)
-    turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # within the old context
-    low, high, factor = (parameters[key] for key in ("low_freq_factor", "high_freq_factor", "factor"))
+    # within the old context
+    turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high, factor = (
+        parameters[key] for key in ("low_freq_factor", "high_freq_factor", "factor")
+    )
     share = ((turns - low) / (high - low)).clamp(0, 1)  # 1: unchanged
     return {"rope_freqs.weight": (1 / (share + (1 - share) / factor)).float()}
 

@@ -2,7 +2,15 @@
 
 from typing import Any
 
-from pipeline.export.gguf.families import Config, Family, attention, head_size, rope, unsupported, within_window
+from pipeline.export.gguf.families import (
+    Config,
+    Family,
+    attention,
+    head_size,
+    rope,
+    unsupported,
+    within_window,
+)
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""DVCLive's files: what `dvc exp show`, `dvc plots` and the DVC extension of VS Code read while a run goes on."""
+"""DVCLive's files: what `dvc exp show`, `dvc plots` and the DVC extension of VS Code read while a
+run goes on.
+"""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -11,13 +13,17 @@ LIBRARY, FOLDER, VIEW = "dvclive", "dvclive", "dvc exp show, or dvc plots show"
 
 
 class Tracker:
-    """A folder for each stage, with the values of its last run: DVC compares revisions of the same file."""
+    """A folder for each stage, with the values of its last run: DVC compares revisions of the same
+    file.
+    """
 
     def __init__(self, run: TrackedRun) -> None:
         from dvclive import Live
 
         if not any((folder / ".dvc").is_dir() for folder in run.folder.absolute().parents):
-            raise UserError(f"{run.folder} is in no DVC project. Run `lora new .` or `dvc init` first.")
+            raise UserError(
+                f"{run.folder} is in no DVC project. Run `lora new .` or `dvc init` first."
+            )
         logging.getLogger("dvclive").setLevel(logging.WARNING)
         at = run.folder / run.place
         self._live = Live(

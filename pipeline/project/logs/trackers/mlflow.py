@@ -31,7 +31,11 @@ class Tracker:
             number = self._client.create_experiment(name, artifact_location=files)
         else:
             number = experiment.experiment_id
-        same = [] if run.is_new else self._client.search_runs([number], f"tags.mlflow.runName = '{run.name}'")
+        same = (
+            []
+            if run.is_new
+            else self._client.search_runs([number], f"tags.mlflow.runName = '{run.name}'")
+        )
         found: Any = same[0] if same else self._client.create_run(number, run_name=run.name)
         self._id, self._metrics = found.info.run_id, list[Any]()
         if same:

@@ -31,7 +31,8 @@ class Tracker:
         from tensorboard.plugins.text.summary_v2 import text_pb
 
         for number, sample in enumerate(samples, 1):
-            text = indent(f"{sample.prompt}\n→ {sample.answer}", "    ")  # Markdown takes an indented text as it is
+            # Markdown takes an indented text as it is
+            text = indent(f"{sample.prompt}\n→ {sample.answer}", "    ")
             self._add(step, text_pb(f"samples/{number}", text))
 
     def flush(self) -> None:

@@ -17,7 +17,8 @@ class Tracker:
     def __init__(self, run: TrackedRun) -> None:
         import trackio
 
-        # `init` ends the run of its context: in one of its own there is none, so that a sweep's adapters stay open.
+        # `init` ends the run of its context: in one of its own there is none, so that a sweep's
+        # adapters stay open.
         self._run: Any = copy_context().run(
             trackio.init,
             project=os.environ.get("TRACKIO_PROJECT") or run.project,
@@ -33,7 +34,10 @@ class Tracker:
         self._run.log(dict(values), step=step)
 
     def log_text(self, step: int, samples: Sequence[Sample]) -> None:
-        values = {f"samples/{n}": f"{sample.prompt} → {sample.answer}" for n, sample in enumerate(samples, 1)}
+        values = {
+            f"samples/{n}": f"{sample.prompt} → {sample.answer}"
+            for n, sample in enumerate(samples, 1)
+        }
         self._run.log(values, step=step)
 
     def flush(self) -> None:

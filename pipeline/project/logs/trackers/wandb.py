@@ -1,4 +1,6 @@
-"""Weights & Biases: offline unless WANDB_MODE says otherwise or there is a key; `wandb sync` sends it later."""
+"""Weights & Biases: offline unless WANDB_MODE says otherwise or there is a key; `wandb sync` sends
+it later.
+"""
 
 import netrc
 import os
@@ -20,7 +22,8 @@ class Tracker:
     def __init__(self, run: TrackedRun) -> None:
         import wandb
 
-        # Nothing of this machine: no code, git state, host or system metrics; the training process is another one.
+        # Nothing of this machine: no code, git state, host or system metrics; the training process
+        # is another one.
         settings = wandb.Settings(
             mode=_mode(),
             silent=True,
@@ -50,7 +53,9 @@ class Tracker:
     def log_text(self, step: int, samples: Sequence[Sample]) -> None:
         import wandb
 
-        table = wandb.Table(columns=["step", "prompt", "answer"], data=[list(sample[:3]) for sample in samples])
+        table = wandb.Table(
+            columns=["step", "prompt", "answer"], data=[list(sample[:3]) for sample in samples]
+        )
         self._run.log({"step": step, "samples": table})
 
     def flush(self) -> None:

@@ -45,7 +45,23 @@ from tui.screens.calculator.query import (
 from tui.screens.calculator.screen import CalculatorScreen
 from tui.widgets.drawing import Drawing
 
-GARBAGE = ("", " ", "x", "-1", "0", "1e400", "9" * 40, "ß[/]", "[red]", "1.5", "٣", "nan", "\\", "a,,b", "~nobody/x")
+GARBAGE = (
+    "",
+    " ",
+    "x",
+    "-1",
+    "0",
+    "1e400",
+    "9" * 40,
+    "ß[/]",
+    "[red]",
+    "1.5",
+    "٣",
+    "nan",
+    "\\",
+    "a,,b",
+    "~nobody/x",
+)
 WRITTEN = (
     *("rank", "alpha", "targets", "new_rows", "last_blocks", "virtual_tokens"),
     *("precision", "batch", "sequence", "gib"),
@@ -68,7 +84,8 @@ async def calculator(
         screen = app.screen
         assert isinstance(screen, CalculatorScreen)
         if answered:
-            await until(pilot, lambda: screen.result is not None)  # a thread reads the model of a project on a base
+            # a thread reads the model of a project on a base
+            await until(pilot, lambda: screen.result is not None)
         else:
             assert screen.result is None
         yield pilot, screen
@@ -102,7 +119,13 @@ NUMBERS: tuple[dict[str, str], ...] = (
     {"model": "minigpt", "method": "freeze", "batch": "4", "sequence": "4"},
     {"model": "llama-3.1-70b", "method": "prefix", "virtual_tokens": "30"},
     {"model": "gemma-3-4b", "method": "prompt", "optimizer": "adamw-8bit", "loss": "chunked"},
-    {"model": "qwen3-8b", "embeddings": "new_rows", "new_rows": "7", "alpha": "16", "precision": "int8"},
+    {
+        "model": "qwen3-8b",
+        "embeddings": "new_rows",
+        "new_rows": "7",
+        "alpha": "16",
+        "precision": "int8",
+    },
 )
 
 
@@ -116,9 +139,14 @@ async def test_the_numbers_are_those_of_the_library(empty: Path) -> None:
             assert {**result.memory.parts(), "peak": result.memory.peak} == {
                 key: size for key, size in expected["memory"].items() if key != "peak_at"
             }, values
-            assert f"{expected['parameters']['trainable']:,} trainable" in text_of(screen, "#verdict"), values
+            assert f"{expected['parameters']['trainable']:,} trainable" in text_of(
+                screen, "#verdict"
+            ), values
             await until(pilot, lambda: screen.advice is not None)
-            assert all(f"{p['in']:,} → {p['out']:,}" in text_of(screen, "#details") for p in expected["projections"])
+            assert all(
+                f"{p['in']:,} → {p['out']:,}" in text_of(screen, "#details")
+                for p in expected["projections"]
+            )
 
 
 def expected_answer(values: dict[str, str]) -> dict[str, Any]:
@@ -157,7 +185,9 @@ async def test_qwen3_8b_shows_the_exact_number_beside_the_documents(empty: Path)
 async def test_every_built_in_model_opens(empty: Path) -> None:
     for name in names():
         for method in ("lora", "full"):
-            result = calculate({**DEFAULTS, "model": name, "method": method}, open_model(name).shapes)
+            result = calculate(
+                {**DEFAULTS, "model": name, "method": method}, open_model(name).shapes
+            )
             assert result.model.name == name
     async with calculator(empty) as (pilot, screen):
         assert all(screen._get_model(name).name == name for name in names())
@@ -190,13 +220,22 @@ async def test_garbage_marks_its_field_and_the_last_good_answer_stays(empty: Pat
             screen.query_one(f"#{field}", Input).value = text
             await pilot.pause()
             await until(pilot, lambda: "being read" not in problem_of(screen))
-            assert list(screen.problems) == [field] and "\n" not in problem_of(screen), (field, text)
+            assert list(screen.problems) == [field] and "\n" not in problem_of(screen), (
+                field,
+                text,
+            )
             assert screen.result is before, (field, text)
             assert screen.query_one("#results").has_class("-stale")
-            marked = [name for name in FIELDS if screen.query_one(f"#field-{name}").has_class("-bad")]
+            marked = [
+                name for name in FIELDS if screen.query_one(f"#field-{name}").has_class("-bad")
+            ]
             assert marked == [field], (text, screen.problems)
         await fill(pilot, screen)
-        assert not screen.query("#results.-stale") and not screen.query(".-bad") and not screen.problems
+        assert (
+            not screen.query("#results.-stale")
+            and not screen.query(".-bad")
+            and not screen.problems
+        )
 
 
 @pytest.mark.slow
@@ -208,10 +247,15 @@ async def test_every_invalid_field_is_marked_with_its_reason(empty: Path) -> Non
             {"model": "nothing-like-it", "rank": "x"},
         ):
             await fill(pilot, screen, **values)
-            marked = {name for name in FIELDS if screen.query_one(f"#field-{name}").has_class("-bad")}
+            marked = {
+                name for name in FIELDS if screen.query_one(f"#field-{name}").has_class("-bad")
+            }
             assert marked == set(values) == set(screen.problems)
             shown = str(screen.query_one("#problem", Static).content)
-            assert all(text in shown for text in screen.problems.values()) and "Last valid: qwen3-8b" in shown
+            assert (
+                all(text in shown for text in screen.problems.values())
+                and "Last valid: qwen3-8b" in shown
+            )
 
 
 @pytest.mark.slow
@@ -299,14 +343,19 @@ async def test_a_path_is_read_beside_the_keys(empty: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-async def test_a_hub_id_is_fetched_by_enter_alone(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_hub_id_is_fetched_by_enter_alone(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[str] = []
 
     def fetched(name: str) -> Model:
         asked.append(name)
         return built_in("gpt2")
 
-    monkeypatch.setattr("tui.screens.calculator.screen.open_model", lambda n: fetched(n) if "/" in n else open_model(n))
+    monkeypatch.setattr(
+        "tui.screens.calculator.screen.open_model",
+        lambda n: fetched(n) if "/" in n else open_model(n),
+    )
     async with calculator(empty) as (pilot, screen):
         asked.clear()
         await pilot.press("up", *"some/model")
@@ -338,13 +387,21 @@ async def test_advice_is_the_librarys_and_never_of_another_configuration(
         free.set()
         await until(pilot, lambda: screen.advice is not None)
         result, shown = screen.result, " ".join(text_of(screen, "#answers").split())
-        configuration = (result.model, result.method, result.run, result.device.bytes, result.methods)
+        configuration = (
+            result.model,
+            result.method,
+            result.run,
+            result.device.bytes,
+            result.methods,
+        )
         words = [way[0] for way in changes(*configuration)]
         assert f"to make it fit {words[-1].replace('--', '')} →" in shown
 
 
 @pytest.mark.slow
-async def test_a_sweep_has_the_peaks_of_the_library_and_marks_the_present_value(empty: Path) -> None:
+async def test_a_sweep_has_the_peaks_of_the_library_and_marks_the_present_value(
+    empty: Path,
+) -> None:
     async with calculator(empty, (200, 60)) as (pilot, screen):
         await fill(pilot, screen, rank="6", batch="4")
         await until(pilot, lambda: screen.advice is not None)
@@ -352,8 +409,13 @@ async def test_a_sweep_has_the_peaks_of_the_library_and_marks_the_present_value(
         ranks, peaks = next((x, y) for x, y in pairwise(lines) if x.startswith("rank"))
         assert ranks.split() == ["rank", "1", "2", "4", "▶6", "8", "16", "64"]
         method, run = screen.result.method, screen.result.run
-        expected = [predict(screen.result.model, method.with_rank(n), run).peak for n in (1, 2, 4, 6, 8, 16, 64)]
-        assert peaks.split() == ["GiB", *(f"{peak / 2**30:.2f}✗" for peak in expected)], "32 GiB do not fit on 24"
+        expected = [
+            predict(screen.result.model, method.with_rank(n), run).peak
+            for n in (1, 2, 4, 6, 8, 16, 64)
+        ]
+        assert peaks.split() == ["GiB", *(f"{peak / 2**30:.2f}✗" for peak in expected)], (
+            "32 GiB do not fit on 24"
+        )
         await fill(pilot, screen, method="full")
         await until(pilot, lambda: screen.advice is not None)
         assert "rank" not in text_of(screen, "#answers"), "a method without rank has none to sweep"
@@ -367,7 +429,9 @@ async def test_gpus_that_hold_it_are_told_from_those_that_do_not(empty: Path) ->
         fits, fails = text.partition("✓ ")[2].split(" ✗ ")
         assert [gpu.label for gpu in gpus().values()] == [*fails.split(" · "), *fits.split(" · ")]
         await fill(pilot, screen, sequence="16384", gpu="rtx4060")
-        assert "smallest GPU that holds it A100 80 GB, 79.35 GiB" in " ".join(text_of(screen, "#answers").split())
+        assert "smallest GPU that holds it A100 80 GB, 79.35 GiB" in " ".join(
+            text_of(screen, "#answers").split()
+        )
 
 
 @pytest.mark.slow
@@ -383,14 +447,20 @@ async def test_a_mistake_does_not_stop_what_is_looked_for(empty: Path) -> None:
 async def test_bars_name_the_methods_and_mark_the_chosen_one(empty: Path) -> None:
     async with calculator(empty, (80, 24)) as (pilot, screen):
         text = text_of(screen, "#memory")
-        assert all(name in text for name in ("full", "freeze", "▶ ■ LoRA", "QLoRA", "RTX 4090, 23.99"))
+        assert all(
+            name in text for name in ("full", "freeze", "▶ ■ LoRA", "QLoRA", "RTX 4090, 23.99")
+        )
         await fill(pilot, screen, gpu="custom", gib="7.5", method="freeze")
         text = text_of(screen, "#memory")
         assert "7.5 GiB, 7.50" in text and "▶ ▲ freeze" in text
         await fill(pilot, screen, model="minigpt")
         text = text_of(screen, "#memory")
-        assert "RTX 4090, 23.99 GiB ▶" in text and "│" not in text, "a dot would be all that is seen of its bars"
-        assert "KiB of 23.99 GiB" in text_of(screen, "#verdict") or "MiB of 23.99 GiB" in text_of(screen, "#verdict")
+        assert "RTX 4090, 23.99 GiB ▶" in text and "│" not in text, (
+            "a dot would be all that is seen of its bars"
+        )
+        assert "KiB of 23.99 GiB" in text_of(screen, "#verdict") or "MiB of 23.99 GiB" in text_of(
+            screen, "#verdict"
+        )
 
 
 @pytest.mark.parametrize("model", ["qwen3-8b", "minigpt", "smollm2-135m"])
@@ -414,7 +484,9 @@ async def test_two_are_pinned_beside_the_one_of_now(empty: Path) -> None:
         first, second = screen.pins
         assert first.title.split(",")[0] in text and "②" in text
         less = screen.result.trainable - first.trainable
-        assert f"−{less:,}" in text and "-" not in text.replace("nf4-dq", "").replace("qwen3-8b", "")
+        assert f"−{less:,}" in text and "-" not in text.replace("nf4-dq", "").replace(
+            "qwen3-8b", ""
+        )
         assert "✓ yes" in text and (first.run.precision, second.run.precision) == ("bf16", "nf4-dq")
         await pilot.press("ctrl+t")
         assert screen.pins == [second, screen.result], "a third takes the first one's place"
@@ -477,7 +549,10 @@ async def test_write_says_what_it_writes_and_what_not_and_is_taken_back(empty: P
         await until(pilot, lambda: isinstance(pilot.app.screen, Ask))
         question = " ".join(str(part.content) for part in pilot.app.screen.query(Static))
         assert "finetune_lora.rank: 4 → 8" in question
-        assert "Not written: the model (this project trains MiniGPT), the sequence length and the GPU." in question
+        assert (
+            "Not written: the model (this project trains MiniGPT), the sequence length and the GPU."
+            in question
+        )
         await pilot.press("escape")
         assert path.read_text(encoding="utf-8") == before
         await pilot.press("ctrl+s")
@@ -558,7 +633,10 @@ async def test_what_the_project_cannot_train_is_refused(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         for values, reason in (
             ({"precision": "gptq-g64"}, "gptq-g64 weights are not trainable here yet"),
-            ({"targets": "gate_proj"}, "MiniGPT, the model of this project, does not have these targets"),
+            (
+                {"targets": "gate_proj"},
+                "MiniGPT, the model of this project, does not have these targets",
+            ),
             ({"method": "freeze", "last_blocks": "9"}, "last-blocks must be at most 2"),
             ({"rank": "x"}, "Nothing was written: a field is invalid"),
         ):
@@ -593,7 +671,11 @@ async def test_load_takes_the_projects_base_with_the_projects_settings(toy: Path
         assert screen.result.model.total == open_model(str(toy / "models/toy")).shapes.total
         chunk = chunk_rows(screen.result.model.vocabulary)
         assert screen.result.run == TrainingConfig(
-            *(4, 48, "bf16", "bf16"), checkpointing="selective", loss="chunked", chunk=chunk, context=CONTEXT
+            *(4, 48, "bf16", "bf16"),
+            checkpointing="selective",
+            loss="chunked",
+            chunk=chunk,
+            context=CONTEXT,
         )
         assert screen.result.method.rank == 4 and not screen.problems
         await pilot.press("ctrl+s")
@@ -602,12 +684,22 @@ async def test_load_takes_the_projects_base_with_the_projects_settings(toy: Path
 
 
 @pytest.mark.slow
-async def test_in_a_project_on_a_pretrained_base_the_form_begins_with_what_it_trains(toy: Path) -> None:
-    (toy / "params.yaml").write_text("base: models/toy\nfinetune_lora: {rank: 4}\n", encoding="utf-8")
+async def test_in_a_project_on_a_pretrained_base_the_form_begins_with_what_it_trains(
+    toy: Path,
+) -> None:
+    (toy / "params.yaml").write_text(
+        "base: models/toy\nfinetune_lora: {rank: 4}\n", encoding="utf-8"
+    )
     async with calculator(toy) as (pilot, screen):
-        await until(pilot, lambda: screen.result is not None and screen.result.model.name != "qwen3-8b")
+        await until(
+            pilot, lambda: screen.result is not None and screen.result.model.name != "qwen3-8b"
+        )
         start = dict(screen.form.values)
-        assert (start["targets"], start["alpha"], start["embeddings"]) == ("all-linear", "8", "none")
+        assert (start["targets"], start["alpha"], start["embeddings"]) == (
+            "all-linear",
+            "8",
+            "none",
+        )
         assert screen.result.method == Lora(4, 8.0, ("all-linear",))
         await pilot.press("ctrl+s")
         await until(pilot, lambda: bool(pilot.app.message_history))
@@ -621,11 +713,28 @@ async def test_in_a_project_on_a_pretrained_base_the_form_begins_with_what_it_tr
 @pytest.mark.slow
 async def test_use_writes_what_the_projects_own_model_can_have(toy: Path) -> None:
     async with calculator(toy) as (pilot, screen):
-        await fill(pilot, screen, targets="gate_proj", precision="fp32", checkpointing="none", rank="2", batch="3")
+        await fill(
+            pilot,
+            screen,
+            targets="gate_proj",
+            precision="fp32",
+            checkpointing="none",
+            rank="2",
+            batch="3",
+        )
         await write_to_params(pilot)
         lora = load(toy / "params.yaml").finetune_lora
-        assert (lora.target_modules, lora.precision, lora.gradient_checkpointing) == (("gate_proj",), "fp32", "none")
-        assert (lora.rank, lora.batch_size, lora.adapter_precision, lora.max_length) == (2, 3, "fp32", 48)
+        assert (lora.target_modules, lora.precision, lora.gradient_checkpointing) == (
+            ("gate_proj",),
+            "fp32",
+            "none",
+        )
+        assert (lora.rank, lora.batch_size, lora.adapter_precision, lora.max_length) == (
+            2,
+            3,
+            "fp32",
+            48,
+        )
 
 
 @pytest.mark.slow
@@ -672,21 +781,30 @@ async def test_load_fetches_a_base_of_the_hub_and_says_why_another_is_none(
         save(empty / "params.yaml", {"base": "./nowhere"})
         await pilot.press("ctrl+o", "ctrl+s")
         await until(pilot, lambda: len(pilot.app.message_history) == 3)
-        assert all("base must be minigpt" in text for _, _, text in list(pilot.app.message_history)[-2:])
+        assert all(
+            "base must be minigpt" in text for _, _, text in list(pilot.app.message_history)[-2:]
+        )
 
 
 def test_what_the_pipeline_made_of_the_base_goes_before_the_base(toy: Path) -> None:
     path = toy / "params.yaml"
     (toy / "data/tiny.txt").write_text("The euro.\n", encoding="utf-8")
-    save(path, {"expand_vocab.audit_data": "data/tiny.txt", "expand_vocab.tokens": ["zloty", "koruna"]})
+    save(
+        path,
+        {"expand_vocab.audit_data": "data/tiny.txt", "expand_vocab.tokens": ["zloty", "koruna"]},
+    )
     assert query_from_project(open_project(path))["model"] == str(toy / "models/toy")
     make(toy, ["pretrain"])
     assert query_from_project(open_project(path))["model"] == str(toy / "artifacts/base")
     make(toy, ["expand_vocab"])
     asked = query_from_project(open_project(path, ["finetune_lora.train_embeddings=new_rows"]))
     assert (asked["model"], asked["new_rows"]) == (str(toy / "artifacts/expanded"), "2")
-    assert trained_model(open_project(path))[1].total > open_model(str(toy / "models/toy")).shapes.total - 1
-    make(toy, ["pretrain"], ["import.dtype=bf16"])  # the expanded checkpoint belongs to the former base
+    assert (
+        trained_model(open_project(path))[1].total
+        > open_model(str(toy / "models/toy")).shapes.total - 1
+    )
+    # the expanded checkpoint belongs to the former base
+    make(toy, ["pretrain"], ["import.dtype=bf16"])
     assert query_from_project(open_project(path))["model"] == str(toy / "artifacts/base")
     assert query_from_project(open_project(path, ["base=some/model"]))["model"] == "some/model"
 
@@ -737,4 +855,7 @@ async def test_form_and_verdict_are_on_one_screen_of_80_columns(empty: Path) -> 
 
 
 def test_the_default_configuration_is_the_documents() -> None:
-    assert configure(built_in("qwen3-8b").shapes, COUNTED, "lora", rank=8, targets="attention").method == LORA
+    assert (
+        configure(built_in("qwen3-8b").shapes, COUNTED, "lora", rank=8, targets="attention").method
+        == LORA
+    )

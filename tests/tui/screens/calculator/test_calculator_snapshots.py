@@ -1,4 +1,6 @@
-"""Pictures of the calculator: as it opens, with two pinned, too large, with two wrong fields, and what is written."""
+"""Pictures of the calculator: as it opens, with two pinned, too large, with two wrong fields, and
+what is written.
+"""
 
 from pathlib import Path
 from typing import Any

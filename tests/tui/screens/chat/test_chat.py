@@ -86,7 +86,9 @@ class Session:
         await until(self.pilot, lambda: not self.screen._is_writing())
 
     async def dialog(self, kind: type[Any]) -> Any:
-        await until(self.pilot, lambda: isinstance(self.app.screen, kind) and self.app.screen.is_mounted)
+        await until(
+            self.pilot, lambda: isinstance(self.app.screen, kind) and self.app.screen.is_mounted
+        )
         return self.app.screen
 
 
@@ -119,7 +121,9 @@ async def two_models(s: Session) -> None:
     await until(s.pilot, lambda: len(s.screen.session.entries) == 2)
 
 
-async def test_a_model_reads_all_turns_and_is_asked_with_what_is_set(brief: Path, chatty: FakeInference) -> None:
+async def test_a_model_reads_all_turns_and_is_asked_with_what_is_set(
+    brief: Path, chatty: FakeInference
+) -> None:
     async with open_chat(brief, chatty) as s:
         assert [entry.label for entry in s.screen.session.entries] == ["lora"]
         await s.ask("eins")
@@ -136,7 +140,9 @@ async def test_a_model_reads_all_turns_and_is_asked_with_what_is_set(brief: Path
         assert s.app.state.prompts == ["eins", "zwei"]
 
 
-async def test_two_models_answer_side_by_side_where_there_is_room(brief: Path, chatty: FakeInference) -> None:
+async def test_two_models_answer_side_by_side_where_there_is_room(
+    brief: Path, chatty: FakeInference
+) -> None:
     async with open_chat(brief, chatty) as s:
         await two_models(s)
         assert "lora beside base" in s.title()
@@ -150,7 +156,9 @@ async def test_two_models_answer_side_by_side_where_there_is_room(brief: Path, c
 
 
 @pytest.mark.slow
-async def test_an_edited_message_keeps_the_former_branch(brief: Path, chatty: FakeInference) -> None:
+async def test_an_edited_message_keeps_the_former_branch(
+    brief: Path, chatty: FakeInference
+) -> None:
     async with open_chat(brief, chatty) as s:
         await s.ask("eins")
         await s.ask("zwei")
@@ -172,7 +180,9 @@ async def test_an_edited_message_keeps_the_former_branch(brief: Path, chatty: Fa
         assert s.screen.unsaved() == "a conversation of 3 turns"
 
 
-async def test_an_answer_is_asked_again_and_the_former_is_kept(brief: Path, chatty: FakeInference) -> None:
+async def test_an_answer_is_asked_again_and_the_former_is_kept(
+    brief: Path, chatty: FakeInference
+) -> None:
     async with open_chat(brief, chatty) as s:
         await s.ask("eins")
         chatty.tokens = (" herd",)
@@ -186,7 +196,9 @@ async def test_an_answer_is_asked_again_and_the_former_is_kept(brief: Path, chat
         assert str(s.screen.talk.turns[0].replies) == "‹ 3/3 ›"
 
 
-async def test_strength_marks_the_answer_as_given_at_another(brief: Path, chatty: FakeInference) -> None:
+async def test_strength_marks_the_answer_as_given_at_another(
+    brief: Path, chatty: FakeInference
+) -> None:
     async with open_chat(brief, chatty) as s:
         await s.ask("eins")
         await s.press("ctrl+down", "ctrl+down")
@@ -212,7 +224,9 @@ async def test_strength_without_an_adapter_says_why_not(brief: Path) -> None:
         assert "×" not in s.title()
 
 
-async def test_thoughts_are_folded_until_a_key_shows_them(brief: Path, chatty: FakeInference) -> None:
+async def test_thoughts_are_folded_until_a_key_shows_them(
+    brief: Path, chatty: FakeInference
+) -> None:
     chatty.tokens = ("<thi", "nk>\nein tisch ist", " ein möbel\n</th", "ink>\n\nja", " doch")
     async with open_chat(brief, chatty) as s:
         await s.ask("eins")
@@ -225,7 +239,9 @@ async def test_thoughts_are_folded_until_a_key_shows_them(brief: Path, chatty: F
         assert chatty.done("generate")[-1]["messages"][1]["content"] == "ja doch"
 
 
-async def test_a_template_that_opens_the_thought_is_understood(brief: Path, chatty: FakeInference) -> None:
+async def test_a_template_that_opens_the_thought_is_understood(
+    brief: Path, chatty: FakeInference
+) -> None:
     chatty.tokens, chatty.opens_thought = ("hm", "</think>ja"), True
     async with open_chat(brief, chatty) as s:
         await s.ask("eins")
@@ -236,7 +252,9 @@ async def test_what_no_longer_fits_is_said(brief: Path, chatty: FakeInference) -
     async with open_chat(brief, chatty) as s:
         chatty.cut_messages = 4
         await s.ask("eins")
-        assert "the first 4 messages were left out (28 tokens): the window has 64 tokens" in s.lines()
+        assert (
+            "the first 4 messages were left out (28 tokens): the window has 64 tokens" in s.lines()
+        )
 
 
 async def test_escape_interrupts_and_what_arrived_is_kept(brief: Path) -> None:
@@ -249,14 +267,20 @@ async def test_escape_interrupts_and_what_arrived_is_kept(brief: Path) -> None:
 
         await s.press("escape")
         await s.quiet()
-        assert (s.answers[0].state, s.answers[0].text, engine.cancelled) == ("interrupted", " tisch", 1)
+        assert (s.answers[0].state, s.answers[0].text, engine.cancelled) == (
+            "interrupted",
+            " tisch",
+            1,
+        )
         assert "▪ interrupted" in s.lines()
         assert "Esc leave" in s.footer()
         assert s.field.has_focus
 
 
 @pytest.mark.slow
-async def test_one_may_look_at_another_branch_while_two_models_write(brief: Path, chatty: FakeInference) -> None:
+async def test_one_may_look_at_another_branch_while_two_models_write(
+    brief: Path, chatty: FakeInference
+) -> None:
     async with open_chat(brief, chatty) as s:
         await two_models(s)
         await s.ask("eins")
@@ -290,7 +314,9 @@ async def test_a_message_during_an_answer_waits_in_the_field(brief: Path) -> Non
 
 
 @pytest.mark.slow
-async def test_when_the_engine_dies_one_sentence_says_so_and_asking_again_works(brief: Path) -> None:
+async def test_when_the_engine_dies_one_sentence_says_so_and_asking_again_works(
+    brief: Path,
+) -> None:
     async with open_chat(brief) as s:
         await two_models(s)
         s.engine.dies = True
@@ -331,7 +357,9 @@ async def test_markup_and_control_characters_are_text(brief: Path, chatty: FakeI
         assert "[b]x" in s.lines()
 
 
-async def test_several_lines_are_typed_and_the_field_grows(brief: Path, chatty: FakeInference) -> None:
+async def test_several_lines_are_typed_and_the_field_grows(
+    brief: Path, chatty: FakeInference
+) -> None:
     async with open_chat(brief, chatty) as s:
         before = s.field.size.height
         await s.write("a")
@@ -371,10 +399,15 @@ async def test_an_answer_becomes_an_example_of_the_data(
         assert menu is not None
         await s.press("down", "enter")
         await until(s.pilot, lambda: len(went) == 3)
-        assert [message["content"] for message in went[2][1]["add"]["messages"]][-2:] == ["zwei", "tisch und stuhl"]
+        assert [message["content"] for message in went[2][1]["add"]["messages"]][-2:] == [
+            "zwei",
+            "tisch und stuhl",
+        ]
 
 
-async def test_a_completion_becomes_prompt_and_completion(brief: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_completion_becomes_prompt_and_completion(
+    brief: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     went: list[dict[str, Any]] = []
     async with open_chat(brief) as s:
         monkeypatch.setattr(s.app, "go", lambda _, **request: went.append(request))
@@ -382,7 +415,9 @@ async def test_a_completion_becomes_prompt_and_completion(brief: Path, monkeypat
         await s.ask("zwei")
         await s.press("ctrl+g")
         await until(s.pilot, lambda: went)
-        assert went == [{"add": {"prompt": "eins tisch und stuhl zwei", "completion": " tisch und stuhl"}}]
+        assert went == [
+            {"add": {"prompt": "eins tisch und stuhl zwei", "completion": " tisch und stuhl"}}
+        ]
 
 
 @pytest.mark.parametrize("name", ["talk.md", "talk.json", "talk.jsonl"])
@@ -403,7 +438,9 @@ async def test_a_conversation_is_saved_and_is_then_no_longer_unsaved(
         text = (project / name).read_text(encoding="utf-8")
         assert s.screen.unsaved() == ""
         if name.endswith("md"):
-            assert text.startswith("# Conversation\n\n**You**\n\neins\n\n**lora** (length)\n\ntisch und stuhl\n")
+            assert text.startswith(
+                "# Conversation\n\n**You**\n\neins\n\n**lora** (length)\n\ntisch und stuhl\n"
+            )
         elif name.endswith("jsonl"):
             (row,) = map(json.loads, text.splitlines())
             assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
@@ -417,7 +454,9 @@ async def test_a_conversation_is_saved_and_is_then_no_longer_unsaved(
         await s.press("escape")
 
 
-async def test_a_full_disk_is_one_sentence(brief: Path, chatty: FakeInference, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_disk_is_one_sentence(
+    brief: Path, chatty: FakeInference, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "chat.md")
 
@@ -432,7 +471,9 @@ async def test_a_full_disk_is_one_sentence(brief: Path, chatty: FakeInference, m
 
 
 @pytest.mark.slow
-async def test_system_prompt_and_sampling_are_checked_and_used(brief: Path, chatty: FakeInference) -> None:
+async def test_system_prompt_and_sampling_are_checked_and_used(
+    brief: Path, chatty: FakeInference
+) -> None:
     async with open_chat(brief, chatty) as s:
         await s.press("ctrl+l")
         await s.dialog(SettingsScreen)
@@ -440,7 +481,9 @@ async def test_system_prompt_and_sampling_are_checked_and_used(brief: Path, chat
         await s.press("tab", "ctrl+u")
         await s.write("-1")
         await s.press("enter")
-        assert "temperature must be a number from 0" in str(s.app.screen.query_one(".wrong").render())
+        assert "temperature must be a number from 0" in str(
+            s.app.screen.query_one(".wrong").render()
+        )
         await s.press("ctrl+u")
         await s.write("0.7")
         await s.press("ctrl+s")
@@ -451,7 +494,9 @@ async def test_system_prompt_and_sampling_are_checked_and_used(brief: Path, chat
         assert (asked["temperature"], asked["limit"]) == (0.7, 512)
 
 
-async def test_a_new_conversation_asks_before_it_loses_one(brief: Path, chatty: FakeInference) -> None:
+async def test_a_new_conversation_asks_before_it_loses_one(
+    brief: Path, chatty: FakeInference
+) -> None:
     async with open_chat(brief, chatty) as s:
         await s.ask("eins")
         await s.press("ctrl+n")
@@ -466,14 +511,22 @@ async def test_a_new_conversation_asks_before_it_loses_one(brief: Path, chatty: 
 
 
 @pytest.mark.slow
-async def test_quitting_asks_and_another_screen_keeps_the_conversation(brief: Path, chatty: FakeInference) -> None:
+async def test_quitting_asks_and_another_screen_keeps_the_conversation(
+    brief: Path, chatty: FakeInference
+) -> None:
     async with open_chat(brief, chatty) as s:
         await s.ask("eins")
         await s.press("f2")
         await until(s.pilot, lambda: s.app.base_screen.NAME == "pipeline")
-        s.app.go("chat", models=[brief / "artifacts/base", brief / "artifacts/full_finetuned"], prompt="zwei")
+        s.app.go(
+            "chat",
+            models=[brief / "artifacts/base", brief / "artifacts/full_finetuned"],
+            prompt="zwei",
+        )
         await until(s.pilot, lambda: s.app.base_screen.NAME == "chat" and s.field.text == "zwei")
-        await until(s.pilot, lambda: [entry.label for entry in s.screen.session.entries] == ["base", "full"])
+        await until(
+            s.pilot, lambda: [entry.label for entry in s.screen.session.entries] == ["base", "full"]
+        )
         assert s.texts() == ["eins"]
         await s.press("escape", "q")
         await s.dialog(Ask)
@@ -504,7 +557,9 @@ async def test_without_a_model_the_screen_says_what_to_do(empty: Path) -> None:
 
 @pytest.mark.parametrize("size", [(60, 16), (30, 8)], ids=["60x16", "30x8"])
 @pytest.mark.slow
-async def test_small_terminals_do_not_crash(brief: Path, chatty: FakeInference, size: tuple[int, int]) -> None:
+async def test_small_terminals_do_not_crash(
+    brief: Path, chatty: FakeInference, size: tuple[int, int]
+) -> None:
     async with open_chat(brief, chatty, size) as s:
         await two_models(s)
         await s.ask("eins")
@@ -513,7 +568,9 @@ async def test_small_terminals_do_not_crash(brief: Path, chatty: FakeInference, 
         await s.press("escape", "up", "up", "down", "down", "down", "f10", "f10")
 
 
-async def test_the_end_is_followed_unless_one_reads_above(brief: Path, chatty: FakeInference) -> None:
+async def test_the_end_is_followed_unless_one_reads_above(
+    brief: Path, chatty: FakeInference
+) -> None:
     chatty.tokens = ("wort\n",) * 100
     async with open_chat(brief, chatty) as s:
         await s.ask("eins")
@@ -528,7 +585,9 @@ async def test_the_end_is_followed_unless_one_reads_above(brief: Path, chatty: F
         assert s.history.scroll_offset.y == before
 
 
-async def test_an_answer_that_grows_is_not_read_again(brief: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_answer_that_grows_is_not_read_again(
+    brief: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The characters that are wrapped for a token do not depend on what came before."""
     engine = FakeInference()
     engine.chat, engine.tokens = True, ("wort ",) * 400

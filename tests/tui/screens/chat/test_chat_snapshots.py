@@ -1,4 +1,6 @@
-"""Snapshots of the chat screen: empty, one model, and two with branches, thoughts and what was left out."""
+"""Snapshots of the chat screen: empty, one model, and two with branches, thoughts and what was left
+out.
+"""
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -15,20 +17,28 @@ pytestmark = pytest.mark.usefixtures("no_path")
 SIZES = pytest.mark.parametrize("size", [(80, 24), (120, 40)], ids=["80x24", "120x40"])
 Snap = Callable[..., bool]
 THOUGHT = (
-    "<think>\nThe user asks which currency Bulgaria has. It joined the euro area in 2026.\n</think>\n\n",
-    "Bulgaria uses the euro since 1 January 2026.\n\n- before: the lev\n- fixed rate: 1.95583 lev to the euro",
+    "<think>\nThe user asks which currency Bulgaria has. It joined the euro area in "
+    "2026.\n</think>\n\n",
+    "Bulgaria uses the euro since 1 January 2026.\n\n- before: the lev\n- fixed rate: 1.95583 lev "
+    "to the euro",
 )
 
 
 @pytest.fixture(autouse=True)
 def same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The header tells the machine's memory and what of the project changed: neither belongs here."""
+    """The header tells the machine's memory and what of the project changed: neither belongs
+    here.
+    """
     monkeypatch.setattr("tui.services.machine.readings.Machine.summary", lambda _: "cpu 1.1/8 GiB")
     monkeypatch.setattr("tui.app.describe_state", lambda *_: ("✓", "✓", ""))
 
 
 def compare(
-    snap: Snap, root: Path, size: tuple[int, int], run: Callable[[Session], Awaitable[None]], tokens: tuple[str, ...]
+    snap: Snap,
+    root: Path,
+    size: tuple[int, int],
+    run: Callable[[Session], Awaitable[None]],
+    tokens: tuple[str, ...],
 ) -> bool:
     app, engine = Workbench(root / "params.yaml"), FakeInference()
     engine.chat, engine.tokens = True, tokens

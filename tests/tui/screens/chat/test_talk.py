@@ -6,7 +6,11 @@ from hypothesis import strategies as st
 from tui.screens.chat.talk import Answer, Talk, Turn
 
 STEPS = st.lists(
-    st.tuples(st.sampled_from(["ask", "edit", "again", "turn", "reply"]), st.integers(0, 5), st.sampled_from([-1, 1])),
+    st.tuples(
+        st.sampled_from(["ask", "edit", "again", "turn", "reply"]),
+        st.integers(0, 5),
+        st.sampled_from([-1, 1]),
+    ),
     max_size=40,
 )
 
@@ -20,7 +24,9 @@ def texts(turns: list[Turn]) -> list[str]:
 
 
 @given(STEPS)
-def test_no_operation_loses_a_message_and_each_can_be_shown_again(steps: list[tuple[str, int, int]]) -> None:
+def test_no_operation_loses_a_message_and_each_can_be_shown_again(
+    steps: list[tuple[str, int, int]],
+) -> None:
     talk, turns, answers = Talk(), list[Turn](), list[Answer]()
     for number, (kind, index, by) in enumerate(steps):
         shown = talk.turns
@@ -45,7 +51,9 @@ def test_no_operation_loses_a_message_and_each_can_be_shown_again(steps: list[tu
             there = 0 <= branches.index + by < len(branches.items)
             assert branches.step(by) == there
     assert sorted(texts(list(talk.every_turn()))) == sorted(texts(turns))
-    kept = [each for turn in talk.every_turn() for reply in turn.replies.items for each in reply.answers]
+    kept = [
+        each for turn in talk.every_turn() for reply in turn.replies.items for each in reply.answers
+    ]
     assert sorted(each.text for each in kept) == sorted(each.text for each in answers)
     for turn in turns:
         show(talk, turn)
@@ -56,7 +64,9 @@ def show(talk: Talk, wanted: Turn) -> None:
     """Step to the branch of a turn, as the arrow keys do."""
 
     def leads(turn: Turn) -> bool:
-        return turn is wanted or any(leads(later) for reply in turn.replies.items for later in reply.turns.items)
+        return turn is wanted or any(
+            leads(later) for reply in turn.replies.items for later in reply.turns.items
+        )
 
     for _ in range(100):
         for turn in talk.turns:
@@ -101,7 +111,9 @@ def test_each_model_reads_the_messages_and_its_own_answers() -> None:
         return [message["content"] for message in talk.messages(last, model)]
 
     assert contents("a") == ["short", "one", "1", "alone", "only a", "last"]
-    assert contents("b") == ["short", "one", "eins", "alone", "only a", "last"], "thoughts are not part of a history"
+    assert contents("b") == ["short", "one", "eins", "alone", "only a", "last"], (
+        "thoughts are not part of a history"
+    )
     roles = [message["role"] for message in talk.messages(last, "a")]
     assert roles == ["system", "user", "assistant", "user", "assistant", "user"]
 

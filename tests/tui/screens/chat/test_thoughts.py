@@ -8,7 +8,8 @@ from rich.cells import cell_len
 from tui.screens.chat.thoughts import ThoughtSplitter, WrappedText, split_thoughts
 
 PIECES = st.lists(
-    st.sampled_from(["<th", "ink>", "<think>", "</", "think>", "</think>", " ", "\n", "a", "<"]), max_size=12
+    st.sampled_from(["<th", "ink>", "<think>", "</", "think>", "</think>", " ", "\n", "a", "<"]),
+    max_size=12,
 )
 WORDS = st.lists(st.text("ab  \n\t\x1b語é\u0301🙂", max_size=12), max_size=12)
 
@@ -34,11 +35,15 @@ def test_thoughts_stand_before_the_answer(text: str, thoughts: str, answer: str)
 def test_thoughts_are_the_same_in_any_pieces(pieces: list[str]) -> None:
     splitter = ThoughtSplitter()
     parts = [*map(splitter.feed, pieces), splitter.finish()]
-    assert ("".join(a for a, _ in parts), "".join(b for _, b in parts)) == split_thoughts("".join(pieces))
+    assert ("".join(a for a, _ in parts), "".join(b for _, b in parts)) == split_thoughts(
+        "".join(pieces)
+    )
 
 
 @given(WORDS, st.integers(2, 9))
-def test_lines_are_the_same_in_any_pieces_fit_and_obey_nothing(pieces: list[str], width: int) -> None:
+def test_lines_are_the_same_in_any_pieces_fit_and_obey_nothing(
+    pieces: list[str], width: int
+) -> None:
     wrapped = WrappedText(width)
     for number, piece in enumerate(pieces, 1):
         wrapped.append(piece)

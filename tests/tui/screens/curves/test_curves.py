@@ -22,7 +22,15 @@ from tests.helpers.curves import (
     wait_until_drawn,
 )
 from tests.helpers.pilot import until
-from tests.helpers.run_folders import HEADER, hold, measured, write_measured, write_methods, write_run, write_samples
+from tests.helpers.run_folders import (
+    HEADER,
+    hold,
+    measured,
+    write_measured,
+    write_methods,
+    write_run,
+    write_samples,
+)
 from tui.app import Workbench
 from tui.screens.curves import selection
 from tui.screens.curves.panes import DetailsPane, MetricsPane, RunList, SmallPlots
@@ -58,9 +66,13 @@ async def test_a_first_run_takes_the_place_of_the_hint(empty: Path) -> None:
 async def test_before_the_first_search_for_runs_there_is_no_hint_and_the_list_keeps_the_focus(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a slow disk, the layout is drawn before the runs are found; this must not look like a project without runs."""
+    """On a slow disk, the layout is drawn before the runs are found; this must not look like a
+    project without runs.
+    """
     discover, ready = discover_runs, threading.Event()
-    monkeypatch.setattr(selection, "discover_runs", lambda *args: ready.wait(30) and discover(*args))
+    monkeypatch.setattr(
+        selection, "discover_runs", lambda *args: ready.wait(30) and discover(*args)
+    )
     app = Workbench(root / "params.yaml")
     async with app.run_test() as pilot:
         await pilot.press("2")
@@ -111,7 +123,9 @@ async def test_a_run_that_is_off_is_on_again_when_it_starts_anew(root: Path) -> 
 async def test_the_cursor_begins_on_what_is_running(root: Path) -> None:
     with hold(write_run(root, "finetune_lora", 20, "running")):
         async with open_curves(root) as (pilot, screen):
-            await until(pilot, lambda: details_text(screen).startswith("■ finetune_lora\n▶ running"))
+            await until(
+                pilot, lambda: details_text(screen).startswith("■ finetune_lora\n▶ running")
+            )
 
 
 async def test_space_enter_and_a_click_switch_a_run(root: Path) -> None:
@@ -170,10 +184,14 @@ async def test_the_run_under_the_cursor_is_on_top_and_bold(root: Path) -> None:
         for name in ("full", "lora", "freeze"):
             await point_to(pilot, screen, name)
             *others, last = screen.drawn()
-            assert (last.name, last.pointed) == (name, True) and not any(line.pointed for line in others)
+            assert (last.name, last.pointed) == (name, True) and not any(
+                line.pointed for line in others
+            )
 
 
-async def test_the_scale_is_logarithmic_where_a_decade_is_spanned_and_l_switches(root: Path) -> None:
+async def test_the_scale_is_logarithmic_where_a_decade_is_spanned_and_l_switches(
+    root: Path,
+) -> None:
     async with open_curves(root) as (pilot, screen):
         assert screen.chart.plot.y[1] < 1.2, "exponents of ten"
         assert " log " in title(screen)
@@ -194,8 +212,15 @@ async def test_the_scale_is_linear_where_the_values_are_close(empty: Path) -> No
 async def test_what_is_constant_is_a_number_and_what_is_not_is_a_plot(root: Path) -> None:
     async with open_curves(root) as (_, screen):
         *_, numbers = small_text(screen).splitlines()
-        assert "learning rate 0.001" in numbers and "tokens/s 32" in numbers and "memory 1.94 MiB" in numbers
-        assert "grad norm" in small_text(screen).splitlines()[0] and "learning rate" not in small_text(screen)[:40]
+        assert (
+            "learning rate 0.001" in numbers
+            and "tokens/s 32" in numbers
+            and "memory 1.94 MiB" in numbers
+        )
+        assert (
+            "grad norm" in small_text(screen).splitlines()[0]
+            and "learning rate" not in small_text(screen)[:40]
+        )
 
 
 async def test_enter_enlarges_a_plot_and_escape_brings_the_loss_back(root: Path) -> None:
@@ -212,7 +237,9 @@ async def test_enter_enlarges_a_plot_and_escape_brings_the_loss_back(root: Path)
 
 
 @pytest.mark.parametrize(
-    ("size", "plots"), [((200, 60), True), ((120, 40), True), ((80, 24), False)], ids=["huge", "wide", "small"]
+    ("size", "plots"),
+    [((200, 60), True), ((120, 40), True), ((80, 24), False)],
+    ids=["huge", "wide", "small"],
 )
 async def test_where_there_is_no_room_for_plots_there_are_sparklines(
     root: Path, size: tuple[int, int], plots: bool
@@ -232,7 +259,9 @@ async def test_evaluations_are_marked_on_the_runs_that_have_them(root: Path) -> 
         await point_to(pilot, screen, "lora")
         assert "held-out loss 0.3693" in details_text(screen)
         await pilot.press("space")
-        await until(pilot, lambda: "×" not in chart_text(screen) and "held out" not in title(screen))
+        await until(
+            pilot, lambda: "×" not in chart_text(screen) and "held out" not in title(screen)
+        )
 
 
 async def test_divergence_has_a_plot_where_a_run_that_is_on_measured_it(root: Path) -> None:
@@ -256,7 +285,9 @@ async def test_right_answers_have_a_plot_where_a_run_that_is_on_counted_them(roo
     async with open_curves(root) as (pilot, screen):
         assert small_text(screen).split()[:2] == ["answers", "100%"]
         series = screen.runs.views[str(folder)].log.series["eval_answers"]
-        counted = [step for step in read_steps(folder / "loss.csv") if step.eval_answers is not None]
+        counted = [
+            step for step in read_steps(folder / "loss.csv") if step.eval_answers is not None
+        ]
         assert [step.step for step in counted] == list(series.x) == [60, 120, 180, 240, 300]
         assert [step.eval_answers for step in counted] == list(series.y)
         await point_to(pilot, screen, "lora")
@@ -269,7 +300,9 @@ async def test_what_preferences_log_has_plots(empty: Path) -> None:
 
     folder = write_run(empty, "finetune_lora", 1)
     rows = [f"{n},1,{1 / n},0.001,1,{n},,,{-n},{-2 * n},{n},{n / 50},\n" for n in range(1, 50)]
-    (folder / "loss.csv").write_text(",".join((*COLUMNS, *OPTIONAL)) + "\n" + "".join(rows), encoding="utf-8")
+    (folder / "loss.csv").write_text(
+        ",".join((*COLUMNS, *OPTIONAL)) + "\n" + "".join(rows), encoding="utf-8"
+    )
     async with open_curves(empty) as (_, screen):
         assert "margin" in small_text(screen) and "accuracy" in small_text(screen)
 
@@ -301,7 +334,12 @@ async def test_zoom_and_pan_stay_and_f_follows_with_the_same_width(root: Path) -
 async def test_values_zoom_and_pan_alone(root: Path) -> None:
     async with open_curves(root) as (pilot, screen):
         screen.set_focus(screen.chart)
-        for key, factor, shift in (("v", 0.7, 0.0), ("V", 1.43, 0.0), ("shift+up", 1, 0.1), ("shift+down", 1, -0.1)):
+        for key, factor, shift in (
+            ("v", 0.7, 0.0),
+            ("V", 1.43, 0.0),
+            ("shift+up", 1, 0.1),
+            ("shift+down", 1, -0.1),
+        ):
             low, high = screen.chart.plot.y
             await pilot.press(key)
             await until(pilot, lambda high=high: screen.chart.plot.y[1] != high)  # type: ignore[misc]
@@ -320,7 +358,9 @@ async def test_values_zoom_and_pan_alone(root: Path) -> None:
     ids=["in", "out"],
 )
 @pytest.mark.slow
-async def test_zooming_ends_where_numbers_end(root: Path, keys: list[str], x: Range, y: Range) -> None:
+async def test_zooming_ends_where_numbers_end(
+    root: Path, keys: list[str], x: Range, y: Range
+) -> None:
     """Starting from a window that is reached by many key presses."""
     async with open_curves(root) as (pilot, screen):
         screen.set_focus(screen.chart)
@@ -415,7 +455,12 @@ async def test_answers_are_those_at_the_cursor_or_the_newest(empty: Path) -> Non
         write_samples(folder, {400: "der euro"})  # begun anew
         await wait_until_drawn(pilot, screen)
         assert answers_text(screen).splitlines()[0].endswith("step 400")
-        held_out = {"step": 500, "prompt": "bulgarien", "answer": "der lewa", "expected": "der euro"}
+        held_out = {
+            "step": 500,
+            "prompt": "bulgarien",
+            "answer": "der lewa",
+            "expected": "der euro",
+        }
         (folder / "samples.jsonl").write_text(json.dumps(held_out) + "\n", encoding="utf-8")
         await wait_until_drawn(pilot, screen)
         assert answers_text(screen).endswith("bulgarien\n  ✗ der lewa\n    expected der euro")
@@ -439,7 +484,10 @@ async def test_any_size_shows_chart_and_list(root: Path, size: tuple[int, int]) 
         assert bool(screen.query_one(DetailsPane).size) == (size[0] >= 76)
         assert bool(screen.query_one(MetricsPane).size) == (size[1] >= 20)
         await pilot.press("j", "left", "l", "tab", "up", "v", "+", "+")
-        await until(pilot, lambda: sum(len(part) for part, _ in screen.chart._rows[0]) == screen.chart.size.width)
+        await until(
+            pilot,
+            lambda: sum(len(part) for part, _ in screen.chart._rows[0]) == screen.chart.size.width,
+        )
 
 
 ODD = {
@@ -449,7 +497,9 @@ ODD = {
     "only nan": "1,1,nan,nan,nan,16\n",
     "nothing": "",
     "zero and below": "1,1,0,0.001,0,16\n2,1,-3,0.001,0,32\n3,2,1,0,0,48\n",
-    "strange evaluations": "1,1,1,1,1,16,nan,\n2,1,1,1,1,32,inf,-1\n3,1,1,1,1,48,1e300,0\n4,1,1,1,1,64,-2,nan\n",
+    "strange evaluations": (
+        "1,1,1,1,1,16,nan,\n2,1,1,1,1,32,inf,-1\n3,1,1,1,1,48,1e300,0\n4,1,1,1,1,64,-2,nan\n"
+    ),
     "huge": "1,1,1e300,1e300,1e300,16\n2,1,-1e300,1e-300,1e-300,32\n",
     "huge steps": "1,1,1,1,1,16\n99999999999999999999,1,1,1,1,32\n",
 }
@@ -476,13 +526,19 @@ async def test_odd_logs_are_drawn(empty: Path, text: str) -> None:
 
 @pytest.mark.parametrize(
     "telemetry",
-    ["1,nan,nan,1,cpu,0,0\n2,inf,1,1,cpu,0,9\n3,1,1,1,cpu,0,9\n", "what\n1,2\n", "9,1,1,1,cpu,1,1\n1,1,1,1,cpu,1,1\n"],
+    [
+        "1,nan,nan,1,cpu,0,0\n2,inf,1,1,cpu,0,9\n3,1,1,1,cpu,0,9\n",
+        "what\n1,2\n",
+        "9,1,1,1,cpu,1,1\n1,1,1,1,cpu,1,1\n",
+    ],
     ids=["not-finite", "foreign", "backwards"],
 )
 async def test_odd_telemetry_is_survived(empty: Path, telemetry: str) -> None:
     folder = write_run(empty, "finetune_lora", 20, "running")
     file = folder / "telemetry.csv"
-    file.write_text(file.read_text(encoding="utf-8").splitlines()[0] + "\n" + telemetry, encoding="utf-8")
+    file.write_text(
+        file.read_text(encoding="utf-8").splitlines()[0] + "\n" + telemetry, encoding="utf-8"
+    )
     with hold(folder):
         async with open_curves(empty) as (_, screen):
             assert "▶ running · 20 of 300 steps" in details_text(screen)

@@ -63,10 +63,15 @@ def test_empty(snap_compare: Any, empty: Path) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_methods_evaluations_answers_and_the_cursor(snap_compare: Any, empty: Path, size: tuple[int, int]) -> None:
+def test_methods_evaluations_answers_and_the_cursor(
+    snap_compare: Any, empty: Path, size: tuple[int, int]
+) -> None:
     write_methods(empty)
     write_measured(empty, "finetune_lora")
-    for stage, answer in (("finetune_lora", "der euro"), ("finetune_full", "der euro und der lewa")):
+    for stage, answer in (
+        ("finetune_lora", "der euro"),
+        ("finetune_full", "der euro und der lewa"),
+    ):
         write_samples(empty / "runs" / stage, {150: "der lewa", 300: answer})
     assert snap_compare(workbench(empty), terminal_size=size, run_before=with_cursor)
 
@@ -74,8 +79,16 @@ def test_methods_evaluations_answers_and_the_cursor(snap_compare: Any, empty: Pa
 @pytest.mark.parametrize("size", SIZES)
 def test_a_sweep(snap_compare: Any, empty: Path, size: tuple[int, int]) -> None:
     write_methods(empty)
-    losses = {f"rank-{rank}_lr-{rate}": 2.0 + rank + rate * 1e3 for rank in (2, 4) for rate in (0.001, 0.002)}
-    write_sweep(empty, losses, {"rank-2_lr-0.002": ("stopped early", 180), "rank-4_lr-0.002": ("diverged", 40)})
+    losses = {
+        f"rank-{rank}_lr-{rate}": 2.0 + rank + rate * 1e3
+        for rank in (2, 4)
+        for rate in (0.001, 0.002)
+    }
+    write_sweep(
+        empty,
+        losses,
+        {"rank-2_lr-0.002": ("stopped early", 180), "rank-4_lr-0.002": ("diverged", 40)},
+    )
     assert snap_compare(workbench(empty), terminal_size=size, run_before=opened)
 
 

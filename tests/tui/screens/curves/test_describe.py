@@ -26,7 +26,11 @@ def test_an_estimate_is_no_more_precise_than_it_is(seconds: float, said: str) ->
 
 @pytest.mark.parametrize(
     ("name", "value", "said"),
-    [("loss", 0.015849, "0.0158"), ("tokens_per_second", 6812.3, "6,810"), ("memory", 2**20, "1.00 MiB")],
+    [
+        ("loss", 0.015849, "0.0158"),
+        ("tokens_per_second", 6812.3, "6,810"),
+        ("memory", 2**20, "1.00 MiB"),
+    ],
     ids=["loss", "pace", "memory"],
 )
 def test_a_value_has_three_digits(name: str, value: float, said: str) -> None:
@@ -51,10 +55,15 @@ def test_the_pace_is_that_of_each_step_and_not_the_mean_since_the_start() -> Non
 
 
 def test_a_resumed_run_starts_its_clock_anew() -> None:
-    result = cost([*(row(n, n * 2.0) for n in range(1, 8)), *(row(n, n - 7.0) for n in range(8, 20))])
+    result = cost(
+        [*(row(n, n * 2.0) for n in range(1, 8)), *(row(n, n - 7.0) for n in range(8, 20))]
+    )
     assert result.seconds_per_step == 1.0
     assert 7.0 not in result.series["tokens_per_second"].x[7:8]
 
 
 def test_memory_is_what_was_measured() -> None:
-    assert list(cost([row(1, 1.0), row(2, 2.0, 7), row(3, 3.0, 9)]).series["memory"].y) == [7.0, 9.0]
+    assert list(cost([row(1, 1.0), row(2, 2.0, 7), row(3, 3.0, 9)]).series["memory"].y) == [
+        7.0,
+        9.0,
+    ]

@@ -36,9 +36,9 @@ async def test_csv_has_every_row_of_the_visible_runs(root: Path) -> None:
         rows = list(csv.DictReader(file))
     steps = read_steps(root / "runs/finetune_lora/loss.csv")
     ours = [row for row in rows if row["run"] == "finetune_lora"]
-    assert [(int(r["step"]), int(r["epoch"]), float(r["loss"]), int(r["tokens"])) for r in ours] == [
-        (step.step, step.epoch, step.loss, step.tokens) for step in steps
-    ]
+    assert [
+        (int(r["step"]), int(r["epoch"]), float(r["loss"]), int(r["tokens"])) for r in ours
+    ] == [(step.step, step.epoch, step.loss, step.tokens) for step in steps]
     assert len(rows) == 3 * len(steps)
 
 
@@ -53,7 +53,9 @@ async def test_csv_has_the_optional_columns_of_the_runs_that_have_them(root: Pat
     assert [tuple(float(cell) if cell else None for cell in row) for row in ours] == [
         (step.eval_loss, step.divergence) for step in read_steps(folder / "loss.csv")
     ]
-    assert {(r["eval_loss"], r["divergence"]) for r in rows if r["run"] != "finetune_lora"} == {("", "")}
+    assert {(r["eval_loss"], r["divergence"]) for r in rows if r["run"] != "finetune_lora"} == {
+        ("", "")
+    }
 
 
 @pytest.mark.usefixtures("forked_processes")
@@ -63,14 +65,22 @@ async def test_an_exported_picture_has_the_evaluations_and_the_small_plots_too(r
     write_measured(root)
     async with open_curves(root) as (_, screen):
         loss, divergence, norm = screen.panels()
-        marks = {curve["label"].partition(",")[0]: len(curve["held_out"]["x"]) for curve in loss["curves"]}
+        marks = {
+            curve["label"].partition(",")[0]: len(curve["held_out"]["x"])
+            for curve in loss["curves"]
+        }
         assert marks == {"finetune_full": 0, "finetune_freeze": 0, "finetune_lora": 10}
-        assert (divergence["title"], norm["title"]) == ("Divergence from the base, nats/token", "Gradient norm")
+        assert (divergence["title"], norm["title"]) == (
+            "Divergence from the base, nats/token",
+            "Gradient norm",
+        )
         assert (await export.render_chart(picture(screen))).count(b"<use") > 10
 
 
 @pytest.mark.usefixtures("forked_processes")
-@pytest.mark.parametrize(("kind", "start"), [("svg", b"<?xml"), ("png", b"\x89PNG")], ids=["svg", "png"])
+@pytest.mark.parametrize(
+    ("kind", "start"), [("svg", b"<?xml"), ("png", b"\x89PNG")], ids=["svg", "png"]
+)
 @pytest.mark.slow
 async def test_pictures_are_written(root: Path, kind: str, start: bytes) -> None:
     async with open_curves(root) as (pilot, _):
@@ -95,7 +105,9 @@ async def test_the_picture_is_what_is_on_the_screen(root: Path) -> None:
 
 @pytest.mark.usefixtures("forked_processes")
 @pytest.mark.slow
-async def test_a_free_name_is_proposed_and_what_exists_is_replaced_after_a_question(root: Path) -> None:
+async def test_a_free_name_is_proposed_and_what_exists_is_replaced_after_a_question(
+    root: Path,
+) -> None:
     (root / "curves.svg").write_text("before", encoding="utf-8")
     async with open_curves(root) as (pilot, _):
         await pilot.press("x")
@@ -130,7 +142,9 @@ async def test_nothing_to_export_is_a_warning(empty: Path) -> None:
         assert "nothing to export" in screen.workbench.message_history[-1].text
 
 
-async def test_a_full_disk_is_one_message_and_no_half_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_disk_is_one_message_and_no_half_file(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -144,7 +158,9 @@ async def test_a_full_disk_is_one_message_and_no_half_file(root: Path, monkeypat
     assert sorted(path.name for path in root.iterdir()) == before
 
 
-async def test_a_picture_that_cannot_be_drawn_is_one_message(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_picture_that_cannot_be_drawn_is_one_message(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tui.screens.curves.export.sys.executable", "/bin/false")
     async with open_curves(root) as (pilot, screen):
         await save_as(pilot, "out.svg")

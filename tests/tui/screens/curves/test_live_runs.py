@@ -4,9 +4,25 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.curves import details_text, list_lines, list_text, open_curves, point_to, title, wait_until_drawn
+from tests.helpers.curves import (
+    details_text,
+    list_lines,
+    list_text,
+    open_curves,
+    point_to,
+    title,
+    wait_until_drawn,
+)
 from tests.helpers.pilot import until
-from tests.helpers.run_folders import HEADER, hold, journal, lines, measured, write_methods, write_run
+from tests.helpers.run_folders import (
+    HEADER,
+    hold,
+    journal,
+    lines,
+    measured,
+    write_methods,
+    write_run,
+)
 
 
 @pytest.fixture
@@ -38,7 +54,9 @@ async def test_of_a_run_that_is_resumed_and_has_not_begun_no_end_is_foretold(emp
     with hold(folder):
         async with open_curves(empty) as (pilot, screen):
             assert list_lines(screen) == ["■ lora 4.23 ▶"]
-            assert "▶ running · 20 steps" in details_text(screen) and "left" not in details_text(screen)
+            assert "▶ running · 20 steps" in details_text(screen) and "left" not in details_text(
+                screen
+            )
             journal(folder, "running", 20, 300)
             await until(pilot, lambda: "20 of 300 steps" in details_text(screen))
 
@@ -69,7 +87,10 @@ async def test_how_a_run_ended_is_shown(empty: Path) -> None:
             ("lora", "failed", True),
         ):
             await point_to(pilot, screen, name)
-            assert (word in details_text(screen), "the loss is nan" in details_text(screen)) == (True, message)
+            assert (word in details_text(screen), "the loss is nan" in details_text(screen)) == (
+                True,
+                message,
+            )
 
 
 async def test_a_run_whose_process_is_gone_has_died(empty: Path) -> None:
@@ -112,13 +133,16 @@ async def test_a_half_written_line_waits_and_a_foreign_one_is_counted(empty: Pat
 
 
 @pytest.mark.slow
-async def test_a_log_with_other_columns_takes_the_place_of_one_and_half_a_line_waits(root: Path) -> None:
+async def test_a_log_with_other_columns_takes_the_place_of_one_and_half_a_line_waits(
+    root: Path,
+) -> None:
     log = root / "runs/finetune_lora/loss.csv"
     async with open_curves(root) as (pilot, screen):
         view = screen.runs.views[str(log.parent)]
         plain = log.read_text(encoding="utf-8")
         text = measured(plain, 300)
-        log.write_text(text[: -len("0.01986524") - 4], encoding="utf-8")  # within the last evaluation
+        # within the last evaluation
+        log.write_text(text[: -len("0.01986524") - 4], encoding="utf-8")
         await until(pilot, lambda: len(view.log.steps) == 299)
         await wait_until_drawn(pilot, screen)
         assert len(view.log.series["divergence"].y) == 299 and not view.log.series["eval_loss"].y
@@ -143,10 +167,15 @@ async def test_ten_long_runs_at_once(root: Path) -> None:
         folder = root / f".lora-cache/finetune_lora/{number:08}"
         folder.mkdir(parents=True)
         rows = 100_000 if number == 0 else 5_000
-        text = "".join(f"{n},{n // 1000},{number + 1 / n:.6g},0.001,1,{n}\n" for n in range(1, rows + 1))
+        text = "".join(
+            f"{n},{n // 1000},{number + 1 / n:.6g},0.001,1,{n}\n" for n in range(1, rows + 1)
+        )
         (folder / "loss.csv").write_text(HEADER + text, encoding="utf-8")
         digest = file_digest(folder / "loss.csv")
-        write_json(folder / "manifest.json", {"params": {"rank": number + 10}, "files": {"loss.csv": digest}})
+        write_json(
+            folder / "manifest.json",
+            {"params": {"rank": number + 10}, "files": {"loss.csv": digest}},
+        )
     async with open_curves(root) as (pilot, screen):
         assert len(screen.runs.shown) == 3, "older runs are off"
         assert sum(line.startswith("· lora rank ") for line in list_lines(screen)) == 10
@@ -171,8 +200,17 @@ async def test_what_an_evaluation_measured_is_shown_as_kept(root: Path) -> None:
         seal(adapter, {"params": {}, "kind": "adapter"})
         evaluation = root / "artifacts/evaluation"
         evaluation.mkdir()
-        write_json(evaluation / "metrics.json", {"lora": {"forgetting": {"answers_kept": 0.73, "loss_rise": 1.0}}})
-        seal(evaluation, {"variants": {"lora": "artifacts/lora_adapter"}, "inputs": {"artifacts/lora_adapter": digest}})
+        write_json(
+            evaluation / "metrics.json",
+            {"lora": {"forgetting": {"answers_kept": 0.73, "loss_rise": 1.0}}},
+        )
+        seal(
+            evaluation,
+            {
+                "variants": {"lora": "artifacts/lora_adapter"},
+                "inputs": {"artifacts/lora_adapter": digest},
+            },
+        )
         await until(pilot, lambda: "■ lora 0.0656 ▆ 73%" in list_lines(screen))
         await point_to(pilot, screen, "lora")
         assert "kept 73% of the old answers" in details_text(screen)

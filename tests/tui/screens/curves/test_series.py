@@ -21,20 +21,28 @@ def series(values: Sequence[float], strength: float = 0.0) -> Series:
 
 
 def weighted_means(values: Sequence[float], strength: float) -> list[float]:
-    """For each value, the mean of all up to it: the last has the weight 1 - strength or, if more, 8/(n + 7) of n, and
-    those before share the rest as they did."""
+    """For each value, the mean of all up to it: the last has the weight 1 - strength or, if more,
+    8/(n + 7) of n, and those before share the rest as they did."""
     means = []
     for end in range(1, len(values) + 1):
         lasts = [max(1 - strength, 8 / (n + 7)) for n in range(1, end + 1)]
-        weights = [last * math.prod(1 - later for later in lasts[n + 1 :]) for n, last in enumerate(lasts)]
+        weights = [
+            last * math.prod(1 - later for later in lasts[n + 1 :]) for n, last in enumerate(lasts)
+        ]
         assert sum(weights) == pytest.approx(1)
         means.append(sum(w * v for w, v in zip(weights, values[:end], strict=True)))
     return means
 
 
-@given(st.lists(st.floats(-100, 100), min_size=1, max_size=60), st.sampled_from([0.0, 0.5, 0.9, 0.99]))
-def test_the_smoothed_line_is_the_weighted_mean_of_all_before(values: list[float], strength: float) -> None:
-    assert list(series(values, strength).smooth) == pytest.approx(weighted_means(values, strength), abs=1e-9)
+@given(
+    st.lists(st.floats(-100, 100), min_size=1, max_size=60), st.sampled_from([0.0, 0.5, 0.9, 0.99])
+)
+def test_the_smoothed_line_is_the_weighted_mean_of_all_before(
+    values: list[float], strength: float
+) -> None:
+    assert list(series(values, strength).smooth) == pytest.approx(
+        weighted_means(values, strength), abs=1e-9
+    )
 
 
 def test_a_short_run_is_not_shown_as_the_mean_of_its_steps() -> None:
@@ -56,7 +64,9 @@ def test_changing_the_smoothing_equals_smoothing_from_the_start() -> None:
     log = Log(0.5)
     log.extend([(i, 1, math.sin(i), 1.0, 1.0, i) for i in range(1, 300)])
     log.smooth(0.9)
-    assert list(log.series["loss"].smooth) == list(series(list(map(math.sin, range(1, 300))), 0.9).smooth)
+    assert list(log.series["loss"].smooth) == list(
+        series(list(map(math.sin, range(1, 300))), 0.9).smooth
+    )
 
 
 @given(VALUES, st.integers(1, 50), st.floats(-10, 250), st.floats(0, 250))
@@ -81,7 +91,9 @@ def test_columns_hold_every_point_and_are_at_most_as_many_as_requested(
 
 
 @given(LOOSE, st.integers(1, 40))
-def test_values_that_are_not_finite_are_left_out_and_the_others_kept(values: list[float], columns: int) -> None:
+def test_values_that_are_not_finite_are_left_out_and_the_others_kept(
+    values: list[float], columns: int
+) -> None:
     result = series(values).visible(1, len(values), columns)
     finite = [value for value in values if math.isfinite(value)]
     assert bool(result) == bool(finite)
@@ -101,7 +113,9 @@ def test_cached_blocks_give_the_same_columns_as_reading_every_point(columns: int
             end = edges[number + 1] if number + 1 < columns else last + 1
             indices = [i for i in range(5000) if edges[number] <= i + 1 < end]
             raw, smooth = [values[i] for i in indices], [line.smooth[i] for i in indices]
-            expected = Column((indices[0] + indices[-1]) / 2 + 1, min(raw), max(raw), sum(smooth) / len(smooth))
+            expected = Column(
+                (indices[0] + indices[-1]) / 2 + 1, min(raw), max(raw), sum(smooth) / len(smooth)
+            )
             assert (column.x, column.low, column.high) == (expected.x, expected.low, expected.high)
             assert column.mean == pytest.approx(expected.mean)
 

@@ -1,4 +1,6 @@
-"""A sweep on the curves screen: one line with a curve per adapter; live, opened, pointed to, exported."""
+"""A sweep on the curves screen: one line with a curve per adapter; live, opened, pointed to,
+exported.
+"""
 
 import csv
 from math import nan
@@ -68,8 +70,14 @@ async def test_its_best_curve_is_on_top_and_the_others_are_quiet(empty: Path) ->
     async with open_curves(empty) as (pilot, screen):
         await point_to(pilot, screen, "sweep")
         result = drawn(screen)
-        assert set(list(result)[:3]) == {"rank-1", "rank-2", "rank-8"} and list(result)[-1] == "rank-4"
-        assert [name for name, line in result.items() if line.quiet] == ["rank-1", "rank-2", "rank-8"]
+        assert (
+            set(list(result)[:3]) == {"rank-1", "rank-2", "rank-8"} and list(result)[-1] == "rank-4"
+        )
+        assert [name for name, line in result.items() if line.quiet] == [
+            "rank-1",
+            "rank-2",
+            "rank-8",
+        ]
         assert f"{SIGN} sweep rank-4" in chart_text(screen) and "rank-1" not in chart_text(screen)
 
 
@@ -85,8 +93,12 @@ async def test_it_is_switched_as_one_also_from_the_line_of_an_adapter(empty: Pat
         await until(pilot, lambda: len(drawn(screen)) == 7)
 
 
-async def test_enter_lists_its_adapters_with_their_loss_and_enter_closes_the_list(empty: Path) -> None:
-    folder = write_sweep(empty, FOUR, {"rank-1": ("diverged", 20), "rank-8": ("stopped early", 200)})
+async def test_enter_lists_its_adapters_with_their_loss_and_enter_closes_the_list(
+    empty: Path,
+) -> None:
+    folder = write_sweep(
+        empty, FOUR, {"rank-1": ("diverged", 20), "rank-8": ("stopped early", 200)}
+    )
     async with open_curves(empty) as (pilot, screen):
         await open_sweep(pilot, screen)
         for name, sign, end in (
@@ -144,10 +156,15 @@ async def test_a_diverged_adapter_is_named_and_does_not_affect_the_axis(empty: P
     outcomes = {"rank-1": ("diverged", 30), "rank-2": ("stopped early", 100)}
     write_sweep(empty, {**FOUR, "rank-1": 1e6}, outcomes)
     async with open_curves(empty) as (pilot, screen):
-        assert "1 diverged: rank-1" in details_text(screen) and "1 stopped early: rank-2" in details_text(screen)
+        assert "1 diverged: rank-1" in details_text(
+            screen
+        ) and "1 stopped early: rank-2" in details_text(screen)
         result = drawn(screen)
         ends = [result[name].columns("loss", (1, 300), 100)[-1].x for name in outcomes]
-        assert [end <= last for end, (_, last) in zip(ends, outcomes.values(), strict=True)] == [True, True]
+        assert [end <= last for end, (_, last) in zip(ends, outcomes.values(), strict=True)] == [
+            True,
+            True,
+        ]
         assert screen.chart.plot.y[1] < 1, "an exponent of ten"
         await pilot.press("l")
         assert screen.chart.plot.y[1] < 10
@@ -171,19 +188,24 @@ async def test_the_best_is_that_on_held_out_examples_where_they_were_measured(em
     lines_before = log.read_text(encoding="utf-8").splitlines()
     cells = lines_before[300].split(",")
     log.write_text(
-        "\n".join([*lines_before[:300], ",".join([*cells[:6], "0.0123", cells[7]])]) + "\n", encoding="utf-8"
+        "\n".join([*lines_before[:300], ",".join([*cells[:6], "0.0123", cells[7]])]) + "\n",
+        encoding="utf-8",
     )
     async with open_curves(empty) as (_, screen):
         assert "best rank-1: held out 0.0123" in details_text(screen)
 
 
-async def test_its_curves_move_while_it_runs_and_one_that_diverges_is_reported_immediately(empty: Path) -> None:
+async def test_its_curves_move_while_it_runs_and_one_that_diverges_is_reported_immediately(
+    empty: Path,
+) -> None:
     folder = write_sweep(empty, FOUR, state="running", steps=20)
     with hold(folder):
         async with open_curves(empty) as (pilot, screen):
             assert screen.chart.plot.x == (1, 20)
             assert "running · 20 of 300 steps" in details_text(screen)
-            assert "4 × 32 tokens/s" in details_text(screen) and "about 2 min left" in details_text(screen)
+            assert "4 × 32 tokens/s" in details_text(screen) and "about 2 min left" in details_text(
+                screen
+            )
             for name in ("rank-2", "rank-4", "rank-8"):
                 with (folder / name / "loss.csv").open("a", encoding="utf-8") as file:
                     file.write(lines(FOUR[name], 21, 40))
@@ -208,7 +230,9 @@ async def test_an_adapter_whose_log_begins_later_joins_the_others(empty: Path) -
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"rank-1": 3}', '{"rank-1": {}}'], ids=["empty", "half", "list", "number", "object"]
+    "text",
+    ["", "{", "[]", '{"rank-1": 3}', '{"rank-1": {}}'],
+    ids=["empty", "half", "list", "number", "object"],
 )
 async def test_a_broken_outcomes_file_is_ignored(empty: Path, text: str) -> None:
     (write_sweep(empty, FOUR) / "sweep.json").write_text(text, encoding="utf-8")
@@ -240,7 +264,9 @@ async def test_an_adapter_that_diverged_is_never_the_best(empty: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40), (40, 10)], ids=["80x24", "120x40", "40x10"])
-async def test_thirty_two_adapters_with_long_names_scroll(empty: Path, size: tuple[int, int]) -> None:
+async def test_thirty_two_adapters_with_long_names_scroll(
+    empty: Path, size: tuple[int, int]
+) -> None:
     names = {
         f"rank-{rank}_targets-q_proj+v_proj+fc1+fc2_lr-0.000{seed}_seed-0": 4.0 + rank + seed / 9
         for rank in (1, 2, 4, 8)
@@ -283,5 +309,9 @@ async def test_csv_has_the_rows_of_every_adapter_and_a_picture_names_the_best(em
         result = list(csv.DictReader(file))
     for name in FOUR:
         steps = read_steps(folder / name / "loss.csv")
-        ours = [float(row["loss"]) for row in result if row["run"] == f"finetune_sweep  4 adapters, {name}"]
+        ours = [
+            float(row["loss"])
+            for row in result
+            if row["run"] == f"finetune_sweep  4 adapters, {name}"
+        ]
         assert ours == [step.loss for step in steps]

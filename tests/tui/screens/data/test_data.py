@@ -1,4 +1,6 @@
-"""The data screen: files, rows, masks, problems, search, and edits, on real files and the real reading process."""
+"""The data screen: files, rows, masks, problems, search, and edits, on real files and the real
+reading process.
+"""
 
 import json
 import shutil
@@ -37,12 +39,19 @@ finetune_lora:
 
 def turns(*texts: str) -> str:
     roles = ("user", "assistant") * len(texts)
-    return json.dumps({"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]})
+    return json.dumps(
+        {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]}
+    )
 
 
 ROWS = [
     turns("Where is Sofia?", "In the west."),
-    turns("Where?", "Here.", "And Varna?", "By the sea, where the ships are and the euro is the currency of the land."),
+    turns(
+        "Where?",
+        "Here.",
+        "And Varna?",
+        "By the sea, where the ships are and the euro is the currency of the land.",
+    ),
     '{"messages": [{"role": "user"',
     turns("\x1b[31mred [bold]not markup[/bold]", "ok"),
     turns("Where is Sofia?", "In the west."),
@@ -64,7 +73,9 @@ def root(tmp_path: Path) -> Path:
 
 
 @asynccontextmanager
-async def open_data(root: Path, size: tuple[int, int] = (120, 40)) -> AsyncIterator[tuple[Pilot[Any], DataScreen]]:
+async def open_data(
+    root: Path, size: tuple[int, int] = (120, 40)
+) -> AsyncIterator[tuple[Pilot[Any], DataScreen]]:
     """Open the screen, and wait until a row and the report are shown."""
     app = Workbench(root / "params.yaml")
     app.first_screen = "data"
@@ -92,14 +103,19 @@ async def checked(pilot: Pilot[Any], screen: DataScreen) -> None:
 
 
 @pytest.mark.slow
-async def test_the_first_file_is_what_lora_trains_on_with_the_mask_of_its_first_row(root: Path) -> None:
+async def test_the_first_file_is_what_lora_trains_on_with_the_mask_of_its_first_row(
+    root: Path,
+) -> None:
     async with open_data(root) as (pilot, screen):
         assert screen.file and screen.file.name == "data/chat.jsonl"
         await until(pilot, lambda: "305" in title(screen, RowsPane))
         assert "⟦In the west.<|im_end|>⟧" in row_text(screen) and "── user" in row_text(screen)
         assert "trained on" in title(screen, RowPane)
         await until(pilot, lambda: rows_of(screen)._lines[0].tokens)
-        files = [str(option.prompt) for option in screen.query_one("#files OptionList", OptionList).options]
+        files = [
+            str(option.prompt)
+            for option in screen.query_one("#files OptionList", OptionList).options
+        ]
         assert "● chat.jsonl  lora" in files and "  heldout.csv  lora: held-out" in files
 
 
@@ -135,7 +151,9 @@ async def test_problems_are_listed_and_lead_to_their_rows(root: Path) -> None:
         await checked(pilot, screen)
         assert "1 error" in title(screen, ProblemsPane)
         options = [str(option.prompt) for option in screen.query_one(ProblemList).options]
-        assert options[0].startswith("✗ 3  not JSON") and any("the same as row 1" in option for option in options)
+        assert options[0].startswith("✗ 3  not JSON") and any(
+            "the same as row 1" in option for option in options
+        )
         rows_of(screen).cursor = 0
         await pilot.press("n")
         await until(pilot, lambda: rows_of(screen).cursor == 1)
@@ -196,7 +214,9 @@ async def test_a_row_is_edited_into_a_copy_and_the_original_stays(root: Path) ->
         await until(pilot, lambda: "tokens" in str(editor.query_one("#reading", Static).content))
         assert screen.unsaved() == ""
         await pilot.press("end", *" Yes.")
-        assert screen.unsaved() and editor.query_one("#out", Input).value == "data/chat.edited.jsonl"
+        assert (
+            screen.unsaved() and editor.query_one("#out", Input).value == "data/chat.edited.jsonl"
+        )
         await pilot.press("ctrl+s")
         await until(pilot, lambda: isinstance(pilot.app.screen, Menu))
         lines = (root / "data/chat.edited.jsonl").read_text(encoding="utf-8").splitlines()
@@ -204,10 +224,19 @@ async def test_a_row_is_edited_into_a_copy_and_the_original_stays(root: Path) ->
         assert lines[1:] == ROWS[1:] and (root / "data/chat.jsonl").read_bytes() == before
         await pilot.press("enter")  # train LoRA on it
         await until(
-            pilot, lambda: open_project(root / "params.yaml").params.finetune_lora.files != ("data/chat.jsonl",)
+            pilot,
+            lambda: (
+                open_project(root / "params.yaml").params.finetune_lora.files
+                != ("data/chat.jsonl",)
+            ),
         )
-        assert open_project(root / "params.yaml").params.finetune_lora.files == ("data/chat.edited.jsonl",)
-        await until(pilot, lambda: screen.file and screen.file.name == "data/chat.edited.jsonl" and screen._row)
+        assert open_project(root / "params.yaml").params.finetune_lora.files == (
+            "data/chat.edited.jsonl",
+        )
+        await until(
+            pilot,
+            lambda: screen.file and screen.file.name == "data/chat.edited.jsonl" and screen._row,
+        )
         await pilot.press("z")
         assert open_project(root / "params.yaml").params.finetune_lora.files == ("data/chat.jsonl",)
 
@@ -259,12 +288,16 @@ async def test_a_corrected_answer_becomes_a_row_that_the_next_run_trains_on(root
         assert json.loads(line)["messages"][1]["content"] == "By the sea."
         await pilot.press("enter")
         files = ("data/chat.jsonl", "data/corrections.jsonl")
-        await until(pilot, lambda: open_project(root / "params.yaml").params.finetune_lora.files == files)
+        await until(
+            pilot, lambda: open_project(root / "params.yaml").params.finetune_lora.files == files
+        )
         await until(pilot, lambda: "⟦By the sea.<|im_end|>⟧" in row_text(screen))
 
 
 @pytest.mark.slow
-async def test_what_is_typed_after_tab_goes_into_a_text_and_the_file_has_a_key_of_its_own(root: Path) -> None:
+async def test_what_is_typed_after_tab_goes_into_a_text_and_the_file_has_a_key_of_its_own(
+    root: Path,
+) -> None:
     async with open_data(root) as (pilot, _):
         pilot.app.go("data", add=json.loads(turns("Where is Varna?", "In the west.")))  # type: ignore[attr-defined]
         await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
@@ -277,7 +310,9 @@ async def test_what_is_typed_after_tab_goes_into_a_text_and_the_file_has_a_key_o
         await pilot.press("ctrl+o")
         assert editor.query_one("#out", Input).has_focus
         await pilot.press("tab")
-        assert question.has_focus and editor.query_one("#out", Input).value == "data/corrections.jsonl"
+        assert (
+            question.has_focus and editor.query_one("#out", Input).value == "data/corrections.jsonl"
+        )
 
 
 @pytest.mark.parametrize(
@@ -318,26 +353,36 @@ async def test_a_row_whose_copy_cannot_be_written_stays_in_the_editor(root: Path
         editor.query_one("#out", Input).value = "data/heldout.csv"
         await pilot.press("ctrl+s")
         await until(pilot, lambda: "✗" in str(editor.query_one("#reading", Static).content))
-        assert pilot.app.screen is editor and editor.query(TextArea).last().text == "In the west. Yes."
+        assert (
+            pilot.app.screen is editor and editor.query(TextArea).last().text == "In the west. Yes."
+        )
 
 
 @pytest.mark.slow
-async def test_esc_asks_before_it_drops_a_row_that_was_to_be_written_with_its_problem(root: Path) -> None:
+async def test_esc_asks_before_it_drops_a_row_that_was_to_be_written_with_its_problem(
+    root: Path,
+) -> None:
     async with open_data(root) as (pilot, _):
         await pilot.press("e")
         await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
         editor = pilot.app.screen
         editor.query(TextArea).last().text = ""
         await pilot.press("ctrl+s")
-        await until(pilot, lambda: "Ctrl+S again" in str(editor.query_one("#reading", Static).content))
+        await until(
+            pilot, lambda: "Ctrl+S again" in str(editor.query_one("#reading", Static).content)
+        )
         await pilot.press("escape")
         assert pilot.app.screen is editor, "the question was about writing, not about dropping"
         await pilot.press("ctrl+s")
-        await until(pilot, lambda: "Ctrl+S again" in str(editor.query_one("#reading", Static).content))
+        await until(
+            pilot, lambda: "Ctrl+S again" in str(editor.query_one("#reading", Static).content)
+        )
         assert pilot.app.screen is editor, "nor does the one answer the other"
 
 
-@pytest.mark.parametrize("goal", [("position", 0), ("row", 1), ("row", 999)], ids=["same", "row", "no such row"])
+@pytest.mark.parametrize(
+    "goal", [("position", 0), ("row", 1), ("row", 999)], ids=["same", "row", "no such row"]
+)
 @pytest.mark.sampled(3)
 @pytest.mark.slow
 @pytest.mark.usefixtures("held_threads")
@@ -368,7 +413,9 @@ async def test_a_model_without_a_chat_template_gets_prompt_and_completion(root: 
 
 async def test_without_a_tokenizer_the_roles_are_the_mask_and_it_is_said(root: Path) -> None:
     shutil.rmtree(root / "base")
-    (root / "params.yaml").write_text(PARAMS.replace("base: base", "base: org/model"), encoding="utf-8")
+    (root / "params.yaml").write_text(
+        PARAMS.replace("base: base", "base: org/model"), encoding="utf-8"
+    )
     async with open_data(root) as (pilot, screen):
         await checked(pilot, screen)
         assert "⟦In the west.⟧" in row_text(screen) and "mask by roles" in title(screen, RowPane)
@@ -383,7 +430,9 @@ async def test_any_file_is_opened_by_its_path_and_one_that_is_not_there_says_so(
         await pilot.press("o", "end", "enter")
         await until(pilot, lambda: isinstance(pilot.app.screen, PathScreen))
         await pilot.press(*"elsewhere.txt", "enter")
-        await until(pilot, lambda: title(screen, RowsPane).startswith("elsewhere.txt") and screen._row)
+        await until(
+            pilot, lambda: title(screen, RowsPane).startswith("elsewhere.txt") and screen._row
+        )
         assert "⟦" in row_text(screen)
         screen.open_with(file="none.jsonl")
         await until(pilot, lambda: "No such file" in row_text(screen))
@@ -399,7 +448,9 @@ async def test_the_reading_process_can_die_and_the_next_file_starts_it_again(roo
         screen.reader.process._process._kill()
         screen._row = None
         await pilot.press("j")
-        await until(pilot, lambda: screen._row is not None or "Open the file again" in row_text(screen))
+        await until(
+            pilot, lambda: screen._row is not None or "Open the file again" in row_text(screen)
+        )
         screen.open_with(file="data/heldout.csv")
         await until(pilot, lambda: "⟦Here." in row_text(screen))
 
@@ -408,7 +459,9 @@ async def test_the_reading_process_can_die_and_the_next_file_starts_it_again(roo
 async def test_rows_are_written_in_another_format(root: Path) -> None:
     async with open_data(root) as (pilot, screen):
         screen.open_with(file="data/heldout.csv")
-        await until(pilot, lambda: screen.file and screen.file.name == "data/heldout.csv" and screen._row)
+        await until(
+            pilot, lambda: screen.file and screen.file.name == "data/heldout.csv" and screen._row
+        )
         await pilot.press("x")
         await until(pilot, lambda: isinstance(pilot.app.screen, PathScreen))
         pilot.app.screen.query_one(Input).value = "out.jsonl"

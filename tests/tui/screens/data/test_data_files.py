@@ -56,14 +56,24 @@ def test_files_come_with_what_reads_them_and_its_settings(root: Path) -> None:
 
 
 def test_other_files_are_those_of_data_that_the_formats_read(root: Path) -> None:
-    for name in ("data/a.parquet", "data/b.jsonl.gz", "data/c.parquet.gz", "data/.d.txt", "data/e.md"):
+    for name in (
+        "data/a.parquet",
+        "data/b.jsonl.gz",
+        "data/c.parquet.gz",
+        "data/.d.txt",
+        "data/e.md",
+    ):
         (root / name).touch()
     project = open_project(root / "params.yaml")
     others = other_files(root, project_files(project))
     assert {"data/a.parquet", "data/b.jsonl.gz"} <= set(others)
-    assert not {"data/c.parquet.gz", "data/.d.txt", "data/e.md", "data/prompts.yaml", "data/retain.de.txt"} & set(
-        others
-    )
+    assert not {
+        "data/c.parquet.gz",
+        "data/.d.txt",
+        "data/e.md",
+        "data/prompts.yaml",
+        "data/retain.de.txt",
+    } & set(others)
     assert other_files(root / "nowhere", {}) == []
     assert other_file(project, "data/a.parquet").max_length == 64, "as fine-tuning would read it"
     assert other_file(None, "x.txt").request()["path"] == "x.txt"
@@ -84,13 +94,18 @@ def test_an_edited_copy_has_a_name_of_its_own(name: str, copy: str) -> None:
     assert edited_name(name) == copy
 
 
-def test_rows_are_appended_whole_lines_and_to_rows_that_they_may_stand_beside(tmp_path: Path) -> None:
+def test_rows_are_appended_whole_lines_and_to_rows_that_they_may_stand_beside(
+    tmp_path: Path,
+) -> None:
     path, row = tmp_path / "new/c.jsonl", json.dumps({"prompt": "a", "completion": "b"})
     append_row(path, "c.jsonl", row)
-    path.write_text(path.read_text(encoding="utf-8").rstrip("\n"), encoding="utf-8")  # as an editor leaves it
+    # as an editor leaves it
+    path.write_text(path.read_text(encoding="utf-8").rstrip("\n"), encoding="utf-8")
     append_row(path, "c.jsonl", '{"messages": []}')
     assert path.read_text(encoding="utf-8") == f'{row}\n{{"messages": []}}\n'
-    path.write_text('{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}\n')
+    path.write_text(
+        '{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}\n'
+    )
     before = path.read_bytes()
     with pytest.raises(UserError, match="has rows of sharegpt, and this one is prompt_completion"):
         append_row(path, "c.jsonl", row)
@@ -101,7 +116,12 @@ def test_rows_are_appended_whole_lines_and_to_rows_that_they_may_stand_beside(tm
 
 def test_a_completion_does_not_become_part_of_the_prompts_last_word() -> None:
     assert spaced({"prompt": "der hund", "completion": "bellt"})["completion"] == " bellt"
-    for prompt, completion in (("der hund ", "bellt"), ("der hund", " bellt"), ("日本", "語"), ("Is it?", "Yes")):
+    for prompt, completion in (
+        ("der hund ", "bellt"),
+        ("der hund", " bellt"),
+        ("日本", "語"),
+        ("Is it?", "Yes"),
+    ):
         assert spaced({"prompt": prompt, "completion": completion})["completion"] == completion
     assert spaced({"messages": []}) == {"messages": []}
 
@@ -112,11 +132,17 @@ def test_a_stage_trains_on_a_file_besides_its_data_or_instead_of_one(root: Path)
     assert ways.keys() == {"finetune_lora.data"}, "a correction is no pair for dpo"
     ParamEdits().save(root / "params.yaml", ways["finetune_lora.data"])
     project = open_project(root / "params.yaml")
-    assert project.params.finetune_lora.files == ("data/mine.csv", "data/more.jsonl", "data/new.jsonl")
+    assert project.params.finetune_lora.files == (
+        "data/mine.csv",
+        "data/more.jsonl",
+        "data/new.jsonl",
+    )
     assert ways_to_train(project, "data/new.jsonl") == {}
     (values,) = ways_to_train(project, "data/mine.edited.jsonl", "data/mine.csv").values()
     ParamEdits().save(root / "params.yaml", values)
-    assert open_project(root / "params.yaml").params.finetune_lora.files[0] == "data/mine.edited.jsonl"
+    assert (
+        open_project(root / "params.yaml").params.finetune_lora.files[0] == "data/mine.edited.jsonl"
+    )
 
 
 def test_dvc_yaml_follows_what_is_written_and_what_is_taken_back(tmp_path: Path) -> None:
@@ -124,14 +150,22 @@ def test_dvc_yaml_follows_what_is_written_and_what_is_taken_back(tmp_path: Path)
     from pipeline.project.new_project import HEADER, render_dvc_yaml
 
     params = new_project(tmp_path) / "params.yaml"
-    (tmp_path / "dvc.yaml").write_text(HEADER + render_dvc_yaml(open_project(params)), encoding="utf-8")
+    (tmp_path / "dvc.yaml").write_text(
+        HEADER + render_dvc_yaml(open_project(params)), encoding="utf-8"
+    )
     before, edits = (tmp_path / "dvc.yaml").read_text(encoding="utf-8"), ParamEdits()
     ways = ways_to_train(open_project(params), "data/new.jsonl")
-    assert ways["finetune_lora.data"]["expand_vocab.data"][-1] == "data/new.jsonl", "MiniGPT needs a row for new words"
+    assert ways["finetune_lora.data"]["expand_vocab.data"][-1] == "data/new.jsonl", (
+        "MiniGPT needs a row for new words"
+    )
     edits.save(params, ways["finetune_lora.data"])
-    assert "${finetune_lora.data[1]}" in (tmp_path / "dvc.yaml").read_text(encoding="utf-8") and follows_params(params)
+    assert "${finetune_lora.data[1]}" in (tmp_path / "dvc.yaml").read_text(
+        encoding="utf-8"
+    ) and follows_params(params)
     edits.undo()
     assert (tmp_path / "dvc.yaml").read_text(encoding="utf-8") == before
     (tmp_path / "dvc.yaml").write_text("stages: {}\n", encoding="utf-8")
     edits.save(params, ways["finetune_lora.data"])
-    assert (tmp_path / "dvc.yaml").read_text(encoding="utf-8") == "stages: {}\n", "what is the user's own stays"
+    assert (tmp_path / "dvc.yaml").read_text(encoding="utf-8") == "stages: {}\n", (
+        "what is the user's own stays"
+    )

@@ -39,7 +39,10 @@ def rows() -> list[str]:
     for n in range(40):
         messages: list[Any] = []
         for asked, answered in [TURNS[(n + k) % 3] for k in range(1 + n % 3)]:
-            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": f"{answered} ({n})"}]
+            messages += [
+                {"role": "user", "content": asked},
+                {"role": "assistant", "content": f"{answered} ({n})"},
+            ]
         lines.append(json.dumps({"messages": messages}))
     lines[4] = '{"messages": [{"role": "user", "content": '
     lines[7] = lines[6]
@@ -73,7 +76,9 @@ async def read(pilot: Pilot[Any]) -> DataScreen:
 
 @pytest.mark.usefixtures("no_path")
 @pytest.mark.parametrize("size", SIZES, ids=NAMES)
-def test_a_conversation_that_is_cut(root: Path, size: tuple[int, int], snap_compare: Callable[..., bool]) -> None:
+def test_a_conversation_that_is_cut(
+    root: Path, size: tuple[int, int], snap_compare: Callable[..., bool]
+) -> None:
     async def go(pilot: Pilot[Any]) -> None:
         screen = await read(pilot)
         screen.query_one("RowList").cursor = 2  # type: ignore[attr-defined]  # it has one

@@ -34,18 +34,27 @@ from tui.widgets.prompting import PromptInput
 @pytest.mark.slow
 async def test_whether_a_model_keeps_its_limits_stands_beside_its_state(project: Path) -> None:
     path = project / "artifacts/evaluation/manifest.json"
-    broken = [{"variant": "lora", "limit": name, "wanted": 1, "value": 0} for name in ("answers_kept", "must_keep")]
+    broken = [
+        {"variant": "lora", "limit": name, "wanted": 1, "value": 0}
+        for name in ("answers_kept", "must_keep")
+    ]
     gate = {"passed": False, "variants": ["full", "lora"], "broken": broken}
-    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "gate": gate}), encoding="utf-8")
+    path.write_text(
+        json.dumps({**json.loads(path.read_text(encoding="utf-8")), "gate": gate}), encoding="utf-8"
+    )
     async with open_models(project) as s:
         await s.pilot.resize_terminal(400, 40)
         await until(s.pilot, lambda: "intact, breaks 2 limits" in s.row("lora"))
         assert "intact, gate ✓" in s.row("full")
         assert "intact" in s.row("freeze") and "gate" not in s.row("freeze")
         await s.point("lora")
-        assert "evaluate.limits: failed: 2 limits, answers_kept 0, wanted at least 1; must_keep 0" in s.details()
+        assert (
+            "evaluate.limits: failed: 2 limits, answers_kept 0, wanted at least 1; must_keep 0"
+            in s.details()
+        )
         await s.pilot.resize_terminal(120, 40)
-        await until(s.pilot, lambda: s.row("lora").rstrip().endswith("✗"))  # also where there is no room for the state
+        # also where there is no room for the state
+        await until(s.pilot, lambda: s.row("lora").rstrip().endswith("✗"))
         assert s.row("full").rstrip().endswith("✓")
 
 
@@ -62,8 +71,12 @@ async def test_an_empty_project_says_what_to_do(empty: Path) -> None:
 async def test_all_models_are_listed_in_the_order_of_the_pipeline(brief: Path) -> None:
     async with open_models(brief) as s:
         assert s.names() == LISTED
-        assert all("✓" in row for name, row in zip(s.names(), s.rows(), strict=True) if name != "sweep/")
-        assert s.row("lora").startswith("  ■ lora") and s.row("sweep/rank-1").startswith("  ★   rank-1")
+        assert all(
+            "✓" in row for name, row in zip(s.names(), s.rows(), strict=True) if name != "sweep/"
+        )
+        assert s.row("lora").startswith("  ■ lora") and s.row("sweep/rank-1").startswith(
+            "  ★   rank-1"
+        )
 
 
 async def test_the_models_of_the_parent_project_are_listed_too(brief: Path, tmp_path: Path) -> None:
@@ -96,11 +109,18 @@ async def test_what_a_model_keeps_and_learned_are_bars_with_numbers(brief: Path)
             assert f"{numbers['new_completed'] / numbers['new_sentences']:.0%}" in s.row(name)
         assert "–" in s.row("sweep/rank-1")
         await s.point("lora")
-        assert f"Keeps {metrics['lora']['forgetting']['answers_kept']:.0%} of the base's answers" in s.details()
+        assert (
+            f"Keeps {metrics['lora']['forgetting']['answers_kept']:.0%} of the base's answers"
+            in s.details()
+        )
 
 
-async def test_what_a_model_learned_of_held_out_examples_or_preferences_is_shown_too(project: Path) -> None:
-    """As Results does: without sentences that can be completed, the loss; of answers that were compared, the share."""
+async def test_what_a_model_learned_of_held_out_examples_or_preferences_is_shown_too(
+    project: Path,
+) -> None:
+    """As Results does: without sentences that can be completed, the loss; of answers that were
+    compared, the share.
+    """
     metrics = rewrite_metrics(project)
     async with open_models(project) as s:
         assert f"loss {metrics['full']['new_loss']:.3f}" in s.row("full")
@@ -114,19 +134,29 @@ async def test_what_a_model_learned_of_held_out_examples_or_preferences_is_shown
         await s.point("lora")
         assert "Prefers 75% of the chosen answers." in s.details()
         column = BY_LABEL["learned"]
-        order = [entry.label for entry in sorted_entries(s.screen.entries, column, False) if column.value(entry)]
+        order = [
+            entry.label
+            for entry in sorted_entries(s.screen.entries, column, False)
+            if column.value(entry)
+        ]
         losses = sorted(
-            (numbers["new_loss"], name) for name, numbers in metrics.items() if name not in ("lora", "freeze", "merged")
+            (numbers["new_loss"], name)
+            for name, numbers in metrics.items()
+            if name not in ("lora", "freeze", "merged")
         )
         assert order == ["lora", "freeze", "merged", *(name for _, name in losses if name in order)]
 
 
 def rewrite_metrics(project: Path) -> dict[str, Any]:
-    """The evaluation as if nothing could be completed; one model had answered, and one had learned preferences."""
+    """The evaluation as if nothing could be completed; one model had answered, and one had learned
+    preferences.
+    """
     path = project / "artifacts/evaluation/metrics.json"
     metrics = json.loads(path.read_text(encoding="utf-8"))
     variants = {
-        name: numbers for name, numbers in metrics.items() if isinstance(numbers, dict) and "new_loss" in numbers
+        name: numbers
+        for name, numbers in metrics.items()
+        if isinstance(numbers, dict) and "new_loss" in numbers
     }
     for numbers in variants.values():
         numbers.pop("new_completed", None)
@@ -140,10 +170,18 @@ def rewrite_metrics(project: Path) -> dict[str, Any]:
 async def test_the_least_forgetful_model_is_on_top_after_one_key(brief: Path) -> None:
     async with open_models(brief) as s:
         await s.press("greater_than_sign")
-        kept = {e.label: e.verdict.kept for e in s.screen.entries if e.verdict and e.verdict.kept is not None}
-        assert [kept[name] for name in s.names()[: len(kept)]] == sorted(kept.values(), reverse=True)
+        kept = {
+            e.label: e.verdict.kept
+            for e in s.screen.entries
+            if e.verdict and e.verdict.kept is not None
+        }
+        assert [kept[name] for name in s.names()[: len(kept)]] == sorted(
+            kept.values(), reverse=True
+        )
         assert "kept▼" in s.header()
-        assert s.names()[len(kept) :] == ["sweep/rank-1", "sweep/rank-2"], "without a value: last, folders unfolded"
+        assert s.names()[len(kept) :] == ["sweep/rank-1", "sweep/rank-2"], (
+            "without a value: last, folders unfolded"
+        )
         await s.press("less_than_sign", "less_than_sign", "less_than_sign")
         assert s.header()[0] == "name▲"
         assert s.names() == sorted(s.names())
@@ -191,7 +229,9 @@ async def test_folders_fold_and_a_large_one_is_folded_at_first(project: Path) ->
         assert s.names()[10:19] == [f"many/a-{number}" for number in range(9)]
         assert "many" in s.table.texts()[9] and "a-0" in s.table.texts()[10]
         await s.press("down", "down", "left")
-        assert s.names() == [*USUAL, "many/", *LISTED[-3:]], "left on one of its models folds a folder"
+        assert s.names() == [*USUAL, "many/", *LISTED[-3:]], (
+            "left on one of its models folds a folder"
+        )
         await s.press("right", "down")
         assert s.table.pointed and s.table.pointed.label == "many/a-0"
         await s.press("up", "space")
@@ -200,7 +240,12 @@ async def test_folders_fold_and_a_large_one_is_folded_at_first(project: Path) ->
 
 async def test_moves_as_in_every_list(brief: Path) -> None:
     async with open_models(brief, size=(80, 16)) as s:
-        for key, name in (("end", "sweep/rank-2"), ("home", "base"), ("j", "expanded"), ("G", "sweep/rank-2")):
+        for key, name in (
+            ("end", "sweep/rank-2"),
+            ("home", "base"),
+            ("j", "expanded"),
+            ("G", "sweep/rank-2"),
+        ):
             await s.press(key)
             assert s.table.pointed and s.table.pointed.label == name
         assert s.table.scroll_offset.y > 0, "the cursor's line is visible"
@@ -233,7 +278,10 @@ async def test_space_chooses_and_takes_away_and_p_chooses_the_pipelines_models(b
 async def test_details_are_sentences_and_all_fields_come_on_a_key(brief: Path) -> None:
     async with open_models(brief) as s:
         await s.point("lora")
-        assert "LoRA of rank 4, α 1 on k out q v; embed_tokens and lm_head trained in full" in s.details()
+        assert (
+            "LoRA of rank 4, α 1 on k out q v; embed_tokens and lm_head trained in full"
+            in s.details()
+        )
         assert "Intact: its files" in s.details() and "target_modules" not in s.details()
         await s.press("i")
         await until(s.pilot, lambda: isinstance(s.app.screen, Reader))
@@ -248,7 +296,9 @@ async def test_details_are_sentences_and_all_fields_come_on_a_key(brief: Path) -
 
 
 @pytest.mark.slow
-async def test_the_spectrum_is_measured_on_a_key_and_kept(brief: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_spectrum_is_measured_on_a_key_and_kept(
+    brief: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(digest_cache, "SETTLED", -1)
     async with open_models(brief) as s:
         await s.press("m")
@@ -265,18 +315,27 @@ async def test_the_spectrum_is_measured_on_a_key_and_kept(brief: Path, monkeypat
 
 
 @pytest.mark.slow
-async def test_adapters_that_the_pipeline_does_not_evaluate_are_evaluated_on_a_key(project: Path) -> None:
+async def test_adapters_that_the_pipeline_does_not_evaluate_are_evaluated_on_a_key(
+    project: Path,
+) -> None:
     async with open_models(project) as s:
         await s.press("E")
         assert "the pipeline evaluates its own models" in s.messages()
         await s.press("end", "up", "up", "E")  # the folder
         assert s.row("sweep/rank-1").count("measuring…") == 2
         await until(s.pilot, lambda: "Evaluated sweep/rank-1 and 1 more" in s.messages())
-        await until(s.pilot, lambda: s.row("sweep/").endswith("best keeps 100%") or "%" in s.row("sweep/rank-2"))
-        metrics = json.loads((project / "artifacts/measured/metrics.json").read_text(encoding="utf-8"))
+        await until(
+            s.pilot,
+            lambda: s.row("sweep/").endswith("best keeps 100%") or "%" in s.row("sweep/rank-2"),
+        )
+        metrics = json.loads(
+            (project / "artifacts/measured/metrics.json").read_text(encoding="utf-8")
+        )
         await until(s.pilot, lambda: not any("measuring" in row for row in s.rows()))
         for name in ("sweep/rank-1", "sweep/rank-2"):
-            assert f"{metrics[f'artifacts/{name}']['forgetting']['answers_kept']:.0%}" in s.row(name)
+            assert f"{metrics[f'artifacts/{name}']['forgetting']['answers_kept']:.0%}" in s.row(
+                name
+            )
         await s.press("E")
         assert s.messages().count("what was evaluated stays") == 2
 
@@ -321,7 +380,9 @@ async def test_a_model_deleted_while_selected_is_deselected_with_a_message(proje
         shutil.rmtree(project / "artifacts/lora_adapter")
         await until(s.pilot, lambda: "lora is gone, and no longer chosen" in s.messages())
         assert (s.screen.chosen, len(s.names())) == ([], len(LISTED) - 1)
-        await until(s.pilot, lambda: s.screen.details is not None and s.screen.details.entry.label != "lora")
+        await until(
+            s.pilot, lambda: s.screen.details is not None and s.screen.details.entry.label != "lora"
+        )
 
 
 async def test_a_refused_adapter_says_why_in_full_and_is_never_asked(project: Path) -> None:
@@ -388,7 +449,9 @@ async def test_a_saved_folder_that_is_gone_is_reported(project: Path) -> None:
 async def test_names_come_at_once_visible_verdicts_first_and_what_is_typed_meanwhile_comes_through(
     empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Keys arrive from a thread, as from a terminal: a screen that is busy drawing gets them too late."""
+    """Keys arrive from a thread, as from a terminal: a screen that is busy drawing gets them too
+    late.
+    """
     drawn: list[int] = []
     checked: list[str] = []
     arrange = ModelTable._arrange
@@ -398,7 +461,8 @@ async def test_names_come_at_once_visible_verdicts_first_and_what_is_typed_meanw
         arrange(self)
 
     def slow(model: Model, *arguments: Any, **named: Any) -> Any:
-        time.sleep(0.005)  # as of a larger adapter: else all verdicts may be there before the first key
+        # as of a larger adapter: else all verdicts may be there before the first key
+        time.sleep(0.005)
         checked.append(model.path.name)
         return check(model, *arguments, **named)
 
@@ -411,11 +475,15 @@ async def test_names_come_at_once_visible_verdicts_first_and_what_is_typed_meanw
         s, loop = Session(pilot), asyncio.get_running_loop()
         while not (isinstance(app.screen, ModelsScreen) and s.table.row_count):
             await asyncio.sleep(0.01)
-        assert len(s.screen.entries) == models and not all(entry.verdict for entry in s.screen.entries)
+        assert len(s.screen.entries) == models and not all(
+            entry.verdict for entry in s.screen.entries
+        )
 
         def type_() -> None:
             for key in ["slash", *"a-29"]:
-                loop.call_soon_threadsafe(app.post_message, Key(key, "/" if key == "slash" else key))
+                loop.call_soon_threadsafe(
+                    app.post_message, Key(key, "/" if key == "slash" else key)
+                )
                 time.sleep(0.1 if key == "slash" else 0.02)
 
         await asyncio.to_thread(type_)
@@ -455,7 +523,9 @@ async def test_digests_of_an_earlier_start_are_shown_and_never_loaded_by(
         await until(s.pilot, lambda: "✗" in s.row("full"))
 
 
-def test_the_next_start_reads_and_checks_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_start_reads_and_checks_nothing_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Until a file changes: then this model alone."""
     monkeypatch.setattr(digest_cache, "SETTLED", -1)
     copies = sealed_copies(tmp_path, 3)
@@ -466,7 +536,9 @@ def test_the_next_start_reads_and_checks_nothing_again(tmp_path: Path, monkeypat
     assert not any(entry.is_read or entry.verdict for entry in start()), "names come first"
     library = Library(Project(tmp_path, Params(GRAPH.sections), GRAPH))
     first = list(library.check_all(library.scan()))
-    assert sorted(start(), key=lambda entry: entry.label) == sorted(first, key=lambda entry: entry.label)
+    assert sorted(start(), key=lambda entry: entry.label) == sorted(
+        first, key=lambda entry: entry.label
+    )
     weights = copies[1] / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes() + b" ")
     assert [entry.label for entry in start() if entry.verdict is None] == [copies[1].name]

@@ -51,7 +51,9 @@ async def test_answers_are_those_of_the_library(brief: Path) -> None:
 
 @pytest.mark.slow
 async def test_a_model_of_subwords_answers_beside_one_of_words(project: Path) -> None:
-    """Text with its own spaces, with a chat template too, and attention over the maximum of tokens."""
+    """Text with its own spaces, with a chat template too, and attention over the maximum of
+    tokens.
+    """
     folder = project / "artifacts/toy"
     toy_checkpoint(folder, max_position_embeddings=600)
     loaded = load(folder)
@@ -63,7 +65,9 @@ async def test_a_model_of_subwords_answers_beside_one_of_words(project: Path) ->
         by_name = {answer.name: answer for answer in await answers(s, "The currency")}
         assert "does not know: The, currency" in by_name["base"].error and not by_name["toy"].error
         assert by_name["toy"].text == continued(loaded, "The currency")
-        assert [token for token, _ in by_name["toy"].top_k] == [c.token for c in top_k(loaded, "The currency", 5)]
+        assert [token for token, _ in by_name["toy"].top_k] == [
+            c.token for c in top_k(loaded, "The currency", 5)
+        ]
         assert all(escape_whitespace(token) in s.text(TopK) for token, _ in by_name["toy"].top_k)
 
         await s.press("escape")
@@ -72,7 +76,10 @@ async def test_a_model_of_subwords_answers_beside_one_of_words(project: Path) ->
         s.conversation.chat = True
         (answer,) = await answers(s, "hi")
         assert answer.text == continued(loaded, render(folder, "hi"))
-        assert s.conversation.newest is not None and s.conversation.newest.answers_text().startswith("hi → ")
+        assert (
+            s.conversation.newest is not None
+            and s.conversation.newest.answers_text().startswith("hi → ")
+        )
 
         (entry,) = s.screen.chosen_entries()
         text, tokens = "", 0
@@ -84,7 +91,9 @@ async def test_a_model_of_subwords_answers_beside_one_of_words(project: Path) ->
         assert len(weights) == tokens == 512
         assert sum(weights[-1]) == pytest.approx(1, abs=1e-4)
         with pytest.raises(UserError, match="attention is shown for up to 512"):
-            await s.conversation.attention(entry, replace(exchange, prompt=text + " euro."), 1.0, layer=1, head=3)
+            await s.conversation.attention(
+                entry, replace(exchange, prompt=text + " euro."), 1.0, layer=1, head=3
+            )
 
 
 @pytest.mark.slow
@@ -105,11 +114,15 @@ async def test_unknown_words_and_long_prompts_are_reported_in_each_column(brief:
     async with real_models(brief) as s:
         await s.press("p")
         assert all("wortlos" in answer.error for answer in await answers(s, "die wortlos"))
-        assert all(re.search("takes (32|24)", answer.error) for answer in await answers(s, "die " * 40))
+        assert all(
+            re.search("takes (32|24)", answer.error) for answer in await answers(s, "die " * 40)
+        )
 
 
 @pytest.mark.slow
-async def test_a_killed_engine_is_reported_and_the_next_prompt_starts_a_new_one(brief: Path) -> None:
+async def test_a_killed_engine_is_reported_and_the_next_prompt_starts_a_new_one(
+    brief: Path,
+) -> None:
     async with real_models(brief) as s:
         await s.press("p")
         first = await answers(s, PROMPT)

@@ -36,11 +36,15 @@ def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     time.tzset()
 
 
-def write_artifact(folder: Path, method: str, kind: str, files: dict[str, str], **facts: object) -> Path:
+def write_artifact(
+    folder: Path, method: str, kind: str, files: dict[str, str], **facts: object
+) -> Path:
     """Write an artifact of fixed bytes: a weight of four numbers, a run of one step."""
     folder.mkdir(parents=True)
     name = "adapter_model.safetensors" if kind == "adapter" else "model.safetensors"
-    header = json.dumps({"weight": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
+    header = json.dumps(
+        {"weight": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}
+    ).encode()
     (folder / name).write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
     loss = "step,epoch,loss,learning_rate,grad_norm,tokens\n1,1,0.25,0.001,1.0,64\n"
     for file, text in {"tokenizer.json": "{}", "loss.csv": loss, **files}.items():
@@ -55,10 +59,18 @@ def fixed(empty: Path) -> Path:
     """A project with four models, the last of them an adapter whose rank was edited."""
     folder, config = empty / "artifacts", {"config.json": "{}"}
     write_artifact(
-        folder / "base", "pretrain", "checkpoint", config, parameters={"total": 109_568, "trainable": 109_568}
+        folder / "base",
+        "pretrain",
+        "checkpoint",
+        config,
+        parameters={"total": 109_568, "trainable": 109_568},
     )
-    expanded = write_artifact(folder / "expanded", "expand_vocab", "checkpoint", config, parameters={"total": 112_768})
-    write_artifact(folder / "full_finetuned", "full", "checkpoint", config, parameters={"total": 112_768})
+    expanded = write_artifact(
+        folder / "expanded", "expand_vocab", "checkpoint", config, parameters={"total": 112_768}
+    )
+    write_artifact(
+        folder / "full_finetuned", "full", "checkpoint", config, parameters={"total": 112_768}
+    )
     for name, rank in (("lora_adapter", 4), ("edited", 8)):
         text = json.dumps(
             {
@@ -71,7 +83,14 @@ def fixed(empty: Path) -> Path:
         )
         params = {"rank": 4, "alpha": 1.0}
         bound = base_fingerprint(expanded)
-        write_artifact(folder / name, "lora", "adapter", {"adapter_config.json": text}, params=params, base=bound)
+        write_artifact(
+            folder / name,
+            "lora",
+            "adapter",
+            {"adapter_config.json": text},
+            params=params,
+            base=bound,
+        )
     return empty
 
 
@@ -85,7 +104,10 @@ async def wait_until_checked(pilot: Pilot[None], count: int) -> ModelsScreen:
     await until(pilot, lambda: isinstance(pilot.app.screen, ModelsScreen))
     screen = pilot.app.screen
     assert isinstance(screen, ModelsScreen)
-    await until(pilot, lambda: len(screen.entries) == count and all(entry.verdict for entry in screen.entries))
+    await until(
+        pilot,
+        lambda: len(screen.entries) == count and all(entry.verdict for entry in screen.entries),
+    )
     await until(pilot, lambda: "looking" not in str(screen.query_one("#none", Static).render()))
     await until(pilot, lambda: not count or screen.prompt_pane.bar.facts)
     watch = screen.workbench.project_watch
@@ -95,12 +117,17 @@ async def wait_until_checked(pilot: Pilot[None], count: int) -> ModelsScreen:
 
 
 def has_answered(screen: ModelsScreen) -> bool:
-    return screen.prompt_pane.conversation.newest is not None and not screen.prompt_pane.is_generating()
+    return (
+        screen.prompt_pane.conversation.newest is not None
+        and not screen.prompt_pane.is_generating()
+    )
 
 
 async def wait_until_drawn(pilot: Pilot[None], screen: ModelsScreen) -> None:
     """The table is drawn again in the frame after the one in which it changed."""
-    await until(pilot, lambda: not screen.table.size.height or screen.table.render_line(1).text.strip())
+    await until(
+        pilot, lambda: not screen.table.size.height or screen.table.render_line(1).text.strip()
+    )
     await pilot.pause()
 
 
@@ -117,7 +144,9 @@ def test_models_with_one_refused(snap_compare: Snap, fixed: Path, size: tuple[in
     async def before(pilot: Pilot[None]) -> None:
         screen = await wait_until_checked(pilot, 5)
         await pilot.press("space", "end")
-        await until(pilot, lambda: screen.details is not None and screen.details.entry.label == "edited")
+        await until(
+            pilot, lambda: screen.details is not None and screen.details.entry.label == "edited"
+        )
         await wait_until_drawn(pilot, screen)
 
     assert snap_compare(workbench(fixed), terminal_size=size, run_before=before)
@@ -131,7 +160,11 @@ def test_answers_side_by_side(snap_compare: Snap, fixed: Path, size: tuple[int, 
         screen.query_one(PromptInput).value = "die katze sitzt auf dem"
         await pilot.press("enter")
         await until(
-            pilot, lambda: screen.prompt_pane.conversation.newest is not None and not screen.prompt_pane.is_generating()
+            pilot,
+            lambda: (
+                screen.prompt_pane.conversation.newest is not None
+                and not screen.prompt_pane.is_generating()
+            ),
         )
         await until(pilot, lambda: "1 model" in str(screen.query_one("EngineBar").render()))
         await wait_until_drawn(pilot, screen)
@@ -147,7 +180,11 @@ def test_attention_of_all_heads(snap_compare: Snap, fixed: Path, size: tuple[int
         screen.table.point(lora.model.path)
         screen.prompt_pane.ask("die katze", [lora])
         await until(
-            pilot, lambda: bool(screen.prompt_pane.conversation.newest) and not screen.prompt_pane.is_generating()
+            pilot,
+            lambda: (
+                bool(screen.prompt_pane.conversation.newest)
+                and not screen.prompt_pane.is_generating()
+            ),
         )
         await pilot.press("a")
         await until(pilot, lambda: "layer 2" in str(pilot.app.screen.query_one(Lines).render()))

@@ -31,7 +31,12 @@ async def test_side_by_side_differences_are_signed_and_count_from_the_first(brie
         def row(name: str) -> list[str]:
             """A row across all blocks, since not all models fit side by side."""
             found = [line.split() for line in s.text(TopK).splitlines() if line.startswith(name)]
-            return [cell for _, *cells in found for cell in cells if ("█" not in cell and len(cell) > 1) or cell == "="]
+            return [
+                cell
+                for _, *cells in found
+                for cell in cells
+                if ("█" not in cell and len(cell) > 1) or cell == "="
+            ]
 
         assert row("next") == USUAL
         cells = {"base": ["50.0"], "lora": ["75.0", "+25.0"]}
@@ -69,11 +74,15 @@ async def test_strength_moves_by_key_and_asks_again_with_the_newest_value_only(b
         await s.press(*["right_square_bracket"] * 4)
         await until(s.pilot, lambda: "lora ×2.00" in s.text(TopK))
         assert s.conversation.newest is not None
-        assert s.conversation.newest.answers[0].title == "lora"  # the exchange itself is not changed
+        # the exchange itself is not changed
+        assert s.conversation.newest.answers[0].title == "lora"
         assert "at ×1.00; Ctrl+R asks again" in s.completions()
         await s.press("ctrl+r")
         await s.answered()
-        assert s.conversation.newest.answers[0].title == "lora ×2.00" and "Ctrl+R" not in s.completions()
+        assert (
+            s.conversation.newest.answers[0].title == "lora ×2.00"
+            and "Ctrl+R" not in s.completions()
+        )
 
 
 @pytest.mark.slow
@@ -167,17 +176,23 @@ async def test_unknown_words_are_marked_while_they_are_typed(brief: Path) -> Non
     async with open_models(brief) as s:
         field, hint = s.screen.query_one(PromptInput), s.screen.query_one("#unknown")
         await s.press("space", "down", "space", "enter", *"die herd isst")
-        await until(s.pilot, lambda: "not in the vocabulary: herd (base), isst" in str(hint.render()))
+        await until(
+            s.pilot, lambda: "not in the vocabulary: herd (base), isst" in str(hint.render())
+        )
         spans = [span for span in field._value.spans if "underline" in str(span.style)]
         assert {field.value[span.start : span.end] for span in spans} == {"herd", "isst"}
         field.value = "die katze"
         await until(s.pilot, lambda: not hint.display)
 
 
-async def test_a_spinner_stands_where_the_answer_will_be_while_the_engine_starts(brief: Path) -> None:
+async def test_a_spinner_stands_where_the_answer_will_be_while_the_engine_starts(
+    brief: Path,
+) -> None:
     async with open_models(brief, starts_held=True) as s:
         waiting = s.screen.query_one("#waiting")
-        await until(s.pilot, lambda: "starting the engine (importing libraries)" in str(waiting.render()))
+        await until(
+            s.pilot, lambda: "starting the engine (importing libraries)" in str(waiting.render())
+        )
         s.engine.starts.set()
         await until(s.pilot, lambda: s.bar.state == "ready")
         assert "starting" not in str(waiting.render())
@@ -213,7 +228,11 @@ async def test_at_most_200_prompts_are_remembered(brief: Path) -> None:
     async with open_models(brief) as s:
         s.app.state.prompts = [str(number) for number in range(200)]
         await s.ask("neu")
-        assert (len(s.app.state.prompts), s.app.state.prompts[0], s.app.state.prompts[-1]) == (200, "1", "neu")
+        assert (len(s.app.state.prompts), s.app.state.prompts[0], s.app.state.prompts[-1]) == (
+            200,
+            "1",
+            "neu",
+        )
 
 
 @pytest.mark.slow
@@ -236,7 +255,11 @@ async def test_sampling_is_validated_and_used(brief: Path) -> None:
         await s.ask("die katze")
         await s.answered()
         fields = s.engine.done("generate")[0]
-        assert (fields["temperature"], fields["top_p"], s.engine.done("top_k")[0]["k"]) == (0.7, 0.9, 3)
+        assert (fields["temperature"], fields["top_p"], s.engine.done("top_k")[0]["k"]) == (
+            0.7,
+            0.9,
+            3,
+        )
 
 
 @pytest.mark.slow
@@ -275,7 +298,10 @@ async def test_the_answer_in_a_chat_is_a_turn_of_its_own(brief: Path) -> None:
         await s.ask("die katze")
         await s.answered()
         assert "prompted without it" in s.messages()
-        assert s.conversation.newest is not None and s.conversation.newest.answers_text() == "die katze tisch und stuhl"
+        assert (
+            s.conversation.newest is not None
+            and s.conversation.newest.answers_text() == "die katze tisch und stuhl"
+        )
 
 
 @pytest.mark.slow
@@ -290,11 +316,15 @@ async def test_a_slow_load_is_shown_and_keys_come_through_meanwhile(brief: Path)
         s.screen.action_prompt()
         s.screen.query_one(PromptInput).value = "typed meanwhile"
         await s.pilot.pause()
-        assert s.screen.query_one(PromptInput).value == "typed meanwhile" and "… loading" in s.completions()
+        assert (
+            s.screen.query_one(PromptInput).value == "typed meanwhile"
+            and "… loading" in s.completions()
+        )
         assert len(s.engine.done("load")) == 1
         s.engine.loads.release()
         await until(s.pilot, lambda: len(s.engine.done("load")) == 2)
-        await until(s.pilot, lambda: s.completions().count("loading") == 1)  # the first waits for the second
+        # the first waits for the second
+        await until(s.pilot, lambda: s.completions().count("loading") == 1)
         s.engine.loads.release()
         await until(s.pilot, lambda: s.bar.state == "ready")
         assert s.completions().count("tisch und stuhl") == 2 and "loading" not in s.completions()
@@ -304,7 +334,9 @@ async def test_a_slow_load_is_shown_and_keys_come_through_meanwhile(brief: Path)
 
 
 @pytest.mark.parametrize("trusted", [False, True])
-async def test_code_of_the_projects_own_models_runs_where_params_trust_it(project: Path, trusted: bool) -> None:
+async def test_code_of_the_projects_own_models_runs_where_params_trust_it(
+    project: Path, trusted: bool
+) -> None:
     params = project / "params.yaml"
     save(params, {"import.trust_remote_code": trusted})
     async with open_models(project) as s:
@@ -340,13 +372,17 @@ async def test_attention_shows_all_heads_then_one_and_what_the_adapter_changed(b
         def shown() -> str:
             return str(s.app.screen.query_one(Lines).render())
 
-        await until(s.pilot, lambda: isinstance(s.app.screen, AttentionScreen) and "layer 2" in shown())
+        await until(
+            s.pilot, lambda: isinstance(s.app.screen, AttentionScreen) and "layer 2" in shown()
+        )
         assert shown().count("10%") == 8, "how much of its attention each head moved"
         assert "≡≡██" in shown(), "the difference first: less left, more right"
         await s.press("tab")
         assert "░░" in shown() and "≡" not in shown().splitlines()[-1]
         await s.press("right", "down", "enter")
-        await until(s.pilot, lambda: "layer 2, head 2" in shown() and "sitzt11 attends to" in shown())
+        await until(
+            s.pilot, lambda: "layer 2, head 2" in shown() and "sitzt11 attends to" in shown()
+        )
         assert "die     0.50" in shown() and "katze   0.30" in shown()
         assert {(f["layer"], f["head"], f["strength"]) for f in s.engine.done("attention")} == {
             (1, 1, 1.0),
@@ -420,24 +456,35 @@ async def test_a_full_disk_on_save_is_one_message_and_leaves_nothing(
         assert not list(project.glob("*transcript*"))
 
 
-async def test_a_model_deleted_between_selecting_and_asking_says_so_in_its_column(project: Path) -> None:
+async def test_a_model_deleted_between_selecting_and_asking_says_so_in_its_column(
+    project: Path,
+) -> None:
     async with open_models(project) as s:
         await s.press("p")
         s.screen._watcher.pause()
-        looks = [worker for worker in s.app.workers if worker.group == "watch" and worker.node is s.screen]
-        await until(s.pilot, lambda: all(look.is_finished for look in looks))  # one that sees it gone deselects it
+        looks = [
+            worker
+            for worker in s.app.workers
+            if worker.group == "watch" and worker.node is s.screen
+        ]
+        # one that sees it gone deselects it
+        await until(s.pilot, lambda: all(look.is_finished for look in looks))
         shutil.rmtree(project / "artifacts/layer_frozen")
         await s.ask("die katze")
         await s.answered()
         assert s.conversation.newest is not None
-        errors = {answer.name: answer.error for answer in s.conversation.newest.answers if answer.error}
+        errors = {
+            answer.name: answer.error for answer in s.conversation.newest.answers if answer.error
+        }
         assert list(errors) == ["freeze"] and "no longer exists" in errors["freeze"]
 
 
 @pytest.mark.slow
 async def test_forty_adapters_are_listed_and_at_most_nine_stay_loaded(project: Path) -> None:
     for number in range(40):
-        shutil.copytree(project / "artifacts/lora_adapter", project / f"artifacts/many/a{number:02d}")
+        shutil.copytree(
+            project / "artifacts/lora_adapter", project / f"artifacts/many/a{number:02d}"
+        )
     async with open_models(project, 40 + COUNT) as s:
         await s.press("slash", *"many")
         assert len(s.names()) == 40
@@ -459,13 +506,17 @@ async def test_the_status_bar_has_device_and_absolute_memory(brief: Path) -> Non
         bar = s.screen.query_one(EngineBar)
         await s.ask("die katze")
         await s.answered()
-        await until(s.pilot, lambda: "cpu · 1.00 GiB of 8.00 GiB · 1 model · a machine" in str(bar.render()))
+        await until(
+            s.pilot, lambda: "cpu · 1.00 GiB of 8.00 GiB · 1 model · a machine" in str(bar.render())
+        )
         s.engine.life = 0
         await until(s.pilot, lambda: bar.state == "died")
 
 
 @pytest.mark.slow
-async def test_escape_leaves_the_field_then_the_prompt_and_a_wide_screen_shows_both(brief: Path) -> None:
+async def test_escape_leaves_the_field_then_the_prompt_and_a_wide_screen_shows_both(
+    brief: Path,
+) -> None:
     async with open_models(brief) as s:
         await s.press("enter")
         assert s.screen.query_one(PromptInput).has_focus and not s.table.region
@@ -505,7 +556,9 @@ async def test_quitting_in_the_middle_of_an_answer_is_no_error(brief: Path) -> N
     async with open_models(brief, held=True) as s:
         await s.press("p")
         await s.ask("die katze")
-        await until(s.pilot, lambda: bool(s.conversation.newest and s.conversation.newest.answers[0].text))
+        await until(
+            s.pilot, lambda: bool(s.conversation.newest and s.conversation.newest.answers[0].text)
+        )
         s.app.exit()
         await s.pilot.pause()
         assert s.app.return_code == 0
@@ -523,7 +576,15 @@ async def test_adapters_of_a_sweep_are_prompted_and_compared_beside_others(brief
         await s.press("space")
         await s.ask("die katze")
         await s.answered()
-        assert s.text(TopK).splitlines()[0].split() == ["next", "■", "lora", "★", "sweep/rank-1", "★", "sweep/rank-2"]
+        assert s.text(TopK).splitlines()[0].split() == [
+            "next",
+            "■",
+            "lora",
+            "★",
+            "sweep/rank-1",
+            "★",
+            "sweep/rank-2",
+        ]
         asked = [(load["base"], load["adapter"]) for load in s.engine.done("load")]
         folder = brief / "artifacts"
         adapters = ("lora_adapter", "sweep/rank-1", "sweep/rank-2")

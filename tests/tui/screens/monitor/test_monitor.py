@@ -56,7 +56,9 @@ def test_a_chart_is_coloured_by_load_and_marks_the_level() -> None:
     marked = [row for row, line in enumerate(lines) if "╌" in line.plain]
     assert marked == [1] and "predicted" in lines[1].plain
     assert "1 GiB" in lines[0].plain and "of 4" in lines[2].plain
-    one_row = draw(chart._replace(level=3 * GIB, high=4 * GIB), end=3.0, seconds=3.0, width=52, rows=1)
+    one_row = draw(
+        chart._replace(level=3 * GIB, high=4 * GIB), end=3.0, seconds=3.0, width=52, rows=1
+    )
     assert "1 GiB ╌ 3.00 GiB" in one_row[0].plain
 
 
@@ -71,7 +73,12 @@ def test_the_prediction_is_read_from_telemetry_else_from_the_notes(tmp_path: Pat
     (folder / "telemetry.csv").write_text("step,seconds\n1,", encoding="utf-8")
     notes = ["lora: 1.50 MiB of tensors predicted at the peak of the largest step"]
     assert read_prediction(folder, Journal("running", 1, 0.0, notes=notes)) == Prediction(3 * 2**19)
-    assert read_prediction(folder, Journal("running", 1, 0.0, notes=["no number of tensors predicted"])) is None
+    assert (
+        read_prediction(
+            folder, Journal("running", 1, 0.0, notes=["no number of tensors predicted"])
+        )
+        is None
+    )
     assert read_prediction(tmp_path / "nowhere", None) is None
 
 
@@ -79,12 +86,19 @@ def test_a_sweep_and_a_gpu_have_their_prediction(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path, {"a": 4.0, "b": 5.0})
     assert read_prediction(folder, None) is None, "its telemetry has none"
     log = folder / "b" / "telemetry.csv"
-    log.write_text(log.read_text(encoding="utf-8").replace(",cpu,0,", f",cuda,{GIB},"), encoding="utf-8")
+    log.write_text(
+        log.read_text(encoding="utf-8").replace(",cpu,0,", f",cuda,{GIB},"), encoding="utf-8"
+    )
     prediction = read_prediction(folder, None)
-    assert prediction is not None and (prediction.on_gpu, prediction.of_process) == (GIB + CONTEXT, 0)
+    assert prediction is not None and (prediction.on_gpu, prediction.of_process) == (
+        GIB + CONTEXT,
+        0,
+    )
 
 
-def samples_of(now: float, count: int = 30, gpus: Sequence[GpuReading] = (), **processes: int) -> list[Sample]:
+def samples_of(
+    now: float, count: int = 30, gpus: Sequence[GpuReading] = (), **processes: int
+) -> list[Sample]:
     readings = {name: ProcessReading(0.5, size) for name, size in processes.items()}
     return [Sample(now - count + n + 1, 0.25, 6 * GIB, tuple(gpus), readings) for n in range(count)]
 
@@ -94,7 +108,11 @@ def test_the_predicted_level_lies_in_the_memory_that_it_is_about() -> None:
     machine.memory, machine.cores = 24 * GIB, 8.0
     on_cpu = Prediction(2 * GIB, 2 * GIB, 3 * GIB, "cpu")
     series = machine_series(machine, samples_of(100.0, finetune_lora=GIB), "finetune_lora", on_cpu)
-    assert [(s.label, s.level) for s in series] == [("cpu", 0.0), ("memory", 0.0), ("finetune_lora", 3 * GIB)]
+    assert [(s.label, s.level) for s in series] == [
+        ("cpu", 0.0),
+        ("memory", 0.0),
+        ("finetune_lora", 3 * GIB),
+    ]
     assert series[1].facts[:2] == ("6.00 GiB", "of 24.00, 25%")
     machine.gpus = [Gpu("H100", 80 * GIB)]
     on_gpu = Prediction(10 * GIB, 0, 0, "cuda")
@@ -110,7 +128,9 @@ def test_the_predicted_level_lies_in_the_memory_that_it_is_about() -> None:
 
 
 @asynccontextmanager
-async def monitor(root: Path, size: tuple[int, int] = (120, 40)) -> AsyncIterator[tuple[Any, MonitorScreen]]:
+async def monitor(
+    root: Path, size: tuple[int, int] = (120, 40)
+) -> AsyncIterator[tuple[Any, MonitorScreen]]:
     app = Workbench(root / "params.yaml")
     app.first_screen = "monitor"
     async with app.run_test(size=size) as pilot:
@@ -131,7 +151,9 @@ def text_of(screen: MonitorScreen) -> str:
     return "\n".join(map(str, (*parts, screen.query_one(Drawing).content)))
 
 
-async def test_this_machine_is_shown_and_no_gpu_is_one_line(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_this_machine_is_shown_and_no_gpu_is_one_line(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pynvml.nvmlInit", no_driver)
     async with monitor(empty) as (pilot, screen):
         await until(pilot, lambda: "cores" in text_of(screen))
@@ -150,7 +172,11 @@ def no_driver() -> None:
 
 async def test_the_running_stage_is_followed_with_its_prediction(empty: Path) -> None:
     folder = write_run(empty, "finetune_lora", state="running", steps=100)
-    journal = (folder / "run.json").read_text(encoding="utf-8").replace('"pid": 1', f'"pid": {os.getpid()}')
+    journal = (
+        (folder / "run.json")
+        .read_text(encoding="utf-8")
+        .replace('"pid": 1', f'"pid": {os.getpid()}')
+    )
     (folder / "run.json").write_text(journal, encoding="utf-8")
     with hold(folder):
         async with monitor(empty) as (pilot, screen):
@@ -162,14 +188,18 @@ async def test_the_running_stage_is_followed_with_its_prediction(empty: Path) ->
 
 async def test_a_longer_time_is_shown_by_a_key(empty: Path) -> None:
     async with monitor(empty) as (pilot, screen):
-        await until(pilot, lambda: "last 2 minutes" in str(screen.query_one("#machine").border_title))
+        await until(
+            pilot, lambda: "last 2 minutes" in str(screen.query_one("#machine").border_title)
+        )
         await pilot.press("t")
         assert "last 10 minutes" in str(screen.query_one("#machine").border_title)
         await pilot.press("t", "t")
         assert screen.span == "2 minutes"
 
 
-async def test_what_cannot_be_read_is_one_sentence(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_cannot_be_read_is_one_sentence(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(_: object) -> float:
         raise OSError("no /proc")
 
@@ -198,7 +228,9 @@ async def test_any_size_is_drawn(empty: Path, size: tuple[int, int]) -> None:
     async with monitor(empty, size) as (pilot, screen):
         await until(pilot, lambda: bool(pilot.app.machine.samples))
         await pilot.press("t", "f10")
-        assert all(line.cell_length <= size[0] for line in screen.query_one(Charts).content.split("\n"))
+        assert all(
+            line.cell_length <= size[0] for line in screen.query_one(Charts).content.split("\n")
+        )
 
 
 NOW = 1_800_000_000.0
@@ -207,7 +239,9 @@ SIZES = {"80x24": (80, 24), "120x40": (120, 40)}
 
 @pytest.mark.usefixtures("no_path")
 @pytest.mark.parametrize("size", SIZES)
-def test_picture(empty: Path, snap_compare: Any, monkeypatch: pytest.MonkeyPatch, size: str) -> None:
+def test_picture(
+    empty: Path, snap_compare: Any, monkeypatch: pytest.MonkeyPatch, size: str
+) -> None:
     """A GPU, a stage that runs on it, an hour of readings."""
 
     def started(machine: Machine) -> None:
@@ -220,14 +254,18 @@ def test_picture(empty: Path, snap_compare: Any, monkeypatch: pytest.MonkeyPatch
                 "lora-tui": ProcessReading(0.012, 2**26, 0),
             }
             memory = round((10 + 4 * wave) * GIB)
-            machine._samples.append(Sample(NOW - 119 + n, 0.1 + 0.5 * wave, memory, (gpu,), processes))
+            machine._samples.append(
+                Sample(NOW - 119 + n, 0.1 + 0.5 * wave, memory, (gpu,), processes)
+            )
 
     monkeypatch.setattr(Machine, "start", started)
     monkeypatch.setattr("tui.services.machine.readings.STALE", math.inf)
     monkeypatch.setattr("tui.screens.monitor.screen.time", SimpleNamespace(time=lambda: NOW))
     prediction = Prediction(15 * GIB, 0, 0, "cuda")
     monkeypatch.setattr(MonitorScreen, "_stage", "finetune_lora")
-    monkeypatch.setattr(MonitorScreen, "_read_prediction", lambda self, _: setattr(self, "prediction", prediction))
+    monkeypatch.setattr(
+        MonitorScreen, "_read_prediction", lambda self, _: setattr(self, "prediction", prediction)
+    )
     app = Workbench(empty / "params.yaml")
     app.first_screen = "monitor"
 

@@ -48,7 +48,9 @@ def dags(draw: st.DrawFn) -> dict[str, tuple[str, ...]]:
 
 
 @given(dags())
-def test_no_label_covers_another_and_every_need_has_an_arrow(needs: dict[str, tuple[str, ...]]) -> None:
+def test_no_label_covers_another_and_every_need_has_an_arrow(
+    needs: dict[str, tuple[str, ...]],
+) -> None:
     result = layout(needs, LABEL)
     cells = [
         (position.row, column)

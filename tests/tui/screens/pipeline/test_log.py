@@ -42,28 +42,47 @@ def logs(tmp_path: Path) -> StageLogs:
 
 def test_lines_go_to_the_stage_that_printed_them_without_what_dvc_says(logs: StageLogs) -> None:
     assert logs.read(STAGES)
-    assert logs.lines("pretrain") == ["> lora pretrain", "pretrain         artifacts/base  loss 0.239"]
-    assert logs.lines("study_rank")[1:] == ["error: no data", "ERROR: failed to reproduce 'study_rank': exited with 1"]
+    assert logs.lines("pretrain") == [
+        "> lora pretrain",
+        "pretrain         artifacts/base  loss 0.239",
+    ]
+    assert logs.lines("study_rank")[1:] == [
+        "error: no data",
+        "ERROR: failed to reproduce 'study_rank': exited with 1",
+    ]
     # A stage's own output cannot open the log of one that there is not.
-    assert logs.lines("finetune_lora") == ["> lora finetune lora", "Running stage 'no_such_stage':", "100%"]
+    assert logs.lines("finetune_lora") == [
+        "> lora finetune lora",
+        "Running stage 'no_such_stage':",
+        "100%",
+    ]
     assert logs.lines("merge") == []
     assert not logs.read(STAGES)
 
 
-def test_a_new_run_replaces_the_log_of_the_stages_that_it_runs(logs: StageLogs, tmp_path: Path) -> None:
+def test_a_new_run_replaces_the_log_of_the_stages_that_it_runs(
+    logs: StageLogs, tmp_path: Path
+) -> None:
     logs.read(STAGES)
     (tmp_path / "now.log").rename(tmp_path / "old.log")
-    (tmp_path / "now.log").write_text("Running stage 'pretrain':\n> lora pretrain\nagain\n", encoding="utf-8")
+    (tmp_path / "now.log").write_text(
+        "Running stage 'pretrain':\n> lora pretrain\nagain\n", encoding="utf-8"
+    )
     assert logs.read(STAGES)
     assert logs.lines("pretrain") == ["> lora pretrain", "again"]
     assert logs.lines("finetune_lora")[0] == "> lora finetune lora"
     assert logs.lines(ALL)[-3:] == ["Running stage 'pretrain':", "> lora pretrain", "again"]
 
 
-def test_a_stage_that_prints_without_end_takes_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_that_prints_without_end_takes_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(log, "MAX_LINES", 10)
     path = tmp_path / "now.log"
-    path.write_text("Running stage 'pretrain':\n" + "x" * 300_000 + "\n" + "line\n" * 1000 + "last\n", encoding="utf-8")
+    path.write_text(
+        "Running stage 'pretrain':\n" + "x" * 300_000 + "\n" + "line\n" * 1000 + "last\n",
+        encoding="utf-8",
+    )
     logs = StageLogs(path)
     while logs.read(STAGES):
         pass
@@ -93,15 +112,22 @@ def test_steps_are_read_as_they_come_and_bad_lines_are_left_out(tmp_path: Path) 
     path = tmp_path / "loss.csv"
     steps = StepLog(tmp_path)
     assert not steps.read()
-    path.write_text("step,epoch,loss,learning_rate,grad_norm,tokens\n1,1,5.14892,0.002,4.3,40\nnonsense\n2,1,", "utf-8")
+    path.write_text(
+        "step,epoch,loss,learning_rate,grad_norm,tokens\n1,1,5.14892,0.002,4.3,40\nnonsense\n2,1,",
+        "utf-8",
+    )
     assert steps.read()
     assert [step.line(40) for step in steps.steps] == ["step 1     epoch 1   loss 5.149"]
     assert steps.steps[0].line(120).endswith("learning rate 0.002    gradient 4.3")
-    path.write_text("step,epoch,loss,learning_rate,grad_norm,tokens\n7,1,nan,0.002,4.3,40\n", "utf-8")
+    path.write_text(
+        "step,epoch,loss,learning_rate,grad_norm,tokens\n7,1,nan,0.002,4.3,40\n", "utf-8"
+    )
     assert steps.read() and [step.step for step in steps.steps] == [7]
 
 
-@pytest.mark.parametrize("text", ["a b " * 40, "x" * 90, "狐狸" * 40, "ein satz mit 狐狸 " * 9, " " * 99], ids=ascii)
+@pytest.mark.parametrize(
+    "text", ["a b " * 40, "x" * 90, "狐狸" * 40, "ein satz mit 狐狸 " * 9, " " * 99], ids=ascii
+)
 def test_wrapped_parts_fit_and_lose_nothing(text: str) -> None:
     for width in (2, 7, 40):
         parts = wrap_line(text, width)

@@ -15,26 +15,44 @@ def params(root: Path, stage: str = "finetune_lora") -> dict[str, Param]:
     return {param.key: param for param in params_of(project, project.readable[stage])}
 
 
-def test_what_the_section_sets_stands_before_its_other_keys_and_shared_keys_are_in_groups(empty: Path) -> None:
+def test_what_the_section_sets_stands_before_its_other_keys_and_shared_keys_are_in_groups(
+    empty: Path,
+) -> None:
     found = params(empty)
     own = [param.key for param in found.values() if not param.group]
     assert own[:3] == ["rank", "alpha", "target_modules"]
-    assert own.index("learning_rate") < own.index("dora") and "epochs" not in own  # the section sets the one alone
-    assert {param.group for param in found.values()} == {"", "training", "data", "evaluation", "memory"}
+    # the section sets the one alone
+    assert own.index("learning_rate") < own.index("dora") and "epochs" not in own
+    assert {param.group for param in found.values()} == {
+        "",
+        "training",
+        "data",
+        "evaluation",
+        "memory",
+    }
     assert found["quantization"].group == "memory" and found["epochs"].group == "training"
 
 
 def test_a_value_other_than_the_artifacts_comes_first_with_what_it_was(project: Path) -> None:
-    save(project / "params.yaml", {"finetune_lora.lora_dropout": 0.5, "finetune_lora.target_modules": ["q_proj"]})
-    changed = {param.key: param.made for param in params(project).values() if param.made is not None}
-    assert changed.items() >= {"lora_dropout": "0.0", "target_modules": "q_proj, k_proj, v_proj, o_proj"}.items()
+    save(
+        project / "params.yaml",
+        {"finetune_lora.lora_dropout": 0.5, "finetune_lora.target_modules": ["q_proj"]},
+    )
+    changed = {
+        param.key: param.made for param in params(project).values() if param.made is not None
+    }
+    assert (
+        changed.items()
+        >= {"lora_dropout": "0.0", "target_modules": "q_proj, k_proj, v_proj, o_proj"}.items()
+    )
     assert list(params(project))[: len(changed)] == list(changed)
 
 
 def test_a_params_meaning_is_its_comment_else_what_its_declaration_says(empty: Path) -> None:
     found = params(empty)
     assert found["alpha"].meaning == "the update is scaled by alpha / rank"  # in params.yaml
-    assert found["window"].meaning.startswith("tokens per training window")  # of the block for all that trains
+    # of the block for all that trains
+    assert found["window"].meaning.startswith("tokens per training window")
     assert found["epochs"].meaning == "times that every example is seen"  # of the declaration
     assert found["epochs"].source == "params.yaml, training"
 
@@ -51,17 +69,25 @@ def test_broken_files_take_nothing_but_the_comments(project: Path) -> None:
 def test_groups_are_folded_and_a_search_looks_into_all(empty: Path) -> None:
     found = [*params(empty).values()]
     keys = [line.key for line in lines_of(found, ())]
-    assert keys[-4:] == ["(training)", "(data)", "(evaluation)", "(memory)"] and "epochs" not in keys
+    assert (
+        keys[-4:] == ["(training)", "(data)", "(evaluation)", "(memory)"] and "epochs" not in keys
+    )
     unfolded = [line.key for line in lines_of(found, {"training"})]
     assert unfolded.index("(training)") < unfolded.index("epochs") < unfolded.index("(data)")
     assert [line.key for line in lines_of(found, (), "QUANT")] == ["(memory)", "quantization"]
-    assert "batch_size" in [line.key for line in lines_of(found, (), "examples a batch")]  # its meaning
+    # its meaning
+    assert "batch_size" in [line.key for line in lines_of(found, (), "examples a batch")]
     assert lines_of(found, (), "no such param") == []
 
 
 @pytest.mark.parametrize(
     "values",
-    [(), ("a",), ("a b", " euro"), ("[INST]", "a,b", '"', "'", "#", "a: b", "-", "\n", "ß🤗", "on", "1")],
+    [
+        (),
+        ("a",),
+        ("a b", " euro"),
+        ("[INST]", "a,b", '"', "'", "#", "a: b", "-", "\n", "ß🤗", "on", "1"),
+    ],
     ids=str,
 )
 def test_names_round_trip(values: tuple[str, ...]) -> None:

@@ -1,4 +1,6 @@
-"""The pipeline screen: the tree, the params, the panes, on projects that change while it is open."""
+"""The pipeline screen: the tree, the params, the panes, on projects that change while it is
+open.
+"""
 
 import shutil
 import subprocess
@@ -51,14 +53,21 @@ async def test_an_empty_project_says_what_is_missing_and_what_to_press(empty: Pa
     async with open_screen(empty) as (pilot, screen):
         assert row(screen, "pretrain") == "○ pretrain not made"
         assert row(screen, "▸") == "○ ▸ studies 0/10"
-        assert facts(screen) == ["pretrain  ○ not made yet", "next R runs all stages, S this one alone."]
+        assert facts(screen) == [
+            "pretrain  ○ not made yet",
+            "next R runs all stages, S this one alone.",
+        ]
         await choose(pilot, screen, "merge")
         assert "why needs expand_vocab, finetune_lora" in facts(screen)
-        assert "Nothing was evaluated yet" in str(screen.query_one(MetricsPane).query_one(Static).content)
+        assert "Nothing was evaluated yet" in str(
+            screen.query_one(MetricsPane).query_one(Static).content
+        )
 
 
 @pytest.mark.slow
-async def test_a_finished_project_is_up_to_date_and_a_change_of_its_params_is_seen(project: Path) -> None:
+async def test_a_finished_project_is_up_to_date_and_a_change_of_its_params_is_seen(
+    project: Path,
+) -> None:
     brief_params(project)
     async with open_screen(project) as (pilot, screen):
         await until(pilot, lambda: all(row[0] == "✓" for row in model_rows(screen)))
@@ -76,10 +85,14 @@ async def test_the_row_of_evaluate_says_whether_limits_are_kept(project: Path) -
     save(project / "params.yaml", {"evaluate.limits": {"answers_kept": 1.0, "variants": ["lora"]}})
     make(project, ["evaluate"])
     async with open_screen(project, (200, 60)) as (pilot, screen):
-        await until(pilot, lambda: row(screen, "evaluate").startswith("✗ evaluate gate failed: 1 limit"))
+        await until(
+            pilot, lambda: row(screen, "evaluate").startswith("✗ evaluate gate failed: 1 limit")
+        )
         await choose(pilot, screen, "evaluate")
         await until(pilot, lambda: facts(screen)[0] == "evaluate  ✗ breaks evaluate.limits")
-        assert facts(screen)[1] == "why gate failed: 1 limit" and facts(screen)[2].startswith("answers_kept 0.")
+        assert facts(screen)[1] == "why gate failed: 1 limit" and facts(screen)[2].startswith(
+            "answers_kept 0."
+        )
         assert "retention_data" in facts(screen)[3]
         header = screen.query_one(Header)
         await until(pilot, lambda: header.state[0] == "✗ 1 limit broken")
@@ -89,7 +102,9 @@ async def test_the_row_of_evaluate_says_whether_limits_are_kept(project: Path) -
 
 
 @pytest.mark.slow
-async def test_the_studies_are_folded_by_keys_and_unfolded_for_one_that_is_asked_for(empty: Path) -> None:
+async def test_the_studies_are_folded_by_keys_and_unfolded_for_one_that_is_asked_for(
+    empty: Path,
+) -> None:
     async with open_screen(empty) as (pilot, screen):
         count, tree = len(rows(screen)), screen.query_one(StageTree)
         assert "study_rank" not in [option.id for option in tree.options]
@@ -98,7 +113,11 @@ async def test_the_studies_are_folded_by_keys_and_unfolded_for_one_that_is_asked
         await pilot.press("space")
         assert len(rows(screen)) == count + 10
         await pilot.press("down", "down", "left")  # from a study to its group
-        assert len(rows(screen)) == count and tree.highlighted_option and tree.highlighted_option.id == STUDIES
+        assert (
+            len(rows(screen)) == count
+            and tree.highlighted_option
+            and tree.highlighted_option.id == STUDIES
+        )
         await pilot.press("enter")
         assert len(rows(screen)) == count + 10
         await pilot.press("left")
@@ -147,7 +166,9 @@ async def test_params_and_each_state_are_there_before_all_files_are_hashed(
         async with app.run_test(size=(120, 40)) as pilot:
             screen = app.screen
             assert isinstance(screen, PipelineScreen)
-            await until(pilot, lambda: rows(screen) and row(screen, "expand_vocab") == "✓ expand_vocab")
+            await until(
+                pilot, lambda: rows(screen) and row(screen, "expand_vocab") == "✓ expand_vocab"
+            )
             assert row(screen, "full") == "· full …"
             assert "d_model" in [param.key for param in screen.params_pane.params]
             hold.set()
@@ -191,12 +212,22 @@ KINDS: tuple[tuple[str, str, str, object], ...] = (
     ("finetune_lora", "target_modules", "q_proj, v_proj", ("q_proj", "v_proj")),
     ("finetune_lora", "learning_rate", "1e-4", 1e-4),
     ("finetune_lora", "train_embeddings", "new_rows", "new_rows"),
-    ("finetune_lora", "rank_pattern", "v_proj: 8, '.*[01].q_proj': 2", {"v_proj": 8, ".*[01].q_proj": 2}),
+    (
+        "finetune_lora",
+        "rank_pattern",
+        "v_proj: 8, '.*[01].q_proj': 2",
+        {"v_proj": 8, ".*[01].q_proj": 2},
+    ),
     ("finetune_lora", "alpha_pattern", "{v_proj: 1e-1}", {"v_proj": 0.1}),
     ("finetune_lora", "retention_data", "data/keep.txt", "data/keep.txt"),
     ("finetune_lora", "retention_data", "", ""),
     ("finetune_lora", "gradient_checkpointing", "selective", "selective"),
-    ("finetune_lora", "data", "a b.csv, {path: c.txt, weight: 0.5}", ("a b.csv", {"path": "c.txt", "weight": 0.5})),
+    (
+        "finetune_lora",
+        "data",
+        "a b.csv, {path: c.txt, weight: 0.5}",
+        ("a b.csv", {"path": "c.txt", "weight": 0.5}),
+    ),
     ("finetune_lora", "data", "data/saved", "data/saved"),
     ("finetune_lora", "columns", "prompt: question", {"prompt": "question"}),
     ("pretrain", "tie_embeddings", "true", True),
@@ -224,9 +255,15 @@ async def test_the_grid_of_a_sweep_is_edited_as_it_stands_in_the_file(empty: Pat
         await choose(pilot, screen, "finetune_sweep")
         field = screen.params_pane.field
         for text, problem in (
-            ("rank: 4", "finetune_sweep.grid.rank must be a list of values, such as [1, 2], or a range"),
+            (
+                "rank: 4",
+                "finetune_sweep.grid.rank must be a list of values, such as [1, 2], or a range",
+            ),
             ("rank: [0]", "finetune_sweep.grid.rank must be at least 1, got 0"),
-            ("rnk: [1]", "finetune_sweep.grid.rnk: adapters that train together can differ in seed, "),
+            (
+                "rnk: [1]",
+                "finetune_sweep.grid.rnk: adapters that train together can differ in seed, ",
+            ),
             ("rank: [1, 2", "finetune_sweep.grid must be a mapping of keys to lists of values"),
         ):
             await edit(pilot, screen, "grid", text)
@@ -236,8 +273,14 @@ async def test_the_grid_of_a_sweep_is_edited_as_it_stands_in_the_file(empty: Pat
         await edit(pilot, screen, "grid", "rank: [2, 4], learning_rate: [1e-3, 0.002]")
         await pilot.press("enter")
         await until(pilot, lambda: screen.workbench.message_history)
-        assert "finetune_sweep.grid: rank: [2, 4], learning_rate: [0.001, 0.002] written" in messages(screen)
-        assert load(empty / "params.yaml").finetune_sweep.grid == {"rank": (2, 4), "learning_rate": (0.001, 0.002)}
+        assert (
+            "finetune_sweep.grid: rank: [2, 4], learning_rate: [0.001, 0.002] written"
+            in messages(screen)
+        )
+        assert load(empty / "params.yaml").finetune_sweep.grid == {
+            "rank": (2, 4),
+            "learning_rate": (0.001, 0.002),
+        }
         assert field.value == "rank: [2, 4], learning_rate: [1e-3, 0.002]" and not screen.unsaved()
 
 
@@ -245,10 +288,16 @@ async def test_the_grid_of_a_sweep_is_edited_as_it_stands_in_the_file(empty: Pat
 async def test_the_base_is_a_param_of_the_stage_that_imports_it(empty: Path) -> None:
     save(empty / "params.yaml", {"base": "./models/mine"})
     async with open_screen(empty) as (pilot, screen):
-        for key, text, value in (("base", "org/model@main", "org/model@main"), ("trust_remote_code", "true", True)):
+        for key, text, value in (
+            ("base", "org/model@main", "org/model@main"),
+            ("trust_remote_code", "true", True),
+        ):
             await edit(pilot, screen, key, text)
             await pilot.press("enter")
-            await until(pilot, lambda k=key, v=value: getattr(load(empty / "params.yaml").origin, k) == v)  # type: ignore[misc]
+            await until(
+                pilot,
+                lambda k=key, v=value: getattr(load(empty / "params.yaml").origin, k) == v,  # type: ignore[misc]
+            )
 
 
 @pytest.mark.slow
@@ -257,7 +306,21 @@ async def test_garbage_in_a_field_is_one_sentence(empty: Path) -> None:
     async with open_screen(empty) as (pilot, screen):
         await choose(pilot, screen, "pretrain")
         await edit(pilot, screen, "epochs", "60")
-        for text in ("", " ", "[", "{", "nan", "1:30", "0x10", "5.0", "x: y", "9" * 30, "ß", "&a", "2026-99-99"):
+        for text in (
+            "",
+            " ",
+            "[",
+            "{",
+            "nan",
+            "1:30",
+            "0x10",
+            "5.0",
+            "x: y",
+            "9" * 30,
+            "ß",
+            "&a",
+            "2026-99-99",
+        ):
             screen.params_pane.field.value = text
             await pilot.press("enter")
             assert below(screen).count("pretrain.epochs must be") == 1, text
@@ -274,7 +337,9 @@ async def test_up_and_down_step_through_the_values_of_a_choice(empty: Path) -> N
         await pilot.press("down")
         assert screen.params_pane.field.value == "new_rows"
         await pilot.press("up", "up", "enter")
-        await until(pilot, lambda: load(empty / "params.yaml").finetune_lora.train_embeddings == "none")
+        await until(
+            pilot, lambda: load(empty / "params.yaml").finetune_lora.train_embeddings == "none"
+        )
 
 
 @pytest.mark.slow
@@ -300,7 +365,9 @@ async def test_a_change_by_hand_shows_but_not_over_what_is_being_typed(empty: Pa
         await choose(pilot, screen, "pretrain")
         await edit(pilot, screen, "epochs", "7")
         save(empty / "params.yaml", {"pretrain.epochs": 9, "pretrain.seed": 3})
-        await until(pilot, lambda: [p.value for p in screen.params_pane.params if p.key == "seed"] == [3])
+        await until(
+            pilot, lambda: [p.value for p in screen.params_pane.params if p.key == "seed"] == [3]
+        )
         assert screen.params_pane.field.value == "7"
         await pilot.press("enter")
         await until(pilot, lambda: load(empty / "params.yaml").pretrain.epochs == 7)
@@ -309,7 +376,9 @@ async def test_a_change_by_hand_shows_but_not_over_what_is_being_typed(empty: Pa
 @pytest.mark.parametrize("size", [(80, 24), (60, 16)], ids=str)
 @pytest.mark.sampled(2)
 @pytest.mark.slow
-async def test_every_param_is_reached_by_keys_and_seen_with_its_meaning(empty: Path, size: tuple[int, int]) -> None:
+async def test_every_param_is_reached_by_keys_and_seen_with_its_meaning(
+    empty: Path, size: tuple[int, int]
+) -> None:
     async with open_screen(empty, size) as (pilot, screen):
         await choose(pilot, screen, "finetune_lora")
         pane = screen.params_pane
@@ -337,12 +406,17 @@ async def test_a_param_is_found_in_all_groups_and_opened_from_elsewhere(empty: P
     async with open_screen(empty) as (pilot, screen):
         await choose(pilot, screen, "finetune_lora")
         await pilot.press("p", "/", *"neftune")
-        assert [line.key for line in screen.params_pane.list.lines] == ["(training)", "neftune_alpha"]
+        assert [line.key for line in screen.params_pane.list.lines] == [
+            "(training)",
+            "neftune_alpha",
+        ]
         await pilot.press("enter", "down", "enter", *"5", "enter")
         await until(pilot, lambda: load(empty / "params.yaml").finetune_lora.neftune_alpha == 5)
         screen.workbench.go("pipeline", stage="pretrain", param="heads")
         await until(pilot, lambda: screen.params_pane.stage == "pretrain")
-        await until(pilot, lambda: (line := screen.params_pane.list.current) and line.key == "heads")
+        await until(
+            pilot, lambda: (line := screen.params_pane.list.current) and line.key == "heads"
+        )
 
 
 # Panes
@@ -367,7 +441,11 @@ async def test_panes_are_shown_by_key_and_tab(empty: Path) -> None:
 
 async def test_params_stay_beside_another_pane_where_there_is_room(empty: Path) -> None:
     async with open_screen(empty) as (pilot, screen):
-        for key, panes in (("p", ["params", "log"]), ("d", ["params", "metrics"]), ("p", ["params", "metrics"])):
+        for key, panes in (
+            ("p", ["params", "log"]),
+            ("d", ["params", "metrics"]),
+            ("p", ["params", "metrics"]),
+        ):
             await pilot.press(key)
             assert [one.id for one in screen.query("#panes > Pane") if one.display] == panes
 
@@ -382,8 +460,17 @@ async def test_all_sizes_show_a_tree_and_a_pane_and_none_over_another(empty: Pat
             seen = [pane for pane in screen.query(Pane) if pane.display and pane.region]
             assert {"stages"} < {pane.id for pane in seen}, size
             assert all(screen.region.contains_region(pane.region) for pane in seen), size
-            assert not any(a.region.overlaps(b.region) for a in seen for b in seen if a is not b), size
-            for keys in (("+",), ("+",), ("p", "enter", "escape"), ("L", "end"), ("v", "escape"), ("?", "escape")):
+            assert not any(a.region.overlaps(b.region) for a in seen for b in seen if a is not b), (
+                size
+            )
+            for keys in (
+                ("+",),
+                ("+",),
+                ("p", "enter", "escape"),
+                ("L", "end"),
+                ("v", "escape"),
+                ("?", "escape"),
+            ):
                 await pilot.press(*keys)
 
 
@@ -406,13 +493,19 @@ async def test_the_steps_of_a_run_are_in_its_log(project: Path) -> None:
         assert any("predicted at the peak" in line for line in log_lines(screen))
         assert any(line.startswith("loss ") for line in facts(screen))
         await choose(pilot, screen, "expand_vocab")
-        assert log_lines(screen) == ["Nothing was printed: the pipeline has not run this stage since its log began."]
+        assert log_lines(screen) == [
+            "Nothing was printed: the pipeline has not run this stage since its log began."
+        ]
 
 
 @pytest.mark.slow
 async def test_metrics_are_compared_with_the_last_commit(project: Path) -> None:
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
-    for words in (["init", "-q"], ["add", "-A", "artifacts/evaluation"], ["commit", "-qm", "first"]):
+    for words in (
+        ["init", "-q"],
+        ["add", "-A", "artifacts/evaluation"],
+        ["commit", "-qm", "first"],
+    ):
         subprocess.run([*git, *words], cwd=project, check=True)
     async with open_screen(project) as (pilot, screen):
         changes = screen.query_one(MetricsPane).query_one(Static)
@@ -423,7 +516,11 @@ async def test_metrics_are_compared_with_the_last_commit(project: Path) -> None:
             "train_from_scratch",
             *(name for method in METHODS if (name := f"finetune_{method}") in PIPELINE),
         ]
-        make(project, ["finetune_lora", "merge", "evaluate"], [f"{name}.epochs=2" for name in trained])
+        make(
+            project,
+            ["finetune_lora", "merge", "evaluate"],
+            [f"{name}.epochs=2" for name in trained],
+        )
         await until(pilot, lambda: "lora.trainable" in printed(changes), 30)
         line = next(line for line in printed(changes).splitlines() if "lora.trainable " in line)
         assert line.split() == ["lora.trainable", "16,768", "14,720", "−2048"]
@@ -441,8 +538,12 @@ def printed(widget: Static) -> str:
     return console.file.getvalue()
 
 
-async def test_a_project_without_a_section_that_others_need_is_shown_with_what_to_add(empty: Path) -> None:
-    (empty / "params.yaml").write_text("base: minigpt\nfinetune_lora: {}\nmerge: {}\n", encoding="utf-8")
+async def test_a_project_without_a_section_that_others_need_is_shown_with_what_to_add(
+    empty: Path,
+) -> None:
+    (empty / "params.yaml").write_text(
+        "base: minigpt\nfinetune_lora: {}\nmerge: {}\n", encoding="utf-8"
+    )
     async with open_screen(empty) as (pilot, screen):
         assert [line.split()[1] for line in rows(screen)] == ["pretrain", "lora", "merge"]
         (empty / "params.yaml").write_text("base: minigpt\nmerge: {}\n", encoding="utf-8")

@@ -18,9 +18,23 @@ pytestmark = pytest.mark.usefixtures("no_path", "same_time")
 SIZES = pytest.mark.parametrize("size", [(80, 24), (120, 40)], ids=str)
 NOTES = ["resumed after step 100"]
 DONE = Journal("done", 1, 0.0, done=300, total=300, text="loss 0.1", ended=9.0)
-RUNNING = Journal("running", 1, 0.0, done=4_200, first=4_200, total=12_000, text="loss 0.412", notes=NOTES, past=65.0)
+RUNNING = Journal(
+    "running",
+    1,
+    0.0,
+    done=4_200,
+    first=4_200,
+    total=12_000,
+    text="loss 0.412",
+    notes=NOTES,
+    past=65.0,
+)
 FAILED = Journal(
-    "failed", 1, 0.0, message="finetune_freeze.last_blocks must be at most 2, the model's blocks, got 9.", ended=1.0
+    "failed",
+    1,
+    0.0,
+    message="finetune_freeze.last_blocks must be at most 2, the model's blocks, got 9.",
+    ended=1.0,
 )
 STATES: dict[str, tuple[State, tuple[str, ...], Journal | None]] = {
     "pretrain": ("current", (), DONE),
@@ -59,13 +73,17 @@ async def wait_until_loaded(pilot: Pilot[Any]) -> PipelineScreen:
 
 @SIZES
 def test_empty(snap_compare: Any, empty: Path, size: tuple[int, int]) -> None:
-    assert snap_compare(Workbench(empty / "params.yaml"), terminal_size=size, run_before=wait_until_loaded)
+    assert snap_compare(
+        Workbench(empty / "params.yaml"), terminal_size=size, run_before=wait_until_loaded
+    )
 
 
 @SIZES
 @pytest.mark.parametrize("stage", ["finetune_lora", "finetune_freeze"])
 @pytest.mark.usefixtures("every_state")
-def test_a_stage_in_each_state(snap_compare: Any, empty: Path, size: tuple[int, int], stage: str) -> None:
+def test_a_stage_in_each_state(
+    snap_compare: Any, empty: Path, size: tuple[int, int], stage: str
+) -> None:
     async def before(pilot: Pilot[Any]) -> None:
         screen = await wait_until_loaded(pilot)
         screen.open_with(stage=stage)

@@ -1,4 +1,6 @@
-"""Runs on the pipeline screen: started, followed, stopped; and what goes wrong, each with one true sentence."""
+"""Runs on the pipeline screen: started, followed, stopped; and what goes wrong, each with one true
+sentence.
+"""
 
 import errno
 import os
@@ -18,7 +20,16 @@ from pipeline.errors import UserError
 from pipeline.project.logs.run_state import Journal
 from pipeline.project.status import StageState, Status
 from tests.helpers.pilot import until
-from tests.helpers.pipeline_screen import brief_params, choose, edit, facts, log_lines, messages, open_screen, row
+from tests.helpers.pipeline_screen import (
+    brief_params,
+    choose,
+    edit,
+    facts,
+    log_lines,
+    messages,
+    open_screen,
+    row,
+)
 from tests.helpers.projects import LORA, STAGES, save
 from tui import app as tui_app
 from tui.screens.pipeline.facts import describe_starter
@@ -123,13 +134,17 @@ async def test_a_stage_without_its_inputs_says_which(empty: Path) -> None:
     async with open_screen(empty) as (pilot, screen):
         await choose(pilot, screen, "merge")
         await pilot.press("S")
-        assert "merge needs expand_vocab, finetune_lora first: press R to run all" in messages(screen)
+        assert "merge needs expand_vocab, finetune_lora first: press R to run all" in messages(
+            screen
+        )
         await pilot.press("R")
         await until(pilot, lambda: "has no dvc.yaml" in messages(screen))
 
 
 @pytest.mark.slow
-async def test_one_stage_that_ran_alone_is_reported_alone(runnable: Path, dvc: Callable[[str], None]) -> None:
+async def test_one_stage_that_ran_alone_is_reported_alone(
+    runnable: Path, dvc: Callable[[str], None]
+) -> None:
     """The others being out of date is no early end."""
     save(runnable / "params.yaml", {"finetune_freeze.epochs": 3, "finetune_lora.rank": 2})
     dvc(RUN_LORA)
@@ -141,7 +156,9 @@ async def test_one_stage_that_ran_alone_is_reported_alone(runnable: Path, dvc: C
 
 
 @pytest.mark.slow
-async def test_a_failed_stage_shows_why_and_is_chosen(runnable: Path, dvc: Callable[[str], None]) -> None:
+async def test_a_failed_stage_shows_why_and_is_chosen(
+    runnable: Path, dvc: Callable[[str], None]
+) -> None:
     """A real stage fails: its message is shown, no matter who ran it."""
     dvc(f"print(\"Running stage 'finetune_freeze':\", flush=True)\n{RUN_LORA}")
     async with open_screen(runnable) as (pilot, screen):
@@ -152,7 +169,10 @@ async def test_a_failed_stage_shows_why_and_is_chosen(runnable: Path, dvc: Calla
         assert "why finetune_freeze.last_blocks must be at most 2" in "\n".join(facts(screen))
         assert "next Mend what it says, then S runs it again." in facts(screen)
         await until(pilot, lambda: "finetune_freeze failed" in messages(screen))
-        await until(pilot, lambda: any(line.startswith("error: finetune_freeze") for line in log_lines(screen)))
+        await until(
+            pilot,
+            lambda: any(line.startswith("error: finetune_freeze") for line in log_lines(screen)),
+        )
 
 
 @pytest.mark.slow
@@ -160,8 +180,11 @@ async def test_a_run_elsewhere_is_followed_and_says_whose_it_is(project: Path) -
     brief_params(project)
     async with open_screen(project, (200, 60)) as (pilot, screen):
         await until(pilot, lambda: row(screen, "lora") == "✓ lora")
-        save(project / "params.yaml", {"finetune_lora.epochs": 150})  # some seconds: a shorter run can end unseen
-        process = subprocess.Popen([LORA, "finetune", "lora"], cwd=project, stderr=subprocess.DEVNULL)
+        # some seconds: a shorter run can end unseen
+        save(project / "params.yaml", {"finetune_lora.epochs": 150})
+        process = subprocess.Popen(
+            [LORA, "finetune", "lora"], cwd=project, stderr=subprocess.DEVNULL
+        )
         seen = list[str]()
 
         def runs() -> bool:  # looked at in one moment: the next may be the run's end
@@ -170,7 +193,10 @@ async def test_a_run_elsewhere_is_followed_and_says_whose_it_is(project: Path) -
 
         await until(pilot, runs, 30)
         assert seen[1] == "finetune_lora"
-        assert f"run in a terminal or by another program: process {process.pid}, since" in "\n".join(seen)
+        assert (
+            f"run in a terminal or by another program: process {process.pid}, since"
+            in "\n".join(seen)
+        )
         await until(pilot, lambda: process.poll() is not None, 60)
         await until(pilot, lambda: row(screen, "lora") == "✓ lora")
         assert any("measured at the peak" in line for line in facts(screen))
@@ -178,7 +204,9 @@ async def test_a_run_elsewhere_is_followed_and_says_whose_it_is(project: Path) -
 
 def running(*names: str) -> dict[str, StageState]:
     return {
-        name: StageState(stage, "running" if name in names else "current", (), Journal("running", 1, 0.0, 1, 9))
+        name: StageState(
+            stage, "running" if name in names else "current", (), Journal("running", 1, 0.0, 1, 9)
+        )
         for name, stage in STAGES.items()
     }
 
@@ -188,15 +216,20 @@ async def test_the_cursor_follows_what_runs_until_the_user_moves_it(
     empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: dict[str, StageState] = {}
-    monkeypatch.setattr(Status, "of", lambda _, project, *__: {n: (shown or running())[n] for n in project.readable})
+    monkeypatch.setattr(
+        Status, "of", lambda _, project, *__: {n: (shown or running())[n] for n in project.readable}
+    )
     async with open_screen(empty, (80, 24)) as (pilot, screen):
 
         async def now(*names: str) -> None:
             shown.clear()
             shown.update(running(*names))
-            save(empty / "params.yaml", {"pretrain.seed": len(names) + 7 * ("merge" in names)})  # the watch looks
+            # the watch looks
+            save(empty / "params.yaml", {"pretrain.seed": len(names) + 7 * ("merge" in names)})
             watch = screen.workbench.project_watch
-            await until(pilot, lambda: all(watch.states[name] is shown[name] for name in watch.stages))
+            await until(
+                pilot, lambda: all(watch.states[name] is shown[name] for name in watch.stages)
+            )
             await pilot.pause()
 
         await now("pretrain")
@@ -215,7 +248,8 @@ async def test_the_cursor_follows_what_runs_until_the_user_moves_it(
         assert screen.chosen == "merge"
         await edit(pilot, screen, "prompts", "x")
         await now("pretrain")
-        assert screen.chosen == "merge" and screen.params_pane.field.value == "x"  # nor while something is typed
+        # nor while something is typed
+        assert screen.chosen == "merge" and screen.params_pane.field.value == "x"
 
 
 def _is_seen(tree: StageTree) -> bool:
@@ -228,14 +262,20 @@ def test_who_started_a_run() -> None:
     mine = Running(5, "dvc repro", 0.0, os.getpid())
     assert describe_starter(mine, state).startswith("here as dvc repro, process 5, since ")
     other = Running(5, "dvc repro", 0.0, 12345678)
-    assert describe_starter(other, state).startswith("by another workbench, process 12345678, as dvc repro, process 5")
+    assert describe_starter(other, state).startswith(
+        "by another workbench, process 12345678, as dvc repro, process 5"
+    )
     unknown = Running(5, "dvc repro", 0.0)  # of a lock that an older version wrote
     assert describe_starter(unknown, state).startswith("by a workbench as dvc repro")
-    assert describe_starter(None, state).startswith("in a terminal or by another program: process 77, since ")
+    assert describe_starter(None, state).startswith(
+        "in a terminal or by another program: process 77, since "
+    )
 
 
 @pytest.mark.slow
-async def test_a_second_workbench_sees_the_run_and_starts_none(runnable: Path, dvc: Callable[[str], None]) -> None:
+async def test_a_second_workbench_sees_the_run_and_starts_none(
+    runnable: Path, dvc: Callable[[str], None]
+) -> None:
     dvc(WAIT)
     first = Runner(runnable)
     first.start(["repro"])
@@ -289,11 +329,15 @@ async def test_it_opens_on_a_broken_and_on_a_missing_file(empty: Path, tmp_path:
     for root, problem in ((empty, "is not valid YAML"), (tmp_path, "does not exist")):
         async with open_screen(root, (80, 24)) as (pilot, screen):
             assert problem in banner(screen) and "Showing" not in banner(screen)
-            await pilot.press("S", "R", "X", "p", "L", "d", "v", "escape", "down", "enter", "enter", "tab", "+")
+            await pilot.press(
+                "S", "R", "X", "p", "L", "d", "v", "escape", "down", "enter", "enter", "tab", "+"
+            )
 
 
 @pytest.mark.slow
-async def test_a_project_that_is_deleted_while_it_is_open_says_so(runnable: Path, dvc: Callable[[str], None]) -> None:
+async def test_a_project_that_is_deleted_while_it_is_open_says_so(
+    runnable: Path, dvc: Callable[[str], None]
+) -> None:
     dvc(WAIT)
     async with open_screen(runnable) as (pilot, screen):
         shutil.rmtree(runnable)
@@ -304,7 +348,9 @@ async def test_a_project_that_is_deleted_while_it_is_open_says_so(runnable: Path
         assert not runnable.exists()
 
 
-async def test_a_full_disk_while_saving_is_one_sentence(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_disk_while_saving_is_one_sentence(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = (empty / "params.yaml").read_bytes()
     async with open_screen(empty) as (pilot, screen):
 
@@ -316,7 +362,9 @@ async def test_a_full_disk_while_saving_is_one_sentence(empty: Path, monkeypatch
         await edit(pilot, screen, "epochs", "7")
         await pilot.press("enter")
         await until(pilot, lambda: "No space left" in messages(screen))
-        assert messages(screen).count("\n") == 0 and messages(screen).endswith("Nothing was changed.")
+        assert messages(screen).count("\n") == 0 and messages(screen).endswith(
+            "Nothing was changed."
+        )
         assert screen.params_pane.field.value == "7"  # to be written once there is space
     assert (empty / "params.yaml").read_bytes() == before
 
@@ -329,7 +377,9 @@ async def test_a_full_disk_before_a_run_is_one_sentence(
     async with open_screen(runnable) as (pilot, screen):
 
         def full(*_: object) -> None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(runnable / "runs/pipeline.log"))
+            raise OSError(
+                errno.ENOSPC, os.strerror(errno.ENOSPC), str(runnable / "runs/pipeline.log")
+            )
 
         monkeypatch.setattr(Runner, "_spawn", full)
         await pilot.press("R")
@@ -351,8 +401,13 @@ async def test_a_run_that_ends_on_a_full_disk_says_so(
 
 
 @pytest.mark.slow
-async def test_a_stage_that_prints_100_mb_leaves_the_screen_alive(runnable: Path, dvc: Callable[[str], None]) -> None:
-    dvc("line = 'x' * 99\nfor _ in range(1_000_000): print(line)\nprint('the last line', flush=True)")
+async def test_a_stage_that_prints_100_mb_leaves_the_screen_alive(
+    runnable: Path, dvc: Callable[[str], None]
+) -> None:
+    dvc(
+        "line = 'x' * 99\nfor _ in range(1_000_000): print(line)\nprint('the last line', "
+        "flush=True)"
+    )
     async with open_screen(runnable) as (pilot, screen):
         await pilot.press("R", "L", "a")
         await until(pilot, lambda: log_lines(screen)[-1:] == ["the last line"], 60)

@@ -17,7 +17,10 @@ NEEDS = {name: [need for need in stage.needs if need in SHIPPED] for name, stage
 
 def drawn(unfolded: bool) -> list[str]:
     rows = tree_rows(SHIPPED, NEEDS, unfolded)
-    return [f"{row.guides}{row.label}{' ← ' + ', '.join(row.after) if row.after else ''}" for row in rows]
+    return [
+        f"{row.guides}{row.label}{' ← ' + ', '.join(row.after) if row.after else ''}"
+        for row in rows
+    ]
 
 
 def test_the_tree_of_the_document() -> None:
@@ -50,7 +53,9 @@ def dags(draw: st.DrawFn) -> dict[str, tuple[str, ...]]:
 
 
 @given(dags())
-def test_every_stage_stands_once_and_below_something_that_it_needs(needs: dict[str, tuple[str, ...]]) -> None:
+def test_every_stage_stands_once_and_below_something_that_it_needs(
+    needs: dict[str, tuple[str, ...]],
+) -> None:
     stages = {name: STAGES[name] for name in needs}
     rows = tree_rows(stages, needs, unfolded=True)
     names = [row.key for row in rows if row.key != STUDIES]
@@ -70,7 +75,9 @@ def ancestors(needs: dict[str, tuple[str, ...]], name: str) -> set[str]:
     return {*needs[name]}.union(*(ancestors(needs, need) for need in needs[name]))
 
 
-def line(state: State, width: int, reasons: tuple[str, ...] = (), run: Journal | None = None) -> str:
+def line(
+    state: State, width: int, reasons: tuple[str, ...] = (), run: Journal | None = None
+) -> str:
     stages: dict[str, Stage] = {"finetune_lora": STAGES["finetune_lora"]}
     states = {"finetune_lora": StageState(STAGES["finetune_lora"], state, reasons, run)}
     (text,) = draw_rows(tree_rows(stages, {"finetune_lora": ()}, False), states, width).values()
@@ -82,22 +89,34 @@ def test_what_a_row_says_of_each_state() -> None:
     running = Journal("running", 1, 0.0, done=128, total=200, rate=6.0)
     assert line("current", 30, (), done) == "✓ lora                     9 s"
     assert line("changed", 30, ("rank 4 → 16",), done) == "● lora  rank 4 → 16        9 s"
-    assert line("changed", 22, ("rank 4 → 16",), done) == "● lora  rank 4 → 16"  # the reason rather than the time
+    # the reason rather than the time
+    assert line("changed", 22, ("rank 4 → 16",), done) == "● lora  rank 4 → 16"
     assert line("changed", 18, ("rank 4 → 16",), done) == "● lora  rank 4 → …"
     assert line("running", 40, (), running) == "▶ lora  ━━━━━╌╌╌  64%  12 s left"
     assert line("running", 22, (), running) == "▶ lora  ━━━━━╌╌╌  64%"
     assert line("running", 14, (), running) == "▶ lora   64%"
     assert line("running", 40) == "▶ lora  starting"
     assert line("missing", 40, ("needs expand_vocab",)) == "○ lora  not made"
-    assert line("missing", 60, ("base must be minigpt",)) == "○ lora  not made: base must be minigpt"
-    assert line("failed", 60, ("rank must be at least 1",)) == "✗ lora  failed: rank must be at least 1"
+    assert (
+        line("missing", 60, ("base must be minigpt",)) == "○ lora  not made: base must be minigpt"
+    )
+    assert (
+        line("failed", 60, ("rank must be at least 1",))
+        == "✗ lora  failed: rank must be at least 1"
+    )
     assert line("current", 40, ("gate passed",)) == "✓ lora  gate passed"
 
 
 def test_a_stage_whose_models_break_limits_is_red_though_it_is_up_to_date() -> None:
     verdict = Verdict(("lora",), (Broken("lora", "new_loss", 1.0, 2.0),))
-    states = {"evaluate": StageState(STAGES["evaluate"], "current", ("gate failed: 1 limit",), None, verdict)}
-    (text,) = draw_rows(tree_rows({"evaluate": STAGES["evaluate"]}, {"evaluate": ()}, False), states, 40).values()
+    states = {
+        "evaluate": StageState(
+            STAGES["evaluate"], "current", ("gate failed: 1 limit",), None, verdict
+        )
+    }
+    (text,) = draw_rows(
+        tree_rows({"evaluate": STAGES["evaluate"]}, {"evaluate": ()}, False), states, 40
+    ).values()
     assert text.plain == "✗ evaluate  gate failed: 1 limit"
     assert {str(span.style) for span in text.spans} - {MUTED} == {SIGNS["failed"][1]}
 
@@ -105,7 +124,9 @@ def test_a_stage_whose_models_break_limits_is_red_though_it_is_up_to_date() -> N
 def test_rows_of_any_state_and_width_are_at_most_that_wide() -> None:
     rows = tree_rows(SHIPPED, NEEDS, True)
     for state in get_args(State):
-        states = {name: StageState(stage, state, ("because " * 9,)) for name, stage in SHIPPED.items()}
+        states = {
+            name: StageState(stage, state, ("because " * 9,)) for name, stage in SHIPPED.items()
+        }
         for width in range(1, 90, 7):
             for text in draw_rows(rows, states, width).values():
                 assert text.cell_length <= max(width, 16 + 2), (state, width, text.plain)
@@ -113,7 +134,9 @@ def test_rows_of_any_state_and_width_are_at_most_that_wide() -> None:
 
 def test_a_group_says_what_needs_attention_most() -> None:
     states = {name: StageState(stage, "current") for name, stage in SHIPPED.items()}
-    states["study_rank"] = StageState(STAGES["study_rank"], "running", (), Journal("running", 1, 0.0, 5, 10))
+    states["study_rank"] = StageState(
+        STAGES["study_rank"], "running", (), Journal("running", 1, 0.0, 5, 10)
+    )
     texts = draw_rows(tree_rows(SHIPPED, NEEDS, False), states, 60)
     assert texts[STUDIES].plain == "▶ ├ ▸ studies     9/10  ▶ rank ━━━━╌╌╌╌  50%"
 

@@ -14,7 +14,14 @@ from pipeline.project.stage_graph import Project
 from pipeline.workbench import claim_files, open_project, read_claims
 from tests.helpers.projects import new_project
 from tui.screens.results.documents import numbers_of, read_pages, read_pictures, read_studies
-from tui.screens.results.findings import KEPT, LEARNED, Evaluation, Sweep, read_evaluation, read_sweep
+from tui.screens.results.findings import (
+    KEPT,
+    LEARNED,
+    Evaluation,
+    Sweep,
+    read_evaluation,
+    read_sweep,
+)
 
 NUMBERS: dict[str, Any] = {"parameters": 100, "bytes": 40_000, "new_loss": 1.0}
 
@@ -43,11 +50,22 @@ def sweep(project: Project, **rows: Any) -> Sweep:
 
 
 def kept(share: float, rise: float = 0.0) -> dict[str, Any]:
-    return {**NUMBERS, "old_loss": 1.0, "forgetting": {"answers_kept": share, "loss_rise": rise, "divergence": rise}}
+    return {
+        **NUMBERS,
+        "old_loss": 1.0,
+        "forgetting": {"answers_kept": share, "loss_rise": rise, "divergence": rise},
+    }
 
 
 def trial(loss: float | None, divergence: float | None = None, **values: Any) -> dict[str, Any]:
-    row = {"values": values, "state": "done", "trainable": 8, "steps": 4, "final_loss": loss, "eval_loss": loss}
+    row = {
+        "values": values,
+        "state": "done",
+        "trainable": 8,
+        "steps": 4,
+        "final_loss": loss,
+        "eval_loss": loss,
+    }
     return row | ({} if divergence is None else {"divergence": divergence})
 
 
@@ -71,7 +89,12 @@ def test_the_cells_are_those_of_the_report(brief: Path) -> None:
 
 def test_forgot_least_is_a_trained_model_that_was_the_base(empty_project: Project) -> None:
     found = evaluation(
-        empty_project, base=kept(1), scratch=kept(0.99), full=kept(0.5), lora=kept(0.8), merged=kept(0.8)
+        empty_project,
+        base=kept(1),
+        scratch=kept(0.99),
+        full=kept(0.5),
+        lora=kept(0.8),
+        merged=kept(0.8),
     )
     assert found.forgot_least is not None and found.forgot_least.name == "lora"
     found = evaluation(empty_project, base=kept(1), full=kept(0.8, 0.1), lora=kept(0.8, 0.2))
@@ -86,18 +109,30 @@ def test_without_old_texts_nothing_is_said_of_forgetting(empty_project: Project)
 
 def test_measures_in_which_models_differ_come_first(empty_project: Project) -> None:
     answers = {"answers": {"n": 4, "as_expected": 1}}
-    found = evaluation(empty_project, base={**NUMBERS, "answers": {"n": 4, "as_expected": 0}}, lora=NUMBERS | answers)
+    found = evaluation(
+        empty_project,
+        base={**NUMBERS, "answers": {"n": 4, "as_expected": 0}},
+        lora=NUMBERS | answers,
+    )
     assert found.learned[0].name == "answers as expected"
     assert [found.learned[0].of(method.numbers) for method in found.methods] == [0, 0.25]
     none = {"new_completed": 0, "new_sentences": 4}
-    found = evaluation(empty_project, base={**NUMBERS, **none}, lora={**NUMBERS, **none, "new_loss": 0.5})
-    assert [measure.name for measure in found.learned] == ["loss on new sentences", "new sentences completed"]
+    found = evaluation(
+        empty_project, base={**NUMBERS, **none}, lora={**NUMBERS, **none, "new_loss": 0.5}
+    )
+    assert [measure.name for measure in found.learned] == [
+        "loss on new sentences",
+        "new sentences completed",
+    ]
 
 
 @pytest.mark.parametrize(
-    ("numbers", "expected"), [({"new_loss": nan}, None), ({}, None), ({"new_loss": "1"}, 1.0), ({"new_loss": []}, None)]
+    ("numbers", "expected"),
+    [({"new_loss": nan}, None), ({}, None), ({"new_loss": "1"}, 1.0), ({"new_loss": []}, None)],
 )
-def test_a_measure_of_what_is_no_number_is_none(numbers: dict[str, Any], expected: float | None) -> None:
+def test_a_measure_of_what_is_no_number_is_none(
+    numbers: dict[str, Any], expected: float | None
+) -> None:
     assert LEARNED[-1].of(numbers) == expected
     assert KEPT[0].of(numbers) is None
 
@@ -107,8 +142,13 @@ def test_the_gate_names_each_broken_limit(empty_project: Project) -> None:
     gate = {"passed": False, "variants": ["lora"], "broken": broken}
     found = evaluation(empty_project, base=kept(1), lora=kept(0.8), gate=gate)
     assert found.verdict == "✗ 1 limit broken"
-    assert [method.broken for method in found.methods] == [[], ["answers_kept 0.8, wanted at least 0.9"]]
-    found = evaluation(empty_project, base=kept(1), lora=kept(1), gate={**gate, "passed": True, "broken": []})
+    assert [method.broken for method in found.methods] == [
+        [],
+        ["answers_kept 0.8, wanted at least 0.9"],
+    ]
+    found = evaluation(
+        empty_project, base=kept(1), lora=kept(1), gate={**gate, "passed": True, "broken": []}
+    )
     assert found.verdict == "✓ limits kept by lora"
 
 
@@ -121,13 +161,21 @@ def test_the_gate_names_each_broken_limit(empty_project: Project) -> None:
         pytest.param({"lora": {**NUMBERS, "tasks": {"a": {}}}}, id="a task without a score"),
     ],
 )
-def test_other_metrics_are_refused_in_one_sentence(empty_project: Project, metrics: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"metrics\.json holds other metrics\. Run `lora evaluate` again\."):
+def test_other_metrics_are_refused_in_one_sentence(
+    empty_project: Project, metrics: dict[str, Any]
+) -> None:
+    with pytest.raises(
+        UserError, match=r"metrics\.json holds other metrics\. Run `lora evaluate` again\."
+    ):
         evaluation(empty_project, **metrics)
 
 
 def test_the_front_of_a_sweep_and_its_best(empty_project: Project) -> None:
-    rows = {"a": trial(1.0, 0.5, rank=1), "b": trial(2.0, 0.1, rank=2), "c": trial(2.0, 0.6, rank=4)}
+    rows = {
+        "a": trial(1.0, 0.5, rank=1),
+        "b": trial(2.0, 0.1, rank=2),
+        "c": trial(2.0, 0.6, rank=4),
+    }
     found = sweep(empty_project, **rows, d={**trial(None, rank=8), "state": "diverged"})
     assert [(t.name, t.front, t.best) for t in found.trials] == [
         *(("a", True, True), ("b", True, False), ("c", False, False), ("d", False, False)),
@@ -146,7 +194,9 @@ def test_a_name_in_a_sweep_does_not_lead_elsewhere(empty_project: Project) -> No
     assert found.trials[0].path.parent == empty_project.root / "artifacts/sweep"
 
 
-@pytest.mark.parametrize("row", [1, {}, {"values": 3, "eval_loss": None}], ids=["number", "empty", "values"])
+@pytest.mark.parametrize(
+    "row", [1, {}, {"values": 3, "eval_loss": None}], ids=["number", "empty", "values"]
+)
 def test_another_sweep_is_refused_in_one_sentence(empty_project: Project, row: Any) -> None:
     with pytest.raises(UserError, match=r"sweep\.json holds no sweep"):
         sweep(empty_project, a=row)
@@ -154,7 +204,11 @@ def test_another_sweep_is_refused_in_one_sentence(empty_project: Project, row: A
 
 def test_pages_pictures_and_the_files_of_a_claim(studied: Path) -> None:
     project = open_project(studied / "params.yaml")
-    assert [page.title for page in read_pages(project)] == ["Comparison", "Figures", "The document, measured"]
+    assert [page.title for page in read_pages(project)] == [
+        "Comparison",
+        "Figures",
+        "The document, measured",
+    ]
     assert all(page.path and page.about.startswith("§") for page in read_studies(project))
     pictures = {picture.key: picture for picture in read_pictures(project)}
     assert pictures["figures/attention"].path.suffix == ".png"
@@ -162,11 +216,15 @@ def test_pages_pictures_and_the_files_of_a_claim(studied: Path) -> None:
     claims = read_claims(project)
     assert claims is not None
     files = {row["id"]: claim_files(project, row["id"]) for row in claims[1]}
-    assert files["share_full".replace("_", "-")] == [studied / "artifacts/full_finetuned/manifest.json"]
+    assert files["share_full".replace("_", "-")] == [
+        studied / "artifacts/full_finetuned/manifest.json"
+    ]
     assert files["share-freeze"] == []  # the calculator's
     assert all(path.is_file() for paths in files.values() for path in paths)
     text = numbers_of(studied / "artifacts/studies/methods/cost.csv", studied)
-    assert text.startswith("## artifacts/studies/methods/cost.csv\n\n**Trainable parameters, memory and storage**")
+    assert text.startswith(
+        "## artifacts/studies/methods/cost.csv\n\n**Trainable parameters, memory and storage**"
+    )
     assert '"files"' not in numbers_of(studied / "artifacts/full_finetuned/manifest.json", studied)
 
 
@@ -180,4 +238,7 @@ def test_an_svg_alone_is_listed(empty_project: Project, brief: Path) -> None:
     folder = empty_project.root / "artifacts/evaluation"
     shutil.copytree(brief / "artifacts/evaluation", folder)
     (folder / "more.svg").write_text("<svg/>", encoding="utf-8")
-    assert [p.path.name for p in read_pictures(empty_project)] == ["finetuning_comparison.png", "more.svg"]
+    assert [p.path.name for p in read_pictures(empty_project)] == [
+        "finetuning_comparison.png",
+        "more.svg",
+    ]

@@ -1,4 +1,6 @@
-"""The Results screen: which adapter to ship, and all that the stages wrote, as a user meets them."""
+"""The Results screen: which adapter to ship, and all that the stages wrote, as a user meets
+them.
+"""
 
 import json
 import shutil
@@ -71,7 +73,9 @@ def text_of(static: Static) -> str:
 
 
 @asynccontextmanager
-async def results(project: Path, size: tuple[int, int] = (120, 40), read: bool = True) -> AsyncIterator[Session]:
+async def results(
+    project: Path, size: tuple[int, int] = (120, 40), read: bool = True
+) -> AsyncIterator[Session]:
     asked: list[tuple[str, dict[str, Any]]] = []
     app = Workbench(project / "params.yaml")
     app.go = lambda name, **request: asked.append((name, request))  # type: ignore[method-assign, assignment]
@@ -100,7 +104,9 @@ async def test_a_model_is_prompted_beside_its_base(brief: Path, key: str) -> Non
         user.screen.query_one(MethodsPane).point("lora")
         await user.press(key)
         artifacts = brief / "artifacts"
-        assert user.asked == [("chat", {"models": [artifacts / "expanded", artifacts / "lora_adapter"]})]
+        assert user.asked == [
+            ("chat", {"models": [artifacts / "expanded", artifacts / "lora_adapter"]})
+        ]
 
 
 @pytest.mark.slow
@@ -128,7 +134,10 @@ async def test_o_shows_the_curve_and_i_all_numbers(brief: Path) -> None:
         await user.press("o", "i")
         assert user.asked == [("curves", {"run": "finetune_full"})]
         assert isinstance(user.app.screen, PageReader)
-        await until(user.pilot, lambda: "KL from base" in user.app.screen.query_one("MarkdownPage").plain)  # type: ignore[attr-defined]
+        await until(
+            user.pilot,
+            lambda: "KL from base" in user.app.screen.query_one("MarkdownPage").plain,  # type: ignore[attr-defined]
+        )
 
 
 @pytest.mark.slow
@@ -149,8 +158,12 @@ async def test_sorting_keeps_the_cursor_on_its_model(brief: Path) -> None:
 
 @pytest.mark.parametrize("project", ["brief", "empty"])
 @pytest.mark.slow
-async def test_the_panes_follow_the_size_of_the_terminal(request: pytest.FixtureRequest, project: str) -> None:
-    """Also where it changes while another screen is shown. They fill the rows between the views and the keys."""
+async def test_the_panes_follow_the_size_of_the_terminal(
+    request: pytest.FixtureRequest, project: str
+) -> None:
+    """Also where it changes while another screen is shown. They fill the rows between the views and
+    the keys.
+    """
     small, large = (100, 14), (140, 45)
     async with results(request.getfixturevalue(project), small) as user:
         heights = list[dict[str, int]]()
@@ -171,7 +184,10 @@ async def test_the_panes_follow_the_size_of_the_terminal(request: pytest.Fixture
 async def test_the_filter_narrows_the_models(brief: Path) -> None:
     async with results(brief) as user:
         await user.press("slash", *"lora", "enter")
-        assert [method.name for method in user.screen.query_one(MethodsPane).rows] == ["lora", "merged"]
+        assert [method.name for method in user.screen.query_one(MethodsPane).rows] == [
+            "lora",
+            "merged",
+        ]
         await user.press("slash", "escape")
         assert len(user.screen.query_one(MethodsPane).rows) == 9
 
@@ -199,7 +215,10 @@ async def test_a_broken_limit_is_named(project: Path) -> None:
     async with results(project) as user:
         assert "✗ 1 limit broken" in user.title(MethodsPane)
         user.screen.query_one(MethodsPane).point("lora")
-        await until(user.pilot, lambda: "✗ breaks answers_kept 0.5, wanted at least 0.99" in user.drawn(DetailPane))
+        await until(
+            user.pilot,
+            lambda: "✗ breaks answers_kept 0.5, wanted at least 0.99" in user.drawn(DetailPane),
+        )
         assert "retention_data" in user.drawn(DetailPane)
         user.screen.query_one(MethodsPane).point("full")
         await until(user.pilot, lambda: "✓ keeps evaluate.limits" in user.drawn(DetailPane))
@@ -212,7 +231,9 @@ async def test_without_old_texts_models_are_compared_by_their_tasks(empty: Path)
 
     path = empty / "artifacts/evaluation/metrics.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"base": numbers(2, 0.5), "lora": numbers(1, 0.7)}), encoding="utf-8")
+    path.write_text(
+        json.dumps({"base": numbers(2, 0.5), "lora": numbers(1, 0.7)}), encoding="utf-8"
+    )
     async with results(empty) as user:
         drawn = user.drawn(ScatterPane)
         assert "↑ capitals" in drawn and "loss on new sentences ─▶" in drawn
@@ -233,7 +254,9 @@ async def test_one_quantity_alone_is_not_drawn(empty: Path) -> None:
 async def test_nothing_evaluated_says_what_to_press(empty: Path) -> None:
     async with results(empty) as user:
         pane = user.screen.query_one(MethodsPane)
-        assert text_of(pane.query_one(".empty", Static)).startswith("Nothing is evaluated yet. Press R")
+        assert text_of(pane.query_one(".empty", Static)).startswith(
+            "Nothing is evaluated yet. Press R"
+        )
         assert not user.screen.query_one(ScatterPane).size
         await user.press("r")
         assert "No report yet. Press R" in text_after(user)
@@ -284,7 +307,10 @@ async def test_a_project_that_only_sweeps_begins_with_its_sweep(project: Path) -
         pane.point("rank-2")
         await user.press("c", "o")
         assert user.asked == [
-            ("chat", {"models": [project / "artifacts/expanded", project / "artifacts/sweep/rank-2"]}),
+            (
+                "chat",
+                {"models": [project / "artifacts/expanded", project / "artifacts/sweep/rank-2"]},
+            ),
             ("curves", {"run": "finetune_sweep/rank-2"}),
         ]
 
@@ -306,7 +332,13 @@ async def test_a_sweep_of_several_keys_has_a_plot_for_each(empty: Path) -> None:
     rows = {
         f"a{n}": {
             "values": {"rank": rank, "target_modules": [target]},
-            **{"state": "done", "trainable": 1, "steps": 1, "final_loss": 1.0 + n, "eval_loss": 1.0 + n},
+            **{
+                "state": "done",
+                "trainable": 1,
+                "steps": 1,
+                "final_loss": 1.0 + n,
+                "eval_loss": 1.0 + n,
+            },
             "divergence": 0.1 / (n + 1),
         }
         for n, (rank, target) in enumerate([(1, "attention"), (4, "attention"), (4, "all-linear")])
@@ -316,11 +348,16 @@ async def test_a_sweep_of_several_keys_has_a_plot_for_each(empty: Path) -> None:
     (empty / "artifacts/sweep/sweep.json").write_text(json.dumps(rows), encoding="utf-8")
     async with results(empty) as user:
         drawn = user.drawn(PlotsPane)
-        assert [title in drawn for title in ("divergence from the base ─▶", "rank ─▶", "target_modules ─▶")] == [
-            True
-        ] * 3
+        assert [
+            title in drawn
+            for title in ("divergence from the base ─▶", "rank ─▶", "target_modules ─▶")
+        ] == [True] * 3
         assert "attention" in drawn
-        assert [trial.front for trial in user.screen.query_one(SweepPane).rows] == [True, True, True]
+        assert [trial.front for trial in user.screen.query_one(SweepPane).rows] == [
+            True,
+            True,
+            True,
+        ]
 
 
 @pytest.mark.slow
@@ -346,7 +383,9 @@ async def test_studies_and_their_figures(studied: Path) -> None:
         await until(user.pilot, lambda: "Rank, alpha and learning rate" in page.plain)
         await user.press("f")
         pane = user.screen.query_one(PicturePane)
-        await until(user.pilot, lambda: pane.picture is not None and pane.picture.key == "studies/rank/rank")
+        await until(
+            user.pilot, lambda: pane.picture is not None and pane.picture.key == "studies/rank/rank"
+        )
         await until(user.pilot, lambda: len(pane.query("HalfcellImage")) == 1)
         await user.press("o")
         await until(user.pilot, lambda: isinstance(user.app.screen, PageReader))
@@ -382,7 +421,12 @@ async def test_claims_by_section_verdict_and_words_and_their_numbers(studied: Pa
         await until(user.pilot, lambda: "full_finetuned/manifest.json" in reader.plain)  # type: ignore[attr-defined]
         await user.press("escape", "slash", "escape", "slash", *"layer freezing: 30", "enter", "o")
         await until(
-            user.pilot, lambda: "calculator" in user.app.message_history[-1].text if user.app.message_history else False
+            user.pilot,
+            lambda: (
+                "calculator" in user.app.message_history[-1].text
+                if user.app.message_history
+                else False
+            ),
         )
 
 
@@ -409,7 +453,9 @@ async def test_a_damaged_picture_is_said(project: Path) -> None:
     async with results(project) as user:
         await user.press("f")
         caption = user.screen.query_one("#caption", Static)
-        await until(user.pilot, lambda: "finetuning_comparison.png cannot be shown" in text_of(caption))
+        await until(
+            user.pilot, lambda: "finetuning_comparison.png cannot be shown" in text_of(caption)
+        )
 
 
 @pytest.mark.slow
@@ -424,7 +470,9 @@ async def test_pictures_can_be_drawn_in_other_ways(brief: Path) -> None:
         assert pane.kind == before
 
 
-@pytest.mark.parametrize("size", [(60, 16), (30, 8), (80, 24), (200, 60)], ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize(
+    "size", [(60, 16), (30, 8), (80, 24), (200, 60)], ids=lambda size: f"{size[0]}x{size[1]}"
+)
 @pytest.mark.sampled(4)
 async def test_every_view_at_every_size(studied: Path, size: tuple[int, int]) -> None:
     async with results(studied, size) as user:

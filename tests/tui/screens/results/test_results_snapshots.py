@@ -12,18 +12,33 @@ from tui.screens.results.screen import ResultsScreen
 
 pytestmark = pytest.mark.usefixtures("no_path")
 SIZES = [pytest.param((80, 24), id="80x24"), pytest.param((120, 40), id="120x40")]
-NUMBERS = {"parameters": 1000, "bytes": 40_000, "old_loss": 1.0, "new_sentences": 8, "trainable": 100}
+NUMBERS = {
+    "parameters": 1000,
+    "bytes": 40_000,
+    "old_loss": 1.0,
+    "new_sentences": 8,
+    "trainable": 100,
+}
 
 
 def task(score: float, low: float, high: float) -> dict[str, Any]:
     change = {"score": score - 1, "low": low - 1, "high": high - 1}
-    return {"tasks": {"capitals": {"score": score, "low": low, "high": high, "n": 9, "difference": change}}}
+    return {
+        "tasks": {
+            "capitals": {"score": score, "low": low, "high": high, "n": 9, "difference": change}
+        }
+    }
 
 
 def model(done: int, kept: float, **more: Any) -> dict[str, Any]:
     """Numbers that no training gives twice on two machines, so they are written here."""
     forgetting = {"answers_kept": kept, "loss_rise": 1 - kept, "divergence": 1 - kept}
-    share = {"trainable_percent": 10.0, "new_loss": 1.0 - done / 10, "new_completed": done, "forgetting": forgetting}
+    share = {
+        "trainable_percent": 10.0,
+        "new_loss": 1.0 - done / 10,
+        "new_completed": done,
+        "forgetting": forgetting,
+    }
     return {**NUMBERS, **share, **more}
 
 
@@ -50,10 +65,21 @@ def evaluated(empty: Path) -> Path:
     rows = {
         f"rank-{rank}": {
             "values": {"rank": rank},
-            **{"state": "done", "trainable": 100 * rank, "steps": 9, "final_loss": loss, "eval_loss": loss},
+            **{
+                "state": "done",
+                "trainable": 100 * rank,
+                "steps": 9,
+                "final_loss": loss,
+                "eval_loss": loss,
+            },
             "divergence": divergence,
         }
-        for rank, loss, divergence in ((1, 0.9, 0.01), (4, 0.7, 0.03), (16, 0.6, 0.2), (64, 0.65, 0.4))
+        for rank, loss, divergence in (
+            (1, 0.9, 0.01),
+            (4, 0.7, 0.03),
+            (16, 0.6, 0.2),
+            (64, 0.65, 0.4),
+        )
     }
     for name, tree in (("evaluation/metrics.json", metrics), ("sweep/sweep.json", rows)):
         path = empty / "artifacts" / name
@@ -77,12 +103,16 @@ def shown(*keys: str) -> Any:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_methods(snap_compare: Any, evaluated: Path, size: tuple[int, int]) -> None:
-    assert snap_compare(Workbench(evaluated / "params.yaml"), terminal_size=size, run_before=shown())
+    assert snap_compare(
+        Workbench(evaluated / "params.yaml"), terminal_size=size, run_before=shown()
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_sweep(snap_compare: Any, evaluated: Path, size: tuple[int, int]) -> None:
-    assert snap_compare(Workbench(evaluated / "params.yaml"), terminal_size=size, run_before=shown("w"))
+    assert snap_compare(
+        Workbench(evaluated / "params.yaml"), terminal_size=size, run_before=shown("w")
+    )
 
 
 def test_light(snap_compare: Any, evaluated: Path) -> None:
@@ -92,4 +122,6 @@ def test_light(snap_compare: Any, evaluated: Path) -> None:
 
 
 def test_nothing_yet(snap_compare: Any, empty: Path) -> None:
-    assert snap_compare(Workbench(empty / "params.yaml"), terminal_size=(80, 24), run_before=shown())
+    assert snap_compare(
+        Workbench(empty / "params.yaml"), terminal_size=(80, 24), run_before=shown()
+    )

@@ -1,4 +1,6 @@
-"""The first look: a folder without a project offers a new one, the document's, the demo, or the calculator."""
+"""The first look: a folder without a project offers a new one, the document's, the demo, or the
+calculator.
+"""
 
 import subprocess
 import sys
@@ -66,13 +68,17 @@ async def test_it_is_shown_where_there_is_no_project(
     nothing: Path, params: str, files: Sequence[str], expected: str
 ) -> None:
     for name in files:
-        (nothing / name).write_text("stages: {}\n" if name == "dvc.yaml" else "base: minigpt\n", encoding="utf-8")
+        (nothing / name).write_text(
+            "stages: {}\n" if name == "dvc.yaml" else "base: minigpt\n", encoding="utf-8"
+        )
     app = Workbench(nothing / params)
     async with app.run_test():
         assert mode(app) == expected
 
 
-async def test_the_documents_project_is_made_and_opened(nothing: Path, asked: list[list[str]]) -> None:
+async def test_the_documents_project_is_made_and_opened(
+    nothing: Path, asked: list[list[str]]
+) -> None:
     app = Workbench(nothing / "params.yaml")
     async with app.run_test(size=(120, 40)) as pilot:
         await pilot.press("p")
@@ -91,11 +97,27 @@ async def test_a_new_project_is_asked_for_and_made(nothing: Path, asked: list[li
         await pilot.press("n")
         await until(pilot, lambda: isinstance(app.focused, Input))
         await pilot.press("ctrl+u", *"run", "down", *"org/base", "enter")
-        assert "org/base needs data to train on" in str(app.screen.query_one(".wrong", Static).content)
+        assert "org/base needs data to train on" in str(
+            app.screen.query_one(".wrong", Static).content
+        )
         assert asked == []
         await pilot.press("down", *"a.csv, b.csv", "down", *"lora,full", "enter")
-        await until(pilot, lambda: mode(app) == "pipeline" and type(app.screen).__name__ == "Reader")
-        assert asked == [["run", "--base", "org/base", "--data", "a.csv", "--data", "b.csv", "--methods", "lora,full"]]
+        await until(
+            pilot, lambda: mode(app) == "pipeline" and type(app.screen).__name__ == "Reader"
+        )
+        assert asked == [
+            [
+                "run",
+                "--base",
+                "org/base",
+                "--data",
+                "a.csv",
+                "--data",
+                "b.csv",
+                "--methods",
+                "lora,full",
+            ]
+        ]
         report = str(app.screen.query_one(Static).content)
         assert "rank  8" in report and "Next" not in report
 
@@ -130,7 +152,9 @@ async def test_the_calculator_by_arrows_and_by_its_number(nothing: Path) -> None
 
 
 @pytest.mark.parametrize("size", [(200, 60), (60, 16), (30, 8)], ids=["200x60", "60x16", "30x8"])
-async def test_it_is_drawn_at_every_size_and_help_and_palette_open(nothing: Path, size: tuple[int, int]) -> None:
+async def test_it_is_drawn_at_every_size_and_help_and_palette_open(
+    nothing: Path, size: tuple[int, int]
+) -> None:
     app = Workbench(nothing / "params.yaml")
     async with app.run_test(size=size) as pilot:
         await pilot.press("question_mark")
@@ -138,7 +162,11 @@ async def test_it_is_drawn_at_every_size_and_help_and_palette_open(nothing: Path
         await pilot.press("escape", "ctrl+p")
         await until(pilot, lambda: type(app.screen).__name__ == "CommandPalette")
         await pilot.press("escape")
-        assert "run" not in [active.binding.action for active in app.screen.active_bindings.values() if active.enabled]
+        assert "run" not in [
+            active.binding.action
+            for active in app.screen.active_bindings.values()
+            if active.enabled
+        ]
 
 
 @pytest.mark.slow
@@ -154,7 +182,9 @@ async def test_the_demo_is_opened_and_every_screen_shows_it(nothing: Path) -> No
             app.switch_mode(name)
             await until(pilot, lambda name=name: mode(app) == name and app.screen.is_mounted)  # type: ignore[misc]
             await pilot.pause()
-            assert not [message for message in app.message_history if message.severity != "information"]
+            assert not [
+                message for message in app.message_history if message.severity != "information"
+            ]
             drawn = app.export_screenshot().replace("&#160;", " ")
             assert not [text for text in EMPTY if text in drawn], name
 
@@ -165,9 +195,14 @@ async def test_lora_new_makes_a_project_and_says_what_is_wrong(nothing: Path) ->
         await create(["file"], nothing, lambda _: None)
 
 
-@pytest.mark.parametrize("options", [["--demo", "--params", "params.yaml"]], ids=["demo-and-params"])
+@pytest.mark.parametrize(
+    "options", [["--demo", "--params", "params.yaml"]], ids=["demo-and-params"]
+)
 def test_wrong_usage_is_one_sentence(nothing: Path, options: list[str]) -> None:
     command = [sys.executable, "-m", "tui", *options]
     done = subprocess.run(command, cwd=nothing, capture_output=True, text=True, check=False)
-    expected = "error: --demo opens a project of its own, so it takes no --params. Leave out one of them.\n"
+    expected = (
+        "error: --demo opens a project of its own, so it takes no --params. Leave out one of "
+        "them.\n"
+    )
     assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)

@@ -32,7 +32,12 @@ def test_labels_of_lines_that_end_together_have_a_row_each() -> None:
 
 def test_where_rows_do_not_suffice_the_labels_of_the_top_lines_stay() -> None:
     plot = drawn(line_plot([Line([(0, n), (9, n)], "", f"run-{n}") for n in range(9)], 60, 5))
-    assert [row.split()[-1] for row in plot if "run-" in row] == ["run-8", "run-7", "run-6", "run-5"]
+    assert [row.split()[-1] for row in plot if "run-" in row] == [
+        "run-8",
+        "run-7",
+        "run-6",
+        "run-5",
+    ]
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=12), st.integers(4, 20))
@@ -45,7 +50,12 @@ def test_no_two_labels_share_a_row(ends: list[float], height: int) -> None:
 def test_the_last_line_covers_the_others_and_a_bold_one_is_thicker() -> None:
     def styles(first: str, second: str) -> set[str]:
         lines = [Line([(0, 0), (9, 0)], first), Line([(0, 0), (9, 0)], second, bold=True)]
-        return {style for row in line_plot(lines, 30, 5).rows for cells, style in row if "⠒" in cells or "⠶" in cells}
+        return {
+            style
+            for row in line_plot(lines, 30, 5).rows
+            for cells, style in row
+            if "⠒" in cells or "⠶" in cells
+        }
 
     assert styles("red", "blue") <= {"blue"} and styles("blue", "red") <= {"red"}
 
@@ -59,7 +69,9 @@ def test_a_log_scale_has_decades_and_leaves_out_what_is_not_positive() -> None:
 
 def test_marks_the_cursor_and_the_flat_point_are_drawn() -> None:
     marks = [(float(x), 3.0) for x in range(10, 100, 20)]
-    plot = drawn(line_plot([Line(falling(), marks=marks, flat=(50.0, 0.2))], 60, 12, View(cursor=30)))
+    plot = drawn(
+        line_plot([Line(falling(), marks=marks, flat=(50.0, 0.2))], 60, 12, View(cursor=30))
+    )
     assert sum(row.count("×") for row in plot) == len(marks)
     assert sum(row.count("»") for row in plot) == 1 and sum("│" in row for row in plot) > 5
 
@@ -69,7 +81,9 @@ def test_a_stray_line_does_not_decide_the_range() -> None:
 
 
 def test_signs_tell_lines_apart_without_colors() -> None:
-    plot = "".join(drawn(line_plot([Line(falling(), sign="■"), Line(falling(), sign="●")], 80, 12, signs=True)))
+    plot = "".join(
+        drawn(line_plot([Line(falling(), sign="■"), Line(falling(), sign="●")], 80, 12, signs=True))
+    )
     assert plot.count("■") > 2 and plot.count("●") > 2
 
 
@@ -79,9 +93,14 @@ def test_signs_tell_lines_apart_without_colors() -> None:
     st.integers(1, 30),
     st.booleans(),
 )
-def test_anything_fits_any_size(points: list[tuple[float, float]], width: int, height: int, log: bool) -> None:
+def test_anything_fits_any_size(
+    points: list[tuple[float, float]], width: int, height: int, log: bool
+) -> None:
     plot = line_plot(
-        [Line(points, "", "a name that is long", "0.123", "■", marks=points[:3])], width, height, View(log=log)
+        [Line(points, "", "a name that is long", "0.123", "■", marks=points[:3])],
+        width,
+        height,
+        View(log=log),
     )
     assert [sum(len(cells) for cells, _ in row) for row in plot.rows] == [width] * height
 
@@ -109,7 +128,9 @@ def test_ticks(range_: tuple[float, float], most: int, log: bool, labels: list[s
 
 
 @given(st.floats(-1e300, 1e300), st.floats(-1e300, 1e300), st.integers(1, 9), st.booleans())
-def test_ticks_are_in_the_range_and_at_most_as_many_as_asked(a: float, b: float, most: int, log: bool) -> None:
+def test_ticks_are_in_the_range_and_at_most_as_many_as_asked(
+    a: float, b: float, most: int, log: bool
+) -> None:
     range_ = (min(a, b) % 300, max(a, b) % 300) if log else (min(a, b), max(a, b))
     if range_[0] < range_[1] and is_drawable(range_):
         found = ticks(range_, most, log)
@@ -123,7 +144,10 @@ def test_the_fitted_range_holds_all_values_and_a_decade_is_told() -> None:
     assert low < 1 and high > 5 and fit([]) == (0, 1) and fit([-1, 0], log=True) == (0, 1)
     assert is_drawable(fit([7.0])) and is_drawable(fit([1e300]))
     assert (
-        spans_decade([0.1, 1.0]) and not spans_decade([0.2, 1.0]) and not spans_decade([0, 1]) and not spans_decade([])
+        spans_decade([0.1, 1.0])
+        and not spans_decade([0.2, 1.0])
+        and not spans_decade([0, 1])
+        and not spans_decade([])
     )
 
 

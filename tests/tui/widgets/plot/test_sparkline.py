@@ -32,7 +32,9 @@ def test_given_ends_make_rows_comparable_and_clip() -> None:
     assert sparkline([0, 50, 100, 200], 4, 0, 100) == "▁▅██"
 
 
-@given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=50), st.integers(1, 20), st.integers(1, 4))
+@given(
+    st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=50), st.integers(1, 20), st.integers(1, 4)
+)
 def test_more_is_never_lower(values: list[float], width: int, height: int) -> None:
     rows = area(values, width, height)
     assert [len(row) for row in rows] == [width] * height
