@@ -70,11 +70,9 @@ def with_calculator_options(command: Callable[..., None]) -> Callable[..., None]
     at = next(
         index for index, parameter in enumerate(own) if parameter.kind is Parameter.VAR_KEYWORD
     )
-    command.__signature__ = signature(
+    command.__signature__ = signature(  # type: ignore[attr-defined]
         command
-    ).replace(  # type: ignore[attr-defined]
-        parameters=[*own[:2], *parameters.values(), *own[2:at]]
-    )
+    ).replace(parameters=[*own[:2], *parameters.values(), *own[2:at]])
     return command
 
 

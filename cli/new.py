@@ -364,7 +364,7 @@ def _describe_data(started: Started) -> Iterator[str]:
     if report.tokens and report.trained_tokens is not None and report.quantiles:
         share = report.trained_tokens / report.tokens
         trained = " and ".join(
-            dict.fromkeys(each.trained for each in FORMATS if each.name in report.formats)
+            dict.fromkeys(each.trained for each in FORMATS.values() if each.name in report.formats)
         )
         yield (
             f"{report.tokens:,} tokens, of which {report.trained_tokens:,} ({share:.0%}) are "

@@ -13,7 +13,6 @@ from pipeline.evaluation.kinds import KINDS
 from pipeline.export.formats import FORMATS as EXPORTS
 from pipeline.files.artifact import MANIFEST
 from pipeline.project.foreign import FORMATS as CONFIGS
-from pipeline.project.logs import trackers
 from pipeline.project.logs.run_log import (
     COLUMNS,
     LOSS,
@@ -25,6 +24,7 @@ from pipeline.project.logs.run_log import (
     Sample,
 )
 from pipeline.project.logs.run_state import JOURNAL, Journal
+from pipeline.project.logs.trackers import TRACKERS
 from pipeline.project.stage_graph import ARTIFACTS, CACHE, RUNS
 from pipeline.weights.foreign import FORMATS as ADAPTERS
 from pipeline.weights.merge import CERTIFICATE
@@ -151,7 +151,7 @@ def _lines() -> Iterator[str]:
     yield "Times are seconds since 1970. `lora runs` and `lora-tui` read it while the stage runs.\n"
     yield "### For trackers\n"
     yield "`report_to` of params.yaml names them ([trackers](../how-to/trackers.md)).\n"
-    followed = {name: trackers.load(name) for name in trackers.names()}
+    followed = dict(TRACKERS)
     yield from table(
         ("tracker", "folder", "shown by"),
         [
@@ -168,7 +168,7 @@ def _lines() -> Iterator[str]:
         ("format", "a row", "keys that are read", "trained on"),
         [
             (f"`{each.name}`", f"`{each.shape}`", _names(sorted(each.keys)), each.trained)
-            for each in DATA
+            for each in DATA.values()
         ],
     )
     yield "## Tasks\n"
@@ -198,11 +198,14 @@ def _lines() -> Iterator[str]:
     )
     yield "## Adapters of other tools\n"
     yield "`lora adapters import DIR --base BASE --out OUT` reads:\n"
-    yield from table(("tool", "files"), [(each.name, cell(each.about)) for each in ADAPTERS])
+    yield from table(
+        ("tool", "files"), [(each.name, cell(each.about)) for each in ADAPTERS.values()]
+    )
     yield "## Configs of other tools\n"
     yield "`lora new DIR --from FILE` reads ([coming from other tools](../coming-from/index.md)):\n"
     about = [
-        (each.name, cell(import_module(each.read.__module__).__doc__ or "")) for each in CONFIGS
+        (each.name, cell(import_module(each.read.__module__).__doc__ or ""))
+        for each in CONFIGS.values()
     ]
     yield from table(("tool", "what is read"), about)
 

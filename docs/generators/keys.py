@@ -89,7 +89,7 @@ def _key(binding: Binding) -> str:
     if binding.key_display:
         return f"`{binding.key_display}`"
     keys = (
-        Workbench.get_key_display(None, replace(binding, key=key))
-        for key in binding.key.split(",")  # type: ignore[arg-type]
+        Workbench.get_key_display(None, replace(binding, key=key))  # type: ignore[arg-type]
+        for key in binding.key.split(",")
     )
     return " ".join(f"`{key}`" for key in keys)

@@ -153,9 +153,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         total = torch.zeros(len(continuations), dtype=torch.float64)
         greedy = torch.ones(len(continuations), dtype=torch.bool)
         for rows, labels in zip(
-            hidden.split(CHUNK),
-            continuations.T.to(hidden.device).split(CHUNK),
-            strict=True,  # type: ignore[no-untyped-call]
+            hidden.split(CHUNK),  # type: ignore[no-untyped-call]
+            continuations.T.to(hidden.device).split(CHUNK),  # type: ignore[no-untyped-call]
+            strict=True,
         ):
             log_p = finite(self._model.logits(rows).float()).log_softmax(-1)  # (n, V)
             total += log_p.gather(1, labels).cpu().double().sum(0)  # MPS has no fp64

@@ -758,7 +758,7 @@ def test_every_extra_of_the_package_is_in_the_doctors_table_with_its_libraries()
 
 
 def test_every_tracker_is_in_the_doctors_table() -> None:
-    assert {f"report_to: {name}" for name in trackers.names()} <= OPTIONAL.keys()
+    assert {f"report_to: {name}" for name in trackers.TRACKERS} <= OPTIONAL.keys()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pkgutil import iter_modules
 from types import ModuleType
 
 from pipeline.project.foreign import FORMATS, read_config
-from pipeline.project.foreign.conversions import SAME
+from pipeline.project.foreign._conversions import SAME
 from pipeline.project.params.aliases import COMMANDS, KEYS, NO_COUNTERPART, why_none
 from pipeline.project.params.edit import dump_inline
 from pipeline.project.params.schema import hints
@@ -33,7 +33,8 @@ with `--data`. Configs are read as text: JSON, or YAML without aliases, of at mo
 
 def pages() -> dict[str, str]:
     files = [
-        " ".join((import_module(each.read.__module__).__doc__ or "").split()) for each in FORMATS
+        " ".join((import_module(each.read.__module__).__doc__ or "").split())
+        for each in FORMATS.values()
     ]
     names = ("| here | elsewhere |", "|---|---|")
     parts = [HEAD, "## Files\n", *(f"- {line}" for line in files)]

@@ -5,16 +5,15 @@ of a module in this folder; the modules are found, not listed. Defaults are thos
 which leaves them out of its files.
 """
 
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from importlib import import_module
 from typing import Any
 
 from msgspec.structs import replace
 
 from pipeline.calc.architecture import Architecture
 from pipeline.errors import UserError
+from pipeline.extensions import Registry
 from pipeline.files.text import abbreviate_repr
 
 MAX_SIZE = 2**31 - 1  # larger than any dimension of a tensor on a GPU
@@ -172,10 +171,8 @@ def _unknown_layer(values: Mapping[str, Any]) -> str:
 @cache
 def families() -> dict[str, Callable[[Config], Architecture]]:
     """model_type → function that builds the shapes."""
-    modules = [
-        import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)
-    ]
-    return {family: build for module in modules for family, build in module.FAMILIES.items()}
+    modules = Registry[Mapping[str, Callable[[Config], Architecture]]]("family")
+    return {family: build for builders in modules.usable() for family, build in builders.items()}
 
 
 def architecture(values: Mapping[str, Any], source: str) -> Architecture:

@@ -5,11 +5,9 @@ UserError with file and line or row.
 """
 
 import json
-import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from difflib import get_close_matches
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +15,7 @@ from pipeline.data.columns import rename, some
 from pipeline.data.containers import MAX_LINE_BYTES, Reading, Row, describe_type, read_rows
 from pipeline.data.examples import Example
 from pipeline.errors import UserError
+from pipeline.extensions import Registry
 
 Note = Callable[[str], None]
 Record = Mapping[str, Any]  # the keys and values of a row
@@ -177,12 +176,13 @@ def _detect(record: Record, columns: Mapping[str, str], location: str) -> Format
     for part in ([{key: record[key] for key in columns if key in record}] if columns else []) + [
         record
     ]:
-        for each in FORMATS:
+        for each in FORMATS.values():
             if each.detect(part):
                 return each
-    known = {key for each in FORMATS for key in each.keys}
+    known = {key for each in FORMATS.values() for key in each.keys}
     _refuse_similar(record.keys() - known, known - record.keys(), location)
-    shapes = " or ".join([", ".join(SHAPES[:-1]), SHAPES[-1]])
+    *others, last = (form.shape for form in FORMATS.values())
+    shapes = f"{', '.join(others)} or {last}"
     raise UserError(
         f"{location}: the keys must be {shapes}, got {some(map(repr, record)) or 'none'}. Rename "
         "them, or say which "
@@ -254,13 +254,4 @@ def refuse_unknown(entry: Record, known: Sequence[str], location: str) -> None:
         raise UserError(f"{location}: unknown key {unknown[0]!r:.80}. Known: {', '.join(known)}.")
 
 
-FORMATS: tuple[Format, ...] = tuple(  # last, as the modules import the names above
-    sorted(
-        (
-            import_module(f"{__name__}.{module.name}").FORMAT
-            for module in pkgutil.iter_modules(__path__)
-        ),
-        key=lambda each: each.order,
-    )
-)
-SHAPES = [each.shape for each in FORMATS]
+FORMATS = Registry[Format]("data_format", order=lambda form: form.order)

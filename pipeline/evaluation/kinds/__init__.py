@@ -1,14 +1,13 @@
 """The kinds of tasks: each file here is one with its `KIND`. Its name is the file's."""
 
-import pkgutil
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.data.examples import Message
 from pipeline.data.formats import Record, read_list, read_string
+from pipeline.extensions import Registry
 
 Scores = Mapping[str, float]  # "score", from 0 to 1, and what else the kind measures
 
@@ -71,7 +70,4 @@ def expected(row: Record, location: str) -> list[str]:
     return [read_string({"answer": text}, "answer", location) for text in texts]
 
 
-KINDS: Mapping[str, Kind] = {  # last, as the modules import the names above
-    module.name: import_module(f"{__name__}.{module.name}").KIND
-    for module in pkgutil.iter_modules(__path__)
-}
+KINDS = Registry[Kind]("evaluation")

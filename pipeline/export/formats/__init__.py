@@ -2,14 +2,13 @@
 no torch.
 """
 
-import pkgutil
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.errors import UserError
+from pipeline.extensions import Registry
 from pipeline.files import artifact
 from pipeline.project.runner import Event, Note
 
@@ -177,8 +176,8 @@ def unnamed_base(export: Export) -> str:
     return "its base was not imported from the hub"
 
 
-_FOUND = {
-    module.name.replace("_", "-"): import_module(f"{__name__}.{module.name}").FORMAT
-    for module in pkgutil.iter_modules(__path__)
-}
-FORMATS: Mapping[str, Format] = dict(sorted(_FOUND.items(), key=lambda item: item[1].order))
+FORMATS = Registry[Format](
+    "export_format",
+    order=lambda form: form.order,
+    spell=lambda name: name.replace("_", "-"),
+)

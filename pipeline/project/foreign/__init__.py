@@ -6,17 +6,16 @@ problem is a UserError with file and key.
 """
 
 import json
-import pkgutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import UserError
+from pipeline.extensions import Registry
 from pipeline.files.text import abbreviate_repr
-from pipeline.project.foreign.conversions import CONVERSIONS, DOUBLE, NAMES, SAME, Why, by_name
+from pipeline.project.foreign._conversions import CONVERSIONS, DOUBLE, NAMES, SAME, Why, by_name
 from pipeline.project.params.aliases import KEYS, why_none
 from pipeline.project.params.load import Kinds
 from pipeline.project.params.schema import ValueSource, check_value, hints
@@ -190,11 +189,11 @@ def read_config(path: Path, kinds: Kinds) -> Foreign:
     """Another tool's config as settings; `kinds` as in `params.load.parse`. Raises UserError."""
     try:
         tree = _read_tree(path)
-        tool = next((each for each in FORMATS if each.marks & tree.keys()), None)
+        tool = next((each for each in FORMATS.values() if each.marks & tree.keys()), None)
         if tool is None:
             raise UserError(
                 f"{path} is no config that is read here "
-                f"({', '.join(each.name for each in FORMATS)}). "
+                f"({', '.join(each.name for each in FORMATS.values())}). "
                 "A params file of this project is given with --params."
             )
         config = Config(tree, path, kinds)
@@ -235,15 +234,4 @@ def _read_tree(path: Path) -> dict[str, Any]:
     return {str(key)[:LONGEST]: value for key, value in tree.items()}
 
 
-FORMATS: tuple[Format, ...] = tuple(  # last, as the modules import the names above
-    sorted(
-        (
-            module.FORMAT
-            for module in (
-                import_module(f"{__name__}.{each.name}") for each in pkgutil.iter_modules(__path__)
-            )
-            if hasattr(module, "FORMAT")
-        ),
-        key=lambda each: each.order,
-    )
-)
+FORMATS = Registry[Format]("config_format", order=lambda form: form.order)

@@ -30,7 +30,7 @@ from pipeline.files.artifact import write_file
 from pipeline.files.file_tail import FileTail, file_stamp
 from pipeline.files.text import printable
 from pipeline.project.cache import SHORT_KEY
-from pipeline.project.logs import run_state, trackers
+from pipeline.project.logs import run_state
 from pipeline.project.logs.run_log import (
     Sample,
     Step,
@@ -40,7 +40,7 @@ from pipeline.project.logs.run_log import (
     step_parser,
 )
 from pipeline.project.logs.runs import LogFiles, curves
-from pipeline.project.logs.trackers import TrackedRun, Tracker
+from pipeline.project.logs.trackers import TRACKERS, TrackedRun, Tracker
 
 POLL = 1.0  # seconds between two looks at the logs
 # seconds that a tracker may take for one batch, or to finish, before its process is killed
@@ -81,7 +81,7 @@ class Follower:
     """The process in which one tracker follows one run."""
 
     def __init__(self, name: str, followed: Followed) -> None:
-        self.name, module = name, trackers.load(name)
+        self.name, module = name, TRACKERS[name]
         folder = Path(followed.out) if followed.out else Path(followed.root, module.FOLDER)
         shown = followed.out or module.FOLDER
         self.view = module.VIEW.format(folder=shown)
@@ -128,16 +128,15 @@ class Follower:
 
 def check(names: Iterator[str] | list[str] | tuple[str, ...], key: str = "report_to") -> None:
     """Raises UserError for a tracker that there is not."""
-    if unknown := [name for name in names if name not in trackers.names()]:
+    if unknown := [name for name in names if name not in TRACKERS]:
         raise UserError(
-            f"{key} must name trackers of {', '.join(trackers.names())}, got {unknown[0]!r}. "
-            "Change it."
+            f"{key} must name trackers of {', '.join(TRACKERS)}, got {unknown[0]!r}. Change it."
         )
 
 
 def missing(name: str) -> str:
     """What to install for a tracker; empty if it is there."""
-    library = trackers.load(name).LIBRARY
+    library = TRACKERS[name].LIBRARY
     return (
         ""
         if find_spec(library)
@@ -295,7 +294,7 @@ def _read_state(path: Path) -> dict[str, int]:
 
 def follow(name: str, followed: Followed) -> None:
     """Send a run to a tracker until it has ended. Killed by SIGALRM if the tracker hangs."""
-    module, folder, artifact = trackers.load(name), Path(followed.run), Path(followed.artifact)
+    module, folder, artifact = TRACKERS[name], Path(followed.run), Path(followed.artifact)
     feeds: dict[str, Feed] = {}
 
     def is_ours() -> bool:

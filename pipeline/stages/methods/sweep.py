@@ -42,7 +42,7 @@ from pipeline.stages.methods.lora import (
     note_wide_rank,
     save_files,
 )
-from pipeline.stages.searches import NAMES, Trial, Values, count, grids, search_of
+from pipeline.stages.searches import SEARCHES, Trial, Values, count, grids
 
 if TYPE_CHECKING:
     from pipeline.adapters.batched import AdapterRouting
@@ -141,7 +141,7 @@ def _read_options(name: str, options: Any, key: str, origin: ValueSource) -> Any
 
 
 def _read_search(value: Any, key: str, origin: ValueSource) -> str:
-    if not isinstance(value, str) or value not in NAMES:
+    if not isinstance(value, str) or value not in SEARCHES:
         raise UserError(f"{key} must be {SEARCH_RULE}, got {value!r}. {origin.edit(key)}")
     return value
 
@@ -150,7 +150,7 @@ GRID_RULE = (
     "a mapping of keys to lists of values, such as {rank: [1, 2, 4]}, a list of such mappings, or "
     "empty"
 )
-SEARCH_RULE = f"one of {', '.join(NAMES)}"
+SEARCH_RULE = f"one of {', '.join(SEARCHES)}"
 Adapter = tuple[Values, FinetuneLora]  # what is its own, and all its settings
 OneGrid = Mapping[str, Any]
 Grid = Annotated[OneGrid | tuple[OneGrid, ...], ReadBy(_read_grid, GRID_RULE)]
@@ -192,7 +192,7 @@ class FinetuneSweep(Section, frozen=True, kw_only=True):
         """Raises UserError for a key that the search does not read, and for a grid that it cannot
         search.
         """
-        search = search_of(self.search)
+        search = SEARCHES[self.search]
         unread = (
             f
             for f in structs.fields(FinetuneSweep)
@@ -200,7 +200,7 @@ class FinetuneSweep(Section, frozen=True, kw_only=True):
         )
         for f in unread:
             if getattr(self, f.name) != f.default:
-                readers = " or ".join(name for name in NAMES if f.name in search_of(name).reads)
+                readers = " or ".join(name for name in SEARCHES if f.name in SEARCHES[name].reads)
                 raise UserError(
                     f"{f.name} is {getattr(self, f.name)}, but search {self.search} does not read "
                     "it. Remove it, or "
@@ -239,7 +239,7 @@ def check(project: Project) -> None:
     compares.
     """
     settings, sweep = project.params.finetune_lora, project.params.finetune_sweep
-    search = search_of(sweep.search)
+    search = SEARCHES[sweep.search]
     if search.compares and not (settings.eval_share or settings.eval_data):
         raise UserError(
             f"finetune_sweep.search {sweep.search} compares held-out losses, but there is no "
@@ -292,7 +292,7 @@ def run(job: Job) -> Generator[Event, None, Facts]:
 
     check(job.project)
     settings, sweep = job.project.params.finetune_lora, job.project.params.finetune_sweep
-    search = search_of(sweep.search)
+    search = SEARCHES[sweep.search]
     passes, rows, tried = search.passes(sweep), dict[str, Any](), list[Trial]()
     for number in range(passes):
         asked = search.ask(sweep, tried)
@@ -421,7 +421,7 @@ def _train_pass(
     if held_out is not None:
         steps = len(learners[0].batches)
         in_order = Batches(held_out, settings.batch_size, seed=None)
-        rungs = search_of(sweep.search).rungs(sweep, len(learners), settings.total_steps(steps))
+        rungs = SEARCHES[sweep.search].rungs(sweep, len(learners), settings.total_steps(steps))
         evaluation = Evaluation(
             in_order, settings.eval_steps or steps, settings.patience, len(learners), rungs
         )
@@ -458,7 +458,7 @@ def variants(
     `params`: those of the project, whose defaults may follow what the grid sets. Raises UserError
     for an invalid or duplicate combination.
     """
-    adapters = _adapters(base, search_of(sweep.search).ask(sweep, ()), (), params)
+    adapters = _adapters(base, SEARCHES[sweep.search].ask(sweep, ()), (), params)
     return {name: lora for name, (_, lora) in adapters.items()}
 
 

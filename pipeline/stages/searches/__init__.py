@@ -5,14 +5,13 @@ Only the one that a sweep uses is imported. That imports no torch, and no librar
 needs.
 """
 
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from itertools import product
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
 from pipeline.errors import UserError
+from pipeline.extensions import Registry
 
 Values = Mapping[str, Any]  # key of finetune_lora → value
 Grid = Mapping[str, Any]  # key → the values to try: a tuple, or a range {low, high, log}
@@ -121,10 +120,4 @@ def rounded(value: float, low: float, high: float) -> float:
     return min(high, max(low, float(f"{value:.3g}")))
 
 
-NAMES = tuple(module.name for module in pkgutil.iter_modules(__path__))
-
-
-def search_of(name: str) -> Search:
-    """The search of one of `NAMES`."""
-    search: Search = import_module(f"{__name__}.{name}").SEARCH
-    return search
+SEARCHES = Registry[Search]("search")

@@ -5,13 +5,12 @@ Reading this module imports no torch. Whatever a file says, the result is checke
 as any adapter is.
 """
 
-import pkgutil
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import UserError
+from pipeline.extensions import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,11 +53,11 @@ def detect(folder: Path) -> Format:
             f"{folder} is a file. Name the folder that it lies in, with the config beside it."
         )
     refuse_untrusted(folder)
-    found = next((each for each in FORMATS if each.detect(folder)), None)
+    found = next((each for each in FORMATS.values() if each.detect(folder)), None)
     if found is None:
         read_config(folder)  # says what else it is, if it is a model or holds adapters
         raise UserError(
-            f"{folder} is no adapter. Those of {', '.join(each.name for each in FORMATS)} are read."
+            f"{folder} is no adapter. Those of {', '.join(each.name for each in FORMATS.values())} are read."
         )
     return found
 
@@ -129,12 +128,4 @@ def converted(
     return Converted(config, tensors, files)
 
 
-FORMATS: tuple[Format, ...] = tuple(  # last, as the modules import the names above
-    sorted(
-        (
-            import_module(f"{__name__}.{each.name}").FORMAT
-            for each in pkgutil.iter_modules(__path__)
-        ),
-        key=lambda each: each.order,
-    )
-)
+FORMATS = Registry[Format]("adapter_format", order=lambda form: form.order)

@@ -465,4 +465,4 @@ def test_a_data_set_of_the_hub_becomes_a_file(
 def test_every_format_that_is_read_is_written() -> None:
     from pipeline.data.formats import FORMATS as READ
 
-    assert set(FORMATS) == {each.name for each in READ} and set(CHOICES) <= set(FORMATS)
+    assert set(FORMATS) == {each.name for each in READ.values()} and set(CHOICES) <= set(FORMATS)

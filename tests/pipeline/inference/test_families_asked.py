@@ -53,10 +53,10 @@ def test_sequences_end_to_end_and_places_that_do_not_begin_at_0_are_read_as_tran
     with torch.no_grad():
         packed = model.logits(model.hidden_states(ids, positions[None], lengths))[0].split(lengths)  # type: ignore[no-untyped-call]
         for row, row_positions, logits in zip(
-            ids[0].split(lengths),
-            positions.split(lengths),
+            ids[0].split(lengths),  # type: ignore[no-untyped-call]
+            positions.split(lengths),  # type: ignore[no-untyped-call]
             packed,
-            strict=True,  # type: ignore[no-untyped-call]
+            strict=True,
         ):
             expected = reference(input_ids=row[None], position_ids=row_positions[None]).logits[0]
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)

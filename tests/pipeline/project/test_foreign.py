@@ -453,7 +453,7 @@ WORDS = st.sampled_from(
 )
 
 
-@given(st.sampled_from(FORMATS), st.dictionaries(WORDS, VALUES, max_size=6))
+@given(st.sampled_from(list(FORMATS.values())), st.dictionaries(WORDS, VALUES, max_size=6))
 def test_any_values_are_taken_as_valid_settings_or_left_or_refused(
     tool: Any, tree: dict[str, Any]
 ) -> None:

@@ -222,7 +222,7 @@ def followed(brief: Path, built: Built) -> Path:
 
 
 def test_each_tracker_is_found_and_has_a_reader_here() -> None:
-    assert trackers.names() == sorted(READERS)
+    assert sorted(trackers.TRACKERS) == sorted(READERS)
 
 
 @pytest.mark.parametrize("tracker", READERS)
@@ -433,7 +433,7 @@ def test_lora_runs_lists_what_can_be_sent(project: Path, cli: Lora) -> None:
 def test_a_tracker_that_is_not_installed_is_named_and_the_run_goes_on(
     project: Path, cli: Lora, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trackers.load("wandb"), "LIBRARY", "no_such_library")
+    monkeypatch.setattr(trackers.TRACKERS["wandb"], "LIBRARY", "no_such_library")
     code, out, err = cli("finetune", "lora", "--force", *told("report_to=wandb"), cwd=project)
     assert code == 0 and "lora_adapter" in out
     assert (

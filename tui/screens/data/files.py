@@ -189,9 +189,9 @@ def append_row(path: Path, name: str, line: str) -> None:
         reading = Reading()
         next(iter_examples(path, name, prompts=True, reading=reading), None)
         record = json.loads(line)
-        own = next((each.name for each in FORMATS if each.detect(record)), "unknown")
+        own = next((each.name for each in FORMATS.values() if each.detect(record)), "unknown")
         if reading.format != own and not {reading.format, own} <= {
-            each.name for each in FORMATS if each.mixes
+            each.name for each in FORMATS.values() if each.mixes
         }:
             raise UserError(
                 f"{name} has rows of {reading.format}, and this one is {own}. Name another file."

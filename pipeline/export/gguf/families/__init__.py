@@ -5,15 +5,14 @@ What a config asks for and a family neither writes nor finds in its `fixed` valu
 llama.cpp would ignore it, and answer differently without a word.
 """
 
-import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.extensions import Registry
 
 _ROPE_DEFAULTS = {  # what llama.cpp computes with
     "partial_rotary_factor": 1.0,
@@ -168,9 +167,8 @@ def window_period(config: Config) -> int:
     return period
 
 
-_FOUND = [
-    import_module(f"{__name__}.{module.name}").FAMILY for module in pkgutil.iter_modules(__path__)
-]
 FAMILIES: Mapping[str, Family] = {
-    model_type: family for family in _FOUND for model_type in family.model_types
+    model_type: family
+    for family in Registry[Family]("gguf_family").usable()
+    for model_type in family.model_types
 }

@@ -5,13 +5,12 @@ A tracker's file has LIBRARY, the module that must be installed; FOLDER, where i
 relative to the project's; VIEW, what shows them; and a class Tracker.
 """
 
-import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.extensions import Registry
 from pipeline.project.logs.run_log import Sample
 
 
@@ -46,10 +45,4 @@ class Tracker(Protocol):
         """The run is done, stopped or failed."""
 
 
-def names() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
-
-
-def load(name: str) -> Any:
-    """A tracker's module."""
-    return import_module(f"{__name__}.{name}")
+TRACKERS = Registry[Any]("tracker")  # name → module

@@ -1,0 +1,216 @@
+"""What installed packages add to the program: methods, formats, stages, commands and more.
+
+An extension is a Python package that names its modules as entry points of one group, `GROUP`. Each
+has the name KIND.NAME:
+
+    [project.entry-points.lora_workbench]
+    "method.tiny" = "my_package.tiny"
+    "data_format.qa" = "my_package.qa"
+
+`KINDS` lists the kinds, and what a module of each defines. Ours are files of a package, found by
+their names. A `Registry` holds both. Nothing is imported before it is asked for, nothing is read
+from the folder in which a command runs, and an extension that cannot be imported is left out:
+`lora doctor` says why.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import cache, cached_property
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import Any, NamedTuple, TypeVar
+
+from pipeline.errors import UserError, first_line
+
+T = TypeVar("T")
+GROUP = "lora_workbench"
+
+
+class Kind(NamedTuple):
+    """`attribute`: what a module of this kind defines; empty: the module is meant itself.
+    `package`: ours, with a file for each.
+    """
+
+    attribute: str
+    package: str = ""
+
+
+KINDS = {
+    "method": Kind("STAGE", "pipeline.stages.methods"),
+    "stage": Kind("STAGE"),
+    "section": Kind("SECTION"),
+    "command": Kind("app"),
+    "search": Kind("SEARCH", "pipeline.stages.searches"),
+    "evaluation": Kind("KIND", "pipeline.evaluation.kinds"),
+    "data_format": Kind("FORMAT", "pipeline.data.formats"),
+    "export_format": Kind("FORMAT", "pipeline.export.formats"),
+    "gguf_family": Kind("FAMILY", "pipeline.export.gguf.families"),
+    "adapter_format": Kind("FORMAT", "pipeline.weights.foreign"),
+    "config_format": Kind("FORMAT", "pipeline.project.foreign"),
+    "tracker": Kind("", "pipeline.project.logs.trackers"),
+    "family": Kind("FAMILIES", "pipeline.calc.families"),
+    "preset": Kind("PRESET"),
+}
+
+
+class EntryPoint(NamedTuple):
+    """`distribution`: the installed package that names `module`, as NAME-VERSION."""
+
+    kind: str
+    name: str
+    module: str
+    distribution: str
+
+
+class ExtensionError(UserError):
+    """An extension cannot be used. The message names its package."""
+
+
+@cache
+def entry_points() -> tuple[EntryPoint, ...]:
+    """Those of all installed packages, in the order of their names; nothing is imported.
+
+    Read by hand: with `importlib.metadata` it takes 60 ms, half of what `lora --help` may take.
+    """
+    points = list[EntryPoint]()
+    current = os.path.realpath(os.curdir)
+    for folder in dict.fromkeys(sys.path):
+        # `python -m` puts the current folder there: a project's files are data, not code
+        if not folder or os.path.realpath(folder) == current:
+            continue
+        for path in Path(folder).glob("*.dist-info/entry_points.txt"):
+            points += _read(path)
+    return tuple(sorted(set(points)))
+
+
+def _read(path: Path) -> Iterator[EntryPoint]:
+    section = ""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return
+    for line in map(str.strip, lines):
+        if line.startswith("["):
+            section = line.strip("[]").strip()
+        elif section == GROUP and "=" in line:
+            full_name, _, module = line.partition("=")
+            kind, _, name = full_name.strip().partition(".")
+            yield EntryPoint(
+                kind, name, module.strip(), path.parent.name.removesuffix(".dist-info")
+            )
+
+
+def modules_of(package: str) -> list[str]:
+    """The modules that extensions add to a package of ours which has a registry."""
+    kinds = {kind for kind, about in KINDS.items() if about.package == package}
+    return [point.module for point in entry_points() if point.kind in kinds]
+
+
+class Registry(Mapping[str, T]):
+    """Name → what its module defines: our modules of a kind, then those of extensions.
+
+    `order`: the key by which they are sorted; those that cannot be imported are then left out.
+    Without it the names are known before anything is imported. `spell`: a module's name → its own.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        order: Callable[[T], Any] | None = None,
+        spell: Callable[[str], str] = str,
+    ) -> None:
+        self._kind, self._order = kind, order
+        self._ours = {spell(name): module for name, module in _ours(kind).items()}
+        theirs = (point for point in entry_points() if point.kind == kind)
+        self._theirs = {point.name: point for point in theirs if point.name not in self._ours}
+        self._loaded: dict[str, T] = {}
+
+    def __getitem__(self, name: str) -> T:
+        """Raises ExtensionError where it is an extension's, which cannot be imported."""
+        if name in self._loaded:
+            return self._loaded[name]
+        if name in self._ours:
+            self._loaded[name] = _defined(import_module(self._ours[name]), self._kind)
+        else:
+            self._loaded[name] = load(self._theirs[name])
+        return self._loaded[name]
+
+    @cached_property
+    def _names(self) -> list[str]:
+        names = [*self._ours, *self._theirs]
+        if self._order is None:
+            return names
+        places = {}
+        for name in names:
+            with suppress(ExtensionError):
+                places[name] = self._order(self[name])
+        return sorted(places, key=lambda name: places[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def usable(self) -> Iterator[T]:
+        """All that can be imported, in order."""
+        for name in self:
+            with suppress(ExtensionError):
+                yield self[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._ours or name in self._theirs
+
+
+def _ours(kind: str) -> dict[str, str]:
+    """Name of a file → its module, of the package that this kind has here."""
+    package = KINDS[kind].package
+    if not package:
+        return {}
+    files = iter_modules(import_module(package).__path__)
+    names = [file.name for file in files if not file.name.startswith("_")]
+    return {name: f"{package}.{name}" for name in names}
+
+
+def load(point: EntryPoint) -> Any:
+    """What the module of an entry point defines. Raises ExtensionError."""
+    name = f"{point.kind}.{point.name} of {point.distribution}"
+    if point.kind not in KINDS:
+        raise ExtensionError(f"{name}: the kind must be one of {', '.join(KINDS)}.")
+    attribute = KINDS[point.kind].attribute
+    try:
+        module = import_module(point.module)
+    except (Exception, SystemExit) as error:  # whatever the code of others raises
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ExtensionError(f"{name}: {point.module} cannot be imported: {reason}.") from None
+    if attribute and not hasattr(module, attribute):
+        raise ExtensionError(f"{name}: {point.module} defines no {attribute}.")
+    return _defined(module, point.kind)
+
+
+def _defined(module: ModuleType, kind: str) -> Any:
+    attribute = KINDS[kind].attribute
+    return getattr(module, attribute) if attribute else module
+
+
+def problems() -> list[str]:
+    """A line for each entry point that adds nothing, and why. Imports all extensions."""
+    lines, taken = list[str](), dict[tuple[str, str], str]()
+    for kind in KINDS:
+        taken |= {(kind, name): "the program" for name in _ours(kind)}
+    for point in entry_points():
+        owner = taken.setdefault((point.kind, point.name), point.distribution)
+        if owner != point.distribution:
+            lines.append(
+                f"{point.kind}.{point.name} of {point.distribution}: {owner} has this name."
+            )
+            continue
+        try:
+            load(point)
+        except ExtensionError as error:
+            lines.append(str(error))
+    return lines
