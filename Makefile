@@ -4,6 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
 VENV := .venv
+PROJECTS := pyproject.toml document/pyproject.toml  # the program, and the document as its extension
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Hundreds of processes start in a run of the tests: without compiled files each compiles the program anew.
@@ -18,7 +19,7 @@ DOWNLOADS ?= $(HOME)/.cache/lora-workbench
 # torch's CUDA build with a stub of the driver, for the tests that ask what is chosen on a GPU: tests/helpers/cuda_environment.py.
 CUDA_ENVIRONMENT := $(or $(LORA_CUDA_ENVIRONMENT),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/lora-workbench/cuda-environment)
 
-.PHONY: repro document test test-slow test-all soak mutants test-lowest test-python cuda-environment check install install-dev bench docs pictures recordings demo smollm2 check-smollm2 clean
+.PHONY: repro document test test-slow test-document test-all soak mutants test-lowest test-python cuda-environment check install install-dev bench docs pictures recordings demo smollm2 check-smollm2 clean
 
 repro: install          ## run the pipeline and show the comparison
 	@dvc repro --quiet
@@ -32,15 +33,19 @@ document: repro         ## all that the document says, run and measured; it prin
 	@lora new document > /dev/null  # renews code.yaml, by which DVC sees that the code of a stage has changed
 	@cd document && dvc repro --quiet && lora report
 
-test: install-dev       ## every check: lint, types, import contracts, all tests but the slow ones and those of the document's studies
+test: install-dev       ## every check: lint, types, import contracts, all tests but the slow ones
 	@$(MAKE) --no-print-directory check
 	@pytest -n 2 --dist loadgroup -m "not slow and not rest"
 
 test-slow: install-dev  ## the tests that take long: many processes, whole pipelines in DVC, terminals, gigabytes; what needs a real model is in check-smollm2
 	@pytest -n 2 --dist loadgroup -m "slow and not rest" $(addprefix --ignore=,$(SMOLLM2_TESTS))
 
-test-all: install-dev   ## every test, with all cases of which `make test` takes a sample and all of the document's studies; hours
+test-document: install-dev  ## the document's own tests, which run every study and figure; an hour
+	@pytest -n 2 --dist loadgroup document/tests
+
+test-all: install-dev   ## every test, with all cases of which `make test` takes a sample, and the document's; hours
 	@pytest -n 2 --dist loadgroup $(addprefix --ignore=,$(SMOLLM2_TESTS))
+	@$(MAKE) --no-print-directory test-document
 
 mutants: install-dev    ## 100 small errors in each of six packages: how many the tests notice (docs/explanation/mutants.md)
 	@python -m tests.mutation
@@ -137,7 +142,7 @@ $(SMOLLM2): | $(VENV)/.installed-real
 # One line while packages come: a dot for each, then a word while they are unpacked. The shell reads line by line; awk may not.
 define install
 	@printf 'Installing packages into $(VENV), some minutes the first time '
-	@$(BIN)/pip install --disable-pip-version-check --progress-bar off --editable '.$(EXTRAS)' \
+	@$(BIN)/pip install --disable-pip-version-check --progress-bar off --editable '.$(EXTRAS)' --editable document \
 	  | { while read -r word what _; do case "$$word $$what" in Collecting\ *) printf . ;; \
 	      'Installing collected') printf ' unpacking' ;; esac; done; echo; }
 endef
@@ -149,17 +154,17 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; name one with PYTHON=...") if sys.version_info < (3, 11) else None'
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
+$(VENV)/.installed: $(PROJECTS) | $(BIN)/python
 	$(install)
 	@touch $@
 
 $(VENV)/.installed-real: private EXTRAS := [gguf,qlora]
-$(VENV)/.installed-real: pyproject.toml | $(VENV)/.installed
+$(VENV)/.installed-real: $(PROJECTS) | $(VENV)/.installed
 	$(install)
 	@touch $@
 
 $(VENV)/.installed-dev: private EXTRAS := [dev]
-$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+$(VENV)/.installed-dev: $(PROJECTS) | $(BIN)/python
 	$(install)
 	@touch $(VENV)/.installed $(VENV)/.installed-real $@
 

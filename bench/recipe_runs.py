@@ -35,9 +35,9 @@ from pipeline.project.params.load import parse
 from pipeline.project.runner import Job, run
 from pipeline.project.stage_graph import Project
 from pipeline.stages.finetune import prepare
+from pipeline.stages.registry import GRAPH
 from pipeline.training.loop import Diverged, build_optimizer, prepare_model, steps
 from pipeline.training.retention import COMPLETION
-from pipeline.workbench import GRAPH
 
 DATA = Path(__file__).parents[1] / "data"
 RETENTION, GENERAL = "retain.en.jsonl", "heldout.en.txt"

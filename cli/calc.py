@@ -117,9 +117,6 @@ def calc(
     trace: Annotated[
         bool, Option("--trace", help="Run the real step under fake tensors and compare the peaks.")
     ] = False,
-    document: Annotated[
-        bool, Option("--document", help="Show the document's numbers beside the exact ones.")
-    ] = False,
     list_: Annotated[bool, Option("--list", help="List the built-in models.")] = False,
     explain: Annotated[
         bool, Option("--explain", help="Show each number's formula with its values.")
@@ -142,7 +139,6 @@ def calc(
     out = _Output(as_json, as_csv)
     questions = {
         "--list": list_,
-        "--document": document,
         "--sweep": sweep is not None,
         "--fit": fit is not None,
         "--gpu": gpu is not None,
@@ -165,8 +161,6 @@ def calc(
         raise UserError(f"{' and '.join(asked)} exclude each other. Use one of them.")
     if list_:
         return _print_models(out)
-    if document:
-        return _print_document(out)
     for name, rule in options_of(TrainingConfig).items():
         if options[name] is not None and rule.unit != 1:
             options[name] *= rule.unit
@@ -195,8 +189,13 @@ def _of_project(
     """Model, method and options of a project, in place of those that are not given on the command
     line.
     """
-    from pipeline.stages.registry import METHODS, counted_stage, model_source, options_of_stage
-    from pipeline.workbench import open_project
+    from pipeline.stages.registry import (
+        METHODS,
+        counted_stage,
+        model_source,
+        open_project,
+        options_of_stage,
+    )
 
     def is_given(name: str) -> bool:
         source = command.get_parameter_source(name)
@@ -282,11 +281,13 @@ def _print_overview(out: _Output, model: Model, given: Configuration) -> None:
     stdout.print(Text.assemble("\n", (title, "bold")))
     if adapted := projections(shapes, method):
         stdout.print(table(PROJECTION, list(map(report.cells_of, adapted)), right=PROJECTION[1:]))
-    simplified = method.document_count(shapes)
+    simplified = method.simple_count(shapes)
     if simplified is not None and simplified != trained:
         reason = why_they_differ(shapes, method)
         stdout.print(
-            f"by the document's rule (§3): {simplified:,}; {reason}", style="dim", markup=False
+            f"2·r·d per projection: {simplified:,}; {reason}",
+            style="dim",
+            markup=False,
         )
 
     run = next(reversed(columns.values()))[1]
@@ -344,20 +345,6 @@ def _print_models(out: _Output) -> None:
     if not out.rows(columns, rows):
         shown = [(n, f"{t:,}", p, f, str(b), f"{w:,}") for n, t, p, f, b, w, _ in rows]
         stdout.print(table(columns[:6], shown, right=("parameters", "blocks", "width")))
-
-
-def _print_document(out: _Output) -> None:
-    """`--document`."""
-    from cli.document import show_claims
-    from pipeline.workbench import calculated_claims
-
-    _, claims = calculated_claims()
-    columns = ("section", "quote", "document", "measured", "verdict", "why")
-    shown = [
-        (r["section"], r["quote"], *r["shown"].values(), r["verdict"], r["why"]) for r in claims
-    ]
-    if not out.rows(columns, shown):
-        show_claims(claims)
 
 
 def _print_sweep(out: _Output, model: Model, given: Configuration, text: str) -> None:

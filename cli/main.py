@@ -22,6 +22,7 @@ from pipeline.errors import (
     is_out_of_memory,
     path_problem,
 )
+from pipeline.extensions import ExtensionError, Registry
 from pipeline.files.text import printable
 from pipeline.project.process import open_streams, require_current_folder, world
 
@@ -41,9 +42,6 @@ COMMANDS = {
     "evaluate": ("cli.stages", "Compare all variants → artifacts/evaluation."),
     "finetune": ("cli.stages", "Fine-tune the expanded base with one method."),
     "report": ("cli.project", "Show the last comparison, and where the report is."),
-    "study": ("cli.document", "Run a study of the document, or list the studies."),
-    "figures": ("cli.document", "Draw the document's figures from our own runs."),
-    "claims": ("cli.document", "Compare the document's claims with what was measured."),
     "spectrum": ("cli.spectrum", "Singular values of a fine-tuning; LoRA; intruders."),
     "calc": ("cli.calc", "Exact parameters, training memory, what fits your GPU."),
     "prompt": ("cli.inference.prompt", "Prompt a model: its top next tokens and a completion."),
@@ -60,11 +58,31 @@ COMMANDS = {
 }
 
 
+def _names() -> list[str]:
+    return [*COMMANDS, *ADDED]
+
+
+def _find(name: str, app: Any) -> Any:
+    """The command or group of this name in a Typer app; None if there is none."""
+    for command in app.registered_commands:
+        if name == (command.name or command.callback.__name__):
+            return command
+    return next((below for below in app.registered_groups if below.name == name), None)
+
+
+def _lacks(name: str, app: Any) -> str:
+    return "" if _find(name, app) else f"its app has no command {name}."
+
+
+# by extensions: name → the Typer app that has it
+ADDED = Registry[Any]("command", taken=COMMANDS.keys(), check=_lacks)
+
+
 def _load(name: str) -> Any:
     import pipeline.stages.registry  # noqa: F401 (a command that loads an adapter must know every method's kind)
 
     whole = group()
-    whole.add_typer(import_module(COMMANDS[name][0]).app)
+    whole.add_typer(import_module(COMMANDS[name][0]).app if name in COMMANDS else ADDED[name])
     whole.callback()(lambda: None)  # or Typer makes of a single command no group
     return typer.main.get_group(whole).commands[name]
 
@@ -72,11 +90,23 @@ def _load(name: str) -> Any:
 class _Commands(Group):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.commands: Any = Lazy(COMMANDS.keys, _load)
+        self.commands: Any = Lazy(_names, _load)
 
     def format_commands(self, _ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+            formatter.write_dl([(name, _line(name)) for name in _names()])
+
+
+def _line(name: str) -> str:
+    """Its line in `lora --help`."""
+    if name in COMMANDS:
+        return COMMANDS[name][1]
+    try:
+        about = _find(name, ADDED[name])
+    except ExtensionError:
+        return "Cannot be imported: `lora doctor` says why."
+    text = about.help or (about.callback.__doc__ if about.callback else "") or ""
+    return text.strip().partition("\n")[0]
 
 
 app = group(

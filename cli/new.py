@@ -82,7 +82,7 @@ def new(
     from pipeline.errors import UserError
     from pipeline.files.base_model import MINIGPT
     from pipeline.project.new_project import create
-    from pipeline.workbench import GRAPH
+    from pipeline.stages.registry import GRAPH
 
     chosen, values = _names(methods), _with_template(values, no_template)
     if config:
@@ -143,7 +143,7 @@ def train(
     from pipeline.errors import UserError
     from pipeline.project.params.edit import dump_inline
     from pipeline.stages.quickstart import place_files
-    from pipeline.workbench import GRAPH, open_project
+    from pipeline.stages.registry import GRAPH, open_project
 
     params = out / "params.yaml"
     chosen, values = _names(methods) or ["lora"], _with_template(values, no_template)
@@ -245,7 +245,7 @@ def _request_from(
     """The request that another tool's config makes, and the options."""
     from pipeline.errors import UserError
     from pipeline.project.foreign import read_config
-    from pipeline.workbench import GRAPH
+    from pipeline.stages.registry import GRAPH
 
     foreign = read_config(config, GRAPH.sections)
     _print_foreign(foreign)
@@ -305,7 +305,7 @@ def start_project(request: Request) -> None:
     """Make the project, and say what was found, chosen and measured."""
     from cli.console import follow
     from pipeline.stages.quickstart import start
-    from pipeline.workbench import GRAPH
+    from pipeline.stages.registry import GRAPH
 
     _print_started(follow(start(request, GRAPH), "trying a few steps"), request.folder)
 

@@ -231,6 +231,6 @@ def group(**settings: Any) -> Typer:
 
 def project_of(params: Path, overrides: list[str] | None = None) -> "Project":
     """Open the project of `--params` and validate its values."""
-    from pipeline.workbench import open_project
+    from pipeline.stages.registry import open_project
 
     return open_project(params, overrides or ())

@@ -125,7 +125,7 @@ def explain(
     from pipeline.project.params.load import RUNNING, TOP_LEVEL, TRAINING, key_path
     from pipeline.project.params.schema import Pretrained, Section, hints, meaning, rule
     from pipeline.project.params.sections import Running, Training
-    from pipeline.workbench import GRAPH
+    from pipeline.stages.registry import GRAPH
 
     kinds: dict[str, type[Section]] = {TRAINING: Training, **GRAPH.sections, RUNNING: Running}
     section, _, name = (f"{TOP_LEVEL[key]}.{key}" if key in TOP_LEVEL else key).partition(".")
@@ -187,10 +187,12 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
         yours = f"These came with the project; {project.command('evaluate')} makes yours."
         made = f"report: {folder / 'report.md'}"
         print_line(made if there else yours)
-    claims = folder.parent / "claims/report.md"
-    if claims.exists():
-        print_line(f"what the document claims, and what was measured: {claims}")
-    for name in ("evaluate", *["claims"] * claims.exists()):
+    measured = [s for s in project.stages.values() if s.is_measurement and not s.group]
+    reports = {stage.name: project.root / stage.path / "report.md" for stage in measured}
+    reports = {name: path for name, path in reports.items() if path.exists()}
+    for name, path in reports.items():
+        print_line(f"{project.stages[name].title or name}: {path}")
+    for name in ("evaluate", *reports):
         old = outdated(project, [name])
         if name in old:
             warn_outdated(project, f"{project.artifact_name(name)} is", old[name], old)
@@ -442,6 +444,7 @@ def doctor(
     from cli.console import print_json, print_line, print_table
     from pipeline.errors import OPTIONAL, UserError, install_command, missing_libraries
     from pipeline.export import llama_cpp
+    from pipeline.extensions import problems as extension_problems
     from pipeline.models.device import available_memory, best_device, explain_choice
     from pipeline.models.trial import try_kernels
     from pipeline.project.provenance import version_of
@@ -499,7 +502,9 @@ def doctor(
             }
             for user, needs in OPTIONAL.items()
         ]
-        print_json({**facts, "optional": optional, "slower": [each._asdict() for each in slower]})
+        tried = [each._asdict() for each in slower]
+        unusable = extension_problems()
+        print_json({**facts, "optional": optional, "slower": tried, "extensions": unusable})
         return
     print_table(("", ""), list(facts.items()))
     print_line("")
@@ -516,6 +521,10 @@ def doctor(
     if slower:
         print_line("")
         print_table(("tried here", "what it said", "so that"), slower)
+    if extensions := extension_problems():
+        print_line("\nExtensions that add nothing:")
+        for line in extensions:
+            print_line(line)
     if torch.cuda.is_available() and missing["quantization: nf4, nf4-dq"]:
         print_line(f"\nFor NF4 on this GPU: {install_command('qlora')}")
     if any(missing.values()):

@@ -157,7 +157,7 @@ def export(
 
 def _find(project: Project) -> list[Run]:
     from pipeline.project.logs.runs import discover_runs
-    from pipeline.workbench import GRAPH
+    from pipeline.stages.registry import GRAPH
 
     return discover_runs(project.root, project, GRAPH)
 
@@ -249,7 +249,7 @@ def write_values(project: Project, values: Mapping[str, Any], what: str = "--app
     from pipeline.errors import UserError
     from pipeline.project.params.edit import save
     from pipeline.project.params.load import read_text
-    from pipeline.workbench import open_project
+    from pipeline.stages.registry import open_project
 
     path = project.params_path
     named = open_project(path).params.written

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
+from inspect import getdoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,7 +53,7 @@ def _method(name: str) -> Any:
 
     stage, one = METHODS[name], Typer(rich_markup_mode=None, add_completion=False)
     form = ", in PEFT's format" if stage.kind == "adapter" else ""
-    summary = f"{stage.summary} → {stage.path}{form}.\n\n{stage.settings.__doc__}"
+    summary = f"{stage.summary} → {stage.path}{form}.\n\n{getdoc(stage.settings)}"
     command = _sweep if stage.kind == "adapters" else _distributes(stage)
     one.command(name, help=summary)(command)
     return get_command(one)

@@ -2,6 +2,10 @@
 what this writes.
 """
 
+import os
+
+os.environ["LORA_NO_EXTENSIONS"] = "1"  # the pages are of the program alone
+
 from docs.generators import generated
 
 for path, text in generated().items():

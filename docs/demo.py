@@ -19,7 +19,7 @@ from pipeline.project.new_project import create
 from pipeline.project.params import edit
 from pipeline.project.runner import run
 from pipeline.project.stage_graph import Project
-from pipeline.workbench import GRAPH, open_project
+from pipeline.stages.registry import GRAPH, open_project
 from tui.services.projects.demo import ARCHIVE, TRAINED
 
 METHODS = ("full", "freeze", "lora", "prefix", "prompt", "scratch", "sweep")

@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 TUTORIALS = Path(__file__).with_name("tutorials")
-PAGE = TUTORIALS / "document.md"
 # Where the commands of a page are typed: after those of another page, or in an empty folder.
-# document.md's are typed in document/, after `make document`.
 AFTER: Mapping[str, str] = {
     "first-adapter": "",
     "ollama": "first-adapter",
@@ -218,16 +216,17 @@ def fresh(folder: Path) -> dict[str, str]:
 
 
 def main(names: Sequence[str]) -> None:
-    """Renew these pages, and those after which they begin; all of them if none is named."""
+    """Renew these pages, and those after which they begin; all tutorials if none is named.
+
+    A path is a page of an extension: FOLDER/docs/x.md, whose commands are typed in FOLDER.
+    """
     ended: dict[str, Shell] = {}
-    todo = [
-        each for name in names or ["document", *AFTER] for each in (AFTER.get(name), name) if each
-    ]
+    todo = [each for name in names or AFTER for each in (AFTER.get(name), name) if each]
     with tempfile.TemporaryDirectory() as top:
         for name in dict.fromkeys(todo):
-            page = TUTORIALS / f"{name}.md"
-            (Path(top) / name).mkdir()
-            start = Path(top) / name if name in AFTER else TUTORIALS.parents[1] / "document"
+            page = TUTORIALS / f"{name}.md" if name in AFTER else Path(name).resolve()
+            start = Path(top) / name if name in AFTER else page.parents[1]
+            start.mkdir(exist_ok=True)
             shell = Shell(start, fresh(Path(top)) if name in AFTER else {})
             shell = ended.get(AFTER.get(name, ""), shell)
             page.write_text(renewed(page.read_text(encoding="utf-8"), shell), encoding="utf-8")

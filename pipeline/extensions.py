@@ -15,7 +15,7 @@ from the folder in which a command runs, and an extension that cannot be importe
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from functools import cache, cached_property
 from importlib import import_module
@@ -28,6 +28,7 @@ from pipeline.errors import UserError, first_line
 
 T = TypeVar("T")
 GROUP = "lora_workbench"
+OFF = "LORA_NO_EXTENSIONS"  # an environment variable: does it work without them?
 
 
 class Kind(NamedTuple):
@@ -72,11 +73,14 @@ class ExtensionError(UserError):
 
 @cache
 def entry_points() -> tuple[EntryPoint, ...]:
-    """Those of all installed packages, in the order of their names; nothing is imported.
+    """Those of all installed packages, in the order of their names; nothing is imported. None where
+    `OFF` is set.
 
     Read by hand: with `importlib.metadata` it takes 60 ms, half of what `lora --help` may take.
     """
     points = list[EntryPoint]()
+    if os.environ.get(OFF):
+        return ()
     current = os.path.realpath(os.curdir)
     for folder in dict.fromkeys(sys.path):
         # `python -m` puts the current folder there: a project's files are data, not code
@@ -104,17 +108,24 @@ def _read(path: Path) -> Iterator[EntryPoint]:
             )
 
 
-def modules_of(package: str) -> list[str]:
+def added_modules(package: str) -> list[str]:
     """The modules that extensions add to a package of ours which has a registry."""
     kinds = {kind for kind, about in KINDS.items() if about.package == package}
     return [point.module for point in entry_points() if point.kind in kinds]
 
 
+def packages() -> set[str]:
+    """The top-level packages of all extensions."""
+    return {point.module.partition(".")[0] for point in entry_points()}
+
+
 class Registry(Mapping[str, T]):
     """Name → what its module defines: our modules of a kind, then those of extensions.
 
-    `order`: the key by which they are sorted; those that cannot be imported are then left out.
-    Without it the names are known before anything is imported. `spell`: a module's name → its own.
+    `order`: the key by which they are sorted; those that cannot be used are then left out. Without
+    it the names are known before anything is imported. `spell`: a module's name → its own. `taken`:
+    further names of ours. `check(name, item)`: why what an extension defines cannot be used; empty
+    if it can.
     """
 
     def __init__(
@@ -122,22 +133,41 @@ class Registry(Mapping[str, T]):
         kind: str,
         order: Callable[[T], Any] | None = None,
         spell: Callable[[str], str] = str,
+        taken: Collection[str] = (),
+        check: Callable[[str, T], str] | None = None,
     ) -> None:
-        self._kind, self._order = kind, order
+        self._kind, self._order, self._check = kind, order, check
         self._ours = {spell(name): module for name, module in _ours(kind).items()}
-        theirs = (point for point in entry_points() if point.kind == kind)
-        self._theirs = {point.name: point for point in theirs if point.name not in self._ours}
+        self._theirs: dict[str, EntryPoint] = {}
         self._loaded: dict[str, T] = {}
+        for point in (point for point in entry_points() if point.kind == kind):
+            if point.name in self._ours or point.name in taken:
+                _problems[point] = f"{_title(point)}: the program has this name."
+            elif (other := self._theirs.setdefault(point.name, point)) is not point:
+                _problems[point] = f"{_title(point)}: {other.distribution} has this name."
+        _registries[kind] = self
 
     def __getitem__(self, name: str) -> T:
-        """Raises ExtensionError where it is an extension's, which cannot be imported."""
+        """Raises ExtensionError where it is an extension's, which cannot be used."""
         if name in self._loaded:
             return self._loaded[name]
         if name in self._ours:
             self._loaded[name] = _defined(import_module(self._ours[name]), self._kind)
         else:
-            self._loaded[name] = load(self._theirs[name])
+            self._loaded[name] = self._load(self._theirs[name])
         return self._loaded[name]
+
+    def _load(self, point: EntryPoint) -> T:
+        try:
+            item: T = _import(point)
+            reason = self._check(point.name, item) if self._check else ""
+            if self._order:
+                self._order(item)
+        except (AttributeError, LookupError, TypeError) as error:
+            reason = f"{point.module} does not define what it has to ({first_line(error)})."
+        if reason:
+            raise _unusable(point, reason)
+        return item
 
     @cached_property
     def _names(self) -> list[str]:
@@ -156,14 +186,46 @@ class Registry(Mapping[str, T]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._ours or name in self._theirs
+
     def usable(self) -> Iterator[T]:
-        """All that can be imported, in order."""
+        """All that can be used, in order."""
         for name in self:
             with suppress(ExtensionError):
                 yield self[name]
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._ours or name in self._theirs
+    def problems(self) -> None:
+        """Find out what cannot be used."""
+        for name in self._theirs:
+            with suppress(ExtensionError):
+                self[name]
+
+
+_registries: dict[str, Registry[Any]] = {}  # by kind
+_problems: dict[EntryPoint, str] = {}  # why it adds nothing
+
+
+def problems() -> list[str]:
+    """A line for each entry point that adds nothing, and why. Imports all extensions."""
+    for point in entry_points():
+        if point.kind not in KINDS:
+            _problems[point] = f"{_title(point)}: the kind must be one of {', '.join(KINDS)}."
+            continue
+        if package := KINDS[point.kind].package:
+            import_module(package)  # makes its registry
+        registry = _registries.get(point.kind)
+        (Registry[Any](point.kind) if registry is None else registry).problems()
+    return [_problems[point] for point in entry_points() if point in _problems]
+
+
+def _title(point: EntryPoint) -> str:
+    return f"{point.kind}.{point.name} of {point.distribution}"
+
+
+def _unusable(point: EntryPoint, reason: str) -> ExtensionError:
+    _problems[point] = f"{_title(point)}: {reason}"
+    return ExtensionError(_problems[point])
 
 
 def _ours(kind: str) -> dict[str, str]:
@@ -176,41 +238,19 @@ def _ours(kind: str) -> dict[str, str]:
     return {name: f"{package}.{name}" for name in names}
 
 
-def load(point: EntryPoint) -> Any:
+def _import(point: EntryPoint) -> Any:
     """What the module of an entry point defines. Raises ExtensionError."""
-    name = f"{point.kind}.{point.name} of {point.distribution}"
-    if point.kind not in KINDS:
-        raise ExtensionError(f"{name}: the kind must be one of {', '.join(KINDS)}.")
     attribute = KINDS[point.kind].attribute
     try:
         module = import_module(point.module)
     except (Exception, SystemExit) as error:  # whatever the code of others raises
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise ExtensionError(f"{name}: {point.module} cannot be imported: {reason}.") from None
+        raise _unusable(point, f"{point.module} cannot be imported: {reason}.") from None
     if attribute and not hasattr(module, attribute):
-        raise ExtensionError(f"{name}: {point.module} defines no {attribute}.")
+        raise _unusable(point, f"{point.module} defines no {attribute}.")
     return _defined(module, point.kind)
 
 
 def _defined(module: ModuleType, kind: str) -> Any:
     attribute = KINDS[kind].attribute
     return getattr(module, attribute) if attribute else module
-
-
-def problems() -> list[str]:
-    """A line for each entry point that adds nothing, and why. Imports all extensions."""
-    lines, taken = list[str](), dict[tuple[str, str], str]()
-    for kind in KINDS:
-        taken |= {(kind, name): "the program" for name in _ours(kind)}
-    for point in entry_points():
-        owner = taken.setdefault((point.kind, point.name), point.distribution)
-        if owner != point.distribution:
-            lines.append(
-                f"{point.kind}.{point.name} of {point.distribution}: {owner} has this name."
-            )
-            continue
-        try:
-            load(point)
-        except ExtensionError as error:
-            lines.append(str(error))
-    return lines

@@ -16,18 +16,20 @@ import torch
 from filelock import FileLock
 from hypothesis import settings
 
+# Whatever is installed beside the program: its own tests are of the program alone.
+os.environ.setdefault("LORA_NO_EXTENSIONS", "1")
+
 from cli import console
 from cli.main import main
 from pipeline.files import digest_cache
 from pipeline.project import process, provenance
-from pipeline.workbench import GRAPH, open_project
+from pipeline.stages.registry import GRAPH, open_project
 from tests.helpers import fake_accelerator
 from tests.helpers.checkpoints import checkpoint
 from tests.helpers.projects import (
     BRIEF,
     PIPELINE,
     ROOT,
-    WORK,
     git,
     make,
     new_houses,
@@ -59,10 +61,9 @@ Built = Callable[[str, Callable[[Path], object]], Path]
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook, and pytest the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that ask for a fixture of their module run in one worker, which makes it once; so do
-    those that ask for `studied`, for which the others would wait. Pictures of whole screens are
-    slow. The other cases of a sample, and what runs the document's studies and figures, which `make
-    document` runs too, are left to `make test-all`."""
+    """Tests that ask for a fixture of their module run in one worker, which makes it once;
+    pictures of whole screens are slow. The other cases of a sample are left to `make test-all`.
+    """
     cases = Counter[object]()
     for item in items:
         if (sampled := item.get_closest_marker("sampled")) and isinstance(item, pytest.Function):
@@ -76,12 +77,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         of_module = any(
             fixture.scope == "module" for name in fixtures for fixture in fixtures[name]
         )
-        if "studied" in fixtures:
-            item.add_marker(pytest.mark.xdist_group("studied"))
-        elif of_module and not item.get_closest_marker("xdist_group"):
+        if of_module and not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.path.relative_to(ROOT).as_posix()))
-        if "studied" in fixtures or item.path.is_relative_to(ROOT / "tests/pipeline/document"):
-            item.add_marker(pytest.mark.rest)
 
 
 def pytest_collection_finish() -> None:
@@ -175,30 +172,17 @@ def brief(built: Built) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def studied(brief: Path, built: Built) -> Iterator[Path]:
-    """`brief`, and all that measures it, with one seed. Read it; a test that writes to it is an
-    error at the end.
-    """
-
-    def build(root: Path) -> None:
-        shutil.copytree(brief, root, dirs_exist_ok=True)
-        make(root, [name for name in WORK if name not in (*PIPELINE, "import")], BRIEF)
-
-    yield from unchanged(built("studied", build))
-
-
-@pytest.fixture(scope="session")
 def houses(brief: Path, built: Built) -> Iterator[Path]:
-    """Both projects, two epochs each: the product's stages as `brief` made them, and the child's
-    that make models.
+    """A project and one that builds on it, two epochs each: the parent's stages as `brief` made
+    them, and the child's.
     """
 
     def build(root: Path) -> None:
-        shorten(new_houses(root), root / "document")
+        shorten(new_houses(root), root / "child")
         for name in open_project(root / "params.yaml").stages:
             shutil.copytree(brief / GRAPH.stages[name].path, root / GRAPH.stages[name].path)
         make(root, ["evaluate"])  # of its own variants alone
-        make(root / "document", [*open_project(root / "document/params.yaml").stages][:5])
+        make(root / "child", [*open_project(root / "child/params.yaml").stages])
 
     yield from unchanged(built("houses", build))
 

@@ -55,7 +55,7 @@ def chat(
     from pipeline.inference.catalog import newest_model
     from pipeline.inference.chat import Conversation
     from pipeline.models.generate import Sampling
-    from pipeline.workbench import current_project
+    from pipeline.stages.registry import current_project
 
     if base is None and adapter is None:
         base, adapter = (

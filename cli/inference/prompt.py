@@ -86,7 +86,7 @@ def prompt(
     from pipeline.inference.catalog import newest_model
     from pipeline.inference.engine import continued, load
     from pipeline.models.generate import Sampling
-    from pipeline.workbench import current_project
+    from pipeline.stages.registry import current_project
 
     if not temperature and (sample_top_k or sample_top_p < 1 or seed):
         raise BadParameter("--sample-top-k, --top-p and --seed need --temperature above 0.")

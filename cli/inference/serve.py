@@ -67,7 +67,7 @@ def serve(
     from pipeline.adapters.folder import common_base
     from pipeline.errors import UserError, require
     from pipeline.project.stage_graph import ARTIFACTS
-    from pipeline.workbench import current_project
+    from pipeline.stages.registry import current_project
 
     require("lora serve")
 

@@ -26,9 +26,9 @@ from pipeline.project.logs.run_log import (
 from pipeline.project.logs.run_state import JOURNAL, Journal
 from pipeline.project.logs.trackers import TRACKERS
 from pipeline.project.stage_graph import ARTIFACTS, CACHE, RUNS
+from pipeline.stages.registry import GRAPH
 from pipeline.weights.foreign import FORMATS as ADAPTERS
 from pipeline.weights.merge import CERTIFICATE
-from pipeline.workbench import GRAPH
 
 PROJECT = {
     "params.yaml": "every setting that differs from its default ([its keys](params.md))",

@@ -5,7 +5,7 @@ from pipeline.project.params.edit import dump_inline
 from pipeline.project.params.load import RUNNING, TRAINING
 from pipeline.project.params.schema import Pretrained, Section, hints, meaning, rule
 from pipeline.project.params.sections import Running, Training
-from pipeline.workbench import GRAPH
+from pipeline.stages.registry import GRAPH
 
 HEAD = f"""# The keys of params.yaml
 

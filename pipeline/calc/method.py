@@ -164,8 +164,8 @@ class FinetuningMethod:
         """
         return 0
 
-    def document_count(self, model: Architecture) -> int | None:
-        """The document's simplified count (§3); None if its rule does not apply."""
+    def simple_count(self, model: Architecture) -> int | None:
+        """By a rule of thumb: 2·r·d for each projection, as if all were d × d; None: not for these."""
         return None
 
     def notes(self, model: Architecture) -> list[str]:
@@ -261,9 +261,8 @@ def trainable(model: Architecture, method: FinetuningMethod) -> int:
 
 
 def why_they_differ(model: Architecture, method: FinetuningMethod) -> str:
-    """Why the exact count differs from the document's, in one line; empty if they agree."""
-    document = method.document_count(model)
-    if document is None or document == trainable(model, method):
+    """Why the exact count differs from the simple one, in one line; empty if they agree."""
+    if method.simple_count(model) in (None, trainable(model, method)):
         return ""
     wrong = [
         p
@@ -271,9 +270,7 @@ def why_they_differ(model: Architecture, method: FinetuningMethod) -> str:
         if (p.inputs, p.outputs) != (model.hidden, model.hidden)
     ]
     shapes = ", ".join(f"{p.name} {p.inputs:,} → {p.outputs:,}" for p in wrong)
-    return (
-        f"the document takes every projection as {model.hidden:,} × {model.hidden:,}; here {shapes}"
-    )
+    return f"the rule of thumb takes every projection as {model.hidden:,} × {model.hidden:,}; here {shapes}"
 
 
 # for methods that adapt linears

@@ -58,7 +58,7 @@ def answer(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -
             "total": model.total,
             "trainable": added + base,
             "trainable_percent": round(100 * (added + base) / model.total, 4),
-            "document": method.document_count(model),
+            "document": method.simple_count(model),
             "components": model.components(),
             "trained": {
                 name: n for parts in method.trained_parts(model) for name, n in parts.items() if n

@@ -29,7 +29,6 @@ PARAMS = "params.yaml"
 BLOCK = 2**20  # bytes that are copied at a time
 HERE = provenance.ROOT  # a clone of the repository, or the folder of the installed packages
 DEFAULTS = HERE if (HERE / PARAMS).is_file() else HERE / "lora_workbench_defaults"
-DOCUMENT = DEFAULTS / "document"  # the document's data, packaged with the program
 IGNORED_BY_DVC = "# What no stage reads.\nruns\n.lora-cache\n__pycache__\n"
 # Of the artifacts git has the metrics alone: `dvc exp show` reads those of an experiment from its
 # commit.
@@ -305,7 +304,7 @@ def _data_sources(project: Project, source_folder: Path) -> dict[str, Path]:
     """
     sources: dict[str, Path] = {}
     for stage in project.stages.values():
-        packages = (DOCUMENT, DEFAULTS) if stage.is_measurement else ()
+        packages = (Path(stage.data_folder), DEFAULTS) if stage.data_folder else ()
         for key, name in _files(project, stage).items():
             inside = not Path(name).is_absolute() and ".." not in Path(name).parts
             if key != "base" and inside and (source_folder / name).exists():

@@ -6,36 +6,45 @@ import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
+from importlib.util import find_spec
 from modulefinder import ModuleFinder
 from pathlib import Path
 from types import CodeType
 
+from pipeline import extensions
+
 ROOT = Path(__file__).resolve().parents[2]
+# what a package imports that finds its own modules
+FINDERS = {"pkgutil", "pipeline.extensions"}
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "matplotlib")
 
 
 def code_files(*modules: str) -> list[Path]:
-    """The files of this repository that `modules` import, directly or not, including their own;
-    nothing is executed.
+    """The files of the program and of extensions that `modules` import, directly or not, including
+    their own; nothing is executed.
 
-    A package whose __init__ finds its modules (data formats) runs them all. What a registry
-    elsewhere finds is not among them: so a method's file concerns the stages that run that method.
+    A package whose __init__ finds its modules (data formats) runs them all, those of extensions
+    too. What a registry elsewhere finds is not among them: so a method's file concerns the stages
+    that run that method.
     """
+    roots = _roots()
     files: set[Path] = set()
     waiting = list(modules)
     while waiting:
         name = waiting.pop()
-        place = ROOT.joinpath(*name.split("."))
+        package, _, _ = name.rpartition(".")  # its __init__ runs before its modules
+        if (root := roots.get(name.partition(".")[0])) is None:
+            continue
+        place = root.joinpath(*name.split("."))
         candidates = (place.with_suffix(".py"), place / "__init__.py")
         path = next((candidate for candidate in candidates if candidate.is_file()), None)
         if path is not None and path not in files:
             files.add(path)
-            package, _, _ = name.rpartition(".")  # its __init__ runs before its modules
-            imported = _imports(path.read_bytes())
+            waiting += [package, *_imports(path.read_bytes())]
             # a package that finds its own modules runs all
-            if path.name == "__init__.py" and "pkgutil" in imported:
-                imported += tuple(f"{name}.{module.stem}" for module in path.parent.glob("*.py"))
-            waiting += [*(each for each in imported if each.split(".")[0] == "pipeline"), package]
+            if path.name == "__init__.py" and not FINDERS.isdisjoint(_imports(path.read_bytes())):
+                waiting += [f"{name}.{module.stem}" for module in path.parent.glob("*.py")]
+                waiting += extensions.added_modules(name)
     return sorted(files)
 
 
@@ -58,11 +67,23 @@ def _imports(source: bytes) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _roots() -> dict[str, Path]:
+    """Top-level package → the folder that it lies in: the program's, and those of extensions."""
+    roots = {"pipeline": ROOT}
+    for name in extensions.packages():
+        spec = find_spec(name)  # of a top-level name: imports nothing
+        if spec and spec.origin and spec.submodule_search_locations:
+            roots[name] = Path(spec.origin).parents[1]
+    return roots
+
+
 def code_digest(*modules: str) -> str:
     """sha256 of the names and contents of `code_files(*modules)`."""
     digest = hashlib.sha256()
+    roots = _roots().values()
     for path in code_files(*modules):
-        digest.update(f"{path.relative_to(ROOT).as_posix()}\n".encode())
+        root = next(root for root in roots if path.is_relative_to(root))
+        digest.update(f"{path.relative_to(root).as_posix()}\n".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
@@ -72,9 +93,8 @@ def commit(*modules: str) -> str | None:
 
     Not HEAD: a commit that touches a README must not change the bytes of every artifact.
     """
-    return (
-        _git(ROOT, "log", "-1", "--format=%H", "--", *map(str, code_files(*modules))) or ""
-    ).strip() or None
+    files = [str(path) for path in code_files(*modules) if path.is_relative_to(ROOT)]
+    return (_git(ROOT, "log", "-1", "--format=%H", "--", *files) or "").strip() or None
 
 
 def committed(path: Path) -> str | None:

@@ -287,12 +287,11 @@ def settings_of(project: Project, stage: Stage) -> Facts:
 
 
 def _uses_quantization(stage: Stage, section: Facts) -> bool:
-    """Whether a base is quantized, by the stage's own settings or those of a stage that it repeats.
-
-    study_methods always does, since QLoRA is one of its methods.
+    """Whether a base is quantized, by the stage's own settings or those of a stage that it
+    repeats.
     """
     values = [value for key, value in section.items() if key.rpartition(".")[2] == "quantization"]
-    return stage.name == "study_methods" or any(value != "none" for value in values)
+    return stage.quantizes or any(value != "none" for value in values)
 
 
 def _without_paths(value: Any) -> Any:

@@ -1,26 +1,27 @@
 """A stage and the graph of those that a project may have, and `Project`: its stages and the
 parent's that it reads.
 
-Which stages there are the registries say: `pipeline/stages/registry.py`,
-`pipeline/document/stages.py`. dvc.yaml contains the same graph for DVC; a test compares them.
+`pipeline/stages/registry.py` says which stages there are. dvc.yaml contains the same graph for DVC;
+a test compares them.
 """
 
 import os
+from collections import ChainMap
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from msgspec import Struct
 
 from pipeline.errors import UserError
+from pipeline.extensions import Registry
 from pipeline.files.artifact import MANIFEST
 from pipeline.project.params.load import Params, inherit, parse, read_text
 from pipeline.project.params.schema import Section, effective
 
-T = TypeVar("T")
 # of runs that are not a stage's last
 OTHERS, OTHER_SIGNS = ("#999999", "#009E73", "#CC79A7"), "○△□◇▽◀▶◁▷"
 OTHER_LOOKS = len(OTHERS) * len(OTHER_SIGNS)
@@ -74,7 +75,7 @@ class Stage(Struct, frozen=True, eq=False):
     name: str
     module: str
     output: str  # a folder below artifacts/
-    # checkpoint, adapter, adapters (a folder of them), evaluation, study, figures or claims
+    # checkpoint, adapter, adapters (a folder of them), evaluation, or what an extension makes
     kind: str
     method: str
     settings: type[Section]  # its section's class
@@ -83,8 +84,10 @@ class Stage(Struct, frozen=True, eq=False):
     data: tuple[str, ...] = ()
     settings_from: str = ""  # the section with its training settings, if that is another stage's
     extra_sections: tuple[str, ...] = ()  # further sections that affect its output
-    # whether it measures statements about MiniGPT, so not on other bases
-    minigpt_only: bool = False
+    # params → why a project does not have it in spite of its section; empty where it has
+    skipped: Callable[[Params], str] | None = None
+    data_folder: str = ""  # where the files lie that its settings name by default
+    quantizes: bool = False  # whether it quantizes a base, whatever its settings
     compares: bool = False  # whether it reads only those of `needs` that the project has
     work: str = ""  # the module that has `run(job)`, if it is another
     # modules of the methods whose adapters it loads, which no import shows
@@ -94,7 +97,8 @@ class Stage(Struct, frozen=True, eq=False):
     variant: str = ""  # its model's name in comparisons; empty: it is not compared
     look: Look | None = None  # its curve's
     peft_type: str = ""  # PEFT's name of its adapter, if only its module can load it
-    order: float = 0  # among the fine-tuning methods, in every list
+    order: float = 0  # among the fine-tuning methods, or an extension's stages, in every list
+    typed: str = ""  # its command, where that has another name
     # raises UserError for settings that cannot run
     check: Callable[["Project"], object] | None = None
 
@@ -112,8 +116,13 @@ class Stage(Struct, frozen=True, eq=False):
 
     @property
     def is_measurement(self) -> bool:
-        """Whether it measures the document's statements and makes no model."""
-        return self.kind in ("study", "figures", "claims")
+        """Whether it measures what other stages made: an extension's, that makes no model."""
+        return self.kind not in ("checkpoint", "adapter", "adapters", "evaluation")
+
+    @property
+    def group(self) -> str:
+        """The folder that its output shares with others, such as `studies`; empty: none."""
+        return self.output.rpartition("/")[0]
 
     @property
     def trains(self) -> bool:
@@ -130,9 +139,8 @@ class Stage(Struct, frozen=True, eq=False):
         """What makes its artifact: `lora finetune lora` for finetune_lora, `lora expand-vocab` for
         expand_vocab.
         """
-        if self.kind == "study":
-            return f"lora study {self.method}"
-        return "lora " + self.name.replace("finetune_", "finetune ").replace("_", "-")
+        typed = self.typed or self.name.replace("finetune_", "finetune ").replace("_", "-")
+        return f"lora {typed}"
 
     def run(self, job: Any) -> Generator[Any, None, dict[str, Any]]:
         """Its work. Only now is its module imported, and with it torch."""
@@ -142,59 +150,57 @@ class Stage(Struct, frozen=True, eq=False):
         return work
 
 
-class Lazily(Mapping[str, T]):
-    """What is in `first`, and then what `more` gives: asked only for a name that is not in `first`,
-    or for all.
+class StageGraph:
+    """The stages that a project may have: the program's, then those of extensions.
 
-    So a project of the product's stages alone reads no file of the document's.
+    `product`: the program's, by name in the DAG's order. An extension's module is imported when its
+    stage or section is asked for, or all are.
     """
 
-    def __init__(self, first: Mapping[str, T], more: Callable[[], Mapping[str, T]]) -> None:
-        self.first, self._more = first, more
+    def __init__(self, product: Mapping[str, Stage]) -> None:
+        self.product = product
+        self._stages = Registry[Stage](
+            "stage", order=_place, taken=product.keys(), check=_wrong_name
+        )
+        self._sections = Registry[type[Section]]("section", taken=product.keys())
+        # looked up from the left, listed from the right
+        self.stages: Mapping[str, Stage] = ChainMap(self._stages, product)  # type: ignore[arg-type]
+        self.sections: Mapping[str, type[Section]] = _Sections(self.stages, self._sections)
 
-    @cached_property
-    def _every(self) -> Mapping[str, T]:
-        return {**self.first, **self._more()}
+    def among(self, names: Set[str]) -> dict[str, Stage]:
+        """The stages with one of these names, in the DAG's order."""
+        ours = {name: stage for name, stage in self.product.items() if name in names}
+        more = [self._stages[name] for name in names if name in self._stages]
+        more.sort(key=_place)
+        return ours | {stage.name: stage for stage in more}
 
-    def __getitem__(self, name: str) -> T:
-        return self.first[name] if name in self.first else self._every[name]
+
+def _place(stage: Stage) -> tuple[float, str]:
+    return stage.order, stage.name
+
+
+def _wrong_name(name: str, stage: Stage) -> str:
+    return "" if stage.name == name else f"its stage has another name, {stage.name}."
+
+
+class _Sections(Mapping[str, type[Section]]):
+    """Name → class of every section that a params file may have: a stage's, or an extension's."""
+
+    def __init__(self, stages: Mapping[str, Stage], more: Registry[type[Section]]) -> None:
+        self._stages, self._more = stages, more
+
+    def __getitem__(self, name: str) -> type[Section]:
+        return self._stages[name].settings if name in self._stages else self._more[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._every)
+        yield from self._stages
+        yield from self._more
 
     def __len__(self) -> int:
-        return len(self._every)
+        return len(self._stages) + len(self._more)
 
-    def among(self, names: Set[str]) -> list[str]:
-        """Those of `names` that are here, in this order."""
-        return [
-            name
-            for name in (self.first if names <= self.first.keys() else self._every)
-            if name in names
-        ]
-
-
-@dataclass(frozen=True)
-class StageGraph:
-    """The stages that a project may have, by name, in the DAG's order: the product's, and
-    `more`.
-    """
-
-    product: Mapping[str, Stage]
-    more: Callable[[], Mapping[str, Stage]] = dict
-
-    @cached_property
-    def stages(self) -> Lazily[Stage]:
-        return Lazily(self.product, self.more)
-
-    @cached_property
-    def sections(self) -> Lazily[type[Section]]:
-        """Name → class of every section that a params file may have."""
-
-        def of(stages: Mapping[str, Stage]) -> dict[str, type[Section]]:
-            return {name: stage.settings for name, stage in stages.items()}
-
-        return Lazily(of(self.product), lambda: of(self.more()))
+    def __contains__(self, name: object) -> bool:
+        return name in self._stages or name in self._more
 
 
 @dataclass(frozen=True)
@@ -235,7 +241,7 @@ class Project:
             )
         parent = cls(source.resolve().parent, parent_params, graph)
         files: dict[str, set[str]] = {}  # section → its keys that name data files
-        for stage in graph.stages.values():
+        for stage in graph.among(parent_params.written).values():
             files.setdefault(stage.section, set()).update(
                 key for key in stage.data if "." not in key
             )
@@ -275,22 +281,15 @@ class Project:
 
     @cached_property
     def stages(self) -> dict[str, Stage]:
-        """Its own stages by name, in the DAG's order: those with a section in its params file and
-        with data, except those that do not apply to its base."""
-        imports = self.params.origin.imports
-        others = {"pretrain" if imports else "import"}
-        wanted = (
-            (name, self.graph.stages[name])
-            for name in self.graph.stages.among(self.params.written - others)
-        )
-        return {
-            name: stage
-            for name, stage in wanted
-            if self._has_data(stage) and not (stage.minigpt_only and imports)
-        }
+        """Its own stages by name, in the DAG's order: those with a section in its params file,
+        except those that do not apply to its settings.
+        """
+        others = {"pretrain" if self.params.origin.imports else "import"}
+        wanted = self.graph.among(self.params.written - others)
+        return {name: stage for name, stage in wanted.items() if not self._why_skipped(stage)}
 
-    def _has_data(self, stage: Stage) -> bool:
-        return stage.kind != "study" or bool(getattr(self.section(stage), "data", True))
+    def _why_skipped(self, stage: Stage) -> str:
+        return stage.skipped(self.params) if stage.skipped else ""
 
     @cached_property
     def readable(self) -> dict[str, Stage]:
@@ -298,10 +297,7 @@ class Project:
         order.
         """
         inherited = self.parent.stages if self.parent else {}
-        return {
-            name: self.graph.stages[name]
-            for name in self.graph.stages.among({*self.stages, *inherited})
-        }
+        return self.graph.among({*self.stages, *inherited})
 
     def unlisted(self) -> dict[str, Stage]:
         """The methods that ran here and have no section in the params file, as by `--set`, by name.
@@ -349,9 +345,7 @@ class Project:
                 f"Add `{name}: {{}}` to "
                 f"it{'; for `dvc repro`, remove dvc.yaml and run `lora new .`' * self.has_dvc}."
             )
-        if not self._has_data(self.graph.stages[name]):
-            raise UserError(f"{name}.data names no file. Name one in {file}.")
-        raise UserError(f"{name} measures what the document says of MiniGPT; base is {base}.")
+        raise UserError(self._why_skipped(self.graph.stages[name]))
 
     @property
     def variants(self) -> dict[str, tuple[str, str | None]]:

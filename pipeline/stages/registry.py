@@ -8,9 +8,9 @@ Reading the registry imports no torch: `lora --help`, the calculator and the ter
 start, and to import torch alone takes ten times as long.
 """
 
-import pkgutil
-from collections.abc import Mapping
-from importlib import import_module
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pipeline.adapters.config import OTHER_KINDS
@@ -18,23 +18,29 @@ from pipeline.calc.architecture import Architecture
 from pipeline.calc.method import FinetuningMethod, trainable, with_options
 from pipeline.calc.settings import options_of
 from pipeline.errors import UserError
+from pipeline.extensions import Registry
+from pipeline.project import process
+from pipeline.project.params.load import RUNNING, Params
 from pipeline.project.params.sections import Evaluate, ExpandVocab, Import, Merge, Pretrain
 from pipeline.project.stage_graph import Project, Stage, StageGraph
-from pipeline.stages import methods
+
+
+def _wrong_name(name: str, stage: Stage) -> str:
+    """An extension's method has the name of its entry point, so that it cannot replace ours."""
+    if (stage.method, stage.name) == (name, f"finetune_{name}"):
+        return ""
+    return f"its stage must be finetune_{name} and its method {name}, got {stage.name}."
+
 
 # Found, so that a new method is one file; and not by import statements, which digests follow:
 # whatever imports this module would depend on the code of every method. A stage's own digest starts
 # at its method's file (`Stage.code`).
-_FILES = sorted(
-    (
-        import_module(f"{methods.__name__}.{module.name}")
-        for module in pkgutil.iter_modules(methods.__path__)
-    ),
-    key=lambda file: float(file.STAGE.order),
-)
-METHODS: Mapping[str, Stage] = {file.STAGE.method: file.STAGE for file in _FILES}
+_FOUND = Registry[Stage]("method", order=lambda stage: (stage.order, stage.name), check=_wrong_name)
+METHODS: Mapping[str, Stage] = {stage.method: stage for stage in _FOUND.values()}
 COUNTED: Mapping[str, FinetuningMethod] = {  # as the calculator counts them, with default options
-    file.STAGE.method: file.COUNTED for file in _FILES if hasattr(file, "COUNTED")
+    name: sys.modules[stage.module].COUNTED
+    for name, stage in METHODS.items()
+    if hasattr(sys.modules.get(stage.module), "COUNTED")
 }
 # the adapters' package lies below and cannot import a method: it is told which module loads a kind
 # of adapter
@@ -110,6 +116,24 @@ COLORS: Mapping[str, str] = {
 }
 STAGES: Mapping[str, Stage] = {stage.name: stage for stage in (*MODELS, EVALUATE)}
 GRAPH = StageGraph(STAGES)
+
+
+def open_project(params: Path, overrides: Sequence[str] = ()) -> Project:
+    """Open the project of a params file with `section.key=value` overrides. Raises UserError.
+
+    What this process computes from then on, it computes on the project's device.
+    """
+    project = Project.load(params, GRAPH, overrides)
+    process.prefer(project.params.running.device, project.params.source(RUNNING, "device"))
+    return project
+
+
+def current_project() -> Project:
+    """The project in the current folder; without a params file, a project with default settings."""
+    params = Path("params.yaml")
+    if params.is_file():
+        return open_project(params)
+    return Project(Path(), Params(kinds=GRAPH.sections), GRAPH)
 
 
 def counted_stage(project: Project) -> Stage:

@@ -11,7 +11,7 @@ from cli.main import app
 from pipeline.project.params.aliases import COMMANDS, KEYS, OPTIONS, suggest
 from pipeline.project.params.load import TOP_LEVEL
 from pipeline.project.params.schema import hints
-from pipeline.workbench import GRAPH
+from pipeline.stages.registry import GRAPH
 from tests.conftest import Lora
 from tests.helpers.projects import new_houses, refusal
 

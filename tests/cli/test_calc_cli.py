@@ -40,7 +40,6 @@ def test_only_typer_rich_and_yaml_are_imported_on_the_way(tmp_path: Path) -> Non
         ["--fit", "24"],
         ["--sweep", "rank=1,2"],
         ["--explain"],
-        ["--document"],
         ["--list"],
         ["--tokens", "5M"],
     ):
@@ -92,7 +91,7 @@ def test_the_one_screen_fits_80_columns_and_has_all_of_it(tmp_path: Path) -> Non
     for text in (
         "qwen3-8b  8,190,735,360 parameters (published: 8.2B)",
         "LoRA r=8 on attention: 7,667,712 trainable, 0.09361%",
-        "by the document's rule (§3): 9,437,184; the document takes every projection",
+        "by the rule of thumb 2·r·d per projection: 9,437,184; it takes every projection",
         "backward, loss",
     ):
         assert text in done.stdout
@@ -174,7 +173,6 @@ def test_every_question_answers_as_table_json_and_csv(cli: Lora, tmp_path: Path)
         ["--sweep", "rank=1,2,4,8,16,64"],
         ["--sweep", "precision=bf16,nf4,gptq-g64"],
         ["--explain"],
-        ["--document"],
         ["--list"],
     ):
         code, table, err = cli("calc", *QWEN, *question, cwd=tmp_path)
@@ -434,7 +432,6 @@ def test_help_names_every_option_with_its_choices(cli: Lora, tmp_path: Path) -> 
         "--shard",
         "--sweep",
         "--trace",
-        "--document",
         "--explain",
         "--csv",
     ):

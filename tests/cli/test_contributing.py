@@ -20,11 +20,11 @@ BLOCK = re.compile(r"^```python\n# (\S+\.py)\n(.*?)^```$", re.MULTILINE | re.DOT
 def overlay(tmp_path: Path) -> Path:
     """A copy of the code, with the files that the page shows."""
     root = tmp_path / "code"
-    for name in ("cli", "pipeline", "docs", "bench", "tests", "data", "document/data"):
+    for name in ("cli", "pipeline", "docs", "bench", "tests", "data"):
         shutil.copytree(
             ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.svg")
         )
-    for name in ("pyproject.toml", "params.yaml", "document/params.yaml"):
+    for name in ("pyproject.toml", "params.yaml"):
         shutil.copy(ROOT / name, root / name)
     blocks = dict(BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")))
     assert [*blocks] == [

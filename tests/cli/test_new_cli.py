@@ -17,7 +17,7 @@ from pipeline.project.logs.run_log import read_steps
 from pipeline.project.params.edit import set_values
 from pipeline.stages.methods.dpo import FinetuneDpo
 from pipeline.stages.methods.lora import rate_for
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tests.conftest import Lora
 from tests.helpers.bases import TEMPLATE, toy_checkpoint
 from tests.helpers.projects import BRIEF, dvc, folder_bytes, load, lora, refusal

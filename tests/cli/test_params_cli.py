@@ -10,9 +10,9 @@ import yaml
 
 from pipeline.project.params.load import parse
 from pipeline.project.params.schema import hints, meaning, rule
-from pipeline.workbench import GRAPH, open_project
+from pipeline.stages.registry import GRAPH, open_project
 from tests.conftest import Lora
-from tests.helpers.projects import ROOT, refusal
+from tests.helpers.projects import new_houses, refusal
 
 PARAMS = """\
 training:
@@ -70,10 +70,11 @@ def test_defaults_for_a_pretrained_base_are_named_as_such_and_explained(
     assert "pretrained" not in out
 
 
-@pytest.mark.parametrize("folder", [ROOT, ROOT / "document"], ids=["root", "document"])
+@pytest.mark.parametrize("project", ["", "child"], ids=["parent", "child"])
 def test_what_is_shown_is_a_params_file_with_the_same_settings(
-    cli: Lora, folder: Path, tmp_path: Path
+    cli: Lora, project: str, tmp_path: Path
 ) -> None:
+    folder = new_houses(tmp_path / "houses") / project
     code, out, _ = cli("params", "show", "--params", str(folder / "params.yaml"), cwd=folder)
     assert code == 0 and yaml.safe_load(out)["base"] == "minigpt"
     assert all(" # " in line or line.endswith(":") for line in out.splitlines())
@@ -84,8 +85,8 @@ def test_what_is_shown_is_a_params_file_with_the_same_settings(
     assert {name: again.section(name) for name in again.written} == dict(params.sections)
 
 
-def test_a_parent_s_values_are_named_by_its_file(cli: Lora) -> None:
-    shown = sources(cli, ROOT / "document")
+def test_a_parent_s_values_are_named_by_its_file(cli: Lora, tmp_path: Path) -> None:
+    shown = sources(cli, new_houses(tmp_path / "houses") / "child")
     assert shown["pretrain.d_model"][1] == "../params.yaml"
     assert shown["finetune_prefix.epochs"][1] == "../params.yaml, training"
 

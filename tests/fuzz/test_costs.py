@@ -28,8 +28,8 @@ from pipeline.files import artifact, patterns
 from pipeline.files.safetensors_file import read_header
 from pipeline.models.load import skeleton
 from pipeline.project.foreign import read_config
+from pipeline.stages.registry import GRAPH, open_project
 from pipeline.weights import torch_file
-from pipeline.workbench import GRAPH, open_project
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.fuzz import limits, read_or_refuse
 from tests.helpers.tokenizers import folder_with

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.evaluation.tasks import read_tasks
 from pipeline.project.foreign import read_config
-from pipeline.workbench import GRAPH, open_project
+from pipeline.stages.registry import GRAPH, open_project
 from tests.helpers.fuzz import (
     NUMBERS,
     ODD,

@@ -5,15 +5,19 @@ What runs on it gives the CPU's numbers, so that tests see without a GPU whether
 moved.
 """
 
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from pipeline.models import device
 
 try:
     from torch.utils.backend_registration import (
@@ -27,6 +31,7 @@ except ImportError:
 
 NAME = "standin"
 MOVES = {"aten::copy_", "aten::_to_copy"}  # what may have tensors of two devices
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm"}
 ran: set[str] = set()  # names of the operations that ran there
 
 
@@ -169,3 +174,63 @@ def standin() -> Iterator[torch.device]:
     finally:
         _module.present = False
         torch.__future__.set_swap_module_params_on_conversion(swaps)
+
+
+@contextmanager
+def best(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """The best device here, for models of any size."""
+    with standin() as there:
+        monkeypatch.setattr(device, "best_device", lambda: there)
+        monkeypatch.setattr(device, "LARGE", 0)
+        # two threads sum in another order than the CPU's one
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        yield there
+
+
+@contextmanager
+def strays(there: torch.device) -> Iterator[list[str]]:
+    """The modules that are called while parameters of theirs are not on the device."""
+    found: list[str] = []
+
+    def note(module: nn.Module, _inputs: Any) -> None:
+        if any(p.device.type != there.type for p in module.parameters(recurse=False)):
+            found.append(type(module).__name__)
+
+    hook = nn.modules.module.register_module_forward_pre_hook(note)
+    yield found
+    hook.remove()
+
+
+def narrow(there: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without numbers of 64 bits, as Apple's GPU is."""
+    run = _run
+
+    def narrowed(func: Any, *args: Any, **kwargs: Any) -> Any:
+        made = run(func, *args, **kwargs)
+        if any(
+            isinstance(t, Tensor) and t.device.type == NAME and t.dtype == torch.float64
+            for t in tree_leaves(made)
+        ):
+            raise TypeError(f"{func}: the device does not support float64")
+        return made
+
+    monkeypatch.setattr(sys.modules[__name__], "_run", narrowed)
+    monkeypatch.setattr(device, "WITHOUT_FP64", there.type)
+
+
+def used() -> bool:
+    """Whether a matrix product ran there; asked once."""
+    found = bool(PRODUCTS & ran)
+    ran.clear()
+    return found
+
+
+def alike(one: str, other: str) -> bool:
+    """Whether two texts are the same but for the last digits of the numbers in them."""
+    (words, numbers), (others, known) = map(_taken_apart, (one, other))
+    return words == others and numbers == pytest.approx(known, rel=1e-3, abs=1e-4)
+
+
+def _taken_apart(text: str) -> tuple[list[str], list[float]]:
+    parts = re.split(r"(\d+\.\d+(?:e-?\d+)?)", text)
+    return parts[::2], [float(number) for number in parts[1::2]]

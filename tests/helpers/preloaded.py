@@ -8,7 +8,7 @@ from importlib import import_module
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from pipeline.project import provenance
-from pipeline.workbench import GRAPH
+from pipeline.stages.registry import GRAPH
 
 for name in (
     "cli.main",

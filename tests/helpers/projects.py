@@ -20,12 +20,13 @@ from pipeline.project.params.edit import remove_section
 from pipeline.project.params.load import Params
 from pipeline.project.runner import Event, Work, run
 from pipeline.stages import registry
-from pipeline.workbench import GRAPH, open_project
+from pipeline.stages.registry import GRAPH, open_project
 
 T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = GRAPH.stages
+CHILD = Path(__file__).with_name("child.yaml")
 LORA = str(Path(sys.executable).parent / "lora")
 
 
@@ -38,9 +39,6 @@ COMMAND = {
     "train_from_scratch": ["train-from-scratch"],
     "merge": ["merge"],
     "evaluate": ["evaluate"],
-    **{name: ["study", stage.method] for name, stage in STAGES.items() if stage.kind == "study"},
-    "figures": ["figures"],
-    "claims": ["claims"],
 }
 METHODS = tuple(  # those of `lora finetune` that train one thing
     name
@@ -50,23 +48,21 @@ METHODS = tuple(  # those of `lora finetune` that train one thing
 
 
 def new_project(folder: Path) -> Path:
-    """The product's and the document's params and data as one project in `folder`, nothing made
-    yet.
+    """The repository's params and data with the sections of `CHILD` as one project in `folder`,
+    nothing made yet.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.yaml").write_text(all_params(), encoding="utf-8")
-    for data in (ROOT / "data", ROOT / "document/data"):
-        shutil.copytree(data, folder / "data", dirs_exist_ok=True)
+    shutil.copytree(ROOT / "data", folder / "data", dirs_exist_ok=True)
     return folder
 
 
 def new_houses(root: Path) -> Path:
-    """The repository's params and data as they are: the product's project, and the document's in a
-    folder below.
-    """
-    for name in ("params.yaml", "data", "document/params.yaml", "document/data"):
-        (root / name).parent.mkdir(exist_ok=True)
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, root / name)
+    """The repository's project, and below it in `child` one that builds on it."""
+    (root / "child").mkdir(parents=True)
+    shutil.copy(ROOT / "params.yaml", root)
+    shutil.copytree(ROOT / "data", root / "data")
+    shutil.copy(CHILD, root / "child/params.yaml")
     return root
 
 
@@ -78,14 +74,15 @@ def shorten(*projects: Path) -> None:
 
 
 def all_params() -> str:
-    """params.yaml and document/params.yaml in one, which then needs no other project."""
-    product = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    document = (
-        (ROOT / "document/params.yaml")
-        .read_text(encoding="utf-8")
-        .partition("project: ../params.yaml\n")[2]
-    )
-    return product + "\n" + remove_section(document, "evaluate").replace("../data/", "data/")
+    """params.yaml and `CHILD` in one, which then needs no other project."""
+    return joined((ROOT / "params.yaml"), CHILD)
+
+
+def joined(parent: Path, child: Path) -> str:
+    """The params of a project and of one that builds on it, as one project's."""
+    _, _, own = child.read_text(encoding="utf-8").partition("project: ../params.yaml\n")
+    sections = remove_section(own, "evaluate").replace("../data/", "data/")
+    return f"{parent.read_text(encoding='utf-8')}\n{sections}"
 
 
 def make(
@@ -107,7 +104,7 @@ def make_one(
     """
     project = open_project(root / "params.yaml", overrides)
     name = project.standing_for(name) if name == "pretrain" else name
-    return played(run(project, STAGES[name], WORK[name], **options))
+    return played(run(project, STAGES[name], **options))
 
 
 def played(events: Generator[Event, None, T]) -> tuple[T, list[Event]]:
@@ -205,44 +202,22 @@ def git(folder: Path, *arguments: str) -> None:
 
 
 def load(params: Path, overrides: Sequence[str] = ()) -> Params:
-    """The settings in a params file, the document's too."""
+    """The settings in a params file."""
     return open_project(params, overrides).params
 
 
 def save(params: Path, values: Mapping[str, Any]) -> None:
-    """`section.key` → value written into a params file, the document's sections too."""
+    """`section.key` → value written into a params file."""
     edit.save(params, values, GRAPH.sections)
 
 
-# What makes models in the shipped projects, and evaluate; what measures statements takes as long
-# again.
-SHIPPED = {name: stage for name, stage in STAGES.items() if f"\n{name}:" in all_params()}
-PIPELINE = [name for name, stage in SHIPPED.items() if not stage.is_measurement]
+# The stages of `new_project`.
+PIPELINE = [name for name in STAGES if f"\n{name}:" in all_params()]
 BRIEF = (
     "pretrain.epochs=2",
     "train_from_scratch.epochs=2",
     *(f"finetune_{method}.epochs=2" for method in METHODS if f"finetune_{method}" in PIPELINE),
     "finetune_sweep.grid={rank: [1, 2]}",
-    *(f"{name}.seeds=[0]" for name, stage in STAGES.items() if stage.kind == "study"),
-    *(
-        "study_fact_correction.epochs=2",
-        "study_knowledge_correction.epochs=2",
-        "study_trajectory.steps=[0, 2]",
-    ),
-    *("study_fact_correction.alphas=[1.0, 4.0]", "study_fact_correction.learning_rates=[2e-3]"),
-    *(
-        "study_rank.ranks=[1, 2]",
-        "study_rank.alphas=[1.0]",
-        "study_rank.learning_rates=[1e-3, 3e-3]",
-    ),
-    *(
-        "study_learning_rate.epochs=2",
-        "study_learning_rate.ranks=[1, 2]",
-        "study_learning_rate.full_rates=[1e-3]",
-    ),
-    "study_learning_rate.learning_rates=[1e-3, 3e-3]",
-    "study_forgetting.every=1",
-    *("study_spectrum.extracted=[1, 64]", "study_intrinsic_dimension.dimensions=[64]"),
 )
 GIVEN: dict[str, Any] = {  # the same, to be written into a params file
     key: yaml.safe_load(value) for key, _, value in (setting.partition("=") for setting in BRIEF)

@@ -54,9 +54,7 @@ def _with_rows(module: EmbeddingRows | HeadRows) -> nn.Module:
 
 
 def merged(layer: LoRALinear | LoRAEmbedding, turned: bool) -> nn.Module:
-    """The layer as a new plain one of the base's kind; `layer` is untouched (the document's
-    §4.4).
-    """
+    """The layer as a new plain one of the base's kind; `layer` is untouched."""
     base = layer.base
     whole = (
         base.weight_in(torch.float32)

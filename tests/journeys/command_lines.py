@@ -36,7 +36,6 @@ TRAINS = (
     "pretrain",
     "train-from-scratch",
     "finetune",
-    "study",
     "serve",
 )  # may take as long as their params say, serve longer
 EXITS = {0, 1, 2}

@@ -25,7 +25,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -35,6 +35,8 @@ from tempfile import TemporaryDirectory
 from threading import Timer
 from typing import Any
 
+os.environ.setdefault("LORA_NO_EXTENSIONS", "1")  # a soak of the program alone
+
 from cli.main import COMMANDS
 from pipeline.data.convert import WRITERS
 from pipeline.export.formats import FORMATS, Export
@@ -42,23 +44,17 @@ from pipeline.files.artifact import MANIFEST, file_digest
 from pipeline.project.logs import run_state
 from pipeline.project.logs.follower import missing
 from pipeline.project.params import edit
-from pipeline.workbench import GRAPH, open_project
+from pipeline.stages.registry import GRAPH, open_project
 from tests.helpers.kill_points import count_changes, die_at_change
 from tests.helpers.process import PRELOADED, SERVER, Forked
-from tests.helpers.projects import COMMAND, GIVEN, LORA, make, played, save
-from tests.helpers.projects import new_project as new_document
+from tests.helpers.projects import GIVEN, LORA, make, new_project, played, save
 from tui.services.engine_client import EngineDied, Inference
 
 # by commands, which then start at once; a kill while a library is imported shows little
 IMPORTED = (
     *dict.fromkeys(module for module, _ in COMMANDS.values()),
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "gguf", "uvicorn", "pyarrow.parquet"),
-    *(
-        "pipeline.document.runner",
-        "pipeline.document.studies",
-        "pipeline.stages.quickstart",
-        "pipeline.data.convert",
-    ),
+    *("pipeline.stages.quickstart", "pipeline.data.convert"),
     *(
         "pipeline.export.model_card",
         "pipeline.export.gguf.writer",
@@ -105,19 +101,19 @@ class Command:
 # The projects
 
 
-def build_document(root: Path, measured: bool) -> None:
-    """The product's and the document's project in one, with a section for every method; `measured`:
-    its studies too.
-    """
-    new_document(root)
+def build_models(
+    root: Path, new: Callable[[Path], object] = new_project, given: Mapping[str, Any] = GIVEN
+) -> None:
+    """A project with a section for every stage; those that make models have run."""
+    new(root)
     text = (root / "params.yaml").read_text(encoding="utf-8")
     for name, stage in GRAPH.stages.items():
         if f"\n{name}:" not in text and name != "import":
             text = f"{text.rstrip()}\n\n{edit.section_text(name, stage.settings)}"
     (root / "params.yaml").write_text(text, encoding="utf-8")
-    save(root / "params.yaml", GIVEN)
+    save(root / "params.yaml", given)
     stages = open_project(root / "params.yaml").stages
-    make(root, [name for name, stage in stages.items() if measured or not stage.is_measurement])
+    make(root, [name for name, stage in stages.items() if not stage.is_measurement])
 
 
 def build_adapters(root: Path) -> None:
@@ -141,24 +137,24 @@ def build_adapters(root: Path) -> None:
 def commands() -> Iterator[Command]:
     """All that writes, from the registries."""
     for name, stage in GRAPH.stages.items():
-        words = [*COMMAND[name], *(f"--set={setting}" for setting in _longer(name))]
-        if name.startswith(("pretrain", "train_", "finetune_", "study_", "figures")):
+        words = [*stage.command.split()[1:], *(f"--set={setting}" for setting in _longer(name))]
+        if name.startswith(("pretrain", "train_", "finetune_")):
             words += ["--checkpoint-every", "5"]
-        project = "adapters" if name == "import" else "document"
+        project = "adapters" if name == "import" else "models"
         yield Command(
             name, tuple(words), project, (stage.path,), (f"{OWN_CACHE}/{name}", f"runs/{name}")
         )
     sweep, path = GRAPH.stages["finetune_sweep"], GRAPH.stages["finetune_lora"].path
     applied = ("finetune", "sweep", "--apply", "--set=finetune_sweep.grid={rank: [1, 3]}")
     dropped = (f"{OWN_CACHE}/{sweep.name}", f"runs/{sweep.name}")
-    yield Command("sweep --apply", applied, "document", (sweep.path,), dropped)
-    yield Command("finetune_lora, cached", ("finetune", "lora"), "document", (path,))
+    yield Command("sweep --apply", applied, "models", (sweep.path,), dropped)
+    yield Command("finetune_lora, cached", ("finetune", "lora"), "models", (path,))
     measured = ("evaluate", "--adapter", "artifacts/lora_adapter")
-    yield Command("evaluate --adapter", measured, "document", dropped=("artifacts/measured",))
+    yield Command("evaluate --adapter", measured, "models", dropped=("artifacts/measured",))
     if not missing("tensorboard"):
         sent = ("runs", "export", "finetune_lora", "--to", "tensorboard", "--out", "runs/sent")
-        yield Command("runs export", sent, "document", dropped=("runs/sent",))
-    yield Command("cache prune", ("cache", "prune"), "document")
+        yield Command("runs export", sent, "models", dropped=("runs/sent",))
+    yield Command("cache prune", ("cache", "prune"), "models")
     for name in FORMATS:
         yield _writes(f"export {name}", "export", "adapter", "--format", name)
     yield _writes(
@@ -295,20 +291,22 @@ def differences(now: Files, new: Files) -> list[str]:
 class Soak:
     """Projects in `root`, in which commands are killed; `seed` decides when."""
 
-    def __init__(self, root: Path, seed: int, measured: bool) -> None:
+    def __init__(
+        self, root: Path, seed: int, build: Callable[[Path], object] = build_models
+    ) -> None:
         self.root, self.seed = root, seed
         (root / "cache").mkdir(parents=True)
         SERVER.set_forkserver_preload(
             [PRELOADED, *IMPORTED, *(stage.module for stage in GRAPH.stages.values())]
         )
         builders: dict[str, Callable[[Path], object]] = {
-            "document": partial(build_document, measured=measured),
+            "models": build,
             "adapters": build_adapters,
         }
-        for name, build in builders.items():
-            build(root / name)
+        for name, builder in builders.items():
+            builder(root / name)
             shutil.copytree(root / name, root / "pristine" / name)
-        self.start(["--version"], "document").end()  # the first start imports what all use
+        self.start(["--version"], "models").end()  # the first start imports what all use
 
     def restore(self, project: str) -> Path:
         """The project as it was built, in its place."""
@@ -362,13 +360,6 @@ class Written:
             (shutil.copytree if (self._root / name).is_dir() else shutil.copy)(
                 self._root / name, target
             )
-        if _measures(self.name):  # the claims read it
-            for name in (*self.command.made, *self.command.dropped):
-                shutil.copytree(
-                    self._root / name,
-                    self.soak.root / "pristine/document" / name,
-                    dirs_exist_ok=True,
-                )
         return []
 
     def kills(self, most: int) -> list[Kill]:
@@ -476,9 +467,7 @@ def _end_group(running: Forked, killed: bool) -> None:
 
 
 class Server:
-    """Kills of `lora serve` over the document's project, while it starts, answers and loads an
-    adapter.
-    """
+    """Kills of `lora serve` over a project, while it starts, answers and loads an adapter."""
 
     name = "serve"
     PROMPTS = ("der hund", "die katze")
@@ -488,8 +477,8 @@ class Server:
         self.seconds, self.answers, self.files = 0.0, list[str](), Files()
 
     def prepare(self) -> list[str]:
-        self.soak.restore("document")
-        self.files = files_of(self.soak.root / "document")
+        self.soak.restore("models")
+        self.files = files_of(self.soak.root / "models")
         answers = []
         for _ in range(2):
             running, start = self._serve(), time.perf_counter()
@@ -498,7 +487,7 @@ class Server:
             self._stop(running)
         self.answers = answers[1]
         changed = [] if answers[0] == answers[1] else ["undisturbed: its answers differ"]
-        return changed + differences(files_of(self.soak.root / "document"), self.files)
+        return changed + differences(files_of(self.soak.root / "models"), self.files)
 
     def kills(self, _most: int) -> list[Kill]:
         running = self._serve()
@@ -510,12 +499,12 @@ class Server:
                 heard += 1
         timer.join()
         running.end()
-        problems = differences(files_of(self.soak.root / "document"), self.files)
+        problems = differences(files_of(self.soak.root / "models"), self.files)
         again = self._serve()
         if list(self._ask_all()) != self.answers:
             problems.append("started again, it answers otherwise")
         problems += self._stop(again)
-        problems += differences(files_of(self.soak.root / "document"), self.files)
+        problems += differences(files_of(self.soak.root / "models"), self.files)
         phase = BEFORE if not heard else AFTER if heard == len(self.answers) else WHILE
         return [Kill(phase, problems)]
 
@@ -523,7 +512,7 @@ class Server:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         words = ("serve", "--port", str(self.port))
-        running = self.soak.start(words, "document")
+        running = self.soak.start(words, "models")
         until = time.monotonic() + PATIENCE
         while True:
             with suppress(OSError):
@@ -574,13 +563,13 @@ class Engine:
         self.seconds, self.answers, self.files = 0.0, list[str](), Files()
 
     def prepare(self) -> list[str]:
-        root = self.soak.restore("document")
+        root = self.soak.restore("models")
         self.files = files_of(root)
         self.answers, self.seconds = asyncio.run(self._undisturbed(root))
         return differences(files_of(root), self.files)
 
     def kills(self, _most: int) -> list[Kill]:
-        root = self.soak.root / "document"
+        root = self.soak.root / "models"
         answers, heard = asyncio.run(self._killed(root, self.chance.uniform(0, self.seconds)))
         problems = differences(files_of(root), self.files)
         if answers != self.answers:
@@ -656,23 +645,21 @@ def run(
     seed: int,
     only: Sequence[str] = (),
     show: Callable[[str], object] = print,
+    build: Callable[[Path], object] = build_models,
 ) -> list[Row]:
-    """Kill `count` times, each command about as often but for the slow ones; returns a row for each
-    command.
+    """Kill `count` times, each command about as often; returns a row for each command.
 
     `only`: names of commands; default all.
     """
     chosen = [command for command in commands() if not only or command.name in only]
     services = [kind for kind in (Server, Engine) if not only or kind.name in only]
-    # The claims read all studies: where these are killed too, what they make undisturbed.
-    studies = {name for name in GRAPH.stages if _measures(name)}
-    soak = Soak(root, seed, measured="claims" in only and not studies <= {*only})
+    soak = Soak(root, seed, build)
     targets: list[Written | Server | Engine] = [Written(soak, command) for command in chosen]
     targets += [kind(soak) for kind in services]
     shares = Counter({target.name: min(2, max(1, count // len(targets))) for target in targets})
-    quick = [target.name for target in targets if not _measures(target.name)]
-    while shares.total() < count:  # studies take ten times as long as the rest
-        shares[soak.chance(f"share {shares.total()}").choice(quick)] += 1
+    names = [target.name for target in targets]
+    while shares.total() < count:
+        shares[soak.chance(f"share {shares.total()}").choice(names)] += 1
     rows = []
     for target in targets:
         share = shares[target.name]
@@ -688,11 +675,6 @@ def run(
         for problem in row.all_problems:
             show(f"    {problem}")
     return rows
-
-
-def _measures(name: str) -> bool:
-    stage = GRAPH.stages.get(name)
-    return stage is not None and stage.is_measurement
 
 
 WIDTHS = (28, *(len(head) for head in HEADS[1:]))

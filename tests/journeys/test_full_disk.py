@@ -18,7 +18,7 @@ from pipeline.models.import_base import import_base
 from pipeline.models.save import save_tensors
 from pipeline.project.logs import run_state
 from pipeline.project.status import Status
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.projects import BRIEF, files_up_to, lora, new_project
 from tui.services import pipeline_process

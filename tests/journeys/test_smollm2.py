@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from pipeline.document.claims.check import verdicts
 from pipeline.document.tables import read_table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from pipeline.files import artifact
 from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import final_loss, read_steps
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tests.helpers.projects import ROOT, lora
 
 PROJECT = ROOT / "smollm2"

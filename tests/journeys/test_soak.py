@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.export.formats import FORMATS
-from pipeline.workbench import GRAPH
+from pipeline.stages.registry import GRAPH
 from tests.journeys import soak
 
 SHARE = (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tests.helpers.checkpoints import checkpoint
 from tests.helpers.projects import LORA, ROOT, git, load, new_project
 from tests.helpers.tmux import BIN, Terminal, lora_tui, needs_tmux

@@ -8,7 +8,7 @@ import pytest
 
 from cli import console
 from docs.tour import PAGE, run, typed
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tests.conftest import Built, Lora
 from tests.helpers.alike import same
 from tests.helpers.projects import GIVEN, ROOT, make, new_houses, save
@@ -26,7 +26,7 @@ def toured(built: Built) -> Path:
         new_houses(root)
         if (ROOT / ".lora-cache").is_dir():
             shutil.copytree(ROOT / ".lora-cache", root / ".lora-cache")
-        for folder in (root, root / "document"):
+        for folder in (root, root / "child"):
             make(folder, list(open_project(folder / "params.yaml").stages))
 
     return built("tour", build) / "document"

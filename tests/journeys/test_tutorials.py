@@ -48,7 +48,7 @@ def test_every_page_of_commands_is_typed_by_a_test() -> None:
         for path in TUTORIALS.glob("*.md")
         if list(typed(path.read_text(encoding="utf-8")))
     }
-    assert pages == {*AFTER, "document"}
+    assert pages == {*AFTER}
 
 
 @pytest.mark.parametrize(("page", "command"), NOT_TESTED)

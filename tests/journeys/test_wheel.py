@@ -136,7 +136,6 @@ def test_the_wheel_holds_the_program_its_defaults_and_every_page_and_nothing_els
     assert docs == pages
     assert {
         f"{DEFAULTS}/params.yaml",
-        f"{DEFAULTS}/document/data/document.yaml",
         f"{info}/licenses/LICENSE",
     } <= {*names}
     assert built[1].stat().st_size < 4_000_000

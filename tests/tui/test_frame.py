@@ -19,7 +19,7 @@ from pipeline.project.gate import Broken, Verdict
 from pipeline.project.logs.run_state import Journal
 from pipeline.project.stage_graph import Stage
 from pipeline.project.status import StageState
-from pipeline.workbench import GRAPH
+from pipeline.stages.registry import GRAPH
 from tests.helpers.pilot import screen_text, until
 from tests.helpers.projects import load
 from tui.app import Workbench

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.project.params.edit import remove_section
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tests.helpers import pipeline_screen
 from tests.helpers.curves import list_text, open_curves
 from tests.helpers.pilot import until

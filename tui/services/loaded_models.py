@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.inference.catalog import REFUSED
 from pipeline.project.params.load import Params
 from pipeline.project.stage_graph import ARTIFACTS, Project
-from pipeline.workbench import GRAPH, open_project
+from pipeline.stages.registry import GRAPH, open_project
 from tui.services.engine_client import Inference
 from tui.services.model_library import GONE, Entry, Library
 

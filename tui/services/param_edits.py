@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_file
 from pipeline.project.params import edit
-from pipeline.workbench import GRAPH, open_project
+from pipeline.stages.registry import GRAPH, open_project
 
 MAX_EDITS = 100
 

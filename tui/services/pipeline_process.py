@@ -17,7 +17,7 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.project.logs import run_state
 from pipeline.project.stage_graph import RUNS
-from pipeline.workbench import GRAPH
+from pipeline.stages.registry import GRAPH
 
 LOCK, LOG, OLD_LOG = "pipeline.lock", "pipeline.log", "pipeline.old.log"
 BIN = Path(sys.executable).parent

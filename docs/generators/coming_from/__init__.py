@@ -13,7 +13,7 @@ from pipeline.project.foreign._conversions import SAME
 from pipeline.project.params.aliases import COMMANDS, KEYS, NO_COUNTERPART, why_none
 from pipeline.project.params.edit import dump_inline
 from pipeline.project.params.schema import hints
-from pipeline.workbench import GRAPH
+from pipeline.stages.registry import GRAPH
 
 HEAD = """# Coming from PEFT, transformers, TRL, Axolotl, LLaMA-Factory or mlx-lm
 

@@ -11,19 +11,23 @@ from msgspec.structs import replace
 from pipeline.calc.architecture import Model
 from pipeline.calc.families import UnsupportedLayer, architecture
 from pipeline.errors import UserError
+from pipeline.extensions import Registry
 
 BUILT_IN = Path(__file__).parents[1] / "presets" / "models"
+ADDED = Registry[dict[str, Any]]("preset", order=lambda preset: preset["hub_id"] or "")
 MAX_CONFIG_BYTES = 10_000_000
 
 
 @cache
 def names() -> tuple[str, ...]:
-    """Names of the built-in models."""
-    return tuple(sorted(path.stem for path in BUILT_IN.glob("*.json")))
+    """Names of the built-in models, and of those that extensions add."""
+    return tuple(sorted((*(path.stem for path in BUILT_IN.glob("*.json")), *ADDED)))
 
 
 def entry(name: str) -> dict[str, Any]:
     """The preset of a built-in model, with keys such as hub_id, published, source and config."""
+    if name in ADDED:
+        return ADDED[name]
     loaded: dict[str, Any] = json.loads((BUILT_IN / f"{name}.json").read_text(encoding="utf-8"))
     return loaded
 

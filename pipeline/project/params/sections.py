@@ -1,5 +1,5 @@
 """The sections that every project has, and what training stages share. A method's own section is in
-its file, `pipeline/stages/methods/NAME.py`, a study's in `pipeline/document/studies/NAME.py`."""
+its file, `pipeline/stages/methods/NAME.py`."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -589,7 +589,7 @@ class Lora(FinetuningMethod):
         matrices = sum(p.parameters for p in projections(model, self)) - magnitudes
         return 4 * magnitudes + (matrices * width if self.pissa else 0)
 
-    def document_count(self, model: Architecture) -> int | None:
+    def simple_count(self, model: Architecture) -> int | None:
         """Every projection d_model × d_model, 2·r·d_model each, for plain LoRA on separate
         attention projections.
         """

@@ -29,9 +29,9 @@ from pipeline.models.transformers_model import TransformersModel
 from pipeline.project.logs.run_log import read_steps
 from pipeline.project.runner import Progress, run
 from pipeline.stages.methods.lora import Lora
+from pipeline.stages.registry import open_project
 from pipeline.weights.combine import low_rank_updates
 from pipeline.weights.merge import Merging, merge_to
-from pipeline.workbench import open_project
 from tests.helpers import projects
 from tests.helpers.families import MIXTURES, new_project
 from tests.helpers.projects import folder_bytes, make, make_one, played

@@ -45,7 +45,7 @@ def test_orthogonal_starts_with_a_and_b_of_full_rank_whose_product_is_zero() -> 
 
 @pytest.mark.parametrize("init", [init for init in INITS if init != "pissa"])
 def test_a_and_b_have_pefts_spread(init: Init) -> None:
-    """Of PEFT's own A and B under its name; the document's is N(0, 0.01²)."""
+    """Of PEFT's own A and B under its name; our `document` is its `gaussian`."""
     ours = layer_of(init, 8, (600, 500))
     theirs: Any = nn.Sequential(nn.Linear(500, 600))
     named: Any = {"kaiming": True, "document": "gaussian"}.get(init, init)

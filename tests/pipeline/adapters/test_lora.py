@@ -57,7 +57,7 @@ def test_forward_is_the_base_plus_the_scaled_low_rank_update(
 
 
 @given(shapes, st.booleans())
-def test_gradients_are_those_of_the_documents_section_4_3(
+def test_gradients_are_those_of_the_formulas(
     shape: tuple[int, int, int, float], folds: bool
 ) -> None:
     layer = layer_of(*shape, folds=folds)

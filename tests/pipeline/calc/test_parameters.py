@@ -287,14 +287,13 @@ def test_qwen3_8b_has_the_counts_that_are_known() -> None:
     assert shapes.total == 8_190_735_360
     assert trainable(shapes, LORA) == 7_667_712
     assert trainable(shapes, Lora(rank=16, targets=("all-linear",))) == 43_646_976
-    assert LORA.document_count(shapes) == 9_437_184
+    assert LORA.simple_count(shapes) == 9_437_184
     assert why_they_differ(shapes, LORA) == (
-        "the document takes every projection as 4,096 × 4,096; here k_proj 4,096 → 1,024, v_proj "
-        "4,096 → 1,024"
+        "it takes every projection as 4,096 × 4,096; here k_proj 4,096 → 1,024, v_proj 4,096 → 1,024"
     )
 
 
-def test_the_documents_rule_has_no_count_where_it_does_not_apply() -> None:
+def test_the_rule_of_thumb_has_no_count_where_it_does_not_apply() -> None:
     qwen, gpt2, mini = (built_in(name).shapes for name in ("qwen3-8b", "gpt2", "minigpt"))
     for method in (
         FULL,
@@ -303,9 +302,9 @@ def test_the_documents_rule_has_no_count_where_it_does_not_apply() -> None:
         Lora(embeddings="all"),
         Prefix(),
     ):
-        assert method.document_count(qwen) is None
-    assert LORA.document_count(gpt2) is None
-    assert LORA.document_count(mini) == trainable(mini, LORA) == 8_192
+        assert method.simple_count(qwen) is None
+    assert LORA.simple_count(gpt2) is None
+    assert LORA.simple_count(mini) == trainable(mini, LORA) == 8_192
     assert why_they_differ(mini, LORA) == ""
 
 

@@ -234,7 +234,7 @@ def test_windows_keep_their_place_and_predict_every_token_but_the_first(
     assert all(len(window.ids) == min(size, len(ids) - 1) for window in cut)
 
 
-def test_the_documents_words_are_in_the_vocabulary_where_its_tables_need_them() -> None:
+def test_the_words_of_the_shipped_prompts_are_in_the_vocabulary() -> None:
     words = (ROOT / "data/pretrain.de.txt").read_text(encoding="utf-8").split()
     needed = (
         "tisch spielplatz sofa bett boden garten park frühling bahnhof teller vom essen buch "
@@ -295,7 +295,7 @@ def test_answers_keep_their_case(tmp_path: Path) -> None:
         read_prompts(path, "prompts.yaml")
 
 
-def test_the_shipped_prompts_hold_the_documents_seven() -> None:
+def test_the_shipped_prompts_hold_seven_corrections() -> None:
     prompts = [
         p for p in read_prompts(ROOT / "data/prompts.yaml", "p") if p.group == "fact_correction"
     ]

@@ -17,7 +17,7 @@ from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.data.turns import view
 from pipeline.errors import UserError
 from pipeline.stages.evaluate import trained_in_template
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tests.helpers.tokenizers import SMOLLM2, tokenizer_with
 
 

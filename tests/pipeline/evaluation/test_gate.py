@@ -17,7 +17,7 @@ from pipeline.inference import catalog
 from pipeline.project.gate import RETAIN
 from pipeline.project.new_project import write_project
 from pipeline.project.status import Status
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tests.conftest import Lora
 from tests.helpers.projects import ROOT, folder_bytes, save
 
@@ -29,8 +29,8 @@ KEPT = (
 
 @pytest.fixture
 def limited(houses: Path, tmp_path: Path) -> Iterator[Path]:
-    """The product's project, brief, with its tasks."""
-    shutil.copytree(houses, tmp_path / "p", ignore=shutil.ignore_patterns("document"))
+    """A brief project with its tasks."""
+    shutil.copytree(houses, tmp_path / "p", ignore=shutil.ignore_patterns("child"))
     yield tmp_path / "p"
 
 

@@ -13,7 +13,7 @@ from pipeline.files.artifact import read_json
 from pipeline.inference import engine
 from pipeline.inference.score import score
 from pipeline.stages.evaluate import _answers_alike
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 
 
 def test_a_merged_model_is_not_measured_again_where_its_certificate_says_that_it_is_the_adapter(

@@ -14,7 +14,7 @@ from pipeline.files import artifact
 from pipeline.files.digest_cache import signature
 from pipeline.inference.catalog import Model, check, describe, find_base, measured, model_folders
 from pipeline.inference.engine import load
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tests.conftest import Lora
 from tests.helpers.projects import STAGES
 

@@ -17,7 +17,7 @@ from pipeline.inference.handlers import Request, RequestHandler
 from pipeline.models.generate import Sampling, generate
 from pipeline.models.load import load_base
 from pipeline.models.transformers_model import TransformersModel
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tests.conftest import Lora
 from tests.helpers.families import END, FAMILIES, NEW, TOOL
 

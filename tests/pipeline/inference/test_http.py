@@ -36,7 +36,7 @@ from pipeline.inference.http.models import Source, Sources, named_models, projec
 from pipeline.inference.http.server import Access, HttpServer, bind
 from pipeline.inference.model_pool import ModelPool
 from pipeline.models.generate import Sampling
-from pipeline.workbench import current_project
+from pipeline.stages.registry import current_project
 from tests.conftest import Built
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.checkpoints import adapter, sealed_copies

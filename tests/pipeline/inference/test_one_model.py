@@ -18,7 +18,7 @@ from pipeline.inference.score import SameLogits, costs, quality
 from pipeline.models.base import CausalLM
 from pipeline.models.load import load_base
 from pipeline.stages import evaluate
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tests.conftest import Lora
 from tests.helpers.projects import BRIEF, make
 

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +18,7 @@ import pytest
 import torch
 import yaml
 from msgspec.structs import replace
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from typer.main import get_command
 
 from cli.main import app
@@ -38,6 +36,7 @@ from pipeline.project.new_project import render_dvc_yaml
 from pipeline.project.runner import checkpoints
 from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.stages.methods.lora import Lora as LoraMethod
+from pipeline.stages.registry import open_project
 from pipeline.training.batches import collate
 from pipeline.training.loop import prepare_model
 from pipeline.training.memory.prediction import (
@@ -45,21 +44,16 @@ from pipeline.training.memory.prediction import (
     predict_peak_memory,
     suggest_less_memory,
 )
-from pipeline.workbench import open_project
 from tests.conftest import Lora
 from tests.helpers import fake_accelerator, families
 from tests.helpers.bases import FAMILIES, toy_checkpoint
 from tests.helpers.checkpoints import checkpoint
+from tests.helpers.fake_accelerator import NAME, alike, used
 from tests.helpers.projects import BRIEF, METHODS, STAGES, folder_bytes, make, new_project
 from tests.helpers.real import toy, windows_of, with_lora
 
-NAME = fake_accelerator.NAME
 EIGH, SVD = "aten::_linalg_eigh", "aten::_linalg_svd"
 TWO = ("artifacts/lora_adapter", "artifacts/lora_adapter")
-# train briefly
-COMPARED = {f"study_{name}" for name in ("knowledge_correction", "fact_correction", "quantization")}
-STUDIES = sorted(name for name, stage in STAGES.items() if stage.kind == "study")
-PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm"}
 TRAINING = [
     "pretrain",
     "train_from_scratch",
@@ -70,11 +64,7 @@ TRAINING = [
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """The best device here, for models of any size."""
-    with fake_accelerator.standin() as there:
-        monkeypatch.setattr(device, "best_device", lambda: there)
-        monkeypatch.setattr(device, "LARGE", 0)
-        # two threads sum in another order than the CPU's one
-        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with fake_accelerator.best(monkeypatch) as there:
         yield there
 
 
@@ -84,57 +74,20 @@ on_accelerator = pytest.mark.usefixtures("accelerator")
 @pytest.fixture
 def strays(accelerator: torch.device) -> Iterator[list[str]]:
     """The modules that were called while parameters of theirs were not on the accelerator."""
-    found: list[str] = []
-
-    def note(module: nn.Module, _inputs: Any) -> None:
-        if any(p.device.type != accelerator.type for p in module.parameters(recurse=False)):
-            found.append(type(module).__name__)
-
-    hook = nn.modules.module.register_module_forward_pre_hook(note)
-    yield found
-    hook.remove()
+    with fake_accelerator.strays(accelerator) as found:
+        yield found
 
 
 @pytest.fixture
 def without_fp64(accelerator: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the accelerator, as Apple's GPU is."""
-    run = fake_accelerator._run
-
-    def narrow(func: Any, *args: Any, **kwargs: Any) -> Any:
-        made = run(func, *args, **kwargs)
-        if any(
-            isinstance(t, Tensor) and t.device.type == NAME and t.dtype == torch.float64
-            for t in tree_leaves(made)
-        ):
-            raise TypeError(f"{func}: the device does not support float64")
-        return made
-
-    monkeypatch.setattr(fake_accelerator, "_run", narrow)
-    monkeypatch.setattr(device, "WITHOUT_FP64", accelerator.type)
-
-
-def used() -> bool:
-    """Whether a matrix product ran on the accelerator; asked once."""
-    found = bool(PRODUCTS & fake_accelerator.ran)
-    fake_accelerator.ran.clear()
-    return found
+    fake_accelerator.narrow(accelerator, monkeypatch)
 
 
 def losses(root: Path, stage: str) -> list[list[float]]:
     """Those of each adapter or model that a stage trained."""
     folder = open_project(root / "params.yaml").artifact(stage)
     return [[step.loss for step in read_steps(path)] for path in sorted(folder.rglob("loss.csv"))]
-
-
-def alike(one: str, other: str) -> bool:
-    """Whether two texts are the same but for the last digits of the numbers in them."""
-    (words, numbers), (others, known) = map(_taken_apart, (one, other))
-    return words == others and numbers == pytest.approx(known, rel=1e-3, abs=1e-4)
-
-
-def _taken_apart(text: str) -> tuple[list[str], list[float]]:
-    parts = re.split(r"(\d+\.\d+(?:e-?\d+)?)", text)
-    return parts[::2], [float(number) for number in parts[1::2]]
 
 
 # training
@@ -286,25 +239,6 @@ def test_the_stages_that_ask_models_ask_them_there(
     assert tables
     assert all(
         alike((project / name / path).read_text(), (brief / name / path).read_text())
-        for path in tables
-    )
-
-
-@pytest.mark.usefixtures("without_fp64")
-@pytest.mark.slow
-@pytest.mark.parametrize("study", [*STUDIES, "figures"])
-def test_studies_ask_their_models_there(
-    studied: Path, tmp_path: Path, study: str, strays: list[str]
-) -> None:
-    project = tmp_path / "project"
-    shutil.copytree(studied, project)
-    make(project, [study], BRIEF, force=True)
-    assert used() and not strays
-    name = STAGES[study].path
-    tables = [path for path in folder_bytes(studied / name) if path.endswith(".csv")]
-    assert tables
-    assert study not in COMPARED or all(
-        alike((project / name / path).read_text(), (studied / name / path).read_text())
         for path in tables
     )
 
@@ -614,9 +548,8 @@ COMPUTING = {  # every command that computes with a model or with weights
         "train-from-scratch",
         "merge",
         "evaluate",
-        "study",
     ),
-    *("figures", "spectrum", "prompt", "chat", "compare", "serve", "export", "push", "doctor"),
+    *("spectrum", "prompt", "chat", "compare", "serve", "export", "push", "doctor"),
     *(f"adapters {name}" for name in ("verify", "diff", "combine", "compress", "export")),
     *(f"finetune {name}" for name in (*METHODS, "sweep")),
 }
@@ -646,7 +579,7 @@ class Scarce:
         monkeypatch.setattr(fake_accelerator, "_run", self)
 
     def __call__(self, func: Any, *args: Any, **kwargs: Any) -> Any:
-        self.done += func._schema.name in PRODUCTS
+        self.done += func._schema.name in fake_accelerator.PRODUCTS
         if self.done >= self.last and threading.current_thread() is threading.main_thread():
             self.done = 0
             raise torch.OutOfMemoryError(

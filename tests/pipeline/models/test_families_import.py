@@ -17,7 +17,7 @@ from pipeline.files.safetensors_file import fingerprint
 from pipeline.inference import engine
 from pipeline.project.runner import input_facts
 from pipeline.project.stage_graph import Project
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tests.conftest import Lora
 from tests.helpers.bases import edit_config
 from tests.helpers.families import FAMILIES, NEW, TOOL, VOCABULARY, new_project

@@ -19,7 +19,7 @@ from pipeline.models import generate
 from pipeline.models.transformers_model import TransformersModel
 from pipeline.project import probes
 from pipeline.project.runner import Event, Note, Progress, _with_findings
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tests.helpers.real import toy
 from tests.helpers.rounding import OtherRounding
 

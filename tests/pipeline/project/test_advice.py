@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipeline.project.advice import RULES, Advice, Facts, advise
 from pipeline.project.params.load import parse
 from pipeline.project.stage_graph import Project
-from pipeline.workbench import GRAPH
+from pipeline.stages.registry import GRAPH
 
 GOOD: dict[str, Any] = {
     **{"rank": 8, "alpha": 16, "learning_rate": 2e-4, "target_modules": ["all-linear"]},

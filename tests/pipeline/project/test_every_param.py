@@ -3,7 +3,6 @@ or is refused.
 """
 
 import json
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +14,8 @@ from pipeline.errors import UserError
 from pipeline.project.logs.run_log import Sample
 from pipeline.project.params.load import TOP_LEVEL, key_path
 from pipeline.project.params.schema import hints
+from pipeline.stages.registry import GRAPH
 from pipeline.training.data import Prompts
-from pipeline.workbench import GRAPH
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.projects import BRIEF, METHODS, PIPELINE, STAGES, folder_bytes, make
 
@@ -135,61 +134,6 @@ OTHER = {
     "evaluate.max_examples": "3",
     "evaluate.sample_answers": "1",
     "evaluate.prompt_words": "1",
-    "study_fact_correction.data": "data/knowledge_correction.de.txt",
-    **{f"study_{name}_correction.retention_data": "other.txt" for name in ("fact", "knowledge")},
-    **{f"study_{name}_correction.prompts": "more.yaml" for name in ("fact", "knowledge")},
-    **{f"study_{name}.document": "document.yaml" for name in ("fact_correction", "trajectory")},
-    **{
-        f"study_{name}_correction.{key}": "2"
-        for name in ("fact", "knowledge")
-        for key in ("rank", "retention_weight")
-    },
-    **{"study_fact_correction.alphas": "[2.0]", "study_fact_correction.learning_rates": "[1e-3]"},
-    **{"study_fact_correction.windows": "[3]", "study_fact_correction.top_k": "2"},
-    **{
-        "study_fact_correction.d_model": "72",
-        "study_fact_correction.new_data": "data/fact_correction.de.txt",
-    },
-    "study_knowledge_correction.data": "data/fact_correction.de.txt",
-    "study_knowledge_correction.groups": "[knowledge_correction, fact_correction]",
-    **{
-        "study_knowledge_correction.old_data": "other.txt",
-        "study_knowledge_correction.recipe_rate": "3e-3",
-    },
-    "study_trajectory.data": "data/knowledge_correction.de.txt",
-    **{"study_trajectory.steps": "[0, 1]", "study_trajectory.windows": "[3]"},
-    **{f"study_{name}.old_data": "other.txt" for name in ("methods", "rank", "forgetting")},
-    **{
-        f"study_{name}.new_data": "data/fact_correction.de.txt"
-        for name in ("methods", "rank", "forgetting")
-    },
-    **{"study_methods.prompt_words": "9", "study_rank.prompt_words": "1"},
-    **{
-        "study_rank.ranks": "[3]",
-        "study_rank.alphas": "[2.0]",
-        "study_rank.learning_rates": "[2e-3]",
-    },
-    "study_learning_rate.data": "data/fact_correction.de.txt",
-    "study_learning_rate.eval_data": "other.txt",
-    **{"study_learning_rate.learning_rates": "[2e-3]", "study_learning_rate.full_rates": "[2e-3]"},
-    **{"study_learning_rate.ranks": "[3]", "study_learning_rate.alpha": "8"},
-    **{f"study_learning_rate.{part}_rank": "2" for part in ("attention", "feed_forward")},
-    "study_forgetting.every": "2",
-    **{f"{name}.seeds": "[1]" for name, stage in STAGES.items() if stage.kind == "study"},
-    **{
-        "study_spectrum.old_data": "other.txt",
-        "study_spectrum.new_data": "data/fact_correction.de.txt",
-    },
-    **{"study_spectrum.ranks": "[8, 16]", "study_spectrum.extracted": "[2]"},
-    "study_intrinsic_dimension.data": "data/fact_correction.de.txt",
-    **{"study_intrinsic_dimension.document": "document.yaml"},
-    **{"study_intrinsic_dimension.dimensions": "[32]", "study_intrinsic_dimension.share": "0.5"},
-    **{"study_quantization.data": "other.txt", "study_quantization.document": "document.yaml"},
-    "study_quantization.group": "16",
-    "figures.reach": "1",
-    "figures.weight": "[1, 0, 0, 1]",
-    "figures.change": "[1, 0, 0, 1]",
-    "figures.module": "layers.0.fc1",
 }
 KEYS = [key_path(name, key) for name, kind in GRAPH.sections.items() for key in hints(kind)]
 
@@ -251,7 +195,6 @@ REFUSED = {  # alone, or always: it would count for nothing
     "compile": "only an imported model with one adapter is compiled",
     "expand_vocab.special_tokens": "expand_vocab.special_tokens need a subword tokenizer",
     "finetune_dpo.window": "window must be 0: preferences are of whole answers",
-    "study_methods.prompt_words": "prompt_words is 9, but data/finetune.de.txt:",
     "finetune_lora.retention_weight": "{stage}.retention_data is not. Set it to a data file",
     "finetune_lora.target_parameters": "The base has no experts that are stacked",
 }
@@ -263,19 +206,10 @@ ONLY_REFUSED = {
     # tests/pipeline/adapters/test_experts.py has bases with experts
     "finetune_lora.target_parameters",
 }  # tests/pipeline/models/test_import_base.py has code that is trusted
-QUICK = (
-    "study_trajectory",
-)  # the others take seconds a key; tests/pipeline/document/test_studies.py sees that they read each
-MEASURING = [
-    pytest.param(key, marks=() if key.startswith(QUICK) else pytest.mark.slow)
-    for key in KEYS
-    if STAGES[section_of(key)].is_measurement and key not in REFUSED
-]
 CHANGING = [
     key
     for key in KEYS
     if key not in ONLY_REFUSED
-    and not STAGES[section_of(key)].is_measurement
     and not key.endswith((".gradient_checkpointing", ".save_steps", ".compile"))
     and key != "pretrain.chat_template"  # MiniGPT has none
     and key
@@ -326,25 +260,6 @@ def prepared(project: Path) -> Path:
     shutil.copytree(
         project / "artifacts/lora_adapter", project / "other_adapter", dirs_exist_ok=True
     )
-    said = (project / "data/document.yaml").read_text(encoding="utf-8")
-    for number, other in (
-        ("800}", "900}"),
-        ("GB: 32}", "GB: 33}"),
-        ("sofa: 0.94", "sofa: 0.5"),
-        ("0.61", "0.5"),
-    ):
-        assert number in said
-        said = said.replace(number, other)
-    (project / "document.yaml").write_text(said, encoding="utf-8")
-    asked = (project / "data/prompts.yaml").read_text(encoding="utf-8")
-    for group in ("fact_correction:", "knowledge_correction:"):
-        asked = re.sub(
-            f"({group}.*?must_keep:\n)",
-            r"\1    - {prompt: der hund, answer: läuft}\n",
-            asked,
-            flags=re.S,
-        )
-    (project / "more.yaml").write_text(asked, encoding="utf-8")
     return project
 
 
@@ -408,15 +323,6 @@ def test_a_changed_field_changes_what_its_stage_makes(
     before = befores[begun]
     assert before
     assert made(project, stage, [*beside, f"{key}={of(OTHER, key)}"]) != before
-
-
-@pytest.mark.parametrize("key", MEASURING)
-def test_a_changed_field_changes_what_is_measured(studied: Path, tmp_path: Path, key: str) -> None:
-    root, stage = tmp_path / "project", STAGES[section_of(key)]
-    shutil.copytree(studied, root, ignore=shutil.ignore_patterns(".lora-cache"))
-    before = folder_bytes(root / stage.path)
-    del before["manifest.json"]
-    assert made(prepared(root), stage.name, [f"{key}={of(OTHER, key)}"]) != before
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if of(REFUSED, key)])

@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.project.foreign import FORMATS, LARGEST, Foreign, read_config
 from pipeline.project.params.aliases import KEYS, NO_COUNTERPART, why_none
 from pipeline.project.params.schema import ValueSource, check_value, hints
-from pipeline.workbench import GRAPH
+from pipeline.stages.registry import GRAPH
 
 AXOLOTL: dict[str, Any] = {
     **{

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pipeline.project import new_project
-from pipeline.workbench import GRAPH, open_project
+from pipeline.stages.registry import GRAPH, open_project
 from tests.conftest import Lora
 from tests.helpers import families
 from tests.helpers.kill_points import count_changes, die_at_change
@@ -17,8 +17,8 @@ from tests.helpers.process import Forked
 from tests.helpers.projects import (
     GIVEN,
     LORA,
+    PIPELINE,
     ROOT,
-    SHIPPED,
     STAGES,
     dvc,
     folder_bytes,
@@ -172,16 +172,6 @@ def test_a_hub_id_is_no_file_for_dvc_to_watch(base: str, cli: Lora, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_what_the_documents_studies_read_comes_with_the_program(cli: Lora, tmp_path: Path) -> None:
-    source = params_of(tmp_path / "from", "study_fact_correction: {}\nclaims: {}\n")
-    assert cli("new", "project", "--params", str(source), cwd=tmp_path)[0] == 0
-    for name in ("document/data/document.yaml", "data/fact_correction.de.txt"):
-        assert (tmp_path / "project/data" / Path(name).name).read_bytes() == (
-            ROOT / name
-        ).read_bytes()
-
-
-@pytest.mark.slow
 def test_a_params_file_gets_the_sections_of_what_its_stages_need(cli: Lora, tmp_path: Path) -> None:
     source = params_of(tmp_path / "from", "merge:\n  max_logit_difference: 1.0\n")
     assert cli("new", "project", "--params", str(source), cwd=tmp_path)[0] == 0
@@ -302,7 +292,7 @@ def test_an_installed_package_begins_with_the_params_that_came_with_it(
         '"data" = "lora_workbench_defaults/data"',
     ):
         assert line in force
-    assert '"document/data" = "lora_workbench_defaults/document/data"' in force
+    assert "document" not in force, "an extension is a package of its own"
     shutil.copytree(ROOT / "data", tmp_path / "lora_workbench_defaults/data")
     installed = params_of(
         tmp_path / "lora_workbench_defaults", "merge:\n  prompts: data/prompts.yaml\n"
@@ -343,7 +333,7 @@ def test_dvc_runs_a_new_project_in_a_folder_of_its_own(cli: Lora, tmp_path: Path
     params = folder / "params.yaml"
     save(params, GIVEN)
     ran, again = dvc(folder, "repro", "repro")
-    assert ran.count("Running stage") == len(SHIPPED)
+    assert ran.count("Running stage") == len(PIPELINE)
     assert (folder / "artifacts/evaluation/report.md").is_file()
     assert "Data and pipelines are up to date" in again
     (folder / "code.yaml").write_text(

@@ -16,8 +16,7 @@ from pipeline.project.params.schema import Section, hints, meaning, rule
 from pipeline.project.params.sections import Training
 from pipeline.project.stage_graph import Project
 from pipeline.stages.methods.lora import FinetuneLora
-from pipeline.stages.registry import METHODS
-from pipeline.workbench import GRAPH
+from pipeline.stages.registry import GRAPH, METHODS
 from tests.helpers.projects import ROOT, load
 
 
@@ -33,22 +32,14 @@ CARD = (
 )
 
 
-def test_the_shipped_files_are_the_design_cards_pipeline_in_sixty_lines_and_all_other_stages_of_the_document() -> (
-    None
-):
-    lines = (ROOT / "params.yaml").read_text(encoding="utf-8").splitlines()
-    product, document = (
-        yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
-        for name in ("params.yaml", "document/params.yaml")
-    )
-    assert len(lines) <= 60
-    assert product.pop("base") == "minigpt" and document.pop("project") == "../params.yaml"
-    assert tuple(product) == ("training", *CARD)
-    unused = {"training", *GRAPH.sections} - (product.keys() | document.keys())
-    assert unused <= {"import", *(stage.name for stage in METHODS.values())}, (
-        "the document need not know every method"
-    )
-    assert product.keys() & document.keys() == {"evaluate"}
+def test_the_shipped_file_is_the_design_cards_pipeline_in_sixty_lines() -> None:
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    shipped = yaml.safe_load(text)
+    assert len(text.splitlines()) <= 60
+    assert shipped.pop("base") == "minigpt"
+    assert tuple(shipped) == ("training", *CARD)
+    unused = {"training", *GRAPH.sections} - shipped.keys()
+    assert unused <= {"import", *(stage.name for stage in METHODS.values())}
 
 
 def test_every_key_says_what_it_means_and_what_it_may_be() -> None:
@@ -105,7 +96,9 @@ def test_on_a_pretrained_base_a_bare_section_has_other_defaults_and_says_so(tmp_
     assert {key: params.source("finetune_lora", key) for key in keys} == keys
     assert params.source("finetune_lora", "rank") == PRETRAINED
     for name in ("finetune_lora", "finetune_dpo", "merge"):
-        assert minigpt.section(name) == GRAPH.sections[name](), "MiniGPT keeps the document's"
+        assert minigpt.section(name) == GRAPH.sections[name](), (
+            "MiniGPT keeps those that are declared"
+        )
     assert minigpt.source("finetune_lora", "window") == DEFAULT
     # as everywhere, the training block is above the defaults, the section above it
     both = load(path, ["training.window=8", "training.epochs=9", "finetune_dpo.epochs=2"])
@@ -217,7 +210,7 @@ def test_a_wrong_training_block_is_refused_wherever_it_counts(
         load(written(tmp_path, text))
 
 
-def test_the_shipped_values_are_those_of_the_document() -> None:
+def test_the_shipped_values_are_those_that_minigpt_is_trained_with() -> None:
     params = load(ROOT / "params.yaml")
     lora = params.finetune_lora
     assert (lora.rank, lora.alpha, lora.learning_rate) == (4, 1.0, 2e-3)
@@ -414,7 +407,10 @@ def test_bad_input_is_one_message_with_key_rule_and_value(
             "must be a list of values, such as .*, got 4. Change it in --set.",
         ),
         ("finetune_sweep.grid={batch_size: [4]}", "differ in .* only. Change it in --set."),
-        ("study_rank.seeds=[1, 1]", "study_rank.seeds has 1 twice. Remove one of them from --set."),
+        (
+            "finetune_lora.target_modules=[fc1, fc1]",
+            "finetune_lora.target_modules has 'fc1' twice. Remove one of them from --set.",
+        ),
     ],
 )
 def test_bad_overrides_are_refused(override: str, message: str) -> None:

@@ -16,7 +16,7 @@ from pipeline.project.params.load import TOP_LEVEL, parse
 from pipeline.project.params.sections import Pretrain
 from pipeline.stages.methods.full import FinetuneFull
 from pipeline.stages.methods.prefix import FinetunePrefix
-from pipeline.workbench import GRAPH
+from pipeline.stages.registry import GRAPH
 from tests.helpers.projects import load, save
 
 TEXT = """\

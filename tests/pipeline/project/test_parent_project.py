@@ -1,6 +1,4 @@
-"""A project that builds on another: `project:` in its params file, as document/params.yaml has
-it.
-"""
+"""A project that builds on another: `project:` in its params file."""
 
 import json
 import shutil
@@ -12,7 +10,7 @@ from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.project.logs.runs import discover_runs
 from pipeline.project.status import Status, outdated
-from pipeline.workbench import GRAPH, open_project
+from pipeline.stages.registry import GRAPH, open_project
 from tests.conftest import Lora
 from tests.helpers.projects import ROOT, dvc, folder_bytes, make, refusal
 
@@ -30,7 +28,7 @@ def test_a_project_has_the_stages_of_its_own_sections_and_reads_all_else_where_i
 ) -> None:
     parent, child = (
         open_project(houses / "params.yaml"),
-        open_project(houses / "document/params.yaml"),
+        open_project(houses / "child/params.yaml"),
     )
     assert not set(child.stages) & set(parent.stages) - {"evaluate"}
     assert (
@@ -46,7 +44,7 @@ def test_a_project_has_the_stages_of_its_own_sections_and_reads_all_else_where_i
     assert child.artifact_name("finetune_lora") == "../artifacts/lora_adapter"
     assert (
         child.artifact("evaluate")
-        == houses / "document/artifacts/evaluation"
+        == houses / "child/artifacts/evaluation"
         != parent.artifact("evaluate")
     )
     assert child.cache == parent.cache, "one cache for both"
@@ -77,7 +75,7 @@ def test_a_child_of_a_pretrained_base_has_its_defaults(tmp_path: Path) -> None:
 def test_settings_of_the_parent_name_the_same_files_from_the_childs_folder(houses: Path) -> None:
     parent, child = (
         open_project(houses / "params.yaml"),
-        open_project(houses / "document/params.yaml"),
+        open_project(houses / "child/params.yaml"),
     )
     for name in parent.stages:
         stage = GRAPH.stages[name]
@@ -85,9 +83,9 @@ def test_settings_of_the_parent_name_the_same_files_from_the_childs_folder(house
         assert [(child.root / file).resolve() for file in ours] == [
             (parent.root / file).resolve() for file in theirs
         ]
-    study = child.stages["study_methods"]
-    assert child.stage_params(study)["finetune_lora.retention_data"] == "../data/retain.de.txt"
-    assert child.inputs(study).keys() >= {"../artifacts/expanded", "../data/retain.de.txt"}
+    sweep = child.stages["finetune_sweep"]
+    assert child.stage_params(sweep)["retention_data"] == "../data/retain.de.txt"
+    assert child.inputs(sweep).keys() >= {"../artifacts/expanded", "../data/retain.de.txt"}
 
 
 def test_the_child_makes_of_its_parents_artifacts_what_one_project_makes(
@@ -96,18 +94,18 @@ def test_the_child_makes_of_its_parents_artifacts_what_one_project_makes(
     for output in ("from_scratch", "prefix", "prompt", "sweep"):
         files = folder_bytes(brief / "artifacts" / output)
         weights = {name: data for name, data in files.items() if "manifest" not in name}
-        made = folder_bytes(houses / "document/artifacts" / output)
+        made = folder_bytes(houses / "child/artifacts" / output)
         assert weights and {name: made[name] for name in weights} == weights
     whole, ours = (
         json.loads((folder / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
-        for folder in (brief, houses / "document")
+        for folder in (brief, houses / "child")
     )
     assert ours == whole
     less = json.loads((houses / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
     assert less == {
         name: whole[name] for name in ("base", "expanded", "full", "freeze", "lora", "merged")
     }
-    manifest = artifact.verify(houses / "document/artifacts/evaluation")
+    manifest = artifact.verify(houses / "child/artifacts/evaluation")
     assert manifest["variants"]["merged"] == "../artifacts/lora_merged"
     assert manifest["inputs"]["../artifacts/lora_merged"] == artifact.digest(
         houses / "artifacts/lora_merged"
@@ -115,12 +113,11 @@ def test_the_child_makes_of_its_parents_artifacts_what_one_project_makes(
 
 
 def test_what_changes_in_the_parent_is_seen_in_the_child(copied: Path) -> None:
-    child = open_project(copied / "document/params.yaml")
+    child = open_project(copied / "child/params.yaml")
     states = Status().of(child)
     assert {name: states[name].state for name in (*CHILD, "merge")} == dict.fromkeys(
         (*CHILD, "merge"), "current"
     )
-    assert states["figures"].state == "missing"
     make(copied, ["finetune_full"], ["finetune_full.seed=1"])
     again = Status().of(child)
     assert (again["finetune_full"].state, again["finetune_prefix"].state) == ("changed", "current")
@@ -130,11 +127,11 @@ def test_what_changes_in_the_parent_is_seen_in_the_child(copied: Path) -> None:
     with pytest.raises(
         UserError, match=r"artifacts/from_scratch was made from another \.\./artifacts/expanded"
     ):
-        make(copied / "document", ["evaluate"])
+        make(copied / "child", ["evaluate"])
 
 
 def test_the_childs_runs_are_beside_its_parents(houses: Path) -> None:
-    found = discover_runs(houses / "document", open_project(houses / "document/params.yaml"), GRAPH)
+    found = discover_runs(houses / "child", open_project(houses / "child/params.yaml"), GRAPH)
     assert {run.stage for run in found} >= {
         "finetune_lora",
         "finetune_prefix",
@@ -143,7 +140,7 @@ def test_the_childs_runs_are_beside_its_parents(houses: Path) -> None:
     }
     place = {run.stage: run.log_folder for run in found}
     assert place["finetune_lora"].is_relative_to(houses / "artifacts")
-    assert place["finetune_prefix"].is_relative_to(houses / "document")
+    assert place["finetune_prefix"].is_relative_to(houses / "child")
 
 
 def test_the_parent_lists_no_runs_of_its_child_though_both_have_one_cache(houses: Path) -> None:
@@ -167,7 +164,7 @@ def test_the_parents_stages_and_settings_are_the_parents(
     command: tuple[str, ...], message: str, copied: Path, cli: Lora
 ) -> None:
     before = folder_bytes(copied)
-    assert message in refusal(cli(*command, cwd=copied / "document"))
+    assert message in refusal(cli(*command, cwd=copied / "child"))
     assert folder_bytes(copied) == before
 
 
@@ -180,7 +177,7 @@ def test_the_parents_stages_and_settings_are_the_parents(
             "project must be the path of a params file, got ['a']. Edit params.yaml.",
         ),
         ("project: 3\n", "project must be the path of a params file, got 3"),
-        ("project: ../document/params.yaml\n", "project ../document/params.yaml itself builds on"),
+        ("project: ../child/params.yaml\n", "project ../child/params.yaml itself builds on"),
         ("project: params.yaml\n", "project params.yaml itself builds on"),
         ("project: ../broken.yaml\n", "unknown key finetune_lora.rang. Did you mean rank?"),
     ],
@@ -191,7 +188,7 @@ def test_a_parent_that_cannot_be_is_refused(
     (copied / "broken.yaml").write_text("finetune_lora:\n  rang: 3\n", encoding="utf-8")
     (copied / "third").mkdir()
     (copied / "third/params.yaml").write_text(text, encoding="utf-8")
-    assert message in refusal(cli("claims", cwd=copied / "third"))
+    assert message in refusal(cli("evaluate", cwd=copied / "third"))
 
 
 @pytest.mark.parametrize(
@@ -201,8 +198,7 @@ def test_a_parent_that_cannot_be_is_refused(
             ("finetune", "prefix"),
             "finetune_prefix is not a stage of this project: params.yaml has no such section. ",
         ),
-        (("study", "rank"), "study_rank is not a stage of this project"),
-        (("figures",), "figures is not a stage of this project"),
+        (("train-from-scratch",), "train_from_scratch is not a stage of this project"),
         (("finetune", "sweep"), "finetune_sweep is not a stage of this project"),
     ],
 )
@@ -213,18 +209,16 @@ def test_a_stage_that_a_project_does_not_have_is_refused(
 
 
 def test_the_last_model_and_the_comparison_are_those_of_both(copied: Path, cli: Lora) -> None:
-    code, out, err = cli("compare", "der hund läuft im", "--json", cwd=copied / "document")
+    code, out, err = cli("compare", "der hund läuft im", "--json", cwd=copied / "child")
     assert code == 0, err
-    assert list(json.loads(out)) == list(open_project(copied / "document/params.yaml").variants)
-    code, out, err = cli("prompt", "der hund läuft im", "--json", cwd=copied / "document")
+    assert list(json.loads(out)) == list(open_project(copied / "child/params.yaml").variants)
+    code, out, err = cli("prompt", "der hund läuft im", "--json", cwd=copied / "child")
     assert code == 0, err
     assert json.loads(out)["adapter"] or json.loads(out)["model"]
 
 
 @pytest.mark.slow
-def test_dvc_at_the_root_knows_the_products_stages_alone(origin: Path) -> None:
-    """Though the document's project lies in a folder of the same repository."""
+def test_dvc_at_the_root_knows_the_stages_of_its_params_alone(origin: Path) -> None:
+    """Though another project lies in a folder of the same repository."""
     (stages,) = dvc(origin, "stage list --all --name-only")
     assert sorted(stages.split()) == sorted(open_project(ROOT / "params.yaml").stages)
-    (stages,) = dvc(origin / "document", "stage list --all --name-only")
-    assert sorted(stages.split()) == sorted(open_project(ROOT / "document/params.yaml").stages)

@@ -12,8 +12,7 @@ from pipeline.project.logs.run_log import read_run_outcomes
 from pipeline.project.logs.runs import LogFiles, Run, discover_runs, stamp, training_stages
 from pipeline.project.stage_graph import other_look
 from pipeline.stages.charts import MARKERS
-from pipeline.stages.registry import METHODS
-from pipeline.workbench import GRAPH, open_project
+from pipeline.stages.registry import GRAPH, METHODS, open_project
 from tests.helpers.projects import BRIEF, PIPELINE, ROOT, make
 
 BASE = {"rank": 4, "alpha": 1.0}

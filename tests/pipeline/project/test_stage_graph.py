@@ -3,43 +3,24 @@ promises.
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
-from pipeline.project.new_project import render_dvc_yaml
+from pipeline.project.new_project import render_code_yaml, render_dvc_yaml
 from pipeline.project.provenance import code_files
-from pipeline.workbench import open_project
-from tests.helpers.projects import COMMAND, ROOT, STAGES, dvc, git, make, new_project, save, shorten
+from pipeline.stages.registry import open_project
+from tests.helpers.projects import CHILD, COMMAND, ROOT, STAGES, dvc, git, make, save, shorten
 
 
-@pytest.mark.parametrize(("folder", "code"), [("", "pipeline"), ("document", None)])
-def test_dvc_knows_all_that_a_stage_reads_runs_and_writes(folder: str, code: str | None) -> None:
+def test_dvc_knows_all_that_a_stage_reads_runs_and_writes() -> None:
     """The committed file is the generated one, with comments of its own."""
-    committed = (ROOT / folder / "dvc.yaml").read_text(encoding="utf-8")
+    committed = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
     lines = [line for line in committed.splitlines() if not line.startswith("#")]
-    assert lines == render_dvc_yaml(open_project(ROOT / folder / "params.yaml"), code).splitlines()
-
-
-def test_what_a_study_teaches_as_the_sections_of_others_say_is_among_what_it_reads(
-    tmp_path: Path,
-) -> None:
-    """Else a changed file would leave the study as it was."""
-    given = [
-        "finetune_full.data=data/retain.de.txt",
-        "train_from_scratch.data=[data/euro.en.jsonl]",
-    ]
-    project = open_project(new_project(tmp_path) / "params.yaml", given)
-    for study, files in (
-        ("methods", {"data/retain.de.txt", "data/euro.en.jsonl"}),
-        ("forgetting", {"data/retain.de.txt"}),
-    ):
-        assert files <= set(project.data_files(STAGES[f"study_{study}"]))
+    assert lines == render_dvc_yaml(open_project(ROOT / "params.yaml"), "pipeline").splitlines()
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -65,7 +46,7 @@ def test_code_files_are_those_that_python_imports() -> None:
     """The static walk finds every module of ours that importing a stage loads, but those that a
     registry finds.
     """
-    found_by_registry = ("pipeline.stages.methods.", "pipeline.document.studies.")
+    found_by_registry = "pipeline.stages.methods."
     modules = sorted({stage.module for stage in STAGES.values()})
     done = subprocess.run(
         [sys.executable, "-c", IMPORTED, *modules], cwd=ROOT, capture_output=True, text=True
@@ -152,38 +133,6 @@ def test_what_dvc_was_told_of_is_up_to_date_and_a_changed_rank_concerns_what_dep
     assert drawn.count('"loss (nats per token)"') >= 1
 
 
-def test_a_changed_rank_concerns_the_documents_stages_that_read_its_section_or_an_artifact_made_with_it() -> (
-    None
-):
-    stages = yaml.safe_load((ROOT / "document/dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    product = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    changed = {
-        f"../{path}" for name in ("finetune_lora", "merge") for path in product[name]["outs"]
-    }
-    concerned = set()
-    for name, stage in stages.items():
-        if (
-            {"../params.yaml": ["finetune_lora"]} in stage["params"]
-            or changed & set(stage["deps"])
-            or any(
-                "finetune_lora" in one.get("../params.yaml", ())
-                for one in stage["params"]
-                if isinstance(one, dict)
-            )
-        ):
-            concerned.add(name)
-            changed |= {
-                str(Path(out).parent if "evaluation" in out else out) for out in stage["outs"]
-            }
-    assert concerned == {
-        *("finetune_sweep", "evaluate", "figures", "claims"),
-        *(
-            f"study_{name}"
-            for name in ("knowledge_correction", "methods", "forgetting", "learning_rate")
-        ),
-    }
-
-
 @pytest.mark.slow
 @pytest.mark.rest
 def test_two_fresh_clones_give_the_same_locks_and_a_changed_rank_reruns_what_depends_on_it(
@@ -193,18 +142,26 @@ def test_two_fresh_clones_give_the_same_locks_and_a_changed_rank_reruns_what_dep
     for name in ("one", "two"):
         git(tmp_path, "clone", "-q", str(origin), name)
         root = tmp_path / name
-        shorten(root, root / "document")
+        _add_child(root)
+        shorten(root, root / "child")
         dvc(root, "repro", code=root)
-        renew = [sys.executable, "-m", "cli.main", "new", "document"]  # as `make document` does
-        subprocess.run(renew, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, check=True)
-        dvc(root / "document", "repro", code=root)
-        locks.append([(folder / "dvc.lock").read_bytes() for folder in (root, root / "document")])
+        dvc(root / "child", "repro", code=root)
+        locks.append([(folder / "dvc.lock").read_bytes() for folder in (root, root / "child")])
     assert locks[0] == locks[1]
     root = tmp_path / "one"
-    for folder in (root, root / "document"):
+    for folder in (root, root / "child"):
         (ran,) = dvc(folder, "repro", code=root)
         assert "Data and pipelines are up to date" in ran
     save(root / "params.yaml", {"finetune_lora.rank": 2})
     (ran,) = dvc(root, "repro", code=root)
     for stage in open_project(root / "params.yaml").stages:
         assert (f"Running stage '{stage}'" in ran) == (stage in CONCERNED), ran
+
+
+def _add_child(root: Path) -> None:
+    """A project in a folder of the repository that builds on the repository's."""
+    (root / "child").mkdir()
+    shutil.copy(CHILD, root / "child/params.yaml")
+    child = open_project(root / "child/params.yaml")
+    (root / "child/dvc.yaml").write_text(render_dvc_yaml(child), encoding="utf-8")
+    (root / "child/code.yaml").write_text(render_code_yaml(child), encoding="utf-8")

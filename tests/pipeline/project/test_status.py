@@ -16,7 +16,7 @@ from pipeline.project.logs import run_state
 from pipeline.project.runner import Event, Job, Note, Progress, run
 from pipeline.project.stage_graph import Project
 from pipeline.project.status import Status, outdated, project_signature
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tests.helpers.projects import BRIEF, COMMAND, LORA, STAGES, make, make_one, new_project, save
 
 
@@ -25,9 +25,8 @@ def project_of(root: Path) -> Project:
 
 
 def states(root: Path, status: Status | None = None) -> dict[str, str]:
-    """Of what makes models: `project` has none of what measures them."""
     found = (status or Status()).of(project_of(root))
-    return {name: state.state for name, state in found.items() if not state.stage.is_measurement}
+    return {name: state.state for name, state in found.items()}
 
 
 def test_a_finished_pipeline_is_current_and_an_empty_one_missing(project: Path) -> None:

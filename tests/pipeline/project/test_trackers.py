@@ -21,7 +21,7 @@ from pipeline.project.cache import cache_key
 from pipeline.project.logs import follower, trackers
 from pipeline.project.logs.follower import Followed
 from pipeline.project.logs.run_log import SAMPLES, parse_sample, read_steps
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tests.conftest import Built, Lora
 from tests.helpers.process import Forked, forked
 from tests.helpers.projects import BRIEF, LORA, ROOT, folder_bytes, make, refusal

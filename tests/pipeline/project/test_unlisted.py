@@ -14,7 +14,7 @@ from pipeline.project.logs.runs import Run, discover_runs, stamp
 from pipeline.project.params.edit import remove_section
 from pipeline.project.runner import Event, Facts, Job, Progress, run
 from pipeline.project.status import Status, project_signature
-from pipeline.workbench import GRAPH, open_project
+from pipeline.stages.registry import GRAPH, open_project
 from tests.conftest import Lora
 from tests.helpers.projects import BRIEF, STAGES, make, played
 from tests.helpers.run_folders import hold, journal, write_run

@@ -22,7 +22,7 @@ from pipeline.inference.engine import load
 from pipeline.inference.score import score
 from pipeline.project.logs.run_log import LOSS, read_steps
 from pipeline.project.runner import Note, Progress, run
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tests.conftest import Lora
 from tests.helpers.families import FAMILIES, TEXTS, new_project
 from tests.helpers.projects import STAGES, WORK, folder_bytes, make_one

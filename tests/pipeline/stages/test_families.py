@@ -20,7 +20,7 @@ from pipeline.files import artifact
 from pipeline.files.safetensors_file import shapes
 from pipeline.inference import engine
 from pipeline.project.runner import Progress, run
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tests.helpers.families import FAMILIES, GENERATION, OTHERS, VOCABULARY, new_project
 from tests.helpers.projects import PIPELINE, ROOT, STAGES, WORK, folder_bytes, make, make_one
 
@@ -287,7 +287,7 @@ SILENT = """
 import sys
 from pathlib import Path
 from pipeline.inference import engine
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tests.helpers.projects import PIPELINE, make
 root = Path(sys.argv[1])
 make(root, PIPELINE)

@@ -24,7 +24,7 @@ from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import LOSS, read_steps
 from pipeline.project.runner import Note, Progress, run
 from pipeline.stages.init_from import STATE
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tests.conftest import Lora
 from tests.helpers.families import FAMILIES, TEXTS, new_project
 from tests.helpers.projects import STAGES, WORK, make_one

@@ -30,8 +30,7 @@ from pipeline.project.logs.run_log import LOSS, read_steps
 from pipeline.project.params.sections import Quantization
 from pipeline.project.runner import run
 from pipeline.project.stage_graph import Project
-from pipeline.stages.registry import METHODS
-from pipeline.workbench import open_project
+from pipeline.stages.registry import METHODS, open_project
 from tests.conftest import Lora
 from tests.helpers import families
 from tests.helpers.process import Forked

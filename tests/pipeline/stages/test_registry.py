@@ -12,7 +12,7 @@ import pytest
 from pipeline.project import provenance
 from pipeline.project.provenance import code_digest
 from pipeline.stages import registry
-from pipeline.workbench import GRAPH
+from pipeline.stages.registry import GRAPH
 from tests.helpers.projects import ROOT
 
 HEAVY = ("torch", "numpy", "transformers", "tokenizers", "matplotlib")
@@ -20,7 +20,7 @@ HEAVY = ("torch", "numpy", "transformers", "tokenizers", "matplotlib")
 
 def test_reading_the_registries_imports_nothing_heavy() -> None:
     code = (
-        f"import sys, pipeline.workbench; print(*(name for name in {HEAVY!r} if name in "
+        f"import sys, pipeline.stages.registry; print(*(name for name in {HEAVY!r} if name in "
         "sys.modules))"
     )
     done = subprocess.run(

@@ -24,8 +24,8 @@ from pipeline.project.logs.run_log import read_steps
 from pipeline.project.runner import Note, run
 from pipeline.stages.methods.sweep import FinetuneSweep, grid_around, variants
 from pipeline.stages.methods.sweep import run as sweep
+from pipeline.stages.registry import open_project
 from pipeline.stages.searches import Trial, halving, optuna, random
-from pipeline.workbench import open_project
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.process import Forked
 from tests.helpers.projects import (

@@ -1,6 +1,4 @@
-"""What each stage makes, with the repository's own params: the document's claims, and independent
-recomputation.
-"""
+"""What each stage makes, with the repository's own params, computed again by other means."""
 
 import json
 import math
@@ -24,7 +22,7 @@ from pipeline.inference.catalog import measured
 from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import final_loss, read_final_loss, read_steps
 from pipeline.project.runner import run
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tests.helpers.projects import BRIEF, METHODS, PIPELINE, ROOT, STAGES, make, make_one
 
 Lora = Callable[..., tuple[int, str, str]]
@@ -133,7 +131,7 @@ def test_parameters_and_sizes_are_those_on_disk(finished: Path, metrics: Any) ->
         == 2 * V * D + 2 * block + 2 * D
     )
     assert metrics["freeze"]["trainable"] == 2 * V * D + block
-    # §3's count of A and B, and embeddings and head
+    # A and B, and embeddings and head
     assert metrics["lora"]["trainable"] == 4_096 + 2 * V * D
     for name, folder, file in (
         ("full", "full_finetuned", "model.safetensors"),
@@ -369,10 +367,9 @@ def test_the_picture_is_a_png_with_two_panels_of_ink(finished: Path) -> None:
     assert dark[width // 2 :].max() > 0.5
 
 
-def test_a_manifest_says_how_its_artifact_was_made_and_nothing_that_differs(studied: Path) -> None:
-    for stage in STAGES.values():
-        name = stage.output
-        text = (studied / "artifacts" / name / "manifest.json").read_text(encoding="utf-8")
+def test_a_manifest_says_how_its_artifact_was_made_and_nothing_that_differs(brief: Path) -> None:
+    for name in (STAGES[stage].output for stage in PIPELINE):
+        text = (brief / "artifacts" / name / "manifest.json").read_text(encoding="utf-8")
         manifest = json.loads(text)
         assert {
             "kind",
@@ -385,11 +382,11 @@ def test_a_manifest_says_how_its_artifact_was_made_and_nothing_that_differs(stud
             "code",
             "files",
         } <= set(manifest)
-        assert str(studied) not in text
-        if not stage.is_measurement and name != "evaluation":
+        assert str(brief) not in text
+        if name != "evaluation":
             assert manifest["parameters"]["total"] in (109_568, 112_768)
-    adapter = read(studied / "artifacts/lora_adapter/manifest.json")
-    expanded = read(studied / "artifacts/expanded/manifest.json")
+    adapter = read(brief / "artifacts/lora_adapter/manifest.json")
+    expanded = read(brief / "artifacts/expanded/manifest.json")
     assert adapter["base"] == expanded["fingerprint"]
 
 

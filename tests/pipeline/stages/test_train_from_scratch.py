@@ -19,7 +19,7 @@ from pipeline.models.load import load_base
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.project.logs.run_log import read_steps
 from pipeline.project.runner import Note, Progress, run
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tests.helpers.families import FAMILIES, new_project
 from tests.helpers.projects import BRIEF, STAGES, WORK, folder_bytes, load, make, make_one
 

@@ -23,11 +23,11 @@ from pipeline.models.transformers_model import TransformersModel
 from pipeline.project.logs.run_log import read_steps
 from pipeline.project.runner import Job, Note
 from pipeline.stages.methods.lora import FinetuneLora
+from pipeline.stages.registry import open_project
 from pipeline.training.batches import Batch, Batches, collate
 from pipeline.training.losses import CHUNK
 from pipeline.training.optimizer import FlatOptimizer
 from pipeline.training.retention import COMPLETION, RetentionLoss, load_retention_texts
-from pipeline.workbench import open_project
 from tests.helpers.families import FAMILIES, new_project
 from tests.helpers.projects import STAGES, make, played
 from tests.helpers.real import (

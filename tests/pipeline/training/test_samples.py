@@ -13,7 +13,7 @@ from pipeline.inference.engine import complete, load
 from pipeline.models.kernels import decode
 from pipeline.project.logs.run_log import SAMPLES, Sample, Step, final_answers, parse_sample
 from pipeline.project.runner import Progress, run
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tests.helpers.projects import BRIEF, METHODS, STAGES, WORK, folder_bytes, make
 
 PROMPTS = ["der hund", "die währung von bulgarien"]

@@ -35,8 +35,8 @@ from pipeline.project.runner import Note, run
 from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.stages.methods.sweep import FinetuneSweep, variants
 from pipeline.stages.methods.sweep import run as sweep
+from pipeline.stages.registry import open_project
 from pipeline.training.optimizer import FlatOptimizer
-from pipeline.workbench import open_project
 from tests.helpers.families import FAMILIES
 from tests.helpers.families import new_project as family_project
 from tests.helpers.process import Forked

@@ -20,9 +20,9 @@ from pipeline.models import load as loading
 from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import Step, read_steps
 from pipeline.project.runner import Progress, checkpoints, run
+from pipeline.stages.registry import open_project
 from pipeline.training.optimizer import FlatOptimizer, rate
 from pipeline.training.step import Evaluation, LossPath
-from pipeline.workbench import open_project
 from tests.helpers.families import FAMILIES, TEXTS, new_project
 from tests.helpers.process import Forked
 from tests.helpers.projects import LORA, STAGES, WORK, folder_bytes, load, make

@@ -13,7 +13,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.project.status import Status
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tui.services.projects import demo
 from tui.services.projects.demo import ARCHIVE, TRAINED, open_demo
 

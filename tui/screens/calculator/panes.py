@@ -74,5 +74,5 @@ class DetailsPane(AnswerPane):
     TITLE = "Parameters and formulas"
     HELP: ClassVar[str] = """\
 Each kind of linear layer that gets an adapter: its shape, A and B, how many there are, and their parameters; beside it
-the number of the document's rule of thumb (§3). Below, the formula of each number with its values.
+the number by the rule of thumb 2·r·d. Below, the formula of each number with its values.
 """

@@ -209,14 +209,12 @@ def details(result: Result, width: int) -> Lines:
                 Content(f"{name}  {shape}  × {count} = {total}"),
                 Content.styled(f"    A {a}, B {b}", MUTED),
             ]
-    simplified = method.document_count(model)
+    simplified = method.simple_count(model)
     if simplified is None:
-        lines.append(
-            Content.styled("the document's rule (§3) does not apply to this method", MUTED)
-        )
+        lines.append(Content.styled("the rule of thumb 2·r·d does not apply to this method", MUTED))
     else:
         counts = f"{simplified:,} · exact {result.trainable:,}"
-        lines.append(Content.assemble(("document (§3) ", "bold"), counts))
+        lines.append(Content.assemble(("rule of thumb ", "bold"), counts))
         lines.append(Content.styled(why_they_differ(model, method) or "they agree", MUTED))
     published = [f"published as {model.published} parameters"] if model.published else []
     lines += [

@@ -21,7 +21,7 @@ from pipeline.calc.architecture import Architecture
 from pipeline.calc.sources.open_model import hub_ids, open_model
 from pipeline.errors import UserError
 from pipeline.files.home import expand
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tui.dialogs import Ask
 from tui.screens.base import WorkbenchScreen
 from tui.screens.calculator.answers import Advice, advise, answers

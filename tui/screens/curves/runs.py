@@ -18,7 +18,7 @@ from pipeline.project.logs.run_log import (
 )
 from pipeline.project.logs.run_state import Journal
 from pipeline.project.logs.runs import LogFiles, Run
-from pipeline.workbench import GRAPH
+from pipeline.stages.registry import GRAPH
 from tui.screens.curves.metrics import COST, HELD_OUT
 from tui.screens.curves.series import MIN_STEPS, Cost, Log, Series
 

@@ -13,7 +13,7 @@ from pipeline.inference.catalog import measured
 from pipeline.project.logs.run_log import DIVERGED
 from pipeline.project.logs.runs import Run, discover_runs, stamp
 from pipeline.project.stage_graph import ARTIFACTS, OTHER_LOOKS, Look, Project, other_look
-from pipeline.workbench import GRAPH, open_project
+from pipeline.stages.registry import GRAPH, open_project
 from tui.screens.curves.metrics import METRICS
 from tui.screens.curves.runs import CurveLog, RunView
 from tui.screens.curves.series import Column

@@ -17,7 +17,6 @@ from pipeline.project.status import StageState
 from tui.screens.pipeline.tree import MUTED, look_of, short_name
 
 LABEL_MARGIN = 3  # symbol and space before a name, a space after it
-STUDIES = "studies "
 
 N, E, S, W = 1, 2, 4, 8
 LINES = {
@@ -136,10 +135,12 @@ def pipeline_layout(stages: Mapping[str, Stage]) -> Layout:
     if not measurements:
         return Layout(positions, lines, dag.rows, dag.columns)
     row = dag.rows
-    lines |= {(row, column): letter for column, letter in enumerate(STUDIES)}
-    column = len(STUDIES)
+    group = next((stage.group for stage in measurements.values() if stage.group), "")
+    label = f"{group} " if group else ""
+    lines |= {(row, column): letter for column, letter in enumerate(label)}
+    column = len(label)
     for name, stage in measurements.items():
-        if stage.kind == "study":
+        if stage.group:
             positions[name] = Position(row, column, 2)
             column += 2
         else:

@@ -15,8 +15,8 @@ from textual.widgets import OptionList
 from pipeline.project.stage_graph import Stage
 from pipeline.project.status import StageState
 from tui.screens.pipeline.tree import (
+    GROUP,
     SIGNS,
-    STUDIES,
     URGENCY,
     Row,
     draw_rows,
@@ -127,11 +127,11 @@ DAG as a picture."""
     def _row_of(self, stage: str) -> str:
         keys = [row.key for row in self.rows]
         return (
-            stage if stage in keys else STUDIES if self._is_study(stage) else next(iter(keys), "")
+            stage if stage in keys else GROUP if self._is_grouped(stage) else next(iter(keys), "")
         )
 
     def select(self, stage: str) -> None:
-        """Move the cursor to a stage; a study that is folded is unfolded."""
+        """Move the cursor to a stage; one that is folded is unfolded."""
         if stage not in self._stages:
             return
         if self._row_of(stage) != stage:
@@ -159,7 +159,7 @@ DAG as a picture."""
     @on(OptionList.OptionSelected)
     def _selected(self, event: OptionList.OptionSelected) -> None:
         event.stop()
-        if event.option_id == STUDIES:
+        if event.option_id == GROUP:
             self._fold(not self.unfolded)
         else:
             self.post_message(self.Opened())
@@ -171,14 +171,14 @@ DAG as a picture."""
 
     def action_fold(self, unfold: bool) -> None:
         option = self.tree_list.highlighted_option
-        if option and (option.id == STUDIES or self._is_study(str(option.id))):
+        if option and (option.id == GROUP or self._is_grouped(str(option.id))):
             self._fold(unfold)
 
-    def _is_study(self, name: str) -> bool:
-        return name in self._stages and self._stages[name].kind == "study"
+    def _is_grouped(self, name: str) -> bool:
+        return name in self._stages and bool(self._stages[name].group)
 
     def _fold(self, unfold: bool) -> None:
         if unfold != self.unfolded:
             self.unfolded = unfold
             self.rows = tree_rows(self._stages, self._needs, unfold)
-            self._draw_rows(STUDIES)
+            self._draw_rows(GROUP)

@@ -1,4 +1,4 @@
-"""The DAG as a tree: each stage below the one that it needs, studies in a group; what its row
+"""The DAG as a tree: each stage below the one that it needs, those of a group together; what its row
 says.
 """
 
@@ -12,7 +12,7 @@ from pipeline.project.stage_graph import Stage
 from pipeline.project.status import StageState, State
 from tui.widgets.text import duration, pad_or_truncate
 
-STUDIES = "studies"  # the key of their group, which is no stage's name
+GROUP = "(group)"  # the key of the group, which is no stage's name
 MUTED = "$foreground-muted"
 SIGNS: Mapping[State, tuple[str, str]] = {
     "missing": ("○", MUTED),
@@ -41,7 +41,7 @@ BAR, MIN_BAR = 8, 3  # cells of a progress bar
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the tree: a stage, or the group of the studies. `after`: further stages that it
+    """A line of the tree: a stage, or the group. `after`: further stages that it
     needs.
     """
 
@@ -61,7 +61,7 @@ def look_of(state: StageState | None) -> tuple[str, str]:
 
 def short_name(stage: Stage) -> str:
     """lora for finetune_lora, rank for study_rank; the names that others have are kept."""
-    return stage.method if stage.look or stage.kind == "study" else stage.name
+    return stage.method if stage.look or stage.group else stage.name
 
 
 def tree_rows(
@@ -81,20 +81,23 @@ def tree_rows(
         shared = set.intersection(*({need, *above[need]} for need in last)) if last else set[str]()
         parents[name] = max(shared, key=lambda need: len(above[need]), default="")
         after[name] = tuple(need for need in last if need != parents[name])
-    studies = tuple(name for name, stage in stages.items() if stage.kind == "study")
-    if len(studies) > 1:
-        shared = set.intersection(*(above[name] for name in studies))
-        parents |= dict.fromkeys(studies, STUDIES)
-        parents[STUDIES] = max(shared, key=lambda need: len(above[need]), default="")
-        for name in stages:  # what needs a study alone is no part of the group, which would hide it
-            if parents[name] in studies:
-                parents[name], after[name] = parents[STUDIES], (parents[name], *after[name])
+    members = tuple(name for name, stage in stages.items() if stage.group)
+    label = stages[members[0]].group if members else ""
+    if len(members) > 1:
+        shared = set.intersection(*(above[name] for name in members))
+        parents |= dict.fromkeys(members, GROUP)
+        parents[GROUP] = max(shared, key=lambda need: len(above[need]), default="")
+        for (
+            name
+        ) in stages:  # what needs one of them alone is no part of the group, which would hide it
+            if parents[name] in members:
+                parents[name], after[name] = parents[GROUP], (parents[name], *after[name])
     else:
-        studies = ()
+        members = ()
     children: dict[str, list[str]] = {}
     for name in stages:
-        if parents[name] == STUDIES and STUDIES not in children:
-            children.setdefault(parents[STUDIES], []).append(STUDIES)
+        if parents[name] == GROUP and GROUP not in children:
+            children.setdefault(parents[GROUP], []).append(GROUP)
         children.setdefault(parents[name], []).append(name)
     rows: list[Row] = []
 
@@ -103,19 +106,17 @@ def tree_rows(
             is_last = number == len(names) - 1
             branch = f"{guides}{'└ ' if is_last else '├ '}" if parents[name] else ""
             below = f"{guides}{'  ' if is_last else '│ '}" if parents[name] else ""
-            if name == STUDIES:
+            if name == GROUP:
                 rows.append(
-                    Row(name, branch, f"{'▾' if unfolded else '▸'} {STUDIES}", members=studies)
+                    Row(name, branch, f"{'▾' if unfolded else '▸'} {label}", members=members)
                 )
             else:
-                others = [
-                    need for need in after[name] if not (studies and stages[need].kind == "study")
-                ]
-                named = [short_name(stages[need]) for need in others] + [STUDIES] * (
+                others = [need for need in after[name] if not (members and stages[need].group)]
+                named = [short_name(stages[need]) for need in others] + [label] * (
                     len(others) < len(after[name])
                 )
                 rows.append(Row(name, branch, short_name(stages[name]), tuple(named)))
-            if name != STUDIES or unfolded:
+            if name != GROUP or unfolded:
                 add(children.get(name, []), below)
 
     add(children.get("", []), "")

@@ -2,6 +2,7 @@
 Markdown.
 """
 
+import csv
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -12,20 +13,18 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST, read_manifest
 from pipeline.project.stage_graph import Project, Stage
-from pipeline.workbench import table_markdown
 
 REPORT = "report.md"
 PICTURES = (".png", ".svg")
 MAX_PAGE = 4_000_000  # bytes of a page that is shown
 MAX_NUMBERS = 500_000  # bytes of a file whose numbers are shown
 MAX_PICTURES = 500  # of one stage
-TITLES = {"evaluate": "Comparison", "figures": "Figures", "claims": "The document, measured"}
+COMPARISON = "Comparison"
 
 
 @dataclass(frozen=True)
 class Page:
-    """A report. `path` is None where its stage did not run yet; `about`: its place in the document,
-    or what it does.
+    """A report. `path` is None where its stage did not run yet; `about`: what it is about.
 
     `folder`: its stage's output, such as studies/rank.
     """
@@ -50,36 +49,37 @@ class Picture:
 
 
 def read_pages(project: Project) -> list[Page]:
-    """The reports of the evaluation, of the figures and of the claims that there are."""
-    stages = [project.readable[name] for name in TITLES if name in project.readable]
-    pages = [
-        Page(s.name, TITLES[s.name], "", project.artifact(s.name) / REPORT, s.output)
-        for s in stages
-    ]
-    return [page for page in pages if page.path and page.path.is_file()]
+    """The reports of the comparison and of all stages that measure.
 
-
-def read_studies(project: Project) -> list[Page]:
-    """Every study of the project, in the document's order."""
+    Of a group's stages, those that did not run yet too, without a path.
+    """
     pages = []
-    for stage in (stage for stage in project.readable.values() if stage.kind == "study"):
-        folder = project.artifact(stage.name)
-        made = (folder / REPORT).is_file()
-        section = str(_manifest(folder).get("section", "")) if made else ""
-        path = folder / REPORT if made else None
-        pages.append(Page(stage.method, stage.title, section or stage.summary, path, stage.output))
+    for stage in _measuring(project):
+        path = project.artifact(stage.name) / REPORT
+        if path.is_file() or stage.group:
+            pages.append(_page(stage, path if path.is_file() else None))
     return pages
 
 
-def read_pictures(project: Project) -> list[Picture]:
-    """The pictures of the evaluation, the figures and the studies. Of one as PNG and as SVG, the
-    PNG is shown.
-    """
+def _page(stage: Stage, path: Path | None) -> Page:
+    title = COMPARISON if stage.kind == "evaluation" else stage.title or stage.name
+    section = _manifest(path.parent).get("section") if path else ""
+    return Page(stage.name, title, str(section or stage.summary), path, stage.output)
+
+
+def _measuring(project: Project) -> list[Stage]:
+    """The comparison, then the stages that measure: those on their own, then those of a group."""
     stages = [
         stage
         for stage in project.readable.values()
-        if stage.kind in ("evaluation", "figures", "study")
+        if stage.kind == "evaluation" or stage.is_measurement
     ]
+    return sorted(stages, key=lambda stage: bool(stage.group))
+
+
+def read_pictures(project: Project) -> list[Picture]:
+    """Their pictures. Of one as PNG and as SVG, the PNG is shown."""
+    stages = _measuring(project)
     return [
         picture for stage in stages for picture in _pictures(stage, project.artifact(stage.name))
     ]
@@ -97,11 +97,7 @@ def _pictures(stage: Stage, folder: Path) -> Iterator[Picture]:
         about: Any = figures[name] if name in named else {}  # type: ignore[index]
         about = about if isinstance(about, Mapping) else {}
         title = "Loss and trained parameters" if stage.kind == "evaluation" else stage.title
-        files = (
-            about.get("files", ())
-            if stage.kind == "figures"
-            else [p.name for p in sorted(folder.glob("*.csv"))]
-        )
+        files = about.get("files", ()) if about else [p.name for p in sorted(folder.glob("*.csv"))]
         numbers = [folder / Path(str(file)).name for file in files if str(file).endswith(".csv")]
         yield Picture(
             f"{stage.output}/{name}",
@@ -140,7 +136,7 @@ def numbers_of(path: Path, root: Path) -> str:
         if size > MAX_NUMBERS or path.suffix not in (".csv", ".json", ".txt", ".yaml"):
             return f"{heading}{size:,} bytes: open it with another program.\n"
         if path.suffix == ".csv":
-            return f"{heading}{table_markdown(path)}\n"
+            return f"{heading}{_table_markdown(path)}\n"
         text = path.read_text(encoding="utf-8", errors="replace")
         if path.name == MANIFEST:  # digests of files say nothing to a reader
             tree = {
@@ -152,3 +148,23 @@ def numbers_of(path: Path, root: Path) -> str:
         return f"{heading}```\n{text}\n```\n"
     except (OSError, ValueError, AttributeError, UserError) as error:
         return f"{heading}It cannot be read: {error}\n"
+
+
+def _table_markdown(path: Path) -> str:
+    """A table of measurements as Markdown, below the title that its stage gave it."""
+    tables = _manifest(path.parent).get("tables")
+    about = tables.get(path.stem) if isinstance(tables, Mapping) else None
+    title = str(about.get("title", "")) if isinstance(about, Mapping) else ""
+    with path.open(encoding="utf-8", newline="") as file:
+        head, *rows = csv.reader(file)
+    lines = [head, ["---"] * len(head), *([_cell(text) for text in row] for row in rows)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"**{title}**\n\n{table}\n" if title else f"{table}\n"
+
+
+def _cell(text: str) -> str:
+    """A number in four digits; any other text as it is."""
+    try:
+        return f"{float(text):.4g}"
+    except ValueError:
+        return text.replace("|", "\\|")

@@ -1,4 +1,4 @@
-"""Reports and studies: a list, and the page that its cursor is on."""
+"""Reports: a list, and the page that its cursor is on."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar

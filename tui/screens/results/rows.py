@@ -1,5 +1,5 @@
 """A pane with a table that is sorted by any column and narrowed by words: of models, of a sweep's
-adapters, of claims."""
+adapters."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar

@@ -1,6 +1,4 @@
-"""Results: which adapter to ship, then the sweep, the report, figures, studies and the document's
-claims.
-"""
+"""Results: which adapter to ship, then the sweep, reports and figures."""
 
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -15,10 +13,8 @@ from textual.worker import get_current_worker
 
 from pipeline.adapters.config import CONFIG
 from pipeline.project.stage_graph import Project
-from pipeline.workbench import claim_files
 from tui.dialogs import Menu
 from tui.screens.base import WorkbenchScreen
-from tui.screens.results.claims import ALL, ClaimPane, ClaimsPane
 from tui.screens.results.documents import numbers_of
 from tui.screens.results.figures import FiguresView
 from tui.screens.results.findings import Evaluation, Method, Sweep, Trial
@@ -44,7 +40,7 @@ class ResultsScreen(WorkbenchScreen):
 Which adapter to ship, in one look: what each model **learned** against what it **kept**, with its size and the
 limits that it breaks. `◂` marks the model that forgot least. The line below the header has the other views:
 
-- `a` all methods, `w` the sweep by its keys, `r` reports, `f` figures, `t` studies, `d` the document's claims.
+- `a` all methods, `w` the sweep by its keys, `r` reports, `f` figures.
 
 `c` prompts the model that the cursor is on beside its base. Everything is read from what `lora evaluate` and the
 other stages wrote.
@@ -54,16 +50,12 @@ other stages wrote.
         "sweep": "sweep",
         "report": "report",
         "figures": "figures",
-        "studies": "studies",
-        "claims": "document",
     }
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("a", "view('methods')", "All methods", id="results.methods", show=False),
         Binding("w", "view('sweep')", "The sweep", id="results.sweep", show=False),
         Binding("r", "view('report')", "The report", id="results.report", show=False),
         Binding("f", "view('figures')", "Figures", id="results.figures", show=False),
-        Binding("t", "view('studies')", "Studies", id="results.studies", show=False),
-        Binding("d", "view('claims')", "The document's claims", id="results.claims", show=False),
     ]
 
     def __init__(self) -> None:
@@ -92,10 +84,6 @@ other stages wrote.
                 "report",
             )
             yield FiguresView("figures")
-            yield PagesView("Studies", "This project has no studies.", STUDIES_HELP, "studies")
-            with Vertical(id="claims"):
-                yield ClaimsPane()
-                yield ClaimPane()
 
     def on_mount(self) -> None:
         self.app.theme_changed_signal.subscribe(self, lambda _: self._show_again())
@@ -128,8 +116,7 @@ other stages wrote.
             self._switch("sweep")  # a project that only sweeps
         self._show()
         if results.seen is not None:
-            for pages in self.query(PagesView):
-                pages.refresh_page()
+            self.query_one(PagesView).refresh_page()
             self._open_wanted()
 
     def _show(self) -> None:
@@ -138,13 +125,9 @@ other stages wrote.
         views = self.query_one(Views)
         found = {
             "sweep": results.sweep is not None,
-            "studies": bool(results.studies),
-            "claims": results.claims is not None,
         }
         shown = [view for view in self.LABELS if found.get(view, True)]
-        views.entries = tuple(
-            (view, self._key(view), self.LABELS[view], self._facts(view)) for view in shown
-        )
+        views.entries = tuple((view, self._key(view), self.LABELS[view]) for view in shown)
         views.current = view = switcher.current or ""
         if self._filled.get(view) is results:
             return
@@ -158,13 +141,9 @@ other stages wrote.
                     results.sweep if isinstance(results.sweep, Sweep) else None
                 )
             case "report":
-                self.query_one("#report", PagesView).show(results.pages)
-            case "studies":
-                self.query_one("#studies", PagesView).show(results.studies)
+                self.query_one(PagesView).show(results.pages)
             case "figures":
                 self.query_one(FiguresView).show(results.pictures)
-            case "claims":
-                self.query_one(ClaimsPane).show(results.claims)
         self.refresh_bindings()  # the bottom line leaves out what a border shows by now
 
     def _show_methods(self, evaluation: Evaluation | str | None) -> None:
@@ -187,18 +166,6 @@ other stages wrote.
         ]
         return keys[0] if keys else binding.key
 
-    def _facts(self, view: str) -> str:
-        """What the line of views says after a view's name."""
-        claims, studies = self.results.claims, self.results.studies
-        if view == "claims" and isinstance(claims, tuple):
-            marks = VERDICTS.items()
-            return " ".join(
-                f"{sum(row['verdict'] == name for row in claims[1])} {mark}" for name, mark in marks
-            )
-        if view == "studies":
-            return f"{sum(page.path is not None for page in studies)}/{len(studies)}"
-        return ""
-
     # Views
 
     def _switch(self, view: str) -> None:
@@ -219,40 +186,27 @@ other stages wrote.
         before = self.query_one(ContentSwitcher).current
         self._chosen = True
         self._switch(view)
-        if view == "figures" and before in ("report", "studies"):
-            self.query_one(FiguresView).point(self.query_one(f"#{before}", PagesView).folder)
+        if view == "figures" and before == "report":
+            self.query_one(FiguresView).point(self.query_one(PagesView).folder)
 
     def open_with(self, **request: Any) -> None:
-        """`view`, `method`, `study`, `figure`, `claim` (an id) or `section` of the document: shows
-        it.
-        """
+        """`view`, `method`, `report` (a stage) or `figure`: shows it."""
         self._wanted = {key: str(value) for key, value in request.items()}
         if self.results.seen is not None:
             self._open_wanted()
 
     def _open_wanted(self) -> None:
         wanted, self._wanted = self._wanted, {}
-        views = {
-            "method": "methods",
-            "study": "studies",
-            "figure": "figures",
-            "claim": "claims",
-            "section": "claims",
-        }
+        views = {"method": "methods", "report": "report", "figure": "figures"}
         view = wanted.get("view") or next((views[key] for key in wanted if key in views), "")
         if view in self.LABELS:
             self.action_view(view)
         if method := wanted.get("method"):
             self.query_one(MethodsPane).point(method)
-        if study := wanted.get("study"):
-            self.query_one("#studies", PagesView).point(study)
+        if report := wanted.get("report"):
+            self.query_one(PagesView).point(report)
         if figure := wanted.get("figure"):
             self.query_one(FiguresView).point(figure)
-        if section := wanted.get("section"):
-            self.query_one(ClaimsPane).choose(section=section)
-        if claim := wanted.get("claim"):
-            self.query_one(ClaimsPane).choose(section=ALL, verdict=ALL)
-            self.query_one(ClaimsPane).point(claim)
 
     # What the panes ask
 
@@ -264,15 +218,11 @@ other stages wrote.
             self.query_one(ScatterPane).point(row.name)
         elif isinstance(row, Trial):
             self.query_one(PlotsPane).point(row.name)
-        elif isinstance(event.pane, ClaimsPane):
-            self.query_one(ClaimPane).show(row)
 
     @on(RowsPane.Asked)
     def _row_asked(self, event: RowsPane.Asked) -> None:
         row, what = event.row, event.what
-        if isinstance(event.pane, ClaimsPane):
-            self._show_claim_numbers(str(row["id"]), str(row["quote"]))
-        elif what in ("chat", "enter"):
+        if what in ("chat", "enter"):
             self._chat(row)
         elif what == "open" and isinstance(row, Method) and not row.stage.trains:
             self.warn(f"{row.name} was not trained, so it has no curve.")
@@ -356,26 +306,8 @@ other stages wrote.
             self.warn(f"No numbers were written beside {event.picture.path.name}.")
 
     @work(thread=True, exclusive=True, group="numbers")
-    def _show_claim_numbers(self, claim: str, title: str) -> None:
-        project = self.workbench.project_watch.project
-        files = claim_files(project, claim) if project else []
-        if files:
-            self.app.call_from_thread(self._show_numbers, title, files)
-        else:
-            self.app.call_from_thread(
-                self.warn, "The calculator gives this claim's numbers; no file is read for them."
-            )
-
-    @work(thread=True, exclusive=True, group="numbers")
     def _show_numbers(self, title: str, files: Sequence[Path]) -> None:
         project = self.workbench.project_watch.project
         root = project.root if project else Path()
         text = "\n".join(numbers_of(path, root) for path in files[:MAX_FILES])
         self.app.call_from_thread(self.app.push_screen, PageReader(text, title))
-
-
-VERDICTS = {"holds": "✓", "differs": "✗", "depends": "◐"}
-STUDIES_HELP = """\
-The document's studies, in its order: what each measured, in words, tables and a picture (`f`). Those that did not
-run are dim; R runs them.
-"""

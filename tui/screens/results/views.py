@@ -13,23 +13,15 @@ class Views(Widget):
     DEFAULT_CSS = """
     Views { height: 1; padding: 0 1; }
     """
-    # view, key, label, facts
-    entries: reactive[tuple[tuple[str, str, str, str], ...]] = reactive(())
+    entries: reactive[tuple[tuple[str, str, str], ...]] = reactive(())  # view, key, label
     current: reactive[str] = reactive("")
 
     def _texts(self) -> list[tuple[str, str, str]]:
-        """View, key and label, as long as the width allows: with facts, else without, else the
-        first word.
-        """
-        for shorten in (
-            lambda label, facts: f"{label} {facts}".rstrip(),
-            lambda label, _: label,
-            _first_word,
-        ):
-            texts = [(view, key, shorten(label, facts)) for view, key, label, facts in self.entries]
-            if sum(len(key) + len(label) + 4 for _, key, label in texts) <= self.size.width:
-                break
-        return texts
+        """View, key and label; of the label its first word where the width allows no more."""
+        texts = list(self.entries)
+        if sum(len(key) + len(label) + 4 for _, key, label in texts) <= self.size.width:
+            return texts
+        return [(view, key, label.split()[0]) for view, key, label in texts]
 
     def render(self) -> RenderResult:
         line = Text(no_wrap=True, overflow="ellipsis", end="")
@@ -48,7 +40,3 @@ class Views(Widget):
             if event.x < start:
                 self.app.call_later(self.screen.run_action, f"view('{view}')")
                 return
-
-
-def _first_word(label: str, _: str) -> str:
-    return label.split()[0]

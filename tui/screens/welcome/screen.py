@@ -21,12 +21,12 @@ from tui.screens.welcome.new import Creation, Made, NewProject
 from tui.widgets.key_bar import KeyBar
 from tui.widgets.table import VIM_KEYS
 
-DOCUMENT = "minigpt"  # the folder of the document's project
+MINIGPT = "minigpt"  # the folder of its project
 CALCULATOR = "calculator"
 NUMBER = str(list(SCREENS).index(CALCULATOR) + 1)  # its key on all screens
 CHOICES = {  # action → key, name, what it is
     "new": ("n", "New project", "your model and data, settings chosen with reasons"),
-    "document": ("p", "MiniGPT", "the document's own model, trained in half a minute"),
+    "minigpt": ("p", "MiniGPT", "a tiny model of our own, trained in half a minute"),
     "demo": ("d", "Demo", "a small finished project, nothing to wait for"),
     "calculate": (
         NUMBER,
@@ -78,9 +78,7 @@ class WelcomeScreen(WorkbenchScreen):
     AUTO_FOCUS = "Choices"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("n", "begin('new')", "New project", id="welcome.new", show=False),
-        Binding(
-            "p", "begin('document')", "The document's project", id="welcome.document", show=False
-        ),
+        Binding("p", "begin('minigpt')", "MiniGPT's project", id="welcome.minigpt", show=False),
         Binding("d", "begin('demo')", "Demo", id="welcome.demo", show=False),
     ]
 
@@ -115,8 +113,8 @@ class WelcomeScreen(WorkbenchScreen):
             self.workbench.switch_mode(CALCULATOR)
         elif choice == "new":
             self.workbench.push_screen(NewProject(self.workbench.root), self._created)
-        elif choice == "document":
-            self.workbench.push_screen(Creation([DOCUMENT], self.workbench.root), self._created)
+        elif choice == "minigpt":
+            self.workbench.push_screen(Creation([MINIGPT], self.workbench.root), self._created)
         else:
             self._open_demo()
 

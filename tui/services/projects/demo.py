@@ -24,7 +24,7 @@ from pipeline.files.home import home_folder
 from pipeline.project import provenance
 from pipeline.project.runner import input_facts
 from pipeline.project.stage_graph import Project, Stage
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tui.services.pipeline_process import Runner
 
 ARCHIVE = Path(__file__).with_name("demo.tar.xz")

@@ -24,8 +24,7 @@ from pipeline.calc.settings import CONTEXT, TrainingConfig, chunk_rows
 from pipeline.calc.sources.open_model import built_in, entry, names, open_model
 from pipeline.stages.methods.lora import COUNTED as LORA
 from pipeline.stages.methods.lora import Lora
-from pipeline.stages.registry import COUNTED
-from pipeline.workbench import open_project
+from pipeline.stages.registry import COUNTED, open_project
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.pilot import until
 from tests.helpers.projects import load, make, save
@@ -172,13 +171,13 @@ def expected_answer(values: dict[str, str]) -> dict[str, Any]:
     return answer(model, method, run)
 
 
-async def test_qwen3_8b_shows_the_exact_number_beside_the_documents(empty: Path) -> None:
+async def test_qwen3_8b_shows_the_exact_number_beside_the_rule_of_thumb(empty: Path) -> None:
     async with calculator(empty, (80, 24)) as (pilot, screen):
         assert "7,667,712 trainable" in text_of(screen, "#verdict")
         await until(pilot, lambda: screen.advice is not None)
         shown = " ".join(text_of(screen, "#details").split())
         assert "9,437,184 · exact 7,667,712" in shown
-        assert "the document takes every projection as 4,096 × 4,096" in shown
+        assert "it takes every projection as 4,096 × 4,096" in shown
 
 
 @pytest.mark.slow
@@ -854,7 +853,7 @@ async def test_form_and_verdict_are_on_one_screen_of_80_columns(empty: Path) -> 
         assert screen.query_one(CalcForm).region.right <= screen.query_one("#verdict").region.x
 
 
-def test_the_default_configuration_is_the_documents() -> None:
+def test_the_default_configuration_is_rank_8_on_attention() -> None:
     assert (
         configure(built_in("qwen3-8b").shapes, COUNTED, "lora", rank=8, targets="attention").method
         == LORA

@@ -13,7 +13,7 @@ import pytest
 from textual.pilot import Pilot
 from textual.widgets import Input, OptionList, Static, TextArea
 
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tests.helpers.pilot import until
 from tests.helpers.tokenizers import SMOLLM2, folder_with
 from tui.app import Workbench

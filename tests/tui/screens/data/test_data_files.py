@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tests.helpers.projects import new_project
 from tui.screens.data.files import (
     append_row,

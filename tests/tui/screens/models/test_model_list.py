@@ -16,7 +16,7 @@ from pipeline.files.digest_cache import DigestStore
 from pipeline.inference.catalog import Model, check
 from pipeline.project.params.load import Params
 from pipeline.project.stage_graph import Project
-from pipeline.workbench import GRAPH
+from pipeline.stages.registry import GRAPH
 from tests.helpers.checkpoints import sealed_copies
 from tests.helpers.fake_engine import FakeInference
 from tests.helpers.models_screen import COUNT, LISTED, USUAL, Session, open_models
@@ -82,7 +82,7 @@ async def test_all_models_are_listed_in_the_order_of_the_pipeline(brief: Path) -
 async def test_the_models_of_the_parent_project_are_listed_too(brief: Path, tmp_path: Path) -> None:
     root = new_houses(tmp_path / "houses")
     shutil.copytree(brief / "artifacts/base", root / "artifacts/base")
-    async with open_models(root / "document", 1) as s:
+    async with open_models(root / "child", 1) as s:
         assert [entry.label for entry in s.screen.entries] == ["base"]
 
 

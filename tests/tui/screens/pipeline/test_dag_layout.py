@@ -3,7 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers.projects import SHIPPED
+from pipeline.project.params.schema import Section
+from pipeline.project.stage_graph import Stage
+from tests.helpers.projects import PIPELINE, STAGES
 from tui.screens.pipeline.dag import DagView, Layout, layout
 
 LABEL = 3
@@ -20,7 +22,12 @@ def drawn(result: Layout) -> list[str]:
 
 
 def test_the_pipelines_picture_fits_80_columns_and_shows_each_way_once() -> None:
-    view = DagView(SHIPPED, {}, "")
+    probes = [f"probe_{number}" for number in range(10)]
+    measuring = {
+        **{name: Stage(name, "", f"probes/{name}", "probe", name, Section) for name in probes},
+        **{name: Stage(name, "", name, name, name, Section) for name in ("drawing", "overview")},
+    }
+    view = DagView({name: STAGES[name] for name in PIPELINE} | measuring, {}, "")
     assert [line.rstrip() for line in view.render().plain.splitlines()] == [
         "                             ┌▶ · scratch ───────────┐",
         "                             ├▶ · full ──────────────┤",
@@ -29,7 +36,7 @@ def test_the_pipelines_picture_fits_80_columns_and_shows_each_way_once() -> None
         "                             ├▶ · prefix ────────────┤",
         "                             ├▶ · prompt ────────────┘",
         "                             └▶ · sweep",
-        "studies · · · · · · · · · · ─▶ · figures ─▶ · claims",
+        "probes · · · · · · · · · · ─▶ · drawing ─▶ · overview",
     ]
 
 

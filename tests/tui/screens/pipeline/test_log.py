@@ -12,7 +12,7 @@ from tui.screens.pipeline import log
 from tui.screens.pipeline.log import ALL, StageLogs, StepLog, shown_line
 from tui.screens.pipeline.log_pane import LogPane, LogView, wrap_line
 
-STAGES = ("pretrain", "finetune_lora", "study_rank")
+STAGES = ("pretrain", "finetune_lora", "probe_rank")
 FIRST = """\
 Stage 'expand_vocab' didn't change, skipping
 Running stage 'pretrain':
@@ -20,10 +20,10 @@ Running stage 'pretrain':
 pretrain         artifacts/base  loss 0.239
 Updating lock file 'dvc.lock'
 
-Running stage 'document/dvc.yaml:study_rank':
-> lora study rank
+Running stage 'child/dvc.yaml:probe_rank':
+> lora probe rank
 error: no data
-ERROR: failed to reproduce 'study_rank': exited with 1
+ERROR: failed to reproduce 'probe_rank': exited with 1
 """
 SECOND = """\
 Running stage 'finetune_lora':
@@ -46,9 +46,9 @@ def test_lines_go_to_the_stage_that_printed_them_without_what_dvc_says(logs: Sta
         "> lora pretrain",
         "pretrain         artifacts/base  loss 0.239",
     ]
-    assert logs.lines("study_rank")[1:] == [
+    assert logs.lines("probe_rank")[1:] == [
         "error: no data",
-        "ERROR: failed to reproduce 'study_rank': exited with 1",
+        "ERROR: failed to reproduce 'probe_rank': exited with 1",
     ]
     # A stage's own output cannot open the log of one that there is not.
     assert logs.lines("finetune_lora") == [

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.workbench import open_project
+from pipeline.stages.registry import open_project
 from tests.helpers.projects import save
 from tui.screens.pipeline.params import Param, lines_of, params_of
 from tui.widgets.form import format_value, parse_names

@@ -13,6 +13,7 @@ import pytest
 from textual.widgets import Static
 
 from pipeline.files import artifact
+from tests.helpers.extension import add_probes
 from tests.helpers.pilot import until
 from tests.helpers.pipeline_screen import (
     below,
@@ -32,17 +33,11 @@ from tui.screens.pipeline.dag import DagView, Picture
 from tui.screens.pipeline.metrics_pane import MetricsPane
 from tui.screens.pipeline.screen import PipelineScreen
 from tui.screens.pipeline.stages_pane import StageTree
-from tui.screens.pipeline.tree import STUDIES, short_name
+from tui.screens.pipeline.tree import GROUP
 from tui.widgets.header import Header
 from tui.widgets.pane import Pane
 
 SIZES = ((80, 24), (120, 40), (200, 60), (60, 16), (30, 8))
-
-
-def model_rows(screen: PipelineScreen) -> list[str]:
-    """The rows of the stages that make models; the fixture `project` has not run the others."""
-    names = {short_name(screen.stages[name]) for name in PIPELINE}
-    return [row for row in rows(screen) if row.split()[1] in names]
 
 
 # The tree
@@ -52,7 +47,6 @@ def model_rows(screen: PipelineScreen) -> list[str]:
 async def test_an_empty_project_says_what_is_missing_and_what_to_press(empty: Path) -> None:
     async with open_screen(empty) as (pilot, screen):
         assert row(screen, "pretrain") == "○ pretrain not made"
-        assert row(screen, "▸") == "○ ▸ studies 0/10"
         assert facts(screen) == [
             "pretrain  ○ not made yet",
             "next R runs all stages, S this one alone.",
@@ -70,7 +64,7 @@ async def test_a_finished_project_is_up_to_date_and_a_change_of_its_params_is_se
 ) -> None:
     brief_params(project)
     async with open_screen(project) as (pilot, screen):
-        await until(pilot, lambda: all(row[0] == "✓" for row in model_rows(screen)))
+        await until(pilot, lambda: all(row[0] == "✓" for row in rows(screen)))
         save(project / "params.yaml", {"finetune_lora.rank": 2})
         await until(pilot, lambda: row(screen, "lora") == "● lora rank 4 → 2")
         assert row(screen, "merge") == "◌ merge waits"
@@ -102,27 +96,30 @@ async def test_the_row_of_evaluate_says_whether_limits_are_kept(project: Path) -
 
 
 @pytest.mark.slow
-async def test_the_studies_are_folded_by_keys_and_unfolded_for_one_that_is_asked_for(
-    empty: Path,
+async def test_a_group_is_folded_by_keys_and_unfolded_for_one_that_is_asked_for(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    add_probes(empty, monkeypatch)
     async with open_screen(empty) as (pilot, screen):
+        assert row(screen, "▸") == "○ ▸ probes 0/2"
+        assert row(screen, "overview") == "○ overview not made"
         count, tree = len(rows(screen)), screen.query_one(StageTree)
-        assert "study_rank" not in [option.id for option in tree.options]
-        tree.highlighted = tree.get_option_index(STUDIES)
-        await until(pilot, lambda: screen.params_pane.stage.startswith("study_"))
+        assert "probe_size" not in [option.id for option in tree.options]
+        tree.highlighted = tree.get_option_index(GROUP)
+        await until(pilot, lambda: screen.params_pane.stage == "probe_norm")
         await pilot.press("space")
-        assert len(rows(screen)) == count + 10
-        await pilot.press("down", "down", "left")  # from a study to its group
+        assert len(rows(screen)) == count + 2
+        await pilot.press("down", "down", "left")  # from a member to its group
         assert (
             len(rows(screen)) == count
             and tree.highlighted_option
-            and tree.highlighted_option.id == STUDIES
+            and tree.highlighted_option.id == GROUP
         )
         await pilot.press("enter")
-        assert len(rows(screen)) == count + 10
+        assert len(rows(screen)) == count + 2
         await pilot.press("left")
-        await choose(pilot, screen, "study_rank")
-        assert tree.highlighted_option and tree.highlighted_option.id == "study_rank"
+        await choose(pilot, screen, "probe_size")
+        assert tree.highlighted_option and tree.highlighted_option.id == "probe_size"
 
 
 @pytest.mark.slow
@@ -172,7 +169,7 @@ async def test_params_and_each_state_are_there_before_all_files_are_hashed(
             assert row(screen, "full") == "· full …"
             assert "d_model" in [param.key for param in screen.params_pane.params]
             hold.set()
-            await until(pilot, lambda: all(row[0] == "✓" for row in model_rows(screen)))
+            await until(pilot, lambda: all(row[0] == "✓" for row in rows(screen)))
     finally:
         hold.set()
 

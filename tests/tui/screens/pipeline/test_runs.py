@@ -19,6 +19,8 @@ from textual.widgets import Static
 from pipeline.errors import UserError
 from pipeline.project.logs.run_state import Journal
 from pipeline.project.status import StageState, Status
+from pipeline.stages.registry import GRAPH
+from tests.helpers.extension import add_probes
 from tests.helpers.pilot import until
 from tests.helpers.pipeline_screen import (
     brief_params,
@@ -83,14 +85,10 @@ def banner(screen: PipelineScreen) -> str:
 
 
 async def test_a_run_is_started_with_the_right_words_and_stopped(
-    studied: Path, tmp_path: Path, dvc: Callable[[str], None]
+    runnable: Path, dvc: Callable[[str], None]
 ) -> None:
-    project = tmp_path / "project"
-    shutil.copytree(studied, project)
-    (project / "dvc.yaml").write_text("", encoding="utf-8")
-    brief_params(project)
     dvc(WAIT)
-    async with open_screen(project) as (pilot, screen):
+    async with open_screen(runnable) as (pilot, screen):
         await choose(pilot, screen, "finetune_lora")
         await pilot.press("L", "a")
         for key, words in (
@@ -207,7 +205,7 @@ def running(*names: str) -> dict[str, StageState]:
         name: StageState(
             stage, "running" if name in names else "current", (), Journal("running", 1, 0.0, 1, 9)
         )
-        for name, stage in STAGES.items()
+        for name, stage in GRAPH.stages.items()
     }
 
 
@@ -215,6 +213,7 @@ def running(*names: str) -> dict[str, StageState]:
 async def test_the_cursor_follows_what_runs_until_the_user_moves_it(
     empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    add_probes(empty, monkeypatch)
     shown: dict[str, StageState] = {}
     monkeypatch.setattr(
         Status, "of", lambda _, project, *__: {n: (shown or running())[n] for n in project.readable}
@@ -234,15 +233,15 @@ async def test_the_cursor_follows_what_runs_until_the_user_moves_it(
 
         await now("pretrain")
         assert screen.chosen == "pretrain"
-        await now("study_rank")  # folded, and below the fold
-        assert screen.chosen == "study_rank"
+        await now("probe_size")  # folded, and below the fold
+        assert screen.chosen == "probe_size"
         tree = screen.query_one(StageTree)
         assert tree.highlighted is not None
         await until(pilot, lambda: _is_seen(tree))
         await pilot.press("k")
-        assert screen.chosen == "study_trajectory"
+        assert screen.chosen == "probe_norm"
         await now("merge")
-        assert screen.chosen == "study_trajectory"  # the user looks at it
+        assert screen.chosen == "probe_norm"  # the user looks at it
         await now()
         await now("merge", "pretrain")  # another run
         assert screen.chosen == "merge"

@@ -7,45 +7,61 @@ from hypothesis import strategies as st
 
 from pipeline.project.gate import Broken, Verdict
 from pipeline.project.logs.run_state import Journal
+from pipeline.project.params.schema import Section
 from pipeline.project.stage_graph import Stage
 from pipeline.project.status import StageState, State
-from tests.helpers.projects import SHIPPED, STAGES
-from tui.screens.pipeline.tree import MUTED, SIGNS, STUDIES, brief, draw_rows, tree_rows
+from tests.helpers.projects import PIPELINE, STAGES
+from tui.screens.pipeline.tree import GROUP, MUTED, SIGNS, brief, draw_rows, tree_rows
 
-NEEDS = {name: [need for need in stage.needs if need in SHIPPED] for name, stage in SHIPPED.items()}
+PROBES = {  # as an extension's stages that measure: two of a group, and one that reads both
+    f"probe_{name}": Stage(
+        f"probe_{name}", "", f"probes/{name}", "probe", name, Section, needs=("expand_vocab",)
+    )
+    for name in ("norm", "size")
+}
+READER = Stage(
+    "overview",
+    "",
+    "overview",
+    "overview",
+    "overview",
+    Section,
+    needs=("finetune_sweep", "evaluate", *PROBES),
+)
+SHOWN = {name: STAGES[name] for name in PIPELINE} | PROBES | {"overview": READER}
+NEEDS = {name: [need for need in stage.needs if need in SHOWN] for name, stage in SHOWN.items()}
 
 
 def drawn(unfolded: bool) -> list[str]:
-    rows = tree_rows(SHIPPED, NEEDS, unfolded)
+    rows = tree_rows(SHOWN, NEEDS, unfolded)
     return [
         f"{row.guides}{row.label}{' ← ' + ', '.join(row.after) if row.after else ''}"
         for row in rows
     ]
 
 
-def test_the_tree_of_the_document() -> None:
+def test_the_tree_of_the_pipeline_and_of_what_measures_it() -> None:
     assert drawn(False) == [
         "pretrain",
-        "├ expand_vocab",
-        "│ ├ scratch",
-        "│ ├ full",
-        "│ ├ freeze",
-        "│ ├ lora",
-        "│ │ └ merge",
-        "│ ├ prefix",
-        "│ ├ prompt",
-        "│ ├ sweep",
-        "│ ├ evaluate ← scratch, full, freeze, merge, prefix, prompt",
-        "│ └ figures ← full, freeze, lora",
-        "├ ▸ studies",
-        "└ claims ← sweep, evaluate, figures, studies",
+        "└ expand_vocab",
+        "  ├ scratch",
+        "  ├ full",
+        "  ├ freeze",
+        "  ├ lora",
+        "  │ └ merge",
+        "  ├ prefix",
+        "  ├ prompt",
+        "  ├ sweep",
+        "  ├ evaluate ← scratch, full, freeze, merge, prefix, prompt",
+        "  ├ ▸ probes",
+        "  └ overview ← sweep, evaluate, probes",
     ]
-    assert drawn(True)[12:15] == ["├ ▾ studies", "│ ├ intrinsic_dimension", "│ ├ spectrum"]
+    assert drawn(True)[11:14] == ["  ├ ▾ probes", "  │ ├ norm", "  │ └ size"]
 
 
 @st.composite
 def dags(draw: st.DrawFn) -> dict[str, tuple[str, ...]]:
-    names = draw(st.lists(st.sampled_from(sorted(SHIPPED)), min_size=1, max_size=9, unique=True))
+    names = draw(st.lists(st.sampled_from(sorted(SHOWN)), min_size=1, max_size=9, unique=True))
     return {
         name: tuple(draw(st.lists(st.sampled_from(names[:i]), unique=True)) if i else ())
         for i, name in enumerate(names)
@@ -56,19 +72,19 @@ def dags(draw: st.DrawFn) -> dict[str, tuple[str, ...]]:
 def test_every_stage_stands_once_and_below_something_that_it_needs(
     needs: dict[str, tuple[str, ...]],
 ) -> None:
-    stages = {name: STAGES[name] for name in needs}
+    stages = {name: SHOWN[name] for name in needs}
     rows = tree_rows(stages, needs, unfolded=True)
-    names = [row.key for row in rows if row.key != STUDIES]
+    names = [row.key for row in rows if row.key != GROUP]
     assert sorted(names) == sorted(needs)
     above: list[str] = []
     for row in rows:
         del above[len(row.guides) // 2 :]
         every = set.intersection(*(ancestors(needs, name) for name in row.members or (row.key,)))
-        assert {each for each in above if each != STUDIES} <= every
+        assert {each for each in above if each != GROUP} <= every
         above.append(row.key)
     folded = {row.key for row in tree_rows(stages, needs, unfolded=False)}
-    if STUDIES in folded:
-        assert folded - {STUDIES} == {name for name in needs if stages[name].kind != "study"}
+    if GROUP in folded:
+        assert folded - {GROUP} == {name for name in needs if not stages[name].group}
 
 
 def ancestors(needs: dict[str, tuple[str, ...]], name: str) -> set[str]:
@@ -122,10 +138,10 @@ def test_a_stage_whose_models_break_limits_is_red_though_it_is_up_to_date() -> N
 
 
 def test_rows_of_any_state_and_width_are_at_most_that_wide() -> None:
-    rows = tree_rows(SHIPPED, NEEDS, True)
+    rows = tree_rows(SHOWN, NEEDS, True)
     for state in get_args(State):
         states = {
-            name: StageState(stage, state, ("because " * 9,)) for name, stage in SHIPPED.items()
+            name: StageState(stage, state, ("because " * 9,)) for name, stage in SHOWN.items()
         }
         for width in range(1, 90, 7):
             for text in draw_rows(rows, states, width).values():
@@ -133,12 +149,12 @@ def test_rows_of_any_state_and_width_are_at_most_that_wide() -> None:
 
 
 def test_a_group_says_what_needs_attention_most() -> None:
-    states = {name: StageState(stage, "current") for name, stage in SHIPPED.items()}
-    states["study_rank"] = StageState(
-        STAGES["study_rank"], "running", (), Journal("running", 1, 0.0, 5, 10)
+    states = {name: StageState(stage, "current") for name, stage in SHOWN.items()}
+    states["probe_size"] = StageState(
+        PROBES["probe_size"], "running", (), Journal("running", 1, 0.0, 5, 10)
     )
-    texts = draw_rows(tree_rows(SHIPPED, NEEDS, False), states, 60)
-    assert texts[STUDIES].plain == "▶ ├ ▸ studies     9/10  ▶ rank ━━━━╌╌╌╌  50%"
+    texts = draw_rows(tree_rows(SHOWN, NEEDS, False), states, 60)
+    assert texts[GROUP].plain == "▶   ├ ▸ probes    1/2  ▶ size ━━━━╌╌╌╌  50%"
 
 
 def test_times_take_five_cells() -> None:

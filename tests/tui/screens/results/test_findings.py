@@ -11,9 +11,10 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.evaluation.comparison import by_variant, comparison
 from pipeline.project.stage_graph import Project
-from pipeline.workbench import claim_files, open_project, read_claims
-from tests.helpers.projects import new_project
-from tui.screens.results.documents import numbers_of, read_pages, read_pictures, read_studies
+from pipeline.stages.registry import open_project
+from tests.helpers.extension import PROBES, add_probes
+from tests.helpers.projects import make, new_project
+from tui.screens.results.documents import numbers_of, read_pages, read_pictures
 from tui.screens.results.findings import (
     KEPT,
     LEARNED,
@@ -72,9 +73,7 @@ def trial(loss: float | None, divergence: float | None = None, **values: Any) ->
 def test_a_project_without_results_has_none(empty_project: Project) -> None:
     assert read_evaluation(empty_project) is None
     assert read_sweep(empty_project) is None
-    assert read_claims(empty_project) is None
     assert not read_pages(empty_project) and not read_pictures(empty_project)
-    assert all(page.path is None for page in read_studies(empty_project))
 
 
 def test_the_cells_are_those_of_the_report(brief: Path) -> None:
@@ -202,30 +201,35 @@ def test_another_sweep_is_refused_in_one_sentence(empty_project: Project, row: A
         sweep(empty_project, a=row)
 
 
-def test_pages_pictures_and_the_files_of_a_claim(studied: Path) -> None:
-    project = open_project(studied / "params.yaml")
-    assert [page.title for page in read_pages(project)] == [
-        "Comparison",
-        "Figures",
-        "The document, measured",
-    ]
-    assert all(page.path and page.about.startswith("§") for page in read_studies(project))
-    pictures = {picture.key: picture for picture in read_pictures(project)}
-    assert pictures["figures/attention"].path.suffix == ".png"
-    assert "attention.csv" in [path.name for path in pictures["figures/attention"].numbers]
-    claims = read_claims(project)
-    assert claims is not None
-    files = {row["id"]: claim_files(project, row["id"]) for row in claims[1]}
-    assert files["share_full".replace("_", "-")] == [
-        studied / "artifacts/full_finetuned/manifest.json"
-    ]
-    assert files["share-freeze"] == []  # the calculator's
-    assert all(path.is_file() for paths in files.values() for path in paths)
-    text = numbers_of(studied / "artifacts/studies/methods/cost.csv", studied)
-    assert text.startswith(
-        "## artifacts/studies/methods/cost.csv\n\n**Trainable parameters, memory and storage**"
-    )
-    assert '"files"' not in numbers_of(studied / "artifacts/full_finetuned/manifest.json", studied)
+def test_pages_pictures_and_numbers_of_what_an_extension_measured(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_probes(project, monkeypatch)
+    make(project, PROBES)
+    opened = open_project(project / "params.yaml")
+    pages = {page.key: page for page in read_pages(opened)}
+    assert [*pages] == ["evaluate", "overview", "probe_norm", "probe_size"]
+    assert pages["probe_norm"].about == "about norm" and pages["probe_norm"].path
+    pictures = {picture.key: picture for picture in read_pictures(opened)}
+    shares = pictures["overview/shares"]
+    assert (shares.title, shares.about, shares.shows) == ("Shares", "Figure 1", "half")
+    assert [path.name for path in shares.numbers] == ["shares.csv"]
+    plain = pictures["probes/norm/picture"]
+    assert (plain.title, plain.about) == ("Probe of norm", "about norm")
+    assert [path.name for path in plain.numbers] == ["values.csv"]
+    text = numbers_of(project / "artifacts/probes/norm/values.csv", project)
+    assert text.startswith("## artifacts/probes/norm/values.csv\n\n**Shares of words**\n\n| word |")
+    assert "| hund | 0.1235 |" in text
+    manifest = project / "artifacts/full_finetuned/manifest.json"
+    assert '"files"' not in numbers_of(manifest, project)
+
+
+def test_of_a_group_what_did_not_run_is_a_page_without_a_file(
+    empty_project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_probes(empty_project.root, monkeypatch)
+    pages = read_pages(open_project(empty_project.root / "params.yaml"))
+    assert [(page.key, page.path) for page in pages] == [("probe_norm", None), ("probe_size", None)]
 
 
 @pytest.mark.parametrize("name", ["no.csv", "no.json", "model.safetensors"])

@@ -14,11 +14,11 @@ from rich.text import Text
 from textual.pilot import Pilot
 from textual.widgets import ContentSwitcher, OptionList, Static
 
+from tests.helpers.extension import PROBES, add_probes
 from tests.helpers.pilot import until
-from tests.helpers.projects import save
+from tests.helpers.projects import make, save
 from tui.app import Workbench
 from tui.dialogs import Menu
-from tui.screens.results.claims import ClaimPane, ClaimsPane
 from tui.screens.results.figures import PicturePane
 from tui.screens.results.methods import DetailPane, MethodsPane, ScatterPane
 from tui.screens.results.pages import ListPane, PagePane, PageReader, PagesView
@@ -266,6 +266,11 @@ async def test_nothing_evaluated_says_what_to_press(empty: Path) -> None:
         assert user.asked == []
 
 
+def titles(view: PagesView) -> list[str]:
+    """Of the pages that are listed."""
+    return [str(option.prompt) for option in view.query_one(ListPane).list.options]
+
+
 def text_after(user: Session) -> str:
     return user.screen.query_one("#report", PagesView).query_one(PagePane).page.plain
 
@@ -374,77 +379,66 @@ async def test_the_report_is_read_and_searched(brief: Path) -> None:
         assert user.view == "figures"
 
 
-async def test_studies_and_their_figures(studied: Path) -> None:
-    async with results(studied) as user:
-        await user.press("t")
-        view = user.screen.query_one("#studies", PagesView)
-        view.point("rank")
+@pytest.mark.slow
+async def test_what_an_extension_measured_is_read_with_its_pictures_and_numbers(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_probes(project, monkeypatch)
+    make(project, PROBES)
+    async with results(project) as user:
+        await user.press("r")
+        view = user.screen.query_one(PagesView)
+        assert titles(view) == [
+            "Comparison",
+            "All probes",
+            "Probe of norm",
+            "Probe of size",
+        ]
+        view.point("probe_size")
         page = view.query_one(PagePane).page
-        await until(user.pilot, lambda: "Rank, alpha and learning rate" in page.plain)
+        await until(user.pilot, lambda: "The size is 0.12." in page.plain)
         await user.press("f")
         pane = user.screen.query_one(PicturePane)
         await until(
-            user.pilot, lambda: pane.picture is not None and pane.picture.key == "studies/rank/rank"
+            user.pilot,
+            lambda: pane.picture is not None and pane.picture.key == "probes/size/picture",
         )
         await until(user.pilot, lambda: len(pane.query("HalfcellImage")) == 1)
         await user.press("o")
         await until(user.pilot, lambda: isinstance(user.app.screen, PageReader))
+        numbers = user.app.screen.query_one("MarkdownPage")
+        await until(user.pilot, lambda: "Shares of words" in numbers.plain)  # type: ignore[attr-defined]
 
 
-@pytest.mark.slow
-async def test_a_study_that_did_not_run_says_so(brief: Path) -> None:
-    async with results(brief) as user:
-        await user.press("t")
-        page = user.screen.query_one("#studies", PagesView).query_one(PagePane).page
-        await until(user.pilot, lambda: "was not measured yet. Press R" in page.plain)
-        assert "0/" in str(user.screen.query_one(Views).render())
+async def test_a_stage_of_a_group_that_did_not_run_says_so(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_probes(empty, monkeypatch)
+    async with results(empty) as user:
+        await user.press("r")
+        view = user.screen.query_one(PagesView)
+        assert titles(view) == ["Probe of norm", "Probe of size"]
+        await until(user.pilot, lambda: "not measured yet. Press R" in text_after(user))
 
 
-async def test_claims_by_section_verdict_and_words_and_their_numbers(studied: Path) -> None:
-    async with results(studied) as user:
-        await user.press("d")
-        pane = user.screen.query_one(ClaimsPane)
-        await until(user.pilot, lambda: len(pane.rows) > 200)
-        await user.press("p")
-        await user.choose("2")
-        assert {row["section"].partition(".")[0] for row in pane.rows} == {"2"}
-        await user.press("u")
-        await user.choose("holds")
-        assert {row["verdict"] for row in pane.rows} == {"holds"}
-        pane.choose(section="all", verdict="all")
-        await user.press("slash", *"full fine-tuning: 100%", "enter")
-        assert [row["id"] for row in pane.rows] == ["share-full", "compared-full"]
-        assert "100%" in user.drawn(ClaimPane)
-        await user.press("o")
-        await until(user.pilot, lambda: isinstance(user.app.screen, PageReader))
-        reader = user.app.screen.query_one("MarkdownPage")
-        await until(user.pilot, lambda: "full_finetuned/manifest.json" in reader.plain)  # type: ignore[attr-defined]
-        await user.press("escape", "slash", "escape", "slash", *"layer freezing: 30", "enter", "o")
-        await until(
-            user.pilot,
-            lambda: (
-                "calculator" in user.app.message_history[-1].text
-                if user.app.message_history
-                else False
-            ),
-        )
-
-
-async def test_another_screen_can_ask_for_a_claim(studied: Path) -> None:
-    async with results(studied) as user:
-        user.screen.open_with(claim="share-full")
-        claims = user.screen.query_one(ClaimsPane)
-        await until(user.pilot, lambda: (row := claims.pointed) and row["id"] == "share-full")
-        user.screen.open_with(section="2.4")
-        await user.pilot.pause()
-        assert {row["section"] for row in claims.rows} == {"2.4"}
-        user.screen.open_with(study="rank")
-        assert user.view == "studies"
-        user.screen.open_with(figure="figures/attention")
+async def test_another_screen_can_ask_for_a_report_a_figure_or_a_method(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_probes(project, monkeypatch)
+    make(project, PROBES)
+    async with results(project) as user:
+        user.screen.open_with(report="probe_size")
+        assert user.view == "report"
+        await until(user.pilot, lambda: "The size is 0.12." in text_after(user))
+        user.screen.open_with(figure="overview/shares")
         assert user.view == "figures"
+        pane = user.screen.query_one(PicturePane)
+        await until(user.pilot, lambda: pane.picture is not None and pane.picture.title == "Shares")
         user.screen.open_with(method="full")
-        pane = user.screen.query_one(MethodsPane)
-        await until(user.pilot, lambda: pane.pointed is not None and pane.pointed.name == "full")
+        methods = user.screen.query_one(MethodsPane)
+        await until(
+            user.pilot, lambda: methods.pointed is not None and methods.pointed.name == "full"
+        )
 
 
 @pytest.mark.slow
@@ -474,9 +468,9 @@ async def test_pictures_can_be_drawn_in_other_ways(brief: Path) -> None:
     "size", [(60, 16), (30, 8), (80, 24), (200, 60)], ids=lambda size: f"{size[0]}x{size[1]}"
 )
 @pytest.mark.sampled(4)
-async def test_every_view_at_every_size(studied: Path, size: tuple[int, int]) -> None:
-    async with results(studied, size) as user:
-        for key in "wrftda":
+async def test_every_view_at_every_size(brief: Path, size: tuple[int, int]) -> None:
+    async with results(brief, size) as user:
+        for key in "wrfa":
             await user.press(key, "plus", "plus")
         assert user.view == "methods"
 

@@ -1,6 +1,4 @@
-"""The first look: a folder without a project offers a new one, the document's, the demo, or the
-calculator.
-"""
+"""The first look: a folder without a project offers a new one, MiniGPT's, the demo, or the calculator."""
 
 import subprocess
 import sys
@@ -76,9 +74,7 @@ async def test_it_is_shown_where_there_is_no_project(
         assert mode(app) == expected
 
 
-async def test_the_documents_project_is_made_and_opened(
-    nothing: Path, asked: list[list[str]]
-) -> None:
+async def test_minigpts_project_is_made_and_opened(nothing: Path, asked: list[list[str]]) -> None:
     app = Workbench(nothing / "params.yaml")
     async with app.run_test(size=(120, 40)) as pilot:
         await pilot.press("p")
