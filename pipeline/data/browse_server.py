@@ -1,21 +1,17 @@
-"""Data files read in a process of their own, for the TUI, with the protocol of
-`pipeline.inference.server`.
+"""Data files read in a process of their own, for the terminal UI.
 
 `python -m pipeline.data.browse_server`. A hostile file costs this process time and memory, never
 the screen. Every request names its `path`, `columns`, whether plain prompts are `templated`, `base`
 (the folder of a model with the tokenizer, or null) and `max_length`; each runs in a thread, so that
-a page is read while all rows are checked. It ends as soon as stdin closes.
+a page is read while all rows are checked.
 """
 
 import json
-import os
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +20,7 @@ from pipeline.data.containers import Row, suffix_of
 from pipeline.data.examples import Example
 from pipeline.data.formats import example_of
 from pipeline.errors import UserError, explain, first_line
+from pipeline.files import worker
 from pipeline.files.problems import without_location
 
 if TYPE_CHECKING:
@@ -32,7 +29,7 @@ if TYPE_CHECKING:
     # the tokenizer, the number of positions; without one, why
     Opened = tuple[Tokenizer | None, int | None, str]
 
-Answer = dict[str, Any]
+Answer = worker.Answer
 EVERY = 0.2  # seconds between two reports of progress
 SUMMARY = 200  # characters of a row in a list
 TOKENIZED = 50_000  # characters; longer rows in a list are only tokenized when they are opened
@@ -41,17 +38,8 @@ EDITABLE = 100_000  # characters; less than `browse.LONGEST`, so that no line is
 FOUND = 1000  # rows that a search gives
 
 
-class Stopped(Exception):
-    """The request was cancelled."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """`send(**answer)` sends an answer before the last one."""
-
-    fields: Mapping[str, Any]
-    send: Callable[..., None]
-    cancelled: threading.Event = field(default_factory=threading.Event)
+class Request(worker.Request):
+    """A request whose fields are read leniently: what is missing or wrong is empty."""
 
     def text(self, key: str) -> str:
         return str(self.fields.get(key) or "")
@@ -77,20 +65,13 @@ class Request:
     def stopped(self) -> Callable[[], bool]:
         return self.cancelled.is_set
 
-    def go_on(self) -> None:
-        """Raises Stopped if it was cancelled."""
-        if self.cancelled.is_set():
-            raise Stopped
-
     def progress(self) -> Callable[[int], None]:
-        """A function that reports a number of rows, not too often. It raises Stopped if the request
-        was cancelled.
-        """
+        """A function that reports a number of rows, not too often. It raises Cancelled."""
         last = 0.0
 
         def report(rows: int) -> None:
             nonlocal last
-            self.go_on()
+            self.check()
             if (now := time.monotonic()) - last >= EVERY:
                 last = now
                 self.send(event="rows", rows=rows)
@@ -107,8 +88,7 @@ class Browser:
         self._opening, self._loading = threading.Lock(), threading.Lock()
 
     def answer(self, request: Request) -> Answer:
-        do = request.text("do")
-        if do not in (
+        if request.do not in (
             "index",
             "page",
             "row",
@@ -119,8 +99,8 @@ class Browser:
             "copy",
             "convert",
         ):
-            raise UserError(f"unknown request {do!r}.")
-        answer: Answer = getattr(self, do)(request)
+            raise UserError(f"unknown request {request.do!r}.")
+        answer: Answer = getattr(self, request.do)(request)
         return answer
 
     def index(self, request: Request) -> Answer:
@@ -137,7 +117,7 @@ class Browser:
         entries = self._open(request).read(
             first, min(request.number("count"), 500), request.stopped
         )
-        request.go_on()
+        request.check()
         examples, rows = self._summaries(request, enumerate(entries, first))
         request.send(event="page", rows=rows)
         return self._lengths(request, examples)
@@ -155,19 +135,19 @@ class Browser:
             found += 1
             if found == FOUND:
                 return {"complete": False}
-        request.go_on()
+        request.check()
         return {"complete": True}
 
     def locate(self, request: Request) -> Answer:
         """The position of a line or row by its number, or of the next one that is there."""
         position = self._open(request).position_of(request.number("row"), request.stopped)
-        request.go_on()
+        request.check()
         return {"position": position}
 
     def row(self, request: Request) -> Answer:
         """One row, turn by turn; while the tokenizer is loaded, before that without tokens."""
         entries = self._open(request).read(request.number("position"), 1, request.stopped)
-        request.go_on()
+        request.check()
         if not entries:
             raise UserError(f"{request.text('path')}: no such row any more. The file has changed.")
         if self._is_loading(request):
@@ -313,7 +293,7 @@ class Browser:
         lengths = {}
         most = request.number("max_length")
         for example, encoded in Encoder(tokenizer).each(short.values(), refuse):
-            request.go_on()
+            request.check()
             kept = min(len(encoded.ids), most or len(encoded.ids))
             cut = len(encoded.ids) - kept
             lengths[places[id(example)]] = (len(encoded.ids), sum(encoded.trained[1:kept]), cut)
@@ -393,62 +373,25 @@ def _shortened(shown: Any) -> tuple[list[tuple[str, list[tuple[str, str]]]], int
     return turns, hidden
 
 
-class Server:
-    """Reads requests and cancels until stdin closes."""
+def start() -> worker.Handle:
+    """What answers requests to one browser, also those on which a library fails."""
+    browser = Browser()
 
-    def __init__(self, sink: Any) -> None:
-        self._browser, self._sink, self._writing = Browser(), sink, threading.Lock()
-        self._pending: dict[int, Request] = {}
-
-    def receive(self, line: bytes) -> None:
-        fields = json.loads(line)
-        id_ = int(fields["id"])
-        if fields.get("do") == "cancel":
-            if pending := self._pending.get(fields.get("target")):
-                pending.cancelled.set()
-            return
-        request = self._pending[id_] = Request(fields, lambda **answer: self._send(id_, **answer))
-        threading.Thread(target=self._process, args=(id_, request), daemon=True).start()
-
-    def _process(self, id_: int, request: Request) -> None:
+    def handle(asked: worker.Request) -> Iterator[Answer]:
+        request = Request(**vars(asked))
         try:
-            self._send(id_, **{"event": "done", **self._browser.answer(request)})
-        except Stopped:
-            self._send(id_, event="cancelled")
+            yield {"event": "done", **browser.answer(request)}
+        except (UserError, worker.Cancelled):
+            raise
         except OSError as error:
-            self._send(id_, event="error", message=explain(error))
-        except UserError as error:
-            self._send(id_, event="error", message=str(error))
+            raise UserError(explain(error)) from None
         except Exception as error:  # whatever a damaged file makes a library raise
             traceback.print_exc()
-            message = (
-                f"{request.text('path')}: cannot be read: {type(error).__name__}: "
-                f"{first_line(error)}"
-            )
-            self._send(id_, event="error", message=message)
-        finally:
-            del self._pending[id_]
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"{request.text('path')}: cannot be read: {reason}") from None
 
-    def _send(self, id_: int, **answer: Any) -> None:
-        line = json.dumps({"id": id_, **answer}).encode() + b"\n"
-        with self._writing:
-            try:
-                self._sink.write(line)
-                self._sink.flush()
-            except BrokenPipeError:
-                os._exit(1)  # the parent is gone
-
-
-def main() -> None:
-    # The descriptor too, not only sys.stdout: C libraries print past Python, and would end up
-    # between two answers.
-    protocol_out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    server = Server(protocol_out)
-    for line in sys.stdin.buffer:
-        server.receive(line)
-    os._exit(0)  # threads may be reading
+    return handle
 
 
 if __name__ == "__main__":
-    main()
+    worker.serve(start, parallel=True)

@@ -4,20 +4,15 @@ Everything native runs in a process of its own (llama_cpp_process.py); nothing i
 downloaded.
 """
 
-import json
-import os
 import re
-import select
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import UserError, first_line, install_command, missing_libraries
+from pipeline.files.worker import Answer, Worker, python_module
 from pipeline.project.runner import Event, Progress
 
 if TYPE_CHECKING:
@@ -31,7 +26,7 @@ INSTALL = install_command("llama-cpp")
 NOT_COMPARED = f"There is no llama.cpp here, so nothing was compared. Install one: {INSTALL}."
 # for one answer, such as the logits of 512 tokens; a large model takes a minute to load
 SILENCE_SECONDS = 600.0
-COMMAND = (sys.executable, "-P", str(Path(__file__).with_name("llama_cpp_process.py")))
+COMMAND = python_module("pipeline.export.llama_cpp_process")
 # Smaller kinds (iq1, iq2) need statistics of the activations, and without them they are refused or
 # useless.
 KINDS = (
@@ -91,8 +86,8 @@ def quantize(source: Path, target: Path, kind: str) -> Generator[Event, None, No
             "kind": kind,
             "threads": get_num_threads(),
         }
-        process.send("quantize", **names)
-        while "done" in (answer := process.read()[0]):
+        process.worker.send("quantize", **names)
+        while (answer := process.read()[0])["event"] == "progress":
             yield Progress(answer["done"], answer["total"], kind)
 
 
@@ -182,12 +177,10 @@ class LlamaCpp:
         """(T, V) in fp32."""
         import torch
 
-        self._process.send("logits", ids=list(ids))
+        self._process.worker.send("logits", ids=list(ids))
         logits, row = torch.empty(len(ids), self._facts["rows"]), 0
-        while row < len(ids):  # an answer holds some of the rows
-            part = torch.frombuffer(self._process.read()[1], dtype=torch.float32).view(
-                -1, logits.shape[1]
-            )
+        while data := self._process.read()[1]:  # some of the rows
+            part = torch.frombuffer(data, dtype=torch.float32).view(-1, logits.shape[1])
             logits[row : row + len(part)] = part
             row += len(part)
         return logits
@@ -235,16 +228,15 @@ class _Process:
     def __init__(self, file: Path | None = None) -> None:
         if not is_installed():
             raise UserError(f"There is no llama.cpp here. Run `{INSTALL}`.")
-        self._file, self._rest = file, bytearray()
+        self._file = file
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(COMMAND, stdin=pipe, stdout=pipe, stderr=self._log)
+        self.worker = Worker(COMMAND, self._log)
         try:
-            hello, _ = self.read()
+            library = self.ask("library")
         except BaseException:  # Ctrl-C too
             self.close()
             raise
-        self.found = Found(hello["name"], hello["path"])
+        self.found = Found(library["name"], library["path"])
 
     def __enter__(self) -> "_Process":
         return self
@@ -253,51 +245,28 @@ class _Process:
         self.close()
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for file in (self._process.stdin, self._process.stdout, self._log):
-            with suppress(BrokenPipeError):  # input that it did not read
-                file.close()  # type: ignore[union-attr]
+        self.worker.kill()
+        self._log.close()
 
-    def ask(self, do: str, **fields: Any) -> dict[str, Any]:
-        self.send(do, **fields)
+    def ask(self, do: str, **fields: Any) -> Answer:
+        self.worker.send(do, **fields)
         return self.read()[0]
 
-    def send(self, do: str, **fields: Any) -> None:
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # it died: reading says why
-            self._process.stdin.write(json.dumps({"do": do, **fields}).encode() + b"\n")
-            self._process.stdin.flush()
-
-    def read(self) -> tuple[dict[str, Any], bytearray]:
+    def read(self) -> tuple[Answer, bytearray]:
         """The next answer, and the bytes that follow it."""
-        while (end := self._rest.find(b"\n")) < 0:
-            self._read_some()
-        line, self._rest = self._rest[:end], self._rest[end + 1 :]
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise self._error(f"cannot use it: {first_line(Exception(answer['error']))}")
-        size = answer.get("bytes", 0)
-        while len(self._rest) < size:
-            self._read_some()
-        data, self._rest = self._rest[:size], self._rest[size:]
-        return answer, data
-
-    def _read_some(self) -> None:
-        """By poll: `read` would wait forever for a process that hangs."""
-        assert self._process.stdout is not None
-        poller = select.poll()
-        poller.register(self._process.stdout, select.POLLIN)
-        if not poller.poll(SILENCE_SECONDS * 1000):
-            raise self._error(f"was stopped: it did not answer within {SILENCE_SECONDS:g} seconds")
-        piece = os.read(self._process.stdout.fileno(), 2**20)
-        if not piece:
-            raise self._error(f"died{self._last_words()}")
-        self._rest += piece
+        try:
+            return self.worker.read(SILENCE_SECONDS)
+        except UserError as error:
+            raise self._error(f"cannot use it: {first_line(error)}") from None
+        except TimeoutError:
+            limit = f"{SILENCE_SECONDS:g} seconds"
+            raise self._error(f"was stopped: it did not answer within {limit}") from None
+        except EOFError:
+            raise self._error(f"died{self._last_words()}") from None
 
     def _last_words(self) -> str:
         """The signal that ended the process, and what it printed of the reason."""
-        code = self._process.wait()
+        code = self.worker.process.wait()
         how = f" ({signal.Signals(-code).name})" if code < 0 else ""
         self._log.seek(0)
         lines = self._log.read()[-(2**16) :].decode("utf-8", "replace").splitlines()

@@ -2,22 +2,19 @@
 llama-cpp-py-sync wheel.
 
 A failed GGML_ASSERT aborts its process, and a file of somebody else's may crash it: neither may be
-the user's. The process answers requests, one JSON line each; an answer with "bytes" is followed by
-that many bytes. It ends with its parent, whose end closes its stdin. It imports nothing of this
-package.
+the user's.
 """
 
-import json
 import os
-import queue
 import re
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.files import worker
 
 STEP = 512  # tokens whose logits one call computes
 # address space for compute buffers and thread stacks, beside what the files take
@@ -31,20 +28,22 @@ class Failed(Exception):
 
 
 class Library:
-    """libllama through cffi, and what it logged as errors since the last request."""
+    """libllama through cffi, and what it logs during a request."""
 
-    def __init__(self, on_log: Callable[[str], None]) -> None:
+    def __init__(self) -> None:
         import llama_cpp_py_sync
         from llama_cpp_py_sync._cffi_bindings import _find_library, get_ffi, get_lib
 
         self.ffi, self.lib = get_ffi(), get_lib()
         self.name = f"llama.cpp {llama_cpp_py_sync.__llama_cpp_tag__}"
         self.path = str(_find_library())
+        self.request: worker.Request | None = None
         self.errors: list[str] = []
 
         def log(level: int, text: Any, _: Any) -> None:
             line = self.ffi.string(text).decode("utf-8", "replace").strip()
-            on_log(line)
+            if self.request and (match := TENSOR.match(line)):
+                self.request.send(event="progress", done=int(match[1]), total=int(match[2]))
             if level == ERROR and line:
                 self.errors.append(line)
 
@@ -234,70 +233,39 @@ def quantize(library: Library, source: str, target: str, kind: str, threads: int
         raise library.failed("the file cannot be quantized")
 
 
-def serve() -> None:
-    """Answer requests from stdin until it closes."""
-    import signal
+class Handler:
+    """Answers the requests of `llama_cpp.py` with the library, and with the file that is open."""
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    # keeps what the library prints out of the answers
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    def __init__(self) -> None:
+        self._library = Library()
+        self._session: Session | None = None
 
-    def send(answer: dict[str, Any], data: bytes = b"") -> None:
-        out.write(
-            json.dumps(answer | ({"bytes": len(data)} if data else {})).encode() + b"\n" + data
-        )
-        out.flush()
-
-    def show_progress(line: str) -> None:
-        if match := TENSOR.match(line):
-            send({"done": int(match[1]), "total": int(match[2])})
-
-    library = Library(show_progress)
-    send({"name": library.name, "path": library.path})
-    session: Session | None = None
-    for request in requests():
-        library.errors.clear()
-        do = request.pop("do")
+    def answer(self, request: worker.Request) -> Iterator[worker.Answer]:
+        self._library.request, self._library.errors = request, []
         try:
-            if do == "open":
-                _limit_memory(
-                    sum(
-                        Path(request[key]).stat().st_size
-                        for key in ("model", "adapter")
-                        if request[key]
-                    )
-                )
-                session = Session(library, **request)
-                send(session.facts())
-            elif do == "quantize":
-                _limit_memory(Path(request["source"]).stat().st_size)
-                quantize(library, **request)
-                send({"quantized": True})
-            elif do == "logits":
-                assert session is not None
-                for data in session.logits(**request):
-                    send({}, data)
-            else:
-                send({"answer": getattr(session, do)(**request)})
+            yield from self._answer(request.do, request.fields)
         except (Failed, OSError, MemoryError) as error:
-            send({"error": str(error) or "not enough memory"})
+            raise UserError(*(str(error) or "not enough memory").splitlines()) from None
 
-
-def requests() -> Iterator[dict[str, Any]]:
-    """Requests in order. A thread reads them, so that the process ends with its parent even while
-    it computes.
-    """
-    lines: queue.Queue[bytes] = queue.Queue()
-
-    def read() -> None:
-        for line in sys.stdin.buffer:
-            lines.put(line)
-        os._exit(0)
-
-    threading.Thread(target=read, daemon=True).start()
-    while True:
-        yield json.loads(lines.get())
+    def _answer(self, do: str, fields: Mapping[str, Any]) -> Iterator[worker.Answer]:
+        if do == "library":
+            yield {"event": "done", "name": self._library.name, "path": self._library.path}
+        elif do == "open":
+            files = [fields[key] for key in ("model", "adapter") if fields[key]]
+            _limit_memory(sum(Path(file).stat().st_size for file in files))
+            self._session = Session(self._library, **fields)
+            yield {"event": "done", **self._session.facts()}
+        elif do == "quantize":
+            _limit_memory(Path(fields["source"]).stat().st_size)
+            quantize(self._library, **fields)
+            yield {"event": "done"}
+        elif do == "logits":
+            assert self._session is not None
+            for data in self._session.logits(**fields):
+                yield {"event": "logits", "data": data}
+            yield {"event": "done"}
+        else:
+            yield {"event": "done", "answer": getattr(self._session, do)(**fields)}
 
 
 def _limit_memory(size: int) -> None:
@@ -313,4 +281,4 @@ def _limit_memory(size: int) -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    worker.serve(lambda: Handler().answer, most_bytes=-1)

@@ -1,4 +1,4 @@
-"""Requests of the inference process and their handlers: the engine's functions on loaded models."""
+"""Answers the requests of the inference process from the models that it has loaded."""
 
 import os
 import time
@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
+from msgspec import Struct
 from torch import Tensor
 from torch.nn import functional
 
@@ -14,183 +16,97 @@ from pipeline.adapters.low_rank import spectra
 from pipeline.data.tokenizers import chat_template
 from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.errors import UserError
-from pipeline.files.text import abbreviate_repr
+from pipeline.files.worker import Answer
 from pipeline.inference import engine
-from pipeline.inference.chat import History, Message, fit_history
+from pipeline.inference.chat import History, fit_history
 from pipeline.inference.engine import LoadedModel
 from pipeline.inference.model_pool import ModelPool
+from pipeline.inference.requests import (
+    MAX_LOADED,
+    Attention,
+    AttentionMaps,
+    Generate,
+    Load,
+    Spectrum,
+    Status,
+    TopK,
+    Unload,
+    parse,
+)
 from pipeline.models import device
 from pipeline.models.generate import Sampling, finite, stream
 from pipeline.models.load import count
 
-Answer = dict[str, Any]  # with "event"
 MAX_ATTENTION_TOKENS = 512  # the answer has this many numbers squared
-ROLES = ("system", "user", "assistant")
 MAX_MAP = 12  # tokens in a small map of a head; more are pooled
-MAX_INTEGER = 2**62  # torch takes 64-bit integers, JSON any
-
-
-class Request:
-    """Fields by name. Every getter raises UserError with the field, the rule and the value."""
-
-    def __init__(self, fields: Mapping[str, Any]) -> None:
-        self._fields = fields
-
-    def text(self, key: str) -> str:
-        return self._text(key, self._fields.get(key))
-
-    def messages(self) -> list[Message] | None:
-        """The conversation, if the request has one."""
-        value = self._fields.get("messages")
-        if value is None:
-            return None
-        if (
-            not isinstance(value, list)
-            or not value
-            or not all(isinstance(message, dict) for message in value)
-        ):
-            raise UserError(
-                f"messages must be a list of objects, at least one, got {abbreviate_repr(value)}."
-            )
-        for n, message in enumerate(value):
-            if message.get("role") not in ROLES:
-                rule = f"messages[{n}].role must be one of {', '.join(ROLES)}"
-                raise UserError(f"{rule}, got {abbreviate_repr(message.get('role'))}.")
-        return [
-            {
-                "role": message["role"],
-                "content": self._text(f"messages[{n}].content", message.get("content")),
-            }
-            for n, message in enumerate(value)
-        ]
-
-    def _text(self, key: str, value: object) -> str:
-        if not isinstance(value, str):
-            raise UserError(f"{key} must be a string, got {value!r}.")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{key} must be valid Unicode, got an unpaired surrogate.") from None
-        return value
-
-    def path(self, key: str) -> Path:
-        text = self.text(key)
-        if "\0" in text:
-            raise UserError(f"{key} must be a path without NUL, got {text!r}.")
-        return Path(text)
-
-    def optional_path(self, key: str) -> Path | None:
-        return None if self._fields.get(key) is None else self.path(key)
-
-    def names(self, key: str) -> list[str]:
-        value = self._fields.get(key)
-        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise UserError(f"{key} must be a list of names, got {value!r}.")
-        return value
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A non-negative integer."""
-        value = self._value(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_INTEGER:
-            raise UserError(f"{key} must be a whole number from 0, got {value!r}.")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        return _number(key, self._value(key, default))
-
-    def strength(self, name: str | None = None) -> float:
-        """An adapter's strength, 0 to 2, default 1. With `name`, its entry in a mapping of
-        strengths by model.
-        """
-        value = self._value("strength", 1.0 if name is None else {})
-        if name is not None:
-            if not isinstance(value, dict):
-                raise UserError(f"strength must map models to numbers, got {value!r}.")
-            value = value.get(name, 1.0)
-        strength = _number("strength", value)
-        if not 0 <= strength <= 2:
-            raise UserError(f"strength must be from 0 to 2, got {value!r}.")
-        return strength
-
-    def flag(self, key: str) -> bool:
-        """A boolean, default False."""
-        value = self._value(key, False)
-        if not isinstance(value, bool):
-            raise UserError(f"{key} must be true or false, got {value!r}.")
-        return value
-
-    def _value(self, key: str, default: Any) -> Any:
-        value = self._fields.get(key)
-        return default if value is None else value
-
-
-def _number(key: str, value: Any) -> float:
-    try:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-    except OverflowError:
-        pass
-    raise UserError(f"{key} must be a number, got {value!r}.")
+# by what a request says to `do`: each has a method of RequestHandler
+KINDS: dict[str, type[Struct]] = {
+    "generate": Generate,
+    "load": Load,
+    "unload": Unload,
+    "top_k": TopK,
+    "attention": Attention,
+    "attention_maps": AttentionMaps,
+    "spectrum": Spectrum,
+    "status": Status,
+}
 
 
 class RequestHandler:
-    """Answers requests in the protocol of `server.py`: `ONE_ANSWER` names the methods that a
-    request may call, besides `generate`. Each raises UserError for an invalid request."""
-
-    ONE_ANSWER = ("load", "unload", "top_k", "attention", "attention_maps", "spectrum", "status")
+    """Each method answers a request of its name, and raises UserError if it cannot."""
 
     def __init__(self) -> None:
-        self.models = ModelPool(parks=True)
+        self.models = ModelPool(parks=True, most=MAX_LOADED)
 
-    def answer(self, do: object, request: Request) -> Iterator[Answer]:
+    def answer(self, do: object, fields: Mapping[str, Any]) -> Iterator[Answer]:
         """Yields the answers, the last with event "done"; works only as far as the caller
         iterates.
         """
-        if do == "generate":
+        if not isinstance(do, str) or do not in KINDS:
+            raise UserError(f"do must be {', '.join(KINDS)} or cancel, got {do!r}.")
+        request = parse(KINDS[do], fields)
+        if isinstance(request, Generate):
             yield from self.generate(request)
-        elif isinstance(do, str) and do in self.ONE_ANSWER:
-            yield {"event": "done", **getattr(self, do)(request)}
         else:
-            raise UserError(
-                f"do must be generate, {', '.join(self.ONE_ANSWER)} or cancel, got {do!r}."
-            )
+            yield {"event": "done", **getattr(self, do)(request)}
 
-    def load(self, request: Request) -> Answer:
-        start = time.perf_counter()
-        name = request.text("name")
-        base, adapter = request.path("base"), request.optional_path("adapter")
+    def load(self, request: Load) -> Answer:
+        start, before = time.perf_counter(), self.models.names
         resident, was_there = self.models.load(
-            name, base, adapter, request.flag("trust_remote_code")
+            request.name,
+            Path(request.base),
+            None if request.adapter is None else Path(request.adapter),
+            request.trust_remote_code,
         )
         model = resident.loaded.model
         return {
-            "name": name,
+            "name": request.name,
             "parameters": count(model)["total"],
             "seconds": time.perf_counter() - start,
             "chat": chat_template.has_template(resident.loaded.base),
             "layers": model.shape.layers,
             "heads": model.shape.heads,
             "resident": was_there,
+            "unloaded": [name for name in before if name not in self.models.names],
         }
 
-    def unload(self, request: Request) -> Answer:
-        name = request.text("name")
-        self.models.unload(name)
-        return {"name": name}
+    def unload(self, request: Unload) -> Answer:
+        self.models.unload(request.name)
+        return {"name": request.name}
 
-    def top_k(self, request: Request) -> Answer:
+    def top_k(self, request: TopK) -> Answer:
         """Each model's most likely tokens, and ("of") its probability of every token that any model
         listed.
         """
-        k, answers = request.integer("k"), dict[str, Answer]()
+        answers = dict[str, Answer]()
         # without the models: the next may need their memory
         predictions: dict[str, tuple[Tokenizer, Tensor]] = {}
-        for name in request.names("models"):
+        for name in request.models:
             try:
-                loaded = self.models.get(name).at(request.strength(name))
+                loaded = self.models.get(name).at(request.strength.get(name, 1.0))
                 probabilities = engine.next_probabilities(loaded, _render_prompt(loaded, request))
                 predictions[name] = loaded.tokenizer, probabilities
-                choices = engine.top_tokens(loaded, probabilities, k)
+                choices = engine.top_tokens(loaded, probabilities, request.k)
                 del loaded
                 answers[name] = {
                     "top_k": [{"token": c.token, "probability": c.probability} for c in choices]
@@ -208,19 +124,13 @@ class RequestHandler:
             }
         return {"answers": answers}
 
-    def generate(self, request: Request) -> Iterator[Answer]:
+    def generate(self, request: Generate) -> Iterator[Answer]:
         start, loaded = time.perf_counter(), self._requested_model(request)
-        sampling = Sampling(
-            request.number("temperature", 0.0),
-            request.integer("top_k", 0),
-            request.number("top_p", 1.0),
-            request.integer("seed", 0),
-        )
-        limit, messages = request.integer("limit", 20), request.messages()
-        if messages is None:
+        sampling = Sampling(request.temperature, request.top_k, request.top_p, request.seed)
+        if request.messages is None:
             history = History(engine.encode(loaded, _render_prompt(loaded, request)))
         else:
-            history = fit_history(loaded, messages, limit)
+            history = fit_history(loaded, msgspec.to_builtins(request.messages), request.limit)
             yield {
                 "event": "prompt",
                 "tokens": len(history.ids),
@@ -231,7 +141,7 @@ class RequestHandler:
             }
         tokens, reason, begun = 0, "length", 0.0
         ends, decode_next = loaded.tokenizer.end_ids, loaded.tokenizer.stream()
-        for drawn in stream(loaded.model, history.ids, ends, limit, sampling):
+        for drawn in stream(loaded.model, history.ids, ends, request.limit, sampling):
             begun = begun or time.perf_counter()
             if drawn.id in ends:
                 reason = "end"
@@ -256,10 +166,9 @@ class RequestHandler:
             "tokens_per_second": rate,
         }
 
-    def attention(self, request: Request) -> Answer:
+    def attention(self, request: Attention) -> Answer:
         loaded = self._requested_model(request)
-        shape = loaded.model.shape
-        layer, head = request.integer("layer"), request.integer("head")
+        shape, layer, head = loaded.model.shape, request.layer, request.head
         if layer >= shape.layers or head >= shape.heads:
             raise UserError(
                 f"{loaded.name} has layers 0 to {shape.layers - 1} and heads 0 to "
@@ -273,11 +182,11 @@ class RequestHandler:
             "heads": shape.heads,
         }
 
-    def attention_maps(self, request: Request) -> Answer:
+    def attention_maps(self, request: AttentionMaps) -> Answer:
         """Small maps of all heads: `maps` of the model, for an adapter also of its `base` and of
         the `difference`, by layer and head; `change` is the share of a token's attention that the
         adapter moves, a mean over tokens."""
-        model, strength = self.models.get(request.text("model")), request.strength()
+        model, strength = self.models.get(request.model), request.strength
         loaded = model.at(strength)
         ids = _attended(loaded, request)
         maps: dict[str, list[Any]] = {"maps": [], "base": [], "difference": [], "change": []}
@@ -297,24 +206,23 @@ class RequestHandler:
             maps["change"].append(moved.mean(-1).tolist())
         return {"tokens": _attended_tokens(loaded, ids), **maps}
 
-    def spectrum(self, request: Request) -> Answer:
-        modules = spectra(request.path("adapter"))
+    def spectrum(self, request: Spectrum) -> Answer:
+        modules = spectra(Path(request.adapter))
         return {"modules": [{**m._asdict(), "share_of_first": m.share_of_first} for m in modules]}
 
-    def status(self, _: Request) -> Answer:
+    def status(self, _: Status) -> Answer:
         used = self.models.device or device.best_device()
         return {**device.device_info(used), "loaded": self.models.names, "pid": os.getpid()}
 
-    def _requested_model(self, request: Request) -> LoadedModel:
-        return self.models.get(request.text("model")).at(request.strength())
+    def _requested_model(self, request: Generate | AttentionMaps) -> LoadedModel:
+        return self.models.get(request.model).at(request.strength)
 
 
-def _render_prompt(loaded: LoadedModel, request: Request) -> str:
-    text = request.text("text")
-    return chat_template.render(loaded.base, text) if request.flag("chat") else text
+def _render_prompt(loaded: LoadedModel, request: Generate | TopK | AttentionMaps) -> str:
+    return chat_template.render(loaded.base, request.text) if request.chat else request.text
 
 
-def _attended(loaded: LoadedModel, request: Request) -> Sequence[int]:
+def _attended(loaded: LoadedModel, request: AttentionMaps) -> Sequence[int]:
     """The prompt's ids. Raises UserError if there are too many to show."""
     ids = engine.encode(loaded, _render_prompt(loaded, request))
     if len(ids) > MAX_ATTENTION_TOKENS:

@@ -1,7 +1,11 @@
 """Keeps models loaded: each base once in memory, adapters as views of it."""
 
 import copy
-from collections.abc import Callable, Mapping
+import math
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -110,21 +114,26 @@ class Resident:
 
 
 class ModelPool:
-    """Models by name. A base stays loaded while any of them uses it.
+    """Models by name, at most `most` of them on at most `most_bases` bases. A base stays loaded
+    while any of them uses it.
 
-    With `parks`, a model that finds no room on the device takes that of the models unused for
-    longest. These leave memory, and come back when they are asked for: nobody else may hold them.
+    The model unused for longest makes room for another. With `parks`, also where the device has no
+    memory left; it then comes back when it is asked for: nobody else may hold it.
     """
 
-    def __init__(self, parks: bool = False) -> None:
+    def __init__(
+        self, parks: bool = False, most: float = math.inf, most_bases: float = math.inf
+    ) -> None:
         # weak: a base's memory is freed with the last model on it; one per quantization, as they
         # are other weights
         self._bases: WeakValueDictionary[tuple[Path, Quantization], ResidentBase] = (
             WeakValueDictionary()
         )
-        self._models: dict[str, Resident] = {}  # the last used at the end
-        self._parks = parks
+        self._models = OrderedDict[str, Resident]()  # the last used at the end
+        self._parks, self._most, self._most_bases = parks, most, most_bases
         self._parked: dict[str, tuple[Path, Path | None, bool]] = {}  # with base, adapter and trust
+        self._in_use = Counter[str]()
+        self._lock = threading.RLock()  # guards `_models` and `_in_use`
 
     @property
     def names(self) -> list[str]:
@@ -133,14 +142,14 @@ class ModelPool:
     @property
     def bases(self) -> list[ResidentBase]:
         """Those in memory."""
-        return [*{id(model.base): model.base for model in self._models.values()}.values()]
+        models = [*self._models.values()]  # at once: another thread may use one
+        return [*{id(model.base): model.base for model in models}.values()]
 
     @property
     def device(self) -> torch.device | None:
         """Of the model that was used last; None without models."""
-        return next(
-            (model.loaded.model.device for model in reversed([*self._models.values()])), None
-        )
+        last = next(reversed(self._models.values()), None)
+        return last.loaded.model.device if last else None
 
     def load(
         self, name: str, base: Path, adapter: Path | None, trust_remote_code: bool = False
@@ -149,6 +158,7 @@ class ModelPool:
         engine.load.
         """
         folder, quantization = base.resolve(), quantization_of(adapter)
+        self._make_room(name, folder)  # before: two large models may not fit side by side
         shared = self._bases.get((folder, quantization))
         # a base whose files changed is loaded beside the old one, which models that are still
         # loaded keep
@@ -173,7 +183,7 @@ class ModelPool:
         if signature(shared.folder) != shared.signature:
             raise UserError(f"{shared.folder} changed while it was loaded. Load it again.")
         self._parked.pop(name, None)
-        self._models[name] = model
+        self._put(name, model)
         # called for its side effect: sets the number of threads for this model
         device_for(model.loaded.model)
         return model, resident
@@ -184,7 +194,7 @@ class ModelPool:
         """
         alone = replace(loaded, adapter=None)
         base = ResidentBase(loaded.base, False, quantization_of(loaded.adapter), alone)
-        self._models[loaded.name] = Resident(alone, base, ())
+        self._put(loaded.name, Resident(alone, base, ()))
 
     def unload(self, name: str) -> None:
         """Drop a model. Raises UserError if it is not loaded."""
@@ -198,16 +208,58 @@ class ModelPool:
         """
         if name in self._parked:
             return self.load(name, *self._parked[name])[0]
-        if self.loaded(name).current:
-            self._models[name] = self._models.pop(name)
-            return self._models[name]
-        return self.load(name, *_source(self._models[name]))[0]
+        return self.find(name) or self.load(name, *_source(self.loaded(name)))[0]
+
+    def find(self, name: str) -> Resident | None:
+        """The model called `name` if it is in memory and its files are unchanged."""
+        model = self._models.get(name)
+        if model is None or not model.current:
+            return None
+        with self._lock:
+            if self._models.get(name) is model:
+                self._models.move_to_end(name)
+        return model
 
     def loaded(self, name: str) -> Resident:
         """The model called `name`, as it is in memory. Raises UserError."""
-        if name not in self._models:
+        model = self._models.get(name)
+        if model is None:
             raise UserError(f"{name} is not loaded. Loaded: {', '.join(self.names) or 'nothing'}.")
-        return self._models[name]
+        return model
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        """Keeps a model in memory."""
+        with self._lock:
+            self._in_use[name] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._in_use[name] -= 1
+                if not self._in_use[name]:
+                    del self._in_use[name]  # any name that a client sends comes here
+
+    def _put(self, name: str, model: Resident) -> None:
+        """Set a model, as the one that was used last."""
+        with self._lock:
+            self._models[name] = model
+            self._models.move_to_end(name)
+
+    def _make_room(self, name: str, folder: Path) -> None:
+        """Drop models until one more, on the base in `folder`, is within the limits."""
+        with self._lock:
+            for other in [*self._parked, *self._models]:
+                if self._has_room(name, folder):
+                    return
+                if other != name and not self._in_use[other]:
+                    self.unload(other)
+
+    def _has_room(self, name: str, folder: Path) -> bool:
+        others = [model for key, model in self._models.items() if key != name]
+        bases = {id(model.base): model.base.folder.resolve() for model in others}
+        more = folder not in bases.values()
+        return len(bases) + more <= self._most_bases and len({*self.names} - {name}) < self._most
 
     def _park_oldest(self) -> bool:
         """Free the model unused for longest; False if there is none."""

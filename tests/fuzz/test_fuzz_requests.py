@@ -15,7 +15,7 @@ import pytest
 from hypothesis import strategies as st
 
 from pipeline.adapters.config import AdapterSpec
-from pipeline.inference.handlers import Request, RequestHandler
+from pipeline.inference.handlers import RequestHandler
 from pipeline.inference.http.models import Source
 from pipeline.inference.http.server import HttpServer
 from tests.conftest import Built
@@ -255,7 +255,7 @@ def test_requests(folder: Path, handler: RequestHandler, fields: Any) -> None:
 
     def answer() -> None:
         with suppress(OSError):  # the server answers with its text
-            json.dumps(list(handler.answer(fields.get("do"), Request(fields)))).encode()
+            json.dumps(list(handler.answer(fields.get("do"), fields))).encode()
 
     read_or_refuse(answer, folder)
     handler.models.load("mini", handler.mini, None)  # type: ignore[attr-defined]

@@ -5,7 +5,9 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
-from tui.services.engine_client import EngineDied, Inference
+from pipeline.files.async_worker import WorkerDied
+from pipeline.inference.requests import MAX_LOADED
+from tui.services.engine_client import Inference
 
 TOKENS = (" tisch", " und", " stuhl")
 DEATH = "The inference process ended: it was killed. Prompt again to start a new one."
@@ -22,6 +24,7 @@ class FakeInference(Inference):
         super().__init__(Path())
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.life = 0  # 0: not running
+        self.loaded: list[str] = []
         self.dies = False  # at the next generate
         self.go_on = asyncio.Event()  # completions wait for it after their first token
         self.chat = False
@@ -59,6 +62,8 @@ class FakeInference(Inference):
         return answer
 
     def _load(self, name: str, **_: object) -> dict[str, Any]:
+        self.loaded.append(name)
+        unloaded = [self.loaded.pop(0)] if len(self.loaded) > MAX_LOADED else []
         return {
             "name": name,
             "parameters": 1,
@@ -66,10 +71,8 @@ class FakeInference(Inference):
             "chat": self.chat,
             "layers": 2,
             "heads": 4,
+            "unloaded": unloaded,
         }
-
-    def _unload(self, name: str) -> dict[str, Any]:
-        return {"name": name}
 
     def _top_k(
         self, models: list[str], strength: dict[str, float], text: str, **_: object
@@ -134,7 +137,7 @@ class FakeInference(Inference):
                 yield {"event": "token", "text": token, "probability": 0.5}
                 if self.dies:
                     self.life, self.dies, over = 0, False, True
-                    raise EngineDied(DEATH)
+                    raise WorkerDied(DEATH)
                 if number == 0:
                     await self.go_on.wait()
             over = True

@@ -41,6 +41,7 @@ from cli.main import COMMANDS
 from pipeline.data.convert import WRITERS
 from pipeline.export.formats import FORMATS, Export
 from pipeline.files.artifact import MANIFEST, file_digest
+from pipeline.files.async_worker import WorkerDied
 from pipeline.project.logs import run_state
 from pipeline.project.logs.follower import missing
 from pipeline.project.params import edit
@@ -48,7 +49,7 @@ from pipeline.stages.registry import GRAPH, open_project
 from tests.helpers.kill_points import count_changes, die_at_change
 from tests.helpers.process import PRELOADED, SERVER, Forked
 from tests.helpers.projects import GIVEN, LORA, make, new_project, played, save
-from tui.services.engine_client import EngineDied, Inference
+from tui.services.engine_client import Inference
 
 # by commands, which then start at once; a kill while a library is imported shows little
 IMPORTED = (
@@ -594,7 +595,7 @@ class Engine:
         asyncio.get_running_loop().call_later(seconds, os.kill, pid, signal.SIGKILL)
         # to its end: the moment may come late on a machine that is not busy
         while engine.pid == pid:
-            with suppress(EngineDied):
+            with suppress(WorkerDied):
                 async for _ in self._ask_all(engine):
                     heard += 1
         answers = [answer async for answer in self._ask_all(engine)]

@@ -3,7 +3,6 @@ prompt share.
 """
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +15,6 @@ from pipeline.project.stage_graph import ARTIFACTS, Project
 from pipeline.stages.registry import GRAPH, open_project
 from tui.services.engine_client import Inference
 from tui.services.model_library import GONE, Entry, Library
-
-MAX_LOADED = 9  # models kept loaded, and compared side by side
 
 
 @dataclass(frozen=True)
@@ -63,18 +60,16 @@ def trusts_remote_code(params: Path, base: Path) -> bool:
 
 
 class LoadedModels:
-    """The models that the inference process has loaded: up to MAX_LOADED, then the oldest is
-    unloaded.
+    """The models that the inference process has loaded, which makes room for another by itself.
 
-    A model's name in requests is its path. The screens share one object, `shared_models`: what one
-    unloads is unloaded for all.
+    A model's name in requests is its path. The screens share one object, `shared_models`.
     """
 
     def __init__(self, inference: Inference, library: Library, params: Path) -> None:
         self.inference, self.library, self._params = inference, library, params
         self._pid: int | None = None  # of the process that has the models loaded
         # with the engine's facts
-        self._loaded: OrderedDict[Path, tuple[str, dict[str, Any]]] = OrderedDict()
+        self._loaded: dict[Path, tuple[str, dict[str, Any]]] = {}
         self._load_lock = asyncio.Lock()
 
     def has_chat(self, entries: Sequence[Entry]) -> bool:
@@ -96,26 +91,22 @@ class LoadedModels:
                 self._loaded.clear()
             stamp = await asyncio.to_thread(self.library.stamp, entry.model)
             if path in self._loaded and self._loaded[path][0] == stamp:
-                self._loaded.move_to_end(path)
                 return
             if stamp == GONE:
                 raise UserError(f"{path} no longer exists. Select another model.")
             verdict = (await asyncio.to_thread(self.library.check, entry)).verdict
             if verdict and verdict.state == REFUSED:
                 raise UserError(verdict.reason or REFUSED)
-            # Make room first: the memory of the oldest may be what the new one needs.
-            while len(self._loaded.keys() - {path}) >= MAX_LOADED:
-                oldest = next(other for other in self._loaded if other != path)
-                del self._loaded[oldest]
-                await self.inference.ask("unload", name=str(oldest))
             base = await asyncio.to_thread(self.library.base, entry.model)
             trust = base is not None and await asyncio.to_thread(
                 trusts_remote_code, self._params, base
             )
             adapter = path if entry.model.kind == "adapter" else None
             fields = {"base": base, "adapter": adapter, "trust_remote_code": trust}
-            self._loaded[path] = stamp, await self.inference.ask("load", name=str(path), **fields)
-            self._loaded.move_to_end(path)
+            facts = await self.inference.ask("load", name=str(path), **fields)
+            for name in facts["unloaded"]:  # they made room
+                self._loaded.pop(Path(name), None)
+            self._loaded[path] = stamp, facts
             self._pid = self.inference.pid
 
 

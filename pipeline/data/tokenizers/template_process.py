@@ -1,31 +1,30 @@
-"""Renders chat templates in a separate process with limited time and memory.
+"""Renders chat templates in a process of their own, with limited time and memory.
 
 A template is a program written by the model's author: it may loop forever or fill the memory, and
 no thread can be stopped that does. The process imports transformers' Jinja but not torch (0.7 s,
-once) and answers requests, one JSON line each. It ends with its parent, whose end closes its stdin.
+once).
 """
 
 import atexit
 import json
 import os
-import select
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from pipeline.files import worker
+from pipeline.files.worker import Worker, python_module
 
 RENDER_SECONDS = 5.0  # per request; a real template takes less than a millisecond
 START_SECONDS = 120.0  # to import the libraries on a slow and busy machine
 MEMORY_BYTES = 512 * 2**20  # in addition to what the process uses when it is ready
 MAX_EXTRA_CHARACTERS = 4 * 2**20  # of output, in addition to MAX_COPIES of the conversation
 MAX_COPIES = 4
-# As a file, so that nothing of this package is imported; with -P, so that its folder's `word.py`
-# hides no other module.
-COMMAND = (sys.executable, "-P", str(Path(__file__)))
+COMMAND = python_module("pipeline.data.tokenizers.template_process")
 ADVICE = "Fix the template, or choose another model."
 
 
@@ -64,8 +63,8 @@ class Renderer:
     time.
     """
 
-    _process: "subprocess.Popen[bytes] | None"
-    _unread: "Request | None"
+    _worker: Worker | None
+    _unread: "Request | None"  # the request whose answer was not read
 
     def __init__(self) -> None:
         self.forget()
@@ -79,12 +78,6 @@ class Renderer:
         rendering a fifth of that, and the caller can work while the process does.
         """
         request = Request(self)
-        line = (
-            json.dumps(
-                {"template": template, "conversations": conversations, "tokens": tokens}
-            ).encode()
-            + b"\n"
-        )
         with self._lock:
             self.read_answer()
             try:
@@ -92,11 +85,9 @@ class Renderer:
             except TemplateError as error:
                 request.error = error
                 return request
-            assert process.stdin is not None
+            fields = {"template": template, "conversations": conversations, "tokens": tokens}
             try:
-                with suppress(BrokenPipeError):  # it was killed
-                    process.stdin.write(line)
-                    process.stdin.flush()
+                process.send("render", **fields)
             except BaseException:  # Ctrl-C too: half a request is in the pipe
                 self.stop()
                 raise
@@ -108,79 +99,61 @@ class Renderer:
         with self._lock:
             if (request := self._unread) is None:
                 return
-            process, line = self._process, None
+            answer = None
             try:
-                line = self._read_line(process, RENDER_SECONDS) if process else None
+                answer = self._read(RENDER_SECONDS)
             finally:  # Ctrl-C too: the next request must not read this one's answer
-                if line is None:
+                if answer is None:
                     self.stop()
             self._unread = None
-            request.line = line
-            if line is None:
-                request.error = TemplateError(
-                    f"was stopped: it did not finish within {RENDER_SECONDS:g} seconds and "
-                    f"{MEMORY_BYTES // 2**20} MiB "
-                    f"of memory. {ADVICE}"
-                )
-
-    def _ensure_running(self) -> "subprocess.Popen[bytes]":
-        if self._process is not None and self._process.poll() is None:
-            return self._process
-        self.stop()
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(COMMAND, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
-        self._process = process
-        self._rest = b""
-        if self._read_line(process, START_SECONDS) is None:
-            self.stop()
-            raise TemplateError(
-                f"cannot be rendered: `{' '.join(COMMAND)}` does not start. Run it to see the "
-                "reason."
+            if answer is not None:
+                request.answers = answer["answers"]
+                return
+            request.error = TemplateError(
+                f"was stopped: it did not finish within {RENDER_SECONDS:g} seconds and "
+                f"{MEMORY_BYTES // 2**20} MiB of memory. {ADVICE}"
             )
-        return process
 
-    def _read_line(self, process: "subprocess.Popen[bytes]", seconds: float) -> bytes | None:
-        """The next line from the process, or None if it ends or takes longer than `seconds`.
+    def _ensure_running(self) -> Worker:
+        if self._worker is not None and self._worker.process.poll() is None:
+            return self._worker
+        self.stop()
+        self._worker = Worker(COMMAND, subprocess.DEVNULL)
+        self._worker.send("start")
+        if self._read(START_SECONDS) is None:
+            self.stop()
+            command = " ".join(COMMAND)
+            raise TemplateError(
+                f"cannot be rendered: `{command}` does not start. Run it to see the reason."
+            )
+        return self._worker
 
-        By poll: `readline` would wait forever for a template that never ends.
-        """
-        assert process.stdout is not None
-        pieces, deadline = [self._rest], time.monotonic() + seconds
-        poller = select.poll()
-        poller.register(process.stdout, select.POLLIN)
-        while b"\n" not in pieces[-1]:
-            if not poller.poll(max(0, deadline - time.monotonic()) * 1000):
-                return None
-            piece = os.read(process.stdout.fileno(), 2**20)
-            if not piece:
-                return None
-            pieces.append(piece)
-        line, _, self._rest = b"".join(pieces).partition(b"\n")
-        return line
+    def _read(self, seconds: float) -> worker.Answer | None:
+        """The next answer; None if the process ends or takes longer than `seconds`."""
+        with suppress(EOFError, TimeoutError):
+            return self._worker.read(seconds)[0] if self._worker else None
+        return None
 
     def stop(self) -> None:
         """End the process, if there is one."""
-        process, self._process = self._process, None
+        process, self._worker = self._worker, None
         self._unread = None
         if process is not None:
             process.kill()
-            with suppress(BrokenPipeError):  # unread input
-                process.communicate()
 
     def forget(self) -> None:
         """Drop the process without stopping it: a fork must leave its parent's alone and start its
         own.
         """
         self._lock = threading.RLock()
-        self._process = None
-        self._unread = None  # the request whose answer was not read
-        self._rest = b""  # output read after the last line
+        self._worker = None
+        self._unread = None
 
 
 class Request:
     """A request that was sent to the rendering process."""
 
-    line: bytes | None = None
+    answers: Sequence[Sequence[Mapping[str, Any]]] | None = None
     error: TemplateError | None = None
 
     def __init__(self, renderer: Renderer) -> None:
@@ -191,11 +164,11 @@ class Request:
 
         Raises TemplateError if the process had to be stopped.
         """
-        if self.line is None and self.error is None:
+        if self.answers is None and self.error is None:
             self._renderer.read_answer()
-        if self.line is None:
+        if self.answers is None:
             raise self.error or TemplateError(f"was stopped with its process. {ADVICE}")
-        return [_renderings(answers) for answers in json.loads(self.line)]
+        return [_renderings(answers) for answers in self.answers]
 
 
 def _renderings(answers: Sequence[Mapping[str, Any]]) -> list[Rendered | TemplateError]:
@@ -216,36 +189,40 @@ atexit.register(RENDERER.stop)
 os.register_at_fork(after_in_child=RENDERER.forget)
 
 
-def serve() -> None:
-    """Answer requests from stdin until it closes."""
-    import signal
+# In the rendering process
+
+
+def main() -> None:
     import warnings
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     warnings.simplefilter("ignore")
-    out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    sys.stdout = sys.stderr  # keeps library output out of the answers
+    worker.serve(_start, most_bytes=-1)
+
+
+def _start() -> worker.Handle:
     # Imported before the limit counts, which is on what a template adds to the size of the address
     # space.
     from transformers.utils.chat_template_utils import render_jinja_template  # noqa: F401
 
-    with suppress(OSError):  # no /proc
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-        _limit("RLIMIT_AS", pages * os.sysconf("SC_PAGE_SIZE") + MEMORY_BYTES)
-    out.write(b"ready\n")
-    out.flush()
-    for line in sys.stdin.buffer:
-        # The parent stops what takes too long. Of CPU time there is a limit too, in case the parent
-        # itself is killed.
-        _limit("RLIMIT_CPU", int(time.process_time() + RENDER_SECONDS) + 2)
-        request = json.loads(line)
-        given = (request["template"], request["tokens"])
-        answers = [
-            _shortened([_answer(*given, messages, tools, *prefix) for prefix in prefixes])
-            for messages, prefixes, tools in request["conversations"]
-        ]
-        out.write(json.dumps(answers).encode() + b"\n")
-        out.flush()
+    return _handle
+
+
+def _handle(request: worker.Request) -> Iterator[worker.Answer]:
+    if request.do == "start":
+        with suppress(OSError):  # no /proc
+            pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+            _limit("RLIMIT_AS", pages * os.sysconf("SC_PAGE_SIZE") + MEMORY_BYTES)
+        yield {"event": "done"}
+        return
+    # The parent stops what takes too long. Of CPU time there is a limit too, in case the parent
+    # itself is killed.
+    _limit("RLIMIT_CPU", int(time.process_time() + RENDER_SECONDS) + 2)
+    given = (request.fields["template"], request.fields["tokens"])
+    answers = [
+        _shortened([_answer(*given, messages, tools, *prefix) for prefix in prefixes])
+        for messages, prefixes, tools in request.fields["conversations"]
+    ]
+    yield {"event": "done", "answers": answers}
 
 
 def _shortened(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -307,4 +284,4 @@ def _answer(
 
 
 if __name__ == "__main__":
-    serve()
+    main()

@@ -29,6 +29,7 @@ from pipeline.inference.http.models import ServedModels, unknown
 from pipeline.inference.http.replies import ChatFormat, Choice, CompletionFormat, Format, Usage
 from pipeline.inference.http.requests import MAX_CHOICES, ChatRequest, CompletionRequest, parse
 from pipeline.inference.model_pool import Resident
+from pipeline.inference.requests import FieldError
 from pipeline.models.generate import Sampling
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
@@ -74,6 +75,8 @@ def as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, Busy):
         return ApiError(429, str(error), headers={"Retry-After": "1"})
+    if isinstance(error, FieldError):
+        return ApiError(400, str(error), error.field)
     if isinstance(error, UserError):
         return ApiError(400, str(error))
     if isinstance(error, HTTPException):
@@ -203,7 +206,7 @@ class Api:
         start = time.monotonic()
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options needs stream: true.", "stream_options")
-        with self._models.using(body.model):
+        with self._models.pool.using(body.model):
             resident = await self._models.get(body.model)
             loaded, strength = resident.loaded, _strength(resident, body.strength)
             prompts = await asyncio.to_thread(prepare, loaded)
@@ -275,7 +278,7 @@ class Api:
             self._metrics.generated_tokens += 1
 
         pieces = generate(self._generator, generations, loaded.tokenizer.stream, stops, count)
-        with self._models.using(generations[0].model):
+        with self._models.pool.using(generations[0].model):
             async with aclosing(pieces):
                 async for piece in pieces:
                     yield piece

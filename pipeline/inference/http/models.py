@@ -3,13 +3,11 @@ clients load.
 """
 
 import asyncio
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from pipeline.adapters.config import CONFIG, read_config
 from pipeline.errors import UserError, explain
@@ -22,8 +20,6 @@ from pipeline.project.stage_graph import ARTIFACTS, Project
 
 MAX_LOADED = 32  # models in memory, above which those unused for longest are unloaded
 MAX_BASES = 2  # of them with weights of their own
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -97,47 +93,45 @@ class ServedModels:
     def __init__(
         self,
         generator: BatchedGenerator,
+        pool: ModelPool,
         scan: Callable[[], Sources],
         adapter_folders: Sequence[Path] = (),
         trust_remote_code: bool = False,
         fits_memory: bool = False,
     ) -> None:
-        """`scan` finds the models again; `adapter_folders` are those in which clients may load
-        adapters.
+        """Loads the base, which stays. `scan` finds the models again; clients may load adapters in
+        `adapter_folders`. Raises UserError.
 
         `fits_memory`: the generator's `max_tokens` follows the memory that the loaded models leave.
         """
-        self._fits_memory = fits_memory
-        self._generator, self._scan, self._trusted = generator, scan, trust_remote_code
+        self._generator, self.pool, self._scan = generator, pool, scan
         self._adapter_folders = [folder.resolve() for folder in adapter_folders]
-        self._found = dict(scan())
-        self.base = next(iter(self._found))
+        self._trusted, self._fits_memory = trust_remote_code, fits_memory
+        self._scanned = dict(scan())
         self._added: dict[str, Source] = {}  # by clients
         self._removed: set[str] = set()
-        self._residents: dict[str, Resident] = {}  # the last used at the end
-        self._loading: dict[tuple[str, Source], asyncio.Task[Resident]] = {}
-        self._in_use: Counter[str] = Counter()
+        self._loading: dict[tuple[str, Source], asyncio.Future[Resident]] = {}
+        self.base, source = next(iter(self._scanned.items()))
+        generator.call(partial(self._load_in, self.base, source)).result()
 
     @property
     def sources(self) -> Sources:
         """By name; loaded ones and others."""
-        every = self._found | self._added
+        every = self._scanned | self._added
         return {name: source for name, source in every.items() if name not in self._removed}
 
     async def rescan(self) -> Sources:
         """`sources`, with what was trained since."""
-        base = {self.base: self._found[self.base]}  # stays, also if its files are gone
+        base = {self.base: self._scanned[self.base]}  # stays, also if its files are gone
         with suppress(UserError):
-            self._found = base | dict(await asyncio.to_thread(self._scan))
+            self._scanned = base | dict(await asyncio.to_thread(self._scan))
         return self.sources
 
     async def get(self, name: str) -> Resident:
         """The model, loaded if it is not, or if its files changed. Raises ApiError 404, or 400 if
         it is rejected.
         """
-        resident = self._residents.get(name)
-        if resident is not None and resident.current:
-            self._residents[name] = self._residents.pop(name)
+        if resident := self.pool.find(name):
             return resident
         source = self.sources.get(name) or (await self.rescan()).get(name)
         if source is None:
@@ -148,77 +142,33 @@ class ServedModels:
         """Loaded once for all who wait, also if the first of them goes."""
         key = name, source
         if key not in self._loading:
-            task = self._loading[key] = asyncio.create_task(self._loaded(name, source))
-            task.add_done_callback(partial(self._finish_loading, key))
+            future = self._generator.call(partial(self._load_in, name, source))
+            self._loading[key] = asyncio.wrap_future(future)
+            self._loading[key].add_done_callback(partial(self._finish_loading, key))
         try:
             return await asyncio.shield(self._loading[key])
         except (UserError, OSError) as error:
             message = explain(error) if isinstance(error, OSError) else str(error)
             raise ApiError(400, message, param) from None
 
-    def _finish_loading(self, key: tuple[str, Source], task: asyncio.Task[Resident]) -> None:
+    def _finish_loading(self, key: tuple[str, Source], loading: asyncio.Future[Resident]) -> None:
         del self._loading[key]
-        if not task.cancelled():
-            task.exception()  # or asyncio prints it where everyone who waited has gone
-
-    def load_base(self) -> None:
-        """Load the base, before there is an event loop. Raises UserError."""
-        load = partial(self._load_in, self.base, self._found[self.base])
-        self._residents[self.base] = self._generator.call(load).result()
+        if not loading.cancelled():
+            loading.exception()  # or asyncio prints it where everyone who waited has gone
 
     def _load_in(self, name: str, source: Source, pool: ModelPool) -> Resident:
-        resident, _ = pool.load(name, source.base, source.adapter, self._trusted)
+        with pool.using(self.base):  # it makes room for no other
+            resident, _ = pool.load(name, source.base, source.adapter, self._trusted)
         if self._fits_memory:
             self._generator.fit_to_memory()
         _ = resident.loaded.tokenizer.end_ids  # starts the process that renders chat templates
         return resident
 
-    async def _loaded(self, name: str, source: Source) -> Resident:
-        self._residents.pop(name, None)
-        await self._make_room(source.base)  # before: two large models may not fit side by side
-        resident = await self._call(partial(self._load_in, name, source))
-        self._residents[name] = resident
-        return resident
-
-    async def _make_room(self, base: Path) -> None:
-        """Unload the models unused for longest until one more, on `base`, is within the limits;
-        never the first base, nor what generates."""
-        for name in list(self._residents):
-            bases = {
-                id(resident.base): resident.base.folder.resolve()
-                for resident in self._residents.values()
-            }
-            more = base.resolve() not in bases.values()
-            if (
-                len(self._residents) + len(self._loading) <= MAX_LOADED
-                and len(bases) + more <= MAX_BASES
-            ):
-                return
-            if name != self.base and not self._in_use[name]:
-                await self._forget(name)
-
-    async def _forget(self, name: str) -> None:
-        if self._residents.pop(name, None) is not None:
-            await self._call(partial(self._unload_in, name))
-
     def _unload_in(self, name: str, pool: ModelPool) -> None:
-        pool.unload(name)
+        with suppress(UserError):  # it is not in memory
+            pool.unload(name)
         if self._fits_memory:
             self._generator.fit_to_memory()
-
-    async def _call(self, function: Callable[[ModelPool], T]) -> T:
-        return await asyncio.wrap_future(self._generator.call(function))
-
-    @contextmanager
-    def using(self, name: str) -> Iterator[None]:
-        """Keeps a model in memory."""
-        self._in_use[name] += 1
-        try:
-            yield
-        finally:
-            self._in_use[name] -= 1
-            if not self._in_use[name]:
-                del self._in_use[name]  # any name that a client sends comes here
 
     async def load_adapter(self, name: str, path: str, replace: bool) -> None:
         """Serve the adapter at `path`, on the base, as `name`. Raises ApiError."""
@@ -229,13 +179,12 @@ class ServedModels:
                 "load_inplace to true.",
                 "lora_name",
             )
-        if name in self._found and self._found[name].adapter is None:
+        if name in self._scanned and self._scanned[name].adapter is None:
             raise ApiError(
                 400, f"{name} is the name of a model. Choose another lora_name.", "lora_name"
             )
         folder = self._allowed(path)
-        source = Source(self._found[self.base].base, folder)
-        self._residents.pop(name, None)  # the pool replaces it
+        source = Source(self._scanned[self.base].base, folder)
         await self._load(name, source, "lora_path")
         self._added[name] = source
         self._removed.discard(name)
@@ -266,7 +215,8 @@ class ServedModels:
         source = self.sources.get(name)
         if source is None or source.adapter is None:
             raise ApiError(404, f"The lora adapter '{name[:200]}' cannot be found.", "lora_name")
-        await self._forget(name)
+        unloaded = self._generator.call(partial(self._unload_in, name))
+        await asyncio.wrap_future(unloaded)
         self._added.pop(name, None)
         self._removed.add(name)
 

@@ -1,13 +1,14 @@
 """The bodies of requests: OpenAI's fields, checked; errors name the field."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
+from pipeline.inference import requests
 from pipeline.inference.http.errors import ApiError
+from pipeline.inference.requests import FieldError
 
 MAX_CHOICES = 64  # of one request: prompts × n
 MAX_STOP_LENGTH = 1000  # characters: each is compared with the end of the text after each token
@@ -46,10 +47,6 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-_OF_OBJECT = re.compile(
-    r"Object (?P<problem>missing required|contains unknown) field `(?P<name>.*)`", re.DOTALL
-)
-
 Body = TypeVar("Body", bound=Struct)
 Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
 
@@ -188,42 +185,16 @@ class UnloadAdapter(Struct, forbid_unknown_fields=True):
 
 
 def parse(kind: type[Body], body: bytes) -> Body:
-    """The JSON `body` as `kind`. Raises ApiError 400, which names the field."""
+    """The JSON `body` as `kind`. Raises ApiError 400 and FieldError, which name the field."""
     try:
         fields = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ApiError(400, f"the body must be JSON: {error}.") from None
     if not isinstance(fields, dict):
         raise ApiError(400, "the body must be a JSON object.")
-    fields = {
-        key: value for key, value in fields.items() if value is not None and key not in _IGNORED
-    }
+    fields = {key: value for key, value in fields.items() if key not in _IGNORED}
     for key in _NEUTRAL.keys() & fields:
-        if fields[key] not in _NEUTRAL[key]:
-            raise ApiError(400, f"{key} is not supported. Remove it from the request.", key)
+        if fields[key] is not None and fields[key] not in _NEUTRAL[key]:
+            raise FieldError(key, " is not supported. Remove it from the request.")
         del fields[key]
-    try:
-        return msgspec.convert(fields, kind)
-    except (msgspec.ValidationError, RecursionError) as error:
-        raise _explain(str(error), fields) from None
-
-
-def _explain(error: str, fields: Mapping[str, Any]) -> ApiError:
-    """msgspec's message as one that begins with the field and ends with its value."""
-    # no regular expression: the names of fields are in it
-    text, at, path = error.rpartition(" - at `")
-    text, within = (text, path[:-1].removeprefix("$").removeprefix(".")) if at else (error, "")
-    if of_object := _OF_OBJECT.fullmatch(text):
-        field = ".".join(filter(None, (within, of_object["name"])))[:200]
-        if of_object["problem"] == "missing required":
-            return ApiError(400, f"{field} is missing. Add it to the request.", field)
-        return ApiError(
-            400, f"{field} is not a field that is supported. Remove it from the request.", field
-        )
-    value = fields.get(within)
-    shown = (
-        f", got {value!r:.80}" if isinstance(value, str | int | float) and "got" not in text else ""
-    )
-    return ApiError(
-        400, f"{within}: {text[:1].lower()}{text[1:]}{shown}. Correct it in the request.", within
-    )
+    return requests.parse(kind, fields)

@@ -16,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pipeline.errors import Interrupted, UserError
 from pipeline.inference.batching import MAX_TOKENS, BatchedGenerator
+from pipeline.inference.http import models
 from pipeline.inference.http.app import Api
 from pipeline.inference.http.guard import Guard
 from pipeline.inference.http.metrics import Metrics
@@ -168,14 +169,12 @@ class HttpServer:
         access.check()
         self._socket = bind(access.host, port)
         self.port: int = self._socket.getsockname()[1]
-        self.generator = BatchedGenerator(
-            ModelPool(), max_batch, max_waiting, max_tokens or MAX_TOKENS
-        )
+        pool = ModelPool(most=models.MAX_LOADED, most_bases=models.MAX_BASES)
+        self.generator = BatchedGenerator(pool, max_batch, max_waiting, max_tokens or MAX_TOKENS)
         try:
             self.models = ServedModels(
-                self.generator, scan, adapter_folders, trust_remote_code, max_tokens is None
+                self.generator, pool, scan, adapter_folders, trust_remote_code, max_tokens is None
             )
-            self.models.load_base()
             if max_tokens is None:
                 self._refuse_without_room()
         except BaseException:

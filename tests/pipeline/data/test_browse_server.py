@@ -4,15 +4,16 @@ file.
 
 import json
 import time
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.data import browse_server
-from pipeline.data.browse_server import Server
 from pipeline.data.check import check
 from pipeline.data.tokenizers.word import load_tokenizer
+from pipeline.files.worker import Server
 from tests.helpers.tokenizers import SMOLLM2, folder_with
 
 ROWS = [
@@ -38,7 +39,9 @@ class Client:
 
     def __init__(self) -> None:
         self.answers: list[dict[str, Any]] = []
-        self.server, self.last = Server(self), 0
+        sink: Any = self
+        self.server = Server(browse_server.start(), BytesIO(), sink, parallel=True)
+        self.last = 0
 
     def write(self, line: bytes) -> None:
         self.answers.append(json.loads(line))

@@ -111,11 +111,12 @@ def test_a_template_that_never_ends_is_stopped_with_its_process(
     renderer: Renderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written(renderer, "")
-    process = renderer._process
+    assert renderer._worker is not None
+    process = renderer._worker.process
     monkeypatch.setattr(template_process, "RENDER_SECONDS", 0.2)
     with pytest.raises(TemplateError, match=r"was stopped: it did not finish within 0\.2 seconds"):
         written(renderer, ENDLESS)
-    assert process is not None and process.poll() == -signal.SIGKILL
+    assert process.poll() == -signal.SIGKILL
     monkeypatch.undo()
     assert written(renderer, "{{ 1 }}") == "1"
 
@@ -205,13 +206,13 @@ import os, time
 from pipeline.data.tokenizers.template_process import RENDERER
 text = lambda: RENDERER.render("{{{{ 1 }}}}", [({TURNS!r}, [(1, False)], ())], {{}}).answer()[0][0]
 assert text() == "1"
-mine = RENDERER._process.pid
+mine = RENDERER._worker.process.pid
 if os.fork() == 0:
-    good = text() == "1" and RENDERER._process.pid != mine
+    good = text() == "1" and RENDERER._worker.process.pid != mine
     RENDERER.stop()
     os._exit(not good)
 assert os.wait()[1] == 0
-assert text() == "1" and RENDERER._process.pid == mine
+assert text() == "1" and RENDERER._worker.process.pid == mine
 print(mine, flush=True)
 time.sleep(60)
 """
@@ -234,9 +235,9 @@ time.sleep(60)
 @pytest.mark.slow
 def test_a_process_whose_parent_was_killed_has_few_seconds_left(renderer: Renderer) -> None:
     written(renderer, "")
-    assert renderer._process is not None
+    assert renderer._worker is not None
     assert (
-        resource.prlimit(renderer._process.pid, resource.RLIMIT_CPU)[0]
+        resource.prlimit(renderer._worker.process.pid, resource.RLIMIT_CPU)[0]
         <= 5 + template_process.RENDER_SECONDS + 2
     )
-    os.kill(renderer._process.pid, 0)
+    os.kill(renderer._worker.process.pid, 0)

@@ -184,7 +184,7 @@ def test_an_id_that_is_no_token_is_one_message(runner: LlamaCpp, ids: list[int])
 
 @pytest.mark.parametrize("number", [signal.SIGABRT, signal.SIGSEGV, signal.SIGKILL])
 def test_a_crash_of_llama_cpp_is_one_message(runner: LlamaCpp, number: signal.Signals) -> None:
-    os.kill(runner._process._process.pid, number)
+    os.kill(runner._process.worker.process.pid, number)
     with pytest.raises(UserError, match=rf"model.gguf: llama.cpp died \({number.name}\)"):
         runner.logits(IDS)
 
@@ -201,7 +201,7 @@ def test_a_file_on_which_an_assertion_of_llama_cpp_fails_is_one_message(
     )
 
 
-HELLO = """echo '{"name": "llama.cpp b0", "path": "libllama.so"}'; """
+HELLO = """echo '{"id": 1, "event": "done", "name": "llama.cpp b0", "path": "libllama.so"}'; """
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_the_process_ends_with_its_parent(toy: tuple[Path, torch.nn.Module]) -> 
     code = (
         "import os, sys\nfrom pathlib import Path\nfrom pipeline.export.llama_cpp import LlamaCpp\n"
         f"with LlamaCpp(Path({str(toy[0] / 'model.gguf')!r})) as runner:\n"
-        "    print(runner._process._process.pid, flush=True)\n    os.kill(os.getpid(), 9)\n"
+        "    print(runner._process.worker.process.pid, flush=True)\n    os.kill(os.getpid(), 9)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.inference import engine
-from pipeline.inference.handlers import Request, RequestHandler
+from pipeline.inference.handlers import RequestHandler
 from pipeline.models.generate import Sampling, generate
 from pipeline.models.load import load_base
 from pipeline.models.transformers_model import TransformersModel
@@ -121,7 +121,7 @@ def talk(request: pytest.FixtureRequest, family: Made) -> Talk:
 
 
 def ask(handler: RequestHandler, do: str, **fields: Any) -> list[dict[str, Any]]:
-    return list(handler.answer(do, Request({"do": do, **fields})))
+    return list(handler.answer(do, {"do": do, **fields}))
 
 
 def test_strength_0_is_the_base_and_strength_1_the_adapter(talk: Talk) -> None:

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.adapters.config import WEIGHTS, AdapterSpec
 from pipeline.errors import UserError
-from pipeline.inference.handlers import Request, RequestHandler
+from pipeline.inference.handlers import RequestHandler
+from pipeline.inference.requests import MAX_LOADED
 from pipeline.models import device
 from tests.helpers.checkpoints import adapter
 
@@ -31,32 +32,35 @@ GENERATE = {"do": "generate", "model": "m", "text": "w1"}
     [
         ({"do": "dance"}, r"do must be generate, load, .* or cancel, got 'dance'"),
         ({"do": None}, r"do must be generate, .* got None"),
-        ({"do": "load", "base": "x"}, r"name must be a string, got None"),
-        ({"do": "load", "name": "x", "base": 5}, r"base must be a string, got 5"),
+        ({"do": "load", "base": "x"}, r"name is missing. Add it to the request"),
+        (
+            {"do": "load", "name": "x", "base": 5},
+            r"base: expected `str`, got `int`. Correct it in the request",
+        ),
         (
             {"do": "load", "name": "x", "base": "a\0b"},
-            r"base must be a path without NUL, got 'a\\x00b'",
+            r"base: expected `str` matching .*, got 'a\\x00b'",
         ),
         ({"do": "load", "name": "x", "base": "/nowhere"}, r"/nowhere is not a model folder"),
         ({"do": "unload", "name": "x"}, r"x is not loaded. Loaded: m\."),
         (
             {"do": "top_k", "models": "m", "text": "w1", "k": 1},
-            r"models must be a list of names, got 'm'",
+            r"models: expected `array`, got `str`",
         ),
         (
             {"do": "top_k", "models": ["m"], "text": "w1", "k": -1},
-            r"k must be a whole number from 0, got -1",
+            r"k: expected `int` >= 0, got -1",
         ),
         ({**GENERATE, "text": "w1 \ud800"}, r"text must be valid Unicode"),
         ({**GENERATE, "text": "w1 nowhere"}, r"m does not know: nowhere"),
-        ({**GENERATE, "limit": True}, r"limit must be a whole number from 0, got True"),
-        ({**GENERATE, "temperature": "hot"}, r"temperature must be a number, got 'hot'"),
-        ({**GENERATE, "temperature": 10**400}, r"temperature must be a number"),
+        ({**GENERATE, "limit": True}, r"limit: expected `int`, got `bool`"),
+        ({**GENERATE, "temperature": "hot"}, r"temperature: expected `float`, got `str`"),
+        ({**GENERATE, "temperature": 10**400}, r"temperature: number out of range"),
         ({**GENERATE, "temperature": -1}, r"sampling needs temperature at least 0"),
-        ({**GENERATE, "strength": 2.1}, r"strength must be from 0 to 2, got 2.1"),
-        ({**GENERATE, "strength": float("nan")}, r"strength must be from 0 to 2, got nan"),
+        ({**GENERATE, "strength": 2.1}, r"strength: expected `float` <= 2.0, got 2.1"),
+        ({**GENERATE, "strength": float("nan")}, r"strength: expected `float` >= 0.0, got nan"),
         ({**GENERATE, "chat": True}, r"has no chat template"),
-        ({**GENERATE, "chat": 1}, r"chat must be true or false, got 1"),
+        ({**GENERATE, "chat": 1}, r"chat: expected `bool`, got `int`"),
         (
             {"do": "attention", "model": "m", "text": "w1", "layer": 2, "head": 0},
             r"m has layers 0 to 1 and heads 0 to",
@@ -72,7 +76,7 @@ def test_a_request_that_cannot_be_met_is_refused_with_its_reason(
     handler: RequestHandler, fields: Answer, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        list(handler.answer(fields["do"], Request(fields)))
+        list(handler.answer(fields["do"], fields))
 
 
 def filled(folder: Path, base: Path, value: float) -> Path:
@@ -92,11 +96,7 @@ def test_an_adapter_that_is_not_finite_is_refused(
 ) -> None:
     folder = filled(tmp_path / "wild", endless, value)
     with pytest.raises(UserError, match=r"lora_A.weight is not finite. Train the adapter again"):
-        list(
-            handler.answer(
-                do, Request({"name": "wild", "base": str(endless), "adapter": str(folder)})
-            )
-        )
+        list(handler.answer(do, {"name": "wild", "base": str(endless), "adapter": str(folder)}))
 
 
 def test_a_model_that_overflows_is_refused_and_the_base_answers(
@@ -114,15 +114,15 @@ def test_a_model_that_overflows_is_refused_and_the_base_answers(
     }
     for do in ("generate", "attention"):
         with pytest.raises(UserError, match="The model's outputs are not finite"):
-            list(handler.answer(do, Request(asked)))
-    (done,) = handler.answer("top_k", Request(asked))
+            list(handler.answer(do, asked))
+    (done,) = handler.answer("top_k", asked)
     assert "are not finite" in done["answers"]["wild"]["error"]
     assert len(done["answers"]["m"]["top_k"]) == 1
 
 
 def test_one_model_that_cannot_answer_does_not_silence_the_others(handler: RequestHandler) -> None:
     fields = {"models": ["m", "gone"], "text": "w1", "k": 2, "strength": {"m": 0.5, "gone": 1}}
-    (done,) = handler.answer("top_k", Request(fields))
+    (done,) = handler.answer("top_k", fields)
     assert len(done["answers"]["m"]["top_k"]) == 2
     assert done["answers"]["gone"] == {"error": "gone is not loaded. Loaded: m."}
 
@@ -131,15 +131,26 @@ def test_a_token_that_a_model_lacks_has_no_probability_there(
     handler: RequestHandler, finished: Path
 ) -> None:
     handler.models.load("german", finished / "artifacts/base", None)
-    (done,) = handler.answer("top_k", Request({"models": ["m", "german"], "text": "w1", "k": 2}))
+    (done,) = handler.answer("top_k", {"models": ["m", "german"], "text": "w1", "k": 2})
     assert "does not know: w1" in done["answers"]["german"]["error"]
-    (done,) = handler.answer("top_k", Request({"models": ["m", "german"], "text": "<eos>", "k": 2}))
+    (done,) = handler.answer("top_k", {"models": ["m", "german"], "text": "<eos>", "k": 2})
     of = {name: answer["of"] for name, answer in done["answers"].items()}
     mine, theirs = (
         {c["token"] for c in done["answers"][name]["top_k"]} for name in ("m", "german")
     )
     assert all(of["german"][token] is None for token in mine if token.startswith("w"))
     assert all(of["m"][token] is None for token in theirs if not token.startswith("<"))
+
+
+def test_a_tenth_model_takes_the_room_of_the_one_unused_for_longest(
+    handler: RequestHandler, endless: Path
+) -> None:
+    for n in range(MAX_LOADED - 1):
+        (done,) = handler.answer("load", {"name": f"m{n}", "base": str(endless)})
+        assert done["unloaded"] == []
+    list(handler.answer("generate", {"model": "m", "text": "w1", "limit": 1}))
+    (done,) = handler.answer("load", {"name": "one more", "base": str(endless)})
+    assert (done["unloaded"], len(handler.models.names)) == (["m0"], MAX_LOADED)
 
 
 def test_the_device_is_the_best_there_is_and_its_memory_is_told(

@@ -14,7 +14,7 @@ from pipeline.files.text import join_texts
 from pipeline.inference import engine
 from pipeline.inference.chat import Message, fit_history
 from pipeline.inference.engine import LoadedModel
-from pipeline.inference.handlers import Request, RequestHandler
+from pipeline.inference.handlers import RequestHandler
 from tests.helpers.families import FAMILIES, new_project
 
 WINDOW = 64
@@ -121,7 +121,7 @@ def test_a_request_with_messages_tells_the_prompt_before_the_tokens(
     handler.models.load("m", folder, None)
     messages = conversation(12)
     fields = {"model": "m", "messages": messages, "limit": 4}
-    prompt, *_, done = handler.answer("generate", Request(fields))
+    prompt, *_, done = handler.answer("generate", fields)
     history = fit_history(loaded, messages, 4)
     assert prompt == {
         "event": "prompt",
@@ -138,14 +138,14 @@ def test_a_request_with_messages_tells_the_prompt_before_the_tokens(
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([], r"messages must be a list of objects, at least one, got \[\]"),
-        ("hello", r"messages must be a list of objects, at least one, got 'hello'"),
+        ([], r"messages: expected `array` of length >= 1"),
+        ("hello", r"messages: expected `array \| null`, got `str`"),
         (
             [{"role": "tool", "content": "x"}],
-            r"messages\[0\].role must be one of system, user, assistant, got 'tool'",
+            r"messages\[0\].role: invalid enum value 'tool'",
         ),
-        ([{"role": "user"}], r"messages\[0\].content must be a string, got None"),
-        ([{"role": "user", "content": "\ud800"}], r"messages\[0\].content must be valid Unicode"),
+        ([{"role": "user"}], r"messages\[0\].content is missing"),
+        ([{"role": "user", "content": "\ud800"}], r"messages must be valid Unicode"),
         (
             [{"role": "user", "content": "<|end|>"}],
             r"messages\[0\] contains <\|end\|>, a special token",
@@ -157,4 +157,4 @@ def test_messages_that_are_none_are_refused(folder: Path, messages: Any, message
     handler = RequestHandler()
     handler.models.load("m", folder, None)
     with pytest.raises(UserError, match=message):
-        list(handler.answer("generate", Request({"model": "m", "messages": messages})))
+        list(handler.answer("generate", {"model": "m", "messages": messages}))

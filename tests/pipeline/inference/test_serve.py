@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.files.worker import MAX_WAITING
 from pipeline.inference import engine
 from pipeline.inference.engine import layer_attention
-from pipeline.inference.server import FAILED_DEVICE, MAX_WAITING, device_failure
+from pipeline.inference.server import FAILED_DEVICE, device_failure
 from tests.helpers.process import forked
 from tests.helpers.projects import ROOT
 

@@ -26,7 +26,7 @@ from pipeline.adapters.lora import principal
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST
 from pipeline.inference import engine, server
-from pipeline.inference.handlers import Request, RequestHandler
+from pipeline.inference.handlers import RequestHandler
 from pipeline.models import device, quantized_linear
 from pipeline.models.generate import generate
 from pipeline.models.load import load_base
@@ -248,7 +248,7 @@ def test_the_terminal_uis_models_are_there(project: Path) -> None:
     answers = RequestHandler()
 
     def last(do: str, **fields: Any) -> dict[str, Any]:
-        return list(answers.answer(do, Request({"id": 1, **fields})))[-1]
+        return list(answers.answer(do, {"id": 1, **fields}))[-1]
 
     base, adapter = str(project / "artifacts/expanded"), str(project / "artifacts/lora_adapter")
     last("load", name="base", base=base)
@@ -270,13 +270,9 @@ def test_the_terminal_ui_names_the_device_that_its_models_are_on(
     answers = RequestHandler()
     monkeypatch.setattr(device, "device_info", lambda where: {"device": str(where)})
     monkeypatch.setattr(device, "best_device", lambda: torch.device("cuda", 1))
-    (before,) = answers.answer("status", Request({"id": 1}))
-    list(
-        answers.answer(
-            "load", Request({"id": 2, "name": "base", "base": str(brief / "artifacts/expanded")})
-        )
-    )
-    (after,) = answers.answer("status", Request({"id": 3}))
+    (before,) = answers.answer("status", {"id": 1})
+    list(answers.answer("load", {"name": "base", "base": str(brief / "artifacts/expanded")}))
+    (after,) = answers.answer("status", {"id": 3})
     assert (before["device"], after["device"]) == ("cuda:1", "cpu")  # a small model
 
 

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.files import async_worker
+from pipeline.files.async_worker import WorkerDied
 from pipeline.project import process
 from tests.helpers.projects import ROOT
-from tui.services import engine_client
-from tui.services.engine_client import EngineDied, Inference
+from tui.services.engine_client import Inference
 
 PATIENCE = 60
 LONG = {"model": "endless", "text": "w1", "limit": 16_000}
@@ -96,7 +97,7 @@ async def test_a_rejected_request_raises_its_reason_and_the_process_continues(
 ) -> None:
     with pytest.raises(UserError, match=r"nothing is not loaded. Loaded: nothing\.") as rejected:
         await ask_with_timeout(engine, "unload", name="nothing")
-    assert not isinstance(rejected.value, EngineDied)
+    assert not isinstance(rejected.value, WorkerDied)
     assert engine.running
 
 
@@ -173,8 +174,8 @@ def held_up(engine: Inference) -> bool:
     """Whether the client has queued as many answers as it may."""
     assert engine._process is not None
     (request,) = engine._process._pending.values()
-    assert len(request.answers) <= engine_client.MAX_QUEUED
-    return len(request.answers) == engine_client.MAX_QUEUED
+    assert len(request.answers) <= async_worker.MAX_QUEUED
+    return len(request.answers) == async_worker.MAX_QUEUED
 
 
 @pytest.mark.parametrize(
@@ -192,7 +193,7 @@ async def test_when_it_is_killed_all_pending_requests_fail_and_the_next_starts_a
     await load(engine, endless)
     first = engine.pid
     assert first is not None
-    with pytest.raises(EngineDied) as raised:
+    with pytest.raises(WorkerDied) as raised:
         async with aclosing(engine.stream("generate", **LONG)) as answers:
             await anext(answers)
             waiting = [
@@ -245,7 +246,7 @@ async def test_a_process_that_dies_or_writes_nonsense_fails_all_requests_with_th
         asyncio.gather(*(engine.ask("status") for _ in range(3)), return_exceptions=True), 9
     )
     for answer in answers:
-        assert isinstance(answer, EngineDied)
+        assert isinstance(answer, WorkerDied)
         assert f"The inference process ended: {why}" in str(answer)
     assert not engine.running
 
@@ -257,7 +258,7 @@ async def test_its_end_is_noticed_even_if_a_child_keeps_its_stderr_open(
     engine = start_fake(
         "import subprocess\nsubprocess.Popen(['sleep', '4'], stdout=-3); sys.exit(4)"
     )
-    with pytest.raises(EngineDied, match="exit code 4"):
+    with pytest.raises(WorkerDied, match="exit code 4"):
         await asyncio.wait_for(engine.ask("status"), 3)
 
 
@@ -293,12 +294,12 @@ say('{"id": 1, "event": "error", "kind": "memory", "message": "the memory ran ou
         "one."
     )
     assert [str(answer) for answer in answers] == [expected] * 2
-    assert all(isinstance(answer, EngineDied) for answer in answers)
+    assert all(isinstance(answer, WorkerDied) for answer in answers)
 
 
 async def test_a_command_that_does_not_exist_raises_engine_died(tmp_path: Path) -> None:
     for engine in (Inference(ROOT, ("/nowhere/python",)), Inference(tmp_path / "gone")):
-        with pytest.raises(EngineDied, match=r"cannot be started: No such file or directory"):
+        with pytest.raises(WorkerDied, match=r"cannot be started: No such file or directory"):
             await ask_with_timeout(engine)
         await engine.stop()
 
@@ -325,7 +326,7 @@ DEAF = 'import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nsay(\'{"id
 async def test_stop_ends_a_process_that_ignores_signals_and_fails_pending_requests(
     start_fake: StartFake, program: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_client, "PATIENCE", 0.1)
+    monkeypatch.setattr(async_worker, "PATIENCE", 0.1)
     engine = start_fake(DEAF + program)
     assert (await ask_with_timeout(engine))["id"] == 1
     pid, waiting = engine.pid, asyncio.create_task(engine.ask("status"))
@@ -333,7 +334,7 @@ async def test_stop_ends_a_process_that_ignores_signals_and_fails_pending_reques
     start = time.monotonic()
     await asyncio.gather(engine.stop(), engine.stop())
     assert time.monotonic() - start < 4
-    with pytest.raises(EngineDied, match="it was stopped"):
+    with pytest.raises(WorkerDied, match="it was stopped"):
         await waiting
     assert pid is not None
     with pytest.raises(ProcessLookupError):
@@ -345,7 +346,7 @@ async def test_stop_while_it_starts_leaves_no_process(start_fake: StartFake) -> 
     waiting = asyncio.create_task(engine.ask("status"))
     await asyncio.sleep(0)
     await engine.stop()
-    with pytest.raises(EngineDied):
+    with pytest.raises(WorkerDied):
         await asyncio.wait_for(waiting, 9)
     assert not engine.running
 
@@ -359,5 +360,5 @@ async def test_stop_in_the_middle_of_a_generation_is_prompt(
         await anext(answers)
         start = time.monotonic()
         await engine.stop()
-        assert time.monotonic() - start < engine_client.PATIENCE
+        assert time.monotonic() - start < async_worker.PATIENCE
     await engine.stop()

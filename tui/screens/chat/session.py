@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from pipeline.errors import UserError
+from pipeline.files.async_worker import WorkerDied
 from tui.screens.chat.talk import (
     FAILED,
     INTERRUPTED,
@@ -15,7 +16,6 @@ from tui.screens.chat.talk import (
     Message,
 )
 from tui.screens.chat.thoughts import OPEN
-from tui.services.engine_client import EngineDied
 from tui.services.loaded_models import LoadedModels, Sampling
 from tui.services.model_library import Entry
 from tui.widgets.colors import LOOKS
@@ -55,7 +55,7 @@ class Session:
         """Fill in the answers. Yields an answer whenever it changed.
 
         If a model fails, the reason is its answer's `error`, and the next is asked. Raises
-        EngineDied if the process ends. Text that arrived until then, or until the generator was
+        WorkerDied if the process ends. Text that arrived until then, or until the generator was
         closed, stays.
         """
         unfinished = INTERRUPTED, ""
@@ -65,7 +65,7 @@ class Session:
                     async with aclosing(self._write_one(answer, messages)) as changes:
                         async for _ in changes:
                             yield answer
-                except EngineDied:
+                except WorkerDied:
                     raise
                 except UserError as error:  # which names the model by its path
                     answer.state, answer.error = (
@@ -73,7 +73,7 @@ class Session:
                         str(error).replace(answer.model, answer.label),
                     )
                     yield answer
-        except EngineDied:
+        except WorkerDied:
             unfinished = (FAILED, "the engine ended")
             raise
         finally:  # also when it is cancelled or closed

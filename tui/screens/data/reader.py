@@ -2,18 +2,18 @@
 time.
 """
 
-import sys
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.files.async_worker import AsyncWorker
+from pipeline.files.worker import Answer, python_module
+from pipeline.project.process import environment
 from tui.screens.data.files import DataFile
-from tui.services.engine_client import Answer, Inference
 
-# -P: do not import a folder named `pipeline` in the user's project instead of ours
-COMMAND = (sys.executable, "-P", "-m", "pipeline.data.browse_server")
+COMMAND = python_module("pipeline.data.browse_server")
 NAME, ADVICE = "The process that reads data files", "Open the file again (o)."
 # requests whose answer counts whatever file is shown meanwhile
 ANY_FILE = ("draft", "copy", "convert")
@@ -27,7 +27,7 @@ class Reader:
     def __init__(
         self, root: Path, shows: Callable[[DataFile], bool], is_running: Callable[[], bool]
     ) -> None:
-        self.process = Inference(root, COMMAND, NAME, ADVICE)
+        self.process = AsyncWorker(COMMAND, root, NAME, ADVICE, environment)
         self._shows, self._is_running = shows, is_running
 
     async def stream(self, do: str, file: DataFile, **fields: Any) -> AsyncGenerator[Answer, None]:

@@ -18,6 +18,7 @@ from textual.widgets import OptionList
 
 from pipeline.errors import UserError
 from pipeline.files.home import expand
+from pipeline.files.worker import Answer
 from pipeline.project.stage_graph import Project
 from tui.dialogs import Menu, PathScreen
 from tui.screens.base import WorkbenchScreen
@@ -39,7 +40,6 @@ from tui.screens.data.reader import Reader
 from tui.screens.data.report import LengthsPane, ProblemsPane
 from tui.screens.data.row_view import RowPane
 from tui.screens.data.rows import PAGE, RowList, RowsPane
-from tui.services.engine_client import Answer
 from tui.services.param_edits import follows_params
 
 SMALL_BYTES = 4 * 2**20  # files up to here are checked as soon as they are opened

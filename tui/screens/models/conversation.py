@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.files.async_worker import WorkerDied
 from pipeline.files.text import escape_whitespace
-from tui.services.engine_client import EngineDied
 from tui.services.loaded_models import LoadedModels, Sampling
 from tui.services.model_library import Entry
 
@@ -42,7 +42,7 @@ class Answer:
         """Store why the model cannot go on, with its name for its path, and without it in front:
         the same for several models is shown once. Raises the error if the engine ended, which
         concerns all models."""
-        if isinstance(error, EngineDied):
+        if isinstance(error, WorkerDied):
             raise error
         path = str(entry.model.path)
         self.error, self.ended = str(error).removeprefix(f"{path} ").replace(path, entry.label), ""
@@ -153,7 +153,7 @@ class Conversation:
                     async for _ in self._complete(entry, answer, exchange):
                         yield
         except UserError as error:
-            unfinished = "the engine ended" if isinstance(error, EngineDied) else str(error)
+            unfinished = "the engine ended" if isinstance(error, WorkerDied) else str(error)
             raise
         finally:  # also when it is cancelled or closed; then there is no error
             for answer in answers:

@@ -15,6 +15,7 @@ from textual.widgets import Input, Static
 
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_file
+from pipeline.files.async_worker import WorkerDied
 from pipeline.files.home import expand
 from tui.app import Workbench
 from tui.dialogs import PathScreen
@@ -22,7 +23,6 @@ from tui.screens.models.answers import Answers
 from tui.screens.models.attention import AttentionScreen
 from tui.screens.models.columns import look_name
 from tui.screens.models.conversation import LOADING, Conversation, transcript
-from tui.services.engine_client import EngineDied
 from tui.services.loaded_models import Latest, LoadedModels
 from tui.services.model_library import Entry
 from tui.services.vocabulary import unknown_words
@@ -164,7 +164,7 @@ class PromptPane(Pane):
                 self.call_later(self.screen.refresh_bindings)
 
     def _show_error(self, error: UserError) -> None:
-        self._set_engine_state("died" if isinstance(error, EngineDied) else "ready")
+        self._set_engine_state("died" if isinstance(error, WorkerDied) else "ready")
         self._workbench.fail(error)
 
     def is_generating(self) -> bool:

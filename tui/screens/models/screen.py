@@ -20,6 +20,7 @@ from textual.widgets import Input
 
 from pipeline.errors import UserError
 from pipeline.files.home import expand
+from pipeline.inference.requests import MAX_LOADED
 from tui.dialogs import Menu, PathScreen, Reader
 from tui.screens.base import WIDE, WorkbenchScreen
 from tui.screens.models.columns import BY_LABEL
@@ -28,7 +29,7 @@ from tui.screens.models.panes import DetailsPane, ModelsPane
 from tui.screens.models.prompt_pane import PromptPane
 from tui.screens.models.table import ModelTable, sort_choices
 from tui.services.evaluation import Evaluation
-from tui.services.loaded_models import MAX_LOADED, shared_models
+from tui.services.loaded_models import shared_models
 from tui.services.model_library import Entry, read_documents
 from tui.services.vocabulary import vocabulary
 from tui.shipping import ship
