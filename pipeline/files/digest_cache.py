@@ -1,7 +1,6 @@
-"""Whether files may have changed, told without reading them, and sha256 digests that are kept while
-they did not.
+"""Tells without reading files whether they may have changed, and keeps facts of them meanwhile.
 
-Only listings use kept digests: they would otherwise read every byte each time. Loading a model
+Only listings use kept facts: they would otherwise read every byte each time. Loading a model
 always hashes its files.
 """
 
@@ -9,21 +8,21 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
 from pipeline.files.home import home_folder
 
-FORMAT = 1  # version of the file; others are ignored
+FORMAT = 1  # version of the files; others are ignored
 MAX_DIGESTS = 50_000  # in the file, about 5 MB
 # ns: a file that changed later may change again within one tick of the file system's clock
 SETTLED = 2 * 10**9
-# digest of the signature, and the digests computed from those files
-Entry = tuple[str, dict[str, str]]
+Facts = dict[str, Any]
+Entry = tuple[str, Facts]  # a stamp, and what was valid for it
 
 
 class FileState(NamedTuple):
@@ -69,77 +68,74 @@ def _state(name: str, stat: os.stat_result) -> FileState:
     return FileState(name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
+def stamp_of(*signatures: Signature) -> str:
+    """A digest of the states of files."""
+    return hashlib.sha256(json.dumps(signatures).encode()).hexdigest()
+
+
 def cache_home() -> Path:
     """The user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or home_folder() / ".cache")
 
 
-class DigestStore:
-    """Digests by folder. A store that is damaged or cannot be written only costs time."""
+class FactStore:
+    """Facts of files by key, each valid for one stamp, kept in a file in the user's cache folder.
 
-    def __init__(self) -> None:
-        self.path = cache_home() / "lora-workbench" / "digests.json"
-        self._stored: dict[str, Entry] | None = None  # from earlier processes; None: not read yet
-        self._computed: dict[str, Entry] = {}  # computed by this process
+    A store that is damaged or cannot be written only costs time. `most`: facts in the file, counted
+    by `size`.
+    """
+
+    def __init__(self, file: str, most: int, size: Callable[[Facts], int]) -> None:
+        self.path, self._most, self._size = cache_home() / "lora-workbench" / file, most, size
+        self._stored: dict[str, Entry] | None = None  # by earlier processes; None: not read yet
+        self._computed: dict[str, Entry] = {}  # by this process
         self._used: dict[str, Entry] = {}  # entries to save, least recently used first
         self._saved = True
 
-    def contents(self, folder: Path, earlier: bool = True) -> dict[str, str]:
-        """`artifact.contents`. Without `earlier`, digests of earlier processes are ignored."""
-        return self._cached("files", folder, artifact.contents, earlier)
-
-    def fingerprint(self, base: Path, earlier: bool = True) -> dict[str, str]:
-        """`base_fingerprint`. Raises UserError as it does."""
-        return self._cached("base", base, base_fingerprint, earlier)
-
-    def digest(self, path: Path) -> str:
-        """`artifact.digest`. Raises UserError as it does."""
-        return (
-            artifact.contents_digest(self.contents(path))
-            if path.is_dir()
-            else artifact.digest(path)
-        )
-
-    def forget(self) -> None:
-        """Hash everything again from now on."""
-        self._stored = {}
-        self._computed.clear()
-
-    def _cached(
-        self, kind: str, folder: Path, compute: Callable[[Path], dict[str, str]], earlier: bool
-    ) -> dict[str, str]:
-        # Before the files are read, so that an edit meanwhile gives another signature the next
-        # time.
-        started, current = time.time_ns(), signature(folder)
-        key, stamp = (
-            f"{kind}:{folder.resolve()}",
-            hashlib.sha256(json.dumps(current).encode()).hexdigest(),
-        )
+    def get(self, key: str, stamp: str, earlier: bool = True) -> Facts | None:
+        """The facts that were stored with this stamp; without `earlier`, by this process."""
         if self._stored is None:
             self._stored = _read_entries(self.path)
         entry = self._computed.get(key) or (self._stored.get(key) if earlier else None)
         if entry is None or entry[0] != stamp:
-            entry = self._computed[key] = stamp, compute(folder)
-            self._saved = False
-        if all(started - file.changed > SETTLED for file in current):
+            return None
+        if key in self._used or key not in self._computed:
             self._used.pop(key, None)
             self._used[key] = entry
         return entry[1]
 
+    def put(
+        self, key: str, stamp: str, facts: Facts, files: Iterable[FileState], now: int = 0
+    ) -> None:
+        """Store facts; in the file, unless `files` changed just before `now`: they may change again
+        within one tick of the clock.
+        """
+        self._computed[key] = stamp, facts
+        now = now or time.time_ns()
+        if all(now - file.changed > SETTLED for file in files):
+            self._used.pop(key, None)
+            self._used[key] = stamp, facts
+        self._saved = False
+
+    def forget(self) -> None:
+        """Compute everything again from now on."""
+        self._stored, self._computed, self._used = {}, {}, {}
+
     def save(self) -> None:
-        """Merge new digests into the file; beyond MAX_DIGESTS, drop the least recently used."""
+        """Merge new facts into the file; beyond `most`, drop the least recently used."""
         if self._saved:
             return
         # Read again, as another process may have saved meanwhile. What this one used goes last: the
         # first are dropped.
-        entries = {
-            key: entry for key, entry in _read_entries(self.path).items() if key not in self._used
-        } | self._used
-        total = sum(len(digests) for _, digests in entries.values())
+        entries = _read_entries(self.path)
+        for key in self._used:
+            entries.pop(key, None)
+        entries |= self._used
+        total = sum(self._size(facts) for _, facts in entries.values())
         for key in list(entries):
-            if total <= MAX_DIGESTS:
+            if total <= self._most:
                 break
-            total -= len(entries.pop(key)[1])
+            total -= self._size(entries.pop(key)[1])
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             artifact.write_file(self.path, json.dumps({"format": FORMAT, "entries": entries}))
@@ -151,8 +147,42 @@ def _read_entries(path: Path) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     with suppress(OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         stored = json.loads(path.read_text(encoding="utf-8"))
-        for key, entry in stored["entries"].items() if stored["format"] == FORMAT else ():
-            stamp, digests = entry
-            if all(isinstance(text, str) for text in (stamp, *digests.values())):
-                entries[key] = stamp, digests
+        for key, (stamp, facts) in stored["entries"].items() if stored["format"] == FORMAT else ():
+            if isinstance(stamp, str) and isinstance(facts, dict):
+                entries[key] = stamp, facts
     return entries
+
+
+class DigestStore(FactStore):
+    """Digests of the files in folders."""
+
+    def __init__(self) -> None:
+        super().__init__("digests.json", MAX_DIGESTS, len)
+
+    def contents(self, folder: Path, earlier: bool = True) -> dict[str, str]:
+        """`artifact.contents`. Without `earlier`, digests of earlier processes are ignored."""
+        return self._cached("files", folder, artifact.contents, earlier)
+
+    def fingerprint(self, base: Path, earlier: bool = True) -> dict[str, str]:
+        """`base_fingerprint`. Raises UserError as it does."""
+        return self._cached("base", base, base_fingerprint, earlier)
+
+    def digest(self, path: Path) -> str:
+        """`artifact.digest`. Raises UserError as it does."""
+        if path.is_dir():
+            return artifact.contents_digest(self.contents(path))
+        return artifact.digest(path)
+
+    def _cached(
+        self, kind: str, folder: Path, compute: Callable[[Path], dict[str, str]], earlier: bool
+    ) -> dict[str, str]:
+        # Before the files are read, so that an edit meanwhile gives another signature the next
+        # time.
+        now, files = time.time_ns(), signature(folder)
+        key = f"{kind}:{folder.resolve()}"
+        stamp = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+        digests = self.get(key, stamp, earlier)
+        if digests is None:
+            digests = compute(folder)
+            self.put(key, stamp, digests, files, now)
+        return digests

@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.adapters.config import CONFIG
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.files.digest_cache import DigestStore, Signature, signature
+from pipeline.files.digest_cache import DigestStore, FactStore, Signature, signature, stamp_of
 from pipeline.files.file_tail import file_stamp
 from pipeline.files.text import natural_sort_key
 from pipeline.inference.catalog import (
@@ -29,7 +29,7 @@ from pipeline.inference.catalog import (
 )
 from pipeline.project.stage_graph import ARTIFACTS, Project
 from pipeline.project.status import apart
-from tui.services.model_cache import ModelCache, model_facts, model_of, stamp_of, verdict_of
+from tui.services.model_cache import MAX_ENTRIES, model_facts, model_of, verdict_of
 
 CHECKING = "checking"
 MAX_JSON = 1_000_000  # bytes; a larger manifest or config is not shown
@@ -99,7 +99,7 @@ class Library:
         self._folder_stamps: dict[Path, tuple[int, ...] | None] = {}
         self._verdicts: dict[Path, tuple[str, VerificationResult]] = {}
         self._digests = DigestStore()
-        self.cache = ModelCache(self.root)
+        self.cache = FactStore("models.json", MAX_ENTRIES, lambda _: 1)
 
     def project_variants(self) -> dict[Path, str]:
         """Folder → name, for the models that the pipeline makes."""
@@ -167,7 +167,7 @@ class Library:
         cached = self._models.get(path)
         if cached and cached[0] == now and cached[1].method:
             return cached[1]
-        facts = self.cache.get("model", path, stamp_of(now))
+        facts = self.cache.get(self.key("model", path), stamp_of(now))
         return model_of(path, facts) if facts else None
 
     def _known_verdict(
@@ -176,9 +176,13 @@ class Library:
         current = self._stamp(model, now, context)
         stamp, verdict = self._verdicts.get(model.path, ("", None))
         if verdict is None or stamp != current:
-            facts = self.cache.get("verdict", model.path, current)
+            facts = self.cache.get(self.key("verdict", model.path), current)
             verdict = verdict_of(facts) if facts else None
         return verdict and scored(verdict, context.measurements)
+
+    def key(self, kind: str, path: Path) -> str:
+        """Of facts of a model; with the project, as an adapter's base is searched in it."""
+        return f"{kind} {self.root} {path}"
 
     def added(self) -> bool:
         """Whether a model was added, removed or replaced since the last complete scan. Costs a stat
@@ -222,7 +226,7 @@ class Library:
         path, now = entry.model.path, signature(entry.model.path)  # before the files are read
         model = describe(path)
         self._models[path] = now, model
-        self.cache.put("model", path, stamp_of(now), model_facts(model), [now])
+        self.cache.put(self.key("model", path), stamp_of(now), model_facts(model), now)
         return replace(entry, model=model)
 
     def check(
@@ -245,9 +249,8 @@ class Library:
         )
         self._verdicts[path] = stamp, verdict
         base = self._base(model, context)
-        self.cache.put(
-            "verdict", path, stamp, asdict(verdict), [now, context.signature(base) if base else ()]
-        )
+        files = now + (context.signature(base) if base else ())
+        self.cache.put(self.key("verdict", path), stamp, asdict(verdict), files)
         return replace(entry, verdict=scored(verdict, context.measurements))
 
     def forget(self) -> None:

@@ -518,9 +518,8 @@ class ModelsScreen(WorkbenchScreen):
 
     def _kept_spectrum(self, entry: Entry) -> Any:
         """The spectrum that was measured of these files before, if it was."""
-        facts = self.library.cache.get(
-            "spectrum", entry.model.path, self.library.stamp(entry.model)
-        )
+        key = self.library.key("spectrum", entry.model.path)
+        facts = self.library.cache.get(key, self.library.stamp(entry.model))
         return facts["modules"] if facts else None
 
     @work(exclusive=True, group="spectrum")
@@ -535,9 +534,8 @@ class ModelsScreen(WorkbenchScreen):
         try:
             answer = await self.engine.ask("spectrum", adapter=str(details.entry.model.path))
             details.spectrum = answer["modules"]
-            self.library.cache.put(
-                "spectrum", details.entry.model.path, stamp, {"modules": answer["modules"]}, ()
-            )
+            key = self.library.key("spectrum", details.entry.model.path)
+            self.library.cache.put(key, stamp, {"modules": answer["modules"]}, ())
             await asyncio.to_thread(self.library.cache.save)
         except UserError as error:
             details.spectrum = f"✗ {error}"
