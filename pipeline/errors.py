@@ -134,7 +134,7 @@ OPTIONAL = {
     "data: ORG/NAME": Needs("datasets", ("datasets",)),
     "search: optuna": Needs("optuna", ("optuna",)),
     "sampler: gp, qmc": Needs("optuna", ("scipy",)),
-    "lora serve": Needs("serve", ("starlette", "uvicorn")),
+    "lora serve": Needs("serve", ("starlette", "uvicorn", "prometheus-client")),
     "lora evaluate --harness": Needs("harness", ("lm-eval",)),
     "lora-tui --web": Needs("web", ("textual-serve",)),
     **{

@@ -6,7 +6,7 @@ import secrets
 import time
 import traceback
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -24,7 +24,7 @@ from pipeline.inference.engine import LoadedModel
 from pipeline.inference.http import requests
 from pipeline.inference.http.choices import Piece, generate
 from pipeline.inference.http.errors import ApiError
-from pipeline.inference.http.metrics import Metrics
+from pipeline.inference.http.metrics import CONTENT_TYPE, Metrics
 from pipeline.inference.http.models import ServedModels, unknown
 from pipeline.inference.http.replies import ChatFormat, Choice, CompletionFormat, Format, Usage
 from pipeline.inference.http.requests import MAX_CHOICES, ChatRequest, CompletionRequest, parse
@@ -121,8 +121,7 @@ class Api:
         return Response()
 
     async def metrics(self, _: Request) -> Response:
-        text = self._metrics.render(self._generator.running, self._generator.waiting)
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+        return Response(self._metrics.render(), media_type=CONTENT_TYPE)
 
     async def list_models(self, _: Request) -> Response:
         names = await self._models.rescan()
@@ -239,7 +238,7 @@ class Api:
             usage = Usage(sum(map(len, prompts)))
             pieces = self._generate(generations, loaded, body.stops, usage, start)
             first = await anext(pieces)  # an error before it has a status
-        self._metrics.prompt_tokens += usage.prompt
+        self._metrics.prompt_tokens.inc(usage.prompt)
         form = make_format(loaded, prompts)
         envelope = {
             "id": f"{form.prefix}-{uuid.uuid4().hex}",
@@ -273,9 +272,9 @@ class Api:
 
         def count() -> None:
             if not usage.generated:
-                self._metrics.observe_first_token(time.monotonic() - start)
+                self._metrics.first_token.observe(time.monotonic() - start)
             usage.generated += 1
-            self._metrics.generated_tokens += 1
+            self._metrics.generated_tokens.inc()
 
         pieces = generate(self._generator, generations, loaded.tokenizer.stream, stops, count)
         with self._models.pool.using(generations[0].model):
@@ -295,17 +294,12 @@ async def _events(
 ) -> AsyncGenerator[bytes, None]:
     """Server-sent events: chunks, the usage if it is wanted, [DONE]. An error is the last event."""
     base = dict(envelope) | ({"usage": None} if with_usage else {})
-
-    async def all_pieces() -> AsyncIterator[Piece]:
-        yield first
-        async for piece in pieces:
-            yield piece
-
     try:
         async with aclosing(pieces):
             for opening in filter(None, map(form.opening, range(count))):
                 yield _event(base | {"choices": [opening]})
-            async for piece in all_pieces():
+            yield _event(base | {"choices": [form.chunk(first)]})
+            async for piece in pieces:
                 yield _event(base | {"choices": [form.chunk(piece)]})
         if with_usage:
             yield _event(base | {"choices": [], "usage": usage.json()})

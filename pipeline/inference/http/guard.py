@@ -52,7 +52,7 @@ class Guard:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                self._metrics.requests[route, message["status"]] += 1
+                self._metrics.requests.labels(route, message["status"]).inc()
             await send(message)
 
         try:

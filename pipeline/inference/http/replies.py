@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from pipeline.inference.http.choices import Piece, TextToken
 
@@ -23,25 +23,6 @@ class Choice:
         self.text += piece.text
         self.tokens += piece.tokens
         self.finish = piece.finish
-
-
-class Format(Protocol):
-    """How an API writes choices. `prefix` and `object_`: of its ids, and what an answer is
-    called.
-    """
-
-    prefix: str
-    object_: str
-    chunk_object: str
-
-    def choice(self, index: int, choice: Choice) -> Json:
-        """A finished choice."""
-
-    def chunk(self, piece: Piece) -> Json:
-        """A part of a choice in a stream."""
-
-    def opening(self, index: int) -> Json | None:
-        """What comes before a choice's first piece in a stream."""
 
 
 class ChatFormat:
@@ -76,14 +57,11 @@ class ChatFormat:
     def _logprobs(self, tokens: Sequence[TextToken]) -> Json | None:
         if not self._wants_logprobs:
             return None
-        return {
-            "content": [
-                self._entry(token.id, token.logprob)
-                | {"top_logprobs": [self._entry(*each) for each in token.top]}
-                for token, _ in tokens
-            ],
-            "refusal": None,
-        }
+        content = []
+        for token, _ in tokens:
+            top = [self._entry(id_, logprob) for id_, logprob in token.top]
+            content.append(self._entry(token.id, token.logprob) | {"top_logprobs": top})
+        return {"content": content, "refusal": None}
 
     def _entry(self, id_: int, logprob: float) -> Json:
         word = self._word(id_)
@@ -113,24 +91,30 @@ class CompletionFormat:
     def _entry(
         self, index: int, text: str, tokens: Sequence[TextToken], finish: str | None
     ) -> Json:
-        logprobs = {
+        logprobs = self._logprobs(index, tokens) if self._wants_logprobs else None
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+    def _logprobs(self, index: int, tokens: Sequence[TextToken]) -> Json:
+        start = len(self._echoes.get(index, ""))
+        top = [{self._word(id_): value for id_, value in token.top} for token, _ in tokens]
+        return {
             "tokens": [self._word(token.id) for token, _ in tokens],
             "token_logprobs": [token.logprob for token, _ in tokens],
-            "top_logprobs": [
-                {self._word(id_): value for id_, value in token.top} for token, _ in tokens
-            ],
-            "text_offset": [len(self._echoes.get(index, "")) + offset for _, offset in tokens],
+            "top_logprobs": top,
+            "text_offset": [start + offset for _, offset in tokens],
         }
-        wanted = logprobs if self._wants_logprobs else None
-        return {"index": index, "text": text, "logprobs": wanted, "finish_reason": finish}
+
+
+# How an API writes choices. `prefix` and `object_`: of its ids, and what an answer is called;
+# `opening`: what comes before a choice's first piece in a stream.
+Format = ChatFormat | CompletionFormat
 
 
 def _bytes_of(word: str) -> bytes:
     """A token's bytes; those of an incomplete character are written <0xE2> in its text."""
-    return b"".join(
-        part.encode() if n % 2 == 0 else bytes.fromhex(part)
-        for n, part in enumerate(_BYTE.split(word))
-    )
+    parts = _BYTE.split(word)  # every second one is the hexadecimal number of a byte
+    parts[::2] = [part.encode().hex() for part in parts[::2]]
+    return bytes.fromhex("".join(parts))
 
 
 @dataclass

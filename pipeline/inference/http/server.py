@@ -180,7 +180,7 @@ class HttpServer:
         except BaseException:
             self.close()
             raise
-        metrics = Metrics()
+        metrics = Metrics(self.generator)
         router = Api(self.generator, self.models, metrics).router()
         app: ASGIApp = Guard(router, access.hosts, access.origins, access.key, metrics)
         if access.origins:
