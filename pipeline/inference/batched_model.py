@@ -1,6 +1,4 @@
-"""One forward for many sequences on the same base, each with an adapter of its own, at its own
-strength, or none.
-"""
+"""One forward for many sequences on one base, each with its own adapter or none."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -32,9 +30,7 @@ class Part(NamedTuple):
 
 
 class BatchedModel:
-    """A view of a loaded base whose linears, embedding and head compute each row with its own
-    adapter.
-    """
+    """A view of a loaded base in which each row goes through its own adapter."""
 
     def __init__(self, base: ResidentBase) -> None:
         self.model = view(base.loaded.model).eval()
@@ -121,8 +117,9 @@ class BatchedModel:
             self._fast.enter_context(fast_decoding(self.model))
 
     def _agrees(self, adapter: MixedAdapter | None, alone: CausalLM) -> bool:
-        """Whether two short sequences read at once give the logits that `alone` gives for one, the
-        base's the other.
+        """Whether two short sequences side by side get the logits that each gets alone.
+
+        The first has the adapter, whose model is `alone`, the other has none.
         """
 
         def read(caches: Sequence[SequenceCache], parts: Sequence[Sequence[int]]) -> Tensor:

@@ -1,5 +1,4 @@
-"""Generates for many requests at once: continuous batching, one forward per token for all adapters
-of a base.
+"""Continuous batching: one forward per token for many requests, whatever their adapters.
 
 A thread owns the models. Between two steps requests join, end and are cancelled; a step reads the
 prompts that have joined, PROMPT_TOKENS of them at most, so that a long one does not hold up the
@@ -37,8 +36,9 @@ T = TypeVar("T")
 
 
 def cache_room(model: CausalLM) -> int:
-    """Tokens whose keys and values half of the free memory holds: the rest is for activations,
-    logits and adapters.
+    """Tokens whose keys and values fit into half of the free memory.
+
+    The rest is for activations, logits and adapters.
     """
     return available_memory(model.device) // 2 // max(bytes_per_token(model), 1)
 
@@ -49,9 +49,7 @@ class Busy(UserError):
 
 @dataclass(frozen=True)
 class Generation:
-    """A request: up to `limit` tokens after the prompt `ids`, by the model that the pool calls
-    `model`.
-    """
+    """A request for up to `limit` tokens after the prompt `ids`."""
 
     model: str
     ids: tuple[int, ...]
@@ -62,8 +60,9 @@ class Generation:
 
 
 class GeneratedToken(NamedTuple):
-    """A sampled token, its log-probability before temperature and cuts, and the likeliest tokens
-    with theirs.
+    """A sampled token with its log-probability before temperature and cuts.
+
+    `top`: the likeliest tokens with theirs.
     """
 
     id: int
@@ -83,8 +82,9 @@ class Ticket:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
-        """Stop before the next step; `on_end` then gets "cancelled". Without effect on a request
-        that has ended.
+        """Stop before the next step; `on_end` then gets "cancelled".
+
+        Without effect on a request that has ended.
         """
         self.cancelled.set()
         self.wake()
@@ -121,8 +121,7 @@ class Running:
 
 
 class BatchedGenerator:
-    """Runs requests on the models of `pool`, which belongs to its thread from now on: others reach
-    it by `call`.
+    """Runs requests on the models of `pool`, in a thread that owns them: others reach it by `call`.
 
     Without a thread of its own (`threaded`), requests run when `run_all` is called.
     """
@@ -164,8 +163,10 @@ class BatchedGenerator:
         on_token: Callable[[GeneratedToken], None],
         on_end: Callable[[str | Exception], None],
     ) -> Ticket:
-        """Queue a request. `on_token` gets each token but an end token; `on_end` then gets "stop"
-        (an end token was drawn), "length", "cancelled", or the error.
+        """Queue a request.
+
+        `on_token` gets each token but an end token; `on_end` then gets "stop" (an end token
+        was sampled), "length", "cancelled", or the error.
 
         Raises Busy if `max_waiting` requests wait already, and UserError for a bad request.
         """
@@ -211,9 +212,7 @@ class BatchedGenerator:
         return capacity
 
     def call(self, function: Callable[[ModelPool], T]) -> Future[T]:
-        """Run `function` on the generator's thread between two steps: load, unload, or describe
-        models.
-        """
+        """Run `function` on the generator's thread between two steps, such as a load."""
         future = Future[T]()
 
         def run() -> None:
@@ -239,8 +238,7 @@ class BatchedGenerator:
             self._thread.join()
 
     def fit_to_memory(self) -> None:
-        """Set `max_tokens` by the memory that is free now, and by the loaded base whose tokens take
-        most of it.
+        """Set `max_tokens` by the free memory and by the base whose tokens take most of it.
 
         On the generator's thread, after models came or went: what runs keeps its share.
         """
@@ -366,9 +364,7 @@ class BatchedGenerator:
     def _advance(
         self, runs: Sequence[Running], counts: Sequence[int], forward: Callable[[], Tensor]
     ) -> None:
-        """Sample a token for each request of which `forward` reads all that is unread, and none for
-        the others.
-        """
+        """Sample a token for each request whose unread tokens `forward` reads to the end."""
         try:
             # (N, V); sampled on the CPU, so that a seed means the same everywhere
             logits = forward().float().cpu()

@@ -1,11 +1,11 @@
-"""Finds and describes the models and adapters in a folder from their files, without loading
-them.
-"""
+"""Describes the models and adapters in a folder by their files, without loading them."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -34,8 +34,7 @@ VERIFIED, UNBOUND, REFUSED = "verified", "no manifest", "refused"
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter folder. `problem` is the reason why it would be rejected; None in other fields
-    means unknown.
+    """An adapter folder. `problem`: why it would be rejected; None in other fields means unknown.
 
     `rank` is that of the saved files; a PiSSA adapter is saved with twice its `trained_rank`.
     `gate`: "passed", or how many of evaluate.limits it breaks.
@@ -56,8 +55,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Model:
-    """A folder with a base, a checkpoint trained from one, a merged model or an adapter. None means
-    unknown.
+    """A folder with a base, checkpoint, merged model or adapter; None means unknown.
 
     `size` is in bytes of weights, `when` in seconds since the epoch; `parameters` of an adapter
     exclude its base; `scales`: whether it is an adapter whose strength can be scaled, which virtual
@@ -105,10 +103,9 @@ def adapters(
             continue
         model = describe(folder)
         digest = artifact.contents_digest(contents(folder))
-        verdict: Verdict | None = measurements.get(digest, {}).get(VERDICT)
-        trained_rank = (_read_json_or_empty(folder / artifact.MANIFEST).get("params") or {}).get(
-            "rank"
-        )
+        result = scored(VerificationResult(VERIFIED, digest=digest), measurements)
+        params = _read_json_or_empty(folder / artifact.MANIFEST).get("params") or {}
+        trained_rank = params.get("rank")
         described.append(
             Adapter(
                 path=folder,
@@ -119,8 +116,8 @@ def adapters(
                 base=model.base,
                 size=model.size,
                 final_loss=model.final_loss,
-                forgetting=_measured_forgetting(digest, measurements),
-                gate=verdict.badge if verdict else None,
+                forgetting=result.forgetting,
+                gate=result.gate,
                 problem=_find_problem(model, root, fingerprint, contents),
             )
         )
@@ -130,9 +127,7 @@ def adapters(
 def _find_problem(
     model: Model, root: Path, fingerprint: Fingerprint, contents: Contents
 ) -> str | None:
-    """Why it would be rejected. A missing base is not a problem of the adapter: --base may name
-    it.
-    """
+    """Why an adapter would be rejected. A missing base is no reason: --base may name it."""
     try:
         artifact.read_json(model.path / CONFIG, "Make the adapter again")
         if not (model.path / artifact.MANIFEST).exists():
@@ -148,9 +143,7 @@ def _find_problem(
 
 
 def model_folders(root: Path) -> Iterator[Path]:
-    """`root` and folders below it that contain an adapter or a checkpoint; hidden folders are
-    skipped.
-    """
+    """`root` and the folders below it, except hidden ones, that hold an adapter or a checkpoint."""
     for path, folders, files in os.walk(root):
         # in place: os.walk goes into what is left, in this order
         folders[:] = sorted(
@@ -162,47 +155,29 @@ def model_folders(root: Path) -> Iterator[Path]:
 
 
 def describe(folder: Path) -> Model:
-    """A model as its files describe it. Missing or damaged files leave fields unknown; `check`
-    gives the reason.
+    """A model as its files describe it.
+
+    Missing or damaged files leave fields unknown; `check` gives the reason.
 
     What kind of adapter it is comes from its config, so that a new one needs no line here; by what
     a LoRA was trained, such as DPO, from its manifest.
     """
-    config, manifest = (
-        _read_json_or_empty(folder / CONFIG),
-        _read_json_or_empty(folder / artifact.MANIFEST),
-    )
-    rank, base, files = config.get("r"), config.get("base_model_name_or_path"), signature(folder)
+    config = _read_json_or_empty(folder / CONFIG)
+    manifest = _read_json_or_empty(folder / artifact.MANIFEST)
+    trained, files = manifest.get("method"), signature(folder)
+    rank, base = config.get("r"), config.get("base_model_name_or_path")
     targets: tuple[str, ...] = ()
     virtual = "num_virtual_tokens" in config
     if (folder / CONFIG).exists():
-        kind, method = "adapter", "dora" if config.get("use_dora") else config.get("peft_type")
-        trained = manifest.get("method")
-        if (
-            config.get("peft_type") == "LORA"
-            and trained != "lora"
-            and manifest.get("stage") == f"finetune_{trained}"
-        ):
+        kind, peft_type = "adapter", config.get("peft_type")
+        method = "dora" if config.get("use_dora") else peft_type
+        is_other_lora = trained != "lora" and manifest.get("stage") == f"finetune_{trained}"
+        if peft_type == "LORA" and is_other_lora:
             method = trained
-        names = config.get("target_modules")
-        stacked = config.get("target_parameters")
-        targets = tuple(map(str, names)) if isinstance(names, list) else (str(names),)
-        targets += (
-            tuple(str(name).removeprefix("mlp.") for name in stacked)
-            if isinstance(stacked, list)
-            else ()
-        )
-        if virtual:
-            targets = (f"{config['num_virtual_tokens']} virtual tokens",)
+        targets = _targets(config)
     else:
-        trained = manifest.get("method")
-        kind = (
-            "base"
-            if trained in (None, *BASES)
-            else "merged"
-            if trained == "merge"
-            else "checkpoint"
-        )
+        kind = "base" if trained in (None, *BASES) else "checkpoint"
+        kind = "merged" if trained == "merge" else kind
         method = trained or _read_json_or_empty(folder / "config.json").get("model_type")
     try:
         last_loss = read_final_loss(folder / LOSS)
@@ -222,6 +197,17 @@ def describe(folder: Path) -> Model:
         when=_modified_at(files),
         scales=kind == "adapter" and not virtual,
     )
+
+
+def _targets(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What an adapter changes: modules, stacked experts, or virtual tokens."""
+    if "num_virtual_tokens" in config:
+        return (f"{config['num_virtual_tokens']} virtual tokens",)
+    names, stacked = config.get("target_modules"), config.get("target_parameters")
+    targets = names if isinstance(names, list) else [names]
+    if isinstance(stacked, list):
+        targets = targets + [str(name).removeprefix("mlp.") for name in stacked]
+    return tuple(map(str, targets))
 
 
 def _read_json_or_empty(path: Path) -> dict[str, Any]:
@@ -294,24 +280,23 @@ def check(
     Reads all of them, unless `fingerprint` and `contents` are cached. `measurements` come from
     `measured`.
     """
+    is_adapter = model.kind == "adapter"
     try:
-        if model.kind == "adapter":
+        if is_adapter:
             refuse_foreign(find_base(model.path, root), model.path, fingerprint, contents)
-        if not (model.path / artifact.MANIFEST).exists():
-            read_header(next(model.path.glob("*.safetensors"), model.path / "model.safetensors"))
-            # the files of an adapter are few; a base would be hashed for nothing, as only adapters
-            # are measured alone
-            digest = (
-                artifact.contents_digest(contents(model.path)) if model.kind == "adapter" else ""
+        if (model.path / artifact.MANIFEST).exists():
+            read = (
+                artifact.read_manifest
+                if is_adapter
+                else partial(artifact.verify, contents=contents)
             )
-            return scored(VerificationResult(UNBOUND, NOT_CHECKED, digest=digest), measurements)
-        adapter = model.kind == "adapter"  # verified above
-        manifest = (
-            artifact.read_manifest(model.path) if adapter else artifact.verify(model.path, contents)
-        )
-        return scored(
-            VerificationResult(VERIFIED, digest=artifact.sealed_digest(manifest)), measurements
-        )
+            digest = artifact.sealed_digest(read(model.path))
+            return scored(VerificationResult(VERIFIED, digest=digest), measurements)
+        read_header(next(model.path.glob("*.safetensors"), model.path / "model.safetensors"))
+        # the files of an adapter are few; a base would be hashed for nothing, as only adapters
+        # are measured alone
+        digest = artifact.contents_digest(contents(model.path)) if is_adapter else ""
+        return scored(VerificationResult(UNBOUND, NOT_CHECKED, digest=digest), measurements)
     except UserError as error:
         return VerificationResult(REFUSED, str(error))
     except OSError as error:
@@ -323,21 +308,19 @@ def check(
 
 
 def scored(verdict: VerificationResult, measurements: Measurements) -> VerificationResult:
-    """The verdict with what an evaluation measured of these files; another tool may have written
-    it.
-    """
+    """The result, with what an evaluation measured of these files."""
     metrics = measurements.get(verdict.digest, {})
     limits: Verdict | None = metrics.get(VERDICT)
 
     def number(read: Callable[[], Any]) -> float | None:
         try:
             return float(read())
-        except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        except (KeyError, TypeError, ValueError, ZeroDivisionError):  # another tool's metrics
             return None
 
     return replace(
         verdict,
-        forgetting=_measured_forgetting(verdict.digest, measurements),
+        forgetting=number(lambda: metrics["forgetting"]["loss_rise"]),
         gate=limits.badge if limits else None,
         broken=tuple(limits.reasons) if limits else (),
         kept=number(lambda: metrics["forgetting"]["answers_kept"]),
@@ -349,38 +332,25 @@ def scored(verdict: VerificationResult, measurements: Measurements) -> Verificat
     )
 
 
-def _measured_forgetting(digest: str, measurements: Measurements) -> float | None:
-    """The increase of the loss on the old sentences, if it was measured."""
-    try:
-        return float(measurements[digest]["forgetting"]["loss_rise"])
-    except (KeyError, TypeError, ValueError):  # another tool's metrics
-        return None
-
-
 def measured(roots: Iterable[Path]) -> Measurements:
-    """Metrics of the evaluations in `roots` by sha256 of the artifact, with its VERDICT; the first
-    evaluation wins.
-    """
+    """Metrics by sha256 of the artifact; of two evaluations in `roots` the first wins."""
     measurements: dict[str, dict[str, Any]] = {}
-    for path in (path for root in roots for path in sorted(root.glob("*/metrics.json"))):
+    for path in chain.from_iterable(sorted(root.glob("*/metrics.json")) for root in roots):
         # a folder without manifest is no evaluation, and other tools write a metrics.json too
         with suppress(UserError, KeyError, TypeError, AttributeError):
             manifest = artifact.read_manifest(path.parent)
             metrics = artifact.read_json(path, "Run `lora evaluate`")
             for variant, name in manifest["variants"].items():
                 verdict = read_verdict(manifest, variant)
-                numbers = measurements.setdefault(
-                    manifest["inputs"][name], {**metrics[variant], VERDICT: None}
-                )
+                numbers = {**metrics[variant], VERDICT: None}
+                numbers = measurements.setdefault(manifest["inputs"][name], numbers)
                 # of the first evaluation that had limits
                 numbers[VERDICT] = numbers[VERDICT] or verdict
     return measurements
 
 
 def measured_of(adapter: Path) -> Mapping[str, Any]:
-    """What the evaluations of its project, or of the project here, measured of an adapter's files;
-    empty if nothing.
-    """
+    """What evaluations of its project, or of the project here, measured of an adapter."""
     folder = adapter.resolve()
     # a sweep's lie one folder deeper
     measurements = measured((folder.parent, folder.parent.parent, Path(ARTIFACTS)))
@@ -388,11 +358,9 @@ def measured_of(adapter: Path) -> Mapping[str, Any]:
         return {}
     # an export says what is wrong with them
     with suppress(UserError, OSError, KeyError, TypeError):
-        sealed = (folder / artifact.MANIFEST).exists()
-        return measurements.get(
-            artifact.sealed_digest(artifact.read_manifest(folder))
-            if sealed
-            else artifact.digest(folder),
-            {},
-        )
+        if (folder / artifact.MANIFEST).exists():
+            digest = artifact.sealed_digest(artifact.read_manifest(folder))
+        else:
+            digest = artifact.digest(folder)
+        return measurements.get(digest, {})
     return {}

@@ -25,8 +25,7 @@ class History(NamedTuple):
 
 
 def fit_history(loaded: LoadedModel, messages: Sequence[Message], limit: int) -> History:
-    """The prompt of a conversation whose last message is the user's, with room for an answer of up
-    to `limit` tokens.
+    """The prompt of a conversation, cut so that an answer of `limit` tokens has room.
 
     In a chat template, the system message stays and the oldest turns are left out until the rest
     fits. Without a template the contents are one text that goes on, cut at its beginning. Raises
@@ -77,8 +76,7 @@ def _opens_thought(prompt: str) -> bool:
 
 @dataclass
 class Conversation:
-    """The turns so far. A model without a chat template completes each text by itself, without
-    those before it.
+    """The turns so far. Without a chat template, a model completes each text by itself.
 
     `limit`: most tokens of an answer.
     """

@@ -24,9 +24,10 @@ def complete_all(
     limit: int | Sequence[int],
     stops: Sequence[str] = (),
 ) -> list[str]:
-    """The greedy continuation of each prompt, without white space around it: up to an end token,
-    the first of `stops` or `limit` tokens, one for all or one for each. Raises UserError as
-    `engine.encode`.
+    """The greedy continuation of each prompt, without white space around it.
+
+    It stops at an end token, at the first of `stops`, or after `limit` tokens, which may be a
+    limit for each prompt. Raises UserError as `engine.encode`.
     """
     limits = [limit] * len(prompts) if isinstance(limit, int) else limit
     requests = [
@@ -46,9 +47,7 @@ def complete_all(
 
 
 def cache_tokens(model: CausalLM, requests: Sequence[Generation]) -> int:
-    """Tokens that the requests which run together may need: those that fit into memory, and at
-    least the longest.
-    """
+    """Tokens in the cache at once: as many as fit into memory, and at least the longest request."""
     longest = max((len(request.ids) + request.limit for request in requests), default=0)
     return max(longest, min(MAX_TOKENS, cache_room(model)))
 

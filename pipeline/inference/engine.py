@@ -1,5 +1,4 @@
-"""Loads models with or without an adapter, prompts them and shows their attention: behind `lora
-prompt`, `compare`, the terminal app and evaluate."""
+"""Loads models with or without an adapter, prompts them and shows their attention."""
 
 import math
 from collections.abc import Callable, Collection, Iterator
@@ -51,8 +50,7 @@ def load(
     quantization: Quantization | None = None,
     make_room: Callable[[], bool] = lambda: False,
 ) -> LoadedModel:
-    """The checkpoint at `base`, with the adapter at `adapter` if given, in eval mode on the best
-    device.
+    """The checkpoint at `base`, with the adapter at `adapter` if given, ready on the best device.
 
     The base is quantized as when the adapter was trained, or as `quantization` says. `make_room`:
     as of `move_for_inference`. Raises UserError, and never returns the base alone if the adapter
@@ -69,8 +67,7 @@ def load(
 
 
 def variant_folders(project: Project) -> dict[str, tuple[Path, Path | None]]:
-    """Base and adapter of every model that the project's stages, and its parent's, have produced so
-    far, in the order of the report."""
+    """Base and adapter of every model that the project has, in the report's order."""
     folders = {
         name: (project.artifact(base), project.artifact(adapter) if adapter else None)
         for name, (base, adapter) in project.variants.items()
@@ -83,9 +80,7 @@ def variant_folders(project: Project) -> dict[str, tuple[Path, Path | None]]:
 
 
 def variants(project: Project, without: Collection[str] = ()) -> Iterator[LoadedModel]:
-    """The models of `variant_folders`, but for those `without`; each is freed before the next is
-    loaded.
-    """
+    """The models of `variant_folders`; each is freed before the next is loaded."""
     for name, folders in variant_folders(project).items():
         if name not in without:
             loaded = load(*folders, name, project.params.origin.trust_remote_code)
@@ -94,9 +89,7 @@ def variants(project: Project, without: Collection[str] = ()) -> Iterator[Loaded
 
 
 def free(loaded: LoadedModel) -> None:
-    """Free the weights, whoever still holds the model; but for the head, with which `score`
-    compares other models.
-    """
+    """Free the weights, whoever holds the model; the head stays, to compare other models with."""
     for module in loaded.model.body.modules():
         module._parameters.clear()
         module._buffers.clear()
@@ -109,9 +102,7 @@ def encode(loaded: LoadedModel, text: str) -> tuple[int, ...]:
 
 @torch.no_grad()
 def next_probabilities(loaded: LoadedModel, text: str) -> Tensor:
-    """Probabilities of the next token, (V,), on the CPU. Raises UserError if the model
-    overflows.
-    """
+    """Probabilities of the next token, (V,), on the CPU. Raises UserError."""
     model = loaded.model
     hidden = model.hidden_states(torch.tensor([encode(loaded, text)], device=model.device))
     return finite(model.logits(hidden[0, -1]).float().cpu()).softmax(0)
@@ -132,9 +123,7 @@ def top_tokens(loaded: LoadedModel, probabilities: Tensor, k: int) -> list[Token
 
 
 def continued(loaded: LoadedModel, text: str, limit: int = 20, sampling: Sampling = GREEDY) -> str:
-    """The generated text after `text`, with leading white space: up to an end token or `limit`
-    tokens.
-    """
+    """The generated text after `text`, up to an end token or `limit` tokens."""
     decode_next = loaded.tokenizer.stream()
     ids = generate(loaded.model, encode(loaded, text), loaded.tokenizer.end_ids, limit, sampling)
     return "".join(map(decode_next, ids))
@@ -146,8 +135,7 @@ def complete(loaded: LoadedModel, text: str, limit: int = 20) -> str:
 
 
 def probabilities(attention: Attention, x: Tensor, prefix: Prefix | None = None) -> Tensor:
-    """softmax(QKᵀ/√K + causal mask), (B, H, T, S), for the layer's inputs x (B, T, D); row t is
-    token t's (§2.1).
+    """softmax(QKᵀ/√K + causal mask), (B, H, T, S), for inputs x (B, T, D); row t is of token t.
 
     S is T, plus the length of the prefix, whose keys come first.
     """
@@ -192,8 +180,7 @@ def layer_attention(model: CausalLM, ids: Tensor, layer: int) -> Tensor:
 
 
 def merge_virtual_tokens(weights: Tensor, tokens: int) -> Tensor:
-    """A head's weights (n + T, n + T) or (T, n + T) as (T + 1, T + 1), for T = `tokens` words after
-    n virtual tokens.
+    """A head's weights (n + T, n + T) or (T, n + T), with n virtual tokens as one: (T + 1, T + 1).
 
     The first row and column stand for all virtual tokens together, so each row still sums to 1.
     """

@@ -59,9 +59,7 @@ class RequestHandler:
         self.models = ModelPool(parks=True, most=MAX_LOADED)
 
     def answer(self, do: object, fields: Mapping[str, Any]) -> Iterator[Answer]:
-        """Yields the answers, the last with event "done"; works only as far as the caller
-        iterates.
-        """
+        """Yields the answers, the last with event "done", as far as the caller iterates."""
         if not isinstance(do, str) or do not in KINDS:
             raise UserError(f"do must be {', '.join(KINDS)} or cancel, got {do!r}.")
         request = parse(KINDS[do], fields)
@@ -95,9 +93,7 @@ class RequestHandler:
         return {"name": request.name}
 
     def top_k(self, request: TopK) -> Answer:
-        """Each model's most likely tokens, and ("of") its probability of every token that any model
-        listed.
-        """
+        """Each model's likeliest tokens, and `of` all tokens listed its probabilities."""
         answers = dict[str, Answer]()
         # without the models: the next may need their memory
         predictions: dict[str, tuple[Tokenizer, Tensor]] = {}
@@ -183,9 +179,11 @@ class RequestHandler:
         }
 
     def attention_maps(self, request: AttentionMaps) -> Answer:
-        """Small maps of all heads: `maps` of the model, for an adapter also of its `base` and of
-        the `difference`, by layer and head; `change` is the share of a token's attention that the
-        adapter moves, a mean over tokens."""
+        """Small maps of all heads by layer: of the model, and for an adapter what it changes.
+
+        An adapter also has the maps of its `base` and of the `difference`; `change` is the
+        share of a token's attention that the adapter moves, a mean over tokens.
+        """
         model, strength = self.models.get(request.model), request.strength
         loaded = model.at(strength)
         ids = _attended(loaded, request)
@@ -252,9 +250,7 @@ def _heads(loaded: LoadedModel, ids: Sequence[int], layer: int) -> Tensor:
 
 
 def _small(heads: Tensor) -> list[list[list[float]]]:
-    """(H, T, T) as at most (H, MAP, MAP): each number the one of its part that is furthest from
-    zero.
-    """
+    """(H, T, T) pooled to at most (H, MAP, MAP); of each part the number furthest from zero."""
     size = min(heads.shape[-1], MAX_MAP)
     largest = functional.adaptive_max_pool2d(heads[None], size)[0]
     smallest = -functional.adaptive_max_pool2d(-heads[None], size)[0]

@@ -30,9 +30,7 @@ from pipeline.project.params.sections import Quantization
 
 
 def view(model: CausalLM) -> CausalLM:
-    """A copy of the modules that shares all tensors: modules attached to or replaced in it do not
-    affect `model`.
-    """
+    """A copy of the modules that shares all tensors, and can be changed by itself."""
     # deepcopy takes what the memo holds for copied: modules become new objects around the same
     # storage
     memo: dict[int, Any] = {
@@ -74,8 +72,7 @@ class Resident:
     strength: AdapterScale | None = None
 
     def at(self, s: float) -> LoadedModel:
-        """The model at adapter strength `s`, valid until the next call: 0 is the base, 1 the
-        adapter as trained.
+        """The model at strength `s`, valid until the next call: 0 base, 1 as trained.
 
         Raises UserError for virtual tokens at any other strength.
         """
@@ -96,9 +93,7 @@ class Resident:
             )
 
     def copy_at(self, s: float) -> CausalLM:
-        """A model like `at(s)` that stays valid. It shares the tensors that the strength does not
-        change.
-        """
+        """A model like `at(s)` that stays valid. It shares the tensors that `s` does not change."""
         adapted = view(self.at(1).model)
         if self.spec is not None:
             AdapterScale(adapted, self.base.loaded.model, self.spec).set(s)
@@ -114,8 +109,9 @@ class Resident:
 
 
 class ModelPool:
-    """Models by name, at most `most` of them on at most `most_bases` bases. A base stays loaded
-    while any of them uses it.
+    """Models by name: at most `most`, on at most `most_bases` bases.
+
+    A base stays loaded while any of them uses it.
 
     The model unused for longest makes room for another. With `parks`, also where the device has no
     memory left; it then comes back when it is asked for: nobody else may hold it.
@@ -154,9 +150,7 @@ class ModelPool:
     def load(
         self, name: str, base: Path, adapter: Path | None, trust_remote_code: bool = False
     ) -> tuple[Resident, bool]:
-        """Load a model as `name`; also whether its base was loaded already. Raises UserError as
-        engine.load.
-        """
+        """Load a model as `name`; also whether its base was loaded already. Raises UserError."""
         folder, quantization = base.resolve(), quantization_of(adapter)
         self._make_room(name, folder)  # before: two large models may not fit side by side
         shared = self._bases.get((folder, quantization))
@@ -189,9 +183,7 @@ class ModelPool:
         return model, resident
 
     def add(self, loaded: LoadedModel) -> None:
-        """Take a model that is loaded already; with its adapter, if it has one, it counts as a
-        base.
-        """
+        """Take a model that is loaded already; if it has an adapter, both count as a base."""
         alone = replace(loaded, adapter=None)
         base = ResidentBase(loaded.base, False, quantization_of(loaded.adapter), alone)
         self._put(loaded.name, Resident(alone, base, ()))
@@ -203,9 +195,7 @@ class ModelPool:
             del self._models[name]
 
     def get(self, name: str) -> Resident:
-        """The model called `name`, reloaded if its files changed or if it was parked. Raises
-        UserError.
-        """
+        """The model, reloaded if its files changed or if it was parked. Raises UserError."""
         if name in self._parked:
             return self.load(name, *self._parked[name])[0]
         return self.find(name) or self.load(name, *_source(self.loaded(name)))[0]

@@ -1,6 +1,4 @@
-"""Scores of a model, such as losses, answers and its KL divergence from the base, and the agreement
-of two models.
-"""
+"""Scores of a model: losses, answers, divergence from the base, agreement with another model."""
 
 import math
 import re
@@ -41,8 +39,7 @@ CHUNK = 256
 
 @dataclass(frozen=True)
 class EvalScores:
-    """Next-token predictions on examples: cross-entropies in nats (N,), top-1 predictions (N,) and
-    labels (N,).
+    """Next-token predictions on examples: losses in nats, top-1 predictions and labels, each (N,).
 
     `divergence` is the mean KL(base‖model) in nats per token. To compare another model with this
     one, its logits are recomputed from `hidden`, which takes far less memory than keeping them, by
@@ -83,8 +80,9 @@ def score(
     base: EvalScores | None = None,
     max_length: int = 0,
 ) -> EvalScores:
-    """Scores of every label of the examples, end tokens included; with `base`, the divergence from
-    it.
+    """Scores of every label of the examples, end tokens included.
+
+    `base`: also the divergence from it.
 
     `max_length`: as in training, examples are cut to this many tokens; 0: never.
 
@@ -142,9 +140,11 @@ def score(
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """Joint probability of an answer's tokens after a prompt (None if it has no tokens), whether
-    the greedy completion begins with it, the most likely next tokens, and the logarithm of the
-    probability, which is not 0 where that of a long answer is."""
+    """How likely an answer is after a prompt, as one of tokens (None if it has none).
+
+    `first`: whether the greedy completion begins with it; `top`: the likeliest next tokens. The
+    probability of a long answer may be 0, its logarithm is not.
+    """
 
     probability: float | None
     first: bool
@@ -156,9 +156,7 @@ class AnswerScore:
 def score_answers(
     loaded: LoadedModel, pairs: Sequence[tuple[str, str]], k: int = 1
 ) -> list[AnswerScore]:
-    """Scores of (prompt, answer) pairs, computed as packed sequences. Raises UserError as
-    `engine.encode`.
-    """
+    """Scores of (prompt, answer) pairs, computed in packed rows. Raises UserError."""
     tokenizer, model = loaded.tokenizer, loaded.model
     prompts = [encode_prompt(loaded, prompt) for prompt, _ in pairs]
     answers = [tokenizer.continuation(prompt, answer) for prompt, answer in pairs]
@@ -182,8 +180,9 @@ def score_answers(
 
 
 def completes_correctly(loaded: LoadedModel, example: Example, given: int) -> bool:
-    """Whether the greedy completion of an example's prompt (of a text: its first `given` words) is
-    exactly the rest.
+    """Whether the greedy completion of an example's prompt is exactly the rest.
+
+    The prompt of a text is its first `given` words.
     """
     tokenizer = loaded.tokenizer
     prompt: str
@@ -219,9 +218,7 @@ class SameLogits:
     trust_remote_code: bool = False
 
     def __call__(self, merged: Path) -> dict[str, Any]:
-        """Entries for the certificate. Raises UserError if the logits differ by more than
-        `limit`.
-        """
+        """Entries for the certificate. Raises UserError above `limit`."""
         if not self.prompts:
             return {}
         base, adapter, prompts = self.base, self.adapter, self.prompts
@@ -259,8 +256,11 @@ class SameLogits:
 
 
 class Difference(NamedTuple):
-    """Between two models' logits on prompts: the largest absolute difference, the mean
-    KL(one‖other) in nats per token, and the number of prompts with the same top-1 next token."""
+    """How much two models' logits differ on prompts.
+
+    The largest absolute difference, the mean KL(one‖other) in nats per token, and the number of
+    prompts with the same top-1 next token.
+    """
 
     max_logit_difference: float
     divergence: float
@@ -297,8 +297,7 @@ def difference_of(logits: Iterable[tuple[Tensor, Tensor]]) -> Difference:
 
 
 class Quality(NamedTuple):
-    """Mean cross-entropy in nats per token, and the shares of top-1 predictions that equal the
-    label and that equal the fine-tuned model's."""
+    """Loss in nats per token, and top-1 accuracy against the labels and against the tuned model."""
 
     loss: float
     right: float
@@ -306,9 +305,7 @@ class Quality(NamedTuple):
 
 
 def refuse_other_tokens(base: Path, tuned: Path, examples: Sequence[Example]) -> None:
-    """Raises UserError if the two tokenize an example differently, so that their predictions are
-    not comparable.
-    """
+    """Raises UserError if the two tokenize an example differently: nothing could be compared."""
     tokenizers = [load_tokenizer(folder) for folder in (base, tuned)]
     for example in examples:
         encodings = [encode(example, tokenizer) for tokenizer in tokenizers]
@@ -336,9 +333,7 @@ def quality(
     examples: Sequence[Example],
     trust_remote_code: bool = False,
 ) -> dict[str, Quality]:
-    """Quality of base, fine-tuned model and base + adapter on the examples; one model is in memory
-    at a time.
-    """
+    """Quality of base, fine-tuned model and base + adapter, of which one is in memory at a time."""
     scores = {}
     for name, folders in {
         "base": (base, None),
@@ -357,9 +352,7 @@ def quality(
 
 
 class Cost(NamedTuple):
-    """Mean cross-entropy in nats per token, share of top-1 predictions that equal the label, and
-    KL(reference‖it).
-    """
+    """Loss in nats per token, top-1 accuracy, and the divergence from the reference."""
 
     loss: float
     right: float
@@ -372,8 +365,7 @@ def costs(
     examples: Sequence[Example],
     trust_remote_code: bool = False,
 ) -> dict[str, Cost]:
-    """What each of several adapters of one base (None: the base alone) costs on the examples,
-    against the first.
+    """What each adapter costs on the examples against the first; None is the base alone.
 
     One model is in memory at a time, and the head of the first.
     """

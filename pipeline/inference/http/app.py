@@ -68,9 +68,7 @@ class EventStream:
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told of an error. One that nobody foresaw is printed here, and not described
-    there.
-    """
+    """What a client is told of an error. An unexpected one is only printed here."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, Busy):
@@ -199,9 +197,7 @@ class Api:
         prepare: Prepare,
         make_format: MakeFormat,
     ) -> Response | EventStream:
-        """Generate for every prompt, `n` times each: up to `limit` tokens, or what the context has
-        room for.
-        """
+        """Generate `n` times for every prompt, within `limit` and the model's context."""
         start = time.monotonic()
         if body.stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options needs stream: true.", "stream_options")
@@ -332,9 +328,7 @@ def _encode_chat(loaded: LoadedModel, body: ChatRequest) -> Ids:
 
 
 def _encode(loaded: LoadedModel, text: str) -> Ids:
-    """The prompt's ids. Raises UserError, and ApiError for a text that would take seconds to encode
-    for nothing.
-    """
+    """The prompt's ids. Raises UserError, and ApiError before it encodes a text that cannot fit."""
     if len(text) > MAX_TOKEN_CHARACTERS * loaded.model.max_length:
         problem = (
             f"The prompt has {len(text)} characters; {loaded.name} takes "

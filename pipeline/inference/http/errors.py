@@ -8,9 +8,7 @@ _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_
 
 
 class ApiError(Exception):
-    """A request that is answered with an HTTP status above 399. `param` is the field that is
-    wrong.
-    """
+    """A request that is answered with a status above 399. `param` is the field that is wrong."""
 
     def __init__(
         self,

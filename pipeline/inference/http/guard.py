@@ -1,6 +1,4 @@
-"""What a request must be before it is read: from a known host and origin, with the key, of limited
-size and time.
-"""
+"""Admits requests: from a known host and origin, with the key, of limited size and time."""
 
 import asyncio
 import hmac
@@ -23,8 +21,7 @@ OPEN = ("/health",)  # without a key
 
 
 class Guard:
-    """ASGI middleware. Reads the body, then runs the routes until one answers or the client is
-    gone.
+    """ASGI middleware: admits a request, reads it, and ends with its client.
 
     `hosts`: allowed names in the Host header; None allows every one, which is safe only with a key.
     A page of another origin cannot know the key, but without one, a browser would send its requests
@@ -127,9 +124,7 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 
 
 async def _read(receive: Receive) -> bytes | None:
-    """The body; None if the client went. Raises ApiError 413 if it is too large, 408 if it is too
-    slow.
-    """
+    """The body; None if the client is gone. Raises ApiError 413 or 408."""
     body, size = bytearray(), 0
     try:
         async with asyncio.timeout(ARRIVAL_SECONDS):
@@ -153,9 +148,7 @@ async def _read(receive: Receive) -> bytes | None:
 
 
 def _closing(status: int, message: str, code: str | None = None) -> ApiError:
-    """An answer that is given before the request was read, so that nothing else can follow on the
-    connection.
-    """
+    """An answer before the request was read, so that nothing else can follow on the connection."""
     return ApiError(status, message, code=code, headers={"Connection": "close"})
 
 

@@ -1,5 +1,7 @@
 """What GET /metrics says, in Prometheus' text format."""
 
+from typing import Any
+
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -16,7 +18,7 @@ class Metrics:
     def __init__(self, generator: BatchedGenerator) -> None:
         prometheus_client.disable_created_metrics()  # no time at which each counter was made
         self._registry = CollectorRegistry()
-        shared = {"namespace": "lora", "registry": self._registry}
+        shared: dict[str, Any] = {"namespace": "lora", "registry": self._registry}
         self.requests = Counter(
             "requests", "HTTP requests by route and status.", ("route", "status"), **shared
         )

@@ -1,6 +1,4 @@
-"""The models that are served: their names and folders, what of them is in memory, adapters that
-clients load.
-"""
+"""The models that are served, and adapters that clients load."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,9 +22,7 @@ MAX_BASES = 2  # of them with weights of their own
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is: a base's, checkpoint's or merged model's folder, or an adapter's with its
-    base.
-    """
+    """A model: the folder of a base, checkpoint or merged model, and of an adapter on it."""
 
     base: Path
     adapter: Path | None = None
@@ -40,8 +36,7 @@ Sources = Mapping[str, Source]  # by name; the first is the base that is loaded 
 
 
 def project_models(project: Project) -> Sources:
-    """Base, adapters, checkpoints and merged models in a project's artifacts, by the names of `lora
-    adapters`.
+    """The models in a project's artifacts, by the names that `lora adapters` shows.
 
     Adapters whose base is missing are left out. Raises UserError if there is no base yet.
     """
@@ -70,9 +65,7 @@ def project_models(project: Project) -> Sources:
 
 
 def named_models(base: Path, adapters: Iterable[Path]) -> Sources:
-    """A base and adapters on it, by the names of their folders. Raises UserError if two have the
-    same name.
-    """
+    """A base and adapters, by the names of their folders. Raises UserError if two have one name."""
     sources = {base.resolve().name: Source(base)}
     for adapter in adapters:
         name = adapter.resolve().name
@@ -86,9 +79,7 @@ def named_models(base: Path, adapters: Iterable[Path]) -> Sources:
 
 
 class ServedModels:
-    """Used on the event loop's thread; models are loaded and unloaded on the generator's, between
-    two steps.
-    """
+    """Used on the event loop's thread; the generator's loads and unloads, between two steps."""
 
     def __init__(
         self,
@@ -99,8 +90,9 @@ class ServedModels:
         trust_remote_code: bool = False,
         fits_memory: bool = False,
     ) -> None:
-        """Loads the base, which stays. `scan` finds the models again; clients may load adapters in
-        `adapter_folders`. Raises UserError.
+        """Loads the base, which stays in memory. Raises UserError.
+
+        `scan` finds the models again; clients may load adapters in `adapter_folders`.
 
         `fits_memory`: the generator's `max_tokens` follows the memory that the loaded models leave.
         """
@@ -128,9 +120,7 @@ class ServedModels:
         return self.sources
 
     async def get(self, name: str) -> Resident:
-        """The model, loaded if it is not, or if its files changed. Raises ApiError 404, or 400 if
-        it is rejected.
-        """
+        """The model, loaded again if its files changed. Raises ApiError 404 or 400."""
         if resident := self.pool.find(name):
             return resident
         source = self.sources.get(name) or (await self.rescan()).get(name)
@@ -190,9 +180,7 @@ class ServedModels:
         self._removed.discard(name)
 
     def _allowed(self, path: str) -> Path:
-        """The adapter's folder. Outside the folders that are served, nothing is said about what
-        exists.
-        """
+        """The adapter's folder. Of other folders nothing is said, not even whether they exist."""
         try:
             folder = Path(path).resolve()
         except (OSError, ValueError, RuntimeError):  # a NUL, a loop of links

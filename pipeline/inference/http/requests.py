@@ -14,16 +14,16 @@ MAX_CHOICES = 64  # of one request: prompts × n
 MAX_STOP_LENGTH = 1000  # characters: each is compared with the end of the text after each token
 # Accepted and without effect here: they change no text.
 _IGNORED = (
-    *(
-        "user",
-        "metadata",
-        "store",
-        "service_tier",
-        "safety_identifier",
-        "parallel_tool_calls",
-        "prediction",
-    ),
-    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "parallel_tool_calls",
+    "prediction",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
 )
 # Fields of OpenAI and vLLM that would change the answer and are not supported: the values that
 # change nothing.
@@ -78,22 +78,15 @@ class Message(Struct, forbid_unknown_fields=True):
     reasoning_content: str | None = None
 
     def for_template(self) -> dict[str, Any]:
-        """The message as chat templates expect it: one text, and the arguments of tool calls as an
-        object.
-        """
-        content = (
-            self.content
-            if isinstance(self.content, str)
-            else "\n".join(part.text for part in self.content or ())
-        )
-        turn: dict[str, Any] = {
-            "role": "system" if self.role == "developer" else self.role,
-            "content": content,
-        }
-        optional = {
-            key: getattr(self, key) for key in ("name", "tool_call_id", "reasoning_content")
-        }
-        turn |= {key: value for key, value in optional.items() if value is not None}
+        """The message as chat templates expect it: one text, arguments as objects."""
+        content = self.content
+        if not isinstance(content, str):
+            content = "\n".join(part.text for part in content or ())
+        role = "system" if self.role == "developer" else self.role
+        turn: dict[str, Any] = {"role": role, "content": content}
+        for key in ("name", "tool_call_id", "reasoning_content"):
+            if (value := getattr(self, key)) is not None:
+                turn[key] = value
         if self.tool_calls:
             turn["tool_calls"] = [_with_object_arguments(call) for call in self.tool_calls]
         return turn
@@ -104,9 +97,8 @@ def _with_object_arguments(call: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        return call | {
-            "function": function | {"arguments": msgspec.json.decode(function["arguments"])}
-        }
+        arguments = msgspec.json.decode(function["arguments"])
+        return call | {"function": function | {"arguments": arguments}}
     except (msgspec.DecodeError, RecursionError):
         return call
 
@@ -152,21 +144,15 @@ class CompletionRequest(Request, kw_only=True):
     @property
     def prompts(self) -> list[str | tuple[int, ...]]:
         """Texts or token ids, one for each prompt."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if all(isinstance(part, int) for part in self.prompt):
-            return [tuple(part for part in self.prompt if isinstance(part, int))]
-        if any(isinstance(part, int) for part in self.prompt):
-            raise ApiError(
-                400,
-                "prompt must be a text, a list of texts, token ids or a list of their lists.",
-                "prompt",
-            )
-        return [
-            part if isinstance(part, str) else tuple(part)
-            for part in self.prompt
-            if not isinstance(part, int)
-        ]
+        parts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        ids = [part for part in parts if isinstance(part, int)]
+        if len(ids) == len(parts):
+            return [tuple(ids)]
+        if ids:
+            rule = "must be a text, a list of texts, token ids or a list of their lists."
+            raise FieldError("prompt", f" {rule}")
+        texts = [part for part in parts if not isinstance(part, int)]
+        return [part if isinstance(part, str) else tuple(part) for part in texts]
 
 
 class LoadAdapter(Struct, forbid_unknown_fields=True):

@@ -66,9 +66,7 @@ class Access:
 
     @property
     def hosts(self) -> Sequence[str] | None:
-        """Allowed names in the Host header: with an address that others reach there is a key, and
-        any name.
-        """
+        """Allowed names in the Host header; None allows any, where an API key is required."""
         return (*LOCAL_HOSTS, self.host.lower()) if is_local(self.host) else None
 
 
@@ -100,9 +98,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class LimitedConnection(H11Protocol):
-    """uvicorn's connection, closed if headers do not arrive in time, or if the client does not
-    read.
-    """
+    """A connection with a limit on the time for headers and for a stalled client."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -136,9 +132,7 @@ class LimitedConnection(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _close_after(self, seconds: float, reason: str) -> None:
-        """Close the connection unless `_keep` is called in time; the time runs from the first of
-        several calls.
-        """
+        """Close the connection unless `_keep` is called in time, counted from the first call."""
         if reason not in self._timers:
             self._timers[reason] = self.loop.call_later(seconds, self.transport.abort)
 
@@ -161,8 +155,9 @@ class HttpServer:
         max_waiting: int = 256,
         max_tokens: int | None = None,
     ) -> None:
-        """Binds the port and loads the base. `max_tokens`: of all running sequences; None: as many
-        as fit into memory.
+        """Binds the port and loads the base.
+
+        `max_tokens`: of all running sequences; None: as many as fit into memory.
 
         Raises UserError.
         """
