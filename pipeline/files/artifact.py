@@ -1,5 +1,4 @@
-"""Artifact folders and other files, written atomically, and the manifest that says how an artifact
-was made.
+"""Artifact folders and files, written atomically, and the manifest of how one was made.
 
 A manifest holds nothing that differs between two identical runs on one machine.
 """
@@ -37,8 +36,7 @@ _DVC_OBJECT = re.compile(r".*/files/md5/[0-9a-f]{2}/[0-9a-f]{30}", re.DOTALL)
 
 @contextmanager
 def writing(target: Path) -> Iterator[Path]:
-    """A temporary folder that gets the name `target` when the block ends without error: it exists
-    whole or not at all.
+    """A temporary folder that becomes `target`, whole or not at all, when the block ends.
 
     What was there before is replaced, and stays if the block fails or the process is killed.
     """
@@ -79,8 +77,9 @@ def beside(target: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, contents: str | Iterable[bytes], durable: bool = False) -> None:
-    """Replace the file at `path`, which keeps its permissions. Raises OSError about `path`, which
-    is then unchanged.
+    """Replace the file at `path`, which keeps its permissions.
+
+    Raises OSError about `path`, which is then unchanged.
 
     `durable`: also across a power cut.
     """
@@ -108,8 +107,9 @@ def write_file(path: Path, contents: str | Iterable[bytes], durable: bool = Fals
 
 
 def refuse_other(out: Path, earlier: bool, sources: Iterable[Path]) -> None:
-    """Raises UserError if `out` is one of `sources`, inside or around one, or not empty and no
-    `earlier` result.
+    """Raises UserError if writing to the folder `out` could destroy something.
+
+    It must not be one of `sources`, inside or around one, and be empty or an `earlier` result.
 
     Also if it has a file that no command writes and no source has: a merge copies the license of a
     base.
@@ -127,12 +127,11 @@ def refuse_other(out: Path, earlier: bool, sources: Iterable[Path]) -> None:
         raise UserError(
             f"{out} exists and holds other files. Name another folder with --out, or remove it."
         )
-    names = [path.name for path in out.iterdir()] if out.is_dir() else []
-    if others := sorted(
-        name for name in names if not _WRITTEN.fullmatch(name) and name not in copied
-    ):
+    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    foreign = [name for name in names if not _WRITTEN.fullmatch(name) and name not in copied]
+    if foreign:
         raise UserError(
-            f"{out} holds {others[0]}, which lora did not write. Move it, or name another folder "
+            f"{out} holds {foreign[0]}, which lora did not write. Move it, or name another folder "
             "with --out."
         )
 
@@ -149,9 +148,7 @@ def _sibling(target: Path, kind: str) -> Path:
 
 
 def _recover(target: Path) -> None:
-    """Clean up after a killed process: restore what it was about to replace, delete what it had
-    started.
-    """
+    """Restore what a killed process was about to replace, and delete what it had started."""
     # The start time is missing where the system has no /proc, and in names that earlier versions
     # wrote.
     try:
@@ -192,18 +189,12 @@ def _is_running(pid: int, started: str) -> bool:
 
 
 def _process_state(pid: int) -> tuple[str, str]:
-    """(state, start in clock ticks since boot) of a process; empty if the system has no /proc, or
-    hides it.
-    """
+    """(state, start in clock ticks since boot) of a process; empty if /proc does not tell."""
     try:
-        fields = (
-            Path(f"/proc/{pid}/stat")
-            .read_text(encoding="utf-8", errors="replace")
-            .rpartition(")")[2]
-            .split()
-        )
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return "", ""
+    fields = stat.rpartition(")")[2].split()
     return fields[0], fields[19]  # fields 3 and 22 of proc(5)
 
 
@@ -244,20 +235,16 @@ def refuse_untrusted(folder: Path) -> None:
             if not path.is_symlink():
                 continue
             target = Path(os.path.realpath(path))
-            if not any(each in target.parents for each in trusted) and not _DVC_OBJECT.fullmatch(
-                str(target)
-            ):
+            is_inside = any(parent in target.parents for parent in trusted)
+            if not is_inside and not _DVC_OBJECT.fullmatch(str(target)):
                 raise UserError(
                     f"{path} is a link to a file outside its folder: {target}. "
                     "Replace it with a copy of that file if you trust it."
                 )
         folders[:] = [name for name in folders if not name.startswith(".")]
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if (
-            path.suffix in _TEXTS
-            and path.is_file()
-            and (size := path.stat().st_size) > LARGEST_TEXT
-        ):
+        size = path.stat().st_size if path.suffix in _TEXTS and path.is_file() else 0
+        if size > LARGEST_TEXT:
             raise UserError(
                 f"{path} must have at most {LARGEST_TEXT:,} bytes, got {size:,}. Copy the model "
                 "again."
@@ -269,17 +256,13 @@ def refuse_untrusted(folder: Path) -> None:
 
 
 def refuse_long_lists(config: Mapping[str, Any], source: str) -> None:
-    """Raises UserError for a config of more layers or labels than `MOST_LISTED`, in a config nested
-    in it too.
-    """
+    """Raises UserError for a config, or one in it, of more than `MOST_LISTED` layers or labels."""
     parts: list[Mapping[str, Any]] = [config]
     for part in parts:  # it grows
         parts += [value for value in part.values() if isinstance(value, dict)]
         for key, value in part.items():
-            is_count = isinstance(value, int | float) and key.endswith(
-                ("layer", "layers", "labels")
-            )
-            if is_count and value > MOST_LISTED:
+            is_count = key.endswith(("layer", "layers", "labels"))
+            if is_count and isinstance(value, int | float) and value > MOST_LISTED:
                 raise UserError(
                     f"{source}: {key} must be at most {MOST_LISTED:,}, got {value:,}. Copy the "
                     "model again."
@@ -291,8 +274,10 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path, hint: str) -> dict[str, Any]:
-    """The JSON object in `path`. Raises UserError, with `hint` as the next step, if it is missing,
-    not an object or has more than `LARGEST_JSON` bytes."""
+    """The JSON object in `path`.
+
+    Raises UserError, with `hint` as the next step, if it is missing, no object or too large.
+    """
     try:
         with path.open("rb") as file:
             raw = file.read(LARGEST_JSON + 1)
@@ -323,9 +308,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def digest(path: Path) -> str:
-    """sha256 of a file, or of a folder's names and contents except its manifest. Raises
-    UserError.
-    """
+    """sha256 of a file, or of a folder's names and contents but the manifest. Raises UserError."""
     if path.is_file():
         return file_digest(path)
     if not path.is_dir():
@@ -362,20 +345,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def verify(
     folder: Path, contents: Callable[[Path], Mapping[str, str]] = contents
 ) -> dict[str, Any]:
-    """The manifest, after checking every file's sha256. Raises UserError with the first that
-    differs.
-    """
+    """The manifest, if every file has its sha256. Raises UserError with the first that has not."""
     manifest = read_manifest(folder)
     actual, sealed = contents(folder), manifest["files"]
     for name in sorted(actual.keys() | sealed.keys()):
         if actual.get(name) != sealed.get(name):
-            change = (
-                "is missing"
-                if name not in actual
-                else "was added"
-                if name not in sealed
-                else "was changed"
-            )
+            change = "was changed"
+            if name not in actual:
+                change = "is missing"
+            elif name not in sealed:
+                change = "was added"
             raise UserError(
                 f"{folder / name} {change} after the artifact was made. Make it again or restore "
                 "the file."

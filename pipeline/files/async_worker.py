@@ -1,6 +1,4 @@
-"""Asks a child process that speaks `worker.py`'s protocol from asyncio: many requests at once,
-streams of answers, and a new process after a crash.
-"""
+"""Asks a child process in `worker.py`'s protocol from asyncio, many requests at once."""
 
 import asyncio
 import itertools
@@ -215,8 +213,10 @@ class _Process:
         return f"{reason}, its last line was {lines[-1]!r}" if lines else reason
 
     async def _deliver(self, answer: Answer) -> None:
-        """Queue an answer. A slow reader blocks the process, unless another request is pending
-        behind its answers.
+        """Queue an answer.
+
+        A slow reader blocks the process, unless another request is pending behind its
+        answers.
         """
         if answer["event"] == "error" and answer.get("kind") == "memory":
             self._end(str(answer.get("message")))

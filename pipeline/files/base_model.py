@@ -6,11 +6,11 @@ whether a stage is up to date needs it too. `import_base` opens the model.
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.errors import UserError
 from pipeline.files.artifact import (
@@ -76,8 +76,9 @@ class TensorLocation:
 
 
 def parse_source(base: str, root: Path) -> Source:
-    """What `base` refers to, relative to the project's folder. Does not check that it is usable.
-    Raises UserError.
+    """What `base` refers to, relative to the project's folder. Raises UserError.
+
+    Whether it can be used is not checked.
     """
     if base == MINIGPT:
         return Source("minigpt", base)
@@ -93,8 +94,7 @@ def parse_source(base: str, root: Path) -> Source:
         return Source("hub", base, hub_id=match["id"], revision=match["revision"])
     raise UserError(
         "base must be minigpt, a checkpoint folder, a .gguf file or a hub id such as org/name, "
-        f"got {base!r}: "
-        f"{path or 'a file of that name'} does not exist. Change base."
+        f"got {base!r}: {path or 'a file of that name'} does not exist. Change base."
     )
 
 
@@ -111,9 +111,7 @@ def _path(base: str, root: Path) -> Path | None:
 
 
 def width(base: str, root: Path) -> int | None:
-    """The width of a base's hidden states: as it was imported, else of a checkpoint folder; None if
-    neither says.
-    """
+    """The width of a base's hidden states, as imported or in its folder; None if neither says."""
     imported, folder = root / IMPORTED, _path(base, root)
     with suppress(UserError):
         if read_manifest(imported).get("params", {}).get("base") == shared_name(base):
@@ -126,27 +124,30 @@ def _width(folder: Path) -> int | None:
         config = read_json(folder / "config.json", "")
     except UserError:
         return None
-    widths = (
-        part.get(key)
-        for part in (config, config.get("text_config"))
-        if isinstance(part, dict)
-        for key in WIDTHS
-    )
-    return next((each for each in widths if isinstance(each, int) and 0 < each <= WIDEST), None)
+    return _first_integer(config, WIDTHS, lambda width: 0 < width <= WIDEST)
+
+
+def _first_integer(
+    config: Mapping[str, Any], keys: Sequence[str], is_valid: Callable[[int], bool]
+) -> int | None:
+    """The first valid number under one of `keys` in a config, or in that of its text model."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for key in keys:
+            value = part.get(key)
+            if type(value) is int and is_valid(value):
+                return value
+    return None
 
 
 def shared_name(name: str) -> str:
-    """The name of a base or data file in a manifest, which is shared: of an absolute path only the
-    last part.
-    """
+    """The name of a base or data file in a manifest: of an absolute path only the last part."""
     path = Path(name)
     return path.name or name if path.is_absolute() or name.startswith("~") else name
 
 
 def license_of(folder: Path) -> dict[str, str]:
-    """`license`, `license_name` and `license_link` of the model card in a folder, as far as it
-    gives them.
-    """
+    """What the model card in a folder has of `license`, `license_name` and `license_link`."""
     if not (folder / CARD).is_file():
         return {}
     with (folder / CARD).open(encoding="utf-8", errors="replace") as file:
@@ -156,21 +157,19 @@ def license_of(folder: Path) -> dict[str, str]:
 
 
 def files_to_watch(base: str, root: Path) -> list[Path]:
-    """The files to watch for changes of a local base: the file, existing or not, or those in its
-    folder.
-    """
+    """The files of a local base to watch for changes, existing or not."""
     path = None if base == MINIGPT else _path(base, root)
+    if path is None:
+        return []
     try:
-        files = [] if path is None else list(path.iterdir()) if path.is_dir() else [path]
+        files = list(path.iterdir()) if path.is_dir() else [path]
     except OSError:
         return []
     return sorted(file for file in files if not file.is_dir())
 
 
 def resolve(base: str, root: Path) -> Source:
-    """`parse_source`, after checking without opening it that it can be imported. Raises
-    UserError.
-    """
+    """`parse_source`, with a first look whether it can be imported. Raises UserError."""
     source = parse_source(base, root)
     if source.kind == FOLDER:
         refuse_other_folders(source.path)
@@ -196,8 +195,7 @@ def resolve(base: str, root: Path) -> Source:
 
 
 def identity(source: Source, digest: Callable[[Path], str] = digest) -> dict[str, str]:
-    """Its part of the cache key: shared name → sha256; for the hub, which may be unreachable, id
-    and revision.
+    """Its part of the cache key: shared name → sha256; of the hub, id and revision.
 
     {} for MiniGPT, whose training settings are the key. Of a folder only the files that an import
     reads count. Raises UserError.
@@ -213,18 +211,14 @@ def identity(source: Source, digest: Callable[[Path], str] = digest) -> dict[str
 
 
 def relevant_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint folder that an import reads: no optimizer state, no logs. Raises
-    UserError.
-    """
+    """The files of a checkpoint folder that an import reads. Raises UserError."""
     plain = {path for pattern in (*PLAIN, CODE) for path in folder.glob(pattern) if path.is_file()}
     index = [folder / INDEX] if (folder / INDEX).is_file() else []
     return sorted({*plain, *index, *weight_files(folder)})
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder: one, or the shards in its index. Raises
-    UserError.
-    """
+    """The weights of a checkpoint folder: one file, or shards in an index. Raises UserError."""
     refuse_untrusted(folder)
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX, "Copy it again").get("weight_map")
@@ -234,8 +228,7 @@ def weight_files(folder: Path) -> list[Path]:
             if not isinstance(name, str) or not _SHARD.fullmatch(name):
                 raise UserError(
                     f"{folder / INDEX}: a shard must be the name of a .safetensors file in this "
-                    "folder, "
-                    f"got {str(name)[:80]!r}. Copy the model again."
+                    f"folder, got {str(name)[:80]!r}. Copy the model again."
                 )
             if not (folder / name).is_file():
                 raise UserError(
@@ -258,9 +251,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensor_locations(folder: Path) -> dict[str, TensorLocation]:
-    """Every tensor of the checkpoint in `folder`, by name. Raises UserError as `weight_files` and
-    `read_header` do.
-    """
+    """Every tensor of the checkpoint in `folder`, by name. Raises UserError."""
     locations: dict[str, TensorLocation] = {}
     for file in weight_files(folder):
         for name, info in read_header(file).items():
@@ -300,9 +291,4 @@ def refuse_other_folders(folder: Path) -> None:
 def max_positions(base: Path) -> int | None:
     """The maximum number of tokens of the model; None if its config has none."""
     config = read_json(base / "config.json", "A model folder needs its config")
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
-        for key in ("max_position_embeddings", "n_positions"):
-            if type(part.get(key)) is int:
-                return int(part[key])
-    return None
+    return _first_integer(config, ("max_position_embeddings", "n_positions"), lambda _: True)

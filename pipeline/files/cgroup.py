@@ -1,6 +1,4 @@
-"""What a container may use: the memory limit and the CPU quota of this process's control group, v1
-or v2 (Linux).
-"""
+"""Memory limit and CPU quota of this process's control group, v1 or v2 (Linux)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +15,7 @@ class MemoryLimit(NamedTuple):
     folder: Path
 
     def used(self) -> int:
-        """Bytes that cannot be reclaimed at once: without the files in the page cache that nobody
-        read lately.
+        """Bytes that cannot be reclaimed at once: without cached files that nobody read lately.
 
         As `docker stats` and Kubernetes count, so that a read data file does not look like a full
         machine. Raises OSError and ValueError.
@@ -34,16 +31,12 @@ class MemoryLimit(NamedTuple):
 
 
 def memory_limit(host: int, mount: Path = MOUNT, own: Path = OWN) -> MemoryLimit | None:
-    """The smallest limit below the `host`'s bytes, of this control group and those above it; None
-    if there is none.
-    """
+    """The smallest limit that applies here, if it is below the `host`'s bytes; None without."""
     return min((limit for limit in memory_limits(mount, own) if limit.total < host), default=None)
 
 
 def memory_limits(mount: Path = MOUNT, own: Path = OWN) -> Iterator[MemoryLimit]:
-    """The limits of this control group and of those above it: a group shares its own with others
-    below it.
-    """
+    """The limits of this control group and of those above it, which it shares with others."""
     for folder in _folders("memory", mount, own):
         for name in ("memory.max", "memory.limit_in_bytes"):
             total = _first_number(folder / name)
@@ -52,9 +45,7 @@ def memory_limits(mount: Path = MOUNT, own: Path = OWN) -> Iterator[MemoryLimit]
 
 
 def cpu_quota(mount: Path = MOUNT, own: Path = OWN) -> tuple[float, Path] | None:
-    """The smallest number of cores that a control group may use, and its folder; None without a
-    quota.
-    """
+    """The smallest number of cores that applies here, and its folder; None without a quota."""
     quotas = []
     for folder in _folders("cpu", mount, own):
         if (folder / "cpu.max").exists():
@@ -92,11 +83,9 @@ def _folders(controller: str, mount: Path, own: Path) -> Iterator[Path]:
         if controllers == "" or controller in controllers.split(","):
             root = mount / controller if controllers else mount
             folder = root / path.lstrip("/")
-            yield from (
-                each
-                for each in (folder, *folder.parents)
-                if each.is_relative_to(root) and each.is_dir()
-            )
+            for group in (folder, *folder.parents):
+                if group.is_relative_to(root) and group.is_dir():
+                    yield group
 
 
 def _first_number(path: Path) -> int | None:
@@ -105,9 +94,7 @@ def _first_number(path: Path) -> int | None:
 
 
 def _read(path: Path) -> str:
-    """The text of a file; "" if it cannot be read: control groups differ from one kernel to the
-    next.
-    """
+    """The text of a file; "" if it cannot be read, as kernels differ."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

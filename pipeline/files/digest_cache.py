@@ -107,8 +107,9 @@ class FactStore:
     def put(
         self, key: str, stamp: str, facts: Facts, files: Iterable[FileState], now: int = 0
     ) -> None:
-        """Store facts; in the file, unless `files` changed just before `now`: they may change again
-        within one tick of the clock.
+        """Store facts; in the file, unless `files` changed just before `now`.
+
+        They may then change again within one tick of the clock.
         """
         self._computed[key] = stamp, facts
         now = now or time.time_ns()

@@ -28,8 +28,7 @@ class Chunk(Generic[T]):
 
 
 class FileTail(Generic[T]):
-    """Complete lines of a file as rows; lines for which the parser raises ValueError are counted in
-    `skipped`.
+    """Complete lines of a file as rows; lines that the parser rejects by ValueError are `skipped`.
 
     `parser_for(header)` returns the parser of the lines below the first; with `header=False`, the
     parser of all lines, given "". With `latest`, a reader that is further behind skips to the last
@@ -72,9 +71,7 @@ class FileTail(Generic[T]):
             return Chunk([], "gone" if existed else "")
 
     async def chunks(self) -> AsyncIterator[Chunk[T]]:
-        """All new rows, chunk by chunk, with a turn of the event loop after each: a long log must
-        not block keys.
-        """
+        """All new rows by chunks, with a turn of the event loop after each."""
         more = True
         while more:
             chunk = self.read()
@@ -127,9 +124,7 @@ class FileTail(Generic[T]):
 
 
 def file_stamp(path: Path) -> tuple[int, ...] | None:
-    """What changes when a file or folder does: device, inode, size, time; None if it does not
-    exist.
-    """
+    """What changes when a file or folder does: device, inode, size, time; None without one."""
     try:
         info = path.stat()
     except OSError:

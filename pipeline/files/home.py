@@ -1,6 +1,4 @@
-"""The user's home folder, also for a user without one, as in a container that runs under a mere
-number.
-"""
+"""The user's home folder, also of a user without one, as a mere number in a container."""
 
 import os
 from pathlib import Path
@@ -15,7 +13,5 @@ def home_folder() -> Path:
 
 
 def expand(name: str) -> Path:
-    """`name` with the home folder in place of ~; as it is where there is no such home, which then
-    does not exist.
-    """
+    """`name` with the home folder in place of ~, or as it is where there is no such home."""
     return Path(os.path.expanduser(name))  # noqa: PTH111  # Path.expanduser raises RuntimeError

@@ -1,8 +1,7 @@
-"""Matches untrusted regular expressions, of a model's module names or of answers, with a time
-limit.
+"""Matches untrusted regular expressions with a time limit.
 
 An adapter from elsewhere has patterns in its config, and `re` never ends on some of them, such as
-(\\w|.|_)*\\d. The module `regex` matches the same and has a timeout.
+(\w|.|_)*\d. The module `regex` matches the same and has a timeout.
 """
 
 import re
@@ -22,8 +21,9 @@ LONGEST = 20_000  # characters; no budget limits the memory and time of compilin
 
 @contextmanager
 def one_budget(left: list[float] | None = None) -> Iterator[None]:
-    """All matches inside the context share `BUDGET` seconds, or those that several contexts have
-    `left`; a nested context shares those of the outer one.
+    """All matches inside the context share `BUDGET` seconds.
+
+    Several contexts may share those in `left`; a nested context shares those of the outer one.
     """
     if _left.get() is not None:
         yield
@@ -58,15 +58,12 @@ def problem(pattern: str) -> str | None:
 
 
 def full_match(pattern: str, name: str, key: str) -> bool:
-    """Whether it matches the full name. Raises UserError that names the setting `key` when time is
-    up.
-    """
+    """Whether it matches the full name. Raises UserError about the setting `key` in time."""
     return _within_budget("fullmatch", pattern, pattern, name, key) is not None
 
 
 def end_match(pattern: str, name: str, key: str) -> bool:
-    """Whether it matches the name's end after a dot, or all of it, as in PEFT's rank_pattern and
-    alpha_pattern.
+    """Whether it matches the name or its end after a dot, as PEFT's rank_pattern.
 
     Raises UserError when time is up.
     """
@@ -87,8 +84,7 @@ def end_pattern(pattern: str) -> str:
 
 
 def block_match(pattern: str, name: str, key: str) -> int | None:
-    """The index of the module's block, if the pattern matches the list of blocks, as in PEFT's
-    layers_pattern.
+    """The index of the module's block if the pattern matches the list, as PEFT's layers_pattern.
 
     Raises UserError when time is up.
     """
@@ -97,8 +93,9 @@ def block_match(pattern: str, name: str, key: str) -> int | None:
 
 
 def block_pattern(pattern: str) -> str:
-    """The pattern that `block_match` matches; the first number in a name is the block, a later one
-    an expert.
+    """The pattern that `block_match` matches.
+
+    The first number in a name is the block, a later one an expert.
     """
     return rf"(?:^|.*?\.){pattern}\.(?P<block>\d+)\."
 
@@ -122,8 +119,7 @@ def _within_budget(
         shown = original if len(original) <= 200 else f"{original[:200]}…"
         raise UserError(
             f"{key}: matching {shown!r} against {against} must take at most {BUDGET:g} s, but "
-            "takes longer. "
-            f"Avoid {avoid}."
+            f"takes longer. Avoid {avoid}."
         ) from None
     left[0] -= perf_counter() - start
     return match

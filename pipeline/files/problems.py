@@ -1,6 +1,4 @@
-"""What is wrong in the rows of data files: the first rows one by one, and all in groups of one
-fault.
-"""
+"""What is wrong in the rows of data files: the first rows, and groups of one fault."""
 
 import re
 from collections import Counter
@@ -18,9 +16,7 @@ NUMBERS = re.compile(r"\d[\d.,]*")
 
 @dataclass(frozen=True)
 class Problem:
-    """`row`: the line or row in `file`; None if it concerns all of it. An "error" would break or
-    spoil a training.
-    """
+    """A problem of a row, or of the file if `row` is None. An "error" would spoil a training."""
 
     row: int | None
     file: str
@@ -30,9 +26,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows with the same fault, up to the numbers in it: how many, and the first of them with what
-    is said of it.
-    """
+    """Rows with the same fault, up to the numbers in it, and what is said of the first of them."""
 
     level: Level
     problem: str
@@ -61,17 +55,22 @@ class Problems:
         if self.counts[kind] <= KEPT:
             self.kept.append((file, problem))
         key = (level, problem.file, NUMBERS.sub("#", problem.problem))
-        if key not in self._groups and sum(level == each[0] for each in self._groups) >= MAX_GROUPS:
+        if (
+            key not in self._groups
+            and sum(level == group[0] for group in self._groups) >= MAX_GROUPS
+        ):
             key = (level, problem.file, kind)
         group = self._groups.get(key) or Group(level, problem.problem, problem.file, problem.row, 0)
         self._groups[key] = replace(group, rows=group.rows + 1)
 
     def in_order(self) -> tuple[Problem, ...]:
         """Errors first, then by file and row."""
-        order = sorted(
-            self.kept, key=lambda each: (each[1].level != "error", each[0], each[1].row or 0)
-        )
-        return tuple(problem for _, problem in order)
+
+        def place(item: tuple[int, Problem]) -> tuple[bool, int, int]:
+            file, problem = item
+            return problem.level != "error", file, problem.row or 0
+
+        return tuple(problem for _, problem in sorted(self.kept, key=place))
 
     def groups(self) -> tuple[Group, ...]:
         """Errors first, then the largest."""

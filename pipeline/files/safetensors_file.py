@@ -76,9 +76,7 @@ class NewTensor:
 
 @contextmanager
 def as_os_error(path: Path) -> Iterator[None]:
-    """Turns a Rust library's own error for a failed write, such as a full disk, into an OSError
-    about `path`.
-    """
+    """Turns a Rust library's error for a failed write into an OSError about `path`."""
     try:
         yield
     except Exception as error:
@@ -90,9 +88,7 @@ def as_os_error(path: Path) -> Iterator[None]:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Name → TensorInfo, sorted by name. Raises UserError if the file is missing, truncated or
-    malformed.
-    """
+    """Name → TensorInfo, sorted by name. Raises UserError for a damaged or missing file."""
     return _read_header(path)[0]
 
 
@@ -106,9 +102,7 @@ def _offsets(item: tuple[str, TensorInfo]) -> tuple[int, int]:
 
 
 def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Any] | None, bytes]:
-    """`read_header`, the metadata if there is any, and the header's bytes with the length before
-    them.
-    """
+    """`read_header`, the metadata, and the header's bytes with the length before them."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -117,8 +111,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Any] | No
             if MAX_HEADER < length <= size - 8:
                 raise UserError(
                     f"{path}: its header must have at most {MAX_HEADER:,} bytes, got {length:,}: "
-                    "no model has so many "
-                    "tensors. Copy it again, or choose another model."
+                    "no model has so many tensors. Copy it again, or choose another model."
                 )
             if not 2 <= length <= size - 8:
                 raise _damaged(path, f"its header of {length} bytes does not fit in {size} bytes")
@@ -220,8 +213,7 @@ def _summarize(names: list[str]) -> str:
 def rewrite(
     source: Path, target: Path, tensors: Sequence[NewTensor]
 ) -> Iterator[Callable[[], None]]:
-    """Create `target` with the header of `tensors`, in this order; yields functions that each write
-    a part of it.
+    """Create `target` with `tensors` in this order, by functions that each write a part.
 
     They may run in any order or in parallel. Tensors without content are copied from `source`.
     """
@@ -253,8 +245,7 @@ def rewrite(
 
 
 def _allocate(target: int, size: int) -> None:
-    """Give the file its blocks on the disk, if the file system can: writing into them takes 0.6 ×
-    the CPU time.
+    """Allocate the file's blocks, where possible: writing into them takes 0.6 × the CPU time.
 
     Not by `os.posix_fallocate`, which writes to every block where the file system cannot.
     """

@@ -41,8 +41,10 @@ def read(path: Path, name: str) -> Any:
 
 
 def load(text: str) -> Any:
-    """The text's value. Raises ValueError for a text that is not YAML, for an invalid date, for too
-    deep nesting and for aliases that stand for more than `MOST_VALUES`."""
+    """The text's value. Raises ValueError for what is not YAML.
+
+    That includes invalid dates, too deep nesting, and aliases for more than `MOST_VALUES`.
+    """
     try:
         try:
             if "&" in text and _written_out(yaml.compose(text, _UniqueKeysInC), {}) > MOST_VALUES:
@@ -57,8 +59,11 @@ def load(text: str) -> Any:
 
 
 def _written_out(node: yaml.Node | None, known: dict[int, float]) -> float:
-    """The number of values below a node, each alias counted as what it stands for, a text as one
-    for each `LONG_TEXT` characters; infinite if a value holds itself."""
+    """The number of values below a node, each alias counted as what it stands for.
+
+    A text counts as a value for each `LONG_TEXT` characters. It is infinite if a value holds
+    itself.
+    """
     if id(node) not in known:
         known[id(node)] = math.inf  # while it is counted
         pairs = node.value if isinstance(node, yaml.CollectionNode) else ()

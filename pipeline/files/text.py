@@ -10,9 +10,7 @@ OBEYED = {code: sign for code, sign in CONTROL.items() if chr(code) not in "\n\t
 
 
 def printable(text: str) -> str:
-    """`text` without control characters but newline and tab: an escape sequence becomes ␛ and the
-    letters after it.
-    """
+    """`text` without control characters but newline and tab, such as ␛ for an escape."""
     return text.translate(OBEYED)
 
 
@@ -23,9 +21,7 @@ def escape_whitespace(token: str) -> str:
 
 
 def abbreviate_repr(value: object, limit: int = 60) -> str:
-    """The repr of a value of unknown size, for an error message: at most `limit` characters and an
-    ellipsis.
-    """
+    """The repr of a value for an error message: at most `limit` characters and an ellipsis."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[:limit]}…"
 
@@ -39,8 +35,6 @@ def join_texts(texts: Iterable[str]) -> str:
 
 
 def natural_sort_key(name: str) -> list[str | float]:
-    """A key that sorts names by the numbers in them: rank-2 before rank-16, lr-1e-05 before
-    lr-0.001.
-    """
+    """A key that sorts names by the numbers in them: rank-2 before rank-16."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", name)
     return [float(part) if number % 2 else part for number, part in enumerate(parts)]

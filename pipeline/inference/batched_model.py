@@ -87,7 +87,8 @@ class BatchedModel:
 
         The caches get the new tokens, unless an exception is raised.
         """
-        lengths, adapters = [len(part.ids) for part in parts], [part.adapter for part in parts]
+        lengths = [len(part.ids) for part in parts]
+        adapters = [part.adapter for part in parts]
         cache = PackedCache([part.cache for part in parts])
         self._routing.route(adapters, lengths)
         states = last_states(self.model, cache, [part.ids for part in parts])
@@ -123,7 +124,7 @@ class BatchedModel:
         """
 
         def read(caches: Sequence[SequenceCache], parts: Sequence[Sequence[int]]) -> Tensor:
-            both = zip((adapter, None), caches, parts, strict=True)
-            return self.logits([Part(*part) for part in both])
+            pairs = zip((adapter, None), caches, parts, strict=True)
+            return self.logits([Part(*pair) for pair in pairs])
 
         return agrees(alone, read)

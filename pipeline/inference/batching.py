@@ -354,11 +354,10 @@ class BatchedGenerator:
         first = {run.adapter: n for n, run in reversed([*enumerate(runs)])}
         # those of an adapter side by side
         order = sorted(range(len(runs)), key=lambda n: first[runs[n].adapter])
-        runs, counts = [runs[n] for n in order], [counts[n] for n in order]
-        parts = [
-            Part(run.adapter, run.cache, run.unread[:count])
-            for run, count in zip(runs, counts, strict=True)
-        ]
+        runs = [runs[n] for n in order]
+        counts = [counts[n] for n in order]
+        pairs = zip(runs, counts, strict=True)
+        parts = [Part(run.adapter, run.cache, run.unread[:count]) for run, count in pairs]
         self._advance(runs, counts, lambda: batched.logits(parts))
 
     def _advance(

@@ -28,8 +28,8 @@ def fit_history(loaded: LoadedModel, messages: Sequence[Message], limit: int) ->
     """The prompt of a conversation, cut so that an answer of `limit` tokens has room.
 
     In a chat template, the system message stays and the oldest turns are left out until the rest
-    fits. Without a template the contents are one text that goes on, cut at its beginning. Raises
-    UserError as `engine.encode` does.
+    fits. Without a template the contents are one text, cut at its beginning. The last message is
+    the user's. Raises UserError as `engine.encode` does.
     """
     room = loaded.model.max_length - min(limit, loaded.model.max_length // ANSWER_SHARE)
     if not loaded.tokenizer.has_template:
@@ -55,10 +55,10 @@ def fit_history(loaded: LoadedModel, messages: Sequence[Message], limit: int) ->
         starts, True, hi=len(starts) - 1, key=lambda start: len(ids(start)) <= room
     )
     start = starts[fewest]
-    kept = engine.encode(loaded, rendered(start))
-    return History(
-        kept, start - len(head), len(everything) - len(kept), _opens_thought(rendered(start))
-    )
+    prompt = rendered(start)
+    fitting = engine.encode(loaded, prompt)
+    cut = len(everything) - len(fitting)
+    return History(fitting, start - len(head), cut, _opens_thought(prompt))
 
 
 def _fit_text(loaded: LoadedModel, text: str, room: int) -> History:
@@ -66,8 +66,8 @@ def _fit_text(loaded: LoadedModel, text: str, room: int) -> History:
     if len(ids) <= room:
         return History(ids)
     begin = ids[:1] if ids[0] == loaded.tokenizer.bos_id else ()
-    kept = begin + ids[len(ids) - max(room - len(begin), 1) :]
-    return History(kept, cut_tokens=len(ids) - len(kept))
+    fitting = begin + ids[len(ids) - max(room - len(begin), 1) :]
+    return History(fitting, cut_tokens=len(ids) - len(fitting))
 
 
 def _opens_thought(prompt: str) -> bool:
@@ -76,14 +76,11 @@ def _opens_thought(prompt: str) -> bool:
 
 @dataclass
 class Conversation:
-    """The turns so far. Without a chat template, a model completes each text by itself.
-
-    `limit`: most tokens of an answer.
-    """
+    """The turns so far. Without a chat template, a model completes each text by itself."""
 
     system: str = ""
     sampling: Sampling = GREEDY
-    limit: int = 512
+    limit: int = 512  # tokens of an answer, at most
     turns: list[Message] = field(default_factory=list)
 
     @property
@@ -110,7 +107,7 @@ class Conversation:
         return ""
 
     def examples(self, is_chat: bool) -> list[dict[str, object]]:
-        """Rows of a data file: the conversation, or each text with its completion."""
+        """Rows of a data file: the conversation, or texts with their completions."""
         if is_chat:
             return [{"messages": self.messages}]
         contents = [turn["content"] for turn in self.turns]

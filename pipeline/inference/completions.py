@@ -56,24 +56,25 @@ def _submit(
     generator: BatchedGenerator, loaded: LoadedModel, request: Generation, stops: Sequence[str]
 ) -> "Future[str]":
     """The text that a request will give."""
-    done, pieces, decode_next = Future[str](), list[str](), loaded.tokenizer.stream()
+    done, decode_next = Future[str](), loaded.tokenizer.stream()
+    text = ""
 
-    def text() -> str:
-        whole = "".join(pieces)
-        return whole[
-            : min((start for stop in stops if (start := whole.find(stop)) >= 0), default=len(whole))
-        ]
+    def first_stop() -> int:
+        """Where the text ends."""
+        starts = [text.find(stop) for stop in stops]
+        return min((start for start in starts if start >= 0), default=len(text))
 
     def on_token(token: GeneratedToken) -> None:
-        pieces.append(decode_next(token.id))
-        if stops and len(text()) < sum(map(len, pieces)):
+        nonlocal text
+        text += decode_next(token.id)
+        if first_stop() < len(text):
             ticket.cancel()
 
     def on_end(reason: str | Exception) -> None:
         if isinstance(reason, Exception):
             done.set_exception(reason)
         else:
-            done.set_result(text().strip())
+            done.set_result(text[: first_stop()].strip())
 
     ticket = generator.submit(request, on_token, on_end)
     return done

@@ -68,15 +68,12 @@ def load(
 
 def variant_folders(project: Project) -> dict[str, tuple[Path, Path | None]]:
     """Base and adapter of every model that the project has, in the report's order."""
-    folders = {
-        name: (project.artifact(base), project.artifact(adapter) if adapter else None)
-        for name, (base, adapter) in project.variants.items()
-    }
-    return {
-        name: pair
-        for name, pair in folders.items()
-        if all(each is None or each.is_dir() for each in pair)
-    }
+    variants = {}
+    for name, (base, adapter) in project.variants.items():
+        folders = project.artifact(base), project.artifact(adapter) if adapter else None
+        if all(folder is None or folder.is_dir() for folder in folders):
+            variants[name] = folders
+    return variants
 
 
 def variants(project: Project, without: Collection[str] = ()) -> Iterator[LoadedModel]:
@@ -116,10 +113,8 @@ def top_k(loaded: LoadedModel, text: str, k: int) -> list[TokenProbability]:
 def top_tokens(loaded: LoadedModel, probabilities: Tensor, k: int) -> list[TokenProbability]:
     """The `k` most likely tokens of probabilities (V,), in descending order."""
     values, ids = probabilities.topk(min(k, len(loaded.tokenizer)))
-    return [
-        TokenProbability(loaded.tokenizer.word(int(i)), float(v))
-        for v, i in zip(values, ids, strict=True)
-    ]
+    pairs = zip(ids.tolist(), values.tolist(), strict=True)
+    return [TokenProbability(loaded.tokenizer.word(id_), value) for id_, value in pairs]
 
 
 def continued(loaded: LoadedModel, text: str, limit: int = 20, sampling: Sampling = GREEDY) -> str:

@@ -93,7 +93,7 @@ class RequestHandler:
         return {"name": request.name}
 
     def top_k(self, request: TopK) -> Answer:
-        """Each model's likeliest tokens, and `of` all tokens listed its probabilities."""
+        """Each model's likeliest tokens, and its probabilities "of" those that any model listed."""
         answers = dict[str, Answer]()
         # without the models: the next may need their memory
         predictions: dict[str, tuple[Tokenizer, Tensor]] = {}
@@ -114,10 +114,11 @@ class RequestHandler:
             choice["token"] for answer in answers.values() for choice in answer.get("top_k", ())
         )
         for name, (tokenizer, probabilities) in predictions.items():
-            ids = {token: tokenizer.id_of_token(token) for token in tokens}
-            answers[name]["of"] = {
-                t: None if id_ is None else float(probabilities[id_]) for t, id_ in ids.items()
-            }
+            of: dict[str, float | None] = {}
+            for token in tokens:
+                id_ = tokenizer.id_of_token(token)
+                of[token] = None if id_ is None else float(probabilities[id_])
+            answers[name]["of"] = of
         return {"answers": answers}
 
     def generate(self, request: Generate) -> Iterator[Answer]:
@@ -190,17 +191,17 @@ class RequestHandler:
         maps: dict[str, list[Any]] = {"maps": [], "base": [], "difference": [], "change": []}
         # one after the other: all at once may not fit in memory
         for layer in range(loaded.model.shape.layers):
-            own = finite(_heads(model.at(strength), ids, layer))  # (H, T, T)
-            maps["maps"].append(_small(own))
+            heads = finite(_heads(model.at(strength), ids, layer))  # (H, T, T)
+            maps["maps"].append(_small(heads))
             if loaded.adapter is None:
                 continue
             base = finite(_heads(model.at(0), ids, layer))
             # the adapter's virtual tokens, which the base has not
-            more = own.shape[-1] - base.shape[-1]
+            more = heads.shape[-1] - base.shape[-1]
             base = functional.pad(base, (more, 0, more, 0))
             maps["base"].append(_small(base))
-            maps["difference"].append(_small(own - base))
-            moved = (own - base)[:, more:].abs().sum(-1) / 2  # both rows sum to 1
+            maps["difference"].append(_small(heads - base))
+            moved = (heads - base)[:, more:].abs().sum(-1) / 2  # rows sum to 1
             maps["change"].append(moved.mean(-1).tolist())
         return {"tokens": _attended_tokens(loaded, ids), **maps}
 
@@ -239,11 +240,8 @@ def _attended_tokens(loaded: LoadedModel, ids: Sequence[int]) -> list[str]:
 def _heads(loaded: LoadedModel, ids: Sequence[int], layer: int) -> Tensor:
     """The weights of a layer's heads, (H, T, T); virtual tokens are one token, the first."""
     model = loaded.model
-    weights = (
-        engine.layer_attention(model, torch.tensor([ids], device=model.device), layer)[0]
-        .float()
-        .cpu()
-    )
+    weights = engine.layer_attention(model, torch.tensor([ids], device=model.device), layer)
+    weights = weights[0].float().cpu()
     if model.virtual:
         return torch.stack([engine.merge_virtual_tokens(head, len(ids)) for head in weights])
     return weights

@@ -97,9 +97,8 @@ def score(
     for number, (example, encoding) in enumerate(zip(examples, encoded, strict=True)):
         if base is not None and base.ids[number] != encoding.ids:
             raise UserError(
-                f"{example.location}: {loaded.name} tokenizes it differently from the base. "
-                "Remove the new tokens "
-                "from it."
+                f"{example.location}: {loaded.name} tokenizes it differently from the base. Remove "
+                "the new tokens from it."
             )
     all_hidden = list(packed_hidden_states(model, [encoding.ids[:-1] for encoding in encoded]))
     for number, (encoding, hidden) in enumerate(zip(encoded, all_hidden, strict=True)):
@@ -110,22 +109,18 @@ def score(
             torch.tensor([[t % CHUNK for t in labelled], targets], dtype=torch.int64), model.device
         )
         for start in range(0, len(hidden), CHUNK):
-            rows, own = (
-                slice(start, start + CHUNK),
-                slice(*(bisect_left(labelled, t) for t in (start, start + CHUNK))),
-            )
+            rows = slice(start, start + CHUNK)
+            here = slice(bisect_left(labelled, start), bisect_left(labelled, start + CHUNK))
             log_q = model.logits(hidden[rows]).float().log_softmax(-1)  # (n, V)
-            of_labels = log_q.index_select(0, index[own])
-            losses.append(F.nll_loss(of_labels, wanted[own], reduction="none"))
+            of_labels = log_q.index_select(0, index[here])
+            losses.append(F.nll_loss(of_labels, wanted[here], reduction="none"))
             choices.append(of_labels.argmax(dim=-1))
             if base is not None:
                 # its vocabulary may be smaller
                 log_p = base.logits(base.hidden[number][rows]).float().log_softmax(-1)
                 log_p = log_p.to(log_q.device)  # two large models may not fit on one device
-                # (n,)
-                divergences.append(
-                    (log_p.exp() * (log_p - log_q[:, : log_p.shape[-1]])).sum(dim=-1)
-                )
+                difference = log_p - log_q[:, : log_p.shape[-1]]
+                divergences.append((log_p.exp() * difference).sum(dim=-1))  # (n,)
     # read at the end: until then a GPU is not waited for
     divergence = float(torch.cat(divergences).cpu().mean()) if divergences else 0.0
     predicted = (
@@ -228,8 +223,7 @@ class SameLogits:
             raise UserError(
                 "merge refused: the merged model's logits differ from base + adapter by "
                 f"{result.max_logit_difference:.1e}, more than merge.max_logit_difference "
-                f"{self.limit:.1e}. Raise it "
-                "if that is acceptable."
+                f"{self.limit:.1e}. Raise it if that is acceptable."
             )
         certificate = result._asdict() | {"prompts_checked": len(prompts)}
         quantization = quantization_of(adapter)
@@ -313,16 +307,12 @@ def refuse_other_tokens(base: Path, tuned: Path, examples: Sequence[Example]) ->
             list(zip(encoded.ids, encoded.trained, strict=True)) for encoded in encodings
         )
         if of_base != of_tuned:
-            number = next(
-                n
-                for n, (one, other) in enumerate(zip_longest(of_base, of_tuned), start=1)
-                if one != other
-            )
+            pairs = enumerate(zip_longest(of_base, of_tuned), start=1)
+            number = next(n for n, (token, theirs) in pairs if token != theirs)
             raise UserError(
                 f"{example.location}: {base} and {tuned} must tokenize it identically, but differ "
-                f"in token {number} of "
-                f"{len(of_base)} and {len(of_tuned)}. Give both the same tokenizer and chat "
-                "template, or omit --data."
+                f"in token {number} of {len(of_base)} and {len(of_tuned)}. Give both the same "
+                "tokenizer and chat template, or omit --data."
             )
 
 
@@ -335,11 +325,8 @@ def quality(
 ) -> dict[str, Quality]:
     """Quality of base, fine-tuned model and base + adapter, of which one is in memory at a time."""
     scores = {}
-    for name, folders in {
-        "base": (base, None),
-        "tuned": (tuned, None),
-        "base + LoRA": (base, adapter),
-    }.items():
+    models = {"base": (base, None), "tuned": (tuned, None), "base + LoRA": (base, adapter)}
+    for name, folders in models.items():
         loaded = load(*folders, trust_remote_code=trust_remote_code)
         scored = score(loaded, examples)
         free(loaded)
@@ -370,11 +357,11 @@ def costs(
     One model is in memory at a time, and the head of the first.
     """
     reference: EvalScores | None = None
-    found = {}
+    results = {}
     for name, adapter in adapters.items():
         loaded = load(base, adapter, trust_remote_code=trust_remote_code)
         scored = score(loaded, examples, reference)
         free(loaded)
         reference = reference or scored
-        found[name] = Cost(scored.loss, scored.accuracy, scored.divergence)
-    return found
+        results[name] = Cost(scored.loss, scored.accuracy, scored.divergence)
+    return results

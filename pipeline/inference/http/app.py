@@ -213,8 +213,7 @@ class Api:
                     raise ApiError(
                         400,
                         f"The prompt has {len(ids)} tokens; {loaded.name} takes "
-                        f"{loaded.model.max_length}, the answer "
-                        "included. Shorten it.",
+                        f"{loaded.model.max_length}, the answer included. Shorten it.",
                         "messages" if isinstance(body, ChatRequest) else "prompt",
                         "context_length_exceeded",
                     )

@@ -46,12 +46,12 @@ class StoppedText:
         """Text and tokens that are certain now, and whether a stop string was met."""
         self._tokens.append(TextToken(token, self._sent + len(self._held)))
         self._held += text
-        starts = [start for stop in self.stops if (start := self._held.find(stop)) >= 0]
+        places = [self._held.find(stop) for stop in self.stops]
+        starts = [start for start in places if start >= 0]
         if starts:
             return *self._release(min(starts)), True
-        return *self._release(
-            len(self._held) - max(map(self._overlap, self.stops), default=0)
-        ), False
+        uncertain = max(map(self._overlap, self.stops), default=0)
+        return *self._release(len(self._held) - uncertain), False
 
     def _overlap(self, stop: str) -> int:
         """The length of the longest beginning of `stop` that the text ends with."""
@@ -68,7 +68,7 @@ class StoppedText:
         text, self._held = self._held[:length], self._held[length:]
         self._sent += length
         # A token without text, such as half a character, goes with the text that follows it.
-        certain = [each for each in self._tokens if each.offset < self._sent]
+        certain = [token for token in self._tokens if token.offset < self._sent]
         self._tokens = self._tokens[len(certain) :]
         return text, certain
 

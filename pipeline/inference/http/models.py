@@ -55,12 +55,9 @@ def project_models(project: Project) -> Sources:
     sources = {name(base): Source(base)}
     for folder in model_folders(root):
         with suppress(UserError):  # `lora adapters` shows it, with the reason
-            found = (
-                Source(find_base(folder, root), folder)
-                if (folder / CONFIG).exists()
-                else Source(folder)
-            )
-            sources.setdefault(name(folder), found)
+            is_adapter = (folder / CONFIG).exists()
+            source = Source(find_base(folder, root), folder) if is_adapter else Source(folder)
+            sources.setdefault(name(folder), source)
     return sources
 
 
@@ -109,8 +106,8 @@ class ServedModels:
     @property
     def sources(self) -> Sources:
         """By name; loaded ones and others."""
-        every = self._scanned | self._added
-        return {name: source for name, source in every.items() if name not in self._removed}
+        sources = self._scanned | self._added
+        return {name: source for name, source in sources.items() if name not in self._removed}
 
     async def rescan(self) -> Sources:
         """`sources`, with what was trained since."""
@@ -212,15 +209,14 @@ class ServedModels:
         """An entry of GET /v1/models."""
         source = self.sources[name]
         modified = max((file.modified for file in signature(source.folder)), default=0)
-        parent = next(
-            (other for other, each in self.sources.items() if each == Source(source.base)), None
-        )
+        base = Source(source.base)
+        parents = (key for key, candidate in self.sources.items() if candidate == base)
         return {
             "id": name,
             "object": "model",
             "created": modified // 10**9,
             "owned_by": "lora-workbench",
-            "parent": parent if source.adapter else None,
+            "parent": next(parents, None) if source.adapter else None,
         }
 
 

@@ -190,9 +190,8 @@ class HttpServer:
         if self.generator.max_tokens < MIN_TOKENS:
             raise UserError(
                 f"{self.models.base} leaves memory for the keys and values of "
-                f"{self.generator.max_tokens} tokens; "
-                f"serving needs at least {MIN_TOKENS}. Serve a smaller or quantized model, or use "
-                "--device cpu."
+                f"{self.generator.max_tokens} tokens; serving needs at least {MIN_TOKENS}. Serve a "
+                "smaller or quantized model, or use --device cpu."
             )
 
     def run(self) -> None:
