@@ -35,7 +35,7 @@ LAST_EVENTS = ("done", "error", "cancelled")
 
 def python_module(*words: str) -> tuple[str, ...]:
     """The command that runs one of our modules in this Python."""
-    # -P: do not import a folder named `pipeline` in the user's project instead of ours
+    # -P: do not import a folder of our name in the user's project instead of ours
     return (sys.executable, "-P", "-m", *words)
 
 

@@ -3,14 +3,14 @@
 import asyncio
 import os
 import signal
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.files.worker import python_module
 
-COMMAND = (sys.executable, "-P", "-m", "cli.main")  # -P: not the user's folder named `cli`
+COMMAND = python_module("cli.main")
 MAX_OUTPUT = 20_000  # last bytes of what it writes
 
 

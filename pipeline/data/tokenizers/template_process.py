@@ -14,17 +14,17 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.files import worker
-from pipeline.files.worker import Worker, python_module
+if TYPE_CHECKING:
+    from pipeline.files.worker import Answer, Handle, Worker
+    from pipeline.files.worker import Request as Asked
 
 RENDER_SECONDS = 5.0  # per request; a real template takes less than a millisecond
 START_SECONDS = 120.0  # to import the libraries on a slow and busy machine
 MEMORY_BYTES = 512 * 2**20  # in addition to what the process uses when it is ready
 MAX_EXTRA_CHARACTERS = 4 * 2**20  # of output, in addition to MAX_COPIES of the conversation
 MAX_COPIES = 4
-COMMAND = python_module("pipeline.data.tokenizers.template_process")
 ADVICE = "Fix the template, or choose another model."
 
 
@@ -63,7 +63,7 @@ class Renderer:
     time.
     """
 
-    _worker: Worker | None
+    _worker: "Worker | None"
     _unread: "Request | None"  # the request whose answer was not read
 
     def __init__(self) -> None:
@@ -114,21 +114,25 @@ class Renderer:
                 f"{MEMORY_BYTES // 2**20} MiB of memory. {ADVICE}"
             )
 
-    def _ensure_running(self) -> Worker:
+    def _ensure_running(self) -> "Worker":
+        # imported where something is rendered: most runs render nothing
+        from pipeline.files.worker import Worker, python_module
+
         if self._worker is not None and self._worker.process.poll() is None:
             return self._worker
         self.stop()
-        self._worker = Worker(COMMAND, subprocess.DEVNULL)
+        command = python_module("pipeline.data.tokenizers.template_process")
+        self._worker = Worker(command, subprocess.DEVNULL)
         self._worker.send("start")
         if self._read(START_SECONDS) is None:
             self.stop()
-            command = " ".join(COMMAND)
+            shown = " ".join(command)
             raise TemplateError(
-                f"cannot be rendered: `{command}` does not start. Run it to see the reason."
+                f"cannot be rendered: `{shown}` does not start. Run it to see the reason."
             )
         return self._worker
 
-    def _read(self, seconds: float) -> worker.Answer | None:
+    def _read(self, seconds: float) -> "Answer | None":
         """The next answer; None if the process ends or takes longer than `seconds`."""
         with suppress(EOFError, TimeoutError):
             return self._worker.read(seconds)[0] if self._worker else None
@@ -195,11 +199,13 @@ os.register_at_fork(after_in_child=RENDERER.forget)
 def main() -> None:
     import warnings
 
+    from pipeline.files.worker import serve
+
     warnings.simplefilter("ignore")
-    worker.serve(_start, most_bytes=-1)
+    serve(_start, most_bytes=-1)
 
 
-def _start() -> worker.Handle:
+def _start() -> "Handle":
     # Imported before the limit counts, which is on what a template adds to the size of the address
     # space.
     from transformers.utils.chat_template_utils import render_jinja_template  # noqa: F401
@@ -207,7 +213,7 @@ def _start() -> worker.Handle:
     return _handle
 
 
-def _handle(request: worker.Request) -> Iterator[worker.Answer]:
+def _handle(request: "Asked") -> "Iterator[Answer]":
     if request.do == "start":
         with suppress(OSError):  # no /proc
             pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])

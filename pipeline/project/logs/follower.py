@@ -29,6 +29,7 @@ from pipeline.errors import UserError, install_command
 from pipeline.files.artifact import write_file
 from pipeline.files.file_tail import FileTail, file_stamp
 from pipeline.files.text import printable
+from pipeline.files.worker import python_module
 from pipeline.project.cache import SHORT_KEY
 from pipeline.project.logs import run_state
 from pipeline.project.logs.run_log import (
@@ -96,7 +97,7 @@ class Follower:
             given.write(json.dumps(asdict(followed)).encode())
             given.seek(0)
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", __name__, name],
+                python_module(__name__, name),
                 cwd=followed.root,
                 env={**QUIET, **os.environ, "PYTHONPATH": path},
                 stdin=given,

@@ -5,13 +5,13 @@ few steps.
 import asyncio
 import os
 import signal
-import sys
 from asyncio.subprocess import PIPE
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.files.worker import python_module
 
 ERROR = "error: "
 MAX_LINE = 2**20  # bytes of a line of its output
@@ -24,7 +24,7 @@ async def create(arguments: Sequence[str], folder: Path, on_note: Callable[[str]
     message. Cancelled, it stops the command.
     """
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", "cli.main", "new", *arguments),
+        *python_module("cli.main", "new", *arguments),
         cwd=folder,
         env={
             **os.environ,
