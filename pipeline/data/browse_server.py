@@ -393,5 +393,9 @@ def start() -> worker.Handle:
     return handle
 
 
-if __name__ == "__main__":
+def main() -> None:
     worker.serve(start, parallel=True)
+
+
+if __name__ == "__main__":
+    main()

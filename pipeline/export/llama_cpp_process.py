@@ -280,5 +280,9 @@ def _limit_memory(size: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
-if __name__ == "__main__":
+def main() -> None:
     worker.serve(lambda: Handler().answer, most_bytes=-1)
+
+
+if __name__ == "__main__":
+    main()
