@@ -13,6 +13,7 @@ import json
 import os
 import queue
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -118,9 +119,10 @@ class Worker:
         return taken
 
     def kill(self) -> None:
-        """End the process and close its pipes."""
-        self.process.kill()
-        self.process.wait()
+        """End the process, with those that it started, and close its pipes."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
             with suppress(BrokenPipeError):  # input that it did not read

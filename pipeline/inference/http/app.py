@@ -2,11 +2,12 @@
 
 import asyncio
 import hashlib
+import itertools
 import secrets
 import time
 import traceback
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -27,19 +28,15 @@ from pipeline.inference.http.errors import ApiError
 from pipeline.inference.http.metrics import CONTENT_TYPE, Metrics
 from pipeline.inference.http.models import ServedModels, unknown
 from pipeline.inference.http.replies import ChatFormat, Choice, CompletionFormat, Format, Usage
-from pipeline.inference.http.requests import MAX_CHOICES, ChatRequest, CompletionRequest, parse
+from pipeline.inference.http.requests import ChatRequest, CompletionRequest, parse
 from pipeline.inference.model_pool import Resident
 from pipeline.inference.requests import FieldError
 from pipeline.models.generate import Sampling
 
-DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
-DEFAULT_CHAT_TOKENS = 2048  # OpenAI has no limit, but small models may never end
 # Characters of a token, on average, in no real text: a longer one is rejected unencoded, which
 # takes seconds for 1 MiB.
 MAX_TOKEN_CHARACTERS = 32
 Ids = tuple[int, ...]
-Prepare = Callable[[LoadedModel], list[Ids]]  # runs beside the event loop
-MakeFormat = Callable[[LoadedModel, Sequence[Ids]], Format]
 
 
 class Json(Response):
@@ -142,99 +139,25 @@ class Api:
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     async def chat(self, request: Request) -> Response | EventStream:
-        body = parse(ChatRequest, await request.body())
-        if body.top_logprobs is not None and not body.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs: true.", "top_logprobs")
-
-        def prepare(loaded: LoadedModel) -> list[Ids]:
-            return [_encode_chat(loaded, body)]
-
-        def reply(loaded: LoadedModel, _: Sequence[Ids]) -> Format:
-            return ChatFormat(loaded.tokenizer.word, body.logprobs)
-
-        limit = body.max_completion_tokens or body.max_tokens or DEFAULT_CHAT_TOKENS
-        return await self._respond(body, limit, body.top_logprobs or 0, prepare, reply)
+        return await self._respond(parse(ChatRequest, await request.body()))
 
     async def completions(self, request: Request) -> Response | EventStream:
-        body = parse(CompletionRequest, await request.body())
-        if body.echo and body.logprobs is not None:
-            raise ApiError(
-                400,
-                "logprobs of an echoed prompt are not supported. Remove echo or logprobs.",
-                "logprobs",
-            )
-        prompts = body.prompts
-        if not 1 <= len(prompts) * body.n <= MAX_CHOICES:
-            raise ApiError(
-                400, f"prompt must be 1 to {MAX_CHOICES} prompts, n times each.", "prompt"
-            )
+        return await self._respond(parse(CompletionRequest, await request.body()))
 
-        def prepare(loaded: LoadedModel) -> list[Ids]:
-            return [
-                _encode(loaded, prompt) if isinstance(prompt, str) else _checked_ids(loaded, prompt)
-                for prompt in prompts
-            ]
-
-        def reply(loaded: LoadedModel, ids: Sequence[Ids]) -> Format:
-            texts = [
-                p if isinstance(p, str) else loaded.tokenizer.decode(i)
-                for p, i in zip(prompts, ids, strict=True)
-            ]
-            echoes = (
-                {k: texts[k // body.n] for k in range(len(texts) * body.n)} if body.echo else {}
-            )
-            return CompletionFormat(loaded.tokenizer.word, body.logprobs is not None, echoes)
-
-        return await self._respond(
-            body, body.max_tokens or DEFAULT_COMPLETION_TOKENS, body.logprobs or 0, prepare, reply
-        )
-
-    async def _respond(
-        self,
-        body: requests.Request,
-        limit: int,
-        top_logprobs: int,
-        prepare: Prepare,
-        make_format: MakeFormat,
-    ) -> Response | EventStream:
-        """Generate `n` times for every prompt, within `limit` and the model's context."""
+    async def _respond(self, body: ChatRequest | CompletionRequest) -> Response | EventStream:
+        """Generate `n` times for every prompt."""
         start = time.monotonic()
-        if body.stream_options is not None and not body.stream:
-            raise ApiError(400, "stream_options needs stream: true.", "stream_options")
+        body.check()
         with self._models.pool.using(body.model):
             resident = await self._models.get(body.model)
             loaded, strength = resident.loaded, _strength(resident, body.strength)
-            prompts = await asyncio.to_thread(prepare, loaded)
-            seed = secrets.randbits(62) if body.seed is None else body.seed
-            generations: list[Generation] = []
-            for ids in prompts:
-                room = loaded.model.max_length - len(ids)
-                if room < 1:
-                    raise ApiError(
-                        400,
-                        f"The prompt has {len(ids)} tokens; {loaded.name} takes "
-                        f"{loaded.model.max_length}, the answer included. Shorten it.",
-                        "messages" if isinstance(body, ChatRequest) else "prompt",
-                        "context_length_exceeded",
-                    )
-                for _ in range(body.n):
-                    # Another seed for each choice; the only one of a request has the seed that was
-                    # asked for.
-                    sampling = Sampling(
-                        body.temperature,
-                        max(body.top_k, 0),
-                        body.top_p,
-                        (seed + len(generations)) % 2**63,
-                    )
-                    most = min(limit, room)
-                    generations.append(
-                        Generation(body.model, ids, most, sampling, strength, top_logprobs)
-                    )
+            prompts = await asyncio.to_thread(_encode_prompts, loaded, body)
+            generations = list(_generations(loaded, body, prompts, strength))
             usage = Usage(sum(map(len, prompts)))
             pieces = self._generate(generations, loaded, body.stops, usage, start)
             first = await anext(pieces)  # an error before it has a status
         self._metrics.prompt_tokens.inc(usage.prompt)
-        form = make_format(loaded, prompts)
+        form = _make_format(loaded, body, prompts)
         envelope = {
             "id": f"{form.prefix}-{uuid.uuid4().hex}",
             "object": form.chunk_object if body.stream else form.object_,
@@ -308,22 +231,70 @@ def _event(content: Mapping[str, Any]) -> bytes:
     return b"data: " + msgspec.json.encode(content) + b"\n\n"
 
 
-def _encode_chat(loaded: LoadedModel, body: ChatRequest) -> Ids:
-    """Ids of the conversation in the model's chat template. Raises UserError or ApiError."""
-    tokenizer = loaded.tokenizer
+def _generations(
+    loaded: LoadedModel,
+    body: ChatRequest | CompletionRequest,
+    prompts: Sequence[Ids],
+    strength: float,
+) -> Iterator[Generation]:
+    """Up to the request's limit, or what the context has room for. Raises ApiError."""
+    # Another seed for each choice; the only one of a request has the seed that was asked for.
+    seeds = itertools.count(secrets.randbits(62) if body.seed is None else body.seed)
+    for ids in prompts:
+        room = loaded.model.max_length - len(ids)
+        if room < 1:
+            raise ApiError(
+                400,
+                f"The prompt has {len(ids)} tokens; {loaded.name} takes "
+                f"{loaded.model.max_length}, the answer included. Shorten it.",
+                "messages" if isinstance(body, ChatRequest) else "prompt",
+                "context_length_exceeded",
+            )
+        for seed in itertools.islice(seeds, body.n):
+            sampling = Sampling(body.temperature, max(body.top_k, 0), body.top_p, seed % 2**63)
+            limit = min(body.limit, room)
+            yield Generation(body.model, ids, limit, sampling, strength, body.alternatives)
+
+
+def _make_format(
+    loaded: LoadedModel, body: ChatRequest | CompletionRequest, prompts: Sequence[Ids]
+) -> Format:
+    word = loaded.tokenizer.word
+    if isinstance(body, ChatRequest):
+        return ChatFormat(word, body.logprobs)
+    echoes: dict[int, str] = {}
+    if body.echo:
+        for number, (prompt, ids) in enumerate(zip(body.prompts, prompts, strict=True)):
+            text = prompt if isinstance(prompt, str) else loaded.tokenizer.decode(ids)
+            choices = range(number * body.n, (number + 1) * body.n)
+            echoes |= dict.fromkeys(choices, text)
+    return CompletionFormat(word, body.logprobs is not None, echoes)
+
+
+def _encode_prompts(loaded: LoadedModel, body: ChatRequest | CompletionRequest) -> list[Ids]:
+    """The ids of each prompt. Raises UserError or ApiError. Runs beside the event loop."""
+    if isinstance(body, ChatRequest):
+        return [_encode(loaded, _render(loaded, body))]
+    return [
+        _encode(loaded, prompt) if isinstance(prompt, str) else _checked_ids(loaded, prompt)
+        for prompt in body.prompts
+    ]
+
+
+def _render(loaded: LoadedModel, body: ChatRequest) -> str:
+    """The conversation in the model's chat template. Raises ApiError or FieldError."""
+    tokenizer, name = loaded.tokenizer, loaded.name
     if not tokenizer.has_template:
-        raise ApiError(400, f"{loaded.name} has no chat template. Use /v1/completions.", "model")
+        raise ApiError(400, f"{name} has no chat template. Use /v1/completions.", "model")
     messages = [message.for_template() for message in body.messages]
     tools = body.tools if body.tool_choice == "auto" else []
     try:
         text = tokenizer.render(messages, True, tools)
     except UserError as error:  # which names the model by its path
-        raise ApiError(400, str(error).replace(str(loaded.base), loaded.name), "messages") from None
+        raise ApiError(400, str(error).replace(str(loaded.base), name), "messages") from None
     if tools and text == tokenizer.render(messages, True):
-        raise ApiError(
-            400, f"The chat template of {loaded.name} takes no tools. Remove them.", "tools"
-        )
-    return _encode(loaded, text)
+        raise ApiError(400, f"The chat template of {name} takes no tools. Remove them.", "tools")
+    return text
 
 
 def _encode(loaded: LoadedModel, text: str) -> Ids:
@@ -340,26 +311,19 @@ def _encode(loaded: LoadedModel, text: str) -> Ids:
 def _checked_ids(loaded: LoadedModel, ids: Ids) -> Ids:
     size = len(loaded.tokenizer)
     if not ids or not all(0 <= id_ < size for id_ in ids):
-        raise ApiError(
-            400, f"prompt must be token ids from 0 to {size - 1}, at least one.", "prompt"
-        )
+        raise FieldError("prompt", f" must be token ids from 0 to {size - 1}, at least one.")
     return ids
 
 
 def _strength(resident: Resident, strength: float | None) -> float:
-    """The adapter's strength. Raises ApiError for one that has no effect."""
+    """The adapter's strength. Raises FieldError for one that has no effect."""
     if strength in (None, 1):
         return 1.0
+    name = resident.loaded.name
     if resident.loaded.adapter is None:
-        raise ApiError(
-            400,
-            f"strength: {resident.loaded.name} is no adapter. Remove it, or choose one.",
-            "strength",
-        )
+        raise FieldError("strength", f": {name} is no adapter. Remove it, or choose one.")
     if resident.strength is None and strength != 0:
-        raise ApiError(
-            400, f"strength: {resident.loaded.name} is not scalable. Use 0 or 1.", "strength"
-        )
+        raise FieldError("strength", f": {name} is not scalable. Use 0 or 1.")
     return float(strength or 0)
 
 

@@ -11,6 +11,8 @@ from pipeline.inference.http.errors import ApiError
 from pipeline.inference.requests import FieldError
 
 MAX_CHOICES = 64  # of one request: prompts × n
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+DEFAULT_CHAT_TOKENS = 2048  # OpenAI has no limit, but small models may never end
 MAX_STOP_LENGTH = 1000  # characters: each is compared with the end of the text after each token
 # Accepted and without effect here: they change no text.
 _IGNORED = (
@@ -122,6 +124,11 @@ class Request(Struct, kw_only=True, forbid_unknown_fields=True):
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
+    def check(self) -> None:
+        """Raises FieldError for fields that do not go together."""
+        if self.stream_options is not None and not self.stream:
+            raise FieldError("stream_options", " needs stream: true.")
+
 
 class ChatRequest(Request, kw_only=True):
     """POST /v1/chat/completions."""
@@ -133,6 +140,21 @@ class ChatRequest(Request, kw_only=True):
     tools: list[dict[str, Any]] = []
     tool_choice: Literal["none", "auto"] = "auto"
 
+    @property
+    def limit(self) -> int:
+        """Tokens of an answer, at most."""
+        return self.max_completion_tokens or self.max_tokens or DEFAULT_CHAT_TOKENS
+
+    @property
+    def alternatives(self) -> int:
+        """Tokens that are listed beside each that is generated."""
+        return self.top_logprobs or 0
+
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise FieldError("top_logprobs", " needs logprobs: true.")
+
 
 class CompletionRequest(Request, kw_only=True):
     """POST /v1/completions."""
@@ -140,6 +162,22 @@ class CompletionRequest(Request, kw_only=True):
     prompt: str | list[str | int | list[int]]
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     echo: bool = False
+
+    @property
+    def limit(self) -> int:
+        return self.max_tokens or DEFAULT_COMPLETION_TOKENS
+
+    @property
+    def alternatives(self) -> int:
+        return self.logprobs or 0
+
+    def check(self) -> None:
+        super().check()
+        if self.echo and self.logprobs is not None:
+            rule = "of an echoed prompt are not supported. Remove echo or logprobs."
+            raise FieldError("logprobs", f" {rule}")
+        if not 1 <= len(self.prompts) * self.n <= MAX_CHOICES:
+            raise FieldError("prompt", f" must be 1 to {MAX_CHOICES} prompts, n times each.")
 
     @property
     def prompts(self) -> list[str | tuple[int, ...]]:

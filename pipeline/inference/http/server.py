@@ -155,11 +155,9 @@ class HttpServer:
         max_waiting: int = 256,
         max_tokens: int | None = None,
     ) -> None:
-        """Binds the port and loads the base.
+        """Binds the port and loads the base. Raises UserError.
 
         `max_tokens`: of all running sequences; None: as many as fit into memory.
-
-        Raises UserError.
         """
         access.check()
         self._socket = bind(access.host, port)

@@ -3,7 +3,9 @@
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -79,6 +81,28 @@ def test_a_process_that_says_nothing_is_waited_for_as_long_as_asked(start: Start
         worker.read(0.01)
     worker.kill()
     assert worker.process.poll() == -signal.SIGKILL
+
+
+def test_what_the_process_started_ends_with_it(start: Start) -> None:
+    worker = start(
+        "import subprocess, time\nchild = subprocess.Popen(['sleep', '60'])\n"
+        'print(\'{"id": 1, "event": "done", "pid": %d}\' % child.pid, flush=True)\ntime.sleep(60)'
+    )
+    pid = worker.read(60)[0]["pid"]
+    worker.kill()
+    deadline = time.monotonic() + 60
+    while is_running(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process runs; a zombie does not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
 def test_an_error_that_nobody_foresaw_ends_the_process(start: Start) -> None:
