@@ -9,7 +9,6 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -269,15 +268,8 @@ class Handler:
 
 
 def _limit_memory(size: int) -> None:
-    """Leave room for the files three times, since llama.cpp may map, load and repack the weights,
-    and for the rest.
-    """
-    with suppress(ImportError, OSError, ValueError):  # not on every system
-        import resource
-
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-        limit = pages * os.sysconf("SC_PAGE_SIZE") + 3 * size + EXTRA_MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    """Leave room for the files three times, since llama.cpp may map, load and repack the weights."""
+    worker.limit_memory(3 * size + EXTRA_MEMORY)
 
 
 def main() -> None:

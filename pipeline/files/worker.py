@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from pipeline.errors import UserError
@@ -286,3 +287,19 @@ def serve(start: Callable[[], Handle], **options: Any) -> None:
         code = 1
     sys.stderr.flush()
     os._exit(code)  # the reading thread holds stdin, and a normal exit would wait for it
+
+
+def limit(name: str, soft: int) -> None:
+    """Set a soft limit of this process, such as RLIMIT_CPU, where the system supports it."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        kind = getattr(resource, name)
+        resource.setrlimit(kind, (soft, resource.getrlimit(kind)[1]))
+
+
+def limit_memory(extra: int) -> None:
+    """Limit the address space of this process to `extra` bytes more than it has now."""
+    with suppress(OSError):  # no /proc
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        limit("RLIMIT_AS", pages * os.sysconf("SC_PAGE_SIZE") + extra)

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -214,15 +213,15 @@ def _start() -> "Handle":
 
 
 def _handle(request: "Asked") -> "Iterator[Answer]":
+    from pipeline.files.worker import limit, limit_memory
+
     if request.do == "start":
-        with suppress(OSError):  # no /proc
-            pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-            _limit("RLIMIT_AS", pages * os.sysconf("SC_PAGE_SIZE") + MEMORY_BYTES)
+        limit_memory(MEMORY_BYTES)
         yield {"event": "done"}
         return
     # The parent stops what takes too long. Of CPU time there is a limit too, in case the parent
     # itself is killed.
-    _limit("RLIMIT_CPU", int(time.process_time() + RENDER_SECONDS) + 2)
+    limit("RLIMIT_CPU", int(time.process_time() + RENDER_SECONDS) + 2)
     given = (request.fields["template"], request.fields["tokens"])
     answers = [
         _shortened([_answer(*given, messages, tools, *prefix) for prefix in prefixes])
@@ -238,15 +237,6 @@ def _shortened(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if "text" in answer and first.startswith(answer["text"]):
             answer["length"] = len(answer.pop("text"))
     return answers
-
-
-def _limit(name: str, soft: int) -> None:
-    """Set a soft limit of this process, where the system supports it."""
-    with suppress(ImportError, OSError, ValueError):
-        import resource
-
-        kind = getattr(resource, name)
-        resource.setrlimit(kind, (soft, resource.getrlimit(kind)[1]))
 
 
 def _answer(
