@@ -270,7 +270,8 @@ class _Process:
         how = f" ({signal.Signals(-code).name})" if code < 0 else ""
         self._log.seek(0)
         lines = self._log.read()[-(2**16) :].decode("utf-8", "replace").splitlines()
-        reasons = [match[0] for line in lines if (match := LAST_WORDS.search(line))] or lines[-1:]
+        matches = filter(None, map(LAST_WORDS.search, lines))
+        reasons = [match[0] for match in matches] or lines[-1:]
         return how + (f": {reasons[0][:200]}" if reasons else "")
 
     def _error(self, what: str) -> UserError:

@@ -241,11 +241,13 @@ def weight_files(folder: Path) -> list[Path]:
         path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)
     )
     if pickled:
+        convert = (
+            "from transformers import AutoModelForCausalLM as M; "
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}')"
+        )
         raise UserError(
             f"{folder} has its weights in {pickled[0]}, a pickle, which can run code; only "
-            "safetensors are read. "
-            'If you trust it, convert it once: python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{folder}').save_pretrained('{folder}')\""
+            f'safetensors are read. If you trust it, convert it once: python -c "{convert}"'
         )
     raise UserError(f"{folder} has no {WEIGHTS} and no {INDEX}. Copy the model's weights there.")
 

@@ -44,7 +44,7 @@ class Group:
 class Problems:
     """Collects them in bounded memory."""
 
-    kept: list[tuple[int, Problem]] = field(default_factory=list)  # with the number of its file
+    _kept: list[tuple[int, Problem]] = field(default_factory=list)  # with the number of its file
     counts: Counter[str] = field(default_factory=Counter)
     levels: Counter[Level] = field(default_factory=Counter)
     _groups: dict[tuple[Level, str, str], Group] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Problems:
         self.counts[kind] += 1
         self.levels[level] += 1
         if self.counts[kind] <= KEPT:
-            self.kept.append((file, problem))
+            self._kept.append((file, problem))
         key = (level, problem.file, NUMBERS.sub("#", problem.problem))
         if (
             key not in self._groups
@@ -70,7 +70,7 @@ class Problems:
             file, problem = item
             return problem.level != "error", file, problem.row or 0
 
-        return tuple(problem for _, problem in sorted(self.kept, key=place))
+        return tuple(problem for _, problem in sorted(self._kept, key=place))
 
     def groups(self) -> tuple[Group, ...]:
         """Errors first, then the largest."""

@@ -243,14 +243,11 @@ def newest_model(project: Project, merged: bool = True) -> tuple[Path, Path | No
     If none is trained yet, the expanded base, or else the base. `merged`: whether it may be the
     merged model. Raises UserError if there is none.
     """
-    variants = {
-        name: pair for name, pair in project.variants.items() if merged or pair[0] != "merge"
-    }
-    folders = {
-        name: [project.artifact(stage) for stage in pair if stage]
-        for name, pair in variants.items()
-    }
-    existing = {name: pair for name, pair in folders.items() if all(map(Path.is_dir, pair))}
+    existing = {}
+    for name, stages in project.variants.items():
+        folders = [project.artifact(stage) for stage in stages if stage]
+        if all(map(Path.is_dir, folders)) and (merged or stages[0] != "merge"):
+            existing[name] = folders
     if not existing:
         command = project.command(project.variants["base"][0])
         raise UserError(f"There is no model yet. Run {command}, or name one with --base.")

@@ -96,12 +96,17 @@ class CompletionFormat:
 
     def _logprobs(self, index: int, tokens: Sequence[TextToken]) -> Json:
         start = len(self._echoes.get(index, ""))
-        top = [{self._word(id_): value for id_, value in token.top} for token, _ in tokens]
+        words, logprobs, top, offsets = list[str](), list[float](), list[Json](), list[int]()
+        for token, offset in tokens:
+            words.append(self._word(token.id))
+            logprobs.append(token.logprob)
+            top.append({self._word(id_): logprob for id_, logprob in token.top})
+            offsets.append(start + offset)
         return {
-            "tokens": [self._word(token.id) for token, _ in tokens],
-            "token_logprobs": [token.logprob for token, _ in tokens],
+            "tokens": words,
+            "token_logprobs": logprobs,
             "top_logprobs": top,
-            "text_offset": [start + offset for _, offset in tokens],
+            "text_offset": offsets,
         }
 
 

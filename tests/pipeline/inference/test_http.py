@@ -842,7 +842,8 @@ def test_what_ends_a_generation_early_is_an_error_never_a_shorter_text(
 NODE = """
 import OpenAI from "openai";
 const client = new OpenAI({ baseURL: process.env.URL, apiKey: "none" });
-const asked = { model: "a-1", messages: [{ role: "user", content: "Which currency?" }], max_tokens: 8, temperature: 0 };
+const messages = [{ role: "user", content: "Which currency?" }];
+const asked = { model: "a-1", messages, max_tokens: 8, temperature: 0 };
 const whole = await client.chat.completions.create(asked);
 let text = "";
 for await (const part of await client.chat.completions.create({ ...asked, stream: true })) {
