@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from os.path import commonprefix
-from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,9 +28,7 @@ WithRenderings = tuple[Example, Example, Renderings | UserError | None]
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids (T,), which of them are trained on (T,), and how many more were cut off at the
-    end.
-    """
+    """Token ids (T,), which of them are trained on (T,), and how many more were cut off."""
 
     ids: tuple[int, ...]
     trained: tuple[bool, ...]
@@ -39,27 +36,22 @@ class Encoded:
 
     @property
     def labels(self) -> int:
-        """Number of labels. The first token is never a label: nothing before it could predict
-        it.
-        """
+        """Number of labels. The first token is never one: nothing before it could predict it."""
         return sum(self.trained[1:])
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """`encode` with its settings, for one example or for many: chat templates are rendered ahead,
-    on another core.
+    """`encode` with its settings, for one example or for many.
 
-    `labels_bad_answers`: whether an answer that its row calls a bad one is labelled too, to learn
-    what to avoid.
+    Of many, chat templates are rendered ahead, in another process.
     """
-
-    labels_bad_answers: ClassVar[bool] = False
 
     tokenizer: Tokenizer
     max_length: int = 0
     positions: int | None = None
     virtual: int = 0
+    labels_bad_answers: bool = False  # of rows that call their answer a bad one: to avoid it
 
     def __call__(self, example: Example) -> Encoded:
         """Raises UserError, as `encode`."""
