@@ -1,5 +1,4 @@
-"""{"messages": [{"role": …, "content": …}, …]}: a conversation, whose assistant's turns are trained
-on.
+"""{"messages": [{"role": …, "content": …}, …]}: a conversation; its assistant turns are trained on.
 
 With the keys of transformers and TRL: `tools` beside the messages, and `tool_calls`,
 `tool_call_id`, `name` and `reasoning_content` in them. `train` (Axolotl) or `weight` (OpenAI) says
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple, get_args
 from pipeline.data.containers import MAX_LINE_BYTES, describe_type
 from pipeline.data.examples import Example, Message, Role
 from pipeline.data.formats import (
+    CannotHold,
     Format,
     Record,
     read_list,
@@ -226,4 +226,37 @@ def detect(record: Record) -> bool:
     return "messages" in record
 
 
-FORMAT = Format(2, '{"messages"}', frozenset({"messages", "tools"}), detect, read, mixes=True)
+def write(example: Example) -> dict[str, Any]:
+    return {"messages": write_turns(example, 0), **write_tools(example)}
+
+
+def write_turns(example: Example, start: int, stop: int | None = None) -> list[dict[str, Any]]:
+    """Messages; an answer without a label says so, except in a prompt, which has no labels."""
+    turns = []
+    for number, message in list(enumerate(example.messages))[start:stop]:
+        turn = {**message}
+        if number in example.untrained and stop is None:
+            turn["train"] = False
+        turns.append(turn)
+    return turns
+
+
+def write_tools(example: Example) -> dict[str, Any]:
+    return {"tools": list(example.tools)} if example.tools else {}
+
+
+def refuse_more_than_texts(example: Example) -> None:
+    """Raises CannotHold if there is more than turns of text that are all trained on."""
+    calls = any("tool_calls" in turn or turn["role"] == "tool" for turn in example.messages)
+    if example.tools or calls:
+        raise CannotHold("it has tools or tool calls")
+    if example.untrained:
+        raise CannotHold("it has assistant turns that are not trained on")
+    keys = {key for message in example.messages for key in message}
+    if more := sorted(keys - {"role", "content"}):
+        raise CannotHold(f"its turns have {', '.join(more)}")
+
+
+FORMAT = Format(
+    2, '{"messages"}', frozenset({"messages", "tools"}), detect, read, write, mixes=True
+)
