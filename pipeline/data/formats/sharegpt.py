@@ -64,24 +64,18 @@ def _read_turn(entry: Any, location: str) -> Message:
     speaker, key = (entry["from"], "value") if "from" in entry else (entry["role"], "content")
     role = speaker.lower() if isinstance(speaker, str) else ""
     if role == "function_call":
-        return {
-            "role": "assistant",
-            "content": None,
-            "tool_calls": _read_calls(entry, key, location),
-        }
+        calls = _read_calls(entry, key, location)
+        return {"role": "assistant", "content": None, "tool_calls": calls}
     if role not in ROLES:
         raise UserError(
             f"{location}: unknown speaker {str(speaker)[:60]!r}. Known: "
-            f"{', '.join([*ROLES, 'function_call'])}. Say in "
-            "columns which is which, such as --columns user=customer."
+            f"{', '.join([*ROLES, 'function_call'])}. Say in columns which is which, such as "
+            "--columns user=customer."
         )
     if "from" not in entry:
         return read_message({**entry, "role": ROLES[role]}, location)
-    content = (
-        read_optional(entry, key, location)
-        if ROLES[role] == "tool"
-        else read_string(entry, key, location)
-    )
+    read_content = read_optional if ROLES[role] == "tool" else read_string
+    content = read_content(entry, key, location)
     return {"role": ROLES[role], "content": content}  # type: ignore[typeddict-item]
 
 
@@ -95,7 +89,8 @@ def _read_calls(entry: Record, key: str, location: str) -> list[Any]:
         isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls
     ):
         raise UserError(
-            f'{location}: a function_call must be JSON {{"name": …, "arguments": {{…}}}} or a list of them.'
+            f'{location}: a function_call must be JSON {{"name": …, "arguments": {{…}}}} or a '
+            "list of them."
         )
     return [{"type": "function", "function": call} for call in calls]
 

@@ -81,13 +81,12 @@ def _open_tokenizer(folder: Path, files: Signature) -> Any:  # noqa: ARG001  # o
 def render_with(
     hf_tokenizer: Any, conversations: Sequence[Conversation], name: str, turn: str = TURN
 ) -> Answers:
-    """Begin to render conversations in a transformers tokenizer's chat template. The first answer
-    waits for all.
+    """Begin to render conversations in a transformers tokenizer's chat template.
 
-    A conversation's answer is a UserError if the rendering process had to be stopped, or if one of
-    its messages or tools contains a special token: among those that the template writes, it would
-    begin or end a turn. `turn` formats a message's index for the error. Raises UserError if there
-    is no default template.
+    The first answer waits for all. A conversation's answer is a UserError if the rendering process
+    had to be stopped, or if one of its messages or tools contains a special token: among those that
+    the template writes, it would begin or end a turn. `turn` formats a message's index for the
+    error. Raises UserError if there is no default template.
     """
     try:
         template = hf_tokenizer.get_chat_template()
@@ -145,18 +144,17 @@ def _special_token(
     parts += [(f"tools[{n}]", tool) for n, tool in enumerate(conversation.tools)]
     for location, part in parts:
         content = part.get("content")
-        # Most messages are a role, which is one of a few, and a content.
-        for text in [content] if len(part) == 2 and isinstance(content, str) else _texts(part):
+        # most messages are a role, which is one of a few, and a content
+        is_plain = len(part) == 2 and isinstance(content, str)
+        for text in [content] if is_plain else _texts(part):
             match = as_written.search(text)
             if match is None and normalized is not None:
-                match = normalized.search(
-                    hf_tokenizer.backend_tokenizer.normalizer.normalize_str(text)
-                )
+                normalizer = hf_tokenizer.backend_tokenizer.normalizer
+                match = normalized.search(normalizer.normalize_str(text))
             if match:
                 return UserError(
                     f"{location} contains {match[0]}, a special token of {name}. It would not be "
-                    "read as text: "
-                    "it could begin or end a turn. Remove it, or spell it differently."
+                    "read as text: it could begin or end a turn. Remove it, or spell it differently."
                 )
     return None
 
@@ -181,19 +179,13 @@ def _special_patterns(hf_tokenizer: Any) -> tuple[re.Pattern[str], re.Pattern[st
     Added tokens that are not special are ordinary text.
     """
     inner = hf_tokenizer.backend_tokenizer
-    tokens = [
-        token
-        for token in inner.get_added_tokens_decoder().values()
-        if token.special and token.content.strip()
-    ]
-    normalized = (
-        [inner.normalizer.normalize_str(t.content) for t in tokens if t.normalized]
-        if inner.normalizer
-        else []
-    )
-    return _match_any([token.content for token in tokens]), _match_any(
-        normalized
-    ) if normalized else None
+    added = inner.get_added_tokens_decoder().values()
+    tokens = [token for token in added if token.special and token.content.strip()]
+    as_written = _match_any([token.content for token in tokens])
+    contents = [token.content for token in tokens if token.normalized]
+    if not inner.normalizer or not contents:
+        return as_written, None
+    return as_written, _match_any([*map(inner.normalizer.normalize_str, contents)])
 
 
 def _match_any(tokens: list[str]) -> re.Pattern[str]:
@@ -203,7 +195,8 @@ def _match_any(tokens: list[str]) -> re.Pattern[str]:
 
 def no_template(name: str) -> UserError:
     return UserError(
-        f'{name} has no chat template. Prompt it without chat, and train it on "text" or "prompt"/"completion".'
+        f'{name} has no chat template. Prompt it without chat, and train it on "text" or '
+        '"prompt"/"completion".'
     )
 
 
