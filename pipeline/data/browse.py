@@ -239,7 +239,8 @@ def find(source: RowFile, text: str, stopped: Stopped) -> Iterator[tuple[int, En
     for position, entry in enumerate(source.rows(keep)):
         if stopped():
             return
-        if any(wanted in each.casefold() for each in (*_texts(entry.row.value), entry.raw)):
+        texts = (*_texts(entry.row.value), entry.raw)
+        if any(wanted in part.casefold() for part in texts):
             yield position, entry
         elif position % STEP == 0:
             yield position, None

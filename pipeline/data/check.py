@@ -401,9 +401,8 @@ def rendered(example: Example, tokenizer: Tokenizer, max_length: int = 0) -> str
 
 def _joined(example: Example) -> str:
     first, second = (example.prompt or "").split()[-1], example.completion.split()[0]
-    return (
-        f"{first!r:.60} and {second!r:.60} are read as one word. Begin the completion with a space."
-    )
+    words = f"{first!r:.60} and {second!r:.60}"
+    return f"{words} are read as one word. Begin the completion with a space."
 
 
 def _problems_of(example: Example) -> Iterator[tuple[str, Level, str]]:

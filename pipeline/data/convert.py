@@ -54,16 +54,16 @@ def convert(
     keep: Callable[[int], bool] = lambda _: True,
     progress: Callable[[int], None] | None = None,
 ) -> Conversion:
-    """Write the examples of `source`, a file, folder or id of the hub, to `out`, whose name says
-    the container.
+    """Write the examples of `source` to `out`, whose name says the container.
 
+    `source`: a file, a folder or an id of the hub.
     `format_`: one of CHOICES; by default rows stay in their own. `columns` as for `iter_examples`.
     `skip_invalid`: leave out what cannot be read or written, instead of raising it. `keep`: whether
     the row of this number is written. Raises UserError, and then `out` is as before.
     """
     suffix, compression = suffix_of(out)
     if suffix not in WRITERS or (compression and suffix in TABLES):
-        compressible = ", ".join(each for each in WRITERS if each not in TABLES)
+        compressible = ", ".join(name for name in WRITERS if name not in TABLES)
         raise UserError(
             f"{out}: the name must end in {', '.join(WRITERS)}; {compressible} also with "
             f"{' or '.join(COMPRESSED)}. Rename it."

@@ -12,12 +12,10 @@ Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
 class Message(TypedDict):
-    """One turn of a conversation, as a chat template gets it. `content` is None only beside tool
-    calls.
-    """
+    """One turn of a conversation, as a chat template gets it."""
 
     role: Role
-    content: str | None
+    content: str | None  # None only beside tool calls
     reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[Mapping[str, Any]]]
     tool_call_id: NotRequired[str]

@@ -80,9 +80,7 @@ class Encoder:
         yield from self._finish(previous, on_error)
 
     def _render(self, group: list[Example]) -> Iterator[WithRenderings]:
-        """Begin to render the conversations of a group. The first that is read waits for all of
-        them.
-        """
+        """Begin to render the conversations of a group. The first that is read waits for all."""
         shown = [as_turns(example, self.tokenizer) for example in group]
         conversations = [_conversation(example) for example in shown if example.messages]
         renderings: Iterator[Renderings | UserError]

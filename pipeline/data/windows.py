@@ -198,7 +198,7 @@ class InMemoryDataset:
 
 
 def window_of(stored: npt.NDArray[np.int32]) -> Window:
-    """Stored tokens as inputs ids[:-1] and labels ids[1:], IGNORED where they are not trained on."""
+    """Stored tokens as inputs ids[:-1] and labels ids[1:], IGNORED where not trained on."""
     ids = np.maximum(stored, ~stored)  # one of the two is negative
     labels = np.where(stored >= 0, stored, IGNORED)
     return Window(0, tuple(ids[:-1].tolist()), tuple(labels[1:].tolist()))

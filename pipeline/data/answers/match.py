@@ -1,4 +1,4 @@
-"""Whether a model's answer is the expected one, but for white space or as JSON; else how similar."""
+"""Whether a model's answer is the expected one, also by white space or as JSON; how similar."""
 
 import json
 import math

@@ -57,10 +57,11 @@ def read(record: Record, file: str, line: int) -> Example:
     return replace(example, begin=len(before.messages), rejected=rejected.messages)
 
 
-def _shared(one: Sequence[object], other: Sequence[object]) -> int:
+def _shared(chosen: Sequence[object], rejected: Sequence[object]) -> int:
     """How many items both begin with."""
-    differs = (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return next(differs, min(len(one), len(other)))
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    differs = (number for number, (good, bad) in pairs if good != bad)
+    return next(differs, min(len(chosen), len(rejected)))
 
 
 def _refuse_equal(

@@ -103,7 +103,7 @@ class Leaks:
             self.add(_question(example), example.location)
 
     def location(self, example: Example) -> str | None:
-        """Where the evaluation asks what the example teaches, as its last question or as a whole."""
+        """Where the evaluation asks what the example teaches, its last question or all of it."""
         texts = (_question(example), example.text)
         places = (self._known.get(tuple(words(text))) for text in texts)
         return next(filter(None, places), None)

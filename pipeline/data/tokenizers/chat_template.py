@@ -95,7 +95,8 @@ def render_with(
     refused = [
         _special_token(hf_tokenizer, conversation, name, turn) for conversation in conversations
     ]
-    safe = [each for each, error in zip(conversations, refused, strict=True) if error is None]
+    pairs = zip(conversations, refused, strict=True)
+    safe = [conversation for conversation, error in pairs if error is None]
     tokens = hf_tokenizer.special_tokens_map
     request = RENDERER.render(template, safe, tokens)
 
@@ -107,8 +108,9 @@ def render_with(
             # Which one had to be stopped? Each is allowed the time and memory that all of them had.
             # One by one as they are read: a reader that ends with the first error waits for no
             # other.
-            alone = (_render_alone(template, each, tokens) for each in safe)
-            rendered = iter([error]) if len(safe) == 1 else alone
+            rendered = iter([error])
+            if len(safe) > 1:
+                rendered = (_render_alone(template, alone, tokens) for alone in safe)
         for refusal in refused:
             yield _as_user_errors(next(rendered), name) if refusal is None else refusal
 
@@ -145,8 +147,8 @@ def _special_token(
     for location, part in parts:
         content = part.get("content")
         # most messages are a role, which is one of a few, and a content
-        is_plain = len(part) == 2 and isinstance(content, str)
-        for text in [content] if is_plain else _texts(part):
+        texts = [content] if len(part) == 2 and isinstance(content, str) else _texts(part)
+        for text in texts:
             match = as_written.search(text)
             if match is None and normalized is not None:
                 normalizer = hf_tokenizer.backend_tokenizer.normalizer
@@ -154,7 +156,8 @@ def _special_token(
             if match:
                 return UserError(
                     f"{location} contains {match[0]}, a special token of {name}. It would not be "
-                    "read as text: it could begin or end a turn. Remove it, or spell it differently."
+                    "read as text: it could begin or end a turn. Remove it, or spell it "
+                    "differently."
                 )
     return None
 
