@@ -64,8 +64,7 @@ def held_out_examples(job: Job, settings: Training) -> Iterator[Example]:
 def prepare_data(
     job: Job, settings: Training, base: Base, first: int = 0
 ) -> Generator[Event, None, tuple[Batches, Evaluation | None]]:
-    """The batches, after the `first` steps of a run before, and the evaluation if eval_share is
-    set.
+    """The batches, after the `first` steps of a run before, and the evaluation if there is one.
 
     Raises UserError as `build_datasets` does.
     """
