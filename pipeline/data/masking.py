@@ -68,16 +68,16 @@ class Encoder:
         Raises UserError, as `encode`, for the first that is wrong; with `on_error`, which gets the
         error, such examples are left out.
         """
-        previous: Iterator[WithRenderings] = iter(())
-        for group, failure in _groups(examples):
-            # sent before the previous group is tokenized, so that both processes work
-            following = self._render(group)
-            yield from self._finish(previous, on_error)
-            previous = following
-            if failure is not None:
-                yield from self._finish(previous, on_error)
-                raise failure
-        yield from self._finish(previous, on_error)
+        rendered = map(self._render, _groups(examples))
+        for example, turns, renderings in _one_group_ahead(rendered):
+            try:
+                encoded = self._encode(turns, renderings)
+            except UserError as error:
+                if on_error is None:
+                    raise
+                on_error(example, error)
+                continue
+            yield example, encoded
 
     def _render(self, group: list[Example]) -> Iterator[WithRenderings]:
         """Begin to render the conversations of a group. The first that is read waits for all."""
@@ -92,21 +92,6 @@ class Encoder:
             (example, turns, next(renderings) if turns.messages else None)
             for example, turns in zip(group, shown, strict=True)
         )
-
-    def _finish(
-        self,
-        rendered: Iterator[WithRenderings],
-        on_error: Callable[[Example, UserError], None] | None,
-    ) -> Iterator[tuple[Example, Encoded]]:
-        for example, turns, renderings in rendered:
-            try:
-                encoded = self._encode(turns, renderings)
-            except UserError as error:
-                if on_error is None:
-                    raise
-                on_error(example, error)
-                continue
-            yield example, encoded
 
     def _encode(self, example: Example, renderings: Renderings | UserError | None) -> Encoded:
         tokenizer = self.tokenizer
@@ -182,20 +167,33 @@ def as_turns(example: Example, tokenizer: Tokenizer) -> Example:
     )
 
 
-def _groups(examples: Iterable[Example]) -> Iterator[tuple[list[Example], UserError | None]]:
-    """Runs of examples that are rendered together; what reading raises, with those before it."""
+def _groups(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """Runs of examples that are rendered together. What reading raises comes behind the others."""
     group, size = list[Example](), 0
     try:
         for example in examples:
             group.append(example)
             size += len(example.text)
             if len(group) == GROUP_EXAMPLES or size > GROUP_CHARACTERS:
-                yield group, None
+                yield group
                 group, size = [], 0
-    except UserError as error:
-        yield group, error
-        return
-    yield group, None
+    except UserError:
+        yield group
+        raise
+    yield group
+
+
+def _one_group_ahead(groups: Iterator[Iterator[WithRenderings]]) -> Iterator[WithRenderings]:
+    """What is in the groups. The next one is sent before one is tokenized: two processes work."""
+    previous: Iterator[WithRenderings] = iter(())
+    try:
+        for following in groups:
+            yield from previous
+            previous = following
+    except UserError:  # of reading
+        yield from previous
+        raise
+    yield from previous
 
 
 def _conversation(example: Example) -> Conversation:

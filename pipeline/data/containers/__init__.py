@@ -9,6 +9,7 @@ import io
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -44,8 +45,8 @@ READERS: dict[str, Callable[[BinaryIO, str, Reading], Iterator[Row]]] = {
     ".txt": lines.text_rows,
     ".jsonl": lines.jsonl_rows,
     ".json": json_list.json_rows,
-    ".csv": lines.csv_rows,
-    ".tsv": lines.tsv_rows,
+    ".csv": partial(lines.delimited_rows, delimiter=","),
+    ".tsv": partial(lines.delimited_rows, delimiter="\t"),
 }
 
 

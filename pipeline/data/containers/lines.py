@@ -150,15 +150,7 @@ def row_of_json(number: int, line: str, name: str) -> Row:
     return object_row(number, value, name)
 
 
-def csv_rows(file: BinaryIO, name: str, reading: Reading) -> Iterator[Row]:
-    return _delimited_rows(file, name, reading, ",")
-
-
-def tsv_rows(file: BinaryIO, name: str, reading: Reading) -> Iterator[Row]:
-    return _delimited_rows(file, name, reading, "\t")
-
-
-def _delimited_rows(file: BinaryIO, name: str, reading: Reading, delimiter: str) -> Iterator[Row]:
+def delimited_rows(file: BinaryIO, name: str, reading: Reading, delimiter: str) -> Iterator[Row]:
     """Rows under a header, each with a text for every column. A cell may hold turns as JSON."""
     number = start = size = 0  # lines that were read, their bytes, and characters of this row
 
