@@ -46,7 +46,7 @@ def data() -> Iterator[Row]:
         turns = _Turns(hf_tokenizer.backend_tokenizer)
         start = _now()
         examples = turns.watch(iter_examples(folder / "d.jsonl", "d.jsonl"))
-        corpus = Corpus(examples, Encoder(SubwordTokenizer(hf_tokenizer, "bench")), folder)
+        corpus = Corpus.of(Encoder(SubwordTokenizer(hf_tokenizer, "bench")).each(examples), folder)
         RENDERER.stop()  # its CPU time counts when it has ended
         ours, alone = (_now() - start - turns.alone).tolist(), turns.alone.tolist()
         tokens = corpus.statistics.tokens / len(corpus)

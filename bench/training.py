@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from bench.measure import Row, in_turns
 from pipeline.adapters.attach import attach
-from pipeline.data.examples import windows
+from pipeline.data.examples import Window, cut_windows
 from pipeline.data.tokenizers.word import WordTokenizer
 from pipeline.data.windows import InMemoryDataset
 from pipeline.models.load import Base, load_base, save_base
@@ -67,7 +67,11 @@ def minigpt(folder: Path) -> None:
 
 def batches(seed: int = 0) -> Batches:
     ids = torch.randint(3, 99, (8, 7), generator=torch.Generator().manual_seed(0)).tolist()
-    training_windows = [window for row in ids for window in windows(tuple(row), 4)]
+    training_windows = [
+        window
+        for row in ids
+        for window in cut_windows(Window(0, tuple(row[:-1]), tuple(row[1:])), 4)
+    ]
     return Batches(InMemoryDataset(training_windows, [""] * len(training_windows)), 4, seed)
 
 

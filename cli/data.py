@@ -293,7 +293,7 @@ def show(
         return
     with TemporaryDirectory() as folder:
         first = islice(chain((example for example, _ in shown), examples), COUNTED)
-        statistics = Corpus(first, encode, Path(folder)).statistics
+        statistics = Corpus.of(encode.each(first), Path(folder)).statistics
     is_all = next(examples, None) is None
     rows = [
         ("examples", f"{statistics.examples:,}"),

@@ -1,5 +1,4 @@
-"""Rows of a data file by their position, wherever it is, and a row as its turns with the label
-mask.
+"""Rows of a data file by their position.
 
 Nothing is read that is not asked for: a file of lines is entered at a byte, a table at a row group;
 what can only be read from its beginning (compressed, .json, .csv, a saved folder) is read on from
@@ -15,22 +14,19 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-from pipeline.data.containers import (
-    TABLES,
-    Reading,
-    Row,
-    count_table_rows,
+from pipeline.data.containers import TABLES, Reading, Row, read_rows, suffix_of
+from pipeline.data.containers.lines import (
     decode_line,
+    iter_lines,
     read_piece,
-    read_rows,
     row_of_json,
     row_of_text,
     skip_blank_lines,
-    suffix_of,
-    table_rows,
+    skip_rest,
 )
+from pipeline.data.containers.tables import count_rows
 from pipeline.errors import UserError
 from pipeline.files.problems import without_location
 
@@ -52,8 +48,7 @@ UNREAD = Entry(Row(0, ""))
 
 
 class RowFile:
-    """A data file whose rows are numbered from 0 in their order, those that cannot be read
-    included.
+    """A data file whose rows are numbered from 0, those that cannot be read included.
 
     `count` grows while `index` runs. Several threads may read at once.
     """
@@ -67,16 +62,14 @@ class RowFile:
         self.is_text = suffix == ".txt"
         self._places = array("q")  # of every STEP-th row: lines and bytes before it
         self._lock = Lock()
-        self._following: Iterator[Entry]
-        self._at, self._following = (
-            sys.maxsize,
-            iter(()),
-        )  # the rows from this one on: reading on is cheaper than entering
+        # the rows from `_at` on: reading on is cheaper than entering
+        self._following: Iterator[Entry] = iter(())
+        self._at = sys.maxsize
 
     def index(self, stopped: Stopped) -> Iterator[int]:
         """Count the rows; yields how many there are so far, many times. Raises UserError."""
         if self.is_table:
-            self.count = count_table_rows(self.path, self.name)
+            self.count = count_rows(self.path, self.name)
         elif self.has_lines:
             yield from self._index_lines(stopped)
         else:
@@ -90,21 +83,14 @@ class RowFile:
         yield self.count
 
     def _index_lines(self, stopped: Stopped) -> Iterator[int]:
-        number = start = 0
         with self.path.open("rb") as file:
-            while raw := read_piece(file):
-                size = len(raw) + _skip_rest(file, raw)
-                if raw.isspace():
-                    count, blank = skip_blank_lines(file)
-                    number, start = number + 1 + count, start + size + blank
-                    continue
+            for line in iter_lines(file):
                 if self.count % STEP == 0:
-                    self._places.extend((number, start))
+                    self._places.extend((line.number - 1, line.start))
                     yield self.count
                     if stopped():
                         return
                 self.count += 1
-                number, start = number + 1, start + size
 
     def read(self, first: int, count: int, stopped: Stopped = lambda: False) -> list[Entry]:
         """The rows from `first` on, at most `count`. Raises UserError."""
@@ -125,9 +111,7 @@ class RowFile:
             return entries
 
     def position_of(self, number: int, stopped: Stopped = lambda: False) -> int | None:
-        """The position of the row with this number, or of the first behind it; None if there is
-        none.
-        """
+        """The position of the row with this number, or of the next one; None without any."""
         if self.is_table:
             return number - 1 if 0 < number <= self.count else None
         # of the last indexed row that does not begin behind it
@@ -143,7 +127,7 @@ class RowFile:
     def _entered(self, first: int) -> tuple[int, Iterator[Entry]]:
         """The number of a row at or before `first`, and the rows from it on."""
         if self.is_table:
-            return first, _caught(lambda _: table_rows(self.path, self.name, first), self.name)
+            return first, self._rows(first)
         if self.has_lines and len(self._places):
             step = min(first // STEP, len(self._places) // 2 - 1)
             number, start = self._places[2 * step : 2 * step + 2]
@@ -152,66 +136,51 @@ class RowFile:
 
     def rows(self, keep: Callable[[bytes], bool] | None = None) -> Iterator[Entry]:
         """All rows; of a file of lines, with `keep`, the others unread: an empty text."""
-        if self.has_lines:
-            return self._lines(0, 0, keep)
-        return _caught(lambda reading: read_rows(self.path, self.name, reading), self.name)
+        return self._lines(0, 0, keep) if self.has_lines else self._rows()
 
     def _lines(
         self, number: int, start: int, keep: Callable[[bytes], bool] | None = None
     ) -> Iterator[Entry]:
-        """The lines behind the first `number`, which are `start` bytes. Unlike in training, a bad
-        one ends nothing.
+        """The lines behind the first `number`, which are `start` bytes.
+
+        Unlike in training, a bad one ends nothing.
         """
         with self.path.open("rb") as file:
             file.seek(start)
-            while raw := read_piece(file):
-                size, number = len(raw) + _skip_rest(file, raw), number + 1
-                if raw.isspace():
-                    count, blank = skip_blank_lines(file)
-                    number, size = number + count, size + blank
-                else:
-                    yield self._line(raw, number, start) if keep is None or keep(raw) else UNREAD
-                start += size
+            for line in iter_lines(file, number, start):
+                is_wanted = keep is None or keep(line.raw)
+                yield self._read_line(*line) if is_wanted else UNREAD
 
-    def _line(self, raw: bytes, number: int, start: int) -> Entry:
+    def _read_line(self, number: int, start: int, raw: bytes) -> Entry:
         try:
             line = decode_line(raw, number, start, self.name)
-            return Entry(
-                row_of_text(number, line) if self.is_text else row_of_json(number, line, self.name)
-            )
+            if self.is_text:
+                return Entry(row_of_text(number, line))
+            return Entry(row_of_json(number, line, self.name))
         except UserError as error:
             text = raw[: 4 * LONGEST].decode("utf-8", errors="replace")[:LONGEST].rstrip("\r\n")
             return Entry(Row(number, ""), without_location(error, self.name, number), text)
 
+    def _rows(self, start: int = 0) -> Iterator[Entry]:
+        """The rows, those that are refused among them. What ends the reading is the last."""
+        refused: list[Entry] = []
 
-def _skip_rest(file: BinaryIO, raw: bytes) -> int:
-    """Read to the end of a line that is too long; the number of bytes."""
-    size = 0
-    while raw and not raw.endswith(b"\n"):
-        size += len(raw := read_piece(file))
-    return size
+        def refuse(number: int, error: UserError) -> None:
+            text = without_location(error, self.name, number)
+            refused.append(Entry(Row(number, ""), text))
 
-
-def _caught(open_rows: Callable[[Reading], Iterator[Row]], name: str) -> Iterator[Entry]:
-    """The rows, those that are refused among them. What ends the reading is the last."""
-    refused: list[Entry] = []
-
-    def refuse(number: int, error: UserError) -> None:
-        refused.append(Entry(Row(number, ""), without_location(error, name, number)))
-
-    try:
-        for row in open_rows(Reading(refuse)):
-            if refused:
+        try:
+            for row in read_rows(self.path, self.name, Reading(refuse), start):
                 yield from refused
                 refused.clear()
-            yield Entry(row)
-        yield from refused
-    except UserError as error:
-        yield from refused
-        match = re.match(rf"{re.escape(name)}:(?: row )?(\d+):", str(error))
-        number = int(match[1]) if match else 0
-        text = without_location(error, name, number)
-        yield Entry(Row(number, ""), f"{text} Nothing behind it is read.")
+                yield Entry(row)
+            yield from refused
+        except UserError as error:
+            yield from refused
+            match = re.match(rf"{re.escape(self.name)}:(?: row )?(\d+):", str(error))
+            number = int(match[1]) if match else 0
+            text = without_location(error, self.name, number)
+            yield Entry(Row(number, ""), f"{text} Nothing behind it is read.")
 
 
 def as_json(value: str | Mapping[str, Any]) -> str:
@@ -222,10 +191,10 @@ def as_json(value: str | Mapping[str, Any]) -> str:
 
 
 def copied(source: RowFile, position: int, line: str) -> Iterator[bytes]:
-    """The rows as .jsonl, the one at `position` as `line`: a piece for each, empty for one that
-    cannot be read.
+    """The rows as .jsonl, the one at `position` as `line`.
 
-    Lines of .jsonl stay as they are, also those that cannot be read. Raises UserError.
+    A piece for each, empty for one that cannot be read. Lines of .jsonl stay as they are, also
+    those that cannot be read. Raises UserError.
     """
     if source.has_lines and not source.is_text:
         yield from _copied_lines(source.path, position, line)
@@ -245,7 +214,7 @@ def _copied_lines(path: Path, position: int, line: str) -> Iterator[bytes]:
                 skip_blank_lines(file)
                 continue
             if number == position:
-                _skip_rest(file, raw)
+                skip_rest(file, raw)
                 yield line.encode() + b"\n"
             else:
                 yield raw
@@ -257,8 +226,9 @@ def _copied_lines(path: Path, position: int, line: str) -> Iterator[bytes]:
 
 
 def find(source: RowFile, text: str, stopped: Stopped) -> Iterator[tuple[int, Entry | None]]:
-    """Position and entry of each row that has `text` in it, whatever its case; every STEP rows
-    (position, None).
+    """Position and entry of each row that has `text` in it; every STEP rows (position, None).
+
+    Case does not count.
     """
     wanted = text.casefold()
     # Parsing a line takes ten times as long as looking into it; JSON escapes quotes, and perhaps
@@ -269,7 +239,8 @@ def find(source: RowFile, text: str, stopped: Stopped) -> Iterator[tuple[int, En
     for position, entry in enumerate(source.rows(keep)):
         if stopped():
             return
-        if any(wanted in each.casefold() for each in (*_texts(entry.row.value), entry.raw)):
+        texts = (*_texts(entry.row.value), entry.raw)
+        if any(wanted in part.casefold() for part in texts):
             yield position, entry
         elif position % STEP == 0:
             yield position, None

@@ -10,7 +10,7 @@ import json
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,10 +113,8 @@ class Browser:
 
     def page(self, request: Request) -> Answer:
         """`count` rows from `first` on, then the lengths of those."""
-        first = request.number("first")
-        entries = self._open(request).read(
-            first, min(request.number("count"), 500), request.stopped
-        )
+        first, count = request.number("first"), min(request.number("count"), 500)
+        entries = self._open(request).read(first, count, request.stopped)
         request.check()
         examples, rows = self._summaries(request, enumerate(entries, first))
         request.send(event="page", rows=rows)
@@ -124,7 +122,7 @@ class Browser:
 
     def find(self, request: Request) -> Answer:
         """The rows that have `text` in them."""
-        report, found = request.progress(), 0
+        report, shown = request.progress(), 0
         for position, entry in find(self._open(request), request.text("text"), request.stopped):
             if entry is None:
                 report(position)
@@ -132,8 +130,8 @@ class Browser:
             examples, rows = self._summaries(request, [(position, entry)])
             request.send(event="page", rows=rows)
             request.send(event="tokens", **self._lengths(request, examples))
-            found += 1
-            if found == FOUND:
+            shown += 1
+            if shown == FOUND:
                 return {"complete": False}
         request.check()
         return {"complete": True}
@@ -151,10 +149,8 @@ class Browser:
         if not entries:
             raise UserError(f"{request.text('path')}: no such row any more. The file has changed.")
         if self._is_loading(request):
-            request.send(
-                event="row",
-                **self._turns(request, entries[0], (None, None, "loading the tokenizer …")),
-            )
+            opened = None, None, "loading the tokenizer …"
+            request.send(event="row", **self._turns(request, entries[0], opened))
         return self._turns(request, entries[0])
 
     def draft(self, request: Request) -> Answer:
@@ -190,9 +186,8 @@ class Browser:
 
         def pieces() -> Iterator[bytes]:
             nonlocal left_out
-            for number, piece in enumerate(
-                copied(source, request.number("position"), request.text("line"))
-            ):
+            changed = request.number("position"), request.text("line")
+            for number, piece in enumerate(copied(source, *changed)):
                 left_out += not piece
                 report(number)
                 yield piece
@@ -227,9 +222,7 @@ class Browser:
             return self._file[1]
 
     def _is_loading(self, request: Request) -> bool:
-        """Whether its tokenizer is not here yet: the libraries alone take seconds to import on a
-        busy machine.
-        """
+        """Whether its tokenizer is not here yet: importing the libraries takes seconds."""
         base, loaded = request.text("base"), self._tokenizer
         return bool(base) and (loaded is None or loaded[0] != base)
 
@@ -244,7 +237,7 @@ class Browser:
             return self._tokenizer[1:]
 
     def _summaries(
-        self, request: Request, entries: "enumerate[Entry] | list[tuple[int, Entry]]"
+        self, request: Request, entries: Iterable[tuple[int, Entry]]
     ) -> tuple[dict[int, Example], list[Answer]]:
         examples, rows = dict[int, Example](), []
         for position, entry in entries:
@@ -269,34 +262,31 @@ class Browser:
         return examples, rows
 
     def _lengths(self, request: Request, examples: Mapping[int, Example]) -> Answer:
-        """Position → [tokens, trained, cut] of the examples, or the problem of one that cannot be
-        encoded.
-        """
+        """Position → [tokens, trained, cut] of the examples, or why one cannot be encoded."""
         from pipeline.data.masking import Encoder
 
         tokenizer, _, missing = self._open_tokenizer(request)
         short = {
-            position: e
-            for position, e in examples.items()
-            if len(e.text) <= TOKENIZED and e.prompt != e.text
+            position: example
+            for position, example in examples.items()
+            if len(example.text) <= TOKENIZED and example.prompt != example.text
         }
         if tokenizer is None or not short:
             return {"lengths": {}, "problems": {}, "missing": missing}
-        places = {id(example): position for position, example in short.items()}
-        problems = dict[int, str]()
+        positions = {id(example): position for position, example in short.items()}
+        lengths, problems = dict[int, tuple[int, int, int]](), dict[int, str]()
 
         def refuse(example: Example, error: UserError) -> None:
-            problems[places[id(example)]] = without_location(error, example.file, example.line)[
-                :SUMMARY
-            ]
+            problem = without_location(error, example.file, example.line)
+            problems[positions[id(example)]] = problem[:SUMMARY]
 
-        lengths = {}
         most = request.number("max_length")
         for example, encoded in Encoder(tokenizer).each(short.values(), refuse):
             request.check()
-            kept = min(len(encoded.ids), most or len(encoded.ids))
-            cut = len(encoded.ids) - kept
-            lengths[places[id(example)]] = (len(encoded.ids), sum(encoded.trained[1:kept]), cut)
+            tokens = len(encoded.ids)
+            size = min(tokens, most or tokens)
+            trained = sum(encoded.trained[1:size])
+            lengths[positions[id(example)]] = (tokens, trained, tokens - size)
         return {"lengths": lengths, "problems": problems, "missing": ""}
 
     def _turns(self, request: Request, entry: Entry, opened: "Opened | None" = None) -> Answer:
@@ -307,12 +297,9 @@ class Browser:
         answer: Answer = {
             "row": number,
             "problem": entry.problem,
-            "turns": [],
             "missing": "",
-            "line": "",
+            "line": line if len(line) <= EDITABLE else "",
         }
-        if len(line) <= EDITABLE:
-            answer["line"] = line
         if entry.problem:
             return answer | _as_it_is(line)
         tokenizer, _, missing = opened or self._open_tokenizer(request)
@@ -326,14 +313,15 @@ class Browser:
         if not shown.turns:
             return answer | _as_it_is(line)
         turns, hidden = _shortened(shown)
-        return answer | {
-            **{
-                "turns": turns,
-                "hidden": hidden,
-                "missing": missing,
-                "template": tokenizer and tokenizer.has_template,
-            },
-            **{"tokens": shown.tokens, "trained": shown.trained, "cut": shown.cut},
+        return {
+            **answer,
+            "turns": turns,
+            "hidden": hidden,
+            "missing": missing,
+            "template": tokenizer and tokenizer.has_template,
+            "tokens": shown.tokens,
+            "trained": shown.trained,
+            "cut": shown.cut,
         }
 
 

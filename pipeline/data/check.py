@@ -1,5 +1,4 @@
-"""Data files checked in one pass: what would break or spoil a training, and how long the examples
-are.
+"""Data files checked in one pass: what would break or spoil a training, and how long examples are.
 
 A row with an error is reported, and the pass goes on with the next one. In memory are 37 bytes per
 example, no texts.
@@ -41,21 +40,16 @@ REPLACED = "\ufffd"
 
 @dataclass(frozen=True)
 class DataReport:
-    """What is in data files. Lengths are in tokens, before a cut; without a tokenizer, all of
-    tokens is None.
+    """What is in data files. Lengths are in tokens, before a cut.
 
-    `examples`, `turns`, `tokens` and lengths are of the training set, `evaluation` counts the
-    examples held out of it or in evaluation files. `rows` are those of all files. `problems` holds
-    the first of each kind, `counts` how many there are, `groups` all of them, alike ones together.
-    `rendered`: the first example as the model reads it, what is trained on in ⟦ ⟧. `templated`:
-    plain prompts and completions that the chat template writes as turns.
+    Without a tokenizer, all of tokens is None.
     """
 
     files: tuple[str, ...]
     formats: dict[str, int]  # name → rows
-    rows: int
-    examples: int
-    evaluation: int
+    rows: int  # of all files
+    examples: int  # of the training set, as are turns, tokens and lengths
+    evaluation: int  # examples held out of it, or in evaluation files
     turns: int  # of conversations
     tokens: int | None  # after the cut at max_length
     trained_tokens: int | None
@@ -72,10 +66,10 @@ class DataReport:
     errors: int
     warnings: int
     counts: dict[str, int]  # kind of problem → rows
-    problems: tuple[Problem, ...]
-    groups: tuple[Group, ...]
-    templated: int
-    rendered: str | None
+    problems: tuple[Problem, ...]  # the first of each kind
+    groups: tuple[Group, ...]  # all of them, alike ones together
+    templated: int  # plain prompts and completions that the chat template writes as turns
+    rendered: str | None  # the first example as the model reads it, what is trained on in ⟦ ⟧
 
     @property
     def ok(self) -> bool:
@@ -114,27 +108,18 @@ def check(
     return checked.report(eval_share)
 
 
+@dataclass
 class _Check:
     """The state of the pass: a few numbers per example."""
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer | None,
-        max_length: int,
-        positions: int | None,
-        progress: Callable[[int], None] | None,
-        templated: bool,
-    ) -> None:
-        self._tokenizer, self._max_length, self._positions, self._progress = (
-            tokenizer,
-            max_length,
-            positions,
-            progress,
-        )
-        self._templated, self._has_template = (
-            templated,
-            tokenizer is not None and tokenizer.has_template,
-        )
+    tokenizer: Tokenizer | None
+    max_length: int
+    positions: int | None
+    progress: Callable[[int], None] | None
+    templated: bool
+
+    def __post_init__(self) -> None:
+        self._has_template = self.tokenizer is not None and self.tokenizer.has_template
         self._names: list[str] = []
         self._digests = bytearray()  # 16 bytes per example
         self._files, self._rows = array("i"), array("q")
@@ -146,10 +131,10 @@ class _Check:
         self._formats: Counter[str] = Counter()
         self._extra_keys: Counter[str] = Counter()
         self._problems = Problems()
-        self._seen = self._encoded = self._blank = self._turns = self._tokens = self._labels = (
-            self._truncated
-        ) = 0
-        self._as_turns, self._rendered = 0, ""
+        # rows, blank lines, turns, tokens, labels, truncated, templated
+        self._counts: Counter[str] = Counter()
+        self._encoded = 0  # examples
+        self._rendered = ""
 
     def read(
         self, root: Path, name: str, columns: Mapping[str, str] | None, held_out: float
@@ -160,31 +145,26 @@ class _Check:
         self._encoded = len(self._rows)
         reading = Reading(self._refuse)
         read = iter_examples(
-            root / name, name, columns=columns, reading=reading, templated=self._templated
+            root / name, name, columns=columns, reading=reading, templated=self.templated
         )
         examples = self._add_each(read, reading, held_out)
         try:
-            if self._tokenizer is None:
+            if self.tokenizer is None:
                 deque(examples, maxlen=0)
             else:
-                for example, encoded in Encoder(self._tokenizer).each(
+                encoder = Encoder(self.tokenizer)
+                for example, encoded in encoder.each(
                     _with_rejected(examples), self._refuse_example
                 ):
-                    if isinstance(example, _Rejected):
-                        self._add_rejected(encoded)
-                    else:
-                        self._add_tokens(example, encoded)
+                    self._add_tokens(example, encoded)
         except UserError as error:  # about the file, or what it holds from here on
             match = re.match(rf"{re.escape(name)}:(?: row )?(\d+):", str(error))
             row = int(match[1]) if match else None
             text = without_location(error, name, row)
-            rest = (
-                " Nothing behind it was read."
-                if self._rows and self._files[-1] == len(self._names) - 1
-                else ""
-            )
-            self._add_problem("unreadable", "error", row, text + rest)
-        self._blank += reading.blank
+            if self._rows and self._files[-1] == len(self._names) - 1:
+                text += " Nothing behind it was read."
+            self._add_problem("unreadable", "error", row, text)
+        self._counts["blank"] += reading.blank
         self._extra_keys.update(reading.unused)
         for note in notes(name, reading):
             self._warn("notes", None, note.removeprefix(f"{name}: "))
@@ -202,9 +182,10 @@ class _Check:
         self._add_problem(kind, "warning", row, text)
 
     def _count_row(self) -> None:
-        self._seen += 1
-        if self._progress and self._seen % PROGRESS_ROWS == 0:
-            self._progress(self._seen)
+        self._counts["rows"] += 1
+        rows = self._counts["rows"]
+        if self.progress and rows % PROGRESS_ROWS == 0:
+            self.progress(rows)
 
     def _add_each(
         self, examples: Iterable[Example], reading: Reading, share: float
@@ -219,8 +200,8 @@ class _Check:
             self._rows.append(example.line)
             self._held_out.append(held_out)
             self._formats[reading.format] += 1
-            self._turns += 0 if held_out else len(example.messages)
-            self._as_turns += example.templated and self._has_template
+            self._counts["turns"] += 0 if held_out else len(example.messages)
+            self._counts["templated"] += example.templated and self._has_template
             for kind, level, text in _problems_of(example):
                 self._add_problem(kind, level, example.line, text)
             if self._joins_words(example):
@@ -229,7 +210,7 @@ class _Check:
 
     def _joins_words(self, example: Example) -> bool:
         # without a model nobody knows
-        if example.templated and (self._has_template or self._tokenizer is None):
+        if example.templated and (self._has_template or self.tokenizer is None):
             return False
         return example.prompt is not None and joins_words(example.prompt, example.completion)
 
@@ -239,61 +220,55 @@ class _Check:
         self._add_problem("not tokenized", "error", example.line, text)
 
     def _add_tokens(self, example: Example, encoded: Encoded) -> None:
+        if isinstance(example, _Rejected):
+            self._add_rejected(encoded)
+            return
         held_out = self._held_out[self._encoded]
         self._encoded += 1
         length, row = len(encoded.ids), example.line
-        kept = min(length, self._max_length or length)
+        kept = min(length, self.max_length or length)
         labels = sum(encoded.trained[1:kept])
         if not held_out:
             self._lengths.append(length)
-            self._tokens += kept
-            self._labels += labels
-            self._truncated += kept < length
-            longest = length, example.location, self._leave_out
-            self._longest = max(self._longest, longest, key=lambda each: each[0])
-            if labels and not self._rendered and self._tokenizer:
-                self._rendered = rendered(example, self._tokenizer, self._max_length)
-        if self._positions is not None and kept > self._positions:
+            self._counts["tokens"] += kept
+            self._counts["labels"] += labels
+            self._counts["truncated"] += kept < length
+            if length > self._longest[0]:
+                self._longest = length, example.location, self._leave_out
+            if labels and not self._rendered and self.tokenizer:
+                self._rendered = rendered(example, self.tokenizer, self.max_length)
+        if self.positions is not None and kept > self.positions:
             text = (
-                f"{kept:,} tokens with the end token, more than the model's {self._positions:,} "
-                "positions. Leave it "
-                f"out with {self._leave_out}, or cut it with max_length."
+                f"{kept:,} tokens with the end token, more than the model's {self.positions:,} "
+                f"positions. Leave it out with {self._leave_out}, or cut it with max_length."
             )
             self._add_problem("too long", "error", row, text)
-        if not labels:
-            if example.desirable is False:
-                self._warn(
-                    "labelled false",
-                    row,
-                    "labelled false: only finetune_dpo with the loss kto trains on it.",
-                )
-            # max_length is meant to spare the few that are much longer than the others
-            elif any(encoded.trained[1:]):
-                text = (
-                    f"left out of training: all labels are behind the cut at {kept:,} of "
-                    f"{length:,} tokens."
-                )
-                self._warn("nothing to train on", row, text)
-            else:
-                self._add_problem(
-                    "nothing to train on",
-                    "error",
-                    row,
-                    "nothing to train on: no token has a label.",
-                )
-        elif kept < length:
-            lost = sum(encoded.trained[kept:])
-            labels_lost = (
-                f"{lost:,} of {labels + lost:,} labels are lost" if lost else "no label is lost"
+        self._check_labels(example, encoded, kept, labels)
+
+    def _check_labels(self, example: Example, encoded: Encoded, kept: int, labels: int) -> None:
+        row, length = example.line, len(encoded.ids)
+        lost = sum(encoded.trained[max(1, kept) :])
+        if labels and kept < length:
+            what = f"{lost:,} of {labels + lost:,} labels are lost" if lost else "no label is lost"
+            self._warn("truncated", row, f"truncated from {length:,} to {kept:,} tokens; {what}.")
+        if labels:
+            return
+        if example.desirable is False:
+            text = "labelled false: only finetune_dpo with the loss kto trains on it."
+            self._warn("labelled false", row, text)
+        elif lost:
+            # a warning, as max_length is meant to spare the few that are much longer than others
+            text = (
+                f"left out of training: all labels are behind the cut at {kept:,} of {length:,} "
+                "tokens."
             )
-            self._warn(
-                "truncated", row, f"truncated from {length:,} to {kept:,} tokens; {labels_lost}."
-            )
+            self._warn("nothing to train on", row, text)
+        else:
+            text = "nothing to train on: no token has a label."
+            self._add_problem("nothing to train on", "error", row, text)
 
     def _add_rejected(self, encoded: Encoded) -> None:
-        """The length of a pair is that of its longer answer. What the worse one would train is not
-        counted.
-        """
+        """The length of a pair is that of its longer answer; its labels are the chosen one's."""
         if self._lengths and not self._held_out[self._encoded - 1]:
             self._lengths[-1] = max(self._lengths[-1], len(encoded.ids))
 
@@ -303,16 +278,12 @@ class _Check:
         held_out = sum(self._held_out)
         examples = len(self._rows) - held_out
         if eval_share and not (examples and held_out):
-            selected = (
-                f"eval_share {eval_share:g} selects {held_out:,} of {examples + held_out:,} "
-                "examples"
-            )
             change = "Decrease" if held_out else "Increase"
-            self._of_all(
-                "evaluation",
-                "error",
-                f"{selected} (the split is by hash). {change} it, or set it to 0.",
+            text = (
+                f"eval_share {eval_share:g} selects {held_out:,} of {examples + held_out:,} "
+                f"examples (the split is by hash). {change} it, or set it to 0."
             )
+            self._of_all("evaluation", "error", text)
         lengths = np.sort(np.frombuffer(self._lengths, np.int64))
         quantiles = suggested = None
         if len(lengths):
@@ -320,37 +291,37 @@ class _Check:
                 key: int(lengths[ceil(share * len(lengths)) - 1])
                 for key, share in QUANTILES.items()
             }
-            suggested = suggest_max_length(quantiles["p99"], quantiles["max"], self._positions)
-            if quantiles["max"] > OUTLIER * quantiles["p99"]:
-                self._of_all(
-                    "outlier",
-                    "warning",
-                    f"the longest example, {self._longest[1]}, has {quantiles['max']:,} tokens, "
-                    "99 % have at most "
-                    f"{quantiles['p99']:,}. Memory is needed for the longest: set max_length, or "
-                    "leave it out with "
-                    f"{self._longest[2]}.",
+            p99, longest = quantiles["p99"], quantiles["max"]
+            suggested = suggest_max_length(p99, longest, self.positions)
+            if longest > OUTLIER * p99:
+                _, location, leave_out = self._longest
+                text = (
+                    f"the longest example, {location}, has {longest:,} tokens, 99 % have at most "
+                    f"{p99:,}. Memory is needed for the longest: set max_length, or leave it out "
+                    f"with {leave_out}."
                 )
-        known = self._tokenizer is not None
-        if len(lengths) and self._max_length and not self._labels:
-            text = f"no example has a label within max_length {self._max_length:,}. Raise it."
-            self._of_all("nothing to train on", "error", text)
+                self._of_all("outlier", "warning", text)
+            if self.max_length and not self._counts["labels"]:
+                text = f"no example has a label within max_length {self.max_length:,}. Raise it."
+                self._of_all("nothing to train on", "error", text)
+        counts = self._counts
+        known = self.tokenizer is not None
         return DataReport(
             files=tuple(self._names),
             formats=dict(self._formats),
-            rows=self._seen,
+            rows=counts["rows"],
             examples=examples,
             evaluation=held_out,
-            turns=self._turns,
-            tokens=self._tokens if known else None,
-            trained_tokens=self._labels if known else None,
+            turns=counts["turns"],
+            tokens=counts["tokens"] if known else None,
+            trained_tokens=counts["labels"] if known else None,
             shortest=int(lengths[0]) if len(lengths) else None,
             quantiles=quantiles,
             lengths=_histogram(lengths),
-            truncated=self._truncated if known else None,
+            truncated=counts["truncated"] if known else None,
             duplicates=duplicates,
             overlap=overlap,
-            blank_lines=self._blank,
+            blank_lines=counts["blank"],
             extra_keys=dict(self._extra_keys.most_common()),
             suggested_max_length=suggested,
             errors=self._problems.levels["error"],
@@ -358,7 +329,7 @@ class _Check:
             counts=dict(self._problems.counts),
             problems=self._problems.in_order(),
             groups=self._problems.groups(),
-            templated=self._as_turns,
+            templated=counts["templated"],
             rendered=self._rendered or None,
         )
 
@@ -366,32 +337,24 @@ class _Check:
         self._problems.add(kind, level, -1, Problem(None, ", ".join(self._names), text, level))
 
     def _find_repeated(self) -> tuple[int, int]:
-        """(examples that repeat an earlier one of their set, examples of the evaluation that are
-        trained on).
-        """
-        halves = np.frombuffer(self._digests, "<u8").reshape(-1, 2)
-        # stable: the earliest example of each content comes first
-        order = np.lexsort((halves[:, 1], halves[:, 0]))
-        in_order = halves[order]
-        is_first = np.ones(len(order), bool)
-        is_first[1:] = (in_order[1:] != in_order[:-1]).any(axis=1)
-        first = np.empty(len(order), np.int64)
-        first[order] = order[np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))]
+        """(examples that repeat an earlier one of their set, evaluated ones that are trained on)."""
+        digests = np.frombuffer(self._digests, "S16")
+        _, earliest, contents = np.unique(digests, return_index=True, return_inverse=True)
+        first = earliest[contents]  # of each example, the earliest one of the same content
         held_out = np.frombuffer(self._held_out, bool)
-        repeated = np.flatnonzero(first != np.arange(len(order)))
+        repeated = np.flatnonzero(first != np.arange(len(first)))
         leaked = held_out[repeated] & ~held_out[first[repeated]]
         for kind, text, numbers in (
             ("overlap", "also in the training set:", repeated[leaked]),
             ("duplicate", "the same as", repeated[~leaked]),
         ):
             for number in numbers:
-                file, row, earlier = self._files[number], self._rows[number], int(first[number])
-                same = self._files[earlier]
-                where = (
-                    f"row {self._rows[earlier]}"
-                    if same == file
-                    else f"{self._names[same]}:{self._rows[earlier]}"
-                )
+                file, earlier = self._files[number], first[number]
+                other_file, other_row = self._files[earlier], self._rows[earlier]
+                where = f"{self._names[other_file]}:{other_row}"
+                if other_file == file:
+                    where = f"row {other_row}"
+                row = self._rows[number]
                 problem = Problem(row, self._names[file], f"{text} {where}.", "warning")
                 self._problems.add(kind, "warning", file, problem)
         return int((~leaked).sum()), int(leaked.sum())
@@ -405,8 +368,9 @@ def _histogram(lengths: npt.NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
 
 
 def suggest_max_length(p99: int, longest: int, positions: int | None = None) -> int:
-    """The 99 % quantile, or the longest example if it is near, as a multiple of 64 that the model
-    has positions for.
+    """The 99 % quantile, or the longest example if it is near.
+
+    As a multiple of 64, and at most the model's positions.
     """
     length = -(-(longest if longest <= NEAR * p99 else p99) // STEP) * STEP
     return min(length, positions or length)
@@ -425,47 +389,37 @@ def _with_rejected(examples: Iterable[Example]) -> Iterator[Example]:
 
 def rendered(example: Example, tokenizer: Tokenizer, max_length: int = 0) -> str:
     """An example as the model reads it, what is trained on in ⟦ ⟧, up to the cut."""
-    parts = [
-        part
-        for turn in view(replace(example, rejected=None), tokenizer, max_length).turns
-        for part in turn.parts
-    ]
-    pieces = (f"⟦{text}⟧" if kind == "trained" else text for kind, text in parts if kind != "cut")
+    pieces = []
+    for turn in view(replace(example, rejected=None), tokenizer, max_length).turns:
+        for kind, text in turn.parts:
+            if kind == "trained":
+                pieces.append(f"⟦{text}⟧")
+            elif kind != "cut":
+                pieces.append(text)
     return "".join(pieces)
 
 
 def _joined(example: Example) -> str:
     first, second = (example.prompt or "").split()[-1], example.completion.split()[0]
-    return (
-        f"{first!r:.60} and {second!r:.60} are read as one word. Begin the completion with a space."
-    )
+    words = f"{first!r:.60} and {second!r:.60}"
+    return f"{words} are read as one word. Begin the completion with a space."
 
 
 def _problems_of(example: Example) -> Iterator[tuple[str, Level, str]]:
-    """What the reading and most chat templates accept in an example, but should not be in it:
-    (kind, level, text).
-    """
+    """(kind, level, text) of what is accepted in an example, but should not be in it."""
     if REPLACED in example.text:
-        yield (
-            "broken characters",
-            "warning",
-            f"{REPLACED} stands for bytes that were no text. Was it UTF-8?",
-        )
-    for number, message in enumerate(example.messages):
+        text = f"{REPLACED} stands for bytes that were no text. Was it UTF-8?"
+        yield "broken characters", "warning", text
+    tools = [tool["function"]["name"] for tool in example.tools]
+    for number, message in enumerate(example.messages, 1):
         for call in message.get("tool_calls", ()):
             function = call.get("function", call)
+            called = f"{function['name']!r:.60}"
             if not _is_object(function.get("arguments", {})):
-                text = (
-                    f"turn {number + 1}: the arguments of {function['name']!r:.60} are no JSON "
-                    "object. Correct them."
-                )
+                text = f"turn {number}: the arguments of {called} are no JSON object. Correct them."
                 yield "tool call", "error", text
-            elif example.tools and function["name"] not in (
-                tool["function"]["name"] for tool in example.tools
-            ):
-                text = (
-                    f"turn {number + 1}: a call of {function['name']!r:.60}, which is not in tools."
-                )
+            elif tools and function["name"] not in tools:
+                text = f"turn {number}: a call of {called}, which is not in tools."
                 yield "tool call", "warning", text
     if order := _wrong_order(example):
         yield "order of turns", "warning", order
@@ -481,9 +435,7 @@ def _is_object(arguments: Any) -> bool:
 
 
 def _wrong_order(example: Example) -> str | None:
-    """The first turn that is out of order. A warning, as a template that cannot write it refuses
-    the row itself.
-    """
+    """The first turn that is out of order, which most templates write all the same."""
     calls = False  # whether a tool may answer
     before = ""
     for number, message in enumerate(example.messages, 1):
@@ -496,8 +448,6 @@ def _wrong_order(example: Example) -> str | None:
             return f"turn {number}: a tool turn without a tool call before it."
         calls = role == "tool" or bool(message.get("tool_calls"))
         before = role
-    return (
-        f"ends with a {before} turn, which is not trained on."
-        if before not in ("", "assistant")
-        else None
-    )
+    if before in ("", "assistant"):
+        return None
+    return f"ends with a {before} turn, which is not trained on."

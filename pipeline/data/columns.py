@@ -18,29 +18,29 @@ MAX_SHOWN = 8  # keys in a message
 # keys that may hold turns
 LISTS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
 KEYS = (*LISTS, "text", "instruction", "input", "output")
-TURN_KEYS = (
-    *(
-        "role",
-        "content",
-        "from",
-        "value",
-        "tool_calls",
-        "reasoning_content",
-        "tool_call_id",
-        "name",
-    ),
-    *("train", "training", "weight"),
-)
+TURN_KEYS = {
+    "role",
+    "content",
+    "from",
+    "value",
+    "tool_calls",
+    "reasoning_content",
+    "tool_call_id",
+    "name",
+    "train",
+    "training",
+    "weight",
+}
 ABOUT_TURNS = {*TURN_KEYS, "messages", "conversations", "user", "assistant"}
 MISSING = object()
 
 
 class _Names(NamedTuple):
-    """The names in a file: of a row's keys, of a turn's keys, and of the roles, in lower case."""
+    """What a file calls a format's keys and roles."""
 
-    keys: Mapping[str, str]
-    turn_keys: Mapping[str, str]
-    roles: Mapping[str, str]
+    keys: dict[str, str]  # key of a row → column
+    turn_keys: dict[str, str]  # key of a turn → column
+    roles: dict[str, str]  # name, in lower case → role
 
 
 def columns_option(columns: Mapping[str, str]) -> str:
@@ -57,55 +57,61 @@ def clean_command(name: str, columns: Mapping[str, str]) -> str:
 def rename(
     record: dict[str, Any], columns: Mapping[str, str], location: str, is_first: bool
 ) -> tuple[dict[str, Any], set[str]]:
-    """The record with the keys and roles of a format, and what else its turns have. In later rows,
-    a column may be missing where its key is optional. Raises UserError.
+    """The record with the keys and roles of a format, and the keys of turns that are not used.
+
+    In later rows, a column may be missing where its key is optional. Raises UserError.
     """
     if not columns:
         return record, set()
     names = _names(columns)
-    values = {key: _look_up(record, column) for key, column in names.keys.items()}
-    absent = [key for key, value in values.items() if value is MISSING]
-    if absent and is_first:
-        raise UserError(_absent(record, names.keys, absent, location))
-    used = {
-        column if column in record else column.partition(".")[0] for column in names.keys.values()
-    }
-    renamed = {key: value for key, value in record.items() if key not in used}
-    renamed |= {key: value for key, value in values.items() if value is not MISSING}
+    renamed = _rename_keys(record, names.keys)
+    if is_first:
+        _refuse_absent(record, names.keys, location)
     unused = set[str]()
     if names.turn_keys or names.roles:
-        renamed |= {
-            key: _rename_turns(renamed[key], names, key, unused) for key in LISTS if key in renamed
-        }
+        for key in LISTS:
+            if key in renamed:
+                renamed[key] = _rename_turns(renamed[key], names, key, unused)
     return renamed, unused
+
+
+def _rename_keys(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The record with the values of the columns under their keys."""
+    used = {column if column in record else column.partition(".")[0] for column in columns.values()}
+    renamed = {key: value for key, value in record.items() if key not in used}
+    for key, column in columns.items():
+        value = _look_up(record, column)
+        if value is not MISSING:
+            renamed[key] = value
+    return renamed
 
 
 def _names(columns: Mapping[str, str]) -> _Names:
     # `system` is a key of Alpaca's rows and a role: a role where something else is said of turns
-    roles = {role for role in get_args(Role) if role != "system" or ABOUT_TURNS & columns.keys()}
-    turn_keys = {key: column for key, column in columns.items() if key in TURN_KEYS}
-    spoken = {
-        name.strip().casefold(): role
-        for role in columns
-        if role in roles
-        for name in columns[role].split("|")
-    }
-    keys = {
-        key: column for key, column in columns.items() if key not in turn_keys and key not in roles
-    }
-    return _Names(keys, turn_keys, spoken)
+    is_about_turns = not ABOUT_TURNS.isdisjoint(columns)
+    names = _Names({}, {}, {})
+    for key, column in columns.items():
+        if key in TURN_KEYS:
+            names.turn_keys[key] = column
+        elif key in get_args(Role) and (key != "system" or is_about_turns):
+            for name in column.split("|"):
+                names.roles[name.strip().casefold()] = key
+        else:
+            names.keys[key] = column
+    return names
 
 
-def _absent(
-    record: Mapping[str, Any], keys: Mapping[str, str], absent: list[str], location: str
-) -> str:
+def _refuse_absent(record: Mapping[str, Any], keys: Mapping[str, str], location: str) -> None:
+    absent = [key for key, column in keys.items() if _look_up(record, column) is MISSING]
+    if not absent:
+        return
     first = absent[0]
     close = get_close_matches(keys[first], [*record], 1)
     hint = f"Did you mean {close[0]}? " if close else ""
     if first in record and keys[first] in KEYS:  # said the other way round
         hint = f"A key comes first, its column second: {keys[first]}={first}. "
     missing = ", ".join(keys[key] for key in absent)
-    return (
+    raise UserError(
         f"{location}: no column {missing}, which columns names. {hint}It has: {some(record)}. "
         "Edit columns."
     )
@@ -142,16 +148,10 @@ def _rename_turns(value: Any, names: _Names, key: str, unused: set[str]) -> Any:
 def _rename_turn(
     turn: Mapping[str, Any], names: _Names, list_key: str, unused: set[str]
 ) -> dict[str, Any]:
-    values = {key: _look_up(turn, column) for key, column in names.turn_keys.items()}
-    used = {
-        column if column in turn else column.partition(".")[0]
-        for column in names.turn_keys.values()
-    }
-    renamed = {key: value for key, value in turn.items() if key not in used}
+    renamed = _rename_keys(turn, names.turn_keys)
     if names.turn_keys:  # who says which keys count has said that the others do not
         unused |= {f"{list_key}.{key}" for key in renamed if key not in TURN_KEYS}
         renamed = {key: value for key, value in renamed.items() if key in TURN_KEYS}
-    renamed |= {key: value for key, value in values.items() if value is not MISSING}
     for key in ("role", "from"):
         if isinstance(speaker := renamed.get(key), str):
             renamed[key] = names.roles.get(speaker.strip().casefold(), speaker)
@@ -161,6 +161,6 @@ def _rename_turn(
 def some(keys: Any) -> str:
     """A list of names that may be long, for a message."""
     names = [str(key)[:60] for key in keys]
-    return ", ".join(
-        names[:MAX_SHOWN] + [f"and {len(names) - MAX_SHOWN} more"] * (len(names) > MAX_SHOWN)
-    )
+    if len(names) > MAX_SHOWN:
+        names[MAX_SHOWN:] = [f"and {len(names) - MAX_SHOWN} more"]
+    return ", ".join(names)

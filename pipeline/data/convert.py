@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 
 from pipeline.data.containers import COMPRESSED, Reading, suffix_of
 from pipeline.data.examples import Example, Message
-from pipeline.data.formats import iter_examples, notes
-from pipeline.data.formats.messages import text_of
+from pipeline.data.formats import FORMATS, CannotHold, iter_examples, notes
+from pipeline.data.formats.messages import refuse_more_than_texts, text_of
 from pipeline.errors import UserError, first_line
 from pipeline.files import artifact
 from pipeline.files.problems import Group, Problem, Problems, shortened, without_location
@@ -31,25 +31,16 @@ GROUP_ROWS = 1024  # of a table: what a reader must hold at once
 PROGRESS_ROWS = 256
 OF_MESSAGES = ("messages", "alpaca", "sharegpt")
 CHOICES = (*OF_MESSAGES, "prompt_completion", "text")
-SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """`format` of the rows written; "mixed" if they are of several. `notes`: what was left out or
-    changed in kind.
-
-    `skipped`: rows that could not be taken, alike ones together.
-    """
+    """What was written."""
 
     rows: int
-    format: str
-    notes: tuple[str, ...]
-    skipped: tuple[Group, ...] = ()
-
-
-class _CannotHold(Exception):
-    """Why a format cannot hold an example."""
+    format: str  # "mixed" if the rows are of several
+    notes: tuple[str, ...]  # what was left out or changed in kind
+    skipped: tuple[Group, ...] = ()  # rows that could not be taken, alike ones together
 
 
 def convert(
@@ -63,20 +54,19 @@ def convert(
     keep: Callable[[int], bool] = lambda _: True,
     progress: Callable[[int], None] | None = None,
 ) -> Conversion:
-    """Write the examples of `source`, a file, folder or id of the hub, to `out`, whose name says
-    the container.
+    """Write the examples of `source` to `out`, whose name says the container.
 
+    `source`: a file, a folder or an id of the hub.
     `format_`: one of CHOICES; by default rows stay in their own. `columns` as for `iter_examples`.
     `skip_invalid`: leave out what cannot be read or written, instead of raising it. `keep`: whether
     the row of this number is written. Raises UserError, and then `out` is as before.
     """
     suffix, compression = suffix_of(out)
     if suffix not in WRITERS or (compression and suffix in TABLES):
-        compressible = ", ".join(each for each in WRITERS if each not in TABLES)
+        compressible = ", ".join(name for name in WRITERS if name not in TABLES)
         raise UserError(
             f"{out}: the name must end in {', '.join(WRITERS)}; {compressible} also with "
-            f"{' or '.join(COMPRESSED)}. "
-            "Rename it."
+            f"{' or '.join(COMPRESSED)}. Rename it."
         )
     if out.exists() and source.exists() and out.samefile(source):
         raise UserError(f"{out} is the input itself. Name another file.")
@@ -105,31 +95,21 @@ def convert(
     return Conversion(len(rows.numbers), format_written, tuple(rows.notes()), rows.skipped.groups())
 
 
+@dataclass
 class _Rows:
     """The records to write. Iterated again, the file is read again."""
 
-    def __init__(
-        self,
-        source: Path,
-        format_: str | None,
-        columns: Mapping[str, str] | None,
-        texts_only: bool,
-        skip_invalid: bool,
-        keep: Callable[[int], bool],
-        progress: Callable[[int], None] | None,
-    ) -> None:
-        self.name = str(source)
-        self._source, self._format, self._columns, self._progress = (
-            source,
-            format_,
-            columns,
-            progress,
-        )
-        self._texts_only, self._skip_invalid, self._keep = texts_only, skip_invalid, keep
-        self._start()
+    source: Path
+    format: str | None
+    columns: Mapping[str, str] | None
+    texts_only: bool
+    skip_invalid: bool
+    keep: Callable[[int], bool]
+    progress: Callable[[int], None] | None
 
-    def _start(self) -> None:
-        self.reading = Reading(self._skip) if self._skip_invalid else Reading()
+    def __post_init__(self) -> None:
+        self.name = str(self.source)
+        self.reading = Reading(self._skip) if self.skip_invalid else Reading()
         self.skipped = Problems()
         self.formats: set[str] = set()
         # of each example: its row, and 16 bytes
@@ -137,37 +117,35 @@ class _Rows:
         self._changed: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Record]:
-        self._start()
+        self.__post_init__()
         for example in iter_examples(
-            self._source, self.name, columns=self._columns, reading=self.reading
+            self.source, self.name, columns=self.columns, reading=self.reading
         ):
-            if not self._keep(example.line):
+            if not self.keep(example.line):
                 continue
-            own = self.reading.format
-            format_ = self._format or own
-            if example.desirable is False and format_ != own:
+            format_ = self.format or self.reading.format
+            if example.desirable is False and format_ != self.reading.format:
                 self._changed["answers labelled false left out"] += 1
                 continue
-            if self._texts_only and format_ != "text":
+            if self.texts_only and format_ != "text":
                 raise UserError(
                     f"{example.location}: a .txt file holds texts alone, and this row is written "
-                    f"as {format_}. Name "
-                    "another file, such as one that ends in .jsonl."
+                    f"as {format_}. Name another file, such as one that ends in .jsonl."
                 )
             try:
-                kept = self._as_kind_of(example, format_)
-                record = FORMATS[format_](kept)
-            except _CannotHold as reason:
+                written = self._as_kind_of(example, format_)
+                record = FORMATS[format_].write(written)
+            except CannotHold as reason:
                 why = f"cannot be written as {format_}: {reason}. Name another --format."
-                if not self._skip_invalid:
+                if not self.skip_invalid:
                     raise UserError(f"{example.location}: {why}") from None
                 self._skip(example.line, UserError(why))
                 continue
             self.formats.add(format_)
             self.numbers.append(example.line)
-            self.digests += digest(kept)
-            if self._progress and len(self.numbers) % PROGRESS_ROWS == 0:
-                self._progress(len(self.numbers))
+            self.digests += digest(written)
+            if self.progress and len(self.numbers) % PROGRESS_ROWS == 0:
+                self.progress(len(self.numbers))
             yield record
 
     def _skip(self, row: int, error: UserError) -> None:
@@ -175,9 +153,7 @@ class _Rows:
         self.skipped.add("skipped", "warning", 0, Problem(row, self.name, text, "warning"))
 
     def _as_kind_of(self, example: Example, format_: str) -> Example:
-        """The example without what `format_` is not for, and as a conversation or pair if it is of
-        those.
-        """
+        """The example without what `format_` is not for, and as turns or texts as it needs."""
         if example.rejected is not None and format_ != "preference":
             self._changed["rejected answers left out"] += 1
             example = replace(example, rejected=None)
@@ -185,10 +161,9 @@ class _Rows:
             example = replace(example, desirable=None)
         if format_ in OF_MESSAGES and not example.messages:
             if example.prompt is None:
-                raise _CannotHold("it has no prompt that an assistant could answer")
-            self._changed[
-                "prompts with completions written as turns, which get a chat template"
-            ] += 1
+                raise CannotHold("it has no prompt that an assistant could answer")
+            change = "prompts with completions written as turns, which get a chat template"
+            self._changed[change] += 1
             turns: tuple[Message, ...] = (
                 {"role": "user", "content": example.prompt},
                 {"role": "assistant", "content": example.completion},
@@ -196,27 +171,30 @@ class _Rows:
             return replace(example, text=text_of(turns), prompt=None, messages=turns)
         if format_ == "prompt_completion" and example.messages:
             if [message["role"] for message in example.messages] != ["user", "assistant"]:
-                raise _CannotHold("it is not one question of a user and one answer")
-            _refuse_more(example)
-            self._changed[
-                "conversations written as prompt and completion, which get no chat template"
-            ] += 1
+                raise CannotHold("it is not one question of a user and one answer")
+            refuse_more_than_texts(example)
+            change = "conversations written as prompt and completion, which get no chat template"
+            self._changed[change] += 1
             question, answer = (str(message["content"]) for message in example.messages)
             return replace(example, text=question + answer, prompt=question, messages=())
         return example
 
     def notes(self) -> Iterator[str]:
         yield from notes(self.name, self.reading)
-        yield from (f"{self.name}: {change}: {count:,}" for change, count in self._changed.items())
+        for change, count in self._changed.items():
+            yield f"{self.name}: {change}: {count:,}"
 
 
 def digest(example: Example) -> bytes:
-    """16 bytes of all that an example is trained by. The order of keys counts, as templates write
-    it.
-    """
+    """16 bytes of all that an example is trained by, the order of keys included."""
     parts = [
-        *(example.text, example.prompt, example.messages),
-        *(sorted(example.untrained), example.tools, example.rejected, example.desirable),
+        example.text,
+        example.prompt,
+        example.messages,
+        sorted(example.untrained),
+        example.tools,
+        example.rejected,
+        example.desirable,
     ]
     return sha256(json.dumps(parts).encode()).digest()[:16]
 
@@ -228,153 +206,13 @@ def _verify(new: Path, out: Path, rows: _Rows) -> None:
         if digest(example) != rows.digests[16 * (number - 1) : 16 * number]:
             raise UserError(
                 f"{rows.name}:{rows.numbers[number - 1]}: {out.name} would not give the same "
-                "example again. Name "
-                "another container, such as .jsonl, or another --format."
+                "example again. Name another container, such as .jsonl, or another --format."
             )
     if number != len(rows.numbers):
         raise UserError(
             f"{out}: {number:,} of {len(rows.numbers):,} rows can be read again. Name another "
             "container."
         )
-
-
-# Formats: an example as the record that reads as it.
-
-
-def _text(example: Example) -> Record:
-    if example.messages or example.prompt is not None:
-        raise _CannotHold("a text does not say which part of it is trained on")
-    return {"text": example.text}
-
-
-def _prompt_completion(example: Example) -> Record:
-    if example.prompt is None:
-        raise _CannotHold("it has no prompt")
-    return {"prompt": example.prompt, "completion": example.completion}
-
-
-def _messages(example: Example) -> Record:
-    return {"messages": _turns(example, 0), **_tools(example)}
-
-
-def _chat_prompt(example: Example) -> Record:
-    split = example.begin or _first_trained(example)
-    return {
-        "prompt": _turns(example, 0, split),
-        "completion": _turns(example, split),
-        **_tools(example),
-    }
-
-
-def _preference(example: Example) -> Record:
-    if isinstance(example.rejected, str):
-        prompt = example.prompt or ""
-        texts = {"chosen": example.completion, "rejected": example.rejected}
-        return {"prompt": prompt, **texts} if prompt else texts
-    if not example.rejected:
-        raise _CannotHold("it has no rejected answer")
-    split = example.begin or _first_trained(example)
-    # the prompts differ, and an example does not know where they begin
-    if example.rejected[0]["role"] != "assistant":
-        raise _CannotHold("its rejected answer does not begin with an assistant turn")
-    answers = {"chosen": _turns(example, split), "rejected": list(example.rejected)}
-    return {"prompt": _turns(example, 0, split), **answers, **_tools(example)}
-
-
-def _unpaired_preference(example: Example) -> Record:
-    answer = _chat_prompt(example) if example.messages else _prompt_completion(example)
-    return {**answer, "label": bool(example.desirable)}
-
-
-def _alpaca(example: Example) -> Record:
-    _refuse_more(example)
-    roles = [message["role"] for message in example.messages]
-    texts = [str(message["content"]) for message in example.messages]
-    system = texts.pop(0) if roles[0] == "system" else ""
-    if roles[bool(system) :] != ["user", "assistant"] * (len(texts) // 2):
-        raise _CannotHold("its turns are not questions of a user with one answer each")
-    *history, (instruction, output) = zip(texts[::2], texts[1::2], strict=True)
-    record: Record = {"instruction": instruction, "input": "", "output": output}
-    more = {"system": system, "history": [list(pair) for pair in history]}
-    return record | {key: value for key, value in more.items() if value}
-
-
-def _sharegpt(example: Example) -> Record:
-    return {
-        "conversations": [_speech(example, n) for n in range(len(example.messages))],
-        **_tools(example),
-    }
-
-
-FORMATS: dict[str, Callable[[Example], Record]] = {
-    "messages": _messages,
-    "alpaca": _alpaca,
-    "sharegpt": _sharegpt,
-    "prompt_completion": _prompt_completion,
-    "text": _text,
-    "chat_prompt": _chat_prompt,
-    "preference": _preference,
-    "unpaired_preference": _unpaired_preference,
-}
-
-
-def _refuse_more(example: Example) -> None:
-    """Raises _CannotHold if there is more than system, user and assistant turns of text."""
-    if example.tools or any(
-        "tool_calls" in message or message["role"] == "tool" for message in example.messages
-    ):
-        raise _CannotHold("it has tools or tool calls")
-    if example.untrained:
-        raise _CannotHold("it has assistant turns that are not trained on")
-    if more := sorted(
-        {key for message in example.messages for key in message} - {"role", "content"}
-    ):
-        raise _CannotHold(f"its turns have {', '.join(more)}")
-
-
-def _first_trained(example: Example) -> int:
-    """The index of the first turn that is trained on: where a prompt of turns ends."""
-    answers = (
-        n
-        for n, m in enumerate(example.messages)
-        if m["role"] == "assistant" and n not in example.untrained
-    )
-    split = next(answers, 0)
-    if not split:
-        raise _CannotHold("it has no answer behind a prompt")
-    return split
-
-
-def _turns(example: Example, start: int, stop: int | None = None) -> list[Record]:
-    """Messages; an answer without a label says so, except in a prompt, whose turns carry none."""
-    messages = list(enumerate(example.messages))[start:stop]
-    return [
-        {**m, **({"train": False} if n in example.untrained and stop is None else {})}
-        for n, m in messages
-    ]
-
-
-def _speech(example: Example, number: int) -> Record:
-    message = example.messages[number]
-    role, more = message["role"], sorted(message.keys() - {"role", "content", "tool_calls"})
-    if role not in SPEAKERS or more:
-        raise _CannotHold(f"its turns have {', '.join(more)}" if more else f"it has a {role} turn")
-    untrained = {"train": False} if number in example.untrained else {}
-    calls = message.get("tool_calls")
-    if not calls:
-        return {"from": SPEAKERS[role], "value": message["content"], **untrained}
-    if message["content"] is not None or any(call.keys() != {"type", "function"} for call in calls):
-        raise _CannotHold("it has tool calls with an id or with text beside them")
-    functions = [call["function"] for call in calls]
-    value = json.dumps(functions[0] if len(functions) == 1 else functions, ensure_ascii=False)
-    return {"from": "function_call", "value": value, **untrained}
-
-
-def _tools(example: Example) -> Record:
-    return {"tools": list(example.tools)} if example.tools else {}
-
-
-# Containers: how records become a file.
 
 
 @contextmanager
@@ -433,16 +271,16 @@ def _as_cell(value: Any) -> str:
 
 
 def _columns(rows: _Rows) -> dict[str, set[str]]:
-    """The keys of all records, and for a list of turns the keys in them. Raises UserError for rows
-    of two formats.
+    """The keys of all records, and for a list of turns the keys in them.
+
+    Raises UserError for rows of two formats.
     """
     columns: dict[str, set[str]] = {}
     for record in rows:
         if len(rows.formats) > 1:
             raise UserError(
                 f"{rows.name}:{rows.numbers[-1]}: rows of {' and '.join(sorted(rows.formats))} do "
-                "not fit into one "
-                "table. Write a .jsonl file, or name one format with --format."
+                "not fit into one table. Write a .jsonl file, or name one format with --format."
             )
         for key, value in record.items():
             turns = columns.setdefault(key, set())
@@ -465,9 +303,8 @@ def _write_table(file: BinaryIO, rows: _Rows, container: str) -> None:
     try:
         with writers[container](file, schema) as writer:
             while group := list(islice(records, GROUP_ROWS)):
-                writer.write_batch(
-                    pa.RecordBatch.from_pylist([_as_cells(each) for each in group], schema)
-                )
+                cells = [_as_cells(record) for record in group]
+                writer.write_batch(pa.RecordBatch.from_pylist(cells, schema))
     except (pa.ArrowException, TypeError) as error:
         raise UserError(
             f"{rows.name}: its rows do not fit into one table: {first_line(error)}. Write a "
@@ -482,30 +319,26 @@ def _arrow_type(key: str, turns: Iterable[str]) -> Any:
         return pa.bool_()
     if turns:
         order = sorted(turns, key=lambda name: (name not in ("role", "from"), name))
-        return pa.list_(
-            pa.struct([(name, pa.bool_() if name == "train" else pa.string()) for name in order])
-        )
+        types = [(name, pa.bool_() if name == "train" else pa.string()) for name in order]
+        return pa.list_(pa.struct(types))
     return pa.list_(pa.list_(pa.string())) if key == "history" else pa.string()
 
 
 def _as_cells(record: Record) -> Record:
-    """`tools` and tool calls as JSON: the arguments of two calls have different keys, and a table
-    has one type.
-    """
-    cells = {}
+    """`tools` and tool calls as JSON, as the arguments of two calls differ in their keys."""
+    cells = dict(record)
+    if "tools" in cells:
+        cells["tools"] = json.dumps(cells["tools"], ensure_ascii=False)
     for key, value in record.items():
-        if key == "tools":
-            value = json.dumps(value, ensure_ascii=False)
-        elif isinstance(value, list) and key != "history":
-            value = [
-                {
-                    k: json.dumps(v, ensure_ascii=False) if k == "tool_calls" else v
-                    for k, v in turn.items()
-                }
-                for turn in value
-            ]
-        cells[key] = value
+        if isinstance(value, list) and key not in ("tools", "history"):
+            cells[key] = [_with_calls_as_json(turn) for turn in value]
     return cells
+
+
+def _with_calls_as_json(turn: Record) -> Record:
+    if "tool_calls" not in turn:
+        return turn
+    return {**turn, "tool_calls": json.dumps(turn["tool_calls"], ensure_ascii=False)}
 
 
 TABLES = (".parquet", ".arrow", ".feather")

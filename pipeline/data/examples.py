@@ -1,6 +1,4 @@
-"""An example to train on, as it was read from a data file, and the training windows cut from its
-tokens.
-"""
+"""An example of a data file, and the windows to train on that are cut from its tokens."""
 
 import hashlib
 import json
@@ -14,12 +12,10 @@ Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
 class Message(TypedDict):
-    """One turn of a conversation, as a chat template gets it. `content` is None only beside tool
-    calls.
-    """
+    """One turn of a conversation, as a chat template gets it."""
 
     role: Role
-    content: str | None
+    content: str | None  # None only beside tool calls
     reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[Mapping[str, Any]]]
     tool_call_id: NotRequired[str]
@@ -28,31 +24,23 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Example:
-    """One row of a data file, with its file and its line or row number.
+    """One row of a data file, with its file and its line or row number."""
 
-    A plain text has only `text`. With a prompt, `text` is prompt + completion; if both are equal,
-    the completion is still to be generated. A conversation's `text` is the contents of its
-    messages, one per line.
-
-    `untrained`: the assistant's turns that carry no label, by index. `tools`: the schemas of the
-    functions that the assistant may call. `begin`: the index of the message that the completion
-    begins with, where the row says so. `rejected`: the worse answer of a preference pair, after the
-    same prompt. `desirable`: whether the answer is a good one, where the row says so. `templated`:
-    a prompt and its answer as texts, which are turns of a conversation for a model with a chat
-    template (`masking.as_turns`).
-    """
-
+    # of a prompt: prompt + completion, or the prompt alone, which the model is to complete;
+    # of a conversation: the contents of its messages, one per line
     text: str
     file: str
     line: int
     prompt: str | None = None
     messages: tuple[Message, ...] = ()
-    untrained: frozenset[int] = frozenset()
-    tools: tuple[Mapping[str, Any], ...] = ()
-    begin: int = 0
-    rejected: str | tuple[Message, ...] | None = None
-    desirable: bool | None = None
+    untrained: frozenset[int] = frozenset()  # indices of assistant turns that carry no label
+    tools: tuple[Mapping[str, Any], ...] = ()  # the schemas of functions that may be called
+    begin: int = 0  # index of the message that the completion begins with, where the row says so
+    rejected: str | tuple[Message, ...] | None = None  # a pair's worse answer to the same prompt
+    desirable: bool | None = None  # whether the answer is a good one, where the row says so
+    # a prompt and its answer as texts, which are turns for a model with a chat template
     templated: bool = False
+    held_out: bool = False  # for the evaluation during training
 
     @property
     def location(self) -> str:
@@ -67,9 +55,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Window:
-    """A run of consecutive tokens, beginning at position `start`, and the token that follows
-    each.
-    """
+    """Consecutive tokens from position `start` on, and for each the label, IGNORED without one."""
 
     start: int
     ids: tuple[int, ...]
@@ -83,15 +69,13 @@ def joins_words(before: str, after: str) -> bool:
 
 
 def content_digest(example: Example) -> bytes:
-    """Equal for examples of the same content, wherever they stand."""
-    # Not by file and line either: the same text is then never trained on in one file and evaluated
-    # in another.
-    parts = [
-        example.text,
-        example.prompt,
-        list(example.messages),
-        *([example.tools] if example.tools else []),
-    ]
+    """Equal for examples of the same content.
+
+    File and line do not count: no text is trained on in one file and evaluated in another.
+    """
+    parts: list[Any] = [example.text, example.prompt, example.messages]
+    if example.tools:
+        parts.append(example.tools)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()
 
 
@@ -108,14 +92,10 @@ def is_held_out(digest: bytes, share: float) -> bool:
     return int.from_bytes(digest[:8]) < share * 2**64
 
 
-def windows(ids: tuple[int, ...], size: int) -> Iterator[Window]:
-    """Every run of `size` tokens that has a next token for each (the document's §9.2, sequence
-    length).
-
-    A shorter sequence gives one shorter window; a sequence of one token gives none.
-    """
-    last = max(0, len(ids) - 1 - size)
-    for start in range(last + 1):
-        stop = min(start + size, len(ids) - 1)
-        if stop > start:
-            yield Window(start, ids[start:stop], ids[start + 1 : stop + 1])
+def cut_windows(sequence: Window, size: int) -> Iterator[Window]:
+    """Every run of `size` tokens of a sequence; a shorter one gives one shorter window."""
+    if not sequence.ids:
+        return
+    for start in range(max(1, len(sequence.ids) - size + 1)):
+        stop = start + size
+        yield Window(start, sequence.ids[start:stop], sequence.labels[start:stop])

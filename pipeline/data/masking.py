@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from os.path import commonprefix
-from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,9 +28,7 @@ WithRenderings = tuple[Example, Example, Renderings | UserError | None]
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids (T,), which of them are trained on (T,), and how many more were cut off at the
-    end.
-    """
+    """Token ids (T,), which of them are trained on (T,), and how many more were cut off."""
 
     ids: tuple[int, ...]
     trained: tuple[bool, ...]
@@ -39,27 +36,22 @@ class Encoded:
 
     @property
     def labels(self) -> int:
-        """Number of labels. The first token is never a label: nothing before it could predict
-        it.
-        """
+        """Number of labels. The first token is never one: nothing before it could predict it."""
         return sum(self.trained[1:])
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """`encode` with its settings, for one example or for many: chat templates are rendered ahead,
-    on another core.
+    """`encode` with its settings, for one example or for many.
 
-    `labels_bad_answers`: whether an answer that its row calls a bad one is labelled too, to learn
-    what to avoid.
+    Of many, chat templates are rendered ahead, in another process.
     """
-
-    labels_bad_answers: ClassVar[bool] = False
 
     tokenizer: Tokenizer
     max_length: int = 0
     positions: int | None = None
     virtual: int = 0
+    labels_bad_answers: bool = False  # of rows that call their answer a bad one: to avoid it
 
     def __call__(self, example: Example) -> Encoded:
         """Raises UserError, as `encode`."""
@@ -71,27 +63,24 @@ class Encoder:
         examples: Iterable[Example],
         on_error: Callable[[Example, UserError], None] | None = None,
     ) -> Iterator[tuple[Example, Encoded]]:
-        """The examples in their order, encoded. Raises UserError, as `encode`, for the first that
-        is wrong.
+        """The examples in their order, encoded.
 
-        With `on_error`, which gets what `encode` raises, examples that are wrong are left out.
+        Raises UserError, as `encode`, for the first that is wrong; with `on_error`, which gets the
+        error, such examples are left out.
         """
-        previous: Iterator[WithRenderings] = iter(())
-        for group, failure in _groups(examples):
-            # Sent before the examples of the previous group are tokenized, so that both processes
-            # work.
-            following = self._render(group)
-            yield from self._finish(previous, on_error)
-            previous = following
-            if failure is not None:
-                yield from self._finish(previous, on_error)
-                raise failure
-        yield from self._finish(previous, on_error)
+        rendered = map(self._render, _groups(examples))
+        for example, turns, renderings in _one_group_ahead(rendered):
+            try:
+                encoded = self._encode(turns, renderings)
+            except UserError as error:
+                if on_error is None:
+                    raise
+                on_error(example, error)
+                continue
+            yield example, encoded
 
     def _render(self, group: list[Example]) -> Iterator[WithRenderings]:
-        """Begin to render the conversations of a group. The first that is read waits for all of
-        them.
-        """
+        """Begin to render the conversations of a group. The first that is read waits for all."""
         shown = [as_turns(example, self.tokenizer) for example in group]
         conversations = [_conversation(example) for example in shown if example.messages]
         renderings: Iterator[Renderings | UserError]
@@ -103,21 +92,6 @@ class Encoder:
             (example, turns, next(renderings) if turns.messages else None)
             for example, turns in zip(group, shown, strict=True)
         )
-
-    def _finish(
-        self,
-        rendered: Iterator[WithRenderings],
-        on_error: Callable[[Example, UserError], None] | None,
-    ) -> Iterator[tuple[Example, Encoded]]:
-        for example, turns, renderings in rendered:
-            try:
-                encoded = self._encode(turns, renderings)
-            except UserError as error:
-                if on_error is None:
-                    raise
-                on_error(example, error)
-                continue
-            yield example, encoded
 
     def _encode(self, example: Example, renderings: Renderings | UserError | None) -> Encoded:
         tokenizer = self.tokenizer
@@ -135,7 +109,8 @@ class Encoder:
             # completion's first letters into a token that a prompt at inference never has.
             prompt = tokenizer.encode(example.prompt)
             completion = _append_end(tokenizer.encode_following(example.completion), tokenizer)
-            ids, trained = prompt + completion, (False,) * len(prompt) + (True,) * len(completion)
+            ids = prompt + completion
+            trained = (False,) * len(prompt) + (True,) * len(completion)
         else:
             ids = _append_end(tokenizer.encode(example.text), tokenizer)
             trained = (True,) * len(ids)
@@ -148,10 +123,8 @@ class Encoder:
                 less, lower = f" less {self.virtual} virtual tokens", " lower virtual_tokens,"
             raise UserError(
                 f"{example.location}: {length} tokens with the end token, more than the model's "
-                f"{self.positions} "
-                f"positions{less}. Shorten it, cut it with max_length,{lower} or raise "
-                "pretrain.max_positions of a "
-                "MiniGPT."
+                f"{self.positions} positions{less}. Shorten it, cut it with max_length,{lower} or "
+                "raise pretrain.max_positions of a MiniGPT."
             )
         return Encoded(ids[:length], trained[:length], len(ids) - length)
 
@@ -169,20 +142,20 @@ def encode(
 
 
 def as_turns(example: Example, tokenizer: Tokenizer) -> Example:
-    """A `templated` prompt and its answer as the turns of a user and the assistant, if there is a
-    chat template.
+    """A `templated` prompt and its answer as turns, if there is a chat template.
 
     White space around them is left out: it parts the texts of a line, and nobody types it into a
     chat.
     """
     if not example.templated or not tokenizer.has_template:
         return example
-    asked = Message(role="user", content=(example.prompt or "").strip())
-    answer = Message(role="assistant", content=example.completion.strip())
+    turns = (
+        Message(role="user", content=(example.prompt or "").strip()),
+        Message(role="assistant", content=example.completion.strip()),
+    )
     rejected = example.rejected
     if isinstance(rejected, str):
         rejected = (Message(role="assistant", content=rejected.strip()),)
-    turns = (asked, answer)
     return replace(
         example,
         text=text_of(turns),
@@ -194,22 +167,33 @@ def as_turns(example: Example, tokenizer: Tokenizer) -> Example:
     )
 
 
-def _groups(examples: Iterable[Example]) -> Iterator[tuple[list[Example], UserError | None]]:
-    """Runs of examples that are rendered together. What reading raises comes with the examples
-    before it.
-    """
+def _groups(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """Runs of examples that are rendered together. What reading raises comes behind the others."""
     group, size = list[Example](), 0
     try:
         for example in examples:
             group.append(example)
             size += len(example.text)
             if len(group) == GROUP_EXAMPLES or size > GROUP_CHARACTERS:
-                yield group, None
+                yield group
                 group, size = [], 0
-    except UserError as error:
-        yield group, error
-        return
-    yield group, None
+    except UserError:
+        yield group
+        raise
+    yield group
+
+
+def _one_group_ahead(groups: Iterator[Iterator[WithRenderings]]) -> Iterator[WithRenderings]:
+    """What is in the groups. The next one is sent before one is tokenized: two processes work."""
+    previous: Iterator[WithRenderings] = iter(())
+    try:
+        for following in groups:
+            yield from previous
+            previous = following
+    except UserError:  # of reading
+        yield from previous
+        raise
+    yield from previous
 
 
 def _conversation(example: Example) -> Conversation:
@@ -236,9 +220,7 @@ def _append_end(ids: tuple[int, ...], tokenizer: Tokenizer) -> tuple[int, ...]:
 def _encode_conversation(
     example: Example, tokenizer: Tokenizer, renderings: Renderings | UserError
 ) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-    """The conversation as its chat template writes it; the assistant's turns and their end tokens
-    are trained on.
-    """
+    """The conversation as its template writes it; answers and their end tokens are trained on."""
     try:
         if isinstance(renderings, UserError):
             raise renderings
@@ -248,11 +230,9 @@ def _encode_conversation(
         # only fails on templates that change earlier text when a turn is added.
         trained, ended = turns.mask_from_marks() or turns.mask_from_prefixes()
     except UserError as error:
-        raise (
-            error
-            if str(error).startswith(example.location)
-            else UserError(f"{example.location}: {error}")
-        ) from None
+        if str(error).startswith(example.location):
+            raise
+        raise UserError(f"{example.location}: {error}") from None
     mask, last = tuple(trained.tolist()), len(example.messages) - 1
     if ended or example.messages[last]["role"] != "assistant" or last in example.untrained:
         return turns.ids, mask
@@ -262,8 +242,7 @@ def _encode_conversation(
 class _AssistantTurns:
     """Finds the tokens of the assistant's turns in a rendered conversation.
 
-    A mask says of each token whether it is trained on; with it comes whether the last answer has an
-    end token.
+    As a mask over the tokens, and whether the last answer has an end token.
     """
 
     def __init__(self, example: Example, tokenizer: Tokenizer, renderings: Renderings) -> None:
@@ -275,20 +254,19 @@ class _AssistantTurns:
         if unknown := tokenizer.unknown_words(self._text):
             raise UserError(
                 f"{example.location}: the chat template writes words that are not in the "
-                "vocabulary: "
-                f"{', '.join(unknown)}."
+                f"vocabulary: {', '.join(unknown)}."
             )
         self.ids, spans = tokenizer.spans(self._text)
         # a third of np.array's time
         table = np.fromiter(chain.from_iterable(spans), np.int64, 2 * len(self.ids))
         self._begins, self._ends = table[::2], table[1::2]
         end_ids = tokenizer.end_ids
-        indices = [index for index, id_ in enumerate(self.ids) if id_ in end_ids]
-        self._end_spans = [spans[index] for index in indices]
+        self._end_spans = [
+            span for id_, span in zip(self.ids, spans, strict=True) if id_ in end_ids
+        ]
 
     def mask_from_marks(self) -> tuple[Mask, bool] | None:
-        """The tokens in the template's {% generation %} marks, and the end token behind each run of
-        them.
+        """The tokens in {% generation %} marks, and the end token behind each run of them.
 
         None if nothing is marked.
         """
@@ -297,9 +275,9 @@ class _AssistantTurns:
         if self._example.untrained:
             mask = self._mask(self._marks_of_trained_turns())
         trained, ended = mask.copy(), False
-        for stop in (
-            i + 1 for i in mask.nonzero()[0].tolist() if not (i + 1 < len(mask) and mask[i + 1])
-        ):
+        # where a run of marked tokens stops
+        stops = np.flatnonzero(mask & ~np.append(mask[1:], False)) + 1
+        for stop in stops.tolist():
             ended = self._end_token(range(stop - 1, -1, -1)) is not None
             if not ended and (end := self._end_token(range(stop, len(self.ids)))) is not None:
                 # The model must learn to stop, also where the author marked the words alone.
@@ -327,9 +305,7 @@ class _AssistantTurns:
         return None
 
     def _mask(self, spans: Sequence[tuple[int, int]]) -> Mask:
-        """Whether each token overlaps one of the character `spans` [start, stop), which are in
-        order.
-        """
+        """Whether each token overlaps one of the character `spans` [start, stop), in order."""
         starts, stops = np.array(spans).reshape(-1, 2).T
         # the first that stops behind the token's begin
         first = np.searchsorted(stops, self._begins, "right")
@@ -337,14 +313,11 @@ class _AssistantTurns:
         return mask
 
     def mask_from_prefixes(self) -> tuple[Mask, bool]:
-        """An answer is what the conversation adds to its prompt, up to the first end token behind
-        its content.
-        """
+        """An answer: what the conversation adds to its prompt, up to the end token behind it."""
         starts = self._starts()
+        limits = [*starts[1:], len(self._text)]
         spans, ended = [], False
-        for turn, start, limit in zip(
-            self._answers, starts, [*starts[1:], len(self._text)], strict=True
-        ):
+        for turn, start, limit in zip(self._answers, starts, limits, strict=True):
             if turn not in self._example.untrained:
                 stop, ended = self._stop(turn, start, limit)
                 spans.append((start, stop))
@@ -358,17 +331,16 @@ class _AssistantTurns:
                 prompt = checked(self._prompts[number])
             else:
                 prompt = self._tokenizer.render(messages[:turn], True, self._example.tools)
-            start = (
-                len(prompt) if self._text.startswith(prompt) else self._end_of_header(turn, prompt)
-            )
+            start: int | None = len(prompt)
+            if not self._text.startswith(prompt):
+                start = self._end_of_header(turn, prompt)
             if start is None:
                 return self._ends_of_headers(turn, starts)
             starts.append(start)
         return starts
 
     def _end_of_header(self, turn: int, prompt: str) -> int | None:
-        """Where an answer begins whose prompt ends otherwise: in `<think>`, which the template
-        leaves out of answers.
+        """Where an answer begins whose prompt ends otherwise, as in a `<think>` that it leaves out.
 
         None unless the earlier turns are as in the prompt, and what begins the answer's turn.
         """
@@ -379,27 +351,23 @@ class _AssistantTurns:
         return start if prompt.startswith(before) and start > len(before) else None
 
     def _ends_of_headers(self, turn: int, starts: list[int]) -> list[int]:
-        """Where the answers begin in a template that drops thoughts from earlier ones: behind what
-        it writes before the first, if it stands before each answer and nowhere else.
+        """Where the answers begin in a template that drops thoughts from earlier ones.
+
+        Behind what it writes before the first, if it stands before each answer and nowhere else.
         """
         if starts:
             before = self._tokenizer.render(
                 self._example.messages[: self._answers[0]], False, self._example.tools
             )
             header = self._text[len(before) : starts[0]]
-            matches = (
-                [match.end() for match in re.finditer(re.escape(header), self._text)]
-                if header.strip()
-                else []
-            )
-            if self._text.startswith(before) and len(matches) == len(self._answers):
-                return matches
+            ends = [match.end() for match in re.finditer(re.escape(header), self._text)]
+            is_written_first = header.strip() and self._text.startswith(before)
+            if is_written_first and len(ends) == len(self._answers):
+                return ends
         raise self._masking_error(turn, "changes earlier text when this turn is added")
 
     def _stop(self, turn: int, start: int, limit: int) -> tuple[int, bool]:
-        """Where an answer stops that begins at `start` and is followed by the next at `limit`; if
-        by an end token.
-        """
+        """Where the answer in [start, limit) stops, and whether by an end token."""
         message = self._example.messages[turn]
         content, calls = message["content"] or "", bool(message.get("tool_calls"))
         ends = self._end_spans
@@ -428,13 +396,10 @@ class _AssistantTurns:
         return len(until_turn), False
 
     def _holds_next_turn(self, turn: int, start: int, stop: int) -> bool:
-        """Whether the end token at `stop` may be the next turn's: the template writes none behind
-        tool calls.
-        """
+        """Whether the end token at `stop` may be the next turn's, with none behind tool calls."""
         following = self._example.messages[turn + 1 : turn + 2]
-        return any(
-            (message["content"] or "").strip() in self._text[start:stop] for message in following
-        )
+        texts = [(message["content"] or "").strip() for message in following]
+        return any(text in self._text[start:stop] for text in texts)
 
     def _masking_error(self, turn: int, reason: str) -> UserError:
         return UserError(

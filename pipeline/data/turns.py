@@ -1,5 +1,4 @@
-"""An example turn by turn, for the eye: which of its text is trained on, and where `max_length`
-cuts it.
+"""An example turn by turn, for the eye: what is trained on, and where `max_length` cuts it.
 
 With a tokenizer it is the text that the model reads, as its chat template writes it; without one,
 the messages.
@@ -24,23 +23,19 @@ END_OF_TURN = re.compile(r"\s*(?:<[^<>\n]{1,40}>|\[/[A-Z]+\])?\n?")
 
 
 class Turn(NamedTuple):
-    """`parts`: its text in order; "read" is text that the model reads and is not trained to
-    write.
-    """
+    """The text of a turn in order; "read" is what the model reads and is not trained to write."""
 
     role: str
     parts: tuple[tuple[Kind, str], ...]
 
 
 class View(NamedTuple):
-    """`tokens`: of all of it, with the end token; `trained` counts those that are labels and not
-    cut.
-    """
+    """The turns, and how many tokens they have; None without a tokenizer."""
 
     turns: tuple[Turn, ...]
-    tokens: int | None = None
-    trained: int | None = None
-    cut: int = 0  # tokens
+    tokens: int | None = None  # with the end token
+    trained: int | None = None  # labels that are not cut
+    cut: int = 0
 
 
 class _Piece(NamedTuple):
@@ -83,51 +78,50 @@ def _plain(example: Example) -> Iterator[Turn]:
 
 
 def _rejected(example: Example) -> tuple[Turn, ...]:
-    if example.rejected is None:
-        return ()
     if isinstance(example.rejected, str):
         return (Turn("rejected", (("read", example.rejected),)),)
     return tuple(
-        Turn(f"rejected {each['role']}", (("read", _text_of(each)),)) for each in example.rejected
+        Turn(f"rejected {message['role']}", (("read", _text_of(message)),))
+        for message in example.rejected or ()
     )
 
 
 def _text_of(message: Message) -> str:
     calls = [str(call.get("function", call)) for call in message.get("tool_calls", ())]
-    return "\n".join(
-        [*filter(None, (message.get("reasoning_content"), message["content"])), *calls]
-    )
+    texts = [message.get("reasoning_content"), message["content"], *calls]
+    return "\n".join(filter(None, texts))
 
 
 def _of_texts(
     example: Example, trained: Sequence[bool], ids: Sequence[int], tokenizer: Tokenizer
 ) -> Iterator[_Piece]:
-    """A text, or a prompt and its completion; the tokens before and behind them are written as
-    words.
-    """
+    """A text, or a prompt and its completion; the tokens around them are written as words."""
     texts = [("text", example.text)]
     if example.prompt is not None:
         texts = [("prompt", example.prompt), ("completion", example.completion)]
     at = 0
     for number, (role, text) in enumerate(texts):
+        is_first, is_last = number == 0, number == len(texts) - 1
         stops = [stop for _, stop in tokenizer.spans(text)[1]]
-        size = len(tokenizer.encode(text) if number == 0 else tokenizer.encode_following(text))
+        size = len(tokenizer.encode(text) if is_first else tokenizer.encode_following(text))
         before = after = ""
-        if number == 0 and size > len(stops) and ids[0] == tokenizer.bos_id:
+        if is_first and size > len(stops) and ids[0] == tokenizer.bos_id:
             before = tokenizer.word(ids[0])
-        if number == len(texts) - 1 and len(trained) > at + size:
+        if is_last and len(trained) > at + size:
             size = len(trained) - at
             after = tokenizer.word(ids[-1])
         inner = size - bool(before) - bool(after)
         # a continuation is tokenized otherwise than a text: the places are about right
         if len(stops) != inner:
             stops = [len(text) * (n + 1) // inner for n in range(inner)]
-        start, stop = len(before), len(before) + len(text)
+        start = len(before)
+        stops = [start + stop for stop in stops]
+        if before:
+            stops.insert(0, start)
         whole = before + text + after
-        all_stops = (
-            [start] * bool(before) + [start + each for each in stops] + [len(whole)] * bool(after)
-        )
-        yield _Piece(role, whole, all_stops, trained[at : at + size], (start, stop))
+        if after:
+            stops.append(len(whole))
+        yield _Piece(role, whole, stops, trained[at : at + size], (start, start + len(text)))
         at += size
 
 
@@ -146,40 +140,31 @@ def _of_messages(
         content = (message["content"] or "").strip()
         first = turn.find(content)
         inner = (first, first + len(content)) if content and first >= 0 else (0, len(turn))
-        yield _Piece(
-            message["role"],
-            turn,
-            [stop - start for stop in stops[at:last]],
-            trained[at:last],
-            inner,
-        )
+        inner_stops = [stop - start for stop in stops[at:last]]
+        yield _Piece(message["role"], turn, inner_stops, trained[at:last], inner)
         at, start = last, end
 
 
 def _ends(example: Example, text: str, tokenizer: Tokenizer) -> Iterator[int]:
-    """Where each turn ends in the rendered `text`: where a conversation up to it does, if the
-    template wrote it so.
+    """Where each turn ends in the rendered `text`.
+
+    Where a conversation up to it ends, if the template wrote it so; else behind its content.
     """
     messages = example.messages
     prefixes = [(n, False) for n in range(1, min(len(messages), MOST_TURNS))]
-    (rendered,) = tokenizer.render_each([Conversation(messages, prefixes, example.tools)])
+    (answer,) = tokenizer.render_each([Conversation(messages, prefixes, example.tools)])
+    rendered = () if isinstance(answer, UserError) else answer
     end = 0
-    # None where there is no rendering: the process was stopped, or the turn is behind the most.
-    for message, prefix in zip_longest(
-        messages[:-1], () if isinstance(rendered, UserError) else rendered
-    ):
+    # None where there is no rendering: the process was stopped, or the turn is behind the most
+    for message, prefix in zip_longest(messages[:-1], rendered):
         if isinstance(prefix, str) and len(prefix) > end and text.startswith(prefix):
             end = len(prefix)
-        else:  # the template writes a turn otherwise once others follow it
-            # thoughts may be left out
+        else:
+            # the template writes a turn otherwise once others follow it: without thoughts, perhaps
             content = (message["content"] or "").split("</think>")[-1].strip()
-            offset = text.find(content, end)
-            if (
-                content
-                and offset >= 0
-                and (match := END_OF_TURN.match(text, offset + len(content)))
-            ):
-                end = match.end()
+            offset = text.find(content, end) if content else -1
+            match = END_OF_TURN.match(text, offset + len(content)) if offset >= 0 else None
+            end = match.end() if match else end
         yield end
     yield len(text)
 

@@ -1,22 +1,40 @@
-"""Training sequences: the tokens of the data files in one memory-mapped file, whole examples or cut
-into windows.
-"""
+"""Training sequences: tokens in one memory-mapped file, as whole examples or cut into windows."""
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol, Self
 
 import numpy as np
+import numpy.typing as npt
 
-from pipeline.data.examples import IGNORED, Example, Window, windows
-from pipeline.data.masking import Encoded, Encoder
+from pipeline.data.examples import IGNORED, Example, Window, cut_windows
+from pipeline.data.masking import Encoded
 from pipeline.errors import UserError
 
 FILE = "tokens.bin"
 STORED = np.dtype("<i4")
+
+# Runs of examples or sequences, and how often each of their members is seen per epoch.
+Parts = tuple[tuple[range, float], ...]
+
+
+class Dataset(Protocol):
+    """Training sequences by index, created on access, with the source of each."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int) -> Window: ...
+    def tokens(self, number: int) -> int:
+        """Length of a sequence, without creating it."""
+
+    def location(self, number: int) -> str:
+        """Source of a sequence, such as data/mine.jsonl:7."""
+
+    @property
+    def parts(self) -> Parts:
+        """The weight of each run of sequences."""
 
 
 @dataclass(frozen=True)
@@ -38,84 +56,88 @@ class Statistics:
         return self.labels / max(1, self.tokens)
 
 
-# Runs of examples or sequences, and how often each of their members is seen per epoch.
-Parts = tuple[tuple[range, float], ...]
+class Corpus(Sequence[Window]):
+    """A data set of whole examples, encoded into a file, in their order.
 
-
-class Corpus:
-    """Encoded examples in their original order, on disk.
-
-    Data may be larger than memory: in memory is an index of 20 bytes per example. An id that is not
-    trained on is stored as ~id, which is negative, so that the mask needs no file of its own.
+    Data may be larger than memory: in memory is an index of 17 bytes per example. An id that is not
+    trained on is stored as ~id, which is negative, so that the mask needs no file of its own. A
+    corpus is written inside `with`, and read after it.
     """
 
-    def __init__(
-        self,
-        examples: Iterable[Example],
-        encode: Callable[[Example], Encoded] | Encoder,
-        folder: Path,
-        weights: Mapping[str, float] | None = None,
-    ) -> None:
-        """Encode each example once, into a file in `folder`. Passes on what `encode` raises.
-
-        `weights`: file → how often each of its examples is seen per epoch.
-        """
-        self._weights = weights or {}
-        pairs = (
-            encode.each(examples)
-            if isinstance(encode, Encoder)
-            else ((e, encode(e)) for e in examples)
-        )
+    def __init__(self, folder: Path, weights: Mapping[str, float] | None = None) -> None:
+        """`weights`: file → how often each of its examples is seen per epoch."""
+        self._path, self._weights = folder / FILE, weights or {}
         self._starts = array("q", [0])  # offsets in tokens, with the end of the last
-        self._lines, self._cuts = array("q"), array("i")
+        self._lines = array("q")
         self._files: list[str] = []  # _files[i] begins with example number _first[i]
         self._first: list[int] = []
         self._labels = self._truncated = self._unlabelled = 0
-        with (folder / FILE).open("wb") as file:
-            for example, encoded in pairs:
-                self._truncated += bool(encoded.cut)
-                if not encoded.labels:  # nothing to train on
-                    self._unlabelled += 1
-                    continue
-                if not self._files or self._files[-1] != example.file:
-                    self._files.append(example.file)
-                    self._first.append(len(self))
-                self._labels += encoded.labels
-                self._lines.append(example.line)
-                self._cuts.append(encoded.cut)
-                self._starts.append(self._starts[-1] + len(encoded.ids))
-                ids = np.fromiter(encoded.ids, STORED, len(encoded.ids))
-                # a fifth of np.array's time
-                trained = np.fromiter(encoded.trained, np.bool_, len(encoded.ids))
-                file.write(np.where(trained, ids, ~ids).tobytes())
-        # An empty file cannot be mapped.
-        self._tokens = np.memmap(folder / FILE, STORED, "r") if len(self) else np.empty(0, STORED)
+        self.desirable = array("b")  # for KTO: whether each example's answer is a good one
+
+    @classmethod
+    def of(
+        cls,
+        encoded: Iterable[tuple[Example, Encoded]],
+        folder: Path,
+        weights: Mapping[str, float] | None = None,
+    ) -> Self:
+        """Write all of the encoded examples into a file in `folder`."""
+        with cls(folder, weights) as corpus:
+            for example, tokens in encoded:
+                corpus.add(example, tokens)
+        return corpus
+
+    def __enter__(self) -> Self:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: BinaryIO = self._path.open("wb")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        # an empty file cannot be mapped
+        self._tokens = np.memmap(self._path, STORED, "r") if len(self) else np.empty(0, STORED)
+
+    def add(self, example: Example, encoded: Encoded) -> None:
+        """Append an example, unless it has no label to train on."""
+        self._truncated += bool(encoded.cut)
+        if not encoded.labels:
+            self._unlabelled += 1
+            return
+        if not self._files or self._files[-1] != example.file:
+            self._files.append(example.file)
+            self._first.append(len(self))
+        self._labels += encoded.labels
+        self._lines.append(example.line)
+        self._starts.append(self._starts[-1] + len(encoded.ids))
+        self.desirable.append(bool(example.desirable))
+        ids = np.fromiter(encoded.ids, STORED, len(encoded.ids))
+        # a fifth of np.array's time
+        trained = np.fromiter(encoded.trained, np.bool_, len(encoded.ids))
+        self._file.write(np.where(trained, ids, ~ids).tobytes())
 
     def __len__(self) -> int:
         return len(self._lines)
 
-    def __getitem__(self, index: int) -> Encoded:
-        """The example as `encode` returned it. Raises IndexError."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        stored = np.asarray(self._tokens[self._starts[index] : self._starts[index + 1]])
-        trained = stored >= 0
-        ids = np.where(trained, stored, ~stored)
-        return Encoded(tuple(ids.tolist()), tuple(trained.tolist()), self._cuts[index])
+    def __getitem__(self, number: int) -> Window:  # type: ignore[override]
+        """Raises IndexError."""
+        return window_of(self.stored(number))
 
-    def length(self, index: int) -> int:
-        """Number of tokens of an example, without reading it."""
-        return self._starts[index + 1] - self._starts[index]
+    def stored(self, number: int) -> npt.NDArray[np.int32]:
+        """The ids of an example (T,), as ~id where they are not trained on. Raises IndexError."""
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        return np.asarray(self._tokens[self._starts[number] : self._starts[number + 1]])
 
-    def location(self, index: int) -> str:
-        """Source of an example, as `file:line`."""
-        return f"{self._files[bisect_right(self._first, index) - 1]}:{self._lines[index]}"
+    def tokens(self, number: int) -> int:
+        return self._starts[number + 1] - self._starts[number] - 1
+
+    def location(self, number: int) -> str:
+        return f"{self._files[bisect_right(self._first, number) - 1]}:{self._lines[number]}"
 
     @property
     def parts(self) -> Parts:
-        """The weight of each run of examples."""
         stops = [*self._first[1:], len(self)]
-        runs = zip(self._first, stops, self._files, strict=True) if len(self) else ()
+        runs = zip(self._first, stops, self._files, strict=False)
         return tuple(
             (range(first, stop), self._weights.get(file, 1.0)) for first, stop, file in runs
         )
@@ -143,51 +165,11 @@ def refuse_empty(corpus: Corpus, name: str) -> None:
     if counts.truncated:
         raise UserError(
             f"{name}: nothing to train on: {counts.truncated} of {counts.unlabelled} examples "
-            "were cut before their "
-            "first label. Raise max_length, or shorten the prompts."
+            "were cut before their first label. Raise max_length, or shorten the prompts."
         )
     raise UserError(
         f"{name}: nothing to train on: every example is shorter than two tokens. Write longer ones."
     )
-
-
-class Dataset(Protocol):
-    """Training sequences by index, created on access, with the source of each."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, number: int) -> Window: ...
-    def tokens(self, number: int) -> int:
-        """Length of a sequence, without creating it."""
-
-    def location(self, number: int) -> str:
-        """Source of a sequence, such as data/mine.jsonl:7."""
-
-    @property
-    def parts(self) -> Parts:
-        """The weight of each run of sequences."""
-
-
-@dataclass(frozen=True)
-class ExampleDataset:
-    """Every example as one sequence, read from disk on access."""
-
-    corpus: Corpus
-
-    def __len__(self) -> int:
-        return len(self.corpus)
-
-    def __getitem__(self, number: int) -> Window:
-        return as_window(self.corpus[number])
-
-    def tokens(self, number: int) -> int:
-        return self.corpus.length(number) - 1
-
-    def location(self, number: int) -> str:
-        return self.corpus.location(number)
-
-    @property
-    def parts(self) -> Parts:
-        return self.corpus.parts
 
 
 @dataclass(frozen=True)
@@ -215,35 +197,33 @@ class InMemoryDataset:
         return self.locations[number]
 
 
+def window_of(stored: npt.NDArray[np.int32]) -> Window:
+    """Stored tokens as inputs ids[:-1] and labels ids[1:], IGNORED where not trained on."""
+    ids = np.maximum(stored, ~stored)  # one of the two is negative
+    labels = np.where(stored >= 0, stored, IGNORED)
+    return Window(0, tuple(ids[:-1].tolist()), tuple(labels[1:].tolist()))
+
+
 def as_window(encoded: Encoded) -> Window:
-    """An example as one sequence: inputs ids[:-1], labels ids[1:], IGNORED where the label is not
-    trained on.
-    """
-    labels = (
-        id_ if on else IGNORED for id_, on in zip(encoded.ids[1:], encoded.trained[1:], strict=True)
-    )
-    return Window(0, encoded.ids[:-1], tuple(labels))
+    """An example as one sequence, without a file."""
+    ids = np.array(encoded.ids, STORED)
+    return window_of(np.where(encoded.trained, ids, ~ids))
 
 
-def dataset_from(corpus: Corpus, window: int) -> Dataset:
-    """The corpus's examples, or, with `window` above 0, every run of `window` tokens that has a
-    label.
-    """
-    if not window:
-        return ExampleDataset(corpus)
-    kept: list[Window] = []
+def dataset_from(corpus: Corpus, size: int) -> Dataset:
+    """The examples, or, with `size` above 0, every run of `size` tokens that has a label."""
+    if not size:
+        return corpus
+    windows: list[Window] = []
     locations: list[str] = []
     begins = [0]  # first window of each example, and the end
-    for number in range(len(corpus)):
-        encoded = corpus[number]
-        labels = as_window(encoded).labels
-        for cut in windows(encoded.ids, window):
-            window_labels = labels[cut.start : cut.start + len(cut.ids)]
-            if any(label != IGNORED for label in window_labels):
-                kept.append(Window(cut.start, cut.ids, window_labels))
+    for number, example in enumerate(corpus):
+        for window in cut_windows(example, size):
+            if any(label != IGNORED for label in window.labels):
+                windows.append(window)
                 locations.append(corpus.location(number))
-        begins.append(len(kept))
+        begins.append(len(windows))
     parts = tuple(
         (range(begins[run.start], begins[run.stop]), weight) for run, weight in corpus.parts
     )
-    return InMemoryDataset(kept, locations, parts)
+    return InMemoryDataset(windows, locations, parts)

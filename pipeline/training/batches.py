@@ -7,7 +7,6 @@ So a run that resumes in the middle of an epoch sees the same batches as an unin
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -90,33 +89,28 @@ def batch_for_rank(windows: Dataset, numbers: Sequence[int]) -> Batch:
 
 
 def collate(windows: Sequence[Window]) -> Batch:
-    """One batch of all `windows`, each cut after its last label: later tokens do not affect the
-    loss.
+    """One batch of all `windows`, each cut after its last label, as later tokens affect no loss.
 
     Nothing is padded: equal lengths are stacked into B rows, others lie end to end in one.
     """
-    trimmed = []
+    lengths: list[int] = []
+    ids: list[int] = []
+    positions: list[int] = []
+    labels: list[int] = []
     for window in windows:
-        labels = window.labels
-        stop = next((i for i in range(len(labels), 0, -1) if labels[i - 1] != IGNORED), 0)
-        cut = (
-            window
-            if stop == len(labels)
-            else Window(window.start, window.ids[:stop], labels[:stop])
-        )
-        trimmed.append(cut)
-    lengths = tuple(len(window.ids) for window in trimmed)
-    columns = (
-        list(chain.from_iterable(w.ids for w in trimmed)),
-        list(chain.from_iterable(range(w.start, w.start + len(w.ids)) for w in trimmed)),
-        list(chain.from_iterable(w.labels for w in trimmed)),
-    )
+        stop = len(window.labels)
+        while stop and window.labels[stop - 1] == IGNORED:
+            stop -= 1
+        lengths.append(stop)
+        ids += window.ids[:stop]
+        positions += range(window.start, window.start + stop)
+        labels += window.labels[:stop]
     # (3, ΣT): one call for all three: small models are bound by calls
-    table = torch.tensor(columns)
-    segments = lengths if len(set(lengths)) > 1 else None
-    return _batch_from(
-        table if segments else table.view(3, len(trimmed), -1), segments, IGNORED not in columns[2]
-    )
+    table = torch.tensor((ids, positions, labels))
+    segments = tuple(lengths) if len(set(lengths)) > 1 else None
+    if segments is None:
+        table = table.view(3, len(windows), -1)  # (3, B, T)
+    return _batch_from(table, segments, IGNORED not in labels)
 
 
 def _batch_from(

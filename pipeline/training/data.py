@@ -1,8 +1,8 @@
 """What every training stage does around the loop: settings → batches and prompts before it, trained
 model → checkpoint after."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from shutil import copyfile
@@ -12,7 +12,7 @@ import torch
 
 from pipeline.data.examples import Example, in_evaluation
 from pipeline.data.formats import iter_examples
-from pipeline.data.masking import Encoder
+from pipeline.data.masking import Encoded, Encoder
 from pipeline.data.windows import Corpus, Dataset, dataset_from, refuse_empty
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
@@ -50,9 +50,7 @@ def training_examples(
 
 
 def held_out_examples(job: Job, settings: Training) -> Iterator[Example]:
-    """What training evaluates on: the examples of eval_data, or those that eval_share selects; none
-    without either.
-    """
+    """The examples of eval_data, or those that eval_share selects; none without either."""
     if settings.eval_data:
         path, name = job.path(settings.eval_data), settings.eval_data
         return iter_examples(path, name, columns=settings.columns, templated=settings.templated)
@@ -66,8 +64,7 @@ def held_out_examples(job: Job, settings: Training) -> Iterator[Example]:
 def prepare_data(
     job: Job, settings: Training, base: Base, first: int = 0
 ) -> Generator[Event, None, tuple[Batches, Evaluation | None]]:
-    """The batches, after the `first` steps of a run before, and the evaluation if eval_share is
-    set.
+    """The batches, after the `first` steps of a run before, and the evaluation if there is one.
 
     Raises UserError as `build_datasets` does.
     """
@@ -87,19 +84,20 @@ def build_datasets(
 ) -> Generator[Event, None, tuple[Dataset, Dataset | None]]:
     """(training set, evaluation set or None). Raises UserError as `build_corpora` does."""
     training, held_out = yield from build_corpora(job, settings, base)
-    return dataset_from(training, settings.window), None if held_out is None else dataset_from(
-        held_out, settings.window
-    )
+    evaluation = None if held_out is None else dataset_from(held_out, settings.window)
+    return dataset_from(training, settings.window), evaluation
+
+
+Encode = Callable[[Encoder, Iterable[Example]], Iterator[tuple[Example, Encoded]]]
 
 
 def build_corpora(
-    job: Job, settings: Training, base: Base, encoder: Callable[..., Encoder] = Encoder
+    job: Job, settings: Training, base: Base, encode: Encode = Encoder.each
 ) -> Generator[Event, None, tuple[Corpus, Corpus | None]]:
-    """The encoded examples to train on and those to evaluate on, if there are; yields notes on
-    examples that were truncated or skipped.
+    """The encoded examples to train on and those to evaluate on, if there are.
 
-    Raises UserError for an invalid example, for an empty training set and for an empty evaluation
-    set.
+    All are read and tokenized once. Yields notes on examples that were truncated or skipped. Raises
+    UserError for an invalid example, for an empty training set and for an empty evaluation set.
     """
     files, section, share = ", ".join(settings.files), job.stage.section, settings.eval_share
     if share and settings.eval_data:
@@ -107,14 +105,19 @@ def build_corpora(
             f"{section} sets eval_share and eval_data, which exclude each other. Remove one of "
             "them."
         )
-    # each set reads all files: the examples of both may not fit into memory, and their tokens are
-    # kept in files
-    notes = list[str]()
-    learned = (
-        e for e in training_examples(job, settings, notes.append) if not in_evaluation(e, share)
-    )
+    # virtual tokens take the first positions
+    positions = base.model.shape.positions
+    virtual = positions - base.model.max_length
+    encoder = Encoder(base.tokenizer, settings.max_length, positions, virtual)
     weights = {file.path: file.weight for file in settings.data_files}
-    training = yield from _build_corpus(job, settings, base, "training", learned, weights, encoder)
+    notes = list[str]()
+    training = Corpus(job.run / "tokens/training", weights)
+    held_out = Corpus(job.run / "tokens/evaluation")
+    with training, held_out:
+        for example, encoded in encode(encoder, _marked_examples(job, settings, notes.append)):
+            (held_out if example.held_out else training).add(example, encoded)
+
+    yield from _corpus_notes(job, settings, training)
     yield from (Note(f"{job.stage.name}: {note}") for note in notes)
     if not share and not settings.eval_data:
         refuse_empty(training, files)
@@ -125,58 +128,46 @@ def build_corpora(
                     f"{section}.eval_share above 0."
                 )
         return training, None
-    examples = held_out_examples(job, settings)
-    held_out = yield from _build_corpus(job, settings, base, "evaluation", examples, {}, encoder)
+
+    yield from _corpus_notes(job, settings, held_out)
     if settings.eval_data:
         refuse_empty(held_out, settings.eval_data)
     selection = f"{section}.eval_share {share:g} selects"
     if not len(training) and len(held_out):
         raise UserError(
             f"{selection} all {len(held_out)} labelled examples of {files} (the split is by "
-            "hash). Decrease it, or "
-            "set it to 0."
+            "hash). Decrease it, or set it to 0."
         )
     refuse_empty(training, files)
     if not len(held_out):
         raise UserError(
             f"{selection} 0 of {len(training)} labelled examples of {files} (the split is by "
-            "hash). Increase it, or "
-            "set it to 0."
+            "hash). Increase it, or set it to 0."
         )
     return training, held_out
 
 
-def _build_corpus(
-    job: Job,
-    settings: Training,
-    base: Base,
-    name: str,
-    examples: Iterator[Example],
-    weights: Mapping[str, float],
-    encoder: Callable[..., Encoder],
-) -> Generator[Event, None, Corpus]:
-    folder = job.run / "tokens" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    # they take the first positions
-    virtual_tokens = base.model.shape.positions - base.model.max_length
-    encode = encoder(
-        base.tokenizer, settings.max_length, base.model.shape.positions, virtual_tokens
-    )
-    corpus = Corpus(examples, encode, folder, weights)
-    statistics = corpus.statistics
-    if statistics.truncated:
-        skipped = (
-            f", {statistics.unlabelled} of them skipped: no label is left"
-            if statistics.unlabelled
-            else ""
-        )
-        truncated = f"{statistics.truncated} examples truncated to {settings.max_length} tokens"
-        yield Note(f"{job.stage.name}: {truncated}{skipped}")
-    elif statistics.unlabelled:
-        yield Note(
-            f"{job.stage.name}: {statistics.unlabelled} examples skipped: no token is labelled"
-        )
-    return corpus
+def _marked_examples(
+    job: Job, settings: Training, on_note: Callable[[str], None]
+) -> Iterator[Example]:
+    """The examples to train on, then those of eval_data; what is held out is marked."""
+    for example in training_examples(job, settings, on_note):
+        is_held_out = in_evaluation(example, settings.eval_share)
+        yield replace(example, held_out=True) if is_held_out else example
+    if settings.eval_data:
+        for example in held_out_examples(job, settings):
+            yield replace(example, held_out=True)
+
+
+def _corpus_notes(job: Job, settings: Training, corpus: Corpus) -> Iterator[Note]:
+    counts = corpus.statistics
+    if counts.truncated:
+        note = f"{counts.truncated} examples truncated to {settings.max_length} tokens"
+        if counts.unlabelled:
+            note += f", {counts.unlabelled} of them skipped: no label is left"
+        yield Note(f"{job.stage.name}: {note}")
+    elif counts.unlabelled:
+        yield Note(f"{job.stage.name}: {counts.unlabelled} examples skipped: no token is labelled")
 
 
 @dataclass(frozen=True)

@@ -89,9 +89,9 @@ def test_every_link_and_anchor_of_the_site_is_in_it_and_nothing_comes_from_a_net
 @pytest.mark.slow
 def test_a_page_links_to_source_files_by_line_and_by_name_and_to_folders(site: Path) -> None:
     errors = (site / "reference/errors.html").read_text(encoding="utf-8")
-    assert 'href="../project/pipeline/data/containers.py.html#read_rows"' in errors
-    source = dict.fromkeys(attributes(site / "project/pipeline/data/containers.py.html"))
-    assert {("id", "read_rows"), ("id", "Reading.refuse"), ("id", "L1")} <= source.keys()
+    assert 'href="../project/pipeline/data/containers/__init__.py.html#read_rows"' in errors
+    source = dict.fromkeys(attributes(site / "project/pipeline/data/containers/rows.py.html"))
+    assert {("id", "Row"), ("id", "Reading.refuse"), ("id", "L1")} <= source.keys()
     assert ("href", "params.yaml.html") in set(attributes(site / "project/document/index.html"))
     assert (
         rewrite("docs/how-to/a.md", "[a](../../pipeline/errors.py#L3)")

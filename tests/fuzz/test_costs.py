@@ -20,6 +20,7 @@ from pipeline.adapters.config import MOST_NAMES, MOST_PATTERNS, read_spec
 from pipeline.calc.sources import headers
 from pipeline.calc.sources.open_model import open_model
 from pipeline.data import containers
+from pipeline.data.containers import tables
 from pipeline.data.formats import iter_examples
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.errors import LONGEST_MESSAGE, UserError
@@ -236,8 +237,8 @@ def test_a_compressed_file_unpacks_to_at_most_200_times_its_size(
 def test_a_parquet_column_unpacks_to_at_most_a_thousand_times_its_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert containers.MAX_COLUMN == 2**26
-    monkeypatch.setattr(containers, "MAX_COLUMN", 2**20)
+    assert tables.MAX_COLUMN == 2**26
+    monkeypatch.setattr(tables, "MAX_COLUMN", 2**20)
     path = tmp_path / "d.parquet"
     parquet.write_table(
         pa.table({"text": ["a" * 2_000_000]}), path, compression="zstd", use_dictionary=False

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.data import browse, containers
 from pipeline.data.containers import Reading
+from pipeline.data.containers.tables import count_rows
 from pipeline.data.formats import iter_examples
 from pipeline.data.preferences import pair
 from pipeline.errors import UserError
@@ -164,6 +165,6 @@ def test_bytes(folder: Path, drawn: tuple[str, str, bytes]) -> None:
         (folder / file).write_bytes(data if file == changed_file else whole)
     read_or_refuse(lambda: read(folder / name), folder)
     if containers.suffix_of(folder / name)[0] in containers.TABLES:
-        read_or_refuse(lambda: containers.count_table_rows(folder / name, name), folder)
+        read_or_refuse(lambda: count_rows(folder / name, name), folder)
     if (folder / name).is_file():
         read_or_refuse(lambda: look(folder / name), folder)

@@ -1,20 +1,15 @@
-"""Whether a model's answer is the one that its data expects: as it stands, after white space, or as
-JSON; and how similar a long text is."""
+"""Whether a model's answer is the expected one, also by white space or as JSON; how similar."""
 
 import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
-EXACT, WHITE_SPACE, JSON, SIMILAR, DIFFERENT = (
-    "exact",
-    "white space",
-    "JSON",
-    "similar",
-    "different",
-)
+EXACT, WHITE_SPACE, JSON = "exact", "white space", "JSON"
+SIMILAR, DIFFERENT = "similar", "different"
 AS_EXPECTED = (EXACT, WHITE_SPACE, JSON)
 # of an expected text; above one of them another wording can be as good
 LONG_WORDS, LONG_CHARACTERS = 24, 160
@@ -25,16 +20,12 @@ WORDS = re.compile(rf"[{CJK}]|[^\W{CJK}]+")
 
 
 class Match(NamedTuple):
-    """How an answer compares with the expected one.
+    """How an answer compares with the expected one."""
 
-    `how`: one of `AS_EXPECTED`, or "different"; for a long text that is no JSON "similar", with its
-    `rouge_l` from 0 to 1. `differs`: the paths of JSON fields that differ, such as items[0].price;
-    "" is the whole value.
-    """
-
-    how: str
+    how: str  # one of AS_EXPECTED, or "different"; for a long text that is no JSON "similar"
+    # paths of JSON fields that differ, such as items[0].price; "" is the whole value
     differs: tuple[str, ...] = ()
-    rouge_l: float | None = None
+    rouge_l: float | None = None  # of a long text, from 0 to 1
 
     @property
     def as_expected(self) -> bool:
@@ -47,9 +38,7 @@ class Match(NamedTuple):
 
     @property
     def sign(self) -> str:
-        """Before an answer in a list: whether it is the expected one; ~ where only similarity is
-        measured.
-        """
+        """Whether it is the expected one, in a list; ~ where only similarity is measured."""
         if self.how == SIMILAR:
             return "~"
         return "✓" if self.as_expected else "✗"
@@ -76,9 +65,7 @@ def is_long(text: str) -> bool:
 
 
 def rouge_l(answer: str, expected: str) -> float:
-    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, from 0 to 1; case does not
-    count.
-    """
+    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words, whatever their case."""
     ours, theirs = (WORDS.findall(text.casefold()) for text in (answer, expected))
     if not ours or not theirs:
         return float(ours == theirs)
@@ -86,8 +73,10 @@ def rouge_l(answer: str, expected: str) -> float:
 
 
 def _common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
-    """The length of the longest common subsequence (Hyyrö 2004): a row of the usual table is the
-    bits of one number, so that a thousand words take a millisecond."""
+    """The length of the longest common subsequence (Hyyrö 2004).
+
+    A row of the usual table is the bits of one number: a thousand words take a millisecond.
+    """
     places: dict[str, int] = {}
     for n, word in enumerate(one):
         places[word] = places.get(word, 0) | 1 << n
@@ -114,9 +103,7 @@ def _refuse_constant(name: str) -> None:
 
 def _different_fields(given: Any, wanted: Any) -> tuple[str, ...]:
     try:
-        return tuple(
-            path for path, _ in zip(_walk(given, wanted, ""), range(MOST_FIELDS), strict=False)
-        )
+        return tuple(islice(_walk(given, wanted, ""), MOST_FIELDS))
     except RecursionError:
         return ("",)
 
@@ -138,35 +125,39 @@ def _walk(given: Any, wanted: Any, path: str) -> Iterator[str]:
 
 
 def count(matches: Sequence[Match]) -> dict[str, Any]:
-    """For metrics.json: how many of `n` answers are as expected, by how they are; the JSON fields
-    that differ, with the number of answers in which they do; `similar`: the number of long texts
-    and their mean ROUGE-L.
+    """For metrics.json: how many of `n` answers are as expected, and how.
+
+    `differs`: the JSON fields that differ, with the number of answers in which they do. `similar`:
+    the number of long texts and their mean ROUGE-L.
     """
-    long = [each.rouge_l for each in matches if each.rouge_l is not None]
-    short = [each for each in matches if each.rouge_l is None]
+    long = [match.rouge_l for match in matches if match.rouge_l is not None]
+    short = [match for match in matches if match.rouge_l is None]
     counts: dict[str, Any] = {"n": len(short)}
     if short:
-        hows = Counter(each.how for each in short)
+        hows = Counter(match.how for match in short)
         counts["as_expected"] = sum(hows[how] for how in AS_EXPECTED)
-        counts |= {how.replace(" ", "_").lower(): hows[how] for how in AS_EXPECTED}
-    if fields := Counter(path for each in short for path in each.differs):
+        counts |= {_key(how): hows[how] for how in AS_EXPECTED}
+    if fields := Counter(path for match in short for path in match.differs):
         counts["differs"] = dict(fields.most_common(MOST_FIELDS))
     if long:
         counts["similar"] = {"n": len(long), "rouge_l": math.fsum(long) / len(long)}
     return counts
 
 
+def _key(how: str) -> str:
+    return how.replace(" ", "_").lower()
+
+
 def describe(counts: Mapping[str, Any]) -> str:
     """Counts as a phrase: "5 of 20 as expected (4 exactly, 1 as JSON)"; empty if there are none."""
     parts = []
     if n := counts.get("n"):
+        part = f"{counts['as_expected']} of {n} as expected"
         ways = ((EXACT, "exactly"), (WHITE_SPACE, "but for white space"), (JSON, "as JSON"))
-        names = [(counts[how.replace(" ", "_").lower()], words) for how, words in ways]
-        how = ", ".join(f"{number} {words}" for number, words in names if number)
-        only_exact = counts["exact"] == counts["as_expected"]
-        parts.append(
-            f"{counts['as_expected']} of {n} as expected" + (f" ({how})" if not only_exact else "")
-        )
+        numbers = [(counts[_key(how)], words) for how, words in ways]
+        if counts["exact"] < counts["as_expected"]:
+            part += f" ({', '.join(f'{number} {words}' for number, words in numbers if number)})"
+        parts.append(part)
     if similar := counts.get("similar"):
         plural = "s" if similar["n"] > 1 else ""
         parts.append(

@@ -14,11 +14,10 @@ Rule = Literal["must_change", "must_keep", "must_learn"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt with the expected top-1 prediction before (`answer`) and after fine-tuning
-    (`corrected`).
+    """A prompt with the expected top-1 prediction before and after fine-tuning.
 
-    They differ only for must_change; for must_learn, `answer` is expected of the fine-tuned model
-    alone.
+    `answer` and `corrected` differ only for must_change; for must_learn, `answer` is expected of
+    the fine-tuned model alone.
     """
 
     group: str

@@ -13,37 +13,27 @@ MOST_TOKENS = 1024  # of any answer
 
 
 class Question(NamedTuple):
-    """`asked`: what is shown of it, the last turn of the user or the prompt. `prompt`: as the model
-    reads it.
+    """A prompt, and the answer that is expected."""
 
-    `expected`: None where no answer is known. `limit`: the tokens that an answer may have.
-    """
-
-    asked: str
-    prompt: str
-    expected: str | None
-    limit: int
+    asked: str  # what is shown of it: the last turn of the user, or the prompt
+    prompt: str  # as the model reads it
+    expected: str | None  # None where no answer is known
+    limit: int  # tokens that an answer may have
 
 
 def prompt_and_answer(example: Example, tokenizer: Tokenizer) -> tuple[str, str] | None:
-    """What comes before an example's last answer, as the model reads it, and that answer; None of a
-    plain text.
-    """
+    """What the model reads before an example's last answer, and that answer; None of a text."""
     example = as_turns(example, tokenizer)
-    if example.messages:
-        last = max(
-            n for n, message in enumerate(example.messages) if message["role"] == "assistant"
-        )
-        prompt, answer = (
-            tokenizer.render(example.messages[:last], True, example.tools),
-            example.messages[last],
-        )
-        if "tool_calls" not in answer:
-            return prompt, answer["content"] or ""
-        # as the template writes them, without special tokens.
-        whole = tokenizer.render(example.messages[: last + 1], False, example.tools)
-        return prompt, tokenizer.decode(tokenizer.encode_following(whole.removeprefix(prompt)))
-    return None if example.prompt is None else (example.prompt, example.completion)
+    if not example.messages:
+        return None if example.prompt is None else (example.prompt, example.completion)
+    messages, tools = example.messages, example.tools
+    last = max(n for n, message in enumerate(messages) if message["role"] == "assistant")
+    prompt = tokenizer.render(messages[:last], True, tools)
+    if "tool_calls" not in messages[last]:
+        return prompt, messages[last]["content"] or ""
+    # as the template writes them, without special tokens
+    whole = tokenizer.render(messages[: last + 1], False, tools)
+    return prompt, tokenizer.decode(tokenizer.encode_following(whole.removeprefix(prompt)))
 
 
 def questions(
@@ -63,16 +53,12 @@ def questions(
             asked.append((example, *pair))
     if len(asked) > most:
         asked = [asked[n * len(asked) // most] for n in range(most)]
-    return [_question(example, prompt, expected, tokenizer) for example, prompt, expected in asked]
+    return [_question(*question, tokenizer) for question in asked]
 
 
 def _question(example: Example, prompt: str, expected: str, tokenizer: Tokenizer) -> Question:
     messages = as_turns(example, tokenizer).messages
     turns = [message["content"] or "" for message in messages if message["role"] == "user"]
     tokens = len(tokenizer.encode_following(expected)) + SPARE_TOKENS
-    return Question(
-        turns[-1] if turns else prompt,
-        prompt,
-        expected,
-        min(MOST_TOKENS, max(LEAST_TOKENS, tokens)),
-    )
+    limit = min(MOST_TOKENS, max(LEAST_TOKENS, tokens))
+    return Question(turns[-1] if turns else prompt, prompt, expected, limit)

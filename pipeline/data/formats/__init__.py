@@ -27,22 +27,21 @@ class EmptyValue(UserError):
     """A text or a list without content where there must be some."""
 
 
-class Format(NamedTuple):
-    """`shape`: its keys, for messages. `keys`: all that it reads. `detect`: whether a record is of
-    this format.
+class CannotHold(Exception):
+    """Why a format cannot hold an example."""
 
-    `read(record, file, line)`: the example. Raises UserError with the line and the reason. `mixes`:
-    a file may have this format in some of its rows and another in others. `trained`: what of it is
-    trained on.
-    """
+
+class Format(NamedTuple):
+    """A shape that rows may have, and how an example is read from it and written in it."""
 
     order: int
-    shape: str
-    keys: frozenset[str]
+    shape: str  # its keys, for messages
+    keys: frozenset[str]  # all that it reads
     detect: Callable[[Record], bool]
-    read: Callable[[Record, str, int], Example]
-    mixes: bool = False
-    trained: str = "the assistant's turns"
+    read: Callable[[Record, str, int], Example]  # (record, file, line); raises UserError
+    write: Callable[[Example], dict[str, Any]]  # the record that reads as it; raises CannotHold
+    mixes: bool = False  # whether other rows of a file may have another format that mixes
+    trained: str = "the assistant's turns"  # what of it is trained on
 
     @property
     def name(self) -> str:
@@ -50,16 +49,9 @@ class Format(NamedTuple):
         return self.read.__module__.rpartition(".")[2]
 
 
-def read_examples(
-    path: Path,
-    name: str,
-    prompts: bool = False,
-    columns: Mapping[str, str] | None = None,
-    on_note: Note | None = None,
-    templated: bool = True,
-) -> list[Example]:
+def read_examples(path: Path, name: str, **options: Any) -> list[Example]:
     """All of `iter_examples`."""
-    return list(iter_examples(path, name, prompts, columns, on_note, templated=templated))
+    return list(iter_examples(path, name, **options))
 
 
 def iter_examples(
@@ -71,123 +63,114 @@ def iter_examples(
     reading: Reading | None = None,
     templated: bool = True,
 ) -> Iterator[Example]:
-    """The examples of a file or folder, in constant memory. `name` is the path as the user wrote
-    it.
+    """The examples of a file or folder, in constant memory.
 
-    With `prompts`, a row may also be {"prompt"} alone, for the model itself to complete. `columns`:
-    key of a format → the file's name for it. `on_note` gets, at the end, what was skipped or not
-    used; `reading` counts it. `templated`: whether a plain prompt and its answer are turns where
-    the base has a chat template. Raises UserError with the file, the line or row, and the reason.
+    `name` is the path as the user wrote it. With `prompts`, a row may also be {"prompt"} alone, for
+    the model itself to complete. `columns`: key of a format → the file's name for it. `on_note`
+    gets, at the end, what was skipped or not used; `reading` counts it. `templated`: whether a
+    plain prompt and its answer are turns where the base has a chat template. Raises UserError with
+    the file, the line or row, and the reason.
     """
     columns, reading = columns or {}, reading or Reading()
     first: tuple[Format, int] | None = None  # of the file's rows that are no text lines
-    for number, value in read_rows(path, name, reading):
-        if isinstance(value, str):
+    for row in read_rows(path, name, reading):
+        if isinstance(row.value, str):
             if columns:
                 raise UserError(f"{name}: columns are set, but a .txt file has none. Remove them.")
             reading.format = "text"
-            yield Example(value, name, number)
+            yield Example(row.value, name, row.number)
             continue
         try:
-            record, extra_of_turns = rename(
-                value, columns, f"{name}:{number}", is_first=first is None
-            )
-            each = _detect(record, columns, f"{name}:{number}")
-            _count_unused(reading, extra_of_turns)
-            if extra := record.keys() - each.keys:
-                _refuse_similar(extra, each.keys - record.keys(), f"{name}:{number}")
-                _count_unused(reading, extra)
-            first = first or (each, number)
-            if each is not first[0] and not (each.mixes and first[0].mixes):
+            format_, record, unused = _recognize(row.number, row.value, name, columns, not first)
+            # of a file in which every row has other keys, the first ones are counted
+            is_full = len(reading.unused) >= MAX_UNUSED
+            reading.unused.update(key for key in unused if not is_full or key in reading.unused)
+            first = first or (format_, row.number)
+            if format_ is not first[0] and not (format_.mixes and first[0].mixes):
                 raise UserError(
-                    f"{name}:{number}: this row is {each.shape}, but {name}:{first[1]} is "
-                    f"{first[0].shape}. Put them "
-                    "into two files."
+                    f"{name}:{row.number}: this row is {format_.shape}, but {name}:{first[1]} is "
+                    f"{first[0].shape}. Put them into two files."
                 )
-            example = _read(each, record, name, number, templated)
+            example = _read(format_, record, name, row.number, templated)
             if example.prompt == example.text and not prompts:
                 raise UserError(
-                    f'{example.location}: "prompt" needs a "completion". Add one, or use {{"text": …}} to train on '
-                    "the whole line. Only finetune_lora.retention_data takes prompts alone: the "
-                    "base model completes "
-                    "them."
+                    f'{example.location}: "prompt" needs a "completion". Add one, or use '
+                    '{"text": …} to train on the whole line. Only finetune_lora.retention_data '
+                    "takes prompts alone: the base model completes them."
                 )
         except UserError as error:
-            reading.refuse(number, error)
+            reading.refuse(row.number, error)
             continue
-        reading.format = each.name
+        reading.format = format_.name
         yield example
     if on_note:
         for note in notes(name, reading):
             on_note(note)
 
 
-def _count_unused(reading: Reading, keys: Set[str]) -> None:
-    # A file in which every row has other keys is not worth the memory of them all.
-    reading.unused.update(
-        sorted(keys) if len(reading.unused) < MAX_UNUSED else keys & reading.unused.keys()
-    )
-
-
-def _read(each: Format, record: Record, name: str, number: int, templated: bool) -> Example:
-    example = each.read(record, name, number)
-    # Of a pair without a prompt nobody knows where a user's turn would end; a prompt alone is to be
-    # continued.
-    plain = (
-        isinstance(record.get("prompt"), str)
-        and not example.messages
-        and example.prompt != example.text
-    )
-    return replace(example, templated=True) if templated and plain else example
-
-
 def example_of(
     row: Row, name: str, columns: Mapping[str, str] | None = None, templated: bool = True
 ) -> Example:
-    """The example of one row, by itself; its prompt may stand alone. Raises UserError, as
-    `iter_examples`.
+    """The example of one row, by itself; its prompt may stand alone.
 
-    Whether rows of its format may stand beside the file's others only a reading of the whole file
-    knows.
+    Raises UserError, as `iter_examples`, but for rows of formats that do not mix.
     """
     if isinstance(row.value, str):
         return Example(row.value, name, row.number)
-    location = f"{name}:{row.number}"
-    record, _ = rename(row.value, columns or {}, location, is_first=False)
-    each = _detect(record, columns or {}, location)
-    _refuse_similar(record.keys() - each.keys, each.keys - record.keys(), location)
-    return _read(each, record, name, row.number, templated)
+    format_, record, _ = _recognize(row.number, row.value, name, columns or {}, is_first=False)
+    return _read(format_, record, name, row.number, templated)
+
+
+def _recognize(
+    number: int, row: dict[str, Any], name: str, columns: Mapping[str, str], is_first: bool
+) -> tuple[Format, Record, list[str]]:
+    """The format of a row, its record with that format's keys, and the keys that are not used."""
+    location = f"{name}:{number}"
+    record, unused_in_turns = rename(row, columns, location, is_first)
+    format_ = _detect(record, columns, location)
+    unused = record.keys() - format_.keys
+    _refuse_similar(unused, format_.keys - record.keys(), location)
+    return format_, record, [*sorted(unused_in_turns), *sorted(unused)]
+
+
+def _read(format_: Format, record: Record, name: str, number: int, templated: bool) -> Example:
+    example = format_.read(record, name, number)
+    # of a pair without a prompt nobody knows where a user's turn would end; a prompt alone is to be
+    # continued
+    has_texts = isinstance(record.get("prompt"), str) and not example.messages
+    if templated and has_texts and example.prompt != example.text:
+        return replace(example, templated=True)
+    return example
 
 
 def notes(name: str, reading: Reading) -> Iterator[str]:
     """What was skipped or not used in a file."""
     if reading.blank:
-        yield f"{name}: {reading.blank:,} blank {'line' if reading.blank == 1 else 'lines'} skipped"
+        yield f"{name}: {_count(reading.blank, 'blank line')} skipped"
     if reading.unused:
-        counts = [
-            f"{key} ({n:,} {'row' if n == 1 else 'rows'})"
-            for key, n in reading.unused.most_common()
-        ]
+        counts = [f"{key} ({_count(rows, 'row')})" for key, rows in reading.unused.most_common()]
         yield f"{name}: not used: {some(counts)}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _detect(record: Record, columns: Mapping[str, str], location: str) -> Format:
     """The format of a record: of the keys that the user named, otherwise of all."""
-    for part in ([{key: record[key] for key in columns if key in record}] if columns else []) + [
-        record
-    ]:
-        for each in FORMATS.values():
-            if each.detect(part):
-                return each
-    known = {key for each in FORMATS.values() for key in each.keys}
+    named = {key: record[key] for key in columns if key in record}
+    for part in [named, record] if columns else [record]:
+        for format_ in FORMATS.values():
+            if format_.detect(part):
+                return format_
+    known = {key for format_ in FORMATS.values() for key in format_.keys}
     _refuse_similar(record.keys() - known, known - record.keys(), location)
-    *others, last = (form.shape for form in FORMATS.values())
+    *others, last = (format_.shape for format_ in FORMATS.values())
     shapes = f"{', '.join(others)} or {last}"
     raise UserError(
         f"{location}: the keys must be {shapes}, got {some(map(repr, record)) or 'none'}. Rename "
-        "them, or say which "
-        "is which in columns, such as --columns prompt=question,completion=answer or "
-        "messages=dialog."
+        "them, or say which is which in columns, such as --columns "
+        "prompt=question,completion=answer or messages=dialog."
     )
 
 
@@ -230,8 +213,9 @@ def read_optional(record: Record, key: str, location: str) -> str:
 
 
 def read_list(record: Record, key: str, location: str, of: str = "") -> list[Any]:
-    """A list, which may be written as JSON in a text; [] if it is missing or null, unless it must
-    be a list `of` something. Raises UserError.
+    """A list, which may be written as JSON in a text; [] if it is missing or null.
+
+    Unless it must be a list `of` something. Raises UserError.
     """
     value = record.get(key)
     if isinstance(value, str) and value.strip():

@@ -1,5 +1,4 @@
-"""{"messages": [{"role": …, "content": …}, …]}: a conversation, whose assistant's turns are trained
-on.
+"""{"messages": [{"role": …, "content": …}, …]}: a conversation; its assistant turns are trained on.
 
 With the keys of transformers and TRL: `tools` beside the messages, and `tool_calls`,
 `tool_call_id`, `name` and `reasoning_content` in them. `train` (Axolotl) or `weight` (OpenAI) says
@@ -8,11 +7,13 @@ whether an assistant's turn is trained on.
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple, get_args
 
 from pipeline.data.containers import MAX_LINE_BYTES, describe_type
 from pipeline.data.examples import Example, Message, Role
 from pipeline.data.formats import (
+    CannotHold,
     Format,
     Record,
     read_list,
@@ -53,7 +54,8 @@ def conversation(
         )
     if roles[0] == "assistant":
         raise UserError(
-            f'{location}: {key} must not start with an "assistant" turn. Put the turn it answers first.'
+            f'{location}: {key} must not start with an "assistant" turn. Put the turn it answers '
+            "first."
         )
     tools = read_tools(record, location)
     return Example(
@@ -71,35 +73,32 @@ def read_turns(record: Record, key: str, location: str) -> Turns:
     messages = tuple(
         read_message(entry, f"{location}: {key}[{index}]") for index, entry in enumerate(value)
     )
-    # most are a role and a content
-    longer = [(n, entry) for n, entry in enumerate(value) if len(entry) > 2]
-    untrained = [
-        n for n, entry in longer if is_untrained(entry, messages[n], f"{location}: {key}[{n}]")
-    ]
+    untrained = set()
+    for number, entry in enumerate(value):
+        # most are a role and a content
+        if len(entry) > 2 and is_untrained(entry, messages[number], f"{location}: {key}[{number}]"):
+            untrained.add(number)
     return Turns(messages, frozenset(untrained))
 
 
 def read_message(entry: Any, location: str) -> Message:
     """One turn, without what is not for the chat template. Raises UserError."""
     if not isinstance(entry, dict) or "role" not in entry:
-        got = (
-            f"keys {', '.join(map(repr, entry))[:200] or 'none'}"
-            if isinstance(entry, dict)
-            else describe_type(entry)
-        )
+        got = describe_type(entry)
+        if isinstance(entry, dict):
+            got = f"keys {', '.join(map(repr, entry))[:200] or 'none'}"
         raise UserError(
             f"{location} must have the keys role and content, got {got}. Rename them, or say "
-            "which is which in "
-            "columns, such as --columns role=speaker,content=text."
+            "which is which in columns, such as --columns role=speaker,content=text."
         )
     if len(entry) > 2 or "content" not in entry:
         refuse_unknown(entry, KEYS, location)
     role = entry["role"]
     if not isinstance(role, str) or role not in ROLES:
+        name = role[:60] if isinstance(role, str) and role.isidentifier() else "customer"
         raise UserError(
             f"{location}: role must be one of {', '.join(ROLES)}, got {str(role)[:60]!r}. Say in "
-            "columns which is "
-            f"which, such as --columns user={_as_name(role)}."
+            f"columns which is which, such as --columns user={name}."
         )
     calls = read_list(entry, "tool_calls", location) if "tool_calls" in entry else []
     if calls and role != "assistant":
@@ -117,10 +116,6 @@ def read_message(entry: Any, location: str) -> Message:
         if key in entry and (text := read_optional(entry, key, location)):
             message[key] = text  # type: ignore[literal-required]
     return message
-
-
-def _as_name(role: Any) -> str:
-    return role[:60] if isinstance(role, str) and role.isidentifier() else "customer"
 
 
 def _read_content(
@@ -160,15 +155,16 @@ def _read_function(call: Any, location: str) -> dict[str, Any]:
 
 
 def _refuse_other_than_json(value: Any, location: str) -> None:
-    """Raises UserError for what the template's process cannot take: a date of a table, half a
-    character, too much.
+    """Raises UserError for what the template's process cannot take.
+
+    Such as a date of a table, half a character, or too much.
     """
     level, depth = [value], 0
     while level:
-        level = [
-            part for each in level for part in (each.values() if isinstance(each, dict) else each)
-        ]
-        level = [part for part in level if isinstance(part, dict | list)]
+        parts = chain.from_iterable(
+            part.values() if isinstance(part, dict) else part for part in level
+        )
+        level = [part for part in parts if isinstance(part, dict | list)]
         depth += 1
     if depth > MAX_DEPTH:
         raise UserError(f"{location}: nested {depth} deep, more than {MAX_DEPTH}. Change it.")
@@ -194,8 +190,7 @@ def is_untrained(entry: Mapping[str, Any], turn: Message, location: str) -> bool
         if value and turn["role"] != "assistant":
             raise UserError(
                 f"{location}: {key} is set on a turn of role {turn['role']!r}. Only assistant "
-                "turns are trained on: "
-                "remove it."
+                "turns are trained on: remove it."
             )
         if not value:
             return turn["role"] == "assistant"
@@ -203,18 +198,17 @@ def is_untrained(entry: Mapping[str, Any], turn: Message, location: str) -> bool
 
 
 def read_tools(record: Record, location: str) -> tuple[Mapping[str, Any], ...]:
-    """The schemas of `tools`, a list or a list as JSON text; a bare function is wrapped as
-    transformers has it.
-    """
+    """The schemas of `tools`; a bare function is wrapped as transformers has it."""
     if not record.get("tools"):
         return ()
     tools = read_list(record, "tools", location)
     for number, tool in enumerate(tools):
         inner = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+            got = "no name" if isinstance(tool, dict) else describe_type(tool)
             raise UserError(
-                f'{location}: tools[{number}] must be {{"type": "function", "function": {{"name": …}}}}, got '
-                f"{'no name' if isinstance(tool, dict) else describe_type(tool)}."
+                f'{location}: tools[{number}] must be {{"type": "function", "function": '
+                f'{{"name": …}}}}, got {got}.'
             )
     _refuse_other_than_json(tools, f"{location}: tools")
     return tuple(
@@ -226,4 +220,37 @@ def detect(record: Record) -> bool:
     return "messages" in record
 
 
-FORMAT = Format(2, '{"messages"}', frozenset({"messages", "tools"}), detect, read, mixes=True)
+def write(example: Example) -> dict[str, Any]:
+    return {"messages": write_turns(example, 0), **write_tools(example)}
+
+
+def write_turns(example: Example, start: int, stop: int | None = None) -> list[dict[str, Any]]:
+    """Messages; an answer without a label says so, except in a prompt, which has no labels."""
+    turns = []
+    for number, message in list(enumerate(example.messages))[start:stop]:
+        turn = {**message}
+        if number in example.untrained and stop is None:
+            turn["train"] = False
+        turns.append(turn)
+    return turns
+
+
+def write_tools(example: Example) -> dict[str, Any]:
+    return {"tools": list(example.tools)} if example.tools else {}
+
+
+def refuse_more_than_texts(example: Example) -> None:
+    """Raises CannotHold if there is more than turns of text that are all trained on."""
+    calls = any("tool_calls" in turn or turn["role"] == "tool" for turn in example.messages)
+    if example.tools or calls:
+        raise CannotHold("it has tools or tool calls")
+    if example.untrained:
+        raise CannotHold("it has assistant turns that are not trained on")
+    keys = {key for message in example.messages for key in message}
+    if more := sorted(keys - {"role", "content"}):
+        raise CannotHold(f"its turns have {', '.join(more)}")
+
+
+FORMAT = Format(
+    2, '{"messages"}', frozenset({"messages", "tools"}), detect, read, write, mixes=True
+)

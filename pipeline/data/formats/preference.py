@@ -1,18 +1,25 @@
-"""{"prompt": …, "chosen": …, "rejected": …}: a preference pair, as TRL has it; fine-tuning takes
-the chosen answer.
+"""{"prompt": …, "chosen": …, "rejected": …}: a preference pair, as TRL has it.
 
-Texts, or lists of messages. Without a prompt, both hold the whole conversation, and the prompt is
-the turns that they begin with in common.
+Fine-tuning on answers themselves takes the chosen one. Texts, or lists of messages. Without a
+prompt, both hold the whole conversation, and the prompt is the turns that they begin with in
+common.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from pipeline.data.containers import describe_type
 from pipeline.data.examples import Example, Message
-from pipeline.data.formats import Format, Record, read_string
-from pipeline.data.formats.chat_prompt import answer, joined
-from pipeline.data.formats.messages import Turns, conversation, read_turns
+from pipeline.data.formats import CannotHold, Format, Record, read_string
+from pipeline.data.formats.chat_prompt import answer, completion_start, joined
+from pipeline.data.formats.messages import (
+    Turns,
+    conversation,
+    read_turns,
+    write_tools,
+    write_turns,
+)
 from pipeline.errors import UserError
 
 
@@ -30,8 +37,8 @@ def read(record: Record, file: str, line: int) -> Example:
             prompt = good[: _shared(good, bad)].removesuffix(" ")
             good, bad = good[len(prompt) :], bad[len(prompt) :]
             _refuse_equal(good, bad, location)
-            return Example(prompt + good, file, line, prompt, rejected=bad)
-        prompt = read_string(record, "prompt", location)
+        else:
+            prompt = read_string(record, "prompt", location)
         return Example(prompt + good, file, line, prompt, rejected=bad)
     chosen, rejected = answer(record, "chosen", location), answer(record, "rejected", location)
     if isinstance(prompt, list):
@@ -50,10 +57,11 @@ def read(record: Record, file: str, line: int) -> Example:
     return replace(example, begin=len(before.messages), rejected=rejected.messages)
 
 
-def _shared(one: Sequence[object], other: Sequence[object]) -> int:
+def _shared(chosen: Sequence[object], rejected: Sequence[object]) -> int:
     """How many items both begin with."""
-    differs = (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return next(differs, min(len(one), len(other)))
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    differs = (number for number, (good, bad) in pairs if good != bad)
+    return next(differs, min(len(chosen), len(rejected)))
 
 
 def _refuse_equal(
@@ -72,11 +80,30 @@ def _behind(turns: Turns, begin: int) -> Turns:
     )
 
 
+def write(example: Example) -> dict[str, Any]:
+    if isinstance(example.rejected, str):
+        prompt = {"prompt": example.prompt} if example.prompt else {}
+        return {**prompt, "chosen": example.completion, "rejected": example.rejected}
+    if not example.rejected:
+        raise CannotHold("it has no rejected answer")
+    begin = completion_start(example)
+    # the prompts differ, and an example does not know where they begin
+    if example.rejected[0]["role"] != "assistant":
+        raise CannotHold("its rejected answer does not begin with an assistant turn")
+    return {
+        "prompt": write_turns(example, 0, begin),
+        "chosen": write_turns(example, begin),
+        "rejected": list(example.rejected),
+        **write_tools(example),
+    }
+
+
 FORMAT = Format(
     1,
     '{"prompt", "chosen", "rejected"}',
     frozenset({"prompt", "chosen", "rejected", "tools"}),
     lambda record: "chosen" in record and "rejected" in record,
     read,
+    write,
     trained="the chosen answers",
 )

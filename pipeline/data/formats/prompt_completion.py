@@ -1,9 +1,12 @@
-"""{"prompt": …, "completion": …}: the completion is trained on; {"prompt": …} alone is for the
-model to complete.
+"""{"prompt": …, "completion": …}: the completion is trained on.
+
+{"prompt": …} alone is for the model to complete.
 """
 
+from typing import Any
+
 from pipeline.data.examples import Example
-from pipeline.data.formats import Format, Record, read_string
+from pipeline.data.formats import CannotHold, Format, Record, read_string
 
 
 def detect(record: Record) -> bool:
@@ -19,12 +22,19 @@ def read(record: Record, file: str, line: int) -> Example:
     return Example("".join([prompt, *completion]), file, line, prompt)
 
 
+def write(example: Example) -> dict[str, Any]:
+    if example.prompt is None:
+        raise CannotHold("it has no prompt")
+    return {"prompt": example.prompt, "completion": example.completion}
+
+
 FORMAT = Format(
     6,
     '{"prompt", "completion"}',
     frozenset({"prompt", "completion"}),
     detect,
     read,
+    write,
     mixes=True,
     trained="the completions",
 )

@@ -1,5 +1,4 @@
-"""{"conversations": [{"from": "human", "value": …}, …]}: ShareGPT's, in the dialects that are in
-use.
+"""{"conversations": [{"from": "human", "value": …}, …]}: ShareGPT's, in the dialects in use.
 
 `system` and `tools` may stand beside the conversation, as LLaMA-Factory has them. A `function_call`
 is an assistant's turn with tool calls, its value the JSON of one call or of a list.
@@ -10,6 +9,7 @@ from typing import Any
 
 from pipeline.data.examples import Example, Message
 from pipeline.data.formats import (
+    CannotHold,
     Format,
     Record,
     read_list,
@@ -17,7 +17,14 @@ from pipeline.data.formats import (
     read_string,
     refuse_unknown,
 )
-from pipeline.data.formats.messages import SWITCHES, Turns, conversation, is_untrained, read_message
+from pipeline.data.formats.messages import (
+    SWITCHES,
+    Turns,
+    conversation,
+    is_untrained,
+    read_message,
+    write_tools,
+)
 from pipeline.errors import UserError
 
 ROLES = {
@@ -26,6 +33,7 @@ ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
 }
+SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 
 
 def read(record: Record, file: str, line: int) -> Example:
@@ -56,24 +64,18 @@ def _read_turn(entry: Any, location: str) -> Message:
     speaker, key = (entry["from"], "value") if "from" in entry else (entry["role"], "content")
     role = speaker.lower() if isinstance(speaker, str) else ""
     if role == "function_call":
-        return {
-            "role": "assistant",
-            "content": None,
-            "tool_calls": _read_calls(entry, key, location),
-        }
+        calls = _read_calls(entry, key, location)
+        return {"role": "assistant", "content": None, "tool_calls": calls}
     if role not in ROLES:
         raise UserError(
             f"{location}: unknown speaker {str(speaker)[:60]!r}. Known: "
-            f"{', '.join([*ROLES, 'function_call'])}. Say in "
-            "columns which is which, such as --columns user=customer."
+            f"{', '.join([*ROLES, 'function_call'])}. Say in columns which is which, such as "
+            "--columns user=customer."
         )
     if "from" not in entry:
         return read_message({**entry, "role": ROLES[role]}, location)
-    content = (
-        read_optional(entry, key, location)
-        if ROLES[role] == "tool"
-        else read_string(entry, key, location)
-    )
+    read_content = read_optional if ROLES[role] == "tool" else read_string
+    content = read_content(entry, key, location)
     return {"role": ROLES[role], "content": content}  # type: ignore[typeddict-item]
 
 
@@ -87,9 +89,33 @@ def _read_calls(entry: Record, key: str, location: str) -> list[Any]:
         isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls
     ):
         raise UserError(
-            f'{location}: a function_call must be JSON {{"name": …, "arguments": {{…}}}} or a list of them.'
+            f'{location}: a function_call must be JSON {{"name": …, "arguments": {{…}}}} or a '
+            "list of them."
         )
     return [{"type": "function", "function": call} for call in calls]
+
+
+def write(example: Example) -> dict[str, Any]:
+    turns = [_write_turn(example, number) for number in range(len(example.messages))]
+    return {"conversations": turns, **write_tools(example)}
+
+
+def _write_turn(example: Example, number: int) -> dict[str, Any]:
+    message = example.messages[number]
+    role, more = message["role"], sorted(message.keys() - {"role", "content", "tool_calls"})
+    if more:
+        raise CannotHold(f"its turns have {', '.join(more)}")
+    if role not in SPEAKERS:
+        raise CannotHold(f"it has a {role} turn")
+    untrained = {"train": False} if number in example.untrained else {}
+    calls = message.get("tool_calls")
+    if not calls:
+        return {"from": SPEAKERS[role], "value": message["content"], **untrained}
+    if message["content"] is not None or any(call.keys() != {"type", "function"} for call in calls):
+        raise CannotHold("it has tool calls with an id or with text beside them")
+    functions = [call["function"] for call in calls]
+    value = json.dumps(functions[0] if len(functions) == 1 else functions, ensure_ascii=False)
+    return {"from": "function_call", "value": value, **untrained}
 
 
 FORMAT = Format(
@@ -98,4 +124,5 @@ FORMAT = Format(
     frozenset({"conversations", "system", "tools"}),
     lambda record: "conversations" in record,
     read,
+    write,
 )

@@ -1,10 +1,10 @@
-"""{"prompt": …, "completion": …, "label": true or false}: an answer and whether it is a good one,
-as in TRL's KTO.
+"""{"prompt": …, "completion": …, "label": true or false}: an answer, and whether it is a good one.
 
-Fine-tuning on answers themselves takes the good ones.
+As in TRL's KTO. Fine-tuning on answers themselves takes the good ones.
 """
 
 from dataclasses import replace
+from typing import Any
 
 from pipeline.data.examples import Example
 from pipeline.data.formats import Format, Record, chat_prompt, prompt_completion
@@ -24,11 +24,17 @@ def read(record: Record, file: str, line: int) -> Example:
     return replace(read_answer(record, file, line), desirable=LABELS[str(record["label"]).lower()])
 
 
+def write(example: Example) -> dict[str, Any]:
+    answer = chat_prompt if example.messages else prompt_completion
+    return {**answer.write(example), "label": bool(example.desirable)}
+
+
 FORMAT = Format(
     0,
     '{"prompt", "completion", "label"}',
     frozenset({"prompt", "completion", "label", "tools"}),
     detect,
     read,
+    write,
     trained="the completions labelled true",
 )

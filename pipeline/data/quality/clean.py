@@ -34,19 +34,14 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Cleaned:
-    """`rows`: those of the file; `kept`: those written. `dropped`: reason → rows; `examples`: the
-    first of each.
+    """What was dropped from a file, and what is written."""
 
-    `personal`: kind of likely personal data → rows in which there is some, among those written;
-    `personal_rows`: the first of each. `conversion`: what was written and how.
-    """
-
-    rows: int
-    kept: int
-    dropped: dict[str, int]
-    examples: dict[str, list[Dropped]]
-    personal: dict[str, int]
-    personal_rows: dict[str, list[int]]
+    rows: int  # of the file
+    kept: int  # rows written
+    dropped: dict[str, int]  # reason → rows
+    examples: dict[str, list[Dropped]]  # the first of each reason
+    personal: dict[str, int]  # kind of likely personal data → rows with some, of those written
+    personal_rows: dict[str, list[int]]  # the first of each kind
     conversion: Conversion
 
     def as_json(self) -> dict[str, Any]:
@@ -68,10 +63,9 @@ def clean(
     progress: Callable[[int], None] | None = None,
 ) -> Cleaned:
     """Write the rows of `source` that no reason of `drop` leaves out to `out`, as `convert` does.
-    Raises UserError.
 
     `leaks`: what must not be trained on. `encoder` and `max_length`: how tokens are counted, and
-    how many a row may have. Of rows that are alike, the first stays.
+    how many a row may have. Of rows that are alike, the first stays. Raises UserError.
     """
     cleaning = _Cleaning(
         source, drop, columns, leaks, encoder, max_length, templated, skip_invalid, progress
@@ -109,19 +103,14 @@ class Leaks:
             self.add(_question(example), example.location)
 
     def location(self, example: Example) -> str | None:
-        """Where the evaluation asks what the example teaches, in its last question or as a
-        whole.
-        """
-        for text in (_question(example), example.text):
-            if place := self._known.get(tuple(words(text))):
-                return place
-        return None
+        """Where the evaluation asks what the example teaches, its last question or all of it."""
+        texts = (_question(example), example.text)
+        places = (self._known.get(tuple(words(text))) for text in texts)
+        return next(filter(None, places), None)
 
 
 def _question(example: Example) -> str:
-    """What an answer is asked for with: the last turn of a user, or the prompt; of a text all of
-    it.
-    """
+    """The last turn of a user, or the prompt; of a text all of it."""
     asked = [message["content"] or "" for message in example.messages if message["role"] == "user"]
     if asked:
         return asked[-1]
@@ -130,6 +119,8 @@ def _question(example: Example) -> str:
 
 @dataclass
 class _Cleaning:
+    """Which rows are kept, by their numbers, and why the others are not."""
+
     source: Path
     drop: Sequence[str]
     columns: Mapping[str, str] | None
@@ -166,21 +157,23 @@ class _Cleaning:
                 _append(self.personal_rows.setdefault(kind, []), example.line)
 
     def _examples(self) -> Iterator[Example]:
-        reading = Reading(self._refuse)
-        name = str(self.source)
-        for example in iter_examples(
-            self.source, name, columns=self.columns, reading=reading, templated=self.templated
-        ):
+        for example in self._iter_examples(Reading(self._refuse)):
             self._count_row()
             yield example
 
     def _again(self) -> Iterator[Example]:
         """The examples that are still kept."""
-        reading = Reading(lambda *_: None)
-        examples = iter_examples(
-            self.source, str(self.source), columns=self.columns, reading=reading
-        )
+        examples = self._iter_examples(Reading(lambda *_: None))
         return (example for example in examples if example.line in self.kept)
+
+    def _iter_examples(self, reading: Reading) -> Iterator[Example]:
+        return iter_examples(
+            self.source,
+            str(self.source),
+            columns=self.columns,
+            reading=reading,
+            templated=self.templated,
+        )
 
     def _count_row(self) -> None:
         self.rows += 1
@@ -208,11 +201,8 @@ class _Cleaning:
 
         for example, encoded in self.encoder.each(examples, refuse):
             if len(encoded.ids) > self.max_length:
-                self._leave_out(
-                    example,
-                    "too-long",
-                    f"{len(encoded.ids):,} tokens, more than {self.max_length:,}",
-                )
+                why = f"{len(encoded.ids):,} tokens, more than {self.max_length:,}"
+                self._leave_out(example, "too-long", why)
             else:
                 yield example
 
@@ -226,10 +216,8 @@ class _Cleaning:
         first = seen.setdefault(content_digest(example)[:16], example.line)
         if first == example.line:
             return None
-        return (
-            "duplicates" if "duplicates" in self.drop else "near-duplicates",
-            f"the same as row {first}",
-        )
+        reason = "duplicates" if "duplicates" in self.drop else "near-duplicates"
+        return reason, f"the same as row {first}"
 
     def _drop_near(self, counts: ShingleCounts) -> None:
         hashes, rows = MinHashes(), array("q")

@@ -1,5 +1,4 @@
-"""Near-duplicates by MinHash (Broder 1997) and banded locality-sensitive hashing, in 500 bytes per
-text.
+"""Near-duplicates by MinHash (Broder 1997) and banded hashing, in 500 bytes per text.
 
 Texts are sets of word 3-grams; the share of equal minimum hashes estimates their Jaccard similarity
 |A ∩ B| / |A ∪ B|. What most texts begin or end with, such as an instruction, must not make them
@@ -7,7 +6,6 @@ alike: 3-grams that more than a tenth of the texts have do not count.
 """
 
 import re
-from collections.abc import Iterable
 from zlib import crc32
 
 import numpy as np
@@ -85,9 +83,7 @@ class MinHashes:
         self._signatures += (least >> np.uint64(32)).astype(np.uint32).tobytes()
 
     def earlier_ones(self) -> dict[int, int]:
-        """Index of each text that is a near-duplicate of an earlier one → the earliest of these
-        that was compared.
-        """
+        """Index of each text that is nearly an earlier one → the earliest of these."""
         signatures = np.frombuffer(self._signatures, np.uint32).reshape(-1, BANDS * ROWS)
         earlier: dict[int, int] = {}
         for band in range(BANDS):
@@ -97,7 +93,7 @@ class MinHashes:
             for offset in range(1, NEIGHBOURS + 1):
                 first, second = order[:-offset], order[offset:]
                 same = keys[first] == keys[second]
-                _note_similar(signatures, first[same], second[same], earlier)
+                _add_similar(earlier, signatures, first[same], second[same])
         return earlier
 
 
@@ -108,14 +104,14 @@ def _keys(band: npt.NDArray[np.uint32]) -> Hashes:
     return keys
 
 
-def _note_similar(
-    signatures: npt.NDArray[np.uint32],
-    first: Iterable[int],
-    second: Iterable[int],
+def _add_similar(
     earlier: dict[int, int],
+    signatures: npt.NDArray[np.uint32],
+    first: npt.NDArray[np.int64],
+    second: npt.NDArray[np.int64],
 ) -> None:
-    pairs = np.stack([np.asarray(first), np.asarray(second)], axis=1)
+    pairs = np.stack([first, second], axis=1)
     for part in np.array_split(pairs, len(pairs) // CHUNK + 1):
         alike = (signatures[part[:, 0]] == signatures[part[:, 1]]).mean(axis=1) >= SIMILAR
-        for one, other in part[alike].tolist():
-            earlier[other] = min(one, earlier.get(other, one))
+        for text, duplicate in part[alike].tolist():
+            earlier[duplicate] = min(text, earlier.get(duplicate, text))

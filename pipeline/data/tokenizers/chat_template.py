@@ -81,13 +81,12 @@ def _open_tokenizer(folder: Path, files: Signature) -> Any:  # noqa: ARG001  # o
 def render_with(
     hf_tokenizer: Any, conversations: Sequence[Conversation], name: str, turn: str = TURN
 ) -> Answers:
-    """Begin to render conversations in a transformers tokenizer's chat template. The first answer
-    waits for all.
+    """Begin to render conversations in a transformers tokenizer's chat template.
 
-    A conversation's answer is a UserError if the rendering process had to be stopped, or if one of
-    its messages or tools contains a special token: among those that the template writes, it would
-    begin or end a turn. `turn` formats a message's index for the error. Raises UserError if there
-    is no default template.
+    The first answer waits for all. A conversation's answer is a UserError if the rendering process
+    had to be stopped, or if one of its messages or tools contains a special token: among those that
+    the template writes, it would begin or end a turn. `turn` formats a message's index for the
+    error. Raises UserError if there is no default template.
     """
     try:
         template = hf_tokenizer.get_chat_template()
@@ -96,7 +95,8 @@ def render_with(
     refused = [
         _special_token(hf_tokenizer, conversation, name, turn) for conversation in conversations
     ]
-    safe = [each for each, error in zip(conversations, refused, strict=True) if error is None]
+    pairs = zip(conversations, refused, strict=True)
+    safe = [conversation for conversation, error in pairs if error is None]
     tokens = hf_tokenizer.special_tokens_map
     request = RENDERER.render(template, safe, tokens)
 
@@ -108,8 +108,9 @@ def render_with(
             # Which one had to be stopped? Each is allowed the time and memory that all of them had.
             # One by one as they are read: a reader that ends with the first error waits for no
             # other.
-            alone = (_render_alone(template, each, tokens) for each in safe)
-            rendered = iter([error]) if len(safe) == 1 else alone
+            rendered = iter([error])
+            if len(safe) > 1:
+                rendered = (_render_alone(template, alone, tokens) for alone in safe)
         for refusal in refused:
             yield _as_user_errors(next(rendered), name) if refusal is None else refusal
 
@@ -145,18 +146,18 @@ def _special_token(
     parts += [(f"tools[{n}]", tool) for n, tool in enumerate(conversation.tools)]
     for location, part in parts:
         content = part.get("content")
-        # Most messages are a role, which is one of a few, and a content.
-        for text in [content] if len(part) == 2 and isinstance(content, str) else _texts(part):
+        # most messages are a role, which is one of a few, and a content
+        texts = [content] if len(part) == 2 and isinstance(content, str) else _texts(part)
+        for text in texts:
             match = as_written.search(text)
             if match is None and normalized is not None:
-                match = normalized.search(
-                    hf_tokenizer.backend_tokenizer.normalizer.normalize_str(text)
-                )
+                normalizer = hf_tokenizer.backend_tokenizer.normalizer
+                match = normalized.search(normalizer.normalize_str(text))
             if match:
                 return UserError(
                     f"{location} contains {match[0]}, a special token of {name}. It would not be "
-                    "read as text: "
-                    "it could begin or end a turn. Remove it, or spell it differently."
+                    "read as text: it could begin or end a turn. Remove it, or spell it "
+                    "differently."
                 )
     return None
 
@@ -181,19 +182,13 @@ def _special_patterns(hf_tokenizer: Any) -> tuple[re.Pattern[str], re.Pattern[st
     Added tokens that are not special are ordinary text.
     """
     inner = hf_tokenizer.backend_tokenizer
-    tokens = [
-        token
-        for token in inner.get_added_tokens_decoder().values()
-        if token.special and token.content.strip()
-    ]
-    normalized = (
-        [inner.normalizer.normalize_str(t.content) for t in tokens if t.normalized]
-        if inner.normalizer
-        else []
-    )
-    return _match_any([token.content for token in tokens]), _match_any(
-        normalized
-    ) if normalized else None
+    added = inner.get_added_tokens_decoder().values()
+    tokens = [token for token in added if token.special and token.content.strip()]
+    as_written = _match_any([token.content for token in tokens])
+    contents = [token.content for token in tokens if token.normalized]
+    if not inner.normalizer or not contents:
+        return as_written, None
+    return as_written, _match_any([*map(inner.normalizer.normalize_str, contents)])
 
 
 def _match_any(tokens: list[str]) -> re.Pattern[str]:
@@ -203,7 +198,8 @@ def _match_any(tokens: list[str]) -> re.Pattern[str]:
 
 def no_template(name: str) -> UserError:
     return UserError(
-        f'{name} has no chat template. Prompt it without chat, and train it on "text" or "prompt"/"completion".'
+        f'{name} has no chat template. Prompt it without chat, and train it on "text" or '
+        '"prompt"/"completion".'
     )
 
 

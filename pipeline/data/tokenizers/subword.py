@@ -1,6 +1,4 @@
-"""Subword tokenizers: the fast tokenizer of any transformers model, with special tokens and chat
-template.
-"""
+"""Subword tokenizers: the fast tokenizer of any transformers model, with its chat template."""
 
 import copy
 import json
@@ -52,8 +50,7 @@ MOST_GROWTH = 1_000
 
 @contextmanager
 def _panics_reported(name: str) -> Iterator[None]:
-    """Raises UserError where the library panics, as on a pattern of tokenizer.json that takes too
-    many steps.
+    """Raises UserError where the library panics, as on a pattern that takes too many steps.
 
     Its PanicException is no Exception, so that no handler of a library's errors would see it.
     """
@@ -69,9 +66,11 @@ def _panics_reported(name: str) -> Iterator[None]:
 
 
 def _refuse_growth(folder: Path) -> None:
-    """Raises UserError for a tokenizer.json whose replacements lengthen texts too much: 40 times
-    "a" → "aa" would take a terabyte. Before the library reads the file, as it normalizes added
-    tokens then."""
+    """Raises UserError for a tokenizer.json whose replacements lengthen texts too much.
+
+    40 times "a" → "aa" would take a terabyte. Before the library reads the file, as it normalizes
+    added tokens then.
+    """
     path = folder / "tokenizer.json"
     raw = path.read_bytes() if path.is_file() else b""
     # most have none, and parsing takes a second
@@ -82,8 +81,7 @@ def _refuse_growth(folder: Path) -> None:
         if (growth := _growth(tree.get(part))) > MOST_GROWTH:
             raise UserError(
                 f"{path}: its {part} must lengthen a text at most {MOST_GROWTH:,} times, but may "
-                f"do so {growth:.3g} "
-                "times. Copy the tokenizer again, or choose another model."
+                f"do so {growth:.3g} times. Copy the tokenizer again, or choose another model."
             )
 
 
@@ -120,14 +118,9 @@ class SubwordTokenizer:
     """
 
     def __init__(self, hf_tokenizer: Any, name: str, ends: Iterable[int] = ()) -> None:
-        """`ends`: ids that stop generation besides the tokenizer's EOS. Raises UserError if there
-        is no end token.
-        """
-        self._hf_tokenizer, self._name, self._inner = (
-            hf_tokenizer,
-            name,
-            hf_tokenizer.backend_tokenizer,
-        )
+        """`ends`: ids that stop generation beside EOS. Raises UserError without an end token."""
+        self._hf_tokenizer, self._name = hf_tokenizer, name
+        self._inner = hf_tokenizer.backend_tokenizer
         # some tokenizer.json enable these; nothing here is truncated or padded silently
         self._inner.no_truncation()
         self._inner.no_padding()
@@ -140,10 +133,8 @@ class SubwordTokenizer:
         # What the tokenizer's post-processor puts before a text, such as BOS: no attribute of a
         # tokenizer tells.
         with _panics_reported(name):
-            full, bare = (
-                self._inner.encode("a").ids,
-                self._inner.encode("a", add_special_tokens=False).ids,
-            )
+            full = self._inner.encode("a").ids
+            bare = self._inner.encode("a", add_special_tokens=False).ids
         start = next((n for n in range(len(full)) if bare and full[n : n + len(bare)] == bare), 0)
         self._prefix = tuple(full[:start])
         self.bos_id = self._prefix[0] if self._prefix else None
@@ -151,9 +142,7 @@ class SubwordTokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> "SubwordTokenizer":
-        """The tokenizer in `folder`, without downloads and without running its code. Raises
-        UserError.
-        """
+        """The tokenizer in `folder`, without downloads or its code. Raises UserError."""
         from transformers import AutoTokenizer
 
         if not folder.is_dir():
@@ -175,8 +164,7 @@ class SubwordTokenizer:
         if not hf_tokenizer.is_fast:
             raise UserError(
                 f"{folder}: {type(hf_tokenizer).__name__} is a slow tokenizer, which has no "
-                "character offsets for "
-                "label masks. Convert it to a tokenizer.json first."
+                "character offsets for label masks. Convert it to a tokenizer.json first."
             )
         return cls(hf_tokenizer, str(folder), _generation_end_ids(folder))
 
@@ -197,8 +185,7 @@ class SubwordTokenizer:
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """The end-of-text token, eos_token_id of generation_config.json, and the chat template's
-        end-of-turn token.
+        """The end-of-text tokens, and the chat template's end-of-turn token.
 
         Many instruct models end a turn with another token than a text, and name it nowhere but in
         their template: it is the first special token that the template writes after an answer.
@@ -212,37 +199,30 @@ class SubwordTokenizer:
         if _PROBE in text:
             ids, spans = self.spans(text)
             answered = text.rfind(_PROBE) + len(_PROBE)
-            behind = (id_ for id_, (start, _) in zip(ids, spans, strict=True) if start >= answered)
-            ends.update(
-                [id_ for id_ in behind if id_ in self._added and self._added[id_].special][:1]
-            )
+            for id_, (start, _) in zip(ids, spans, strict=True):
+                if start >= answered and id_ in self._added and self._added[id_].special:
+                    ends.add(id_)
+                    break
         return frozenset(ends)
 
     def words(self) -> list[str]:
-        ids = range(len(self))
+        anchored = [[*self._anchor, id_] for id_ in range(len(self))]
         with _panics_reported(self._name):
-            texts = self._inner.decode_batch(
-                [[*self._anchor, id_] for id_ in ids], skip_special_tokens=False
-            )
-        return [self._display_text(id_, text) for id_, text in zip(ids, texts, strict=True)]
+            texts = self._inner.decode_batch(anchored, skip_special_tokens=False)
+        return [self._display_text(id_, text) for id_, text in enumerate(texts)]
 
     def word(self, id_: int) -> str:
-        return self._display_text(
-            id_, self._inner.decode([*self._anchor, id_], skip_special_tokens=False)
-        )
+        text = self._inner.decode([*self._anchor, id_], skip_special_tokens=False)
+        return self._display_text(id_, text)
 
     def _display_text(self, id_: int, decoded: str) -> str:
-        """A token's text as it appears after other text; bytes of an incomplete character as
-        <0xE2>.
-        """
+        """A token's text as after other text; bytes of an incomplete character as <0xE2>."""
         if id_ in self._added:
             return str(self._added[id_].content)
         text = decoded[len(self._anchor_text) :]
-        return (
-            text
-            if text and BROKEN not in text
-            else _format_bytes(str(self._inner.id_to_token(id_) or f"<{id_}>"))
-        )
+        if text and BROKEN not in text:
+            return text
+        return _format_bytes(str(self._inner.id_to_token(id_) or f"<{id_}>"))
 
     @cached_property
     def _anchor(self) -> list[int]:
@@ -281,12 +261,8 @@ class SubwordTokenizer:
         return self._ids(text)
 
     def continuation(self, prompt: str, answer: str) -> tuple[int, ...]:
-        spaced = (
-            isinstance(prompt, Rendered)
-            or not prompt
-            or prompt[-1].isspace()
-            or answer[:1].isspace()
-        )
+        has_space = not prompt or prompt[-1].isspace() or answer[:1].isspace()
+        spaced = has_space or isinstance(prompt, Rendered)
         return self.encode_following(answer if spaced else f" {answer}")
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -342,10 +318,12 @@ class SubwordTokenizer:
 
     def special_ids(self) -> dict[str, int]:
         """Those of bos, unk and pad that are set → id."""
-        named = {
-            name: getattr(self._hf_tokenizer, f"{name}_token_id") for name in ("bos", "unk", "pad")
-        }
-        return {name: id_ for name, id_ in named.items() if id_ is not None}
+        ids = {}
+        for name in ("bos", "unk", "pad"):
+            id_ = getattr(self._hf_tokenizer, f"{name}_token_id")
+            if id_ is not None:
+                ids[name] = id_
+        return ids
 
     def with_template(self, template: str) -> "SubwordTokenizer":
         """The same tokenizer with another chat template."""
@@ -367,8 +345,7 @@ class SubwordTokenizer:
     def expanded(
         self, tokens: Iterable[str], special: bool = False
     ) -> tuple["SubwordTokenizer", list[str]]:
-        """Tokens match exactly as written; one that begins and ends like a word matches only as a
-        whole word.
+        """Tokens match exactly as written; one like a word matches only as a whole word.
 
         Special tokens are left out of decoded text.
         """
@@ -382,9 +359,8 @@ class SubwordTokenizer:
                 continue
             new.append(token)
             word = not special and token[:1].isalnum() and token[-1:].isalnum()
-            hf_tokenizer.add_tokens(
-                [AddedToken(token, single_word=word, normalized=False, special=special)]
-            )
+            added = AddedToken(token, single_word=word, normalized=False, special=special)
+            hf_tokenizer.add_tokens([added])
         return SubwordTokenizer(hf_tokenizer, self._name, self._extra_end_ids), new
 
 
@@ -400,13 +376,13 @@ def _format_bytes(token: str) -> str:
 
 
 def _generation_end_ids(folder: Path) -> list[int]:
-    """eos_token_id of generation_config.json, an id or a list of ids. Raises UserError for anything
-    else.
-    """
+    """eos_token_id of generation_config.json, an id or a list of ids. Raises UserError."""
     if not (folder / GENERATION).is_file():
         return []
     value = read_json(folder / GENERATION, "Restore it, or remove it").get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if value is None:
+        return []
+    ids = value if isinstance(value, list) else [value]
     if not all(type(id_) is int and id_ >= 0 for id_ in ids):
         raise UserError(
             f"{folder / GENERATION}: eos_token_id must be a token id or a list of ids, got "

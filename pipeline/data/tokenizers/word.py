@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -9,7 +10,7 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from pipeline.data.tokenizers import chat_template
-from pipeline.data.tokenizers.chat_template import Answers, Messages, Tools
+from pipeline.data.tokenizers.chat_template import Answers, Messages, Renderings, Tools
 from pipeline.data.tokenizers.template_process import Conversation, Rendered
 from pipeline.errors import UserError
 from pipeline.files.artifact import refuse_untrusted, write_json
@@ -62,25 +63,19 @@ class Tokenizer(Protocol):
         """Ids of `text` as a continuation of other text."""
 
     def continuation(self, prompt: str, answer: str) -> tuple[int, ...]:
-        """Ids of `answer` after `prompt`, with a space between unless one is there; () if a word is
-        unknown.
-        """
+        """Ids of `answer` after `prompt` and a space, unless there is one; () for unknown words."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text, without special tokens."""
 
     def stream(self) -> Callable[[int], str]:
-        """A function that is called with one id after the other and returns the text that each
-        adds.
-        """
+        """A function that gets one id after the other, and returns the text that it adds."""
 
     def unknown_words(self, text: str) -> list[str]:
         """Words without a token, as written."""
 
     def normalize(self, text: str) -> str:
-        """Text for comparison: without differences in white space, or that the tokenizer
-        ignores.
-        """
+        """Text without differences in white space, or that the tokenizer ignores."""
 
     def render(
         self, messages: Messages, add_generation_prompt: bool, tools: Tools = ()
@@ -95,9 +90,7 @@ class Tokenizer(Protocol):
         tokens: Iterable[str],
         special: bool = False,
     ) -> "tuple[Tokenizer, list[str]]":
-        """A new tokenizer with `tokens` appended, and those that were new. Existing ids stay the
-        same.
-        """
+        """A new tokenizer with `tokens` appended, and those that were new. No id changes."""
 
     def save(self, folder: Path, max_length: int) -> None:
         """Write the tokenizer's files: the same tokenizer gives the same bytes."""
@@ -240,26 +233,24 @@ class WordTokenizer:
         if self._folder is None:
             raise chat_template.no_template("the tokenizer")
         answers = chat_template.render_in(self._folder, conversations)
-        # Without the marks: label masking then compares prefixes.
-        return (
-            each
-            if isinstance(each, UserError)
-            else [r if isinstance(r, UserError) else Rendered(r) for r in each]
-            for each in answers
-        )
+        # without the marks: label masking then compares prefixes
+        return map(_without_marks, answers)
 
     def expanded(
         self,
         tokens: Iterable[str],
         special: bool = False,  # noqa: ARG002
     ) -> tuple["WordTokenizer", list[str]]:
-        """A new tokenizer with every unknown word of the texts `tokens` appended, and those
-        words.
-        """
-        new = dict.fromkeys(
-            word for text in tokens for word in split(text) if self._inner.token_to_id(word) is None
-        )
-        return WordTokenizer.of_words([*self.words()[len(SPECIAL) :], *new]), list(new)
+        """A new tokenizer with every unknown word of the texts `tokens`, and those words."""
+        words = dict.fromkeys(chain.from_iterable(map(split, tokens)))
+        new = [word for word in words if self._inner.token_to_id(word) is None]
+        return WordTokenizer.of_words([*self.words()[len(SPECIAL) :], *new]), new
+
+
+def _without_marks(renderings: Renderings | UserError) -> Renderings | UserError:
+    if isinstance(renderings, UserError):
+        return renderings
+    return [r if isinstance(r, UserError) else Rendered(r) for r in renderings]
 
 
 def split(text: str) -> list[str]:

@@ -7,16 +7,16 @@ import json
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
-from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import disable_adapter
 from pipeline.data.examples import Window
-from pipeline.data.masking import Encoded
-from pipeline.data.preferences import AnswerEncoder, PairEncoder
-from pipeline.data.windows import Corpus, as_window
+from pipeline.data.preferences import encode_answers, encode_pairs
+from pipeline.data.windows import Corpus, window_of
 from pipeline.files import artifact, base_model
 from pipeline.models.base import CausalLM
 from pipeline.models.device import placed_for_inference
@@ -40,65 +40,51 @@ REFERENCE = "reference_log_probs"  # in the cache, beside the stages, and in the
 TENSORS = "log_probs.safetensors"
 
 
-class _Pairs(Sequence[Window]):
-    """The corpus as sequences: chosen and rejected alternate."""
+class _Mismatched(Sequence[Window]):
+    """Each answer of the corpus, then the answer of the previous example behind its prompt."""
 
     def __init__(self, corpus: Corpus) -> None:
         self._corpus = corpus
 
     def __len__(self) -> int:
-        return len(self._corpus)
-
-    def __getitem__(self, number: int) -> Window:  # type: ignore[override]
-        return as_window(self._corpus[number])
-
-
-class _Mismatched(_Pairs):
-    """Each answer of the corpus, then the previous example's answer behind the prompt of this
-    one.
-    """
-
-    def __len__(self) -> int:
         return 2 * len(self._corpus)
 
     def __getitem__(self, number: int) -> Window:  # type: ignore[override]
-        index, other = divmod(number, 2)
-        if not other:
-            return as_window(self._corpus[index])
+        index, is_mismatched = divmod(number, 2)
+        if not is_mismatched:
+            return self._corpus[index]
         # before the first, the last
-        one, before = (self._corpus[n % len(self._corpus)] for n in (index, index - 1))
-        begin, end = one.trained.index(True), before.trained.index(True)
-        ids = one.ids[:begin] + before.ids[end:]
-        return as_window(Encoded(ids, (False,) * begin + before.trained[end:]))
+        this, before = (self._corpus.stored(n % len(self._corpus)) for n in (index, index - 1))
+        prompt, answer = this[: _first_trained(this)], before[_first_trained(before) :]
+        return window_of(np.concatenate([prompt, answer]))
+
+
+def _first_trained(stored: npt.NDArray[np.int32]) -> int:
+    return int(np.argmax(stored >= 0))
 
 
 def build_answers(
     job: Job, settings: Training, loss: PreferenceLoss, base: Base
 ) -> Generator[Event, None, tuple[Answers, Answers | None]]:
-    """(training set, evaluation set or None). Raises UserError as `build_corpora`, and for rows of
-    another kind.
+    """(training set, evaluation set or None).
+
+    Raises UserError as `build_corpora`, and for rows of another kind.
     """
-    if loss != "kto":
-        corpora = yield from build_corpora(job, settings, base, PairEncoder)
-        return _of_pairs(corpora[0]), None if corpora[1] is None else _of_pairs(corpora[1])
-    encoders: list[AnswerEncoder] = []
+    as_answers, encode = _of_pairs, encode_pairs
+    if loss == "kto":
+        as_answers, encode = _of_single_answers, encode_answers
+    training, held_out = yield from build_corpora(job, settings, base, encode)
+    return as_answers(training), None if held_out is None else as_answers(held_out)
 
-    def encoder(*how: Any) -> AnswerEncoder:
-        encoders.append(AnswerEncoder(*how))
-        return encoders[-1]
 
-    corpora = yield from build_corpora(job, settings, base, encoder)
-    answers = [
-        Answers(_Mismatched(corpus), corpus.location, corpus.parts, desirable=made.desirable)
-        for corpus, made in zip(corpora, encoders, strict=False)
-        if corpus is not None
-    ]
-    return answers[0], answers[1] if len(answers) > 1 else None
+def _of_single_answers(corpus: Corpus) -> Answers:
+    desirable = [*map(bool, corpus.desirable)]
+    return Answers(_Mismatched(corpus), corpus.location, corpus.parts, desirable=desirable)
 
 
 def _of_pairs(corpus: Corpus) -> Answers:
     parts = tuple((range(run.start // 2, run.stop // 2), weight) for run, weight in corpus.parts)
-    return Answers(_Pairs(corpus), lambda number: corpus.location(2 * number), parts)
+    return Answers(corpus, lambda number: corpus.location(2 * number), parts)
 
 
 def with_reference(

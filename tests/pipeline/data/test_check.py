@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pipeline.data.check import NEAR, STEP, DataReport, _histogram, check, suggest_max_length
 from pipeline.data.examples import in_evaluation
 from pipeline.data.formats import iter_examples
-from pipeline.data.masking import encode
+from pipeline.data.masking import Encoder, encode
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.data.windows import Corpus
 from pipeline.errors import UserError
@@ -245,10 +245,8 @@ def test_counts_are_those_of_the_corpus_that_training_builds(
     file = jsonl(tmp_path / "d.jsonl", LENGTHS)
     report = check([file], tokenizer, max_length=max_length)
     encoded = [encode(example, tokenizer, max_length) for example in iter_examples(file, "d")]
-    statistics = Corpus(
-        iter_examples(file, "d"), lambda example: encode(example, tokenizer, max_length), tmp_path
-    )
-    expected = statistics.statistics
+    examples = iter_examples(file, "d")
+    expected = Corpus.of(Encoder(tokenizer, max_length).each(examples), tmp_path).statistics
     assert (report.rows, report.examples, report.turns) == (7, 7, 14)
     assert report.trained_tokens == expected.labels and report.truncated == expected.truncated
     assert report.tokens == sum(len(each.ids) for each in encoded)

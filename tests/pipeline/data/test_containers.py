@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from pipeline.data import containers
-from pipeline.data.containers import read_rows
+from pipeline.data.containers import json_list, lines, read_rows
 from pipeline.data.formats import iter_examples, read_examples
 from pipeline.errors import UserError
 from tests.helpers.containers import TEXT_WRITERS, WRITERS, Records, compressed
@@ -84,8 +84,8 @@ def test_a_json_list_is_read_as_json_reads_it_wherever_its_pieces_end(
     if b"\xed" in raw:  # perhaps a surrogate
         raw = json.dumps(records).encode()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(containers, "CHUNK", piece)
-        rows = containers._json_rows(
+        patch.setattr(json_list, "CHUNK", piece)
+        rows = json_list.json_rows(
             io.BytesIO(b"\xef\xbb\xbf" * (piece % 3 == 0) + raw), "d.json", containers.Reading()
         )
         assert [(row.number, row.value) for row in rows] == list(enumerate(records, 1))
@@ -145,10 +145,10 @@ def test_a_million_blank_lines_are_not_read_one_by_one(tmp_path: Path, name: str
 def test_lines_that_are_skipped_change_neither_rows_nor_numbers(text: str, size: int) -> None:
     reading = containers.Reading()
     file = io.BufferedReader(io.BytesIO(text.encode()), size)
-    rows = [*containers._text_rows(file, "d.txt", reading)]
-    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    assert [row.number for row in rows] == [n for n, _ in lines]
-    assert reading.blank == (lines[-1][0] - len(lines) if lines else 0)
+    rows = [*lines.text_rows(file, "d.txt", reading)]
+    filled = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    assert [row.number for row in rows] == [n for n, _ in filled]
+    assert reading.blank == (filled[-1][0] - len(filled) if filled else 0)
 
 
 def html(path: Path) -> None:

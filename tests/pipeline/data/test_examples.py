@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data.answers.prompts import read_prompts
-from pipeline.data.examples import Example, in_evaluation, windows
+from pipeline.data.examples import Example, Window, cut_windows, in_evaluation
 from pipeline.data.formats import iter_examples, read_examples
 from pipeline.errors import UserError
 from tests.helpers.projects import ROOT
@@ -223,7 +223,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_windows_keep_their_place_and_predict_every_token_but_the_first(
     ids: tuple[int, ...], size: int
 ) -> None:
-    cut = list(windows(ids, size))
+    cut = list(cut_windows(Window(0, ids[:-1], ids[1:]), size))
     predicted: set[int] = set()
     for window in cut:
         stop = window.start + len(window.ids)

@@ -114,7 +114,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SubwordTokenizer:
 def tokens(path: Path, tokenizer: SubwordTokenizer, folder: Path, **options: Any) -> bytes:
     """The token file: ids, and which of them carry a label."""
     folder.mkdir(exist_ok=True)
-    corpus = Corpus(iter_examples(path, path.name, **options), Encoder(tokenizer), folder)
+    corpus = Corpus.of(Encoder(tokenizer).each(iter_examples(path, path.name, **options)), folder)
     assert corpus.statistics.unlabelled == 0 and len(corpus) == len(CONVERSATIONS)
     return (folder / "tokens.bin").read_bytes()
 

@@ -1,12 +1,11 @@
 """Known pitfalls of other tools with training data, numbered as in our list; none applies here."""
 
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pipeline.data.examples import Example, Message
-from pipeline.data.masking import encode
+from pipeline.data.masking import Encoder, encode
 from pipeline.data.windows import Corpus, refuse_empty
 from pipeline.errors import UserError
 from tests.helpers.tokenizers import (
@@ -101,7 +100,7 @@ def test_pitfall_14_an_example_whose_labels_were_all_cut_off_is_counted_and_left
     )
     short = Example("is the euro", "f.jsonl", 2, "is")
     size = len(tokenizer.encode(long.prompt or ""))
-    corpus = Corpus([long, short], partial(encode, tokenizer=tokenizer, max_length=size), tmp_path)
+    corpus = Corpus.of(Encoder(tokenizer, size).each([long, short]), tmp_path)
     counts = corpus.statistics
     assert (counts.examples, counts.unlabelled, counts.truncated) == (1, 1, 1)
     assert corpus.location(0) == short.location
@@ -110,7 +109,7 @@ def test_pitfall_14_an_example_whose_labels_were_all_cut_off_is_counted_and_left
 
 def test_pitfall_14_with_nothing_left_to_learn_the_run_is_refused(tmp_path: Path) -> None:
     tokenizer = tokenizer_with(tmp_path, SMOLLM2)
-    corpus = Corpus([ASKED] * 3, partial(encode, tokenizer=tokenizer, max_length=4), tmp_path)
+    corpus = Corpus.of(Encoder(tokenizer, 4).each([ASKED] * 3), tmp_path)
     assert len(corpus) == 0
     with pytest.raises(
         UserError, match=r"f.jsonl: nothing to train on: 3 of 3 examples were cut before"

@@ -11,8 +11,8 @@ import pytest
 from pipeline.data.answers.questions import prompt_and_answer
 from pipeline.data.examples import content_digest
 from pipeline.data.formats import read_examples
-from pipeline.data.masking import encode
-from pipeline.data.preferences import PairEncoder
+from pipeline.data.masking import Encoder, encode
+from pipeline.data.preferences import encode_pairs
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.data.turns import view
 from pipeline.errors import UserError
@@ -72,7 +72,7 @@ def test_plain_pairs_and_labelled_answers_are_turns_too(
     }
     chat = {"prompt": [{"role": "user", "content": "Bulgaria?"}], **answers}
     both = [
-        [encoded for _, encoded in PairEncoder(tokenizer).each(read(tmp_path, row))]
+        [encoded for _, encoded in encode_pairs(Encoder(tokenizer), read(tmp_path, row))]
         for row in (plain, chat)
     ]
     assert both[0] == both[1] and len(both[0]) == 2

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pipeline.data.examples import Example
 from pipeline.data.formats import iter_examples
 from pipeline.data.masking import Encoded
-from pipeline.data.windows import Corpus, refuse_empty
+from pipeline.data.windows import Corpus, as_window, refuse_empty
 from pipeline.errors import UserError
 
 TOKENS = st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans()), max_size=9)
@@ -29,14 +29,18 @@ def test_what_was_encoded_comes_back_with_its_place(
         Example("x", file, line): encoded(tokens, cut)
         for line, (tokens, cut, file) in enumerate(rows, 1)
     }
-    corpus = Corpus(made, made.__getitem__, tmp_path_factory.mktemp("c"))
+    corpus = Corpus.of(made.items(), tmp_path_factory.mktemp("c"))
     kept = {example: encoding for example, encoding in made.items() if any(encoding.trained[1:])}
-    assert [corpus[i] for i in range(len(corpus))] == list(kept.values())
+    assert list(corpus) == [as_window(encoding) for encoding in kept.values()]
+    for number, encoding in enumerate(kept.values()):
+        stored = corpus.stored(number).tolist()
+        assert tuple(id_ if id_ >= 0 else ~id_ for id_ in stored) == encoding.ids
+        assert tuple(id_ >= 0 for id_ in stored) == encoding.trained
     assert [corpus.location(i) for i in range(len(corpus))] == [
         example.location for example in kept
     ]
     lengths = sorted(len(encoding.ids) for encoding in kept.values())
-    assert sorted(map(corpus.length, range(len(corpus)))) == lengths
+    assert sorted(1 + corpus.tokens(n) for n in range(len(corpus))) == lengths
     counts = corpus.statistics
     assert (counts.examples, counts.unlabelled) == (len(kept), len(made) - len(kept))
     assert counts.tokens == sum(lengths)
@@ -51,7 +55,7 @@ def test_what_was_encoded_comes_back_with_its_place(
 
 
 def test_examples_of_one_token_leave_nothing_to_learn(tmp_path: Path) -> None:
-    corpus = Corpus([Example("x", "f", 1)], lambda _: Encoded((1,), (True,)), tmp_path)
+    corpus = Corpus.of([(Example("x", "f", 1), Encoded((1,), (True,)))], tmp_path)
     assert corpus.statistics.share == 0
     with pytest.raises(
         UserError, match=r"d.txt: nothing to train on: every example is shorter than two tokens"
@@ -73,12 +77,12 @@ def test_a_file_larger_than_what_is_kept_of_it_streams_through(tmp_path: Path) -
     size = path.stat().st_size
     assert peak_of(iter_examples(path, "large.txt")) < 2**20 < size / 9
     tracemalloc.start()
-    corpus = Corpus(iter_examples(path, "large.txt"), encode, tmp_path)
+    corpus = Corpus.of(((e, encode(e)) for e in iter_examples(path, "large.txt")), tmp_path)
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(corpus) == examples
     assert held < 40 * examples and peak < size / 5
-    assert corpus[examples - 1].ids == (7,) * 101
+    assert corpus[examples - 1].labels == (7,) * 100
 
 
 def peak_of(examples: Iterator[Example]) -> int:

@@ -4,6 +4,8 @@ together.
 
 import json
 import shutil
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.data.examples import in_evaluation
+from pipeline.data import formats
+from pipeline.data.containers import Row, read_rows
+from pipeline.data.examples import Example, in_evaluation
 from pipeline.data.formats import read_examples
+from pipeline.data.masking import Encoded, Encoder
 from pipeline.errors import UserError
 from pipeline.models.load import load_base
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
@@ -165,6 +170,30 @@ def test_what_is_held_out_is_held_out_of_every_file(project: Path) -> None:
     reason = rf"train_from_scratch.eval_share 0.9999 selects all {len(examples)} labelled examples of {', '.join(names)}"
     with pytest.raises(UserError, match=reason):
         make(project, ["train_from_scratch"], [*BRIEF, "train_from_scratch.eval_share=0.9999"])
+
+
+def test_each_example_is_read_and_tokenized_once_also_where_some_are_held_out(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, tokenized = Counter[str](), Counter[str]()
+    encode = Encoder._encode
+
+    def read_file(path: Path, name: str, *how: Any) -> Iterator[Row]:
+        read[name] += 1
+        return read_rows(path, name, *how)
+
+    def encode_counted(encoder: Encoder, example: Example, *how: Any) -> Encoded:
+        tokenized[example.location] += 1
+        return encode(encoder, example, *how)
+
+    make(project, ["pretrain", "expand_vocab"], BRIEF)
+    monkeypatch.setattr(formats, "read_rows", read_file)
+    monkeypatch.setattr(Encoder, "_encode", encode_counted)
+    settings = ["train_from_scratch.epochs=1", "train_from_scratch.eval_share=0.3"]
+    make_one(project, "train_from_scratch", [*BRIEF, *settings])
+    names = load(project / "params.yaml").train_from_scratch.data
+    assert read == dict.fromkeys(names, 1)
+    assert len(tokenized) > 20 and set(tokenized.values()) == {1}
 
 
 def test_a_warm_up_that_lasts_as_long_as_the_training_is_refused(project: Path) -> None:

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from pipeline.data.examples import IGNORED, Window, windows
+from pipeline.data.examples import IGNORED, Window, cut_windows
 from pipeline.data.formats import read_examples
 from pipeline.data.masking import encode
-from pipeline.data.windows import InMemoryDataset
+from pipeline.data.windows import InMemoryDataset, as_window
 from pipeline.errors import UserError
 from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import COLUMNS, Step, epoch_means, flat_from, read_steps
@@ -42,7 +42,7 @@ def test_training_is_that_of_plain_adam_on_the_stock_model(brief: Path) -> None:
     settings = Training(epochs=5)
     examples = read_examples(ROOT / "data/finetune.de.txt", "f")
     batches = Batches(
-        listed([w for e in examples for w in windows(encode(e, tokenizer).ids, 4)]), 4, 0
+        listed([w for e in examples for w in cut_windows(as_window(encode(e, tokenizer)), 4)]), 4, 0
     )
     adam = torch.optim.Adam(
         [p for p in theirs.parameters() if p.requires_grad], lr=settings.learning_rate

@@ -67,7 +67,7 @@ def test_a_files_weight_reaches_its_sequences(tmp_path: Path, window: int) -> No
     def encode(example: Example) -> Encoded:
         return Encoded((ord(example.file),) * len(example.text), (True,) * len(example.text))
 
-    corpus = Corpus(examples, encode, tmp_path, {"a": 2, "c": 0.5})
+    corpus = Corpus.of(((e, encode(e)) for e in examples), tmp_path, {"a": 2, "c": 0.5})
     windows = dataset_from(corpus, window)
     rows = epoch(Batches(windows, 4, 0), 0)
     sizes = {
