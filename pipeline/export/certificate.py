@@ -212,9 +212,8 @@ def _compare(expected: Reference, candidate: Candidate, runner: Runner) -> dict[
         problems += _logit_problems(result, candidate.kind)
     if problems:
         raise UserError(
-            f"{candidate.label} is not the exported model in {runner.name}: "
-            f"{'; '.join(problems)}. Nothing was "
-            "written. Use --format merged or peft, and report this."
+            f"{candidate.label} is not the exported model in {runner.name}: {'; '.join(problems)}. "
+            "Nothing was written. Use --format merged or peft, and report this."
         )
     if isinstance(runner, SelfContained) and expected.chat:
         rendered = runner.chat(expected.chat[0], True)
@@ -275,11 +274,9 @@ def _logit_problems(result: Difference, kind: str) -> list[str]:
     if limit is None or result.divergence <= limit:  # NaN is not
         return []
     return [
-        f"its logits differ by up to {result.max_logit_difference:.1e}, KL "
-        f"{result.divergence:.1e} nats per token, and "
-        f"rounding to {kind} explains {limit:.0e} (likely causes: the adapter's scale, the order "
-        "of the rows of q and "
-        "k, another base)"
+        f"its logits differ by up to {result.max_logit_difference:.1e}, KL {result.divergence:.1e} "
+        f"nats per token, and rounding to {kind} explains {limit:.0e} (likely causes: the "
+        "adapter's scale, the order of the rows of q and k, another base)"
     ]
 
 

@@ -309,6 +309,5 @@ class _Process:
             return UserError(f"llama.cpp {what}. Install it again: {INSTALL}.")
         return UserError(
             f"{self._file}: llama.cpp {what.rstrip('.')}. The file is damaged, or of a kind that "
-            "this build does not "
-            "know. Write it again, or install a newer llama-cpp-py-sync."
+            "this build does not know. Write it again, or install a newer llama-cpp-py-sync."
         )

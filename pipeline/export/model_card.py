@@ -29,8 +29,7 @@ MERGED = ", merged"  # after the adapter's name in the title
 TAGS = f"tags: [lora, {TAG}]"  # in the cards of earlier versions
 UNNAMED = (
     "`adapter_config.json` names the base by a folder of the machine that it was exported on. "
-    "Write the base's hub id "
-    "there, or its folder here."
+    "Write the base's hub id there, or its folder here."
 )
 LICENSE = re.compile(r"[\w.+-]{1,100}", re.ASCII)  # the form of the hub's identifiers
 BITSANDBYTES = {  # transformers' options for each of our quantizations
@@ -365,8 +364,7 @@ def _merge(certificate: Mapping[str, Any], kind: str) -> Iterator[str]:
     if "max_logit_difference" in certificate:
         yield (
             f"against base + adapter on {certificate['prompts_checked']} prompts: largest logit "
-            "difference "
-            f"{certificate['max_logit_difference']:.1e}, divergence "
+            f"difference {certificate['max_logit_difference']:.1e}, divergence "
             f"{certificate['divergence']:.1e} nats per token"
         )
     if certificate and kind != "none":

@@ -292,8 +292,7 @@ def _limited(
     if unknown := [name for name in chosen if name not in trained]:
         raise UserError(
             f"evaluate.limits.variants: {unknown[0]} is not a trained variant of this project. It "
-            "has "
-            f"{', '.join(trained)}."
+            f"has {', '.join(trained)}."
         )
     names = [task.name for task in tasks]
     if unknown := [name for name in limits.get("tasks", ()) if name not in names]:
@@ -304,8 +303,7 @@ def _limited(
     if "must_keep" in limits and not any(prompt.rule == "must_keep" for prompt in prompts):
         raise UserError(
             f"evaluate.limits.must_keep is set, but {settings.prompts} has no must_keep prompts. "
-            "Add some, or remove "
-            "the limit."
+            "Add some, or remove the limit."
         )
     return chosen
 
@@ -321,8 +319,7 @@ def _old_examples(job: Job, loaded: LoadedModel, settings: Evaluate) -> list[Exa
         if unknown:
             raise UserError(
                 f"{example.location}: {loaded.name} does not know {', '.join(unknown)}. "
-                "evaluate.old_data measures "
-                "forgetting: use only words of the pretraining data."
+                "evaluate.old_data measures forgetting: use only words of the pretraining data."
             )
     return examples
 
@@ -367,8 +364,7 @@ def trained_in_template(project: Project) -> bool:
     if len(ways) > 1:
         raise UserError(
             "the methods of this project differ in chat_template, and what is compared is read "
-            "alike by all. Set "
-            f"{TRAINING}.chat_template, and remove it from the methods' sections."
+            f"alike by all. Set {TRAINING}.chat_template, and remove it from the methods' sections."
         )
     return ways != {False}
 
@@ -440,9 +436,8 @@ def _prediction(
     answer, corrected = both
     if answer.probability is None and prompt.rule != "must_learn":
         raise UserError(
-            f"{settings.prompts}: {loaded.name} has no tokens for {prompt.answer!r}, the answer "
-            f"to {prompt.prompt!r}. "
-            "Use words of its training data, or the rule must_learn."
+            f"{settings.prompts}: {loaded.name} has no tokens for {prompt.answer!r}, the answer to "
+            f"{prompt.prompt!r}. Use words of its training data, or the rule must_learn."
         )
     return fields | {
         "probability": answer.probability,

@@ -61,9 +61,8 @@ def _expand_tokenizer(
     """
     if settings.special_tokens and isinstance(old, WordTokenizer):
         raise UserError(
-            "expand_vocab.special_tokens need a subword tokenizer; MiniGPT's word tokenizer has "
-            "no special tokens. "
-            "Put them in expand_vocab.tokens."
+            "expand_vocab.special_tokens need a subword tokenizer; MiniGPT's word tokenizer has no "
+            "special tokens. Put them in expand_vocab.tokens."
         )
     tokenizer, words = old, list[str]()
     if settings.data and isinstance(old, WordTokenizer):
@@ -112,8 +111,7 @@ def _audit(old: Base, new: Base, words: list[str], examples: list[Example]) -> d
     if not unchanged:
         raise UserError(
             f"{examples[0].file}: every sentence has a new word, so the old answers cannot be "
-            "checked. "
-            "Set expand_vocab.audit_data to the pretraining data."
+            "checked. Set expand_vocab.audit_data to the pretraining data."
         )
     # both to one device, whose rounding is the same
     move_for_inference(nn.ModuleList([old.model, new.model]))

@@ -62,6 +62,5 @@ def _check_import_only_keys(origin: Import, settings: Pretrain) -> None:
         if value != default:
             raise UserError(
                 f"{section}.{key} applies only to an imported base; MiniGPT is trained in fp32, "
-                "without remote code. "
-                f"Set it to {str(default).lower()}, or set base to a model."
+                f"without remote code. Set it to {str(default).lower()}, or set base to a model."
             )

@@ -206,8 +206,7 @@ def _place_file(name: str, key: str, folder: Path, notes: list[str]) -> str:
     # before all paths counted from the current folder, these counted from the project's
     notes.append(
         f"{key}: {name} counts from {folder} here. Name it {os.path.relpath(inside)}: paths count "
-        "from the current "
-        "folder."
+        "from the current folder."
     )
     return name
 

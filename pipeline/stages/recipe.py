@@ -248,9 +248,8 @@ def _fit(
             return
     raise UserError(
         f"a step takes {in_units(recipe.peak or 0)} even with one example, full checkpointing and "
-        "the least precision, "
-        f"and {machine.device} has {in_units(machine.memory)} free. Use a smaller model, or set a "
-        "lower max_length."
+        f"the least precision, and {machine.device} has {in_units(machine.memory)} free. Use a "
+        "smaller model, or set a lower max_length."
     )
 
 

@@ -19,10 +19,9 @@ from pipeline.project.params.sections import Evaluate
 from pipeline.project.stage_graph import Project, Stage
 
 SCRATCH = (
-    "*Training from scratch* starts from random weights and learns old and new sentences "
-    "together. It never was the "
-    "base, so it has forgotten nothing: its change, KL and kept answers say how far from it such "
-    "a model is.\n"
+    "*Training from scratch* starts from random weights and learns old and new sentences together. "
+    "It never was the base, so it has forgotten nothing: its change, KL and kept answers say how "
+    "far from it such a model is.\n"
 )
 
 
@@ -187,16 +186,13 @@ def _findings(
         (
             "old\nloss",
             "*Change*: of the old loss from the base's. *KL*: mean KL(base‖variant) of the "
-            "next-token "
-            "predictions on the old sentences, in nats. *Answers kept*: next-token first choices "
-            "on the old sentences "
-            "that are still the base's.",
+            "next-token predictions on the old sentences, in nats. *Answers kept*: next-token "
+            "first choices on the old sentences that are still the base's.",
         ),
         (
             "prefers\nchosen",
             "*Prefers chosen*: held-out pairs whose chosen answer has the higher mean "
-            "log-probability per token, "
-            "before and after training.",
+            "log-probability per token, before and after training.",
         ),
     )
     lines = [
@@ -210,9 +206,8 @@ def _findings(
         ),
         *([SCRATCH] if "scratch" in metrics else []),
         *(
-            f"*{titles[name]}*: the numbers of *{titles[numbers['measured_as']]}*. Its "
-            "certificate says that both "
-            "answer alike, so it was not measured again.\n"
+            f"*{titles[name]}*: the numbers of *{titles[numbers['measured_as']]}*. Its certificate "
+            "says that both answer alike, so it was not measured again.\n"
             for name, numbers in metrics.items()
             if "measured_as" in numbers
         ),
@@ -231,8 +226,7 @@ def _curve_line(title: str, numbers: Mapping[str, Any]) -> str:
     when = f"is flat from epoch {flat}" if flat else "has not flattened"
     parts = [
         f"- **{title}**: the training loss {when} (every later epoch within 5% of the whole drop) "
-        "and ends "
-        f"with an epoch at {numbers['final_loss']:.3f}"
+        f"and ends with an epoch at {numbers['final_loss']:.3f}"
     ]
     if "new_completed" in numbers:
         parts.append(

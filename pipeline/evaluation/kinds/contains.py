@@ -9,7 +9,7 @@ def scorer(options: TaskOptions) -> Score:
     def score(answer: str, example: TaskExample) -> Scores:
         text = plain(answer, ignore_case)
         right = expected(example.row, example.location)
-        return {"score": float(any(plain(each, ignore_case) in text for each in right))}
+        return {"score": float(any(plain(words, ignore_case) in text for words in right))}
 
     return score
 

@@ -138,8 +138,7 @@ def note_on_quantization(export: Export) -> Iterator[Note]:
     if origin and origin.dequantized and export.base_name:
         yield Note(
             f"{export.adapter} was trained on weights that an import dequantized from "
-            f"{origin.dequantized}; on {base} "
-            "in 16 bits it answers slightly differently."
+            f"{origin.dequantized}; on {base} in 16 bits it answers slightly differently."
         )
 
 
@@ -151,8 +150,7 @@ def note_on_base(export: Export) -> Iterator[Note]:
         named = read_config(export.adapter).get("base_model_name_or_path")
         yield Note(
             f"{CONFIG} names the base by a folder of this machine, {named}: {reason}. Name the "
-            "base on the hub with "
-            "--base-name org/name, or export with --format merged."
+            "base on the hub with --base-name org/name, or export with --format merged."
         )
 
 

@@ -99,8 +99,7 @@ def kinds_of(quantize: str | None) -> list[str]:
         if kind not in (*KINDS, *BY_LLAMA_CPP):
             raise UserError(
                 f"--quantize must name kinds of {', '.join(KINDS)}, or, with llama.cpp, "
-                f"{', '.join(BY_LLAMA_CPP)}; "
-                f"got {kind!r}."
+                f"{', '.join(BY_LLAMA_CPP)}; got {kind!r}."
             )
     if set(kinds) - set(KINDS) and not llama_cpp.is_installed():
         raise UserError(

@@ -64,8 +64,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     if (family := str(read_config(base).get("model_type"))) not in FAMILIES:
         raise UserError(
             f"{base} is a model of type {family}, whose layers in mlx-lm are not known here. "
-            "Known: "
-            f"{', '.join(sorted(FAMILIES))}. Export it with --format merged."
+            f"Known: {', '.join(sorted(FAMILIES))}. Export it with --format merged."
         )
     named = export.base_name or str(base)
     command = f"mlx_lm.generate --model {named} --adapter-path {{}}"
@@ -78,8 +77,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
         if any(dora) and not all(dora):
             raise UserError(
                 f"{export.adapter}: in mlx-lm either all layers use DoRA or none, but token rows "
-                "are trained beside "
-                "DoRA here. Export it with --format merged."
+                "are trained beside DoRA here. Export it with --format merged."
             )
         if rank >= WIDER * least:
             yield Note(
@@ -137,8 +135,7 @@ def _with_tied_head(model: "CausalLM", updates: "Updates", adapter: Path) -> "Up
     ):
         raise UserError(
             f"{adapter} changes one of embedding and head, or each differently. They are tied in "
-            "the base, and mlx-lm "
-            "adds the same update to both. Export it with --format merged."
+            "the base, and mlx-lm adds the same update to both. Export it with --format merged."
         )
     return {name: update for name, update in updates.items() if name != model.head_name}
 

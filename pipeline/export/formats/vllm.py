@@ -44,8 +44,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
         if widest > RANKS[-1]:
             raise UserError(
                 f"{export.adapter}: {name} needs rank {widest}, but vLLM supports at most "
-                f"{RANKS[-1]}. "
-                "Export with --format merged."
+                f"{RANKS[-1]}. Export with --format merged."
             )
         named = read_config(export.adapter).get("base_model_name_or_path") or str(base)
         uniform = {name: padded(update, widest) for name, update in updates.items()}

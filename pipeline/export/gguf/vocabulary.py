@@ -123,8 +123,7 @@ def _loose_tokens(added: list[dict[str, Any]]) -> Iterator[str]:
     if words:
         yield (
             f"llama.cpp also finds {', '.join(words[:5])}{' …' * (len(words) > 5)} inside longer "
-            "words, where "
-            "transformers does not: texts with such words get other token ids."
+            "words, where transformers does not: texts with such words get other token ids."
         )
     spaced = [token["content"] for token in added if token["lstrip"] or token["rstrip"]]
     if spaced:
@@ -166,9 +165,8 @@ def _byte_level(tree: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     name = PRE_TOKENIZERS.get((steps, bool(model.get("ignore_merges"))))
     if name is None or (normalizer is not None and (name, normalizer["type"]) != ("qwen2", "NFC")):
         raise UserError(
-            "tokenizer.json: llama.cpp has no name for this pre_tokenizer and normalizer, or it "
-            "is not "
-            f"known here. Known: {', '.join(PRE_TOKENIZERS.values())}. Use --format merged."
+            "tokenizer.json: llama.cpp has no name for this pre_tokenizer and normalizer, or it is "
+            f"not known here. Known: {', '.join(PRE_TOKENIZERS.values())}. Use --format merged."
         )
     if name in DIFFERENCES:
         notes.append(DIFFERENCES[name])
@@ -212,8 +210,7 @@ def _sentencepiece(
         if scheme == "first":
             notes.append(
                 "llama.cpp puts a space after every special token or nowhere, this tokenizer at "
-                "the start of a text "
-                "only: the file says "
+                "the start of a text only: the file says "
                 f"{'after every one' if prefix else 'nowhere, which is right for chats'}."
             )
     if pre and pre["type"] == "Split" and pre["pattern"] == {"String": " "}:
@@ -226,8 +223,7 @@ def _sentencepiece(
     ):
         raise UserError(
             "tokenizer.json: llama.cpp would tokenize differently: it is neither a byte-level BPE "
-            "nor "
-            "SentencePiece's with byte fallback. Use --format merged."
+            "nor SentencePiece's with byte fallback. Use --format merged."
         )
     return {
         "tokenizer.ggml.model": "llama",
@@ -269,8 +265,7 @@ def _scores(model: Mapping[str, Any], kinds: Mapping[int, int]) -> dict[str, flo
 def _other_merges(token: str) -> UserError:
     return UserError(
         f"tokenizer.json: the merges of {token!r} are not those of a SentencePiece model, so "
-        "llama.cpp "
-        "would tokenize differently. Use --format merged."
+        "llama.cpp would tokenize differently. Use --format merged."
     )
 
 
@@ -292,8 +287,7 @@ def _beginning(tokenizer: SubwordTokenizer, notes: list[str]) -> dict[str, Any]:
     if prefix and not adds_bos:
         notes.append(
             "the chat template writes no BOS, so the file tells llama.cpp to add none: a plain "
-            "text begins without the "
-            "BOS that it has here."
+            "text begins without the BOS that it has here."
         )
     if prefix:
         named["bos"] = prefix[0]

@@ -66,8 +66,7 @@ def describe_model(merge: Merge, trust_remote_code: bool = False, own_head: bool
     if own_head and not family.own_head:
         raise UserError(
             "llama.cpp reads the head of this model from its embedding, but here it is another "
-            "matrix. "
-            "Use --format merged."
+            "matrix. Use --format merged."
         )
     names = tensor_names(family.architecture, model.shape.layers)
     sources = []
@@ -87,8 +86,7 @@ def describe_model(merge: Merge, trust_remote_code: bool = False, own_head: bool
     if (context := settings["context_length"]) < model.shape.positions:
         notes.append(
             "llama.cpp has no sliding window for this model. The file names a context of "
-            f"{context} tokens, up to "
-            "which it makes no difference."
+            f"{context} tokens, up to which it makes no difference."
         )
     metadata = {f"{family.architecture}.{key}": value for key, value in settings.items()}
     metadata = {"general.architecture": family.architecture, **metadata}

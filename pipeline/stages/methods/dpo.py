@@ -46,9 +46,8 @@ class FinetuneDpo(lora.FinetuneLora, frozen=True, kw_only=True):
     loss: Annotated[
         Literal["dpo", "ipo", "kto", "orpo", "simpo"],
         "dpo (Rafailov et al. 2023); ipo (Azar et al. 2023), which bounds the margin; kto "
-        "(Ethayarajh et al. 2024), "
-        "for single answers with labels; orpo (Hong et al. 2024) and simpo (Meng et al. 2024), "
-        "without a reference",
+        "(Ethayarajh et al. 2024), for single answers with labels; orpo (Hong et al. 2024) and "
+        "simpo (Meng et al. 2024), without a reference",
     ] = "dpo"
     beta: Annotated[
         Rate,

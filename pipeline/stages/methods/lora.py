@@ -87,10 +87,9 @@ class FinetuneLora(AdapterTraining, frozen=True, kw_only=True):
     target_modules: Annotated[
         Names,
         "linears that get LoRA: names, or attention, feed_forward, all-linear. On a pretrained "
-        "base take all-linear, "
-        "which learns more than attention with as many parameters (LoRA Without Regret, 2025; "
-        "PEFT's benchmark); leave "
-        "the feed-forward layers out to save memory, or to reproduce Hu et al. 2022",
+        "base take all-linear, which learns more than attention with as many parameters (LoRA "
+        "Without Regret, 2025; PEFT's benchmark); leave the feed-forward layers out to save "
+        "memory, or to reproduce Hu et al. 2022",
     ] = ("q_proj", "k_proj", "v_proj", "o_proj")
     target_parameters: Annotated[
         Names,
@@ -228,8 +227,7 @@ def _describe_init(
     state = " and its optimizer's state" if continued.state else ""
     return Note(
         f"{job.stage.name}: trains on from {settings.init_from}{state}{begins}: rank {spec.rank}, "
-        "alpha "
-        f"{spec.alpha:g}, {targets}"
+        f"alpha {spec.alpha:g}, {targets}"
     )
 
 
@@ -299,8 +297,7 @@ def _check_patterns(key: str, patterns: Sequence[str], names: Sequence[str]) -> 
         if len(matches) > 1:
             raise UserError(
                 f"{key}: {matches[0]!r} and {matches[1]!r} both match {name}. Remove one, or use "
-                "more "
-                "specific patterns, such as layers.0.self_attn.q_proj."
+                "more specific patterns, such as layers.0.self_attn.q_proj."
             )
     for pattern in patterns:
         if not any(end_match(pattern, name, key) for name in names):
@@ -613,8 +610,7 @@ class Lora(FinetuningMethod):
         if with_experts and model.style.split_experts:
             texts.append(
                 "experts' gate and up are one tensor: it gets a rank for each, twice the rank, as "
-                "in PEFT; "
-                "training here adapts them by target_parameters"
+                "in PEFT; training here adapts them by target_parameters"
             )
         elif with_experts:
             texts.append(

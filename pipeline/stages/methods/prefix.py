@@ -59,9 +59,8 @@ def attach(job: Job, settings: FinetunePrefix, base: Base) -> Generator[Event, N
         if not works:
             raise UserError(
                 "finetune_prefix.gradient_checkpointing must be none, got "
-                f"{settings.gradient_checkpointing}: "
-                "prefix tuning does not work with gradient checkpointing on this model. Set it to "
-                "none."
+                f"{settings.gradient_checkpointing}: prefix tuning does not work with gradient "
+                "checkpointing on this model. Set it to none."
             )
     return attached
 
@@ -92,8 +91,7 @@ class Prefix(FinetuningMethod):
                 )
                 raise UserError(
                     "prefix tuning needs the same keys and values in every block, but block "
-                    f"{index} of this model has "
-                    f"{kind}. Use --method lora or prompt."
+                    f"{index} of this model has {kind}. Use --method lora or prompt."
                 )
 
     def trained_parts(self, model: Architecture) -> TrainedParts:

@@ -121,8 +121,7 @@ def _read_options(name: str, options: Any, key: str, origin: ValueSource) -> Any
     if not isinstance(options, dict) or not {"low", "high"} <= options.keys():
         raise UserError(
             f"{key} must be a list of values, such as [1, 2], or a range such as {{low: 1, high: "
-            f"8}}, got "
-            f"{options!r}. {origin.edit(key)}"
+            f"8}}, got {options!r}. {origin.edit(key)}"
         )
     reject_unknown_keys(options, ["low", "high", "log"], f"{key}.", origin)
     if value_type(FinetuneLora, name) not in (int, float):
@@ -184,8 +183,7 @@ class FinetuneSweep(Section, frozen=True, kw_only=True):
     old_data: Annotated[
         File,
         "texts on which each adapter's divergence from the base is measured at the end; empty: "
-        "those of "
-        "evaluate.old_data",
+        "those of evaluate.old_data",
     ] = ""
 
     def __post_init__(self) -> None:
@@ -203,8 +201,7 @@ class FinetuneSweep(Section, frozen=True, kw_only=True):
                 readers = " or ".join(name for name in SEARCHES if f.name in SEARCHES[name].reads)
                 raise UserError(
                     f"{f.name} is {getattr(self, f.name)}, but search {self.search} does not read "
-                    "it. Remove it, or "
-                    f"set search to {readers}."
+                    f"it. Remove it, or set search to {readers}."
                 )
         draws = search.draws(self)
         ranges = [
@@ -216,14 +213,12 @@ class FinetuneSweep(Section, frozen=True, kw_only=True):
         if ranges and not draws:
             raise UserError(
                 f"grid.{ranges[0]} is a range, of which search {self.search} cannot train every "
-                "value. List values, or "
-                "set search to random and trials to a number."
+                "value. List values, or set search to random and trials to a number."
             )
         if not draws and (combinations := count(self)) > MAX_ADAPTERS:
             raise UserError(
                 f"grid has {combinations} combinations; at most {MAX_ADAPTERS} adapters can train "
-                "together. Shorten "
-                "its lists."
+                "together. Shorten its lists."
             )
         key = "generation" if search.passes(self) > 1 else "trials"
         if draws and getattr(self, key) > MAX_ADAPTERS:
@@ -249,14 +244,12 @@ def check(project: Project) -> None:
     if settings.init_from:
         raise UserError(
             f"finetune_lora.init_from is {settings.init_from}, but a sweep trains new adapters. "
-            "Unset it, or use `lora "
-            "finetune lora`."
+            "Unset it, or use `lora finetune lora`."
         )
     if settings.target_parameters:
         raise UserError(
             f"finetune_lora.target_parameters is {', '.join(settings.target_parameters)}, but "
-            "adapters on experts "
-            "train alone. Unset it, or use `lora finetune lora`."
+            "adapters on experts train alone. Unset it, or use `lora finetune lora`."
         )
     if search.passes(sweep) == 1:
         variants(settings, sweep, project.params)
@@ -501,8 +494,7 @@ def grid_around(project: Project, keys: Sequence[str]) -> dict[str, list[Any]]:
     if unknown := [key for key in keys if key not in known]:
         raise UserError(
             f"--over takes one of {', '.join(known)}, got {unknown[0]}. Write the values of "
-            "another key into "
-            "finetune_sweep.grid."
+            "another key into finetune_sweep.grid."
         )
     return {key: known[key] for key in keys}
 

@@ -28,8 +28,7 @@ def _check(settings: SearchSettings) -> None:
     if adapters < settings.reduction_factor:
         raise UserError(
             f"reduction_factor is {settings.reduction_factor}, but there are only {adapters} "
-            "adapters: none would be "
-            "stopped. Lower it, or try more combinations."
+            "adapters: none would be stopped. Lower it, or try more combinations."
         )
 
 
