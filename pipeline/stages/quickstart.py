@@ -283,9 +283,9 @@ def _refuse_data(report: DataReport, columns: Mapping[str, str]) -> None:
     check_all = f"lora data check {quote(report.files[0])}{columns_option(columns)}"
     cleaned = clean_command(report.files[0], columns)
     raise UserError(
-        f"{' '.join(map(str, errors[:SHOWN]))}{more} `{check_all}` lists all; `{cleaned}` writes "
-        "a file without rows "
-        "that are empty or twice there, with --drop too-long also without those that are too long."
+        f"{' '.join(map(str, errors[:SHOWN]))}{more} `{check_all}` lists all; `{cleaned}` writes a "
+        "file without rows that are empty or twice there, with --drop too-long also without those "
+        "that are too long."
     )
 
 

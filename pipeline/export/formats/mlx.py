@@ -82,8 +82,8 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
         if rank >= WIDER * least:
             yield Note(
                 f"mlx-lm has one rank for all layers: those of rank {least} are padded with zeros "
-                f"to {rank}, which "
-                "makes the adapter larger. A merged model (--format merged) is not."
+                f"to {rank}, which makes the adapter larger. A merged model (--format merged) is "
+                "not."
             )
         scale = _common_scale(updates)
         tensors = {
@@ -197,8 +197,8 @@ def _compared(export: Export, base: Path, folder: Path) -> Generator[Event, None
     ):
         lines = [
             f"{base / 'config.json'} has its rotary settings in rope_parameters alone, where "
-            "mlx-lm does not look for "
-            f"most models. Import the base again, or add to a copy: {settings}"
+            "mlx-lm does not look for most models. Import the base again, or add to a copy: "
+            f"{settings}"
         ]
     if missing_libraries("lora export --format mlx, compared"):
         return [

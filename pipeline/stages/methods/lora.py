@@ -94,8 +94,8 @@ class FinetuneLora(AdapterTraining, frozen=True, kw_only=True):
     target_parameters: Annotated[
         Names,
         "stacked weights of a mixture's experts that get LoRA, by the end of their names: "
-        "mlp.experts.gate_up_proj, "
-        "mlp.experts.down_proj. target_modules leaves experts out, as they are no linears",
+        "mlp.experts.gate_up_proj, mlp.experts.down_proj. target_modules leaves experts out, as "
+        "they are no linears",
     ] = ()
     rank_pattern: Annotated[
         Ranks,

@@ -238,8 +238,8 @@ def check(project: Project) -> None:
     if search.compares and not (settings.eval_share or settings.eval_data):
         raise UserError(
             f"finetune_sweep.search {sweep.search} compares held-out losses, but there is no "
-            "evaluation set. Set "
-            "finetune_lora.eval_share, such as to 0.1, or finetune_lora.eval_data."
+            "evaluation set. Set finetune_lora.eval_share, such as to 0.1, or "
+            "finetune_lora.eval_data."
         )
     if settings.init_from:
         raise UserError(
