@@ -38,9 +38,8 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     base = export.base or base_of(export.adapter)
     with adapter_folder(export._replace(base=base), out) as folder:
         updates = low_rank_updates(base, export.adapter, export.trust_remote_code)
-        name, widest = max(
-            ((name, update.rank) for name, update in updates.items()), key=lambda pair: pair[1]
-        )
+        name = max(updates, key=lambda name: updates[name].rank)
+        widest = updates[name].rank
         if widest > RANKS[-1]:
             raise UserError(
                 f"{export.adapter}: {name} needs rank {widest}, but vLLM supports at most "

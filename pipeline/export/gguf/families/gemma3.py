@@ -1,6 +1,4 @@
-"""The text models of Gemma 3: windows have rotary positions of their own, queries and keys are
-normalized.
-"""
+"""The text models of Gemma 3: other rotary positions in windows, normalized queries and keys."""
 
 from typing import Any
 
