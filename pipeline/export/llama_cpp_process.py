@@ -1,8 +1,8 @@
 """Runs llama.cpp on one GGUF file, in a process of its own, by the llama-cpp-py-sync wheel.
 
 A failed GGML_ASSERT aborts the process, and a damaged file may crash it, which must not end the
-user's command. The process answers requests, one JSON line each; an answer with "bytes" is followed by
-that many bytes. It ends with its parent, whose end closes its stdin. It imports nothing of this
+user's command. The process answers requests, one JSON line each; an answer with "bytes" is followed
+by that many bytes. It ends with its parent, whose end closes its stdin. It imports nothing of this
 package.
 """
 

@@ -116,7 +116,7 @@ def _card_lines(folder: Path) -> list[str]:
 
 
 def title(folder: Path) -> str:
-    """The name of the adapter that was exported to a folder; empty without a card of this project."""
+    """The name of the adapter that was exported to a folder; empty without a card of ours."""
     if not has_card(folder):
         return ""
     lines = _card_lines(folder)

@@ -322,7 +322,7 @@ def _trained_sections(project: Project) -> list[Training]:
 
 
 def trained_in_template(project: Project) -> bool:
-    """Whether plain prompts train in the base's chat template. Raises UserError if methods differ."""
+    """Whether plain prompts train in the base's chat template. Raises UserError if some do."""
     ways = {section.templated for section in _trained_sections(project)}
     if len(ways) > 1:
         raise UserError(
@@ -371,7 +371,7 @@ def _score_new(
 def _predictions(
     loaded: LoadedModel, prompts: Sequence[Prompt], settings: Evaluate
 ) -> list[dict[str, Any]]:
-    """Each prompt with the scores of its two answers and the top-k; None if it has unknown words."""
+    """Each prompt with its scores and top-k, which are None if it has unknown words."""
     known = [not loaded.tokenizer.unknown_words(prompt.prompt) for prompt in prompts]
     pairs = []
     for prompt, is_known in zip(prompts, known, strict=True):

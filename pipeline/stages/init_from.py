@@ -42,7 +42,7 @@ class Continued(NamedTuple):
     """What a run takes over from the run that made its first adapter."""
 
     state: Mapping[str, Tensor] | None = None  # the optimizer's, if it was kept
-    # the steps of that run, if this one reads the same data in the same order: it goes on after them
+    # the steps of that run, if this one reads the same data in the same order and starts after it
     seen: int = 0
 
 

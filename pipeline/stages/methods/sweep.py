@@ -294,7 +294,7 @@ def run(job: Job) -> Generator[Event, None, Facts]:
 def _waiting_pass(
     job: Job, adapters: Mapping[str, Adapter], earlier: Mapping[str, Any], number: int, passes: int
 ) -> Generator[Event, None, dict[str, Any]]:
-    """Train a pass of several; its adapters wait in the run folder, where a killed sweep resumes."""
+    """Train a pass of several. Its adapters wait in the run folder, so that a sweep can resume."""
     from pipeline.files import artifact
     from pipeline.project.runner import Progress, discard_checkpoints
 
