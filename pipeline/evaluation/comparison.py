@@ -132,14 +132,17 @@ def comparison(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """
     largest = max((numbers["bytes"] for numbers in metrics.values()), default=0)
     unit, name = next((pair for pair in UNITS if largest >= 10 * pair[0]), UNITS[-1])
+    size = f"size\n({name})"
+    cells = {
+        variant: {"model": variant, **_cells(numbers), size: f"{numbers['bytes'] / unit:,.0f}"}
+        for variant, numbers in metrics.items()
+    }
+    measured = {column for row in cells.values() for column in row}
+    shown = [column for column in ("model", *COLUMNS, size) if column in measured]
     rows = []
-    for variant, numbers in metrics.items():
-        cells = _cells(numbers)
-        size = f"{numbers['bytes'] / unit:,.0f}"
-        rows.append([variant, *(cells.get(column, MISSING) for column in COLUMNS), size])
-    columns = ["model", *COLUMNS, f"size\n({name})"]
-    shown = [n for n in range(len(columns)) if any(row[n] != MISSING for row in rows)]
-    return [columns[n] for n in shown], [[row[n] for n in shown] for row in rows]
+    for row in cells.values():
+        rows.append([row.get(column, MISSING) for column in shown])
+    return shown, rows
 
 
 def legend(columns: Sequence[str]) -> str:

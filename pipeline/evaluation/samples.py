@@ -15,9 +15,8 @@ def sample_answers(
 ) -> list[dict[str, Any]]:
     """For samples.json: greedy answers to the first `most` questions, compared with the data's."""
     asked = questions(examples, loaded.tokenizer, most, loaded.model.max_length)
-    answers = complete_all(
-        loaded, [question.prompt for question in asked], [question.limit for question in asked]
-    )
+    prompts = [question.prompt for question in asked]
+    answers = complete_all(loaded, prompts, [question.limit for question in asked])
     rows = []
     for question, answer in zip(asked, answers, strict=True):
         expected = question.expected or ""

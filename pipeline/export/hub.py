@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
+from functools import partial
 from logging import ERROR, getLogger
 from os.path import exists  # Path.exists raises for a text too long for a name
 from pathlib import Path
@@ -216,7 +217,7 @@ def upload(folder: Path, publication: Publication) -> Generator[Event, None, str
         if branch:
             api.create_branch(name, branch=branch, exist_ok=True)
         there = [file for file in api.list_repo_files(name, revision=branch) if file not in sent]
-        stale = [file for file in there if any(fnmatchcase(file, pattern) for pattern in REPLACED)]
+        stale = [file for file in there if any(map(partial(fnmatchcase, file), REPLACED))]
         operations: list[Any] = [CommitOperationDelete(file) for file in stale]
         operations += [CommitOperationAdd(file, folder / file) for file in sent]
         commit = api.create_commit(

@@ -401,14 +401,13 @@ def _count_prompts(predictions: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts of must_keep prompts with the old answer first, must_change with the corrected one."""
     if not predictions:
         return {}
-    keep, change = (
-        [p for p in predictions if p["rule"] == rule] for rule in ("must_keep", "must_change")
-    )
+    kept = [bool(p["first"]) for p in predictions if p["rule"] == "must_keep"]
+    corrected = [bool(p["corrected_first"]) for p in predictions if p["rule"] == "must_change"]
     return {
-        "old_prompts_kept": sum(bool(p["first"]) for p in keep),
-        "old_prompts": len(keep),
-        "prompts_corrected": sum(bool(p["corrected_first"]) for p in change),
-        "prompts_to_correct": len(change),
+        "old_prompts_kept": sum(kept),
+        "old_prompts": len(kept),
+        "prompts_corrected": sum(corrected),
+        "prompts_to_correct": len(corrected),
     }
 
 

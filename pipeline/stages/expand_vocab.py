@@ -107,27 +107,21 @@ def _audit(old: Base, new: Base, words: list[str], examples: list[Example]) -> d
         )
     # both to one device, whose rounding is the same
     move_for_inference(nn.ModuleList([old.model, new.model]))
-    matrices = [
-        (before[:V], after[:V])
-        for before, after in zip(
-            _embedding_and_head(old.model), _embedding_and_head(new.model), strict=True
-        )
-    ]
+    before = [weight[:V] for weight in _embedding_and_head(old.model)]  # (V, D) each
+    after = [weight[:V] for weight in _embedding_and_head(new.model)]
     # only the head's old rows: a matrix product with more columns may round differently, though the
     # model is the same
-    old_head, new_head = matrices[1]  # (V, D) each
+    old_head, new_head = before[1], after[1]
     hidden = zip(
         packed_hidden_states(old.model, ids), packed_hidden_states(new.model, ids), strict=True
     )
-    differences = (
-        F.linear(after, new_head) - F.linear(before, old_head) for before, after in hidden
-    )
+    drifts = [float((F.linear(b, new_head) - F.linear(a, old_head)).abs().max()) for a, b in hidden]
     audit = {
         "new_words": words,
         "old_ids_kept": new.tokenizer.words()[:V] == old.tokenizer.words(),
-        "old_rows_identical": all(torch.equal(before, after) for before, after in matrices),
+        "old_rows_identical": all(map(torch.equal, before, after)),
         "sentences_checked": len(ids),
-        "drift": max(float(difference.abs().max()) for difference in differences),
+        "drift": max(drifts),
     }
     if not audit["old_ids_kept"] or not audit["old_rows_identical"] or audit["drift"] != 0:
         raise UserError(

@@ -64,14 +64,10 @@ def compare(
     if curves:  # none where a base is evaluated alone
         left.legend(labelspacing=0.25)
     counts = [metrics[variant]["trainable"] for variant in curves]
-    bars = right.bar(
-        [stages[variant].title.replace(" ", "\n") for variant in curves],
-        counts,
-        color=[look.color for look in looks.values() if look],
-        hatch=[look.hatch for look in looks.values() if look],
-        edgecolor="white",
-        linewidth=0,
-    )
+    titles = [stages[variant].title.replace(" ", "\n") for variant in curves]
+    colors = [look.color for look in looks.values() if look]
+    hatches = [look.hatch for look in looks.values() if look]
+    bars = right.bar(titles, counts, color=colors, hatch=hatches, edgecolor="white", linewidth=0)
     labels = [
         f"{metrics[v]['trainable']:,}\n{metrics[v]['trainable_percent']:.1f}%" for v in curves
     ]
@@ -136,7 +132,7 @@ def _answers_part(metrics: Mapping[str, Any], titles: Mapping[str, str]) -> Iter
 
 def _titled(rows: Sequence[Sequence[str]], titles: Mapping[str, str], at: int) -> list[list[str]]:
     """The rows with the variant's title in column `at`."""
-    return [[titles[cell] if n == at else cell for n, cell in enumerate(row)] for row in rows]
+    return [[*row[:at], titles[row[at]], *row[at + 1 :]] for row in rows]
 
 
 def _findings(

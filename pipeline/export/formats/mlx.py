@@ -76,7 +76,8 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
         model = skeleton(base, trust)
         updates = low_rank_updates(base, export.adapter, trust, dora=True, reading=reading)
         updates = _with_tied_head(model, updates, export.adapter)
-        rank, least = (choose(update.rank for update in updates.values()) for choose in (max, min))
+        ranks = [update.rank for update in updates.values()]
+        rank, least = max(ranks), min(ranks)
         dora = [update.magnitude is not None for update in updates.values()]
         if any(dora) and not all(dora):
             raise UserError(

@@ -31,8 +31,8 @@ def write_adapter(
     another scale has the difference in its B. Raises UserError if llama.cpp does not compute such a
     model.
     """
-    # an alpha of 0 would mean a scale of 1
-    alphas = Counter(alpha for update in updates.values() if (alpha := update.scale * update.rank))
+    # llama.cpp takes an alpha of 0 as a scale of 1
+    alphas = Counter(update.scale * update.rank for update in updates.values() if update.scale)
     alpha = alphas.most_common(1)[0][0] if alphas else 1.0
     tensors: dict[str, Tensor] = {}
     for name, (target, layout) in _targets(updates, model).items():

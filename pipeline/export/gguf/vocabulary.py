@@ -86,8 +86,8 @@ def read_vocabulary(tokenizer: SubwordTokenizer, rows: int) -> Vocabulary:
             texts[id_], kinds[id_] = text, UNUSED
     ids = range(rows)
     metadata: dict[str, Any] = {
-        "tokenizer.ggml.tokens": [texts[id_] for id_ in ids],
-        "tokenizer.ggml.token_type": [kinds[id_] for id_ in ids],
+        "tokenizer.ggml.tokens": list(map(texts.__getitem__, ids)),
+        "tokenizer.ggml.token_type": list(map(kinds.__getitem__, ids)),
     }
     notes = [*_loose_tokens(tree["added_tokens"])]
     if sentencepiece:

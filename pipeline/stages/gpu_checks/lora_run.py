@@ -94,11 +94,14 @@ class LoraRun:
             quantize(self.model, case.quantization, None, device)
         saved = self.model.embedding_and_head if case.trains_embeddings else ()
         attach(self.model, AdapterSpec(RANK, 2 * RANK, TARGETS, saved=saved), torch.float32)
-        encoded = [
-            Encoded(tuple(ids), tuple(label != IGNORED for label in labels))
-            for ids, labels in examples
-        ]
-        windows = InMemoryDataset(list(map(as_window, encoded)), [""] * len(encoded))
+        windows = []
+        self.tokens = self.labels = 0  # of an epoch
+        for ids, labels in examples:
+            learned = tuple(label != IGNORED for label in labels)
+            windows.append(as_window(Encoded(tuple(ids), learned)))
+            self.tokens += len(ids) - 1
+            self.labels += sum(learned[1:])
+        dataset = InMemoryDataset(windows, [""] * len(windows))
         settings = FinetuneLora(
             epochs=10**6,
             batch_size=case.batch,
@@ -109,13 +112,11 @@ class LoraRun:
             gradient_checkpointing="full" if case.checkpointing else "none",
             quantization=case.quantization,
         )
-        batches, counted = Batches(windows, case.batch, None), Lora(RANK, 2.0 * RANK, TARGETS)
+        batches, counted = Batches(dataset, case.batch, None), Lora(RANK, 2.0 * RANK, TARGETS)
         self.task = TrainingTask.of_one(self.model, batches, settings, counted)
         prepare_model(self.model, settings.gradient_checkpointing, case.compiled)
         self.optimizer = build_optimizer(self.model, settings)
         self.steps = steps(self.task, self.optimizer)
-        self.tokens = sum(len(ids) - 1 for ids, _ in examples)  # of an epoch
-        self.labels = sum(sum(label != IGNORED for label in labels[1:]) for _, labels in examples)
         self.model.train()
 
     def trained(self) -> dict[str, nn.Parameter]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class FinetuneDpo(lora.FinetuneLora, frozen=True, kw_only=True):
-    """LoRA trained on pairs of a better and a worse answer."""
+    """LoRA trained on pairs of answers, of which one is better, instead of on answers."""
 
     NOT_SHARED: ClassVar[frozenset[str]] = frozenset({"window"})
     COMPARES: ClassVar[bool] = True

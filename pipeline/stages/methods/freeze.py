@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class FinetuneFreeze(Training, frozen=True, kw_only=True):
-    """The last blocks, embeddings and head train; all else is frozen."""
+    """Layer freezing: the last blocks, embeddings and head train."""
 
     PRETRAINED: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-4, "train_embeddings": False}
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -50,7 +50,9 @@ PEFT_OPTIONS = {  # those that are read, or without effect once the vectors are 
 
 
 class FinetuneIA3(AdapterTraining, frozen=True, kw_only=True):
-    """A vector l trains for each scaled linear: l ⊙ Wx, or W(l ⊙ x) in feed-forward layers."""
+    """One vector a scaled linear trains: l ⊙ Wx, or W(l ⊙ x) in feed-forward layers (Liu et al.
+    2022).
+    """
 
     PRETRAINED: ClassVar[Mapping[str, Any]] = {"feedforward_modules": ("down_proj",)}
 
@@ -221,8 +223,7 @@ def _scaled(model: CausalLM, folder: Path) -> tuple[list[str], list[str]]:
     feed_forward = config.names("feedforward_modules", may_be_pattern=True)
     if not isinstance(targets, str):  # PEFT skips names that the model does not have
         linears = [name for name, module in model.named_modules() if adaptable(module)]
-        known = (end for end in targets if any(matches_suffix(name, end) for name in linears))
-        targets = (*known,) or targets
+        targets = _matching(targets, linears) or targets
 
     def scales_inputs(name: str) -> bool:
         if isinstance(feed_forward, str):
@@ -235,6 +236,11 @@ def _scaled(model: CausalLM, folder: Path) -> tuple[list[str], list[str]]:
         names = targeted(model, AdapterSpec(1, 1.0, targets, excluded=excluded))
         inputs = [name for name in names if scales_inputs(name)]
     return [name for name in names if name not in inputs], inputs
+
+
+def _matching(ends: Sequence[str], names: Iterable[str]) -> tuple[str, ...]:
+    """The `ends` with which at least one of the names ends."""
+    return tuple(end for end in ends if any(matches_suffix(name, end) for name in names))
 
 
 # What the calculator counts, and what it adds to a simulated step.
@@ -251,12 +257,8 @@ class IA3(FinetuningMethod):
 
     def adapted(self, model: Architecture) -> Mapping[str, int]:
         names = {name for name, linear in model.linears() if linear.experts == 1}
-        ends = tuple(
-            end
-            for end in (*KEYS_VALUES, *FEED_FORWARD)
-            if any(matches_suffix(name, end) for name in names)
-        )
-        matching = matching_linears(model, ends or KEYS_VALUES[:2])
+        ends = _matching((*KEYS_VALUES, *FEED_FORWARD), names) or KEYS_VALUES[:2]
+        matching = matching_linears(model, ends)
         return {name: 1 for name in matching if name in names}
 
     def linear_parameters(self, linear: Linear, rank: int) -> int:

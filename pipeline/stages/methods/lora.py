@@ -227,7 +227,8 @@ def _describe_init(
 
 def counted(spec: AdapterSpec, pissa: bool = False) -> Lora:
     """The adapter as the calculator counts it."""
-    rows = max((len(ids) for ids in spec.rows.values()), default=0)
+    rows = max(map(len, spec.rows.values()), default=0)
+    embeddings = "new_rows" if rows else "none"
     return Lora(
         spec.rank,
         spec.alpha,
@@ -236,7 +237,7 @@ def counted(spec: AdapterSpec, pissa: bool = False) -> Lora:
         spec.rslora,
         spec.dora,
         spec.dropout,
-        embeddings="all" if spec.saved else "new_rows" if rows else "none",
+        embeddings="all" if spec.saved else embeddings,
         new_rows=rows,
         pissa=pissa,
         target_parameters=spec.parameters,

@@ -395,13 +395,11 @@ def _train_pass(
         if evaluation is not None and evaluation.dropped(n):
             numbers["dropped"] = True
     if old is not None:
-        from_base = RetentionLoss(base.model, old, of_old, routing.base)
+        divergence = RetentionLoss(base.model, old, of_old, routing.base)
         live = [n for n, learner in enumerate(learners) if not learner.diverged]
         in_order = Batches(old, settings.retention_batch_size, seed=None)
-        divergences = mean_losses(
-            path, in_order, live, lambda batch: path.divergences(batch, from_base)
-        )
-        for n, mean in divergences.items():
+        loss = partial(path.divergences, retain=divergence)
+        for n, mean in mean_losses(path, in_order, live, loss).items():
             measured[n]["divergence"] = mean
     return _save_adapters(job, base, adapters, specs, learners, measured)
 
@@ -474,10 +472,17 @@ def grid_around(project: Project, keys: Sequence[str]) -> dict[str, list[Any]]:
 
     lora = project.params.finetune_lora
     rate = advised_learning_rate(project)
+    rates: list[float] = []
+    ranks: set[int] = set()
+    alphas: list[float] = []
+    for n in range(-2, 3):
+        rates.append(float(f"{rate * 3.0**n:.2g}"))
+        ranks.add(max(1, int(lora.rank * 2.0**n)))
+        alphas.append(lora.alpha * 2.0**n)
     known: dict[str, list[Any]] = {
-        "learning_rate": [float(f"{rate * 3.0**n:.2g}") for n in range(-2, 3)],
-        "rank": sorted({max(1, int(lora.rank * 2.0**n)) for n in range(-2, 3)}),
-        "alpha": [lora.alpha * 2.0**n for n in range(-2, 3)],
+        "learning_rate": rates,
+        "rank": sorted(ranks),
+        "alpha": alphas,
         "target_modules": [["attention"], ["feed_forward"], ["all-linear"]],
     }
     if unknown := [key for key in keys if key not in known]:
