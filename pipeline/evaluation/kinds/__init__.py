@@ -61,4 +61,19 @@ def expected(row: Record, location: str) -> list[str]:
     return [read_string({"answer": text}, "answer", location) for text in texts]
 
 
+def comparing(is_right: Callable[[str, Sequence[str]], bool]) -> Callable[[TaskOptions], Score]:
+    """A scorer by `is_right(answer, expected)`, whose texts are `plain`, by `ignore_case`."""
+
+    def scorer(options: TaskOptions) -> Score:
+        ignore_case = options.values.get("ignore_case", False)
+
+        def score(answer: str, example: TaskExample) -> Scores:
+            texts = [plain(text, ignore_case) for text in expected(example.row, example.location)]
+            return {"score": float(is_right(plain(answer, ignore_case), texts))}
+
+        return score
+
+    return scorer
+
+
 KINDS = Registry[Kind]("evaluation")

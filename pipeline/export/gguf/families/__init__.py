@@ -142,6 +142,12 @@ def rope(parameters: Config, kinds: Iterable[str]) -> dict[str, Any]:
     return settings
 
 
+def rotary(config: Config, kinds: Iterable[str]) -> dict[str, Any]:
+    """The settings of families like Llama: rotary positions of one kind, windows as contexts."""
+    positions = rope(config["rope_parameters"], kinds)
+    return {**attention(config), **within_window(config), **positions}
+
+
 def window_period(config: Config) -> int:
     """n if every nth block has full attention. Raises UserError for other patterns."""
     full = [layer == "full_attention" for layer in config["layer_types"]]

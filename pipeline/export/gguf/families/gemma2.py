@@ -12,6 +12,11 @@ from pipeline.export.gguf.families import (
     window_period,
 )
 
+FIXED = {
+    "hidden_activation": ("gelu_pytorch_tanh", None),
+    "attention_bias": (False,),
+    "use_bidirectional_attention": (None, False),
+}
 LARGE = 46  # blocks of the 27B, whose queries llama.cpp scales by its width per head
 
 
@@ -48,11 +53,7 @@ FAMILY = Family(
     ("gemma2",),
     "gemma2",
     _settings,
-    {
-        "hidden_activation": ("gelu_pytorch_tanh", None),
-        "attention_bias": (False,),
-        "use_bidirectional_attention": (None, False),
-    },
+    FIXED,
     norm_layout,
     own_head=False,
 )

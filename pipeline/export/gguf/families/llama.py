@@ -5,15 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from pipeline.export.gguf.families import (
-    Config,
-    Family,
-    Layout,
-    attention,
-    head_size,
-    rope,
-    within_window,
-)
+from pipeline.export.gguf.families import Config, Family, Layout, head_size, rotary
 
 
 def _layout(config: Config, name: str) -> Layout:
@@ -45,11 +37,7 @@ def _frequency_factors(config: Config) -> dict[str, Tensor]:
 FAMILY = Family(
     ("llama", "mistral"),
     "llama",
-    lambda config: {
-        **attention(config),
-        **within_window(config),
-        **rope(config["rope_parameters"], ("default", "linear", "yarn", "llama3")),
-    },
+    lambda config: rotary(config, ("default", "linear", "yarn", "llama3")),
     {"hidden_act": ("silu",)},
     _layout,
     _frequency_factors,
