@@ -2,8 +2,9 @@
 base is rejected.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ from pipeline.adapters.config import (
     read_spec,
     refuse_options,
 )
-from pipeline.adapters.folder import Fingerprint, refuse_foreign, refuse_pickle
+from pipeline.adapters.folder import Contents, Fingerprint, refuse_foreign, refuse_pickle
 from pipeline.adapters.lora import (
     EMBEDDING_KEYS,
     LINEAR_KEYS,
@@ -118,6 +119,22 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+class Reading(NamedTuple):
+    """How an adapter and its base are read from their folders."""
+
+    tensors: Callable[[Path], Mapping[str, Tensor]] = read_tensors
+    contents: Contents = artifact.contents
+    fingerprint: Fingerprint = base_fingerprint
+
+    @classmethod
+    def once(cls) -> "Reading":
+        """Keeps what it reads, for an operation that needs the same files several times."""
+        return cls(cache(read_tensors), cache(artifact.contents), cache(base_fingerprint))
+
+
+EACH_TIME = Reading()
+
+
 class StoredLora(NamedTuple):
     """A LoRA adapter's files, checked against the base: what it changes, and its tensors by PEFT's
     keys.
@@ -128,9 +145,11 @@ class StoredLora(NamedTuple):
     folder: Path
 
 
-def load_lora(model: CausalLM, base_folder: Path, folder: Path) -> AdapterSpec:
+def load_lora(
+    model: CausalLM, base_folder: Path, folder: Path, reading: Reading = EACH_TIME
+) -> AdapterSpec:
     """Attach LoRA or DoRA, with the modules and rows that are trained beside it."""
-    stored = read_lora(model, base_folder, folder)
+    stored = read_lora(model, base_folder, folder, reading)
     # in the dtype of the file's A and B, which may differ from the base's
     a_dtype = next(
         (value.dtype for key, value in stored.tensors.items() if key.endswith(_A_KEYS)), None
@@ -163,7 +182,9 @@ def stored_values(model: CausalLM, stored: StoredLora) -> Iterator[tuple[nn.Para
 
 
 @one_budget()
-def read_lora(model: CausalLM, base_folder: Path, folder: Path) -> StoredLora:
+def read_lora(
+    model: CausalLM, base_folder: Path, folder: Path, reading: Reading = EACH_TIME
+) -> StoredLora:
     """The adapter in `folder`, before it is attached to `model`, whose embedding and head are
     untied if it unties them.
 
@@ -187,7 +208,7 @@ def read_lora(model: CausalLM, base_folder: Path, folder: Path) -> StoredLora:
             "nor with only one of "
             f"{embedding} and {head} in modules_to_save. Train without it."
         )
-    values = read_tensors(folder)
+    values = dict(reading.tensors(folder))
     base_parameters = dict(model.named_parameters(remove_duplicate=False))
     # PEFT saves the base's embedding with LoRA on it
     for key in [key for key in values if key.endswith(COPY)]:
@@ -225,7 +246,7 @@ def _layout_of(folder: Path) -> object:
 
 
 def load_adapter(
-    model: CausalLM, base_folder: Path, folder: Path, fingerprint: Fingerprint = base_fingerprint
+    model: CausalLM, base_folder: Path, folder: Path, reading: Reading = EACH_TIME
 ) -> Any:
     """Attach the adapter in `folder` to `model`, which was loaded from `base_folder`, or is its
     skeleton.
@@ -236,12 +257,14 @@ def load_adapter(
     its config and this model require, or tensors that are not finite; `model` must not be used
     after that.
     """
-    refuse_foreign(base_folder, folder, fingerprint)
+    refuse_foreign(base_folder, folder, reading.fingerprint, reading.contents)
     kind = str(read_config(folder).get("peft_type") or LORA)
     if kind in OTHER_KINDS:
         return import_module(OTHER_KINDS[kind]).load(model, base_folder, folder)
+    if kind in VIRTUAL:
+        return load_virtual(model, base_folder, folder)
     # read_spec rejects the rest
-    return (load_virtual if kind in VIRTUAL else load_lora)(model, base_folder, folder)
+    return load_lora(model, base_folder, folder, reading)
 
 
 def other_embedding(folder: Path, name: str) -> UserError:

@@ -1,6 +1,4 @@
-"""Confidence intervals of a mean by the bootstrap (Efron 1979): the percentile method, with a fixed
-seed.
-"""
+"""Confidence intervals of a mean by the percentile bootstrap (Efron 1979), with a fixed seed."""
 
 from collections.abc import Sequence
 
@@ -14,8 +12,7 @@ CELLS = 10_000_000  # of counts in memory at once
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """The bounds of the mean's 95% confidence interval.
 
-    For a paired difference, `values` are the differences: to draw pairs is to draw their
-    differences.
+    For a paired difference, pass the differences: drawing pairs is drawing their differences.
     """
     # A resample is n draws, so how often each distinct value occurs in it is multinomial. Most
     # scores are 0 or 1: two counts per resample, instead of n.

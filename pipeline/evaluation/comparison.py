@@ -1,6 +1,4 @@
-"""What an evaluation measured, as the tables of its report, of `lora report` and of the Results
-screen.
-"""
+"""The tables of an evaluation, for its report, `lora report` and the Results screen."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,15 +11,16 @@ from pipeline.inference.catalog import measured_of
 from pipeline.project.stage_graph import Project, Stage
 
 COLUMNS = (  # of the comparison, in two lines each; sizes follow, with their unit
-    *(
-        "trained\nparams",
-        "share\nof all",
-        "answers\nas data",
-        "new\nloss",
-        "new\ncompleted",
-        "old\nloss",
-    ),
-    *("old loss\nchange", "KL from\nbase", "answers\nkept", "prefers\nchosen"),
+    "trained\nparams",
+    "share\nof all",
+    "answers\nas data",
+    "new\nloss",
+    "new\ncompleted",
+    "old\nloss",
+    "old loss\nchange",
+    "KL from\nbase",
+    "answers\nkept",
+    "prefers\nchosen",
 )
 LEGEND = (  # a heading, and the line that explains it
     (
@@ -60,11 +59,10 @@ def stages_by_variant(project: Project) -> dict[str, Stage]:
 
 
 def beside(project: Project, metrics: Mapping[str, Any]) -> dict[Stage, dict[str, Any]]:
-    """Trained models that an evaluation's `metrics` lack: the numbers that training, or another
-    evaluation, measured.
+    """Trained models that an evaluation's `metrics` lack, with what else is known of them.
 
-    They are those that were made since, and adapters without a section in the params file, which
-    `--set` made.
+    They were made since, or are adapters without a section in the params file, made with `--set`.
+    The numbers are those of their training, or of another evaluation.
     """
     models: dict[Stage, dict[str, Any]] = {}
     for stage in project.graph.product.values():
@@ -78,10 +76,9 @@ def beside(project: Project, metrics: Mapping[str, Any]) -> dict[Stage, dict[str
 
 
 def cost(folder: Path, trained: bool) -> dict[str, Any]:
-    """What an artifact's manifest has of parameters and preferences, and the size of its weights on
-    disk.
+    """An artifact's parameters and preferences by its manifest, and the size of its weights.
 
-    `trained`: whether a method made it, which has trained parameters to count. Raises UserError.
+    `trained`: whether a method made it, so that its trained parameters count. Raises UserError.
     """
     manifest = read_manifest(folder)
     parameters = manifest["parameters"]
@@ -102,38 +99,26 @@ def weight_bytes(folder: Path) -> int:
 
 
 def by_variant(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Each variant's numbers: what metrics.json holds beside its `gate`."""
+    """Each variant's numbers: metrics.json without its `gate`."""
     return {name: numbers for name, numbers in metrics.items() if name != "gate"}
 
 
 def task_scores(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and a row of texts for each task and variant, for report and terminal; no rows
-    without tasks.
-    """
-    rows = [
-        [
-            task,
-            variant,
-            f"{scores['score']:.3f}",
-            _interval(scores),
-            *_difference(scores),
-            f"{scores['n']:,}",
-        ]
-        for task in dict.fromkeys(
-            task for numbers in metrics.values() for task in numbers.get("tasks", {})
-        )
-        for variant, numbers in metrics.items()
-        if task in numbers.get("tasks", {})
-        for scores in (numbers["tasks"][task],)
-    ]
+    """Headings and a row of texts for each task and variant, for report and terminal."""
+    by_variant = {variant: numbers.get("tasks", {}) for variant, numbers in metrics.items()}
+    tasks = dict.fromkeys(task for scored in by_variant.values() for task in scored)
+    rows = []
+    for task in tasks:
+        for variant, scored in by_variant.items():
+            if task not in scored:
+                continue
+            scores = scored[task]
+            change, its_interval = MISSING, ""
+            if difference := scores.get("difference"):
+                change, its_interval = f"{difference['score']:+.3f}", _interval(difference, "+")
+            mean, n = f"{scores['score']:.3f}", f"{scores['n']:,}"
+            rows.append([task, variant, mean, _interval(scores), change, its_interval, n])
     return list(TASK_COLUMNS), rows
-
-
-def _difference(scores: Mapping[str, Any]) -> tuple[str, str]:
-    difference = scores.get("difference")
-    return (
-        (f"{difference['score']:+.3f}", _interval(difference, "+")) if difference else (MISSING, "")
-    )
 
 
 def _interval(numbers: Mapping[str, Any], sign: str = "") -> str:
@@ -141,20 +126,23 @@ def _interval(numbers: Mapping[str, Any], sign: str = "") -> str:
 
 
 def comparison(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and a row of texts for each variant: what was learned, what was forgotten, for
-    report and terminal.
+    """Headings and a row of texts for each variant: what it learned and what it forgot.
 
-    A column that was measured of no variant is left out.
+    A column without a number is left out.
     """
     largest = max((numbers["bytes"] for numbers in metrics.values()), default=0)
     unit, name = next((pair for pair in UNITS if largest >= 10 * pair[0]), UNITS[-1])
-    rows = [
-        [variant, *_cells(numbers), f"{numbers['bytes'] / unit:,.0f}"]
+    size = f"size\n({name})"
+    cells = {
+        variant: {"model": variant, **_cells(numbers), size: f"{numbers['bytes'] / unit:,.0f}"}
         for variant, numbers in metrics.items()
-    ]
-    columns = ["model", *COLUMNS, f"size\n({name})"]
-    shown = [n for n in range(len(columns)) if any(row[n] != MISSING for row in rows)]
-    return [columns[n] for n in shown], [[row[n] for n in shown] for row in rows]
+    }
+    measured = {column for row in cells.values() for column in row}
+    shown = [column for column in ("model", *COLUMNS, size) if column in measured]
+    rows = []
+    for row in cells.values():
+        rows.append([row.get(column, MISSING) for column in shown])
+    return shown, rows
 
 
 def legend(columns: Sequence[str]) -> str:
@@ -163,47 +151,41 @@ def legend(columns: Sequence[str]) -> str:
 
 
 def certified(metrics: Mapping[str, Any]) -> list[str]:
-    """A line for each variant whose numbers are another's, as its certificate says that both answer
-    alike.
-    """
-    copies = {
-        name: numbers["measured_as"]
+    """A line for each variant that has another's numbers, by the certificate of its merge."""
+    return [
+        f"{name}: the numbers of {numbers['measured_as']}, by the certificate of the merge."
         for name, numbers in metrics.items()
         if "measured_as" in numbers
-    }
-    return [
-        f"{name}: the numbers of {other}, by the certificate of the merge."
-        for name, other in copies.items()
     ]
 
 
-def _cells(numbers: Mapping[str, Any]) -> list[str]:
-    trained, forgetting, preferences = map(numbers.get, ("trainable", "forgetting", "preferences"))
-    return [
-        _count(trained) if trained else MISSING,
-        f"{numbers['trainable_percent']:.1f}%" if trained else MISSING,
-        _answers(numbers.get("answers", {})),
-        f"{numbers['new_loss']:.3f}" if "new_loss" in numbers else MISSING,
-        f"{numbers['new_completed']}/{numbers['new_sentences']}"
-        if "new_completed" in numbers
-        else MISSING,
-        f"{numbers['old_loss']:.3f}" if forgetting else MISSING,
-        f"{forgetting['loss_rise']:+.3f}" if forgetting else MISSING,
-        f"{forgetting['divergence']:.3f}" if forgetting else MISSING,
-        f"{forgetting['answers_kept']:.0%}" if forgetting else MISSING,
-        " → ".join(f"{preferences[when]['accuracy']:.0%}" for when in ("before", "after"))
-        if preferences
-        else MISSING,
-    ]
+def _cells(numbers: Mapping[str, Any]) -> dict[str, str]:
+    """Heading of COLUMNS → what was measured, as text."""
+    cells = {}
+    if trained := numbers.get("trainable"):
+        # a terminal has no room for more digits, which metrics.json has
+        shown = f"{trained:,}" if trained < 1_000_000 else f"{trained / 1e6:,.1f}M"
+        cells["trained\nparams"] = shown
+        cells["share\nof all"] = f"{numbers['trainable_percent']:.1f}%"
 
+    answers = numbers.get("answers", {})
+    if answers.get("n"):
+        cells["answers\nas data"] = f"{answers['as_expected']}/{answers['n']}"
+    elif similar := answers.get("similar"):
+        cells["answers\nas data"] = f"{similar['rouge_l']:.2f}"
 
-def _answers(counts: Mapping[str, Any]) -> str:
-    if counts.get("n"):
-        return f"{counts['as_expected']}/{counts['n']}"
-    similar = counts.get("similar")
-    return f"{similar['rouge_l']:.2f}" if similar else MISSING
+    if "new_loss" in numbers:
+        cells["new\nloss"] = f"{numbers['new_loss']:.3f}"
+    if "new_completed" in numbers:
+        cells["new\ncompleted"] = f"{numbers['new_completed']}/{numbers['new_sentences']}"
 
+    if forgetting := numbers.get("forgetting"):
+        cells["old\nloss"] = f"{numbers['old_loss']:.3f}"
+        cells["old loss\nchange"] = f"{forgetting['loss_rise']:+.3f}"
+        cells["KL from\nbase"] = f"{forgetting['divergence']:.3f}"
+        cells["answers\nkept"] = f"{forgetting['answers_kept']:.0%}"
 
-def _count(number: int) -> str:
-    """Whole, or where a terminal has no room for that in millions: metrics.json has all digits."""
-    return f"{number:,}" if number < 1_000_000 else f"{number / 1e6:,.1f}M"
+    if preferences := numbers.get("preferences"):
+        before, after = (preferences[when]["accuracy"] for when in ("before", "after"))
+        cells["prefers\nchosen"] = f"{before:.0%} → {after:.0%}"
+    return cells

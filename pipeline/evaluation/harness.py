@@ -1,6 +1,4 @@
-"""Runs tasks of lm-evaluation-harness (Gao et al., `lm-eval`) on models of this project, one after
-the other.
-"""
+"""Runs tasks of lm-evaluation-harness (Gao et al., `lm-eval`) on models, one after the other."""
 
 import logging
 import math
@@ -8,7 +6,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,29 +25,23 @@ Folders = Mapping[str, tuple[Path, Path | None]]  # name → base and adapter
 
 @dataclass(frozen=True)
 class HarnessOptions:
-    """`tasks`: names, or YAML files. `include_path`: a folder of more tasks. `limit`: the first
-    examples of each only. `num_fewshot`: None: as the task says. `apply_chat_template`: ask in
-    turns of the model's chat template."""
+    """What to run, and how the models are asked."""
 
-    tasks: Sequence[str]
-    include_path: Path | None = None
-    limit: int | None = None
-    num_fewshot: int | None = None
-    apply_chat_template: bool = False
+    tasks: Sequence[str]  # names, or YAML files
+    include_path: Path | None = None  # a folder of more tasks
+    limit: int | None = None  # examples of each task; None: all
+    num_fewshot: int | None = None  # None: as the task says
+    apply_chat_template: bool = False  # ask in turns of the model's chat template
 
 
 def named(base: Path | None, adapters: Sequence[Path]) -> dict[str, tuple[Path, Path | None]]:
-    """The bases, each followed by the adapters on it. Raises UserError if an adapter's base is not
-    found.
-    """
-    bases = (
-        [base or base_of(adapter) for adapter in adapters] if adapters else [base or base_of(None)]
-    )
+    """The bases, each followed by its adapters. Raises UserError if a base is missing."""
+    bases = {adapter: base or base_of(adapter) for adapter in adapters or (None,)}
     models: dict[str, tuple[Path, Path | None]] = {}
-    for each in dict.fromkeys(bases):
-        models[str(each)] = each, None
+    for folder in dict.fromkeys(bases.values()):
+        models[str(folder)] = folder, None
         models |= {
-            str(a): (each, a) for a, own in zip(adapters, bases, strict=False) if own == each
+            str(adapter): (folder, adapter) for adapter in adapters if bases[adapter] == folder
         }
     return models
 
@@ -57,8 +49,7 @@ def named(base: Path | None, adapters: Sequence[Path]) -> dict[str, tuple[Path, 
 def run(
     models: Folders, options: HarnessOptions, trust_remote_code: bool, note: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The scores of all models as one document; `note` is called with what the user should know
-    meanwhile.
+    """The scores of all models, as the JSON that is printed; `note` tells the user what happens.
 
     Each base is loaded once for itself and the adapters behind it. Raises UserError for everything
     that goes wrong inside lm-eval, a task's own code included.
@@ -93,12 +84,13 @@ def run(
             about = {task: _describe(task, scored) for task in results[name]}
     if not results:
         raise UserError("No model knows the words of these tasks. Use those of the training data.")
-    settings = {
-        key: value
-        for key, value in asdict(options).items()
-        if key in ("limit", "apply_chat_template")
+    return {
+        "lm_eval": version("lm-eval"),
+        "limit": options.limit,
+        "apply_chat_template": options.apply_chat_template,
+        "tasks": about,
+        "results": results,
     }
-    return {"lm_eval": version("lm-eval"), **settings, "tasks": about, "results": results}
 
 
 def _make_room(pool: ModelPool, base: Path, adapter: Path | None) -> None:
@@ -110,9 +102,7 @@ def _make_room(pool: ModelPool, base: Path, adapter: Path | None) -> None:
 
 
 def _load_tasks(options: HarnessOptions) -> dict[str, dict[str, Any]]:
-    """lm-eval's tasks and groups by name. Raises UserError for unknown ones and for data that
-    cannot be loaded.
-    """
+    """lm-eval's tasks and groups by name. Raises UserError for what is unknown or not loadable."""
     from datasets import disable_progress_bars
     from lm_eval.tasks import TaskManager
 
@@ -129,24 +119,23 @@ def _load_tasks(options: HarnessOptions) -> dict[str, dict[str, Any]]:
     if not {*names} <= paths | {*manager.all_subtasks}:
         manager = TaskManager(include_path=folder)
     if unknown := [name for name in names if name not in paths and name not in manager.task_index]:
-        near = ", ".join(
-            meant for name in unknown if (meant := suggest(name, manager.all_tasks, {}))
-        )
+        near = [suggest(name, manager.all_tasks, {}) for name in unknown]
+        meant = ", ".join(filter(None, near))
+        hint = f"Did you mean {meant}? " if meant else ""
         raise UserError(
-            f"unknown task {', '.join(unknown)}. "
-            f"{f'Did you mean {near}? ' if near else ''}--harness takes a task of "
-            "lm-eval or of --include-path, or a YAML file."
+            f"unknown task {', '.join(unknown)}. {hint}--harness takes a task of lm-eval or of "
+            "--include-path, or a YAML file."
         )
     loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in names:
         with _explained(f"task {name} cannot be loaded"):
-            for kind, found in manager.load([name]).items():
-                loaded[kind] |= found
+            for kind, entries in manager.load([name]).items():
+                loaded[kind] |= entries
     for task in loaded["tasks"].values():
-        own = task.get_config("num_fewshot")
-        if options.num_fewshot is not None and own != 0:  # 0: the task rules examples out
+        number = task.get_config("num_fewshot")
+        if options.num_fewshot is not None and number != 0:  # 0: the task rules examples out
             task.set_config(key="num_fewshot", value=options.num_fewshot)
-        elif own is None:
+        elif number is None:
             task.set_config(key="num_fewshot", value=0)
     return loaded
 
@@ -155,8 +144,7 @@ def _evaluate(model: Any, tasks: Any, options: HarnessOptions) -> Any:
     """lm-eval's results, from the same seeds for each model."""
     from lm_eval.evaluator import evaluate
 
-    # simple_evaluate would do this too, and then spend up to 15 s per model on describing the
-    # machine.
+    # simple_evaluate would do the same, and then describe the machine, up to 15 s per model
     random.seed(SEEDS[0])
     np.random.seed(SEEDS[1])
     for task in tasks["tasks"].values():
@@ -175,10 +163,6 @@ def _evaluate(model: Any, tasks: Any, options: HarnessOptions) -> Any:
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
     """Turns whatever lm-eval, its libraries or a task's code raises into a UserError."""
-    read = (
-        "Data of the hub needs the network; local files are named by `dataset_path: json` and "
-        "`data_files`."
-    )
     try:
         yield
     except UserError:
@@ -186,11 +170,12 @@ def _explained(what: str) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        hint = (
-            read
-            if isinstance(error, OSError)
-            else "Check the YAML file of the task, and the code that it names."
-        )
+        hint = "Check the YAML file of the task, and the code that it names."
+        if isinstance(error, OSError):
+            hint = (
+                "Data of the hub needs the network; local files are named by `dataset_path: json` "
+                "and `data_files`."
+            )
         raise UserError(
             f"{what}: {type(error).__name__}: {first_line(error).rstrip('.')}. {hint}"
         ) from None
@@ -200,28 +185,20 @@ def _metrics(scores: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     """lm-eval's `metric,filter` → value and standard error; None where lm-eval has none."""
 
     def finite(value: Any) -> float | None:
-        return (
-            float(value)
-            if isinstance(value, int | float | np.number) and math.isfinite(value)
-            else None
-        )
+        is_number = isinstance(value, int | float | np.number) and math.isfinite(value)
+        return float(value) if is_number else None
 
-    names = [key for key in scores if "," in key and "_stderr," not in key]
-    return {
-        key: {"value": finite(scores[key]), "stderr": finite(scores.get(_stderr(key)))}
-        for key in names
-    }
-
-
-def _stderr(key: str) -> str:
-    metric, _, used = key.partition(",")
-    return f"{metric}_stderr,{used}"
+    metrics = {}
+    for key, value in scores.items():
+        metric, comma, used = key.partition(",")
+        if comma and not metric.endswith("_stderr"):
+            error = scores.get(f"{metric}_stderr,{used}")
+            metrics[key] = {"value": finite(value), "stderr": finite(error)}
+    return metrics
 
 
 def _describe(task: str, scored: Mapping[str, Any]) -> dict[str, Any]:
-    """What was asked of every model: the task's version, its examples and how many of them stand
-    before each.
-    """
+    """The task's version, its number of examples, and how many of them precede each prompt."""
     return {
         "version": scored["versions"].get(task),
         "num_fewshot": scored["n-shot"].get(task),
@@ -237,13 +214,13 @@ def table(document: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str,
         for key in next(iter(results.values()))[task]:
             metric, _, used = key.partition(",")
             arrow = {True: " ↑", False: " ↓"}.get(about["higher_is_better"].get(metric), "")
-            label = f"{metric}{'' if used == 'none' else f' ({used})'}{arrow}"
-            rows.append((task, label, *(_cell(scores[task][key]) for scores in results.values())))
+            by = "" if used == "none" else f" ({used})"
+            cells = [_cell(**scores[task][key]) for scores in results.values()]
+            rows.append((task, f"{metric}{by}{arrow}", *cells))
     return ("task", "metric", *results), rows
 
 
-def _cell(score: Mapping[str, float | None]) -> str:
-    value, error = score["value"], score["stderr"]
-    return (
-        "–" if value is None else f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
-    )
+def _cell(value: float | None, stderr: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"

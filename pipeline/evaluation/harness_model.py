@@ -1,5 +1,6 @@
-"""A loaded model as lm-evaluation-harness's `LM`, with the tokens, truncations and stop sequences
-of its `hf` model.
+"""A loaded model as lm-evaluation-harness's `LM`.
+
+Its tokens, truncations and stop sequences are those of lm-eval's `hf` model.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,8 +34,7 @@ class UnknownWords(UserError):
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
-    """The model that `pool` calls `name`. Its inputs are packed, and its answers generated in
-    batches of many requests.
+    """The model `name` of `pool`. Inputs are packed, and answers generated in batches.
 
     Generation also stops at the end-of-turn token of the chat template, as everywhere here.
     `truncated` counts the requests whose context was cut from the left.
@@ -58,9 +58,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """The context of a text that has none: BOS if the tokenizer names one, even if it writes
-        none itself.
-        """
+        """The context of a text that has none: BOS, even if the tokenizer itself writes none."""
         tokenizer = self._tokenizer
         named = tokenizer.special_ids() if isinstance(tokenizer, SubwordTokenizer) else {}
         return named.get("bos", tokenizer.end_id)
@@ -80,18 +78,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             raise UnknownWords(
                 f"{self._name} does not know: {', '.join(unknown)}. It is a word-level model."
             )
-        return list(
-            self._tokenizer.spans(string)[0]
-            if add_special_tokens is False
-            else self._tokenizer.encode(string)
-        )
+        if add_special_tokens is False:
+            return list(self._tokenizer.spans(string)[0])
+        return list(self._tokenizer.encode(string))
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The conversation as a prompt; without `add_generation_prompt` its last turn is left
-        open.
-        """
+        """The conversation as a prompt; without `add_generation_prompt` its last turn is open."""
 
         def render(messages: list[dict[str, str]]) -> str:
             if add_generation_prompt:
@@ -107,9 +101,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             return render(without)
 
     def loglikelihood(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-        """Of each continuation after its context, and whether it is the greedy one; lm-eval shows
-        no bar of its own.
-        """
+        """Of each continuation after its context, and whether it is the greedy one."""
+        # without lm-eval's progress bar
         scored: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return scored
 
@@ -118,15 +111,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self, requests: Sequence[Tokenized], **_: Any
     ) -> list[tuple[float, bool]]:
         """`loglikelihood` of ids."""
-        # Choices that differ in their last token alone, such as " A" and " B", have the same input,
-        # which is read once.
+        # Choices that differ only in their last token, such as " A" and " B", have the same input.
+        # It is read once.
         numbers_of: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for number, (_request, context, continuation) in enumerate(requests):
             if not 0 < len(continuation) <= self.max_length:
                 raise UserError(
                     f"A continuation has {len(continuation)} tokens; {self._name} takes 1 to "
-                    f"{self.max_length}. Change "
-                    "doc_to_choice or doc_to_target of the task."
+                    f"{self.max_length}. Change doc_to_choice or doc_to_target of the task."
                 )
             ids = (*context, *continuation)
             self.truncated += len(ids) > self.max_length + 1
@@ -138,55 +130,40 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         every = packed_hidden_states(self._model, [ids for ids, _length in inputs])
         # none where stderr is no terminal
         shown = tqdm(every, desc=self._name, total=len(inputs), disable=None)
-        for (key, numbers), hidden in zip(
-            ((key, numbers_of[key]) for key in inputs), shown, strict=True
-        ):
+        for key, hidden in zip(inputs, shown, strict=True):
+            numbers = numbers_of[key]
             continuations = torch.tensor([requests[number][2] for number in numbers])  # (M, T)
             scored = self._log_likelihoods(hidden[-key[1] :], continuations)
             answers |= zip(numbers, scored, strict=True)
         return [answers[number] for number in range(len(requests))]
 
     def _log_likelihoods(self, hidden: Tensor, continuations: Tensor) -> list[tuple[float, bool]]:
-        """Those of continuations (M, T) whose tokens are all predicted by the same hidden states
-        (T, D).
-        """
+        """Those of continuations (M, T) that the same hidden states (T, D) predict."""
         total = torch.zeros(len(continuations), dtype=torch.float64)
         greedy = torch.ones(len(continuations), dtype=torch.bool)
-        for rows, labels in zip(
-            hidden.split(CHUNK),  # type: ignore[no-untyped-call]
-            continuations.T.to(hidden.device).split(CHUNK),  # type: ignore[no-untyped-call]
-            strict=True,
-        ):
+        predicted = torch.split(hidden, CHUNK)
+        expected = torch.split(continuations.T.to(hidden.device), CHUNK)
+        for rows, labels in zip(predicted, expected, strict=True):
             log_p = finite(self._model.logits(rows).float()).log_softmax(-1)  # (n, V)
             total += log_p.gather(1, labels).cpu().double().sum(0)  # MPS has no fp64
             greedy &= (log_p.argmax(-1, keepdim=True) == labels).all(0).cpu()
         return [*zip(total.tolist(), greedy.tolist(), strict=True)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
-        """Log-likelihood of each text, every token of it once: a text longer than the model takes
-        is cut in windows.
-        """
-        windows = [
-            (number, *make_disjoint_window(window))
-            for number, request in enumerate(requests)
-            for window in get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            )
-        ]
+        """Log-likelihood of each text; one that is too long is cut in windows without overlap."""
+        windows: list[Tokenized] = []
+        for number, request in enumerate(requests):
+            ids, start = self.tok_encode(request.args[0]), self.prefix_token_id
+            for window in get_rolling_token_windows(ids, start, self.max_length, context_len=1):
+                windows.append((number, *make_disjoint_window(window)))
         totals = [0.0] * len(requests)
-        for (number, *_ids), scored in zip(
-            windows, self._loglikelihood_tokens(windows), strict=True
-        ):
-            totals[number] += scored[0]
+        scores = self._loglikelihood_tokens(windows)
+        for (number, *_ids), (log_likelihood, _greedy) in zip(windows, scores, strict=True):
+            totals[number] += log_likelihood
         return totals
 
     def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
-        """The answer to each request up to its first stop sequence. Raises UserError for settings
-        that are not here.
-        """
+        """Each answer up to its first stop sequence. Raises UserError for unsupported settings."""
         asked = [self._generation(number, request) for number, request in enumerate(requests)]
         answers = [_Answer(self._tokenizer, stops) for _generation, stops in asked]
         room = cache_tokens(self._model, [generation for generation, _stops in asked])
@@ -203,23 +180,19 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return [answer.text for answer in answers]
 
     def _generation(self, number: int, request: Any) -> tuple[Generation, list[str]]:
-        """What to generate, and its stop sequences. Each repetition of a request that is sampled
-        has another seed.
-        """
+        """What to generate, and its stop sequences; `number` is the seed of what is sampled."""
         context, settings = request.args
         kwargs = normalize_gen_kwargs(settings, self.max_gen_toks)
         if others := [key for key in kwargs if key not in GENERATION]:
             raise UserError(
                 f"{request.task_name}: generation_kwargs {', '.join(others)} is not supported. "
-                "Known: "
-                f"{', '.join(GENERATION)}. Remove it from the task."
+                f"Known: {', '.join(GENERATION)}. Remove it from the task."
             )
         limit = kwargs["max_gen_toks"]
         if not 0 < limit < self.max_length:
             raise UserError(
                 f"{request.task_name}: max_gen_toks must be from 1 to {self.max_length - 1} for "
-                f"{self._name}, got "
-                f"{limit}. Change it in generation_kwargs of the task."
+                f"{self._name}, got {limit}. Change it in generation_kwargs of the task."
             )
         ids = self.tok_encode(context) or [self.prefix_token_id]
         self.truncated += len(ids) + limit > self.max_length
@@ -232,7 +205,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def max_gen_toks(self) -> int:
-        """Where a task names none."""
+        """For a task that sets no limit."""
         return 256
 
 
@@ -246,15 +219,12 @@ class _Answer:
         self.ended: Future[str | Exception] = Future()
 
     def add(self, token: GeneratedToken) -> None:
-        """Called on the generator's thread, which may be ahead of the one that hands out
-        `cancel`.
-        """
+        """Called on the generator's thread, which may be ahead of the one that sets `cancel`."""
         self._ids.append(token.id)
         self._decoded += self._decode(token.id)
         # A special token is left out of decoded text, but may be a stop sequence.
-        if any(
-            stop in self._decoded or stop == self._tokenizer.word(token.id) for stop in self._stops
-        ):
+        word = self._tokenizer.word(token.id)
+        if any(stop in self._decoded or stop == word for stop in self._stops):
             self.cancel.result()()
 
     @property

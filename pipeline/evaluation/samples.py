@@ -1,4 +1,4 @@
-"""What a model answers to questions of the data, and how many answers are the expected ones."""
+"""A model's answers to questions of the data, and how many are the expected ones."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,34 +13,27 @@ from pipeline.inference.engine import LoadedModel
 def sample_answers(
     loaded: LoadedModel, examples: Iterable[Example], most: int
 ) -> list[dict[str, Any]]:
-    """For samples.json: the model's greedy answers to at most so many examples, each with how it
-    compares.
-    """
+    """For samples.json: greedy answers to the first `most` questions, compared with the data's."""
     asked = questions(examples, loaded.tokenizer, most, loaded.model.max_length)
-    answers = complete_all(
-        loaded, [question.prompt for question in asked], [question.limit for question in asked]
-    )
+    prompts = [question.prompt for question in asked]
+    answers = complete_all(loaded, prompts, [question.limit for question in asked])
     rows = []
     for question, answer in zip(asked, answers, strict=True):
         expected = question.expected or ""
         compared = match(answer, expected)
-        row = {
+        row: dict[str, Any] = {
             "question": question.asked,
             "prompt": question.prompt,
             "reference": expected,
             "answer": answer,
+            "match": compared.how,
         }
-        rows.append({**row, **_fields(compared)})
+        if compared.differs:
+            row["differs"] = list(compared.differs)
+        if compared.rouge_l is not None:
+            row["rouge_l"] = compared.rouge_l
+        rows.append(row)
     return rows
-
-
-def _fields(compared: Match) -> dict[str, Any]:
-    fields: dict[str, Any] = {"match": compared.how}
-    if compared.differs:
-        fields["differs"] = list(compared.differs)
-    if compared.rouge_l is not None:
-        fields["rouge_l"] = compared.rouge_l
-    return fields
 
 
 def match_of(row: Mapping[str, Any]) -> Match:

@@ -1,4 +1,4 @@
-"""Tasks of the user's own, as their files say them."""
+"""The user's tasks: reads and checks their files."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ GENERATED = {
 
 @dataclass(frozen=True)
 class Task:
-    """Examples that are asked and scored alike."""
+    """Examples that are asked and scored in the same way."""
 
     name: str
     kind: Kind
@@ -36,47 +36,38 @@ class Task:
 
 
 def read_tasks(root: Path, names: Sequence[str]) -> list[Task]:
-    """The tasks in the files of evaluate.tasks, in their order; what they name must be among the
-    files too, so that a change of it makes the evaluation out of date. Python files among them are
-    run. Raises UserError.
+    """The tasks in the files of evaluate.tasks, in their order. Raises UserError.
+
+    Files that a task names must be in evaluate.tasks too, so that a change of them makes the
+    evaluation out of date. Python files among them are run.
     """
     files = {(root / name).resolve(): name for name in names}
     used, tasks = set[Path](), list[Task]()
     for path, name in files.items():
         for entry, location in _entries(path, name):
-            used |= {
-                path,
-                *(
-                    (path.parent / str(entry[key])).resolve()
-                    for key in ("file", "scorer")
-                    if key in entry
-                ),
-            }
+            named = [str(entry[key]) for key in ("file", "scorer") if key in entry]
+            used |= {path, *((path.parent / file).resolve() for file in named)}
             task = _read_task(entry, location, name, path.parent, files)
-            if task.name in (each.name for each in tasks):
+            if any(task.name == other.name for other in tasks):
                 raise UserError(
                     f"{location}: there are two tasks {task.name!r}. Rename one of them."
                 )
             tasks.append(task)
     if idle := [name for path, name in files.items() if path not in used]:
         raise UserError(
-            f"{idle[0]} is in evaluate.tasks, but no task is in it and none names it. Tasks are "
-            "in .yaml files, and in "
-            '.jsonl files whose lines have a "kind".'
+            f"{idle[0]} is in evaluate.tasks, but no task is in it and none names it. Tasks are in "
+            '.yaml files, and in .jsonl files whose lines have a "kind".'
         )
     return tasks
 
 
 def _entries(path: Path, name: str) -> Iterator[tuple[Record, str]]:
-    """Each task of a file as it is written, and where; none of a file of other content."""
+    """Each task of a file as it is written, and where; nothing if the file has other content."""
     entries: Any = []
     if path.suffix.lower() in (".yaml", ".yml"):
         entries = strict_yaml.read(path, name)
-        if (
-            not isinstance(entries, list)
-            or not entries
-            or not all(isinstance(entry, dict) for entry in entries)
-        ):
+        is_list = isinstance(entries, list) and entries
+        if not is_list or not all(isinstance(entry, dict) for entry in entries):
             raise UserError(
                 f"{name} must be a list of tasks, each with name, kind and examples, got "
                 f"{abbreviate_repr(entries)}."
@@ -111,15 +102,24 @@ def _read_task(
     }
     if ("examples" in entry) == ("file" in entry):
         raise UserError(f"{location}: give examples, a list, or file, a data file with a row each.")
-    rows = (
-        _rows_of_file(entry, location, folder, files)
-        if "file" in entry
-        else _inline_rows(entry, location)
-    )
-    examples = [_read_example(row, where, kind, options.get("chat", False)) for row, where in rows]
-    return Task(
-        name, kind, options, examples, kind.scorer(TaskOptions(options, location, folder, files))
-    )
+    chat = options.get("chat", False)
+    examples = []
+    for row, where in _rows(entry, location, folder, files):
+        row, prompt = _read_prompt(row, where, chat)
+        if "completion" in row:  # as in the data formats
+            row = {"answer": row["completion"], **row}
+        kind.check(row, where)
+        examples.append(TaskExample(prompt, row, where))
+    score = kind.scorer(TaskOptions(options, location, folder, files))
+    return Task(name, kind, options, examples, score)
+
+
+def _rows(
+    entry: Record, location: str, folder: Path, files: Mapping[Path, str]
+) -> Iterator[tuple[Record, str]]:
+    if "file" in entry:
+        return _rows_of_file(entry, location, folder, files)
+    return _inline_rows(entry, location)
 
 
 def _inline_rows(entry: Record, location: str) -> Iterator[tuple[Record, str]]:
@@ -151,29 +151,14 @@ def _rows_of_file(
         yield row, f"{files[path]}:{number}"
 
 
-def _read_example(row: Record, location: str, kind: Kind, chat: bool) -> TaskExample:
-    """With the keys of the data formats too: messages, whose last answer is the expected one, and
-    completion.
-    """
-    row, prompt = _read_prompt(row, location, chat)
-    if "completion" in row:
-        row = {"answer": row["completion"], **row}
-    kind.check(row, location)
-    return TaskExample(prompt, row, location)
-
-
 def task_prompts(path: Path, name: str) -> Iterator[tuple[str, str]]:
-    """The prompt of each example in a file of tasks, of a chat its last turn, and where it is. No
-    scorer is run, and the data files that tasks name are read. Raises UserError.
+    """The prompt of each example in a file of tasks (the last turn of a chat), and where it is.
+
+    Data files that tasks name are read; scorers are not run. Raises UserError.
     """
     for entry, location in _entries(path, name):
-        rows = _inline_rows(entry, location)
-        if "file" in entry:
-            data = (path.parent / str(entry["file"])).resolve()
-            rows = _rows_of_file(
-                entry, location, path.parent, {data: str(path.parent / str(entry["file"]))}
-            )
-        for row, where in rows:
+        data = path.parent / str(entry.get("file"))
+        for row, where in _rows(entry, location, path.parent, {data.resolve(): str(data)}):
             _, prompt = _read_prompt(row, where, chat=False)
             yield prompt if isinstance(prompt, str) else prompt[-1]["content"] or "", where
 

@@ -1,5 +1,8 @@
-"""Whether files for another program are the model that was exported: that program opens them and is
-compared.
+"""The certificate of exported files: the other program opens them, and is compared with the model.
+
+Files are rejected (`_compare`) if the program reads another chat template or end token
+(`_template_problems`) or other token ids (`_token_problems`), or if its logits differ by more than
+rounding explains (`_logit_problems`). An export writes nothing then.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -21,7 +24,7 @@ from pipeline.models.generate import generate
 from pipeline.project.new_project import DEFAULTS
 from pipeline.project.runner import Event, Progress
 
-# of all prompts: the reference's logits stay in memory, 0.6 GiB of them with Gemma's vocabulary
+# of all prompts: the reference's logits stay in memory, 0.6 GiB with Gemma's vocabulary
 MOST_TOKENS = 640
 GREEDY_TOKENS = 48
 # The largest mean KL, in nats per token, that rounding explains. On SmolLM2-135M it is 1e-8 in f32,
@@ -54,9 +57,7 @@ class Runner(Protocol):
         """(T, V) in fp32 on the CPU."""
 
     def encode(self, text: str) -> list[int] | None:
-        """The ids that it reads in a text or a `Rendered` chat, with its own BOS; None: it has no
-        tokenizer.
-        """
+        """The ids of a text or a `Rendered` chat, with BOS; None if it has no tokenizer."""
 
     def generate(self, ids: Sequence[int], limit: int) -> tuple[list[int], float]:
         """The greedy continuation without an end token, and its tokens per second."""
@@ -79,32 +80,27 @@ class SelfContained(Protocol):
 
 
 class Candidate(NamedTuple):
-    """Files to compare. `kind`: of ROUNDING, which their logits must keep to; any other is
-    quantized, and its numbers are only shown.
-    """
+    """Files to compare."""
 
     label: str
+    # of ROUNDING, the limit of its logits' difference; others are quantized, and have no limit
     kind: str
     size: int
     open: Callable[[], AbstractContextManager[Runner]]
 
 
 class Reference(NamedTuple):
-    """What the exported model reads and computes.
-
-    `prompts`: ids and logits (T, V) of each. `chat`: turns and their rendering; None without a chat
-    template. `greedy`: a prompt's ids, the most tokens after it, and its continuation.
-    """
+    """What the exported model reads and computes."""
 
     tokenizer: Tokenizer
-    prompts: list[tuple[list[int], Tensor]]
+    prompts: list[tuple[list[int], Tensor]]  # ids and logits (T, V)
     texts: list[str]
-    chat: tuple[Turns, Rendered] | None
-    greedy: tuple[list[int], int, list[int]]
+    chat: tuple[Turns, Rendered] | None  # turns and their rendering; None without a chat template
+    greedy: tuple[list[int], int, list[int]]  # a prompt's ids, the most new tokens, those generated
 
 
 def builtin_prompts() -> list[str]:
-    """Everyday English: single sentences, and a longer text in which positions count."""
+    """Everyday English: single sentences, and a longer text, for later positions."""
     lines = (DEFAULTS / "data/heldout.en.txt").read_text(encoding="utf-8").splitlines()
     return [*lines[:16], " ".join(lines[16:])]
 
@@ -115,8 +111,7 @@ def compare(
     candidates: Sequence[Candidate],
     prompts: Sequence[str] = (),
 ) -> Generator[Event, None, dict[str, Any]]:
-    """Compare files with base + adapter as `load` gives them, read by `tokenizer`, the one that was
-    exported.
+    """Compare files with base + adapter as `load` gives them, and the exported `tokenizer`.
 
     One model is in memory at a time. Returns the certificate's entries. Raises UserError if files
     are not the model.
@@ -140,7 +135,7 @@ def compare(
 
 @no_grad()
 def reference(loaded: LoadedModel, tokenizer: Tokenizer, prompts: Sequence[str]) -> Reference:
-    """With logits in fp32, so that only the other program rounds."""
+    """The exported model, with logits in fp32, so that only the other program rounds."""
     model, room = loaded.model, MOST_TOKENS
     ids = list[list[int]]()
     for prompt in prompts:
@@ -150,7 +145,7 @@ def reference(loaded: LoadedModel, tokenizer: Tokenizer, prompts: Sequence[str])
             break
     chat, asked = _rendered_chat(tokenizer, prompts[0]), prompts[0]
     if chat:
-        with suppress(UserError):  # of a template that needs other turns
+        with suppress(UserError):  # from a template that needs other turns
             asked = tokenizer.render([{"role": "user", "content": asked}], True)
     start = list(tokenizer.encode(asked))[: model.max_length // 2]
     limit = min(GREEDY_TOKENS, model.max_length - len(start))
@@ -158,29 +153,26 @@ def reference(loaded: LoadedModel, tokenizer: Tokenizer, prompts: Sequence[str])
     with compute_in_fp32(model):
         logits = [model.logits(hidden).float().cpu() for hidden in packed_hidden_states(model, ids)]
     texts = [text for text in (*SPELLINGS, *prompts) if _knows(tokenizer, text)]
-    return Reference(
-        tokenizer, list(zip(ids, logits, strict=True)), texts, chat, (start, limit, greedy)
-    )
+    pairs = list(zip(ids, logits, strict=True))
+    return Reference(tokenizer, pairs, texts, chat, (start, limit, greedy))
 
 
 def _rendered_chat(tokenizer: Tokenizer, prompt: str) -> tuple[Turns, Rendered] | None:
-    """Several turns with a generation prompt, and a system's turn if the template has a place for
-    it.
-    """
+    """Several turns with a generation prompt; with a system's turn if the template takes one."""
     for content in ("\n".join(SPELLINGS), prompt):
         if not tokenizer.has_template or not _knows(tokenizer, content):
             continue
-        texts = {"system": prompt, "user": content, "assistant": "It is 27."}
         turns = [
-            {"role": role, "content": texts[role]}
-            for role in ("system", "user", "assistant", "user")
+            {"role": "system", "content": prompt},
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": "It is 27."},
+            {"role": "user", "content": content},
         ]
         renderings = []
         for part in (turns[1:], turns):
             with suppress(UserError):
                 renderings.append((part, tokenizer.render(part, True)))
-        # A template that knows no system may write its turn as another's, without what begins a
-        # chat.
+        # a template without system turns may write one as another's turn, and leave out BOS
         starts = [tokenizer.encode(rendered)[:1] for _, rendered in renderings]
         if renderings:
             return renderings[-1 if starts[-1] == starts[0] else 0]
@@ -188,12 +180,9 @@ def _rendered_chat(tokenizer: Tokenizer, prompt: str) -> tuple[Turns, Rendered] 
 
 
 def _knows(tokenizer: Tokenizer, text: str) -> bool:
-    """Whether the tokenizer has every character: what is unknown to it, another program may
-    skip.
-    """
-    return tokenizer.normalize(tokenizer.decode(tokenizer.encode(text))) == tokenizer.normalize(
-        text
-    )
+    """Whether the tokenizer has every character: another program may skip unknown ones."""
+    decoded = tokenizer.decode(tokenizer.encode(text))
+    return tokenizer.normalize(decoded) == tokenizer.normalize(text)
 
 
 def _compare(expected: Reference, candidate: Candidate, runner: Runner) -> dict[str, Any]:
@@ -212,9 +201,8 @@ def _compare(expected: Reference, candidate: Candidate, runner: Runner) -> dict[
         problems += _logit_problems(result, candidate.kind)
     if problems:
         raise UserError(
-            f"{candidate.label} is not the exported model in {runner.name}: "
-            f"{'; '.join(problems)}. Nothing was "
-            "written. Use --format merged or peft, and report this."
+            f"{candidate.label} is not the exported model in {runner.name}: {'; '.join(problems)}. "
+            "Nothing was written. Use --format merged or peft, and report this."
         )
     if isinstance(runner, SelfContained) and expected.chat:
         rendered = runner.chat(expected.chat[0], True)
@@ -232,24 +220,24 @@ def _template_problems(expected: Reference, runner: Runner) -> list[str]:
     problems, tokenizer = [], expected.tokenizer
     ours = tokenizer.template if isinstance(tokenizer, SubwordTokenizer) else None
     if ours != runner.template:
-        which = "no chat template" if runner.template is None else "another chat template"
-        problems.append(
-            f"it has {which}" if ours is not None else "it has a chat template, the model has none"
-        )
+        if ours is None:
+            problems.append("it has a chat template, the model has none")
+        else:
+            which = "no" if runner.template is None else "another"
+            problems.append(f"it has {which} chat template")
     missing = tokenizer.end_ids - runner.ends
     if missing and len(tokenizer.end_ids - missing) < MOST_ENDS:
-        problems.append(
-            f"it does not stop at {', '.join(tokenizer.word(id_) for id_ in sorted(missing))}"
-        )
+        words = [tokenizer.word(id_) for id_ in sorted(missing)]
+        problems.append(f"it does not stop at {', '.join(words)}")
     return problems
 
 
 def _token_problems(expected: Reference, runner: Runner, entry: dict[str, Any]) -> list[str]:
-    """The first text that the program reads differently. Where that is no problem, it is noted in
-    `entry`.
-    """
-    tokenizer = expected.tokenizer
-    for text in (*([expected.chat[1]] if expected.chat else []), *expected.texts):
+    """The first text that the program reads differently; noted in `entry` if it is no problem."""
+    tokenizer, texts = expected.tokenizer, expected.texts
+    if expected.chat:
+        texts = [expected.chat[1], *texts]
+    for text in texts:
         ours, theirs = list(tokenizer.encode(text)), runner.encode(text)
         if theirs is None or theirs == ours:
             continue
@@ -263,8 +251,8 @@ def _token_problems(expected: Reference, runner: Runner, entry: dict[str, Any]) 
             return [f"{reason} (the file adds BOS: a chat that begins with BOS has it twice)"]
         if theirs[:-1] == ours or isinstance(text, Rendered) or expected.chat is None:
             return [reason]
-        # A GGUF file cannot say that BOS or a space precedes a plain text and not a chat. The chat,
-        # which has the same spellings, is the same.
+        # A GGUF file cannot say that BOS or a space precedes plain texts but not chats. The chat,
+        # which has the same spellings, is read alike.
         entry["plain_text_difference"] = at
         break
     return []
@@ -275,11 +263,9 @@ def _logit_problems(result: Difference, kind: str) -> list[str]:
     if limit is None or result.divergence <= limit:  # NaN is not
         return []
     return [
-        f"its logits differ by up to {result.max_logit_difference:.1e}, KL "
-        f"{result.divergence:.1e} nats per token, and "
-        f"rounding to {kind} explains {limit:.0e} (likely causes: the adapter's scale, the order "
-        "of the rows of q and "
-        "k, another base)"
+        f"its logits differ by up to {result.max_logit_difference:.1e}, KL {result.divergence:.1e} "
+        f"nats per token, and rounding to {kind} explains {limit:.0e} (likely causes: the "
+        "adapter's scale, the order of the rows of q and k, another base)"
     ]
 
 
@@ -289,17 +275,13 @@ def first_difference(
     """Number (from 1) and spelling of the first token that differs; None if none does."""
 
     def word(id_: int | None) -> str:
-        return (
-            "the end"
-            if id_ is None
-            else repr(tokenizer.word(id_))
-            if id_ < len(tokenizer)
-            else f"<{id_}>"
-        )
+        if id_ is None:
+            return "the end"
+        return repr(tokenizer.word(id_)) if id_ < len(tokenizer) else f"<{id_}>"
 
-    for number, (one, other) in enumerate(zip_longest(ours, theirs), start=1):
-        if one != other:
-            return {"token": number, "ours": word(one), "theirs": word(other)}
+    for number, (mine, other) in enumerate(zip_longest(ours, theirs), start=1):
+        if mine != other:
+            return {"token": number, "ours": word(mine), "theirs": word(other)}
     return None
 
 
@@ -307,27 +289,25 @@ def describe(certificate: Mapping[str, Any]) -> list[str]:
     """A table of at most 80 columns, and what is not the same."""
     rows = [("format", "size", "KL", "same first choice", "tokens/s", "greedy text")]
     notes = []
-    for each in certificate["files"]:
-        text, greedy = each.get("plain_text_difference"), each["first_greedy_difference"]
+    for file in certificate["files"]:
+        label, greedy = file["format"], file["first_greedy_difference"]
         rows.append(
             (
-                each["format"],
-                f"{each['bytes'] / 2**20:.1f} MiB",
-                f"{max(each['divergence'], 0):.1e}",
-                f"{each['same_first_choices']} of {certificate['prompts_checked']}",
-                f"{each['tokens_per_second']:.0f}",
+                label,
+                f"{file['bytes'] / 2**20:.1f} MiB",
+                f"{max(file['divergence'], 0):.1e}",
+                f"{file['same_first_choices']} of {certificate['prompts_checked']}",
+                f"{file['tokens_per_second']:.0f}",
                 f"differs from token {greedy['token']}" if greedy else "the same",
             )
         )
-        if text:
+        if text := file.get("plain_text_difference"):
             at = f"token {text['token']} is {text['theirs']}, ours {text['ours']}"
-            notes.append(f"{each['format']} reads chats as we do, but not plain texts: {at}.")
+            notes.append(f"{label} reads chats as we do, but not plain texts: {at}.")
+    lines = [f"{certificate['runner']} against base + adapter (KL in nats per token):"]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    heading = f"{certificate['runner']} against base + adapter (KL in nats per token):"
-    return [heading, *("  ".join(_aligned(row, widths)).rstrip() for row in rows), *notes]
-
-
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """Texts to the left, the numbers between them to the right."""
-    first, *numbers, last = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-    return [first.strip().ljust(widths[0]), *numbers, last.strip()]
+    for first, *numbers, last in rows:
+        # texts to the left, the numbers between them to the right
+        cells = map(str.rjust, numbers, widths[1:-1])
+        lines.append("  ".join([first.ljust(widths[0]), *cells, last]))
+    return [*lines, *notes]

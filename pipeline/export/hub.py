@@ -1,6 +1,4 @@
-"""Publish an export on the Hugging Face hub: its card is completed, and its files are sent in one
-commit.
-"""
+"""Publish an export on the Hugging Face hub, with a completed card, in one commit."""
 
 import re
 import sys
@@ -8,6 +6,7 @@ import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
+from functools import partial
 from logging import ERROR, getLogger
 from os.path import exists  # Path.exists raises for a text too long for a name
 from pathlib import Path
@@ -19,8 +18,8 @@ from pipeline.files import artifact
 from pipeline.files.base_model import CARD, HUB, parse_source
 from pipeline.project.runner import Event, Note
 
-# What an earlier push of another format may have left: transformers and PEFT would load it instead
-# of the new files.
+# Files that an earlier push of another format may have left: transformers and PEFT would load them
+# instead of the new ones.
 REPLACED = (
     "*.safetensors",
     "*.index.json",
@@ -35,24 +34,18 @@ LANGUAGE = re.compile(r"[a-z]{2,3}(-\w{2,8})*|code|multilingual", re.ASCII)
 
 
 class Publication(NamedTuple):
-    """The repository, a branch of it (default: main), and what its card says that no file here
-    does.
-
-    `license`: default that of the base. `datasets`: hub ids. `languages`: ISO 639 codes.
-    """
+    """Where an export is published, and what its card says beside what files here know."""
 
     repository: str
     private: bool = False
-    revision: str | None = None
-    license: str | None = None
-    datasets: Sequence[str] = ()
-    languages: Sequence[str] = ()
+    revision: str | None = None  # a branch; default: main
+    license: str | None = None  # default: the base's
+    datasets: Sequence[str] = ()  # hub ids
+    languages: Sequence[str] = ()  # ISO 639 codes
 
 
 def check(publication: Publication, form: str, export: Export, dry_run: bool) -> None:
-    """Everything that can be known before an export, which may take minutes, is written. Raises
-    UserError.
-    """
+    """Raises UserError for all that can be known before an export, which may take minutes."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -135,7 +128,8 @@ def _refuse_unwritable(publication: Publication) -> None:
 def prepare(
     form: str, export: Export, publication: Publication, folder: Path
 ) -> Generator[Event, None, list[str]]:
-    """Write the export to `folder` with a completed card; returns what the format says of its use.
+    """Write the export to `folder` with a completed card; returns the format's lines on its use.
+
     Raises UserError.
     """
     from pipeline.adapters.folder import base_of
@@ -144,9 +138,8 @@ def prepare(
     sources = [export.adapter]
     with suppress(UserError):  # the format says so, if it needs one
         sources.append(export.base or base_of(export.adapter))
-    artifact.refuse_other(
-        folder, has_card(folder) and not (folder / artifact.MANIFEST).exists(), sources
-    )
+    is_export = has_card(folder) and not (folder / artifact.MANIFEST).exists()
+    artifact.refuse_other(folder, is_export, sources)
     with artifact.writing(folder) as out:
         inner = out / folder.name  # a card may name it
         lines = yield from write(form, export, inner)
@@ -158,7 +151,7 @@ def prepare(
 
 
 def _complete_card(path: Path, export: Export, publication: Publication) -> Iterator[Note]:
-    """Write into a card what the publication says; notes what it lacks."""
+    """Write the publication's facts into a card; notes what it still lacks."""
     from huggingface_hub import ModelCard
 
     opened = f'from_pretrained("{publication.repository}"'  # in place of the folder
@@ -170,10 +163,8 @@ def _complete_card(path: Path, export: Export, publication: Publication) -> Iter
         data.license, data.license_name, data.license_link = publication.license.lower(), None, None
     if data.eval_results:
         data.model_name = name
-    data.datasets, data.language = (
-        list(publication.datasets) or None,
-        list(publication.languages) or None,
-    )
+    data.datasets = list(publication.datasets) or None
+    data.language = list(publication.languages) or None
     completed.save(path)
     if not data.license:
         yield Note(
@@ -187,23 +178,18 @@ def _complete_card(path: Path, export: Export, publication: Publication) -> Iter
 
 
 def _refuse_paths(folder: Path) -> None:
-    """Raises UserError for a config that names a file or folder of this machine, as tools once
-    wrote into them.
-    """
+    """Raises UserError for a config that names a path of this machine, as other tools write."""
     for path in sorted(folder.glob("*.json")):
-        if path.name in ("tokenizer.json", "vocab.json"):  # words, of which some look like paths
+        if path.name in ("tokenizer.json", "vocab.json"):  # words, and some look like paths
             continue
         waiting = [artifact.read_json(path, "Export it again")]
         while waiting:
             value: Any = waiting.pop()
             if isinstance(value, dict | list):
                 waiting += value.values() if isinstance(value, dict) else value
-            elif (
-                isinstance(value, str)
-                and Path(value).is_absolute()
-                and len(value) > 1
-                and exists(value)  # noqa: PTH110
-            ):
+                continue
+            is_path = isinstance(value, str) and len(value) > 1 and Path(value).is_absolute()
+            if is_path and exists(value):  # noqa: PTH110
                 raise UserError(
                     f"{path.name} names a path of this machine: {value}. Remove it where it comes "
                     "from."
@@ -224,26 +210,20 @@ def upload(folder: Path, publication: Publication) -> Generator[Event, None, str
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     _refuse_paths(folder)
-    api, name, branch, sent = (
-        HfApi(),
-        publication.repository,
-        publication.revision,
-        files_of(folder),
-    )
+    api, sent = HfApi(), files_of(folder)
+    name, branch = publication.repository, publication.revision
     with _reported(name), warnings.catch_warnings(record=True) as warned:
         api.create_repo(name, private=publication.private or None, exist_ok=True)
         if branch:
             api.create_branch(name, branch=branch, exist_ok=True)
         there = [file for file in api.list_repo_files(name, revision=branch) if file not in sent]
-        stale = [file for file in there if any(fnmatchcase(file, pattern) for pattern in REPLACED)]
-        operations: list[Any] = [
-            *(CommitOperationDelete(file) for file in stale),
-            *(CommitOperationAdd(file, folder / file) for file in sent),
-        ]
+        stale = [file for file in there if any(map(partial(fnmatchcase, file), REPLACED))]
+        operations: list[Any] = [CommitOperationDelete(file) for file in stale]
+        operations += [CommitOperationAdd(file, folder / file) for file in sent]
         commit = api.create_commit(
             name, operations, commit_message="Push from lora-workbench", revision=branch
         )
-    # of the hub, about the card
+    # the hub's warnings about the card
     yield from (Note(" ".join(str(warning.message).split())) for warning in warned)
     return str(commit.commit_url)
 
@@ -294,7 +274,7 @@ def _reported(repository: str) -> Iterator[None]:
                 f"the hub failed ({status}), nothing was committed. Run the same command again "
                 "later"
             )
-        # a rule of the hub: on cards, names, sizes
+        # a rule of the hub for cards, names or sizes
         elif status is not None or type(error) is ValueError:
             message = f"the hub rejects {repository}: {reason}"
         else:

@@ -1,7 +1,6 @@
-"""llama.cpp, where the llama-cpp-py-sync wheel brings one: opens GGUF files and quantizes them.
+"""llama.cpp from the llama-cpp-py-sync wheel, if it is installed: opens and quantizes GGUF files.
 
-Everything native runs in a process of its own (llama_cpp_process.py); nothing is compiled or
-downloaded.
+All native code runs in another process (llama_cpp_process.py); nothing is compiled or downloaded.
 """
 
 import re
@@ -27,25 +26,29 @@ NOT_COMPARED = f"There is no llama.cpp here, so nothing was compared. Install on
 # for one answer, such as the logits of 512 tokens; a large model takes a minute to load
 SILENCE_SECONDS = 600.0
 COMMAND = python_module("pipeline.export.llama_cpp_process")
-# Smaller kinds (iq1, iq2) need statistics of the activations, and without them they are refused or
-# useless.
+# Without statistics of the activations, smaller kinds (iq1, iq2) are rejected or useless.
 KINDS = (
-    *(
-        "f32",
-        "f16",
-        "bf16",
-        "q8_0",
-        "q6_k",
-        "q5_k_m",
-        "q5_k_s",
-        "q5_1",
-        "q5_0",
-        "q4_k_m",
-        "q4_k_s",
-        "q4_1",
-        "q4_0",
-    ),
-    *("iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "iq3_m", "iq3_s", "q2_k"),
+    "f32",
+    "f16",
+    "bf16",
+    "q8_0",
+    "q6_k",
+    "q5_k_m",
+    "q5_k_s",
+    "q5_1",
+    "q5_0",
+    "q4_k_m",
+    "q4_k_s",
+    "q4_1",
+    "q4_0",
+    "iq4_nl",
+    "iq4_xs",
+    "q3_k_l",
+    "q3_k_m",
+    "q3_k_s",
+    "iq3_m",
+    "iq3_s",
+    "q2_k",
 )
 LAST_WORDS = re.compile(
     r"GGML_ASSERT\(.*\) failed|(?:terminate called|error|what\(\)).*", re.IGNORECASE
@@ -64,9 +67,7 @@ def is_installed() -> bool:
 
 
 def find() -> Found | None:
-    """The llama.cpp of this environment; None without one. Raises UserError if it does not
-    start.
-    """
+    """The installed llama.cpp; None without one. Raises UserError if it does not start."""
     if not is_installed():
         return None
     with _Process() as process:
@@ -106,10 +107,9 @@ def certify(
     prompts: Path | None = None,
 ) -> Generator[Event, None, tuple[dict[str, Any], list[str]]]:
     """Compare `files` with base + adapter as `load` gives them, on a file of prompts if given.
-    Returns the certificate's entries, and lines.
 
-    Without a llama.cpp there are no entries, and the line says so. Raises UserError if a file is
-    not the model.
+    Returns the certificate's entries, and lines; without llama.cpp no entries, and a line that says
+    so. Raises UserError if a file is not the model (`certificate.compare`).
     """
     if not is_installed():
         return {}, [NOT_COMPARED]
@@ -118,8 +118,8 @@ def certify(
 
     certificate = yield from compare(load, tokenizer, files, prompt_texts(prompts))
     table = describe(certificate)
-    for each in certificate["files"]:
-        del each["tokens_per_second"]  # two exports of one adapter have the same bytes
+    for file in certificate["files"]:
+        del file["tokens_per_second"]  # two exports of one adapter have the same bytes
     return {"gguf": certificate}, table
 
 
@@ -201,8 +201,9 @@ class LlamaCpp:
     def chat(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
     ) -> str | None:
-        """Messages rendered by llama.cpp's C function. It has a list of templates and picks the one
-        most like the file's; None if it knows none. (llama-server runs the file's own template.)
+        """Messages rendered by llama.cpp's C function; None if it knows no such template.
+
+        It picks the most similar one of its list. (llama-server runs the file's own template.)
         """
         if self.template is None:
             return None
@@ -279,6 +280,5 @@ class _Process:
             return UserError(f"llama.cpp {what}. Install it again: {INSTALL}.")
         return UserError(
             f"{self._file}: llama.cpp {what.rstrip('.')}. The file is damaged, or of a kind that "
-            "this build does not "
-            "know. Write it again, or install a newer llama-cpp-py-sync."
+            "this build does not know. Write it again, or install a newer llama-cpp-py-sync."
         )

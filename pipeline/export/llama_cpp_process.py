@@ -1,8 +1,7 @@
-"""Runs llama.cpp in a process of its own, on one GGUF file, through the library in the
-llama-cpp-py-sync wheel.
+"""Runs llama.cpp on one GGUF file, in a process of its own, by the llama-cpp-py-sync wheel.
 
-A failed GGML_ASSERT aborts its process, and a file of somebody else's may crash it: neither may be
-the user's.
+A failed GGML_ASSERT aborts the process, and a damaged file may crash it, which must not end the
+user's command.
 """
 
 import os
@@ -133,9 +132,7 @@ class Session:
         return str(ffi.buffer(out, size)[:].decode())
 
     def logits(self, ids: Sequence[int]) -> Iterator[bytes]:
-        """fp32 (n, V) of the next positions, in order. The cache is in fp32 too: it is no part of
-        the file.
-        """
+        """fp32 (n, V) of the next positions, in order. The cache, no part of the file, is fp32."""
         self._restart(len(ids), exact=True)
         for start in range(0, len(ids), STEP):
             part = ids[start : start + STEP]
@@ -145,9 +142,7 @@ class Session:
             )[:]
 
     def generate(self, ids: Sequence[int], limit: int) -> dict[str, Any]:
-        """The greedy continuation up to `limit` tokens, without the token that ends it, and its
-        seconds per token.
-        """
+        """The greedy continuation without its end token, up to `limit` tokens, and the seconds."""
         from numpy import frombuffer
 
         self._restart(len(ids) + limit, exact=False)
@@ -167,9 +162,7 @@ class Session:
         return {"ids": new, "seconds": time.perf_counter() - started}
 
     def _restart(self, length: int, exact: bool) -> None:
-        """An empty context for `length` tokens: `exact` with fp32 in attention, else as users get
-        it.
-        """
+        """An empty context for `length` tokens; `exact`: with fp32 in attention, not as users."""
         lib, ffi = self._lib, self._ffi
         if (
             self._context != ffi.NULL
@@ -199,9 +192,7 @@ class Session:
                 raise self._library.failed("the adapter does not fit the model")
 
     def _decode(self, ids: Sequence[int], start: int, every: bool = False) -> None:
-        """Compute the logits of the last of `ids`, which stand at `start` and after, or of every
-        one.
-        """
+        """Compute the logits of the last of `ids`, whose positions begin at `start`, or of all."""
         if wrong := [id_ for id_ in ids if not 0 <= id_ < self._rows]:
             raise Failed(f"token id {wrong[0]} is not one of {self._rows}")
         batch = self._lib.llama_batch_init(len(ids), 0, 1)
@@ -268,7 +259,7 @@ class Handler:
 
 
 def _limit_memory(size: int) -> None:
-    """Leave room for the files three times, since llama.cpp may map, load and repack the weights."""
+    """Limit memory to three times the files, as llama.cpp may map, load and repack, and a rest."""
     worker.limit_memory(3 * size + EXTRA_MEMORY)
 
 

@@ -1,6 +1,4 @@
-"""Runs a model in mlx-lm, to compare what was exported for it. Imported only where mlx-lm is
-installed.
-"""
+"""Runs a model in mlx-lm, to compare an export with it. Imported only if mlx-lm is installed."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -21,9 +19,7 @@ from pipeline.models.save import reported, rope_settings
 
 
 class MLX:
-    """A checkpoint in mlx-lm with an adapter in its format, computed in fp32 so that rounding does
-    not count.
-    """
+    """A checkpoint in mlx-lm with an adapter in its format; fp32, so that rounding is small."""
 
     def __init__(self, base: Path, adapter: Path | None = None) -> None:
         """Raises UserError if mlx-lm cannot open them."""

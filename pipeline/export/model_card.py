@@ -1,5 +1,4 @@
-"""A model card: how an adapter or a merged model was trained and how it was evaluated, from its
-manifest.
+"""A model card: how an adapter or a merged model was trained and evaluated, from its manifest.
 
 Its front matter is the metadata that the Hugging Face hub reads, and follows the hub's rules.
 """
@@ -29,8 +28,7 @@ MERGED = ", merged"  # after the adapter's name in the title
 TAGS = f"tags: [lora, {TAG}]"  # in the cards of earlier versions
 UNNAMED = (
     "`adapter_config.json` names the base by a folder of the machine that it was exported on. "
-    "Write the base's hub id "
-    "there, or its folder here."
+    "Write the base's hub id there, or its folder here."
 )
 LICENSE = re.compile(r"[\w.+-]{1,100}", re.ASCII)  # the form of the hub's identifiers
 BITSANDBYTES = {  # transformers' options for each of our quantizations
@@ -89,10 +87,14 @@ def card(
     made_with = [f"{package} {number}" for package, number in manifest.get("versions", {}).items()]
     if manifest.get("commit"):
         made_with.append(f"code: commit `{manifest['commit']}`")
+    if library:
+        use = "\n".join(["## Use", "", "```sh", *commands, "```"]) if commands else ""
+    else:
+        use = _usage(adapter, folder_name or name, merged)
     parts = [
         f"---\n{metadata.to_yaml()}\n---",
         f"# {name}{MERGED * merged}",
-        _shell(commands) if library else _usage(adapter, folder_name or name, merged),
+        use,
         "" if known or library or merged else UNNAMED,
         _section("Method", _method(adapter, manifest, origin, merged)),
         _section("Adapters" if manifest.get("method") == "combine" else "Data", _data(manifest)),
@@ -105,19 +107,19 @@ def card(
 
 def has_card(folder: Path) -> bool:
     """Whether `folder` holds a card written by this project."""
-    path = folder / CARD
-    return path.is_file() and not {f"- {TAG}", TAGS}.isdisjoint(
-        path.read_text(encoding="utf-8", errors="replace").splitlines()
-    )
+    marks = {f"- {TAG}", TAGS}
+    return (folder / CARD).is_file() and not marks.isdisjoint(_card_lines(folder))
+
+
+def _card_lines(folder: Path) -> list[str]:
+    return (folder / CARD).read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def title(folder: Path) -> str:
-    """The name of the adapter in a folder that was exported here; empty if no card of this project
-    is there.
-    """
+    """The name of the adapter that was exported to a folder; empty without a card of ours."""
     if not has_card(folder):
         return ""
-    lines = (folder / CARD).read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = _card_lines(folder)
     heading = next((line for line in lines if line.startswith("# ")), "")
     return heading.removeprefix("# ").removesuffix(MERGED)
 
@@ -125,8 +127,11 @@ def title(folder: Path) -> str:
 def hub_name(
     adapter: Path, origin: Origin | None, manifest: Mapping[str, Any], base_name: str | None = None
 ) -> str | None:
-    """The hub id of the adapter's base, if it is known: the given name, where it was imported from,
-    or for an adapter from elsewhere the name in its config. A path of this machine is none."""
+    """The hub id of the adapter's base; None if it is unknown, or a path of this machine.
+
+    It is the given name, else where the base was imported from, else for an adapter from elsewhere
+    the name in its config.
+    """
     if base_name or (origin and origin.hub_id):
         name: Any = base_name or (origin and origin.hub_id)
     elif manifest:
@@ -147,9 +152,7 @@ def hub_name(
 
 
 def _license(origin: Origin | None) -> dict[str, str]:
-    """The license of the base, which what is derived from it inherits; without a known one, none is
-    claimed.
-    """
+    """The base's license, which derived models inherit; empty if it is unknown."""
     license = dict(origin.license) if origin else {}
     if not LICENSE.fullmatch(license.get("license", "")):
         return {}
@@ -157,14 +160,10 @@ def _license(origin: Origin | None) -> dict[str, str]:
     if origin and origin.hub_id and link and "://" not in link:  # a file of the base's repository
         from huggingface_hub.constants import ENDPOINT
 
-        license["license_link"] = (
-            f"{ENDPOINT}/{origin.hub_id}/blob/{origin.revision or 'main'}/{link}"
-        )
-    return {
-        key: license[key][:300]
-        for key in ("license", "license_name", "license_link")
-        if license.get(key)
-    }
+        revision = origin.revision or "main"
+        license["license_link"] = f"{ENDPOINT}/{origin.hub_id}/blob/{revision}/{link}"
+    keys = ("license", "license_name", "license_link")
+    return {key: license[key][:300] for key in keys if license.get(key)}
 
 
 def _results(metrics: Mapping[str, Any], manifest: Mapping[str, Any]) -> "Iterator[EvalResult]":
@@ -172,21 +171,16 @@ def _results(metrics: Mapping[str, Any], manifest: Mapping[str, Any]) -> "Iterat
     from huggingface_hub import EvalResult
 
     forgetting, params = metrics.get("forgetting", {}), manifest.get("params", {})
-    # without new_data in the project, what training held out is evaluated, which is never counted
-    # as completed
-    held_out = (
-        params.get("eval_share") or params.get("eval_data")
-    ) and "new_completed" not in metrics
-    new, old = f"new data{', held out' if held_out else ''}", "old data"
-    known_by_heart = (
-        metrics["new_completed"] / max(1, metrics["new_sentences"])
-        if "new_completed" in metrics
-        else None
-    )
+    new, old, completed = "new data", "old data", None
+    if "new_completed" in metrics:
+        completed = metrics["new_completed"] / max(1, metrics["new_sentences"])
+    elif params.get("eval_share") or params.get("eval_data"):
+        # without new_data in the project, what training held out was evaluated
+        new = "new data, held out"
     for dataset, kind, value, name in (
         (new, "loss", metrics.get("new_loss"), "Loss, nats per token"),
         (new, "exact_match", share(metrics.get("answers", {})), "Answers as expected"),
-        (new, "accuracy", known_by_heart, "Completed as in the data"),
+        (new, "accuracy", completed, "Completed as in the data"),
         (old, "loss", metrics.get("old_loss"), "Loss, nats per token"),
         (
             old,
@@ -246,10 +240,6 @@ def _usage(adapter: Path, name: str, merged: bool) -> str:
         "print(tokenizer.decode(output[0]))",
     ]
     return "\n".join(["## Use", "", "```python", *filter(None, lines), "```"])
-
-
-def _shell(commands: Sequence[str]) -> str:
-    return "\n".join(["## Use", "", "```sh", *commands, "```"]) if commands else ""
 
 
 def _section(title: str, lines: Iterable[str]) -> str:
@@ -314,14 +304,13 @@ def _retains(params: Mapping[str, Any]) -> bool:
 
 
 def _data(manifest: Mapping[str, Any]) -> Iterator[str]:
-    # the inputs are adapters, which may lie in artifacts/
+    # the inputs of a combination are adapters, which may be in artifacts/
     combined = manifest.get("method") == "combine"
     params = manifest.get("params", {})
     for name, digest in manifest.get("inputs", {}).items():
+        is_data = combined or not name.startswith(("artifacts/", "../artifacts/"))
         retained = name == params.get("retention_data") != params.get("data")
-        if (combined or not name.startswith(("artifacts/", "../artifacts/"))) and (
-            _retains(params) or not retained
-        ):
+        if is_data and (_retains(params) or not retained):
             yield f"`{name}`{', retained' * retained}, sha256 `{digest}`"
 
 
@@ -365,8 +354,7 @@ def _merge(certificate: Mapping[str, Any], kind: str) -> Iterator[str]:
     if "max_logit_difference" in certificate:
         yield (
             f"against base + adapter on {certificate['prompts_checked']} prompts: largest logit "
-            "difference "
-            f"{certificate['max_logit_difference']:.1e}, divergence "
+            f"difference {certificate['max_logit_difference']:.1e}, divergence "
             f"{certificate['divergence']:.1e} nats per token"
         )
     if certificate and kind != "none":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.folder import quantization_of
-from pipeline.adapters.peft import load_adapter
+from pipeline.adapters.peft import EACH_TIME, Reading, load_adapter
 from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM, Prefix
@@ -49,6 +49,7 @@ def load(
     trust_remote_code: bool = False,
     quantization: Quantization | None = None,
     make_room: Callable[[], bool] = lambda: False,
+    reading: Reading = EACH_TIME,
 ) -> LoadedModel:
     """The checkpoint at `base`, with the adapter at `adapter` if given, ready on the best device.
 
@@ -62,7 +63,7 @@ def load(
     # before the adapter, whose tensors go where the layers are
     move_for_inference(model, make_room)
     if adapter is not None:
-        load_adapter(model, base, adapter)
+        load_adapter(model, base, adapter, reading)
     return LoadedModel(name or (adapter or base).name, model.eval(), tokenizer, base, adapter)
 
 

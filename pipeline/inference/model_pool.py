@@ -18,7 +18,7 @@ from torch import nn
 from pipeline.adapters.attach import AdapterScale
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.folder import quantization_of
-from pipeline.adapters.peft import load_adapter
+from pipeline.adapters.peft import Reading, load_adapter
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
 from pipeline.files.digest_cache import Signature, signature
@@ -168,7 +168,9 @@ class ModelPool:
         else:
             # before loading: a change then shows
             adapted, files = view(shared.loaded.model), signature(adapter)
-            spec = load_adapter(adapted, base, adapter, lambda _: shared.fingerprint)
+            spec = load_adapter(
+                adapted, base, adapter, Reading(fingerprint=lambda _: shared.fingerprint)
+            )
             loaded = LoadedModel(name, adapted.eval(), shared.loaded.tokenizer, base, adapter)
             lora = spec if isinstance(spec, AdapterSpec) else None
             scales = AdapterScale(adapted, shared.loaded.model, lora) if lora is not None else None

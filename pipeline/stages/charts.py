@@ -1,8 +1,7 @@
-"""`python -m pipeline.stages.charts`: reads a chart's description as JSON from stdin, writes SVG or
-PNG to stdout.
+"""`python -m pipeline.stages.charts`: a chart's description as JSON from stdin → SVG or PNG.
 
 It runs in a separate process, so that the terminal UI never loads matplotlib. It is no part of
-`report.py`, since a change there makes evaluate's artifact stale.
+`report.py`, where a change makes evaluate's artifact out of date.
 """
 
 import json
@@ -18,9 +17,7 @@ WIDTH, HEIGHT, PANEL = 8.0, 4.2, 1.8  # inches; PANEL: height of each further pa
 
 
 def draw(picture: Mapping[str, Any]) -> bytes:
-    """The file's bytes. `picture` comes from the Curves screen, its panels from
-    `tui.screens.curves.export.panel`.
-    """
+    """The file's bytes; the Curves screen makes `picture` (`tui.screens.curves.export`)."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -62,7 +59,9 @@ def _draw_curve(axis: Any, curve: Mapping[str, Any], number: int) -> None:
     raw = [value for pair in zip(curve["low"], curve["high"], strict=True) for value in pair]
     axis.plot([value for value in x for _ in range(2)], raw, color=color, alpha=0.3, linewidth=0.6)
     axis.plot(
-        *(x, mean, DASHES[number % len(DASHES)]),
+        x,
+        mean,
+        DASHES[number % len(DASHES)],
         color=color,
         label=curve["label"],
         marker=marker,
@@ -71,15 +70,8 @@ def _draw_curve(axis: Any, curve: Mapping[str, Any], number: int) -> None:
         linewidth=1.6,
     )
     if curve["held_out"]["x"]:
-        label = f"{curve['label']}, held out"
-        axis.plot(
-            curve["held_out"]["x"],
-            curve["held_out"]["y"],
-            ":",
-            marker="x",
-            color=color,
-            label=label,
-        )
+        at, loss = curve["held_out"]["x"], curve["held_out"]["y"]
+        axis.plot(at, loss, ":", marker="x", color=color, label=f"{curve['label']}, held out")
     if curve["flat"]:
         axis.plot(*curve["flat"], marker="|", markersize=16, markeredgewidth=2, color=color)
 

@@ -1,6 +1,4 @@
-"""What the fine-tuning methods share: load the expanded base, attach what trains, train it, save it
-(§7 and §9).
-"""
+"""Every fine-tuning method: load the expanded base, attach what trains, train it, save it."""
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
@@ -30,32 +28,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Attached:
-    """What a method made of the base.
+    """What a method returns after it has changed the base model in place."""
 
-    `counted`: the method as the calculator's settings. `save`: writes an adapter's own files into a
-    folder and returns its entries of the manifest; None where the whole model is the artifact.
-    `retain`: a loss on other texts. `shardable`: whether what is frozen may be split over devices.
-    `continued`: what goes on of an earlier run. `prepare(job, settings, base, first)`: the data
-    where it is not examples to predict, after `first` steps.
-    """
-
+    # the method as `lora calc` counts it, to predict the memory of the run
     counted: FinetuningMethod
+    # writes an adapter's files to a folder and returns its manifest entries;
+    # None: the whole model is saved, as a checkpoint
     save: Callable[[Path], Facts] | None = None
+    # a second loss, on texts whose answers must stay the base's
     retain: "RetentionLoss | None" = None
+    # whether the frozen weights may be split over devices
     shardable: bool = False
+    # the run that this one continues (`init_from`)
     continued: Continued = field(default_factory=Continued)
+    # (job, settings, base, first): loads the data, from step `first` on, for a loss of the
+    # method's own; None: examples and cross-entropy
     prepare: "Callable[[Job, Any, Base, int], Generator[Event, None, Prepared]] | None" = None
 
 
 class Prepared(NamedTuple):
-    """The batches of a run, what it is evaluated on, and how its losses are computed.
-
-    `facts`: entries of the manifest that are measured on the data after training.
-    """
+    """The data of a run, and how its loss is computed."""
 
     batches: Batches
     evaluation: Evaluation | None
     path: LossPath
+    # manifest entries that are measured on the data after training
     facts: Callable[[], Facts] = dict
 
 
@@ -70,16 +67,14 @@ def run(job: Job) -> Generator[Event, None, Facts]:
 
 
 def prepare(job: Job) -> Generator[Event, None, TrainingSetup]:
-    """Load the expanded base and the data, and attach what the stage's method trains. Raises
-    UserError.
-    """
+    """Load base and data, and attach what the stage's method trains. Raises UserError."""
     settings = job.project.section(job.stage)
     folder, trust = job.artifact("expand_vocab"), job.project.params.origin.trust_remote_code
     quantization = settings.quantization if isinstance(settings, AdapterTraining) else "none"
     base = load_base(folder, settings.precision, trust, quantization)
-    # after the base: first values depend on the seed, not on how it is loaded
+    # after the base is loaded, which may draw random numbers too
     torch.manual_seed(settings.seed)
-    # before the data: virtual tokens take positions from it
+    # before the data is loaded, as virtual tokens leave it fewer positions
     attached: Attached = yield from import_module(job.stage.module).attach(job, settings, base)
     continued = attached.continued
     data = yield from (attached.prepare or _prepare)(job, settings, base, continued.seen)
@@ -97,24 +92,17 @@ def prepare(job: Job) -> Generator[Event, None, TrainingSetup]:
 
     def save(optimizer: FlatOptimizer) -> Facts:
         if attached.save is None:
-            # trained in another precision: what changed is added to the base as it is stored
-            stored = (
-                None
-                if stored_precision(folder) == settings.precision
-                else load_base(folder, None, trust).model
-            )
+            stored = None
+            if stored_precision(folder) != settings.precision:
+                # trained in another precision: the change is added to the base as it is stored
+                stored = load_base(folder, None, trust).model
             return save_checkpoint(job, base, optimizer, trained_from=stored)
         save_logs(job.run, job.out)
-        state = (
-            save_state(job, optimizer, continued.seen)
-            if getattr(settings, "save_optimizer", False)
-            else {}
-        )
-        return {
-            **save_adapter_of(job, base, attached.save, job.out, trainable),
-            **state,
-            **data.facts(),
-        }
+        facts: Facts = {}
+        if getattr(settings, "save_optimizer", False):
+            facts = save_state(job, optimizer, continued.seen)
+        saved = save_adapter_of(job, base, attached.save, job.out, trainable)
+        return {**saved, **facts, **data.facts()}
 
     return TrainingSetup(base, task, save)
 
@@ -129,9 +117,7 @@ def _prepare(
 def attach_virtual(
     job: Job, settings: Any, base: Base, counted: FinetuningMethod
 ) -> Generator[Event, None, Attached]:
-    """Put virtual tokens of the stage's kind before every sequence; they are saved in PEFT's
-    format.
-    """
+    """Put virtual tokens, prefix or prompt by the stage's method, before every sequence."""
     from pipeline.adapters.peft import attach_virtual_tokens, save_virtual
 
     yield from ()
@@ -156,13 +142,11 @@ def attach_virtual(
 def save_adapter_of(
     job: Job, base: Base, save: Callable[[Path], Facts], out: Path, trainable: int
 ) -> Facts:
-    """Write an adapter and its tokenizer to `out`. Returns its entries of the manifest.
-
-    The total is that of the unquantized model, whose weights are parameters.
-    """
+    """Write an adapter and its tokenizer to `out`. Returns the manifest entries."""
     folder = job.project.artifact("expand_vocab")
     facts = save(out)
     base.tokenizer.save(out, base.model.max_length)
+    # of the unquantized model: quantized weights are no parameters
     total = count(skeleton(folder, job.project.params.origin.trust_remote_code))["total"]
     parameters = {"total": total, "trainable": trainable, **facts.pop("parameters", {})}
     return {"base": base_fingerprint(folder), "parameters": parameters, **facts}

@@ -1,6 +1,4 @@
-"""import: a base model from elsewhere as a plain checkpoint, which every later stage starts
-from.
-"""
+"""import: a base model as a plain checkpoint, from which every later stage starts."""
 
 from collections.abc import Generator
 
@@ -13,17 +11,11 @@ from pipeline.project.runner import Event, Facts, Job, Progress
 
 
 def run(job: Job) -> Generator[Event, None, Facts]:
-    """Import the base, and check that the stages compute the same logits as transformers. Raises
-    UserError.
-    """
+    """Import the base, and check its logits against transformers'. Raises UserError."""
     settings = job.project.params.origin
-    facts = import_base(
-        resolve(settings.base, job.project.root),
-        job.out,
-        settings.dtype,
-        settings.trust_remote_code,
-    )
-    model = load_base(job.out, None, settings.trust_remote_code).model
+    source, trust = resolve(settings.base, job.project.root), settings.trust_remote_code
+    facts = import_base(source, job.out, settings.dtype, trust)
+    model = load_base(job.out, None, trust).model
     if isinstance(model, TransformersModel):
         refuse_unlike(move_for_inference(model), settings.base)
     yield Progress(1, 1, facts["architecture"])

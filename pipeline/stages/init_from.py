@@ -1,6 +1,4 @@
-"""`finetune_lora.init_from`: an adapter to train on from, ours or PEFT's, and what of its run goes
-on.
-"""
+"""`finetune_lora.init_from`: the adapter to continue from, and the state of its run."""
 
 from __future__ import annotations
 
@@ -28,33 +26,30 @@ if TYPE_CHECKING:
 STATE = "optimizer.safetensors"  # beside the adapter, with save_optimizer
 # The settings on which the order of the batches depends, beside the data files.
 ORDER = (
-    *(
-        "seed",
-        "batch_size",
-        "gradient_accumulation_steps",
-        "window",
-        "max_length",
-        "columns",
-        "chat_template",
-    ),
-    *("eval_share", "retention_batch_size"),
+    "seed",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "window",
+    "max_length",
+    "columns",
+    "chat_template",
+    "eval_share",
+    "retention_batch_size",
 )
 
 
 class Continued(NamedTuple):
-    """What goes on of the run that made the first adapter: the optimizer's `state` if it was kept,
-    and `seen`, the number of its steps, if this one reads the same data in the same order."""
+    """What a run takes over from the run that made its first adapter."""
 
-    state: Mapping[str, Tensor] | None = None
+    state: Mapping[str, Tensor] | None = None  # the optimizer's, if it was kept
+    # the steps of that run, if this one reads the same data in the same order and starts after it
     seen: int = 0
 
 
 def read_init(
     job: Job, model: CausalLM, base_folder: Path, name: str
 ) -> tuple[StoredLora, Continued]:
-    """The adapter that the settings name as `init_from`, and what of its run goes on. Raises
-    UserError.
-    """
+    """The adapter `name` of `init_from`, and what continues of its run. Raises UserError."""
     key, folder = f"{job.stage.name}.init_from", job.path(name)
     if folder.resolve() == job.project.artifact(job.stage.name).resolve():
         raise UserError(
@@ -85,15 +80,14 @@ def _order(manifest: Mapping[str, Any]) -> list[Any]:
     data = params["data"] if isinstance(params["data"], str) else tuple(params["data"])
     files = [(inputs[file.path], file.weight, file.columns) for file in data_files(data)]
     others = [inputs.get(params[key]) for key in ("eval_data", "retention_data")]
-    # one of an earlier version has fewer
+    # the manifest of an earlier version has fewer keys
     return [files, others, *(params.get(key) for key in ORDER)]
 
 
 def save_state(job: Job, optimizer: FlatOptimizer, seen: int) -> Facts:
-    """Write the optimizer's state beside the adapter, for a run that continues this one. Returns
-    the manifest's entry.
+    """Write the optimizer's state beside the adapter. Returns the manifest entry.
 
-    `seen`: the steps before this run's own.
+    `seen`: the steps of the runs that this one continues.
     """
     save_tensors(job.out / STATE, optimizer.state())
     return {"optimizer": {"steps": seen + read_steps(job.run / LOSS)[-1].step}}

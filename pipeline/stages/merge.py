@@ -1,6 +1,4 @@
-"""merge: W' = W + s·BA as a plain checkpoint, with a certificate measured on the written files
-(§4.4).
-"""
+"""merge: W' = W + s·BA as a plain checkpoint, with a certificate measured on its files."""
 
 from collections.abc import Generator
 
@@ -14,25 +12,22 @@ from pipeline.project.runner import Event, Facts, Job, Progress
 from pipeline.stages.evaluate import new_examples
 from pipeline.weights.merge import Merging, merge_into
 
-PROMPTS = 8  # examples on which the merge is checked where no prompts are named
+PROMPTS = 8  # examples to check the merge on, if merge.prompts is empty
 
 
 def run(job: Job) -> Generator[Event, None, Facts]:
-    """Merge base + adapter into one checkpoint. Raises UserError and writes nothing if its logits
-    differ too much.
-    """
+    """Merge base + adapter into one checkpoint. Raises UserError if its logits differ too much."""
     settings, trust = job.project.params.merge, job.project.params.origin.trust_remote_code
     base, adapter = job.artifact("expand_vocab"), job.artifact("finetune_lora")
     if settings.prompts:
-        prompts = [
-            prompt.prompt for prompt in read_prompts(job.path(settings.prompts), settings.prompts)
-        ]
+        entries = read_prompts(job.path(settings.prompts), settings.prompts)
+        prompts = [entry.prompt for entry in entries]
     else:
         tokenizer, examples = load_tokenizer(base), new_examples(job)[0][:PROMPTS]
-        asked = (
-            (prompt_and_answer(example, tokenizer) or [example.text])[0] for example in examples
-        )
-        prompts = list(asked)
+        prompts = []
+        for example in examples:
+            asked = prompt_and_answer(example, tokenizer)
+            prompts.append(asked[0] if asked else example.text)
     same = SameLogits(base, adapter, prompts, settings.max_logit_difference, trust)
     certificate = yield from merge_into(job.out, Merging(base, adapter, None, trust), same)
     yield Progress(1, 1, f"largest logit difference {certificate['max_logit_difference']:.1e}")

@@ -1,4 +1,4 @@
-"""pretrain: trains a MiniGPT from scratch on the everyday sentences (the document's §9.1)."""
+"""pretrain: trains a MiniGPT from scratch on everyday sentences."""
 
 from collections.abc import Generator
 
@@ -53,15 +53,13 @@ def _new_model(job: Job, settings: Pretrain) -> Base:
 
 def _check_import_only_keys(origin: Import, settings: Pretrain) -> None:
     """Raises UserError for a setting that only imported bases use."""
-    for section, key, value in (
-        ("import", "dtype", origin.dtype),
-        ("import", "trust_remote_code", origin.trust_remote_code),
-        ("pretrain", "precision", settings.precision),
+    for key, value, default in (
+        ("import.dtype", origin.dtype, Import().dtype),
+        ("import.trust_remote_code", origin.trust_remote_code, Import().trust_remote_code),
+        ("pretrain.precision", settings.precision, Pretrain().precision),
     ):
-        default = getattr(Import() if section == "import" else Pretrain(), key)
         if value != default:
             raise UserError(
-                f"{section}.{key} applies only to an imported base; MiniGPT is trained in fp32, "
-                "without remote code. "
-                f"Set it to {str(default).lower()}, or set base to a model."
+                f"{key} applies only to an imported base; MiniGPT is trained in fp32, without "
+                f"remote code. Set it to {str(default).lower()}, or set base to a model."
             )

@@ -1,6 +1,4 @@
-"""From a base and a data file to a project: look at both, choose settings with reasons, try a few
-steps, write it.
-"""
+"""`lora new` and `lora train`: from a base and data to a project with settings that were tried."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from pipeline.data.check import DataReport, check
 from pipeline.data.columns import clean_command, columns_option
 from pipeline.data.containers import is_hub_id, suffix_of
 from pipeline.data.convert import convert
-from pipeline.data.examples import in_evaluation
+from pipeline.data.examples import Example, in_evaluation
 from pipeline.data.formats import iter_examples
 from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.errors import UserError
@@ -64,9 +62,7 @@ SHOWN = 3  # problems of the data in an error
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks for. Paths are relative to the current folder, in `given` too: section.key
-    → value.
-    """
+    """What the user asks for. Paths are relative to the current folder, in `given` too."""
 
     folder: Path
     base: str
@@ -74,17 +70,15 @@ class Request:
     eval_data: str = ""
     methods: Sequence[str] = ("lora",)
     columns: Mapping[str, str] = field(default_factory=dict)
-    given: Mapping[str, Any] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)  # section.key → value
 
 
 @dataclass(frozen=True)
 class Started:
-    """A new project, and what was found, chosen and measured for it. `model`: None if its family is
-    not known.
-    """
+    """A new project, and what was read, chosen and measured for it."""
 
     base: str
-    model: Architecture | None
+    model: Architecture | None  # None: a family that the calculator does not know
     report: DataReport
     recipe: Recipe
     machine: Machine
@@ -102,11 +96,9 @@ def start(request: Request, graph: StageGraph) -> Generator[Event, None, Started
             "--data needs --base, a model to fine-tune: a checkpoint folder, a .gguf file or a "
             "hub id."
         )
-    base = (
-        os.path.relpath(source.path.resolve(), folder.resolve())
-        if source.is_local
-        else request.base
-    )
+    base = request.base
+    if source.is_local:
+        base = os.path.relpath(source.path.resolve(), folder.resolve())
     stages = _stages_of(graph, request.methods)
     given = _shared((yield from place_files(request.given, folder, graph)), stages)
     files = []
@@ -114,14 +106,11 @@ def start(request: Request, graph: StageGraph) -> Generator[Event, None, Started
         files.append((yield from _fetched(name, folder)))
     eval_data = yield from _fetched(request.eval_data, folder)
     eval_files = [eval_data] * bool(eval_data)
-    # before a large base is imported
+    # mistakes in the data and in given values are reported before a large base is imported
     _refuse_data(check(files, eval_files=eval_files, columns=request.columns), request.columns)
-    draft = "\n".join(
-        [f"base: {edit.dump_inline(base)}", *(f"{stage.section}: {{}}" for stage in stages)]
-    )
-    said = [f"{key}={edit.dump_inline(value)}" for key, value in given.items()]
-    # what is wrong with a given value is said before the import too
-    drafted = _project(folder, draft, graph, said)
+    draft = [f"base: {edit.dump_inline(base)}", *(f"{stage.section}: {{}}" for stage in stages)]
+    overrides = [f"{key}={edit.dump_inline(value)}" for key, value in given.items()]
+    drafted = _project(folder, "\n".join(draft), graph, overrides)
     folder.mkdir(parents=True, exist_ok=True)
     yield Note(f"importing {request.base}")
     yield from run(drafted, graph.stages["import"])
@@ -148,41 +137,35 @@ def start(request: Request, graph: StageGraph) -> Generator[Event, None, Started
     _refuse_data(report, request.columns)
     held_out = 0.0 if eval_files else _share(files, request.columns, report.examples)
     recipe = choose(model, report, held_out, machine, stages, given)
+
     text = params_text(base, request, files, eval_data, recipe, stages)
     project = _project(folder, text, graph)
-    packaged = {GENERAL, RETAIN} & {
-        name for stage in project.stages.values() for name in project.data_files(stage)
-    }
-    copied = copy_data(folder, {name: DEFAULTS / name for name in sorted(packaged)})
+    needed = {name for stage in project.stages.values() for name in project.data_files(stage)}
+    packaged = sorted({GENERAL, RETAIN} & needed)
+    copied = copy_data(folder, {name: DEFAULTS / name for name in packaged})
     if "expand_vocab" in project.stages:
         yield from run(project, graph.stages["expand_vocab"])
     yield Note("trying a few steps")
     trial = yield from _trial(project, stages[0], report.examples, recipe)
-    return Started(
-        request.base, model, report, recipe, machine, trial, copied + write_project(project, text)
-    )
+    added = copied + write_project(project, text)
+    return Started(request.base, model, report, recipe, machine, trial, added)
 
 
 def place_files(
     given: Mapping[str, Any], folder: Path, graph: StageGraph
 ) -> Generator[Event, None, dict[str, Any]]:
-    """The given values, with the files that they name as the params file in `folder` has to name
-    them.
+    """The given values, with their files as the params file in `folder` has to name them.
 
     Raises UserError for a file that is not there.
     """
-    kinds: dict[str, type[Section]] = {
-        TRAINING: Training,
-        **{name: s.settings for name, s in graph.product.items()},
-    }
-    named = {
-        key if "." in key else f"{s.section}.{key}"
-        for s in graph.product.values()
-        for key in s.data
-    }
-    named |= {f"{TRAINING}.{key}" for key in hints(Training) if f"finetune_lora.{key}" in named}
+    kinds: dict[str, type[Section]] = {TRAINING: Training}
+    files: set[str] = set()
+    for name, stage in graph.product.items():
+        kinds[name] = stage.settings
+        files |= {key if "." in key else f"{stage.section}.{key}" for key in stage.data}
+    files |= {f"{TRAINING}.{key}" for key in hints(Training) if f"finetune_lora.{key}" in files}
     placed, notes = dict(given), list[str]()
-    for key in named & given.keys():
+    for key in files & given.keys():
         section, _, name = key.partition(".")
         value = check_value(
             hints(kinds[section])[name], given[key], key, ValueSource(PARAMS, frozenset([key]))
@@ -203,17 +186,16 @@ def _place_file(name: str, key: str, folder: Path, notes: list[str]) -> str:
         raise UserError(
             f"{key}: {name} does not exist. Name a file as it is seen from the current folder."
         )
-    # before all paths counted from the current folder, these counted from the project's
+    # as earlier versions read these paths
     notes.append(
         f"{key}: {name} counts from {folder} here. Name it {os.path.relpath(inside)}: paths count "
-        "from the current "
-        "folder."
+        "from the current folder."
     )
     return name
 
 
 def _fetched(name: str, folder: Path) -> Generator[Event, None, str]:
-    """A data set of the hub as a file of the project, which DVC tracks; another name as it is."""
+    """The file of the project to which a data set of the hub is fetched; other names unchanged."""
     if not name or Path(name).exists() or suffix_of(Path(name))[0] or not is_hub_id(name):
         return name
     file = folder / "data" / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', name).strip('_')}.jsonl"
@@ -224,14 +206,15 @@ def _fetched(name: str, folder: Path) -> Generator[Event, None, str]:
 
 
 def _share(files: Sequence[str], columns: Mapping[str, str], count: int) -> float:
-    """The share of `count` examples to hold out. Of few the first that selects some and leaves
-    some; 0 if none does.
+    """The share of `count` examples to hold out.
+
+    Of few, the first share that selects some and leaves some; 0 if none does.
     """
     if count > MANY:
         return round(min(HELD_OUT, MOST_HELD_OUT / count), 4)
-    examples = [
-        example for name in files for example in iter_examples(Path(name), name, columns=columns)
-    ]
+    examples: list[Example] = []
+    for name in files:
+        examples += iter_examples(Path(name), name, columns=columns)
     for share in (HELD_OUT, 2 * HELD_OUT, 3 * HELD_OUT):
         if 0 < sum(in_evaluation(example, share) for example in examples) < len(examples):
             return share
@@ -257,21 +240,12 @@ def _stages_of(graph: StageGraph, methods: Sequence[str]) -> list[Stage]:
 
 
 def _shared(given: Mapping[str, Any], stages: Sequence[Stage]) -> dict[str, Any]:
-    """The given values with those of the only method in the training block, where the others are
-    chosen.
-    """
+    """The given values; those of the only method go into the training block, as chosen ones do."""
     if len(stages) > 1:
         return dict(given)
     (stage,) = stages
-    own = stage.settings.PRETRAINED
-    keys = {
-        f"{stage.section}.{key}": f"{TRAINING}.{key}" for key in hints(Training) if key not in own
-    }
-    keys = {
-        old: new
-        for old, new in keys.items()
-        if new not in (f"{TRAINING}.data", f"{TRAINING}.columns")
-    }
+    shared = hints(Training).keys() - stage.settings.PRETRAINED.keys() - {"data", "columns"}
+    keys = {f"{stage.section}.{key}": f"{TRAINING}.{key}" for key in shared}
     return {keys.get(key, key): value for key, value in given.items()}
 
 
@@ -284,43 +258,37 @@ def _refuse_data(report: DataReport, columns: Mapping[str, str]) -> None:
     check_all = f"lora data check {quote(report.files[0])}{columns_option(columns)}"
     cleaned = clean_command(report.files[0], columns)
     raise UserError(
-        f"{' '.join(map(str, errors[:SHOWN]))}{more} `{check_all}` lists all; `{cleaned}` writes "
-        "a file without rows "
-        "that are empty or twice there, with --drop too-long also without those that are too long."
+        f"{' '.join(map(str, errors[:SHOWN]))}{more} `{check_all}` lists all; `{cleaned}` writes a "
+        "file without rows that are empty or twice there, with --drop too-long also without those "
+        "that are too long."
     )
 
 
 def _trial(
     project: Project, stage: Stage, examples: int, recipe: Recipe
 ) -> Generator[Event, None, Probe]:
-    """The trial of a stage with so many examples to train on and to hold out. Of many it reads a
-    part.
-    """
+    """The trial of a stage; of many examples it reads a part."""
     if examples <= SAMPLE:
         return (yield from try_stage(project, stage))
     settings = project.params.section(stage.section)
-    # of a part, none may be held out
-    alone = structs.replace(
+    # a part may have no example to hold out
+    plain = structs.replace(
         settings, eval_share=0.0, eval_data="", eval_steps=0, patience=0, samples={}
     )
-    part = replace(project, params=project.params.replaced({stage.section: alone}))
-    trial = (yield from try_stage(part, stage, SAMPLE)).of_all(
-        SAMPLE / (examples * (1 - settings.eval_share)), settings.max_steps
-    )
-    # the largest step may lie in what was not read
+    part = replace(project, params=project.params.replaced({stage.section: plain}))
+    trial = yield from try_stage(part, stage, SAMPLE)
+    trial = trial.of_all(SAMPLE / (examples * (1 - settings.eval_share)), settings.max_steps)
+    # the largest step may be in the rest
     return trial._replace(predicted=recipe.peak) if recipe.peak else trial
 
 
 def try_stage(
     project: Project, stage: Stage, sample: int | None = None
 ) -> Generator[Event, None, Probe]:
-    """Train a few steps of a stage, with all of its data or the first `sample` examples; nothing is
-    kept.
-    """
+    """Train a few steps on all data or the first `sample` examples; nothing is kept."""
     with TemporaryDirectory() as folder:
-        job = Job(
-            project, stage, Path(folder) / "out", Path(folder) / "run", "", None, sample=sample
-        )
+        out, log = Path(folder, "out"), Path(folder, "run")
+        job = Job(project, stage, out, log, "", None, sample=sample)
         setup = yield from import_module(stage.work or stage.module).prepare(job)
         return probe(setup.task)
 
@@ -335,7 +303,7 @@ def params_text(
 ) -> str:
     """params.yaml of a new project: what was chosen or given, section by section.
 
-    Left out is what is off by default, and alpha where it follows the rank. Other defaults for a
+    Left out is what is off by default, and alpha if it follows the rank. Other defaults for a
     pretrained base are written, as another release may choose others.
     """
     folder = request.folder.resolve()
@@ -345,9 +313,8 @@ def params_text(
 
     values: dict[str, Any] = {}
     for stage in stages:
-        values[f"{stage.section}.data"] = (
-            [*map(inside, files)] if len(files) > 1 else inside(files[0])
-        )
+        paths = [inside(name) for name in files]
+        values[f"{stage.section}.data"] = paths if len(paths) > 1 else paths[0]
         if eval_data:
             values[f"{stage.section}.eval_data"] = inside(eval_data)
         if request.columns:
@@ -359,29 +326,22 @@ def params_text(
     if any(key.startswith("expand_vocab.") for key in recipe.given):
         values |= {f"expand_vocab.{key}": value for key, value in ExpandVocab.PRETRAINED.items()}
     values |= recipe.given
-    kinds: dict[str, type[Section]] = {
-        TRAINING: Training,
-        **{stage.section: stage.settings for stage in stages},
-    }
-    always = {f"{TRAINING}.{key}" for key in PRETRAINED}
-    always |= {f"{name}.{key}" for name, kind in kinds.items() for key in kind.PRETRAINED}
+    kinds: dict[str, type[Section]] = {TRAINING: Training}
+    always = {f"{TRAINING}.{key}" for key in (*PRETRAINED, *Training.PRETRAINED)}
+    for stage in stages:
+        kinds[stage.section] = stage.settings
+        always |= {f"{stage.section}.{key}" for key in stage.settings.PRETRAINED}
     sections: dict[str, list[str]] = {}
     for key, value in values.items():
         section, _, name = key.partition(".")
         rank = values.get(f"{section}.rank")
-        own = {} if rank is None else {"rank": rank}
-        defaults = kinds[section].defaults(Pretrained(), own) if section in kinds else None
+        given = {} if rank is None else {"rank": rank}
+        defaults = kinds[section].defaults(Pretrained(), given) if section in kinds else None
         plain = tuple(value) if isinstance(value, list) else value
         if plain != getattr(defaults, name, None) or key in always or key in recipe.given:
             sections.setdefault(section, []).append(f"  {name}: {edit.dump_inline(value)}\n")
-    order = [
-        "import",
-        "expand_vocab",
-        TRAINING,
-        *(stage.section for stage in stages),
-        "merge",
-        "evaluate",
-    ]
+    trained = [stage.section for stage in stages]
+    order = ["import", "expand_vocab", TRAINING, *trained, "merge", "evaluate"]
     body = "\n".join(f"{name}:\n{''.join(sections[name])}" for name in order if name in sections)
     return f"{HEADER}\nbase: {edit.dump_inline(base)}\n\n{body}"
 

@@ -1,6 +1,4 @@
-"""Settings of a fine-tuning for a base, its data and the memory that is here, each with the reason
-for it.
-"""
+"""Settings for a base, its data and the memory of this machine, each with its reason."""
 
 from __future__ import annotations
 
@@ -26,52 +24,45 @@ if TYPE_CHECKING:
     from pipeline.calc.architecture import Architecture
     from pipeline.project.stage_graph import Stage
 
-# share of the free memory that a step may take: the calculator counts tensors, not what libraries
-# keep
+# share of the free memory that a step may take: the calculator counts tensors alone
 ROOM = 0.8
 RANKS = (1, 2, 4, 8)  # times the default
 RETENTION = {"retention_data": RETAIN, "retention_weight": 1.0, "retention_batch_size": 4}
 ANSWERS = 8  # held-out examples that are answered at each evaluation
-# sequences a step; steps an epoch, as far as there are examples
+# sequences per step; steps per epoch, if there are enough examples
 LARGEST_BATCH, LEAST_STEPS = 16, 25
 EPOCHS = ((20_000, 1), (2_000, 2))  # examples at least → epochs; of fewer the default
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`memory`: bytes that training can use on the device. `bf16`: whether it multiplies in
-    bf16.
-    """
+    """The device that will train."""
 
     device: str
-    memory: int
-    bf16: bool
+    memory: int  # bytes that training can use
+    bf16: bool  # whether it multiplies in bf16
 
 
 @dataclass
 class Recipe:
-    """The chosen settings: section.key → value, and why; and the predicted peak of a step in
-    bytes.
-    """
+    """The chosen settings, by section.key."""
 
-    given: Mapping[str, Any]  # what the user said, which no choice replaces
+    given: Mapping[str, Any]  # set by the user, which no choice replaces
     values: dict[str, Any] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
-    peak: int | None = None
+    peak: int | None = None  # predicted of a step, in bytes
 
     def set(self, key: str, value: Any, why: str = "") -> Any:
-        """Choose a value, unless the user did; returns the one that counts."""
+        """Choose a value, unless the user did. Returns the value that counts."""
         self.values[key] = self.given.get(key, value)
         self.reasons[key] = "as you set it" if key in self.given else why
         return self.values[key]
 
     def rows(self) -> Iterator[tuple[str, Any, str]]:
-        """Key, value and reason of what was chosen for a reason."""
-        return (
-            (key, value, self.reasons[key])
-            for key, value in self.values.items()
-            if self.reasons[key]
-        )
+        """Key, value and reason, of the settings that have a reason."""
+        for key, value in self.values.items():
+            if reason := self.reasons[key]:
+                yield key, value, reason
 
 
 def choose(
@@ -82,11 +73,11 @@ def choose(
     stages: Sequence[Stage],
     given: Mapping[str, Any],
 ) -> Recipe:
-    """Settings with which `stages` train `model` on `data`. Raises UserError if nothing fits into
-    the machine's memory.
+    """Settings with which `stages` train `model` on `data`.
 
-    `model`: None if the calculator does not know it; then nothing is said of memory. `held_out`:
+    `model`: None if the calculator does not know it; its memory is then not predicted. `held_out`:
     the share of the examples that can be held out. `given`: section.key → value, set by the user.
+    Raises UserError if nothing fits into the machine's memory.
     """
     recipe = Recipe(given)
     examples = data.examples
@@ -99,26 +90,19 @@ def choose(
     precision = defaults.pop("precision")
     for key, value in defaults.items():
         recipe.set(f"{TRAINING}.{key}", value)
-    if machine.bf16:
-        recipe.set(
-            f"{TRAINING}.precision", precision, "half the memory, and the device multiplies it"
-        )
-    else:
-        recipe.set(f"{TRAINING}.precision", "fp32", "this device has no instructions for bf16")
+    why = "half the memory, and the device multiplies it"
+    if not machine.bf16:
+        precision, why = "fp32", "this device has no instructions for bf16"
+    recipe.set(f"{TRAINING}.precision", precision, why)
     if not data.evaluation:
-        why = (
-            "held out, for the loss on what is not trained on"
-            if held_out
-            else "too few examples to hold one out"
-        )
+        why = "too few examples to hold one out"
+        if held_out:
+            why = "held out, for the loss on what is not trained on"
         recipe.set(f"{TRAINING}.eval_share", held_out, why)
     is_held_out = data.evaluation or recipe.values[f"{TRAINING}.eval_share"]
     if is_held_out and not all(map(_compares, stages)):
-        recipe.set(
-            f"{TRAINING}.samples",
-            {"held_out": ANSWERS},
-            "held-out answers are compared after each epoch",
-        )
+        why = "held-out answers are compared after each epoch"
+        recipe.set(f"{TRAINING}.samples", {"held_out": ANSWERS}, why)
     for stage in stages:
         _choose_method(recipe, model, data, stage)
     _fit(recipe, model, machine, stages, data)
@@ -132,15 +116,11 @@ def _compares(stage: Stage) -> bool:
 def _choose_method(
     recipe: Recipe, model: Architecture | None, data: DataReport, stage: Stage
 ) -> None:
-    """The settings of a method's section: its defaults for pretrained bases, LoRA's rank by the
-    data.
-    """
-    name, own = stage.section, stage.settings.PRETRAINED
-    base = Pretrained(model.hidden if model else None)
+    """A method's settings: its defaults for pretrained bases; LoRA's rank by the data."""
+    name, base = stage.section, Pretrained(model.hidden if model else None)
     of_base = stage.settings.pretrained(base, _of_section(recipe.given, name))
-    low_rank = "rank" in own
-    defaults = {key: of_base[key] for key in own}
-    reasons = {}
+    defaults = {key: of_base[key] for key in stage.settings.PRETRAINED}
+    low_rank, reasons = "rank" in defaults, {}
     if low_rank:
         reasons["target_modules"] = "learns more than attention alone (LoRA Without Regret)"
     if low_rank and not _compares(stage):
@@ -164,11 +144,9 @@ def _choose_method(
     tokens, trained = data.trained_tokens or 0, 0
     for factor in RANKS:
         recipe.set(f"{name}.rank", factor * defaults["rank"])
-        trained = (
-            trainable(model, COUNTED[stage.method].with_params(_settings(recipe, stage)))
-            if model
-            else 0
-        )
+        if model:
+            settings = _settings(recipe, stage)
+            trained = trainable(model, COUNTED[stage.method].with_params(settings))
         if trained * BITS_PER_PARAMETER >= tokens * BITS_PER_TOKEN:
             break
     bits = f"{trained:,} parameters hold more than {tokens:,} trained tokens" if trained else ""
@@ -181,21 +159,19 @@ def _settings(recipe: Recipe, stage: Stage) -> Any:
     """The stage's section as the recipe has it."""
     every = {**recipe.values, **recipe.given}
     values = _of_section(every, TRAINING) | _of_section(every, stage.section)
-    known = {
-        key: tuple(v) if isinstance(v, list) else v
-        for key, v in values.items()
-        if key in hints(stage.settings)
-    }
+    known = {key: values[key] for key in values if key in hints(stage.settings)}
+    for key, value in known.items():
+        known[key] = tuple(value) if isinstance(value, list) else value
     return stage.settings.defaults(Pretrained(), known)
 
 
 def _of_section(values: Mapping[str, Any], section: str) -> dict[str, Any]:
-    """Key → value of those that are section.key."""
-    return {
-        key.partition(".")[2]: value
-        for key, value in values.items()
-        if key.partition(".")[0] == section
-    }
+    """The values of a section: section.key → value as key → value."""
+    settings, start = {}, f"{section}."
+    for key, value in values.items():
+        if key.startswith(start):
+            settings[key.removeprefix(start)] = value
+    return settings
 
 
 def _fit(
@@ -205,41 +181,38 @@ def _fit(
     stages: Sequence[Stage],
     data: DataReport,
 ) -> None:
-    """Length, batch, checkpointing and quantization: the first that fit, in the order of what they
-    cost.
-    """
+    """Length, batch, checkpointing and quantization: the cheapest combination that fits."""
     batch = 1
     trained = data.examples * (1 - (recipe.values.get(f"{TRAINING}.eval_share") or 0.0))
     while batch < LARGEST_BATCH and data.examples / (2 * batch) >= LEAST_STEPS:
         batch *= 2
     why = f"{batch} examples a step: an epoch has {ceil(trained / batch):,} steps"
+
     longest = (data.quantiles or {}).get("max", 0)
     whole = suggest_max_length(longest, longest, model.context if model else None)
     most = data.suggested_max_length or 0
-    cut = f"the model's positions; the longest example has {longest:,} tokens"
-    lengths = {whole: "no example is cut" if whole >= longest else cut}
+    lengths = {whole: "no example is cut"}
+    if whole < longest:
+        lengths[whole] = f"the model's positions; the longest example has {longest:,} tokens"
     lengths.setdefault(most, f"the longest has {longest:,} tokens, which do not fit; 1% is cut")
+
     adapters = [
         f"{s.section}.quantization" for s in stages if issubclass(s.settings, AdapterTraining)
     ]
-    quantized = ["nf4-dq"] if len(adapters) == len(stages) and machine.bf16 else []
+    quantizations = ["none"]
+    if len(adapters) == len(stages) and machine.bf16:
+        quantizations.append("nf4-dq")
     room = round(ROOM * machine.memory)
-    ways = product(
-        lengths, ("none", *quantized), ("none", "selective", "full"), range(batch.bit_length())
-    )
+    ways = product(lengths, quantizations, ("none", "selective", "full"), range(batch.bit_length()))
     for length, quantization, checkpointing, halved in ways:
         recipe.set(f"{TRAINING}.max_length", length, lengths[length])
         recipe.set(f"{TRAINING}.batch_size", batch >> halved, why)
         recipe.set(f"{TRAINING}.gradient_accumulation_steps", 1 << halved)
-        recipe.set(
-            f"{TRAINING}.gradient_checkpointing",
-            checkpointing,
-            "saves memory" * (checkpointing != "none"),
-        )
+        saves = "" if checkpointing == "none" else "saves memory"
+        recipe.set(f"{TRAINING}.gradient_checkpointing", checkpointing, saves)
         for name in adapters:
-            recipe.set(
-                name, quantization, "the base in 16 bits does not fit" * (quantization != "none")
-            )
+            fits = "" if quantization == "none" else "the base in 16 bits does not fit"
+            recipe.set(name, quantization, fits)
         if model is None:
             return
         tokens = min(longest, recipe.values[f"{TRAINING}.max_length"] or longest)
@@ -248,9 +221,8 @@ def _fit(
             return
     raise UserError(
         f"a step takes {in_units(recipe.peak or 0)} even with one example, full checkpointing and "
-        "the least precision, "
-        f"and {machine.device} has {in_units(machine.memory)} free. Use a smaller model, or set a "
-        "lower max_length."
+        f"the least precision, and {machine.device} has {in_units(machine.memory)} free. Use a "
+        "smaller model, or set a lower max_length."
     )
 
 
@@ -259,10 +231,11 @@ def _peak(recipe: Recipe, model: Architecture, stage: Stage, length: int) -> int
     settings = _settings(recipe, stage)
     method = COUNTED[stage.method].with_params(settings)
     quantization = getattr(settings, "quantization", "none")
+    sequences = settings.batch_size * method.answers
     run = TrainingConfig(
-        sequence=settings.batch_size * method.answers * length,
+        sequence=sequences * length,
         span=length,
-        sequences=settings.batch_size * method.answers,
+        sequences=sequences,
         precision=str(settings.precision) if quantization == "none" else quantization,
         adapter_precision=getattr(settings, "adapter_precision", str(settings.precision)),
         trainer="ours",

@@ -1,4 +1,4 @@
-"""report.md and the document's Figure 2, from the numbers that evaluate measured."""
+"""report.md and its picture, from the numbers that evaluate measured."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,17 +19,16 @@ from pipeline.project.params.sections import Evaluate
 from pipeline.project.stage_graph import Project, Stage
 
 SCRATCH = (
-    "*Training from scratch* starts from random weights and learns old and new sentences "
-    "together. It never was the "
-    "base, so it has forgotten nothing: its change, KL and kept answers say how far from it such "
-    "a model is.\n"
+    "*Training from scratch* starts from random weights and learns old and new sentences together. "
+    "It never was the base, so it has forgotten nothing: its change, KL and kept answers say how "
+    "far from it such a model is.\n"
 )
 
 
 def draw_comparison(
     path: Path, project: Project, curves: Mapping[str, Sequence[Step]], metrics: Mapping[str, Any]
 ) -> None:
-    """The document's Figure 2, of all methods, as PNG."""
+    """The loss curves and trainable parameters of all methods, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -44,30 +43,19 @@ def compare(
     curves: Mapping[str, Sequence[Step]],
     metrics: Mapping[str, Any],
 ) -> None:
-    """Left the loss curves, with a stroke from where each is flat; right the trainable
-    parameters.
-    """
+    """Left the loss curves, marked where each is flat; right the trainable parameters."""
     left, right = figure.subplots(1, 2)
     looks = {variant: stages[variant].look for variant in curves}
     for variant, steps in curves.items():
-        look = looks[variant]
+        look, title = looks[variant], stages[variant].title
         assert look is not None
-        means, flat, epochs = (
-            epoch_means(steps),
-            flat_from(steps),
-            sorted({step.epoch for step in steps}),
-        )
-        label = f"{stages[variant].title}, flat from {flat}" if flat else stages[variant].title
+        means, flat = epoch_means(steps), flat_from(steps)
+        epochs = sorted({step.epoch for step in steps})
+        label = f"{title}, flat from {flat}" if flat else title
         left.plot(epochs, means, label=label, linestyle=look.dash, color=look.color, linewidth=1.8)
         if flat:
-            left.plot(
-                epochs[flat - 1],
-                means[flat - 1],
-                "|",
-                color=look.color,
-                markersize=14,
-                markeredgewidth=2,
-            )
+            x, y = epochs[flat - 1], means[flat - 1]
+            left.plot(x, y, "|", color=look.color, markersize=14, markeredgewidth=2)
     left.set(
         xlabel="epoch", ylabel="training loss (nats per token)", title="Training loss", yscale="log"
     )
@@ -76,14 +64,10 @@ def compare(
     if curves:  # none where a base is evaluated alone
         left.legend(labelspacing=0.25)
     counts = [metrics[variant]["trainable"] for variant in curves]
-    bars = right.bar(
-        [stages[variant].title.replace(" ", "\n") for variant in curves],
-        counts,
-        color=[look.color for look in looks.values() if look],
-        hatch=[look.hatch for look in looks.values() if look],
-        edgecolor="white",
-        linewidth=0,
-    )
+    titles = [stages[variant].title.replace(" ", "\n") for variant in curves]
+    colors = [look.color for look in looks.values() if look]
+    hatches = [look.hatch for look in looks.values() if look]
+    bars = right.bar(titles, counts, color=colors, hatch=hatches, edgecolor="white", linewidth=0)
     labels = [
         f"{metrics[v]['trainable']:,}\n{metrics[v]['trainable_percent']:.1f}%" for v in curves
     ]
@@ -105,25 +89,23 @@ def write_report(
     titles = {variant: stage.title for variant, stage in stages_by_variant(project).items()}
     verdict, metrics = read_verdict(metrics), by_variant(metrics)
     columns, rows = comparison(metrics)
-    task_columns, task_rows = task_scores(metrics)
-    parts = [
-        "# What was learned, what was forgotten\n",
-        *([_gate_part(verdict, titles)] if verdict else []),
-        _table(
-            [column.replace("\n", " ") for column in columns],
-            [[titles[name], *cells] for name, *cells in rows],
-        ),
+    headings = [column.replace("\n", " ") for column in columns]
+    parts = ["# What was learned, what was forgotten\n"]
+    if verdict:
+        parts.append(_gate_part(verdict, titles))
+    parts += [
+        _table(headings, _titled(rows, titles, 0)),
         _findings(metrics, columns, project.params.evaluate, titles),
         "![Loss curves and trainable parameters](finetuning_comparison.png)\n",
-        *(
-            [f"## Tasks\n\n{TASKS}\n\n" + _table(task_columns, _titled(task_rows, titles, 1))]
-            if task_rows
-            else []
-        ),
-        *(_prompt_table(predictions, group, rule, titles) for group, rule in _groups(predictions)),
-        *_answers_part(metrics, titles),
-        *_sample_tables(samples, titles),
     ]
+    task_columns, task_rows = task_scores(metrics)
+    if task_rows:
+        parts.append(
+            f"## Tasks\n\n{TASKS}\n\n" + _table(task_columns, _titled(task_rows, titles, 1))
+        )
+    for group, rule in _groups(predictions):
+        parts.append(_prompt_table(predictions, group, rule, titles))
+    parts += [*_answers_part(metrics, titles), *_sample_tables(samples, titles)]
     path.write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -135,29 +117,22 @@ def _gate_part(verdict: Verdict, titles: Mapping[str, str]) -> str:
 
 
 def _answers_part(metrics: Mapping[str, Any], titles: Mapping[str, str]) -> Iterator[str]:
-    """How many sample answers of each model are as expected; nothing where the data has no
-    prompts.
-    """
+    """Each model's count of sample answers as expected; nothing if the data has no prompts."""
     counts = {name: numbers["answers"] for name, numbers in metrics.items() if "answers" in numbers}
     if not any(map(describe, counts.values())):
         return
     lines = []
     for name, numbers in counts.items():
-        fields = ", ".join(
-            f"`{_escaped(field) or 'no JSON'}` {n}"
-            for field, n in numbers.get("differs", {}).items()
-        )
-        lines.append(
-            f"- **{titles[name]}**: {describe(numbers)}"
-            + (f"; differ in {fields}" if fields else "")
-            + "\n"
-        )
+        differs = numbers.get("differs", {}).items()
+        fields = [f"`{_escaped(field) or 'no JSON'}` {n}" for field, n in differs]
+        which = f"; differ in {', '.join(fields)}" if fields else ""
+        lines.append(f"- **{titles[name]}**: {describe(numbers)}{which}\n")
     yield "## Answers\n\n" + "".join(lines)
 
 
 def _titled(rows: Sequence[Sequence[str]], titles: Mapping[str, str], at: int) -> list[list[str]]:
     """The rows with the variant's title in column `at`."""
-    return [[titles[cell] if n == at else cell for n, cell in enumerate(row)] for row in rows]
+    return [[*row[:at], titles[row[at]], *row[at + 1 :]] for row in rows]
 
 
 def _findings(
@@ -166,18 +141,17 @@ def _findings(
     settings: Evaluate,
     titles: Mapping[str, str],
 ) -> str:
-    new = (
-        f"`{settings.new_data}`, the sentences trained on"
-        if settings.new_data
-        else "what training held out"
-    )
-    old = f"; *old*: `{settings.old_data}`" if settings.old_data else ""
-    words = (
+    new, old = "what training held out", ""
+    if settings.new_data:
+        new = f"`{settings.new_data}`, the sentences trained on"
+    if settings.old_data:
+        old = f"; *old*: `{settings.old_data}`"
+    explained = (
         (
             "answers\nas data",
             "*Answers as data*: greedy answers to prompts of the new data that are as expected: "
-            "exactly, after white "
-            "space, or as JSON; of long free texts the mean ROUGE-L, from 0 to 1.",
+            "exactly, after white space, or as JSON; of long free texts the mean ROUGE-L, from 0 "
+            "to 1.",
         ),
         (
             "new\ncompleted",
@@ -187,43 +161,34 @@ def _findings(
         (
             "old\nloss",
             "*Change*: of the old loss from the base's. *KL*: mean KL(base‖variant) of the "
-            "next-token "
-            "predictions on the old sentences, in nats. *Answers kept*: next-token first choices "
-            "on the old sentences "
-            "that are still the base's.",
+            "next-token predictions on the old sentences, in nats. *Answers kept*: next-token "
+            "first choices on the old sentences that are still the base's.",
         ),
         (
             "prefers\nchosen",
             "*Prefers chosen*: held-out pairs whose chosen answer has the higher mean "
-            "log-probability per token, "
-            "before and after training.",
+            "log-probability per token, before and after training.",
         ),
     )
-    lines = [
-        " ".join(
-            [
-                f"*New*: {new}{old}. *Loss*: mean cross-entropy, in nats per token.",
-                *(text for heading, text in words if heading in columns),
-                "*Size*: weights to store for this variant; an adapter's are stored beside one "
-                "copy of its base.\n",
-            ]
-        ),
-        *([SCRATCH] if "scratch" in metrics else []),
-        *(
-            f"*{titles[name]}*: the numbers of *{titles[numbers['measured_as']]}*. Its "
-            "certificate says that both "
-            "answer alike, so it was not measured again.\n"
-            for name, numbers in metrics.items()
-            if "measured_as" in numbers
-        ),
-        *(
-            _curve_line(titles[name], numbers)
-            for name, numbers in metrics.items()
-            if "final_loss" in numbers
-        ),
-        "",
+    words = [
+        f"*New*: {new}{old}. *Loss*: mean cross-entropy, in nats per token.",
+        *(text for heading, text in explained if heading in columns),
+        "*Size*: weights to store for this variant; an adapter's are stored beside one copy of its "
+        "base.\n",
     ]
-    return "\n".join(lines)
+    lines = [" ".join(words)]
+    if "scratch" in metrics:
+        lines.append(SCRATCH)
+    for name, numbers in metrics.items():
+        if "measured_as" in numbers:
+            lines.append(
+                f"*{titles[name]}*: the numbers of *{titles[numbers['measured_as']]}*. Its "
+                "certificate says that both answer alike, so it was not measured again.\n"
+            )
+    for name, numbers in metrics.items():
+        if "final_loss" in numbers:
+            lines.append(_curve_line(titles[name], numbers))
+    return "\n".join([*lines, ""])
 
 
 def _curve_line(title: str, numbers: Mapping[str, Any]) -> str:
@@ -231,8 +196,7 @@ def _curve_line(title: str, numbers: Mapping[str, Any]) -> str:
     when = f"is flat from epoch {flat}" if flat else "has not flattened"
     parts = [
         f"- **{title}**: the training loss {when} (every later epoch within 5% of the whole drop) "
-        "and ends "
-        f"with an epoch at {numbers['final_loss']:.3f}"
+        f"and ends with an epoch at {numbers['final_loss']:.3f}"
     ]
     if "new_completed" in numbers:
         parts.append(
@@ -254,30 +218,18 @@ def _groups(predictions: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _prompt_table(
     predictions: Mapping[str, Any], group: str, rule: str, titles: Mapping[str, str]
 ) -> str:
-    chosen = {
-        name: [entry for entry in entries if (entry["group"], entry["rule"]) == (group, rule)]
-        for name, entries in predictions.items()
-    }
+    """A row per prompt of a group and rule: its answer, and every variant's first choice."""
     changes = rule == "must_change"
-    rows = [
-        [
-            f"*{e[0]['prompt']}*",
-            e[0]["answer"],
-            *([e[0]["corrected"]] if changes else []),
-            *map(_first_choice, e),
-        ]
-        for e in zip(*chosen.values(), strict=True)
-    ]
-    note = (
-        "First choices; **bold** where it is not the "
-        "answer" + (", ✓ where it is the corrected one" * changes) + ".\n"
-    )
-    columns = [
-        "prompt",
-        "answer",
-        *(["corrected"] if changes else []),
-        *(titles[name] for name in chosen),
-    ]
+    columns = ["prompt", "answer", *(["corrected"] if changes else [])]
+    columns += [titles[name] for name in predictions]
+    rows = []
+    for entries in zip(*predictions.values(), strict=True):
+        asked = entries[0]
+        if (asked["group"], asked["rule"]) == (group, rule):
+            answers = [asked["answer"], *([asked["corrected"]] if changes else [])]
+            rows.append([f"*{asked['prompt']}*", *answers, *map(_first_choice, entries)])
+    ticked = ", ✓ where it is the corrected one" if changes else ""
+    note = f"First choices; **bold** where it is not the answer{ticked}.\n"
     return f"## {group}: {rule}\n\n{note}\n" + _table(columns, rows)
 
 
@@ -292,18 +244,14 @@ def _sample_tables(samples: Mapping[str, Any], titles: Mapping[str, str]) -> Ite
 
 
 def _verdict(compared: Match) -> str:
-    """In a cell: the sign of an answer, with the JSON fields that differ or the similarity of a
-    long text.
-    """
+    """The sign of an answer, with the JSON fields that differ or the similarity of a long text."""
     if compared.rouge_l is not None:
         return f"{compared.sign} {compared.rouge_l:.2f}"
     return " ".join([compared.sign, *map(_escaped, filter(None, compared.differs))])
 
 
 def _first_choice(entry: Mapping[str, Any]) -> str:
-    """The expected words with the probability of all of them, or the likeliest token with its
-    own.
-    """
+    """The expected words, or else the likeliest token, and its probability."""
     if entry["top_k"] is None:
         return "unknown word"
     if entry["first"]:

@@ -18,6 +18,7 @@ from pipeline.adapters.attach import short_targets
 from pipeline.adapters.config import CONFIG, PREFIX, WEIGHTS, AdapterSpec, config_of, refuse_experts
 from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, fan_in_fan_out
 from pipeline.adapters.low_rank import LowRank, svd, tensors_of, truncated
+from pipeline.adapters.peft import Reading
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_json
 from pipeline.files.base_model import tensor_locations
@@ -217,7 +218,11 @@ _METHODS: Mapping[Method, Callable[[Sequence[Part], CombineOptions, str], LowRan
 
 
 def low_rank_updates(
-    base: Path, adapter: Path, trust_remote_code: bool = False, dora: bool = False
+    base: Path,
+    adapter: Path,
+    trust_remote_code: bool = False,
+    dora: bool = False,
+    reading: Reading | None = None,
 ) -> Updates:
     """All changes of the adapter as low-rank updates, in the order of the model's modules.
 
@@ -226,7 +231,7 @@ def low_rank_updates(
     for changes that are not low-rank, and for an adapter that does not fit the base.
     """
     model, stored = skeleton(base, trust_remote_code), tensor_locations(base)
-    spec = attach_to_meta_model(model, base, stored, adapter)
+    spec = attach_to_meta_model(model, base, stored, adapter, reading)
     refuse_experts(adapter, spec)
     updates: Updates = {}
     for parameter, edit in merge_edits(model, spec).items():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import adapter_layers, tensors
-from pipeline.adapters.config import PREFIX, WEIGHTS, AdapterSpec
+from pipeline.adapters.config import PREFIX, AdapterSpec
 from pipeline.adapters.experts import expert_layers
 from pipeline.adapters.folder import quantization_of, refuse_virtual
 from pipeline.adapters.lora import (
@@ -25,14 +25,13 @@ from pipeline.adapters.lora import (
     factors,
     fan_in_fan_out,
 )
-from pipeline.adapters.peft import COPY, load_adapter, other_embedding
+from pipeline.adapters.peft import COPY, Reading, load_adapter, other_embedding
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.base_model import TensorLocation, tensor_locations
 from pipeline.models.base import CausalLM, is_conv1d
 from pipeline.models.load import skeleton
 from pipeline.models.quantized_linear import dequantized, quantizable
-from pipeline.models.save import load_tensors
 from pipeline.project.runner import Event, Note, Progress
 from pipeline.weights.streaming import (
     AddLowRank,
@@ -161,7 +160,11 @@ def certify(
 
 
 def plan_merge(
-    base: Path, adapter: Path, trust_remote_code: bool = False, dtype: str | None = None
+    base: Path,
+    adapter: Path,
+    trust_remote_code: bool = False,
+    dtype: str | None = None,
+    reading: Reading | None = None,
 ) -> Merge:
     """The merge of `adapter` into the checkpoint `base`; `dtype` to write: F32, BF16, F16, None:
     each tensor's own.
@@ -181,7 +184,7 @@ def plan_merge(
             quantizers[f"{name}.weight"] = partial(dequantized, kind=kind, transposed=transposed)
     edits: dict[str, Edit] = {}
     for name, edit in merge_edits(
-        model, attach_to_meta_model(model, base, stored, adapter)
+        model, attach_to_meta_model(model, base, stored, adapter, reading)
     ).items():
         separate = separate_edits(name, edit, stored) if isinstance(edit, AddToExperts) else {}
         shapes |= {tensor: (len(one.left), one.right.shape[1]) for tensor, one in separate.items()}
@@ -227,7 +230,11 @@ def plan_merge(
 
 
 def attach_to_meta_model(
-    model: CausalLM, base: Path, stored: Mapping[str, TensorLocation], adapter: Path
+    model: CausalLM,
+    base: Path,
+    stored: Mapping[str, TensorLocation],
+    adapter: Path,
+    reading: Reading | None = None,
 ) -> AdapterSpec:
     """Attach the adapter to `model`, which is `base` on the meta device; `stored` are the base's
     tensors.
@@ -236,7 +243,8 @@ def attach_to_meta_model(
     embedding saved with the adapter that differs from the base's.
     """
     refuse_virtual(adapter)
-    spec = load_adapter(model, base, adapter)
+    reading = reading or Reading.once()
+    spec = load_adapter(model, base, adapter, reading)
     if not isinstance(spec, AdapterSpec):
         raise UserError(
             f"{adapter} is no LoRA, so it cannot be merged. Use it on its base: `lora prompt "
@@ -244,8 +252,7 @@ def attach_to_meta_model(
         )
     # PEFT saves a copy of an embedding with LoRA on it; only the base's files can tell whether it
     # is the base's
-    # `load_adapter` has checked that they are finite
-    for key, value in load_tensors(adapter / WEIGHTS).items():
+    for key, value in reading.tensors(adapter).items():
         if key.endswith(COPY):
             name = f"{key.removeprefix(PREFIX).removesuffix(COPY)}.weight"
             location = find_location(name, stored, tied_names(model))

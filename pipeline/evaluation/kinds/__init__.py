@@ -13,12 +13,10 @@ Scores = Mapping[str, float]  # "score", from 0 to 1, and what else the kind mea
 
 
 class TaskExample(NamedTuple):
-    """`prompt`: a text to complete, or a conversation to answer. `row`: the example as its file has
-    it.
-    """
+    """An example of a task, and where its file has it."""
 
-    prompt: str | tuple[Message, ...]
-    row: Record
+    prompt: str | tuple[Message, ...]  # a text to complete, or a conversation to answer
+    row: Record  # as it is in the file
     location: str  # for error messages
 
 
@@ -26,38 +24,31 @@ Score = Callable[[Any, TaskExample], Scores]
 
 
 class TaskOptions(NamedTuple):
-    """What a task says beside its examples. `files`: the paths of evaluate.tasks → as they are
-    written there.
-
-    The files that a task names are relative to `folder`, its own file's.
-    """
+    """A task's settings, without its examples."""
 
     values: Mapping[str, Any]
     location: str  # for error messages
-    folder: Path
-    files: Mapping[Path, str]
+    folder: Path  # of the task's file: the files that the task names are relative to it
+    files: Mapping[Path, str]  # path of each file of evaluate.tasks → as it is written there
 
 
 class Kind(NamedTuple):
-    """What an example is asked, and how the answer is scored.
-
-    `check(row, location)`: raises UserError for an example that cannot be scored.
-    `scorer(options)`: the function that scores an answer to an example. `options`: keys of a task
-    that only this kind reads → their types. `choices(row)`: the texts whose log-likelihoods (None:
-    it has an unknown word) are the answer; without it, the answer is a generated text.
-    """
+    """How an example is asked, and how the answer is scored."""
 
     about: str
+    # (row, location): raises UserError for an example that cannot be scored
     check: Callable[[Record, str], object]
+    # the function that scores an answer to an example
     scorer: Callable[[TaskOptions], Score]
+    # keys of a task that only this kind reads → their types
     options: Mapping[str, Any] = {}
+    # the texts of a row whose log-likelihoods are the answer, None for one with an unknown word;
+    # without it, the answer is a generated text
     choices: Callable[[Record], Sequence[str]] | None = None
 
 
 def plain(text: str, ignore_case: bool = False) -> str:
-    """The text for comparison: composed characters (NFC), one space for white space, none around
-    it.
-    """
+    """The text for comparison: in NFC, white space as one space, and none at the ends."""
     text = " ".join(unicodedata.normalize("NFC", text).split())
     return text.casefold() if ignore_case else text
 
@@ -68,6 +59,21 @@ def expected(row: Record, location: str) -> list[str]:
         return [read_string(row, "answer", location)]
     texts = read_list(row, "answer", location, "texts")
     return [read_string({"answer": text}, "answer", location) for text in texts]
+
+
+def comparing(is_right: Callable[[str, Sequence[str]], bool]) -> Callable[[TaskOptions], Score]:
+    """A scorer by `is_right(answer, expected)`, whose texts are `plain`, by `ignore_case`."""
+
+    def scorer(options: TaskOptions) -> Score:
+        ignore_case = options.values.get("ignore_case", False)
+
+        def score(answer: str, example: TaskExample) -> Scores:
+            texts = [plain(text, ignore_case) for text in expected(example.row, example.location)]
+            return {"score": float(is_right(plain(answer, ignore_case), texts))}
+
+        return score
+
+    return scorer
 
 
 KINDS = Registry[Kind]("evaluation")

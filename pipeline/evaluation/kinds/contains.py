@@ -1,22 +1,10 @@
 """contains: one of the expected texts is somewhere in the answer."""
 
-from pipeline.evaluation.kinds import Kind, Score, Scores, TaskExample, TaskOptions, expected, plain
-
-
-def scorer(options: TaskOptions) -> Score:
-    ignore_case = options.values.get("ignore_case", False)
-
-    def score(answer: str, example: TaskExample) -> Scores:
-        text = plain(answer, ignore_case)
-        right = expected(example.row, example.location)
-        return {"score": float(any(plain(each, ignore_case) in text for each in right))}
-
-    return score
-
+from pipeline.evaluation.kinds import Kind, comparing, expected
 
 KIND = Kind(
     "`answer`, or one of a list, is somewhere in the answer",
     expected,
-    scorer,
+    comparing(lambda answer, texts: any(text in answer for text in texts)),
     {"ignore_case": bool},
 )

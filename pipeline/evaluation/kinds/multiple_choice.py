@@ -1,8 +1,7 @@
 """multiple_choice: the right one of some texts is the likeliest after the prompt.
 
 As `acc` and `acc_norm` of lm-evaluation-harness: acc_norm divides a choice's log-likelihood by its
-number of characters, so that long choices are not at a disadvantage. Of equal ones the first
-counts.
+number of characters, so that long choices have no disadvantage. Of equal choices the first counts.
 """
 
 import math
@@ -23,9 +22,7 @@ def choices(row: Record, location: str = "") -> list[str]:
 
 
 def right(row: Record, location: str = "") -> int:
-    """The index of the right choice: `answer` is its text, or its number from 0. Raises
-    UserError.
-    """
+    """The index of `answer`, the text of a choice or its number from 0. Raises UserError."""
     texts, answer = choices(row, location), row.get("answer")
     if len(texts) < 2 or len(set(texts)) < len(texts):
         raise UserError(

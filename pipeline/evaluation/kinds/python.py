@@ -22,7 +22,7 @@ from pipeline.files.text import abbreviate_repr
 
 
 def check(row: Record, location: str) -> None:
-    """What an example needs, only the user's function knows."""
+    """Any example will do: only the user's function knows what it needs."""
 
 
 def scorer(options: TaskOptions) -> Score:
@@ -30,25 +30,24 @@ def scorer(options: TaskOptions) -> Score:
     written = options.values.get("scorer")
     if not written:
         raise UserError(
-            f'{options.location}: a task of kind python needs "scorer", a file with score(answer, example).'
+            f'{options.location}: a task of kind python needs "scorer", a file with '
+            "score(answer, example)."
         )
     path = (options.folder / written).resolve()
     if path not in options.files:
         raise UserError(
-            f"{options.location}: scorer {written} is not in evaluate.tasks. It is code that "
-            "would run here with your "
-            "rights: read it, and if you trust it, add it there."
+            f"{options.location}: scorer {written} is not in evaluate.tasks. It is code that would "
+            "run here with your rights: read it, and if you trust it, add it there."
         )
     name = options.files[path]
     module = ModuleType("lora_scorer")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses look themselves up
-    _call(
-        name,
-        path,
-        options.location,
-        lambda: exec(compile(path.read_bytes(), path, "exec"), module.__dict__),
-    )
+
+    def run() -> None:
+        exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
+
+    _call(name, path, options.location, run)
     function = getattr(module, "score", None)
     if not callable(function):
         raise UserError(f"{name} has no function score(answer, example). Define it.")
@@ -60,9 +59,8 @@ def scorer(options: TaskOptions) -> Score:
         number = float(value) if isinstance(value, Real) else float("nan")
         if not (isfinite(number) and 0 <= number <= 1):
             raise UserError(
-                f"{name}: score must return a number from 0 to 1, got {abbreviate_repr(value)} "
-                f"for {example.location}. "
-                "Correct it."
+                f"{name}: score must return a number from 0 to 1, got {abbreviate_repr(value)} for "
+                f"{example.location}. Correct it."
             )
         return {"score": number}
 
@@ -70,9 +68,7 @@ def scorer(options: TaskOptions) -> Score:
 
 
 def _call(name: str, path: Path, where: str, function: Callable[[], Any]) -> Any:
-    """What the user's code returns; stdout is the command's. Raises UserError with the code's line
-    if it fails.
-    """
+    """The user's function, whose stdout goes to stderr. Raises UserError with its line."""
     try:
         with redirect_stdout(sys.stderr):
             return function()

@@ -1,6 +1,4 @@
-"""What `lora export` writes. A format is one file here, found and not listed; reading them imports
-no torch.
-"""
+"""The formats of `lora export`, one file each, found by its name. Reading them imports no torch."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,41 +12,34 @@ from pipeline.project.runner import Event, Note
 
 
 class Export(NamedTuple):
-    """An adapter to export.
-
-    `base`: default the one that the adapter names. `base_name`: what the files call it, default the
-    hub id that it was imported from. `precision`: of merged weights, default the base's. `prompts`:
-    a file of prompts on which the merged model is compared with base + adapter. `quantize`:
-    comma-separated kinds of GGUF files, such as f16,q8_0.
-    """
+    """An adapter to export, and the options of the command."""
 
     adapter: Path
-    base: Path | None = None
-    base_name: str | None = None
-    precision: str | None = None
-    prompts: Path | None = None
+    base: Path | None = None  # default: the one that the adapter names
+    base_name: str | None = None  # in the files; default: the hub id that it was imported from
+    precision: str | None = None  # of merged weights; default: the base's
+    prompts: Path | None = None  # to compare the merged model with base + adapter on
     trust_remote_code: bool = False
-    quantize: str | None = None
+    quantize: str | None = None  # comma-separated kinds of GGUF files, such as f16,q8_0
 
 
 class Format(NamedTuple):
-    """`about`: its line in `lora export --help`. `options`: the fields of `Export` that it reads
-    beside the adapter. `relation`: what it is to its base on the hub, adapter or finetune.
-
-    `write(export, out)` returns lines that say what was written and how it is used. Raises
-    UserError.
-    """
+    """A format that an adapter can be exported to."""
 
     order: int
-    about: str
-    options: tuple[str, ...]
+    about: str  # its line in `lora export --help`
+    options: tuple[str, ...]  # the fields of `Export` that it reads beside the adapter
+    # (export, out) → lines that say what was written and how it is used; raises UserError
     write: Callable[[Export, Path], Generator[Event, None, list[str]]]
-    relation: str = "finetune"
+    relation: str = "finetune"  # to its base, on the hub: adapter or finetune
 
 
 def write(name: str, export: Export, out: Path) -> Generator[Event, None, list[str]]:
-    """Export as the format `name`. Raises UserError, also for an option that the format does not
-    read, and where `out` holds an export of another adapter."""
+    """Export as the format `name`.
+
+    Raises UserError, also for an option that the format does not read, and if `out` holds an export
+    of another adapter.
+    """
     from pipeline.export.model_card import title
 
     for option, default in Export._field_defaults.items():
@@ -73,8 +64,7 @@ def write(name: str, export: Export, out: Path) -> Generator[Event, None, list[s
 def adapter_folder(
     export: Export, out: Path, library: str | None = None, commands: Sequence[str] = ()
 ) -> Iterator[Path]:
-    """A folder for the files of an adapter that is not merged; at the end it gets a tokenizer and a
-    card.
+    """A folder for the files of an adapter, to which a tokenizer and a card are added at the end.
 
     It appears at `out` whole or not at all, and replaces nothing but an earlier export. `library`:
     the one that reads it, default PEFT; `commands`: how it is used there. Raises UserError.
@@ -88,8 +78,8 @@ def adapter_folder(
     artifact.refuse_other(out, has_card(out) and (out / CONFIG).exists(), (export.adapter,))
     with artifact.writing(out) as folder:
         yield folder
-        # The config names the base by a path of this machine. A hub id works everywhere, but not if
-        # tokens were added: then the hub's model is not the base.
+        # The config names the base by a path of this machine. A hub id works everywhere, unless
+        # tokens were added: the hub's model is then not the base.
         origin = origin_of(export.adapter, export.base)
         names: dict[str, str | None] = {}
         if export.base_name:
@@ -109,9 +99,7 @@ def adapter_folder(
 
 
 def note_on_verdict(adapter: Path) -> Iterator[Note]:
-    """A note if the adapter breaks evaluate.limits, by the evaluation that measured exactly its
-    files.
-    """
+    """A note if the adapter breaks evaluate.limits, by an evaluation of exactly its files."""
     from pipeline.inference.catalog import VERDICT, measured_of
 
     verdict = measured_of(adapter).get(VERDICT)
@@ -120,39 +108,33 @@ def note_on_verdict(adapter: Path) -> Iterator[Note]:
 
 
 def note_on_quantization(export: Export) -> Iterator[Note]:
-    """A note if the adapter fits only a quantized base, which its files cannot say to PEFT or
-    vLLM.
-    """
+    """A note if the adapter fits only a quantized base, which PEFT and vLLM cannot know."""
     from pipeline.adapters.config import read_config
     from pipeline.adapters.folder import origin_of, quantization_of
     from pipeline.export.model_card import BITSANDBYTES, quantization_note
 
     origin = origin_of(export.adapter, export.base)
-    named = str(
-        export.base or read_config(export.adapter).get("base_model_name_or_path") or "its base"
-    )
-    base = export.base_name or (origin and origin.hub_id) or named
+    named = export.base or read_config(export.adapter).get("base_model_name_or_path") or "its base"
+    base = export.base_name or (origin and origin.hub_id) or str(named)
     if (kind := quantization_of(export.adapter)) != "none":
         advice = f"Load {base} in {kind} ({BITSANDBYTES[kind]}), or export with --format merged."
         yield Note(f"{export.adapter} was {quantization_note(kind, base)}. {advice}")
     if origin and origin.dequantized and export.base_name:
         yield Note(
             f"{export.adapter} was trained on weights that an import dequantized from "
-            f"{origin.dequantized}; on {base} "
-            "in 16 bits it answers slightly differently."
+            f"{origin.dequantized}; on {base} in 16 bits it answers slightly differently."
         )
 
 
 def note_on_base(export: Export) -> Iterator[Note]:
-    """A note if the files name the base by a folder, which nobody else has."""
+    """A note if the files name the base by a folder of this machine."""
     from pipeline.adapters.config import CONFIG, read_config
 
     if reason := unnamed_base(export):
         named = read_config(export.adapter).get("base_model_name_or_path")
         yield Note(
             f"{CONFIG} names the base by a folder of this machine, {named}: {reason}. Name the "
-            "base on the hub with "
-            "--base-name org/name, or export with --format merged."
+            "base on the hub with --base-name org/name, or export with --format merged."
         )
 
 

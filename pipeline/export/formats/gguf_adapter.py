@@ -1,4 +1,4 @@
-"""The adapter alone as a GGUF file for llama.cpp's --lora, if need be with its base beside it."""
+"""The adapter alone as a GGUF file for llama.cpp's --lora, with its base beside it if needed."""
 
 from collections.abc import Generator, Mapping
 from pathlib import Path
@@ -11,13 +11,14 @@ from pipeline.files import artifact
 from pipeline.project.runner import Event, Note
 
 if TYPE_CHECKING:
+    from pipeline.adapters.peft import Reading
     from pipeline.export.gguf.writer import Model
-    from pipeline.weights.streaming import Merge
 
 
 def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     """Write the updates, and say how to use them. Raises UserError."""
     from pipeline.adapters.folder import base_of
+    from pipeline.adapters.peft import Reading
     from pipeline.export.gguf.families import family_of
     from pipeline.export.gguf.folder import general, is_earlier_export
     from pipeline.export.model_card import card
@@ -32,23 +33,23 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     from pipeline.export.gguf.writer import describe_model
 
     base, name = export.base or base_of(export.adapter), export.adapter.resolve().name
-    export = export._replace(base=base)
+    export, trust = export._replace(base=base), export.trust_remote_code
     artifact.refuse_other(out, is_earlier_export(out), (base, export.adapter))
     yield from note_on_quantization(export)
-    model = skeleton(base, export.trust_remote_code)
-    # refuses a model that llama.cpp does not have before anything is asked of the adapter
+    model = skeleton(base, trust)
+    # a model that llama.cpp does not have is an error before the adapter is read
     family_of(model.describe())
-    updates = low_rank_updates(base, export.adapter, export.trust_remote_code)
-    # If the head is tied, llama.cpp would apply the embedding's update, whose layout is another, to
-    # the head too, and stop: the base for such an adapter has a head of its own.
+    reading = Reading.once()
+    updates = low_rank_updates(base, export.adapter, trust, reading=reading)
+    # If the head is tied, llama.cpp would apply the embedding's update to the head too, where its
+    # layout is another, and stop: the base for such an adapter has a head of its own.
     own_head = bool({model.embedding_name, model.head_name} & updates.keys())
-    merge = Merge(base, tensor_locations(base), {}, {}, False, {})
-    described = describe_model(merge, export.trust_remote_code, own_head=own_head)
+    unchanged = Merge(base, tensor_locations(base), {}, {}, False, {})
+    described = describe_model(unchanged, trust, own_head)
     yield from map(Note, described.notes)
-    facts, beside = (
-        general(name, export.adapter, base, export.base_name),
-        own_head or _is_expanded(base),
-    )
+    facts = general(name, export.adapter, base, export.base_name)
+    beside = own_head or _is_expanded(base)
+
     with artifact.writing(out) as folder:
         path, base_path = folder / "adapter.gguf", folder / "base-f16.gguf"
         write_adapter(path, updates, model, facts)
@@ -60,7 +61,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
                     "this."
                 )
         compared, table = yield from _compared(
-            export, base, path, base_path, merge, described, facts, beside
+            export, base, described, facts, path, base_path, beside, reading
         )
         if not beside:
             base_path.unlink(missing_ok=True)
@@ -87,18 +88,17 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
 def _compared(
     export: Export,
     base: Path,
-    path: Path,
-    base_path: Path,
-    merge: "Merge",
     described: "Model",
     facts: Mapping[str, Any],
+    path: Path,
+    base_path: Path,
     needed: bool,
+    reading: "Reading",
 ) -> Generator[Event, None, tuple[dict[str, Any], list[str]]]:
-    """Write the base to `base_path`, if it is `needed` or llama.cpp is here, and compare the
-    adapter on it.
+    """Write the base to `base_path`, if it is `needed` or llama.cpp is here, and compare on it.
 
     Returns the certificate's entries, and lines. Raises UserError if a base that is needed cannot
-    be written, and if the adapter on it is not the model.
+    be written, and if the adapter in `path` on it is not the model.
     """
     from pipeline.export.gguf.folder import tokenizer_of
     from pipeline.export.gguf.vocabulary import read_vocabulary
@@ -115,18 +115,15 @@ def _compared(
         return {}, [f"Nothing was compared, as the base cannot be written beside it. {error}"]
     yield from map(Note, vocabulary.notes)
     metadata = {**facts, "general.name": base.resolve().name, **vocabulary.metadata}
-    yield from write_files({base_path: "f16"}, merge, described, metadata)
+    yield from write_files({base_path: "f16"}, described, metadata)
+    candidate = llama_cpp.candidate("f16", base_path, path, "adapter on f16")
+    # the base as it is stored: in this file it is not quantized
+    how: dict[str, Any] = {"trust_remote_code": export.trust_remote_code, "quantization": "none"}
     return (
         yield from llama_cpp.certify(
-            # the base as it is stored: in this file it is not quantized
-            lambda: load(
-                base,
-                export.adapter,
-                trust_remote_code=export.trust_remote_code,
-                quantization="none",
-            ),
+            lambda: load(base, export.adapter, reading=reading, **how),
             vocabulary.tokenizer,
-            [llama_cpp.candidate("f16", base_path, path, "adapter on f16")],
+            [candidate],
             export.prompts,
         )
     )

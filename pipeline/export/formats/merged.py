@@ -1,6 +1,4 @@
-"""A whole checkpoint: the adapter merged into its base, with a generation config, a model card and
-a certificate.
-"""
+"""A whole checkpoint: the adapter merged into its base, with model card and certificate."""
 
 from collections.abc import Generator
 from pathlib import Path
@@ -27,10 +25,8 @@ def merging_of(export: Export) -> tuple["Merging", "Verify | None"]:
     merging = Merging(base, export.adapter, export.precision, export.trust_remote_code)
     if export.prompts is None:
         return merging, None
-    texts = prompt_texts(export.prompts)
-    return merging, SameLogits(
-        base, export.adapter, texts, trust_remote_code=export.trust_remote_code
-    )
+    texts, trust = prompt_texts(export.prompts), export.trust_remote_code
+    return merging, SameLogits(base, export.adapter, texts, trust_remote_code=trust)
 
 
 def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
@@ -47,9 +43,8 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
         generation = folder / "generation_config.json"
         if not generation.exists():  # vLLM stops at its end token
             config = artifact.read_json(folder / "config.json", "Copy the base again")
-            artifact.write_json(
-                generation, {key: config[key] for key in TOKEN_IDS if config.get(key) is not None}
-            )
+            ids = {key: config[key] for key in TOKEN_IDS if config.get(key) is not None}
+            artifact.write_json(generation, ids)
         text = card(merging.adapter, certificate, merging.base, export.base_name, out.name)
         (folder / CARD).write_text(text, encoding="utf-8")
 

@@ -21,39 +21,42 @@ from pipeline.project.runner import Event, Note
 
 if TYPE_CHECKING:
     from pipeline.adapters.low_rank import LowRank
+    from pipeline.adapters.peft import Reading
     from pipeline.models.base import CausalLM
     from pipeline.weights.combine import Updates
 
 WEIGHTS = "adapters.safetensors"
 # Families whose layers have the same names in mlx-lm: the tests compare each. Not GPT-2, of which
 # mlx-lm opens only the original file, with other names than transformers writes.
-FAMILIES = frozenset(
-    (
-        *(
-            "cohere",
-            "ernie4_5",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "glm4",
-            "granite",
-            "helium",
-            "llama",
-            "mistral",
-        ),
-        *("mixtral", "olmo2", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2"),
-    )
+FAMILIES = (
+    "cohere",
+    "ernie4_5",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm4",
+    "granite",
+    "helium",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "seed_oss",
+    "smollm3",
+    "starcoder2",
 )
 FITS = 3  # times the base's size: it may be stored in 16 bits, and is compared in fp32
 WIDER = 4  # ranks that padding multiplies by more are worth a note
 
 
 def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
-    """Write the updates with one rank and scale, and compare the logits with mlx-lm's. Raises
-    UserError.
-    """
+    """Write the updates with one rank and scale, and compare with mlx-lm. Raises UserError."""
     from pipeline.adapters.config import CONFIG
     from pipeline.adapters.folder import base_of
+    from pipeline.adapters.peft import Reading
     from pipeline.files.artifact import write_json
     from pipeline.models.load import read_config, skeleton
     from pipeline.models.save import save_tensors
@@ -64,62 +67,51 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     if (family := str(read_config(base).get("model_type"))) not in FAMILIES:
         raise UserError(
             f"{base} is a model of type {family}, whose layers in mlx-lm are not known here. "
-            "Known: "
-            f"{', '.join(sorted(FAMILIES))}. Export it with --format merged."
+            f"Known: {', '.join(sorted(FAMILIES))}. Export it with --format merged."
         )
     named = export.base_name or str(base)
     command = f"mlx_lm.generate --model {named} --adapter-path {{}}"
     with adapter_folder(export._replace(base=base), out, "mlx", [command.format(".")]) as folder:
-        model = skeleton(base, export.trust_remote_code)
-        updates = low_rank_updates(base, export.adapter, export.trust_remote_code, dora=True)
+        trust, reading = export.trust_remote_code, Reading.once()
+        model = skeleton(base, trust)
+        updates = low_rank_updates(base, export.adapter, trust, dora=True, reading=reading)
         updates = _with_tied_head(model, updates, export.adapter)
-        rank, least = (choose(update.rank for update in updates.values()) for choose in (max, min))
+        ranks = [update.rank for update in updates.values()]
+        rank, least = max(ranks), min(ranks)
         dora = [update.magnitude is not None for update in updates.values()]
         if any(dora) and not all(dora):
             raise UserError(
                 f"{export.adapter}: in mlx-lm either all layers use DoRA or none, but token rows "
-                "are trained beside "
-                "DoRA here. Export it with --format merged."
+                "are trained beside DoRA here. Export it with --format merged."
             )
         if rank >= WIDER * least:
             yield Note(
                 f"mlx-lm has one rank for all layers: those of rank {least} are padded with zeros "
-                f"to {rank}, which "
-                "makes the adapter larger. A merged model (--format merged) is not."
+                f"to {rank}, which makes the adapter larger. A merged model (--format merged) is "
+                "not."
             )
         scale = _common_scale(updates)
-        tensors = {
-            name + key: tensor
-            for name, update in updates.items()
-            for key, tensor in _tensors(update, rank, scale).items()
-        }
+        tensors: dict[str, Any] = {}
+        for name, update in updates.items():
+            tensors |= {name + key: part for key, part in _tensors(update, rank, scale).items()}
         save_tensors(folder / WEIGHTS, tensors, "mlx")
         blocks = next(name for name, module in model.named_modules() if module is model.blocks)
         keys, count = _keys(updates, blocks, len(model.blocks))
+        parameters = {"rank": rank, "scale": 1.0 if scale is None else scale}
         config: dict[str, Any] = {
             "fine_tune_type": "dora" if any(dora) else "lora",
             "num_layers": count,
-            "lora_parameters": {
-                "rank": rank,
-                "scale": 1.0 if scale is None else scale,
-                "dropout": 0.0,
-                "keys": keys,
-            },
+            "lora_parameters": {**parameters, "dropout": 0.0, "keys": keys},
             "model": named,
         }
         write_json(folder / CONFIG, config)
-        compared = yield from _compared(export, base, folder)
+        compared = yield from _compared(export, base, folder, reading)
     yield from note_on_base(export)
-    return [
-        f"{out}  for MLX. Use it with:",
-        command.format(out),
-        *compared,
-    ]
+    return [f"{out}  for MLX. Use it with:", command.format(out), *compared]
 
 
 def _with_tied_head(model: "CausalLM", updates: "Updates", adapter: Path) -> "Updates":
-    """The updates without a tied head's: mlx-lm adds an embedding's update to the head that is tied
-    to it.
+    """The updates without a tied head's: mlx-lm adds the embedding's update to the head too.
 
     Raises UserError if only one of the two has an update, or if they differ.
     """
@@ -137,23 +129,21 @@ def _with_tied_head(model: "CausalLM", updates: "Updates", adapter: Path) -> "Up
     ):
         raise UserError(
             f"{adapter} changes one of embedding and head, or each differently. They are tied in "
-            "the base, and mlx-lm "
-            "adds the same update to both. Export it with --format merged."
+            "the base, and mlx-lm adds the same update to both. Export it with --format merged."
         )
     return {name: update for name, update in updates.items() if name != model.head_name}
 
 
 def _common_scale(updates: "Updates") -> float | None:
-    """The scale of all updates; None if they differ, as with alpha_pattern: it is then multiplied
-    into B.
-    """
+    """The scale of all updates; None if they differ, as with alpha_pattern: B then holds them."""
     scales = {update.scale for update in updates.values()}
     return scales.pop() if len(scales) == 1 else None
 
 
 def _tensors(update: "LowRank", rank: int, scale: float | None) -> dict[str, Any]:
-    """A (I, R) and B (R, O), padded with zeros to `rank`, and DoRA's magnitude; B holds the scale
-    if none is common.
+    """A (I, R) and B (R, O), padded with zeros to `rank`, and DoRA's magnitude.
+
+    B holds the update's scale if there is no common `scale`.
     """
     import torch.nn.functional as F
 
@@ -165,12 +155,11 @@ def _tensors(update: "LowRank", rank: int, scale: float | None) -> dict[str, Any
 
 
 def _keys(names: Iterable[str], stem: str, blocks: int) -> tuple[list[str], int]:
-    """The layers to adapt as mlx-lm's `keys` and `num_layers`; `stem` is the full name of the list
-    of `blocks`.
+    """The layers to adapt as mlx-lm's `keys` and `num_layers`; `stem`: full name of the blocks.
 
-    A key is a name inside a block, which then means the same layer of each of the last `num_layers`
-    blocks, or a full name. Full names are always exact; short ones are used where they say the
-    same, as other programs know only these.
+    A key is a name inside a block, which means this layer of each of the last `num_layers` blocks,
+    or a full name. Full names are always exact; short names are used if they mean the same, as
+    other programs know only these.
     """
     inside: dict[str, set[int]] = {}
     outside = []
@@ -186,8 +175,10 @@ def _keys(names: Iterable[str], stem: str, blocks: int) -> tuple[list[str], int]
     return [*names], blocks
 
 
-def _compared(export: Export, base: Path, folder: Path) -> Generator[Event, None, list[str]]:
-    """What a comparison with mlx-lm gave, where it is installed and the model fits in memory.
+def _compared(
+    export: Export, base: Path, folder: Path, reading: "Reading"
+) -> Generator[Event, None, list[str]]:
+    """The result of a comparison with mlx-lm, if it is installed and the model fits in memory.
 
     Raises UserError if the logits differ by more than rounding does.
     """
@@ -195,13 +186,13 @@ def _compared(export: Export, base: Path, folder: Path) -> Generator[Event, None
     from pipeline.models.save import rope_settings
 
     config, lines = read_config(base), list[str]()
-    if settings := ", ".join(
-        f'"{key}": {value}' for key, value in rope_settings(config).items() if key not in config
-    ):
+    rope = rope_settings(config)
+    settings = ", ".join(f'"{key}": {rope[key]}' for key in rope if key not in config)
+    if settings:
         lines = [
             f"{base / 'config.json'} has its rotary settings in rope_parameters alone, where "
-            "mlx-lm does not look for "
-            f"most models. Import the base again, or add to a copy: {settings}"
+            "mlx-lm does not look for most models. Import the base again, or add to a copy: "
+            f"{settings}"
         ]
     if missing_libraries("lora export --format mlx, compared"):
         return [
@@ -226,14 +217,12 @@ def _compared(export: Export, base: Path, folder: Path) -> Generator[Event, None
         ]
     from pipeline.export.mlx import MLX
 
-    adapter = Candidate(
-        "adapter", "f32", (folder / WEIGHTS).stat().st_size, lambda: nullcontext(MLX(base, folder))
-    )
+    size = (folder / WEIGHTS).stat().st_size
+    adapter = Candidate("adapter", "f32", size, lambda: nullcontext(MLX(base, folder)))
+    # mlx-lm reads the base as it is stored, whatever quantization the adapter was trained on
+    how: dict[str, Any] = {"trust_remote_code": export.trust_remote_code, "quantization": "none"}
     certificate = yield from compare(
-        # mlx-lm reads the base as it is stored, whatever quantization the adapter was trained on
-        lambda: load(
-            base, export.adapter, trust_remote_code=export.trust_remote_code, quantization="none"
-        ),
+        lambda: load(base, export.adapter, reading=reading, **how),
         load_tokenizer(base),
         [adapter],
         prompt_texts(export.prompts),

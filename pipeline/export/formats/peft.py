@@ -1,6 +1,4 @@
-"""The adapter as PEFT reads it, with its tokenizer and a model card, without this project's own
-files.
-"""
+"""The adapter as PEFT reads it, with tokenizer and model card, without this project's files."""
 
 import shutil
 from collections.abc import Generator

@@ -38,14 +38,12 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     base = export.base or base_of(export.adapter)
     with adapter_folder(export._replace(base=base), out) as folder:
         updates = low_rank_updates(base, export.adapter, export.trust_remote_code)
-        name, widest = max(
-            ((name, update.rank) for name, update in updates.items()), key=lambda pair: pair[1]
-        )
+        name = max(updates, key=lambda name: updates[name].rank)
+        widest = updates[name].rank
         if widest > RANKS[-1]:
             raise UserError(
                 f"{export.adapter}: {name} needs rank {widest}, but vLLM supports at most "
-                f"{RANKS[-1]}. "
-                "Export with --format merged."
+                f"{RANKS[-1]}. Export with --format merged."
             )
         named = read_config(export.adapter).get("base_model_name_or_path") or str(base)
         uniform = {name: padded(update, widest) for name, update in updates.items()}

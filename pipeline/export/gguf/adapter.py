@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,16 @@ def write_adapter(
     another scale has the difference in its B. Raises UserError if llama.cpp does not compute such a
     model.
     """
-    # an alpha of 0 would mean a scale of 1
-    alphas = Counter(alpha for update in updates.values() if (alpha := update.scale * update.rank))
+    # llama.cpp takes an alpha of 0 as a scale of 1
+    alphas = Counter(update.scale * update.rank for update in updates.values() if update.scale)
     alpha = alphas.most_common(1)[0][0] if alphas else 1.0
     tensors: dict[str, Tensor] = {}
     for name, (target, layout) in _targets(updates, model).items():
         update = updates[name]
         b = layout.rows(update.b.float()) * (update.scale * update.rank / alpha)  # (O, R)
-        # llama.cpp looks a token's row of A up, in its layout (V, R)
-        tensors[f"{target}.lora_a"] = (
-            update.a.float().T if target == EMBEDDING else update.a.float()
-        )
+        a = update.a.float()  # (R, I)
+        # of the embedding (V, R): llama.cpp looks up a token's row
+        tensors[f"{target}.lora_a"] = a.T if target == EMBEDDING else a
         tensors[f"{target}.lora_b"] = b
     facts = {
         **metadata,
@@ -50,22 +50,16 @@ def write_adapter(
         "adapter.type": "lora",
         ALPHA: float(alpha),
     }
-    output = Output(
-        path, facts, [(name, tuple(tensor.shape), Type.F32) for name, tensor in tensors.items()]
-    )
-    try:
+    shapes = [(name, tuple(tensor.shape), Type.F32) for name, tensor in tensors.items()]
+    with closing(Output(path, facts, shapes)) as output:
         output.begin()
         for name, tensor in tensors.items():
             output.write(name, tensor.contiguous().numpy())
             output.end(name)
-    finally:
-        output.close()
 
 
 def adapter_ratios(path: Path, updates: Updates, model: CausalLM) -> dict[str, float | None]:
-    """⟨Δ', Δ⟩ / ⟨Δ, Δ⟩ of each update Δ and the Δ' that llama.cpp computes from the file; None if Δ
-    is 0.
-    """
+    """⟨Δ', Δ⟩ / ⟨Δ, Δ⟩ of each update Δ and llama.cpp's Δ' from the file; None if Δ is 0."""
     reader = gguf.GGUFReader(path)
     alpha = float(reader.fields[ALPHA].contents())
     stored = {tensor.name: torch.from_numpy(np.array(tensor.data)) for tensor in reader.tensors}
@@ -81,22 +75,19 @@ def adapter_ratios(path: Path, updates: Updates, model: CausalLM) -> dict[str, f
 
 
 def _targets(updates: Updates, model: CausalLM) -> dict[str, tuple[str, Layout]]:
-    """Full name of a module → its tensor in llama.cpp, and that tensor's layout without a
-    transposition.
-    """
+    """Full name of a module → its tensor in llama.cpp, and its layout without transposition."""
     config = model.describe()
     family = family_of(config)
-    names = tensor_names(family.architecture, model.shape.layers)
-    return {
-        name: (
-            names(f"{name}.weight"),
-            family.layout(config, f"{name}.weight")._replace(transposed=False),
-        )
-        for name in updates
-    }
+    name_of = tensor_names(family.architecture, model.shape.layers)
+    targets = {}
+    for name in updates:
+        layout = family.layout(config, f"{name}.weight")
+        targets[name] = name_of(f"{name}.weight"), layout._replace(transposed=False)
+    return targets
 
 
-def _dot(one: LowRank, other: LowRank) -> float:
+def _dot(left: LowRank, right: LowRank) -> float:
     """⟨s·BA, s'·B'A'⟩, without the (O, I) products."""
-    b, a = one.b.double().T @ other.b.double(), one.a.double() @ other.a.double().T  # (R, R') each
-    return one.scale * other.scale * float((b * a).sum())
+    b = left.b.double().T @ right.b.double()  # (R, R')
+    a = left.a.double() @ right.a.double().T  # (R, R')
+    return left.scale * right.scale * float((b * a).sum())

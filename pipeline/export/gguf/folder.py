@@ -1,6 +1,4 @@
-"""What a folder of GGUF files has beside tensors: the tokenizer to write, where it comes from, what
-it replaces.
-"""
+"""A folder of GGUF files: the tokenizer and the metadata to write, and what it may replace."""
 
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,7 @@ def is_earlier_export(out: Path) -> bool:
 
 
 def tokenizer_of(base: Path, adapter: Path) -> SubwordTokenizer:
-    """The base's tokenizer, with the chat template that the adapter was trained with. Raises
-    UserError.
-    """
+    """The base's tokenizer, with the chat template of the adapter's training. Raises UserError."""
     tokenizer, path = SubwordTokenizer.load(base), adapter / TEMPLATE
     if not path.is_file():
         return tokenizer
@@ -33,7 +29,7 @@ def tokenizer_of(base: Path, adapter: Path) -> SubwordTokenizer:
 
 
 def general(name: str, adapter: Path, base: Path, base_name: str | None) -> dict[str, Any]:
-    """Metadata that say where a file comes from; `base_name`: default the hub id of the base."""
+    """Metadata of a file's origin; `base_name`: default the hub id of the base."""
     origin = origin_of(adapter, base)
     base_name = base_name or (origin.hub_id if origin else None)
     facts: dict[str, Any] = {"general.type": "model", "general.name": name}

@@ -1,10 +1,11 @@
 """The Modelfile from which `ollama create` makes a model.
 
-Ollama does not render the chat template that is in a GGUF file. It compares it with a list of its
-own and takes that entry's template in Go's language if few letters differ, else the prompt alone.
-So the Modelfile has a TEMPLATE, derived from what the chat template writes around messages.
+Ollama does not render the chat template of a GGUF file. It looks for a similar one in its list, and
+takes the list's template in Go's language, or else the prompt alone. So the Modelfile has a
+TEMPLATE, derived from what the chat template writes around messages.
 """
 
+from itertools import cycle
 from typing import NamedTuple
 
 from pipeline.data.tokenizers.subword import SubwordTokenizer
@@ -16,12 +17,9 @@ _SYSTEM, _USER, _ASSISTANT, _AGAIN = "Zq7s", "Zq7u", "Zq7a", "Zq7v"
 
 
 class Turns(NamedTuple):
-    """What a chat template writes before the content of a message, depending on the message before.
+    """What a chat template writes before a message's content, by the message before it."""
 
-    `system`: None if it takes no system message.
-    """
-
-    system: str | None
+    system: str | None  # None if it takes no system message
     first: str
     after_system: str
     assistant: str
@@ -34,10 +32,10 @@ def modelfile(model: str, vocabulary: Vocabulary) -> str:
     tokenizer = vocabulary.tokenizer
     if (turns := read_turns(tokenizer)) and (template := go_template(turns, vocabulary.bos)):
         lines.append(f'TEMPLATE """{template}"""')
-    # a quote or a line break in a token, whoever wrote it there, would end the parameter
-    lines += [
-        f'PARAMETER stop "{end}"' for end in vocabulary.ends if end.isprintable() and '"' not in end
-    ]
+    for end in vocabulary.ends:
+        # a quote or a line break in a token would end the parameter
+        if end.isprintable() and '"' not in end:
+            lines.append(f'PARAMETER stop "{end}"')
     return "\n".join(lines) + "\n"
 
 
@@ -47,10 +45,8 @@ def read_turns(tokenizer: SubwordTokenizer) -> Turns | None:
         return None
 
     def render(*contents: str) -> str:
-        roles = ("user", "assistant") * len(contents)
-        messages = [
-            {"role": role, "content": text} for role, text in zip(roles, contents, strict=False)
-        ]
+        pairs = zip(cycle(("user", "assistant")), contents, strict=False)
+        messages = [{"role": role, "content": text} for role, text in pairs]
         return tokenizer.render(messages, add_generation_prompt=True)
 
     try:
@@ -58,7 +54,7 @@ def read_turns(tokenizer: SubwordTokenizer) -> Turns | None:
         first, rest = _cut(talk, _USER)
         answer, rest = _cut(rest, _ASSISTANT)
         between, _ = _cut(rest, _AGAIN)
-        # the same around other messages, and before the answer that is to come
+        # it must write the same around other messages, and before the next answer
         pair = f"{answer}{_ASSISTANT}{between}{_AGAIN}"
         if render(_USER) != f"{first}{_USER}{answer}":
             return None
@@ -82,13 +78,11 @@ def _cut(text: str, content: str) -> tuple[str, str]:
 
 
 def go_template(turns: Turns, bos: str | None) -> str | None:
-    """The turns in Go's template language; None if they cannot be written. Ollama adds `bos`
-    itself.
-    """
+    """The turns in Go's language, without `bos`, which Ollama adds; None if Go cannot say them."""
     if any('"""' in text or "{{" in text for text in turns if text):
         return None
     first, system, after_system = turns.first.removeprefix(bos or ""), "", turns.after_system
-    if turns.system is None:  # such a message is left out
+    if turns.system is None:  # system messages are left out
         after_system = first
     else:
         system = turns.system.removeprefix(bos or "") + "{{ .Content }}"

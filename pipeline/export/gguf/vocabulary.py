@@ -40,14 +40,13 @@ DIFFERENCES = {
 
 
 class Vocabulary(NamedTuple):
-    """Metadata of the file; `notes` say what llama.cpp does differently. `ends`: the tokens that
-    end an answer, `bos`: the one that is added before a text, if any."""
+    """A tokenizer as it is written to a GGUF file."""
 
     tokenizer: SubwordTokenizer
     metadata: dict[str, Any]
-    ends: list[str]
-    bos: str | None
-    notes: list[str]
+    ends: list[str]  # the tokens that end an answer
+    bos: str | None  # the token that is added before a text
+    notes: list[str]  # what llama.cpp does differently
 
 
 def read_vocabulary(tokenizer: SubwordTokenizer, rows: int) -> Vocabulary:
@@ -62,26 +61,24 @@ def read_vocabulary(tokenizer: SubwordTokenizer, rows: int) -> Vocabulary:
         )
     tree = tokenizer.describe()
     model = tree["model"]
-    if (
-        model["type"] != "BPE"
-        or model.get("continuing_subword_prefix")
-        or model.get("end_of_word_suffix")
-    ):
+    marked = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    if model["type"] != "BPE" or marked:
         raise UserError(
             f"GGUF export supports BPE tokenizers, got {model['type']}. Use --format merged."
         )
-    texts: dict[int, str] = {id_: text for text, id_ in model["vocab"].items()}
+    vocabulary: dict[str, int] = model["vocab"]
+    texts = {id_: text for text, id_ in vocabulary.items()}
     kinds = dict.fromkeys(texts, NORMAL)
-    sentencepiece = not any(step == "bytes" for step in _splits(tree.get("pre_tokenizer")))
+    sentencepiece = "bytes" not in _splits(tree.get("pre_tokenizer"))
     if sentencepiece:
-        kinds |= {model["vocab"][text]: BYTE for text in BYTES if text in model["vocab"]}
+        kinds |= {vocabulary[text]: BYTE for text in BYTES if text in vocabulary}
     for token in tree["added_tokens"]:
         texts[token["id"]] = token["content"]
         kinds[token["id"]] = CONTROL if token["special"] else USER_DEFINED
-    if sentencepiece and model.get("unk_token") in model["vocab"]:
-        kinds[model["vocab"][model["unk_token"]]] = UNKNOWN
+    if sentencepiece and (unknown := model.get("unk_token")) in vocabulary:
+        kinds[vocabulary[unknown]] = UNKNOWN
     known = set(texts.values())
-    for id_ in range(rows):  # rows that pad the embedding, and ids that were left out
+    for id_ in range(rows):  # rows that pad the embedding, and ids without a token
         if id_ not in texts:
             text = f"[PAD{id_}]"
             while text in known:
@@ -89,8 +86,8 @@ def read_vocabulary(tokenizer: SubwordTokenizer, rows: int) -> Vocabulary:
             texts[id_], kinds[id_] = text, UNUSED
     ids = range(rows)
     metadata: dict[str, Any] = {
-        "tokenizer.ggml.tokens": [texts[id_] for id_ in ids],
-        "tokenizer.ggml.token_type": [kinds[id_] for id_ in ids],
+        "tokenizer.ggml.tokens": list(map(texts.__getitem__, ids)),
+        "tokenizer.ggml.token_type": list(map(kinds.__getitem__, ids)),
     }
     notes = [*_loose_tokens(tree["added_tokens"])]
     if sentencepiece:
@@ -102,15 +99,12 @@ def read_vocabulary(tokenizer: SubwordTokenizer, rows: int) -> Vocabulary:
     if tokenizer.template:
         metadata["tokenizer.chat_template"] = tokenizer.template
     metadata |= _beginning(tokenizer, notes)
-    # generation_config.json, which names end tokens too, may have ids that are no tokens
-    ends = sorted(
-        (id_ for id_ in tokenizer.end_ids if id_ < rows),
-        key=lambda id_: (id_ != tokenizer.end_id, id_),
-    )
+    # end tokens may come from generation_config.json, with ids that are no tokens
+    ends = sorted(id_ for id_ in tokenizer.end_ids if id_ < rows)
+    ends.sort(key=lambda id_: id_ != tokenizer.end_id)
     keys = ("eos", "eot", "eom")
-    metadata |= {
-        f"tokenizer.ggml.{key}_token_id": id_ for key, id_ in zip(keys, ends, strict=False)
-    }
+    for key, id_ in zip(keys, ends, strict=False):
+        metadata[f"tokenizer.ggml.{key}_token_id"] = id_
     if len(ends) > len(keys):
         words = ", ".join(texts[id_] for id_ in ends[len(keys) :])
         notes.append(f"llama.cpp has room for {len(keys)} end tokens. It may not stop at {words}.")
@@ -123,8 +117,7 @@ def _loose_tokens(added: list[dict[str, Any]]) -> Iterator[str]:
     if words:
         yield (
             f"llama.cpp also finds {', '.join(words[:5])}{' …' * (len(words) > 5)} inside longer "
-            "words, where "
-            "transformers does not: texts with such words get other token ids."
+            "words, where transformers does not: texts with such words get other token ids."
         )
     spaced = [token["content"] for token in added if token["lstrip"] or token["rstrip"]]
     if spaced:
@@ -134,9 +127,7 @@ def _loose_tokens(added: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _splits(pre: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """The steps of a pre-tokenizer: regular expressions, "digits", "bytes", or JSON of any other
-    step.
-    """
+    """The steps of a pre-tokenizer: regular expressions, "digits", "bytes", others as JSON."""
     if pre is None:
         return ()
     if pre["type"] == "Sequence":
@@ -145,19 +136,16 @@ def _splits(pre: Mapping[str, Any] | None) -> tuple[str, ...]:
         return ("bytes", _GPT2) if pre.get("use_regex", True) else ("bytes",)
     if pre["type"] == "Digits" and pre["individual_digits"]:
         return ("digits",)
-    if (
-        pre["type"] == "Split"
-        and pre["behavior"] == "Isolated"
-        and not pre["invert"]
-        and "Regex" in pre["pattern"]
-    ):
+    isolates = pre["type"] == "Split" and pre["behavior"] == "Isolated" and not pre["invert"]
+    if isolates and "Regex" in pre["pattern"]:
         return (pre["pattern"]["Regex"],)
     return (json.dumps(pre),)
 
 
 def _byte_level(tree: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    """Metadata of a byte-level BPE; adds to `notes`. Raises UserError if llama.cpp does not split
-    words so.
+    """Metadata of a byte-level BPE; adds to `notes`.
+
+    Raises UserError if llama.cpp does not split words like that.
     """
     model, normalizer = tree["model"], tree.get("normalizer")
     steps = _splits(tree["pre_tokenizer"])
@@ -166,9 +154,8 @@ def _byte_level(tree: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     name = PRE_TOKENIZERS.get((steps, bool(model.get("ignore_merges"))))
     if name is None or (normalizer is not None and (name, normalizer["type"]) != ("qwen2", "NFC")):
         raise UserError(
-            "tokenizer.json: llama.cpp has no name for this pre_tokenizer and normalizer, or it "
-            "is not "
-            f"known here. Known: {', '.join(PRE_TOKENIZERS.values())}. Use --format merged."
+            "tokenizer.json: llama.cpp has no name for this pre_tokenizer and normalizer, or it is "
+            f"not known here. Known: {', '.join(PRE_TOKENIZERS.values())}. Use --format merged."
         )
     if name in DIFFERENCES:
         notes.append(DIFFERENCES[name])
@@ -193,17 +180,15 @@ def _byte_level(tree: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
 def _sentencepiece(
     tree: Mapping[str, Any], kinds: Mapping[int, int], notes: list[str], chats: bool
 ) -> dict[str, Any]:
-    """Metadata of a SentencePiece BPE without its scores; adds to `notes`. `chats`: whether there
-    is a chat template.
+    """Metadata of a SentencePiece BPE without its scores; adds to `notes`.
 
-    Raises UserError if llama.cpp would tokenize differently.
+    `chats`: whether there is a chat template. Raises UserError if llama.cpp would tokenize
+    differently.
     """
     normalizer, pre = tree.get("normalizer"), tree.get("pre_tokenizer")
-    steps = (
-        normalizer["normalizers"]
-        if normalizer and normalizer["type"] == "Sequence"
-        else [normalizer]
-    )
+    steps = [normalizer]
+    if normalizer and normalizer["type"] == "Sequence":
+        steps = normalizer["normalizers"]
     prefix = steps[:1] == [{"type": "Prepend", "prepend": "▁"}]
     replaces = steps[prefix:] == [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
     if normalizer is None and pre and pre["type"] == "Metaspace" and not pre.get("split", True):
@@ -212,22 +197,16 @@ def _sentencepiece(
         if scheme == "first":
             notes.append(
                 "llama.cpp puts a space after every special token or nowhere, this tokenizer at "
-                "the start of a text "
-                "only: the file says "
+                "the start of a text only: the file says "
                 f"{'after every one' if prefix else 'nowhere, which is right for chats'}."
             )
     if pre and pre["type"] == "Split" and pre["pattern"] == {"String": " "}:
         pre = None  # no space is left to split at
-    if (
-        not replaces
-        or pre
-        or not tree["model"]["byte_fallback"]
-        or list(kinds.values()).count(BYTE) < len(BYTES)
-    ):
+    has_bytes = tree["model"]["byte_fallback"] and [*kinds.values()].count(BYTE) >= len(BYTES)
+    if not replaces or pre or not has_bytes:
         raise UserError(
             "tokenizer.json: llama.cpp would tokenize differently: it is neither a byte-level BPE "
-            "nor "
-            "SentencePiece's with byte fallback. Use --format merged."
+            "nor SentencePiece's with byte fallback. Use --format merged."
         )
     return {
         "tokenizer.ggml.model": "llama",
@@ -237,12 +216,11 @@ def _sentencepiece(
 
 
 def _scores(model: Mapping[str, Any], kinds: Mapping[int, int]) -> dict[str, float]:
-    """Scores by which llama.cpp merges the same pairs. It joins any two pieces that make a token,
-    best score first.
+    """Scores by which llama.cpp merges the same pairs.
 
-    That is BPE only if every split of a token into two tokens is a merge, and a token's merges have
-    adjacent ranks. SentencePiece's own are so; those of another trainer are rejected. Raises
-    UserError.
+    It joins any two pieces that make a token, best score first. That is BPE only if every split of
+    a token into two tokens is a merge, and a token's merges have adjacent ranks. This holds for
+    SentencePiece's merges. Raises UserError for those of other trainers.
     """
     vocabulary = model["vocab"]
     ranks: dict[str, int] = {}
@@ -258,9 +236,8 @@ def _scores(model: Mapping[str, Any], kinds: Mapping[int, int]) -> dict[str, flo
         count[token] = count.get(token, 0) + 1
     for token, id_ in vocabulary.items():
         if kinds[id_] == NORMAL:
-            splits = sum(
-                token[:at] in vocabulary and token[at:] in vocabulary for at in range(1, len(token))
-            )
+            pairs = ((token[:at], token[at:]) for at in range(1, len(token)))
+            splits = sum(left in vocabulary and right in vocabulary for left, right in pairs)
             if splits != count.get(token, 0):
                 raise _other_merges(token)
     return {token: -float(ranks.get(token, len(ranks))) for token in vocabulary}
@@ -269,8 +246,7 @@ def _scores(model: Mapping[str, Any], kinds: Mapping[int, int]) -> dict[str, flo
 def _other_merges(token: str) -> UserError:
     return UserError(
         f"tokenizer.json: the merges of {token!r} are not those of a SentencePiece model, so "
-        "llama.cpp "
-        "would tokenize differently. Use --format merged."
+        "llama.cpp would tokenize differently. Use --format merged."
     )
 
 
@@ -278,8 +254,8 @@ def _beginning(tokenizer: SubwordTokenizer, notes: list[str]) -> dict[str, Any]:
     """Ids of BOS, unknown and padding tokens, and whether BOS is added to a text; adds to `notes`.
 
     llama.cpp's server drops a BOS that the template writes if the file says that the tokenizer adds
-    one, so both may be. If the template writes none, none must be added, or a chat would begin with
-    a BOS that it had not in training. Raises UserError.
+    one, so both may write it. If the template writes none, none must be added, or a chat would
+    begin with a BOS that it did not have in training. Raises UserError.
     """
     prefix, named = tokenizer.prefix, tokenizer.special_ids()
     if len(prefix) > 1:
@@ -292,8 +268,7 @@ def _beginning(tokenizer: SubwordTokenizer, notes: list[str]) -> dict[str, Any]:
     if prefix and not adds_bos:
         notes.append(
             "the chat template writes no BOS, so the file tells llama.cpp to add none: a plain "
-            "text begins without the "
-            "BOS that it has here."
+            "text begins without the BOS that it has here."
         )
     if prefix:
         named["bos"] = prefix[0]
@@ -310,8 +285,7 @@ def _rendered_chat(tokenizer: SubwordTokenizer) -> tuple[int, ...] | None:
     if not tokenizer.has_template:
         return None
     try:
-        return tokenizer.encode(
-            tokenizer.render([{"role": "user", "content": "?"}], add_generation_prompt=True)
-        )
+        chat = tokenizer.render([{"role": "user", "content": "?"}], add_generation_prompt=True)
     except UserError:
         return None
+    return tokenizer.encode(chat)

@@ -21,35 +21,30 @@ from pipeline.project.runner import Event, Progress
 from pipeline.weights.merge import stored_name, tied_names
 from pipeline.weights.streaming import SAMPLES, Merge, Rows, Written, blocks, refuse_full_disk
 
-# of others 2^-3
+# relative rounding of each type; of all others 2^-3
 EPS = {Type.F32: 2.0**-23, Type.F16: 2.0**-10, Type.BF16: 2.0**-7, Type.Q8_0: 2.0**-7}
 POSITIONS = "position_embd.weight"  # llama.cpp adds it in fp32
 EMBEDDING_AND_HEAD = ("token_embd.weight", "output.weight")
 
 
 class Source(NamedTuple):
-    """A tensor to write: its name in llama.cpp, its shape in the file, its name in the checkpoint,
-    and its layout.
-    """
+    """A tensor to write."""
 
-    name: str
-    shape: tuple[int, ...]
-    stored: str
+    name: str  # in llama.cpp
+    shape: tuple[int, ...]  # in the file
+    stored: str  # its name in the checkpoint
     layout: Layout
 
 
 class Model(NamedTuple):
-    """A model's tensors, the small `extra` ones that are no parameter, and its metadata without the
-    vocabulary's.
+    """The model that a merge writes, as llama.cpp stores it."""
 
-    `rows`: of the embedding. `notes` say what llama.cpp does differently.
-    """
-
+    merge: Merge
     sources: list[Source]
-    extra: Mapping[str, Tensor]
-    metadata: dict[str, Any]
-    rows: int
-    notes: list[str]
+    extra: Mapping[str, Tensor]  # small tensors that are no parameters
+    metadata: dict[str, Any]  # without the vocabulary's
+    rows: int  # of the embedding
+    notes: list[str]  # what llama.cpp does differently
 
 
 def describe_model(merge: Merge, trust_remote_code: bool = False, own_head: bool = False) -> Model:
@@ -66,8 +61,7 @@ def describe_model(merge: Merge, trust_remote_code: bool = False, own_head: bool
     if own_head and not family.own_head:
         raise UserError(
             "llama.cpp reads the head of this model from its embedding, but here it is another "
-            "matrix. "
-            "Use --format merged."
+            "matrix. Use --format merged."
         )
     names = tensor_names(family.architecture, model.shape.layers)
     sources = []
@@ -87,18 +81,15 @@ def describe_model(merge: Merge, trust_remote_code: bool = False, own_head: bool
     if (context := settings["context_length"]) < model.shape.positions:
         notes.append(
             "llama.cpp has no sliding window for this model. The file names a context of "
-            f"{context} tokens, up to "
-            "which it makes no difference."
+            f"{context} tokens, up to which it makes no difference."
         )
     metadata = {f"{family.architecture}.{key}": value for key, value in settings.items()}
     metadata = {"general.architecture": family.architecture, **metadata}
-    return Model(sources, family.extra(config), metadata, model.shape.rows, notes)
+    return Model(merge, sources, family.extra(config), metadata, model.shape.rows, notes)
 
 
 def tensor_names(architecture: str, layers: int) -> Callable[[str], str]:
-    """Full name of a parameter → its name in llama.cpp. Raises UserError for one that it does not
-    have.
-    """
+    """Full name of a parameter → its name in llama.cpp, which raises UserError if it has none."""
     (kind,) = (kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     table = gguf.get_tensor_name_map(kind, layers)
 
@@ -114,10 +105,9 @@ def tensor_names(architecture: str, layers: int) -> Callable[[str], str]:
 
 
 def write_files(
-    files: Mapping[Path, str], merge: Merge, model: Model, metadata: Mapping[str, Any]
+    files: Mapping[Path, str], model: Model, metadata: Mapping[str, Any]
 ) -> Generator[Event, None, None]:
-    """Write the merged model once per file, in the kind of each, such as q8_0: every tensor is
-    merged only once.
+    """Write the merged model to every file, in its kind, such as q8_0; each tensor is merged once.
 
     Values are summed in fp32 and rounded once. Raises UserError for values that overflow fp16, and
     if the disk is full.
@@ -129,15 +119,14 @@ def write_files(
             facts = {**model.metadata, **metadata, "general.file_type": file_type(kind)}
             facts["general.quantization_version"] = gguf.GGML_QUANT_VERSION
             shapes = [(source.name, source.shape, types[source.name]) for source in model.sources]
-            shapes += [
-                (name, tuple(tensor.shape), Type.F32) for name, tensor in model.extra.items()
-            ]
+            for name, tensor in model.extra.items():
+                shapes.append((name, tuple(tensor.shape), Type.F32))
             outputs.append(stack.enter_context(closing(Output(path, facts, shapes))))
         refuse_full_disk(next(iter(files)).parent, sum(output.size for output in outputs))
         for output in outputs:
             output.begin()
         for number, source in enumerate(model.sources, start=1):
-            for block in source.layout.of(_matrix_rows(merge, source)):
+            for block in source.layout.of(_matrix_rows(model.merge, source)):
                 values = block.contiguous().numpy()
                 for output in outputs:
                     output.write(source.name, values)
@@ -157,16 +146,14 @@ def _matrix_rows(merge: Merge, source: Source) -> Iterator[Tensor]:
 
 
 class Output:
-    """A GGUF file that is written tensor by tensor, in the order of `shapes`: name, shape and type
-    of each.
-    """
+    """A GGUF file, written tensor by tensor in the order of `shapes`: name, shape, type."""
 
     def __init__(
         self,
         path: Path,
         metadata: Mapping[str, Any],
         shapes: Iterable[tuple[str, tuple[int, ...], Type]],
-    ):
+    ) -> None:
         self._writer = gguf.GGUFWriter(path, metadata["general.architecture"])
         add: dict[type, Callable[[str, Any], None]] = {
             bool: self._writer.add_bool,
@@ -237,22 +224,25 @@ def file_type(kind: str) -> int:
 
 
 def written_matrices(path: Path, model: Model) -> Callable[[str], Written]:
-    """Reads the matrices of the GGUF file `path` by their names in the checkpoint, as
-    `update_ratios` samples them.
-    """
+    """Reads matrices of the file by their names in the checkpoint, sampled for `update_ratios`."""
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     sources = {source.stored: source for source in model.sources}
 
     def sampled(source: Source) -> Iterator[Rows]:
         data, kind = tensors[source.name].data, tensors[source.name].tensor_type
         count, columns = source.shape[::-1] if source.layout.transposed else source.shape
-        whole = source.layout.undo(_dequantized(data, kind)) if source.layout.is_moved else None
-        for rows in blocks(count, columns, SAMPLES):
-            yield rows, _dequantized(data[rows], kind) if whole is None else whole[rows]
+        spans = blocks(count, columns, SAMPLES)
+        if source.layout.is_moved:
+            whole = source.layout.undo(_dequantized(data, kind))
+            yield from ((rows, whole[rows]) for rows in spans)
+        else:
+            yield from ((rows, _dequantized(data[rows], kind)) for rows in spans)
 
-    return lambda name: Written(
-        EPS.get(tensors[sources[name].name].tensor_type, 2.0**-3), sampled(sources[name])
-    )
+    def read(name: str) -> Written:
+        source = sources[name]
+        return Written(EPS.get(tensors[source.name].tensor_type, 2.0**-3), sampled(source))
+
+    return read
 
 
 def _dequantized(data: np.ndarray[Any, Any], kind: Type) -> Tensor:

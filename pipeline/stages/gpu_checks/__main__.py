@@ -1,6 +1,4 @@
-"""One check: `python -m pipeline.stages.gpu_checks NAME FILE` adds a line of JSON to the file for
-all that is seen.
-"""
+"""`python -m pipeline.stages.gpu_checks NAME FILE`: one check, its lines as JSON in the file."""
 
 import json
 import sys
@@ -20,7 +18,7 @@ def main(name: str, path: Path) -> None:
         try:
             for seen in CHECKS[name].run(best_device()):
                 tell(seen)
-        except Exception as error:  # it is a result
+        except Exception as error:  # which is a result too
             tell(failed("", error))
 
 

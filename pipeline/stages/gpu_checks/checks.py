@@ -1,8 +1,6 @@
-"""What `lora doctor --gpu` checks. A check is one function here: its name, what is expected, what
-to do if not.
+"""The checks of `lora doctor --gpu`: a function each, with what it expects and what to do if not.
 
-It yields what was seen, line by line: what a check that is cut short has seen by then is in the
-report.
+A check yields its lines one by one, so that the report has those of a check that was cut short.
 """
 
 import gc
@@ -50,16 +48,12 @@ MAKE_ROOM = (
 
 
 class Seen(NamedTuple):
-    """A line of a check: what was looked at, and what was seen. `as_expected` None: it could not be
-    tried here.
+    """A line of a check."""
 
-    `remedy`: what to do, if not the check's own.
-    """
-
-    what: str
-    text: str
-    as_expected: bool | None = True
-    remedy: str = ""
+    what: str  # was looked at
+    text: str  # what was seen
+    as_expected: bool | None = True  # None: it could not be tried here
+    remedy: str = ""  # what to do; empty: the check's remedy
 
 
 Run = Callable[[torch.device], Iterator[Seen]]
@@ -67,12 +61,12 @@ Run = Callable[[torch.device], Iterator[Seen]]
 
 @dataclass(frozen=True)
 class Check:
-    """`limit`: seconds after which it is cut short."""
+    """A check, and how its result is judged."""
 
     name: str
     expected: str
     remedy: str
-    limit: int
+    limit: int  # seconds after which it is cut short
     run: Run
 
 
@@ -85,21 +79,20 @@ def check(name: str, *, expected: str, remedy: str, limit: int) -> Callable[[Run
 
 
 def failed(what: str, error: Exception) -> Seen:
-    """The line of what raised."""
+    """The line of a check that raised."""
+    reason = first_line(error)
     if is_out_of_memory(error):
-        return Seen(what, f"failed: out of memory ({first_line(error)})", False, MAKE_ROOM)
+        return Seen(what, f"failed: out of memory ({reason})", False, MAKE_ROOM)
     place = _place(traceback.extract_tb(error.__traceback__))
-    return Seen(
-        what, f"failed: {type(error).__name__}: {first_line(error)} ({place})", False, NOT_ENDED
-    )
+    text = f"failed: {type(error).__name__}: {reason} ({place})"
+    return Seen(what, text, False, NOT_ENDED)
 
 
 def _place(frames: Sequence[traceback.FrameSummary]) -> str:
     """The innermost of the frames outside torch and this file."""
     skipped = (str(Path(torch.__file__).parent), warnings.__file__, __file__)
-    frame = next(
-        (each for each in reversed(frames) if not each.filename.startswith(skipped)), frames[-1]
-    )
+    outside = [frame for frame in frames if not frame.filename.startswith(skipped)]
+    frame = (outside or frames)[-1]
     return f"{'/'.join(Path(frame.filename).parts[-3:])}:{frame.lineno}, {frame.name}"
 
 
@@ -137,27 +130,21 @@ LIBRARIES = (
 def versions(device: torch.device) -> Iterator[Seen]:
     info = device_info(device)
     count = torch.cuda.device_count()
-    yield Seen("card", f"{info['name']}{f', {count} of them' if count > 1 else ''}")
+    cards = f", {count} of them" if count > 1 else ""
+    yield Seen("card", f"{info['name']}{cards}")
     if device.type == "cuda":
+        version = torch.version.hip or torch.version.cuda
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        yield Seen(
-            "driver",
-            f"{_driver()}, {torch.version.hip or torch.version.cuda}, capability {capability}",
-        )
+        yield Seen("driver", f"{_driver()}, {version}, capability {capability}")
     free, total = available_memory(device), info["memory_total"]
-    yield Seen(
-        "memory", f"{in_units(free)} of {in_units(total)} free", free > 0.8 * total, MAKE_ROOM
-    )
-    names = ("lora-workbench", "torch", *LIBRARIES)
-    yield Seen(
-        "versions",
-        ", ".join(
-            [f"python {python_version()}", *(f"{name} {version_of(name)}" for name in names)]
-        ),
-    )
+    text = f"{in_units(free)} of {in_units(total)} free"
+    yield Seen("memory", text, free > 0.8 * total, MAKE_ROOM)
+    shown = [f"python {python_version()}"]
+    shown += [f"{name} {version_of(name)}" for name in ("lora-workbench", "torch", *LIBRARIES)]
+    yield Seen("versions", ", ".join(shown))
     findings = try_kernels(device)
-    for each in findings:
-        yield Seen(each.tried, f"{each.said}; {each.slower}", False)
+    for finding in findings:
+        yield Seen(finding.tried, f"{finding.said}; {finding.slower}", False)
     if not findings:
         yield Seen("kernels", "all that were tried work")
 
@@ -168,7 +155,7 @@ def _driver() -> str:
     try:
         pynvml.nvmlInit()
         return f"{pynvml.nvmlSystemGetDriverVersion()}"
-    except pynvml.NVMLError:  # of AMD, or in a container
+    except pynvml.NVMLError:  # on AMD, or in a container
         return "not known"
 
 
@@ -186,26 +173,21 @@ def waits(device: torch.device) -> Iterator[Seen]:
     run.step()  # here kernels are compiled and tried
     places, steps = _waits(run.epoch), SMALL.steps
     reads = places.pop(READ, 0)
-    expected = reads == steps
-    yield Seen(
-        READ,
-        f"{reads} waits in {steps} steps" if reads else "no wait was noticed, not even this",
-        expected,
-    )
+    text = f"{reads} waits in {steps} steps" if reads else "no wait was noticed, not even this"
+    yield Seen(READ, text, reads == steps)
     for place, count in places.items():
         yield Seen(place, f"{count} waits in {steps} steps", False)
 
 
 def _waits(run: Callable[[], object]) -> Counter[str]:
-    """Place → how often the host waited there. torch warns of each: as an error, only the first
-    would be seen.
-    """
+    """Place → how often the host waited there: torch warns of each wait."""
     places = Counter[str]()
 
     def note(message: object, *_: object, **__: object) -> None:
         if WAIT in str(message):
             stack = traceback.extract_stack()
-            places[READ if any(frame.name == READ for frame in stack) else _place(stack)] += 1
+            reads = any(frame.name == READ for frame in stack)
+            places[READ if reads else _place(stack)] += 1
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -236,21 +218,25 @@ def _first_difference(what: str, first: LoraRun, second: LoraRun) -> Seen:
     for number in range(1, steps + 1):
         first.step()
         second.step()
-        pairs = zip(first.trained().items(), second.trained().values(), strict=True)
-        different = [name for (name, one), other in pairs if not torch.equal(one, other)]
+        others = second.trained()
+        tensors = first.trained().items()
+        different = [name for name, tensor in tensors if not torch.equal(tensor, others[name])]
         if different:
-            more = len(first.trained()) - len(different)
-            return Seen(
-                what,
-                f"step {number}: {different[0]} differs first; {more} tensors are the same",
-                False,
-            )
+            more = len(others) - len(different)
+            text = f"step {number}: {different[0]} differs first; {more} tensors are the same"
+            return Seen(what, text, False)
     return Seen(what, f"the same bits in {steps} steps")
 
 
 WIDE = {
-    **{"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 8},
-    **{"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "sliding_window": 256},
+    "vocab_size": 4096,
+    "hidden_size": 512,
+    "intermediate_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "sliding_window": 256,
 }
 PACKED: Mapping[str, Mapping[str, Any]] = {
     "llama": {},
@@ -272,7 +258,7 @@ def packing(device: torch.device) -> Iterator[Seen]:
         torch.manual_seed(0)
         with torch.device(device):
             model = from_config({**WIDE, "model_type": family, **settings}, torch.bfloat16).eval()
-        with held() as findings:  # of kernels, too
+        with held() as findings:  # those of kernels too
             prepare_model(model, "none")
             packs = model.supports_packing
         why = "; ".join(map(str, findings))
@@ -284,29 +270,28 @@ CLOSE = 0.01  # relative difference of losses and gradient norms
 
 @check(
     "QLoRA",
-    expected=f"losses and gradients with bitsandbytes are those of nf4.py, in 8 bits those of bf16, to {CLOSE:.0%}",
+    expected="losses and gradients with bitsandbytes are those of nf4.py, in 8 bits those of bf16, "
+    f"to {CLOSE:.0%}",
     remedy=f"Train with quantization: none until this is known. {REPORT}",
     limit=90,
 )
 def quantized(device: torch.device) -> Iterator[Seen]:
-    lacks = Seen("", "bitsandbytes is not installed", None, f"`{install_command('qlora')}`")
+    lacks, install = "bitsandbytes is not installed", f"`{install_command('qlora')}`"
     missing = missing_libraries("quantization: int8")
     for kind in ("nf4", "nf4-dq"):
         case = replace(SMALL, quantization=kind)
         with patch.object(quantized_linear, "_bitsandbytes", lambda: None):
             ours = _steps(case, device)
         if missing:
-            yield lacks._replace(
-                what=kind, text=f"{lacks.text}; by nf4.py the losses are {_losses(ours)}"
-            )
+            text = f"{lacks}; by nf4.py the losses are {_losses(ours)}"
+            yield Seen(kind, text, None, install)
         else:
             yield _compared(kind, _steps(case, device), ours)
     if missing:
-        yield lacks._replace(what="int8")
+        yield Seen("int8", lacks, None, install)
     else:
-        yield _compared(
-            "int8", _steps(replace(SMALL, quantization="int8"), device), _steps(SMALL, device)
-        )
+        int8 = _steps(replace(SMALL, quantization="int8"), device)
+        yield _compared("int8", int8, _steps(SMALL, device))
 
 
 def _steps(case: Case, device: torch.device) -> list[Step]:
@@ -328,8 +313,8 @@ def _compared(what: str, steps: Sequence[Step], expected: Sequence[Step]) -> See
 
 @check(
     "several ranks",
-    expected=f"two ranks take the steps of one, to {CLOSE:.0%}, with --shard too; if one is killed, the run ends "
-    f"within {GRACE} s with one message",
+    expected=f"two ranks take the steps of one, to {CLOSE:.0%}, with --shard too; if one is "
+    f"killed, the run ends within {GRACE} s with one message",
     remedy=f"Train on one card until this is known. {REPORT}",
     limit=240,
 )
@@ -340,12 +325,12 @@ def ranks(device: torch.device) -> Iterator[Seen]:
     with TemporaryDirectory() as name:
         project = _Project(Path(name), device)
         project.lora("import")
-        for what, flags in (
-            ("LoRA", ()),
-            ("QLoRA, sharded", ("--shard", "--set=finetune_lora.quantization=nf4-dq")),
-        ):
-            alone = project.trained(*(flag for flag in flags if flag != "--shard"))
-            yield _compared(what, project.trained("--devices", "2", *flags), alone)
+        alone = project.trained()
+        yield _compared("LoRA", project.trained("--devices", "2"), alone)
+        qlora = "--set=finetune_lora.quantization=nf4-dq"
+        alone = project.trained(qlora)
+        sharded = project.trained("--devices", "2", "--shard", qlora)
+        yield _compared("QLoRA, sharded", sharded, alone)
         yield project.killed()
 
 
@@ -366,18 +351,19 @@ class _Project:
         PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, eos_token="w1", unk_token="w2"
         ).save_pretrained(base)
-        shape = {
+        config = {
+            **SMALL.config,
             "vocab_size": len(words),
             "hidden_size": 128,
             "num_attention_heads": 2,
             "num_key_value_heads": 1,
+            "eos_token_id": 1,
         }
-        from_config({**SMALL.config, **shape, "eos_token_id": 1}, torch.bfloat16).save(base)
-        texts = [
-            " ".join(f"w{n * k % 60 + 3}" for k in range(4 + n * 7 % 50)) for n in range(1, 33)
-        ]
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        (folder / "texts.jsonl").write_text(lines, encoding="utf-8")
+        from_config(config, torch.bfloat16).save(base)
+        with (folder / "texts.jsonl").open("w", encoding="utf-8") as file:
+            for n in range(1, 33):
+                text = " ".join(f"w{n * k % 60 + 3}" for k in range(4 + n * 7 % 50))
+                file.write(json.dumps({"text": text}) + "\n")
         settings = {"data": "texts.jsonl", "epochs": 1, "batch_size": 4, "precision": "bf16"}
         params = json.dumps({"base": "base", "finetune_lora": settings})
         (folder / "params.yaml").write_text(params, encoding="utf-8")
@@ -398,11 +384,10 @@ class _Project:
         return read_steps(self.log)
 
     def killed(self) -> Seen:
-        """Rank 1 is killed in the middle of a run."""
+        """Kill rank 1 in the middle of a run."""
         self.log.unlink()
-        running = self.start(
-            "finetune", "lora", "--force", "--devices", "2", "--set=finetune_lora.epochs=100000"
-        )
+        endless = "--set=finetune_lora.epochs=100000"
+        running = self.start("finetune", "lora", "--force", "--devices", "2", endless)
         while not self.log.exists() or len(read_steps(self.log)) < 3:
             if running.poll() is not None:
                 raise RuntimeError(" ".join(running.communicate()[1].splitlines()[-1:]))
@@ -419,18 +404,17 @@ class _Project:
         seconds = time.perf_counter() - started
         errors = [line for line in said.splitlines() if line.startswith("error")]
         text = f"the run ended after {seconds:.1f} s, and said: {' '.join(errors) or 'nothing'}"
-        return Seen(
-            "a killed rank", text, running.returncode == 1 and len(errors) == 1 and seconds <= GRACE
-        )
+        as_expected = running.returncode == 1 and len(errors) == 1 and seconds <= GRACE
+        return Seen("a killed rank", text, as_expected)
 
 
 def end_tree(pid: int) -> None:
     """Kill a process and all that it has started."""
     with suppress(psutil.NoSuchProcess):
         parent = psutil.Process(pid)
-        for each in (*parent.children(recursive=True), parent):
+        for running in (*parent.children(recursive=True), parent):
             with suppress(psutil.NoSuchProcess):
-                each.kill()
+                running.kill()
 
 
 LARGE = Case("llama-3.2-1b", entry("llama-3.2-1b")["config"], steps=3, batch=8)
@@ -445,27 +429,26 @@ EXACT = 0.05  # of a prediction of memory
     limit=90,
 )
 def memory(device: torch.device) -> Iterator[Seen]:
-    fits = available_memory(device) >= NEEDED
-    base = (
-        LARGE if fits else replace(LARGE, config={**LARGE.config, "num_hidden_layers": 2}, batch=2)
-    )
+    base = LARGE
+    if available_memory(device) < NEEDED:
+        base = replace(LARGE, config={**LARGE.config, "num_hidden_layers": 2}, batch=2)
     for what, case in (("LoRA", base), ("QLoRA", replace(base, quantization="nf4-dq"))):
         peak = _peak(case, device)
-        text = f"{in_units(peak.measured)} measured, {in_units(peak.predicted)} predicted ({peak.error:+.1%})"
-        blocks = case.config["num_hidden_layers"]
-        yield Seen(
-            f"{what}, {case.name}, {blocks} blocks", text + peak.beside, abs(peak.error) <= EXACT
-        )
+        measured, predicted = in_units(peak.measured), in_units(peak.predicted)
+        text = f"{measured} measured, {predicted} predicted ({peak.error:+.1%}){peak.beside}"
+        name = f"{what}, {case.name}, {case.config['num_hidden_layers']} blocks"
+        yield Seen(name, text, abs(peak.error) <= EXACT)
 
 
 def _peak(case: Case, device: torch.device) -> Peak:
+    # in a function of its own: the run's memory is free when it returns
     run = LoraRun(case, device)
     run.step()
     return run.peak()
 
 
 FAST = Case("qwen3-0.6b", entry("qwen3-0.6b")["config"])
-WIDE_CARD = 40 * 2**30  # bytes that the logits of 16 padded sequences take, and more
+WIDE_CARD = 40 * 2**30  # bytes; the logits of 16 padded sequences take most of them
 OTHERS = {  # library → what it needs, and how to install it
     "trl": (("trl", "peft", "datasets"), "pip install trl peft datasets"),
     "unsloth": (("unsloth", "trl"), "pip install unsloth"),
@@ -496,15 +479,12 @@ def speed(device: torch.device) -> Iterator[Seen]:
             continue
         try:
             how, seconds = _other(library, case, device)
-        except Exception as error:  # of another's program
+        except Exception as error:  # not our fault: no verdict
             yield failed(library, error)._replace(as_expected=None)
             continue
         theirs = tokens / seconds
-        yield Seen(
-            f"{library}, {how}",
-            f"{theirs:,.0f}: {ours / theirs:.2f} × as many here",
-            ours >= theirs,
-        )
+        text = f"{theirs:,.0f}: {ours / theirs:.2f} × as many here"
+        yield Seen(f"{library}, {how}", text, ours >= theirs)
 
 
 def _other(library: str, case: Case, device: torch.device) -> tuple[str, float]:
@@ -521,14 +501,8 @@ def _other(library: str, case: Case, device: torch.device) -> tuple[str, float]:
     with TemporaryDirectory() as folder:
         file = Path(folder) / "case.json"
         file.write_text(json.dumps(given), encoding="utf-8")
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "pipeline.stages.gpu_checks.others",
-            library,
-            str(file),
-        ]
+        module = "pipeline.stages.gpu_checks.others"
+        command = [sys.executable, "-P", "-m", module, library, str(file)]
         # transformers' trainer takes all the cards that it sees; nothing is looked up or sent
         variables = {**os.environ, "CUDA_VISIBLE_DEVICES": _card(device), "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(

@@ -1,6 +1,4 @@
-"""A LoRA training on random weights, by this project's model and loop: what checks and benchmarks
-on a GPU measure.
-"""
+"""A LoRA training on random weights, by this project's loop, for checks and benchmarks on a GPU."""
 
 import gc
 import math
@@ -39,10 +37,10 @@ Example = tuple[list[int], list[int]]  # ids, labels
 
 @dataclass(frozen=True)
 class Case:
-    """A model's config and how it trains: an epoch is `steps` steps of `batch` examples, `length`
-    tokens at the median.
+    """A model's config, and how it trains.
 
-    Lengths are ragged, as in instruction data.
+    An epoch has `steps` steps of `batch` examples, whose median is `length` tokens. Lengths vary as
+    in instruction data.
     """
 
     name: str
@@ -63,26 +61,21 @@ class Case:
         generator = torch.Generator().manual_seed(0)
         drawn = []
         for _ in range(self.steps * self.batch):
-            size = (
-                torch.empty(1).log_normal_(math.log(self.length), 0.6, generator=generator).item()
-            )
+            size = torch.empty(1).log_normal_(math.log(self.length), 0.6, generator=generator)
             length = min(self.longest, max(8, int(size)))
-            ids = torch.randint(
-                5, self.config["vocab_size"], (length,), generator=generator
-            ).tolist()
+            rows = self.config["vocab_size"]
+            ids = torch.randint(5, rows, (length,), generator=generator).tolist()
             asked = int(ASKED * length)
             drawn.append((ids, [IGNORED] * asked + ids[asked:]))
         return drawn
 
 
 class Peak(NamedTuple):
-    """Bytes of tensors at the peak of an epoch. `beside`: what else the device holds, to append to
-    a sentence.
-    """
+    """Bytes of tensors at the peak of an epoch."""
 
     predicted: int
     measured: int
-    beside: str
+    beside: str  # what else the device holds, to append to a sentence
 
     @property
     def error(self) -> float:
@@ -90,7 +83,7 @@ class Peak(NamedTuple):
 
 
 class LoraRun:
-    """As in `lora finetune lora`, step by step. The same case begins with the same weights."""
+    """The training of `lora finetune lora`, step by step; a case has the same weights each time."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.device, examples = case, device, case.examples()
@@ -101,11 +94,14 @@ class LoraRun:
             quantize(self.model, case.quantization, None, device)
         saved = self.model.embedding_and_head if case.trains_embeddings else ()
         attach(self.model, AdapterSpec(RANK, 2 * RANK, TARGETS, saved=saved), torch.float32)
-        encoded = [
-            Encoded(tuple(ids), tuple(label != IGNORED for label in labels))
-            for ids, labels in examples
-        ]
-        windows = InMemoryDataset([as_window(each) for each in encoded], [""] * len(encoded))
+        windows = []
+        self.tokens = self.labels = 0  # of an epoch
+        for ids, labels in examples:
+            learned = tuple(label != IGNORED for label in labels)
+            windows.append(as_window(Encoded(tuple(ids), learned)))
+            self.tokens += len(ids) - 1
+            self.labels += sum(learned[1:])
+        dataset = InMemoryDataset(windows, [""] * len(windows))
         settings = FinetuneLora(
             epochs=10**6,
             batch_size=case.batch,
@@ -116,28 +112,21 @@ class LoraRun:
             gradient_checkpointing="full" if case.checkpointing else "none",
             quantization=case.quantization,
         )
-        self.task = TrainingTask.of_one(
-            self.model,
-            Batches(windows, case.batch, None),
-            settings,
-            Lora(RANK, 2.0 * RANK, TARGETS),
-        )
+        batches, counted = Batches(dataset, case.batch, None), Lora(RANK, 2.0 * RANK, TARGETS)
+        self.task = TrainingTask.of_one(self.model, batches, settings, counted)
         prepare_model(self.model, settings.gradient_checkpointing, case.compiled)
         self.optimizer = build_optimizer(self.model, settings)
         self.steps = steps(self.task, self.optimizer)
-        self.tokens = sum(len(ids) - 1 for ids, _ in examples)  # of an epoch
-        self.labels = sum(sum(label != IGNORED for label in labels[1:]) for _, labels in examples)
         self.model.train()
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def adapter(self) -> list[nn.Parameter]:
-        return [
-            p
-            for _, layer in adapter_layers(self.model)
-            for p in layer.adapter_parameters().values()
-        ]
+        parameters: list[nn.Parameter] = []
+        for _, layer in adapter_layers(self.model):
+            parameters += layer.adapter_parameters().values()
+        return parameters
 
     def tensors(self) -> list[Tensor]:
         return [*self.model.parameters(), *self.model.buffers(), *self.optimizer.tensors()]
@@ -150,7 +139,7 @@ class LoraRun:
             self.step()
 
     def seconds_of_epoch(self) -> float:
-        """Until the device has done it."""
+        """The time until the device has finished an epoch."""
         synchronize(self.device)
         start = perf_counter()
         self.epoch()
@@ -158,13 +147,13 @@ class LoraRun:
         return perf_counter() - start
 
     def peak(self) -> Peak:
-        """Of an epoch, after a first step, which makes the optimizer's state; predicted of its
-        largest step.
+        """The peak of an epoch, to be called after a first step, which makes the optimizer's state.
+
+        Predicted is that of the largest step.
         """
         meter = memory_meter(self.device)
-        predicted = predicted_peak(
-            self.task, self.task.batches.largest_step(range(self.case.steps))
-        )
+        largest = self.task.batches.largest_step(range(self.case.steps))
+        predicted = predicted_peak(self.task, largest)
         gc.collect()  # a GPU's meter counts what an earlier run has left, too
         meter.watch(self.tensors())
         with meter:

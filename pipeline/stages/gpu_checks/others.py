@@ -1,8 +1,7 @@
-"""Seconds of an epoch of LoRA by TRL's SFTTrainer, on transformers' model or Unsloth's: a program
-of its own.
+"""Seconds of an epoch of LoRA by TRL's SFTTrainer, on transformers' model or Unsloth's.
 
-Unsloth replaces parts of transformers and TRL, and so is imported first, and by nothing that is
-measured beside it.
+It runs as a program: Unsloth replaces parts of transformers and TRL, so it must be imported first,
+and not where others are measured.
 """
 
 import json
@@ -32,14 +31,14 @@ def _of_unsloth(given: Mapping[str, Any], folder: Path) -> tuple[Any, Any]:
     model, _ = unsloth.FastLanguageModel.from_pretrained(
         str(base), max_seq_length=given["longest"], dtype=None, load_in_4bit=False
     )
-    options = {
-        "r": given["rank"],
-        "lora_alpha": 2 * given["rank"],
-        "target_modules": given["targets"],
-    }
-    return unsloth.FastLanguageModel.get_peft_model(
-        model, **options, use_gradient_checkpointing=False
-    ), None
+    model = unsloth.FastLanguageModel.get_peft_model(
+        model,
+        r=given["rank"],
+        lora_alpha=2 * given["rank"],
+        target_modules=given["targets"],
+        use_gradient_checkpointing=False,
+    )
+    return model, None
 
 
 def _of_transformers(given: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -53,10 +52,13 @@ def _of_transformers(given: Mapping[str, Any]) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, attn_implementation=attention
         )
-    rank, targets = given["rank"], given["targets"]
-    return model, LoraConfig(
-        task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=targets
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=given["rank"],
+        lora_alpha=2 * given["rank"],
+        target_modules=given["targets"],
     )
+    return model, lora
 
 
 def _has_flash() -> bool:
@@ -64,7 +66,7 @@ def _has_flash() -> bool:
 
 
 def _tokenizer() -> Any:
-    """One that the trainer asks for; the examples are ids."""
+    """A tokenizer, which the trainer demands; the examples are ids."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

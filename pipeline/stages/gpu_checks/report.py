@@ -1,8 +1,7 @@
-"""Runs the checks, each in a process of its own and for a limited time, and writes what they saw
-for an issue.
+"""Runs the checks, each in a process and for a limited time, and writes a report for an issue.
 
-A process of its own frees the card's memory, survives an error that spoils the CUDA context, and
-can be ended.
+A process frees the card's memory when it ends, keeps a spoiled CUDA context to itself, and can be
+killed.
 """
 
 import getpass
@@ -43,35 +42,29 @@ class Result:
 
     @property
     def as_expected(self) -> bool:
-        return all(each.as_expected is not False for each in self.seen)
+        return all(line.as_expected is not False for line in self.seen)
 
     def lines(self) -> list[dict[str, str]]:
-        """What of a line is shown; what to do is there where it is not as expected, or was not
-        tried.
-        """
-        return [
-            {
-                "what": each.what,
-                "verdict": VERDICTS[each.as_expected],
-                "seen": each.text,
-                "to do": self._to_do(each),
-            }
-            for each in self.seen
-        ]
-
-    def _to_do(self, seen: Seen) -> str:
-        if seen.as_expected:
-            return ""
-        return seen.remedy or ("" if seen.as_expected is None else self.check.remedy)
+        """The lines as they are shown, with what to do if one is not as expected, or not tried."""
+        lines = []
+        for seen in self.seen:
+            to_do = ""
+            if seen.as_expected is None:
+                to_do = seen.remedy
+            elif not seen.as_expected:
+                to_do = seen.remedy or self.check.remedy
+            verdict = VERDICTS[seen.as_expected]
+            lines.append({"what": seen.what, "verdict": verdict, "seen": seen.text, "to do": to_do})
+        return lines
 
 
 def run(device: torch.device) -> Iterator[Result]:
-    """The result of each check, once it is there."""
+    """The result of each check, as soon as it has run."""
     with TemporaryDirectory() as folder:
         for check in CHECKS.values():
             started = perf_counter()
-            seen = _run(check, device, Path(folder))
-            yield Result(check, [_anonymous(each) for each in seen], perf_counter() - started)
+            seen = list(map(_anonymous, _run(check, device, Path(folder))))
+            yield Result(check, seen, perf_counter() - started)
 
 
 def _run(check: Check, device: torch.device, folder: Path) -> list[Seen]:
@@ -90,26 +83,20 @@ def _run(check: Check, device: torch.device, folder: Path) -> list[Seen]:
             if running.poll() is None:
                 end_tree(running.pid)
                 running.wait()
-    seen = [
-        Seen(*json.loads(line))
-        for line in lines.read_text(encoding="utf-8").splitlines()
-        if line.endswith("]")
-    ]
+    written = lines.read_text(encoding="utf-8").splitlines()
+    seen = [Seen(*json.loads(line)) for line in written if line.endswith("]")]
     if code is None:
         seen.append(Seen("", f"failed: not done after {check.limit} s", False, NOT_ENDED))
     elif code:
         *_, last = ["", *errors.read_text(encoding="utf-8", errors="replace").splitlines()]
-        ended = (
-            f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        )
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        ended = f"ended {how}"
         seen.append(Seen("", f"failed: {ended}: {last[:300]}", False, NOT_ENDED))
     return seen
 
 
 def _anonymous(seen: Seen) -> Seen:
-    """Without the names of host and user, and of each path the last name alone: the report goes
-    into an issue.
-    """
+    """Without names of host, user and folders, as the report goes into an issue."""
     return seen._replace(what=_without_names(seen.what), text=_without_names(seen.text))
 
 
@@ -126,24 +113,22 @@ def _without_names(text: str) -> str:
 
 
 def document(device: torch.device, results: Sequence[Result]) -> dict[str, Any]:
-    """What a program reads."""
-    return {
-        "lora-workbench": version_of("lora-workbench"),
-        "device": str(device),
-        "checks": [
-            {
-                "name": result.check.name,
-                "expected": result.check.expected,
-                "seconds": round(result.seconds, 1),
-                "lines": result.lines(),
-            }
-            for result in results
-        ],
-    }
+    """The report for programs."""
+    checks = [
+        {
+            "name": result.check.name,
+            "expected": result.check.expected,
+            "seconds": round(result.seconds, 1),
+            "lines": result.lines(),
+        }
+        for result in results
+    ]
+    version = version_of("lora-workbench")
+    return {"lora-workbench": version, "device": str(device), "checks": checks}
 
 
 def write(path: Path, device: torch.device, results: Sequence[Result]) -> None:
-    """Markdown: a table for a reader, and the same as JSON after FENCE. Raises OSError."""
+    """Write Markdown: a table to read, and the same as JSON after FENCE. Raises OSError."""
     rows = ["| check | expected | verdict | seen | to do |", "|---|---|---|---|---|"]
     for result in results:
         for line in result.lines():

@@ -1,6 +1,4 @@
-"""One file a fine-tuning method. Reading one imports no torch; see
-`pipeline/stages/registry.py`.
-"""
+"""Fine-tuning methods, one file each, which `stages/registry.py` finds. None imports torch."""
 
 from typing import Any
 
@@ -9,22 +7,11 @@ from pipeline.project.stage_graph import Stage
 
 
 def method(name: str, module: str, settings: type[Training], *, kind: str, **about: Any) -> Stage:
-    """The stage that fine-tunes the expanded base with a method; `about` are further fields of
-    `Stage`.
+    """The stage that fine-tunes the expanded base; `about` are further fields of `Stage`.
 
-    `kind`: adapter, or checkpoint where the whole model is the artifact. The method's module has
-    `attach(job, settings, base)`, which makes of the base what trains and says how that is saved.
+    `kind`: adapter, or checkpoint if the whole model is saved. The method's module has
+    `attach(job, settings, base)`, which changes the base into what trains, and says how to save it.
     """
     about = {"needs": ("expand_vocab",), "data": ("data", "eval_data"), "variant": name, **about}
-    return Stage(
-        f"finetune_{name}",
-        module,
-        kind=kind,
-        method=name,
-        settings=settings,
-        work=FINETUNE,
-        **about,
-    )
-
-
-FINETUNE = "pipeline.stages.finetune"
+    about |= {"kind": kind, "method": name, "settings": settings}
+    return Stage(f"finetune_{name}", module, work="pipeline.stages.finetune", **about)

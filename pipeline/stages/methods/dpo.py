@@ -46,9 +46,8 @@ class FinetuneDpo(lora.FinetuneLora, frozen=True, kw_only=True):
     loss: Annotated[
         Literal["dpo", "ipo", "kto", "orpo", "simpo"],
         "dpo (Rafailov et al. 2023); ipo (Azar et al. 2023), which bounds the margin; kto "
-        "(Ethayarajh et al. 2024), "
-        "for single answers with labels; orpo (Hong et al. 2024) and simpo (Meng et al. 2024), "
-        "without a reference",
+        "(Ethayarajh et al. 2024), for single answers with labels; orpo (Hong et al. 2024) and "
+        "simpo (Meng et al. 2024), without a reference",
     ] = "dpo"
     beta: Annotated[
         Rate,
@@ -115,9 +114,7 @@ def attach(job: Job, settings: FinetuneDpo, base: Base) -> Generator[Event, None
 def prepare(
     job: Job, settings: FinetuneDpo, base: Base, first: int
 ) -> Generator[Event, None, Prepared]:
-    """The pairs, with their log-probabilities under the reference, which is the model as it is now
-    or its base.
-    """
+    """The pairs, with their log-probabilities under the reference: the model now, or its base."""
     from pipeline.stages.finetune import Prepared
     from pipeline.training.parallel.sharding import is_sharded
     from pipeline.training.preferences.data import build_answers, preferred, with_reference
@@ -129,23 +126,18 @@ def prepare(
     if settings.loss in WITH_REFERENCE:
         answers = yield from with_reference(job, base, answers, as_base)
     training, held_out = answers
-    whole = settings.loss == "orpo"
-    batches = AnswerBatches(
-        training,
-        settings.batch_size,
-        settings.seed,
-        settings.gradient_accumulation_steps,
-        first,
-        whole,
-    )
+    whole, size = settings.loss == "orpo", settings.batch_size
+    accumulation = settings.gradient_accumulation_steps
+    batches = AnswerBatches(training, size, settings.seed, accumulation, first, whole)
     path = PreferencePath(base.model, settings)
     if held_out is None:
         return Prepared(batches, None, path)
-    in_order = AnswerBatches(held_out, settings.batch_size, None, whole=whole)
+    in_order = AnswerBatches(held_out, size, None, whole=whole)
     evaluation = Evaluation(in_order, settings.eval_steps or len(batches), settings.patience)
-    if settings.loss == "kto" or not job.key:  # whose answers are no pairs; a trial asks for none
+    # KTO's answers are no pairs, and a trial saves no manifest
+    if settings.loss == "kto" or not job.key:
         return Prepared(batches, evaluation, path)
-    # of the model as it is now
+    # under the model as it is now, which may be the reference
     known = None if settings.init_from and as_base else held_out.reference
     before = preferred(base.model, held_out, known)
 
@@ -158,8 +150,11 @@ def prepare(
 
 
 class Dpo(lora.Lora):
-    """LoRA on pairs of answers, with one copy of the model: its reference is the model without the
-    adapter, or as it was before training, whose log-probabilities are computed once."""
+    """LoRA on pairs of answers, with one copy of the model in memory.
+
+    The reference is the same model without the adapter, or before training: its log-probabilities
+    are computed once.
+    """
 
     name = "dpo"
     columns = ("DPO", "DPO NF4")

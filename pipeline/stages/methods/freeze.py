@@ -1,5 +1,5 @@
 # ruff: noqa: ARG002 (most methods need only some of what a hook gets)
-"""Layer freezing: the last blocks, embeddings and head train (the document's §9.3)."""
+"""Layer freezing: the last blocks, embeddings and head train."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class FinetuneFreeze(Training, frozen=True, kw_only=True):
-    """Layer freezing: the last blocks, embeddings and head train (§9.3)."""
+    """Layer freezing: the last blocks, embeddings and head train."""
 
     PRETRAINED: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-4, "train_embeddings": False}
 
@@ -56,8 +56,9 @@ def attach(_job: Job, settings: FinetuneFreeze, base: Base) -> Generator[Event, 
 
 
 def freeze(model: CausalLM, settings: FinetuneFreeze) -> None:
-    """Freeze all but the last blocks and, if set, embeddings and head. Raises UserError if nothing
-    would train.
+    """Freeze all but the last blocks and, if set, embeddings and head.
+
+    Raises UserError if nothing would train.
     """
     blocks = list(model.blocks)
     if settings.last_blocks > len(blocks):
@@ -114,11 +115,11 @@ class Freeze(FinetuningMethod):
                 f"last-blocks must be at most {len(model.blocks)}, the model's blocks, got "
                 f"{self.last_blocks}."
             )
-        blocks = sum(
-            block.parameters for block in model.blocks[len(model.blocks) - self.last_blocks :]
-        )
-        ends = {"embeddings": model.embedding, "head": model.head} if self.train_embeddings else {}
-        return TrainedParts(base={"blocks": blocks, **ends})
+        blocks = model.blocks[len(model.blocks) - self.last_blocks :]
+        parts = {"blocks": sum(block.parameters for block in blocks)}
+        if self.train_embeddings:
+            parts |= {"embeddings": model.embedding, "head": model.head}
+        return TrainedParts(base=parts)
 
     def trained_base(self, model: Architecture) -> TrainedBase:
         return TrainedBase(len(model.blocks) - self.last_blocks, ends=self.train_embeddings)

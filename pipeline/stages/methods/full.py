@@ -1,5 +1,5 @@
 # ruff: noqa: ARG002 (most methods need only some of what a hook gets)
-"""Full fine-tuning: every parameter trains (the document's §1 and §9)."""
+"""Full fine-tuning: every parameter trains."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ STAGE = method(
 
 
 def attach(_job: Job, _settings: FinetuneFull, _base: Base) -> Generator[Event, None, Attached]:
-    """Nothing is added, and all of it trains already."""
+    """Nothing to attach: all parameters of the base train already."""
     from pipeline.stages.finetune import Attached
 
     yield from ()

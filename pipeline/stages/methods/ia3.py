@@ -1,11 +1,9 @@
 # ruff: noqa: ARG002 (most methods need only some of what a hook gets)
-"""(IA)³ (Liu et al. 2022): vectors that scale keys, values, and what goes into the last
-feed-forward layer, train.
-"""
+"""(IA)³ (Liu et al. 2022): vectors train, which scale keys, values and feed-forward inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -30,22 +28,23 @@ if TYPE_CHECKING:
     from pipeline.project.runner import Event, Facts, Job
     from pipeline.stages.finetune import Attached
 
-# The linears that PEFT scales, by the names that families give them: keys and values, where needed
-# in one matrix with queries, and the last one of the feed-forward network.
+# The linears that PEFT scales, by their names in each family: keys and values, in some families in
+# one matrix with the queries, and the last linear of the feed-forward network.
 KEYS_VALUES = ("k_proj", "v_proj", "c_attn", "qkv_proj", "query_key_value")
 FEED_FORWARD = ("fc2", "down_proj", "mlp.c_proj", "dense_4h_to_h")
 SUFFIX = ".ia3_l"  # PEFT's name of a vector, after its module's
 PEFT_OPTIONS = {  # those that are read, or without effect once the vectors are trained
-    *("target_modules", "feedforward_modules", "exclude_modules"),
-    *(
-        "peft_type",
-        "task_type",
-        "auto_mapping",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-    ),
-    *("inference_mode", "init_ia3_weights"),
+    "target_modules",
+    "feedforward_modules",
+    "exclude_modules",
+    "peft_type",
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "init_ia3_weights",
     "fan_in_fan_out",  # for GPT-2's layers; PEFT corrects it itself, whatever the file says
 }
 
@@ -60,7 +59,7 @@ class FinetuneIA3(AdapterTraining, frozen=True, kw_only=True):
     learning_rate: Annotated[Rate, "of the optimizer, after warm-up"] = 1e-2
     target_modules: Annotated[
         tuple[str, ...], "linears whose outputs are scaled, by the end of their names"
-    ] = (*("k_proj", "v_proj"),)
+    ] = ("k_proj", "v_proj")
     feedforward_modules: Annotated[
         tuple[str, ...], ALLOW_EMPTY, "linears whose inputs are scaled, by the end of their names"
     ] = ("fc2",)
@@ -89,9 +88,7 @@ def _layer() -> type[AdapterLayer]:
     from pipeline.adapters.lora import AdapterLayer, weight_out_in
 
     class IA3Linear(AdapterLayer):
-        """l ⊙ (Wx + b), or W(l ⊙ x) + b for a feed-forward linear; l begins with ones, so nothing
-        changes at first.
-        """
+        """l ⊙ (Wx + b), or W(l ⊙ x) + b for a feed-forward linear; l starts as ones."""
 
         def __init__(
             self, base: nn.Module, feed_forward: bool, dtype: torch.dtype | None = None
@@ -118,9 +115,7 @@ def _layer() -> type[AdapterLayer]:
 def wrap(
     model: CausalLM, outputs: Sequence[str], inputs: Sequence[str], dtype: torch.dtype | None = None
 ) -> dict[str, AdapterLayer]:
-    """Freeze `model` and scale the outputs or the inputs of the linears with these full names: full
-    name → layer.
-    """
+    """Freeze `model` and scale outputs or inputs of these linears: full name → new layer."""
     model.requires_grad_(False)
     layers: dict[str, Any] = {}
     for name in [*outputs, *inputs]:
@@ -144,9 +139,10 @@ def attach(_job: Job, settings: FinetuneIA3, base: Base) -> Generator[Event, Non
             "in one of them."
         )
 
-    # groups and aliases are names of ours alone: PEFT gets those of the modules
+    # PEFT knows no groups or aliases, so it gets the names of the modules
     scaled_inputs = short_targets(model, inputs)
-    if any(name.endswith(scaled_inputs) for name in outputs):  # PEFT's rule for them, a plain end
+    # PEFT compares plain ends of names: short names must match no other linear
+    if any(name.endswith(scaled_inputs) for name in outputs):
         scaled_inputs = tuple(inputs)
     named = {
         "target_modules": [*short_targets(model, outputs), *scaled_inputs],
@@ -159,7 +155,7 @@ def attach(_job: Job, settings: FinetuneIA3, base: Base) -> Generator[Event, Non
 def save(
     out: Path, layers: Mapping[str, AdapterLayer], named: Mapping[str, Sequence[str]]
 ) -> Facts:
-    """Write the vectors and their config as PEFT does; `named`: the modules, by PEFT's settings."""
+    """Write vectors and config as PEFT does; `named`: PEFT's settings with the modules' names."""
     from pipeline.adapters.config import CONFIG, PREFIX, WEIGHTS
     from pipeline.files.artifact import write_json
     from pipeline.models.base import is_conv1d
@@ -183,11 +179,10 @@ def save(
 
 
 def load(model: CausalLM, _base_folder: Path, folder: Path) -> list[str]:
-    """Scale `model`, or its skeleton, by the vectors in `folder`, ours or PEFT's; returns the
-    scaled linears' names.
+    """Scale `model`, or its skeleton, by the vectors in `folder`, ours or PEFT's.
 
-    Raises UserError for a config that says more than this, and for tensors that it does not call
-    for.
+    Returns the names of the scaled linears. Raises UserError for options that are not supported,
+    and for tensors that do not fit the config.
     """
     import torch
 
@@ -197,26 +192,22 @@ def load(model: CausalLM, _base_folder: Path, folder: Path) -> list[str]:
 
     outputs, inputs = _scaled(model, folder)
     values, layers = read_tensors(folder), wrap(model, outputs, inputs)
-    expected = {f"{PREFIX}{name}{SUFFIX}": layer for name, layer in layers.items()}
-    shapes = {
-        key: tuple(layer.adapter_parameters()[SUFFIX].shape) for key, layer in expected.items()
+    vectors = {
+        f"{PREFIX}{name}{SUFFIX}": layer.adapter_parameters()[SUFFIX]
+        for name, layer in layers.items()
     }
-    refuse_difference(
-        shapes, {key: tuple(value.shape) for key, value in values.items()}, str(folder / WEIGHTS)
-    )
-    for key, layer in expected.items():
-        device = layer.adapter_parameters()[SUFFIX].device
-        vector = values[key].to("cpu" if device.type == "meta" else device, copy=True)
-        layer.register_parameter(
-            SUFFIX.removeprefix("."), torch.nn.Parameter(vector, requires_grad=False)
-        )
+    expected = {key: tuple(vector.shape) for key, vector in vectors.items()}
+    actual = {key: tuple(value.shape) for key, value in values.items()}
+    refuse_difference(expected, actual, str(folder / WEIGHTS))
+    for (key, vector), layer in zip(vectors.items(), layers.values(), strict=True):
+        value = values[key].to("cpu" if vector.is_meta else vector.device, copy=True)
+        trained = torch.nn.Parameter(value, requires_grad=False)
+        layer.register_parameter(SUFFIX.removeprefix("."), trained)
     return list(layers)
 
 
 def _scaled(model: CausalLM, folder: Path) -> tuple[list[str], list[str]]:
-    """Full names of the linears whose outputs and whose inputs the adapter in `folder` scales.
-    Raises UserError.
-    """
+    """Full names of the linears whose outputs, and whose inputs, are scaled. Raises UserError."""
     from pipeline.adapters.attach import adaptable, targeted
     from pipeline.adapters.config import AdapterConfig, AdapterSpec, refuse_options
     from pipeline.files.patterns import full_match, one_budget
@@ -230,12 +221,9 @@ def _scaled(model: CausalLM, folder: Path) -> tuple[list[str], list[str]]:
     refuse_options(config.values, config.path, {}, PEFT_OPTIONS)
     targets = config.names("target_modules", needed=True, may_be_pattern=True)
     feed_forward = config.names("feedforward_modules", may_be_pattern=True)
-    if not isinstance(targets, str):  # PEFT passes over names that the model has not
+    if not isinstance(targets, str):  # PEFT skips names that the model does not have
         linears = [name for name, module in model.named_modules() if adaptable(module)]
-        targets = (
-            tuple(end for end in targets if any(matches_suffix(name, end) for name in linears))
-            or targets
-        )
+        targets = _matching(targets, linears) or targets
 
     def scales_inputs(name: str) -> bool:
         if isinstance(feed_forward, str):
@@ -250,29 +238,28 @@ def _scaled(model: CausalLM, folder: Path) -> tuple[list[str], list[str]]:
     return [name for name in names if name not in inputs], inputs
 
 
+def _matching(ends: Sequence[str], names: Iterable[str]) -> tuple[str, ...]:
+    """The `ends` with which at least one of the names ends."""
+    return tuple(end for end in ends if any(matches_suffix(name, end) for name in names))
+
+
 # What the calculator counts, and what it adds to a simulated step.
 
 
 class IA3(FinetuningMethod):
-    """Keys, values, and the inputs of the last feed-forward linear of every block, scaled by a
-    vector each.
+    """A vector each scales keys, values and the inputs of the last feed-forward linear of a block.
 
-    Experts are left out, as by PEFT: they are no modules of their own.
+    Experts are left out, as in PEFT: they are no modules.
     """
 
     name = "ia3"
     title = "(IA)³"
 
     def adapted(self, model: Architecture) -> Mapping[str, int]:
-        own = {name for name, linear in model.linears() if linear.experts == 1}
-        ends = [
-            end
-            for end in (*KEYS_VALUES, *FEED_FORWARD)
-            if any(matches_suffix(name, end) for name in own)
-        ]
-        return {
-            name: 1 for name in matching_linears(model, (*ends,) or KEYS_VALUES[:2]) if name in own
-        }
+        names = {name for name, linear in model.linears() if linear.experts == 1}
+        ends = _matching((*KEYS_VALUES, *FEED_FORWARD), names) or KEYS_VALUES[:2]
+        matching = matching_linears(model, ends)
+        return {name: 1 for name in matching if name in names}
 
     def linear_parameters(self, linear: Linear, rank: int) -> int:
         return linear.inputs if self._scales_inputs(linear) else linear.outputs
@@ -282,27 +269,23 @@ class IA3(FinetuningMethod):
 
     def trained_parts(self, model: Architecture) -> TrainedParts:
         names = self.adapted(model)
-        each = (
-            self.linear_parameters(linear, 1) for name, linear in model.linears() if name in names
+        scaled = (linear for name, linear in model.linears() if name in names)
+        return TrainedParts(
+            {"vectors": sum(self.linear_parameters(linear, 1) for linear in scaled)}
         )
-        return TrainedParts({"vectors": sum(each)})
 
     def fold(self, ops: Ops, x: Value, linear: Linear, rank: int) -> Value | None:
         """W(l ⊙ x), whose x is kept for the gradient of l; None for keys and values."""
-        return (
-            ops.matmul(self._scale(ops, x, linear), linear, ops.n)
-            if self._scales_inputs(linear)
-            else None
-        )
+        if not self._scales_inputs(linear):
+            return None
+        return ops.matmul(self._scale(ops, x, linear), linear, ops.n)
 
     def adapt(self, ops: Ops, y: Value, x: Value, linear: Linear, rank: int, rows: int) -> Value:
         """l ⊙ Wx."""
         return self._scale(ops, y, linear)
 
     def _scale(self, ops: Ops, x: Value, linear: Linear) -> Value:
-        """A product with the vector, whose gradient is a sum of products of x's size, which
-        backward forms.
-        """
+        """l ⊙ x; backward forms products of the size of x, whose sum is the gradient of l."""
         weight = ops.adapter_weight(self.linear_parameters(linear, 1))
         return ops.tape.op(x, saves=[x], weights=[weight], back=x.elements * x.width)
 

@@ -1,6 +1,4 @@
-"""LoRA (Hu et al. 2022): W' = W + s·BA, of which A and B train (the document's §2 to §5 and
-§9.2).
-"""
+"""LoRA (Hu et al. 2022): W' = W + s·BA, where A and B train."""
 
 from __future__ import annotations
 
@@ -66,10 +64,10 @@ def rate_for(width: int) -> float:
 
 
 class FinetuneLora(AdapterTraining, frozen=True, kw_only=True):
-    """A and B train, and embeddings and head as `train_embeddings` says (§9.2)."""
+    """A and B train, and embeddings and head as `train_embeddings` says."""
 
     PRETRAINED: ClassVar[Mapping[str, Any]] = {
-        # of a base of 8 billion parameters, and where the width is not known
+        # for a base of 8 billion parameters, or of unknown width
         "learning_rate": 2e-4,
         "rank": 16,
         "target_modules": ("all-linear",),  # whatever their names in the model family
@@ -87,16 +85,15 @@ class FinetuneLora(AdapterTraining, frozen=True, kw_only=True):
     target_modules: Annotated[
         Names,
         "linears that get LoRA: names, or attention, feed_forward, all-linear. On a pretrained "
-        "base take all-linear, "
-        "which learns more than attention with as many parameters (LoRA Without Regret, 2025; "
-        "PEFT's benchmark); leave "
-        "the feed-forward layers out to save memory, or to reproduce Hu et al. 2022",
+        "base take all-linear, which learns more than attention with as many parameters (LoRA "
+        "Without Regret, 2025; PEFT's benchmark); leave the feed-forward layers out to save "
+        "memory, or to reproduce Hu et al. 2022",
     ] = ("q_proj", "k_proj", "v_proj", "o_proj")
     target_parameters: Annotated[
         Names,
         "stacked weights of a mixture's experts that get LoRA, by the end of their names: "
-        "mlp.experts.gate_up_proj, "
-        "mlp.experts.down_proj. target_modules leaves experts out, as they are no linears",
+        "mlp.experts.gate_up_proj, mlp.experts.down_proj. target_modules leaves experts out, as "
+        "they are no linears",
     ] = ()
     rank_pattern: Annotated[
         Ranks,
@@ -138,7 +135,7 @@ class FinetuneLora(AdapterTraining, frozen=True, kw_only=True):
 
     @classmethod
     def pretrained(cls, base: Pretrained, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The rate is that of the base's width; where alpha is not set, it follows the rank."""
+        """The learning rate follows the base's width, and alpha the rank unless it is set."""
         defaults = super().pretrained(base, given)
         if base.width and not cls.COMPARES:
             defaults["learning_rate"] = rate_for(base.width)
@@ -172,7 +169,7 @@ STAGE = method(
 
 
 def attach(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, None, Attached]:
-    """Attach A and B, new ones or those of an earlier run, with the retention loss if it is set."""
+    """Attach A and B, new or of an earlier run, and the retention loss if it is set."""
     from pipeline.adapters.attach import attach as attach_lora
     from pipeline.adapters.peft import stored_values
     from pipeline.models.load import DTYPES
@@ -186,13 +183,11 @@ def attach(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, Non
         spec = replace(stored.spec, dropout=settings.lora_dropout)
     else:
         spec = lora_spec(base.model, settings, new_rows(folder), job.stage.section)
-    pissa = settings.init_lora_weights == "pissa" and stored is None
     texts = retain = None
     if settings.retention_weight:
-        # with generation, rarely needed
         from pipeline.training.retention import RetentionLoss, load_retention_texts
 
-        # prompts completed by the plain base
+        # before A and B are attached: the plain base completes the prompts
         texts = yield from load_retention_texts(job, settings, base)
     init = settings.init_lora_weights if stored is None else "document"
     attach_lora(base.model, spec, DTYPES[settings.adapter_precision], init)
@@ -200,13 +195,13 @@ def attach(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, Non
     yield from note_experts(base.model, spec, settings.quantization)
     if texts is not None:
         retain = RetentionLoss(base.model, texts, settings, first=continued.seen)
-    # after the retention loss, which keeps what the base has in place of weights in full
+    # after the retention loss, which copies the base's weights that train in full
     if stored is not None:
         for parameter, value in stored_values(base.model, stored):
             parameter.data = value
         yield _describe_init(job, settings, spec, continued)
     return Attached(
-        counted(spec, pissa),
+        counted(spec, pissa=init == "pissa"),
         save=lambda out: save_files(out, base, spec, folder, settings),
         retain=retain,
         shardable=True,
@@ -219,23 +214,21 @@ def _describe_init(
 ) -> Event:
     from pipeline.project.runner import Note
 
-    targets = (
-        spec.targets
-        if isinstance(spec.targets, str)
-        else ", ".join((*spec.targets, *spec.parameters))
-    )
+    targets = spec.targets
+    if not isinstance(targets, str):
+        targets = ", ".join((*targets, *spec.parameters))
     begins = f", after its {continued.seen} steps on the same data" if continued.seen else ""
     state = " and its optimizer's state" if continued.state else ""
     return Note(
         f"{job.stage.name}: trains on from {settings.init_from}{state}{begins}: rank {spec.rank}, "
-        "alpha "
-        f"{spec.alpha:g}, {targets}"
+        f"alpha {spec.alpha:g}, {targets}"
     )
 
 
 def counted(spec: AdapterSpec, pissa: bool = False) -> Lora:
     """The adapter as the calculator counts it."""
-    rows = max((len(ids) for ids in spec.rows.values()), default=0)
+    rows = max(map(len, spec.rows.values()), default=0)
+    embeddings = "new_rows" if rows else "none"
     return Lora(
         spec.rank,
         spec.alpha,
@@ -244,7 +237,7 @@ def counted(spec: AdapterSpec, pissa: bool = False) -> Lora:
         spec.rslora,
         spec.dora,
         spec.dropout,
-        embeddings="all" if spec.saved else "new_rows" if rows else "none",
+        embeddings="all" if spec.saved else embeddings,
         new_rows=rows,
         pissa=pissa,
         target_parameters=spec.parameters,
@@ -255,25 +248,27 @@ def counted(spec: AdapterSpec, pissa: bool = False) -> Lora:
 def lora_spec(
     model: CausalLM, settings: FinetuneLora, new: tuple[int, ...], section: str = "finetune_lora"
 ) -> AdapterSpec:
-    """Resolve the settings against the model. Raises UserError for a target or pattern that matches
-    no layer.
+    """The settings, resolved against the model; `new`: the rows of expand_vocab.
+
+    Raises UserError for a target or pattern that matches no layer.
     """
     from pipeline.adapters.attach import resolve, short_targets
     from pipeline.adapters.config import AdapterSpec
 
-    rows = model.embedding_and_head[: 1 if model.shape.tied else 2]
     names = resolve(model, settings.target_modules)
     adapted = list(names)
     if settings.target_parameters:
         from pipeline.adapters.experts import resolve_parameters
 
-        stacked = resolve_parameters(model, settings.target_parameters)
-        adapted += [f"{name}.{parameter}" for name, own in stacked.items() for parameter in own]
-    for key, patterns in (
-        ("rank_pattern", settings.rank_pattern),
-        ("alpha_pattern", settings.alpha_pattern),
-    ):
-        _check_patterns(f"{section}.{key}", list(patterns), adapted)
+        for name, parameters in resolve_parameters(model, settings.target_parameters).items():
+            adapted += [f"{name}.{parameter}" for parameter in parameters]
+    _check_patterns(f"{section}.rank_pattern", list(settings.rank_pattern), adapted)
+    _check_patterns(f"{section}.alpha_pattern", list(settings.alpha_pattern), adapted)
+
+    rows: Mapping[str, tuple[int, ...]] = {}
+    if settings.train_embeddings == "new_rows" and new:
+        # a tied head has the embedding's rows
+        rows = dict.fromkeys(model.embedding_and_head[: 1 if model.shape.tied else 2], new)
     return AdapterSpec(
         rank=settings.rank,
         alpha=settings.alpha,
@@ -284,7 +279,7 @@ def lora_spec(
         dora=settings.dora,
         dropout=settings.lora_dropout,
         saved=model.embedding_and_head if settings.train_embeddings == "all" else (),
-        rows=dict.fromkeys(rows, new) if settings.train_embeddings == "new_rows" and new else {},
+        rows=rows,
         parameters=settings.target_parameters,
     )
 
@@ -292,15 +287,14 @@ def lora_spec(
 def _check_patterns(key: str, patterns: Sequence[str], names: Sequence[str]) -> None:
     """Raises UserError for a pattern that matches no layer, and for two that match the same one.
 
-    PEFT sorts patterns before matching, so that which of two applies would depend on their names.
+    PEFT sorts patterns before matching, so which of two applies would depend on their names.
     """
     for name in names:
         matches = [pattern for pattern in patterns if end_match(pattern, name, key)]
         if len(matches) > 1:
             raise UserError(
                 f"{key}: {matches[0]!r} and {matches[1]!r} both match {name}. Remove one, or use "
-                "more "
-                "specific patterns, such as layers.0.self_attn.q_proj."
+                "more specific patterns, such as layers.0.self_attn.q_proj."
             )
     for pattern in patterns:
         if not any(end_match(pattern, name, key) for name in names):
@@ -312,9 +306,7 @@ def _check_patterns(key: str, patterns: Sequence[str], names: Sequence[str]) -> 
 
 
 def note_wide_rank(model: CausalLM, section: str = "finetune_lora") -> Iterator[Event]:
-    """Yields a note if the rank exceeds a matrix's smaller side: more parameters, but no more
-    expressiveness (§2.4).
-    """
+    """Yields a note if the rank exceeds a matrix's smaller side, above which nothing is gained."""
     from pipeline.adapters.attach import adapter_layers
     from pipeline.project.runner import Note
 
@@ -328,12 +320,10 @@ def note_wide_rank(model: CausalLM, section: str = "finetune_lora") -> Iterator[
 
 
 def note_experts(model: CausalLM, spec: AdapterSpec, quantization: str) -> Iterator[Event]:
-    """Yields notes if the model has experts, most of its weights, that get no LoRA, or are not
-    quantized.
-    """
+    """Yields notes if the model has experts that get no LoRA, or are not quantized."""
     from pipeline.project.runner import Note
 
-    # most models: the module below is not loaded
+    # most models have none, and do not load the module below
     if all(parameter.ndim < 3 for parameter in model.parameters()):
         return
     from pipeline.adapters.experts import expert_parameters
@@ -360,11 +350,10 @@ def new_rows(expanded: Path) -> tuple[int, ...]:
 def save_files(
     out: Path, base: Base, spec: AdapterSpec, folder: Path, settings: FinetuneLora
 ) -> Facts:
-    """Write the adapter to `out`; `folder` is the base's. Returns the manifest's entries.
+    """Write the adapter to `out`; `folder` is the base's. Returns the manifest entries.
 
-    These are `stored`, the files' rank and alpha, where they are not those of the settings:
-    PiSSA's, whose parameters also differ from those that trained, and those of an adapter that was
-    trained on from another.
+    They are the rank and alpha in the files where the settings have others: with PiSSA, whose files
+    also hold more parameters than were trained, and for an adapter that `init_from` continued.
     """
     from pipeline.adapters.config import WEIGHTS
     from pipeline.adapters.peft import save_adapter, stored_spec
@@ -376,9 +365,7 @@ def save_files(
         return {}
     facts: Facts = {"stored": {"rank": saved.rank, "alpha": saved.alpha}}
     if saved is not spec:
-        facts["parameters"] = {
-            "stored": sum(prod(shape) for shape in shapes(out / WEIGHTS).values())
-        }
+        facts["parameters"] = {"stored": sum(map(prod, shapes(out / WEIGHTS).values()))}
     return facts
 
 
@@ -613,8 +600,7 @@ class Lora(FinetuningMethod):
         if with_experts and model.style.split_experts:
             texts.append(
                 "experts' gate and up are one tensor: it gets a rank for each, twice the rank, as "
-                "in PEFT; "
-                "training here adapts them by target_parameters"
+                "in PEFT; training here adapts them by target_parameters"
             )
         elif with_experts:
             texts.append(

@@ -1,6 +1,4 @@
-"""Prefix tuning (Li & Liang 2021): keys and values of virtual tokens train, in front of every
-block's own (§7).
-"""
+"""Prefix tuning (Li & Liang 2021): keys and values of virtual tokens train in every block."""
 
 from __future__ import annotations
 
@@ -54,14 +52,13 @@ def attach(job: Job, settings: FinetunePrefix, base: Base) -> Generator[Event, N
 
     attached = yield from attach_virtual(job, settings, base, Prefix(settings.virtual_tokens))
     if settings.gradient_checkpointing != "none":
-        with placed_for_inference(base.model):  # whose attention is tried
+        with placed_for_inference(base.model):  # tries the model's attention
             works = base.model.supports_prefix
         if not works:
             raise UserError(
                 "finetune_prefix.gradient_checkpointing must be none, got "
-                f"{settings.gradient_checkpointing}: "
-                "prefix tuning does not work with gradient checkpointing on this model. Set it to "
-                "none."
+                f"{settings.gradient_checkpointing}: prefix tuning does not work with gradient "
+                "checkpointing on this model. Set it to none."
             )
     return attached
 
@@ -71,9 +68,7 @@ def attach(job: Job, settings: FinetunePrefix, base: Base) -> Generator[Event, N
 
 @dataclass(frozen=True)
 class Prefix(FinetuningMethod):
-    """Trained keys and values before those of every sequence, in every block (Li and Liang
-    2021).
-    """
+    """Trained keys and values before those of every sequence, in every block."""
 
     name = "prefix"
     short_attention = False
@@ -92,8 +87,7 @@ class Prefix(FinetuningMethod):
                 )
                 raise UserError(
                     "prefix tuning needs the same keys and values in every block, but block "
-                    f"{index} of this model has "
-                    f"{kind}. Use --method lora or prompt."
+                    f"{index} of this model has {kind}. Use --method lora or prompt."
                 )
 
     def trained_parts(self, model: Architecture) -> TrainedParts:
@@ -103,9 +97,7 @@ class Prefix(FinetuningMethod):
         return 2 * self.virtual_tokens * model.kv_heads * model.head_size
 
     def extend_keys(self, ops: Ops, x: Value) -> Value:
-        """A copy of x and the virtual tokens' keys for each sequence: (B, T + virtual, kv_heads ·
-        head_size).
-        """
+        """The virtual tokens' keys and a copy of x: (B, virtual + T, kv_heads · head_size)."""
         size = self.virtual_tokens * ops.model.kv_heads * ops.model.head_size
         added = [ops.adapter_weight(size)]
         return ops.tape.op(x, elements=x.elements + ops.run.virtual_places * size, weights=added)

@@ -1,7 +1,5 @@
 # ruff: noqa: ARG002 (most methods need only some of what a hook gets)
-"""Prompt tuning (Lester et al. 2021): embeddings of virtual tokens train, before every sequence
-(§7).
-"""
+"""Prompt tuning (Lester et al. 2021): embeddings of virtual tokens before every sequence train."""
 
 from __future__ import annotations
 
@@ -79,9 +77,8 @@ class Prompt(FinetuningMethod):
     def embed(self, ops: Ops, x: Value, ids: Value) -> Value:
         """(B, virtual + T, D): the same virtual tokens before every sequence."""
         width = ops.model.embedding_width
-        return ops.tape.op(
-            x, elements=ops.n * width, weights=[ops.adapter_weight(self.virtual_tokens * width)]
-        )
+        table = ops.adapter_weight(self.virtual_tokens * width)
+        return ops.tape.op(x, elements=ops.n * width, weights=[table])
 
 
 COUNTED = Prompt()

@@ -1,8 +1,6 @@
-"""A sweep: one LoRA adapter per combination of a grid, trained together in one pass on one frozen
-base.
+"""A sweep: one LoRA adapter per combination of a grid, trained together on one frozen base.
 
-The searches in `stages/searches` say which combinations, `evaluation/selection` which of the
-adapters to take.
+`stages/searches` chooses the combinations, `evaluation/selection` the best adapter.
 """
 
 from __future__ import annotations
@@ -47,7 +45,6 @@ from pipeline.stages.searches import SEARCHES, Trial, Values, count, grids
 if TYPE_CHECKING:
     from pipeline.adapters.batched import AdapterRouting
     from pipeline.adapters.config import AdapterSpec
-    from pipeline.data.windows import Dataset
     from pipeline.models.load import Base
     from pipeline.project.runner import Event, Facts, Job
     from pipeline.training.step import Learner
@@ -64,33 +61,32 @@ ABBREVIATIONS = {
     "loraplus_ratio": "plus",
 }
 SWEPT = (  # keys of finetune_lora in which adapters that train together can differ
-    *(
-        "seed",
-        "learning_rate",
-        "schedule",
-        "warmup_steps",
-        "warmup_ratio",
-        "max_grad_norm",
-        "loraplus_ratio",
-    ),
-    *("weight_decay", "lora_dropout", "neftune_alpha"),
-    *(
-        "rank",
-        "alpha",
-        "target_modules",
-        "rank_pattern",
-        "alpha_pattern",
-        "rslora",
-        "dora",
-        "init_lora_weights",
-    ),
+    "seed",
+    "learning_rate",
+    "schedule",
+    "warmup_steps",
+    "warmup_ratio",
+    "max_grad_norm",
+    "loraplus_ratio",
+    "weight_decay",
+    "lora_dropout",
+    "neftune_alpha",
+    "rank",
+    "alpha",
+    "target_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "rslora",
+    "dora",
+    "init_lora_weights",
     "retention_weight",
 )
 
 
 def _read_grid(values: Any, key: str, origin: ValueSource) -> Any:
-    """Key of finetune_lora → the values to try: a tuple, or a range. Of several grids a tuple.
-    Raises UserError.
+    """Key of finetune_lora → the values to try, a tuple or a range. Raises UserError.
+
+    A list of grids becomes a tuple of them.
     """
     if values in (None, "", [], {}):
         return {}
@@ -112,17 +108,14 @@ def _read_grid(values: Any, key: str, origin: ValueSource) -> Any:
 
 
 def _read_options(name: str, options: Any, key: str, origin: ValueSource) -> Any:
-    """A list of values of finetune_lora's key `name` as a tuple, or {low, high, log}. Raises
-    UserError.
-    """
+    """The values of finetune_lora's key `name`: a tuple, or {low, high, log}. Raises UserError."""
     hint = hints(FinetuneLora)[name]
     if isinstance(options, list) and options:
         return tuple(check_value(hint, value, key, origin) for value in options)
     if not isinstance(options, dict) or not {"low", "high"} <= options.keys():
         raise UserError(
             f"{key} must be a list of values, such as [1, 2], or a range such as {{low: 1, high: "
-            f"8}}, got "
-            f"{options!r}. {origin.edit(key)}"
+            f"8}}, got {options!r}. {origin.edit(key)}"
         )
     reject_unknown_keys(options, ["low", "high", "log"], f"{key}.", origin)
     if value_type(FinetuneLora, name) not in (int, float):
@@ -151,7 +144,7 @@ GRID_RULE = (
     "empty"
 )
 SEARCH_RULE = f"one of {', '.join(SEARCHES)}"
-Adapter = tuple[Values, FinetuneLora]  # what is its own, and all its settings
+Adapter = tuple[Values, FinetuneLora]  # the values of its combination, and all its settings
 OneGrid = Mapping[str, Any]
 Grid = Annotated[OneGrid | tuple[OneGrid, ...], ReadBy(_read_grid, GRID_RULE)]
 
@@ -184,46 +177,32 @@ class FinetuneSweep(Section, frozen=True, kw_only=True):
     old_data: Annotated[
         File,
         "texts on which each adapter's divergence from the base is measured at the end; empty: "
-        "those of "
-        "evaluate.old_data",
+        "those of evaluate.old_data",
     ] = ""
 
     def __post_init__(self) -> None:
-        """Raises UserError for a key that the search does not read, and for a grid that it cannot
-        search.
-        """
+        """Raises UserError for a key that the search does not read, or a grid it cannot search."""
         search = SEARCHES[self.search]
-        unread = (
-            f
-            for f in structs.fields(FinetuneSweep)
-            if f.name in SEARCH_KEYS and f.name not in search.reads
-        )
-        for f in unread:
-            if getattr(self, f.name) != f.default:
-                readers = " or ".join(name for name in SEARCHES if f.name in SEARCHES[name].reads)
+        defaults = {field.name: field.default for field in structs.fields(FinetuneSweep)}
+        for key in SEARCH_KEYS:
+            if key not in search.reads and getattr(self, key) != defaults[key]:
+                readers = " or ".join(name for name in SEARCHES if key in SEARCHES[name].reads)
                 raise UserError(
-                    f"{f.name} is {getattr(self, f.name)}, but search {self.search} does not read "
-                    "it. Remove it, or "
-                    f"set search to {readers}."
+                    f"{key} is {getattr(self, key)}, but search {self.search} does not read "
+                    f"it. Remove it, or set search to {readers}."
                 )
         draws = search.draws(self)
-        ranges = [
-            key
-            for grid in grids(self)
-            for key, options in grid.items()
-            if isinstance(options, Mapping)
-        ]
+        options = [option for grid in grids(self) for option in grid.items()]
+        ranges = [key for key, values in options if isinstance(values, Mapping)]
         if ranges and not draws:
             raise UserError(
                 f"grid.{ranges[0]} is a range, of which search {self.search} cannot train every "
-                "value. List values, or "
-                "set search to random and trials to a number."
+                "value. List values, or set search to random and trials to a number."
             )
         if not draws and (combinations := count(self)) > MAX_ADAPTERS:
             raise UserError(
                 f"grid has {combinations} combinations; at most {MAX_ADAPTERS} adapters can train "
-                "together. Shorten "
-                "its lists."
+                "together. Shorten its lists."
             )
         key = "generation" if search.passes(self) > 1 else "trials"
         if draws and getattr(self, key) > MAX_ADAPTERS:
@@ -235,28 +214,24 @@ class FinetuneSweep(Section, frozen=True, kw_only=True):
 
 
 def check(project: Project) -> None:
-    """Raises UserError for a grid that cannot be trained, and for a search that lacks what it
-    compares.
-    """
+    """Raises UserError if the grid cannot be trained, or the search has no losses to compare."""
     settings, sweep = project.params.finetune_lora, project.params.finetune_sweep
     search = SEARCHES[sweep.search]
     if search.compares and not (settings.eval_share or settings.eval_data):
         raise UserError(
             f"finetune_sweep.search {sweep.search} compares held-out losses, but there is no "
-            "evaluation set. Set "
-            "finetune_lora.eval_share, such as to 0.1, or finetune_lora.eval_data."
+            "evaluation set. Set finetune_lora.eval_share, such as to 0.1, or "
+            "finetune_lora.eval_data."
         )
     if settings.init_from:
         raise UserError(
             f"finetune_lora.init_from is {settings.init_from}, but a sweep trains new adapters. "
-            "Unset it, or use `lora "
-            "finetune lora`."
+            "Unset it, or use `lora finetune lora`."
         )
     if settings.target_parameters:
         raise UserError(
             f"finetune_lora.target_parameters is {', '.join(settings.target_parameters)}, but "
-            "adapters on experts "
-            "train alone. Unset it, or use `lora finetune lora`."
+            "adapters on experts train alone. Unset it, or use `lora finetune lora`."
         )
     if search.passes(sweep) == 1:
         variants(settings, sweep, project.params)
@@ -281,8 +256,7 @@ STAGE = Stage(
 
 
 def run(job: Job) -> Generator[Event, None, Facts]:
-    """Train what the search asks for → an adapter folder for each combination, and sweep.json with
-    their outcomes.
+    """Train the combinations of the search → a folder for each adapter, and sweep.json.
 
     Raises UserError, and whatever `train` raises.
     """
@@ -311,23 +285,16 @@ def run(job: Job) -> Generator[Event, None, Facts]:
             shutil.move(waiting, job.out / name)
     shutil.rmtree(job.run / PASSES, ignore_errors=True)
     artifact.write_json(job.out / TABLE, rows)
-    folder, trust = (
-        job.project.artifact("expand_vocab"),
-        job.project.params.origin.trust_remote_code,
-    )
+    trust = job.project.params.origin.trust_remote_code
+    total = count(skeleton(job.project.artifact("expand_vocab"), trust))["total"]
     trained = sum(row["trainable"] for row in rows.values())
-    return {
-        "adapters": rows,
-        "parameters": {"total": count(skeleton(folder, trust))["total"], "trainable": trained},
-    }
+    return {"adapters": rows, "parameters": {"total": total, "trainable": trained}}
 
 
 def _waiting_pass(
     job: Job, adapters: Mapping[str, Adapter], earlier: Mapping[str, Any], number: int, passes: int
 ) -> Generator[Event, None, dict[str, Any]]:
-    """Train a pass of several. Its adapters wait in the run folder, so that a killed sweep goes on
-    with the next.
-    """
+    """Train a pass of several. Its adapters wait in the run folder, so that a sweep can resume."""
     from pipeline.files import artifact
     from pipeline.project.runner import Progress, discard_checkpoints
 
@@ -357,21 +324,18 @@ def _waiting_pass(
 def _train_pass(
     job: Job, adapters: Mapping[str, Adapter], earlier: Mapping[str, Any]
 ) -> Generator[Event, None, dict[str, Any]]:
-    """Train adapters together, saved in `job.out`. Returns name → outcome; `earlier`: those of the
-    passes before.
-    """
-    import torch
+    """Train adapters together, saved in `job.out`. Returns name → outcome.
 
-    from pipeline.adapters.attach import attach
-    from pipeline.adapters.batched import attach_many
-    from pipeline.models.load import DTYPES, load_base
+    `earlier`: the outcomes of the passes before.
+    """
+    from pipeline.models.load import load_base
     from pipeline.training.batched import ManyAdapters
     from pipeline.training.batches import Batches
     from pipeline.training.data import asked_while_training, build_datasets
     from pipeline.training.loop import TrainingTask, train
     from pipeline.training.optimizer import refuse_long_warmup
     from pipeline.training.retention import RetentionLoss, load_retention_texts
-    from pipeline.training.step import Evaluation, mean_losses
+    from pipeline.training.step import Evaluation, Learner, mean_losses
 
     params = job.project.params
     settings, sweep = params.finetune_lora, params.finetune_sweep
@@ -390,33 +354,23 @@ def _train_pass(
         job, structs.replace(settings, retention_weight=max_weight), base
     )
     old_data = sweep.old_data or params.section("evaluate").old_data
-    kept = structs.replace(
+    of_old = structs.replace(
         settings, retention_data=old_data, retention_weight=float(bool(old_data))
     )
-    old = yield from load_retention_texts(job, kept, base)
-    specs = {}
+    old = yield from load_retention_texts(job, of_old, base)
+
+    routing, specs = yield from _attach_all(base, adapters, new_rows(folder))
+    learners = []
     for name, (_, lora) in adapters.items():
-        with _add_name_to_error(name):
-            specs[name] = lora_spec(base.model, lora, new_rows(folder))
-    notes: list[Event] = []
-
-    def attach_one(name: str, lora: FinetuneLora) -> None:
-        """Exactly as finetune_lora does."""
-        torch.manual_seed(lora.seed)
-        with _add_name_to_error(name):
-            attach(base.model, specs[name], DTYPES[lora.adapter_precision], lora.init_lora_weights)
-        notes.extend(note_wide_rank(base.model))
-
-    routing = attach_many(
-        base.model, [partial(attach_one, name, lora) for name, (_, lora) in adapters.items()]
-    )
-    yield from dict.fromkeys(notes)
-    learners = [
-        _learner(base, routing, name, lora, dataset, texts) for name, (_, lora) in adapters.items()
-    ]
+        batches = Batches(dataset, lora.batch_size, lora.seed, lora.gradient_accumulation_steps)
+        retain = None
+        if texts is not None and lora.retains:
+            retain = RetentionLoss(base.model, texts, lora, routing.base)
+        learners.append(Learner(lora, batches, retain, name))
     for learner in learners:
         with _add_name_to_error(learner.name):
             refuse_long_warmup(learner.settings, len(learner.batches), job.stage.section)
+
     evaluation = None
     if held_out is not None:
         steps = len(learners[0].batches)
@@ -435,28 +389,57 @@ def _train_pass(
         base.model, learners, path, evaluation, less_memory=less, earlier=earlier, **asked
     )
     yield from train(job, task)
-    measured: dict[int, dict[str, Any]] = {n: {} for n in range(len(learners))}
-    if evaluation is not None:
-        measured = {n: {"dropped": True} if evaluation.dropped(n) else {} for n in measured}
+
+    measured: list[dict[str, Any]] = [{} for _ in learners]
+    for n, numbers in enumerate(measured):
+        if evaluation is not None and evaluation.dropped(n):
+            numbers["dropped"] = True
     if old is not None:
-        retain = RetentionLoss(base.model, old, kept, routing.base)
+        divergence = RetentionLoss(base.model, old, of_old, routing.base)
         live = [n for n, learner in enumerate(learners) if not learner.diverged]
         in_order = Batches(old, settings.retention_batch_size, seed=None)
-        for n, mean in mean_losses(
-            path, in_order, live, lambda batch: path.divergences(batch, retain)
-        ).items():
+        loss = partial(path.divergences, retain=divergence)
+        for n, mean in mean_losses(path, in_order, live, loss).items():
             measured[n]["divergence"] = mean
     return _save_adapters(job, base, adapters, specs, learners, measured)
+
+
+def _attach_all(
+    base: Base, adapters: Mapping[str, Adapter], rows: tuple[int, ...]
+) -> Generator[Event, None, tuple[AdapterRouting, dict[str, AdapterSpec]]]:
+    """Attach every adapter exactly as finetune_lora does; `rows`: the new ones of expand_vocab."""
+    import torch
+
+    from pipeline.adapters.attach import attach
+    from pipeline.adapters.batched import attach_many
+    from pipeline.models.load import DTYPES
+
+    model = base.model
+    specs = {}
+    for name, (_, lora) in adapters.items():
+        with _add_name_to_error(name):
+            specs[name] = lora_spec(model, lora, rows)
+    notes: list[Event] = []
+
+    def attach_one(name: str, lora: FinetuneLora) -> None:
+        torch.manual_seed(lora.seed)
+        with _add_name_to_error(name):
+            attach(model, specs[name], DTYPES[lora.adapter_precision], lora.init_lora_weights)
+        notes.extend(note_wide_rank(model))
+
+    calls = [partial(attach_one, name, lora) for name, (_, lora) in adapters.items()]
+    routing = attach_many(model, calls)
+    yield from dict.fromkeys(notes)
+    return routing, specs
 
 
 def variants(
     base: FinetuneLora, sweep: FinetuneSweep, params: Params | None = None
 ) -> dict[str, FinetuneLora]:
-    """Name → settings of each adapter of the first pass, in the grid's order; only `base` if the
-    grid is empty.
+    """Name → settings of each adapter of the first pass, in the grid's order.
 
-    `params`: those of the project, whose defaults may follow what the grid sets. Raises UserError
-    for an invalid or duplicate combination.
+    An empty grid has one, `base`. `params`: the project's, whose defaults may follow what the grid
+    sets. Raises UserError for an invalid or duplicate combination.
     """
     adapters = _adapters(base, SEARCHES[sweep.search].ask(sweep, ()), (), params)
     return {name: lora for name, (_, lora) in adapters.items()}
@@ -465,16 +448,15 @@ def variants(
 def _adapters(
     base: FinetuneLora, combinations: Sequence[Values], taken: Iterable[str], params: Params | None
 ) -> dict[str, Adapter]:
-    """Name → values and settings of each combination; a name is none of `taken`. Raises UserError
-    as `variants`.
+    """Name → values and settings of each combination; no name is in `taken`.
+
+    Raises UserError as `variants` does.
     """
-    twice = next(
-        (values for n, values in enumerate(combinations) if values in combinations[:n]), None
-    )
-    if twice is not None:
-        raise UserError(
-            f"finetune_sweep.grid has {_adapter_name(twice)} twice. Remove one of them."
-        )
+    for n, values in enumerate(combinations):
+        if values in combinations[:n]:
+            raise UserError(
+                f"finetune_sweep.grid has {_adapter_name(values)} twice. Remove one of them."
+            )
     names = _disambiguate([_adapter_name(values) or "adapter" for values in combinations], taken)
     adapters: dict[str, Adapter] = {}
     for name, values in zip(names, combinations, strict=True):
@@ -485,24 +467,28 @@ def _adapters(
 
 
 def grid_around(project: Project, keys: Sequence[str]) -> dict[str, list[Any]]:
-    """Key → values to try around the advised ones, for `--over`. Raises UserError for a key without
-    such values.
-    """
+    """Key → values around the advised ones, for `--over`. Raises UserError for other keys."""
     from pipeline.project.advice import advised_learning_rate
 
     lora = project.params.finetune_lora
     rate = advised_learning_rate(project)
+    rates: list[float] = []
+    ranks: set[int] = set()
+    alphas: list[float] = []
+    for n in range(-2, 3):
+        rates.append(float(f"{rate * 3.0**n:.2g}"))
+        ranks.add(max(1, int(lora.rank * 2.0**n)))
+        alphas.append(lora.alpha * 2.0**n)
     known: dict[str, list[Any]] = {
-        "learning_rate": [float(f"{rate * 3.0**n:.2g}") for n in range(-2, 3)],
-        "rank": sorted({max(1, int(lora.rank * 2.0**n)) for n in range(-2, 3)}),
-        "alpha": [lora.alpha * 2.0**n for n in range(-2, 3)],
+        "learning_rate": rates,
+        "rank": sorted(ranks),
+        "alpha": alphas,
         "target_modules": [["attention"], ["feed_forward"], ["all-linear"]],
     }
     if unknown := [key for key in keys if key not in known]:
         raise UserError(
             f"--over takes one of {', '.join(known)}, got {unknown[0]}. Write the values of "
-            "another key into "
-            "finetune_sweep.grid."
+            "another key into finetune_sweep.grid."
         )
     return {key: known[key] for key in keys}
 
@@ -516,10 +502,8 @@ def _adapter_name(values: Values) -> str:
 
 def _format_value(value: Any) -> str:
     if isinstance(value, Mapping):
-        return (
-            "+".join(f"{_format_value(key)}={_format_value(item)}" for key, item in value.items())
-            or "none"
-        )
+        items = [f"{_format_value(key)}={_format_value(item)}" for key, item in value.items()]
+        return "+".join(items) or "none"
     if isinstance(value, tuple):
         return "+".join(map(_format_value, value))
     return re.sub(r"[^\w.=+-]+", "~", f"{value:g}" if isinstance(value, float) else str(value))
@@ -546,37 +530,17 @@ def _add_name_to_error(adapter: str) -> Iterator[None]:
         raise UserError(f"finetune_sweep, {adapter}: {error}") from None
 
 
-def _learner(
-    base: Base,
-    routing: AdapterRouting,
-    name: str,
-    own: FinetuneLora,
-    learned: Dataset,
-    texts: Dataset | None,
-) -> Learner:
-    from pipeline.training.batches import Batches
-    from pipeline.training.retention import RetentionLoss
-    from pipeline.training.step import Learner
-
-    batches = Batches(learned, own.batch_size, own.seed, own.gradient_accumulation_steps)
-    retain = None
-    if texts is not None and own.retains:
-        retain = RetentionLoss(base.model, texts, own, routing.base)
-    return Learner(own, batches, retain, name)
-
-
 def _save_adapters(
     job: Job,
     base: Base,
     adapters: Mapping[str, Adapter],
     specs: Mapping[str, AdapterSpec],
     learners: Sequence[Learner],
-    measured: Mapping[int, Mapping[str, Any]],
+    measured: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Save each adapter that did not diverge in its own folder, sealed like finetune_lora's
-    artifact.
+    """Save each adapter that did not diverge in a folder, sealed as finetune_lora's artifact is.
 
-    `measured`: what else the outcome of each says. Returns name → outcome.
+    `measured`: more entries for each outcome. Returns name → outcome.
     """
     from pipeline.adapters.batched import only_adapter, trained_by
     from pipeline.files import artifact
@@ -592,19 +556,19 @@ def _save_adapters(
         name = learner.name
         values, lora = adapters[name]
         steps = read_steps(job.run / name / LOSS)
-        held_out = [step.eval_loss for step in steps if step.eval_loss is not None]
         trained = trained_by(base.model, number)
+        state = DONE if learner.stopped is None else STOPPED
+        held_out = [step.eval_loss for step in steps if step.eval_loss is not None]
+        loss = None
+        if held_out:
+            loss = min(held_out) if lora.patience else held_out[-1]
         rows[name] = {
             "values": values,
-            "state": DIVERGED if learner.diverged else DONE if learner.stopped is None else STOPPED,
+            "state": DIVERGED if learner.diverged else state,
             "trainable": trained,
             "steps": len(steps),
             "final_loss": final_loss(steps),
-            "eval_loss": min(held_out)
-            if lora.patience and held_out
-            else held_out[-1]
-            if held_out
-            else None,
+            "eval_loss": loss,
             **measured[number],
         }
         if learner.diverged:
@@ -615,11 +579,7 @@ def _save_adapters(
             save = partial(save_files, base=base, spec=specs[name], folder=folder, settings=lora)
             facts = save_adapter_of(job, base, save, out, trained)
         save_logs(job.run / name, out)
-        facts_of_adapter = {
-            "kind": "adapter",
-            "method": "lora",
-            "seed": lora.seed,
-            "params": effective(lora),
-        }
-        artifact.seal(out, {**job.input_facts, **facts_of_adapter, "commit": commit, **facts})
+        facts = {"params": effective(lora), "commit": commit, **facts}
+        kind = {"kind": "adapter", "method": "lora", "seed": lora.seed}
+        artifact.seal(out, {**job.input_facts, **kind, **facts})
     return rows

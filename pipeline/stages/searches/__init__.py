@@ -1,8 +1,6 @@
-"""How a sweep chooses the combinations that it trains. A search is one file here, `SEARCH`, found
-by its name.
+"""How a sweep chooses the combinations that it trains. A search is a file here with `SEARCH`.
 
-Only the one that a sweep uses is imported. That imports no torch, and no library that only another
-needs.
+Only the search that a sweep uses is imported. It imports no torch, and no library of another one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -43,30 +41,22 @@ class Trial(NamedTuple):
     loss: float | None
 
 
-def _one_pass(_settings: SearchSettings) -> int:
-    return 1
-
-
-def _no_rungs(_settings: SearchSettings, _adapters: int, _steps: int) -> dict[int, int]:
-    return {}
-
-
 class Search(NamedTuple):
-    """`reads`: the keys of finetune_sweep that it reads beside the grid.
+    """How combinations are chosen, and which adapters are stopped early."""
 
-    `ask(settings, tried)`: the combinations of the next pass, given those of all before; the same
-    answer each time. `draws(settings)`: whether it draws from the grid, which may then have ranges.
-    `passes`: how many there are at most. `compares`: whether it needs held-out losses.
-    `rungs(settings, adapters, steps)`: step → how many adapters train on after it.
-    `check(settings)` raises UserError.
-    """
-
+    # (settings, tried): the combinations of the next pass, given those before; deterministic
     ask: Callable[[SearchSettings, Sequence[Trial]], list[Values]]
+    # whether it draws from the grid, which may then have ranges
     draws: Callable[[SearchSettings], bool]
+    # keys of finetune_sweep that it reads beside the grid
     reads: tuple[str, ...] = ()
-    passes: Callable[[SearchSettings], int] = _one_pass
+    # the most passes that it asks for
+    passes: Callable[[SearchSettings], int] = lambda _settings: 1
+    # whether it needs held-out losses
     compares: bool = False
-    rungs: Callable[[SearchSettings, int, int], dict[int, int]] = _no_rungs
+    # (settings, adapters, steps): step → how many adapters train on after it
+    rungs: Callable[[SearchSettings, int, int], dict[int, int]] = lambda *_: {}
+    # raises UserError for settings that it cannot search with
     check: Callable[[SearchSettings], object] = id
 
 
@@ -90,7 +80,7 @@ def combinations(settings: SearchSettings) -> list[Values]:
 
 
 def one_grid(settings: SearchSettings) -> Grid:
-    """The only grid. Raises UserError if there are several: which to draw from is not said."""
+    """The only grid. Raises UserError if there are several, as a draw is from one."""
     (first, *others) = grids(settings)
     if others:
         raise UserError(
@@ -100,9 +90,7 @@ def one_grid(settings: SearchSettings) -> Grid:
 
 
 def check_trials(settings: SearchSettings) -> None:
-    """Raises UserError without a number of combinations to draw, or for a grid that nothing can be
-    drawn from.
-    """
+    """Raises UserError without a number of combinations to draw, or for an empty grid."""
     if not settings.trials:
         raise UserError(
             f"trials is 0, but search {settings.search} draws as many combinations. Set it, such "
@@ -116,7 +104,7 @@ def check_trials(settings: SearchSettings) -> None:
 
 
 def rounded(value: float, low: float, high: float) -> float:
-    """To three digits, as a name shows it and somebody types it, inside the range."""
+    """To three digits, as an adapter's name shows it, and inside the range."""
     return min(high, max(low, float(f"{value:.3g}")))
 
 

@@ -1,6 +1,4 @@
-"""Successive halving (Jamieson & Talwalkar 2016): all start, and after each rung the worse ones are
-stopped.
-"""
+"""Successive halving (Jamieson & Talwalkar 2016): after each rung the worse adapters stop."""
 
 from pipeline.errors import UserError
 from pipeline.stages.searches import Search, SearchSettings, combinations, count, one_grid
@@ -8,17 +6,17 @@ from pipeline.stages.searches.random import draw
 
 
 def rungs(settings: SearchSettings, adapters: int, steps: int) -> dict[int, int]:
-    """Step → how many adapters train on after it: one in `reduction_factor`, so that each rung
-    costs about the same.
+    """Step → how many adapters train on after it: one in `reduction_factor`.
 
-    With 27 adapters, a factor of 3 and 81 steps: 9 after step 3, 3 after step 9, 1 after step 27.
+    Each rung costs about the same. With 27 adapters, a factor of 3 and 81 steps: 9 after step 3, 3
+    after step 9, 1 after step 27.
     """
     factor, left, numbers = settings.reduction_factor, adapters, list[int]()
     while left >= factor:
         left //= factor
         numbers.append(left)
-    at = (steps // factor ** (len(numbers) - n) for n in range(len(numbers)))
-    return {step: left for step, left in zip(at, numbers, strict=True) if step}
+    at = {steps // factor ** (len(numbers) - n): left for n, left in enumerate(numbers)}
+    return {step: left for step, left in at.items() if step}
 
 
 def _check(settings: SearchSettings) -> None:
@@ -28,8 +26,7 @@ def _check(settings: SearchSettings) -> None:
     if adapters < settings.reduction_factor:
         raise UserError(
             f"reduction_factor is {settings.reduction_factor}, but there are only {adapters} "
-            "adapters: none would be "
-            "stopped. Lower it, or try more combinations."
+            "adapters: none would be stopped. Lower it, or try more combinations."
         )
 
 

@@ -1,6 +1,4 @@
-"""Optuna's samplers (Akiba et al. 2019): a pass trains a generation, and the next learns from its
-held-out losses.
-"""
+"""Optuna's samplers (Akiba et al. 2019), which learn from the held-out losses of each pass."""
 
 import warnings
 from collections.abc import Sequence
@@ -20,9 +18,9 @@ from pipeline.stages.searches import (
 
 
 def ask(settings: SearchSettings, tried: Sequence[Trial]) -> list[Values]:
-    """The next generation's combinations that are new; none once all `trials` are drawn."""
-    # The study is made anew from what was tried: with a seed the sampler draws the same again, so
-    # that a killed sweep has no state to keep but its adapters' losses.
+    """The new combinations of the next generation; none once all `trials` are drawn."""
+    # Each call replays the study from what was tried: with a seed the sampler draws the same again,
+    # so that a killed sweep has no state to keep but its adapters' losses.
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -32,11 +30,10 @@ def ask(settings: SearchSettings, tried: Sequence[Trial]) -> list[Values]:
     grid = one_grid(settings)
     for start in range(0, settings.trials, settings.generation):
         trials = [study.ask() for _ in range(min(settings.generation, settings.trials - start))]
-        asked: list[Values] = [
-            {key: _suggest(trial, key, options) for key, options in grid.items()}
-            for trial in trials
-        ]
-        known = [one.values for one in tried]
+        asked: list[Values] = []
+        for trial in trials:
+            asked.append({key: _suggest(trial, key, options) for key, options in grid.items()})
+        known = [earlier.values for earlier in tried]
         if new := [values for n, values in enumerate(asked) if values not in (*known, *asked[:n])]:
             return new
         for trial, values in zip(trials, asked, strict=True):
@@ -48,7 +45,7 @@ def ask(settings: SearchSettings, tried: Sequence[Trial]) -> list[Values]:
 def _sampler(settings: SearchSettings) -> Any:
     from optuna import samplers
 
-    # a generation knows nothing of itself
+    # the first generation has no losses to learn from, so it is drawn at random
     seed, first = settings.search_seed % 2**32, settings.generation
     if settings.sampler == "gp":
         return samplers.GPSampler(seed=seed, n_startup_trials=first)

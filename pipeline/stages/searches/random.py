@@ -11,7 +11,7 @@ ATTEMPTS = 100  # draws per wanted combination: fewer come out of a grid that ha
 
 def draw(settings: SearchSettings) -> list[Values]:
     """`trials` different combinations, or as many as the grid has."""
-    # only `random()`, whose numbers Python guarantees for a seed; its other methods may change
+    # only `random()`: Python guarantees its numbers for a seed; other methods may change
     share, drawn = Random(settings.search_seed).random, list[Values]()
     for _ in range(ATTEMPTS * settings.trials):
         values = {key: _value(options, share()) for key, options in one_grid(settings).items()}
@@ -27,15 +27,10 @@ def _value(options: Any, share: float) -> Any:
     if isinstance(options, tuple):
         return options[int(share * len(options))]
     low, high = options["low"], options["high"]
-    if isinstance(low, int):  # each whole number has the same share, its logarithmic one if so
-        value = (
-            low * exp(share * log((high + 1) / low))
-            if options["log"]
-            else low + share * (high + 1 - low)
-        )
-        return min(high, int(value))
-    value = low * exp(share * log(high / low)) if options["log"] else low + share * (high - low)
-    return rounded(value, low, high)
+    # the share of each whole number, linear or logarithmic, ends where that of the next begins
+    end = high + 1 if isinstance(low, int) else high
+    value = low * exp(share * log(end / low)) if options["log"] else low + share * (end - low)
+    return min(high, int(value)) if isinstance(low, int) else rounded(value, low, high)
 
 
 SEARCH = Search(

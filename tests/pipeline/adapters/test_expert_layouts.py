@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.adapters.attach import attach, tensors
 from pipeline.adapters.config import CONFIG, WEIGHTS, AdapterSpec
-from pipeline.adapters.peft import load_adapter, save_adapter
+from pipeline.adapters.peft import Reading, load_adapter, save_adapter
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.models.transformers_model import TransformersModel
@@ -198,7 +198,7 @@ def test_one_of_ours_names_its_layout_and_an_earlier_one_is_known_by_its_manifes
     base = mixture("qwen3_moe", 32)
     if method == "import":
         with pytest.raises(UserError, match="peft_version is None"):
-            load_adapter(base, Path("base"), folder, lambda _: {})
+            load_adapter(base, Path("base"), folder, Reading(fingerprint=lambda _: {}))
         return
-    load_adapter(base, Path("base"), folder, lambda _: {})
+    load_adapter(base, Path("base"), folder, Reading(fingerprint=lambda _: {}))
     torch.testing.assert_close(base.eval()(IDS), logits)

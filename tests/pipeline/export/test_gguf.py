@@ -2,8 +2,9 @@
 needs to know.
 """
 
+import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,36 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
         )
         for tensor in GGUFReader(path).tensors
     }
+
+
+@pytest.mark.parametrize("form", ["gguf", "gguf-adapter"])
+def test_an_export_reads_the_adapter_once_its_comparison_included(
+    cli: Lora, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = project(tmp_path, MODELS["llama"])
+    weights = source / "adapter_model.safetensors"
+    opened = list[str]()
+
+    def count(function: Callable[..., Any], what: str) -> Callable[..., Any]:
+        def counted(path: Any, *more: Any, **options: Any) -> Any:
+            if path == weights:
+                opened.append(what)
+            return function(path, *more, **options)
+
+        return counted
+
+    def compare(load: Callable[[], object], *_: object) -> Generator[None, None, dict[str, Any]]:
+        load()
+        yield from ()
+        return {"runner": "llama.cpp", "files": []}
+
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: True)
+    monkeypatch.setattr("pipeline.export.certificate.compare", compare)
+    monkeypatch.setattr("pipeline.models.save.load_file", count(load_file, "tensors"))
+    monkeypatch.setattr(io, "open", count(io.open, "bytes"))  # of Path.open
+
+    written(cli, source, tmp_path / "out", form)
+    assert opened == ["bytes", "tensors"]  # the header's check, and what safetensors reads
 
 
 @pytest.mark.parametrize("name", MODELS)

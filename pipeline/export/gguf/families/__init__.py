@@ -1,8 +1,7 @@
-"""The families that llama.cpp computes as transformers does. A family is one file here, found and
-not listed.
+"""The families that llama.cpp computes as transformers does, one file each, found by its name.
 
-What a config asks for and a family neither writes nor finds in its `fixed` values is rejected:
-llama.cpp would ignore it, and answer differently without a word.
+A setting of a config that a family neither writes nor lists in `fixed` is rejected: llama.cpp would
+ignore it, and silently answer differently.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,9 +26,7 @@ Config = Mapping[str, Any]  # config.json with transformers' defaults
 
 
 class Layout(NamedTuple):
-    """How a parameter lies in a GGUF file: transposed, then its rows in another order, then a
-    number added.
-    """
+    """How a GGUF file stores a parameter: transposed, then rows reordered, then a number added."""
 
     transposed: bool = False
     order: Tensor | None = None  # row n of the file is row order[n] of the parameter
@@ -45,7 +42,7 @@ class Layout(NamedTuple):
         if not self.is_moved:
             yield from (block + self.shift if self.shift else block for block in blocks)
             return
-        # no embedding is laid out otherwise, so this is at most an MLP's matrix
+        # embeddings are never moved, so this is at most an MLP's matrix
         whole = torch.cat(list(blocks))
         yield self.rows(whole.T if self.transposed else whole)
 
@@ -61,27 +58,19 @@ class Layout(NamedTuple):
 
 
 class Family(NamedTuple):
-    """`model_types` of config.json; `architecture`: llama.cpp's name of the family.
+    """How llama.cpp stores and configures the models of a family."""
 
-    `settings`: metadata by key, without the architecture's prefix; `fixed`: the values that
-    llama.cpp assumes of keys of the config. `layout` of a parameter by its full name, `extra`
-    tensors by their name in the file. `own_head`: whether llama.cpp reads a head that is not the
-    embedding.
-    """
-
-    model_types: tuple[str, ...]
-    architecture: str
-    settings: Callable[[Config], dict[str, Any]]
-    fixed: Mapping[str, tuple[Any, ...]]
-    layout: Callable[[Config, str], Layout] = lambda _config, _name: Layout()
-    extra: Callable[[Config], Mapping[str, Tensor]] = lambda _config: {}
-    own_head: bool = True
+    model_types: tuple[str, ...]  # of config.json
+    architecture: str  # llama.cpp's name
+    settings: Callable[[Config], dict[str, Any]]  # metadata, without the architecture's prefix
+    fixed: Mapping[str, tuple[Any, ...]]  # key of the config → values that llama.cpp assumes
+    layout: Callable[[Config, str], Layout] = lambda _config, _name: Layout()  # by full name
+    extra: Callable[[Config], Mapping[str, Tensor]] = lambda _config: {}  # tensors by name
+    own_head: bool = True  # whether llama.cpp reads a head that is not the embedding
 
 
 def family_of(config: Config) -> Family:
-    """The family of a model. Raises UserError if there is none, or for a setting llama.cpp does not
-    have.
-    """
+    """The family of a model. Raises UserError if llama.cpp does not compute it."""
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
         raise UserError(
@@ -109,7 +98,7 @@ def head_size(config: Config) -> int:
 
 
 def attention(config: Config) -> dict[str, Any]:
-    """The settings that all families with rotary positions have, by Llama's names in the config."""
+    """The settings of all families with rotary positions, by Llama's names in the config."""
     heads = config["num_attention_heads"]
     size = head_size(config)
     return {
@@ -128,7 +117,7 @@ def attention(config: Config) -> dict[str, Any]:
 
 
 def within_window(config: Config) -> dict[str, Any]:
-    """The context up to which the full attention of llama.cpp is the model's sliding windows."""
+    """The context up to which llama.cpp's full attention equals the model's sliding windows."""
     window = config.get("sliding_window")
     layers = config.get("layer_types") or ["sliding_attention"]
     if window is None or "sliding_attention" not in layers:
@@ -137,9 +126,7 @@ def within_window(config: Config) -> dict[str, Any]:
 
 
 def rope(parameters: Config, kinds: Iterable[str]) -> dict[str, Any]:
-    """Base and scaling of rotary positions. Raises UserError for a scaling that is not one of
-    `kinds`.
-    """
+    """Base and scaling of rotary positions. Raises UserError for a scaling not in `kinds`."""
     kind = parameters.get("rope_type", "default")
     if kind not in kinds:
         raise unsupported("rope_type", kind)
@@ -150,16 +137,19 @@ def rope(parameters: Config, kinds: Iterable[str]) -> dict[str, Any]:
     if kind in ("linear", "yarn"):
         settings |= {"rope.scaling.type": kind, "rope.scaling.factor": float(parameters["factor"])}
     if kind == "yarn":
-        settings["rope.scaling.original_context_length"] = parameters[
-            "original_max_position_embeddings"
-        ]
+        context = parameters["original_max_position_embeddings"]
+        settings["rope.scaling.original_context_length"] = context
     return settings
 
 
+def rotary(config: Config, kinds: Iterable[str]) -> dict[str, Any]:
+    """The settings of families like Llama: rotary positions of one kind, windows as contexts."""
+    positions = rope(config["rope_parameters"], kinds)
+    return {**attention(config), **within_window(config), **positions}
+
+
 def window_period(config: Config) -> int:
-    """Every how many blocks one attends to everything, the last of each period. Raises UserError
-    for other patterns.
-    """
+    """n if every nth block has full attention. Raises UserError for other patterns."""
     full = [layer == "full_attention" for layer in config["layer_types"]]
     period = full.index(True) + 1 if True in full else len(full) + 1
     if full != [(number + 1) % period == 0 for number in range(len(full))]:

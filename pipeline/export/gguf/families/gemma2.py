@@ -12,13 +12,16 @@ from pipeline.export.gguf.families import (
     window_period,
 )
 
+FIXED = {
+    "hidden_activation": ("gelu_pytorch_tanh", None),
+    "attention_bias": (False,),
+    "use_bidirectional_attention": (None, False),
+}
 LARGE = 46  # blocks of the 27B, whose queries llama.cpp scales by its width per head
 
 
 def query_scale(config: Config, large: int) -> None:
-    """Raises UserError unless the queries' scale is the one that llama.cpp computes from the
-    shapes.
-    """
+    """Raises UserError unless llama.cpp computes the same scale of queries from the shapes."""
     width_per_head = config["hidden_size"] // config["num_attention_heads"]
     expected = width_per_head if config["num_hidden_layers"] == large else config["head_dim"]
     if config["query_pre_attn_scalar"] != expected:
@@ -50,11 +53,7 @@ FAMILY = Family(
     ("gemma2",),
     "gemma2",
     _settings,
-    {
-        "hidden_activation": ("gelu_pytorch_tanh", None),
-        "attention_bias": (False,),
-        "use_bidirectional_attention": (None, False),
-    },
+    FIXED,
     norm_layout,
     own_head=False,
 )

@@ -1,6 +1,4 @@
-"""The text models of Gemma 3: windows have rotary positions of their own, queries and keys are
-normalized.
-"""
+"""The text models of Gemma 3: other rotary positions in windows, normalized queries and keys."""
 
 from typing import Any
 
@@ -12,7 +10,7 @@ from pipeline.export.gguf.families import (
     unsupported,
     window_period,
 )
-from pipeline.export.gguf.families.gemma2 import norm_layout, query_scale
+from pipeline.export.gguf.families.gemma2 import FIXED, norm_layout, query_scale
 
 LARGE = 62  # blocks of the 27B
 
@@ -38,12 +36,6 @@ FAMILY = Family(
     ("gemma3_text",),
     "gemma3",
     _settings,
-    {
-        "hidden_activation": ("gelu_pytorch_tanh", None),
-        "attention_bias": (False,),
-        "attn_logit_softcapping": (None,),
-        "final_logit_softcapping": (None,),
-        "use_bidirectional_attention": (None, False),
-    },
+    {**FIXED, "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,)},
     norm_layout,
 )

@@ -1,14 +1,10 @@
 """Qwen 3, whose queries and keys are normalized."""
 
-from pipeline.export.gguf.families import Family, attention, rope, within_window
+from pipeline.export.gguf.families import Family, rotary
 
 FAMILY = Family(
     ("qwen3",),
     "qwen3",
-    lambda config: {
-        **attention(config),
-        **within_window(config),
-        **rope(config["rope_parameters"], ("default", "linear", "yarn")),
-    },
+    lambda config: rotary(config, ("default", "linear", "yarn")),
     {"hidden_act": ("silu",), "attention_bias": (False,)},
 )
