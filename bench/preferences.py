@@ -20,7 +20,6 @@ from bench.real import ROUNDS, ask, base, side
 from bench.real_sides import ARGUMENTS, CLIP, LEARNING_RATE, Ours, Side, Theirs, encoded, seconds_of
 from pipeline.data.windows import as_window
 from pipeline.stages.methods.dpo import Dpo, FinetuneDpo
-from pipeline.training.loop import TrainingTask
 from pipeline.training.preferences.losses import (
     AnswerBatches,
     Answers,
@@ -29,6 +28,7 @@ from pipeline.training.preferences.losses import (
     likelihood,
 )
 from pipeline.training.step import Learner
+from pipeline.training.task import TrainingTask
 
 PAIRS, BATCH, BETA, END = 8, 4, 0.1, 0
 Pair = dict[str, list[int]]

@@ -7,14 +7,9 @@ from typing import NamedTuple
 import torch
 
 from pipeline.errors import UserError
-from pipeline.training.loop import (
-    Diverged,
-    TrainingTask,
-    build_optimizer,
-    predicted_peak,
-    prepare_model,
-    steps,
-)
+from pipeline.training.loop import Diverged, steps
+from pipeline.training.memory.prediction import predicted_peak
+from pipeline.training.task import TrainingTask, build_optimizer, prepare_model
 
 LEAST, MOST = 3, 8  # steps that are timed
 SECONDS = 10.0  # after them no further step is begun

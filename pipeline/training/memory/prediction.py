@@ -2,11 +2,13 @@
 of its peak: the tensors alive, or on a GPU what CUDA's allocator counts anyway."""
 
 import dataclasses
+import gc
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from msgspec.structs import replace
@@ -19,13 +21,18 @@ from pipeline.calc.memory import predict
 from pipeline.calc.method import FinetuningMethod
 from pipeline.calc.settings import CONTEXT, TrainingConfig, chunk_rows
 from pipeline.calc.tape import ROUNDING
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.models.base import CausalLM
 from pipeline.models.kernels import uses_cpu_kernels
 from pipeline.project.logs.run_log import in_units
 from pipeline.project.params.sections import AdapterTraining, Training
 from pipeline.training.batches import Batch
 from pipeline.training.losses import chunk_of, fuses_head
+from pipeline.training.optimizer import FlatOptimizer
+from pipeline.training.step import to_model_device
+from pipeline.training.task import TrainingTask
+
+T = TypeVar("T")
 
 
 def suggest_less_memory(
@@ -151,6 +158,22 @@ def predict_peak_memory(
         return None
 
 
+def predicted_peak(task: TrainingTask, number: int, device: torch.device | None = None) -> int:
+    """Predicted peak of step `number` in bytes of tensors; 0 if the calculator does not know it.
+
+    `device`: where the model will be; default: where it is.
+    """
+    model, retain = task.model, task.learners[0].retain
+    batches = [(batch, False) for batch in to_model_device(model, task.batches[number])]
+    if retain is not None:
+        batches += [(batch, True) for batch in to_model_device(model, retain.batches[number])]
+    sizes = [
+        predict_peak_memory(model, task.method, task.settings, batch, retained, device)
+        for batch, retained in batches
+    ]
+    return max((size for size in sizes if size), default=0)
+
+
 class MemoryMeter(Protocol):
     """Measures what runs inside its context. `peak`: bytes of tensors on one device; 0: nothing ran
     yet.
@@ -271,3 +294,34 @@ class TensorMemoryMeter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self.watch([leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)])
         return out
+
+
+def measure_memory(
+    meter: MemoryMeter, number: int, model: CausalLM, optimizer: FlatOptimizer, records: Iterator[T]
+) -> Iterator[T]:
+    """The same records; `meter` measures the step of record `number`, counted from 0.
+
+    The first is never measured: it allocates the optimizer's state.
+    """
+    yield from islice(records, max(1, number))
+    meter.watch([*model.parameters(), *model.buffers(), *optimizer.tensors()])
+    with meter:
+        measured = list(islice(records, 1))
+    yield from measured
+    yield from records
+
+
+def release(error: BaseException) -> str:
+    """Free the tensors of the step that failed; returns the error's first line.
+
+    The frames of its traceback hold them, and a GPU has no room for the checkpoint until they are
+    gone.
+    """
+    reason, link = first_line(error), error.__context__
+    error.__traceback__ = None
+    while link is not None:
+        link.__traceback__, link = None, link.__context__
+    gc.collect()  # frames and autograd's contexts refer to each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return reason

@@ -24,7 +24,7 @@ from pipeline.stages.methods.dpo import FinetuneDpo
 from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.training.batched import ManyAdapters
 from pipeline.training.batches import Batches
-from pipeline.training.loop import TrainingTask, build_optimizer, steps
+from pipeline.training.loop import steps
 from pipeline.training.parallel.sharding import _buffers_to_parameters
 from pipeline.training.preferences.losses import (
     WITH_REFERENCE,
@@ -34,6 +34,7 @@ from pipeline.training.preferences.losses import (
 )
 from pipeline.training.retention import RetentionLoss
 from pipeline.training.step import Evaluation, Learner
+from pipeline.training.task import TrainingTask, build_optimizer
 from tests.helpers.real import ROWS, listed, toy, windows_of, with_lora
 from tests.helpers.stand_in import READ, STAND_IN, Seen, refuse, to_stand_in, watched
 

@@ -38,7 +38,6 @@ from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.stages.methods.lora import Lora as LoraMethod
 from pipeline.stages.registry import open_project
 from pipeline.training.batches import collate
-from pipeline.training.loop import prepare_model
 from pipeline.training.memory.prediction import (
     longest_sequence,
     predict_peak_memory,

@@ -19,9 +19,10 @@ from pipeline.models.transformers_model import TransformersModel
 from pipeline.project.params.sections import Training
 from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.training.batches import Batches, collate
-from pipeline.training.loop import TrainingTask, build_optimizer, steps
+from pipeline.training.loop import steps
 from pipeline.training.noise import LearnerNoise, training_noise
 from pipeline.training.step import Evaluation, loss_of
+from pipeline.training.task import TrainingTask, build_optimizer
 from tests.helpers.real import listed, stock, toy, windows_of, with_lora
 
 DROPOUT = 0.4

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from pipeline.project.params.sections import Training
 from pipeline.stages.methods.lora import FinetuneLora
-from pipeline.training.loop import build_optimizer
 from pipeline.training.optimizer import FlatOptimizer
+from pipeline.training.task import build_optimizer
 from pipeline.training.update_rules import AdamW8bit, DynamicCode, Span, rule_of
 
 CPU = torch.device("cpu")
