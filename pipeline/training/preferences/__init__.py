@@ -1,0 +1,1 @@
+"""DPO and its kin: `losses.py` has the losses, `batches.py` and `data.py` their pairs of answers."""

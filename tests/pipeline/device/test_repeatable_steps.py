@@ -19,7 +19,8 @@ from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.training.batched import ManyAdapters
 from pipeline.training.batches import Batches
 from pipeline.training.loop import steps
-from pipeline.training.preferences.losses import AnswerBatches, Answers, PreferencePath
+from pipeline.training.preferences.batches import AnswerBatches, Answers
+from pipeline.training.preferences.losses import PreferencePath
 from pipeline.training.step import Learner
 from pipeline.training.task import TrainingTask, build_optimizer
 from tests.helpers.real import listed, toy, windows_of

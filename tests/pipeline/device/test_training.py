@@ -26,12 +26,8 @@ from pipeline.training.batched import ManyAdapters
 from pipeline.training.batches import Batches
 from pipeline.training.loop import steps
 from pipeline.training.parallel.sharding import _buffers_to_parameters
-from pipeline.training.preferences.losses import (
-    WITH_REFERENCE,
-    AnswerBatches,
-    Answers,
-    PreferencePath,
-)
+from pipeline.training.preferences.batches import AnswerBatches, Answers
+from pipeline.training.preferences.losses import WITH_REFERENCE, PreferencePath
 from pipeline.training.retention import RetentionLoss
 from pipeline.training.step import Evaluation, Learner
 from pipeline.training.task import TrainingTask, build_optimizer

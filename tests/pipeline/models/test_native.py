@@ -32,7 +32,8 @@ from pipeline.stages.methods.lora import FinetuneLora, Lora
 from pipeline.training.batches import Batch, collate
 from pipeline.training.memory.prediction import TensorMemoryMeter, predict_peak_memory
 from pipeline.training.optimizer import FlatOptimizer
-from pipeline.training.preferences.losses import AnswerBatch, Answers, answer_batch, preference
+from pipeline.training.preferences.batches import AnswerBatch, Answers, answer_batch
+from pipeline.training.preferences.losses import preference
 from pipeline.training.step import loss_of
 from pipeline.training.task import prepare_model
 from tests.helpers.real import windows_of
