@@ -22,7 +22,7 @@ from pipeline.training.data import asked_while_training, prepare_data, save_chec
 from pipeline.training.loop import train
 from pipeline.training.optimizer import FlatOptimizer
 from pipeline.training.parallel.collectives import is_main_process
-from pipeline.training.step import Evaluation, Learner, LossPath, OneLearner
+from pipeline.training.step import Evaluation, Learner, LossPath
 from pipeline.training.task import TrainingSetup, TrainingTask
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _prepare(
     job: Job, settings: Training, base: Base, first: int
 ) -> Generator[Event, None, Prepared]:
     batches, evaluation = yield from prepare_data(job, settings, base, first)
-    return Prepared(batches, evaluation, OneLearner(base.model))
+    return Prepared(batches, evaluation, LossPath(base.model))
 
 
 def attach_virtual(

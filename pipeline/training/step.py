@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,39 +80,13 @@ class StepBatch:
         return by_learner
 
 
-class LossPath(Protocol):
-    """How the learners of a model read batches: all that differs between one learner and many."""
+class LossPath:
+    """How the learners of a model read batches: here a single one, that is the model itself.
 
-    rewards: bool  # whether `measured` gives the rewards of answers
+    Many adapters (`batched.py`) and pairs of answers (`preferences/losses.py`) override it.
+    """
 
-    @property
-    def supports_packing(self) -> bool: ...
-    def batches(self, orders: Mapping[int, Batches], number: int) -> Iterable[StepBatch]:
-        """The batches of step `number`, for this rank.
-
-        `orders`: learner → its batches of the same windows.
-        """
-
-    def base(self) -> AbstractContextManager[None]:
-        """The model may be tried inside this context, on input of no learner."""
-
-    def route(self, batch: StepBatch) -> AbstractContextManager[None]:
-        """Losses of the batch, and their backward pass, must be computed inside this context."""
-
-    def losses(self, batch: StepBatch) -> Tensor:
-        """(L,): the mean loss of each learner in `batch.labels`; () of a single one."""
-
-    def divergences(self, batch: StepBatch, retain: "RetentionLoss") -> Tensor:
-        """The same of the mean KL(base‖model)."""
-
-    def measured(self) -> Mapping[str, float]:
-        """The rewards, over the batches whose losses were computed since the last call."""
-
-
-class OneLearner:
-    """The path of a model that has one learner: its own forward and backward, and no more."""
-
-    rewards = False
+    rewards = False  # whether `measured` gives the rewards of answers
 
     def __init__(self, model: CausalLM) -> None:
         self._model = model
@@ -122,23 +96,32 @@ class OneLearner:
         return self._model.supports_packing
 
     def batches(self, orders: Mapping[int, Batches], number: int) -> Iterator[StepBatch]:
+        """The batches of step `number`, for this rank.
+
+        `orders`: learner → its batches of the same windows.
+        """
         (order,) = orders.values()
         for batch in to_model_device(self._model, order[number]):
             yield StepBatch(batch, {0: batch.tokens})
 
     def base(self) -> AbstractContextManager[None]:
+        """The model may be tried inside this context, on input of no learner."""
         return nullcontext()
 
     def route(self, batch: StepBatch) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Losses of the batch, and their backward pass, must be computed inside this context."""
         return nullcontext()
 
     def losses(self, batch: StepBatch) -> Tensor:
+        """(L,): the mean loss of each learner in `batch.labels`; () of a single one."""
         return loss_of(self._model, batch.batch)
 
     def divergences(self, batch: StepBatch, retain: "RetentionLoss") -> Tensor:
+        """The same of the mean KL(base‖model)."""
         return retain.divergence(batch.batch)
 
     def measured(self) -> Mapping[str, float]:
+        """The rewards, over the batches whose losses were computed since the last call."""
         return {}
 
 

@@ -16,7 +16,7 @@ from pipeline.project.params.sections import Training
 from pipeline.project.runner import Facts
 from pipeline.training.batches import Batches
 from pipeline.training.optimizer import FlatOptimizer
-from pipeline.training.step import Evaluation, Learner, LossPath, OneLearner
+from pipeline.training.step import Evaluation, Learner, LossPath
 from pipeline.training.update_rules import rule_of
 
 if TYPE_CHECKING:  # a run without it does not import it
@@ -60,7 +60,7 @@ class TrainingTask:
     ) -> "TrainingTask":
         """The task of one learner: whatever parameters of `model` require a gradient."""
         learner = Learner(settings, batches, retain)
-        return cls(model, [learner], OneLearner(model), evaluation, method, **more)
+        return cls(model, [learner], LossPath(model), evaluation, method, **more)
 
     @property
     def settings(self) -> Training:

@@ -19,7 +19,7 @@ from pipeline.training.batches import Batch, Batches
 from pipeline.training.losses import chunk_of, log_probs, trained_head
 from pipeline.training.parallel.collectives import all_reduce_numbers, is_distributed
 from pipeline.training.preferences.batches import AnswerBatch, AnswerBatches
-from pipeline.training.step import OneLearner, StepBatch
+from pipeline.training.step import LossPath, StepBatch
 
 PreferenceLoss = Literal["dpo", "ipo", "kto", "orpo", "simpo"]
 WITH_REFERENCE = ("dpo", "ipo", "kto")
@@ -181,7 +181,7 @@ def _divergence(model: CausalLM, mismatched: AnswerBatch, units: int) -> Tensor:
     return drift.new_tensor(max(total / count, 0.0))
 
 
-class PreferencePath(OneLearner):
+class PreferencePath(LossPath):
     """The path of one learner on pairs of answers."""
 
     rewards = True
