@@ -1,6 +1,4 @@
-"""All trainable parameters as one row per learner, updated in few kernel calls per step; and the
-learning rate.
-"""
+"""All trainable parameters as one row per learner, updated in few calls; the learning rate."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,18 +17,19 @@ LARGEST_SCALE, GROWS_AFTER = 2.0**16, 2000
 
 
 class FlatOptimizer:
-    """An update rule on weights (N, P): row n holds the P trainable parameters of learner n, in
-    fp32.
+    """An update rule on weights (N, P) in fp32: row n holds the parameters that learner n trains.
 
     Parameters are views of `weights`: with one learner each in its own shape, with more stacked,
     (N, ...). Small models spend a step on kernel launches, not on arithmetic: this way the update,
     the gradient norms and the checkpoint take one call each, whatever the number of parameters.
     16-bit parameters are copies, since an update is often smaller than the distance to the next
-    16-bit number. LoRA+ (Hayou et al. 2024): every lora_B of learner n has `ratios[n]` times the
-    learning rate of its other parameters. `rule`: AdamW if not given; `decays`: weight decay of all
-    that a learner trains, 0 if not given. With `scaled` the loss is scaled before backward, so that
-    small gradients do not underflow in fp16; an overflow halves the scale and skips the step
-    (Micikevicius et al. 2018, §3.2).
+    16-bit number.
+
+    `ratios`: LoRA+ (Hayou et al. 2024): every lora_B of learner n has `ratios[n]` times the
+    learning rate of its other parameters. `rule`: AdamW if not given. `decays`: each learner's
+    weight decay, 0 if not given. `scaled`: the loss is scaled before backward, so that small
+    gradients do not underflow in fp16; an overflow halves the scale and skips the step
+    (Micikevicius et al. 2018, section 3.2).
     """
 
     def __init__(
@@ -42,16 +41,15 @@ class FlatOptimizer:
         decays: Sequence[float] = (),
     ) -> None:
         N = len(ratios)
-        faster = {
-            id(p)
-            for name, p in model.named_parameters()
-            if set(ratios) != {1.0} and name.endswith(".lora_B")
-        }
+        faster = set[int]()
+        if set(ratios) != {1.0}:
+            faster = {id(p) for name, p in model.named_parameters() if name.endswith(".lora_B")}
         trainable = (p for p in model.parameters() if p.requires_grad)
         # by dtype, so that the copies of each are one block; then those with a rate of their own
         self._parameters = sorted(trainable, key=lambda p: (str(p.dtype), id(p) in faster))
         self.weights = torch.cat([p.detach().reshape(N, -1).float() for p in self._parameters], 1)
         self.gradient = torch.zeros_like(self.weights)
+
         ends = [*accumulate((p.numel() // N for p in self._parameters), initial=0)]
         self._spans = [slice(*bounds) for bounds in pairwise(ends)]  # of each parameter in a row
         placed = list(zip(self._parameters, self._spans, strict=True))
@@ -70,17 +68,18 @@ class FlatOptimizer:
                 # autograd wants the gradients of strided parameters dense: with more learners it
                 # allocates its own
                 p.grad = grad[:, part].view(p.shape) if N == 1 else None
+
         # learner, bounds in the flattened weights, factor of the learning rate
         self._rate_spans: list[tuple[int, int, int, float]] = []
         for n, ratio in enumerate(ratios):
             for is_faster, group in groupby(placed, key=lambda pair: id(pair[0]) in faster):
                 members = list(group)
-                start, stop = (
-                    n * ends[-1] + bound for bound in (members[0][1].start, members[-1][1].stop)
-                )
+                start = n * ends[-1] + members[0][1].start
+                stop = n * ends[-1] + members[-1][1].stop
                 self._rate_spans.append((n, start, stop, ratio if is_faster else 1.0))
+
         self._decays = decays or [0.0] * N
-        self._rule: UpdateRule = rule or AdamW()
+        self._rule = rule or AdamW()
         self._state = State()  # of the rule, from the first step on
         self._scaled = scaled
         # factor, and steps since it changed: a tensor, as it is part of a checkpoint
@@ -97,8 +96,9 @@ class FlatOptimizer:
         return int(self._state.get("step", 0))
 
     def collect_gradients(self) -> Tensor:
-        """Sum the gradients over all ranks, unscale them and return their norms (N,). Call it once
-        before `step`.
+        """Sum the gradients over all ranks, unscale them and return their norms (N,).
+
+        Call it once before `step`.
         """
         # autograd's own gradients; none for a layer that no live learner adapts
         if (N := len(self.weights)) > 1:
@@ -116,26 +116,21 @@ class FlatOptimizer:
         return norms
 
     def clip(self, learner: int, norm: float, largest: float) -> None:
-        """Scale a learner's gradient, whose norm is `norm`, down to norm `largest` (Pascanu et al.
-        2013).
-        """
+        """Scale a learner's gradient of norm `norm` down to `largest` (Pascanu et al. 2013)."""
         if norm > largest:
             self.gradient[learner].mul_(largest / norm)
 
     def step(self, *rates: float | None) -> None:
-        """Update the weights from the collected gradients, each learner at its rate (None: not at
-        all); clear them.
+        """Update the weights from the collected gradients, and clear these.
+
+        `rates`: of each learner; None: it keeps its weights.
         """
         self._state = self._state or self._empty_state()
-        spans = [
-            Span(
-                start,
-                stop,
-                None if (base := rates[learner]) is None else base * factor,
-                self._decays[learner],
-            )
-            for learner, start, stop, factor in self._rate_spans
-        ]
+        spans = []
+        for learner, start, stop, factor in self._rate_spans:
+            rate = rates[learner]
+            rate = None if rate is None else rate * factor
+            spans.append(Span(start, stop, rate, self._decays[learner]))
         self._rule.update(self.weights, self.gradient, self._state, spans)
         self._update_copies()
         self.clear()
@@ -145,9 +140,7 @@ class FlatOptimizer:
                 self._scale.copy_(torch.tensor([min(2 * self.scale, LARGEST_SCALE), 0.0]))
 
     def skip(self) -> bool:
-        """Clear gradients that overflowed and halve the scale; False if the scale cannot be
-        halved.
-        """
+        """Clear gradients that overflowed and halve the scale; False if it cannot be halved."""
         self.clear()
         if not self._scaled or self.scale < 2:
             return False
@@ -165,9 +158,7 @@ class FlatOptimizer:
             grad.zero_()
 
     def tensors(self) -> list[Tensor]:
-        """All its tensors: weights, gradient, 16-bit copies and, after the first step, the rule's
-        state.
-        """
+        """All its tensors; the rule's state is among them after the first step."""
         copies = [tensor for _, weights, grad in self._copies for tensor in (weights, grad)]
         return [self.weights, self.gradient, *copies, *self._state.values(), *self._rule.tables]
 
@@ -185,16 +176,10 @@ class FlatOptimizer:
             tensor.copy_(state[name])
 
     def take_over(self, state: Mapping[str, Tensor]) -> bool:
-        """Go on from the state of a run before. False, and nothing changes, if it is not that of
-        these weights.
-        """
-        own = {
-            "weights": self.weights,
-            **({"loss_scale": self._scale} if self._scaled else {}),
-            **self._empty_state(),
-        }
-        if state.keys() != own.keys() or any(
-            state[name].shape != tensor.shape for name, tensor in own.items()
+        """Go on from the state of an earlier run; False, unchanged, if it is of other weights."""
+        expected = {**self.state(), **self._empty_state()}
+        if state.keys() != expected.keys() or any(
+            state[name].shape != tensor.shape for name, tensor in expected.items()
         ):
             return False
         rounded = state["weights"].to(self.weights.device, copy=True)
@@ -206,9 +191,8 @@ class FlatOptimizer:
         return True
 
     def _empty_state(self) -> State:
-        return self._rule.zeros(
-            self.weights, [stop - start for _, start, stop, _ in self._rate_spans]
-        )
+        sizes = [stop - start for _, start, stop, _ in self._rate_spans]
+        return self._rule.zeros(self.weights, sizes)
 
     def set_weights(self, weights: Tensor) -> None:
         self.weights.copy_(weights)
@@ -230,11 +214,10 @@ class FlatOptimizer:
 
 
 def rate(settings: Training, step: int, total: int) -> float:
-    """The learning rate at step `step` of `total`, from 1: linear warm-up, then constant, or decay
-    to 0 after the last.
+    """The learning rate at step `step` of `total`, from 1.
 
-    Linear decay as in Devlin et al. 2018 (appendix A.2), cosine as in Loshchilov & Hutter 2017 (eq.
-    5).
+    Linear warm-up, then constant, or decay to 0 after the last step: linear as in Devlin et al.
+    2018 (appendix A.2), cosine as in Loshchilov & Hutter 2017 (eq. 5).
     """
     warmup = min(settings.warmup(total), total)
     if step <= warmup:
@@ -255,8 +238,7 @@ def refuse_long_warmup(settings: Training, per_epoch: int, section: str) -> None
         if settings.warmup_ratio:
             raise UserError(
                 f"{section}.warmup_ratio {settings.warmup_ratio:g} of {total} steps, rounded up, "
-                "leaves none after the "
-                "warm-up. Lower it, or train longer."
+                "leaves none after the warm-up. Lower it, or train longer."
             )
         raise UserError(
             f"{section}.warmup_steps must be below {total}, the total number of training steps, "

@@ -6,7 +6,7 @@ for 25 µs before it calls the kernel, which takes 8 µs on a small model's.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,107 +14,83 @@ from torch import Tensor
 from pipeline.calc.settings import STATE_BLOCK, STATE_CHUNK
 
 State = dict[str, Tensor]
+MOMENTS = ("exp_avg", "exp_avg_sq")  # the running means of gradient and squared gradient
 
 
 class Span(NamedTuple):
-    """Neighbouring weights of one learner, with their learning rate (None: no update) and weight
-    decay.
-    """
+    """Neighbouring weights of one learner."""
 
     start: int
     stop: int
-    rate: float | None
+    rate: float | None  # None: no update
     decay: float
 
 
-class UpdateRule(Protocol):
-    """One step on flattened weights (P,), in place. Its state is named tensors, all that a
-    checkpoint needs of it.
+class UpdateRule:
+    """One step on flattened weights (P,), in place.
+
+    Its state is named tensors, all that a checkpoint needs of it; `step` counts the steps.
     """
 
-    @property
-    def names(self) -> Sequence[str]:
-        """The state's tensors; `step` counts the steps."""
+    # what it keeps beside the state, once that exists
+    tables: Sequence[Tensor] = ()
 
-    @property
-    def tables(self) -> Sequence[Tensor]:
-        """What it keeps beside the state, once that exists."""
-
-    def zeros(self, weights: Tensor, sizes: Sequence[int]) -> State:
-        """The state before the first step. `sizes`: of the spans, which are the same in every
-        step.
-        """
+    def zeros(self, weights: Tensor, sizes: Sequence[int]) -> State:  # noqa: ARG002
+        """The state before the first step. `sizes`: of the spans, the same in every step."""
+        return {"step": torch.zeros((), device=weights.device)}
 
     def update(
         self, weights: Tensor, gradient: Tensor, state: State, spans: Sequence[Span]
     ) -> None:
         """Update `weights` and `state` from the gradient, which may be overwritten."""
+        raise NotImplementedError
 
 
-class AdamW:
-    """Adam (Kingma & Ba 2015) with decoupled weight decay (Loshchilov & Hutter 2019), both moments
-    in fp32.
-    """
+class AdamW(UpdateRule):
+    """Adam (Kingma & Ba 2015) with decoupled weight decay (Loshchilov & Hutter 2019), in fp32."""
 
-    names = ("step", "exp_avg", "exp_avg_sq")
-    tables: Sequence[Tensor] = ()
-
-    def zeros(self, weights: Tensor, sizes: Sequence[int]) -> State:  # noqa: ARG002
-        zeros = torch.zeros_like(weights)
-        return dict(
-            zip(
-                self.names,
-                (torch.zeros((), device=weights.device), zeros, zeros.clone()),
-                strict=True,
-            )
-        )
+    def zeros(self, weights: Tensor, sizes: Sequence[int]) -> State:
+        moments = {name: torch.zeros_like(weights) for name in MOMENTS}
+        return {**super().zeros(weights, sizes), **moments}
 
     @torch.no_grad()
     def update(
         self, weights: Tensor, gradient: Tensor, state: State, spans: Sequence[Span]
     ) -> None:
-        tensors = [
-            tensor.view(-1) for tensor in (weights, gradient, state["exp_avg"], state["exp_avg_sq"])
-        ]
+        moments = [state[name] for name in MOMENTS]
+        tensors = [tensor.view(-1) for tensor in (weights, gradient, *moments)]
         state["step"] += 1
         for start, stop, rate, decay in _joined(spans):
-            whole = start == 0 and stop == weights.numel()
-            _fused_adam(
-                tensors if whole else [t[start:stop] for t in tensors], state["step"], rate, decay
-            )
+            parts = [tensor[start:stop] for tensor in tensors]
+            _fused_adam(parts, state["step"], rate, decay)
 
 
-class AdamW8bit:
-    """AdamW whose moments take a byte each (Dettmers et al. 2022): a code, times the largest of a
-    block of 256.
+class AdamW8bit(UpdateRule):
+    """AdamW whose moments take a byte each (Dettmers et al. 2022).
 
-    The moments of STATE_CHUNK weights at a time are decoded to fp32, updated by the same kernel,
-    and encoded again. With `paged` they stay in the memory of the host; on a CPU that is where they
-    are anyway. A block is 256 neighbours of a learner's row, whatever their parameters are.
+    A moment is a code, times the largest of a block of 256: neighbours of a learner's row, whatever
+    their parameters are. The moments of STATE_CHUNK weights at a time are decoded to fp32, updated
+    by the same kernel, and encoded again. With `paged` they stay in the memory of the host; on a
+    CPU that is where they are anyway.
     """
-
-    names = ("step", "exp_avg", "exp_avg_max", "exp_avg_sq", "exp_avg_sq_max")
 
     def __init__(self, paged: bool = False) -> None:
         self._paged = paged
         self._codes: tuple[DynamicCode, ...] = ()  # of means, and of mean squares
-
-    @property
-    def tables(self) -> list[Tensor]:
-        return [table for code in self._codes for table in code.tables]
 
     def zeros(self, weights: Tensor, sizes: Sequence[int]) -> State:
         blocks, device = sum(-(-size // STATE_BLOCK) for size in sizes), weights.device
         # copies to and from pinned memory take half the time
         pinned = self._paged and device.type == "cuda"
         place = torch.device("cpu") if self._paged else device
-        state = {"step": torch.zeros((), device=device)}
-        for name in ("exp_avg", "exp_avg_sq"):
+        state = super().zeros(weights, sizes)
+        for name in MOMENTS:
             state[name] = torch.zeros(
                 blocks, STATE_BLOCK, dtype=torch.uint8, device=place, pin_memory=pinned
             )
             state[f"{name}_max"] = torch.zeros(blocks, device=place, pin_memory=pinned)
         self._codes = DynamicCode(True, device), DynamicCode(False, device)
+        self.tables = [table for code in self._codes for table in code.tables]
         return state
 
     @torch.no_grad()
@@ -124,19 +100,16 @@ class AdamW8bit:
         weights, gradient, first = weights.view(-1), gradient.view(-1), 0
         state["step"] += 1
         for start, stop, rate, decay in spans:
-            # of the span's blocks, the last of which may be shorter
-            last = first - (start - stop) // STATE_BLOCK
             if rate is not None:
-                for block in range(first, last, STATE_CHUNK // STATE_BLOCK):
-                    blocks = slice(block, min(block + STATE_CHUNK // STATE_BLOCK, last))
-                    begin, end = (
-                        min(start + (n - first) * STATE_BLOCK, stop)
-                        for n in (blocks.start, blocks.stop)
-                    )
+                for begin in range(start, stop, STATE_CHUNK):
+                    end = min(begin + STATE_CHUNK, stop)
+                    # the last block of a span may be longer than its weights
+                    block = first + (begin - start) // STATE_BLOCK
+                    blocks = slice(block, block + -(-(end - begin) // STATE_BLOCK))
                     self._update_chunk(
                         weights[begin:end], gradient[begin:end], state, blocks, rate, decay
                     )
-            first = last
+            first += -(-(stop - start) // STATE_BLOCK)
 
     def _update_chunk(
         self,
@@ -148,27 +121,20 @@ class AdamW8bit:
         decay: float,
     ) -> None:
         moments = []
-        for code, name in zip(self._codes, ("exp_avg", "exp_avg_sq"), strict=True):
-            stored = [state[key][blocks] for key in (name, f"{name}_max")]
-            moments.append(
-                code.decode(*(tensor.to(weights.device, non_blocking=True) for tensor in stored))
-            )
-        # the last block may be longer than its weights
+        for code, name in zip(self._codes, MOMENTS, strict=True):
+            codes = state[name][blocks].to(weights.device, non_blocking=True)
+            largest = state[f"{name}_max"][blocks].to(weights.device, non_blocking=True)
+            moments.append(code.decode(codes, largest))
         flat = [moment.view(-1)[: len(weights)] for moment in moments]
         _fused_adam([weights, gradient, *flat], state["step"], rate, decay)
-        for code, name, moment in zip(self._codes, ("exp_avg", "exp_avg_sq"), moments, strict=True):
-            for key, new in zip((name, f"{name}_max"), code.encode(moment), strict=True):
-                state[key][blocks].copy_(new)
+        for code, name, moment in zip(self._codes, MOMENTS, moments, strict=True):
+            codes, largest = code.encode(moment)
+            state[name][blocks].copy_(codes)
+            state[f"{name}_max"][blocks].copy_(largest)
 
 
-class SGD:
+class SGD(UpdateRule):
     """w −= rate · (g + decay · w), without momentum."""
-
-    names = ("step",)
-    tables: Sequence[Tensor] = ()
-
-    def zeros(self, weights: Tensor, sizes: Sequence[int]) -> State:  # noqa: ARG002
-        return {"step": torch.zeros((), device=weights.device)}
 
     @torch.no_grad()
     def update(
@@ -190,8 +156,9 @@ def rule_of(name: str) -> UpdateRule:
 
 
 def _joined(spans: Sequence[Span]) -> Iterator[tuple[int, int, float, float]]:
-    """The spans that are updated. Neighbours alike are one: a call costs more than a small
-    adapter's arithmetic.
+    """The spans that are updated, with neighbours of one rate and decay as one.
+
+    A call costs more than a small adapter's arithmetic.
     """
     joined: list[tuple[int, int, float, float]] = []
     for start, stop, rate, decay in spans:
@@ -204,9 +171,7 @@ def _joined(spans: Sequence[Span]) -> Iterator[tuple[int, int, float, float]]:
 
 
 def _fused_adam(tensors: Sequence[Tensor], step: Tensor, rate: float, decay: float) -> None:
-    """torch's kernel on weights, gradient, mean and mean square, in the step with number `step`,
-    from 1.
-    """
+    """torch's kernel on weights, gradient, mean and mean square; `step` counts from 1."""
     weights, gradient, mean, square = ([tensor] for tensor in tensors)
     kernel = torch._fused_adamw_ if decay > 0 else torch._fused_adam_
     options: dict[str, Any] = {
@@ -220,8 +185,7 @@ def _fused_adam(tensors: Sequence[Tensor], step: Tensor, rate: float, decay: flo
 
 
 class DynamicCode:
-    """256 values in [-1, 1], or in [0, 1] if not `signed`; a number is encoded as the nearest of
-    them.
+    """256 values in [-1, 1], or in [0, 1] if not `signed`; a number becomes the nearest of them.
 
     Dynamic tree quantization (Dettmers 2016): 0, 1, and in each of seven decades down to 1e-6 the
     middles of equal intervals, twice as many as in the decade below.
@@ -256,18 +220,14 @@ class DynamicCode:
         return [self._code, self._edges, self._lower]
 
     def decode(self, codes: Tensor, largest: Tensor) -> Tensor:
-        """fp32 values (blocks, 256) of codes of this shape, times each block's `largest`
-        (blocks,).
-        """
-        return (
-            self._code.index_select(0, codes.view(-1).int())
-            .view(codes.shape)
-            .mul_(largest[:, None])
-        )
+        """fp32 values of codes (blocks, 256), times each block's `largest` (blocks,)."""
+        values = self._code.index_select(0, codes.view(-1).int()).view(codes.shape)
+        return values.mul_(largest[:, None])
 
     def encode(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes (int32) of values (blocks, 256), which are overwritten, and each block's largest
-        absolute value.
+        """Codes (int32) and each block's largest absolute value, of values (blocks, 256).
+
+        The values are overwritten.
         """
         largest = values.abs().amax(1)
         values.div_(torch.where(largest > 0, largest, 1)[:, None])
