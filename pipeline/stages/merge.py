@@ -1,6 +1,4 @@
-"""merge: W' = W + s·BA as a plain checkpoint, with a certificate measured on the written files
-(§4.4).
-"""
+"""merge: W' = W + s·BA as a plain checkpoint; what it writes is in `weights/merge.py`."""
 
 from collections.abc import Generator
 
@@ -18,8 +16,9 @@ PROMPTS = 8  # examples on which the merge is checked where no prompts are named
 
 
 def run(job: Job) -> Generator[Event, None, Facts]:
-    """Merge base + adapter into one checkpoint. Raises UserError and writes nothing if its logits
-    differ too much.
+    """Merge base + adapter into one checkpoint.
+
+    Raises UserError and writes nothing if its logits differ too much.
     """
     settings, trust = job.project.params.merge, job.project.params.origin.trust_remote_code
     base, adapter = job.artifact("expand_vocab"), job.artifact("finetune_lora")
@@ -34,7 +33,7 @@ def run(job: Job) -> Generator[Event, None, Facts]:
         )
         prompts = list(asked)
     same = SameLogits(base, adapter, prompts, settings.max_logit_difference, trust)
-    certificate = yield from merge_into(job.out, Merging(base, adapter, None, trust), same)
-    yield Progress(1, 1, f"largest logit difference {certificate['max_logit_difference']:.1e}")
+    check = yield from merge_into(job.out, Merging(base, adapter, None, trust), same)
+    yield Progress(1, 1, f"largest logit difference {check['max_logit_difference']:.1e}")
     parameters = count(skeleton(job.out, trust)) | {"trainable": 0}
     return {"parameters": parameters, "fingerprint": base_fingerprint(job.out)}

@@ -25,8 +25,9 @@ from pipeline.models.base import CausalLM, is_conv1d
 from pipeline.models.device import device_for_matrix
 from pipeline.models.load import skeleton
 from pipeline.models.save import save_tensors
-from pipeline.weights.merge import attach_to_meta_model, find_location, merge_edits, tied_names
-from pipeline.weights.streaming import AddLowRank, RescaleRows, SetRows, read_rows
+from pipeline.weights.blocks import find_location, read_rows, tied_names
+from pipeline.weights.edits import AddLowRank, RescaleRows, SetRows
+from pipeline.weights.merge_plan import attach_to_meta_model, merge_edits
 
 Updates = dict[str, LowRank]  # by full module name
 Method = Literal["linear", "cat", "svd", "ties", "dare", "dare-ties", "knots"]

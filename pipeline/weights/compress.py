@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.files.base_model import tensor_locations
 from pipeline.models.load import skeleton
 from pipeline.weights.import_adapter import refuse_other, write_changed
-from pipeline.weights.merge import attach_to_meta_model
+from pipeline.weights.merge_plan import attach_to_meta_model
 
 
 @dataclass(frozen=True)

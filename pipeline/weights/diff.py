@@ -18,8 +18,16 @@ from pipeline.adapters.peft import COPY
 from pipeline.errors import UserError
 from pipeline.files.base_model import TensorLocation, tensor_locations
 from pipeline.models.load import skeleton
-from pipeline.weights.merge import find_location, stored_name, tied_names
-from pipeline.weights.streaming import DTYPES, Read, Rows, read_blocks, read_rows
+from pipeline.weights.blocks import (
+    DTYPES,
+    Read,
+    Rows,
+    find_location,
+    read_blocks,
+    read_rows,
+    stored_name,
+    tied_names,
+)
 
 Locations = dict[str, TensorLocation]  # by name
 

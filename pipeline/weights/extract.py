@@ -23,6 +23,7 @@ from pipeline.files.safetensors_file import fingerprint
 from pipeline.models.base import CausalLM, is_conv1d
 from pipeline.models.load import skeleton
 from pipeline.project.runner import Event, Progress
+from pipeline.weights.blocks import read_blocks, stored_name, tied_names
 from pipeline.weights.combine import write_updates
 from pipeline.weights.diff import (
     Delta,
@@ -33,9 +34,7 @@ from pipeline.weights.diff import (
     stored_tensors,
 )
 from pipeline.weights.import_adapter import build_manifest, copy_tokenizer, refuse_other
-from pipeline.weights.merge import stored_name, tied_names
 from pipeline.weights.spectrum import MAX_VALUES, Measured, factors, measure, measure_update
-from pipeline.weights.streaming import read_blocks
 
 
 @dataclass(frozen=True)

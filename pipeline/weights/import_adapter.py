@@ -40,7 +40,7 @@ from pipeline.weights.combine import (
     write_updates,
 )
 from pipeline.weights.compare import Interference, interference
-from pipeline.weights.merge import attach_to_meta_model
+from pipeline.weights.merge_plan import attach_to_meta_model
 
 # The end of a hub name of a quantized model: unsloth/Qwen3-8B-unsloth-bnb-4bit,
 # mlx-community/Qwen3-8B-4bit, …-AWQ

@@ -28,11 +28,11 @@ from pipeline.models.base import is_conv1d
 from pipeline.models.device import device_for_matrix
 from pipeline.models.load import skeleton
 from pipeline.project.runner import Event, Progress
+from pipeline.weights.blocks import Read, Rows, read_blocks, stored_name
 from pipeline.weights.diff import diff_checkpoints, norm
 from pipeline.weights.import_adapter import refuse_other, write_changed
-from pipeline.weights.merge import plan_merge, stored_name
+from pipeline.weights.merge_plan import MergePlan, plan_merge
 from pipeline.weights.spectrum import FULL_COLUMNS, MAX_VALUES, in_blocks, singular
-from pipeline.weights.streaming import Merge, Read, Rows, read_blocks
 
 # of σ₁: the vectors of smaller values, square roots of eigenvalues in fp64, are noise
 NEGLIGIBLE = 1e-7
@@ -164,7 +164,7 @@ def linears(base: Path, tuned: Path, trust_remote_code: bool = False) -> Iterato
             yield Pair(name, (rows, columns), before, after)
 
 
-def _merged(merge: Merge, name: str) -> Iterator[Rows]:
+def _merged(merge: MergePlan, name: str) -> Iterator[Rows]:
     start = 0
     for block in merge.merged_blocks(name, torch.float32):
         yield slice(start, start + len(block)), block

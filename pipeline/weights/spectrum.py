@@ -19,8 +19,8 @@ from torch import Tensor
 from pipeline.adapters.low_rank import LowRank, singular_values
 from pipeline.errors import UserError
 from pipeline.models.device import device_for_matrix
+from pipeline.weights.blocks import Read, Rows
 from pipeline.weights.diff import Delta, norm
-from pipeline.weights.streaming import Read, Rows
 
 RANKS = (1, 2, 4, 8, 16, 64)  # ranks whose share of a change is reported
 MAX_VALUES = 64  # singular values computed for a wide matrix

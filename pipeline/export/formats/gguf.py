@@ -28,7 +28,9 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     from pipeline.export.model_card import card
     from pipeline.files.base_model import CARD
     from pipeline.inference.engine import load
-    from pipeline.weights.merge import CERTIFICATE, certify, describe, plan_merge
+    from pipeline.weights.merge import CERTIFICATE
+    from pipeline.weights.merge_check import check_merge, describe
+    from pipeline.weights.merge_plan import plan_merge
 
     kinds = kinds_of(export.quantize)
     require("lora export --format gguf")
@@ -52,7 +54,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
         files = {path(kind): kind for kind in dict.fromkeys((*own, widest))}
         facts = general(name, export.adapter, base, export.base_name)
         yield from write_files(files, merge, model, {**facts, **vocabulary.metadata})
-        certificate = yield from certify(
+        certificate = yield from check_merge(
             merge, written_matrices(path(widest), model), "--quantize f32"
         )
         for kind in kinds:

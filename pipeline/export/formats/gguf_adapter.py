@@ -12,7 +12,7 @@ from pipeline.project.runner import Event, Note
 
 if TYPE_CHECKING:
     from pipeline.export.gguf.writer import Model
-    from pipeline.weights.streaming import Merge
+    from pipeline.weights.merge_plan import MergePlan
 
 
 def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
@@ -24,8 +24,9 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     from pipeline.files.base_model import CARD, tensor_locations
     from pipeline.models.load import skeleton
     from pipeline.weights.combine import low_rank_updates
-    from pipeline.weights.merge import CERTIFICATE, describe
-    from pipeline.weights.streaming import Merge
+    from pipeline.weights.merge import CERTIFICATE
+    from pipeline.weights.merge_check import describe
+    from pipeline.weights.merge_plan import MergePlan
 
     require("lora export --format gguf")
     from pipeline.export.gguf.adapter import adapter_ratios, write_adapter
@@ -42,7 +43,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     # If the head is tied, llama.cpp would apply the embedding's update, whose layout is another, to
     # the head too, and stop: the base for such an adapter has a head of its own.
     own_head = bool({model.embedding_name, model.head_name} & updates.keys())
-    merge = Merge(base, tensor_locations(base), {}, {}, False, {})
+    merge = MergePlan(base, tensor_locations(base))
     described = describe_model(merge, export.trust_remote_code, own_head=own_head)
     yield from map(Note, described.notes)
     facts, beside = (
@@ -89,7 +90,7 @@ def _compared(
     base: Path,
     path: Path,
     base_path: Path,
-    merge: "Merge",
+    merge: "MergePlan",
     described: "Model",
     facts: Mapping[str, Any],
     needed: bool,

@@ -196,8 +196,7 @@ def _take_embeddings(
     import torch
 
     from pipeline.files.base_model import tensor_locations
-    from pipeline.weights.merge import find_location, tied_names
-    from pipeline.weights.streaming import read_blocks
+    from pipeline.weights.blocks import find_location, read_blocks, tied_names
 
     saved = config.get("modules_to_save") or []
     saved = [saved] if isinstance(saved, str) else saved
