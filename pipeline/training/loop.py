@@ -30,7 +30,6 @@ from pipeline.project.logs.run_log import (
 )
 from pipeline.project.process import hangs_up
 from pipeline.project.runner import Event, Job, Note, Progress
-from pipeline.training.checkpoints import resume, write_checkpoint
 from pipeline.training.memory.prediction import (
     measure_memory,
     memory_meter,
@@ -38,7 +37,6 @@ from pipeline.training.memory.prediction import (
     release,
     suggest_less_memory,
 )
-from pipeline.training.noise import training_noise
 from pipeline.training.optimizer import FlatOptimizer, rate
 from pipeline.training.parallel.collectives import (
     SLOWEST_STEP,
@@ -52,7 +50,13 @@ from pipeline.training.parallel.collectives import (
     raise_on_all_ranks,
 )
 from pipeline.training.step import NO_BETTER, Gradient, gradients
-from pipeline.training.task import TrainingTask, build_optimizer, prepare_model
+from pipeline.training.task import (
+    TrainingTask,
+    build_optimizer,
+    prepare_model,
+    resume,
+    write_checkpoint,
+)
 
 if TYPE_CHECKING:  # a run without it does not import it
     from pipeline.training.data import Prompts
@@ -69,10 +73,7 @@ class Diverged(Exception):
 
 
 class NotFinite(CollectiveError):
-    """Training stopped because the loss is not finite.
-
-    A study may record this and continue with its next run.
-    """
+    """Training stopped because the loss is not finite. A study may go on with its next run."""
 
 
 def steps(task: TrainingTask, optimizer: FlatOptimizer, done: int = 0) -> Iterator[dict[int, Step]]:
@@ -82,8 +83,16 @@ def steps(task: TrainingTask, optimizer: FlatOptimizer, done: int = 0) -> Iterat
     improves after it. The others continue as if it were not there. Raises Diverged if that leaves
     none, and all diverged.
     """
-    with training_noise(task.model, [learner.settings for learner in task.learners]) as noises:
-        for learner, noise in zip(task.learners, noises, strict=False):
+    settings = [learner.settings for learner in task.learners]
+    if not any(
+        section.neftune_alpha or getattr(section, "lora_dropout", 0) for section in settings
+    ):
+        yield from _steps(task, optimizer, done)
+        return
+    from pipeline.training.noise import training_noise  # a run without noise does not load it
+
+    with training_noise(task.model, settings) as noises:
+        for learner, noise in zip(task.learners, noises, strict=True):
             learner.noise = noise
         yield from _steps(task, optimizer, done)
 
@@ -181,10 +190,7 @@ def _answers(task: TrainingTask, prompts: "Prompts", learner: int, step: int) ->
 def _finite_gradients(
     task: TrainingTask, optimizer: FlatOptimizer, number: int
 ) -> dict[int, Gradient]:
-    """The gradients of step `number`, after stopping the learners that make them non-finite.
-
-    Empty if none is left.
-    """
+    """The gradients of step `number` of those whose gradients are finite; the others stop."""
     while live := task.live:
         results = gradients(task.path, task.learners, live, optimizer, number)
         suspects = [n for n, result in results.items() if not result.finite]

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from pipeline.adapters.batched import lora_layers
 from pipeline.models.base import CausalLM
 from pipeline.models.device import to_device
 from pipeline.project.params.sections import Training
@@ -71,16 +72,7 @@ class LearnerNoise:
 
 @contextmanager
 def training_noise(model: CausalLM, settings: Sequence[Training]) -> Iterator[list[LearnerNoise]]:
-    """Inside the block the model has the noise of its learners, in the order of `settings`.
-
-    Empty if all learners are without.
-    """
-    perturbs = any(section.neftune_alpha for section in settings)
-    if not perturbs and not any(getattr(section, "lora_dropout", 0) for section in settings):
-        yield []
-        return
-    from pipeline.adapters.batched import lora_layers  # a run without noise does not need it
-
+    """Inside the block the model has the noise of its learners, in the order of `settings`."""
     noises = [LearnerNoise(section) for section in settings]
     dropping = []
     for learner, name, layer in lora_layers(model):
@@ -97,7 +89,9 @@ def training_noise(model: CausalLM, settings: Sequence[Training]) -> Iterator[li
         noisy = [noise.perturb(part) for noise, part in zip(live, parts, strict=True)]
         return (torch.cat(noisy) if len(noisy) > 1 else noisy[0]).view_as(embeddings)
 
-    hook = model.embeddings.register_forward_hook(perturb) if perturbs else None
+    hook = None
+    if any(section.neftune_alpha for section in settings):
+        hook = model.embeddings.register_forward_hook(perturb)
     try:
         yield noises
     finally:

@@ -36,9 +36,8 @@ from pipeline.training.batches import Batch
 from pipeline.training.losses import chunked_mean, cross_entropy
 from pipeline.training.memory.prediction import TensorMemoryMeter
 from pipeline.training.noise import training_noise
-from pipeline.training.optimizer import FlatOptimizer
+from pipeline.training.optimizer import FlatOptimizer, rule_of
 from pipeline.training.step import loss_of
-from pipeline.training.update_rules import rule_of
 
 
 class _Noisy(Training, frozen=True, kw_only=True):

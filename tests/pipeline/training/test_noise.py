@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from pipeline.adapters.attach import adapter_layers, attach, tensors
+from pipeline.adapters.batched import lora_layers
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.lora import LoRALinear
 from pipeline.models.transformers_model import TransformersModel
@@ -228,8 +229,11 @@ def test_a_block_computed_again_in_backward_has_the_same_masks(accumulated: int)
 
 def test_a_run_without_either_hooks_nothing() -> None:
     model, task = noisy(lora_dropout=0.0, neftune_alpha=0.0)
-    with training_noise(model, [task.settings]) as noises:
-        assert noises == [] and not model.embeddings._forward_hooks
+    with training_noise(model, [task.settings]):
+        assert not model.embeddings._forward_hooks
+        assert all(layer.keep is None for _, _, layer in lora_layers(model))
+    next(steps(task, build_optimizer(model, task.settings)))
+    assert [learner.noise for learner in task.learners] == [None]
     model, task = noisy()
     with training_noise(model, [task.settings]):
         assert model.embeddings._forward_hooks

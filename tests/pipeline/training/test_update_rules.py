@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from pipeline.project.params.sections import Training
 from pipeline.stages.methods.lora import FinetuneLora
-from pipeline.training.optimizer import FlatOptimizer
+from pipeline.training.optimizer import AdamW8bit, DynamicCode, FlatOptimizer, Span, rule_of
 from pipeline.training.task import build_optimizer
-from pipeline.training.update_rules import AdamW8bit, DynamicCode, Span, rule_of
 
 CPU = torch.device("cpu")
 RATE, DECAY = 1e-2, 0.1
@@ -159,7 +158,7 @@ def test_eight_bits_are_those_of_each_block_alone(
     """Against Adam's formula in fp64 on each block of each span, with the nearest code by
     search.
     """
-    monkeypatch.setattr("pipeline.training.update_rules.STATE_CHUNK", 512)
+    monkeypatch.setattr("pipeline.training.optimizer.STATE_CHUNK", 512)
     rule, P = AdamW8bit(), sum(sizes)
     torch.manual_seed(0)
     weights = torch.randn(P)
