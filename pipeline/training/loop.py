@@ -224,8 +224,7 @@ def _shorten(locations: Sequence[str], most: int) -> str:
 
 
 def train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer]:
-    """Train the model's trainable parameters in place. If killed at any step, the next call
-    resumes.
+    """Train the model's trainable parameters in place; a killed run resumes at the next call.
 
     Notes the predicted peak memory before the first step and the measured one after the last.
     Returns the optimizer, which holds the trained weights in fp32; the artifact is then written by

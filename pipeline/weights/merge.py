@@ -2,8 +2,9 @@
 
 `merge_to` writes a folder as a whole: the base's weight files with each changed tensor edited, the
 other files as they are, config.json and the index where they change, and certificate.json.
-`merge_plan.py` says which edit a tensor gets, `edits.py` what it does, and `merge_check.py` measures
-the written files. Tensors pass through memory a block of rows at a time, whatever the model's size.
+`merge_plan.py` says which edit a tensor gets, `edits.py` what it does, and `merge_check.py`
+measures the written files. Memory does not grow with the model: tensors pass through it a block of
+rows at a time.
 """
 
 import shutil

@@ -1,1 +1,1 @@
-"""DPO and its kin: `losses.py` has the losses, `batches.py` and `data.py` their pairs of answers."""
+"""DPO and its kin: the losses are in `losses.py`, pairs of answers in `batches.py`, `data.py`."""
