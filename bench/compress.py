@@ -37,8 +37,9 @@ from pipeline.models.transformers_model import load_pretrained
 from pipeline.project.params.sections import Training
 from pipeline.stages.methods.lora import Lora
 from pipeline.training.batches import Batches
-from pipeline.training.loop import TrainingTask, steps
+from pipeline.training.loop import steps
 from pipeline.training.optimizer import FlatOptimizer
+from pipeline.training.task import TrainingTask
 from pipeline.weights.combine import CombineOptions, Method
 from pipeline.weights.compare import Interference
 from pipeline.weights.compress import Limit, compress_adapter, total_error

@@ -29,8 +29,9 @@ from pipeline.stages.methods.full import FinetuneFull
 from pipeline.stages.methods.lora import FinetuneLora, lora_spec
 from pipeline.stages.methods.prefix import FinetunePrefix
 from pipeline.stages.methods.prompt import FinetunePrompt
-from pipeline.training.loop import TrainingTask, build_optimizer, steps
+from pipeline.training.loop import steps
 from pipeline.training.memory.prediction import TensorMemoryMeter
+from pipeline.training.task import TrainingTask, build_optimizer
 
 STEPS, ROUNDS, VIRTUAL = 25, 9, 8
 LORA = FinetuneLora(epochs=10**9, learning_rate=1e-3)

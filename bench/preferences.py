@@ -20,15 +20,10 @@ from bench.real import ROUNDS, ask, base, side
 from bench.real_sides import ARGUMENTS, CLIP, LEARNING_RATE, Ours, Side, Theirs, encoded, seconds_of
 from pipeline.data.windows import as_window
 from pipeline.stages.methods.dpo import Dpo, FinetuneDpo
-from pipeline.training.loop import TrainingTask
-from pipeline.training.preferences.losses import (
-    AnswerBatches,
-    Answers,
-    PreferencePath,
-    batch_of,
-    likelihood,
-)
+from pipeline.training.preferences.batches import AnswerBatches, Answers, batch_of
+from pipeline.training.preferences.losses import PreferencePath, likelihood
 from pipeline.training.step import Learner
+from pipeline.training.task import TrainingTask
 
 PAIRS, BATCH, BETA, END = 8, 4, 0.1, 0
 Pair = dict[str, list[int]]

@@ -30,8 +30,9 @@ from pipeline.models.transformers_model import load_pretrained
 from pipeline.project.params.sections import Training
 from pipeline.stages.methods.lora import Lora
 from pipeline.training.batches import Batches
-from pipeline.training.loop import TrainingTask, steps
+from pipeline.training.loop import steps
 from pipeline.training.optimizer import FlatOptimizer
+from pipeline.training.task import TrainingTask
 
 BATCH, RANK, LEARNING_RATE, CLIP = 8, 8, 2e-4, 1.0
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -36,8 +36,9 @@ from pipeline.project.runner import Job, run
 from pipeline.project.stage_graph import Project
 from pipeline.stages.finetune import prepare
 from pipeline.stages.registry import GRAPH
-from pipeline.training.loop import Diverged, build_optimizer, prepare_model, steps
+from pipeline.training.loop import Diverged, steps
 from pipeline.training.retention import COMPLETION
+from pipeline.training.task import build_optimizer, prepare_model
 
 DATA = Path(__file__).parents[1] / "data"
 RETENTION, GENERAL = "retain.en.jsonl", "heldout.en.txt"

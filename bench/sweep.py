@@ -39,8 +39,9 @@ from pipeline.models.load import load_base
 from pipeline.stages.methods.lora import FinetuneLora, lora_spec
 from pipeline.training import batched
 from pipeline.training.batches import Batches
-from pipeline.training.loop import TrainingTask, build_optimizer, steps
+from pipeline.training.loop import steps
 from pipeline.training.step import Learner
+from pipeline.training.task import TrainingTask, build_optimizer
 
 SMALL, LARGE = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8)
 STEPS, TURNS = 50, 9

@@ -24,8 +24,9 @@ from pipeline.stages.methods.freeze import FinetuneFreeze, freeze
 from pipeline.stages.methods.full import COUNTED as FULL
 from pipeline.stages.methods.lora import FinetuneLora, lora_spec
 from pipeline.training.batches import Batches
-from pipeline.training.loop import TrainingTask, steps
+from pipeline.training.loop import steps
 from pipeline.training.optimizer import FlatOptimizer
+from pipeline.training.task import TrainingTask
 
 STEPS, ROUNDS = 50, 15
 GOALS = {"full": 1.0, "freeze": 1.0, "lora": 2.0}

@@ -379,7 +379,8 @@ def merge(
         from pipeline.errors import UserError
         from pipeline.export.formats import Export, note_on_verdict
         from pipeline.export.formats.merged import merging_of
-        from pipeline.weights.merge import describe, merge_to
+        from pipeline.weights.merge import merge_to
+        from pipeline.weights.merge_check import describe
 
         if adapter is None or out is None:
             raise UserError(

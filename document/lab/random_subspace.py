@@ -13,8 +13,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
-from pipeline.training.optimizer import FlatOptimizer
-from pipeline.training.update_rules import AdamW, Span
+from pipeline.training.optimizer import AdamW, FlatOptimizer, Span
 
 
 class OneHot:

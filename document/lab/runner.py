@@ -34,7 +34,7 @@ from pipeline.stages.registry import GRAPH
 if TYPE_CHECKING:
     from pipeline.inference.engine import LoadedModel
     from pipeline.models.base import CausalLM
-    from pipeline.training.loop import TrainingTask
+    from pipeline.training.task import TrainingTask
 
 Key = TypeVar("Key")
 Result = TypeVar("Result")

@@ -23,8 +23,9 @@ from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.stages.methods.full import COUNTED as FULL
 from pipeline.stages.methods.full import FinetuneFull
 from pipeline.training.batches import Batches
-from pipeline.training.loop import TrainingTask, build_optimizer, steps
+from pipeline.training.loop import steps
 from pipeline.training.optimizer import FlatOptimizer
+from pipeline.training.task import TrainingTask, build_optimizer
 from tests.conftest import Built, Lora
 from tests.helpers.projects import make, refusal
 

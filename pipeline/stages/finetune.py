@@ -17,10 +17,11 @@ from pipeline.project.runner import Event, Facts, Job
 from pipeline.stages.init_from import Continued, save_state
 from pipeline.training.batches import Batches
 from pipeline.training.data import asked_while_training, prepare_data, save_checkpoint, save_logs
-from pipeline.training.loop import TrainingSetup, TrainingTask, train
+from pipeline.training.loop import train
 from pipeline.training.optimizer import FlatOptimizer
 from pipeline.training.parallel.collectives import is_main_process
-from pipeline.training.step import Evaluation, Learner, LossPath, OneLearner
+from pipeline.training.step import Evaluation, Learner, LossPath
+from pipeline.training.task import TrainingSetup, TrainingTask
 
 if TYPE_CHECKING:
     from pipeline.training.retention import RetentionLoss
@@ -111,7 +112,7 @@ def _prepare(
     job: Job, settings: Training, base: Base, first: int
 ) -> Generator[Event, None, Prepared]:
     batches, evaluation = yield from prepare_data(job, settings, base, first)
-    return Prepared(batches, evaluation, OneLearner(base.model))
+    return Prepared(batches, evaluation, LossPath(base.model))
 
 
 def attach_virtual(

@@ -1,4 +1,4 @@
-"""merge: W' = W + s·BA as a plain checkpoint, with a certificate measured on its files."""
+"""merge: W' = W + s·BA as a plain checkpoint; what it writes is in `weights/merge.py`."""
 
 from collections.abc import Generator
 
@@ -16,7 +16,10 @@ PROMPTS = 8  # examples to check the merge on, if merge.prompts is empty
 
 
 def run(job: Job) -> Generator[Event, None, Facts]:
-    """Merge base + adapter into one checkpoint. Raises UserError if its logits differ too much."""
+    """Merge base + adapter into one checkpoint.
+
+    Raises UserError and writes nothing if its logits differ too much.
+    """
     settings, trust = job.project.params.merge, job.project.params.origin.trust_remote_code
     base, adapter = job.artifact("expand_vocab"), job.artifact("finetune_lora")
     if settings.prompts:
@@ -29,7 +32,7 @@ def run(job: Job) -> Generator[Event, None, Facts]:
             asked = prompt_and_answer(example, tokenizer)
             prompts.append(asked[0] if asked else example.text)
     same = SameLogits(base, adapter, prompts, settings.max_logit_difference, trust)
-    certificate = yield from merge_into(job.out, Merging(base, adapter, None, trust), same)
-    yield Progress(1, 1, f"largest logit difference {certificate['max_logit_difference']:.1e}")
+    check = yield from merge_into(job.out, Merging(base, adapter, None, trust), same)
+    yield Progress(1, 1, f"largest logit difference {check['max_logit_difference']:.1e}")
     parameters = count(skeleton(job.out, trust)) | {"trainable": 0}
     return {"parameters": parameters, "fingerprint": base_fingerprint(job.out)}

@@ -17,7 +17,8 @@ from pipeline.training.data import (
     save_checkpoint,
     training_examples,
 )
-from pipeline.training.loop import TrainingTask, train
+from pipeline.training.loop import train
+from pipeline.training.task import TrainingTask
 
 
 def run(job: Job) -> Generator[Event, None, Facts]:

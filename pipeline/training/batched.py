@@ -1,6 +1,4 @@
-"""Many adapters that train together on one frozen base: their sequences in one forward and one
-backward pass.
-"""
+"""Many adapters that train on one frozen base, in one forward and one backward pass."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,22 +13,21 @@ from pipeline.data.examples import IGNORED, Window
 from pipeline.data.windows import Dataset, InMemoryDataset
 from pipeline.models.base import CausalLM
 from pipeline.training.batches import Batch, Batches, collate
-from pipeline.training.losses import Head, chunk_of, chunked_mean, cross_entropy
+from pipeline.training.losses import Head, chunk_of, chunked_mean, cross_entropy, trained_head
 from pipeline.training.retention import RetentionLoss
-from pipeline.training.step import StepBatch
+from pipeline.training.step import LossPath, StepBatch
 
-# Logits computed at once at most, 16 MiB in fp32: a small model's step is bound by calls. Beyond it
-# per adapter, in chunks.
+# Logits that are computed at once, 16 MiB in fp32: a small model's step is bound by calls. If there
+# are more, then per adapter, in chunks.
 LOGITS = 2**22
 
 
-class ManyAdapters:
-    """The path of a model whose learners are the adapters of `routing`: `LossPath` for N > 1."""
-
-    rewards = False
+class ManyAdapters(LossPath):
+    """The path of a model whose learners are the adapters of `routing`."""
 
     def __init__(self, model: CausalLM, routing: AdapterRouting) -> None:
-        self._model, self._routing = model, routing
+        super().__init__(model)
+        self._routing = routing
         # by the dataset's id: of training, evaluation, retention
         self._tables: dict[int, Tensor | None] = {}
 
@@ -44,21 +41,18 @@ class ManyAdapters:
         return self._routing.base()
 
     def batches(self, orders: Mapping[int, Batches], number: int) -> Iterator[StepBatch]:
-        """One batch per micro-batch of the step, or one per window if the model does not support
-        packing.
-        """
-        rows = {n: order.rows(number) for n, order in orders.items()}
+        """One batch per micro-batch of the step; if the model does not pack, one per window."""
+        batches = {n: order.rows(number) for n, order in orders.items()}
         windows = next(iter(orders.values())).dataset
-        for index in range(max(map(len, rows.values()))):
-            yield from self._read(
-                windows, {n: own[index] for n, own in rows.items() if index < len(own)}
-            )
+        for index in range(max(map(len, batches.values()))):
+            rows = {n: batch[index] for n, batch in batches.items() if index < len(batch)}
+            yield from self._read(windows, rows)
 
     def _read(self, windows: Dataset, rows: Mapping[int, Sequence[int]]) -> Iterator[StepBatch]:
         if id(windows) not in self._tables:
             self._tables[id(windows)] = _stack_windows(windows)
         table = self._tables[id(windows)]
-        if table is not None and len({len(own) for own in rows.values()}) == 1:
+        if table is not None and len({len(numbers) for numbers in rows.values()}) == 1:
             # windows of equal length that are labelled throughout: a row per adapter if packing is
             # faster
             table = table[:, torch.tensor([*rows.values()])]  # (3, L, b, T)
@@ -67,9 +61,10 @@ class ManyAdapters:
             # (L, b·T) or (L·b, T)
             ids, positions, labels = table.view(3, L, -1) if packed else table.view(3, -1, T)
             batch = Batch(ids, positions, labels.flatten(), None, (T,) * b if packed else None)
-            yield self._step_batch(batch, dict.fromkeys(rows, b * T), dict.fromkeys(rows, b * T))
+            tokens = dict.fromkeys(rows, b * T)
+            yield self._step_batch(batch, tokens, tokens)
             return
-        pairs = [(n, windows[row]) for n, own in rows.items() for row in own]
+        pairs = [(n, windows[number]) for n, numbers in rows.items() for number in numbers]
         joint = self._collate(pairs)
         if joint.batch.segments is not None and not self.supports_packing:
             yield from (self._collate([pair]) for pair in pairs)
@@ -88,11 +83,11 @@ class ManyAdapters:
     def _step_batch(
         self, batch: Batch, input_tokens: Mapping[int, int], labels: Mapping[int, int]
     ) -> StepBatch:
-        present = {n: count for n, count in labels.items() if count}
-        return StepBatch(batch.to(self._model.device), present, self._counts(input_tokens))
+        labelled = {n: count for n, count in labels.items() if count}
+        return StepBatch(batch.to(self._model.device), labelled, self._counts(input_tokens))
 
-    def _counts(self, of: Mapping[int, int]) -> tuple[int, ...]:
-        return tuple(of.get(n, 0) for n in range(len(self._routing.counts)))
+    def _counts(self, by_learner: Mapping[int, int]) -> tuple[int, ...]:
+        return tuple(by_learner.get(n, 0) for n in range(len(self._routing.counts)))
 
     def route(self, batch: StepBatch) -> AbstractContextManager[None]:
         # also in backward: checkpointed blocks run again
@@ -100,35 +95,25 @@ class ManyAdapters:
 
     def losses(self, batch: StepBatch) -> Tensor:
         model, inputs, counts = self._model, batch.batch, list(batch.labels.values())
-        # (N, D)
-        rows = model.hidden_states(inputs.ids, inputs.positions, inputs.segments).flatten(0, 1)
+        rows = model.hidden_states(inputs.ids, inputs.positions, inputs.segments)  # (B, T, D)
+        rows = rows.flatten(0, 1)  # (N, D)
         rows = rows if inputs.label_index is None else rows.index_select(0, inputs.label_index)
         if len(set(counts)) == 1 and len(rows) * model.shape.rows <= LOGITS:
             with self._routing.route(self._counts(batch.labels)):
                 logits = model.logits(rows).float()
-            return (
-                F.cross_entropy(logits, inputs.labels, reduction="none")
-                .view(len(counts), -1)
-                .mean(1)
-            )
-        trained = [p for p in model.head.parameters() if p.requires_grad]
-        parts = zip(
-            batch.labels, torch.split(rows, counts), torch.split(inputs.labels, counts), strict=True
-        )
-        return torch.stack(
-            [
-                chunked_mean(cross_entropy(self._head(n)), x, y, chunk_of(model, len(x)), trained)
-                for n, x, y in parts
-            ]
-        )
+            losses = F.cross_entropy(logits, inputs.labels, reduction="none")  # (N,)
+            return losses.view(len(counts), -1).mean(1)
+        trained, means = trained_head(model), []
+        parts = torch.split(rows, counts), torch.split(inputs.labels, counts)
+        for n, x, y in zip(batch.labels, *parts, strict=True):
+            summed = cross_entropy(self._head(n))
+            means.append(chunked_mean(summed, x, y, chunk_of(model, len(x)), trained))
+        return torch.stack(means)
 
     def divergences(self, batch: StepBatch, retain: RetentionLoss) -> Tensor:
         heads = {n: self._head(n) for n in batch.labels}
         counts = [batch.input_tokens[n] for n in heads]
         return retain.divergences(batch.batch, counts, [*heads.values()])
-
-    def measured(self) -> Mapping[str, float]:
-        return {}
 
     def _head(self, number: int) -> Head:
         """The logits function of one adapter."""
@@ -141,13 +126,14 @@ class ManyAdapters:
 
 
 def _stack_windows(windows: Dataset) -> Tensor | None:
-    """Ids, positions and labels (3, n, T) of windows in memory; None if lengths differ or a token
-    has no label.
+    """Ids, positions and labels (3, n, T) of windows in memory.
+
+    None if lengths differ or a token has no label.
     """
     in_memory = windows.windows if isinstance(windows, InMemoryDataset) else []
     if len({len(w.ids) for w in in_memory}) != 1 or any(IGNORED in w.labels for w in in_memory):
         return None
+    ids = [list(w.ids) for w in in_memory]
     positions = [list(range(w.start, w.start + len(w.ids))) for w in in_memory]
-    return torch.tensor(
-        [[list(w.ids) for w in in_memory], positions, [list(w.labels) for w in in_memory]]
-    )
+    labels = [list(w.labels) for w in in_memory]
+    return torch.tensor([ids, positions, labels])

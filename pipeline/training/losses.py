@@ -1,6 +1,4 @@
-"""Losses that differ in how many logits are in memory at once: all N·V of them are often a step's
-peak.
-"""
+"""Losses of hidden states, in chunks: all N·V logits at once are often a step's peak of memory."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,9 +21,13 @@ SummedLoss = Callable[[Tensor, Tensor], Tensor]
 CHUNK = 192
 
 
+def trained_head(model: "CausalLM") -> list[nn.Parameter]:
+    """The head's parameters that require a gradient."""
+    return [p for p in model.head.parameters() if p.requires_grad]
+
+
 def chunk_of(model: "CausalLM", rows: int) -> int:
-    """How many of `rows` have their logits in memory at once, on the model's device; the calculator
-    has the same rule.
+    """How many of `rows` have their logits in memory at once; the calculator has the same rule.
 
     A CPU gets equal parts: its products of few rows take long.
     """
@@ -48,17 +50,15 @@ def mean_cross_entropy(
 ) -> Tensor:
     """The mean cross-entropy of hidden states (N, D) with labels (N,), in nats per token.
 
-    `chunk`: rows whose logits are computed at once; None: as many as suit the device, or Liger's
-    kernel for both.
+    `chunk`: rows whose logits are computed at once; None: as many as suit the device, or all by
+    Liger's kernel.
     """
     if chunk is None and fuses_head(model):
         from pipeline.models.kernels.accelerator import fused_cross_entropy
 
         return fused_cross_entropy(model, rows, labels)
-    trained = [p for p in model.head.parameters() if p.requires_grad]
-    return chunked_mean(
-        cross_entropy(model.logits), rows, labels, chunk or chunk_of(model, len(rows)), trained
-    )
+    size = chunk or chunk_of(model, len(rows))
+    return chunked_mean(cross_entropy(model.logits), rows, labels, size, trained_head(model))
 
 
 def cross_entropy(head: Head) -> SummedLoss:
@@ -68,12 +68,12 @@ def cross_entropy(head: Head) -> SummedLoss:
         logits = head(rows)
         if logits.dtype != torch.bfloat16:
             return F.cross_entropy(logits.float(), labels, reduction="sum")
-        return _of_labels(logits, labels).sum()
+        return _row_losses(logits, labels).sum()
 
     return summed_loss
 
 
-def _of_labels(logits: Tensor, labels: Tensor) -> Tensor:
+def _row_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """The cross-entropy of each row of logits (n, V) with its label, (n,) in fp32."""
     if logits.dtype != torch.bfloat16:
         return F.cross_entropy(logits.float(), labels, reduction="none")
@@ -83,8 +83,9 @@ def _of_labels(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def divergence(head: Head, reference: Head) -> SummedLoss:
-    """The summed KL(p‖q) in nats: q = softmax(head(rows)), p = softmax(reference(targets)), targets
-    (n, D).
+    """The summed KL(p‖q) in nats: p = softmax(reference(targets)), q = softmax(head(rows)).
+
+    `targets` are hidden states (n, D).
     """
 
     def summed_loss(rows: Tensor, targets: Tensor) -> Tensor:
@@ -97,8 +98,9 @@ def divergence(head: Head, reference: Head) -> SummedLoss:
 
 
 class _Divergence(torch.autograd.Function):
-    """Σ p·(log p − log q) over rows of logits (n, V), q their softmax; its gradient is q − p, the
-    only tensor saved.
+    """Σ p·(log p − log q) over rows of logits (n, V), q their softmax.
+
+    Its gradient is q − p, the only tensor saved.
     """
 
     @staticmethod
@@ -124,11 +126,10 @@ def chunked_mean(
     size: int,
     trained: Sequence[nn.Parameter] = (),
 ) -> Tensor:
-    """The mean loss over rows (N, D), `size` rows at a time; `summed_loss` gives the sum over a
-    chunk.
+    """The mean loss over rows (N, D), `size` rows at a time.
 
-    `trained`: the head's parameters that require a gradient, which is accumulated in their own
-    dtype: in bf16, small chunks lose precision.
+    `summed_loss` gives the sum over a chunk. `trained`: the head's parameters that require a
+    gradient, which is accumulated in their own dtype: in bf16, small chunks lose precision.
     """
     if len(rows) <= size:
         return summed_loss(rows, targets) / len(rows)
@@ -137,8 +138,7 @@ def chunked_mean(
 
 
 class _Chunked(torch.autograd.Function):
-    """A mean whose gradients are computed in forward, chunk by chunk, so that no logits are kept
-    for backward.
+    """A mean whose gradients are computed in forward, so that no logits wait for backward.
 
     Checkpointing each chunk would keep none either, but autograd then sums the head's gradients of
     all chunks at the end: three copies of what is often the model's largest matrix.
@@ -185,10 +185,10 @@ class _Chunked(torch.autograd.Function):
 def log_probs(
     head: Head, rows: Tensor, labels: Tensor, size: int, trained: Sequence[nn.Parameter] = ()
 ) -> Tensor:
-    """The log-probability of each label (N,) after its row (N, D): (N,) in fp32, `size` rows'
-    logits at a time.
+    """The log-probability of each label (N,) after its row (N, D): (N,) in fp32.
 
-    `trained`: the head's parameters that require a gradient.
+    Logits are computed `size` rows at a time. `trained`: the head's parameters that require a
+    gradient.
     """
     result: Tensor = _LogProbs.apply(rows, labels, head, size, *trained)  # type: ignore[no-untyped-call]
     return result
@@ -209,7 +209,7 @@ class _LogProbs(torch.autograd.Function):
         losses, grads = list[Tensor](), list[Tensor]()
         for rows, label in zip(hidden.detach().split(size), labels.split(size), strict=True):  # type: ignore[no-untyped-call]
             with torch.set_grad_enabled(needs_rows):
-                loss = _of_labels(head(rows.requires_grad_(needs_rows)), label)
+                loss = _row_losses(head(rows.requires_grad_(needs_rows)), label)
                 grads += torch.autograd.grad(loss.sum(), [rows]) if needs_rows else ()
             losses.append(loss.detach())
         ctx.save_for_backward(torch.cat(grads) if needs_rows else hidden, labels)
@@ -217,20 +217,19 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (kept, labels), of_losses = ctx.saved_tensors, -outputs[0]
+        (saved, labels), upstream = ctx.saved_tensors, -outputs[0]
         if not ctx.trained:
-            return kept.mul_(of_losses[:, None]), None, None, None
+            return saved.mul_(upstream[:, None]), None, None, None
         row_grads, sums = [], list[Tensor]()
-        parts = zip(
-            *(tensor.detach().split(ctx.size) for tensor in (kept, labels, of_losses)), strict=True
-        )
-        for rows, label, upstream in parts:
+        chunks = [tensor.detach().split(ctx.size) for tensor in (saved, labels, upstream)]
+        for rows, label, loss_grads in zip(*chunks, strict=True):
             with torch.enable_grad():
-                total = torch.dot(_of_labels(ctx.head(rows.requires_grad_(True)), label), upstream)
+                losses = _row_losses(ctx.head(rows.requires_grad_(True)), label)
+                total = torch.dot(losses, loss_grads)
             row_grad, *grads = torch.autograd.grad(total, [rows, *ctx.trained])
             row_grads.append(row_grad)
             if sums:
                 torch._foreach_add_(sums, grads)
             sums = sums or grads
-            del total, grads
+            del losses, total, grads
         return torch.cat(row_grads), None, None, None, *sums

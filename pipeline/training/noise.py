@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from pipeline.adapters.batched import lora_layers
 from pipeline.models.base import CausalLM
 from pipeline.models.device import to_device
 from pipeline.project.params.sections import Training
@@ -19,9 +20,7 @@ from pipeline.training.parallel.collectives import rank
 
 
 class LearnerNoise:
-    """The random numbers of one learner. There are none outside `during`: in evaluation, retention
-    and generation.
-    """
+    """The random numbers of one learner, and none outside `during`: when it is evaluated."""
 
     def __init__(self, settings: Training) -> None:
         self._seed, self._alpha = settings.seed, settings.neftune_alpha
@@ -43,17 +42,14 @@ class LearnerNoise:
             self.lengths, self._batch = (), self._batch + 1
 
     def keep(self, layer: str, dropout: float, x: Tensor) -> Tensor | None:
-        """Which elements of the layer's input dropout keeps, a bool of x's shape; None where
-        nothing is dropped.
-        """
+        """Which elements of the layer's input dropout keeps; None where nothing is dropped."""
         if not self.lengths:
             return None
-        kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-        return kept.bernoulli_(1 - dropout, generator=self._generator(layer, x.device))
+        mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+        return mask.bernoulli_(1 - dropout, generator=self._generator(layer, x.device))
 
     def perturb(self, x: Tensor) -> Tensor:
-        """Embeddings x (N, D) with uniform noise in ±alpha/√(L·D), L the length of a token's own
-        sequence.
+        """Embeddings x (N, D) with uniform noise in ±alpha/√(L·D), L the length of its sequence.
 
         NEFTune (Jain et al. 2023, algorithm 1).
         """
@@ -62,37 +58,27 @@ class LearnerNoise:
         noise = torch.empty_like(x, requires_grad=False)
         noise.uniform_(-1, 1, generator=self._generator("embeddings", x.device))
         lengths = torch.tensor(self.lengths)
-        # (N,)
-        size = (self._alpha / (lengths * x.shape[1]).sqrt()).repeat_interleave(
-            lengths, output_size=len(x)
-        )
-        return torch.addcmul(x, noise, to_device(size[:, None].to(x.dtype), x.device))
+        bounds = self._alpha / (lengths * x.shape[1]).sqrt()  # of each sequence
+        bounds = bounds.repeat_interleave(lengths, output_size=len(x))  # (N,)
+        return torch.addcmul(x, noise, to_device(bounds[:, None].to(x.dtype), x.device))
 
     def _generator(self, layer: str, device: torch.device) -> torch.Generator:
         """A generator for this layer in this batch."""
         place = f"{self._seed}/{self._step}/{rank()}/{self._batch}/{layer}"
+        digest = hashlib.sha256(place.encode()).digest()
         generator = self._generators.setdefault(device, torch.Generator(device))
-        return generator.manual_seed(
-            int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "big")
-        )
+        return generator.manual_seed(int.from_bytes(digest[:8], "big"))
 
 
 @contextmanager
 def training_noise(model: CausalLM, settings: Sequence[Training]) -> Iterator[list[LearnerNoise]]:
-    """Inside the block the model's layers ask the noise of each learner, in the order of
-    `settings`.
-
-    Empty if all learners are without.
-    """
-    if not any(getattr(each, "lora_dropout", 0) or each.neftune_alpha for each in settings):
-        yield []
-        return
-    from pipeline.adapters.batched import lora_layers  # a run without noise does not need it
-
-    noises = [LearnerNoise(each) for each in settings]
-    dropping = [each for each in lora_layers(model) if each[2].dropout]
-    for learner, name, layer in dropping:
-        layer.keep = partial(noises[learner].keep, name, layer.dropout)
+    """Inside the block the model has the noise of its learners, in the order of `settings`."""
+    noises = [LearnerNoise(section) for section in settings]
+    dropping = []
+    for learner, name, layer in lora_layers(model):
+        if layer.dropout:
+            layer.keep = partial(noises[learner].keep, name, layer.dropout)
+            dropping.append(layer)
 
     def perturb(_module: nn.Module, _inputs: object, embeddings: Tensor) -> Tensor:
         # their tokens follow each other, in the learners' order
@@ -103,15 +89,13 @@ def training_noise(model: CausalLM, settings: Sequence[Training]) -> Iterator[li
         noisy = [noise.perturb(part) for noise, part in zip(live, parts, strict=True)]
         return (torch.cat(noisy) if len(noisy) > 1 else noisy[0]).view_as(embeddings)
 
-    hook = (
-        model.embeddings.register_forward_hook(perturb)
-        if any(each.neftune_alpha for each in settings)
-        else None
-    )
+    hook = None
+    if any(section.neftune_alpha for section in settings):
+        hook = model.embeddings.register_forward_hook(perturb)
     try:
         yield noises
     finally:
-        for _, _, layer in dropping:
+        for layer in dropping:
             layer.keep = None
         if hook is not None:
             hook.remove()

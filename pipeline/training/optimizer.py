@@ -1,36 +1,44 @@
-"""All trainable parameters as one row per learner, updated in few kernel calls per step; and the
-learning rate.
+"""The optimizer: an update rule on all trainable parameters at once; the learning rate.
+
+AdamW with moments in fp32 or in one byte each, or SGD, on one row of weights per learner. Adam
+calls torch's fused kernel directly: constructing torch.optim.Adam imports torch's compiler, which
+takes 1.4 seconds, longer than a short run trains; the functional form sorts tensors by device for
+25 µs before it calls the kernel, which takes 8 µs on a small model's.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, groupby, pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.calc.settings import STATE_BLOCK, STATE_CHUNK
 from pipeline.errors import UserError
 from pipeline.project.params.sections import Training
 from pipeline.training.parallel.collectives import all_reduce, broadcast
-from pipeline.training.update_rules import AdamW, Span, State, UpdateRule
 
 # fp16 loss scale, and steps without an overflow until it doubles: the values of torch's GradScaler
 LARGEST_SCALE, GROWS_AFTER = 2.0**16, 2000
+State = dict[str, Tensor]
+MOMENTS = ("exp_avg", "exp_avg_sq")  # the running means of gradient and squared gradient
 
 
 class FlatOptimizer:
-    """An update rule on weights (N, P): row n holds the P trainable parameters of learner n, in
-    fp32.
+    """An update rule on weights (N, P) in fp32: row n holds the parameters that learner n trains.
 
     Parameters are views of `weights`: with one learner each in its own shape, with more stacked,
     (N, ...). Small models spend a step on kernel launches, not on arithmetic: this way the update,
     the gradient norms and the checkpoint take one call each, whatever the number of parameters.
     16-bit parameters are copies, since an update is often smaller than the distance to the next
-    16-bit number. LoRA+ (Hayou et al. 2024): every lora_B of learner n has `ratios[n]` times the
-    learning rate of its other parameters. `rule`: AdamW if not given; `decays`: weight decay of all
-    that a learner trains, 0 if not given. With `scaled` the loss is scaled before backward, so that
-    small gradients do not underflow in fp16; an overflow halves the scale and skips the step
-    (Micikevicius et al. 2018, §3.2).
+    16-bit number.
+
+    `ratios`: LoRA+ (Hayou et al. 2024): every lora_B of learner n has `ratios[n]` times the
+    learning rate of its other parameters. `rule`: AdamW if not given. `decays`: each learner's
+    weight decay, 0 if not given. `scaled`: the loss is scaled before backward, so that small
+    gradients do not underflow in fp16; an overflow halves the scale and skips the step
+    (Micikevicius et al. 2018, section 3.2).
     """
 
     def __init__(
@@ -38,20 +46,19 @@ class FlatOptimizer:
         model: nn.Module,
         scaled: bool = False,
         ratios: Sequence[float] = (1.0,),
-        rule: UpdateRule | None = None,
+        rule: "UpdateRule | None" = None,
         decays: Sequence[float] = (),
     ) -> None:
         N = len(ratios)
-        faster = {
-            id(p)
-            for name, p in model.named_parameters()
-            if set(ratios) != {1.0} and name.endswith(".lora_B")
-        }
+        faster = set[int]()
+        if set(ratios) != {1.0}:
+            faster = {id(p) for name, p in model.named_parameters() if name.endswith(".lora_B")}
         trainable = (p for p in model.parameters() if p.requires_grad)
         # by dtype, so that the copies of each are one block; then those with a rate of their own
         self._parameters = sorted(trainable, key=lambda p: (str(p.dtype), id(p) in faster))
         self.weights = torch.cat([p.detach().reshape(N, -1).float() for p in self._parameters], 1)
         self.gradient = torch.zeros_like(self.weights)
+
         ends = [*accumulate((p.numel() // N for p in self._parameters), initial=0)]
         self._spans = [slice(*bounds) for bounds in pairwise(ends)]  # of each parameter in a row
         placed = list(zip(self._parameters, self._spans, strict=True))
@@ -70,17 +77,18 @@ class FlatOptimizer:
                 # autograd wants the gradients of strided parameters dense: with more learners it
                 # allocates its own
                 p.grad = grad[:, part].view(p.shape) if N == 1 else None
+
         # learner, bounds in the flattened weights, factor of the learning rate
         self._rate_spans: list[tuple[int, int, int, float]] = []
         for n, ratio in enumerate(ratios):
             for is_faster, group in groupby(placed, key=lambda pair: id(pair[0]) in faster):
                 members = list(group)
-                start, stop = (
-                    n * ends[-1] + bound for bound in (members[0][1].start, members[-1][1].stop)
-                )
+                start = n * ends[-1] + members[0][1].start
+                stop = n * ends[-1] + members[-1][1].stop
                 self._rate_spans.append((n, start, stop, ratio if is_faster else 1.0))
+
         self._decays = decays or [0.0] * N
-        self._rule: UpdateRule = rule or AdamW()
+        self._rule = rule or AdamW()
         self._state = State()  # of the rule, from the first step on
         self._scaled = scaled
         # factor, and steps since it changed: a tensor, as it is part of a checkpoint
@@ -97,8 +105,9 @@ class FlatOptimizer:
         return int(self._state.get("step", 0))
 
     def collect_gradients(self) -> Tensor:
-        """Sum the gradients over all ranks, unscale them and return their norms (N,). Call it once
-        before `step`.
+        """Sum the gradients over all ranks, unscale them and return their norms (N,).
+
+        Call it once before `step`.
         """
         # autograd's own gradients; none for a layer that no live learner adapts
         if (N := len(self.weights)) > 1:
@@ -116,26 +125,21 @@ class FlatOptimizer:
         return norms
 
     def clip(self, learner: int, norm: float, largest: float) -> None:
-        """Scale a learner's gradient, whose norm is `norm`, down to norm `largest` (Pascanu et al.
-        2013).
-        """
+        """Scale a learner's gradient of norm `norm` down to `largest` (Pascanu et al. 2013)."""
         if norm > largest:
             self.gradient[learner].mul_(largest / norm)
 
     def step(self, *rates: float | None) -> None:
-        """Update the weights from the collected gradients, each learner at its rate (None: not at
-        all); clear them.
+        """Update the weights from the collected gradients, and clear these.
+
+        `rates`: of each learner; None: it keeps its weights.
         """
         self._state = self._state or self._empty_state()
-        spans = [
-            Span(
-                start,
-                stop,
-                None if (base := rates[learner]) is None else base * factor,
-                self._decays[learner],
-            )
-            for learner, start, stop, factor in self._rate_spans
-        ]
+        spans = []
+        for learner, start, stop, factor in self._rate_spans:
+            rate = rates[learner]
+            rate = None if rate is None else rate * factor
+            spans.append(Span(start, stop, rate, self._decays[learner]))
         self._rule.update(self.weights, self.gradient, self._state, spans)
         self._update_copies()
         self.clear()
@@ -145,9 +149,7 @@ class FlatOptimizer:
                 self._scale.copy_(torch.tensor([min(2 * self.scale, LARGEST_SCALE), 0.0]))
 
     def skip(self) -> bool:
-        """Clear gradients that overflowed and halve the scale; False if the scale cannot be
-        halved.
-        """
+        """Clear gradients that overflowed and halve the scale; False if it cannot be halved."""
         self.clear()
         if not self._scaled or self.scale < 2:
             return False
@@ -165,9 +167,7 @@ class FlatOptimizer:
             grad.zero_()
 
     def tensors(self) -> list[Tensor]:
-        """All its tensors: weights, gradient, 16-bit copies and, after the first step, the rule's
-        state.
-        """
+        """All its tensors; the rule's state is among them after the first step."""
         copies = [tensor for _, weights, grad in self._copies for tensor in (weights, grad)]
         return [self.weights, self.gradient, *copies, *self._state.values(), *self._rule.tables]
 
@@ -185,16 +185,10 @@ class FlatOptimizer:
             tensor.copy_(state[name])
 
     def take_over(self, state: Mapping[str, Tensor]) -> bool:
-        """Go on from the state of a run before. False, and nothing changes, if it is not that of
-        these weights.
-        """
-        own = {
-            "weights": self.weights,
-            **({"loss_scale": self._scale} if self._scaled else {}),
-            **self._empty_state(),
-        }
-        if state.keys() != own.keys() or any(
-            state[name].shape != tensor.shape for name, tensor in own.items()
+        """Go on from the state of an earlier run; False, unchanged, if it is of other weights."""
+        expected = {**self.state(), **self._empty_state()}
+        if state.keys() != expected.keys() or any(
+            state[name].shape != tensor.shape for name, tensor in expected.items()
         ):
             return False
         rounded = state["weights"].to(self.weights.device, copy=True)
@@ -206,9 +200,8 @@ class FlatOptimizer:
         return True
 
     def _empty_state(self) -> State:
-        return self._rule.zeros(
-            self.weights, [stop - start for _, start, stop, _ in self._rate_spans]
-        )
+        sizes = [stop - start for _, start, stop, _ in self._rate_spans]
+        return self._rule.zeros(self.weights, sizes)
 
     def set_weights(self, weights: Tensor) -> None:
         self.weights.copy_(weights)
@@ -230,11 +223,10 @@ class FlatOptimizer:
 
 
 def rate(settings: Training, step: int, total: int) -> float:
-    """The learning rate at step `step` of `total`, from 1: linear warm-up, then constant, or decay
-    to 0 after the last.
+    """The learning rate at step `step` of `total`, from 1.
 
-    Linear decay as in Devlin et al. 2018 (appendix A.2), cosine as in Loshchilov & Hutter 2017 (eq.
-    5).
+    Linear warm-up, then constant, or decay to 0 after the last step: linear as in Devlin et al.
+    2018 (appendix A.2), cosine as in Loshchilov & Hutter 2017 (eq. 5).
     """
     warmup = min(settings.warmup(total), total)
     if step <= warmup:
@@ -255,10 +247,230 @@ def refuse_long_warmup(settings: Training, per_epoch: int, section: str) -> None
         if settings.warmup_ratio:
             raise UserError(
                 f"{section}.warmup_ratio {settings.warmup_ratio:g} of {total} steps, rounded up, "
-                "leaves none after the "
-                "warm-up. Lower it, or train longer."
+                "leaves none after the warm-up. Lower it, or train longer."
             )
         raise UserError(
             f"{section}.warmup_steps must be below {total}, the total number of training steps, "
             f"got {warmup}. Lower it."
         )
+
+
+class Span(NamedTuple):
+    """Neighbouring weights of one learner."""
+
+    start: int
+    stop: int
+    rate: float | None  # None: no update
+    decay: float
+
+
+class UpdateRule:
+    """One step on flattened weights (P,), in place.
+
+    Its state is named tensors, all that a checkpoint needs of it; `step` counts the steps.
+    """
+
+    # what it keeps beside the state, once that exists
+    tables: Sequence[Tensor] = ()
+
+    def zeros(self, weights: Tensor, sizes: Sequence[int]) -> State:  # noqa: ARG002
+        """The state before the first step. `sizes`: of the spans, the same in every step."""
+        return {"step": torch.zeros((), device=weights.device)}
+
+    def update(
+        self, weights: Tensor, gradient: Tensor, state: State, spans: Sequence[Span]
+    ) -> None:
+        """Update `weights` and `state` from the gradient, which may be overwritten."""
+        raise NotImplementedError
+
+
+class AdamW(UpdateRule):
+    """Adam (Kingma & Ba 2015) with decoupled weight decay (Loshchilov & Hutter 2019), in fp32."""
+
+    def zeros(self, weights: Tensor, sizes: Sequence[int]) -> State:
+        moments = {name: torch.zeros_like(weights) for name in MOMENTS}
+        return {**super().zeros(weights, sizes), **moments}
+
+    @torch.no_grad()
+    def update(
+        self, weights: Tensor, gradient: Tensor, state: State, spans: Sequence[Span]
+    ) -> None:
+        moments = [state[name] for name in MOMENTS]
+        tensors = [tensor.view(-1) for tensor in (weights, gradient, *moments)]
+        state["step"] += 1
+        for start, stop, rate, decay in _joined(spans):
+            parts = [tensor[start:stop] for tensor in tensors]
+            _fused_adam(parts, state["step"], rate, decay)
+
+
+class AdamW8bit(UpdateRule):
+    """AdamW whose moments take a byte each (Dettmers et al. 2022).
+
+    A moment is a code, times the largest of a block of 256: neighbours of a learner's row, whatever
+    their parameters are. The moments of STATE_CHUNK weights at a time are decoded to fp32, updated
+    by the same kernel, and encoded again. With `paged` they stay in the memory of the host; on a
+    CPU that is where they are anyway.
+    """
+
+    def __init__(self, paged: bool = False) -> None:
+        self._paged = paged
+        self._codes: tuple[DynamicCode, ...] = ()  # of means, and of mean squares
+
+    def zeros(self, weights: Tensor, sizes: Sequence[int]) -> State:
+        blocks, device = sum(-(-size // STATE_BLOCK) for size in sizes), weights.device
+        # copies to and from pinned memory take half the time
+        pinned = self._paged and device.type == "cuda"
+        place = torch.device("cpu") if self._paged else device
+        state = super().zeros(weights, sizes)
+        for name in MOMENTS:
+            state[name] = torch.zeros(
+                blocks, STATE_BLOCK, dtype=torch.uint8, device=place, pin_memory=pinned
+            )
+            state[f"{name}_max"] = torch.zeros(blocks, device=place, pin_memory=pinned)
+        self._codes = DynamicCode(True, device), DynamicCode(False, device)
+        self.tables = [table for code in self._codes for table in code.tables]
+        return state
+
+    @torch.no_grad()
+    def update(
+        self, weights: Tensor, gradient: Tensor, state: State, spans: Sequence[Span]
+    ) -> None:
+        weights, gradient, first = weights.view(-1), gradient.view(-1), 0
+        state["step"] += 1
+        for start, stop, rate, decay in spans:
+            if rate is not None:
+                for begin in range(start, stop, STATE_CHUNK):
+                    end = min(begin + STATE_CHUNK, stop)
+                    # the last block of a span may be longer than its weights
+                    block = first + (begin - start) // STATE_BLOCK
+                    blocks = slice(block, block + -(-(end - begin) // STATE_BLOCK))
+                    self._update_chunk(
+                        weights[begin:end], gradient[begin:end], state, blocks, rate, decay
+                    )
+            first += -(-(stop - start) // STATE_BLOCK)
+
+    def _update_chunk(
+        self,
+        weights: Tensor,
+        gradient: Tensor,
+        state: State,
+        blocks: slice,
+        rate: float,
+        decay: float,
+    ) -> None:
+        moments = []
+        for code, name in zip(self._codes, MOMENTS, strict=True):
+            codes = state[name][blocks].to(weights.device, non_blocking=True)
+            largest = state[f"{name}_max"][blocks].to(weights.device, non_blocking=True)
+            moments.append(code.decode(codes, largest))
+        flat = [moment.view(-1)[: len(weights)] for moment in moments]
+        _fused_adam([weights, gradient, *flat], state["step"], rate, decay)
+        for code, name, moment in zip(self._codes, MOMENTS, moments, strict=True):
+            codes, largest = code.encode(moment)
+            state[name][blocks].copy_(codes)
+            state[f"{name}_max"][blocks].copy_(largest)
+
+
+class SGD(UpdateRule):
+    """w −= rate · (g + decay · w), without momentum."""
+
+    @torch.no_grad()
+    def update(
+        self, weights: Tensor, gradient: Tensor, state: State, spans: Sequence[Span]
+    ) -> None:
+        weights, gradient = weights.view(-1), gradient.view(-1)
+        for start, stop, rate, decay in _joined(spans):
+            if decay:
+                gradient[start:stop].add_(weights[start:stop], alpha=decay)
+            weights[start:stop].add_(gradient[start:stop], alpha=-rate)
+        state["step"] += 1
+
+
+def rule_of(name: str) -> UpdateRule:
+    """The update rule of params.yaml's `optimizer`."""
+    if name == "sgd":
+        return SGD()
+    return AdamW() if name == "adamw" else AdamW8bit(paged=name.startswith("paged"))
+
+
+def _joined(spans: Sequence[Span]) -> Iterator[tuple[int, int, float, float]]:
+    """The spans that are updated, with neighbours of one rate and decay as one.
+
+    A call costs more than a small adapter's arithmetic.
+    """
+    joined: list[tuple[int, int, float, float]] = []
+    for start, stop, rate, decay in spans:
+        if rate is None:
+            continue
+        if joined and joined[-1][1:] == (start, rate, decay):
+            start = joined.pop()[0]
+        joined.append((start, stop, rate, decay))
+    return iter(joined)
+
+
+def _fused_adam(tensors: Sequence[Tensor], step: Tensor, rate: float, decay: float) -> None:
+    """torch's kernel on weights, gradient, mean and mean square; `step` counts from 1."""
+    weights, gradient, mean, square = ([tensor] for tensor in tensors)
+    kernel = torch._fused_adamw_ if decay > 0 else torch._fused_adam_
+    options: dict[str, Any] = {
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "amsgrad": False,
+        "maximize": False,
+    }
+    kernel(weights, gradient, mean, square, [], [step], lr=rate, weight_decay=decay, **options)
+
+
+class DynamicCode:
+    """256 values in [-1, 1], or in [0, 1] if not `signed`; a number becomes the nearest of them.
+
+    Dynamic tree quantization (Dettmers 2016): 0, 1, and in each of seven decades down to 1e-6 the
+    middles of equal intervals, twice as many as in the decade below.
+    """
+
+    def __init__(self, signed: bool, device: torch.device) -> None:
+        values = [torch.tensor([0.0, 1.0])]
+        for decade in range(7):
+            bounds = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1)
+            middles = (bounds[:-1] + bounds[1:]) / 2 * 10.0 ** (decade - 6)
+            values += [middles, -middles] if signed else [middles]
+        code = torch.cat(values).sort().values
+        # above each value
+        edges = torch.cat(((code[:-1] + code[1:]) / 2, torch.tensor([torch.inf])))
+        if not signed:
+            # only 0 itself is 0: under a mean that is not 0, a mean square rounded down to 0 would
+            # divide it by eps
+            edges[0] = 0
+        # A search among 255 edges would take ten times as long as all else. The first 16 bits of a
+        # number, as an index, leave two neighbours at most: intervals are wider than the numbers
+        # that begin with the same bits.
+        bits = torch.arange(-(2**15), 2**15, dtype=torch.int32) * 2**16
+        ends = (
+            torch.bucketize(end.view(torch.float32).nan_to_num(), edges)
+            for end in (bits, bits + (2**16 - 1))
+        )
+        self._code, self._edges = code.to(device), edges.to(device)
+        self._lower = torch.minimum(*ends).to(device, torch.uint8)
+
+    @property
+    def tables(self) -> list[Tensor]:
+        return [self._code, self._edges, self._lower]
+
+    def decode(self, codes: Tensor, largest: Tensor) -> Tensor:
+        """fp32 values of codes (blocks, 256), times each block's `largest` (blocks,)."""
+        values = self._code.index_select(0, codes.view(-1).int()).view(codes.shape)
+        return values.mul_(largest[:, None])
+
+    def encode(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes (int32) and each block's largest absolute value, of values (blocks, 256).
+
+        The values are overwritten.
+        """
+        largest = values.abs().amax(1)
+        values.div_(torch.where(largest > 0, largest, 1)[:, None])
+        index = (values.view(torch.int32) >> 16).add_(2**15).view(-1)
+        codes = self._lower.index_select(0, index).int()
+        del index
+        codes += values.view(-1) > self._edges.index_select(0, codes)
+        return codes.view(values.shape), largest

@@ -1,49 +1,40 @@
 """The speed of training, measured on a few steps of the real run."""
 
 import time
+from itertools import chain
 from statistics import quantiles
 from typing import NamedTuple
 
 import torch
 
 from pipeline.errors import UserError
-from pipeline.training.loop import (
-    Diverged,
-    TrainingTask,
-    build_optimizer,
-    predicted_peak,
-    prepare_model,
-    steps,
-)
+from pipeline.training.loop import Diverged, steps
+from pipeline.training.memory.prediction import predicted_peak
+from pipeline.training.task import TrainingTask, build_optimizer, prepare_model
 
 LEAST, MOST = 3, 8  # steps that are timed
 SECONDS = 10.0  # after them no further step is begun
 
 
 class Probe(NamedTuple):
-    """`slow` and `fast`: tokens per second, between which half of the `timed` steps lie.
-    `predicted`: peak memory of the largest step of an epoch in bytes of tensors on `device`, 0 if
-    it is not known. `epoch_tokens`: of all examples in an epoch.
-    """
+    """What a few steps tell of a whole run."""
 
+    # tokens per second, between which half of the timed steps lie
     slow: float
     fast: float
-    timed: int
+    timed: int  # steps
     steps_per_epoch: int
     steps: int  # of the whole run
-    epoch_tokens: int
+    epoch_tokens: int  # of all examples in an epoch
     tokens: int  # of the whole run
+    # peak memory of the largest step of an epoch, in bytes of tensors on the device; 0: not known
     predicted: int
     device: torch.device
 
     def of_all(self, share: float, max_steps: int) -> "Probe":
-        """The probe of a whole run of which `share` of the examples were read, in about so many
-        steps.
-        """
-        per_epoch, epoch_tokens = (
-            round(self.steps_per_epoch / share),
-            round(self.epoch_tokens / share),
-        )
+        """The probe of all examples, of which this one read only `share`."""
+        per_epoch = round(self.steps_per_epoch / share)
+        epoch_tokens = round(self.epoch_tokens / share)
         steps = max_steps or per_epoch * (self.steps // self.steps_per_epoch)
         return self._replace(
             steps_per_epoch=per_epoch,
@@ -59,14 +50,15 @@ class Probe(NamedTuple):
 
 
 def probe(task: TrainingTask) -> Probe:
-    """Train a few steps and time them, which changes the model. Raises UserError if their loss is
-    not finite.
+    """Train a few steps and time them, which changes the model.
+
+    Raises UserError if their loss is not finite.
     """
     model, batches, total = task.model, task.batches, task.total
-    step_tokens = [
-        sum(batches.dataset.tokens(row) for rows in batches.rows(number) for row in rows)
-        for number in range(len(batches))
-    ]
+    step_tokens = []
+    for number in range(len(batches)):
+        rows = chain.from_iterable(batches.rows(number))
+        step_tokens.append(sum(map(batches.dataset.tokens, rows)))
     with task.path.base():
         device = prepare_model(model, task.settings.gradient_checkpointing, task.settings.compile)
     model.to(device)
@@ -92,5 +84,13 @@ def probe(task: TrainingTask) -> Probe:
     # a step that another program held up says nothing of the others
     slow, _, fast = quantiles(speeds, n=4, method="inclusive") if len(speeds) > 1 else speeds * 3
     return Probe(
-        slow, fast, len(speeds), len(batches), total, sum(step_tokens), tokens, predicted, device
+        slow,
+        fast,
+        timed=len(speeds),
+        steps_per_epoch=len(batches),
+        steps=total,
+        epoch_tokens=sum(step_tokens),
+        tokens=tokens,
+        predicted=predicted,
+        device=device,
     )

@@ -1,12 +1,11 @@
-"""Losses and gradients of a step, and evaluation during training: the same for one learner and for
-many at once.
-"""
+"""Losses and gradients of one step, and evaluation: the same for one learner and for many."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,25 +27,22 @@ if TYPE_CHECKING:  # what few runs need
 
 @dataclass
 class Learner:
-    """What trains one row of the optimizer's weights, and how far it is. A run has one, a sweep one
-    per adapter.
+    """What trains one row of the optimizer's weights, and how far it is.
 
-    `name`: the subfolder of its log in the run folder; empty for the only one. `stopped`: the steps
-    it has taken when it was stopped before the last, by early stopping or because it `diverged`;
-    None while it runs.
+    A run has one, a sweep one per adapter.
     """
 
     settings: Training
     batches: Batches
     retain: "RetentionLoss | None" = None
-    name: str = ""
+    name: str = ""  # the subfolder of its log in the run folder; empty for the only one
     noise: "LearnerNoise | None" = None  # dropout and NEFTune
     tokens: int = 0  # labels seen
+    # the steps it has taken when it was stopped before the last; None while it runs
     stopped: int | None = None
-    diverged: bool = False
-    message: str = ""  # why it was stopped, until the user has been told
-    # to held-out examples after the last step, if it was evaluated
-    answers: "Sequence[Sample]" = ()
+    diverged: bool = False  # why it was stopped; otherwise by early stopping
+    message: str = ""  # the same in words, until the user has been told
+    answers: "Sequence[Sample]" = ()  # to held-out examples, if the last step was evaluated
 
     def stop(self, step: int, message: str, diverged: bool = False) -> None:
         self.stopped, self.message, self.diverged = step, message, diverged
@@ -58,15 +54,12 @@ class Learner:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """A batch with learner 0's sequences first, then learner 1's, …
-
-    `labels`: learner → number of its labels. `input_tokens`: that of each learner, 0 included.
-    `units`: what its loss is the mean of, such as pairs of answers; if empty, labels.
-    """
+    """A batch with learner 0's sequences first, then learner 1's, …"""
 
     batch: Batch
-    labels: Mapping[int, int]
-    input_tokens: tuple[int, ...] = ()
+    labels: Mapping[int, int]  # learner → number of its labels
+    input_tokens: tuple[int, ...] = ()  # of each learner, 0 included
+    # learner → what its loss is the mean of, such as pairs of answers; if empty, labels
     units: Mapping[int, int] = field(default_factory=dict)
 
     @property
@@ -80,49 +73,20 @@ class StepBatch:
         lengths = iter((self.batch.segments or (length,)) * rows)
         by_learner: list[list[int]] = []
         for tokens in self.input_tokens or [rows * length]:
-            own: list[int] = []
-            while sum(own) < tokens:
-                own.append(next(lengths))
-            by_learner.append(own)
+            sequences: list[int] = []
+            while sum(sequences) < tokens:
+                sequences.append(next(lengths))
+            by_learner.append(sequences)
         return by_learner
 
 
-class LossPath(Protocol):
-    """How the learners of a model read batches: all that differs between one learner and many."""
+class LossPath:
+    """How the learners of a model read batches: here a single one, that is the model itself.
 
-    rewards: bool  # whether `measured` gives the rewards of answers
-
-    @property
-    def supports_packing(self) -> bool: ...
-    def batches(self, orders: Mapping[int, Batches], number: int) -> Iterable[StepBatch]:
-        """The batches of step `number`, for this rank; `orders`: learner → its batches of the same
-        windows.
-        """
-
-    def base(self) -> AbstractContextManager[None]:
-        """The model may be tried inside this context, on input of no learner."""
-
-    def route(self, batch: StepBatch) -> AbstractContextManager[None]:
-        """Losses of the batch, and their backward pass, must be computed inside this context."""
-
-    def losses(self, batch: StepBatch) -> Tensor:
-        """(L,): the mean cross-entropy of each learner in `batch.labels`, in nats per token; () of
-        a single one.
-        """
-
-    def divergences(self, batch: StepBatch, retain: "RetentionLoss") -> Tensor:
-        """The same of the mean KL(base‖model)."""
-
-    def measured(self) -> Mapping[str, float]:
-        """The rewards, over the batches whose losses were computed since the last call."""
-
-
-class OneLearner:
-    """The path of a model that has one learner. It costs nothing beside the model's own forward and
-    backward.
+    Many adapters (`batched.py`) and pairs of answers (`preferences/losses.py`) override it.
     """
 
-    rewards = False
+    rewards = False  # whether `measured` gives the rewards of answers
 
     def __init__(self, model: CausalLM) -> None:
         self._model = model
@@ -132,36 +96,44 @@ class OneLearner:
         return self._model.supports_packing
 
     def batches(self, orders: Mapping[int, Batches], number: int) -> Iterator[StepBatch]:
+        """The batches of step `number`, for this rank.
+
+        `orders`: learner → its batches of the same windows.
+        """
         (order,) = orders.values()
-        return (
-            StepBatch(batch, {0: batch.tokens})
-            for batch in to_model_device(self._model, order[number])
-        )
+        for batch in to_model_device(self._model, order[number]):
+            yield StepBatch(batch, {0: batch.tokens})
 
     def base(self) -> AbstractContextManager[None]:
+        """The model may be tried inside this context, on input of no learner."""
         return nullcontext()
 
     def route(self, batch: StepBatch) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Losses of the batch, and their backward pass, must be computed inside this context."""
         return nullcontext()
 
     def losses(self, batch: StepBatch) -> Tensor:
+        """(L,): the mean loss of each learner in `batch.labels`; () of a single one."""
         return loss_of(self._model, batch.batch)
 
     def divergences(self, batch: StepBatch, retain: "RetentionLoss") -> Tensor:
+        """The same of the mean KL(base‖model)."""
         return retain.divergence(batch.batch)
 
     def measured(self) -> Mapping[str, float]:
+        """The rewards, over the batches whose losses were computed since the last call."""
         return {}
 
 
 def loss_of(model: CausalLM, batch: Batch, chunk: int | None = None) -> Tensor:
     """Mean cross-entropy over the labels, in nats per token.
 
-    Logits are computed only for tokens with a label, `chunk` of them at a time (None: as many as
-    suit the device).
+    Logits are computed only for tokens with a label, `chunk` of them at a time; None: as many as
+    suit the device.
     """
-    # (N, D)
-    rows = model.labelled_states(batch.ids, batch.positions, batch.segments, batch.label_index)
+    rows = model.labelled_states(  # (N, D)
+        batch.ids, batch.positions, batch.segments, batch.label_index
+    )
     return mean_cross_entropy(model, rows, batch.labels, chunk)
 
 
@@ -174,14 +146,12 @@ def to_model_device(model: CausalLM, batches: Iterable[Batch]) -> Iterator[Batch
 
 @dataclass(frozen=True)
 class Gradient:
-    """Losses in nats per token, the gradient norm and the number of labels. The gradient itself is
-    in the optimizer.
-    """
+    """What is logged of a learner's gradient, which itself is in the optimizer."""
 
-    loss: float
+    loss: float  # in nats per token
     norm: float
-    tokens: int
-    divergence: float | None = None
+    tokens: int  # labels
+    divergence: float | None = None  # from the base, in nats per token
 
     @property
     def finite(self) -> bool:
@@ -195,18 +165,15 @@ def gradients(
     optimizer: FlatOptimizer,
     number: int,
 ) -> dict[int, Gradient]:
-    """Backward through step `number` of the learners `live`; their gradients are then collected in
-    the optimizer.
+    """Backward through step `number` of the learners `live`, and collect their gradients.
 
     In a distributed run a rank reads its own batches, and the result is over all ranks. After an
     fp16 overflow the step is repeated at half the loss scale, so that no data is skipped.
     """
     while True:
         result = _accumulate(path, learners, live, optimizer, number)
-        if (
-            all(math.isfinite(gradient.norm) for gradient in result.values())
-            or not optimizer.skip()
-        ):
+        finite = all(math.isfinite(gradient.norm) for gradient in result.values())
+        if finite or not optimizer.skip():
             return result
 
 
@@ -221,72 +188,62 @@ def _accumulate(
     noises = {n: noise for n in live if (noise := learners[n].noise) is not None}
     ones = dict.fromkeys(live, 1.0)
     losses, labels = _backward(path, orders, number, path.losses, ones, optimizer.scale, noises)
-    retains = {n: retain for n in live if (retain := learners[n].retain) is not None}
-    kept, divergences = dict[int, Batches](), list[BatchLosses]()
+
     # a second backward, which adds to the same gradients: neither needs the other's activations
+    retains = {n: retain for n in live if (retain := learners[n].retain) is not None}
+    retained = {n: retain.batches for n, retain in retains.items()}
+    divergences = list[BatchLosses]()
     if retains:
-        kept, weights = (
-            {n: r.batches for n, r in retains.items()},
-            {n: r.weight for n, r in retains.items()},
-        )
+        weights = {n: retain.weight for n, retain in retains.items()}
         first = next(iter(retains.values()))  # they differ only in weight and order
-        divergences, _ = _backward(
-            path,
-            kept,
-            number,
-            lambda batch: path.divergences(batch, first),
-            weights,
-            optimizer.scale,
-        )
+        divergence = partial(path.divergences, retain=first)
+        divergences, _ = _backward(path, retained, number, divergence, weights, optimizer.scale)
 
     def means(numbers: Sequence[float]) -> tuple[dict[int, float], dict[int, float]]:
         read = iter(numbers)
-        parts = [*_means(orders, losses, read).values(), *_means(kept, divergences, read).values()]
-        sums = all_reduce_numbers(*parts)
-        return dict(zip(orders, sums, strict=False)), dict(
-            zip(kept, sums[len(orders) :], strict=True)
+        of_losses, of_divergences = _sums(orders, losses, read), _sums(retained, divergences, read)
+        reduced = iter(all_reduce_numbers(*of_losses.values(), *of_divergences.values()))
+        return (
+            dict(zip(of_losses, reduced, strict=False)),
+            dict(zip(of_divergences, reduced, strict=True)),
         )
 
-    queued = [each.values for each in (*losses, *divergences)]
+    queued = [part.values for part in (*losses, *divergences)]
     # Nothing was read so far: on an accelerator all of the step is queued, and the host is free
     # until it is computed.
     if is_distributed():
         # before the gradient is reduced: these go over gloo, which raises at once if a rank is gone
-        of_losses, of_divergences = means(read_numbers(queued))
+        mean_losses, mean_divergences = means(read_numbers(queued))
         norms = read_numbers([optimizer.collect_gradients()])
     else:
         collected = optimizer.collect_gradients()
         if not uses_cpu_kernels(collected.device):
-            for order in (*orders.values(), *kept.values()):
+            for order in (*orders.values(), *retained.values()):
                 order.read_ahead()
         numbers = read_numbers([*queued, collected])
-        (of_losses, of_divergences), norms = (
-            means(numbers[: -len(collected)]),
-            numbers[-len(collected) :],
-        )
+        norms = numbers[-len(collected) :]
+        mean_losses, mean_divergences = means(numbers[: -len(collected)])
     return {
-        n: Gradient(of_losses[n], norms[n], int(labels[n]), of_divergences.get(n)) for n in live
+        n: Gradient(mean_losses[n], norms[n], int(labels[n]), mean_divergences.get(n)) for n in live
     }
 
 
 class BatchLosses(NamedTuple):
-    """The losses of a batch, of each of its `learners`: each times its share of the step's
-    labels.
-    """
+    """The losses of a batch, of each of its learners: times its share of the step's labels."""
 
     learners: Sequence[int]
     values: Tensor
 
 
-def _means(
+def _sums(
     orders: Mapping[int, Batches], parts: Sequence[BatchLosses], read: Iterator[float]
 ) -> dict[int, float]:
     """Learner → mean loss over this rank's share of the step; `read` are the numbers in `parts`."""
-    means = dict.fromkeys(orders, 0.0)
+    sums = dict.fromkeys(orders, 0.0)
     for part in parts:
         for n in part.learners:
-            means[n] += next(read)
-    return means
+            sums[n] += next(read)
+    return sums
 
 
 def _backward(
@@ -298,24 +255,16 @@ def _backward(
     scale: float,
     noises: Mapping[int, "LearnerNoise"] | None = None,
 ) -> tuple[list[BatchLosses], dict[int, float]]:
-    """Backward through each learner's mean loss over its labels of the step, times its weight and
-    the loss scale.
+    """Backward through each learner's mean loss over a step, times its weight and the loss scale.
 
     Every label has the same weight, whatever its batch. `noises` are in force meanwhile. Returns
     the losses of this rank's batches, and the numbers of labels on all ranks.
     """
     batches = list(path.batches(orders, number))
-
-    def on_all_ranks(counts_of: Callable[[StepBatch], Mapping[int, int]]) -> dict[int, float]:
-        counts = (sum(counts_of(batch).get(n, 0) for batch in batches) for n in orders)
-        return dict(zip(orders, all_reduce_numbers(*counts), strict=True))
-
-    totals = on_all_ranks(lambda batch: batch.weights)
-    labels = (
-        on_all_ranks(lambda batch: batch.labels)
-        if any(batch.units for batch in batches)
-        else totals
-    )
+    totals = _totals(orders, [batch.weights for batch in batches])
+    labels = totals
+    if any(batch.units for batch in batches):
+        labels = _totals(orders, [batch.labels for batch in batches])
     parts = list[BatchLosses]()
     for n, noise in (noises or {}).items():
         noise.begin(orders[n].first + number)
@@ -333,6 +282,12 @@ def _backward(
     return parts, labels
 
 
+def _totals(orders: Mapping[int, Batches], counts: Sequence[Mapping[int, int]]) -> dict[int, float]:
+    """Learner → the sum of its counts in all batches, on all ranks."""
+    sums = (sum(count.get(n, 0) for count in counts) for n in orders)
+    return dict(zip(orders, all_reduce_numbers(*sums), strict=True))
+
+
 @contextmanager
 def _during(batch: StepBatch, noises: Mapping[int, "LearnerNoise"]) -> Iterator[None]:
     """Inside the block the noise of each learner with sequences in the batch is in force."""
@@ -344,9 +299,7 @@ def _during(batch: StepBatch, noises: Mapping[int, "LearnerNoise"]) -> Iterator[
 
 
 def _times(values: Tensor, factors: Sequence[float]) -> Tensor:
-    """Each value times its factor. Equal factors are the usual case, and need no tensor of their
-    own.
-    """
+    """Each value times its factor. Equal factors, as they mostly are, need no tensor."""
     if len(set(factors)) > 1:
         return values * to_device(torch.tensor(factors, dtype=values.dtype), values.device)
     return values if factors[0] == 1 else values * factors[0]
@@ -357,8 +310,8 @@ def mean_losses(
     path: LossPath, batches: Batches, live: Sequence[int], losses_of: Callable[[StepBatch], Tensor]
 ) -> dict[int, float]:
     """Learner → the mean of `losses_of` over all batches, in nats per token."""
-    # of each loss the learner and how much it counts
-    weights, queued = list[tuple[int, int]](), list[Tensor]()
+    weights = list[tuple[int, int]]()  # of each loss the learner and how much it counts
+    queued = list[Tensor]()
     for number in range(len(batches)):
         for batch in path.batches(dict.fromkeys(live, batches), number):
             with path.route(batch):
@@ -369,21 +322,18 @@ def mean_losses(
         sums[n] += loss * count  # an idle batch counts 0
         counts[n] += count
     reduced = all_reduce_numbers(*sums.values(), *counts.values())
-    return {
-        n: total / count
-        for n, total, count in zip(live, reduced, reduced[len(live) :], strict=False)
-    }
+    parts = zip(live, reduced, reduced[len(live) :], strict=False)
+    return {n: total / count for n, total, count in parts}
 
 
 NO_BETTER = "no longer improves"
 
 
 class Evaluation:
-    """Evaluates every `every` steps and after the last. With `patience` above 0, training returns
-    the best weights.
+    """Evaluates every so many steps; with `patience` above 0, training returns the best weights.
 
-    The best are those of the lowest loss; where answers are given, those of the most answers as
-    expected, and among these of the lowest loss.
+    It evaluates after the last step too. The best weights are those of the lowest loss; where
+    answers are given, those of the most answers as expected, and among these of the lowest loss.
 
     `rungs`: step → how many learners train on after it, those with the lowest losses; it is
     evaluated there too. Its state is part of the checkpoint, so that a resumed run stops at the
@@ -398,12 +348,8 @@ class Evaluation:
         learners: int = 1,
         rungs: Mapping[int, int] | None = None,
     ) -> None:
-        self._batches, self._every, self._patience, self._rungs = (
-            batches,
-            every,
-            patience,
-            rungs or {},
-        )
+        self._batches, self._every, self._patience = batches, every, patience
+        self._rungs = rungs or {}
         # of one that is out: how many trained on at its rung
         self._left = torch.zeros(learners, dtype=torch.int64)
         self._best = [(math.inf, math.inf)] * learners  # share of wrong answers, loss
@@ -421,23 +367,21 @@ class Evaluation:
         step: int,
         answers: Mapping[int, float] | None = None,
     ) -> dict[int, float]:
-        """Learner → evaluation loss in nats per token; remembers the weights of those that are the
-        best so far.
+        """Learner → evaluation loss in nats per token; remembers the best weights so far.
 
         `answers`: learner → its share of answers as expected, where the best weights are chosen by
         it.
         """
         means = mean_losses(path, self._batches, live, path.losses)
         for n, mean in means.items():
-            found = (1 - answers[n] if answers else 0.0, mean)
-            if math.isnan(mean) or found >= self._best[n]:
+            reached = (1 - answers[n] if answers else 0.0, mean)
+            if math.isnan(mean) or reached >= self._best[n]:
                 self._waited[n] += 1
                 continue
-            self._best[n], self._waited[n] = found, 0
+            self._best[n], self._waited[n] = reached, 0
             if self._patience:
-                self._weights = (
-                    optimizer.weights.clone() if self._weights is None else self._weights
-                )
+                if self._weights is None:
+                    self._weights = optimizer.weights.clone()
                 self._weights[n] = optimizer.weights[n]
         if left := self._rungs.get(step):
             for n in sorted(means, key=lambda n: (math.isnan(means[n]), means[n]))[left:]:

@@ -1,6 +1,8 @@
-"""Adapters as one low-rank update per module, the form that servers accept, and their combination
-into one adapter: linear, cat, svd, TIES (Yadav et al. 2023), DARE (Yu et al. 2024), KnOTS (Stoica
-et al. 2025)."""
+"""Combine adapters: linear, cat, svd, TIES, DARE, KnOTS.
+
+Each adapter becomes one low-rank update per module, the form that servers accept. TIES: Yadav et
+al. 2023, DARE: Yu et al. 2024, KnOTS: Stoica et al. 2025.
+"""
 
 import math
 import re
@@ -26,8 +28,9 @@ from pipeline.models.base import CausalLM, is_conv1d
 from pipeline.models.device import device_for_matrix
 from pipeline.models.load import skeleton
 from pipeline.models.save import save_tensors
-from pipeline.weights.merge import attach_to_meta_model, find_location, merge_edits, tied_names
-from pipeline.weights.streaming import AddLowRank, RescaleRows, SetRows, read_rows
+from pipeline.weights.blocks import find_location, read_rows, tied_names
+from pipeline.weights.edits import AddLowRank, RescaleRows, SetRows
+from pipeline.weights.merge_plan import attach_to_meta_model, merge_edits
 
 Updates = dict[str, LowRank]  # by full module name
 Method = Literal["linear", "cat", "svd", "ties", "dare", "dare-ties", "knots"]
@@ -53,8 +56,9 @@ class CombineOptions:
 
 
 class Combined(NamedTuple):
-    """The updates by module, and ‖result − exact sum‖ / ‖exact sum‖ over all modules (Frobenius
-    norms).
+    """The updates by module, and their relative error over all modules.
+
+    ‖result − exact sum‖ / ‖exact sum‖ in Frobenius norms.
     """
 
     updates: Mapping[str, LowRank]
@@ -64,8 +68,9 @@ class Combined(NamedTuple):
 def combine(
     adapters: Sequence[Mapping[str, LowRank]], weights: Sequence[float], options: CombineOptions
 ) -> Combined:
-    """Σ wᵢ·sᵢ·BᵢAᵢ of each module, by the method of `options`. Raises UserError if the adapters do
-    not suit it.
+    """Σ wᵢ·sᵢ·BᵢAᵢ of each module, by the method of `options`.
+
+    Raises UserError if the adapters do not suit it.
     """
     torch.manual_seed(options.seed)  # DARE drops values at random
     updates, error, norm = {}, 0.0, 0.0
@@ -91,8 +96,9 @@ def concatenate(parts: Sequence[Part]) -> LowRank:
 
 
 def _linear(parts: Sequence[Part], _options: CombineOptions, name: str) -> LowRank:
-    """PEFT's linear: sums the As and the Bs separately, which adds cross terms. Exact only for a
-    single adapter.
+    """PEFT's linear: sums the As and the Bs separately, which adds cross terms.
+
+    Exact only for a single adapter.
     """
     ranks = {update.rank for update, _ in parts}
     if len(ranks) > 1:
@@ -116,9 +122,7 @@ def _linear(parts: Sequence[Part], _options: CombineOptions, name: str) -> LowRa
 
 
 def _truncate(parts: Sequence[Part], options: CombineOptions, _name: str) -> LowRank:
-    """The best approximation of rank `options.rank` (Eckart and Young 1936), computed from the
-    factors only.
-    """
+    """The best approximation of rank `options.rank` (Eckart and Young 1936), from the factors."""
     exact = concatenate(parts)
     return truncated(*svd(exact), options.rank, exact.embedding)
 
@@ -129,9 +133,7 @@ def _dense(
     options: CombineOptions,
     _name: str,
 ) -> LowRank:
-    """Methods that need the dense update of each adapter; the result is truncated to `options.rank`
-    by SVD.
-    """
+    """Methods that need each adapter's dense update; the SVD truncates the result."""
     deltas = torch.stack([update.delta() for update, _ in parts])  # (adapters, O, I)
     weights = torch.tensor([weight for _, weight in parts]).view(-1, 1, 1)
     # on the CPU: DARE's seed means the same on every device
@@ -142,12 +144,11 @@ def _dense(
 
 
 def _knots(parts: Sequence[Part], options: CombineOptions, _name: str) -> LowRank:
-    """TIES in a basis that the adapters share: U of [ΔW₁ … ΔWₙ] = UΣ[V₁ … Vₙ]ᵀ (O, nI); of rank ΣR,
-    not truncated.
+    """TIES in a basis that the adapters share: U of [ΔW₁ … ΔWₙ] = UΣ[V₁ … Vₙ]ᵀ (O, nI).
 
-    Merged are ΣVᵢᵀ = UᵀΔWᵢ, as in the authors' code. With the QR decomposition [s₁B₁ … sₙBₙ] = Q[S₁
-    … Sₙ], U is Q times the left singular vectors of [S₁A₁ … SₙAₙ], and with AᵢᵀT = PᵢTᵢ of the
-    small [S₁T₁ᵀ … SₙTₙᵀ].
+    The result has rank ΣR and is not truncated. Merged are ΣVᵢᵀ = UᵀΔWᵢ, as in the authors' code.
+    With the QR decomposition [s₁B₁ … sₙBₙ] = Q[S₁ … Sₙ], U is Q times the left singular vectors of
+    [S₁A₁ … SₙAₙ], and with AᵢᵀT = PᵢTᵢ of the small [S₁T₁ᵀ … SₙTₙᵀ].
     """
     scaled = torch.cat([update.scale * update.b.double() for update, _ in parts], dim=1)  # (O, ΣR)
     q, s = torch.linalg.qr(scaled)
@@ -167,9 +168,7 @@ def _knots(parts: Sequence[Part], options: CombineOptions, _name: str) -> LowRan
 
 
 def _ties(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
-    """Keep each adapter's largest values, elect a sign per entry, and average the values that have
-    it.
-    """
+    """Keep each adapter's largest values, elect a sign per entry, average the values that agree."""
     return _average_elected_sign(
         torch.stack([_keep_largest(delta, density) for delta in deltas]), weights
     )
@@ -323,9 +322,7 @@ def _adapter_spec(updates: Mapping[str, LowRank], model: CausalLM) -> AdapterSpe
 
 
 def ranks_and_alphas(updates: Mapping[str, LowRank]) -> dict[str, Any]:
-    """The most common rank and alpha; other modules get a rank_pattern and alpha_pattern entry
-    each.
-    """
+    """The most common rank and alpha, and patterns for the modules that differ."""
     (rank, scale), _ = Counter(
         (update.rank, update.scale) for update in updates.values()
     ).most_common(1)[0]

@@ -1,6 +1,4 @@
-"""Compare adapters: their settings, the norms and cosines of their updates, and the overlap of
-their subspaces.
-"""
+"""Compare adapters: settings, norms and cosines of updates, overlap of subspaces."""
 
 import math
 import re
@@ -23,21 +21,19 @@ from pipeline.weights.combine import Part, concatenate
 
 
 class MatrixComparison(NamedTuple):
-    """One module: ‖s·BA‖ of each adapter (0 without an update), ‖difference‖, cosine, and overlap
-    of their subspaces.
+    """One module: ‖s·BA‖ of each adapter, ‖difference‖, cosine, overlap of their subspaces.
 
-    `cosine`: ⟨Δ₁, Δ₂⟩ / ‖Δ₁‖‖Δ₂‖. `outputs` and `inputs` are φ of Hu et al. 2021, §7.2, for the
-    column and row spaces of the two updates: 0 if they are orthogonal, 1 if the smaller lies in the
-    larger. None if one has no update.
+    The overlaps are φ of Hu et al. 2021, section 7.2: 0 if the two spaces are orthogonal, 1 if the
+    smaller lies in the larger. Cosine and overlaps are None if one has no update.
     """
 
     module: str
-    first: float
+    first: float  # 0 without an update
     second: float
     difference: float
-    cosine: float | None
-    outputs: float | None
-    inputs: float | None
+    cosine: float | None  # ⟨Δ₁, Δ₂⟩ / ‖Δ₁‖‖Δ₂‖
+    outputs: float | None  # overlap of the column spaces
+    inputs: float | None  # of the row spaces
 
 
 @one_budget()
@@ -88,9 +84,7 @@ def _different_models(why: str) -> UserError:
 
 
 def _shapes(change: LowRankUpdate) -> dict[str, tuple[int, ...]]:
-    """Name → shape: (O, I) of each module with LoRA, (D,) of each trained row, and of each tensor
-    trained in full.
-    """
+    """Name → shape of each module with LoRA (O, I), trained row (D,), and tensor in full."""
     low_rank = {
         name: (update.b.shape[0], update.a.shape[1]) for name, update in change.low_rank.items()
     }
@@ -109,9 +103,7 @@ def settings_that_differ(one: LowRankUpdate, other: LowRankUpdate) -> dict[str, 
 
 
 def modules(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> Iterator[MatrixComparison]:
-    """Compares every module that at least one of them changes. Both must belong to one model:
-    `refuse_other_model`.
-    """
+    """Compares every module that at least one changes, of one model: `refuse_other_model`."""
     for name in dict.fromkeys((*one, *other)):
         first, second = one.get(name), other.get(name)
         if first is None or second is None:
@@ -126,8 +118,7 @@ def modules(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> Iterato
 
 
 class Interference(NamedTuple):
-    """How much the updates of two adapters, by their numbers from 1, meet in the modules that both
-    change.
+    """How much two adapters, by their numbers from 1, meet in the modules that both change.
 
     `cosine` is that of all modules together: 1 if they are the same up to a factor, 0 if they are
     independent, −1 if they are opposed; modules of only one adapter count in its norm. `outputs`
@@ -164,9 +155,7 @@ def interference(
 
 
 class ParameterDifference(NamedTuple):
-    """A parameter trained in full or by rows: ‖one − other‖; None if they do not hold the same rows
-    or shape of it.
-    """
+    """A parameter trained in full or by rows: ‖one − other‖; None if rows or shapes differ."""
 
     name: str
     difference: float | None
@@ -196,9 +185,7 @@ def norm(update: LowRank) -> float:
 
 
 def overlap(one: Tensor, other: Tensor) -> float | None:
-    """‖UᵀV‖² / min(rank) for orthonormal bases U, V of the two column spaces, (n, R₁) and (n,
-    R₂).
-    """
+    """‖UᵀV‖² / min(rank) for orthonormal bases U (n, R₁), V (n, R₂) of the column spaces."""
     first, second = _basis(one), _basis(other)
     smaller = min(first.shape[1], second.shape[1])
     return float((first.T @ second).square().sum()) / smaller if smaller else None

@@ -1,10 +1,7 @@
-"""Train big, compress after: an adapter whose updates are replaced by their best approximations of
-lower rank.
-"""
+"""Train big, compress after: updates become their best approximations of lower rank."""
 
 import math
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 
 from torch import Tensor
@@ -14,31 +11,26 @@ from pipeline.errors import UserError
 from pipeline.files.base_model import tensor_locations
 from pipeline.models.load import skeleton
 from pipeline.weights.import_adapter import refuse_other, write_changed
-from pipeline.weights.merge import attach_to_meta_model
+from pipeline.weights.merge_plan import attach_to_meta_model
+from pipeline.weights.spectrum import lowest_rank
 
 
 @dataclass(frozen=True)
 class Limit:
-    """How far to compress: each update to at most `rank`, or to the lowest rank that holds `energy`
-    of ‖s·BA‖².
-    """
+    """How far to compress each update: to a rank, or to a share of ‖s·BA‖²."""
 
     rank: int | None = None
-    energy: float | None = None
+    energy: float | None = None  # of ‖s·BA‖²: the lowest rank that holds this share
 
     def rank_of(self, values: Tensor) -> int:
-        """The rank at which an update with these singular values, largest first, is cut; at least
-        1.
+        """The rank at which an update with these singular values, largest first, is cut.
+
+        At least 1.
         """
         if self.energy is None:
             return min(self.rank or 1, len(values))
         squares = values.square().tolist()
-        # less what rounding may take from the sum
-        enough = self.energy * math.fsum(squares) * (1 - 1e-12)
-        return next(
-            (rank for rank, held in enumerate(accumulate(squares), start=1) if held >= enough),
-            len(values),
-        )
+        return lowest_rank(squares, self.energy * math.fsum(squares)) or len(values)
 
 
 @dataclass(frozen=True)
@@ -69,10 +61,10 @@ def compress(name: str, update: LowRank, limit: Limit) -> tuple[LowRank, Compres
 def compress_adapter(
     source: Path, base: Path, out: Path, limit: Limit, trust_remote_code: bool = False
 ) -> list[Compressed]:
-    """Write `source` at a lower rank to `out`, all that is not low-rank unchanged; returns what
-    each module lost.
+    """Write `source` at a lower rank to `out`; returns what each module lost.
 
-    Raises UserError for an adapter that does not fit `base` or has no low-rank update.
+    All that is not low-rank stays unchanged. Raises UserError for an adapter that does not fit
+    `base` or has no low-rank update.
     """
     refuse_other(out, "compress", [source])
     change = load_update(source)
@@ -84,14 +76,10 @@ def compress_adapter(
     attach_to_meta_model(skeleton(base, trust_remote_code), base, tensor_locations(base), source)
     pairs = [compress(name, update, limit) for name, update in change.low_rank.items()]
     low_rank = {row.module: update for update, row in pairs}
-    params = {
-        key: value
-        for key, value in (("limit", limit.rank), ("energy", limit.energy))
-        if value is not None
-    }
-    write_changed(
-        source, replace(change, low_rank=low_rank), base, out, "compress", __name__, params
-    )
+    limits = {"limit": limit.rank, "energy": limit.energy}
+    params = {key: value for key, value in limits.items() if value is not None}
+    changed = replace(change, low_rank=low_rank)
+    write_changed(source, changed, base, out, "compress", __name__, params)
     return [row for _, row in pairs]
 
 

@@ -1,6 +1,4 @@
-"""ΔW = W' − W of every tensor between a base and a fine-tuned model, read a block of rows at a
-time.
-"""
+"""ΔW = W' − W of every tensor of two checkpoints, read a block of rows at a time."""
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -10,24 +8,36 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pipeline.adapters.attach import adaptable
+from pipeline.adapters.config import CONFIG
 from pipeline.adapters.lora import MAGNITUDE
 from pipeline.adapters.low_rank import LowRankUpdate, layer_sort_key
 from pipeline.adapters.peft import COPY
 from pipeline.errors import UserError
 from pipeline.files.base_model import TensorLocation, tensor_locations
+from pipeline.models.base import CausalLM
 from pipeline.models.load import skeleton
-from pipeline.weights.merge import find_location, stored_name, tied_names
-from pipeline.weights.streaming import DTYPES, Read, Rows, read_blocks, read_rows
+from pipeline.weights.blocks import (
+    DTYPES,
+    Read,
+    Rows,
+    find_location,
+    read_blocks,
+    read_rows,
+    stored_name,
+    tied_names,
+)
 
 Locations = dict[str, TensorLocation]  # by name
 
 
 @dataclass(frozen=True)
 class Delta:
-    """One tensor as a matrix (first dimension, all others): W, and ΔW, which may leave out rows of
-    zeros.
+    """One tensor as a matrix (first dimension, all others): W, and ΔW.
+
+    ΔW may leave out rows of zeros.
     """
 
     name: str
@@ -53,11 +63,11 @@ class Differences:
 
 
 def diff_checkpoints(base: Path, tuned: Path, trust_remote_code: bool = False) -> Differences:
-    """The differences of two checkpoints, in natural order of the base's names (layer 10 after
-    layer 9).
+    """The differences of two checkpoints, in natural order of the base's names.
 
-    One of them may have the prefix of the model's body and the other not, or store the head of a
-    tied pair. Raises UserError if they have no matrix in common, or if shapes differ.
+    Layer 10 is after layer 9. One of them may have the prefix of the model's body and the other
+    not, or store the head of a tied pair. Raises UserError if they have no matrix in common, or if
+    shapes differ.
     """
     old, new = stored_tensors(base), stored_tensors(tuned)
     if old.keys() != new.keys():
@@ -99,6 +109,22 @@ def diff_checkpoints(base: Path, tuned: Path, trust_remote_code: bool = False) -
     return Differences(
         deltas, {name: after for name, (_, after) in pairs.items()}, not_numeric + missing
     )
+
+
+def block_linears(model: CausalLM) -> dict[str, nn.Module]:
+    """Name → linear, of all but the head."""
+    linears = {name: module for name, module in model.named_modules() if adaptable(module)}
+    linears.pop(model.head_name, None)
+    return linears
+
+
+def refuse_adapter(base: Path) -> None:
+    """Raises UserError if `base` is an adapter."""
+    if (base / CONFIG).is_file():
+        raise UserError(
+            f"{base} is an adapter. Name the base model first, then the fine-tuned model or "
+            "adapter."
+        )
 
 
 def stored_tensors(folder: Path) -> Locations:
@@ -172,11 +198,10 @@ def _difference(old: TensorLocation, new: TensorLocation) -> Iterator[Rows]:
 
 
 def diff_adapter(base: Path, change: LowRankUpdate, trust_remote_code: bool = False) -> list[Delta]:
-    """ΔW of the parameters that an adapter trained in full or by rows; its low-rank updates are in
-    `change`.
+    """ΔW of the parameters that an adapter trained in full or by rows.
 
-    DoRA's magnitudes are not included: the base has no such tensors. Raises UserError for a tensor
-    missing in `base`.
+    Its low-rank updates are in `change`. DoRA's magnitudes are not included: the base has no such
+    tensors. Raises UserError for a tensor missing in `base`.
     """
     base_tensors = stored_tensors(base)
     # Both of a tied pair are saved, but the base may store only one: the other counts only if its
@@ -216,10 +241,9 @@ def diff_adapter(base: Path, change: LowRankUpdate, trust_remote_code: bool = Fa
 def require_location(
     name: str, old: Locations, base: Path, trust_remote_code: bool = False
 ) -> TensorLocation:
-    """Where the base stores a parameter, also under a name without prefix; a tied head is found at
-    its embedding.
+    """Where the base stores a parameter, also under a name without prefix.
 
-    Raises UserError.
+    A tied head is found at its embedding. Raises UserError.
     """
     # the model is opened only for a name that is not stored: spectra need its tensors alone
     location = find_location(name, old) or find_location(

@@ -1,4 +1,4 @@
-"""Spectra of what fine-tuning changed, and extraction of the nearest LoRA (the document's §2.2).
+"""Spectra of what fine-tuning changed, and extraction of the nearest LoRA.
 
 Checkpoints are read a block of rows at a time. An extracted LoRA is held in memory: its factors,
 and embedding and head if they are saved in full.
@@ -9,10 +9,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from pipeline.adapters.attach import adaptable
 from pipeline.adapters.config import CONFIG
 from pipeline.adapters.folder import refuse_foreign
 from pipeline.adapters.low_rank import LowRank, load_update
@@ -23,19 +21,20 @@ from pipeline.files.safetensors_file import fingerprint
 from pipeline.models.base import CausalLM, is_conv1d
 from pipeline.models.load import skeleton
 from pipeline.project.runner import Event, Progress
+from pipeline.weights.blocks import read_blocks, read_matrix, stored_name, tied_names
 from pipeline.weights.combine import write_updates
 from pipeline.weights.diff import (
     Delta,
     Differences,
+    block_linears,
     diff_adapter,
     diff_checkpoints,
+    refuse_adapter,
     require_location,
     stored_tensors,
 )
 from pipeline.weights.import_adapter import build_manifest, copy_tokenizer, refuse_other
-from pipeline.weights.merge import stored_name, tied_names
 from pipeline.weights.spectrum import MAX_VALUES, Measured, factors, measure, measure_update
-from pipeline.weights.streaming import read_blocks
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,11 @@ class Spectra:
 def spectra_of(
     base: Path, tuned: Path, trust_remote_code: bool = False
 ) -> Generator[Event, None, Spectra]:
-    """The spectra of the difference of two checkpoints, or of an adapter's updates of `base`.
+    """The spectra of the difference of two checkpoints, or of an adapter's updates.
+
     Raises UserError.
     """
-    _refuse_adapter(base)
+    refuse_adapter(base)
     if (tuned / CONFIG).is_file():
         return (yield from _adapter_spectra(base, tuned, trust_remote_code))
     differences = diff_checkpoints(base, tuned, trust_remote_code)
@@ -61,14 +61,6 @@ def spectra_of(
         spectra.append(measure(delta)[0])
         yield Progress(number, len(differences.deltas), delta.name)
     return Spectra(spectra, differences.skipped)
-
-
-def _refuse_adapter(base: Path) -> None:
-    if (base / CONFIG).is_file():
-        raise UserError(
-            f"{base} is an adapter. Name the base model first, then the fine-tuned model or "
-            "adapter."
-        )
 
 
 def _adapter_spectra(
@@ -99,8 +91,7 @@ def _adapter_spectra(
 
 
 class Extraction:
-    """The change of each tensor: in `updates` as a low-rank update by module, `in_full`, or
-    `left_out`.
+    """The change of each tensor: as a low-rank update, saved in full, or left out.
 
     `spectra`: of all tensors.
     """
@@ -109,11 +100,7 @@ class Extraction:
         self, model: CausalLM, differences: Differences, rank: int, with_embeddings: bool
     ) -> None:
         self._model, self._limit, self._tuned = model, rank, differences.tuned
-        linears = [
-            name
-            for name, module in model.named_modules()
-            if adaptable(module) and name != model.head_name
-        ]
+        linears = block_linears(model)
         self._linears = {stored_name(f"{name}.weight", self._tuned): name for name in linears}
         # stored name → full names of the embedding and head parameters it holds; both names for a
         # tied pair
@@ -164,20 +151,16 @@ class Extraction:
             self.left_out.append(delta.name)
 
     def saved(self) -> dict[str, Tensor]:
-        """Parameters to save in full, by name: all of a module, including those that did not
-        change.
-        """
-        modules = {
-            name.rpartition(".")[0] for key in self.in_full for name in self._full_names[key]
-        }
-        names = [(key, name) for key, names in self._full_names.items() for name in names]
-        return {
-            name: torch.cat([block for _, block in read_blocks(self._tuned[key])]).view(
-                self._tuned[key].info.shape
-            )
-            for key, name in names
-            if name.rpartition(".")[0] in modules
-        }
+        """Parameters to save in full, by name: all of a module, unchanged ones too."""
+        changed = [name for key in self.in_full for name in self._full_names[key]]
+        modules = {name.rpartition(".")[0] for name in changed}
+        saved = {}
+        for key, names in self._full_names.items():
+            for name in names:
+                if name.rpartition(".")[0] in modules:
+                    location = self._tuned[key]
+                    saved[name] = read_matrix(read_blocks(location)).view(location.info.shape)
+        return saved
 
 
 def extract(
@@ -188,12 +171,11 @@ def extract(
     with_embeddings: bool = True,
     trust_remote_code: bool = False,
 ) -> Generator[Event, None, Extraction]:
-    """Write to `out` the LoRA that best approximates the change of each block's linear layers;
-    returns a summary.
+    """Write to `out` the LoRA that best approximates the change of the blocks' linears.
 
     `with_embeddings`: save embedding and head in full if they changed. Raises UserError.
     """
-    _refuse_adapter(base)
+    refuse_adapter(base)
     if (tuned / CONFIG).is_file():
         raise UserError(
             f"{tuned} is an adapter already. Omit --rank and --out, or name a full model."

@@ -40,7 +40,7 @@ from pipeline.weights.combine import (
     write_updates,
 )
 from pipeline.weights.compare import Interference, interference
-from pipeline.weights.merge import attach_to_meta_model
+from pipeline.weights.merge_plan import attach_to_meta_model
 
 # The end of a hub name of a quantized model: unsloth/Qwen3-8B-unsloth-bnb-4bit,
 # mlx-community/Qwen3-8B-4bit, …-AWQ
@@ -59,8 +59,7 @@ def combine_adapters(
     trust_remote_code: bool = False,
     show: Callable[[list[Interference]], object] = list,
 ) -> float:
-    """Write the combination of adapters of one base to `out`; returns its relative distance from
-    the exact sum.
+    """Write the combination of adapters of one base; returns its distance from the exact sum.
 
     `show` is called with how much they interfere, before anything is written. Trained token rows
     become low-rank updates of embedding and head. Raises UserError.
@@ -110,11 +109,10 @@ def write_changed(
     module: str,
     params: Mapping[str, Any],
 ) -> None:
-    """Write the adapter `source` to `out` with the low-rank updates of `change`, which `module`
-    computed.
+    """Write the adapter `source` to `out` with the low-rank updates of `change`.
 
-    All else stays as it was: DoRA's magnitudes, token rows, modules trained in full, other
-    settings.
+    `module` has computed them. All else stays as it was: DoRA's magnitudes, token rows, modules
+    trained in full, other settings.
     """
     spec = replace(change.spec, **ranks_and_alphas(change.low_rank), rslora=False)
     pairs = [tensors_of(name, update) for name, update in change.low_rank.items()]
@@ -136,15 +134,14 @@ def write_changed(
 
 
 class Imported(NamedTuple):
-    """`format`: the tool whose format it had; `verified`: whether its base was recognized by its
-    weights.
+    """What is told of an imported adapter.
 
     `notes`: what the user should know.
     """
 
-    format: str
-    verified: bool
-    notes: tuple[str, ...] = ()
+    format: str  # the tool that wrote it
+    verified: bool  # whether its base was recognized by its weights
+    notes: tuple[str, ...] = ()  # what the user should know
 
 
 def import_adapter(
@@ -229,9 +226,7 @@ def _note_on_zeros(tensors: Mapping[str, Tensor]) -> Iterator[str]:
 
 
 def refuse_other(out: Path, method: str, sources: Sequence[Path]) -> None:
-    """Raises UserError if `out` overlaps with `sources`, or holds something that `method` did not
-    write.
-    """
+    """Raises UserError if `out` overlaps with `sources`, or is no result of `method`."""
     made = (out / artifact.MANIFEST).exists() and artifact.read_manifest(out).get(
         "method"
     ) == method
@@ -253,8 +248,7 @@ def build_manifest(method: str, module: str, base: Path, params: dict[str, Any])
 
 
 def _refuse_other_base(source: Path, config: Mapping[str, Any], base: Path) -> bool:
-    """Whether the hub model that the adapter names is in the local cache and has the base's
-    weights.
+    """Whether the hub model that the adapter names is cached here, with the base's weights.
 
     Raises UserError if it is there with other weights.
     """

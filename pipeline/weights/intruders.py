@@ -1,5 +1,4 @@
-"""Intruder dimensions: strong directions of a fine-tuned matrix that the base's has no counterpart
-of.
+"""Intruder dimensions: strong directions of a fine-tuned matrix that its base lacks.
 
 Shuttleworth et al. 2024 (arXiv 2410.21228): a left singular vector u of W + ΔW among the `top`
 largest is an intruder if |cos(u, uᵢ)| < ε for every left singular vector uᵢ of W. They find that
@@ -18,7 +17,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.adapters.attach import adaptable
 from pipeline.adapters.config import CONFIG, read_spec
 from pipeline.adapters.folder import refuse_virtual
 from pipeline.adapters.low_rank import LowRank, load_update
@@ -28,19 +26,20 @@ from pipeline.models.base import is_conv1d
 from pipeline.models.device import device_for_matrix
 from pipeline.models.load import skeleton
 from pipeline.project.runner import Event, Progress
-from pipeline.weights.diff import diff_checkpoints, norm
+from pipeline.weights.blocks import Read, Rows, read_blocks, read_matrix, stored_name
+from pipeline.weights.diff import block_linears, diff_checkpoints, norm, refuse_adapter
 from pipeline.weights.import_adapter import refuse_other, write_changed
-from pipeline.weights.merge import plan_merge, stored_name
+from pipeline.weights.merge_plan import MergePlan, plan_merge
 from pipeline.weights.spectrum import FULL_COLUMNS, MAX_VALUES, in_blocks, singular
-from pipeline.weights.streaming import Merge, Read, Rows, read_blocks
 
 # of σ₁: the vectors of smaller values, square roots of eigenvalues in fp64, are noise
 NEGLIGIBLE = 1e-7
 
 
 class Left(NamedTuple):
-    """Singular values (k,), largest first, and left vectors (O, k); `complete`: all whose value is
-    not zero.
+    """Singular values (k,), largest first, and left vectors (O, k).
+
+    `complete`: these are all whose value is not zero.
     """
 
     values: Tensor
@@ -50,11 +49,11 @@ class Left(NamedTuple):
 
 @torch.no_grad()
 def left_vectors(read: Read, rows: int, columns: int) -> Left:
-    """All left singular vectors of M (O, I) if one side is at most `FULL_COLUMNS`, else the
-    `MAX_VALUES` largest.
+    """The left singular vectors of M (O, I) whose values are not negligible.
 
-    Those are found from the same random start for every matrix, so that what has not converged is
-    alike in W and W + ΔW, and is not taken for an intruder.
+    All if one side is at most `FULL_COLUMNS`, else the `MAX_VALUES` largest. Those are found from
+    the same random start for every matrix, so that what has not converged is alike in W and W + ΔW,
+    and is not taken for an intruder.
     """
     if rows <= FULL_COLUMNS:
         device = device_for_matrix(rows**2)
@@ -62,22 +61,21 @@ def left_vectors(read: Read, rows: int, columns: int) -> Left:
         squares, vectors = torch.linalg.eigh(matrix @ matrix.T)  # ascending
         values, vectors, complete = squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1), True
     else:
-        found = singular(read, columns, MAX_VALUES)
-        vectors = torch.cat([block.to(found.right) @ found.right for _, block in read()])  # US
-        values, complete = torch.linalg.vector_norm(vectors, dim=0), found.complete
+        strongest = singular(read, columns, MAX_VALUES)
+        right = strongest.right
+        vectors = torch.cat([block.to(right) @ right for _, block in read()])  # US
+        values, complete = torch.linalg.vector_norm(vectors, dim=0), strongest.complete
         vectors = vectors / values.clamp(min=1e-150)
     count = int((values > NEGLIGIBLE * values[0]).sum())
     return Left(values[:count], vectors[:, :count], complete)
 
 
 class Intruder(NamedTuple):
-    """Its `position` among the singular values of W + ΔW, from 1; its σ, and its largest |cos| with
-    W's vectors.
-    """
+    """A direction of W + ΔW that W lacks."""
 
-    position: int
-    value: float
-    similarity: float
+    position: int  # among the singular values of W + ΔW, from 1
+    value: float  # σ
+    similarity: float  # the largest |cos| with W's vectors
 
 
 @dataclass(frozen=True)
@@ -92,10 +90,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Searched:
-    """One matrix: its intruders, and their vectors (O, n). `complete`: all of W's singular vectors
-    were compared.
+    """One matrix: its intruders, and their vectors (O, n).
 
-    Otherwise a counterpart further down is not seen, and there may be fewer intruders.
+    `complete`: all of W's singular vectors were compared. Otherwise a counterpart further down is
+    not seen, and there may be fewer intruders.
     """
 
     pair: Pair
@@ -105,8 +103,9 @@ class Searched:
 
 
 def find_intruders(pair: Pair, top: int, epsilon: float) -> Searched:
-    """The intruders among the first `top` left singular vectors of W + ΔW. Raises UserError if they
-    are not finite.
+    """The intruders among the first `top` left singular vectors of W + ΔW.
+
+    Raises UserError if a value is not finite.
     """
     if not all(math.isfinite(norm(read)) for read in (pair.before, pair.after)):
         raise UserError(
@@ -128,15 +127,12 @@ def find_intruders(pair: Pair, top: int, epsilon: float) -> Searched:
 
 
 def linears(base: Path, tuned: Path, trust_remote_code: bool = False) -> Iterator[Pair]:
-    """Every linear of a block that an adapter changes, as a merge would write it, or that two
-    checkpoints share.
+    """The linears of blocks that an adapter changes, or that two checkpoints share.
 
-    Raises UserError.
+    W + ΔW is as a merge would write it. Raises UserError.
     """
     model = skeleton(base, trust_remote_code)
-    modules = [
-        (name, m) for name, m in model.named_modules() if adaptable(m) and name != model.head_name
-    ]
+    modules = block_linears(model)
     stored: Mapping[str, TensorLocation]
     if (tuned / CONFIG).is_file():
         merge = plan_merge(base, tuned, trust_remote_code)
@@ -148,10 +144,10 @@ def linears(base: Path, tuned: Path, trust_remote_code: bool = False) -> Iterato
         differences = diff_checkpoints(base, tuned, trust_remote_code)
         stored = differences.tuned
         reads = {
-            one.name: (one.weight, partial(read_blocks, stored[one.name]))
-            for one in differences.deltas
+            delta.name: (delta.weight, partial(read_blocks, stored[delta.name]))
+            for delta in differences.deltas
         }
-    for name, module in modules:
+    for name, module in modules.items():
         key = stored_name(f"{name}.weight", stored)
         if key not in reads or len(stored[key].info.shape) != 2:
             continue
@@ -164,7 +160,7 @@ def linears(base: Path, tuned: Path, trust_remote_code: bool = False) -> Iterato
             yield Pair(name, (rows, columns), before, after)
 
 
-def _merged(merge: Merge, name: str) -> Iterator[Rows]:
+def _merged(merge: MergePlan, name: str) -> Iterator[Rows]:
     start = 0
     for block in merge.merged_blocks(name, torch.float32):
         yield slice(start, start + len(block)), block
@@ -173,20 +169,17 @@ def _merged(merge: Merge, name: str) -> Iterator[Rows]:
 
 def _transposed(read: Read) -> Iterator[Rows]:
     """In memory: GPT-2 and its like, which store linears this way, are small."""
-    return in_blocks(torch.cat([block for _, block in read()]).T)()
+    return in_blocks(read_matrix(read()).T)()
 
 
 def intruders_of(
     base: Path, tuned: Path, top: int, epsilon: float, trust_remote_code: bool = False
 ) -> Generator[Event, None, list[Searched]]:
     """The intruders of each linear of a block, in a fine-tuned model or an adapter of `base`.
+
     Raises UserError.
     """
-    if (base / CONFIG).is_file():
-        raise UserError(
-            f"{base} is an adapter. Name the base model first, then the fine-tuned model or "
-            "adapter."
-        )
+    refuse_adapter(base)
     pairs, searched = list(linears(base, tuned, trust_remote_code)), []
     if not pairs:
         raise UserError(
@@ -199,8 +192,9 @@ def intruders_of(
 
 
 def damped(update: LowRank, vectors: Tensor, after: Read, factor: float) -> LowRank:
-    """ΔW − (1 − factor)·U(Uᵀ(W + ΔW)) for intruders U (O, n), of rank R + n: Uᵀ(W + ΔW) is SVᵀ, as
-    U is orthonormal.
+    """ΔW − (1 − factor)·U(Uᵀ(W + ΔW)) for intruders U (O, n), of rank R + n.
+
+    Uᵀ(W + ΔW) is SVᵀ, as U is orthonormal.
     """
     strength = torch.zeros(vectors.shape[1], update.a.shape[1], dtype=torch.float64)  # (n, I)
     for rows, block in after():
@@ -244,14 +238,14 @@ def damp(
     refuse_undampable(source, out)
     change = load_update(source)
     low_rank = dict(change.low_rank)
-    found = [one for one in searched if one.intruders and one.pair.module in low_rank]
-    if not found:
+    to_damp = [matrix for matrix in searched if matrix.intruders and matrix.pair.module in low_rank]
+    if not to_damp:
         raise UserError(
             f"{source} has no intruder to damp. Raise --epsilon or --top, or use the adapter as "
             "it is."
         )
-    for one in found:
-        module = one.pair.module
-        low_rank[module] = damped(low_rank[module], one.vectors, one.pair.after, factor)
+    for matrix in to_damp:
+        module = matrix.pair.module
+        low_rank[module] = damped(low_rank[module], matrix.vectors, matrix.pair.after, factor)
     changed = replace(change, low_rank=low_rank)
     write_changed(source, changed, base, out, "damp", __name__, {**params, "factor": factor})

@@ -1,14 +1,13 @@
-"""Singular values of changes: an adapter's updates, or the difference of checkpoints (the
-document's §2.2).
+"""Singular values of changes: of an adapter's updates, or of two checkpoints' difference.
 
 A matrix M (O, I) is read a block of rows at a time and need not fit in memory. Up to `FULL_COLUMNS`
 columns all of its values come from MᵀM (I, I) in fp64: values below 1e-8 of the largest are lost to
 rounding. For wider matrices the largest, by subspace iteration with MᵀM on a random start (Halko,
-Martinsson and Tropp 2011, §4.5), with a measured error bound.
+Martinsson and Tropp 2011, section 4.5), with a measured error bound.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -19,8 +18,8 @@ from torch import Tensor
 from pipeline.adapters.low_rank import LowRank, singular_values
 from pipeline.errors import UserError
 from pipeline.models.device import device_for_matrix
+from pipeline.weights.blocks import Read, Rows
 from pipeline.weights.diff import Delta, norm
-from pipeline.weights.streaming import Read, Rows
 
 RANKS = (1, 2, 4, 8, 16, 64)  # ranks whose share of a change is reported
 MAX_VALUES = 64  # singular values computed for a wide matrix
@@ -34,8 +33,7 @@ PASSES = 6
 
 
 class Singular(NamedTuple):
-    """Singular values (k,), largest first, on the CPU, and their right vectors (I, k), where they
-    were computed.
+    """Singular values (k,), largest first, on the CPU, and right vectors (I, k) on their device.
 
     `error`: each value is within `error`·σ₁ of a singular value of M; 0 if all are known.
     """
@@ -52,8 +50,7 @@ class Singular(NamedTuple):
 
 @torch.no_grad()
 def singular(read: Read, columns: int, count: int) -> Singular:
-    """All singular values of a matrix of up to `FULL_COLUMNS` columns, the `count` largest of a
-    wider one.
+    """Singular values of a matrix: all up to `FULL_COLUMNS` columns, else the `count` largest.
 
     For orthonormal V, the eigenvalues of VᵀMᵀMV are σ² of M if V is square, and lower bounds of
     them otherwise.
@@ -80,8 +77,8 @@ def singular(read: Read, columns: int, count: int) -> Singular:
     values, right = squares.sqrt(), basis @ rotation  # (k,), (I, k)
     if complete or not values[0]:
         return Singular(values.cpu(), right, 0.0)
-    # ‖Mᵀu − σv‖ for u = Mv/σ: M has a singular value no further from σ (Parlett 1998, §4.5); times
-    # σ it is
+    # ‖Mᵀu − σv‖ for u = Mv/σ: M has a singular value no further from σ (Parlett 1998, section 4.5);
+    # times σ it is
     scaled = torch.linalg.vector_norm(image @ rotation - right * values.square(), dim=0)  # (k,)
     residuals = (scaled / values.clamp(min=1e-300)).clamp(max=float(values[0]))
     return Singular(values.cpu(), right, float(residuals.max() / values[0]))
@@ -98,8 +95,9 @@ def gram_times(read: Read, basis: Tensor) -> Tensor:
 
 @torch.no_grad()
 def factors(read: Read, rows: int, svd: Singular, rank: int) -> tuple[Tensor, Tensor]:
-    """B (O, R) and A (R, I) whose product is nearest to M (Eckart and Young 1936): U√S and √SVᵀ, in
-    fp32.
+    """B (O, R) and A (R, I) whose product is nearest to M: U√S and √SVᵀ, in fp32.
+
+    Eckart and Young 1936.
     """
     right = svd.right[:, :rank]  # (I, R)
     left = right.new_empty(rows, right.shape[1])
@@ -113,11 +111,10 @@ def factors(read: Read, rows: int, svd: Singular, rank: int) -> tuple[Tensor, Te
 
 @dataclass(frozen=True)
 class Measured:
-    """One tensor: ‖W‖, ‖ΔW‖ and, for a matrix that changed, the singular values of ΔW, largest
-    first.
+    """One tensor: ‖W‖, ‖ΔW‖ and, for a matrix that changed, the singular values of ΔW.
 
-    `complete`: these are all nonzero ones; otherwise each is within `error`·σ₁ of a true singular
-    value.
+    Largest first. `complete`: these are all nonzero ones; otherwise each is within `error`·σ₁ of a
+    true singular value.
     """
 
     name: str
@@ -134,8 +131,7 @@ class Measured:
         return self.change / self.before if self.before else None
 
     def energy(self, rank: int) -> float | None:
-        """Σσᵢ² up to `rank` / ‖ΔW‖²: the share of the change that its best approximation of that
-        rank captures.
+        """Σσᵢ² up to `rank` / ‖ΔW‖²: what the best approximation of that rank captures.
 
         None if too few singular values are known.
         """
@@ -145,30 +141,32 @@ class Measured:
 
     @property
     def stable_rank(self) -> float | None:
-        """‖ΔW‖² / σ₁² (Rudelson and Vershynin 2007): 1 for one direction, n for n equally strong
-        ones.
+        """‖ΔW‖² / σ₁²: 1 for one direction, n for n equally strong ones.
+
+        Rudelson and Vershynin 2007.
         """
         return (self.change / self.values[0]) ** 2 if self.values else None
 
     @property
     def effective_rank(self) -> float | None:
-        """exp of the entropy of σᵢ / Σσ (Roy and Vetterli 2007); None if not all values are
-        known.
-        """
+        """exp of the entropy of σᵢ / Σσ (Roy and Vetterli 2007); None if values are unknown."""
         total = math.fsum(self.values)
         if not self.values or not self.complete:
             return None
         return math.exp(-math.fsum(v / total * math.log(v / total) for v in self.values if v > 0))
 
     def rank_of(self, share: float) -> int | None:
-        """The lowest rank that captures `share` of the change; None if the known values do not
-        reach it.
-        """
-        enough = share * self.change**2 * (1 - 1e-12)  # less what rounding may take from the sum
-        held = accumulate(value**2 for value in self.values)
-        return next(
-            (rank for rank, sum_so_far in enumerate(held, start=1) if sum_so_far >= enough), None
-        )
+        """The lowest rank that captures `share` of the change; None if too few values are known."""
+        return lowest_rank([value**2 for value in self.values], share * self.change**2)
+
+
+def lowest_rank(squares: Sequence[float], wanted: float) -> int | None:
+    """How many of the squared singular values add up to `wanted`; None if all are less."""
+    enough = wanted * (1 - 1e-12)  # less what rounding may take from the sum
+    for rank, held in enumerate(accumulate(squares), start=1):
+        if held >= enough:
+            return rank
+    return None
 
 
 def measure(delta: Delta, max_values: int = MAX_VALUES) -> tuple[Measured, Singular | None]:
@@ -186,13 +184,10 @@ def measure(delta: Delta, max_values: int = MAX_VALUES) -> tuple[Measured, Singu
         return Measured(delta.name, delta.shape, before, change), None
     vectors = singular(delta.change, delta.shape[1], max_values)
     smaller = min(delta.shape)
-    values, complete = (
-        tuple(vectors.values[:smaller].tolist()),
-        vectors.complete or smaller <= max_values,
-    )
-    return Measured(
-        delta.name, delta.shape, before, change, values, complete, vectors.error
-    ), vectors
+    values = tuple(vectors.values[:smaller].tolist())
+    complete = vectors.complete or smaller <= max_values
+    measured = Measured(delta.name, delta.shape, before, change, values, complete, vectors.error)
+    return measured, vectors
 
 
 def measure_update(name: str, update: LowRank, weight: Read) -> Measured:
@@ -204,11 +199,11 @@ def measure_update(name: str, update: LowRank, weight: Read) -> Measured:
 
 
 def overlaps(one: Tensor, other: Tensor) -> Tensor:
-    """φ(i, j) = ‖UᵢᵀVⱼ‖² / min(i, j) of the first i of orthonormal U (n, k) and j of V (n, l), (k,
-    l).
+    """φ(i, j) = ‖UᵢᵀVⱼ‖² / min(i, j), (k, l), for orthonormal U (n, k) and V (n, l).
 
-    Hu et al. 2021, §7.2: 1 if the smaller subspace lies in the larger, 0 if they are orthogonal.
-    The expected value for two random subspaces is max(i, j) / n.
+    Of the first i columns of U and j of V. Hu et al. 2021, section 7.2: 1 if the smaller subspace
+    lies in the larger, 0 if they are orthogonal. The expected value for two random subspaces is
+    max(i, j) / n.
     """
     shared = (one.T @ other).square().cumsum(0).cumsum(1)
     sizes = torch.arange(1, max(shared.shape) + 1)

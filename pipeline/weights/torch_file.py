@@ -40,8 +40,9 @@ DTYPES = {
 
 
 class Name(str):
-    """A function or class that the pickle names, such as torch._utils._rebuild_tensor_v2: never
-    looked up.
+    """A function or class that the pickle names, such as torch._utils._rebuild_tensor_v2.
+
+    It is never looked up.
     """
 
 
@@ -171,9 +172,7 @@ def _flat(value: Any) -> Iterator[tuple[str, View]]:
 
 
 def _interpreted(pickle: bytes) -> Any:
-    """The value that a pickle describes: dictionaries, lists, tuples, texts, numbers and
-    tensors.
-    """
+    """The value that a pickle describes: a structure of texts, numbers and tensors."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}

@@ -21,10 +21,11 @@ from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event
 from pipeline.stages.methods.full import COUNTED as FULL
 from pipeline.training.batches import Batch, Batches
-from pipeline.training.loop import TrainingTask, build_optimizer, steps
+from pipeline.training.loop import steps
 from pipeline.training.optimizer import FlatOptimizer
 from pipeline.training.retention import RetentionLoss
-from pipeline.training.step import Gradient, Learner, OneLearner, gradients
+from pipeline.training.step import Gradient, Learner, LossPath, gradients
+from pipeline.training.task import TrainingTask, build_optimizer
 from tests.helpers.families import FAMILIES, MIXTURES
 from tests.helpers.projects import make_one
 
@@ -134,7 +135,7 @@ def gradient_of(
 ) -> Gradient:
     """Backward through these batches as one step, collected in the optimizer."""
     learner = Learner(Training(), cast(Batches, [batches]), retain)
-    return gradients(OneLearner(model), [learner], [0], optimizer, 0)[0]
+    return gradients(LossPath(model), [learner], [0], optimizer, 0)[0]
 
 
 def notes(events: Sequence[Event]) -> str:

@@ -10,8 +10,9 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.adapters.lora import EmbeddingRows, HeadRows, LoRAEmbedding, LoRALinear, weight_of
 from pipeline.models.base import CausalLM
 from pipeline.models.quantized_linear import QuantizedLinear
-from pipeline.weights.merge import layer_edit
-from pipeline.weights.streaming import RescaleRows, blocks
+from pipeline.weights.blocks import blocks
+from pipeline.weights.edits import RescaleRows
+from pipeline.weights.merge_plan import layer_edit
 
 
 def merged_model(model: CausalLM) -> CausalLM:

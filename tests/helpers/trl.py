@@ -22,13 +22,8 @@ from pipeline.adapters.peft import save_adapter
 from pipeline.data.examples import IGNORED, Window
 from pipeline.models.transformers_model import TransformersModel
 from pipeline.stages.methods.dpo import FinetuneDpo
-from pipeline.training.preferences.losses import (
-    Answers,
-    answer_batch,
-    batch_of,
-    likelihood,
-    preference,
-)
+from pipeline.training.preferences.batches import Answers, answer_batch, batch_of
+from pipeline.training.preferences.losses import likelihood, preference
 
 TOKENS = 60  # of a tokenizer that the trainers ask for, and whose ids no batch has
 

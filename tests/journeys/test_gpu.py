@@ -21,10 +21,10 @@ from pipeline.models.load import load_base
 from pipeline.models.transformers_model import TransformersModel, from_config
 from pipeline.stages.methods.lora import Lora
 from pipeline.training.batches import Batch, collate
-from pipeline.training.loop import prepare_model
 from pipeline.training.losses import chunk_of, fuses_head
 from pipeline.training.optimizer import FlatOptimizer
 from pipeline.training.step import loss_of
+from pipeline.training.task import prepare_model
 from tests.helpers.bases import FAMILIES, toy_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")

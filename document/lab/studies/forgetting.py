@@ -15,7 +15,7 @@ from pipeline.project.runner import Event, Job, Progress
 from pipeline.stages.registry import COLORS
 
 if TYPE_CHECKING:
-    from pipeline.training.loop import TrainingTask
+    from pipeline.training.task import TrainingTask
 
 PLACE = "§9.3"
 TUNED = ("finetune_full", "finetune_freeze", "finetune_lora", "finetune_prefix", "finetune_prompt")

@@ -64,8 +64,8 @@ def measure(job: Job, settings: StudyIntrinsicDimension) -> Generator[Event, Non
     from pipeline.inference.score import EvalScores, score
     from pipeline.models.base import CausalLM
     from pipeline.models.load import count, untrained
-    from pipeline.training.loop import build_optimizer
     from pipeline.training.optimizer import FlatOptimizer
+    from pipeline.training.task import build_optimizer
 
     examples = read_examples(job.path(settings.data), settings.data)
     paper = document(job, settings.document, "intrinsic_dimension")[PAPER_MODEL]

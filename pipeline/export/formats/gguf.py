@@ -27,7 +27,9 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     from pipeline.export.model_card import card
     from pipeline.files.base_model import CARD
     from pipeline.inference.engine import load
-    from pipeline.weights.merge import CERTIFICATE, certify, describe, plan_merge
+    from pipeline.weights.merge import CERTIFICATE
+    from pipeline.weights.merge_check import check_merge, describe
+    from pipeline.weights.merge_plan import plan_merge
 
     kinds = kinds_of(export.quantize)
     require("lora export --format gguf")
@@ -49,7 +51,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
         facts = general(name, export.adapter, base, export.base_name)
         yield from write_files(written, model, {**facts, **vocabulary.metadata})
         matrices = written_matrices(paths[widest], model)
-        certificate = yield from certify(merge, matrices, "--quantize f32")
+        certificate = yield from check_merge(merge, matrices, "--quantize f32")
         for kind in kinds:
             if kind not in KINDS:
                 yield from llama_cpp.quantize(paths[widest], paths[kind], kind)

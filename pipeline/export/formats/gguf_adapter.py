@@ -25,8 +25,9 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     from pipeline.files.base_model import CARD, tensor_locations
     from pipeline.models.load import skeleton
     from pipeline.weights.combine import low_rank_updates
-    from pipeline.weights.merge import CERTIFICATE, describe
-    from pipeline.weights.streaming import Merge
+    from pipeline.weights.merge import CERTIFICATE
+    from pipeline.weights.merge_check import describe
+    from pipeline.weights.merge_plan import MergePlan
 
     require("lora export --format gguf")
     from pipeline.export.gguf.adapter import adapter_ratios, write_adapter
@@ -44,7 +45,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     # If the head is tied, llama.cpp would apply the embedding's update to the head too, where its
     # layout is another, and stop: the base for such an adapter has a head of its own.
     own_head = bool({model.embedding_name, model.head_name} & updates.keys())
-    unchanged = Merge(base, tensor_locations(base), {}, {}, False, {})
+    unchanged = MergePlan(base, tensor_locations(base))
     described = describe_model(unchanged, trust, own_head)
     yield from map(Note, described.notes)
     facts = general(name, export.adapter, base, export.base_name)

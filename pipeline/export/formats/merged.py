@@ -34,7 +34,8 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     from pipeline.export.model_card import card
     from pipeline.files.base_model import CARD
     from pipeline.weights.import_adapter import copy_template
-    from pipeline.weights.merge import describe, merge_to
+    from pipeline.weights.merge import merge_to
+    from pipeline.weights.merge_check import describe
 
     merging, verify = merging_of(export)
 

@@ -18,8 +18,10 @@ from pipeline.errors import UserError
 from pipeline.export.gguf.families import Layout, family_of
 from pipeline.models.load import skeleton
 from pipeline.project.runner import Event, Progress
-from pipeline.weights.merge import stored_name, tied_names
-from pipeline.weights.streaming import SAMPLES, Merge, Rows, Written, blocks, refuse_full_disk
+from pipeline.weights.blocks import Rows, blocks, stored_name, tied_names
+from pipeline.weights.merge import refuse_full_disk
+from pipeline.weights.merge_check import SAMPLES, Written
+from pipeline.weights.merge_plan import MergePlan
 
 # relative rounding of each type; of all others 2^-3
 EPS = {Type.F32: 2.0**-23, Type.F16: 2.0**-10, Type.BF16: 2.0**-7, Type.Q8_0: 2.0**-7}
@@ -39,7 +41,7 @@ class Source(NamedTuple):
 class Model(NamedTuple):
     """The model that a merge writes, as llama.cpp stores it."""
 
-    merge: Merge
+    merge: MergePlan
     sources: list[Source]
     extra: Mapping[str, Tensor]  # small tensors that are no parameters
     metadata: dict[str, Any]  # without the vocabulary's
@@ -47,7 +49,9 @@ class Model(NamedTuple):
     notes: list[str]  # what llama.cpp does differently
 
 
-def describe_model(merge: Merge, trust_remote_code: bool = False, own_head: bool = False) -> Model:
+def describe_model(
+    merge: MergePlan, trust_remote_code: bool = False, own_head: bool = False
+) -> Model:
     """How llama.cpp stores and configures the model that `merge` writes.
 
     `own_head`: write the head as a tensor of its own even if it is tied. Raises UserError if
@@ -139,7 +143,7 @@ def write_files(
                 output.end(name)
 
 
-def _matrix_rows(merge: Merge, source: Source) -> Iterator[Tensor]:
+def _matrix_rows(merge: MergePlan, source: Source) -> Iterator[Tensor]:
     """Merged blocks of rows in fp32; of a vector, its values."""
     for block in merge.merged_blocks(source.stored, torch.float32):
         yield block.float().flatten() if len(source.shape) == 1 else block.float()

@@ -36,8 +36,8 @@ from pipeline.project.logs.run_log import Step, in_units, read_steps
 from pipeline.project.probes import held
 from pipeline.project.provenance import version_of
 from pipeline.stages.gpu_checks.lora_run import RANK, TARGETS, Case, LoraRun, Peak
-from pipeline.training.loop import prepare_model
 from pipeline.training.parallel.launch import GRACE
+from pipeline.training.task import prepare_model
 
 CHECKS: "dict[str, Check]" = {}
 REPORT = "Attach the report to an issue."

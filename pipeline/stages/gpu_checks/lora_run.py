@@ -20,14 +20,9 @@ from pipeline.models.transformers_model import TransformersModel, from_config
 from pipeline.project.logs.run_log import Step
 from pipeline.stages.methods.lora import FinetuneLora, Lora
 from pipeline.training.batches import Batches
-from pipeline.training.loop import (
-    TrainingTask,
-    build_optimizer,
-    predicted_peak,
-    prepare_model,
-    steps,
-)
-from pipeline.training.memory.prediction import memory_meter
+from pipeline.training.loop import steps
+from pipeline.training.memory.prediction import memory_meter, predicted_peak
+from pipeline.training.task import TrainingTask, build_optimizer, prepare_model
 
 RANK, LEARNING_RATE, MAX_GRAD_NORM = 16, 1e-4, 1.0
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

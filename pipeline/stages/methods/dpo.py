@@ -117,8 +117,9 @@ def prepare(
     """The pairs, with their log-probabilities under the reference: the model now, or its base."""
     from pipeline.stages.finetune import Prepared
     from pipeline.training.parallel.sharding import is_sharded
+    from pipeline.training.preferences.batches import AnswerBatches
     from pipeline.training.preferences.data import build_answers, preferred, with_reference
-    from pipeline.training.preferences.losses import WITH_REFERENCE, AnswerBatches, PreferencePath
+    from pipeline.training.preferences.losses import WITH_REFERENCE, PreferencePath
     from pipeline.training.step import Evaluation
 
     answers = yield from build_answers(job, settings, settings.loss, base)

@@ -60,7 +60,8 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     """
     from pipeline.models.load import stored_precision
     from pipeline.training.data import asked_while_training, prepare_data, save_checkpoint
-    from pipeline.training.loop import TrainingTask, train
+    from pipeline.training.loop import train
+    from pipeline.training.task import TrainingTask
 
     settings = job.project.section(job.stage)
     folder = job.artifact("expand_vocab")

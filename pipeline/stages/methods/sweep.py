@@ -332,10 +332,11 @@ def _train_pass(
     from pipeline.training.batched import ManyAdapters
     from pipeline.training.batches import Batches
     from pipeline.training.data import asked_while_training, build_datasets
-    from pipeline.training.loop import TrainingTask, train
+    from pipeline.training.loop import train
     from pipeline.training.optimizer import refuse_long_warmup
     from pipeline.training.retention import RetentionLoss, load_retention_texts
     from pipeline.training.step import Evaluation, Learner, mean_losses
+    from pipeline.training.task import TrainingTask
 
     params = job.project.params
     settings, sweep = params.finetune_lora, params.finetune_sweep

@@ -1,5 +1,4 @@
-"""A training step under fake tensors: the real modules, autograd and optimizer, without weights or
-accelerator.
+"""A training step under fake tensors: real modules, autograd and optimizer, no weights.
 
 `TensorMemoryMeter` measures the peak. Two things differ from a GPU: gradients of fake tensors are
 accumulated out of place where autograd could do it in place, and there is no fragmentation.
@@ -36,9 +35,8 @@ from pipeline.training.batches import Batch
 from pipeline.training.losses import chunked_mean, cross_entropy
 from pipeline.training.memory.prediction import TensorMemoryMeter
 from pipeline.training.noise import training_noise
-from pipeline.training.optimizer import FlatOptimizer
+from pipeline.training.optimizer import FlatOptimizer, rule_of
 from pipeline.training.step import loss_of
-from pipeline.training.update_rules import rule_of
 
 
 class _Noisy(Training, frozen=True, kw_only=True):
@@ -46,8 +44,9 @@ class _Noisy(Training, frozen=True, kw_only=True):
 
 
 def traced_peak(config: Mapping[str, Any], method: FinetuningMethod, run: TrainingConfig) -> int:
-    """Peak memory of the second step in bytes (the first allocates the optimizer's state). Raises
-    UserError.
+    """Peak memory of the second step in bytes.
+
+    The first allocates the optimizer's state. Raises UserError.
     """
     _refuse_unsupported(config, method, run)
     refuse_long_lists(config, "the config")
@@ -121,9 +120,7 @@ def _refuse_unsupported(
 
 
 def _refuse_other_kernels(model: Architecture, run: TrainingConfig) -> None:
-    """Raises UserError where a CPU has no kernel like the GPU's, so that the trace is that of a
-    slow fallback.
-    """
+    """Raises UserError where a CPU has no kernel like the GPU's: the fallback's trace differs."""
     if any(block.kind == "delta" for block in model.blocks):
         raise UserError(
             "--trace has no kernel for gated delta nets, whose fallback needs far more. Run "
@@ -142,8 +139,7 @@ def _refuse_other_kernels(model: Architecture, run: TrainingConfig) -> None:
 def _training_step(
     model: CausalLM, method: FinetuningMethod, run: TrainingConfig
 ) -> Callable[[], None]:
-    """This project's step, or that of the libraries' documentation: their norms, an optimizer with
-    state per tensor.
+    """This project's step, or the libraries' documented one: their norms, state per tensor.
 
     Neither reads a value, which fake tensors do not have.
     """
@@ -247,8 +243,9 @@ FUSED = "fused_causal"
 def _fused_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: None, **options: Any
 ) -> tuple[Tensor, None]:
-    """SDPA with its causal flag, as on real tensors: with fake ones transformers would build a mask
-    and copy it.
+    """SDPA with its causal flag, as on real tensors.
+
+    With fake ones transformers would build a mask and copy it.
     """
     out: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, None, **options)
     return out

@@ -1,3 +1,1 @@
-"""One run in several processes: starting them, what they exchange, and a base that is sharded over
-them.
-"""
+"""One run in several processes: their start, their messages, and a base sharded over them."""

@@ -1,5 +1,4 @@
-"""What the ranks of a run exchange. In a single process the collectives return their input
-unchanged.
+"""What the ranks of a run exchange; in a single process, collectives return their input.
 
 CPU tensors go over gloo, GPU tensors over NCCL. A rank that dies makes the next collective fail on
 the others; so does a machine that is gone, or the connection to it, which `heartbeats.py` finds.

@@ -45,16 +45,12 @@ class Heartbeats:
 
     @property
     def identity(self) -> tuple[str, int, float]:
-        """By which the other ranks know this process: its machine, its number there, and when it
-        started.
-        """
+        """How other ranks know this process: its machine, its number there, and its start."""
         own = psutil.Process()
         return socket.gethostname(), own.pid, own.create_time()
 
     def start(self, identities: Sequence[tuple[str, int, float]]) -> None:
-        """Begin to count, once every rank has called `announce`; `identities` are theirs, by
-        rank.
-        """
+        """Begin to count, once every rank has called `announce`; `identities`: theirs, by rank."""
         several = len({machine for machine, *_ in identities}) > 1
         for rank, (machine, pid, created) in enumerate(identities):
             if rank == self._rank:
@@ -73,18 +69,14 @@ class Heartbeats:
         self._store.set(str(self._rank), "0")
 
     def stop(self, done: bool) -> None:
-        """Tell the other ranks that this one leaves: that it is `done`, or that they should not
-        wait for it.
-        """
+        """Tell the other ranks that this one is `done`, or that they should not wait for it."""
         self._last_word = DONE if done else FAILED
         self._left.set()
         for thread in self._threads:
             thread.join(2 * BEAT)  # the store may not answer
 
     def name_lost(self, within: float) -> str:
-        """The lost rank, once it is known; after so many seconds one that is late, or "" if there
-        is none.
-        """
+        """The lost rank, once it is known, or after so many seconds one that is late; or ""."""
         self._found.wait(within)
         return self.lost or self._silent_for(LATE)
 
@@ -114,9 +106,7 @@ class Heartbeats:
             self._store.set(str(self._rank), self._last_word)
 
     def _judge(self) -> None:
-        """In a thread of its own: a store on a machine that is gone lets the other one wait for its
-        answer.
-        """
+        """In a thread of its own: the store of a machine that is gone does not answer."""
         while not self._left.wait(BEAT):
             self._unanswered += 1
             if lost := self._lost():
@@ -135,8 +125,9 @@ class Heartbeats:
         return ""
 
     def _silent_for(self, beats: int) -> str:
-        """The rank that has left out most heartbeats, if more than so many; else the store's
-        machine, or "".
+        """The rank that left out most heartbeats, if more than `beats`; else the store's machine.
+
+        "" if there is neither.
         """
         missed = {
             rank: missed for rank, missed in self._missed.items() if self._counts.get(rank) != DONE

@@ -1,6 +1,4 @@
-"""Start one run in several processes, as torchrun does, with a single message on each machine if it
-fails.
-"""
+"""Start one run in several processes, as torchrun does; a failure is one message a machine."""
 
 import logging
 import os
@@ -24,13 +22,13 @@ ALONE = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
 
 
 def end_with_launcher() -> None:
-    """End this process once its launcher is gone, or DVC, which started it: SIGTERM, and SIGKILL
-    after GRACE seconds.
+    """End this process once its launcher is gone, or DVC, which started it.
 
-    DVC passes no signal on, and torchrun's agent stops its workers neither after SIGKILL nor after
-    a second Ctrl-C. A thread polls the parent, because Linux's PR_SET_PDEATHSIG does not exist on
-    macOS, misses a launcher that died earlier, and sends only one signal: SIGTERM writes a
-    checkpoint, SIGKILL ends a worker that does not handle SIGTERM.
+    It gets SIGTERM, and SIGKILL after GRACE seconds. DVC passes no signal on, and torchrun's agent
+    stops its workers neither after SIGKILL nor after a second Ctrl-C. A thread polls the parent,
+    because Linux's PR_SET_PDEATHSIG does not exist on macOS, misses a launcher that died earlier,
+    and sends only one signal: SIGTERM writes a checkpoint, SIGKILL ends a worker that does not
+    handle SIGTERM.
     """
     given = os.environ.get(LAUNCHER, "")
     launcher = int(given) if given.isdecimal() else os.getppid()
@@ -60,8 +58,7 @@ def launch(
     endpoint: str = "",
     node_rank: int | None = None,
 ) -> int:
-    """Run `lora` with these arguments in `devices` processes, on each of `nodes` machines; returns
-    the exit code.
+    """Run `lora` in `devices` processes on each of `nodes` machines; returns the exit code.
 
     `endpoint`: host and port of machine 0, at which all of them meet; `node_rank`: this machine's
     number, by its address and arrival if None. Raises UserError if there are fewer devices, if the

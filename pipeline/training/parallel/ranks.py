@@ -1,6 +1,4 @@
-"""A distributed run: every rank trains on its share of each batch; rank 0 uses the cache and writes
-the artifact.
-"""
+"""A distributed run: ranks share each batch; rank 0 uses the cache and writes the artifact."""
 
 import ctypes
 import os
@@ -100,8 +98,9 @@ def _lead(
 def _run_as_worker(
     project: Project, stage: Stage, work: Work, checkpoint_every: int | None
 ) -> bool:
-    """Do the same work as rank 0, in a folder that is deleted; False if rank 0 takes the result
-    from the cache.
+    """Do the same work as rank 0, in a folder that is deleted.
+
+    False if rank 0 takes the result from the cache.
     """
     scratch = project.run_folder(stage.name) / f".rank-{dist.get_rank()}"
     try:
@@ -206,11 +205,10 @@ def _begin_heartbeats(on_loss: Callable[[], None]) -> Heartbeats:
 
 
 def _end_waits(stage: str, opened: Mapping[tuple[int, int], int]) -> None:
-    """Let fail what waits in this process for a lost rank: NCCL's kernels, and gloo on the
-    connections that it opened.
+    """Let fail what waits in this process for a lost rank.
 
-    If NCCL cannot be aborted, the host would wait for its device for ever: this process reports
-    that and ends.
+    That is NCCL's kernels, and gloo on the connections that it opened. If NCCL cannot be aborted,
+    the host would wait for its device for ever: this process reports that and ends.
     """
     aborted = _abort_within(ABORT_WITHIN)
     for identity, file in opened.items():

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
 
 def needs_shards(model: CausalLM, device: torch.device, predicted_peak: Callable[[], int]) -> bool:
-    """Whether the weights, or the predicted peak of a step, exceed the free memory of any rank's
-    device.
+    """Whether the weights, or a step's predicted peak, exceed any rank's free device memory.
 
     The peak is asked for only where the weights fit, as it may read all of them.
     """
@@ -42,12 +41,11 @@ def is_sharded(model: CausalLM) -> bool:
 
 
 def shard(model: CausalLM, device: torch.device) -> None:
-    """Shard the blocks' frozen weights over the ranks, and move the model; a block's weights are
-    gathered when it runs (FSDP2).
+    """Shard the blocks' frozen weights over the ranks (FSDP2), and move the model.
 
-    Trainable parameters, embeddings and head are replicated. A weight that is still as its file has
-    it is read from there, this rank's rows alone: a base in its own precision was only mapped into
-    memory so far. Raises UserError.
+    A block's weights are gathered when it runs. Trainable parameters, embeddings and head are
+    replicated. A weight that is still as its file has it is read from there, this rank's rows
+    alone: a base in its own precision was only mapped into memory so far. Raises UserError.
     """
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -74,9 +72,7 @@ def shard(model: CausalLM, device: torch.device) -> None:
 
 
 def _buffers_to_parameters(module: nn.Module) -> None:
-    """FSDP shards parameters: of a quantized linear codes and scales become frozen ones, of the
-    same bits.
-    """
+    """Make codes and scales of a quantized linear frozen parameters, which FSDP shards."""
     for name, buffer in list(module.named_buffers(recurse=False)):
         delattr(module, name)
         module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
@@ -112,8 +108,10 @@ def _shard(
 
 
 def _rows(p: Tensor, start: int, stop: int, location: TensorLocation | None) -> Tensor:
-    """Rows of a weight from its file, or from memory if it changed since it was loaded: its first
-    row tells, with which little of the mapped file becomes resident."""
+    """Rows of a weight from its file, or from memory if it changed since it was loaded.
+
+    Its first row tells, with which little of the mapped file becomes resident.
+    """
     if location is None or not read_rows(location, 0, 1, p.dtype).equal(p[:1].cpu()):
         return p[start:stop]
     return read_rows(location, start, stop, p.dtype)

@@ -33,7 +33,8 @@ from pipeline.training.parallel.collectives import (
     is_main_process,
     shard_for_rank,
 )
-from pipeline.training.preferences.losses import Answers, PreferenceLoss, batch_of, likelihood
+from pipeline.training.preferences.batches import Answers, batch_of
+from pipeline.training.preferences.losses import PreferenceLoss, likelihood
 
 SCORED_TOGETHER = 8  # sequences in one forward of the reference
 REFERENCE = "reference_log_probs"  # in the cache, beside the stages, and in the run folder

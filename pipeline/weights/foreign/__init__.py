@@ -20,11 +20,9 @@ if TYPE_CHECKING:
 
 
 class Converted(NamedTuple):
-    """adapter_config.json and tensors in PEFT's format, and the `files` that they were read
-    from.
-    """
+    """An adapter in PEFT's format, and the files that it was read from."""
 
-    config: dict[str, Any]
+    config: dict[str, Any]  # adapter_config.json
     tensors: Mapping[str, "Tensor"]
     files: tuple[Path, ...]
 
@@ -63,8 +61,9 @@ def detect(folder: Path) -> Format:
 
 
 def base_of(folder: Path) -> Path:
-    """The base that a PEFT adapter names. Raises UserError for one of another tool, which needs
-    --base.
+    """The base that a PEFT adapter names.
+
+    Raises UserError for one of another tool, which needs --base.
     """
     from pipeline.adapters import folder as adapter_folder
 
@@ -84,8 +83,9 @@ def low_rank(
     source: Path,
     magnitude: "Tensor | None" = None,
 ) -> "LowRank":
-    """s·BA of the layer `name`, with A (R, I) and B (O, R). Raises UserError if they are none of
-    this model.
+    """s·BA of the layer `name`, with A (R, I) and B (O, R).
+
+    Raises UserError if they are none of this model.
     """
     from torch import nn
 

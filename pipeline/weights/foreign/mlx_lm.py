@@ -18,8 +18,9 @@ def detect(folder: Path) -> bool:
 
 
 def read(folder: Path, model: "CausalLM", _base: Path) -> Converted:
-    """Raises UserError for what is trained in full, and for experts, whose A and B have a dimension
-    more.
+    """Raises UserError for what is trained in full, and for experts.
+
+    A and B of experts have a dimension more.
     """
     from pipeline.adapters.low_rank import LowRank
     from pipeline.files.artifact import read_json

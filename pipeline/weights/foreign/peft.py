@@ -1,8 +1,9 @@
-"""PEFT's own format, as tools write it that wrap PEFT's model: LLaMA-Factory, Axolotl, Unsloth, TRL
-under FSDP or DeepSpeed, and code that saves a state dict itself.
+"""PEFT's own format, as tools that wrap PEFT's model write it.
 
-What leaves the same adapter under other names is read. PEFT skips names that it does not know, so
-that such an adapter loads as nothing; what is nothing is rejected here with the reason.
+These are LLaMA-Factory, Axolotl, Unsloth, TRL under FSDP or DeepSpeed, and code that saves a state
+dict itself. What leaves the same adapter under other names is read. PEFT skips names that it does
+not know, so that such an adapter loads as nothing; what is nothing is rejected here with the
+reason.
 """
 
 import re
@@ -93,8 +94,7 @@ def read(folder: Path, model: "CausalLM", base: Path) -> Converted | None:
 def _in_todays_layout(
     settings: dict[str, Any], tensors: dict[str, "Tensor"], model: "CausalLM", folder: Path
 ) -> dict[str, "Tensor"]:
-    """A and B of experts as PEFT stores them since it changed that; the settings then name a
-    version that does.
+    """A and B of experts in PEFT's present layout; the settings then name its version.
 
     Raises UserError.
     """
@@ -161,8 +161,9 @@ class _Names:
         return isinstance(end, str) and (end in self.modules or end in self._by_end)
 
     def full(self, name: str) -> str:
-        """The only module of this name with more or fewer parts before it, as after training the
-        body alone.
+        """The only module of this name with more or fewer parts before it.
+
+        As after training the body alone.
         """
         if name in self.modules:
             return name
@@ -187,17 +188,15 @@ def _take_embeddings(
     base: Path,
     source: Path,
 ) -> None:
-    """An embedding or head that is saved whole without modules_to_save, as PEFT does where a
-    tokenizer grew.
+    """Take an embedding or head that is saved whole without modules_to_save.
 
-    It is left out if it is the base's, and otherwise trained in full, in place. Raises UserError
-    for other rows.
+    PEFT does that where a tokenizer grew. It is left out if it is the base's, and otherwise trained
+    in full, in place. Raises UserError for other rows.
     """
     import torch
 
     from pipeline.files.base_model import tensor_locations
-    from pipeline.weights.merge import find_location, tied_names
-    from pipeline.weights.streaming import read_blocks
+    from pipeline.weights.blocks import find_location, read_blocks, tied_names
 
     saved = config.get("modules_to_save") or []
     saved = [saved] if isinstance(saved, str) else saved

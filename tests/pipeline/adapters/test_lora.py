@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.models.quantized_linear import QuantizedLinear
 from pipeline.project.params.sections import Init
-from pipeline.weights.streaming import merged_rows
+from pipeline.weights.edits import merged_rows
 
 
 def layer_of(

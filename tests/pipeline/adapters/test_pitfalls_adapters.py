@@ -380,7 +380,7 @@ def test_pitfall_9_a_merge_that_answers_otherwise_is_refused(
     def nothing(weight: Tensor, *_: object) -> Tensor:
         return weight
 
-    monkeypatch.setattr("pipeline.weights.streaming.merged_rows", nothing)
+    monkeypatch.setattr("pipeline.weights.edits.merged_rows", nothing)
     code, out, err = cli(
         "merge", "--adapter", str(ADAPTER), "--out", str(tmp_path / "merged"), cwd=brief
     )

@@ -18,9 +18,11 @@ from pipeline.stages.methods.dpo import FinetuneDpo
 from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.training.batched import ManyAdapters
 from pipeline.training.batches import Batches
-from pipeline.training.loop import TrainingTask, build_optimizer, steps
-from pipeline.training.preferences.losses import AnswerBatches, Answers, PreferencePath
+from pipeline.training.loop import steps
+from pipeline.training.preferences.batches import AnswerBatches, Answers
+from pipeline.training.preferences.losses import PreferencePath
 from pipeline.training.step import Learner
+from pipeline.training.task import TrainingTask, build_optimizer
 from tests.helpers.real import listed, toy, windows_of
 from tests.helpers.stand_in import to_stand_in, watched
 

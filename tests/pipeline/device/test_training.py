@@ -24,16 +24,13 @@ from pipeline.stages.methods.dpo import FinetuneDpo
 from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.training.batched import ManyAdapters
 from pipeline.training.batches import Batches
-from pipeline.training.loop import TrainingTask, build_optimizer, steps
+from pipeline.training.loop import steps
 from pipeline.training.parallel.sharding import _buffers_to_parameters
-from pipeline.training.preferences.losses import (
-    WITH_REFERENCE,
-    AnswerBatches,
-    Answers,
-    PreferencePath,
-)
+from pipeline.training.preferences.batches import AnswerBatches, Answers
+from pipeline.training.preferences.losses import WITH_REFERENCE, PreferencePath
 from pipeline.training.retention import RetentionLoss
 from pipeline.training.step import Evaluation, Learner
+from pipeline.training.task import TrainingTask, build_optimizer
 from tests.helpers.real import ROWS, listed, toy, windows_of, with_lora
 from tests.helpers.stand_in import READ, STAND_IN, Seen, refuse, to_stand_in, watched
 
@@ -232,7 +229,7 @@ def test_paged_moments_are_copied_back_and_forth_and_nothing_else_is() -> None:
     lora(model)
     seen = step_of(model, FinetuneLora(epochs=9, optimizer="paged-adamw-8bit"))
     # they are in the host's memory, which is their purpose
-    moments = "training/update_rules.py:_update_chunk copy_"
+    moments = "training/optimizer.py:_update_chunk copy_"
     assert seen.reads.pop(moments) == 2 * 4
     refuse(seen, ONE_READ)
 

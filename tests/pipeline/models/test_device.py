@@ -38,12 +38,12 @@ from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.stages.methods.lora import Lora as LoraMethod
 from pipeline.stages.registry import open_project
 from pipeline.training.batches import collate
-from pipeline.training.loop import prepare_model
 from pipeline.training.memory.prediction import (
     longest_sequence,
     predict_peak_memory,
     suggest_less_memory,
 )
+from pipeline.training.task import prepare_model
 from tests.conftest import Lora
 from tests.helpers import fake_accelerator, families
 from tests.helpers.bases import FAMILIES, toy_checkpoint

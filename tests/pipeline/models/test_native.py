@@ -30,11 +30,12 @@ from pipeline.models.transformers_model import TransformersModel, from_config
 from pipeline.stages.methods.dpo import FinetuneDpo
 from pipeline.stages.methods.lora import FinetuneLora, Lora
 from pipeline.training.batches import Batch, collate
-from pipeline.training.loop import prepare_model
 from pipeline.training.memory.prediction import TensorMemoryMeter, predict_peak_memory
 from pipeline.training.optimizer import FlatOptimizer
-from pipeline.training.preferences.losses import AnswerBatch, Answers, answer_batch, preference
+from pipeline.training.preferences.batches import AnswerBatch, Answers, answer_batch
+from pipeline.training.preferences.losses import preference
 from pipeline.training.step import loss_of
+from pipeline.training.task import prepare_model
 from tests.helpers.real import windows_of
 
 BF16 = torch.bfloat16

@@ -209,7 +209,7 @@ def test_a_merge_that_answers_otherwise_is_refused(
     ) -> torch.Tensor:
         return weight + 2 * scale * left @ right
 
-    monkeypatch.setattr("pipeline.weights.streaming.merged_rows", twice)
+    monkeypatch.setattr("pipeline.weights.edits.merged_rows", twice)
     before = (project / "artifacts/lora_merged/model.safetensors").read_bytes()
     with pytest.raises(
         UserError, match=r"merge rejected: .*k_proj received 2.0000 times its update, not once"

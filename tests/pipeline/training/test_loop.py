@@ -45,12 +45,19 @@ from pipeline.training import loop
 from pipeline.training.batched import ManyAdapters
 from pipeline.training.batches import Batches
 from pipeline.training.data import Prompts
-from pipeline.training.loop import TrainingTask, measure_memory, predicted_peak, release, train
-from pipeline.training.memory.prediction import MemoryMeter, predict_peak_memory
+from pipeline.training.loop import train
+from pipeline.training.memory.prediction import (
+    MemoryMeter,
+    measure_memory,
+    predict_peak_memory,
+    predicted_peak,
+    release,
+)
 from pipeline.training.optimizer import FlatOptimizer
 from pipeline.training.parallel.collectives import SLOWEST_STEP, CollectiveError
 from pipeline.training.retention import RetentionLoss
-from pipeline.training.step import Evaluation, Learner, OneLearner, StepBatch
+from pipeline.training.step import Evaluation, Learner, LossPath, StepBatch
+from pipeline.training.task import TrainingTask, build_optimizer, prepare_model
 from tests.helpers.projects import STAGES, folder_bytes, played
 from tests.helpers.real import listed, notes, toy, windows_of, with_lora
 
@@ -186,7 +193,7 @@ def test_a_run_in_a_thread_trains_the_same_and_leaves_signals_alone(tmp_path: Pa
 # Memory, and other errors
 
 
-class Fails(OneLearner):
+class Fails(LossPath):
     """Raises `error` when it reads step `at` (from 0), or before the first step if that is −1."""
 
     def __init__(self, model: CausalLM, error: Exception, at: int) -> None:
@@ -443,7 +450,7 @@ def test_progress_shows_the_evaluation_of_the_steps_that_have_one(tmp_path: Path
         assert text == f"loss {step.loss:.3f}{held_out}"
 
 
-class Rewarded(OneLearner):
+class Rewarded(LossPath):
     """Its rewards are the numbers of batches read since they were asked for."""
 
     rewards = True
@@ -469,7 +476,7 @@ def test_rewards_of_a_step_and_of_what_is_held_out_are_told_apart(tmp_path: Path
 
 
 def test_a_model_that_reads_one_sequence_at_a_time_is_noted(tmp_path: Path) -> None:
-    class Unpacked(OneLearner):
+    class Unpacked(LossPath):
         supports_packing = False
 
     task = new_task()
@@ -528,9 +535,12 @@ def test_a_model_is_prepared_for_its_device_and_stays_where_it_is(
         def prepare_accelerator_training(self, device: torch.device) -> None:
             calls.append(device)
 
-    monkeypatch.setattr(loop, "device_for", lambda model: model.device)
-    monkeypatch.setattr(loop, "uses_cpu_kernels", lambda device: on_cpu and device.type == "meta")
-    assert loop.prepare_model(cast(CausalLM, Model()), "full") == Model.device
+    monkeypatch.setattr("pipeline.training.task.device_for", lambda model: model.device)
+    monkeypatch.setattr(
+        "pipeline.training.task.uses_cpu_kernels",
+        lambda device: on_cpu and device.type == "meta",
+    )
+    assert prepare_model(cast(CausalLM, Model()), "full") == Model.device
     assert calls == ["full", "cpu" if on_cpu else Model.device]
 
 
@@ -650,7 +660,7 @@ def test_dropout_and_noise_each_change_what_is_learned_and_neither_of_zero_does(
 
 def test_settings_without_lora_plus_give_every_parameter_one_rate() -> None:
     """Adam's first step is as long as the rate, whatever the gradient."""
-    optimizer = loop.build_optimizer(with_lora(toy("llama")), settings())
+    optimizer = build_optimizer(with_lora(toy("llama")), settings())
     before = optimizer.weights.clone()
     optimizer.gradient.fill_(3.0)
     optimizer.step(0.01)
@@ -665,7 +675,7 @@ def test_a_loss_that_is_not_finite_is_computed_once_and_names_at_most_eight_line
 ) -> None:
     read: list[int] = []
 
-    class Counted(OneLearner):
+    class Counted(LossPath):
         def batches(self, orders: Mapping[int, Batches], number: int) -> Iterator[StepBatch]:
             read.append(number)
             return super().batches(orders, number)

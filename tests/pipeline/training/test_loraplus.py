@@ -16,8 +16,8 @@ from pipeline.adapters.attach import tensors
 from pipeline.adapters.config import AdapterSpec
 from pipeline.models.transformers_model import TransformersModel
 from pipeline.stages.methods.lora import FinetuneLora
-from pipeline.training.loop import build_optimizer
 from pipeline.training.optimizer import FlatOptimizer
+from pipeline.training.task import build_optimizer
 from tests.helpers.real import stock, toy, with_lora
 
 SPEC = AdapterSpec(3, 6.0, ("q_proj", "v_proj"))

@@ -128,14 +128,14 @@ def test_a_failed_steps_tensors_are_freed_before_the_checkpoint_and_the_advice(
         return call
 
     monkeypatch.setattr(step, "loss_of", scarce)
-    for name in ("_save", "suggest_less_memory"):
+    for name in ("write_checkpoint", "suggest_less_memory"):
         monkeypatch.setattr(loop, name, noted(name))
     with pytest.raises(
         UserError,
         match=r"out of memory in step \d+ \(CUDA out of memory\. Tried to allocate 2.00 GiB",
     ):
         make(root, ["finetune_lora"], ["finetune_lora.epochs=2"])
-    assert alive == {"_save": False, "suggest_less_memory": False}
+    assert alive == {"write_checkpoint": False, "suggest_less_memory": False}
 
 
 @pytest.mark.parametrize("given", [None, "max_split_size_mb:64"])

@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from pipeline.adapters.attach import adapter_layers, attach, tensors
+from pipeline.adapters.batched import lora_layers
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.lora import LoRALinear
 from pipeline.models.transformers_model import TransformersModel
 from pipeline.project.params.sections import Training
 from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.training.batches import Batches, collate
-from pipeline.training.loop import TrainingTask, build_optimizer, steps
+from pipeline.training.loop import steps
 from pipeline.training.noise import LearnerNoise, training_noise
 from pipeline.training.step import Evaluation, loss_of
+from pipeline.training.task import TrainingTask, build_optimizer
 from tests.helpers.real import listed, stock, toy, windows_of, with_lora
 
 DROPOUT = 0.4
@@ -227,8 +229,11 @@ def test_a_block_computed_again_in_backward_has_the_same_masks(accumulated: int)
 
 def test_a_run_without_either_hooks_nothing() -> None:
     model, task = noisy(lora_dropout=0.0, neftune_alpha=0.0)
-    with training_noise(model, [task.settings]) as noises:
-        assert noises == [] and not model.embeddings._forward_hooks
+    with training_noise(model, [task.settings]):
+        assert not model.embeddings._forward_hooks
+        assert all(layer.keep is None for _, _, layer in lora_layers(model))
+    next(steps(task, build_optimizer(model, task.settings)))
+    assert [learner.noise for learner in task.learners] == [None]
     model, task = noisy()
     with training_noise(model, [task.settings]):
         assert model.embeddings._forward_hooks

@@ -18,15 +18,9 @@ from pipeline.project.logs.run_log import REWARDS
 from pipeline.stages.methods.dpo import FinetuneDpo
 from pipeline.training.batches import collate
 from pipeline.training.losses import log_probs
-from pipeline.training.preferences import losses
-from pipeline.training.preferences.losses import (
-    AnswerBatches,
-    PreferencePath,
-    answer_batch,
-    batch_of,
-    likelihood,
-    preference,
-)
+from pipeline.training.preferences import batches, losses
+from pipeline.training.preferences.batches import AnswerBatch, AnswerBatches, answer_batch, batch_of
+from pipeline.training.preferences.losses import PreferencePath, likelihood, preference
 from tests.helpers.real import ROWS, stock, toy, with_lora
 from tests.helpers.trl import CASES, answers_of, compared, reference_of
 
@@ -153,14 +147,11 @@ def test_a_rank_that_gets_no_unit_is_idle(monkeypatch: pytest.MonkeyPatch) -> No
     answers = answers_of([FULL, PARTLY, TRAILED, FULL, PARTLY, TRAILED])
     plain = AnswerBatches(answers, 2, None)
     assert [
-        batch.units
-        for step in (0, 1)
-        for batch in plain[step]
-        if isinstance(batch, losses.AnswerBatch)
+        batch.units for step in (0, 1) for batch in plain[step] if isinstance(batch, AnswerBatch)
     ] == [2, 1]
-    monkeypatch.setattr(losses, "shard_for_rank", lambda items: items[1::2])  # rank 1 of 2
+    monkeypatch.setattr(batches, "shard_for_rank", lambda items: items[1::2])  # rank 1 of 2
     (first,), (last,) = (AnswerBatches(answers, 2, None)[step] for step in (0, 1))
-    assert isinstance(first, losses.AnswerBatch) and isinstance(last, losses.AnswerBatch)
+    assert isinstance(first, AnswerBatch) and isinstance(last, AnswerBatch)
     assert (first.units, first.idle, first.counts) == (1, False, (2, 3))
     assert (last.units, last.idle, last.counts) == (0, True, (3, 2)), (
         "it computes as the others do, and counts nothing"
@@ -183,7 +174,7 @@ def test_batches_are_in_the_order_of_their_seed_and_orpos_have_labels_on_prompts
 
     assert inputs(0) == inputs(0) != inputs(1) != inputs(None) != inputs(0)
     (part,), (whole,) = (AnswerBatches(answers, 4, None, whole=whole)[0] for whole in (False, True))
-    assert isinstance(part, losses.AnswerBatch) and isinstance(whole, losses.AnswerBatch)
+    assert isinstance(part, AnswerBatch) and isinstance(whole, AnswerBatch)
     assert part.answered is None and whole.answered is not None and whole.tokens > part.tokens
 
 

@@ -22,9 +22,10 @@ from pipeline.project.logs.run_log import peak_memory
 from pipeline.project.params.sections import Training
 from pipeline.stages.methods.lora import Lora
 from pipeline.training.batches import Batches, collate
-from pipeline.training.loop import TrainingTask, predicted_peak
+from pipeline.training.memory.prediction import predicted_peak
 from pipeline.training.parallel import sharding
 from pipeline.training.step import loss_of
+from pipeline.training.task import TrainingTask
 from tests.helpers import families
 from tests.helpers.fake_ranks import fake_rank
 from tests.helpers.ranks import run_ranks

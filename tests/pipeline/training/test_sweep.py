@@ -605,8 +605,9 @@ def test_what_an_adapter_has_not_stays_zero(mini: Path) -> None:
     from pipeline.stages.methods.lora import lora_spec
     from pipeline.training.batched import ManyAdapters
     from pipeline.training.batches import Batches
-    from pipeline.training.loop import TrainingTask, build_optimizer, steps
+    from pipeline.training.loop import steps
     from pipeline.training.step import Learner
+    from pipeline.training.task import TrainingTask, build_optimizer
     from tests.helpers.real import listed, windows_of
 
     model = load_base(mini / "artifacts" / "expanded").model

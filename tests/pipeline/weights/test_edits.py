@@ -18,22 +18,19 @@ from pipeline.adapters.config import AdapterSpec
 from pipeline.errors import UserError
 from pipeline.files.base_model import TensorLocation
 from pipeline.files.safetensors_file import read_header
-from pipeline.weights import streaming
-from pipeline.weights.merge import describe, plan_merge, stored_name
-from pipeline.weights.streaming import (
+from pipeline.weights import blocks as blocks_module
+from pipeline.weights.blocks import blocks, read_blocks, read_rows, stored_name
+from pipeline.weights.edits import (
     AddLowRank,
     AddToExperts,
     Replace,
     RescaleRows,
     SetRows,
-    Written,
-    blocks,
-    read_blocks,
-    read_rows,
+    Update,
     same_edit,
-    update_ratios,
-    written_matrices,
 )
+from pipeline.weights.merge_check import Written, describe, update_ratios, written_matrices
+from pipeline.weights.merge_plan import plan_merge
 from tests.helpers.checkpoints import adapter, checkpoint
 
 OUT, IN, RANK, STACKED = 7, 5, 2, 3  # STACKED: experts
@@ -51,7 +48,7 @@ STACK_LEFT, STACK_RIGHT = draw(STACKED, OUT, RANK), draw(STACKED, RANK, IN)
 WEIGHT, STACK = draw(OUT, IN), draw(STACKED, OUT * IN)
 Formula = Callable[[Tensor], Tensor]
 PRODUCT = SCALE * (LEFT.double() @ RIGHT.double())
-EDITS: dict[str, tuple[streaming.Update, Tensor, tuple[slice, ...], Formula]] = {
+EDITS: dict[str, tuple[Update, Tensor, tuple[slice, ...], Formula]] = {
     "lora": (AddLowRank(LEFT, RIGHT, SCALE), WEIGHT, PARTS, lambda w: w + PRODUCT),
     "experts": (
         AddToExperts(STACK_LEFT, STACK_RIGHT, SCALE),
@@ -159,11 +156,11 @@ def test_edits_are_the_same_if_they_do_the_same() -> None:
 def test_blocks_cover_a_matrix_or_are_evenly_spread_samples_of_it(
     rows: int, columns: int, samples: int
 ) -> None:
-    block, streaming.BLOCK = streaming.BLOCK, 2**12
+    block, blocks_module.BLOCK = blocks_module.BLOCK, 2**12
     try:
         every, some = [*blocks(rows, columns)], [*blocks(rows, columns, samples)]
     finally:
-        streaming.BLOCK = block
+        blocks_module.BLOCK = block
 
     def covered(slices: list[slice]) -> Iterator[int]:
         return (row for span in slices for row in range(span.start, span.stop))
@@ -205,7 +202,7 @@ def test_a_certificate_is_described_by_its_extremes() -> None:
 def test_a_stored_matrix_is_read_by_blocks_by_samples_of_them_and_by_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "BLOCK", 2 * IN)
+    monkeypatch.setattr(blocks_module, "BLOCK", 2 * IN)
     stored, file = draw(20, IN), tmp_path / "m.safetensors"
     save_file({"before": draw(3), "weight": stored}, file)
     location = TensorLocation(file, read_header(file)["weight"])
@@ -213,7 +210,7 @@ def test_a_stored_matrix_is_read_by_blocks_by_samples_of_them_and_by_rows(
         read = list(read_blocks(location, samples))
         assert [rows for rows, _ in read] == [slice(start, start + 2) for start in starts]
         assert all(torch.equal(block, stored[rows]) for rows, block in read)
-    assert torch.equal(read_rows(location, iter([19, 0, 7])), stored[[19, 0, 7]])
+    assert torch.equal(read_rows(location, [19, 0, 7]), stored[[19, 0, 7]])
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"m\.safetensors was truncated while it was read"):
         read_rows(location, [19])

@@ -26,9 +26,9 @@ from pipeline.inference.engine import load
 from pipeline.models.base import CausalLM
 from pipeline.models.transformers_model import load_pretrained
 from pipeline.weights import spectrum as singular_module
+from pipeline.weights.blocks import Read
 from pipeline.weights.extract import Extraction, Spectra, extract, spectra_of
 from pipeline.weights.spectrum import Measured, factors, overlaps, singular
-from pipeline.weights.streaming import Read
 from tests.helpers.checkpoints import adapter, checkpoint
 from tests.helpers.projects import folder_bytes, played
 from tests.helpers.real import stock, toy

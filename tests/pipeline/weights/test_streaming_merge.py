@@ -24,9 +24,10 @@ from pipeline.inference.engine import load
 from pipeline.models.load import skeleton
 from pipeline.models.transformers_model import load_pretrained
 from pipeline.project.runner import Progress
-from pipeline.weights import streaming
-from pipeline.weights.merge import Merging, merge_into, plan_merge
-from pipeline.weights.streaming import update_ratios, written_matrices
+from pipeline.weights import blocks
+from pipeline.weights.merge import Merging, merge_into, write
+from pipeline.weights.merge_check import update_ratios, written_matrices
+from pipeline.weights.merge_plan import plan_merge
 from tests.helpers.bases import edit_config, toy_checkpoint
 from tests.helpers.checkpoints import adapter, checkpoint
 from tests.helpers.real import stock, toy
@@ -37,7 +38,7 @@ from tests.pipeline.adapters.test_peft_interop import NAMES, options, randomized
 def merged_through_files(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
     out.mkdir()
     plan = plan_merge(base, adapter)
-    assert list(plan.write(out))
+    assert list(write(plan, out))
     for ratio in update_ratios(plan, written_matrices(out)).values():
         assert ratio.value is None or abs(ratio.value - 1) <= 1e-3 + ratio.rounding
     return load_weights(out)
@@ -171,7 +172,7 @@ def test_the_plan_runs_the_models_code_only_if_it_is_trusted(
         asked.append(trust_remote_code)
         return skeleton(base, trust_remote_code)
 
-    monkeypatch.setattr("pipeline.weights.merge.skeleton", spy)
+    monkeypatch.setattr("pipeline.weights.merge_plan.skeleton", spy)
     base = checkpoint(tmp_path / "base")
     adapter(tmp_path / "adapter", base, SPECS["head"])
     plan_merge(base, tmp_path / "adapter", trusted)
@@ -184,7 +185,7 @@ def test_a_matrix_of_many_blocks_is_merged_and_measured_by_samples(
     base = checkpoint(tmp_path / "base")
     adapter(tmp_path / "adapter", base, SPECS["linears"])
     whole = merged_through_files(base, tmp_path / "adapter", tmp_path / "whole")
-    monkeypatch.setattr(streaming, "BLOCK", 100)
+    monkeypatch.setattr(blocks, "BLOCK", 100)
     parts = merged_through_files(base, tmp_path / "adapter", tmp_path / "parts")
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, atol=1e-6, rtol=1e-6)
@@ -197,7 +198,8 @@ def test_the_written_dtype_is_named_by_the_key_that_the_base_has(key: str, tmp_p
     edit_config(base, **{"dtype": None, key: "bfloat16"})
     adapter(tmp_path / "adapter", base, SPECS["head"])
     (tmp_path / "out").mkdir()
-    assert [*plan_merge(base, tmp_path / "adapter", dtype="F32").write(tmp_path / "out")]
+    plan = plan_merge(base, tmp_path / "adapter", dtype="F32")
+    assert [*write(plan, tmp_path / "out")]
     before, after = (
         json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "out")
     )

@@ -1,0 +1,158 @@
+"""Pairs of answers as a data set and in batches.
+
+A unit of the data is two sequences: the chosen and the rejected answer to a prompt, or for KTO an
+answer and another example's answer behind the same prompt.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pipeline.data.examples import IGNORED, Window
+from pipeline.data.windows import Parts
+from pipeline.training.batches import Batch, Batches, collate
+from pipeline.training.parallel.collectives import shard_for_rank
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The sequences of a data set, two a unit."""
+
+    windows: Sequence[Window]
+    source: Callable[[int], str]  # where a unit is from, as file:line
+    parts: Parts
+    # log-probability of each sequence's answer under the reference, (2n,); None without a reference
+    reference: Tensor | None = None
+    desirable: Sequence[bool] = ()  # for KTO, whether each unit's answer is a good one
+
+    def __len__(self) -> int:
+        return len(self.windows) // 2
+
+    def __getitem__(self, number: int) -> Window:
+        """The unit's first sequence; its second is `windows[2 * number + 1]`."""
+        return self.windows[2 * number]
+
+    def tokens(self, number: int) -> int:
+        first, second = self.windows[2 * number], self.windows[2 * number + 1]
+        return len(first.ids) + len(second.ids)
+
+    def location(self, number: int) -> str:
+        return self.source(number)
+
+
+@dataclass(frozen=True)
+class AnswerBatch(Batch):
+    """The n first sequences of n units, then their n second ones; for KTO the first ones alone.
+
+    All is made on the CPU: a GPU would be waited for.
+    """
+
+    in_chunks: ClassVar[bool] = True
+
+    units: int = 0
+    counts: tuple[int, ...] = ()  # labels of each sequence, of the N in the batch
+    answered: Tensor | None = None  # indices of the labels of an answer; None: all are
+    owner: Tensor | None = None  # the sequence of each label of an answer
+    of_each: Tensor | None = None  # how many of these each sequence has
+    reference: Tensor | None = None  # per sequence
+    # KTO
+    desirable: Tensor | None = None  # (n,), 1 or 0
+    liked: int = 0  # units that are desirable
+    by_kind: Tensor | None = None  # (n,) the units, these first
+    mismatched: "AnswerBatch | None" = None  # the second sequences
+
+    def to(self, device: torch.device) -> "AnswerBatch":
+        batch = super().to(device)
+        assert isinstance(batch, AnswerBatch)
+        if self.mismatched is None:
+            return batch
+        return replace(batch, mismatched=self.mismatched.to(device))
+
+
+class AnswerBatches(Batches):
+    """The batches of all epochs, of `batch_size` units each; `whole` as in `answer_batch`."""
+
+    def __init__(
+        self,
+        answers: Answers,
+        batch_size: int,
+        seed: int | None,
+        gradient_accumulation_steps: int = 1,
+        first: int = 0,
+        whole: bool = False,
+    ) -> None:
+        super().__init__(answers, batch_size, seed, gradient_accumulation_steps, first)
+        self._answers, self._whole = answers, whole
+
+    def _read(self, step: int) -> list[Batch]:
+        return [self._batch(numbers) for numbers in self.rows(step)]
+
+    def _batch(self, numbers: Sequence[int]) -> AnswerBatch:
+        """That of this rank; an idle one, of the first unit, if it gets none."""
+        mine = shard_for_rank(numbers)
+        batch = answer_batch(self._answers, mine or numbers[:1], self._whole)
+        return batch if mine else replace(batch, idle=True, units=0)
+
+
+def answer_batch(answers: Answers, units: Sequence[int], whole: bool = False) -> AnswerBatch:
+    """The units as one batch.
+
+    `whole`: every token of a first sequence carries a label, as ORPO's likelihood is of prompt and
+    answer.
+    """
+    firsts, seconds = [2 * unit for unit in units], [2 * unit + 1 for unit in units]
+    if not answers.desirable:
+        batch = batch_of(answers, [*firsts, *seconds], len(units) if whole else 0)
+        return replace(batch, units=len(units))
+    kinds = [int(answers.desirable[unit]) for unit in units]
+    desirable_first = sorted(range(len(units)), key=lambda n: not kinds[n])
+    return replace(
+        batch_of(answers, firsts),
+        units=len(units),
+        desirable=torch.tensor(kinds),
+        liked=sum(kinds),
+        by_kind=torch.tensor(desirable_first),
+        mismatched=batch_of(answers, seconds),
+    )
+
+
+def batch_of(answers: Answers, indices: Sequence[int], whole: int = 0) -> AnswerBatch:
+    """The sequences `indices` as a batch of no units; the first `whole` have labels throughout."""
+    windows = [answers.windows[index] for index in indices]
+    counts = [_labels(window) for window in windows]
+    answered, of_each = None, torch.tensor(counts)
+    if whole:
+        marks = list[bool]()
+        for n in range(whole):
+            window = _to_last_label(windows[n])
+            marks += [label != IGNORED for label in window.labels]
+            # what follows each token as its label
+            labels = (*window.ids[1:], window.labels[-1])
+            windows[n] = Window(window.start, window.ids, labels)
+        marks += [True] * sum(counts[whole:])
+        answered = torch.tensor(marks).nonzero()[:, 0]
+    batch = collate(windows)
+    return AnswerBatch(
+        batch.ids,
+        batch.positions,
+        batch.labels,
+        batch.label_index,
+        batch.segments,
+        counts=tuple(_labels(window) for window in windows),
+        answered=answered,
+        owner=torch.repeat_interleave(of_each),
+        of_each=of_each,
+        reference=None if answers.reference is None else answers.reference[[*indices]],
+    )
+
+
+def _labels(window: Window) -> int:
+    return len(window.labels) - window.labels.count(IGNORED)
+
+
+def _to_last_label(window: Window) -> Window:
+    stop = 1 + max(i for i, label in enumerate(window.labels) if label != IGNORED)
+    return Window(window.start, window.ids[:stop], window.labels[:stop])
