@@ -14,7 +14,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pipeline.files.digest_cache import cache_home
+from pipeline.models.device import processor_facts
 from pipeline.models.kernels import uses_cpu_kernels
 from pipeline.project.probes import PLAIN, record
 
@@ -149,8 +149,7 @@ def _refuse_writable(path: Path) -> None:
 
 def _cpu() -> str:
     """What -march=native depends on."""
-    lines = list[str]()
-    with suppress(OSError):  # macOS
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    known = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
-    return "\n".join([platform.machine(), platform.processor(), *sorted(known)])
+    facts = {
+        line for line in processor_facts() if line.startswith(("model name", "flags", "Features"))
+    }
+    return "\n".join([platform.machine(), platform.processor(), *sorted(facts)])
