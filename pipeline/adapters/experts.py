@@ -155,12 +155,10 @@ def stacks(model: nn.Module, spec: AdapterSpec) -> Iterator[Stack]:
 
 
 def stacked_shapes(model: nn.Module, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
-    """The shape (E·R, I) of every lora_A that experts get, by PEFT's key without its prefix. Raises
-    UserError.
-    """
+    """The shape (E·R, I) of every lora_A that experts get, by PEFT's key. Raises UserError."""
     return {
-        f"{each.key}{LINEAR_KEYS[0]}": (each.experts * each.rank, each.inputs)
-        for each in stacks(model, spec)
+        f"{PREFIX}{stack.key}{LINEAR_KEYS[0]}": (stack.experts * stack.rank, stack.inputs)
+        for stack in stacks(model, spec)
     }
 
 

@@ -269,6 +269,7 @@ def keep_freed_memory() -> None:
     (measured in turns on two cores and on one).
     """
     library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-    if hasattr(library, "mallopt"):  # musl has none
+    mallopt = getattr(library, "mallopt", None)
+    if mallopt is not None:  # musl has none
         for parameter in (-3, -1):  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
-            library.mallopt(parameter, 2**31 - 1)
+            mallopt(parameter, 2**31 - 1)
