@@ -218,8 +218,9 @@ def _layout_of(config: AdapterConfig) -> object:
 def load_adapter(
     model: CausalLM, base_folder: Path, folder: Path, fingerprint: Fingerprint = base_fingerprint
 ) -> Any:
-    """Attach the adapter in `folder` to `model`, which was loaded from `base_folder`, or is its
-    skeleton.
+    """Attach the adapter in `folder` to `model`, or to its skeleton.
+
+    `model` was loaded from `base_folder`.
 
     Returns what its kind's loader does: the AdapterSpec of LoRA, the VirtualTokens. The model's
     parameters are replaced, never written to, so that a model sharing its tensors is unchanged.
@@ -307,9 +308,9 @@ def attach_virtual_tokens(
     """Freeze `model` and give it `count` trainable virtual tokens, a prefix or a prompt.
 
     They are initialized with random tokens of the tokenizer's `vocabulary`: their embeddings in the
-    base (Lester et al. 2021, §3.2, sampled vocabulary), or the keys and values it computes for them
-    (Li & Liang 2021, §7.4); then cast to `dtype`, if one is given. Raises UserError if they leave
-    no position for a sequence.
+    base (Lester et al. 2021, section 3.2, sampled vocabulary), or the keys and values it computes
+    for them (Li & Liang 2021, section 7.4); then cast to `dtype`, if given. Raises UserError if
+    they leave no position for a sequence.
     """
     if count >= model.shape.positions:
         raise UserError(

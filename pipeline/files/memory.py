@@ -1,6 +1,6 @@
-"""The memory of this machine, or of the container that limits it: all of it, what is in use, what is left.
+"""The memory of this machine, or of the container that limits it: in total, in use, and left.
 
-The page cache counts as free, as `docker stats` and Kubernetes count: a data file that was read once
+The page cache counts as free, as for `docker stats` and Kubernetes: a data file that was read once
 does not make a machine look full.
 """
 

@@ -58,7 +58,7 @@ def asked_device() -> torch.device | None:
 
 
 def best_device() -> torch.device:
-    """The device that was asked for, else a GPU (each rank its own) or the CPU. Raises UserError."""
+    """The device that was asked for, else a GPU (one per rank) or the CPU. Raises UserError."""
     if (asked := asked_device()) is not None:
         return asked
     if torch.cuda.is_available():

@@ -1,6 +1,4 @@
-"""What a step takes of this machine, tried on a small model: `lora doctor` says what does not
-work.
-"""
+"""What a step takes of this machine, tried on a small model for `lora doctor`."""
 
 from collections.abc import Sequence
 
