@@ -274,11 +274,11 @@ class AdapterConfig:
                 "with PEFT."
             )
         if self.kind in VIRTUAL:
+            kind, count = VIRTUAL[self.kind], self.get("num_virtual_tokens")
             raise UserError(
-                f"{folder} is a {VIRTUAL[self.kind]} of {self.get('num_virtual_tokens')} virtual "
-                "tokens: it changes no weights, so there is nothing to merge, combine or compare, "
-                "and vLLM cannot serve it. Use it on its base with `lora prompt --adapter`, or "
-                "with PEFT."
+                f"{folder} is a {kind} of {count} virtual tokens: it changes no weights, so there "
+                "is nothing to merge, combine or compare, and vLLM cannot serve it. Use it on its "
+                "base with `lora prompt --adapter`, or with PEFT."
             )
 
     def spec(self, embedding: str = EMBEDDING) -> AdapterSpec:
@@ -309,10 +309,11 @@ class AdapterConfig:
     def _refuse_options(self) -> None:
         if self.kind != LORA:
             *others, last = LORA, *OTHER_KINDS, *VIRTUAL
+            kind = self.get("peft_type")
             raise UserError(
                 f"{self.path}: peft_type must be {', '.join(others)} or {last}, got "
-                f"{abbreviate_repr(self.get('peft_type'), 200)}. Train one of these, or convert "
-                "the adapter with PEFT's save_as_lora if its method allows that."
+                f"{abbreviate_repr(kind, 200)}. Train one of these, or convert the adapter with "
+                "PEFT's save_as_lora if its method allows that."
             )
         init = self.values.get("init_lora_weights", True)
         # PEFT's names have no case

@@ -238,13 +238,13 @@ def resolve_parameters(model: nn.Module, wanted: Sequence[str]) -> dict[str, lis
     missing = dict.fromkeys(wanted)
     for name, module in model.named_modules():
         for parameter in module._parameters:
-            full = f"{name}.{parameter}"
-            targets = [target for target in wanted if matches_suffix(full, target)]
+            tensor = f"{name}.{parameter}"
+            targets = [target for target in wanted if matches_suffix(tensor, target)]
             if not targets:
                 continue
             if parameter not in PROJECTIONS or not adaptable_experts(module):
                 raise UserError(
-                    f"target_parameters: {targets[0]!r} matches {full}, which is no stack of "
+                    f"target_parameters: {targets[0]!r} matches {tensor}, which is no stack of "
                     f"experts' weights. {_known(model)}"
                 )
             matched.setdefault(name, []).append(parameter)

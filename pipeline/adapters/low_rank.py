@@ -17,8 +17,8 @@ from pipeline.adapters.config import (
     AdapterSpec,
     refuse_experts,
 )
+from pipeline.adapters.folder import read_tensors
 from pipeline.adapters.lora import EMBEDDING_KEYS, LINEAR_KEYS, MAGNITUDE, ROWS
-from pipeline.adapters.peft import read_tensors
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.patterns import one_budget

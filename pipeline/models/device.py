@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.files.memory import read_memory
 from pipeline.project import process
 from pipeline.project.logs.run_log import in_units
 from pipeline.project.process import world
@@ -183,6 +182,8 @@ def available_memory(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0] + cached)
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
+    from pipeline.files.memory import read_memory  # most runs do not ask
+
     return read_memory().available
 
 

@@ -132,7 +132,7 @@ def attach_virtual(
     """Put virtual tokens of the stage's kind before every sequence; they are saved in PEFT's
     format.
     """
-    from pipeline.adapters.peft import attach_virtual_tokens, save_virtual
+    from pipeline.adapters.virtual import attach_virtual_tokens, save_virtual
 
     yield from ()
     model, dtype = base.model, DTYPES[settings.adapter_precision]

@@ -53,7 +53,7 @@ def attend_on_accelerator(
     varlen = _supports_varlen(q, v, rule, cached=lengths != spans)
     flash = not varlen and rule.sinks is None and supports_flash(q, v)
     packed = varlen or flash
-    # torch's own attention has no kernel for a few new tokens after others, but for one
+    # torch's own attention: as many queries as keys, or one new token, which needs no mask
     fused = rule.plain and (max(lengths) <= LONGEST or not writes_scores(q))
     fused = fused and all(t in (1, s) for t, s in zip(lengths, spans, strict=True))
     one_row = len(lengths) == 1 and pairs is None

@@ -235,9 +235,8 @@ def fewer_calls(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     return short if torch.equal(short(probe), norm(probe)) else norm
 
 
-# by the first of the linears
-_packed: WeakKeyDictionary[nn.Module, PackedLinear] = WeakKeyDictionary()
-# how many forwards passed _check_agreement together
+_packed: WeakKeyDictionary[nn.Module, PackedLinear] = WeakKeyDictionary()  # by the first linear
+# how many forwards of a model passed _check_agreement together
 _agrees: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 

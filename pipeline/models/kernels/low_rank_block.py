@@ -200,46 +200,48 @@ class _NativeBlock(torch.autograd.Function):
         from pipeline.models.kernels.short_attention import starts_of
 
         x, starts = x.contiguous(), starts_of(lengths)
-        (L, R, D), F_, n = factors[0].shape, len(block.fc1[0]), x.numel() // x.shape[-1]
+        L, R, D = factors[0].shape
+        F_, n = len(block.fc1[0]), x.numel() // D  # width of the feed-forward, rows
         norms = [(weight, bias) for weight, bias, _ in block.norms]
         pairs = (*norms, *block.attention, block.fc1, block.fc2)
-        frozen = [tensor.data_ptr() for pair in pairs for tensor in pair]
-        eps = [eps for *_, eps in block.norms]
-        shape = BlockShape(
-            L, n // L, D, F_, block.heads, R, len(lengths), block.scale, (c_float * 2)(*eps)
-        )
-        shape.frozen, shape.starts = (c_void_p * len(frozen))(*frozen), starts.data_ptr()
-        wide, narrow = (-(-columns // COLUMNS) * COLUMNS for columns in (3 * R, R))  # whole panels
+        pointers = [tensor.data_ptr() for pair in pairs for tensor in pair]
+        eps = (c_float * 2)(*(eps for *_, eps in block.norms))
+        shape = BlockShape(L, n // L, D, F_, block.heads, R, len(lengths), block.scale, eps)
+        shape.frozen, shape.starts = (c_void_p * len(pointers))(*pointers), starts.data_ptr()
+
+        # Ax of q, k and v together, and of out, in whole panels
+        wide, narrow = (-(-columns // COLUMNS) * COLUMNS for columns in (3 * R, R))
+        saved = x.new_empty(n * (6 * D + F_ + 4 + wide + narrow))  # for backward
         longest = -(-max(lengths) // LANES) * LANES
-        panels = max(
-            F_ * D, 3 * D * D, (3 * D + n // L) * wide + R * D, 2 * longest * (D // block.heads + 1)
-        )
-        kept, out = x.new_empty(n * (6 * D + F_ + 4 + wide + narrow)), torch.empty_like(x)
-        room = x.new_empty(n * (2 * D + max(F_, 3 * D)) + panels)
-        native().low_rank_forward(
-            _address(shape, factors), *(tensor.data_ptr() for tensor in (x, out, kept, room))
-        )
+        weights = max(F_ * D, 3 * D * D)  # the largest right side of a frozen product
+        updates = (3 * D + n // L) * wide + R * D
+        attention = 2 * longest * (D // block.heads + 1)
+        room = x.new_empty(n * (2 * D + max(F_, 3 * D)) + max(weights, updates, attention))
+        out = torch.empty_like(x)
+        tensors = (x, out, saved, room)
+        native().low_rank_forward(_address(shape, factors), *(t.data_ptr() for t in tensors))
         # the tensors at whose addresses `shape` points are held by `block`, `starts`, and what is
         # saved
         ctx.shape, ctx.block, ctx.starts, ctx.room = shape, block, starts, room.shape
-        ctx.save_for_backward(x, kept, *factors)
+        ctx.save_for_backward(x, saved, *factors)
         return out
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         from pipeline.models.kernels.native import native
 
-        x, kept, *factors = ctx.saved_tensors
-        given, room, d_x = outputs[0].contiguous(), x.new_empty(ctx.room), torch.empty_like(x)
+        x, saved, *factors = ctx.saved_tensors
+        d_out, room = outputs[0].contiguous(), x.new_empty(ctx.room)
         grads = [factor.new_empty(factor.shape) for factor in factors]
         of_factors = (c_void_p * len(grads))(*[grad.data_ptr() for grad in grads])
-        d_x_at = d_x.data_ptr() if ctx.needs_input_grad[0] else None
+        d_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         native().low_rank_backward(
             _address(ctx.shape, factors),
-            *(tensor.data_ptr() for tensor in (given, x, kept)),
-            *(d_x_at, addressof(of_factors), room.data_ptr()),
+            *(tensor.data_ptr() for tensor in (d_out, x, saved)),
+            None if d_x is None else d_x.data_ptr(),
+            *(addressof(of_factors), room.data_ptr()),
         )
-        return None if d_x_at is None else d_x, None, None, *grads
+        return d_x, None, None, *grads
 
 
 def _address(shape: "BlockShape", factors: Sequence[Tensor]) -> int:

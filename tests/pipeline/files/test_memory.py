@@ -122,7 +122,7 @@ def test_the_memory_left_is_that_of_the_fullest_group_without_files_that_were_re
     root = tree(tmp_path, files)
     reading = read_memory(root, root / "own")
     assert reading.available == room
-    monkeypatch.setattr(device, "read_memory", lambda: reading)
+    monkeypatch.setattr(memory, "read_memory", lambda: reading)
     assert device.available_memory(torch.device("cpu")) == room
 
 
