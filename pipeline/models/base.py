@@ -44,7 +44,7 @@ class CausalLM(nn.Module):
     virtual: "VirtualTokens | None"  # read before every sequence
     compiles = False  # whether `torch.compile` of its blocks may pay
     takes_packed_cache = False  # whether `cache` may be a PackedCache
-    # of packed sequences, as its blocks get them
+    # makes lengths of packed sequences what its blocks get
     wrap_lengths: Callable[[Sequence[int]], Sequence[int]] = tuple
     logit_cap: float | None = None  # the head's logits are cap·tanh(logits / cap)
 
@@ -199,7 +199,7 @@ class CausalLM(nn.Module):
         return False
 
     def kept_attention_weights(self, lengths: Sequence[int]) -> int | None:  # noqa: ARG002
-        """Attention weights per head that a step keeps for one row; None if it keeps none."""
+        """Attention weights per head that a step keeps for a row of sequences, if any."""
         return None
 
     def new_cache(self) -> Any:
@@ -306,9 +306,8 @@ class VirtualTokens(nn.Module):
 class SequenceCache:
     """Keys and values of one sequence of at most `capacity` tokens.
 
-    They stand side by side, (1, G, S, 2K) in every block.
-
-    Their memory grows with the sequence; what is appended is written in place.
+    They stand side by side, (1, G, S, 2K) in every block. Their memory grows with the sequence;
+    what is appended is written in place.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -316,10 +315,7 @@ class SequenceCache:
         self._buffers: dict[int, Tensor] = {}
 
     def append(self, block: int, new: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (1, G, S, K) of all tokens, after appending `new` (1, G, T, 2K).
-
-        `size`: K of the keys.
-        """
+        """All keys and values (1, G, S, K = size), after appending `new` (1, G, T, 2K)."""
         stop = self.length + new.shape[2]
         buffer = self._buffers.get(block)
         if buffer is None or buffer.shape[2] < stop:
@@ -470,9 +466,8 @@ def set_row_count(model: CausalLM, rows: int) -> None:
 def compute_in_fp32(model: nn.Module) -> Iterator[None]:
     """Inside the block each part of `model` is in fp32 while it runs.
 
-    Only then, so that little memory is added.
-
-    In 16 bits, two correct computations of the same logits differ by up to a tenth of the largest.
+    Only then, so that little memory is added. In 16 bits, two correct computations of the same
+    logits differ by up to a tenth of the largest.
     """
     parameters_of, narrow = {}, {}
     for module in model.modules():

@@ -115,9 +115,9 @@ def stream(
     new = to_device(torch.tensor([list(prompt)]), model.device)
     with fast_decoding(model) if packed else nullcontext():
         for _ in range(min(limit, model.max_length - len(prompt))):
-            # Sampled on the CPU, so that a seed means the same on every device.
-            # (V,)
-            logits = model.logits(model.hidden_states(new, cache=cache)[0, -1]).float().cpu()
+            hidden = model.hidden_states(new, cache=cache)[0, -1]  # (D,)
+            # on the CPU, where a seed draws the same token whatever the device
+            logits = model.logits(hidden).float().cpu()  # (V,)
             token = draw(finite(logits), sampling, generator)
             yield SampledToken(token, float(logits.softmax(0)[token]))
             if token in ends:

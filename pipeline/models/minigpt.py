@@ -58,7 +58,7 @@ _FIELDS = {  # OPT's keys, in the order in which they are written, and the field
     "max_position_embeddings": "max_positions",
     "tie_word_embeddings": "tie_embeddings",
 }
-# the others are whole numbers from 1
+# the others are sizes: whole numbers from 1
 _NO_SIZES = ("pad_token_id", "eos_token_id", "tie_word_embeddings")
 _FIXED: dict[str, Any] = {  # what makes an OPT a MiniGPT
     "architectures": ["OPTForCausalLM"],
@@ -174,7 +174,7 @@ class Attention(nn.Module):
             spans = [keys.shape[2] for keys, _ in pairs]
 
         if not uses_cpu_kernels(x.device):
-            # few runs are on one
+            # a run on a CPU does not load it
             from pipeline.models.kernels.accelerator_attention import attend_on_accelerator
 
             y = attend_on_accelerator(q, k, v, lengths, spans, rule, pairs)

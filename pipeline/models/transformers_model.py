@@ -78,8 +78,7 @@ class TransformersModel(CausalLM):
         names = {id(module): name for name, module in model.named_modules()}
         self.embedding_name, self.head_name = names[id(embedding)], names[id(head)]
         self._tied = embedding.weight is head.weight
-        # what families do to the head's logits: Gemma 2 caps, Cohere multiplies, Granite divides
-        # them
+        # what families do to the head's logits: Gemma 2 caps, Cohere scales, Granite divides
         self.logit_cap = getattr(config, "final_logit_softcapping", None)
         divisor = getattr(config, "logits_scaling", None) or 1
         self._scale = getattr(config, "logit_scale", None) or 1 / divisor
@@ -125,7 +124,7 @@ class TransformersModel(CausalLM):
         labelled: Tensor | None = None,
     ) -> Tensor:
         """`labelled`: the needed rows of the flattened result, which may have no others."""
-        # goes to our attention; any other to transformers
+        # a cache of ours goes to our attention; any other to transformers
         past = cache if isinstance(cache, PackedCache) else None
         cache = None if past is not None else cache
         options: dict[str, Any] = {"use_cache": cache is not None}
@@ -134,9 +133,9 @@ class TransformersModel(CausalLM):
             options["cache" if "cache" in self._body_arguments else "past_key_values"] = cache
         # a model with relative positions only, such as ALiBi, takes none
         if "position_ids" in self._body_arguments:
-            options["position_ids"] = (
-                next_positions(inputs, cache) if positions is None else positions
-            )
+            if positions is None:
+                positions = next_positions(inputs, cache)
+            options["position_ids"] = positions
         lengths = None if segments is None else self.wrap_lengths(segments)
         ours = {"segments": lengths, "prefix": prefix, "past": past, "labelled": labelled}
         options |= {key: value for key, value in ours.items() if value is not None}
