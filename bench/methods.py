@@ -21,7 +21,7 @@ from bench.measure import Row, in_turns
 from bench.methods_peft import peft_side
 from bench.training import batches, minigpt
 from pipeline.adapters.attach import attach
-from pipeline.adapters.peft import attach_virtual_tokens
+from pipeline.adapters.virtual import attach_virtual_tokens
 from pipeline.models.load import load_base
 from pipeline.project.params.sections import Quantization, Training
 from pipeline.stages.methods.full import COUNTED as FULL

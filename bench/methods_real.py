@@ -16,7 +16,7 @@ from bench.real import ask, base, side
 from bench.real_sides import BATCH, RANK, TARGETS, Example, Ours, Theirs, equally_long
 from pipeline.adapters.attach import attach
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.peft import attach_virtual_tokens
+from pipeline.adapters.virtual import attach_virtual_tokens
 
 METHODS = ("LoRA", "DoRA", "prefix", "prompt")
 TURNS, LENGTH, VIRTUAL, WORDS = 2, 32, 20, 5000

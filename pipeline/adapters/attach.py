@@ -1,9 +1,8 @@
-"""Find the layers to adapt, attach an adapter to them, name its tensors as PEFT does, disable and
-scale it.
-"""
+"""Find the layers to adapt, attach an adapter to them, name its tensors as PEFT does, scale it."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +29,7 @@ from pipeline.project.params.sections import Init
 
 
 def resolve(model: nn.Module, wanted: Sequence[str]) -> list[str]:
-    """Full names of the linears that `wanted` matches. Raises UserError if one of its names matches
-    nothing.
-    """
+    """Full names of the linears that `wanted` matches; UserError for a name without match."""
     linears = (name for name, module in model.named_modules() if adaptable(module))
     return select_linears(linears, wanted, getattr(model, "head_name", HEAD))
 
@@ -42,14 +39,14 @@ def targeted(model: nn.Module, spec: AdapterSpec) -> list[str]:
 
     Raises UserError if there are none and no experts either, or if a name matches nothing.
     """
-    embedding = getattr(model, "embedding_name", "")
+    embedding, targets = getattr(model, "embedding_name", ""), spec.targets
     layers = [
         name for name, module in model.named_modules() if adaptable(module) or name == embedding
     ]
-    if isinstance(spec.targets, str) and spec.targets != ALL_LINEAR:
-        matches = [name for name in layers if full_match(spec.targets, name, "target_modules")]
+    if isinstance(targets, str) and targets != ALL_LINEAR:
+        matches = [name for name in layers if full_match(targets, name, "target_modules")]
     else:
-        wanted = (spec.targets,) if isinstance(spec.targets, str) else spec.targets
+        wanted = (targets,) if isinstance(targets, str) else targets
         # groups such as all-linear leave it out
         if not any(matches_suffix(embedding, want) for want in wanted):
             layers = [name for name in layers if name != embedding]
@@ -57,7 +54,7 @@ def targeted(model: nn.Module, spec: AdapterSpec) -> list[str]:
     names = [name for name in matches if not spec.excludes(name)]
     if not names and not spec.parameters:
         raise UserError(
-            f"target_modules: {spec.targets!r} matches no layer that is not excluded. "
+            f"target_modules: {targets!r} matches no layer that is not excluded. "
             "Check exclude_modules and layers_to_transform."
         )
     return names
@@ -72,8 +69,9 @@ def adaptable(module: nn.Module) -> bool:
 def attach(
     model: CausalLM, spec: AdapterSpec, dtype: torch.dtype | None = None, init: Init = "document"
 ) -> None:
-    """Freeze `model` and add the adapter's trainable parts, in place: A and B in `dtype`, or each
-    in its layer's.
+    """Freeze `model` and add the adapter's trainable parts, in place.
+
+    A and B are in `dtype`, or each in its layer's.
 
     Raises UserError for a bad target or module to save, and where `init` does not fit a rank.
     """
@@ -83,16 +81,15 @@ def attach(
     # a tied head is the same matrix: it trains wherever the embedding does
     if model.shape.tied and (embedding in by_rows or spec.saves(model.embedding_name)):
         by_rows.add(head)
-    conflicts = {
+    conflicts = [
         name
         for name in names
-        if lies_in(name, by_rows) or any(spec.saves(part) for part in enclosing_names(name))
-    }
+        if lies_in(name, by_rows) or any(map(spec.saves, enclosing_names(name)))
+    ]
     if conflicts:
         raise UserError(
             f"target_modules: {min(conflicts)} already trains in full or row by row "
-            "(train_embeddings). "
-            "Remove it from target_modules, or set train_embeddings to none."
+            "(train_embeddings). Remove it from target_modules, or set train_embeddings to none."
         )
     model.requires_grad_(False)  # first: what is added or saved below requires gradients again
     if spec.parameters:  # before linears: a weight of theirs is refused by its own name
@@ -123,9 +120,7 @@ def add_lora(
     dtype: torch.dtype | None = None,
     init: Init = "document",
 ) -> None:
-    """Wrap the linears and embeddings `names` in place; A and B in `dtype`, or each in its
-    layer's.
-    """
+    """Wrap the linears and embeddings `names` in place; A and B as `attach` says."""
     for name in names:
         base, rank, scale = model.get_submodule(name), spec.rank_of(name), spec.scale_of(name)
         if isinstance(base, nn.Embedding):
@@ -145,9 +140,7 @@ def saves_embedding_or_head(model: CausalLM, spec: AdapterSpec) -> bool:
 
 
 def untie(model: CausalLM) -> None:
-    """Give a tied head its own copy of the weight, as PEFT does when only one of the two is
-    trained.
-    """
+    """Give a tied head its own copy of the weight, as in PEFT if one of the two trains."""
     model.head.weight = nn.Parameter(weight_of(model.head).detach().clone(), requires_grad=False)
 
 
@@ -173,9 +166,8 @@ def tensors(model: CausalLM, spec: AdapterSpec) -> dict[str, nn.Parameter]:
     parameters: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
         by_key = module.adapter_parameters() if isinstance(module, AdapterLayer) else {}
-        # a tied head's are the embedding's
         if ROWS in by_key and name.rsplit(".", 1)[-1] not in spec.rows:
-            by_key = {}
+            by_key = {}  # a tied head's are the embedding's
         if by_key:
             parameters |= {f"{PREFIX}{name}{key}": p for key, p in by_key.items()}
         elif spec.saves(name):
@@ -210,17 +202,14 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear | LoRAEmb
 
 
 def short_targets(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """The last parts of `names`, if they match exactly `names`, here and in PEFT; otherwise
-    `names`.
-    """
+    """The last parts of `names`, if these match `names` alone, in PEFT too; else `names`."""
     last = tuple(sorted({name.rsplit(".", 1)[-1] for name in names}))
     matches = [full for full, _ in model.named_modules() if full.rsplit(".", 1)[-1] in last]
     return last if resolve(model, last) == matches == list(names) else tuple(names)
 
 
 class AdapterScale:
-    """W + s·(W′ − W) for every W that an adapter changed in `model`; s = 1 gives the adapter's own
-    bits.
+    """W + s·(W′ − W) for every W that an adapter changed; s = 1 gives the adapter's bits.
 
     LoRA's update is linear in its scale; DoRA's is not, so it has a separate strength. Weights
     trained in full or row by row are interpolated from `base` for each s: no tensor is written to.
@@ -229,10 +218,9 @@ class AdapterScale:
     def __init__(self, model: CausalLM, base: CausalLM, spec: AdapterSpec) -> None:
         from pipeline.adapters.experts import expert_layers
 
-        updates = (
-            update for _, layer in expert_layers(model) for update in layer.by_parameter().values()
-        )
-        scaled = (*(layer for _, layer in adapter_layers(model)), *updates)
+        scaled: list[Any] = [layer for _, layer in adapter_layers(model)]
+        for _, experts in expert_layers(model):
+            scaled += experts.by_parameter().values()
         self._lora = [(layer, layer.scale) for layer in scaled]
         self._trained = [
             (parameter, _base_values(key, base, spec), parameter.data)

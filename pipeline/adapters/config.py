@@ -44,36 +44,15 @@ ANY_LIST = r"(?<=\.)[^.]*"  # PEFT's default layers_pattern: any module list ins
 
 # PEFT's options that change what an adapter computes, each with its only supported value.
 _PLAIN: dict[str, Any] = {"bias": "none", "lora_bias": False}
-_READ = {  # PEFT's options that are supported
-    "peft_type",
-    *(
-        "r",
-        "lora_alpha",
-        "use_rslora",
-        "use_dora",
-        "rank_pattern",
-        "alpha_pattern",
-        "init_lora_weights",
-    ),
-    *(
-        "target_modules",
-        "target_parameters",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-    ),
-    *("modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
-}
-_HARMLESS = {  # those without effect once an adapter is trained; any other must be empty
-    *(
-        "task_type",
-        "auto_mapping",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-    ),
-    *("lora_dropout", "megatron_core", "qalora_group_size", "runtime_config"),
+# PEFT's other options that may be set: those that are read, then those without effect on a trained
+# adapter.
+_KNOWN = {
+    *("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
+    *("init_lora_weights", "target_modules", "target_parameters", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern", "modules_to_save", "trainable_token_indices"),
+    "ensure_weight_tying",
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "lora_dropout", "megatron_core", "qalora_group_size", "runtime_config"),
     "fan_in_fan_out",  # for GPT-2's layers; PEFT corrects it itself, whatever the file says
     # initializations: see _KEEPS_BASE
     *("eva_config", "corda_config", "lora_ga_config", "loftq_config"),
@@ -92,20 +71,20 @@ MOST_PATTERNS = 5_000  # in rank_pattern or alpha_pattern; compiling one takes 0
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """`targets` get LoRA, `saved` modules train in full, `rows` train row by row, `parameters` are
-    stacked experts'.
+    """What an adapter changes.
 
-    A name matches every module whose full name ends with it; in `saved` even within a word, as in
-    PEFT: norm also matches input_layernorm. A string instead of a list is a pattern for the full
-    name, or all-linear. The keys of `ranks` and `alphas` are patterns: the first that matches the
-    end of a name applies.
+    A name matches every module whose full name ends with it. A string in place of a list of names
+    is a pattern for full names, or all-linear.
     """
 
     rank: int
     alpha: float
-    targets: tuple[str, ...] | str
+    targets: tuple[str, ...] | str  # layers that get LoRA
+    # Modules that train in full. A name matches even within a word, as in PEFT: norm also matches
+    # input_layernorm.
     saved: tuple[str, ...] = ()
-    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # that train, by module
+    # Exceptions from `rank` and `alpha`. The first pattern that matches the end of a name applies.
     ranks: Mapping[str, int] = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
     rslora: bool = False
@@ -114,7 +93,8 @@ class AdapterSpec:
     excluded: tuple[str, ...] | str = ()
     layers: tuple[int, ...] = ()  # empty: all
     lists: tuple[str, ...] = ()  # names of the module lists that `layers` index; empty: any
-    # by the end of their full names; neither `excluded` nor `layers` apply to them
+    # Stacked experts that get LoRA, by the end of their full names; neither `excluded` nor `layers`
+    # apply to them.
     parameters: tuple[str, ...] = ()
 
     def rank_of(self, module: str) -> int:
@@ -124,9 +104,8 @@ class AdapterSpec:
     def scale_of(self, module: str) -> float:
         """The scale s of its BA: alpha/R, or with rsLoRA alpha/√R (Kalajdzievski 2023)."""
         rank = self.rank_of(module)
-        return _by_pattern(self.alphas, module, self.alpha, "alpha_pattern") / (
-            math.sqrt(rank) if self.rslora else rank
-        )
+        alpha = _by_pattern(self.alphas, module, self.alpha, "alpha_pattern")
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def doubled(self) -> "AdapterSpec":
         """Every rank doubled, and alphas so that every scale stays the same."""
@@ -149,14 +128,12 @@ class AdapterSpec:
         # in PEFT a full name is adapted in whatever block it is
         if not self.layers or module in self.targets:
             return excluded
-        # the number of the block that contains the module: the first in its name
         numbers = (
             block_match(name, module, "layers_pattern") for name in self.lists or (ANY_LIST,)
         )
-        return (
-            excluded
-            or next((number for number in numbers if number is not None), None) not in self.layers
-        )
+        # that of the block that contains the module: the first in its name
+        block = next((number for number in numbers if number is not None), None)
+        return excluded or block not in self.layers
 
     def saves(self, module: str) -> bool:
         """Whether the module with this full name trains in full."""
@@ -177,24 +154,19 @@ def lies_in(module: str, names: Iterable[str]) -> bool:
 
 
 def enclosing_names(module: str) -> list[str]:
-    """Full names of the module and of all around it, outermost first: model, model.norm for
-    model.norm.
-    """
+    """Full names of the module and of all around it, outermost first: model, model.norm."""
     return list(accumulate(module.split("."), lambda outer, inner: f"{outer}.{inner}"))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json. Raises UserError if there is none; it says if the folder is a model, or
-    holds adapters.
-    """
+    """adapter_config.json. Raises UserError, which says if the folder is something else."""
     artifact.refuse_untrusted(folder)
     # what else it may be, before read_json says only that a file is missing
     if not (folder / CONFIG).exists():
         if (folder / MODEL).is_file():
             raise UserError(
-                f"{folder} is a full model, not an adapter: it needs no base, and there is "
-                "nothing to merge. "
-                f"Use it directly: `lora prompt --base {folder}`."
+                f"{folder} is a full model, not an adapter: it needs no base, and there is nothing "
+                f"to merge. Use it directly: `lora prompt --base {folder}`."
             )
         if inside := sorted(path.parent for path in folder.glob(f"*/{CONFIG}")):
             raise UserError(
@@ -204,10 +176,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def config_of(spec: AdapterSpec, base_name: str, transposed: bool) -> dict[str, Any]:
-    """adapter_config.json; `transposed`: whether the layers store their weights as GPT-2's Conv1D
-    does.
-    """
-    return {
+    """adapter_config.json; `transposed`: whether layers store their weights as GPT-2's Conv1D."""
+    config = {
         "peft_type": LORA,
         **_PLAIN,
         "task_type": "CAUSAL_LM",
@@ -231,14 +201,11 @@ def config_of(spec: AdapterSpec, base_name: str, transposed: bool) -> dict[str, 
         "layers_pattern": list(spec.lists) or None,
         "modules_to_save": list(spec.saved) or None,
         "trainable_token_indices": {name: list(ids) for name, ids in spec.rows.items()} or None,
-        # PEFT below 0.17 does not know the first key; from the second it is known how A and B are
-        # stored
-        **(
-            {"target_parameters": list(spec.parameters), "peft_version": LAYOUT}
-            if spec.parameters
-            else {}
-        ),
     }
+    # PEFT below 0.17 does not know the first key; the second tells how A and B are stored
+    if spec.parameters:
+        config |= {"target_parameters": list(spec.parameters), "peft_version": LAYOUT}
+    return config
 
 
 def _to_integer(number: float) -> float:
@@ -251,56 +218,23 @@ def _to_json(names: tuple[str, ...] | str) -> list[str] | str | None:
 
 
 def read_spec(folder: Path, embedding: str = EMBEDDING) -> AdapterSpec:
-    """What the adapter in `folder` changes, by its config; `embedding` is the last part of the
-    embedding's name.
-
-    Raises UserError for any option that is invalid or not supported.
-    """
-    config = AdapterConfig.read(folder)
-    config.refuse_options()
-    return AdapterSpec(
-        rank=config.number("r", config.get("r"), whole=True),
-        alpha=config.number("lora_alpha", config.get("lora_alpha")),
-        targets=config.names(
-            "target_modules", needed=not config.get("target_parameters"), may_be_pattern=True
-        ),
-        saved=tuple(config.names("modules_to_save")),
-        rows=config.rows(embedding),
-        ranks={
-            key: config.number("rank_pattern", n, whole=True)
-            for key, n in config.pattern("rank_pattern").items()
-        },
-        alphas={
-            key: config.number("alpha_pattern", n)
-            for key, n in config.pattern("alpha_pattern").items()
-        },
-        rslora=bool(config.get("use_rslora")),
-        dora=bool(config.get("use_dora")),
-        excluded=config.names("exclude_modules", may_be_pattern=True),
-        layers=config.layers(),
-        lists=config.lists(),
-        parameters=config.names("target_parameters"),
-    )
+    """`AdapterConfig.spec` of the adapter in `folder`. Raises UserError."""
+    return AdapterConfig.read(folder).spec(embedding)
 
 
 def refuse_experts(folder: Path, spec: AdapterSpec) -> None:
-    """Raises UserError for an adapter on stacked experts: only its own module knows which factors
-    belong together.
-    """
+    """Raises UserError for an adapter on stacked experts, whose factors only PEFT tells apart."""
     if spec.parameters:
         raise UserError(
-            f"{folder} adapts experts (target_parameters {', '.join(spec.parameters)}), which "
-            "only PEFT and this "
-            "project read as an adapter. Merge it: `lora export --format merged`."
+            f"{folder} adapts experts (target_parameters {', '.join(spec.parameters)}), which only "
+            "PEFT and this project read as an adapter. Merge it: `lora export --format merged`."
         )
 
 
 def refuse_options(
     config: Mapping[str, Any], path: Path, plain: Mapping[str, Any], known: Collection[str]
 ) -> None:
-    """Raises UserError for an option of `plain` with another value than there, and for one that is
-    not `known`.
-    """
+    """Raises UserError for another value of a `plain` option, and for an option not `known`."""
     for key, supported in plain.items():
         if (config.get(key) or supported) != supported:
             raise UserError(
@@ -313,7 +247,7 @@ def refuse_options(
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The values of adapter_config.json, validated one by one. Raises UserError."""
+    """adapter_config.json, whose values are checked when they are asked for. Raises UserError."""
 
     values: dict[str, Any]
     path: Path
@@ -325,15 +259,61 @@ class AdapterConfig:
     def get(self, key: str) -> Any:
         return self.values.get(key)
 
-    def refuse_options(self) -> None:
-        kind = self.get("peft_type") or LORA
-        if kind != LORA:
+    @property
+    def kind(self) -> str:
+        """PEFT's type of the adapter."""
+        return str(self.get("peft_type") or LORA)
+
+    def refuse_other_kinds(self) -> None:
+        """Raises UserError for an adapter that is no LoRA: of virtual tokens, or of a method's."""
+        folder = self.path.parent
+        if self.kind in OTHER_KINDS:
+            raise UserError(
+                f"{folder} is an adapter of type {self.kind}: only LoRA can be merged, combined, "
+                "compared or served by vLLM. Use it on its base with `lora prompt --adapter`, or "
+                "with PEFT."
+            )
+        if self.kind in VIRTUAL:
+            kind, count = VIRTUAL[self.kind], self.get("num_virtual_tokens")
+            raise UserError(
+                f"{folder} is a {kind} of {count} virtual tokens: it changes no weights, so there "
+                "is nothing to merge, combine or compare, and vLLM cannot serve it. Use it on its "
+                "base with `lora prompt --adapter`, or with PEFT."
+            )
+
+    def spec(self, embedding: str = EMBEDDING) -> AdapterSpec:
+        """What the adapter changes; `embedding`: the last part of the embedding's name.
+
+        Raises UserError for an option that is invalid or not supported.
+        """
+        self._refuse_options()
+        ranks, alphas = self._patterns("rank_pattern"), self._patterns("alpha_pattern")
+        return AdapterSpec(
+            rank=self._number("r", self.get("r"), whole=True),
+            alpha=self._number("lora_alpha", self.get("lora_alpha")),
+            targets=self.names(
+                "target_modules", needed=not self.get("target_parameters"), may_be_pattern=True
+            ),
+            saved=self.names("modules_to_save"),
+            rows=self._rows(embedding),
+            ranks={key: self._number("rank_pattern", n, whole=True) for key, n in ranks.items()},
+            alphas={key: self._number("alpha_pattern", n) for key, n in alphas.items()},
+            rslora=bool(self.get("use_rslora")),
+            dora=bool(self.get("use_dora")),
+            excluded=self.names("exclude_modules", may_be_pattern=True),
+            layers=self._layers(),
+            lists=self._lists(),
+            parameters=self.names("target_parameters"),
+        )
+
+    def _refuse_options(self) -> None:
+        if self.kind != LORA:
             *others, last = LORA, *OTHER_KINDS, *VIRTUAL
+            kind = self.get("peft_type")
             raise UserError(
                 f"{self.path}: peft_type must be {', '.join(others)} or {last}, got "
-                f"{abbreviate_repr(kind, 200)}. "
-                "Train one of these, or convert the adapter with PEFT's save_as_lora if its "
-                "method allows that."
+                f"{abbreviate_repr(kind, 200)}. Train one of these, or convert the adapter with "
+                "PEFT's save_as_lora if its method allows that."
             )
         init = self.values.get("init_lora_weights", True)
         # PEFT's names have no case
@@ -350,30 +330,26 @@ class AdapterConfig:
                 f"{self.path}: init_lora_weights is {abbreviate_repr(init)}, which also changes "
                 f"the base. {convert}"
             )
-        refuse_options(self.values, self.path, _PLAIN, _READ | _HARMLESS)
+        refuse_options(self.values, self.path, _PLAIN, _KNOWN)
 
-    def number(self, key: str, value: Any, whole: bool = False) -> Any:
+    def _number(self, key: str, value: Any, whole: bool = False) -> Any:
         kinds, (least, most) = (int, _RANKS) if whole else ((int, float), _ALPHAS)
         if not isinstance(value, kinds) or isinstance(value, bool) or not least <= value <= most:
             raise self._invalid(key, f"a {'whole ' * whole}number from {least} to {most}", value)
         return value if whole else float(value)
 
     def names(self, key: str, needed: bool = False, may_be_pattern: bool = False) -> Any:
-        """A tuple of names, or a pattern as a string; where no pattern is allowed, a string is one
-        name.
-        """
+        """A tuple of names, or a pattern as a string; where that is not allowed, it is a name."""
         value = self.get(key) or []
         if isinstance(value, str):
-            if not may_be_pattern:
-                return (value,)
-            return self._pattern(key, value)
+            return self._pattern(key, value) if may_be_pattern else (value,)
         if not _is_list_of(value, str) or (needed and not value):
             raise self._invalid(key, "a list of names", self.get(key))
         if len(value) > MOST_NAMES:
             raise self._invalid(key, f"at most {MOST_NAMES:,} names", len(value))
         return tuple(sorted(value))
 
-    def pattern(self, key: str) -> dict[str, Any]:
+    def _patterns(self, key: str) -> dict[str, Any]:
         value = self.get(key) or {}
         if not isinstance(value, dict):
             raise self._invalid(key, "a mapping of names to numbers", value)
@@ -389,18 +365,20 @@ class AdapterConfig:
             raise self._invalid(key, f"a regular expression ({why})", pattern)
         return pattern
 
-    def lists(self) -> tuple[str, ...]:
+    def _lists(self) -> tuple[str, ...]:
         key = "layers_pattern"
         return tuple(self._pattern(key, name, block_pattern(name)) for name in self.names(key))
 
-    def layers(self) -> tuple[int, ...]:
+    def _layers(self) -> tuple[int, ...]:
         value = self.get("layers_to_transform")
-        numbers = [] if value is None else value if isinstance(value, list) else [value]
+        numbers = value if isinstance(value, list) else [value]
+        if value is None:
+            numbers = []
         if not _is_list_of(numbers, int):
             raise self._invalid("layers_to_transform", "the numbers of blocks", value)
         return tuple(numbers)
 
-    def rows(self, embedding: str) -> dict[str, tuple[int, ...]]:
+    def _rows(self, embedding: str) -> dict[str, tuple[int, ...]]:
         value = self.get("trainable_token_indices") or {}
         indices = {embedding: value} if isinstance(value, list) else value
         if not isinstance(indices, dict):

@@ -1,5 +1,4 @@
-"""LoRA on a mixture's experts, whose weights are stacked in one parameter (E, O, I): PEFT's
-`target_parameters`.
+"""LoRA on a mixture's experts, stacked in one parameter (E, O, I): `target_parameters`.
 
 Each token's update is computed with the A and B of its own experts: no (E, O, I) update is ever
 formed.
@@ -8,7 +7,7 @@ formed.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -77,43 +76,30 @@ class LoRAExperts(AdapterLayer):
         dtype: torch.dtype | None,
         init: Init,
     ) -> None:
-        """`name`: the full name of `base`; `parameters`: those of its own that get LoRA, in its
-        order.
-        """
+        """`name`: the full name of `base`; `parameters`: those of its own that get LoRA."""
         super().__init__(base)
         self.transposed: bool = base.is_transposed  # type: ignore[assignment]
         self.updates = nn.ModuleDict()
         for parameter in parameters:
-            full = f"{name}.{parameter}"
-            rank, scale, weight = (
-                spec.rank_of(full),
-                spec.scale_of(full),
-                base.get_parameter(parameter),
-            )
+            full, weight = f"{name}.{parameter}", base.get_parameter(parameter)
+            rank, scale = spec.rank_of(full), spec.scale_of(full)
             self.updates[parameter] = ExpertUpdate(
                 weight, self.transposed, rank, scale, dtype, init
             )
 
     def by_parameter(self) -> dict[str, ExpertUpdate]:
-        return {
-            name: update
-            for name, update in self.updates.items()
-            if isinstance(update, ExpertUpdate)
-        }
+        updates: Any = self.updates  # a ModuleDict's modules have no type of their own
+        return dict(updates)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        by_key = dict[str, nn.Parameter]()
-        for nested, update in zip(
-            nesting(len(self.updates)), self.by_parameter().values(), strict=True
-        ):
-            pair = zip(LINEAR_KEYS, (update.lora_A, update.lora_B), strict=True)
-            by_key |= {nested + key: parameter for key, parameter in pair}
+        by_key, updates = dict[str, nn.Parameter](), self.by_parameter().values()
+        for nested, update in zip(nesting(len(updates)), updates, strict=True):
+            a_key, b_key = LINEAR_KEYS
+            by_key[nested + a_key], by_key[nested + b_key] = update.lora_A, update.lora_B
         return by_key
 
     def forward(self, x: Tensor, *routed: Tensor) -> Tensor:
-        """x (N, D); of `routed` the numbers (N, K) of each token's experts, and their weights (N,
-        K).
-        """
+        """x (N, D); `routed`: each token's experts and their weights, (N, K) each."""
         chosen, weights = routed
         if self.enabled:
             updates = {name: update.stacked() for name, update in self.by_parameter().items()}
@@ -123,19 +109,18 @@ class LoRAExperts(AdapterLayer):
 
 
 def nesting(count: int) -> list[str]:
-    """What PEFT adds to a module's name in the keys of its `count` parameters: the first's wrapper
-    lies innermost.
+    """What PEFT adds to a module's name in the keys of its `count` parameters.
+
+    The first one's wrapper lies innermost.
     """
     return [".base_layer" * depth for depth in reversed(range(count))]
 
 
 class Stack(NamedTuple):
-    """A parameter (E, O, I) that gets LoRA of rank R, (E, I, O) if `transposed`; `key`: PEFT's,
-    without its end.
-    """
+    """A parameter (E, O, I) that gets LoRA of rank R."""
 
-    key: str
-    transposed: bool
+    key: str  # PEFT's, without its prefix and its end
+    transposed: bool  # the parameter is (E, I, O)
     experts: int
     rank: int
     outputs: int
@@ -155,40 +140,36 @@ def stacks(model: nn.Module, spec: AdapterSpec) -> Iterator[Stack]:
 
 
 def stacked_shapes(model: nn.Module, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
-    """The shape (E·R, I) of every lora_A that experts get, by PEFT's key without its prefix. Raises
-    UserError.
-    """
+    """The shape (E·R, I) of every lora_A that experts get, by PEFT's key. Raises UserError."""
     return {
-        f"{each.key}{LINEAR_KEYS[0]}": (each.experts * each.rank, each.inputs)
-        for each in stacks(model, spec)
+        f"{PREFIX}{stack.key}{LINEAR_KEYS[0]}": (stack.experts * stack.rank, stack.inputs)
+        for stack in stacks(model, spec)
     }
 
 
 def in_this_layout(
     model: nn.Module, spec: AdapterSpec, values: Mapping[str, Tensor], version: object, folder: Path
 ) -> dict[str, Tensor]:
-    """The adapter's tensors, with A and B of experts as they are since PEFT 0.19.1: A (E·R, I) and
-    B (O, R·E).
+    """The adapter's tensors with experts' A (E·R, I) and B (O, R·E), as since PEFT 0.19.1.
 
     Before, the two had changed sides: A was (E·R, O) and B (I, R·E), with ΔW = (BA)ᵀ. In a square
     stack the shapes do not tell: `version` does, the `peft_version` of the adapter in `folder`.
     Raises UserError if nothing does.
     """
-    changed, fitting = dict(values), {False, True}
-    known = {False, True}
+    changed = dict(values)
+    fitting = known = {False, True}  # whether A and B have changed sides, by shapes and version
     for stack in stacks(model, spec):
-        known &= _may_be_swapped(version, stack.transposed)
-        fitting &= {swapped for swapped in (False, True) if _fits(stack, swapped, values)}
+        known = known & _may_be_swapped(version, stack.transposed)
+        fitting = {swapped for swapped in fitting if _fits(stack, swapped, values)}
     if not fitting:
         # the shapes are those of no layout, which is said with those that are expected
         return changed
     if len(fitting & known) != 1:
         raise UserError(
             f"{folder / CONFIG}: peft_version is {abbreviate_repr(version)}, which does not tell "
-            "how A and B of "
-            f"experts are stored here: PEFT changed it in {LAYOUT}. Set it to the version of PEFT "
-            "that wrote the "
-            f"adapter; if that wrote none, to 0.17.1; if `lora` wrote the adapter, to {LAYOUT}."
+            f"how A and B of experts are stored here: PEFT changed it in {LAYOUT}. Set it to the "
+            "version of PEFT that wrote the adapter; if that wrote none, to 0.17.1; if `lora` "
+            f"wrote the adapter, to {LAYOUT}."
         )
     if fitting & known == {False}:
         return changed
@@ -203,17 +184,17 @@ def in_this_layout(
 
 def _fits(stack: Stack, swapped: bool, values: Mapping[str, Tensor]) -> bool:
     """Whether A and B of the stack have the shapes of this layout."""
-    sides = (stack.outputs, stack.inputs)
-    outputs, inputs = reversed(sides) if swapped else sides
-    rows = stack.experts * stack.rank
-    shapes = [(rows, inputs), (outputs, rows)]
-    stored = [values.get(f"{PREFIX}{stack.key}{end}") for end in LINEAR_KEYS]
-    return [None if tensor is None else tuple(tensor.shape) for tensor in stored] == shapes
+    outputs, inputs, rows = stack.outputs, stack.inputs, stack.experts * stack.rank
+    if swapped:
+        outputs, inputs = inputs, outputs
+    A, B = (values.get(f"{PREFIX}{stack.key}{end}") for end in LINEAR_KEYS)
+    if A is None or B is None:
+        return False
+    return A.shape == (rows, inputs) and B.shape == (outputs, rows)
 
 
 def _may_be_swapped(version: object, transposed: bool) -> set[bool]:
-    """Whether A and B have changed sides in a file of this version of PEFT; both if that cannot be
-    known.
+    """Whether A and B have changed sides in a file of this version; both if unknown.
 
     Up to 0.18 they have in a stack (E, O, I), in 0.19.0 in every stack. 0.17 writes no version, nor
     did this project.
@@ -239,16 +220,16 @@ def expert_layers(model: nn.Module) -> Iterator[tuple[str, LoRAExperts]]:
 
 def adaptable_experts(module: nn.Module) -> bool:
     """Whether LoRA can reach its experts: stacked ones of transformers' interface, with a gate."""
-    plain = getattr(module, "has_gate", False) and not getattr(
-        module, "has_post_expert_norm", False
-    )
-    own = module._parameters
-    return plain and all((p := own.get(name)) is not None and p.ndim == 3 for name in PROJECTIONS)
+    if not getattr(module, "has_gate", False) or getattr(module, "has_post_expert_norm", False):
+        return False
+    stacks = [module._parameters.get(name) for name in PROJECTIONS]
+    return all(stack is not None and stack.ndim == 3 for stack in stacks)
 
 
 def resolve_parameters(model: nn.Module, wanted: Sequence[str]) -> dict[str, list[str]]:
-    """Full name of a mixture → its parameters that `wanted` names, by the end of their full names,
-    in its own order.
+    """Full name of a mixture → its parameters that `wanted` names, in its own order.
+
+    They are named by the end of their full names.
 
     Raises UserError for a name that matches nothing, or a parameter that is not the stacked weights
     of experts.
@@ -256,16 +237,17 @@ def resolve_parameters(model: nn.Module, wanted: Sequence[str]) -> dict[str, lis
     matched: dict[str, list[str]] = {}
     missing = dict.fromkeys(wanted)
     for name, module in model.named_modules():
-        for own in module._parameters:
-            targets = [target for target in wanted if matches_suffix(f"{name}.{own}", target)]
-            if targets and not (own in PROJECTIONS and adaptable_experts(module)):
+        for parameter in module._parameters:
+            tensor = f"{name}.{parameter}"
+            targets = [target for target in wanted if matches_suffix(tensor, target)]
+            if not targets:
+                continue
+            if parameter not in PROJECTIONS or not adaptable_experts(module):
                 raise UserError(
-                    f"target_parameters: {targets[0]!r} matches {name}.{own}, which is no stack "
-                    "of experts' weights. "
-                    f"{_known(model)}"
+                    f"target_parameters: {targets[0]!r} matches {tensor}, which is no stack of "
+                    f"experts' weights. {_known(model)}"
                 )
-            if targets:
-                matched.setdefault(name, []).append(own)
+            matched.setdefault(name, []).append(parameter)
             for target in targets:
                 missing.pop(target, None)
     if missing:
@@ -276,20 +258,18 @@ def resolve_parameters(model: nn.Module, wanted: Sequence[str]) -> dict[str, lis
 
 
 def expert_parameters(model: nn.Module) -> list[str]:
-    """What target_parameters may name in `model`: such as mlp.experts.gate_up_proj; of all blocks
-    alike.
-    """
-    ends = (
-        name.split(".")[-2:] for name, module in model.named_modules() if adaptable_experts(module)
-    )
-    return list(
-        dict.fromkeys(".".join([*end, projection]) for end in ends for projection in PROJECTIONS)
-    )
+    """What target_parameters may name in `model`, such as mlp.experts.gate_up_proj."""
+    names = dict[str, None]()  # in order; those of all blocks are alike
+    for name, module in model.named_modules():
+        if adaptable_experts(module):
+            end = ".".join(name.split(".")[-2:])
+            names |= {f"{end}.{projection}": None for projection in PROJECTIONS}
+    return [*names]
 
 
 def _known(model: nn.Module) -> str:
-    if known := expert_parameters(model):
-        return f"Name {' and '.join(known)}, or linears in target_modules."
+    if names := expert_parameters(model):
+        return f"Name {' and '.join(names)}, or linears in target_modules."
     return "The base has no experts that are stacked. Name its linears in target_modules instead."
 
 
@@ -300,11 +280,12 @@ def refuse_with_experts(spec: AdapterSpec, init: Init = "document") -> None:
         f"lora_dropout {spec.dropout:g}": spec.dropout,
         f"init_lora_weights {init}": init == "pissa",
     }
-    for option in (name for name, is_set in options.items() if is_set):
-        raise UserError(
-            f"target_parameters: LoRA on experts does not work with {option}. Unset it, or leave "
-            "the experts out."
-        )
+    for option, is_set in options.items():
+        if is_set:
+            raise UserError(
+                f"target_parameters: LoRA on experts does not work with {option}. Unset it, or "
+                "leave the experts out."
+            )
 
 
 def add_experts(
@@ -316,6 +297,5 @@ def add_experts(
     """
     refuse_with_experts(spec, init)
     for name, parameters in resolve_parameters(model, spec.parameters).items():
-        model.set_submodule(
-            name, LoRAExperts(model.get_submodule(name), name, parameters, spec, dtype, init)
-        )
+        base = model.get_submodule(name)
+        model.set_submodule(name, LoRAExperts(base, name, parameters, spec, dtype, init))

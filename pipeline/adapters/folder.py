@@ -3,14 +3,17 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
-from pipeline.adapters.config import CONFIG, OTHER_KINDS, VIRTUAL, WEIGHTS, read_config
+from pipeline.adapters.config import CONFIG, WEIGHTS, read_config
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint, license_of
 from pipeline.files.text import abbreviate_repr
 from pipeline.project.params.sections import Quantization
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PICKLE = "adapter_model.bin"
 DEFAULT_BASE = "artifacts/expanded"  # expand_vocab's
@@ -20,40 +23,36 @@ Contents = Callable[[Path], Mapping[str, str]]  # of any folder: artifact.conten
 
 
 def refuse_pickle(folder: Path) -> None:
-    """Raises UserError for an adapter whose only weights are a pickle, as PEFT wrote them before
-    safetensors.
-    """
+    """Raises UserError for an adapter whose only weights are a pickle, as of older PEFT."""
     if (folder / PICKLE).is_file() and not (folder / WEIGHTS).exists():
         raise UserError(
             f"{folder / PICKLE} is a pickle, which can run code and is never read. Import the "
-            "adapter, which reads its "
-            f"tensors without running any: `lora adapters import {folder} --base BASE --out OUT`."
+            "adapter, which reads its tensors without running any: `lora adapters import "
+            f"{folder} --base BASE --out OUT`."
         )
 
 
-def refuse_virtual(folder: Path) -> None:
-    """Raises UserError for an adapter that is no LoRA: one of virtual tokens changes no weights."""
-    config = read_config(folder)
-    if (other := str(config.get("peft_type"))) in OTHER_KINDS:
-        raise UserError(
-            f"{folder} is an adapter of type {other}: only LoRA can be merged, combined, compared "
-            "or served by vLLM. "
-            "Use it on its base with `lora prompt --adapter`, or with PEFT."
-        )
-    kind = VIRTUAL.get(str(config.get("peft_type")))
-    if kind:
-        raise UserError(
-            f"{folder} is a {kind} of {config.get('num_virtual_tokens')} virtual tokens: it "
-            "changes no weights, so "
-            "there is nothing to merge, combine or compare, and vLLM cannot serve it. Use it on "
-            "its base with "
-            "`lora prompt --adapter`, or with PEFT."
-        )
+def read_tensors(folder: Path) -> dict[str, "Tensor"]:
+    """The adapter's tensors. Raises UserError if a number is not finite or no floating point."""
+    from pipeline.models.save import load_tensors  # what needs no tensors starts without torch
+
+    refuse_pickle(folder)
+    tensors, path = load_tensors(folder / WEIGHTS), folder / WEIGHTS
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{path}: {key} must hold floating point numbers, got {kind}. Copy it again."
+            )
+        if not tensor.float().isfinite().all():  # 8 bits have no isfinite
+            raise UserError(
+                f"{path}: {key} is not finite. Train the adapter again with a lower learning_rate."
+            )
+    return tensors
 
 
 def base_of(adapter: Path | None, here: Path = Path(), *last: Path) -> Path:
-    """The model folder that an adapter names as its base; without an adapter, the pipeline's
-    expanded base.
+    """The model folder that an adapter names as its base; without one, the pipeline's base.
 
     A relative name is looked up in `here`, in the adapter's parent folders, then in `last`. Raises
     UserError.
@@ -74,20 +73,21 @@ def base_of(adapter: Path | None, here: Path = Path(), *last: Path) -> Path:
 
 
 class Origin(NamedTuple):
-    """Where a base was imported from: its id and commit on the hub, if it is from there; the number
-    of tokens added since; the license on its card; the quantization of its weights there, if the
-    import dequantized them."""
+    """Where a base was imported from."""
 
-    hub_id: str | None
-    revision: str | None
-    added: int
-    license: Mapping[str, str]
-    dequantized: str
+    hub_id: str | None  # None: not from the hub
+    revision: str | None  # its commit there
+    added: int  # tokens since
+    license: Mapping[str, str]  # on its card
+    dequantized: str  # the quantization of the weights there, which the import dequantized
 
 
 def origin_of(adapter: Path, base: Path | None = None) -> Origin | None:
-    """The origin of the adapter's base, or of `base`; None if it was not imported, is missing, or
-    was expanded from another base than the one in the folder beside it."""
+    """The origin of the adapter's base, or of `base`.
+
+    None if the base was not imported, is missing, or was expanded from another base than the one in
+    the folder beside it.
+    """
     try:
         base = base or base_of(adapter)
         if not (base / artifact.MANIFEST).exists():
@@ -101,9 +101,9 @@ def origin_of(adapter: Path, base: Path | None = None) -> Origin | None:
             manifest, added = imported, stop - start
         if "source" not in manifest:
             return None
-        hub_id = (
-            manifest["params"]["base"].partition("@")[0] if manifest["source"] == "hub" else None
-        )
+        hub_id = None
+        if manifest["source"] == "hub":
+            hub_id = manifest["params"]["base"].partition("@")[0]
         license = {str(key): str(value) for key, value in manifest.get("license", {}).items()}
         return Origin(
             hub_id, manifest.get("revision"), added, license, str(manifest.get("dequantized") or "")
@@ -114,34 +114,32 @@ def origin_of(adapter: Path, base: Path | None = None) -> Origin | None:
 
 
 def common_base(adapters: Sequence[Path]) -> Path:
-    """The folder that all of them name as their base. Raises UserError if they name different
-    ones.
-    """
+    """The folder that all of them name as their base. Raises UserError if they differ."""
     first, *others = adapters
     base = base_of(first)
     for other in others:
-        if base_of(other).resolve() != base.resolve():
+        another = base_of(other)
+        if another.resolve() != base.resolve():
             raise UserError(
-                f"{first} and {other} name different bases: {base} and {base_of(other)}. If both "
-                "are the same model, "
-                "pass it with --base."
+                f"{first} and {other} name different bases: {base} and {another}. If both are the "
+                "same model, pass it with --base."
             )
     return base
 
 
 def quantization_of(adapter: Path | None) -> Quantization:
-    """The quantization of the base that the adapter was trained on: in our manifest only, PEFT's
-    config has no key.
+    """The quantization of the base that the adapter was trained on.
+
+    It stands in our manifest only: PEFT's config has no key for it.
     """
     if adapter is None or not (adapter / artifact.MANIFEST).exists():
         return "none"
-    quantization: Quantization = (
-        artifact.read_manifest(adapter).get("params", {}).get("quantization", "none")
-    )
-    if quantization not in get_args(Quantization):
+    params = artifact.read_manifest(adapter).get("params", {})
+    quantization: Quantization = params.get("quantization", "none")
+    allowed = get_args(Quantization)
+    if quantization not in allowed:
         raise UserError(
-            f"{adapter / artifact.MANIFEST}: quantization must be one of "
-            f"{', '.join(get_args(Quantization))}, got "
+            f"{adapter / artifact.MANIFEST}: quantization must be one of {', '.join(allowed)}, got "
             f"{quantization!r}. Train the adapter again."
         )
     return quantization
@@ -153,8 +151,7 @@ def refuse_foreign(
     fingerprint: Fingerprint = base_fingerprint,
     contents: Contents = artifact.contents,
 ) -> None:
-    """Raises UserError if the adapter was edited, or was trained on another base, according to its
-    manifest.
+    """Raises UserError if the adapter was edited or trained on another base, by its manifest.
 
     An adapter made elsewhere has no manifest: only its names and shapes can be checked, when it is
     loaded.
@@ -164,16 +161,12 @@ def refuse_foreign(
     manifest = artifact.read_manifest(folder)
     config, trained = read_config(folder), manifest.get("params", {}) | manifest.get("stored", {})
     # PiSSA is stored with twice its rank
-    for key, name in (
-        ("r", "rank"),
-        ("lora_alpha", "alpha"),
-        ("num_virtual_tokens", "virtual_tokens"),
-    ):
+    names = {"r": "rank", "lora_alpha": "alpha", "num_virtual_tokens": "virtual_tokens"}
+    for key, name in names.items():
         if name in trained and config.get(key) != trained[name]:
             raise UserError(
                 f"{folder / CONFIG}: {key} was edited: it is {config.get(key)!r}, but the adapter "
-                "was trained with "
-                f"{trained[name]!r}. Restore the file or train the adapter again."
+                f"was trained with {trained[name]!r}. Restore the file or train the adapter again."
             )
     artifact.verify(folder, contents)
     trained_on = manifest.get("base", {})

@@ -1,5 +1,4 @@
-"""An adapter's layers: LoRA and DoRA, frozen layers with a trainable low-rank update (the
-document's §2.3, §4 and §10.2), and embedding and head of which single rows train."""
+"""An adapter's layers: LoRA, DoRA, and embedding and head of which single rows train."""
 
 import math
 from collections.abc import Callable
@@ -20,17 +19,16 @@ DOCUMENT_STD = 0.01
 LEAST = 2.0**-126
 # PEFT's keys of an adapter's tensors, after the module's name: A and B of a linear, A and B of an
 # embedding, and others
-LINEAR_KEYS, EMBEDDING_KEYS = (
-    (".lora_A.weight", ".lora_B.weight"),
-    (".lora_embedding_A", ".lora_embedding_B"),
-)
+LINEAR_KEYS = (".lora_A.weight", ".lora_B.weight")
+EMBEDDING_KEYS = (".lora_embedding_A", ".lora_embedding_B")
 MAGNITUDE = ".lora_magnitude_vector"
 ROWS = ".token_adapter.trainable_tokens_delta"
 
 
 def fan_in_fan_out(base: nn.Module) -> bool:
-    """Whether the layer stores its weight as (I, O): Conv1D, and an embedding, whose inputs are its
-    rows.
+    """Whether the layer stores its weight as (I, O): Conv1D, and an embedding.
+
+    An embedding's inputs are its rows.
     """
     return is_conv1d(base) or isinstance(base, nn.Embedding)
 
@@ -48,15 +46,12 @@ def weight_out_in(base: nn.Module) -> Tensor:
 
 
 def weight_in(base: nn.Module, dtype: torch.dtype) -> Tensor:
-    """W for a product in `dtype`: a quantized weight is dequantized in it, any other is returned as
-    it is.
-    """
-    return base.weight_in(dtype) if isinstance(base, LowBitLinear) else weight_of(base)
+    """A linear's weight (O, I) for a product in `dtype`; a quantized one is dequantized in it."""
+    return base.weight_in(dtype) if isinstance(base, LowBitLinear) else weight_out_in(base)
 
 
 class AdapterLayer(nn.Module):
-    """A frozen layer of the base and what an adapter adds to it: the interface of every kind of
-    adapter layer.
+    """A frozen layer of the base and what an adapter adds to it.
 
     Disabling an adapter, the retention loss and saving know no more of a layer than this.
     """
@@ -116,10 +111,9 @@ class LoRALinear(AdapterLayer, LowRankLinear):
         self.folds = isinstance(base, nn.Linear | LowBitLinear) and weight.numel() < FOLD_BELOW
         self.subtracts_initial = init == "pissa"  # B₀A₀ is not 0, and is subtracted in the forward
         if self.subtracts_initial:
-            for factor, value in zip(
-                (A, B), principal(weight_out_in(base), rank, scale), strict=True
-            ):
-                factor.copy_(value)
+            A_0, B_0 = principal(weight_out_in(base), rank, scale)
+            A.copy_(A_0)
+            B.copy_(B_0)
             self.register_buffer("initial_A", A.clone(), persistent=False)
             self.register_buffer("neg_initial_B", -B, persistent=False)
 
@@ -127,39 +121,31 @@ class LoRALinear(AdapterLayer, LowRankLinear):
         return dict(zip(LINEAR_KEYS, (self.lora_A, self.lora_B), strict=True))
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """A (R, I) and B (O, R) of the update s·BA; with PiSSA of BA − B₀A₀, as one product of rank
-        2R.
-        """
+        """A (R, I) and B (O, R) of the update s·BA; of PiSSA's BA − B₀A₀, with rank 2R."""
         if not self.subtracts_initial:
             return self.lora_A, self.lora_B
-        return torch.cat((self.lora_A, self.initial_A)), torch.cat(
-            (self.lora_B, self.neg_initial_B), dim=1
-        )
+        A = torch.cat((self.lora_A, self.initial_A))  # (2R, I)
+        B = torch.cat((self.lora_B, self.neg_initial_B), dim=1)  # (O, 2R)
+        return A, B
 
     def linear_update(self) -> LinearUpdate | None:
-        # not as attributes, of which a module's take half a microsecond each
-        own: Any = self._parameters
-        base = self._modules["base"]
-        if (
-            not self.enabled
-            or self.keep is not None
-            or self.subtracts_initial
-            or type(base) is not nn.Linear
-        ):
+        if not self.enabled or self.keep is not None or self.subtracts_initial:
             return None
-        return LinearUpdate(base, own["lora_A"], own["lora_B"], self.scale)
+        # not as attributes, of which a module's take half a microsecond each
+        parameters: Any = self._parameters
+        base = self._modules["base"]
+        if type(base) is not nn.Linear:
+            return None
+        return LinearUpdate(base, parameters["lora_A"], parameters["lora_B"], self.scale)
 
     def dropped(self, x: Tensor) -> Tensor:
         """dropout(x): x itself unless it trains with dropout."""
-        kept = self.keep(x) if self.keep is not None else None
-        return x if kept is None else torch.where(kept, x, 0).mul_(1 / (1 - self.dropout))
+        mask = self.keep(x) if self.keep is not None else None
+        return x if mask is None else torch.where(mask, x, 0).mul_(1 / (1 - self.dropout))
 
     def frozen(self, x: Tensor) -> Tensor:
         """What does not train, without the bias: Wx; with PiSSA Wx − s·B₀A₀x."""
-        base = self.base
-        out = F.linear(
-            x, base.weight_in(x.dtype) if isinstance(base, LowBitLinear) else weight_out_in(base)
-        )
+        out = F.linear(x, weight_in(self.base, x.dtype))
         if self.subtracts_initial:
             low = F.linear(x, self.initial_A.to(x.dtype))
             out = out + F.linear(low, self.neg_initial_B.to(x.dtype)) * self.scale
@@ -169,42 +155,38 @@ class LoRALinear(AdapterLayer, LowRankLinear):
         dropped = self.dropped(x)
         if dropped is x:
             return self.updated(x)
-        return (
-            self.partly_updated(x, dropped)
-            if self.subtracts_initial
-            else self._add_update(x, dropped)
-        )
+        if self.subtracts_initial:
+            return self.partly_updated(x, dropped)
+        return self._add_update(x, dropped)
 
     def updated(self, x: Tensor) -> Tensor:
         """(W + s·BA)x + b, without dropout."""
         if not self.folds:
             return self._add_update(x, x)
         A, B = self.pair()
-        # (O, I)
-        weight = torch.addmm(
-            weight_in(self.base, x.dtype), B.to(x.dtype), A.to(x.dtype), alpha=self.scale
-        )
+        frozen = weight_in(self.base, x.dtype)
+        weight = torch.addmm(frozen, B.to(x.dtype), A.to(x.dtype), alpha=self.scale)  # (O, I)
         return F.linear(x, weight, self.base.bias)  # type: ignore[arg-type]
 
     def partly_updated(self, x: Tensor, dropped: Tensor) -> Tensor:
-        """The update of `dropped`, and what does not train of x: `updated` is linear in its
-        input.
+        """The update of `dropped`, and what does not train of x.
+
+        That is right because `updated` is linear in its input.
         """
         return self.updated(dropped) + self.frozen(x - dropped)
 
     def _add_update(self, x: Tensor, dropped: Tensor) -> Tensor:
         A, B = (factor.to(x.dtype) for factor in self.pair())  # (R, I), (O, R)
-        rows = x.flatten(0, -2)  # (N, I)
-        # (N, I)·Aᵀ → (N, R), ·Bᵀ → (N, O), added in place: no second (N, O)
-        out: Tensor = self.base(rows).addmm_(
-            F.linear(dropped.flatten(0, -2), A), B.t(), alpha=self.scale
-        )
+        out: Tensor = self.base(x.flatten(0, -2))  # (N, O)
+        low = F.linear(dropped.flatten(0, -2), A)  # (N, R)
+        out.addmm_(low, B.t(), alpha=self.scale)  # in place: no second (N, O)
         return out.view(*x.shape[:-1], -1)
 
 
 class LoRAEmbedding(AdapterLayer):
-    """A frozen embedding W (V, D) plus a trainable update: W + s·(BA)ᵀ, lora_A (R, V) and lora_B
-    (D, R).
+    """A frozen embedding W (V, D) plus a trainable update: W + s·(BA)ᵀ.
+
+    lora_A is (R, V), lora_B (D, R).
     """
 
     def __init__(
@@ -230,12 +212,11 @@ class LoRAEmbedding(AdapterLayer):
 
 
 class DoRALinear(LoRALinear):
-    """y = m/‖W + s·BA‖ · (W + s·BA)x + b, with a magnitude m (O,) and the norm of each row of W +
-    s·BA.
+    """y = m/‖W + s·BA‖ · (W + s·BA)x + b, with a magnitude m (O,) and the norm of each row.
 
-    The norm follows A and B and has no gradient (§4.3 of the paper). For a large W it is computed
-    without the (O, I) product: ‖W + s·BA‖² = ‖W‖² + 2s·⟨WAᵀ, B⟩ + s²·⟨B·AAᵀ, B⟩, row by row. m and
-    the norm are fp32: in 16 bits m would be rounded, and y would not start at Wx + b.
+    The norm follows A and B and has no gradient (DoRA, Liu et al. 2024, section 4.3). For a large W
+    it is computed without the (O, I) product: ‖W + s·BA‖² = ‖W‖² + 2s·⟨WAᵀ, B⟩ + s²·⟨B·AAᵀ, B⟩, row
+    by row. m and the norm are fp32: in 16 bits m would be rounded, and y would not start at Wx + b.
     """
 
     squares: Tensor
@@ -292,29 +273,18 @@ class DoRALinear(LoRALinear):
     @torch.no_grad()
     def _norms(self, A: Tensor, B: Tensor) -> Tensor:
         """‖W + s·BA‖, (O,)."""
-        base = self.base
-        weight = (
-            base.weight_in(A.dtype)
-            if isinstance(base, LowBitLinear)
-            else weight_out_in(base).to(A.dtype)
-        )
+        weight = weight_in(self.base, A.dtype).to(A.dtype)  # (O, I)
         wide = self.squares.dtype
         cross = ((weight @ A.T).to(wide) * B).sum(1)  # ⟨WAᵀ, B⟩, (O,)
         A, B = A.to(wide), B.to(wide)
         square = ((B @ (A @ A.T)) * B).sum(1)  # ⟨B·AAᵀ, B⟩, (O,)
+        total = self.squares + 2 * self.scale * cross + self.scale**2 * square
         # rounding may leave a small negative square
-        return (
-            (self.squares + 2 * self.scale * cross + self.scale**2 * square)
-            .clamp_(min=0)
-            .sqrt_()
-            .clamp_(min=LEAST)
-        )
+        return total.clamp_(min=0).sqrt_().clamp_(min=LEAST)
 
 
 class TokenRows(AdapterLayer):
-    """An embedding or head of which single rows train, `rows` (n, D); the frozen table is never
-    written to.
-    """
+    """An embedding or head of which single `rows` (n, D) train; its table is frozen."""
 
     def __init__(self, base: nn.Module, rows: nn.Parameter) -> None:
         super().__init__(base)
@@ -339,11 +309,9 @@ class EmbeddingRows(TokenRows):
     def adapted(self, tokens: Tensor) -> Tensor:
         old: Tensor = self.base(tokens)  # (B, T, D)
         slot = self.slot[tokens]  # (B, T)
-        # (B, T, D); of the other tokens it is not used
-        replaced = F.embedding(slot.clamp(min=0), self.rows)
-        return torch.where(
-            (slot >= 0)[..., None], scaled_as(self.base, replaced).to(old.dtype), old
-        )
+        new = F.embedding(slot.clamp(min=0), self.rows)  # (B, T, D); not used of other tokens
+        new = scaled_as(self.base, new).to(old.dtype)
+        return torch.where((slot >= 0)[..., None], new, old)
 
 
 class HeadRows(TokenRows):
@@ -363,8 +331,9 @@ class HeadRows(TokenRows):
 
 
 def initialize(A: Tensor, B: Tensor, init: Init) -> None:
-    """Fill A (R, I) and B (O, R) in place so that BA = 0: training starts from the base (§4.1, and
-    PEFT's names).
+    """Fill A (R, I) and B (O, R) in place so that BA = 0: training starts from the base.
+
+    `init` has PEFT's names.
 
     pissa gets zeros here; `principal` then needs the weight. Raises UserError for orthogonal with
     an odd rank.
@@ -379,8 +348,7 @@ def initialize(A: Tensor, B: Tensor, init: Init) -> None:
         if rank % 2:
             raise UserError(
                 f"finetune_lora.init_lora_weights orthogonal needs an even rank, got {rank}. "
-                "Increase "
-                "finetune_lora.rank, or its rank_pattern, by one."
+                "Increase finetune_lora.rank, or its rank_pattern, by one."
             )
         orthogonal = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float64)).Q
         X, Y = torch.randn(rank // 2, A.shape[1]), torch.randn(B.shape[0], rank // 2)
@@ -397,8 +365,9 @@ def initialize(A: Tensor, B: Tensor, init: Init) -> None:
 
 
 def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """A (R, I) and B (O, R) with s·BA = the best approximation of `weight` (O, I) of rank R; the
-    square root of each singular value goes to A and to B (PiSSA, Meng et al. 2024, §3).
+    """A (R, I) and B (O, R) with s·BA = the best approximation of `weight` of rank R.
+
+    The square root of each singular value goes to A and to B (PiSSA, Meng et al. 2024, section 3).
 
     Raises UserError if the weight has fewer than R singular values.
     """
@@ -406,8 +375,7 @@ def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     if rank > most:
         raise UserError(
             f"finetune_lora.init_lora_weights pissa takes {rank} singular values of a weight that "
-            f"has {most}. "
-            f"Set finetune_lora.rank to {most} at most."
+            f"has {most}. Set finetune_lora.rank to {most} at most."
         )
     device = weight.device if weight.is_meta else device_for_matrix(weight.numel())
     wide = weight.detach().to(device, torch.float64)
@@ -418,9 +386,8 @@ def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
 
 def row_norms(weight: Tensor) -> Tensor:
     """‖row‖ of a weight (O, I), (O,), in fp32 or wider, at least LEAST."""
-    norms: Tensor = torch.linalg.vector_norm(
-        weight, dim=1, dtype=torch.promote_types(weight.dtype, torch.float32)
-    )
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=wide)
     return norms.clamp_(min=LEAST)
 
 
@@ -431,9 +398,7 @@ def scaled_as(embedding: nn.Module, rows: Tensor) -> Tensor:
 
 
 def factors(layer: LoRALinear | LoRAEmbedding) -> tuple[Tensor, Tensor]:
-    """Two factors, (n, R) and (R, m), whose scaled product is added to the base's weight in its
-    stored layout.
-    """
+    """Two factors, (n, R) and (R, m), whose scaled product is added to the stored weight."""
     pair = layer.pair() if isinstance(layer, LoRALinear) else (layer.lora_A, layer.lora_B)
     a, b = (factor.detach() for factor in pair)
     return (a.T, b.T) if fan_in_fan_out(layer.base) else (b, a)

@@ -1,6 +1,4 @@
-"""What an adapter changes in a model's weights, ΔW = s·BA in factored form, read from its files: no
-model is needed.
-"""
+"""What an adapter changes in a model's weights, ΔW = s·BA, read from its files without a model."""
 
 import re
 from collections.abc import Mapping
@@ -15,13 +13,12 @@ from pipeline.adapters.config import (
     EMBEDDING,
     PREFIX,
     WEIGHTS,
+    AdapterConfig,
     AdapterSpec,
-    read_spec,
     refuse_experts,
 )
-from pipeline.adapters.folder import refuse_virtual
+from pipeline.adapters.folder import read_tensors
 from pipeline.adapters.lora import EMBEDDING_KEYS, LINEAR_KEYS, MAGNITUDE, ROWS
-from pipeline.adapters.peft import read_tensors
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.patterns import one_budget
@@ -32,15 +29,13 @@ _KEYS = (LINEAR_KEYS, EMBEDDING_KEYS)
 
 @dataclass(frozen=True)
 class LowRank:
-    """s·BA with A (R, I) and B (O, R); an embedding's inputs are its rows. `magnitude`: DoRA's,
-    (O,).
-    """
+    """s·BA; an embedding's inputs are its rows."""
 
-    a: Tensor
-    b: Tensor
+    a: Tensor  # (R, I)
+    b: Tensor  # (O, R)
     scale: float
     embedding: bool = False
-    magnitude: Tensor | None = None
+    magnitude: Tensor | None = None  # DoRA's, (O,)
 
     @property
     def rank(self) -> int:
@@ -91,77 +86,63 @@ def svd(update: LowRank) -> tuple[Tensor, Tensor, Tensor]:
 def truncated(
     left: Tensor, values: Tensor, right: Tensor, rank: int, embedding: bool = False
 ) -> LowRank:
-    """The first `rank` of singular triples, U (O, k), σ (k,), Vᵀ (k, I), as factors of scale 1, in
-    fp32.
-    """
+    """The first `rank` of the triples U (O, k), σ (k,), Vᵀ (k, I) as an update in fp32."""
     root = values[:rank].sqrt()  # √S in both factors, so that their norms are similar
     return LowRank(
         (root[:, None] * right[:rank]).float(), (left[:, :rank] * root).float(), 1.0, embedding
     )
 
 
-def inner_product(one: LowRank, other: LowRank) -> float:
+def inner_product(first: LowRank, second: LowRank) -> float:
     """⟨s₁B₁A₁, s₂B₂A₂⟩, the sum of the products of their entries, without the (O, I) products."""
-    # (R₁, R₂)
-    products = (one.b.double().T @ other.b.double()) * (one.a.double() @ other.a.double().T)
-    return one.scale * other.scale * float(products.sum())
+    b = first.b.double().T @ second.b.double()  # (R₁, R₂)
+    a = first.a.double() @ second.a.double().T  # (R₁, R₂)
+    return first.scale * second.scale * float((b * a).sum())
 
 
 def directions(update: LowRank) -> tuple[Tensor, Tensor]:
-    """Left (O, k) and right (I, k) singular vectors of s·BA, largest singular value first; k =
-    min(O, I, R).
-    """
+    """Left (O, k) and right (I, k) singular vectors of s·BA, largest σ first; k = min(O, I, R)."""
     left, _, right = svd(update)
     return left, right.T
 
 
 def tensors_of(module: str, update: LowRank) -> dict[str, Tensor]:
-    """A module's two factors by PEFT's keys, and DoRA's magnitude; the scale follows from the
-    config.
-    """
+    """A module's factors and DoRA's magnitude by PEFT's keys; the config has the scale."""
     a_key, b_key = _KEYS[update.embedding]
     tensors = {f"{PREFIX}{module}{a_key}": update.a, f"{PREFIX}{module}{b_key}": update.b}
-    return (
-        tensors
-        if update.magnitude is None
-        else tensors | {f"{PREFIX}{module}{MAGNITUDE}": update.magnitude}
-    )
+    if update.magnitude is not None:
+        tensors[f"{PREFIX}{module}{MAGNITUDE}"] = update.magnitude
+    return tensors
 
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """All that an adapter changes, by full module name, in the model's order; `whole` are full
-    parameters by name.
-
-    `base`: the sha256 of its base's tensors, if a manifest names it.
-    """
+    """All that an adapter changes, by full module name, in the model's order."""
 
     spec: AdapterSpec
     low_rank: Mapping[str, LowRank]
     rows: Mapping[str, tuple[tuple[int, ...], Tensor]]
-    whole: Mapping[str, Tensor]
-    base: str | None = None
+    whole: Mapping[str, Tensor]  # parameters that were trained in full, by name
+    base: str | None = None  # the sha256 of the base's tensors, if a manifest names it
 
 
 @one_budget()
 def load_update(folder: Path) -> LowRankUpdate:
-    """Raises UserError for an adapter that was edited, is damaged, is not supported, or changes no
-    weights.
+    """The adapter in `folder`.
+
+    Raises UserError if it was edited, is damaged, is not supported, or changes no weights.
     """
-    refuse_virtual(folder)
+    config = AdapterConfig.read(folder)
+    config.refuse_other_kinds()
     manifest = artifact.verify(folder) if (folder / artifact.MANIFEST).exists() else {}
-    path = str(folder / WEIGHTS)
-    tensors = {
-        key.removeprefix(PREFIX): value
-        for key, value in sorted(
-            read_tensors(folder).items(), key=lambda item: layer_sort_key(item[0])
-        )
-    }
+    path, again = folder / WEIGHTS, "Train or import the adapter again."
+    stored = read_tensors(folder)
+    tensors = {key.removeprefix(PREFIX): stored[key] for key in sorted(stored, key=layer_sort_key)}
     row_modules = [key.removesuffix(ROWS) for key in tensors if key.endswith(ROWS)]
     # trainable_token_indices as a list is the embedding's, whose name only the tensors' keys give
-    spec = read_spec(folder, row_modules[0].rsplit(".", 1)[-1] if row_modules else EMBEDDING)
+    spec = config.spec(row_modules[0].rsplit(".", 1)[-1] if row_modules else EMBEDDING)
     refuse_experts(folder, spec)
-    again = "Train or import the adapter again."
+
     low_rank = {}
     for embedding, (a_key, b_key) in enumerate(_KEYS):
         for key in [key for key in tensors if key.endswith(a_key)]:
@@ -174,6 +155,7 @@ def load_update(folder: Path) -> LowRankUpdate:
                     f"{path}: {name} has rank {a.shape[0]}, but its config says {rank}. {again}"
                 )
             low_rank[name] = LowRank(a, b, spec.scale_of(name), bool(embedding))
+
     rows = {}
     for name in row_modules:
         ids = next((ids for suffix, ids in spec.rows.items() if name.endswith(suffix)), None)
@@ -204,9 +186,8 @@ class Spectrum(NamedTuple):
 
 def spectra(folder: Path) -> list[Spectrum]:
     """One spectrum per module, in the model's order. Raises UserError as `load_update`."""
-    return [
-        Spectrum(
-            name, update.rank, tuple((singular_values(update.a, update.b) * update.scale).tolist())
-        )
-        for name, update in load_update(folder).low_rank.items()
-    ]
+    rows = []
+    for name, update in load_update(folder).low_rank.items():
+        values = singular_values(update.a, update.b) * update.scale
+        rows.append(Spectrum(name, update.rank, tuple(values.tolist())))
+    return rows

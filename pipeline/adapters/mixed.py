@@ -1,5 +1,4 @@
-"""Rows of many adapters in one forward: the base's product for all rows, and each row's own
-low-rank update.
+"""Rows of many adapters in one forward: the base's product for all, and each row's own update.
 
 Unlike batched.py, which trains a fixed set, adapters come and go here, and any number of rows
 belongs to each. A forward's rows stand in the order of `RowRouting.route`, those of an adapter side
@@ -22,9 +21,10 @@ STACKED_ROWS = 32
 
 
 class MixedAdapter:
-    """An adapter's `layers`, by the names of those of the base that they replace, with its low-rank
-    updates at a strength: the `scales` of now, times `strength`, whatever is set in the layers
-    later."""
+    """An adapter's `layers` by the names of the base's, with the scales of its updates.
+
+    The scales are those of now, times `strength`, whatever is set in the layers later.
+    """
 
     def __init__(self, layers: Mapping[str, nn.Module], strength: float = 1.0) -> None:
         self.layers = layers
@@ -39,13 +39,16 @@ def is_low_rank(layer: nn.Module | None) -> TypeGuard[LoRALinear]:
 
 
 def changed_layers(adapted: CausalLM, base: CausalLM) -> dict[str, nn.Module] | None:
-    """The layers in which an adapted view of `base` differs from it, or None if one of them is no
-    layer whose rows can be computed apart: a linear, the embedding or the head."""
+    """The layers in which an adapted view of `base` differs from it.
+
+    None if one of them is no layer whose rows can be computed apart: a linear, the embedding or the
+    head.
+    """
     layers = {}
     for name, module in base.named_modules():
         current = adapted.get_submodule(name)
-        own, before = current._parameters, module._parameters
-        same = own.keys() == before.keys() and all(_same(own[key], before[key]) for key in own)
+        now, before = current._parameters, module._parameters
+        same = now.keys() == before.keys() and all(_same(now[key], before[key]) for key in now)
         if isinstance(current, AdapterLayer) or not same:
             if not (adaptable(module) or name in (base.embedding_name, base.head_name)):
                 return None
@@ -53,8 +56,10 @@ def changed_layers(adapted: CausalLM, base: CausalLM) -> dict[str, nn.Module] | 
     return layers
 
 
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is other if one is None or other is None else one.data_ptr() == other.data_ptr()
+def _same(first: Tensor | None, second: Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return first.data_ptr() == second.data_ptr()
 
 
 class Share(NamedTuple):
@@ -90,10 +95,11 @@ class RowRouting:
         self.rows, live = stop, [share.adapter for share in self.shares]
         # adapters without rows stay stacked for a while: stacking copies their tensors in every
         # layer
-        kept = [*dict.fromkeys([*self.stacked, *live])]
-        kept = kept if len(kept) <= 2 * max(len(live), 4) else live
-        if kept != self.stacked:
-            self.stacked = kept
+        stacked = [*dict.fromkeys([*self.stacked, *live])]
+        if len(stacked) > 2 * max(len(live), 4):
+            stacked = live
+        if stacked != self.stacked:
+            self.stacked = stacked
 
     def clear(self) -> None:
         """Route all rows to the base, and forget the adapters."""
@@ -101,8 +107,9 @@ class RowRouting:
         self.route([], [])
 
     def masks(self, updates: Sequence[tuple[int, float]], like: Tensor) -> tuple[Tensor, Tensor]:
-        """For the product with A of all stacked adapters, whose ranks and scales are given: the
-        scale of each row and column (rows, ΣR), and True where the row belongs to another adapter.
+        """The scale of each row and column (rows, ΣR), and where the row is another's.
+
+        For the product with A of all stacked adapters, whose ranks and scales are `updates`.
         """
         key = (*updates,)
         if key not in self._masks:
@@ -112,30 +119,24 @@ class RowRouting:
             for adapter, (rank, scale) in zip(self.stacked, updates, strict=True):
                 start, stop = stop, stop + rank
                 if adapter in shares:
-                    own = (slice(shares[adapter].start, shares[adapter].stop), slice(start, stop))
-                    scales[own], foreign[own] = scale, False
-            self._masks[key] = (
-                to_device(scales.to(like.dtype), like.device),
-                to_device(foreign, like.device),
-            )
+                    rows = slice(shares[adapter].start, shares[adapter].stop)
+                    scales[rows, start:stop], foreign[rows, start:stop] = scale, False
+            scales = to_device(scales.to(like.dtype), like.device)
+            self._masks[key] = scales, to_device(foreign, like.device)
         return self._masks[key]
 
 
 class StackedUpdates(NamedTuple):
-    """The low-rank updates of some adapters on one layer: A (ΣR, I), Bᵀ (ΣR, O), and each one's
-    rank and scale.
-    """
+    """The low-rank updates of some adapters on one layer."""
 
     adapters: Sequence[MixedAdapter]
-    A: Tensor
-    B: Tensor
-    updates: list[tuple[int, float]]
+    A: Tensor  # (ΣR, I)
+    B: Tensor  # transposed, (ΣR, O)
+    updates: list[tuple[int, float]]  # each adapter's rank and scale
 
 
 class MixedLayer(UpdatedLinear):
-    """Layer `name` of the base, and for the rows of each routed adapter the layer that replaces it
-    there.
-    """
+    """Layer `name` of the base, and for the rows of each adapter its own layer."""
 
     def __init__(self, base: nn.Module, name: str, routing: RowRouting) -> None:
         super().__init__()
@@ -168,15 +169,13 @@ class MixedLayer(UpdatedLinear):
     def read_routing(self, dtype: torch.dtype = torch.float32) -> None:
         """Keep what forwards in `dtype` need to know of the routing until it changes."""
         routing, name = self.routing, self.name
-        shares = [
-            (share, share.adapter.layers[name])
-            for share in routing.shares
-            if name in share.adapter.layers
-        ]
-        low_rank = [(share, layer) for share, layer in shares if is_low_rank(layer)]
-        self._replacements = [
-            (share.start, share.stop, layer) for share, layer in shares if not is_low_rank(layer)
-        ]
+        low_rank, self._replacements = [], list[tuple[int, int, nn.Module]]()
+        for share in routing.shares:
+            layer = share.adapter.layers.get(name)
+            if is_low_rank(layer):
+                low_rank.append((share, layer))
+            elif layer is not None:
+                self._replacements.append((share.start, share.stop, layer))
         self._masks, self._updates = None, list[tuple[int, int, Tensor, Tensor, float]]()
         if len(low_rank) > 1 and routing.rows <= STACKED_ROWS:
             if self._stack is None or self._stack.adapters is not routing.stacked:
@@ -191,16 +190,14 @@ class MixedLayer(UpdatedLinear):
         self._version = routing.version
 
     def _stacked(self, dtype: torch.dtype) -> StackedUpdates:
-        pairs, updates = [], []
+        As, Bs, updates = list[Tensor](), list[Tensor](), list[tuple[int, float]]()
         for adapter in self.routing.stacked:
             layer = adapter.layers.get(self.name)
             if is_low_rank(layer):
-                pairs.append(layer.pair())
-                updates.append((len(pairs[-1][0]), adapter.scales[self.name]))
+                A, B = layer.pair()
+                As.append(A.to(dtype))
+                Bs.append(B.to(dtype).T)
+                updates.append((len(A), adapter.scales[self.name]))
             else:
                 updates.append((0, 0.0))
-        A, B = (
-            torch.cat([pair[0].to(dtype) for pair in pairs]),
-            torch.cat([pair[1].to(dtype).T for pair in pairs]),
-        )
-        return StackedUpdates(self.routing.stacked, A, B, updates)
+        return StackedUpdates(self.routing.stacked, torch.cat(As), torch.cat(Bs), updates)

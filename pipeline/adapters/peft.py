@@ -1,5 +1,6 @@
-"""Save and load adapters in PEFT's format: LoRA, DoRA and virtual tokens. What does not fit the
-base is rejected.
+"""Save and load adapters in PEFT's format: LoRA and DoRA; virtual tokens are in virtual.py.
+
+What does not fit the base is rejected.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,18 +24,15 @@ from pipeline.adapters.attach import (
 from pipeline.adapters.config import (
     CONFIG,
     LAYOUT,
-    LORA,
     OTHER_KINDS,
     PREFIX,
     VIRTUAL,
     WEIGHTS,
+    AdapterConfig,
     AdapterSpec,
     config_of,
-    read_config,
-    read_spec,
-    refuse_options,
 )
-from pipeline.adapters.folder import Contents, Fingerprint, refuse_foreign, refuse_pickle
+from pipeline.adapters.folder import Contents, Fingerprint, read_tensors, refuse_foreign
 from pipeline.adapters.lora import (
     EMBEDDING_KEYS,
     LINEAR_KEYS,
@@ -47,28 +45,11 @@ from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
 from pipeline.files.patterns import one_budget
 from pipeline.files.safetensors_file import refuse_difference
-from pipeline.models.base import CausalLM, VirtualTokens, is_conv1d
-from pipeline.models.save import load_tensors, save_tensors
-from pipeline.models.virtual_tokens import PrefixTokens, PromptTokens, prefix_of
+from pipeline.models.base import CausalLM, is_conv1d
+from pipeline.models.save import save_tensors
 
 COPY = ".base_layer.weight"  # the base's own weight, which PEFT saves with an embedding's LoRA
 _A_KEYS = (LINEAR_KEYS[0], EMBEDDING_KEYS[0])
-KEY = "prompt_embeddings"
-# PEFT's options of virtual tokens with their only supported value; those that are read, or without
-# effect once trained.
-_VIRTUAL_PLAIN: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_transformer_submodules": 1}
-_VIRTUAL_KNOWN = {
-    *("peft_type", "num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"),
-    *("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    *(
-        "prompt_tuning_init",
-        "prompt_tuning_init_text",
-        "tokenizer_name_or_path",
-        "tokenizer_kwargs",
-    ),
-    *("encoder_hidden_size", "init_weights"),
-    "prefix_projection",  # its result is stored, not the projection
-}
 
 
 def save_adapter(folder: Path, model: CausalLM, spec: AdapterSpec, base_name: str) -> None:
@@ -88,35 +69,11 @@ def save_adapter(folder: Path, model: CausalLM, spec: AdapterSpec, base_name: st
 
 
 def stored_spec(model: CausalLM, spec: AdapterSpec) -> AdapterSpec:
-    """The spec of the saved files for an adapter trained with `spec`: PiSSA's BA − B₀A₀ has rank
-    2R.
-    """
-    pissa = any(
-        isinstance(layer, LoRALinear) and layer.subtracts_initial
-        for _, layer in adapter_layers(model)
-    )
-    return spec.doubled() if pissa else spec
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The adapter's tensors. Raises UserError if they cannot be read, or are not finite floating
-    point numbers.
-    """
-    refuse_pickle(folder)
-    tensors = load_tensors(folder / WEIGHTS)
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(
-                f"{folder / WEIGHTS}: {key} must hold floating point numbers, got {kind}. Copy it "
-                "again."
-            )
-        if not tensor.float().isfinite().all():  # 8 bits have no isfinite
-            raise UserError(
-                f"{folder / WEIGHTS}: {key} is not finite. Train the adapter again with a lower "
-                "learning_rate."
-            )
-    return tensors
+    """The spec of the saved files: PiSSA's BA − B₀A₀ has twice the rank of the trained `spec`."""
+    for _, layer in adapter_layers(model):
+        if isinstance(layer, LoRALinear) and layer.subtracts_initial:
+            return spec.doubled()
+    return spec
 
 
 class Reading(NamedTuple):
@@ -136,25 +93,24 @@ EACH_TIME = Reading()
 
 
 class StoredLora(NamedTuple):
-    """A LoRA adapter's files, checked against the base: what it changes, and its tensors by PEFT's
-    keys.
-    """
+    """A LoRA adapter's files, checked against the base."""
 
     spec: AdapterSpec
-    tensors: dict[str, Tensor]
-    folder: Path
+    tensors: dict[str, Tensor]  # by PEFT's keys
+    path: Path  # of the tensors' file
+    # The base's own weights that PEFT saved with LoRA on an embedding, by parameter name: those
+    # that cannot be compared here, because the model is on the meta device.
+    copies: dict[str, Tensor]
 
 
 def load_lora(
-    model: CausalLM, base_folder: Path, folder: Path, reading: Reading = EACH_TIME
-) -> AdapterSpec:
+    model: CausalLM, base_folder: Path, config: AdapterConfig, reading: Reading = EACH_TIME
+) -> StoredLora:
     """Attach LoRA or DoRA, with the modules and rows that are trained beside it."""
-    stored = read_lora(model, base_folder, folder, reading)
+    stored = read_lora(model, base_folder, config, reading)
     # in the dtype of the file's A and B, which may differ from the base's
-    a_dtype = next(
-        (value.dtype for key, value in stored.tensors.items() if key.endswith(_A_KEYS)), None
-    )
-    attach(model, stored.spec, a_dtype)
+    dtypes = (value.dtype for key, value in stored.tensors.items() if key.endswith(_A_KEYS))
+    attach(model, stored.spec, next(dtypes, None))
     new = {
         id(p): nn.Parameter(value, requires_grad=False) for p, value in stored_values(model, stored)
     }
@@ -163,19 +119,18 @@ def load_lora(
         for name, p in module._parameters.items():
             module._parameters[name] = new.get(id(p), p)
     model.requires_grad_(False)
-    return stored.spec
+    return stored
 
 
 def stored_values(model: CausalLM, stored: StoredLora) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Each parameter of the attached adapter with its stored value: a copy, in the parameter's
-    dtype.
+    """Each parameter of the attached adapter with its stored value, a copy in its dtype.
 
     Raises UserError for tensors that the config and this model do not require.
     """
     parameters = tensors(model, stored.spec)
     expected = {key: tuple(p.shape) for key, p in parameters.items()}
-    actual = {key: tuple(t.shape) for key, t in stored.tensors.items()}
-    refuse_difference(expected, actual, str(stored.folder / WEIGHTS))
+    actual = {key: tuple(tensor.shape) for key, tensor in stored.tensors.items()}
+    refuse_difference(expected, actual, str(stored.path))
     # a copy, in the dtype of the layer: the tensor read may be a mapped file
     for key, p in parameters.items():
         yield p, stored.tensors[key].to("cpu" if p.is_meta else p.device, p.dtype, copy=True)
@@ -183,61 +138,59 @@ def stored_values(model: CausalLM, stored: StoredLora) -> Iterator[tuple[nn.Para
 
 @one_budget()
 def read_lora(
-    model: CausalLM, base_folder: Path, folder: Path, reading: Reading = EACH_TIME
+    model: CausalLM, base_folder: Path, config: AdapterConfig, reading: Reading = EACH_TIME
 ) -> StoredLora:
-    """The adapter in `folder`, before it is attached to `model`, whose embedding and head are
-    untied if it unties them.
+    """The adapter of `config`, not yet attached to `model`, which is untied if the adapter does so.
 
     Raises UserError if it does not fit the base.
     """
-    spec = read_spec(folder, model.embedding_and_head[0])
-    spec = replace(spec, rows=_normalized_rows(model, spec, folder / CONFIG, base_folder))
+    folder = config.path.parent
+    path = folder / WEIGHTS
+    spec = config.spec(model.embedding_and_head[0])
+    spec = replace(spec, rows=_normalized_rows(model, spec, config.path, base_folder))
     names = targeted(model, spec)
     last_row = max((row for ids in spec.rows.values() for row in ids), default=0)
     if last_row >= model.shape.rows:
         raise UserError(
             f"{folder}: the adapter trains row {last_row}, but {base_folder} has "
-            f"{model.shape.rows} rows. "
-            "Pass the base it was trained on with --base."
+            f"{model.shape.rows} rows. Pass the base it was trained on with --base."
         )
     only_one = saves_embedding_or_head(model, spec) or model.embedding_name in names
-    if model.shape.tied and only_one and read_config(folder).get("ensure_weight_tying"):
+    if model.shape.tied and only_one and config.get("ensure_weight_tying"):
         embedding, head = model.embedding_and_head
         raise UserError(
-            f"{folder / CONFIG}: ensure_weight_tying is not supported with LoRA on {embedding}, "
-            "nor with only one of "
-            f"{embedding} and {head} in modules_to_save. Train without it."
+            f"{config.path}: ensure_weight_tying is not supported with LoRA on {embedding}, nor "
+            f"with only one of {embedding} and {head} in modules_to_save. Train without it."
         )
+
     values = dict(reading.tensors(folder))
     base_parameters = dict(model.named_parameters(remove_duplicate=False))
-    # PEFT saves the base's embedding with LoRA on it
+    copies = {}
     for key in [key for key in values if key.endswith(COPY)]:
         name, value = f"{key.removeprefix(PREFIX).removesuffix(COPY)}.weight", values.pop(key)
         weight = base_parameters.get(name)
         if weight is None or (value.shape == weight.shape and weight.is_meta):
-            continue
-        if value.shape != weight.shape or not torch.equal(weight, value.to(weight)):
-            raise other_embedding(folder, name)
+            copies[name] = value
+        elif value.shape != weight.shape or not torch.equal(weight, value.to(weight)):
+            raise other_embedding(path, name)
     if spec.parameters:
         from pipeline.adapters.experts import in_this_layout  # most models have none
 
-        values = in_this_layout(model, spec, values, _layout_of(folder), folder)
-    _refuse_large_ranks(model, spec, names, values, folder / WEIGHTS)
+        values = in_this_layout(model, spec, values, _layout_of(config), folder)
+    _refuse_large_ranks(model, spec, names, values, path)
+
     # PEFT saves a tied pair twice: it was untied if embedding and head were trained in full to
     # different weights
-    pair = [
-        values.get(f"{PREFIX}{name}.weight") for name in (model.embedding_name, model.head_name)
-    ]
-    if model.shape.tied and all(w is not None for w in pair) and not torch.equal(*pair):  # type: ignore[arg-type]
+    pair = [f"{PREFIX}{name}.weight" for name in (model.embedding_name, model.head_name)]
+    both = model.shape.tied and all(key in values for key in pair)
+    if both and not torch.equal(values[pair[0]], values[pair[1]]):
         untie(model)
-    return StoredLora(spec, values, folder)
+    return StoredLora(spec, values, path, copies)
 
 
-def _layout_of(folder: Path) -> object:
-    """The version of PEFT whose layout of experts' A and B the adapter has; None if its files do
-    not tell.
-    """
-    version = read_config(folder).get("peft_version")
+def _layout_of(config: AdapterConfig) -> object:
+    """The version of PEFT whose layout of experts' A and B the adapter has; None if unknown."""
+    version, folder = config.get("peft_version"), config.path.parent
     # trained or made here, before we wrote a version
     if version is None and (folder / artifact.MANIFEST).exists():
         imported = artifact.read_manifest(folder).get("method") == "import"
@@ -248,8 +201,9 @@ def _layout_of(folder: Path) -> object:
 def load_adapter(
     model: CausalLM, base_folder: Path, folder: Path, reading: Reading = EACH_TIME
 ) -> Any:
-    """Attach the adapter in `folder` to `model`, which was loaded from `base_folder`, or is its
-    skeleton.
+    """Attach the adapter in `folder` to `model`, or to its skeleton.
+
+    `model` was loaded from `base_folder`.
 
     Returns what its kind's loader does: the AdapterSpec of LoRA, the VirtualTokens. The model's
     parameters are replaced, never written to, so that a model sharing its tensors is unchanged.
@@ -258,29 +212,28 @@ def load_adapter(
     after that.
     """
     refuse_foreign(base_folder, folder, reading.fingerprint, reading.contents)
-    kind = str(read_config(folder).get("peft_type") or LORA)
-    if kind in OTHER_KINDS:
-        return import_module(OTHER_KINDS[kind]).load(model, base_folder, folder)
-    if kind in VIRTUAL:
-        return load_virtual(model, base_folder, folder)
-    # read_spec rejects the rest
-    return load_lora(model, base_folder, folder, reading)
+    config = AdapterConfig.read(folder)
+    if config.kind in OTHER_KINDS:
+        return import_module(OTHER_KINDS[config.kind]).load(model, base_folder, folder)
+    if config.kind in VIRTUAL:
+        from pipeline.adapters.virtual import load_virtual  # few adapters are
+
+        return load_virtual(model, config)
+    return load_lora(model, base_folder, config, reading).spec  # which rejects any other kind
 
 
-def other_embedding(folder: Path, name: str) -> UserError:
+def other_embedding(path: Path, name: str) -> UserError:
     """The error for an adapter whose copy of the base's embedding differs from the base's."""
     return UserError(
-        f"{folder / WEIGHTS} contains its own {name}, which differs from the base model's: it was "
-        "resized or trained. "
-        "Pass the base it was trained on, or save it under modules_to_save."
+        f"{path} contains its own {name}, which differs from the base model's: it was resized or "
+        "trained. Pass the base it was trained on, or save it under modules_to_save."
     )
 
 
 def _normalized_rows(
     model: CausalLM, spec: AdapterSpec, path: Path, base_folder: Path
 ) -> dict[str, tuple[int, ...]]:
-    """The spec's rows by the last part of embedding's and head's names; of a tied pair the
-    embedding's only.
+    """The spec's rows by the last parts of module names; of a tied pair only the embedding's.
 
     Raises UserError for rows of another module, and for rows that differ in a tied pair: PEFT
     trains them separately but merges both into the same matrix.
@@ -302,9 +255,8 @@ def _normalized_rows(
     if model.shape.tied and head in rows and rows.pop(head) != rows.get(embedding):
         raise UserError(
             f"{path}: trainable_token_indices must name {embedding}, or {embedding} and {head} "
-            "with the same rows: "
-            f"they are tied in {base_folder}. Train the adapter that way, or on a base with an "
-            "untied head."
+            f"with the same rows: they are tied in {base_folder}. Train the adapter that way, or "
+            "on a base with an untied head."
         )
     return rows
 
@@ -312,9 +264,7 @@ def _normalized_rows(
 def _refuse_large_ranks(
     model: CausalLM, spec: AdapterSpec, names: list[str], values: Mapping[str, Tensor], path: Path
 ) -> None:
-    """Raises UserError for a rank above that of every tensor in the file, before memory is
-    allocated for it.
-    """
+    """Raises UserError for a rank above that of every stored A, before memory is allocated."""
     expected = dict[str, tuple[int, ...]]()
     if spec.parameters:
         from pipeline.adapters.experts import stacked_shapes
@@ -322,122 +272,11 @@ def _refuse_large_ranks(
         expected = stacked_shapes(model, spec)
     for name in names:
         layer = model.get_submodule(name)
-        key = f"{name}{_A_KEYS[isinstance(layer, nn.Embedding)]}"
-        expected[key] = (
-            spec.rank_of(name),
-            weight_of(layer).shape[0 if fan_in_fan_out(layer) else 1],
-        )
+        inputs = weight_of(layer).shape[0 if fan_in_fan_out(layer) else 1]
+        key = f"{PREFIX}{name}{_A_KEYS[isinstance(layer, nn.Embedding)]}"
+        expected[key] = (spec.rank_of(name), inputs)
     shapes = {key: tuple(value.shape) for key, value in values.items() if key.endswith(_A_KEYS)}
     largest = max((shape[0] for shape in shapes.values() if shape), default=0)
-    for key, shape in ((PREFIX + key, shape) for key, shape in expected.items()):
+    for key, shape in expected.items():
         if shape[0] > largest:
             refuse_difference({key: shape}, {key: shapes[key]} if key in shapes else {}, str(path))
-
-
-@torch.no_grad()
-def attach_virtual_tokens(
-    model: CausalLM,
-    kind: str,
-    count: int,
-    vocabulary: int,
-    seed: int,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Freeze `model` and give it `count` trainable virtual tokens of a kind, prefix or prompt, in
-    place.
-
-    They are initialized with random tokens of the tokenizer's `vocabulary`: their embeddings in the
-    base (Lester et al. 2021, §3.2, sampled vocabulary), or the keys and values it computes for them
-    (Li & Liang 2021, §7.4); then cast to `dtype`, if one is given. Raises UserError if they leave
-    no position for a sequence.
-    """
-    if count >= model.shape.positions:
-        raise UserError(
-            f"finetune_{kind}.virtual_tokens must be below {model.shape.positions}, the model's "
-            f"positions, got {count}."
-            " Reduce it."
-        )
-    # drawn on the CPU, so that a seed gives the same tokens on every device
-    ids = torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(seed)).to(
-        model.device
-    )
-    virtual = _virtual_tokens(model, kind, ids)
-    virtual.prompt_embeddings.data = virtual.prompt_embeddings.data.to(dtype)
-    model.requires_grad_(False)
-    model.set_virtual_tokens(virtual)
-
-
-def save_virtual(folder: Path, model: CausalLM, base_name: str) -> None:
-    """adapter_config.json, as PEFT writes it, and adapter_model.safetensors."""
-    virtual = model.virtual
-    assert virtual is not None
-    save_tensors(folder / WEIGHTS, {KEY: virtual.prompt_embeddings})
-    n, width = virtual.prompt_embeddings.shape
-    heads, options = model.shape.heads, dict[str, Any]()
-    # PEFT's sizes of a prefix are those of the keys, which heads may share
-    if isinstance(virtual, PrefixTokens):
-        heads, width = virtual.groups, width // (2 * virtual.layers)
-        options = {"encoder_hidden_size": width, "prefix_projection": False}
-    else:
-        options = {
-            "prompt_tuning_init": "RANDOM",
-            "prompt_tuning_init_text": None,
-            "tokenizer_name_or_path": None,
-        }
-    config = {
-        "peft_type": next(name for name, kind in VIRTUAL.items() if kind == virtual.kind),
-        **_VIRTUAL_PLAIN,
-        "base_model_name_or_path": base_name,
-        "revision": None,
-        "inference_mode": True,
-        "num_virtual_tokens": n,
-        "token_dim": width,
-        "num_attention_heads": heads,
-        "num_layers": len(model.blocks),
-        **options,
-    }
-    artifact.write_json(folder / CONFIG, config)
-
-
-@torch.no_grad()
-def load_virtual(model: CausalLM, _base_folder: Path, folder: Path) -> VirtualTokens:
-    """Give `model`, or its skeleton, the virtual tokens in `folder`; their base was checked before.
-
-    Raises UserError for tensors that its config and this model do not require, or that are not
-    finite.
-    """
-    config, path = read_config(folder), folder / CONFIG
-    refuse_options(config, path, _VIRTUAL_PLAIN, _VIRTUAL_KNOWN)
-    kind, n = VIRTUAL[config["peft_type"]], config.get("num_virtual_tokens")
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-        raise UserError(f"{path}: num_virtual_tokens must be a whole number from 1, got {n!r}.")
-    if n >= model.shape.positions:
-        raise UserError(
-            f"{path}: num_virtual_tokens must be below the base's {model.shape.positions} "
-            f"positions, got {n}."
-        )
-    virtual = _virtual_tokens(
-        model, kind, torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    )  # one, for the shape
-    values = read_tensors(folder)
-    expected = {KEY: (n, virtual.prompt_embeddings.shape[1])}
-    refuse_difference(
-        expected, {key: tuple(t.shape) for key, t in values.items()}, str(folder / WEIGHTS)
-    )
-    if isinstance(virtual, PrefixTokens):
-        # a prefix of other heads or blocks can have as many numbers
-        for key, count in (("num_attention_heads", virtual.groups), ("num_layers", virtual.layers)):
-            if config.get(key) != count:
-                raise UserError(f"{path}: {key} is {config.get(key)!r}, but the base has {count}.")
-    tokens = values[KEY].to("cpu" if model.device.type == "meta" else model.device, copy=True)
-    virtual.prompt_embeddings = nn.Parameter(tokens)
-    model.set_virtual_tokens(virtual)
-    model.requires_grad_(False)
-    return virtual
-
-
-def _virtual_tokens(model: CausalLM, kind: str, ids: Tensor) -> VirtualTokens:
-    """Virtual tokens that compute what the tokens `ids` (1, n) do."""
-    if kind == "prompt":
-        return PromptTokens(model.embeddings(ids)[0].clone())
-    return prefix_of(model.keys_and_values(ids), len(model.blocks))

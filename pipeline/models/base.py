@@ -27,11 +27,9 @@ Prefix = Callable[[int, Tensor, Tensor, Sequence[int]], list[Tensor]]
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's sizes: rows of its embedding, positions, blocks and heads, and whether its head is
-    tied.
-    """
+    """A model's sizes, and whether its head is tied to its embedding."""
 
-    rows: int
+    rows: int  # of the embedding
     positions: int
     layers: int
     heads: int
@@ -46,39 +44,35 @@ class CausalLM(nn.Module):
     virtual: "VirtualTokens | None"  # read before every sequence
     compiles = False  # whether `torch.compile` of its blocks may pay
     takes_packed_cache = False  # whether `cache` may be a PackedCache
-    # of packed sequences, as its blocks get them
+    # makes lengths of packed sequences what its blocks get
     wrap_lengths: Callable[[Sequence[int]], Sequence[int]] = tuple
     logit_cap: float | None = None  # the head's logits are cap·tanh(logits / cap)
 
     def __init__(self) -> None:
         super().__init__()
         self.register_module("virtual", None)
-        # in a run of several processes: weight → where its file has it, if it was loaded as it is
-        # there
+        # in a run of several processes: weight → its place in a file, if it was loaded unchanged
         self.stored: dict[Tensor, TensorLocation] = {}
 
     @cached_property
     @torch.no_grad()
     def supports_packing(self) -> bool:
-        """Whether sequences packed end to end give what each gives alone. Tried once, on this
-        model.
-        """
+        """Whether sequences packed end to end give what each gives alone: tried once."""
         # a CPU would take minutes for more
         most = min(self.max_length - 4, 64 if self.device.type == "cpu" else ROW)
         reach = max((size for size in self.local_reach if size <= most), default=0)
         lengths = [reach + 3, reach + 4]
         ids = torch.arange(1, sum(lengths) + 1, device=self.device)[None] % self.shape.rows
         alone = ids.split_with_sizes(lengths, 1)
-        positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])[
-            None
-        ]
+        starts = [torch.arange(length, device=self.device) for length in lengths]
+        positions = torch.cat(starts)[None]
         return probes.computes(
             "sequences packed end to end",
             "one sequence is read at a time",
             lambda: self.hidden_states(ids, positions, lengths),
-            right=lambda: torch.cat([self.hidden_states(each) for each in alone], 1),
+            right=lambda: torch.cat([self.hidden_states(row) for row in alone], 1),
             again=lambda: torch.cat(
-                [self.hidden_states(each.expand(2, -1))[:1] for each in alone], 1
+                [self.hidden_states(row.expand(2, -1))[:1] for row in alone], 1
             ),
             wrong=lambda: self.hidden_states(ids, positions),
         )
@@ -91,8 +85,11 @@ class CausalLM(nn.Module):
     @cached_property
     @torch.no_grad()
     def supports_prefix(self) -> bool:
-        """Whether attention takes a prefix's keys without a cache. Tried once: two tokens after the
-        keys and values of two others against one sequence of all four."""
+        """Whether attention takes a prefix's keys without a cache: tried once.
+
+        Two tokens after the keys and values of two others are compared with one sequence of all
+        four.
+        """
         ids = torch.arange(1, 5, device=self.device)[None]
         positions = torch.tensor([[2, 3]], device=self.device)
 
@@ -100,9 +97,8 @@ class CausalLM(nn.Module):
             read = self.keys_and_values(ids[:, :2])
 
             def prefix(block: int, keys: Tensor, values: Tensor, _: Sequence[int]) -> list[Tensor]:
-                return [
-                    torch.cat(pair, dim=2) for pair in zip(read[block], (keys, values), strict=True)
-                ]
+                before = read[block]
+                return [torch.cat((before[0], keys), 2), torch.cat((before[1], values), 2)]
 
             return self.run_body(ids[:, 2:], positions, prefix=prefix)
 
@@ -188,18 +184,14 @@ class CausalLM(nn.Module):
 
     @property
     def pack_up_to(self) -> int:
-        """Pack equal-length sequences into one row up to this many tokens; above it, a row each is
-        faster.
-        """
+        """Tokens up to which sequences of one length are packed; above, rows are faster."""
         return 0
 
     def prepare_cpu_training(self) -> None:
         """Replace parts by faster ones that compute the same, in place."""
 
     def prepare_accelerator_training(self, device: torch.device) -> None:
-        """The same for training on `device`, any other than a CPU; the model may not be there
-        yet.
-        """
+        """The same for training on another `device`, where the model need not be yet."""
 
     @property
     def trains_natively(self) -> bool:
@@ -207,20 +199,17 @@ class CausalLM(nn.Module):
         return False
 
     def kept_attention_weights(self, lengths: Sequence[int]) -> int | None:  # noqa: ARG002
-        """Attention weights per head that a training step keeps for one row of sequences; None if
-        it keeps none.
-        """
+        """Attention weights per head that a step keeps for a row of sequences, if any."""
         return None
 
     def new_cache(self) -> Any:
-        """An empty KV cache, with `get_seq_length()` and `update(keys, values, block)` of
-        transformers' caches.
-        """
+        """An empty KV cache with the methods of transformers' caches."""
         raise NotImplementedError
 
     def keys_and_values(self, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of ids (B, T) in each block, (B, G, T, K) each; no sliding window drops
-        any.
+        """Keys and values, (B, G, T, K) each, of ids (B, T) in each block.
+
+        No sliding window drops any.
         """
         raise NotImplementedError
 
@@ -267,8 +256,7 @@ class CausalLM(nn.Module):
 
 
 class VirtualTokens(nn.Module):
-    """n virtual tokens before every sequence, in the layout in which PEFT stores them,
-    `prompt_embeddings` (n, …).
+    """n virtual tokens before every sequence, `prompt_embeddings` (n, …) as PEFT stores them.
 
     They take the positions 0 to n-1, a sequence's own tokens those from n on.
     """
@@ -292,15 +280,16 @@ class VirtualTokens(nn.Module):
         segments: Sequence[int] | None,
         cache: Any,
     ) -> Tensor:
-        """`CausalLM.hidden_states`, (B, T, D), with the virtual tokens before each sequence; theirs
-        are left out.
+        """`CausalLM.hidden_states`, (B, T, D), after the virtual tokens.
+
+        Theirs are left out.
         """
+        shifted = None if positions is None else positions + self.count
         if cache is not None and cache.get_seq_length():  # it already holds the virtual tokens
-            return model.run_body(
-                ids, None if positions is None else positions + self.count, segments, cache
-            )
-        positions = next_positions(ids, None) if positions is None else positions
-        return self.begin(model, ids, positions + self.count, segments, cache)
+            return model.run_body(ids, shifted, segments, cache)
+        if shifted is None:
+            shifted = next_positions(ids, None) + self.count
+        return self.begin(model, ids, shifted, segments, cache)
 
     def begin(
         self,
@@ -315,10 +304,10 @@ class VirtualTokens(nn.Module):
 
 
 class SequenceCache:
-    """Keys and values of one sequence of at most `capacity` tokens, side by side: (1, G, S, 2K) in
-    every block.
+    """Keys and values of one sequence of at most `capacity` tokens.
 
-    Their memory grows with the sequence; what is appended is written in place.
+    They stand side by side, (1, G, S, 2K) in every block. Their memory grows with the sequence;
+    what is appended is written in place.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -326,14 +315,12 @@ class SequenceCache:
         self._buffers: dict[int, Tensor] = {}
 
     def append(self, block: int, new: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (1, G, S, K) of all tokens, the `new` ones (1, G, T, 2K) after `length`
-        others. `size`: K of the keys."""
+        """All keys and values (1, G, S, K = size), after appending `new` (1, G, T, 2K)."""
         stop = self.length + new.shape[2]
         buffer = self._buffers.get(block)
         if buffer is None or buffer.shape[2] < stop:
-            grown = new.new_empty(
-                *new.shape[:2], min(self.capacity, max(64, 2 * stop)), new.shape[3]
-            )
+            room = min(self.capacity, max(64, 2 * stop))
+            grown = new.new_empty(*new.shape[:2], room, new.shape[3])
             if buffer is not None:
                 grown[:, :, : self.length] = buffer[:, :, : self.length]
             buffer = self._buffers[block] = grown
@@ -343,9 +330,11 @@ class SequenceCache:
 
 
 class PackedCache:
-    """The caches of the sequences whose next tokens are packed end to end in one row:
+    """The caches of sequences whose next tokens are packed end to end in one row.
+
     `hidden_states(cache=…)` then needs `positions` and `segments`. Every sequence attends to its
-    own keys only."""
+    own keys only.
+    """
 
     def __init__(self, sequences: Sequence[SequenceCache]) -> None:
         self.sequences = sequences
@@ -353,16 +342,18 @@ class PackedCache:
     def update(
         self, block: int, keys: Tensor, values: Tensor, lengths: Sequence[int]
     ) -> list[tuple[Tensor, Tensor]]:
-        """Each sequence's keys and values (1, G, S, K); the new ones (1, G, T, K), of these
-        `lengths`, come last.
+        """Each sequence's keys and values (1, G, S, K), the new ones at the end.
+
+        The new ones are (1, G, T, K), those of sequences of `lengths`.
         """
         new = torch.cat((keys, values), 3).split_with_sizes(list(lengths), 2)
-        each = zip(self.sequences, new, strict=True)
-        return [cache.append(block, tokens, keys.shape[3]) for cache, tokens in each]
+        pairs = zip(self.sequences, new, strict=True)
+        return [cache.append(block, tokens, keys.shape[3]) for cache, tokens in pairs]
 
     def advance(self, lengths: Sequence[int]) -> None:
-        """Count the new tokens, once every block has them: a forward that raised leaves the caches
-        as they were.
+        """Count the new tokens, once every block has them.
+
+        A forward that raised then leaves the caches as they were.
         """
         for cache, length in zip(self.sequences, lengths, strict=True):
             cache.length += length
@@ -379,12 +370,11 @@ class UpdatedLinear(nn.Module):
 
 
 class LinearUpdate(NamedTuple):
-    """A frozen linear and its update s·BA: A (R, I) and B (O, R) of one adapter; of L adapters,
-    with as many rows each, (L, R, I) and (L, O, R)."""
+    """A frozen linear and its update s·BA: of one adapter, or stacked of L adapters."""
 
     base: nn.Linear
-    A: Tensor
-    B: Tensor
+    A: Tensor  # (R, I), or (L, R, I) of L adapters with as many rows each
+    B: Tensor  # (O, R), or (L, O, R)
     scale: float
 
 
@@ -397,9 +387,7 @@ class LowRankLinear(nn.Module):
 
 
 class LowBitLinear(nn.Module):
-    """A linear whose weight is stored in 4 or 8 bits: what adapters know of
-    `quantized_linear.py`.
-    """
+    """A linear whose weight is stored in 4 or 8 bits: what adapters know of quantization."""
 
     bias: nn.Parameter | None
     out_features: int
@@ -426,9 +414,7 @@ def next_positions(inputs: Tensor, cache: Any) -> Tensor:
 
 
 def checkpointed(how: Checkpointing, block: int) -> bool:
-    """Whether block number `block` is recomputed in backward; the same rule as the calculator's
-    `TrainingConfig`.
-    """
+    """Whether block number `block` is recomputed in backward, as in the calculator."""
     return how == "full" or (how == "selective" and block % 2 == 0)
 
 
@@ -442,36 +428,32 @@ def packed_hidden_states(model: CausalLM, sequences: Sequence[Sequence[int]]) ->
     start = 0
     while start < len(sequences):
         stop, tokens = start + 1, len(sequences[start])
-        while (
-            model.supports_packing
-            and stop < len(sequences)
-            and tokens + len(sequences[stop]) <= ROW
-        ):
+        while model.supports_packing and stop < len(sequences):
             tokens += len(sequences[stop])
+            if tokens > ROW:
+                break
             stop += 1
-        lengths = [len(sequence) for sequence in sequences[start:stop]]
-        ids = [id_ for sequence in sequences[start:stop] for id_ in sequence]
-        # (2, 1, T): one copy
-        table = torch.tensor([[ids], [[t for length in lengths for t in range(length)]]])
-        ids_, positions = to_device(table, model.device)
-        hidden = model.hidden_states(ids_, positions, lengths if len(lengths) > 1 else None)[0]
+        row = sequences[start:stop]
+        lengths = [len(sequence) for sequence in row]
+        ids = [id_ for sequence in row for id_ in sequence]
+        positions = [t for length in lengths for t in range(length)]
+        table = to_device(torch.tensor([[ids], [positions]]), model.device)  # (2, 1, T): one copy
+        segments = lengths if len(row) > 1 else None
+        hidden = model.hidden_states(table[0], table[1], segments)[0]
         yield from hidden.split(lengths)  # type: ignore[no-untyped-call]
         start = stop
 
 
 @torch.no_grad()
 def set_row_count(model: CausalLM, rows: int) -> None:
-    """Resize embedding and head to `rows` rows, in place; old rows are copied bit for bit, new ones
-    are zero.
-    """
+    """Resize embedding and head to `rows` rows, in place; new rows are zero."""
     tied = model.shape.tied
-    for module, name in (
-        (model.embeddings, "weight"),
-        (model.head, "weight"),
-        (model.head, "bias"),
-    ):
+    parts = [(model.embeddings, "weight"), (model.head, "bias")]
+    if not tied:
+        parts.append((model.head, "weight"))
+    for module, name in parts:
         old = getattr(module, name, None)
-        if old is not None and not (tied and (module, name) == (model.head, "weight")):
+        if old is not None:
             new = old.new_zeros(rows, *old.shape[1:])
             new[: old.shape[0]].copy_(old)
             setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
@@ -482,22 +464,20 @@ def set_row_count(model: CausalLM, rows: int) -> None:
 
 @contextmanager
 def compute_in_fp32(model: nn.Module) -> Iterator[None]:
-    """Inside the block each part of `model` is in fp32 while it runs, and only then, so that little
-    memory is added.
+    """Inside the block each part of `model` is in fp32 while it runs.
 
-    In 16 bits, two correct computations of the same logits differ by up to a tenth of the largest.
+    Only then, so that little memory is added. In 16 bits, two correct computations of the same
+    logits differ by up to a tenth of the largest.
     """
-    parameters_of = {}
+    parameters_of, narrow = {}, {}
     for module in model.modules():
         # a forward may read its leaf children's parameters, whose own forward then never runs
-        parts = [module, *(child for child in module.children() if not [*child.children()])]
-        parameters_of[module] = [p for part in parts for p in part.parameters(recurse=False)]
-    narrow = {
-        p: p.dtype
-        for parameters in parameters_of.values()
-        for p in parameters
-        if p.dtype.itemsize == 2
-    }
+        leaves = [child for child in module.children() if not [*child.children()]]
+        parameters = [p for part in (module, *leaves) for p in part.parameters(recurse=False)]
+        in_16_bits = {p: p.dtype for p in parameters if p.dtype.itemsize == 2}
+        narrow.update(in_16_bits)
+        if in_16_bits:
+            parameters_of[module] = parameters
 
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         for p in parameters_of[module]:
@@ -510,13 +490,8 @@ def compute_in_fp32(model: nn.Module) -> Iterator[None]:
         for p in parameters_of[module]:
             p.data = p.data.to(narrow.get(p, p.dtype))
 
-    changed = [
-        module
-        for module, parameters in parameters_of.items()
-        if any(p in narrow for p in parameters)
-    ]
-    hooks = [module.register_forward_pre_hook(before) for module in changed]
-    hooks += [module.register_forward_hook(after, always_call=True) for module in changed]
+    hooks = [module.register_forward_pre_hook(before) for module in parameters_of]
+    hooks += [module.register_forward_hook(after, always_call=True) for module in parameters_of]
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
-"""The device a model runs on, and its memory. Nothing else decides where a model lives or a matrix
-is decomposed.
+"""The device that a model runs on, and its memory.
+
+Nothing else decides where a model lives or a matrix is decomposed.
 """
 
 import ctypes
@@ -10,7 +11,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,23 +20,21 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.project import process
-from pipeline.project.logs.run_log import in_units, peak_memory
+from pipeline.project.logs.run_log import in_units
 from pipeline.project.process import world
 
 
 def devices() -> list[str]:
     """The names of this machine's devices."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return [
-        "cpu",
-        *(f"cuda:{index}" for index in range(gpus)),
-        *["mps"] * torch.backends.mps.is_available(),
-    ]
+    names = ["cpu", *(f"cuda:{index}" for index in range(gpus))]
+    return [*names, "mps"] if torch.backends.mps.is_available() else names
 
 
 def asked_device() -> torch.device | None:
-    """What --device, LORA_DEVICE or the params file name; None for auto. Raises UserError if it is
-    not there.
+    """The device of --device, LORA_DEVICE or the params file; None for auto.
+
+    Raises UserError for a device that this machine does not have.
     """
     name, source = process.asked()
     if name == process.AUTO:
@@ -49,17 +48,16 @@ def asked_device() -> torch.device | None:
             "by its rank."
         )
     device = torch.device("cuda", rank.local_rank) if name == "cuda" else torch.device(name)
-    if str(device) not in (there := devices()):
+    names = devices()
+    if str(device) not in names:
         raise UserError(
-            f"{source} must name a device of this machine, got {name!r}. It has {', '.join(there)}."
+            f"{source} must name a device of this machine, got {name!r}. It has {', '.join(names)}."
         )
     return device
 
 
 def best_device() -> torch.device:
-    """The device that was asked for, else a CUDA GPU (each rank its own), Apple's, or the CPU.
-    Raises UserError.
-    """
+    """The device that was asked for, else a GPU (one per rank) or the CPU. Raises UserError."""
     if (asked := asked_device()) is not None:
         return asked
     if torch.cuda.is_available():
@@ -97,11 +95,10 @@ def device_for(model: nn.Module) -> torch.device:
 
 
 def device_for_size(parameters: int) -> torch.device:
-    """The device that was asked for, else the one on which a model of that size is fastest. Raises
-    UserError.
+    """The device that was asked for, else the fastest for a model of that size. Raises UserError.
 
-    Also sets the number of CPU threads to what the model can use, and the GPU that kernels of
-    libraries are run on.
+    Also sets the number of CPU threads that the model can use, and the GPU on which libraries run
+    their kernels.
 
     Matrix products as small as MiniGPT's gain nothing from a second thread, and two runs side by
     side, whose threads spin for each other's cores, were measured to take seven times as long.
@@ -115,8 +112,7 @@ def device_for_size(parameters: int) -> torch.device:
 
 
 def move_for_inference(model: Model, make_room: Callable[[], bool] = lambda: False) -> Model:
-    """`model`, moved to `device_for` it, or to the CPU, with a warning, if it does not fit into
-    that device's memory.
+    """`model` on its `device_for`, or with a warning on the CPU if it does not fit there.
 
     `make_room` frees a part of the memory that others use, and returns False if there is none to
     free. Every model that answers goes through here; the training loop moves the model it trains,
@@ -137,21 +133,13 @@ def move_for_inference(model: Model, make_room: Callable[[], bool] = lambda: Fal
 
 
 def device_for_matrix(numbers: int) -> torch.device:
-    """Where a matrix of so many numbers is decomposed in fp64: a large one on the accelerator, if
-    that has fp64.
-    """
-    device = (
-        best_device()
-        if numbers >= LARGE_MATRIX or asked_device() is not None
-        else torch.device("cpu")
-    )
-    return fp64_device(device)
+    """Where to decompose a matrix of so many numbers in fp64: a large one on the accelerator."""
+    on_best = numbers >= LARGE_MATRIX or asked_device() is not None
+    return fp64_device(best_device() if on_best else torch.device("cpu"))
 
 
 def fp64_device(device: torch.device) -> torch.device:
-    """`device`, or the CPU if it does not compute in fp64: Apple's GPU does not, nor has it an
-    SVD.
-    """
+    """`device`, or the CPU in place of Apple's GPU, which has neither fp64 nor an SVD."""
     return torch.device("cpu") if device.type == WITHOUT_FP64 else device
 
 
@@ -162,8 +150,10 @@ def in_fp64(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def placed_for_inference(model: nn.Module) -> Iterator[None]:
-    """Like `move_for_inference`, of a model that will train: it is on the CPU again afterwards, for
-    the training loop to move it or to shard it."""
+    """`move_for_inference`, and back to the CPU afterwards.
+
+    For a model that will train: the training loop moves or shards it.
+    """
     move_for_inference(model)
     try:
         yield
@@ -177,15 +167,12 @@ def model_bytes(model: nn.Module, device: torch.device | None = None) -> int:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Bytes that can still be allocated on `device`; infinite on the CPU, where the system may
-    swap.
-    """
+    """Bytes that can still be allocated on `device`; infinite on the CPU, which may swap."""
     return float("inf") if device.type == "cpu" else available_memory(device)
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that a process can use on `device` now: a GPU's free memory, or the machine's or
-    container's for a CPU.
+    """Bytes that a process can use on `device` now, a container's limits included.
 
     What torch's allocator has freed but not returned is free for this process, though its driver
     counts it as used.
@@ -195,55 +182,30 @@ def available_memory(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0] + cached)
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
-    from pipeline.files.cgroup import memory_limits  # most runs do not ask
+    from pipeline.files.memory import read_memory  # most runs do not ask
 
-    sizes = [_free_of_machine()]
-    for limit in memory_limits():
-        with suppress(OSError, ValueError):
-            sizes.append(limit.total - limit.used())
-    return max(0, min(sizes))
-
-
-def _free_of_machine() -> int:
-    """Bytes that the system can give without swapping; half of its memory where nothing says so, as
-    on macOS.
-    """
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return 1024 * int(
-            next(line for line in lines if line.startswith("MemAvailable")).split()[1]
-        )
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return read_memory().available
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether `device` has instructions for bf16, so that it is faster than fp32 and not only
-    smaller.
-    """
+    """Whether `device` has instructions for bf16: it is then faster than fp32, not only smaller."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "mps":
         return True
-    try:
-        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
-    except OSError:  # macOS
-        return False
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+    words = " ".join(processor_facts()).split()
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on `device`: there it is queued, and the host does not wait for the
-    copy.
-    """
+    """A tensor of the host on `device`. The host does not wait for the copy."""
     if device.type == "cuda":  # only from pinned memory
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type != "mps")
 
 
 def read_numbers(tensors: Sequence[Tensor]) -> list[float]:
-    """The numbers in the tensors, all on one device. The host waits until it has computed them:
-    once for all.
-    """
+    """The numbers in the tensors, all on one device, for which the host waits once."""
     rows = [tensor.detach().view(-1) for tensor in tensors]
     # there is nothing to wait for, and joining them is one call more
     if not rows or rows[0].is_cpu:
@@ -259,67 +221,56 @@ def _tensors(model: nn.Module) -> tuple[Tensor, ...]:
 def _threads() -> int:
     """OMP_NUM_THREADS if it is a plausible number, else this process's share of the cores."""
     setting = os.environ.get("OMP_NUM_THREADS", "")
-    return (
-        int(setting)
-        if re.fullmatch("[1-9][0-9]{0,3}", setting)
-        else max(1, cores() // world().local_world_size)
-    )
+    if re.fullmatch("[1-9][0-9]{0,3}", setting):
+        return int(setting)
+    return max(1, cores() // world().local_world_size)
 
 
 def cores() -> int:
-    """The cores that this process may run on: fewer than the machine has in a container or under
-    `taskset`.
-    """
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The cores that this process may run on: under `taskset` fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def device_info(device: torch.device) -> dict[str, Any]:
-    """`device`, its product's name, its used and total memory in bytes; on the CPU, used is this
-    process's own.
+    """`device`, its product's name, its used and total memory in bytes.
+
+    On the CPU the used memory is that of this process.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         name, used = torch.cuda.get_device_name(device), total - free
     elif device.type == "mps":
-        name, used, total = (
-            "Apple GPU",
-            torch.mps.driver_allocated_memory(),
-            torch.mps.recommended_max_memory(),
-        )
+        name, total = "Apple GPU", torch.mps.recommended_max_memory()
+        used = torch.mps.driver_allocated_memory()
     else:
-        name, used = _processor(), _resident_bytes()
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        import psutil  # 25 ms, which most commands do not need
+
+        models = [line for line in processor_facts() if line.startswith("model name")]
+        name = models[0].partition(":")[2].strip() if models else ""
+        name = name or platform.processor() or platform.machine()
+        used, total = psutil.Process().memory_info().rss, psutil.virtual_memory().total
     return {"device": str(device), "name": name, "memory_used": used, "memory_total": total}
 
 
-def _processor() -> str:
+def processor_facts() -> list[str]:
+    """The lines of /proc/cpuinfo; none on macOS."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # macOS
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _resident_bytes() -> int:
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    except OSError:  # macOS reports only the peak
-        return peak_memory()
-    return pages * os.sysconf("SC_PAGE_SIZE")
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
 
 
 def keep_freed_memory() -> None:
-    """Make glibc's allocator keep freed memory until the process ends: a training step asks for the
-    same sizes again.
+    """Make glibc's allocator keep freed memory, as each training step asks for the same sizes.
 
     It otherwise returns freed blocks of megabytes to the system, and the next step pays a page
     fault for each 4 KiB of them. A LoRA step of SmolLM2-135M in bf16 takes 1/1.12 of the time
     (measured in turns on two cores and on one).
     """
-    mallopt = (
-        getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
-    )
+    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    mallopt = getattr(library, "mallopt", None)
     if mallopt is not None:  # musl has none
         for parameter in (-3, -1):  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
             mallopt(parameter, 2**31 - 1)

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is sampled. Temperature 0 is greedy; top_k 0 and top_p 1 keep every
-    token.
+    """How the next token is sampled.
+
+    Temperature 0 is greedy; top_k 0 and top_p 1 keep every token.
     """
 
     temperature: float = 0.0
@@ -36,8 +37,7 @@ class Sampling:
         if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise UserError(
                 "sampling needs temperature at least 0, top-k at least 0 and top-p above 0 up to "
-                "1, "
-                f"got {self.temperature}, {self.top_k} and {self.top_p}."
+                f"1, got {self.temperature}, {self.top_k} and {self.top_p}."
             )
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed must be a whole number from 0 to 2^63 - 1, got {self.seed}.")
@@ -60,9 +60,7 @@ class SampledToken(NamedTuple):
 
 
 def encode_prompt(name: str, model: CausalLM, tokenizer: "Tokenizer", text: str) -> tuple[int, ...]:
-    """The prompt's ids. Raises UserError as `encode_text` does, or if it is too long for the
-    model.
-    """
+    """The prompt's ids. Raises UserError like `encode_text`, or if they are too many."""
     ids = encode_text(name, tokenizer, text)
     if len(ids) > model.max_length:
         raise UserError(f"The prompt has {len(ids)} tokens; {name} takes {model.max_length}.")
@@ -76,9 +74,8 @@ def encode_text(name: str, tokenizer: "Tokenizer", text: str) -> tuple[int, ...]
         raise UserError("The prompt is empty. Give at least one word.")
     if unknown:
         raise UserError(
-            f"{name} does not know: {', '.join(unknown)}. It is a word-level model: use words "
-            "from its training data, "
-            "or add them with expand_vocab."
+            f"{name} does not know: {', '.join(unknown)}. It is a word-level model: use words from "
+            "its training data, or add them with expand_vocab."
         )
     return ids
 
@@ -91,14 +88,9 @@ def generate(
     sampling: Sampling = GREEDY,
     packed: bool = True,
 ) -> Iterator[int]:
-    """Yields up to `limit` token ids after `prompt`, stopping before a token of `ends` or after the
-    last position.
-    """
-    return (
-        token.id
-        for token in stream(model, prompt, ends, limit, sampling, packed)
-        if token.id not in ends
-    )
+    """Yields up to `limit` token ids after `prompt`, and stops before a token of `ends`."""
+    tokens = stream(model, prompt, ends, limit, sampling, packed)
+    return (token.id for token in tokens if token.id not in ends)
 
 
 @torch.no_grad()
@@ -110,8 +102,9 @@ def stream(
     sampling: Sampling = GREEDY,
     packed: bool = True,
 ) -> Iterator[SampledToken]:
-    """Yields up to `limit` tokens after `prompt`, each as soon as it is sampled; a token of `ends`
-    is the last.
+    """Yields up to `limit` tokens after `prompt`, each as soon as it is sampled.
+
+    A token of `ends` is the last.
 
     `packed`: whether a copy of the weights in a faster layout may be made and kept
     (`fast_decoding`). Raises UserError if the logits are not finite.
@@ -122,9 +115,9 @@ def stream(
     new = to_device(torch.tensor([list(prompt)]), model.device)
     with fast_decoding(model) if packed else nullcontext():
         for _ in range(min(limit, model.max_length - len(prompt))):
-            # Sampled on the CPU, so that a seed means the same on every device.
-            # (V,)
-            logits = model.logits(model.hidden_states(new, cache=cache)[0, -1]).float().cpu()
+            hidden = model.hidden_states(new, cache=cache)[0, -1]  # (D,)
+            # on the CPU, where a seed draws the same token whatever the device
+            logits = model.logits(hidden).float().cpu()  # (V,)
             token = draw(finite(logits), sampling, generator)
             yield SampledToken(token, float(logits.softmax(0)[token]))
             if token in ends:
@@ -143,19 +136,18 @@ def generate_all(
     if model.virtual is not None or not model.mixes_lengths or not _reads_side_by_side(model):
         pairs = zip(prompts, limits, strict=True)
         return [list(generate(model, prompt, ends, limit, packed=False)) for prompt, limit in pairs]
-    answers: list[list[int]] = []
-    group, size = list[int](), 0
+    groups, size = [list[int]()], 0
     for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        if group and size + len(prompt) + limit > GROUP_TOKENS:
-            answers += _generate_group(
-                model, [prompts[n] for n in group], ends, [limits[n] for n in group]
-            )
-            group, size = [], 0
-        group.append(number)
         size += len(prompt) + limit
-    return answers + _generate_group(
-        model, [prompts[n] for n in group], ends, [limits[n] for n in group]
-    )
+        if groups[-1] and size > GROUP_TOKENS:
+            groups.append([])
+            size = len(prompt) + limit
+        groups[-1].append(number)
+    answers: list[list[int]] = []
+    for group in groups:
+        parts, rooms = [prompts[n] for n in group], [limits[n] for n in group]
+        answers += _generate_group(model, parts, ends, rooms)
+    return answers
 
 
 @torch.no_grad()
@@ -163,16 +155,13 @@ def _generate_group(
     model: CausalLM, prompts: Sequence[Sequence[int]], ends: Container[int], limits: Sequence[int]
 ) -> list[list[int]]:
     answers: list[list[int]] = [[] for _ in prompts]
-    rooms = [
-        min(limit, model.max_length - len(prompt))
-        for prompt, limit in zip(prompts, limits, strict=True)
-    ]
-    caches = [
-        SequenceCache(len(prompt) + room) for prompt, room in zip(prompts, rooms, strict=True)
-    ]
-    new: dict[int, Sequence[int]] = {n: prompt for n, prompt in enumerate(prompts) if rooms[n] > 0}
-    # prompts one after the other: together they may be longer than any batch of the training
-    logits = {n: read_side_by_side(model, [caches[n]], [ids])[0] for n, ids in new.items()}
+    rooms, caches, logits = list[int](), list[SequenceCache](), dict[int, Tensor]()
+    for n, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        rooms.append(min(limit, model.max_length - len(prompt)))
+        caches.append(SequenceCache(len(prompt) + rooms[n]))
+        # prompts one after the other: together they may be longer than any batch of the training
+        if rooms[n] > 0:
+            logits[n] = read_side_by_side(model, [caches[n]], [prompt])[0]
     while logits:
         running = dict[int, int]()
         for n, row in logits.items():
@@ -184,9 +173,8 @@ def _generate_group(
                 running[n] = token
         if not running:
             break
-        rows = read_side_by_side(
-            model, [caches[n] for n in running], [[token] for token in running.values()]
-        )
+        tokens = [[token] for token in running.values()]
+        rows = read_side_by_side(model, [caches[n] for n in running], tokens)
         logits = dict(zip(running, rows, strict=True))
     return answers
 
@@ -194,9 +182,7 @@ def _generate_group(
 def read_side_by_side(
     model: CausalLM, caches: Sequence[SequenceCache], parts: Sequence[Sequence[int]]
 ) -> Tensor:
-    """(N, V): the logits after the last of each sequence's new tokens; the caches get the new
-    tokens.
-    """
+    """(N, V): the logits after each sequence's new tokens, which the caches get."""
     cache = PackedCache(caches)
     logits = model.logits(last_states(model, cache, parts))
     cache.advance([len(part) for part in parts])
@@ -206,13 +192,10 @@ def read_side_by_side(
 def last_states(model: CausalLM, cache: PackedCache, parts: Sequence[Sequence[int]]) -> Tensor:
     """(N, D): the hidden states of the last of each sequence's new tokens, packed into one row."""
     lengths = [len(part) for part in parts]
-    ids = [id_ for part in parts for id_ in part]
-    sequences = zip(cache.sequences, lengths, strict=True)
-    positions = [
-        t
-        for sequence, length in sequences
-        for t in range(sequence.length, sequence.length + length)
-    ]
+    ids, positions = list[int](), list[int]()
+    for sequence, part in zip(cache.sequences, parts, strict=True):
+        ids += part
+        positions += range(sequence.length, sequence.length + len(part))
     last = [stop - 1 for stop in accumulate(lengths)]
     # one copy for all three
     table = to_device(torch.tensor([*ids, *positions, *last]), model.device)
@@ -230,21 +213,15 @@ def _reads_side_by_side(model: CausalLM) -> bool:
 def agrees(
     alone: CausalLM, read: Callable[[Sequence[SequenceCache], Sequence[Sequence[int]]], Tensor]
 ) -> bool:
-    """Whether `read` gives, for two short sequences side by side, the logits that `alone` gives for
-    the first.
-    """
+    """Whether `read` gives side by side the logits that `alone` gives for one sequence."""
     if alone.virtual is not None:  # which read no cache of many sequences
         return False
     first, second = ([id_ % alone.shape.rows for id_ in probe] for probe in PROBES)
 
     def side_by_side() -> Tensor:
         caches = [SequenceCache(len(ids)) for ids in (first, second)]
-        return torch.stack(
-            [
-                read(caches, [ids[part] for ids in (first, second)])[0]
-                for part in (slice(-1), slice(-1, None))
-            ]
-        )
+        all_but_last = read(caches, [first[:-1], second[:-1]])
+        return torch.stack([all_but_last[0], read(caches, [first[-1:], second[-1:]])[0]])
 
     def last_logits(*rows: Sequence[int]) -> Tensor:
         logits: Tensor = alone(torch.tensor(rows, device=alone.device))  # (n, T, V)
@@ -262,26 +239,20 @@ def agrees(
 
 @torch.no_grad()
 def bytes_per_token(model: CausalLM) -> int:
-    """Bytes by which a sequence's keys and values grow with a token: measured, as families keep
-    different things.
-    """
+    """Bytes of a token's keys and values: measured, as families keep different things."""
     cache, sizes = model.new_cache(), list[int]()
     # the first token comes with virtual tokens, and with states that do not grow
     for _ in range(2):
         model.hidden_states(torch.zeros(1, 1, dtype=torch.int64, device=model.device), cache=cache)
-        layers = (
-            cache.layers.values() if isinstance(cache.layers, dict) else map(vars, cache.layers)
-        )
-        sizes.append(
-            sum(leaf.nbytes for leaf in tree_leaves([*layers]) if isinstance(leaf, Tensor))
-        )
+        is_ours = isinstance(cache.layers, dict)
+        layers = cache.layers.values() if is_ours else map(vars, cache.layers)
+        leaves = tree_leaves([*layers])
+        sizes.append(sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor)))
     return sizes[1] - sizes[0]
 
 
 def finite(numbers: Tensor) -> Tensor:
-    """Returns `numbers`. Raises UserError if they are not finite: argmax finds a token among NaNs
-    too.
-    """
+    """Returns `numbers`. Raises UserError for NaNs, among which argmax finds a token too."""
     # a fifth of the time of isfinite on all of them
     if not torch.stack(numbers.aminmax()).isfinite().all():
         raise UserError(
@@ -300,7 +271,7 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities (V,) after temperature, then top-k, then top-p (Holtzman et al. 2020, §3.1).
+    """Probabilities (V,) after temperature, then top-k, then top-p (Holtzman et al. 2020).
 
     Only tokens that can pass the cuts are sorted: sorting a vocabulary of 49,152 takes longer than
     a token of a batch.
@@ -322,7 +293,7 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     ids = ids[order]
     if k:
         ordered, ids = ordered[:k], ids[:k]
-    kept = ordered.softmax(0) if k else probabilities[ids]
-    before = kept.cumsum(0) - kept  # mass of the likelier tokens
-    kept[1:][before[1:] >= p] = 0  # the likeliest stays, however small top_p is
-    return torch.zeros_like(logits).scatter(0, ids, kept / kept.sum())
+    cut = ordered.softmax(0) if k else probabilities[ids]
+    before = cut.cumsum(0) - cut  # mass of the likelier tokens
+    cut[1:][before[1:] >= p] = 0  # the likeliest stays, however small top_p is
+    return torch.zeros_like(logits).scatter(0, ids, cut / cut.sum())

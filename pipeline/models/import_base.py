@@ -1,5 +1,4 @@
-"""Import a base as a plain checkpoint: config.json, one model.safetensors, a fast tokenizer's
-files.
+"""Import a base as a plain checkpoint: config.json, model.safetensors, a fast tokenizer.
 
 Any causal language model that transformers opens is imported completely or rejected. Pickles are
 never read. Two imports of one base write the same bytes, whatever its path.
@@ -35,36 +34,21 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 # raised when a file gives another base than before, so that those in the user's cache are not used
 GGUF_IMPORT = 2
 WIDE_GGUF = ("ALL_F32", "MOSTLY_F16", "MOSTLY_BF16")  # file types whose weights are not quantized
-GGUF_LICENSE = {"license": "general.license"} | {
-    f"license_{key}": f"general.license.{key}" for key in ("name", "link")
+GGUF_LICENSE = {
+    "license": "general.license",
+    "license_name": "general.license.name",
+    "license_link": "general.license.link",
 }
 # How byte-level vocabularies split a text before they merge, by `tokenizer.ggml.pre` (llama.cpp's
 # names). transformers knows others, and splits as GPT-2 does for a name that it does not know.
 SPLIT_AS_GPT2 = {
-    *(
-        "default",
-        "gpt-2",
-        "phi-2",
-        "mpt",
-        "olmo",
-        "jais",
-        "trillion",
-        "granite-docling",
-        "exaone4",
-        "gigachat",
-    ),
-    *("a.x-4.0", "mellum", "modern-bert", "roberta-bpe", "jina-es", "jina-de", "jina-v1-en"),
-    *("jina-v2-es", "jina-v2-de", "jina-v2-code"),
+    *("default", "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling"),
+    *("exaone4", "gigachat", "a.x-4.0", "mellum", "modern-bert", "roberta-bpe", "jina-es"),
+    *("jina-de", "jina-v1-en", "jina-v2-es", "jina-v2-de", "jina-v2-code"),
 }
 SPLIT_AT_DIGITS = {
-    "smollm",
-    "starcoder",
-    "refact",
-    "command-r",
-    "codeshell",
-    "exaone",
-    "minerva-7b",
-    "mellum2",
+    *("smollm", "starcoder", "refact", "command-r"),
+    *("codeshell", "exaone", "minerva-7b", "mellum2"),
 }
 SENTENCE = "The capital of France is Paris, and two and two are four."
 
@@ -110,8 +94,9 @@ def import_base(
 
 
 def import_to_cache(base: Path, on_start: Callable[[], None]) -> Path:
-    """The folder of a GGUF file or a model of the hub, imported into the user's cache; `on_start`
-    is called before an import. Raises UserError.
+    """The folder in the user's cache of a GGUF file or a model of the hub.
+
+    It is imported there first if it is not yet; `on_start` is called before that. Raises UserError.
     """
     source, digests = base_model.resolve(str(base), Path.cwd()), digest_cache.DigestStore()
     if source.kind == base_model.HUB:
@@ -154,8 +139,9 @@ def _download(source: base_model.Source, trust_remote_code: bool) -> Path:
 def _import_folder(
     folder: Path, name: str, out: Path, dtype: torch.dtype | None, trust_remote_code: bool
 ) -> tuple[Any, dict[str, Any]]:
-    """Copy a checkpoint folder through transformers; returns the model, and the manifest's entry of
-    a quantized one.
+    """Copy a checkpoint folder through transformers; errors call it `name`.
+
+    Returns the model, and the manifest's entry of a quantized one.
 
     Errors call it `name`.
     """
@@ -221,10 +207,8 @@ def _bitsandbytes_kind(config: Mapping[str, Any]) -> str | None:
     settings = config.get("quantization_config")
     if not isinstance(settings, Mapping):
         return None
-    in_8_bits, in_4_bits = (
-        settings.get("load_in_8bit") is True,
-        settings.get("load_in_4bit") is True,
-    )
+    in_8_bits = settings.get("load_in_8bit") is True
+    in_4_bits = settings.get("load_in_4bit") is True
     if settings.get("quant_method", "bitsandbytes") != "bitsandbytes" or in_8_bits == in_4_bits:
         return None
     return "int8" if in_8_bits else str(settings.get("bnb_4bit_quant_type", "fp4"))[:20]
@@ -233,8 +217,9 @@ def _bitsandbytes_kind(config: Mapping[str, Any]) -> str | None:
 def _import_gguf(
     source: base_model.Source, out: Path, dtype: torch.dtype, scratch: Path
 ) -> tuple[Any, dict[str, Any]]:
-    """Dequantize a GGUF file into a checkpoint; returns the model, and the manifest's entries that
-    are GGUF's alone.
+    """Dequantize a GGUF file into a checkpoint.
+
+    Returns the model, and the entries of the manifest that only GGUF files have.
     """
     name, hint = f"base: {source.text}", "Name a checkpoint folder of the same model instead"
     require("base: MODEL.gguf", name)
@@ -247,10 +232,8 @@ def _import_gguf(
     (scratch / file).symlink_to(source.path.resolve())
     how = {"gguf_file": file, "quantization_config": GgufConfig(dequantize=True), "dtype": dtype}
     # the one progress bar that ignores transformers' setting
-    bar, modeling_gguf_pytorch_utils.tqdm = (
-        modeling_gguf_pytorch_utils.tqdm,
-        lambda tensors, **_: tensors,
-    )
+    bar = modeling_gguf_pytorch_utils.tqdm
+    modeling_gguf_pytorch_utils.tqdm = lambda tensors, **_: tensors
     try:
         model = load_strict(scratch, name, False, hint, **how)
     finally:
@@ -264,9 +247,8 @@ def _import_gguf(
             tokenizer.save_pretrained(out)
         saved = read_json(path, "Import it again")
         # transformers adds special tokens to the file's own, for which the model has no rows
-        saved["added_tokens"] = [
-            token for token in saved["added_tokens"] if token["content"] in saved["model"]["vocab"]
-        ]
+        added, vocabulary = saved["added_tokens"], saved["model"]["vocab"]
+        saved["added_tokens"] = [token for token in added if token["content"] in vocabulary]
         if metadata.get("tokenizer.ggml.model") == "gpt2":
             _correct_split(saved, metadata.get("tokenizer.ggml.pre", "default"), name)
         write_json(path, saved)
@@ -275,17 +257,17 @@ def _import_gguf(
         key: str(metadata[name])[:300] for key, name in GGUF_LICENSE.items() if name in metadata
     }
     facts: dict[str, Any] = {"license": license} if license else {}
-    kind = next(
-        (kind.name for kind in LlamaFileType if kind == metadata.get("general.file_type")), None
-    )
+    stored = metadata.get("general.file_type")
+    kind = next((kind.name for kind in LlamaFileType if kind == stored), None)
     if kind and kind not in WIDE_GGUF:
         facts["dequantized"] = kind.removeprefix("MOSTLY_")
     return model, facts
 
 
 def _correct_split(tokenizer: dict[str, Any], split: object, name: str) -> None:
-    """Give a byte-level tokenizer.json the pre-tokenizer that the file names. Raises UserError if
-    it is not known.
+    """Give a byte-level tokenizer.json the pre-tokenizer that the file names.
+
+    Raises UserError if it is not known.
     """
     from transformers.integrations.gguf import gguf_tokenizer_mapping
 
@@ -295,20 +277,17 @@ def _correct_split(tokenizer: dict[str, Any], split: object, name: str) -> None:
             "type": "Sequence",
             "pretokenizers": [at_digits, tokenizer["pre_tokenizer"]],
         }
-    elif (
-        split not in SPLIT_AS_GPT2 and split not in gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS
-    ):
+        return
+    known = SPLIT_AS_GPT2.union(gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS)
+    if split not in known:
         raise UserError(
             f"{name} splits texts by {split!r} (tokenizer.ggml.pre), which is not known here: its "
-            "tokens would be "
-            "others. Name a checkpoint folder of the same model instead."
+            "tokens would be others. Name a checkpoint folder of the same model instead."
         )
 
 
 def _refuse_unusable(model: Any, out: Path, name: str, trust_remote_code: bool) -> None:
-    """Raises UserError unless the imported model tokenizes a sentence, gives finite logits and is
-    causal.
-    """
+    """Raises UserError unless the model tokenizes, gives finite logits and is causal."""
     from transformers import AutoTokenizer
 
     with reported(name, trust_remote_code):
@@ -325,15 +304,13 @@ def _refuse_unusable(model: Any, out: Path, name: str, trust_remote_code: bool) 
     other = [*ids[:-1], (ids[-1] + 1) % rows]  # differs in the last token only
     with torch.no_grad(), reported(name, trust_remote_code):
         model = move_for_inference(model.eval())
-        # (T, V) each
-        first, second = model(
-            input_ids=torch.tensor([ids, other], device=model.device)
-        ).logits.float()
+        both = torch.tensor([ids, other], device=model.device)
+        first, second = model(input_ids=both).logits.float()  # (T, V) each
     if not first.isfinite().all():
+        dtype = str(model.dtype).removeprefix("torch.")
         raise UserError(
-            f"{name} gives logits that are not finite in "
-            f"{str(model.dtype).removeprefix('torch.')}. "
-            "Copy its weights again, or set a precision with a larger range."
+            f"{name} gives logits that are not finite in {dtype}. Copy its weights again, or set a "
+            "precision with a larger range."
         )
     difference = (first[:-1] - second[:-1]).abs()  # (T - 1, V)
     # rounding, and how experts batch tokens, stay far below 2 %

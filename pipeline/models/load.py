@@ -1,6 +1,4 @@
-"""Load a model and its tokenizer from a checkpoint folder, save them, or build the model without
-its weights.
-"""
+"""Load a model and its tokenizer from a checkpoint folder, or build it without weights."""
 
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -25,18 +23,14 @@ from pipeline.models.save import CONFIG, HARMLESS, WEIGHTS, load_tensors, report
 from pipeline.project.params.sections import Quantization
 from pipeline.project.process import world
 
-SAFETENSORS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INTEGERS = {"I8", "U8", "I16", "I32", "I64", "BOOL"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}  # by safetensors' names
 
 # Sizes in a config, by the names that different families give them.
 LAYERS = (
-    "num_hidden_layers",
-    "n_layer",
-    "n_layers",
-    "num_layers",
-    "decoder_layers",
-    "encoder_layers",
+    *("num_hidden_layers", "n_layer", "n_layers"),
+    *("num_layers", "decoder_layers", "encoder_layers"),
 )
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 BESIDE_WIDTH = (  # each is a side of a matrix whose other side is the width
@@ -62,9 +56,10 @@ def load_base(
     trust_remote_code: bool = False,
     quantization: Quantization = "none",
 ) -> Base:
-    """The checkpoint in `folder`, in evaluation mode, on the CPU, in `precision` or its own;
+    """The checkpoint in `folder`, in evaluation mode, on the CPU, in `precision` or its own.
+
     `quantization` is that of its blocks' linears. Also sets the number of CPU threads for this
-    model, so that what is computed before training depends on it neither.
+    model, on which what is computed before training then does not depend.
 
     Raises UserError; never loads a checkpoint partially.
     """
@@ -112,24 +107,24 @@ def load_base(
 
 
 def _stored(model: CausalLM, folder: Path) -> dict[Tensor, TensorLocation]:
-    """Each weight that has name, shape and dtype of a tensor in `folder`: none that was renamed,
-    fused or cast.
+    """Each weight that has name, shape and dtype of a tensor in `folder`.
+
+    None of them was renamed, fused or cast.
     """
-    locations = tensor_locations(folder)
-    return {
-        p: locations[name]
-        for name, p in model.named_parameters()
-        if name in locations
-        and locations[name].info.shape == tuple(p.shape)
-        and SAFETENSORS.get(locations[name].info.dtype) == p.dtype
-    }
+    locations, stored = tensor_locations(folder), dict[Tensor, TensorLocation]()
+    for name, p in model.named_parameters():
+        location = locations.get(name)
+        if location is None or location.info.shape != tuple(p.shape):
+            continue
+        if DTYPES.get(PRECISIONS.get(location.info.dtype, "")) == p.dtype:
+            stored[p] = location
+    return stored
 
 
 def stored_precision(folder: Path) -> str | None:
     """The precision of the checkpoint's weights: fp32, bf16 or fp16; None if there are several."""
     dtypes = {info.dtype for info in read_header(folder / WEIGHTS).values()}
-    names = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
-    return names.get(dtypes.pop()) if len(dtypes) == 1 else None
+    return PRECISIONS.get(dtypes.pop()) if len(dtypes) == 1 else None
 
 
 def save_base(folder: Path, base: Base) -> None:
@@ -140,8 +135,10 @@ def save_base(folder: Path, base: Base) -> None:
 
 
 def skeleton(folder: Path, trust_remote_code: bool = False) -> CausalLM:
-    """The model of the checkpoint in `folder` on the meta device: names, shapes and ties, with
-    almost no memory. Raises UserError."""
+    """The model of the checkpoint in `folder` on the meta device. Raises UserError.
+
+    It has names, shapes and ties, and takes almost no memory.
+    """
     with torch.device("meta"), _SkipInit():
         return untrained(folder, trust_remote_code)
 
@@ -157,8 +154,10 @@ class _SkipInit(TorchFunctionMode):
 
 
 def untrained(folder: Path, trust_remote_code: bool = False) -> CausalLM:
-    """The model of the checkpoint in `folder` in fp32, initialized as its family is, by torch's
-    default generator. Raises UserError."""
+    """The model of the checkpoint in `folder` in fp32, newly initialized. Raises UserError.
+
+    Its family's initialization draws from torch's default generator.
+    """
     config = read_config(folder)
     refuse_quantized(config, str(folder))
     refuse_implausible(folder, weight_files(folder))
@@ -173,12 +172,9 @@ def untrained(folder: Path, trust_remote_code: bool = False) -> CausalLM:
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a checkpoint folder. Raises UserError if there is none."""
     refuse_untrusted(folder)
-    adapter = (folder / "adapter_config.json").exists()
-    hint = (
-        "It is an adapter: pass it with --adapter"
-        if adapter
-        else "Name a model's folder, or run the stage that makes it"
-    )
+    hint = "Name a model's folder, or run the stage that makes it"
+    if (folder / "adapter_config.json").exists():
+        hint = "It is an adapter: pass it with --adapter"
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder} is not a model folder: it has no {CONFIG}. {hint}.")
     return read_json(folder / CONFIG, hint)
@@ -198,12 +194,9 @@ def refuse_quantized(config: Mapping[str, Any], name: str) -> None:
     settings = config.get("quantization_config") or config.get("compression_config")
     if not settings:
         return
-    method = (
-        settings.get("quant_method", "unknown method")
-        if isinstance(settings, Mapping)
-        else "unknown method"
-    )
-    hint = "Use the 16-bit model"
+    method, hint = "unknown method", "Use the 16-bit model"
+    if isinstance(settings, Mapping):
+        method = settings.get("quant_method", method)
     if method == "bitsandbytes":
         hint = (
             "Import it, which dequantizes it: `lora new` or `lora import` with it as the base; or "
@@ -215,9 +208,7 @@ def refuse_quantized(config: Mapping[str, Any], name: str) -> None:
 
 
 def refuse_integers(model: torch.nn.Module, files: Sequence[Path], name: str) -> None:
-    """Raises UserError if a weight of `model` is stored as integers, which would be taken for its
-    numbers.
-    """
+    """Raises UserError if a weight of `model` is stored as integers, of some quantization."""
     buffers = [f".{buffer}" for buffer, _ in model.named_buffers()]  # such as position_ids
     for path in files:
         for tensor, info in read_header(path).items():
@@ -227,14 +218,14 @@ def refuse_integers(model: torch.nn.Module, files: Sequence[Path], name: str) ->
             if not any(full.endswith(buffer) or buffer.endswith(full) for buffer in buffers):
                 raise UserError(
                     f"{name}: {tensor} holds integers ({info.dtype}), but config.json names no "
-                    "quantization. "
-                    "Use the 16-bit model, or copy its config.json again."
+                    "quantization. Use the 16-bit model, or copy its config.json again."
                 )
 
 
 def refuse_not_finite(model: torch.nn.Module, name: str) -> None:
-    """Raises UserError if a weight holds NaN or infinity: logits show it only for the tokens that
-    it concerns.
+    """Raises UserError if a weight holds NaN or infinity.
+
+    Logits show it only for the tokens that it concerns.
 
     The least and the largest number tell: reading a weight once, without a copy, takes a GB in half
     a second.
@@ -246,15 +237,13 @@ def refuse_not_finite(model: torch.nn.Module, name: str) -> None:
             dtype = str(weight.dtype).removeprefix("torch.")
             raise UserError(
                 f"{name}: {tensor} is not finite in {dtype}. Copy its weights again, or set a "
-                "precision with a larger "
-                "range."
+                "precision with a larger range."
             )
 
 
 @torch.no_grad()
 def _refuse_unusable(model: CausalLM, name: str, trust_remote_code: bool) -> None:
-    """Raises UserError unless `model` computes the logits of two tokens, together and one after the
-    other.
+    """Raises UserError unless `model` computes two tokens, together and one at a time.
 
     What config.json says falsely of how a model computes, such as a window that is a text, shows no
     earlier.
@@ -282,27 +271,17 @@ def refuse_implausible(folder: Path, files: Sequence[Path]) -> None:
         stored = 4 * sum(info.size for info in infos)
     most = 2 * stored + SLACK
     parts: list[Mapping[str, Any]] = [config]
-    for part in parts:  # it grows by the sub-configs nested in each, such as text_config
-        parts += [
-            value
-            for key, value in part.items()
-            if isinstance(value, dict) and key.endswith("_config")
-        ]
+    for part in parts:
+        for key, value in part.items():
+            if isinstance(value, dict) and key.endswith("_config"):
+                parts.append(value)  # a nested config, such as text_config, checked in its turn
         _refuse_sizes(part, len(infos), most, source)
     try:
         total = architecture(config, str(source)).total
-    except (
-        UserError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ):
-        # an architecture that the calculator does not support, or values that transformers will
-        # reject
-        return
+    except (UserError, ArithmeticError, AttributeError, LookupError, RecursionError):
+        return  # of an architecture that the calculator does not support
+    except (TypeError, ValueError):
+        return  # of values that transformers will reject
     if total > most:
         raise _implausible(
             source, f"it describes {total:,} parameters, the weights have {stored:,}"
@@ -318,30 +297,24 @@ def refuse_implausible_gguf(path: Path) -> dict[str, Any]:
     from pipeline.calc.sources import headers  # loading a model checks its folder only
 
     metadata, tensors = headers.read_gguf(path)
-    kind, blocks = (
-        metadata.get("general.architecture"),
-        {n.split(".")[1] for n in tensors if n.startswith("blk.")},
-    )
+    kind = metadata.get("general.architecture")
+    blocks = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
     key = f"{kind}.block_count"
     value = metadata.get(key)
     if type(value) is not int or value != len(blocks) or not blocks:
         raise UserError(
             f"{path}: {key} must be the number of its blocks, at least 1: its tensors have "
-            f"{len(blocks)}, got "
-            f"{abbreviate_repr(value)}. Download it again."
+            f"{len(blocks)}, got {abbreviate_repr(value)}. Download it again."
         )
     config = headers.gguf_config(metadata, tensors)
     rows = metadata.get(f"{kind}.vocab_size", config.get("vocab_size"))  # what transformers builds
-    _refuse_sizes(
-        {**config, "vocab_size": rows}, len(tensors), 8 * path.stat().st_size + SLACK, path
-    )
+    most = 8 * path.stat().st_size + SLACK
+    _refuse_sizes({**config, "vocab_size": rows}, len(tensors), most, path)
     return metadata
 
 
 def _refuse_sizes(config: Mapping[str, Any], tensors: int, most: int, source: Path) -> None:
-    """Raises UserError for no layers or more than tensors, or a matrix of more than `most`
-    parameters.
-    """
+    """Raises UserError for no layers, more than tensors, or a matrix above `most` numbers."""
 
     def integers(keys: Sequence[str]) -> dict[str, int]:
         return {key: config[key] for key in keys if type(config.get(key)) is int}

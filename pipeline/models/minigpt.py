@@ -1,4 +1,4 @@
-"""MiniGPT, the document's model, and weight for weight a stock `OPTForCausalLM`.
+"""MiniGPT, a small Transformer of this project, and weight for weight a stock `OPTForCausalLM`.
 
 Dimensions, here and everywhere: B batch, T tokens, D width, H heads, K head size, V vocabulary, R
 rank, I and O a layer's inputs and outputs, S tokens seen so far (cached + new).
@@ -35,6 +35,12 @@ from pipeline.models.base import (
 from pipeline.models.device import keep_freed_memory
 from pipeline.models.kernels import uses_cpu_kernels
 from pipeline.models.kernels.low_rank_block import low_rank_block
+from pipeline.models.kernels.plain_attention import (
+    Rule,
+    attend_each,
+    attend_row,
+    split_sequences,
+)
 from pipeline.models.save import CONFIG, WEIGHTS, save_tensors
 
 OPT_OFFSET = 2  # rows of OPT's position table that no position uses
@@ -52,7 +58,7 @@ _FIELDS = {  # OPT's keys, in the order in which they are written, and the field
     "max_position_embeddings": "max_positions",
     "tie_word_embeddings": "tie_embeddings",
 }
-# the others are whole numbers from 1
+# the others are sizes: whole numbers from 1
 _NO_SIZES = ("pad_token_id", "eos_token_id", "tie_word_embeddings")
 _FIXED: dict[str, Any] = {  # what makes an OPT a MiniGPT
     "architectures": ["OPTForCausalLM"],
@@ -71,7 +77,7 @@ _FIXED: dict[str, Any] = {  # what makes an OPT a MiniGPT
 
 @dataclass(frozen=True)
 class MiniGPTConfig:
-    """The shape of a MiniGPT (the document's Introduction and §9)."""
+    """The shape of a MiniGPT."""
 
     vocab_size: int
     pad_id: int
@@ -94,9 +100,7 @@ class MiniGPTConfig:
 
     @classmethod
     def from_opt(cls, config: dict[str, Any], source: str) -> "MiniGPTConfig":
-        """The shape that `config` describes. Raises UserError if MiniGPT would compute something
-        else.
-        """
+        """The shape that `config` describes. Raises UserError if it is not a MiniGPT's."""
         for key, value in _FIXED.items():
             if config.get(key) != value:
                 raise UserError(f"{source}: {key} is {config.get(key)!r}; MiniGPT needs {value!r}.")
@@ -104,11 +108,10 @@ class MiniGPTConfig:
             raise UserError(
                 f"{source}: word_embed_proj_dim differs from hidden_size; MiniGPT has one width."
             )
-        for key in (key for key in _FIELDS if key not in _NO_SIZES):
-            if not isinstance(config.get(key), int) or config[key] < 1:
-                raise UserError(
-                    f"{source}: {key} must be a whole number from 1, got {config.get(key)!r}."
-                )
+        for key in _FIELDS:
+            size = config.get(key)
+            if key not in _NO_SIZES and (not isinstance(size, int) or size < 1):
+                raise UserError(f"{source}: {key} must be a whole number from 1, got {size!r}.")
         if config["hidden_size"] % (2 * config["num_attention_heads"]):
             raise UserError(f"{source}: hidden_size must be a multiple of 2 × num_attention_heads.")
         for key in _NO_SIZES:
@@ -120,32 +123,25 @@ class MiniGPTConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far: per layer two tensors (B, H, S, K). The methods
-    are transformers'.
-    """
+    """Keys and values of the tokens seen so far. The methods are transformers'."""
 
     def __init__(self) -> None:
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # (B, H, S, K) each
 
     def get_seq_length(self) -> int:
         return self.layers[0][0].shape[2] if self.layers else 0
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """All keys and values of the layer, with those of the new tokens (B, H, T, K) at the
-        end.
-        """
+        """All keys and values of the layer, the new ones (B, H, T, K) at the end."""
         if layer in self.layers:
-            keys, values = (
-                torch.cat(pair, 2) for pair in zip(self.layers[layer], (keys, values), strict=True)
-            )
+            before = self.layers[layer]
+            keys, values = torch.cat((before[0], keys), 2), torch.cat((before[1], values), 2)
         self.layers[layer] = (keys, values)
         return keys, values
 
 
 class Attention(nn.Module):
-    """softmax(QKᵀ/√K + causal mask) V, per head, then the output projection (the document's
-    §2.1).
-    """
+    """softmax(QKᵀ/√K + causal mask) V, per head, then the output projection."""
 
     def __init__(self, d_model: int, heads: int, layer: int) -> None:
         super().__init__()
@@ -167,52 +163,29 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, H, K).transpose(1, 2)  # (B, H, T, K)
         k = self.k_proj(x).view(B, T, H, K).transpose(1, 2)  # (B, H, T, K)
         v = self.v_proj(x).view(B, T, H, K).transpose(1, 2)  # (B, H, T, K)
+        lengths, rule, pairs = [*(segments or [T])], Rule(K**-0.5), None
         if isinstance(cache, KVCache):
             k, v = cache.update(k, v, self.layer)  # (B, H, S, K)
         if prefix is not None:
-            # (B, H, S, K), the prefix's before each sequence
-            k, v = prefix(self.layer, k, v, segments or [T])
-        if not uses_cpu_kernels(x.device):
-            # few runs are on one
-            from pipeline.models.kernels.accelerator_attention import attend_on_accelerator
-            from pipeline.models.kernels.plain_attention import Rule
+            k, v = prefix(self.layer, k, v, lengths)  # (B, H, S, K), before each sequence's own
+        spans = [length + (k.shape[2] - T) // len(lengths) for length in lengths]
+        if isinstance(cache, PackedCache):
+            pairs = cache.update(self.layer, k, v, lengths)
+            spans = [keys.shape[2] for keys, _ in pairs]
 
-            lengths = [*(segments or [T])]
-            cached = (
-                cache.update(self.layer, k, v, lengths) if isinstance(cache, PackedCache) else None
-            )
-            # with each prefix's keys
-            spans = [length + (k.shape[2] - T) // len(lengths) for length in lengths]
-            if cached is not None:
-                spans = [keys.shape[2] for keys, _ in cached]
-            y = attend_on_accelerator(q, k, v, lengths, spans, Rule(K**-0.5), cached).transpose(
-                1, 2
-            )
+        if not uses_cpu_kernels(x.device):
+            # a run on a CPU does not load it
+            from pipeline.models.kernels.accelerator_attention import attend_on_accelerator
+
+            y = attend_on_accelerator(q, k, v, lengths, spans, rule, pairs)
         elif segments is None:
-            y = _causal_attention(q, k, v)
-        elif isinstance(cache, PackedCache):
-            pairs = zip(
-                q.split(list(segments), dim=2),
-                cache.update(self.layer, k, v, segments),
-                strict=True,
-            )
-            # (1, H, T, K)
-            y = torch.cat([_causal_attention(own, *pair) for own, pair in pairs], dim=2)
-        elif k.shape[2] == T <= PACK_UP_TO:
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=_segment_mask(tuple(segments), x.dtype)
-            )
+            y = attend_row(q, k, v, rule).transpose(1, 2)
+        elif pairs is None and k.shape[2] == T <= PACK_UP_TO:
+            mask = _segment_mask(tuple(segments), x.dtype)
+            y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
         else:
-            # with each prefix's keys
-            spans = [length + (k.shape[2] - T) // len(segments) for length in segments]
-            parts = zip(
-                q.split(list(segments), dim=2),
-                k.split(spans, dim=2),
-                v.split(spans, dim=2),
-                strict=True,
-            )
-            y = torch.cat([_causal_attention(*part) for part in parts], dim=2)  # (B, H, T, K)
-        out: Tensor = self.out_proj(y.transpose(1, 2).reshape(B, T, D))  # (B, H, T, K) → (B, T, D)
+            y = attend_each(q, pairs or split_sequences(k, v, spans), lengths, rule)
+        out: Tensor = self.out_proj(y.reshape(B, T, D))  # (B, T, H, K) → (B, T, D)
         return out
 
 
@@ -223,17 +196,6 @@ def _segment_mask(segments: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     sequence = torch.arange(len(segments)).repeat_interleave(torch.tensor(segments))
     visible = (sequence[:, None] == sequence).tril()
     return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, -torch.inf)
-
-
-def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(B, H, T, K); query t sees the first S - T keys, which precede the T tokens, and those of
-    tokens 0 to t.
-    """
-    T, S = q.shape[2], k.shape[2]
-    if S == T:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
 
 class Block(nn.Module):
@@ -255,27 +217,29 @@ class Block(nn.Module):
         prefix: Prefix | None = None,
     ) -> Tensor:
         if cache is None and prefix is None and torch.is_grad_enabled():
-            fused = self._fused(x, segments)
-            if fused is not None:
-                return fused
+            out = self._fused(x, segments)
+            if out is not None:
+                return out
         x = x + self.self_attn(self.self_attn_layer_norm(x), cache, segments, prefix)
-        out: Tensor = x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
-        return out
+        return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))  # type: ignore[no-any-return]
 
     def _fused(self, x: Tensor, segments: Sequence[int] | None) -> Tensor | None:
         """The same in one call, if only low-rank updates train."""
         if not uses_cpu_kernels(x.device) or (segments is not None and x.shape[1] > PACK_UP_TO):
             return None
-        own, mask = self.self_attn, None
-        linears = (own.q_proj, own.k_proj, own.v_proj, own.out_proj)
-        norms = (self.self_attn_layer_norm, self.final_layer_norm)
+        attention, mask = self.self_attn, None
+        linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
+        norms, feed_forward = (
+            (self.self_attn_layer_norm, self.final_layer_norm),
+            (self.fc1, self.fc2),
+        )
         if segments is not None:
             mask = _segment_mask(tuple(segments), x.dtype)
-        return low_rank_block(x, norms, linears, (self.fc1, self.fc2), own.n_heads, mask, segments)
+        return low_rank_block(x, norms, linears, feed_forward, attention.n_heads, mask, segments)
 
 
 class SinusoidalPositions(nn.Module):
-    """sin and cos of position × 10000^(-2i/D), fixed (Vaswani et al. 2017, §3.5)."""
+    """sin and cos of position × 10000^(-2i/D), fixed (Vaswani et al. 2017, section 3.5)."""
 
     weight: Tensor
 
@@ -328,7 +292,7 @@ class Decoder(nn.Module):
 
 
 class MiniGPT(CausalLM):
-    """The document's model: ids (B, T) → logits (B, T, V)."""
+    """ids (B, T) → logits (B, T, V)."""
 
     embedding_name, head_name = "model.decoder.embed_tokens", "lm_head"
 

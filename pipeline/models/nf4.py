@@ -1,5 +1,6 @@
-"""NF4, the 4-bit NormalFloat, with double quantization, in plain torch (QLoRA, Dettmers et al.
-2023, §3, appendix E).
+"""NF4, the 4-bit NormalFloat, with double quantization, in plain torch (QLoRA).
+
+Dettmers et al. 2023, arXiv 2305.14314, section 3 and appendix E.
 
 A block of weights is its scale, the largest magnitude, times levels at equally spaced quantiles of
 a normal distribution. Codes, scales and weights equal those of bitsandbytes 0.50 on an x86 CPU to
@@ -27,9 +28,7 @@ SMALLEST = 1e-38  # the smallest scale to divide by
 
 @dataclass(frozen=True)
 class Scales:
-    """M scales in 8 bits, in blocks of 256 (double quantization): level[code] · block's scale +
-    offset.
-    """
+    """M scales in 8 bits (double quantization): level[code] · block's scale + offset."""
 
     codes: Tensor  # (M,) uint8
     scales: Tensor  # (ceil(M / 256),) fp32
@@ -48,8 +47,9 @@ class Quantized:
 
 
 def levels() -> Tensor:
-    """(16,) fp32, ascending: 0, 7 quantiles of N(0, 1) below it and 8 above at equal steps, divided
-    by the largest.
+    """(16,) fp32, ascending: 0 and quantiles of N(0, 1), divided by the largest.
+
+    At equal steps there are 7 quantiles below 0 and 8 above.
 
     Each step is rounded to fp32, as in the published table: exact steps change last bits.
     """
@@ -61,9 +61,7 @@ _tables: dict[tuple[Callable[[], Tensor], torch.device], Tensor] = {}
 
 
 def on_device(table: Callable[[], Tensor], device: torch.device) -> Tensor:
-    """A table of this file on `device`: copied there once, for a copy waits for all that a GPU has
-    still to do.
-    """
+    """A table of this file on `device`, copied there once: a GPU would wait for each copy."""
     key = (table, device)
     if key not in _tables:
         there = table().to(device)
@@ -80,11 +78,13 @@ def _quantiles(count: int) -> Tensor:
 
 
 def dynamic_levels() -> Tensor:
-    """(256,) fp32, ascending: ± fraction · 10^e for e from -6 to 0 with 2^(e + 6) fractions each,
-    and 0 and 1.
+    """(256,) fp32, ascending: 0, 1 and ± fraction · 10^e for e from -6 to 0.
 
-    A smaller exponent leaves fewer bits for the fraction (Dettmers et al. 2022, §1.3 and §2: the
-    dynamic tree). The fractions are the midpoints of equal intervals of [0.1, 1]; there is no -1.
+    There are 2^(e + 6) fractions for each e.
+
+    A smaller exponent leaves fewer bits for the fraction (the dynamic tree of Dettmers et al. 2022,
+    sections 1.3 and 2). The fractions are the midpoints of equal intervals of [0.1, 1]; there is no
+    -1.
     """
     parts = [torch.tensor([0.0, 1.0])]
     for exponent in range(-6, 1):
@@ -108,21 +108,17 @@ def quantize(weight: Tensor, block: int = NF4_BLOCK, double: bool = False) -> Qu
         scales[-1] = scales[-1].clamp(min=SMALLEST)
         scaled[-1] = blocks[-1] / scales[-1]
     codes = nearest(scaled.clamp(-1, 1), levels()).reshape(-1)[: flat.numel()]
-    return Quantized(
-        codes, quantize_scales(scales) if double else scales, block, weight.shape, weight.dtype
-    )
+    stored = quantize_scales(scales) if double else scales
+    return Quantized(codes, stored, block, weight.shape, weight.dtype)
 
 
 def dequantize(weight: Quantized) -> Tensor:
     """The weight in its shape and dtype: products in fp32, rounded once."""
-    scales = (
-        weight.scales if isinstance(weight.scales, Tensor) else dequantize_scales(weight.scales)
-    )
-    return (
-        _multiply_blocks(_look_up(levels, weight.codes), scales, weight.block)
-        .reshape(weight.shape)
-        .to(weight.dtype)
-    )
+    scales = weight.scales
+    if isinstance(scales, Scales):
+        scales = dequantize_scales(scales)
+    numbers = _multiply_blocks(_look_up(levels, weight.codes), scales, weight.block)
+    return numbers.reshape(weight.shape).to(weight.dtype)
 
 
 def quantize_scales(scales: Tensor) -> Scales:
@@ -132,8 +128,9 @@ def quantize_scales(scales: Tensor) -> Scales:
 
 
 def quantize_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (M,) in `dynamic_levels`, uint8, of M numbers, and the largest magnitude of each block
-    of 256.
+    """Codes (M,) in `dynamic_levels` of M numbers, uint8, with the scale of each block.
+
+    The scale of a block of 256 is its largest magnitude.
 
     A number is rounded to one of STEPS grid points on [-1, 1], then to the level nearest to that.
     No grid point is 0 or near the smallest levels: 0 becomes 2.1e-5. A block of zeros gets code 0,
@@ -151,26 +148,23 @@ def quantize_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_scales(scales: Scales) -> Tensor:
     """(M,) fp32."""
-    return (
-        _multiply_blocks(_look_up(dynamic_levels, scales.codes), scales.scales, NF4_BLOCK_2)
-        + scales.offset
-    )
+    numbers = _look_up(dynamic_levels, scales.codes)
+    return _multiply_blocks(numbers, scales.scales, NF4_BLOCK_2) + scales.offset
 
 
 def nearest(x: Tensor, levels: Tensor) -> Tensor:
     """Index of the level nearest to each number, uint8; the lower of two equally near."""
-    return torch.bucketize(x, ((levels[:-1] + levels[1:]) / 2).to(x.device), out_int32=True).to(
-        torch.uint8
-    )
+    middles = ((levels[:-1] + levels[1:]) / 2).to(x.device)
+    return torch.bucketize(x, middles, out_int32=True).to(torch.uint8)
 
 
 def pack(codes: Tensor) -> Tensor:
-    """(ceil(N / 2),) bytes, the first of two codes in the upper four bits; an odd N is padded with
-    the code of 0.
+    """(ceil(N / 2),) bytes of two codes, the first in the upper four bits.
+
+    An odd N is padded with the code of 0.
     """
-    pairs = F.pad(codes, (0, codes.numel() % 2), value=int(nearest(torch.zeros(1), levels()))).view(
-        -1, 2
-    )
+    zero = int(nearest(torch.zeros(1), levels()))
+    pairs = F.pad(codes, (0, codes.numel() % 2), value=zero).view(-1, 2)
     return pairs[:, 0] << 4 | pairs[:, 1]
 
 
@@ -200,6 +194,5 @@ def tell_cost() -> None:
         "bitsandbytes, for NF4",
         "it is not installed",
         "plain torch dequantizes each weight for every product: a step on MiniGPT takes 1.7 × the "
-        "time on a CPU, which "
-        f"was not measured on a GPU. Run `{install_command('qlora')}`",
+        f"time on a CPU, which was not measured on a GPU. Run `{install_command('qlora')}`",
     )

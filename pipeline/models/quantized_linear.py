@@ -1,5 +1,7 @@
-"""Frozen linears in 4 or 8 bits, with bitsandbytes where installed (QLoRA, Dettmers et al. 2023,
-§3; the document's §10.1)."""
+"""Frozen linears in 4 or 8 bits, with bitsandbytes where installed (QLoRA).
+
+Dettmers et al. 2023, arXiv 2305.14314, section 3.
+"""
 
 import logging
 import math
@@ -21,8 +23,9 @@ DOUBLE = "nf4-dq"
 
 
 class QuantizedLinear(LowBitLinear):
-    """y = Wx + b. W (O, I) is stored quantized and dequantized, in x's precision, for each use: no
-    copy is kept.
+    """y = Wx + b, with W (O, I) dequantized in x's precision for each use.
+
+    No copy is kept.
 
     LLM.int8's own products also quantize x; here int8, like NF4, only stores W, and x keeps its
     precision.
@@ -46,9 +49,8 @@ class QuantizedLinear(LowBitLinear):
         return self.weight_in(self.dtype)
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
-        return dequantize_weight(
-            self._stored(), self.kind, (self.out_features, self.in_features), dtype
-        )
+        shape = self.out_features, self.in_features
+        return dequantize_weight(self._stored(), self.kind, shape, dtype)
 
     def _stored(self) -> dict[str, Tensor]:
         """W as `quantize_weight` returned it: buffers, or parameters where they are sharded."""
@@ -61,8 +63,10 @@ class QuantizedLinear(LowBitLinear):
         return out
 
     def product_4bit(self, x: Tensor) -> Tensor:
-        """Wx + b by bitsandbytes: on a GPU few rows are multiplied by W as it is stored. Its
-        backward, like ours, keeps only the codes and dequantizes them again."""
+        """Wx + b by bitsandbytes, which multiplies few rows by W as it is stored.
+
+        Its backward, like ours, keeps only the codes and dequantizes them again.
+        """
         library: Any = import_module("bitsandbytes")
         functional, tensors = library.functional, self._stored()
         scales, offset, scales_of_scales = tensors["scales"], None, None
@@ -100,7 +104,8 @@ class _QuantizedProduct(torch.autograd.Function):
 
 
 def quantize_weight(weight: Tensor, kind: Quantization) -> dict[str, Tensor]:
-    """The quantized form of a weight (O, I): its tensors by name, in the layout of bitsandbytes.
+    """The quantized form of a weight (O, I): tensors by name, as bitsandbytes stores them.
+
     Raises UserError.
 
     Without bitsandbytes, nf4.py gives the same bytes; a step on MiniGPT then takes 1.7 × the time.
@@ -114,23 +119,15 @@ def quantize_weight(weight: Tensor, kind: Quantization) -> dict[str, Tensor]:
         codes, scales = nf4.pack(ours.codes)[:, None], ours.scales  # (N / 2, 1)
         if isinstance(scales, Tensor):
             return {"codes": codes, "scales": scales}
-        return {
-            "codes": codes,
-            "scales": scales.codes,
-            "scales_of_scales": scales.scales,
-            "offset": scales.offset,
-        }
+        double = {"scales_of_scales": scales.scales, "offset": scales.offset}
+        return {"codes": codes, "scales": scales.codes, **double}
     codes, state = functional.quantize_4bit(
         weight, blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=kind == DOUBLE
     )
-    if kind != DOUBLE:
-        return {"codes": codes, "scales": state.absmax}
-    return {
-        "codes": codes,
-        "scales": state.absmax,
-        "scales_of_scales": state.state2.absmax,
-        "offset": state.offset,
-    }
+    stored = {"codes": codes, "scales": state.absmax}
+    if kind == DOUBLE:
+        stored |= {"scales_of_scales": state.state2.absmax, "offset": state.offset}
+    return stored
 
 
 def dequantize_weight(
@@ -144,19 +141,15 @@ def dequantize_weight(
     count, functional = math.prod(shape), _bitsandbytes()
     if functional is None:
         unpacked = nf4.unpack(codes.view(-1), count)  # (N,)
-        double = (
-            nf4.Scales(scales, quantized["scales_of_scales"], quantized["offset"])
-            if kind == DOUBLE
-            else scales
-        )
-        return nf4.dequantize(nf4.Quantized(unpacked, double, NF4_BLOCK, torch.Size(shape), dtype))
+        stored: Tensor | nf4.Scales = scales
+        if kind == DOUBLE:
+            stored = nf4.Scales(scales, quantized["scales_of_scales"], quantized["offset"])
+        return nf4.dequantize(nf4.Quantized(unpacked, stored, NF4_BLOCK, torch.Size(shape), dtype))
     if kind == DOUBLE:
-        absmax, code = (
-            quantized["scales_of_scales"],
-            nf4.on_device(functional.create_dynamic_map, scales.device),
-        )
+        largest = quantized["scales_of_scales"]
+        code = nf4.on_device(functional.create_dynamic_map, scales.device)
         scales = functional.dequantize_blockwise(
-            scales, absmax=absmax, code=code, blocksize=NF4_BLOCK_2
+            scales, absmax=largest, code=code, blocksize=NF4_BLOCK_2
         )
         scales = scales + quantized["offset"]
     state = functional.QuantState(
@@ -184,12 +177,13 @@ def dequantized(weight: Tensor, kind: Quantization, transposed: bool = False) ->
 
 
 def quantizable(model: CausalLM) -> list[str]:
-    """Full names of the linears to quantize: those of the blocks. Embeddings, head and norms keep
-    their precision.
+    """Full names of the blocks' linears, which are quantized.
+
+    Embeddings, head and norms keep their precision.
     """
-    inside = {id(module) for module in model.blocks.modules()}
+    inside = {*model.blocks.modules()}
     return [
-        name for name, module in model.named_modules() if id(module) in inside and is_linear(module)
+        name for name, module in model.named_modules() if module in inside and is_linear(module)
     ]
 
 
@@ -224,8 +218,9 @@ def _bitsandbytes() -> Any:
 
 
 def require_bitsandbytes(what: str, other: str = "") -> Any:
-    """bitsandbytes.functional. Raises UserError if it is not installed, with another way out if
-    there is one.
+    """bitsandbytes.functional. Raises UserError where it is not installed.
+
+    `other`: another way out, if there is one.
     """
     functional = _bitsandbytes()
     if functional is None:

@@ -31,8 +31,9 @@ AGAIN = "Copy it again, or choose another base"
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], library: str = "pt") -> None:
-    """Write a safetensors file with the metadata of PEFT and transformers, or MLX's. Raises OSError
-    on a full disk.
+    """Write a safetensors file with the metadata of PEFT and transformers, or MLX's.
+
+    Raises OSError on a full disk.
     """
     # Copied to the CPU: a checkpoint must also be saved when the device's memory is full.
     copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
@@ -51,8 +52,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_rows(location: TensorLocation, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-    """Rows `start` to `stop` of a tensor in a safetensors file, which is of that dtype; nothing
-    else is read.
+    """Rows `start` to `stop` of a stored tensor of that dtype; nothing else is read.
 
     Raises UserError if the file was truncated.
     """
@@ -71,8 +71,9 @@ def read_rows(location: TensorLocation, start: int, stop: int, dtype: torch.dtyp
 def load_strict(
     folder: Path, name: str, trust_remote_code: bool = False, hint: str = AGAIN, **how: Any
 ) -> Any:
-    """The causal language model in `folder`, in evaluation mode; errors call it `name`, `how` goes
-    to transformers.
+    """The causal language model in `folder`, in evaluation mode; errors call it `name`.
+
+    `how` goes to transformers.
 
     Raises UserError if weights are missing or left over. No pickle is read, and a model's own code
     runs only if it is trusted.
@@ -90,35 +91,34 @@ def load_strict(
             **how,
         )
     # transformers fills missing weights at random, so that the model would run, and answer nonsense
+    unexpected = [name for name in report["unexpected_keys"] if not HARMLESS.search(name)]
     wrong = {
         "missing from the weights": report["missing_keys"],
-        "not part of the model": [
-            tensor for tensor in report["unexpected_keys"] if not HARMLESS.search(tensor)
-        ],
+        "not part of the model": unexpected,
         "of another shape than config.json gives": [
-            str(key) for key, *_ in report["mismatched_keys"]
+            str(key[0]) for key in report["mismatched_keys"]
         ],
     }
     problems = []
     for problem, tensors in wrong.items():
-        if names := sorted(tensors):
-            some = (
-                f"{names[0]} and {len(names) - 1} more are" if len(names) > 1 else f"{names[0]} is"
-            )
-            problems.append(f"{some} {problem}")
+        first, *others = sorted(tensors) or [""]
+        if others:
+            problems.append(f"{first} and {len(others)} more are {problem}")
+        elif first:
+            problems.append(f"{first} is {problem}")
     problems += report["error_msgs"]
     if problems:
         raise UserError(
             f"{name} has other weights than its config.json describes: {'; '.join(problems)}. "
-            "Copy both again, "
-            "or name a causal language model."
+            "Copy both again, or name a causal language model."
         )
     return model.eval()
 
 
 def save_checkpoint(model: Any, folder: Path, generation: str | None) -> None:
-    """config.json, one model.safetensors, the model's own code, and `generation` as
-    generation_config.json, if any.
+    """config.json, one model.safetensors, the model's own code, and `generation`.
+
+    That is the text of generation_config.json, if any.
 
     Raises OSError on a full disk.
     """
@@ -145,8 +145,9 @@ def generation_of(folder: Path) -> str | None:
 
 
 def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary settings of a config by the names that transformers 4, mlx-lm and other programs
-    read.
+    """The rotary settings of a config by the names that other programs read.
+
+    Those are transformers 4, mlx-lm and others.
 
     transformers 5 writes them as `rope_parameters` alone. Programs that do not know it take their
     own defaults, and answer differently without a word. {} if layers have different ones: those
@@ -157,11 +158,9 @@ def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     top = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
     scaling = {key: value for key, value in rope.items() if key not in top}
-    return (
-        top
-        if scaling.get("rope_type", "default") == "default"
-        else {**top, "rope_scaling": scaling}
-    )
+    if scaling.get("rope_type", "default") != "default":
+        top["rope_scaling"] = scaling
+    return top
 
 
 def clean(path: Path) -> None:
@@ -180,8 +179,9 @@ def clean(path: Path) -> None:
 
 @contextmanager
 def reported(name: str, trusted: bool, hint: str = AGAIN) -> Iterator[None]:
-    """Raise what a library or a model's own code raises as one UserError; a full disk or memory
-    stays what it is.
+    """Raise what a library or a model's own code raises as one UserError.
+
+    A full disk or memory stays what it is.
     """
     try:
         yield

@@ -1,5 +1,6 @@
 """Any causal language model that transformers opens, split into body and head."""
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from inspect import signature
@@ -32,19 +33,13 @@ CHUNK = 64  # tokens, of gated delta nets
 NOISE = (  # settings that make training random, by their names in different configs
     *("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout"),
     *("activation_dropout", "layerdrop", "hidden_dropout_prob", "attention_probs_dropout_prob"),
-    *(
-        "resid_dropout",
-        "embd_dropout",
-        "embed_dropout",
-        "router_jitter_noise",
-        "input_jitter_noise",
-    ),
+    *("resid_dropout", "embd_dropout", "embed_dropout"),
+    *("router_jitter_noise", "input_jitter_noise"),
 )
 
 
 class TransformersModel(CausalLM):
-    """The transformers model's children under their own names; its body computes hidden states, its
-    head logits.
+    """The transformers model's children under their own names, split into body and head.
 
     Dropout is off, in training too: a run gives the same numbers whenever it is repeated or
     resumed.
@@ -56,29 +51,23 @@ class TransformersModel(CausalLM):
     def __init__(
         self, model: Any, stored: Mapping[str, Any] | None = None, generation: str | None = None
     ) -> None:
-        """`stored` and `generation`: config settings and the text of generation_config.json that
-        `save` writes.
-        """
+        """`stored`: config settings that `save` writes; `generation`: the same of its file."""
         super().__init__()
         for name, child in model.named_children():
             self.add_module(name, child)
         # in a list, so that torch does not register its modules a second time
         self._model = [model]
-        self._stored, self._generation = (
-            {**(stored or {}), "pad_token_id": model.config.pad_token_id},
-            generation,
-        )
-        # the part that computes hidden states
+        self._stored = {**(stored or {}), "pad_token_id": model.config.pad_token_id}
+        self._generation = generation
         required = ("vocab_size", "num_hidden_layers", "num_attention_heads")
         config, head = model.config.get_text_config(), model.get_output_embeddings()
         bodies = [name for name in (model.base_model_prefix, "model") if hasattr(model, name)]
         if not bodies or head is None or not all(hasattr(config, key) for key in required):
             raise UserError(
                 f"unsupported model {type(model).__name__}: it does not consist of an embedding, "
-                "Transformer blocks "
-                "and a head. Choose another base."
+                "Transformer blocks and a head. Choose another base."
             )
-        self._body = bodies[0]
+        self._body = bodies[0]  # the part that computes hidden states
         self._body_arguments = frozenset(signature(self.body.forward).parameters)
         for module in model.modules():
             if isinstance(module, nn.Dropout):  # whatever the config calls it
@@ -89,12 +78,10 @@ class TransformersModel(CausalLM):
         names = {id(module): name for name, module in model.named_modules()}
         self.embedding_name, self.head_name = names[id(embedding)], names[id(head)]
         self._tied = embedding.weight is head.weight
-        # what families do to the head's logits: Gemma 2 caps, Cohere multiplies, Granite divides
-        # them
+        # what families do to the head's logits: Gemma 2 caps, Cohere scales, Granite divides
         self.logit_cap = getattr(config, "final_logit_softcapping", None)
-        self._scale = getattr(config, "logit_scale", None) or 1 / (
-            getattr(config, "logits_scaling", None) or 1
-        )
+        divisor = getattr(config, "logits_scaling", None) or 1
+        self._scale = getattr(config, "logit_scale", None) or 1 / divisor
 
     @property
     def config(self) -> Any:
@@ -121,11 +108,8 @@ class TransformersModel(CausalLM):
     def labelled_states(
         self, ids: Tensor, positions: Tensor, segments: Sequence[int] | None, index: Tensor | None
     ) -> Tensor:
-        if (
-            index is None
-            or self.virtual is not None
-            or not isinstance(self.blocks[-1], TrainingBlock)
-        ):
+        has_option = self.virtual is None and isinstance(self.blocks[-1], TrainingBlock)
+        if index is None or not has_option:
             return super().labelled_states(ids, positions, segments, index)
         rows = self.run_body(ids, positions, segments, labelled=index).flatten(0, 1)
         return rows if len(rows) == len(index) else rows.index_select(0, index)
@@ -139,10 +123,8 @@ class TransformersModel(CausalLM):
         prefix: Prefix | None = None,
         labelled: Tensor | None = None,
     ) -> Tensor:
-        """`labelled`: the rows of the flattened result that are needed. The result may have no
-        others.
-        """
-        # goes to our attention; any other to transformers
+        """`labelled`: the needed rows of the flattened result, which may have no others."""
+        # a cache of ours goes to our attention; any other to transformers
         past = cache if isinstance(cache, PackedCache) else None
         cache = None if past is not None else cache
         options: dict[str, Any] = {"use_cache": cache is not None}
@@ -151,9 +133,9 @@ class TransformersModel(CausalLM):
             options["cache" if "cache" in self._body_arguments else "past_key_values"] = cache
         # a model with relative positions only, such as ALiBi, takes none
         if "position_ids" in self._body_arguments:
-            options["position_ids"] = (
-                next_positions(inputs, cache) if positions is None else positions
-            )
+            if positions is None:
+                positions = next_positions(inputs, cache)
+            options["position_ids"] = positions
         lengths = None if segments is None else self.wrap_lengths(segments)
         ours = {"segments": lengths, "prefix": prefix, "past": past, "labelled": labelled}
         options |= {key: value for key, value in ours.items() if value is not None}
@@ -164,11 +146,9 @@ class TransformersModel(CausalLM):
         logits: Tensor = self.head(hidden)
         if self._scale != 1:
             logits = logits * self._scale
-        return (
-            logits
-            if self.logit_cap is None
-            else torch.tanh(logits / self.logit_cap) * self.logit_cap
-        )
+        if self.logit_cap is not None:
+            logits = torch.tanh(logits / self.logit_cap) * self.logit_cap
+        return logits
 
     def new_cache(self) -> Any:
         from transformers import DynamicCache
@@ -197,21 +177,16 @@ class TransformersModel(CausalLM):
     @property
     def local_reach(self) -> Sequence[int]:
         sizes = {key: size for key, size in vars(self.config).items() if type(size) is int}
-        found = [
-            size
-            for key, size in sizes.items()
-            if any(kind in key for kind in ("window", "chunk", "conv"))
-        ]
+        reaches = [size for key, size in sizes.items() if re.search("window|chunk|conv", key)]
         # a state that goes on from chunk to chunk, whose size is in transformers' code alone
-        return (*found, CHUNK) if any("conv" in key for key in sizes) else found
+        return (*reaches, CHUNK) if any("conv" in key for key in sizes) else reaches
 
     @property
     def mixes_lengths(self) -> bool:
         # these scale rotary positions of every token by the longest sequence in the forward
         rope = getattr(self.config, "rope_parameters", None) or {}
-        kinds = {
-            part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, Mapping)
-        }
+        parts = [part for part in (rope, *rope.values()) if isinstance(part, Mapping)]
+        kinds = {part.get("rope_type") for part in parts}
         return not kinds & {"dynamic", "longrope"}
 
     def use_attention(self, name: str) -> None:
@@ -248,11 +223,8 @@ class TransformersModel(CausalLM):
         return any(isinstance(block, TrainingBlock) for block in self.blocks)
 
     def kept_attention_weights(self, lengths: Sequence[int]) -> int | None:
-        if (
-            self.trains_natively
-            or not uses_cpu_kernels(self.device)
-            or max(lengths) > short_attention.LONGEST
-        ):
+        by_products = uses_cpu_kernels(self.device) and not self.trains_natively
+        if not by_products or max(lengths) > short_attention.LONGEST:
             return None
         return sum(block.weights for block in short_attention.blocks(lengths))
 
@@ -271,8 +243,9 @@ class TransformersModel(CausalLM):
 def load_pretrained(
     folder: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> TransformersModel:
-    """The checkpoint in `folder` on the CPU, in `dtype` or its own. Raises UserError like
-    `load_strict`.
+    """The checkpoint in `folder` on the CPU, in `dtype` or its own.
+
+    Raises UserError like `load_strict`.
 
     A model that uses transformers' attention interface gets our attention, which reads packed
     sequences; one that uses its interface of experts, ours.
@@ -335,9 +308,7 @@ def from_config(config: Mapping[str, Any], dtype: torch.dtype) -> TransformersMo
 
 @torch.no_grad()
 def refuse_unlike(model: TransformersModel, source: str) -> None:
-    """Raises UserError unless body, head and our attention give the logits that transformers
-    gives.
-    """
+    """Raises UserError unless body, head and our attention give transformers' logits."""
     ids = torch.arange(min(24, model.shape.rows, model.shape.positions), device=model.device)[None]
     original = model._model[0]
     attention = original.config._attn_implementation
@@ -349,7 +320,6 @@ def refuse_unlike(model: TransformersModel, source: str) -> None:
     if not torch.allclose(ours, theirs, rtol=AGREEMENT, atol=AGREEMENT * float(theirs.abs().max())):
         raise UserError(
             f"base: {source}: unsupported model {type(original).__name__}: its logits are not its "
-            "head "
-            "applied to its hidden states. Choose another base, such as a Llama, Qwen3, Gemma, "
-            "GPT-2, OPT or Mixtral."
+            "head applied to its hidden states. Choose another base, such as a Llama, Qwen3, "
+            "Gemma, GPT-2, OPT or Mixtral."
         )

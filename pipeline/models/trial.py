@@ -1,6 +1,4 @@
-"""What a step takes of this machine, tried on a small model: `lora doctor` says what does not
-work.
-"""
+"""What a step takes of this machine, tried on a small model for `lora doctor`."""
 
 from collections.abc import Sequence
 
@@ -24,12 +22,12 @@ LLAMA = {
 
 def try_kernels(device: torch.device) -> Sequence[Finding]:
     """What was tried on `device` and did not work."""
-    with held() as found:
+    with held() as findings:
         try:
             _prepare_for_training(device)
         except Exception as error:  # of a driver, or of a card without memory
             record(f"a small model on {device}", error, "nothing is computed there")
-    return found
+    return findings
 
 
 def _prepare_for_training(device: torch.device) -> None:

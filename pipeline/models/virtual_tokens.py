@@ -1,4 +1,4 @@
-"""Virtual tokens before every sequence, which prompt and prefix tuning train (the document's §7).
+"""Virtual tokens before every sequence, which prompt and prefix tuning train.
 
 n is the number of virtual tokens, G of key and value heads, L of blocks.
 """
@@ -14,7 +14,7 @@ from pipeline.models.base import CausalLM, VirtualTokens
 
 
 class PromptTokens(VirtualTokens):
-    """Prompt tuning (Lester et al. 2021, §2): n embeddings (n, D) before those of the sequence."""
+    """Prompt tuning (Lester et al. 2021, section 2): n embeddings (n, D) before a sequence's."""
 
     kind = "prompt"
 
@@ -41,7 +41,7 @@ class PromptTokens(VirtualTokens):
 
 
 class PrefixTokens(VirtualTokens):
-    """Prefix tuning (Li & Liang 2021, §4.2): keys and values in every block, (n, L·2·G·K)."""
+    """Prefix tuning (Li & Liang 2021, section 4.2): keys and values, (n, L·2·G·K)."""
 
     kind = "prefix"
 
@@ -59,14 +59,11 @@ class PrefixTokens(VirtualTokens):
     def prepend(
         self, block: int, keys: Tensor, values: Tensor, lengths: Sequence[int]
     ) -> list[Tensor]:
-        """Keys and values (B, G, T, K) of block number `block`, with the prefix's before each
-        sequence of `lengths`.
-        """
+        """Keys and values (B, G, T, K) of a block, with the prefix's before each sequence."""
         before = (x.to(keys.dtype).transpose(1, 2) for x in self.of_block(block))  # (1, n, G, K)
         after = (x.transpose(1, 2) for x in (keys, values))  # (B, T, G, K)
-        return [
-            before_each(*pair, lengths).transpose(1, 2) for pair in zip(before, after, strict=True)
-        ]
+        pairs = zip(before, after, strict=True)
+        return [before_each(*pair, lengths).transpose(1, 2) for pair in pairs]
 
     def begin(
         self,
@@ -83,21 +80,16 @@ class PrefixTokens(VirtualTokens):
         cache = model.new_cache() if cache is None else cache
         dtype = next(model.embeddings.parameters()).dtype
         for number in range(self.layers):
-            keys, values = (
-                x.to(dtype).expand(ids.shape[0], -1, -1, -1) for x in self.of_block(number)
-            )
-            cache.update(keys, values, number)
+            pair = (x.to(dtype).expand(len(ids), -1, -1, -1) for x in self.of_block(number))
+            cache.update(*pair, number)
         return model.run_body(ids, positions, segments, cache)
 
 
 def before_each(first: Tensor, x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """`first` (1, n, …) before each of the sequences packed in x (B, T, …), whose `lengths` are
-    given.
-    """
+    """`first` (1, n, …) before each of the sequences of `lengths` in x (B, T, …)."""
     rows = first.expand(x.shape[0], *first.shape[1:])  # (B, n, …)
-    return torch.cat(
-        [part for sequence in x.split_with_sizes(list(lengths), 1) for part in (rows, sequence)], 1
-    )
+    sequences = x.split_with_sizes(list(lengths), 1)
+    return torch.cat([part for sequence in sequences for part in (rows, sequence)], 1)
 
 
 def prefix_of(read: Sequence[tuple[Tensor, Tensor]], layers: int) -> PrefixTokens:
@@ -109,8 +101,7 @@ def prefix_of(read: Sequence[tuple[Tensor, Tensor]], layers: int) -> PrefixToken
     if len(read) != layers or len(shapes) != 1:
         raise UserError(
             "Prefix tuning needs keys and values of the same shape in every block, which this "
-            "model does not have. "
-            "Use prompt tuning: lora finetune prompt."
+            "model does not have. Use prompt tuning: lora finetune prompt."
         )
     ((_, groups, n, _),) = shapes
     both = torch.stack([torch.stack(pair) for pair in read])  # (L, 2, 1, G, n, K)

@@ -119,7 +119,7 @@ def attach_virtual(
     job: Job, settings: Any, base: Base, counted: FinetuningMethod
 ) -> Generator[Event, None, Attached]:
     """Put virtual tokens, prefix or prompt by the stage's method, before every sequence."""
-    from pipeline.adapters.peft import attach_virtual_tokens, save_virtual
+    from pipeline.adapters.virtual import attach_virtual_tokens, save_virtual
 
     yield from ()
     model, dtype = base.model, DTYPES[settings.adapter_precision]

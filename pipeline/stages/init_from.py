@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.adapters.config import CONFIG, LORA, read_config
+from pipeline.adapters.config import LORA, AdapterConfig
 from pipeline.adapters.folder import refuse_foreign
 from pipeline.adapters.peft import StoredLora, read_lora
 from pipeline.errors import UserError
@@ -56,13 +56,14 @@ def read_init(
             f"{key} is {name}, which this stage itself writes. Copy the folder to another place "
             "and name that."
         )
-    if (kind := str(read_config(folder).get("peft_type") or LORA)) != LORA:
+    config = AdapterConfig.read(folder)
+    if config.kind != LORA:
         raise UserError(
-            f"{key}: {folder / CONFIG} is of type {kind}; only LoRA can be trained on. Name "
+            f"{key}: {config.path} is of type {config.kind}; only LoRA can be trained on. Name "
             "another one."
         )
     refuse_foreign(base_folder, folder)
-    return read_lora(model, base_folder, folder), _continued(job, folder)
+    return read_lora(model, base_folder, config), _continued(job, folder)
 
 
 def _continued(job: Job, folder: Path) -> Continued:

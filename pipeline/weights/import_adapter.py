@@ -15,10 +15,11 @@ from pipeline.adapters.config import (
     PREFIX,
     VIRTUAL,
     WEIGHTS,
+    AdapterConfig,
     config_of,
     read_config,
 )
-from pipeline.adapters.folder import quantization_of, refuse_virtual
+from pipeline.adapters.folder import quantization_of
 from pipeline.adapters.lora import ROWS
 from pipeline.adapters.low_rank import LowRankUpdate, tensors_of
 from pipeline.adapters.peft import COPY, load_adapter
@@ -65,7 +66,7 @@ def combine_adapters(
     become low-rank updates of embedding and head. Raises UserError.
     """
     for source in sources:
-        refuse_virtual(source)
+        AdapterConfig.read(source).refuse_other_kinds()
     kinds = {quantization_of(source) for source in sources}
     if len(kinds) > 1:
         raise UserError(
@@ -189,15 +190,15 @@ def import_adapter(
 
 def _checked(model: CausalLM, base: Path, folder: Path) -> dict[str, Any]:
     """The manifest's params of the adapter in `folder`, if it fits `model`. Raises UserError."""
-    config = read_config(folder)
-    if str(config.get("peft_type")) in {*VIRTUAL, *OTHER_KINDS}:
+    config = AdapterConfig.read(folder)
+    if config.kind in {*VIRTUAL, *OTHER_KINDS}:
         load_adapter(model, base, folder)
         params: dict[str, Any] = (
             {} if model.virtual is None else {"virtual_tokens": model.virtual.count}
         )
     else:
         spec = attach_to_meta_model(model, base, tensor_locations(base), folder)
-        params = {"rank": spec.rank, "alpha": config["lora_alpha"]}
+        params = {"rank": spec.rank, "alpha": config.get("lora_alpha")}
     return params | {"quantization": quantization_of(folder)}
 
 

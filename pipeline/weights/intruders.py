@@ -17,8 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.adapters.config import CONFIG, read_spec
-from pipeline.adapters.folder import refuse_virtual
+from pipeline.adapters.config import CONFIG, AdapterConfig
 from pipeline.adapters.low_rank import LowRank, load_update
 from pipeline.errors import UserError
 from pipeline.files.base_model import TensorLocation
@@ -212,8 +211,9 @@ def refuse_undampable(source: Path, out: Path) -> None:
             "`lora spectrum BASE "
             f"{source} --rank 64 --out DIR`."
         )
-    refuse_virtual(source)
-    if read_spec(source).dora:
+    config = AdapterConfig.read(source)
+    config.refuse_other_kinds()
+    if config.spec().dora:
         raise UserError(
             f"{source} was trained with DoRA, which rescales rows: damping it is not low-rank. "
             "Train it again with "

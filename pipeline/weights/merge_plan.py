@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.attach import adapter_layers, tensors
-from pipeline.adapters.config import PREFIX, AdapterSpec
+from pipeline.adapters.config import PREFIX, AdapterConfig, AdapterSpec
 from pipeline.adapters.experts import expert_layers
-from pipeline.adapters.folder import quantization_of, refuse_virtual
+from pipeline.adapters.folder import quantization_of, refuse_foreign
 from pipeline.adapters.lora import (
     DoRALinear,
     LoRAEmbedding,
@@ -23,7 +23,7 @@ from pipeline.adapters.lora import (
     factors,
     fan_in_fan_out,
 )
-from pipeline.adapters.peft import COPY, Reading, load_adapter, other_embedding
+from pipeline.adapters.peft import Reading, load_lora, other_embedding
 from pipeline.errors import UserError
 from pipeline.files.base_model import TensorLocation, tensor_locations
 from pipeline.models.base import CausalLM, is_conv1d
@@ -198,26 +198,20 @@ def attach_to_meta_model(
     which change no weight, and for an embedding saved with the adapter that differs from the
     base's.
     """
-    refuse_virtual(adapter)
     reading = reading or Reading.once()
-    spec = load_adapter(model, base, adapter, reading)
-    if not isinstance(spec, AdapterSpec):
-        raise UserError(
-            f"{adapter} is no LoRA, so it cannot be merged. Use it on its base: `lora prompt "
-            "--adapter`."
-        )
+    config = AdapterConfig.read(adapter)
+    config.refuse_other_kinds()
+    refuse_foreign(base, adapter, reading.fingerprint, reading.contents)
+    lora = load_lora(model, base, config, reading)
     # PEFT saves a copy of an embedding with LoRA on it; only the base's files can tell whether it
-    # is the base's. `load_adapter` has checked that it is finite.
-    for key, value in reading.tensors(adapter).items():
-        if not key.endswith(COPY):
-            continue
-        name = f"{key.removeprefix(PREFIX).removesuffix(COPY)}.weight"
+    # is the base's
+    for name, value in lora.copies.items():
         location = find_location(name, stored, tied_names(model))
         if location is None or value.shape != location.info.shape:
-            raise other_embedding(adapter, name)
+            raise other_embedding(lora.path, name)
         if not all(torch.equal(value[rows].to(old), old) for rows, old in read_blocks(location)):
-            raise other_embedding(adapter, name)
-    return spec
+            raise other_embedding(lora.path, name)
+    return lora.spec
 
 
 def merge_edits(model: CausalLM, spec: AdapterSpec) -> dict[str, Edit]:

@@ -2,9 +2,11 @@
 
 `F.grouped_mm` has a kernel for bf16 on Hopper and datacenter Blackwell alone. Elsewhere it reads on
 every call how many rows each expert has, and waits for the device to know. There, a Triton kernel
-takes its place, which needs no memory besides its result.
+takes its place, which needs no memory besides its result. What it saves was not measured: no GPU
+has been at hand (docs/decisions/0025).
 """
 
+from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -16,8 +18,11 @@ from torch import Tensor
 from pipeline.project.probes import attempt, record
 
 AGREEMENT = 0.02  # relative
-TILE = 64  # outputs, and rows if an expert has as many on average
-# of the sum's terms, by the bytes of a number: 48 KiB of shared memory in three stages
+# Sizes of the tile that a program computes at once: outputs, and rows if an expert has as many on
+# average.
+TILE = 64
+# Terms of a sum that it loads at once, by the bytes of a number: 48 KiB of shared memory in three
+# stages.
 INNER = {2: 64, 4: 32}
 
 
@@ -39,8 +44,10 @@ def runs_grouped_product(x: Tensor) -> bool:
 
 
 def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """(n, O): rows x (n, I), which stand by expert, each times its expert's Wₑᵀ, of W (E, O, I);
-    expert e's end before row `ends[e]`."""
+    """(n, O): each row of x (n, I) times its expert's Wₑᵀ, of W (E, O, I).
+
+    The rows stand by expert: those of expert e end before row `ends[e]`.
+    """
     if has_kernel_of_torch(x):
         out: Tensor = F.grouped_mm(x, weight.mT, offs=ends)
         return out
@@ -50,26 +57,12 @@ def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 @torch.library.custom_op("lora_workbench::grouped_product", mutates_args=())
 def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    out = x.new_empty(len(x), weight.shape[1])
     E, O, I = weight.shape  # noqa: E741 (the letters of the shapes)
+    out = x.new_empty(len(x), O)
     rows = TILE if len(x) >= TILE * E else 16
     columns, inner = _tile(O, TILE), _tile(I, INNER[x.element_size()])
     grid = (-(-O // columns), E)
-    with torch.cuda.device(x.device) if x.is_cuda else torch.device("cpu"):
-        kernels().product[grid](
-            x,
-            weight,
-            ends,
-            out,
-            O,
-            I,
-            *x.stride(),
-            *weight.stride(),
-            rows,
-            columns,
-            inner,
-            _precision(x),
-        )
+    _launch("product", grid, x, weight, ends, out, (O, I, rows, columns, inner))
     return out
 
 
@@ -85,27 +78,32 @@ def _outer_product(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     out = left.new_empty(E, O, I)
     columns, inner = _tile(O, TILE), _tile(I, TILE)
     grid = (-(-O // columns) * -(-I // inner), E)
-    with torch.cuda.device(left.device) if left.is_cuda else torch.device("cpu"):
-        kernels().outer_product[grid](
-            left,
-            right,
-            ends,
-            out,
-            O,
-            I,
-            *left.stride(),
-            *right.stride(),
-            32,
-            columns,
-            inner,
-            _precision(left),
-        )
+    _launch("outer_product", grid, left, right, ends, out, (O, I, 32, columns, inner))
     return out
 
 
 @_outer_product.register_fake
 def _(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     return left.new_empty(len(ends), left.shape[1], right.shape[1])
+
+
+def _launch(
+    kernel: str,
+    grid: tuple[int, int],
+    first: Tensor,
+    second: Tensor,
+    ends: Tensor,
+    out: Tensor,
+    sizes: tuple[int, int, int, int, int],
+) -> None:
+    """Run a kernel of triton_kernels.py; `sizes`: O, I, and its ROWS, COLUMNS and INNER."""
+    O, I, *tiles = sizes  # noqa: E741
+    allows_tf32 = first.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    precision = "tf32" if allows_tf32 else "ieee"
+    strides = (*first.stride(), *second.stride())
+    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+        launch = getattr(kernels(), kernel)[grid]
+        launch(first, second, ends, out, O, I, *strides, *tiles, precision)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
@@ -130,35 +128,22 @@ def _tile(size: int, most: int) -> int:
     return max(16, min(most, 1 << (size - 1).bit_length()))
 
 
-def _precision(x: Tensor) -> str:
-    return "tf32" if x.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
 @cache
 def _works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels compile there and agree with plain products. Tried once."""
-    tried, slower = (
-        f"a kernel for all experts in {dtype} on {device}",
-        "they are computed one by one",
-    )
+    tried = f"a kernel for all experts in {dtype} on {device}"
+    slower = "they are computed one by one"
 
     def agrees() -> bool:
         generator = torch.Generator().manual_seed(0)
-        x, weight = (
-            torch.randn(shape, generator=generator).to(device, dtype)
-            for shape in ((70, 40), (3, 24, 40))
-        )
+        x = torch.randn(70, 40, generator=generator).to(device, dtype)
+        weight = torch.randn(3, 24, 40, generator=generator).to(device, dtype)
         ends = torch.tensor([5, 5, 70], dtype=torch.int32, device=device)
-        pairs = [(_product(x, weight, ends), [x[:5] @ weight[0].T, x[5:] @ weight[2].T])]
-        outer = _outer_product(x, x, ends)
-        pairs.append(
-            (outer.flatten(0, 1), [x[:5].T @ x[:5], outer.new_zeros(40, 40), x[5:].T @ x[5:]])
-        )
-        plain = [torch.cat(parts).float() for _, parts in pairs]
-        errors = [
-            (ours - theirs).norm() / theirs.norm()
-            for (ours, _), theirs in zip(pairs, plain, strict=True)
-        ]
+        first, last = x[:5], x[5:]  # rows of experts 0 and 2; expert 1 has none
+        product = torch.cat([first @ weight[0].T, last @ weight[2].T])
+        outer = torch.stack([first.T @ first, x.new_zeros(40, 40), last.T @ last])
+        pairs = ((_product(x, weight, ends), product), (_outer_product(x, x, ends), outer))
+        errors = [(ours - plain.float()).norm() / plain.float().norm() for ours, plain in pairs]
         return bool((torch.stack(errors) <= AGREEMENT).all())
 
     works = attempt(tried, slower, agrees)

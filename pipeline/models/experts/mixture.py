@@ -1,6 +1,4 @@
-"""A mixture's experts on their tokens: modules of transformers' interface of experts, with or
-without updates.
-"""
+"""A mixture's experts on their tokens: modules of transformers' interface, with updates or not."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -40,27 +38,19 @@ def register() -> str:
 
 
 def _forward(base: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """As transformers computes it, but where its grouped products read on every call and ours do
-    not.
-    """
+    """As transformers computes it, but where only its grouped products read on every call."""
     from transformers.integrations.moe import grouped_mm_experts_forward
 
     plain = base.has_gate and not base.has_post_expert_norm and not base._is_expert_parallel
-    if (
-        plain
-        and not uses_cpu_kernels(x.device)
-        and not has_kernel_of_torch(x)
-        and runs_grouped_product(x)
-    ):
+    reads = not uses_cpu_kernels(x.device) and not has_kernel_of_torch(x)
+    if plain and reads and runs_grouped_product(x):
         return mixed(base, x, chosen, weights, {})
     out: Tensor = grouped_mm_experts_forward(base, x, chosen, weights)
     return out
 
 
 def mixed(base: Any, x: Tensor, chosen: Tensor, weights: Tensor, updates: Updates) -> Tensor:
-    """Σₖ weightₖ · expertₖ(x), (N, D), of x (N, D), and of each token's experts their numbers and
-    weights (N, K).
-    """
+    """Σₖ weightₖ · expertₖ(x), (N, D), of x (N, D), for `chosen` experts and `weights` (N, K)."""
     # (N·K,): pairs of a token and an expert, by expert
     order = chosen.flatten().argsort(stable=True)
     rows = x[order // chosen.shape[1]]  # (N·K, D)
@@ -78,9 +68,7 @@ def mixed(base: Any, x: Tensor, chosen: Tensor, weights: Tensor, updates: Update
 
 
 def _project_all(base: Any, name: str, x: Tensor, experts: Tensor, updates: Updates) -> Tensor:
-    """All experts' projections of rows (n, I), which stand by expert: (n, O). No number is read for
-    it.
-    """
+    """All experts' projections, (n, O), of rows (n, I) by expert. No number is read for it."""
     # where the rows of each expert end
     ends = torch.searchsorted(
         experts, torch.arange(base.num_experts, device=x.device), right=True, out_int32=True
@@ -98,16 +86,15 @@ def _project_all(base: Any, name: str, x: Tensor, experts: Tensor, updates: Upda
 
 
 def _expert_by_expert(base: Any, x: Tensor, chosen: Tensor, updates: Updates) -> Tensor:
-    """(n, D) of rows (n, D), which stand by expert: a product for each, whose number of rows must
-    be read.
-    """
+    """(n, D) of rows (n, D) by expert: a product for each, whose number of rows must be read."""
     factors = {name: _factors(update, x.dtype) for name, update in updates.items()}
     counts = chosen.flatten().bincount(minlength=base.num_experts).tolist()
-    shares, out = torch.split(x, counts), []
-    for expert in (e for e, count in enumerate(counts) if count):
-        # (n, I)
-        inner = base._apply_gate(_project(base, PROJECTIONS[0], expert, shares[expert], factors))
-        out.append(_project(base, PROJECTIONS[1], expert, inner, factors))  # (n, D)
+    out = []
+    for expert, rows in enumerate(torch.split(x, counts)):
+        if len(rows):
+            # (n, I)
+            inner = base._apply_gate(_project(base, PROJECTIONS[0], expert, rows, factors))
+            out.append(_project(base, PROJECTIONS[1], expert, inner, factors))  # (n, D)
     return torch.cat(out)
 
 

@@ -1,5 +1,6 @@
-"""The kernels of `grouped_product.py`. A program computes some columns of an expert's outputs, for
-all of its rows.
+"""The kernels of `grouped_product.py`.
+
+A program computes some columns of an expert's outputs, for all of its rows.
 """
 
 # mypy: ignore-errors

@@ -1,41 +1,60 @@
-"""Faster forms of what a model computes. Which of them a device uses is decided here and nowhere
-else.
-"""
+"""Faster forms of what a model computes. Which of them a device uses is decided here alone."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.project.probes import PLAIN, attempt
+
 
 def uses_cpu_kernels(device: torch.device) -> bool:
-    """Whether kernels written for CPUs run. Every other device, `meta` included, takes the
-    accelerators' paths: that is how the tests follow them on a machine without one."""
+    """Whether kernels written for CPUs run.
+
+    Every other device, `meta` included, takes the accelerators' paths: that is how the tests follow
+    them on a machine without one.
+    """
     return device.type == "cpu"
 
 
 def runs_flash_attention(device: torch.device) -> bool:
-    """Whether flash attention has kernels there, for 16 bits: on an Ampere GPU or later. On `meta`
-    as on such a GPU.
-    """
-    return device.type == "meta" or (
-        device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+    """Whether flash attention has kernels for 16 bits: on an Ampere GPU or later, and on `meta`."""
+    if device.type != "cuda":
+        return device.type == "meta"
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def suits_flash_attention(q: Tensor, v: Tensor) -> bool:
-    """Whether it has a kernel for queries and values (..., K): on such a device, in 16 bits, of one
-    head size.
-    """
+    """Whether it has a kernel for queries and values (..., K): in 16 bits, of one head size."""
     K = q.shape[-1]
     has_size = K <= 256 and K % 8 == 0 and v.shape[-1] == K
-    return (
-        has_size and q.dtype in (torch.bfloat16, torch.float16) and runs_flash_attention(q.device)
-    )
+    in_16_bits = q.dtype in (torch.bfloat16, torch.float16)
+    return has_size and in_16_bits and runs_flash_attention(q.device)
 
 
 def writes_scores(q: Tensor) -> bool:
-    """Whether torch's attention keeps all scores of a row in memory: on Apple's GPU, and in bf16
-    before Ampere.
-    """
-    return q.device.type == "mps" or (
-        q.is_cuda and q.dtype == torch.bfloat16 and not runs_flash_attention(q.device)
+    """Whether torch's attention keeps all scores of a row in memory."""
+    if q.device.type == "mps":
+        return True
+    return q.is_cuda and q.dtype == torch.bfloat16 and not runs_flash_attention(q.device)
+
+
+def agrees(
+    tried: str, ours: Callable[[], Any], theirs: Callable[[], Any], rtol: float, atol: float
+) -> bool:
+    """Whether a faster part computes the tensor, or the tensors, that a model's own part does."""
+    try:
+        expected = theirs()
+    except Exception:  # whatever a part of another kind raises
+        return False
+    actual = attempt(tried, PLAIN, ours)
+    if actual is None:
+        return False
+    pairs = [(actual, expected)]
+    if not isinstance(expected, Tensor):
+        pairs = [*zip(actual, expected, strict=True)]
+    return all(
+        found.dtype == wanted.dtype and torch.allclose(found, wanted, rtol, atol)
+        for found, wanted in pairs
     )

@@ -1,5 +1,4 @@
-"""Fused parts of transformers' models on a GPU: norms, gated feed-forwards, rotary positions, head
-and cross-entropy.
+"""Fused parts of transformers' models on a GPU: norms, feed-forwards, rotary positions and loss.
 
 Where `liger-kernel` is installed and the device is CUDA its Triton kernels compute them (Hsu et al.
 2024, arXiv 2410.10989), otherwise functions in plain torch, which keep as little for backward:
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.base import CausalLM
+from pipeline.models.kernels import agrees
 from pipeline.models.kernels.rms_norm import RMSNorm, fuse_rms_norms
 from pipeline.project.probes import PLAIN, attempt, record
 
@@ -32,9 +32,7 @@ Product = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]
 
 
 class GatedProduct(torch.autograd.Function):
-    """act(gate)·up of equal shapes; keeps gate and up alone, and computes the activation again for
-    backward.
-    """
+    """act(gate)·up; keeps gate and up alone, and computes the activation again for backward."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
@@ -55,42 +53,40 @@ class GatedProduct(torch.autograd.Function):
 
 def fuse(model: CausalLM, device: torch.device) -> list[str]:
     """Replace the parts of a model that trains on `device`, in place; returns the modules' names.
-    Does not move it.
 
-    A rotation is a function of a module of transformers: it is replaced for tensors on CUDA in all
-    its models.
+    Does not move it. A rotation is a function of a module of transformers: it is replaced for
+    tensors on CUDA in all its models.
     """
-    found = liger(device)
+    parts = liger(device)
     checked = not model.embeddings.weight.is_meta  # without numbers there is nothing to compare
-    names = fuse_rms_norms(model, checked, found.norm, device) if found else []
-    # which Liger does not compute in the same way
+    names, products = [], list[Product]()
+    if parts is not None:
+        names += fuse_rms_norms(model, checked, parts.norm, device)
+        products += parts.products
+        _fuse_rotations(model, parts.rotate, device)
+    # the norms which Liger does not compute in the same way
     names += fuse_rms_norms(model, checked, device=device)
-    products: list[Product] = [*(found.products if found else ()), GatedProduct.apply]
-    names += fuse_gates(model, products, device, checked)
-    if found:
-        _fuse_rotations(model, found.rotate, device)
-    return names
+    return names + fuse_gates(model, [*products, GatedProduct.apply], device, checked)
 
 
 def fuse_gates(
     model: nn.Module, products: Sequence[Product], device: torch.device, checked: bool = True
 ) -> list[str]:
-    """Replace, in place, act(gate)·up by the first of `products` that computes the same on
-    `device`.
+    """Replace act(gate)·up in place by the first of `products` that computes it on `device`.
 
     Not `checked`, by the first of them wherever the parts are there.
     """
     names = []
     for name, module in model.named_modules():
-        if {child for child, _ in module.named_children()} != PARTS or "forward" in vars(module):
+        parts = {child for child, _ in module.named_children()}
+        if parts != PARTS or "forward" in vars(module):
             continue
-        fused = next(
-            (one for one in products if not checked or _same_gate(module, one, device)), None
-        )
-        if fused is not None:
-            module.product = fused
-            module.forward = MethodType(_gated_forward, module)
-            names.append(name)
+        for product in products:
+            if not checked or _same_gate(module, product, device):
+                module.product = product
+                module.forward = MethodType(_gated_forward, module)
+                names.append(name)
+                break
     return names
 
 
@@ -101,9 +97,7 @@ def _gated_forward(mlp: Any, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _same_gate(mlp: nn.Module, product: Product, device: torch.device) -> bool:
-    """Whether this class computes down(act(gate(x))·up(x)): its forward runs with small linears
-    instead of its own.
-    """
+    """Whether this class computes down(act(gate(x))·up(x)): its forward runs with small linears."""
     generator = torch.Generator().manual_seed(0)
     x, *weights = (torch.randn(32, 32, generator=generator).to(device) for _ in range(3))
     gate, up = (nn.Linear(32, 32, bias=False, device="meta") for _ in weights)
@@ -112,14 +106,13 @@ def _same_gate(mlp: nn.Module, product: Product, device: torch.device) -> bool:
     small, act = copy.copy(mlp), mlp.get_submodule("act_fn")
     parts = {"gate_proj": gate, "up_proj": up, "down_proj": nn.Identity(), "act_fn": act}
     small._modules = {name: parts[name] for name in mlp._modules}
-    try:
-        expected = type(mlp).forward(small, x)
-    except Exception:  # whatever a forward raises that needs other parts
-        return False
-    actual = attempt(
-        f"the fused product of {type(mlp).__name__}", PLAIN, lambda: product(gate(x), up(x), act)
+    return agrees(
+        f"the fused product of {type(mlp).__name__}",
+        lambda: product(gate(x), up(x), act),
+        lambda: type(mlp).forward(small, x),
+        rtol=0,
+        atol=AGREEMENT,
     )
-    return actual is not None and torch.allclose(actual, expected, rtol=0, atol=AGREEMENT)
 
 
 def _fuse_rotations(model: nn.Module, rotate: Callable[..., Any], device: torch.device) -> None:
@@ -148,19 +141,12 @@ def _same_rotation(
         torch.randn(1, heads, 5, 16, generator=generator).to(device) for heads in (4, 2, 1)
     )
     angles = half[0, :, :, :8].repeat(1, 1, 2)  # (1, T, K), each of them for two numbers of a head
-    try:
-        expected = original(q.clone(), k.clone(), angles.cos(), angles.sin())
-    except Exception:  # of another signature
-        return False
-    actual = attempt(
+    return agrees(
         "Liger's rotary positions",
-        PLAIN,
         lambda: rotate(q.clone(), k.clone(), angles.cos(), angles.sin()),
-    )
-    if actual is None:
-        return False
-    return all(
-        torch.allclose(*pair, rtol=0, atol=AGREEMENT) for pair in zip(actual, expected, strict=True)
+        lambda: original(q.clone(), k.clone(), angles.cos(), angles.sin()),
+        rtol=0,
+        atol=AGREEMENT,
     )
 
 
@@ -168,18 +154,18 @@ _fused_losses: WeakKeyDictionary[CausalLM, bool] = WeakKeyDictionary()  # result
 
 
 def fuses_head(model: CausalLM) -> bool:
-    """Whether Liger computes head and loss in one: not for a head that trains, has an adapter or a
-    bias, or does more to its logits than to cap them."""
-    head, found = model.head, liger(model.device)
-    if (
-        found is None
-        or type(head) is not nn.Linear
-        or head.bias is not None
-        or head.weight.requires_grad
-    ):
+    """Whether Liger computes head and loss in one.
+
+    Not for a head that trains, has an adapter or a bias, or does more to its logits than to cap
+    them.
+    """
+    head, parts = model.head, liger(model.device)
+    if parts is None or type(head) is not nn.Linear:
+        return False
+    if head.bias is not None or head.weight.requires_grad:
         return False
     if model not in _fused_losses:  # once a model
-        _fused_losses[model] = _same_loss(model, found.loss(softcap=model.logit_cap))
+        _fused_losses[model] = _same_loss(model, parts.loss(softcap=model.logit_cap))
     return _fused_losses[model]
 
 
@@ -195,10 +181,8 @@ def _same_loss(model: CausalLM, loss: Callable[..., Tensor]) -> bool:
     rows = torch.randn(4, weight.shape[1], generator=generator).to(weight)
     labels = torch.arange(4, device=weight.device)
     expected = F.cross_entropy(model.logits(rows).float(), labels, reduction="sum")
-    tried, slower = (
-        "Liger's head and loss in one",
-        "the logits of a part of the tokens are in memory",
-    )
+    tried = "Liger's head and loss in one"
+    slower = "the logits of a part of the tokens are in memory"
     actual = attempt(tried, slower, lambda: loss(weight, rows, labels))
     if actual is None or torch.allclose(actual, expected, LOSS_AGREEMENT):
         return actual is not None
@@ -214,9 +198,7 @@ def _without_activation(kind: Any, gate: Tensor, up: Tensor, _: Any) -> Tensor:
 
 @cache
 def liger(device: torch.device) -> Any:
-    """Liger's `norm`, `products`, `rotate` and `loss` for tensors on `device`, or None where it
-    cannot run.
-    """
+    """Liger's `norm`, `products`, `rotate` and `loss` for tensors on `device`; None without it."""
     if device.type != "cuda":
         return None
     try:
@@ -227,12 +209,10 @@ def liger(device: torch.device) -> Any:
             LigerSiLUMulFunction,
         )
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-    except ModuleNotFoundError as error:
-        if error.name != "liger_kernel":  # which `lora doctor` lists where it is not installed
+    except (ImportError, RuntimeError) as error:
+        # not installed, which `lora doctor` lists, or with a Triton that does not fit this torch
+        if not isinstance(error, ModuleNotFoundError) or error.name != "liger_kernel":
             record("Liger's kernels", error, PLAIN)
-        return None
-    except (ImportError, RuntimeError) as error:  # a Triton that does not fit this torch or driver
-        record("Liger's kernels", error, PLAIN)
         return None
 
     class Norm(RMSNorm):
@@ -247,8 +227,8 @@ def liger(device: torch.device) -> Any:
     return SimpleNamespace(
         norm=Norm,
         products=[
-            partial(_without_activation, kind)
-            for kind in (LigerSiLUMulFunction, LigerGELUMulFunction)
+            partial(_without_activation, LigerSiLUMulFunction),
+            partial(_without_activation, LigerGELUMulFunction),
         ],
         rotate=LigerRopeFunction.apply,
         loss=partial(LigerFusedLinearCrossEntropyLoss, reduction="sum"),

@@ -1,5 +1,8 @@
-"""Attention of packed sequences on an accelerator, where no tensor is T × T: a fused kernel reads
-the row, or blocks of queries read the keys that they see. Shapes as in plain_attention.py."""
+"""Attention of packed sequences on an accelerator, where no tensor is T × T.
+
+A fused kernel reads the row, or blocks of queries read the keys that they see. Shapes as in
+plain_attention.py.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -42,42 +45,37 @@ def attend_on_accelerator(
     rule: Rule,
     pairs: Pairs | None = None,
 ) -> Tensor:
-    """(B, T, H, K) for q (B, H, T, K), k and v (B, G, S, K), in the memory of these: no scores of a
-    row are kept.
+    """(B, T, H, K) for q (B, H, T, K), k and v (B, G, S, K); no scores of a row are kept.
 
     Sequences of `lengths` are packed in the row, those of `spans` in the row of keys; query t of T
     sees key S - T + t. `pairs`: the keys and values of each, from a cache, instead of k and v.
     """
-    fused = rule.plain and all(
-        length in (1, span) for length, span in zip(lengths, spans, strict=True)
-    )
-    fused = fused and (max(lengths) <= LONGEST or not writes_scores(q))
     varlen = _supports_varlen(q, v, rule, cached=lengths != spans)
     flash = not varlen and rule.sinks is None and supports_flash(q, v)
     packed = varlen or flash
+    # torch's own attention: as many queries as keys, or one new token, which needs no mask
+    fused = rule.plain and (max(lengths) <= LONGEST or not writes_scores(q))
+    fused = fused and all(t in (1, s) for t, s in zip(lengths, spans, strict=True))
     one_row = len(lengths) == 1 and pairs is None
     if fused and one_row and (max(lengths) == 1 or not packed):
         return attend_row(q, k, v, rule).transpose(1, 2)
     if fused and not packed:
         return attend_each(q, pairs or split_sequences(k, v, spans), lengths, rule)
     if pairs is not None:
-        k, v = (torch.cat(each, 2) for each in zip(*pairs, strict=True))
+        k, v = (torch.cat(parts, 2) for parts in zip(*pairs, strict=True))
     if flash:
-        return flash_attention(q, k, v, lengths, spans, rule.scale, rule.window, rule.softcap)
+        return flash_attention(q, k, v, lengths, spans, rule)
     return (_varlen if varlen else _blockwise)(q, k, v, lengths, spans, rule)
 
 
 def _supports_varlen(q: Tensor, v: Tensor, rule: Rule, cached: bool) -> bool:
-    """Whether torch's varlen flash attention applies. `cached`: with more keys than queries in a
-    sequence.
-    """
+    """Whether torch's flash attention of packed sequences applies; `cached`: to more keys too."""
     if rule.softcap is not None or not suits_flash_attention(q, v) or not _has_varlen():
         return False
-    # without numbers it is not asked
-    amd = torch.version.hip is not None and type(q) is Tensor and not q.is_meta
-    return not amd or _agrees(
-        q.device, q.dtype, rule.window is not None, rule.sinks is not None, cached
-    )
+    has_numbers = type(q) is Tensor and not q.is_meta
+    if torch.version.hip is None or not has_numbers:
+        return True
+    return _agrees(q.device, q.dtype, rule.window is not None, rule.sinks is not None, cached)
 
 
 @cache
@@ -87,24 +85,21 @@ def _has_varlen() -> bool:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return False
-    return {"scale", "window_size", "enable_gqa", "return_aux"} <= signature(
-        varlen_attn
-    ).parameters.keys()
+    arguments = signature(varlen_attn).parameters.keys()
+    return {"scale", "window_size", "enable_gqa", "return_aux"} <= arguments
 
 
 def _varlen(
     q: Tensor, k: Tensor, v: Tensor, lengths: list[int], spans: list[int], rule: Rule
 ) -> Tensor:
-    """(B, T, H, K), all sequences in one call: on a GPU a call for each would cost more than the
-    attention.
-    """
+    """(B, T, H, K), all sequences in one call: a call for each would cost more than attention."""
     B, H, T, K = q.shape
-    # under FakeTensorMode they are fake
+    # not cached under FakeTensorMode, where the starts are fake
     starts = sequence_starts if type(q) is Tensor else sequence_starts.__wrapped__
     q_starts, k_starts = (starts((*sizes * B,), q.device) for sizes in (lengths, spans))
     window = (-1 if rule.window is None else rule.window - 1, 0)
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B·T, H, K) and (B·S, G, K)
     longest = max(lengths), max(spans)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B·T, H, K) and (B·S, G, K)
     out: Tensor = _FlashAttention.apply(
         q, k, v, rule.sinks, q_starts, k_starts, longest, rule.scale, window
     )  # type: ignore[no-untyped-call]
@@ -112,13 +107,13 @@ def _varlen(
 
 
 class _FlashAttention(torch.autograd.Function):
-    """Flash attention with the same gradients each time and, of some models, one more score per
-    head: its sink, whose weight goes to no value.
+    """Flash attention with repeatable gradients and, of some models, a sink per head.
 
-    With a sink the weights are exp(score − m), m = log(eˡ + eˢ) for the logsumexp l of the scores
-    and the sink s: the output is that without the sink times σ(l − s). Given this output and m,
-    flash attention's backward computes the gradients of q, k and v. The sink's weight is σ(s − l),
-    so the gradient of s is −Σ σ(s − l) · (dO · O).
+    A sink is one more score, whose weight goes to no value. With it the weights are exp(score − m),
+    m = log(eˡ + eˢ) for the logsumexp l of the scores and the sink s: the output is that without
+    the sink times σ(l − s). Given this output and m, flash attention's backward computes the
+    gradients of q, k and v. The sink's weight is σ(s − l), so the gradient of s is
+    −Σ σ(s − l) · (dO · O).
     """
 
     @staticmethod
@@ -136,52 +131,36 @@ class _FlashAttention(torch.autograd.Function):
     ) -> Tensor:
         from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-        options: dict[str, Any] = {
-            "scale": scale,
-            "window_size": window,
-            "enable_gqa": q.shape[1] != k.shape[1],
-        }
-        aux = AuxRequest(lse=True)
-        # lse: (H, T)
-        out, lse = varlen_attn(q, k, v, q_starts, k_starts, *longest, **options, return_aux=aux)
+        out: Tensor
+        out, lse = varlen_attn(
+            *(q, k, v, q_starts, k_starts, *longest),
+            scale=scale,
+            window_size=window,
+            enable_gqa=q.shape[1] != k.shape[1],
+            return_aux=AuxRequest(lse=True),
+        )  # (T, H, K) and (H, T)
         if sinks is not None:
-            # (T, H, K)
-            out = out * (lse - sinks.float()[:, None]).sigmoid().mT[..., None].to(out.dtype)
-        ctx.save_for_backward(
-            q, k, v, q_starts, k_starts, out, lse, *(() if sinks is None else (sinks,))
-        )
+            share = (lse - sinks.float()[:, None]).sigmoid()  # (H, T), of the weights without sink
+            out = out * share.mT[..., None].to(out.dtype)
+        ctx.save_for_backward(q, k, v, out, lse, q_starts, k_starts, sinks)
         ctx.longest, ctx.scale, ctx.window = longest, scale, window
-        kept: Tensor = out
-        return kept
+        return out
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, q_starts, k_starts, out, lse, *sinks = ctx.saved_tensors
-        d_out, d_sinks, total = outputs[0].contiguous(), None, lse
-        if sinks:
-            sink = sinks[0].float()[:, None]  # (H, 1)
+        q, k, v, out, lse, q_starts, k_starts, sinks = ctx.saved_tensors
+        d_out, d_sinks = outputs[0].contiguous(), None
+        if sinks is not None:
+            sink = sinks.float()[:, None]  # (H, 1)
             drift = (d_out.float() * out.float()).sum(-1).T  # (H, T)
-            d_sinks = -((sink - lse).sigmoid() * drift).sum(1).to(sinks[0].dtype)
-            total = torch.logaddexp(lse, sink)
-        # of dropout, which there is none of
-        rng = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        causal = ctx.window == (-1, 0)
+            d_sinks = -((sink - lse).sigmoid() * drift).sum(1).to(sinks.dtype)
+            lse = torch.logaddexp(lse, sink)
+        is_causal = ctx.window == (-1, 0)
+        rng = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout: there is none
         with repeatable():
             grads = torch.ops.torch_attn._varlen_attn_backward(
-                *(
-                    d_out,
-                    q,
-                    k,
-                    v,
-                    out,
-                    total,
-                    q_starts,
-                    k_starts,
-                    *ctx.longest,
-                    causal,
-                    rng,
-                    ctx.scale,
-                ),
+                *(d_out, q, k, v, out, lse, q_starts, k_starts, *ctx.longest),
+                *(is_causal, rng, ctx.scale),
                 window_size=[*ctx.window],
             )
         return *grads, d_sinks, None, None, None, None, None
@@ -191,31 +170,23 @@ class _FlashAttention(torch.autograd.Function):
 def _agrees(
     device: torch.device, dtype: torch.dtype, window: bool, sinks: bool, cached: bool
 ) -> bool:
-    """Whether flash attention there computes what `_blockwise` does, with gradients, which is asked
-    on an AMD GPU: its kernels pad the logsumexp, and by their version ignore windows or align the
-    causal mask with the first key."""
+    """Whether flash attention computes what `_blockwise` does, with gradients, on an AMD GPU.
+
+    Its kernels there pad the logsumexp, and by their version ignore windows or align the causal
+    mask with the first key.
+    """
     kind = ["packed rows", *["windows"] * window, *["sinks"] * sinks, *["a cache"] * cached]
-    tried, slower = (
-        f"flash attention of {', '.join(kind)} in {dtype} on {device}",
-        "blocks of queries take longer",
-    )
+    tried = f"flash attention of {', '.join(kind)} in {dtype} on {device}"
+    slower = "blocks of queries take longer"
 
     def largest_error() -> float:
         # the block that asks may be recomputed, or without gradients: neither concerns what is
         # computed here
         with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(_same, _same):
-            flash, blockwise = (
-                _probe(attend, device, dtype, window, sinks, cached)
-                for attend in (_varlen, _blockwise)
-            )
-            return float(
-                torch.stack(
-                    [
-                        torch.dist(*pair) / pair[1].norm()
-                        for pair in zip(flash, blockwise, strict=True)
-                    ]
-                ).max()
-            )
+            flash = _probe(_varlen, device, dtype, window, sinks, cached)
+            blockwise = _probe(_blockwise, device, dtype, window, sinks, cached)
+        pairs = zip(flash, blockwise, strict=True)
+        return max(float(torch.dist(found, wanted) / wanted.norm()) for found, wanted in pairs)
 
     error = attempt(tried, slower, largest_error)
     if error is None or error < AGREEMENT:
@@ -236,20 +207,15 @@ def _probe(
     sinks: bool,
     cached: bool,
 ) -> list[Tensor]:
-    """What `attend` makes of random input with a sequence longer than its window: output and
-    gradients in fp32.
-    """
+    """Output and gradients in fp32 of random input, a sequence of which exceeds its window."""
     lengths, generator = [5, 40], torch.Generator().manual_seed(0)
     spans = [9, 40] if cached else lengths
-    shapes = (
-        (1, 4, sum(lengths), 64),
-        (1, 2, sum(spans), 64),
-        (1, 2, sum(spans), 64),
-        (1, sum(lengths), 4, 64),
-    )
+    T, S = sum(lengths), sum(spans)
+    shapes = ((1, 4, T, 64), (1, 2, S, 64), (1, 2, S, 64), (1, T, 4, 64))
     *leaves, grad = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
     leaves += [torch.linspace(-1, 1, 4).to(device, dtype)] * sinks
-    leaves = [leaf.requires_grad_() for leaf in leaves]
+    for leaf in leaves:
+        leaf.requires_grad_()
     rule = Rule(0.125, 8 if window else None, None, leaves[3] if sinks else None)
     out = attend(*leaves[:3], lengths, spans, rule)
     return [x.detach().float() for x in (out, *torch.autograd.grad(out, leaves, grad))]
@@ -266,23 +232,21 @@ class SeenKeys(NamedTuple):
 
 def seen_keys(lengths: Sequence[int], spans: Sequence[int], window: int | None) -> list[SeenKeys]:
     """All queries in order, at most BLOCK together. Short neighbours share a block."""
-    parts, q, k = list[SeenKeys](), 0, 0  # q and k: where the sequence begins
+    parts = list[SeenKeys]()
+    q = k = 0  # where the sequence begins
     for length, span in zip(lengths, spans, strict=True):
-        before = span - length  # of its first query
+        before = span - length  # keys before its first query
         for start in range(0, length, BLOCK):
             stop = min(start + BLOCK, length)
             hidden = 0 if window is None else max(0, before + start + 1 - window)
             part = SeenKeys(q + start, q + stop, k + hidden, k + before + stop)
-            joined = (
-                part
-                if not parts
-                else SeenKeys(parts[-1].start, part.stop, parts[-1].first, part.last)
-            )
-            fits = joined.stop - joined.start <= BLOCK
-            if parts and fits and joined.last - joined.first <= 2 * BLOCK:
-                parts[-1] = joined
-            else:
-                parts.append(part)
+            if parts:
+                joined = part._replace(start=parts[-1].start, first=parts[-1].first)
+                fits = joined.stop - joined.start <= BLOCK
+                if fits and joined.last - joined.first <= 2 * BLOCK:
+                    parts.pop()
+                    part = joined
+            parts.append(part)
         q, k = q + length, k + span
     return parts
 
@@ -292,26 +256,22 @@ def _seen(
     lengths: tuple[int, ...], spans: tuple[int, ...], window: int | None, device: torch.device
 ) -> Tensor:
     """(2, T): the first and the last key that each query sees."""
-    rows, k = list[Tensor](), 0
+    bounds, k = list[Tensor](), 0
     for length, span in zip(lengths, spans, strict=True):
         last = torch.arange(k + span - length, k + span, dtype=torch.int32)
         first = torch.full_like(last, k) if window is None else (last - (window - 1)).clamp_(min=k)
-        rows.append(torch.stack((first, last)))
+        bounds.append(torch.stack((first, last)))
         k += span
-    return to_device(torch.cat(rows, 1), device)
+    return to_device(torch.cat(bounds, 1), device)
 
 
 def _blockwise(
     q: Tensor, k: Tensor, v: Tensor, lengths: list[int], spans: list[int], rule: Rule
 ) -> Tensor:
-    """(B, T, H, K), one block of queries after the other; backward computes each block's weights
-    again.
-    """
+    """(B, T, H, K), a block of queries at a time; backward computes its weights again."""
     seen = _seen if type(q) is Tensor else _seen.__wrapped__
-    bounds, parts = (
-        seen((*lengths,), (*spans,), rule.window, q.device),
-        seen_keys(lengths, spans, rule.window),
-    )
+    bounds = seen((*lengths,), (*spans,), rule.window, q.device)
+    parts = seen_keys(lengths, spans, rule.window)
     out: Tensor = _Blockwise.apply(q, k, v, rule.sinks, bounds, parts, replace(rule, sinks=None))  # type: ignore[no-untyped-call]
     return out
 
@@ -331,38 +291,36 @@ class _Blockwise(torch.autograd.Function):
         B, H, T, _ = q.shape
         out = q.new_empty(B, T, H, v.shape[3])
         for part in parts:
-            out[:, part.start : part.stop] = _block(
-                *_slices(q, k, v, part), sinks, bounds, part, rule
-            )
-        ctx.save_for_backward(q, k, v, bounds, *(() if sinks is None else (sinks,)))
+            inputs = _slices(q, k, v, part)
+            out[:, part.start : part.stop] = _block(*inputs, sinks, bounds, part, rule)
+        ctx.save_for_backward(q, k, v, sinks, bounds)
         ctx.parts, ctx.rule = parts, rule
         return out
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bounds, *sinks = ctx.saved_tensors
+        q, k, v, sinks, bounds = ctx.saved_tensors
         # many blocks add to the first keys of a long sequence
         wide = torch.promote_types(q.dtype, torch.float32)
-        d_q, d_k, d_v = (
-            torch.empty_like(q),
-            torch.zeros_like(k, dtype=wide),
-            torch.zeros_like(v, dtype=wide),
-        )
-        d_sinks = [torch.zeros_like(each, dtype=wide) for each in sinks]
+        d_q = torch.empty_like(q)
+        d_k, d_v = (torch.zeros_like(x, dtype=wide) for x in (k, v))
+        d_sinks: Tensor | None = None if sinks is None else torch.zeros_like(sinks, dtype=wide)
         for part in ctx.parts:
             with torch.enable_grad():
-                leaves = [x.detach().requires_grad_() for x in (*_slices(q, k, v, part), *sinks)]
-                own, keys, values, *sink = leaves
-                out = _block(own, keys, values, sink[0] if sink else None, bounds, part, ctx.rule)
+                inputs = (*_slices(q, k, v, part), sinks)
+                leaves = [x.detach().requires_grad_() for x in inputs if x is not None]
+                queries, keys, values, *sink = leaves
+                last = sink[0] if sink else None
+                out = _block(queries, keys, values, last, bounds, part, ctx.rule)
             grads = torch.autograd.grad(out, leaves, outputs[0][:, part.start : part.stop])
             del out  # with its scores
             d_q[:, :, part.start : part.stop] = grads[0]
-            for total, grad in zip((d_k, d_v), grads[1:3], strict=True):
-                total[:, :, part.first : part.last] += grad
-            for total, grad in zip(d_sinks, grads[3:], strict=True):
-                total += grad
-        of_sinks = d_sinks[0].to(sinks[0].dtype) if sinks else None
-        return d_q, d_k.to(k.dtype), d_v.to(v.dtype), of_sinks, None, None, None
+            d_k[:, :, part.first : part.last] += grads[1]
+            d_v[:, :, part.first : part.last] += grads[2]
+            if d_sinks is not None:
+                d_sinks += grads[3]
+        d_sinks = None if d_sinks is None else d_sinks.to(sinks.dtype)
+        return d_q, d_k.to(k.dtype), d_v.to(v.dtype), d_sinks, None, None, None
 
 
 def _slices(q: Tensor, k: Tensor, v: Tensor, part: SeenKeys) -> tuple[Tensor, Tensor, Tensor]:
@@ -380,7 +338,7 @@ def _block(
     part: SeenKeys,
     rule: Rule,
 ) -> Tensor:
-    """(B, t, H, K) of the block's queries."""
+    """(B, t, H, K) of the block's queries; `bounds`: the first and last key of each of the row."""
     first, last = bounds[:, part.start : part.stop, None]  # (t, 1) each
     keys = torch.arange(part.first, part.last, dtype=torch.int32, device=q.device)
     visible = (keys >= first) & (keys <= last)  # (t, s)

@@ -1,5 +1,6 @@
-"""`torch.compile` of a model's blocks, one by one: equal blocks share their code, so that 2 of them
-compile, not all.
+"""`torch.compile` of a model's blocks, one by one.
+
+Equal blocks share their code, so that two of them compile, not all.
 
 Attention is left out, where the lengths of packed sequences decide what is computed: it would be
 compiled again for each batch. Sizes are symbols from the first step on, so that a batch of other
@@ -19,9 +20,7 @@ VARIANTS = 64  # of a block's code: with or without gradients, one row or severa
 
 
 class Lengths(Sequence[int]):
-    """Lengths of packed sequences that the compiler does not look at: it has no code for each of
-    them.
-    """
+    """Lengths of packed sequences that the compiler does not specialize its code on."""
 
     def __init__(self, values: Sequence[int]) -> None:
         self._values = tuple(values)
@@ -34,9 +33,7 @@ class Lengths(Sequence[int]):
 
 
 def compile_blocks(model: CausalLM) -> None:
-    """From now on the model's blocks compile where they are called, in place; what they recompute,
-    too.
-    """
+    """Make the model's blocks compile where they are called, recomputation included."""
     torch._dynamo.config.recompile_limit = VARIANTS
     packed_attention.register(torch.compiler.disable(packed_attention.attend))  # type: ignore[no-untyped-call]
     for block in model.blocks:

@@ -1,5 +1,6 @@
-"""Fast generation of one token at a time on the CPU: prepacked weights, and blocks of Llama's shape
-in fewer calls.
+"""Fast generation of one token at a time on the CPU.
+
+Weights are packed beforehand, and blocks of Llama's shape take fewer calls.
 
 A CPU multiplies a single row by weights in torch's layout at less than half of its memory's
 bandwidth, and then spends its time on calls. SmolLM2-135M in bf16, 128 tokens, CPU seconds of one
@@ -23,6 +24,7 @@ from pipeline.models.base import CausalLM, PackedCache, UpdatedLinear
 from pipeline.models.kernels import uses_cpu_kernels
 from pipeline.project.probes import attempt
 
+Forwards = dict[nn.Module, Callable[..., Any]]
 SHORT = 1024  # inputs up to which oneDNN sums a lone row as it sums it beside others
 AGREEMENT = 0.05  # of the hidden states' norm: bf16 sums in another order round differently
 NORMS = {"input_layernorm", "post_attention_layernorm"}
@@ -32,8 +34,9 @@ FEED_FORWARD = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 class PackedLinear:
-    """y = Wx + b of one linear, or of several with the same x, concatenated. W is a copy in
-    oneDNN's own layout.
+    """y = Wx + b of a linear, or of several with the same x, concatenated.
+
+    W is a copy in oneDNN's own layout.
 
     A row's numbers do not depend on the rows beside it: oneDNN sums a lone row in another order
     where it has more than SHORT inputs, so it is computed as two rows, which takes 1.1 × the time.
@@ -43,33 +46,31 @@ class PackedLinear:
         self.versions, self.inputs = _weight_versions(linears), linears[0].in_features
         weight = torch.cat([linear.weight.detach() for linear in linears])  # (ΣO, I)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-        self.bias = (
-            None
-            if linears[0].bias is None
-            else torch.cat([linear.bias.detach() for linear in linears])
-        )
+        self.bias: Tensor | None = None
+        if linears[0].bias is not None:
+            self.bias = torch.cat([linear.bias.detach() for linear in linears])
         self.multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.inputs <= SHORT or x.numel() > self.inputs:
-            out: Tensor = self.multiply(x, self.weight, self.bias, "none", [], "")
-            return out
-        rows: Tensor = self.multiply(
-            x.view(1, -1).expand(2, -1), self.weight, self.bias, "none", [], ""
-        )
-        return rows[:1].view(*x.shape[:-1], -1)
+        is_lone = self.inputs > SHORT and x.numel() == self.inputs
+        rows = x.view(1, -1).expand(2, -1) if is_lone else x
+        out: Tensor = self.multiply(rows, self.weight, self.bias, "none", [], "")
+        return out[:1].view(*x.shape[:-1], -1) if is_lone else out
 
 
 class Rotation:
-    """cos and signed sin (N, GR + 2G, K) that rotate the queries and keys of all heads, and leave
-    the values as they are. All blocks of a forward share them."""
+    """cos and signed sin (N, GR + 2G, K) that rotate the queries and keys of all heads.
+
+    They leave the values as they are. All blocks of a forward share them.
+    """
 
     def __init__(self) -> None:
         self.source: Any = None
 
     def of(self, embeddings: Any, values: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """For heads of `shape`, the last `values` of them values; `embeddings`: cos and sin (1, N,
-        K) of positions.
+        """Those for heads of `shape`, the last `values` of which are values.
+
+        `embeddings`: cos and sin (1, N, K) of positions.
         """
         if self.source is not embeddings:
             cos, sin = (part[0, :, None] for part in embeddings)  # (N, 1, K) each
@@ -81,8 +82,10 @@ class Rotation:
 
 
 class OneTokenBlock:
-    """Replaces the forward of `block` for one token after a cache, (1, 1, D) → (1, 1, D), and for
-    one token of each of N sequences, (1, N, D); other inputs go to the block's own forward.
+    """Replaces the forward of `block` for a token after a cache, (1, 1, D) → (1, 1, D).
+
+    Also for one token of each of N sequences, (1, N, D); other inputs go to the block's own
+    forward.
 
     `packed` are the linears that it has packed. K is the head size; G groups of R query heads share
     a key and a value head.
@@ -92,29 +95,28 @@ class OneTokenBlock:
         attention, mlp = block.self_attn, block.mlp
         self.layer, self.scale, self.K = attention.layer_idx, attention.scaling, attention.head_dim
         self.R, self.rotation, self.act = attention.num_key_value_groups, rotation, mlp.act_fn
-        self.norm, self.feed_norm = (
-            fewer_calls(block.input_layernorm),
-            fewer_calls(block.post_attention_layernorm),
-        )
-        self.head_norms = (
-            [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
-        )
+        self.norm = fewer_calls(block.input_layernorm)
+        self.feed_norm = fewer_calls(block.post_attention_layernorm)
+        self.head_norms = None
+        if hasattr(attention, "q_norm"):
+            self.head_norms = attention.q_norm, attention.k_norm
         self.packed = list[nn.Module]()
         self.qkv = self._concatenate(attention.q_proj, attention.k_proj, attention.v_proj)
         self.out, self.down = self._concatenate(attention.o_proj), self._concatenate(mlp.down_proj)
         self.gate_up = self._concatenate(mlp.gate_proj, mlp.up_proj)
 
     def _concatenate(self, *modules: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The outputs (N, ΣO) of modules with the same x (N, I), concatenated: one packed product,
-        unless one has an adapter that cannot be added to it."""
-        linears = [
-            module.base if isinstance(module, UpdatedLinear) else module for module in modules
-        ]
-        packable = [linear for linear in linears if _can_pack(linear)]
-        if len(packable) < len(modules) or len({linear.bias is None for linear in packable}) > 1:
+        """The concatenated outputs (N, ΣO) of modules with the same x (N, I).
+
+        They are one packed product, unless a module has an adapter that cannot be added to it.
+        """
+        bases = [module.base if isinstance(module, UpdatedLinear) else module for module in modules]
+        linears = [base for base in bases if _can_pack(base)]
+        biased = {linear.bias is not None for linear in linears}
+        if len(linears) < len(modules) or len(biased) > 1:
             return lambda x: torch.cat([module(x[None])[0] for module in modules], -1)
-        self.packed += packable
-        product, sizes = _packed_linear(packable), [linear.out_features for linear in packable]
+        self.packed += linears
+        product, sizes = _packed_linear(linears), [linear.out_features for linear in linears]
         if not any(isinstance(module, UpdatedLinear) for module in modules):
             return product
 
@@ -138,11 +140,11 @@ class OneTokenBlock:
         x = x[0]  # (N, D)
         heads = self.qkv(self.norm(x)).view(N, -1, self.K)  # (N, (GR + 2G)·K) → (N, GR + 2G, K)
         G = heads.shape[1] // (self.R + 2)
-        if self.head_norms:
+        if self.head_norms is not None:
             q, k, v = heads.split_with_sizes([G * self.R, G, G], 1)
             heads = torch.cat([self.head_norms[0](q), self.head_norms[1](k), v], 1)
         cos, sin = self.rotation.of(options["position_embeddings"], G, heads.shape)
-        # Su et al. 2021, §3.4.2, with pairs (i, i + K/2)
+        # Su et al. 2021, section 3.4.2, with pairs (i, i + K/2)
         heads = heads * cos + heads.roll(self.K // 2, -1) * sin
         q = heads[:, : -2 * G].view(N, G, self.R, self.K)  # a group's R heads stand where tokens do
         if past is None:
@@ -152,10 +154,7 @@ class OneTokenBlock:
             # (1, G, N, K) each
             keys, values = (part.transpose(0, 1)[None] for part in heads[:, -2 * G :].chunk(2, 1))
             pairs = past.update(self.layer, keys, values, [1] * N)
-            queries = q.split_with_sizes([1] * N)
-            attended = torch.cat(
-                [self._attend(own, *pair) for own, pair in zip(queries, pairs, strict=True)]
-            )
+            attended = torch.cat([self._attend(q[n : n + 1], *pairs[n]) for n in range(N)])
         x = x + self.out(attended.view(N, -1))  # (N, D)
         gate, up = self.gate_up(self.feed_norm(x)).chunk(2, -1)  # (N, F) each
         return (x + self.down(self.act(gate) * up))[None]
@@ -165,8 +164,9 @@ class OneTokenBlock:
 
 
 class OneTokenBody:
-    """Replaces the forward of a body of Llama's parts where `blocks`, the replacements of all its
-    blocks, take a token: without masks, which they do not read, and a module's call for each block.
+    """Replaces the forward of a body of Llama's parts where all `blocks` take a token.
+
+    It makes no masks, which they do not read, and calls no module per block.
     """
 
     def __init__(self, blocks: Mapping[nn.Module, OneTokenBlock]) -> None:
@@ -196,16 +196,13 @@ class BodyOutput(NamedTuple):
 
 def fits(x: Tensor, cache: Any, past: PackedCache | None) -> bool:
     """Whether x (1, N, …) is one token after a cache, or one for each sequence of `past`."""
-    return (
-        cache is not None and x.shape[:2] == (1, 1)
-        if past is None
-        else x.shape[1] == len(past.sequences)
-    )
+    if past is not None:
+        return x.shape[1] == len(past.sequences)
+    return cache is not None and x.shape[:2] == (1, 1)
 
 
 def _append(cache: Any, block: int, new: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values (1, G, S, K) of a transformers cache after one more token's, `new` (1, 2G,
-    K).
+    """Keys and values (1, G, S, K) of a transformers cache, after appending `new` (1, 2G, K).
 
     A DynamicLayer copies all that it has for each token. Its tensors become views of a buffer with
     room for more, which its other methods read as any tensors.
@@ -238,61 +235,53 @@ def fewer_calls(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     return short if torch.equal(short(probe), norm(probe)) else norm
 
 
-# by the first of the linears
-_packed: WeakKeyDictionary[nn.Module, PackedLinear] = WeakKeyDictionary()
-# how many forwards passed _check_agreement together
+_packed: WeakKeyDictionary[nn.Module, PackedLinear] = WeakKeyDictionary()  # by the first linear
+# how many forwards of a model passed _check_agreement together
 _agrees: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 @contextmanager
 def fast_decoding(model: nn.Module) -> Iterator[int]:
-    """Inside the block `model` is faster where one token follows a cache; yields the number of
-    replaced forwards.
+    """Inside the block `model` is faster where one token follows a cache.
+
+    Yields the number of replaced forwards.
 
     Only bf16 on the CPU, and only inference. The packed weights are kept for the next time, as long
     as the model lives.
     """
-    forwards: dict[nn.Module, Callable[..., Any]] = {}
-    inside = set[nn.Module]()
+    forwards: Forwards = {}
     if _is_available():
-        is_candidate = isinstance(model, CausalLM) and _is_bf16_on_cpu(
-            next(model.blocks.parameters())
-        )
-        # otherwise joined weights would be packed for nothing
-        if is_candidate and _agrees.get(model, True):
-            assert isinstance(model, CausalLM)
-            rotation = Rotation()
-            blocks = {
-                block: OneTokenBlock(block, rotation)
-                for block in model.blocks
-                if has_llama_parts(block)
-            }
-            one_token: dict[nn.Module, Callable[..., Any]] = {
-                block: MethodType(fast, block) for block, fast in blocks.items()
-            }
-            choices = [one_token] if blocks else []
-            if (
-                len(blocks) == len(model.blocks)
-                and {name for name, _ in model.body.named_children()} == BODY
-            ):
-                choices.insert(
-                    0, {**one_token, model.body: MethodType(OneTokenBody(blocks), model.body)}
-                )
-            if model not in _agrees:  # once a model: a few short forwards
-                _agrees[model] = next(
-                    (len(choice) for choice in choices if _check_agreement(model, choice)), 0
-                )
-            forwards = next((choice for choice in choices if len(choice) == _agrees[model]), {})
-            inside = (
-                {linear for fast in blocks.values() for linear in fast.packed}
-                if forwards
-                else inside
-            )
-        forwards.update(
-            {m: _packed_linear([m]) for m in model.modules() if _can_pack(m) and m not in inside}
-        )
+        packed = set[nn.Module]()
+        if isinstance(model, CausalLM) and _is_bf16_on_cpu(next(model.blocks.parameters())):
+            forwards, packed = _fused_forwards(model)
+        for module in model.modules():
+            if _can_pack(module) and module not in packed:
+                forwards[module] = _packed_linear([module])
     with _replaced_forwards(forwards):
         yield len(forwards)
+
+
+def _fused_forwards(model: CausalLM) -> tuple[Forwards, set[nn.Module]]:
+    """Forwards of body and blocks of Llama's shape that agree, and the linears that they pack."""
+    if not _agrees.get(model, True):  # joined weights would be packed for nothing
+        return {}, set()
+    rotation = Rotation()
+    blocks = {
+        block: OneTokenBlock(block, rotation) for block in model.blocks if has_llama_parts(block)
+    }
+    of_blocks: Forwards = {block: MethodType(fast, block) for block, fast in blocks.items()}
+    choices = [of_blocks] if blocks else []
+    parts = {name for name, _ in model.body.named_children()}
+    if len(blocks) == len(model.blocks) and parts == BODY:
+        of_body = MethodType(OneTokenBody(blocks), model.body)
+        choices.insert(0, {**of_blocks, model.body: of_body})
+    if model not in _agrees:  # once a model: a few short forwards
+        agreeing = (len(choice) for choice in choices if _check_agreement(model, choice))
+        _agrees[model] = next(agreeing, 0)
+    for choice in choices:
+        if len(choice) == _agrees[model]:
+            return choice, {linear for fast in blocks.values() for linear in fast.packed}
+    return {}, set()
 
 
 def has_llama_parts(block: Any) -> bool:
@@ -302,18 +291,16 @@ def has_llama_parts(block: Any) -> bool:
     """
     if {name for name, _ in block.named_children()} != {"self_attn", "mlp"} | NORMS:
         return False
-    attention_parts, feed_forward = (
-        {name for name, _ in part.named_children()} for part in (block.self_attn, block.mlp)
-    )
-    extra = [*block.self_attn.parameters(recurse=False)] or getattr(
-        block.self_attn, "sliding_window", None
-    )
-    same_parts = attention_parts in (PROJECTIONS, PROJECTIONS | {"q_norm", "k_norm"})
-    return not extra and same_parts and feed_forward == FEED_FORWARD
+    attention, mlp = block.self_attn, block.mlp
+    if [*attention.parameters(recurse=False)] or getattr(attention, "sliding_window", None):
+        return False
+    parts = {name for name, _ in attention.named_children()}
+    has_attention = parts in (PROJECTIONS, PROJECTIONS | {"q_norm", "k_norm"})
+    return has_attention and {name for name, _ in mlp.named_children()} == FEED_FORWARD
 
 
 @torch.no_grad()
-def _check_agreement(model: CausalLM, forwards: Mapping[nn.Module, Callable[..., Any]]) -> bool:
+def _check_agreement(model: CausalLM, forwards: Forwards) -> bool:
     """Whether the model gives the same hidden states with these forwards."""
 
     def probe() -> Tensor:
@@ -328,10 +315,8 @@ def _check_agreement(model: CausalLM, forwards: Mapping[nn.Module, Callable[...,
 
 
 @contextmanager
-def _replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Other forwards inside the block, except for modules whose forward another generation has
-    already replaced.
-    """
+def _replaced_forwards(forwards: Forwards) -> Iterator[None]:
+    """Other forwards inside the block, but where another generation replaced them."""
     changed = [module for module in forwards if "forward" not in module.__dict__]
     for module in changed:
         module.forward = forwards[module]

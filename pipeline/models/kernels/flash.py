@@ -12,33 +12,21 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.models.kernels import suits_flash_attention
-from pipeline.models.kernels.plain_attention import sequence_starts
+from pipeline.models.kernels.plain_attention import Rule, sequence_starts
 
 
 def supports_flash(q: Tensor, v: Tensor) -> bool:
-    """Whether it is installed and computes q and v (B, heads, tokens, K): in 16 bits, on an Ampere
-    GPU or later.
-
-    It has no sinks.
-    """
+    """Whether it is installed and computes q and v (B, heads, tokens, K). It has no sinks."""
     return q.is_cuda and suits_flash_attention(q, v) and _flash_attention() is not None
 
 
 def flash_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Sequence[int],
-    spans: Sequence[int],
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], spans: Sequence[int], rule: Rule
 ) -> Tensor:
-    """(B, T, H, K) for q (B, H, T, K), k and v (B, G, S, K), causal.
+    """(B, T, H, K) for q (B, H, T, K), k and v (B, G, S, K), as `rule` says.
 
     Each row holds sequences of `lengths` queries and `spans` keys; of those, query t of T sees key
-    S - T + t and the `window` - 1 before it. Scores become softcap·tanh(score / softcap). Repeated,
-    it gives the same gradients.
+    S - T + t and the window before it. Repeated, it gives the same gradients.
     """
     B, H, T, K = q.shape
     q_starts, k_starts = (sequence_starts((*sizes,) * B, q.device) for sizes in (lengths, spans))
@@ -47,10 +35,10 @@ def flash_attention(
     assert function is not None
     out: Tensor = function(
         *(q, k, v, q_starts, k_starts, max(lengths), max(spans)),
-        softmax_scale=scale,
+        softmax_scale=rule.scale,
         causal=True,
-        window_size=(-1 if window is None else window - 1, 0),
-        softcap=softcap or 0.0,
+        window_size=(-1 if rule.window is None else rule.window - 1, 0),
+        softcap=rule.softcap or 0.0,
         deterministic=True,  # its backward otherwise adds in the order in which blocks end
     )
     return out.view(B, T, H, K)

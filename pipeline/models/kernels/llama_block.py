@@ -1,5 +1,4 @@
-"""Training of blocks of Llama's shape in bf16 on the CPU: few passes over memory between the matrix
-products.
+"""Training of Llama's blocks in bf16 on the CPU: few passes over memory between products.
 
 Queries, keys and values share one product with the stacked A of their adapters, the gradients of
 what shares an input are added inside the products, rotation, SwiGLU and the norm of a residual sum
@@ -30,8 +29,7 @@ ALONE = ("cache", "past_key_values", "past", "attention_mask")
 
 
 class TrainingBlock(nn.Module):
-    """The first base of the class of a replaced block. In evaluation and with a cache its own
-    forward runs.
+    """The first base class of a replaced block, whose own forward evaluates.
 
     After its attention the last block computes only the rows that carry a label: (1, n, D) for an
     index (n,).
@@ -63,15 +61,12 @@ class TrainingBlock(nn.Module):
         # (B, T, H, K)
         attended, _ = attend(attention, q, k, v, None, scaling=attention.scaling, **given)
         attended = attended.view(B, T, -1)
-        later = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        if (
-            self.is_last
-            and labelled is not None
-            and all(_terms(module) is not None for module in later)
-        ):
-            attended, x = (
-                rows.flatten(0, 1).index_select(0, labelled)[None] for rows in (attended, x)
-            )
+        if self.is_last and labelled is not None:
+            later = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+            if all(_terms(module) is not None for module in later):
+                attended, x = (
+                    rows.flatten(0, 1).index_select(0, labelled)[None] for rows in (attended, x)
+                )
         (out,) = linears(attended, (attention.o_proj,))
         x, normed = second_norm.of_sum(x, out)
         gate, up = linears(normed, (mlp.gate_proj, mlp.up_proj))
@@ -89,20 +84,20 @@ class TrainingBlock(nn.Module):
 
 @torch.no_grad()
 def fuse_llama_blocks(model: CausalLM) -> int:
-    """Replaces, in place, the forwards of blocks of Llama's shape that then compute the same;
-    returns their number.
+    """Replaces in place the forwards of Llama's blocks that then compute the same.
+
+    Returns their number. Names, parameters and state_dict stay.
 
     Names, parameters and state_dict stay.
     """
-    every = torch.linspace(-4, 4, 33)
-    blocks = [
-        block
-        for block in model.blocks
-        if has_llama_parts(block)
-        and not isinstance(block, TrainingBlock)
-        # by itself: near 0, where a block of small weights reads it, GELU is much the same
-        and torch.allclose(block.get_submodule("mlp").act_fn(every), F.silu(every))  # type: ignore[operator]
-    ]
+    probe = torch.linspace(-4, 4, 33)
+    blocks = list[nn.Module]()
+    for block in model.blocks:
+        if has_llama_parts(block) and not isinstance(block, TrainingBlock):
+            # by itself: near 0, where a block of small weights reads it, GELU is much the same
+            act: Any = block.get_submodule("mlp").act_fn
+            if torch.allclose(act(probe), F.silu(probe)):
+                blocks.append(block)
     norms = [block.get_submodule("post_attention_layernorm") for block in blocks]
     if not blocks or not all(isinstance(norm, RMSNorm) and supports(norm.weight) for norm in norms):
         return 0
@@ -116,12 +111,9 @@ def fuse_llama_blocks(model: CausalLM) -> int:
     was_training = model.training
     model.train()  # a block's faster forward is for training only
     try:
+        ids = torch.arange(7)[None] % model.shape.rows
         segments = [4, 3] if model.supports_packing else None
-        model.run_body(
-            torch.arange(7)[None] % model.shape.rows,
-            torch.tensor([[0, 1, 2, 3, 0, 1, 2]]),
-            segments,
-        )
+        model.run_body(ids, torch.tensor([[0, 1, 2, 3, 0, 1, 2]]), segments)
         for hook in hooks:
             hook.remove()
         replaced = [block for block in blocks if _replace(block, options[block])]
@@ -136,11 +128,8 @@ def _replace(block: nn.Module, options: dict[str, Any]) -> bool:
     """Give the block its faster forward if that changes a random input alike."""
     width = len(block.post_attention_layernorm.weight)  # type: ignore[union-attr, arg-type]
     # small: what a block adds does not depend on its input's size, and bf16 rounds the sum of both
-    x = (
-        torch.randn(1, 7, width, generator=torch.Generator().manual_seed(0))
-        .mul_(2**-8)
-        .to(torch.bfloat16)
-    )
+    x = torch.randn(1, 7, width, generator=torch.Generator().manual_seed(0))
+    x = x.mul_(2**-8).to(torch.bfloat16)
     expected, kind = block(x, **options).float() - x.float(), type(block)
     block.__class__ = _with_training_forward(kind)  # type: ignore[arg-type]  # mypy: a class has no hash
     added = attempt(
@@ -158,14 +147,17 @@ def _with_training_forward(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def linears(x: Tensor, modules: Sequence[nn.Module]) -> Sequence[Tensor]:
-    """The outputs of linears with the same x (B, T, I), with or without LoRA: one function if all
-    are frozen.
+    """The outputs of linears with the same x (B, T, I), with or without LoRA.
+
+    They are one function if all are frozen.
     """
-    terms = [_terms(module) for module in modules]
-    known = [term for term in terms if term is not None]
-    if len(known) < len(terms):
-        return [module(x) for module in modules]
-    bases, As, Bs, scales = zip(*known, strict=True)
+    terms = []
+    for module in modules:
+        term = _terms(module)
+        if term is None:
+            return [linear(x) for linear in modules]
+        terms.append(term)
+    bases, As, Bs, scales = zip(*terms, strict=True)
     parameters = (*(base.weight for base in bases), *(base.bias for base in bases), *As, *Bs)
     outs: Sequence[Tensor] = _Linears.apply(x, scales, *parameters)  # type: ignore[no-untyped-call]
     return outs
@@ -181,12 +173,8 @@ def _terms(module: nn.Module) -> tuple[nn.Linear, Tensor | None, Tensor | None, 
         term = module, None, None, 1.0
     if term is None or _has_hooks(module) or _has_hooks(term[0]):
         return None
-    return (
-        None
-        if any(p.requires_grad for p in term[0].parameters())
-        or not supports(term[0].weight, lanes=1)
-        else term
-    )
+    is_frozen = not any(p.requires_grad for p in term[0].parameters())
+    return term if is_frozen and supports(term[0].weight, lanes=1) else None
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -194,9 +182,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 class _Linears(torch.autograd.Function):
-    """Wᵢx + bᵢ + sᵢ·BᵢAᵢx of n linears with the same x (B, T, I); those without an adapter have no
-    A and B.
-    """
+    """Wᵢx + bᵢ + sᵢ·BᵢAᵢx of n linears with the same x (B, T, I); A and B may be missing."""
 
     @staticmethod
     def forward(
@@ -207,13 +193,8 @@ class _Linears(torch.autograd.Function):
         rows = x.flatten(0, -2)  # (N, I)
         outs = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]  # type: ignore[arg-type]
         adapted = [i for i in range(n) if As[i] is not None]
-        ctx.scales, ctx.adapted, ctx.shape, ctx.ranks, kept = (
-            scales,
-            adapted,
-            x.shape,
-            [],
-            list[Tensor](),
-        )
+        ctx.scales, ctx.adapted, ctx.shape = scales, adapted, x.shape
+        saved = list[Tensor]()
         if adapted:
             A = torch.cat([As[i].to(x.dtype) for i in adapted])  # type: ignore[union-attr]  # (ΣR, I)
             low = F.linear(rows, A)  # (N, ΣR)
@@ -222,8 +203,8 @@ class _Linears(torch.autograd.Function):
             narrow = [Bs[i].to(x.dtype) for i in adapted]  # type: ignore[union-attr]
             for i, B, part in zip(adapted, narrow, low.split(ctx.ranks, 1), strict=True):  # type: ignore[no-untyped-call]
                 outs[i].view(len(rows), -1).addmm_(part, B.t(), alpha=scales[i])
-            kept = [rows, low, A, *narrow]
-        ctx.save_for_backward(*weights, *kept)
+            saved = [rows, low, A, *narrow]
+        ctx.save_for_backward(*weights, *saved)
         return tuple(outs)
 
     @staticmethod
@@ -231,7 +212,7 @@ class _Linears(torch.autograd.Function):
         """dx = Σ gᵢWᵢ + sᵢ·gᵢBᵢAᵢ; dAᵢ = (sᵢ·gᵢBᵢ)ᵀx; dBᵢ = sᵢ·gᵢᵀ(Aᵢx)."""
         n = len(ctx.scales)
         saved = ctx.saved_tensors  # once: a checkpointed block gives them once
-        weights, kept = saved[:n], saved[n:]
+        weights = saved[:n]
         grads = [grad.reshape(-1, grad.shape[-1]) for grad in outputs]
         d_x, d_A, d_B = None, [None] * n, [None] * n
         if ctx.needs_input_grad[0]:
@@ -239,19 +220,16 @@ class _Linears(torch.autograd.Function):
             for grad, weight in zip(grads[1:], weights[1:], strict=True):
                 d_x.addmm_(grad, weight)
         if ctx.adapted:
-            rows, low, A, *Bs = kept
-            d_low = torch.cat(
-                [(grads[i] @ B).mul_(ctx.scales[i]) for i, B in zip(ctx.adapted, Bs, strict=True)],
-                1,
-            )
+            rows, low, A, *Bs = saved[n:]
+            pairs = zip(ctx.adapted, Bs, strict=True)
+            d_low = torch.cat([(grads[i] @ B).mul_(ctx.scales[i]) for i, B in pairs], 1)
             if d_x is not None:
                 d_x.addmm_(d_low, A)
             stacked = (d_low.t() @ rows).split(ctx.ranks)
             parts = low.split(ctx.ranks, 1)
-            for i, own, part, (A_dtype, B_dtype) in zip(
-                ctx.adapted, stacked, parts, ctx.dtypes, strict=True
-            ):
-                d_A[i] = own.to(A_dtype)
+            of_each = zip(ctx.adapted, stacked, parts, ctx.dtypes, strict=True)
+            for i, grad_A, part, (A_dtype, B_dtype) in of_each:
+                d_A[i] = grad_A.to(A_dtype)
                 d_B[i] = (part.t() @ grads[i]).t().mul(ctx.scales[i]).to(B_dtype)
         return None if d_x is None else d_x.view(ctx.shape), None, *[None] * (2 * n), *d_A, *d_B
 
@@ -295,7 +273,6 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     x = x.contiguous()
     B, T, heads, K = x.shape
     out = torch.empty_like(x)
-    native().rotate(
-        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), B * T, heads, K, sign
-    )
+    pointers = (tensor.data_ptr() for tensor in (x, cos, sin, out))
+    native().rotate(*pointers, B * T, heads, K, sign)
     return out

@@ -14,7 +14,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pipeline.files.digest_cache import cache_home
+from pipeline.models.device import processor_facts
 from pipeline.models.kernels import uses_cpu_kernels
 from pipeline.project.probes import PLAIN, record
 
@@ -86,20 +86,14 @@ def native() -> Any:
 
 
 def supports(*tensors: Tensor, lanes: int = LANES, dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Whether the library computes with these: of `dtype`, on the CPU, rows of a multiple of
-    `lanes` numbers.
-    """
-    return (
-        all(
-            isinstance(x, Tensor)
-            and type(x) in (Tensor, torch.nn.Parameter)  # a fake tensor has no numbers
-            and x.dtype == dtype
-            and uses_cpu_kernels(x.device)
-            and x.shape[-1] % lanes == 0
-            for x in tensors
-        )
-        and native() is not None
-    )
+    """Whether the library computes with these tensors, in rows of a multiple of `lanes`."""
+    for x in tensors:
+        has_numbers = type(x) in (Tensor, torch.nn.Parameter)  # a fake tensor has none
+        if not has_numbers or x.dtype != dtype or x.shape[-1] % lanes:
+            return False
+        if not uses_cpu_kernels(x.device):
+            return False
+    return native() is not None
 
 
 def _compiled() -> Path:
@@ -107,19 +101,15 @@ def _compiled() -> Path:
     compiler = shutil.which("cc")
     if compiler is None:
         raise FileNotFoundError("cc")
-    flags = (
-        [*FLAGS, "-mprefer-vector-width=512"]
-        if platform.machine() in ("x86_64", "AMD64")
-        else FLAGS
-    )
+    flags = [*FLAGS]
+    if platform.machine() in ("x86_64", "AMD64"):
+        flags.append("-mprefer-vector-width=512")
     stat = Path(compiler).resolve().stat()
-    parts = (
-        SOURCE.read_bytes(),
-        repr((compiler, stat.st_size, stat.st_mtime_ns, flags, _cpu())).encode(),
-    )
+    built_by = repr((compiler, stat.st_size, stat.st_mtime_ns, flags, _cpu()))
+    digest = hashlib.sha256(SOURCE.read_bytes() + built_by.encode()).hexdigest()
     folder = cache_home() / "lora-workbench" / "native"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = folder / f"{hashlib.sha256(b''.join(parts)).hexdigest()[:32]}.so"
+    path = folder / f"{digest[:32]}.so"
     _refuse_writable(folder)
     if not path.exists():
         # beside its place and then renamed: two processes may compile at once
@@ -127,13 +117,11 @@ def _compiled() -> Path:
             unit, new = Path(scratch, "native.o"), Path(scratch, "native.so")
             # linked without -fopenmp: its symbols are then those of torch's own OpenMP, whose
             # threads it shares
-            for command in (
-                [*flags, "-c", str(SOURCE), "-o", str(unit)],
-                ["-shared", str(unit), "-o", str(new), "-lm"],
-            ):
-                subprocess.run(
-                    [compiler, *command], check=True, capture_output=True, timeout=PATIENCE
-                )
+            compiling = [*flags, "-c", str(SOURCE), "-o", str(unit)]
+            linking = ["-shared", str(unit), "-o", str(new), "-lm"]
+            for arguments in (compiling, linking):
+                command = [compiler, *arguments]
+                subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
             new.chmod(0o700)
             new.replace(path)
     _refuse_writable(path)
@@ -149,8 +137,7 @@ def _refuse_writable(path: Path) -> None:
 
 def _cpu() -> str:
     """What -march=native depends on."""
-    lines = list[str]()
-    with suppress(OSError):  # macOS
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    known = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
-    return "\n".join([platform.machine(), platform.processor(), *sorted(known)])
+    facts = {
+        line for line in processor_facts() if line.startswith(("model name", "flags", "Features"))
+    }
+    return "\n".join([platform.machine(), platform.processor(), *sorted(facts)])

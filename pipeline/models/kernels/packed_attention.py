@@ -52,8 +52,9 @@ def attend(
     past: PackedCache | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(QKᵀ·scaling + causal mask)·V, (B, T, H, K), for query (B, H, T, K), key and value (B,
-    G, S, K).
+    """softmax(QKᵀ·scaling + causal mask)·V, (B, T, H, K).
+
+    `query` is (B, H, T, K), `key` and `value` are (B, G, S, K).
 
     segments: lengths, T in total, of the sequences in the one row; None: every row is one sequence,
     and with more keys than queries (a cache) query t has position S - T + t. prefix: adds keys and
@@ -72,16 +73,17 @@ def attend(
     lengths = [query.shape[2]] if segments is None else list(segments)
     spans = [key.shape[2]] if segments is None else lengths  # lengths of keys
     if prefix is not None:
-        own_keys = key.shape[2]
+        without = key.shape[2]
         key, value = prefix(module.layer_idx, key, value, spans)  # type: ignore[arg-type]
-        added = (key.shape[2] - own_keys) // len(spans)
+        added = (key.shape[2] - without) // len(spans)
         spans = [added + span for span in spans]
     pairs = None if past is None else past.update(module.layer_idx, key, value, lengths)  # type: ignore[arg-type]
     if pairs is not None:
         spans = [keys.shape[2] for keys, _ in pairs]
-    # a window that hides no key is none: most kernels have only a causal mask
-    window = None if sliding_window is None or sliding_window >= max(spans) else sliding_window
-    rule = Rule(query.shape[3] ** -0.5 if scaling is None else scaling, window, softcap, s_aux)
+    if sliding_window is not None and sliding_window >= max(spans):
+        sliding_window = None  # it hides no key, and most kernels have only a causal mask
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    rule = Rule(scale, sliding_window, softcap, s_aux)
     for layer, weights in _recorders:
         if getattr(module, "layer_idx", None) == layer:
             visible = visible_keys(query.shape[2], key.shape[2], rule.window, query.device)
@@ -108,9 +110,7 @@ _recorders: list[tuple[int, list[Tensor]]] = []
 
 @contextmanager
 def record_weights(layer: int) -> Iterator[list[Tensor]]:
-    """The attention weights of block number `layer`, (B, H, T, S) for each call meanwhile; row t is
-    token t's.
-    """
+    """The attention weights (B, H, T, S) of each call of block number `layer` meanwhile."""
     recorder = (layer, list[Tensor]())
     _recorders.append(recorder)
     try:

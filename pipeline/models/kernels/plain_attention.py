@@ -44,9 +44,9 @@ def split_sequences(k: Tensor, v: Tensor, spans: list[int]) -> Pairs:
 
 
 def attend_each(q: Tensor, pairs: Pairs, lengths: list[int], rule: Rule) -> Tensor:
-    """(1, T, H, K): a call for each."""
-    each = zip(q.split_with_sizes(lengths, 2), pairs, strict=True)
-    return torch.cat([attend_row(own, *pair, rule).transpose(1, 2) for own, pair in each], 1)
+    """(1, T, H, K): a call for each sequence."""
+    parts = zip(q.split_with_sizes(lengths, 2), pairs, strict=True)
+    return torch.cat([attend_row(x, *pair, rule).transpose(1, 2) for x, pair in parts], 1)
 
 
 def attend_row(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
@@ -90,9 +90,7 @@ def attend_explicit(q: Tensor, k: Tensor, v: Tensor, rule: Rule, visible: Tensor
 
 
 def attention_weights(q: Tensor, k: Tensor, rule: Rule, visible: Tensor) -> Tensor:
-    """softmax of the scores as `rule` says, (B, H, T, S) in fp32; row t is token t's, which sees
-    `visible` (T, S).
-    """
+    """softmax of the scores as `rule` says, (B, H, T, S) in fp32; `visible` is (T, S)."""
     B, H, T, _ = q.shape
     G, S = k.shape[1:3]
     grouped = q.reshape(B, G, H // G, T, -1)  # (B, G, R, T, K)

@@ -42,8 +42,10 @@ def supports_repeatable(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 class RepeatableAttention(torch.autograd.Function):
-    """Causal attention of q (B, H, T, K), k (B, H, T, K) and v (B, H, T, V): torch's
-    memory-efficient kernel, which has every precision, and values of another size."""
+    """Causal attention of q, k (B, H, T, K) and v (B, H, T, V).
+
+    By torch's memory-efficient kernel, which has every precision and values of another size.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

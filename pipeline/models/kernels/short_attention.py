@@ -28,8 +28,7 @@ BLOCK = 128
 def short_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float
 ) -> Tensor:
-    """(B, T, H, K) for q (B, H, T, K), k and v (B, G, T, K); their T tokens are packed sequences of
-    `lengths`.
+    """(B, T, H, K) for q (B, H, T, K), k and v (B, G, T, K) of packed sequences.
 
     A head group's R·t queries are the rows of one product, so that keys and values are not repeated
     and their gradients need no sum.
@@ -44,8 +43,7 @@ def short_attention(
 
 
 class FusedAttention(torch.autograd.Function):
-    """The same by native.c, (B, T, H, K) of q (B, T, H, K), k and v (B, T, G, K), without weights
-    kept for backward.
+    """The same by native.c, for tensors (B, T, heads, K); no weights are kept for backward.
 
     Of SmolLM2-135M's shapes, 8 sequences with 640 tokens, forward and backward take 1.5 instead of
     5.0 ms.
@@ -58,19 +56,11 @@ class FusedAttention(torch.autograd.Function):
         q, k, v = (_strided(x) for x in (q, k, v))
         B, T, H, K = q.shape
         starts = starts_of(lengths * B)
-        ctx.shape = AttentionShape(
-            *(x.stride(n) for x in (q, k, v) for n in (1, 2)),
-            len(starts) - 1,
-            H,
-            k.shape[2],
-            K,
-            scale,
-        )
+        strides = [x.stride(n) for x in (q, k, v) for n in (1, 2)]
+        ctx.shape = AttentionShape(*strides, len(starts) - 1, H, k.shape[2], K, scale)
         out, log_sums = q.new_empty(q.shape), q.new_empty(B, T, H, dtype=torch.float32)
         tensors = (q, k, v, out, log_sums, starts)
-        _refuse_failure(
-            native().attention_forward(*(x.data_ptr() for x in tensors), addressof(ctx.shape))
-        )
+        _run(native().attention_forward, tensors, ctx.shape)
         ctx.save_for_backward(*tensors)
         return out
 
@@ -79,21 +69,14 @@ class FusedAttention(torch.autograd.Function):
         q, k, v, out, log_sums, starts = ctx.saved_tensors
         grads = [x.new_empty(x.shape) for x in (q, k, v)]
         tensors = (outputs[0].contiguous(), q, k, v, out, log_sums, *grads, starts)
-        _refuse_failure(
-            native().attention_backward(*(x.data_ptr() for x in tensors), addressof(ctx.shape))
-        )
+        _run(native().attention_backward, tensors, ctx.shape)
         return *grads, None, None
 
 
 def _strided(x: Tensor) -> Tensor:
-    """x (B, T, heads, K) with its tokens at one distance in all rows, and a head's numbers side by
-    side.
-    """
-    return (
-        x
-        if x.stride(3) == 1 and (len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1))
-        else x.contiguous()
-    )
+    """x (B, T, heads, K) with tokens at one distance, and a head's numbers side by side."""
+    even = len(x) == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    return x if even and x.stride(3) == 1 else x.contiguous()
 
 
 @lru_cache(maxsize=1)
@@ -101,14 +84,15 @@ def starts_of(lengths: tuple[int, ...]) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)])
 
 
-def _refuse_failure(failed: int) -> None:
-    if failed:
+def _run(function: Any, tensors: Sequence[Tensor], shape: AttentionShape) -> None:
+    if function(*(x.data_ptr() for x in tensors), addressof(shape)):
         raise MemoryError("attention: the buffers of a sequence do not fit in memory")
 
 
 class QueryBlock(NamedTuple):
-    """Queries start:stop and keys first:stop; a query sees the keys of its own sequence that are
-    not later.
+    """Queries start:stop and keys first:stop of some packed sequences.
+
+    A query sees the keys of its own sequence that are not later.
     """
 
     first: int
@@ -123,8 +107,9 @@ class QueryBlock(NamedTuple):
 
 
 def blocks(lengths: Sequence[int]) -> Iterator[QueryBlock]:
-    """In order: neighbours with at most BLOCK tokens in total share a block, a longer sequence has
-    several.
+    """The blocks of a row, in order.
+
+    Neighbours with at most BLOCK tokens in total share a block, a longer sequence has several.
 
     Small products cost by their number, not by their size, so short sequences share one; a long
     sequence is split so that few masked scores are computed.
@@ -135,7 +120,8 @@ def blocks(lengths: Sequence[int]) -> Iterator[QueryBlock]:
             stop = first + sum(run)
             for start in range(first, stop, BLOCK):
                 end = min(start + BLOCK, stop)
-                yield QueryBlock(first, start, end, tuple(run) if len(run) > 1 else (end - first,))
+                inside = tuple(run) if len(run) > 1 else (end - first,)
+                yield QueryBlock(first, start, end, inside)
             first, run = stop, []
         run.append(length)
 
@@ -149,44 +135,41 @@ class _ShortAttention(torch.autograd.Function):
         G = k.shape[1]
         # cached for real tensors only: under FakeTensorMode the masks are fake
         masks = (_cached_masks if type(q) is Tensor else _masks)(parts, H // G, q.dtype)
-        out, kept = q.new_empty(B, T, H, v.shape[3]), list[Tensor]()
+        out, saved = q.new_empty(B, T, H, v.shape[3]), list[Tensor]()
         for part, mask in zip(parts, masks, strict=True):
             # (BG, R·t, K), (BG, s, K) twice
             rows, keys, values = _rows(q, part, G), _keys(k, part), _keys(v, part)
             # (BG, R·t, s)
             weights = torch.baddbmm(mask, rows, keys.transpose(1, 2), alpha=scale).softmax(-1)
-            kept += [rows, weights]
+            saved += [rows, weights]
             # (B, t, H, K)
             out[:, part.start : part.stop] = _tokens(torch.bmm(weights, values), B, H)
-        ctx.save_for_backward(k, v, *kept)
+        ctx.save_for_backward(k, v, *saved)
         ctx.parts, ctx.scale = parts, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """dV = PᵀdO; dS = P ∘ (dP − rows' sums of P ∘ dP) with dP = dO Vᵀ; dQ = dS K; dK = dSᵀ
-        Q.
+        """dV = PᵀdO; dS = P ∘ (dP − rows' sums of P ∘ dP); dQ = dS K; dK = dSᵀ Q.
+
+        dP = dO Vᵀ.
         """
-        k, v, *kept = ctx.saved_tensors
+        k, v, *saved = ctx.saved_tensors
         B, T, H, _ = outputs[0].shape
         d_q = k.new_empty(B, T, H, k.shape[3])  # the layout that the projections' backward reads
         d_k, d_v = (torch.zeros_like(x.transpose(1, 2)) for x in (k, v))  # (B, T, G, K)
         d_out = outputs[0].transpose(1, 2)  # (B, H, T, K)
         G = k.shape[1]
-        for part, rows, weights in zip(ctx.parts, kept[::2], kept[1::2], strict=True):
+        for part, rows, weights in zip(ctx.parts, saved[::2], saved[1::2], strict=True):
             d_rows, keys, values = _rows(d_out, part, G), _keys(k, part), _keys(v, part)
             d_weights = torch.bmm(d_rows, values.transpose(1, 2))  # (BG, R·t, s)
-            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(
-                ctx.scale
-            )
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+            d_scores.mul_(ctx.scale)
             del d_weights  # as large as the block's scores
             # added: the blocks of one long sequence share its first keys
-            d_v[:, part.first : part.stop] += _tokens(
-                torch.bmm(weights.transpose(1, 2), d_rows), B, G
-            )
-            d_k[:, part.first : part.stop] += _tokens(
-                torch.bmm(d_scores.transpose(1, 2), rows), B, G
-            )
+            seen = slice(part.first, part.stop)
+            d_v[:, seen] += _tokens(torch.bmm(weights.transpose(1, 2), d_rows), B, G)
+            d_k[:, seen] += _tokens(torch.bmm(d_scores.transpose(1, 2), rows), B, G)
             d_q[:, part.start : part.stop] = _tokens(torch.bmm(d_scores, keys), B, H)
             del d_scores
         return d_q.transpose(1, 2), d_k.transpose(1, 2), d_v.transpose(1, 2), None, None
@@ -214,10 +197,8 @@ def _masks(parts: tuple[QueryBlock, ...], repeats: int, dtype: torch.dtype) -> l
     masks = []
     for part in parts:
         count, lengths = len(part.lengths), torch.tensor(part.lengths)
-        # (s,)
-        sequence = torch.arange(count).repeat_interleave(
-            lengths, output_size=part.stop - part.first
-        )
+        size = part.stop - part.first
+        sequence = torch.arange(count).repeat_interleave(lengths, output_size=size)  # (s,)
         visible = (sequence[:, None] == sequence).tril_()[part.start - part.first :]  # (t, s)
         mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)
         masks.append(mask.repeat(1, repeats, 1))

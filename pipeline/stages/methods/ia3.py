@@ -187,7 +187,7 @@ def load(model: CausalLM, _base_folder: Path, folder: Path) -> list[str]:
     import torch
 
     from pipeline.adapters.config import PREFIX, WEIGHTS
-    from pipeline.adapters.peft import read_tensors
+    from pipeline.adapters.folder import read_tensors
     from pipeline.files.safetensors_file import refuse_difference
 
     outputs, inputs = _scaled(model, folder)

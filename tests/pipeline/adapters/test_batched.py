@@ -15,12 +15,11 @@ from pipeline.adapters.batched import (
     AdapterRouting,
     BatchedEmbedding,
     BatchedHead,
-    BatchedLayer,
     BatchedLoRALinear,
     StackedParameters,
     attach_many,
+    batched_layers,
     batched_lora_forward,
-    layers,
     lora_layers,
     only_adapter,
     trained_by,
@@ -104,12 +103,6 @@ def together(name: str, init: Init = "document") -> tuple[MiniGPT, AdapterRoutin
     return model, routing
 
 
-def batched_layers(model: MiniGPT) -> dict[str, BatchedLayer]:
-    return {
-        path: module for path, module in model.named_modules() if isinstance(module, BatchedLayer)
-    }
-
-
 def logits(model: MiniGPT, routing: AdapterRouting, sequences: Sequence[int]) -> Tensor:
     with routing.route(tuple(count * IDS.shape[1] for count in sequences)):
         out: Tensor = model(IDS)
@@ -181,14 +174,17 @@ def test_the_base_keeps_its_numbers_and_what_trains_is_stacked_once(name: str) -
         assert not routing.off
     assert routing.counts == (0, 0, 0)
     parts = [
-        p for layer in layers(model) for part in layer.parts for p in part.parameters(recurse=False)
+        p
+        for layer in batched_layers(model).values()
+        for part in layer.parts
+        for p in part.parameters(recurse=False)
     ]
     assert not any(p.requires_grad for p in parts)
-    stacked = {id(p) for layer in layers(model) for p in layer.trained.values()}
+    stacked = {id(p) for layer in batched_layers(model).values() for p in layer.trained.values()}
     assert {id(p) for p in model.parameters() if p.requires_grad} == stacked
     copies = [
         part.get_parameter(key)
-        for layer in layers(model)
+        for layer in batched_layers(model).values()
         for part, own in zip(layer.parts, layer.shapes, strict=True)
         for key in own
     ]

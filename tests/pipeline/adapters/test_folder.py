@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.adapters.config import OTHER_KINDS
+from pipeline.adapters.config import OTHER_KINDS, AdapterConfig
 from pipeline.adapters.folder import (
     Origin,
     base_of,
@@ -18,7 +18,6 @@ from pipeline.adapters.folder import (
     quantization_of,
     refuse_foreign,
     refuse_pickle,
-    refuse_virtual,
 )
 from pipeline.errors import UserError
 from pipeline.files import artifact
@@ -54,12 +53,13 @@ def test_a_pickle_is_refused_only_where_it_is_all_there_is(tmp_path: Path) -> No
     ("kind", "name"), [("PREFIX_TUNING", "prefix"), ("PROMPT_TUNING", "prompt")]
 )
 def test_virtual_tokens_are_no_update_of_weights(tmp_path: Path, kind: str, name: str) -> None:
-    refuse_virtual(config(tmp_path / "lora", peft_type="LORA"))
-    refuse_virtual(config(tmp_path / "unnamed", r=3))
+    for plain in (config(tmp_path / "lora", peft_type="LORA"), config(tmp_path / "unnamed", r=3)):
+        AdapterConfig.read(plain).refuse_other_kinds()
+    virtual = AdapterConfig.read(config(tmp_path / "v", peft_type=kind, num_virtual_tokens=7))
     with pytest.raises(
         UserError, match=f"{tmp_path}/v is a {name} of 7 virtual tokens: it changes no weights"
     ):
-        refuse_virtual(config(tmp_path / "v", peft_type=kind, num_virtual_tokens=7))
+        virtual.refuse_other_kinds()
 
 
 def test_nor_is_an_adapter_of_a_kind_that_a_method_brings(
@@ -67,7 +67,7 @@ def test_nor_is_an_adapter_of_a_kind_that_a_method_brings(
 ) -> None:
     monkeypatch.setitem(OTHER_KINDS, "SCALED", "scaled")
     with pytest.raises(UserError, match="is an adapter of type SCALED: only LoRA can be merged"):
-        refuse_virtual(config(tmp_path, peft_type="SCALED"))
+        AdapterConfig.read(config(tmp_path, peft_type="SCALED")).refuse_other_kinds()
 
 
 # Its base

@@ -15,15 +15,10 @@ from torch.testing import assert_close
 
 from pipeline.adapters.attach import adapter_layers, attach, tensors
 from pipeline.adapters.config import PREFIX, AdapterSpec
+from pipeline.adapters.folder import read_tensors
 from pipeline.adapters.lora import LoRALinear, weight_of
-from pipeline.adapters.peft import (
-    attach_virtual_tokens,
-    load_adapter,
-    read_tensors,
-    save_adapter,
-    save_virtual,
-    stored_spec,
-)
+from pipeline.adapters.peft import load_adapter, save_adapter, stored_spec
+from pipeline.adapters.virtual import attach_virtual_tokens, save_virtual
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig

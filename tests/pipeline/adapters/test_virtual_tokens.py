@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from pipeline.adapters.peft import attach_virtual_tokens, save_virtual
+from pipeline.adapters.virtual import attach_virtual_tokens, save_virtual
 from pipeline.data.examples import IGNORED, Window
 from pipeline.errors import UserError
 from pipeline.inference.engine import layer_attention, load, merge_virtual_tokens

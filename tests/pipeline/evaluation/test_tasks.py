@@ -258,7 +258,7 @@ def test_log_likelihoods_are_those_of_transformers(tmp_path: Path, llama: Loaded
 @pytest.mark.parametrize("kind", ["base", "lora", "prefix"])
 def test_many_completions_are_those_of_one_prompt_at_a_time(tmp_path: Path, kind: str) -> None:
     from pipeline.adapters.config import AdapterSpec
-    from pipeline.adapters.peft import attach_virtual_tokens, save_virtual
+    from pipeline.adapters.virtual import attach_virtual_tokens, save_virtual
     from pipeline.models.load import load_base
 
     base, folder = checkpoint(tmp_path / "base"), None

@@ -20,7 +20,8 @@ from pipeline.adapters.attach import adapter_layers, attach, resolve
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.lora import weight_of
 from pipeline.adapters.mixed import MixedAdapter
-from pipeline.adapters.peft import attach_virtual_tokens, save_adapter, save_virtual
+from pipeline.adapters.peft import save_adapter
+from pipeline.adapters.virtual import attach_virtual_tokens, save_virtual
 from pipeline.errors import UserError
 from pipeline.inference import batching, completions
 from pipeline.inference.batched_model import BatchedModel, Part

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.models.kernels import flash
 from pipeline.models.kernels.packed_attention import attend
+from pipeline.models.kernels.plain_attention import Rule
 
 
 def documented(
@@ -75,7 +76,7 @@ def test_it_computes_each_sequence_as_this_projects_attention_does(
         torch.randn(1, 4, sum(lengths), 8),
         *(torch.randn(1, 2, sum(spans), 8) for _ in range(2)),
     )
-    found = flash.flash_attention(q, k, v, lengths, spans, 0.3, window, softcap)
+    found = flash.flash_attention(q, k, v, lengths, spans, Rule(0.3, window, softcap))
     each = ((q, lengths), (k, spans), (v, spans))
     parts = zip(*(x.split_with_sizes(sizes, 2) for x, sizes in each), strict=True)
     module: Any = SimpleNamespace(training=False, layer_idx=0)
@@ -89,7 +90,7 @@ def test_it_computes_each_sequence_as_this_projects_attention_does(
 def test_rows_are_sequences_of_their_own() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(3, 2, 6, 8) for _ in range(3))
-    found = flash.flash_attention(q, k, v, [6], [6], 0.3)
+    found = flash.flash_attention(q, k, v, [6], [6], Rule(0.3))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
     torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
 

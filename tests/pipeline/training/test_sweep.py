@@ -21,8 +21,8 @@ from pipeline.adapters.batched import (
     BatchedLoRALinear,
     StackedParameters,
     attach_many,
+    batched_layers,
     batched_lora_forward,
-    layers,
 )
 from pipeline.adapters.lora import LoRALinear
 from pipeline.errors import UserError
@@ -624,13 +624,15 @@ def test_what_an_adapter_has_not_stays_zero(mini: Path) -> None:
             TrainingTask(model, learners, ManyAdapters(model, share)), build_optimizer(model, *own)
         )
     )
-    for layer in layers(model):
+    for layer in batched_layers(model).values():
         if "lora_A" in layer.trained:
             A, B = layer.trained["lora_A"], layer.trained["lora_B"]
             assert not A[0, 1:].any() and not B[0, :, 1:].any()
             assert B[0, :, 0].any()
     k_proj = next(
-        layer for layer in layers(model) if "lora_A" in layer.trained and not layer.shapes[1]
+        layer
+        for layer in batched_layers(model).values()
+        if "lora_A" in layer.trained and not layer.shapes[1]
     )
     assert not k_proj.trained["lora_A"][1].any() and not k_proj.trained["lora_B"][1].any()
 

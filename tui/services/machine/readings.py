@@ -10,7 +10,8 @@ from contextlib import suppress
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipeline.files.cgroup import MemoryLimit, cpu_quota, cpu_seconds, memory_limit
+from pipeline.files.cgroup import cpu_quota, cpu_seconds
+from pipeline.files.memory import read_memory
 from pipeline.project.process import AUTO, asked, is_valid
 from tui.services.machine.nvml import Gpu, GpuReading, Gpus
 
@@ -132,7 +133,8 @@ class Machine:
         gpus, host = None, None
         try:
             host = _Host()
-            self.cores, self.memory, self.limited = host.cores, host.memory, host.limit is not None
+            self.cores = host.cores
+            self.memory, self.limited = host.memory.total, host.memory.limited
         # whatever a broken /proc or driver does: a traceback would be drawn over the screen
         except Exception as error:
             self.problem = f"CPU and memory cannot be read: {error}."
@@ -169,9 +171,7 @@ class _Host:
         import psutil  # 20 ms
 
         self._psutil = psutil
-        host = int(psutil.virtual_memory().total)
-        self.limit: MemoryLimit | None = memory_limit(host)
-        self.memory = self.limit.total if self.limit else host
+        self.memory = read_memory()
         self._quota = cpu_quota()
         self.cores = (
             min(self._quota[0], psutil.cpu_count() or 1)
@@ -193,10 +193,7 @@ class _Host:
         return min((now[1] - before[1]) / (now[0] - before[0]) / self.cores, 1.0)
 
     def used(self) -> int:
-        if self.limit:
-            return self.limit.used()
-        memory = self._psutil.virtual_memory()
-        return int(memory.total - memory.available)
+        return read_memory().used
 
     def processes(
         self, followed: Mapping[str, int], on_gpus: Mapping[int, int] | None

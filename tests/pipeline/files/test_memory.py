@@ -3,17 +3,25 @@ device by it.
 """
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from pipeline.files import cgroup
-from pipeline.files.cgroup import cpu_quota, cpu_seconds, memory_limit, memory_limits
+from pipeline.files import memory
+from pipeline.files.cgroup import cpu_quota, cpu_seconds
+from pipeline.files.memory import Memory, read_memory
 from pipeline.models import device
 
 GIB = 2**30
+
+
+HOST = Memory(64 * GIB, 4 * GIB, 60 * GIB, False)
+
+
+@pytest.fixture(autouse=True)
+def large_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_read_machine", lambda: HOST)
 
 
 def tree(root: Path, files: Mapping[str, str]) -> Path:
@@ -65,8 +73,7 @@ def test_a_containers_limit_is_the_total(
     tmp_path: Path, files: Mapping[str, str], has_quota: bool
 ) -> None:
     root = tree(tmp_path, files)
-    limit = memory_limit(64 * GIB, root, root / "own")
-    assert limit is not None and (limit.total, limit.used()) == (4 * GIB, 2 * GIB)
+    assert read_memory(root, root / "own") == Memory(4 * GIB, 2 * GIB, 2 * GIB, True)
     quota = cpu_quota(root, root / "own")
     assert (quota is not None) == has_quota
     if quota:
@@ -86,9 +93,7 @@ def test_a_containers_limit_is_the_total(
 )
 def test_without_a_limit_the_host_is_the_total(tmp_path: Path, files: Mapping[str, str]) -> None:
     root = tree(tmp_path, files)
-    assert (
-        memory_limit(64 * GIB, root, root / "own") is None and cpu_quota(root, root / "own") is None
-    )
+    assert read_memory(root, root / "own") == HOST and cpu_quota(root, root / "own") is None
 
 
 SHARED = VERSION_2 | {  # the pod's other containers have taken most of its memory
@@ -115,9 +120,23 @@ def test_the_memory_left_is_that_of_the_fullest_group_without_files_that_were_re
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: Mapping[str, str], room: int
 ) -> None:
     root = tree(tmp_path, files)
-    monkeypatch.setattr(device, "_free_of_machine", lambda: 64 * GIB)
-    monkeypatch.setattr(cgroup, "memory_limits", partial(memory_limits, root, root / "own"))
+    reading = read_memory(root, root / "own")
+    assert reading.available == room
+    monkeypatch.setattr(memory, "read_memory", lambda: reading)
     assert device.available_memory(torch.device("cpu")) == room
+
+
+def test_a_host_that_is_fuller_than_the_container_leaves_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tree(tmp_path, VERSION_2)
+    monkeypatch.setattr(memory, "_read_machine", lambda: HOST._replace(available=GIB))
+    assert read_memory(root, root / "own") == Memory(4 * GIB, 2 * GIB, GIB, True)
+
+
+def test_a_limit_whose_use_cannot_be_read_is_passed_over(tmp_path: Path) -> None:
+    root = tree(tmp_path, VERSION_2 | {"pod/memory.stat": "anon 1 2\n"})
+    assert read_memory(root, root / "own") == HOST
 
 
 def test_what_torch_keeps_for_the_next_tensors_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
