@@ -10,6 +10,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Hundreds of processes start in a run of the tests: without compiled files each compiles the program anew.
 unexport PYTHONDONTWRITEBYTECODE
 
+# SAMPLE=2 runs one in two of the slow tests, drawn by the commit: SEED=… draws those of another.
+SAMPLE ?=
+SEED ?= $(shell git rev-parse --short HEAD 2> /dev/null)
+SAMPLED = $(if $(SAMPLE),echo 'One in $(SAMPLE) slow tests. They are drawn by SEED=$(SEED)' && LORA_TEST_SAMPLE=$(SAMPLE):$(SEED))
+
 # A real model of 134,515,008 parameters in GGUF (Apache-2.0, 93 MB), as a package of PyPI.
 SMOLLM2 := smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 SMOLLM2_TESTS := $(addprefix tests/journeys/test_,smollm2.py smollm2_preferences.py tutorials.py)
@@ -38,7 +43,7 @@ test: install-dev       ## every check: lint, types, import contracts, all tests
 	@pytest -n 2 --dist loadgroup -m "not slow and not rest"
 
 test-slow: install-dev  ## the tests that take long: many processes, whole pipelines in DVC, terminals, gigabytes; what needs a real model is in check-smollm2
-	@pytest -n 2 --dist loadgroup -m "slow and not rest" $(addprefix --ignore=,$(SMOLLM2_TESTS))
+	@$(SAMPLED) pytest -n 2 --dist loadgroup -m "slow and not rest" $(addprefix --ignore=,$(SMOLLM2_TESTS))
 
 test-document: install-dev  ## the document's own tests, which run every study and figure; an hour
 	@pytest -n 2 --dist loadgroup document/tests

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -60,7 +61,7 @@ Built = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook, and pytest the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that ask for a fixture of their module run in one worker, which makes it once;
     pictures of whole screens are slow. The other cases of a sample are left to `make test-all`.
     """
@@ -79,6 +80,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         )
         if of_module and not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.path.relative_to(ROOT).as_posix()))
+    if sample := os.environ.get("LORA_TEST_SAMPLE"):
+        share, _, seed = sample.partition(":")
+        left_out = [item for item in items if not _is_drawn(item, int(share), seed)]
+        items[:] = [item for item in items if _is_drawn(item, int(share), seed)]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def _is_drawn(item: pytest.Item, share: int, seed: str) -> bool:
+    """Of the slow tests one in `share`, by their names: the same for one seed on every machine."""
+    if not item.get_closest_marker("slow"):
+        return True
+    return zlib.crc32(f"{seed} {item.nodeid}".encode()) % share == 0
 
 
 def pytest_collection_finish() -> None:

@@ -33,11 +33,11 @@ from lab.claims.check import (
 )
 from lab.claims.sources import MissingArtifact, Sources, calc, find, model
 from lab.tables import Spread
+from tests.lab_projects import new_project
 
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST
 from pipeline.stages.registry import open_project
-from tests.helpers.projects import new_project
 
 # quantities
 

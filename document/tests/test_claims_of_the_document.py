@@ -2,9 +2,7 @@
 and not by hand.
 """
 
-import csv
 import inspect
-import io
 import json
 import re
 import shutil
@@ -15,6 +13,7 @@ import yaml
 from lab.claims.chapters import CLAIMS
 from lab.claims.check import JSON, MARKS, PAGE, Row, calculated, verdicts
 from msgspec import structs
+from tests.lab_projects import DOCUMENT, new_project
 
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST
@@ -22,18 +21,9 @@ from pipeline.project import provenance
 from pipeline.project.runner import run
 from pipeline.stages.registry import open_project
 from tests.conftest import Lora
-from tests.helpers.projects import (
-    PIPELINE,
-    ROOT,
-    STAGES,
-    folder_bytes,
-    lora,
-    new_project,
-    played,
-    refusal,
-)
+from tests.helpers.projects import PIPELINE, ROOT, STAGES, folder_bytes, lora, played, refusal
 
-FILES = sorted((ROOT / "lab/claims/chapters").glob("s[0-9]*.py"))
+FILES = sorted((DOCUMENT / "lab/claims/chapters").glob("s[0-9]*.py"))
 
 
 def rows_of(root: Path) -> dict[str, Row]:
@@ -74,7 +64,8 @@ def test_an_edited_claim_changes_the_stages_digest(
         copy = tmp_path / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
-    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    roots = {"pipeline": tmp_path, "lab": tmp_path / "document"}
+    monkeypatch.setattr(provenance, "_roots", lambda: roots)
     # conftest caches it
     monkeypatch.setattr(provenance, "code_files", inspect.unwrap(provenance.code_files))
     before = provenance.code_digest(module)
@@ -199,7 +190,7 @@ def test_a_changed_project_changes_verdicts(tmp_path: Path) -> None:
 
 
 def test_the_claims_and_the_file_of_the_documents_numbers_agree() -> None:
-    document = yaml.safe_load((ROOT / "document/data/document.yaml").read_text(encoding="utf-8"))
+    document = yaml.safe_load((DOCUMENT / "data/document.yaml").read_text(encoding="utf-8"))
     claims = {claim.id: claim for claim in CLAIMS}
     for row in document["fact_correction"]:
         for model, end in (("original", "original"), ("v_proj", "v"), ("all", "all")):
@@ -330,21 +321,19 @@ def test_a_stage_that_is_out_of_date_is_not_judged(ran: Path, tmp_path: Path) ->
         played(run(open_project(root / "params.yaml"), stage))
 
 
-# lora calc --document
+# lora claims --calculated
 
 
 def test_the_calculator_shows_the_claims_that_it_alone_can_tell_anywhere(
     cli: Lora, tmp_path: Path
 ) -> None:
-    code, out, err = cli("calc", "--document", "--json", cwd=tmp_path)
+    code, out, err = cli("claims", "--calculated", "--json", cwd=tmp_path)
     rows = json.loads(out)
     assert (code, err) == (0, "")
     assert {row["section"] for row in rows} >= {"1", "2.4", "3", "8", "10.1"}
     assert [row["quote"] for row in rows] == [row["quote"] for row in calculated()]
     assert not any(row["verdict"] == "not run" for row in rows) and len(rows) >= 60
-    listed = list(csv.DictReader(io.StringIO(cli("calc", "--document", "--csv", cwd=tmp_path)[1])))
-    assert [row["verdict"] for row in listed] == [row["verdict"] for row in rows]
-    table = cli("calc", "--document", cwd=tmp_path)[1]
+    table = cli("claims", "--calculated", cwd=tmp_path)[1]
     assert "9,437,184 if every projection were 4,096 × 4,096" in " ".join(table.split())
 
 

@@ -40,6 +40,7 @@ from lab.report import FROZEN, GREEN, INK, PRINT, RED, SMALL, Findings
 from lab.runner import drain, render
 from lab.tables import Cell, read_table
 from safetensors.numpy import load_file
+from tests.lab_projects import BRIEF
 from torch import nn
 from torch.testing import assert_close
 from transformers import OPTForCausalLM
@@ -55,7 +56,7 @@ from pipeline.project.params.sections import Init
 from pipeline.project.runner import Job
 from pipeline.stages.registry import open_project
 from tests.conftest import Built, Lora
-from tests.helpers.projects import BRIEF, STAGES, folder_bytes, load, make, refusal
+from tests.helpers.projects import STAGES, folder_bytes, load, make, refusal
 
 Matrix = npt.NDArray[np.float64]
 NAMES = (

@@ -9,12 +9,13 @@ import pytest
 from lab.claims.check import Row, verdicts
 from lab.studies.learning_rate import ALL, ATTENTION, FEED_FORWARD, FULL
 from lab.tables import Cell, read_table
+from tests.lab_projects import new_project
 
 from pipeline.project.logs.run_log import read_steps
 from pipeline.stages.registry import open_project
 from tests.helpers.families import FAMILIES
 from tests.helpers.families import new_project as family_project
-from tests.helpers.projects import make, new_project
+from tests.helpers.projects import make
 
 STUDY = "study_learning_rate"
 GIVEN = {

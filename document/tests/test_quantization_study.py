@@ -11,6 +11,7 @@ import torch
 import yaml
 from lab.studies.quantization import calibrated
 from lab.tables import Cell, Spread, read_table
+from tests.lab_projects import BRIEF
 
 from pipeline.data.examples import Example
 from pipeline.data.formats import read_examples
@@ -19,7 +20,7 @@ from pipeline.inference.score import EvalScores, score
 from pipeline.models.quantized_linear import quantizable
 from pipeline.project.params.sections import Quantization
 from tests.conftest import Built, Lora
-from tests.helpers.projects import BRIEF, ROOT, make, refusal
+from tests.helpers.projects import ROOT, make, refusal
 
 STUDY = "artifacts/studies/quantization"
 

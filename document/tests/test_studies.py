@@ -23,6 +23,7 @@ from lab.studies import methods
 from lab.studies.fact_correction import column_names
 from lab.studies.knowledge_correction import StudyKnowledgeCorrection, runs_of
 from lab.tables import Cell, read_table
+from tests.lab_projects import BRIEF
 from torch import nn
 
 from pipeline.data.answers.prompts import read_prompts
@@ -40,17 +41,7 @@ from pipeline.stages.registry import GRAPH, open_project
 from pipeline.stages.searches import grids
 from tests.conftest import Lora
 from tests.helpers.process import Forked
-from tests.helpers.projects import (
-    BRIEF,
-    ROOT,
-    STAGES,
-    WORK,
-    folder_bytes,
-    load,
-    make,
-    make_one,
-    refusal,
-)
+from tests.helpers.projects import ROOT, STAGES, WORK, folder_bytes, load, make, make_one, refusal
 
 STUDIES = [name for name, stage in STAGES.items() if stage.kind == "study"]
 SAME = 1e-5  # adapters that trained together differ from one alone by rounding

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from cli.main import ADDED, COMMANDS
 from pipeline import extensions
 from pipeline.extensions import Registry
+from pipeline.project import provenance
 from pipeline.project.stage_graph import StageGraph
 from pipeline.stages.registry import GRAPH
 
@@ -186,6 +188,8 @@ def load(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
     monkeypatch.setattr(extensions, "entry_points", lambda: points)
     for name in ("_problems", "_registries"):
         monkeypatch.setattr(extensions, name, {})
+    uncached = getattr(provenance.code_files, "__wrapped__", provenance.code_files)
+    monkeypatch.setattr(provenance, "code_files", cache(uncached))
     for folder in folders:
         monkeypatch.syspath_prepend(folder)
     importlib.invalidate_caches()

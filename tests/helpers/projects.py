@@ -66,11 +66,12 @@ def new_houses(root: Path) -> Path:
     return root
 
 
-def shorten(*projects: Path) -> None:
-    """Write into each params file what `BRIEF` says of its own sections."""
+def shorten(*projects: Path, given: Mapping[str, Any] | None = None) -> None:
+    """Write into each params file what `BRIEF`, or `given`, says of its own sections."""
     for params in (root / "params.yaml" for root in projects):
         own = yaml.safe_load(params.read_text(encoding="utf-8"))
-        save(params, {key: value for key, value in GIVEN.items() if key.partition(".")[0] in own})
+        values = (given or GIVEN).items()
+        save(params, {key: value for key, value in values if key.partition(".")[0] in own})
 
 
 def all_params() -> str:
@@ -162,7 +163,7 @@ for command in json.load(sys.stdin):
 """
 
 
-def dvc(folder: Path, *commands: str, code: Path = ROOT) -> list[str]:
+def dvc(folder: Path, *commands: str, code: Path | str = ROOT) -> list[str]:
     """What each `dvc …` says in a project, whose stages run the code in `code`; one process does
     all.
     """

@@ -1,5 +1,5 @@
-"""What `make smollm2` made: §6 on a real model, corrected and not bled. `make check-smollm2` runs
-this.
+"""What `make smollm2` made: a fact corrected on a real model, and nothing else bled. `make
+check-smollm2` runs this.
 """
 
 import csv
@@ -10,14 +10,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from pipeline.document.claims.check import verdicts
-from pipeline.document.tables import read_table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.files import artifact
 from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import final_loss, read_steps
-from pipeline.stages.registry import open_project
 from tests.helpers.projects import ROOT, lora
 
 PROJECT = ROOT / "smollm2"
@@ -33,9 +30,6 @@ pytestmark = [
 ]
 
 
-has_studies = pytest.mark.skipif(
-    not (MADE / "studies").is_dir(), reason="made without SMOLLM2_STUDIES"
-)
 has_plain = pytest.mark.skipif(not (PLAIN / "sweep").is_dir(), reason="made without SMOLLM2_PLAIN")
 has_qlora = pytest.mark.skipif(
     not (QLORA / "evaluation").is_dir(), reason="made without SMOLLM2_QLORA"
@@ -66,41 +60,6 @@ def test_the_euro_comes_first_as_trained_and_in_phrasings_that_were_not(variant:
         assert prompt["corrected_first"], prompt["prompt"]
     held_out = [p["corrected_probability"] for p in answers(variant, "held_out")]
     assert min(held_out) >= 0.9
-
-
-@has_studies
-def test_the_study_of_the_recipe_corrects_either_way_and_only_what_retains_keeps_the_rest() -> None:
-    rows: dict[Any, dict[str, Any]] = {
-        row["adapter"]: row for row in read_table(MADE / "studies/knowledge_correction/summary.csv")
-    }
-    keep = rows["none"]["kept"]
-    for targets in ("v_proj", "all targets"):
-        plain, kept = rows[targets], rows[f"{targets}, retain"]
-        assert kept["corrected"] >= 9, "trained, and the eight other phrasings"
-        assert plain["corrected"] >= 9
-        assert plain["kept"] < keep / 2
-        assert kept["kept"] >= 0.75 * keep
-        assert kept["divergence"] < plain["divergence"] / 10
-
-
-@has_studies
-def test_a_higher_rate_than_in_full_the_same_at_every_rank_and_attention_learns_as_well_as_feed_forward() -> (
-    None
-):
-    """LoRA Without Regret, in the ledger. One seed, 16 dates: which of two neighbouring rates is
-    best is noise.
-    """
-    rows = {row["id"]: row for row in verdicts(open_project(PROJECT / "params.yaml"))}
-    for claim in ("regret-rank-independent", "regret-like-full"):
-        assert rows[claim]["verdict"] == "holds", rows[claim]["why"]
-    best = {row["targets"]: row for row in read_table(MADE / "studies/learning_rate/best.csv")}
-    rates = [float(str(best[targets]["learning_rate"])) for targets in ("all-linear", "full")]
-    assert 5 < rates[0] / rates[1] < 50, "ten times, or a step of rates more"
-    attention, forward = (best[targets] for targets in ("attention", "feed_forward"))
-    assert attention["trained"] == pytest.approx(forward["trained"], rel=0.02)
-    assert attention["loss"] == pytest.approx(forward["loss"], abs=0.03), (
-        "here the post's difference is not seen"
-    )
 
 
 def test_the_base_did_not_know_it() -> None:

@@ -5,13 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tests.lab_projects import GIVEN, new_houses
 
 from cli import console
 from docs.tour import PAGE, run, typed
 from pipeline.stages.registry import open_project
 from tests.conftest import Built, Lora
 from tests.helpers.alike import same
-from tests.helpers.projects import GIVEN, ROOT, make, new_houses, save
+from tests.helpers.projects import ROOT, make, save
 
 COMMANDS = list(typed(PAGE.read_text(encoding="utf-8")))
 
