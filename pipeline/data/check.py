@@ -337,7 +337,7 @@ class _Check:
         self._problems.add(kind, level, -1, Problem(None, ", ".join(self._names), text, level))
 
     def _find_repeated(self) -> tuple[int, int]:
-        """(examples that repeat an earlier one of their set, evaluated ones that are trained on)."""
+        """(examples that repeat an earlier one of their set, evaluated ones trained on)."""
         digests = np.frombuffer(self._digests, "S16")
         _, earliest, contents = np.unique(digests, return_index=True, return_inverse=True)
         first = earliest[contents]  # of each example, the earliest one of the same content
