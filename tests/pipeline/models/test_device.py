@@ -43,6 +43,7 @@ from pipeline.training.memory.prediction import (
     predict_peak_memory,
     suggest_less_memory,
 )
+from pipeline.training.task import prepare_model
 from tests.conftest import Lora
 from tests.helpers import fake_accelerator, families
 from tests.helpers.bases import FAMILIES, toy_checkpoint
