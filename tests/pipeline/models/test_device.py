@@ -31,8 +31,8 @@ from pipeline.models import device, quantized_linear
 from pipeline.models.generate import generate
 from pipeline.models.load import load_base
 from pipeline.project import process
+from pipeline.project.dvc_yaml import render_dvc_yaml
 from pipeline.project.logs.run_log import in_units, read_steps
-from pipeline.project.new_project import render_dvc_yaml
 from pipeline.project.runner import checkpoints
 from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.stages.methods.lora import Lora as LoraMethod
