@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from pipeline.calc.method import FinetuningMethod
 from pipeline.errors import Interrupted, UserError, first_line, is_out_of_memory
 from pipeline.files import artifact
+from pipeline.files.text import in_units
 from pipeline.models.base import CausalLM, Checkpointing
 from pipeline.models.device import device_for, multiplies_bf16
 from pipeline.models.kernels import uses_cpu_kernels
@@ -41,7 +42,6 @@ from pipeline.project.logs.run_log import (
     Sample,
     Step,
     count_lines,
-    in_units,
     read_steps,
     write_run_outcomes,
 )

@@ -27,7 +27,7 @@ from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST, read_json, write_json
 from pipeline.files.base_model import INDEX, TensorLocation, tensor_locations
 from pipeline.files.safetensors_file import Bytes, NewTensor, in_file_order, rewrite
-from pipeline.project.logs.run_log import in_units
+from pipeline.files.text import in_units
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

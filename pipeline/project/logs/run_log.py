@@ -118,14 +118,6 @@ def last_telemetry(run: Path) -> Telemetry | None:
         return None
 
 
-def in_units(size: int) -> str:
-    """Format bytes in the largest suitable binary unit, such as 1.21 MiB."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if size >= unit:
-            return f"{size / unit:.2f} {name}"
-    return f"{size} B"
-
-
 # a line of loss.csv: the fields of Step; the optional ones only if the log has any of them
 Row = tuple[Any, ...]
 
