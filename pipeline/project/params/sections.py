@@ -144,7 +144,7 @@ def _read_samples(value: Any, key: str, origin: ValueSource) -> Mapping[str, Any
 
 
 def _is_prompt(value: Any) -> bool:
-    """Whether it is a text or a chat's messages, not empty, in characters that a tokenizer takes."""
+    """Whether it is a text or a chat's messages: not empty, of whole characters."""
     if isinstance(value, str):
         return bool(value.strip()) and value == value.encode(errors="ignore").decode()
     if not isinstance(value, list) or not value:
