@@ -24,8 +24,8 @@ HEADER = """\
 """
 # of earlier versions, whose files are otherwise the same
 EARLIER_HEADER = (
-    "# What DVC must know of each stage, as `lora new` wrote it; it counts the files in the lists of "
-    "params.yaml.\n# To write it anew, remove it and run `lora new .` here.\n"
+    "# What DVC must know of each stage, as `lora new` wrote it; it counts the files in the lists "
+    "of params.yaml.\n# To write it anew, remove it and run `lora new .` here.\n"
 )
 CODE_FILE = "code.yaml"
 CODE_HEADER = (

@@ -281,7 +281,7 @@ def inherit(
     child = replace(
         params,
         training={**parent.training, **params.training},
-        sources=sources | params.sources,
+        sources={**sources, **params.sources},
         running=structs.replace(parent.running, **running),
         width=params.width if "import" in params.written else parent.width,
     )

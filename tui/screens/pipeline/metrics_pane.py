@@ -13,7 +13,7 @@ from textual.widgets import Static
 
 from pipeline.errors import UserError
 from pipeline.files.file_tail import file_stamp
-from pipeline.project.status import MetricChange, metrics_since_commit
+from pipeline.project.metrics_diff import MetricChange, metrics_since_commit
 from tui.widgets.pane import Pane
 
 
