@@ -366,7 +366,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> str:
 
 
 def check(params: Params, name: str, key: str, value: Any) -> None:
-    """Raises UserError if `key` of section `name` cannot be `value`, given the file's other keys."""
+    """Raises UserError if `key` of section `name` cannot be `value`, with the file's other keys."""
     section = {**params.tree.get(name, {}), key: value}
     changed = replace(params, tree={**params.tree, name: section})
     _read_section(name, changed, ValueSource(params.file))

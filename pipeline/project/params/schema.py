@@ -49,7 +49,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def pretrained(cls, base: Pretrained, given: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003 (some need them)
-        """The defaults on this base that are not the declared ones; `given`: the keys that are set."""
+        """The defaults on this base that are not the declared ones; `given`: the set keys."""
         return dict(cls.PRETRAINED)
 
     @classmethod
@@ -261,7 +261,7 @@ def _convert(kind: Any, value: Any) -> Any:
 
 
 def _bounds(notes: Sequence[Any]) -> list[tuple[str, Callable[[Any, Any], bool], float]]:
-    """The bounds of a field: words, comparison, limit. msgspec's error has neither key nor value."""
+    """A field's bounds: words, comparison, limit. msgspec's own error has neither key nor value."""
     bounds: list[tuple[str, Callable[[Any, Any], bool], float | None]] = []
     for note in notes:
         if isinstance(note, Meta):
