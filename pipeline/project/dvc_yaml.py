@@ -96,9 +96,7 @@ def _entry(project: Project, stage: Stage, code: str | None) -> dict[str, Any]:
 
 
 def _params(project: Project, stage: Stage, code: str | None) -> list[Any]:
-    """The keys and sections that a stage depends on, of the project and of its parent, and the
-    digest of its code.
-    """
+    """What a stage depends on: keys and sections, here and in the parent, and its code's digest."""
     params, parent = project.params, project.parent
     sections = [name for name in (stage.name, stage.settings_from, *stage.extra_sections) if name]
     trains = any(issubclass(params.kinds[name], Training) for name in sections)

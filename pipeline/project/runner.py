@@ -149,14 +149,14 @@ def run(
 
 def _with_findings(stage: Stage, events: Iterable[Event]) -> Iterator[Event]:
     """The events, and what is found of this machine meanwhile."""
-    told = 0
+    reported = 0
     with held() as findings:
         for event in chain(events, [None]):
             if event is not None:
                 yield event
-            for finding in findings[told:]:
+            for finding in findings[reported:]:
                 yield Note(f"{stage.name}: {finding}")
-            told = len(findings)
+            reported = len(findings)
 
 
 def _make(

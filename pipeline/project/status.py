@@ -59,11 +59,11 @@ class Status:
     _cache: dict[tuple[str, Path | str], tuple[Signature, str]] = field(default_factory=dict)
 
     def of(
-        self, project: Project, each: Callable[[StageState], object] = lambda _: None
+        self, project: Project, report: Callable[[StageState], object] = lambda _: None
     ) -> dict[str, StageState]:
         """The state of every stage that the project shows, in the DAG's order.
 
-        `each` is called with every state as soon as it is computed: large files take seconds to
+        `report` is called with every state as soon as it is computed: large files take seconds to
         hash.
         """
         # one look at all files, instead of reading each stage's
@@ -81,7 +81,7 @@ class Status:
         states: dict[str, StageState] = {}
         for stage in project.shown.values():
             states[stage.name] = self._state(project.home(stage.name), stage, digests, states)
-            each(states[stage.name])
+            report(states[stage.name])
         return states
 
     def _state(
@@ -160,9 +160,7 @@ def _why_missing(project: Project, stage: Stage) -> str:
 def _compare_unlisted(
     project: Project, stage: Stage, digests: Digests, manifest: Mapping[str, Any]
 ) -> tuple[State, tuple[str, ...]]:
-    """No setting of the params file contradicts it, and its data may be named nowhere: what it was
-    trained on counts.
-    """
+    """What it was trained on counts: the params file has no settings of it, maybe not its data."""
     needs = {project.artifact_name(need): project.artifact(need) for need in project.needs(stage)}
     now = {name: digests.path(path) for name, path in needs.items() if path.is_dir()}
     reasons = [f"{name} changed" for name in changed_inputs(manifest.get("inputs", {}), now)]
@@ -194,8 +192,7 @@ def differences(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator
 
 
 def outdated(project: Project, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Stages among `names` and their ancestors whose input files changed: name → reasons, in the
-    DAG's order.
+    """Stages among `names` and their ancestors whose input files changed: name → reasons.
 
     Changed params, code and libraries are ignored: the results are still valid for the models they
     were made from. Stages without a manifest are ignored too.
@@ -234,10 +231,10 @@ def outdated(project: Project, names: Iterable[str]) -> dict[str, tuple[str, ...
 
 
 def apart(project: Project) -> dict[str, tuple[str, ...]]:
-    """Method → how the settings of its artifact differ from those of the params file, such as `rank
-    16 → 4`, or that it is not in there.
+    """Method → how its artifact's settings differ from the params file's: `rank 16 → 4`.
 
-    A method without an artifact, and one that is as the file says, is left out.
+    A method that is not in the file says so; one without an artifact or without a difference is
+    left out.
     """
     differing: dict[str, tuple[str, ...]] = {}
     for stage in project.shown.values():

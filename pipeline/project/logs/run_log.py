@@ -261,8 +261,7 @@ def peak_memory() -> int:
 
 
 def _open_at(path: Path, header: str, at_step: int) -> TextIO:
-    """Open `path` for appending, truncated after the lines of `at_step`. A line's first number is
-    its step.
+    """Open `path` for appending, truncated after the lines of `at_step`, their first number.
 
     It is truncated in place, so that a kill at any moment keeps the lines before.
     """

@@ -93,8 +93,9 @@ def discover_runs(root: Path, project: Project | None, graph: StageGraph) -> lis
 
 
 def stamp(root: Path, params: Path, project: Project | None, graph: StageGraph) -> tuple[int, ...]:
-    """Changes when `discover_runs` may return other runs. Takes a dozen calls of os.stat, and one
-    per adapter.
+    """Changes when `discover_runs` may return other runs.
+
+    Takes a dozen calls of os.stat, and one per adapter.
     """
     cache = project.cache if project else cache_folder(root)
     numbers = [*_stat(params)]
@@ -149,9 +150,7 @@ def curves(folder: Path, sweeps: bool, telemetry: bool = True) -> tuple[LogFiles
 
 
 def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
-    """The runs of a stage, each once: the one in runs/, then the one in artifacts/, then the
-    cache's, newest first.
-    """
+    """The runs of a stage, each once: in runs/, in artifacts/, in the cache from new to old."""
     home = project.home(stage.name) if project else None
     home_root = home.root if home else root
     cache = project.cache if project else cache_folder(root)
@@ -211,9 +210,7 @@ def _running_logs(
 
 
 def _label(stage: Stage, logs: _Logs, now: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
-    """The stage, and what sets the run apart: params that differ from the current ones, or else
-    other inputs or code.
-    """
+    """The stage, and what sets the run apart: other params than now, or else inputs or code."""
     parts = [
         f" {key} {_abbreviate(value)}"
         for key, value in logs.params.items()
