@@ -152,11 +152,12 @@ def reject_unknown_keys(
     from pipeline.project.params.aliases import KEYS, suggest, why_none  # only for the message
 
     path = f"{prefix}{key}"
+    where = origin.of(path)
     if why := why_none(key):
-        raise UserError(f"{origin.of(path)}: there is no key {path}: {why}. Remove it.")
+        raise UserError(f"{where}: there is no key {path}: {why}. Remove it.")
     meant = suggest(key, known, KEYS, prefix.rstrip("."))
     hint = f"Did you mean {meant}?" if meant else f"Known: {', '.join(known) or 'none'}."
-    raise UserError(f"{origin.of(path)}: unknown key {path}. {hint}")
+    raise UserError(f"{where}: unknown key {path}. {hint}")
 
 
 def duplicate(values: Sequence[Any]) -> Any:
@@ -192,9 +193,9 @@ def check_value(hint: Any, value: Any, key: str, origin: ValueSource) -> Any:
     else:
         bounds = _bounds(notes)
         broken = [f"{words} {limit}" for words, holds, limit in bounds if not holds(typed, limit)]
-    if broken:
+    for rule in broken:
         because = "".join(f": {note.reason}" for note in notes if isinstance(note, Because))
-        raise UserError(f"{key} must be {broken[0]}, got {value!r}{because}. {origin.edit(key)}")
+        raise UserError(f"{key} must be {rule}, got {value!r}{because}. {origin.edit(key)}")
     return typed
 
 
