@@ -193,10 +193,10 @@ def check_value(hint: Any, value: Any, key: str, origin: ValueSource) -> Any:
     else:
         bounds = _bounds(notes)
         broken = [f"{words} {limit}" for words, holds, limit in bounds if not holds(typed, limit)]
-    for rule in broken:
-        because = "".join(f": {note.reason}" for note in notes if isinstance(note, Because))
-        raise UserError(f"{key} must be {rule}, got {value!r}{because}. {origin.edit(key)}")
-    return typed
+    if not broken:
+        return typed
+    rule, because = broken[0], [f": {note.reason}" for note in notes if isinstance(note, Because)]
+    raise UserError(f"{key} must be {rule}, got {value!r}{''.join(because)}. {origin.edit(key)}")
 
 
 def _unwritable(value: Any) -> str | None:
