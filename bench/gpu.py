@@ -28,8 +28,8 @@ from pipeline.calc.fit import Gpu, gpus
 from pipeline.calc.settings import TrainingConfig
 from pipeline.calc.sources.open_model import entry
 from pipeline.calc.time import flops_per_token
+from pipeline.files.text import in_units
 from pipeline.models.generate import generate
-from pipeline.project.logs.run_log import in_units
 from pipeline.stages.gpu_checks.lora_run import RANK, TARGETS, Case, LoraRun, synchronize
 from pipeline.stages.methods.lora import Lora
 

@@ -349,7 +349,7 @@ def _print_models(out: _Output) -> None:
 
 def _print_sweep(out: _Output, model: Model, given: Configuration, text: str) -> None:
     """`--sweep KEY=A,B`: one row per value."""
-    from pipeline.project.logs.run_log import in_units  # the overview starts without
+    from pipeline.files.text import in_units  # the overview starts without
 
     key, _, values = text.partition("=")
     key, choices = key.strip(), [value.strip() for value in values.split(",") if value.strip()]
@@ -426,7 +426,7 @@ def _print_fit(
     """`--fit` and `--gpu`: the largest values that fit, and what to change if the configuration
     does not.
     """
-    from pipeline.project.logs.run_log import in_units
+    from pipeline.files.text import in_units
 
     device = find_gpu(name) if name is not None else of_size(budget or 0)
     shapes, (methods, method, run) = model.shapes, given
@@ -536,7 +536,7 @@ def _print_trace(out: _Output, model: Model, given: Configuration) -> None:
     """`--trace`: the peak of the real training step under fake tensors, beside that of the
     formula.
     """
-    from pipeline.project.logs.run_log import in_units
+    from pipeline.files.text import in_units
     from pipeline.training.memory.trace import traced_peak
 
     if model.config is None:

@@ -312,7 +312,7 @@ def start_project(request: Request) -> None:
 
 def _print_started(started: Started, folder: Path) -> None:
     from cli.console import duration, print_line, print_note, print_table
-    from pipeline.project.logs.run_log import in_units
+    from pipeline.files.text import in_units
     from pipeline.project.params.edit import dump_inline
 
     report, machine = started.report, started.machine
@@ -380,7 +380,8 @@ def _describe_data(started: Started) -> Iterator[str]:
 def _describe_run(project: Project, variant: str) -> str:
     """The time and memory of a variant's last training here."""
     from cli.console import duration
-    from pipeline.project.logs.run_log import in_units, last_telemetry
+    from pipeline.files.text import in_units
+    from pipeline.project.logs.run_log import last_telemetry
 
     stage = next(stage for stage in project.stages.values() if stage.variant == variant)
     last = last_telemetry(project.run_folder(stage.name))

@@ -339,7 +339,7 @@ def show_cache(
     if context.invoked_subcommand:
         return
     from cli.console import print_json, print_line, print_table
-    from pipeline.project.logs.run_log import in_units
+    from pipeline.files.text import in_units
 
     entries = _cache_of(params).entries()
     if as_json:
@@ -397,7 +397,7 @@ def prune(
 ) -> None:
     """Remove cached results; artifacts stay."""
     from cli.console import print_line
-    from pipeline.project.logs.run_log import in_units
+    from pipeline.files.text import in_units
 
     removed = _cache_of(params).prune(keep, older_than, max_size or 0)
     print_line(f"{len(removed)} removed, {in_units(sum(e.size for e in removed))}")

@@ -197,8 +197,8 @@ def _distributes(stage: Stage) -> Callable[..., None]:
 def _print_plan(project: Project, stage: Stage) -> None:
     """What a training would take, by its first steps, and what `dvc repro` would run."""
     from cli.console import duration, follow, print_line
+    from pipeline.files.text import in_units
     from pipeline.models.device import available_memory, device_info
-    from pipeline.project.logs.run_log import in_units
     from pipeline.project.status import Status, apart
     from pipeline.stages.quickstart import try_stage
 

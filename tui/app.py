@@ -340,7 +340,7 @@ class Workbench(App[None]):
                 )
             if project := self.project_watch.project:
                 # not before the first paint
-                from pipeline.project.new_project import renew_code_yaml
+                from pipeline.project.dvc_yaml import renew_code_yaml
 
                 await asyncio.to_thread(renew_code_yaml, project)
             replaced = await asyncio.to_thread(_replaced_by, project, arguments) if project else ""

@@ -10,7 +10,7 @@ import yaml
 from tests.lab_projects import COMMAND, DOCUMENT, GIVEN, new_project
 
 from pipeline.errors import UserError
-from pipeline.project.new_project import render_dvc_yaml
+from pipeline.project.dvc_yaml import render_dvc_yaml
 from pipeline.project.provenance import code_files
 from pipeline.stages.registry import GRAPH, METHODS, open_project
 from tests.conftest import Lora

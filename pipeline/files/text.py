@@ -1,4 +1,4 @@
-"""Readable text: tokens in table cells, untrusted text on a terminal, naturally sorted names."""
+"""Readable text: sizes, tokens in table cells, untrusted text on a terminal, sorted names."""
 
 import re
 from collections.abc import Iterable
@@ -38,3 +38,11 @@ def natural_sort_key(name: str) -> list[str | float]:
     """A key that sorts names by the numbers in them: rank-2 before rank-16."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", name)
     return [float(part) if number % 2 else part for number, part in enumerate(parts)]
+
+
+def in_units(size: int) -> str:
+    """Format bytes in the largest suitable binary unit, such as 1.21 MiB."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.2f} {name}"
+    return f"{size} B"

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.files.text import in_units
 from pipeline.project import process
-from pipeline.project.logs.run_log import in_units
 from pipeline.project.process import world
 
 

@@ -14,6 +14,7 @@ import os
 import shutil
 import stat
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -36,9 +37,8 @@ def cache_key(facts: Mapping[str, Any]) -> str:
     """The key of the artifact with these facts in its manifest; empty if one is missing."""
     if any(name not in facts for name in FACTS):
         return ""
-    return hashlib.sha256(
-        json.dumps({name: facts[name] for name in FACTS}, sort_keys=True).encode()
-    ).hexdigest()
+    text = json.dumps({name: facts[name] for name in FACTS}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Damaged(Exception):
@@ -47,17 +47,14 @@ class Damaged(Exception):
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One cached artifact: its size in bytes and when it was last used (seconds since the epoch).
-
-    `shared`: bytes that it has in common with an artifact, by hard links, so that removing it frees
-    them not yet.
-    """
+    """One cached artifact."""
 
     stage: str
     key: str
     path: Path
-    size: int
-    used: float
+    size: int  # in bytes
+    used: float  # when it was last used, in seconds since the epoch
+    # bytes that an artifact has too, by hard links: removing the entry does not free them yet
     shared: int = 0
 
 
@@ -107,48 +104,38 @@ class Cache:
             return self._entries()
 
     def _entries(self) -> list[CacheEntry]:
-        entries = [
-            CacheEntry(
-                path.parent.name,
-                path.name,
-                path,
-                _size(path),
-                _last_used(path),
-                _size(path, shared=True),
-            )
-            for path in self.root.glob("*/*")
-            if path.is_dir() and not path.name.startswith(".")
-        ]
+        entries = [_entry(path) for path in self.root.glob("*/[!.]*/")]
         return sorted(entries, key=lambda entry: entry.used, reverse=True)
 
     def prune(
         self, keep: int = 0, older_than_days: float = 0.0, max_size: int = 0
     ) -> list[CacheEntry]:
-        """Remove entries unused for `older_than_days` days, except the newest `keep` of each stage,
-        and those that were used last, as far as they have `max_size` bytes together. Returns what
-        was removed."""
-        limit = time.time() - older_than_days * 86_400
-        seen: dict[str, int] = {}  # stage → entries so far
-        size = 0  # of the entries so far
+        """Remove entries unused for `older_than_days` days. Returns what was removed.
+
+        The newest `keep` of each stage stay, and those that were used last, as far as they have
+        `max_size` bytes together.
+        """
         removed: list[CacheEntry] = []
         if not self.root.is_dir():
             return removed
+        limit = time.time() - older_than_days * 86_400
+        count = Counter[str]()  # stage → entries so far
+        size = 0  # of the entries so far
         with self._lock():
             # of a killed process: a running one would hold the lock
             for unfinished in self.root.glob("*/.*"):
                 shutil.rmtree(unfinished)
             for entry in self._entries():
-                seen[entry.stage] = seen.get(entry.stage, 0) + 1
+                count[entry.stage] += 1
                 size += entry.size
-                if seen[entry.stage] > keep and entry.used <= limit and size > max_size:
+                if count[entry.stage] > keep and entry.used <= limit and size > max_size:
                     _remove(entry.path)
                     removed.append(entry)
         return removed
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        """Other processes wait: an entry that one of them copies must not be pruned meanwhile, nor
-        stored twice.
+        """Other processes wait: nobody prunes an entry while it is copied, or stores one twice.
 
         Who may only read the cache shares the lock, so that the owner waits; without a lock file
         there is nobody to wait for.
@@ -203,14 +190,16 @@ def _try_link(path: Path, target: Path) -> bool:
     return True
 
 
-def _size(folder: Path, shared: bool = False) -> int:
-    """Bytes of its files; with `shared`, of those that have another name too."""
-    files = [path.stat() for path in folder.rglob("*") if path.is_file()]
-    return sum(file.st_size for file in files if file.st_nlink > 1 or not shared)
-
-
-def _last_used(folder: Path) -> float:
-    try:
-        return (folder / artifact.MANIFEST).stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
+def _entry(path: Path) -> CacheEntry:
+    files = [file.stat() for file in path.rglob("*") if file.is_file()]
+    used = 0.0
+    with suppress(FileNotFoundError):
+        used = (path / artifact.MANIFEST).stat().st_mtime
+    return CacheEntry(
+        stage=path.parent.name,
+        key=path.name,
+        path=path,
+        size=sum(file.st_size for file in files),
+        used=used,
+        shared=sum(file.st_size for file in files if file.st_nlink > 1),
+    )

@@ -1,5 +1,4 @@
-"""The verdict of an evaluation on its models: the limits that they break, in words, and what to do
-next.
+"""The verdict of an evaluation on its models: the limits that they break, and what to do next.
 
 Commands, exports and screens all show it by this module.
 """
@@ -15,8 +14,7 @@ MINIMUMS = frozenset({"answers", "answers_kept", "must_keep", "tasks"})
 MOST = 3  # broken limits that a sentence names
 RETAIN = (
     "To forget less, name texts that must stay as they are in retention_data (LoRA), raise "
-    "retention_weight, or lower "
-    "learning_rate; then train again."
+    "retention_weight, or lower learning_rate; then train again."
 )
 AGAIN = "Train again with other settings, or change the limits."
 
@@ -28,6 +26,17 @@ class Broken(NamedTuple):
     limit: str
     wanted: float
     value: float | None
+
+    def __str__(self) -> str:
+        wanted, measured = self.numbers
+        return f"{self.limit} {measured}, wanted {wanted}"
+
+    @property
+    def numbers(self) -> tuple[str, str]:
+        """What is wanted and what was measured, in words."""
+        least = "least" if self.limit.partition(".")[0] in MINIMUMS else "most"
+        measured = "not measured" if self.value is None else f"{self.value:.6g}"
+        return f"at {least} {self.wanted:g}", measured
 
 
 class Verdict(NamedTuple):
@@ -48,37 +57,34 @@ class Verdict(NamedTuple):
 
     @property
     def reasons(self) -> list[str]:
-        """Each broken limit with what was measured; with the model's name, where there are
-        several.
-        """
-        several = len(self.models) > 1
-        return [
-            f"{each.variant}: {_describe(each)}" if several else _describe(each)
-            for each in self.broken
-        ]
+        """Each broken limit with what was measured, of several models with the model's name."""
+        if len(self.models) > 1:
+            return [f"{limit.variant}: {limit}" for limit in self.broken]
+        return [str(limit) for limit in self.broken]
 
     @property
     def next_step(self) -> str:
         """What to do about the broken limits: retention if one of them measures forgetting."""
-        names = {each.limit.partition(".")[0] for each in self.broken}
+        names = {broken.limit.partition(".")[0] for broken in self.broken}
         return RETAIN if names & FORGETTING else AGAIN
 
     @property
     def error(self) -> str:
         """Why a command ends with 1, and what to do next."""
-        names = ", ".join(dict.fromkeys(each.variant for each in self.broken))
+        names = ", ".join(dict.fromkeys(broken.variant for broken in self.broken))
         are = "is" if len(self.broken) == 1 else "are"
         return f"{LIMITS}: {self.counted} {are} broken, by {names}. {self.next_step}"
 
     def warning(self, name: str) -> str:
         """What is said of a model that breaks limits where it is shipped."""
-        more = len(self.broken) - MOST
-        reasons = "; ".join(self.reasons[:MOST]) + f"; {more} more" * (more > 0)
-        return f"{name} breaks {LIMITS}: {reasons}. {self.next_step}"
+        reasons = self.reasons[:MOST]
+        if len(self.broken) > MOST:
+            reasons.append(f"{len(self.broken) - MOST} more")
+        return f"{name} breaks {LIMITS}: {'; '.join(reasons)}. {self.next_step}"
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Headings and a row of texts for each broken limit, for report and terminal."""
-        rows = [[each.variant, each.limit, *_numbers(each)] for each in self.broken]
+        rows = [[broken.variant, broken.limit, *broken.numbers] for broken in self.broken]
         return ["model", "limit", "wanted", "measured"], rows
 
 
@@ -89,15 +95,15 @@ def read_verdict(document: Mapping[str, Any], model: str | None = None) -> Verdi
     """
     try:
         gate = document["gate"]
-        models = tuple(str(name) for name in gate["variants"])
-        broken = tuple(_read(entry) for entry in gate["broken"])
+        models = tuple(map(str, gate["variants"]))
+        broken = tuple(map(_read, gate["broken"]))
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
     if model is None:
         return Verdict(models, broken)
     if model not in models:
         return None
-    return Verdict((model,), tuple(each for each in broken if each.variant == model))
+    return Verdict((model,), tuple(limit for limit in broken if limit.variant == model))
 
 
 def _read(entry: Mapping[str, Any]) -> Broken:
@@ -108,14 +114,3 @@ def _read(entry: Mapping[str, Any]) -> Broken:
         float(entry["wanted"]),
         None if value is None else float(value),
     )
-
-
-def _describe(broken: Broken) -> str:
-    wanted, measured = _numbers(broken)
-    return f"{broken.limit} {measured}, wanted {wanted}"
-
-
-def _numbers(broken: Broken) -> tuple[str, str]:
-    least = "least" if broken.limit.partition(".")[0] in MINIMUMS else "most"
-    measured = "not measured" if broken.value is None else f"{broken.value:.6g}"
-    return f"at {least} {broken.wanted:g}", measured

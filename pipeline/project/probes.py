@@ -1,8 +1,6 @@
-"""Probes: a faster path is taken only where it computes, with this model on this device, what the
-plain one does.
+"""Probes: a faster path is taken only where it computes, on this device, what the plain one does.
 
-What was tried and did not work is not lost: it is said once in a process, with what is slower
-because of it.
+What was tried and did not work is logged once in a process, with what is slower because of it.
 """
 
 import logging
@@ -20,11 +18,11 @@ CLOSER = 2  # times nearer to right than to wrong
 
 
 class Finding(NamedTuple):
-    """What was tried, what it said, and what is slower because of it."""
+    """A faster path that is not taken."""
 
     tried: str
-    said: str
-    slower: str
+    said: str  # why not
+    slower: str  # what is slower because of it
 
     def __str__(self) -> str:
         return f"{self.tried}: {self.said}; {self.slower}"
@@ -35,31 +33,31 @@ _held: list[list[Finding]] = []  # where they go instead, the innermost last
 
 
 def record(tried: str, said: str | BaseException, slower: str) -> None:
-    """Log it, which stderr shows, unless it is `held`. An error is recorded by its type and the
-    first line of it.
-    """
-    said = f"{type(said).__name__}: {first_line(said)}" if isinstance(said, BaseException) else said
-    finding = Finding(tried, said, slower)
-    told = _held[-1] if _held else _logged
-    if finding not in told:
-        told.append(finding)
-        if told is _logged:
-            logging.getLogger(__name__).warning("%s", finding)
+    """Log it, which stderr shows, unless it is `held`. `said`: why, or the error."""
+    why = f"{type(said).__name__}: {first_line(said)}" if isinstance(said, BaseException) else said
+    finding = Finding(tried, why, slower)
+    findings = _held[-1] if _held else _logged
+    if finding in findings:
+        return
+    findings.append(finding)
+    if findings is _logged:
+        logging.getLogger(__name__).warning("%s", finding)
 
 
 @contextmanager
 def held() -> Iterator[list[Finding]]:
     """Inside the block new findings go to this list: a run writes them into its log."""
-    found = list[Finding]()
-    _held.append(found)
+    findings = list[Finding]()
+    _held.append(findings)
     try:
-        yield found
+        yield findings
     finally:
-        _held[:] = [one for one in _held if one is not found]
+        # by identity: others may be equal
+        _held[:] = [other for other in _held if other is not findings]
 
 
 def attempt(tried: str, slower: str, compute: Callable[[], Result]) -> Result | None:
-    """What it computes; None where it raises, and then it is recorded what is `slower` without it.
+    """What it computes; None where it raises, which is recorded.
 
     Raises what it raised if memory ran out: that says nothing of the path.
     """
@@ -82,22 +80,21 @@ def computes(
     again: Callable[[], Any],
     wrong: Callable[[], Any],
 ) -> bool:
-    """Whether `compute` gives the rows (..., D), a tensor, that `right` gives; it is recorded if
-    not.
+    """Whether `compute` gives the rows (..., D) that `right` gives; it is recorded if not.
 
     `again`: the same as `right` beside other rows, whose products may have another kernel: it shows
     how far rounding goes, which no fixed tolerance knows: over 36 blocks in bf16, one unit in the
     last place becomes 3% to 10%. `wrong`: what a model gives that does not do what was tried.
     """
     expected = right()
-    found = attempt(tried, slower, compute)
-    if found is None:
+    rows = attempt(tried, slower, compute)
+    if rows is None:
         return False
-    distance, whole = (_farthest(rows, expected) for rows in (found, wrong()))
+    distance, distance_of_wrong = _farthest(rows, expected), _farthest(wrong(), expected)
     allowed = AGREEMENT.get(expected.dtype.itemsize, 1e-3)
     if not distance <= allowed:  # or it is not a number
         allowed = max(allowed, NOISE * _farthest(again(), expected))
-    allowed = min(allowed, whole / CLOSER)
+    allowed = min(allowed, distance_of_wrong / CLOSER)
     if distance <= allowed:
         return True
     record(

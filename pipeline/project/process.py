@@ -1,7 +1,6 @@
-"""What this process was told: its rank and world size, by torchrun's environment variables, and its
-device, by name.
+"""What this process was told: its rank, by torchrun's variables, and its device, by name.
 
-What that device is on this machine, `pipeline/models/device.py` decides. `--device` wins over the
+`pipeline/models/device.py` decides what that device is on this machine. `--device` wins over the
 environment's LORA_DEVICE, that over `device:` of the params file. The option is put into the
 environment, where the processes that this one starts find it: torchrun's workers, the stages of
 `dvc repro`, the terminal app's engine. It is no setting of a stage, so it is in no cache key: what
@@ -22,9 +21,7 @@ MOST_PROCESSES = 2**20
 
 
 class ProcessRank(NamedTuple):
-    """`rank` of `world_size` processes in total; `local_rank` of `local_world_size` on this
-    machine.
-    """
+    """`rank` of `world_size` processes, `local_rank` of `local_world_size` on this machine."""
 
     rank: int
     world_size: int
@@ -38,16 +35,12 @@ class ProcessRank(NamedTuple):
 
     @property
     def reports_errors(self) -> bool:
-        """Whether this is the first process on its machine, which tells the user there why a run
-        ends.
-        """
+        """Whether this is the first process on its machine, which says there why a run ends."""
         return self.local_rank == 0
 
 
 def world() -> ProcessRank:
-    """This process's rank; rank 0 of 1 without torchrun. Raises UserError for variables that it
-    would not set.
-    """
+    """This process's rank; rank 0 of 1 without torchrun. Raises UserError for wrong variables."""
     size = _number("WORLD_SIZE", 1, least=1)
     rank = _number("RANK", 0, below=size)
     local_size = _number("LOCAL_WORLD_SIZE", size, least=1, below=size + 1)
@@ -61,8 +54,7 @@ def _number(variable: str, default: int, least: int = 0, below: int = MOST_PROCE
     if text and not least <= number < below:
         raise UserError(
             f"{variable} must be a whole number from {least} to {below - 1}, got {text!r}. "
-            "torchrun sets it: start "
-            "with it, or unset the variable."
+            "torchrun sets it: start with it, or unset the variable."
         )
     return number if text else default
 
@@ -84,9 +76,7 @@ def open_streams() -> None:
 
 
 def require_current_folder() -> None:
-    """Raises UserError if the folder that this process was started in was removed, in which no
-    library loads.
-    """
+    """Raises UserError if the current folder was removed: no library loads there."""
     try:
         Path.cwd()
     except FileNotFoundError:
@@ -146,13 +136,11 @@ def asked() -> DeviceSetting:
 def environment() -> dict[str, str]:
     """The environment for a process that opens no project, and so cannot read `device:` itself."""
     name = asked().name
-    return {**os.environ, **({} if name == AUTO else {VARIABLE: name})}
+    return dict(os.environ) if name == AUTO else {**os.environ, VARIABLE: name}
 
 
 def _of_current_folder() -> DeviceSetting:
-    """For commands that open no project: they say nothing of a params file that they do not
-    need.
-    """
+    """The setting for commands that open no project, which a wrong params file does not concern."""
     from pipeline.files import strict_yaml
 
     with suppress(OSError, ValueError):

@@ -16,24 +16,19 @@ from pipeline.project.stage_graph import Project, Stage
 
 
 def settings_to_write(project: Project, run: Run) -> dict[str, Any]:
-    """`section.key` → value of each setting that differs from the project's, or is of a section
-    that it has not.
+    """`section.key` → value of the run's settings that the params file has not.
 
     Raises UserError for a data file of the run that is not there.
     """
     stage = project.graph.stages[run.stage]
     now = settings_of(project, stage)
-    differing = {
-        key: value
-        for key, value in run.params.items()
-        if changed_params({key: value}, {key: now.get(key)})
-    }
+    params = run.params
+    keys = [key for key in params if changed_params({key: params[key]}, {key: now.get(key)})]
     if stage.name not in project.readable:  # its section needs a line
-        own = [key for key in ("grid", "data") if key in run.params]
-        differing |= {key: run.params[key] for key in own}
-    values = {_key(stage, key): value for key, value in differing.items()}
+        keys += [key for key in ("grid", "data") if key in params and key not in keys]
+    values = {_key(stage, key): params[key] for key in keys}
     files = {key if "." in key else f"{stage.section}.{key}" for key in stage.data}
-    for key in values.keys() & files:
+    for key in sorted(values.keys() & files):
         for name in _files(values[key]):
             if not (project.root / name).exists():
                 raise UserError(

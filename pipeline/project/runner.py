@@ -1,6 +1,4 @@
-"""Run a stage: lock, look in the cache, work in a temporary folder, seal the artifact, store a copy
-in the cache.
-"""
+"""Run a stage: lock, look in the cache, work in a temporary folder, seal and cache the artifact."""
 
 import fcntl
 import json
@@ -26,12 +24,10 @@ from pipeline.project.stage_graph import Project, Stage
 
 @dataclass(frozen=True)
 class Note:
-    """Something the user should know: a cache hit, a resumed or rejected checkpoint.
-
-    `routine`: nothing out of the ordinary, left out where many stages run one after the other.
-    """
+    """Something the user should know: a cache hit, a resumed or rejected checkpoint."""
 
     text: str
+    # nothing out of the ordinary, left out where many stages run one after the other
     routine: bool = False
 
 
@@ -50,27 +46,22 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """What a stage's work gets: its project, the folder to fill, the run folder, and the cache key.
-
-    `checkpoint_every`: steps between checkpoints to resume from; None: as the settings say.
-    `input_facts`: everything that determines the artifact, the first part of its manifest.
-    """
+    """What a stage's work gets."""
 
     project: Project
     stage: Stage
-    out: Path
-    run: Path
-    key: str
-    checkpoint_every: int | None
+    out: Path  # the folder to fill
+    run: Path  # the run folder
+    key: str  # the artifact's in the cache
+    checkpoint_every: int | None  # steps between checkpoints; None: as the settings say
+    # everything that determines the artifact: the first part of its manifest
     input_facts: Facts = field(default_factory=dict)
     sample: int | None = None  # read only so many examples: a step is tried, nothing is made
     # whether what is frozen is split over the devices; None: if a step does not fit one
     sharded: bool | None = None
 
     def artifact(self, stage: str) -> Path:
-        """The folder of another stage's artifact. Raises UserError if it is damaged or out of
-        date.
-        """
+        """The folder of another stage's artifact. Raises UserError if it is damaged or outdated."""
         stage = self.project.standing_for(stage)
         folder, home = self.project.artifact(stage), self.project.home(stage)
         _refuse_missing(self.project, stage)
@@ -80,8 +71,7 @@ class Job:
         for name in changed_inputs(made_from, now):
             raise UserError(
                 f"{self.project.artifact_name(stage)} was made from another {name} than the "
-                "current "
-                f"one. Run {self.project.command(stage)}."
+                f"current one. Run {self.project.command(stage)}."
             )
         return folder
 
@@ -115,22 +105,20 @@ def _abbreviate(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-# org/name, with a revision and a split
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(\[[^\[\]]+\])?")
 Work = Callable[[Job], Generator[Event, None, Facts]]
 
 
 @dataclass(frozen=True)
 class Digests:
-    """Functions that compute the digest of a file or folder, and of a module's code; a watcher
-    passes cached ones.
-    """
+    """Functions for digests of a file or folder, and of modules; a watcher passes cached ones."""
 
     path: Callable[[Path], str] = artifact.digest
     code: Callable[..., str] = provenance.code_digest
 
 
 DIGESTS = Digests()
+# of a data set, with a revision and a split
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(\[[^\[\]]+\])?")
 MOST = 4  # changed params that a note names
 
 
@@ -149,9 +137,8 @@ def run(
     """
     folder = project.run_folder(stage.name)
     with (yield from _lock(folder, stage)), run_state.writing(folder) as writer:
-        for event in _with_findings(
-            stage, _make(project, stage, work or stage.run, force, checkpoint_every)
-        ):
+        events = _make(project, stage, work or stage.run, force, checkpoint_every)
+        for event in _with_findings(stage, events):
             if isinstance(event, Note):
                 writer.note(event.text)
             else:
@@ -162,13 +149,14 @@ def run(
 
 def _with_findings(stage: Stage, events: Iterable[Event]) -> Iterator[Event]:
     """The events, and what is found of this machine meanwhile."""
-    told = 0
-    with held() as found:
+    reported = 0
+    with held() as findings:
         for event in chain(events, [None]):
             if event is not None:
                 yield event
-            yield from (Note(f"{stage.name}: {finding}") for finding in found[told:])
-            told = len(found)
+            for finding in findings[reported:]:
+                yield Note(f"{stage.name}: {finding}")
+            reported = len(findings)
 
 
 def _make(
@@ -209,28 +197,30 @@ def _make(
 def _keep_replaced(
     cache: Cache, stage: Stage, target: Path, folder: Path, settings: Settings
 ) -> list[Note]:
-    """Keep a trained model with other settings in the cache, and what to say of it once it is
-    replaced.
-    """
+    """Keep a trained model with other settings in the cache, and a note for when it is replaced."""
     if not stage.look:
         return []
-    try:
-        manifest = artifact.read_manifest(target)
-        before: Settings | None = Settings(cache_key(manifest), dict(manifest["params"]))
     # DVC removes an output before it runs the stage
-    except (UserError, KeyError, TypeError, ValueError):
-        before = run_state.read_settings(folder, "made")
+    before = artifact_settings(target) or run_state.read_settings(folder, "made")
     changed = changed_params(before.params, settings.params) if before else []
     if not before or not changed:
         return []
     keep(cache, stage, target)
     more = f" and {len(changed) - MOST} more" * (len(changed) > MOST)
-    back = f". `lora runs apply {before.key[:SHORT_KEY]}` brings that one back" * cache.has(
-        stage.name, before.key
-    )
-    return [
-        Note(f"{stage.name}: replaced the earlier one: {', '.join(changed[:MOST])}{more}{back}")
-    ]
+    back = ""
+    if cache.has(stage.name, before.key):
+        back = f". `lora runs apply {before.key[:SHORT_KEY]}` brings that one back"
+    shown = ", ".join(changed[:MOST])
+    return [Note(f"{stage.name}: replaced the earlier one: {shown}{more}{back}")]
+
+
+def artifact_settings(folder: Path) -> Settings | None:
+    """The key and the params of the artifact in `folder`; None if there is none, or not ours."""
+    try:
+        manifest = artifact.read_manifest(folder)
+        return Settings(cache_key(manifest), dict(manifest["params"]))
+    except (UserError, KeyError, TypeError, ValueError):
+        return None
 
 
 def keep(cache: Cache, stage: Stage, target: Path) -> None:
@@ -257,10 +247,9 @@ def _lock(folder: Path, stage: Stage) -> Generator[Event, None, TextIO]:
 
 
 def input_facts(project: Project, stage: Stage, digests: Digests = DIGESTS) -> Facts:
-    """Everything that determines the artifact's bytes; the first part of its manifest, and its
-    digest is the cache key.
+    """Everything that determines the artifact's bytes. Raises UserError.
 
-    Raises UserError.
+    It is the first part of the artifact's manifest, and its digest is the cache key.
     """
     # Inputs count by content, never by time: a stage that runs again with the same result leaves
     # the later ones as they are. Code counts as the modules that the stage imports, not as a
@@ -303,19 +292,19 @@ def _without_paths(value: Any) -> Any:
 
 
 def _inputs(project: Project, stage: Stage, digests: Digests = DIGESTS) -> dict[str, str]:
-    """Name → digest of everything that the stage reads. Raises UserError if something is
-    missing.
-    """
+    """Name → digest of everything that the stage reads. Raises UserError if it is not all there."""
     for name in project.data_files(stage):
         if not (project.root / name).exists():
+            convert = ""
             # data/mine.csv is a file
-            is_hub_id = HUB_ID.fullmatch(name) and not Path(name).suffix[1:].isalpha()
-            convert = (
-                f" A data set of the hub becomes one by `lora data convert {name} data/NAME.jsonl`."
-            )
+            if HUB_ID.fullmatch(name) and not Path(name).suffix[1:].isalpha():
+                convert = (
+                    " A data set of the hub becomes one by `lora data convert "
+                    f"{name} data/NAME.jsonl`."
+                )
             raise UserError(
                 f"{name} is not a file. Name an existing one in section {stage.name} of the params."
-                f"{convert if is_hub_id else ''}"
+                f"{convert}"
             )
     for need in project.needs(stage):
         if need not in project.readable and not project.artifact(need).is_dir():
@@ -336,9 +325,7 @@ def _inputs(project: Project, stage: Stage, digests: Digests = DIGESTS) -> dict[
 
 
 def _restore(cache: Cache, stage: Stage, key: str, target: Path) -> Generator[Event, None, bool]:
-    """Restore the artifact from the cache. Returns False if it is not there or the cache is
-    unusable.
-    """
+    """Restore the artifact from the cache. Returns whether that worked."""
     try:
         if not cache.restore(stage.name, key, target):
             return False
@@ -361,9 +348,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def _discard_checkpoints_of(key: str, run: Path) -> None:
-    """Remove the checkpoints of this result alone: a run with other params may still go on from its
-    own.
-    """
+    """Remove the checkpoints of this result alone: other settings may still resume from theirs."""
     for path in checkpoints(run):
         with suppress(UserError):
             made_for = str(artifact.read_manifest(path).get("key"))

@@ -1,11 +1,9 @@
-"""The state of each stage: up to date, changed (with reasons), running, failed, …, and what an
-evaluation changed.
+"""The state of each stage: up to date, changed (with reasons), running, failed, …
 
 A stage is up to date if the inputs recorded in its artifact equal the current ones, as in the
 cache's key.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +19,7 @@ from pipeline.project.logs import run_state
 from pipeline.project.logs.run_state import Journal
 from pipeline.project.runner import (
     Digests,
+    artifact_settings,
     changed_inputs,
     changed_params,
     input_facts,
@@ -29,60 +28,60 @@ from pipeline.project.runner import (
 from pipeline.project.stage_graph import Project, Stage
 
 State = Literal["missing", "current", "changed", "waits", "running", "failed", "stopped", "died"]
+# How the last run ended → the state of a stage whose artifact is not up to date. A journal that
+# says "running" is one of a process that is gone.
+ENDED: Mapping[str, State] = {"failed": "failed", "stopped": "stopped", "running": "died"}
 
 
 @dataclass(frozen=True)
 class StageState:
-    """A stage's state; `reasons`: what changed or went wrong, or if limits are kept; `run`: its
-    last run's journal; `verdict`: of an evaluation that is up to date, on the models."""
+    """A stage's state."""
 
     stage: Stage
     state: State
-    reasons: tuple[str, ...] = ()
-    run: Journal | None = None
-    verdict: Verdict | None = None
+    reasons: tuple[str, ...] = ()  # what changed or went wrong, or whether limits are kept
+    run: Journal | None = None  # its last run's
+    verdict: Verdict | None = None  # on the models, of an evaluation that is up to date
 
     @property
     def broken(self) -> Verdict | None:
-        """The verdict if the models break evaluate.limits: the stage is up to date, and its command
-        ends with 1.
+        """The verdict if the models break evaluate.limits.
+
+        The stage is up to date nevertheless, and its command ends with 1.
         """
         return self.verdict if self.verdict and self.verdict.broken else None
 
 
 @dataclass
 class Status:
-    """Computes the states of all stages. Digests are cached and recomputed only if a file's stamp
-    changes.
-    """
+    """Computes the states of all stages. Digests are kept until a file's stamp changes."""
 
     _cache: dict[tuple[str, Path | str], tuple[Signature, str]] = field(default_factory=dict)
 
     def of(
-        self, project: Project, each: Callable[[StageState], object] = lambda _: None
+        self, project: Project, report: Callable[[StageState], object] = lambda _: None
     ) -> dict[str, StageState]:
-        """The state of every stage of the project and its parent, in the DAG's order, and of what
-        ran unlisted.
+        """The state of every stage that the project shows, in the DAG's order.
 
-        `each` is called with every state as soon as it is computed: large files take seconds to
+        `report` is called with every state as soon as it is computed: large files take seconds to
         hash.
         """
         # one look at all files, instead of reading each stage's
         code = signature(provenance.ROOT / "pipeline")
 
         def code_of(*modules: str) -> str:
-            return self._cached(
-                ("code", " ".join(modules)), code, lambda: provenance.code_digest(*modules)
-            )
+            compute = partial(provenance.code_digest, *modules)
+            return self._cached(("code", " ".join(modules)), code, compute)
 
         def digest_of(path: Path) -> str:
-            return self._cached(("digest", path), signature(path), lambda: artifact.digest(path))
+            compute = partial(artifact.digest, path)
+            return self._cached(("digest", path), signature(path), compute)
 
         digests = Digests(digest_of, code_of)
         states: dict[str, StageState] = {}
         for stage in project.shown.values():
             states[stage.name] = self._state(project.home(stage.name), stage, digests, states)
-            each(states[stage.name])
+            report(states[stage.name])
         return states
 
     def _state(
@@ -92,33 +91,26 @@ class Status:
         run = run_state.read(folder)
         if run_state.alive(folder):
             return StageState(stage, "running", (), run)
-        # A failure counts until the artifact is up to date, which takes no run: `dvc checkout` may
-        # bring it back.
         state, details = self._compare(project, stage, digests)
         reasons = tuple(reason.replace(f"{project.root}/", "") for reason in details)
-        if state != "current" and run and run.state in ("failed", "stopped"):
-            message = (run.message,) if run.message else ()
-            return StageState(
-                stage, "failed" if run.state == "failed" else "stopped", (*message, *reasons), run
-            )
-        if state != "current" and run and run.state == "running":
-            return StageState(
-                stage, "died", ("the process died (no error recorded)", *reasons), run
-            )
+
+        # A failure counts until the artifact is up to date, which takes no run: `dvc checkout` may
+        # bring it back.
+        if state != "current" and run and run.state in ENDED:
+            died = run.state == "running"
+            message = "the process died (no error recorded)" if died else run.message
+            return StageState(stage, ENDED[run.state], (*filter(None, [message]), *reasons), run)
+
         # What a stage reads is compared once that is itself up to date: it may be made again as it
-        # was.
-        # a params file may lack a section
-        needs = [need for need in project.needs(stage) if need in before]
-        outdated_needs = [need for need in needs if before[need].state != "current"]
-        missing = any(not project.artifact(need).is_dir() for need in outdated_needs)
-        # what is unlisted is not made again with what it reads
-        runs_again = stage.name in project.stages
-        if (
-            runs_again
-            and outdated_needs
-            and (state == "current" or (state == "changed" and missing))
-        ):
-            return StageState(stage, "waits", (f"after {', '.join(outdated_needs)}",), run)
+        # was. What is unlisted is not made again with what it reads.
+        if stage.name in project.stages and state in ("current", "changed"):
+            # a params file may lack a section
+            needs = [need for need in project.needs(stage) if need in before]
+            waits_for = [need for need in needs if before[need].state != "current"]
+            missing = any(not project.artifact(need).is_dir() for need in waits_for)
+            if waits_for and (state == "current" or missing):
+                return StageState(stage, "waits", (f"after {', '.join(waits_for)}",), run)
+
         if state != "current" or stage.kind != "evaluation":
             return StageState(stage, state, reasons, run)
         verdict = read_verdict(artifact.read_manifest(project.artifact(stage.name)))
@@ -127,48 +119,24 @@ class Status:
     def _compare(
         self, project: Project, stage: Stage, digests: Digests
     ) -> tuple[State, tuple[str, ...]]:
+        """Whether the stage's artifact is what its inputs make, and why not."""
         folder = project.artifact(stage.name)
         if not (folder / artifact.MANIFEST).is_file():
-            missing = [need for need in project.needs(stage) if not project.artifact(need).is_dir()]
-            unknown = [need for need in missing if need not in project.readable]
-            reason = f"needs {', '.join(missing)}" if missing else ""
-            if unknown:
-                reason = _error_of(lambda: project.stage(unknown[0]))
-            # can the base be imported? Its weights are not read for that
-            if stage.name == "import":
-                reason = _error_of(
-                    lambda: base_model.resolve(project.params.origin.base, project.root)
-                )
+            reason = _why_missing(project, stage)
             return "missing", (reason,) if reason else ()
-        verify = partial(_error_of, partial(artifact.verify, folder))
+        verify = partial(_error_of, artifact.verify, folder)
         if problem := self._cached(("verified", folder), signature(folder), verify):
             return "changed", (problem,)
+        manifest = artifact.read_manifest(folder)
         try:
             if stage.name not in project.readable:
-                return self._compare_unlisted(project, stage, digests)
-            now = input_facts(project, stage, digests)
+                return _compare_unlisted(project, stage, digests, manifest)
+            reasons = tuple(differences(manifest, input_facts(project, stage, digests)))
         except UserError as error:
             return "changed", (str(error),)
         except OSError as error:
             return "changed", (f"{error.filename}: {error.strerror}",)
-        manifest = artifact.read_manifest(folder)
-        reasons = tuple(differences(manifest, now))
         return ("changed" if reasons else "current"), reasons
-
-    def _compare_unlisted(
-        self, project: Project, stage: Stage, digests: Digests
-    ) -> tuple[State, tuple[str, ...]]:
-        """No setting of the params file contradicts it, and its data may be named nowhere: what it
-        was trained on counts."""
-        manifest = artifact.read_manifest(project.artifact(stage.name))
-        needs = {
-            project.artifact_name(need): project.artifact(need) for need in project.needs(stage)
-        }
-        now = {name: digests.path(path) for name, path in needs.items() if path.is_dir()}
-        reasons = [f"{name} changed" for name in changed_inputs(manifest.get("inputs", {}), now)]
-        if manifest.get("code") != digests.code(*stage.code):
-            reasons.append("code changed")
-        return "changed" if reasons else "current", (f"not in {project.params.file}", *reasons)
 
     def _cached(self, key: tuple[str, Path | str], now: Signature, make: Callable[[], str]) -> str:
         entry = self._cache.get(key)
@@ -177,10 +145,34 @@ class Status:
         return entry[1]
 
 
-def _error_of(call: Callable[[], object]) -> str:
+def _why_missing(project: Project, stage: Stage) -> str:
+    """Why a stage cannot run yet; empty if it can."""
+    # can the base be imported? Its weights are not read for that
+    if stage.name == "import":
+        return _error_of(base_model.resolve, project.params.origin.base, project.root)
+    missing = [need for need in project.needs(stage) if not project.artifact(need).is_dir()]
+    unknown = [need for need in missing if need not in project.readable]
+    if unknown:
+        return _error_of(project.stage, unknown[0])
+    return f"needs {', '.join(missing)}" if missing else ""
+
+
+def _compare_unlisted(
+    project: Project, stage: Stage, digests: Digests, manifest: Mapping[str, Any]
+) -> tuple[State, tuple[str, ...]]:
+    """What it was trained on counts: the params file has no settings of it, maybe not its data."""
+    needs = {project.artifact_name(need): project.artifact(need) for need in project.needs(stage)}
+    now = {name: digests.path(path) for name, path in needs.items() if path.is_dir()}
+    reasons = [f"{name} changed" for name in changed_inputs(manifest.get("inputs", {}), now)]
+    if manifest.get("code") != digests.code(*stage.code):
+        reasons.append("code changed")
+    return "changed" if reasons else "current", (f"not in {project.params.file}", *reasons)
+
+
+def _error_of(call: Callable[..., object], *arguments: object) -> str:
     """The message of the UserError that `call` raises; empty if it raises none."""
     try:
-        call()
+        call(*arguments)
     except UserError as error:
         return str(error)
     return ""
@@ -200,117 +192,71 @@ def differences(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator
 
 
 def outdated(project: Project, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Stages among `names` and their ancestors whose input files changed: name → reasons, in the
-    DAG's order.
+    """Stages among `names` and their ancestors whose input files changed: name → reasons.
 
     Changed params, code and libraries are ignored: the results are still valid for the models they
     were made from. Stages without a manifest are ignored too.
     """
+    selected, stages = set(names), project.readable
+    for stage in reversed(stages.values()):
+        if stage.name in selected:
+            selected.update(project.needs(stage))
+
     # By digests that are kept between processes: this is for people to look at, and hashing a model
     # takes a minute.
-    digests, selected, stages = DigestStore(), set(names), project.readable
-    for stage in reversed(stages.values()):
-        selected |= set(project.needs(stage)) if stage.name in selected else set()
-    outdated_stages: dict[str, tuple[str, ...]] = {}
-    for stage in (stage for name, stage in stages.items() if name in selected):
+    digests = DigestStore()
+    reasons_of: dict[str, tuple[str, ...]] = {}
+    for stage in stages.values():
+        if stage.name not in selected:
+            continue
+        home = project.home(stage.name)
         try:
-            made_from, home = (
-                artifact.read_manifest(project.artifact(stage.name))["inputs"],
-                project.home(stage.name),
-            )
-            existing = {
-                name: path
+            made_from = artifact.read_manifest(home.artifact(stage.name))["inputs"]
+            now = {
+                name: digests.digest(path)
                 for name, path in home.inputs(stage).items()
                 if name in made_from and path.exists()
             }
-            changed = changed_inputs(
-                made_from, {name: digests.digest(path) for name, path in existing.items()}
-            )
+            changed = changed_inputs(made_from, now)
         # no manifest, or one of another format
         except (UserError, OSError, KeyError, TypeError, AttributeError):
             continue
-        outdated_needs = [
-            home.artifact_name(need) for need in home.needs(stage) if need in outdated_stages
-        ]
+        needs = [home.artifact_name(need) for need in home.needs(stage) if need in reasons_of]
         reasons = [f"{name} changed" for name in changed]
-        reasons += [f"{name} is out of date" for name in outdated_needs if name not in changed]
+        reasons += [f"{name} is out of date" for name in needs if name not in changed]
         if reasons:
-            outdated_stages[stage.name] = tuple(reasons)
+            reasons_of[stage.name] = tuple(reasons)
     digests.save()
-    return outdated_stages
+    return reasons_of
 
 
 def apart(project: Project) -> dict[str, tuple[str, ...]]:
-    """Method → how the settings of its artifact differ from those of the params file, such as `rank
-    16 → 4`, or that it is not in there. A method without an artifact, and one that is as the file
-    says, is left out."""
-    found: dict[str, tuple[str, ...]] = {}
-    for stage in (stage for stage in project.shown.values() if stage.look):
-        try:
-            params = dict(artifact.read_manifest(project.artifact(stage.name))["params"])
-        except (UserError, KeyError, TypeError, ValueError):  # there is none, or it is not ours
+    """Method → how its artifact's settings differ from the params file's: `rank 16 → 4`.
+
+    A method that is not in the file says so; one without an artifact or without a difference is
+    left out.
+    """
+    differing: dict[str, tuple[str, ...]] = {}
+    for stage in project.shown.values():
+        made = artifact_settings(project.artifact(stage.name)) if stage.look else None
+        if made is None:
             continue
         if stage.name not in project.readable:
-            found[stage.name] = (f"not in {project.params.file}",)
-        elif changed := changed_params(params, settings_of(project.home(stage.name), stage)):
-            found[stage.name] = tuple(changed)
-    return found
+            differing[stage.name] = (f"not in {project.params.file}",)
+            continue
+        now = settings_of(project.home(stage.name), stage)
+        if changed := changed_params(made.params, now):
+            differing[stage.name] = tuple(changed)
+    return differing
 
 
 def project_signature(project: Project) -> tuple[Signature, ...]:
     """A value that changes when anything changes that a state depends on."""
-    data = {
-        project.root / name
-        for stage in project.readable.values()
-        for name in project.data_files(stage)
-    }
+    data = set[Path]()
+    for stage in project.readable.values():
+        data.update(project.root / name for name in project.data_files(stage))
     shown = project.shown
     runs = [project.run_folder(name) / run_state.JOURNAL for name in shown]
     artifacts = [project.artifact(name) for name in shown]
     base = base_model.files_to_watch(project.params.origin.base, project.home("import").root)
     return tuple(map(signature, (*sorted(data), *runs, *artifacts, *base)))
-
-
-@dataclass(frozen=True)
-class MetricChange:
-    """A number of the evaluation before and after; None if it is missing there."""
-
-    name: str
-    before: float | None
-    after: float | None
-
-
-def metrics_since_commit(path: Path) -> list[MetricChange]:
-    """Every number of `path` that differs from the last commit's in six digits; further digits
-    depend on the machine.
-
-    Raises UserError if there is nothing to compare.
-    """
-    if not path.is_file():
-        raise UserError("Nothing was evaluated yet.")
-    text = provenance.committed(path)
-    if text is None:
-        raise UserError(f"{path.name} was never committed, so there is nothing to compare.")
-    try:
-        before, after = (
-            dict(_numbers(json.loads(each))) for each in (text, path.read_text(encoding="utf-8"))
-        )
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path.name} cannot be read: {error}.") from None
-    changes = [
-        MetricChange(name, before.get(name), after.get(name)) for name in {**before, **after}
-    ]
-    return [change for change in changes if _six_digits(change.before) != _six_digits(change.after)]
-
-
-def _six_digits(value: float | None) -> str:
-    return "" if value is None else f"{value:.6g}"
-
-
-def _numbers(tree: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Every number in the JSON tree with its dotted name."""
-    if isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from _numbers(value, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(tree, int | float) and not isinstance(tree, bool):
-        yield prefix, tree

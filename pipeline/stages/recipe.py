@@ -13,8 +13,8 @@ from pipeline.calc.method import trainable
 from pipeline.calc.settings import TrainingConfig
 from pipeline.data.check import DataReport, suggest_max_length
 from pipeline.errors import UserError
+from pipeline.files.text import in_units
 from pipeline.project.advice import BITS_PER_PARAMETER, BITS_PER_TOKEN
-from pipeline.project.logs.run_log import in_units
 from pipeline.project.params.load import TRAINING
 from pipeline.project.params.schema import Pretrained, hints
 from pipeline.project.params.sections import RETAIN, AdapterTraining, Training

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeline.errors import Interrupted, UserError, is_out_of_memory
+from pipeline.files.text import in_units
 from pipeline.models.device import multiplies_bf16
 from pipeline.project.logs.run_log import (
     DIVERGED,
@@ -25,7 +26,6 @@ from pipeline.project.logs.run_log import (
     RunLog,
     Sample,
     Step,
-    in_units,
     write_run_outcomes,
 )
 from pipeline.project.process import hangs_up

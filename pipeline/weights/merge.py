@@ -22,7 +22,7 @@ from pipeline.files import artifact
 from pipeline.files.artifact import MANIFEST, read_json, write_json
 from pipeline.files.base_model import INDEX
 from pipeline.files.safetensors_file import Bytes, NewTensor, in_file_order, rewrite
-from pipeline.project.logs.run_log import in_units
+from pipeline.files.text import in_units
 from pipeline.project.runner import Event, Progress
 from pipeline.weights.blocks import DTYPES, map_in_threads, single_torch_thread
 from pipeline.weights.merge_check import check_merge, written_matrices

@@ -67,9 +67,13 @@ def _followed(params: Path) -> Iterator[None]:
 
 
 def follows_params(params: Path) -> bool:
-    """Whether dvc.yaml says what the params do, as `lora new` writes it."""
+    """Whether dvc.yaml says what the params do, as `lora new` writes it now or wrote it earlier."""
+    # not before the first paint
+    from pipeline.project.dvc_yaml import EARLIER_HEADER, HEADER
+
     try:
-        return params.with_name("dvc.yaml").read_text(encoding="utf-8") == _render(params)
+        text = params.with_name("dvc.yaml").read_text(encoding="utf-8")
+        return text.replace(EARLIER_HEADER, HEADER, 1) == _render(params)
     except (OSError, ValueError):
         return False
 
@@ -79,7 +83,8 @@ def _render(params: Path) -> str:
     reads.
     """
     # not before the first paint
-    from pipeline.project.new_project import HEADER, PARAMS, render_dvc_yaml
+    from pipeline.project.dvc_yaml import HEADER, render_dvc_yaml
+    from pipeline.project.new_project import PARAMS
 
     try:
         return HEADER + render_dvc_yaml(open_project(params)) if params.name == PARAMS else ""

@@ -15,7 +15,7 @@ from textual.reactive import reactive
 from textual.widget import Widget
 from textual.widgets import Input
 
-from pipeline.project.logs.run_log import in_units
+from pipeline.files.text import in_units
 
 STATES = {  # of the engine → (symbol, theme variable of its colour, hint)
     "not started": ("○", "", "the first prompt starts it"),

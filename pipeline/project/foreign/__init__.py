@@ -25,37 +25,28 @@ LONGEST = 1_000  # characters of a value that is taken
 
 
 class Foreign(NamedTuple):
-    """Another tool's config, read. `base`: as it names it, or empty; `data`: the files that there
-    are of its data.
-
-    `values`: section.key → value. `taken`: (their key, ours, value). `left`: (their key, value, why
-    it is not taken). `section`: the method's, to which all values belong.
-    """
+    """Another tool's config, read."""
 
     format: str
-    base: str
-    data: tuple[str, ...]
-    values: Mapping[str, Any]
-    taken: tuple[tuple[str, str, Any], ...]
-    left: tuple[tuple[str, Any, str], ...]
-    section: str
+    base: str  # as the config names it, or empty
+    data: tuple[str, ...]  # those of its data files that exist
+    values: Mapping[str, Any]  # section.key → value
+    taken: tuple[tuple[str, str, Any], ...]  # (their key, ours, value)
+    left: tuple[tuple[str, Any, str], ...]  # (their key, value, why it is not taken)
+    section: str  # the method's, to which all values belong
 
 
 class Format(NamedTuple):
-    """`marks`: keys of which one says that a config is the tool's. `read`: takes from a Config what
-    is not a name.
-    """
+    """A tool."""
 
-    order: int
+    order: int  # in which tools are asked
     name: str
-    marks: frozenset[str]
-    read: Callable[["Config"], None]
+    marks: frozenset[str]  # keys of which one says that a config is the tool's
+    read: Callable[["Config"], None]  # takes from a Config what is not a name
 
 
 class Config:
-    """A config while it is read. `read` pops what its tool has by its own rules; `take_rest` goes
-    by names.
-    """
+    """A config while it is read: `Format.read` pops keys by its own rules, `take_rest` by names."""
 
     def __init__(self, tree: Mapping[str, Any], path: Path, kinds: Kinds) -> None:
         self.rest, self.path, self._kinds = dict(tree), path, kinds
@@ -65,9 +56,7 @@ class Config:
         self.left: list[tuple[str, Any, str]] = []
 
     def choose(self, key: str, sections: Mapping[Any, str], default: str = "finetune_lora") -> None:
-        """The section by the value of `key`. Raises UserError for a value that is not among
-        `sections`.
-        """
+        """The section by the value of `key`. Raises UserError for a value not in `sections`."""
         value = self.rest.pop(key, None)
         if value is not None and (not isinstance(value, str | bool) or value not in sections):
             known = ", ".join(map(str, sections))
@@ -78,18 +67,14 @@ class Config:
         self.section = default if value is None else sections[value]
 
     def choose_preferences(self, key: str, losses: Mapping[str, str]) -> None:
-        """Preferences in place of examples if `key` says so, and the loss that a value stands
-        for.
-        """
+        """Preferences in place of examples if `key` says so, with the loss that it names."""
         if self.section == "finetune_lora" and (loss := losses.get(str(self.rest.get(key)))):
             self.section = "finetune_dpo"
             self.take(key, "loss", loss)
             del self.rest[key]
 
     def take(self, theirs: str, ours: str, value: Any) -> None:
-        """A value of the section, if it has such a key. Raises UserError if it breaks the key's
-        rule.
-        """
+        """A value of the section, if it has the key. Raises UserError if it breaks a rule."""
         if ours == "base":
             if not isinstance(value, str):
                 raise UserError(
@@ -100,20 +85,17 @@ class Config:
             return
         types = hints(self._kinds[self.section])
         if ours not in types:
-            unknown = (
-                f"{self.section} has no {ours}"
-                if theirs in KEYS
-                else "there is no such setting here"
-            )
-            self.leave(theirs, value, why_none(theirs) or unknown)
+            why = "there is no such setting here"
+            if theirs in KEYS:
+                why = f"{self.section} has no {ours}"
+            self.leave(theirs, value, why_none(theirs) or why)
             return
         if len(repr(value)) > LONGEST:
             raise UserError(
                 f"{self.path}: {theirs} is too long: {abbreviate_repr(value)}. Edit the file."
             )
-        typed = check_value(
-            types[ours], value, f"{self.path}: {theirs}", ValueSource(self.path.name)
-        )
+        origin = ValueSource(self.path.name)
+        typed = check_value(types[ours], value, f"{self.path}: {theirs}", origin)
         self.taken[ours] = (theirs, list(typed) if isinstance(typed, tuple) else typed)
 
     def leave(self, theirs: str, value: Any, why: str) -> None:
@@ -121,34 +103,31 @@ class Config:
         self.left.append((theirs, value, why))
 
     def take_files(self, theirs: str, names: Any) -> None:
-        """The data files among `names`, seen from the config's folder or the current one; of
-        folders train.jsonl.
+        """The data files among `names`, from the current folder or the config's.
+
+        Of a folder it is train.jsonl.
         """
         for name in names if isinstance(names, list) else [names]:
-            paths = [
-                root / str(name)[:LONGEST] / last
-                for root in (Path(), self.path.parent)
-                for last in ("", "train.jsonl")
-            ]
+            relative = str(name)[:LONGEST]
+            paths = []
+            for folder in (Path(), self.path.parent):
+                paths += [folder / relative, folder / relative / "train.jsonl"]
             file = None
             with suppress(OSError):  # too long for a name
                 file = next((path for path in paths if path.is_file()), None)
             if file:
                 self.data.append(str(file))
             else:
-                self.leave(
-                    theirs,
-                    name,
-                    "no such file; `lora data convert` makes one of a data set of the hub",
-                )
+                why = "no such file; `lora data convert` makes one of a data set of the hub"
+                self.leave(theirs, name, why)
 
     def take_rest(self) -> None:
         """What no rule of the tool took, by its name."""
         double = True in [self.rest.pop(key, None) for key in DOUBLE]
         for theirs, value in self.rest.items():
             ours = KEYS.get(theirs, theirs)
-            off = value is False and ours != "gradient_checkpointing"
-            if off or value in (None, "", "none", "no", [], {}) or SAME.get(theirs) == value:
+            is_off = value is False and ours != "gradient_checkpointing"
+            if is_off or value in (None, "", "none", "no", [], {}) or SAME.get(theirs) == value:
                 continue  # not set, or as it always is here
             convert = partial(by_name, ours) if ours in NAMES else CONVERSIONS.get(ours)
             converted = convert(theirs, value) if convert else value
@@ -189,11 +168,11 @@ def read_config(path: Path, kinds: Kinds) -> Foreign:
     """Another tool's config as settings; `kinds` as in `params.load.parse`. Raises UserError."""
     try:
         tree = _read_tree(path)
-        tool = next((each for each in FORMATS.values() if each.marks & tree.keys()), None)
+        tool = next((tool for tool in FORMATS.values() if tool.marks & tree.keys()), None)
         if tool is None:
+            names = ", ".join(tool.name for tool in FORMATS.values())
             raise UserError(
-                f"{path} is no config that is read here "
-                f"({', '.join(each.name for each in FORMATS.values())}). "
+                f"{path} is no config that is read here ({names}). "
                 "A params file of this project is given with --params."
             )
         config = Config(tree, path, kinds)

@@ -1,66 +1,73 @@
-"""Values that other tools write in another way: by our key, (their key, value) → ours.
+"""Values that other tools write in another way: by our key, a function (their key, value) → ours.
 
-Or a `Why` that says why not; or None where the value says nothing, such as `max_steps: -1`.
+It returns a `Why` for a value without a counterpart, and None for one that says nothing, such as
+`max_steps: -1`.
 """
 
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pipeline.project.params.aliases import by_other_name
+
 ENDS = frozenset(("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings"))
 BITS = {"load_in_4bit": "nf4", "load_in_8bit": "int8", "4": "nf4", "8": "int8"}
 # quantize the scales too
 DOUBLE = ("double_quantization", "bnb_4bit_use_double_quant", "use_bnb_nested_quant")
 NAMES: Mapping[str, Mapping[str, str]] = {  # our key → their name of a value → ours
-    "schedule": {
-        **{name: name for name in ("constant", "linear", "cosine")},
-        **{
-            "constant_with_warmup": "constant",
-            "cosine_decay": "cosine",
-            "linear_schedule": "linear",
-        },
-    },
-    "optimizer": {
-        **dict.fromkeys(("adam", "adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw"),
-        **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit"), "adamw-8bit"),
-        **{"paged_adamw_8bit": "paged-adamw-8bit", "sgd": "sgd"},
-    },
-    "precision": {
-        **{"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"},
-        **{name: name for name in ("bf16", "fp16", "fp32")},
-    },
-    "loss": {"sigmoid": "dpo", **{name: name for name in ("ipo", "orpo", "simpo")}},
-    "init_lora_weights": {
-        "True": "kaiming",
-        "gaussian": "gaussian",
-        "orthogonal": "orthogonal",
-        "pissa": "pissa",
-    },
+    "schedule": by_other_name(
+        {
+            "constant": "constant constant_with_warmup",
+            "linear": "linear linear_schedule",
+            "cosine": "cosine cosine_decay",
+        }
+    ),
+    "optimizer": by_other_name(
+        {
+            "adamw": "adam adamw adamw_torch adamw_torch_fused adamw_hf",
+            "adamw-8bit": "adamw_bnb_8bit adamw_8bit",
+            "paged-adamw-8bit": "paged_adamw_8bit",
+            "sgd": "sgd",
+        }
+    ),
+    "precision": by_other_name(
+        {"bf16": "bfloat16 bf16", "fp16": "float16 fp16", "fp32": "float32 fp32"}
+    ),
+    "loss": by_other_name({"dpo": "sigmoid", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}),
+    "init_lora_weights": by_other_name(
+        {
+            "kaiming": "True",
+            "gaussian": "gaussian",
+            "orthogonal": "orthogonal",
+            "pissa": "pissa",
+        }
+    ),
 }
-SAME: Mapping[str, Any] = {  # as it always is here
-    **{"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8, "label_smoothing_factor": 0.0},
-    **{
-        "bias": "none",
-        "task_type": "CAUSAL_LM",
-        "fan_in_fan_out": False,
-        "megatron_core": "megatron.core",
-    },
-    **{
-        "train": True,
-        "do_train": True,
-        "stage": "sft",
-        "training_mode": "normal",
-        "inference_mode": True,
-    },
-    **{"mask_prompt": True, "completion_only_loss": True, "average_tokens_across_devices": True},
-    **{
-        "num_layers": -1,
-        "lora_layers": -1,
-        "local_rank": -1,
-        "skip_memory_metrics": True,
-        "qalora_group_size": 16,
-    },
-    **{"quantization_method": "bnb", "quantization_type": "nf4", "bnb_4bit_quant_type": "nf4"},
+SAME: Mapping[str, Any] = {  # their key → the only value that there is here
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "label_smoothing_factor": 0.0,
+    "bias": "none",
+    "task_type": "CAUSAL_LM",
+    "fan_in_fan_out": False,
+    "megatron_core": "megatron.core",
+    "train": True,
+    "do_train": True,
+    "stage": "sft",
+    "training_mode": "normal",
+    "inference_mode": True,
+    "mask_prompt": True,
+    "completion_only_loss": True,
+    "average_tokens_across_devices": True,
+    "num_layers": -1,
+    "lora_layers": -1,
+    "local_rank": -1,
+    "skip_memory_metrics": True,
+    "qalora_group_size": 16,
+    "quantization_method": "bnb",
+    "quantization_type": "nf4",
+    "bnb_4bit_quant_type": "nf4",
 }
 
 
@@ -73,9 +80,8 @@ def by_name(ours: str, theirs: str, value: Any) -> Any:
     if theirs in ("bf16", "fp16") and value in (True, "auto", "full"):
         return theirs
     name = "pissa" if theirs == "pissa_init" else str(value).partition("_niter")[0]
-    return NAMES[ours].get(name) or Why(
-        f"values here are {', '.join(dict.fromkeys(NAMES[ours].values()))}"
-    )
+    known = dict.fromkeys(NAMES[ours].values())
+    return NAMES[ours].get(name) or Why(f"values here are {', '.join(known)}")
 
 
 def _quantization(theirs: str, value: Any) -> Any:
@@ -94,12 +100,9 @@ def _target_modules(_: str, value: Any) -> Any:
 def _train_embeddings(theirs: str, value: Any) -> Any:
     if theirs == "trainable_token_indices":
         return Why("new tokens are named in expand_vocab, and train with train_embeddings=new_rows")
-    only_ends = isinstance(value, list | str) and ENDS.issuperset(map(str, _split(value)))
-    return (
-        "all"
-        if only_ends
-        else Why("beside LoRA only embedding and head train: train_embeddings=all")
-    )
+    if isinstance(value, list | str) and ENDS.issuperset(map(str, _split(value))):
+        return "all"
+    return Why("beside LoRA only embedding and head train: train_embeddings=all")
 
 
 def _split(value: Any) -> Any:
@@ -107,10 +110,9 @@ def _split(value: Any) -> Any:
 
 
 def _eval_share(_: str, value: Any) -> Any:
-    is_count = isinstance(value, int | float) and value >= 1
-    return (
-        Why("it is a number of examples; eval_share is a share, such as 0.1") if is_count else value
-    )
+    if isinstance(value, int | float) and value >= 1:
+        return Why("it is a number of examples; eval_share is a share, such as 0.1")
+    return value
 
 
 def _epochs(_: str, value: Any) -> Any:

@@ -13,11 +13,11 @@ def read(config: Config) -> None:
     )
     config.choose_preferences("rl", {name: name for name in ("dpo", "ipo", "kto", "orpo", "simpo")})
     datasets = config.rest.pop("datasets", None) or []
-    for each in datasets if isinstance(datasets, list) else [datasets]:
-        config.take_files("datasets", each.get("path") if isinstance(each, dict) else each)
-    if config.rest.get("lora_target_linear") is True and (
-        names := config.rest.pop("lora_target_modules", None)
-    ):
+    for dataset in datasets if isinstance(datasets, list) else [datasets]:
+        path = dataset.get("path") if isinstance(dataset, dict) else dataset
+        config.take_files("datasets", path)
+    all_linear = config.rest.get("lora_target_linear") is True
+    if all_linear and (names := config.rest.pop("lora_target_modules", None)):
         config.leave("lora_target_modules", names, "lora_target_linear is on")
     if size := config.rest.pop("batch_size", None):
         config.leave("batch_size", size, "it is micro_batch_size × gradient_accumulation_steps")

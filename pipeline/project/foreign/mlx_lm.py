@@ -34,14 +34,14 @@ def read(config: Config) -> None:
         config.rest.pop("learning_rate", None)
         config.take("lr_schedule.arguments", "learning_rate", rates[0])
     optimizers = _mapping(config, "optimizer_config")
-    own = optimizers.get(str(config.rest.get("optimizer", "adam")))
-    if isinstance(own, dict) and "weight_decay" in own:
-        config.take("optimizer_config.weight_decay", "weight_decay", own["weight_decay"])
+    options = optimizers.get(str(config.rest.get("optimizer", "adam")))
+    if isinstance(options, dict) and "weight_decay" in options:
+        config.take("optimizer_config.weight_decay", "weight_decay", options["weight_decay"])
 
 
 def _mapping(config: Config, key: str) -> dict[str, Any]:
     value = config.rest.pop(key, None)
-    return {str(name): each for name, each in value.items()} if isinstance(value, dict) else {}
+    return {str(name): part for name, part in value.items()} if isinstance(value, dict) else {}
 
 
 FORMAT = Format(

@@ -1,5 +1,4 @@
-"""The run log: `loss.csv` and `samples.jsonl`, deterministic, and `telemetry.csv`, which differs
-between runs.
+"""The run log: `loss.csv` and `samples.jsonl`, and `telemetry.csv`, which differs between runs.
 
 A sweep has one of each per adapter, and `sweep.json`: how each ended.
 """
@@ -49,31 +48,31 @@ REWARDS = ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy
 OPTIONAL = ("eval_loss", "divergence", *REWARDS, "eval_accuracy", "eval_answers")
 COLUMNS = tuple(f.name for f in fields(Step) if f.name not in OPTIONAL)
 TELEMETRY_COLUMNS = (
-    *("step", "seconds", "tokens_per_second", "peak_memory_bytes", "device"),
-    *("predicted_tensor_bytes", "measured_tensor_bytes"),
+    "step",
+    "seconds",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "device",
+    "predicted_tensor_bytes",
+    "measured_tensor_bytes",
 )
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes of tensors at the peak of a step, predicted by the calculator and measured (0: not
-    yet).
-    """
+    """Bytes of tensors at the peak of a step."""
 
-    predicted: int = 0
-    measured: int = 0
+    predicted: int = 0  # by the calculator
+    measured: int = 0  # 0: not yet
 
 
 class Sample(NamedTuple):
-    """A prompt and its greedy answer after a step; None if the model's outputs were not finite.
-
-    `expected`: the answer in the data, of a held-out example.
-    """
+    """A prompt and its greedy answer after a step."""
 
     step: int
     prompt: str
-    answer: str | None
-    expected: str | None = None
+    answer: str | None  # None if the model's outputs were not finite
+    expected: str | None = None  # the answer in the data, of a held-out example
 
 
 def parse_sample(line: str) -> Sample:
@@ -87,12 +86,10 @@ def parse_sample(line: str) -> Sample:
 
 
 class Telemetry(NamedTuple):
-    """A line of telemetry.csv: seconds that the run has trained; sizes in bytes (0: not
-    measured).
-    """
+    """A line of telemetry.csv; sizes are in bytes, 0 where they were not measured."""
 
     step: int
-    seconds: float
+    seconds: float  # that the run has trained
     tokens_per_second: float
     resident: int
     predicted: int
@@ -101,9 +98,8 @@ class Telemetry(NamedTuple):
 
 def parse_telemetry(line: str) -> Telemetry:
     """A line of telemetry.csv. Raises ValueError."""
-    step, seconds, speed, resident, _, predicted, measured = line.split(",")[
-        : len(TELEMETRY_COLUMNS)
-    ]
+    cells = line.split(",")[: len(TELEMETRY_COLUMNS)]
+    step, seconds, speed, resident, _, predicted, measured = cells
     return Telemetry(
         int(step), float(seconds), float(speed), int(resident), int(predicted), int(measured)
     )
@@ -118,22 +114,12 @@ def last_telemetry(run: Path) -> Telemetry | None:
         return None
 
 
-def in_units(size: int) -> str:
-    """Format bytes in the largest suitable binary unit, such as 1.21 MiB."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if size >= unit:
-            return f"{size / unit:.2f} {name}"
-    return f"{size} B"
-
-
 # a line of loss.csv: the fields of Step; the optional ones only if the log has any of them
 Row = tuple[Any, ...]
 
 
 def step_parser(header: str) -> Callable[[str], Row]:
-    """The parser of the lines of a loss.csv below `header`. The parser raises ValueError for any
-    other line.
-    """
+    """The parser of the lines below a loss.csv's `header`; it raises ValueError for other lines."""
     columns = header.strip().split(",")
     indices = [columns.index(name) if name in columns else len(columns) for name in OPTIONAL]
     has_optional = min(indices) < len(columns)
@@ -152,22 +138,23 @@ def step_parser(header: str) -> Callable[[str], Row]:
 
 
 def read_steps(path: Path) -> list[Step]:
-    """The steps of a run log that may still grow: reading stops at a half-written or invalid
-    line.
-    """
+    """The steps of a run log that may still grow: reading stops at an invalid line."""
+    parse, lines = _read_lines(path)
     steps: list[Step] = []
+    with suppress(ValueError):
+        for line in lines:
+            steps.append(Step(*parse(line)))
+    return steps
+
+
+def _read_lines(path: Path) -> tuple[Callable[[str], Row], list[str]]:
+    """The parser and the lines of a run log, without a half-written last line."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
-        return steps
+        text = ""
     header, *lines = text[: text.rfind("\n") + 1].splitlines() or [""]
-    parse = step_parser(header)
-    for line in lines:
-        try:
-            steps.append(Step(*parse(line)))
-        except ValueError:
-            break
-    return steps
+    return step_parser(header), lines
 
 
 def count_lines(path: Path) -> int:
@@ -230,17 +217,15 @@ class RunLog:
 
     # Peak is immutable
     def append(self, step: Step, peak: Peak = Peak(), device: str = "cpu") -> None:
-        values = [getattr(step, name) for name in self._columns]
-        cells = [
-            "" if v is None else f"{v:.7g}" if isinstance(v, float) else str(v) for v in values
-        ]
+        cells = [_cell(getattr(step, name)) for name in self._columns]
         self._loss.write(",".join(cells) + "\n")
         self._loss.flush()  # for those who watch
         since = time.perf_counter() - self._start
-        # labelled tokens
-        seconds, speed = self._before + since, (step.tokens - self._tokens) / since
+        seconds = self._before + since
+        speed = (step.tokens - self._tokens) / since  # labelled tokens
         self._telemetry.write(
-            f"{step.step},{seconds:.6f},{speed:.1f},{peak_memory()},{device},{peak.predicted},{peak.measured}\n"
+            f"{step.step},{seconds:.6f},{speed:.1f},{peak_memory()},{device},"
+            f"{peak.predicted},{peak.measured}\n"
         )
 
     def append_samples(self, samples: Sequence[Sample]) -> None:
@@ -263,6 +248,12 @@ class RunLog:
             os.fsync(file.fileno())
 
 
+def _cell(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.7g}" if isinstance(value, float) else str(value)
+
+
 def peak_memory() -> int:
     """Peak resident bytes of this process."""
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts kibibytes
@@ -270,8 +261,7 @@ def peak_memory() -> int:
 
 
 def _open_at(path: Path, header: str, at_step: int) -> TextIO:
-    """Open `path` for appending, truncated after the lines of `at_step`. A line's first number is
-    its step.
+    """Open `path` for appending, truncated after the lines of `at_step`, their first number.
 
     It is truncated in place, so that a kill at any moment keeps the lines before.
     """
@@ -295,8 +285,7 @@ def flat_from(steps: Sequence[Step]) -> int | None:
 
 
 def flat_epoch(means: Sequence[float]) -> int | None:
-    """The first epoch from which the mean loss stays within 5% of the total drop of the last
-    epoch's.
+    """The first epoch from which the mean loss stays within 5% of the total drop of the last's.
 
     None if only the last epoch does: the curve has not flattened.
     """
@@ -315,19 +304,17 @@ def final_loss(steps: Sequence[Step]) -> float | None:
 
 
 def final_accuracy(steps: Sequence[Step]) -> float | None:
-    """The mean share, over the steps of the last epoch, of pairs whose chosen answer has the higher
-    reward.
-    """
+    """The share of pairs whose chosen answer has the higher reward, over the last epoch's steps."""
     last = [step for step in steps if step.epoch == steps[-1].epoch]
     shares = [step.reward_accuracy for step in last if step.reward_accuracy is not None]
     return sum(shares) / len(shares) if shares else None
 
 
 def final_answers(steps: Sequence[Step], patience: int, by_answers: bool) -> float | None:
-    """The share of right answers of the weights that training returned: with `patience` those of
-    its best evaluation.
+    """The share of right answers of the weights that training returned.
 
-    `by_answers`: whether the best has the most right answers, else the lowest loss.
+    With `patience` these are the weights of its best evaluation: the one with the most right
+    answers if `by_answers`, else with the lowest loss.
     """
     asked = [step for step in steps if step.eval_answers is not None]
     if not asked:
@@ -336,30 +323,25 @@ def final_answers(steps: Sequence[Step], patience: int, by_answers: bool) -> flo
         return asked[-1].eval_answers
     if by_answers:
         return max(step.eval_answers or 0.0 for step in asked)
-    losses = [
-        math.inf if step.eval_loss is None or math.isnan(step.eval_loss) else step.eval_loss
-        for step in asked
-    ]
-    return asked[losses.index(min(losses))].eval_answers
+
+    def comparable_loss(step: Step) -> float:
+        loss = step.eval_loss
+        return math.inf if loss is None or math.isnan(loss) else loss
+
+    return min(asked, key=comparable_loss).eval_answers
 
 
 def read_final_loss(path: Path) -> float | None:
-    """`final_loss` of the run log in a file; only the lines of its last epoch are parsed. Raises
-    OSError.
-    """
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return None
-    header, *lines = text[: text.rfind("\n") + 1].splitlines() or [""]
-    parse, steps = step_parser(header), list[Step]()
+    """`final_loss` of a run log; only its last epoch is parsed. Raises OSError."""
+    parse, lines = _read_lines(path)
+    steps: list[Step] = []
     try:
         for line in reversed(lines):
             step = Step(*parse(line))
             if steps and step.epoch != steps[-1].epoch:
                 break
             steps.append(step)
-    except ValueError:  # a half-written or invalid line
+    except ValueError:  # an invalid line
         return final_loss(read_steps(path))
     return final_loss(steps[::-1])
 
@@ -373,9 +355,7 @@ def epoch_means(steps: Sequence[Step]) -> list[float]:
 
 
 def read_run_outcomes(folder: Path) -> dict[str, str]:
-    """Name → outcome of each adapter that has ended, from an artifact or a run folder. Never
-    raises.
-    """
+    """Name → outcome of each adapter that has ended, in an artifact or a run folder."""
     try:
         rows = json.loads((folder / TABLE).read_text(encoding="utf-8"))
         return {name: str(row["state"]) for name, row in rows.items()}
@@ -384,8 +364,6 @@ def read_run_outcomes(folder: Path) -> dict[str, str]:
 
 
 def write_run_outcomes(folder: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the outcomes of adapters that ended early. If that fails, training continues
-    without.
-    """
+    """Write the outcomes of adapters that ended early. If that fails, training continues."""
     with suppress(OSError):
         write_file(folder / TABLE, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")

@@ -23,26 +23,21 @@ State = Literal["running", "done", "stopped", "failed"]
 
 @dataclass(frozen=True)
 class Journal:
-    """One run of a stage. Times are seconds since the epoch; `first`: the step it started or
-    resumed at, at `since`.
-
-    `ended`: 0 while it runs, and if it died. `rate`: units of work per second lately, 0 in the
-    first seconds. `past`: those of the run before, 0 if there was none.
-    """
+    """One run of a stage. Times are seconds since the epoch."""
 
     state: State
     pid: int
     started: float
-    done: int = 0
+    done: int = 0  # of `total` units of work
     total: int = 0
-    first: int = 0
+    first: int = 0  # the unit it started or resumed at, at `since`
     since: float = 0.0
     text: str = ""
     message: str = ""
     notes: list[str] = field(default_factory=list)
-    ended: float = 0.0
-    rate: float = 0.0
-    past: float = 0.0
+    ended: float = 0.0  # 0 while it runs, and if it died
+    rate: float = 0.0  # units of work per second lately; 0 in the first seconds
+    past: float = 0.0  # those of the run before; 0 if there was none
 
     @property
     def seconds(self) -> float | None:
@@ -52,27 +47,21 @@ class Journal:
     @property
     def eta(self) -> float | None:
         """Estimated seconds to the end; None while nothing is known to estimate it from."""
-        if not self.total:
+        left = self.total - self.done
+        if not self.total or not (self.rate > 0 or self.past > 0):
             return None
-        by_rate, by_past = (
-            (self.total - self.done) / rate if rate > 0 else None for rate in (self.rate, self.past)
-        )
-        if by_rate is None or by_past is None:
-            return by_past if by_rate is None else by_rate
+        if not (self.rate > 0 and self.past > 0):
+            return left / max(self.rate, self.past)
         # The first units say little: a library warms up, and those of a study differ. They count by
         # how many are done.
         share = self.done / self.total
-        return share * by_rate + (1 - share) * by_past
+        return share * (left / self.rate) + (1 - share) * (left / self.past)
 
     @property
     def pace(self) -> float:
         """Units of work per second over all of the run, or of the one before if it did nothing."""
-        end = self.ended or self.since
-        return (
-            (self.done - self.first) / (end - self.since)
-            if self.done > self.first and end > self.since
-            else self.past
-        )
+        done, seconds = self.done - self.first, (self.ended or self.since) - self.since
+        return done / seconds if done > 0 and seconds > 0 else self.past
 
 
 def read(folder: Path) -> Journal | None:
@@ -113,9 +102,9 @@ class Writer:
         self._journal = Journal(
             "running", os.getpid(), time.time(), past=before.pace if before else 0.0
         )
-        self._next = 0.0
-        # two moments and what was done then; the rate is that since the earlier one
-        self._marks = (0.0, 0), (0.0, 0)
+        self._next = 0.0  # when progress is written again
+        # two moments, and what was done then: the rate is that since the earlier one
+        self._earlier = self._later = (0.0, 0)
         self.change()
 
     def change(self, **values: Any) -> None:
@@ -141,43 +130,44 @@ class Writer:
         # the start, or of another kind of work
         if total != self._journal.total or done < self._journal.done:
             self._journal = replace(self._journal, first=done, since=now)
-            self._marks = (now, done), (now, done)
-        if now >= self._next or done == total:
-            self._next = now + PAUSE
-            elapsed, (earlier, later) = now - self._journal.since, self._marks
-            # so that the earlier one is a quarter to a half of it ago
-            if now - later[0] > max(WARM_UP, elapsed / 4):
-                self._marks = earlier, later = later, (now, done)
-            rate = (done - earlier[1]) / (now - earlier[0]) if elapsed >= WARM_UP else 0.0
-            self.change(done=done, total=total, text=text, rate=rate)
+            self._earlier = self._later = (now, done)
+        if now < self._next and done != total:
+            return
+        self._next = now + PAUSE
+        elapsed = now - self._journal.since
+        # so that the earlier moment is a quarter to a half of the elapsed time ago
+        if now - self._later[0] > max(WARM_UP, elapsed / 4):
+            self._earlier, self._later = self._later, (now, done)
+        then, done_then = self._earlier
+        rate = (done - done_then) / (now - then) if elapsed >= WARM_UP else 0.0
+        self.change(done=done, total=total, text=text, rate=rate)
 
 
 class Settings(NamedTuple):
-    """What a run was told: the params of its stage, and the key of the artifact that they make."""
+    """The params of a run's stage, and the key of the artifact that they make."""
 
     key: str
     params: Mapping[str, Any]
 
 
 def write_settings(folder: Path, **moments: Settings) -> None:
-    """Keep the settings of a moment: `run`, with which the logs were written; `made`, of the
-    artifact in place.
+    """Keep the settings of a moment: `run`, of the logs; `made`, of the artifact in place.
 
     If that fails, the stage continues without.
     """
+    before = {"run": read_settings(folder, "run"), "made": read_settings(folder, "made")}
+    document = {
+        name: settings._asdict() for name, settings in {**before, **moments}.items() if settings
+    }
     with suppress(OSError):
-        before = {
-            name: settings for name in ("run", "made") if (settings := read_settings(folder, name))
-        }
-        document = {name: settings._asdict() for name, settings in {**before, **moments}.items()}
         write_file(folder / SETTINGS, json.dumps(document, ensure_ascii=False, indent=1) + "\n")
 
 
 def read_settings(folder: Path, moment: Literal["run", "made"]) -> Settings | None:
     """The settings of a moment, or None if there are no readable ones."""
     try:
-        kept = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))[moment]
-        return Settings(str(kept["key"]), dict(kept["params"]))
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))[moment]
+        return Settings(str(settings["key"]), dict(settings["params"]))
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

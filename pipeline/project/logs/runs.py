@@ -1,10 +1,8 @@
-"""Discovers the runs to compare: each training stage's last run, its artifact, and those in the
-cache.
-"""
+"""Discovers runs to compare: each training stage's last run, its artifact, those in the cache."""
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,16 +15,14 @@ from pipeline.project.cache import SHORT_KEY, cache_key
 from pipeline.project.logs import run_state
 from pipeline.project.logs.run_log import DIVERGED, LOSS, SAMPLES, TELEMETRY, read_run_outcomes
 from pipeline.project.logs.run_state import Settings
-from pipeline.project.stage_graph import ARTIFACTS, RUNS, Project, Stage, StageGraph, cache_folder
+from pipeline.project.stage_graph import RUNS, Project, Stage, StageGraph, cache_folder
 
 
 @dataclass(frozen=True)
 class LogFiles:
-    """The log of one curve, and its telemetry if it exists. `name`: the adapter's name in a sweep,
-    else empty.
-    """
+    """The log of one curve, and its telemetry if it exists."""
 
-    name: str
+    name: str  # the adapter's in a sweep, else empty
     loss: Path
     telemetry: Path | None
 
@@ -37,22 +33,17 @@ class LogFiles:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: one curve, or one per adapter of a sweep; `log_folder` contains the logs.
-
-    `folder`: the run folder if this is the stage's last run, which may still be running. `params`:
-    the settings it ran with, as in JSON. `when`: the logs' last change in seconds since the epoch.
-    `sweeps`: whether it is a sweep's. `key`: its artifact's in the cache, `digest`: of what the
-    artifact contains; both empty where the run has made none.
-    """
+    """One training run: one curve, or one per adapter of a sweep."""
 
     stage: str
     label: str
-    log_folder: Path
+    log_folder: Path  # which contains the logs
     curves: tuple[LogFiles, ...]
-    folder: Path | None
-    params: Mapping[str, Any]
-    when: float
+    folder: Path | None  # the run folder of the stage's last run, which may still be running
+    params: Mapping[str, Any]  # the settings it ran with, as in JSON
+    when: float  # the logs' last change in seconds since the epoch
     sweeps: bool = False
+    # of its artifact, in the cache and of what it contains; empty where the run has made none
     key: str = ""
     digest: str = ""
 
@@ -63,16 +54,19 @@ class Run:
 
 @dataclass(frozen=True)
 class _Logs:
-    """The logs of a run folder or an artifact, and the artifact's manifest.
-
-    `digests`: curve → sha256 of its log; None for an adapter that diverged, whose log is not in the
-    artifact.
-    """
+    """The logs of a run folder or an artifact, and the artifact's manifest."""
 
     folder: Path
     curves: tuple[LogFiles, ...]
+    # curve → sha256 of its log; None for an adapter that diverged: the artifact has no log of it
     digests: Mapping[str, str | None]
     manifest: Mapping[str, Any]
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """The settings, if the manifest has them: another version may have written it."""
+        params = self.manifest.get("params")
+        return params if isinstance(params, dict) else {}
 
     @property
     def when(self) -> float:
@@ -80,13 +74,11 @@ class _Logs:
         return max(_stat(curve.loss)[1] for curve in self.curves) / 1e9
 
     def same(self, other: "_Logs") -> bool:
-        """Whether both have the same adapters and equal logs, ignoring logs that one of them lacks
-        (None).
-        """
-        one, two = self.digests, other.digests
-        return one.keys() == two.keys() and all(
-            None in (a, two[name]) or a == two[name] for name, a in one.items()
-        )
+        """Whether both have the same adapters and equal logs, as far as both have them."""
+        if self.digests.keys() != other.digests.keys():
+            return False
+        pairs = [(digest, other.digests[name]) for name, digest in self.digests.items()]
+        return all(None in pair or pair[0] == pair[1] for pair in pairs)
 
 
 def discover_runs(root: Path, project: Project | None, graph: StageGraph) -> list[Run]:
@@ -101,43 +93,39 @@ def discover_runs(root: Path, project: Project | None, graph: StageGraph) -> lis
 
 
 def stamp(root: Path, params: Path, project: Project | None, graph: StageGraph) -> tuple[int, ...]:
-    """Changes when `discover_runs` may return other runs. Takes a dozen calls of os.stat, and one
-    per adapter.
+    """Changes when `discover_runs` may return other runs.
+
+    Takes a dozen calls of os.stat, and one per adapter.
     """
     cache = project.cache if project else cache_folder(root)
     numbers = [*_stat(params)]
     for stage in training_stages(project, graph):
         home = project.home(stage.name).root if project else root
-        folder = home / RUNS / stage.name
-        if stage.kind == "adapters":
-            try:
-                names = sorted(
-                    entry.name
-                    for entry in os.scandir(folder)
-                    if entry.is_dir() and entry.name[0] != "."
-                )
-            except OSError:
-                names = []
-            # With their names, as a renamed folder keeps the inodes
-            numbers += [
-                number for name in names for number in (hash(name), _stat(folder / name / LOSS)[0])
-            ]
-        else:
-            # the inode only: a log that grows is the same run
-            numbers.append(_stat(folder / LOSS)[0])
+        numbers += _log_inodes(home / RUNS / stage.name, stage.kind == "adapters")
         numbers += [*_stat(home / stage.path), *_stat(cache / stage.name)]
     return tuple(numbers)
 
 
+def _log_inodes(folder: Path, sweeps: bool) -> list[int]:
+    """The inodes of a run folder's logs: a log that grows is the same run."""
+    if not sweeps:
+        return [_stat(folder / LOSS)[0]]
+    try:
+        entries = [entry for entry in os.scandir(folder) if entry.is_dir()]
+    except OSError:
+        return []
+    numbers = []
+    for name in sorted(entry.name for entry in entries if entry.name[0] != "."):
+        # with the name, as a renamed folder keeps the inodes
+        numbers += [hash(name), _stat(folder / name / LOSS)[0]]
+    return numbers
+
+
 def training_stages(project: Project | None, graph: StageGraph) -> list[Stage]:
-    """The stages that train, which the project has itself or from its parent, or which ran without
-    a section; without a project, all of the graph."""
-    every = sorted(
-        (stage for stage in graph.product.values() if stage.trains),
-        key=lambda stage: not stage.look,
-    )
+    """The stages that train and that the project shows, methods first; without a project, all."""
     shown = graph.product if project is None else project.shown
-    return [stage for stage in every if stage.name in shown]
+    training = [stage for stage in graph.product.values() if stage.trains and stage.name in shown]
+    return sorted(training, key=lambda stage: not stage.look)
 
 
 def _stat(path: Path) -> tuple[int, int]:
@@ -162,93 +150,96 @@ def curves(folder: Path, sweeps: bool, telemetry: bool = True) -> tuple[LogFiles
 
 
 def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
-    """The runs of a stage, each once: the one in runs/, then the one in artifacts/, then the
-    cache's, newest first.
-    """
+    """The runs of a stage, each once: in runs/, in artifacts/, in the cache from new to old."""
     home = project.home(stage.name) if project else None
-    home_root, cache = home.root if home else root, project.cache if project else cache_folder(root)
-    entries = [entry for entry in (cache / stage.name).glob("[!.]*") if entry.is_dir()]
-    cached = [logs for entry in entries if (logs := _artifact_logs(entry, stage))]
-    last = _artifact_logs(home_root / ARTIFACTS / stage.output, stage)
-    finished = [
-        *([last] if last else []),
-        *sorted(cached, key=lambda logs: logs.when, reverse=True),
-    ]
+    home_root = home.root if home else root
+    cache = project.cache if project else cache_folder(root)
+    last = _artifact_logs(home_root / stage.path, stage)
+    cached = [_artifact_logs(entry, stage) for entry in (cache / stage.name).glob("[!.]*/")]
+    finished = sorted(filter(None, cached), key=lambda logs: logs.when, reverse=True)
+    if last:
+        finished.insert(0, last)
     reference = finished[0].manifest if finished else {}
-    candidates = finished
-    # A run folder has no manifest. Its settings are those of the artifact with the same logs, else
-    # those that it noted.
-    folder, sweeps = home_root / RUNS / stage.name, stage.kind == "adapters"
+
+    folder = home_root / RUNS / stage.name
     noted = run_state.read_settings(folder, "run")
-    now = _current_params(home, stage, noted, reference)
-    found, digests = curves(folder, sweeps), dict[str, str | None]()
-    for curve in found:
-        with suppress(OSError):
-            digests[curve.name] = artifact.file_digest(curve.loss)
-    if digests:
-        running = _Logs(folder, found, digests, {"params": noted.params if noted else now})
-        manifest = next(
-            (logs.manifest for logs in finished if logs.same(running)), running.manifest
-        )
-        candidates = [replace(running, manifest=manifest), *finished]
+    now = _current_params(home, stage, noted, finished[0].params if finished else {})
+    running = _running_logs(folder, stage, noted.params if noted else now, finished)
     # The last run, its artifact and the cache's copy of it are one run, told by equal logs: a run
     # folder has no key.
-    seen: list[_Logs] = []
+    different: list[_Logs] = []
     labels: set[str] = set()
-    for logs in candidates:
-        if any(logs.same(other) for other in seen):
+    for logs in [running, *finished] if running else finished:
+        if any(logs.same(other) for other in different):
             continue
-        seen.append(logs)
-        # What sets it apart: params that differ from the current ones, or else other inputs or code
-        params = logs.manifest.get("params")
-        # of an artifact that another version wrote
-        params = params if isinstance(params, dict) else {}
-        parts = [
-            f" {key} {_abbreviate(value)}"
-            for key, value in params.items()
-            if now.get(key, value) != value
-        ]
-        if not parts:
-            own = [part for part in ("inputs", "code") if part in logs.manifest]
-            parts = [f" other {part}" for part in own if logs.manifest[part] != reference.get(part)]
-        label = stage.name
-        if sweeps:
-            count = len(logs.curves)
-            label += f"  {count} adapter{'s' if count > 1 else ''}{',' if parts else ''}"
-        label += ",".join(parts)
+        different.append(logs)
+        label = _label(stage, logs, now, reference)
         if label in labels:
             label = f"{label} ({logs.folder.name[:SHORT_KEY]})"
         labels.add(label)
-        run_folder = folder if logs.folder == folder else None
-        key = cache_key(logs.manifest)
-        digest = artifact.sealed_digest(logs.manifest) if "files" in logs.manifest else ""
         yield Run(
-            stage.name,
-            label,
-            logs.folder,
-            logs.curves,
-            run_folder,
-            params,
-            logs.when,
-            sweeps,
-            key,
-            digest,
+            stage=stage.name,
+            label=label,
+            log_folder=logs.folder,
+            curves=logs.curves,
+            folder=folder if logs is running else None,
+            params=logs.params,
+            when=logs.when,
+            sweeps=stage.kind == "adapters",
+            key=cache_key(logs.manifest),
+            digest=artifact.sealed_digest(logs.manifest) if "files" in logs.manifest else "",
         )
+
+
+def _running_logs(
+    folder: Path, stage: Stage, params: Mapping[str, Any], finished: Sequence[_Logs]
+) -> _Logs | None:
+    """The logs of the run folder, or None if it has none.
+
+    It has no manifest: its settings are those of the artifact with the same logs, else `params`.
+    """
+    files, digests = curves(folder, stage.kind == "adapters"), dict[str, str | None]()
+    for curve in files:
+        with suppress(OSError):
+            digests[curve.name] = artifact.file_digest(curve.loss)
+    if not digests:
+        return None
+    running = _Logs(folder, files, digests, {"params": params})
+    made = next((logs.manifest for logs in finished if logs.same(running)), running.manifest)
+    return replace(running, manifest=made)
+
+
+def _label(stage: Stage, logs: _Logs, now: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
+    """The stage, and what sets the run apart: other params than now, or else inputs or code."""
+    parts = [
+        f" {key} {_abbreviate(value)}"
+        for key, value in logs.params.items()
+        if now.get(key, value) != value
+    ]
+    if not parts:
+        parts = [
+            f" other {name}"
+            for name in ("inputs", "code")
+            if name in logs.manifest and logs.manifest[name] != reference.get(name)
+        ]
+    differences = ",".join(parts)
+    if stage.kind != "adapters":
+        return stage.name + differences
+    count = len(logs.curves)
+    adapters = f"{count} adapter{'s' if count > 1 else ''}"
+    return f"{stage.name}  {adapters}{',' if parts else ''}{differences}"
 
 
 def _current_params(
     home: Project | None, stage: Stage, noted: Settings | None, last: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """The params from which a run's differ: those of the params file; where it has no such section,
-    the last run's.
-    """
+    """The params that labels compare with: the params file's, else those of the last run."""
     if home and stage.name in home.readable:
         current: Mapping[str, Any] = json.loads(json.dumps(home.stage_params(stage)))
         return current
     if home and noted:
         return noted.params
-    params = last.get("params") if home else {}
-    return params if isinstance(params, dict) else {}
+    return last if home else {}
 
 
 def _artifact_logs(folder: Path, stage: Stage) -> _Logs | None:
@@ -257,15 +248,19 @@ def _artifact_logs(folder: Path, stage: Stage) -> _Logs | None:
         manifest = artifact.read_manifest(folder)
     except UserError:
         return None
-    digests: dict[str, str | None] = {}
-    found = curves(folder, stage.kind == "adapters", telemetry=False)
-    for curve in found:
+    files = curves(folder, stage.kind == "adapters", telemetry=False)
+    if not files:
+        return None
+    outcomes = read_run_outcomes(folder)
+    digests: dict[str, str | None] = {
+        name: None for name, outcome in outcomes.items() if outcome == DIVERGED
+    }
+    for curve in files:
         digest = manifest["files"].get(str(curve.loss.relative_to(folder)))
         if not isinstance(digest, str) or not curve.loss.is_file():
             return None
         digests[curve.name] = digest
-    diverged = [name for name, end in read_run_outcomes(folder).items() if end == DIVERGED]
-    return _Logs(folder, found, {**dict.fromkeys(diverged), **digests}, manifest) if found else None
+    return _Logs(folder, files, digests, manifest)
 
 
 def _abbreviate(value: Any) -> str:

@@ -1,5 +1,4 @@
-"""Other names for what params.yaml and `lora` call by one: our own former names, and those of other
-tools.
+"""Other names of keys, commands and options: our own former ones, and those of other tools.
 
 An unknown key, command or option is answered with the name here; `lora new --from` reads other
 tools' configs by the same names, and `python -m docs` writes the page of them. A key may be written
@@ -11,17 +10,18 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 
-def _by_other_name(names: Mapping[str, str]) -> dict[str, str]:
+def by_other_name(names: Mapping[str, str]) -> dict[str, str]:
     """Other name → the name here, from the name here → its other names in one text."""
     return {other: name for name, others in names.items() for other in others.split()}
 
 
-# Keys and sections of params.yaml. Files of earlier versions have `base` in the section that it
-# stands above now.
-KEYS = _by_other_name(
+# Keys and sections of params.yaml. In files of earlier versions `base` stands in a section.
+KEYS = by_other_name(
     {
-        "base": "pretrain.base import.base base_model model model_name model_name_or_path model_id pretrained_model "
-        "base_model_name_or_path",
+        "base": (
+            "pretrain.base import.base base_model model model_name model_name_or_path model_id "
+            "pretrained_model base_model_name_or_path"
+        ),
         "train_from_scratch": "scratch finetune_scratch",
         "finetune_lora": "lora qlora finetune_qlora peft",
         "finetune_dpo": "dpo ipo kto orpo simpo rlhf",
@@ -33,31 +33,43 @@ KEYS = _by_other_name(
         "evaluate": "eval evaluation",
         "rank": "r lora_r lora_rank",
         "alpha": "lora_alpha scale",
-        "target_modules": "lora_target lora_targets lora_target_modules lora_target_linear targets keys",
+        "target_modules": (
+            "lora_target lora_targets lora_target_modules lora_target_linear targets keys"
+        ),
         "lora_dropout": "dropout lora_drop adapter_dropout",
         "neftune_alpha": "neftune_noise_alpha noisy_embedding_alpha neftune",
         "dora": "use_dora lora_dora peft_use_dora",
         "rslora": "use_rslora rs_lora peft_use_rslora",
         "init_lora_weights": "init_lora pissa_init peft_init_lora_weights",
         "loraplus_ratio": "loraplus_lr_ratio lora_plus_ratio",
-        "train_embeddings": "modules_to_save trainable_token_indices lora_modules_to_save additional_target",
-        "quantization": "load_in_4bit load_in_8bit quantize quantization_bit bits double_quantization "
-        "bnb_4bit_use_double_quant use_bnb_nested_quant",
+        "train_embeddings": (
+            "modules_to_save trainable_token_indices lora_modules_to_save additional_target"
+        ),
+        "quantization": (
+            "load_in_4bit load_in_8bit quantize quantization_bit bits double_quantization "
+            "bnb_4bit_use_double_quant use_bnb_nested_quant"
+        ),
         "virtual_tokens": "num_virtual_tokens prefix_length prompt_length",
         "optimizer": "optim optimizer_type optimizer_name optimizer_class",
         "weight_decay": "wd decay l2",
         "epochs": "num_epochs num_train_epochs n_epochs",
-        "max_steps": "num_train_steps max_train_steps num_steps iters max_iters train_steps total_steps",
+        "max_steps": (
+            "num_train_steps max_train_steps num_steps iters max_iters train_steps total_steps"
+        ),
         "batch_size": "per_device_train_batch_size micro_batch_size train_batch_size",
         "learning_rate": "lr learning_rate_max max_lr",
         "schedule": "lr_scheduler lr_scheduler_type lr_schedule scheduler",
         "warmup_steps": "warmup num_warmup_steps warmup_iters",
         "warmup_ratio": "warmup_proportion warmup_fraction lr_warmup_ratio",
         "max_grad_norm": "clip_norm grad_clip gradient_clipping clip_grad_norm max_norm",
-        "gradient_accumulation_steps": "accumulate gradient_accumulation grad_accumulation_steps grad_accum "
-        "accumulate_grad_batches",
+        "gradient_accumulation_steps": (
+            "accumulate gradient_accumulation grad_accumulation_steps grad_accum "
+            "accumulate_grad_batches"
+        ),
         "gradient_checkpointing": "checkpointing grad_checkpoint activation_checkpointing",
-        "max_length": "max_seq_length max_seq_len sequence_len cutoff_len model_max_length block_size",
+        "max_length": (
+            "max_seq_length max_seq_len sequence_len cutoff_len model_max_length block_size"
+        ),
         "precision": "bf16 fp16 torch_dtype mixed_precision compute_dtype",
         "data": "dataset datasets dataset_name dataset_path train_file train_data data_path",
         "eval_share": "val_set_size test_size val_size eval_split validation_split",
@@ -82,69 +94,69 @@ KEYS = _by_other_name(
         "seed": "random_seed random_state",
     }
 )
-# Other tools' settings without a counterpart here, from the reason; a star stands for any
-# characters.
-NO_COUNTERPART = _by_other_name(
+# Other tools' settings without a counterpart here: why → settings; * stands for any characters.
+NO_COUNTERPART = by_other_name(
     {
-        "`lora finetune METHOD --devices N` runs on several "
-        "devices": "deepspeed fsdp* ddp* tensor_parallel* "
-        "context_parallel* sequence_parallel* local_rank accelerator_config ray* use_cpu",
-        "attention, kernels and packing are chosen by the model and the "
-        "device": "flash_att* attn_implementation "
-        "xformers_attention sdp_attention s2_attention eager_attention *sample_packing packing* "
-        "pad_to_* "
-        "group_by_length length_column_name tf32 torch_compile* liger* use_liger* enable_liger* "
-        "use_unsloth* "
-        "lora_*_kernel neat_packing padding_free plugins optim_target_modules "
-        "torch_empty_cache_steps use_cache "
-        "train_sampling_strategy *_checkpointing_kwargs",
-        "`report_to`, above the sections, names the trackers of "
-        "runs": "report_to wandb* mlflow* comet* swanlab* "
-        "trackio* *tensorboard* logging_* log_* run_name plot_loss steps_per_report project "
-        "include_*tokens* "
-        "disable_tqdm debug",
-        "results go to artifacts/, each stage to its "
-        "folder": "*output_dir adapter_path adapter_file save_strategy "
-        "save_total_limit save_only_model save_on_each_node save_safetensors saves_per_epoch "
-        "save_first_step",
+        "`lora finetune METHOD --devices N` runs on several devices": (
+            "deepspeed fsdp* ddp* tensor_parallel* context_parallel* sequence_parallel* local_rank "
+            "accelerator_config ray* use_cpu"
+        ),
+        "attention, kernels and packing are chosen by the model and the device": (
+            "flash_att* attn_implementation xformers_attention sdp_attention s2_attention "
+            "eager_attention *sample_packing packing* pad_to_* group_by_length length_column_name "
+            "tf32 torch_compile* liger* use_liger* enable_liger* use_unsloth* lora_*_kernel "
+            "neat_packing padding_free plugins optim_target_modules torch_empty_cache_steps "
+            "use_cache train_sampling_strategy *_checkpointing_kwargs"
+        ),
+        "`report_to`, above the sections, names the trackers of runs": (
+            "report_to wandb* mlflow* comet* swanlab* trackio* *tensorboard* logging_* log_* "
+            "run_name plot_loss steps_per_report project include_*tokens* disable_tqdm debug"
+        ),
+        "results go to artifacts/, each stage to its folder": (
+            "*output_dir adapter_path adapter_file save_strategy save_total_limit save_only_model "
+            "save_on_each_node save_safetensors saves_per_epoch save_first_step"
+        ),
         "nothing is uploaded": "push_to_hub* hub_*",
-        "the base's own chat template is "
-        "used": "chat_template* template default_system tokenizer_* special_tokens add_eos_token",
-        "what is trained on follows from the data's format: `lora data "
-        "show`": "train_on_* roles_to_train "
-        "assistant_only_loss completion_only_loss mask_prompt mask_history dataset_text_field "
-        "remove_unused_columns "
-        "label_names",
-        "data files are read as they are, all of "
-        "them": "dataset_prepared_path dataset_dir overwrite_cache "
-        "preprocessing_num_workers dataset_num_proc dataset_processes dataset_kwargs "
-        "dataset_split* dataset_config "
-        "shuffle_dataset dataloader_* max_samples streaming data_seed",
-        "a killed run resumes by itself from its last "
-        "checkpoint": "*resume_from_checkpoint* restore_callback_* "
-        "ignore_data_skip enable_jit_checkpoint",
-        "an adapter is trained on the base, a new one unless init_from names "
-        "one": "create_new_adapter inference_mode",
-        "LoRA goes on every block; name linears in "
-        "target_modules": "num_layers lora_layers* *layers_to_transform "
-        "layers_pattern exclude_modules",
-        "it runs code that comes with a base: set import.trust_remote_code if you trust "
-        "it": "trust_remote_code",
-        "held-out examples are chosen by "
-        "eval_share": "eval*_strategy do_eval do_predict eval_dataset test_datasets "
-        "val_batches test test_batches evals_per_epoch *eval_batch_size eval_delay eval_on_start "
-        "eval_accumulation_steps eval_do_* eval_use_* eval_table_size eval_max_new_tokens "
-        "batch_eval_metrics "
-        "prediction_loss_only *_full_eval load_best_model_at_end greater_is_better "
-        "include_for_metrics",
-        "the reference is the same model, without the adapter or as it "
-        "begins": "ref_model* ref_adapter* precompute_ref_log_probs",
-        "only examples and preferences are learned "
-        "from": "rl training_mode pref_bco_weight dpo_norm_loss "
-        "dpo_use_* kto_* ppo_* reward_model*",
+        "the base's own chat template is used": (
+            "chat_template* template default_system tokenizer_* special_tokens add_eos_token"
+        ),
+        "what is trained on follows from the data's format: `lora data show`": (
+            "train_on_* roles_to_train assistant_only_loss completion_only_loss mask_prompt "
+            "mask_history dataset_text_field remove_unused_columns label_names"
+        ),
+        "data files are read as they are, all of them": (
+            "dataset_prepared_path dataset_dir overwrite_cache preprocessing_num_workers "
+            "dataset_num_proc dataset_processes dataset_kwargs dataset_split* dataset_config "
+            "shuffle_dataset dataloader_* max_samples streaming data_seed"
+        ),
+        "a killed run resumes by itself from its last checkpoint": (
+            "*resume_from_checkpoint* restore_callback_* ignore_data_skip enable_jit_checkpoint"
+        ),
+        "an adapter is trained on the base, a new one unless init_from names one": (
+            "create_new_adapter inference_mode"
+        ),
+        "LoRA goes on every block; name linears in target_modules": (
+            "num_layers lora_layers* *layers_to_transform layers_pattern exclude_modules"
+        ),
+        "it runs code that comes with a base: set import.trust_remote_code if you trust it": (
+            "trust_remote_code"
+        ),
+        "held-out examples are chosen by eval_share": (
+            "eval*_strategy do_eval do_predict eval_dataset test_datasets val_batches test "
+            "test_batches evals_per_epoch *eval_batch_size eval_delay eval_on_start "
+            "eval_accumulation_steps eval_do_* eval_use_* eval_table_size eval_max_new_tokens "
+            "batch_eval_metrics prediction_loss_only *_full_eval load_best_model_at_end "
+            "greater_is_better include_for_metrics"
+        ),
+        "the reference is the same model, without the adapter or as it begins": (
+            "ref_model* ref_adapter* precompute_ref_log_probs"
+        ),
+        "only examples and preferences are learned from": (
+            "rl training_mode pref_bco_weight dpo_norm_loss dpo_use_* kto_* ppo_* reward_model*"
+        ),
     }
 )
-COMMANDS = _by_other_name(
+COMMANDS = by_other_name(
     {
         "train-from-scratch": "scratch",
         "train": "sft tune fine-tune fit",
@@ -166,7 +178,7 @@ COMMANDS = _by_other_name(
         "spectrum": "svd",
     }
 )
-OPTIONS = _by_other_name(
+OPTIONS = by_other_name(
     {
         "--format": "--as --to --type",
         "--base": "--model --model-path --base-model --model-name-or-path",
@@ -190,26 +202,23 @@ OPTIONS = _by_other_name(
 
 
 def why_none(name: str) -> str | None:
-    """Why another tool's setting has no counterpart here; None for a name that the table does not
-    have.
-    """
-    patterns = (
-        why
-        for pattern, why in NO_COUNTERPART.items()
-        if "*" in pattern and fnmatchcase(name, pattern)
-    )
-    return NO_COUNTERPART.get(name) or next(patterns, None)
+    """Why another tool's setting has no counterpart here; None if the table does not have it."""
+    if name in NO_COUNTERPART:
+        return NO_COUNTERPART[name]
+    for pattern, why in NO_COUNTERPART.items():
+        if "*" in pattern and fnmatchcase(name, pattern):
+            return why
+    return None
 
 
 def suggest(
     name: str, known: Iterable[str], aliases: Mapping[str, str], section: str = ""
 ) -> str | None:
-    """The known name that is meant by `name`: by the table, else the nearest in spelling; None if
-    none is near.
-    """
+    """The known name that `name` means: by the table, else the nearest in spelling, if any is."""
     names = list(known)
     for alias in (f"{section}.{name}", name):
-        if (meant := aliases.get(alias)) in names or (meant and "." in alias):
+        meant = aliases.get(alias)
+        if meant in names or (meant and "." in alias):
             return meant
     near = get_close_matches(name, names, n=1, cutoff=0.5)
     return near[0] if near else None

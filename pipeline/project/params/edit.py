@@ -44,15 +44,16 @@ def set_values(text: str, values: Mapping[str, Any]) -> str:
 
 
 def comments(text: str) -> dict[str, str]:
-    """What a params file says of its keys: `section.key`, or key above the sections → the comment
-    on its line, else the comment lines directly above it. Of a file that is not valid YAML:
-    nothing.
+    """`section.key`, or key above the sections → what a params file says of it.
+
+    That is the comment on its line, else the comment lines directly above it. There are none of a
+    file that is not valid YAML.
     """
     try:
         root = yaml.compose(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, RecursionError):
         return {}
-    lines, found = text.splitlines(), dict[str, str]()
+    lines, by_key = text.splitlines(), dict[str, str]()
 
     def read(prefix: str, node: yaml.Node | None) -> None:
         for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
@@ -68,18 +69,18 @@ def comments(text: str) -> dict[str, str]:
                     above -= 1
                 comment = " ".join(line.strip(" #") for line in lines[above:first])
             if comment.strip():
-                found[f"{prefix}{key.value}"] = comment.strip()
+                by_key[f"{prefix}{key.value}"] = comment.strip()
             if not prefix:
                 read(f"{key.value}.", value)
 
     read("", root)
-    return found
+    return by_key
 
 
 def remove_section(text: str, section: str) -> str:
     """`text` without a section and its trailing comments."""
-    lines, keep, remaining = text.splitlines(keepends=True), True, []
-    for line in lines:
+    keep, remaining = True, []
+    for line in text.splitlines(keepends=True):
         if line[0] not in " \t\r\n#":
             keep = line.partition(":")[0] != section
         if keep:
@@ -88,23 +89,20 @@ def remove_section(text: str, section: str) -> str:
 
 
 def section_text(name: str, kind: type[Section], on_pretrained: bool = False) -> str:
-    """A new section as text for params.yaml: its own keys, and of those that all training stages
-    share the ones whose default is another here. On a pretrained base only its data: all else
-    follows from the base."""
+    """A new section as text for params.yaml.
+
+    It has the section's own keys, and of those that all training stages share the ones whose
+    default is another here. On a pretrained base it has only its data: all else follows from the
+    base.
+    """
     default, shared = kind(), Training()
-    keys = {
-        key: getattr(default, key)
-        for key in kind.__struct_fields__
-        if key not in TOP_LEVEL
-        and (
-            key == "data"
-            or key not in Training.__struct_fields__
-            or getattr(default, key) != getattr(shared, key)
-        )
-        and (key == "data" or not on_pretrained)
-    }
-    lines = "".join(f"  {key}: {dump_inline(value)}\n" for key, value in keys.items())
-    return f"{name}:\n{lines}" if lines else f"{name}: {{}}\n"
+    lines = []
+    for key in kind.__struct_fields__:
+        value = getattr(default, key)
+        is_shared = hasattr(shared, key) and value == getattr(shared, key)
+        if key == "data" or not (key in TOP_LEVEL or is_shared or on_pretrained):
+            lines.append(f"  {key}: {dump_inline(value)}\n")
+    return f"{name}:\n{''.join(lines)}" if lines else f"{name}: {{}}\n"
 
 
 def _set(text: str, root: yaml.MappingNode, section: str, name: str, value: Any) -> str:
@@ -162,9 +160,7 @@ def _replace_node(text: str, node: yaml.Node, value: Any) -> str:
 
 
 def _end(node: yaml.Node) -> int:
-    """The index where a node's own text ends. A block's end mark would be after the comments that
-    follow.
-    """
+    """The index where a node's text ends. A block's end mark is after the comments that follow."""
     if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
         last = node.value[-1]
         return _end(last[1] if isinstance(last, tuple) else last)

@@ -5,9 +5,8 @@ Precedence: a section's defaults for its base < the `training:` block, for what 
 """
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,8 +34,8 @@ RUNNING = "running"
 DEFAULT, PRETRAINED = "default", "default for a pretrained base"
 OVERRIDE = "--set"
 # A file with this first line was written by `lora new` when a pretrained base had MiniGPT's
-# defaults. It left them out, fp32 on a device without bf16 and the epochs where max_steps counts,
-# and keeps them.
+# defaults. It left them out, and keeps them: fp32 on a device without bf16, and the epochs where
+# max_steps counts.
 EARLIER, EARLIER_DEFAULTS = "# Written by `lora new`. ", {"precision": "fp32", "epochs": 50}
 # keys above the sections → the section that holds them in memory; `running` is no stage's, so
 # nothing is made again
@@ -45,28 +44,24 @@ TOP_LEVEL: Mapping[str, str] = {"base": "import", **dict.fromkeys(hints(Running)
 
 @dataclass(frozen=True)
 class Params:
-    """All of params.yaml. `params.section(name)`, or `params.name`, is a section; one not in the
-    file has its defaults.
+    """All of params.yaml. `params.section(name)` or `params.name` is a section."""
 
-    `kinds`: every section that a file may have. `tree`: what the file says, section → key → value
-    as YAML loads it. `training`: the block of defaults for what trains, the file's own on that of
-    the file that it builds on. `sources`: section.key → where it is set, for keys that are.
-    `project`: the params file whose artifacts and settings this one builds on, relative to its
-    folder; empty where it stands alone. `file`: its name. `named`: the sections that it names;
-    `base` alone gives a project the stage that makes it. `running`: where its runs compute and are
-    shown. `width`: of an imported base's hidden states, where it is known.
-    """
-
+    # every section that a file may have
     kinds: Kinds = field(compare=False)
     sections: Mapping[str, Section] = field(default_factory=dict)
+    # what the file says: section → key → value as YAML loads it
     tree: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False)
+    # the block of defaults for what trains: the file's, on that of the file that it builds on
     training: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    # section.key → where it is set, for keys that are
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+    # the params file whose artifacts and settings this one builds on, relative to its folder
     project: str = ""
     file: str = field(default="params.yaml", compare=False)
+    # the sections that the file names; `base` alone gives a project the stage that makes it
     named: frozenset[str] = field(default=frozenset(), compare=False)
     running: Running = field(default=Running(), compare=False)
-    width: int | None = None
+    width: int | None = None  # of an imported base's hidden states, where it is known
 
     @property
     def written(self) -> frozenset[str]:
@@ -108,10 +103,11 @@ class Params:
 
     def replaced(self, sections: Mapping[str, Section]) -> "Params":
         """A copy with some sections replaced. Of these no value is a default any more."""
-        keys = (key_path(name, key) for name in sections for key in hints(self.kinds[name]))
-        return replace(
-            self._with(sections), sources={**self.sources, **dict.fromkeys(keys, "another section")}
-        )
+        sources = dict(self.sources)
+        for name in sections:
+            for key in hints(self.kinds[name]):
+                sources[key_path(name, key)] = "another section"
+        return replace(self._with(sections), sources=sources)
 
     def _with(self, sections: Mapping[str, Section]) -> "Params":
         return replace(self, sections={**self.sections, **sections})
@@ -121,34 +117,29 @@ class Params:
         return self.kinds[name].defaults(self.pretrained)
 
     def source(self, section: str, key: str) -> str:
-        """Where a value comes from: "--set", a params file, its training block, DEFAULT or
-        PRETRAINED.
-        """
-        if where := self._where_set(section, key):
-            return where
+        """Where a value comes from: --set, a params file, its training block or a default."""
+        if where_set := self._where_set(section, key):
+            return where_set
         if not self.pretrained or section == RUNNING:
             return DEFAULT
         of_base = self._kind(section).pretrained(self.pretrained, self._set_keys(section))
         return PRETRAINED if key in of_base else DEFAULT
 
     def following(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The defaults of a section that become others where `values` are set too, as alpha does
-        with the rank.
-        """
+        """The defaults of a section that change where `values` are set, as alpha with the rank."""
         if not self.pretrained:
             return {}
         kind, section = self._kind(name), self.section(name)
         given = {**self._set_keys(name), **values}
         default = kind(**kind.pretrained(self.pretrained, given))
-        free = (key for key in hints(kind) if key not in given)
         return {
             key: getattr(default, key)
-            for key in free
-            if getattr(default, key) != getattr(section, key)
+            for key in hints(kind)
+            if key not in given and getattr(default, key) != getattr(section, key)
         }
 
     def _set_keys(self, section: str) -> dict[str, Any]:
-        """Key → value of those that are no defaults."""
+        """Key → value of the section's keys that are set."""
         values = self.section(section)
         return {
             key: getattr(values, key)
@@ -158,12 +149,11 @@ class Params:
 
     def _where_set(self, section: str, key: str) -> str:
         """The file, its training block or --set; empty for a default."""
-        path, shared = key_path(section, key), f"{TRAINING}.{key}"
-        kind = self._kind(section)
+        if where_set := self.sources.get(key_path(section, key)):
+            return where_set
+        kind, shared = self._kind(section), f"{TRAINING}.{key}"
         inherits = issubclass(kind, Training) and key not in kind.NOT_SHARED
-        if inherits and path not in self.sources and shared in self.sources:
-            return f"{self.sources[shared]}, {TRAINING}"
-        return self.sources.get(path, "")
+        return f"{self.sources[shared]}, {TRAINING}" if inherits and shared in self.sources else ""
 
     def _kind(self, section: str) -> type[Section]:
         return Running if section == RUNNING else self.kinds[section]
@@ -201,7 +191,7 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
             f"{PROJECT} must be the path of a params file, got {project!r}. Edit {path.name}."
         )
     written = set(tree)
-    overridden = {_apply_override(tree, override) for override in overrides}
+    overridden = [_apply_override(tree, override) for override in overrides]
     added = tree.keys() - written - TOP_LEVEL.keys()
     if project and (inherited := sorted(added - {TRAINING})):
         raise UserError(
@@ -210,52 +200,33 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
         )
     origin = ValueSource(path.name, frozenset({*overridden, *added}))
     if unknown := [key for key in tree if key not in (*TOP_LEVEL, TRAINING) and key not in kinds]:
-        reject_unknown_keys(
-            dict.fromkeys(unknown), [*kinds, *TOP_LEVEL, TRAINING, PROJECT], "", origin
-        )
+        known = [*kinds, *TOP_LEVEL, TRAINING, PROJECT]
+        reject_unknown_keys(dict.fromkeys(unknown), known, "", origin)
+
     # `base` is a setting of import, but stands above the sections: most users set it alone.
     above = {key: tree.pop(key) for key in TOP_LEVEL if key in tree}
     running = {
-        key: check_value(hint, above.pop(key), key, origin)
+        key: check_value(hint, above[key], key, origin)
         for key, hint in hints(Running).items()
         if key in above
     }
-    for name, keys in tree.items():
-        if keys is not None and not isinstance(keys, dict):
-            raise UserError(
-                f"{origin.of(name)}: {name} must be a section of key: value lines, got {keys!r}."
-            )
-        known = [
-            key
-            for key in hints(Training if name == TRAINING else kinds[name])
-            if key not in TOP_LEVEL
-        ]
-        reject_unknown_keys(keys or {}, known, f"{name}.", origin)
+    _check_keys(tree, kinds, origin)
     # `section:` without keys has all defaults
     tree = {name: keys or {} for name, keys in tree.items()}
-    if "data" in tree.get(TRAINING, {}):
-        raise UserError(
-            "training.data: each stage names its own data, which dvc.yaml watches. Move it to the "
-            "stages' sections."
-        )
     named = frozenset(tree)
     # `base: …` alone makes import, for MiniGPT pretrain, one of the file's sections
-    for key, value in above.items():
-        tree[TOP_LEVEL[key]] = {**tree.get(TOP_LEVEL[key], {}), key: value}
-        if value == Import().base and "pretrain" in kinds:
+    if "base" in above:
+        tree["import"] = {**tree.get("import", {}), "base": above["base"]}
+        if above["base"] == Import().base and "pretrain" in kinds:
             tree.setdefault("pretrain", {})
-    sources = {
-        key_path(name, key): origin.of(key_path(name, key))
-        for name, keys in tree.items()
-        for key in keys
-    }
+
+    paths = [key_path(name, key) for name, keys in tree.items() for key in keys]
+    sources = {path: origin.of(path) for path in [*paths, *running]}
     training = tree.get(TRAINING, {})
-    sources |= {key: origin.of(key) for key in running}
     if text.startswith(EARLIER):
         training = {**EARLIER_DEFAULTS, **training}
-        sources = {
-            f"{TRAINING}.{key}": "an earlier `lora new`" for key in EARLIER_DEFAULTS
-        } | sources
+        for key in EARLIER_DEFAULTS:
+            sources.setdefault(f"{TRAINING}.{key}", "an earlier `lora new`")
     params = Params(
         kinds, {}, tree, training, sources, project, path.name, named, Running(**running)
     )
@@ -266,90 +237,88 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
     return _build(params, origin)
 
 
+def _check_keys(tree: Mapping[str, Any], kinds: Kinds, origin: ValueSource) -> None:
+    """Raises UserError for what is no section, and for a section's unknown key."""
+    for name, keys in tree.items():
+        if keys is not None and not isinstance(keys, dict):
+            raise UserError(
+                f"{origin.of(name)}: {name} must be a section of key: value lines, got {keys!r}."
+            )
+        kind = Training if name == TRAINING else kinds[name]
+        known = [key for key in hints(kind) if key not in TOP_LEVEL]
+        reject_unknown_keys(keys or {}, known, f"{name}.", origin)
+    if "data" in (tree.get(TRAINING) or {}):
+        raise UserError(
+            "training.data: each stage names its own data, which dvc.yaml watches. Move it to the "
+            "stages' sections."
+        )
+
+
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """`section.key`, or a key above the sections → the value that an override gives it. Raises
-    UserError.
+    """`section.key`, or a key above the sections → the value that an override gives it.
+
+    Raises UserError.
     """
-    values: dict[str, Any] = {}
-    for override in overrides:
-        tree: dict[str, Any] = {}
-        path = _apply_override(tree, override)
-        section, dot, key = path.partition(".")
-        values[path] = tree[section][key] if dot else tree[section]
-    return values
+    return dict(map(_read_override, overrides))
 
 
 def inherit(
     params: Params, parent: Params, files: Mapping[str, Collection[str]], prefix: str
 ) -> Params:
-    """`params` with the parent's block of training defaults beneath its own, and the parent's
-    sections where it has none itself.
+    """`params` on its parent's training block, and with the parent's sections that it has not.
 
     `files`: section → its keys that name files. Their paths get the `prefix` that leads to the
     parent's folder.
     """
+
+    def from_here(path: str) -> str:
+        if not path or path.startswith("~"):
+            return path
+        return Path(os.path.normpath(Path(prefix) / path)).as_posix()
+
     sources = {key: f"{prefix}/{source}" for key, source in parent.sources.items()}
-    training = {**parent.training, **params.training}
-    said = {key: getattr(params.running, key) for key in hints(Running) if key in params.sources}
-    running = structs.replace(parent.running, **said)
-    width = params.width if "import" in params.written else parent.width
-    sources |= params.sources
-    own = replace(params, training=training, sources=sources, running=running, width=width)
+    running = {key: getattr(params.running, key) for key in hints(Running) if key in params.sources}
+    child = replace(
+        params,
+        training={**parent.training, **params.training},
+        sources={**sources, **params.sources},
+        running=structs.replace(parent.running, **running),
+        width=params.width if "import" in params.written else parent.width,
+    )
     # The child's sections are read again, on the parent's training block. The parent's are taken as
     # they were read in its file, where its own block counts: the artifacts that the child reads
     # were made with these.
-    overridden = frozenset(key for key, source in params.sources.items() if source == OVERRIDE)
     inherited = {}
     for name in parent.written - params.written:
         section = parent.section(name)
-        change = partial(_prefix_path, prefix=prefix)
-        paths = {key: change_paths(getattr(section, key), change) for key in files.get(name, ())}
+        paths = {key: change_paths(getattr(section, key), from_here) for key in files.get(name, ())}
         inherited[name] = structs.replace(section, **paths)
-    return _build(own._with(inherited), ValueSource(params.file, overridden))
+    overridden = frozenset(key for key, source in params.sources.items() if source == OVERRIDE)
+    return _build(child._with(inherited), ValueSource(params.file, overridden))
 
 
 def _build(params: Params, origin: ValueSource) -> Params:
     """`params` with the sections that its tree says, checked."""
-    return params._with({name: _read_section(name, params, origin) for name in params.written})
+    names = [name for name in params.tree if name != TRAINING]
+    return params._with({name: _read_section(name, params, origin) for name in names})
 
 
 def _read_section(name: str, params: Params, origin: ValueSource) -> Section:
-    """What the file says of a section, on the training block if it trains, on the section's
-    defaults for the base.
-    """
+    """What the file says of a section, on the training block if it trains, on its defaults."""
     kind = params.kinds[name]
     types = hints(kind)
-    shared = {}
+    values = {}
     if issubclass(kind, Training):
-        shared = {
-            key: value for key, value in params.training.items() if key not in kind.NOT_SHARED
-        }
-    values = {
-        key: check_value(types[key], value, f"{TRAINING}.{key}", origin)
-        for key, value in shared.items()
-    }
+        for key, value in params.training.items():
+            if key not in kind.NOT_SHARED:
+                values[key] = check_value(types[key], value, f"{TRAINING}.{key}", origin)
     for key, value in params.tree.get(name, {}).items():
         values[key] = check_value(types[key], value, key_path(name, key), origin)
     base = None if kind is Import else params.pretrained
-    return _named(name, lambda: kind.defaults(base, values))
-
-
-def _named(name: str, make: Callable[[], Section]) -> Section:
-    """What `make` returns; the message of a section whose keys contradict each other begins with
-    its name.
-    """
     try:
-        return make()
-    except UserError as error:
+        return kind.defaults(base, values)
+    except UserError as error:  # of keys that contradict each other
         raise UserError(f"{name}.{error}") from None
-
-
-def _prefix_path(path: str, prefix: str) -> str:
-    return (
-        path
-        if not path or path.startswith("~")
-        else Path(os.path.normpath(Path(prefix) / path)).as_posix()
-    )
 
 
 def _read_tree(text: str, path: Path) -> dict[str, Any]:
@@ -364,36 +333,43 @@ def _read_tree(text: str, path: Path) -> dict[str, Any]:
     return tree
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> str:
-    """Set the override's value in the tree. Returns its section.key."""
+def _read_override(override: str) -> tuple[str, Any]:
+    """The `section.key`, or the key above the sections, and its value. Raises UserError."""
     from pipeline.files import strict_yaml
 
     path, equals, text = override.partition("=")
-    section, dot, key = path.strip().partition(".")
+    path = path.strip()
+    section, dot, key = path.partition(".")
     if not (equals and (key if dot else section in TOP_LEVEL)):
         raise UserError(
             f"--set takes section.key=value, such as finetune_lora.rank=8, got {override!r}."
         )
     try:
-        value = strict_yaml.load(text)
+        return path, strict_yaml.load(text)
     except ValueError:
-        raise UserError(f"--set {path.strip()}: {text!r} is not a YAML value.") from None
+        raise UserError(f"--set {path}: {text!r} is not a YAML value.") from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> str:
+    """Set the override's value in the tree. Returns its section.key."""
+    path, value = _read_override(override)
+    section, dot, key = path.partition(".")
     if not dot:
         tree[section] = value
-        return section
-    branch = tree[section] = {} if tree.get(section) is None else tree[section]
-    if not isinstance(branch, dict):
-        raise UserError(f"--set {path.strip()}: {section} is not a section in the params file.")
-    branch[key] = value
-    return f"{section}.{key}"
+        return path
+    if tree.get(section) is None:
+        tree[section] = {}
+    if not isinstance(tree[section], dict):
+        raise UserError(f"--set {path}: {section} is not a section in the params file.")
+    tree[section][key] = value
+    return path
 
 
 def check(params: Params, name: str, key: str, value: Any) -> None:
-    """Raises UserError if `value` is invalid for `key` of section `name`, given the other keys of
-    the file.
-    """
-    tree = {**params.tree, name: {**params.tree.get(name, {}), key: value}}
-    _read_section(name, replace(params, tree=tree), ValueSource(params.file))
+    """Raises UserError if `key` of section `name` cannot be `value`, with the file's other keys."""
+    section = {**params.tree.get(name, {}), key: value}
+    changed = replace(params, tree={**params.tree, name: section})
+    _read_section(name, changed, ValueSource(params.file))
 
 
 def key_path(section: str, key: str) -> str:

@@ -1,5 +1,4 @@
-"""What a value of params.yaml may be: sections as msgspec structs, their rules, and what is said of
-a wrong value.
+"""What a value of params.yaml may be: sections as msgspec structs, rules, errors for wrong values.
 
 A field is declared once, with its type, its rules and its meaning:
 
@@ -34,17 +33,15 @@ from pipeline.files.patterns import end_pattern, problem
 
 
 class Pretrained(NamedTuple):
-    """A base that is imported, as far as defaults depend on it. `width`: of its hidden states,
-    where it is known.
-    """
+    """An imported base, as far as defaults depend on it."""
 
-    width: int | None = None
+    width: int | None = None  # of its hidden states; None where it is not known
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True):
     """A section of params.yaml: one stage's settings, all with defaults.
 
-    The declared defaults are those of MiniGPT, the document's model.
+    The declared defaults are those of MiniGPT.
     """
 
     # its own defaults on a pretrained base, where they are others
@@ -52,19 +49,16 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def pretrained(cls, base: Pretrained, given: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003 (some need them)
-        """The defaults on this base where they are not the declared ones; `given`: the keys that
-        are set.
-        """
+        """The defaults on this base that are not the declared ones; `given`: the set keys."""
         return dict(cls.PRETRAINED)
 
     @classmethod
     def defaults(
         cls, base: Pretrained | None, given: Mapping[str, Any] = MappingProxyType({})
     ) -> Self:
-        """The section with its defaults on this base, None for MiniGPT, and with the keys that are
-        `given`.
-        """
-        return cls(**{**(cls.pretrained(base, given) if base else {}), **given})
+        """The section with the `given` keys, and its defaults on this base; None: MiniGPT."""
+        defaults = cls.pretrained(base, given) if base else {}
+        return cls(**{**defaults, **given})
 
 
 class Because(NamedTuple):
@@ -74,10 +68,9 @@ class Because(NamedTuple):
 
 
 class ReadBy(NamedTuple):
-    """A field that is read by a function of its own: (value, key, origin) → typed value, or
-    UserError.
-    """
+    """A field that is read by a function of its own."""
 
+    # (value, key, origin) → typed value; None, or a UserError, for one that breaks the rule
     read: Callable[[Any, str, "ValueSource"], Any]
     rule: str  # a description of the valid values
 
@@ -108,10 +101,12 @@ class ValueSource(NamedTuple):
         return "Change it in --set." if self.of(key) == "--set" else f"Edit {self.file}."
 
     def of(self, key: str) -> str:
-        """Where `key` is set: "--set" or the file. `key`: section, section.key, or a key deeper in
-        a mapping.
+        """Where `key` is set: "--set" or the file.
+
+        `key`: section, section.key, or a key deeper in a mapping.
         """
-        return "--set" if ".".join(key.split(".")[:2]) in self.overridden else self.file
+        section_key = ".".join(key.split(".")[:2])
+        return "--set" if section_key in self.overridden else self.file
 
 
 @cache
@@ -123,9 +118,10 @@ def hints(kind: type[Section]) -> Mapping[str, Any]:
 
 def effective(section: Section) -> dict[str, Any]:
     """The section's values, without keys that change no result."""
-    types = hints(type(section))
     return {
-        key: getattr(section, key) for key in types if WITHOUT_EFFECT not in _split(types[key])[1]
+        key: getattr(section, key)
+        for key, hint in hints(type(section)).items()
+        if WITHOUT_EFFECT not in _split(hint)[1]
     }
 
 
@@ -136,40 +132,41 @@ def value_type(kind: type[Section], key: str) -> Any:
 
 def meaning(kind: type[Section], key: str) -> str:
     """What a field is for, as its declaration says; empty if it says nothing."""
-    return next(
-        (note for note in reversed(_split(hints(kind)[key])[1]) if isinstance(note, str)), ""
-    )
+    _, notes = _split(hints(kind)[key])
+    texts = [note for note in notes if isinstance(note, str)]
+    return texts[-1] if texts else ""
 
 
 def rule(kind: type[Section], key: str) -> str:
-    """A description of the valid values of a field, such as "a whole number, at least 1, below
-    2147483648".
-    """
+    """A description of a field's valid values, such as "a whole number, at least 1"."""
     return _describe(hints(kind)[key])
 
 
 def reject_unknown_keys(
     tree: Mapping[str, Any], known: Sequence[str], prefix: str, origin: ValueSource
 ) -> None:
-    for key in tree:
-        if key not in known:
-            # only for a message
-            from pipeline.project.params.aliases import KEYS, suggest, why_none
+    """Raises UserError for a key of `tree` that is not `known`, and says which one is meant."""
+    key = next((str(key) for key in tree if key not in known), None)
+    if key is None:
+        return
+    from pipeline.project.params.aliases import KEYS, suggest, why_none  # only for the message
 
-            if why := why_none(str(key)):
-                raise UserError(
-                    f"{origin.of(f'{prefix}{key}')}: there is no key {prefix}{key}: {why}. Remove "
-                    "it."
-                )
-            meant = suggest(str(key), known, KEYS, prefix.rstrip("."))
-            hint = f"Did you mean {meant}?" if meant else f"Known: {', '.join(known) or 'none'}."
-            raise UserError(f"{origin.of(f'{prefix}{key}')}: unknown key {prefix}{key}. {hint}")
+    path = f"{prefix}{key}"
+    where = origin.of(path)
+    if why := why_none(key):
+        raise UserError(f"{where}: there is no key {path}: {why}. Remove it.")
+    meant = suggest(key, known, KEYS, prefix.rstrip("."))
+    hint = f"Did you mean {meant}?" if meant else f"Known: {', '.join(known) or 'none'}."
+    raise UserError(f"{where}: unknown key {path}. {hint}")
+
+
+def duplicate(values: Sequence[Any]) -> Any:
+    """The first value that is equal to one before it; None if there is none."""
+    return next((value for n, value in enumerate(values) if value in values[:n]), None)
 
 
 def check_value(hint: Any, value: Any, key: str, origin: ValueSource) -> Any:
-    """`value`, as YAML loads it, as the annotated type. Raises UserError with key, rule, value and
-    next step.
-    """
+    """`value`, as YAML loads it, as the annotated type. Raises UserError."""
     kind, notes = _split(hint)
     container = get_origin(kind)
     if (text := _unwritable(value)) is not None:
@@ -179,31 +176,31 @@ def check_value(hint: Any, value: Any, key: str, origin: ValueSource) -> Any:
         )
     if value in (None, "", [], {}) and ALLOW_EMPTY in notes:
         return {tuple: (), Mapping: {}}.get(container, "")
-    own = next((note for note in notes if isinstance(note, ReadBy)), None)
+
+    reader = next((note for note in notes if isinstance(note, ReadBy)), None)
     typed: Any
-    if own is not None:
-        typed = own.read(value, key, origin)
+    if reader:
+        typed = reader.read(value, key, origin)
     elif container is tuple and get_args(kind)[0] is not str:
         typed = _check_list(get_args(kind)[0], value, key, origin, ALLOW_DUPLICATES in notes)
     elif container is Mapping and isinstance(value, dict):
         typed = _check_mapping(get_args(kind)[1], value, key, origin)
     else:
         typed = _convert(kind, value)
-    wrong = _type_name(kind, value) if typed is None else None
-    bounds = (bound for note in notes for bound in _bounds(note))
-    wrong = wrong or next(
-        (f"{words} {limit}" for words, holds, limit in bounds if not holds(typed, limit)), None
-    )
-    if wrong:
-        because = "".join(f": {note.reason}" for note in notes if isinstance(note, Because))
-        raise UserError(f"{key} must be {wrong}, got {value!r}{because}. {origin.edit(key)}")
-    return typed
+
+    if typed is None:
+        broken = [reader.rule if reader else _type_name(kind, value)]
+    else:
+        bounds = _bounds(notes)
+        broken = [f"{words} {limit}" for words, holds, limit in bounds if not holds(typed, limit)]
+    if not broken:
+        return typed
+    rule, because = broken[0], [f": {note.reason}" for note in notes if isinstance(note, Because)]
+    raise UserError(f"{key} must be {rule}, got {value!r}{''.join(because)}. {origin.edit(key)}")
 
 
 def _unwritable(value: Any) -> str | None:
-    """A text in a value that can be no file's name and no line of a file: with a NUL, or not in
-    UTF-8.
-    """
+    """A text in a value that no file can have as its name or a line: with a NUL, or not UTF-8."""
     if isinstance(value, str):
         return value if "\0" in value or value.encode(errors="replace").decode() != value else None
     parts = [*value, *value.values()] if isinstance(value, dict) else value
@@ -220,7 +217,7 @@ def _check_list(
             f"{key} must be a list of values, such as [1, 2], got {values!r}. {origin.edit(key)}"
         )
     typed = tuple(check_value(item, value, key, origin) for value in values)
-    twice = next((value for n, value in enumerate(typed) if value in typed[:n]), None)
+    twice = duplicate(typed)
     if twice is not None and not duplicates:
         raise UserError(f"{key} has {twice!r} twice. Remove one of them from {origin.of(key)}.")
     return typed
@@ -231,11 +228,10 @@ def _check_mapping(
 ) -> dict[str, Any]:
     """A mapping of regular expressions to values."""
     for pattern in values:
-        if (
-            why := problem(pattern) or problem(end_pattern(pattern))
-            if isinstance(pattern, str)
-            else "it is not a text"
-        ):
+        why: str | None = "it is not a text"
+        if isinstance(pattern, str):
+            why = problem(pattern) or problem(end_pattern(pattern))
+        if why:
             raise UserError(
                 f"{key}: {pattern!r} is not a regular expression for module names: {why}. "
                 f"{origin.edit(key)}"
@@ -265,28 +261,23 @@ def _convert(kind: Any, value: Any) -> Any:
     return None if empty else typed
 
 
-def _bounds(note: Any) -> list[tuple[str, Callable[[Any, Any], bool], float]]:
-    """The bounds of a msgspec.Meta: words, comparison, limit. msgspec's own error has neither key
-    nor value.
-    """
-    if not isinstance(note, Meta):
-        return []
-    bounds = (
-        ("at least", ge, note.ge),
-        ("more than", gt, note.gt),
-        ("at most", le, note.le),
-        ("below", lt, note.lt),
-    )
+def _bounds(notes: Sequence[Any]) -> list[tuple[str, Callable[[Any, Any], bool], float]]:
+    """A field's bounds: words, comparison, limit. msgspec's own error has neither key nor value."""
+    bounds: list[tuple[str, Callable[[Any, Any], bool], float | None]] = []
+    for note in notes:
+        if isinstance(note, Meta):
+            bounds += [("at least", ge, note.ge), ("more than", gt, note.gt)]
+            bounds += [("at most", le, note.le), ("below", lt, note.lt)]
     return [(words, holds, limit) for words, holds, limit in bounds if limit is not None]
 
 
 def _describe(hint: Any) -> str:
     kind, notes = _split(hint)
-    bounds = [f"{words} {limit}" for note in notes for words, _, limit in _bounds(note)]
-    own = next((note.rule for note in notes if isinstance(note, ReadBy)), None)
-    return ", ".join([own or _type_name(kind), *bounds]) + (
-        ", or empty" if ALLOW_EMPTY in notes else ""
-    )
+    rules = [note.rule for note in notes if isinstance(note, ReadBy)] or [_type_name(kind)]
+    rules += [f"{words} {limit}" for words, _, limit in _bounds(notes)]
+    if ALLOW_EMPTY in notes:
+        rules.append("or empty")
+    return ", ".join(rules)
 
 
 def _split(hint: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -298,24 +289,20 @@ def _split(hint: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _type_name(kind: Any, value: Any = 0) -> str:
+    """A description of the values of a type; `value`: the one that is not among them."""
     container, arguments = get_origin(kind), get_args(kind)
     if container is Literal:
         return "one of " + ", ".join(arguments)
+    if container is tuple and arguments[0] is str:
+        return "a name or a list of names"
     if container is tuple:
-        return (
-            "a name or a list of names"
-            if arguments[0] is str
-            else f"a list, each value {_describe(arguments[0])}"
-        )
+        return f"a list, each value {_describe(arguments[0])}"
     if container is Mapping:
-        return (
-            f"a mapping of patterns of module names, such as {{q_proj: 8}}, to "
-            f"{_describe(arguments[1])}"
-        )
+        item = _describe(arguments[1])
+        return f"a mapping of patterns of module names, such as {{q_proj: 8}}, to {item}"
     if kind is float:
         with suppress(TypeError, ValueError, OverflowError):
             if LARGEST < abs(float(value)) < math.inf:
                 return f"at most {LARGEST:g} in size"
-    return {bool: "true or false", int: "a whole number", float: "a finite number"}.get(
-        kind, "a text"
-    )
+    names = {bool: "true or false", int: "a whole number", float: "a finite number"}
+    return names.get(kind, "a text")

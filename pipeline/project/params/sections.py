@@ -25,6 +25,7 @@ from pipeline.project.params.schema import (
     ValueSource,
     Weight,
     check_value,
+    duplicate,
     reject_unknown_keys,
 )
 from pipeline.project.process import AUTO, RULE, is_valid
@@ -58,59 +59,53 @@ GENERAL = "data/heldout.en.txt"
 
 
 class DataFile(NamedTuple):
-    """A file or folder to train on. `weight`: how often each example is seen per epoch. `columns`:
-    key → its column.
-    """
+    """A file or folder to train on."""
 
     path: str
-    weight: float = 1.0
-    columns: Mapping[str, str] = {}
+    weight: float = 1.0  # how often each example is seen per epoch
+    columns: Mapping[str, str] = {}  # key → the file's name for it
 
 
-def _read_columns(value: Any, key: str, origin: ValueSource) -> Mapping[str, str]:
-    if not isinstance(value, dict) or not all(
-        isinstance(part, str) and part for part in (*value, *value.values())
-    ):
-        raise UserError(f"{key} must be {COLUMNS_RULE}, got {value!r}. {origin.edit(key)}")
-    return value
+def _read_columns(value: Any, _key: str, _origin: ValueSource) -> Mapping[str, str] | None:
+    names = [*value, *value.values()] if isinstance(value, dict) else [""]
+    return value if all(isinstance(name, str) and name for name in names) else None
 
 
-def _read_data(
-    value: Any, key: str, origin: ValueSource
-) -> str | tuple[str | Mapping[str, Any], ...]:
-    """As it is written, checked. Raises UserError."""
+# a path, or several, each with its weight and columns
+DataValue = str | tuple[str | Mapping[str, Any], ...]
+
+
+def _read_data(value: Any, key: str, origin: ValueSource) -> DataValue | None:
     if isinstance(value, str) and value:
         return value
     if not isinstance(value, list) or not value:
-        raise UserError(f"{key} must be {DATA_RULE}, got {value!r}. {origin.edit(key)}")
+        return None
     files = tuple(
         _read_data_file(entry, f"{key}[{number}]", origin) for number, entry in enumerate(value)
     )
-    paths = [file.path for file in data_files(files)]
-    if twice := [path for number, path in enumerate(paths) if path in paths[:number]]:
-        raise UserError(
-            f"{key} has {twice[0]!r} twice. Give it a weight instead. {origin.edit(key)}"
-        )
+    twice = duplicate([file.path for file in data_files(files)])
+    if twice:
+        raise UserError(f"{key} has {twice!r} twice. Give it a weight instead. {origin.edit(key)}")
     return files
 
 
-def _read_data_file(entry: Any, key: str, origin: ValueSource) -> str | Mapping[str, Any]:
+def _read_data_file(entry: Any, key: str, origin: ValueSource) -> Any:
+    path = entry
     if isinstance(entry, dict):
         reject_unknown_keys(entry, DataFile._fields, f"{key}.", origin)
         entry = {
             part: check_value(DATA_FILE[part], value, f"{key}.{part}", origin)
             for part, value in entry.items()
         }
-    path = entry.get("path") if isinstance(entry, dict) else entry
+        path = entry.get("path")
     if not isinstance(path, str) or not path:
         raise UserError(
             f"{key} must be a path, or {{path: …, weight: …}}, got {entry!r}. {origin.edit(key)}"
         )
-    checked: str | Mapping[str, Any] = entry
-    return checked
+    return entry
 
 
-def data_files(data: str | tuple[str | Mapping[str, Any], ...]) -> tuple[DataFile, ...]:
+def data_files(data: DataValue) -> tuple[DataFile, ...]:
     """What a value of `data` names, one after the other."""
     entries = (data,) if isinstance(data, str) else data
     return tuple(
@@ -122,13 +117,14 @@ def change_paths(data: Any, change: Callable[[str], str]) -> Any:
     """A value that names files, one or several, with each path changed."""
     if isinstance(data, tuple):
         return tuple(change_paths(entry, change) for entry in data)
-    return {**data, "path": change(data["path"])} if isinstance(data, Mapping) else change(data)
+    if isinstance(data, Mapping):
+        return {**data, "path": change(data["path"])}
+    return change(data)
 
 
-def _read_samples(value: Any, key: str, origin: ValueSource) -> Mapping[str, Any]:
-    """As it is written, checked. Raises UserError."""
+def _read_samples(value: Any, key: str, origin: ValueSource) -> Mapping[str, Any] | None:
     if not isinstance(value, dict) or not value.keys() & {"prompts", "held_out"}:
-        raise UserError(f"{key} must be {SAMPLES_RULE}, got {value!r}. {origin.edit(key)}")
+        return None
     reject_unknown_keys(value, ["prompts", *SAMPLE_NUMBERS], f"{key}.", origin)
     for name, kind in SAMPLE_NUMBERS.items():
         if name in value:
@@ -141,17 +137,14 @@ def _read_samples(value: Any, key: str, origin: ValueSource) -> Mapping[str, Any
     for number, prompt in enumerate(prompts):
         if not _is_prompt(prompt):
             raise UserError(
-                f"{key}.prompts[{number}] must be a text, or a list of messages such as {{role: "
-                f"user, content: …}}, "
-                f"got {prompt!r}. {origin.edit(key)}"
+                f"{key}.prompts[{number}] must be a text, or a list of messages such as "
+                f"{{role: user, content: …}}, got {prompt!r}. {origin.edit(key)}"
             )
     return value
 
 
 def _is_prompt(value: Any) -> bool:
-    """A text, or messages of a chat: neither empty, nor with half of a character, which no
-    tokenizer takes.
-    """
+    """Whether it is a text or a chat's messages: not empty, of whole characters."""
     if isinstance(value, str):
         return bool(value.strip()) and value == value.encode(errors="ignore").decode()
     if not isinstance(value, list) or not value:
@@ -175,25 +168,21 @@ SAMPLES_RULE = (
 SAMPLE_NUMBERS = {"every": Steps, "max_tokens": Count, "held_out": Steps}
 Samples = Annotated[Mapping[str, Any], ALLOW_EMPTY, ReadBy(_read_samples, SAMPLES_RULE)]
 DATA_FILE = {"path": str, "weight": Annotated[float, Meta(gt=0, le=1000)], "columns": Columns}
-Data = Annotated[str | tuple[str | Mapping[str, Any], ...], ReadBy(_read_data, DATA_RULE)]
+Data = Annotated[DataValue, ReadBy(_read_data, DATA_RULE)]
 
 
-def _read_files(value: Any, key: str, origin: ValueSource) -> str | tuple[str, ...]:
-    """As it is written, checked. Raises UserError."""
+def _read_files(value: Any, key: str, origin: ValueSource) -> str | tuple[str, ...] | None:
     files = [value] if isinstance(value, str) else value
-    if (
-        not isinstance(files, list)
-        or not files
-        or not all(isinstance(file, str) and file for file in files)
-    ):
-        raise UserError(f"{key} must be {FILES_RULE}, got {value!r}. {origin.edit(key)}")
-    if twice := [file for number, file in enumerate(files) if file in files[:number]]:
-        raise UserError(f"{key} has {twice[0]!r} twice. Remove one of them from {origin.of(key)}.")
+    if not isinstance(files, list) or not files:
+        return None
+    if not all(isinstance(file, str) and file for file in files):
+        return None
+    if twice := duplicate(files):
+        raise UserError(f"{key} has {twice!r} twice. Remove one of them from {origin.of(key)}.")
     return value if isinstance(value, str) else tuple(files)
 
 
 def _read_limits(value: Any, key: str, origin: ValueSource) -> dict[str, Any]:
-    """As it is written, checked. Raises UserError."""
     if not isinstance(value, dict):
         raise UserError(
             f"{key} must be a mapping of limits, such as {LIMITS_EXAMPLE}, got {value!r}. "
@@ -206,12 +195,9 @@ def _read_limits(value: Any, key: str, origin: ValueSource) -> dict[str, Any]:
     }
 
 
-def _read_scores(value: Any, key: str, origin: ValueSource) -> dict[str, float]:
+def _read_scores(value: Any, key: str, origin: ValueSource) -> dict[str, float] | None:
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise UserError(
-            f"{key} must be a mapping of tasks to scores, such as {{capitals: 0.8}}, got "
-            f"{value!r}. {origin.edit(key)}"
-        )
+        return None
     return {
         name: check_value(Score, score, f"{key}.{name}", origin) for name, score in value.items()
     }
@@ -235,7 +221,7 @@ LIMITS: Mapping[str, Any] = {  # as metrics.json has the numbers; see `evaluatio
     "must_keep": Annotated[Score, "least share of the must_keep prompts that keep their answer"],
     "tasks": Annotated[
         Mapping[str, float],
-        ReadBy(_read_scores, "a mapping of tasks to scores"),
+        ReadBy(_read_scores, "a mapping of tasks to scores, such as {capitals: 0.8}"),
         "least score of each task",
     ],
     "task_drop": Annotated[Score, "most that any task's score may be below the base's"],
@@ -250,14 +236,14 @@ LIMITS_RULE = "a mapping of limits: " + "; ".join(
 Limits = Annotated[Mapping[str, Any], ALLOW_EMPTY, ReadBy(_read_limits, LIMITS_RULE)]
 MEASURED_ON = {  # limit → the key of evaluate without which it is not measured
     **dict.fromkeys(("old_loss_rise", "answers_kept", "divergence"), "old_data"),
-    **{"must_keep": "prompts", "tasks": "tasks", "task_drop": "tasks"},
+    "must_keep": "prompts",
+    "tasks": "tasks",
+    "task_drop": "tasks",
 }
 
 
-def _read_device(value: Any, key: str, origin: ValueSource) -> str:
-    if not isinstance(value, str) or not is_valid(value):
-        raise UserError(f"{key} must be {RULE}, got {value!r}. {origin.edit(key)}")
-    return value
+def _read_device(value: Any, _key: str, _origin: ValueSource) -> str | None:
+    return value if isinstance(value, str) and is_valid(value) else None
 
 
 class Running(Section, frozen=True, kw_only=True):
@@ -279,7 +265,7 @@ class Running(Section, frozen=True, kw_only=True):
 
 
 class Training(Section, frozen=True, kw_only=True):
-    """What every training stage needs. Defaults: the document's §9.2."""
+    """What every training stage needs."""
 
     # keys that the training block does not set for this section
     NOT_SHARED: ClassVar[frozenset[str]] = frozenset()
@@ -296,8 +282,7 @@ class Training(Section, frozen=True, kw_only=True):
     chat_template: Annotated[
         Literal["auto", "none"],
         "how a plain prompt and its completion are read: auto, as the turns of a user and the "
-        "assistant where the base "
-        "has a chat template; none, as they are",
+        "assistant where the base has a chat template; none, as they are",
     ] = "auto"
     epochs: Annotated[Count, "times that every example is seen"] = 50
     max_steps: Annotated[
@@ -311,8 +296,8 @@ class Training(Section, frozen=True, kw_only=True):
     optimizer: Annotated[
         Optimizer,
         "adamw; its moments in a byte each, and those in the host's memory (paged; on a CPU the "
-        "same); or SGD without "
-        "momentum. Leave it unless the optimizer's state is what does not fit",
+        "same); or SGD without momentum. Leave it unless the optimizer's state is what does not "
+        "fit",
     ] = "adamw"
     weight_decay: Annotated[
         Weight,
@@ -322,8 +307,7 @@ class Training(Section, frozen=True, kw_only=True):
     neftune_alpha: Annotated[
         Weight,
         "uniform noise of ±alpha/√(tokens · width) on the embeddings in training (NEFTune), often "
-        "5; leave it at 0 "
-        "unless long answers are taught",
+        "5; leave it at 0 unless long answers are taught",
     ] = 0.0
     schedule: Annotated[
         Literal["constant", "linear", "cosine"],
@@ -345,8 +329,7 @@ class Training(Section, frozen=True, kw_only=True):
     compile: Annotated[
         bool,
         "torch.compile the blocks of an imported model, which takes a minute before the first "
-        "step; worth it on a GPU, "
-        "for runs of hours",
+        "step; worth it on a GPU, for runs of hours",
     ] = False
     eval_share: Annotated[
         Share, "share of the examples held out for evaluation, selected by hash"
@@ -363,17 +346,14 @@ class Training(Section, frozen=True, kw_only=True):
     metric_for_best_model: Annotated[
         Literal["eval_loss", "eval_answers"],
         "what improvement is, for patience: a lower held-out loss, or more held-out answers as "
-        "expected (with "
-        "samples.held_out) and then a lower loss",
+        "expected (with samples.held_out) and then a lower loss",
     ] = "eval_loss"
     samples: Annotated[
         Samples,
         "what the model answers greedily while it trains, in samples.jsonl. held_out: so many "
-        "held-out examples, at "
-        "each evaluation, compared with the expected answers. prompts: texts or chat messages; "
-        "every: steps between "
-        "answers (0: at each evaluation, else at the end of an epoch); max_tokens: of an answer "
-        "(20)",
+        "held-out examples, at each evaluation, compared with the expected answers. prompts: texts "
+        "or chat messages; every: steps between answers (0: at each evaluation, else at the end of "
+        "an epoch); max_tokens: of an answer (20)",
     ] = field(default_factory=dict)
     save_steps: Annotated[
         Count,
@@ -394,20 +374,17 @@ class Training(Section, frozen=True, kw_only=True):
         if self.warmup_steps and self.warmup_ratio:
             raise UserError(
                 f"warmup_steps is {self.warmup_steps} and warmup_ratio {self.warmup_ratio:g}, but "
-                "only one of them may "
-                "be set. Set the other to 0."
+                "only one of them may be set. Set the other to 0."
             )
         if self.metric_for_best_model == "eval_answers" and not self.samples.get("held_out"):
             raise UserError(
                 "metric_for_best_model is eval_answers, but samples.held_out does not say how "
-                "many answers to compare. "
-                "Set samples={held_out: 20}."
+                "many answers to compare. Set samples={held_out: 20}."
             )
         if self.metric_for_best_model == "eval_answers" and not self.patience:
             raise UserError(
                 "metric_for_best_model is eval_answers, but patience is 0, so no best model is "
-                "chosen. Set patience to "
-                "the evaluations to wait for a better one."
+                "chosen. Set patience to the evaluations to wait for a better one."
             )
 
     @property
@@ -465,7 +442,7 @@ class Import(Section, frozen=True, kw_only=True):
 
 
 class Pretrain(Training, frozen=True, kw_only=True):
-    """MiniGPT's shape (the document's Introduction and §9) and its training."""
+    """MiniGPT's shape and its training."""
 
     data: Annotated[Data, "the sentences to train on, whose words are the vocabulary"] = (
         "data/pretrain.de.txt"
@@ -493,7 +470,7 @@ class Pretrain(Training, frozen=True, kw_only=True):
 
 
 class ExpandVocab(Section, frozen=True, kw_only=True):
-    """New words: which files they come from, and how their rows start (§9.1)."""
+    """New words: which files they come from, and how their rows start."""
 
     # subword tokenizers know every word
     PRETRAINED: ClassVar[Mapping[str, Any]] = {"data": (), "audit_data": GENERAL}
@@ -570,11 +547,11 @@ class Evaluate(Section, frozen=True, kw_only=True):
             if (key := MEASURED_ON.get(limit)) and not getattr(self, key):
                 raise UserError(
                     f"limits.{limit} is set, but evaluate.{key} names no file to measure it on. "
-                    "Name one, or remove "
-                    "the limit."
+                    "Name one, or remove the limit."
                 )
 
     @property
     def task_files(self) -> tuple[str, ...]:
         """The paths of `tasks`."""
-        return tuple(filter(None, (self.tasks,) if isinstance(self.tasks, str) else self.tasks))
+        files = (self.tasks,) if isinstance(self.tasks, str) else self.tasks
+        return tuple(filter(None, files))

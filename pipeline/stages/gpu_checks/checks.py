@@ -27,12 +27,13 @@ import torch
 
 from pipeline.calc.sources.open_model import entry
 from pipeline.errors import first_line, install_command, is_out_of_memory, missing_libraries
+from pipeline.files.text import in_units
 from pipeline.models import quantized_linear
 from pipeline.models.device import available_memory, cores, device_info
 from pipeline.models.transformers_model import from_config
 from pipeline.models.trial import try_kernels
 from pipeline.project import process
-from pipeline.project.logs.run_log import Step, in_units, read_steps
+from pipeline.project.logs.run_log import Step, read_steps
 from pipeline.project.probes import held
 from pipeline.project.provenance import version_of
 from pipeline.stages.gpu_checks.lora_run import RANK, TARGETS, Case, LoraRun, Peak

@@ -20,9 +20,9 @@ from pipeline.calc.method import FinetuningMethod
 from pipeline.calc.settings import CONTEXT, TrainingConfig, chunk_rows
 from pipeline.calc.tape import ROUNDING
 from pipeline.errors import UserError, first_line
+from pipeline.files.text import in_units
 from pipeline.models.base import CausalLM
 from pipeline.models.kernels import uses_cpu_kernels
-from pipeline.project.logs.run_log import in_units
 from pipeline.project.params.sections import AdapterTraining, Training
 from pipeline.training.batches import Batch
 from pipeline.training.losses import chunk_of, fuses_head

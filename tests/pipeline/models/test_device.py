@@ -25,14 +25,15 @@ from cli.main import app
 from pipeline.adapters.lora import principal
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST
+from pipeline.files.text import in_units
 from pipeline.inference import engine, server
 from pipeline.inference.handlers import RequestHandler
 from pipeline.models import device, quantized_linear
 from pipeline.models.generate import generate
 from pipeline.models.load import load_base
 from pipeline.project import process
-from pipeline.project.logs.run_log import in_units, read_steps
-from pipeline.project.new_project import render_dvc_yaml
+from pipeline.project.dvc_yaml import render_dvc_yaml
+from pipeline.project.logs.run_log import read_steps
 from pipeline.project.runner import checkpoints
 from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.stages.methods.lora import Lora as LoraMethod

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from pipeline.project import new_project
+from pipeline.project.dvc_yaml import render_dvc_yaml
 from pipeline.stages.registry import GRAPH, open_project
 from tests.conftest import Lora
 from tests.helpers import families
@@ -320,7 +321,7 @@ def test_the_code_that_stages_run_is_one_more_of_their_params(
 def test_empty_files_are_left_out_and_one_named_twice_is_watched_once(tmp_path: Path) -> None:
     text = "evaluate:\n  old_data: a.txt\n  new_data: a.txt\n"
     params = params_of(tmp_path, text, "a.txt")
-    stages = yaml.safe_load(new_project.render_dvc_yaml(open_project(params)))["stages"]
+    stages = yaml.safe_load(render_dvc_yaml(open_project(params)))["stages"]
     places = [dep for dep in stages["evaluate"]["deps"] if dep.startswith("$")]
     assert places == ["${evaluate.old_data}"]
 

@@ -1,6 +1,4 @@
-"""dvc.yaml says what pipeline/project/stage_graph.py says, and DVC does with it what the README
-promises.
-"""
+"""dvc.yaml says what the stage graph says, and DVC does with it what the README promises."""
 
 import json
 import shutil
@@ -10,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.project.new_project import render_code_yaml, render_dvc_yaml
+from pipeline.project.dvc_yaml import HEADER, render_code_yaml, render_dvc_yaml
 from pipeline.project.provenance import code_files
 from pipeline.stages.registry import open_project
 from tests.helpers.projects import CHILD, COMMAND, ROOT, STAGES, dvc, git, make, save, shorten
@@ -21,6 +19,8 @@ def test_dvc_knows_all_that_a_stage_reads_runs_and_writes() -> None:
     committed = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
     lines = [line for line in committed.splitlines() if not line.startswith("#")]
     assert lines == render_dvc_yaml(open_project(ROOT / "params.yaml"), "pipeline").splitlines()
+    for text in (committed, HEADER):
+        assert "pipeline/project/dvc_yaml.py" in text.splitlines()[0], "where a dependency is from"
 
 
 @pytest.mark.parametrize("name", STAGES)

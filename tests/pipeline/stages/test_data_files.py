@@ -10,7 +10,7 @@ import yaml
 
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest
-from pipeline.project.new_project import render_dvc_yaml
+from pipeline.project.dvc_yaml import render_dvc_yaml
 from pipeline.stages.registry import open_project
 from tests.helpers.containers import TEXT_WRITERS
 from tests.helpers.projects import BRIEF, ROOT, make

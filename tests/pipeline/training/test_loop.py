@@ -28,14 +28,9 @@ from pipeline.adapters.batched import attach_many
 from pipeline.adapters.config import AdapterSpec
 from pipeline.errors import Interrupted, UserError
 from pipeline.files import artifact
+from pipeline.files.text import in_units
 from pipeline.models.base import CausalLM
-from pipeline.project.logs.run_log import (
-    Sample,
-    in_units,
-    parse_sample,
-    read_run_outcomes,
-    read_steps,
-)
+from pipeline.project.logs.run_log import Sample, parse_sample, read_run_outcomes, read_steps
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event, Job, Note, Progress, checkpoints
 from pipeline.project.stage_graph import Project

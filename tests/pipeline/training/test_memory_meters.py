@@ -17,8 +17,8 @@ from torch import Tensor
 
 from cli.main import main
 from pipeline.errors import UserError
+from pipeline.files.text import in_units
 from pipeline.models.base import CausalLM
-from pipeline.project.logs.run_log import in_units
 from pipeline.training import loop, step
 from pipeline.training.batches import Batch
 from pipeline.training.memory.prediction import CudaMemoryMeter, TensorMemoryMeter, memory_meter

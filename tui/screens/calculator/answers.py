@@ -13,7 +13,7 @@ from pipeline.calc.memory import possible, predict
 from pipeline.calc.method import FinetuningMethod
 from pipeline.calc.report import capped
 from pipeline.calc.settings import TrainingConfig
-from pipeline.project.logs.run_log import in_units
+from pipeline.files.text import in_units
 from tui.screens.calculator.query import Result
 from tui.screens.calculator.result import MUTED
 from tui.widgets.units import Unit, unit_of

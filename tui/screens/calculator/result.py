@@ -13,7 +13,7 @@ from pipeline.calc.fit import Gpu
 from pipeline.calc.memory import PARTS, Memory
 from pipeline.calc.method import projections, why_they_differ
 from pipeline.calc.report import PROJECTION, cells_of, explain
-from pipeline.project.logs.run_log import in_units
+from pipeline.files.text import in_units
 from tui.screens.calculator.query import Result
 from tui.widgets.colors import share_style
 from tui.widgets.drawing import Lines

@@ -10,8 +10,8 @@ from rich.text import Text
 from textual.color import Color
 
 from pipeline.data.answers.match import match
-from pipeline.files.text import printable
-from pipeline.project.logs.run_log import DIVERGED, STOPPED, in_units
+from pipeline.files.text import in_units, printable
+from pipeline.project.logs.run_log import DIVERGED, STOPPED
 from pipeline.project.stage_graph import Look
 from tui.screens.curves.metrics import HELD_OUT, METRICS
 from tui.screens.curves.runs import CurveLog, RunView

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipeline.project.logs.run_log import in_units
+from pipeline.files.text import in_units
 from tui.widgets.plot.scale import number
 
 

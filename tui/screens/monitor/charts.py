@@ -8,7 +8,7 @@ from textual.app import RenderResult
 from textual.content import Content
 from textual.widget import Widget
 
-from pipeline.project.logs.run_log import in_units
+from pipeline.files.text import in_units
 from tui.screens.monitor.series import Series, columns
 from tui.widgets.colors import share_style
 from tui.widgets.plot.sparkline import area

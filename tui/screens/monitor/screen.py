@@ -15,7 +15,7 @@ from textual.timer import Timer
 from textual.widget import Widget
 from textual.widgets import Static
 
-from pipeline.project.logs.run_log import in_units
+from pipeline.files.text import in_units
 from tui.screens.base import WorkbenchScreen
 from tui.screens.monitor.charts import Charts
 from tui.screens.monitor.prediction import Prediction, read_prediction

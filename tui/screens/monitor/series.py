@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from math import inf, isfinite, nan
 from typing import NamedTuple
 
-from pipeline.project.logs.run_log import in_units
+from pipeline.files.text import in_units
 from tui.screens.monitor.prediction import Prediction
 from tui.services.machine.nvml import GpuReading
 from tui.services.machine.readings import Machine, Sample

@@ -12,8 +12,8 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from pipeline.errors import UserError
+from pipeline.evaluation.metrics_diff import MetricChange, metrics_since_commit
 from pipeline.files.file_tail import file_stamp
-from pipeline.project.status import MetricChange, metrics_since_commit
 from tui.widgets.pane import Pane
 
 

@@ -1,5 +1,4 @@
-"""One file a tracker, which `follower.py` finds by its name. Reading one imports nothing of the
-tracker's library.
+"""One file a tracker, found by its name. Reading it imports nothing of the tracker's library.
 
 A tracker's file has LIBRARY, the module that must be installed; FOLDER, where it keeps its runs,
 relative to the project's; VIEW, what shows them; and a class Tracker.
@@ -16,24 +15,18 @@ from pipeline.project.logs.run_log import Sample
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told of a run. `name`: unique, and the same again when the run resumes.
-
-    `place`: the stage, for a sweep stage/adapter. `is_new`: whether the tracker has nothing of it
-    yet. Names and texts are printable; values are finite.
-    """
+    """What a tracker is told of a run. Names and texts are printable, values are finite."""
 
     project: str
-    place: str
-    name: str
+    place: str  # the stage, for a sweep stage/adapter
+    name: str  # unique, and the same again when the run resumes
     params: Mapping[str, bool | int | float | str]
     folder: Path
-    is_new: bool
+    is_new: bool  # whether the tracker has nothing of it yet
 
 
 class Tracker(Protocol):
-    """A run as its tracker has it. Every method may raise whatever its library raises, and may
-    never return.
-    """
+    """A run as its tracker has it. A method may raise anything, and may never return."""
 
     def __init__(self, run: TrackedRun) -> None: ...
     def log(self, step: int, values: Mapping[str, float]) -> None: ...

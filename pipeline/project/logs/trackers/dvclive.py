@@ -1,6 +1,4 @@
-"""DVCLive's files: what `dvc exp show`, `dvc plots` and the DVC extension of VS Code read while a
-run goes on.
-"""
+"""DVCLive's files, which `dvc exp show`, `dvc plots` and VS Code's DVC extension read."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -13,9 +11,7 @@ LIBRARY, FOLDER, VIEW = "dvclive", "dvclive", "dvc exp show, or dvc plots show"
 
 
 class Tracker:
-    """A folder for each stage, with the values of its last run: DVC compares revisions of the same
-    file.
-    """
+    """A folder for each stage, with its last run's values: DVC compares revisions of a file."""
 
     def __init__(self, run: TrackedRun) -> None:
         from dvclive import Live
@@ -25,12 +21,12 @@ class Tracker:
                 f"{run.folder} is in no DVC project. Run `lora new .` or `dvc init` first."
             )
         logging.getLogger("dvclive").setLevel(logging.WARNING)
-        at = run.folder / run.place
+        folder = run.folder / run.place
         self._live = Live(
-            dir=str(at),
+            dir=str(folder),
             resume=not run.is_new,
             save_dvc_exp=False,  # it would commit; `dvc exp run` does, if that is wanted
-            dvcyaml=str(at / "dvc.yaml"),
+            dvcyaml=str(folder / "dvc.yaml"),
             monitor_system=False,
         )
         self._live.log_params(dict(run.params))

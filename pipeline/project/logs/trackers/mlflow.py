@@ -31,16 +31,15 @@ class Tracker:
             number = self._client.create_experiment(name, artifact_location=files)
         else:
             number = experiment.experiment_id
-        same = (
-            []
-            if run.is_new
-            else self._client.search_runs([number], f"tags.mlflow.runName = '{run.name}'")
-        )
-        found: Any = same[0] if same else self._client.create_run(number, run_name=run.name)
-        self._id, self._metrics = found.info.run_id, list[Any]()
+        self._metrics = list[Any]()
+        same: list[Any] = []
+        if not run.is_new:
+            same = self._client.search_runs([number], f"tags.mlflow.runName = '{run.name}'")
         if same:
+            self._id = same[0].info.run_id
             self._client.update_run(self._id, status="RUNNING")
         else:
+            self._id = self._client.create_run(number, run_name=run.name).info.run_id
             params = [Param(key, str(value)) for key, value in run.params.items()]
             self._client.log_batch(self._id, params=params)
 

@@ -1,6 +1,4 @@
-"""Weights & Biases: offline unless WANDB_MODE says otherwise or there is a key; `wandb sync` sends
-it later.
-"""
+"""Weights & Biases: offline unless there is a key or WANDB_MODE; `wandb sync` sends it later."""
 
 import netrc
 import os

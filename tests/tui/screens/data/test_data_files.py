@@ -147,7 +147,7 @@ def test_a_stage_trains_on_a_file_besides_its_data_or_instead_of_one(root: Path)
 
 def test_dvc_yaml_follows_what_is_written_and_what_is_taken_back(tmp_path: Path) -> None:
     """It counts the files in a list, and `dvc repro` fails where it counts others."""
-    from pipeline.project.new_project import HEADER, render_dvc_yaml
+    from pipeline.project.dvc_yaml import EARLIER_HEADER, HEADER, render_dvc_yaml
 
     params = new_project(tmp_path) / "params.yaml"
     (tmp_path / "dvc.yaml").write_text(
@@ -164,6 +164,9 @@ def test_dvc_yaml_follows_what_is_written_and_what_is_taken_back(tmp_path: Path)
     ) and follows_params(params)
     edits.undo()
     assert (tmp_path / "dvc.yaml").read_text(encoding="utf-8") == before
+    earlier = before.replace(HEADER, EARLIER_HEADER)
+    (tmp_path / "dvc.yaml").write_text(earlier, encoding="utf-8")
+    assert follows_params(params), "an earlier version wrote the same with another first line"
     (tmp_path / "dvc.yaml").write_text("stages: {}\n", encoding="utf-8")
     edits.save(params, ways["finetune_lora.data"])
     assert (tmp_path / "dvc.yaml").read_text(encoding="utf-8") == "stages: {}\n", (
