@@ -136,7 +136,7 @@ def refuse_impossible(model: Architecture, method: FinetuningMethod, run: Traini
             "Use --method lora, or a 16- or 32-bit precision."
         )
     # a packed row is longer than its sequences, whose positions start anew
-    tokens = (run.span or run.sequence) + method.positions
+    tokens = run.attended + method.positions
     if (model.positions or model.fixed_positions) and tokens > model.context:
         raise UserError(
             f"sequence must be at most {model.context:,}, the model's positions, got {tokens:,}."

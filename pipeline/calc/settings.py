@@ -244,6 +244,11 @@ class TrainingConfig:
         return self.rows * self.sequence
 
     @property
+    def attended(self) -> int:
+        """Tokens of a token's own sequence, which it may attend to."""
+        return self.span or self.sequence
+
+    @property
     def virtual_places(self) -> int:
         """Number of sequences, each of which begins with the virtual tokens."""
         return self.sequences or self.rows

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from pipeline.calc.architecture import Architecture, Block, Linear
+from pipeline.calc.attention import CHUNK
 from pipeline.calc.fit import Gpu, gpus
 from pipeline.calc.memory import predict
 from pipeline.calc.method import FinetuningMethod, ranks, trained_split
 from pipeline.calc.settings import TrainingConfig, precision
-from pipeline.calc.step import CHUNK
 from pipeline.errors import UserError
 from pipeline.files.text import abbreviate_repr
 
@@ -114,7 +114,7 @@ def _assumptions(flops: Flops, method: FinetuningMethod, run: TrainingConfig) ->
         f"{flops.total / 1e9:,.3g} GFLOPs per token: {', '.join(parts)}, "
         f"{flops.backward / 1e9:,.3g} backward{frozen}"
     )
-    length = (run.span or run.sequence) + method.positions
+    length = run.attended + method.positions
     yield (
         f"{100 * flops.attention / flops.total:.2g}% of them are attention scores, over "
         f"{length:,} tokens"
@@ -174,7 +174,7 @@ def flops_per_token(model: Architecture, method: FinetuningMethod, run: Training
     """FLOPs of one token in one step, from the shapes of the products alone."""
     base, rank_by_name = method.trained_base(model), ranks(model, method)
     first = first_trained(model, method)
-    length = (run.span or run.sequence) + method.positions
+    length = run.attended + method.positions
     total, kinds = Flops(), dict[tuple[int, tuple[int, ...], bool, bool, bool], Flops]()
     for index, block in enumerate(model.blocks):
         names = model.block_name(index)
