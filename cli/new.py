@@ -138,7 +138,7 @@ def train(
     here, each with a reason; --set replaces any of them. After a stop, the same command goes on.
     """
     from cli.console import follow
-    from cli.project import refuse_broken
+    from cli.report import refuse_broken
     from cli.stages import run_stage
     from pipeline.errors import UserError
     from pipeline.project.params.edit import dump_inline
@@ -398,7 +398,7 @@ def _print_results(project: Project, folder: Path) -> None:
     answers.
     """
     from cli.console import print_line
-    from cli.project import count_lines, print_answers
+    from cli.report import count_lines, print_answers
     from pipeline.export.formats import FORMATS
     from pipeline.files.artifact import read_json
 

@@ -97,12 +97,15 @@ def answer(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -
     }
 
 
+Column = tuple[FinetuningMethod, TrainingConfig, Memory]
+
+
 def side_by_side(
     model: Architecture,
     method: FinetuningMethod,
     run: TrainingConfig,
     methods: Mapping[str, FinetuningMethod],
-) -> dict[str, tuple[FinetuningMethod, TrainingConfig, Memory]]:
+) -> dict[str, Column]:
     """The same step with each of `methods` that trains the base, with the adapter, and with the
     adapter on NF4.
     """
