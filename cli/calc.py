@@ -185,9 +185,7 @@ app.command()(calc)
 def _of_project(
     command: Context, params: Path, model: str, method: str, options: dict[str, Any]
 ) -> tuple[str, str, dict[str, Any]]:
-    """Model, method and options of a project, in place of those that are not given on the command
-    line.
-    """
+    """A project's model, method and options, where the command line does not give them."""
     from pipeline.stages.registry import (
         METHODS,
         counted_stage,

@@ -322,9 +322,7 @@ def print_gpus(
 
 
 def print_trace(out: Output, model: Model, given: Configuration) -> None:
-    """`--trace`: the peak of the real training step under fake tensors, beside that of the
-    formula.
-    """
+    """`--trace`: the peak of the real step under fake tensors, beside the formula's."""
     from pipeline.project.logs.run_log import in_units
     from pipeline.training.memory.trace import traced_peak
 

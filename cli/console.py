@@ -27,9 +27,7 @@ _ESCAPED = {code: f"\\u{code:04x}" for code in OBEYED}
 
 
 class _Console(Console):
-    """Shows what a terminal would obey instead of sending it: names of folders, params and answers
-    come from others.
-    """
+    """Shows what a terminal would obey: names of folders, params and answers come from others."""
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
@@ -39,9 +37,7 @@ class _Console(Console):
 
 
 def _terminal_environment() -> dict[str, str]:
-    """The environment without a size that no table fits into, such as the COLUMNS=0 of some CI
-    systems.
-    """
+    """The environment without an unusable size, such as the COLUMNS=0 of some CI systems."""
     sizes = {name: os.environ.get(name, "") for name in ("COLUMNS", "LINES")}
     least = {"COLUMNS": NARROW, "LINES": 1}
     unusable = [
@@ -60,9 +56,7 @@ stdout, stderr = (
 
 
 def print_line(text: str, style: str | None = None) -> None:
-    """A line of the result. Never wrapped, so that paths and commands in it can be copied, and
-    never markup.
-    """
+    """A line of the result: never wrapped, so that paths can be copied, and never markup."""
     stdout.print(text, style=style, markup=False, soft_wrap=True)
 
 
@@ -81,9 +75,7 @@ def noting_replaced(out: Path) -> Iterator[None]:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document and nothing else; what a terminal would obey is escaped in it, and nothing
-    is lost.
-    """
+    """One JSON document on stdout; what a terminal would obey is escaped, nothing is lost."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False).translate(_ESCAPED) + "\n")
 
 
@@ -99,9 +91,7 @@ def print_table(
 
 
 def print_costs(costs: "Mapping[str, Cost]") -> None:
-    """A row for each model, the first of which is what the others are compared with; nothing
-    without models.
-    """
+    """A row for each model, compared with the first; nothing without models."""
     if costs:
         columns = ("model", "loss", "right", f"KL to {next(iter(costs))}")
         rows = [
@@ -112,9 +102,7 @@ def print_costs(costs: "Mapping[str, Cost]") -> None:
 
 
 class _Column:
-    """A column's cells and how wide it may be: `most` shows every cell on one line, `least` wraps
-    or shortens texts.
-    """
+    """A column's cells; at `most` wide none wraps, at `least` texts wrap or are shortened."""
 
     def __init__(self, heading: str, cells: Sequence[str], is_number: bool) -> None:
         self.heading, self.cells, self.is_number = heading, cells, is_number
@@ -129,8 +117,7 @@ def table(
     right: Sequence[str] = (),
     optional: Sequence[str] = (),
 ) -> RenderableType:
-    """A plain table for the terminal's width; `right` names the columns of numbers, which are never
-    cut.
+    """A table for the terminal's width; `right` names columns of numbers, which are never cut.
 
     A heading may have two lines. Where the columns do not fit, texts wrap between words and longer
     words are shortened in the middle, and `optional` columns are left out, the first of them first;
@@ -170,9 +157,7 @@ def table(
 
 
 def _part(columns: Sequence[_Column], room: int, gap: int) -> Table:
-    """A table of columns that fit, except that a single one beside the first may have to give
-    way.
-    """
+    """A table of columns that fit, except that a single one beside the first may give way."""
     widths = [column.least for column in columns]
     spare = room - sum(widths) - gap * (len(columns) - 1)
     if spare < 0:  # two columns and still too wide: texts give way down to their headings
@@ -246,8 +231,7 @@ def bar(share: float, width: int = 20) -> str:
 
 
 def follow(events: "Generator[Event, None, Result]", title: str, quiet: bool = False) -> Result:
-    """Show the events of a stage on stderr: notes, and on a terminal a progress bar with loss and
-    ETA.
+    """Show a stage's events on stderr: notes, and on a terminal a progress bar.
 
     Returns what `events` returns. `quiet`: without the routine notes.
     """

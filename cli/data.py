@@ -116,9 +116,7 @@ def check(
 
 
 def _in_template(files: list[Path]) -> bool:
-    """Whether plain prompts get the base's chat template: as in the project here, whose files they
-    may be.
-    """
+    """Whether plain prompts get the base's chat template, as in the project here."""
     from pipeline.project.params.sections import Training
 
     if not DEFAULT_PARAMS.is_file():

@@ -241,8 +241,10 @@ def _sweep(
 def _choose(
     project: Project, given: Mapping[str, Any], max_divergence: float | None, apply: bool
 ) -> None:
-    """Print the table of a sweep's adapters and which of them to take; write its values into the
-    params file, and those that --set gave all of them."""
+    """Print a sweep's adapters and the best of them.
+
+    `apply`: write its values, and those that --set gave all of them, into the params file.
+    """
     from cli.console import print_line, print_table
     from cli.runs import write_values
     from pipeline.evaluation.selection import beyond, choose, loss_of, pareto

@@ -196,7 +196,8 @@ def _names(methods: str | None) -> list[str]:
 
 
 def _read_values(settings: list[str], methods: list[str]) -> dict[str, Any]:
-    """section.key → value of each `--set`; a key alone is the training block's, or a method's own.
+    """section.key → value of each `--set`; a key alone is of `training`, or of a method.
+
     Raises UserError.
     """
     from pipeline.errors import UserError
@@ -274,9 +275,7 @@ def _print_foreign(foreign: Foreign) -> None:
 
 
 def _refuse_other(project: Project, base: str | None, data: Sequence[str]) -> None:
-    """Raises UserError if a project trains another base, or trains or evaluates on other data, than
-    is asked for.
-    """
+    """Raises UserError if a project trains another base, or on other data, than requested."""
     from pipeline.errors import UserError
     from pipeline.files.base_model import parse_source
 
@@ -394,9 +393,7 @@ def _describe_run(project: Project, variant: str) -> str:
 
 
 def _print_results(project: Project, folder: Path) -> None:
-    """How many answers are as expected, what was learned and forgotten, the memory, and some
-    answers.
-    """
+    """Answers as expected, what was learned and forgotten, the memory, and some answers."""
     from cli.console import print_line
     from cli.report import count_lines, print_answers
     from pipeline.export.formats import FORMATS

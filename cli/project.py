@@ -1,6 +1,4 @@
-"""`lora params`, `report`, `cache` and `doctor`: a project as a whole, and the machine that it runs
-on.
-"""
+"""`lora params` and `lora cache`: a project's settings, and its finished stages."""
 
 from datetime import datetime
 from pathlib import Path

@@ -81,9 +81,7 @@ def _print_answers(folder: Path, metrics: Mapping[str, Any]) -> None:
 
 
 def _note_on(project: "Project", stage: "Stage", numbers: Mapping[str, Any]) -> None:
-    """What else there is to say of a model that the project's evaluation lacks: how it is
-    evaluated, or its verdict.
-    """
+    """Notes how a model is evaluated that the evaluation lacks, or its verdict."""
     from cli.console import print_note
     from pipeline.inference.catalog import VERDICT
 
@@ -100,8 +98,7 @@ def _note_on(project: "Project", stage: "Stage", numbers: Mapping[str, Any]) -> 
 def print_metrics(
     metrics: Mapping[str, Any], path: Path, others: Mapping[str, Any] | None = None
 ) -> None:
-    """The comparison, the tasks and the verdict of an evaluation, whose metrics are those of
-    `path`.
+    """The comparison, the tasks and the verdict of an evaluation, read from `path`.
 
     `others`: what is known of models that it lacks. Raises UserError.
     """
@@ -149,8 +146,7 @@ def print_gate(metrics: Mapping[str, Any]) -> None:
 
 
 def refuse_broken(project: "Project", shown: bool = False) -> None:
-    """Raises UserError if the last evaluation broke evaluate.limits, so that the command ends with
-    1.
+    """Raises UserError if the last evaluation broke evaluate.limits.
 
     `shown`: the table of what was broken was printed already.
     """
@@ -163,9 +159,7 @@ def refuse_broken(project: "Project", shown: bool = False) -> None:
 
 
 def refuse_verdict(metrics: Mapping[str, Any]) -> None:
-    """Raises UserError, with the next step, if the models of these metrics break
-    evaluate.limits.
-    """
+    """Raises UserError, with the next step, if these metrics break evaluate.limits."""
     from pipeline.errors import UserError
     from pipeline.project.gate import read_verdict
 
@@ -177,9 +171,7 @@ def refuse_verdict(metrics: Mapping[str, Any]) -> None:
 def warn_outdated(
     project: "Project", subject: str, reasons: Sequence[str], stages: Mapping[str, object]
 ) -> None:
-    """One line on stderr: what is out of date, why, and how it is made again from the first of
-    `stages` on.
-    """
+    """One line on stderr: what is out of date, why, and the commands that make it again."""
     from cli.console import print_note
 
     commands = [f"`{project.graph.stages[name].command}`" for name in stages]
@@ -188,9 +180,7 @@ def warn_outdated(
 
 
 def count_lines(metrics: Mapping[str, Any], name: str, where: str) -> list[str]:
-    """How many answers of the model `name` are as expected, beside the base's, and where the others
-    differ.
-    """
+    """How many answers of a model are as expected, beside the base's, and where others differ."""
     from pipeline.data.answers.match import describe
 
     counts, before = (metrics.get(model, {}).get("answers", {}) for model in (name, "base"))

@@ -231,9 +231,8 @@ def _print_intruders(searched: "list[Searched]", top: int, epsilon: float) -> No
         print_table(columns, rows, right=("intruders", "largest σ", "most alike"))
     count = sum(len(matrix.intruders) for matrix in matrices)
     print_line(
-        f"{count} intruder{'s' * (count != 1)} in {len(matrices)} of {len(searched)} matrices: among "
-        f"the {top} largest "
-        "left singular vectors of each, those whose |cos| with every one of the base's is below "
+        f"{count} intruder{'s' * (count != 1)} in {len(matrices)} of {len(searched)} matrices: "
+        f"among the {top} largest left singular vectors of each, those whose |cos| with every one of the base's is below "
         f"{epsilon:g}."
     )
     if wide := sum(not matrix.complete for matrix in searched):
@@ -291,9 +290,7 @@ def _print_csv(spectra: "Spectra") -> None:
 
 
 def _print_tables(spectra: "Spectra") -> None:
-    """A row for each matrix that changed; below it vectors, estimated matrices, unchanged and
-    skipped tensors.
-    """
+    """A row for each changed matrix; then vectors, estimates, unchanged tensors."""
     from cli.console import number, print_line, print_table
     from pipeline.weights.spectrum import RANKS
 
@@ -344,9 +341,7 @@ PRINT: Mapping[Form, Callable[["Spectra"], None]] = {
 
 
 def short(name: str) -> str:
-    """A tensor's name from its block number on, or its last parts: 0.self_attn.q_proj, lm_head,
-    final_norm.bias.
-    """
+    """A tensor's name from its block number on, or its last parts: 0.self_attn.q_proj, lm_head."""
     module = name.removesuffix(".weight")
     numbered = re.search(r"(?:^|\.)(\d+\..*)", module)
     return numbered[1] if numbered else ".".join(module.split(".")[-1 - (module == name) :])

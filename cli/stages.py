@@ -1,6 +1,4 @@
-"""The pipeline's stages as commands. What a stage runs is imported only once the cache has
-missed.
-"""
+"""The pipeline's stages as commands; what a stage runs is imported if the cache misses."""
 
 from __future__ import annotations
 
@@ -211,9 +209,7 @@ def _measure(
     overrides: list[str] | None,
     as_json: bool,
 ) -> None:
-    """Evaluate adapters and show what was measured of each. Raises UserError if they break
-    evaluate.limits.
-    """
+    """Evaluate adapters and print their metrics. Raises UserError if they break evaluate.limits."""
     from cli.console import follow, print_json, print_note
     from cli.report import print_metrics, refuse_verdict
     from pipeline.errors import UserError
@@ -242,7 +238,7 @@ def _run_harness(
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
-    """Score `models`, or else the project's, and show the table, or print the document."""
+    """Score `models`, or else the project's, and print the table, or JSON."""
     from cli.console import print_json, print_note, print_table
     from pipeline.errors import UserError
     from pipeline.evaluation.harness import run, table

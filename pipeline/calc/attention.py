@@ -114,9 +114,7 @@ def _gated_norm(ops: Layers, x: Value, z: Value, size: int) -> Value:
 def _project(
     ops: Layers, x: Value, block: Block
 ) -> tuple[Value, Value, Value, Linear, Value | None]:
-    """q (N, H·K), k and v (N, kv_heads · K), the output projection, and the output's gate if it
-    has one.
-    """
+    """q (N, H·K), k and v (N, kv_heads · K), the output projection, and its gate or None."""
     m = ops.model
     heads = m.heads_of(block)
     widths = [
@@ -173,9 +171,7 @@ def _rotate(ops: Layers, x: Value, tables: list[Value]) -> Value:
 
 
 def _project_latent(ops: Layers, x: Value, block: Block) -> tuple[Value, Value, Value, Linear]:
-    """q and k (N, H·K), v (N, H·V), expanded from latents; the rotated part of k is shared by
-    all heads.
-    """
+    """q and k (N, H·K), v (N, H·V) from latents; all heads share the rotated part of k."""
     op = ops.tape.op
     heads = ops.model.heads_of(block)
     *queries, compress, expand, out = block.attention
@@ -198,9 +194,7 @@ def _project_latent(ops: Layers, x: Value, block: Block) -> tuple[Value, Value, 
 
 
 def _rotate_complex(ops: Layers, x: Value, block: Block, size: int) -> Value:
-    """Llama 4: an fp32 copy as complex numbers times those of the positions, then a norm
-    without a weight.
-    """
+    """Llama 4: an fp32 copy as complex numbers times the positions', then an unweighted norm."""
     op = ops.tape.op
     if not block.rotates:
         return x
@@ -213,9 +207,7 @@ def _rotate_complex(ops: Layers, x: Value, block: Block, size: int) -> Value:
 
 
 def _rotate_pairs(ops: Layers, x: Value) -> Value:
-    """Pairs of neighbours are rotated: two products for each half, their sum or difference, and
-    both joined.
-    """
+    """Pairs of neighbours rotate: two products and their sum for each half, both joined."""
     op = ops.tape.op
     half, tables = x.elements // 2, ops.tables.get(ops.model.head_size, [])
 

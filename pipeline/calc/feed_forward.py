@@ -27,9 +27,7 @@ def feed_forward(ops: Layers, x: Value, block: Block) -> Value:
 
 
 def _all_experts(ops: Layers, x: Value, block: Block) -> Value:
-    """The shared expert's output and the sum of all experts', whose inputs are copies of x,
-    each scaled.
-    """
+    """The shared expert's output plus that of all experts, whose inputs are scaled copies of x."""
     op = ops.tape.op
     up, down, *shared = block.feed_forward
     rows = ops.n * up.experts
@@ -49,9 +47,7 @@ def _all_experts(ops: Layers, x: Value, block: Block) -> Value:
 
 
 def _add_shared(ops: Layers, y: Value, x: Value, shared: Sequence[Linear]) -> Value:
-    """y and the output of the expert that every token uses, which may be scaled by the sigmoid
-    of a gate.
-    """
+    """y plus the shared expert's output, which a gate's sigmoid may scale."""
     op = ops.tape.op
     always = _gated(ops, x, shared)
     if len(shared) > 3:
@@ -82,8 +78,9 @@ def _gated(ops: Layers, x: Value, linears: Sequence[Linear]) -> Value:
 
 
 def dense_and_experts(ops: Layers, x: Value, block: Block) -> Value:
-    """x + norm(norm(dense(norm x)) + norm(experts(norm x))), where the router has an unweighted
-    norm of its own.
+    """x + norm(norm(dense(norm x)) + norm(experts(norm x))).
+
+    The router has an unweighted norm of its own.
     """
     op = ops.tape.op
     hidden = ops.model.hidden
@@ -99,9 +96,7 @@ def dense_and_experts(ops: Layers, x: Value, block: Block) -> Value:
 
 
 def _route(ops: Layers, x: Value, block: Block) -> Value:
-    """Probabilities of the experts (N, E), in fp32; gradients flow through them even if the
-    router is frozen.
-    """
+    """Probabilities of the experts (N, E) in fp32, with gradients even if the router is frozen."""
     assert block.router is not None
     return ops.tape.op(ops.linear(x, block.router), width=4, saves_out=True)
 

@@ -106,9 +106,7 @@ class Step(Layers):
         return (added + self.method.block_parameters(self.model)) * self.adapter
 
     def _repeats(self) -> Iterator[tuple[int, int, int]]:
-        """(start, stop, period) of runs of blocks that repeat after `period`: shapes, ranks and
-        trained weights.
-        """
+        """(start, stop, period) of runs of blocks with equal shapes, ranks and training."""
         blocks = self.model.blocks  # equal ones are one object, so that none has to be compared
         kinds = [
             (id(blocks[index]), self._is_trained(index), self.adapted[index])
@@ -127,8 +125,7 @@ class Step(Layers):
             start = found[0]
 
     def _repeated_blocks(self, x: Value, start: int, stop: int, period: int) -> Value:
-        """Blocks `start` to `stop`, which repeat; the middle of a long run is extrapolated instead
-        of simulated.
+        """Blocks `start` to `stop`, which repeat; the middle of a long run is extrapolated.
 
         Two periods at each end are enough: the first of a run may differ, since no gradient may
         reach it, and each later one adds the same bytes. Simulating 80 blocks would take 15 times
@@ -193,9 +190,7 @@ class Step(Layers):
     # loss
 
     def _loss(self, x: Value) -> Value:
-        """The loss of the last hidden states (N, D): at once, or in chunks whose gradients are
-        computed in forward.
-        """
+        """The loss of hidden states (N, D): at once, or in chunks that are differentiated."""
         t, run, width = self.tape, self.run, self.model.embedding_width
         t.phase, t.kind = "forward, loss", "logits"
         if run.loss not in ("full", "divergence"):
@@ -227,9 +222,7 @@ class Step(Layers):
         return t.op(x, elements=1, width=4, saves=[gradient, *t.take_finished_gradients()])
 
     def _divergence(self, x: Value) -> Value:
-        """Logits (rows, V), then log p, log q and p in fp32; saves q − p in the dtype of the
-        logits.
-        """
+        """Logits (rows, V), then log p, log q and p in fp32; saves q − p as wide as the logits."""
         t, rows = self.tape, x.elements // self.model.embedding_width
         trained = [self.head] if self.base.ends else []
         size = rows * self.model.vocabulary
@@ -237,9 +230,7 @@ class Step(Layers):
         return t.op(y, elements=1, width=4, saves=[t.leaf(size, self.w)], temp=3 * 4 * size)
 
     def _cross_entropy(self, x: Value) -> Value:
-        """Logits (rows, V), cast to fp32, log-softmax (saved), mean; backward fills two tensors of
-        their size.
-        """
+        """Logits (rows, V) in fp32, saved log-softmax, mean; backward fills two such tensors."""
         t, model, rows = self.tape, self.model, x.elements // self.model.embedding_width
         trained = [self.head] if self.base.ends else []
         y = t.op(x, elements=rows * model.vocabulary, saves=[x] if trained else [], weights=trained)

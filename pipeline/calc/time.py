@@ -1,5 +1,4 @@
-"""Time and cost of a training run: the FLOPs of a token, a GPU's peak, and the share of the peak
-that training reaches.
+"""Time and cost of a run: FLOPs of a token, a GPU's peak, the share that training reaches.
 
 Sources of UTILIZATION, the share of the dense peak by all FLOPs, recomputed ones included: LoRA in
 PEFT's MetaMathQA results reaches 26% of an L40S with short padded sequences, in fms-acceleration's
@@ -35,9 +34,7 @@ class Range(NamedTuple):
 
 
 class Flops(NamedTuple):
-    """FLOPs per token; `attention`: the part of all three that attention scores and their products
-    take.
-    """
+    """FLOPs per token; `attention`: the share of scores and their products in all three."""
 
     forward: float = 0
     recomputed: float = 0
@@ -67,8 +64,7 @@ def parse_tokens(text: str) -> int:
 def training_time(
     model: Architecture, method: FinetuningMethod, run: TrainingConfig, tokens: int, device: Gpu
 ) -> Range:
-    """Hours to train on `tokens`, all epochs together. Raises UserError if the device or precision
-    has no known peak.
+    """Hours to train on `tokens`, all epochs. Raises UserError without a known peak.
 
     seconds per token = (FLOPs / peak + bytes of dequantized weights / bandwidth) / utilization
     """
@@ -134,9 +130,7 @@ def estimate(
     devices: Sequence[Gpu],
     price: float | None,
 ) -> dict[str, Any]:
-    """Hours on each device, and dollars at `price` per GPU-hour, as plain data. Raises
-    UserError.
-    """
+    """Hours on each device, and dollars at `price` per GPU-hour. Raises UserError."""
     if price is not None and not 0 < price < 1e6:
         raise UserError(
             "price must be dollars per GPU-hour, more than 0 and less than a million, got "
@@ -167,7 +161,7 @@ def estimate(
 
 
 # A product has 2 FLOPs per weight and token forward, 2 for its input's gradient, 2 for its own
-# (Kaplan et al. 2020, §2)
+# (Kaplan et al. 2020, section 2)
 
 
 def flops_per_token(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -> Flops:
@@ -233,8 +227,9 @@ def _block(
     trains: bool,
     again: bool,
 ) -> Flops:
-    """A block whose linears have ranks `adapted`: `differs`, its input gets a gradient; `again`, it
-    is recomputed.
+    """FLOPs of a block whose linears have ranks `adapted`.
+
+    `differs`: its input gets a gradient; `again`: it is recomputed.
     """
 
     def used(linear: Linear) -> float:  # share of its weights that a token meets
@@ -267,9 +262,7 @@ def _block(
 
 
 def dequantized_bytes(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -> float:
-    """Bytes read and written in a step where each product expands its quantized weights to 16 bit
-    first.
-    """
+    """Bytes moved in a step where each product expands its quantized weights to 16 bit."""
     kind = precision(run.precision)
     if not kind.quantized:
         return 0
