@@ -7,10 +7,11 @@ import sys
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, JustifyMethod, RenderableType
+from rich.measure import Measurement
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -101,13 +102,22 @@ def print_costs(costs: "Mapping[str, Cost]") -> None:
         print_table(columns, rows, right=columns[1:])
 
 
-class _Column:
+class _Column(NamedTuple):
     """A column's cells; at `most` wide none wraps, at `least` texts wrap or are shortened."""
 
-    def __init__(self, heading: str, cells: Sequence[str], is_number: bool) -> None:
-        self.heading, self.cells, self.is_number = heading, cells, is_number
-        self.most = max(map(_width, (heading, *cells)))
-        self.least = self.most if is_number else max(_width(heading), min(self.most, NARROW))
+    heading: str
+    cells: Sequence[str]
+    is_number: bool
+
+    @property
+    def most(self) -> int:
+        return max(map(_width, (self.heading, *self.cells)))
+
+    @property
+    def least(self) -> int:
+        if self.is_number:
+            return self.most
+        return max(_width(self.heading), min(self.most, NARROW))
 
 
 def table(
@@ -147,35 +157,17 @@ def table(
         lead += 1
     parts = [every[:lead]]
     for column in every[lead:]:
-        if (
-            len(parts[-1]) > lead
-            and sum(each.least + gap for each in (*parts[-1], column)) - gap > room
-        ):
+        needed = sum(part.least + gap for part in (*parts[-1], column)) - gap
+        if len(parts[-1]) > lead and needed > room:
             parts.append(every[:lead])
         parts[-1].append(column)
-    return Group(*(_part(part, room, gap) for part in parts))
+    return Group(*(_part(part, gap) for part in parts))
 
 
-def _part(columns: Sequence[_Column], room: int, gap: int) -> Table:
-    """A table of columns that fit, except that a single one beside the first may give way."""
-    widths = [column.least for column in columns]
-    spare = room - sum(widths) - gap * (len(columns) - 1)
-    if spare < 0:  # two columns and still too wide: texts give way down to their headings
-        for n, column in enumerate(columns):
-            less = 0 if column.is_number else min(-spare, widths[n] - _width(column.heading))
-            widths[n] -= less
-            spare += less
-    # The spare room in equal shares, to the texts that need least first: what they leave is for the
-    # others.
-    narrow = sorted(
-        (n for n, c in enumerate(columns) if c.least < c.most), key=lambda n: columns[n].most
-    )
-    for sharing, n in zip(range(len(narrow), 0, -1), narrow, strict=True):
-        more = max(0, min(columns[n].most - columns[n].least, spare // sharing))
-        widths[n] += more
-        spare -= more
+def _part(columns: Sequence[_Column], gap: int) -> Table:
+    """Columns beside each other: Rich narrows the widest texts first."""
     has_heading = any(column.heading for column in columns)
-    built = Table(
+    part = Table(
         box=None,
         pad_edge=False,
         show_header=has_heading,
@@ -183,16 +175,27 @@ def _part(columns: Sequence[_Column], room: int, gap: int) -> Table:
         padding=(0, 1, 0, gap - 1),
     )
     lines = max(column.heading.count("\n") for column in columns)
-    for column, width in zip(columns, widths, strict=True):
+    for column in columns:
         heading = "\n" * (lines - column.heading.count("\n")) + column.heading
-        built.add_column(
-            heading, justify="right" if column.is_number else "left", width=width, overflow="fold"
-        )
+        justify: JustifyMethod = "right" if column.is_number else "left"
+        part.add_column(_Cell(heading), justify=justify, no_wrap=column.is_number)
     for row in zip(*(column.cells for column in columns), strict=True):
-        built.add_row(
-            *(Text(_shorten(cell, width)) for cell, width in zip(row, widths, strict=True))
-        )
-    return built
+        part.add_row(*map(_Cell, row))
+    return part
+
+
+class _Cell:
+    """A text that wraps between words; in words that are too wide the middle is left out."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __rich_measure__(self, _console: Console, _options: ConsoleOptions) -> Measurement:
+        width = _width(self.text)
+        return Measurement(min(width, NARROW), width)
+
+    def __rich_console__(self, _console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        yield Text(_shorten(self.text, options.max_width), overflow="fold")
 
 
 def _width(text: str) -> int:

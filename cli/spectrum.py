@@ -232,8 +232,8 @@ def _print_intruders(searched: "list[Searched]", top: int, epsilon: float) -> No
     count = sum(len(matrix.intruders) for matrix in matrices)
     print_line(
         f"{count} intruder{'s' * (count != 1)} in {len(matrices)} of {len(searched)} matrices: "
-        f"among the {top} largest left singular vectors of each, those whose |cos| with every one of the base's is below "
-        f"{epsilon:g}."
+        f"among the {top} largest left singular vectors of each, those whose |cos| with "
+        f"every one of the base's is below {epsilon:g}."
     )
     if wide := sum(not matrix.complete for matrix in searched):
         print_line(

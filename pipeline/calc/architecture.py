@@ -47,7 +47,7 @@ class Linear(NamedTuple):
         return self.weights + (self.outputs * self.experts if self.bias else 0)
 
     def lora(self, rank: int) -> int:
-        """Parameters of A (R, I) and B (O, R), one pair per expert (Hu et al. 2021, section 4.1)."""
+        """Parameters of A (R, I) and B (O, R), one pair per expert (Hu et al. 2021)."""
         return rank * (self.inputs + self.outputs) * self.experts
 
 

@@ -4,7 +4,7 @@ Three layouts. `replicated`: every GPU has the base and its own sequences; adapt
 summed. `sharded`: the same, but each has its rows of every block's frozen weights, and gathers a
 block's when it runs, in forward and again in backward (FSDP2; training/parallel/sharding.py).
 `tensor`: all compute the same sequences, each with its share of the heads and of the inner neurons
-of every block (Shoeybi et al. 2019, section 3), so that outputs of attention and feed-forward are summed.
+of every block (Shoeybi et al. 2019), so that outputs of attention and feed-forward are summed.
 Norms, embeddings and head are on every GPU in all three.
 """
 
