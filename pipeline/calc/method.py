@@ -153,7 +153,7 @@ class FinetuningMethod:
         return 0
 
     def simple_count(self, model: Architecture) -> int | None:
-        """A rule of thumb: 2·r·d per projection, as if all were d × d; None if it does not apply."""
+        """A rule of thumb: 2·r·d per projection, as if all were d × d; None if not valid here."""
         return None
 
     def notes(self, model: Architecture) -> list[str]:
