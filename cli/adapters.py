@@ -137,9 +137,7 @@ def show(
 
 
 def _marks(folders: Sequence[Path]) -> dict[Path, tuple[str, ...]]:
-    """Which folders have settings that differ from those of params.yaml, and how; none outside a
-    project.
-    """
+    """Folders whose settings differ from params.yaml, and how; none outside a project."""
     from pipeline.errors import UserError
     from pipeline.project.status import apart
 
@@ -229,9 +227,7 @@ def diff(
 
 
 def _shared_prefix(names: list[str]) -> str:
-    """What the names have in common, up to a dot. It heads their column: the whole of each would
-    leave no room.
-    """
+    """What the names have in common, up to a dot, which then heads their column."""
     shared = commonprefix(names) if len(names) > 1 else ""  # noqa: RUF071 (not paths)
     return shared[: shared.rfind(".") + 1]
 

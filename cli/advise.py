@@ -1,6 +1,4 @@
-"""`lora advise`: settings that published experiments advise against; and the same as notes before a
-training.
-"""
+"""`lora advise`: settings that published experiments advise against; notes before a training."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -87,9 +85,7 @@ def advice_notes(project: "Project", stage: "Stage") -> "Iterator[Note]":
 
 
 def gather_facts(project: "Project", stages: "Sequence[Stage]") -> "list[Facts]":
-    """What is known before they train: from headers and a part of their data. Raises UserError for
-    invalid data.
-    """
+    """What is known before they train, from headers and a part of their data. Raises UserError."""
     from pipeline.errors import UserError
     from pipeline.project.advice import Facts
 
@@ -142,9 +138,7 @@ def _leaves_alpha(project: "Project", section: str) -> bool:
 
 
 def _measured_keys(project: "Project", stage: "Stage") -> tuple[str, ...]:
-    """The keys that the project's sweep varied, if the settings are those of its best adapter, or
-    one of its front.
-    """
+    """Keys that the project's sweep varied, if these settings are its best, or on its front."""
     from pipeline.errors import UserError
     from pipeline.evaluation.selection import choose, pareto
     from pipeline.files.artifact import read_json
@@ -170,9 +164,7 @@ def _plain(value: Any) -> Any:
 
 
 def _shapes(project: "Project", base: str) -> "Architecture | None":
-    """The base's shapes from its headers, or if it is built in; None for another model of the hub.
-    Raises UserError.
-    """
+    """The base's shapes from headers, or built in; else None. Raises UserError."""
     from pipeline.calc.sources.open_model import built_in, from_path, hub_ids
     from pipeline.files.base_model import MINIGPT, parse_source
 
@@ -190,9 +182,7 @@ def _shapes(project: "Project", base: str) -> "Architecture | None":
 def _count_parameters(
     project: "Project", stage: "Stage", model: "Architecture | None"
 ) -> dict[str, Any]:
-    """Parameters of the base and of what trains, and the share of the blocks' weights that get
-    LoRA.
-    """
+    """Parameters of the base and of what trains, and the share of weights that get LoRA."""
     from pipeline.calc.method import ranks, trainable
     from pipeline.errors import UserError
     from pipeline.stages.registry import COUNTED as METHODS
@@ -212,9 +202,7 @@ def _count_parameters(
 def _count_data(
     project: "Project", stage: "Stage", tokenizer: "Tokenizer | None"
 ) -> dict[str, Any]:
-    """Examples, and with a tokenizer trained tokens and the share that max_length cuts, from the
-    first `ENCODED`.
-    """
+    """Examples; with a tokenizer, trained tokens and the truncated share of the first ENCODED."""
     from itertools import chain, islice
 
     from pipeline.data.formats import iter_examples

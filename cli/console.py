@@ -7,10 +7,11 @@ import sys
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, JustifyMethod, RenderableType
+from rich.measure import Measurement
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -27,9 +28,7 @@ _ESCAPED = {code: f"\\u{code:04x}" for code in OBEYED}
 
 
 class _Console(Console):
-    """Shows what a terminal would obey instead of sending it: names of folders, params and answers
-    come from others.
-    """
+    """Shows what a terminal would obey: names of folders, params and answers come from others."""
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
@@ -39,9 +38,7 @@ class _Console(Console):
 
 
 def _terminal_environment() -> dict[str, str]:
-    """The environment without a size that no table fits into, such as the COLUMNS=0 of some CI
-    systems.
-    """
+    """The environment without an unusable size, such as the COLUMNS=0 of some CI systems."""
     sizes = {name: os.environ.get(name, "") for name in ("COLUMNS", "LINES")}
     least = {"COLUMNS": NARROW, "LINES": 1}
     unusable = [
@@ -60,9 +57,7 @@ stdout, stderr = (
 
 
 def print_line(text: str, style: str | None = None) -> None:
-    """A line of the result. Never wrapped, so that paths and commands in it can be copied, and
-    never markup.
-    """
+    """A line of the result: never wrapped, so that paths can be copied, and never markup."""
     stdout.print(text, style=style, markup=False, soft_wrap=True)
 
 
@@ -81,9 +76,7 @@ def noting_replaced(out: Path) -> Iterator[None]:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document and nothing else; what a terminal would obey is escaped in it, and nothing
-    is lost.
-    """
+    """One JSON document on stdout; what a terminal would obey is escaped, nothing is lost."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False).translate(_ESCAPED) + "\n")
 
 
@@ -99,9 +92,7 @@ def print_table(
 
 
 def print_costs(costs: "Mapping[str, Cost]") -> None:
-    """A row for each model, the first of which is what the others are compared with; nothing
-    without models.
-    """
+    """A row for each model, compared with the first; nothing without models."""
     if costs:
         columns = ("model", "loss", "right", f"KL to {next(iter(costs))}")
         rows = [
@@ -111,15 +102,22 @@ def print_costs(costs: "Mapping[str, Cost]") -> None:
         print_table(columns, rows, right=columns[1:])
 
 
-class _Column:
-    """A column's cells and how wide it may be: `most` shows every cell on one line, `least` wraps
-    or shortens texts.
-    """
+class _Column(NamedTuple):
+    """A column's cells; at `most` wide none wraps, at `least` texts wrap or are shortened."""
 
-    def __init__(self, heading: str, cells: Sequence[str], is_number: bool) -> None:
-        self.heading, self.cells, self.is_number = heading, cells, is_number
-        self.most = max(map(_width, (heading, *cells)))
-        self.least = self.most if is_number else max(_width(heading), min(self.most, NARROW))
+    heading: str
+    cells: Sequence[str]
+    is_number: bool
+
+    @property
+    def most(self) -> int:
+        return max(map(_width, (self.heading, *self.cells)))
+
+    @property
+    def least(self) -> int:
+        if self.is_number:
+            return self.most
+        return max(_width(self.heading), min(self.most, NARROW))
 
 
 def table(
@@ -129,8 +127,7 @@ def table(
     right: Sequence[str] = (),
     optional: Sequence[str] = (),
 ) -> RenderableType:
-    """A plain table for the terminal's width; `right` names the columns of numbers, which are never
-    cut.
+    """A table for the terminal's width; `right` names columns of numbers, which are never cut.
 
     A heading may have two lines. Where the columns do not fit, texts wrap between words and longer
     words are shortened in the middle, and `optional` columns are left out, the first of them first;
@@ -160,37 +157,17 @@ def table(
         lead += 1
     parts = [every[:lead]]
     for column in every[lead:]:
-        if (
-            len(parts[-1]) > lead
-            and sum(each.least + gap for each in (*parts[-1], column)) - gap > room
-        ):
+        needed = sum(part.least + gap for part in (*parts[-1], column)) - gap
+        if len(parts[-1]) > lead and needed > room:
             parts.append(every[:lead])
         parts[-1].append(column)
-    return Group(*(_part(part, room, gap) for part in parts))
+    return Group(*(_part(part, gap) for part in parts))
 
 
-def _part(columns: Sequence[_Column], room: int, gap: int) -> Table:
-    """A table of columns that fit, except that a single one beside the first may have to give
-    way.
-    """
-    widths = [column.least for column in columns]
-    spare = room - sum(widths) - gap * (len(columns) - 1)
-    if spare < 0:  # two columns and still too wide: texts give way down to their headings
-        for n, column in enumerate(columns):
-            less = 0 if column.is_number else min(-spare, widths[n] - _width(column.heading))
-            widths[n] -= less
-            spare += less
-    # The spare room in equal shares, to the texts that need least first: what they leave is for the
-    # others.
-    narrow = sorted(
-        (n for n, c in enumerate(columns) if c.least < c.most), key=lambda n: columns[n].most
-    )
-    for sharing, n in zip(range(len(narrow), 0, -1), narrow, strict=True):
-        more = max(0, min(columns[n].most - columns[n].least, spare // sharing))
-        widths[n] += more
-        spare -= more
+def _part(columns: Sequence[_Column], gap: int) -> Table:
+    """Columns beside each other: Rich narrows the widest texts first."""
     has_heading = any(column.heading for column in columns)
-    built = Table(
+    part = Table(
         box=None,
         pad_edge=False,
         show_header=has_heading,
@@ -198,16 +175,27 @@ def _part(columns: Sequence[_Column], room: int, gap: int) -> Table:
         padding=(0, 1, 0, gap - 1),
     )
     lines = max(column.heading.count("\n") for column in columns)
-    for column, width in zip(columns, widths, strict=True):
+    for column in columns:
         heading = "\n" * (lines - column.heading.count("\n")) + column.heading
-        built.add_column(
-            heading, justify="right" if column.is_number else "left", width=width, overflow="fold"
-        )
+        justify: JustifyMethod = "right" if column.is_number else "left"
+        part.add_column(_Cell(heading), justify=justify, no_wrap=column.is_number)
     for row in zip(*(column.cells for column in columns), strict=True):
-        built.add_row(
-            *(Text(_shorten(cell, width)) for cell, width in zip(row, widths, strict=True))
-        )
-    return built
+        part.add_row(*map(_Cell, row))
+    return part
+
+
+class _Cell:
+    """A text that wraps between words; in words that are too wide the middle is left out."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __rich_measure__(self, _console: Console, _options: ConsoleOptions) -> Measurement:
+        width = _width(self.text)
+        return Measurement(min(width, NARROW), width)
+
+    def __rich_console__(self, _console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        yield Text(_shorten(self.text, options.max_width), overflow="fold")
 
 
 def _width(text: str) -> int:
@@ -246,8 +234,7 @@ def bar(share: float, width: int = 20) -> str:
 
 
 def follow(events: "Generator[Event, None, Result]", title: str, quiet: bool = False) -> Result:
-    """Show the events of a stage on stderr: notes, and on a terminal a progress bar with loss and
-    ETA.
+    """Show a stage's events on stderr: notes, and on a terminal a progress bar.
 
     Returns what `events` returns. `quiet`: without the routine notes.
     """

@@ -1,9 +1,9 @@
 """`lora data`: data files checked, shown as tokens, cleaned, and converted."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import chain, groupby, islice
+from itertools import chain, islice
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -23,27 +23,16 @@ from cli.options import (
 )
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
-    from pipeline.data.check import DataReport
-    from pipeline.data.convert import Conversion
     from pipeline.data.examples import Example
-    from pipeline.data.masking import Encoded
-    from pipeline.data.quality.clean import Cleaned, Dropped, Leaks
+    from pipeline.data.quality.clean import Leaks
     from pipeline.data.tokenizers.word import Tokenizer
-    from pipeline.files.problems import Group
 
 app = group()
 data = group(help="Check, show, clean and convert data files.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
 DEFAULT_BASES = (Path("artifacts/expanded"), Path("artifacts/base"))
-TRAINED = "bold green"
-MAX_WIDTH = 100  # columns; longer lines of tokens are hard to read
 SHOWN, COUNTED = 3, 1000  # examples that `show` prints, and counts
-RENDERED = 2000  # characters of the example that `check` prints
-SHOWN_TEXT = 60  # characters of a row that `clean` dropped
-SYMBOLS = {" ": "·", "\n": "↵", "\r": "␍", "\t": "⇥"}
 FILE_HELP = (
     "Data file: .txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow; a saved folder, or a hub id."
 )
@@ -93,6 +82,7 @@ def check(
     The exit code is 1 if training would be wrong.
     """
     from cli.console import print_json, print_note
+    from cli.data_output import print_report
     from pipeline.data.check import check as check_files
     from pipeline.data.columns import clean_command
     from pipeline.errors import UserError
@@ -114,7 +104,7 @@ def check(
     if as_json:
         print_json({**report.as_json(), "base": base and str(base)})
     else:
-        _print_report(report, max_length, limit)
+        print_report(report, max_length, limit)
         if report.counts.keys() & {"empty", "duplicate"}:
             cleaned = clean_command(report.files[0], columns_of(columns))
             print_note(f"`{cleaned}` writes a file without empty rows and duplicates.")
@@ -126,9 +116,7 @@ def check(
 
 
 def _in_template(files: list[Path]) -> bool:
-    """Whether plain prompts get the base's chat template: as in the project here, whose files they
-    may be.
-    """
+    """Whether plain prompts get the base's chat template, as in the project here."""
     from pipeline.project.params.sections import Training
 
     if not DEFAULT_PARAMS.is_file():
@@ -143,94 +131,6 @@ def _in_template(files: list[Path]) -> bool:
         ):
             return section.templated
     return bool(project.params.training.get("chat_template", "auto") == "auto")
-
-
-def _print_report(report: "DataReport", max_length: int, limit: int) -> None:
-    from cli.console import print_line, print_note, print_table, stdout
-
-    rows = [
-        (
-            "rows",
-            f"{report.rows:,} "
-            f"({', '.join(f'{n:,} {name}' for name, n in report.formats.items()) or 'none read'})",
-        ),
-        (
-            "examples",
-            f"{report.examples:,}"
-            + f", {report.evaluation:,} for evaluation" * bool(report.evaluation),
-        ),
-    ]
-    if report.turns:
-        rows.append(
-            ("turns", f"{report.turns:,}, {report.turns / report.examples:.1f} per example")
-        )
-    if report.tokens is not None and report.trained_tokens is not None:
-        share = report.trained_tokens / max(1, report.tokens)
-        rows += [
-            ("tokens", f"{report.tokens:,}"),
-            ("trained on", f"{report.trained_tokens:,} ({share:.1%})"),
-        ]
-    if report.quantiles:
-        median, *most, longest = (f"{length:,}" for length in report.quantiles.values())
-        shares = ", ".join(
-            f"{share} % ≤ {length}" for share, length in zip((90, 95, 99), most, strict=True)
-        )
-        rows.append(("length", f"{report.shortest:,} to {longest}, median {median}; {shares}"))
-        rows.append(
-            (
-                "truncated",
-                f"{report.truncated:,} at {max_length:,} tokens" if max_length else "none",
-            )
-        )
-        if not max_length:
-            fits = report.quantiles["max"] <= (report.suggested_max_length or 0)
-            covered = "all examples" if fits else "99 % of the examples"
-            rows.append(("max_length", f"{report.suggested_max_length:,} suggested: {covered} fit"))
-    if report.templated:
-        rows.append(
-            (
-                "template",
-                f"{report.templated:,} plain prompts become a user's turn, their completions the "
-                "answer",
-            )
-        )
-    print_table(("", ""), rows)
-    if report.rendered:
-        more = "…" * (len(report.rendered) > RENDERED)
-        print_line(
-            "\nthe first example, as the model reads it; ⟦ ⟧ is trained "
-            f"on:\n{report.rendered[:RENDERED]}{more}"
-        )
-    levels = [
-        [each for each in report.groups if each.level == level][:limit]
-        for level in ("error", "warning")
-    ]
-    shown = [each for groups in levels for each in groups]
-    if shown:
-        several = len(report.files) > 1
-        stdout.print()
-        print_table(
-            ("", "row", "problem"),
-            [(each.level, _place(each, several), each.problem) for each in shown],
-        )
-    total = report.errors + report.warnings
-    if len(shown) < len(report.groups):
-        print_line(f"… {', '.join(f'{kind}: {count:,}' for kind, count in report.counts.items())}")
-    errors, warnings = (
-        f"{count:,} {name}{'' if count == 1 else 's'}"
-        for count, name in ((report.errors, "error"), (report.warnings, "warning"))
-    )
-    print_line(f"{errors}, {warnings}" if total else "no problems", style="bold")
-    if report.tokens is None:
-        print_note("There is no model, so tokens were not counted. Name a model with --base.")
-
-
-def _place(problems: "Group", several_files: bool) -> str:
-    """Where a group's rows are: its only row, or how many there are and the first."""
-    file = f"{problems.file}:" if several_files and problems.row else ""
-    if problems.rows == 1:
-        return f"{file}{problems.row or problems.file}"
-    return f"{problems.rows:,} rows; first: {file}{problems.row}"
 
 
 @data.command()
@@ -260,7 +160,8 @@ def show(
     """
     from tempfile import TemporaryDirectory
 
-    from cli.console import print_line, print_table, stdout
+    from cli.console import print_line, print_table
+    from cli.data_output import print_labels, print_tokens
     from pipeline.data.columns import columns_option
     from pipeline.data.masking import Encoder
     from pipeline.data.windows import Corpus
@@ -278,7 +179,7 @@ def show(
     examples = _examples(file, columns_of(columns), row, not no_template and _in_template([file]))
     if as_json:
         for example, encoded in encode.each(islice(examples, limit)):
-            _print_labels(example, encoded)
+            print_labels(example, encoded)
         return
     shown = list(encode.each(islice(examples, SHOWN if limit is None else limit)))
     for example, encoded in shown:
@@ -286,9 +187,7 @@ def show(
         print_line(
             "  ".join(parts + [f"{encoded.cut:,} truncated"] * bool(encoded.cut)), style="bold"
         )
-        for line in _lines(_tokens(encoded, tokenizer), min(stdout.width, MAX_WIDTH)):
-            stdout.print(line, soft_wrap=True)
-        stdout.print()
+        print_tokens(encoded, tokenizer)
     if row:
         return
     with TemporaryDirectory() as folder:
@@ -343,6 +242,7 @@ def convert(
     again before it gets its name.
     """
     from cli.console import print_json
+    from cli.data_output import print_written
     from pipeline.data.convert import convert as convert_file
 
     with _row_counter("converting") as progress:
@@ -365,17 +265,7 @@ def convert(
             }
         )
         return
-    _print_written(out, done)
-
-
-def _print_written(out: Path, done: "Conversion") -> None:
-    from cli.console import print_line, print_note
-
-    for note in done.notes:
-        print_note(note)
-    for rows in done.skipped:
-        print_note(f"skipped: {rows}")
-    print_line(f"{out}: {done.rows:,} {'row' if done.rows == 1 else 'rows'} ({done.format})")
+    print_written(out, done)
 
 
 @data.command()
@@ -419,6 +309,7 @@ def clean(
     --columns. Rows with likely personal data are counted and stay, but for --drop personal.
     """
     from cli.console import print_json
+    from cli.data_output import print_cleaned
     from pipeline.data.masking import Encoder
     from pipeline.data.quality.clean import REASONS
     from pipeline.data.quality.clean import clean as clean_file
@@ -463,7 +354,7 @@ def clean(
     if as_json:
         print_json({"out": str(out), **done.as_json()})
     else:
-        _print_cleaned(out, done)
+        print_cleaned(out, done)
 
 
 def _leaks(eval_files: list[Path], tasks: list[Path], columns: dict[str, str]) -> "Leaks":
@@ -478,36 +369,6 @@ def _leaks(eval_files: list[Path], tasks: list[Path], columns: dict[str, str]) -
         for prompt, location in task_prompts(file, str(file)):
             leaks.add(prompt, location)
     return leaks
-
-
-def _print_cleaned(out: Path, done: "Cleaned") -> None:
-    from cli.console import print_line, print_table, stdout
-
-    print_table(
-        ("dropped", "rows", "such as"),
-        [
-            (reason, f"{rows:,}", _shown(done.examples.get(reason, [])))
-            for reason, rows in done.dropped.items()
-        ],
-        right=("rows",),
-    )
-    if done.personal:
-        stdout.print()
-        rows = [
-            (kind, f"{count:,}", ", ".join(f"row {row}" for row in done.personal_rows[kind]))
-            for kind, count in done.personal.items()
-        ]
-        print_table(("likely personal data, kept", "rows", "such as"), rows, right=("rows",))
-    print_line(f"{done.kept:,} of {done.rows:,} rows kept", style="bold")
-    _print_written(out, done.conversion)
-
-
-def _shown(dropped: "Sequence[Dropped]") -> str:
-    lines = (
-        f"row {row.row}, {row.why}" + f": {row.text[:SHOWN_TEXT]}" * bool(row.text)
-        for row in dropped
-    )
-    return "\n".join(lines)
 
 
 def _default_base() -> Path | None:
@@ -562,51 +423,3 @@ def _examples(
     if example is None or example.line != row:
         raise UserError(f"{file} has no example in row {row}. Name another --row.")
     return iter([example])
-
-
-def _print_labels(example: "Example", encoded: "Encoded") -> None:
-    import json
-
-    from cli.console import print_line
-    from pipeline.data.examples import IGNORED
-
-    # The first token is no label: no token predicts it.
-    trained = (False, *encoded.trained[1:])
-    labels = [id_ if on else IGNORED for id_, on in zip(encoded.ids, trained, strict=True)]
-    print_line(json.dumps({"row": example.line, "ids": encoded.ids, "labels": labels}))
-
-
-def _tokens(encoded: "Encoded", tokenizer: "Tokenizer") -> Iterator[tuple[int, str, bool]]:
-    """Ids, words, and which are trained on. The first never is, as no token predicts it."""
-    return zip(
-        encoded.ids, map(tokenizer.word, encoded.ids), (False, *encoded.trained[1:]), strict=True
-    )
-
-
-def _lines(tokens: Iterator[tuple[int, str, bool]], width: int) -> Iterator["Text"]:
-    """The tokens in lines, ⟦ before and ⟧ after a run of trained ones, │ between others.
-
-    Line breaks in the text are kept.
-    """
-    from rich.cells import cell_len
-    from rich.text import Text
-
-    line = Text()
-    for is_trained, run in groupby(tokens, key=lambda token: token[2]):
-        visible = [
-            "".join(SYMBOLS.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in word)
-            for _, word, _ in run
-        ]
-        if is_trained:
-            visible[0] = f"⟦{visible[0]}"
-        ends = ["│"] * (len(visible) - 1) + ["⟧" if is_trained else ""]
-        for text in map("".join, zip(visible, ends, strict=True)):
-            if line and line.cell_len + cell_len(text) > width:
-                yield line
-                line = Text()
-            line.append(text, TRAINED if is_trained else "")
-            if "↵" in text:
-                yield line
-                line = Text()
-    if line:
-        yield line

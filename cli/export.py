@@ -1,6 +1,4 @@
-"""`lora export` and `lora push`: an adapter in each of the registered formats, in a folder or on
-the hub.
-"""
+"""`lora export`, `lora push`: an adapter in a registered format, in a folder or on the hub."""
 
 import tempfile
 from pathlib import Path

@@ -138,7 +138,7 @@ def train(
     here, each with a reason; --set replaces any of them. After a stop, the same command goes on.
     """
     from cli.console import follow
-    from cli.project import refuse_broken
+    from cli.report import refuse_broken
     from cli.stages import run_stage
     from pipeline.errors import UserError
     from pipeline.project.params.edit import dump_inline
@@ -196,7 +196,8 @@ def _names(methods: str | None) -> list[str]:
 
 
 def _read_values(settings: list[str], methods: list[str]) -> dict[str, Any]:
-    """section.key → value of each `--set`; a key alone is the training block's, or a method's own.
+    """section.key → value of each `--set`; a key alone is of `training`, or of a method.
+
     Raises UserError.
     """
     from pipeline.errors import UserError
@@ -274,9 +275,7 @@ def _print_foreign(foreign: Foreign) -> None:
 
 
 def _refuse_other(project: Project, base: str | None, data: Sequence[str]) -> None:
-    """Raises UserError if a project trains another base, or trains or evaluates on other data, than
-    is asked for.
-    """
+    """Raises UserError if a project trains another base, or on other data, than requested."""
     from pipeline.errors import UserError
     from pipeline.files.base_model import parse_source
 
@@ -395,11 +394,9 @@ def _describe_run(project: Project, variant: str) -> str:
 
 
 def _print_results(project: Project, folder: Path) -> None:
-    """How many answers are as expected, what was learned and forgotten, the memory, and some
-    answers.
-    """
+    """Answers as expected, what was learned and forgotten, the memory, and some answers."""
     from cli.console import print_line
-    from cli.project import count_lines, print_answers
+    from cli.report import count_lines, print_answers
     from pipeline.export.formats import FORMATS
     from pipeline.files.artifact import read_json
 

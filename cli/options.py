@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 
 def base_folder(base: Path | None) -> Path | None:
-    """Callback for --base: the folder of a base that is named as `base` in params.yaml names one.
-    Raises UserError.
-    """
+    """Callback for --base: its folder, named as `base` in params.yaml. Raises UserError."""
     if (
         base is None
         or base.is_dir()
@@ -154,9 +152,7 @@ def columns_of(text: str | None) -> dict[str, str]:
 
 
 class Lazy(Mapping[str, Any]):
-    """A group's commands by name, each imported when it is asked for: `lora --help` takes a third
-    of the time.
-    """
+    """A group's commands, each imported when needed: a third of the time of `lora --help`."""
 
     def __init__(self, names: Callable[[], Iterable[str]], load: Callable[[str], Any]) -> None:
         self._names, self._load = names, load
@@ -185,9 +181,7 @@ def _printable_errors() -> Iterator[None]:
 
 
 class Group(TyperGroup):
-    """Answers an unknown command or option that is a former name, or another tool's, with the name
-    here.
-    """
+    """Answers a former name, or another tool's, of a command or option with the name here."""
 
     def list_commands(self, _ctx: Any) -> list[str]:
         return list(self.commands)

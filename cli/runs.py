@@ -1,6 +1,4 @@
-"""`lora runs`: the training runs of a project; trackers that follow a run, and sending finished
-ones to them.
-"""
+"""`lora runs`: a project's training runs, and the trackers that follow or get them."""
 
 from __future__ import annotations
 
@@ -219,9 +217,7 @@ def start_trackers(job: Job) -> Generator[Event, None, list[Follower]]:
 
 
 def finish_trackers(followers: list[Follower]) -> None:
-    """Give the trackers a moment to read the end of the run, and say which of them failed or are
-    still at it.
-    """
+    """Wait a moment for the trackers, and say which failed or are still reading."""
     from time import monotonic
 
     from cli.console import print_note

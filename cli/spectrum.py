@@ -1,16 +1,17 @@
-"""`lora spectrum`: the singular values of what fine-tuning changed, and the nearest LoRA of a given
-rank.
-"""
+"""`lora spectrum`: singular values of what fine-tuning changed, and the nearest LoRA of a rank."""
 
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from typer import Argument, Option
 
 from cli.options import DeviceOption, JsonOption, PlainOption, TrustOption, finite, group
 
 if TYPE_CHECKING:
+    from pipeline.data.examples import Example
     from pipeline.weights.extract import Spectra
     from pipeline.weights.intruders import Searched
     from pipeline.weights.spectrum import Measured
@@ -73,11 +74,10 @@ def spectrum(
 
     Of ΔW = TUNED − BASE, matrix by matrix, and how much of it each rank holds.
     """
-    from cli.console import follow, noting_replaced, print_line, print_table
+    from cli.console import follow
     from pipeline.data.formats import read_examples
     from pipeline.errors import UserError
-    from pipeline.inference.score import quality, refuse_other_tokens
-    from pipeline.weights.extract import extract, spectra_of
+    from pipeline.weights.extract import spectra_of
 
     if as_json and as_csv:
         raise UserError("--json and --csv exclude each other.")
@@ -91,122 +91,125 @@ def spectrum(
             raise UserError(
                 "--intruders and --damp exclude --rank and --csv. Run the command once for each."
             )
-        _intruders(
-            base,
-            tuned,
-            (top, epsilon),
-            damp,
-            out,
-            data,
-            not no_template,
-            trust_remote_code,
-            as_json,
-        )
-        return
-    if (rank is None) != (out is None):
-        raise UserError(
-            "--rank and --out must be used together to extract a LoRA. Add the other one."
-        )
-    show = _print_json if as_json else _print_csv if as_csv else _print_tables
-    if out is None or rank is None:
-        if data is not None:
+        if (damp is None) != (out is None):
+            raise UserError(
+                "--damp and --out must be used together to write a damped adapter. Add the other "
+                "one."
+            )
+        if data is not None and out is None:
+            raise UserError("--data compares the damped adapter. Add --damp and --out.")
+    else:
+        if (rank is None) != (out is None):
+            raise UserError(
+                "--rank and --out must be used together to extract a LoRA. Add the other one."
+            )
+        if data is not None and out is None:
             raise UserError("--data evaluates the extracted LoRA. Add --rank and --out.")
-        show(follow(spectra_of(base, tuned, trust_remote_code), "spectrum"))
-        return
+
     examples = read_examples(data, str(data), templated=not no_template) if data else []
-    if examples:
-        refuse_other_tokens(base, tuned, examples)
+    models = Models(base, tuned, examples, trust_remote_code)
+    if intruders or damp is not None:
+        _find_intruders(models, Search(top, epsilon), damp, out, as_json)
+        return
+    form: Form = "tables"
+    if as_json or as_csv:
+        form = "json" if as_json else "csv"
+    if out is None or rank is None:
+        PRINT[form](follow(spectra_of(base, tuned, trust_remote_code), "spectrum"))
+    else:
+        _extract(models, rank, embeddings == "all", out, form)
+
+
+@dataclass(frozen=True)
+class Models:
+    """A base and what became of it, and the examples on which models are compared."""
+
+    base: Path
+    tuned: Path
+    examples: "list[Example]"
+    trust_remote_code: bool
+
+
+class Search(NamedTuple):
+    """`top` largest singular vectors of a matrix, compared at ε."""
+
+    top: int
+    epsilon: float
+
+
+def _extract(models: Models, rank: int, in_full: bool, out: Path, form: "Form") -> None:
+    """Write the nearest LoRA, and print the spectra, what was written, and what it answers."""
+    from cli.console import follow, noting_replaced, print_line, print_table
+    from pipeline.inference.score import quality, refuse_other_tokens
+    from pipeline.weights.extract import extract
+
+    base, tuned = models.base, models.tuned
+    if models.examples:
+        refuse_other_tokens(base, tuned, models.examples)
     with noting_replaced(out):
-        extracted = follow(
-            extract(base, tuned, out, rank, embeddings == "all", trust_remote_code), "spectrum"
-        )
-    if not as_json:  # shown before the models are loaded, which may fail
-        show(extracted.spectra)
-    if not (as_json or as_csv):
-        share = (
-            f"{len(extracted.low_rank)} matrices at rank {extracted.rank}, {extracted.held:.1%} "
-            "of all that changed"
-        )
-        print_line(f"{out}  {share}")
+        work = extract(base, tuned, out, rank, in_full, models.trust_remote_code)
+        extracted = follow(work, "spectrum")
+    if form != "json":  # before the models are loaded, which may fail
+        PRINT[form](extracted.spectra)
+    if form == "tables":
+        count = f"{len(extracted.low_rank)} matrices at rank {extracted.rank}"
+        print_line(f"{out}  {count}, {extracted.held:.1%} of all that changed")
         if extracted.in_full:
             print_line(f"In full: {', '.join(map(short, extracted.in_full))}.")
         if extracted.left_out:
             print_line(f"Left out: {_join_names(extracted.left_out)}.")
-    answers = quality(base, tuned, out, examples, trust_remote_code) if examples else {}
-    if as_json:
-        kept = {
-            key: getattr(extracted, key)
-            for key in ("rank", "low_rank", "in_full", "left_out", "held")
-        }
-        scores = {name: each._asdict() for name, each in answers.items()}
-        _print_json(extracted.spectra, extracted={"folder": str(out), **kept}, quality=scores)
+    answers = {}
+    if models.examples:
+        answers = quality(base, tuned, out, models.examples, models.trust_remote_code)
+    if form == "json":
+        facts: dict[str, Any] = {"folder": str(out)}
+        for key in ("rank", "low_rank", "in_full", "left_out", "held"):
+            facts[key] = getattr(extracted, key)
+        scores = {name: score._asdict() for name, score in answers.items()}
+        _print_json(extracted.spectra, extracted=facts, quality=scores)
     elif answers:
         columns = ("model", "loss", "right", "as tuned")
         rows = [
-            (name, f"{q.loss:.4f}", f"{q.right:.1%}", f"{q.as_tuned:.1%}")
-            for name, q in answers.items()
+            (name, f"{score.loss:.4f}", f"{score.right:.1%}", f"{score.as_tuned:.1%}")
+            for name, score in answers.items()
         ]
         print_table(columns, rows, right=columns[1:])
 
 
-def _intruders(
-    base: Path,
-    tuned: Path,
-    search: tuple[int, float],
-    factor: float | None,
-    out: Path | None,
-    data: Path | None,
-    templated: bool,
-    trust_remote_code: bool,
-    as_json: bool,
+def _find_intruders(
+    models: Models, search: Search, factor: float | None, out: Path | None, as_json: bool
 ) -> None:
-    """`search`: how many singular vectors of each matrix, and ε."""
+    """List intruders; with `factor` and `out`, write the adapter with them damped."""
     from cli.console import follow, noting_replaced, print_costs, print_json, print_line
-    from pipeline.data.formats import read_examples
-    from pipeline.errors import UserError
     from pipeline.inference.score import costs
     from pipeline.weights.intruders import damp, intruders_of, refuse_undampable
 
-    if (factor is None) != (out is None):
-        raise UserError(
-            "--damp and --out must be used together to write a damped adapter. Add the other one."
-        )
-    if data is not None and out is None:
-        raise UserError("--data compares the damped adapter. Add --damp and --out.")
+    base, tuned, trust = models.base, models.tuned, models.trust_remote_code
     if out is not None:
         refuse_undampable(tuned, out)
-    examples = read_examples(data, str(data), templated=templated) if data else []
-    searched = follow(intruders_of(base, tuned, *search, trust_remote_code), "intruders")
+    searched = follow(intruders_of(base, tuned, *search, trust), "intruders")
     if not as_json:
         _print_intruders(searched, *search)
     if out is not None and factor is not None:
         with noting_replaced(out):
-            damp(
-                base,
-                tuned,
-                out,
-                searched,
-                factor,
-                dict(zip(("top", "epsilon"), search, strict=True)),
-            )
-    models = {"tuned": tuned, "base": None, "damped": out}
-    quality = costs(base, models, examples, trust_remote_code) if examples else {}
+            damp(base, tuned, out, searched, factor, search._asdict())
+    quality = {}
+    if models.examples:
+        compared = {"tuned": tuned, "base": None, "damped": out}
+        quality = costs(base, compared, models.examples, trust)
     if as_json:
-        matrices = [
-            {
-                "name": one.pair.module,
-                "complete": one.complete,
-                "intruders": [intruder._asdict() for intruder in one.intruders],
-            }
-            for one in searched
-        ]
+        matrices = []
+        for matrix in searched:
+            found = [intruder._asdict() for intruder in matrix.intruders]
+            about = {"name": matrix.pair.module, "complete": matrix.complete}
+            matrices.append({**about, "intruders": found})
         scores = {name: cost._asdict() for name, cost in quality.items()}
-        head = dict(zip(("top", "epsilon"), search, strict=True))
-        print_json({**head, "matrices": matrices, "damped": out and str(out), "quality": scores})
-    else:
-        if out is not None:
-            print_line(f"{out}  intruders scaled by {factor:g}")
-        print_costs(quality)
+        written = out and str(out)
+        print_json({**search._asdict(), "matrices": matrices, "damped": written, "quality": scores})
+        return
+    if out is not None:
+        print_line(f"{out}  intruders scaled by {factor:g}")
+    print_costs(quality)
 
 
 def _print_intruders(searched: "list[Searched]", top: int, epsilon: float) -> None:
@@ -214,28 +217,25 @@ def _print_intruders(searched: "list[Searched]", top: int, epsilon: float) -> No
     from cli.console import print_line, print_table
     from pipeline.weights.spectrum import MAX_VALUES
 
-    found = [one for one in searched if one.intruders]
+    matrices = [matrix for matrix in searched if matrix.intruders]
     rows = []
-    for one in found:
-        at = " ".join(str(intruder.position) for intruder in one.intruders)
-        first, similar = (
-            one.intruders[0].value,
-            max(intruder.similarity for intruder in one.intruders),
-        )
-        rows.append(
-            (short(one.pair.module), str(len(one.intruders)), at, f"{first:.2f}", f"{similar:.2f}")
-        )
+    for matrix in matrices:
+        intruders = matrix.intruders
+        positions = " ".join(str(intruder.position) for intruder in intruders)
+        largest = f"{intruders[0].value:.2f}"
+        similarity = f"{max(intruder.similarity for intruder in intruders):.2f}"
+        name = short(matrix.pair.module)
+        rows.append((name, str(len(intruders)), positions, largest, similarity))
     if rows:
         columns = ("matrix", "intruders", "at", "largest σ", "most alike")
         print_table(columns, rows, right=("intruders", "largest σ", "most alike"))
-    count = sum(len(one.intruders) for one in found)
+    count = sum(len(matrix.intruders) for matrix in matrices)
     print_line(
-        f"{count} intruder{'s' * (count != 1)} in {len(found)} of {len(searched)} matrices: among "
-        f"the {top} largest "
-        "left singular vectors of each, those whose |cos| with every one of the base's is below "
-        f"{epsilon:g}."
+        f"{count} intruder{'s' * (count != 1)} in {len(matrices)} of {len(searched)} matrices: "
+        f"among the {top} largest left singular vectors of each, those whose |cos| with "
+        f"every one of the base's is below {epsilon:g}."
     )
-    if wide := sum(not one.complete for one in searched):
+    if wide := sum(not matrix.complete for matrix in searched):
         print_line(
             f"Of {wide} wide matri{'ces' if wide > 1 else 'x'} only the {MAX_VALUES} largest were "
             "compared, estimated: "
@@ -290,9 +290,7 @@ def _print_csv(spectra: "Spectra") -> None:
 
 
 def _print_tables(spectra: "Spectra") -> None:
-    """A row for each matrix that changed; below it vectors, estimated matrices, unchanged and
-    skipped tensors.
-    """
+    """A row for each changed matrix; then vectors, estimates, unchanged tensors."""
     from cli.console import number, print_line, print_table
     from pipeline.weights.spectrum import RANKS
 
@@ -334,10 +332,16 @@ def _print_tables(spectra: "Spectra") -> None:
         print_line(f"Not included: {reason}.")
 
 
+Form = Literal["tables", "csv", "json"]
+PRINT: Mapping[Form, Callable[["Spectra"], None]] = {
+    "tables": _print_tables,
+    "csv": _print_csv,
+    "json": _print_json,
+}
+
+
 def short(name: str) -> str:
-    """A tensor's name from its block number on, or its last parts: 0.self_attn.q_proj, lm_head,
-    final_norm.bias.
-    """
+    """A tensor's name from its block number on, or its last parts: 0.self_attn.q_proj, lm_head."""
     module = name.removesuffix(".weight")
     numbered = re.search(r"(?:^|\.)(\d+\..*)", module)
     return numbered[1] if numbered else ".".join(module.split(".")[-1 - (module == name) :])

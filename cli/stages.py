@@ -1,18 +1,13 @@
-"""The pipeline's stages as commands. What a stage runs is imported only once the cache has
-missed.
-"""
+"""The pipeline's stages as commands; what a stage runs is imported if the cache misses."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
-from inspect import getdoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Exit, Option, Typer
-from typer.main import get_command
+from typer import Option
 
 from cli.options import (
     DEFAULT_PARAMS,
@@ -22,15 +17,12 @@ from cli.options import (
     CheckpointOption,
     DeviceOption,
     ForceOption,
-    Group,
     JsonOption,
-    Lazy,
     ParamsOption,
     PromptsOption,
     SetOption,
     TrustOption,
     WidthOption,
-    finite,
     group,
     project_of,
 )
@@ -42,36 +34,7 @@ if TYPE_CHECKING:
     from pipeline.project.stage_graph import Project, Stage
 
 
-def _method_names() -> list[str]:
-    from pipeline.stages.registry import METHODS
-
-    return [name for name, stage in METHODS.items() if stage.name.startswith("finetune_")]
-
-
-def _method(name: str) -> Any:
-    from pipeline.stages.registry import METHODS
-
-    stage, one = METHODS[name], Typer(rich_markup_mode=None, add_completion=False)
-    form = ", in PEFT's format" if stage.kind == "adapter" else ""
-    summary = f"{stage.summary} → {stage.path}{form}.\n\n{getdoc(stage.settings)}"
-    command = _sweep if stage.kind == "adapters" else _distributes(stage)
-    one.command(name, help=summary)(command)
-    return get_command(one)
-
-
-class _Methods(Group):
-    """`lora finetune`: one command for each method that the registry finds."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.commands: Any = Lazy(_method_names, _method)
-
-
 app = group()
-finetune = group(
-    help="Fine-tune the expanded base with one method.", no_args_is_help=True, cls=_Methods
-)
-app.add_typer(finetune, name="finetune")
 
 
 def _runs(name: str) -> Callable[..., None]:
@@ -101,241 +64,6 @@ def _trains(name: str) -> Callable[..., None]:
         run_stage(name, params, overrides, force, checkpoint_every)
 
     return command
-
-
-def _distributes(stage: Stage) -> Callable[..., None]:
-    """The command of a method that several processes can run together."""
-
-    def command(
-        params: ParamsOption = DEFAULT_PARAMS,
-        overrides: SetOption = None,
-        force: ForceOption = False,
-        checkpoint_every: CheckpointOption = None,
-        devices: Annotated[int, Option(min=1, help="Number of processes, one per GPU.")] = 1,
-        nodes: Annotated[
-            int, Option("--nnodes", min=1, help="Number of machines; run the same command on each.")
-        ] = 1,
-        endpoint: Annotated[
-            str | None,
-            Option(
-                "--rdzv-endpoint",
-                metavar="HOST:PORT",
-                help="With --nnodes: one of the machines, and a free port.",
-            ),
-        ] = None,
-        node_rank: Annotated[
-            int | None,
-            Option(
-                "--node-rank",
-                min=0,
-                help="With --nnodes: this machine's number, 0 at --rdzv-endpoint.",
-            ),
-        ] = None,
-        shard: Annotated[
-            bool | None,
-            Option(help="Shard the base over the devices; default: if a step does not fit one."),
-        ] = None,
-        dry_run: Annotated[
-            bool,
-            Option(
-                "--dry-run",
-                help="Try a few steps; show memory, steps, tokens and time, and make nothing.",
-            ),
-        ] = False,
-        apply: Annotated[
-            bool, Option("--apply", help="Then write the values of --set into the params file.")
-        ] = False,
-        _device: DeviceOption = None,
-    ) -> None:
-        from pipeline.errors import UserError
-        from pipeline.project.process import world
-
-        if apply and (dry_run or not overrides):
-            reason = "--dry-run makes nothing" if dry_run else "there are none"
-            raise UserError(
-                f"--apply writes the values of --set once they have trained, but {reason}. Leave "
-                "it out."
-            )
-        if dry_run:
-            _print_plan(project_of(params, overrides), stage)
-            return
-        if shard and devices * nodes == 1 and world().world_size == 1:
-            raise UserError(
-                "--shard shares the base among several devices. Say how many with --devices."
-            )
-        if (nodes > 1) != (endpoint is not None):
-            raise UserError(
-                "--nnodes and --rdzv-endpoint go together: the machines have to meet. Name both."
-            )
-        if node_rank is not None and not node_rank < nodes > 1:
-            raise UserError(
-                f"--node-rank must be less than --nnodes, which is {nodes}, got {node_rank}. "
-                "Correct it."
-            )
-        if devices * nodes > 1 and world().world_size == 1:
-            from pipeline.training.parallel.launch import launch
-
-            # what is wrong is said before anything starts
-            project_of(params, overrides).stage(stage.name)
-            given = ["--params", str(params), *["--force"] * force]
-            given += (
-                [] if checkpoint_every is None else ["--checkpoint-every", str(checkpoint_every)]
-            )
-            given += [f"--set={override}" for override in overrides or ()]
-            given += [] if shard is None else ["--shard" if shard else "--no-shard"]
-            given += ["--apply"] * apply
-            raise Exit(
-                launch(
-                    devices, ["finetune", stage.method, *given], nodes, endpoint or "", node_rank
-                )
-            )
-        run_stage(stage.name, params, overrides, force, checkpoint_every, shard, apply=apply)
-
-    return command
-
-
-def _print_plan(project: Project, stage: Stage) -> None:
-    """What a training would take, by its first steps, and what `dvc repro` would run."""
-    from cli.console import duration, follow, print_line
-    from pipeline.files.text import in_units
-    from pipeline.models.device import available_memory, device_info
-    from pipeline.project.status import Status, apart
-    from pipeline.stages.quickstart import try_stage
-
-    project.stage(stage.name)
-    trial = follow(try_stage(project, stage), f"{stage.name}, trying a few steps")
-    room = f"{in_units(available_memory(trial.device))} free on {device_info(trial.device)['name']}"
-    peak = (
-        f"{in_units(trial.predicted)} of tensors at the peak, "
-        if trial.predicted
-        else "not predicted, "
-    )
-    low, high = map(duration, trial.seconds)
-    print_line(f"memory  {peak}{room}")
-    print_line(f"steps   {trial.steps:,}, {trial.steps_per_epoch:,} per epoch")
-    print_line(f"tokens  {trial.tokens:,}, {trial.epoch_tokens:,} per epoch")
-    print_line(f"time    {low if low == high else f'{low} to {high}'}, by {trial.timed} steps")
-    states = Status().of(project)
-    waiting = [
-        one.command for name, one in project.stages.items() if states[name].state != "current"
-    ]
-    print_line(
-        f"{'dvc repro would run' if project.has_dvc else 'to run'}: "
-        f"{', '.join(waiting) or 'nothing'}"
-    )
-    for name, reasons in apart(project).items():
-        if name in project.stages:
-            print_line(
-                f"  it replaces {project.artifact_name(name)}, made with other settings: "
-                f"{', '.join(reasons)}"
-            )
-
-
-def _sweep(
-    params: ParamsOption = DEFAULT_PARAMS,
-    overrides: SetOption = None,
-    force: ForceOption = False,
-    checkpoint_every: CheckpointOption = None,
-    over: Annotated[
-        list[str] | None,
-        Option(
-            metavar="KEY",
-            help=(
-                "Sweep values around the advised ones: learning_rate, rank, alpha, target_modules."
-            ),
-        ),
-    ] = None,
-    max_divergence: Annotated[
-        float | None,
-        Option(
-            min=0, callback=finite, help="Choose among adapters that are this close to the base."
-        ),
-    ] = None,
-    apply: Annotated[
-        bool, Option("--apply", help="Write the best adapter's values into finetune_lora.")
-    ] = False,
-    _device: DeviceOption = None,
-) -> None:
-    """The command of a sweep, which also chooses among what it made."""
-    overrides = [*(overrides or ())]
-    if over:
-        from pipeline.errors import UserError
-        from pipeline.stages.methods.sweep import grid_around
-
-        if any(
-            override.partition("=")[0].strip() == "finetune_sweep.grid" for override in overrides
-        ):
-            raise UserError(
-                "--over makes the grid, which --set finetune_sweep.grid does too. Leave one of "
-                "them out."
-            )
-        overrides.append(
-            f"finetune_sweep.grid={json.dumps(grid_around(project_of(params, overrides), over))}"
-        )
-    run_stage("finetune_sweep", params, overrides, force, checkpoint_every)
-    if not UNDER_DVC:
-        from pipeline.project.params.load import read_overrides
-
-        _choose(project_of(params, overrides), read_overrides(overrides), max_divergence, apply)
-
-
-def _choose(
-    project: Project, given: Mapping[str, Any], max_divergence: float | None, apply: bool
-) -> None:
-    """Print the table of a sweep's adapters and which of them to take; write its values into the
-    params file, and those that --set gave all of them."""
-    from cli.console import print_line, print_table
-    from cli.runs import write_values
-    from pipeline.evaluation.selection import beyond, choose, loss_of, pareto
-    from pipeline.files.artifact import read_json
-    from pipeline.project.logs.run_log import TABLE
-    from pipeline.project.params.edit import dump_inline
-
-    table = read_json(project.artifact("finetune_sweep") / TABLE, "Run `lora finetune sweep`")
-    front = pareto(table)
-    numbers = {
-        "trained": ("trainable", ","),
-        "steps": ("steps", ","),
-        "loss": ("final_loss", ".4f"),
-    }
-    numbers |= {
-        "held out": ("eval_loss", ".4f"),
-        **({"divergence": ("divergence", ".4f")} if front else {}),
-    }
-    rows = []
-    for name, end in table.items():
-        cells = [
-            "" if end.get(key) is None else f"{end[key]:{form}}" for key, form in numbers.values()
-        ]
-        rows.append(
-            (name, *cells, *(["yes" if name in front else ""] if front else []), end["state"])
-        )
-    print_table(
-        ("adapter", *numbers, *(["Pareto"] if front else []), "end"), rows, right=tuple(numbers)
-    )
-    best = choose(table, max_divergence)
-    row = table[best]
-    kind = "loss" if row["eval_loss"] is None else "held-out loss"
-    divergence = f", divergence {row['divergence']:.4f}" if front else ""
-    print_line(f"best: {best}, {kind} {loss_of(row):.4f}{divergence}")
-    if row["eval_loss"] is None:
-        print_line(
-            "No example is held out: the training loss decides. Set finetune_lora.eval_share."
-        )
-    grid, lora = project.params.finetune_sweep.grid, type(project.params.finetune_lora)
-    for key, (edge, further) in beyond(table, best, grid, lora).items():
-        longer = dump_inline({key: further})
-        print_line(
-            f"{key} {dump_inline(row['values'][key])} is the {edge} that was tried: a better one "
-            "may be beyond it. "
-            f"Sweep on with --set 'finetune_sweep.grid={longer}'."
-        )
-    if apply:
-        shared = {key: value for key, value in given.items() if key.startswith("finetune_lora.")}
-        write_values(
-            project,
-            {**shared, **{f"finetune_lora.{key}": value for key, value in row["values"].items()}},
-        )
 
 
 app.command("import", help="Import the base model → artifacts/base.")(_runs("import"))
@@ -445,7 +173,7 @@ def evaluate(
     The tasks may be your own; a task may run Python code.
     """
     from cli.console import print_json
-    from cli.project import refuse_broken, report
+    from cli.report import refuse_broken, report
     from pipeline.errors import UserError
     from pipeline.files.artifact import read_json
 
@@ -482,11 +210,9 @@ def _measure(
     overrides: list[str] | None,
     as_json: bool,
 ) -> None:
-    """Evaluate adapters and show what was measured of each. Raises UserError if they break
-    evaluate.limits.
-    """
+    """Evaluate adapters and print their metrics. Raises UserError if they break evaluate.limits."""
     from cli.console import follow, print_json, print_note
-    from cli.project import print_metrics, refuse_verdict
+    from cli.report import print_metrics, refuse_verdict
     from pipeline.errors import UserError
     from pipeline.stages.evaluate import METRICS, measure, measuring
 
@@ -513,7 +239,7 @@ def _run_harness(
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
-    """Score `models`, or else the project's, and show the table, or print the document."""
+    """Score `models`, or else the project's, and print the table, or JSON."""
     from cli.console import print_json, print_note, print_table
     from pipeline.errors import UserError
     from pipeline.evaluation.harness import run, table
@@ -548,27 +274,19 @@ def run_stage(
     silent: bool = False,
     apply: bool = False,
 ) -> None:
-    """Run a stage, show how it goes, and say in a line what came of it, unless it is to be `silent`
-    on stdout.
+    """Run a stage, show how it goes, and print a line about its artifact.
 
-    `apply`: then write the overrides into the params file.
+    `silent`: without that line; `apply`: then write the overrides into the params file.
     """
     from cli.advise import advice_notes
-    from cli.console import follow, print_line, print_note
+    from cli.console import follow
     from pipeline.errors import UserError
-    from pipeline.project.logs.run_log import (
-        LOSS,
-        final_accuracy,
-        final_answers,
-        final_loss,
-        read_steps,
-    )
     from pipeline.project.process import world
     from pipeline.project.runner import Facts, run
 
     project = project_of(params, overrides)
     stage = project.stage(name)
-    if stage.check:  # what is wrong is said first
+    if stage.check:  # before anything runs
         stage.check(project)
 
     followers: list[Follower] = []
@@ -604,13 +322,34 @@ def run_stage(
         finish_trackers(followers)
     if silent:
         return
-    # One line: where the artifact is and what can be said of it at once.
-    parts, folder = [project.artifact_name(name)], project.artifact(name)
+    _print_artifact(project, stage, manifest)
+    if apply:
+        from cli.runs import write_values
+        from pipeline.project.params.load import read_overrides
+
+        write_values(project, read_overrides(overrides or ()))
+    elif overrides and stage.trains and not UNDER_DVC:
+        _note_overrides(project, stage)
+
+
+def _print_artifact(project: Project, stage: Stage, manifest: Mapping[str, Any]) -> None:
+    """One line: where the artifact is, its parameters, and its loss or accuracy."""
+    from cli.console import print_line, print_note
+    from pipeline.project.logs.run_log import (
+        LOSS,
+        final_accuracy,
+        final_answers,
+        final_loss,
+        read_steps,
+    )
+
+    name, folder = stage.name, project.artifact(stage.name)
+    parts = [project.artifact_name(name)]
     if parameters := manifest.get("parameters"):
         parts.append(f"{parameters['total']:,} parameters")
         if parameters["trainable"]:
             parts.append(f"{parameters['trainable']:,} trained")
-        # PiSSA's adapter takes its beginning away again, which needs twice its rank
+        # PiSSA's adapter subtracts its initial A and B, which doubles its rank
         if "stored" in parameters:
             parts.append(f"{parameters['stored']:,} in the adapter's file")
     if isinstance(manifest.get("adapters"), dict):
@@ -625,21 +364,14 @@ def run_stage(
     if steps:
         parts.append(f"loss {final_loss(steps):.3f} after {steps[-1].step:,} steps")
         settings = project.params.section(stage.section)
-        answered = final_answers(
-            steps, settings.patience, settings.metric_for_best_model == "eval_answers"
-        )
+        by_answers = settings.metric_for_best_model == "eval_answers"
+        answered = final_answers(steps, settings.patience, by_answers)
         if answered is not None:
             parts.append(f"held-out answers {answered:.0%} as expected (long ones: ROUGE-L)")
-    print_line(f"{f'{name:{WIDEST}}  ' if UNDER_DVC else ''}{'  '.join(parts)}")
+    label = f"{name:{WIDEST}}  " if UNDER_DVC else ""
+    print_line(label + "  ".join(parts))
     if preferences and after < before:
         print_note(f"{name}: the accuracy fell. Lower {name}.learning_rate, or train fewer epochs.")
-    if apply:
-        from cli.runs import write_values
-        from pipeline.project.params.load import read_overrides
-
-        write_values(project, read_overrides(overrides or ()))
-    elif overrides and stage.trains and not UNDER_DVC:
-        _note_overrides(project, stage)
 
 
 def _note_overrides(project: Project, stage: Stage) -> None:

@@ -183,9 +183,7 @@ class Session:
         return str(self.base) if name == BASE else name
 
     def compare(self, name: str) -> None:
-        """Show another adapter's answer below each, or with an empty name no longer. Raises
-        UserError.
-        """
+        """Show another adapter's answer below each; not with an empty name. Raises UserError."""
         if name:
             self._load(name)
         self.other = name
@@ -282,9 +280,7 @@ def _adapter(name: str) -> Path:
 
 
 class Command(NamedTuple):
-    """`argument`: its name in the help, empty where there is none; `optional`: whether it may be
-    missing.
-    """
+    """`argument`: its name in the help, or empty; `optional`: whether it may be missing."""
 
     argument: str
     about: str

@@ -39,8 +39,9 @@ PromptBase = Annotated[
     Option(
         "--base",
         callback=base_folder,
-        help="Model to prompt, or to load --adapter on: a folder, .gguf file or hub id; default: the adapter's base, "
-        "or without --adapter the model trained last, artifacts/expanded if there is none.",
+        help="Model to prompt, or to load --adapter on: a folder, .gguf file or hub id; "
+        "default: the adapter's base, or without --adapter the model trained last, "
+        "artifacts/expanded if there is none.",
     ),
 ]
 Text = Annotated[str, Argument(metavar="TEXT", callback=_validate_utf8, help="Text to complete.")]
@@ -139,7 +140,7 @@ def compare(
 ) -> None:
     """Ask every variant of the project, side by side."""
     from cli.console import print_json, print_note, print_table
-    from cli.project import warn_outdated
+    from cli.report import warn_outdated
     from pipeline.data.tokenizers.chat_template import render
     from pipeline.files.text import escape_whitespace
     from pipeline.inference.engine import continued, variants
@@ -206,9 +207,7 @@ def compare(
 
 
 def _trained_in_template(model: Path) -> bool:
-    """Whether a stage made the adapter or the model, and trained plain prompts in the base's
-    template if it has one.
-    """
+    """Whether a stage trained the model with plain prompts in the base's template."""
     from pipeline.files.artifact import read_manifest
 
     try:
@@ -220,9 +219,7 @@ def _trained_in_template(model: Path) -> bool:
 def _answer(
     loaded: "LoadedModel", text: str, model_input: str, k: int, completion: str
 ) -> dict[str, Any]:
-    """The JSON answer. `model_input` is `text` with the chat template applied, `completion` what
-    was generated.
-    """
+    """The JSON answer. `model_input`: `text` in the chat template; `completion`: generated text."""
     from pipeline.inference import engine
 
     return {

@@ -17,8 +17,8 @@ def serve(
         Option(
             "--base",
             callback=base_folder,
-            help="Model to serve: a folder, .gguf file or hub id; default: the adapters' base, or without --adapter "
-            "this project's models.",
+            help="Model to serve: a folder, .gguf file or hub id; default: the adapters' base, "
+            "or without --adapter this project's models.",
         ),
     ] = None,
     adapter: Annotated[
@@ -44,7 +44,8 @@ def serve(
         int | None,
         Option(
             min=1,
-            help="Tokens of all running sequences; default: as many as fit into half of the free memory.",
+            help="Tokens of all running sequences; default: as many as fit into half of the "
+            "free memory.",
         ),
     ] = None,
     allow_origin: Annotated[

@@ -25,9 +25,7 @@ LAST = {
 
 
 class Linear(NamedTuple):
-    """A weight (outputs, inputs), or `experts` of them in one tensor; `name` is its module's name
-    within the block.
-    """
+    """A weight (outputs, inputs), or `experts` of them in one tensor, by its name in the block."""
 
     name: str
     inputs: int
@@ -41,9 +39,7 @@ class Linear(NamedTuple):
 
     @property
     def is_last(self) -> bool:
-        """Whether it maps what the heads or the inner neurons computed back to the width of the
-        model.
-        """
+        """Whether it maps the heads or the inner neurons back to the width of the model."""
         return self.name.rsplit(".", 1)[-1] in LAST and ".intermediate." not in f".{self.name}"
 
     @property
@@ -51,14 +47,12 @@ class Linear(NamedTuple):
         return self.weights + (self.outputs * self.experts if self.bias else 0)
 
     def lora(self, rank: int) -> int:
-        """Parameters of A (R, I) and B (O, R), one pair per expert (Hu et al. 2021, §4.1)."""
+        """Parameters of A (R, I) and B (O, R), one pair per expert (Hu et al. 2021)."""
         return rank * (self.inputs + self.outputs) * self.experts
 
 
 class Heads(NamedTuple):
-    """Attention heads: `keys` key/value heads serve `queries` of them; elements of a query or key,
-    and of a value.
-    """
+    """Attention heads: `keys` key/value heads serve `queries`; elements of a key and of a value."""
 
     queries: int
     keys: int
@@ -67,8 +61,7 @@ class Heads(NamedTuple):
 
 
 class Block(Struct, frozen=True):
-    """One transformer block: its linears by group, its router, and the parameters of its norms and
-    of the rest.
+    """One transformer block: linears by group, a router, parameters of norms and of the rest.
 
     `kind`: how tokens are mixed. "latent": multi-head latent attention, whose keys and values are
     expanded from a compressed one (DeepSeek-V2); "delta": a gated delta net, linear attention with
@@ -139,8 +132,9 @@ class BlockStyle(NamedTuple):
 
 
 class Architecture(Struct, frozen=True, dict=True):
-    """A model's shapes. `positions`, `head_bias` and norms are parameter counts; `tied`: the head
-    is the embedding.
+    """A model's shapes; `positions`, `head_bias` and norms are parameter counts.
+
+    `tied`: the head is the embedding.
 
     `layers` is the name of the list of blocks in the transformers model, `head_name` that of its
     output head.
@@ -184,9 +178,7 @@ class Architecture(Struct, frozen=True, dict=True):
         return (0 if self.tied else self.vocabulary * self.embedding_width) + self.head_bias
 
     def linears(self) -> Iterator[tuple[str, Linear]]:
-        """Every linear that can be adapted, with its full name:
-        `model.layers.0.self_attn.q_proj`.
-        """
+        """Every adaptable linear with its full name, such as `model.layers.0.self_attn.q_proj`."""
         for index, block in enumerate(self.blocks):
             for linear in self.adaptable(block):
                 yield self.block_name(index) + linear.name, linear
@@ -226,17 +218,16 @@ class Architecture(Struct, frozen=True, dict=True):
 
     @cached_property
     def quantizable(self) -> int:
-        """Weights that are quantized: the linears of the blocks, not embeddings, head, norms and
-        biases.
-        """
+        """Weights that are quantized: the linears of the blocks, without biases."""
         return sum(linear.weights for block in self.blocks for linear in block.linears)
 
     def heads_of(self, block: Block) -> Heads:
         return block.heads or Heads(self.heads, self.kv_heads, self.head_size, self.head_size)
 
     def kv_bytes(self, batch: int, sequence: int, width: int = 2) -> int:
-        """KV cache of `sequence` tokens, `width` bytes per element, and the fp32 states of linear
-        attention.
+        """KV cache of `sequence` tokens, and the fp32 states of linear attention.
+
+        `width`: bytes per element.
         """
         kept = Counter(self.blocks)
         elements = sum(count * self._cached(block) for block, count in kept.items())
@@ -245,9 +236,7 @@ class Architecture(Struct, frozen=True, dict=True):
         return batch * (elements * sequence * width + states * 4)
 
     def _cached(self, block: Block) -> int:
-        """Elements of the cache per token: keys and values, or the latent that both are expanded
-        from.
-        """
+        """Elements of the cache per token: keys and values, or the latent of both."""
         if block.kind == "latent":
             return next(linear.outputs for linear in block.attention if "kv_a_proj" in linear.name)
         heads = self.heads_of(block)

@@ -1,6 +1,4 @@
-"""GPUs and their memory, the largest settings that fit, and what to change when a run does not
-fit.
-"""
+"""GPUs and their memory, the largest settings that fit, and what to change if a run does not."""
 
 import json
 from bisect import bisect_left
@@ -101,14 +99,10 @@ class Largest(NamedTuple):
 def largest(
     model: Architecture, method: FinetuningMethod, run: TrainingConfig, budget: int
 ) -> Largest:
-    """The largest batch, sequence and rank, and the least quantized precision, within `budget`
-    bytes.
-    """
+    """The largest batch, sequence and rank, and the best precision, within `budget` bytes."""
 
     def most(limit: int, change: Callable[[int], tuple[FinetuningMethod, TrainingConfig]]) -> int:
-        """The largest n up to `limit` that fits, 0 if none does: a larger n never needs less
-        memory.
-        """
+        """The largest n up to `limit` that fits, or 0: a larger n never needs less memory."""
 
         def is_too_large(n: int) -> bool:
             return not _fits(model, *change(n), budget)
@@ -151,8 +145,7 @@ def changes(
     budget: int,
     methods: Mapping[str, FinetuningMethod],
 ) -> Iterator[tuple[str, FinetuningMethod, TrainingConfig, int]]:
-    """Changes that make a run fit: (options, method, config, peak in bytes). `methods`: those to
-    change to.
+    """Changes that make a run fit: (options, method, config, peak in bytes).
 
     The first single change that fits, in the order of least cost in quality and time. If none does,
     every change that helps in that order, cumulatively, until the run fits.

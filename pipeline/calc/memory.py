@@ -76,9 +76,7 @@ CODE = 2 * (2 * 256 * 4 + 2**16)
 
 
 def _update_bytes(run: TrainingConfig, count: int, trained: int) -> tuple[int, int]:
-    """Bytes of what an optimizer keeps beside its state, and of what it needs while it updates
-    `count` parameters.
-    """
+    """Bytes that the optimizer has beside its state, and while it updates `count` parameters."""
     if not run.ours:
         # a copy of all
         return 0, trained if (run.trainer, run.optimizer) == ("torch-foreach", "adamw") else 0
@@ -93,9 +91,7 @@ def _update_bytes(run: TrainingConfig, count: int, trained: int) -> tuple[int, i
 
 
 def weight_bytes(model: Architecture, name: str) -> int:
-    """Bytes of the base in precision `name`, with the parts that stay at 16 bit and position
-    tables.
-    """
+    """Bytes of the base in precision `name`, with its 16-bit parts and position tables."""
     kind = precision(name)
     return kind.weights(model.quantizable, model.total) + model.fixed_positions * kind.compute
 
@@ -136,7 +132,7 @@ def refuse_impossible(model: Architecture, method: FinetuningMethod, run: Traini
             "Use --method lora, or a 16- or 32-bit precision."
         )
     # a packed row is longer than its sequences, whose positions start anew
-    tokens = (run.span or run.sequence) + method.positions
+    tokens = run.attended + method.positions
     if (model.positions or model.fixed_positions) and tokens > model.context:
         raise UserError(
             f"sequence must be at most {model.context:,}, the model's positions, got {tokens:,}."

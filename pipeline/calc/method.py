@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 
 class TrainedBase(NamedTuple):
-    """Which weights of the base get gradients: blocks from number `first_block`, embedding and
-    head, all others.
+    """Weights of the base that get gradients: blocks from `first_block`, the ends, the rest.
+
+    The ends are embedding and head.
     """
 
     first_block: int
@@ -39,18 +40,14 @@ class TrainedBase(NamedTuple):
 
 
 class TrainedParts(NamedTuple):
-    """Trainable parameters by part: added to the base and stored in the adapter, and of the base
-    itself.
-    """
+    """Trainable parameters by part: those added, which the adapter stores, and the base's own."""
 
     added: Mapping[str, int] = {}
     base: Mapping[str, int] = {}
 
 
 class Projection(Struct, frozen=True):  # no tuple, whose `count` is a method
-    """`count` equal linears that get LoRA: A (rank, inputs) and B (outputs, rank), one pair per
-    expert.
-    """
+    """`count` equal linears with LoRA: A (rank, inputs) and B (outputs, rank) per expert."""
 
     name: str
     inputs: int
@@ -72,8 +69,7 @@ class Projection(Struct, frozen=True):  # no tuple, whose `count` is a method
 
 @dataclass(frozen=True)
 class FinetuningMethod:
-    """A method with its options. The defaults here are those of a frozen base to which nothing is
-    added.
+    """A method with its options; by default the base is frozen and nothing is added to it.
 
     The functions that take `ops`, the simulated step, model what the method allocates in it: each
     returns a value made by `ops.tape.op`. Instances are hashable, so that counts can be cached.
@@ -116,9 +112,7 @@ class FinetuningMethod:
         """Raises UserError if this model cannot be trained with these options."""
 
     def fitted(self, model: Architecture) -> Self:
-        """The method with options that this model has, for a comparison that the user did not ask
-        for.
-        """
+        """The method with options that this model has, for a comparison nobody asked for."""
         return self
 
     def without_base(self) -> Self:
@@ -139,9 +133,7 @@ class FinetuningMethod:
         return TrainedBase(len(model.blocks))
 
     def adapted(self, model: Architecture) -> Mapping[str, int]:
-        """Full name → rank of every linear that it adapts; without ranks 1. Raises UserError for an
-        unknown target.
-        """
+        """Full name → rank of every adapted linear; 1 without ranks. Raises UserError."""
         return {}
 
     def linear_parameters(self, linear: Linear, rank: int) -> int:
@@ -153,19 +145,15 @@ class FinetuningMethod:
         return 0
 
     def fp32_parameters(self, model: Architecture) -> int:
-        """How many of the added parameters our trainer keeps in fp32, whatever the adapter's
-        precision.
-        """
+        """Added parameters that our trainer keeps in fp32, whatever the adapter's precision."""
         return 0
 
     def buffer_bytes(self, model: Architecture, width: int) -> int:
-        """Bytes that our trainer's layers keep beside the parameters; `width`: bytes of an
-        adapter's parameter.
-        """
+        """Bytes beside the parameters in our layers; `width`: bytes of an adapter's parameter."""
         return 0
 
     def simple_count(self, model: Architecture) -> int | None:
-        """By a rule of thumb: 2·r·d for each projection, as if all were d × d; None: not for these."""
+        """A rule of thumb: 2·r·d per projection, as if all were d × d; None if not valid here."""
         return None
 
     def notes(self, model: Architecture) -> list[str]:
@@ -176,43 +164,29 @@ class FinetuningMethod:
 
     @property
     def positions(self) -> int:
-        """Virtual tokens before each sequence: they have positions, and the blocks compute them as
-        any token.
-        """
+        """Virtual tokens before each sequence, which the blocks compute like any token."""
         return 0
 
     def embed(self, ops: Ops, x: Value, ids: Value) -> Value:
-        """The embeddings that the blocks read, from the base's x (N, D); with `positions` there are
-        more of them.
-        """
+        """The embeddings that the blocks read, from the base's (N, D); more with `positions`."""
         return x
 
     def extend_keys(self, ops: Ops, x: Value) -> Value:
-        """The keys, or the values, that attention reads, from the block's x (N, kv_heads ·
-        head_size).
-        """
+        """The keys, or the values, of attention, from the block's (N, kv_heads · head_size)."""
         return x
 
     def fuse(self, ops: Ops, x: Value, block: Block, ranks: Sequence[int]) -> Value | None:
-        """The output (N, D) of a block that is one operation; None if it is several. `ranks`: of
-        its linears.
-        """
+        """The output (N, D) of a block that is one operation, or None. `ranks`: of its linears."""
 
     def fold(self, ops: Ops, x: Value, linear: Linear, rank: int) -> Value | None:
-        """The output (N, O) of an adapted linear if the weight changes first; None: `adapt` changes
-        the output.
-        """
+        """The output (N, O) if the weight changes first; None if `adapt` changes the output."""
 
     def adapt(self, ops: Ops, y: Value, x: Value, linear: Linear, rank: int, rows: int) -> Value:
-        """The output of an adapted linear, from the base's y (rows, O) and the input x (rows,
-        I).
-        """
+        """The output of an adapted linear, from the base's y (rows, O) and x (rows, I)."""
         return y
 
     def new_logits(self, ops: Ops, x: Value, rows: int) -> Value | None:
-        """Logits of rows of the head that it adds, from the last hidden states x (rows, D); None if
-        it adds none.
-        """
+        """Logits of added rows of the head, from hidden states x (rows, D); None without them."""
 
 
 # counts
@@ -221,9 +195,7 @@ class FinetuningMethod:
 @lru_cache(maxsize=32)
 @one_budget()
 def ranks(model: Architecture, method: FinetuningMethod) -> Mapping[str, int]:
-    """Full name → rank of every adapted linear. Raises UserError for a target that matches
-    nothing.
-    """
+    """Full name → rank of every adapted linear. Raises UserError for an unmatched target."""
     return method.adapted(model)
 
 
@@ -270,7 +242,8 @@ def why_they_differ(model: Architecture, method: FinetuningMethod) -> str:
         if (p.inputs, p.outputs) != (model.hidden, model.hidden)
     ]
     shapes = ", ".join(f"{p.name} {p.inputs:,} → {p.outputs:,}" for p in wrong)
-    return f"the rule of thumb takes every projection as {model.hidden:,} × {model.hidden:,}; here {shapes}"
+    square = f"{model.hidden:,} × {model.hidden:,}"
+    return f"the rule of thumb takes every projection as {square}; here {shapes}"
 
 
 # for methods that adapt linears
@@ -321,9 +294,7 @@ def matching_linears(model: Architecture, targets: tuple[str, ...]) -> list[str]
 
 
 class Configuration(NamedTuple):
-    """A method and a step; `methods`: all methods with the user's options, for comparisons and
-    advice.
-    """
+    """A method and a step; `methods`: all methods with the user's options, to compare with."""
 
     methods: Mapping[str, FinetuningMethod]
     method: FinetuningMethod
@@ -333,8 +304,7 @@ class Configuration(NamedTuple):
 def configure(
     model: Architecture, methods: Mapping[str, FinetuningMethod], name: str, **values: Any
 ) -> Configuration:
-    """The method called `name` or by its alias, and the step, from options as the command line has
-    them.
+    """The method called `name` or by its alias, and the step, from the command line's options.
 
     `values`: options of any method and of TrainingConfig by name; None is the default. Defaults
     that depend on the model: the longest sequence up to 2,048 that leaves room for virtual tokens;
@@ -366,9 +336,7 @@ def configure(
 def with_options(
     methods: Mapping[str, FinetuningMethod], **values: Any
 ) -> dict[str, FinetuningMethod]:
-    """All methods, each with the options that it takes. Raises UserError for an unknown or invalid
-    one.
-    """
+    """All methods with the options that each takes. Raises UserError for an invalid one."""
     if unknown := values.keys() - {
         key for method in methods.values() for key in method.__dataclass_fields__
     }:
@@ -387,9 +355,7 @@ def with_options(
 def find_method(
     methods: Mapping[str, FinetuningMethod], name: str
 ) -> tuple[FinetuningMethod, Mapping[str, Any]]:
-    """The method with this name or alias, and the step's defaults that an alias implies. Raises
-    UserError.
-    """
+    """The method of this name or alias, and the alias's defaults of the step. Raises UserError."""
     for method in methods.values():
         if name in (method.name, *method.aliases):
             return method, method.aliases.get(name, {})
@@ -397,9 +363,7 @@ def find_method(
 
 
 def first_adapter(methods: Mapping[str, FinetuningMethod]) -> FinetuningMethod:
-    """The first that trains an adapter: compared with methods that train the base, and advised
-    instead of them.
-    """
+    """The first that trains an adapter: compared with full training, and advised instead of it."""
     return next(method for method in methods.values() if method.adapter)
 
 

@@ -1,11 +1,10 @@
-"""A run on several GPUs of one machine: memory of each, what they exchange in a step, and the bound
-on speed.
+"""A run on several GPUs of one machine: memory, traffic, and the bound on its speed.
 
 Three layouts. `replicated`: every GPU has the base and its own sequences; adapter gradients are
 summed. `sharded`: the same, but each has its rows of every block's frozen weights, and gathers a
 block's when it runs, in forward and again in backward (FSDP2; training/parallel/sharding.py).
 `tensor`: all compute the same sequences, each with its share of the heads and of the inner neurons
-of every block (Shoeybi et al. 2019, §3), so that outputs of attention and feed-forward are summed.
+of every block (Shoeybi et al. 2019), so that outputs of attention and feed-forward are summed.
 Norms, embeddings and head are on every GPU in all three.
 """
 
@@ -56,9 +55,11 @@ class Traffic(NamedTuple):
     reduced_activations: int = 0
 
     def received(self, count: int) -> "Traffic":
-        """Bytes that each of `count` devices receives, and sends, in ring algorithms: (N-1)/N of
-        what is gathered or scattered, twice that of what is reduced on all (Patarasuk and Yuan
-        2009)."""
+        """Bytes that each of `count` devices receives, and sends, in ring algorithms.
+
+        (N-1)/N of what is gathered or scattered, twice that of what is summed on all (Patarasuk and
+        Yuan 2009).
+        """
         factors = (1, 1, 1, 2, 2)
         return Traffic(
             *(round(f * size * (count - 1) / count) for f, size in zip(factors, self, strict=True))
@@ -66,9 +67,10 @@ class Traffic(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A run in one layout, per device: seconds of its products, of what it exchanges, and of a step
-    at the least; None where the GPU's peak or link is unknown. `tokens_per_second`: of all devices
-    together."""
+    """A run in one layout, per device: seconds of products, of exchange, of a step at the least.
+
+    None where the GPU's peak or link is unknown. `tokens_per_second`: of all devices together.
+    """
 
     name: str
     memory: Memory
@@ -80,9 +82,7 @@ class Layout(NamedTuple):
 
 
 def parse_devices(text: str) -> Devices:
-    """GPUs such as 8xH100, 2xA100-40GB or 4x24GB, of which only the memory is known. Raises
-    UserError.
-    """
+    """GPUs such as 8xH100, 2xA100-40GB or 4x24GB (memory alone). Raises UserError."""
     match = re.fullmatch(r"([1-9][0-9]{0,3})\s*[xX×]\s*(\S.{0,40})", text.strip())
     if not match or int(match[1]) > MOST:
         raise UserError(
@@ -120,9 +120,7 @@ def why_not(layout: str, model: Architecture, count: int) -> str | None:
 def layout(
     name: str, model: Architecture, method: FinetuningMethod, run: TrainingConfig, devices: Devices
 ) -> Layout:
-    """The run in layout `name`, which must be possible (`why_not`). Raises UserError for invalid
-    settings.
-    """
+    """The run in layout `name`, which must be possible (`why_not`). Raises UserError."""
     count, gpu = devices
     local = tensor_share(model, count) if name == "tensor" else model
     memory = shard(model, method, run, count) if name == "sharded" else predict(local, method, run)
@@ -140,9 +138,7 @@ def layout(
 
 
 def _times(traffic: Traffic, devices: Devices) -> tuple[float, float]:
-    """Seconds of what is gathered or scattered, and of what is summed on all, at the link's
-    bandwidth.
-    """
+    """Seconds of gathering and scattering, and of sums over all, at the link's bandwidth."""
     assert devices.gpu.link is not None
     each = [size / (devices.gpu.link * 1e9) for size in traffic.received(devices.number)]
     return sum(each[:3]), sum(each[3:])
@@ -151,8 +147,10 @@ def _times(traffic: Traffic, devices: Devices) -> tuple[float, float]:
 def _seconds(
     model: Architecture, method: FinetuningMethod, run: TrainingConfig, gpu: Gpu
 ) -> float | None:
-    """The step's products at the GPU's peak, and dequantizing at its memory's bandwidth. None in
-    fp32, whose peak is not in the table."""
+    """The step's products at the GPU's peak, and dequantizing at its memory's bandwidth.
+
+    None in fp32, whose peak is not in the table.
+    """
     if gpu.tflops is None or gpu.gbps is None or run.precision == "fp32":
         return None
     peak = gpu.tflops * 1e12 / (2 if run.width == 4 else 1)
@@ -164,8 +162,10 @@ def _seconds(
 
 
 def shard(model: Architecture, method: FinetuningMethod, run: TrainingConfig, count: int) -> Memory:
-    """Memory per device with the blocks' weights sharded over `count`, and what of them trains with
-    its gradients and moments: this project's trainer shards frozen weights only, FSDP2 both."""
+    """Memory per device with the blocks' weights, gradients and moments over `count` devices.
+
+    This project's trainer shards frozen weights only, FSDP2 also those that train.
+    """
     memory = _predict(model, method, run)
     shares = {block: share_bytes(block, run, count) for block in _kinds(model)}
     local = sum(shares[block] * number for block, number in _kinds(model).items())
@@ -187,8 +187,10 @@ def shard(model: Architecture, method: FinetuningMethod, run: TrainingConfig, co
 
 
 def share_bytes(block: Block, run: TrainingConfig, count: int) -> int:
-    """Bytes of a block's weights on each of `count` devices: rows of each tensor, as many on every
-    device, so that the last may be padded."""
+    """Bytes of a block's weights on each of `count` devices.
+
+    Every device has as many rows of each tensor, so that the last may be padded.
+    """
     kind = precision(run.precision)
     total = 0
     for linear in (*block.linears, *([block.router] if block.router else [])):
@@ -224,9 +226,7 @@ def _replicated_traffic(
 
 @lru_cache(maxsize=32)
 def tensor_share(model: Architecture, count: int) -> Architecture:
-    """What one of `count` devices computes: its heads, and its inner neurons of every
-    feed-forward.
-    """
+    """What one of `count` devices computes: its heads, and its inner neurons."""
 
     def split(linear: Linear) -> Linear:
         if linear.is_last:
@@ -256,10 +256,12 @@ def tensor_share(model: Architecture, count: int) -> Architecture:
 def _tensor_traffic(
     model: Architecture, method: FinetuningMethod, run: TrainingConfig, _count: int
 ) -> Traffic:
-    """Forward sums the outputs of attention and feed-forward, backward the gradients of their
-    inputs; a checkpointed block sums attention's output again. The factor of LoRA that every device
-    has whole, A of a linear that is split by outputs and B of one split by inputs, gets a part of
-    its gradient from each."""
+    """Sums of the outputs of attention and feed-forward, and of their inputs' gradients.
+
+    A checkpointed block sums attention's output again. The factor of LoRA that every device has
+    whole, A of a linear split by outputs and B of one split by inputs, gets a part of its gradient
+    from each.
+    """
     first, base = first_trained(model, method), method.trained_base(model)
     blocks = range(first, len(model.blocks))
     sums = 2 * len(model.blocks) + 2 * len(blocks) + sum(map(run.checkpointed, blocks))
@@ -329,8 +331,7 @@ def largest_of(
 def answer(
     model: Architecture, given: Configuration, devices: Devices, sharded: bool | None = None
 ) -> dict[str, Any]:
-    """Full fine-tuning, the adapter and the adapter on NF4, in each layout: sizes in bytes per
-    device.
+    """Full fine-tuning, the adapter and the adapter on NF4, in each layout: bytes per device.
 
     `sharded`: only that layout; False: all others. Raises UserError for invalid settings.
     """

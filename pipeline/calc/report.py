@@ -1,6 +1,4 @@
-"""The calculator's results as plain data, and their formatting for the command line and the
-terminal app.
-"""
+"""The calculator's results as plain data, and their formatting."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -97,15 +95,16 @@ def answer(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -
     }
 
 
+Column = tuple[FinetuningMethod, TrainingConfig, Memory]
+
+
 def side_by_side(
     model: Architecture,
     method: FinetuningMethod,
     run: TrainingConfig,
     methods: Mapping[str, FinetuningMethod],
-) -> dict[str, tuple[FinetuningMethod, TrainingConfig, Memory]]:
-    """The same step with each of `methods` that trains the base, with the adapter, and with the
-    adapter on NF4.
-    """
+) -> dict[str, Column]:
+    """The same step with each method that trains the base, with the adapter, and with it on NF4."""
     adapter = method if method.adapter else first_adapter(methods)
     plain = replace(run, precision="bf16") if precision(run.precision).quantized else run
     columns = {name: (m.fitted(model), plain) for name, m in methods.items() if not m.adapter}
@@ -128,9 +127,7 @@ def swept(
     values: list[str],
     methods: Mapping[str, FinetuningMethod],
 ) -> list[tuple[str, FinetuningMethod, TrainingConfig]]:
-    """The configuration for each value of `key`. Raises UserError for an unknown key or an invalid
-    value.
-    """
+    """The configuration for each value of `key`. Raises UserError."""
     if key not in SWEEPS:
         raise UserError(f"--sweep takes one of {', '.join(SWEEPS)}, got {key!r}.")
     rows = []
@@ -192,9 +189,7 @@ def capped(value: int | str, limit: int | None) -> str:
 def explain(
     model: Architecture, method: FinetuningMethod, run: TrainingConfig, memory: Memory
 ) -> Iterator[tuple[str, str]]:
-    """Each number of the memory table as (quantity, formula with its values), in the order of the
-    screen.
-    """
+    """Each number of the memory table as (quantity, formula with its values)."""
 
     def result(size: int) -> str:
         return f" = {size:,} B = {size / GIB:.2f} GiB"

@@ -1,6 +1,4 @@
-"""How a training step runs (TrainingConfig), and the rules and help of options, here and in the
-fine-tuning methods.
-"""
+"""How a training step runs (TrainingConfig), and what an option of it or of a method is."""
 
 import re
 from collections.abc import Callable
@@ -12,15 +10,14 @@ from pipeline.errors import UserError
 
 
 class Precision(NamedTuple):
-    """`bytes` per weight, of which `scales` are for scales and zero points; activations have
-    `compute` bytes.
+    """`bytes` per weight, `scales` of them for scales; activations have `compute` bytes.
 
     A 16- or 32-bit precision applies to every tensor, a quantized one only to the linears of the
     blocks: each other parameter (embeddings, head, norms, biases) has `compute` bytes.
     """
 
     name: str
-    bits: float  # without scales, as in the document's table
+    bits: float  # without scales
     bytes: float
     scales: float
     compute: int
@@ -30,14 +27,12 @@ class Precision(NamedTuple):
         return self.bits < 16
 
     def weights(self, quantizable: int, total: int) -> int:
-        """Bytes of a model with `total` parameters, `quantizable` of them in linears of its
-        blocks.
-        """
+        """Bytes of `total` parameters, `quantizable` of them in linears of the blocks."""
         return round(quantizable * self.bytes) + (total - quantizable) * self.compute
 
 
 GROUP = 128  # weights per scale, the usual group size of GPTQ and AWQ checkpoints
-NF4_BLOCK, NF4_BLOCK_2 = 64, 256  # QLoRA's blocks (Dettmers et al. 2023, §3)
+NF4_BLOCK, NF4_BLOCK_2 = 64, 256  # QLoRA's blocks (Dettmers et al. 2023, section 3)
 
 
 def _quantized(name: str, bits: float, scales: float, packed: float | None = None) -> Precision:
@@ -74,9 +69,7 @@ PRECISIONS: dict[str, Precision] = {
 
 @cache
 def precision(name: str) -> Precision:
-    """The precision called `name`; `gptq-g64` has groups of 64. Raises UserError with the known
-    names.
-    """
+    """The precision called `name`; `gptq-g64` has groups of 64. Raises UserError."""
     match = re.fullmatch(r"(gptq|awq|3bit|2bit)-g(\d{1,6})", name)
     if match and int(match[2]):
         return _grouped(name, int(PRECISIONS[match[1]].bits), int(match[2]))
@@ -112,9 +105,7 @@ TRAINERS = ("ours", "torch", "torch-fp32", "torch-foreach")
 
 
 class Option(NamedTuple):
-    """What a user needs to know of a setting, and the rule for its values. (A dataclass would start
-    more slowly.)
-    """
+    """A setting's help and the rule for its values. (A dataclass would start more slowly.)"""
 
     default: Any
     help: str
@@ -244,6 +235,11 @@ class TrainingConfig:
         return self.rows * self.sequence
 
     @property
+    def attended(self) -> int:
+        """Tokens of a token's own sequence, which it may attend to."""
+        return self.span or self.sequence
+
+    @property
     def virtual_places(self) -> int:
         """Number of sequences, each of which begins with the virtual tokens."""
         return self.sequences or self.rows
@@ -260,15 +256,11 @@ class TrainingConfig:
 
     @property
     def ours(self) -> bool:
-        """Whether our trainer runs the step: a persistent flat gradient, fp32 state, LoRA that
-        saves few tensors.
-        """
+        """Whether our trainer runs the step: a flat gradient, fp32 state, few saved tensors."""
         return self.trainer == "ours"
 
     def state_bytes(self, width: int) -> float:
-        """Bytes of the optimizer's state on the device, for each trained parameter of `width`
-        bytes.
-        """
+        """Bytes of optimizer state on the device per trained parameter of `width` bytes."""
         # torch has moments in the precision of the parameters
         fp32 = self.trainer in ("ours", "torch-fp32")
         moments = {"adamw": 8 if fp32 else 2 * width, "adamw-8bit": 2 * (1 + 4 / STATE_BLOCK)}.get(
@@ -278,9 +270,7 @@ class TrainingConfig:
         return moments + (8 if self.ours and width < 4 else 0)
 
     def checkpointed(self, block: int) -> bool:
-        """Whether block number `block` saves only its input: every block, or with `selective` every
-        second.
-        """
+        """Whether block `block` saves only its input: all, or with `selective` every second."""
         return self.checkpointing == "full" or (
             self.checkpointing == "selective" and block % 2 == 0
         )

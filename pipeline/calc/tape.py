@@ -1,5 +1,4 @@
-"""Simulates the memory of a step: tensors, by size alone, are allocated, saved and freed in
-PyTorch's order.
+"""Simulates a step's memory: tensors, by size alone, are allocated, saved and freed.
 
 An autograd engine without values. The forward pass runs as Python: a tensor is alive while a
 variable refers to it, or until `backward` has used it if an operation saved it. The tape sums the
@@ -33,9 +32,7 @@ class Storage:
 
 
 class Value:
-    """A tensor of `elements` × `width` bytes, and the node that produced it if it needs a
-    gradient.
-    """
+    """A tensor of `elements` × `width` bytes, and its node if it needs a gradient."""
 
     __slots__ = ("elements", "node", "storage", "width")
 
@@ -59,9 +56,7 @@ class Weight:
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """An operation in the backward graph: its saved tensors, and its inputs' nodes with the bytes
-    of their gradient.
-    """
+    """An operation in the backward graph: what it saved, and its inputs' nodes and gradients."""
 
     phase: str
     kind: str
@@ -152,9 +147,7 @@ class Tape:
         return Value(out.storage, out.elements, out.width, node)
 
     def differentiate(self, x: Value, forward: Callable[[Value], Value]) -> None:
-        """`forward(x)` and its backward during forward: the weights get their gradients in place, x
-        gets none.
-        """
+        """`forward(x)` and its backward at once: weights get gradients in place, x gets none."""
         mark = len(self._nodes)
         inner = self._record([], [])  # stands for x: the backward below ends here
         out = forward(Value(x.storage, x.elements, x.width, inner))
@@ -167,9 +160,7 @@ class Tape:
         self._nodes.pop()
 
     def take_finished_gradients(self) -> list[Value]:
-        """Gradients of `differentiate` that backward will add to a preallocated buffer; they are
-        alive until then.
-        """
+        """Gradients of `differentiate`, alive until backward adds them to their buffer."""
         finished = [
             w for w in self._with_gradient if w.preallocated and w.grad is not None and not w.uses
         ]
@@ -180,9 +171,7 @@ class Tape:
         return values
 
     def skip(self, x: Value, growth: dict[str, int], gradients: int) -> Value:
-        """Stands for equal blocks that are not simulated: the bytes that they save, by kind, and of
-        their gradients.
-        """
+        """Stands for equal blocks that are not simulated: what they save, and their gradients."""
         if x.node is None and not gradients:  # no gradient flows this far
             return x
         saved = [Storage(self, size, kind) for kind, size in growth.items() if size > 0]
@@ -223,9 +212,7 @@ class Tape:
         node.grad, node.alias = inner.grad, True  # the block's own backward made the gradient of x
 
     def _propagate(self, node: Node) -> None:
-        """An operation's backward: its inputs' and weights' gradients, after which what it saved is
-        freed.
-        """
+        """An operation's backward: gradients of inputs and weights; then what it saved is freed."""
         temporary = Storage(self, node.back, node.kind) if node.back else None
         grad, node.grad = node.grad, None
         # as autograd does: all inputs' gradients exist before the output's is freed
@@ -248,9 +235,7 @@ class Tape:
         del grad, temporary
 
     def _accumulate(self, weight: Weight) -> None:
-        """Add a share of a weight's gradient: to a buffer that is there already, or to the first
-        share.
-        """
+        """Add a share of a weight's gradient to its buffer, or to the first share."""
         share = Storage(self, weight.bytes, "gradients")
         weight.uses -= 1
         if weight.grad is None:
@@ -293,9 +278,7 @@ class Ops:
         return Weight(parameters * self.w, preallocated=self.flat)
 
     def adapter_weight(self, parameters: int, shared: str = "") -> Weight:
-        """A trainable weight of the adapter. With a name in `shared`, the same one at each call, as
-        for tied tables.
-        """
+        """A trainable weight of the adapter; the same at each call with one name in `shared`."""
         weight = Weight(parameters * self.adapter, preallocated=self.flat)
         return self._shared.setdefault(shared, weight) if shared else weight
 
@@ -313,9 +296,7 @@ class Ops:
         return x if x.width == width else self.tape.op(x, width=width)
 
     def view(self, x: Value, elements: int) -> Value:
-        """A slice of a tensor, without a copy; in backward its gradient is padded with zeros to the
-        size of x.
-        """
+        """A slice without a copy; in backward its gradient is padded to the size of x."""
         return self.tape.op(x, elements=elements, view=True)
 
     def matmul(self, x: Value, linear: Linear, rows: int, bias: int = 0) -> Value:
@@ -332,9 +313,7 @@ class Ops:
         )
 
     def norm(self, x: Value, size: int, weight: bool = True) -> Value:
-        """RMSNorm in fp32 with a tensor per operation, or LayerNorm as one operation; `size`: width
-        of a row.
-        """
+        """RMSNorm in fp32, a tensor per operation, or LayerNorm as one; `size`: width of a row."""
         t, kind, rows = self.tape, self.style.norm, x.elements // size
         if kind == "layer":  # saves mean and 1/σ of each row
             return t.op(x, saves=[x, t.leaf(2 * rows, 4)], weights=self.trained_weights(2 * size))

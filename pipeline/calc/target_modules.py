@@ -1,6 +1,4 @@
-"""Matches target_modules with the names of a model's linears, for training and the calculator
-(§6).
-"""
+"""Matches target_modules with the names of a model's linears."""
 
 from collections.abc import Iterable
 
@@ -37,13 +35,14 @@ GROUPS = {
         ),
     ),
 }
-ALIASES = {"o_proj": "out_proj", "out_proj": "o_proj"}  # the document's name and OPT's
+ALIASES = {"o_proj": "out_proj", "out_proj": "o_proj"}  # Llama's name and OPT's
 
 
 def select_linears(names: Iterable[str], targets: Iterable[str], head: str = HEAD) -> list[str]:
-    """Linears among `names` that match a target, in their order. A target is a last name, a dotted
-    suffix, `attention`, `feed_forward`, or `all-linear` (every linear except `head` and experts, as
-    in PEFT).
+    """Linears among `names` that match a target, in their order.
+
+    A target is a last name, a dotted suffix, `attention`, `feed_forward`, or `all-linear` (every
+    linear except `head` and experts, as in PEFT).
 
     Raises UserError if a target matches nothing.
     """

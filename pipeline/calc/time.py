@@ -1,5 +1,4 @@
-"""Time and cost of a training run: the FLOPs of a token, a GPU's peak, and the share of the peak
-that training reaches.
+"""Time and cost of a run: FLOPs of a token, a GPU's peak, the share that training reaches.
 
 Sources of UTILIZATION, the share of the dense peak by all FLOPs, recomputed ones included: LoRA in
 PEFT's MetaMathQA results reaches 26% of an L40S with short padded sequences, in fms-acceleration's
@@ -12,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from pipeline.calc.architecture import Architecture, Block, Linear
+from pipeline.calc.attention import CHUNK
 from pipeline.calc.fit import Gpu, gpus
 from pipeline.calc.memory import predict
 from pipeline.calc.method import FinetuningMethod, ranks, trained_split
 from pipeline.calc.settings import TrainingConfig, precision
-from pipeline.calc.step import CHUNK
 from pipeline.errors import UserError
 from pipeline.files.text import abbreviate_repr
 
@@ -35,9 +34,7 @@ class Range(NamedTuple):
 
 
 class Flops(NamedTuple):
-    """FLOPs per token; `attention`: the part of all three that attention scores and their products
-    take.
-    """
+    """FLOPs per token; `attention`: the share of scores and their products in all three."""
 
     forward: float = 0
     recomputed: float = 0
@@ -67,8 +64,7 @@ def parse_tokens(text: str) -> int:
 def training_time(
     model: Architecture, method: FinetuningMethod, run: TrainingConfig, tokens: int, device: Gpu
 ) -> Range:
-    """Hours to train on `tokens`, all epochs together. Raises UserError if the device or precision
-    has no known peak.
+    """Hours to train on `tokens`, all epochs. Raises UserError without a known peak.
 
     seconds per token = (FLOPs / peak + bytes of dequantized weights / bandwidth) / utilization
     """
@@ -114,7 +110,7 @@ def _assumptions(flops: Flops, method: FinetuningMethod, run: TrainingConfig) ->
         f"{flops.total / 1e9:,.3g} GFLOPs per token: {', '.join(parts)}, "
         f"{flops.backward / 1e9:,.3g} backward{frozen}"
     )
-    length = (run.span or run.sequence) + method.positions
+    length = run.attended + method.positions
     yield (
         f"{100 * flops.attention / flops.total:.2g}% of them are attention scores, over "
         f"{length:,} tokens"
@@ -134,9 +130,7 @@ def estimate(
     devices: Sequence[Gpu],
     price: float | None,
 ) -> dict[str, Any]:
-    """Hours on each device, and dollars at `price` per GPU-hour, as plain data. Raises
-    UserError.
-    """
+    """Hours on each device, and dollars at `price` per GPU-hour. Raises UserError."""
     if price is not None and not 0 < price < 1e6:
         raise UserError(
             "price must be dollars per GPU-hour, more than 0 and less than a million, got "
@@ -167,14 +161,14 @@ def estimate(
 
 
 # A product has 2 FLOPs per weight and token forward, 2 for its input's gradient, 2 for its own
-# (Kaplan et al. 2020, §2)
+# (Kaplan et al. 2020, section 2)
 
 
 def flops_per_token(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -> Flops:
     """FLOPs of one token in one step, from the shapes of the products alone."""
     base, rank_by_name = method.trained_base(model), ranks(model, method)
     first = first_trained(model, method)
-    length = (run.span or run.sequence) + method.positions
+    length = run.attended + method.positions
     total, kinds = Flops(), dict[tuple[int, tuple[int, ...], bool, bool, bool], Flops]()
     for index, block in enumerate(model.blocks):
         names = model.block_name(index)
@@ -233,8 +227,9 @@ def _block(
     trains: bool,
     again: bool,
 ) -> Flops:
-    """A block whose linears have ranks `adapted`: `differs`, its input gets a gradient; `again`, it
-    is recomputed.
+    """FLOPs of a block whose linears have ranks `adapted`.
+
+    `differs`: its input gets a gradient; `again`: it is recomputed.
     """
 
     def used(linear: Linear) -> float:  # share of its weights that a token meets
@@ -267,9 +262,7 @@ def _block(
 
 
 def dequantized_bytes(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -> float:
-    """Bytes read and written in a step where each product expands its quantized weights to 16 bit
-    first.
-    """
+    """Bytes moved in a step where each product expands its quantized weights to 16 bit."""
     kind = precision(run.precision)
     if not kind.quantized:
         return 0

@@ -21,9 +21,7 @@ MOST_LAYERS = 10_000
 
 
 class UnsupportedLayer(UserError):
-    """An architecture or a layer that no family builds; the headers of safetensors files still give
-    every shape.
-    """
+    """An architecture or layer that no family builds; safetensors headers still give its shapes."""
 
     def __init__(self, why: str) -> None:
         super().__init__(
@@ -33,17 +31,16 @@ class UnsupportedLayer(UserError):
 
 
 class Config:
-    """Values of the config `source`; a missing key gives the default. Raises UserError for an
-    invalid value.
+    """Values of the config `source`; a missing key gives the default.
+
+    Raises UserError for an invalid value.
     """
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
         self._values, self.source = values, source
 
     def size(self, *keys: str, default: int | None = None, most: int = MAX_SIZE) -> int:
-        """An integer from 1 to `most`, from the first of `keys` that is present. Raises
-        UserError.
-        """
+        """An integer from 1 to `most`, from the first of `keys` that is there. Raises UserError."""
         for key in keys:
             value = self._values.get(key)
             if value is None:
@@ -99,9 +96,7 @@ class Config:
         return set(value)
 
     def layer_types(self, key: str, count: int, supported: Sequence[str]) -> list[str]:
-        """The kinds of the `count` layers; [] if `key` is missing. Raises UnsupportedLayer for one
-        not `supported`.
-        """
+        """The kinds of the `count` layers; [] if `key` is missing. Raises UnsupportedLayer."""
         value = self.get(key, [])
         if not isinstance(value, list) or any(not isinstance(kind, str) for kind in value):
             raise UserError(
@@ -132,9 +127,7 @@ class Config:
         return value
 
     def is_null(self, key: str) -> bool:
-        """Whether `key` is explicitly null, which switches it off; a missing key means the
-        default.
-        """
+        """Whether `key` is null, which switches it off; a missing key means the default."""
         return key in self._values and self._values[key] is None
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -155,9 +148,7 @@ _MARKS = {  # key of a config → what its layers have
 
 
 def _unknown_layer(values: Mapping[str, Any]) -> str:
-    """The first layer of a config that is no plain attention, and its type; empty if the config
-    names none.
-    """
+    """The first layer that is no plain attention, and its type; empty if the config names none."""
     kinds = values.get("layer_types") or values.get("layers_block_type")
     if isinstance(kinds, list):
         for index, kind in enumerate(kinds):
@@ -176,9 +167,7 @@ def families() -> dict[str, Callable[[Config], Architecture]]:
 
 
 def architecture(values: Mapping[str, Any], source: str) -> Architecture:
-    """The shapes of a config. Raises UserError, with the known families if this one is not
-    supported.
-    """
+    """The shapes of a config. Raises UserError, with the known families for an unknown one."""
     # a vision-language model: only its language model
     if isinstance(values.get("text_config"), Mapping):
         text_config = values["text_config"]

@@ -1,6 +1,4 @@
-"""Gemma 4 without per-layer embeddings: heads of two sizes; in 26B-A4B experts beside a dense
-feed-forward.
-"""
+"""Gemma 4 without per-layer embeddings: heads of two sizes; 26B-A4B has experts too."""
 
 from msgspec.structs import replace
 
@@ -49,9 +47,7 @@ def gemma4_text(config: Config) -> Architecture:
 
 
 def _full_attention(config: Config, built: Architecture) -> Block:
-    """Heads are larger and may have their own number; with attention_k_eq_v values are the keys
-    before their norm.
-    """
+    """Larger heads; with attention_k_eq_v the values are the keys before their norm."""
     bias, same = config.flag("attention_bias", False), config.flag("attention_k_eq_v", False)
     # as released; the library saves what differs from the other layers
     if config.get("per_layer_config") is None:

@@ -1,6 +1,4 @@
-"""Models with LayerNorm, biases and a plain feed-forward: GPT-2, GPT-3, GPT-NeoX, OPT, MiniGPT,
-RoBERTa.
-"""
+"""LayerNorm, biases, a plain feed-forward: GPT-2, GPT-3, GPT-NeoX, OPT, MiniGPT, RoBERTa."""
 
 from collections.abc import Sequence
 
@@ -30,9 +28,7 @@ def gpt2(config: Config) -> Architecture:
 
 
 def gpt3(config: Config) -> Architecture:
-    """GPT-2's block with separate q, k, v and o, as in the LoRA paper; there is no public
-    checkpoint.
-    """
+    """GPT-2 with separate q, k, v and o, as in the LoRA paper; no checkpoint is public."""
     built = gpt2(config)
     first = built.blocks[0]
     attention = tuple(
@@ -112,9 +108,7 @@ def opt(config: Config) -> Architecture:
 
 
 def minigpt(config: Config) -> Architecture:
-    """OPT's names, with sinusoidal positions: a table, not parameters (the document's
-    Introduction).
-    """
+    """OPT's names, with sinusoidal positions: a table, not parameters."""
     built = opt(config)
     style = built.style._replace(scaled_queries=False, ours=True)
     return replace(built, positions=0, fixed_positions=built.positions, style=style)

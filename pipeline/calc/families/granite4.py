@@ -10,9 +10,7 @@ ATTENTION = ("attention", "full_attention")
 
 
 def granitemoehybrid(config: Config) -> Architecture:
-    """Llama's attention; the feed-forward, which hybrids have beside experts, has gate and up in
-    one linear.
-    """
+    """Llama's attention; gate and up of the feed-forward are one linear."""
     rotary = 1.0 if config.get("position_embedding_type") == "rope" else 0
     style = BlockStyle(rotary=rotary, scaled_embeddings=True, scaled_branches=True)
     built = decoder(config, style, Defaults(reads_bias=True, inner=1))

@@ -1,6 +1,4 @@
-"""Models whose blocks mostly have linear attention: Qwen3.5 and Qwen3.6, with a gated delta net in
-three of four.
-"""
+"""Qwen3.5 and Qwen3.6: three of four blocks have a gated delta net, a linear attention."""
 
 from msgspec.structs import replace
 
@@ -64,9 +62,7 @@ def _hybrid(config: Config, kv_heads: int, value_heads: int, top_k: int = 0) -> 
 
 
 def _delta_net(config: Config, built: Architecture, value_heads: int) -> Block:
-    """Queries, keys and values pass through a short convolution; each head keeps a matrix of keys ×
-    values.
-    """
+    """A short convolution of queries, keys and values; a matrix keys × values per head."""
     keys = config.size("linear_num_key_heads", default=16)
     values = config.size("linear_num_value_heads", default=value_heads)
     size = config.size("linear_key_head_dim", default=128)

@@ -1,6 +1,4 @@
-"""Llama 4: a shared expert and routed ones in all or every second block; every fourth block has no
-positions.
-"""
+"""Llama 4: shared and routed experts; every fourth block has no positions."""
 
 from msgspec.structs import replace
 

@@ -1,6 +1,4 @@
-"""Llama and its variants: RMSNorm, rotary positions, grouped-query attention, gated feed-forward,
-experts.
-"""
+"""Llama and its variants: RMSNorm, rotary positions, grouped queries, gates, experts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +12,9 @@ from pipeline.errors import UserError
 
 
 class Defaults(Struct, frozen=True):
-    """Defaults of transformers for missing keys; 0 means as many as heads (kv_heads), width / heads
-    (head_size).
+    """Defaults of transformers for missing keys.
+
+    0 means as many as heads (kv_heads), or width / heads (head_size).
     """
 
     tie: bool = False

@@ -1,5 +1,4 @@
-"""Models whose later blocks have experts beside one that every token uses: GLM-4.5, GLM-4.7-Flash,
-DeepSeek-V3.
+"""Later blocks with experts and a shared one: GLM-4.5, GLM-4.7-Flash, DeepSeek-V3.
 
 DeepSeek-V3 and GLM-4.7-Flash have multi-head latent attention: queries, keys and values are
 expanded from compressed ones, and only a part of each head is rotated.
@@ -15,9 +14,7 @@ from pipeline.calc.families.llama_like import Defaults, decoder, gated, with_exp
 
 
 class Latent(NamedTuple):
-    """The library's default sizes: ranks of queries and of keys and values; parts of a head; a
-    value.
-    """
+    """Default sizes of the library: ranks of queries and of keys, parts of a head, a value."""
 
     q_rank: int
     kv_rank: int
@@ -114,8 +111,9 @@ def _latent(config: Config, default: Latent, top_k: int, context: int) -> Archit
 def _with_shared(
     config: Config, built: Architecture, dense: int, experts: int, inner: int
 ) -> Architecture:
-    """`built` with experts and a shared one in every block after the first `dense`; the library's
-    default sizes.
+    """`built` with experts and a shared one in every block after the first `dense`.
+
+    `experts`, `inner`: the library's defaults.
     """
     first, inner = built.blocks[0], config.size("moe_intermediate_size", default=inner)
     routed = config.size("n_routed_experts", "num_local_experts", default=experts)

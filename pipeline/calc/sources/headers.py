@@ -1,5 +1,4 @@
-"""Shapes from the headers of weight files, whose weights are not read: safetensors, and GGUF
-(versions 2 and 3).
+"""Shapes from the headers of weight files: safetensors, and GGUF (versions 2 and 3).
 
 GGUF names its architecture. Safetensors files do not: their tensors' names and sizes are enough for
 parameter counts, and for models that no family builds.
@@ -40,9 +39,7 @@ _PACKED = ("I32", "U8", "I8")
 
 
 def from_safetensors(files: Sequence[Path], config: Mapping[str, Any], source: str) -> Architecture:
-    """The architecture of these files' tensors; head counts from `config` if it has them. Raises
-    UserError.
-    """
+    """The architecture of these files; `config` may have head counts. Raises UserError."""
     tensors = {
         name: (info.dtype, info.shape) for file in files for name, info in read_header(file).items()
     }
@@ -118,9 +115,7 @@ def from_safetensors(files: Sequence[Path], config: Mapping[str, Any], source: s
 
 
 def _build_block(tensors: Mapping[str, tuple[int, ...]]) -> Block:
-    """A block whose matrices are linears, equal experts merged into one; all other tensors count as
-    norms.
-    """
+    """A block: matrices are linears, equal experts are one, all other tensors count as norms."""
     counts: Counter[str] = Counter()
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in tensors.items():
@@ -163,9 +158,7 @@ MAX_HEADER = 2**28  # bytes before the tensors; a vocabulary of 260,000 tokens t
 
 
 class _Reader:
-    """Reads little-endian values. Raises UserError if the file ends early or a count is
-    implausible.
-    """
+    """Reads little-endian values. Raises UserError for an early end or an implausible count."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file, self._path = file, path
@@ -237,9 +230,7 @@ class _Reader:
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """(metadata, name → shape). Raises UserError for another format or version, or a truncated
-    file.
-    """
+    """(metadata, name → shape). Raises UserError for another format, or a truncated file."""
     with path.open("rb") as file:
         reader = _Reader(file, path)
         if file.read(4) != b"GGUF":
@@ -267,9 +258,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
 
 
 def from_gguf(path: Path) -> Architecture:
-    """The architecture of a GGUF file, checked against the sizes of its tensors. Raises
-    UserError.
-    """
+    """The architecture of a GGUF file, checked against its tensors' sizes. Raises UserError."""
     metadata, shapes = read_gguf(path)
     kind = str(metadata.get("general.architecture"))
     if kind not in GGUF_FAMILIES:

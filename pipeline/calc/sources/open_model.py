@@ -49,9 +49,7 @@ def built_in(name: str) -> Model:
 
 
 def open_model(name: str) -> Model:
-    """The model called `name`. Raises UserError with the nearest names, or the reason why a file
-    cannot be read.
-    """
+    """The model called `name`. Raises UserError with the nearest names, or the reason."""
     # built-in names first, so that a folder called gpt2 does not change what gpt2 means; ./gpt2 is
     # the folder
     if name.lower() in names():

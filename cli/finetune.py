@@ -1,0 +1,299 @@
+"""`lora finetune METHOD`: a command for each method that the registry finds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from inspect import getdoc
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Exit, Option, Typer
+from typer.main import get_command
+
+from cli.options import (
+    DEFAULT_PARAMS,
+    UNDER_DVC,
+    CheckpointOption,
+    DeviceOption,
+    ForceOption,
+    Group,
+    Lazy,
+    ParamsOption,
+    SetOption,
+    finite,
+    group,
+    project_of,
+)
+from cli.stages import run_stage
+
+if TYPE_CHECKING:
+    from pipeline.project.stage_graph import Project, Stage
+
+
+def _method_names() -> list[str]:
+    from pipeline.stages.registry import METHODS
+
+    return [name for name, stage in METHODS.items() if stage.name.startswith("finetune_")]
+
+
+def _method(name: str) -> Any:
+    from pipeline.stages.registry import METHODS
+
+    stage, one = METHODS[name], Typer(rich_markup_mode=None, add_completion=False)
+    form = ", in PEFT's format" if stage.kind == "adapter" else ""
+    summary = f"{stage.summary} → {stage.path}{form}.\n\n{getdoc(stage.settings)}"
+    command = _sweep if stage.kind == "adapters" else _distributes(stage)
+    one.command(name, help=summary)(command)
+    return get_command(one)
+
+
+class _Methods(Group):
+    """`lora finetune`: one command for each method that the registry finds."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands: Any = Lazy(_method_names, _method)
+
+
+app = group()
+finetune = group(
+    help="Fine-tune the expanded base with one method.", no_args_is_help=True, cls=_Methods
+)
+app.add_typer(finetune, name="finetune")
+
+
+def _distributes(stage: Stage) -> Callable[..., None]:
+    """The command of a method that several processes can run together."""
+
+    def command(
+        params: ParamsOption = DEFAULT_PARAMS,
+        overrides: SetOption = None,
+        force: ForceOption = False,
+        checkpoint_every: CheckpointOption = None,
+        devices: Annotated[int, Option(min=1, help="Number of processes, one per GPU.")] = 1,
+        nodes: Annotated[
+            int, Option("--nnodes", min=1, help="Number of machines; run the same command on each.")
+        ] = 1,
+        endpoint: Annotated[
+            str | None,
+            Option(
+                "--rdzv-endpoint",
+                metavar="HOST:PORT",
+                help="With --nnodes: one of the machines, and a free port.",
+            ),
+        ] = None,
+        node_rank: Annotated[
+            int | None,
+            Option(
+                "--node-rank",
+                min=0,
+                help="With --nnodes: this machine's number, 0 at --rdzv-endpoint.",
+            ),
+        ] = None,
+        shard: Annotated[
+            bool | None,
+            Option(help="Shard the base over the devices; default: if a step does not fit one."),
+        ] = None,
+        dry_run: Annotated[
+            bool,
+            Option(
+                "--dry-run",
+                help="Try a few steps; show memory, steps, tokens and time, and make nothing.",
+            ),
+        ] = False,
+        apply: Annotated[
+            bool, Option("--apply", help="Then write the values of --set into the params file.")
+        ] = False,
+        _device: DeviceOption = None,
+    ) -> None:
+        from pipeline.errors import UserError
+        from pipeline.project.process import world
+
+        if apply and (dry_run or not overrides):
+            reason = "--dry-run makes nothing" if dry_run else "there are none"
+            raise UserError(
+                f"--apply writes the values of --set once they have trained, but {reason}. Leave "
+                "it out."
+            )
+        if dry_run:
+            _print_plan(project_of(params, overrides), stage)
+            return
+        if shard and devices * nodes == 1 and world().world_size == 1:
+            raise UserError(
+                "--shard shares the base among several devices. Say how many with --devices."
+            )
+        if (nodes > 1) != (endpoint is not None):
+            raise UserError(
+                "--nnodes and --rdzv-endpoint go together: the machines have to meet. Name both."
+            )
+        if node_rank is not None and not node_rank < nodes > 1:
+            raise UserError(
+                f"--node-rank must be less than --nnodes, which is {nodes}, got {node_rank}. "
+                "Correct it."
+            )
+        if devices * nodes > 1 and world().world_size == 1:
+            from pipeline.training.parallel.launch import launch
+
+            # what is wrong is said before anything starts
+            project_of(params, overrides).stage(stage.name)
+            given = ["--params", str(params), *["--force"] * force]
+            given += (
+                [] if checkpoint_every is None else ["--checkpoint-every", str(checkpoint_every)]
+            )
+            given += [f"--set={override}" for override in overrides or ()]
+            given += [] if shard is None else ["--shard" if shard else "--no-shard"]
+            given += ["--apply"] * apply
+            raise Exit(
+                launch(
+                    devices, ["finetune", stage.method, *given], nodes, endpoint or "", node_rank
+                )
+            )
+        run_stage(stage.name, params, overrides, force, checkpoint_every, shard, apply=apply)
+
+    return command
+
+
+def _print_plan(project: Project, stage: Stage) -> None:
+    """What a training would take, by its first steps, and what `dvc repro` would run."""
+    from cli.console import duration, follow, print_line
+    from pipeline.files.text import in_units
+    from pipeline.models.device import available_memory, device_info
+    from pipeline.project.status import Status, apart
+    from pipeline.stages.quickstart import try_stage
+
+    project.stage(stage.name)
+    trial = follow(try_stage(project, stage), f"{stage.name}, trying a few steps")
+    room = f"{in_units(available_memory(trial.device))} free on {device_info(trial.device)['name']}"
+    peak = (
+        f"{in_units(trial.predicted)} of tensors at the peak, "
+        if trial.predicted
+        else "not predicted, "
+    )
+    low, high = map(duration, trial.seconds)
+    print_line(f"memory  {peak}{room}")
+    print_line(f"steps   {trial.steps:,}, {trial.steps_per_epoch:,} per epoch")
+    print_line(f"tokens  {trial.tokens:,}, {trial.epoch_tokens:,} per epoch")
+    print_line(f"time    {low if low == high else f'{low} to {high}'}, by {trial.timed} steps")
+    states = Status().of(project)
+    waiting = [
+        one.command for name, one in project.stages.items() if states[name].state != "current"
+    ]
+    print_line(
+        f"{'dvc repro would run' if project.has_dvc else 'to run'}: "
+        f"{', '.join(waiting) or 'nothing'}"
+    )
+    for name, reasons in apart(project).items():
+        if name in project.stages:
+            print_line(
+                f"  it replaces {project.artifact_name(name)}, made with other settings: "
+                f"{', '.join(reasons)}"
+            )
+
+
+def _sweep(
+    params: ParamsOption = DEFAULT_PARAMS,
+    overrides: SetOption = None,
+    force: ForceOption = False,
+    checkpoint_every: CheckpointOption = None,
+    over: Annotated[
+        list[str] | None,
+        Option(
+            metavar="KEY",
+            help=(
+                "Sweep values around the advised ones: learning_rate, rank, alpha, target_modules."
+            ),
+        ),
+    ] = None,
+    max_divergence: Annotated[
+        float | None,
+        Option(
+            min=0, callback=finite, help="Choose among adapters that are this close to the base."
+        ),
+    ] = None,
+    apply: Annotated[
+        bool, Option("--apply", help="Write the best adapter's values into finetune_lora.")
+    ] = False,
+    _device: DeviceOption = None,
+) -> None:
+    """The command of a sweep, which also chooses among what it made."""
+    overrides = [*(overrides or ())]
+    if over:
+        from pipeline.errors import UserError
+        from pipeline.stages.methods.sweep import grid_around
+
+        if any(
+            override.partition("=")[0].strip() == "finetune_sweep.grid" for override in overrides
+        ):
+            raise UserError(
+                "--over makes the grid, which --set finetune_sweep.grid does too. Leave one of "
+                "them out."
+            )
+        overrides.append(
+            f"finetune_sweep.grid={json.dumps(grid_around(project_of(params, overrides), over))}"
+        )
+    run_stage("finetune_sweep", params, overrides, force, checkpoint_every)
+    if not UNDER_DVC:
+        from pipeline.project.params.load import read_overrides
+
+        _choose(project_of(params, overrides), read_overrides(overrides), max_divergence, apply)
+
+
+def _choose(
+    project: Project, given: Mapping[str, Any], max_divergence: float | None, apply: bool
+) -> None:
+    """Print a sweep's adapters and the best of them.
+
+    `apply`: write its values, and those that --set gave all of them, into the params file.
+    """
+    from cli.console import print_line, print_table
+    from cli.runs import write_values
+    from pipeline.evaluation.selection import beyond, choose, loss_of, pareto
+    from pipeline.files.artifact import read_json
+    from pipeline.project.logs.run_log import TABLE
+    from pipeline.project.params.edit import dump_inline
+
+    table = read_json(project.artifact("finetune_sweep") / TABLE, "Run `lora finetune sweep`")
+    front = pareto(table)
+    numbers = {
+        "trained": ("trainable", ","),
+        "steps": ("steps", ","),
+        "loss": ("final_loss", ".4f"),
+    }
+    numbers |= {
+        "held out": ("eval_loss", ".4f"),
+        **({"divergence": ("divergence", ".4f")} if front else {}),
+    }
+    rows = []
+    for name, end in table.items():
+        cells = [
+            "" if end.get(key) is None else f"{end[key]:{form}}" for key, form in numbers.values()
+        ]
+        rows.append(
+            (name, *cells, *(["yes" if name in front else ""] if front else []), end["state"])
+        )
+    print_table(
+        ("adapter", *numbers, *(["Pareto"] if front else []), "end"), rows, right=tuple(numbers)
+    )
+    best = choose(table, max_divergence)
+    row = table[best]
+    kind = "loss" if row["eval_loss"] is None else "held-out loss"
+    divergence = f", divergence {row['divergence']:.4f}" if front else ""
+    print_line(f"best: {best}, {kind} {loss_of(row):.4f}{divergence}")
+    if row["eval_loss"] is None:
+        print_line(
+            "No example is held out: the training loss decides. Set finetune_lora.eval_share."
+        )
+    grid, lora = project.params.finetune_sweep.grid, type(project.params.finetune_lora)
+    for key, (edge, further) in beyond(table, best, grid, lora).items():
+        longer = dump_inline({key: further})
+        print_line(
+            f"{key} {dump_inline(row['values'][key])} is the {edge} that was tried: a better one "
+            "may be beyond it. "
+            f"Sweep on with --set 'finetune_sweep.grid={longer}'."
+        )
+    if apply:
+        shared = {key: value for key, value in given.items() if key.startswith("finetune_lora.")}
+        write_values(
+            project,
+            {**shared, **{f"finetune_lora.{key}": value for key, value in row["values"].items()}},
+        )
