@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.adapters.attach import (
     adapter_layers,
     attach,
+    read_tensors,
     saves_embedding_or_head,
     targeted,
     tensors,
@@ -31,7 +32,7 @@ from pipeline.adapters.config import (
     AdapterSpec,
     config_of,
 )
-from pipeline.adapters.folder import Fingerprint, read_tensors, refuse_foreign
+from pipeline.adapters.folder import Fingerprint, refuse_foreign
 from pipeline.adapters.lora import (
     EMBEDDING_KEYS,
     LINEAR_KEYS,
