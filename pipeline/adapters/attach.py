@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.adapters.config import PREFIX, AdapterSpec, enclosing_names, lies_in
+from pipeline.adapters.config import PREFIX, WEIGHTS, AdapterSpec, enclosing_names, lies_in
+from pipeline.adapters.folder import refuse_pickle
 from pipeline.adapters.lora import (
     EMBEDDING_KEYS,
     LINEAR_KEYS,
@@ -25,6 +27,7 @@ from pipeline.calc.target_modules import ALL_LINEAR, HEAD, matches_suffix, selec
 from pipeline.errors import UserError
 from pipeline.files.patterns import full_match, one_budget
 from pipeline.models.base import CausalLM, LowBitLinear, is_linear
+from pipeline.models.save import load_tensors
 from pipeline.project.params.sections import Init
 
 
@@ -174,6 +177,23 @@ def tensors(model: CausalLM, spec: AdapterSpec) -> dict[str, nn.Parameter]:
             # a bias too
             parameters |= {f"{PREFIX}{name}.{key}": p for key, p in module.named_parameters()}
     return parameters
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The adapter's tensors. Raises UserError if a number is not finite or no floating point."""
+    refuse_pickle(folder)
+    tensors, path = load_tensors(folder / WEIGHTS), folder / WEIGHTS
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{path}: {key} must hold floating point numbers, got {kind}. Copy it again."
+            )
+        if not tensor.float().isfinite().all():  # 8 bits have no isfinite
+            raise UserError(
+                f"{path}: {key} is not finite. Train the adapter again with a lower learning_rate."
+            )
+    return tensors
 
 
 @contextmanager

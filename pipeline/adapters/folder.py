@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 from pipeline.adapters.config import CONFIG, WEIGHTS, read_config
 from pipeline.errors import UserError
@@ -11,9 +11,6 @@ from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint, license_of
 from pipeline.files.text import abbreviate_repr
 from pipeline.project.params.sections import Quantization
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 PICKLE = "adapter_model.bin"
 DEFAULT_BASE = "artifacts/expanded"  # expand_vocab's
@@ -30,25 +27,6 @@ def refuse_pickle(folder: Path) -> None:
             "adapter, which reads its tensors without running any: `lora adapters import "
             f"{folder} --base BASE --out OUT`."
         )
-
-
-def read_tensors(folder: Path) -> dict[str, "Tensor"]:
-    """The adapter's tensors. Raises UserError if a number is not finite or no floating point."""
-    from pipeline.models.save import load_tensors  # what needs no tensors starts without torch
-
-    refuse_pickle(folder)
-    tensors, path = load_tensors(folder / WEIGHTS), folder / WEIGHTS
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(
-                f"{path}: {key} must hold floating point numbers, got {kind}. Copy it again."
-            )
-        if not tensor.float().isfinite().all():  # 8 bits have no isfinite
-            raise UserError(
-                f"{path}: {key} is not finite. Train the adapter again with a lower learning_rate."
-            )
-    return tensors
 
 
 def base_of(adapter: Path | None, here: Path = Path(), *last: Path) -> Path:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.adapters.attach import read_tensors
 from pipeline.adapters.config import (
     EMBEDDING,
     PREFIX,
@@ -17,7 +18,6 @@ from pipeline.adapters.config import (
     AdapterSpec,
     refuse_experts,
 )
-from pipeline.adapters.folder import read_tensors
 from pipeline.adapters.lora import EMBEDDING_KEYS, LINEAR_KEYS, MAGNITUDE, ROWS
 from pipeline.errors import UserError
 from pipeline.files import artifact

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipeline.adapters.attach import (
     adapter_layers,
     attach,
+    read_tensors,
     saves_embedding_or_head,
     targeted,
     tensors,
@@ -32,7 +33,11 @@ from pipeline.adapters.config import (
     AdapterSpec,
     config_of,
 )
+<<<<<<< HEAD
 from pipeline.adapters.folder import Contents, Fingerprint, read_tensors, refuse_foreign
+=======
+from pipeline.adapters.folder import Fingerprint, refuse_foreign
+>>>>>>> 83e041bbeae0ce3b7e3b0d73790a149687a8568f
 from pipeline.adapters.lora import (
     EMBEDDING_KEYS,
     LINEAR_KEYS,

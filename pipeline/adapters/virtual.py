@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.adapters.attach import read_tensors
 from pipeline.adapters.config import CONFIG, VIRTUAL, WEIGHTS, AdapterConfig, refuse_options
-from pipeline.adapters.folder import read_tensors
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.safetensors_file import refuse_difference

@@ -80,7 +80,8 @@ def _roots() -> dict[str, Path]:
 def code_digest(*modules: str) -> str:
     """sha256 of the names and contents of `code_files(*modules)`."""
     digest = hashlib.sha256()
-    roots = _roots().values()
+    # an extension may lie inside another root, as in a clone: its own is the deepest
+    roots = sorted(_roots().values(), key=lambda root: -len(root.parts))
     for path in code_files(*modules):
         root = next(root for root in roots if path.is_relative_to(root))
         digest.update(f"{path.relative_to(root).as_posix()}\n".encode())

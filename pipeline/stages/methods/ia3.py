@@ -186,8 +186,8 @@ def load(model: CausalLM, _base_folder: Path, folder: Path) -> list[str]:
     """
     import torch
 
+    from pipeline.adapters.attach import read_tensors
     from pipeline.adapters.config import PREFIX, WEIGHTS
-    from pipeline.adapters.folder import read_tensors
     from pipeline.files.safetensors_file import refuse_difference
 
     outputs, inputs = _scaled(model, folder)

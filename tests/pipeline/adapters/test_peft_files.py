@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from pipeline.adapters.attach import adapter_layers, attach, tensors
+from pipeline.adapters.attach import adapter_layers, attach, read_tensors, tensors
 from pipeline.adapters.config import PREFIX, AdapterSpec
-from pipeline.adapters.folder import read_tensors
 from pipeline.adapters.lora import LoRALinear, weight_of
 from pipeline.adapters.peft import load_adapter, save_adapter, stored_spec
 from pipeline.adapters.virtual import attach_virtual_tokens, save_virtual
