@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from lab import figures, studies
 from lab.stages import find_studies
+from tests.lab_projects import DOCUMENT
 
 from pipeline.project import provenance
 from tests.helpers.projects import ROOT, STAGES

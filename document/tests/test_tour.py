@@ -1,19 +1,20 @@
-"""docs/tutorials/document.md: the commands are typed, and print what the page shows."""
+"""document/docs/tour.md: the commands are typed, and print what the page shows."""
 
 import shlex
 import shutil
 from pathlib import Path
 
 import pytest
-from tests.lab_projects import GIVEN, new_houses
+from tests.lab_projects import DOCUMENT, GIVEN, new_houses
 
 from cli import console
-from docs.tour import PAGE, run, typed
+from docs.tour import run, typed
 from pipeline.stages.registry import open_project
 from tests.conftest import Built, Lora
 from tests.helpers.alike import same
 from tests.helpers.projects import ROOT, make, save
 
+PAGE = DOCUMENT / "docs/tour.md"
 COMMANDS = list(typed(PAGE.read_text(encoding="utf-8")))
 
 
@@ -27,22 +28,10 @@ def toured(built: Built) -> Path:
         new_houses(root)
         if (ROOT / ".lora-cache").is_dir():
             shutil.copytree(ROOT / ".lora-cache", root / ".lora-cache")
-        for folder in (root, root / "child"):
+        for folder in (root, root / "document"):
             make(folder, list(open_project(folder / "params.yaml").stages))
 
     return built("tour", build) / "document"
-
-
-def test_numbers_may_be_near_and_words_may_not_differ() -> None:
-    assert same("loss 0.231  kept 72%", "loss 0.228  kept  74%")
-    assert same("loss 0.231 ±0.7", "loss  0.9 ±0.6")
-    assert not same("loss 0.231", "loss 0.9")
-    assert not same("loss 0.231 ±0.002", "loss 0.9 ±0.002")
-    assert not same("tisch 98%", "sofa 98%")
-    assert not same("a b", "a b c")
-    assert same("66 steps in 2.3 min", "66 steps in 50 s")
-    assert same("66 steps, 50 s to 2.3 min here", "66 steps, 55 s here")
-    assert not same("66 steps in 2.3 min", "86 steps in 2.3 min")
 
 
 def test_the_program_has_every_command_of_the_tour_and_calculates_what_the_page_shows(

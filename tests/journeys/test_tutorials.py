@@ -59,6 +59,18 @@ def test_what_is_not_typed_is_said_with_the_reason(page: str, command: str) -> N
     pytest.skip(f"{command.partition(' #')[0]}: {NOT_TESTED[page, command]}")
 
 
+def test_numbers_may_be_near_and_words_may_not_differ() -> None:
+    assert same("loss 0.231  kept 72%", "loss 0.228  kept  74%")
+    assert same("loss 0.231 ±0.7", "loss  0.9 ±0.6")
+    assert not same("loss 0.231", "loss 0.9")
+    assert not same("loss 0.231 ±0.002", "loss 0.9 ±0.002")
+    assert not same("tisch 98%", "sofa 98%")
+    assert not same("a b", "a b c")
+    assert same("66 steps in 2.3 min", "66 steps in 50 s")
+    assert same("66 steps, 50 s to 2.3 min here", "66 steps, 55 s here")
+    assert not same("66 steps in 2.3 min", "86 steps in 2.3 min")
+
+
 LINES = st.lists(st.text("abc", min_size=1, max_size=3), max_size=8)
 
 
