@@ -33,11 +33,7 @@ from pipeline.adapters.config import (
     AdapterSpec,
     config_of,
 )
-<<<<<<< HEAD
-from pipeline.adapters.folder import Contents, Fingerprint, read_tensors, refuse_foreign
-=======
-from pipeline.adapters.folder import Fingerprint, refuse_foreign
->>>>>>> 83e041bbeae0ce3b7e3b0d73790a149687a8568f
+from pipeline.adapters.folder import Contents, Fingerprint, refuse_foreign
 from pipeline.adapters.lora import (
     EMBEDDING_KEYS,
     LINEAR_KEYS,
