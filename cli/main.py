@@ -40,8 +40,8 @@ COMMANDS = {
     "train-from-scratch": ("cli.stages", "Train a model from random weights on old and new data."),
     "merge": ("cli.stages", "Merge the adapter into its base."),
     "evaluate": ("cli.stages", "Compare all variants → artifacts/evaluation."),
-    "finetune": ("cli.finetune", "Fine-tune the expanded base with one method."),
-    "report": ("cli.report", "Show the last comparison, and where the report is."),
+    "finetune": ("cli.stages.finetune", "Fine-tune the expanded base with one method."),
+    "report": ("cli.project.report", "Show the last comparison, and where the report is."),
     "spectrum": ("cli.spectrum", "Singular values of a fine-tuning; LoRA; intruders."),
     "calc": ("cli.calc", "Exact parameters, training memory, what fits your GPU."),
     "prompt": ("cli.inference.prompt", "Prompt a model: its top next tokens and a completion."),
@@ -54,7 +54,7 @@ COMMANDS = {
     "data": ("cli.data", "Check, show and convert data files."),
     "runs": ("cli.runs", "List training runs; send finished ones to a tracker."),
     "cache": ("cli.project", "Show or prune the cache of finished stages."),
-    "doctor": ("cli.doctor", "Show versions, devices, memory, missing libraries."),
+    "doctor": ("cli.project.doctor", "Show versions, devices, memory, missing libraries."),
 }
 
 

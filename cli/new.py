@@ -138,7 +138,7 @@ def train(
     here, each with a reason; --set replaces any of them. After a stop, the same command goes on.
     """
     from cli.console import follow
-    from cli.report import refuse_broken
+    from cli.project.report import refuse_broken
     from cli.stages import run_stage
     from pipeline.errors import UserError
     from pipeline.project.params.edit import dump_inline
@@ -396,7 +396,7 @@ def _describe_run(project: Project, variant: str) -> str:
 def _print_results(project: Project, folder: Path) -> None:
     """Answers as expected, what was learned and forgotten, the memory, and some answers."""
     from cli.console import print_line
-    from cli.report import count_lines, print_answers
+    from cli.project.report import count_lines, print_answers
     from pipeline.export.formats import FORMATS
     from pipeline.files.artifact import read_json
 

@@ -140,7 +140,7 @@ def compare(
 ) -> None:
     """Ask every variant of the project, side by side."""
     from cli.console import print_json, print_note, print_table
-    from cli.report import warn_outdated
+    from cli.project.report import warn_outdated
     from pipeline.data.tokenizers.chat_template import render
     from pipeline.files.text import escape_whitespace
     from pipeline.inference.engine import continued, variants

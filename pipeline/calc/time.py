@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from pipeline.calc.architecture import Architecture, Block, Linear
-from pipeline.calc.attention import CHUNK
 from pipeline.calc.fit import Gpu, gpus
 from pipeline.calc.memory import predict
 from pipeline.calc.method import FinetuningMethod, ranks, trained_split
 from pipeline.calc.settings import TrainingConfig, precision
+from pipeline.calc.step.attention import CHUNK
 from pipeline.errors import UserError
 from pipeline.files.text import abbreviate_repr
 

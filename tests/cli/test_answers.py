@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from cli.report import MOST_CHARACTERS, count_lines, print_answers
+from cli.project.report import MOST_CHARACTERS, count_lines, print_answers
 
 
 def row(prompt: str, answer: str, how: str, expected: str = "yes") -> dict[str, Any]:

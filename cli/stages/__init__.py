@@ -173,7 +173,7 @@ def evaluate(
     The tasks may be your own; a task may run Python code.
     """
     from cli.console import print_json
-    from cli.report import refuse_broken, report
+    from cli.project.report import refuse_broken, report
     from pipeline.errors import UserError
     from pipeline.files.artifact import read_json
 
@@ -212,7 +212,7 @@ def _measure(
 ) -> None:
     """Evaluate adapters and print their metrics. Raises UserError if they break evaluate.limits."""
     from cli.console import follow, print_json, print_note
-    from cli.report import print_metrics, refuse_verdict
+    from cli.project.report import print_metrics, refuse_verdict
     from pipeline.errors import UserError
     from pipeline.stages.evaluate import METRICS, measure, measuring
 

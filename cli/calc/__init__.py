@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from typer import Context, Option
 
-from cli.calc_output import (
+from cli.calc.output import (
     CLASSES,
     Output,
     print_explain,

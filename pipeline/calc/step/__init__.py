@@ -10,11 +10,11 @@ sequences of T tokens, N = B·T, width D.
 from collections.abc import Callable, Iterator
 
 from pipeline.calc.architecture import Architecture, Block
-from pipeline.calc.attention import attention, rotated_size
-from pipeline.calc.feed_forward import dense_and_experts, feed_forward
-from pipeline.calc.layers import Layers
 from pipeline.calc.method import FinetuningMethod
 from pipeline.calc.settings import TrainingConfig
+from pipeline.calc.step.attention import attention, rotated_size
+from pipeline.calc.step.feed_forward import dense_and_experts, feed_forward
+from pipeline.calc.step.layers import Layers
 from pipeline.calc.tape import Tape, Value
 
 # of a run of blocks that repeat, simulate this many periods at each end and extrapolate the middle

@@ -6,7 +6,7 @@ Where functions begin and end, and each `del`, is part of the model: see `step.p
 from collections.abc import Sequence
 
 from pipeline.calc.architecture import Block, Linear
-from pipeline.calc.layers import Layers
+from pipeline.calc.step.layers import Layers
 from pipeline.calc.tape import Value
 
 

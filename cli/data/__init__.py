@@ -82,7 +82,7 @@ def check(
     The exit code is 1 if training would be wrong.
     """
     from cli.console import print_json, print_note
-    from cli.data_output import print_report
+    from cli.data.output import print_report
     from pipeline.data.check import check as check_files
     from pipeline.data.columns import clean_command
     from pipeline.errors import UserError
@@ -161,7 +161,7 @@ def show(
     from tempfile import TemporaryDirectory
 
     from cli.console import print_line, print_table
-    from cli.data_output import print_labels, print_tokens
+    from cli.data.output import print_labels, print_tokens
     from pipeline.data.columns import columns_option
     from pipeline.data.masking import Encoder
     from pipeline.data.windows import Corpus
@@ -242,7 +242,7 @@ def convert(
     again before it gets its name.
     """
     from cli.console import print_json
-    from cli.data_output import print_written
+    from cli.data.output import print_written
     from pipeline.data.convert import convert as convert_file
 
     with _row_counter("converting") as progress:
@@ -309,7 +309,7 @@ def clean(
     --columns. Rows with likely personal data are counted and stay, but for --drop personal.
     """
     from cli.console import print_json
-    from cli.data_output import print_cleaned
+    from cli.data.output import print_cleaned
     from pipeline.data.masking import Encoder
     from pipeline.data.quality.clean import REASONS
     from pipeline.data.quality.clean import clean as clean_file

@@ -4,7 +4,7 @@ Where functions begin and end, and each `del`, is part of the model: see `step.p
 """
 
 from pipeline.calc.architecture import Architecture, Block, Heads, Linear
-from pipeline.calc.layers import Layers
+from pipeline.calc.step.layers import Layers
 from pipeline.calc.tape import Value
 
 CHUNK = 64  # tokens that a gated delta net's kernel takes at once
