@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,8 @@ from cli import console
 from docs.generators import generated
 from docs.tour import typed
 from pipeline.project.logs.run_log import RunLog, Step
-from pipeline.stages.methods.sweep import variants
 from tests.conftest import Lora
-from tests.helpers.projects import ROOT, load
+from tests.helpers.projects import ROOT
 from tests.journeys.command_lines import commands
 
 
@@ -93,36 +91,6 @@ def test_the_readme_shows_what_the_calculator_prints(
         printed = cli(*shlex.split(command)[1:], cwd=ROOT)[1].splitlines()
         assert set(shown.splitlines()) - {"…"} <= {line.rstrip() for line in printed}, command
     assert calculated
-
-
-def test_the_commands_of_the_loraplus_page_make_its_sweeps() -> None:
-    text = (ROOT / "docs/explanation/loraplus.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"(?:^    .*\n)+", text, re.MULTILINE)
-    prelude = "lora() { printf '%s\\0' \"$@\"; printf '\\n'; }; python() { :; }\n"
-    ran = subprocess.run(
-        ["bash", "-euc", prelude + block], check=True, capture_output=True, text=True
-    ).stdout
-    embeddings = []
-    for line in ran.splitlines():
-        *command, end = line.split("\0")
-        assert (command[:2], end) == (["finetune", "sweep"], "")
-        assert set(command[2::2]) == {"--set"}
-        params = load(ROOT / "params.yaml", command[3::2])
-        wanted = variants(params.finetune_lora, params.finetune_sweep).values()
-        assert (
-            len({(own.loraplus_ratio, own.learning_rate, own.seed) for own in wanted})
-            == len(wanted)
-            == 250
-        )
-        embeddings.append(
-            (params.finetune_lora.train_embeddings, params.finetune_lora.init_lora_weights)
-        )
-    assert embeddings == [
-        ("none", "document"),
-        ("none", "kaiming"),
-        ("new_rows", "document"),
-        ("all", "document"),
-    ]
 
 
 @pytest.mark.slow
