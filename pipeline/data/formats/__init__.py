@@ -31,6 +31,10 @@ class CannotHold(Exception):
     """Why a format cannot hold an example."""
 
 
+def _reads_only(_example: Example) -> dict[str, Any]:
+    raise CannotHold("this format is only read")
+
+
 class Format(NamedTuple):
     """A shape that rows may have, and how an example is read from it and written in it."""
 
@@ -39,7 +43,8 @@ class Format(NamedTuple):
     keys: frozenset[str]  # all that it reads
     detect: Callable[[Record], bool]
     read: Callable[[Record, str, int], Example]  # (record, file, line); raises UserError
-    write: Callable[[Example], dict[str, Any]]  # the record that reads as it; raises CannotHold
+    # the record that reads as an example; raises CannotHold. An extension's may read only.
+    write: Callable[[Example], dict[str, Any]] = _reads_only
     mixes: bool = False  # whether other rows of a file may have another format that mixes
     trained: str = "the assistant's turns"  # what of it is trained on
 
