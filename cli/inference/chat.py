@@ -52,10 +52,10 @@ def chat(
     """
     from cli.console import print_note
     from pipeline.adapters.folder import base_of
-    from pipeline.inference.catalog import newest_model
     from pipeline.inference.chat import Conversation
     from pipeline.models.generate import Sampling
     from pipeline.stages.registry import current_project
+    from pipeline.views.models import newest_model
 
     if base is None and adapter is None:
         base, adapter = (

@@ -84,10 +84,10 @@ def prompt(
     from pipeline.data.tokenizers.chat_template import render
     from pipeline.files.artifact import MANIFEST
     from pipeline.files.text import escape_whitespace
-    from pipeline.inference.catalog import newest_model
     from pipeline.inference.engine import continued, load
     from pipeline.models.generate import Sampling
     from pipeline.stages.registry import current_project
+    from pipeline.views.models import newest_model
 
     if not temperature and (sample_top_k or sample_top_p < 1 or seed):
         raise BadParameter("--sample-top-k, --top-p and --seed need --temperature above 0.")
@@ -144,7 +144,7 @@ def compare(
     from pipeline.data.tokenizers.chat_template import render
     from pipeline.files.text import escape_whitespace
     from pipeline.inference.engine import continued, variants
-    from pipeline.project.status import outdated
+    from pipeline.views.stages import outdated
 
     project = project_of(params)
     answers: dict[str, dict[str, Any]] = {}

@@ -158,8 +158,8 @@ def _print_plan(project: Project, stage: Stage) -> None:
     from cli.console import duration, follow, print_line
     from pipeline.files.text import in_units
     from pipeline.models.device import available_memory, device_info
-    from pipeline.project.status import Status, apart
     from pipeline.stages.quickstart import try_stage
+    from pipeline.views.stages import Status, apart
 
     project.stage(stage.name)
     trial = follow(try_stage(project, stage), f"{stage.name}, trying a few steps")
