@@ -75,8 +75,7 @@ def new(
 ) -> None:
     """Make a project: params, data, dvc.yaml. Nothing that is there is overwritten.
 
-    With --base and --data: settings are chosen for both, and a few steps are tried. Without: the
-    document's MiniGPT.
+    With --base and --data: settings are chosen for both, and a few steps are tried. Without: MiniGPT.
     """
     from cli.console import print_line, print_note
     from pipeline.errors import UserError

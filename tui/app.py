@@ -359,7 +359,11 @@ class Workbench(App[None]):
         if not self.runner.groups():
             self.log_message("Nothing is running.", "warning")
             return
-        what = running.stage.name if running else pipeline.command if pipeline else "the run"
+        what = "the run"
+        if running:
+            what = running.stage.name
+        elif pipeline:
+            what = pipeline.command
         question = (
             f"Stop {what}? It keeps a checkpoint, and goes on from there when it is run again."
         )

@@ -364,7 +364,9 @@ class Project:
         """The stage whose output is read as `name`'s: an imported base stands for the pretrained
         one, and either of them for the expanded one in a project that adds no tokens."""
         is_base = name == "pretrain" or (name == "expand_vocab" and name not in self.readable)
-        return ("import" if self.params.origin.imports else "pretrain") if is_base else name
+        if not is_base:
+            return name
+        return "import" if self.params.origin.imports else "pretrain"
 
     def home(self, name: str) -> "Project":
         """The project that has a stage: itself, or its parent."""

@@ -207,7 +207,7 @@ def _new_rows(project: Project) -> int:
 
 
 def note_targets(model: Architecture, method: FinetuningMethod) -> str:
-    """What training would adapt where the calculator counts the document's targets; empty where it
+    """What training would adapt where the calculator counts its own default targets; empty where it
     counts the same.
     """
     targets = (

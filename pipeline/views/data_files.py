@@ -63,9 +63,7 @@ def _role(key: str) -> str:
     if key.startswith("expand_vocab.data"):
         return "words"
     name = key.partition(".")[2].partition("[")[0]
-    return (
-        "" if name == "data" else "held-out" if name == "eval_data" else name.removesuffix("_data")
-    )
+    return {"data": "", "eval_data": "held-out"}.get(name, name.removesuffix("_data"))
 
 
 def is_data(name: str) -> bool:
@@ -237,12 +235,9 @@ def _with_file(data: Any, name: str, instead_of: str) -> Any:
     if not instead_of:
         return [*entries, name]
     paths = [entry if isinstance(entry, str) else entry["path"] for entry in entries]
-    entries = [
-        (name if isinstance(entry, str) else {**entry, "path": name})
-        if path == instead_of
-        else entry
-        for entry, path in zip(entries, paths, strict=True)
-    ]
+    for number, (entry, path) in enumerate(zip(entries, paths, strict=True)):
+        if path == instead_of:
+            entries[number] = name if isinstance(entry, str) else {**entry, "path": name}
     return entries[0] if isinstance(data, str) else entries
 
 

@@ -26,7 +26,9 @@ def share_style(share: float) -> str:
     """The theme variable for a magnitude of which less is better: a load, a loss of what was
     known.
     """
-    return "$success" if share < 0.5 else "$warning" if share < 0.85 else "$error"
+    if share < 0.5:
+        return "$success"
+    return "$warning" if share < 0.85 else "$error"
 
 
 def readable(color: Color, background: Color) -> Color:

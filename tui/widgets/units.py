@@ -26,7 +26,7 @@ class Unit(NamedTuple):
 
     def format_change(self, size: int) -> str:
         """+1.20, −2.68, or 0."""
-        return f"{'−' if size < 0 else '+' if size else ''}{self.format(abs(size))}"
+        return f"{_sign(size)}{self.format(abs(size))}"
 
     def __str__(self) -> str:
         return self.name
@@ -43,7 +43,13 @@ def unit_of(sizes: Iterable[int]) -> Unit:
 
 def format_count_change(count: int) -> str:
     """+1,200, −6,193,152, or 0."""
-    return f"{'−' if count < 0 else '+' if count else ''}{abs(count):,}"
+    return f"{_sign(count)}{abs(count):,}"
+
+
+def _sign(number: float) -> str:
+    if number < 0:
+        return "−"
+    return "+" if number else ""
 
 
 def short_count(count: int) -> str:
@@ -51,7 +57,8 @@ def short_count(count: int) -> str:
     for size, name in ((10**12, " T"), (10**9, " B"), (10**6, " M"), (10**3, " k")):
         if count >= size:
             value = count / size
-            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}{name}"
+            digits = (value < 10) + (value < 100)
+            return f"{value:.{digits}f}{name}"
     return str(count)
 
 

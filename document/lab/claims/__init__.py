@@ -131,11 +131,10 @@ class Rule:
         said, unit = " to ".join(map(str, self.says)), self.says[0].unit
         if self.margin is None:
             return f"{self.sign} {said}".strip()
-        relative = Quantity.read(self.margin).unit == "%"
-        return (
-            f"{said} ± "
-            f"{in_unit(self._distance, 'points' if unit == '%' else unit) if relative else self.margin}"
-        )
+        margin = self.margin
+        if Quantity.read(margin).unit == "%":
+            margin = in_unit(self._distance, "points" if unit == "%" else unit)
+        return f"{said} ± {margin}"
 
 
 def _kind(value: Any) -> str:

@@ -77,10 +77,9 @@ def judge(claim: Claim, sources: Sources | None = None) -> Row:
                 for end in (value.low, value.high)
             ]
         holds = [claim.rule.holds(value) for value in values]
-        measured, verdict = (
-            result,
-            "holds" if all(holds) else "depends" if any(holds) else "differs",
-        )
+        measured, verdict = result, "depends" if any(holds) else "differs"
+        if all(holds):
+            verdict = "holds"
     except MissingArtifact as missing:
         why = str(missing)
     # What a changed artifact leads to: a table without a row or a column, an empty list, a text

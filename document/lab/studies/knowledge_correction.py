@@ -120,13 +120,10 @@ def measure(job: Job, settings: StudyKnowledgeCorrection) -> Generator[Event, No
     for one in made:
         loaded = one.load(folder, trust)
         name = "v_proj" if one.settings.target_modules == V_PROJ else "all targets"
-        name = (
-            AS_WRITTEN
-            if one.run == AS_WRITTEN
-            else f"{name}, retain"
-            if one.settings.retains
-            else name
-        )
+        if one.run == AS_WRITTEN:
+            name = AS_WRITTEN
+        elif one.settings.retains:
+            name = f"{name}, retain"
         tuned.append(
             Corrected(
                 one, name, score_answers(loaded, expected), score(loaded, examples, old).divergence

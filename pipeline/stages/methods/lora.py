@@ -456,7 +456,9 @@ class Lora(FinetuningMethod):
 
     @property
     def title(self) -> str:
-        name = "DoRA" if self.dora else "rsLoRA" if self.rslora else "LoRA"
+        name = "rsLoRA" if self.rslora else "LoRA"
+        if self.dora:
+            name = "DoRA"
         rows = f", {self.trained_rows} new rows" if self.trained_rows else ""
         ends = ", embeddings and head" if self.embeddings == "all" else rows
         return (

@@ -1,6 +1,4 @@
-"""Training from scratch: the expanded base's shape, from random weights, on old and new sentences
-(§1, §7).
-"""
+"""Training from scratch: the expanded base's shape, from random weights, on old and new sentences."""
 
 from __future__ import annotations
 
@@ -18,8 +16,7 @@ if TYPE_CHECKING:
 
 
 class TrainFromScratch(Training, frozen=True, kw_only=True):
-    """A model of the base's shape with random weights learns old and new sentences together (§1,
-    §7).
+    """A model of the base's shape with random weights learns old and new sentences together.
 
     60 epochs of both files are 1,200 steps: as many as pretraining and full fine-tuning take one
     after the other.

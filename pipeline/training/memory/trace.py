@@ -230,9 +230,9 @@ def _build_model(config: Mapping[str, Any], run: TrainingConfig) -> CausalLM:
     # no kernel of torch supports softcapping and attention sinks
     softcapped = getattr(model.config, "attn_logit_softcapping", None) is not None
     fused = run.attention == "sdpa" and not softcapped and model.config.model_type != "gpt_oss"
-    implementation = (
-        packed_attention.NAME if run.attention == "short" else FUSED if fused else "eager"
-    )
+    implementation = FUSED if fused else "eager"
+    if run.attention == "short":
+        implementation = packed_attention.NAME
     model.use_attention(implementation)
     return model
 

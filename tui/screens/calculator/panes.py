@@ -19,12 +19,13 @@ class QuestionPane(Pane):
 
     TITLE = "Question"
     HELP = """\
-Each key press is answered at once. Only the fields that matter to the chosen method are shown; an empty field means
-what it shows in grey. `‹ a choice ›` steps with ← and →, a number with + and −, any field with Page Up and Page Down;
-Ctrl+R brings a field's default back. In *model* type a part of a name, then Enter; a path is read, a hub id is fetched
-by Enter: of the weights, headers alone.
+Each key press is answered at once. Only the fields that matter to the chosen method are shown; an
+empty field means what it shows in grey. `‹ a choice ›` steps with ← and →, a number with + and −,
+any field with Page Up and Page Down; Ctrl+R brings a field's default back. In *model* type a part
+of a name, then Enter; a path is read, a hub id is fetched by Enter: of the weights, headers alone.
 
-Ctrl+T pins the configuration, to compare it with what you ask next; again unpins it. Ctrl+N begins anew.
+Ctrl+T pins the configuration, to compare it with what you ask next; again unpins it. Ctrl+N begins
+anew.
 """
 
     def contents(self) -> ComposeResult:
@@ -45,17 +46,21 @@ class AnswerPane(Pane, can_focus=True):
 class VerdictPane(AnswerPane):
     TITLE = "Does it fit?"
     HELP = """\
-The predicted peak of a training step against the memory of the GPU, CUDA's context included. The bar is green below
-half of it, yellow below 85%, red above: other programs and fragmentation take memory too.
+The predicted peak of a training step against the memory of the GPU, CUDA's context included. The
+bar is green below half of it, yellow below 85%, red above: other programs and fragmentation take
+memory too.
 """
 
 
 class AnswersPane(AnswerPane):
     TITLE = "Answers"
     HELP = """\
-* **largest, one at a time**: the largest batch, sequence length and rank that fit, each with everything else as it is.
-* **to make it fit**: the change that costs the least quality and time. Changes after a `;` are needed together.
-* **rank, batch, sequence**: the peak with other values; `▶` is the present one, `✗` is more than the GPU has.
+* **largest, one at a time**: the largest batch, sequence length and rank that fit, each with
+  everything else as it is.
+* **to make it fit**: the change that costs the least quality and time. Changes after a `;` are
+  needed together.
+* **rank, batch, sequence**: the peak with other values; `▶` is the present one, `✗` is more than
+  the GPU has.
 * **GPUs**: those that hold the peak, and those that do not.
 """
 
@@ -63,16 +68,17 @@ class AnswersPane(AnswerPane):
 class MemoryPane(AnswerPane):
     TITLE = "Memory by method"
     HELP = f"""\
-The same step with other methods; `▶` is yours. `│` is where the GPU ends, `»` a bar that goes
-on, `▶` beside its name a GPU far beyond all bars. The parts of a bar, always in this order:
-{_PARTS}. {", ".join(KEPT_PARTS).capitalize()} stay for the whole step; gradients, activations and logits come and go,
-and are counted at the peak.
+The same step with other methods; `▶` is yours. `│` is where the GPU ends, `»` a bar that goes on,
+`▶` beside its name a GPU far beyond all bars. The parts of a bar, always in this order: {_PARTS}.
+{", ".join(KEPT_PARTS).capitalize()} stay for the whole step; gradients, activations and logits
+come and go, and are counted at the peak.
 """
 
 
 class DetailsPane(AnswerPane):
     TITLE = "Parameters and formulas"
     HELP: ClassVar[str] = """\
-Each kind of linear layer that gets an adapter: its shape, A and B, how many there are, and their parameters; beside it
-the number by the rule of thumb 2·r·d. Below, the formula of each number with its values.
+Each kind of linear layer that gets an adapter: its shape, A and B, how many there are, and their
+parameters; beside it the number by the rule of thumb 2·r·d. Below, the formula of each number with
+its values.
 """

@@ -155,13 +155,9 @@ def _stacked(memory: Memory, widest: int, width: int, edge: int) -> Content:
 
 
 def part_style(part: str) -> str:
-    return (
-        "$primary"
-        if part in KEPT_PARTS
-        else "$foreground 60%"
-        if part == "overhead"
-        else "$secondary"
-    )
+    if part in KEPT_PARTS:
+        return "$primary"
+    return "$foreground 60%" if part == "overhead" else "$secondary"
 
 
 def numbers(memories: Mapping[str, Memory], chosen: str, width: int) -> Lines:
@@ -186,7 +182,7 @@ def numbers(memories: Mapping[str, Memory], chosen: str, width: int) -> Lines:
 
 
 def details(result: Result, width: int) -> Lines:
-    """Parameters by kind of projection, the document's count, notes, and the formula of each
+    """Parameters by kind of projection, the rule of thumb's count, notes, and the formula of each
     number.
     """
     model, method = result.model, result.method

@@ -63,9 +63,10 @@ class CalculatorScreen(WorkbenchScreen):
 
     NAME: ClassVar[str] = "calculator"
     HELP = """\
-Does a training run fit on a GPU, and what does it train? The answer takes no download: parameters are exact, the
-predicted peak is within 3% of the step as it is traced. No letter is a command here, as most of the screen is text
-fields; Ctrl+S writes the configuration into the project's params file, after it has said what is written.
+Does a training run fit on a GPU, and what does it train? The answer takes no download: parameters
+are exact, the predicted peak is within 3% of the step as it is traced. No letter is a command
+here, as most of the screen is text fields; Ctrl+S writes the configuration into the project's
+params file, after it has said what is written.
 """
     CSS_PATH = "calculator.tcss"
     AUTO_FOCUS = "#method"

@@ -51,10 +51,13 @@ def run_line(runs: Runs, key: str, paint: Paint, expanded: bool = False) -> Text
     off is dim.
     """
     view, look, on = runs.views[key], runs.looks[key], key in runs.shown
-    name = f"{'▾' if expanded else '▸'} {view.name}" if view.run.sweeps else view.name
+    fold = "▾ " if expanded else "▸ "
+    name = fold * view.run.sweeps + view.name
     # one that is off is not read, so its numbers would be old
     loss = view.loss_of(view.best)[1] if on else None
-    value = number(float(f"{loss:.3g}")) if loss is not None else "" if on else _when(view)
+    value = "" if on else _when(view)
+    if loss is not None:
+        value = number(float(f"{loss:.3g}"))
     line = _columns(
         Text(look.sign if on else OFF, paint.of(look) if on else ""),
         name,

@@ -53,10 +53,12 @@ def draw_lengths(
         if file.max_length
         else [0] * width
     )
-    styles = [
-        colors["error" if o == n else "warning" if o else "accent"]
-        for n, o in zip(columns, over, strict=True)
-    ]
+    styles = []
+    for count, cut in zip(columns, over, strict=True):
+        color = "warning" if cut else "accent"
+        if cut == count:
+            color = "error"
+        styles.append(colors[color])
     cut_at = limit * width // (longest + 1) if limit and limit <= longest else width
     most, height = max(columns), max(1, rows - 1)
     lines = []

@@ -14,7 +14,7 @@ from textual.widgets import Static
 from tui.widgets.pane import Pane
 
 LEGEND = (("trained", "⟦trained on⟧"), ("read", "read"), ("template", "template"), ("cut", "cut"))
-KEPT_CONTROLS = "\n"
+SHOWN = {"\n": "\n", "\t": "⇥"}  # of what is not printed
 MAX_RULE = 200
 
 
@@ -32,10 +32,7 @@ def visible(text: str) -> str:
     """Line breaks stay; tabs and control characters become visible."""
     if text.replace("\n", "").isprintable():
         return text
-    return "".join(
-        c if c.isprintable() or c in KEPT_CONTROLS else "⇥" if c == "\t" else f"\\x{ord(c):02x}"
-        for c in text
-    )
+    return "".join(c if c.isprintable() else SHOWN.get(c, f"\\x{ord(c):02x}") for c in text)
 
 
 def draw_row(
@@ -48,7 +45,9 @@ def draw_row(
     was_cut = False
     for role, parts in answer["turns"]:
         kinds = [kind for kind, _ in parts]
-        fact = "cut" if kinds[:1] == ["cut"] else "trained on" if "trained" in kinds else ""
+        fact = "trained on" if "trained" in kinds else ""
+        if kinds[:1] == ["cut"]:
+            fact = "cut"
         if answer["problem"]:
             fact = ""
         lines.append(f"{_rule(f'── {visible(role)} ' + f'· {fact} ' * bool(fact), width)}\n", "dim")

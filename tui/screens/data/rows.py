@@ -199,7 +199,11 @@ class RowList(ScrollView, can_focus=True):
         level = "error" if line.problem else self.problems.get(line.number, "")
         tokens = "" if line.tokens is None else f"{line.tokens:,}"
         right = f" {tokens:>5} " if width > 24 else " "
-        sign = "✗" if level == "error" else "⊣" if line.cut else "!" if level else " "
+        sign = "!" if level else " "
+        if level == "error":
+            sign = "✗"
+        elif line.cut:
+            sign = "⊣"
         room = max(0, width - digits - 1 - len(right) - 1)
         text = line.text if line.text.strip() or not line.problem else line.problem
         shown = (

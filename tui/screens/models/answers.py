@@ -252,12 +252,8 @@ class Answers(VerticalScroll):
     def _show_waiting(self) -> None:
         passed = monotonic() - self._since
         spinner = SPINNER[int(passed * SPINS) % len(SPINNER)]
-        text = (
-            f"{spinner} {self._for}  {passed:.0f} s"
-            if self._for
-            else ""
-            if self._exchange
-            else WELCOME
-        )
+        text = "" if self._exchange else WELCOME
+        if self._for:
+            text = f"{spinner} {self._for}  {passed:.0f} s"
         self._waiting.update(text)
         self._waiting.display = bool(text)

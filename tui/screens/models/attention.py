@@ -1,4 +1,4 @@
-"""Attention (`a`, §2.1): all heads as small maps, then one head: of the base, of the adapter, and
+"""Attention (`a`): all heads as small maps, then one head: of the base, of the adapter, and
 the difference.
 """
 
@@ -69,13 +69,9 @@ def overview(
             title = Text("  ")
             for head in part:
                 moved = f" {change[layer][head]:.0%}" if change else ""
-                style = (
-                    "reverse bold"
-                    if (layer, head) == chosen
-                    else "bold"
-                    if moved and change[layer][head] == most
-                    else ""
-                )
+                style = "bold" if moved and change[layer][head] == most else ""
+                if (layer, head) == chosen:
+                    style = "reverse bold"
                 title.append(pad_or_truncate(f"{head + 1}{moved}", cell - 2), style).append("  ")
             lines.append(title)
             rows = [
@@ -144,13 +140,9 @@ def matrix(tokens: Sequence[str], weights: Weights, token: int, width: int) -> l
         line.stylize("bold" if row == token else "")
         for weight in weights[row][start : row + 1]:
             number = f"{weight:+.2f} " if signed else f"{sign(weight)}{weight:.2f} "
-            style = (
-                ("bold" if abs(weight) >= 0.1 else "dim")
-                if signed
-                else "bold"
-                if row == token
-                else ""
-            )
+            style = "bold" if row == token else ""
+            if signed:
+                style = "bold" if abs(weight) >= 0.1 else "dim"
             line.append(number if cell == NUMBERS else sign(weight, scale) * cell, style)
         lines.append(line)
     return lines

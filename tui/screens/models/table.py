@@ -269,11 +269,9 @@ class ModelTable(ScrollView, can_focus=True):
             return Strip.blank(width, self.rich_style)
         line = self._lines[row]
         kind = "table--folder" if isinstance(line, Folder) else ""
-        style = (
-            self.get_component_rich_style("table--cursor" if row == self._row else kind)
-            if kind or row == self._row
-            else None
-        )
+        if row == self._row:
+            kind = "table--cursor"
+        style = self.get_component_rich_style(kind) if kind else None
         return self._strip(self._draw(line, cursor=row == self._row and self.has_focus), style)
 
     def _strip(self, text: Text, style: Style | None) -> Strip:
@@ -363,7 +361,9 @@ class ModelTable(ScrollView, can_focus=True):
     def action_fold(self, folded: bool) -> None:
         """Fold or unfold the folder of the line; left on one of its models folds it too."""
         line = self._line
-        name = line.name if isinstance(line, Folder) else line.group if line else ""
+        name = line.group if isinstance(line, Entry) else ""
+        if isinstance(line, Folder):
+            name = line.name
         if name and not self._is_flat:
             self._fold(name, folded)
 
@@ -407,7 +407,9 @@ class ModelTable(ScrollView, can_focus=True):
 
 def _key(line: Line | None) -> object:
     """What stays the same when a line is drawn anew."""
-    return line.name if isinstance(line, Folder) else line.model.path if line else None
+    if isinstance(line, Folder):
+        return line.name
+    return line.model.path if line else None
 
 
 def sort_choices(current: Column | None, reverse: bool) -> dict[str, str]:

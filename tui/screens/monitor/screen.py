@@ -33,20 +33,21 @@ MUTED = "$foreground 65%"
 class MachinePane(Pane, can_focus=True):
     TITLE = "Machine"
     HELP = """\
-CPU, memory and each NVIDIA GPU, read once a second since the program started; the present is at the right, a column is
-the highest value of its time. Green is below half of what the machine has, yellow below 85%, red above. In a container
-the total is its limit.
+CPU, memory and each NVIDIA GPU, read once a second since the program started; the present is at
+the right, a column is the highest value of its time. Green is below half of what the machine has,
+yellow below 85%, red above. In a container the total is its limit.
 
-The dashed line is what the running stage predicted for itself: on a GPU, its tensors at the peak of a step and CUDA's
-context; on the CPU, in the chart of its own memory, its tensors and what the process holds besides.
+The dashed line is what the running stage predicted for itself: on a GPU, its tensors at the peak
+of a step and CUDA's context; on the CPU, in the chart of its own memory, its tensors and what the
+process holds besides.
 """
 
 
 class ProcessesPane(Pane, can_focus=True):
     TITLE = "Processes"
     HELP = """\
-The stage that runs and the engine that answers prompts, each with the processes that they started, and this program.
-100% is one core. GPU memory is shown where the driver tells it by process.
+The stage that runs and the engine that answers prompts, each with the processes that they started,
+and this program. 100% is one core. GPU memory is shown where the driver tells it by process.
 """
 
 
@@ -55,8 +56,8 @@ class MonitorScreen(WorkbenchScreen):
 
     NAME: ClassVar[str] = "monitor"
     HELP = """\
-What the machine does: CPU, memory and GPUs over time, and what the project's processes take of them. `t` shows a longer
-time, up to an hour.
+What the machine does: CPU, memory and GPUs over time, and what the project's processes take of
+them. `t` shows a longer time, up to an hour.
 """
     CSS_PATH = "monitor.tcss"
     AUTO_FOCUS = "#machine"

@@ -41,14 +41,11 @@ def describe_starter(running: Running | None, state: StageState) -> str:
             if run
             else ""
         )
-    mine = running.starter == os.getpid()
-    who = (
-        "here"
-        if mine
-        else f"by another workbench, process {running.starter},"
-        if running.starter
-        else "by a workbench"
-    )
+    who = "by a workbench"
+    if running.starter == os.getpid():
+        who = "here"
+    elif running.starter:
+        who = f"by another workbench, process {running.starter},"
     return f"{who} as {running.command}, process {running.pid}, {_since(running.started)}"
 
 

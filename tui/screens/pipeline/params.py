@@ -108,6 +108,9 @@ def params_of(project: Project, stage: Stage) -> list[Param]:
         is_shared = field.key in shared and field.key not in own
         was = made.get(field.key)
         changed = field.key in made and was != to_yaml_value(value)
+        before = None
+        if changed:
+            before = format_value(tuple(was) if isinstance(was, list) else was)
         params.append(
             Param(
                 field,
@@ -117,7 +120,7 @@ def params_of(project: Project, stage: Stage) -> list[Param]:
                 or comments.get(f"{TRAINING}.{field.key}" if is_shared else "")
                 or meaning(type(section), field.key),
                 home.params.source(stage.name, field.key),
-                format_value(tuple(was) if isinstance(was, list) else was) if changed else None,
+                before,
             )
         )
     return sorted(params, key=lambda param: (param.made is None, param.is_default))
@@ -156,7 +159,9 @@ def fields_of(stage: str, section: Section, params: Params) -> list[FormField]:
         origin, arguments = get_origin(hint), get_args(hint)
         if origin is UnionType and str not in arguments:  # a mapping, or a list of them
             origin = Mapping
-        choices = ("true", "false") if hint is bool else arguments if origin is Literal else ()
+        choices = arguments if origin is Literal else ()
+        if hint is bool:
+            choices = ("true", "false")
         fields.append(
             FormField(
                 key,

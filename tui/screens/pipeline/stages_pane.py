@@ -126,9 +126,9 @@ DAG as a picture."""
 
     def _row_of(self, stage: str) -> str:
         keys = [row.key for row in self.rows]
-        return (
-            stage if stage in keys else GROUP if self._is_grouped(stage) else next(iter(keys), "")
-        )
+        if stage in keys:
+            return stage
+        return GROUP if self._is_grouped(stage) else next(iter(keys), "")
 
     def select(self, stage: str) -> None:
         """Move the cursor to a stage; one that is folded is unfolded."""
@@ -153,7 +153,9 @@ DAG as a picture."""
         if row is None or key == expected or key == self.chosen:
             return
         urgent = group_state(row.members, self._states)
-        self.chosen = (urgent.stage.name if urgent else row.members[0]) if row.members else key
+        self.chosen = row.members[0] if row.members else key
+        if urgent and row.members:
+            self.chosen = urgent.stage.name
         self.post_message(self.Chosen(self.chosen, by_user=True))
 
     @on(OptionList.OptionSelected)

@@ -104,8 +104,10 @@ def tree_rows(
     def add(names: Sequence[str], guides: str) -> None:
         for number, name in enumerate(names):
             is_last = number == len(names) - 1
-            branch = f"{guides}{'└ ' if is_last else '├ '}" if parents[name] else ""
-            below = f"{guides}{'  ' if is_last else '│ '}" if parents[name] else ""
+            branch = below = ""
+            if parents[name]:
+                branch = guides + ("└ " if is_last else "├ ")
+                below = guides + ("  " if is_last else "│ ")
             if name == GROUP:
                 rows.append(
                     Row(name, branch, f"{'▾' if unfolded else '▸'} {label}", members=members)

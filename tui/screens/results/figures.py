@@ -25,11 +25,12 @@ class PicturePane(Pane):
 
     TITLE = "Figure"
     HELP = """\
-The picture as well as the terminal can draw it: its pixels in kitty, Ghostty, WezTerm, iTerm2, foot, mlterm,
-mintty, Contour and Windows Terminal; half blocks elsewhere, in tmux and in a browser. `+` enlarges it.
+The picture as well as the terminal can draw it: its pixels in kitty, Ghostty, WezTerm, iTerm2,
+foot, mlterm, mintty, Contour and Windows Terminal; half blocks elsewhere, in tmux and in a
+browser. `+` enlarges it.
 
-- `p` draws it in another way: half blocks, sixel, kitty's protocol. Where nothing appears, the terminal cannot; `p`
-  again.
+- `p` draws it in another way: half blocks, sixel, kitty's protocol. Where nothing appears, the
+  terminal cannot; `p` again.
 - `o` shows the numbers that it was drawn from. An SVG is for a browser; its PNG is shown here.
 """
     can_focus = True

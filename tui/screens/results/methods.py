@@ -50,7 +50,9 @@ def style_of(method: Method, widget: Widget) -> str:
 def interval_strip(low: float, value: float, high: float, width: int = INTERVAL) -> str:
     """A 95% interval from 0 to 1 in cells: `  ──●────  `."""
     first, at, last = (round(min(max(n, 0.0), 1.0) * (width - 1)) for n in (low, value, high))
-    return "".join("●" if n == at else "─" if first <= n <= last else "·" for n in range(width))
+    cells = ["─" if first <= n <= last else "·" for n in range(width)]
+    cells[at] = "●"
+    return "".join(cells)
 
 
 class ScatterPane(Pane):
@@ -60,12 +62,13 @@ class ScatterPane(Pane):
 
     TITLE = "Learned against kept"
     HELP = """\
-Each sign is a model: **to the right** it learned more of what is new, **upwards** it kept more of what the base
-knew. The best is in the upper right corner. A quantity of which less is better, such as a loss, is drawn from right
-to left, so this always holds. Lines through a sign are the 95% bootstrap intervals of a task's score. Models in one
-cell share a sign and a label.
+Each sign is a model: **to the right** it learned more of what is new, **upwards** it kept more of
+what the base knew. The best is in the upper right corner. A quantity of which less is better, such
+as a loss, is drawn from right to left, so this always holds. Lines through a sign are the 95%
+bootstrap intervals of a task's score. Models in one cell share a sign and a label.
 
-- `h` chooses what is shown to the right, `v` upwards: what was measured, and each task of `evaluate.tasks`.
+- `h` chooses what is shown to the right, `v` upwards: what was measured, and each task of
+  `evaluate.tasks`.
 """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("h", "choose('x')", "horizontal", id="results.horizontal"),
@@ -184,16 +187,18 @@ class MethodsPane(RowsPane[Method]):
     HELP = f"""\
 A row for each model that `lora evaluate` compared; the numbers are those of `lora report`.
 
-- **learned**: answers as expected, new sentences completed word for word, or the loss on them (nats per token, less
-  is better).
-- **kept**: next-token choices on old sentences that are still the base's. Green: more than half; red: little.
-- **trained**: share of all parameters. **size**: weights to store; an adapter's are beside one copy of its base.
+- **learned**: answers as expected, new sentences completed word for word, or the loss on them
+  (nats per token, less is better).
+- **kept**: next-token choices on old sentences that are still the base's. Green: more than half;
+  red: little.
+- **trained**: share of all parameters. **size**: weights to store; an adapter's are beside one
+  copy of its base.
 - **task**: `··──●──·` is the score from 0 to 1 with its 95% bootstrap interval.
-- `{LEAST}` forgot least. `✗` breaks a limit of `evaluate.limits`; the pane *Model* says which. `●`: its settings are
-  not those of params.yaml, as after `--set`.
+- `{LEAST}` forgot least. `✗` breaks a limit of `evaluate.limits`; the pane *Model* says which.
+  `●`: its settings are not those of params.yaml, as after `--set`.
 
-`c` or Enter prompts the model beside the base. `o` shows its loss curve, `i` all its numbers, `E` evaluates again.
-← → move to the columns that do not fit.
+`c` or Enter prompts the model beside the base. `o` shows its loss curve, `i` all its numbers, `E`
+evaluates again. ← → move to the columns that do not fit.
 """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("c", "ask('chat')", "chat", id="results.chat"),
@@ -347,9 +352,9 @@ class DetailPane(Pane):
 
     TITLE = "Model"
     HELP = """\
-The model that the table's cursor is on. A task's line is its score from 0 to 1 with the 95% bootstrap interval,
-then the change from the base, example by example, with its own interval: a change whose interval holds 0 may be
-chance.
+The model that the table's cursor is on. A task's line is its score from 0 to 1 with the 95%
+bootstrap interval, then the change from the base, example by example, with its own interval: a
+change whose interval holds 0 may be chance.
 """
     can_focus = True
     DEFAULT_CSS = """

@@ -116,7 +116,8 @@ class PagePane(Pane):
     HELP = """\
 The report that a stage wrote, as text. Arrows, j k, PgUp PgDn, g G move in it.
 
-- `/` searches: lines with what is typed are in reverse, and the page moves to the first; `n` moves to the next.
+- `/` searches: lines with what is typed are in reverse, and the page moves to the first; `n` moves
+  to the next.
 - `▣` stands where the page has a picture: `f` shows it.
 """
     FILTER = True

@@ -38,13 +38,14 @@ class ResultsScreen(WorkbenchScreen):
     CSS_PATH = "results.tcss"
     AUTO_FOCUS = "MethodsPane Table"
     HELP = """\
-Which adapter to ship, in one look: what each model **learned** against what it **kept**, with its size and the
-limits that it breaks. `◂` marks the model that forgot least. The line below the header has the other views:
+Which adapter to ship, in one look: what each model **learned** against what it **kept**, with its
+size and the limits that it breaks. `◂` marks the model that forgot least. The line below the
+header has the other views:
 
 - `a` all methods, `w` the sweep by its keys, `r` reports, `f` figures.
 
-`c` prompts the model that the cursor is on beside its base. Everything is read from what `lora evaluate` and the
-other stages wrote.
+`c` prompts the model that the cursor is on beside its base. Everything is read from what `lora
+evaluate` and the other stages wrote.
 """
     LABELS: ClassVar[dict[str, str]] = {
         "methods": "all methods",
@@ -271,13 +272,11 @@ other stages wrote.
             self.evaluation.stop()
 
     def _chat(self, row: Method | Trial) -> None:
-        base = (
-            row.base
-            if isinstance(row, Method)
-            else self.results.sweep.base
-            if isinstance(self.results.sweep, Sweep)
-            else None
-        )
+        base, sweep = None, self.results.sweep
+        if isinstance(row, Method):
+            base = row.base
+        elif isinstance(sweep, Sweep):
+            base = sweep.base
         if not row.path.is_dir():
             self.warn(f"{row.name} has no weights here. Press R to train it.")
             return

@@ -32,17 +32,18 @@ class SweepPane(RowsPane[Trial]):
 
     TITLE = "Sweep"
     HELP = f"""\
-A row for each adapter of `finetune_sweep`. **loss**: on held-out data; without any, of the last epoch of training
-(nats per token). **divergence**: KL from the base on `finetune_sweep.old_data`, else `evaluate.old_data` (nats per
-token). Less is better of both.
+A row for each adapter of `finetune_sweep`. **loss**: on held-out data; without any, of the last
+epoch of training (nats per token). **divergence**: KL from the base on `finetune_sweep.old_data`,
+else `evaluate.old_data` (nats per token). Less is better of both.
 
-- `{BEST}` has the lowest loss. `{FRONT}` is on the **Pareto front**: no other has a lower loss without diverging
-  more.
-- *best at the edge*: it has the highest or lowest value that was tried, so a better one may be beyond it.
+- `{BEST}` has the lowest loss. `{FRONT}` is on the **Pareto front**: no other has a lower loss
+  without diverging more.
+- *best at the edge*: it has the highest or lowest value that was tried, so a better one may be
+  beyond it.
 - An adapter that diverged, or that the search stopped early, has no loss.
 
-`c` or Enter prompts it beside the base, `o` shows its loss curve. `E` evaluates it: **kept** is then the share of old
-answers that are still the base's.
+`c` or Enter prompts it beside the base, `o` shows its loss curve. `E` evaluates it: **kept** is
+then the share of old answers that are still the base's.
 """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("c", "ask('chat')", "chat", id="results.chat_sweep"),
@@ -129,10 +130,10 @@ class PlotsPane(Pane):
 
     TITLE = "Loss by key"
     HELP = f"""\
-A plot for each key that the sweep varied: its values to the right, the loss upwards. Values that span a decade have
-a logarithmic axis. With `finetune_sweep.old_data`, the first plot is the loss against the divergence from the base,
-and `{FRONT}` are the Pareto front: the adapters that no other beats in both. The adapter that the table's cursor is
-on has its name beside it.
+A plot for each key that the sweep varied: its values to the right, the loss upwards. Values that
+span a decade have a logarithmic axis. With `finetune_sweep.old_data`, the first plot is the loss
+against the divergence from the base, and `{FRONT}` are the Pareto front: the adapters that no
+other beats in both. The adapter that the table's cursor is on has its name beside it.
 
 `+` enlarges the pane: it then has room for more plots.
 """
@@ -232,7 +233,9 @@ on has its name beside it.
         style = Style.parse(color) + Style(
             bold=trial.best, dim=not (pointed or trial.front or trial.best)
         )
-        sign = FRONT if trial.front else method_look("sweep").sign if trial.best else "●"
+        sign = method_look("sweep").sign if trial.best else "●"
+        if trial.front:
+            sign = FRONT
         return Point(x, trial.loss or 0.0, sign, trial.name if pointed else "", style, pointed)
 
 

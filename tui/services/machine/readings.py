@@ -103,11 +103,9 @@ class Machine:
         """
         name = asked().name
         index = int(name[5:]) if is_valid(name) and name.startswith("cuda:") else 0
-        return (
-            slice(index, index + 1)
-            if name.startswith("cuda:")
-            else slice(0, None if name in (AUTO, "cuda") else 0)
-        )
+        if name.startswith("cuda:"):
+            return slice(index, index + 1)
+        return slice(0, None if name in (AUTO, "cuda") else 0)
 
     def summary(self) -> str:
         """Used of total memory of the device that trains, as H100 12/80 GiB; "" while nothing was
@@ -117,9 +115,9 @@ class Machine:
         if last is None:
             return ""
         gpus, sizes = self.gpus[self._asked], [reading.memory for reading in last.gpus[self._asked]]
-        used = (
-            last.memory if not gpus else None if None in sizes else sum(size or 0 for size in sizes)
-        )
+        used = last.memory
+        if gpus:
+            used = None if None in sizes else sum(size or 0 for size in sizes)
         total = sum(gpu.memory for gpu in gpus) or self.memory
         return (
             f"{self.name} {_gib(used)}/{_gib(total)} GiB"

@@ -30,13 +30,9 @@ def fit(values: Iterable[float], log: bool = False) -> Range:
         high = value if high is None or value > high else high
     if low is None or high is None:
         return 0.0, 1.0
-    margin = (
-        (high - low) * MARGIN
-        if is_drawable((low, high))
-        else 0.5
-        if log
-        else max(abs(high) * 0.1, SMALLEST)
-    )
+    margin = 0.5 if log else max(abs(high) * 0.1, SMALLEST)
+    if is_drawable((low, high)):
+        margin = (high - low) * MARGIN
     return low - margin, high + margin
 
 

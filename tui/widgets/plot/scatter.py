@@ -72,7 +72,9 @@ class Axis:
     def cell(self, value: float, cells: int) -> int:
         """Where a value is drawn among `cells`, from the left or from below."""
         low, high = self.range
-        at = (log10(value) if value > 0 else low) if self.log else value
+        at = value
+        if self.log:
+            at = log10(value) if value > 0 else low
         share = (at - low) / (high - low)
         inset = INSET if cells > 10 * INSET else 0  # a sign on the frame would read as a part of it
         last = cells - 1 - 2 * inset
