@@ -39,3 +39,12 @@ class Table(DataTable[Text]):
 
     def __init__(self, **options: object) -> None:
         super().__init__(cursor_type="row", **options)  # type: ignore[arg-type]  # DataTable's own options
+
+    def watch_virtual_size(self) -> None:
+        """Measure the table once more.
+
+        Textual measures a widget once for each time that a layout is asked for. Between the asking,
+        when the rows change, and the moment in which the table counts them, another widget's layout
+        may come: the table would keep the height that it had without them.
+        """
+        self.call_after_refresh(self.refresh, layout=True)

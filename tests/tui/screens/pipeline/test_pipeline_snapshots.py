@@ -1,6 +1,5 @@
 """Snapshots of the pipeline screen."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +95,7 @@ def test_a_stage_in_each_state(
 @pytest.mark.usefixtures("every_state")
 def test_a_param_that_is_wrong(snap_compare: Any, empty: Path, theme: str) -> None:
     app = Workbench(empty / "params.yaml")
-    app.config = dataclasses.replace(app.config, theme=theme)
+    app.theme = theme
 
     async def before(pilot: Pilot[Any]) -> None:
         screen = await wait_until_loaded(pilot)

@@ -117,7 +117,7 @@ def test_sweep(snap_compare: Any, evaluated: Path, size: tuple[int, int]) -> Non
 
 def test_light(snap_compare: Any, evaluated: Path) -> None:
     app = Workbench(evaluated / "params.yaml")
-    app.state.theme = "lora-light"
+    app.theme = "lora-light"
     assert snap_compare(app, terminal_size=(120, 40), run_before=shown())
 
 
