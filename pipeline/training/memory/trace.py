@@ -4,6 +4,7 @@
 accumulated out of place where autograd could do it in place, and there is no fragmentation.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -51,6 +52,8 @@ def traced_peak(config: Mapping[str, Any], method: FinetuningMethod, run: Traini
     _refuse_unsupported(config, method, run)
     refuse_long_lists(config, "the config")
     live = TensorMemoryMeter()
+    # it prints the traceback of what is raised below
+    logging.getLogger("torch._subclasses.fake_tensor").disabled = True
     try:
         with FakeTensorMode():
             model = _build_model(config, run)
@@ -161,10 +164,13 @@ def _training_step(
             neftune_alpha=run.neftune_alpha, lora_dropout=getattr(method, "lora_dropout", 0.0)
         )
 
+        noisy = settings.neftune_alpha or settings.lora_dropout
+        lengths = [run.sequence] * run.batch if noisy else []
+
         def our_step() -> None:
             with training_noise(model, [settings]) as noises, ExitStack() as stack:
                 for noise in noises:
-                    stack.enter_context(noise.during([run.sequence] * run.batch))
+                    stack.enter_context(noise.during(lengths))
                 torch.autograd.backward(
                     loss_of(model, batch, run.labels if run.loss == "full" else run.chunk)
                 )
