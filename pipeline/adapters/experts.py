@@ -42,9 +42,9 @@ class ExpertUpdate(nn.Module):
         super().__init__()
         self.scale = scale
         self.experts, outputs, inputs = weight.mT.shape if transposed else weight.shape
-        like = torch.empty(0, dtype=dtype or weight.dtype, device=weight.device)
-        self.lora_A = nn.Parameter(like.new_empty(self.experts * rank, inputs))
-        self.lora_B = nn.Parameter(like.new_empty(outputs, rank * self.experts))
+        rows = self.experts * rank
+        self.lora_A = nn.Parameter(weight.new_empty((rows, inputs), dtype=dtype))
+        self.lora_B = nn.Parameter(weight.new_empty((outputs, rows), dtype=dtype))
         with torch.no_grad():
             for a, b in zip(*self.pairs(), strict=True):
                 initialize(a, b, init)

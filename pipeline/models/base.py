@@ -243,7 +243,7 @@ class CausalLM(nn.Module):
     @property
     def embedding_and_head(self) -> tuple[str, str]:
         """Last parts of the names of embedding and head, which adapters use."""
-        return self.embedding_name.rsplit(".", 1)[-1], self.head_name.rsplit(".", 1)[-1]
+        return self.embedding_name.rpartition(".")[2], self.head_name.rpartition(".")[2]
 
     @property
     def device(self) -> torch.device:

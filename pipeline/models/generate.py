@@ -133,7 +133,7 @@ def generate_all(
     A token of each comes from one forward where the model reads sequences side by side. Raises
     UserError if the logits are not finite.
     """
-    if model.virtual is not None or not model.mixes_lengths or not _reads_side_by_side(model):
+    if not model.mixes_lengths or not _reads_side_by_side(model):
         pairs = zip(prompts, limits, strict=True)
         return [list(generate(model, prompt, ends, limit, packed=False)) for prompt, limit in pairs]
     groups, size = [list[int]()], 0

@@ -5,6 +5,7 @@ machine.
 """
 
 import re
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from pipeline.errors import FULL, UserError, first_line, is_out_of_memory
 from pipeline.files.artifact import read_json, write_json
-from pipeline.files.base_model import CODE, TensorLocation
+from pipeline.files.base_model import CODE, TOKENIZER, TensorLocation
 from pipeline.files.safetensors_file import as_os_error, shapes
 
 CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
@@ -113,6 +114,13 @@ def load_strict(
             "Copy both again, or name a causal language model."
         )
     return model.eval()
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer files of `source` into `folder`."""
+    for pattern in TOKENIZER:
+        for path in source.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
 
 
 def save_checkpoint(model: Any, folder: Path, generation: str | None) -> None:

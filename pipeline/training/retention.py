@@ -136,8 +136,7 @@ def load_retention_texts(
     if settings.retention_weight and not settings.retention_data:
         raise UserError(
             f"{job.stage.section}.retention_weight is set, but {job.stage.section}.retention_data "
-            "is not. Set it to a "
-            "data file."
+            "is not. Set it to a data file."
         )
     if not settings.retains:
         return None

@@ -85,5 +85,5 @@ def compress_adapter(
 
 def total_error(rows: list[Compressed]) -> float:
     """‖ΔW − ΔW′‖ / ‖ΔW‖ over all modules together."""
-    size, cut = (math.fsum(getattr(row, part) ** 2 for row in rows) for part in ("size", "cut"))
+    size, cut = math.fsum(row.size**2 for row in rows), math.fsum(row.cut**2 for row in rows)
     return math.sqrt(cut / size) if size else 0.0

@@ -91,8 +91,7 @@ def load(path: Path) -> dict[str, Tensor]:
         reason = "its contents are damaged"
     raise UserError(
         f"{path} cannot be read without running code from it: {reason}. If you trust it, load it "
-        "with torch and save "
-        "the tensors with safetensors."
+        "with torch and save the tensors with safetensors."
     ) from None
 
 

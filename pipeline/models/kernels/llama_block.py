@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.models.base import CausalLM, LowRankLinear
 from pipeline.models.kernels.decode import AGREEMENT, has_llama_parts
-from pipeline.models.kernels.native import native, supports
+from pipeline.models.kernels.native import call, supports
 from pipeline.models.kernels.packed_attention import attend
 from pipeline.models.kernels.rms_norm import RMSNorm
 from pipeline.models.kernels.short_attention import NATIVE_LANES
@@ -87,8 +87,6 @@ def fuse_llama_blocks(model: CausalLM) -> int:
     """Replaces in place the forwards of Llama's blocks that then compute the same.
 
     Returns their number. Names, parameters and state_dict stay.
-
-    Names, parameters and state_dict stay.
     """
     probe = torch.linspace(-4, 4, 33)
     blocks = list[nn.Module]()
@@ -241,7 +239,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         out = torch.empty_like(gate)
-        native().swiglu_forward(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel())
+        call("swiglu_forward", gate, up, out, gate.numel())
         ctx.save_for_backward(gate, up)
         return out
 
@@ -249,8 +247,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, ...]:
         gate, up = ctx.saved_tensors
         grads = torch.empty_like(gate), torch.empty_like(up)
-        tensors = (outputs[0].contiguous(), gate, up, *grads)
-        native().swiglu_backward(*(x.data_ptr() for x in tensors), gate.numel())
+        call("swiglu_backward", outputs[0].contiguous(), gate, up, *grads, gate.numel())
         return grads
 
 
@@ -273,6 +270,5 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     x = x.contiguous()
     B, T, heads, K = x.shape
     out = torch.empty_like(x)
-    pointers = (tensor.data_ptr() for tensor in (x, cos, sin, out))
-    native().rotate(*pointers, B * T, heads, K, sign)
+    call("rotate", x, cos, sin, out, B * T, heads, K, sign)
     return out

@@ -196,7 +196,7 @@ class _NativeBlock(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, block: _Frozen, lengths: tuple[int, ...], *factors: Tensor
     ) -> Tensor:
-        from pipeline.models.kernels.native import COLUMNS, LANES, BlockShape, native
+        from pipeline.models.kernels.native import COLUMNS, LANES, BlockShape, call
         from pipeline.models.kernels.short_attention import starts_of
 
         x, starts = x.contiguous(), starts_of(lengths)
@@ -218,8 +218,7 @@ class _NativeBlock(torch.autograd.Function):
         attention = 2 * longest * (D // block.heads + 1)
         room = x.new_empty(n * (2 * D + max(F_, 3 * D)) + max(weights, updates, attention))
         out = torch.empty_like(x)
-        tensors = (x, out, saved, room)
-        native().low_rank_forward(_address(shape, factors), *(t.data_ptr() for t in tensors))
+        call("low_rank_forward", _address(shape, factors), x, out, saved, room)
         # the tensors at whose addresses `shape` points are held by `block`, `starts`, and what is
         # saved
         ctx.shape, ctx.block, ctx.starts, ctx.room = shape, block, starts, room.shape
@@ -228,18 +227,16 @@ class _NativeBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        from pipeline.models.kernels.native import native
+        from pipeline.models.kernels.native import call
 
         x, saved, *factors = ctx.saved_tensors
         d_out, room = outputs[0].contiguous(), x.new_empty(ctx.room)
         grads = [factor.new_empty(factor.shape) for factor in factors]
         of_factors = (c_void_p * len(grads))(*[grad.data_ptr() for grad in grads])
         d_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        native().low_rank_backward(
-            _address(ctx.shape, factors),
-            *(tensor.data_ptr() for tensor in (d_out, x, saved)),
-            None if d_x is None else d_x.data_ptr(),
-            *(addressof(of_factors), room.data_ptr()),
+        pointers = addressof(of_factors)
+        call(
+            "low_rank_backward", _address(ctx.shape, factors), d_out, x, saved, d_x, pointers, room
         )
         return d_x, None, None, *grads
 

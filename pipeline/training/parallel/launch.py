@@ -168,10 +168,9 @@ class _Meeting:
     def _wait(self) -> None:
         if time.monotonic() > self._limit:
             raise UserError(
-                f"the {self._nodes} machines did not meet at {self._endpoint} within {MEET} s. "
-                "Run the same command on "
-                "each; --rdzv-endpoint is the address of one of them, and a port that is free "
-                "there."
+                f"the {self._nodes} machines did not meet at {self._endpoint} within {MEET} s. Run "
+                "the same command on each; --rdzv-endpoint is the address of one of them, and a "
+                "port that is free there."
             )
         time.sleep(POLL)
 

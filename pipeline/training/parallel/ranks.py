@@ -166,9 +166,8 @@ def process_group(stage: str) -> Iterator[None]:
             raise
         raise UserError(
             f"the {rank.world_size} processes of this run do not reach each other "
-            f"({first_line(error)}). Start all of "
-            "them at the same time. Between machines, name the network's interface in "
-            "GLOO_SOCKET_IFNAME."
+            f"({first_line(error)}). Start all of them at the same time. Between machines, name "
+            "the network's interface in GLOO_SOCKET_IFNAME."
         ) from None
     limit_waiting(PATIENCE)
     opened = {identity: file for identity, file in _open_files().items() if identity not in before}

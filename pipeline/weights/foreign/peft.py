@@ -62,9 +62,8 @@ def read(folder: Path, model: "CausalLM", base: Path) -> Converted | None:
     stored = load(source) if source.name == PICKLE else load_tensors(source)
     if not stored or any(tensor.numel() == 0 for tensor in stored.values()):
         raise UserError(
-            f"{source} is empty: DeepSpeed ZeRO-3 saved it without its parts on other GPUs, and "
-            "it would change "
-            f"nothing. {_GATHER}."
+            f"{source} is empty: DeepSpeed ZeRO-3 saved it without its parts on other GPUs, and it "
+            f"would change nothing. {_GATHER}."
         )
     if str(config.get("peft_type")) in {*VIRTUAL, *OTHER_KINDS}:
         return (
@@ -83,8 +82,7 @@ def read(folder: Path, model: "CausalLM", base: Path) -> Converted | None:
     ):
         raise UserError(
             f"{source} has DoRA's magnitudes, but use_dora is not set in {CONFIG}: PEFT would "
-            "leave them out. Set "
-            "use_dora to true there if it was trained with DoRA."
+            "leave them out. Set use_dora to true there if it was trained with DoRA."
         )
     if source.name == WEIGHTS and tensors.keys() == stored.keys() and settings == config:
         return None
@@ -208,9 +206,8 @@ def _take_embeddings(
         if len(weight) != rows:
             raise UserError(
                 f"{source}: {name} has {len(weight):,} rows, and the base {rows:,}: tokens were "
-                "added before training. "
-                "Add the same tokens to the base in the same order, or pass the base that has "
-                "them with --base."
+                "added before training. Add the same tokens to the base in the same order, or pass "
+                "the base that has them with --base."
             )
         if isinstance(saved, list) and not any(
             isinstance(each, str) and name.endswith(each) for each in saved
