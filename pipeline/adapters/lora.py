@@ -215,16 +215,9 @@ class DoRALinear(LoRALinear):
 
     squares: Tensor
 
-    def __init__(
-        self,
-        base: nn.Module,
-        rank: int,
-        scale: float,
-        dtype: torch.dtype | None = None,
-        init: Init = "document",
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__(base, rank, scale, dtype, init, dropout)
+    def __init__(self, base: nn.Module, *settings: Any, **options: Any) -> None:
+        """As LoRALinear."""
+        super().__init__(base, *settings, **options)
         self.adds_to_base = False  # rows of W are rescaled
         self.strength = 1.0  # W + strength · (W' − W): the update is not linear in its scale
         # ‖W‖², (O,)
@@ -317,7 +310,8 @@ class HeadRows(TokenRows):
     def adapted(self, x: Tensor) -> Tensor:
         logits: Tensor = self.base(x)  # (B, T, V)
         bias = self.base.bias
-        new = F.linear(x, self.rows.to(x.dtype), None if bias is None else bias[self.ids])  # type: ignore[index]  # (B, T, n)
+        own_bias = None if bias is None else bias[self.ids]  # type: ignore[index]
+        new = F.linear(x, self.rows.to(x.dtype), own_bias)  # (B, T, n)
         return logits.index_copy(-1, self.ids, new)
 
 

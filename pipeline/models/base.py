@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -435,8 +436,8 @@ def packed_hidden_states(model: CausalLM, sequences: Sequence[Sequence[int]]) ->
             stop += 1
         row = sequences[start:stop]
         lengths = [len(sequence) for sequence in row]
-        ids = [id_ for sequence in row for id_ in sequence]
-        positions = [t for length in lengths for t in range(length)]
+        ids = [*chain.from_iterable(row)]
+        positions = [*chain.from_iterable(map(range, lengths))]
         table = to_device(torch.tensor([[ids], [positions]]), model.device)  # (2, 1, T): one copy
         segments = lengths if len(row) > 1 else None
         hidden = model.hidden_states(table[0], table[1], segments)[0]
@@ -473,7 +474,8 @@ def compute_in_fp32(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         # a forward may read its leaf children's parameters, whose own forward then never runs
         leaves = [child for child in module.children() if not [*child.children()]]
-        parameters = [p for part in (module, *leaves) for p in part.parameters(recurse=False)]
+        own = (part.parameters(recurse=False) for part in (module, *leaves))
+        parameters = [*chain.from_iterable(own)]
         in_16_bits = {p: p.dtype for p in parameters if p.dtype.itemsize == 2}
         narrow.update(in_16_bits)
         if in_16_bits:

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -209,7 +210,7 @@ def read_numbers(tensors: Sequence[Tensor]) -> list[float]:
     rows = [tensor.detach().view(-1) for tensor in tensors]
     # there is nothing to wait for, and joining them is one call more
     if not rows or rows[0].is_cpu:
-        return [number for row in rows for number in row.tolist()]
+        return [*chain.from_iterable(row.tolist() for row in rows)]
     numbers: list[float] = torch.cat(rows).tolist()
     return numbers
 

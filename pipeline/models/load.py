@@ -1,6 +1,7 @@
 """Load a model and its tokenizer from a checkpoint folder, or build it without weights."""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -273,7 +274,7 @@ def refuse_implausible(folder: Path, files: Sequence[Path]) -> None:
     the memory.
     """
     config, source = read_json(folder / CONFIG, "Copy it again"), folder / CONFIG
-    infos = [info for path in files for info in read_header(path).values()]
+    infos = [*chain.from_iterable(read_header(path).values() for path in files)]
     stored = sum(prod(info.shape) for info in infos)
     # a stored number packs several parameters: at least 2 bits each
     if config.get("quantization_config"):

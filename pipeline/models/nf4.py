@@ -77,10 +77,10 @@ def _quantiles(count: int) -> Tensor:
     return quantiles.float()
 
 
-def dynamic_levels() -> Tensor:
+def dynamic_levels(signed: bool = True) -> Tensor:
     """(256,) fp32, ascending: 0, 1 and ± fraction · 10^e for e from -6 to 0.
 
-    There are 2^(e + 6) fractions for each e.
+    There are 2^(e + 6) fractions for each e; not `signed`, twice as many and none below 0.
 
     A smaller exponent leaves fewer bits for the fraction (the dynamic tree of Dettmers et al. 2022,
     sections 1.3 and 2). The fractions are the midpoints of equal intervals of [0.1, 1]; there is no
@@ -88,9 +88,9 @@ def dynamic_levels() -> Tensor:
     """
     parts = [torch.tensor([0.0, 1.0])]
     for exponent in range(-6, 1):
-        edges = torch.linspace(0.1, 1, 2 ** (exponent + 6) + 1)
+        edges = torch.linspace(0.1, 1, 2 ** (exponent + 6 + (not signed)) + 1)
         midpoints = 10.0**exponent * ((edges[:-1] + edges[1:]) / 2)
-        parts += [midpoints, -midpoints]
+        parts += [midpoints, -midpoints] if signed else [midpoints]
     return torch.cat(parts).sort().values
 
 

@@ -13,7 +13,7 @@ from pipeline.data.examples import IGNORED, Window
 from pipeline.data.windows import Dataset, InMemoryDataset
 from pipeline.models.base import CausalLM
 from pipeline.training.batches import Batch, Batches, collate
-from pipeline.training.losses import Head, chunk_of, chunked_mean, cross_entropy, trained_head
+from pipeline.training.losses import Head, cross_entropy, mean_loss
 from pipeline.training.retention import RetentionLoss
 from pipeline.training.step import LossPath, StepBatch
 
@@ -103,11 +103,10 @@ class ManyAdapters(LossPath):
                 logits = model.logits(rows).float()
             losses = F.cross_entropy(logits, inputs.labels, reduction="none")  # (N,)
             return losses.view(len(counts), -1).mean(1)
-        trained, means = trained_head(model), []
+        means = []
         parts = torch.split(rows, counts), torch.split(inputs.labels, counts)
         for n, x, y in zip(batch.labels, *parts, strict=True):
-            summed = cross_entropy(self._head(n))
-            means.append(chunked_mean(summed, x, y, chunk_of(model, len(x)), trained))
+            means.append(mean_loss(model, cross_entropy(self._head(n)), x, y))
         return torch.stack(means)
 
     def divergences(self, batch: StepBatch, retain: RetentionLoss) -> Tensor:

@@ -6,7 +6,8 @@ So a run that resumes in the middle of an epoch sees the same batches as an unin
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -41,24 +42,24 @@ class Batch:
         """Number of labels; 0 if the batch is idle."""
         return 0 if self.idle else len(self.labels)
 
+    def as_idle(self) -> "Batch":
+        """The same, weighing nothing."""
+        return replace(self, idle=True)
+
     def to(self, device: torch.device) -> "Batch":
         """On `device`, by one copy that the host does not wait for: of all whole numbers."""
         if self.ids.device == device:
             return self
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        moved: dict[str, Any] = {
-            name: to_device(value, device)
-            for name, value in tensors.items()
-            if value.dtype != torch.int64
-        }
-        whole = {name: value for name, value in tensors.items() if name not in moved}
+        moved, whole = dict[str, Any](), dict[str, Tensor]()
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and value.dtype == torch.int64:
+                whole[name] = value
+            elif isinstance(value, Tensor):
+                moved[name] = to_device(value, device)
         table = to_device(torch.cat([value.reshape(-1) for value in whole.values()]), device)
         parts = table.split_with_sizes([value.numel() for value in whole.values()])
-        moved |= {
-            name: part.view(value.shape)
-            for (name, value), part in zip(whole.items(), parts, strict=True)
-        }
+        for (name, value), part in zip(whole.items(), parts, strict=True):
+            moved[name] = part.view(value.shape)
         return replace(self, **moved)
 
     def unpack(self) -> list["Batch"]:
@@ -67,25 +68,9 @@ class Batch:
             return [self]
         index = torch.arange(self.ids.numel()) if self.label_index is None else self.label_index
         labels = torch.full((self.ids.numel(),), IGNORED).index_put((index,), self.labels)
-        parts = zip(
-            *(
-                torch.split(t, list(self.segments))
-                for t in (self.ids[0], self.positions[0], labels)
-            ),
-            strict=True,
-        )
-        return [replace(_batch_from(torch.stack(part), None), idle=self.idle) for part in parts]
-
-
-def batch_for_rank(windows: Dataset, numbers: Sequence[int]) -> Batch:
-    """The batch of this rank: every world_size-th of the windows `numbers`, all of them in a single
-    process.
-
-    A rank that gets none runs the first window as an idle batch.
-    """
-    indices = shard_for_rank(numbers)
-    batch = collate([windows[number] for number in indices or numbers[:1]])
-    return batch if indices else replace(batch, idle=True)
+        table = torch.stack((self.ids[0], self.positions[0], labels))  # (3, ΣT)
+        parts = table.split_with_sizes([*self.segments], 1)
+        return [replace(_batch_from(part, None), idle=self.idle) for part in parts]
 
 
 def collate(windows: Sequence[Window]) -> Batch:
@@ -158,11 +143,9 @@ class Batches:
     def __getitem__(self, step: int) -> list[Batch]:
         """The batches of step `step` for this rank; steps are counted from 0 over all epochs."""
         self._last = step
-        return (
-            self._ahead[1]
-            if self._ahead is not None and self._ahead[0] == step
-            else self._read(step)
-        )
+        if self._ahead is not None and self._ahead[0] == step:
+            return self._ahead[1]
+        return self._read(step)
 
     def read_ahead(self) -> None:
         """Make the batches of the step after the last one read, while an accelerator still computes
@@ -172,7 +155,19 @@ class Batches:
             self._ahead = self._last + 1, self._read(self._last + 1)
 
     def _read(self, step: int) -> list[Batch]:
-        return [batch_for_rank(self._windows, rows) for rows in self.rows(step)]
+        return [self._batch_for_rank(numbers) for numbers in self.rows(step)]
+
+    def _batch_for_rank(self, numbers: Sequence[int]) -> Batch:
+        """Every world_size-th of the windows `numbers`, all of them in a single process.
+
+        A rank that gets none runs the first window as an idle batch.
+        """
+        indices = shard_for_rank(numbers)
+        batch = self._collate(indices or numbers[:1])
+        return batch if indices else batch.as_idle()
+
+    def _collate(self, numbers: Sequence[int]) -> Batch:
+        return collate([self._windows[number] for number in numbers])
 
     @property
     def dataset(self) -> Dataset:
@@ -181,8 +176,8 @@ class Batches:
 
     def locations(self, step: int) -> list[str]:
         """`file:line` of each example in a step, without duplicates."""
-        rows = (row for rows in self.rows(step) for row in rows)
-        return list(dict.fromkeys(self._windows.location(row) for row in rows))
+        rows = chain.from_iterable(self.rows(step))
+        return list(dict.fromkeys(map(self._windows.location, rows)))
 
     def largest_step(self, steps: Iterable[int]) -> int:
         """Of `steps`, the step whose largest batch has the most tokens; the first if several do."""

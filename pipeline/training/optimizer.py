@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.calc.settings import STATE_BLOCK, STATE_CHUNK
 from pipeline.errors import UserError
+from pipeline.models.nf4 import dynamic_levels
 from pipeline.project.params.sections import Training
 from pipeline.training.parallel.collectives import all_reduce, broadcast
 
@@ -423,19 +424,10 @@ def _fused_adam(tensors: Sequence[Tensor], step: Tensor, rate: float, decay: flo
 
 
 class DynamicCode:
-    """256 values in [-1, 1], or in [0, 1] if not `signed`; a number becomes the nearest of them.
-
-    Dynamic tree quantization (Dettmers 2016): 0, 1, and in each of seven decades down to 1e-6 the
-    middles of equal intervals, twice as many as in the decade below.
-    """
+    """`dynamic_levels`, to the nearest of which a number is rounded."""
 
     def __init__(self, signed: bool, device: torch.device) -> None:
-        values = [torch.tensor([0.0, 1.0])]
-        for decade in range(7):
-            bounds = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1)
-            middles = (bounds[:-1] + bounds[1:]) / 2 * 10.0 ** (decade - 6)
-            values += [middles, -middles] if signed else [middles]
-        code = torch.cat(values).sort().values
+        code = dynamic_levels(signed)
         # above each value
         edges = torch.cat(((code[:-1] + code[1:]) / 2, torch.tensor([torch.inf])))
         if not signed:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.adapters.attach import disable_adapter
 from pipeline.adapters.lora import AdapterLayer
@@ -22,7 +22,7 @@ from pipeline.models.generate import generate_all
 from pipeline.models.load import Base
 from pipeline.project.runner import Event, Job, Note
 from pipeline.training.batches import Batch, Batches
-from pipeline.training.losses import Head, chunk_of, chunked_mean, divergence
+from pipeline.training.losses import Head, divergence, mean_loss
 
 
 class RetentionSettings(Protocol):
@@ -69,15 +69,16 @@ class RetentionLoss:
         self.weight = settings.retention_weight
         self.batches = Batches(texts, settings.retention_batch_size, settings.seed, first=first)
         self._model, self._as_base = model, as_base or self._without_adapter
-        layers = (m for m in model.modules() if isinstance(m, AdapterLayer))
-        # with their layers
-        switched_off = {id(p) for layer in layers for p in layer.adapter_parameters().values()}
-        full = (
-            [p for p in model.parameters() if p.requires_grad and id(p) not in switched_off]
-            if not as_base
-            else []
-        )
-        self._originals = [(p, p.detach().clone()) for p in full]
+        self._originals: list[tuple[nn.Parameter, Tensor]] = []
+        if as_base:
+            return
+        with_layer = set[nn.Parameter]()  # switched off with its adapter layer
+        for module in model.modules():
+            if isinstance(module, AdapterLayer):
+                with_layer.update(module.adapter_parameters().values())
+        for p in model.parameters():
+            if p.requires_grad and p not in with_layer:
+                self._originals.append((p, p.detach().clone()))
 
     def divergence(self, batch: Batch) -> Tensor:
         """KL(base‖model), the mean over all tokens of the batch: a scalar with gradient."""
@@ -92,23 +93,18 @@ class RetentionLoss:
             # (N, D)
             before = model.hidden_states(batch.ids, batch.positions, batch.segments).flatten(0, 1)
         after = model.hidden_states(batch.ids, batch.positions, batch.segments).flatten(0, 1)
+
         # of the base the hidden states are kept, not the logits: those are made again chunk by
         # chunk
-        trained = [p for p in model.head.parameters() if p.requires_grad]
-
         def base_logits(hidden: Tensor) -> Tensor:
             with self._as_base():
                 return model.logits(hidden)
 
-        parts = zip(
-            heads, torch.split(after, [*counts]), torch.split(before, [*counts]), strict=True
-        )
-        return torch.stack(
-            [
-                chunked_mean(divergence(head, base_logits), x, y, chunk_of(model, len(x)), trained)
-                for head, x, y in parts
-            ]
-        )
+        rows, targets = (torch.split(states, [*counts]) for states in (after, before))
+        means = []
+        for head, x, y in zip(heads, rows, targets, strict=True):
+            means.append(mean_loss(model, divergence(head, base_logits), x, y))
+        return torch.stack(means)
 
     @contextmanager
     def _without_adapter(self) -> Iterator[None]:
@@ -143,9 +139,9 @@ def load_retention_texts(
     path, name = job.path(settings.retention_data), settings.retention_data
     examples = list(iter_examples(path, name, prompts=True, templated=settings.templated))
     prompts = {
-        n: base.tokenizer.encode(each.text)
-        for n, each in enumerate(examples)
-        if each.prompt == each.text
+        n: base.tokenizer.encode(example.text)
+        for n, example in enumerate(examples)
+        if example.prompt == example.text
     }
     completed = dict[int, tuple[int, ...]]()
     if prompts:

@@ -170,20 +170,6 @@ def gradients(
     In a distributed run a rank reads its own batches, and the result is over all ranks. After an
     fp16 overflow the step is repeated at half the loss scale, so that no data is skipped.
     """
-    while True:
-        result = _accumulate(path, learners, live, optimizer, number)
-        finite = all(math.isfinite(gradient.norm) for gradient in result.values())
-        if finite or not optimizer.skip():
-            return result
-
-
-def _accumulate(
-    path: LossPath,
-    learners: Sequence[Learner],
-    live: Sequence[int],
-    optimizer: FlatOptimizer,
-    number: int,
-) -> dict[int, Gradient]:
     orders = {n: learners[n].batches for n in live}
     noises = {n: noise for n in live if (noise := learners[n].noise) is not None}
     ones = dict.fromkeys(live, 1.0)
@@ -223,6 +209,8 @@ def _accumulate(
         numbers = read_numbers([*queued, collected])
         norms = numbers[-len(collected) :]
         mean_losses, mean_divergences = means(numbers[: -len(collected)])
+    if not all(math.isfinite(norms[n]) for n in live) and optimizer.skip():
+        return gradients(path, learners, live, optimizer, number)
     return {
         n: Gradient(mean_losses[n], norms[n], int(labels[n]), mean_divergences.get(n)) for n in live
     }

@@ -12,6 +12,7 @@ GB of weights a second, where torch.sum reads 18 to 21.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from itertools import chain
 from types import MethodType
 from typing import Any, NamedTuple, TypeGuard
 from weakref import WeakKeyDictionary
@@ -280,7 +281,7 @@ def _fused_forwards(model: CausalLM) -> tuple[Forwards, set[nn.Module]]:
         _agrees[model] = next(agreeing, 0)
     for choice in choices:
         if len(choice) == _agrees[model]:
-            return choice, {linear for fast in blocks.values() for linear in fast.packed}
+            return choice, {*chain.from_iterable(fast.packed for fast in blocks.values())}
     return {}, set()
 
 
@@ -345,7 +346,8 @@ def _packed_linear(linears: Sequence[nn.Linear]) -> PackedLinear:
 
 def _weight_versions(linears: Sequence[nn.Linear]) -> list[tuple[int, int]]:
     """Differs as soon as a weight is replaced or written to."""
-    return [(p.data_ptr(), p._version) for linear in linears for p in linear.parameters()]
+    parameters = chain.from_iterable(linear.parameters() for linear in linears)
+    return [(p.data_ptr(), p._version) for p in parameters]
 
 
 @cache

@@ -9,6 +9,7 @@ see `_NativeBlock` (CPU seconds of one thread, in turns).
 
 from collections.abc import Callable, Sequence
 from ctypes import addressof, c_float, c_long, c_void_p
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -204,7 +205,7 @@ class _NativeBlock(torch.autograd.Function):
         F_, n = len(block.fc1[0]), x.numel() // D  # width of the feed-forward, rows
         norms = [(weight, bias) for weight, bias, _ in block.norms]
         pairs = (*norms, *block.attention, block.fc1, block.fc2)
-        pointers = [tensor.data_ptr() for pair in pairs for tensor in pair]
+        pointers = [tensor.data_ptr() for tensor in chain.from_iterable(pairs)]
         eps = (c_float * 2)(*(eps for *_, eps in block.norms))
         shape = BlockShape(L, n // L, D, F_, block.heads, R, len(lengths), block.scale, eps)
         shape.frozen, shape.starts = (c_void_p * len(pointers))(*pointers), starts.data_ptr()

@@ -144,11 +144,9 @@ def broadcast_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not dist.is_initialized():
         return dict(tensors)
     layout = broadcast_object([(name, tuple(t.shape), t.dtype) for name, t in tensors.items()])
-    received = (
-        dict(tensors)
-        if is_main_process()
-        else {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in layout}
-    )
+    received = dict(tensors)
+    if not is_main_process():
+        received = {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in layout}
     for tensor in received.values():
         dist.broadcast(tensor, src=0)
     return received

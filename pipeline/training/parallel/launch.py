@@ -76,11 +76,9 @@ def launch(
 
     gpus = torch.cuda.device_count() if best_device().type == "cuda" else 0
     if devices > (gpus or cores()):
-        limit = (
-            f"{gpus}, the number of GPUs"
-            if gpus
-            else f"{cores()}, the cores that this process may use"
-        )
+        limit = f"{cores()}, the cores that this process may use"
+        if gpus:
+            limit = f"{gpus}, the number of GPUs"
         raise UserError(f"--devices must be at most {limit}, got {devices}. Lower it.")
     meeting = _Meeting(endpoint, nodes, node_rank) if endpoint else None
     logging.disable(logging.CRITICAL)  # silences torchrun: this process does nothing else

@@ -7,6 +7,7 @@ import json
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -71,21 +72,18 @@ def build_answers(
 
     Raises UserError as `build_corpora`, and for rows of another kind.
     """
-    as_answers, encode = _of_pairs, encode_pairs
-    if loss == "kto":
-        as_answers, encode = _of_single_answers, encode_answers
+    encode = encode_answers if loss == "kto" else encode_pairs
     training, held_out = yield from build_corpora(job, settings, base, encode)
-    return as_answers(training), None if held_out is None else as_answers(held_out)
+    return _answers_of(training, loss), None if held_out is None else _answers_of(held_out, loss)
 
 
-def _of_single_answers(corpus: Corpus) -> Answers:
-    desirable = [*map(bool, corpus.desirable)]
-    return Answers(_Mismatched(corpus), corpus.location, corpus.parts, desirable=desirable)
-
-
-def _of_pairs(corpus: Corpus) -> Answers:
+def _answers_of(corpus: Corpus, loss: PreferenceLoss) -> Answers:
+    if loss == "kto":
+        desirable = [*map(bool, corpus.desirable)]
+        return Answers(_Mismatched(corpus), corpus.location, corpus.parts, desirable=desirable)
     parts = tuple((range(run.start // 2, run.stop // 2), weight) for run, weight in corpus.parts)
-    return Answers(corpus, lambda number: corpus.location(2 * number), parts)
+    whole = loss == "orpo"
+    return Answers(corpus, lambda number: corpus.location(2 * number), parts, whole=whole)
 
 
 def with_reference(
@@ -189,16 +187,14 @@ def preferred(model: CausalLM, pairs: Answers, log_probs: Tensor | None = None) 
     sums, (2n,), where they are known. Otherwise all of it is computed on this rank: after training
     the others are gone.
     """
-    starts = range(0, len(pairs.windows), SCORED_TOGETHER)
-    parts = [
-        batch_of(pairs, range(start, min(start + SCORED_TOGETHER, len(pairs.windows))))
-        for start in starts
-    ]
+    indices = range(len(pairs.windows))
+    starts = range(0, len(indices), SCORED_TOGETHER)
+    parts = [batch_of(pairs, indices[start : start + SCORED_TOGETHER]) for start in starts]
     if log_probs is None:
         with placed_for_inference(model):
-            log_probs = torch.cat(
-                [likelihood(model, part.to(model.device)).summed for part in parts]
-            ).cpu()
-    means = (log_probs / torch.tensor([count for part in parts for count in part.counts])).double()
+            sums = [likelihood(model, part.to(model.device)).summed for part in parts]
+            log_probs = torch.cat(sums).cpu()
+    counts = chain.from_iterable(part.counts for part in parts)
+    means = (log_probs / torch.tensor([*counts])).double()
     margins = means[::2] - means[1::2]
     return {"accuracy": (margins > 0).double().mean().item(), "margin": margins.mean().item()}

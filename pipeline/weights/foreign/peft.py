@@ -66,9 +66,8 @@ def read(folder: Path, model: "CausalLM", base: Path) -> Converted | None:
             f"would change nothing. {_GATHER}."
         )
     if str(config.get("peft_type")) in {*VIRTUAL, *OTHER_KINDS}:
-        return (
-            None if source.name == WEIGHTS else Converted(config, stored, (source, folder / CONFIG))
-        )
+        stays = source.name == WEIGHTS
+        return None if stays else Converted(config, stored, (source, folder / CONFIG))
     names = _Names([name for name, _ in model.named_modules()])
     tensors, settings = _renamed(stored, names, source), dict(config)
     if isinstance(targets := config.get("target_modules"), list):
@@ -77,9 +76,8 @@ def read(folder: Path, model: "CausalLM", base: Path) -> Converted | None:
     _take_embeddings(settings, tensors, model, base, source)
     if config.get("target_parameters"):
         tensors = _in_todays_layout(settings, tensors, model, folder)
-    if not config.get("use_dora") and any(
-        key.endswith(".lora_magnitude_vector") for key in tensors
-    ):
+    has_magnitudes = any(key.endswith(".lora_magnitude_vector") for key in tensors)
+    if has_magnitudes and not config.get("use_dora"):
         raise UserError(
             f"{source} has DoRA's magnitudes, but use_dora is not set in {CONFIG}: PEFT would "
             "leave them out. Set use_dora to true there if it was trained with DoRA."
@@ -148,7 +146,7 @@ class _Names:
 
     def __init__(self, modules: Sequence[str]) -> None:
         self.modules = {*modules}
-        self.wrappers = _WRAPPERS - {part for name in modules for part in name.split(".")}
+        self.wrappers = _WRAPPERS.difference(*(name.split(".") for name in modules))
         self._by_end: dict[str, list[str]] = {}
         for name in modules:
             for end in _ends(name):
@@ -166,11 +164,9 @@ class _Names:
         if name in self.modules:
             return name
         longer = self._by_end.get(name, [])
-        return (
-            longer[0]
-            if len(longer) == 1
-            else next((end for end in _ends(name) if end in self.modules), name)
-        )
+        if len(longer) == 1:
+            return longer[0]
+        return next((end for end in _ends(name) if end in self.modules), name)
 
 
 def _ends(name: str) -> list[str]:
@@ -210,7 +206,7 @@ def _take_embeddings(
                 "the base that has them with --base."
             )
         if isinstance(saved, list) and not any(
-            isinstance(each, str) and name.endswith(each) for each in saved
+            isinstance(end, str) and name.endswith(end) for end in saved
         ):
             location = find_location(f"{name}.weight", tensor_locations(base), tied_names(model))
             blocks = read_blocks(location) if location else ()
