@@ -10,7 +10,6 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from types import NoneType
 from typing import Any
 
 import torch
@@ -308,9 +307,9 @@ def attach_many(model: CausalLM, attachers: Sequence[Callable[[], object]]) -> A
         kinds = {type(part) for part in parts}
         # whatever the parts are; the others are one product for all
         layer: type[BatchedLayer] = BatchedLayer
-        if kinds - {NoneType} == {LoRALinear}:
-            pissa = any(isinstance(part, LoRALinear) and part.subtracts_initial for part in parts)
-            layer = BatchedLayer if pissa else BatchedLoRALinear
+        present = [part for part in parts if part is not None]
+        if all(isinstance(part, LoRALinear) and part.adds_to_base for part in present):
+            layer = BatchedLoRALinear
         elif kinds == {nn.Embedding}:
             layer = BatchedEmbedding
         elif kinds == {nn.Linear}:

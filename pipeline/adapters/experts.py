@@ -227,12 +227,10 @@ def adaptable_experts(module: nn.Module) -> bool:
 
 
 def resolve_parameters(model: nn.Module, wanted: Sequence[str]) -> dict[str, list[str]]:
-    """Full name of a mixture → its parameters that `wanted` names, in its own order.
+    """Full name of a mixture → its parameters that `wanted` names, in the mixture's order.
 
-    They are named by the end of their full names.
-
-    Raises UserError for a name that matches nothing, or a parameter that is not the stacked weights
-    of experts.
+    `wanted`: ends of the parameters' full names. Raises UserError for a name that matches nothing,
+    or a parameter that is not the stacked weights of experts.
     """
     matched: dict[str, list[str]] = {}
     missing = dict.fromkeys(wanted)

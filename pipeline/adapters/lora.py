@@ -26,10 +26,7 @@ ROWS = ".token_adapter.trainable_tokens_delta"
 
 
 def fan_in_fan_out(base: nn.Module) -> bool:
-    """Whether the layer stores its weight as (I, O): Conv1D, and an embedding.
-
-    An embedding's inputs are its rows.
-    """
+    """Whether the layer stores its weight as (I, O): Conv1D, and an embedding, by its rows."""
     return is_conv1d(base) or isinstance(base, nn.Embedding)
 
 
@@ -318,10 +315,8 @@ class HeadRows(TokenRows):
 def initialize(A: Tensor, B: Tensor, init: Init) -> None:
     """Fill A (R, I) and B (O, R) in place so that BA = 0: training starts from the base.
 
-    `init` has PEFT's names.
-
-    pissa gets zeros here; `principal` then needs the weight. Raises UserError for orthogonal with
-    an odd rank.
+    `init` has PEFT's names. pissa gets zeros here; `principal` then needs the weight. Raises
+    UserError for orthogonal with an odd rank.
     """
     if A.is_meta:  # meta tensors hold no numbers
         return

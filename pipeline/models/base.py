@@ -281,10 +281,7 @@ class VirtualTokens(nn.Module):
         segments: Sequence[int] | None,
         cache: Any,
     ) -> Tensor:
-        """`CausalLM.hidden_states`, (B, T, D), after the virtual tokens.
-
-        Theirs are left out.
-        """
+        """`CausalLM.hidden_states`, (B, T, D), of the tokens after the virtual ones."""
         shifted = None if positions is None else positions + self.count
         if cache is not None and cache.get_seq_length():  # it already holds the virtual tokens
             return model.run_body(ids, shifted, segments, cache)
@@ -343,9 +340,9 @@ class PackedCache:
     def update(
         self, block: int, keys: Tensor, values: Tensor, lengths: Sequence[int]
     ) -> list[tuple[Tensor, Tensor]]:
-        """Each sequence's keys and values (1, G, S, K), the new ones at the end.
+        """Append keys and values (1, G, T, K) of sequences of `lengths`.
 
-        The new ones are (1, G, T, K), those of sequences of `lengths`.
+        Returns all keys and values (1, G, S, K) of each sequence.
         """
         new = torch.cat((keys, values), 3).split_with_sizes(list(lengths), 2)
         pairs = zip(self.sequences, new, strict=True)
@@ -467,7 +464,7 @@ def set_row_count(model: CausalLM, rows: int) -> None:
 def compute_in_fp32(model: nn.Module) -> Iterator[None]:
     """Inside the block each part of `model` is in fp32 while it runs.
 
-    Only then, so that little memory is added. In 16 bits, two correct computations of the same
+    The others stay narrow, which saves memory. In 16 bits, two correct computations of the same
     logits differ by up to a tenth of the largest.
     """
     parameters_of, narrow = {}, {}

@@ -282,9 +282,9 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
         return probabilities
     if k:
         candidates = logits >= logits.topk(k).values[-1]
-    # tokens below the mean of 1 - p over all have less than 1 - p together; half of it, as sums are
-    # rounded
     else:
+        # tokens below the mean of 1 - p over all have less than 1 - p together; half of it, as sums
+        # are rounded
         candidates = probabilities >= min((1 - p) / 2 / len(logits), float(probabilities.max()))
     ids = candidates.nonzero()[:, 0]  # (n,)
     # stable: of equal logits the lower id is the likelier one everywhere, so that a seed gives the

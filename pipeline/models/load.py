@@ -106,10 +106,7 @@ def load_base(
 
 
 def _stored(model: CausalLM, folder: Path) -> dict[Tensor, TensorLocation]:
-    """Each weight that has name, shape and dtype of a tensor in `folder`.
-
-    None of them was renamed, fused or cast.
-    """
+    """Each weight that was not renamed, fused or cast, and its place in the files of `folder`."""
     locations, stored = tensor_locations(folder), dict[Tensor, TensorLocation]()
     for name, p in model.named_parameters():
         location = locations.get(name)
@@ -134,9 +131,9 @@ def save_base(folder: Path, base: Base) -> None:
 
 
 def skeleton(folder: Path, trust_remote_code: bool = False) -> CausalLM:
-    """The model of the checkpoint in `folder` on the meta device. Raises UserError.
+    """The model of the checkpoint in `folder` on the meta device: names, shapes and ties alone.
 
-    It has names, shapes and ties, and takes almost no memory.
+    Raises UserError.
     """
     with torch.device("meta"), _SkipInit():
         return untrained(folder, trust_remote_code)
@@ -235,10 +232,8 @@ def refuse_integers(model: torch.nn.Module, files: Sequence[Path], name: str) ->
 def refuse_not_finite(model: torch.nn.Module, name: str) -> None:
     """Raises UserError if a weight holds NaN or infinity.
 
-    Logits show it only for the tokens that it concerns.
-
-    The least and the largest number tell: reading a weight once, without a copy, takes a GB in half
-    a second.
+    Logits show it only for the tokens that it concerns. The least and the largest number tell:
+    reading a GB of weights once, without a copy, takes half a second.
     """
     for tensor, weight in model.named_parameters():
         if not weight.is_floating_point() or not weight.numel():

@@ -49,9 +49,8 @@ class Quantized:
 def levels() -> Tensor:
     """(16,) fp32, ascending: 0 and quantiles of N(0, 1), divided by the largest.
 
-    At equal steps there are 7 quantiles below 0 and 8 above.
-
-    Each step is rounded to fp32, as in the published table: exact steps change last bits.
+    There are 7 quantiles below 0 and 8 above, at equal steps of the probability. Each step is
+    rounded to fp32, as in the published table: exact steps change last bits.
     """
     both = torch.cat([-_quantiles(7), torch.zeros(1), _quantiles(8)]).sort().values
     return both / both.max()
@@ -128,13 +127,11 @@ def quantize_scales(scales: Tensor) -> Scales:
 
 
 def quantize_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (M,) in `dynamic_levels` of M numbers, uint8, with the scale of each block.
+    """Codes (M,) of M numbers in `dynamic_levels`, uint8, with the scale of each block.
 
-    The scale of a block of 256 is its largest magnitude.
-
-    A number is rounded to one of STEPS grid points on [-1, 1], then to the level nearest to that.
-    No grid point is 0 or near the smallest levels: 0 becomes 2.1e-5. A block of zeros gets code 0,
-    and stays 0.
+    The scale of a block of 256 numbers is its largest magnitude. A number is rounded to one of
+    STEPS grid points on [-1, 1], then to the level nearest to that. No grid point is 0 or near the
+    smallest levels: 0 becomes 2.1e-5. A block of zeros gets code 0, and stays 0.
     """
     blocks = _in_blocks(x, NF4_BLOCK_2)
     largest = blocks.abs().amax(1)

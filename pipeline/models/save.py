@@ -124,11 +124,10 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def save_checkpoint(model: Any, folder: Path, generation: str | None) -> None:
-    """config.json, one model.safetensors, the model's own code, and `generation`.
+    """Write config.json, one model.safetensors and the model's own code.
 
-    That is the text of generation_config.json, if any.
-
-    Raises OSError on a full disk.
+    `generation`: the text of generation_config.json; None: there is none. Raises OSError on a full
+    disk.
     """
     from transformers import GenerationConfig
 
@@ -153,9 +152,7 @@ def generation_of(folder: Path) -> str | None:
 
 
 def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary settings of a config by the names that other programs read.
-
-    Those are transformers 4, mlx-lm and others.
+    """The rotary settings of a config by the names that transformers 4, mlx-lm and others read.
 
     transformers 5 writes them as `rope_parameters` alone. Programs that do not know it take their
     own defaults, and answer differently without a word. {} if layers have different ones: those

@@ -127,7 +127,7 @@ class Batches:
     ) -> None:
         """`seed`: of the order of each epoch; None keeps the order of the windows. `first`: the
         steps of a run that this one continues; step 0 is the one after them."""
-        self._windows, self._batch_size, self._seed = windows, batch_size, seed
+        self.dataset, self._batch_size, self._seed = windows, batch_size, seed
         self._step_size = batch_size * gradient_accumulation_steps  # sequences
         # of one epoch only: a data set may have millions of windows
         self._epoch, self._rows = 0, self._shuffle(0)
@@ -167,23 +167,18 @@ class Batches:
         return batch if indices else batch.as_idle()
 
     def _collate(self, numbers: Sequence[int]) -> Batch:
-        return collate([self._windows[number] for number in numbers])
-
-    @property
-    def dataset(self) -> Dataset:
-        """The windows that the batches are drawn from."""
-        return self._windows
+        return collate([self.dataset[number] for number in numbers])
 
     def locations(self, step: int) -> list[str]:
         """`file:line` of each example in a step, without duplicates."""
         rows = chain.from_iterable(self.rows(step))
-        return list(dict.fromkeys(map(self._windows.location, rows)))
+        return list(dict.fromkeys(map(self.dataset.location, rows)))
 
     def largest_step(self, steps: Iterable[int]) -> int:
         """Of `steps`, the step whose largest batch has the most tokens; the first if several do."""
         return max(
             steps,
-            key=lambda step: max(sum(map(self._windows.tokens, rows)) for rows in self.rows(step)),
+            key=lambda step: max(sum(map(self.dataset.tokens, rows)) for rows in self.rows(step)),
         )
 
     def rows(self, step: int) -> list[list[int]]:
@@ -202,7 +197,7 @@ class Batches:
         # Python's generator, by a string: it hashes that by SHA-512, so every machine and torch has
         # the same order
         rows = list[int]()
-        for run, weight in self._windows.parts:
+        for run, weight in self.dataset.parts:
             times, part = divmod(weight, 1)
             rows += [*run] * int(times)
             if part and run:  # other ones in each epoch, and at least one of them

@@ -183,7 +183,7 @@ def gradients(
         weights = {n: retain.weight for n, retain in retains.items()}
         first = next(iter(retains.values()))  # they differ only in weight and order
         divergence = partial(path.divergences, retain=first)
-        divergences, _ = _backward(path, retained, number, divergence, weights, optimizer.scale)
+        divergences, _ = _backward(path, retained, number, divergence, weights, optimizer.scale, {})
 
     def means(numbers: Sequence[float]) -> tuple[dict[int, float], dict[int, float]]:
         read = iter(numbers)
@@ -241,7 +241,7 @@ def _backward(
     losses_of: Callable[[StepBatch], Tensor],
     weights: Mapping[int, float],
     scale: float,
-    noises: Mapping[int, "LearnerNoise"] | None = None,
+    noises: Mapping[int, "LearnerNoise"],
 ) -> tuple[list[BatchLosses], dict[int, float]]:
     """Backward through each learner's mean loss over a step, times its weight and the loss scale.
 
@@ -254,7 +254,7 @@ def _backward(
     if any(batch.units for batch in batches):
         labels = _totals(orders, [batch.labels for batch in batches])
     parts = list[BatchLosses]()
-    for n, noise in (noises or {}).items():
+    for n, noise in noises.items():
         noise.begin(orders[n].first + number)
     for batch in batches:
         with path.route(batch), _during(batch, noises) if noises else nullcontext():

@@ -40,7 +40,7 @@ class MatrixComparison(NamedTuple):
 def refuse_other_model(one: LowRankUpdate, other: LowRankUpdate) -> None:
     """Raises UserError for adapters that cannot belong to the same model.
 
-    That is if their manifests name different bases, if a module or tensor differs in shape, if
+    They cannot if their manifests name different bases, if a module or tensor differs in shape, if
     their block names have nothing in common, or if only one has a module that the target_modules of
     both match. Different targets, layers, ranks or embeddings prove nothing.
     """

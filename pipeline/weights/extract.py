@@ -91,10 +91,7 @@ def _adapter_spectra(
 
 
 class Extraction:
-    """The change of each tensor: as a low-rank update, saved in full, or left out.
-
-    `spectra`: of all tensors.
-    """
+    """The change of each tensor: as a low-rank update, saved in full, or left out."""
 
     def __init__(
         self, model: CausalLM, differences: Differences, rank: int, with_embeddings: bool
@@ -109,14 +106,10 @@ class Extraction:
             for parameter, _ in model.get_submodule(end).named_parameters():
                 if key := stored_name(f"{end}.{parameter}", self._tuned, tied_names(model)):
                     self._full_names.setdefault(key, []).append(f"{end}.{parameter}")
-        self.spectra = Spectra([], differences.skipped)
+        self.spectra = Spectra([], differences.skipped)  # of all tensors
         self.updates: dict[str, LowRank] = {}
         self.in_full, self.left_out = list[str](), list[str]()
         self._held = 0.0
-
-    @property
-    def low_rank(self) -> list[str]:
-        return list(self.updates)
 
     @property
     def rank(self) -> int:

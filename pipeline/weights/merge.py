@@ -181,9 +181,9 @@ def refuse_full_disk(out: Path, size: int) -> None:
 
 
 def copy_other_files(base: Path, out: Path) -> None:
-    """Copy tokenizer, templates, code, licence, index, recursively.
+    """Copy all files but weights, hidden files and RECORDS, those of subfolders too.
 
-    That is all but weights, hidden files and RECORDS.
+    They are the tokenizer, templates, code, licence and index.
     """
     for path in sorted(base.rglob("*")):
         name = path.relative_to(base)

@@ -108,19 +108,15 @@ def factors(read: Read, rows: int, svd: Singular, rank: int) -> tuple[Tensor, Te
 
 @dataclass(frozen=True)
 class Measured:
-    """One tensor: ‖W‖, ‖ΔW‖ and, for a matrix that changed, the singular values of ΔW.
-
-    Largest first. `complete`: these are all nonzero ones; otherwise each is within `error`·σ₁ of a
-    true singular value.
-    """
+    """The change of one tensor."""
 
     name: str
     shape: tuple[int, ...]
-    before: float
-    change: float
-    values: tuple[float, ...] = ()
-    complete: bool = True
-    error: float = 0.0
+    before: float  # ‖W‖
+    change: float  # ‖ΔW‖
+    values: tuple[float, ...] = ()  # singular values of ΔW, largest first, of a changed matrix
+    complete: bool = True  # `values` are all that are not zero
+    error: float = 0.0  # otherwise each is within `error`·σ₁ of a true singular value
 
     @property
     def relative(self) -> float | None:

@@ -83,10 +83,9 @@ class Rotation:
 
 
 class OneTokenBlock:
-    """Replaces the forward of `block` for a token after a cache, (1, 1, D) → (1, 1, D).
+    """Replaces the forward of `block` for one token of each of N sequences, (1, N, D).
 
-    Also for one token of each of N sequences, (1, N, D); other inputs go to the block's own
-    forward.
+    Without a PackedCache N is 1. Other inputs go to the block's own forward.
 
     `packed` are the linears that it has packed. K is the head size; G groups of R query heads share
     a key and a value head.
@@ -107,9 +106,9 @@ class OneTokenBlock:
         self.gate_up = self._concatenate(mlp.gate_proj, mlp.up_proj)
 
     def _concatenate(self, *modules: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The concatenated outputs (N, ΣO) of modules with the same x (N, I).
+        """The outputs (N, ΣO) of modules with the same x (N, I), side by side.
 
-        They are one packed product, unless a module has an adapter that cannot be added to it.
+        One packed product computes them, unless a module has an adapter that cannot be added to it.
         """
         bases = [module.base if isinstance(module, UpdatedLinear) else module for module in modules]
         linears = [base for base in bases if _can_pack(base)]

@@ -147,7 +147,7 @@ def _with_training_forward(kind: type[nn.Module]) -> type[nn.Module]:
 def linears(x: Tensor, modules: Sequence[nn.Module]) -> Sequence[Tensor]:
     """The outputs of linears with the same x (B, T, I), with or without LoRA.
 
-    They are one function if all are frozen.
+    If all are frozen, one autograd function computes them.
     """
     terms = []
     for module in modules:

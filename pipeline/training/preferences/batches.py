@@ -81,8 +81,8 @@ class AnswerBatches(Batches):
     """The batches of all epochs, of `batch_size` units of Answers each."""
 
     def _collate(self, numbers: Sequence[int]) -> AnswerBatch:
-        assert isinstance(self._windows, Answers)
-        return answer_batch(self._windows, numbers)
+        assert isinstance(self.dataset, Answers)
+        return answer_batch(self.dataset, numbers)
 
 
 def answer_batch(answers: Answers, units: Sequence[int]) -> AnswerBatch:
