@@ -471,8 +471,8 @@ def compute_in_fp32(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         # a forward may read its leaf children's parameters, whose own forward then never runs
         leaves = [child for child in module.children() if not [*child.children()]]
-        own = (part.parameters(recurse=False) for part in (module, *leaves))
-        parameters = [*chain.from_iterable(own)]
+        by_part = (part.parameters(recurse=False) for part in (module, *leaves))
+        parameters = [*chain.from_iterable(by_part)]
         in_16_bits = {p: p.dtype for p in parameters if p.dtype.itemsize == 2}
         narrow.update(in_16_bits)
         if in_16_bits:

@@ -64,7 +64,9 @@ class ManyAdapters(LossPath):
             tokens = dict.fromkeys(rows, b * T)
             yield self._step_batch(batch, tokens, tokens)
             return
-        pairs = [(n, windows[number]) for n, numbers in rows.items() for number in numbers]
+        pairs = list[tuple[int, Window]]()
+        for n, numbers in rows.items():
+            pairs += [(n, windows[number]) for number in numbers]
         joint = self._collate(pairs)
         if joint.batch.segments is not None and not self.supports_packing:
             yield from (self._collate([pair]) for pair in pairs)

@@ -1,7 +1,7 @@
-"""Padding-free batches. Each epoch is shuffled by a generator that depends only on the seed and the
-epoch number.
+"""Padding-free batches.
 
-So a run that resumes in the middle of an epoch sees the same batches as an uninterrupted run.
+Each epoch is shuffled by a generator that depends only on the seed and the epoch's number. So a run
+that resumes in the middle of an epoch sees the same batches as an uninterrupted run.
 """
 
 import random
@@ -21,19 +21,13 @@ from pipeline.training.parallel.collectives import shard_for_rank
 
 @dataclass(frozen=True)
 class Batch:
-    """ids and positions (B, T), and the N tokens that carry a label: `labels` (N,), without
-    IGNORED.
+    """Sequences of equal length in B rows, or others packed into one row, and N labels."""
 
-    `label_index` (N,) are their indices into the B·T flattened tokens; None if every token has a
-    label. Sequences of equal length form B rows. Others are packed into one row, and `segments` are
-    their lengths.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    labels: Tensor
-    label_index: Tensor | None
-    segments: tuple[int, ...] | None = None
+    ids: Tensor  # (B, T)
+    positions: Tensor  # (B, T)
+    labels: Tensor  # (N,), without IGNORED
+    label_index: Tensor | None  # (N,), of the B·T flattened tokens; None: every one has a label
+    segments: tuple[int, ...] | None = None  # lengths of packed sequences
     idle: bool = False  # run only so that all ranks call the model equally often; weighs 0
     in_chunks: ClassVar[bool] = False  # whether logits are computed in chunks even if there are few
 
@@ -101,8 +95,9 @@ def collate(windows: Sequence[Window]) -> Batch:
 def _batch_from(
     table: Tensor, segments: tuple[int, ...] | None, all_labelled: bool = False
 ) -> Batch:
-    """From ids, positions and labels, (3, N) for one row or (3, B, T). `all_labelled`: known
-    without a look.
+    """From ids, positions and labels, (3, N) for one row or (3, B, T).
+
+    `all_labelled`: known without a look.
     """
     ids, positions, labels = (table if table.dim() == 3 else table[:, None]).unbind()  # (B, T) each
     flat = labels.flatten()
@@ -113,9 +108,7 @@ def _batch_from(
 
 
 class Batches:
-    """The batches of all epochs; a step accumulates the gradients of `gradient_accumulation_steps`
-    of them.
-    """
+    """The batches of all epochs; a step has `gradient_accumulation_steps` of them."""
 
     def __init__(
         self,
@@ -125,8 +118,10 @@ class Batches:
         gradient_accumulation_steps: int = 1,
         first: int = 0,
     ) -> None:
-        """`seed`: of the order of each epoch; None keeps the order of the windows. `first`: the
-        steps of a run that this one continues; step 0 is the one after them."""
+        """`seed`: of the order of each epoch; None keeps the order of the windows.
+
+        `first`: the steps of a run that this one continues; step 0 is the one after them.
+        """
         self.dataset, self._batch_size, self._seed = windows, batch_size, seed
         self._step_size = batch_size * gradient_accumulation_steps  # sequences
         # of one epoch only: a data set may have millions of windows
@@ -148,9 +143,7 @@ class Batches:
         return self._read(step)
 
     def read_ahead(self) -> None:
-        """Make the batches of the step after the last one read, while an accelerator still computes
-        that one.
-        """
+        """Make the next step's batches while an accelerator still computes the last one read."""
         if self._last is not None:
             self._ahead = self._last + 1, self._read(self._last + 1)
 

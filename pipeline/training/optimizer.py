@@ -8,7 +8,7 @@ takes 1.4 seconds, longer than a short run trains; the functional form sorts ten
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, chain, groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -169,7 +169,7 @@ class FlatOptimizer:
 
     def tensors(self) -> list[Tensor]:
         """All its tensors; the rule's state is among them after the first step."""
-        copies = [tensor for _, weights, grad in self._copies for tensor in (weights, grad)]
+        copies = chain.from_iterable(pair for _, *pair in self._copies)
         return [self.weights, self.gradient, *copies, *self._state.values(), *self._rule.tables]
 
     def state(self) -> dict[str, Tensor]:
@@ -412,15 +412,17 @@ def _joined(spans: Sequence[Span]) -> Iterator[tuple[int, int, float, float]]:
 def _fused_adam(tensors: Sequence[Tensor], step: Tensor, rate: float, decay: float) -> None:
     """torch's kernel on weights, gradient, mean and mean square; `step` counts from 1."""
     weights, gradient, mean, square = ([tensor] for tensor in tensors)
-    kernel = torch._fused_adamw_ if decay > 0 else torch._fused_adam_
-    options: dict[str, Any] = {
-        "beta1": 0.9,
-        "beta2": 0.999,
-        "eps": 1e-8,
-        "amsgrad": False,
-        "maximize": False,
-    }
-    kernel(weights, gradient, mean, square, [], [step], lr=rate, weight_decay=decay, **options)
+    kernel: Any = torch._fused_adamw_ if decay > 0 else torch._fused_adam_
+    kernel(
+        *(weights, gradient, mean, square, [], [step]),
+        lr=rate,
+        beta1=0.9,
+        beta2=0.999,
+        weight_decay=decay,
+        eps=1e-8,
+        amsgrad=False,
+        maximize=False,
+    )
 
 
 class DynamicCode:

@@ -1,5 +1,6 @@
-"""Retention loss: KL divergence from the base on other texts (Learning without Forgetting, Li &
-Hoiem 2017).
+"""Retention loss: KL divergence from the base on other texts.
+
+Learning without Forgetting, Li & Hoiem 2017.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -50,12 +51,12 @@ AsBase = Callable[[], AbstractContextManager[None]]
 
 
 class RetentionLoss:
-    """KL(base‖model) in nats per token, and its weight in the loss. The base is the model with its
-    adapter disabled.
+    """KL(base‖model) in nats per token, and its weight in the loss.
 
-    Of parameters that train in full beside the adapter (embeddings, head) it keeps a copy of the
-    original values. `as_base`: a context in which the model computes as its base, for a model that
-    knows one of its own. `first`: the steps of the run that this one continues.
+    The base is the model with its adapter disabled. Of parameters that train in full beside the
+    adapter (embeddings, head) it keeps a copy of the original values. `as_base`: a context in which
+    the model computes as its base, for a model that knows one of its own. `first`: the steps of the
+    run that this one continues.
     """
 
     def __init__(
@@ -85,9 +86,7 @@ class RetentionLoss:
         return self.divergences(batch, [batch.ids.numel()], [self._model.logits])[0]
 
     def divergences(self, batch: Batch, counts: Sequence[int], heads: Sequence[Head]) -> Tensor:
-        """(L,): the same for each part of the batch's tokens, of `counts` tokens, with its own
-        head.
-        """
+        """(L,): the same for each part of the batch, of `counts` tokens, with its own head."""
         model = self._model
         with torch.no_grad(), self._as_base():
             # (N, D)

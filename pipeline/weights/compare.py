@@ -142,10 +142,7 @@ def interference(
     ]
     for (first, one), (second, other) in combinations(enumerate(weighted, start=1), 2):
         rows = [row for row in modules(one, other) if row.cosine is not None]
-        sizes = [
-            math.sqrt(math.fsum(norm(update) ** 2 for update in adapter.values()))
-            for adapter in (one, other)
-        ]
+        sizes = [_norm_of_all(adapter.values()) for adapter in (one, other)]
         products = math.fsum(inner_product(one[row.module], other[row.module]) for row in rows)
         cosine = products / math.prod(sizes) if all(sizes) else None
         shares = zip(*((row.outputs, row.inputs) for row in rows), strict=True)
@@ -181,6 +178,10 @@ def _distance(one: Tensor | None, other: Tensor | None) -> float | None:
 def norm(update: LowRank) -> float:
     """‖s·BA‖."""
     return math.sqrt(max(update.squared_norm(), 0.0))
+
+
+def _norm_of_all(updates: Iterable[LowRank]) -> float:
+    return math.sqrt(math.fsum(norm(update) ** 2 for update in updates))
 
 
 def overlap(one: Tensor, other: Tensor) -> float | None:

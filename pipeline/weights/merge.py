@@ -11,7 +11,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def write(plan: MergePlan, out: Path) -> Iterator[str]:
         tensors = [_new_tensor(plan, name) for name in (*in_file_order(file), *added)]
         jobs.append([(file.name, fill) for fill in rewrite(file, out / file.name, tensors)])
     # round robin over the files: a file takes one writer at a time
-    in_turn = [job for turn in zip_longest(*jobs) for job in turn if job]
+    in_turn = [*filter(None, chain.from_iterable(zip_longest(*jobs)))]
     remaining = Counter(name for name, _ in in_turn)
     filled = map_in_threads(lambda job: job[1](), in_turn)
     for (name, _), _none in zip(in_turn, filled, strict=True):

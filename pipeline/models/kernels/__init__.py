@@ -55,6 +55,6 @@ def agrees(
     if not isinstance(expected, Tensor):
         pairs = [*zip(actual, expected, strict=True)]
     return all(
-        found.dtype == wanted.dtype and torch.allclose(found, wanted, rtol, atol)
-        for found, wanted in pairs
+        mine.dtype == other.dtype and torch.allclose(mine, other, rtol, atol)
+        for mine, other in pairs
     )

@@ -8,7 +8,7 @@ cores, in turns with torch's flash attention). Shapes as in plain_attention.py.
 from collections.abc import Iterator, Sequence
 from ctypes import addressof
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +56,7 @@ class FusedAttention(torch.autograd.Function):
         q, k, v = (_strided(x) for x in (q, k, v))
         B, T, H, K = q.shape
         starts = starts_of(lengths * B)
-        strides = [x.stride(n) for x in (q, k, v) for n in (1, 2)]
+        strides = chain.from_iterable(x.stride()[1:3] for x in (q, k, v))
         ctx.shape = AttentionShape(*strides, len(starts) - 1, H, k.shape[2], K, scale)
         out, log_sums = q.new_empty(q.shape), q.new_empty(B, T, H, dtype=torch.float32)
         tensors = (q, k, v, out, log_sums, starts)

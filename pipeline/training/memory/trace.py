@@ -6,6 +6,7 @@ accumulated out of place where autograd could do it in place, and there is no fr
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from itertools import chain
 from typing import Any
 
 import torch
@@ -84,9 +85,8 @@ def _refuse_unsupported(
             f"--trace supports {', '.join(DTYPES)}, got {run.precision}. Change --precision."
         )
     _refuse_other_kernels(model, run)
-    if run.precision != "bf16" and any(
-        linear.experts > 1 for block in model.blocks for linear in block.linears
-    ):
+    linears = chain.from_iterable(block.linears for block in model.blocks)
+    if run.precision != "bf16" and any(linear.experts > 1 for linear in linears):
         # torch has no fake product of experts in other dtypes, though GPUs have a real one
         raise UserError(
             f"--trace runs a mixture of experts in bf16, got {run.precision}. Add --precision bf16."

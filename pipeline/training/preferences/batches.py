@@ -118,13 +118,8 @@ def batch_of(answers: Answers, indices: Sequence[int], whole: int = 0) -> Answer
             windows[n] = Window(start, ids[:stop], (*ids[1:stop], labels[stop - 1]))
         marks += [True] * sum(counts[whole:])
         answered = torch.tensor(marks).nonzero()[:, 0]
-    batch = collate(windows)
     return AnswerBatch(
-        batch.ids,
-        batch.positions,
-        batch.labels,
-        batch.label_index,
-        batch.segments,
+        **vars(collate(windows)),
         counts=tuple(_labels(window) for window in windows),
         answered=answered,
         owner=torch.repeat_interleave(of_each),
