@@ -271,8 +271,12 @@ def _known(model: nn.Module) -> str:
     return "The base has no experts that are stacked. Name its linears in target_modules instead."
 
 
-def refuse_with_experts(spec: AdapterSpec, init: Init = "document") -> None:
-    """Raises UserError for options of LoRA that have no meaning for stacked experts, as in PEFT."""
+def add_experts(model: nn.Module, spec: AdapterSpec, dtype: torch.dtype | None, init: Init) -> None:
+    """Wrap the experts that `spec` names in place; A and B in `dtype`, or each in its parameter's.
+
+    Raises UserError for a wrong name, or an option that has no meaning for stacked experts, as in
+    PEFT.
+    """
     options = {
         "dora": spec.dora,
         f"lora_dropout {spec.dropout:g}": spec.dropout,
@@ -284,16 +288,6 @@ def refuse_with_experts(spec: AdapterSpec, init: Init = "document") -> None:
                 f"target_parameters: LoRA on experts does not work with {option}. Unset it, or "
                 "leave the experts out."
             )
-
-
-def add_experts(
-    model: nn.Module, spec: AdapterSpec, dtype: torch.dtype | None = None, init: Init = "document"
-) -> None:
-    """Wrap the experts that `spec` names in place; A and B in `dtype`, or each in its parameter's.
-
-    Raises UserError for a wrong name, or an option that does not work with them.
-    """
-    refuse_with_experts(spec, init)
     for name, parameters in resolve_parameters(model, spec.parameters).items():
         base = model.get_submodule(name)
         model.set_submodule(name, LoRAExperts(base, name, parameters, spec, dtype, init))

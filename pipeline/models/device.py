@@ -144,11 +144,6 @@ def fp64_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == WITHOUT_FP64 else device
 
 
-def in_fp64(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in fp64, on the `fp64_device` of its own."""
-    return tensor.to(fp64_device(tensor.device), torch.float64)
-
-
 @contextmanager
 def placed_for_inference(model: nn.Module) -> Iterator[None]:
     """`move_for_inference`, and back to the CPU afterwards.

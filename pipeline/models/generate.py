@@ -136,18 +136,15 @@ def generate_all(
     if not model.mixes_lengths or not _reads_side_by_side(model):
         pairs = zip(prompts, limits, strict=True)
         return [list(generate(model, prompt, ends, limit, packed=False)) for prompt, limit in pairs]
-    groups, size = [list[int]()], 0
-    for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        size += len(prompt) + limit
-        if groups[-1] and size > GROUP_TOKENS:
-            groups.append([])
-            size = len(prompt) + limit
-        groups[-1].append(number)
     answers: list[list[int]] = []
-    for group in groups:
-        parts, rooms = [prompts[n] for n in group], [limits[n] for n in group]
-        answers += _generate_group(model, parts, ends, rooms)
-    return answers
+    start = size = 0
+    for stop, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        tokens = len(prompt) + limit
+        if stop > start and size + tokens > GROUP_TOKENS:
+            answers += _generate_group(model, prompts[start:stop], ends, limits[start:stop])
+            start, size = stop, 0
+        size += tokens
+    return answers + _generate_group(model, prompts[start:], ends, limits[start:])
 
 
 @torch.no_grad()

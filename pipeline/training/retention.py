@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.adapters.attach import disable_adapter
 from pipeline.adapters.lora import AdapterLayer
-from pipeline.data.examples import Example, Window
+from pipeline.data.examples import Window
 from pipeline.data.formats import iter_examples
 from pipeline.data.masking import encode
 from pipeline.data.windows import Dataset, InMemoryDataset
@@ -157,11 +157,10 @@ def load_retention_texts(
     windows = []
     for n, example in enumerate(examples):
         # without the last id of a text: it is the end token, after which predictions do not matter
-        ids = completed.get(n) or _encode(example, settings, base)[:-1]
+        ids = completed.get(n)
+        if not ids:
+            positions = base.model.shape.positions
+            ids = encode(example, base.tokenizer, settings.max_length, positions).ids[:-1]
         # the divergence counts every token, so every token is a label
         windows.append(Window(0, ids, ids))
     return InMemoryDataset(windows, [example.location for example in examples])
-
-
-def _encode(example: Example, settings: RetentionSettings, base: Base) -> tuple[int, ...]:
-    return encode(example, base.tokenizer, settings.max_length, base.model.shape.positions).ids

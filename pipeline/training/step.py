@@ -185,8 +185,7 @@ def gradients(
         divergence = partial(path.divergences, retain=first)
         divergences, _ = _backward(path, retained, number, divergence, weights, optimizer.scale, {})
 
-    def means(numbers: Sequence[float]) -> tuple[dict[int, float], dict[int, float]]:
-        read = iter(numbers)
+    def means(read: Iterator[float]) -> tuple[dict[int, float], dict[int, float]]:
         of_losses, of_divergences = _sums(orders, losses, read), _sums(retained, divergences, read)
         reduced = iter(all_reduce_numbers(*of_losses.values(), *of_divergences.values()))
         return (
@@ -199,16 +198,16 @@ def gradients(
     # until it is computed.
     if is_distributed():
         # before the gradient is reduced: these go over gloo, which raises at once if a rank is gone
-        mean_losses, mean_divergences = means(read_numbers(queued))
+        mean_losses, mean_divergences = means(iter(read_numbers(queued)))
         norms = read_numbers([optimizer.collect_gradients()])
     else:
         collected = optimizer.collect_gradients()
         if not uses_cpu_kernels(collected.device):
             for order in (*orders.values(), *retained.values()):
                 order.read_ahead()
-        numbers = read_numbers([*queued, collected])
-        norms = numbers[-len(collected) :]
-        mean_losses, mean_divergences = means(numbers[: -len(collected)])
+        numbers = iter(read_numbers([*queued, collected]))
+        mean_losses, mean_divergences = means(numbers)
+        norms = [*numbers]
     if not all(math.isfinite(norms[n]) for n in live) and optimizer.skip():
         return gradients(path, learners, live, optimizer, number)
     return {

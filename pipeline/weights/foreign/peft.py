@@ -58,7 +58,9 @@ def read(folder: Path, model: "CausalLM", base: Path) -> Converted | None:
     if not source.exists() and (folder / PICKLE).is_file():
         source = folder / PICKLE
     if not source.exists():
-        raise UserError(f"{folder} has no {WEIGHTS}: {_why_none(folder)}.")
+        reasons = [why for pattern, why in SHARDS if any(folder.glob(pattern))]
+        reason = next(iter(reasons), "it holds no adapter. Copy it again")
+        raise UserError(f"{folder} has no {WEIGHTS}: {reason}.")
     stored = load(source) if source.name == PICKLE else load_tensors(source)
     if not stored or any(tensor.numel() == 0 for tensor in stored.values()):
         raise UserError(
@@ -103,13 +105,6 @@ def _in_todays_layout(
     if any(changed[key] is not tensors[key] for key in tensors):
         settings["peft_version"] = LAYOUT
     return changed
-
-
-def _why_none(folder: Path) -> str:
-    return next(
-        (why for pattern, why in SHARDS if any(folder.glob(pattern))),
-        "it holds no adapter. Copy it again",
-    )
 
 
 def _renamed(stored: Mapping[str, "Tensor"], names: "_Names", source: Path) -> dict[str, "Tensor"]:
