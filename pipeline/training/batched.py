@@ -97,8 +97,7 @@ class ManyAdapters(LossPath):
 
     def losses(self, batch: StepBatch) -> Tensor:
         model, inputs, counts = self._model, batch.batch, list(batch.labels.values())
-        rows = model.hidden_states(inputs.ids, inputs.positions, inputs.segments)  # (B, T, D)
-        rows = rows.flatten(0, 1)  # (N, D)
+        rows = inputs.read_by(model)  # (N, D)
         rows = rows if inputs.label_index is None else rows.index_select(0, inputs.label_index)
         if len(set(counts)) == 1 and len(rows) * model.shape.rows <= LOGITS:
             with self._routing.route(self._counts(batch.labels)):

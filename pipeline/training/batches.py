@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.data.examples import IGNORED, Window
 from pipeline.data.windows import Dataset
+from pipeline.models.base import CausalLM
 from pipeline.models.device import to_device
 from pipeline.training.parallel.collectives import shard_for_rank
 
@@ -35,6 +36,10 @@ class Batch:
     def tokens(self) -> int:
         """Number of labels; 0 if the batch is idle."""
         return 0 if self.idle else len(self.labels)
+
+    def read_by(self, model: CausalLM) -> Tensor:
+        """(B·T, D): the hidden states of all its tokens."""
+        return model.hidden_states(self.ids, self.positions, self.segments).flatten(0, 1)
 
     def as_idle(self) -> "Batch":
         """The same, weighing nothing."""

@@ -141,7 +141,7 @@ class FlatOptimizer:
             rate = rates[learner]
             rate = None if rate is None else rate * factor
             spans.append(Span(start, stop, rate, self._decays[learner]))
-        self._rule.update(self.weights, self.gradient, self._state, spans)
+        self._rule.update(self.weights.view(-1), self.gradient.view(-1), self._state, spans)
         self._update_copies()
         self.clear()
         if self._scaled:
@@ -281,7 +281,7 @@ class UpdateRule:
     def update(
         self, weights: Tensor, gradient: Tensor, state: State, spans: Sequence[Span]
     ) -> None:
-        """Update `weights` and `state` from the gradient, which may be overwritten."""
+        """Update `weights` (P,) and `state` from the gradient (P,), which may be overwritten."""
         raise NotImplementedError
 
 
@@ -296,8 +296,7 @@ class AdamW(UpdateRule):
     def update(
         self, weights: Tensor, gradient: Tensor, state: State, spans: Sequence[Span]
     ) -> None:
-        moments = [state[name] for name in MOMENTS]
-        tensors = [tensor.view(-1) for tensor in (weights, gradient, *moments)]
+        tensors = [weights, gradient, *(state[name].view(-1) for name in MOMENTS)]
         state["step"] += 1
         for start, stop, rate, decay in _joined(spans):
             parts = [tensor[start:stop] for tensor in tensors]
@@ -336,7 +335,7 @@ class AdamW8bit(UpdateRule):
     def update(
         self, weights: Tensor, gradient: Tensor, state: State, spans: Sequence[Span]
     ) -> None:
-        weights, gradient, first = weights.view(-1), gradient.view(-1), 0
+        first = 0  # block of the span
         state["step"] += 1
         for start, stop, rate, decay in spans:
             if rate is not None:
@@ -379,7 +378,6 @@ class SGD(UpdateRule):
     def update(
         self, weights: Tensor, gradient: Tensor, state: State, spans: Sequence[Span]
     ) -> None:
-        weights, gradient = weights.view(-1), gradient.view(-1)
         for start, stop, rate, decay in _joined(spans):
             if decay:
                 gradient[start:stop].add_(weights[start:stop], alpha=decay)
@@ -394,7 +392,7 @@ def rule_of(name: str) -> UpdateRule:
     return AdamW() if name == "adamw" else AdamW8bit(paged=name.startswith("paged"))
 
 
-def _joined(spans: Sequence[Span]) -> Iterator[tuple[int, int, float, float]]:
+def _joined(spans: Sequence[Span]) -> list[tuple[int, int, float, float]]:
     """The spans that are updated, with neighbours of one rate and decay as one.
 
     A call costs more than a small adapter's arithmetic.
@@ -406,7 +404,7 @@ def _joined(spans: Sequence[Span]) -> Iterator[tuple[int, int, float, float]]:
         if joined and joined[-1][1:] == (start, rate, decay):
             start = joined.pop()[0]
         joined.append((start, stop, rate, decay))
-    return iter(joined)
+    return joined
 
 
 def _fused_adam(tensors: Sequence[Tensor], step: Tensor, rate: float, decay: float) -> None:

@@ -89,9 +89,8 @@ class RetentionLoss:
         """(L,): the same for each part of the batch, of `counts` tokens, with its own head."""
         model = self._model
         with torch.no_grad(), self._as_base():
-            # (N, D)
-            before = model.hidden_states(batch.ids, batch.positions, batch.segments).flatten(0, 1)
-        after = model.hidden_states(batch.ids, batch.positions, batch.segments).flatten(0, 1)
+            before = batch.read_by(model)  # (N, D)
+        after = batch.read_by(model)
 
         # of the base the hidden states are kept, not the logits: those are made again chunk by
         # chunk
