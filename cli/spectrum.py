@@ -152,7 +152,7 @@ def _extract(models: Models, rank: int, in_full: bool, out: Path, form: "Form") 
     if form != "json":  # before the models are loaded, which may fail
         PRINT[form](extracted.spectra)
     if form == "tables":
-        count = f"{len(extracted.updates)} matrices at rank {extracted.rank}"
+        count = f"{len(extracted.low_rank)} matrices at rank {extracted.rank}"
         print_line(f"{out}  {count}, {extracted.held:.1%} of all that changed")
         if extracted.in_full:
             print_line(f"In full: {', '.join(map(short, extracted.in_full))}.")

@@ -112,6 +112,10 @@ class Extraction:
         self._held = 0.0
 
     @property
+    def low_rank(self) -> list[str]:
+        return list(self.updates)
+
+    @property
     def rank(self) -> int:
         """The highest of all updates."""
         return max((update.rank for update in self.updates.values()), default=0)

@@ -279,7 +279,7 @@ def test_at_the_updates_own_rank_base_and_lora_are_the_tuned_model(
     tuned = tuned_from(base, tmp_path / "tuned", 3)
     found = extracted(base, tuned, tmp_path / "lora", 3)
     assert (found.rank, found.left_out) == (3, []) and found.held == pytest.approx(1)
-    assert len(found.updates) == 12 and len(found.in_full) == 2
+    assert len(found.low_rank) == 12 and len(found.in_full) == 2
     torch.testing.assert_close(logits(base, tmp_path / "lora"), logits(tuned), atol=1e-4, rtol=1e-4)
     assert (logits(base) - logits(tuned)).abs().max() > 0.1
     verify(tmp_path / "lora")
@@ -302,7 +302,7 @@ def test_what_no_low_rank_carries_is_named_and_counted(base: Path, tmp_path: Pat
         *found.left_out
     } and not found.in_full
     assert {name for name, one in changed.items() if not one.values} <= {*found.left_out}
-    assert len(changed) == len(found.left_out) + len(found.updates)
+    assert len(changed) == len(found.left_out) + len(found.low_rank)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -334,7 +334,7 @@ def test_a_layer_that_did_not_change_gets_no_lora(base: Path, tmp_path: Path) ->
     weights[same] = load_file(base / "model.safetensors")[same]
     save_file(weights, tuned / "model.safetensors")
     found = extracted(base, tuned, tmp_path / "lora", 2)
-    assert len(found.updates) == 11
+    assert len(found.low_rank) == 11
     torch.testing.assert_close(logits(base, tmp_path / "lora"), logits(tuned), atol=1e-4, rtol=1e-4)
 
 
