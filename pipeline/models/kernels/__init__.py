@@ -1,6 +1,6 @@
 """Faster forms of what a model computes. Which of them a device uses is decided here alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,12 @@ def writes_scores(q: Tensor) -> bool:
     if q.device.type == "mps":
         return True
     return q.is_cuda and q.dtype == torch.bfloat16 and not runs_flash_attention(q.device)
+
+
+def random_tensors(*shapes: Sequence[int]) -> list[Tensor]:
+    """Normal numbers to try a kernel on, the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
 def agrees(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from pipeline.models.device import to_device
-from pipeline.models.kernels import suits_flash_attention, writes_scores
+from pipeline.models.kernels import random_tensors, suits_flash_attention, writes_scores
 from pipeline.models.kernels.flash import flash_attention, supports_flash
 from pipeline.models.kernels.plain_attention import (
     Pairs,
@@ -181,12 +181,11 @@ def _agrees(
 
     def compute(attend: Callable[..., Tensor]) -> list[Tensor]:
         """Output and gradients in fp32 of random input, a sequence of which exceeds its window."""
-        lengths, generator = [5, 40], torch.Generator().manual_seed(0)
+        lengths = [5, 40]
         spans = [9, 40] if cached else lengths
         T, S = sum(lengths), sum(spans)
         shapes = ((1, 4, T, 64), (1, 2, S, 64), (1, 2, S, 64), (1, T, 4, 64))
-        drawn = (torch.randn(shape, generator=generator) for shape in shapes)
-        *leaves, grad = (x.to(device, dtype) for x in drawn)
+        *leaves, grad = (x.to(device, dtype) for x in random_tensors(*shapes))
         leaves += [torch.linspace(-1, 1, 4).to(device, dtype)] * sinks
         for leaf in leaves:
             leaf.requires_grad_()

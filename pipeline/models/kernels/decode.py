@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.base import CausalLM, PackedCache, UpdatedLinear
-from pipeline.models.kernels import uses_cpu_kernels
+from pipeline.models.kernels import random_tensors, uses_cpu_kernels
 from pipeline.project.probes import attempt
 
 Forwards = dict[nn.Module, Callable[..., Any]]
@@ -231,7 +231,7 @@ def fewer_calls(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     def short(x: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, None, eps) * weight
 
-    probe = torch.randn(16, *weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)
+    probe = random_tensors((16, *weight.shape))[0].to(weight)
     return short if torch.equal(short(probe), norm(probe)) else norm
 
 

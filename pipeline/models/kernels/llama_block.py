@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.base import CausalLM, LowRankLinear
+from pipeline.models.kernels import random_tensors
 from pipeline.models.kernels.decode import AGREEMENT, has_llama_parts
 from pipeline.models.kernels.native import call, supports
 from pipeline.models.kernels.packed_attention import attend
@@ -126,7 +127,7 @@ def _replace(block: nn.Module, options: dict[str, Any]) -> bool:
     """Give the block its faster forward if that changes a random input alike."""
     width = len(block.post_attention_layernorm.weight)  # type: ignore[union-attr, arg-type]
     # small: what a block adds does not depend on its input's size, and bf16 rounds the sum of both
-    x = torch.randn(1, 7, width, generator=torch.Generator().manual_seed(0))
+    (x,) = random_tensors((1, 7, width))
     x = x.mul_(2**-8).to(torch.bfloat16)
     expected, kind = block(x, **options).float() - x.float(), type(block)
     block.__class__ = _with_training_forward(kind)  # type: ignore[arg-type]  # mypy: a class has no hash

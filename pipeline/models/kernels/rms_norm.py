@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.kernels import agrees
+from pipeline.models.kernels import agrees, random_tensors
 from pipeline.models.kernels.native import call, supports
 
 PROBES = 4  # rows of random input on which a replacement must agree with the original
@@ -144,8 +144,6 @@ def _same_on_random_input(ours: RMSNorm, theirs: nn.Module, device: torch.device
     """Whether a norm of that name computes what ours does: only its numbers tell."""
     if device != ours.weight.device:
         ours, theirs = copy.deepcopy(ours).to(device), copy.deepcopy(theirs).to(device)
-    generator = torch.Generator().manual_seed(0)
-    # (PROBES, D)
-    probe = torch.randn(PROBES, len(ours.weight), generator=generator).to(ours.weight)
+    probe = random_tensors((PROBES, len(ours.weight)))[0].to(ours.weight)  # (PROBES, D)
     tried = f"the fused {type(theirs).__name__}"
     return agrees(tried, lambda: ours(probe), lambda: theirs(probe), AGREEMENT, AGREEMENT)
