@@ -199,7 +199,7 @@ class InOrder(Batches):
 
     @override  # of a private method: a rename is found by mypy
     def _shuffle(self, epoch: int) -> list[int]:
-        return list(range(len(self._windows)))
+        return list(range(len(self.dataset)))
 
 
 class Ours(Side):

@@ -152,7 +152,7 @@ def _attach_rows(model: CausalLM, rows: Mapping[str, tuple[int, ...]]) -> None:
     embedding, _ = model.embedding_and_head
     for kind, name in ((EmbeddingRows, model.embedding_name), (HeadRows, model.head_name)):
         # a tied head shares the embedding's rows
-        key = embedding if model.shape.tied else name.rsplit(".", 1)[-1]
+        key = embedding if model.shape.tied else name.rpartition(".")[2]
         if key in rows:
             base, ids = model.get_submodule(name), torch.tensor(rows[key], device=model.device)
             if key not in trained:
@@ -169,7 +169,7 @@ def tensors(model: CausalLM, spec: AdapterSpec) -> dict[str, nn.Parameter]:
     parameters: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules():
         by_key = module.adapter_parameters() if isinstance(module, AdapterLayer) else {}
-        if ROWS in by_key and name.rsplit(".", 1)[-1] not in spec.rows:
+        if ROWS in by_key and name.rpartition(".")[2] not in spec.rows:
             by_key = {}  # a tied head's are the embedding's
         if by_key:
             parameters |= {f"{PREFIX}{name}{key}": p for key, p in by_key.items()}
@@ -223,8 +223,8 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear | LoRAEmb
 
 def short_targets(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     """The last parts of `names`, if these match `names` alone, in PEFT too; else `names`."""
-    last = tuple(sorted({name.rsplit(".", 1)[-1] for name in names}))
-    matches = [full for full, _ in model.named_modules() if full.rsplit(".", 1)[-1] in last]
+    last = tuple(sorted({name.rpartition(".")[2] for name in names}))
+    matches = [full for full, _ in model.named_modules() if full.rpartition(".")[2] in last]
     return last if resolve(model, last) == matches == list(names) else tuple(names)
 
 
@@ -264,4 +264,4 @@ def _base_values(key: str, base: CausalLM, spec: AdapterSpec) -> Tensor:
     name, rows, _ = key.removeprefix(PREFIX).partition(ROWS)
     if not rows:
         return base.get_parameter(name).data
-    return base.get_parameter(f"{name}.weight").data[list(spec.rows[name.rsplit(".", 1)[-1]])]
+    return base.get_parameter(f"{name}.weight").data[list(spec.rows[name.rpartition(".")[2]])]

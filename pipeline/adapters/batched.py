@@ -9,7 +9,7 @@ padded column of B, and vice versa.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import NoneType
+from itertools import chain
 from typing import Any
 
 import torch
@@ -76,13 +76,13 @@ class BatchedLayer(nn.Module):
         super().__init__()
         self.base, self.routing = base, routing
         self.parts = nn.ModuleList(nn.Identity() if part is None else part for part in parts)
-        by_adapter = [
-            {name: p for name, p in part.named_parameters() if p.requires_grad}
-            for part in self.parts
-        ]
-        self.shapes = [{name: p.shape for name, p in named.items()} for named in by_adapter]
+        by_adapter, self.shapes = list[dict[str, nn.Parameter]](), list[dict[str, torch.Size]]()
+        for part in self.parts:
+            trained = {name: p for name, p in part.named_parameters() if p.requires_grad}
+            by_adapter.append(trained)
+            self.shapes.append({name: p.shape for name, p in trained.items()})
         self.trained = dict[str, nn.Parameter]()
-        for name in dict.fromkeys(name for named in by_adapter for name in named):
+        for name in dict.fromkeys(chain.from_iterable(by_adapter)):
             self.trained[name] = stacks.stack([named.get(name) for named in by_adapter])
             self.register_parameter(name, self.trained[name])
 
@@ -129,19 +129,15 @@ class BatchedLoRALinear(BatchedLayer, LowRankLinear):
 
     scales: Tensor
 
-    def __init__(
-        self,
-        base: nn.Module,
-        parts: Sequence[LoRALinear | None],
-        routing: AdapterRouting,
-        stacks: "StackedParameters",
-    ) -> None:
-        super().__init__(base, parts, routing, stacks)
-        self.scale_list = [1.0 if part is None else part.scale for part in parts]
+    def __init__(self, *inputs: Any) -> None:
+        """As BatchedLayer."""
+        super().__init__(*inputs)
+        loras = [part if isinstance(part, LoRALinear) else None for part in self.parts]
+        self.scale_list = [1.0 if lora is None else lora.scale for lora in loras]
         scales = torch.tensor(self.scale_list)  # fp32: 16 bits would round them
         # (N, 1, 1)
         self.register_buffer("scales", scales[:, None, None].to(self.trained["lora_A"].device))
-        self.drops = any(part is not None and part.dropout for part in parts)
+        self.drops = any(lora is not None and lora.dropout for lora in loras)
 
     def forward(self, x: Tensor) -> Tensor:
         routing = self.routing
@@ -168,10 +164,10 @@ class BatchedLoRALinear(BatchedLayer, LowRankLinear):
         shares, outs = torch.split(rows, counts), torch.split(self.base(rows), counts)
         updated = []
         for n, part in enumerate(self.parts):
-            x, scale = shares[n], self.scale_list[n]
+            x = shares[n]
             if self.drops and isinstance(part, LoRALinear) and len(x):
                 x = part.dropped(x)
-            updated.append(torch.addmm(outs[n], x @ A[n].T, B[n].T, alpha=scale))
+            updated.append(torch.addmm(outs[n], x @ A[n].T, B[n].T, alpha=self.scale_list[n]))
         return torch.cat(updated)
 
 
@@ -306,14 +302,14 @@ def attach_many(model: CausalLM, attachers: Sequence[Callable[[], object]]) -> A
         attach_one()
         adapters.append(_detach(model, base))
     routing, stacks = AdapterRouting(len(attachers)), StackedParameters()
-    for name in dict.fromkeys(name for layers_by_name in adapters for name in layers_by_name):
+    for name in dict.fromkeys(chain.from_iterable(adapters)):
         parts = [layers_by_name.get(name) for layers_by_name in adapters]
         kinds = {type(part) for part in parts}
         # whatever the parts are; the others are one product for all
         layer: type[BatchedLayer] = BatchedLayer
-        if kinds - {NoneType} == {LoRALinear}:
-            pissa = any(isinstance(part, LoRALinear) and part.subtracts_initial for part in parts)
-            layer = BatchedLayer if pissa else BatchedLoRALinear
+        present = [part for part in parts if part is not None]
+        if all(isinstance(part, LoRALinear) and part.adds_to_base for part in present):
+            layer = BatchedLoRALinear
         elif kinds == {nn.Embedding}:
             layer = BatchedEmbedding
         elif kinds == {nn.Linear}:

@@ -7,7 +7,7 @@ one would give another model than the one that was trained.
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -150,7 +150,7 @@ def _by_pattern(values: Mapping[str, Number], module: str, default: Number, key:
 
 def lies_in(module: str, names: Iterable[str]) -> bool:
     """Whether one of `names` matches this module's full name, or that of a module around it."""
-    return any(matches_suffix(part, name) for part in enclosing_names(module) for name in names)
+    return any(matches_suffix(*pair) for pair in product(enclosing_names(module), names))
 
 
 def enclosing_names(module: str) -> list[str]:

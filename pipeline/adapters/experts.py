@@ -42,9 +42,9 @@ class ExpertUpdate(nn.Module):
         super().__init__()
         self.scale = scale
         self.experts, outputs, inputs = weight.mT.shape if transposed else weight.shape
-        like = torch.empty(0, dtype=dtype or weight.dtype, device=weight.device)
-        self.lora_A = nn.Parameter(like.new_empty(self.experts * rank, inputs))
-        self.lora_B = nn.Parameter(like.new_empty(outputs, rank * self.experts))
+        rows = self.experts * rank
+        self.lora_A = nn.Parameter(weight.new_empty((rows, inputs), dtype=dtype))
+        self.lora_B = nn.Parameter(weight.new_empty((outputs, rows), dtype=dtype))
         with torch.no_grad():
             for a, b in zip(*self.pairs(), strict=True):
                 initialize(a, b, init)
@@ -227,12 +227,10 @@ def adaptable_experts(module: nn.Module) -> bool:
 
 
 def resolve_parameters(model: nn.Module, wanted: Sequence[str]) -> dict[str, list[str]]:
-    """Full name of a mixture → its parameters that `wanted` names, in its own order.
+    """Full name of a mixture → its parameters that `wanted` names, in the mixture's order.
 
-    They are named by the end of their full names.
-
-    Raises UserError for a name that matches nothing, or a parameter that is not the stacked weights
-    of experts.
+    `wanted`: ends of the parameters' full names. Raises UserError for a name that matches nothing,
+    or a parameter that is not the stacked weights of experts.
     """
     matched: dict[str, list[str]] = {}
     missing = dict.fromkeys(wanted)
@@ -273,8 +271,12 @@ def _known(model: nn.Module) -> str:
     return "The base has no experts that are stacked. Name its linears in target_modules instead."
 
 
-def refuse_with_experts(spec: AdapterSpec, init: Init = "document") -> None:
-    """Raises UserError for options of LoRA that have no meaning for stacked experts, as in PEFT."""
+def add_experts(model: nn.Module, spec: AdapterSpec, dtype: torch.dtype | None, init: Init) -> None:
+    """Wrap the experts that `spec` names in place; A and B in `dtype`, or each in its parameter's.
+
+    Raises UserError for a wrong name, or an option that has no meaning for stacked experts, as in
+    PEFT.
+    """
     options = {
         "dora": spec.dora,
         f"lora_dropout {spec.dropout:g}": spec.dropout,
@@ -286,16 +288,6 @@ def refuse_with_experts(spec: AdapterSpec, init: Init = "document") -> None:
                 f"target_parameters: LoRA on experts does not work with {option}. Unset it, or "
                 "leave the experts out."
             )
-
-
-def add_experts(
-    model: nn.Module, spec: AdapterSpec, dtype: torch.dtype | None = None, init: Init = "document"
-) -> None:
-    """Wrap the experts that `spec` names in place; A and B in `dtype`, or each in its parameter's.
-
-    Raises UserError for a wrong name, or an option that does not work with them.
-    """
-    refuse_with_experts(spec, init)
     for name, parameters in resolve_parameters(model, spec.parameters).items():
         base = model.get_submodule(name)
         model.set_submodule(name, LoRAExperts(base, name, parameters, spec, dtype, init))

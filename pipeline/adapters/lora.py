@@ -26,10 +26,7 @@ ROWS = ".token_adapter.trainable_tokens_delta"
 
 
 def fan_in_fan_out(base: nn.Module) -> bool:
-    """Whether the layer stores its weight as (I, O): Conv1D, and an embedding.
-
-    An embedding's inputs are its rows.
-    """
+    """Whether the layer stores its weight as (I, O): Conv1D, and an embedding, by its rows."""
     return is_conv1d(base) or isinstance(base, nn.Embedding)
 
 
@@ -104,12 +101,12 @@ class LoRALinear(AdapterLayer, LowRankLinear):
         self.scale, self.dropout = scale, dropout
         weight = weight_of(base)
         outputs, inputs = reversed(weight.shape) if fan_in_fan_out(base) else weight.shape
-        like = torch.empty(0, dtype=dtype or weight.dtype, device=weight.device)
-        A, B = like.new_empty(rank, inputs), like.new_empty(outputs, rank)
+        A, B = (weight.new_empty(size, dtype=dtype) for size in ((rank, inputs), (outputs, rank)))
         initialize(A, B, init)
         self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
         self.folds = isinstance(base, nn.Linear | LowBitLinear) and weight.numel() < FOLD_BELOW
         self.subtracts_initial = init == "pissa"  # B₀A₀ is not 0, and is subtracted in the forward
+        self.adds_to_base = not self.subtracts_initial  # nothing of Wx is changed or subtracted
         if self.subtracts_initial:
             A_0, B_0 = principal(weight_out_in(base), rank, scale)
             A.copy_(A_0)
@@ -155,9 +152,10 @@ class LoRALinear(AdapterLayer, LowRankLinear):
         dropped = self.dropped(x)
         if dropped is x:
             return self.updated(x)
-        if self.subtracts_initial:
-            return self.partly_updated(x, dropped)
-        return self._add_update(x, dropped)
+        if self.adds_to_base:
+            return self._add_update(x, dropped)
+        # the update of `dropped`, and what does not train of x: `updated` is linear in its input
+        return self.updated(dropped) + self.frozen(x - dropped)
 
     def updated(self, x: Tensor) -> Tensor:
         """(W + s·BA)x + b, without dropout."""
@@ -167,13 +165,6 @@ class LoRALinear(AdapterLayer, LowRankLinear):
         frozen = weight_in(self.base, x.dtype)
         weight = torch.addmm(frozen, B.to(x.dtype), A.to(x.dtype), alpha=self.scale)  # (O, I)
         return F.linear(x, weight, self.base.bias)  # type: ignore[arg-type]
-
-    def partly_updated(self, x: Tensor, dropped: Tensor) -> Tensor:
-        """The update of `dropped`, and what does not train of x.
-
-        That is right because `updated` is linear in its input.
-        """
-        return self.updated(dropped) + self.frozen(x - dropped)
 
     def _add_update(self, x: Tensor, dropped: Tensor) -> Tensor:
         A, B = (factor.to(x.dtype) for factor in self.pair())  # (R, I), (O, R)
@@ -196,10 +187,10 @@ class LoRAEmbedding(AdapterLayer):
         self.scale = scale
         weight = weight_of(base)
         rows, width = weight.shape
-        like = torch.empty(0, dtype=dtype or weight.dtype, device=weight.device)
         # of an embedding PEFT starts A with zeros, not B
-        self.lora_A = nn.Parameter(like.new_zeros(rank, rows))
-        self.lora_B = nn.Parameter(like.new_empty(width, rank).normal_(std=DOCUMENT_STD))
+        self.lora_A = nn.Parameter(weight.new_zeros((rank, rows), dtype=dtype))
+        B = weight.new_empty((width, rank), dtype=dtype)
+        self.lora_B = nn.Parameter(B.normal_(std=DOCUMENT_STD))
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         return dict(zip(EMBEDDING_KEYS, (self.lora_A, self.lora_B), strict=True))
@@ -221,16 +212,10 @@ class DoRALinear(LoRALinear):
 
     squares: Tensor
 
-    def __init__(
-        self,
-        base: nn.Module,
-        rank: int,
-        scale: float,
-        dtype: torch.dtype | None = None,
-        init: Init = "document",
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__(base, rank, scale, dtype, init, dropout)
+    def __init__(self, base: nn.Module, *settings: Any, **options: Any) -> None:
+        """As LoRALinear."""
+        super().__init__(base, *settings, **options)
+        self.adds_to_base = False  # rows of W are rescaled
         self.strength = 1.0  # W + strength · (W' − W): the update is not linear in its scale
         # ‖W‖², (O,)
         self.register_buffer("squares", row_norms(weight_out_in(base)).square(), persistent=False)
@@ -241,10 +226,6 @@ class DoRALinear(LoRALinear):
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         return {**super().adapter_parameters(), MAGNITUDE: self.magnitude}
-
-    def adapted(self, x: Tensor) -> Tensor:
-        dropped = self.dropped(x)
-        return self.updated(x) if dropped is x else self.partly_updated(x, dropped)
 
     def updated(self, x: Tensor) -> Tensor:
         A, B = (factor.to(x.dtype) for factor in self.pair())
@@ -326,17 +307,16 @@ class HeadRows(TokenRows):
     def adapted(self, x: Tensor) -> Tensor:
         logits: Tensor = self.base(x)  # (B, T, V)
         bias = self.base.bias
-        new = F.linear(x, self.rows.to(x.dtype), None if bias is None else bias[self.ids])  # type: ignore[index]  # (B, T, n)
+        own_bias = None if bias is None else bias[self.ids]  # type: ignore[index]
+        new = F.linear(x, self.rows.to(x.dtype), own_bias)  # (B, T, n)
         return logits.index_copy(-1, self.ids, new)
 
 
 def initialize(A: Tensor, B: Tensor, init: Init) -> None:
     """Fill A (R, I) and B (O, R) in place so that BA = 0: training starts from the base.
 
-    `init` has PEFT's names.
-
-    pissa gets zeros here; `principal` then needs the weight. Raises UserError for orthogonal with
-    an odd rank.
+    `init` has PEFT's names. pissa gets zeros here; `principal` then needs the weight. Raises
+    UserError for orthogonal with an odd rank.
     """
     if A.is_meta:  # meta tensors hold no numbers
         return

@@ -140,7 +140,7 @@ def load_update(folder: Path) -> LowRankUpdate:
     tensors = {key.removeprefix(PREFIX): stored[key] for key in sorted(stored, key=layer_sort_key)}
     row_modules = [key.removesuffix(ROWS) for key in tensors if key.endswith(ROWS)]
     # trainable_token_indices as a list is the embedding's, whose name only the tensors' keys give
-    spec = config.spec(row_modules[0].rsplit(".", 1)[-1] if row_modules else EMBEDDING)
+    spec = config.spec(row_modules[0].rpartition(".")[2] if row_modules else EMBEDDING)
     refuse_experts(folder, spec)
 
     low_rank = {}

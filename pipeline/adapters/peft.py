@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,13 +59,12 @@ def save_adapter(folder: Path, model: CausalLM, spec: AdapterSpec, base_name: st
     layers = dict(adapter_layers(model))
     # in place of the layers' own A and B: PiSSA's BA − B₀A₀ is a pair of rank 2R, which fits the
     # plain base
-    pairs = {
-        f"{PREFIX}{name}{key}": factor
-        for name, layer in layers.items()
-        if isinstance(layer, LoRALinear)
-        for key, factor in zip(LINEAR_KEYS, layer.pair(), strict=True)
-    }
-    save_tensors(folder / WEIGHTS, {**tensors(model, spec), **pairs})
+    stored: dict[str, Tensor] = {**tensors(model, spec)}
+    for name, layer in layers.items():
+        if isinstance(layer, LoRALinear):
+            keys = [f"{PREFIX}{name}{key}" for key in LINEAR_KEYS]
+            stored |= zip(keys, layer.pair(), strict=True)
+    save_tensors(folder / WEIGHTS, stored)
     conv1d = any(is_conv1d(layer.base) for layer in layers.values())
     artifact.write_json(folder / CONFIG, config_of(stored_spec(model, spec), base_name, conv1d))
 
@@ -150,7 +150,7 @@ def read_lora(
     spec = config.spec(model.embedding_and_head[0])
     spec = replace(spec, rows=_normalized_rows(model, spec, config.path, base_folder))
     names = targeted(model, spec)
-    last_row = max((row for ids in spec.rows.values() for row in ids), default=0)
+    last_row = max(chain.from_iterable(spec.rows.values()), default=0)
     if last_row >= model.shape.rows:
         raise UserError(
             f"{folder}: the adapter trains row {last_row}, but {base_folder} has "

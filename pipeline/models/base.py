@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -243,7 +244,7 @@ class CausalLM(nn.Module):
     @property
     def embedding_and_head(self) -> tuple[str, str]:
         """Last parts of the names of embedding and head, which adapters use."""
-        return self.embedding_name.rsplit(".", 1)[-1], self.head_name.rsplit(".", 1)[-1]
+        return self.embedding_name.rpartition(".")[2], self.head_name.rpartition(".")[2]
 
     @property
     def device(self) -> torch.device:
@@ -280,10 +281,7 @@ class VirtualTokens(nn.Module):
         segments: Sequence[int] | None,
         cache: Any,
     ) -> Tensor:
-        """`CausalLM.hidden_states`, (B, T, D), after the virtual tokens.
-
-        Theirs are left out.
-        """
+        """`CausalLM.hidden_states`, (B, T, D), of the tokens after the virtual ones."""
         shifted = None if positions is None else positions + self.count
         if cache is not None and cache.get_seq_length():  # it already holds the virtual tokens
             return model.run_body(ids, shifted, segments, cache)
@@ -342,9 +340,9 @@ class PackedCache:
     def update(
         self, block: int, keys: Tensor, values: Tensor, lengths: Sequence[int]
     ) -> list[tuple[Tensor, Tensor]]:
-        """Each sequence's keys and values (1, G, S, K), the new ones at the end.
+        """Append keys and values (1, G, T, K) of sequences of `lengths`.
 
-        The new ones are (1, G, T, K), those of sequences of `lengths`.
+        Returns all keys and values (1, G, S, K) of each sequence.
         """
         new = torch.cat((keys, values), 3).split_with_sizes(list(lengths), 2)
         pairs = zip(self.sequences, new, strict=True)
@@ -435,8 +433,8 @@ def packed_hidden_states(model: CausalLM, sequences: Sequence[Sequence[int]]) ->
             stop += 1
         row = sequences[start:stop]
         lengths = [len(sequence) for sequence in row]
-        ids = [id_ for sequence in row for id_ in sequence]
-        positions = [t for length in lengths for t in range(length)]
+        ids = [*chain.from_iterable(row)]
+        positions = [*chain.from_iterable(map(range, lengths))]
         table = to_device(torch.tensor([[ids], [positions]]), model.device)  # (2, 1, T): one copy
         segments = lengths if len(row) > 1 else None
         hidden = model.hidden_states(table[0], table[1], segments)[0]
@@ -466,14 +464,15 @@ def set_row_count(model: CausalLM, rows: int) -> None:
 def compute_in_fp32(model: nn.Module) -> Iterator[None]:
     """Inside the block each part of `model` is in fp32 while it runs.
 
-    Only then, so that little memory is added. In 16 bits, two correct computations of the same
+    The others stay narrow, which saves memory. In 16 bits, two correct computations of the same
     logits differ by up to a tenth of the largest.
     """
     parameters_of, narrow = {}, {}
     for module in model.modules():
         # a forward may read its leaf children's parameters, whose own forward then never runs
         leaves = [child for child in module.children() if not [*child.children()]]
-        parameters = [p for part in (module, *leaves) for p in part.parameters(recurse=False)]
+        by_part = (part.parameters(recurse=False) for part in (module, *leaves))
+        parameters = [*chain.from_iterable(by_part)]
         in_16_bits = {p: p.dtype for p in parameters if p.dtype.itemsize == 2}
         narrow.update(in_16_bits)
         if in_16_bits:

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -143,11 +144,6 @@ def fp64_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == WITHOUT_FP64 else device
 
 
-def in_fp64(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in fp64, on the `fp64_device` of its own."""
-    return tensor.to(fp64_device(tensor.device), torch.float64)
-
-
 @contextmanager
 def placed_for_inference(model: nn.Module) -> Iterator[None]:
     """`move_for_inference`, and back to the CPU afterwards.
@@ -209,7 +205,7 @@ def read_numbers(tensors: Sequence[Tensor]) -> list[float]:
     rows = [tensor.detach().view(-1) for tensor in tensors]
     # there is nothing to wait for, and joining them is one call more
     if not rows or rows[0].is_cpu:
-        return [number for row in rows for number in row.tolist()]
+        return [*chain.from_iterable(row.tolist() for row in rows)]
     numbers: list[float] = torch.cat(rows).tolist()
     return numbers
 

@@ -133,21 +133,18 @@ def generate_all(
     A token of each comes from one forward where the model reads sequences side by side. Raises
     UserError if the logits are not finite.
     """
-    if model.virtual is not None or not model.mixes_lengths or not _reads_side_by_side(model):
+    if not model.mixes_lengths or not _reads_side_by_side(model):
         pairs = zip(prompts, limits, strict=True)
         return [list(generate(model, prompt, ends, limit, packed=False)) for prompt, limit in pairs]
-    groups, size = [list[int]()], 0
-    for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        size += len(prompt) + limit
-        if groups[-1] and size > GROUP_TOKENS:
-            groups.append([])
-            size = len(prompt) + limit
-        groups[-1].append(number)
     answers: list[list[int]] = []
-    for group in groups:
-        parts, rooms = [prompts[n] for n in group], [limits[n] for n in group]
-        answers += _generate_group(model, parts, ends, rooms)
-    return answers
+    start = size = 0
+    for stop, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        tokens = len(prompt) + limit
+        if stop > start and size + tokens > GROUP_TOKENS:
+            answers += _generate_group(model, prompts[start:stop], ends, limits[start:stop])
+            start, size = stop, 0
+        size += tokens
+    return answers + _generate_group(model, prompts[start:], ends, limits[start:])
 
 
 @torch.no_grad()
@@ -282,9 +279,9 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
         return probabilities
     if k:
         candidates = logits >= logits.topk(k).values[-1]
-    # tokens below the mean of 1 - p over all have less than 1 - p together; half of it, as sums are
-    # rounded
     else:
+        # tokens below the mean of 1 - p over all have less than 1 - p together; half of it, as sums
+        # are rounded
         candidates = probabilities >= min((1 - p) / 2 / len(logits), float(probabilities.max()))
     ids = candidates.nonzero()[:, 0]  # (n,)
     # stable: of equal logits the lower id is the likelier one everywhere, so that a seed gives the

@@ -4,7 +4,6 @@ Any causal language model that transformers opens is imported completely or reje
 never read. Two imports of one base write the same bytes, whatever its path.
 """
 
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,7 +27,15 @@ from pipeline.models.load import (
     refuse_quantized,
 )
 from pipeline.models.quantized_linear import require_bitsandbytes, rows_of_blocks
-from pipeline.models.save import clean, generation_of, load_strict, quiet, reported, save_checkpoint
+from pipeline.models.save import (
+    clean,
+    copy_tokenizer,
+    generation_of,
+    load_strict,
+    quiet,
+    reported,
+    save_checkpoint,
+)
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 # raised when a file gives another base than before, so that those in the user's cache are not used
@@ -64,13 +71,12 @@ def import_base(
     `auto` keeps the precision of the weights; a GGUF file, which is quantized, becomes fp32.
     Raises UserError if anything is missing, left over, damaged, not finite or not causal.
     """
-    dtype = DTYPES.get(precision)  # None for auto
+    dtype, revision = DTYPES.get(precision), None  # no dtype for auto
     with quiet(), tempfile.TemporaryDirectory() as scratch:
         if source.kind == base_model.GGUF:
-            revision = None
             model, more = _import_gguf(source, out, dtype or torch.float32, Path(scratch))
         else:
-            folder, revision = source.path, None
+            folder = source.path
             if source.kind != base_model.FOLDER:
                 folder = _download(source, trust_remote_code)
                 revision = folder.name
@@ -142,8 +148,6 @@ def _import_folder(
     """Copy a checkpoint folder through transformers; errors call it `name`.
 
     Returns the model, and the manifest's entry of a quantized one.
-
-    Errors call it `name`.
     """
     from transformers import AutoTokenizer
 
@@ -155,25 +159,22 @@ def _import_folder(
     refuse_implausible(folder, files)  # it also rejects damaged files, with a reason
     if kind is None:
         model = load_strict(folder, name, trust_remote_code, dtype=dtype or "auto")
+        refuse_integers(model, files, name)
     else:
         require_bitsandbytes(f"{name} is quantized ({kind}), which")
         model = load_strict(folder, name, trust_remote_code, dtype="auto", device_map="cpu")
         with reported(name, trust_remote_code):
             model = _dequantize(model, dtype or model.dtype)
         more["dequantized"] = kind
-    if kind is None:
-        refuse_integers(model, files, name)
     refuse_not_finite(model, name)
     with reported(name, trust_remote_code):
         save_checkpoint(model, out, generation_of(folder))
 
     if (folder / "tokenizer.json").is_file():
-        for pattern in base_model.TOKENIZER:
-            for path in folder.glob(pattern):
-                shutil.copyfile(path, out / path.name)
+        copy_tokenizer(folder, out)
         return model, more
     # Without tokenizer.json transformers converts the older files.
-    if not any(path for pattern in base_model.VOCABULARY for path in folder.glob(pattern)):
+    if not any(any(folder.glob(pattern)) for pattern in base_model.VOCABULARY):
         raise UserError(f"{name} has no tokenizer: no tokenizer.json or older file. Copy it too.")
     with reported(name, trust_remote_code, "Give the folder a tokenizer.json"):
         tokenizer = AutoTokenizer.from_pretrained(

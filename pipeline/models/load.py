@@ -1,6 +1,7 @@
 """Load a model and its tokenizer from a checkpoint folder, or build it without weights."""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,20 +65,18 @@ def load_base(
     Raises UserError; never loads a checkpoint partially.
     """
     asked_device()  # a device that is not there is said before a large base is read
-    config, files = read_config(folder), weight_files(folder)
-    refuse_quantized(config, str(folder))
-    refuse_implausible(folder, files)
+    ours = _describe_minigpt(folder)
     tokenizer = load_tokenizer(folder)
     requested = DTYPES[precision] if precision else None
     # quantization starts from the weights as they are stored
     dtype = requested if quantization == "none" else None
-    if MiniGPTConfig.describes(config):
-        ours = MiniGPT(MiniGPTConfig.from_opt(config, str(folder / CONFIG)))
-        expected = {name: tuple(tensor.shape) for name, tensor in state(ours).items()}
+    if ours is not None:
+        minigpt = MiniGPT(ours)
+        expected = {name: tuple(tensor.shape) for name, tensor in state(minigpt).items()}
         refuse_difference(expected, shapes(folder / WEIGHTS), str(folder / WEIGHTS))
         # a tied head is not stored
-        ours.load_state_dict(load_tensors(folder / WEIGHTS), strict=not ours.shape.tied)
-        model: CausalLM = ours.to(dtype or torch.float32)
+        minigpt.load_state_dict(load_tensors(folder / WEIGHTS), strict=not ours.tie_embeddings)
+        model: CausalLM = minigpt.to(dtype or torch.float32)
     else:
         # MiniGPT does not need transformers
         from pipeline.models.transformers_model import load_pretrained
@@ -85,16 +84,16 @@ def load_base(
         model = load_pretrained(folder, dtype, trust_remote_code)
         if world().world_size > 1 and quantization == "none":
             model.stored = _stored(model, folder)
-    refuse_integers(model, files, str(folder))
+    refuse_integers(model, weight_files(folder), str(folder))
     device = device_for(model)
     # An imported base was checked, as was one that was made here; of several processes each reads
     # its rows only.
     if not (folder / MANIFEST).exists() and world().world_size == 1:
         refuse_not_finite(model, str(folder))
-        if device.type == "cpu" and not isinstance(model, MiniGPT):
+        if device.type == "cpu" and ours is None:
             _refuse_unusable(model, str(folder), trust_remote_code)
     rows, tokens = model.shape.rows, len(tokenizer)
-    if tokens > rows or (tokens < rows and isinstance(model, MiniGPT)):
+    if tokens > rows or (tokens < rows and ours is not None):
         raise UserError(
             f"{folder}: the tokenizer has {tokens} tokens, the model's embedding {rows} rows. "
             "Copy both from the same model."
@@ -107,10 +106,7 @@ def load_base(
 
 
 def _stored(model: CausalLM, folder: Path) -> dict[Tensor, TensorLocation]:
-    """Each weight that has name, shape and dtype of a tensor in `folder`.
-
-    None of them was renamed, fused or cast.
-    """
+    """Each weight that was not renamed, fused or cast, and its place in the files of `folder`."""
     locations, stored = tensor_locations(folder), dict[Tensor, TensorLocation]()
     for name, p in model.named_parameters():
         location = locations.get(name)
@@ -135,9 +131,9 @@ def save_base(folder: Path, base: Base) -> None:
 
 
 def skeleton(folder: Path, trust_remote_code: bool = False) -> CausalLM:
-    """The model of the checkpoint in `folder` on the meta device. Raises UserError.
+    """The model of the checkpoint in `folder` on the meta device: names, shapes and ties alone.
 
-    It has names, shapes and ties, and takes almost no memory.
+    Raises UserError.
     """
     with torch.device("meta"), _SkipInit():
         return untrained(folder, trust_remote_code)
@@ -158,15 +154,26 @@ def untrained(folder: Path, trust_remote_code: bool = False) -> CausalLM:
 
     Its family's initialization draws from torch's default generator.
     """
-    config = read_config(folder)
-    refuse_quantized(config, str(folder))
-    refuse_implausible(folder, weight_files(folder))
-    if MiniGPTConfig.describes(config):
-        return MiniGPT(MiniGPTConfig.from_opt(config, str(folder / CONFIG))).eval()
+    ours = _describe_minigpt(folder)
+    if ours is not None:
+        return MiniGPT(ours).eval()
     # MiniGPT does not need transformers
     from pipeline.models.transformers_model import without_weights
 
     return without_weights(folder, trust_remote_code)
+
+
+def _describe_minigpt(folder: Path) -> MiniGPTConfig | None:
+    """The shape of the MiniGPT in `folder`; None if it is another model.
+
+    Raises UserError for what must not be built: quantized weights, or far more than there are.
+    """
+    config = read_config(folder)
+    refuse_quantized(config, str(folder))
+    refuse_implausible(folder, weight_files(folder))
+    if not MiniGPTConfig.describes(config):
+        return None
+    return MiniGPTConfig.from_opt(config, str(folder / CONFIG))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -225,10 +232,8 @@ def refuse_integers(model: torch.nn.Module, files: Sequence[Path], name: str) ->
 def refuse_not_finite(model: torch.nn.Module, name: str) -> None:
     """Raises UserError if a weight holds NaN or infinity.
 
-    Logits show it only for the tokens that it concerns.
-
-    The least and the largest number tell: reading a weight once, without a copy, takes a GB in half
-    a second.
+    Logits show it only for the tokens that it concerns. The least and the largest number tell:
+    reading a GB of weights once, without a copy, takes half a second.
     """
     for tensor, weight in model.named_parameters():
         if not weight.is_floating_point() or not weight.numel():
@@ -264,7 +269,7 @@ def refuse_implausible(folder: Path, files: Sequence[Path]) -> None:
     the memory.
     """
     config, source = read_json(folder / CONFIG, "Copy it again"), folder / CONFIG
-    infos = [info for path in files for info in read_header(path).values()]
+    infos = [*chain.from_iterable(read_header(path).values() for path in files)]
     stored = sum(prod(info.shape) for info in infos)
     # a stored number packs several parameters: at least 2 bits each
     if config.get("quantization_config"):
@@ -278,10 +283,12 @@ def refuse_implausible(folder: Path, files: Sequence[Path]) -> None:
         _refuse_sizes(part, len(infos), most, source)
     try:
         total = architecture(config, str(source)).total
-    except (UserError, ArithmeticError, AttributeError, LookupError, RecursionError):
-        return  # of an architecture that the calculator does not support
-    except (TypeError, ValueError):
-        return  # of values that transformers will reject
+    # of an architecture that the calculator does not support, or values that transformers rejects
+    except (
+        *(UserError, ArithmeticError, AttributeError, LookupError, RecursionError),
+        *(TypeError, ValueError),
+    ):
+        return
     if total > most:
         raise _implausible(
             source, f"it describes {total:,} parameters, the weights have {stored:,}"

@@ -160,9 +160,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         B, T, D = x.shape
         H, K = self.n_heads, self.head_size
-        q = self.q_proj(x).view(B, T, H, K).transpose(1, 2)  # (B, H, T, K)
-        k = self.k_proj(x).view(B, T, H, K).transpose(1, 2)  # (B, H, T, K)
-        v = self.v_proj(x).view(B, T, H, K).transpose(1, 2)  # (B, H, T, K)
+        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))  # (B, T, D) each
+        q, k, v = (y.view(B, T, H, K).transpose(1, 2) for y in projected)  # (B, H, T, K) each
         lengths, rule, pairs = [*(segments or [T])], Rule(K**-0.5), None
         if isinstance(cache, KVCache):
             k, v = cache.update(k, v, self.layer)  # (B, H, S, K)
@@ -227,14 +226,11 @@ class Block(nn.Module):
         """The same in one call, if only low-rank updates train."""
         if not uses_cpu_kernels(x.device) or (segments is not None and x.shape[1] > PACK_UP_TO):
             return None
-        attention, mask = self.self_attn, None
+        attention = self.self_attn
         linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
-        norms, feed_forward = (
-            (self.self_attn_layer_norm, self.final_layer_norm),
-            (self.fc1, self.fc2),
-        )
-        if segments is not None:
-            mask = _segment_mask(tuple(segments), x.dtype)
+        norms = (self.self_attn_layer_norm, self.final_layer_norm)
+        mask = None if segments is None else _segment_mask(tuple(segments), x.dtype)
+        feed_forward = (self.fc1, self.fc2)
         return low_rank_block(x, norms, linears, feed_forward, attention.n_heads, mask, segments)
 
 

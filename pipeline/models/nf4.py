@@ -49,9 +49,8 @@ class Quantized:
 def levels() -> Tensor:
     """(16,) fp32, ascending: 0 and quantiles of N(0, 1), divided by the largest.
 
-    At equal steps there are 7 quantiles below 0 and 8 above.
-
-    Each step is rounded to fp32, as in the published table: exact steps change last bits.
+    There are 7 quantiles below 0 and 8 above, at equal steps of the probability. Each step is
+    rounded to fp32, as in the published table: exact steps change last bits.
     """
     both = torch.cat([-_quantiles(7), torch.zeros(1), _quantiles(8)]).sort().values
     return both / both.max()
@@ -77,10 +76,10 @@ def _quantiles(count: int) -> Tensor:
     return quantiles.float()
 
 
-def dynamic_levels() -> Tensor:
+def dynamic_levels(signed: bool = True) -> Tensor:
     """(256,) fp32, ascending: 0, 1 and ± fraction · 10^e for e from -6 to 0.
 
-    There are 2^(e + 6) fractions for each e.
+    There are 2^(e + 6) fractions for each e; not `signed`, twice as many and none below 0.
 
     A smaller exponent leaves fewer bits for the fraction (the dynamic tree of Dettmers et al. 2022,
     sections 1.3 and 2). The fractions are the midpoints of equal intervals of [0.1, 1]; there is no
@@ -88,9 +87,9 @@ def dynamic_levels() -> Tensor:
     """
     parts = [torch.tensor([0.0, 1.0])]
     for exponent in range(-6, 1):
-        edges = torch.linspace(0.1, 1, 2 ** (exponent + 6) + 1)
+        edges = torch.linspace(0.1, 1, 2 ** (exponent + 6 + (not signed)) + 1)
         midpoints = 10.0**exponent * ((edges[:-1] + edges[1:]) / 2)
-        parts += [midpoints, -midpoints]
+        parts += [midpoints, -midpoints] if signed else [midpoints]
     return torch.cat(parts).sort().values
 
 
@@ -128,13 +127,11 @@ def quantize_scales(scales: Tensor) -> Scales:
 
 
 def quantize_dynamic(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (M,) in `dynamic_levels` of M numbers, uint8, with the scale of each block.
+    """Codes (M,) of M numbers in `dynamic_levels`, uint8, with the scale of each block.
 
-    The scale of a block of 256 is its largest magnitude.
-
-    A number is rounded to one of STEPS grid points on [-1, 1], then to the level nearest to that.
-    No grid point is 0 or near the smallest levels: 0 becomes 2.1e-5. A block of zeros gets code 0,
-    and stays 0.
+    The scale of a block of 256 numbers is its largest magnitude. A number is rounded to one of
+    STEPS grid points on [-1, 1], then to the level nearest to that. No grid point is 0 or near the
+    smallest levels: 0 becomes 2.1e-5. A block of zeros gets code 0, and stays 0.
     """
     blocks = _in_blocks(x, NF4_BLOCK_2)
     largest = blocks.abs().amax(1)

@@ -23,9 +23,7 @@ DOUBLE = "nf4-dq"
 
 
 class QuantizedLinear(LowBitLinear):
-    """y = Wx + b, with W (O, I) dequantized in x's precision for each use.
-
-    No copy is kept.
+    """y = Wx + b, with W (O, I) dequantized in x's precision for each use and not kept.
 
     LLM.int8's own products also quantize x; here int8, like NF4, only stores W, and x keeps its
     precision.

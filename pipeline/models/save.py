@@ -5,6 +5,7 @@ machine.
 """
 
 import re
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from pipeline.errors import FULL, UserError, first_line, is_out_of_memory
 from pipeline.files.artifact import read_json, write_json
-from pipeline.files.base_model import CODE, TensorLocation
+from pipeline.files.base_model import CODE, TOKENIZER, TensorLocation
 from pipeline.files.safetensors_file import as_os_error, shapes
 
 CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
@@ -115,12 +116,18 @@ def load_strict(
     return model.eval()
 
 
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer files of `source` into `folder`."""
+    for pattern in TOKENIZER:
+        for path in source.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
+
+
 def save_checkpoint(model: Any, folder: Path, generation: str | None) -> None:
-    """config.json, one model.safetensors, the model's own code, and `generation`.
+    """Write config.json, one model.safetensors and the model's own code.
 
-    That is the text of generation_config.json, if any.
-
-    Raises OSError on a full disk.
+    `generation`: the text of generation_config.json; None: there is none. Raises OSError on a full
+    disk.
     """
     from transformers import GenerationConfig
 
@@ -145,9 +152,7 @@ def generation_of(folder: Path) -> str | None:
 
 
 def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary settings of a config by the names that other programs read.
-
-    Those are transformers 4, mlx-lm and others.
+    """The rotary settings of a config by the names that transformers 4, mlx-lm and others read.
 
     transformers 5 writes them as `rope_parameters` alone. Programs that do not know it take their
     own defaults, and answer differently without a word. {} if layers have different ones: those

@@ -75,8 +75,8 @@ class TransformersModel(CausalLM):
         embedding = model.get_input_embeddings()
         # nothing is padded here, and a model whose end token is its pad token must learn to read it
         model.config.pad_token_id = embedding.padding_idx = None
-        names = {id(module): name for name, module in model.named_modules()}
-        self.embedding_name, self.head_name = names[id(embedding)], names[id(head)]
+        names = {module: name for name, module in model.named_modules()}
+        self.embedding_name, self.head_name = names[embedding], names[head]
         self._tied = embedding.weight is head.weight
         # what families do to the head's logits: Gemma 2 caps, Cohere scales, Granite divides
         self.logit_cap = getattr(config, "final_logit_softcapping", None)

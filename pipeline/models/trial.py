@@ -24,19 +24,15 @@ def try_kernels(device: torch.device) -> Sequence[Finding]:
     """What was tried on `device` and did not work."""
     with held() as findings:
         try:
-            _prepare_for_training(device)
+            model = from_config(LLAMA, torch.bfloat16).eval()
+            if uses_cpu_kernels(device):
+                model.prepare_cpu_training()
+            else:
+                from pipeline.models.kernels.accelerator import fuses_head
+
+                model.prepare_accelerator_training(device)
+                fuses_head(model.to(device))
+            _ = model.supports_packing
         except Exception as error:  # of a driver, or of a card without memory
             record(f"a small model on {device}", error, "nothing is computed there")
     return findings
-
-
-def _prepare_for_training(device: torch.device) -> None:
-    model = from_config(LLAMA, torch.bfloat16).eval()
-    if uses_cpu_kernels(device):
-        model.prepare_cpu_training()
-    else:
-        from pipeline.models.kernels.accelerator import fuses_head
-
-        model.prepare_accelerator_training(device)
-        fuses_head(model.to(device))
-    _ = model.supports_packing

@@ -4,6 +4,7 @@ n is the number of virtual tokens, G of key and value heads, L of blocks.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class PromptTokens(VirtualTokens):
         longer = None if segments is None else [n + length for length in lengths]
         out = model.run_body(x, all_positions, longer, cache)
         # in turn: virtual tokens, sequence
-        sizes = [size for length in lengths for size in (n, length)]
+        sizes = [*chain.from_iterable((n, length) for length in lengths)]
         sequences = out.split(sizes, 1)[1::2]  # type: ignore[no-untyped-call]  # (B, t, D) each
         return sequences[0] if len(sequences) == 1 else torch.cat(sequences, 1)
 
@@ -89,7 +90,7 @@ def before_each(first: Tensor, x: Tensor, lengths: Sequence[int]) -> Tensor:
     """`first` (1, n, …) before each of the sequences of `lengths` in x (B, T, …)."""
     rows = first.expand(x.shape[0], *first.shape[1:])  # (B, n, …)
     sequences = x.split_with_sizes(list(lengths), 1)
-    return torch.cat([part for sequence in sequences for part in (rows, sequence)], 1)
+    return torch.cat([*chain.from_iterable((rows, sequence) for sequence in sequences)], 1)
 
 
 def prefix_of(read: Sequence[tuple[Tensor, Tensor]], layers: int) -> PrefixTokens:
@@ -97,7 +98,7 @@ def prefix_of(read: Sequence[tuple[Tensor, Tensor]], layers: int) -> PrefixToken
 
     Raises UserError for a model whose blocks do not all have such a pair.
     """
-    shapes = {tuple(x.shape) for pair in read for x in pair}
+    shapes = {tuple(x.shape) for x in chain.from_iterable(read)}
     if len(read) != layers or len(shapes) != 1:
         raise UserError(
             "Prefix tuning needs keys and values of the same shape in every block, which this "

@@ -13,7 +13,7 @@ from pipeline.data.examples import IGNORED, Window
 from pipeline.data.windows import Dataset, InMemoryDataset
 from pipeline.models.base import CausalLM
 from pipeline.training.batches import Batch, Batches, collate
-from pipeline.training.losses import Head, chunk_of, chunked_mean, cross_entropy, trained_head
+from pipeline.training.losses import Head, cross_entropy, mean_loss
 from pipeline.training.retention import RetentionLoss
 from pipeline.training.step import LossPath, StepBatch
 
@@ -64,7 +64,9 @@ class ManyAdapters(LossPath):
             tokens = dict.fromkeys(rows, b * T)
             yield self._step_batch(batch, tokens, tokens)
             return
-        pairs = [(n, windows[number]) for n, numbers in rows.items() for number in numbers]
+        pairs = list[tuple[int, Window]]()
+        for n, numbers in rows.items():
+            pairs += [(n, windows[number]) for number in numbers]
         joint = self._collate(pairs)
         if joint.batch.segments is not None and not self.supports_packing:
             yield from (self._collate([pair]) for pair in pairs)
@@ -95,19 +97,17 @@ class ManyAdapters(LossPath):
 
     def losses(self, batch: StepBatch) -> Tensor:
         model, inputs, counts = self._model, batch.batch, list(batch.labels.values())
-        rows = model.hidden_states(inputs.ids, inputs.positions, inputs.segments)  # (B, T, D)
-        rows = rows.flatten(0, 1)  # (N, D)
+        rows = inputs.read_by(model)  # (N, D)
         rows = rows if inputs.label_index is None else rows.index_select(0, inputs.label_index)
         if len(set(counts)) == 1 and len(rows) * model.shape.rows <= LOGITS:
             with self._routing.route(self._counts(batch.labels)):
                 logits = model.logits(rows).float()
             losses = F.cross_entropy(logits, inputs.labels, reduction="none")  # (N,)
             return losses.view(len(counts), -1).mean(1)
-        trained, means = trained_head(model), []
+        means = []
         parts = torch.split(rows, counts), torch.split(inputs.labels, counts)
         for n, x, y in zip(batch.labels, *parts, strict=True):
-            summed = cross_entropy(self._head(n))
-            means.append(chunked_mean(summed, x, y, chunk_of(model, len(x)), trained))
+            means.append(mean_loss(model, cross_entropy(self._head(n)), x, y))
         return torch.stack(means)
 
     def divergences(self, batch: StepBatch, retain: RetentionLoss) -> Tensor:

@@ -1,12 +1,13 @@
-"""Padding-free batches. Each epoch is shuffled by a generator that depends only on the seed and the
-epoch number.
+"""Padding-free batches.
 
-So a run that resumes in the middle of an epoch sees the same batches as an uninterrupted run.
+Each epoch is shuffled by a generator that depends only on the seed and the epoch's number. So a run
+that resumes in the middle of an epoch sees the same batches as an uninterrupted run.
 """
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -14,25 +15,20 @@ from torch import Tensor
 
 from pipeline.data.examples import IGNORED, Window
 from pipeline.data.windows import Dataset
+from pipeline.models.base import CausalLM
 from pipeline.models.device import to_device
 from pipeline.training.parallel.collectives import shard_for_rank
 
 
 @dataclass(frozen=True)
 class Batch:
-    """ids and positions (B, T), and the N tokens that carry a label: `labels` (N,), without
-    IGNORED.
+    """Sequences of equal length in B rows, or others packed into one row, and N labels."""
 
-    `label_index` (N,) are their indices into the B·T flattened tokens; None if every token has a
-    label. Sequences of equal length form B rows. Others are packed into one row, and `segments` are
-    their lengths.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    labels: Tensor
-    label_index: Tensor | None
-    segments: tuple[int, ...] | None = None
+    ids: Tensor  # (B, T)
+    positions: Tensor  # (B, T)
+    labels: Tensor  # (N,), without IGNORED
+    label_index: Tensor | None  # (N,), of the B·T flattened tokens; None: every one has a label
+    segments: tuple[int, ...] | None = None  # lengths of packed sequences
     idle: bool = False  # run only so that all ranks call the model equally often; weighs 0
     in_chunks: ClassVar[bool] = False  # whether logits are computed in chunks even if there are few
 
@@ -41,24 +37,28 @@ class Batch:
         """Number of labels; 0 if the batch is idle."""
         return 0 if self.idle else len(self.labels)
 
+    def read_by(self, model: CausalLM) -> Tensor:
+        """(B·T, D): the hidden states of all its tokens."""
+        return model.hidden_states(self.ids, self.positions, self.segments).flatten(0, 1)
+
+    def as_idle(self) -> "Batch":
+        """The same, weighing nothing."""
+        return replace(self, idle=True)
+
     def to(self, device: torch.device) -> "Batch":
         """On `device`, by one copy that the host does not wait for: of all whole numbers."""
         if self.ids.device == device:
             return self
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        moved: dict[str, Any] = {
-            name: to_device(value, device)
-            for name, value in tensors.items()
-            if value.dtype != torch.int64
-        }
-        whole = {name: value for name, value in tensors.items() if name not in moved}
+        moved, whole = dict[str, Any](), dict[str, Tensor]()
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and value.dtype == torch.int64:
+                whole[name] = value
+            elif isinstance(value, Tensor):
+                moved[name] = to_device(value, device)
         table = to_device(torch.cat([value.reshape(-1) for value in whole.values()]), device)
         parts = table.split_with_sizes([value.numel() for value in whole.values()])
-        moved |= {
-            name: part.view(value.shape)
-            for (name, value), part in zip(whole.items(), parts, strict=True)
-        }
+        for (name, value), part in zip(whole.items(), parts, strict=True):
+            moved[name] = part.view(value.shape)
         return replace(self, **moved)
 
     def unpack(self) -> list["Batch"]:
@@ -67,25 +67,9 @@ class Batch:
             return [self]
         index = torch.arange(self.ids.numel()) if self.label_index is None else self.label_index
         labels = torch.full((self.ids.numel(),), IGNORED).index_put((index,), self.labels)
-        parts = zip(
-            *(
-                torch.split(t, list(self.segments))
-                for t in (self.ids[0], self.positions[0], labels)
-            ),
-            strict=True,
-        )
-        return [replace(_batch_from(torch.stack(part), None), idle=self.idle) for part in parts]
-
-
-def batch_for_rank(windows: Dataset, numbers: Sequence[int]) -> Batch:
-    """The batch of this rank: every world_size-th of the windows `numbers`, all of them in a single
-    process.
-
-    A rank that gets none runs the first window as an idle batch.
-    """
-    indices = shard_for_rank(numbers)
-    batch = collate([windows[number] for number in indices or numbers[:1]])
-    return batch if indices else replace(batch, idle=True)
+        table = torch.stack((self.ids[0], self.positions[0], labels))  # (3, ΣT)
+        parts = table.split_with_sizes([*self.segments], 1)
+        return [replace(_batch_from(part, None), idle=self.idle) for part in parts]
 
 
 def collate(windows: Sequence[Window]) -> Batch:
@@ -116,8 +100,9 @@ def collate(windows: Sequence[Window]) -> Batch:
 def _batch_from(
     table: Tensor, segments: tuple[int, ...] | None, all_labelled: bool = False
 ) -> Batch:
-    """From ids, positions and labels, (3, N) for one row or (3, B, T). `all_labelled`: known
-    without a look.
+    """From ids, positions and labels, (3, N) for one row or (3, B, T).
+
+    `all_labelled`: known without a look.
     """
     ids, positions, labels = (table if table.dim() == 3 else table[:, None]).unbind()  # (B, T) each
     flat = labels.flatten()
@@ -128,9 +113,7 @@ def _batch_from(
 
 
 class Batches:
-    """The batches of all epochs; a step accumulates the gradients of `gradient_accumulation_steps`
-    of them.
-    """
+    """The batches of all epochs; a step has `gradient_accumulation_steps` of them."""
 
     def __init__(
         self,
@@ -140,9 +123,11 @@ class Batches:
         gradient_accumulation_steps: int = 1,
         first: int = 0,
     ) -> None:
-        """`seed`: of the order of each epoch; None keeps the order of the windows. `first`: the
-        steps of a run that this one continues; step 0 is the one after them."""
-        self._windows, self._batch_size, self._seed = windows, batch_size, seed
+        """`seed`: of the order of each epoch; None keeps the order of the windows.
+
+        `first`: the steps of a run that this one continues; step 0 is the one after them.
+        """
+        self.dataset, self._batch_size, self._seed = windows, batch_size, seed
         self._step_size = batch_size * gradient_accumulation_steps  # sequences
         # of one epoch only: a data set may have millions of windows
         self._epoch, self._rows = 0, self._shuffle(0)
@@ -158,37 +143,40 @@ class Batches:
     def __getitem__(self, step: int) -> list[Batch]:
         """The batches of step `step` for this rank; steps are counted from 0 over all epochs."""
         self._last = step
-        return (
-            self._ahead[1]
-            if self._ahead is not None and self._ahead[0] == step
-            else self._read(step)
-        )
+        if self._ahead is not None and self._ahead[0] == step:
+            return self._ahead[1]
+        return self._read(step)
 
     def read_ahead(self) -> None:
-        """Make the batches of the step after the last one read, while an accelerator still computes
-        that one.
-        """
+        """Make the next step's batches while an accelerator still computes the last one read."""
         if self._last is not None:
             self._ahead = self._last + 1, self._read(self._last + 1)
 
     def _read(self, step: int) -> list[Batch]:
-        return [batch_for_rank(self._windows, rows) for rows in self.rows(step)]
+        return [self._batch_for_rank(numbers) for numbers in self.rows(step)]
 
-    @property
-    def dataset(self) -> Dataset:
-        """The windows that the batches are drawn from."""
-        return self._windows
+    def _batch_for_rank(self, numbers: Sequence[int]) -> Batch:
+        """Every world_size-th of the windows `numbers`, all of them in a single process.
+
+        A rank that gets none runs the first window as an idle batch.
+        """
+        indices = shard_for_rank(numbers)
+        batch = self._collate(indices or numbers[:1])
+        return batch if indices else batch.as_idle()
+
+    def _collate(self, numbers: Sequence[int]) -> Batch:
+        return collate([self.dataset[number] for number in numbers])
 
     def locations(self, step: int) -> list[str]:
         """`file:line` of each example in a step, without duplicates."""
-        rows = (row for rows in self.rows(step) for row in rows)
-        return list(dict.fromkeys(self._windows.location(row) for row in rows))
+        rows = chain.from_iterable(self.rows(step))
+        return list(dict.fromkeys(map(self.dataset.location, rows)))
 
     def largest_step(self, steps: Iterable[int]) -> int:
         """Of `steps`, the step whose largest batch has the most tokens; the first if several do."""
         return max(
             steps,
-            key=lambda step: max(sum(map(self._windows.tokens, rows)) for rows in self.rows(step)),
+            key=lambda step: max(sum(map(self.dataset.tokens, rows)) for rows in self.rows(step)),
         )
 
     def rows(self, step: int) -> list[list[int]]:
@@ -207,7 +195,7 @@ class Batches:
         # Python's generator, by a string: it hashes that by SHA-512, so every machine and torch has
         # the same order
         rows = list[int]()
-        for run, weight in self._windows.parts:
+        for run, weight in self.dataset.parts:
             times, part = divmod(weight, 1)
             rows += [*run] * int(times)
             if part and run:  # other ones in each epoch, and at least one of them

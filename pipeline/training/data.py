@@ -1,9 +1,11 @@
-"""What every training stage does around the loop: settings → batches and prompts before it, trained
-model → checkpoint after."""
+"""What every training stage does around the loop.
+
+Before it, settings become batches and prompts; after it, the trained model becomes a checkpoint.
+"""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from shutil import copyfile
 from typing import TYPE_CHECKING, TypedDict
@@ -35,18 +37,17 @@ def training_examples(
     job: Job, settings: Training, on_note: Callable[[str], None] | None = None
 ) -> Iterator[Example]:
     """The examples of all data files, in order. Raises UserError."""
-    examples = (
-        example
-        for file in settings.data_files
-        for example in iter_examples(
+    readers = (
+        iter_examples(
             job.path(file.path),
             file.path,
             columns=file.columns,
             on_note=on_note,
             templated=settings.templated,
         )
+        for file in settings.data_files
     )
-    return islice(examples, job.sample)
+    return islice(chain.from_iterable(readers), job.sample)
 
 
 def held_out_examples(job: Job, settings: Training) -> Iterator[Example]:
@@ -172,18 +173,17 @@ def _corpus_notes(job: Job, settings: Training, corpus: Corpus) -> Iterator[Note
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a model is asked while it trains, encoded. `every`: steps between two rounds; 0: as
-    evaluations.
-    """
+    """What a model is asked while it trains."""
 
     base: Base
     questions: "Sequence[Question]"
-    ids: Sequence[Sequence[int]]
-    every: int = 0
+    ids: Sequence[Sequence[int]]  # of each question
+    every: int = 0  # steps between two rounds; 0: as evaluations
 
     def answers(self, step: int) -> list[Sample]:
-        """The model's greedy answers as it is now. They change nothing that is trained: no random
-        number is drawn.
+        """The model's greedy answers as it is now.
+
+        They change nothing that is trained: no random number is drawn.
         """
         model = self.base.model
         model.eval()
@@ -224,8 +224,9 @@ def asked_while_training(job: Job, settings: Training, base: Base) -> Asked:
 
 
 def read_prompts(job: Job, settings: Training, base: Base) -> Prompts | None:
-    """The prompts of the stage's `samples`; None without. Raises UserError for one that the model
-    cannot read.
+    """The prompts of the stage's `samples`; None without.
+
+    Raises UserError for one that the model cannot read.
     """
     if not settings.samples.get("prompts"):
         return None
@@ -255,25 +256,23 @@ def read_prompts(job: Job, settings: Training, base: Base) -> Prompts | None:
 
 
 def held_out_questions(job: Job, settings: Training, base: Base) -> Prompts | None:
-    """The held-out examples that the model answers at each evaluation, as many as
-    `samples.held_out` says; None without, or if no example is held out."""
+    """The held-out examples to answer at each evaluation, `samples.held_out` of them.
+
+    None without that setting, or if no example is held out.
+    """
     most = settings.samples.get("held_out", 0)
     if not most or not (settings.eval_data or settings.eval_share):
         return None
     from pipeline.data.answers.questions import questions
 
     asked = questions(held_out_examples(job, settings), base.tokenizer, most, base.model.max_length)
-    return (
-        Prompts(base, asked, [base.tokenizer.encode(question.prompt) for question in asked])
-        if asked
-        else None
-    )
+    if not asked:
+        return None
+    return Prompts(base, asked, [base.tokenizer.encode(question.prompt) for question in asked])
 
 
 def save_logs(run: Path, out: Path) -> None:
-    """Copy the logs of a run folder that two runs write alike into the artifact: loss.csv, and
-    samples.jsonl if any.
-    """
+    """Copy the logs that two runs write alike into the artifact: loss.csv, samples.jsonl if any."""
     copyfile(run / LOSS, out / LOSS)
     if (run / SAMPLES).exists():
         copyfile(run / SAMPLES, out / SAMPLES)

@@ -272,6 +272,7 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
         _write_outcomes(job, task)
         logs = [stack.enter_context(log) for log in _open_logs(job, task, done)]
         signals = stack.enter_context(_held_signals())
+        save = partial(write_checkpoint, job, task, logs, optimizer)
         save_steps, saved_at = job.checkpoint_every or task.settings.save_steps, monotonic()
         try:
             # Steps after the last checkpoint are lost when the run is killed. The next run takes
@@ -286,7 +287,7 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
                 # all ranks stop after the same step
                 stop = all_reduce_max(signals[-1] if signals else 0)
                 if stop or done % save_steps == 0 or monotonic() - saved_at > MOST_LOST:
-                    write_checkpoint(job, task, logs, optimizer, done)
+                    save(done)
                     saved_at = monotonic()
                 if stop:
                     raise Interrupted(stop, f"{name}: stopped after step {done} of {task.total}")
@@ -296,7 +297,7 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
             # the checkpoint is of before: a run with it meets the same step again
             for n in diverged.gradients:
                 task.learners[n].resume()
-            write_checkpoint(job, task, logs, optimizer, done)
+            save(done)
             raise NotFinite(_describe_divergence(job, task, diverged)) from None
         # torch tells a lack of memory and a lost rank as RuntimeError
         except (RuntimeError, MemoryError) as error:
@@ -308,7 +309,7 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
                 checkpoint_note = "The last periodic checkpoint is kept. "
             else:
                 optimizer.clear()
-                write_checkpoint(job, task, logs, optimizer, done)
+                save(done)
                 checkpoint_note = f"A checkpoint after step {done} of {task.total} is kept. "
             if is_out_of_memory(error):
                 raise _out_of_memory(job, task, reason, done, checkpoint_note) from None

@@ -57,8 +57,19 @@ def mean_cross_entropy(
         from pipeline.models.kernels.accelerator import fused_cross_entropy
 
         return fused_cross_entropy(model, rows, labels)
-    size = chunk or chunk_of(model, len(rows))
-    return chunked_mean(cross_entropy(model.logits), rows, labels, size, trained_head(model))
+    return mean_loss(model, cross_entropy(model.logits), rows, labels, chunk)
+
+
+def mean_loss(
+    model: "CausalLM",
+    summed_loss: SummedLoss,
+    rows: Tensor,
+    targets: Tensor,
+    size: int | None = None,
+) -> Tensor:
+    """`chunked_mean` over hidden states of `model`; without a `size`, that of `chunk_of`."""
+    size = size or chunk_of(model, len(rows))
+    return chunked_mean(summed_loss, rows, targets, size, trained_head(model))
 
 
 def cross_entropy(head: Head) -> SummedLoss:

@@ -8,7 +8,7 @@ takes 1.4 seconds, longer than a short run trains; the functional form sorts ten
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, chain, groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.calc.settings import STATE_BLOCK, STATE_CHUNK
 from pipeline.errors import UserError
+from pipeline.models.nf4 import dynamic_levels
 from pipeline.project.params.sections import Training
 from pipeline.training.parallel.collectives import all_reduce, broadcast
 
@@ -140,7 +141,7 @@ class FlatOptimizer:
             rate = rates[learner]
             rate = None if rate is None else rate * factor
             spans.append(Span(start, stop, rate, self._decays[learner]))
-        self._rule.update(self.weights, self.gradient, self._state, spans)
+        self._rule.update(self.weights.view(-1), self.gradient.view(-1), self._state, spans)
         self._update_copies()
         self.clear()
         if self._scaled:
@@ -168,7 +169,7 @@ class FlatOptimizer:
 
     def tensors(self) -> list[Tensor]:
         """All its tensors; the rule's state is among them after the first step."""
-        copies = [tensor for _, weights, grad in self._copies for tensor in (weights, grad)]
+        copies = chain.from_iterable(pair for _, *pair in self._copies)
         return [self.weights, self.gradient, *copies, *self._state.values(), *self._rule.tables]
 
     def state(self) -> dict[str, Tensor]:
@@ -280,7 +281,7 @@ class UpdateRule:
     def update(
         self, weights: Tensor, gradient: Tensor, state: State, spans: Sequence[Span]
     ) -> None:
-        """Update `weights` and `state` from the gradient, which may be overwritten."""
+        """Update `weights` (P,) and `state` from the gradient (P,), which may be overwritten."""
         raise NotImplementedError
 
 
@@ -295,8 +296,7 @@ class AdamW(UpdateRule):
     def update(
         self, weights: Tensor, gradient: Tensor, state: State, spans: Sequence[Span]
     ) -> None:
-        moments = [state[name] for name in MOMENTS]
-        tensors = [tensor.view(-1) for tensor in (weights, gradient, *moments)]
+        tensors = [weights, gradient, *(state[name].view(-1) for name in MOMENTS)]
         state["step"] += 1
         for start, stop, rate, decay in _joined(spans):
             parts = [tensor[start:stop] for tensor in tensors]
@@ -335,7 +335,7 @@ class AdamW8bit(UpdateRule):
     def update(
         self, weights: Tensor, gradient: Tensor, state: State, spans: Sequence[Span]
     ) -> None:
-        weights, gradient, first = weights.view(-1), gradient.view(-1), 0
+        first = 0  # block of the span
         state["step"] += 1
         for start, stop, rate, decay in spans:
             if rate is not None:
@@ -378,7 +378,6 @@ class SGD(UpdateRule):
     def update(
         self, weights: Tensor, gradient: Tensor, state: State, spans: Sequence[Span]
     ) -> None:
-        weights, gradient = weights.view(-1), gradient.view(-1)
         for start, stop, rate, decay in _joined(spans):
             if decay:
                 gradient[start:stop].add_(weights[start:stop], alpha=decay)
@@ -393,7 +392,7 @@ def rule_of(name: str) -> UpdateRule:
     return AdamW() if name == "adamw" else AdamW8bit(paged=name.startswith("paged"))
 
 
-def _joined(spans: Sequence[Span]) -> Iterator[tuple[int, int, float, float]]:
+def _joined(spans: Sequence[Span]) -> list[tuple[int, int, float, float]]:
     """The spans that are updated, with neighbours of one rate and decay as one.
 
     A call costs more than a small adapter's arithmetic.
@@ -405,37 +404,30 @@ def _joined(spans: Sequence[Span]) -> Iterator[tuple[int, int, float, float]]:
         if joined and joined[-1][1:] == (start, rate, decay):
             start = joined.pop()[0]
         joined.append((start, stop, rate, decay))
-    return iter(joined)
+    return joined
 
 
 def _fused_adam(tensors: Sequence[Tensor], step: Tensor, rate: float, decay: float) -> None:
     """torch's kernel on weights, gradient, mean and mean square; `step` counts from 1."""
     weights, gradient, mean, square = ([tensor] for tensor in tensors)
-    kernel = torch._fused_adamw_ if decay > 0 else torch._fused_adam_
-    options: dict[str, Any] = {
-        "beta1": 0.9,
-        "beta2": 0.999,
-        "eps": 1e-8,
-        "amsgrad": False,
-        "maximize": False,
-    }
-    kernel(weights, gradient, mean, square, [], [step], lr=rate, weight_decay=decay, **options)
+    kernel: Any = torch._fused_adamw_ if decay > 0 else torch._fused_adam_
+    kernel(
+        *(weights, gradient, mean, square, [], [step]),
+        lr=rate,
+        beta1=0.9,
+        beta2=0.999,
+        weight_decay=decay,
+        eps=1e-8,
+        amsgrad=False,
+        maximize=False,
+    )
 
 
 class DynamicCode:
-    """256 values in [-1, 1], or in [0, 1] if not `signed`; a number becomes the nearest of them.
-
-    Dynamic tree quantization (Dettmers 2016): 0, 1, and in each of seven decades down to 1e-6 the
-    middles of equal intervals, twice as many as in the decade below.
-    """
+    """`dynamic_levels`, to the nearest of which a number is rounded."""
 
     def __init__(self, signed: bool, device: torch.device) -> None:
-        values = [torch.tensor([0.0, 1.0])]
-        for decade in range(7):
-            bounds = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1)
-            middles = (bounds[:-1] + bounds[1:]) / 2 * 10.0 ** (decade - 6)
-            values += [middles, -middles] if signed else [middles]
-        code = torch.cat(values).sort().values
+        code = dynamic_levels(signed)
         # above each value
         edges = torch.cat(((code[:-1] + code[1:]) / 2, torch.tensor([torch.inf])))
         if not signed:

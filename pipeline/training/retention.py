@@ -1,5 +1,6 @@
-"""Retention loss: KL divergence from the base on other texts (Learning without Forgetting, Li &
-Hoiem 2017).
+"""Retention loss: KL divergence from the base on other texts.
+
+Learning without Forgetting, Li & Hoiem 2017.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -7,11 +8,11 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.adapters.attach import disable_adapter
 from pipeline.adapters.lora import AdapterLayer
-from pipeline.data.examples import Example, Window
+from pipeline.data.examples import Window
 from pipeline.data.formats import iter_examples
 from pipeline.data.masking import encode
 from pipeline.data.windows import Dataset, InMemoryDataset
@@ -22,7 +23,7 @@ from pipeline.models.generate import generate_all
 from pipeline.models.load import Base
 from pipeline.project.runner import Event, Job, Note
 from pipeline.training.batches import Batch, Batches
-from pipeline.training.losses import Head, chunk_of, chunked_mean, divergence
+from pipeline.training.losses import Head, divergence, mean_loss
 
 
 class RetentionSettings(Protocol):
@@ -50,12 +51,12 @@ AsBase = Callable[[], AbstractContextManager[None]]
 
 
 class RetentionLoss:
-    """KL(base‖model) in nats per token, and its weight in the loss. The base is the model with its
-    adapter disabled.
+    """KL(base‖model) in nats per token, and its weight in the loss.
 
-    Of parameters that train in full beside the adapter (embeddings, head) it keeps a copy of the
-    original values. `as_base`: a context in which the model computes as its base, for a model that
-    knows one of its own. `first`: the steps of the run that this one continues.
+    The base is the model with its adapter disabled. Of parameters that train in full beside the
+    adapter (embeddings, head) it keeps a copy of the original values. `as_base`: a context in which
+    the model computes as its base, for a model that knows one of its own. `first`: the steps of the
+    run that this one continues.
     """
 
     def __init__(
@@ -69,46 +70,39 @@ class RetentionLoss:
         self.weight = settings.retention_weight
         self.batches = Batches(texts, settings.retention_batch_size, settings.seed, first=first)
         self._model, self._as_base = model, as_base or self._without_adapter
-        layers = (m for m in model.modules() if isinstance(m, AdapterLayer))
-        # with their layers
-        switched_off = {id(p) for layer in layers for p in layer.adapter_parameters().values()}
-        full = (
-            [p for p in model.parameters() if p.requires_grad and id(p) not in switched_off]
-            if not as_base
-            else []
-        )
-        self._originals = [(p, p.detach().clone()) for p in full]
+        self._originals: list[tuple[nn.Parameter, Tensor]] = []
+        if as_base:
+            return
+        with_layer = set[nn.Parameter]()  # switched off with its adapter layer
+        for module in model.modules():
+            if isinstance(module, AdapterLayer):
+                with_layer.update(module.adapter_parameters().values())
+        for p in model.parameters():
+            if p.requires_grad and p not in with_layer:
+                self._originals.append((p, p.detach().clone()))
 
     def divergence(self, batch: Batch) -> Tensor:
         """KL(base‖model), the mean over all tokens of the batch: a scalar with gradient."""
         return self.divergences(batch, [batch.ids.numel()], [self._model.logits])[0]
 
     def divergences(self, batch: Batch, counts: Sequence[int], heads: Sequence[Head]) -> Tensor:
-        """(L,): the same for each part of the batch's tokens, of `counts` tokens, with its own
-        head.
-        """
+        """(L,): the same for each part of the batch, of `counts` tokens, with its own head."""
         model = self._model
         with torch.no_grad(), self._as_base():
-            # (N, D)
-            before = model.hidden_states(batch.ids, batch.positions, batch.segments).flatten(0, 1)
-        after = model.hidden_states(batch.ids, batch.positions, batch.segments).flatten(0, 1)
+            before = batch.read_by(model)  # (N, D)
+        after = batch.read_by(model)
+
         # of the base the hidden states are kept, not the logits: those are made again chunk by
         # chunk
-        trained = [p for p in model.head.parameters() if p.requires_grad]
-
         def base_logits(hidden: Tensor) -> Tensor:
             with self._as_base():
                 return model.logits(hidden)
 
-        parts = zip(
-            heads, torch.split(after, [*counts]), torch.split(before, [*counts]), strict=True
-        )
-        return torch.stack(
-            [
-                chunked_mean(divergence(head, base_logits), x, y, chunk_of(model, len(x)), trained)
-                for head, x, y in parts
-            ]
-        )
+        rows, targets = (torch.split(states, [*counts]) for states in (after, before))
+        means = []
+        for head, x, y in zip(heads, rows, targets, strict=True):
+            means.append(mean_loss(model, divergence(head, base_logits), x, y))
+        return torch.stack(means)
 
     @contextmanager
     def _without_adapter(self) -> Iterator[None]:
@@ -136,17 +130,16 @@ def load_retention_texts(
     if settings.retention_weight and not settings.retention_data:
         raise UserError(
             f"{job.stage.section}.retention_weight is set, but {job.stage.section}.retention_data "
-            "is not. Set it to a "
-            "data file."
+            "is not. Set it to a data file."
         )
     if not settings.retains:
         return None
     path, name = job.path(settings.retention_data), settings.retention_data
     examples = list(iter_examples(path, name, prompts=True, templated=settings.templated))
     prompts = {
-        n: base.tokenizer.encode(each.text)
-        for n, each in enumerate(examples)
-        if each.prompt == each.text
+        n: base.tokenizer.encode(example.text)
+        for n, example in enumerate(examples)
+        if example.prompt == example.text
     }
     completed = dict[int, tuple[int, ...]]()
     if prompts:
@@ -163,11 +156,10 @@ def load_retention_texts(
     windows = []
     for n, example in enumerate(examples):
         # without the last id of a text: it is the end token, after which predictions do not matter
-        ids = completed.get(n) or _encode(example, settings, base)[:-1]
+        ids = completed.get(n)
+        if not ids:
+            positions = base.model.shape.positions
+            ids = encode(example, base.tokenizer, settings.max_length, positions).ids[:-1]
         # the divergence counts every token, so every token is a label
         windows.append(Window(0, ids, ids))
     return InMemoryDataset(windows, [example.location for example in examples])
-
-
-def _encode(example: Example, settings: RetentionSettings, base: Base) -> tuple[int, ...]:
-    return encode(example, base.tokenizer, settings.max_length, base.model.shape.positions).ids

@@ -170,20 +170,6 @@ def gradients(
     In a distributed run a rank reads its own batches, and the result is over all ranks. After an
     fp16 overflow the step is repeated at half the loss scale, so that no data is skipped.
     """
-    while True:
-        result = _accumulate(path, learners, live, optimizer, number)
-        finite = all(math.isfinite(gradient.norm) for gradient in result.values())
-        if finite or not optimizer.skip():
-            return result
-
-
-def _accumulate(
-    path: LossPath,
-    learners: Sequence[Learner],
-    live: Sequence[int],
-    optimizer: FlatOptimizer,
-    number: int,
-) -> dict[int, Gradient]:
     orders = {n: learners[n].batches for n in live}
     noises = {n: noise for n in live if (noise := learners[n].noise) is not None}
     ones = dict.fromkeys(live, 1.0)
@@ -197,10 +183,9 @@ def _accumulate(
         weights = {n: retain.weight for n, retain in retains.items()}
         first = next(iter(retains.values()))  # they differ only in weight and order
         divergence = partial(path.divergences, retain=first)
-        divergences, _ = _backward(path, retained, number, divergence, weights, optimizer.scale)
+        divergences, _ = _backward(path, retained, number, divergence, weights, optimizer.scale, {})
 
-    def means(numbers: Sequence[float]) -> tuple[dict[int, float], dict[int, float]]:
-        read = iter(numbers)
+    def means(read: Iterator[float]) -> tuple[dict[int, float], dict[int, float]]:
         of_losses, of_divergences = _sums(orders, losses, read), _sums(retained, divergences, read)
         reduced = iter(all_reduce_numbers(*of_losses.values(), *of_divergences.values()))
         return (
@@ -213,16 +198,18 @@ def _accumulate(
     # until it is computed.
     if is_distributed():
         # before the gradient is reduced: these go over gloo, which raises at once if a rank is gone
-        mean_losses, mean_divergences = means(read_numbers(queued))
+        mean_losses, mean_divergences = means(iter(read_numbers(queued)))
         norms = read_numbers([optimizer.collect_gradients()])
     else:
         collected = optimizer.collect_gradients()
         if not uses_cpu_kernels(collected.device):
             for order in (*orders.values(), *retained.values()):
                 order.read_ahead()
-        numbers = read_numbers([*queued, collected])
-        norms = numbers[-len(collected) :]
-        mean_losses, mean_divergences = means(numbers[: -len(collected)])
+        numbers = iter(read_numbers([*queued, collected]))
+        mean_losses, mean_divergences = means(numbers)
+        norms = [*numbers]
+    if not all(math.isfinite(norms[n]) for n in live) and optimizer.skip():
+        return gradients(path, learners, live, optimizer, number)
     return {
         n: Gradient(mean_losses[n], norms[n], int(labels[n]), mean_divergences.get(n)) for n in live
     }
@@ -253,7 +240,7 @@ def _backward(
     losses_of: Callable[[StepBatch], Tensor],
     weights: Mapping[int, float],
     scale: float,
-    noises: Mapping[int, "LearnerNoise"] | None = None,
+    noises: Mapping[int, "LearnerNoise"],
 ) -> tuple[list[BatchLosses], dict[int, float]]:
     """Backward through each learner's mean loss over a step, times its weight and the loss scale.
 
@@ -266,7 +253,7 @@ def _backward(
     if any(batch.units for batch in batches):
         labels = _totals(orders, [batch.labels for batch in batches])
     parts = list[BatchLosses]()
-    for n, noise in (noises or {}).items():
+    for n, noise in noises.items():
         noise.begin(orders[n].first + number)
     for batch in batches:
         with path.route(batch), _during(batch, noises) if noises else nullcontext():

@@ -4,8 +4,8 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from io import FileIO
 from math import prod
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -80,7 +80,7 @@ def read_blocks(location: TensorLocation, samples: int | None = None) -> Iterato
         for span in blocks(rows, columns, samples):
             block = torch.empty((span.stop - span.start) * width, dtype=torch.uint8)
             start = info.start + span.start * width
-            _read_into(file.fileno(), block.numpy().data, start, location.file)
+            _read_into(file, block.numpy().data, start)
             yield span, block.view(DTYPES[info.dtype]).view(-1, columns)
 
 
@@ -96,15 +96,17 @@ def read_rows(location: TensorLocation, ids: Sequence[int]) -> Tensor:
     width = columns * rows.itemsize
     with location.file.open("rb", buffering=0) as file:
         for row, number in zip(rows.view(torch.uint8), ids, strict=True):
-            _read_into(file.fileno(), row.numpy().data, info.start + number * width, location.file)
+            _read_into(file, row.numpy().data, info.start + number * width)
     return rows
 
 
-def _read_into(descriptor: int, view: memoryview, start: int, file: Path) -> None:
+def _read_into(file: FileIO, view: memoryview, start: int) -> None:
     while view:
-        count = os.preadv(descriptor, [view], start)
+        count = os.preadv(file.fileno(), [view], start)
         if not count:
-            raise UserError(f"{file} was truncated while it was read. Create or copy it again.")
+            raise UserError(
+                f"{file.name} was truncated while it was read. Create or copy it again."
+            )
         view, start = view[count:], start + count
 
 

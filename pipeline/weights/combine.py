@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -45,14 +46,12 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class CombineOptions:
-    """`rank`: of the result of svd, ties and dare; `density`: the share of values that ties and
-    dare keep.
-    """
+    """How adapters are combined."""
 
     method: Method = "cat"
-    rank: int = 8
-    density: float = 0.5
-    seed: int = 0
+    rank: int = 8  # of the result of svd, ties and dare
+    density: float = 0.5  # the share of values that ties and dare keep
+    seed: int = 0  # of the values that dare drops
 
 
 class Combined(NamedTuple):
@@ -74,7 +73,7 @@ def combine(
     """
     torch.manual_seed(options.seed)  # DARE drops values at random
     updates, error, norm = {}, 0.0, 0.0
-    for name in dict.fromkeys(name for adapter in adapters for name in adapter):
+    for name in dict.fromkeys(chain.from_iterable(adapters)):
         parts = [
             Part(adapter[name], weight)
             for adapter, weight in zip(adapters, weights, strict=True)
@@ -106,18 +105,12 @@ def _linear(parts: Sequence[Part], _options: CombineOptions, name: str) -> LowRa
             f"linear needs adapters of equal rank, got {sorted(ranks)} for {name}. Use --method "
             "cat or svd."
         )
-    shares = [(update, weight * update.scale) for update, weight in parts]
-    a = sum(
-        (
-            math.copysign(math.sqrt(abs(share)), share) * update.a.float()
-            for update, share in shares
-        ),
-        start=torch.zeros(()),
-    )
-    b = sum(
-        (math.sqrt(abs(share)) * update.b.float() for update, share in shares),
-        start=torch.zeros(()),
-    )
+    a = b = torch.zeros(())
+    for update, weight in parts:
+        share = weight * update.scale
+        root = math.sqrt(abs(share))
+        a = a + math.copysign(root, share) * update.a.float()
+        b = b + root * update.b.float()
     return LowRank(a, b, 1.0, parts[0].update.embedding)
 
 
@@ -138,8 +131,9 @@ def _dense(
     weights = torch.tensor([weight for _, weight in parts]).view(-1, 1, 1)
     # on the CPU: DARE's seed means the same on every device
     merged = merge(deltas, weights, options.density)
-    found = torch.linalg.svd(merged.to(device_for_matrix(merged.numel())), full_matrices=False)
-    left, values, right = (part.cpu() for part in found)
+    device = device_for_matrix(merged.numel())
+    factors = torch.linalg.svd(merged.to(device), full_matrices=False)
+    left, values, right = (factor.cpu() for factor in factors)
     return truncated(left, values, right, options.rank, parts[0].update.embedding)
 
 
@@ -184,13 +178,9 @@ def _dare_ties(deltas: Tensor, weights: Tensor, density: float) -> Tensor:
 
 
 def _keep_largest(delta: Tensor, density: float) -> Tensor:
-    indices = delta.abs().flatten().topk(int(density * delta.numel())).indices
-    return (
-        torch.zeros_like(delta)
-        .flatten()
-        .index_copy(0, indices, delta.flatten()[indices])
-        .view_as(delta)
-    )
+    flat = delta.flatten()
+    indices = flat.abs().topk(int(density * len(flat))).indices
+    return torch.zeros_like(flat).index_copy(0, indices, flat[indices]).view_as(delta)
 
 
 def _drop_and_rescale(deltas: Tensor, density: float) -> Tensor:
@@ -238,11 +228,9 @@ def low_rank_updates(
         if isinstance(edit, AddLowRank) or (dora and isinstance(edit, RescaleRows)):
             layer = model.get_submodule(name)
             assert isinstance(layer, LoRALinear | LoRAEmbedding)
-            b, a = (
-                (edit.right.T, edit.left.T)
-                if fan_in_fan_out(layer.base)
-                else (edit.left, edit.right)
-            )
+            b, a = edit.left, edit.right
+            if fan_in_fan_out(layer.base):
+                b, a = a.T, b.T
             magnitude = edit.magnitude if isinstance(edit, RescaleRows) else None
             updates[name] = LowRank(a, b, edit.scale, isinstance(layer, LoRAEmbedding), magnitude)
         elif isinstance(edit, SetRows):
@@ -263,16 +251,14 @@ def low_rank_updates(
         elif isinstance(edit, RescaleRows):
             raise UserError(
                 f"{adapter}: {name} was trained with DoRA, which rescales whole rows: the update "
-                "is not low-rank. "
-                "Merge the adapter instead: lora merge --adapter, or lora export --format merged "
-                "or gguf."
+                "is not low-rank. Merge the adapter instead: lora merge --adapter, or lora export "
+                "--format merged or gguf."
             )
         else:
             raise UserError(
                 f"{adapter}: {name} was trained in full (modules_to_save): the update is not "
-                "low-rank. Merge the "
-                "adapter instead, or train again with finetune_lora.train_embeddings set to "
-                "new_rows or none."
+                "low-rank. Merge the adapter instead, or train again with "
+                "finetune_lora.train_embeddings set to new_rows or none."
             )
     return {name: updates[name] for name, _ in model.named_modules() if name in updates}
 
@@ -304,36 +290,33 @@ def peft_format(
     modules = sorted({name.rpartition(".")[0].rpartition(".")[2] for name in saved or {}})
     spec = replace(_adapter_spec(updates, model), saved=tuple(modules))
     transposed = any(is_conv1d(model.get_submodule(name)) for name in updates)
-    pairs = {
-        key: t for name, update in updates.items() for key, t in tensors_of(name, update).items()
-    }
-    tensors = pairs | {PREFIX + name: t for name, t in (saved or {}).items()}
+    tensors = dict[str, Tensor]()
+    for name, update in updates.items():
+        tensors |= tensors_of(name, update)
+    tensors |= {PREFIX + name: t for name, t in (saved or {}).items()}
     return config_of(spec, base_name, transposed), tensors, spec
 
 
 def _adapter_spec(updates: Mapping[str, LowRank], model: CausalLM) -> AdapterSpec:
-    embedding = [model.embedding_name.rsplit(".", 1)[-1]] if model.embedding_name in updates else []
     linears = [name for name in updates if name != model.embedding_name]
+    targets = [*short_targets(model, linears)] if linears else []
+    if model.embedding_name in updates:
+        targets.append(model.embedding_and_head[0])
     return AdapterSpec(
         **ranks_and_alphas(updates),
-        targets=tuple(sorted((*(short_targets(model, linears) if linears else ()), *embedding))),
+        targets=tuple(sorted(targets)),
         dora=any(update.magnitude is not None for update in updates.values()),
     )
 
 
 def ranks_and_alphas(updates: Mapping[str, LowRank]) -> dict[str, Any]:
     """The most common rank and alpha, and patterns for the modules that differ."""
-    (rank, scale), _ = Counter(
-        (update.rank, update.scale) for update in updates.values()
-    ).most_common(1)[0]
-    others = {
-        name: update
-        for name, update in updates.items()
-        if (update.rank, update.scale) != (rank, scale)
-    }
+    pairs = {re.escape(name): (update.rank, update.scale) for name, update in updates.items()}
+    common, _ = Counter(pairs.values()).most_common(1)[0]
+    others = {pattern: pair for pattern, pair in pairs.items() if pair != common}
     return {
-        "rank": rank,
-        "alpha": scale * rank,
-        "ranks": {re.escape(name): update.rank for name, update in others.items()},
-        "alphas": {re.escape(name): update.scale * update.rank for name, update in others.items()},
+        "rank": common[0],
+        "alpha": math.prod(common),
+        "ranks": {pattern: rank for pattern, (rank, _) in others.items()},
+        "alphas": {pattern: math.prod(pair) for pattern, pair in others.items()},
     }

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import combinations
 from statistics import fmean
@@ -40,7 +40,7 @@ class MatrixComparison(NamedTuple):
 def refuse_other_model(one: LowRankUpdate, other: LowRankUpdate) -> None:
     """Raises UserError for adapters that cannot belong to the same model.
 
-    That is if their manifests name different bases, if a module or tensor differs in shape, if
+    They cannot if their manifests name different bases, if a module or tensor differs in shape, if
     their block names have nothing in common, or if only one has a module that the target_modules of
     both match. Different targets, layers, ranks or embeddings prove nothing.
     """
@@ -51,14 +51,9 @@ def refuse_other_model(one: LowRankUpdate, other: LowRankUpdate) -> None:
         if first[name] != second[name]:
             shapes = sorted(" × ".join(map(str, shape)) for shape in (first[name], second[name]))
             raise _different_models(f"{name} is {' and '.join(shapes)}")
-    block_names = [
-        {name[: match.start()] for name in shapes if (match := _BLOCK.search(name))}
-        for shapes in (first, second)
-    ]
-    if all(block_names) and not block_names[0] & block_names[1]:
-        raise _different_models(
-            f"the blocks are called {min(block_names[0])} and {min(block_names[1])}"
-        )
+    blocks, other_blocks = _block_names(first), _block_names(second)
+    if blocks and other_blocks and not blocks & other_blocks:
+        raise _different_models(f"the blocks are called {min(blocks)} and {min(other_blocks)}")
     for with_module, without_module in ((one, other), (other, one)):
         for name in sorted(with_module.low_rank.keys() - without_module.low_rank.keys()):
             spec = without_module.spec
@@ -75,6 +70,11 @@ def refuse_other_model(one: LowRankUpdate, other: LowRankUpdate) -> None:
 
 
 _BLOCK = re.compile(r"\.\d+\.")
+
+
+def _block_names(names: Iterable[str]) -> set[str]:
+    """What stands before a block's number, such as model.layers."""
+    return {_BLOCK.split(name)[0] for name in names if _BLOCK.search(name)}
 
 
 def _different_models(why: str) -> UserError:
@@ -106,13 +106,12 @@ def modules(one: Mapping[str, LowRank], other: Mapping[str, LowRank]) -> Iterato
     """Compares every module that at least one changes, of one model: `refuse_other_model`."""
     for name in dict.fromkeys((*one, *other)):
         first, second = one.get(name), other.get(name)
+        sizes = [0.0 if update is None else norm(update) for update in (first, second)]
         if first is None or second is None:
-            sizes = [0.0 if update is None else norm(update) for update in (first, second)]
             yield MatrixComparison(name, sizes[0], sizes[1], max(sizes), None, None, None)
             continue
         difference = norm(concatenate([Part(first, 1.0), Part(second, -1.0)]))
         shared = overlap(first.b, second.b), overlap(first.a.T, second.a.T)
-        sizes = [norm(first), norm(second)]
         cosine = inner_product(first, second) / math.prod(sizes) if all(sizes) else None
         yield MatrixComparison(name, sizes[0], sizes[1], difference, cosine, *shared)
 
@@ -143,10 +142,7 @@ def interference(
     ]
     for (first, one), (second, other) in combinations(enumerate(weighted, start=1), 2):
         rows = [row for row in modules(one, other) if row.cosine is not None]
-        sizes = [
-            math.sqrt(math.fsum(norm(update) ** 2 for update in adapter.values()))
-            for adapter in (one, other)
-        ]
+        sizes = [_norm_of_all(adapter.values()) for adapter in (one, other)]
         products = math.fsum(inner_product(one[row.module], other[row.module]) for row in rows)
         cosine = products / math.prod(sizes) if all(sizes) else None
         shares = zip(*((row.outputs, row.inputs) for row in rows), strict=True)
@@ -165,10 +161,10 @@ def values(one: LowRankUpdate, other: LowRankUpdate) -> Iterator[ParameterDiffer
     """Compares every parameter that at least one of them trained in full or by rows."""
     for name in dict.fromkeys((*one.rows, *other.rows)):
         first, second = one.rows.get(name), other.rows.get(name)
-        same_rows = first and second and first[0] == second[0]
-        yield ParameterDifference(
-            name, _distance(first[1], second[1]) if first and second and same_rows else None
-        )
+        difference = None
+        if first and second and first[0] == second[0]:
+            difference = _distance(first[1], second[1])
+        yield ParameterDifference(name, difference)
     for name in dict.fromkeys((*one.whole, *other.whole)):
         yield ParameterDifference(name, _distance(one.whole.get(name), other.whole.get(name)))
 
@@ -182,6 +178,10 @@ def _distance(one: Tensor | None, other: Tensor | None) -> float | None:
 def norm(update: LowRank) -> float:
     """‖s·BA‖."""
     return math.sqrt(max(update.squared_norm(), 0.0))
+
+
+def _norm_of_all(updates: Iterable[LowRank]) -> float:
+    return math.sqrt(math.fsum(norm(update) ** 2 for update in updates))
 
 
 def overlap(one: Tensor, other: Tensor) -> float | None:

@@ -23,10 +23,7 @@ class Limit:
     energy: float | None = None  # of ‖s·BA‖²: the lowest rank that holds this share
 
     def rank_of(self, values: Tensor) -> int:
-        """The rank at which an update with these singular values, largest first, is cut.
-
-        At least 1.
-        """
+        """The rank, at least 1, to cut an update to; its singular values are largest first."""
         if self.energy is None:
             return min(self.rank or 1, len(values))
         squares = values.square().tolist()
@@ -85,5 +82,5 @@ def compress_adapter(
 
 def total_error(rows: list[Compressed]) -> float:
     """‖ΔW − ΔW′‖ / ‖ΔW‖ over all modules together."""
-    size, cut = (math.fsum(getattr(row, part) ** 2 for row in rows) for part in ("size", "cut"))
+    size, cut = math.fsum(row.size**2 for row in rows), math.fsum(row.cut**2 for row in rows)
     return math.sqrt(cut / size) if size else 0.0

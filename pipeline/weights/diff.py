@@ -84,31 +84,20 @@ def diff_checkpoints(base: Path, tuned: Path, trust_remote_code: bool = False) -
         other = stored_name(name, new_rest)
         if other is not None and stored_name(other, old_rest) == name:
             others[name] = other
-    names = sorted(others, key=layer_sort_key)
-    pairs = {name: (old[name], new[others[name]]) for name in names}
+    tuned_as = {name: new[others[name]] for name in sorted(others, key=layer_sort_key)}
+    pairs = {name: (old[name], after) for name, after in tuned_as.items()}
     _refuse_other_model(base, tuned, pairs)
-    numeric = {
-        name: pair
-        for name, pair in pairs.items()
-        if all(location.info.dtype in DTYPES for location in pair)
-    }
-    deltas = [
-        Delta(
-            name,
-            before.info.shape,
-            partial(read_blocks, before),
-            partial(_difference, before, after),
-        )
-        for name, (before, after) in numeric.items()
-    ]
-    not_numeric = [f"{name}, whose dtype is not a float" for name in names if name not in numeric]
-    missing = [
-        *_describe_missing(old.keys() - others.keys(), tuned),
-        *_describe_missing(new.keys() - {*others.values()}, base),
-    ]
-    return Differences(
-        deltas, {name: after for name, (_, after) in pairs.items()}, not_numeric + missing
-    )
+
+    deltas, skipped = list[Delta](), list[str]()
+    for name, (before, after) in pairs.items():
+        if {before.info.dtype, after.info.dtype} <= DTYPES.keys():
+            weight, change = partial(read_blocks, before), partial(_difference, before, after)
+            deltas.append(Delta(name, before.info.shape, weight, change))
+        else:
+            skipped.append(f"{name}, whose dtype is not a float")
+    skipped += _describe_missing(old.keys() - others.keys(), tuned)
+    skipped += _describe_missing(new.keys() - {*others.values()}, base)
+    return Differences(deltas, tuned_as, skipped)
 
 
 def block_linears(model: CausalLM) -> dict[str, nn.Module]:
@@ -139,21 +128,17 @@ def stored_tensors(folder: Path) -> Locations:
 
 def _align_tied(old: Locations, new: Locations, tied: Sequence[str]) -> tuple[Locations, Locations]:
     """Make both name a tied embedding and head alike: once, or twice if training untied them."""
-    before, after = (
-        [name for member in tied if (name := stored_name(member, locations))]
-        for locations in (old, new)
-    )
+    before = [*filter(None, (stored_name(name, old) for name in tied))]
+    after = [*filter(None, (stored_name(name, new) for name in tied))]
     if not before or not after:
         return old, new
     untied = False  # whether the other stores the pair as two different tensors
     if len(after) == len(tied):
-        one, other = (new[name] for name in after)
-        same_kind = one.info.shape == other.info.shape and {one.info.dtype, other.info.dtype} <= {
-            *DTYPES
-        }
-        pairs = zip(read_blocks(one), read_blocks(other), strict=True) if same_kind else ()
-        untied = not same_kind or any(
-            not torch.equal(a.double(), b.double()) for (_, a), (_, b) in pairs
+        first, second = (new[name] for name in after)
+        untied = (
+            first.info.shape != second.info.shape
+            or not {first.info.dtype, second.info.dtype} <= DTYPES.keys()
+            or any(bool(change.any()) for _, change in _difference(first, second))
         )
     names = tied if untied else before[:1]
     return (
@@ -178,16 +163,14 @@ def _refuse_other_model(
     if not any(len(before.info.shape) > 1 for before, _ in pairs.values()):
         raise UserError(
             f"{tuned} and {base} have no matrix in common: they are different models. Name the "
-            "checkpoint that "
-            "training started from."
+            "checkpoint that training started from."
         )
     for name, pair in pairs.items():
         before, after = (list(location.info.shape) for location in pair)
         if before != after:
             raise UserError(
                 f"{name} has shape {before} in {base} and {after} in {tuned}. Name the checkpoint "
-                "that training "
-                "started from; if the vocabulary was expanded, the expanded one."
+                "that training started from; if the vocabulary was expanded, the expanded one."
             )
 
 
@@ -210,11 +193,8 @@ def diff_adapter(base: Path, change: LowRankUpdate, trust_remote_code: bool = Fa
     locations: Locations = {}
     for name in sorted(names, key=lambda name: stored_name(name, base_tensors) is None):
         location = require_location(name, base_tensors, base, trust_remote_code)
-        twin = next(
-            (other for other, other_location in locations.items() if other_location == location),
-            None,
-        )
-        if twin is None or not torch.equal(change.whole[name], change.whole[twin]):
+        twins = [other for other in locations if locations[other] == location]
+        if not twins or not torch.equal(change.whole[name], change.whole[twins[0]]):
             locations[name] = location
     deltas = []
     for name, location in locations.items():
@@ -228,8 +208,7 @@ def diff_adapter(base: Path, change: LowRankUpdate, trust_remote_code: bool = Fa
         if max(ids) >= location.info.shape[0]:
             raise UserError(
                 f"{base}: {module} has {location.info.shape[0]} rows, but the adapter trains row "
-                f"{max(ids)}. Name the "
-                "model that it was trained on."
+                f"{max(ids)}. Name the model that it was trained on."
             )
         changed = partial(_row_difference, ids, rows, location)
         deltas.append(
@@ -261,8 +240,7 @@ def _refuse_shape(name: str, location: TensorLocation, shape: tuple[int, ...], b
     if location.info.shape != shape:
         raise UserError(
             f"{name} has shape {list(location.info.shape)} in {base} and {list(shape)} in the "
-            "adapter. Name the model "
-            "that it was trained on."
+            "adapter. Name the model that it was trained on."
         )
 
 
@@ -273,6 +251,16 @@ def _full_difference(value: Tensor, location: TensorLocation) -> Iterator[Rows]:
 
 def _row_difference(ids: tuple[int, ...], rows: Tensor, location: TensorLocation) -> Iterator[Rows]:
     yield slice(0, len(ids)), rows.double() - read_rows(location, ids).double()
+
+
+def finite_norm(name: str, read: Read) -> float:
+    """The norm of a tensor's values. Raises UserError if one is not finite."""
+    size = norm(read)
+    if not math.isfinite(size):
+        raise UserError(
+            f"{name} has values that are not finite. Copy the checkpoint again, or train it again."
+        )
+    return size
 
 
 @torch.no_grad()

@@ -18,18 +18,6 @@ from pipeline.weights.blocks import Rows
 Edit = Callable[[Tensor, slice], Tensor]
 
 
-def merged_rows(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
-    """weight (n, I) + s·b·a for b (n, R) and a (R, I), summed in fp32 and rounded once."""
-    return _add_low_rank(weight, b, a, scale).to(weight.dtype)
-
-
-@torch.no_grad()
-def _add_low_rank(weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    result: Tensor = weight.to(wide, copy=True).addmm_(b.to(wide), a.to(wide), alpha=scale)
-    return result
-
-
 @dataclass(frozen=True)
 class Update:
     """An edit by s·left·right, for left (n, R) and right (R, m)."""
@@ -40,6 +28,14 @@ class Update:
 
     def __call__(self, weight: Tensor, rows: slice) -> Tensor:
         raise NotImplementedError
+
+    @torch.no_grad()
+    def updated(self, weight: Tensor, rows: slice) -> Tensor:
+        """weight + s·left·right over `rows`, in fp32 or wider."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        left, right = self.left[rows].to(wide), self.right.to(wide)
+        result: Tensor = weight.to(wide, copy=True).addmm_(left, right, alpha=self.scale)
+        return result
 
     def dot_products(self, old: Tensor, new: Tensor, rows: slice) -> tuple[float, float]:
         """⟨new − old, update⟩ and ⟨update, update⟩ over `rows`."""
@@ -53,10 +49,10 @@ class Update:
 
 @dataclass(frozen=True)
 class AddLowRank(Update):
-    """W + s·left·right."""
+    """W + s·left·right, summed in fp32 and rounded once."""
 
     def __call__(self, weight: Tensor, rows: slice) -> Tensor:
-        return merged_rows(weight, self.left[rows], self.right, self.scale)
+        return self.updated(weight, rows).to(weight.dtype)
 
     def dot_products(self, old: Tensor, new: Tensor, rows: slice) -> tuple[float, float]:
         """The update is never materialized."""
@@ -112,19 +108,16 @@ class RescaleRows(Update):
             return self
         squares = torch.zeros_like(self.magnitude)
         for rows, block in blocks:
-            squares += self._updated(block, rows).square().sum(0)
+            squares += self.updated(block, rows).square().sum(0)
         return replace(self, norms=squares.sqrt().clamp_(min=LEAST))
 
     def __call__(self, weight: Tensor, rows: slice) -> Tensor:
-        result = self._updated(weight, rows)
+        result = self.updated(weight, rows)
         if self.norms is not None:
             return (result * (self.magnitude / self.norms)).to(weight.dtype)
         norms = torch.linalg.vector_norm(result, dim=1).clamp_(min=LEAST)
         ratio: Tensor = self.magnitude[rows] / norms
         return (result * ratio[:, None]).to(weight.dtype)
-
-    def _updated(self, weight: Tensor, rows: slice) -> Tensor:
-        return _add_low_rank(weight, self.left[rows], self.right, self.scale)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ and embedding and head if they are saved in full.
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from pipeline.files.base_model import weight_files
 from pipeline.files.safetensors_file import fingerprint
 from pipeline.models.base import CausalLM, is_conv1d
 from pipeline.models.load import skeleton
+from pipeline.models.save import copy_tokenizer
 from pipeline.project.runner import Event, Progress
 from pipeline.weights.blocks import read_blocks, read_matrix, stored_name, tied_names
 from pipeline.weights.combine import write_updates
@@ -33,7 +35,7 @@ from pipeline.weights.diff import (
     require_location,
     stored_tensors,
 )
-from pipeline.weights.import_adapter import build_manifest, copy_tokenizer, refuse_other
+from pipeline.weights.import_adapter import refuse_other, seal_adapter
 from pipeline.weights.spectrum import MAX_VALUES, Measured, factors, measure, measure_update
 
 
@@ -84,17 +86,12 @@ def _adapter_spectra(
     for delta in others:
         spectra.append(measure(delta)[0])
         yield Progress(len(spectra), total, delta.name)
-    skipped = (
-        ["the magnitudes of DoRA, as the spectra are of s·BA alone"] if change.spec.dora else []
-    )
+    skipped = ["the magnitudes of DoRA, as the spectra are of s·BA alone"] * change.spec.dora
     return Spectra(spectra, skipped)
 
 
 class Extraction:
-    """The change of each tensor: as a low-rank update, saved in full, or left out.
-
-    `spectra`: of all tensors.
-    """
+    """The change of each tensor: as a low-rank update, saved in full, or left out."""
 
     def __init__(
         self, model: CausalLM, differences: Differences, rank: int, with_embeddings: bool
@@ -109,7 +106,7 @@ class Extraction:
             for parameter, _ in model.get_submodule(end).named_parameters():
                 if key := stored_name(f"{end}.{parameter}", self._tuned, tied_names(model)):
                     self._full_names.setdefault(key, []).append(f"{end}.{parameter}")
-        self.spectra = Spectra([], differences.skipped)
+        self.spectra = Spectra([], differences.skipped)  # of all tensors
         self.updates: dict[str, LowRank] = {}
         self.in_full, self.left_out = list[str](), list[str]()
         self._held = 0.0
@@ -152,13 +149,13 @@ class Extraction:
 
     def saved(self) -> dict[str, Tensor]:
         """Parameters to save in full, by name: all of a module, unchanged ones too."""
-        changed = [name for key in self.in_full for name in self._full_names[key]]
+        changed = chain.from_iterable(self._full_names[key] for key in self.in_full)
         modules = {name.rpartition(".")[0] for name in changed}
         saved = {}
         for key, names in self._full_names.items():
+            location = self._tuned[key]
             for name in names:
                 if name.rpartition(".")[0] in modules:
-                    location = self._tuned[key]
                     saved[name] = read_matrix(read_blocks(location)).view(location.info.shape)
         return saved
 
@@ -212,6 +209,5 @@ def extract(
             "embeddings": "all" if with_embeddings else "none",
         }
         inputs = {tuned.resolve().name: fingerprint(weight_files(tuned))}
-        manifest = build_manifest("extract", "pipeline.weights.extract", base, params)
-        artifact.seal(folder, manifest | {"inputs": inputs, "seed": None})
+        seal_adapter(folder, "extract", __name__, base, params, inputs)
     return extraction

@@ -4,9 +4,11 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from pipeline.adapters.config import (
@@ -30,7 +32,7 @@ from pipeline.files.base_model import tensor_locations
 from pipeline.files.safetensors_file import fingerprint, read_header
 from pipeline.models.base import CausalLM
 from pipeline.models.load import skeleton
-from pipeline.models.save import load_tensors, save_tensors
+from pipeline.models.save import copy_tokenizer, load_tensors, save_tensors
 from pipeline.project import provenance
 from pipeline.weights import foreign
 from pipeline.weights.combine import (
@@ -71,8 +73,7 @@ def combine_adapters(
     if len(kinds) > 1:
         raise UserError(
             "the adapters were trained on different quantizations of the base: "
-            f"{', '.join(sorted(kinds))}. Combine "
-            "adapters of one quantization."
+            f"{', '.join(sorted(kinds))}. Combine adapters of one quantization."
         )
     refuse_other(out, "combine", sources)
     adapters = [low_rank_updates(base, source, trust_remote_code) for source in sources]
@@ -86,18 +87,14 @@ def combine_adapters(
             "weights": list(weights),
             "rank": spec.rank,
             "alpha": spec.alpha,
+            "quantization": kinds.pop(),
         }
-        manifest = build_manifest(
-            "combine",
-            "pipeline.weights.import_adapter",
-            base,
-            params | {"quantization": kinds.pop()},
-        )
         inputs = {
             f"{number} {source.resolve().name}": artifact.digest(source)
             for number, source in enumerate(sources, start=1)
         }
-        artifact.seal(folder, manifest | {"inputs": inputs, "seed": options.seed, "error": error})
+        facts = {"seed": options.seed, "error": error}
+        seal_adapter(folder, "combine", __name__, base, params, inputs, **facts)
     return error
 
 
@@ -116,29 +113,23 @@ def write_changed(
     trained in full, other settings.
     """
     spec = replace(change.spec, **ranks_and_alphas(change.low_rank), rslora=False)
-    pairs = [tensors_of(name, update) for name, update in change.low_rank.items()]
-    rows = {f"{PREFIX}{name}{ROWS}": values for name, (_, values) in change.rows.items()}
-    whole = {PREFIX + name: values for name, values in change.whole.items()}
+    stored = {PREFIX + name: values for name, values in change.whole.items()}
+    stored |= {f"{PREFIX}{name}{ROWS}": values for name, (_, values) in change.rows.items()}
+    for name, update in change.low_rank.items():
+        stored |= tensors_of(name, update)
     with artifact.writing(out) as folder:
-        save_tensors(
-            folder / WEIGHTS,
-            {key: value for pair in (*pairs, rows, whole) for key, value in pair.items()},
-        )
+        save_tensors(folder / WEIGHTS, stored)
         transposed = bool(read_config(source).get("fan_in_fan_out"))
         artifact.write_json(folder / CONFIG, config_of(spec, str(base), transposed))
         copy_tokenizer(base, folder)
         copy_template(source, folder)
         ranks = {"rank": spec.rank, "alpha": spec.alpha, "quantization": quantization_of(source)}
-        manifest = build_manifest(method, module, base, {**params, **ranks})
         inputs = {source.resolve().name: artifact.digest(source)}
-        artifact.seal(folder, manifest | {"inputs": inputs, "seed": None})
+        seal_adapter(folder, method, module, base, {**params, **ranks}, inputs)
 
 
 class Imported(NamedTuple):
-    """What is told of an imported adapter.
-
-    `notes`: what the user should know.
-    """
+    """What is told of an imported adapter."""
 
     format: str  # the tool that wrote it
     verified: bool  # whether its base was recognized by its weights
@@ -155,8 +146,8 @@ def import_adapter(
     Raises UserError.
     """
     refuse_other(out, "import", [source])
-    found, model = foreign.detect(source), skeleton(base, trust_remote_code)
-    converted = found.read(source, model, base)
+    tool, model = foreign.detect(source), skeleton(base, trust_remote_code)
+    converted = tool.read(source, model, base)
     config = read_config(source) if converted is None else converted.config
     verified = _refuse_other_base(source, config, base)
     files = (source / WEIGHTS, source / CONFIG) if converted is None else converted.files
@@ -180,12 +171,11 @@ def import_adapter(
             "base": base_model.shared_name(name) if isinstance(name, str) else name,
             "sha256": {path.name: artifact.file_digest(path) for path in sorted(files)},
         }
-        if found.name != "PEFT":
-            origin["format"] = found.name
-        manifest = build_manifest("import", "pipeline.weights.import_adapter", base, params)
-        artifact.seal(folder, manifest | {"inputs": {}, "seed": None, "source": origin})
+        if tool.name != "PEFT":
+            origin["format"] = tool.name
+        seal_adapter(folder, "import", __name__, base, params, {}, source=origin)
     tensors = load_tensors(source / WEIGHTS) if converted is None else converted.tensors
-    return Imported(found.name, verified, (*_note_on_base(name, base), *_note_on_zeros(tensors)))
+    return Imported(tool.name, verified, (*_note_on_base(name, base), *_note_on_zeros(tensors)))
 
 
 def _checked(model: CausalLM, base: Path, folder: Path) -> dict[str, Any]:
@@ -193,9 +183,9 @@ def _checked(model: CausalLM, base: Path, folder: Path) -> dict[str, Any]:
     config = AdapterConfig.read(folder)
     if config.kind in {*VIRTUAL, *OTHER_KINDS}:
         load_adapter(model, base, folder)
-        params: dict[str, Any] = (
-            {} if model.virtual is None else {"virtual_tokens": model.virtual.count}
-        )
+        params = dict[str, Any]()
+        if model.virtual is not None:
+            params["virtual_tokens"] = model.virtual.count
     else:
         spec = attach_to_meta_model(model, base, tensor_locations(base), folder)
         params = {"rank": spec.rank, "alpha": config.get("lora_alpha")}
@@ -207,8 +197,7 @@ def _note_on_base(name: object, base: Path) -> Iterator[str]:
     if isinstance(name, str) and (match := QUANTIZED.search(name)):
         yield (
             f"It names {name[:200]}, a quantized model. On {base} it answers a little differently "
-            "if that is not "
-            "quantized in the same way. Its unquantized base is likely "
+            "if that is not quantized in the same way. Its unquantized base is likely "
             f"{name[: match.start()][:200]}."
         )
 
@@ -222,21 +211,29 @@ def _note_on_zeros(tensors: Mapping[str, Tensor]) -> Iterator[str]:
             layers.setdefault(layer, []).append(tensor)
         elif not key.endswith(COPY):
             return  # other parts are trained too
-    if layers and not any(all(bool(tensor.any()) for tensor in pair) for pair in layers.values()):
+    is_zero = [not all(map(torch.any, pair)) for pair in layers.values()]
+    if is_zero and all(is_zero):
         yield "It changes nothing: A or B of every layer is zero, as before training."
 
 
 def refuse_other(out: Path, method: str, sources: Sequence[Path]) -> None:
     """Raises UserError if `out` overlaps with `sources`, or is no result of `method`."""
-    made = (out / artifact.MANIFEST).exists() and artifact.read_manifest(out).get(
-        "method"
-    ) == method
+    has_manifest = (out / artifact.MANIFEST).exists()
+    made = has_manifest and artifact.read_manifest(out).get("method") == method
     artifact.refuse_other(out, made, sources)
 
 
-def build_manifest(method: str, module: str, base: Path, params: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of an adapter that no stage trained, without its inputs and seed."""
-    return {
+def seal_adapter(
+    folder: Path,
+    method: str,
+    module: str,
+    base: Path,
+    params: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    **facts: Any,
+) -> None:
+    """Write the manifest of an adapter that no stage trained; `facts` are further entries."""
+    manifest = {
         "kind": "adapter",
         "method": method,
         "stage": None,
@@ -245,7 +242,10 @@ def build_manifest(method: str, module: str, base: Path, params: dict[str, Any])
         "versions": provenance.versions(),
         "commit": provenance.commit(module),
         "base": base_model.base_fingerprint(base),
+        "inputs": inputs,
+        "seed": None,
     }
+    artifact.seal(folder, manifest | facts)
 
 
 def _refuse_other_base(source: Path, config: Mapping[str, Any], base: Path) -> bool:
@@ -260,8 +260,8 @@ def _refuse_other_base(source: Path, config: Mapping[str, Any], base: Path) -> b
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        revision = config.get("revision")
-        revision = revision if isinstance(revision, str) else None
+        named = config.get("revision")
+        revision = named if isinstance(named, str) else None
         snapshot = Path(snapshot_download(base_name, revision=revision, local_files_only=True))
         weights = base_model.weight_files(snapshot)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, UserError, OSError):
@@ -271,9 +271,8 @@ def _refuse_other_base(source: Path, config: Mapping[str, Any], base: Path) -> b
         return False  # another precision or other tensor names: values cannot be compared
     if fingerprint(weights) != fingerprint(base_weights):
         raise UserError(
-            f"{source} names {base_name} as its base. That model is in the hub's cache, and "
-            f"{base} has other weights. "
-            "Name the right base with --base."
+            f"{source} names {base_name} as its base. That model is in the hub's cache, and {base} "
+            "has other weights. Name the right base with --base."
         )
     return True
 
@@ -286,11 +285,5 @@ def copy_template(source: Path, folder: Path) -> None:
 
 def _layout(weights: Sequence[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name → dtype and shape of each tensor."""
-    infos = (item for path in weights for item in read_header(path).items())
+    infos = chain.from_iterable(read_header(path).items() for path in weights)
     return {name: (info.dtype, info.shape) for name, info in infos}
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer files of `source` into `folder`."""
-    for path in sorted(path for pattern in base_model.TOKENIZER for path in source.glob(pattern)):
-        shutil.copyfile(path, folder / path.name)

@@ -7,7 +7,6 @@ Matrices are read a block of rows at a time, and held in memory only if they hav
 `FULL_COLUMNS` rows.
 """
 
-import math
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +25,7 @@ from pipeline.models.device import device_for_matrix
 from pipeline.models.load import skeleton
 from pipeline.project.runner import Event, Progress
 from pipeline.weights.blocks import Read, Rows, read_blocks, read_matrix, stored_name
-from pipeline.weights.diff import block_linears, diff_checkpoints, norm, refuse_adapter
+from pipeline.weights.diff import block_linears, diff_checkpoints, finite_norm, refuse_adapter
 from pipeline.weights.import_adapter import refuse_other, write_changed
 from pipeline.weights.merge_plan import MergePlan, plan_merge
 from pipeline.weights.spectrum import FULL_COLUMNS, MAX_VALUES, in_blocks, singular
@@ -106,11 +105,8 @@ def find_intruders(pair: Pair, top: int, epsilon: float) -> Searched:
 
     Raises UserError if a value is not finite.
     """
-    if not all(math.isfinite(norm(read)) for read in (pair.before, pair.after)):
-        raise UserError(
-            f"{pair.module} has values that are not finite. Copy the checkpoint again, or train "
-            "it again."
-        )
+    for read in (pair.before, pair.after):
+        finite_norm(pair.module, read)
     before, after = (left_vectors(read, *pair.shape) for read in (pair.before, pair.after))
     strongest = after.vectors[:, :top]
     cosines = (before.vectors.T @ strongest).abs()  # (k, top)
@@ -208,16 +204,14 @@ def refuse_undampable(source: Path, out: Path) -> None:
     if not (source / CONFIG).is_file():
         raise UserError(
             f"--damp writes an adapter, and {source} is none. Of a full model, extract one first: "
-            "`lora spectrum BASE "
-            f"{source} --rank 64 --out DIR`."
+            f"`lora spectrum BASE {source} --rank 64 --out DIR`."
         )
     config = AdapterConfig.read(source)
     config.refuse_other_kinds()
     if config.spec().dora:
         raise UserError(
             f"{source} was trained with DoRA, which rescales rows: damping it is not low-rank. "
-            "Train it again with "
-            "finetune_lora.dora=false."
+            "Train it again with finetune_lora.dora=false."
         )
     refuse_other(out, "damp", [source])
 

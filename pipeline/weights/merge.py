@@ -11,7 +11,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def write(plan: MergePlan, out: Path) -> Iterator[str]:
         tensors = [_new_tensor(plan, name) for name in (*in_file_order(file), *added)]
         jobs.append([(file.name, fill) for fill in rewrite(file, out / file.name, tensors)])
     # round robin over the files: a file takes one writer at a time
-    in_turn = [job for turn in zip_longest(*jobs) for job in turn if job]
+    in_turn = [*filter(None, chain.from_iterable(zip_longest(*jobs)))]
     remaining = Counter(name for name, _ in in_turn)
     filled = map_in_threads(lambda job: job[1](), in_turn)
     for (name, _), _none in zip(in_turn, filled, strict=True):
@@ -181,9 +181,9 @@ def refuse_full_disk(out: Path, size: int) -> None:
 
 
 def copy_other_files(base: Path, out: Path) -> None:
-    """Copy tokenizer, templates, code, licence, index, recursively.
+    """Copy all files but weights, hidden files and RECORDS, those of subfolders too.
 
-    That is all but weights, hidden files and RECORDS.
+    They are the tokenizer, templates, code, licence and index.
     """
     for path in sorted(base.rglob("*")):
         name = path.relative_to(base)

@@ -125,9 +125,7 @@ def plan_merge(
     edits: dict[str, Edit] = {}
     spec = attach_to_meta_model(model, base, stored, adapter, reading)
     for name, edit in merge_edits(model, spec).items():
-        separate: dict[str, AddLowRank] = {}
-        if isinstance(edit, AddToExperts):
-            separate = separate_edits(name, edit, stored)
+        separate = separate_edits(name, edit, stored) if isinstance(edit, AddToExperts) else {}
         for tensor, part in separate.items():
             shapes[tensor] = len(part.left), part.right.shape[1]
         edits.update(separate)
@@ -226,7 +224,7 @@ def merge_edits(model: CausalLM, spec: AdapterSpec) -> dict[str, Edit]:
             edits[f"{name}.{projection}"] = AddToExperts(left, right, update.scale)
     for name, module in model.named_modules():
         if isinstance(module, TokenRows):
-            short_name = name.rsplit(".", 1)[-1]
+            short_name = name.rpartition(".")[2]
             # a tied head has the embedding's rows
             ids = spec.rows[short_name if short_name in spec.rows else model.embedding_and_head[0]]
             edits[f"{name}.weight"] = SetRows(torch.tensor(ids), module.rows.detach())

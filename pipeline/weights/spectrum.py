@@ -7,7 +7,7 @@ Martinsson and Tropp 2011, section 4.5), with a measured error bound.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from pipeline.adapters.low_rank import LowRank, singular_values
-from pipeline.errors import UserError
 from pipeline.models.device import device_for_matrix
-from pipeline.weights.blocks import Read, Rows
-from pipeline.weights.diff import Delta, norm
+from pipeline.weights.blocks import Read
+from pipeline.weights.diff import Delta, finite_norm, norm
 
 RANKS = (1, 2, 4, 8, 16, 64)  # ranks whose share of a change is reported
 MAX_VALUES = 64  # singular values computed for a wide matrix
@@ -59,10 +58,8 @@ def singular(read: Read, columns: int, count: int) -> Singular:
     if complete:
         basis = torch.eye(columns, dtype=torch.float64).to(device)
     else:  # always from the same seed, so that two runs give the same numbers
-        generator = torch.Generator().manual_seed(0)
-        drawn = torch.randn(
-            columns, min(columns, count + EXTRA), dtype=torch.float64, generator=generator
-        )
+        generator, size = torch.Generator().manual_seed(0), (columns, min(columns, count + EXTRA))
+        drawn = torch.randn(size, dtype=torch.float64, generator=generator)
         basis = torch.linalg.qr(drawn.to(device)).Q  # (I, n), orthonormal
     image = gram_times(read, basis)
     for _ in range(0 if complete else PASSES - 1):
@@ -111,19 +108,15 @@ def factors(read: Read, rows: int, svd: Singular, rank: int) -> tuple[Tensor, Te
 
 @dataclass(frozen=True)
 class Measured:
-    """One tensor: ‖W‖, ‖ΔW‖ and, for a matrix that changed, the singular values of ΔW.
-
-    Largest first. `complete`: these are all nonzero ones; otherwise each is within `error`·σ₁ of a
-    true singular value.
-    """
+    """The change of one tensor."""
 
     name: str
     shape: tuple[int, ...]
-    before: float
-    change: float
-    values: tuple[float, ...] = ()
-    complete: bool = True
-    error: float = 0.0
+    before: float  # ‖W‖
+    change: float  # ‖ΔW‖
+    values: tuple[float, ...] = ()  # singular values of ΔW, largest first, of a changed matrix
+    complete: bool = True  # `values` are all that are not zero
+    error: float = 0.0  # otherwise each is within `error`·σ₁ of a true singular value
 
     @property
     def relative(self) -> float | None:
@@ -174,12 +167,7 @@ def measure(delta: Delta, max_values: int = MAX_VALUES) -> tuple[Measured, Singu
 
     Raises UserError for a tensor that is not finite.
     """
-    before, change = norm(delta.weight), norm(delta.change)
-    if not (math.isfinite(before) and math.isfinite(change)):
-        raise UserError(
-            f"{delta.name} has values that are not finite. Copy the checkpoint again, or train it "
-            "again."
-        )
+    before, change = (finite_norm(delta.name, read) for read in (delta.weight, delta.change))
     if not change or not delta.is_matrix:
         return Measured(delta.name, delta.shape, before, change), None
     vectors = singular(delta.change, delta.shape[1], max_values)
@@ -213,7 +201,4 @@ def overlaps(one: Tensor, other: Tensor) -> Tensor:
 def in_blocks(matrix: Tensor) -> Read:
     """A matrix in memory in the form of `Read`, as a single block."""
 
-    def read() -> Iterator[Rows]:
-        yield slice(0, len(matrix)), matrix
-
-    return read
+    return lambda: iter([(slice(0, len(matrix)), matrix)])

@@ -79,8 +79,7 @@ def load(path: Path) -> dict[str, Tensor]:
         reason = str(error)
     # what a damaged or malicious file leads to in zipfile, pickletools and below
     except (
-        IndexError,
-        KeyError,
+        LookupError,
         TypeError,
         ValueError,
         AttributeError,
@@ -91,8 +90,7 @@ def load(path: Path) -> dict[str, Tensor]:
         reason = "its contents are damaged"
     raise UserError(
         f"{path} cannot be read without running code from it: {reason}. If you trust it, load it "
-        "with torch and save "
-        "the tensors with safetensors."
+        "with torch and save the tensors with safetensors."
     ) from None
 
 
@@ -132,10 +130,8 @@ def _tensors(archive: zipfile.ZipFile, size: int) -> Iterator[tuple[str, Tensor]
     if f"{folder}byteorder" in entries and read(f"{folder}byteorder", 10) != b"little":
         raise _Refused("its byte order is not little")
     views = dict(_flat(_interpreted(read(pickle, MAX_PICKLE))))
-    if (
-        sum(prod(view.size) * view.storage.dtype.itemsize for view in views.values())
-        > SHARED * size
-    ):
+    total = sum(prod(view.size) * view.storage.dtype.itemsize for view in views.values())
+    if total > SHARED * size:
         raise _Refused(f"its tensors are larger than the file's {size:,} bytes")
     keys = {view.storage.key for view in views.values()}
     if sum(entries[f"{folder}data/{key}"].file_size for key in keys) > size:  # entries may overlap
@@ -149,26 +145,23 @@ def _tensors(archive: zipfile.ZipFile, size: int) -> Iterator[tuple[str, Tensor]
             raise _Refused(f"{name[:80]!r} lies outside its storage")
         if len(raw) != storage.length * storage.dtype.itemsize:
             raise _Refused(f"{name[:80]!r} has a storage of another size than its file")
-        if empty:
-            yield name, torch.empty(shape, dtype=storage.dtype)
-        else:
-            yield (
-                name,
-                torch.frombuffer(raw, dtype=storage.dtype)
-                .as_strided(shape, stride, offset)
-                .clone(),
-            )
+        tensor = torch.empty(shape, dtype=storage.dtype)
+        if not empty:
+            numbers = torch.frombuffer(raw, dtype=storage.dtype)
+            tensor = numbers.as_strided(shape, stride, offset).clone()
+        yield name, tensor
 
 
 def _flat(value: Any) -> Iterator[tuple[str, View]]:
     """Name → tensor of a dictionary, or of the only dictionaries in it."""
     if not isinstance(value, dict):
         raise _Refused("it holds no dictionary of tensors")
-    inside = [each for each in value.values() if isinstance(each, dict) and each]
-    for name, each in (inside[0] if len(inside) == 1 and len(value) == 1 else value).items():
-        if not isinstance(name, str) or not isinstance(each, View):
+    inside = [entry for entry in value.values() if isinstance(entry, dict) and entry]
+    entries = inside[0] if len(inside) == len(value) == 1 else value
+    for name, entry in entries.items():
+        if not isinstance(name, str) or not isinstance(entry, View):
             raise _Refused(f"its entry {str(name)[:80]!r} is not a tensor")
-        yield name, each
+        yield name, entry
 
 
 def _interpreted(pickle: bytes) -> Any:

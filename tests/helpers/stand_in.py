@@ -50,6 +50,7 @@ HOSTED = {
     "adapters/batched.py:select_live": "the numbers of a sweep's adapters that still train",
     "models/kernels/plain_attention.py:sequence_starts": "where sequences begin, once a forward",
     "models/kernels/accelerator.py:": "what Liger computes is tried once",
+    "models/kernels/__init__.py:random_tensors": "what a kernel is tried on, once",
     "models/kernels/accelerator_attention.py:_seen": "the keys that queries see, once a forward",
     "models/base.py:packed_hidden_states": "texts to score, a row of them",
     "models/generate.py:": "a prompt; and the logits, for sampling is on the host",

@@ -193,13 +193,13 @@ def compared(
     theirs = PeftModel.from_pretrained(plain, folder, is_trainable=True)
     given, of_trl, options = CASES[case]
     settings = FinetuneDpo(**given)
-    desirable = {"desirable": LABELS} if settings.loss == "kto" else {}
-    answers = answers_of(windows, **desirable)
+    more: dict[str, Any] = {"whole": settings.loss == "orpo"}
+    if settings.loss == "kto":
+        more["desirable"] = LABELS
+    answers = answers_of(windows, **more)
     if settings.loss in ("dpo", "ipo", "kto"):
-        answers = answers_of(windows, reference=reference_of(ours, answers), **desirable)
-    mine = preference(
-        ours.train(), answer_batch(answers, range(3), whole=settings.loss == "orpo"), settings
-    )
+        answers = answers_of(windows, reference=reference_of(ours, answers), **more)
+    mine = preference(ours.train(), answer_batch(answers, range(3)), settings)
     torch.autograd.backward(mine.loss)
     loss, rewards = of_trl(theirs, windows, folder, **options)
     torch.autograd.backward(loss)

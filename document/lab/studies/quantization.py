@@ -198,14 +198,14 @@ def calibrated(
     import torch
 
     from pipeline.inference.score import score
-    from pipeline.models.device import in_fp64
+    from pipeline.models.device import fp64_device
 
     grams: dict[str, Tensor] = {}
 
     def accumulate(name: str) -> "Callable[[nn.Module, tuple[Tensor, ...]], None]":
         def add(_module: "nn.Module", inputs: "tuple[Tensor, ...]") -> None:
-            # (B, T, I) → (N, I); GPTQ inverts their sum
-            rows = in_fp64(inputs[0].detach().flatten(0, -2))
+            x = inputs[0].detach().flatten(0, -2)  # (B, T, I) → (N, I)
+            rows = x.to(fp64_device(x.device), torch.float64)  # GPTQ inverts their sum
             grams[name] = grams.get(name, torch.zeros((), dtype=torch.float64)) + rows.T @ rows
 
         return add

@@ -73,7 +73,7 @@ def adapter_folder(
     from pipeline.adapters.folder import base_of, origin_of
     from pipeline.export.model_card import card, has_card
     from pipeline.files.base_model import CARD
-    from pipeline.weights.import_adapter import copy_tokenizer
+    from pipeline.models.save import copy_tokenizer
 
     artifact.refuse_other(out, has_card(out) and (out / CONFIG).exists(), (export.adapter,))
     with artifact.writing(out) as folder:

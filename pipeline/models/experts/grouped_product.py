@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.models.kernels import random_tensors
 from pipeline.project.probes import attempt, record
 
 AGREEMENT = 0.02  # relative
@@ -135,9 +136,8 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
     slower = "they are computed one by one"
 
     def agrees() -> bool:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(70, 40, generator=generator).to(device, dtype)
-        weight = torch.randn(3, 24, 40, generator=generator).to(device, dtype)
+        drawn = random_tensors((70, 40), (3, 24, 40))
+        x, weight = (tensor.to(device, dtype) for tensor in drawn)
         ends = torch.tensor([5, 5, 70], dtype=torch.int32, device=device)
         first, last = x[:5], x[5:]  # rows of experts 0 and 2; expert 1 has none
         product = torch.cat([first @ weight[0].T, last @ weight[2].T])

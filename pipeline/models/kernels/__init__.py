@@ -1,6 +1,6 @@
 """Faster forms of what a model computes. Which of them a device uses is decided here alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,12 @@ def writes_scores(q: Tensor) -> bool:
     return q.is_cuda and q.dtype == torch.bfloat16 and not runs_flash_attention(q.device)
 
 
+def random_tensors(*shapes: Sequence[int]) -> list[Tensor]:
+    """Normal numbers to try a kernel on, the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
 def agrees(
     tried: str, ours: Callable[[], Any], theirs: Callable[[], Any], rtol: float, atol: float
 ) -> bool:
@@ -55,6 +61,6 @@ def agrees(
     if not isinstance(expected, Tensor):
         pairs = [*zip(actual, expected, strict=True)]
     return all(
-        found.dtype == wanted.dtype and torch.allclose(found, wanted, rtol, atol)
-        for found, wanted in pairs
+        mine.dtype == other.dtype and torch.allclose(mine, other, rtol, atol)
+        for mine, other in pairs
     )

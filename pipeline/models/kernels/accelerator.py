@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.base import CausalLM
-from pipeline.models.kernels import agrees
+from pipeline.models.kernels import agrees, random_tensors
 from pipeline.models.kernels.rms_norm import RMSNorm, fuse_rms_norms
 from pipeline.project.probes import PLAIN, attempt, record
 
@@ -98,8 +98,7 @@ def _gated_forward(mlp: Any, x: Tensor) -> Tensor:
 @torch.no_grad()
 def _same_gate(mlp: nn.Module, product: Product, device: torch.device) -> bool:
     """Whether this class computes down(act(gate(x))·up(x)): its forward runs with small linears."""
-    generator = torch.Generator().manual_seed(0)
-    x, *weights = (torch.randn(32, 32, generator=generator).to(device) for _ in range(3))
+    x, *weights = (drawn.to(device) for drawn in random_tensors(*[(32, 32)] * 3))
     gate, up = (nn.Linear(32, 32, bias=False, device="meta") for _ in weights)
     for linear, weight in zip((gate, up), weights, strict=True):
         linear.weight = nn.Parameter(weight / 32**0.5)
@@ -136,10 +135,8 @@ def _rotate(
 def _same_rotation(
     original: Callable[..., Any], rotate: Callable[..., Any], device: torch.device
 ) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    q, k, half = (
-        torch.randn(1, heads, 5, 16, generator=generator).to(device) for heads in (4, 2, 1)
-    )
+    shapes = [(1, heads, 5, 16) for heads in (4, 2, 1)]
+    q, k, half = (drawn.to(device) for drawn in random_tensors(*shapes))
     angles = half[0, :, :, :8].repeat(1, 1, 2)  # (1, T, K), each of them for two numbers of a head
     return agrees(
         "Liger's rotary positions",
@@ -177,8 +174,8 @@ def fused_cross_entropy(model: CausalLM, rows: Tensor, labels: Tensor) -> Tensor
 
 @torch.no_grad()
 def _same_loss(model: CausalLM, loss: Callable[..., Tensor]) -> bool:
-    weight, generator = model.head.get_parameter("weight"), torch.Generator().manual_seed(0)
-    rows = torch.randn(4, weight.shape[1], generator=generator).to(weight)
+    weight = model.head.get_parameter("weight")
+    rows = random_tensors((4, weight.shape[1]))[0].to(weight)
     labels = torch.arange(4, device=weight.device)
     expected = F.cross_entropy(model.logits(rows).float(), labels, reduction="sum")
     tried = "Liger's head and loss in one"

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from pipeline.models.device import to_device
-from pipeline.models.kernels import suits_flash_attention, writes_scores
+from pipeline.models.kernels import random_tensors, suits_flash_attention, writes_scores
 from pipeline.models.kernels.flash import flash_attention, supports_flash
 from pipeline.models.kernels.plain_attention import (
     Pairs,
@@ -179,14 +179,26 @@ def _agrees(
     tried = f"flash attention of {', '.join(kind)} in {dtype} on {device}"
     slower = "blocks of queries take longer"
 
+    def compute(attend: Callable[..., Tensor]) -> list[Tensor]:
+        """Output and gradients in fp32 of random input, a sequence of which exceeds its window."""
+        lengths = [5, 40]
+        spans = [9, 40] if cached else lengths
+        T, S = sum(lengths), sum(spans)
+        shapes = ((1, 4, T, 64), (1, 2, S, 64), (1, 2, S, 64), (1, T, 4, 64))
+        *leaves, grad = (x.to(device, dtype) for x in random_tensors(*shapes))
+        leaves += [torch.linspace(-1, 1, 4).to(device, dtype)] * sinks
+        for leaf in leaves:
+            leaf.requires_grad_()
+        rule = Rule(0.125, 8 if window else None, None, leaves[3] if sinks else None)
+        out = attend(*leaves[:3], lengths, spans, rule)
+        return [x.detach().float() for x in (out, *torch.autograd.grad(out, leaves, grad))]
+
     def largest_error() -> float:
         # the block that asks may be recomputed, or without gradients: neither concerns what is
         # computed here
         with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(_same, _same):
-            flash = _probe(_varlen, device, dtype, window, sinks, cached)
-            blockwise = _probe(_blockwise, device, dtype, window, sinks, cached)
-        pairs = zip(flash, blockwise, strict=True)
-        return max(float(torch.dist(found, wanted) / wanted.norm()) for found, wanted in pairs)
+            pairs = zip(compute(_varlen), compute(_blockwise), strict=True)
+        return max(float(torch.dist(fast, plain) / plain.norm()) for fast, plain in pairs)
 
     error = attempt(tried, slower, largest_error)
     if error is None or error < AGREEMENT:
@@ -197,28 +209,6 @@ def _agrees(
 
 def _same(x: Tensor) -> Tensor:
     return x
-
-
-def _probe(
-    attend: Callable[..., Tensor],
-    device: torch.device,
-    dtype: torch.dtype,
-    window: bool,
-    sinks: bool,
-    cached: bool,
-) -> list[Tensor]:
-    """Output and gradients in fp32 of random input, a sequence of which exceeds its window."""
-    lengths, generator = [5, 40], torch.Generator().manual_seed(0)
-    spans = [9, 40] if cached else lengths
-    T, S = sum(lengths), sum(spans)
-    shapes = ((1, 4, T, 64), (1, 2, S, 64), (1, 2, S, 64), (1, T, 4, 64))
-    *leaves, grad = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
-    leaves += [torch.linspace(-1, 1, 4).to(device, dtype)] * sinks
-    for leaf in leaves:
-        leaf.requires_grad_()
-    rule = Rule(0.125, 8 if window else None, None, leaves[3] if sinks else None)
-    out = attend(*leaves[:3], lengths, spans, rule)
-    return [x.detach().float() for x in (out, *torch.autograd.grad(out, leaves, grad))]
 
 
 class SeenKeys(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.models.kernels.native import native, supports
+from pipeline.models.kernels.native import call, supports
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -27,9 +27,8 @@ class _CrossEntropy(torch.autograd.Function):
         logits, labels = logits.contiguous(), labels.contiguous()
         losses = logits.new_empty(len(logits), dtype=torch.float32)
         grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        pointers = (None if x is None else x.data_ptr() for x in (logits, labels, losses, grad))
         # as torch does: C would read and write beside the logits
-        if native().cross_entropy(*pointers, *logits.shape):
+        if call("cross_entropy", logits, labels, losses, grad, *logits.shape):
             raise IndexError(f"a label is not one of the {logits.shape[1]} logits")
         if grad is not None:
             ctx.save_for_backward(grad)

@@ -12,6 +12,7 @@ GB of weights a second, where torch.sum reads 18 to 21.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from itertools import chain
 from types import MethodType
 from typing import Any, NamedTuple, TypeGuard
 from weakref import WeakKeyDictionary
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.base import CausalLM, PackedCache, UpdatedLinear
-from pipeline.models.kernels import uses_cpu_kernels
+from pipeline.models.kernels import random_tensors, uses_cpu_kernels
 from pipeline.project.probes import attempt
 
 Forwards = dict[nn.Module, Callable[..., Any]]
@@ -82,10 +83,9 @@ class Rotation:
 
 
 class OneTokenBlock:
-    """Replaces the forward of `block` for a token after a cache, (1, 1, D) → (1, 1, D).
+    """Replaces the forward of `block` for one token of each of N sequences, (1, N, D).
 
-    Also for one token of each of N sequences, (1, N, D); other inputs go to the block's own
-    forward.
+    Without a PackedCache N is 1. Other inputs go to the block's own forward.
 
     `packed` are the linears that it has packed. K is the head size; G groups of R query heads share
     a key and a value head.
@@ -106,9 +106,9 @@ class OneTokenBlock:
         self.gate_up = self._concatenate(mlp.gate_proj, mlp.up_proj)
 
     def _concatenate(self, *modules: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The concatenated outputs (N, ΣO) of modules with the same x (N, I).
+        """The outputs (N, ΣO) of modules with the same x (N, I), side by side.
 
-        They are one packed product, unless a module has an adapter that cannot be added to it.
+        One packed product computes them, unless a module has an adapter that cannot be added to it.
         """
         bases = [module.base if isinstance(module, UpdatedLinear) else module for module in modules]
         linears = [base for base in bases if _can_pack(base)]
@@ -231,7 +231,7 @@ def fewer_calls(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     def short(x: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, None, eps) * weight
 
-    probe = torch.randn(16, *weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)
+    probe = random_tensors((16, *weight.shape))[0].to(weight)
     return short if torch.equal(short(probe), norm(probe)) else norm
 
 
@@ -280,7 +280,7 @@ def _fused_forwards(model: CausalLM) -> tuple[Forwards, set[nn.Module]]:
         _agrees[model] = next(agreeing, 0)
     for choice in choices:
         if len(choice) == _agrees[model]:
-            return choice, {linear for fast in blocks.values() for linear in fast.packed}
+            return choice, {*chain.from_iterable(fast.packed for fast in blocks.values())}
     return {}, set()
 
 
@@ -345,7 +345,8 @@ def _packed_linear(linears: Sequence[nn.Linear]) -> PackedLinear:
 
 def _weight_versions(linears: Sequence[nn.Linear]) -> list[tuple[int, int]]:
     """Differs as soon as a weight is replaced or written to."""
-    return [(p.data_ptr(), p._version) for linear in linears for p in linear.parameters()]
+    parameters = chain.from_iterable(linear.parameters() for linear in linears)
+    return [(p.data_ptr(), p._version) for p in parameters]
 
 
 @cache

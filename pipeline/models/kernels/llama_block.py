@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.base import CausalLM, LowRankLinear
+from pipeline.models.kernels import random_tensors
 from pipeline.models.kernels.decode import AGREEMENT, has_llama_parts
-from pipeline.models.kernels.native import native, supports
+from pipeline.models.kernels.native import call, supports
 from pipeline.models.kernels.packed_attention import attend
 from pipeline.models.kernels.rms_norm import RMSNorm
 from pipeline.models.kernels.short_attention import NATIVE_LANES
@@ -87,8 +88,6 @@ def fuse_llama_blocks(model: CausalLM) -> int:
     """Replaces in place the forwards of Llama's blocks that then compute the same.
 
     Returns their number. Names, parameters and state_dict stay.
-
-    Names, parameters and state_dict stay.
     """
     probe = torch.linspace(-4, 4, 33)
     blocks = list[nn.Module]()
@@ -128,7 +127,7 @@ def _replace(block: nn.Module, options: dict[str, Any]) -> bool:
     """Give the block its faster forward if that changes a random input alike."""
     width = len(block.post_attention_layernorm.weight)  # type: ignore[union-attr, arg-type]
     # small: what a block adds does not depend on its input's size, and bf16 rounds the sum of both
-    x = torch.randn(1, 7, width, generator=torch.Generator().manual_seed(0))
+    (x,) = random_tensors((1, 7, width))
     x = x.mul_(2**-8).to(torch.bfloat16)
     expected, kind = block(x, **options).float() - x.float(), type(block)
     block.__class__ = _with_training_forward(kind)  # type: ignore[arg-type]  # mypy: a class has no hash
@@ -149,7 +148,7 @@ def _with_training_forward(kind: type[nn.Module]) -> type[nn.Module]:
 def linears(x: Tensor, modules: Sequence[nn.Module]) -> Sequence[Tensor]:
     """The outputs of linears with the same x (B, T, I), with or without LoRA.
 
-    They are one function if all are frozen.
+    If all are frozen, one autograd function computes them.
     """
     terms = []
     for module in modules:
@@ -241,7 +240,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         out = torch.empty_like(gate)
-        native().swiglu_forward(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel())
+        call("swiglu_forward", gate, up, out, gate.numel())
         ctx.save_for_backward(gate, up)
         return out
 
@@ -249,8 +248,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, ...]:
         gate, up = ctx.saved_tensors
         grads = torch.empty_like(gate), torch.empty_like(up)
-        tensors = (outputs[0].contiguous(), gate, up, *grads)
-        native().swiglu_backward(*(x.data_ptr() for x in tensors), gate.numel())
+        call("swiglu_backward", outputs[0].contiguous(), gate, up, *grads, gate.numel())
         return grads
 
 
@@ -273,6 +271,5 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     x = x.contiguous()
     B, T, heads, K = x.shape
     out = torch.empty_like(x)
-    pointers = (tensor.data_ptr() for tensor in (x, cos, sin, out))
-    native().rotate(*pointers, B * T, heads, K, sign)
+    call("rotate", x, cos, sin, out, B * T, heads, K, sign)
     return out

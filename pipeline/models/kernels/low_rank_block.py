@@ -9,6 +9,7 @@ see `_NativeBlock` (CPU seconds of one thread, in turns).
 
 from collections.abc import Callable, Sequence
 from ctypes import addressof, c_float, c_long, c_void_p
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -196,7 +197,7 @@ class _NativeBlock(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, block: _Frozen, lengths: tuple[int, ...], *factors: Tensor
     ) -> Tensor:
-        from pipeline.models.kernels.native import COLUMNS, LANES, BlockShape, native
+        from pipeline.models.kernels.native import COLUMNS, LANES, BlockShape, call
         from pipeline.models.kernels.short_attention import starts_of
 
         x, starts = x.contiguous(), starts_of(lengths)
@@ -204,7 +205,7 @@ class _NativeBlock(torch.autograd.Function):
         F_, n = len(block.fc1[0]), x.numel() // D  # width of the feed-forward, rows
         norms = [(weight, bias) for weight, bias, _ in block.norms]
         pairs = (*norms, *block.attention, block.fc1, block.fc2)
-        pointers = [tensor.data_ptr() for pair in pairs for tensor in pair]
+        pointers = [tensor.data_ptr() for tensor in chain.from_iterable(pairs)]
         eps = (c_float * 2)(*(eps for *_, eps in block.norms))
         shape = BlockShape(L, n // L, D, F_, block.heads, R, len(lengths), block.scale, eps)
         shape.frozen, shape.starts = (c_void_p * len(pointers))(*pointers), starts.data_ptr()
@@ -218,8 +219,7 @@ class _NativeBlock(torch.autograd.Function):
         attention = 2 * longest * (D // block.heads + 1)
         room = x.new_empty(n * (2 * D + max(F_, 3 * D)) + max(weights, updates, attention))
         out = torch.empty_like(x)
-        tensors = (x, out, saved, room)
-        native().low_rank_forward(_address(shape, factors), *(t.data_ptr() for t in tensors))
+        call("low_rank_forward", _address(shape, factors), x, out, saved, room)
         # the tensors at whose addresses `shape` points are held by `block`, `starts`, and what is
         # saved
         ctx.shape, ctx.block, ctx.starts, ctx.room = shape, block, starts, room.shape
@@ -228,18 +228,16 @@ class _NativeBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        from pipeline.models.kernels.native import native
+        from pipeline.models.kernels.native import call
 
         x, saved, *factors = ctx.saved_tensors
         d_out, room = outputs[0].contiguous(), x.new_empty(ctx.room)
         grads = [factor.new_empty(factor.shape) for factor in factors]
         of_factors = (c_void_p * len(grads))(*[grad.data_ptr() for grad in grads])
         d_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        native().low_rank_backward(
-            _address(ctx.shape, factors),
-            *(tensor.data_ptr() for tensor in (d_out, x, saved)),
-            None if d_x is None else d_x.data_ptr(),
-            *(addressof(of_factors), room.data_ptr()),
+        pointers = addressof(of_factors)
+        call(
+            "low_rank_backward", _address(ctx.shape, factors), d_out, x, saved, d_x, pointers, room
         )
         return d_x, None, None, *grads
 

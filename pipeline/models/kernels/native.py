@@ -85,6 +85,12 @@ def native() -> Any:
     return library
 
 
+def call(function: str, *arguments: Any) -> Any:
+    """Call a function of the library, with the addresses of tensors."""
+    values = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+    return getattr(native(), function)(*values)
+
+
 def supports(*tensors: Tensor, lanes: int = LANES, dtype: torch.dtype = torch.bfloat16) -> bool:
     """Whether the library computes with these tensors, in rows of a multiple of `lanes`."""
     for x in tensors:

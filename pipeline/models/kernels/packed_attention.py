@@ -70,15 +70,14 @@ def attend(
         raise ValueError(
             f"segments {list(segments)} do not add up to one row of {query.shape[2]} tokens"
         )
-    lengths = [query.shape[2]] if segments is None else list(segments)
-    spans = [key.shape[2]] if segments is None else lengths  # lengths of keys
+    T, pairs = query.shape[2], None
+    lengths = [T] if segments is None else list(segments)
     if prefix is not None:
-        without = key.shape[2]
-        key, value = prefix(module.layer_idx, key, value, spans)  # type: ignore[arg-type]
-        added = (key.shape[2] - without) // len(spans)
-        spans = [added + span for span in spans]
-    pairs = None if past is None else past.update(module.layer_idx, key, value, lengths)  # type: ignore[arg-type]
-    if pairs is not None:
+        key, value = prefix(module.layer_idx, key, value, lengths)  # type: ignore[arg-type]
+    # of keys
+    spans = [length + (key.shape[2] - T) // len(lengths) for length in lengths]
+    if past is not None:
+        pairs = past.update(module.layer_idx, key, value, lengths)  # type: ignore[arg-type]
         spans = [keys.shape[2] for keys, _ in pairs]
     if sliding_window is not None and sliding_window >= max(spans):
         sliding_window = None  # it hides no key, and most kernels have only a causal mask

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.kernels import agrees
-from pipeline.models.kernels.native import native, supports
+from pipeline.models.kernels import agrees, random_tensors
+from pipeline.models.kernels.native import call, supports
 
 PROBES = 4  # rows of random input on which a replacement must agree with the original
 AGREEMENT = 2**-6  # two bf16 roundings of an output of order 1
@@ -95,10 +95,8 @@ def _forward(
     """x + added if there is one, its norm, and 1/√… of each row, by native.c."""
     width, total = x.shape[-1], None if added is None else torch.empty_like(x)
     out, inverse = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-    pointers = (
-        None if y is None else y.data_ptr() for y in (x, added, weight, total, out, inverse)
-    )
-    native().rms_norm_forward(*pointers, x.numel() // width, width, eps, offset)
+    tensors = (x, added, weight, total, out, inverse)
+    call("rms_norm_forward", *tensors, x.numel() // width, width, eps, offset)
     return total, out, inverse
 
 
@@ -107,10 +105,8 @@ def _backward(
 ) -> Tensor:
     """dx, plus `passed` if there is one, by native.c."""
     grad, d_x, width = grad.contiguous(), torch.empty_like(x), x.shape[-1]
-    pointers = (
-        None if y is None else y.data_ptr() for y in (grad, passed, x, weight, inverse, d_x)
-    )
-    native().rms_norm_backward(*pointers, x.numel() // width, width, offset)
+    tensors = (grad, passed, x, weight, inverse, d_x)
+    call("rms_norm_backward", *tensors, x.numel() // width, width, offset)
     return d_x
 
 
@@ -148,8 +144,6 @@ def _same_on_random_input(ours: RMSNorm, theirs: nn.Module, device: torch.device
     """Whether a norm of that name computes what ours does: only its numbers tell."""
     if device != ours.weight.device:
         ours, theirs = copy.deepcopy(ours).to(device), copy.deepcopy(theirs).to(device)
-    generator = torch.Generator().manual_seed(0)
-    # (PROBES, D)
-    probe = torch.randn(PROBES, len(ours.weight), generator=generator).to(ours.weight)
+    probe = random_tensors((PROBES, len(ours.weight)))[0].to(ours.weight)  # (PROBES, D)
     tried = f"the fused {type(theirs).__name__}"
     return agrees(tried, lambda: ours(probe), lambda: theirs(probe), AGREEMENT, AGREEMENT)

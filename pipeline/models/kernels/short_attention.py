@@ -8,13 +8,13 @@ cores, in turns with torch's flash attention). Shapes as in plain_attention.py.
 from collections.abc import Iterator, Sequence
 from ctypes import addressof
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipeline.models.kernels.native import AttentionShape, native, supports
+from pipeline.models.kernels.native import AttentionShape, call, supports
 
 # Tokens of a short sequence; beyond it the weights kept for backward, T² per head, cost more than
 # they save.
@@ -56,11 +56,11 @@ class FusedAttention(torch.autograd.Function):
         q, k, v = (_strided(x) for x in (q, k, v))
         B, T, H, K = q.shape
         starts = starts_of(lengths * B)
-        strides = [x.stride(n) for x in (q, k, v) for n in (1, 2)]
+        strides = chain.from_iterable(x.stride()[1:3] for x in (q, k, v))
         ctx.shape = AttentionShape(*strides, len(starts) - 1, H, k.shape[2], K, scale)
         out, log_sums = q.new_empty(q.shape), q.new_empty(B, T, H, dtype=torch.float32)
         tensors = (q, k, v, out, log_sums, starts)
-        _run(native().attention_forward, tensors, ctx.shape)
+        _run("attention_forward", tensors, ctx.shape)
         ctx.save_for_backward(*tensors)
         return out
 
@@ -69,7 +69,7 @@ class FusedAttention(torch.autograd.Function):
         q, k, v, out, log_sums, starts = ctx.saved_tensors
         grads = [x.new_empty(x.shape) for x in (q, k, v)]
         tensors = (outputs[0].contiguous(), q, k, v, out, log_sums, *grads, starts)
-        _run(native().attention_backward, tensors, ctx.shape)
+        _run("attention_backward", tensors, ctx.shape)
         return *grads, None, None
 
 
@@ -84,8 +84,8 @@ def starts_of(lengths: tuple[int, ...]) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)])
 
 
-def _run(function: Any, tensors: Sequence[Tensor], shape: AttentionShape) -> None:
-    if function(*(x.data_ptr() for x in tensors), addressof(shape)):
+def _run(function: str, tensors: Sequence[Tensor], shape: AttentionShape) -> None:
+    if call(function, *tensors, addressof(shape)):
         raise MemoryError("attention: the buffers of a sequence do not fit in memory")
 
 

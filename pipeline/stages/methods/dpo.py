@@ -127,13 +127,12 @@ def prepare(
     if settings.loss in WITH_REFERENCE:
         answers = yield from with_reference(job, base, answers, as_base)
     training, held_out = answers
-    whole, size = settings.loss == "orpo", settings.batch_size
-    accumulation = settings.gradient_accumulation_steps
-    batches = AnswerBatches(training, size, settings.seed, accumulation, first, whole)
+    size, accumulation = settings.batch_size, settings.gradient_accumulation_steps
+    batches = AnswerBatches(training, size, settings.seed, accumulation, first)
     path = PreferencePath(base.model, settings)
     if held_out is None:
         return Prepared(batches, None, path)
-    in_order = AnswerBatches(held_out, size, None, whole=whole)
+    in_order = AnswerBatches(held_out, size, None)
     evaluation = Evaluation(in_order, settings.eval_steps or len(batches), settings.patience)
     # KTO's answers are no pairs, and a trial saves no manifest
     if settings.loss == "kto" or not job.key:

@@ -7,6 +7,7 @@ accumulated out of place where autograd could do it in place, and there is no fr
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from itertools import chain
 from typing import Any
 
 import torch
@@ -31,9 +32,9 @@ from pipeline.models.kernels.rms_norm import fuse_rms_norms
 from pipeline.models.load import DTYPES
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.models.transformers_model import TransformersModel, from_config
-from pipeline.project.params.sections import Training
+from pipeline.project.params.sections import Init, Training
 from pipeline.training.batches import Batch
-from pipeline.training.losses import chunked_mean, cross_entropy
+from pipeline.training.losses import cross_entropy, mean_loss
 from pipeline.training.memory.prediction import TensorMemoryMeter
 from pipeline.training.noise import training_noise
 from pipeline.training.optimizer import FlatOptimizer, rule_of
@@ -87,9 +88,8 @@ def _refuse_unsupported(
             f"--trace supports {', '.join(DTYPES)}, got {run.precision}. Change --precision."
         )
     _refuse_other_kernels(model, run)
-    if run.precision != "bf16" and any(
-        linear.experts > 1 for block in model.blocks for linear in block.linears
-    ):
+    linears = chain.from_iterable(block.linears for block in model.blocks)
+    if run.precision != "bf16" and any(linear.experts > 1 for linear in linears):
         # torch has no fake product of experts in other dtypes, though GPUs have a real one
         raise UserError(
             f"--trace runs a mixture of experts in bf16, got {run.precision}. Add --precision bf16."
@@ -179,11 +179,10 @@ def _training_step(
 
         return our_step
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = (
-        torch.optim.AdamW(trainable, fused=True)
-        if run.optimizer == "adamw"
-        else torch.optim.SGD(trainable)
-    )
+    if run.optimizer == "adamw":
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(trainable, fused=True)
+    else:
+        optimizer = torch.optim.SGD(trainable)
     ids, labels = torch.zeros(2, run.batch, run.sequence, dtype=torch.long)
     positions = torch.zeros(run.labels, dtype=torch.long)
 
@@ -197,13 +196,12 @@ def _training_step(
                 model.logits(_rows(hidden, positions)).float(), labels.flatten()[positions]
             )
         else:
-            head = [p for p in model.head.parameters() if p.requires_grad]
-            loss = chunked_mean(
+            loss = mean_loss(
+                model,
                 cross_entropy(model.logits),
                 _rows(hidden, positions),
                 labels.flatten()[positions],
                 run.chunk,
-                head,
             )
         torch.autograd.backward(loss)
         optimizer.step()
@@ -220,12 +218,8 @@ def _rows(hidden: Tensor, positions: Tensor) -> Tensor:
 def _build_model(config: Mapping[str, Any], run: TrainingConfig) -> CausalLM:
     """A model of this architecture, without dropout."""
     if architecture(config, "the config").style.ours:
-        if (run.precision, run.attention, run.loss, run.optimizer) != (
-            "fp32",
-            "sdpa",
-            "full",
-            "adamw",
-        ):
+        asked = (run.precision, run.attention, run.loss, run.optimizer)
+        if asked != ("fp32", "sdpa", "full", "adamw"):
             raise UserError(
                 "--trace supports MiniGPT only with --precision fp32 --attention sdpa --loss full "
                 "--optimizer adamw."
@@ -262,21 +256,15 @@ def _make_trainable(model: CausalLM, method: Any, dtype: torch.dtype) -> None:
         return
     model.requires_grad_(False)
     if method.name == "lora":
-        ranks = dict(method.rank_pattern)
         spec = AdapterSpec(
             *(method.rank, method.effective_alpha, ()),
-            ranks=ranks,
+            ranks=dict(method.rank_pattern),
             rslora=method.rslora,
             dora=method.dora,
             dropout=method.lora_dropout,
         )
-        add_lora(
-            model,
-            resolve(model, method.targets),
-            spec,
-            dtype,
-            "pissa" if method.pissa else "document",
-        )
+        init: Init = "pissa" if method.pissa else "document"
+        add_lora(model, resolve(model, method.targets), spec, dtype, init)
         train_embeddings = method.embeddings == "all"
     else:
         for block in list(model.blocks)[len(model.blocks) - method.last_blocks :]:

@@ -31,8 +31,7 @@ NAMED_WITHIN = 5  # seconds: gloo notices an end at once, but not whose it is
 _OF_A_COLLECTIVE = re.compile("gloo|nccl|pair closure|collective operation", re.IGNORECASE)
 _OF_A_CONNECTION = re.compile(
     "connection (closed|reset|refused)|timed out|timeout|broken pipe|no route to "
-    "host|unreachable|ncclRemoteError"
-    "|communicator was aborted|completion from peer",
+    "host|unreachable|ncclRemoteError|communicator was aborted|completion from peer",
     re.IGNORECASE,
 )
 
@@ -53,8 +52,7 @@ class ProcessLost(CollectiveError):
             checkpoint_note = "Checkpoints are with rank 0. "
         return cls(
             f"{stage}: {lost or 'another process of this run'} ended, or cannot be reached. "
-            f"{checkpoint_note}"
-            "Run the same command to resume."
+            f"{checkpoint_note}Run the same command to resume."
         )
 
 
@@ -146,11 +144,9 @@ def broadcast_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not dist.is_initialized():
         return dict(tensors)
     layout = broadcast_object([(name, tuple(t.shape), t.dtype) for name, t in tensors.items()])
-    received = (
-        dict(tensors)
-        if is_main_process()
-        else {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in layout}
-    )
+    received = dict(tensors)
+    if not is_main_process():
+        received = {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in layout}
     for tensor in received.values():
         dist.broadcast(tensor, src=0)
     return received

@@ -39,15 +39,14 @@ class Heartbeats:
         self._counts: dict[int, bytes] = {}
         self._missed: dict[int, int] = {}
         self._unanswered = 0
-        self._threads = [
-            threading.Thread(target=each, daemon=True) for each in (self._beat, self._judge)
-        ]
+        works = (self._beat, self._judge)
+        self._threads = [threading.Thread(target=work, daemon=True) for work in works]
 
     @property
     def identity(self) -> tuple[str, int, float]:
         """How other ranks know this process: its machine, its number there, and its start."""
-        own = psutil.Process()
-        return socket.gethostname(), own.pid, own.create_time()
+        process = psutil.Process()
+        return socket.gethostname(), process.pid, process.create_time()
 
     def start(self, identities: Sequence[tuple[str, int, float]]) -> None:
         """Begin to count, once every rank has called `announce`; `identities`: theirs, by rank."""
@@ -82,24 +81,18 @@ class Heartbeats:
 
     def _beat(self) -> None:
         others = list(self._names)
+        keys = [*map(str, others)]
         count = 0
         with suppress(RuntimeError):  # the store is gone: `_judge` notices
             while not self._left.wait(BEAT):
                 count += 1
                 self._store.set(str(self._rank), str(count))
-                for rank, now in zip(
-                    others, self._store.multi_get([str(rank) for rank in others]), strict=True
-                ):
-                    self._missed[rank] = (
-                        self._missed[rank] + 1 if now == self._counts.get(rank) else 0
-                    )
+                for rank, now in zip(others, self._store.multi_get(keys), strict=True):
+                    is_silent = now == self._counts.get(rank)
+                    self._missed[rank] = self._missed[rank] + 1 if is_silent else 0
                     self._counts[rank] = now
-                    if (
-                        self._missed[rank]
-                        and rank in self._here
-                        and now != DONE
-                        and not runs(self._here[rank])
-                    ):
+                    process = self._here.get(rank)
+                    if is_silent and process is not None and now != DONE and not runs(process):
                         self._store.set(str(rank), FAILED)  # other machines do not see it
                         self._counts[rank], self._missed[rank] = FAILED, LOST_AFTER + 1
                 self._unanswered = 0
@@ -129,11 +122,9 @@ class Heartbeats:
 
         "" if there is neither.
         """
-        missed = {
-            rank: missed for rank, missed in self._missed.items() if self._counts.get(rank) != DONE
-        }
-        rank = max(missed, key=lambda each: missed[each], default=-1)
-        if missed.get(rank, 0) > beats:
+        working = [rank for rank in self._missed if self._counts.get(rank) != DONE]
+        rank = max(working, key=self._missed.__getitem__, default=None)
+        if rank is not None and self._missed[rank] > beats:
             return self._names[rank]
         return f"the machine at {os.environ['MASTER_ADDR']}" if self._unanswered > beats else ""
 

@@ -76,11 +76,9 @@ def launch(
 
     gpus = torch.cuda.device_count() if best_device().type == "cuda" else 0
     if devices > (gpus or cores()):
-        limit = (
-            f"{gpus}, the number of GPUs"
-            if gpus
-            else f"{cores()}, the cores that this process may use"
-        )
+        limit = f"{cores()}, the cores that this process may use"
+        if gpus:
+            limit = f"{gpus}, the number of GPUs"
         raise UserError(f"--devices must be at most {limit}, got {devices}. Lower it.")
     meeting = _Meeting(endpoint, nodes, node_rank) if endpoint else None
     logging.disable(logging.CRITICAL)  # silences torchrun: this process does nothing else
@@ -128,9 +126,9 @@ class _Meeting:
     def __init__(self, endpoint: str, nodes: int, node_rank: int | None) -> None:
         from torch.distributed import DistNetworkError
 
-        address, own = _addresses(endpoint)
+        address, local = _addresses(endpoint)
         self._endpoint, self._nodes, self._limit = endpoint, nodes, time.monotonic() + MEET
-        is_host = own == address if node_rank is None else node_rank == 0
+        is_host = local == address if node_rank is None else node_rank == 0
         while True:
             try:
                 # the host's serves the run: it is kept
@@ -145,7 +143,7 @@ class _Meeting:
             "rdzv_backend": "static",
             "rdzv_endpoint": endpoint,
             "rdzv_configs": {"rank": rank, "timeout": MEET},
-            "local_addr": own,
+            "local_addr": local,
         }
 
     def _join(self, node_rank: int | None) -> int:
@@ -157,8 +155,9 @@ class _Meeting:
                 "--node-rank, from 0 to "
                 f"{self._nodes - 1}, or stop the command on all of them and start it again."
             )
+        machines = [f"machine {number}" for number in range(self._nodes)]
         try:
-            while not self._store.check([f"machine {each}" for each in range(self._nodes)]):
+            while not self._store.check(machines):
                 self._wait()
         except (KeyboardInterrupt, UserError):
             self._store.delete_key(f"machine {rank}")  # it may be started again
@@ -168,10 +167,9 @@ class _Meeting:
     def _wait(self) -> None:
         if time.monotonic() > self._limit:
             raise UserError(
-                f"the {self._nodes} machines did not meet at {self._endpoint} within {MEET} s. "
-                "Run the same command on "
-                "each; --rdzv-endpoint is the address of one of them, and a port that is free "
-                "there."
+                f"the {self._nodes} machines did not meet at {self._endpoint} within {MEET} s. Run "
+                "the same command on each; --rdzv-endpoint is the address of one of them, and a "
+                "port that is free there."
             )
         time.sleep(POLL)
 
@@ -201,13 +199,13 @@ def _addresses(endpoint: str) -> tuple[str, str]:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(address)  # sends nothing
-            own = probe.getsockname()[0]
+            local = probe.getsockname()[0]
     except (OSError, ValueError):
         raise UserError(
             "--rdzv-endpoint must be HOST:PORT of a machine that this one reaches, got "
             f"{endpoint}. Correct it."
         ) from None
     for name, addresses in psutil.net_if_addrs().items():
-        if own in (one.address for one in addresses):
+        if any(interface.address == local for interface in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    return str(address[0]), own
+    return str(address[0]), local

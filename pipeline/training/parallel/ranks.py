@@ -108,9 +108,8 @@ def _run_as_worker(
         if key:
             shutil.rmtree(scratch, ignore_errors=True)  # left by a killed run
             (scratch / "out").mkdir(parents=True)
-            for _ in _report_errors(
-                work, Job(project, stage, scratch / "out", scratch, key, checkpoint_every)
-            ):
+            job = Job(project, stage, scratch / "out", scratch, key, checkpoint_every)
+            for _ in _report_errors(work, job):
                 pass
         return bool(key)
     finally:
@@ -166,9 +165,8 @@ def process_group(stage: str) -> Iterator[None]:
             raise
         raise UserError(
             f"the {rank.world_size} processes of this run do not reach each other "
-            f"({first_line(error)}). Start all of "
-            "them at the same time. Between machines, name the network's interface in "
-            "GLOO_SOCKET_IFNAME."
+            f"({first_line(error)}). Start all of them at the same time. Between machines, name "
+            "the network's interface in GLOO_SOCKET_IFNAME."
         ) from None
     limit_waiting(PATIENCE)
     opened = {identity: file for identity, file in _open_files().items() if identity not in before}
@@ -194,8 +192,8 @@ def process_group(stage: str) -> Iterator[None]:
 def _begin_heartbeats(on_loss: Callable[[], None]) -> Heartbeats:
     store: Any = dist.distributed_c10d._get_default_store()
     # who waits on the other holds its connection
-    own = dist.distributed_c10d.PrefixStore("heartbeats", store.clone())
-    heartbeats = Heartbeats(own, dist.get_rank(), on_loss)
+    clone = dist.distributed_c10d.PrefixStore("heartbeats", store.clone())
+    heartbeats = Heartbeats(clone, dist.get_rank(), on_loss)
     heartbeats.announce()
     identities: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(identities, heartbeats.identity)

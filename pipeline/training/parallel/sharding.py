@@ -66,8 +66,7 @@ def shard(model: CausalLM, device: torch.device) -> None:
     if not model.supports_packing:  # only now: trying it reads every weight
         raise UserError(
             "--shard does not work with this model: it does not support packing, so ranks would "
-            "run its blocks a "
-            "different number of times. Train without it."
+            "run its blocks a different number of times. Train without it."
         )
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from pipeline.data.examples import IGNORED, Window
 from pipeline.data.windows import Parts
 from pipeline.training.batches import Batch, Batches, collate
-from pipeline.training.parallel.collectives import shard_for_rank
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,9 @@ class Answers:
     # log-probability of each sequence's answer under the reference, (2n,); None without a reference
     reference: Tensor | None = None
     desirable: Sequence[bool] = ()  # for KTO, whether each unit's answer is a good one
+    # for ORPO, whose likelihood is of prompt and answer: whether every token of a first sequence
+    # carries a label
+    whole: bool = False
 
     def __len__(self) -> int:
         return len(self.windows) // 2
@@ -64,6 +66,9 @@ class AnswerBatch(Batch):
     by_kind: Tensor | None = None  # (n,) the units, these first
     mismatched: "AnswerBatch | None" = None  # the second sequences
 
+    def as_idle(self) -> "AnswerBatch":
+        return replace(self, idle=True, units=0)
+
     def to(self, device: torch.device) -> "AnswerBatch":
         batch = super().to(device)
         assert isinstance(batch, AnswerBatch)
@@ -73,39 +78,18 @@ class AnswerBatch(Batch):
 
 
 class AnswerBatches(Batches):
-    """The batches of all epochs, of `batch_size` units each; `whole` as in `answer_batch`."""
+    """The batches of all epochs, of `batch_size` units of Answers each."""
 
-    def __init__(
-        self,
-        answers: Answers,
-        batch_size: int,
-        seed: int | None,
-        gradient_accumulation_steps: int = 1,
-        first: int = 0,
-        whole: bool = False,
-    ) -> None:
-        super().__init__(answers, batch_size, seed, gradient_accumulation_steps, first)
-        self._answers, self._whole = answers, whole
-
-    def _read(self, step: int) -> list[Batch]:
-        return [self._batch(numbers) for numbers in self.rows(step)]
-
-    def _batch(self, numbers: Sequence[int]) -> AnswerBatch:
-        """That of this rank; an idle one, of the first unit, if it gets none."""
-        mine = shard_for_rank(numbers)
-        batch = answer_batch(self._answers, mine or numbers[:1], self._whole)
-        return batch if mine else replace(batch, idle=True, units=0)
+    def _collate(self, numbers: Sequence[int]) -> AnswerBatch:
+        assert isinstance(self.dataset, Answers)
+        return answer_batch(self.dataset, numbers)
 
 
-def answer_batch(answers: Answers, units: Sequence[int], whole: bool = False) -> AnswerBatch:
-    """The units as one batch.
-
-    `whole`: every token of a first sequence carries a label, as ORPO's likelihood is of prompt and
-    answer.
-    """
+def answer_batch(answers: Answers, units: Sequence[int]) -> AnswerBatch:
+    """The units as one batch."""
     firsts, seconds = [2 * unit for unit in units], [2 * unit + 1 for unit in units]
     if not answers.desirable:
-        batch = batch_of(answers, [*firsts, *seconds], len(units) if whole else 0)
+        batch = batch_of(answers, [*firsts, *seconds], len(units) if answers.whole else 0)
         return replace(batch, units=len(units))
     kinds = [int(answers.desirable[unit]) for unit in units]
     desirable_first = sorted(range(len(units)), key=lambda n: not kinds[n])
@@ -127,20 +111,15 @@ def batch_of(answers: Answers, indices: Sequence[int], whole: int = 0) -> Answer
     if whole:
         marks = list[bool]()
         for n in range(whole):
-            window = _to_last_label(windows[n])
-            marks += [label != IGNORED for label in window.labels]
+            start, ids, labels = windows[n].start, windows[n].ids, windows[n].labels
+            stop = 1 + max(i for i, label in enumerate(labels) if label != IGNORED)
+            marks += [label != IGNORED for label in labels[:stop]]
             # what follows each token as its label
-            labels = (*window.ids[1:], window.labels[-1])
-            windows[n] = Window(window.start, window.ids, labels)
+            windows[n] = Window(start, ids[:stop], (*ids[1:stop], labels[stop - 1]))
         marks += [True] * sum(counts[whole:])
         answered = torch.tensor(marks).nonzero()[:, 0]
-    batch = collate(windows)
     return AnswerBatch(
-        batch.ids,
-        batch.positions,
-        batch.labels,
-        batch.label_index,
-        batch.segments,
+        **vars(collate(windows)),
         counts=tuple(_labels(window) for window in windows),
         answered=answered,
         owner=torch.repeat_interleave(of_each),
@@ -151,8 +130,3 @@ def batch_of(answers: Answers, indices: Sequence[int], whole: int = 0) -> Answer
 
 def _labels(window: Window) -> int:
     return len(window.labels) - window.labels.count(IGNORED)
-
-
-def _to_last_label(window: Window) -> Window:
-    stop = 1 + max(i for i, label in enumerate(window.labels) if label != IGNORED)
-    return Window(window.start, window.ids[:stop], window.labels[:stop])

@@ -1,12 +1,11 @@
-"""Encoded answers as the sequences of a data set, and their log-probabilities under the
-reference.
-"""
+"""Encoded answers as a data set, and their log-probabilities under the reference."""
 
 import hashlib
 import json
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -71,49 +70,45 @@ def build_answers(
 
     Raises UserError as `build_corpora`, and for rows of another kind.
     """
-    as_answers, encode = _of_pairs, encode_pairs
-    if loss == "kto":
-        as_answers, encode = _of_single_answers, encode_answers
+    encode = encode_answers if loss == "kto" else encode_pairs
     training, held_out = yield from build_corpora(job, settings, base, encode)
-    return as_answers(training), None if held_out is None else as_answers(held_out)
+    return _answers_of(training, loss), None if held_out is None else _answers_of(held_out, loss)
 
 
-def _of_single_answers(corpus: Corpus) -> Answers:
-    desirable = [*map(bool, corpus.desirable)]
-    return Answers(_Mismatched(corpus), corpus.location, corpus.parts, desirable=desirable)
-
-
-def _of_pairs(corpus: Corpus) -> Answers:
+def _answers_of(corpus: Corpus, loss: PreferenceLoss) -> Answers:
+    if loss == "kto":
+        desirable = [*map(bool, corpus.desirable)]
+        return Answers(_Mismatched(corpus), corpus.location, corpus.parts, desirable=desirable)
     parts = tuple((range(run.start // 2, run.stop // 2), weight) for run, weight in corpus.parts)
-    return Answers(corpus, lambda number: corpus.location(2 * number), parts)
+    whole = loss == "orpo"
+    return Answers(corpus, lambda number: corpus.location(2 * number), parts, whole=whole)
 
 
 def with_reference(
     job: Job, base: Base, answers: tuple[Answers, Answers | None], as_base: bool
 ) -> Generator[Event, None, tuple[Answers, Answers | None]]:
-    """The same with each answer's log-probability under the reference: the model as it is, or
-    `as_base` its base.
+    """The same with each answer's log-probability under the reference.
 
-    They are kept in the cache by what they depend on: a run that resumes, or has another loss,
-    computes none.
+    The reference is the model as it is, or `as_base` its base. Log-probabilities are kept in the
+    cache by what they depend on: a run that resumes, or has another loss, computes none.
     """
-    given = [one for one in answers if one is not None]
+    given = [data for data in answers if data is not None]
     if not job.key:  # a trial: a step takes the same time and memory whatever the reference says
-        values = {str(n): torch.zeros(len(one.windows)) for n, one in enumerate(given)}
+        values = {str(n): torch.zeros(len(data.windows)) for n, data in enumerate(given)}
     else:
-        kept = _Kept(job, given, as_base) if is_main_process() else None
-        values = broadcast_tensors(kept.read() if kept else {})
+        store = _Kept(job, given, as_base) if is_main_process() else None
+        values = broadcast_tensors(store.read() if store else {})
         if not values:
-            total = sum(len(one.windows) for one in given)
+            total = sum(len(data.windows) for data in given)
             yield Note(
                 f"{job.stage.name}: log-probabilities of {total:,} answers under the reference "
                 "are computed once"
             )
             with disable_adapter(base.model) if as_base else nullcontext():
                 values = yield from _log_probs(base, given, total)
-            if kept:
-                kept.write(values)
-    training, *held_out = (replace(one, reference=values[str(n)]) for n, one in enumerate(given))
+            if store:
+                store.write(values)
+    training, *held_out = (replace(data, reference=values[str(n)]) for n, data in enumerate(given))
     return training, held_out[0] if held_out else None
 
 
@@ -143,8 +138,8 @@ class _Kept:
 def _reference_facts(job: Job, answers: Sequence[Answers], as_base: bool) -> Facts:
     settings, inputs = job.project.section(job.stage), job.input_facts["inputs"]
     sequences = hashlib.sha256()
-    for one in answers:
-        for window in one.windows:
+    for data in answers:
+        for window in data.windows:
             sequences.update(json.dumps([window.ids, window.labels]).encode())
     return {
         "base": inputs[base_model.shared_name(job.project.artifact_name("expand_vocab"))],
@@ -160,18 +155,17 @@ def _reference_facts(job: Job, answers: Sequence[Answers], as_base: bool) -> Fac
 def _log_probs(
     base: Base, answers: Sequence[Answers], total: int
 ) -> Generator[Event, None, dict[str, Tensor]]:
-    """Of each sequence of each data set, by its number, the summed log-probability of its answer:
-    fp32 on the CPU.
+    """Number of a data set → the summed log-probability of each of its answers, fp32 on the CPU.
 
     Each rank computes its share.
     """
     model, done, values = base.model, 0, dict[str, Tensor]()
     with placed_for_inference(model):
-        for n, one in enumerate(answers):
-            values[str(n)] = sums = torch.zeros(len(one.windows))
+        for n, data in enumerate(answers):
+            values[str(n)] = sums = torch.zeros(len(data.windows))
             for start in shard_for_rank(range(0, len(sums), SCORED_TOGETHER)):
                 part = range(start, min(start + SCORED_TOGETHER, len(sums)))
-                batch = batch_of(one, part).to(model.device)
+                batch = batch_of(data, part).to(model.device)
                 # as progress tells: waits for it
                 sums[part.start : part.stop] = likelihood(model, batch).summed.cpu()
                 done += len(part)
@@ -182,23 +176,21 @@ def _log_probs(
 
 @torch.no_grad()
 def preferred(model: CausalLM, pairs: Answers, log_probs: Tensor | None = None) -> dict[str, float]:
-    """`accuracy`: the share of the pairs whose chosen answer the model gives the higher mean
-    log-probability per token. `margin`: the mean difference, in nats per token.
+    """How well a model prefers the chosen answers, by mean log-probability per token.
 
-    Per token: of two sums the shorter answer has nearly always the higher one. `log_probs`: the
-    sums, (2n,), where they are known. Otherwise all of it is computed on this rank: after training
-    the others are gone.
+    `accuracy`: the share of pairs whose chosen answer has the higher one. `margin`: the mean
+    difference, in nats per token. Sums would nearly always prefer the shorter answer. `log_probs`:
+    the sums, (2n,), where they are known. Otherwise all of it is computed on this rank: after
+    training the others are gone.
     """
-    starts = range(0, len(pairs.windows), SCORED_TOGETHER)
-    parts = [
-        batch_of(pairs, range(start, min(start + SCORED_TOGETHER, len(pairs.windows))))
-        for start in starts
-    ]
+    indices = range(len(pairs.windows))
+    starts = range(0, len(indices), SCORED_TOGETHER)
+    parts = [batch_of(pairs, indices[start : start + SCORED_TOGETHER]) for start in starts]
     if log_probs is None:
         with placed_for_inference(model):
-            log_probs = torch.cat(
-                [likelihood(model, part.to(model.device)).summed for part in parts]
-            ).cpu()
-    means = (log_probs / torch.tensor([count for part in parts for count in part.counts])).double()
+            sums = [likelihood(model, part.to(model.device)).summed for part in parts]
+            log_probs = torch.cat(sums).cpu()
+    counts = chain.from_iterable(part.counts for part in parts)
+    means = (log_probs / torch.tensor([*counts])).double()
     margins = means[::2] - means[1::2]
     return {"accuracy": (margins > 0).double().mean().item(), "margin": margins.mean().item()}

@@ -125,7 +125,7 @@ def likelihood(model: CausalLM, batch: AnswerBatch) -> Likelihood:
 
 
 def _label_log_probs(model: CausalLM, batch: Batch) -> Tensor:
-    rows = model.hidden_states(batch.ids, batch.positions, batch.segments).flatten(0, 1)  # (N, D)
+    rows = batch.read_by(model)  # (N, D)
     rows = rows if batch.label_index is None else rows.index_select(0, batch.label_index)
     size = chunk_of(model, len(rows))
     return log_probs(model.logits, rows, batch.labels, size, trained_head(model))

@@ -51,13 +51,12 @@ def detect(folder: Path) -> Format:
             f"{folder} is a file. Name the folder that it lies in, with the config beside it."
         )
     refuse_untrusted(folder)
-    found = next((each for each in FORMATS.values() if each.detect(folder)), None)
-    if found is None:
-        read_config(folder)  # says what else it is, if it is a model or holds adapters
-        raise UserError(
-            f"{folder} is no adapter. Those of {', '.join(each.name for each in FORMATS.values())} are read."
-        )
-    return found
+    for tool in FORMATS.values():
+        if tool.detect(folder):
+            return tool
+    read_config(folder)  # says what else it is, if it is a model or holds adapters
+    names = ", ".join(tool.name for tool in FORMATS.values())
+    raise UserError(f"{folder} is no adapter. Those of {names} are read.")
 
 
 def base_of(folder: Path) -> Path:

@@ -112,9 +112,8 @@ def _layers(
     if not names or a.shape[0] != len(names) * b.shape[1] or b.shape[0] != sum(rows):
         raise UserError(
             f"{source}: {theirs} has shapes {list(a.shape)} and {list(b.shape)}, which do not fit "
-            f"the {sum(rows)} rows "
-            f"of {', '.join(names) or 'no layer'}, trained by {SETTINGS}. Pass the base it was "
-            "trained on with --base."
+            f"the {sum(rows)} rows of {', '.join(names) or 'no layer'}, trained by {SETTINGS}. "
+            "Pass the base it was trained on with --base."
         )
     return list(zip(names, a.chunk(len(names)), torch.split(b, rows), strict=True))
 

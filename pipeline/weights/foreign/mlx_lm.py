@@ -32,8 +32,7 @@ def read(folder: Path, model: "CausalLM", _base: Path) -> Converted:
     if kind not in ("lora", "dora"):
         raise UserError(
             f"{folder / CONFIG}: fine_tune_type is {str(kind)[:80]!r}: whole weights are trained. "
-            "Fuse the model with "
-            "mlx_lm.fuse, and use it as a base."
+            "Fuse the model with mlx_lm.fuse, and use it as a base."
         )
     settings = config.get("lora_parameters")
     scale = settings.get("scale") if isinstance(settings, dict) else None

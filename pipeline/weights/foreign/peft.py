@@ -58,18 +58,18 @@ def read(folder: Path, model: "CausalLM", base: Path) -> Converted | None:
     if not source.exists() and (folder / PICKLE).is_file():
         source = folder / PICKLE
     if not source.exists():
-        raise UserError(f"{folder} has no {WEIGHTS}: {_why_none(folder)}.")
+        reasons = [why for pattern, why in SHARDS if any(folder.glob(pattern))]
+        reason = next(iter(reasons), "it holds no adapter. Copy it again")
+        raise UserError(f"{folder} has no {WEIGHTS}: {reason}.")
     stored = load(source) if source.name == PICKLE else load_tensors(source)
     if not stored or any(tensor.numel() == 0 for tensor in stored.values()):
         raise UserError(
-            f"{source} is empty: DeepSpeed ZeRO-3 saved it without its parts on other GPUs, and "
-            "it would change "
-            f"nothing. {_GATHER}."
+            f"{source} is empty: DeepSpeed ZeRO-3 saved it without its parts on other GPUs, and it "
+            f"would change nothing. {_GATHER}."
         )
     if str(config.get("peft_type")) in {*VIRTUAL, *OTHER_KINDS}:
-        return (
-            None if source.name == WEIGHTS else Converted(config, stored, (source, folder / CONFIG))
-        )
+        stays = source.name == WEIGHTS
+        return None if stays else Converted(config, stored, (source, folder / CONFIG))
     names = _Names([name for name, _ in model.named_modules()])
     tensors, settings = _renamed(stored, names, source), dict(config)
     if isinstance(targets := config.get("target_modules"), list):
@@ -78,13 +78,11 @@ def read(folder: Path, model: "CausalLM", base: Path) -> Converted | None:
     _take_embeddings(settings, tensors, model, base, source)
     if config.get("target_parameters"):
         tensors = _in_todays_layout(settings, tensors, model, folder)
-    if not config.get("use_dora") and any(
-        key.endswith(".lora_magnitude_vector") for key in tensors
-    ):
+    has_magnitudes = any(key.endswith(".lora_magnitude_vector") for key in tensors)
+    if has_magnitudes and not config.get("use_dora"):
         raise UserError(
             f"{source} has DoRA's magnitudes, but use_dora is not set in {CONFIG}: PEFT would "
-            "leave them out. Set "
-            "use_dora to true there if it was trained with DoRA."
+            "leave them out. Set use_dora to true there if it was trained with DoRA."
         )
     if source.name == WEIGHTS and tensors.keys() == stored.keys() and settings == config:
         return None
@@ -107,13 +105,6 @@ def _in_todays_layout(
     if any(changed[key] is not tensors[key] for key in tensors):
         settings["peft_version"] = LAYOUT
     return changed
-
-
-def _why_none(folder: Path) -> str:
-    return next(
-        (why for pattern, why in SHARDS if any(folder.glob(pattern))),
-        "it holds no adapter. Copy it again",
-    )
 
 
 def _renamed(stored: Mapping[str, "Tensor"], names: "_Names", source: Path) -> dict[str, "Tensor"]:
@@ -150,7 +141,7 @@ class _Names:
 
     def __init__(self, modules: Sequence[str]) -> None:
         self.modules = {*modules}
-        self.wrappers = _WRAPPERS - {part for name in modules for part in name.split(".")}
+        self.wrappers = _WRAPPERS.difference(*(name.split(".") for name in modules))
         self._by_end: dict[str, list[str]] = {}
         for name in modules:
             for end in _ends(name):
@@ -168,11 +159,9 @@ class _Names:
         if name in self.modules:
             return name
         longer = self._by_end.get(name, [])
-        return (
-            longer[0]
-            if len(longer) == 1
-            else next((end for end in _ends(name) if end in self.modules), name)
-        )
+        if len(longer) == 1:
+            return longer[0]
+        return next((end for end in _ends(name) if end in self.modules), name)
 
 
 def _ends(name: str) -> list[str]:
@@ -208,12 +197,11 @@ def _take_embeddings(
         if len(weight) != rows:
             raise UserError(
                 f"{source}: {name} has {len(weight):,} rows, and the base {rows:,}: tokens were "
-                "added before training. "
-                "Add the same tokens to the base in the same order, or pass the base that has "
-                "them with --base."
+                "added before training. Add the same tokens to the base in the same order, or pass "
+                "the base that has them with --base."
             )
         if isinstance(saved, list) and not any(
-            isinstance(each, str) and name.endswith(each) for each in saved
+            isinstance(end, str) and name.endswith(end) for end in saved
         ):
             location = find_location(f"{name}.weight", tensor_locations(base), tied_names(model))
             blocks = read_blocks(location) if location else ()

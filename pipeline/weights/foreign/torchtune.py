@@ -115,8 +115,7 @@ def _in_halves(rows: "Tensor", heads: Any, source: Path) -> "Tensor":
     if not isinstance(heads, int) or heads < 1 or rows.ndim < 1 or rows.shape[0] % (2 * heads):
         raise UserError(
             f"{source}: a tensor of shape {list(rows.shape)} is none of the base's {heads} heads. "
-            "Pass the base it was "
-            "trained on with --base."
+            "Pass the base it was trained on with --base."
         )
     pairs = rows.reshape(heads, rows.shape[0] // (2 * heads), 2, *rows.shape[1:])  # (H, K/2, 2, …)
     return pairs.transpose(1, 2).reshape(rows.shape)  # (H, 2, K/2, …) → (O, …)

@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.models.quantized_linear import QuantizedLinear
 from pipeline.project.params.sections import Init
-from pipeline.weights.edits import merged_rows
+from pipeline.weights.edits import AddLowRank
 
 
 def layer_of(
@@ -83,10 +83,8 @@ def test_merged_rows_answer_like_base_plus_adapter_and_leave_it_alone(
     layer = layer_of(*shape, bias=False)
     weight, x = weight_of(layer.base).detach(), torch.randn(4, shape[1], dtype=torch.float64)
     before, (left, right) = weight.clone(), factors(layer)
-    parts = [
-        merged_rows(weight[rows], left[rows], right, layer.scale)
-        for rows in (slice(0, 1), slice(1, None))
-    ]
+    edit = AddLowRank(left, right, layer.scale)
+    parts = [edit(weight[rows], rows) for rows in (slice(0, 1), slice(1, None))]
     torch.testing.assert_close(F.linear(x, torch.cat(parts)), layer(x), atol=1e-4, rtol=1e-5)
     assert torch.equal(weight, before)
 

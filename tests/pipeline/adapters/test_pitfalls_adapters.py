@@ -377,10 +377,10 @@ def test_pitfall_9_the_merged_model_answers_as_base_and_adapter(
 def test_pitfall_9_a_merge_that_answers_otherwise_is_refused(
     cli: Lora, brief: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def nothing(weight: Tensor, *_: object) -> Tensor:
+    def nothing(_edit: object, weight: Tensor, _rows: slice) -> Tensor:
         return weight
 
-    monkeypatch.setattr("pipeline.weights.edits.merged_rows", nothing)
+    monkeypatch.setattr("pipeline.weights.edits.AddLowRank.__call__", nothing)
     code, out, err = cli(
         "merge", "--adapter", str(ADAPTER), "--out", str(tmp_path / "merged"), cwd=brief
     )

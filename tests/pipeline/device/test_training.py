@@ -349,11 +349,13 @@ def test_preferences_are_read_twice_a_step(loss: Any) -> None:
     model = toy("llama", torch.bfloat16)
     lora(model)
     windows = windows_of((590, 610, 601, 40, 30, 620, 12, 600), lambda length: length // 2)
-    more = {"desirable": (True, False, True, False)} if loss == "kto" else {}
+    more: dict[str, Any] = {"whole": loss == "orpo"}
+    if loss == "kto":
+        more["desirable"] = (True, False, True, False)
     reference = torch.zeros(len(windows)) if loss in WITH_REFERENCE else None
     answers = Answers(windows, lambda _: "f.jsonl:1", ((range(4), 1.0),), reference, **more)
     path = PreferencePath(on_stand_in(model), settings)
-    learner = Learner(settings, AnswerBatches(answers, 1, 0, 2, whole=loss == "orpo"))
+    learner = Learner(settings, AnswerBatches(answers, 1, 0, 2))
     refuse(seen_in_steps(model, TrainingTask(model, [learner], path)), {READ: 4})
 
 

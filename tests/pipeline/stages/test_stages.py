@@ -23,6 +23,7 @@ from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import final_loss, read_final_loss, read_steps
 from pipeline.project.runner import run
 from pipeline.stages.registry import open_project
+from pipeline.weights.edits import AddLowRank
 from tests.helpers.projects import BRIEF, METHODS, PIPELINE, ROOT, STAGES, make, make_one
 
 Lora = Callable[..., tuple[int, str, str]]
@@ -204,12 +205,10 @@ def test_the_certificate_says_that_every_delta_was_merged_once(finished: Path) -
 def test_a_merge_that_answers_otherwise_is_refused(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def twice(
-        weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        return weight + 2 * scale * left @ right
+    def twice(edit: AddLowRank, weight: torch.Tensor, rows: slice) -> torch.Tensor:
+        return weight + 2 * edit.scale * edit.left[rows] @ edit.right
 
-    monkeypatch.setattr("pipeline.weights.edits.merged_rows", twice)
+    monkeypatch.setattr("pipeline.weights.edits.AddLowRank.__call__", twice)
     before = (project / "artifacts/lora_merged/model.safetensors").read_bytes()
     with pytest.raises(
         UserError, match=r"merge rejected: .*k_proj received 2.0000 times its update, not once"

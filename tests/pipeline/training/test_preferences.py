@@ -16,9 +16,10 @@ from pipeline.data.examples import IGNORED, Window
 from pipeline.models.transformers_model import TransformersModel
 from pipeline.project.logs.run_log import REWARDS
 from pipeline.stages.methods.dpo import FinetuneDpo
+from pipeline.training import batches
 from pipeline.training.batches import collate
 from pipeline.training.losses import log_probs
-from pipeline.training.preferences import batches, losses
+from pipeline.training.preferences import losses
 from pipeline.training.preferences.batches import AnswerBatch, AnswerBatches, answer_batch, batch_of
 from pipeline.training.preferences.losses import PreferencePath, likelihood, preference
 from tests.helpers.real import ROWS, stock, toy, with_lora
@@ -173,7 +174,9 @@ def test_batches_are_in_the_order_of_their_seed_and_orpos_have_labels_on_prompts
         ]
 
     assert inputs(0) == inputs(0) != inputs(1) != inputs(None) != inputs(0)
-    (part,), (whole,) = (AnswerBatches(answers, 4, None, whole=whole)[0] for whole in (False, True))
+    (part,), (whole,) = (
+        AnswerBatches(replace(answers, whole=whole), 4, None)[0] for whole in (False, True)
+    )
     assert isinstance(part, AnswerBatch) and isinstance(whole, AnswerBatch)
     assert part.answered is None and whole.answered is not None and whole.tokens > part.tokens
 
