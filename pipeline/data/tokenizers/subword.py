@@ -136,8 +136,8 @@ class SubwordTokenizer:
             full = self._inner.encode("a").ids
             bare = self._inner.encode("a", add_special_tokens=False).ids
         start = next((n for n in range(len(full)) if bare and full[n : n + len(bare)] == bare), 0)
-        self._prefix = tuple(full[:start])
-        self.bos_id = self._prefix[0] if self._prefix else None
+        self.prefix: tuple[int, ...] = tuple(full[:start])
+        self.bos_id = self.prefix[0] if self.prefix else None
         self._added: dict[int, Any] = self._inner.get_added_tokens_decoder()
 
     @classmethod
@@ -242,8 +242,8 @@ class SubwordTokenizer:
 
     def encode(self, text: str) -> tuple[int, ...]:
         ids = self._ids(text)
-        has_prefix = isinstance(text, Rendered) or ids[: len(self._prefix)] == self._prefix
-        return ids if has_prefix else self._prefix + ids
+        has_prefix = isinstance(text, Rendered) or ids[: len(self.prefix)] == self.prefix
+        return ids if has_prefix else self.prefix + ids
 
     def spans(self, text: str) -> tuple[tuple[int, ...], Sequence[tuple[int, int]]]:
         with _panics_reported(self._name):
@@ -306,11 +306,6 @@ class SubwordTokenizer:
         template = self._hf_tokenizer.chat_template  # some have several, by name
         return template.get("default") if isinstance(template, dict) else template
 
-    @property
-    def prefix(self) -> tuple[int, ...]:
-        """The ids before a text, such as BOS."""
-        return self._prefix
-
     def describe(self) -> dict[str, Any]:
         """tokenizer.json."""
         described: dict[str, Any] = json.loads(self._inner.to_str())
@@ -318,12 +313,9 @@ class SubwordTokenizer:
 
     def special_ids(self) -> dict[str, int]:
         """Those of bos, unk and pad that are set → id."""
-        ids = {}
-        for name in ("bos", "unk", "pad"):
-            id_ = getattr(self._hf_tokenizer, f"{name}_token_id")
-            if id_ is not None:
-                ids[name] = id_
-        return ids
+        names = ("bos", "unk", "pad")
+        ids = {name: getattr(self._hf_tokenizer, f"{name}_token_id") for name in names}
+        return {name: id_ for name, id_ in ids.items() if id_ is not None}
 
     def with_template(self, template: str) -> "SubwordTokenizer":
         """The same tokenizer with another chat template."""
@@ -334,8 +326,7 @@ class SubwordTokenizer:
     def render(
         self, messages: Messages, add_generation_prompt: bool, tools: Tools = ()
     ) -> Rendered:
-        conversation = Conversation(messages, [(len(messages), add_generation_prompt)], tools)
-        return chat_template.single_rendering(self.render_each([conversation]))
+        return chat_template.render_one(self.render_each, messages, add_generation_prompt, tools)
 
     def render_each(self, conversations: Sequence[Conversation]) -> Answers:
         if not self.has_template:

@@ -18,6 +18,7 @@ from pipeline.files.artifact import refuse_untrusted, write_json
 PAD, UNKNOWN, END = "<pad>", "<unk>", "<eos>"
 SPECIAL = (PAD, UNKNOWN, END)
 FILE = "tokenizer.json"
+NORMALIZER = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
 
 Spans = Sequence[tuple[int, int]]
 
@@ -131,7 +132,7 @@ class WordTokenizer:
         """A vocabulary of the special tokens, then each word once, in order of first appearance."""
         vocabulary = {token: id_ for id_, token in enumerate(dict.fromkeys([*SPECIAL, *words]))}
         inner = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-        inner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+        inner.normalizer = NORMALIZER
         inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         inner.add_special_tokens(list(SPECIAL))
         return cls(inner)
@@ -190,8 +191,7 @@ class WordTokenizer:
         encoding = self._inner.encode(text, add_special_tokens=False)
         return tuple(encoding.ids), encoding.offsets
 
-    def encode_following(self, text: str) -> tuple[int, ...]:
-        return self.encode(text)
+    encode_following = encode  # words have no context
 
     def continuation(self, prompt: str, answer: str) -> tuple[int, ...]:  # noqa: ARG002  # words have no context
         ids = self.encode(answer)
@@ -226,15 +226,13 @@ class WordTokenizer:
     def render(
         self, messages: Messages, add_generation_prompt: bool, tools: Tools = ()
     ) -> Rendered:
-        conversation = Conversation(messages, [(len(messages), add_generation_prompt)], tools)
-        return chat_template.single_rendering(self.render_each([conversation]))
+        return chat_template.render_one(self.render_each, messages, add_generation_prompt, tools)
 
     def render_each(self, conversations: Sequence[Conversation]) -> Answers:
         if self._folder is None:
             raise chat_template.no_template("the tokenizer")
-        answers = chat_template.render_in(self._folder, conversations)
         # without the marks: label masking then compares prefixes
-        return map(_without_marks, answers)
+        return map(_without_marks, chat_template.render_in(self._folder, conversations))
 
     def expanded(
         self,
@@ -255,8 +253,6 @@ def _without_marks(renderings: Renderings | UserError) -> Renderings | UserError
 
 def split(text: str) -> list[str]:
     """Words of the tokenizer: NFC, lower case, split at white space."""
-    normalize = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()]).normalize_str(
-        text
-    )
+    normalized = NORMALIZER.normalize_str(text)
     # Unlike str.split, this does not split at the control characters U+001C to U+001F.
-    return [word for word, _ in pre_tokenizers.WhitespaceSplit().pre_tokenize_str(normalize)]
+    return [word for word, _ in pre_tokenizers.WhitespaceSplit().pre_tokenize_str(normalized)]
