@@ -5,6 +5,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, SetOption, group, project_of
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.calc.architecture import Architecture
@@ -28,7 +29,6 @@ def advise(
     Nothing of it is required. Once artifacts/base is there, the data is counted in tokens.
     """
     from cli.console import print_json, print_line, print_note, print_table
-    from pipeline.errors import UserError
     from pipeline.project.advice import Facts
     from pipeline.project.advice import advise as advice_of
     from pipeline.project.params.edit import dump_inline
@@ -67,7 +67,6 @@ def is_advised(stage: "Stage") -> bool:
 
 def advice_notes(project: "Project", stage: "Stage") -> "Iterator[Note]":
     """A note for each rule that disagrees with the settings of a stage that is about to train."""
-    from pipeline.errors import UserError
     from pipeline.project.advice import advise as advice_of
     from pipeline.project.params.edit import dump_inline
     from pipeline.project.runner import Note
@@ -86,7 +85,6 @@ def advice_notes(project: "Project", stage: "Stage") -> "Iterator[Note]":
 
 def gather_facts(project: "Project", stages: "Sequence[Stage]") -> "list[Facts]":
     """What is known before they train, from headers and a part of their data. Raises UserError."""
-    from pipeline.errors import UserError
     from pipeline.project.advice import Facts
 
     folder = next(
@@ -139,7 +137,6 @@ def _leaves_alpha(project: "Project", section: str) -> bool:
 
 def _measured_keys(project: "Project", stage: "Stage") -> tuple[str, ...]:
     """Keys that the project's sweep varied, if these settings are its best, or on its front."""
-    from pipeline.errors import UserError
     from pipeline.evaluation.selection import choose, pareto
     from pipeline.files.artifact import read_json
     from pipeline.project.logs.run_log import TABLE
@@ -184,7 +181,6 @@ def _count_parameters(
 ) -> dict[str, Any]:
     """Parameters of the base and of what trains, and the share of weights that get LoRA."""
     from pipeline.calc.method import ranks, trainable
-    from pipeline.errors import UserError
     from pipeline.stages.registry import COUNTED as METHODS
 
     if model is None or stage.method not in METHODS:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from cli.options import ColumnsOption, DeviceOption, PlainOption, columns_of, group
+from pipeline.errors import UserError
+from pipeline.files.text import in_units
 
 if TYPE_CHECKING:
     from pipeline.project.foreign import Foreign
@@ -79,7 +81,6 @@ def new(
     document's MiniGPT.
     """
     from cli.console import print_line, print_note
-    from pipeline.errors import UserError
     from pipeline.files.base_model import MINIGPT
     from pipeline.project.new_project import create
     from pipeline.stages.registry import GRAPH
@@ -140,7 +141,6 @@ def train(
     from cli.console import follow
     from cli.project.report import refuse_broken
     from cli.stages import run_stage
-    from pipeline.errors import UserError
     from pipeline.project.params.edit import dump_inline
     from pipeline.stages.quickstart import place_files
     from pipeline.stages.registry import GRAPH, open_project
@@ -200,7 +200,6 @@ def _read_values(settings: list[str], methods: list[str]) -> dict[str, Any]:
 
     Raises UserError.
     """
-    from pipeline.errors import UserError
     from pipeline.files import strict_yaml
     from pipeline.project.params.load import TRAINING
     from pipeline.project.params.schema import hints
@@ -244,7 +243,6 @@ def _request_from(
     values: list[str] | None,
 ) -> Request:
     """The request that another tool's config makes, and the options."""
-    from pipeline.errors import UserError
     from pipeline.project.foreign import read_config
     from pipeline.stages.registry import GRAPH
 
@@ -276,7 +274,6 @@ def _print_foreign(foreign: Foreign) -> None:
 
 def _refuse_other(project: Project, base: str | None, data: Sequence[str]) -> None:
     """Raises UserError if a project trains another base, or on other data, than requested."""
-    from pipeline.errors import UserError
     from pipeline.files.base_model import parse_source
 
     origin = project.params.origin.base
@@ -311,7 +308,6 @@ def start_project(request: Request) -> None:
 
 def _print_started(started: Started, folder: Path) -> None:
     from cli.console import duration, print_line, print_note, print_table
-    from pipeline.files.text import in_units
     from pipeline.project.params.edit import dump_inline
 
     report, machine = started.report, started.machine
@@ -379,7 +375,6 @@ def _describe_data(started: Started) -> Iterator[str]:
 def _describe_run(project: Project, variant: str) -> str:
     """The time and memory of a variant's last training here."""
     from cli.console import duration
-    from pipeline.files.text import in_units
     from pipeline.project.logs.run_log import last_telemetry
 
     stage = next(stage for stage in project.stages.values() if stage.variant == variant)

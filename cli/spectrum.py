@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from typer import Argument, Option
 
 from cli.options import DeviceOption, JsonOption, PlainOption, TrustOption, finite, group
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.data.examples import Example
@@ -76,7 +77,6 @@ def spectrum(
     """
     from cli.console import follow
     from pipeline.data.formats import read_examples
-    from pipeline.errors import UserError
     from pipeline.weights.extract import spectra_of
 
     if as_json and as_csv:

@@ -24,6 +24,7 @@ from pipeline.calc.report import PROJECTION, SHADES, capped, gib, smallest, swep
 from pipeline.calc.settings import TrainingConfig
 from pipeline.calc.sources.open_model import built_in, names
 from pipeline.errors import UserError
+from pipeline.files.text import in_units
 from pipeline.stages.registry import note_targets
 
 MARKS = {True: "●", False: "·"}
@@ -176,7 +177,6 @@ def print_models(out: Output) -> None:
 
 def print_sweep(out: Output, model: Model, given: Configuration, text: str) -> None:
     """`--sweep KEY=A,B`: one row per value."""
-    from pipeline.files.text import in_units  # the overview starts without
 
     key, _, values = text.partition("=")
     key, choices = key.strip(), [value.strip() for value in values.split(",") if value.strip()]
@@ -234,7 +234,6 @@ def print_fit(
     time: dict[str, Any] | None,
 ) -> None:
     """`--fit` and `--gpu`: the largest values that fit, or what to change so that it fits."""
-    from pipeline.files.text import in_units
 
     device = find_gpu(name) if name is not None else of_size(budget or 0)
     shapes, (methods, method, run) = model.shapes, given
@@ -323,7 +322,6 @@ def print_gpus(
 
 def print_trace(out: Output, model: Model, given: Configuration) -> None:
     """`--trace`: the peak of the real step under fake tensors, beside the formula's."""
-    from pipeline.files.text import in_units
     from pipeline.training.memory.trace import traced_peak
 
     if model.config is None:

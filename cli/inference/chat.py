@@ -14,6 +14,7 @@ from typer import Option
 from cli.inference.prompt import PromptBase
 from cli.options import DeviceOption, finite, group
 from pipeline.errors import UserError, explain
+from pipeline.files.text import printable
 
 if TYPE_CHECKING:
     from pipeline.inference.chat import Conversation
@@ -134,7 +135,6 @@ class Session:
     def _say(self, name: str) -> str:
         """Print a model's answer as it comes; returns what was said, also if Ctrl+C stopped it."""
         from cli.console import print_note
-        from pipeline.files.text import printable
 
         said, start, tokens = "", time.perf_counter(), 0
         if self.other:

@@ -17,6 +17,7 @@ from cli.options import (
     project_of,
 )
 from pipeline.errors import UserError
+from pipeline.files.text import escape_whitespace
 
 if TYPE_CHECKING:
     from pipeline.inference.engine import LoadedModel
@@ -83,7 +84,6 @@ def prompt(
     from pipeline.adapters.folder import base_of
     from pipeline.data.tokenizers.chat_template import render
     from pipeline.files.artifact import MANIFEST
-    from pipeline.files.text import escape_whitespace
     from pipeline.inference.catalog import newest_model
     from pipeline.inference.engine import continued, load
     from pipeline.models.generate import Sampling
@@ -142,7 +142,6 @@ def compare(
     from cli.console import print_json, print_note, print_table
     from cli.project.report import warn_outdated
     from pipeline.data.tokenizers.chat_template import render
-    from pipeline.files.text import escape_whitespace
     from pipeline.inference.engine import continued, variants
     from pipeline.project.status import outdated
 

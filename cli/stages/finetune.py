@@ -25,6 +25,9 @@ from cli.options import (
     project_of,
 )
 from cli.stages import run_stage
+from pipeline.errors import UserError
+from pipeline.files.text import in_units
+from pipeline.project.process import world
 
 if TYPE_CHECKING:
     from pipeline.project.stage_graph import Project, Stage
@@ -106,8 +109,6 @@ def _distributes(stage: Stage) -> Callable[..., None]:
         ] = False,
         _device: DeviceOption = None,
     ) -> None:
-        from pipeline.errors import UserError
-        from pipeline.project.process import world
 
         if apply and (dry_run or not overrides):
             reason = "--dry-run makes nothing" if dry_run else "there are none"
@@ -156,7 +157,6 @@ def _distributes(stage: Stage) -> Callable[..., None]:
 def _print_plan(project: Project, stage: Stage) -> None:
     """What a training would take, by its first steps, and what `dvc repro` would run."""
     from cli.console import duration, follow, print_line
-    from pipeline.files.text import in_units
     from pipeline.models.device import available_memory, device_info
     from pipeline.project.status import Status, apart
     from pipeline.stages.quickstart import try_stage
@@ -218,7 +218,6 @@ def _sweep(
     """The command of a sweep, which also chooses among what it made."""
     overrides = [*(overrides or ())]
     if over:
-        from pipeline.errors import UserError
         from pipeline.stages.methods.sweep import grid_around
 
         if any(

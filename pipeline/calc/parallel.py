@@ -231,9 +231,9 @@ def tensor_share(model: Architecture, count: int) -> Architecture:
     def split(linear: Linear) -> Linear:
         if linear.is_last:
             return linear._replace(inputs=linear.inputs // count)
-        return (
-            linear if linear.outputs < count else linear._replace(outputs=linear.outputs // count)
-        )
+        if linear.outputs < count:
+            return linear
+        return linear._replace(outputs=linear.outputs // count)
 
     def split_block(block: Block) -> Block:
         h = model.heads_of(block)

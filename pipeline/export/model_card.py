@@ -105,6 +105,10 @@ def card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def write_card(folder: Path, text: str) -> None:
+    (folder / CARD).write_text(text, encoding="utf-8")
+
+
 def has_card(folder: Path) -> bool:
     """Whether `folder` holds a card written by this project."""
     marks = {f"- {TAG}", TAGS}

@@ -23,10 +23,8 @@ def qwen3_5_moe_text(config: Config) -> Architecture:
         *gated("mlp.shared_expert", hidden, inner),
         Linear("mlp.shared_expert_gate", hidden, 1),
     )
-    experts, inner = (
-        config.size("num_experts", default=256),
-        config.size("moe_intermediate_size", default=512),
-    )
+    experts = config.size("num_experts", default=256)
+    inner = config.size("moe_intermediate_size", default=512)
     made = {}
     for block in dict.fromkeys(built.blocks):
         sparse = with_experts(block, hidden, experts, inner)

@@ -32,10 +32,8 @@ def llama4_text(config: Config) -> Architecture:
     shared = gated("feed_forward.shared_expert", hidden, inner)
     router = Linear("feed_forward.router", hidden, sparse.router.outputs)
     sparse = replace(sparse, feed_forward=(*routed, *shared), router=router)
-    every, step = (
-        config.size("no_rope_layer_interval", default=4),
-        config.size("interleave_moe_layer_step", default=1),
-    )
+    every = config.size("no_rope_layer_interval", default=4)
+    step = config.size("interleave_moe_layer_step", default=1)
     positions = config.get("no_rope_layers") or [
         int((index + 1) % every != 0) for index in range(layers)
     ]
