@@ -116,10 +116,12 @@ def _print_memory(columns: Mapping[str, report.Column]) -> None:
     step = f"{last.size}, {last.attention}, checkpointing {last.checkpointing}"
     _headline("memory of a step, GiB", f"{step}, {last.loss} logits")
 
-    used = [part for part in PARTS if any(memory.parts()[part] for memory in memories.values())]
-    cells = [["base in", *(run.precision for run in runs)]]
-    for part in used:
-        cells.append([part, *(gib(memory.parts()[part]) for memory in memories.values())])
+    used, cells = [], [["base in", *(run.precision for run in runs)]]
+    for part in PARTS:
+        sizes = [memory.parts()[part] for memory in memories.values()]
+        if any(sizes):
+            used.append(part)
+            cells.append([part, *map(gib, sizes)])
     cells.append(["peak", *(gib(memory.peak) for memory in memories.values())])
     print_table(("", *columns), cells, right=tuple(columns))
 
@@ -287,10 +289,9 @@ def print_gpus(
         return
     rows = []
     for run in answer["runs"]:
-        flat = {**run, **run["memory"], **run["received"]}
-        rows.append(
-            {key: value for key, value in flat.items() if key not in ("memory", "received")}
-        )
+        row = {**run, **run["memory"], **run["received"]}
+        del row["memory"], row["received"]
+        rows.append(row)
     if out.rows([*rows[0]], [[*row.values()] for row in rows]):
         return
 

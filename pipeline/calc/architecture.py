@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from itertools import chain
 from typing import Any, Literal, NamedTuple, Self
 
 from msgspec import Struct
@@ -198,6 +199,11 @@ class Architecture(Struct, frozen=True, dict=True):
         routed = block.router and (self.style.split_experts or self.style.linear_router)
         return (*block.linears, block.router) if routed and block.router else block.linears
 
+    def ranks_in(self, index: int, by_name: Mapping[str, int]) -> tuple[int, ...]:
+        """Ranks of a block's adaptable linears by their full names; 0 for those not adapted."""
+        prefix, linears = self.block_name(index), self.adaptable(self.blocks[index])
+        return tuple(by_name.get(prefix + linear.name, 0) for linear in linears)
+
     def components(self) -> dict[str, int]:
         """Parameters by component, without zero entries."""
         parts: Counter[str] = Counter({"embeddings": self.embedding, "positions": self.positions})
@@ -219,7 +225,8 @@ class Architecture(Struct, frozen=True, dict=True):
     @cached_property
     def quantizable(self) -> int:
         """Weights that are quantized: the linears of the blocks, without biases."""
-        return sum(linear.weights for block in self.blocks for linear in block.linears)
+        linears = chain.from_iterable(block.linears for block in self.blocks)
+        return sum(linear.weights for linear in linears)
 
     def with_every_block(self, block: Block) -> Self:
         return replace(self, blocks=(block,) * len(self.blocks))

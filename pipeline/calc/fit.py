@@ -52,14 +52,11 @@ def gpus() -> dict[str, Gpu]:
     counted.
     """
     table = json.loads((Path(__file__).parent / "presets/gpus.json").read_text(encoding="utf-8"))
-    devices = [
-        Gpu(
-            name=name,
-            bytes=round(row["mib"] * 2**20 * row.get("usable", 1)),
-            **{key: row[key] for key in row if key in Gpu._fields},
-        )
-        for name, row in table.items()
-    ]
+    devices = []
+    for name, row in table.items():
+        usable = round(row["mib"] * 2**20 * row.get("usable", 1))
+        published = {key: value for key, value in row.items() if key in Gpu._fields}
+        devices.append(Gpu(name=name, bytes=usable, **published))
     return {gpu.name: gpu for gpu in sorted(devices, key=lambda gpu: gpu.bytes)}
 
 

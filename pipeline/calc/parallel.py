@@ -269,12 +269,12 @@ def _tensor_traffic(
     sums -= bool(blocks) and not base.ends and not method.positions
     tokens = run.tokens + run.virtual_places * method.positions
     by_name = ranks(model, method)
-    replicated = sum(
-        by_name[name] * (linear.outputs if linear.is_last else linear.inputs) * linear.experts
-        for index, block in enumerate(model.blocks)
-        for linear in block.linears  # the head and routers are whole everywhere
-        if (name := model.block_name(index) + linear.name) in by_name
-    )
+    replicated = 0
+    for index, block in enumerate(model.blocks):
+        for linear in block.linears:  # the head and routers are whole everywhere
+            rank = by_name.get(model.block_name(index) + linear.name, 0)
+            width = linear.outputs if linear.is_last else linear.inputs
+            replicated += rank * width * linear.experts
     return Traffic(
         reduced_gradients=4 * replicated * method.low_rank,
         reduced_activations=sums * tokens * model.hidden * run.width,

@@ -45,6 +45,8 @@ def answer(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -
     """All results for one configuration, sizes in bytes. Raises UserError for invalid settings."""
     memory = predict(model, method, run)
     added, base = trained_split(model, method)
+    parts = method.trained_parts(model)
+    trained = (*parts.added.items(), *parts.base.items())
     return {
         "model": model.name,
         "method": method.name,
@@ -59,9 +61,7 @@ def answer(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -
             "trainable_percent": round(100 * (added + base) / model.total, 4),
             "document": method.simple_count(model),
             "components": model.components(),
-            "trained": {
-                name: n for parts in method.trained_parts(model) for name, n in parts.items() if n
-            },
+            "trained": {name: count for name, count in trained if count},
         },
         "projections": [
             {

@@ -171,10 +171,7 @@ def flops_per_token(model: Architecture, method: FinetuningMethod, run: Training
     length = run.attended + method.positions
     total, kinds = Flops(), dict[tuple[int, tuple[int, ...], bool, bool, bool], Flops]()
     for index, block in enumerate(model.blocks):
-        names = model.block_name(index)
-        adapted = tuple(
-            rank_by_name.get(names + linear.name, 0) for linear in model.adaptable(block)
-        )
+        adapted = model.ranks_in(index, rank_by_name)
         differs, trains, again = index >= first, index >= base.first_block, run.checkpointed(index)
         key = (id(block), adapted, differs, trains, again)
         if key not in kinds:  # most blocks are equal
@@ -202,9 +199,8 @@ def first_trained(model: Architecture, method: FinetuningMethod) -> int:
     in_linears = sum(method.linear_parameters(linear, rank) for linear, rank in adapted)
     if base.ends or trained_split(model, method)[0] > in_linears:
         return 0
-    for index, block in enumerate(model.blocks[: base.first_block]):
-        names = (model.block_name(index) + linear.name for linear in model.adaptable(block))
-        if not rank_by_name.keys().isdisjoint(names):
+    for index in range(base.first_block):
+        if any(model.ranks_in(index, rank_by_name)):
             return index
     return base.first_block
 
@@ -258,11 +254,10 @@ def dequantized_bytes(model: Architecture, method: FinetuningMethod, run: Traini
     if not kind.quantized:
         return 0
     first = first_trained(model, method)
-    passes = sum(
-        sum(linear.weights for linear in block.linears)
-        * (1 + (index >= first) * (1 + run.checkpointed(index)))
-        for index, block in enumerate(model.blocks)
-    )
+    passes = 0
+    for index, block in enumerate(model.blocks):
+        times = 1 + (index >= first) * (1 + run.checkpointed(index))
+        passes += times * sum(linear.weights for linear in block.linears)
     return passes * (kind.bytes + kind.compute)
 
 

@@ -50,12 +50,7 @@ class Request(worker.Request):
 
     @property
     def columns(self) -> dict[str, str]:
-        value = self.fields.get("columns")
-        return (
-            {str(key): str(column) for key, column in value.items()}
-            if isinstance(value, dict)
-            else {}
-        )
+        return dict(self.fields.get("columns") or {})
 
     @property
     def templated(self) -> bool:

@@ -283,7 +283,7 @@ def _columns(rows: _Rows) -> dict[str, set[str]]:
         for key, value in record.items():
             turns = columns.setdefault(key, set())
             if isinstance(value, list) and key not in ("tools", "history"):
-                turns.update(key for turn in value for key in turn)
+                turns.update(*value)
     return columns
 
 

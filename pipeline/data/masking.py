@@ -287,13 +287,12 @@ class _AssistantTurns:
 
     def _marks_of_trained_turns(self) -> list[tuple[int, int]]:
         """A mark is of the last answer whose prompt ends before the mark does."""
-        starts = self._starts()
-        turns = [
-            self._answers[max(0, sum(start < stop for start in starts) - 1)]
-            for _, stop in self._text.marks
-        ]
-        marks = zip(self._text.marks, turns, strict=True)
-        return [mark for mark, turn in marks if turn not in self._example.untrained]
+        starts, marks = self._starts(), []
+        for mark in self._text.marks:
+            begun = sum(start < mark[1] for start in starts)
+            if self._answers[max(0, begun - 1)] not in self._example.untrained:
+                marks.append(mark)
+        return marks
 
     def _end_token(self, indices: Iterable[int]) -> int | None:
         """The index of an end token that at most white space comes before."""

@@ -72,9 +72,10 @@ def card(
     metrics = measured_of(adapter)
     known = hub_name(adapter, origin, manifest, base_name)
     license: dict[str, Any] = _license(origin)
+    relation = "finetune" if merged else "adapter"
     metadata = ModelCardData(
         base_model=known,
-        base_model_relation=("finetune" if merged else "adapter") if known else None,
+        base_model_relation=relation if known else None,
         library_name=library or ("transformers" if merged else "peft"),
         pipeline_tag="text-generation",
         tags=["lora", TAG],

@@ -161,7 +161,10 @@ def _unknown_layer(values: Mapping[str, Any]) -> str:
 def families() -> dict[str, Callable[[Config], Architecture]]:
     """model_type → function that builds the shapes."""
     modules = Registry[Mapping[str, Callable[[Config], Architecture]]]("family")
-    return {family: build for builders in modules.usable() for family, build in builders.items()}
+    found: dict[str, Callable[[Config], Architecture]] = {}
+    for builders in modules.usable():
+        found |= builders
+    return found
 
 
 def architecture(values: Mapping[str, Any], source: str) -> Architecture:

@@ -38,11 +38,10 @@ def llama4_text(config: Config) -> Architecture:
         int((index + 1) % every != 0) for index in range(layers)
     ]
     chosen = config.layers("moe_layers", layers) or set(range(step - 1, layers, step))
-    made = {
-        (moe, at): replace(sparse if moe else dense, rotates=at)
-        for moe in (True, False)
-        for at in (True, False)
-    }
+    made = {}
+    for is_sparse, block in enumerate((dense, sparse)):
+        for rotates in (False, True):
+            made[is_sparse, rotates] = replace(block, rotates=rotates)
     blocks = tuple(
         made[index in chosen, bool(at)] for index, at in zip(range(layers), positions, strict=False)
     )

@@ -77,8 +77,9 @@ def render_in(folder: Path, conversations: Sequence[Conversation], turn: str = T
     return render_with(hf_tokenizer, conversations, str(folder), turn)
 
 
+# opened again after its files changed
 @lru_cache(maxsize=8)
-def _open_tokenizer(folder: Path, files: Signature) -> Any:  # noqa: ARG001  # opened again after they changed
+def _open_tokenizer(folder: Path, files: Signature) -> Any:  # noqa: ARG001
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -28,10 +28,8 @@ _PROBE = "Zq7"  # an answer that no template contains itself
 # from U+0100.
 _PRINTABLE_BYTES = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 BYTE_LETTERS = {chr(byte): byte for byte in _PRINTABLE_BYTES}
-BYTE_LETTERS |= {
-    chr(0x100 + n): byte
-    for n, byte in enumerate(b for b in range(0x100) if b not in _PRINTABLE_BYTES)
-}
+_OTHER_BYTES = sorted({*range(0x100)}.difference(_PRINTABLE_BYTES))
+BYTE_LETTERS |= {chr(0x100 + n): byte for n, byte in enumerate(_OTHER_BYTES)}
 # Keys that describe a machine or a run, not the tokenizer.
 _MACHINE_KEYS = (
     "name_or_path",
@@ -357,13 +355,11 @@ class SubwordTokenizer:
 
 def _format_bytes(token: str) -> str:
     """A token of a byte-level vocabulary with its non-ASCII bytes as <0xE2>."""
-    values = [BYTE_LETTERS.get(letter) for letter in token]
     # SentencePiece already writes <0xE2>
-    if None in values or max(map(ord, token), default=0) < 128:
+    if token.isascii() or not BYTE_LETTERS.keys() >= {*token}:
         return token
-    return "".join(
-        chr(value) if value < 128 else f"<0x{value:02X}>" for value in values if value is not None
-    )
+    values = (BYTE_LETTERS[letter] for letter in token)
+    return "".join(chr(value) if value < 128 else f"<0x{value:02X}>" for value in values)
 
 
 def _generation_end_ids(folder: Path) -> list[int]:

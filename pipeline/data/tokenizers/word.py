@@ -193,7 +193,7 @@ class WordTokenizer:
 
     encode_following = encode  # words have no context
 
-    def continuation(self, prompt: str, answer: str) -> tuple[int, ...]:  # noqa: ARG002  # words have no context
+    def continuation(self, prompt: str, answer: str) -> tuple[int, ...]:  # noqa: ARG002
         ids = self.encode(answer)
         return () if self.unknown_id in ids else ids
 
