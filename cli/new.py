@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -284,32 +285,23 @@ def _refuse_other(project: Project, base: str | None, data: Sequence[str]) -> No
                 f"{project.params_path} has base {origin}, not {base}. Name another folder with "
                 "--out."
             )
-    files = {
-        (project.root / name).resolve()
-        for stage in project.stages.values()
-        for name in project.data_files(stage)
-    }
-    if other := [
-        name for name in data if Path(name).exists() and Path(name).resolve() not in files
-    ]:
-        raise UserError(
-            f"{project.params_path} does not train on {other[0]}. Name another folder with --out."
-        )
+    names = chain.from_iterable(map(project.data_files, project.stages.values()))
+    files = {(project.root / name).resolve() for name in names}
+    for name in data:
+        if Path(name).exists() and Path(name).resolve() not in files:
+            raise UserError(
+                f"{project.params_path} does not train on {name}. Name another folder with --out."
+            )
 
 
 def start_project(request: Request) -> None:
     """Make the project, and say what was found, chosen and measured."""
-    from cli.console import follow
+    from cli.console import duration_range, follow, print_line, print_note, print_table
+    from pipeline.project.params.edit import dump_inline
     from pipeline.stages.quickstart import start
     from pipeline.stages.registry import GRAPH
 
-    _print_started(follow(start(request, GRAPH), "trying a few steps"), request.folder)
-
-
-def _print_started(started: Started, folder: Path) -> None:
-    from cli.console import duration, print_line, print_note, print_table
-    from pipeline.project.params.edit import dump_inline
-
+    started = follow(start(request, GRAPH), "trying a few steps")
     report, machine = started.report, started.machine
     print_line(f"base   {', '.join(_describe_base(started))}")
     print_line(f"data   {', '.join(_describe_data(started))}")
@@ -323,14 +315,12 @@ def _print_started(started: Started, folder: Path) -> None:
     print_table(("chosen", "value", "because"), rows)
     print_line("")
     trial = started.trial
-    low, high = map(duration, trial.seconds)
-    spread = low if low == high else f"{low} to {high}"
-    memory = f"; {in_units(trial.predicted)} of {in_units(machine.memory)} of memory" * bool(
-        trial.predicted
-    )
-    steps = f"{trial.steps:,} steps, {trial.tokens:,} tokens"
-    print_line(f"takes  {steps}, {spread} here ({trial.timed} steps were timed){memory}")
-    print_line(f"{folder}: added {', '.join(started.added)}")
+    time = f"{duration_range(*trial.seconds)} here ({trial.timed} steps were timed)"
+    memory = ""
+    if trial.predicted:
+        memory = f"; {in_units(trial.predicted)} of {in_units(machine.memory)} of memory"
+    print_line(f"takes  {trial.steps:,} steps, {trial.tokens:,} tokens, {time}{memory}")
+    print_line(f"{request.folder}: added {', '.join(started.added)}")
 
 
 def _describe_base(started: Started) -> Iterator[str]:
@@ -349,22 +339,19 @@ def _describe_data(started: Started) -> Iterator[str]:
     from pipeline.data.formats import FORMATS
 
     report = started.report
-    formats = " and ".join(report.formats) + ", in the base's chat template" * bool(
-        report.templated
-    )
+    formats = " and ".join(report.formats)
+    if report.templated:
+        formats += ", in the base's chat template"
     yield f"{', '.join(Path(name).name for name in report.files)} ({formats})"
     yield f"{report.examples:,} examples"
     if report.turns:
         yield f"{report.turns:,} turns"
     if report.tokens and report.trained_tokens is not None and report.quantiles:
         share = report.trained_tokens / report.tokens
-        trained = " and ".join(
-            dict.fromkeys(each.trained for each in FORMATS.values() if each.name in report.formats)
-        )
-        yield (
-            f"{report.tokens:,} tokens, of which {report.trained_tokens:,} ({share:.0%}) are "
-            f"trained on: {trained}"
-        )
+        parts = (form.trained for form in FORMATS.values() if form.name in report.formats)
+        trained = f"{report.trained_tokens:,} ({share:.0%}) are trained on"
+        what = " and ".join(dict.fromkeys(parts))
+        yield f"{report.tokens:,} tokens, of which {trained}: {what}"
         yield f"longest {report.quantiles['max']:,}"
     if report.evaluation:
         yield f"{report.evaluation:,} to evaluate on"
@@ -381,10 +368,11 @@ def _describe_run(project: Project, variant: str) -> str:
     last = last_telemetry(project.run_folder(stage.name))
     if last is None:
         return "trained elsewhere"
-    memory = (
-        f", memory: {in_units(last.measured)} measured, {in_units(last.predicted)} predicted"
-        * bool(last.measured)
-    )
+    memory = ""
+    if last.measured:
+        memory = (
+            f", memory: {in_units(last.measured)} measured, {in_units(last.predicted)} predicted"
+        )
     return f"{last.step} steps in {duration(last.seconds)}{memory}"
 
 

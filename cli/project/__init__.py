@@ -65,11 +65,10 @@ def show_params(
     }
     above = above if section is None else {}
     rows = {key: (value, params.source(TOP_LEVEL[key], key)) for key, value in above.items()}
-    rows |= {
-        key_path(name, key): (getattr(params.section(name), key), params.source(name, key))
-        for name in names
-        for key in hints(params.kinds[name])
-    }
+    for name in names:
+        for key in hints(params.kinds[name]):
+            value = getattr(params.section(name), key)
+            rows[key_path(name, key)] = (value, params.source(name, key))
     if as_json:
         print_json(
             [

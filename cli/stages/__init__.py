@@ -124,11 +124,8 @@ def merge(
         for note in note_on_verdict(adapter):
             print_note(note.text)
         with noting_replaced(out):
-            print_line(
-                "  ".join(
-                    (str(out), *describe(follow(merge_to(out, *merging_of(export)), "merge")))
-                )
-            )
+            certificate = follow(merge_to(out, *merging_of(export)), "merge")
+            print_line("  ".join((str(out), *describe(certificate))))
         return
     run_stage("merge", params, overrides, force)
 
