@@ -72,7 +72,7 @@ def show(
     from cli.console import number, print_json, print_line, print_table
     from pipeline.errors import UserError
     from pipeline.files.digest_cache import DigestStore
-    from pipeline.inference.catalog import adapters as list_adapters
+    from pipeline.views.models import adapters as list_adapters
 
     if folder != FOLDER and not folder.is_dir():
         raise UserError(
@@ -139,7 +139,7 @@ def show(
 def _marks(folders: Sequence[Path]) -> dict[Path, tuple[str, ...]]:
     """Folders whose settings differ from params.yaml, and how; none outside a project."""
     from pipeline.errors import UserError
-    from pipeline.project.status import apart
+    from pipeline.views.stages import apart
 
     try:
         project = project_of(DEFAULT_PARAMS)

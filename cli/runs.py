@@ -32,34 +32,26 @@ def list_runs(
     """List the last run of each stage and those in the cache: steps, loss, when."""
     if context.invoked_subcommand:
         return
+    from dataclasses import asdict
     from datetime import datetime
 
     from cli.console import print_json, print_line, print_table
-    from pipeline.project.cache import SHORT_KEY
-    from pipeline.project.logs.run_log import final_loss, read_steps
+    from pipeline.views.runs import discover_runs, rows
 
-    rows = []
-    for run in _find(project_of(params)):
-        for curve in run.curves:
-            steps = read_steps(curve.loss)
-            row = {
-                "key": run.key[:SHORT_KEY],
-                "run": run.curve_label(curve.name),
-                "steps": len(steps),
-            }
-            rows.append({**row, "loss": final_loss(steps), "when": run.when})
+    project = project_of(params)
+    listed = list(rows(discover_runs(project.root, project)))
     if as_json:
-        print_json(rows)
+        print_json([asdict(row) for row in listed])
         return
     cells = [
         (
-            str(row["key"] or "unfinished"),
-            str(row["run"]),
-            f"{row['steps']:,}",
-            "" if row["loss"] is None else f"{row['loss']:.4f}",
-            datetime.fromtimestamp(float(str(row["when"]))).strftime("%Y-%m-%d %H:%M"),
+            row.key or "unfinished",
+            row.run,
+            f"{row.steps:,}",
+            "" if row.loss is None else f"{row.loss:.4f}",
+            datetime.fromtimestamp(row.when).strftime("%Y-%m-%d %H:%M"),
         )
-        for row in rows
+        for row in listed
     ]
     print_table(("key", "run", "steps", "loss", "when"), cells, right=("steps", "loss"))
     print_line(
@@ -84,7 +76,7 @@ def apply(
     from pipeline.project.reapply import restore, settings_to_write
 
     project = project_of(params)
-    run = _select(_find(project), name)[0]
+    run = _choose(project, name)[0]
     if not run.key:
         raise UserError(
             f"{run.label} has not finished, so there is nothing to take. `lora runs` lists the "
@@ -133,7 +125,7 @@ def export(
     if why := missing(to):
         raise UserError(f"--to {to}: {why}.")
     project = project_of(params)
-    for run in _select(_find(project), name):
+    for run in _choose(project, name):
         if not run.key:
             print_note(f"{run.label} has not finished, and is left out.")
             continue
@@ -153,29 +145,10 @@ def export(
         print_line(f"{run.label}  sent; {follower.view}")
 
 
-def _find(project: Project) -> list[Run]:
-    from pipeline.project.logs.runs import discover_runs
-    from pipeline.stages.registry import GRAPH
+def _choose(project: Project, name: str | None) -> list[Run]:
+    from pipeline.views.runs import choose, discover_runs
 
-    return discover_runs(project.root, project, GRAPH)
-
-
-def _select(found: list[Run], name: str | None) -> list[Run]:
-    """The runs that are meant. Raises UserError if there is none."""
-    from pipeline.errors import UserError
-    from pipeline.project.cache import SHORT_KEY
-
-    last = {run.stage: run for run in reversed(found)}
-    chosen = [run for run in found if run.key[:SHORT_KEY] == name] or (
-        [last[name]] if name in last else []
-    )
-    if name is None:
-        chosen = list(reversed(last.values()))
-    if not chosen:
-        raise UserError(
-            f"There is no run{f' {name}' * bool(name)}. `lora runs` lists them with their keys."
-        )
-    return chosen
+    return choose(discover_runs(project.root, project), name)
 
 
 def start_trackers(job: Job) -> Generator[Event, None, list[Follower]]:

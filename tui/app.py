@@ -584,7 +584,7 @@ def _replaced_by(project: "Project", arguments: Sequence[str]) -> str:
     """The trained models in place that `dvc ARGUMENTS` makes again because params.yaml has other
     settings.
     """
-    from pipeline.project.status import apart
+    from pipeline.views.stages import apart
 
     one = arguments[-1] if "--single-item" in arguments else ""
     marks = {name: reasons for name, reasons in apart(project).items() if name in project.stages}

@@ -65,8 +65,8 @@ def chosen_model(
     `merged`: whether that may be the merged one.
     """
     from pipeline.adapters.folder import base_of
-    from pipeline.inference.catalog import newest_model
     from pipeline.stages.registry import current_project
+    from pipeline.views.models import newest_model
 
     if base is None and adapter is None:
         newest = newest_model(current_project(), merged)
@@ -157,7 +157,7 @@ def compare(
     from cli.project.report import warn_outdated
     from pipeline.data.tokenizers.chat_template import render
     from pipeline.inference.engine import continued, variants
-    from pipeline.project.status import outdated
+    from pipeline.views.stages import outdated
 
     project = project_of(params)
     answers: dict[str, dict[str, Any]] = {}

@@ -23,7 +23,8 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     from cli.console import print_line
     from pipeline.evaluation.comparison import beside
     from pipeline.files.artifact import read_json
-    from pipeline.project.status import outdated
+    from pipeline.views.reports import read_pages
+    from pipeline.views.stages import outdated
 
     project = project_of(params)
     folder = project.artifact("evaluate")
@@ -41,14 +42,16 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
         yours = f"These came with the project; {project.command('evaluate')} makes yours."
         made = f"report: {folder / 'report.md'}"
         print_line(made if there else yours)
-    reports = {}
-    for stage in project.stages.values():
-        path = project.root / stage.path / "report.md"
-        if stage.is_measurement and not stage.group and path.exists():
-            reports[stage.name] = path
-    for name, path in reports.items():
-        print_line(f"{project.stages[name].title or name}: {path}")
-    for name in ("evaluate", *reports):
+    pages = [
+        page
+        for page in read_pages(project)
+        if page.key != "evaluate"
+        and page.key in project.stages
+        and not project.stages[page.key].group
+    ]
+    for page in pages:
+        print_line(f"{page.title}: {page.path}")
+    for name in ("evaluate", *(page.key for page in pages)):
         old = outdated(project, [name])
         if name in old:
             warn_outdated(project, f"{project.artifact_name(name)} is", old[name], old)

@@ -155,8 +155,8 @@ def _print_plan(project: Project, stage: Stage) -> None:
     """What a training would take, by its first steps, and what `dvc repro` would run."""
     from cli.console import duration_range, follow, print_line
     from pipeline.models.device import available_memory, device_info
-    from pipeline.project.status import Status, apart
     from pipeline.stages.quickstart import try_stage
+    from pipeline.views.stages import Status, apart
 
     project.stage(stage.name)
     trial = follow(try_stage(project, stage), f"{stage.name}, trying a few steps")

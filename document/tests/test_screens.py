@@ -5,9 +5,9 @@ from pathlib import Path
 from tests.lab_projects import DOCUMENT
 
 from pipeline.stages.registry import open_project
+from pipeline.views.reports import numbers_of, read_pages, read_pictures
 from tui.screens.pipeline.dag import DagView
 from tui.screens.pipeline.tree import tree_rows
-from tui.screens.results.documents import numbers_of, read_pages, read_pictures
 
 
 def drawn(unfolded: bool) -> list[str]:

@@ -10,8 +10,8 @@ import yaml
 from pipeline.project.cache import Cache
 from pipeline.project.logs import run_state
 from pipeline.project.params.edit import remove_section
-from pipeline.project.status import Status, apart
 from pipeline.stages.registry import open_project
+from pipeline.views.stages import Status, apart
 from tests.conftest import Lora
 from tests.helpers.projects import BRIEF, folder_bytes, make, refusal, save
 

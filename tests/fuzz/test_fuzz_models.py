@@ -19,8 +19,8 @@ from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.files.base_model import license_of, max_positions
-from pipeline.inference import catalog
 from pipeline.models.load import load_base, skeleton
+from pipeline.views import models
 from tests.conftest import Built
 from tests.helpers.bases import TEMPLATE, toy_checkpoint
 from tests.helpers.checkpoints import checkpoint, sealed_copies
@@ -287,7 +287,7 @@ def test_manifests(folder: Path, sealed: Path, manifest: bytes, card: bytes) -> 
 
     def look() -> None:
         license_of(folder / "artifacts/base")
-        catalog.adapters(folder)
+        models.adapters(folder)
         quantization_of(folder / "artifacts/a-0")
         origin_of(folder / "artifacts/a-0")
 

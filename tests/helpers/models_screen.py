@@ -8,6 +8,7 @@ from typing import Any
 from textual.pilot import Pilot
 from textual.widgets import Static
 
+from pipeline.views.model_library import Entry
 from tests.helpers.fake_engine import FakeInference
 from tests.helpers.pilot import until
 from tui.app import Workbench
@@ -16,7 +17,6 @@ from tui.screens.models.conversation import Conversation
 from tui.screens.models.details import format_details
 from tui.screens.models.screen import ModelsScreen
 from tui.screens.models.table import ModelTable
-from tui.services.model_library import Entry
 from tui.widgets.prompting import EngineBar, PromptInput
 
 USUAL = ["base", "expanded", "scratch", "full", "freeze", "lora", "merged", "prefix", "prompt"]

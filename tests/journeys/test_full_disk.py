@@ -17,8 +17,8 @@ from pipeline.files import base_model
 from pipeline.models.import_base import import_base
 from pipeline.models.save import save_tensors
 from pipeline.project.logs import run_state
-from pipeline.project.status import Status
 from pipeline.stages.registry import open_project
+from pipeline.views.stages import Status
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.projects import BRIEF, files_up_to, lora, new_project
 from tui.services import pipeline_process

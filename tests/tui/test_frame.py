@@ -18,8 +18,8 @@ from textual.widgets import Input
 from pipeline.project.gate import Broken, Verdict
 from pipeline.project.logs.run_state import Journal
 from pipeline.project.stage_graph import Stage
-from pipeline.project.status import StageState
 from pipeline.stages.registry import GRAPH
+from pipeline.views.stages import StageState
 from tests.helpers.pilot import screen_text, until
 from tests.helpers.projects import load
 from tui.app import Workbench

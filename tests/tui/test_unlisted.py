@@ -8,6 +8,9 @@ import pytest
 
 from pipeline.project.params.edit import remove_section
 from pipeline.stages.registry import open_project
+from pipeline.views.evaluations import Evaluation, Method, read_evaluation
+from pipeline.views.model_library import Library
+from pipeline.views.sweeps import Sweep, read_sweep
 from tests.helpers import pipeline_screen
 from tests.helpers.curves import list_text, open_curves
 from tests.helpers.pilot import until
@@ -16,8 +19,6 @@ from tests.helpers.run_folders import hold, journal
 from tui.app import Workbench, _replaced_by
 from tui.screens.models.columns import BY_LABEL
 from tui.screens.monitor.screen import MonitorScreen
-from tui.screens.results.findings import Evaluation, Method, Sweep, read_evaluation, read_sweep
-from tui.services.model_library import Library
 
 
 @pytest.fixture

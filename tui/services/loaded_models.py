@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.errors import UserError
-from pipeline.inference.catalog import REFUSED
 from pipeline.project.params.load import Params
-from pipeline.project.stage_graph import ARTIFACTS, Project
+from pipeline.project.stage_graph import Project
 from pipeline.stages.registry import GRAPH, open_project
+from pipeline.views.model_library import GONE, Entry, Library
+from pipeline.views.models import REFUSED, trusts_remote_code
 from tui.services.engine_client import Inference
-from tui.services.model_library import GONE, Entry, Library
 
 
 @dataclass(frozen=True)
@@ -44,19 +44,6 @@ class Sampling:
     def fields(self) -> dict[str, float | int]:
         """The arguments of the engine's `generate`."""
         return {name: value for name, value in asdict(self).items() if name != "k"}
-
-
-def trusts_remote_code(params: Path, base: Path) -> bool:
-    """Whether a base may run its own code: if params.yaml trusts it, and only for the project's own
-    models.
-    """
-    try:
-        project = open_project(params)
-        folders = [owner.root / ARTIFACTS for owner in (project, project.parent) if owner]
-        is_own = any(base.resolve().is_relative_to(folder.resolve()) for folder in folders)
-        return is_own and project.params.origin.trust_remote_code
-    except UserError:  # the pipeline screen reports it
-        return False
 
 
 class LoadedModels:

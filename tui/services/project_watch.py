@@ -12,8 +12,8 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.files.file_tail import file_stamp
 from pipeline.project.stage_graph import Project, Stage
-from pipeline.project.status import StageState, Status, project_signature
 from pipeline.stages.registry import GRAPH, open_project
+from pipeline.views.stages import StageState, Status, project_signature
 from tui.services.pipeline_process import Runner, Running
 
 BUSY, IDLE = 0.6, 1.0  # seconds between two looks at the files

@@ -10,7 +10,7 @@ from textual.events import Click
 from textual.reactive import reactive
 from textual.widget import Widget
 
-from pipeline.project.status import StageState
+from pipeline.views.stages import StageState
 from tui.registry import SCREENS
 
 NAME = " lora "

@@ -22,10 +22,10 @@ from pipeline.adapters.low_rank import load_update
 from pipeline.adapters.peft import load_adapter, save_adapter
 from pipeline.errors import UserError
 from pipeline.export.model_card import card
-from pipeline.inference import catalog
 from pipeline.models.base import compute_in_fp32
 from pipeline.models.quantized_linear import QuantizedLinear, quantize
 from pipeline.project.params.sections import Quantization
+from pipeline.views import models
 from pipeline.weights.combine import low_rank_updates
 from pipeline.weights.compare import values
 from tests.helpers.checkpoints import adapter, checkpoint
@@ -256,7 +256,7 @@ def test_it_is_listed_described_and_compared_as_what_it_is(tmp_path: Path) -> No
     one, other = (
         adapter(tmp_path / name, base, DORA, seed) for name, seed in (("one", 1), ("other", 2))
     )
-    assert [found.method for found in catalog.adapters(tmp_path)] == ["dora", "dora"]
+    assert [found.method for found in models.adapters(tmp_path)] == ["dora", "dora"]
     assert "DoRA, rank 3" in card(one)
     lengths = {
         name: size

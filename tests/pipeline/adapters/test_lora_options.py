@@ -14,9 +14,9 @@ from pipeline.adapters.folder import refuse_foreign
 from pipeline.calc.families import architecture
 from pipeline.calc.method import trainable
 from pipeline.errors import UserError
-from pipeline.inference import catalog
 from pipeline.models.load import load_base
 from pipeline.stages.methods.lora import counted, lora_spec, new_rows
+from pipeline.views import models
 from tests.helpers.projects import BRIEF, load, make
 from tests.pipeline.adapters.test_peft import assert_same_logits
 
@@ -105,7 +105,7 @@ def test_pissa_says_what_trained_and_what_its_file_holds(project: Path) -> None:
     assert manifest["parameters"]["stored"] == sum(numbers.values())
     low_rank = sum(count for key, count in numbers.items() if "lora_" in key)
     assert sum(numbers.values()) - low_rank // 2 == plain["trainable"]
-    (found,) = (one for one in catalog.adapters(project) if one.path == project / ADAPTER)
+    (found,) = (one for one in models.adapters(project) if one.path == project / ADAPTER)
     assert (found.rank, found.trained_rank) == (6, 3)
 
 

@@ -289,7 +289,8 @@ def test_qwen3_8b_has_the_counts_that_are_known() -> None:
     assert trainable(shapes, Lora(rank=16, targets=("all-linear",))) == 43_646_976
     assert LORA.simple_count(shapes) == 9_437_184
     assert why_they_differ(shapes, LORA) == (
-        "it takes every projection as 4,096 × 4,096; here k_proj 4,096 → 1,024, v_proj 4,096 → 1,024"
+        "the rule of thumb takes every projection as 4,096 × 4,096; "
+        "here k_proj 4,096 → 1,024, v_proj 4,096 → 1,024"
     )
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from pipeline.export.model_card import card
-from pipeline.inference import catalog
+from pipeline.inference.catalog import measured
 from pipeline.project.gate import RETAIN
 from pipeline.project.new_project import write_project
-from pipeline.project.status import Status
 from pipeline.stages.registry import open_project
+from pipeline.views import models
+from pipeline.views.stages import Status
 from tests.conftest import Lora
 from tests.helpers.projects import ROOT, folder_bytes, save
 
@@ -170,9 +171,9 @@ def test_the_badge_is_of_exactly_this_adapter(limited: Path, cli: Lora) -> None:
     adapter, full = limited / "artifacts/lora_adapter", limited / "artifacts/full_finetuned"
 
     def badges() -> list[str | None]:
-        measured = catalog.measured([limited / "artifacts"])
+        scores = measured([limited / "artifacts"])
         return [
-            catalog.check(catalog.describe(folder), limited, measured).gate
+            models.check(models.describe(folder), limited, scores).gate
             for folder in (adapter, full)
         ]
 

@@ -408,8 +408,8 @@ def test_bad_input_is_one_message_with_key_rule_and_value(
         ),
         ("finetune_sweep.grid={batch_size: [4]}", "differ in .* only. Change it in --set."),
         (
-            "finetune_lora.target_modules=[fc1, fc1]",
-            "finetune_lora.target_modules has 'fc1' twice. Remove one of them from --set.",
+            "evaluate.tasks=[a, a]",
+            "evaluate.tasks has 'a' twice. Remove one of them from --set.",
         ),
     ],
 )

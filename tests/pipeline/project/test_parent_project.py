@@ -8,9 +8,9 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.project.logs.runs import discover_runs
-from pipeline.project.status import Status, outdated
 from pipeline.stages.registry import GRAPH, open_project
+from pipeline.views.runs import discover_runs
+from pipeline.views.stages import Status, outdated
 from tests.conftest import Lora
 from tests.helpers.projects import ROOT, dvc, folder_bytes, make, refusal
 
@@ -131,7 +131,7 @@ def test_what_changes_in_the_parent_is_seen_in_the_child(copied: Path) -> None:
 
 
 def test_the_childs_runs_are_beside_its_parents(houses: Path) -> None:
-    found = discover_runs(houses / "child", open_project(houses / "child/params.yaml"), GRAPH)
+    found = discover_runs(houses / "child", open_project(houses / "child/params.yaml"))
     assert {run.stage for run in found} >= {
         "finetune_lora",
         "finetune_prefix",
@@ -146,7 +146,7 @@ def test_the_childs_runs_are_beside_its_parents(houses: Path) -> None:
 def test_the_parent_lists_no_runs_of_its_child_though_both_have_one_cache(houses: Path) -> None:
     project = open_project(houses / "params.yaml")
     assert (project.cache / "finetune_prefix").is_dir()
-    assert {run.stage for run in discover_runs(houses, project, GRAPH)} <= set(project.stages)
+    assert {run.stage for run in discover_runs(houses, project)} <= set(project.stages)
 
 
 @pytest.mark.parametrize(

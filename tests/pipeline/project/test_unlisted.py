@@ -10,11 +10,12 @@ import pytest
 
 from pipeline.files.artifact import write_json
 from pipeline.project.logs.run_log import LOSS
-from pipeline.project.logs.runs import Run, discover_runs, stamp
+from pipeline.project.logs.runs import Run
 from pipeline.project.params.edit import remove_section
 from pipeline.project.runner import Event, Facts, Job, Progress, run
-from pipeline.project.status import Status, project_signature
-from pipeline.stages.registry import GRAPH, open_project
+from pipeline.stages.registry import open_project
+from pipeline.views.runs import discover_runs, stamp
+from pipeline.views.stages import Status, project_signature
 from tests.conftest import Lora
 from tests.helpers.projects import BRIEF, STAGES, make, played
 from tests.helpers.run_folders import hold, journal, write_run
@@ -31,7 +32,7 @@ def unlisted(project: Path) -> Path:
 
 
 def runs_of(root: Path) -> list[Run]:
-    return discover_runs(root, open_project(root / "params.yaml"), GRAPH)
+    return discover_runs(root, open_project(root / "params.yaml"))
 
 
 def test_its_runs_are_listed_with_their_own_settings_as_the_current_ones(unlisted: Path) -> None:
@@ -64,7 +65,7 @@ def test_one_that_begins_while_the_project_is_open_is_seen_and_runs(unlisted: Pa
     project = open_project(unlisted / "params.yaml")
     before, found = (
         project_signature(project),
-        stamp(unlisted, unlisted / "params.yaml", project, GRAPH),
+        stamp(unlisted, unlisted / "params.yaml", project),
     )
     assert "finetune_dpo" not in Status().of(project)
     write_run(unlisted, "finetune_lora").rename(unlisted / "runs/finetune_dpo")
@@ -74,7 +75,7 @@ def test_one_that_begins_while_the_project_is_open_is_seen_and_runs(unlisted: Pa
         state = Status().of(project)["finetune_dpo"]
     assert state.state == "running" and state.run and state.run.done == 100
     assert project_signature(project) != before
-    assert stamp(unlisted, unlisted / "params.yaml", project, GRAPH) != found
+    assert stamp(unlisted, unlisted / "params.yaml", project) != found
     assert "finetune_dpo" in [run.label for run in runs_of(unlisted)]
 
 
@@ -99,9 +100,7 @@ def test_a_run_with_set_says_its_settings_before_it_has_made_an_artifact(project
     (folder / LOSS).write_text(
         "step,epoch,loss,learning_rate,grad_norm,tokens\n1,1,9,1,1,1\n", encoding="utf-8"
     )
-    labels = [
-        run.label for run in discover_runs(project, now, GRAPH) if run.stage == "finetune_lora"
-    ]
+    labels = [run.label for run in discover_runs(project, now) if run.stage == "finetune_lora"]
     assert labels == ["finetune_lora rank 7", "finetune_lora"]
 
 
@@ -117,7 +116,7 @@ def test_damaged_settings_of_a_run_are_ignored(project: Path) -> None:
     )
     for text in ("{", "[]", '{"run": 3}', '{"run": {"params": 3}}'):
         (folder / "settings.json").write_text(text, encoding="utf-8")
-        assert "finetune_lora" in [run.stage for run in discover_runs(project, None, GRAPH)]
+        assert "finetune_lora" in [run.stage for run in discover_runs(project, None)]
     write_json(folder / "settings.json", {"run": {"key": "", "params": {"rank": 7}}})
     now = open_project(project / "params.yaml", BRIEF)
-    assert "finetune_lora rank 7" in [run.label for run in discover_runs(project, now, GRAPH)]
+    assert "finetune_lora rank 7" in [run.label for run in discover_runs(project, now)]

@@ -13,9 +13,9 @@ from pipeline.calc.families import architecture
 from pipeline.calc.method import trainable
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest
-from pipeline.inference.catalog import describe
 from pipeline.inference.engine import load, next_probabilities
 from pipeline.stages.methods.ia3 import COUNTED
+from pipeline.views.models import describe
 from tests.conftest import Lora
 from tests.helpers.projects import BRIEF, folder_bytes, make, refusal
 

@@ -19,12 +19,12 @@ from pipeline.data.formats import read_examples
 from pipeline.data.masking import encode
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.inference.catalog import check, describe
 from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import LOSS, read_steps
 from pipeline.project.runner import Note, Progress, run
 from pipeline.stages.init_from import STATE
 from pipeline.stages.registry import open_project
+from pipeline.views.models import check, describe
 from tests.conftest import Lora
 from tests.helpers.families import FAMILIES, TEXTS, new_project
 from tests.helpers.projects import STAGES, WORK, make_one

@@ -23,7 +23,6 @@ from pipeline.data.examples import Example, in_evaluation
 from pipeline.data.formats import read_examples
 from pipeline.data.masking import encode
 from pipeline.files import artifact
-from pipeline.inference.catalog import check, describe
 from pipeline.inference.engine import LoadedModel, load
 from pipeline.inference.score import score
 from pipeline.project.logs.run_log import LOSS, read_steps
@@ -31,6 +30,7 @@ from pipeline.project.params.sections import Quantization
 from pipeline.project.runner import run
 from pipeline.project.stage_graph import Project
 from pipeline.stages.registry import METHODS, open_project
+from pipeline.views.models import check, describe
 from tests.conftest import Lora
 from tests.helpers import families
 from tests.helpers.process import Forked

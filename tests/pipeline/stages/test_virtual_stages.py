@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 from pipeline.errors import UserError
 from pipeline.export.model_card import card
 from pipeline.files.artifact import read_json, read_manifest
-from pipeline.inference.catalog import adapters, describe
 from pipeline.inference.engine import LoadedModel, load
 from pipeline.inference.model_pool import ModelPool
 from pipeline.models.load import load_base
+from pipeline.views.models import adapters, describe
 from tests.conftest import Lora
 from tests.helpers.projects import BRIEF, METHODS, PIPELINE, folder_bytes, make, refusal
 

@@ -28,7 +28,6 @@ from pipeline.adapters.lora import LoRALinear
 from pipeline.errors import UserError
 from pipeline.evaluation.selection import beyond
 from pipeline.files import artifact
-from pipeline.inference.catalog import adapters, check, describe
 from pipeline.models.transformers_model import TransformersModel
 from pipeline.project.logs.run_log import Step, read_steps
 from pipeline.project.runner import Note, run
@@ -37,6 +36,7 @@ from pipeline.stages.methods.sweep import FinetuneSweep, variants
 from pipeline.stages.methods.sweep import run as sweep
 from pipeline.stages.registry import open_project
 from pipeline.training.optimizer import FlatOptimizer
+from pipeline.views.models import adapters, check, describe
 from tests.helpers.families import FAMILIES
 from tests.helpers.families import new_project as family_project
 from tests.helpers.process import Forked

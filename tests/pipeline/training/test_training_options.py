@@ -13,10 +13,10 @@ from transformers import TrainingArguments
 from pipeline.errors import UserError
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Progress, checkpoints, discard_checkpoints, input_facts, run
-from pipeline.project.status import Status
 from pipeline.stages.registry import open_project
 from pipeline.training.batches import Batches
 from pipeline.training.optimizer import rate
+from pipeline.views.stages import Status
 from tests.helpers.projects import BRIEF, STAGES, make, new_project
 from tests.helpers.real import listed, toy, trained, windows_of
 

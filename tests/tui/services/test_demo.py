@@ -12,8 +12,8 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.project.status import Status
 from pipeline.stages.registry import open_project
+from pipeline.views.stages import Status
 from tui.services.projects import demo
 from tui.services.projects.demo import ARCHIVE, TRAINED, open_demo
 

@@ -11,8 +11,8 @@ from textual.containers import Vertical
 from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList
 
+from pipeline.views.model_library import Entry
 from tui.screens.chat.session import MOST_MODELS, method_of
-from tui.services.model_library import Entry
 from tui.widgets.colors import method_look
 from tui.widgets.table import VIM_KEYS
 from tui.widgets.text import KeyedList

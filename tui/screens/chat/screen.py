@@ -15,7 +15,8 @@ from textual.widget import Widget
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_file
 from pipeline.files.home import expand
-from pipeline.inference.catalog import describe
+from pipeline.views.model_library import Entry
+from pipeline.views.models import describe
 from tui.dialogs import Ask, Menu, PathScreen
 from tui.screens.base import WorkbenchScreen
 from tui.screens.chat.history import History, HistoryPane
@@ -27,7 +28,6 @@ from tui.screens.chat.settings import SettingsScreen
 from tui.screens.chat.talk import Answer, Talk, Turn
 from tui.screens.chat.transcript import render, training_row
 from tui.services.loaded_models import shared_models
-from tui.services.model_library import Entry
 from tui.services.vocabulary import Vocabulary, unknown_words
 from tui.services.vocabulary import vocabulary as vocabulary_of
 from tui.widgets.colors import method_style

@@ -5,6 +5,7 @@ from contextlib import aclosing
 
 from pipeline.errors import UserError
 from pipeline.files.async_worker import WorkerDied
+from pipeline.views.model_library import Entry
 from tui.screens.chat.talk import (
     FAILED,
     INTERRUPTED,
@@ -17,7 +18,6 @@ from tui.screens.chat.talk import (
 )
 from tui.screens.chat.thoughts import OPEN
 from tui.services.loaded_models import LoadedModels, Sampling
-from tui.services.model_library import Entry
 from tui.widgets.colors import LOOKS
 
 MOST_MODELS = 2  # side by side

@@ -11,9 +11,10 @@ from textual.color import Color
 from pipeline.errors import UserError
 from pipeline.inference.catalog import measured
 from pipeline.project.logs.run_log import DIVERGED
-from pipeline.project.logs.runs import Run, discover_runs, stamp
+from pipeline.project.logs.runs import Run
 from pipeline.project.stage_graph import ARTIFACTS, OTHER_LOOKS, Look, Project, other_look
 from pipeline.stages.registry import GRAPH, open_project
+from pipeline.views.runs import discover_runs, stamp
 from tui.screens.curves.metrics import METRICS
 from tui.screens.curves.runs import CurveLog, RunView
 from tui.screens.curves.series import Column
@@ -192,7 +193,7 @@ class Runs:
             project = open_project(self.params)
         except UserError:  # the pipeline screen reports it
             project = None
-        now = stamp(self.root, self.params, project, GRAPH)
+        now = stamp(self.root, self.params, project)
         if now == self.stamp:
             return False
         runs, kept = await asyncio.to_thread(_search, self.root, project)
@@ -229,7 +230,7 @@ class Runs:
 
 
 def _search(root: Path, project: Project | None) -> tuple[list[Run], Mapping[str, float]]:
-    return discover_runs(root, project, GRAPH), _kept(root, project)
+    return discover_runs(root, project), _kept(root, project)
 
 
 def _kept(root: Path, project: Project | None) -> dict[str, float]:

@@ -8,7 +8,7 @@ from textual.binding import Binding, BindingType
 from textual.events import Resize
 from textual.widget import Widget
 
-from tui.screens.data.files import DataFile, flat
+from pipeline.views.data_files import DataFile, flat
 from tui.widgets.pane import Pane
 from tui.widgets.text import KeyedList
 

@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 from pipeline.files.async_worker import AsyncWorker
 from pipeline.files.worker import Answer, python_module
 from pipeline.project.process import environment
-from tui.screens.data.files import DataFile
+from pipeline.views.data_files import DataFile
 
 COMMAND = python_module("pipeline.data.browse_server")
 NAME, ADVICE = "The process that reads data files", "Open the file again (o)."

@@ -13,7 +13,7 @@ from textual.widget import Widget
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
-from tui.screens.data.files import DataFile, flat
+from pipeline.views.data_files import DataFile, flat
 from tui.widgets.pane import Pane
 from tui.widgets.table import VIM_KEYS
 from tui.widgets.text import LEVELS

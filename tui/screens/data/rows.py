@@ -16,7 +16,7 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 from textual.widget import Widget
 
-from tui.screens.data.files import flat
+from pipeline.views.data_files import flat
 from tui.widgets.pane import Pane
 from tui.widgets.table import MOVE_KEYS
 

@@ -20,10 +20,7 @@ from pipeline.errors import UserError
 from pipeline.files.home import expand
 from pipeline.files.worker import Answer
 from pipeline.project.stage_graph import Project
-from tui.dialogs import Menu, PathScreen
-from tui.screens.base import WorkbenchScreen
-from tui.screens.data.editor import Editor
-from tui.screens.data.files import (
+from pipeline.views.data_files import (
     CORRECTIONS,
     DataFile,
     append_row,
@@ -35,6 +32,9 @@ from tui.screens.data.files import (
     spaced,
     ways_to_train,
 )
+from tui.dialogs import Menu, PathScreen
+from tui.screens.base import WorkbenchScreen
+from tui.screens.data.editor import Editor
 from tui.screens.data.files_pane import FilesPane
 from tui.screens.data.reader import Reader
 from tui.screens.data.report import LengthsPane, ProblemsPane

@@ -10,10 +10,10 @@ from typing import Any
 from rich.text import Text
 
 from pipeline.files.text import natural_sort_key
-from pipeline.inference.catalog import REFUSED, UNBOUND, VERIFIED
 from pipeline.project.gate import PASSED
 from pipeline.stages.registry import METHODS
-from tui.services.model_library import CHECKING, Entry
+from pipeline.views.model_library import CHECKING, Entry
+from pipeline.views.models import REFUSED, UNBOUND, VERIFIED
 from tui.widgets.colors import share_style
 from tui.widgets.text import bar, pad_or_truncate
 

@@ -12,8 +12,8 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.files.async_worker import WorkerDied
 from pipeline.files.text import escape_whitespace
+from pipeline.views.model_library import Entry
 from tui.services.loaded_models import LoadedModels, Sampling
-from tui.services.model_library import Entry
 
 MAX_EXCHANGES = 200
 WAITING, LOADING = "waiting", "loading"  # states of an answer before its model has begun

@@ -10,10 +10,10 @@ from typing import Any
 from rich.text import Text
 from textual.containers import VerticalScroll
 
-from pipeline.inference.catalog import REFUSED, UNBOUND, VERIFIED
 from pipeline.project.runner import MOST
+from pipeline.views.model_library import Entry
+from pipeline.views.models import REFUSED, UNBOUND, VERIFIED
 from tui.screens.models.columns import format_size, format_time, short_targets
-from tui.services.model_library import Entry
 from tui.widgets.text import Lines, levels
 
 HASH_LENGTH = 12  # characters of a sha256

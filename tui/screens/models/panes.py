@@ -11,10 +11,10 @@ from textual.binding import Binding, BindingType
 from textual.widget import Widget
 from textual.widgets import Static
 
+from pipeline.views.model_library import Entry
 from tui.screens.models.columns import look_name
 from tui.screens.models.details import Details, ModelDetails
 from tui.screens.models.table import ModelTable
-from tui.services.model_library import Entry
 from tui.widgets.colors import method_look, method_style
 from tui.widgets.pane import Pane
 

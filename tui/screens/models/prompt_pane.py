@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.files.artifact import write_file
 from pipeline.files.async_worker import WorkerDied
 from pipeline.files.home import expand
+from pipeline.views.model_library import Entry
 from tui.app import Workbench
 from tui.dialogs import PathScreen
 from tui.screens.models.answers import Answers
@@ -24,7 +25,6 @@ from tui.screens.models.attention import AttentionScreen
 from tui.screens.models.columns import look_name
 from tui.screens.models.conversation import LOADING, Conversation, transcript
 from tui.services.loaded_models import Latest, LoadedModels
-from tui.services.model_library import Entry
 from tui.services.vocabulary import unknown_words
 from tui.widgets.colors import method_look, method_style
 from tui.widgets.pane import Pane

@@ -21,6 +21,7 @@ from textual.widgets import Input
 from pipeline.errors import UserError
 from pipeline.files.home import expand
 from pipeline.inference.requests import MAX_LOADED
+from pipeline.views.model_library import Entry, read_documents
 from tui.dialogs import Menu, PathScreen, Reader
 from tui.screens.base import WIDE, WorkbenchScreen
 from tui.screens.models.columns import BY_LABEL
@@ -30,7 +31,6 @@ from tui.screens.models.prompt_pane import PromptPane
 from tui.screens.models.table import ModelTable, sort_choices
 from tui.services.evaluation import Evaluation
 from tui.services.loaded_models import shared_models
-from tui.services.model_library import Entry, read_documents
 from tui.services.vocabulary import vocabulary
 from tui.shipping import ship
 from tui.widgets.prompting import STEP

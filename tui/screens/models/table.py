@@ -18,7 +18,8 @@ from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-from pipeline.inference.catalog import REFUSED
+from pipeline.views.model_library import Entry
+from pipeline.views.models import REFUSED
 from tui.screens.models.columns import (
     BY_LABEL,
     Column,
@@ -29,7 +30,6 @@ from tui.screens.models.columns import (
     searched,
     sorted_entries,
 )
-from tui.services.model_library import Entry
 from tui.widgets.colors import method_look, method_style
 from tui.widgets.table import MOVE_KEYS
 from tui.widgets.text import pad_or_truncate

@@ -13,7 +13,7 @@ from textual.screen import ModalScreen
 from textual.widget import Widget
 
 from pipeline.project.stage_graph import Stage
-from pipeline.project.status import StageState
+from pipeline.views.stages import StageState
 from tui.screens.pipeline.tree import MUTED, look_of, short_name
 
 LABEL_MARGIN = 3  # symbol and space before a name, a space after it

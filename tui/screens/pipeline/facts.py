@@ -11,7 +11,7 @@ from textual.events import Resize
 from textual.widget import Widget
 from textual.widgets import Static
 
-from pipeline.project.status import StageState
+from pipeline.views.stages import StageState
 from tui.screens.pipeline.tree import MUTED, look_of
 from tui.services.pipeline_process import Running
 from tui.widgets.pane import Pane

@@ -14,8 +14,8 @@ from textual.widgets import Static
 
 from pipeline.project.params.load import key_path
 from pipeline.project.stage_graph import Project, Stage
-from pipeline.project.status import StageState
 from pipeline.stages.registry import GRAPH
+from pipeline.views.stages import StageState
 from tui.screens.base import HUGE, WIDE, WorkbenchScreen
 from tui.screens.pipeline.dag import Picture
 from tui.screens.pipeline.facts import FactsPane

@@ -13,7 +13,7 @@ from textual.widget import Widget
 from textual.widgets import OptionList
 
 from pipeline.project.stage_graph import Stage
-from pipeline.project.status import StageState
+from pipeline.views.stages import StageState
 from tui.screens.pipeline.tree import (
     GROUP,
     SIGNS,

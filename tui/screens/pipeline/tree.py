@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from textual.content import Content
 
 from pipeline.project.stage_graph import Stage
-from pipeline.project.status import StageState, State
+from pipeline.views.stages import StageState, State
 from tui.widgets.text import duration, pad_or_truncate
 
 GROUP = "(group)"  # the key of the group, which is no stage's name

@@ -12,7 +12,7 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from pipeline.errors import UserError
-from tui.screens.results.documents import Picture
+from pipeline.views.reports import Picture
 from tui.screens.results.pages import ListPane
 from tui.widgets.pane import Pane
 from tui.widgets.picture import KINDS, kind_of_terminal, load_library, read_picture, widget_for

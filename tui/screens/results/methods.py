@@ -13,7 +13,7 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from pipeline.evaluation.comparison import LEGEND, MISSING
-from tui.screens.results.findings import Evaluation, Measure, Method
+from pipeline.views.evaluations import Evaluation, Measure, Method
 from tui.screens.results.rows import Column, RowsPane
 from tui.widgets.colors import NO_LOOK, method_look, method_style, share_style
 from tui.widgets.pane import Pane

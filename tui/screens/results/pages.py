@@ -13,7 +13,7 @@ from textual.widget import Widget
 from textual.widgets import OptionList
 
 from pipeline.errors import UserError
-from tui.screens.results.documents import Page, Picture, read_page
+from pipeline.views.reports import Page, Picture, read_page
 from tui.widgets.markdown_page import MarkdownPage
 from tui.widgets.pane import Pane
 from tui.widgets.table import VIM_KEYS

@@ -10,8 +10,9 @@ from pipeline.errors import UserError
 from pipeline.files.digest_cache import signature
 from pipeline.project.logs.run_log import TABLE
 from pipeline.project.stage_graph import ARTIFACTS, Project
-from tui.screens.results.documents import Page, Picture, read_pages, read_pictures
-from tui.screens.results.findings import Evaluation, Sweep, read_evaluation, read_sweep
+from pipeline.views.evaluations import Evaluation, read_evaluation
+from pipeline.views.reports import Page, Picture, read_pages, read_pictures
+from pipeline.views.sweeps import Sweep, read_sweep
 
 T = TypeVar("T")
 MEASURED = "measured"  # the folder of what `lora evaluate --adapter` measured

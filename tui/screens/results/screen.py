@@ -13,11 +13,12 @@ from textual.worker import get_current_worker
 
 from pipeline.adapters.config import CONFIG
 from pipeline.project.stage_graph import Project
+from pipeline.views.evaluations import Evaluation, Method
+from pipeline.views.reports import numbers_of
+from pipeline.views.sweeps import Sweep, Trial
 from tui.dialogs import Menu
 from tui.screens.base import WorkbenchScreen
-from tui.screens.results.documents import numbers_of
 from tui.screens.results.figures import FiguresView
-from tui.screens.results.findings import Evaluation, Method, Sweep, Trial
 from tui.screens.results.methods import DetailPane, MethodsPane, ScatterPane, fields
 from tui.screens.results.pages import PageReader, PagesView
 from tui.screens.results.reading import Results, read_results

@@ -11,7 +11,7 @@ from textual.widgets import Static
 
 from pipeline.evaluation.comparison import MISSING
 from pipeline.files.text import natural_sort_key
-from tui.screens.results.findings import Sweep, Trial, value_text
+from pipeline.views.sweeps import Sweep, Trial, value_text
 from tui.screens.results.rows import Column, RowsPane
 from tui.widgets.colors import method_look, method_style
 from tui.widgets.pane import Pane

@@ -177,7 +177,7 @@ async def test_qwen3_8b_shows_the_exact_number_beside_the_rule_of_thumb(empty: P
         await until(pilot, lambda: screen.advice is not None)
         shown = " ".join(text_of(screen, "#details").split())
         assert "9,437,184 · exact 7,667,712" in shown
-        assert "it takes every projection as 4,096 × 4,096" in shown
+        assert "the rule of thumb takes every projection as 4,096 × 4,096" in shown
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.project.logs.run_log import read_steps
-from pipeline.project.logs.runs import discover_runs
+from pipeline.views.runs import discover_runs
 from tests.helpers.curves import (
     answers_text,
     chart_text,

@@ -14,12 +14,12 @@ from textual.pilot import Pilot
 from textual.widgets import Input, OptionList, Static, TextArea
 
 from pipeline.stages.registry import open_project
+from pipeline.views.data_files import DataFile
 from tests.helpers.pilot import until
 from tests.helpers.tokenizers import SMOLLM2, folder_with
 from tui.app import Workbench
 from tui.dialogs import Menu, PathScreen
 from tui.screens.data.editor import Editor
-from tui.screens.data.files import DataFile
 from tui.screens.data.report import LengthsPane, ProblemList, ProblemsPane
 from tui.screens.data.row_view import RowPane
 from tui.screens.data.rows import RowList, RowsPane

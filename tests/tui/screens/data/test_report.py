@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tui.screens.data.files import DataFile
+from pipeline.views.data_files import DataFile
 from tui.screens.data.report import columns_of, draw_lengths, length_facts, longer_than
 
 COLORS = dict.fromkeys(("error", "accent", "warning"), "#ffffff")

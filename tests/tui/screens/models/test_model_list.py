@@ -13,10 +13,11 @@ from textual.widgets import Input, OptionList, Static
 
 from pipeline.files import artifact, digest_cache
 from pipeline.files.digest_cache import DigestStore
-from pipeline.inference.catalog import Model, check
 from pipeline.project.params.load import Params
 from pipeline.project.stage_graph import Project
 from pipeline.stages.registry import GRAPH
+from pipeline.views.model_library import Entry, Library
+from pipeline.views.models import Model, check
 from tests.helpers.checkpoints import sealed_copies
 from tests.helpers.fake_engine import FakeInference
 from tests.helpers.models_screen import COUNT, LISTED, USUAL, Session, open_models
@@ -27,7 +28,6 @@ from tui.dialogs import Menu, PathScreen, Reader
 from tui.screens.models.columns import BY_LABEL, sorted_entries
 from tui.screens.models.screen import ModelsScreen
 from tui.screens.models.table import ModelTable
-from tui.services.model_library import Entry, Library
 from tui.widgets.prompting import PromptInput
 
 
@@ -467,7 +467,7 @@ async def test_names_come_at_once_visible_verdicts_first_and_what_is_typed_meanw
         return check(model, *arguments, **named)
 
     monkeypatch.setattr(ModelTable, "_arrange", count)
-    monkeypatch.setattr("tui.services.model_library.check", slow)
+    monkeypatch.setattr("pipeline.views.model_library.check", slow)
     models = 1 + len(sealed_copies(empty, 300))
     app = Workbench(empty / "params.yaml")
     app.first_screen, app.inference = "models", FakeInference()

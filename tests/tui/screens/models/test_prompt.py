@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from textual.widgets import Input
 
+from pipeline.views.models import trusts_remote_code
 from tests.helpers.fake_engine import DEATH
 from tests.helpers.models_screen import COUNT, USUAL, open_models
 from tests.helpers.pilot import until
@@ -16,7 +17,6 @@ from tui.dialogs import PathScreen
 from tui.registry import SCREENS
 from tui.screens.models.answers import TopK
 from tui.screens.models.attention import AttentionScreen
-from tui.services.loaded_models import trusts_remote_code
 from tui.widgets.prompting import EngineBar, PromptInput, Slider
 from tui.widgets.sampling import SamplingScreen
 from tui.widgets.text import Lines

@@ -8,7 +8,7 @@ import pytest
 from textual.pilot import Pilot
 
 from pipeline.project.logs.run_state import Journal
-from pipeline.project.status import StageState, State, Status
+from pipeline.views.stages import StageState, State, Status
 from tests.helpers.pilot import until
 from tests.helpers.projects import STAGES
 from tui.app import Workbench

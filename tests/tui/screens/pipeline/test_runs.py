@@ -18,8 +18,8 @@ from textual.widgets import Static
 
 from pipeline.errors import UserError
 from pipeline.project.logs.run_state import Journal
-from pipeline.project.status import StageState, Status
 from pipeline.stages.registry import GRAPH
+from pipeline.views.stages import StageState, Status
 from tests.helpers.extension import add_probes
 from tests.helpers.pilot import until
 from tests.helpers.pipeline_screen import (

@@ -9,7 +9,7 @@ from pipeline.project.gate import Broken, Verdict
 from pipeline.project.logs.run_state import Journal
 from pipeline.project.params.schema import Section
 from pipeline.project.stage_graph import Stage
-from pipeline.project.status import StageState, State
+from pipeline.views.stages import StageState, State
 from tests.helpers.projects import PIPELINE, STAGES
 from tui.screens.pipeline.tree import GROUP, MUTED, SIGNS, brief, draw_rows, tree_rows
 

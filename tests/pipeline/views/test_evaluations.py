@@ -12,17 +12,11 @@ from pipeline.errors import UserError
 from pipeline.evaluation.comparison import by_variant, comparison
 from pipeline.project.stage_graph import Project
 from pipeline.stages.registry import open_project
+from pipeline.views.evaluations import KEPT, LEARNED, Evaluation, read_evaluation
+from pipeline.views.reports import numbers_of, read_pages, read_pictures
+from pipeline.views.sweeps import Sweep, read_sweep
 from tests.helpers.extension import PROBES, add_probes
 from tests.helpers.projects import make, new_project
-from tui.screens.results.documents import numbers_of, read_pages, read_pictures
-from tui.screens.results.findings import (
-    KEPT,
-    LEARNED,
-    Evaluation,
-    Sweep,
-    read_evaluation,
-    read_sweep,
-)
 
 NUMBERS: dict[str, Any] = {"parameters": 100, "bytes": 40_000, "new_loss": 1.0}
 

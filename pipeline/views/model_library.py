@@ -3,7 +3,8 @@ between starts.
 """
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -16,24 +17,15 @@ from pipeline.files import artifact
 from pipeline.files.digest_cache import DigestStore, FactStore, Signature, signature, stamp_of
 from pipeline.files.file_tail import file_stamp
 from pipeline.files.text import natural_sort_key
-from pipeline.inference.catalog import (
-    Measurements,
-    Model,
-    VerificationResult,
-    check,
-    describe,
-    find_base,
-    measured,
-    model_folders,
-    scored,
-)
+from pipeline.inference.catalog import Measurements, find_base, measured, model_folders
 from pipeline.project.stage_graph import ARTIFACTS, Project
-from pipeline.project.status import apart
-from tui.services.model_cache import MAX_ENTRIES, model_facts, model_of, verdict_of
+from pipeline.views.models import Model, VerificationResult, check, describe, scored
+from pipeline.views.stages import apart
 
 CHECKING = "checking"
 MAX_JSON = 1_000_000  # bytes; a larger manifest or config is not shown
 SAVE_EVERY = 5.0  # seconds of checking that are lost at most if the program ends
+MAX_ENTRIES = 20_000  # of the store in a file, about 10 MB
 GONE = ""  # the stamp of a model whose files are gone
 
 
@@ -168,7 +160,7 @@ class Library:
         if cached and cached[0] == now and cached[1].method:
             return cached[1]
         facts = self.cache.get(self.key("model", path), stamp_of(now))
-        return model_of(path, facts) if facts else None
+        return _model_of(path, facts) if facts else None
 
     def _known_verdict(
         self, model: Model, now: Signature, context: CheckContext
@@ -177,7 +169,7 @@ class Library:
         stamp, verdict = self._verdicts.get(model.path, ("", None))
         if verdict is None or stamp != current:
             facts = self.cache.get(self.key("verdict", model.path), current)
-            verdict = verdict_of(facts) if facts else None
+            verdict = _verdict_of(facts) if facts else None
         return verdict and scored(verdict, context.measurements)
 
     def key(self, kind: str, path: Path) -> str:
@@ -226,7 +218,7 @@ class Library:
         path, now = entry.model.path, signature(entry.model.path)  # before the files are read
         model = describe(path)
         self._models[path] = now, model
-        self.cache.put(self.key("model", path), stamp_of(now), model_facts(model), now)
+        self.cache.put(self.key("model", path), stamp_of(now), _model_facts(model), now)
         return replace(entry, model=model)
 
     def check(
@@ -311,3 +303,22 @@ def read_documents(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             return {}
 
     return read(folder / artifact.MANIFEST), read(folder / CONFIG)
+
+
+def _model_facts(model: Model) -> dict[str, Any]:
+    """A model without its path."""
+    return {key: value for key, value in asdict(model).items() if key != "path"}
+
+
+def _model_of(path: Path, facts: Mapping[str, Any]) -> Model | None:
+    """The model with these facts; None if they are damaged."""
+    with suppress(TypeError, KeyError):
+        return Model(path=path, **{**facts, "targets": tuple(map(str, facts["targets"]))})
+    return None
+
+
+def _verdict_of(facts: Mapping[str, Any]) -> VerificationResult | None:
+    """The verdict with these facts; None if they are damaged."""
+    with suppress(TypeError):
+        return VerificationResult(**facts)
+    return None

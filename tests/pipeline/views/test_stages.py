@@ -15,8 +15,8 @@ from pipeline.errors import UserError
 from pipeline.project.logs import run_state
 from pipeline.project.runner import Event, Job, Note, Progress, run
 from pipeline.project.stage_graph import Project
-from pipeline.project.status import Status, outdated, project_signature
 from pipeline.stages.registry import open_project
+from pipeline.views.stages import Status, outdated, project_signature
 from tests.helpers.projects import BRIEF, COMMAND, LORA, STAGES, make, make_one, new_project, save
 
 

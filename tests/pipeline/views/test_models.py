@@ -12,9 +12,10 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.digest_cache import signature
-from pipeline.inference.catalog import Model, check, describe, find_base, measured, model_folders
+from pipeline.inference.catalog import find_base, measured, model_folders
 from pipeline.inference.engine import load
 from pipeline.stages.registry import open_project
+from pipeline.views.models import Model, check, describe
 from tests.conftest import Lora
 from tests.helpers.projects import STAGES
 

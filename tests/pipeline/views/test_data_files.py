@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.stages.registry import open_project
-from tests.helpers.projects import new_project
-from tui.screens.data.files import (
+from pipeline.project.params.edit import save
+from pipeline.stages.registry import GRAPH, open_project
+from pipeline.views.data_files import (
     append_row,
     edited_name,
     other_file,
@@ -17,7 +17,7 @@ from tui.screens.data.files import (
     spaced,
     ways_to_train,
 )
-from tui.services.param_edits import ParamEdits, follows_params
+from tests.helpers.projects import new_project
 
 PARAMS = """\
 training:
@@ -130,7 +130,7 @@ def test_a_stage_trains_on_a_file_besides_its_data_or_instead_of_one(root: Path)
     project = open_project(root / "params.yaml")
     ways = ways_to_train(project, "data/new.jsonl")
     assert ways.keys() == {"finetune_lora.data"}, "a correction is no pair for dpo"
-    ParamEdits().save(root / "params.yaml", ways["finetune_lora.data"])
+    save(root / "params.yaml", ways["finetune_lora.data"], GRAPH.sections)
     project = open_project(root / "params.yaml")
     assert project.params.finetune_lora.files == (
         "data/mine.csv",
@@ -139,36 +139,7 @@ def test_a_stage_trains_on_a_file_besides_its_data_or_instead_of_one(root: Path)
     )
     assert ways_to_train(project, "data/new.jsonl") == {}
     (values,) = ways_to_train(project, "data/mine.edited.jsonl", "data/mine.csv").values()
-    ParamEdits().save(root / "params.yaml", values)
+    save(root / "params.yaml", values, GRAPH.sections)
     assert (
         open_project(root / "params.yaml").params.finetune_lora.files[0] == "data/mine.edited.jsonl"
-    )
-
-
-def test_dvc_yaml_follows_what_is_written_and_what_is_taken_back(tmp_path: Path) -> None:
-    """It counts the files in a list, and `dvc repro` fails where it counts others."""
-    from pipeline.project.dvc_yaml import EARLIER_HEADER, HEADER, render_dvc_yaml
-
-    params = new_project(tmp_path) / "params.yaml"
-    (tmp_path / "dvc.yaml").write_text(
-        HEADER + render_dvc_yaml(open_project(params)), encoding="utf-8"
-    )
-    before, edits = (tmp_path / "dvc.yaml").read_text(encoding="utf-8"), ParamEdits()
-    ways = ways_to_train(open_project(params), "data/new.jsonl")
-    assert ways["finetune_lora.data"]["expand_vocab.data"][-1] == "data/new.jsonl", (
-        "MiniGPT needs a row for new words"
-    )
-    edits.save(params, ways["finetune_lora.data"])
-    assert "${finetune_lora.data[1]}" in (tmp_path / "dvc.yaml").read_text(
-        encoding="utf-8"
-    ) and follows_params(params)
-    edits.undo()
-    assert (tmp_path / "dvc.yaml").read_text(encoding="utf-8") == before
-    earlier = before.replace(HEADER, EARLIER_HEADER)
-    (tmp_path / "dvc.yaml").write_text(earlier, encoding="utf-8")
-    assert follows_params(params), "an earlier version wrote the same with another first line"
-    (tmp_path / "dvc.yaml").write_text("stages: {}\n", encoding="utf-8")
-    edits.save(params, ways["finetune_lora.data"])
-    assert (tmp_path / "dvc.yaml").read_text(encoding="utf-8") == "stages: {}\n", (
-        "what is the user's own stays"
     )

@@ -9,10 +9,11 @@ import pytest
 
 from pipeline.files.artifact import file_digest, write_json
 from pipeline.project.logs.run_log import read_run_outcomes
-from pipeline.project.logs.runs import LogFiles, Run, discover_runs, stamp, training_stages
+from pipeline.project.logs.runs import LogFiles, Run
 from pipeline.project.stage_graph import other_look
 from pipeline.stages.charts import MARKERS
-from pipeline.stages.registry import GRAPH, METHODS, open_project
+from pipeline.stages.registry import METHODS, open_project
+from pipeline.views.runs import discover_runs, stamp, training_stages
 from tests.helpers.projects import BRIEF, PIPELINE, ROOT, make
 
 BASE = {"rank": 4, "alpha": 1.0}
@@ -26,7 +27,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def found(root: Path) -> list[Run]:
-    return discover_runs(root, open_project(root / "params.yaml"), GRAPH)
+    return discover_runs(root, open_project(root / "params.yaml"))
 
 
 Keep = Callable[..., Path]
@@ -57,7 +58,7 @@ def test_an_empty_project_has_no_runs(root: Path) -> None:
 def test_a_finished_pipeline_shows_each_training_once(brief: Path) -> None:
     runs = found(brief)
     assert [run.stage for run in runs] == [
-        stage.name for stage in training_stages(None, GRAPH) if stage.name in PIPELINE
+        stage.name for stage in training_stages(None) if stage.name in PIPELINE
     ]
     assert all(run.folder == brief / "runs" / run.stage for run in runs)
 
@@ -67,9 +68,7 @@ def test_an_earlier_run_is_named_by_the_params_that_differ_from_now(project: Pat
     today = open_project(
         project / "params.yaml", ["finetune_lora.epochs=1", "finetune_lora.rank=8"]
     )
-    labels = [
-        run.label for run in discover_runs(project, today, GRAPH) if run.stage == "finetune_lora"
-    ]
+    labels = [run.label for run in discover_runs(project, today) if run.stage == "finetune_lora"]
     assert labels == ["finetune_lora", "finetune_lora epochs 2, rank 4"]
 
 
@@ -115,7 +114,7 @@ def test_broken_manifests_and_missing_params_are_survived(root: Path, keep: Keep
         '{"files": {}}', encoding="utf-8"
     )
     keep(".lora-cache/pretrain/bbbb", "3", params=None)
-    assert [run.label for run in discover_runs(root, None, GRAPH)] == ["pretrain"]
+    assert [run.label for run in discover_runs(root, None)] == ["pretrain"]
 
 
 def test_a_sweep_is_one_run_with_a_curve_for_each_adapter(brief: Path) -> None:
@@ -136,14 +135,14 @@ def test_an_earlier_sweep_says_its_grid_and_one_that_was_kept_too_is_shown_once(
     other = ["finetune_lora.epochs=2", "finetune_sweep.grid={rank: [1], seed: [0, 1, 2]}"]
     make(project, ["finetune_sweep"], other)
     today = open_project(project / "params.yaml", other)
-    runs = [run for run in discover_runs(project, today, GRAPH) if run.stage == "finetune_sweep"]
+    runs = [run for run in discover_runs(project, today) if run.stage == "finetune_sweep"]
     assert [run.label for run in runs] == [
         "finetune_sweep  3 adapters",
         "finetune_sweep  2 adapters, grid rank 1+2",
     ]
     assert [run.folder is None for run in runs] == [False, True]
     shutil.rmtree(project / "runs/finetune_sweep")
-    assert [run.label for run in discover_runs(project, today, GRAPH) if run.sweeps] == [
+    assert [run.label for run in discover_runs(project, today) if run.sweeps] == [
         run.label for run in runs
     ]
 
@@ -158,12 +157,12 @@ def test_a_sweep_of_which_an_adapter_diverged_is_the_artifact_that_came_of_it(
         "lr-0.001"
     ]
     today = open_project(project / "params.yaml", given)
-    run, *others = [run for run in discover_runs(project, today, GRAPH) if run.sweeps]
+    run, *others = [run for run in discover_runs(project, today) if run.sweeps]
     assert [curve.name for curve in run.curves] == ["lr-0.001", "lr-1e+09"]
     assert run.folder and len(others) == 1 and "grid rank 1+2" in others[0].label
     assert read_run_outcomes(run.log_folder) == {"lr-1e+09": "diverged"}
     shutil.rmtree(project / "runs/finetune_sweep")
-    run = next(run for run in discover_runs(project, today, GRAPH) if run.sweeps)
+    run = next(run for run in discover_runs(project, today) if run.sweeps)
     assert [curve.name for curve in run.curves] == ["lr-0.001"]
     assert read_run_outcomes(run.log_folder) == {"lr-0.001": "done", "lr-1e+09": "diverged"}
 
@@ -177,26 +176,26 @@ def test_adapters_stand_in_the_order_of_their_numbers(root: Path) -> None:
 
 
 def test_the_stamp_changes_with_every_adapter_of_a_sweep(root: Path) -> None:
-    seen = {stamp(root, root / "params.yaml", None, GRAPH)}
+    seen = {stamp(root, root / "params.yaml", None)}
     for number, name in enumerate(("rank-1", "rank-2"), 2):
         (root / "runs/finetune_sweep" / name).mkdir(parents=True)
         (root / f"runs/finetune_sweep/{name}/loss.csv").write_text("step\n", encoding="utf-8")
-        seen.add(stamp(root, root / "params.yaml", None, GRAPH))
+        seen.add(stamp(root, root / "params.yaml", None))
         assert len(seen) == number
     # the same inodes
     (root / "runs/finetune_sweep/rank-2").rename(root / "runs/finetune_sweep/rank-3")
-    assert stamp(root, root / "params.yaml", None, GRAPH) not in seen
+    assert stamp(root, root / "params.yaml", None) not in seen
 
 
 def test_the_stamp_changes_when_when_there_is_another_run(root: Path, keep: Keep) -> None:
-    before = stamp(root, root / "params.yaml", None, GRAPH)
-    assert stamp(root, root / "params.yaml", None, GRAPH) == before
+    before = stamp(root, root / "params.yaml", None)
+    assert stamp(root, root / "params.yaml", None) == before
     keep("artifacts/lora_adapter", "1")
-    after = stamp(root, root / "params.yaml", None, GRAPH)
+    after = stamp(root, root / "params.yaml", None)
     assert after != before
     (root / "runs/finetune_lora").mkdir(parents=True)
     (root / "runs/finetune_lora/loss.csv").write_text("step\n", encoding="utf-8")
-    assert stamp(root, root / "params.yaml", None, GRAPH) != after
+    assert stamp(root, root / "params.yaml", None) != after
 
 
 def test_twenty_runs_beside_the_methods_look_different() -> None:
