@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pipeline.weights.spectrum import Measured
 
 app = group()
+SHOWN = 4  # names in a list
 LEGEND = (
     "1 to 64: share of ‖ΔW‖² that the nearest matrix of that rank holds; stable: ‖ΔW‖²/σ₁²; 90%: "
     "rank that holds it."
@@ -356,6 +357,6 @@ def _percent(share: float | None) -> str:
     return f"{share:.1%}" if share >= 0.0005 else f"{share:.0e}"
 
 
-def _join_names(names: list[str], limit: int = 4) -> str:
-    more = len(names) - limit
-    return ", ".join(map(short, names[:limit])) + (f" and {more} more" if more > 0 else "")
+def _join_names(names: list[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(map(short, names[:SHOWN])) + (f" and {more} more" if more > 0 else "")

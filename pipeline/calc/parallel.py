@@ -128,20 +128,14 @@ def layout(
     compute = _seconds(local, method, run, gpu)
     if gpu.link is None:
         return Layout(name, memory, traffic, compute, None, None, None)
-    gathers, reductions = _times(traffic, devices)
+    seconds = [size / (gpu.link * 1e9) for size in traffic.received(count)]
+    gathers, reductions = sum(seconds[:3]), sum(seconds[3:])
     # gathers are fetched while another block computes; sums are waited for
     step = None if compute is None else max(compute, gathers) + reductions
     tokens = run.tokens * (1 if name == "tensor" else count)
     return Layout(
         name, memory, traffic, compute, gathers + reductions, step, step and tokens / step
     )
-
-
-def _times(traffic: Traffic, devices: Devices) -> tuple[float, float]:
-    """Seconds of gathering and scattering, and of sums over all, at the link's bandwidth."""
-    assert devices.gpu.link is not None
-    each = [size / (devices.gpu.link * 1e9) for size in traffic.received(devices.number)]
-    return sum(each[:3]), sum(each[3:])
 
 
 def _seconds(

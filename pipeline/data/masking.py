@@ -322,14 +322,16 @@ class _AssistantTurns:
                 spans.append((start, stop))
         return self._mask(spans), ended
 
+    def _render(self, count: int, ask: bool = False) -> str:
+        """The first `count` messages; `ask`: with the generation prompt."""
+        return self._tokenizer.render(self._example.messages[:count], ask, self._example.tools)
+
     def _starts(self) -> list[int]:
         """Where each answer begins: behind the prompt that the model gets for it."""
-        messages, starts = self._example.messages, list[int]()
+        starts = list[int]()
         for number, turn in enumerate(self._answers):
-            if number < len(self._prompts):
-                prompt = checked(self._prompts[number])
-            else:
-                prompt = self._tokenizer.render(messages[:turn], True, self._example.tools)
+            is_rendered = number < len(self._prompts)
+            prompt = checked(self._prompts[number]) if is_rendered else self._render(turn, True)
             start: int | None = len(prompt)
             if not self._text.startswith(prompt):
                 start = self._end_of_header(turn, prompt)
@@ -343,7 +345,7 @@ class _AssistantTurns:
 
         None unless the earlier turns are as in the prompt, and what begins the answer's turn.
         """
-        before = self._tokenizer.render(self._example.messages[:turn], False, self._example.tools)
+        before = self._render(turn)
         shared = commonprefix([self._text, prompt])  # noqa: RUF071  # of characters
         # not within a tag: <think> and <tool_call> begin alike
         start = len(re.sub(r"<[^<>]*\Z", "", shared))
@@ -355,9 +357,7 @@ class _AssistantTurns:
         Behind what it writes before the first, if it stands before each answer and nowhere else.
         """
         if starts:
-            before = self._tokenizer.render(
-                self._example.messages[: self._answers[0]], False, self._example.tools
-            )
+            before = self._render(self._answers[0])
             header = self._text[len(before) : starts[0]]
             ends = [match.end() for match in re.finditer(re.escape(header), self._text)]
             is_written_first = header.strip() and self._text.startswith(before)
@@ -387,9 +387,7 @@ class _AssistantTurns:
         if stop is not None and not (calls and self._holds_next_turn(turn, behind, stop)):
             return stop, True
         # No end token: all that the template writes of the turn.
-        until_turn = self._tokenizer.render(
-            self._example.messages[: turn + 1], False, self._example.tools
-        )
+        until_turn = self._render(turn + 1)
         if not self._text.startswith(until_turn):
             raise self._masking_error(turn, "writes no end-of-turn token after it")
         return len(until_turn), False

@@ -306,8 +306,7 @@ class SubwordTokenizer:
 
     def describe(self) -> dict[str, Any]:
         """tokenizer.json."""
-        described: dict[str, Any] = json.loads(self._inner.to_str())
-        return described
+        return dict(json.loads(self._inner.to_str()))
 
     def special_ids(self) -> dict[str, int]:
         """Those of bos, unk and pad that are set → id."""
