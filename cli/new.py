@@ -150,7 +150,7 @@ def train(
     chosen, values = _names(methods) or ["lora"], _with_template(values, no_template)
     if params.exists():
         project = open_project(params)
-        given = follow(place_files(_read_values(values or [], chosen), out, GRAPH), "")
+        given = follow(place_files(_read_values(values, chosen), out, GRAPH), "")
         _refuse_other(project, base, [*(data or ()), *filter(None, [eval_data])])
         for key, value in given.items():
             if open_project(params, [f"{key}={dump_inline(value)}"]).params != project.params:
@@ -178,12 +178,12 @@ def _request(
     eval_data: str | None,
     methods: list[str],
     columns: str | None,
-    values: list[str] | None,
+    values: list[str],
     foreign: Mapping[str, Any] | None = None,
 ) -> Request:
     from pipeline.stages.quickstart import Request
 
-    given = {**(foreign or {}), **_read_values(values or [], methods)}
+    given = {**(foreign or {}), **_read_values(values, methods)}
     return Request(folder, base, data, eval_data or "", methods, columns_of(columns), given)
 
 
@@ -221,14 +221,10 @@ def _read_values(settings: list[str], methods: list[str]) -> dict[str, Any]:
         key = key.strip()
         if "." not in key:
             chosen = [METHODS[name] for name in methods if name in METHODS]
-            shared = key in hints(Training) and not any(
-                key in stage.settings.PRETRAINED for stage in chosen
-            )
-            own = next(
-                (stage for stage in chosen if key in hints(stage.settings)),
-                chosen[0] if chosen else None,
-            )
-            key = f"{TRAINING if shared or own is None else own.section}.{key}"
+            owners = [stage for stage in chosen if key in hints(stage.settings)] or chosen
+            differs = any(key in stage.settings.PRETRAINED for stage in chosen)
+            is_shared = not owners or (key in hints(Training) and not differs)
+            key = f"{TRAINING if is_shared else owners[0].section}.{key}"
         values[key] = value
     return values
 
@@ -241,7 +237,7 @@ def _request_from(
     eval_data: str | None,
     methods: list[str],
     columns: str | None,
-    values: list[str] | None,
+    values: list[str],
 ) -> Request:
     """The request that another tool's config makes, and the options."""
     from pipeline.project.foreign import read_config
