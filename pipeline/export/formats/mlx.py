@@ -89,9 +89,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
                 f"to {rank}, which makes the adapter larger. A merged model (--format merged) is "
                 "not."
             )
-        # None if they differ, as with alpha_pattern: B then holds them
-        scales = {update.scale for update in updates.values()}
-        scale = scales.pop() if len(scales) == 1 else None
+        scale = _common_scale(updates)
         tensors: dict[str, Any] = {}
         for name, update in updates.items():
             tensors |= {name + key: part for key, part in _tensors(update, rank, scale).items()}
@@ -133,6 +131,12 @@ def _with_tied_head(model: "CausalLM", updates: "Updates", adapter: Path) -> "Up
             "the base, and mlx-lm adds the same update to both. Export it with --format merged."
         )
     return {name: update for name, update in updates.items() if name != model.head_name}
+
+
+def _common_scale(updates: "Updates") -> float | None:
+    """The scale of all updates; None if they differ, as with alpha_pattern: B then holds them."""
+    scales = {update.scale for update in updates.values()}
+    return scales.pop() if len(scales) == 1 else None
 
 
 def _tensors(update: "LowRank", rank: int, scale: float | None) -> dict[str, Any]:
