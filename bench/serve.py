@@ -169,7 +169,7 @@ def _pool(folder: Path) -> ModelPool:
     pool = ModelPool()
     for n in range(REQUESTS):
         pool.load(str(n), folder / "base", folder / str(n))
-    type(pool.get("0").loaded.tokenizer).end_ids = frozenset()  # type: ignore[assignment]
+    type(pool.get("0").loaded.tokenizer).end_ids = frozenset()  # type: ignore[method-assign]
     torch.set_num_threads(THREADS)
     return pool
 

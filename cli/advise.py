@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, SetOption, group, project_of
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.calc.architecture import Architecture
     from pipeline.data.tokenizers.word import Tokenizer
-    from pipeline.project.advice import Facts
+    from pipeline.project.advice import Advice, Facts
     from pipeline.project.runner import Note
     from pipeline.project.stage_graph import Project, Stage
 
@@ -28,9 +30,7 @@ def advise(
     Nothing of it is required. Once artifacts/base is there, the data is counted in tokens.
     """
     from cli.console import print_json, print_line, print_note, print_table
-    from pipeline.errors import UserError
     from pipeline.project.advice import Facts
-    from pipeline.project.advice import advise as advice_of
     from pipeline.project.params.edit import dump_inline
 
     project = project_of(params, overrides)
@@ -41,23 +41,31 @@ def advise(
             "it."
         )
     facts = gather_facts(project, stages)
-    advice = [one for each in facts for one in advice_of(project, each)]
+    advice = list(_advice(project, facts))
     if as_json:
         shown = [name for name in Facts._fields if name not in ("section", "left", "bf16")]
-        known = {each.section: {name: getattr(each, name) for name in shown} for each in facts}
-        print_json({"facts": known, "advice": [one._asdict() for one in advice]})
+        known = {}
+        for of_stage in facts:
+            known[of_stage.section] = {name: getattr(of_stage, name) for name in shown}
+        print_json({"facts": known, "advice": [rule._asdict() for rule in advice]})
         return
-    for each in facts:
-        print_note(f"{each.section}: {_describe(each)}")
+    for of_stage in facts:
+        print_note(f"{of_stage.section}: {_describe(of_stage)}")
     if not advice:
         print_note("No rule disagrees with these settings.")
         return
     print_table(
         ("setting", "yours", "advised"),
-        [(one.key, dump_inline(one.yours), one.advised) for one in advice],
+        [(rule.key, dump_inline(rule.yours), rule.advised) for rule in advice],
     )
-    for one in advice:
-        print_line(f"\n{one.key}: {one.why} ({one.source})")
+    for rule in advice:
+        print_line(f"\n{rule.key}: {rule.why} ({rule.source})")
+
+
+def _advice(project: "Project", facts: "Sequence[Facts]") -> "Iterator[Advice]":
+    from pipeline.project.advice import advise
+
+    return chain.from_iterable(advise(project, of_stage) for of_stage in facts)
 
 
 def is_advised(stage: "Stage") -> bool:
@@ -67,8 +75,6 @@ def is_advised(stage: "Stage") -> bool:
 
 def advice_notes(project: "Project", stage: "Stage") -> "Iterator[Note]":
     """A note for each rule that disagrees with the settings of a stage that is about to train."""
-    from pipeline.errors import UserError
-    from pipeline.project.advice import advise as advice_of
     from pipeline.project.params.edit import dump_inline
     from pipeline.project.runner import Note
 
@@ -76,27 +82,20 @@ def advice_notes(project: "Project", stage: "Stage") -> "Iterator[Note]":
         facts = gather_facts(project, [stage] if is_advised(stage) else [])
     except UserError:  # of the data: training says it too, after its own notes
         return
-    for one in (one for each in facts for one in advice_of(project, each)):
+    for rule in _advice(project, facts):
         yield Note(
-            f"{one.key} is {dump_inline(one.yours)}; advised: {one.advised}. {one.why} "
-            f"({one.source})",
+            f"{rule.key} is {dump_inline(rule.yours)}; advised: {rule.advised}. {rule.why} "
+            f"({rule.source})",
             True,
         )
 
 
 def gather_facts(project: "Project", stages: "Sequence[Stage]") -> "list[Facts]":
     """What is known before they train, from headers and a part of their data. Raises UserError."""
-    from pipeline.errors import UserError
     from pipeline.project.advice import Facts
 
-    folder = next(
-        (
-            made
-            for name in ("expand_vocab", "pretrain")
-            if (made := project.artifact(name)).is_dir()
-        ),
-        None,
-    )
+    bases = map(project.artifact, ("expand_vocab", "pretrain"))
+    folder = next((base for base in bases if base.is_dir()), None)
     model, tokenizer = None, None
     if stages and folder:
         from pipeline.data.tokenizers.word import load_tokenizer
@@ -139,7 +138,6 @@ def _leaves_alpha(project: "Project", section: str) -> bool:
 
 def _measured_keys(project: "Project", stage: "Stage") -> tuple[str, ...]:
     """Keys that the project's sweep varied, if these settings are its best, or on its front."""
-    from pipeline.errors import UserError
     from pipeline.evaluation.selection import choose, pareto
     from pipeline.files.artifact import read_json
     from pipeline.project.logs.run_log import TABLE
@@ -171,11 +169,8 @@ def _shapes(project: "Project", base: str) -> "Architecture | None":
     source = parse_source(base, project.root)
     if source.is_local:
         return from_path(source.path).shapes
-    name = (
-        MINIGPT
-        if source.kind == MINIGPT
-        else {hub: name for name, hub in hub_ids().items()}.get(source.hub_id)
-    )
+    names = {hub_id: name for name, hub_id in hub_ids().items()}
+    name = MINIGPT if source.kind == MINIGPT else names.get(source.hub_id)
     return built_in(name).shapes if name else None
 
 
@@ -184,7 +179,6 @@ def _count_parameters(
 ) -> dict[str, Any]:
     """Parameters of the base and of what trains, and the share of weights that get LoRA."""
     from pipeline.calc.method import ranks, trainable
-    from pipeline.errors import UserError
     from pipeline.stages.registry import COUNTED as METHODS
 
     if model is None or stage.method not in METHODS:
@@ -203,8 +197,6 @@ def _count_data(
     project: "Project", stage: "Stage", tokenizer: "Tokenizer | None"
 ) -> dict[str, Any]:
     """Examples; with a tokenizer, trained tokens and the truncated share of the first ENCODED."""
-    from itertools import chain, islice
-
     from pipeline.data.formats import iter_examples
 
     settings = project.section(stage)
@@ -220,22 +212,29 @@ def _count_data(
         return known
     from pipeline.data.masking import Encoder
 
-    encoded = [each for _, each in Encoder(tokenizer, settings.max_length).each(first)]
-    tokens = round(sum(each.labels for each in encoded) * count / len(first))
-    return {**known, "tokens": tokens, "cut": sum(bool(each.cut) for each in encoded) / len(first)}
+    encoded = [tokens for _, tokens in Encoder(tokenizer, settings.max_length).each(first)]
+    labels = sum(tokens.labels for tokens in encoded)
+    truncated = sum(bool(tokens.cut) for tokens in encoded)
+    return {
+        **known,
+        "tokens": round(labels * count / len(first)),
+        "cut": truncated / len(first),
+    }
 
 
 def _describe(facts: "Facts") -> str:
     more = " and more" if facts.more else ""
-    parts = [
-        f"{facts.trained:,} of {facts.base:,} parameters train"
-        if facts.base and facts.trained
-        else "",
-        f"{facts.examples:,} example{'s' * (facts.examples != 1)}{more}" if facts.examples else "",
-        f"{facts.tokens:,} trained tokens"
-        if facts.tokens is not None
-        else "tokens unknown until the base is there",
-        f"{facts.cut:.0%} truncated" if facts.cut else "",
-        f"{', '.join(facts.measured)} as the best of the sweep" if facts.measured else "",
-    ]
-    return ", ".join(filter(None, parts))
+    parts = []
+    if facts.base and facts.trained:
+        parts.append(f"{facts.trained:,} of {facts.base:,} parameters train")
+    if facts.examples:
+        parts.append(f"{facts.examples:,} example{'s' * (facts.examples != 1)}{more}")
+    if facts.tokens is None:
+        parts.append("tokens unknown until the base is there")
+    else:
+        parts.append(f"{facts.tokens:,} trained tokens")
+    if facts.cut:
+        parts.append(f"{facts.cut:.0%} truncated")
+    if facts.measured:
+        parts.append(f"{', '.join(facts.measured)} as the best of the sweep")
+    return ", ".join(parts)

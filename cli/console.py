@@ -135,7 +135,8 @@ def table(
     """
     # Signs are replaced before widths are measured: an escape character takes no column, but its
     # picture takes one.
-    by_column = zip(*([printable(cell) for cell in row] for row in (columns, *rows)), strict=True)
+    printed = (map(printable, row) for row in (columns, *rows))
+    by_column = zip(*printed, strict=True)
     every = [
         _Column(heading, cells, name in right)
         for name, (heading, *cells) in zip(columns, by_column, strict=True)
@@ -225,6 +226,11 @@ def duration(seconds: float) -> str:
         (pair for pair in ((3600.0, "h"), (60.0, "min")) if seconds >= pair[0]), (1.0, "s")
     )
     return f"{seconds / size:.{1 if seconds / size < 10 else 0}f} {unit}"
+
+
+def duration_range(low: float, high: float) -> str:
+    shortest, longest = duration(low), duration(high)
+    return shortest if shortest == longest else f"{shortest} to {longest}"
 
 
 def bar(share: float, width: int = 20) -> str:

@@ -17,6 +17,7 @@ from cli.options import (
     WidthOption,
     group,
 )
+from pipeline.errors import UserError
 from pipeline.export.formats import FORMATS, Export, write
 
 HELP = "Export an adapter for another program, or merged."
@@ -100,7 +101,6 @@ def push(
     HF_TOKEN.
     """
     from cli.console import follow, print_line, print_table
-    from pipeline.errors import UserError
     from pipeline.export.hub import Publication, check, files_of, prepare, upload
 
     if dry_run and out is None:

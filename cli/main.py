@@ -79,7 +79,8 @@ ADDED = Registry[Any]("command", taken=COMMANDS.keys(), check=_lacks)
 
 
 def _load(name: str) -> Any:
-    import pipeline.stages.registry  # noqa: F401 (a command that loads an adapter must know every method's kind)
+    # a command that loads an adapter must know every method's kind
+    import pipeline.stages.registry  # noqa: F401
 
     whole = group()
     whole.add_typer(import_module(COMMANDS[name][0]).app if name in COMMANDS else ADDED[name])

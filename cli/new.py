@@ -6,12 +6,15 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 from cli.options import ColumnsOption, DeviceOption, PlainOption, columns_of, group
+from pipeline.errors import UserError
+from pipeline.files.text import in_units
 
 if TYPE_CHECKING:
     from pipeline.project.foreign import Foreign
@@ -78,7 +81,6 @@ def new(
     With --base and --data: settings are chosen for both, and a few steps are tried. Without: MiniGPT.
     """
     from cli.console import print_line, print_note
-    from pipeline.errors import UserError
     from pipeline.files.base_model import MINIGPT
     from pipeline.project.new_project import create
     from pipeline.stages.registry import GRAPH
@@ -139,7 +141,6 @@ def train(
     from cli.console import follow
     from cli.project.report import refuse_broken
     from cli.stages import run_stage
-    from pipeline.errors import UserError
     from pipeline.project.params.edit import dump_inline
     from pipeline.stages.quickstart import place_files
     from pipeline.stages.registry import GRAPH, open_project
@@ -148,7 +149,7 @@ def train(
     chosen, values = _names(methods) or ["lora"], _with_template(values, no_template)
     if params.exists():
         project = open_project(params)
-        given = follow(place_files(_read_values(values or [], chosen), out, GRAPH), "")
+        given = follow(place_files(_read_values(values, chosen), out, GRAPH), "")
         _refuse_other(project, base, [*(data or ()), *filter(None, [eval_data])])
         for key, value in given.items():
             if open_project(params, [f"{key}={dump_inline(value)}"]).params != project.params:
@@ -176,12 +177,12 @@ def _request(
     eval_data: str | None,
     methods: list[str],
     columns: str | None,
-    values: list[str] | None,
+    values: list[str],
     foreign: Mapping[str, Any] | None = None,
 ) -> Request:
     from pipeline.stages.quickstart import Request
 
-    given = {**(foreign or {}), **_read_values(values or [], methods)}
+    given = {**(foreign or {}), **_read_values(values, methods)}
     return Request(folder, base, data, eval_data or "", methods, columns_of(columns), given)
 
 
@@ -199,7 +200,6 @@ def _read_values(settings: list[str], methods: list[str]) -> dict[str, Any]:
 
     Raises UserError.
     """
-    from pipeline.errors import UserError
     from pipeline.files import strict_yaml
     from pipeline.project.params.load import TRAINING
     from pipeline.project.params.schema import hints
@@ -220,14 +220,10 @@ def _read_values(settings: list[str], methods: list[str]) -> dict[str, Any]:
         key = key.strip()
         if "." not in key:
             chosen = [METHODS[name] for name in methods if name in METHODS]
-            shared = key in hints(Training) and not any(
-                key in stage.settings.PRETRAINED for stage in chosen
-            )
-            own = next(
-                (stage for stage in chosen if key in hints(stage.settings)),
-                chosen[0] if chosen else None,
-            )
-            key = f"{TRAINING if shared or own is None else own.section}.{key}"
+            owners = [stage for stage in chosen if key in hints(stage.settings)] or chosen
+            differs = any(key in stage.settings.PRETRAINED for stage in chosen)
+            is_shared = not owners or (key in hints(Training) and not differs)
+            key = f"{TRAINING if is_shared else owners[0].section}.{key}"
         values[key] = value
     return values
 
@@ -240,10 +236,9 @@ def _request_from(
     eval_data: str | None,
     methods: list[str],
     columns: str | None,
-    values: list[str] | None,
+    values: list[str],
 ) -> Request:
     """The request that another tool's config makes, and the options."""
-    from pipeline.errors import UserError
     from pipeline.project.foreign import read_config
     from pipeline.stages.registry import GRAPH
 
@@ -275,7 +270,6 @@ def _print_foreign(foreign: Foreign) -> None:
 
 def _refuse_other(project: Project, base: str | None, data: Sequence[str]) -> None:
     """Raises UserError if a project trains another base, or on other data, than requested."""
-    from pipeline.errors import UserError
     from pipeline.files.base_model import parse_source
 
     origin = project.params.origin.base
@@ -286,33 +280,23 @@ def _refuse_other(project: Project, base: str | None, data: Sequence[str]) -> No
                 f"{project.params_path} has base {origin}, not {base}. Name another folder with "
                 "--out."
             )
-    files = {
-        (project.root / name).resolve()
-        for stage in project.stages.values()
-        for name in project.data_files(stage)
-    }
-    if other := [
-        name for name in data if Path(name).exists() and Path(name).resolve() not in files
-    ]:
-        raise UserError(
-            f"{project.params_path} does not train on {other[0]}. Name another folder with --out."
-        )
+    names = chain.from_iterable(map(project.data_files, project.stages.values()))
+    files = {(project.root / name).resolve() for name in names}
+    for name in data:
+        if Path(name).exists() and Path(name).resolve() not in files:
+            raise UserError(
+                f"{project.params_path} does not train on {name}. Name another folder with --out."
+            )
 
 
 def start_project(request: Request) -> None:
     """Make the project, and say what was found, chosen and measured."""
-    from cli.console import follow
+    from cli.console import duration_range, follow, print_line, print_note, print_table
+    from pipeline.project.params.edit import dump_inline
     from pipeline.stages.quickstart import start
     from pipeline.stages.registry import GRAPH
 
-    _print_started(follow(start(request, GRAPH), "trying a few steps"), request.folder)
-
-
-def _print_started(started: Started, folder: Path) -> None:
-    from cli.console import duration, print_line, print_note, print_table
-    from pipeline.files.text import in_units
-    from pipeline.project.params.edit import dump_inline
-
+    started = follow(start(request, GRAPH), "trying a few steps")
     report, machine = started.report, started.machine
     print_line(f"base   {', '.join(_describe_base(started))}")
     print_line(f"data   {', '.join(_describe_data(started))}")
@@ -326,14 +310,12 @@ def _print_started(started: Started, folder: Path) -> None:
     print_table(("chosen", "value", "because"), rows)
     print_line("")
     trial = started.trial
-    low, high = map(duration, trial.seconds)
-    spread = low if low == high else f"{low} to {high}"
-    memory = f"; {in_units(trial.predicted)} of {in_units(machine.memory)} of memory" * bool(
-        trial.predicted
-    )
-    steps = f"{trial.steps:,} steps, {trial.tokens:,} tokens"
-    print_line(f"takes  {steps}, {spread} here ({trial.timed} steps were timed){memory}")
-    print_line(f"{folder}: added {', '.join(started.added)}")
+    time = f"{duration_range(*trial.seconds)} here ({trial.timed} steps were timed)"
+    memory = ""
+    if trial.predicted:
+        memory = f"; {in_units(trial.predicted)} of {in_units(machine.memory)} of memory"
+    print_line(f"takes  {trial.steps:,} steps, {trial.tokens:,} tokens, {time}{memory}")
+    print_line(f"{request.folder}: added {', '.join(started.added)}")
 
 
 def _describe_base(started: Started) -> Iterator[str]:
@@ -352,22 +334,19 @@ def _describe_data(started: Started) -> Iterator[str]:
     from pipeline.data.formats import FORMATS
 
     report = started.report
-    formats = " and ".join(report.formats) + ", in the base's chat template" * bool(
-        report.templated
-    )
+    formats = " and ".join(report.formats)
+    if report.templated:
+        formats += ", in the base's chat template"
     yield f"{', '.join(Path(name).name for name in report.files)} ({formats})"
     yield f"{report.examples:,} examples"
     if report.turns:
         yield f"{report.turns:,} turns"
     if report.tokens and report.trained_tokens is not None and report.quantiles:
         share = report.trained_tokens / report.tokens
-        trained = " and ".join(
-            dict.fromkeys(each.trained for each in FORMATS.values() if each.name in report.formats)
-        )
-        yield (
-            f"{report.tokens:,} tokens, of which {report.trained_tokens:,} ({share:.0%}) are "
-            f"trained on: {trained}"
-        )
+        parts = (form.trained for form in FORMATS.values() if form.name in report.formats)
+        trained = f"{report.trained_tokens:,} ({share:.0%}) are trained on"
+        what = " and ".join(dict.fromkeys(parts))
+        yield f"{report.tokens:,} tokens, of which {trained}: {what}"
         yield f"longest {report.quantiles['max']:,}"
     if report.evaluation:
         yield f"{report.evaluation:,} to evaluate on"
@@ -378,17 +357,17 @@ def _describe_data(started: Started) -> Iterator[str]:
 def _describe_run(project: Project, variant: str) -> str:
     """The time and memory of a variant's last training here."""
     from cli.console import duration
-    from pipeline.files.text import in_units
     from pipeline.project.logs.run_log import last_telemetry
 
     stage = next(stage for stage in project.stages.values() if stage.variant == variant)
     last = last_telemetry(project.run_folder(stage.name))
     if last is None:
         return "trained elsewhere"
-    memory = (
-        f", memory: {in_units(last.measured)} measured, {in_units(last.predicted)} predicted"
-        * bool(last.measured)
-    )
+    memory = ""
+    if last.measured:
+        memory = (
+            f", memory: {in_units(last.measured)} measured, {in_units(last.predicted)} predicted"
+        )
     return f"{last.step} steps in {duration(last.seconds)}{memory}"
 
 

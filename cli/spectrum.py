@@ -4,11 +4,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
 from cli.options import DeviceOption, JsonOption, PlainOption, TrustOption, finite, group
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.data.examples import Example
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from pipeline.weights.spectrum import Measured
 
 app = group()
+SHOWN = 4  # names in a list
 LEGEND = (
     "1 to 64: share of ‖ΔW‖² that the nearest matrix of that rank holds; stable: ‖ΔW‖²/σ₁²; 90%: "
     "rank that holds it."
@@ -76,7 +78,6 @@ def spectrum(
     """
     from cli.console import follow
     from pipeline.data.formats import read_examples
-    from pipeline.errors import UserError
     from pipeline.weights.extract import spectra_of
 
     if as_json and as_csv:
@@ -109,7 +110,7 @@ def spectrum(
     examples = read_examples(data, str(data), templated=not no_template) if data else []
     models = Models(base, tuned, examples, trust_remote_code)
     if intruders or damp is not None:
-        _find_intruders(models, Search(top, epsilon), damp, out, as_json)
+        _find_intruders(models, top, epsilon, damp, out, as_json)
         return
     form: Form = "tables"
     if as_json or as_csv:
@@ -128,13 +129,6 @@ class Models:
     tuned: Path
     examples: "list[Example]"
     trust_remote_code: bool
-
-
-class Search(NamedTuple):
-    """`top` largest singular vectors of a matrix, compared at ε."""
-
-    top: int
-    epsilon: float
 
 
 def _extract(models: Models, rank: int, in_full: bool, out: Path, form: "Form") -> None:
@@ -177,9 +171,17 @@ def _extract(models: Models, rank: int, in_full: bool, out: Path, form: "Form") 
 
 
 def _find_intruders(
-    models: Models, search: Search, factor: float | None, out: Path | None, as_json: bool
+    models: Models,
+    top: int,
+    epsilon: float,
+    factor: float | None,
+    out: Path | None,
+    as_json: bool,
 ) -> None:
-    """List intruders; with `factor` and `out`, write the adapter with them damped."""
+    """List intruders among the `top` largest singular vectors of a matrix, compared at `epsilon`.
+
+    With `factor` and `out`, write the adapter with them damped.
+    """
     from cli.console import follow, noting_replaced, print_costs, print_json, print_line
     from pipeline.inference.score import costs
     from pipeline.weights.intruders import damp, intruders_of, refuse_undampable
@@ -187,12 +189,13 @@ def _find_intruders(
     base, tuned, trust = models.base, models.tuned, models.trust_remote_code
     if out is not None:
         refuse_undampable(tuned, out)
-    searched = follow(intruders_of(base, tuned, *search, trust), "intruders")
+    search = {"top": top, "epsilon": epsilon}
+    searched = follow(intruders_of(base, tuned, top, epsilon, trust), "intruders")
     if not as_json:
-        _print_intruders(searched, *search)
+        _print_intruders(searched, top, epsilon)
     if out is not None and factor is not None:
         with noting_replaced(out):
-            damp(base, tuned, out, searched, factor, search._asdict())
+            damp(base, tuned, out, searched, factor, search)
     quality = {}
     if models.examples:
         compared = {"tuned": tuned, "base": None, "damped": out}
@@ -205,7 +208,7 @@ def _find_intruders(
             matrices.append({**about, "intruders": found})
         scores = {name: cost._asdict() for name, cost in quality.items()}
         written = out and str(out)
-        print_json({**search._asdict(), "matrices": matrices, "damped": written, "quality": scores})
+        print_json({**search, "matrices": matrices, "damped": written, "quality": scores})
         return
     if out is not None:
         print_line(f"{out}  intruders scaled by {factor:g}")
@@ -354,6 +357,6 @@ def _percent(share: float | None) -> str:
     return f"{share:.1%}" if share >= 0.0005 else f"{share:.0e}"
 
 
-def _join_names(names: list[str], limit: int = 4) -> str:
-    more = len(names) - limit
-    return ", ".join(map(short, names[:limit])) + (f" and {more} more" if more > 0 else "")
+def _join_names(names: list[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(map(short, names[:SHOWN])) + (f" and {more} more" if more > 0 else "")

@@ -24,6 +24,7 @@ from pipeline.calc.report import PROJECTION, SHADES, capped, gib, smallest, swep
 from pipeline.calc.settings import TrainingConfig
 from pipeline.calc.sources.open_model import built_in, names
 from pipeline.errors import UserError
+from pipeline.files.text import in_units
 from pipeline.stages.registry import note_targets
 
 MARKS = {True: "●", False: "·"}
@@ -115,10 +116,12 @@ def _print_memory(columns: Mapping[str, report.Column]) -> None:
     step = f"{last.size}, {last.attention}, checkpointing {last.checkpointing}"
     _headline("memory of a step, GiB", f"{step}, {last.loss} logits")
 
-    used = [part for part in PARTS if any(memory.parts()[part] for memory in memories.values())]
-    cells = [["base in", *(run.precision for run in runs)]]
-    for part in used:
-        cells.append([part, *(gib(memory.parts()[part]) for memory in memories.values())])
+    used, cells = [], [["base in", *(run.precision for run in runs)]]
+    for part in PARTS:
+        sizes = [memory.parts()[part] for memory in memories.values()]
+        if any(sizes):
+            used.append(part)
+            cells.append([part, *map(gib, sizes)])
     cells.append(["peak", *(gib(memory.peak) for memory in memories.values())])
     print_table(("", *columns), cells, right=tuple(columns))
 
@@ -176,7 +179,6 @@ def print_models(out: Output) -> None:
 
 def print_sweep(out: Output, model: Model, given: Configuration, text: str) -> None:
     """`--sweep KEY=A,B`: one row per value."""
-    from pipeline.files.text import in_units  # the overview starts without
 
     key, _, values = text.partition("=")
     key, choices = key.strip(), [value.strip() for value in values.split(",") if value.strip()]
@@ -234,7 +236,6 @@ def print_fit(
     time: dict[str, Any] | None,
 ) -> None:
     """`--fit` and `--gpu`: the largest values that fit, or what to change so that it fits."""
-    from pipeline.files.text import in_units
 
     device = find_gpu(name) if name is not None else of_size(budget or 0)
     shapes, (methods, method, run) = model.shapes, given
@@ -288,10 +289,9 @@ def print_gpus(
         return
     rows = []
     for run in answer["runs"]:
-        flat = {**run, **run["memory"], **run["received"]}
-        rows.append(
-            {key: value for key, value in flat.items() if key not in ("memory", "received")}
-        )
+        row = {**run, **run["memory"], **run["received"]}
+        del row["memory"], row["received"]
+        rows.append(row)
     if out.rows([*rows[0]], [[*row.values()] for row in rows]):
         return
 
@@ -323,7 +323,6 @@ def print_gpus(
 
 def print_trace(out: Output, model: Model, given: Configuration) -> None:
     """`--trace`: the peak of the real step under fake tensors, beside the formula's."""
-    from pipeline.files.text import in_units
     from pipeline.training.memory.trace import traced_peak
 
     if model.config is None:

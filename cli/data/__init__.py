@@ -21,6 +21,7 @@ from cli.options import (
     group,
     project_of,
 )
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.data.examples import Example
@@ -85,7 +86,6 @@ def check(
     from cli.data.output import print_report
     from pipeline.data.check import check as check_files
     from pipeline.data.columns import clean_command
-    from pipeline.errors import UserError
 
     base = base or _default_base()
     tokenizer, positions = _open_base(base) if base else (None, None)
@@ -165,7 +165,6 @@ def show(
     from pipeline.data.columns import columns_option
     from pipeline.data.masking import Encoder
     from pipeline.data.windows import Corpus
-    from pipeline.errors import UserError
 
     base = base or _default_base()
     if base is None:
@@ -313,7 +312,6 @@ def clean(
     from pipeline.data.masking import Encoder
     from pipeline.data.quality.clean import REASONS
     from pipeline.data.quality.clean import clean as clean_file
-    from pipeline.errors import UserError
 
     reasons = [reason.strip() for reason in drop.split(",")]
     if unknown := [reason for reason in reasons if reason not in REASONS]:
@@ -408,7 +406,6 @@ def _examples(
     """All examples, or that of one row. Raises UserError."""
     from pipeline.data.containers import Reading
     from pipeline.data.formats import iter_examples
-    from pipeline.errors import UserError
 
     def of_row(number: int, error: UserError) -> None:
         if row in (None, number):

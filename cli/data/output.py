@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,9 +52,7 @@ def print_report(report: "DataReport", max_length: int, limit: int) -> None:
         ]
     if report.quantiles:
         median, *most, longest = (f"{length:,}" for length in report.quantiles.values())
-        shares = ", ".join(
-            f"{share} % ≤ {length}" for share, length in zip((90, 95, 99), most, strict=True)
-        )
+        shares = ", ".join(map("{} % ≤ {}".format, (90, 95, 99), most))
         rows.append(("length", f"{report.shortest:,} to {longest}, median {median}; {shares}"))
         rows.append(
             (
@@ -81,25 +79,22 @@ def print_report(report: "DataReport", max_length: int, limit: int) -> None:
             "\nthe first example, as the model reads it; ⟦ ⟧ is trained "
             f"on:\n{report.rendered[:RENDERED]}{more}"
         )
-    levels = [
-        [each for each in report.groups if each.level == level][:limit]
-        for level in ("error", "warning")
-    ]
-    shown = [each for groups in levels for each in groups]
+    shown: list[Group] = []
+    for level in ("error", "warning"):
+        of_level = (group for group in report.groups if group.level == level)
+        shown += islice(of_level, limit)
     if shown:
         several = len(report.files) > 1
         stdout.print()
         print_table(
             ("", "row", "problem"),
-            [(each.level, _place(each, several), each.problem) for each in shown],
+            [(group.level, _place(group, several), group.problem) for group in shown],
         )
     total = report.errors + report.warnings
     if len(shown) < len(report.groups):
         print_line(f"… {', '.join(f'{kind}: {count:,}' for kind, count in report.counts.items())}")
-    errors, warnings = (
-        f"{count:,} {name}{'' if count == 1 else 's'}"
-        for count, name in ((report.errors, "error"), (report.warnings, "warning"))
-    )
+    errors = f"{report.errors:,} error{'s' * (report.errors != 1)}"
+    warnings = f"{report.warnings:,} warning{'s' * (report.warnings != 1)}"
     print_line(f"{errors}, {warnings}" if total else "no problems", style="bold")
     if report.tokens is None:
         print_note("There is no model, so tokens were not counted. Name a model with --base.")
@@ -132,10 +127,10 @@ def print_cleaned(out: Path, done: "Cleaned") -> None:
     )
     if done.personal:
         stdout.print()
-        rows = [
-            (kind, f"{count:,}", ", ".join(f"row {row}" for row in done.personal_rows[kind]))
-            for kind, count in done.personal.items()
-        ]
+        rows = []
+        for kind, count in done.personal.items():
+            first = map("row {}".format, done.personal_rows[kind])
+            rows.append((kind, f"{count:,}", ", ".join(first)))
         print_table(("likely personal data, kept", "rows", "such as"), rows, right=("rows",))
     print_line(f"{done.kept:,} of {done.rows:,} rows kept", style="bold")
     print_written(out, done.conversion)
@@ -178,10 +173,7 @@ def _lines(tokens: Iterable[tuple[str, bool]], width: int) -> Iterator[Text]:
     """
     line = Text()
     for is_trained, run in groupby(tokens, key=lambda token: token[1]):
-        visible = [
-            "".join(SYMBOLS.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in word)
-            for word, _ in run
-        ]
+        visible = ["".join(map(_visible, word)) for word, _ in run]
         if is_trained:
             visible[0] = f"⟦{visible[0]}"
         ends = ["│"] * (len(visible) - 1) + ["⟧" if is_trained else ""]
@@ -195,3 +187,9 @@ def _lines(tokens: Iterable[tuple[str, bool]], width: int) -> Iterator[Text]:
                 line = Text()
     if line:
         yield line
+
+
+def _visible(character: str) -> str:
+    """A sign for white space, a code for what cannot be printed."""
+    shown = character if character.isprintable() else f"\\x{ord(character):02x}"
+    return SYMBOLS.get(character, shown)

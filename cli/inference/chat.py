@@ -1,7 +1,6 @@
 """`lora chat`: several turns with a model of the project, in the terminal."""
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -11,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from typer import Option
 
-from cli.inference.prompt import PromptBase
+from cli.inference.prompt import Adapter, PromptBase, Seed, Temperature, chosen_model
 from cli.options import DeviceOption, finite, group
 from pipeline.errors import UserError, explain
+from pipeline.files.text import printable
 
 if TYPE_CHECKING:
     from pipeline.inference.chat import Conversation
@@ -26,7 +26,7 @@ BASE = "base"  # what /adapter and /compare call the model without an adapter
 @app.command()
 def chat(
     base: PromptBase = None,
-    adapter: Annotated[Path | None, Option(help="Adapter folder.")] = None,
+    adapter: Adapter = None,
     system: Annotated[str, Option(help="System prompt.")] = "",
     strength: Annotated[
         float,
@@ -38,11 +38,11 @@ def chat(
         ),
     ] = 1.0,
     max_tokens: Annotated[int, Option(min=1, help="Most tokens of an answer.")] = 512,
-    temperature: Annotated[float, Option(min=0, help="Sampling temperature; 0: greedy.")] = 0.0,
+    temperature: Temperature = 0.0,
     sample_top_p: Annotated[
         float, Option("--top-p", help="Smallest set of tokens with this probability.")
     ] = 1.0,
-    seed: Annotated[int, Option(min=0, help="Random seed for sampling.")] = 0,
+    seed: Seed = 0,
     _device: DeviceOption = None,
 ) -> None:
     """Talk with a model over several turns.
@@ -51,18 +51,10 @@ def chat(
     completes texts. In it, /help lists the commands.
     """
     from cli.console import print_note
-    from pipeline.adapters.folder import base_of
     from pipeline.inference.chat import Conversation
     from pipeline.models.generate import Sampling
-    from pipeline.stages.registry import current_project
-    from pipeline.views.models import newest_model
 
-    if base is None and adapter is None:
-        base, adapter = (
-            path and Path(os.path.relpath(path))
-            for path in newest_model(current_project(), merged=False)
-        )
-    base = base or base_of(adapter)
+    base, adapter = chosen_model(base, adapter, merged=False)
     conversation = Conversation(system, Sampling(temperature, 0, sample_top_p, seed), max_tokens)
     session = Session(base, conversation, strength)
     session.choose(str(adapter) if adapter else BASE)
@@ -134,7 +126,6 @@ class Session:
     def _say(self, name: str) -> str:
         """Print a model's answer as it comes; returns what was said, also if Ctrl+C stopped it."""
         from cli.console import print_note
-        from pipeline.files.text import printable
 
         said, start, tokens = "", time.perf_counter(), 0
         if self.other:

@@ -1,6 +1,7 @@
 """`lora prompt` and `lora compare`: prompt one model, or all variants side by side."""
 
 import os
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from cli.options import (
     project_of,
 )
 from pipeline.errors import UserError
+from pipeline.files.text import escape_whitespace
 
 if TYPE_CHECKING:
     from pipeline.inference.engine import LoadedModel
@@ -44,6 +46,9 @@ PromptBase = Annotated[
         "artifacts/expanded if there is none.",
     ),
 ]
+Adapter = Annotated[Path | None, Option(help="Adapter folder.")]
+Temperature = Annotated[float, Option(min=0, help="Sampling temperature; 0: greedy.")]
+Seed = Annotated[int, Option(min=0, help="Random seed for sampling.")]
 Text = Annotated[str, Argument(metavar="TEXT", callback=_validate_utf8, help="Text to complete.")]
 TopK = Annotated[int, Option("--top-k", min=1, help="Number of next-token candidates to show.")]
 Chat = Annotated[
@@ -52,14 +57,31 @@ Chat = Annotated[
 MaxTokens = Annotated[int, Option(min=0, help="Maximum number of tokens to generate.")]
 
 
+def chosen_model(
+    base: Path | None, adapter: Path | None, merged: bool = True
+) -> tuple[Path, Path | None]:
+    """Base and adapter as given, or else the model that was trained last in this project.
+
+    `merged`: whether that may be the merged one.
+    """
+    from pipeline.adapters.folder import base_of
+    from pipeline.stages.registry import current_project
+    from pipeline.views.models import newest_model
+
+    if base is None and adapter is None:
+        newest = newest_model(current_project(), merged)
+        base, adapter = (path and Path(os.path.relpath(path)) for path in newest)
+    return base or base_of(adapter), adapter
+
+
 @app.command()
 def prompt(
     text: Text,
     base: PromptBase = None,
-    adapter: Annotated[Path | None, Option(help="Adapter folder.")] = None,
+    adapter: Adapter = None,
     top_k: TopK = 5,
     max_tokens: MaxTokens = 20,
-    temperature: Annotated[float, Option(min=0, help="Sampling temperature; 0: greedy.")] = 0.0,
+    temperature: Temperature = 0.0,
     sample_top_k: Annotated[
         int, Option(min=0, help="Sample from the k most likely tokens; 0: from all.")
     ] = 0,
@@ -67,7 +89,7 @@ def prompt(
         float,
         Option("--top-p", help="Nucleus sampling: smallest set of tokens with this probability."),
     ] = 1.0,
-    seed: Annotated[int, Option(min=0, help="Random seed for sampling.")] = 0,
+    seed: Seed = 0,
     chat: Chat = False,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
@@ -80,23 +102,15 @@ def prompt(
     from rich.text import Text as Line
 
     from cli.console import bar, print_json, print_note, print_table, stdout
-    from pipeline.adapters.folder import base_of
     from pipeline.data.tokenizers.chat_template import render
     from pipeline.files.artifact import MANIFEST
-    from pipeline.files.text import escape_whitespace
     from pipeline.inference.engine import continued, load
     from pipeline.models.generate import Sampling
-    from pipeline.stages.registry import current_project
-    from pipeline.views.models import newest_model
 
     if not temperature and (sample_top_k or sample_top_p < 1 or seed):
         raise BadParameter("--sample-top-k, --top-p and --seed need --temperature above 0.")
-    chosen = base is None and adapter is None
-    if chosen:
-        base, adapter = (
-            path and Path(os.path.relpath(path)) for path in newest_model(current_project())
-        )
-    base = base or base_of(adapter)
+    is_newest = base is None and adapter is None
+    base, adapter = chosen_model(base, adapter)
     loaded = load(base, adapter, trust_remote_code=trust_remote_code)
     model_input = render(loaded.base, text) if chat else text
     completion = continued(
@@ -117,7 +131,7 @@ def prompt(
         print_json(answer)
         return
     model = f"{loaded.adapter} on {loaded.base}" if loaded.adapter else str(loaded.base)
-    hint = ", the newest trained model here; name another with --base or --adapter" * chosen
+    hint = ", the newest trained model here; name another with --base or --adapter" * is_newest
     print_note(f"model: {model}{hint}")
     rows = [
         (escape_whitespace(c["token"]), f"{c['probability']:.1%}", bar(c["probability"]))
@@ -142,7 +156,6 @@ def compare(
     from cli.console import print_json, print_note, print_table
     from cli.project.report import warn_outdated
     from pipeline.data.tokenizers.chat_template import render
-    from pipeline.files.text import escape_whitespace
     from pipeline.inference.engine import continued, variants
     from pipeline.views.stages import outdated
 
@@ -168,16 +181,10 @@ def compare(
     old = outdated(project, list(stage_of.values()))
     for name, answer in answers.items():
         answer["outdated"] = list(old.get(stage_of[name], ()))
-    if outdated_names := [name for name in answers if answers[name]["outdated"]]:
-        reasons = dict.fromkeys(
-            reason for name in outdated_names for reason in answers[name]["outdated"]
-        )
-        warn_outdated(
-            project,
-            f"{', '.join(outdated_names)} {'is' if len(outdated_names) == 1 else 'are'}",
-            list(reasons),
-            old,
-        )
+    if names := [name for name in answers if answers[name]["outdated"]]:
+        reasons = chain.from_iterable(answers[name]["outdated"] for name in names)
+        verb = "is" if len(names) == 1 else "are"
+        warn_outdated(project, f"{', '.join(names)} {verb}", list(dict.fromkeys(reasons)), old)
     if as_json:
         print_json(answers)
         return
@@ -193,14 +200,8 @@ def compare(
                 for choice in choices
             ]
             said = " ".join(answer["completion"].split())
-        rows.append(
-            (
-                name + " (outdated)" * bool(answer["outdated"]),
-                *cells,
-                *[""] * (shown - len(cells)),
-                said,
-            )
-        )
+        cells += [""] * (shown - len(cells))
+        rows.append((name + " (outdated)" * bool(answer["outdated"]), *cells, said))
     print_table(("model", *(f"#{number}" for number in range(1, shown + 1)), "completion"), rows)
     if shown < top_k:
         print_note(f"The table shows {shown} candidates; --json has all.")

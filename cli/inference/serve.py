@@ -6,6 +6,7 @@ from typing import Annotated
 from typer import Option
 
 from cli.options import DeviceOption, TrustOption, base_folder, group
+from pipeline.errors import UserError, require
 
 app = group()
 
@@ -66,7 +67,6 @@ def serve(
     """
     from cli.console import print_line, print_note
     from pipeline.adapters.folder import common_base
-    from pipeline.errors import UserError, require
     from pipeline.project.stage_graph import ARTIFACTS
     from pipeline.stages.registry import current_project
 

@@ -16,6 +16,8 @@ from cli.options import (
     project_of,
     size_of,
 )
+from pipeline.errors import UserError
+from pipeline.files.text import in_units
 
 if TYPE_CHECKING:
     from pipeline.project.cache import Cache
@@ -43,7 +45,6 @@ def show_params(
     That is a stage's defaults, the training block, the stage's section, --set: the last one counts.
     """
     from cli.console import print_json, print_line
-    from pipeline.errors import UserError
     from pipeline.project.params.edit import dump_inline
     from pipeline.project.params.load import TOP_LEVEL, key_path
     from pipeline.project.params.schema import hints
@@ -64,11 +65,10 @@ def show_params(
     }
     above = above if section is None else {}
     rows = {key: (value, params.source(TOP_LEVEL[key], key)) for key, value in above.items()}
-    rows |= {
-        key_path(name, key): (getattr(params.section(name), key), params.source(name, key))
-        for name in names
-        for key in hints(params.kinds[name])
-    }
+    for name in names:
+        for key in hints(params.kinds[name]):
+            value = getattr(params.section(name), key)
+            rows[key_path(name, key)] = (value, params.source(name, key))
     if as_json:
         print_json(
             [
@@ -97,7 +97,6 @@ def explain(
 ) -> None:
     """Say what a key means, which values it may have, and its default."""
     from cli.console import print_json, stdout
-    from pipeline.errors import UserError
     from pipeline.project.params.aliases import KEYS, suggest
     from pipeline.project.params.edit import dump_inline
     from pipeline.project.params.load import RUNNING, TOP_LEVEL, TRAINING, key_path
@@ -149,7 +148,6 @@ def show_cache(
     if context.invoked_subcommand:
         return
     from cli.console import print_json, print_line, print_table
-    from pipeline.files.text import in_units
 
     entries = _cache_of(params).entries()
     if as_json:
@@ -207,7 +205,6 @@ def prune(
 ) -> None:
     """Remove cached results; artifacts stay."""
     from cli.console import print_line
-    from pipeline.files.text import in_units
 
     removed = _cache_of(params).prune(keep, older_than, max_size or 0)
     print_line(f"{len(removed)} removed, {in_units(sum(e.size for e in removed))}")
@@ -215,7 +212,6 @@ def prune(
 
 def _cache_of(params: Path) -> "Cache":
     """The cache of the project; of its folder, where there is no params.yaml any more."""
-    from pipeline.errors import UserError
     from pipeline.project.cache import Cache
     from pipeline.project.stage_graph import cache_folder
 

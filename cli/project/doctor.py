@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from cli.options import DeviceOption, JsonOption, group
+from pipeline.errors import OPTIONAL, UserError, install_command, missing_libraries
+from pipeline.extensions import problems as extension_problems
 
 if TYPE_CHECKING:
     from pipeline.project.probes import Finding
@@ -49,8 +51,6 @@ def doctor(
     import torch
 
     from cli.console import print_json, print_line, print_table
-    from pipeline.errors import OPTIONAL, UserError, install_command, missing_libraries
-    from pipeline.extensions import problems as extension_problems
     from pipeline.models.device import best_device, explain_choice
     from pipeline.models.trial import try_kernels
 
@@ -95,7 +95,6 @@ def _facts(device: str) -> dict[str, str]:
 
     import torch
 
-    from pipeline.errors import UserError
     from pipeline.export import llama_cpp
     from pipeline.models.device import available_memory
     from pipeline.project.provenance import version_of
@@ -134,7 +133,6 @@ def _facts(device: str) -> dict[str, str]:
 
 def _optional_libraries(missing: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
     """Each part of the program that needs optional libraries, and which of them are here."""
-    from pipeline.errors import OPTIONAL, install_command
     from pipeline.project.provenance import version_of
 
     rows = []
@@ -158,7 +156,6 @@ def _optional_libraries(missing: Mapping[str, Sequence[str]]) -> list[dict[str, 
 def _check_gpu(out: Path, as_json: bool) -> None:
     """Run the checks on the GPU and write the report; without one, print what they are."""
     from cli.console import print_json, print_note
-    from pipeline.errors import UserError
     from pipeline.models.device import best_device, explain_choice
     from pipeline.stages.gpu_checks import report
     from pipeline.stages.gpu_checks.checks import CHECKS

@@ -26,6 +26,8 @@ from cli.options import (
     group,
     project_of,
 )
+from pipeline.errors import UserError
+from pipeline.project.process import world
 
 if TYPE_CHECKING:
     from pipeline.evaluation.harness import Folders, HarnessOptions
@@ -104,7 +106,6 @@ def merge(
         option is not None for option in (adapter, out, base, precision, prompts)
     ):
         from cli.console import follow, noting_replaced, print_line, print_note
-        from pipeline.errors import UserError
         from pipeline.export.formats import Export, note_on_verdict
         from pipeline.export.formats.merged import merging_of
         from pipeline.weights.merge import merge_to
@@ -123,11 +124,8 @@ def merge(
         for note in note_on_verdict(adapter):
             print_note(note.text)
         with noting_replaced(out):
-            print_line(
-                "  ".join(
-                    (str(out), *describe(follow(merge_to(out, *merging_of(export)), "merge")))
-                )
-            )
+            certificate = follow(merge_to(out, *merging_of(export)), "merge")
+            print_line("  ".join((str(out), *describe(certificate))))
         return
     run_stage("merge", params, overrides, force)
 
@@ -174,7 +172,6 @@ def evaluate(
     """
     from cli.console import print_json
     from cli.project.report import refuse_broken, report
-    from pipeline.errors import UserError
     from pipeline.files.artifact import read_json
 
     if harness:
@@ -213,7 +210,6 @@ def _measure(
     """Evaluate adapters and print their metrics. Raises UserError if they break evaluate.limits."""
     from cli.console import follow, print_json, print_note
     from cli.project.report import print_metrics, refuse_verdict
-    from pipeline.errors import UserError
     from pipeline.stages.evaluate import METRICS, measure, measuring
 
     if missing := [str(path) for path in adapters if not path.is_dir()]:
@@ -241,7 +237,6 @@ def _run_harness(
 ) -> None:
     """Score `models`, or else the project's, and print the table, or JSON."""
     from cli.console import print_json, print_note, print_table
-    from pipeline.errors import UserError
     from pipeline.evaluation.harness import run, table
     from pipeline.inference.engine import variant_folders
 
@@ -280,8 +275,6 @@ def run_stage(
     """
     from cli.advise import advice_notes
     from cli.console import follow
-    from pipeline.errors import UserError
-    from pipeline.project.process import world
     from pipeline.project.runner import Facts, run
 
     project = project_of(params, overrides)
@@ -377,7 +370,6 @@ def _print_artifact(project: Project, stage: Stage, manifest: Mapping[str, Any])
 def _note_overrides(project: Project, stage: Stage) -> None:
     """Say how what --set made differs from the params file, and what replaces it."""
     from cli.console import print_note
-    from pipeline.errors import UserError
     from pipeline.project.runner import changed_params, settings_of
 
     file = project.params.file

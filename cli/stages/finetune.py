@@ -25,6 +25,9 @@ from cli.options import (
     project_of,
 )
 from cli.stages import run_stage
+from pipeline.errors import UserError
+from pipeline.files.text import in_units
+from pipeline.project.process import world
 
 if TYPE_CHECKING:
     from pipeline.project.stage_graph import Project, Stage
@@ -106,8 +109,6 @@ def _distributes(stage: Stage) -> Callable[..., None]:
         ] = False,
         _device: DeviceOption = None,
     ) -> None:
-        from pipeline.errors import UserError
-        from pipeline.project.process import world
 
         if apply and (dry_run or not overrides):
             reason = "--dry-run makes nothing" if dry_run else "there are none"
@@ -137,17 +138,14 @@ def _distributes(stage: Stage) -> Callable[..., None]:
             # what is wrong is said before anything starts
             project_of(params, overrides).stage(stage.name)
             given = ["--params", str(params), *["--force"] * force]
-            given += (
-                [] if checkpoint_every is None else ["--checkpoint-every", str(checkpoint_every)]
-            )
+            if checkpoint_every is not None:
+                given += ["--checkpoint-every", str(checkpoint_every)]
             given += [f"--set={override}" for override in overrides or ()]
-            given += [] if shard is None else ["--shard" if shard else "--no-shard"]
+            if shard is not None:
+                given.append("--shard" if shard else "--no-shard")
             given += ["--apply"] * apply
-            raise Exit(
-                launch(
-                    devices, ["finetune", stage.method, *given], nodes, endpoint or "", node_rank
-                )
-            )
+            command_line = ["finetune", stage.method, *given]
+            raise Exit(launch(devices, command_line, nodes, endpoint or "", node_rank))
         run_stage(stage.name, params, overrides, force, checkpoint_every, shard, apply=apply)
 
     return command
@@ -155,8 +153,7 @@ def _distributes(stage: Stage) -> Callable[..., None]:
 
 def _print_plan(project: Project, stage: Stage) -> None:
     """What a training would take, by its first steps, and what `dvc repro` would run."""
-    from cli.console import duration, follow, print_line
-    from pipeline.files.text import in_units
+    from cli.console import duration_range, follow, print_line
     from pipeline.models.device import available_memory, device_info
     from pipeline.stages.quickstart import try_stage
     from pipeline.views.stages import Status, apart
@@ -164,24 +161,19 @@ def _print_plan(project: Project, stage: Stage) -> None:
     project.stage(stage.name)
     trial = follow(try_stage(project, stage), f"{stage.name}, trying a few steps")
     room = f"{in_units(available_memory(trial.device))} free on {device_info(trial.device)['name']}"
-    peak = (
-        f"{in_units(trial.predicted)} of tensors at the peak, "
-        if trial.predicted
-        else "not predicted, "
-    )
-    low, high = map(duration, trial.seconds)
+    peak = "not predicted, "
+    if trial.predicted:
+        peak = f"{in_units(trial.predicted)} of tensors at the peak, "
     print_line(f"memory  {peak}{room}")
     print_line(f"steps   {trial.steps:,}, {trial.steps_per_epoch:,} per epoch")
     print_line(f"tokens  {trial.tokens:,}, {trial.epoch_tokens:,} per epoch")
-    print_line(f"time    {low if low == high else f'{low} to {high}'}, by {trial.timed} steps")
+    print_line(f"time    {duration_range(*trial.seconds)}, by {trial.timed} steps")
     states = Status().of(project)
     waiting = [
-        one.command for name, one in project.stages.items() if states[name].state != "current"
+        other.command for name, other in project.stages.items() if states[name].state != "current"
     ]
-    print_line(
-        f"{'dvc repro would run' if project.has_dvc else 'to run'}: "
-        f"{', '.join(waiting) or 'nothing'}"
-    )
+    heading = "dvc repro would run" if project.has_dvc else "to run"
+    print_line(f"{heading}: {', '.join(waiting) or 'nothing'}")
     for name, reasons in apart(project).items():
         if name in project.stages:
             print_line(
@@ -218,7 +210,6 @@ def _sweep(
     """The command of a sweep, which also chooses among what it made."""
     overrides = [*(overrides or ())]
     if over:
-        from pipeline.errors import UserError
         from pipeline.stages.methods.sweep import grid_around
 
         if any(
@@ -258,28 +249,26 @@ def _choose(
         "trained": ("trainable", ","),
         "steps": ("steps", ","),
         "loss": ("final_loss", ".4f"),
-    }
-    numbers |= {
         "held out": ("eval_loss", ".4f"),
-        **({"divergence": ("divergence", ".4f")} if front else {}),
     }
+    if front:
+        numbers["divergence"] = ("divergence", ".4f")
     rows = []
     for name, end in table.items():
-        cells = [
-            "" if end.get(key) is None else f"{end[key]:{form}}" for key, form in numbers.values()
-        ]
-        rows.append(
-            (name, *cells, *(["yes" if name in front else ""] if front else []), end["state"])
-        )
-    print_table(
-        ("adapter", *numbers, *(["Pareto"] if front else []), "end"), rows, right=tuple(numbers)
-    )
+        row = [name]
+        for key, form in numbers.values():
+            row.append("" if end.get(key) is None else f"{end[key]:{form}}")
+        if front:
+            row.append("yes" if name in front else "")
+        rows.append([*row, end["state"]])
+    columns = ["adapter", *numbers, *["Pareto"] * bool(front), "end"]
+    print_table(columns, rows, right=tuple(numbers))
     best = choose(table, max_divergence)
-    row = table[best]
-    kind = "loss" if row["eval_loss"] is None else "held-out loss"
-    divergence = f", divergence {row['divergence']:.4f}" if front else ""
-    print_line(f"best: {best}, {kind} {loss_of(row):.4f}{divergence}")
-    if row["eval_loss"] is None:
+    chosen = table[best]
+    kind = "loss" if chosen["eval_loss"] is None else "held-out loss"
+    divergence = f", divergence {chosen['divergence']:.4f}" if front else ""
+    print_line(f"best: {best}, {kind} {loss_of(chosen):.4f}{divergence}")
+    if chosen["eval_loss"] is None:
         print_line(
             "No example is held out: the training loss decides. Set finetune_lora.eval_share."
         )
@@ -287,13 +276,12 @@ def _choose(
     for key, (edge, further) in beyond(table, best, grid, lora).items():
         longer = dump_inline({key: further})
         print_line(
-            f"{key} {dump_inline(row['values'][key])} is the {edge} that was tried: a better one "
+            f"{key} {dump_inline(chosen['values'][key])} is the {edge} that was tried: a better one "
             "may be beyond it. "
             f"Sweep on with --set 'finetune_sweep.grid={longer}'."
         )
     if apply:
-        shared = {key: value for key, value in given.items() if key.startswith("finetune_lora.")}
-        write_values(
-            project,
-            {**shared, **{f"finetune_lora.{key}": value for key, value in row["values"].items()}},
-        )
+        written = {key: value for key, value in given.items() if key.startswith("finetune_lora.")}
+        for key, value in chosen["values"].items():
+            written[f"finetune_lora.{key}"] = value
+        write_values(project, written)

@@ -3,10 +3,11 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from math import prod
-from typing import Any, Literal, NamedTuple
+from itertools import chain
+from typing import Any, Literal, NamedTuple, Self
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from pipeline.calc.target_modules import HEAD
 
@@ -198,6 +199,11 @@ class Architecture(Struct, frozen=True, dict=True):
         routed = block.router and (self.style.split_experts or self.style.linear_router)
         return (*block.linears, block.router) if routed and block.router else block.linears
 
+    def ranks_in(self, index: int, by_name: Mapping[str, int]) -> tuple[int, ...]:
+        """Ranks of a block's adaptable linears by their full names; 0 for those not adapted."""
+        prefix, linears = self.block_name(index), self.adaptable(self.blocks[index])
+        return tuple(by_name.get(prefix + linear.name, 0) for linear in linears)
+
     def components(self) -> dict[str, int]:
         """Parameters by component, without zero entries."""
         parts: Counter[str] = Counter({"embeddings": self.embedding, "positions": self.positions})
@@ -219,7 +225,11 @@ class Architecture(Struct, frozen=True, dict=True):
     @cached_property
     def quantizable(self) -> int:
         """Weights that are quantized: the linears of the blocks, without biases."""
-        return sum(linear.weights for block in self.blocks for linear in block.linears)
+        linears = chain.from_iterable(block.linears for block in self.blocks)
+        return sum(linear.weights for linear in linears)
+
+    def with_every_block(self, block: Block) -> Self:
+        return replace(self, blocks=(block,) * len(self.blocks))
 
     def heads_of(self, block: Block) -> Heads:
         return block.heads or Heads(self.heads, self.kv_heads, self.head_size, self.head_size)
@@ -229,10 +239,12 @@ class Architecture(Struct, frozen=True, dict=True):
 
         `width`: bytes per element.
         """
-        kept = Counter(self.blocks)
-        elements = sum(count * self._cached(block) for block, count in kept.items())
-        states = sum(count * prod(self.heads_of(b)[::2]) * self.heads_of(b).value_size
-                     for b, count in kept.items() if b.kind == "delta")  # fmt: skip
+        elements = states = 0
+        for block, count in Counter(self.blocks).items():
+            elements += count * self._cached(block)
+            if block.kind == "delta":
+                heads = self.heads_of(block)
+                states += count * heads.queries * heads.size * heads.value_size
         return batch * (elements * sequence * width + states * 4)
 
     def _cached(self, block: Block) -> int:

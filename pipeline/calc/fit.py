@@ -52,19 +52,11 @@ def gpus() -> dict[str, Gpu]:
     counted.
     """
     table = json.loads((Path(__file__).parent / "presets/gpus.json").read_text(encoding="utf-8"))
-    devices = [
-        Gpu(
-            name,
-            row["label"],
-            round(row["mib"] * 2**20 * row.get("usable", 1)),
-            row.get("tflops"),
-            row.get("gbps"),
-            row.get("bf16", True),
-            row.get("link"),
-            row.get("via", ""),
-        )
-        for name, row in table.items()
-    ]
+    devices = []
+    for name, row in table.items():
+        usable = round(row["mib"] * 2**20 * row.get("usable", 1))
+        published = {key: value for key, value in row.items() if key in Gpu._fields}
+        devices.append(Gpu(name=name, bytes=usable, **published))
     return {gpu.name: gpu for gpu in sorted(devices, key=lambda gpu: gpu.bytes)}
 
 
@@ -114,23 +106,21 @@ def largest(
             bound *= 2
         return bisect_left(range(1, min(bound, limit + 1)), True, lo=bound // 2, key=is_too_large)
 
-    ranked = method.with_rank(1) is not None
+    rank = None
+    if method.with_rank(1) is not None:
+        rank = most(LARGEST["rank"], lambda n: (method.with_rank(n) or method, run))
+    precisions = (
+        name
+        for name in PRECISIONS_BY_QUALITY
+        if _fits(model, method, replace(run, precision=name), budget)
+    )
     return Largest(
         batch=most(LARGEST["batch"], lambda n: (method, replace(run, batch=n))),
         sequence=most(
             min(LARGEST["sequence"], model.context), lambda n: (method, replace(run, sequence=n))
         ),
-        rank=most(LARGEST["rank"], lambda n: (method.with_rank(n) or method, run))
-        if ranked
-        else None,
-        precision=next(
-            (
-                p
-                for p in PRECISIONS_BY_QUALITY
-                if _fits(model, method, replace(run, precision=p), budget)
-            ),
-            None,
-        ),
+        rank=rank,
+        precision=next(precisions, None),
     )
 
 

@@ -61,13 +61,13 @@ def predict(model: Architecture, method: FinetuningMethod, run: TrainingConfig) 
     )
     # the update has the gradients, and no activations any more
     if scratch and scratch + (0 if flat else trained) > tape.peak:
-        updating = {
-            "gradients": trained,
-            "activations": 0,
-            "logits": 0,
-            "optimizer": memory.optimizer + scratch,
-        }
-        return memory._replace(**updating, where="optimizer's update")
+        return memory._replace(
+            gradients=trained,
+            optimizer=memory.optimizer + scratch,
+            activations=0,
+            logits=0,
+            where="optimizer's update",
+        )
     return memory
 
 

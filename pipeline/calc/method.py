@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from msgspec import Struct
@@ -337,9 +338,8 @@ def with_options(
     methods: Mapping[str, FinetuningMethod], **values: Any
 ) -> dict[str, FinetuningMethod]:
     """All methods with the options that each takes. Raises UserError for an invalid one."""
-    if unknown := values.keys() - {
-        key for method in methods.values() for key in method.__dataclass_fields__
-    }:
+    known = set[str]().union(*(method.__dataclass_fields__ for method in methods.values()))
+    if unknown := values.keys() - known:
         raise UserError(f"calc has no option {', '.join(sorted(unknown))}")
     changed = {}
     for name, method in methods.items():
@@ -369,4 +369,4 @@ def first_adapter(methods: Mapping[str, FinetuningMethod]) -> FinetuningMethod:
 
 def names_of(methods: Iterable[FinetuningMethod]) -> list[str]:
     """The names that users give: of the methods, each followed by its aliases."""
-    return [name for method in methods for name in (method.name, *method.aliases)]
+    return list(chain.from_iterable((method.name, *method.aliases) for method in methods))

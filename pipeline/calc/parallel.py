@@ -128,20 +128,14 @@ def layout(
     compute = _seconds(local, method, run, gpu)
     if gpu.link is None:
         return Layout(name, memory, traffic, compute, None, None, None)
-    gathers, reductions = _times(traffic, devices)
+    seconds = [size / (gpu.link * 1e9) for size in traffic.received(count)]
+    gathers, reductions = sum(seconds[:3]), sum(seconds[3:])
     # gathers are fetched while another block computes; sums are waited for
     step = None if compute is None else max(compute, gathers) + reductions
     tokens = run.tokens * (1 if name == "tensor" else count)
     return Layout(
         name, memory, traffic, compute, gathers + reductions, step, step and tokens / step
     )
-
-
-def _times(traffic: Traffic, devices: Devices) -> tuple[float, float]:
-    """Seconds of gathering and scattering, and of sums over all, at the link's bandwidth."""
-    assert devices.gpu.link is not None
-    each = [size / (devices.gpu.link * 1e9) for size in traffic.received(devices.number)]
-    return sum(each[:3]), sum(each[3:])
 
 
 def _seconds(
@@ -231,9 +225,9 @@ def tensor_share(model: Architecture, count: int) -> Architecture:
     def split(linear: Linear) -> Linear:
         if linear.is_last:
             return linear._replace(inputs=linear.inputs // count)
-        return (
-            linear if linear.outputs < count else linear._replace(outputs=linear.outputs // count)
-        )
+        if linear.outputs < count:
+            return linear
+        return linear._replace(outputs=linear.outputs // count)
 
     def split_block(block: Block) -> Block:
         h = model.heads_of(block)
@@ -269,12 +263,12 @@ def _tensor_traffic(
     sums -= bool(blocks) and not base.ends and not method.positions
     tokens = run.tokens + run.virtual_places * method.positions
     by_name = ranks(model, method)
-    replicated = sum(
-        by_name[name] * (linear.outputs if linear.is_last else linear.inputs) * linear.experts
-        for index, block in enumerate(model.blocks)
-        for linear in block.linears  # the head and routers are whole everywhere
-        if (name := model.block_name(index) + linear.name) in by_name
-    )
+    replicated = 0
+    for index, block in enumerate(model.blocks):
+        for linear in block.linears:  # the head and routers are whole everywhere
+            rank = by_name.get(model.block_name(index) + linear.name, 0)
+            width = linear.outputs if linear.is_last else linear.inputs
+            replicated += rank * width * linear.experts
     return Traffic(
         reduced_gradients=4 * replicated * method.low_rank,
         reduced_activations=sums * tokens * model.hidden * run.width,

@@ -37,6 +37,7 @@ MIB = 2**20
 SHADES = dict(
     zip(PARTS, ("blue", "green", "yellow", "magenta", "cyan", "red", "bright_black"), strict=True)
 )
+CHECKPOINTING = {"full": True, "none": False, "selective": "selective"}  # as JSON has it
 PROJECTION = ("projection", "in → out", "A", "B", "count", "parameters")
 
 
@@ -44,6 +45,8 @@ def answer(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -
     """All results for one configuration, sizes in bytes. Raises UserError for invalid settings."""
     memory = predict(model, method, run)
     added, base = trained_split(model, method)
+    parts = method.trained_parts(model)
+    trained = (*parts.added.items(), *parts.base.items())
     return {
         "model": model.name,
         "method": method.name,
@@ -58,9 +61,7 @@ def answer(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -
             "trainable_percent": round(100 * (added + base) / model.total, 4),
             "document": method.simple_count(model),
             "components": model.components(),
-            "trained": {
-                name: n for parts in method.trained_parts(model) for name, n in parts.items() if n
-            },
+            "trained": {name: count for name, count in trained if count},
         },
         "projections": [
             {
@@ -80,12 +81,7 @@ def answer(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -
         "memory": {**memory.parts(), "peak": memory.peak, "peak_at": memory.where},
         "inference": inference(model, method, run),
         "fits": [gpu.name for gpu in gpus().values() if memory.peak <= gpu.bytes],
-        "assumptions": {  # checkpointing: true, false or "selective"
-            **asdict(run),
-            "checkpointing": {"full": True, "none": False}.get(
-                run.checkpointing, run.checkpointing
-            ),
-        },
+        "assumptions": {**asdict(run), "checkpointing": CHECKPOINTING[run.checkpointing]},
         "notes": [
             *model.notes,
             *method.notes(model),
@@ -177,13 +173,9 @@ def smallest(size: int) -> str:
 
 def capped(value: int | str, limit: int | None) -> str:
     """A result of `largest`; “or more” if the search stopped at its `limit`."""
-    return (
-        f"{value:,} or more"
-        if value == limit
-        else f"{value:,}"
-        if isinstance(value, int)
-        else value
-    )
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" + " or more" * (value == limit)
 
 
 def explain(

@@ -58,10 +58,10 @@ PRECISIONS: dict[str, Precision] = {
         _quantized("nf4", 4, 4 / NF4_BLOCK),  # one fp32 scale per block
         # double quantization: scales of 8 bit, with an fp32 scale per block of them
         _quantized("nf4-dq", 4, 1 / NF4_BLOCK + 4 / (NF4_BLOCK * NF4_BLOCK_2)),
-        *(
-            _grouped(name, bits)
-            for name, bits in (("gptq", 4), ("awq", 4), ("3bit", 3), ("2bit", 2))
-        ),
+        _grouped("gptq", 4),
+        _grouped("awq", 4),
+        _grouped("3bit", 3),
+        _grouped("2bit", 2),
         _quantized("1.58bit", 1.58, 0, packed=1.6),  # BitNet b1.58: ternary, five weights per byte
     )
 }

@@ -50,12 +50,9 @@ def select_linears(names: Iterable[str], targets: Iterable[str], head: str = HEA
     selected: set[str] = set()
     for target in targets:
         # an alias only where the model lacks the name itself: Qwen3.5 has an o_proj and an out_proj
-        exact = target in ALIASES and any(matches_suffix(name, target) for name in linears)
-        matches = [
-            n
-            for n in linears
-            if (matches_suffix(n, target) if exact else matches_target(target, n, head))
-        ]
+        matches = [name for name in linears if matches_suffix(name, target)]
+        if not matches or target not in ALIASES:
+            matches = [name for name in linears if matches_target(target, name, head)]
         if not matches:
             last_names = sorted({name.rsplit(".", 1)[-1] for name in linears})
             raise UserError(
@@ -70,21 +67,15 @@ def select_linears(names: Iterable[str], targets: Iterable[str], head: str = HEA
 def matches_target(target: str, name: str, head: str = HEAD) -> bool:
     """Whether the target matches the linear with this full name."""
     if target == ALL_LINEAR:
-        return (
-            not any(matches_suffix(name, suffix) for suffix in (head, f"{HEAD}.decoder"))
-            and ".experts." not in f".{name}"
-        )
+        is_head = matches_suffix(name, head, f"{HEAD}.decoder")
+        return not is_head and ".experts." not in f".{name}"
     if target in GROUPS:
         # attention comes first: attention.output.dense also ends like a feed-forward's output.dense
-        groups = (
-            group
-            for group, suffixes in GROUPS.items()
-            if any(matches_suffix(name, s) for s in suffixes)
-        )
+        groups = (group for group, ends in GROUPS.items() if matches_suffix(name, *ends))
         return next(groups, "") == target
-    return any(matches_suffix(name, suffix) for suffix in (target, ALIASES.get(target, target)))
+    return matches_suffix(name, target, ALIASES.get(target, target))
 
 
-def matches_suffix(name: str, suffix: str) -> bool:
-    """Whether `name` is the dotted suffix or ends with it."""
-    return name == suffix or name.endswith(f".{suffix}")
+def matches_suffix(name: str, *suffixes: str) -> bool:
+    """Whether `name` is one of the dotted suffixes or ends with one."""
+    return f".{name}".endswith(tuple(f".{suffix}" for suffix in suffixes))

@@ -171,10 +171,7 @@ def flops_per_token(model: Architecture, method: FinetuningMethod, run: Training
     length = run.attended + method.positions
     total, kinds = Flops(), dict[tuple[int, tuple[int, ...], bool, bool, bool], Flops]()
     for index, block in enumerate(model.blocks):
-        names = model.block_name(index)
-        adapted = tuple(
-            rank_by_name.get(names + linear.name, 0) for linear in model.adaptable(block)
-        )
+        adapted = model.ranks_in(index, rank_by_name)
         differs, trains, again = index >= first, index >= base.first_block, run.checkpointed(index)
         key = (id(block), adapted, differs, trains, again)
         if key not in kinds:  # most blocks are equal
@@ -188,11 +185,8 @@ def flops_per_token(model: Architecture, method: FinetuningMethod, run: Training
         total = total.plus(Flops(once, 0, once + (once if base.rest else 0)))
     head = model.head_linear
     once = 2.0 * head.weights * run.labels / run.tokens
-    added = (
-        2.0 * method.linear_parameters(head, rank)
-        if (rank := rank_by_name.get(head.name, 0))
-        else 0
-    )
+    rank = rank_by_name.get(head.name, 0)
+    added = 2.0 * method.linear_parameters(head, rank) if rank else 0
     return total.plus(Flops(once + added, 0, once * (2 if base.ends else 1) + 2 * added))
 
 
@@ -205,15 +199,10 @@ def first_trained(model: Architecture, method: FinetuningMethod) -> int:
     in_linears = sum(method.linear_parameters(linear, rank) for linear, rank in adapted)
     if base.ends or trained_split(model, method)[0] > in_linears:
         return 0
-    blocks = (
-        index
-        for index, block in enumerate(model.blocks)
-        if any(
-            model.block_name(index) + linear.name in rank_by_name
-            for linear in model.adaptable(block)
-        )
-    )
-    return min(next(blocks, len(model.blocks)), base.first_block)
+    for index in range(base.first_block):
+        if any(model.ranks_in(index, rank_by_name)):
+            return index
+    return base.first_block
 
 
 def _block(
@@ -233,11 +222,9 @@ def _block(
     """
 
     def used(linear: Linear) -> float:  # share of its weights that a token meets
-        return (
-            min(1, model.style.top_k / linear.experts)
-            if linear.experts > 1 and not model.style.all_experts
-            else 1
-        )
+        if linear.experts == 1 or model.style.all_experts:
+            return 1
+        return min(1, model.style.top_k / linear.experts)
 
     frozen = 2 * sum(linear.weights * used(linear) for linear in block.linears)
     frozen += 2 * block.router.weights if block.router else 0
@@ -267,11 +254,10 @@ def dequantized_bytes(model: Architecture, method: FinetuningMethod, run: Traini
     if not kind.quantized:
         return 0
     first = first_trained(model, method)
-    passes = sum(
-        sum(linear.weights for linear in block.linears)
-        * (1 + (index >= first) * (1 + run.checkpointed(index)))
-        for index, block in enumerate(model.blocks)
-    )
+    passes = 0
+    for index, block in enumerate(model.blocks):
+        times = 1 + (index >= first) * (1 + run.checkpointed(index))
+        passes += times * sum(linear.weights for linear in block.linears)
     return passes * (kind.bytes + kind.compute)
 
 
@@ -281,7 +267,5 @@ def format_hours(low: float, high: float) -> str:
         ((u, s) for u, s in (("d", 24), ("h", 1), ("min", 1 / 60)) if high >= 2 * s),
         ("s", 1 / 3600),
     )
-    return (
-        "–".join(f"{x:,.0f}" if x >= 9.95 else f"{x:.2g}" for x in (low / size, high / size))
-        + f" {unit}"
-    )
+    ends = (f"{x:,.0f}" if x >= 9.95 else f"{x:.2g}" for x in (low / size, high / size))
+    return f"{'–'.join(ends)} {unit}"

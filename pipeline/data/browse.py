@@ -6,7 +6,6 @@ the last row that was asked for.
 """
 
 import json
-import re
 import sys
 from array import array
 from bisect import bisect_left
@@ -26,6 +25,7 @@ from pipeline.data.containers.lines import (
     skip_blank_lines,
     skip_rest,
 )
+from pipeline.data.containers.rows import row_of_error
 from pipeline.data.containers.tables import count_rows
 from pipeline.errors import UserError
 from pipeline.files.problems import without_location
@@ -177,8 +177,7 @@ class RowFile:
             yield from refused
         except UserError as error:
             yield from refused
-            match = re.match(rf"{re.escape(self.name)}:(?: row )?(\d+):", str(error))
-            number = int(match[1]) if match else 0
+            number = row_of_error(error, self.name) or 0
             text = without_location(error, self.name, number)
             yield Entry(Row(number, ""), f"{text} Nothing behind it is read.")
 

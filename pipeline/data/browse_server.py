@@ -50,20 +50,11 @@ class Request(worker.Request):
 
     @property
     def columns(self) -> dict[str, str]:
-        value = self.fields.get("columns")
-        return (
-            {str(key): str(column) for key, column in value.items()}
-            if isinstance(value, dict)
-            else {}
-        )
+        return dict(self.fields.get("columns") or {})
 
     @property
     def templated(self) -> bool:
         return bool(self.fields.get("templated"))
-
-    @property
-    def stopped(self) -> Callable[[], bool]:
-        return self.cancelled.is_set
 
     def progress(self) -> Callable[[int], None]:
         """A function that reports a number of rows, not too often. It raises Cancelled."""
@@ -107,14 +98,14 @@ class Browser:
         """Count the rows."""
         file, report = self._open(request), request.progress()
         if not file.complete:
-            for count in file.index(request.stopped):
+            for count in file.index(request.cancelled.is_set):
                 report(count)
         return {"rows": file.count}
 
     def page(self, request: Request) -> Answer:
         """`count` rows from `first` on, then the lengths of those."""
         first, count = request.number("first"), min(request.number("count"), 500)
-        entries = self._open(request).read(first, count, request.stopped)
+        entries = self._open(request).read(first, count, request.cancelled.is_set)
         request.check()
         examples, rows = self._summaries(request, enumerate(entries, first))
         request.send(event="page", rows=rows)
@@ -123,7 +114,9 @@ class Browser:
     def find(self, request: Request) -> Answer:
         """The rows that have `text` in them."""
         report, shown = request.progress(), 0
-        for position, entry in find(self._open(request), request.text("text"), request.stopped):
+        for position, entry in find(
+            self._open(request), request.text("text"), request.cancelled.is_set
+        ):
             if entry is None:
                 report(position)
                 continue
@@ -138,13 +131,13 @@ class Browser:
 
     def locate(self, request: Request) -> Answer:
         """The position of a line or row by its number, or of the next one that is there."""
-        position = self._open(request).position_of(request.number("row"), request.stopped)
+        position = self._open(request).position_of(request.number("row"), request.cancelled.is_set)
         request.check()
         return {"position": position}
 
     def row(self, request: Request) -> Answer:
         """One row, turn by turn; while the tokenizer is loaded, before that without tokens."""
-        entries = self._open(request).read(request.number("position"), 1, request.stopped)
+        entries = self._open(request).read(request.number("position"), 1, request.cancelled.is_set)
         request.check()
         if not entries:
             raise UserError(f"{request.text('path')}: no such row any more. The file has changed.")

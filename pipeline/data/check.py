@@ -5,7 +5,6 @@ example, no texts.
 """
 
 import json
-import re
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ import numpy.typing as npt
 
 from pipeline.data.columns import clean_command
 from pipeline.data.containers import Reading
+from pipeline.data.containers.rows import row_of_error
 from pipeline.data.examples import Example, content_digest, is_held_out, joins_words
 from pipeline.data.formats import EmptyValue, iter_examples, notes
 from pipeline.data.masking import Encoded, Encoder
@@ -158,8 +158,7 @@ class _Check:
                 ):
                     self._add_tokens(example, encoded)
         except UserError as error:  # about the file, or what it holds from here on
-            match = re.match(rf"{re.escape(name)}:(?: row )?(\d+):", str(error))
-            row = int(match[1]) if match else None
+            row = row_of_error(error, name)
             text = without_location(error, name, row)
             if self._rows and self._files[-1] == len(self._names) - 1:
                 text += " Nothing behind it was read."
@@ -167,7 +166,7 @@ class _Check:
         self._counts["blank"] += reading.blank
         self._extra_keys.update(reading.unused)
         for note in notes(name, reading):
-            self._warn("notes", None, note.removeprefix(f"{name}: "))
+            self._add_warning("notes", None, note.removeprefix(f"{name}: "))
 
     def _refuse(self, row: int, error: UserError) -> None:
         self._count_row()
@@ -178,7 +177,7 @@ class _Check:
         problem = Problem(row, self._names[-1], shortened(text), level)
         self._problems.add(kind, level, len(self._names) - 1, problem)
 
-    def _warn(self, kind: str, row: int | None, text: str) -> None:
+    def _add_warning(self, kind: str, row: int | None, text: str) -> None:
         self._add_problem(kind, "warning", row, text)
 
     def _count_row(self) -> None:
@@ -205,7 +204,7 @@ class _Check:
             for kind, level, text in _problems_of(example):
                 self._add_problem(kind, level, example.line, text)
             if self._joins_words(example):
-                self._warn("joined words", example.line, _joined(example))
+                self._add_warning("joined words", example.line, _joined(example))
             yield example
 
     def _joins_words(self, example: Example) -> bool:
@@ -220,12 +219,14 @@ class _Check:
         self._add_problem("not tokenized", "error", example.line, text)
 
     def _add_tokens(self, example: Example, encoded: Encoded) -> None:
+        length, row = len(encoded.ids), example.line
         if isinstance(example, _Rejected):
-            self._add_rejected(encoded)
+            # the length of a pair is that of its longer answer; its labels are the chosen one's
+            if self._lengths and not self._held_out[self._encoded - 1]:
+                self._lengths[-1] = max(self._lengths[-1], length)
             return
         held_out = self._held_out[self._encoded]
         self._encoded += 1
-        length, row = len(encoded.ids), example.line
         kept = min(length, self.max_length or length)
         labels = sum(encoded.trained[1:kept])
         if not held_out:
@@ -250,27 +251,24 @@ class _Check:
         lost = sum(encoded.trained[max(1, kept) :])
         if labels and kept < length:
             what = f"{lost:,} of {labels + lost:,} labels are lost" if lost else "no label is lost"
-            self._warn("truncated", row, f"truncated from {length:,} to {kept:,} tokens; {what}.")
+            self._add_warning(
+                "truncated", row, f"truncated from {length:,} to {kept:,} tokens; {what}."
+            )
         if labels:
             return
         if example.desirable is False:
             text = "labelled false: only finetune_dpo with the loss kto trains on it."
-            self._warn("labelled false", row, text)
+            self._add_warning("labelled false", row, text)
         elif lost:
             # a warning, as max_length is meant to spare the few that are much longer than others
             text = (
                 f"left out of training: all labels are behind the cut at {kept:,} of {length:,} "
                 "tokens."
             )
-            self._warn("nothing to train on", row, text)
+            self._add_warning("nothing to train on", row, text)
         else:
             text = "nothing to train on: no token has a label."
             self._add_problem("nothing to train on", "error", row, text)
-
-    def _add_rejected(self, encoded: Encoded) -> None:
-        """The length of a pair is that of its longer answer; its labels are the chosen one's."""
-        if self._lengths and not self._held_out[self._encoded - 1]:
-            self._lengths[-1] = max(self._lengths[-1], len(encoded.ids))
 
     def report(self, eval_share: float) -> DataReport:
         """Called once, after the last file."""

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -27,6 +28,7 @@ from pipeline.files import artifact
 from pipeline.files.problems import Group, Problem, Problems, shortened, without_location
 
 Record = dict[str, Any]
+_dump = partial(json.dumps, ensure_ascii=False)
 GROUP_ROWS = 1024  # of a table: what a reader must hold at once
 PROGRESS_ROWS = 256
 OF_MESSAGES = ("messages", "alpaca", "sharegpt")
@@ -230,17 +232,13 @@ def _opened(path: Path, compression: str) -> Iterator[BinaryIO]:
         yield file
 
 
-def _json_line(record: Record) -> bytes:
-    return json.dumps(record, ensure_ascii=False).encode()
-
-
 def _write_jsonl(file: BinaryIO, rows: _Rows) -> None:
-    file.writelines(_json_line(record) + b"\n" for record in rows)
+    file.writelines(_dump(record).encode() + b"\n" for record in rows)
 
 
 def _write_json(file: BinaryIO, rows: _Rows) -> None:
     for number, record in enumerate(rows):
-        file.write((b",\n" if number else b"[\n") + _json_line(record))
+        file.write((b",\n" if number else b"[\n") + _dump(record).encode())
     file.write(b"\n]\n")
 
 
@@ -248,9 +246,9 @@ def _write_txt(file: BinaryIO, rows: _Rows) -> None:
     for record in rows:
         text = record["text"]
         if "\n" in text or text.endswith("\r"):
-            location = f"{rows.name}:{rows.numbers[-1]}"
             raise UserError(
-                f"{location}: the text has several lines, and a line of .txt is a text. Use .jsonl."
+                f"{rows.name}:{rows.numbers[-1]}: the text has several lines, and a line of .txt "
+                "is a text. Use .jsonl."
             )
         file.write(text.encode() + b"\n")
 
@@ -267,7 +265,7 @@ def _write_csv(file: BinaryIO, rows: _Rows, delimiter: str = ",") -> None:
 
 
 def _as_cell(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else _dump(value)
 
 
 def _columns(rows: _Rows) -> dict[str, set[str]]:
@@ -285,7 +283,7 @@ def _columns(rows: _Rows) -> dict[str, set[str]]:
         for key, value in record.items():
             turns = columns.setdefault(key, set())
             if isinstance(value, list) and key not in ("tools", "history"):
-                turns.update(key for turn in value for key in turn)
+                turns.update(*value)
     return columns
 
 
@@ -328,7 +326,7 @@ def _as_cells(record: Record) -> Record:
     """`tools` and tool calls as JSON, as the arguments of two calls differ in their keys."""
     cells = dict(record)
     if "tools" in cells:
-        cells["tools"] = json.dumps(cells["tools"], ensure_ascii=False)
+        cells["tools"] = _dump(cells["tools"])
     for key, value in record.items():
         if isinstance(value, list) and key not in ("tools", "history"):
             cells[key] = [_with_calls_as_json(turn) for turn in value]
@@ -338,7 +336,7 @@ def _as_cells(record: Record) -> Record:
 def _with_calls_as_json(turn: Record) -> Record:
     if "tool_calls" not in turn:
         return turn
-    return {**turn, "tool_calls": json.dumps(turn["tool_calls"], ensure_ascii=False)}
+    return {**turn, "tool_calls": _dump(turn["tool_calls"])}
 
 
 TABLES = (".parquet", ".arrow", ".feather")
@@ -346,7 +344,7 @@ WRITERS: dict[str, Callable[[BinaryIO, _Rows], None]] = {
     ".jsonl": _write_jsonl,
     ".json": _write_json,
     ".csv": _write_csv,
-    ".tsv": lambda file, rows: _write_csv(file, rows, "\t"),
+    ".tsv": partial(_write_csv, delimiter="\t"),
     ".txt": _write_txt,
-    **{name: lambda file, rows, name=name: _write_table(file, rows, name) for name in TABLES},  # type: ignore[misc]
+    **{container: partial(_write_table, container=container) for container in TABLES},
 }

@@ -287,13 +287,12 @@ class _AssistantTurns:
 
     def _marks_of_trained_turns(self) -> list[tuple[int, int]]:
         """A mark is of the last answer whose prompt ends before the mark does."""
-        starts = self._starts()
-        turns = [
-            self._answers[max(0, sum(start < stop for start in starts) - 1)]
-            for _, stop in self._text.marks
-        ]
-        marks = zip(self._text.marks, turns, strict=True)
-        return [mark for mark, turn in marks if turn not in self._example.untrained]
+        starts, marks = self._starts(), []
+        for mark in self._text.marks:
+            begun = sum(start < mark[1] for start in starts)
+            if self._answers[max(0, begun - 1)] not in self._example.untrained:
+                marks.append(mark)
+        return marks
 
     def _end_token(self, indices: Iterable[int]) -> int | None:
         """The index of an end token that at most white space comes before."""
@@ -323,14 +322,16 @@ class _AssistantTurns:
                 spans.append((start, stop))
         return self._mask(spans), ended
 
+    def _render(self, count: int, ask: bool = False) -> str:
+        """The first `count` messages; `ask`: with the generation prompt."""
+        return self._tokenizer.render(self._example.messages[:count], ask, self._example.tools)
+
     def _starts(self) -> list[int]:
         """Where each answer begins: behind the prompt that the model gets for it."""
-        messages, starts = self._example.messages, list[int]()
+        starts = list[int]()
         for number, turn in enumerate(self._answers):
-            if number < len(self._prompts):
-                prompt = checked(self._prompts[number])
-            else:
-                prompt = self._tokenizer.render(messages[:turn], True, self._example.tools)
+            is_rendered = number < len(self._prompts)
+            prompt = checked(self._prompts[number]) if is_rendered else self._render(turn, True)
             start: int | None = len(prompt)
             if not self._text.startswith(prompt):
                 start = self._end_of_header(turn, prompt)
@@ -344,7 +345,7 @@ class _AssistantTurns:
 
         None unless the earlier turns are as in the prompt, and what begins the answer's turn.
         """
-        before = self._tokenizer.render(self._example.messages[:turn], False, self._example.tools)
+        before = self._render(turn)
         shared = commonprefix([self._text, prompt])  # noqa: RUF071  # of characters
         # not within a tag: <think> and <tool_call> begin alike
         start = len(re.sub(r"<[^<>]*\Z", "", shared))
@@ -356,9 +357,7 @@ class _AssistantTurns:
         Behind what it writes before the first, if it stands before each answer and nowhere else.
         """
         if starts:
-            before = self._tokenizer.render(
-                self._example.messages[: self._answers[0]], False, self._example.tools
-            )
+            before = self._render(self._answers[0])
             header = self._text[len(before) : starts[0]]
             ends = [match.end() for match in re.finditer(re.escape(header), self._text)]
             is_written_first = header.strip() and self._text.startswith(before)
@@ -388,9 +387,7 @@ class _AssistantTurns:
         if stop is not None and not (calls and self._holds_next_turn(turn, behind, stop)):
             return stop, True
         # No end token: all that the template writes of the turn.
-        until_turn = self._tokenizer.render(
-            self._example.messages[: turn + 1], False, self._example.tools
-        )
+        until_turn = self._render(turn + 1)
         if not self._text.startswith(until_turn):
             raise self._masking_error(turn, "writes no end-of-turn token after it")
         return len(until_turn), False

@@ -132,12 +132,11 @@ def prepare(
 
     Raises UserError.
     """
-    from pipeline.adapters.folder import base_of
     from pipeline.export.model_card import has_card
 
     sources = [export.adapter]
     with suppress(UserError):  # the format says so, if it needs one
-        sources.append(export.base or base_of(export.adapter))
+        sources.append(export.find_base())
     is_export = has_card(folder) and not (folder / artifact.MANIFEST).exists()
     artifact.refuse_other(folder, is_export, sources)
     with artifact.writing(folder) as out:

@@ -7,6 +7,7 @@ import re
 import signal
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -70,7 +71,7 @@ def find() -> Found | None:
     """The installed llama.cpp; None without one. Raises UserError if it does not start."""
     if not is_installed():
         return None
-    with _Process() as process:
+    with closing(_Process()) as process:
         return process.found
 
 
@@ -80,14 +81,14 @@ def quantize(source: Path, target: Path, kind: str) -> Generator[Event, None, No
 
     if kind not in KINDS:
         raise UserError(f"unknown quantization {kind!r}. Use one of {', '.join(KINDS)}.")
-    with _Process(source) as process:
-        names = {
-            "source": str(source),
-            "target": str(target),
-            "kind": kind,
-            "threads": get_num_threads(),
-        }
-        process.worker.send("quantize", **names)
+    with closing(_Process(source)) as process:
+        process.worker.send(
+            "quantize",
+            source=str(source),
+            target=str(target),
+            kind=kind,
+            threads=get_num_threads(),
+        )
         while (answer := process.read()[0])["event"] == "progress":
             yield Progress(answer["done"], answer["total"], kind)
 
@@ -136,12 +137,11 @@ class LlamaCpp:
         from torch import get_num_threads
 
         self._process = _Process(self._adapter or self._model)
-        adapter = self._adapter and str(self._adapter)
         try:
             self._facts = self._process.ask(
                 "open",
                 model=str(self._model),
-                adapter=adapter,
+                adapter=self._adapter and str(self._adapter),
                 scale=self._scale,
                 threads=get_num_threads(),
             )
@@ -207,12 +207,13 @@ class LlamaCpp:
         """
         if self.template is None:
             return None
-        fields = {
-            "messages": list(messages),
-            "ask": add_generation_prompt,
-            "template": self.template,
-        }
-        rendered: str | None = self._process.ask("chat", **fields)["answer"]
+        answer = self._process.ask(
+            "chat",
+            messages=list(messages),
+            ask=add_generation_prompt,
+            template=self.template,
+        )
+        rendered: str | None = answer["answer"]
         return rendered
 
     def generate(self, ids: Sequence[int], limit: int) -> tuple[list[int], float]:
@@ -238,12 +239,6 @@ class _Process:
             self.close()
             raise
         self.found = Found(library["name"], library["path"])
-
-    def __enter__(self) -> "_Process":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         self.worker.kill()

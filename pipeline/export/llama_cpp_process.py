@@ -39,7 +39,7 @@ class Library:
         self.errors: list[str] = []
 
         def log(level: int, text: Any, _: Any) -> None:
-            line = self.ffi.string(text).decode("utf-8", "replace").strip()
+            line = self.text(text).strip()
             if self.request and (match := TENSOR.match(line)):
                 self.request.send(event="progress", done=int(match[1]), total=int(match[2]))
             if level == ERROR and line:
@@ -49,6 +49,10 @@ class Library:
         self._log = self.ffi.callback("void(enum ggml_log_level, const char *, void *)", log)
         self.lib.llama_log_set(self._log, self.ffi.NULL)
         self.lib.llama_backend_init()
+
+    def text(self, pointer: Any) -> str:
+        """A C string."""
+        return str(self.ffi.string(pointer).decode("utf-8", "replace"))
 
     def failed(self, default: str) -> Failed:
         """The first error in the log says more than those that follow from it."""
@@ -62,12 +66,8 @@ class Session:
         self, library: Library, model: str, adapter: str | None, scale: float, threads: int
     ) -> None:
         self._library, self._ffi, self._lib = library, library.ffi, library.lib
-        self._threads, self._context, self._adapter, self._scale = (
-            threads,
-            self._ffi.NULL,
-            None,
-            scale,
-        )
+        self._threads, self._scale = threads, scale
+        self._context, self._adapter = self._ffi.NULL, None
         self._exact = False
         parameters = self._lib.llama_model_default_params()
         parameters.n_gpu_layers = 0
@@ -86,24 +86,19 @@ class Session:
         lib, vocab = self._lib, self._vocab
         template = lib.llama_model_chat_template(self._model, self._ffi.NULL)
         special = {"bos": lib.llama_vocab_bos(vocab), "eos": lib.llama_vocab_eos(vocab)}
+        words = {
+            key: self._library.text(lib.llama_vocab_get_text(vocab, id_)) if id_ >= 0 else ""
+            for key, id_ in special.items()
+        }
         return {
             "rows": self._rows,
             "max_length": lib.llama_model_n_ctx_train(self._model),
-            "template": None
-            if template == self._ffi.NULL
-            else self._ffi.string(template).decode("utf-8", "replace"),
+            "template": None if template == self._ffi.NULL else self._library.text(template),
             "ends": [id_ for id_ in range(self._rows) if lib.llama_vocab_is_eog(vocab, id_)],
             "add_bos": lib.llama_vocab_get_add_bos(vocab),
             "add_eos": lib.llama_vocab_get_add_eos(vocab),
-            **{key: self._token(id_) if id_ >= 0 else "" for key, id_ in special.items()},
+            **words,
         }
-
-    def _token(self, id_: int) -> str:
-        return str(
-            self._ffi.string(self._lib.llama_vocab_get_text(self._vocab, id_)).decode(
-                "utf-8", "replace"
-            )
-        )
 
     def tokenize(self, text: str) -> list[int]:
         """With the file's own BOS and EOS rules; special tokens in the text are read as such."""
@@ -184,10 +179,8 @@ class Session:
         if self._context == ffi.NULL:
             raise self._library.failed("no context for the model")
         if self._adapter is not None:
-            adapters, scales = (
-                ffi.new("struct llama_adapter_lora *[]", [self._adapter]),
-                ffi.new("float[]", [self._scale]),
-            )
+            adapters = ffi.new("struct llama_adapter_lora *[]", [self._adapter])
+            scales = ffi.new("float[]", [self._scale])
             if lib.llama_set_adapters_lora(self._context, adapters, 1, scales):
                 raise self._library.failed("the adapter does not fit the model")
 
@@ -198,12 +191,8 @@ class Session:
         batch = self._lib.llama_batch_init(len(ids), 0, 1)
         batch.n_tokens = len(ids)
         for n, id_ in enumerate(ids):
-            batch.token[n], batch.pos[n], batch.n_seq_id[n], batch.seq_id[n][0] = (
-                id_,
-                start + n,
-                1,
-                0,
-            )
+            batch.token[n], batch.pos[n] = id_, start + n
+            batch.n_seq_id[n], batch.seq_id[n][0] = 1, 0
             batch.logits[n] = every or n == len(ids) - 1
         failed = self._lib.llama_decode(self._context, batch)
         self._lib.llama_batch_free(batch)

@@ -72,9 +72,10 @@ def card(
     metrics = measured_of(adapter)
     known = hub_name(adapter, origin, manifest, base_name)
     license: dict[str, Any] = _license(origin)
+    relation = "finetune" if merged else "adapter"
     metadata = ModelCardData(
         base_model=known,
-        base_model_relation=("finetune" if merged else "adapter") if known else None,
+        base_model_relation=relation if known else None,
         library_name=library or ("transformers" if merged else "peft"),
         pipeline_tag="text-generation",
         tags=["lora", TAG],
@@ -103,6 +104,10 @@ def card(
         _section("Made with", made_with),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def write_card(folder: Path, text: str) -> None:
+    (folder / CARD).write_text(text, encoding="utf-8")
 
 
 def has_card(folder: Path) -> bool:
@@ -346,16 +351,16 @@ def _evaluation(
 
 
 def _merge(certificate: Mapping[str, Any], kind: str) -> Iterator[str]:
-    ratios = [ratio for ratio in certificate.get("delta_ratios", {}).values() if ratio is not None]
-    if ratios:
-        yield (
-            f"{len(ratios)} matrices hold their update {min(ratios):.4f} to {max(ratios):.4f} times"
-        )
+    if not certificate:
+        return
+    from pipeline.weights.merge_check import describe as describe_merge  # imports torch
+
+    yield from describe_merge({"delta_ratios": certificate.get("delta_ratios", {})})
     if "max_logit_difference" in certificate:
         yield (
             f"against base + adapter on {certificate['prompts_checked']} prompts: largest logit "
             f"difference {certificate['max_logit_difference']:.1e}, divergence "
             f"{certificate['divergence']:.1e} nats per token"
         )
-    if certificate and kind != "none":
+    if kind != "none":
         yield f"merged into the {kind} weights that the adapter was trained on, dequantized"

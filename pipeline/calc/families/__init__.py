@@ -60,11 +60,9 @@ class Config:
     def count(self, key: str, default: int, most: int = MAX_SIZE) -> int:
         """As `size`, but 0 is valid."""
         value = self.get(key, default)
-        return (
-            0
-            if value == 0 and not isinstance(value, bool)
-            else self.size(key, default=default or 1, most=most)
-        )
+        if value == 0 and not isinstance(value, bool):
+            return 0
+        return self.size(key, default=default or 1, most=most)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._values.get(key)
@@ -163,7 +161,10 @@ def _unknown_layer(values: Mapping[str, Any]) -> str:
 def families() -> dict[str, Callable[[Config], Architecture]]:
     """model_type → function that builds the shapes."""
     modules = Registry[Mapping[str, Callable[[Config], Architecture]]]("family")
-    return {family: build for builders in modules.usable() for family, build in builders.items()}
+    found: dict[str, Callable[[Config], Architecture]] = {}
+    for builders in modules.usable():
+        found |= builders
+    return found
 
 
 def architecture(values: Mapping[str, Any], source: str) -> Architecture:
@@ -172,14 +173,9 @@ def architecture(values: Mapping[str, Any], source: str) -> Architecture:
     if isinstance(values.get("text_config"), Mapping):
         text_config = values["text_config"]
         # whether the head is the embedding may be said for the model as a whole
-        above = (
-            {"tie_word_embeddings": values["tie_word_embeddings"]}
-            if "tie_word_embeddings" in values
-            else {}
-        )
-        text = architecture(
-            {"model_type": f"{values.get('model_type')}_text", **above, **text_config}, source
-        )
+        above = {key: values[key] for key in ("tie_word_embeddings",) if key in values}
+        named = {"model_type": f"{values.get('model_type')}_text", **above, **text_config}
+        text = architecture(named, source)
         return replace(
             text, notes=(*text.notes, "text model only: the image encoder is not counted")
         )

@@ -34,7 +34,7 @@ def gpt3(config: Config) -> Architecture:
     attention = tuple(
         Linear(f"attn.{name}_proj", built.hidden, built.hidden, True) for name in "qkvo"
     )
-    return replace(built, blocks=(replace(first, attention=attention),) * len(built.blocks))
+    return built.with_every_block(replace(first, attention=attention))
 
 
 def gpt_neox(config: Config) -> Architecture:
@@ -67,10 +67,8 @@ def gpt_neox(config: Config) -> Architecture:
 
 def opt(config: Config) -> Architecture:
     hidden, inner = config.size("hidden_size"), config.size("ffn_dim")
-    bias, affine = (
-        config.flag("enable_bias", True),
-        config.flag("layer_norm_elementwise_affine", True),
-    )
+    bias = config.flag("enable_bias", True)
+    affine = config.flag("layer_norm_elementwise_affine", True)
     block = Block(
         tuple(
             Linear(f"self_attn.{name}", hidden, hidden, bias)
@@ -92,11 +90,9 @@ def opt(config: Config) -> Architecture:
     # OPT's table has two unused rows
     built = _build(config, block, hidden, context, style, positions=context + 2)
     width = config.size("word_embed_proj_dim", default=hidden)
-    outside = (
-        (Linear("project_out", hidden, width), Linear("project_in", width, hidden))
-        if width != hidden
-        else ()
-    )
+    outside: tuple[Linear, ...] = ()
+    if width != hidden:
+        outside = (Linear("project_out", hidden, width), Linear("project_in", width, hidden))
     has_final_norm = before and not config.flag("_remove_final_layer_norm", False)
     return replace(
         built,

@@ -28,9 +28,7 @@ def granitemoehybrid(config: Config) -> Architecture:
         Linear("shared_mlp.input_linear", built.hidden, 2 * inner),
         Linear("shared_mlp.output_linear", inner, built.hidden),
     )
-    return replace(
-        built, blocks=(replace(built.blocks[0], feed_forward=feed_forward),) * len(built.blocks)
-    )
+    return built.with_every_block(replace(built.blocks[0], feed_forward=feed_forward))
 
 
 FAMILIES = {"granitemoehybrid": granitemoehybrid}

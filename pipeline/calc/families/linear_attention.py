@@ -10,23 +10,19 @@ KINDS = ("linear_attention", "full_attention")
 
 
 def qwen3_5_text(config: Config) -> Architecture:
-    return _hybrid(config, kv_heads=4, value_heads=32)
+    return _hybrid(config, kv_heads=4)
 
 
 def qwen3_5_moe_text(config: Config) -> Architecture:
     """Experts, and a shared one that is scaled by a gate, in every block."""
-    built = _hybrid(
-        config, kv_heads=2, value_heads=32, top_k=config.size("num_experts_per_tok", default=8)
-    )
+    built = _hybrid(config, kv_heads=2, top_k=config.size("num_experts_per_tok", default=8))
     hidden, inner = built.hidden, config.size("shared_expert_intermediate_size", default=512)
     shared = (
         *gated("mlp.shared_expert", hidden, inner),
         Linear("mlp.shared_expert_gate", hidden, 1),
     )
-    experts, inner = (
-        config.size("num_experts", default=256),
-        config.size("moe_intermediate_size", default=512),
-    )
+    experts = config.size("num_experts", default=256)
+    inner = config.size("moe_intermediate_size", default=512)
     made = {}
     for block in dict.fromkeys(built.blocks):
         sparse = with_experts(block, hidden, experts, inner)
@@ -34,7 +30,7 @@ def qwen3_5_moe_text(config: Config) -> Architecture:
     return replace(built, blocks=tuple(made[block] for block in built.blocks))
 
 
-def _hybrid(config: Config, kv_heads: int, value_heads: int, top_k: int = 0) -> Architecture:
+def _hybrid(config: Config, kv_heads: int, top_k: int = 0) -> Architecture:
     rotary = Config(config.section("rope_parameters"), config.source).share(
         "partial_rotary_factor", 0.25
     )
@@ -54,17 +50,17 @@ def _hybrid(config: Config, kv_heads: int, value_heads: int, top_k: int = 0) -> 
     q, *others = built.blocks[0].attention
     # queries and their gates
     full = replace(built.blocks[0], attention=(q._replace(outputs=2 * q.outputs), *others))
-    linear = _delta_net(config, built, value_heads)
+    linear = _delta_net(config, built)
     every, layers = config.size("full_attention_interval", default=4), len(built.blocks)
     kinds = config.layer_types("layer_types", layers, KINDS)
     kinds = kinds or [KINDS[(index + 1) % every == 0] for index in range(layers)]
     return replace(built, blocks=tuple(full if kind == KINDS[1] else linear for kind in kinds))
 
 
-def _delta_net(config: Config, built: Architecture, value_heads: int) -> Block:
+def _delta_net(config: Config, built: Architecture) -> Block:
     """A short convolution of queries, keys and values; a matrix keys × values per head."""
     keys = config.size("linear_num_key_heads", default=16)
-    values = config.size("linear_num_value_heads", default=value_heads)
+    values = config.size("linear_num_value_heads", default=32)
     size = config.size("linear_key_head_dim", default=128)
     value_size = config.size("linear_value_head_dim", default=128)
     mixed, out = 2 * keys * size + values * value_size, values * value_size

@@ -32,19 +32,16 @@ def llama4_text(config: Config) -> Architecture:
     shared = gated("feed_forward.shared_expert", hidden, inner)
     router = Linear("feed_forward.router", hidden, sparse.router.outputs)
     sparse = replace(sparse, feed_forward=(*routed, *shared), router=router)
-    every, step = (
-        config.size("no_rope_layer_interval", default=4),
-        config.size("interleave_moe_layer_step", default=1),
-    )
+    every = config.size("no_rope_layer_interval", default=4)
+    step = config.size("interleave_moe_layer_step", default=1)
     positions = config.get("no_rope_layers") or [
         int((index + 1) % every != 0) for index in range(layers)
     ]
     chosen = config.layers("moe_layers", layers) or set(range(step - 1, layers, step))
-    made = {
-        (moe, at): replace(sparse if moe else dense, rotates=at)
-        for moe in (True, False)
-        for at in (True, False)
-    }
+    made = {}
+    for is_sparse, block in enumerate((dense, sparse)):
+        for rotates in (False, True):
+            made[is_sparse, rotates] = replace(block, rotates=rotates)
     blocks = tuple(
         made[index in chosen, bool(at)] for index, at in zip(range(layers), positions, strict=False)
     )

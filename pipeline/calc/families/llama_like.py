@@ -118,7 +118,7 @@ def mixtral(config: Config) -> Architecture:
     built = decoder(config, style, Defaults(kv_heads=8, context=131_072))
     experts = config.size("num_local_experts", "num_experts", default=8)
     block = with_experts(built.blocks[0], built.hidden, experts, config.size("intermediate_size"))
-    return replace(built, blocks=(block,) * len(built.blocks))
+    return built.with_every_block(block)
 
 
 def qwen3_moe(config: Config) -> Architecture:
@@ -129,15 +129,13 @@ def qwen3_moe(config: Config) -> Architecture:
     experts = config.size("num_experts", "num_local_experts", default=128)
     inner = config.size("moe_intermediate_size", default=768)
     sparse = with_experts(built.blocks[0], built.hidden, experts, inner)
-    step, dense = (
-        config.size("decoder_sparse_step", default=1),
-        config.layers("mlp_only_layers", len(built.blocks)),
+    step = config.size("decoder_sparse_step", default=1)
+    dense = config.layers("mlp_only_layers", len(built.blocks))
+    blocks = tuple(
+        sparse if index not in dense and (index + 1) % step == 0 else block
+        for index, block in enumerate(built.blocks)
     )
-    chosen = (
-        sparse if i not in dense and (i + 1) % step == 0 else built.blocks[i]
-        for i in range(len(built.blocks))
-    )
-    return replace(built, blocks=tuple(chosen))
+    return replace(built, blocks=blocks)
 
 
 def gpt_oss(config: Config) -> Architecture:
@@ -150,7 +148,7 @@ def gpt_oss(config: Config) -> Architecture:
     sparse = with_experts(
         built.blocks[0], built.hidden, experts, config.size("intermediate_size"), bias=True
     )
-    return replace(built, blocks=(replace(sparse, other=built.heads),) * len(built.blocks))
+    return built.with_every_block(replace(sparse, other=built.heads))
 
 
 def with_experts(block: Block, hidden: int, experts: int, inner: int, bias: bool = False) -> Block:

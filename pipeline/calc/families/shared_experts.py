@@ -57,10 +57,8 @@ def glm4_moe_lite(config: Config) -> Architecture:
 def _latent(config: Config, default: Latent, top_k: int, context: int) -> Architecture:
     """A model of dense blocks with latent attention."""
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
-    layers, bias = (
-        config.size("num_hidden_layers", most=MOST_LAYERS),
-        config.flag("attention_bias", False),
-    )
+    layers = config.size("num_hidden_layers", most=MOST_LAYERS)
+    bias = config.flag("attention_bias", False)
     q_rank = (
         0 if config.is_null("q_lora_rank") else config.size("q_lora_rank", default=default.q_rank)
     )

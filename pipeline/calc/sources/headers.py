@@ -13,6 +13,7 @@ import re
 import struct
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,13 +41,12 @@ _PACKED = ("I32", "U8", "I8")
 
 def from_safetensors(files: Sequence[Path], config: Mapping[str, Any], source: str) -> Architecture:
     """The architecture of these files; `config` may have head counts. Raises UserError."""
-    tensors = {
-        name: (info.dtype, info.shape) for file in files for name, info in read_header(file).items()
-    }
-    packed = [
-        name for name, (dtype, shape) in tensors.items() if dtype in _PACKED and len(shape) == 2
-    ]
-    if packed:
+    tensors = dict(chain.from_iterable(read_header(file).items() for file in files))
+    if packed := [
+        name
+        for name, tensor in tensors.items()
+        if tensor.dtype in _PACKED and len(tensor.shape) == 2
+    ]:
         raise UserError(
             f"{source}: {packed[0]} contains packed, quantized weights. Give the original model "
             "instead."
@@ -55,16 +55,15 @@ def from_safetensors(files: Sequence[Path], config: Mapping[str, Any], source: s
     # tower, and the rest
     blocks: dict[tuple[str, int], dict[str, tuple[int, ...]]] = defaultdict(dict)
     rest: dict[str, tuple[int, ...]] = {}
-    for name, (_, shape) in tensors.items():
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    for name, shape in shapes.items():
         if _BUFFER.search(name) and (len(shape) != 1 or name.endswith("inv_freq")):
             continue
         if match := _LAYER.match(name):
             blocks[match[1], int(match[2])][match[3]] = shape
         else:
             rest[name] = shape
-    embedding = next(
-        (shape for name, (_, shape) in tensors.items() if _EMBEDDING.search(name)), None
-    )
+    embedding = next((shape for name, shape in shapes.items() if _EMBEDDING.search(name)), None)
     if embedding is None or len(embedding) != 2 or 0 in embedding or not blocks:
         raise UserError(
             f"{source}: its tensors have no embedding and numbered layers. Is it a language model?"

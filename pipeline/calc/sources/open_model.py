@@ -28,8 +28,7 @@ def entry(name: str) -> dict[str, Any]:
     """The preset of a built-in model, with keys such as hub_id, published, source and config."""
     if name in ADDED:
         return ADDED[name]
-    loaded: dict[str, Any] = json.loads((BUILT_IN / f"{name}.json").read_text(encoding="utf-8"))
-    return loaded
+    return dict(json.loads((BUILT_IN / f"{name}.json").read_text(encoding="utf-8")))
 
 
 @cache

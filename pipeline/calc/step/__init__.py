@@ -35,13 +35,7 @@ class Step(Layers):
     def __init__(self, model: Architecture, method: FinetuningMethod, run: TrainingConfig) -> None:
         super().__init__(model, method, run)
         self.base = method.trained_base(model)
-        self.adapted = [
-            [
-                self.ranks.get(model.block_name(index) + linear.name, 0)
-                for linear in model.adaptable(block)
-            ]
-            for index, block in enumerate(model.blocks)
-        ]
+        self.adapted = [model.ranks_in(n, self.ranks) for n in range(len(model.blocks))]
         self.embedding = self.base_weight(model.embedding)
         self.head = self.embedding if model.tied else self.base_weight(model.embedding)
 

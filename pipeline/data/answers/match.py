@@ -5,7 +5,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 EXACT, WHITE_SPACE, JSON = "exact", "white space", "JSON"
@@ -137,7 +137,7 @@ def count(matches: Sequence[Match]) -> dict[str, Any]:
         hows = Counter(match.how for match in short)
         counts["as_expected"] = sum(hows[how] for how in AS_EXPECTED)
         counts |= {_key(how): hows[how] for how in AS_EXPECTED}
-    if fields := Counter(path for match in short for path in match.differs):
+    if fields := Counter(chain.from_iterable(match.differs for match in short)):
         counts["differs"] = dict(fields.most_common(MOST_FIELDS))
     if long:
         counts["similar"] = {"n": len(long), "rouge_l": math.fsum(long) / len(long)}

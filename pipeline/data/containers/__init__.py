@@ -61,9 +61,7 @@ def read_rows(
     reading = reading or Reading()
     suffix, compression = suffix_of(path)
     try:
-        if suffix not in READERS and not path.exists() and is_hub_id(name):
-            match = HUB_ID.fullmatch(name)
-            assert match is not None
+        if not path.exists() and (match := _match_hub_id(name)):
             rows = hub_rows(name, **match.groupdict())
         elif path.is_dir():
             rows = saved_rows(path, name)
@@ -94,7 +92,12 @@ def suffix_of(path: Path) -> tuple[str, str]:
 
 def is_hub_id(name: str) -> bool:
     """Whether `name` is of the form org/name, org/name@revision or org/name[split]."""
-    return bool(HUB_ID.fullmatch(name)) and suffix_of(Path(name))[0] not in (*READERS, *TABLES)
+    return _match_hub_id(name) is not None
+
+
+def _match_hub_id(name: str) -> re.Match[str] | None:
+    suffix, _ = suffix_of(Path(name))
+    return None if suffix in (*READERS, *TABLES) else HUB_ID.fullmatch(name)
 
 
 def _refuse_empty(rows: Iterator[Row], name: str, reading: Reading) -> Iterator[Row]:

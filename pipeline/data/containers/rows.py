@@ -48,6 +48,12 @@ class Reading:
         self.on_error(row, error)
 
 
+def row_of_error(error: UserError, name: str) -> int | None:
+    """The row or line that the message of an error about the file `name` begins with."""
+    match = re.match(rf"{re.escape(name)}:(?: row )?(\d+):", str(error))
+    return int(match[1]) if match else None
+
+
 def describe_type(value: Any) -> str:
     """The JSON type of a value; null, true, false, [] and {} as they are."""
     if value is None or isinstance(value, bool) or value in ([], {}):

@@ -176,8 +176,7 @@ def saved_rows(folder: Path, name: str) -> Iterator[Row]:
     if not (folder / "state.json").is_file():
         raise UserError(f"{name}: this folder is no data set: it has no state.json. {advice}")
     parts = _read_small_json(folder / "state.json", name).get("_data_files")
-    if not isinstance(parts, list):
-        parts = []
+    parts = parts if isinstance(parts, list) else []
     files = [str(part.get("filename")) for part in parts if isinstance(part, dict)]
     if not files or any(Path(file).name != file for file in files):
         raise UserError(f"{name}: its state.json names no data files in the folder. {advice}")

@@ -168,7 +168,7 @@ def _detect(record: Record, columns: Mapping[str, str], location: str) -> Format
         for format_ in FORMATS.values():
             if format_.detect(part):
                 return format_
-    known = {key for format_ in FORMATS.values() for key in format_.keys}
+    known = set[str]().union(*(format_.keys for format_ in FORMATS.values()))
     _refuse_similar(record.keys() - known, known - record.keys(), location)
     *others, last = (format_.shape for format_ in FORMATS.values())
     shapes = f"{', '.join(others)} or {last}"

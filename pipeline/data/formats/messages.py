@@ -246,7 +246,7 @@ def refuse_more_than_texts(example: Example) -> None:
         raise CannotHold("it has tools or tool calls")
     if example.untrained:
         raise CannotHold("it has assistant turns that are not trained on")
-    keys = {key for message in example.messages for key in message}
+    keys = set[str]().union(*example.messages)
     if more := sorted(keys - {"role", "content"}):
         raise CannotHold(f"its turns have {', '.join(more)}")
 

@@ -77,11 +77,19 @@ def clean(
         )
         raise UserError(f"{source}: no row is left ({counts}). Drop for fewer reasons with --drop.")
     keep = cleaning.kept.__contains__
-    # the rows that cannot be read are counted already
     done = convert(
         source, out, columns=columns, force=force, progress=progress, skip_invalid=True, keep=keep
     )
-    return cleaning.report(replace(done, skipped=()))
+    return Cleaned(
+        cleaning.rows,
+        len(cleaning.kept),
+        dict(cleaning.dropped),
+        cleaning.examples,
+        dict(cleaning.personal),
+        cleaning.personal_rows,
+        # the rows that cannot be read are among those dropped
+        replace(done, skipped=()),
+    )
 
 
 class Leaks:
@@ -237,17 +245,6 @@ class _Cleaning:
     def _note(self, reason: str, dropped: Dropped) -> None:
         self.dropped[reason] += 1
         _append(self.examples.setdefault(reason, []), dropped)
-
-    def report(self, conversion: Conversion) -> Cleaned:
-        return Cleaned(
-            self.rows,
-            len(self.kept),
-            dict(self.dropped),
-            self.examples,
-            dict(self.personal),
-            self.personal_rows,
-            conversion,
-        )
 
 
 def _append(values: list[Any], value: Any) -> None:

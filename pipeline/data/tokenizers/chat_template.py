@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,19 @@ def has_template(folder: Path) -> bool:
 
 def render(folder: Path, text: str) -> Rendered:
     """`text` as a user's turn, with the generation prompt. Raises UserError."""
-    conversation = Conversation([{"role": "user", "content": text}], [(1, True)])
-    return single_rendering(render_in(folder, [conversation], turn="the prompt"))
+    render_each = partial(render_in, folder, turn="the prompt")
+    return render_one(render_each, [{"role": "user", "content": text}], True)
 
 
-def single_rendering(answers: Answers) -> Rendered:
-    """The only rendering of the only conversation. Raises it if it is a UserError."""
-    (renderings,) = answers
+def render_one(
+    render_each: Callable[[Sequence[Conversation]], Answers],
+    messages: Messages,
+    add_generation_prompt: bool,
+    tools: Tools = (),
+) -> Rendered:
+    """A whole conversation, by what renders many. Raises UserError."""
+    prefixes = [(len(messages), add_generation_prompt)]
+    (renderings,) = render_each([Conversation(messages, prefixes, tools)])
     if isinstance(renderings, UserError):
         raise renderings
     return checked(renderings[0])
@@ -71,8 +77,9 @@ def render_in(folder: Path, conversations: Sequence[Conversation], turn: str = T
     return render_with(hf_tokenizer, conversations, str(folder), turn)
 
 
+# opened again after its files changed
 @lru_cache(maxsize=8)
-def _open_tokenizer(folder: Path, files: Signature) -> Any:  # noqa: ARG001  # opened again after they changed
+def _open_tokenizer(folder: Path, files: Signature) -> Any:  # noqa: ARG001
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)

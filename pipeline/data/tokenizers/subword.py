@@ -28,10 +28,8 @@ _PROBE = "Zq7"  # an answer that no template contains itself
 # from U+0100.
 _PRINTABLE_BYTES = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 BYTE_LETTERS = {chr(byte): byte for byte in _PRINTABLE_BYTES}
-BYTE_LETTERS |= {
-    chr(0x100 + n): byte
-    for n, byte in enumerate(b for b in range(0x100) if b not in _PRINTABLE_BYTES)
-}
+_OTHER_BYTES = sorted({*range(0x100)}.difference(_PRINTABLE_BYTES))
+BYTE_LETTERS |= {chr(0x100 + n): byte for n, byte in enumerate(_OTHER_BYTES)}
 # Keys that describe a machine or a run, not the tokenizer.
 _MACHINE_KEYS = (
     "name_or_path",
@@ -136,8 +134,8 @@ class SubwordTokenizer:
             full = self._inner.encode("a").ids
             bare = self._inner.encode("a", add_special_tokens=False).ids
         start = next((n for n in range(len(full)) if bare and full[n : n + len(bare)] == bare), 0)
-        self._prefix = tuple(full[:start])
-        self.bos_id = self._prefix[0] if self._prefix else None
+        self.prefix: tuple[int, ...] = tuple(full[:start])
+        self.bos_id = self.prefix[0] if self.prefix else None
         self._added: dict[int, Any] = self._inner.get_added_tokens_decoder()
 
     @classmethod
@@ -242,8 +240,8 @@ class SubwordTokenizer:
 
     def encode(self, text: str) -> tuple[int, ...]:
         ids = self._ids(text)
-        has_prefix = isinstance(text, Rendered) or ids[: len(self._prefix)] == self._prefix
-        return ids if has_prefix else self._prefix + ids
+        has_prefix = isinstance(text, Rendered) or ids[: len(self.prefix)] == self.prefix
+        return ids if has_prefix else self.prefix + ids
 
     def spans(self, text: str) -> tuple[tuple[int, ...], Sequence[tuple[int, int]]]:
         with _panics_reported(self._name):
@@ -306,24 +304,15 @@ class SubwordTokenizer:
         template = self._hf_tokenizer.chat_template  # some have several, by name
         return template.get("default") if isinstance(template, dict) else template
 
-    @property
-    def prefix(self) -> tuple[int, ...]:
-        """The ids before a text, such as BOS."""
-        return self._prefix
-
     def describe(self) -> dict[str, Any]:
         """tokenizer.json."""
-        described: dict[str, Any] = json.loads(self._inner.to_str())
-        return described
+        return dict(json.loads(self._inner.to_str()))
 
     def special_ids(self) -> dict[str, int]:
         """Those of bos, unk and pad that are set → id."""
-        ids = {}
-        for name in ("bos", "unk", "pad"):
-            id_ = getattr(self._hf_tokenizer, f"{name}_token_id")
-            if id_ is not None:
-                ids[name] = id_
-        return ids
+        names = ("bos", "unk", "pad")
+        ids = {name: getattr(self._hf_tokenizer, f"{name}_token_id") for name in names}
+        return {name: id_ for name, id_ in ids.items() if id_ is not None}
 
     def with_template(self, template: str) -> "SubwordTokenizer":
         """The same tokenizer with another chat template."""
@@ -334,8 +323,7 @@ class SubwordTokenizer:
     def render(
         self, messages: Messages, add_generation_prompt: bool, tools: Tools = ()
     ) -> Rendered:
-        conversation = Conversation(messages, [(len(messages), add_generation_prompt)], tools)
-        return chat_template.single_rendering(self.render_each([conversation]))
+        return chat_template.render_one(self.render_each, messages, add_generation_prompt, tools)
 
     def render_each(self, conversations: Sequence[Conversation]) -> Answers:
         if not self.has_template:
@@ -366,13 +354,11 @@ class SubwordTokenizer:
 
 def _format_bytes(token: str) -> str:
     """A token of a byte-level vocabulary with its non-ASCII bytes as <0xE2>."""
-    values = [BYTE_LETTERS.get(letter) for letter in token]
     # SentencePiece already writes <0xE2>
-    if None in values or max(map(ord, token), default=0) < 128:
+    if token.isascii() or not BYTE_LETTERS.keys() >= {*token}:
         return token
-    return "".join(
-        chr(value) if value < 128 else f"<0x{value:02X}>" for value in values if value is not None
-    )
+    values = (BYTE_LETTERS[letter] for letter in token)
+    return "".join(chr(value) if value < 128 else f"<0x{value:02X}>" for value in values)
 
 
 def _generation_end_ids(folder: Path) -> list[int]:

@@ -176,15 +176,19 @@ class Request:
 
 def _renderings(answers: Sequence[Mapping[str, Any]]) -> list[Rendered | TemplateError]:
     """The renderings of a conversation; one that is a beginning of the first came as its length."""
-    first = answers[0].get("text", "") if answers else ""
-    return [
-        TemplateError(answer["error"])
-        if "error" in answer
-        else Rendered(
-            first[: answer["length"]] if "length" in answer else answer["text"], answer["marks"]
-        )
-        for answer in answers
-    ]
+    first, renderings = _first_text(answers), list[Rendered | TemplateError]()
+    for answer in answers:
+        if "error" in answer:
+            renderings.append(TemplateError(answer["error"]))
+            continue
+        text = first[: answer["length"]] if "length" in answer else answer["text"]
+        renderings.append(Rendered(text, answer["marks"]))
+    return renderings
+
+
+def _first_text(answers: Sequence[Mapping[str, Any]]) -> str:
+    text: str = answers[0].get("text", "") if answers else ""
+    return text
 
 
 RENDERER = Renderer()
@@ -222,17 +226,16 @@ def _handle(request: "Asked") -> "Iterator[Answer]":
     # The parent stops what takes too long. Of CPU time there is a limit too, in case the parent
     # itself is killed.
     limit("RLIMIT_CPU", int(time.process_time() + RENDER_SECONDS) + 2)
-    given = (request.fields["template"], request.fields["tokens"])
-    answers = [
-        _shortened([_answer(*given, messages, tools, *prefix) for prefix in prefixes])
-        for messages, prefixes, tools in request.fields["conversations"]
-    ]
+    given, answers = (request.fields["template"], request.fields["tokens"]), []
+    for messages, prefixes, tools in request.fields["conversations"]:
+        rendered = [_answer(*given, messages, tools, *prefix) for prefix in prefixes]
+        answers.append(_shortened(rendered))
     yield {"event": "done", "answers": answers}
 
 
 def _shortened(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The length instead of the text of what the first rendering begins with: most prompts are."""
-    first = answers[0].get("text", "") if answers else ""
+    first = _first_text(answers)
     for answer in answers[1:]:
         if "text" in answer and first.startswith(answer["text"]):
             answer["length"] = len(answer.pop("text"))

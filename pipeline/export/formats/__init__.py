@@ -22,6 +22,12 @@ class Export(NamedTuple):
     trust_remote_code: bool = False
     quantize: str | None = None  # comma-separated kinds of GGUF files, such as f16,q8_0
 
+    def find_base(self) -> Path:
+        """The base's folder. Raises UserError if there is none."""
+        from pipeline.adapters.folder import base_of
+
+        return self.base or base_of(self.adapter)
+
 
 class Format(NamedTuple):
     """A format that an adapter can be exported to."""
@@ -70,9 +76,8 @@ def adapter_folder(
     the one that reads it, default PEFT; `commands`: how it is used there. Raises UserError.
     """
     from pipeline.adapters.config import CONFIG, read_config
-    from pipeline.adapters.folder import base_of, origin_of
-    from pipeline.export.model_card import card, has_card
-    from pipeline.files.base_model import CARD
+    from pipeline.adapters.folder import origin_of
+    from pipeline.export.model_card import card, has_card, write_card
     from pipeline.models.save import copy_tokenizer
 
     artifact.refuse_other(out, has_card(out) and (out / CONFIG).exists(), (export.adapter,))
@@ -91,11 +96,11 @@ def adapter_folder(
         copy_tokenizer(export.adapter, folder)
         if not (folder / "tokenizer.json").exists():  # trained elsewhere: PEFT saves none
             with suppress(UserError):
-                copy_tokenizer(export.base or base_of(export.adapter), folder)
+                copy_tokenizer(export.find_base(), folder)
         text = card(
             export.adapter, None, export.base, export.base_name, out.name, library, commands
         )
-        (folder / CARD).write_text(text, encoding="utf-8")
+        write_card(folder, text)
 
 
 def note_on_verdict(adapter: Path) -> Iterator[Note]:

@@ -19,13 +19,11 @@ DEFAULT = "f16"
 
 def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     """Write a file of each kind, and what Ollama needs. Raises UserError."""
-    from pipeline.adapters.folder import base_of
     from pipeline.adapters.peft import Reading
     from pipeline.export.gguf.folder import general, is_earlier_export, tokenizer_of
     from pipeline.export.gguf.modelfile import modelfile
     from pipeline.export.gguf.vocabulary import read_vocabulary
-    from pipeline.export.model_card import card
-    from pipeline.files.base_model import CARD
+    from pipeline.export.model_card import card, write_card
     from pipeline.inference.engine import load
     from pipeline.weights.merge import CERTIFICATE
     from pipeline.weights.merge_check import check_merge, describe
@@ -35,7 +33,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     require("lora export --format gguf")
     from pipeline.export.gguf.writer import describe_model, write_files, written_matrices
 
-    base, name = export.base or base_of(export.adapter), export.adapter.resolve().name
+    base, name = export.find_base(), export.adapter.resolve().name
     trust, reading = export.trust_remote_code, Reading.once()
     artifact.refuse_other(out, is_earlier_export(out), (base, export.adapter))
     merge = plan_merge(base, export.adapter, trust, reading=reading)
@@ -48,7 +46,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     with artifact.writing(out) as folder:
         paths = {kind: folder / file for kind, file in files.items()}
         written = {path: kind for kind, path in paths.items() if kind in KINDS}
-        facts = general(name, export.adapter, base, export.base_name)
+        facts = general(export.adapter, base, export.base_name)
         yield from write_files(written, model, {**facts, **vocabulary.metadata})
         matrices = written_matrices(paths[widest], model)
         certificate = yield from check_merge(merge, matrices, "--quantize f32")
@@ -77,7 +75,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
         text = card(
             export.adapter, certificate, base, export.base_name, library="gguf", commands=commands
         )
-        (folder / CARD).write_text(text, encoding="utf-8")
+        write_card(folder, text)
     return [
         "  ".join((str(out), *describe(certificate))),
         *table,

@@ -17,12 +17,11 @@ if TYPE_CHECKING:
 
 def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     """Write the updates, and say how to use them. Raises UserError."""
-    from pipeline.adapters.folder import base_of
     from pipeline.adapters.peft import Reading
     from pipeline.export.gguf.families import family_of
     from pipeline.export.gguf.folder import general, is_earlier_export
-    from pipeline.export.model_card import card
-    from pipeline.files.base_model import CARD, tensor_locations
+    from pipeline.export.model_card import card, write_card
+    from pipeline.files.base_model import tensor_locations
     from pipeline.models.load import skeleton
     from pipeline.weights.combine import low_rank_updates
     from pipeline.weights.merge import CERTIFICATE
@@ -33,8 +32,8 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     from pipeline.export.gguf.adapter import adapter_ratios, write_adapter
     from pipeline.export.gguf.writer import describe_model
 
-    base, name = export.base or base_of(export.adapter), export.adapter.resolve().name
-    export, trust = export._replace(base=base), export.trust_remote_code
+    base, trust = export.find_base(), export.trust_remote_code
+    export = export._replace(base=base)
     artifact.refuse_other(out, is_earlier_export(out), (base, export.adapter))
     yield from note_on_quantization(export)
     model = skeleton(base, trust)
@@ -48,7 +47,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     unchanged = MergePlan(base, tensor_locations(base))
     described = describe_model(unchanged, trust, own_head)
     yield from map(Note, described.notes)
-    facts = general(name, export.adapter, base, export.base_name)
+    facts = general(export.adapter, base, export.base_name)
     beside = own_head or _is_expanded(base)
 
     with artifact.writing(out) as folder:
@@ -70,7 +69,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
         used_on = base_path.name if beside else "BASE.gguf"
         commands = [f"llama-cli -m {used_on} --lora {path.name}"]
         text = card(export.adapter, None, base, export.base_name, library="gguf", commands=commands)
-        (folder / CARD).write_text(text, encoding="utf-8")
+        write_card(folder, text)
     written = ["  ".join((str(out), *describe({"delta_ratios": ratios}))), *table]
     if beside:
         return [
@@ -118,11 +117,16 @@ def _compared(
     metadata = {**facts, "general.name": base.resolve().name, **vocabulary.metadata}
     yield from write_files({base_path: "f16"}, described, metadata)
     candidate = llama_cpp.candidate("f16", base_path, path, "adapter on f16")
-    # the base as it is stored: in this file it is not quantized
-    how: dict[str, Any] = {"trust_remote_code": export.trust_remote_code, "quantization": "none"}
     return (
         yield from llama_cpp.certify(
-            lambda: load(base, export.adapter, reading=reading, **how),
+            lambda: load(
+                base,
+                export.adapter,
+                # the base as it is stored: in this file it is not quantized
+                quantization="none",
+                trust_remote_code=export.trust_remote_code,
+                reading=reading,
+            ),
             vocabulary.tokenizer,
             [candidate],
             export.prompts,

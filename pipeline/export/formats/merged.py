@@ -16,12 +16,11 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 def merging_of(export: Export) -> tuple["Merging", "Verify | None"]:
     """The merge, and the check of its logits if there are prompts. Raises UserError."""
-    from pipeline.adapters.folder import base_of
     from pipeline.data.answers.prompts import prompt_texts
     from pipeline.inference.score import SameLogits
     from pipeline.weights.merge import Merging
 
-    base = export.base or base_of(export.adapter)
+    base = export.find_base()
     merging = Merging(base, export.adapter, export.precision, export.trust_remote_code)
     if export.prompts is None:
         return merging, None
@@ -31,8 +30,7 @@ def merging_of(export: Export) -> tuple["Merging", "Verify | None"]:
 
 def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     """Merge tensor by tensor, and say what the certificate proves. Raises UserError."""
-    from pipeline.export.model_card import card
-    from pipeline.files.base_model import CARD
+    from pipeline.export.model_card import card, write_card
     from pipeline.weights.import_adapter import copy_template
     from pipeline.weights.merge import merge_to
     from pipeline.weights.merge_check import describe
@@ -47,7 +45,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
             ids = {key: config[key] for key in TOKEN_IDS if config.get(key) is not None}
             artifact.write_json(generation, ids)
         text = card(merging.adapter, certificate, merging.base, export.base_name, out.name)
-        (folder / CARD).write_text(text, encoding="utf-8")
+        write_card(folder, text)
 
     certificate = yield from merge_to(out, merging, verify, finish)
     return ["  ".join((str(out), *describe(certificate)))]

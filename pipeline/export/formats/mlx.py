@@ -55,7 +55,6 @@ WIDER = 4  # ranks that padding multiplies by more are worth a note
 def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     """Write the updates with one rank and scale, and compare with mlx-lm. Raises UserError."""
     from pipeline.adapters.config import CONFIG
-    from pipeline.adapters.folder import base_of
     from pipeline.adapters.peft import Reading
     from pipeline.files.artifact import write_json
     from pipeline.models.load import read_config, skeleton
@@ -63,7 +62,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     from pipeline.weights.combine import low_rank_updates
 
     yield from note_on_quantization(export)
-    base = export.base or base_of(export.adapter)
+    base = export.find_base()
     if (family := str(read_config(base).get("model_type"))) not in FAMILIES:
         raise UserError(
             f"{base} is a model of type {family}, whose layers in mlx-lm are not known here. "
@@ -219,10 +218,15 @@ def _compared(
 
     size = (folder / WEIGHTS).stat().st_size
     adapter = Candidate("adapter", "f32", size, lambda: nullcontext(MLX(base, folder)))
-    # mlx-lm reads the base as it is stored, whatever quantization the adapter was trained on
-    how: dict[str, Any] = {"trust_remote_code": export.trust_remote_code, "quantization": "none"}
     certificate = yield from compare(
-        lambda: load(base, export.adapter, reading=reading, **how),
+        lambda: load(
+            base,
+            export.adapter,
+            # mlx-lm reads the base as it is stored, whatever the adapter was trained on
+            quantization="none",
+            trust_remote_code=export.trust_remote_code,
+            reading=reading,
+        ),
         load_tokenizer(base),
         [adapter],
         prompt_texts(export.prompts),

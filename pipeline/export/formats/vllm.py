@@ -30,12 +30,11 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM's --max-lora-
 def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     """Write the updates, and say how to serve them. Raises UserError."""
     from pipeline.adapters.config import read_config
-    from pipeline.adapters.folder import base_of
     from pipeline.models.load import skeleton
     from pipeline.weights.combine import low_rank_updates, write_updates
 
     yield from note_on_quantization(export)
-    base = export.base or base_of(export.adapter)
+    base = export.find_base()
     with adapter_folder(export._replace(base=base), out) as folder:
         updates = low_rank_updates(base, export.adapter, export.trust_remote_code)
         name = max(updates, key=lambda name: updates[name].rank)

@@ -12,7 +12,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
-from pipeline.adapters.low_rank import LowRank
+from pipeline.adapters.low_rank import LowRank, inner_product
 from pipeline.export.gguf.families import Layout, family_of
 from pipeline.export.gguf.writer import Output, file_type, tensor_names
 from pipeline.models.base import CausalLM
@@ -70,7 +70,7 @@ def adapter_ratios(path: Path, updates: Updates, model: CausalLM) -> dict[str, f
             a = a.T
         written = LowRank(a, layout.undo(b), alpha / b.shape[1])
         norm = updates[name].squared_norm()
-        ratios[name] = _dot(written, updates[name]) / norm if norm else None
+        ratios[name] = inner_product(written, updates[name]) / norm if norm else None
     return ratios
 
 
@@ -84,10 +84,3 @@ def _targets(updates: Updates, model: CausalLM) -> dict[str, tuple[str, Layout]]
         layout = family.layout(config, f"{name}.weight")
         targets[name] = name_of(f"{name}.weight"), layout._replace(transposed=False)
     return targets
-
-
-def _dot(left: LowRank, right: LowRank) -> float:
-    """⟨s·BA, s'·B'A'⟩, without the (O, I) products."""
-    b = left.b.double().T @ right.b.double()  # (R, R')
-    a = left.a.double() @ right.a.double().T  # (R, R')
-    return left.scale * right.scale * float((b * a).sum())

@@ -28,11 +28,11 @@ def tokenizer_of(base: Path, adapter: Path) -> SubwordTokenizer:
         raise UserError(f"{path} is not UTF-8. Copy the adapter again.") from None
 
 
-def general(name: str, adapter: Path, base: Path, base_name: str | None) -> dict[str, Any]:
+def general(adapter: Path, base: Path, base_name: str | None) -> dict[str, Any]:
     """Metadata of a file's origin; `base_name`: default the hub id of the base."""
     origin = origin_of(adapter, base)
     base_name = base_name or (origin.hub_id if origin else None)
-    facts: dict[str, Any] = {"general.type": "model", "general.name": name}
+    facts: dict[str, Any] = {"general.type": "model", "general.name": adapter.resolve().name}
     if base_name:
         organization, _, short = base_name.rpartition("/")
         facts |= {"general.base_model.count": 1, "general.base_model.0.name": short}

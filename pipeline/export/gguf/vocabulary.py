@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 from pipeline.data.tokenizers.subword import BYTE_LETTERS, SubwordTokenizer
@@ -131,7 +132,7 @@ def _splits(pre: Mapping[str, Any] | None) -> tuple[str, ...]:
     if pre is None:
         return ()
     if pre["type"] == "Sequence":
-        return tuple(step for part in pre["pretokenizers"] for step in _splits(part))
+        return tuple(chain.from_iterable(map(_splits, pre["pretokenizers"])))
     if pre["type"] == "ByteLevel" and not pre["add_prefix_space"]:
         return ("bytes", _GPT2) if pre.get("use_regex", True) else ("bytes",)
     if pre["type"] == "Digits" and pre["individual_digits"]:

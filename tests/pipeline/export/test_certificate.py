@@ -241,7 +241,7 @@ def test_a_template_that_knows_no_system_is_judged_without_one(made: Path, tmp_p
         "eos_token }}{% endfor %}"
     )
     loaded = load(made / "base")
-    inner = loaded.tokenizer._hf_tokenizer  # type: ignore[attr-defined]
+    inner = loaded.tokenizer._hf_tokenizer  # type: ignore[union-attr]
     inner.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 0)]
     )
@@ -254,7 +254,7 @@ def test_a_template_that_knows_no_system_is_judged_without_one(made: Path, tmp_p
 
 def test_a_file_that_does_not_end_where_the_model_ends_is_refused(made: Path) -> None:
     loaded = load(made / "base")
-    ends = SubwordTokenizer(loaded.tokenizer._hf_tokenizer, "toy", (7,))  # type: ignore[attr-defined]
+    ends = SubwordTokenizer(loaded.tokenizer._hf_tokenizer, "toy", (7,))  # type: ignore[union-attr]
     file = candidate("f32", made / "base.gguf")
     with pytest.raises(UserError, match=f"it does not stop at {re.escape(ends.word(7))}"):
         certified(lambda: loaded, file, tokenizer=ends)
@@ -268,7 +268,7 @@ def test_a_model_that_begins_plain_texts_but_no_chats_with_bos_is_noted(
         load(made / "base"),
         "{% for m in messages %}{{ m['content'] + '</s>' }}{% endfor %}",
     )
-    inner = loaded.tokenizer._hf_tokenizer  # type: ignore[attr-defined]
+    inner = loaded.tokenizer._hf_tokenizer  # type: ignore[union-attr]
     inner.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 0)]
     )
@@ -367,7 +367,7 @@ def test_the_template_of_the_adapter_counts_and_not_its_bases(made: Path, tmp_pa
     template = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
     loaded = load(made / "base")
     inner = load_tokenizer(made / "base")
-    inner._hf_tokenizer.chat_template = template  # type: ignore[attr-defined]
+    inner._hf_tokenizer.chat_template = template  # type: ignore[union-attr]
     file = rewritten(
         made / "base.gguf", tmp_path / "own.gguf", {"tokenizer.chat_template": template}
     )

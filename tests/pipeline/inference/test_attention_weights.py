@@ -15,7 +15,6 @@ from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.lora import factors
 from pipeline.adapters.low_rank import singular_values, spectra
 from pipeline.data.tokenizers import chat_template
-from pipeline.data.tokenizers.template_process import Conversation
 from pipeline.errors import UserError
 from pipeline.inference import engine
 from pipeline.inference.engine import layer_attention, probabilities
@@ -204,8 +203,10 @@ def test_a_chat_prompt_with_a_special_token_is_refused(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "w1 <END>"}]
     assert 2 in fast(turns[0]["content"]).input_ids, "it matches in lower case"
     with pytest.raises(UserError, match=r"^messages\[0\] contains <end>"):
-        chat_template.single_rendering(
-            chat_template.render_with(fast, [Conversation(turns, [(1, False)])], "toy")
+        chat_template.render_one(
+            lambda conversations: chat_template.render_with(fast, conversations, "toy"),
+            turns,
+            False,
         )
 
 

@@ -372,7 +372,7 @@ def test_an_end_token_stops_a_request_and_is_not_passed_on(start: Start, pool: M
     loaded, request = pool.get("base").loaded, Generation("base", (5, 9), 20, Sampling(1.0, seed=1))
     text = alone(pool, request)
     stop = text[7]
-    loaded.tokenizer.end_ids = frozenset([stop])  # type: ignore[misc]
+    loaded.tokenizer.end_ids = frozenset([stop])
     (tokens, reason), *_ = answers(start(), [request, replace(request, ids=(7,))])
     assert ([token.id for token in tokens], reason) == (text[: text.index(stop)], "stop")
 

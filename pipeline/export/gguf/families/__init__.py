@@ -157,8 +157,6 @@ def window_period(config: Config) -> int:
     return period
 
 
-FAMILIES: Mapping[str, Family] = {
-    model_type: family
-    for family in Registry[Family]("gguf_family").usable()
-    for model_type in family.model_types
-}
+FAMILIES: dict[str, Family] = {}
+for _family in Registry[Family]("gguf_family").usable():
+    FAMILIES |= dict.fromkeys(_family.model_types, _family)
