@@ -40,6 +40,7 @@ from pipeline.project.runner import Event, Job, Progress, input_facts, run
 from pipeline.stages.registry import GRAPH, open_project
 from pipeline.stages.searches import grids
 from tests.conftest import Lora
+from tests.helpers.json_files import read_json
 from tests.helpers.process import Forked
 from tests.helpers.projects import ROOT, STAGES, WORK, folder_bytes, load, make, make_one, refusal
 
@@ -331,9 +332,7 @@ def test_a_signal_during_the_last_look_ends_the_study(
 
 
 def test_every_method_knows_what_evaluate_says_of_its_stage(studied: Path) -> None:
-    metrics = json.loads(
-        (studied / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8")
-    )
+    metrics = read_json(studied / "artifacts/evaluation/metrics.json")
     rows = {row["method"]: row for row in table(studied, "methods", "knowledge")}
     costs = {row["method"]: row for row in table(studied, "methods", "cost")}
     for method, variant in (
@@ -430,9 +429,7 @@ def test_the_terminal_shows_the_times(cli: Lora, studied: Path, tmp_path: Path) 
 
 
 def test_forgetting_begins_with_the_base_and_ends_where_evaluate_does(studied: Path) -> None:
-    metrics = json.loads(
-        (studied / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8")
-    )
+    metrics = read_json(studied / "artifacts/evaluation/metrics.json")
     rows = {(row["method"], row["epoch"]): row for row in table(studied, "forgetting", "epochs")}
     for method, variant in (
         ("full fine-tuning", "full"),
@@ -504,9 +501,7 @@ def test_a_rank_is_measured_as_an_adapter_trained_by_itself_is(
     row = next(row for row in rows if (row["rank"], row["alpha"]) == (2, "r"))
     made = ("rank=2", "alpha=2.0", "train_embeddings=new_rows")
     make(project, ["finetune_lora", "merge", "evaluate"], [f"finetune_lora.{one}" for one in made])
-    said = json.loads((project / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))[
-        "lora"
-    ]
+    said = read_json(project / "artifacts/evaluation/metrics.json")["lora"]
     assert mean(row["new_loss"]) == pytest.approx(said["new_loss"], abs=1e-4)
     assert mean(row["old_rise"]) == pytest.approx(said["forgetting"]["loss_rise"], abs=1e-4)
 

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.adapters.config import AdapterSpec
-from pipeline.files.artifact import read_json
 from pipeline.weights.import_adapter import import_adapter
 from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint
-from tests.helpers.checkpoints import adapter, checkpoint
+from tests.helpers.checkpoints import adapter, checkpoint, edit_adapter_config
+from tests.helpers.json_files import read_json
 from tests.helpers.projects import refusal
 from tests.pipeline.export.test_export import facts
 
@@ -43,18 +43,13 @@ def root(tmp_path: Path) -> Path:
     return two_adapters(tmp_path)
 
 
-def edit_config(folder: Path, **values: Any) -> None:
-    config = read_json(folder / CONFIG, "") | values
-    (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
-
-
 def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
     save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def dense(folder: Path) -> dict[str, Tensor]:
     """The update of each module, (O, I), computed from the files."""
-    config, result = read_json(folder / CONFIG, ""), load_file(folder / WEIGHTS)
+    config, result = read_json(folder / CONFIG), load_file(folder / WEIGHTS)
     scale = config["lora_alpha"] / config["r"] ** (0.5 if config["use_rslora"] else 1)
     names = [key.removesuffix(".lora_A.weight") for key in result if key.endswith(".lora_A.weight")]
     return {
@@ -274,7 +269,7 @@ def test_adapters_of_one_model_are_compared_whatever_they_train(cli: Lora, root:
         adapter(root / name, root / "base", spec)
     adapter(root / "saved", root / "base", AdapterSpec(2, 3.0, ("q_proj",), saved=("fc1",)))
     # which PEFT trains in full, and gives no LoRA
-    edit_config(root / "saved", target_modules=["q_proj", "fc1"])
+    edit_adapter_config(root / "saved", target_modules=["q_proj", "fc1"])
     for pair in combinations((*OF_ONE_MODEL, "saved"), 2):
         read_diff(cli, *pair, cwd=root)
 
@@ -323,6 +318,6 @@ def test_an_adapter_without_a_manifest_has_a_card_too(cli: Lora, root: Path) -> 
 
 
 def test_an_adapter_that_was_changed_has_no_card(cli: Lora, project: Path) -> None:
-    edit_config(project / "artifacts/lora_adapter", target_modules=["q_proj"])
+    edit_adapter_config(project / "artifacts/lora_adapter", target_modules=["q_proj"])
     refused = cli("adapters", "card", "artifacts/lora_adapter", cwd=project)
     assert "was changed after the artifact was made" in refusal(refused)

@@ -10,6 +10,7 @@ import yaml
 from cli import stages
 from pipeline.project.logs.run_log import read_steps
 from tests.conftest import Lora
+from tests.helpers.json_files import read_json, write_json
 from tests.helpers.projects import make, new_houses, refusal, save
 
 LORA = {
@@ -48,7 +49,7 @@ def test_facts_are_what_training_counts_and_each_broken_rule_is_noted_once_befor
     assert code == 0
     notes = [line for line in err.splitlines() if "advised" in line]
     assert [note.partition(" is ")[0] for note in notes] == [one["key"] for one in broken]
-    manifest = json.loads((llama / "artifacts/lora_adapter/manifest.json").read_text())
+    manifest = read_json(llama / "artifacts/lora_adapter/manifest.json")
     epoch = [
         step for step in read_steps(llama / "artifacts/lora_adapter/loss.csv") if step.epoch == 1
     ]
@@ -127,7 +128,7 @@ def test_what_a_sweep_measured_is_not_argued_with(cli: Lora, llama: Path) -> Non
         for name, (rate, loss) in rates.items()
     }
     (llama / "artifacts/sweep").mkdir(parents=True)
-    (llama / "artifacts/sweep/sweep.json").write_text(json.dumps(rows))
+    write_json(llama / "artifacts/sweep/sweep.json", rows)
     facts, broken = advice(cli, llama, "--set", "finetune_lora.learning_rate=0.01")
     assert "finetune_lora.learning_rate" not in [one["key"] for one in broken]
     assert facts["finetune_lora"]["measured"] == ["learning_rate"]

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from pipeline.adapters.config import AdapterSpec
 from pipeline.errors import UserError
-from pipeline.inference.engine import load
 from pipeline.weights.combine import Method
 from pipeline.weights.import_adapter import import_adapter
 from tests.conftest import Lora
 from tests.helpers.checkpoints import adapter, checkpoint
 from tests.helpers.projects import folder_bytes, refusal
-from tests.pipeline.adapters.test_peft import IDS, theirs
+from tests.helpers.side_by_side import BATCH, logits, ours, theirs
 from tests.pipeline.weights.test_streaming_merge import load_weights, merged_through_files
 
 SPECS = {
@@ -62,12 +61,8 @@ def test_the_command_makes_what_verify_and_peft_accept_and_says_how_far_off_it_i
     assert (error < 1e-4) is (method == "cat")
     code, output, _ = cli("adapters", "verify", "both", cwd=root)
     assert code == 0 and "files, names, shapes and base are those it was trained with" in output
-    ids = IDS % 70
-    here, there = (
-        load(root / "base", root / "both").model(ids),
-        theirs(root / "base", root / "both"),
-    )
-    torch.testing.assert_close(here, there(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+    here, there = (logits(opened(root / "base", root / "both"), BATCH) for opened in (ours, theirs))
+    torch.testing.assert_close(here, there, atol=1e-4, rtol=1e-4)
 
 
 def test_without_weights_each_adapter_has_weight_1(cli: Lora, root: Path) -> None:

@@ -12,6 +12,7 @@ from pipeline.adapters.low_rank import load_update
 from pipeline.errors import UserError
 from tests.conftest import Lora
 from tests.helpers.checkpoints import WORDS, adapter, checkpoint
+from tests.helpers.json_files import write_json
 from tests.helpers.projects import lora, refusal
 from tests.pipeline.weights.test_intruders import strong
 from tests.pipeline.weights.test_spectrum import tuned_from
@@ -110,7 +111,7 @@ def test_plain_prompts_are_measured_in_the_bases_chat_template(
         "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     }
     for name, row in (("plain", plain), ("chat", chat)):
-        (root / f"{name}.jsonl").write_text(json.dumps(row))
+        write_json(root / f"{name}.jsonl", row)
 
     def cost(*arguments: str) -> object:
         code, out, _ = cli(

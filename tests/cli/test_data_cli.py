@@ -14,6 +14,7 @@ from pipeline.data.tokenizers.subword import SubwordTokenizer
 from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.checkpoints import checkpoint
+from tests.helpers.json_files import write_json
 from tests.helpers.projects import lora, refusal
 from tests.helpers.tokenizers import SMOLLM2, folder_with
 
@@ -52,7 +53,7 @@ def test_what_is_learned_is_marked(cli: Lora, here: Path) -> None:
 def test_a_plain_prompt_is_a_turn_unless_the_command_or_the_project_says_otherwise(
     cli: Lora, here: Path
 ) -> None:
-    (here / "p.jsonl").write_text(json.dumps(LINES[1]), encoding="utf-8")
+    write_json(here / "p.jsonl", LINES[1])
     (here / "params.yaml").write_text("base: x\nfinetune_lora: {data: p.jsonl}\n", encoding="utf-8")
     asked = "user↵The·currency·of·Bulgaria·is·the<|im_end|>↵<|im_start|>assistant↵⟦euro<|im_end|>⟧↵"
     _, out, _ = cli("data", "show", "p.jsonl", cwd=here)
@@ -193,7 +194,7 @@ def test_a_mistake_is_one_message(
     cli: Lora, here: Path, arguments: list[str], message: str
 ) -> None:
     (here / "broken.jsonl").write_text("{", encoding="utf-8")
-    (here / "long.jsonl").write_text(json.dumps({"text": "The" + " euro" * 98}), encoding="utf-8")
+    write_json(here / "long.jsonl", {"text": "The" + " euro" * 98})
     code, out, err = cli("data", "show", *arguments, cwd=here)
     assert (code, out) == (1, "")
     assert err.startswith(f"error: {message}") and err.count("\n") == 1
@@ -272,7 +273,7 @@ def test_check_compares_with_evaluation_files_and_works_without_a_model(
 def test_convert_writes_the_container_of_the_name_and_the_format_asked_for(
     cli: Lora, here: Path
 ) -> None:
-    (here / "f.jsonl").write_text(json.dumps({**FAULTS[0], "id": 7}), encoding="utf-8")
+    write_json(here / "f.jsonl", {**FAULTS[0], "id": 7})
     code, out, err = cli("data", "convert", "f.jsonl", "new/f.parquet", cwd=here)
     assert (code, out) == (0, "new/f.parquet: 1 row (sharegpt)\n")
     assert err == "f.jsonl: not used: id (1 row)\n"

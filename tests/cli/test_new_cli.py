@@ -2,7 +2,6 @@
 and its results.
 """
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -20,6 +19,7 @@ from pipeline.stages.methods.lora import rate_for
 from pipeline.stages.registry import open_project
 from tests.conftest import Lora
 from tests.helpers.bases import TEMPLATE, toy_checkpoint
+from tests.helpers.json_files import read_json, write_json, write_jsonl
 from tests.helpers.projects import BRIEF, dvc, folder_bytes, load, lora, refusal
 
 pytestmark = pytest.mark.xdist_group("new")  # one project for all of them
@@ -47,11 +47,9 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"id": n, "conversations": [{"from": who, "value": said} for who, said in c]}
         for n, c in enumerate(CHATS)
     ]
-    (folder / "chats.json").write_text(json.dumps(rows), encoding="utf-8")
+    write_json(folder / "chats.json", rows)
     lines = [{"question": c[0][1], "answer": c[1][1]} for c in CHATS]
-    (folder / "pairs.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
-    )
+    write_jsonl(folder / "pairs.jsonl", lines)
     return folder
 
 
@@ -68,10 +66,10 @@ def test_one_command_makes_a_project_trains_it_and_says_what_was_learned(
     trained: tuple[Path, str],
 ) -> None:
     folder, out = trained
-    metrics = json.loads((folder / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(folder / "artifacts/evaluation/metrics.json")
     before, after = (metrics[name]["new_loss"] for name in ("base", "lora"))
     assert f"loss on held-out examples {before:.3f} → {after:.3f} nats per token" in out
-    samples = json.loads((folder / "artifacts/evaluation/samples.json").read_text(encoding="utf-8"))
+    samples = read_json(folder / "artifacts/evaluation/samples.json")
     held_out = metrics["lora"]["new_sentences"]
     assert {name: len(rows) for name, rows in samples.items()} == dict.fromkeys(
         ("base", "lora", "merged"), held_out
@@ -112,7 +110,7 @@ def test_the_report_shows_every_answer_beside_the_expected_one(
     folder, _ = trained
     code, out, err = cli("report", cwd=folder)
     assert code == 0, err
-    samples = json.loads((folder / "artifacts/evaluation/samples.json").read_text(encoding="utf-8"))
+    samples = read_json(folder / "artifacts/evaluation/samples.json")
     page = (folder / "artifacts/evaluation/report.md").read_text(encoding="utf-8")
     for row in samples["lora"]:
         assert f"> {row['question']}\n  expected  {row['reference']}\n" in out
@@ -127,7 +125,7 @@ def test_the_held_out_loss_of_the_report_is_that_of_the_last_evaluation_in_train
     trained: tuple[Path, str],
 ) -> None:
     folder, _ = trained
-    metrics = json.loads((folder / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(folder / "artifacts/evaluation/metrics.json")
     last = read_steps(folder / "artifacts/lora_adapter/loss.csv")[-1]
     # bf16 in training
     assert metrics["lora"]["new_loss"] == pytest.approx(last.eval_loss, rel=0.02)
@@ -213,7 +211,7 @@ def test_what_was_trained_on_conversations_is_exported_as_the_last_line_says(
         cwd=folder,
     )
     assert code == 0, err
-    metrics = json.loads((folder / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(folder / "artifacts/evaluation/metrics.json")
     card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
     assert f"loss on the new data: {metrics['lora']['new_loss']:.4f} nats per token" in card
     assert "forgetting: loss on the old data" in card and "completed" not in card
@@ -471,9 +469,7 @@ def test_a_project_that_is_there_is_compared_with_the_same_paths(here: Path, cli
 @pytest.mark.slow
 def test_pairs_of_answers_make_a_project_that_learns_preferences(here: Path, cli: Lora) -> None:
     rows = [{"prompt": q, "chosen": a, "rejected": f"I think {a}"} for (_, q), (_, a), *_ in CHATS]
-    (here / "prefers.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
-    )
+    write_jsonl(here / "prefers.jsonl", rows)
     asked = (
         "train",
         "--base",
@@ -514,9 +510,7 @@ def test_plain_questions_train_and_are_asked_in_the_chat_template_unless_it_is_l
     code, out, err = cli("train", *given, "--set", "epochs=1", "--out", "asked", cwd=here)
     assert code == 0, err
     assert "pairs.jsonl (prompt_completion, in the base's chat template)" in out
-    (sample, *_) = json.loads(
-        (here / "asked/artifacts/evaluation/samples.json").read_text(encoding="utf-8")
-    )["lora"]
+    (sample, *_) = read_json(here / "asked/artifacts/evaluation/samples.json")["lora"]
     assert sample["question"].startswith("What is ") and sample["reference"].startswith("It is ")
     tokenizer = load_tokenizer(here / "asked/artifacts/base")
     assert sample["prompt"] == tokenizer.render(

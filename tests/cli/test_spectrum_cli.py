@@ -19,12 +19,11 @@ from pipeline.adapters.config import AdapterSpec
 from pipeline.data.tokenizers.word import WordTokenizer
 from pipeline.errors import UserError
 from pipeline.files.safetensors_file import shapes
-from pipeline.inference.engine import load
 from tests.conftest import Lora
 from tests.helpers.checkpoints import WORDS, adapter, checkpoint
 from tests.helpers.projects import LORA, lora, refusal
+from tests.helpers.side_by_side import BATCH, logits, ours, theirs
 from tests.helpers.tokenizers import folder_with
-from tests.pipeline.adapters.test_peft import IDS, theirs
 from tests.pipeline.weights.test_spectrum import tuned_from
 
 
@@ -89,12 +88,8 @@ def test_the_extracted_adapter_is_verified_asked_and_opened_by_peft(cli: Lora, r
     code, output, _ = cli("adapters", "verify", "lora", cwd=root)
     assert code == 0 and "files, names, shapes and base are those it was trained with" in output
     assert cli("prompt", WORDS[1], "--adapter", "lora", cwd=root)[0] == 0
-    ids = IDS % 70
-    ours, other = (
-        load(root / "base", root / "lora").model(ids),
-        theirs(root / "base", root / "lora"),
-    )
-    torch.testing.assert_close(ours, other(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
+    here, there = (logits(opened(root / "base", root / "lora"), BATCH) for opened in (ours, theirs))
+    torch.testing.assert_close(here, there, atol=1e-5, rtol=1e-4)
     (root / "base" / "model.safetensors").write_bytes(
         (root / "tuned" / "model.safetensors").read_bytes()
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from pipeline.adapters.attach import attach, tensors
-from pipeline.adapters.config import AdapterSpec
+from pipeline.adapters.config import CONFIG, AdapterSpec
 from pipeline.adapters.peft import save_adapter
 from pipeline.data.tokenizers.word import WordTokenizer
 from pipeline.files import artifact
@@ -14,6 +14,7 @@ from pipeline.files.base_model import base_fingerprint
 from pipeline.models.base import CausalLM
 from pipeline.models.load import Base, load_base, save_base
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
+from tests.helpers.json_files import edit_json
 
 WORDS = [f"w{i}" for i in range(71)]
 
@@ -49,6 +50,11 @@ def adapter(folder: Path, base: Path, spec: AdapterSpec, seed: int = 1) -> Path:
             parameter.add_(torch.randn(parameter.shape, generator=generator) / 10)
     save_adapter(folder, model, spec, str(base))
     return folder
+
+
+def edit_adapter_config(folder: Path, **values: object) -> None:
+    """Set values of adapter_config.json."""
+    edit_json(folder / CONFIG, **values)
 
 
 def sealed_copies(root: Path, count: int) -> list[Path]:

@@ -2,7 +2,6 @@
 undisturbed run.
 """
 
-import json
 import random
 import shutil
 import signal
@@ -16,6 +15,7 @@ import pytest
 
 from pipeline.project.runner import Note
 from tests.conftest import Lora
+from tests.helpers.json_files import read_json
 from tests.helpers.process import Forked, forked
 from tests.helpers.projects import BRIEF, COMMAND, LORA, folder_bytes, make_one
 
@@ -282,9 +282,4 @@ def test_two_processes_of_one_stage_take_turns(project: Path) -> None:
     assert [code for code, _ in ends] == [0, 0]
     assert sum("waiting for process" in errors for _, errors in ends) == 1
     assert sum("taken from the cache" in errors for _, errors in ends) == 1
-    assert (
-        json.loads((project / "artifacts/full_finetuned/manifest.json").read_text())["params"][
-            "epochs"
-        ]
-        == 150
-    )
+    assert read_json(project / "artifacts/full_finetuned/manifest.json")["params"]["epochs"] == 150

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.files import artifact
 from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import final_loss, read_steps
+from tests.helpers.json_files import read_json, write_json
 from tests.helpers.projects import ROOT, lora
 
 PROJECT = ROOT / "smollm2"
@@ -37,7 +38,7 @@ has_qlora = pytest.mark.skipif(
 
 
 def read(name: str, made: Path = MADE) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads((made / name).read_text(encoding="utf-8"))
+    value: dict[str, Any] = read_json(made / name)
     return value
 
 
@@ -221,7 +222,7 @@ def test_one_command_trains_on_a_sharegpt_file_and_predicts_its_memory(tmp_path:
         {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]}
         for q, a in said
     ]
-    (tmp_path / "chats.json").write_text(json.dumps(rows), encoding="utf-8")
+    write_json(tmp_path / "chats.json", rows)
     base = str(PROJECT / "SmolLM2-135M-Instruct.Q4_1.gguf")
     command = ("train", "--base", base, "--data", "chats.json", "--out", "run", "--set", "epochs=1")
     # A cache of its own: what an earlier run on this machine left in a shared one would not be

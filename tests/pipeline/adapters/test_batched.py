@@ -103,7 +103,7 @@ def together(name: str, init: Init = "document") -> tuple[MiniGPT, AdapterRoutin
     return model, routing
 
 
-def logits(model: MiniGPT, routing: AdapterRouting, sequences: Sequence[int]) -> Tensor:
+def routed_logits(model: MiniGPT, routing: AdapterRouting, sequences: Sequence[int]) -> Tensor:
     with routing.route(tuple(count * IDS.shape[1] for count in sequences)):
         out: Tensor = model(IDS)
     return out
@@ -124,7 +124,7 @@ def test_outputs_and_gradients_of_each_are_those_that_it_has_alone(
             if len(ids)
         ]
     )
-    found = logits(model, routing, sequences)
+    found = routed_logits(model, routing, sequences)
     assert_close(found, expected, atol=1e-5, rtol=1e-4)
     upstream = torch.linspace(-1, 1, found.numel()).view_as(found)
     torch.autograd.backward([found, expected], [upstream, upstream])
@@ -158,7 +158,7 @@ def test_however_it_begins(init: Init) -> None:
     expected = torch.cat(
         [one(ids) for one, ids in zip(models, IDS.split_with_sizes([2, 2, 2]), strict=True)]
     )
-    assert_close(logits(model, routing, (2, 2, 2)), expected, atol=1e-5, rtol=1e-4)
+    assert_close(routed_logits(model, routing, (2, 2, 2)), expected, atol=1e-5, rtol=1e-4)
 
 
 @each_group

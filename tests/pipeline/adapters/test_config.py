@@ -26,6 +26,7 @@ from pipeline.adapters.config import (
 )
 from pipeline.errors import UserError
 from pipeline.files.patterns import one_budget
+from tests.helpers.json_files import write_json
 
 Q0, Q1, V1 = (
     f"model.layers.{name}_proj" for name in ("0.self_attn.q", "1.self_attn.q", "1.self_attn.v")
@@ -35,7 +36,7 @@ PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_pro
 
 def written(folder: Path, values: Mapping[str, Any], **more: Any) -> Path:
     folder.mkdir(exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps({**values, **more}), encoding="utf-8")
+    write_json(folder / "adapter_config.json", {**values, **more})
     return folder
 
 

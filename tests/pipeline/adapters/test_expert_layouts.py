@@ -6,7 +6,6 @@ except that 0.19.0 swaps s and t of a transposed stack. Adapters that these vers
 toys below, with their logits, gave the same as here.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.models.transformers_model import TransformersModel
 from pipeline.weights.import_adapter import import_adapter
+from tests.helpers.json_files import read_json, write_json
 from tests.helpers.real import ROWS, stock, toy
 
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
@@ -59,9 +59,9 @@ def saved(folder: Path, base: TransformersModel, parameters: list[str]) -> Tenso
 
 def edit(folder: Path, **values: object) -> None:
     """Change its config; a value of None goes."""
-    config = {**json.loads((folder / CONFIG).read_text()), **values}
+    config = {**read_json(folder / CONFIG), **values}
     config = {key: value for key, value in config.items() if value is not None}
-    (folder / CONFIG).write_text(json.dumps(config))
+    write_json(folder / CONFIG, config)
 
 
 def turn_back(folder: Path, version: str | None) -> None:
@@ -161,7 +161,7 @@ def test_an_import_writes_the_layout_of_today_and_its_version(tmp_path: Path) ->
     turn_back(theirs, "0.18.1")
     import_adapter(theirs, checkpoint_of(tmp_path / "base", base), mine)
     assert all(torch.equal(value, first[key]) for key, value in load_file(mine / WEIGHTS).items())
-    assert json.loads((mine / CONFIG).read_text())["peft_version"] == "0.19.1"
+    assert read_json(mine / CONFIG)["peft_version"] == "0.19.1"
     torch.testing.assert_close(asked_of(mine, tmp_path), logits, atol=1e-4, rtol=1e-4)
 
 

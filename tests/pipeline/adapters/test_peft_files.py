@@ -19,8 +19,9 @@ from pipeline.adapters.lora import LoRALinear, weight_of
 from pipeline.adapters.peft import load_adapter, save_adapter, stored_spec
 from pipeline.adapters.virtual import attach_virtual_tokens, save_virtual
 from pipeline.errors import UserError
-from pipeline.files import artifact
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
+from tests.helpers.checkpoints import edit_adapter_config
+from tests.helpers.json_files import read_json
 from tests.helpers.stand_in import to_stand_in
 
 IDS = torch.tensor([[3, 7, 5, 11], [4, 4, 19, 2]])
@@ -49,10 +50,6 @@ def adapter(
         p.add_(torch.randn(p.shape, generator=generator).to(p.dtype) / 5)
     save_adapter(folder, model, spec, "base")
     return model
-
-
-def edit(folder: Path, **values: Any) -> None:
-    artifact.write_json(folder / CONFIG, artifact.read_json(folder / CONFIG, "") | values)
 
 
 def change(folder: Path, values: Mapping[str, Tensor | None]) -> None:
@@ -219,7 +216,7 @@ def test_what_does_not_fit_is_refused(
     tmp_path: Path,
 ) -> None:
     adapter(tmp_path, SPECS[name])
-    edit(tmp_path, **config)
+    edit_adapter_config(tmp_path, **config)
     change(tmp_path, values)
     with pytest.raises(UserError) as error:
         load_adapter(model_of(), BASE, tmp_path)
@@ -256,7 +253,7 @@ def test_a_copy_of_the_bases_embedding_is_taken_if_it_is_one(tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["the head", "an embedding"])
 def test_peft_would_keep_a_pair_tied_that_this_project_unties(name: str, tmp_path: Path) -> None:
     adapter(tmp_path, SPECS[name], tied=True)
-    edit(tmp_path, ensure_weight_tying=True)
+    edit_adapter_config(tmp_path, ensure_weight_tying=True)
     with pytest.raises(
         UserError, match=r"ensure_weight_tying is not supported with LoRA on embed_tokens, nor"
     ):
@@ -271,7 +268,7 @@ def test_peft_would_keep_a_pair_tied_that_this_project_unties(name: str, tmp_pat
 def adapter_at(folder: Path, spec: AdapterSpec, tied: bool = False, **values: Any) -> Path:
     folder.mkdir()
     adapter(folder, spec, tied)
-    edit(folder, **values)
+    edit_adapter_config(folder, **values)
     return folder
 
 
@@ -306,7 +303,7 @@ def test_rows_of_a_tied_pair_are_the_same_ones(
 ) -> None:
     spec = AdapterSpec(2, 3.0, ("q_proj",), rows={"embed_tokens": (3, 5)})
     adapter(tmp_path, spec, tied=True)
-    edit(tmp_path, trainable_token_indices=rows)
+    edit_adapter_config(tmp_path, trainable_token_indices=rows)
     if fits:
         assert load_adapter(model_of(tied=True), BASE, tmp_path) == spec
     else:
@@ -365,7 +362,7 @@ def test_a_skeleton_gets_virtual_tokens_with_their_numbers(kind: str, tmp_path: 
 @each_kind
 def test_their_config_has_the_sizes_that_peft_computes_with(kind: str, tmp_path: Path) -> None:
     virtual(tmp_path, kind)
-    config = artifact.read_json(tmp_path / CONFIG, "")
+    config = read_json(tmp_path / CONFIG)
     sizes = {"num_virtual_tokens": 3, "token_dim": 16, "num_attention_heads": 2, "num_layers": 2}
     assert {key: config[key] for key in sizes} == sizes
     assert (
@@ -385,9 +382,9 @@ def test_they_leave_a_position_for_a_token(kind: str, tmp_path: Path) -> None:
         attach_virtual_tokens(model_of(), kind, 12, 20, 0)
     virtual(tmp_path, kind)
     for n in (0, 12, "3", True):
-        edit(tmp_path, num_virtual_tokens=n)
+        edit_adapter_config(tmp_path, num_virtual_tokens=n)
         with pytest.raises(UserError, match=rf"{CONFIG}: num_virtual_tokens must be"):
             load_adapter(model_of(), BASE, tmp_path)
-    edit(tmp_path, num_virtual_tokens=4)
+    edit_adapter_config(tmp_path, num_virtual_tokens=4)
     with pytest.raises(UserError, match=r"prompt_embeddings has shape \[3, "):
         load_adapter(model_of(), BASE, tmp_path)

@@ -24,7 +24,7 @@ from pipeline.training.batches import collate
 from pipeline.training.step import loss_of
 from pipeline.weights.import_adapter import import_adapter
 from tests.helpers import families
-from tests.helpers.checkpoints import checkpoint
+from tests.helpers.checkpoints import checkpoint, edit_adapter_config
 from tests.helpers.real import loss_alone
 
 N = 5
@@ -352,16 +352,9 @@ def test_a_config_that_says_other_than_the_model_or_its_tensors_is_refused(
     bases: Bases, tmp_path: Path, kind: str, change: dict[str, Any], message: str
 ) -> None:
     save_virtual(tmp_path, ours(bases("llama"), kind), "")
-    edit(tmp_path, **change)
+    edit_adapter_config(tmp_path, **change)
     with pytest.raises(UserError, match=message):
         load(bases("llama"), tmp_path)
-
-
-def edit(folder: Path, **change: Any) -> None:
-    from pipeline.files.artifact import read_json, write_json
-
-    path = folder / "adapter_config.json"
-    write_json(path, read_json(path, "") | change)
 
 
 @each_kind

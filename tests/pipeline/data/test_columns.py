@@ -10,6 +10,7 @@ from pipeline.data.columns import columns_option, rename
 from pipeline.data.containers import Reading
 from pipeline.data.formats import iter_examples
 from pipeline.errors import UserError
+from tests.helpers.json_files import write_json
 
 TURNS = [
     {"role": "user", "content": "Where is it?"},
@@ -26,7 +27,7 @@ def read(
     folder: Path, record: dict[str, Any], columns: dict[str, str], reading: Reading | None = None
 ) -> Any:
     path = folder / "d.jsonl"
-    path.write_text(json.dumps(record), encoding="utf-8")
+    write_json(path, record)
     (example,) = iter_examples(path, "d", columns=columns, reading=reading)
     return example
 

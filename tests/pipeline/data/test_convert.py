@@ -25,6 +25,7 @@ from pipeline.data.examples import Example
 from pipeline.data.formats import FORMATS, read_examples
 from pipeline.data.masking import Encoder
 from pipeline.errors import UserError
+from tests.helpers.json_files import read_json, write_jsonl
 from tests.helpers.projects import ROOT
 from tests.helpers.tokenizers import SMOLLM2, tokenizer_with
 
@@ -127,7 +128,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def jsonl(path: Path, rows: list[Record]) -> Path:
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    write_jsonl(path, rows)
     return path
 
 
@@ -240,7 +241,7 @@ def test_rows_of_several_formats_stay_as_they_are_where_each_row_has_its_own_key
     rows: list[Record] = [{"text": "a"}, {"prompt": "b", "completion": "c"}, {"messages": QUESTION}]
     original = jsonl(tmp_path / "d.jsonl", rows)
     assert convert(original, tmp_path / "d.json").format == "mixed"
-    assert json.loads((tmp_path / "d.json").read_text(encoding="utf-8")) == rows
+    assert read_json(tmp_path / "d.json") == rows
     with pytest.raises(
         UserError, match=r"d.jsonl:2: rows of prompt_completion and text do not fit into one table"
     ):
@@ -264,9 +265,7 @@ def test_a_question_with_one_answer_is_a_pair_and_the_other_way_round_and_both_a
     assert done.notes[0].endswith(
         "prompts with completions written as turns, which get a chat template: 1"
     )
-    assert json.loads((tmp_path / "back.jsonl").read_text(encoding="utf-8")) == {
-        "messages": QUESTION
-    }
+    assert read_json(tmp_path / "back.jsonl") == {"messages": QUESTION}
 
 
 def test_answers_labelled_false_are_left_out_of_what_has_no_labels(tmp_path: Path) -> None:

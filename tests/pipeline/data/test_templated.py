@@ -2,7 +2,6 @@
 asks.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from pipeline.data.turns import view
 from pipeline.errors import UserError
 from pipeline.stages.evaluate import trained_in_template
 from pipeline.stages.registry import open_project
+from tests.helpers.json_files import write_jsonl
 from tests.helpers.tokenizers import SMOLLM2, tokenizer_with
 
 
@@ -28,7 +28,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SubwordTokenizer:
 
 def read(folder: Path, *rows: dict[str, Any], **how: Any) -> list[Any]:
     path = folder / "d.jsonl"
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    write_jsonl(path, rows)
     return read_examples(path, "d", **how)
 
 

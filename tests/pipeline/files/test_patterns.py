@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.files import patterns
 from pipeline.models.load import load_base
 from tests.conftest import Lora
-from tests.helpers.checkpoints import adapter, checkpoint
+from tests.helpers.checkpoints import adapter, checkpoint, edit_adapter_config
 from tests.helpers.projects import new_project, refusal
 
 CONFIG = "adapter_config.json"
@@ -42,18 +42,11 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def edit(root: Path, **values: Any) -> None:
-    path = root / "theirs" / CONFIG
-    path.write_text(
-        json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8"
-    )
-
-
 @pytest.mark.parametrize("key", SETTINGS)
 def test_an_adapters_pattern_that_never_ends_is_one_message(
     cli: Lora, root: Path, key: str
 ) -> None:
-    edit(root, **SETTINGS[key])
+    edit_adapter_config(root / "theirs", **SETTINGS[key])
     ways = [("prompt", "w1", "--adapter", "theirs"), ("adapters", "verify", "theirs")]
     # a comparison asks no model what its modules are called
     if key in ("rank_pattern", "alpha_pattern"):
@@ -116,7 +109,7 @@ def test_all_of_a_models_names_have_one_budget_together(
 def test_what_is_no_pattern_is_refused_everywhere(
     cli: Lora, root: Path, pattern: str, why: str
 ) -> None:
-    edit(root, rank_pattern={pattern: 3})
+    edit_adapter_config(root / "theirs", rank_pattern={pattern: 3})
     said = refusal(cli("adapters", "verify", "theirs", "--base", "base", cwd=root))
     assert "rank_pattern must be a regular expression" in said and why in said and len(said) < 500
     said = refusal(cli("calc", "--model", "qwen3-8b", "--rank-pattern", f"{pattern}=3", cwd=root))

@@ -21,13 +21,14 @@ from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.peft import save_adapter
 from pipeline.calc.families import architecture
 from pipeline.calc.settings import precision
-from pipeline.files.artifact import read_json, seal
+from pipeline.files.artifact import seal
 from pipeline.files.base_model import base_fingerprint
 from pipeline.models import quantized_linear
 from pipeline.models.base import compute_in_fp32
 from pipeline.models.quantized_linear import Quantization, QuantizedLinear, quantizable, quantize
 from pipeline.project import provenance
 from tests.conftest import Lora
+from tests.helpers.json_files import read_json
 from tests.helpers.projects import BRIEF, folder_bytes, make, refusal
 from tests.helpers.real import toy, with_lora
 from tests.helpers.reference_merge import merged_model
@@ -167,7 +168,7 @@ def test_a_run_on_few_bits_is_merged_to_the_last_bit_and_says_what_a_merge_chang
 ) -> None:
     few = [*BRIEF, f"finetune_lora.quantization={kind}"]
     make(project, ["finetune_lora", "merge"], few)
-    certificate = read_json(project / "artifacts/lora_merged/certificate.json", "")
+    certificate = read_json(project / "artifacts/lora_merged/certificate.json")
     assert certificate["trained_on"] == kind
     assert certificate["max_logit_difference"] == 0, (
         "small linears are folded before their product, in few bits too"

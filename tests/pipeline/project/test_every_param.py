@@ -17,6 +17,7 @@ from pipeline.project.params.schema import hints
 from pipeline.stages.registry import GRAPH
 from pipeline.training.data import Prompts
 from tests.helpers.bases import toy_checkpoint
+from tests.helpers.json_files import write_jsonl
 from tests.helpers.projects import BRIEF, METHODS, PIPELINE, STAGES, folder_bytes, make
 
 OTHER = {
@@ -254,9 +255,7 @@ def prepared(project: Path) -> Path:
         ("pairs", pairs[:5]),
         ("more_pairs", [pair | {"best": " im park"} for pair in pairs]),
     ):
-        (project / f"{name}.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
-        )
+        write_jsonl(project / f"{name}.jsonl", rows)
     shutil.copytree(
         project / "artifacts/lora_adapter", project / "other_adapter", dirs_exist_ok=True
     )

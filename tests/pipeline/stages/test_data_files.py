@@ -13,6 +13,7 @@ from pipeline.files.artifact import read_manifest
 from pipeline.project.dvc_yaml import render_dvc_yaml
 from pipeline.stages.registry import open_project
 from tests.helpers.containers import TEXT_WRITERS
+from tests.helpers.json_files import write_json
 from tests.helpers.projects import BRIEF, ROOT, make
 
 LINES = (ROOT / "data/finetune.de.txt").read_text(encoding="utf-8").splitlines()
@@ -71,7 +72,7 @@ def test_dvc_watches_each_file_under_its_own_key(project: Path) -> None:
         {"path": "data/finetune.de.txt", "weight": 2},
         "data/retain.de.txt",
     ]
-    params.write_text(json.dumps(tree), encoding="utf-8")
+    write_json(params, tree)
     stages = yaml.safe_load(render_dvc_yaml(open_project(params)))["stages"]
     keys = [
         dep for dep in stages["finetune_lora"]["deps"] if dep.startswith("${finetune_lora.data")

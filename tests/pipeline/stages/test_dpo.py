@@ -25,6 +25,7 @@ from pipeline.project.runner import Note, Progress, run
 from pipeline.stages.registry import open_project
 from tests.conftest import Lora
 from tests.helpers.families import FAMILIES, TEXTS, new_project
+from tests.helpers.json_files import read_json, write_jsonl
 from tests.helpers.projects import STAGES, WORK, folder_bytes, make_one
 
 STAGE, OUTPUT = "finetune_dpo", "artifacts/dpo_adapter"
@@ -58,7 +59,7 @@ def expanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_jsonl(path, rows)
 
 
 @pytest.fixture
@@ -146,9 +147,7 @@ def test_the_command_prints_the_accuracy_and_the_report_has_the_adapter_before_i
     limits = "evaluate.limits={new_loss: 0}"
     assert cli("evaluate", "--adapter", OUTPUT, "--set", limits, cwd=project)[0] == 1
     code, out, err = cli("report", cwd=project)
-    measured = json.loads(
-        (project / "artifacts/measured/metrics.json").read_text(encoding="utf-8")
-    )[OUTPUT]
+    measured = read_json(project / "artifacts/measured/metrics.json")[OUTPUT]
     assert f"{measured['new_loss']:.3f}" in next(
         line for line in out.splitlines() if line.startswith("dpo ")
     )

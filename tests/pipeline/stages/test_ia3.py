@@ -17,6 +17,7 @@ from pipeline.inference.engine import load, next_probabilities
 from pipeline.stages.methods.ia3 import COUNTED
 from pipeline.views.models import describe
 from tests.conftest import Lora
+from tests.helpers.json_files import read_json, write_json
 from tests.helpers.projects import BRIEF, folder_bytes, make, refusal
 
 GIVEN = [*BRIEF, "finetune_ia3.epochs=3"]
@@ -81,7 +82,7 @@ def test_it_opens_peft_s(tuned: Path, tmp_path: Path) -> None:
 
 def test_the_calculator_counts_what_trains(tuned: Path) -> None:
     base = tuned / "artifacts/expanded"
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config = read_json(base / "config.json")
     parameters = read_manifest(tuned / "artifacts/ia3_adapter")["parameters"]
     peft = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base),
@@ -118,7 +119,7 @@ def test_it_is_compared_listed_and_asked_and_what_needs_a_lora_refuses_it(
     tuned: Path, cli: Lora
 ) -> None:
     make(tuned, ["evaluate"], GIVEN)
-    metrics = json.loads((tuned / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(tuned / "artifacts/evaluation/metrics.json")
     assert metrics["ia3"]["trainable"] == 768
     assert "| (IA)³ |" in (tuned / "artifacts/evaluation/report.md").read_text(encoding="utf-8")
     assert describe(tuned / "artifacts/ia3_adapter").method == "ia3"
@@ -157,14 +158,12 @@ def test_a_file_that_does_not_fit_its_config_is_refused(tuned: Path, tmp_path: P
     adapter.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (adapter / name).write_bytes((tuned / "artifacts/ia3_adapter" / name).read_bytes())
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(adapter / "adapter_config.json")
     for change, message in (
         ({"feedforward_modules": []}, "shape"),
         ({"target_modules": ["k_proj"], "feedforward_modules": []}, "ia3_l"),
         ({"target_modules": ".*k_proj"}, "ia3_l"),
     ):
-        (adapter / "adapter_config.json").write_text(
-            json.dumps({**config, **change}), encoding="utf-8"
-        )
+        write_json(adapter / "adapter_config.json", {**config, **change})
         with pytest.raises(UserError, match=message):
             load(base, adapter)

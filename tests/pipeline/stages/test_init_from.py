@@ -2,7 +2,6 @@
 is refused.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from pipeline.stages.registry import open_project
 from pipeline.views.models import check, describe
 from tests.conftest import Lora
 from tests.helpers.families import FAMILIES, TEXTS, new_project
+from tests.helpers.json_files import read_json, write_jsonl
 from tests.helpers.projects import STAGES, WORK, make_one
 
 STAGE, OUTPUT, FIRST = "finetune_lora", "artifacts/lora_adapter", "first"
@@ -49,9 +49,7 @@ def expanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = " ".join(TEXTS).split()
     lines = [" ".join(words[start : start + 2 + start * 7 % 11]) for start in range(24)]
     for name, some in {"lines": lines, "others": lines[::2]}.items():
-        (root / f"data/{name}.jsonl").write_text(
-            "".join(json.dumps({"text": line}) + "\n" for line in some)
-        )
+        write_jsonl(root / f"data/{name}.jsonl", ({"text": line} for line in some))
     for stage in ("pretrain", "expand_vocab"):
         make_one(root, stage)
     return root
@@ -175,7 +173,7 @@ def test_what_the_adapter_says_counts_not_the_settings(project: Path) -> None:
     folder, _ = trained(
         project, epochs=1, init_from=FIRST, rank=7, alpha=1, target_modules="[v_proj]"
     )
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = read_json(folder / "adapter_config.json")
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (
         3,
         6,

@@ -45,7 +45,7 @@ from tests.helpers.projects import (
     played,
     refusal,
 )
-from tests.pipeline.adapters.test_peft_interop import randomized
+from tests.helpers.side_by_side import randomized
 
 EVERY, KILLED = 2, 6  # steps between checkpoints; the step that a killed run does not take
 Arguments = tuple[str, ...]

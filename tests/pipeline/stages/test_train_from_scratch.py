@@ -2,7 +2,6 @@
 together.
 """
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from pipeline.project.logs.run_log import read_steps
 from pipeline.project.runner import Note, Progress, run
 from pipeline.stages.registry import open_project
 from tests.helpers.families import FAMILIES, new_project
+from tests.helpers.json_files import read_json
 from tests.helpers.projects import BRIEF, STAGES, WORK, folder_bytes, load, make, make_one
 
 FOLDER = "artifacts/from_scratch"
@@ -54,7 +54,7 @@ def real(llama: Path, tmp_path: Path) -> Path:
 
 def test_minigpt_begins_with_its_own_initialisation_from_the_seed(project: Path) -> None:
     make(project, ["train_from_scratch"], [*BRIEF, *STILL, "train_from_scratch.seed=7"])
-    config = json.loads((project / "artifacts/expanded/config.json").read_text(encoding="utf-8"))
+    config = read_json(project / "artifacts/expanded/config.json")
     torch.manual_seed(7)
     expected = MiniGPT(MiniGPTConfig.from_opt(config, "config"))
     found = load_base(project / FOLDER).model
@@ -254,9 +254,7 @@ def test_it_takes_as_many_steps_as_pretraining_and_full_fine_tuning_and_forgets_
         return len(read_steps(finished / "artifacts" / folder / "loss.csv"))
 
     assert steps("from_scratch") == steps("base") + steps("full_finetuned") == 1_200
-    metrics: dict[str, Any] = json.loads(
-        (finished / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8")
-    )
+    metrics: dict[str, Any] = read_json(finished / "artifacts/evaluation/metrics.json")
     scratch, lora = metrics["scratch"], metrics["lora"]
     assert scratch["trainable"] == scratch["parameters"] == metrics["full"]["parameters"]
     assert (scratch["new_completed"], scratch["old_prompts_kept"]) == (8, scratch["old_prompts"])

@@ -3,7 +3,6 @@ base.
 """
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from pipeline.training.losses import CHUNK
 from pipeline.training.optimizer import FlatOptimizer
 from pipeline.training.retention import COMPLETION, RetentionLoss, load_retention_texts
 from tests.helpers.families import FAMILIES, new_project
+from tests.helpers.json_files import write_jsonl
 from tests.helpers.projects import STAGES, make, played
 from tests.helpers.real import (
     gradient_of,
@@ -219,9 +219,7 @@ def test_a_prompt_alone_is_completed_by_the_base_itself(project: Path) -> None:
     """Greedily, as in transformers' generate, before training."""
     prompts = ["The currency of", "Two and"]
     lines = [{"prompt": prompts[0]}, {"text": "The yen."}, {"prompt": prompts[1]}]
-    (project / "data/mine.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
-    )
+    write_jsonl(project / "data/mine.jsonl", lines)
     overrides = ["finetune_lora.retention_data=data/mine.jsonl", "finetune_lora.retention_weight=1"]
     whole = open_project(project / "params.yaml", overrides)
     folder = project / "artifacts/expanded"

@@ -1,6 +1,5 @@
 """Samples while a model learns: they are what it says, and they change nothing that it learns."""
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from pipeline.models.kernels import decode
 from pipeline.project.logs.run_log import SAMPLES, Sample, Step, final_answers, parse_sample
 from pipeline.project.runner import Progress, run
 from pipeline.stages.registry import open_project
+from tests.helpers.json_files import read_json
 from tests.helpers.projects import BRIEF, METHODS, STAGES, WORK, folder_bytes, make
 
 PROMPTS = ["der hund", "die währung von bulgarien"]
@@ -141,9 +141,7 @@ def test_a_killed_run_goes_on_with_the_answers_of_its_checkpoint(project: Path, 
     events.close()  # as after a kill: what came after the checkpoint is only in the logs
     assert folder_bytes(folder) == whole
     make(project, ["finetune_lora"], settings, force=True)
-    notes = json.loads((project / "runs/finetune_lora/run.json").read_text(encoding="utf-8"))[
-        "notes"
-    ]
+    notes = read_json(project / "runs/finetune_lora/run.json")["notes"]
     assert f"finetune_lora: resumed after step {stop - stop % 4}" in notes
     assert folder_bytes(folder) == whole
 
@@ -158,9 +156,7 @@ def test_a_checkpoint_without_its_answers_is_not_used(project: Path) -> None:
     events.close()
     (project / "runs/finetune_lora" / SAMPLES).unlink()
     make(project, ["finetune_lora"], settings, force=True)
-    notes = json.loads((project / "runs/finetune_lora/run.json").read_text(encoding="utf-8"))[
-        "notes"
-    ]
+    notes = read_json(project / "runs/finetune_lora/run.json")["notes"]
     assert any("samples.jsonl has fewer than 2 lines" in note for note in notes)
     assert len(samples(project / "artifacts/lora_adapter")) == 2 * 4
 

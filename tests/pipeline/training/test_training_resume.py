@@ -1,6 +1,5 @@
 """Runs that stop: killed and resumed, stopped early, stopped by a NaN."""
 
-import json
 import shutil
 import signal
 import time
@@ -24,6 +23,7 @@ from pipeline.stages.registry import open_project
 from pipeline.training.optimizer import FlatOptimizer, rate
 from pipeline.training.step import Evaluation, LossPath
 from tests.helpers.families import FAMILIES, TEXTS, new_project
+from tests.helpers.json_files import write_jsonl
 from tests.helpers.process import Forked
 from tests.helpers.projects import LORA, STAGES, WORK, folder_bytes, load, make
 from tests.helpers.real import run_stage
@@ -69,7 +69,7 @@ def expanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write(path: Path, lines: Iterable[str]) -> None:
-    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), encoding="utf-8")
+    write_jsonl(path, ({"text": line} for line in lines))
 
 
 @pytest.fixture
@@ -262,9 +262,7 @@ def test_the_evaluation_is_the_loss_of_the_examples_held_out_and_of_no_other(pro
         (held, step.eval_loss),
         ([e for e in found if e not in held], step.loss),
     ):
-        data.write_text(
-            "".join(json.dumps({"text": e.text}) + "\n" for e in part), encoding="utf-8"
-        )
+        write_jsonl(data, ({"text": e.text} for e in part))
         run_stage(project, STAGE, given(precision="fp32", **still, eval_share=0, eval_steps=0))
         (alone,) = read_steps(project / FOLDER / "loss.csv")
         assert expected == pytest.approx(alone.loss, rel=1e-3)

@@ -2,7 +2,6 @@
 give.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,8 @@ from pipeline.inference.engine import load
 from pipeline.stages.registry import open_project
 from pipeline.views.models import Model, check, describe
 from tests.conftest import Lora
+from tests.helpers.checkpoints import edit_adapter_config
+from tests.helpers.json_files import edit_json, read_json
 from tests.helpers.projects import STAGES
 
 
@@ -41,7 +42,7 @@ def test_every_model_of_the_pipeline_is_found_by_kind_and_method(brief: Path) ->
 
 
 def test_each_is_verified_with_the_forgetting_that_the_evaluation_measured(brief: Path) -> None:
-    metrics = json.loads((brief / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(brief / "artifacts/evaluation/metrics.json")
     described, measurements = models(brief), measured([brief / "artifacts"])
     for variant, (base, adapter) in open_project(brief / "params.yaml").variants.items():
         verdict = check(described[STAGES[adapter or base].output], brief, measurements)
@@ -71,10 +72,7 @@ def _last_epoch_mean(path: Path) -> float:
 
 
 def refuse_rank(root: Path) -> None:
-    path = root / "artifacts/lora_adapter/adapter_config.json"
-    path.write_text(
-        json.dumps({**json.loads(path.read_text(encoding="utf-8")), "r": 8}), encoding="utf-8"
-    )
+    edit_adapter_config(root / "artifacts/lora_adapter", r=8)
 
 
 def other_base(root: Path) -> None:
@@ -138,10 +136,7 @@ def test_a_manifest_of_another_shape_is_refused_and_never_an_error(
     project: Path, section: str, value: object
 ) -> None:
     path = project / "artifacts/lora_adapter/manifest.json"
-    path.write_text(
-        json.dumps({**json.loads(path.read_text(encoding="utf-8")), section: value}),
-        encoding="utf-8",
-    )
+    edit_json(path, **{section: value})
     assert check(models(project)["lora_adapter"], project).state == (
         "verified" if section == "parameters" else "refused"
     )

@@ -11,12 +11,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from pipeline.files.artifact import read_json, read_manifest
+from pipeline.files.artifact import read_manifest
 from pipeline.files.base_model import base_fingerprint
 from pipeline.inference.engine import load
-from tests.cli.test_adapters_cli import CONFIG, WEIGHTS, edit_config, edit_tensors, two_adapters
+from tests.cli.test_adapters_cli import CONFIG, WEIGHTS, edit_tensors, two_adapters
 from tests.conftest import Lora
-from tests.helpers.checkpoints import checkpoint
+from tests.helpers.checkpoints import checkpoint, edit_adapter_config
+from tests.helpers.json_files import read_json
 from tests.helpers.projects import folder_bytes, refusal
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -47,8 +48,8 @@ def test_an_imported_adapter_is_bound_to_its_base_and_remembers_where_it_came_fr
     assert manifest["source"] == {"name": "one", "base": "base", "sha256": digests}
     assert str(root) not in json.dumps(manifest)
     assert (root / "mine" / WEIGHTS).read_bytes() == (root / "one" / WEIGHTS).read_bytes()
-    config = read_json(root / "mine" / CONFIG, "")
-    assert config == read_json(root / "one" / CONFIG, "") | {"base_model_name_or_path": "base"}
+    config = read_json(root / "mine" / CONFIG)
+    assert config == read_json(root / "one" / CONFIG) | {"base_model_name_or_path": "base"}
     with torch.no_grad():
         there, here = (load(root / "base", root / name).model(IDS) for name in ("one", "mine"))
     assert torch.equal(here, there)
@@ -66,7 +67,7 @@ def test_verify_accepts_it_on_its_base_alone(cli: Lora, root: Path) -> None:
     assert "was trained on another base" in refusal(
         cli("adapters", "verify", "mine", "--base", "alike", cwd=root)
     )
-    edit_config(root / "mine", lora_alpha=4)
+    edit_adapter_config(root / "mine", lora_alpha=4)
     assert "lora_alpha was edited" in refusal(cli("adapters", "verify", "mine", cwd=root))
 
 
@@ -97,7 +98,7 @@ def hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(root / "base", repository / "snapshots" / COMMIT)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    edit_config(root / "one", base_model_name_or_path="org/toy")
+    edit_adapter_config(root / "one", base_model_name_or_path="org/toy")
     return repository / "snapshots" / COMMIT
 
 
@@ -105,7 +106,7 @@ def hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_base_that_the_adapter_names_is_recognised_by_its_weights(
     cli: Lora, root: Path, hub: Path, revision: str | None
 ) -> None:
-    edit_config(root / "one", revision=revision)
+    edit_adapter_config(root / "one", revision=revision)
     assert hub.is_dir()
     said = imported(cli, root, "--base", "base")[1]
     assert ("which has the weights of the model that it names" in said) is (revision != "v9")
@@ -169,11 +170,11 @@ def not_finite(folder: Path) -> None:
 
 
 def of_another_rank(folder: Path) -> None:
-    edit_config(folder, r=5)
+    edit_adapter_config(folder, r=5)
 
 
 def not_understood(folder: Path) -> None:
-    edit_config(folder, lora_bias=True)
+    edit_adapter_config(folder, lora_bias=True)
 
 
 DAMAGE: dict[Callable[[Path], None], str] = {

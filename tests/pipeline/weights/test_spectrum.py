@@ -2,7 +2,6 @@
 model.
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,6 @@ from pipeline.adapters.low_rank import LowRank, directions, load_update, spectra
 from pipeline.adapters.peft import load_adapter
 from pipeline.errors import UserError
 from pipeline.files.artifact import verify
-from pipeline.inference.engine import load
 from pipeline.models.base import CausalLM
 from pipeline.models.transformers_model import load_pretrained
 from pipeline.weights import spectrum as singular_module
@@ -30,8 +28,10 @@ from pipeline.weights.blocks import Read
 from pipeline.weights.extract import Extraction, Spectra, extract, spectra_of
 from pipeline.weights.spectrum import Measured, factors, overlaps, singular
 from tests.helpers.checkpoints import adapter, checkpoint
+from tests.helpers.json_files import write_json
 from tests.helpers.projects import folder_bytes, played
 from tests.helpers.real import stock, toy
+from tests.helpers.side_by_side import BATCH, logits, ours
 from tests.pipeline.adapters.test_peft_interop import IDS
 
 SIDES = st.integers(1, 40)
@@ -199,7 +199,7 @@ def sharded(folder: Path, out: Path) -> Path:
         file = f"model-{number:05d}-of-00002.safetensors"
         save_file({name: weights[name] for name in part}, out / file)
         index |= dict.fromkeys(part, file)
-    (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    write_json(out / "model.safetensors.index.json", {"weight_map": index})
     return out
 
 
@@ -267,12 +267,6 @@ def test_an_adapters_spectra_are_its_own_beside_its_bases_weights(
     assert found["lm_head"].values[:5] == pytest.approx(values_of(whole)[:5].tolist(), rel=1e-5)
 
 
-@torch.no_grad()
-def logits(base: Path, adapter: Path | None = None) -> Tensor:
-    found: Tensor = load(base, adapter).model(IDS % 70)
-    return found
-
-
 def test_at_the_updates_own_rank_base_and_lora_are_the_tuned_model(
     base: Path, tmp_path: Path
 ) -> None:
@@ -280,8 +274,13 @@ def test_at_the_updates_own_rank_base_and_lora_are_the_tuned_model(
     found = extracted(base, tuned, tmp_path / "lora", 3)
     assert (found.rank, found.left_out) == (3, []) and found.held == pytest.approx(1)
     assert len(found.low_rank) == 12 and len(found.in_full) == 2
-    torch.testing.assert_close(logits(base, tmp_path / "lora"), logits(tuned), atol=1e-4, rtol=1e-4)
-    assert (logits(base) - logits(tuned)).abs().max() > 0.1
+    torch.testing.assert_close(
+        logits(ours(base, tmp_path / "lora"), BATCH),
+        logits(ours(tuned), BATCH),
+        atol=1e-4,
+        rtol=1e-4,
+    )
+    assert (logits(ours(base), BATCH) - logits(ours(tuned), BATCH)).abs().max() > 0.1
     verify(tmp_path / "lora")
     before = folder_bytes(tmp_path / "lora")
     extracted(base, tuned, tmp_path / "lora", 3)
@@ -335,7 +334,12 @@ def test_a_layer_that_did_not_change_gets_no_lora(base: Path, tmp_path: Path) ->
     save_file(weights, tuned / "model.safetensors")
     found = extracted(base, tuned, tmp_path / "lora", 2)
     assert len(found.low_rank) == 11
-    torch.testing.assert_close(logits(base, tmp_path / "lora"), logits(tuned), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        logits(ours(base, tmp_path / "lora"), BATCH),
+        logits(ours(tuned), BATCH),
+        atol=1e-4,
+        rtol=1e-4,
+    )
 
 
 def test_nothing_is_written_where_there_is_nothing_to_hold(base: Path, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """The calculator screen: its numbers are those of `pipeline.calc`, and every key works."""
 
 import errno
-import json
 import os
 import re
 import threading
@@ -26,6 +25,7 @@ from pipeline.stages.methods.lora import COUNTED as LORA
 from pipeline.stages.methods.lora import Lora
 from pipeline.stages.registry import COUNTED, open_project
 from tests.helpers.bases import toy_checkpoint
+from tests.helpers.json_files import write_json
 from tests.helpers.pilot import until
 from tests.helpers.projects import load, make, save
 from tui.app import Workbench
@@ -329,7 +329,7 @@ async def test_search_lists_matches_while_one_types_and_enter_takes_one(empty: P
 @pytest.mark.slow
 async def test_a_path_is_read_beside_the_keys(empty: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
-    config.write_text(json.dumps(entry("qwen3-0.6b")["config"]), encoding="utf-8")
+    write_json(config, entry("qwen3-0.6b")["config"])
     async with calculator(empty) as (pilot, screen):
         for path in (config, tmp_path):
             await fill(pilot, screen, model=str(path))

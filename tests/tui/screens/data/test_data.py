@@ -15,6 +15,7 @@ from textual.widgets import Input, OptionList, Static, TextArea
 
 from pipeline.stages.registry import open_project
 from pipeline.views.data_files import DataFile
+from tests.helpers.json_files import read_json
 from tests.helpers.pilot import until
 from tests.helpers.tokenizers import SMOLLM2, folder_with
 from tui.app import Workbench
@@ -467,7 +468,7 @@ async def test_rows_are_written_in_another_format(root: Path) -> None:
         pilot.app.screen.query_one(Input).value = "out.jsonl"
         await pilot.press("enter")
         await until(pilot, lambda: (root / "out.jsonl").exists())
-        assert json.loads((root / "out.jsonl").read_text(encoding="utf-8")) == {
+        assert read_json(root / "out.jsonl") == {
             "prompt": "Where?",
             "completion": "Here.",
         }

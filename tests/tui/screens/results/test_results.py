@@ -2,7 +2,6 @@
 them.
 """
 
-import json
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,6 +14,7 @@ from textual.pilot import Pilot
 from textual.widgets import ContentSwitcher, OptionList, Static
 
 from tests.helpers.extension import PROBES, add_probes
+from tests.helpers.json_files import read_json, write_json
 from tests.helpers.pilot import until
 from tests.helpers.projects import make, save
 from tui.app import Workbench
@@ -208,10 +208,10 @@ async def test_any_two_quantities_can_be_compared(brief: Path) -> None:
 @pytest.mark.slow
 async def test_a_broken_limit_is_named(project: Path) -> None:
     path = project / "artifacts/evaluation/metrics.json"
-    metrics = json.loads(path.read_text(encoding="utf-8"))
+    metrics = read_json(path)
     broken = [{"variant": "lora", "limit": "answers_kept", "wanted": 0.99, "value": 0.5}]
     metrics["gate"] = {"passed": False, "variants": ["lora", "full"], "broken": broken}
-    path.write_text(json.dumps(metrics), encoding="utf-8")
+    write_json(path, metrics)
     async with results(project) as user:
         assert "✗ 1 limit broken" in user.title(MethodsPane)
         user.screen.query_one(MethodsPane).point("lora")
@@ -231,9 +231,7 @@ async def test_without_old_texts_models_are_compared_by_their_tasks(empty: Path)
 
     path = empty / "artifacts/evaluation/metrics.json"
     path.parent.mkdir(parents=True)
-    path.write_text(
-        json.dumps({"base": numbers(2, 0.5), "lora": numbers(1, 0.7)}), encoding="utf-8"
-    )
+    write_json(path, {"base": numbers(2, 0.5), "lora": numbers(1, 0.7)})
     async with results(empty) as user:
         drawn = user.drawn(ScatterPane)
         assert "↑ capitals" in drawn and "loss on new sentences ─▶" in drawn
@@ -245,7 +243,7 @@ async def test_one_quantity_alone_is_not_drawn(empty: Path) -> None:
     path = empty / "artifacts/evaluation/metrics.json"
     path.parent.mkdir(parents=True)
     numbers = {"parameters": 100, "bytes": 40_000, "new_loss": 1.0}
-    path.write_text(json.dumps({"base": numbers, "lora": numbers}), encoding="utf-8")
+    write_json(path, {"base": numbers, "lora": numbers})
     async with results(empty) as user:
         assert "Set evaluate.old_data" in user.drawn(ScatterPane)
 
@@ -350,7 +348,7 @@ async def test_a_sweep_of_several_keys_has_a_plot_for_each(empty: Path) -> None:
     }
     save(empty / "params.yaml", {"finetune_sweep.grid": {"rank": [1, 4]}})
     (empty / "artifacts/sweep").mkdir(parents=True)
-    (empty / "artifacts/sweep/sweep.json").write_text(json.dumps(rows), encoding="utf-8")
+    write_json(empty / "artifacts/sweep/sweep.json", rows)
     async with results(empty) as user:
         drawn = user.drawn(PlotsPane)
         assert [
