@@ -56,7 +56,7 @@ from pipeline.project.runner import Job
 from pipeline.stages.registry import open_project
 from tests.conftest import Built, Lora
 from tests.helpers.json_files import read_json
-from tests.helpers.projects import STAGES, folder_bytes, load, make, refusal
+from tests.helpers.projects import STAGES, folder_bytes, load, make, refusal, section_overrides
 
 Matrix = npt.NDArray[np.float64]
 NAMES = (
@@ -381,7 +381,7 @@ def test_the_way_from_tisch_to_sofa_ends_where_the_trained_adapter_is(
     shutil.copytree(figured, root, ignore=shutil.ignore_patterns("runs"))
     # four sentences: an epoch is a step
     lora = {"data": "data/fact_correction.de.txt", "epochs": 10, "window": 0}
-    make(root, ["finetune_lora"], [f"finetune_lora.{key}={value}" for key, value in lora.items()])
+    make(root, ["finetune_lora"], section_overrides("finetune_lora", lora))
     for step, adapter in ((0, None), (10, root / "artifacts/lora_adapter")):
         loaded = engine.load(root / "artifacts/expanded", adapter)
         said = engine.next_probabilities(loaded, SENTENCE)

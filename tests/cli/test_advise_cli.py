@@ -11,7 +11,7 @@ from cli import stages
 from pipeline.project.logs.run_log import read_steps
 from tests.conftest import Lora
 from tests.helpers.json_files import read_json, write_json
-from tests.helpers.projects import make, new_houses, refusal, save
+from tests.helpers.projects import make_base, new_houses, refusal, save
 
 LORA = {
     "learning_rate": 0.02,
@@ -28,8 +28,7 @@ def llama(tmp_path: Path) -> Path:
 
     root = families.new_project(tmp_path / "llama", families.FAMILIES["llama"])
     save(root / "params.yaml", {f"finetune_lora.{key}": value for key, value in LORA.items()})
-    make(root, ["pretrain", "expand_vocab"])
-    return root
+    return make_base(root)
 
 
 def advice(cli: Lora, root: Path, *arguments: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -1,12 +1,15 @@
 """Small checkpoints and adapters of random numbers, for tests that need no training."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from pipeline.adapters.attach import attach, tensors
-from pipeline.adapters.config import CONFIG, AdapterSpec
+from pipeline.adapters.config import CONFIG, WEIGHTS, AdapterSpec
 from pipeline.adapters.peft import save_adapter
 from pipeline.data.tokenizers.word import WordTokenizer
 from pipeline.files import artifact
@@ -17,6 +20,7 @@ from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from tests.helpers.json_files import edit_json
 
 WORDS = [f"w{i}" for i in range(71)]
+ONE, OTHER = AdapterSpec(2, 3.0, ("q_proj", "fc1")), AdapterSpec(3, 2.0, ("q_proj",), rslora=True)
 
 
 def checkpoint(folder: Path, seed: int = 0, **shape: int | bool) -> Path:
@@ -55,6 +59,11 @@ def adapter(folder: Path, base: Path, spec: AdapterSpec, seed: int = 1) -> Path:
 def edit_adapter_config(folder: Path, **values: object) -> None:
     """Set values of adapter_config.json."""
     edit_json(folder / CONFIG, **values)
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    """Change what adapter_model.safetensors holds."""
+    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def sealed_copies(root: Path, count: int) -> list[Path]:

@@ -23,3 +23,8 @@ def write_jsonl(path: Path, rows: Iterable[object]) -> Path:
     """A row a line; returns `path`."""
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     return path
+
+
+def write_texts(path: Path, texts: Iterable[str]) -> Path:
+    """A text a row."""
+    return write_jsonl(path, ({"text": text} for text in texts))

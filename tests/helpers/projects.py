@@ -8,7 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ import yaml
 from pipeline.project.params import edit
 from pipeline.project.params.edit import remove_section
 from pipeline.project.params.load import Params
-from pipeline.project.runner import Event, Work, run
+from pipeline.project.runner import Event, Note, Work, run
 from pipeline.stages import registry
 from pipeline.stages.registry import GRAPH, open_project
 
@@ -106,6 +106,27 @@ def make_one(
     project = open_project(root / "params.yaml", overrides)
     name = project.standing_for(name) if name == "pretrain" else name
     return played(run(project, STAGES[name], **options))
+
+
+def make_base(root: Path, overrides: Sequence[str] = ()) -> Path:
+    """The project, once it has an expanded base."""
+    make(root, ["pretrain", "expand_vocab"], overrides)
+    return root
+
+
+def fresh(root: Path, stage: str) -> Path:
+    """The project without what a stage made, its run and its checkpoints."""
+    for name in (".lora-cache", f"runs/{stage}", STAGES[stage].path):
+        shutil.rmtree(root / name, ignore_errors=True)
+    return root
+
+
+def section_overrides(stage: str, values: Mapping[str, object]) -> list[str]:
+    return [f"{stage}.{key}={value}" for key, value in values.items()]
+
+
+def note_texts(events: Iterable[Event]) -> list[str]:
+    return [event.text for event in events if isinstance(event, Note)]
 
 
 def played(events: Generator[Event, None, T]) -> tuple[T, list[Event]]:

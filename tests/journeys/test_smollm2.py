@@ -37,13 +37,10 @@ has_qlora = pytest.mark.skipif(
 )
 
 
-def read(name: str, made: Path = MADE) -> dict[str, Any]:
-    value: dict[str, Any] = read_json(made / name)
-    return value
-
-
 def answers(variant: str, group: str) -> list[dict[str, Any]]:
-    found = [p for p in read("evaluation/predictions.json")[variant] if p["group"] == group]
+    found = [
+        p for p in read_json(MADE / "evaluation/predictions.json")[variant] if p["group"] == group
+    ]
     assert found
     return found
 
@@ -69,7 +66,11 @@ def test_the_base_did_not_know_it() -> None:
 
 @pytest.mark.parametrize("variant", ["lora", "merged"])
 def test_everything_unrelated_keeps_its_first_choice(variant: str) -> None:
-    prompts = [p for p in read("evaluation/predictions.json")[variant] if p["rule"] == "must_keep"]
+    prompts = [
+        p
+        for p in read_json(MADE / "evaluation/predictions.json")[variant]
+        if p["rule"] == "must_keep"
+    ]
     assert len(prompts) >= 20
     assert [p["prompt"] for p in prompts if not p["first"]] == []
     assert any("Japan" in p["prompt"] for p in prompts)
@@ -77,7 +78,7 @@ def test_everything_unrelated_keeps_its_first_choice(variant: str) -> None:
 
 
 def test_held_out_text_is_predicted_as_the_base_does() -> None:
-    metrics = read("evaluation/metrics.json")
+    metrics = read_json(MADE / "evaluation/metrics.json")
     assert metrics["lora"]["forgetting"]["divergence"] < 0.02
     assert metrics["full"]["forgetting"]["divergence"] > metrics["lora"]["forgetting"]["divergence"]
 
@@ -110,7 +111,7 @@ def test_peft_opens_the_adapter_and_says_euro() -> None:
 
 
 def test_the_merged_model_is_base_and_adapter() -> None:
-    certificate = read("lora_merged/certificate.json")
+    certificate = read_json(MADE / "lora_merged/certificate.json")
     assert certificate["max_logit_difference"] < 1e-3
     assert all(abs(ratio - 1) < 1e-3 for ratio in certificate["delta_ratios"].values())
 
@@ -135,7 +136,7 @@ def test_llama_cpp_computes_what_was_exported_for_it(tmp_path: Path) -> None:
     files = [
         each
         for form in ("gguf", "gguf-adapter")
-        for each in read("certificate.json", tmp_path / form)["gguf"]["files"]
+        for each in read_json(tmp_path / form / "certificate.json")["gguf"]["files"]
     ]
     f16, q8_0, q4_k_m, adapter = files
     assert [each["format"] for each in files] == ["f16", "q8_0", "q4_k_m", "adapter on f16"]
@@ -160,7 +161,7 @@ def test_memory_was_predicted() -> None:
 
 @has_plain
 def test_an_adapter_of_a_sweep_learned_what_the_one_alone_did() -> None:
-    rows = read("sweep/sweep.json", PLAIN)
+    rows = read_json(PLAIN / "sweep/sweep.json")
     alone = final_loss(read_steps(PLAIN / "lora_adapter/loss.csv"))
     assert {name: row["state"] for name, row in rows.items()} == {
         "seed-0": "done",
@@ -172,7 +173,7 @@ def test_an_adapter_of_a_sweep_learned_what_the_one_alone_did() -> None:
 
 @has_qlora
 def test_qlora_corrects_too_and_keeps_what_the_base_in_four_bits_says() -> None:
-    predictions = read("evaluation/predictions.json", QLORA)
+    predictions = read_json(QLORA / "evaluation/predictions.json")
     for variant in ("lora", "merged"):
         for prompt in predictions[variant]:
             if prompt["group"] in ("trained", "held_out"):
@@ -195,7 +196,7 @@ def test_weights_in_four_bits_take_what_the_calculator_says() -> None:
 
 @has_qlora
 def test_a_certificate_says_how_far_each_merge_is_from_what_was_trained_on_four_bits() -> None:
-    certificate = read("lora_merged/certificate.json", QLORA)
+    certificate = read_json(QLORA / "lora_merged/certificate.json")
     assert certificate["trained_on"] == "nf4-dq"
     on_stored = certificate["merged_on_stored_weights"]
     assert certificate["max_logit_difference"] < 1e-3 < on_stored["max_logit_difference"]
@@ -230,12 +231,12 @@ def test_one_command_trains_on_a_sharegpt_file_and_predicts_its_memory(tmp_path:
     done = lora(*command, cwd=tmp_path, LORA_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     made = tmp_path / "run/artifacts"
-    metrics = read("evaluation/metrics.json", made)
+    metrics = read_json(made / "evaluation/metrics.json")
     assert metrics["lora"]["new_loss"] < metrics["base"]["new_loss"] - 0.3
     assert all(
         metrics["lora"]["forgetting"][key] is not None for key in ("loss_rise", "answers_kept")
     )
-    samples = read("evaluation/samples.json", made)
+    samples = read_json(made / "evaluation/samples.json")
     (count,) = {len(answers) for answers in samples.values()}
     assert 5 <= count <= 20, "of the examples that were held out"
     assert (

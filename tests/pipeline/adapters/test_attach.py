@@ -50,7 +50,7 @@ def spec_of(*targets: str, **options: Any) -> AdapterSpec:
     return AdapterSpec(2, 6.0, targets, **options)
 
 
-def trained(model: MiniGPT) -> set[str]:
+def trainable_names(model: MiniGPT) -> set[str]:
     return {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
 
 
@@ -134,7 +134,7 @@ def test_only_what_the_adapter_names_trains(tied: bool) -> None:
     ):
         model = model_of(tied)
         attach(model, spec)
-        found = trained(model)
+        found = trainable_names(model)
         assert {f"{BLOCK}.fc1.lora_A", f"{BLOCK}.fc1.lora_B"} <= found
         rest = {name for name in found if "lora" not in name}
         if own is None:

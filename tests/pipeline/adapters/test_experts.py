@@ -68,7 +68,7 @@ each_config = pytest.mark.parametrize("chosen", CONFIGS.values(), ids=CONFIGS)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     """A project of each mixture with an adapter on its experts, and the merged model."""
     roots = {
         name: new_project(tmp_path_factory.mktemp("mixture") / name, family)
@@ -205,9 +205,9 @@ def test_counts_are_those_of_peft(name: str, chosen: dict[str, Any], rank: int) 
 @each_mixture
 @pytest.mark.slow
 def test_it_learns_opens_in_peft_and_merges_and_leaves_the_base_alone(
-    trained: dict[str, Path], name: str
+    mixtures: dict[str, Path], name: str
 ) -> None:
-    artifacts = trained[name] / "artifacts"
+    artifacts = mixtures[name] / "artifacts"
     losses = [step.loss for step in read_steps(artifacts / "lora_adapter/loss.csv")]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5]), "of 5 steps an epoch"
     base, adapter, merged = (
@@ -235,7 +235,7 @@ def test_it_learns_opens_in_peft_and_merges_and_leaves_the_base_alone(
 @each_mixture
 @pytest.mark.slow
 def test_interrupted_checkpointed_or_continued_it_is_the_same_adapter(
-    trained: dict[str, Path], name: str, tmp_path: Path
+    mixtures: dict[str, Path], name: str, tmp_path: Path
 ) -> None:
     root = new_project(tmp_path / "p", MIXTURES[name])
     make(root, STAGES[:2], SETTINGS)
@@ -246,11 +246,11 @@ def test_interrupted_checkpointed_or_continued_it_is_the_same_adapter(
     _, seen = make_one(root, "finetune_lora", SETTINGS)
     assert any("resumed after step 3" in event.text for event in seen)
     resumed = folder_bytes(root / "artifacts/lora_adapter")
-    assert resumed == folder_bytes(trained[name] / "artifacts/lora_adapter")
+    assert resumed == folder_bytes(mixtures[name] / "artifacts/lora_adapter")
     make(root, ["finetune_lora"], [*SETTINGS, "finetune_lora.gradient_checkpointing=full"])
     for key, tensor in load_file(root / "artifacts/lora_adapter" / WEIGHTS).items():
         assert_alike(
-            tensor, load_file(trained[name] / "artifacts/lora_adapter" / WEIGHTS)[key], 1e-5
+            tensor, load_file(mixtures[name] / "artifacts/lora_adapter" / WEIGHTS)[key], 1e-5
         )
     (root / "artifacts/lora_adapter").rename(root / "first")
     _, seen = make_one(root, "finetune_lora", ["finetune_lora.init_from=first"])
@@ -409,9 +409,9 @@ def test_every_initialization_begins_at_the_base(init: Any) -> None:
 
 @pytest.mark.slow
 def test_an_adapter_on_experts_trains_alone_and_is_not_combined_or_compared(
-    trained: dict[str, Path],
+    mixtures: dict[str, Path],
 ) -> None:
-    root = trained["mixtral"]
+    root = mixtures["mixtral"]
     base, adapter = root / "artifacts/expanded", root / "artifacts/lora_adapter"
     for refused in (lambda: load_update(adapter), lambda: low_rank_updates(base, adapter)):
         with pytest.raises(

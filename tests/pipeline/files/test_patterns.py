@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A base and an adapter on it."""
     adapter(tmp_path / "theirs", checkpoint(tmp_path / "base"), PLAIN)
     monkeypatch.setattr(patterns, "BUDGET", 0.3)
@@ -44,16 +44,16 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("key", SETTINGS)
 def test_an_adapters_pattern_that_never_ends_is_one_message(
-    cli: Lora, root: Path, key: str
+    cli: Lora, models: Path, key: str
 ) -> None:
-    edit_adapter_config(root / "theirs", **SETTINGS[key])
+    edit_adapter_config(models / "theirs", **SETTINGS[key])
     ways = [("prompt", "w1", "--adapter", "theirs"), ("adapters", "verify", "theirs")]
     # a comparison asks no model what its modules are called
     if key in ("rank_pattern", "alpha_pattern"):
         ways.append(("adapters", "diff", "theirs", "theirs"))
     for way in ways:
         more = () if way[1] == "diff" else ("--base", "base")
-        said = refusal(cli(*way, *more, cwd=root))
+        said = refusal(cli(*way, *more, cwd=models))
         assert (
             f"{key}: matching {ENDLESS!r} against the model's modules must take at most 0.3 s"
             in said
@@ -80,9 +80,9 @@ def test_a_projects_pattern_that_never_ends_is_one_message(
 
 
 def test_all_of_a_models_names_have_one_budget_together(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+    models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, clock = load_base(root / "base").model, [0.0]
+    model, clock = load_base(models / "base").model, [0.0]
 
     def matched(_name: str, timeout: float) -> None:
         """In 0.08 s."""
@@ -107,12 +107,12 @@ def test_all_of_a_models_names_have_one_budget_together(
     ],
 )
 def test_what_is_no_pattern_is_refused_everywhere(
-    cli: Lora, root: Path, pattern: str, why: str
+    cli: Lora, models: Path, pattern: str, why: str
 ) -> None:
-    edit_adapter_config(root / "theirs", rank_pattern={pattern: 3})
-    said = refusal(cli("adapters", "verify", "theirs", "--base", "base", cwd=root))
+    edit_adapter_config(models / "theirs", rank_pattern={pattern: 3})
+    said = refusal(cli("adapters", "verify", "theirs", "--base", "base", cwd=models))
     assert "rank_pattern must be a regular expression" in said and why in said and len(said) < 500
-    said = refusal(cli("calc", "--model", "qwen3-8b", "--rank-pattern", f"{pattern}=3", cwd=root))
+    said = refusal(cli("calc", "--model", "qwen3-8b", "--rank-pattern", f"{pattern}=3", cwd=models))
     assert "is not a valid regular expression" in said and why in said
 
 

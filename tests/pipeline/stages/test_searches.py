@@ -34,7 +34,7 @@ from tests.helpers.projects import (
     STAGES,
     folder_bytes,
     load,
-    make,
+    make_base,
     new_project,
     played,
     refusal,
@@ -47,9 +47,9 @@ HELD_OUT = ["finetune_lora.eval_share=0.3", "finetune_lora.epochs=5"]
 
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = new_project(tmp_path_factory.mktemp("searches") / "mini")
-    make(root, ["pretrain", "expand_vocab"], ["pretrain.epochs=3"])
-    return root
+    return make_base(
+        new_project(tmp_path_factory.mktemp("searches") / "mini"), ["pretrain.epochs=3"]
+    )
 
 
 def settings_of(grid: Any, search: str = "random", **keys: Any) -> FinetuneSweep:

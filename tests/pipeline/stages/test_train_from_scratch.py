@@ -22,11 +22,21 @@ from pipeline.errors import UserError
 from pipeline.models.load import load_base
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.project.logs.run_log import read_steps
-from pipeline.project.runner import Note, Progress, run
+from pipeline.project.runner import Progress, run
 from pipeline.stages.registry import open_project
 from tests.helpers.families import FAMILIES, new_project
 from tests.helpers.json_files import read_json
-from tests.helpers.projects import BRIEF, STAGES, WORK, folder_bytes, load, make, make_one
+from tests.helpers.projects import (
+    BRIEF,
+    STAGES,
+    WORK,
+    folder_bytes,
+    load,
+    make,
+    make_base,
+    make_one,
+    note_texts,
+)
 
 FOLDER = "artifacts/from_scratch"
 STILL = [
@@ -42,9 +52,7 @@ def weights(root: Path, name: str = FOLDER) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A toy Llama stored in fp32, expanded. Copy it before anything is made in it."""
-    root = new_project(tmp_path_factory.mktemp("scratch") / "p", FAMILIES["llama"])
-    make(root, ["pretrain", "expand_vocab"])
-    return root
+    return make_base(new_project(tmp_path_factory.mktemp("scratch") / "p", FAMILIES["llama"]))
 
 
 @pytest.fixture
@@ -126,9 +134,7 @@ def test_a_run_that_stops_goes_on_and_ends_with_the_same_bytes(real: Path) -> No
     next(event for event in events if isinstance(event, Progress) and event.done == 13)
     events.close()
     _, seen = make_one(real, "train_from_scratch", given)
-    assert "train_from_scratch: resumed after step 10" in [
-        event.text for event in seen if isinstance(event, Note)
-    ]
+    assert "train_from_scratch: resumed after step 10" in note_texts(seen)
     assert folder_bytes(real / FOLDER) == expected
 
 

@@ -29,7 +29,7 @@ from pipeline.training.optimizer import FlatOptimizer
 from pipeline.training.retention import COMPLETION, RetentionLoss, load_retention_texts
 from tests.helpers.families import FAMILIES, new_project
 from tests.helpers.json_files import write_jsonl
-from tests.helpers.projects import STAGES, make, played
+from tests.helpers.projects import STAGES, make_base, played
 from tests.helpers.real import (
     gradient_of,
     listed,
@@ -188,9 +188,7 @@ def test_every_text_has_its_turn_and_a_step_has_the_same_ones_whenever_it_comes(
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = new_project(tmp_path_factory.mktemp("retain") / "p", FAMILIES["llama"])
-    make(root, ["pretrain", "expand_vocab"])
-    return root
+    return make_base(new_project(tmp_path_factory.mktemp("retain") / "p", FAMILIES["llama"]))
 
 
 LORA = [

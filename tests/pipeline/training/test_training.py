@@ -20,10 +20,19 @@ from pipeline.errors import UserError
 from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import COLUMNS, Step, epoch_means, flat_from, read_steps
 from pipeline.project.params.sections import Training
-from pipeline.project.runner import Note, Progress
+from pipeline.project.runner import Progress
 from pipeline.training.batches import Batch, Batches
 from pipeline.training.optimizer import FlatOptimizer
-from tests.helpers.projects import BRIEF, METHODS, PIPELINE, ROOT, make, make_one
+from tests.helpers.projects import (
+    BRIEF,
+    METHODS,
+    PIPELINE,
+    ROOT,
+    make,
+    make_one,
+    note_texts,
+    section_overrides,
+)
 from tests.helpers.real import steps_of
 
 
@@ -266,7 +275,7 @@ def test_what_it_measures_with_other_optimizers_dropout_and_noise_is_predicted(
     make(
         project,
         ["finetune_lora"],
-        [*BRIEF, *(f"finetune_lora.{key}={value}" for key, value in options.items())],
+        [*BRIEF, *section_overrides("finetune_lora", options)],
     )
     last = (
         (project / "runs/finetune_lora/telemetry.csv").read_text(encoding="utf-8").splitlines()[-1]
@@ -310,7 +319,7 @@ def test_two_runs_give_the_same_bytes(project: Path) -> None:
     assert len([e for e in events if isinstance(e, Progress)]) == 12, (
         "it was trained again: 2 epochs of 6 steps"
     )
-    notes = [e.text for e in events if isinstance(e, Note)]
+    notes = note_texts(events)
     assert re.match(r"finetune_lora: [\d.]+ KiB of tensors predicted", notes[0])
     assert re.match(r"finetune_lora: [\d.]+ KiB of tensors measured", notes[1])
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

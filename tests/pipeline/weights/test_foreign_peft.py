@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.conftest import Lora
 from tests.helpers.bases import ROWS, toy_checkpoint
-from tests.helpers.checkpoints import edit_adapter_config
+from tests.helpers.checkpoints import edit_adapter_config, edit_tensors
 from tests.helpers.foreign import imported, refused
 from tests.helpers.json_files import read_json
 from tests.helpers.side_by_side import logits, ours, randomized, theirs
@@ -39,11 +39,7 @@ def made(root: Path, base: dict[str, Any] | None = None, **options: Any) -> Tens
 
 
 def renamed(folder: Path, change: Callable[[str], str]) -> None:
-    edit(folder, lambda found: {change(key): value for key, value in found.items()})
-
-
-def edit(folder: Path, change: Callable[[Weights], Weights]) -> None:
-    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS, {"format": "pt"})
+    edit_tensors(folder, lambda found: {change(key): value for key, value in found.items()})
 
 
 def assert_taken(cli: Lora, root: Path, there: Tensor) -> str:
@@ -113,7 +109,7 @@ def test_a_state_dict_of_modules_to_save_is_read_without_the_bases_own(
             f"{head}.original_module.weight": torch.zeros(3),
         }
 
-    edit(tmp_path / "theirs", raw)
+    edit_tensors(tmp_path / "theirs", raw)
     assert_taken(cli, tmp_path, there)
 
 
@@ -247,7 +243,7 @@ def test_an_embedding_that_is_the_bases_own_is_left_out(
     copies = {
         f"{PREFIX}{name}.weight": module.weight.detach().clone() for name, module in names.items()
     }
-    edit(tmp_path / "theirs", lambda found: found | copies)
+    edit_tensors(tmp_path / "theirs", lambda found: found | copies)
     assert_taken(cli, tmp_path, there)
     assert len(load_file(tmp_path / "mine" / WEIGHTS)) == 4
 
@@ -258,7 +254,7 @@ def test_an_embedding_that_was_trained_without_being_named_is_trained_in_full(
     made(tmp_path)
     head = theirs(tmp_path / "base").lm_head.weight.detach().clone()
     head[5] += 1
-    edit(tmp_path / "theirs", lambda found: {**found, f"{PREFIX}lm_head.weight": head})
+    edit_tensors(tmp_path / "theirs", lambda found: {**found, f"{PREFIX}lm_head.weight": head})
     # PEFT takes it too
     there = logits(theirs(tmp_path / "base", tmp_path / "theirs"))
     assert_taken(cli, tmp_path, there)
@@ -270,7 +266,7 @@ def test_an_embedding_of_a_grown_tokenizer_is_refused_with_both_sizes(
     cli: Lora, named: bool, tmp_path: Path
 ) -> None:
     made(tmp_path)
-    edit(
+    edit_tensors(
         tmp_path / "theirs",
         lambda found: {**found, f"{PREFIX}lm_head.weight": torch.zeros(ROWS + 8, 32)},
     )
@@ -290,7 +286,7 @@ def without_tensors(folder: Path) -> None:
 
 
 def of_size_zero(folder: Path) -> None:
-    edit(folder, lambda found: {key: torch.empty(0) for key in found})
+    edit_tensors(folder, lambda found: {key: torch.empty(0) for key in found})
 
 
 def in_shards(name: str) -> Callable[[Path], None]:
@@ -302,7 +298,7 @@ def in_shards(name: str) -> Callable[[Path], None]:
 
 
 def of_two(folder: Path) -> None:
-    edit(
+    edit_tensors(
         folder,
         lambda found: {
             key.replace(f"lora_{part}", f"lora_{part}.{name}"): value.clone()
@@ -315,7 +311,7 @@ def of_two(folder: Path) -> None:
 
 
 def twice(folder: Path) -> None:
-    edit(
+    edit_tensors(
         folder,
         lambda found: found | {f"module.{key}": value.clone() for key, value in found.items()},
     )
@@ -323,7 +319,7 @@ def twice(folder: Path) -> None:
 
 def with_magnitudes(folder: Path) -> None:
     key = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_magnitude_vector"
-    edit(folder, lambda found: {**found, key: torch.ones(32)})
+    edit_tensors(folder, lambda found: {**found, key: torch.ones(32)})
 
 
 def of_experts(folder: Path) -> None:
@@ -357,7 +353,7 @@ def test_what_would_load_as_nothing_is_refused(
 
 def test_an_untrained_adapter_is_taken_with_a_note(cli: Lora, tmp_path: Path) -> None:
     made(tmp_path)
-    edit(
+    edit_tensors(
         tmp_path / "theirs",
         lambda found: {k: v * 0 if "lora_B" in k else v for k, v in found.items()},
     )
