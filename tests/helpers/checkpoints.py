@@ -35,6 +35,13 @@ def checkpoint(folder: Path, seed: int = 0, **shape: int | bool) -> Path:
     return folder
 
 
+def small_minigpt(tied: bool = False, seed: int = 0, **shape: int) -> MiniGPT:
+    """A MiniGPT of 20 tokens and width 16."""
+    torch.manual_seed(seed)
+    sizes = {"d_model": 16, "feed_forward": 32, **shape}
+    return MiniGPT(MiniGPTConfig(20, 0, 2, tie_embeddings=tied, **sizes))
+
+
 def minigpt(model: CausalLM) -> MiniGPT:
     """`model`, which is one."""
     assert isinstance(model, MiniGPT)

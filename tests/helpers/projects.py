@@ -8,7 +8,8 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -202,6 +203,18 @@ def dvc(folder: Path, *commands: str, code: Path | str = ROOT) -> list[str]:
     *said, rest = done.stdout.split("\x1e")
     assert (len(said), rest) == (len(commands), "")
     return said
+
+
+def wait_for(holds: Callable[[], object], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not come to hold in time"
+        time.sleep(0.01)
+
+
+def cut_off(path: Path, count: int = 100) -> None:
+    """Take the last bytes off a file."""
+    path.write_bytes(path.read_bytes()[:-count])
 
 
 @contextmanager

@@ -26,8 +26,9 @@ from pipeline.adapters.batched import (
 )
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.lora import LoRALinear
-from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
+from pipeline.models.minigpt import MiniGPT
 from pipeline.project.params.sections import Init
+from tests.helpers.checkpoints import small_minigpt
 
 ENDS = ("embed_tokens", "lm_head")
 IDS = torch.randint(3, 20, (6, 5), generator=torch.Generator().manual_seed(3))  # (B, T)
@@ -51,12 +52,6 @@ GROUPS: dict[str, tuple[bool, tuple[AdapterSpec, ...]]] = {
 each_group = pytest.mark.parametrize("name", GROUPS)
 
 
-def model_of(tied: bool) -> MiniGPT:
-    torch.manual_seed(0)
-    sizes = {"d_model": 16, "feed_forward": 32, "heads": 2}
-    return MiniGPT(MiniGPTConfig(vocab_size=20, pad_id=0, end_id=2, tie_embeddings=tied, **sizes))
-
-
 def attached(model: MiniGPT, spec: AdapterSpec, seed: int, init: Init) -> MiniGPT:
     torch.manual_seed(seed)
     attach(model, spec, init=init)
@@ -76,7 +71,9 @@ def change(name: str, adapter: int, p: Tensor) -> None:
 @torch.no_grad()
 def alone(name: str, init: Init = "document") -> list[MiniGPT]:
     tied, specs = GROUPS[name]
-    models = [attached(model_of(tied), spec, seed, init) for seed, spec in enumerate(specs)]
+    models = [
+        attached(small_minigpt(tied, heads=2), spec, seed, init) for seed, spec in enumerate(specs)
+    ]
     for n, model in enumerate(models):
         for own, p in model.named_parameters():
             if p.requires_grad:
@@ -87,7 +84,7 @@ def alone(name: str, init: Init = "document") -> list[MiniGPT]:
 @torch.no_grad()
 def together(name: str, init: Init = "document") -> tuple[MiniGPT, AdapterRouting]:
     tied, specs = GROUPS[name]
-    model, done = model_of(tied), set[int]()
+    model, done = small_minigpt(tied, heads=2), set[int]()
     each = [
         lambda seed=seed, spec=spec: attached(model, spec, seed, init)
         for seed, spec in enumerate(specs)
@@ -164,7 +161,7 @@ def test_however_it_begins(init: Init) -> None:
 @each_group
 @torch.no_grad()
 def test_the_base_keeps_its_numbers_and_what_trains_is_stacked_once(name: str) -> None:
-    base, (model, routing) = model_of(GROUPS[name][0]), together(name)
+    base, (model, routing) = small_minigpt(GROUPS[name][0], heads=2), together(name)
     with routing.base():
         assert torch.equal(model(IDS), base(IDS))
     with routing.route((IDS.numel(), 0, 0)):

@@ -19,8 +19,9 @@ from pipeline.adapters.lora import LoRALinear, weight_of
 from pipeline.adapters.peft import load_adapter, save_adapter, stored_spec
 from pipeline.adapters.virtual import attach_virtual_tokens, save_virtual
 from pipeline.errors import UserError
-from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
-from tests.helpers.checkpoints import edit_adapter_config
+from pipeline.models.minigpt import MiniGPT
+from tests.helpers.checkpoints import edit_adapter_config, small_minigpt
+from tests.helpers.errors import user_error
 from tests.helpers.json_files import read_json
 from tests.helpers.stand_in import to_stand_in
 
@@ -31,11 +32,7 @@ EMBEDDING = "model.decoder.embed_tokens"
 
 
 def model_of(tied: bool = False, seed: int = 0) -> MiniGPT:
-    torch.manual_seed(seed)
-    sizes = {"d_model": 16, "feed_forward": 32, "heads": 2, "max_positions": 12}
-    return MiniGPT(
-        MiniGPTConfig(vocab_size=20, pad_id=0, end_id=2, tie_embeddings=tied, **sizes)
-    ).eval()
+    return small_minigpt(tied, seed, heads=2, max_positions=12).eval()
 
 
 @torch.no_grad()
@@ -156,9 +153,8 @@ def test_numbers_must_be_finite_floating_point(tmp_path: Path) -> None:
         ),
     ):
         change(tmp_path, {key: bad})
-        with pytest.raises(UserError) as error:
-            read_tensors(tmp_path)
-        assert str(error.value) == f"{tmp_path / WEIGHTS}: {key} {message}"
+        said = user_error(read_tensors, tmp_path)
+        assert said == f"{tmp_path / WEIGHTS}: {key} {message}"
     (tmp_path / WEIGHTS).rename(tmp_path / "adapter_model.bin")
     with pytest.raises(UserError, match="is a pickle"):
         read_tensors(tmp_path)
@@ -218,9 +214,7 @@ def test_what_does_not_fit_is_refused(
     adapter(tmp_path, SPECS[name])
     edit_adapter_config(tmp_path, **config)
     change(tmp_path, values)
-    with pytest.raises(UserError) as error:
-        load_adapter(model_of(), BASE, tmp_path)
-    assert message in str(error.value)
+    assert message in user_error(load_adapter, model_of(), BASE, tmp_path)
 
 
 def test_a_file_without_any_factor_is_refused_by_the_first_that_is_missing(tmp_path: Path) -> None:

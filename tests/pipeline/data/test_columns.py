@@ -10,6 +10,7 @@ from pipeline.data.columns import columns_option, rename
 from pipeline.data.containers import Reading
 from pipeline.data.examples import Example
 from pipeline.errors import UserError
+from tests.helpers.errors import user_error
 from tests.helpers.examples import examples_of
 
 TURNS = [
@@ -136,9 +137,7 @@ def test_system_is_alpacas_key_unless_turns_are_named(tmp_path: Path) -> None:
 def test_a_wrong_name_is_an_error_that_says_the_right_one(
     tmp_path: Path, record: dict[str, Any], columns: dict[str, str], message: str
 ) -> None:
-    with pytest.raises(UserError) as raised:
-        example_of(tmp_path, record, columns)
-    assert message in str(raised.value)
+    assert message in user_error(example_of, tmp_path, record, columns)
 
 
 def test_a_text_that_looks_like_a_list_stays_a_text() -> None:

@@ -20,6 +20,7 @@ from pipeline.inference import engine
 from pipeline.inference.completions import complete_all
 from pipeline.inference.engine import LoadedModel
 from tests.helpers.checkpoints import WORDS, adapter, checkpoint
+from tests.helpers.errors import user_error
 from tests.helpers.families import ASKED, FAMILIES, new_project
 from tests.helpers.json_files import write_jsonl
 
@@ -202,10 +203,9 @@ def test_what_is_wrong_with_a_file_is_said_in_one_message(
     tmp_path: Path, text: str, said: str
 ) -> None:
     (tmp_path / "tasks.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError) as error:
-        read_tasks(tmp_path, ["tasks.yaml"])
-    assert str(error.value).startswith(said)
-    assert len(str(error.value)) < 400
+    reason = user_error(read_tasks, tmp_path, ["tasks.yaml"])
+    assert reason.startswith(said)
+    assert len(reason) < 400
 
 
 def test_a_file_that_no_task_names_is_refused(tmp_path: Path) -> None:

@@ -45,9 +45,10 @@ from tests.helpers.bases import (
     toy_tokenizer,
 )
 from tests.helpers.checkpoints import checkpoint
+from tests.helpers.errors import user_error
 from tests.helpers.gguf_files import rewritten, write_llama
 from tests.helpers.json_files import read_json, write_json
-from tests.helpers.projects import ROOT, folder_bytes
+from tests.helpers.projects import ROOT, cut_off, folder_bytes
 from tests.helpers.side_by_side import logits
 
 HUB_COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -65,9 +66,7 @@ def imported(base: str, root: Path, **options: Any) -> tuple[Path, dict[str, Any
 
 
 def refused(base: str, root: Path, **options: Any) -> str:
-    with pytest.raises(UserError) as error:
-        imported(base, root, **options)
-    return str(error.value)
+    return user_error(imported, base, root, **options)
 
 
 # What a value names
@@ -354,8 +353,7 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
 
 
 def truncated(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
+    cut_off(folder / "model.safetensors")
 
 
 def tensor_gone(folder: Path) -> None:

@@ -18,6 +18,7 @@ from pipeline.project.foreign import FORMATS, LARGEST, Foreign, read_config
 from pipeline.project.params.aliases import KEYS, NO_COUNTERPART, why_none
 from pipeline.project.params.schema import ValueSource, check_value, hints
 from pipeline.stages.registry import GRAPH
+from tests.helpers.errors import user_error
 
 AXOLOTL: dict[str, Any] = {
     **{
@@ -402,14 +403,9 @@ def test_transformers_as_it_writes_its_arguments_leaves_nothing_without_a_reason
 def test_a_value_that_breaks_a_rule_is_one_message_with_the_file_and_their_key(
     tree: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError) as refused:
-        foreign_of(tmp_path, tree)
-    assert message.removesuffix(", at least 1, below 2147483648, got 'many'") in str(refused.value)
-    assert (
-        "config.yml" in str(refused.value)
-        and "\n" not in str(refused.value)
-        and len(str(refused.value)) < 600
-    )
+    said = user_error(foreign_of, tmp_path, tree)
+    assert message.removesuffix(", at least 1, below 2147483648, got 'many'") in said
+    assert "config.yml" in said and len(said) < 600
 
 
 BOMB = "a: &a [x, x]\n" + "".join(
@@ -439,9 +435,8 @@ def test_a_file_made_to_hurt_is_one_message(
     name: str, raw: bytes, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(raw)
-    with pytest.raises(UserError) as refused:
-        read_config(tmp_path / name, GRAPH.sections)
-    assert message in str(refused.value) and len(str(refused.value)) < 600
+    said = user_error(read_config, tmp_path / name, GRAPH.sections)
+    assert message in said and len(said) < 600
 
 
 VALUES = st.recursive(

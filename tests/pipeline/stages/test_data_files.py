@@ -13,6 +13,7 @@ from pipeline.files.artifact import read_manifest
 from pipeline.project.dvc_yaml import render_dvc_yaml
 from pipeline.stages.registry import open_project
 from tests.helpers.containers import TEXT_WRITERS
+from tests.helpers.errors import user_error
 from tests.helpers.json_files import write_json
 from tests.helpers.projects import BRIEF, ROOT, make
 
@@ -84,9 +85,8 @@ def test_dvc_watches_each_file_under_its_own_key(project: Path) -> None:
 def test_a_hub_id_in_params_is_answered_with_the_command_that_fetches_it(
     project: Path, name: str
 ) -> None:
-    with pytest.raises(UserError) as error:
-        weights_after(project, json.dumps(name))
-    assert str(error.value).endswith(f"becomes one by `lora data convert {name} data/NAME.jsonl`.")
+    said = user_error(weights_after, project, json.dumps(name))
+    assert said.endswith(f"becomes one by `lora data convert {name} data/NAME.jsonl`.")
     with pytest.raises(
         UserError,
         match=r"data/none.csv is not a file\. Name an existing one in section \w+ of the params\.$",

@@ -20,7 +20,7 @@ from pipeline.models.load import load_base
 from pipeline.views.models import adapters, describe
 from tests.conftest import Lora
 from tests.helpers.json_files import read_json
-from tests.helpers.projects import BRIEF, METHODS, PIPELINE, folder_bytes, make, refusal
+from tests.helpers.projects import BRIEF, METHODS, PIPELINE, cut_off, folder_bytes, make, refusal
 from tests.helpers.side_by_side import logits, ours, theirs
 
 IDS = torch.randint(3, 99, (2, 6), generator=torch.Generator().manual_seed(3))
@@ -74,7 +74,7 @@ def test_another_base_an_edit_and_a_cut_are_refused(project: Path, kind: str) ->
         load(base, adapter)
     config.write_text(text, encoding="utf-8")
     weights = adapter / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-8])
+    cut_off(weights, 8)
     with pytest.raises(UserError, match=r"adapter_model.safetensors was changed after"):
         load(base, adapter)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
 from pipeline.inference.engine import complete, load
 from pipeline.models.kernels import decode
 from pipeline.project.logs.run_log import SAMPLES, Sample, Step, final_answers, parse_sample
 from pipeline.project.runner import Progress, run
 from pipeline.stages.registry import open_project
+from tests.helpers.errors import user_error
 from tests.helpers.json_files import read_json
 from tests.helpers.projects import BRIEF, METHODS, STAGES, WORK, folder_bytes, make
 
@@ -209,9 +209,8 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_trained(
 ) -> None:
     log = project / "runs/finetune_lora/loss.csv"
     before = log.read_bytes()
-    with pytest.raises(UserError) as error:
-        make(project, ["finetune_lora"], [*BRIEF, f"finetune_lora.samples={value}"])
-    assert message in str(error.value)
+    said = user_error(make, project, ["finetune_lora"], [*BRIEF, f"finetune_lora.samples={value}"])
+    assert message in said
     assert log.read_bytes() == before
 
 

@@ -22,6 +22,7 @@ from pipeline.project.runner import Progress, checkpoints, run
 from pipeline.stages.registry import open_project
 from pipeline.training.optimizer import FlatOptimizer, rate
 from pipeline.training.step import Evaluation, LossPath
+from tests.helpers.errors import user_error
 from tests.helpers.families import FAMILIES, TEXTS, new_lines_project, new_project
 from tests.helpers.json_files import write_jsonl, write_texts
 from tests.helpers.process import Forked
@@ -310,9 +311,7 @@ def test_a_nan_stops_the_run_naming_the_lines_and_keeps_the_checkpoint_before_it
     root = with_a_nan(tmp_path / "p", monkeypatch)
     plain = {"precision": precision, "epochs": 3, "patience": 0, "eval_share": 0, "eval_steps": 0}
     overrides = given(**plain, gradient_accumulation_steps=1, train_embeddings="none")
-    with pytest.raises(UserError) as error:
-        run_stage(root, STAGE, overrides)
-    message = str(error.value)
+    message = user_error(run_stage, root, STAGE, overrides)
     assert "finetune_lora: the loss is nan and the gradient norm nan at step " in message
     assert "data/lines.jsonl:8" in message and message.count("data/lines.jsonl:") == 2, (
         "the batch's two lines"

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.digest_cache import signature
 from pipeline.inference.catalog import find_base, measured, model_folders
@@ -17,8 +16,9 @@ from pipeline.stages.registry import open_project
 from pipeline.views.models import Model, check, describe
 from tests.conftest import Lora
 from tests.helpers.checkpoints import edit_adapter_config
+from tests.helpers.errors import user_error
 from tests.helpers.json_files import edit_json, read_json
-from tests.helpers.projects import STAGES
+from tests.helpers.projects import STAGES, cut_off
 
 
 def models(root: Path) -> dict[str, Model]:
@@ -81,8 +81,7 @@ def other_base(root: Path) -> None:
 
 
 def truncated(root: Path) -> None:
-    path = root / "artifacts/lora_adapter/adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-8])
+    cut_off(root / "artifacts/lora_adapter/adapter_model.safetensors", 8)
 
 
 @pytest.mark.parametrize("spoil", [refuse_rank, other_base, truncated])
@@ -92,9 +91,8 @@ def test_the_reason_is_the_one_that_loading_gives(
     spoil(project)
     model = models(project)["lora_adapter"]
     verdict = check(model, project)
-    with pytest.raises(UserError) as refused:
-        load(find_base(model.path, project), model.path)
-    assert (verdict.state, verdict.reason) == ("refused", str(refused.value))
+    said = user_error(load, find_base(model.path, project), model.path)
+    assert (verdict.state, verdict.reason) == ("refused", said)
 
 
 def test_a_model_without_manifest_is_neither_verified_nor_refused(project: Path) -> None:

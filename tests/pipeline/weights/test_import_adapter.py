@@ -18,7 +18,7 @@ from pipeline.inference.engine import load
 from tests.conftest import Lora
 from tests.helpers.checkpoints import checkpoint, edit_adapter_config, edit_tensors
 from tests.helpers.json_files import read_json
-from tests.helpers.projects import folder_bytes, refusal
+from tests.helpers.projects import cut_off, folder_bytes, refusal
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 IDS = torch.randint(3, 70, (4, 9), generator=torch.Generator().manual_seed(3))
@@ -150,7 +150,7 @@ def test_a_base_of_the_same_shape_is_refused_where_the_adapter_holds_an_embeddin
 
 
 def truncated(folder: Path) -> None:
-    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
+    cut_off(folder / WEIGHTS)
 
 
 def renamed(folder: Path) -> None:
