@@ -3,10 +3,13 @@
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from textual.app import App
 from textual.pilot import Pilot
+from textual.screen import Screen
+
+S = TypeVar("S", bound=Screen[Any])
 
 SOON = 0.02  # seconds: a picture is drawn at most 1/60 s after it was asked for
 
@@ -46,6 +49,14 @@ async def until(pilot: Pilot[Any], holds: Callable[[], object], seconds: float =
         assert time.monotonic() < end, "it did not come to hold in time"
         await asyncio.sleep(0.005)
     await pilot.pause()
+
+
+async def screen_opens(pilot: Pilot[Any], kind: type[S], seconds: float = 30) -> S:
+    """Wait until a screen of this kind is on top; returns it."""
+    await until(pilot, lambda: isinstance(pilot.app.screen, kind), seconds)
+    screen = pilot.app.screen
+    assert isinstance(screen, kind)
+    return screen
 
 
 def screen_text(app: App[Any]) -> str:

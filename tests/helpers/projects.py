@@ -212,6 +212,13 @@ def wait_for(holds: Callable[[], object], seconds: float = 30.0) -> None:
         time.sleep(0.01)
 
 
+def logged_memory(log: Path) -> tuple[int, int]:
+    """The peak that was predicted and the one that was measured, of a telemetry.csv."""
+    last = log.read_text(encoding="utf-8").splitlines()[-1]
+    predicted, measured = map(int, last.split(",")[-2:])
+    return predicted, measured
+
+
 def cut_off(path: Path, count: int = 100) -> None:
     """Take the last bytes off a file."""
     path.write_bytes(path.read_bytes()[:-count])

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.errors import UserError
 from tests.helpers.json_files import edit_json, read_json
-from tests.helpers.pilot import until
+from tests.helpers.pilot import screen_opens, until
 from tui.app import Workbench
 from tui.dialogs import Menu, PathScreen
 from tui.screens.models.screen import ModelsScreen
@@ -24,9 +24,9 @@ async def test_an_adapter_is_shipped_with_three_answers(project: Path) -> None:
         screen.open_with(select="artifacts/lora_adapter")
         await until(pilot, lambda: screen.table.pointed and screen.table.pointed.label == "lora")
         await pilot.press("x")
-        await until(pilot, lambda: isinstance(app.screen, Menu))
+        await screen_opens(pilot, Menu)
         await pilot.press("enter")  # peft, the first
-        await until(pilot, lambda: isinstance(app.screen, PathScreen))
+        await screen_opens(pilot, PathScreen)
         await pilot.press("enter")  # the folder that is offered
         out = project / "shipped/lora-peft"
         await until(
@@ -50,10 +50,10 @@ async def test_limits_that_it_breaks_are_named_before_it_is_shipped_and_after(
     app = Workbench(project / "params.yaml")
     async with app.run_test(size=(120, 40)) as pilot:
         app.run_worker(ship(app, "lora", project / "artifacts/lora_adapter"))
-        await until(pilot, lambda: isinstance(app.screen, Menu))
+        await screen_opens(pilot, Menu)
         assert app.screen.query_one(".dialog").border_title == "✗ lora breaks 1 limit. Ship lora as"
         await pilot.press("enter")
-        await until(pilot, lambda: isinstance(app.screen, PathScreen))
+        await screen_opens(pilot, PathScreen)
         await pilot.press("enter")
         await until(
             pilot,

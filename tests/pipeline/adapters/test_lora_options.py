@@ -18,7 +18,7 @@ from pipeline.stages.methods.lora import counted, lora_spec, new_rows
 from pipeline.views import models
 from tests.helpers.checkpoints import edit_adapter_config
 from tests.helpers.json_files import read_json
-from tests.helpers.projects import BRIEF, load, make
+from tests.helpers.projects import BRIEF, load, logged_memory, make
 from tests.pipeline.adapters.test_peft import assert_same_logits
 
 ADAPTER = "artifacts/lora_adapter"
@@ -58,12 +58,7 @@ def test_each_is_trained_merged_and_opened_in_peft_with_our_logits(
     manifest = make(project, ["finetune_lora"], overrides)
     assert manifest["parameters"]["trainable"] == calculated(project, overrides)
     if "four bits" not in name:
-        last = (
-            (project / "runs/finetune_lora/telemetry.csv")
-            .read_text(encoding="utf-8")
-            .splitlines()[-1]
-        )
-        predicted, measured = map(int, last.split(",")[-2:])
+        predicted, measured = logged_memory(project / "runs/finetune_lora/telemetry.csv")
         assert predicted == pytest.approx(measured, rel=0.015)
     make(project, ["merge"], overrides)
     certificate = read_json(project / "artifacts/lora_merged/certificate.json")

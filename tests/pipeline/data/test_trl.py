@@ -17,7 +17,7 @@ from pipeline.data.formats import read_examples
 from pipeline.data.masking import Encoded, encode
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.errors import UserError
-from tests.helpers.json_files import read_json, write_json
+from tests.helpers.json_files import read_json, write_json, write_jsonl
 from tests.helpers.tokenizers import tokenizer_with
 
 # Name → the special tokens that it writes, the one that ends a turn first.
@@ -83,7 +83,7 @@ def folder_of(folder: Path, name: str, training: bool) -> Path:
 
 def encoded(rows: list[dict[str, Any]], folder: Path) -> list[Encoded]:
     path = folder / "d.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    write_jsonl(path, rows)
     tokenizer = SubwordTokenizer.load(folder)
     return [encode(example, tokenizer) for example in read_examples(path, "d")]
 

@@ -29,7 +29,7 @@ from pipeline.models.quantized_linear import Quantization, QuantizedLinear, quan
 from pipeline.project import provenance
 from tests.conftest import Lora
 from tests.helpers.json_files import read_json
-from tests.helpers.projects import BRIEF, folder_bytes, make, refusal
+from tests.helpers.projects import BRIEF, folder_bytes, logged_memory, make, refusal
 from tests.helpers.real import toy, with_lora
 from tests.helpers.reference_merge import merged_model
 from tests.pipeline.weights.test_streaming_merge import load_weights, merged_through_files
@@ -187,10 +187,7 @@ def test_minigpt_in_sixteen_bits_trains_on_few_bits_with_the_memory_that_is_pred
     """
     settings = ("precision=bf16", f"quantization={kind}", "train_embeddings=all")
     make(project, ["finetune_lora"], [*BRIEF, *(f"finetune_lora.{one}" for one in settings)])
-    last = (
-        (project / "runs/finetune_lora/telemetry.csv").read_text(encoding="utf-8").splitlines()[-1]
-    )
-    predicted, measured = map(int, last.split(",")[-2:])
+    predicted, measured = logged_memory(project / "runs/finetune_lora/telemetry.csv")
     assert 0.8 < predicted / measured < 1, (
         "beside it, the weights of one linear are made anew at a time"
     )

@@ -19,7 +19,15 @@ from pipeline.training.data import Prompts
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.errors import user_error
 from tests.helpers.json_files import write_jsonl
-from tests.helpers.projects import BRIEF, METHODS, PIPELINE, STAGES, folder_bytes, make
+from tests.helpers.projects import (
+    BRIEF,
+    METHODS,
+    PIPELINE,
+    STAGES,
+    folder_bytes,
+    logged_memory,
+    make,
+)
 
 OTHER = {
     "columns": "{text: body}",
@@ -342,10 +350,7 @@ def test_checkpointing_changes_no_byte_that_is_made_and_the_memory_that_is_measu
     project: Path, stage: str, how: str
 ) -> None:
     def measured() -> int:
-        lines = (
-            (project / "runs" / stage / "telemetry.csv").read_text(encoding="utf-8").splitlines()
-        )
-        return int(lines[-1].split(",")[-1])
+        return logged_memory(project / "runs" / stage / "telemetry.csv")[1]
 
     # activations, not weights, decide the peak
     wide = [f"{stage}.window=0", f"{stage}.batch_size=64"]

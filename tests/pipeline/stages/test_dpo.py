@@ -31,6 +31,7 @@ from tests.helpers.projects import (
     WORK,
     folder_bytes,
     fresh,
+    logged_memory,
     make_base,
     make_one,
     note_texts,
@@ -262,8 +263,7 @@ def preferred(project: Path, adapter: Path | None, pairs: list[dict[str, Any]]) 
 )
 def test_the_peak_of_a_step_is_predicted(project: Path, changes: dict[str, object]) -> None:
     tuned(project, epochs=2, eval_share=0, **changes)
-    last = (project / f"runs/{STAGE}/telemetry.csv").read_text(encoding="utf-8").splitlines()[-1]
-    predicted, measured = map(int, last.split(",")[-2:])
+    predicted, measured = logged_memory(project / f"runs/{STAGE}/telemetry.csv")
     assert 0.97 * measured <= predicted <= 1.1 * measured
 
 

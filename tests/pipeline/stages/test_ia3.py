@@ -18,7 +18,7 @@ from pipeline.stages.methods.ia3 import COUNTED
 from pipeline.views.models import describe
 from tests.conftest import Lora
 from tests.helpers.json_files import read_json, write_json
-from tests.helpers.projects import BRIEF, folder_bytes, make, refusal
+from tests.helpers.projects import BRIEF, folder_bytes, logged_memory, make, refusal
 
 GIVEN = [*BRIEF, "finetune_ia3.epochs=3"]
 TEXT = "die katze sitzt auf dem"
@@ -107,10 +107,7 @@ def test_its_memory_is_predicted(tuned: Path, settings: list[str]) -> None:
         ["finetune_ia3"],
         [*GIVEN, "finetune_ia3.seed=1", *(f"finetune_ia3.{each}" for each in settings)],
     )
-    telemetry = tuned / "runs/finetune_ia3/telemetry.csv"
-    predicted, measured = map(
-        int, telemetry.read_text(encoding="utf-8").splitlines()[-1].split(",")[-2:]
-    )
+    predicted, measured = logged_memory(tuned / "runs/finetune_ia3/telemetry.csv")
     assert measured == pytest.approx(predicted, rel=0.035)
 
 

@@ -33,6 +33,7 @@ from pipeline.stages.registry import METHODS, open_project
 from pipeline.views.models import check, describe
 from tests.conftest import Lora
 from tests.helpers import families
+from tests.helpers.json_files import write_jsonl
 from tests.helpers.process import Forked
 from tests.helpers.projects import (
     COMMAND,
@@ -221,9 +222,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
                 {"prompt": one.text[:6], "chosen": one.text[6:16], "rejected": one.text[16:30]}
                 for one in read_examples(root / "data/all.jsonl", "all", templated=False) * 3
             ]
-            (root / "data/pairs.jsonl").write_text(
-                "\n".join(map(json.dumps, pairs)), encoding="utf-8"
-            )
+            write_jsonl(root / "data/pairs.jsonl", pairs)
         make(root, ["pretrain", "expand_vocab"], BASES[base])
         return root
 

@@ -3,7 +3,6 @@ ends.
 """
 
 import ctypes
-import json
 import os
 import shlex
 import shutil
@@ -28,6 +27,7 @@ from pipeline.training.parallel import launch
 from tests.conftest import Lora
 from tests.helpers import projects
 from tests.helpers.families import TEXTS, new_lines_project
+from tests.helpers.json_files import write_jsonl
 from tests.helpers.process import Forked
 from tests.helpers.projects import LORA, fresh, section_overrides
 
@@ -188,7 +188,7 @@ def test_several_processes_learn_the_preferences_that_one_learns(project: Path, 
         }
         for n in range(20)
     ]
-    (project / "data/pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    write_jsonl(project / "data/pairs.jsonl", rows)
     given = {
         "data": "data/pairs.jsonl",
         "loss": loss,

@@ -28,6 +28,7 @@ from tests.helpers.projects import (
     METHODS,
     PIPELINE,
     ROOT,
+    logged_memory,
     make,
     make_one,
     note_texts,
@@ -238,12 +239,7 @@ def test_the_prediction_follows_every_choice_of_targets(project: Path) -> None:
             "finetune_lora.train_embeddings=none",
         ]
         make(project, ["finetune_lora"], overrides)
-        last = (
-            (project / "runs/finetune_lora/telemetry.csv")
-            .read_text(encoding="utf-8")
-            .splitlines()[-1]
-        )
-        predicted, measured = map(int, last.split(",")[-2:])
+        predicted, measured = logged_memory(project / "runs/finetune_lora/telemetry.csv")
         assert measured == pytest.approx(predicted, rel=0.05), targets
 
 
@@ -256,8 +252,7 @@ def test_the_prediction_follows_every_choice_of_targets(project: Path) -> None:
     ],
 )
 def test_the_trainer_measures_what_the_calculator_predicts(finished: Path, stage: str) -> None:
-    lines = (finished / "runs" / stage / "telemetry.csv").read_text(encoding="utf-8").splitlines()
-    predicted, measured = map(int, lines[-1].split(",")[-2:])
+    predicted, measured = logged_memory(finished / "runs" / stage / "telemetry.csv")
     assert measured == pytest.approx(predicted, rel=0.03)
 
 
@@ -277,10 +272,7 @@ def test_what_it_measures_with_other_optimizers_dropout_and_noise_is_predicted(
         ["finetune_lora"],
         [*BRIEF, *section_overrides("finetune_lora", options)],
     )
-    last = (
-        (project / "runs/finetune_lora/telemetry.csv").read_text(encoding="utf-8").splitlines()[-1]
-    )
-    predicted, measured = map(int, last.split(",")[-2:])
+    predicted, measured = logged_memory(project / "runs/finetune_lora/telemetry.csv")
     assert measured == pytest.approx(predicted, rel=0.02)
 
 

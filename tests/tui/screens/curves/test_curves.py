@@ -21,7 +21,7 @@ from tests.helpers.curves import (
     title,
     wait_until_drawn,
 )
-from tests.helpers.pilot import until
+from tests.helpers.pilot import screen_opens, until
 from tests.helpers.run_folders import (
     HEADER,
     hold,
@@ -69,9 +69,7 @@ async def test_before_the_first_search_for_runs_there_is_no_hint_and_the_list_ke
     app = Workbench(three_runs / "params.yaml")
     async with app.run_test() as pilot:
         await pilot.press("2")
-        await until(pilot, lambda: isinstance(app.screen, CurvesScreen))
-        screen = app.screen
-        assert isinstance(screen, CurvesScreen)
+        screen = await screen_opens(pilot, CurvesScreen)
         screen.redraw()  # as when the terminal is resized
         await pilot.pause()
         assert isinstance(screen.focused, RunList)

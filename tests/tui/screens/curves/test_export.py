@@ -10,7 +10,7 @@ from textual.widgets import Input
 
 from pipeline.project.logs.run_log import read_steps
 from tests.helpers.curves import open_curves, save_as
-from tests.helpers.pilot import until
+from tests.helpers.pilot import screen_opens, until
 from tests.helpers.run_folders import write_measured
 from tui.dialogs import Ask, PathScreen
 from tui.screens.curves import export
@@ -107,15 +107,15 @@ async def test_a_free_name_is_proposed_and_what_exists_is_replaced_after_a_quest
     (three_runs / "curves.svg").write_text("before", encoding="utf-8")
     async with open_curves(three_runs) as (pilot, _):
         await pilot.press("x")
-        await until(pilot, lambda: isinstance(pilot.app.screen, PathScreen))
+        await screen_opens(pilot, PathScreen)
         assert pilot.app.screen.query_one(Input).value == "curves-2.svg"
         await pilot.press("escape")
         await save_as(pilot, "curves.svg")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Ask))
+        await screen_opens(pilot, Ask)
         await pilot.press("escape")
         assert (three_runs / "curves.svg").read_text(encoding="utf-8") == "before"
         await save_as(pilot, "curves.svg")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Ask))
+        await screen_opens(pilot, Ask)
         await pilot.press("y")
         await until(pilot, lambda: (three_runs / "curves.svg").read_bytes().startswith(b"<?xml"))
 

@@ -17,7 +17,7 @@ from pipeline.stages.registry import open_project
 from pipeline.views.data_files import DataFile
 from tests.helpers.chat_projects import PARAMS, new_chat_project
 from tests.helpers.json_files import read_json
-from tests.helpers.pilot import until
+from tests.helpers.pilot import screen_opens, until
 from tui.app import Workbench
 from tui.dialogs import Menu, PathScreen
 from tui.screens.data.editor import Editor
@@ -196,7 +196,7 @@ async def test_a_row_is_edited_into_a_copy_and_the_original_stays(chat_project: 
     before = (chat_project / "data/chat.jsonl").read_bytes()
     async with open_data(chat_project) as (pilot, screen):
         await pilot.press("e")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        await screen_opens(pilot, Editor)
         editor = pilot.app.screen
         await until(pilot, lambda: "tokens" in str(editor.query_one("#reading", Static).content))
         assert screen.unsaved() == ""
@@ -205,7 +205,7 @@ async def test_a_row_is_edited_into_a_copy_and_the_original_stays(chat_project: 
             screen.unsaved() and editor.query_one("#out", Input).value == "data/chat.edited.jsonl"
         )
         await pilot.press("ctrl+s")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Menu))
+        await screen_opens(pilot, Menu)
         lines = (chat_project / "data/chat.edited.jsonl").read_text(encoding="utf-8").splitlines()
         assert json.loads(lines[0])["messages"][1]["content"] == "In the west. Yes."
         assert lines[1:] == ROWS[1:] and (chat_project / "data/chat.jsonl").read_bytes() == before
@@ -238,7 +238,7 @@ async def test_a_broken_row_is_edited_as_text_and_esc_asks_before_it_drops_that(
         rows_of(screen).cursor = 2
         await until(pilot, lambda: title(screen, RowPane).startswith("Row 3"))
         await pilot.press("e")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        await screen_opens(pilot, Editor)
         editor = pilot.app.screen
         assert editor.query_one(TextArea).text == ROWS[2]
         await until(pilot, lambda: "not JSON" in str(editor.query_one("#reading", Static).content))
@@ -255,7 +255,7 @@ async def test_a_broken_row_is_edited_as_text_and_esc_asks_before_it_drops_that(
 async def test_all_of_a_row_can_be_edited_as_json(chat_project: Path) -> None:
     async with open_data(chat_project) as (pilot, _):
         await pilot.press("e")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        await screen_opens(pilot, Editor)
         editor = pilot.app.screen
         assert isinstance(editor, Editor) and len(editor.query(TextArea)) == 2
         await pilot.press("ctrl+t")
@@ -271,12 +271,12 @@ async def test_a_corrected_answer_becomes_a_row_that_the_next_run_trains_on(
     async with open_data(chat_project) as (pilot, screen):
         record = json.loads(turns("Where is Varna?", "In the west."))
         pilot.app.go("data", add=record)  # type: ignore[attr-defined]  # as the chat does
-        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        await screen_opens(pilot, Editor)
         area = pilot.app.screen.query(TextArea).last()
         assert area.has_focus and area.text == "In the west."
         area.text = "By the sea."
         await pilot.press("ctrl+s")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Menu))
+        await screen_opens(pilot, Menu)
         (line,) = (chat_project / "data/corrections.jsonl").read_text(encoding="utf-8").splitlines()
         assert json.loads(line)["messages"][1]["content"] == "By the sea."
         await pilot.press("enter")
@@ -294,7 +294,7 @@ async def test_what_is_typed_after_tab_goes_into_a_text_and_the_file_has_a_key_o
 ) -> None:
     async with open_data(chat_project) as (pilot, _):
         pilot.app.go("data", add=json.loads(turns("Where is Varna?", "In the west.")))  # type: ignore[attr-defined]
-        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        await screen_opens(pilot, Editor)
         editor = pilot.app.screen
         question, answer = editor.query(TextArea)
         await pilot.press("tab", "end", *" Now")
@@ -322,7 +322,7 @@ async def test_a_corrected_answer_that_cannot_be_written_stays_in_the_editor(
 ) -> None:
     async with open_data(chat_project) as (pilot, _):
         pilot.app.go("data", add=json.loads(turns("Where is Varna?", "In the west.")))  # type: ignore[attr-defined]
-        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        await screen_opens(pilot, Editor)
         editor = pilot.app.screen
         editor.query(TextArea).last().text = "By the sea."
         out, said = editor.query_one("#out", Input), editor.query_one("#reading", Static)
@@ -332,7 +332,7 @@ async def test_a_corrected_answer_that_cannot_be_written_stays_in_the_editor(
         assert pilot.app.screen is editor and editor.query(TextArea).last().text == "By the sea."
         out.value = "data/mine.jsonl"
         await pilot.press("ctrl+s")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Menu))
+        await screen_opens(pilot, Menu)
         written = (chat_project / "data/mine.jsonl").read_text(encoding="utf-8")
         assert json.loads(written)["messages"][1]["content"] == "By the sea."
 
@@ -341,7 +341,7 @@ async def test_a_corrected_answer_that_cannot_be_written_stays_in_the_editor(
 async def test_a_row_whose_copy_cannot_be_written_stays_in_the_editor(chat_project: Path) -> None:
     async with open_data(chat_project) as (pilot, _):
         await pilot.press("e")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        await screen_opens(pilot, Editor)
         editor = pilot.app.screen
         await pilot.press("end", *" Yes.")
         editor.query_one("#out", Input).value = "data/heldout.csv"
@@ -358,7 +358,7 @@ async def test_esc_asks_before_it_drops_a_row_that_was_to_be_written_with_its_pr
 ) -> None:
     async with open_data(chat_project) as (pilot, _):
         await pilot.press("e")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        await screen_opens(pilot, Editor)
         editor = pilot.app.screen
         editor.query(TextArea).last().text = ""
         await pilot.press("ctrl+s")
@@ -403,7 +403,7 @@ async def test_a_model_without_a_chat_template_gets_prompt_and_completion(
     (chat_project / "base/chat_template.jinja").unlink()
     async with open_data(chat_project) as (pilot, screen):
         screen.open_with(add=json.loads(turns("der hund", "bellt")))
-        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        await screen_opens(pilot, Editor)
         assert [area.text for area in pilot.app.screen.query(TextArea)] == ["der hund", " bellt"]
 
 
@@ -428,7 +428,7 @@ async def test_any_file_is_opened_by_its_path_and_one_that_is_not_there_says_so(
     (chat_project / "elsewhere.txt").write_text("one\ntwo\n", encoding="utf-8")
     async with open_data(chat_project) as (pilot, screen):
         await pilot.press("o", "end", "enter")
-        await until(pilot, lambda: isinstance(pilot.app.screen, PathScreen))
+        await screen_opens(pilot, PathScreen)
         await pilot.press(*"elsewhere.txt", "enter")
         await until(
             pilot, lambda: title(screen, RowsPane).startswith("elsewhere.txt") and screen._row
@@ -465,7 +465,7 @@ async def test_rows_are_written_in_another_format(chat_project: Path) -> None:
             pilot, lambda: screen.file and screen.file.name == "data/heldout.csv" and screen._row
         )
         await pilot.press("x")
-        await until(pilot, lambda: isinstance(pilot.app.screen, PathScreen))
+        await screen_opens(pilot, PathScreen)
         pilot.app.screen.query_one(Input).value = "out.jsonl"
         await pilot.press("enter")
         await until(pilot, lambda: (chat_project / "out.jsonl").exists())

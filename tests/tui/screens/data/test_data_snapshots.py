@@ -9,7 +9,7 @@ import pytest
 from textual.pilot import Pilot
 
 from tests.helpers.chat_projects import new_chat_project
-from tests.helpers.pilot import until
+from tests.helpers.pilot import screen_opens, until
 from tui.app import Workbench
 from tui.screens.data.editor import Editor
 from tui.screens.data.screen import DataScreen
@@ -78,7 +78,7 @@ def test_the_editor(chat_project: Path, snap_compare: Callable[..., bool]) -> No
     async def go(pilot: Pilot[Any]) -> None:
         screen = await read_to_the_end(pilot)
         screen.open_with(add=json.loads(rows()[0]))
-        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        await screen_opens(pilot, Editor)
         await until(pilot, lambda: "tokens" in str(pilot.app.screen.query_one("#reading").render()))
 
     app = Workbench(chat_project / "params.yaml")

@@ -22,7 +22,7 @@ from tests.helpers.checkpoints import sealed_copies
 from tests.helpers.fake_engine import FakeInference
 from tests.helpers.json_files import edit_json, read_json, write_json
 from tests.helpers.models_screen import COUNT, LISTED, USUAL, Session, open_models
-from tests.helpers.pilot import until
+from tests.helpers.pilot import screen_opens, until
 from tests.helpers.projects import new_houses, save
 from tui.app import Workbench
 from tui.dialogs import Menu, PathScreen, Reader
@@ -194,8 +194,7 @@ async def test_the_menu_sorts_by_any_column_and_the_same_again_turns_around(brie
 
         async def sort(column: str) -> None:
             await s.press("s")
-            await until(s.pilot, lambda: isinstance(s.app.screen, Menu))
-            options = s.app.screen.query_one(OptionList)
+            options = (await screen_opens(s.pilot, Menu)).query_one(OptionList)
             options.highlighted = options.get_option_index(column)
             await s.press("enter")
 
@@ -283,7 +282,7 @@ async def test_details_are_sentences_and_all_fields_come_on_a_key(brief: Path) -
         )
         assert "Intact: its files" in s.details() and "target_modules" not in s.details()
         await s.press("i")
-        await until(s.pilot, lambda: isinstance(s.app.screen, Reader))
+        await screen_opens(s.pilot, Reader)
         manifest = artifact.read_manifest(brief / "artifacts/lora_adapter")
         shown = "\n".join(str(part.render()) for part in s.app.screen.query(Static))
         assert manifest["inputs"]["artifacts/expanded"][:12] in shown
@@ -415,7 +414,7 @@ async def test_a_folder_is_added_remembered_and_taken_away(project: Path, tmp_pa
 
     async def name(s: Session, folder: Path) -> None:
         await s.press("f")
-        await until(s.pilot, lambda: isinstance(s.app.screen, PathScreen))
+        await screen_opens(s.pilot, PathScreen)
         s.app.screen.query_one(Input).value = str(folder)
         await s.press("enter")
 

@@ -15,7 +15,7 @@ from textual.widgets import ContentSwitcher, OptionList, Static
 
 from tests.helpers.extension import PROBES, add_probes
 from tests.helpers.json_files import read_json, write_json
-from tests.helpers.pilot import until
+from tests.helpers.pilot import screen_opens, until
 from tests.helpers.projects import make, save
 from tui.app import Workbench
 from tui.dialogs import Menu
@@ -403,8 +403,7 @@ async def test_what_an_extension_measured_is_read_with_its_pictures_and_numbers(
         )
         await until(user.pilot, lambda: len(pane.query("HalfcellImage")) == 1)
         await user.press("o")
-        await until(user.pilot, lambda: isinstance(user.app.screen, PageReader))
-        numbers = user.app.screen.query_one("MarkdownPage")
+        numbers = (await screen_opens(user.pilot, PageReader)).query_one("MarkdownPage")
         await until(user.pilot, lambda: "Shares of words" in numbers.plain)  # type: ignore[attr-defined]
 
 
