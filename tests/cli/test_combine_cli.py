@@ -17,7 +17,7 @@ from tests.conftest import Lora
 from tests.helpers.checkpoints import adapter, checkpoint
 from tests.helpers.projects import folder_bytes, refusal
 from tests.helpers.side_by_side import BATCH, logits, ours, theirs
-from tests.pipeline.weights.test_streaming_merge import load_weights, merged_through_files
+from tests.helpers.stored_models import load_weights, merged_through_files
 
 SPECS = {
     "x": AdapterSpec(

@@ -14,8 +14,7 @@ from tests.conftest import Lora
 from tests.helpers.checkpoints import WORDS, adapter, checkpoint
 from tests.helpers.json_files import write_json
 from tests.helpers.projects import lora, refusal
-from tests.pipeline.weights.test_intruders import strong
-from tests.pipeline.weights.test_spectrum import tuned_from
+from tests.helpers.stored_models import strong, tuned_from
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from tests.conftest import Lora
 from tests.helpers.checkpoints import WORDS, adapter, checkpoint
 from tests.helpers.projects import LORA, lora, refusal
 from tests.helpers.side_by_side import BATCH, logits, ours, theirs
+from tests.helpers.stored_models import tuned_from
 from tests.helpers.tokenizers import folder_with
-from tests.pipeline.weights.test_spectrum import tuned_from
 
 
 @pytest.fixture

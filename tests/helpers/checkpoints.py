@@ -23,6 +23,11 @@ WORDS = [f"w{i}" for i in range(71)]
 ONE, OTHER = AdapterSpec(2, 3.0, ("q_proj", "fc1")), AdapterSpec(3, 2.0, ("q_proj",), rslora=True)
 
 
+def token_ids(below: int, *shape: int, seed: int = 3) -> Tensor:
+    """Random tokens of that shape, none of them special."""
+    return torch.randint(3, below, shape, generator=torch.Generator().manual_seed(seed))
+
+
 def checkpoint(folder: Path, seed: int = 0, **shape: int | bool) -> Path:
     """A MiniGPT that knows WORDS and never ends a sentence."""
     folder.mkdir(exist_ok=True)

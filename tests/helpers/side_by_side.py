@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.inference import engine
 from pipeline.models.base import CausalLM
+from tests.helpers.checkpoints import token_ids
 
 IDS = (5, 9, 200, 17, 3, 64)
 # (B, T) that each toy model knows
-BATCH = torch.randint(3, 70, (6, 12), generator=torch.Generator().manual_seed(3))
+BATCH = token_ids(70, 6, 12)
 
 
 def ours(base: Path, adapter: Path | None = None) -> CausalLM:

@@ -23,13 +23,13 @@ from safetensors.torch import load_file, save_file
 from pipeline.inference.engine import load
 from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint
-from tests.helpers.checkpoints import checkpoint, edit_adapter_config
+from tests.helpers.checkpoints import checkpoint, edit_adapter_config, token_ids
 from tests.helpers.json_files import read_json, write_json
 from tests.helpers.projects import refusal
 from tests.helpers.side_by_side import logits, ours, randomized, theirs
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-IDS = torch.randint(3, 74, (4, 9), generator=torch.Generator().manual_seed(3))
+IDS = token_ids(74, 4, 9)
 ONE, OTHER = [5, 41], [7, 9, 30]
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -28,10 +28,10 @@ from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.lora import LoRALinear
 from pipeline.models.minigpt import MiniGPT
 from pipeline.project.params.sections import Init
-from tests.helpers.checkpoints import small_minigpt
+from tests.helpers.checkpoints import small_minigpt, token_ids
 
 ENDS = ("embed_tokens", "lm_head")
-IDS = torch.randint(3, 20, (6, 5), generator=torch.Generator().manual_seed(3))  # (B, T)
+IDS = token_ids(20, 6, 5)  # (B, T)
 Q = AdapterSpec(2, 3.0, ("q_proj",))
 # whether the base's head is tied, and the adapters
 GROUPS: dict[str, tuple[bool, tuple[AdapterSpec, ...]]] = {

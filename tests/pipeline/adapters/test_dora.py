@@ -32,8 +32,8 @@ from tests.helpers.json_files import read_json
 from tests.helpers.real import ROWS, stock, toy
 from tests.helpers.reference_merge import merged_model
 from tests.helpers.side_by_side import randomized
+from tests.helpers.stored_models import load_weights, merged_through_files
 from tests.pipeline.adapters.test_peft_interop import IDS, NAMES, assert_same
-from tests.pipeline.weights.test_streaming_merge import load_weights, merged_through_files
 
 SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.floats(0.1, 4))
 CPU = torch.device("cpu")

@@ -22,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.models.transformers_model import TransformersModel
 from pipeline.weights.import_adapter import import_adapter
+from tests.helpers.checkpoints import token_ids
 from tests.helpers.json_files import read_json, write_json
 from tests.helpers.real import ROWS, stock, toy
 from tests.helpers.side_by_side import logits, randomized
@@ -30,7 +31,7 @@ GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 E, R = 4, 3
 # of an expert; the model's is 32
 WIDTHS = {"gate_up square": 16, "down square": 32, "none square": 24}
-IDS = torch.randint(3, ROWS, (3, 9), generator=torch.Generator().manual_seed(3))
+IDS = token_ids(ROWS, 3, 9)
 OLD, NEW = ("0.18.1", "0.19.0"), ("0.19.1", "0.21.2", "1.0.0", "0.20.0.dev0@abc")
 
 pytestmark = pytest.mark.filterwarnings("ignore")

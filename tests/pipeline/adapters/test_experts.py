@@ -32,6 +32,7 @@ from pipeline.stages.registry import open_project
 from pipeline.weights.combine import low_rank_updates
 from pipeline.weights.merge import Merging, merge_to
 from tests.helpers import projects
+from tests.helpers.checkpoints import token_ids
 from tests.helpers.families import MIXTURES, new_project
 from tests.helpers.json_files import read_json
 from tests.helpers.projects import folder_bytes, make, make_one, played
@@ -39,7 +40,7 @@ from tests.helpers.real import ROWS, notes, stock, toy
 from tests.helpers.side_by_side import assert_alike, logits, ours, randomized, theirs
 
 BOTH = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-IDS = torch.randint(3, ROWS, (3, 9), generator=torch.Generator().manual_seed(3))
+IDS = token_ids(ROWS, 3, 9)
 CONFIGS: dict[str, dict[str, Any]] = {  # LoraConfig's arguments
     "both, and linears": {"target_modules": ["q_proj"], "target_parameters": [*BOTH]},
     "one, no linears": {"target_modules": [], "target_parameters": ["experts.down_proj"]},

@@ -15,12 +15,13 @@ from pipeline.adapters.lora import LoRALinear, factors, principal
 from pipeline.adapters.peft import load_adapter, save_adapter
 from pipeline.errors import UserError
 from pipeline.project.params.sections import Init
+from tests.helpers.checkpoints import token_ids
 from tests.helpers.real import ROWS, stock, toy
 from tests.helpers.side_by_side import logits
 from tests.pipeline.adapters.test_experts import Largest
 
 INITS: tuple[Init, ...] = get_args(Init)
-IDS = torch.randint(3, ROWS, (3, 9), generator=torch.Generator().manual_seed(3))
+IDS = token_ids(ROWS, 3, 9)
 
 
 def layer_of(init: Init, rank: int = 6, shape: tuple[int, int] = (40, 24)) -> LoRALinear:

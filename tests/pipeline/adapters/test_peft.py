@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.adapters.peft import load_adapter
 from pipeline.inference.engine import load
-from tests.helpers.checkpoints import edit_adapter_config
+from tests.helpers.checkpoints import edit_adapter_config, token_ids
 from tests.helpers.errors import user_error
 from tests.helpers.projects import BRIEF, cut_off, make, new_project
 from tests.helpers.side_by_side import theirs
 
-IDS = torch.randint(3, 99, (6, 12), generator=torch.Generator().manual_seed(3))
+IDS = token_ids(99, 6, 12)
 
 
 @torch.no_grad()

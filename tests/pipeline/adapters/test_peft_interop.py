@@ -15,6 +15,7 @@ from pipeline.adapters.attach import tensors
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.peft import load_adapter, save_adapter
 from pipeline.models.transformers_model import TransformersModel
+from tests.helpers.checkpoints import token_ids
 from tests.helpers.real import ROWS, stock, toy
 from tests.helpers.side_by_side import randomized
 
@@ -26,7 +27,7 @@ NAMES = {
     "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
     "mixtral": ("q_proj", "k_proj", "v_proj", "o_proj"),
 }
-IDS = torch.randint(3, ROWS, (3, 9), generator=torch.Generator().manual_seed(3))
+IDS = token_ids(ROWS, 3, 9)
 RANKS, ALPHAS = st.integers(1, 5), st.sampled_from((1, 3.5, 8))
 
 

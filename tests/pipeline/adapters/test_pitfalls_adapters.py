@@ -23,7 +23,7 @@ from pipeline.models.quantized_linear import QuantizedLinear, quantize
 from pipeline.project.params.sections import Quantization
 from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint
-from tests.helpers.checkpoints import adapter, checkpoint, edit_adapter_config
+from tests.helpers.checkpoints import adapter, checkpoint, edit_adapter_config, token_ids
 from tests.helpers.json_files import read_json
 from tests.helpers.projects import folder_bytes
 from tests.helpers.real import toy, with_lora
@@ -34,7 +34,7 @@ from tests.pipeline.training.test_training_parts import step_of
 BASE, ADAPTER = Path("artifacts/expanded"), Path("artifacts/lora_adapter")  # in a project
 OLD, ALL, WIDTH = 74, 99, 64  # rows before and after expand_vocab
 ENDS = ("embed_tokens", "lm_head")
-IDS = torch.randint(3, OLD, (4, 9), generator=torch.Generator().manual_seed(3))
+IDS = token_ids(OLD, 4, 9)
 NEW_IDS = torch.arange(OLD, ALL)[None]
 CPU = torch.device("cpu")
 

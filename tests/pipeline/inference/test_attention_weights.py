@@ -21,12 +21,12 @@ from pipeline.inference.engine import layer_attention, probabilities
 from pipeline.models.generate import Sampling, generate, stream
 from pipeline.models.load import load_base
 from pipeline.models.minigpt import Attention
-from tests.helpers.checkpoints import adapter, checkpoint, minigpt
+from tests.helpers.checkpoints import adapter, checkpoint, minigpt, token_ids
 from tests.helpers.json_files import edit_json, read_json, write_json
 from tests.helpers.projects import make
 
 ENDS = {2}  # of the word tokenizer
-IDS = torch.randint(3, 74, (2, 11), generator=torch.Generator().manual_seed(3))
+IDS = token_ids(74, 2, 11)
 SPEC = AdapterSpec(3, 6.0, ("fc1", "k_proj", "q_proj", "v_proj"))
 
 

@@ -18,11 +18,11 @@ from pipeline.inference.model_pool import ModelPool
 from pipeline.models import device
 from pipeline.models.base import CausalLM
 from pipeline.models.load import load_base, save_base
-from tests.helpers.checkpoints import adapter, checkpoint
+from tests.helpers.checkpoints import adapter, checkpoint, token_ids
 from tests.helpers.reference_merge import merged_model
 from tests.helpers.side_by_side import logits, ours
 
-IDS = torch.randint(3, 74, (3, 9), generator=torch.Generator().manual_seed(3))
+IDS = token_ids(74, 3, 9)
 TARGETS = ("fc1", "k_proj", "q_proj")
 ENDS = ("embed_tokens", "lm_head")
 KINDS = {  # one per setting of train_embeddings, and DoRA

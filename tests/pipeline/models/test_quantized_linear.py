@@ -32,7 +32,7 @@ from tests.helpers.json_files import read_json
 from tests.helpers.projects import BRIEF, folder_bytes, logged_memory, make, refusal
 from tests.helpers.real import toy, with_lora
 from tests.helpers.reference_merge import merged_model
-from tests.pipeline.weights.test_streaming_merge import load_weights, merged_through_files
+from tests.helpers.stored_models import load_weights, merged_through_files
 
 bnb = pytest.importorskip("bitsandbytes")
 CPU = torch.device("cpu")

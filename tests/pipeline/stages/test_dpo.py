@@ -24,6 +24,7 @@ from pipeline.project.logs.run_log import LOSS, read_steps
 from pipeline.project.runner import Progress, run
 from pipeline.stages.registry import open_project
 from tests.conftest import Lora
+from tests.helpers.checkpoints import token_ids
 from tests.helpers.families import FAMILIES, TEXTS, new_project
 from tests.helpers.json_files import read_json, write_jsonl
 from tests.helpers.projects import (
@@ -106,7 +107,7 @@ def test_it_learns_what_is_preferred_and_opens_in_peft(project: Path, loss: str)
     )
     assert ("under the reference are computed once" in said) == (loss in ("dpo", "ipo", "kto"))
 
-    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(3))
+    ids = token_ids(90, 2, 9)
     base = AutoModelForCausalLM.from_pretrained(
         project / "artifacts/expanded", attn_implementation="eager"
     )

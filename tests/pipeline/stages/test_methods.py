@@ -33,6 +33,7 @@ from pipeline.stages.registry import METHODS, open_project
 from pipeline.views.models import check, describe
 from tests.conftest import Lora
 from tests.helpers import families
+from tests.helpers.checkpoints import token_ids
 from tests.helpers.json_files import write_jsonl
 from tests.helpers.process import Forked
 from tests.helpers.projects import (
@@ -253,7 +254,7 @@ def base_of(root: Path) -> Path:
 def tokens(base: str) -> Tensor:
     """Two sequences of all that the base knows, its new words among them."""
     rows = {"minigpt": 99, "llama": 122}[base]
-    return torch.randint(3, rows, (2, 9), generator=torch.Generator().manual_seed(3))
+    return token_ids(rows, 2, 9)
 
 
 def stock(folder: Path, kept: Quantization = "none") -> Any:

@@ -19,11 +19,12 @@ from pipeline.inference.model_pool import ModelPool
 from pipeline.models.load import load_base
 from pipeline.views.models import adapters, describe
 from tests.conftest import Lora
+from tests.helpers.checkpoints import token_ids
 from tests.helpers.json_files import read_json
 from tests.helpers.projects import BRIEF, METHODS, PIPELINE, cut_off, folder_bytes, make, refusal
 from tests.helpers.side_by_side import logits, ours, theirs
 
-IDS = torch.randint(3, 99, (2, 6), generator=torch.Generator().manual_seed(3))
+IDS = token_ids(99, 2, 6)
 each_kind = pytest.mark.parametrize("kind", ["prefix", "prompt"])
 
 

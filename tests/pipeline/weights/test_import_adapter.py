@@ -16,12 +16,12 @@ from pipeline.files.artifact import read_manifest
 from pipeline.files.base_model import base_fingerprint
 from pipeline.inference.engine import load
 from tests.conftest import Lora
-from tests.helpers.checkpoints import checkpoint, edit_adapter_config, edit_tensors
+from tests.helpers.checkpoints import checkpoint, edit_adapter_config, edit_tensors, token_ids
 from tests.helpers.json_files import read_json
 from tests.helpers.projects import cut_off, folder_bytes, refusal
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-IDS = torch.randint(3, 70, (4, 9), generator=torch.Generator().manual_seed(3))
+IDS = token_ids(70, 4, 9)
 
 
 def imported(cli: Lora, root: Path, *more: str, source: str = "one") -> tuple[int, str, str]:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.adapters.config import AdapterSpec
@@ -22,7 +21,7 @@ from tests.helpers.bases import toy_checkpoint
 from tests.helpers.checkpoints import adapter, checkpoint
 from tests.helpers.projects import folder_bytes, played
 from tests.helpers.side_by_side import BATCH, logits, ours, theirs
-from tests.pipeline.weights.test_streaming_merge import load_weights, merged_through_files
+from tests.helpers.stored_models import load_weights, merged_through_files, strong
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -141,17 +140,6 @@ def test_damping_scales_the_singular_values_of_intruders_and_no_others(
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     return checkpoint(tmp_path / "base", d_model=24)
-
-
-def strong(folder: Path, base: Path, spec: AdapterSpec) -> Path:
-    """An adapter whose updates are as large as the weights."""
-    made = adapter(folder, base, spec)
-    file = made / "adapter_model.safetensors"
-    weights = {
-        key: tensor * (4 if ".lora_" in key else 1) for key, tensor in load_file(file).items()
-    }
-    save_file(weights, file, metadata={"format": "pt"})
-    return made
 
 
 def searched(base: Path, tuned: Path, epsilon: float = 0.7) -> list[Searched]:

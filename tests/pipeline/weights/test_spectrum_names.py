@@ -17,9 +17,9 @@ from pipeline.models.transformers_model import load_pretrained
 from tests.helpers.checkpoints import checkpoint
 from tests.helpers.json_files import read_json, write_json
 from tests.helpers.real import toy
-from tests.helpers.side_by_side import logits, ours
-from tests.pipeline.adapters.test_peft_interop import IDS
-from tests.pipeline.weights.test_spectrum import extracted, measured, tuned_from, values_of
+from tests.helpers.side_by_side import BATCH, logits, ours
+from tests.helpers.stored_models import tuned_from
+from tests.pipeline.weights.test_spectrum import extracted, measured, values_of
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Weights = dict[str, Tensor]
@@ -116,7 +116,10 @@ def test_a_tied_head_counts_once_whether_or_not_a_file_stores_it(
     found = extracted(base, tuned, tmp_path / "lora", 2)
     assert found.held == pytest.approx(1) and found.spectra == wanted
     torch.testing.assert_close(
-        logits(ours(base, tmp_path / "lora"), IDS), logits(ours(tuned), IDS), atol=1e-3, rtol=1e-3
+        logits(ours(base, tmp_path / "lora"), BATCH),
+        logits(ours(tuned), BATCH),
+        atol=1e-3,
+        rtol=1e-3,
     )
 
 
@@ -135,7 +138,10 @@ def test_a_head_that_training_untied_is_set_against_the_embedding_it_was(
     whole = extracted(tied, untied, tmp_path / "lora", 2).in_full
     assert {*whole} == {HEAD, EMBEDDING}
     torch.testing.assert_close(
-        logits(ours(tied, tmp_path / "lora"), IDS), logits(ours(untied), IDS), atol=1e-3, rtol=1e-3
+        logits(ours(tied, tmp_path / "lora"), BATCH),
+        logits(ours(untied), BATCH),
+        atol=1e-3,
+        rtol=1e-3,
     )
 
 
@@ -157,9 +163,9 @@ def test_a_body_that_one_file_names_and_the_other_does_not_is_the_same(
         one.values for one in wanted.tensors
     ] and not found.skipped
     extracted(folders["base"], folders["tuned"], tmp_path / "lora", 2)
-    wanted_logits = logits(ours(folders["tuned"]), IDS)
+    wanted_logits = logits(ours(folders["tuned"]), BATCH)
     torch.testing.assert_close(
-        logits(ours(folders["base"], tmp_path / "lora"), IDS), wanted_logits, atol=1e-3, rtol=1e-3
+        logits(ours(folders["base"], tmp_path / "lora"), BATCH), wanted_logits, atol=1e-3, rtol=1e-3
     )
 
 

@@ -25,7 +25,6 @@ from pipeline.models.transformers_model import load_pretrained
 from pipeline.project.runner import Progress
 from pipeline.weights import blocks
 from pipeline.weights.merge import Merging, merge_into, write
-from pipeline.weights.merge_check import update_ratios, written_matrices
 from pipeline.weights.merge_plan import plan_merge
 from tests.helpers.bases import edit_config, toy_checkpoint
 from tests.helpers.checkpoints import adapter, checkpoint
@@ -33,24 +32,8 @@ from tests.helpers.json_files import read_json
 from tests.helpers.real import stock, toy
 from tests.helpers.reference_merge import merged_model
 from tests.helpers.side_by_side import randomized
+from tests.helpers.stored_models import load_weights, merged_through_files
 from tests.pipeline.adapters.test_peft_interop import NAMES, options
-
-
-def merged_through_files(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
-    out.mkdir()
-    plan = plan_merge(base, adapter)
-    assert list(write(plan, out))
-    for ratio in update_ratios(plan, written_matrices(out)).values():
-        assert ratio.value is None or abs(ratio.value - 1) <= 1e-3 + ratio.rounding
-    return load_weights(out)
-
-
-def load_weights(folder: Path) -> dict[str, Any]:
-    return {
-        name: value
-        for file in folder.glob("*.safetensors")
-        for name, value in load_file(file).items()
-    }
 
 
 @pytest.mark.filterwarnings("ignore")
