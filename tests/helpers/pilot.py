@@ -3,11 +3,13 @@
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from textual.app import App
 from textual.pilot import Pilot
 from textual.screen import Screen
+
+from tui.app import Workbench
 
 S = TypeVar("S", bound=Screen[Any])
 
@@ -65,3 +67,28 @@ def screen_text(app: App[Any]) -> str:
         "".join(segment.text for segment in strip)
         for strip in app.screen._compositor.render_strips()
     )
+
+
+class AppSession(Generic[S]):
+    """The app on one of its screens."""
+
+    kind: type[S]
+
+    def __init__(self, pilot: Pilot[None]) -> None:
+        self.pilot = pilot
+
+    @property
+    def app(self) -> Workbench:
+        assert isinstance(self.pilot.app, Workbench)
+        return self.pilot.app
+
+    @property
+    def screen(self) -> S:
+        return next(screen for screen in self.app.screen_stack if isinstance(screen, self.kind))
+
+    def messages(self) -> str:
+        return "\n".join(text for _, _, text in self.app.message_history)
+
+    async def press(self, *keys: str) -> None:
+        await self.pilot.press(*keys)
+        await self.pilot.pause()

@@ -15,7 +15,7 @@ from textual.widgets import ContentSwitcher, OptionList, Static
 
 from tests.helpers.extension import PROBES, add_probes
 from tests.helpers.json_files import read_json, write_json
-from tests.helpers.pilot import screen_opens, until
+from tests.helpers.pilot import AppSession, screen_opens, until
 from tests.helpers.projects import make, save
 from tui.app import Workbench
 from tui.dialogs import Menu
@@ -28,28 +28,18 @@ from tui.screens.results.views import Views
 from tui.widgets.pane import Pane
 
 
-class Session:
+class Session(AppSession[ResultsScreen]):
     """The app on its results, with what was asked of other screens."""
 
+    kind = ResultsScreen
+
     def __init__(self, pilot: Pilot[None], asked: list[tuple[str, dict[str, Any]]]) -> None:
-        self.pilot, self.asked = pilot, asked
-
-    @property
-    def app(self) -> Workbench:
-        assert isinstance(self.pilot.app, Workbench)
-        return self.pilot.app
-
-    @property
-    def screen(self) -> ResultsScreen:
-        return next(screen for screen in self.app.screen_stack if isinstance(screen, ResultsScreen))
+        super().__init__(pilot)
+        self.asked = asked
 
     @property
     def view(self) -> str | None:
         return self.screen.query_one(ContentSwitcher).current
-
-    async def press(self, *keys: str) -> None:
-        await self.pilot.press(*keys)
-        await self.pilot.pause()
 
     def drawn(self, pane: Any) -> str:
         """The text of a pane's block."""
