@@ -9,7 +9,6 @@ from typing import Literal
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -297,9 +296,7 @@ def test_pitfall_7_an_adapter_of_new_tokens_is_exported_within_vllms_rules(
     assert all(key.endswith(kinds) for key in saved)
     widest = max(len(value) for key, value in saved.items() if "_A" in key)
     assert f"--max-lora-rank {min(rank for rank in RANKS if rank >= widest)} " in out
-    served = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base), tmp_path / "served"
-    )
+    served = theirs(base, tmp_path / "served")
     ids = torch.cat((IDS, torch.tensor([[70, 71, 72, 73, 3, 70, 4, 71, 72]])))
     torch.testing.assert_close(
         logits(served, ids), logits(ours(base, trained), ids), atol=1e-4, rtol=1e-4
@@ -327,7 +324,7 @@ def test_pitfall_8_an_adapter_of_a_base_in_four_bits_is_merged_to_answer_as_it_w
     assert finetune(cli, project, "quantization=nf4-dq")[0] == 0
     code, _, err = cli("merge", "--set", "merge.max_logit_difference=1e-5", cwd=project)
     assert code == 0, err
-    merged = logits(AutoModelForCausalLM.from_pretrained(project / "artifacts/lora_merged"), IDS)
+    merged = logits(theirs(project / "artifacts/lora_merged"), IDS)
     trained = load(project / BASE, project / ADAPTER).model
     assert isinstance(trained.get_submodule("model.decoder.layers.0.fc1"), QuantizedLinear)
     torch.testing.assert_close(merged, logits(trained, IDS), atol=1e-4, rtol=1e-4)
@@ -350,7 +347,7 @@ def test_pitfall_9_the_merged_model_answers_as_base_and_adapter(
     code, said, err = cli("export", str(ADAPTER), *how, cwd=brief)
     assert code == 0, err
     assert "8 matrices hold their update 1.0000 to 1.0000 times  largest logit difference" in said
-    merged = logits(AutoModelForCausalLM.from_pretrained(out), IDS)
+    merged = logits(theirs(out), IDS)
     torch.testing.assert_close(
         merged, logits(theirs(brief / BASE, brief / ADAPTER), IDS), atol=1e-5, rtol=1e-5
     )

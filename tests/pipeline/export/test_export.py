@@ -154,7 +154,7 @@ def test_a_server_that_reads_neither_patterns_nor_alpha_has_our_logits(
         and not config["rank_pattern"]
         and not config["alpha_pattern"]
     )
-    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
+    model = theirs(base)
     untie(model)
     for key, a in tensors.items():
         match = KEY.fullmatch(key)

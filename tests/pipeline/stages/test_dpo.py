@@ -8,11 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from peft import PeftModel
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
 
 from pipeline.adapters.config import WEIGHTS
 from pipeline.data.formats import read_examples
@@ -38,6 +35,7 @@ from tests.helpers.projects import (
     note_texts,
     section_overrides,
 )
+from tests.helpers.side_by_side import logits, ours, theirs
 
 STAGE, OUTPUT = "finetune_dpo", "artifacts/dpo_adapter"
 SETTINGS = {
@@ -108,12 +106,9 @@ def test_it_learns_what_is_preferred_and_opens_in_peft(project: Path, loss: str)
     assert ("under the reference are computed once" in said) == (loss in ("dpo", "ipo", "kto"))
 
     ids = token_ids(90, 2, 9)
-    base = AutoModelForCausalLM.from_pretrained(
-        project / "artifacts/expanded", attn_implementation="eager"
+    found, wanted = (
+        logits(opened(project / "artifacts/expanded", folder), ids) for opened in (ours, theirs)
     )
-    with torch.no_grad():
-        wanted = PeftModel.from_pretrained(base, folder).eval()(input_ids=ids).logits
-        found = load(project / "artifacts/expanded", folder).model(ids)
     assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 

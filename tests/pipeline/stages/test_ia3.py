@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, PeftModel, get_peft_model
+from peft import IA3Config, get_peft_model
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
 
 from pipeline.calc.families import architecture
 from pipeline.calc.method import trainable
@@ -19,6 +18,7 @@ from pipeline.views.models import describe
 from tests.conftest import Lora
 from tests.helpers.json_files import read_json, write_json
 from tests.helpers.projects import BRIEF, folder_bytes, logged_memory, make, refusal
+from tests.helpers.side_by_side import theirs
 
 GIVEN = [*BRIEF, "finetune_ia3.epochs=3"]
 TEXT = "die katze sitzt auf dem"
@@ -51,7 +51,7 @@ def test_peft_opens_it_and_says_the_same(tuned: Path, settings: list[str]) -> No
         )
     base, adapter = tuned / "artifacts/expanded", tuned / "artifacts/ia3_adapter"
     ours = load(base, adapter)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    model = theirs(base, adapter)
     ids = torch.tensor([ours.tokenizer.encode(TEXT)])
     assert_close(
         next_probabilities(ours, TEXT), model(ids).logits[0, -1].softmax(-1), rtol=1e-5, atol=1e-6
@@ -67,7 +67,7 @@ def test_it_opens_peft_s(tuned: Path, tmp_path: Path) -> None:
         feedforward_modules=["fc2"],
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model = get_peft_model(theirs(base), config)
     torch.manual_seed(0)
     for name, p in model.named_parameters():
         if "ia3_l" in name:
@@ -85,7 +85,7 @@ def test_the_calculator_counts_what_trains(tuned: Path) -> None:
     config = read_json(base / "config.json")
     parameters = read_manifest(tuned / "artifacts/ia3_adapter")["parameters"]
     peft = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base),
+        theirs(base),
         IA3Config(target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"]),
     )
     assert parameters["trainable"] == peft.get_nb_trainable_parameters()[0] == 2 * (64 + 64 + 256)

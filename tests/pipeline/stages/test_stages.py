@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from pipeline.data.answers.prompts import read_prompts
 from pipeline.errors import UserError
@@ -25,6 +25,7 @@ from pipeline.project.runner import run
 from pipeline.stages.registry import open_project
 from tests.helpers.json_files import read_json
 from tests.helpers.projects import BRIEF, METHODS, PIPELINE, ROOT, STAGES, make, make_one
+from tests.helpers.side_by_side import theirs
 
 Lora = Callable[..., tuple[int, str, str]]
 
@@ -37,7 +38,7 @@ def metrics(finished: Path) -> Any:
 def test_pretraining_answers_the_seven_prompts_of_section_6(finished: Path) -> None:
     folder = finished / "artifacts/base"
     model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(folder).eval(),
+        theirs(folder),
         AutoTokenizer.from_pretrained(folder),
     )
     prompts = [
@@ -76,7 +77,7 @@ def test_losses_and_kept_answers_are_those_that_transformers_computes(
     }
     answers: dict[str, torch.Tensor] = {}
     for name, folder in folders.items():
-        model = AutoModelForCausalLM.from_pretrained(finished / "artifacts" / folder).eval()
+        model = theirs(finished / "artifacts" / folder)
         tokenizer = AutoTokenizer.from_pretrained(finished / "artifacts" / folder)
         losses, choices = [], []
         for text in (finished / "data/pretrain.de.txt").read_text(encoding="utf-8").splitlines():
@@ -104,7 +105,7 @@ def test_completed_sentences_are_those_that_transformers_completes(
         "freeze": "layer_frozen",
         "merged": "lora_merged",
     }.items():
-        model = AutoModelForCausalLM.from_pretrained(finished / "artifacts" / folder).eval()
+        model = theirs(finished / "artifacts" / folder)
         tokenizer = AutoTokenizer.from_pretrained(finished / "artifacts" / folder)
         done = 0
         for text in (finished / "data/finetune.de.txt").read_text(encoding="utf-8").splitlines():
