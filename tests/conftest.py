@@ -26,7 +26,7 @@ from pipeline.files import digest_cache
 from pipeline.project import process, provenance
 from pipeline.stages.registry import GRAPH, open_project
 from tests.helpers import fake_accelerator
-from tests.helpers.checkpoints import checkpoint
+from tests.helpers.checkpoints import ONE, OTHER, adapter, checkpoint
 from tests.helpers.projects import (
     BRIEF,
     PIPELINE,
@@ -204,6 +204,15 @@ def houses(brief: Path, built: Built) -> Iterator[Path]:
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that talks for seconds unless it is interrupted. Read it; do not write to it."""
     return checkpoint(tmp_path_factory.mktemp("endless") / "base", max_positions=16_384)
+
+
+@pytest.fixture
+def two_adapters(tmp_path: Path) -> Path:
+    """A base, and the adapters `one` and `other` on it, as if made elsewhere."""
+    base = checkpoint(tmp_path / "base")
+    adapter(tmp_path / "one", base, ONE)
+    adapter(tmp_path / "other", base, OTHER, seed=2)
+    return tmp_path
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from pipeline.project import provenance
 from pipeline.project.runner import run
 from pipeline.stages.registry import open_project
 from tests.conftest import Lora
+from tests.helpers.json_files import read_json
 from tests.helpers.projects import PIPELINE, ROOT, STAGES, folder_bytes, lora, played, refusal
 
 FILES = sorted((DOCUMENT / "lab/claims/chapters").glob("s[0-9]*.py"))
@@ -149,10 +150,7 @@ def test_a_claim_whose_source_was_not_run_says_what_to_run_and_has_no_verdict(
 
 
 def test_a_study_of_other_settings_leaves_its_claims_without_a_verdict(studied: Path) -> None:
-    rows = {
-        row["id"]: row
-        for row in json.loads((studied / "artifacts/claims" / JSON).read_text(encoding="utf-8"))
-    }
+    rows = {row["id"]: row for row in read_json(studied / "artifacts/claims" / JSON)}
     assert rows["rank-64-no-gain"]["verdict"] == "not run"
     assert "studies/rank/ranks.csv has no row with rank=8" in rows["rank-64-no-gain"]["why"]
     assert rows["fact-katze-v"]["verdict"] == "differs", "two epochs change little"

@@ -2,7 +2,6 @@
 gets them.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -56,7 +55,8 @@ from pipeline.project.params.sections import Init
 from pipeline.project.runner import Job
 from pipeline.stages.registry import open_project
 from tests.conftest import Built, Lora
-from tests.helpers.projects import STAGES, folder_bytes, load, make, refusal
+from tests.helpers.json_files import read_json
+from tests.helpers.projects import STAGES, folder_bytes, load, make, refusal, section_overrides
 
 Matrix = npt.NDArray[np.float64]
 NAMES = (
@@ -247,9 +247,7 @@ def test_the_concentration_is_that_of_all_changes(figured: Path) -> None:
 
 
 def test_adapters_stand_where_the_adapters_own_config_puts_them(figured: Path) -> None:
-    config = json.loads(
-        (figured / "artifacts/lora_adapter/adapter_config.json").read_text(encoding="utf-8")
-    )
+    config = read_json(figured / "artifacts/lora_adapter/adapter_config.json")
     for row in table(figured, "finetuning_subspace_modules"):
         assert row["lora_rank"] == (config["r"] if row["module"] in config["target_modules"] else 0)
         saved = row["module"] in config["modules_to_save"]
@@ -260,9 +258,7 @@ def test_adapters_stand_where_the_adapters_own_config_puts_them(figured: Path) -
 
 
 def test_the_curves_are_the_runs_and_flat_where_evaluate_says(figured: Path) -> None:
-    metrics = json.loads(
-        (figured / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8")
-    )
+    metrics = read_json(figured / "artifacts/evaluation/metrics.json")
     epochs = table(figured, "loss_curves")
     methods = {str(row["method"]): row for row in table(figured, "loss_curves_methods")}
     assert list(methods) == ["full", "freeze", "lora"]
@@ -317,9 +313,7 @@ def test_the_slope_is_that_of_finite_differences_and_no_gradient_is_larger(figur
 def test_gradients_exist_where_something_trains_and_nowhere_else(figured: Path) -> None:
     rows = table(figured, "gradient_example_tensors")
     assert all(row["has_grad"] == row["requires_grad"] for row in rows)
-    manifest = json.loads(
-        (figured / "artifacts/lora_adapter/manifest.json").read_text(encoding="utf-8")
-    )
+    manifest = read_json(figured / "artifacts/lora_adapter/manifest.json")
     given_ = [row for row in rows if row["has_grad"]]
     assert sum(number(row["parameters"]) for row in given_) == manifest["parameters"]["trainable"]
     stored = load_file(figured / "artifacts/lora_adapter/adapter_model.safetensors")
@@ -387,7 +381,7 @@ def test_the_way_from_tisch_to_sofa_ends_where_the_trained_adapter_is(
     shutil.copytree(figured, root, ignore=shutil.ignore_patterns("runs"))
     # four sentences: an epoch is a step
     lora = {"data": "data/fact_correction.de.txt", "epochs": 10, "window": 0}
-    make(root, ["finetune_lora"], [f"finetune_lora.{key}={value}" for key, value in lora.items()])
+    make(root, ["finetune_lora"], section_overrides("finetune_lora", lora))
     for step, adapter in ((0, None), (10, root / "artifacts/lora_adapter")):
         loaded = engine.load(root / "artifacts/expanded", adapter)
         said = engine.next_probabilities(loaded, SENTENCE)
@@ -501,7 +495,7 @@ def test_two_runs_give_the_same_bytes(figured: Path, tmp_path: Path) -> None:
 
 def test_the_manifest_names_every_file_and_the_report_every_figure(figured: Path) -> None:
     folder = figured / "artifacts/figures"
-    about = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["figures"]
+    about = read_json(folder / "manifest.json")["figures"]
     assert tuple(about) == NAMES
     files = {file for one in about.values() for file in one["files"]}
     assert files | {"report.md", "manifest.json"} == {path.name for path in folder.iterdir()}
@@ -672,9 +666,7 @@ def test_lora_figures_says_what_each_shows_and_where_it_is(
     code, out, _ = cli("figures", cwd=own)
     assert code == 0
     flat = " ".join(out.split())
-    about = json.loads((figured / "artifacts/figures/manifest.json").read_text(encoding="utf-8"))[
-        "figures"
-    ]
+    about = read_json(figured / "artifacts/figures/manifest.json")["figures"]
     for name, one in about.items():
         assert name in flat and all(word in flat for word in one["shows"].split())
     assert "_concentration.csv" in flat and out.rstrip().endswith("report.md")

@@ -40,6 +40,7 @@ from pipeline.project.runner import Event, Job, Progress, input_facts, run
 from pipeline.stages.registry import GRAPH, open_project
 from pipeline.stages.searches import grids
 from tests.conftest import Lora
+from tests.helpers.json_files import read_json
 from tests.helpers.process import Forked
 from tests.helpers.projects import ROOT, STAGES, WORK, folder_bytes, load, make, make_one, refusal
 
@@ -56,7 +57,7 @@ def mean(cell: Cell) -> float:
     return float(cell)
 
 
-def trained(project: Path, *overrides: str) -> engine.LoadedModel:
+def lora_after(project: Path, *overrides: str) -> engine.LoadedModel:
     """The adapter that `lora finetune lora` makes with these settings."""
     make(project, ["finetune_lora"], [f"finetune_lora.{override}" for override in overrides])
     return engine.load(project / "artifacts/expanded", project / "artifacts/lora_adapter")
@@ -68,7 +69,7 @@ def probability(loaded: engine.LoadedModel, prompt: str, word: str) -> float:
 
 
 @pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+def settings_read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The settings that studies read, as section.key: what checks them, or names them in a
     manifest, does not count.
     """
@@ -92,7 +93,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 @pytest.mark.parametrize("name", STUDIES)
 @pytest.mark.sampled(4)
 def test_a_study_reads_each_setting_and_is_tables_a_picture_and_a_paragraph_the_same_twice(
-    studied: Path, tmp_path: Path, name: str, read: set[str]
+    studied: Path, tmp_path: Path, name: str, settings_read: set[str]
 ) -> None:
     root = tmp_path / "project"
     shutil.copytree(studied, root, ignore=shutil.ignore_patterns("runs"))
@@ -110,7 +111,7 @@ def test_a_study_reads_each_setting_and_is_tables_a_picture_and_a_paragraph_the_
     make(root, [name], BRIEF, force=True)
     assert folder_bytes(root / STAGES[name].path) == before
     assert not (root / "runs" / name / "parts").exists()
-    assert {f"{name}.{key}" for key in hints(GRAPH.sections[name])} <= read
+    assert {f"{name}.{key}" for key in hints(GRAPH.sections[name])} <= settings_read
 
 
 def test_the_documents_rows_are_those_of_an_adapter_trained_by_itself(
@@ -120,7 +121,7 @@ def test_the_documents_rows_are_those_of_an_adapter_trained_by_itself(
     near = next(row for row in table(studied, "fact_correction", "settings") if row["nearest"])
     for model, targets in (("v_proj", "[v_proj]"), ("all", "[q_proj, k_proj, v_proj, o_proj]")):
         given = [f"{key}={near[key]}" for key in ("window", "learning_rate", "alpha")]
-        loaded = trained(
+        loaded = lora_after(
             project,
             "data=data/fact_correction.de.txt",
             "epochs=2",
@@ -161,7 +162,7 @@ def test_with_one_part_put_back_the_model_is_that_of_the_other(
 ) -> None:
     near = next(row for row in table(studied, "fact_correction", "settings") if row["nearest"])
     given = [f"{key}={near[key]}" for key in ("window", "learning_rate", "alpha")]
-    loaded = trained(
+    loaded = lora_after(
         project, "data=data/fact_correction.de.txt", "epochs=2", "target_modules=[v_proj]", *given
     )
     base = engine.load(project / "artifacts/expanded")
@@ -253,7 +254,7 @@ def test_a_projection_learns_what_an_adapter_trained_by_itself_does(
         ),
     }
     given = ("data=data/fact_correction.de.txt", "epochs=2", "alpha=4", "train_embeddings=none")
-    loaded = trained(project, *given, "target_modules=[q_proj, v_proj]")
+    loaded = lora_after(project, *given, "target_modules=[q_proj, v_proj]")
     prompts = [
         p for p in read_prompts(project / "data/prompts.yaml", "p") if p.group == "fact_correction"
     ]
@@ -297,7 +298,7 @@ def test_the_steps_of_the_trajectory_are_those_of_a_run_that_ends_there(
     rows = {(row["step"], row["word"]): row for row in table(studied, "trajectory", "steps")}
     base = engine.load(project / "artifacts/expanded")
     # one batch: a step an epoch
-    whole = trained(project, "data=data/fact_correction.de.txt", "epochs=2", "window=0")
+    whole = lora_after(project, "data=data/fact_correction.de.txt", "epochs=2", "window=0")
     for word in ("tisch", "sofa"):
         assert mean(rows[0, word]["window_0"]) == pytest.approx(
             probability(base, prompt, word), abs=1e-6
@@ -331,9 +332,7 @@ def test_a_signal_during_the_last_look_ends_the_study(
 
 
 def test_every_method_knows_what_evaluate_says_of_its_stage(studied: Path) -> None:
-    metrics = json.loads(
-        (studied / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8")
-    )
+    metrics = read_json(studied / "artifacts/evaluation/metrics.json")
     rows = {row["method"]: row for row in table(studied, "methods", "knowledge")}
     costs = {row["method"]: row for row in table(studied, "methods", "cost")}
     for method, variant in (
@@ -430,9 +429,7 @@ def test_the_terminal_shows_the_times(cli: Lora, studied: Path, tmp_path: Path) 
 
 
 def test_forgetting_begins_with_the_base_and_ends_where_evaluate_does(studied: Path) -> None:
-    metrics = json.loads(
-        (studied / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8")
-    )
+    metrics = read_json(studied / "artifacts/evaluation/metrics.json")
     rows = {(row["method"], row["epoch"]): row for row in table(studied, "forgetting", "epochs")}
     for method, variant in (
         ("full fine-tuning", "full"),
@@ -504,9 +501,7 @@ def test_a_rank_is_measured_as_an_adapter_trained_by_itself_is(
     row = next(row for row in rows if (row["rank"], row["alpha"]) == (2, "r"))
     made = ("rank=2", "alpha=2.0", "train_embeddings=new_rows")
     make(project, ["finetune_lora", "merge", "evaluate"], [f"finetune_lora.{one}" for one in made])
-    said = json.loads((project / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))[
-        "lora"
-    ]
+    said = read_json(project / "artifacts/evaluation/metrics.json")["lora"]
     assert mean(row["new_loss"]) == pytest.approx(said["new_loss"], abs=1e-4)
     assert mean(row["old_rise"]) == pytest.approx(said["forgetting"]["loss_rise"], abs=1e-4)
 
@@ -534,10 +529,10 @@ def test_the_recipe_as_written_trains_v_alone_at_its_own_rate(studied: Path, pro
         "alpha=4",
         "train_embeddings=new_rows",
     )
-    loaded = trained(project, *given, "learning_rate=2e-4", "target_modules=[v_proj]")
+    loaded = lora_after(project, *given, "learning_rate=2e-4", "target_modules=[v_proj]")
     found = probability(loaded, str(row["prompt"]), "euro")
     assert mean(row["v_proj_as_written"]) == pytest.approx(found, abs=SAME)
-    trained(project, *given)  # all targets: the largest adapter of the study
+    lora_after(project, *given)  # all targets: the largest adapter of the study
     share = weight_bytes(project / "artifacts/lora_adapter") / weight_bytes(
         project / "artifacts/expanded"
     )

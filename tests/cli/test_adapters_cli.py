@@ -12,49 +12,26 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.adapters.config import AdapterSpec
-from pipeline.files.artifact import read_json
 from pipeline.weights.import_adapter import import_adapter
 from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint
-from tests.helpers.checkpoints import adapter, checkpoint
+from tests.helpers.checkpoints import ONE, adapter, checkpoint, edit_adapter_config, edit_tensors
+from tests.helpers.json_files import read_json
 from tests.helpers.projects import refusal
 from tests.pipeline.export.test_export import facts
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-ONE, OTHER = AdapterSpec(2, 3.0, ("q_proj", "fc1")), AdapterSpec(3, 2.0, ("q_proj",), rslora=True)
 ENDS = ("embed_tokens", "lm_head")
 Q_PROJ = "model.decoder.layers.0.self_attn.q_proj"
 
 
-def two_adapters(tmp_path: Path) -> Path:
-    """A base, and the adapters `one` and `other` on it, as if made elsewhere."""
-    base = checkpoint(tmp_path / "base")
-    adapter(tmp_path / "one", base, ONE)
-    adapter(tmp_path / "other", base, OTHER, seed=2)
-    return tmp_path
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return two_adapters(tmp_path)
-
-
-def edit_config(folder: Path, **values: Any) -> None:
-    config = read_json(folder / CONFIG, "") | values
-    (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
-
-
-def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS, metadata={"format": "pt"})
-
-
 def dense(folder: Path) -> dict[str, Tensor]:
     """The update of each module, (O, I), computed from the files."""
-    config, result = read_json(folder / CONFIG, ""), load_file(folder / WEIGHTS)
+    config, result = read_json(folder / CONFIG), load_file(folder / WEIGHTS)
     scale = config["lora_alpha"] / config["r"] ** (0.5 if config["use_rslora"] else 1)
     names = [key.removesuffix(".lora_A.weight") for key in result if key.endswith(".lora_A.weight")]
     return {
@@ -79,8 +56,8 @@ def read_diff(cli: Lora, one: str, other: str, cwd: Path) -> dict[str, Any]:
     return result
 
 
-def test_diff_names_the_settings_that_differ(cli: Lora, root: Path) -> None:
-    settings, _ = diff(cli, "one", "other", root)
+def test_diff_names_the_settings_that_differ(cli: Lora, two_adapters: Path) -> None:
+    settings, _ = diff(cli, "one", "other", two_adapters)
     expected = {
         "rank": [2, 3],
         "alpha": [3.0, 2.0],
@@ -88,12 +65,12 @@ def test_diff_names_the_settings_that_differ(cli: Lora, root: Path) -> None:
         "rslora": [False, True],
     }
     assert settings == expected
-    assert diff(cli, "one", "one", root)[0] == {}
+    assert diff(cli, "one", "one", two_adapters)[0] == {}
 
 
-def test_its_sizes_are_frobenius_norms_of_the_dense_updates(cli: Lora, root: Path) -> None:
-    one, other = dense(root / "one"), dense(root / "other")
-    _, rows = diff(cli, "one", "other", root)
+def test_its_sizes_are_frobenius_norms_of_the_dense_updates(cli: Lora, two_adapters: Path) -> None:
+    one, other = dense(two_adapters / "one"), dense(two_adapters / "other")
+    _, rows = diff(cli, "one", "other", two_adapters)
     assert rows.keys() == one.keys() | other.keys()
     for name, row in rows.items():
         first, second = one[name], other.get(name, torch.zeros_like(one[name]))
@@ -102,9 +79,11 @@ def test_its_sizes_are_frobenius_norms_of_the_dense_updates(cli: Lora, root: Pat
         assert (row["outputs"] is None) is (name not in other)
 
 
-def test_its_overlap_is_that_of_the_dense_updates_singular_spaces(cli: Lora, root: Path) -> None:
-    one, other = dense(root / "one"), dense(root / "other")
-    _, rows = diff(cli, "one", "other", root)
+def test_its_overlap_is_that_of_the_dense_updates_singular_spaces(
+    cli: Lora, two_adapters: Path
+) -> None:
+    one, other = dense(two_adapters / "one"), dense(two_adapters / "other")
+    _, rows = diff(cli, "one", "other", two_adapters)
     for name in other:
         (left, _, right), (left_2, _, right_2) = (
             torch.linalg.svd(matrix) for matrix in (one[name], other[name])
@@ -114,9 +93,9 @@ def test_its_overlap_is_that_of_the_dense_updates_singular_spaces(cli: Lora, roo
         assert [rows[name]["outputs"], rows[name]["inputs"]] == pytest.approx(wanted, abs=1e-5)
 
 
-def test_its_cosine_is_that_of_the_dense_updates(cli: Lora, root: Path) -> None:
-    one, other = dense(root / "one"), dense(root / "other")
-    _, rows = diff(cli, "one", "other", root)
+def test_its_cosine_is_that_of_the_dense_updates(cli: Lora, two_adapters: Path) -> None:
+    one, other = dense(two_adapters / "one"), dense(two_adapters / "other")
+    _, rows = diff(cli, "one", "other", two_adapters)
     for name, row in rows.items():
         wanted = (
             torch.cosine_similarity(one[name].flatten(), other[name].flatten(), 0)
@@ -126,8 +105,8 @@ def test_its_cosine_is_that_of_the_dense_updates(cli: Lora, root: Path) -> None:
         assert row["cosine"] == (None if wanted is None else pytest.approx(float(wanted), abs=1e-9))
 
 
-def test_an_adapter_shares_all_of_its_space_with_itself(cli: Lora, root: Path) -> None:
-    for row in diff(cli, "one", "one", root)[1].values():
+def test_an_adapter_shares_all_of_its_space_with_itself(cli: Lora, two_adapters: Path) -> None:
+    for row in diff(cli, "one", "one", two_adapters)[1].values():
         assert (row["outputs"], row["inputs"], row["cosine"]) == pytest.approx((1, 1, 1))
         assert row["difference"] <= 1e-6 * row["first"]
 
@@ -136,28 +115,28 @@ def test_an_adapter_shares_all_of_its_space_with_itself(cli: Lora, root: Path) -
     ("inputs", "outputs"), [((0, 1), (2, 3)), ((5, 1), (7, 9)), ((1, 0), (1, 0))]
 )
 def test_its_overlap_is_the_share_of_directions_in_common(
-    cli: Lora, root: Path, inputs: tuple[int, int], outputs: tuple[int, int]
+    cli: Lora, two_adapters: Path, inputs: tuple[int, int], outputs: tuple[int, int]
 ) -> None:
     """A and B consist of unit vectors: one adapter has directions 0 and 1, the other those
     given.
     """
     for name, rows, columns in (("one", (0, 1), (0, 1)), ("two", inputs, outputs)):
-        adapter(root / name, root / "base", AdapterSpec(2, 2.0, ("q_proj",)))
+        adapter(two_adapters / name, two_adapters / "base", AdapterSpec(2, 2.0, ("q_proj",)))
         made = {f"base_model.model.{Q_PROJ}.lora_A.weight": torch.eye(64)[list(rows)]}
         made[f"base_model.model.{Q_PROJ}.lora_B.weight"] = torch.eye(64)[:, list(columns)]
-        edit_tensors(root / name, lambda tensors, made=made: tensors | made)  # type: ignore[misc]
-    row = diff(cli, "one", "two", root)[1][Q_PROJ]
+        edit_tensors(two_adapters / name, lambda tensors, made=made: tensors | made)  # type: ignore[misc]
+    row = diff(cli, "one", "two", two_adapters)[1][Q_PROJ]
     assert row["inputs"] == pytest.approx(len({0, 1} & {*inputs}) / 2)
     assert row["outputs"] == pytest.approx(len({0, 1} & {*outputs}) / 2)
 
 
-def test_diff_is_a_table_for_people(cli: Lora, root: Path) -> None:
-    code, out, err = cli("adapters", "diff", "one", "other", cwd=root)
+def test_diff_is_a_table_for_people(cli: Lora, two_adapters: Path) -> None:
+    code, out, err = cli("adapters", "diff", "one", "other", cwd=two_adapters)
     assert (code, err) == (0, "")
     assert out.splitlines()[:2] == ["rank: 2 | 3", "alpha: 3.0 | 2.0"]
     norms = [
         f"{float(update[Q_PROJ].norm()):.3f}"
-        for update in (dense(root / "one"), dense(root / "other"))
+        for update in (dense(two_adapters / "one"), dense(two_adapters / "other"))
     ]
     shared, _, rest = Q_PROJ.partition("0")
     lines = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
@@ -166,13 +145,15 @@ def test_diff_is_a_table_for_people(cli: Lora, root: Path) -> None:
     assert lines["0.fc1"][-2:] == ["–", "–"]
 
 
-def test_what_was_trained_itself_is_compared_as_it_is(cli: Lora, root: Path) -> None:
+def test_what_was_trained_itself_is_compared_as_it_is(cli: Lora, two_adapters: Path) -> None:
     rows = AdapterSpec(2, 3.0, ("q_proj",), rows={"embed_tokens": (5, 41)}, saved=("lm_head",))
     others = AdapterSpec(2, 3.0, ("q_proj",), rows={"embed_tokens": (5, 42)})
     for name, spec, seed in (("a", rows, 1), ("b", rows, 2), ("c", others, 3)):
-        adapter(root / name, root / "base", spec, seed=seed)
-    first, second = (load_file(root / name / WEIGHTS) for name in "ab")
-    values = {row["name"]: row["difference"] for row in read_diff(cli, "a", "b", root)["values"]}
+        adapter(two_adapters / name, two_adapters / "base", spec, seed=seed)
+    first, second = (load_file(two_adapters / name / WEIGHTS) for name in "ab")
+    values = {
+        row["name"]: row["difference"] for row in read_diff(cli, "a", "b", two_adapters)["values"]
+    }
     keys = {
         "model.decoder.embed_tokens": ".token_adapter.trainable_tokens_delta",
         "lm_head.weight": "",
@@ -181,7 +162,7 @@ def test_what_was_trained_itself_is_compared_as_it_is(cli: Lora, root: Path) -> 
         key = f"base_model.model.{name}{rest}"
         assert values.pop(name) == pytest.approx(float((first[key] - second[key]).norm()), rel=1e-5)
     assert not values
-    result = read_diff(cli, "a", "c", root)["values"]
+    result = read_diff(cli, "a", "c", two_adapters)["values"]
     assert [(row["name"], row["difference"]) for row in result] == [
         (name, None) for name in keys
     ], "not the same of it"
@@ -244,11 +225,11 @@ OTHER_MODELS: dict[Callable[[Path], None], str] = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("other", OTHER_MODELS, ids=lambda other: other.__name__)
 def test_adapters_of_two_models_are_not_compared(
-    cli: Lora, root: Path, other: Callable[[Path], None]
+    cli: Lora, two_adapters: Path, other: Callable[[Path], None]
 ) -> None:
-    other(root)
+    other(two_adapters)
     for pair in (("one", "else"), ("else", "one")):
-        output = refusal(cli("adapters", "diff", *pair, cwd=root))
+        output = refusal(cli("adapters", "diff", *pair, cwd=two_adapters))
         assert (
             OTHER_MODELS[other] in output
             and ": the adapters belong to different models. Name two adapters of the same model."
@@ -269,14 +250,20 @@ OF_ONE_MODEL = {
 }
 
 
-def test_adapters_of_one_model_are_compared_whatever_they_train(cli: Lora, root: Path) -> None:
+def test_adapters_of_one_model_are_compared_whatever_they_train(
+    cli: Lora, two_adapters: Path
+) -> None:
     for name, spec in OF_ONE_MODEL.items():
-        adapter(root / name, root / "base", spec)
-    adapter(root / "saved", root / "base", AdapterSpec(2, 3.0, ("q_proj",), saved=("fc1",)))
+        adapter(two_adapters / name, two_adapters / "base", spec)
+    adapter(
+        two_adapters / "saved",
+        two_adapters / "base",
+        AdapterSpec(2, 3.0, ("q_proj",), saved=("fc1",)),
+    )
     # which PEFT trains in full, and gives no LoRA
-    edit_config(root / "saved", target_modules=["q_proj", "fc1"])
+    edit_adapter_config(two_adapters / "saved", target_modules=["q_proj", "fc1"])
     for pair in combinations((*OF_ONE_MODEL, "saved"), 2):
-        read_diff(cli, *pair, cwd=root)
+        read_diff(cli, *pair, cwd=two_adapters)
 
 
 # Card
@@ -312,10 +299,10 @@ def test_the_card_of_a_retrained_adapter_has_no_numbers_of_the_earlier_one(
     assert "not evaluated: run `lora evaluate`" in card and "forgetting" not in card
 
 
-def test_an_adapter_without_a_manifest_has_a_card_too(cli: Lora, root: Path) -> None:
-    code, card, err = cli("adapters", "card", "one", cwd=root)
+def test_an_adapter_without_a_manifest_has_a_card_too(cli: Lora, two_adapters: Path) -> None:
+    code, card, err = cli("adapters", "card", "one", cwd=two_adapters)
     assert (code, err) == (0, "")
-    assert "base_model" not in card and str(root) not in card, (
+    assert "base_model" not in card and str(two_adapters) not in card, (
         "a path on this machine is no name of a base"
     )
     assert "- LoRA, rank 2, alpha 3\n- on q_proj, fc1\n" in card
@@ -323,6 +310,6 @@ def test_an_adapter_without_a_manifest_has_a_card_too(cli: Lora, root: Path) -> 
 
 
 def test_an_adapter_that_was_changed_has_no_card(cli: Lora, project: Path) -> None:
-    edit_config(project / "artifacts/lora_adapter", target_modules=["q_proj"])
+    edit_adapter_config(project / "artifacts/lora_adapter", target_modules=["q_proj"])
     refused = cli("adapters", "card", "artifacts/lora_adapter", cwd=project)
     assert "was changed after the artifact was made" in refusal(refused)

@@ -10,7 +10,8 @@ import yaml
 from cli import stages
 from pipeline.project.logs.run_log import read_steps
 from tests.conftest import Lora
-from tests.helpers.projects import make, new_houses, refusal, save
+from tests.helpers.json_files import read_json, write_json
+from tests.helpers.projects import make_base, new_houses, refusal, save
 
 LORA = {
     "learning_rate": 0.02,
@@ -27,8 +28,7 @@ def llama(tmp_path: Path) -> Path:
 
     root = families.new_project(tmp_path / "llama", families.FAMILIES["llama"])
     save(root / "params.yaml", {f"finetune_lora.{key}": value for key, value in LORA.items()})
-    make(root, ["pretrain", "expand_vocab"])
-    return root
+    return make_base(root)
 
 
 def advice(cli: Lora, root: Path, *arguments: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -48,7 +48,7 @@ def test_facts_are_what_training_counts_and_each_broken_rule_is_noted_once_befor
     assert code == 0
     notes = [line for line in err.splitlines() if "advised" in line]
     assert [note.partition(" is ")[0] for note in notes] == [one["key"] for one in broken]
-    manifest = json.loads((llama / "artifacts/lora_adapter/manifest.json").read_text())
+    manifest = read_json(llama / "artifacts/lora_adapter/manifest.json")
     epoch = [
         step for step in read_steps(llama / "artifacts/lora_adapter/loss.csv") if step.epoch == 1
     ]
@@ -127,7 +127,7 @@ def test_what_a_sweep_measured_is_not_argued_with(cli: Lora, llama: Path) -> Non
         for name, (rate, loss) in rates.items()
     }
     (llama / "artifacts/sweep").mkdir(parents=True)
-    (llama / "artifacts/sweep/sweep.json").write_text(json.dumps(rows))
+    write_json(llama / "artifacts/sweep/sweep.json", rows)
     facts, broken = advice(cli, llama, "--set", "finetune_lora.learning_rate=0.01")
     assert "finetune_lora.learning_rate" not in [one["key"] for one in broken]
     assert facts["finetune_lora"]["measured"] == ["learning_rate"]

@@ -24,6 +24,7 @@ from pipeline.stages.methods.lora import COUNTED as LORA
 from pipeline.stages.methods.lora import Lora as LoraMethod
 from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint
+from tests.helpers.json_files import write_json
 from tests.helpers.projects import load, lora
 
 QWEN = ("--model", "qwen3-8b", "--r", "8")
@@ -216,9 +217,7 @@ def test_a_sweep_has_a_row_per_value(cli: Lora, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_trace_prints_both_peaks(cli: Lora, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
-    config.write_text(
-        json.dumps({**entry("smollm2-135m")["config"], "num_hidden_layers": 2}), encoding="utf-8"
-    )
+    write_json(config, {**entry("smollm2-135m")["config"], "num_hidden_layers": 2})
     _, out, _ = cli(
         "calc", "--model", str(config), "--seq", "128", "--trace", "--json", cwd=tmp_path
     )

@@ -29,6 +29,7 @@ from pipeline.models.kernels import native
 from pipeline.project.logs import trackers
 from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint
+from tests.helpers.json_files import read_json, write_json
 from tests.helpers.permissions import needs_permissions, read_only
 from tests.helpers.projects import (
     BRIEF,
@@ -384,9 +385,7 @@ def test_compare_shows_a_table_of_any_top_k_and_as_json_the_whole_vocabulary(
 
 
 def test_adapters_are_listed_with_what_was_measured(cli: Lora, finished: Path) -> None:
-    metrics = json.loads(
-        (finished / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8")
-    )
+    metrics = read_json(finished / "artifacts/evaluation/metrics.json")
     code, out, _ = cli("adapters", "--json", cwd=finished)
     adapter, prefix, prompt, *swept = json.loads(out)
     assert code == 0
@@ -845,9 +844,7 @@ def test_the_report_has_a_line_per_model_in_80_columns(
     """Also for a real model, whose numbers are longer."""
     (tmp_path / "artifacts/evaluation").mkdir(parents=True)
     shutil.copy(finished / "params.yaml", tmp_path)
-    metrics = json.loads(
-        (finished / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8")
-    )
+    metrics = read_json(finished / "artifacts/evaluation/metrics.json")
     for numbers in metrics.values():
         numbers |= {
             "bytes": 538_060_000,
@@ -856,9 +853,7 @@ def test_the_report_has_a_line_per_model_in_80_columns(
             "trainable": 134_515_008,
         }
         numbers |= {"trainable_percent": 100.0, "old_loss": 12.345, "new_loss": 12.345}
-    (tmp_path / "artifacts/evaluation/metrics.json").write_text(
-        json.dumps(metrics), encoding="utf-8"
-    )
+    write_json(tmp_path / "artifacts/evaluation/metrics.json", metrics)
     monkeypatch.setattr(console.stdout, "width", 80)
     for root in (finished, tmp_path):
         rows = cli("report", cwd=root)[1].splitlines()
@@ -949,12 +944,7 @@ def test_a_reader_that_is_gone_stops_no_training(project: Path) -> None:
     done = subprocess.run(command, cwd=project, stdout=closed, stderr=closed, check=False)
     os.close(closed)
     assert done.returncode == 0
-    assert (
-        json.loads((project / "artifacts/lora_adapter/manifest.json").read_text())["params"][
-            "epochs"
-        ]
-        == 1
-    )
+    assert read_json(project / "artifacts/lora_adapter/manifest.json")["params"]["epochs"] == 1
 
 
 def test_cache_shows_and_prunes(cli: Lora, project: Path) -> None:

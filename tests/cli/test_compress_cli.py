@@ -12,13 +12,13 @@ from pipeline.adapters.low_rank import load_update
 from pipeline.errors import UserError
 from tests.conftest import Lora
 from tests.helpers.checkpoints import WORDS, adapter, checkpoint
+from tests.helpers.json_files import write_json
 from tests.helpers.projects import lora, refusal
-from tests.pipeline.weights.test_intruders import strong
-from tests.pipeline.weights.test_spectrum import tuned_from
+from tests.helpers.stored_models import strong, tuned_from
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def models(tmp_path: Path) -> Path:
     """A base, a fine-tuned copy, an adapter on it and one with intruders."""
     base = checkpoint(tmp_path / "base", d_model=24)
     tuned_from(base, tmp_path / "tuned", 3)
@@ -29,7 +29,7 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_the_table_fits_80_columns_and_ends_with_what_it_costs(root: Path) -> None:
+def test_the_table_fits_80_columns_and_ends_with_what_it_costs(models: Path) -> None:
     output = lora(
         "adapters",
         "compress",
@@ -40,7 +40,7 @@ def test_the_table_fits_80_columns_and_ends_with_what_it_costs(root: Path) -> No
         "small",
         "--data",
         "some.txt",
-        cwd=root,
+        cwd=models,
         COLUMNS="80",
     )
     assert (output.returncode, output.stderr) == (0, "")
@@ -52,15 +52,15 @@ def test_the_table_fits_80_columns_and_ends_with_what_it_costs(root: Path) -> No
     assert lines[5].startswith("small  ") and "% off, all modules together" in lines[5]
     assert lines[6].split() == ["model", "loss", "right", "KL", "to", "adapter"]
     assert [line.split()[0] for line in lines[7:]] == ["adapter", "base", "compressed"]
-    assert lora("adapters", "verify", "small", cwd=root).returncode == 0
+    assert lora("adapters", "verify", "small", cwd=models).returncode == 0
 
 
-def test_json_holds_each_modules_error_and_the_cost(cli: Lora, root: Path) -> None:
+def test_json_holds_each_modules_error_and_the_cost(cli: Lora, models: Path) -> None:
     arguments = ["big", "--energy", "0.8", "--out", "small", "--data", "some.txt", "--json"]
-    code, out, err = cli("adapters", "compress", *arguments, cwd=root)
+    code, out, err = cli("adapters", "compress", *arguments, cwd=models)
     result = json.loads(out)
     assert (code, err) == (0, "")
-    before, after = (load_update(root / name).low_rank for name in ("big", "small"))
+    before, after = (load_update(models / name).low_rank for name in ("big", "small"))
     for row in result["modules"]:
         name = row["module"]
         cut = (before[name].delta() - after[name].delta()).norm() / before[name].delta().norm()
@@ -84,7 +84,7 @@ def test_json_holds_each_modules_error_and_the_cost(cli: Lora, root: Path) -> No
         "--data",
         "some.txt",
         "--json",
-        cwd=root,
+        cwd=models,
     )
     quality = json.loads(out)["quality"]
     assert quality["compressed"]["loss"] == pytest.approx(quality["adapter"]["loss"], abs=1e-5)
@@ -99,22 +99,22 @@ def test_json_holds_each_modules_error_and_the_cost(cli: Lora, root: Path) -> No
     ],
 )
 def test_plain_prompts_are_measured_in_the_bases_chat_template(
-    cli: Lora, root: Path, command: str
+    cli: Lora, models: Path, command: str
 ) -> None:
     turns = f"{{% for m in messages %}}{WORDS[0]} {{{{ m['content'] }}}} {{% endfor %}}"
     for model in ("base", "tuned"):
-        (root / model / "chat_template.jinja").write_text(turns)
+        (models / model / "chat_template.jinja").write_text(turns)
     prompt, answer = " ".join(WORDS[1:4]), " ".join(WORDS[4:6])
     plain = {"prompt": prompt, "completion": f" {answer}"}
     chat = {
         "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     }
     for name, row in (("plain", plain), ("chat", chat)):
-        (root / f"{name}.jsonl").write_text(json.dumps(row))
+        write_json(models / f"{name}.jsonl", row)
 
     def cost(*arguments: str) -> object:
         code, out, _ = cli(
-            *command.split(), "--out", "small", "--json", "--data", *arguments, cwd=root
+            *command.split(), "--out", "small", "--json", "--data", *arguments, cwd=models
         )
         assert code == 0
         return json.loads(out)["quality"]
@@ -123,7 +123,7 @@ def test_plain_prompts_are_measured_in_the_bases_chat_template(
 
 
 def test_the_table_is_shown_before_models_are_asked(
-    cli: Lora, root: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Lora, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise UserError("No room.")
@@ -140,15 +140,15 @@ def test_the_table_is_shown_before_models_are_asked(
             "tiny",
             "--data",
             "some.txt",
-            cwd=root,
+            cwd=models,
         )
         assert (code, err) == (1, f"{replaced}error: No room.\n") and "tiny  " in out
 
 
 @pytest.mark.slow
-def test_intruders_are_listed_and_damped(root: Path) -> None:
+def test_intruders_are_listed_and_damped(models: Path) -> None:
     output = lora(
-        "spectrum", "base", "strong", "--intruders", "--epsilon", "0.7", cwd=root, COLUMNS="80"
+        "spectrum", "base", "strong", "--intruders", "--epsilon", "0.7", cwd=models, COLUMNS="80"
     )
     assert (output.returncode, output.stderr) == (0, "")
     head, *lines = output.stdout.splitlines()
@@ -158,7 +158,7 @@ def test_intruders_are_listed_and_damped(root: Path) -> None:
     )
     assert f"in {len(lines) - 1} of 4 matrices: among the 10 largest" in lines[-1]
     options = ["--damp", "0.5", "--out", "damped", "--epsilon", "0.7", "--data", "some.txt"]
-    output = lora("spectrum", "base", "strong", *options, cwd=root, COLUMNS="80")
+    output = lora("spectrum", "base", "strong", *options, cwd=models, COLUMNS="80")
     assert (output.returncode, output.stderr) == (0, "")
     assert "damped  intruders scaled by 0.5" in output.stdout
     assert [line.split()[0] for line in output.stdout.splitlines()[-3:]] == [
@@ -166,10 +166,10 @@ def test_intruders_are_listed_and_damped(root: Path) -> None:
         "base",
         "damped",
     ]
-    assert lora("adapters", "verify", "damped", cwd=root).returncode == 0
+    assert lora("adapters", "verify", "damped", cwd=models).returncode == 0
 
 
-def test_their_json_has_every_matrix_and_a_full_model_has_them_too(cli: Lora, root: Path) -> None:
+def test_their_json_has_every_matrix_and_a_full_model_has_them_too(cli: Lora, models: Path) -> None:
     code, out, err = cli(
         "spectrum",
         "base",
@@ -180,14 +180,14 @@ def test_their_json_has_every_matrix_and_a_full_model_has_them_too(cli: Lora, ro
         "--top",
         "3",
         "--json",
-        cwd=root,
+        cwd=models,
     )
     result = json.loads(out)
     assert (code, err, result["top"], result["epsilon"]) == (0, "", 3, 0.7)
     assert len(result["matrices"]) == 4 and all(one["complete"] for one in result["matrices"])
     found = [intruder for one in result["matrices"] for intruder in one["intruders"]]
     assert found and all(one["similarity"] < 0.7 and 1 <= one["position"] <= 3 for one in found)
-    code, out, _ = cli("spectrum", "base", "tuned", "--intruders", "--epsilon", "0", cwd=root)
+    code, out, _ = cli("spectrum", "base", "tuned", "--intruders", "--epsilon", "0", cwd=models)
     assert code == 0 and out.startswith("0 intruders in 0 of 12 matrices")
 
 
@@ -215,17 +215,17 @@ REFUSED = [
 
 @pytest.mark.parametrize(("command", "arguments", "reason"), REFUSED)
 def test_each_wrong_request_is_one_message(
-    cli: Lora, root: Path, command: list[str], arguments: str, reason: str
+    cli: Lora, models: Path, command: list[str], arguments: str, reason: str
 ) -> None:
-    checkpoint(root / "wide", d_model=32)
-    adapter(root / "dora", root / "base", AdapterSpec(2, 2.0, ("q_proj",), dora=True))
-    assert reason in refusal(cli(*command, *arguments.split(), cwd=root))
-    assert not (root / "x").exists()
+    checkpoint(models / "wide", d_model=32)
+    adapter(models / "dora", models / "base", AdapterSpec(2, 2.0, ("q_proj",), dora=True))
+    assert reason in refusal(cli(*command, *arguments.split(), cwd=models))
+    assert not (models / "x").exists()
 
 
-def test_an_adapter_without_intruders_is_not_damped(cli: Lora, root: Path) -> None:
+def test_an_adapter_without_intruders_is_not_damped(cli: Lora, models: Path) -> None:
     code, out, err = cli(
-        "spectrum", "base", "strong", "--damp", "0.5", "--epsilon", "0", "--out", "x", cwd=root
+        "spectrum", "base", "strong", "--damp", "0.5", "--epsilon", "0", "--out", "x", cwd=models
     )
     assert code == 1 and out.startswith("0 intruders") and "has no intruder to damp" in err
-    assert not (root / "x").exists()
+    assert not (models / "x").exists()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.project.logs.run_log import epoch_means, read_steps
+from tests.helpers.json_files import read_json
 from tests.helpers.projects import BRIEF, ROOT
 
 BLOCK = re.compile(r"^```python\n# (\S+\.py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -83,9 +84,7 @@ def test_the_method_of_the_page_trains_is_evaluated_and_passes_its_test(
 
     first, *_, last = epoch_means(read_steps(project / "artifacts/bitfit/loss.csv"))
     assert last < first - 0.5
-    metrics = json.loads(
-        (project / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8")
-    )
+    metrics = read_json(project / "artifacts/evaluation/metrics.json")
     assert metrics["bitfit"]["new_loss"] < metrics["expanded"]["new_loss"] - 0.5
     assert metrics["bitfit"]["trainable"] < metrics["lora"]["trainable"]
     assert "| BitFit |" in (project / "artifacts/evaluation/report.md").read_text(encoding="utf-8")

@@ -14,6 +14,7 @@ from pipeline.data.tokenizers.subword import SubwordTokenizer
 from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.checkpoints import checkpoint
+from tests.helpers.json_files import write_json, write_jsonl
 from tests.helpers.projects import lora, refusal
 from tests.helpers.tokenizers import SMOLLM2, folder_with
 
@@ -35,7 +36,7 @@ def here(tmp_path: Path) -> Path:
     """A data file, and a subword model."""
     model = folder_with(tmp_path / "artifacts/base", SMOLLM2)
     (model / "config.json").write_text('{"max_position_embeddings": 99}', encoding="utf-8")
-    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, LINES)), encoding="utf-8")
+    write_jsonl(tmp_path / "d.jsonl", LINES)
     return tmp_path
 
 
@@ -52,7 +53,7 @@ def test_what_is_learned_is_marked(cli: Lora, here: Path) -> None:
 def test_a_plain_prompt_is_a_turn_unless_the_command_or_the_project_says_otherwise(
     cli: Lora, here: Path
 ) -> None:
-    (here / "p.jsonl").write_text(json.dumps(LINES[1]), encoding="utf-8")
+    write_json(here / "p.jsonl", LINES[1])
     (here / "params.yaml").write_text("base: x\nfinetune_lora: {data: p.jsonl}\n", encoding="utf-8")
     asked = "user↵The·currency·of·Bulgaria·is·the<|im_end|>↵<|im_start|>assistant↵⟦euro<|im_end|>⟧↵"
     _, out, _ = cli("data", "show", "p.jsonl", cwd=here)
@@ -193,7 +194,7 @@ def test_a_mistake_is_one_message(
     cli: Lora, here: Path, arguments: list[str], message: str
 ) -> None:
     (here / "broken.jsonl").write_text("{", encoding="utf-8")
-    (here / "long.jsonl").write_text(json.dumps({"text": "The" + " euro" * 98}), encoding="utf-8")
+    write_json(here / "long.jsonl", {"text": "The" + " euro" * 98})
     code, out, err = cli("data", "show", *arguments, cwd=here)
     assert (code, out) == (1, "")
     assert err.startswith(f"error: {message}") and err.count("\n") == 1
@@ -223,7 +224,7 @@ SPOILT = "error: training needs data without errors, and this has 2. Correct the
 
 
 def test_check_prints_each_fault_with_its_row_and_exits_with_1(cli: Lora, here: Path) -> None:
-    (here / "f.jsonl").write_text("\n".join(map(json.dumps, FAULTS)), encoding="utf-8")
+    write_jsonl(here / "f.jsonl", FAULTS)
     code, out, err = cli("data", "check", "f.jsonl", cwd=here)
     cleaned = "`lora data clean f.jsonl OUT` writes a file without empty rows and duplicates.\n"
     assert (code, err) == (1, cleaned + SPOILT)
@@ -241,7 +242,7 @@ def test_check_prints_each_fault_with_its_row_and_exits_with_1(cli: Lora, here: 
 
 
 def test_check_prints_what_the_contract_names_as_json(cli: Lora, here: Path) -> None:
-    (here / "f.jsonl").write_text("\n".join(map(json.dumps, FAULTS)), encoding="utf-8")
+    write_jsonl(here / "f.jsonl", FAULTS)
     code, out, err = cli(
         "data", "check", "f.jsonl", "d.jsonl", "--base", "artifacts/base", "--json", cwd=here
     )
@@ -272,7 +273,7 @@ def test_check_compares_with_evaluation_files_and_works_without_a_model(
 def test_convert_writes_the_container_of_the_name_and_the_format_asked_for(
     cli: Lora, here: Path
 ) -> None:
-    (here / "f.jsonl").write_text(json.dumps({**FAULTS[0], "id": 7}), encoding="utf-8")
+    write_json(here / "f.jsonl", {**FAULTS[0], "id": 7})
     code, out, err = cli("data", "convert", "f.jsonl", "new/f.parquet", cwd=here)
     assert (code, out) == (0, "new/f.parquet: 1 row (sharegpt)\n")
     assert err == "f.jsonl: not used: id (1 row)\n"
@@ -293,7 +294,7 @@ def test_check_prints_a_fault_of_many_rows_once_and_warnings_beside_errors(
     cli: Lora, here: Path
 ) -> None:
     rows = [*({"conversations": []} for _ in range(40)), *FAULTS]
-    (here / "f.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    write_jsonl(here / "f.jsonl", rows)
     code, out, _ = cli("data", "check", "f.jsonl", "--limit", "1", cwd=here)
     assert code == 1 and re.search(r"error +40 rows; first: 1 +conversations must be a list", out)
     assert re.search(r"warning +44 +the same as row 41\.", out)
@@ -321,7 +322,7 @@ def test_convert_skips_what_it_cannot_take_and_says_so(cli: Lora, here: Path) ->
 
 def test_clean_writes_what_is_left_and_reports_the_rest(cli: Lora, here: Path) -> None:
     rows = [*LINES, LINES[1], {"text": ""}, {"text": "euro " * 120}, {"text": "Call +49 30 901820"}]
-    (here / "f.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    write_jsonl(here / "f.jsonl", rows)
     (here / "t.yaml").write_text(
         "- {name: t, kind: contains, examples: [{prompt: hello, answer: Hello}]}\n",
         encoding="utf-8",

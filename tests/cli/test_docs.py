@@ -1,6 +1,5 @@
 """The documentation's commands and numbers are correct."""
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -15,6 +14,7 @@ from docs.generators import generated
 from docs.tour import typed
 from pipeline.project.logs.run_log import RunLog, Step
 from tests.conftest import Lora
+from tests.helpers.json_files import write_json
 from tests.helpers.projects import ROOT
 from tests.journeys.command_lines import commands
 
@@ -125,14 +125,14 @@ def test_a_table_of_loraplus_takes_for_each_ratio_the_rate_that_is_best_over_see
             folder = tmp_path / f"{ratio}-{rate}-{seed}"
             folder.mkdir()
             params = {"loraplus_ratio": ratio, "learning_rate": rate}
-            (folder / "manifest.json").write_text(json.dumps({"params": params}))
+            write_json(folder / "manifest.json", {"params": params})
             with RunLog(folder, 0, 0) as log:
                 for epoch in range(1, 12):
                     log.append(Step(epoch, epoch, last + (epoch < 11), rate, 1.0, epoch))
             state[folder.name] = {"state": "done"}
     # so that no mean over all seeds is there at this rate
     state["0.25-0.5-1"]["state"] = "diverged"
-    (tmp_path / "sweep.json").write_text(json.dumps(state))
+    write_json(tmp_path / "sweep.json", state)
     *_, fourth, four = loraplus.table(loraplus.losses(tmp_path)).splitlines()
     assert fourth == "| 1/4 | 3.00 ± 0.00 | 2.00 ± 0.00 | 0.002: 3.00 ± 0.00 | 0.002: 2.00 ± 0.00 |"
     assert four == "| 4 | 4.10 ± 0.14 | 3.10 ± 0.14 | 0.5: 2.20 ± 0.28 | 0.5: 1.20 ± 0.28 |"

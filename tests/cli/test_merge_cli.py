@@ -13,15 +13,16 @@ from safetensors.torch import load_file
 
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.peft import load_adapter
-from pipeline.files.artifact import read_json
 from pipeline.files.base_model import INDEX
 from pipeline.models.load import load_base
 from tests.conftest import Lora
-from tests.helpers.bases import logits, opened, toy_checkpoint
+from tests.helpers.bases import opened, toy_checkpoint
 from tests.helpers.checkpoints import adapter, checkpoint
+from tests.helpers.json_files import read_json
 from tests.helpers.process import Forked
 from tests.helpers.projects import LORA, folder_bytes, refusal
 from tests.helpers.reference_merge import merged_model
+from tests.helpers.side_by_side import logits
 
 LINEARS = AdapterSpec(3, 12.0, "all-linear")
 SPECS = {
@@ -124,7 +125,7 @@ def test_an_update_of_a_tied_head_alone_adds_it_to_its_shard_and_to_the_index(
 ) -> None:
     base = sharded(tmp_path, "qwen3", AdapterSpec(3, 12.0, ("lm_head",)), torch.float32)
     assert merge(cli, tmp_path)[0] == 0
-    out, before = read_json(tmp_path / "out" / INDEX, ""), read_json(base / INDEX, "")
+    out, before = read_json(tmp_path / "out" / INDEX), read_json(base / INDEX)
     assert out["weight_map"].keys() - before["weight_map"].keys() == {"lm_head.weight"}
     for name, file in out["weight_map"].items():
         assert name in load_file(tmp_path / "out" / file)
@@ -140,7 +141,7 @@ def test_with_prompts_it_says_how_far_the_merged_model_is_from_base_and_adapter(
         "merge", "--adapter", source, "--out", out, "--prompts", "data/prompts.yaml", cwd=brief
     )
     assert (code, err) == (0, "")
-    certificate = read_json(tmp_path / "out/certificate.json", "")
+    certificate = read_json(tmp_path / "out/certificate.json")
     assert output.endswith(f"largest logit difference {certificate['max_logit_difference']:.1e}\n")
     assert certificate["max_logit_difference"] < 1e-5
     assert certificate["same_first_choices"] == certificate["prompts_checked"] > 5

@@ -2,7 +2,6 @@
 and its results.
 """
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -20,6 +19,7 @@ from pipeline.stages.methods.lora import rate_for
 from pipeline.stages.registry import open_project
 from tests.conftest import Lora
 from tests.helpers.bases import TEMPLATE, toy_checkpoint
+from tests.helpers.json_files import read_json, write_json, write_jsonl
 from tests.helpers.projects import BRIEF, dvc, folder_bytes, load, lora, refusal
 
 pytestmark = pytest.mark.xdist_group("new")  # one project for all of them
@@ -47,16 +47,14 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"id": n, "conversations": [{"from": who, "value": said} for who, said in c]}
         for n, c in enumerate(CHATS)
     ]
-    (folder / "chats.json").write_text(json.dumps(rows), encoding="utf-8")
+    write_json(folder / "chats.json", rows)
     lines = [{"question": c[0][1], "answer": c[1][1]} for c in CHATS]
-    (folder / "pairs.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
-    )
+    write_jsonl(folder / "pairs.jsonl", lines)
     return folder
 
 
 @pytest.fixture(scope="module")
-def trained(here: Path) -> tuple[Path, str]:
+def run(here: Path) -> tuple[Path, str]:
     done = lora(
         "train", "--base", "toy", "--data", "chats.json", "--out", "run", *SETTINGS, cwd=here
     )
@@ -65,13 +63,13 @@ def trained(here: Path) -> tuple[Path, str]:
 
 
 def test_one_command_makes_a_project_trains_it_and_says_what_was_learned(
-    trained: tuple[Path, str],
+    run: tuple[Path, str],
 ) -> None:
-    folder, out = trained
-    metrics = json.loads((folder / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    folder, out = run
+    metrics = read_json(folder / "artifacts/evaluation/metrics.json")
     before, after = (metrics[name]["new_loss"] for name in ("base", "lora"))
     assert f"loss on held-out examples {before:.3f} → {after:.3f} nats per token" in out
-    samples = json.loads((folder / "artifacts/evaluation/samples.json").read_text(encoding="utf-8"))
+    samples = read_json(folder / "artifacts/evaluation/samples.json")
     held_out = metrics["lora"]["new_sentences"]
     assert {name: len(rows) for name, rows in samples.items()} == dict.fromkeys(
         ("base", "lora", "merged"), held_out
@@ -101,18 +99,18 @@ def test_one_command_makes_a_project_trains_it_and_says_what_was_learned(
         assert said in out, said
 
 
-def test_dvc_imports_again_when_the_base_changes(trained: tuple[Path, str]) -> None:
-    graph = yaml.safe_load((trained[0] / "dvc.yaml").read_text(encoding="utf-8"))
+def test_dvc_imports_again_when_the_base_changes(run: tuple[Path, str]) -> None:
+    graph = yaml.safe_load((run[0] / "dvc.yaml").read_text(encoding="utf-8"))
     assert graph["stages"]["import"]["deps"] == ["${base}"]
 
 
 def test_the_report_shows_every_answer_beside_the_expected_one(
-    trained: tuple[Path, str], cli: Lora
+    run: tuple[Path, str], cli: Lora
 ) -> None:
-    folder, _ = trained
+    folder, _ = run
     code, out, err = cli("report", cwd=folder)
     assert code == 0, err
-    samples = json.loads((folder / "artifacts/evaluation/samples.json").read_text(encoding="utf-8"))
+    samples = read_json(folder / "artifacts/evaluation/samples.json")
     page = (folder / "artifacts/evaluation/report.md").read_text(encoding="utf-8")
     for row in samples["lora"]:
         assert f"> {row['question']}\n  expected  {row['reference']}\n" in out
@@ -124,10 +122,10 @@ def test_the_report_shows_every_answer_beside_the_expected_one(
 
 
 def test_the_held_out_loss_of_the_report_is_that_of_the_last_evaluation_in_training(
-    trained: tuple[Path, str],
+    run: tuple[Path, str],
 ) -> None:
-    folder, _ = trained
-    metrics = json.loads((folder / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    folder, _ = run
+    metrics = read_json(folder / "artifacts/evaluation/metrics.json")
     last = read_steps(folder / "artifacts/lora_adapter/loss.csv")[-1]
     # bf16 in training
     assert metrics["lora"]["new_loss"] == pytest.approx(last.eval_loss, rel=0.02)
@@ -135,17 +133,17 @@ def test_the_held_out_loss_of_the_report_is_that_of_the_last_evaluation_in_train
 
 
 def test_the_stages_own_command_says_the_share_of_right_answers_too(
-    trained: tuple[Path, str], cli: Lora
+    run: tuple[Path, str], cli: Lora
 ) -> None:
-    folder, _ = trained
+    folder, _ = run
     last = read_steps(folder / "artifacts/lora_adapter/loss.csv")[-1]
     code, out, err = cli("finetune", "lora", cwd=folder)  # from the cache
     assert code == 0, err
     assert f"held-out answers {last.eval_answers:.0%} as expected (long ones: ROUGE-L)\n" in out
 
 
-def test_the_project_has_what_it_needs_and_nothing_of_minigpt(trained: tuple[Path, str]) -> None:
-    folder, _ = trained
+def test_the_project_has_what_it_needs_and_nothing_of_minigpt(run: tuple[Path, str]) -> None:
+    folder, _ = run
     text = (folder / "params.yaml").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 34
     assert not any(word in text for word in ("pretrain:", "d_model", "minigpt", ".de."))
@@ -162,9 +160,9 @@ def test_the_project_has_what_it_needs_and_nothing_of_minigpt(trained: tuple[Pat
 
 
 def test_what_is_added_to_the_project_takes_the_defaults_of_its_base_and_alpha_follows_the_rank(
-    trained: tuple[Path, str], tmp_path: Path
+    run: tuple[Path, str], tmp_path: Path
 ) -> None:
-    folder, _ = trained
+    folder, _ = run
     text = (folder / "params.yaml").read_text(encoding="utf-8")
     assert "alpha" not in text and "learning_rate" in text and "window" in text
     assert (
@@ -180,9 +178,9 @@ def test_what_is_added_to_the_project_takes_the_defaults_of_its_base_and_alpha_f
 
 @pytest.mark.slow
 def test_the_folder_is_a_project_like_any_other_and_a_second_run_has_nothing_to_do(
-    trained: tuple[Path, str], here: Path, cli: Lora
+    run: tuple[Path, str], here: Path, cli: Lora
 ) -> None:
-    folder, first = trained
+    folder, first = run
     before = folder_bytes(folder / "artifacts")
     listed, ran, again = dvc(folder, "stage list --name-only", "repro", "status")
     assert listed.split() == ["import", "finetune_lora", "merge", "evaluate"]
@@ -196,9 +194,9 @@ def test_the_folder_is_a_project_like_any_other_and_a_second_run_has_nothing_to_
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_what_was_trained_on_conversations_is_exported_as_the_last_line_says(
-    trained: tuple[Path, str], cli: Lora, tmp_path: Path, form: str
+    run: tuple[Path, str], cli: Lora, tmp_path: Path, form: str
 ) -> None:
-    folder, out = trained
+    folder, out = run
     assert (
         "lora export artifacts/lora_adapter --format peft --out DIR   (or vllm, merged, gguf, "
         "gguf-adapter, mlx)" in out
@@ -213,7 +211,7 @@ def test_what_was_trained_on_conversations_is_exported_as_the_last_line_says(
         cwd=folder,
     )
     assert code == 0, err
-    metrics = json.loads((folder / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(folder / "artifacts/evaluation/metrics.json")
     card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
     assert f"loss on the new data: {metrics['lora']['new_loss']:.4f} nats per token" in card
     assert "forgetting: loss on the old data" in card and "completed" not in card
@@ -231,7 +229,7 @@ def test_what_was_trained_on_conversations_is_exported_as_the_last_line_says(
     assert expected.metric_value == pytest.approx(answers["as_expected"] / answers["n"], abs=1e-4)
 
 
-@pytest.mark.usefixtures("trained")
+@pytest.mark.usefixtures("run")
 def test_a_project_of_another_base_or_other_data_is_refused(here: Path, cli: Lora) -> None:
     toy_checkpoint(here / "other", max_position_embeddings=256)
     again = ("train", "--out", "run", "--base")
@@ -247,9 +245,9 @@ def test_a_project_of_another_base_or_other_data_is_refused(here: Path, cli: Lor
 
 
 def test_a_dry_run_says_what_it_takes_and_what_dvc_would_run_and_makes_nothing(
-    trained: tuple[Path, str], cli: Lora
+    run: tuple[Path, str], cli: Lora
 ) -> None:
-    folder, _ = trained
+    folder, _ = run
     before = folder_bytes(folder)
     asked = ("finetune", "lora", "--dry-run", "--set", "finetune_lora.epochs=3")
     code, out, err = cli(*asked, cwd=folder)
@@ -263,10 +261,8 @@ def test_a_dry_run_says_what_it_takes_and_what_dvc_would_run_and_makes_nothing(
     assert folder_bytes(folder) == before
 
 
-def test_a_dry_run_without_a_base_says_how_it_is_imported(
-    trained: tuple[Path, str], cli: Lora
-) -> None:
-    folder, root = trained[0], trained[0].with_name("unmade")
+def test_a_dry_run_without_a_base_says_how_it_is_imported(run: tuple[Path, str], cli: Lora) -> None:
+    folder, root = run[0], run[0].with_name("unmade")
     root.mkdir()
     shutil.copy(folder / "params.yaml", root)
     shutil.copytree(folder / "data", root / "data")
@@ -453,7 +449,7 @@ def test_a_path_that_leads_nowhere_is_refused_before_the_base_is_imported(
         assert not (here / "lost").exists()
 
 
-@pytest.mark.usefixtures("trained")
+@pytest.mark.usefixtures("run")
 def test_a_project_that_is_there_is_compared_with_the_same_paths(here: Path, cli: Lora) -> None:
     asked = ("train", "--base", "toy", "--data", "chats.json", "--out", "run")
     assert "does not train on pairs.jsonl" in refusal(
@@ -471,9 +467,7 @@ def test_a_project_that_is_there_is_compared_with_the_same_paths(here: Path, cli
 @pytest.mark.slow
 def test_pairs_of_answers_make_a_project_that_learns_preferences(here: Path, cli: Lora) -> None:
     rows = [{"prompt": q, "chosen": a, "rejected": f"I think {a}"} for (_, q), (_, a), *_ in CHATS]
-    (here / "prefers.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
-    )
+    write_jsonl(here / "prefers.jsonl", rows)
     asked = (
         "train",
         "--base",
@@ -514,9 +508,7 @@ def test_plain_questions_train_and_are_asked_in_the_chat_template_unless_it_is_l
     code, out, err = cli("train", *given, "--set", "epochs=1", "--out", "asked", cwd=here)
     assert code == 0, err
     assert "pairs.jsonl (prompt_completion, in the base's chat template)" in out
-    (sample, *_) = json.loads(
-        (here / "asked/artifacts/evaluation/samples.json").read_text(encoding="utf-8")
-    )["lora"]
+    (sample, *_) = read_json(here / "asked/artifacts/evaluation/samples.json")["lora"]
     assert sample["question"].startswith("What is ") and sample["reference"].startswith("It is ")
     tokenizer = load_tokenizer(here / "asked/artifacts/base")
     assert sample["prompt"] == tokenizer.render(

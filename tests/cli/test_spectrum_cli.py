@@ -19,17 +19,16 @@ from pipeline.adapters.config import AdapterSpec
 from pipeline.data.tokenizers.word import WordTokenizer
 from pipeline.errors import UserError
 from pipeline.files.safetensors_file import shapes
-from pipeline.inference.engine import load
 from tests.conftest import Lora
 from tests.helpers.checkpoints import WORDS, adapter, checkpoint
 from tests.helpers.projects import LORA, lora, refusal
+from tests.helpers.side_by_side import BATCH, logits, ours, theirs
+from tests.helpers.stored_models import tuned_from
 from tests.helpers.tokenizers import folder_with
-from tests.pipeline.adapters.test_peft import IDS, theirs
-from tests.pipeline.weights.test_spectrum import tuned_from
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def models(tmp_path: Path) -> Path:
     """A base, a fine-tuned copy, and an adapter on it."""
     base = checkpoint(tmp_path / "base")
     tuned_from(base, tmp_path / "tuned", 3, vectors=True)
@@ -39,8 +38,8 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_the_table_fits_80_columns_and_names_what_low_rank_does_not_carry(root: Path) -> None:
-    output = lora("spectrum", "base", "tuned", cwd=root, COLUMNS="80")
+def test_the_table_fits_80_columns_and_names_what_low_rank_does_not_carry(models: Path) -> None:
+    output = lora("spectrum", "base", "tuned", cwd=models, COLUMNS="80")
     assert (output.returncode, output.stderr) == (0, "")
     head, *lines = output.stdout.splitlines()
     assert head.split() == ["matrix", "‖Δ‖/‖W‖", "1", "2", "4", "8", "16", "64", "stable", "90%"]
@@ -51,13 +50,13 @@ def test_the_table_fits_80_columns_and_names_what_low_rank_does_not_carry(root: 
     assert "Unchanged: embed_positions." in output.stdout
 
 
-def test_json_and_csv_hold_the_same_numbers_and_those_are_numpys(cli: Lora, root: Path) -> None:
-    code, out, err = cli("spectrum", "base", "tuned", "--json", cwd=root)
+def test_json_and_csv_hold_the_same_numbers_and_those_are_numpys(cli: Lora, models: Path) -> None:
+    code, out, err = cli("spectrum", "base", "tuned", "--json", cwd=models)
     assert (code, err) == (0, "")
     tensors = {one["name"]: one for one in json.loads(out)["tensors"]}
     name = "model.decoder.layers.1.fc2.weight"
     old, new = (
-        load_file(root / folder / "model.safetensors")[name].double()
+        load_file(models / folder / "model.safetensors")[name].double()
         for folder in ("base", "tuned")
     )
     values = np.linalg.svd((new - old).numpy(), compute_uv=False)
@@ -66,7 +65,7 @@ def test_json_and_csv_hold_the_same_numbers_and_those_are_numpys(cli: Lora, root
     assert tensors[name]["energy"]["2"] == pytest.approx(
         (values[:2] ** 2).sum() / (values**2).sum()
     )
-    code, out, err = cli("spectrum", "base", "tuned", "--csv", cwd=root)
+    code, out, err = cli("spectrum", "base", "tuned", "--csv", cwd=models)
     rows = {row["name"]: row for row in csv.DictReader(io.StringIO(out))}
     assert (code, err, rows.keys()) == (0, "", tensors.keys())
     for key, row in rows.items():
@@ -78,70 +77,70 @@ def test_json_and_csv_hold_the_same_numbers_and_those_are_numpys(cli: Lora, root
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore")
-def test_the_extracted_adapter_is_verified_asked_and_opened_by_peft(cli: Lora, root: Path) -> None:
+def test_the_extracted_adapter_is_verified_asked_and_opened_by_peft(
+    cli: Lora, models: Path
+) -> None:
     arguments = ["base", "tuned", "--rank", "2", "--out", "lora", "--data", "some.txt", "--json"]
-    code, out, _ = cli("spectrum", *arguments, cwd=root)
+    code, out, _ = cli("spectrum", *arguments, cwd=models)
     result = json.loads(out)
     assert code == 0 and result["extracted"]["rank"] == 2
     assert {"model.decoder.final_layer_norm.bias"} <= {*result["extracted"]["left_out"]}
     assert result["quality"]["tuned"]["as_tuned"] == 1
     assert result["quality"]["base"]["as_tuned"] < result["quality"]["base + LoRA"]["as_tuned"] <= 1
-    code, output, _ = cli("adapters", "verify", "lora", cwd=root)
+    code, output, _ = cli("adapters", "verify", "lora", cwd=models)
     assert code == 0 and "files, names, shapes and base are those it was trained with" in output
-    assert cli("prompt", WORDS[1], "--adapter", "lora", cwd=root)[0] == 0
-    ids = IDS % 70
-    ours, other = (
-        load(root / "base", root / "lora").model(ids),
-        theirs(root / "base", root / "lora"),
+    assert cli("prompt", WORDS[1], "--adapter", "lora", cwd=models)[0] == 0
+    here, there = (
+        logits(opened(models / "base", models / "lora"), BATCH) for opened in (ours, theirs)
     )
-    torch.testing.assert_close(ours, other(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
-    (root / "base" / "model.safetensors").write_bytes(
-        (root / "tuned" / "model.safetensors").read_bytes()
+    torch.testing.assert_close(here, there, atol=1e-5, rtol=1e-4)
+    (models / "base" / "model.safetensors").write_bytes(
+        (models / "tuned" / "model.safetensors").read_bytes()
     )
     for command in (["adapters", "verify", "lora"], ["spectrum", "base", "lora"]):
-        assert "was trained on another base" in refusal(cli(*command, cwd=root))
+        assert "was trained on another base" in refusal(cli(*command, cwd=models))
 
 
 def test_the_table_is_shown_before_models_are_asked(
-    cli: Lora, root: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Lora, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise UserError("No room.")
 
     monkeypatch.setattr("pipeline.inference.score.quality", fail)
     arguments = ["base", "tuned", "--rank", "2", "--out", "lora", "--data", "some.txt"]
-    code, out, err = cli("spectrum", *arguments, cwd=root)
+    code, out, err = cli("spectrum", *arguments, cwd=models)
     assert (code, err) == (1, "error: No room.\n")
     assert "0.self_attn.q_proj" in out and "12 matrices at rank 2" in out
 
 
-def test_what_is_left_out_is_listed_and_embeddings_are_optional(cli: Lora, root: Path) -> None:
+def test_what_is_left_out_is_listed_and_embeddings_are_optional(cli: Lora, models: Path) -> None:
     asked = ["spectrum", "base", "tuned", "--rank", "2", "--out", "lora"]
-    _, out, _ = cli(*asked, cwd=root)
+    _, out, _ = cli(*asked, cwd=models)
     assert "In full: lm_head, embed_tokens." in out and "Left out: final_layer_norm.bias" in out
-    kept = shapes(root / "lora/adapter_model.safetensors")
+    kept = shapes(models / "lora/adapter_model.safetensors")
     assert {
         "base_model.model.lm_head.weight",
         "base_model.model.model.decoder.embed_tokens.weight",
     } <= kept.keys()
-    _, out, _ = cli(*asked, "--embeddings", "none", cwd=root)
+    _, out, _ = cli(*asked, "--embeddings", "none", cwd=models)
     assert "In full" not in out and "Left out: lm_head, embed_tokens, " in out
-    assert all(".lora_" in name for name in shapes(root / "lora/adapter_model.safetensors"))
-    _, out, _ = cli("spectrum", "base", "tuned", "--rank", "900", "--out", "lora", cwd=root)
+    assert all(".lora_" in name for name in shapes(models / "lora/adapter_model.safetensors"))
+    _, out, _ = cli("spectrum", "base", "tuned", "--rank", "900", "--out", "lora", cwd=models)
     assert "12 matrices at rank 64" in out
 
 
-def test_for_wide_matrices_the_number_of_computed_values_is_shown(cli: Lora, root: Path) -> None:
-    base = checkpoint(root / "wide", d_model=160, layers=1, feed_forward=1100)
-    tuned_from(base, root / "tuned_wide", 3)
-    _, out, _ = cli("spectrum", "wide", "tuned_wide", cwd=root)
+def test_for_wide_matrices_the_number_of_computed_values_is_shown(cli: Lora, models: Path) -> None:
+    base = checkpoint(models / "wide", d_model=160, layers=1, feed_forward=1100)
+    tuned_from(base, models / "tuned_wide", 3)
+    _, out, _ = cli("spectrum", "wide", "tuned_wide", cwd=models)
     assert "Of 1 wide matrix the 64 largest values come" in out
-    _, out, _ = cli("spectrum", "wide", "tuned_wide", "--rank", "100", "--out", "lora", cwd=root)
+    _, out, _ = cli("spectrum", "wide", "tuned_wide", "--rank", "100", "--out", "lora", cwd=models)
     assert "Of 1 wide matrix the 100 largest values come" in out
 
 
-def test_an_adapter_is_set_beside_its_bases_weights(cli: Lora, root: Path) -> None:
-    code, out, err = cli("spectrum", "base", "adapter", cwd=root)
+def test_an_adapter_is_set_beside_its_bases_weights(cli: Lora, models: Path) -> None:
+    code, out, err = cli("spectrum", "base", "adapter", cwd=models)
     assert (code, err) == (0, "")
     assert [line.split()[0] for line in out.splitlines()[1:4]] == [
         "0.self_attn.v_proj",
@@ -150,9 +149,9 @@ def test_an_adapter_is_set_beside_its_bases_weights(cli: Lora, root: Path) -> No
     ]
 
 
-def test_for_dora_a_note_says_that_magnitudes_are_not_included(cli: Lora, root: Path) -> None:
-    adapter(root / "dora", root / "base", AdapterSpec(2, 2.0, ("v_proj", "fc1"), dora=True))
-    code, out, err = cli("spectrum", "base", "dora", cwd=root)
+def test_for_dora_a_note_says_that_magnitudes_are_not_included(cli: Lora, models: Path) -> None:
+    adapter(models / "dora", models / "base", AdapterSpec(2, 2.0, ("v_proj", "fc1"), dora=True))
+    code, out, err = cli("spectrum", "base", "dora", cwd=models)
     assert (code, err) == (0, "")
     assert len([line for line in out.splitlines() if line.startswith(("0.", "1."))]) == 4
     assert "Not included: the magnitudes of DoRA, as the spectra are of s·BA alone." in out
@@ -160,18 +159,18 @@ def test_for_dora_a_note_says_that_magnitudes_are_not_included(cli: Lora, root: 
 
 @pytest.mark.filterwarnings("ignore")
 def test_an_embeddings_lora_is_read_with_the_copy_of_the_base_that_peft_puts_beside_it(
-    cli: Lora, root: Path
+    cli: Lora, models: Path
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(root / "base")
+    model = AutoModelForCausalLM.from_pretrained(models / "base")
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=3,
         target_modules=["q_proj", "embed_tokens"],
         init_lora_weights=False,
     )
-    get_peft_model(model, config).save_pretrained(root / "peft", save_embedding_layers=True)
-    assert any(".base_layer." in name for name in shapes(root / "peft/adapter_model.safetensors"))
-    code, out, err = cli("spectrum", "base", "peft", "--json", cwd=root)
+    get_peft_model(model, config).save_pretrained(models / "peft", save_embedding_layers=True)
+    assert any(".base_layer." in name for name in shapes(models / "peft/adapter_model.safetensors"))
+    code, out, err = cli("spectrum", "base", "peft", "--json", cwd=models)
     assert (code, err) == (0, "")
     assert [len(one["values"]) for one in json.loads(out)["tensors"]] == [3, 3, 3]
 
@@ -210,40 +209,40 @@ def test_an_embeddings_lora_is_read_with_the_copy_of_the_base_that_peft_puts_bes
     ],
 )
 def test_each_wrong_request_is_one_message(
-    cli: Lora, root: Path, arguments: str, reason: str
+    cli: Lora, models: Path, arguments: str, reason: str
 ) -> None:
-    (root / "empty").mkdir()
-    checkpoint(root / "wider", d_model=32)
-    shutil.copytree(root / "base", root / "cut")
-    whole = (root / "base/model.safetensors").read_bytes()
-    (root / "cut/model.safetensors").write_bytes(whole[:-9])
-    shutil.copytree(root / "base", root / "endless")
-    endless = load_file(root / "base/model.safetensors") | {
+    (models / "empty").mkdir()
+    checkpoint(models / "wider", d_model=32)
+    shutil.copytree(models / "base", models / "cut")
+    whole = (models / "base/model.safetensors").read_bytes()
+    (models / "cut/model.safetensors").write_bytes(whole[:-9])
+    shutil.copytree(models / "base", models / "endless")
+    endless = load_file(models / "base/model.safetensors") | {
         "lm_head.weight": torch.full((74, 64), torch.inf)
     }
-    save_file(endless, root / "endless/model.safetensors")
+    save_file(endless, models / "endless/model.safetensors")
     for name in ("others", "longer"):
-        shutil.copytree(root / "tuned", root / name)
-    WordTokenizer.of_words(WORDS[::-1]).save(root / "others", 32)
-    folder_with(root / "longer")
-    assert reason in refusal(cli("spectrum", *arguments.split(), cwd=root))
-    assert not (root / "x").exists()
+        shutil.copytree(models / "tuned", models / name)
+    WordTokenizer.of_words(WORDS[::-1]).save(models / "others", 32)
+    folder_with(models / "longer")
+    assert reason in refusal(cli("spectrum", *arguments.split(), cwd=models))
+    assert not (models / "x").exists()
 
 
-def test_tensors_of_only_one_checkpoint_are_listed_as_not_included(cli: Lora, root: Path) -> None:
-    shutil.copytree(root / "base", root / "fewer")
-    weights = load_file(root / "base/model.safetensors")
+def test_tensors_of_only_one_checkpoint_are_listed_as_not_included(cli: Lora, models: Path) -> None:
+    shutil.copytree(models / "base", models / "fewer")
+    weights = load_file(models / "base/model.safetensors")
     for name in ("fc1.bias", "fc2.bias"):
         del weights[f"model.decoder.layers.1.{name}"]
-    save_file(weights, root / "fewer/model.safetensors")
+    save_file(weights, models / "fewer/model.safetensors")
     for pair in (("fewer", "tuned"), ("tuned", "fewer")):
-        code, out, err = cli("spectrum", *pair, cwd=root)
+        code, out, err = cli("spectrum", *pair, cwd=models)
         assert (code, err) == (0, "")
         assert "Not included: model.decoder.layers.1.fc1.bias and 1 more, missing in fewer." in out
 
 
-def test_equal_checkpoints_differ_in_nothing(cli: Lora, root: Path) -> None:
-    assert cli("spectrum", "base", "base", cwd=root) == (0, "No tensor differs.\n", "")
+def test_equal_checkpoints_differ_in_nothing(cli: Lora, models: Path) -> None:
+    assert cli("spectrum", "base", "base", cwd=models) == (0, "No tensor differs.\n", "")
 
 
 MEASURED = """

@@ -33,6 +33,7 @@ from pipeline.stages.registry import GRAPH, open_project
 from pipeline.weights import torch_file
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.fuzz import limits, read_or_refuse
+from tests.helpers.json_files import edit_json, write_json
 from tests.helpers.tokenizers import folder_with
 
 MERGES = "a0: &a0 {x: 1, y: 2}\n" + "".join(  # 9**12 pairs in the last line
@@ -198,7 +199,7 @@ def test_an_adapter_names_a_limited_number_of_modules(
     tmp_path: Path, config: Any, words: str
 ) -> None:
     whole = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"], **config}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(whole), encoding="utf-8")
+    write_json(tmp_path / "adapter_config.json", whole)
     assert words in message(lambda: read_spec(tmp_path), tmp_path)
 
 
@@ -212,7 +213,7 @@ def test_an_adapter_of_as_many_patterns_as_allowed_is_read_in_time(tmp_path: Pat
         "target_modules": ["q"],
         "rank_pattern": ranks,
     }
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_json(tmp_path / "adapter_config.json", config)
     with limits(tmp_path):
         assert len(read_spec(tmp_path).ranks) == MOST_PATTERNS
 
@@ -291,10 +292,7 @@ def test_the_list_of_files_of_a_torch_file_has_at_most_20_million_bytes(tmp_path
 
 def tokenizer(folder: Path, **parts: Any) -> Path:
     folder_with(folder)
-    path = folder / "tokenizer.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text(encoding="utf-8")) | parts), encoding="utf-8"
-    )
+    edit_json(folder / "tokenizer.json", **parts)
     return folder
 
 
@@ -344,9 +342,7 @@ def test_patterns_of_a_task_have_ten_seconds_in_all(
     for module in (patterns, regex):
         monkeypatch.setattr(module, "BUDGET", 0.5)
     row = {"prompt": "a", "pattern": r"(\w|.|_)*\d\d\d\d"}
-    (tmp_path / "t.yaml").write_text(
-        json.dumps([{"name": "t", "kind": "regex", "examples": [row] * 2_000}]), encoding="utf-8"
-    )
+    write_json(tmp_path / "t.yaml", [{"name": "t", "kind": "regex", "examples": [row] * 2_000}])
     (task,) = read_tasks(tmp_path, ["t.yaml"])
     start = time.perf_counter()
     with pytest.raises(UserError, match=r"must take at most 0\.5 s"):

@@ -36,6 +36,7 @@ from tests.helpers.fuzz import (
     json_files,
     read_or_refuse,
 )
+from tests.helpers.json_files import read_json
 
 GIT = ["subprocess.Popen"]  # asked for the commit, once
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -390,7 +391,7 @@ def test_what_search_has_found_in_configs(
 ) -> None:
     shutil.copytree(folders / "peft", tmp_path / "theirs")
     path = tmp_path / "theirs/adapter_config.json"
-    path.write_bytes(as_json(json.loads(path.read_text(encoding="utf-8")) | values))
+    path.write_bytes(as_json(read_json(path) | values))
     if words:
         assert words in (read_or_refuse(lambda: base_of(tmp_path / "theirs"), tmp_path) or "")
     said = read_or_refuse(

@@ -65,7 +65,7 @@ VALUES = st.one_of(
 )
 
 
-def read(path: Path, prompts: bool = False) -> None:
+def read_all(path: Path, prompts: bool = False) -> None:
     """As a training reads it, and as a check does, which goes on behind a bad row."""
 
     def go_on(_: int, error: UserError) -> None:
@@ -92,7 +92,7 @@ def look(path: Path) -> None:
 @pytest.mark.parametrize("shape", ROWS)
 def test_the_rows_are_read(shape: str, tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_bytes(as_json(ROWS[shape]))
-    assert read_or_refuse(lambda: read(tmp_path / "d.jsonl"), tmp_path) is None
+    assert read_or_refuse(lambda: read_all(tmp_path / "d.jsonl"), tmp_path) is None
 
 
 @st.composite
@@ -107,7 +107,7 @@ def test_rows(folder: Path, drawn: tuple[str, list[Any]], prompts: bool) -> None
     name, values = drawn
     lines = b"\n".join(as_json(value).replace(b"\n", b" ") for value in values)
     (folder / name).write_bytes(lines if name == "d.jsonl" else as_json(values))
-    read_or_refuse(lambda: read(folder / name, prompts), folder)
+    read_or_refuse(lambda: read_all(folder / name, prompts), folder)
 
 
 @cache
@@ -163,7 +163,7 @@ def test_bytes(folder: Path, drawn: tuple[str, str, bytes]) -> None:
     for file, whole in files()[name].items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_bytes(data if file == changed_file else whole)
-    read_or_refuse(lambda: read(folder / name), folder)
+    read_or_refuse(lambda: read_all(folder / name), folder)
     if containers.suffix_of(folder / name)[0] in containers.TABLES:
         read_or_refuse(lambda: count_rows(folder / name, name), folder)
     if (folder / name).is_file():

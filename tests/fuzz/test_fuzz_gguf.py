@@ -104,7 +104,7 @@ def as_gguf(tree: Any) -> bytes:
     return b"".join(parts) + bytes(200_000)
 
 
-def read(path: Path) -> None:
+def read_all(path: Path) -> None:
     """What an import and the calculator read before anything else."""
     resolve(path.name, path.parent)
     parse_source(str(path), path.parent)
@@ -114,7 +114,7 @@ def read(path: Path) -> None:
 
 def test_the_tree_is_a_file_that_is_read(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(as_gguf(TREE))
-    assert read_or_refuse(lambda: read(tmp_path / "m.gguf"), tmp_path) is None
+    assert read_or_refuse(lambda: read_all(tmp_path / "m.gguf"), tmp_path) is None
 
 
 @fuzz(
@@ -122,10 +122,10 @@ def test_the_tree_is_a_file_that_is_read(tmp_path: Path) -> None:
 )
 def test_headers(folder: Path, tree: Any) -> None:
     (folder / "m.gguf").write_bytes(as_gguf(tree))
-    read_or_refuse(lambda: read(folder / "m.gguf"), folder)
+    read_or_refuse(lambda: read_all(folder / "m.gguf"), folder)
 
 
 @fuzz("GGUF bytes", data=damaged(as_gguf(TREE)[:3_000]))
 def test_bytes(folder: Path, data: bytes) -> None:
     (folder / "m.gguf").write_bytes(data)
-    read_or_refuse(lambda: read(folder / "m.gguf"), folder)
+    read_or_refuse(lambda: read_all(folder / "m.gguf"), folder)

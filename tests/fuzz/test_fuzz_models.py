@@ -34,6 +34,7 @@ from tests.helpers.fuzz import (
     json_files,
     read_or_refuse,
 )
+from tests.helpers.json_files import read_json
 from tests.helpers.tokenizers import MARKED, THINKS, folder_with
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -119,7 +120,7 @@ def model_folders(draw: st.DrawFn) -> tuple[str, Any]:
 def test_folders(folder: Path, bases: Path, drawn: tuple[str, Any]) -> None:
     kind, edits = drawn
     shutil.copytree(bases / kind, folder / "m")
-    config = json.loads((folder / "m/config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "m/config.json")
     keys = sorted({*config, *KEYS})
     for position, value in edits:
         config[keys[position % len(keys)]] = value
@@ -128,7 +129,7 @@ def test_folders(folder: Path, bases: Path, drawn: tuple[str, Any]) -> None:
 
 
 def _tree(path: Path) -> Any:
-    tree = json.loads(path.read_text(encoding="utf-8"))
+    tree = read_json(path)
     # a short one, so that what is changed is seldom one of a thousand tokens
     if "vocab" in tree.get("model", {}):
         kept = dict(list(tree["model"]["vocab"].items())[:300])

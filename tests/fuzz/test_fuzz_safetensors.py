@@ -27,7 +27,7 @@ VALUES = st.one_of(
 FILE = struct.pack("<Q", len(as_json(HEADER))) + as_json(HEADER) + bytes(40)
 
 
-def read(path: Path) -> None:
+def read_all(path: Path) -> None:
     """All readers of such a file: of its header alone, of all bytes, of all tensors."""
     fingerprint([path])
     load_tensors(path)
@@ -40,14 +40,14 @@ LENGTHS = st.sampled_from((*[None] * 8, 0, 7, 2**63, 2**64 - 1, 20_000_001))  # 
 def test_headers(folder: Path, header: bytes, lie: int | None) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(struct.pack("<Q", len(header) if lie is None else lie) + header + bytes(40))
-    read_or_refuse(lambda: read(path), folder)
+    read_or_refuse(lambda: read_all(path), folder)
 
 
 @fuzz("safetensors bytes", data=damaged(FILE))
 def test_bytes(folder: Path, data: bytes) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(data)
-    read_or_refuse(lambda: read(path), folder)
+    read_or_refuse(lambda: read_all(path), folder)
 
 
 INDEX: dict[str, Any] = {

@@ -2,13 +2,14 @@
 32.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from tests.helpers.json_files import read_json, write_json
 
 ROWS = 320
 WIDE: dict[str, Any] = {
@@ -84,12 +85,6 @@ def toy_checkpoint(
     return model
 
 
-def logits(model: Any, ids: tuple[int, ...] = (5, 9, 200, 17, 3, 64)) -> torch.Tensor:
-    """(T, V) of a few tokens."""
-    with torch.no_grad():
-        return model(input_ids=torch.tensor([ids])).logits[0].float()  # type: ignore[no-any-return]
-
-
 def opened(folder: Path, **settings: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **settings).eval()
 
@@ -97,8 +92,5 @@ def opened(folder: Path, **settings: Any) -> Any:
 def edit_config(folder: Path, **changes: Any) -> None:
     """Set values of config.json; None removes one."""
     path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) | changes
-    path.write_text(
-        json.dumps({key: value for key, value in config.items() if value is not None}),
-        encoding="utf-8",
-    )
+    config = read_json(path) | changes
+    write_json(path, {key: value for key, value in config.items() if value is not None})

@@ -7,7 +7,7 @@ from typing import Any
 
 from textual.pilot import Pilot
 
-from tests.helpers.pilot import until
+from tests.helpers.pilot import screen_opens, until
 from tui.app import Workbench
 from tui.screens.curves.panes import AnswersPane, ChartPane, DetailsPane, RunList, SmallPlots
 from tui.screens.curves.screen import CurvesScreen
@@ -103,6 +103,6 @@ async def save_as(pilot: Pilot[Any], path: str) -> None:
     from tui.dialogs import PathScreen
 
     await pilot.press("x")
-    await until(pilot, lambda: isinstance(pilot.app.screen, PathScreen))
+    await screen_opens(pilot, PathScreen)
     pilot.app.screen.query_one(Input).value = path
     await pilot.press("enter")

@@ -2,7 +2,6 @@
 form.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,9 @@ import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from tests.helpers.json_files import write_jsonl, write_texts
+from tests.helpers.projects import make_base
 
 VOCABULARY = 120
 BEGIN, END, UNKNOWN = "<s>", "<|end|>", "<unk>"
@@ -222,8 +224,7 @@ def new_project(root: Path, family: Family, dtype: torch.dtype = torch.float32) 
         "all": [*texts, *asked, *chats],
     }
     for name, records in files.items():
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        (root / "data" / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        write_jsonl(root / "data" / f"{name}.jsonl", records)
     (root / "data/prompts.yaml").write_text(yaml.safe_dump(PROMPTS), encoding="utf-8")
     trained = {
         name: {
@@ -236,3 +237,13 @@ def new_project(root: Path, family: Family, dtype: torch.dtype = torch.float32) 
         yaml.safe_dump({"base": "base", "training": BLOCK, **trained}), encoding="utf-8"
     )
     return root
+
+
+def new_lines_project(root: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """A toy Llama with an expanded base, and two dozen texts of very different lengths."""
+    new_project(root, FAMILIES["llama"], dtype)
+    (root / "base/chat_template.jinja").unlink()  # each process would start another to render it
+    words = " ".join(TEXTS).split()
+    lines = [" ".join(words[start : start + 2 + start * 7 % 11]) for start in range(24)]
+    write_texts(root / "data/lines.jsonl", lines)
+    return make_base(root)

@@ -3,13 +3,13 @@
 import http.client
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from pipeline.inference.http.models import Sources
 from pipeline.inference.http.server import Access, HttpServer
+from tests.helpers.projects import wait_for
 
 PATIENCE = 20.0
 
@@ -28,13 +28,6 @@ def serving(
     server.uvicorn.should_exit = True
     thread.join(PATIENCE)
     assert not thread.is_alive()
-
-
-def wait_for(condition: Any, seconds: float = PATIENCE) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def ask(

@@ -10,7 +10,7 @@ from textual.widgets import Static
 
 from pipeline.views.model_library import Entry
 from tests.helpers.fake_engine import FakeInference
-from tests.helpers.pilot import until
+from tests.helpers.pilot import AppSession, until
 from tui.app import Workbench
 from tui.screens.models.answers import Completions, TopK
 from tui.screens.models.conversation import Conversation
@@ -24,20 +24,14 @@ LISTED = [*USUAL, "sweep/", "sweep/rank-1", "sweep/rank-2"]
 COUNT = len(USUAL) + 2  # models of the brief project
 
 
-class Session:
+class Session(AppSession[ModelsScreen]):
     """The app on its screen of models, with helpers for tests."""
 
+    kind = ModelsScreen
+
     def __init__(self, pilot: Pilot[None], engine: FakeInference | None = None) -> None:
-        self.pilot, self.engine = pilot, engine or FakeInference()
-
-    @property
-    def app(self) -> Workbench:
-        assert isinstance(self.pilot.app, Workbench)
-        return self.pilot.app
-
-    @property
-    def screen(self) -> ModelsScreen:
-        return next(screen for screen in self.app.screen_stack if isinstance(screen, ModelsScreen))
+        super().__init__(pilot)
+        self.engine = engine or FakeInference()
 
     @property
     def table(self) -> ModelTable:
@@ -70,9 +64,6 @@ class Session:
     def is_generating(self) -> bool:
         return self.screen.prompt_pane.is_generating()
 
-    def messages(self) -> str:
-        return "\n".join(text for _, _, text in self.app.message_history)
-
     def completions(self, shown: bool = False) -> str:
         """The answers, or only those that are shown."""
         children = self.screen.query_one(Completions).children
@@ -84,10 +75,6 @@ class Session:
 
     def text(self, kind: type[TopK]) -> str:
         return str(self.screen.query_one(kind).render())
-
-    async def press(self, *keys: str) -> None:
-        await self.pilot.press(*keys)
-        await self.pilot.pause()
 
     async def ask(self, prompt: str) -> None:
         self.screen.action_prompt()

@@ -3,10 +3,15 @@
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from textual.app import App
 from textual.pilot import Pilot
+from textual.screen import Screen
+
+from tui.app import Workbench
+
+S = TypeVar("S", bound=Screen[Any])
 
 SOON = 0.02  # seconds: a picture is drawn at most 1/60 s after it was asked for
 
@@ -48,9 +53,42 @@ async def until(pilot: Pilot[Any], holds: Callable[[], object], seconds: float =
     await pilot.pause()
 
 
+async def screen_opens(pilot: Pilot[Any], kind: type[S], seconds: float = 30) -> S:
+    """Wait until a screen of this kind is on top; returns it."""
+    await until(pilot, lambda: isinstance(pilot.app.screen, kind), seconds)
+    screen = pilot.app.screen
+    assert isinstance(screen, kind)
+    return screen
+
+
 def screen_text(app: App[Any]) -> str:
     """All text on the screen, a line each."""
     return "\n".join(
         "".join(segment.text for segment in strip)
         for strip in app.screen._compositor.render_strips()
     )
+
+
+class AppSession(Generic[S]):
+    """The app on one of its screens."""
+
+    kind: type[S]
+
+    def __init__(self, pilot: Pilot[None]) -> None:
+        self.pilot = pilot
+
+    @property
+    def app(self) -> Workbench:
+        assert isinstance(self.pilot.app, Workbench)
+        return self.pilot.app
+
+    @property
+    def screen(self) -> S:
+        return next(screen for screen in self.app.screen_stack if isinstance(screen, self.kind))
+
+    def messages(self) -> str:
+        return "\n".join(text for _, _, text in self.app.message_history)
+
+    async def press(self, *keys: str) -> None:
+        await self.pilot.press(*keys)
+        await self.pilot.pause()

@@ -8,7 +8,8 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ import yaml
 from pipeline.project.params import edit
 from pipeline.project.params.edit import remove_section
 from pipeline.project.params.load import Params
-from pipeline.project.runner import Event, Work, run
+from pipeline.project.runner import Event, Note, Work, run
 from pipeline.stages import registry
 from pipeline.stages.registry import GRAPH, open_project
 
@@ -108,6 +109,27 @@ def make_one(
     return played(run(project, STAGES[name], **options))
 
 
+def make_base(root: Path, overrides: Sequence[str] = ()) -> Path:
+    """The project, once it has an expanded base."""
+    make(root, ["pretrain", "expand_vocab"], overrides)
+    return root
+
+
+def fresh(root: Path, stage: str) -> Path:
+    """The project without what a stage made, its run and its checkpoints."""
+    for name in (".lora-cache", f"runs/{stage}", STAGES[stage].path):
+        shutil.rmtree(root / name, ignore_errors=True)
+    return root
+
+
+def section_overrides(stage: str, values: Mapping[str, object]) -> list[str]:
+    return [f"{stage}.{key}={value}" for key, value in values.items()]
+
+
+def note_texts(events: Iterable[Event]) -> list[str]:
+    return [event.text for event in events if isinstance(event, Note)]
+
+
 def played(events: Generator[Event, None, T]) -> tuple[T, list[Event]]:
     """What a generator returns, and what it yielded."""
     seen: list[Event] = []
@@ -181,6 +203,25 @@ def dvc(folder: Path, *commands: str, code: Path | str = ROOT) -> list[str]:
     *said, rest = done.stdout.split("\x1e")
     assert (len(said), rest) == (len(commands), "")
     return said
+
+
+def wait_for(holds: Callable[[], object], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not come to hold in time"
+        time.sleep(0.01)
+
+
+def logged_memory(log: Path) -> tuple[int, int]:
+    """The peak that was predicted and the one that was measured, of a telemetry.csv."""
+    last = log.read_text(encoding="utf-8").splitlines()[-1]
+    predicted, measured = map(int, last.split(",")[-2:])
+    return predicted, measured
+
+
+def cut_off(path: Path, count: int = 100) -> None:
+    """Take the last bytes off a file."""
+    path.write_bytes(path.read_bytes()[:-count])
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from pipeline.project.logs.run_log import COLUMNS, OPTIONAL, TELEMETRY_COLUMNS, write_run_outcomes
+from tests.helpers.json_files import write_json
 
 HEADER = ",".join(COLUMNS) + "\n"
 START = {
@@ -102,9 +103,7 @@ def write_ends(folder: Path, ends: Mapping[str, tuple[str, int]]) -> None:
 def journal(folder: Path, state: str, done: int, total: int = 300, message: str = "") -> None:
     """What the run says of itself."""
     word = {"state": state, "pid": 1, "started": 0.0, "done": done, "total": total}
-    (folder / "run.json").write_text(
-        json.dumps({**word, "text": "", "message": message, "notes": []}), encoding="utf-8"
-    )
+    write_json(folder / "run.json", {**word, "text": "", "message": message, "notes": []})
 
 
 def hold(folder: Path) -> TextIO:

@@ -16,6 +16,7 @@ from tokenizers import (
 )
 
 from pipeline.data.tokenizers.subword import SubwordTokenizer
+from tests.helpers.json_files import write_json
 
 START, END = "<|im_start|>", "<|im_end|>"
 TEXT = (
@@ -140,17 +141,15 @@ def folder_with(
                 token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in writes
             },
         }
-    (folder / "tokenizer.json").write_text(json.dumps(tree), encoding="utf-8")
+    write_json(folder / "tokenizer.json", tree)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "pad_token": eos}
     if bos:
         config["bos_token"] = bos
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", config)
     if template:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     if ends is not None:
-        (folder / "generation_config.json").write_text(
-            json.dumps({"eos_token_id": ends}), encoding="utf-8"
-        )
+        write_json(folder / "generation_config.json", {"eos_token_id": ends})
     return folder
 
 

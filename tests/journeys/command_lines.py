@@ -30,6 +30,7 @@ from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.text import OBEYED
 from tests.helpers.process import Forked
+from tests.helpers.projects import cut_off
 
 LONGEST = 20.0  # seconds
 TRAINS = (
@@ -261,7 +262,7 @@ def spoil(root: Path) -> None:
             bad / name,
         )
     weights = bad / "adapter/adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-9])
+    cut_off(weights, 9)
     (bad / "base/config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1000000}')
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from pipeline.extensions import OFF
 from pipeline.project.logs.run_log import epoch_means, read_steps
+from tests.helpers.json_files import read_json
 from tests.helpers.projects import GIVEN, ROOT, save
 
 PAGE = (ROOT / "docs/how-to/extend.md").read_text(encoding="utf-8")
@@ -103,9 +104,7 @@ def test_the_package_of_the_page_adds_a_method_and_a_format_until_it_is_removed(
     assert "Biases train" in lora("params", "explain", "finetune_bitfit")
     lora("finetune", "bitfit")
     lora("evaluate")
-    metrics = json.loads(
-        (project / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8")
-    )
+    metrics = read_json(project / "artifacts/evaluation/metrics.json")
     assert 0 < metrics["bitfit"]["trainable"] < metrics["lora"]["trainable"]
     assert "finetune_bitfit" in lora("runs")
     problems = json.loads(lora("doctor", "--json"))["extensions"]

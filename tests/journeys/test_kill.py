@@ -2,7 +2,6 @@
 undisturbed run.
 """
 
-import json
 import random
 import shutil
 import signal
@@ -14,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.project.runner import Note
 from tests.conftest import Lora
+from tests.helpers.json_files import read_json
 from tests.helpers.process import Forked, forked
-from tests.helpers.projects import BRIEF, COMMAND, LORA, folder_bytes, make_one
+from tests.helpers.projects import BRIEF, COMMAND, LORA, folder_bytes, make_one, note_texts
 
 TRAINING = {
     "pretrain": ("base", "pretrain.epochs=10"),
@@ -224,7 +223,7 @@ def test_killed_where_it_syncs_a_file_from_its_first_step_to_its_artifact_it_end
 def test_a_checkpoint_of_other_params_is_refused_and_said_so(project: Path) -> None:
     stop_early(project)
     _, events = make_one(project, "finetune_lora", [*BRIEF, "finetune_lora.seed=5"])
-    notes = [event.text for event in events if isinstance(event, Note)]
+    notes = note_texts(events)
     assert "replaced the earlier one: seed 0 → 5" in notes[-1]
     assert notes[0] == (
         "finetune_lora: the checkpoint is not used and training starts over: "
@@ -282,9 +281,4 @@ def test_two_processes_of_one_stage_take_turns(project: Path) -> None:
     assert [code for code, _ in ends] == [0, 0]
     assert sum("waiting for process" in errors for _, errors in ends) == 1
     assert sum("taken from the cache" in errors for _, errors in ends) == 1
-    assert (
-        json.loads((project / "artifacts/full_finetuned/manifest.json").read_text())["params"][
-            "epochs"
-        ]
-        == 150
-    )
+    assert read_json(project / "artifacts/full_finetuned/manifest.json")["params"]["epochs"] == 150

@@ -19,7 +19,7 @@ from pipeline.project.logs.run_log import read_steps
 from pipeline.project.runner import checkpoints
 from pipeline.training.parallel.heartbeats import LOST_AFTER
 from tests.helpers import projects
-from tests.helpers.projects import LORA, make
+from tests.helpers.projects import LORA, make_base
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("network")]
 # of the namespaces, which no other run has
@@ -57,9 +57,9 @@ def network() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = projects.new_project(tmp_path_factory.mktemp("machines") / "p")
-    make(root, ["pretrain", "expand_vocab"], ["pretrain.epochs=2"])
-    return root
+    return make_base(
+        projects.new_project(tmp_path_factory.mktemp("machines") / "p"), ["pretrain.epochs=2"]
+    )
 
 
 @pytest.fixture

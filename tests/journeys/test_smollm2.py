@@ -2,7 +2,6 @@
 check-smollm2` runs this.
 """
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.files import artifact
 from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import final_loss, read_steps
-from tests.helpers.projects import ROOT, lora
+from tests.helpers.json_files import read_json, write_json
+from tests.helpers.projects import ROOT, logged_memory, lora
 
 PROJECT = ROOT / "smollm2"
 MADE = PROJECT / "artifacts"
@@ -36,13 +36,10 @@ has_qlora = pytest.mark.skipif(
 )
 
 
-def read(name: str, made: Path = MADE) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads((made / name).read_text(encoding="utf-8"))
-    return value
-
-
 def answers(variant: str, group: str) -> list[dict[str, Any]]:
-    found = [p for p in read("evaluation/predictions.json")[variant] if p["group"] == group]
+    found = [
+        p for p in read_json(MADE / "evaluation/predictions.json")[variant] if p["group"] == group
+    ]
     assert found
     return found
 
@@ -68,7 +65,11 @@ def test_the_base_did_not_know_it() -> None:
 
 @pytest.mark.parametrize("variant", ["lora", "merged"])
 def test_everything_unrelated_keeps_its_first_choice(variant: str) -> None:
-    prompts = [p for p in read("evaluation/predictions.json")[variant] if p["rule"] == "must_keep"]
+    prompts = [
+        p
+        for p in read_json(MADE / "evaluation/predictions.json")[variant]
+        if p["rule"] == "must_keep"
+    ]
     assert len(prompts) >= 20
     assert [p["prompt"] for p in prompts if not p["first"]] == []
     assert any("Japan" in p["prompt"] for p in prompts)
@@ -76,7 +77,7 @@ def test_everything_unrelated_keeps_its_first_choice(variant: str) -> None:
 
 
 def test_held_out_text_is_predicted_as_the_base_does() -> None:
-    metrics = read("evaluation/metrics.json")
+    metrics = read_json(MADE / "evaluation/metrics.json")
     assert metrics["lora"]["forgetting"]["divergence"] < 0.02
     assert metrics["full"]["forgetting"]["divergence"] > metrics["lora"]["forgetting"]["divergence"]
 
@@ -109,7 +110,7 @@ def test_peft_opens_the_adapter_and_says_euro() -> None:
 
 
 def test_the_merged_model_is_base_and_adapter() -> None:
-    certificate = read("lora_merged/certificate.json")
+    certificate = read_json(MADE / "lora_merged/certificate.json")
     assert certificate["max_logit_difference"] < 1e-3
     assert all(abs(ratio - 1) < 1e-3 for ratio in certificate["delta_ratios"].values())
 
@@ -134,7 +135,7 @@ def test_llama_cpp_computes_what_was_exported_for_it(tmp_path: Path) -> None:
     files = [
         each
         for form in ("gguf", "gguf-adapter")
-        for each in read("certificate.json", tmp_path / form)["gguf"]["files"]
+        for each in read_json(tmp_path / form / "certificate.json")["gguf"]["files"]
     ]
     f16, q8_0, q4_k_m, adapter = files
     assert [each["format"] for each in files] == ["f16", "q8_0", "q4_k_m", "adapter on f16"]
@@ -150,16 +151,14 @@ def test_llama_cpp_computes_what_was_exported_for_it(tmp_path: Path) -> None:
 
 def test_memory_was_predicted() -> None:
     for path in sorted(PROJECT.glob("runs/finetune_*/telemetry.csv")):
-        predicted, measured = map(
-            int, path.read_text(encoding="utf-8").splitlines()[-1].split(",")[-2:]
-        )
+        predicted, measured = logged_memory(path)
         assert measured == pytest.approx(predicted, rel=0.03), path
     assert Path(PROJECT / "runs").is_dir()
 
 
 @has_plain
 def test_an_adapter_of_a_sweep_learned_what_the_one_alone_did() -> None:
-    rows = read("sweep/sweep.json", PLAIN)
+    rows = read_json(PLAIN / "sweep/sweep.json")
     alone = final_loss(read_steps(PLAIN / "lora_adapter/loss.csv"))
     assert {name: row["state"] for name, row in rows.items()} == {
         "seed-0": "done",
@@ -171,7 +170,7 @@ def test_an_adapter_of_a_sweep_learned_what_the_one_alone_did() -> None:
 
 @has_qlora
 def test_qlora_corrects_too_and_keeps_what_the_base_in_four_bits_says() -> None:
-    predictions = read("evaluation/predictions.json", QLORA)
+    predictions = read_json(QLORA / "evaluation/predictions.json")
     for variant in ("lora", "merged"):
         for prompt in predictions[variant]:
             if prompt["group"] in ("trained", "held_out"):
@@ -194,7 +193,7 @@ def test_weights_in_four_bits_take_what_the_calculator_says() -> None:
 
 @has_qlora
 def test_a_certificate_says_how_far_each_merge_is_from_what_was_trained_on_four_bits() -> None:
-    certificate = read("lora_merged/certificate.json", QLORA)
+    certificate = read_json(QLORA / "lora_merged/certificate.json")
     assert certificate["trained_on"] == "nf4-dq"
     on_stored = certificate["merged_on_stored_weights"]
     assert certificate["max_logit_difference"] < 1e-3 < on_stored["max_logit_difference"]
@@ -221,7 +220,7 @@ def test_one_command_trains_on_a_sharegpt_file_and_predicts_its_memory(tmp_path:
         {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]}
         for q, a in said
     ]
-    (tmp_path / "chats.json").write_text(json.dumps(rows), encoding="utf-8")
+    write_json(tmp_path / "chats.json", rows)
     base = str(PROJECT / "SmolLM2-135M-Instruct.Q4_1.gguf")
     command = ("train", "--base", base, "--data", "chats.json", "--out", "run", "--set", "epochs=1")
     # A cache of its own: what an earlier run on this machine left in a shared one would not be
@@ -229,23 +228,18 @@ def test_one_command_trains_on_a_sharegpt_file_and_predicts_its_memory(tmp_path:
     done = lora(*command, cwd=tmp_path, LORA_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     made = tmp_path / "run/artifacts"
-    metrics = read("evaluation/metrics.json", made)
+    metrics = read_json(made / "evaluation/metrics.json")
     assert metrics["lora"]["new_loss"] < metrics["base"]["new_loss"] - 0.3
     assert all(
         metrics["lora"]["forgetting"][key] is not None for key in ("loss_rise", "answers_kept")
     )
-    samples = read("evaluation/samples.json", made)
+    samples = read_json(made / "evaluation/samples.json")
     (count,) = {len(answers) for answers in samples.values()}
     assert 5 <= count <= 20, "of the examples that were held out"
     assert (
         "answers to held-out examples: " in done.stdout
         and f"> {samples['base'][0]['question']}" in done.stdout
     )
-    with (tmp_path / "run/runs/finetune_lora/telemetry.csv").open(
-        encoding="utf-8", newline=""
-    ) as file:
-        *_, last = csv.DictReader(file)
-    assert int(last["measured_tensor_bytes"]) == pytest.approx(
-        int(last["predicted_tensor_bytes"]), rel=0.05
-    )
+    predicted, measured = logged_memory(tmp_path / "run/runs/finetune_lora/telemetry.csv")
+    assert measured == pytest.approx(predicted, rel=0.05)
     assert len((tmp_path / "run/params.yaml").read_text(encoding="utf-8").splitlines()) <= 35

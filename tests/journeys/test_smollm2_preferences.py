@@ -15,6 +15,7 @@ from pipeline.adapters.attach import adapter_layers, attach
 from pipeline.adapters.config import AdapterSpec
 from pipeline.data.examples import IGNORED, Window
 from pipeline.models.transformers_model import load_pretrained
+from tests.helpers.json_files import read_json
 from tests.helpers.projects import ROOT, lora
 from tests.helpers.trl import CASES, compared
 
@@ -31,9 +32,7 @@ pytestmark = [
 
 
 def metrics(made: Path = MADE) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(
-        (made / "evaluation/metrics.json").read_text(encoding="utf-8")
-    )
+    value: dict[str, Any] = read_json(made / "evaluation/metrics.json")
     return value
 
 
@@ -90,7 +89,7 @@ def test_the_concise_answer_is_preferred_of_pairs_that_were_held_out_and_little_
 
 
 def test_answers_become_shorter() -> None:
-    samples = json.loads((MADE / "evaluation/samples.json").read_text(encoding="utf-8"))
+    samples = read_json(MADE / "evaluation/samples.json")
     base, trained = (
         sum(len(sample["answer"]) for sample in samples[name]) for name in ("base", "dpo")
     )

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.bases import toy_checkpoint
+from tests.helpers.json_files import write_jsonl
 from tests.helpers.projects import ROOT
 from tests.helpers.tmux import Terminal, needs_tmux
 
@@ -198,7 +199,7 @@ def test_without_a_clone_a_project_is_made_and_trained(
 
     toy_checkpoint(tmp_path / "toy", max_position_embeddings=256)
     rows = [{"prompt": f"Who has key {n}?", "completion": f"Marta has key {n}."} for n in range(12)]
-    (tmp_path / "keys.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    write_jsonl(tmp_path / "keys.jsonl", rows)
     options = ("--base", "toy", "--data", "keys.jsonl", "--out", "run", "--set", "epochs=1")
     said = run(installed, tmp_path, "lora", "train", *options)
     assert "lora: answers to held-out examples: " in said

@@ -15,6 +15,7 @@ from textual.widgets import Input, TextArea
 from tests.helpers.pilot import idle
 from tests.helpers.process import forked, listening
 from tests.helpers.projects import new_project
+from tests.helpers.run_folders import write_methods
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +97,13 @@ def forked_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 def empty(tmp_path: Path) -> Path:
     """A project without artifacts."""
     return new_project(tmp_path / "empty")
+
+
+@pytest.fixture
+def three_runs(empty: Path) -> Path:
+    """`empty` with the runs of three methods."""
+    write_methods(empty)
+    return empty
 
 
 @pytest.fixture

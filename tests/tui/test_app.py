@@ -2,7 +2,6 @@
 
 import asyncio
 import inspect
-import json
 import os
 import pty
 import select
@@ -21,6 +20,7 @@ from textual.widgets import Static
 from textual.worker import WorkerFailed
 
 from pipeline.errors import UserError
+from tests.helpers.json_files import read_json
 from tests.helpers.pilot import until
 from tests.helpers.projects import ROOT
 from tui.app import Workbench
@@ -257,7 +257,7 @@ def test_a_damaged_state_is_a_fresh_start(text: str) -> None:
     assert State.load(state_path()) == State()
     State("nord", ["a"], ["b"]).save(state_path())
     assert State.load(state_path()) == State("nord", ["a"], ["b"])
-    assert json.loads(state_path().read_text(encoding="utf-8"))["prompts"] == ["b"]
+    assert read_json(state_path())["prompts"] == ["b"]
 
 
 def test_torch_numpy_and_matplotlib_are_never_imported_by_the_first_screen() -> None:

@@ -20,7 +20,7 @@ from pipeline.project.logs.run_state import Journal
 from pipeline.project.stage_graph import Stage
 from pipeline.stages.registry import GRAPH
 from pipeline.views.stages import StageState
-from tests.helpers.pilot import screen_text, until
+from tests.helpers.pilot import screen_opens, screen_text, until
 from tests.helpers.projects import load
 from tui.app import Workbench
 from tui.dialogs import Ask
@@ -98,7 +98,7 @@ def bottom(app: Workbench) -> str:
 async def test_a_filter_narrows_its_list_and_escape_shows_all_again(empty: Path) -> None:
     app = FruitApp(empty)
     async with app.run_test(size=(80, 24)) as pilot:
-        await until(pilot, lambda: isinstance(app.screen, FruitScreen))
+        await screen_opens(pilot, FruitScreen)
         await pilot.press("slash", *"ap")
         assert app.shown_fruit == ["apple", "apricot"]
         assert "Enter" in bottom(app) and "F2–F9 screens" in bottom(app)
@@ -116,7 +116,7 @@ async def test_a_filter_narrows_its_list_and_escape_shows_all_again(empty: Path)
 async def test_letters_typed_into_a_field_are_no_commands(empty: Path) -> None:
     app = FruitApp(empty)
     async with app.run_test(size=(80, 24)) as pilot:
-        await until(pilot, lambda: isinstance(app.screen, FruitScreen))
+        await screen_opens(pilot, FruitScreen)
         field = app.fruit.query_one("#name", Input)
         app.fruit.set_focus(field)
         await pilot.press(*"qXRz1eT", "plus", "slash", "question_mark", "colon")
@@ -208,7 +208,7 @@ async def test_a_write_is_taken_back(empty: Path) -> None:
     app = FruitApp(empty)
     path = empty / "params.yaml"
     async with app.run_test(size=(80, 24)) as pilot:
-        await until(pilot, lambda: isinstance(app.screen, FruitScreen))
+        await screen_opens(pilot, FruitScreen)
         before = path.read_text(encoding="utf-8")
         await pilot.press("z")
         assert "Nothing to take back" in app.message_history[-1].text
@@ -236,7 +236,7 @@ async def test_nothing_is_started_while_the_params_are_broken(
     (empty / "params.yaml").write_text("finetune_lora: {rank: 0}\n", encoding="utf-8")
     app = FruitApp(empty)
     async with app.run_test(size=(80, 24)) as pilot:
-        await until(pilot, lambda: isinstance(app.screen, FruitScreen))
+        await screen_opens(pilot, FruitScreen)
         await pilot.press("R")
         assert not started and app.message_history[-1].severity == "error"
         assert "rank must be at least 1" in app.message_history[-1].text
@@ -258,7 +258,7 @@ async def test_stop_asks_first(empty: Path, monkeypatch: pytest.MonkeyPatch) -> 
         for answer, times in (("escape", 0), ("enter", 0), ("y", 1)):
             if not isinstance(app.screen, Ask):
                 await pilot.press("X")
-                await until(pilot, lambda: isinstance(app.screen, Ask))
+                await screen_opens(pilot, Ask)
             await pilot.press(answer)
             assert len(stopped) == times, answer
 
@@ -266,12 +266,12 @@ async def test_stop_asks_first(empty: Path, monkeypatch: pytest.MonkeyPatch) -> 
 async def test_quit_asks_only_when_something_would_be_lost(empty: Path) -> None:
     app = FruitApp(empty)
     async with app.run_test(size=(80, 24)) as pilot:
-        await until(pilot, lambda: isinstance(app.screen, FruitScreen))
+        await screen_opens(pilot, FruitScreen)
         app.fruit.talk = "a conversation of 2 turns"
         await pilot.press("q")
-        await until(pilot, lambda: isinstance(app.screen, Ask))
+        await screen_opens(pilot, Ask)
         await pilot.press("escape")
-        await until(pilot, lambda: isinstance(app.screen, FruitScreen))
+        await screen_opens(pilot, FruitScreen)
         app.fruit.talk = ""
         await pilot.press("q")
         await until(pilot, lambda: not app.is_running)
@@ -280,7 +280,7 @@ async def test_quit_asks_only_when_something_would_be_lost(empty: Path) -> None:
 async def test_control_c_twice_quits(empty: Path) -> None:
     app = FruitApp(empty)
     async with app.run_test(size=(80, 24)) as pilot:
-        await until(pilot, lambda: isinstance(app.screen, FruitScreen))
+        await screen_opens(pilot, FruitScreen)
         app.fruit.talk = "a conversation"
         await pilot.press("ctrl+c")
         assert app.is_running and "again to quit" in app.message_history[-1].text

@@ -1,12 +1,12 @@
 """An adapter is exported from where it is shown."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import UserError
-from tests.helpers.pilot import until
+from tests.helpers.json_files import edit_json, read_json
+from tests.helpers.pilot import screen_opens, until
 from tui.app import Workbench
 from tui.dialogs import Menu, PathScreen
 from tui.screens.models.screen import ModelsScreen
@@ -24,15 +24,15 @@ async def test_an_adapter_is_shipped_with_three_answers(project: Path) -> None:
         screen.open_with(select="artifacts/lora_adapter")
         await until(pilot, lambda: screen.table.pointed and screen.table.pointed.label == "lora")
         await pilot.press("x")
-        await until(pilot, lambda: isinstance(app.screen, Menu))
+        await screen_opens(pilot, Menu)
         await pilot.press("enter")  # peft, the first
-        await until(pilot, lambda: isinstance(app.screen, PathScreen))
+        await screen_opens(pilot, PathScreen)
         await pilot.press("enter")  # the folder that is offered
         out = project / "shipped/lora-peft"
         await until(
             pilot, lambda: app.message_history[-1].text.startswith("lora is in shipped/lora-peft.")
         )
-        assert json.loads((out / "adapter_config.json").read_text())["peft_type"] == "LORA"
+        assert read_json(out / "adapter_config.json")["peft_type"] == "LORA"
         screen.open_with(select="artifacts/base")
         await until(pilot, lambda: screen.table.pointed and screen.table.pointed.label == "base")
         await pilot.press("x")
@@ -46,16 +46,14 @@ async def test_limits_that_it_breaks_are_named_before_it_is_shipped_and_after(
     path = project / "artifacts/evaluation/manifest.json"
     broken = [{"variant": "lora", "limit": "answers_kept", "wanted": 1, "value": 0.5}]
     gate = {"passed": False, "variants": ["lora"], "broken": broken}
-    path.write_text(
-        json.dumps({**json.loads(path.read_text(encoding="utf-8")), "gate": gate}), encoding="utf-8"
-    )
+    edit_json(path, gate=gate)
     app = Workbench(project / "params.yaml")
     async with app.run_test(size=(120, 40)) as pilot:
         app.run_worker(ship(app, "lora", project / "artifacts/lora_adapter"))
-        await until(pilot, lambda: isinstance(app.screen, Menu))
+        await screen_opens(pilot, Menu)
         assert app.screen.query_one(".dialog").border_title == "✗ lora breaks 1 limit. Ship lora as"
         await pilot.press("enter")
-        await until(pilot, lambda: isinstance(app.screen, PathScreen))
+        await screen_opens(pilot, PathScreen)
         await pilot.press("enter")
         await until(
             pilot,

@@ -12,7 +12,7 @@ from textual.pilot import Pilot
 from textual.widgets import Input
 
 from tests.helpers.fake_engine import FakeInference
-from tests.helpers.pilot import until
+from tests.helpers.pilot import screen_opens, until
 from tests.helpers.projects import load
 from tui.app import Workbench
 from tui.screens.models.screen import ModelsScreen
@@ -79,9 +79,7 @@ async def test_numbers_of_the_sampling_dialog_land_in_their_fields(empty: Path) 
     app = Workbench(empty / "params.yaml")
     app.first_screen, app.inference = "models", FakeInference()
     async with app.run_test(size=(120, 40)) as pilot:
-        await until(pilot, lambda: isinstance(app.screen, ModelsScreen))
-        screen = app.screen
-        assert isinstance(screen, ModelsScreen)
+        screen = await screen_opens(pilot, ModelsScreen)
         burst(
             pilot,
             "t",
@@ -99,7 +97,7 @@ async def test_numbers_of_the_sampling_dialog_land_in_their_fields(empty: Path) 
             "enter",
             "1",
         )
-        await until(pilot, lambda: isinstance(app.screen, PipelineScreen), 20)
+        await screen_opens(pilot, PipelineScreen, 20)
         assert (
             str(screen.prompt_pane.conversation.sampling)
             == "temperature 0.7 · top-k 5 · top-p 0.9 · seed 3 · 40 tokens · 7 candidates"

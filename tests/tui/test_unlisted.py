@@ -13,6 +13,7 @@ from pipeline.views.model_library import Library
 from pipeline.views.sweeps import Sweep, read_sweep
 from tests.helpers import pipeline_screen
 from tests.helpers.curves import list_text, open_curves
+from tests.helpers.json_files import write_json
 from tests.helpers.pilot import until
 from tests.helpers.projects import BRIEF, make, save
 from tests.helpers.run_folders import hold, journal
@@ -81,7 +82,7 @@ def test_results_have_an_adapter_that_no_evaluation_measured(unlisted: Path) -> 
     evaluation = read_evaluation(open_project(unlisted / "params.yaml"))
     assert evaluation is not None and [each.name for each in evaluation.methods] == ["prefix"]
     manifest = unlisted / "artifacts/prefix/manifest.json"
-    manifest.write_text(json.dumps({"parameters": 3}), encoding="utf-8")
+    write_json(manifest, {"parameters": 3})
     assert read_evaluation(open_project(unlisted / "params.yaml")) is None
 
 

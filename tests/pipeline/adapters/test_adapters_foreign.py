@@ -14,23 +14,22 @@ from peft import (
     IA3Config,
     LoraConfig,
     LoraGAConfig,
-    PeftModel,
     get_peft_model,
     initialize_lora_eva_weights,
 )
 from peft.tuners.lora.loraga import preprocess_loraga
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from pipeline.inference.engine import load
 from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint
-from tests.helpers.checkpoints import checkpoint
+from tests.helpers.checkpoints import checkpoint, edit_adapter_config, token_ids
+from tests.helpers.json_files import read_json, write_json
 from tests.helpers.projects import refusal
+from tests.helpers.side_by_side import logits, ours, randomized, theirs
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-IDS = torch.randint(3, 74, (4, 9), generator=torch.Generator().manual_seed(3))
+IDS = token_ids(74, 4, 9)
 ONE, OTHER = [5, 41], [7, 9, 30]
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -43,18 +42,9 @@ def tied(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def stock(root: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(root / "base")
-
-
 def saved(model: Any, folder: Path) -> Any:
     """The model, saved once every number that it trains has changed."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-    model.save_pretrained(folder)
+    randomized(model).save_pretrained(folder)
     return model
 
 
@@ -63,27 +53,23 @@ def made(root: Path, **options: Any) -> Any:
     config = LoraConfig(
         task_type="CAUSAL_LM", **{"r": 3, "lora_alpha": 6, "target_modules": ["q_proj"], **options}
     )
-    return saved(get_peft_model(stock(root), config), root / "theirs")
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    out: Tensor = model.eval()(input_ids=IDS).logits
-    return out
+    return saved(get_peft_model(theirs(root / "base"), config), root / "theirs")
 
 
 @torch.no_grad()
 def assert_answers_as_in_peft(cli: Lora, root: Path) -> None:
     """Asked, imported and merged."""
-    there = logits(PeftModel.from_pretrained(stock(root), root / "theirs"))
-    assert (there - logits(stock(root))).abs().max() > 1e-2, "the adapter changes nothing"
+    there = logits(theirs(root / "base", root / "theirs"), IDS)
+    assert (there - logits(theirs(root / "base"), IDS)).abs().max() > 1e-2, (
+        "the adapter changes nothing"
+    )
     code, said, _ = cli("adapters", "import", "theirs", "--base", "base", "--out", "mine", cwd=root)
     assert code == 0 and "fits base" in said
     assert cli("merge", "--adapter", "mine", "--out", "merged", cwd=root)[0] == 0
     answers = {
-        "asked": load(root / "base", root / "theirs").model(IDS),
-        "imported": load(root / "base", root / "mine").model(IDS),
-        "merged": logits(AutoModelForCausalLM.from_pretrained(root / "merged")),
+        "asked": logits(ours(root / "base", root / "theirs"), IDS),
+        "imported": logits(ours(root / "base", root / "mine"), IDS),
+        "merged": logits(theirs(root / "merged"), IDS),
     }
     for name, found in answers.items():
         torch.testing.assert_close(
@@ -182,8 +168,7 @@ def test_modules_to_save_are_meant_by_the_ends_of_their_names(
 
 def test_a_module_that_is_saved_and_gets_lora_is_refused(cli: Lora, tied: Path) -> None:
     made(tied)
-    config = json.loads((tied / "theirs" / CONFIG).read_text())
-    (tied / "theirs" / CONFIG).write_text(json.dumps({**config, "modules_to_save": ["proj"]}))
+    edit_adapter_config(tied / "theirs", modules_to_save=["proj"])
     (said,) = refusals(cli, tied)
     assert "q_proj already trains in full or row by row" in said
 
@@ -199,7 +184,7 @@ def eva(root: Path) -> Any:
         init_lora_weights="eva",
         eva_config=EvaConfig(rho=2),
     )
-    model = get_peft_model(stock(root), config)
+    model = get_peft_model(theirs(root / "base"), config)
     initialize_lora_eva_weights(model, [{"input_ids": IDS}] * 3, show_progress_bar=False)
     return saved(model, root / "theirs")
 
@@ -216,7 +201,7 @@ def lora_ga(root: Path) -> Any:
         init_lora_weights="lora_ga",
         lora_ga_config=LoraGAConfig(),
     )
-    base = stock(root)
+    base = theirs(root / "base")
     preprocess_loraga(base, config, lambda: base(input_ids=IDS, labels=IDS).loss.backward())
     model = get_peft_model(base, config)
     model.save_pretrained(root / "first")  # what began; a conversion needs it
@@ -227,10 +212,8 @@ def lora_ga(root: Path) -> Any:
 def test_an_initialisation_that_leaves_the_base_alone_is_taken(
     cli: Lora, tied: Path, make: Callable[[Path], Any]
 ) -> None:
-    trained = logits(make(tied))
-    torch.testing.assert_close(
-        trained, logits(PeftModel.from_pretrained(stock(tied), tied / "theirs"))
-    )
+    trained = logits(make(tied), IDS)
+    torch.testing.assert_close(trained, logits(theirs(tied / "base", tied / "theirs"), IDS))
     assert_answers_as_in_peft(cli, tied)
 
 
@@ -279,22 +262,25 @@ VECTORS: dict[str, dict[str, Any]] = {  # IA3Config's arguments
 def made_vectors(root: Path, **options: Any) -> Any:
     """`theirs`: vectors that PEFT made on `base`; returns its model."""
     return saved(
-        get_peft_model(stock(root), IA3Config(task_type="CAUSAL_LM", **options)), root / "theirs"
+        get_peft_model(theirs(root / "base"), IA3Config(task_type="CAUSAL_LM", **options)),
+        root / "theirs",
     )
 
 
 @torch.no_grad()
 def assert_vectors_answer_as_in_peft(cli: Lora, root: Path, model: Any) -> None:
     # not opened again: PEFT cannot open those of all-linear with feedforward_modules
-    there = logits(model)
-    assert (there - logits(stock(root))).abs().max() > 1e-2, "the vectors change nothing"
+    there = logits(model, IDS)
+    assert (there - logits(theirs(root / "base"), IDS)).abs().max() > 1e-2, (
+        "the vectors change nothing"
+    )
     code, said, errors = cli(
         "adapters", "import", "theirs", "--base", "base", "--out", "mine", cwd=root
     )
     assert code == 0 and "fits base" in said, errors
     for folder in ("theirs", "mine"):
         torch.testing.assert_close(
-            load(root / "base", root / folder).model(IDS), there, atol=1e-4, rtol=1e-4
+            logits(ours(root / "base", root / folder), IDS), there, atol=1e-4, rtol=1e-4
         )
     code, said, _ = cli("adapters", "verify", "mine", cwd=root)
     assert code == 0 and "those it was imported with; what it was trained on is not known" in said
@@ -334,8 +320,7 @@ def test_vectors_that_do_not_fit_their_config_are_one_message(
 ) -> None:
     change, message = WRONG_VECTORS[name]
     made_vectors(tied, **VECTORS["names"])
-    config = json.loads((tied / "theirs" / CONFIG).read_text())
-    (tied / "theirs" / CONFIG).write_text(json.dumps({**config, **change}))
+    edit_adapter_config(tied / "theirs", **change)
     ways = (
         ("import", "theirs", "--base", "base", "--out", "out"),
         ("verify", "theirs", "--base", "base"),
@@ -352,14 +337,13 @@ def test_another_method_is_refused_with_those_that_are_supported(
     cli: Lora, tied: Path, kind: object
 ) -> None:
     made(tied)
-    config = json.loads((tied / "theirs" / CONFIG).read_text())
-    (tied / "theirs" / CONFIG).write_text(json.dumps({**config, "peft_type": kind}))
+    edit_adapter_config(tied / "theirs", peft_type=kind)
     (said,) = refusals(cli, tied)
     assert f"peft_type must be LORA, IA3, PREFIX_TUNING or PROMPT_TUNING, got {kind!r}" in said
 
 
 def test_a_pickle_is_read_by_the_import_alone_which_the_others_name(cli: Lora, tied: Path) -> None:
-    there = logits(made(tied))
+    there = logits(made(tied), IDS)
     path = tied / "theirs" / WEIGHTS
     torch.save(load_file(path), tied / "theirs/adapter_model.bin")
     path.unlink()
@@ -418,10 +402,10 @@ NUMBERS: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_number_out_of_all_bounds_is_one_message(cli: Lora, tied: Path, name: str) -> None:
     made(tied)
     values, message = NUMBERS[name]
-    config = json.loads((tied / "theirs" / CONFIG).read_text())
+    config = read_json(tied / "theirs" / CONFIG)
     if "peft_type" in values:
         config = {"task_type": "CAUSAL_LM"}
-    (tied / "theirs" / CONFIG).write_text(json.dumps({**config, **values}))
+    write_json(tied / "theirs" / CONFIG, {**config, **values})
     for said in refusals(cli, tied) if "peft_type" not in values else [verified(cli, tied)]:
         assert message in said and len(said) < 700
 

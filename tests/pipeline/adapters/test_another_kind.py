@@ -2,7 +2,6 @@
 keys and values.
 """
 
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +23,7 @@ from pipeline.project.params.sections import Training
 from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.training.batches import Batches
 from pipeline.training.retention import RetentionLoss
+from tests.helpers.json_files import write_json
 from tests.helpers.real import listed, toy, trained, windows_of
 
 NAMES = ("k_proj", "v_proj")
@@ -95,9 +95,7 @@ def test_its_folder_is_loaded_by_the_loader_of_its_type(
         model, Batches(listed(windows_of((4, 4, 4))), 2, 0), Training(epochs=2, learning_rate=0.1)
     )
     folder.mkdir()
-    (folder / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "SCALED", "target_modules": [*NAMES]})
-    )
+    write_json(folder / "adapter_config.json", {"peft_type": "SCALED", "target_modules": [*NAMES]})
     values = {
         f"{PREFIX}{name}{key}": parameter.detach()
         for name, layer in layers(model).items()

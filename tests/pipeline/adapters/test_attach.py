@@ -29,28 +29,20 @@ from pipeline.adapters.lora import (
 )
 from pipeline.errors import UserError
 from pipeline.files.patterns import one_budget
-from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
+from pipeline.models.minigpt import MiniGPT
 from pipeline.models.quantized_linear import quantize
+from tests.helpers.checkpoints import small_minigpt
 
 IDS = torch.tensor([[3, 7, 5, 11], [4, 4, 19, 2]])
 EMBEDDING, HEAD = "model.decoder.embed_tokens", "lm_head"
 BLOCK = "model.decoder.layers.1"
 
 
-def model_of(tied: bool = False) -> MiniGPT:
-    torch.manual_seed(0)
-    return MiniGPT(
-        MiniGPTConfig(
-            vocab_size=20, pad_id=0, end_id=2, d_model=16, feed_forward=32, tie_embeddings=tied
-        )
-    )
-
-
 def spec_of(*targets: str, **options: Any) -> AdapterSpec:
     return AdapterSpec(2, 6.0, targets, **options)
 
 
-def trained(model: MiniGPT) -> set[str]:
+def trainable_names(model: MiniGPT) -> set[str]:
     return {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
 
 
@@ -68,7 +60,7 @@ def changed(model: MiniGPT, spec: AdapterSpec) -> MiniGPT:
 
 
 def test_a_string_is_a_pattern_or_all_linear_and_the_embedding_is_meant_by_its_name_alone() -> None:
-    model = model_of()
+    model = small_minigpt()
     everything = targeted(model, spec_of("all-linear"))
     assert (
         targeted(model, AdapterSpec(2, 6.0, "all-linear")) == everything and len(everything) == 12
@@ -80,7 +72,7 @@ def test_a_string_is_a_pattern_or_all_linear_and_the_embedding_is_meant_by_its_n
 
 
 def test_a_quantized_linear_is_one_too() -> None:
-    plain, model = model_of(), model_of()
+    plain, model = small_minigpt(), small_minigpt()
     quantize(model, "int8", None, torch.device("cpu"))
     assert targeted(model, spec_of("all-linear")) == targeted(plain, spec_of("all-linear"))
 
@@ -89,31 +81,35 @@ def test_what_leaves_no_layer_is_refused_unless_there_are_experts() -> None:
     with pytest.raises(
         UserError, match=r"\('fc1',\) matches no layer that is not excluded. Check exclude_modules"
     ):
-        targeted(model_of(), spec_of("fc1", excluded=("fc1",)))
+        targeted(small_minigpt(), spec_of("fc1", excluded=("fc1",)))
     assert (
-        targeted(model_of(), spec_of("fc1", excluded=("fc1",), parameters=("experts.down_proj",)))
+        targeted(
+            small_minigpt(), spec_of("fc1", excluded=("fc1",), parameters=("experts.down_proj",))
+        )
         == []
     )
 
 
 def test_the_first_module_that_would_train_twice_is_named_in_the_order_of_names() -> None:
     with pytest.raises(UserError, match=rf"^target_modules: {BLOCK}.fc1 already trains in full"):
-        attach(model_of(), spec_of("fc2", "fc1", saved=("layers.1",)))
+        attach(small_minigpt(), spec_of("fc2", "fc1", saved=("layers.1",)))
     with pytest.raises(UserError, match=r"embed_tokens already trains in full"):
-        attach(model_of(), spec_of("embed_tokens", rows={"embed_tokens": (3,)}))
-    attach(model_of(), spec_of("lm_head", rows={"embed_tokens": (3,)}))  # not tied: another matrix
+        attach(small_minigpt(), spec_of("embed_tokens", rows={"embed_tokens": (3,)}))
+    attach(
+        small_minigpt(), spec_of("lm_head", rows={"embed_tokens": (3,)})
+    )  # not tied: another matrix
     for more in ({"rows": {"embed_tokens": (3,)}}, {"saved": ("embed_tokens",)}):
         with pytest.raises(UserError, match=r"lm_head already trains in full"):
-            attach(model_of(tied=True), spec_of("lm_head", **more))
+            attach(small_minigpt(tied=True), spec_of("lm_head", **more))
 
 
 def test_a_pattern_of_targets_that_has_no_time_left_is_named_by_its_key() -> None:
     with one_budget([0.0]), pytest.raises(UserError, match=r"^target_modules: matching '.\*fc1'"):
-        attach(model_of(), AdapterSpec(2, 6.0, ".*fc1"))
+        attach(small_minigpt(), AdapterSpec(2, 6.0, ".*fc1"))
 
 
 def test_short_names_are_those_that_mean_the_same_modules() -> None:
-    model = model_of()
+    model = small_minigpt()
     both, one = [f"model.decoder.layers.{n}.fc1" for n in (0, 1)], [f"{BLOCK}.fc1"]
     assert short_targets(model, both) == ("fc1",)
     assert short_targets(model, one) == tuple(one)
@@ -132,9 +128,9 @@ def test_only_what_the_adapter_names_trains(tied: bool) -> None:
         (spec_of("layers.1.fc1", saved=("final_layer_norm",)), None),
         (spec_of("layers.1.fc1", rows={"embed_tokens": (3,)}), {EMBEDDING}),
     ):
-        model = model_of(tied)
+        model = small_minigpt(tied)
         attach(model, spec)
-        found = trained(model)
+        found = trainable_names(model)
         assert {f"{BLOCK}.fc1.lora_A", f"{BLOCK}.fc1.lora_B"} <= found
         rest = {name for name in found if "lora" not in name}
         if own is None:
@@ -148,7 +144,7 @@ def test_only_what_the_adapter_names_trains(tied: bool) -> None:
 
 def test_factors_have_the_dtype_that_is_asked_for_and_the_ranks_and_scales_of_the_spec() -> None:
     for dtype, expected in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
-        model = model_of()
+        model = small_minigpt()
         attach(
             model, spec_of("fc1", "embed_tokens", ranks={"layers.0.fc1": 3}, dropout=0.25), dtype
         )
@@ -169,7 +165,7 @@ def test_factors_have_the_dtype_that_is_asked_for_and_the_ranks_and_scales_of_th
 
 
 def test_dora_has_its_dropout_and_beginning_too() -> None:
-    model = model_of()
+    model = small_minigpt()
     attach(model, spec_of("fc1", dora=True, dropout=0.5), init="pissa")
     for _, layer in adapter_layers(model):
         assert isinstance(layer, DoRALinear) and layer.dropout == 0.5 and layer.subtracts_initial
@@ -177,7 +173,7 @@ def test_dora_has_its_dropout_and_beginning_too() -> None:
         UserError,
         match=r"DoRA is for linears; model.decoder.embed_tokens is an embedding. Remove it",
     ):
-        attach(model_of(), spec_of("embed_tokens", dora=True))
+        attach(small_minigpt(), spec_of("embed_tokens", dora=True))
 
 
 @pytest.mark.parametrize(
@@ -185,7 +181,7 @@ def test_dora_has_its_dropout_and_beginning_too() -> None:
     [(("embed_tokens",), True), (("lm_head",), True), (("embed_tokens", "lm_head"), False)],
 )
 def test_a_tied_pair_of_which_one_trains_is_untied(saved: tuple[str, ...], apart: bool) -> None:
-    model, spec = model_of(tied=True), spec_of("fc1", saved=saved)
+    model, spec = small_minigpt(tied=True), spec_of("fc1", saved=saved)
     before = weight_of(model.head).detach().clone()
     attach(model, spec)
     embedding, head = weight_of(model.get_submodule(EMBEDDING)), weight_of(model.head)
@@ -204,14 +200,14 @@ def test_a_module_to_save_that_is_none_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"modules_to_save: no module of the model is named fc9. Use the end of a"
     ):
-        attach(model_of(), spec_of("fc1", saved=("final_layer_norm", "fc9")))
+        attach(small_minigpt(), spec_of("fc1", saved=("final_layer_norm", "fc9")))
 
 
 # Rows
 
 
 def test_rows_start_as_the_bases_and_a_tied_pair_has_one_set_of_them() -> None:
-    model, rows = model_of(tied=True), {"embed_tokens": (3, 7)}
+    model, rows = small_minigpt(tied=True), {"embed_tokens": (3, 7)}
     before = model.embeddings(IDS).detach(), model(IDS).detach()
     attach(model, spec_of("fc1", rows=rows))
     table, head = model.get_submodule(EMBEDDING), model.get_submodule(HEAD)
@@ -228,7 +224,7 @@ def test_rows_start_as_the_bases_and_a_tied_pair_has_one_set_of_them() -> None:
 
 
 def test_an_untied_pair_has_rows_of_its_own_each() -> None:
-    model, spec = model_of(), spec_of("fc1", rows={"embed_tokens": (3, 7), "lm_head": (5,)})
+    model, spec = small_minigpt(), spec_of("fc1", rows={"embed_tokens": (3, 7), "lm_head": (5,)})
     attach(model, spec)
     table, head = model.get_submodule(EMBEDDING), model.get_submodule(HEAD)
     assert isinstance(table, EmbeddingRows) and isinstance(head, HeadRows)
@@ -236,14 +232,14 @@ def test_an_untied_pair_has_rows_of_its_own_each() -> None:
     assert torch.equal(head.rows, weight_of(head.base)[[5]])
     keys = {f"{PREFIX}{name}.token_adapter.trainable_tokens_delta" for name in (EMBEDDING, HEAD)}
     assert {key for key in tensors(model, spec) if "token_adapter" in key} == keys
-    only = model_of()
+    only = small_minigpt()
     attach(only, spec_of("fc1", rows={"lm_head": (5,)}))
     assert isinstance(only.get_submodule(EMBEDDING), nn.Embedding)
 
 
 def test_tensors_have_pefts_keys_with_every_parameter_of_a_module_that_is_saved() -> None:
     model, spec = (
-        model_of(),
+        small_minigpt(),
         spec_of("layers.1.fc1", "embed_tokens", saved=("decoder.final_layer_norm",)),
     )
     attach(model, spec)
@@ -297,8 +293,8 @@ KINDS = {
 def test_at_a_strength_every_weight_moves_that_far_from_the_base_and_no_tensor_is_written_to(
     kind: str,
 ) -> None:
-    base, spec = model_of().eval(), KINDS[kind]
-    tuned = changed(model_of(), spec)
+    base, spec = small_minigpt().eval(), KINDS[kind]
+    tuned = changed(small_minigpt(), spec)
     own = {key: p.data for key, p in tensors(tuned, spec).items()}
     copies = {key: value.clone() for key, value in own.items()}
     expected = {s: weights_at(base, tuned, s)(IDS) for s in (0.0, 0.5, 2.0)}
@@ -331,7 +327,7 @@ def test_doras_change_of_each_output_is_scaled_and_beyond_one_too() -> None:
 @torch.no_grad()
 def test_disabled_it_is_the_base_even_where_the_block_fails() -> None:
     spec = KINDS["rows"]
-    base, tuned = model_of().eval(), changed(model_of(), spec)
+    base, tuned = small_minigpt().eval(), changed(small_minigpt(), spec)
     whole: Tensor = tuned(IDS)
     with pytest.raises(KeyError), disable_adapter(tuned):
         assert torch.equal(tuned(IDS), base(IDS))

@@ -26,11 +26,12 @@ from pipeline.adapters.batched import (
 )
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.lora import LoRALinear
-from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
+from pipeline.models.minigpt import MiniGPT
 from pipeline.project.params.sections import Init
+from tests.helpers.checkpoints import small_minigpt, token_ids
 
 ENDS = ("embed_tokens", "lm_head")
-IDS = torch.randint(3, 20, (6, 5), generator=torch.Generator().manual_seed(3))  # (B, T)
+IDS = token_ids(20, 6, 5)  # (B, T)
 Q = AdapterSpec(2, 3.0, ("q_proj",))
 # whether the base's head is tied, and the adapters
 GROUPS: dict[str, tuple[bool, tuple[AdapterSpec, ...]]] = {
@@ -49,12 +50,6 @@ GROUPS: dict[str, tuple[bool, tuple[AdapterSpec, ...]]] = {
     "an embedding": (False, (AdapterSpec(2, 3.0, ("q_proj", "embed_tokens")), Q, Q)),
 }
 each_group = pytest.mark.parametrize("name", GROUPS)
-
-
-def model_of(tied: bool) -> MiniGPT:
-    torch.manual_seed(0)
-    sizes = {"d_model": 16, "feed_forward": 32, "heads": 2}
-    return MiniGPT(MiniGPTConfig(vocab_size=20, pad_id=0, end_id=2, tie_embeddings=tied, **sizes))
 
 
 def attached(model: MiniGPT, spec: AdapterSpec, seed: int, init: Init) -> MiniGPT:
@@ -76,7 +71,9 @@ def change(name: str, adapter: int, p: Tensor) -> None:
 @torch.no_grad()
 def alone(name: str, init: Init = "document") -> list[MiniGPT]:
     tied, specs = GROUPS[name]
-    models = [attached(model_of(tied), spec, seed, init) for seed, spec in enumerate(specs)]
+    models = [
+        attached(small_minigpt(tied, heads=2), spec, seed, init) for seed, spec in enumerate(specs)
+    ]
     for n, model in enumerate(models):
         for own, p in model.named_parameters():
             if p.requires_grad:
@@ -87,7 +84,7 @@ def alone(name: str, init: Init = "document") -> list[MiniGPT]:
 @torch.no_grad()
 def together(name: str, init: Init = "document") -> tuple[MiniGPT, AdapterRouting]:
     tied, specs = GROUPS[name]
-    model, done = model_of(tied), set[int]()
+    model, done = small_minigpt(tied, heads=2), set[int]()
     each = [
         lambda seed=seed, spec=spec: attached(model, spec, seed, init)
         for seed, spec in enumerate(specs)
@@ -103,7 +100,7 @@ def together(name: str, init: Init = "document") -> tuple[MiniGPT, AdapterRoutin
     return model, routing
 
 
-def logits(model: MiniGPT, routing: AdapterRouting, sequences: Sequence[int]) -> Tensor:
+def routed_logits(model: MiniGPT, routing: AdapterRouting, sequences: Sequence[int]) -> Tensor:
     with routing.route(tuple(count * IDS.shape[1] for count in sequences)):
         out: Tensor = model(IDS)
     return out
@@ -124,7 +121,7 @@ def test_outputs_and_gradients_of_each_are_those_that_it_has_alone(
             if len(ids)
         ]
     )
-    found = logits(model, routing, sequences)
+    found = routed_logits(model, routing, sequences)
     assert_close(found, expected, atol=1e-5, rtol=1e-4)
     upstream = torch.linspace(-1, 1, found.numel()).view_as(found)
     torch.autograd.backward([found, expected], [upstream, upstream])
@@ -158,13 +155,13 @@ def test_however_it_begins(init: Init) -> None:
     expected = torch.cat(
         [one(ids) for one, ids in zip(models, IDS.split_with_sizes([2, 2, 2]), strict=True)]
     )
-    assert_close(logits(model, routing, (2, 2, 2)), expected, atol=1e-5, rtol=1e-4)
+    assert_close(routed_logits(model, routing, (2, 2, 2)), expected, atol=1e-5, rtol=1e-4)
 
 
 @each_group
 @torch.no_grad()
 def test_the_base_keeps_its_numbers_and_what_trains_is_stacked_once(name: str) -> None:
-    base, (model, routing) = model_of(GROUPS[name][0]), together(name)
+    base, (model, routing) = small_minigpt(GROUPS[name][0], heads=2), together(name)
     with routing.base():
         assert torch.equal(model(IDS), base(IDS))
     with routing.route((IDS.numel(), 0, 0)):

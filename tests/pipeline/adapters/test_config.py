@@ -26,6 +26,8 @@ from pipeline.adapters.config import (
 )
 from pipeline.errors import UserError
 from pipeline.files.patterns import one_budget
+from tests.helpers.errors import user_error
+from tests.helpers.json_files import write_json
 
 Q0, Q1, V1 = (
     f"model.layers.{name}_proj" for name in ("0.self_attn.q", "1.self_attn.q", "1.self_attn.v")
@@ -35,7 +37,7 @@ PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_pro
 
 def written(folder: Path, values: Mapping[str, Any], **more: Any) -> Path:
     folder.mkdir(exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps({**values, **more}), encoding="utf-8")
+    write_json(folder / "adapter_config.json", {**values, **more})
     return folder
 
 
@@ -295,9 +297,8 @@ def test_costs_of_names_and_patterns_are_limited(
 
 
 def test_a_long_value_is_shown_by_its_beginning(tmp_path: Path) -> None:
-    with pytest.raises(UserError) as error:
-        read_spec(written(tmp_path, PLAIN, r="x" * 900))
-    assert "x" * 199 + "…" in str(error.value) and "x" * 200 not in str(error.value)
+    said = user_error(read_spec, written(tmp_path, PLAIN, r="x" * 900))
+    assert "x" * 199 + "…" in said and "x" * 200 not in said
 
 
 def test_targets_may_be_missing_only_where_experts_are_named(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@ its merge.
 """
 
 import copy
-import json
 from pathlib import Path
 
 import pytest
@@ -29,10 +28,12 @@ from pipeline.views import models
 from pipeline.weights.combine import low_rank_updates
 from pipeline.weights.compare import values
 from tests.helpers.checkpoints import adapter, checkpoint
+from tests.helpers.json_files import read_json
 from tests.helpers.real import ROWS, stock, toy
 from tests.helpers.reference_merge import merged_model
-from tests.pipeline.adapters.test_peft_interop import IDS, NAMES, assert_same, randomized
-from tests.pipeline.weights.test_streaming_merge import load_weights, merged_through_files
+from tests.helpers.side_by_side import randomized
+from tests.helpers.stored_models import load_weights, merged_through_files
+from tests.pipeline.adapters.test_peft_interop import IDS, NAMES, assert_same
 
 SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.floats(0.1, 4))
 CPU = torch.device("cpu")
@@ -309,7 +310,7 @@ def test_a_merge_into_sixteen_bits_sums_and_scales_in_fp32(tmp_path: Path) -> No
         exact: Tensor = layer.magnitude.detach().double()[:, None] * V / V.norm(dim=1, keepdim=True)
         (found,) = (value for key, value in merged.items() if key.endswith(f"{name}.weight"))
         torch.testing.assert_close(found.double().T, exact, rtol=2**-8, atol=1e-6)
-    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == ROWS
+    assert read_json(tmp_path / "out/config.json")["vocab_size"] == ROWS
     assert load_weights(tmp_path / "out").keys() == load_weights(tmp_path / "base").keys()
 
 

@@ -6,7 +6,6 @@ except that 0.19.0 swaps s and t of a transposed stack. Adapters that these vers
 toys below, with their logits, gave the same as here.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,16 @@ from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.models.transformers_model import TransformersModel
 from pipeline.weights.import_adapter import import_adapter
+from tests.helpers.checkpoints import token_ids
+from tests.helpers.json_files import read_json, write_json
 from tests.helpers.real import ROWS, stock, toy
+from tests.helpers.side_by_side import logits, randomized
 
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 E, R = 4, 3
 # of an expert; the model's is 32
 WIDTHS = {"gate_up square": 16, "down square": 32, "none square": 24}
-IDS = torch.randint(3, ROWS, (3, 9), generator=torch.Generator().manual_seed(3))
+IDS = token_ids(ROWS, 3, 9)
 OLD, NEW = ("0.18.1", "0.19.0"), ("0.19.1", "0.21.2", "1.0.0", "0.20.0.dev0@abc")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -47,21 +49,17 @@ def saved(folder: Path, base: TransformersModel, parameters: list[str]) -> Tenso
     config = LoraConfig(
         r=R, lora_alpha=6, task_type="CAUSAL_LM", target_modules=[], target_parameters=parameters
     )
-    model, generator = get_peft_model(stock(base), config), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
-        logits: Tensor = model.eval()(input_ids=IDS).logits
+    model = randomized(get_peft_model(stock(base), config), 0.2)
     model.save_pretrained(folder)
-    return logits
+    return logits(model, IDS)
 
 
-def edit(folder: Path, **values: object) -> None:
-    """Change its config; a value of None goes."""
-    config = {**json.loads((folder / CONFIG).read_text()), **values}
-    config = {key: value for key, value in config.items() if value is not None}
-    (folder / CONFIG).write_text(json.dumps(config))
+def set_version(folder: Path, version: object) -> None:
+    """Of the PEFT that wrote it; without one, the key goes."""
+    config = read_json(folder / CONFIG) | {"peft_version": version}
+    if version is None:
+        del config["peft_version"]
+    write_json(folder / CONFIG, config)
 
 
 def turn_back(folder: Path, version: str | None) -> None:
@@ -78,14 +76,12 @@ def turn_back(folder: Path, version: str | None) -> None:
                 old_b[:, r * E + e] = a[e * R + r]
         values |= {key: old_a, other: old_b}
     save_file(values, folder / WEIGHTS)
-    edit(folder, peft_version=version)
+    set_version(folder, version)
 
 
 def asked(base: TransformersModel, folder: Path) -> Tensor:
     load_adapter(base, Path("base"), folder)
-    with torch.no_grad():
-        out: Tensor = base.eval()(IDS)
-    return out.float()
+    return logits(base, IDS)
 
 
 def checkpoint_of(folder: Path, base: TransformersModel) -> Path:
@@ -115,7 +111,7 @@ def test_the_version_tells_how_a_square_stack_is_stored(
     turned = version in OLD and (name != "gpt_oss" or version == "0.19.0")
     if turned:
         turn_back(tmp_path, version)
-    edit(tmp_path, peft_version=version)
+    set_version(tmp_path, version)
     if version is None and name != "gpt_oss":  # 0.17 wrote none, and `lora` once wrote none
         with pytest.raises(
             UserError, match=r"peft_version is None, which does not tell .* to 0\.17\.1; if `lora`"
@@ -132,24 +128,24 @@ def test_a_version_that_does_not_tell_is_refused_where_shapes_do_not_either(
     version: object, tmp_path: Path
 ) -> None:
     logits = saved(tmp_path, mixture("qwen3_moe", 32), [DOWN])
-    edit(tmp_path, peft_version=version)
+    set_version(tmp_path, version)
     with pytest.raises(
         UserError, match="which does not tell how A and B of experts are stored"
     ) as refused:
         asked(mixture("qwen3_moe", 32), tmp_path)
     assert len(str(refused.value)) < 800
     saved(tmp_path, mixture("qwen3_moe", 32), [DOWN, GATE_UP])  # one of which is not square
-    edit(tmp_path, peft_version=version)
+    set_version(tmp_path, version)
     now = asked(mixture("qwen3_moe", 32), tmp_path)
     turn_back(tmp_path, "0.18.1")
-    edit(tmp_path, peft_version=version)
+    set_version(tmp_path, version)
     torch.testing.assert_close(asked(mixture("qwen3_moe", 32), tmp_path), now, atol=1e-4, rtol=1e-4)
     assert (now - logits).abs().max() > 0.1
 
 
 def test_shapes_that_contradict_the_version_are_refused(tmp_path: Path) -> None:
     saved(tmp_path, mixture("qwen3_moe", 24), [DOWN])
-    edit(tmp_path, peft_version="0.18.1")
+    set_version(tmp_path, "0.18.1")
     with pytest.raises(UserError, match=r"peft_version is '0\.18\.1', which does not tell"):
         asked(mixture("qwen3_moe", 24), tmp_path)
 
@@ -161,7 +157,7 @@ def test_an_import_writes_the_layout_of_today_and_its_version(tmp_path: Path) ->
     turn_back(theirs, "0.18.1")
     import_adapter(theirs, checkpoint_of(tmp_path / "base", base), mine)
     assert all(torch.equal(value, first[key]) for key, value in load_file(mine / WEIGHTS).items())
-    assert json.loads((mine / CONFIG).read_text())["peft_version"] == "0.19.1"
+    assert read_json(mine / CONFIG)["peft_version"] == "0.19.1"
     torch.testing.assert_close(asked_of(mine, tmp_path), logits, atol=1e-4, rtol=1e-4)
 
 
@@ -192,7 +188,7 @@ def test_one_of_ours_names_its_layout_and_an_earlier_one_is_known_by_its_manifes
     with torch.no_grad():
         logits = model.eval()(IDS)
     if method is not None:  # as earlier versions wrote it
-        edit(folder, peft_version=None)
+        set_version(folder, None)
         artifact.seal(folder, {"method": method, "base": {}})
         monkeypatch.setattr("pipeline.adapters.peft.base_fingerprint", lambda _: {})
     base = mixture("qwen3_moe", 32)

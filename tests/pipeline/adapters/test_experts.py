@@ -23,7 +23,6 @@ from pipeline.calc.families import architecture
 from pipeline.calc.method import trainable
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.inference import engine
 from pipeline.models.experts import grouped_product, mixture
 from pipeline.models.transformers_model import TransformersModel
 from pipeline.project.logs.run_log import read_steps
@@ -33,12 +32,15 @@ from pipeline.stages.registry import open_project
 from pipeline.weights.combine import low_rank_updates
 from pipeline.weights.merge import Merging, merge_to
 from tests.helpers import projects
+from tests.helpers.checkpoints import token_ids
 from tests.helpers.families import MIXTURES, new_project
+from tests.helpers.json_files import read_json
 from tests.helpers.projects import folder_bytes, make, make_one, played
 from tests.helpers.real import ROWS, notes, stock, toy
+from tests.helpers.side_by_side import assert_alike, logits, ours, randomized, theirs
 
 BOTH = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-IDS = torch.randint(3, ROWS, (3, 9), generator=torch.Generator().manual_seed(3))
+IDS = token_ids(ROWS, 3, 9)
 CONFIGS: dict[str, dict[str, Any]] = {  # LoraConfig's arguments
     "both, and linears": {"target_modules": ["q_proj"], "target_parameters": [*BOTH]},
     "one, no linears": {"target_modules": [], "target_parameters": ["experts.down_proj"]},
@@ -67,7 +69,7 @@ each_config = pytest.mark.parametrize("chosen", CONFIGS.values(), ids=CONFIGS)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+def mixtures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     """A project of each mixture with an adapter on its experts, and the merged model."""
     roots = {
         name: new_project(tmp_path_factory.mktemp("mixture") / name, family)
@@ -90,12 +92,7 @@ def from_peft(base: TransformersModel, chosen: dict[str, Any]) -> Any:
     theirs = get_peft_model(
         stock(base), LoraConfig(r=3, task_type="CAUSAL_LM", **{"lora_alpha": 6, **chosen})
     )
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
-    return theirs.eval()
+    return randomized(theirs, 0.2)
 
 
 def adapted(name: str, spec: AdapterSpec | None = None, std: float = 0.2) -> TransformersModel:
@@ -110,15 +107,6 @@ def adapted(name: str, spec: AdapterSpec | None = None, std: float = 0.2) -> Tra
     return model.eval()
 
 
-def logits(model: Any) -> Tensor:
-    out = model(IDS) if isinstance(model, TransformersModel) else model(input_ids=IDS).logits
-    return out.float()  # type: ignore[no-any-return]
-
-
-def assert_alike(one: Tensor, other: Tensor, within: float = 1e-4) -> None:
-    assert (one - other).abs().max() <= within
-
-
 @each_config
 @each_stack
 @torch.no_grad()
@@ -130,16 +118,15 @@ def test_an_adapter_of_peft_opens_here_and_ours_in_peft_with_the_same_logits(
     theirs.save_pretrained(tmp_path / "theirs")
     ours = copy.deepcopy(base)
     spec = load_adapter(ours, Path("base"), tmp_path / "theirs")
-    assert_alike(logits(ours.eval()), logits(theirs))
-    assert (logits(ours) - logits(base)).abs().max() > 0.1, "the adapter changes something"
+    found, wanted = logits(ours, IDS), logits(theirs, IDS)
+    assert_alike(found, wanted)
+    assert (found - logits(base, IDS)).abs().max() > 0.1, "the adapter changes something"
     (tmp_path / "ours").mkdir()
     save_adapter(tmp_path / "ours", ours, spec, "base")
-    assert_alike(
-        logits(PeftModel.from_pretrained(stock(base), tmp_path / "ours").eval()), logits(theirs)
-    )
-    found, expected = (load_file(tmp_path / who / WEIGHTS) for who in ("ours", "theirs"))
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], expected[key]) for key in found)
+    assert_alike(logits(PeftModel.from_pretrained(stock(base), tmp_path / "ours"), IDS), wanted)
+    factors, expected = (load_file(tmp_path / who / WEIGHTS) for who in ("ours", "theirs"))
+    assert factors.keys() == expected.keys()
+    assert all(torch.equal(factors[key], expected[key]) for key in factors)
 
 
 @each_stack
@@ -147,8 +134,8 @@ def test_gradients_are_those_of_peft(name: str, tmp_path: Path) -> None:
     ours = adapted(name)
     save_adapter(tmp_path, ours, AdapterSpec(3, 6.0, ("q_proj",), parameters=BOTH), "base")
     theirs = PeftModel.from_pretrained(stock(seeded(name)), tmp_path, is_trainable=True).eval()
-    for model in (ours, theirs):
-        logits(model).log_softmax(-1).gather(-1, IDS[..., None]).mean().backward()  # type: ignore[no-untyped-call]
+    for out in (ours(IDS), theirs(IDS).logits):
+        torch.autograd.backward(out.log_softmax(-1).gather(-1, IDS[..., None]).mean())
     expected = {
         key.replace(".default.", "."): p.grad
         for key, p in theirs.named_parameters()
@@ -219,19 +206,18 @@ def test_counts_are_those_of_peft(name: str, chosen: dict[str, Any], rank: int) 
 @each_mixture
 @pytest.mark.slow
 def test_it_learns_opens_in_peft_and_merges_and_leaves_the_base_alone(
-    trained: dict[str, Path], name: str
+    mixtures: dict[str, Path], name: str
 ) -> None:
-    artifacts = trained[name] / "artifacts"
+    artifacts = mixtures[name] / "artifacts"
     losses = [step.loss for step in read_steps(artifacts / "lora_adapter/loss.csv")]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5]), "of 5 steps an epoch"
     base, adapter, merged = (
         artifacts / part for part in ("expanded", "lora_adapter", "lora_merged")
     )
-    tuned, before = logits(engine.load(base, adapter).model), logits(engine.load(base).model)
-    assert (tuned - before).abs().max() > 0.01
-    plain = AutoModelForCausalLM.from_pretrained(base).eval()
-    assert_alike(logits(PeftModel.from_pretrained(plain, adapter).eval()), tuned)
-    assert_alike(logits(AutoModelForCausalLM.from_pretrained(merged).eval()), tuned)
+    tuned = logits(ours(base, adapter), IDS)
+    assert (tuned - logits(ours(base), IDS)).abs().max() > 0.01
+    assert_alike(logits(theirs(base, adapter), IDS), tuned)
+    assert_alike(logits(theirs(merged), IDS), tuned)
     factors = load_file(adapter / WEIGHTS)
     assert all(t.abs().max() > 0 for key, t in factors.items() if "experts" in key), "B was at zero"
     changed = load_file(merged / "model.safetensors")
@@ -239,7 +225,7 @@ def test_it_learns_opens_in_peft_and_merges_and_leaves_the_base_alone(
         # two of their rows
         adapts = any(part in key for part in (".experts.", "_proj.", "embed_tokens", "lm_head"))
         assert torch.equal(tensor, changed[key]) is not adapts
-    ratios = artifact.read_json(merged / "certificate.json", "")["delta_ratios"]
+    ratios = read_json(merged / "certificate.json")["delta_ratios"]
     assert len([key for key in ratios if ".experts." in key]) == 2 * 4 * 3, (
         "blocks, experts, and gate, up and down"
     )
@@ -249,7 +235,7 @@ def test_it_learns_opens_in_peft_and_merges_and_leaves_the_base_alone(
 @each_mixture
 @pytest.mark.slow
 def test_interrupted_checkpointed_or_continued_it_is_the_same_adapter(
-    trained: dict[str, Path], name: str, tmp_path: Path
+    mixtures: dict[str, Path], name: str, tmp_path: Path
 ) -> None:
     root = new_project(tmp_path / "p", MIXTURES[name])
     make(root, STAGES[:2], SETTINGS)
@@ -260,11 +246,11 @@ def test_interrupted_checkpointed_or_continued_it_is_the_same_adapter(
     _, seen = make_one(root, "finetune_lora", SETTINGS)
     assert any("resumed after step 3" in event.text for event in seen)
     resumed = folder_bytes(root / "artifacts/lora_adapter")
-    assert resumed == folder_bytes(trained[name] / "artifacts/lora_adapter")
+    assert resumed == folder_bytes(mixtures[name] / "artifacts/lora_adapter")
     make(root, ["finetune_lora"], [*SETTINGS, "finetune_lora.gradient_checkpointing=full"])
     for key, tensor in load_file(root / "artifacts/lora_adapter" / WEIGHTS).items():
         assert_alike(
-            tensor, load_file(trained[name] / "artifacts/lora_adapter" / WEIGHTS)[key], 1e-5
+            tensor, load_file(mixtures[name] / "artifacts/lora_adapter" / WEIGHTS)[key], 1e-5
         )
     (root / "artifacts/lora_adapter").rename(root / "first")
     _, seen = make_one(root, "finetune_lora", ["finetune_lora.init_from=first"])
@@ -291,7 +277,7 @@ def test_in_16_bits_it_is_what_peft_computes(name: str, tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter
     ).eval()
     with torch.no_grad():
-        assert_alike(logits(engine.load(base, adapter).model), logits(theirs), 0.5)
+        assert_alike(logits(ours(base, adapter), IDS), logits(theirs, IDS), 0.5)
 
 
 @pytest.mark.parametrize("layout", ["an expert's own", "stacked"])
@@ -299,8 +285,8 @@ def test_in_16_bits_it_is_what_peft_computes(name: str, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_a_merge_writes_either_layout_of_the_files(name: str, layout: str, tmp_path: Path) -> None:
     base = seeded(name)
-    theirs = from_peft(base, CONFIGS["patterns and rsLoRA"])
-    theirs.save_pretrained(tmp_path / "adapter")
+    tuned = from_peft(base, CONFIGS["patterns and rsLoRA"])
+    tuned.save_pretrained(tmp_path / "adapter")
     stock(base).save_pretrained(tmp_path / "base", save_original_format=layout != "stacked")
     certificate, _ = played(
         merge_to(tmp_path / "out", Merging(tmp_path / "base", tmp_path / "adapter"))
@@ -310,9 +296,7 @@ def test_a_merge_writes_either_layout_of_the_files(name: str, layout: str, tmp_p
     assert any(".experts.0." in key for key in stored) is apart
     assert len(certificate["delta_ratios"]) == 2 + 2 * (4 * 3 if apart else 2)
     assert load_file(tmp_path / "out/model.safetensors").keys() == stored.keys()
-    assert_alike(
-        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()), logits(theirs)
-    )
+    assert_alike(logits(theirs(tmp_path / "out"), IDS), logits(tuned, IDS))
 
 
 def test_a_merge_into_files_that_lack_an_expert_names_its_tensor(tmp_path: Path) -> None:
@@ -338,16 +322,16 @@ def test_disabled_it_is_the_base_to_the_bit_and_half_its_strength_is_half_the_up
 ) -> None:
     base, spec = seeded(name).eval(), AdapterSpec(3, 6.0, ("q_proj",), parameters=BOTH)
     model = adapted(name, spec)
-    tuned = logits(model)
+    tuned = logits(model, IDS)
     with disable_adapter(model):
-        assert torch.equal(logits(model), logits(base))
-    assert torch.equal(logits(model), tuned)
+        assert torch.equal(logits(model, IDS), logits(base, IDS))
+    assert torch.equal(logits(model, IDS), tuned)
     strength = AdapterScale(model, base, spec)
     strength.set(0.5)
     halved = AdapterSpec(3, 3.0, ("q_proj",), parameters=BOTH)
-    assert_alike(logits(model), logits(adapted(name, halved)), 1e-6)
+    assert_alike(logits(model, IDS), logits(adapted(name, halved), IDS), 1e-6)
     strength.set(1)
-    assert torch.equal(logits(model), tuned)
+    assert torch.equal(logits(model, IDS), tuned)
     assert changed_layers(model, base) is None, "rows of other adapters are computed apart from it"
 
 
@@ -367,7 +351,7 @@ def test_the_methods_of_a_quantized_base_train_its_experts_and_say_that_these_ar
         root / "artifacts" / part for part in ("expanded", "lora_adapter", "lora_merged")
     )
     with torch.no_grad():
-        assert_alike(logits(engine.load(base, adapter).model), logits(engine.load(merged).model))
+        assert_alike(logits(ours(base, adapter), IDS), logits(ours(merged), IDS))
     _, seen = make_one(root, "finetune_lora")
     assert f"finetune_lora.target_parameters=[{', '.join(BOTH)}]" in notes(seen), (
         "all-linear leaves them out"
@@ -416,7 +400,7 @@ def test_pissa_and_a_base_without_experts_are_refused() -> None:
 def test_every_initialization_begins_at_the_base(init: Any) -> None:
     base, model = toy("mixtral", std=0.1).eval(), toy("mixtral", std=0.1).eval()
     attach(model, AdapterSpec(2, 6.0, (), parameters=BOTH), init=init)
-    assert_alike(logits(model), logits(base), 1e-5)
+    assert_alike(logits(model, IDS), logits(base, IDS), 1e-5)
     A = [p for key, p in model.named_parameters() if key.endswith("lora_A")]
     # of 32 inputs, rank 2
     expected = {"document": 0.01, "gaussian": 0.5, "kaiming": (3 * 32) ** -0.5}.get(init)
@@ -425,9 +409,9 @@ def test_every_initialization_begins_at_the_base(init: Any) -> None:
 
 @pytest.mark.slow
 def test_an_adapter_on_experts_trains_alone_and_is_not_combined_or_compared(
-    trained: dict[str, Path],
+    mixtures: dict[str, Path],
 ) -> None:
-    root = trained["mixtral"]
+    root = mixtures["mixtral"]
     base, adapter = root / "artifacts/expanded", root / "artifacts/lora_adapter"
     for refused in (lambda: load_update(adapter), lambda: low_rank_updates(base, adapter)):
         with pytest.raises(
@@ -478,7 +462,7 @@ def test_the_products_of_all_experts_at_once_are_those_of_each(
     for grouped in (False, True):
         monkeypatch.setattr(mixture, "runs_grouped_product", lambda _, grouped=grouped: grouped)
         model.zero_grad()
-        out = logits(model)
+        out = model(IDS)
         torch.autograd.backward(out.logsumexp(-1).sum())
         found.append((out, *(p.grad for p in model.parameters() if p.grad is not None)))
     assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)

@@ -2,7 +2,6 @@
 belong together.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from pipeline.adapters.folder import (
 )
 from pipeline.errors import UserError
 from pipeline.files import artifact
+from tests.helpers.json_files import write_json
 
 BASE = {"tensors": "a" * 64, "tokenizer": "b" * 64}
 
@@ -28,7 +28,7 @@ BASE = {"tensors": "a" * 64, "tokenizer": "b" * 64}
 def config(folder: Path, **values: Any) -> Path:
     """A folder with an adapter_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(values), encoding="utf-8")
+    write_json(folder / "adapter_config.json", values)
     return folder
 
 

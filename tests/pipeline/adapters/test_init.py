@@ -15,11 +15,13 @@ from pipeline.adapters.lora import LoRALinear, factors, principal
 from pipeline.adapters.peft import load_adapter, save_adapter
 from pipeline.errors import UserError
 from pipeline.project.params.sections import Init
+from tests.helpers.checkpoints import token_ids
 from tests.helpers.real import ROWS, stock, toy
+from tests.helpers.side_by_side import logits
 from tests.pipeline.adapters.test_experts import Largest
 
 INITS: tuple[Init, ...] = get_args(Init)
-IDS = torch.randint(3, ROWS, (3, 9), generator=torch.Generator().manual_seed(3))
+IDS = token_ids(ROWS, 3, 9)
 
 
 def layer_of(init: Init, rank: int = 6, shape: tuple[int, int] = (40, 24)) -> LoRALinear:
@@ -148,21 +150,16 @@ def test_pissa_trains_as_pefts_on_its_residual_and_is_saved_for_the_base_as_it_w
             )
             torch.autograd.backward(loss)
             optimizer.step()
-    found, wanted = logits(ours), theirs.eval()(input_ids=IDS).logits.detach()
+    found, wanted = logits(ours, IDS), logits(theirs, IDS)
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
-    assert (found - logits(base)).abs().max() > 0.1, "nothing was learned"
+    assert (found - logits(base, IDS)).abs().max() > 0.1, "nothing was learned"
     save_adapter(tmp_path, ours, spec, "base")
     again = toy("llama", std=0.1)
     read = load_adapter(again, Path("base"), tmp_path)
     assert isinstance(read, AdapterSpec) and read.rank == 8
-    torch.testing.assert_close(logits(again), found, atol=1e-5, rtol=1e-5)
-    reopened = PeftModel.from_pretrained(stock(base), tmp_path).eval()
-    torch.testing.assert_close(reopened(input_ids=IDS).logits.detach(), found, atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model.eval()(IDS)  # type: ignore[no-any-return]
+    torch.testing.assert_close(logits(again, IDS), found, atol=1e-5, rtol=1e-5)
+    reopened = logits(PeftModel.from_pretrained(stock(base), tmp_path), IDS)
+    torch.testing.assert_close(reopened, found, atol=1e-5, rtol=1e-5)
 
 
 def test_the_factors_of_pissa_are_of_what_changed() -> None:

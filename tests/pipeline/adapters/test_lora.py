@@ -20,10 +20,10 @@ from pipeline.adapters.lora import (
     weight_of,
 )
 from pipeline.errors import UserError
-from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.models.quantized_linear import QuantizedLinear
 from pipeline.project.params.sections import Init
 from pipeline.weights.edits import AddLowRank
+from tests.helpers.checkpoints import small_minigpt
 
 
 def layer_of(
@@ -276,15 +276,6 @@ def test_pissa_is_one_product_of_twice_the_rank_which_begins_at_zero() -> None:
     assert not {"initial_A", "neg_initial_B"} & {*layer.state_dict()}
 
 
-def model_of(tied: bool = False) -> MiniGPT:
-    torch.manual_seed(0)
-    return MiniGPT(
-        MiniGPTConfig(
-            vocab_size=20, pad_id=0, end_id=2, d_model=16, feed_forward=32, tie_embeddings=tied
-        )
-    )
-
-
 ATTENTION = [
     f"model.decoder.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in ("k", "v", "q", "out")
 ]
@@ -305,7 +296,7 @@ FEED_FORWARD = [f"model.decoder.layers.{i}.{n}" for i in (0, 1) for n in ("fc1",
     ],
 )
 def test_targets_mean_what_they_say(wanted: list[str], expected: list[str]) -> None:
-    model = model_of()
+    model = small_minigpt()
     found = resolve(model, wanted)
     assert sorted(found) == sorted(expected)
     assert resolve(model, short_targets(model, found)) == found
@@ -319,7 +310,7 @@ def test_a_target_that_matches_nothing_is_refused_with_what_exists(wanted: list[
         UserError,
         match=r"matches no linear layer. The model has fc1, fc2, k_proj, lm_head, out_proj",
     ):
-        resolve(model_of(), wanted)
+        resolve(small_minigpt(), wanted)
 
 
 def test_a_module_cannot_be_trained_twice() -> None:
@@ -328,6 +319,8 @@ def test_a_module_cannot_be_trained_twice() -> None:
         AdapterSpec(2, 2.0, ("lm_head",), rows={"lm_head": (3,)}),
     ):
         with pytest.raises(UserError, match="lm_head already trains in full or row by row"):
-            attach(model_of(), spec)
+            attach(small_minigpt(), spec)
     with pytest.raises(UserError, match="lm_head already trains in full or row by row"):
-        attach(model_of(tied=True), AdapterSpec(2, 2.0, ("lm_head",), rows={"embed_tokens": (3,)}))
+        attach(
+            small_minigpt(tied=True), AdapterSpec(2, 2.0, ("lm_head",), rows={"embed_tokens": (3,)})
+        )

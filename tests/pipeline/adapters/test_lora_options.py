@@ -2,7 +2,6 @@
 counted.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,9 @@ from pipeline.errors import UserError
 from pipeline.models.load import load_base
 from pipeline.stages.methods.lora import counted, lora_spec, new_rows
 from pipeline.views import models
-from tests.helpers.projects import BRIEF, load, make
+from tests.helpers.checkpoints import edit_adapter_config
+from tests.helpers.json_files import read_json
+from tests.helpers.projects import BRIEF, load, logged_memory, make
 from tests.pipeline.adapters.test_peft import assert_same_logits
 
 ADAPTER = "artifacts/lora_adapter"
@@ -48,11 +49,6 @@ def given(*settings: str) -> list[str]:
     return [*BRIEF, *(f"finetune_lora.{setting}" for setting in settings)]
 
 
-def read(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return value
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CHOICES)
 def test_each_is_trained_merged_and_opened_in_peft_with_our_logits(
@@ -62,15 +58,10 @@ def test_each_is_trained_merged_and_opened_in_peft_with_our_logits(
     manifest = make(project, ["finetune_lora"], overrides)
     assert manifest["parameters"]["trainable"] == calculated(project, overrides)
     if "four bits" not in name:
-        last = (
-            (project / "runs/finetune_lora/telemetry.csv")
-            .read_text(encoding="utf-8")
-            .splitlines()[-1]
-        )
-        predicted, measured = map(int, last.split(",")[-2:])
+        predicted, measured = logged_memory(project / "runs/finetune_lora/telemetry.csv")
         assert predicted == pytest.approx(measured, rel=0.015)
     make(project, ["merge"], overrides)
-    certificate = read(project / "artifacts/lora_merged/certificate.json")
+    certificate = read_json(project / "artifacts/lora_merged/certificate.json")
     assert certificate["max_logit_difference"] <= 1e-5
     assert all(abs(ratio - 1) < 1e-3 for ratio in certificate["delta_ratios"].values())
     if "four bits" not in name:  # PEFT knows nothing of the bits that the base had
@@ -112,8 +103,7 @@ def test_pissa_says_what_trained_and_what_its_file_holds(project: Path) -> None:
 def test_an_edited_rank_of_pissa_is_refused(project: Path) -> None:
     make(project, ["finetune_lora"], given("init_lora_weights=pissa"))
     refuse_foreign(project / "artifacts/expanded", project / ADAPTER)
-    path = project / ADAPTER / "adapter_config.json"
-    path.write_text(json.dumps(read(path) | {"r": 4}), encoding="utf-8")  # what it trained with
+    edit_adapter_config(project / ADAPTER, r=4)  # what it trained with
     with pytest.raises(
         UserError, match="r was edited: it is 4, but the adapter was trained with 8"
     ):

@@ -2,7 +2,6 @@
 not hold.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,8 @@ from pipeline.adapters.low_rank import (
 )
 from pipeline.errors import UserError
 from pipeline.files import artifact
+from tests.helpers.checkpoints import edit_adapter_config
+from tests.helpers.json_files import read_json, write_json
 
 SHAPES = st.tuples(st.integers(1, 7), st.integers(1, 7), st.integers(1, 9), st.floats(0.1, 4))
 
@@ -180,8 +181,7 @@ def test_all_that_an_adapter_changes_is_read_in_the_models_order(stored: Path) -
 
 
 def test_a_list_of_rows_is_of_the_module_that_the_tensors_name(stored: Path) -> None:
-    path = stored / "adapter_config.json"
-    artifact.write_json(path, artifact.read_json(path, "") | {"trainable_token_indices": [1, 0]})
+    edit_adapter_config(stored, trainable_token_indices=[1, 0])
     assert load_update(stored).rows["m.embed"][0] == (1, 0)
 
 
@@ -238,11 +238,11 @@ def test_all_patterns_of_an_adapter_share_one_time(
 
 def test_virtual_tokens_and_experts_have_no_such_update(stored: Path) -> None:
     path = stored / "adapter_config.json"
-    values = artifact.read_json(path, "")
+    values = read_json(path)
     artifact.write_json(path, values | {"target_parameters": ["experts.down_proj"]})
     with pytest.raises(UserError, match=r"adapts experts"):
         load_update(stored)
-    path.write_text(json.dumps({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}))
+    write_json(path, {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3})
     with pytest.raises(UserError, match=r"is a prompt of 3 virtual tokens"):
         load_update(stored)
 

@@ -17,7 +17,7 @@ from pipeline.adapters.mixed import (
     RowRouting,
     changed_layers,
 )
-from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
+from tests.helpers.checkpoints import small_minigpt
 
 KINDS = (LoRALinear, LoRALinear, DoRALinear, LoRALinear)
 
@@ -190,16 +190,11 @@ def test_only_updates_of_low_rank_have_a_scale(base: nn.Linear) -> None:
     assert MixedAdapter(layers).scales == {"a": 1.5}
 
 
-def model_of() -> MiniGPT:
-    torch.manual_seed(0)
-    return MiniGPT(MiniGPTConfig(20, 0, 2, d_model=16, feed_forward=32))
-
-
 def test_the_layers_that_differ_are_those_that_the_adapter_wraps_replaces_or_trains() -> None:
-    base = model_of()
+    base = small_minigpt()
 
     def changed(*targets: str, **options: object) -> set[str] | None:
-        view = model_of()
+        view = small_minigpt()
         for (_, p), (_, own) in zip(view.named_parameters(), base.named_parameters(), strict=True):
             p.data = own.data  # as in a server, where adapters share one base
         assert changed_layers(view, base) == {}

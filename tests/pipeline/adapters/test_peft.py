@@ -1,27 +1,23 @@
 """Adapters, both ways, against PEFT; and all that must be refused."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.adapters.peft import load_adapter
-from pipeline.errors import UserError
 from pipeline.inference.engine import load
-from tests.helpers.projects import BRIEF, make, new_project
+from tests.helpers.checkpoints import edit_adapter_config, token_ids
+from tests.helpers.errors import user_error
+from tests.helpers.projects import BRIEF, cut_off, make, new_project
+from tests.helpers.side_by_side import theirs
 
-IDS = torch.randint(3, 99, (6, 12), generator=torch.Generator().manual_seed(3))
-
-
-def theirs(base: Path, adapter: Path) -> torch.nn.Module:
-    model = AutoModelForCausalLM.from_pretrained(base)
-    return PeftModel.from_pretrained(model, adapter).eval()  # type: ignore[no-any-return]
+IDS = token_ids(99, 6, 12)
 
 
 @torch.no_grad()
@@ -78,10 +74,7 @@ def test_an_adapter_that_peft_trained_loads_here(brief: Path, tmp_path: Path, ki
 def refused(base: Path, adapter: Path) -> str:
     """The reason."""
     loaded = load(base)
-    with pytest.raises(UserError) as error:
-        load_adapter(loaded.model, base, adapter)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    return user_error(load_adapter, loaded.model, base, adapter)
 
 
 def adapter_of(project: Path) -> tuple[Path, Path]:
@@ -108,7 +101,7 @@ def test_the_tokenizer_of_another_base_is_refused(project: Path) -> None:
 @pytest.mark.parametrize("field", ["lora_alpha", "r"])
 def test_an_edited_alpha_or_rank_is_refused(project: Path, field: str) -> None:
     base, adapter = adapter_of(project)
-    edit_config(adapter, field, 8)
+    edit_adapter_config(adapter, **{field: 8})
     assert f"{field} was edited: it is 8, but the adapter was trained with" in refused(
         base, adapter
     )
@@ -116,15 +109,8 @@ def test_an_edited_alpha_or_rank_is_refused(project: Path, field: str) -> None:
 
 def test_any_other_edit_is_refused(project: Path) -> None:
     base, adapter = adapter_of(project)
-    edit_config(adapter, "target_modules", ["q_proj"])
+    edit_adapter_config(adapter, target_modules=["q_proj"])
     assert "adapter_config.json was changed after the artifact was made" in refused(base, adapter)
-
-
-def edit_config(adapter: Path, field: str, value: object) -> None:
-    path = adapter / "adapter_config.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text(encoding="utf-8")) | {field: value}), encoding="utf-8"
-    )
 
 
 def foreign(adapter: Path) -> dict[str, torch.Tensor]:
@@ -170,14 +156,14 @@ def test_extra_keys_are_refused(project: Path) -> None:
 def test_a_rank_that_its_tensors_do_not_have_is_refused(project: Path) -> None:
     base, adapter = adapter_of(project)
     foreign(adapter)
-    edit_config(adapter, "r", 8)
+    edit_adapter_config(adapter, r=8)
     assert "has shape [4, 64], expected [8, 64]" in refused(base, adapter)
 
 
 def test_a_truncated_file_is_refused(project: Path) -> None:
     base, adapter = adapter_of(project)
     path = adapter / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
+    cut_off(path)
     assert "was changed after the artifact was made" in refused(base, adapter)
     (adapter / "manifest.json").unlink()
     assert "is damaged or truncated" in refused(base, adapter)
@@ -270,7 +256,7 @@ def test_a_config_of_wrong_types_or_unknown_options_is_refused(
 ) -> None:
     base, adapter = adapter_of(project)
     foreign(adapter)
-    edit_config(adapter, field, value)
+    edit_adapter_config(adapter, **{field: value})
     assert message in refused(base, adapter)
 
 
@@ -280,14 +266,14 @@ def test_an_option_that_is_not_understood_is_refused(
 ) -> None:
     base, adapter = adapter_of(project)
     foreign(adapter)
-    edit_config(adapter, field, value)
+    edit_adapter_config(adapter, **{field: value})
     assert f"{field} is {value!r}; only" in refused(base, adapter)
 
 
 def test_rows_outside_the_base_are_refused(project: Path) -> None:
     base, adapter = adapter_of(project)
     foreign(adapter)
-    edit_config(adapter, "trainable_token_indices", {"embed_tokens": [99]})
+    edit_adapter_config(adapter, trainable_token_indices={"embed_tokens": [99]})
     assert "trains row 99" in refused(base, adapter)
 
 

@@ -19,8 +19,10 @@ from pipeline.adapters.lora import LoRALinear, weight_of
 from pipeline.adapters.peft import load_adapter, save_adapter, stored_spec
 from pipeline.adapters.virtual import attach_virtual_tokens, save_virtual
 from pipeline.errors import UserError
-from pipeline.files import artifact
-from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
+from pipeline.models.minigpt import MiniGPT
+from tests.helpers.checkpoints import edit_adapter_config, small_minigpt
+from tests.helpers.errors import user_error
+from tests.helpers.json_files import read_json
 from tests.helpers.stand_in import to_stand_in
 
 IDS = torch.tensor([[3, 7, 5, 11], [4, 4, 19, 2]])
@@ -30,11 +32,7 @@ EMBEDDING = "model.decoder.embed_tokens"
 
 
 def model_of(tied: bool = False, seed: int = 0) -> MiniGPT:
-    torch.manual_seed(seed)
-    sizes = {"d_model": 16, "feed_forward": 32, "heads": 2, "max_positions": 12}
-    return MiniGPT(
-        MiniGPTConfig(vocab_size=20, pad_id=0, end_id=2, tie_embeddings=tied, **sizes)
-    ).eval()
+    return small_minigpt(tied, seed, heads=2, max_positions=12).eval()
 
 
 @torch.no_grad()
@@ -49,10 +47,6 @@ def adapter(
         p.add_(torch.randn(p.shape, generator=generator).to(p.dtype) / 5)
     save_adapter(folder, model, spec, "base")
     return model
-
-
-def edit(folder: Path, **values: Any) -> None:
-    artifact.write_json(folder / CONFIG, artifact.read_json(folder / CONFIG, "") | values)
 
 
 def change(folder: Path, values: Mapping[str, Tensor | None]) -> None:
@@ -159,9 +153,8 @@ def test_numbers_must_be_finite_floating_point(tmp_path: Path) -> None:
         ),
     ):
         change(tmp_path, {key: bad})
-        with pytest.raises(UserError) as error:
-            read_tensors(tmp_path)
-        assert str(error.value) == f"{tmp_path / WEIGHTS}: {key} {message}"
+        said = user_error(read_tensors, tmp_path)
+        assert said == f"{tmp_path / WEIGHTS}: {key} {message}"
     (tmp_path / WEIGHTS).rename(tmp_path / "adapter_model.bin")
     with pytest.raises(UserError, match="is a pickle"):
         read_tensors(tmp_path)
@@ -219,11 +212,9 @@ def test_what_does_not_fit_is_refused(
     tmp_path: Path,
 ) -> None:
     adapter(tmp_path, SPECS[name])
-    edit(tmp_path, **config)
+    edit_adapter_config(tmp_path, **config)
     change(tmp_path, values)
-    with pytest.raises(UserError) as error:
-        load_adapter(model_of(), BASE, tmp_path)
-    assert message in str(error.value)
+    assert message in user_error(load_adapter, model_of(), BASE, tmp_path)
 
 
 def test_a_file_without_any_factor_is_refused_by_the_first_that_is_missing(tmp_path: Path) -> None:
@@ -256,7 +247,7 @@ def test_a_copy_of_the_bases_embedding_is_taken_if_it_is_one(tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["the head", "an embedding"])
 def test_peft_would_keep_a_pair_tied_that_this_project_unties(name: str, tmp_path: Path) -> None:
     adapter(tmp_path, SPECS[name], tied=True)
-    edit(tmp_path, ensure_weight_tying=True)
+    edit_adapter_config(tmp_path, ensure_weight_tying=True)
     with pytest.raises(
         UserError, match=r"ensure_weight_tying is not supported with LoRA on embed_tokens, nor"
     ):
@@ -271,7 +262,7 @@ def test_peft_would_keep_a_pair_tied_that_this_project_unties(name: str, tmp_pat
 def adapter_at(folder: Path, spec: AdapterSpec, tied: bool = False, **values: Any) -> Path:
     folder.mkdir()
     adapter(folder, spec, tied)
-    edit(folder, **values)
+    edit_adapter_config(folder, **values)
     return folder
 
 
@@ -306,7 +297,7 @@ def test_rows_of_a_tied_pair_are_the_same_ones(
 ) -> None:
     spec = AdapterSpec(2, 3.0, ("q_proj",), rows={"embed_tokens": (3, 5)})
     adapter(tmp_path, spec, tied=True)
-    edit(tmp_path, trainable_token_indices=rows)
+    edit_adapter_config(tmp_path, trainable_token_indices=rows)
     if fits:
         assert load_adapter(model_of(tied=True), BASE, tmp_path) == spec
     else:
@@ -365,7 +356,7 @@ def test_a_skeleton_gets_virtual_tokens_with_their_numbers(kind: str, tmp_path: 
 @each_kind
 def test_their_config_has_the_sizes_that_peft_computes_with(kind: str, tmp_path: Path) -> None:
     virtual(tmp_path, kind)
-    config = artifact.read_json(tmp_path / CONFIG, "")
+    config = read_json(tmp_path / CONFIG)
     sizes = {"num_virtual_tokens": 3, "token_dim": 16, "num_attention_heads": 2, "num_layers": 2}
     assert {key: config[key] for key in sizes} == sizes
     assert (
@@ -385,9 +376,9 @@ def test_they_leave_a_position_for_a_token(kind: str, tmp_path: Path) -> None:
         attach_virtual_tokens(model_of(), kind, 12, 20, 0)
     virtual(tmp_path, kind)
     for n in (0, 12, "3", True):
-        edit(tmp_path, num_virtual_tokens=n)
+        edit_adapter_config(tmp_path, num_virtual_tokens=n)
         with pytest.raises(UserError, match=rf"{CONFIG}: num_virtual_tokens must be"):
             load_adapter(model_of(), BASE, tmp_path)
-    edit(tmp_path, num_virtual_tokens=4)
+    edit_adapter_config(tmp_path, num_virtual_tokens=4)
     with pytest.raises(UserError, match=r"prompt_embeddings has shape \[3, "):
         load_adapter(model_of(), BASE, tmp_path)

@@ -15,7 +15,9 @@ from pipeline.adapters.attach import tensors
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.peft import load_adapter, save_adapter
 from pipeline.models.transformers_model import TransformersModel
+from tests.helpers.checkpoints import token_ids
 from tests.helpers.real import ROWS, stock, toy
+from tests.helpers.side_by_side import randomized
 
 NAMES = {
     "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -25,7 +27,7 @@ NAMES = {
     "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
     "mixtral": ("q_proj", "k_proj", "v_proj", "o_proj"),
 }
-IDS = torch.randint(3, ROWS, (3, 9), generator=torch.Generator().manual_seed(3))
+IDS = token_ids(ROWS, 3, 9)
 RANKS, ALPHAS = st.integers(1, 5), st.sampled_from((1, 3.5, 8))
 
 
@@ -102,16 +104,6 @@ def test_an_adapter_goes_from_peft_to_here_and_back_with_the_same_logits(
             assert_same(ours, PeftModel.from_pretrained(stock(base), second))
 
     there_and_back()
-
-
-def randomized(model: Any) -> Any:
-    """What the adapter trains is no longer what it began with."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-    return model.eval()
 
 
 @torch.no_grad()

@@ -2,15 +2,13 @@
 the right thing.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -24,31 +22,20 @@ from pipeline.models.quantized_linear import QuantizedLinear, quantize
 from pipeline.project.params.sections import Quantization
 from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint
-from tests.helpers.checkpoints import adapter, checkpoint
+from tests.helpers.checkpoints import adapter, checkpoint, edit_adapter_config, token_ids
+from tests.helpers.json_files import read_json
 from tests.helpers.projects import folder_bytes
 from tests.helpers.real import toy, with_lora
-from tests.pipeline.adapters.test_peft import edit_config, foreign, theirs
+from tests.helpers.side_by_side import logits, ours, theirs
+from tests.pipeline.adapters.test_peft import foreign
 from tests.pipeline.training.test_training_parts import step_of
 
 BASE, ADAPTER = Path("artifacts/expanded"), Path("artifacts/lora_adapter")  # in a project
 OLD, ALL, WIDTH = 74, 99, 64  # rows before and after expand_vocab
 ENDS = ("embed_tokens", "lm_head")
-IDS = torch.randint(3, OLD, (4, 9), generator=torch.Generator().manual_seed(3))
+IDS = token_ids(OLD, 4, 9)
 NEW_IDS = torch.arange(OLD, ALL)[None]
 CPU = torch.device("cpu")
-
-
-@torch.no_grad()
-def logits(model: CausalLM, ids: Tensor = IDS) -> Tensor:
-    out: Tensor = model(ids)
-    return out
-
-
-@torch.no_grad()
-def logits_of(theirs: Any, ids: Tensor = IDS) -> Tensor:
-    """Of a model as transformers or PEFT opens it."""
-    out: Tensor = theirs.eval()(input_ids=ids).logits.float()
-    return out
 
 
 def finetune(cli: Lora, project: Path, *overrides: str) -> tuple[int, str, str]:
@@ -73,8 +60,8 @@ def test_pitfall_1_a_target_that_matches_nothing_is_refused(cli: Lora, project: 
 
 def test_pitfall_1_an_adapter_with_such_a_target_is_refused(cli: Lora, project: Path) -> None:
     foreign(project / ADAPTER)
-    edit_config(
-        project / ADAPTER, "target_modules", ["q_proj", "k_proj", "v_proj", "out_proj", "gate_proj"]
+    edit_adapter_config(
+        project / ADAPTER, target_modules=["q_proj", "k_proj", "v_proj", "out_proj", "gate_proj"]
     )
     code, out, err = cli("adapters", "verify", str(ADAPTER), cwd=project)
     assert (code, out) == (1, "")
@@ -171,7 +158,7 @@ def test_pitfall_3_a_tied_pair_is_merged_exactly_once(cli: Lora, tmp_path: Path,
         "untied only where the two differ"
     )
     torch.testing.assert_close(
-        logits_of(merged), logits(load(base, trained).model), atol=1e-4, rtol=1e-4
+        logits(merged, IDS), logits(ours(base, trained), IDS), atol=1e-4, rtol=1e-4
     )
 
 
@@ -195,8 +182,8 @@ def test_pitfall_4_rows_of_new_tokens_are_there_when_an_adapter_is_loaded(
     assert finetune(cli, project, f"train_embeddings={embeddings}")[0] == 0
     base, tuned = project / BASE, project / ADAPTER
     for found in (
-        logits(load(base, tuned).model, NEW_IDS),
-        logits_of(theirs(base, tuned), NEW_IDS),
+        logits(ours(base, tuned), NEW_IDS),
+        logits(theirs(base, tuned), NEW_IDS),
     ):
         torch.testing.assert_close(found, trained[0], atol=1e-5, rtol=1e-5)
     saved = load_file(tuned / "adapter_model.safetensors")
@@ -294,7 +281,7 @@ def test_pitfall_7_an_adapter_of_new_tokens_is_exported_within_vllms_rules(
         "export", "adapter", "--format", "vllm", "--base", "base", "--out", "served", cwd=tmp_path
     )
     assert code == 0, err
-    config = json.loads((tmp_path / "served/adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(tmp_path / "served/adapter_config.json")
     for key in (
         "modules_to_save",
         "trainable_token_indices",
@@ -309,12 +296,10 @@ def test_pitfall_7_an_adapter_of_new_tokens_is_exported_within_vllms_rules(
     assert all(key.endswith(kinds) for key in saved)
     widest = max(len(value) for key, value in saved.items() if "_A" in key)
     assert f"--max-lora-rank {min(rank for rank in RANKS if rank >= widest)} " in out
-    served = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base), tmp_path / "served"
-    )
+    served = theirs(base, tmp_path / "served")
     ids = torch.cat((IDS, torch.tensor([[70, 71, 72, 73, 3, 70, 4, 71, 72]])))
     torch.testing.assert_close(
-        logits_of(served, ids), logits(load(base, trained).model, ids), atol=1e-4, rtol=1e-4
+        logits(served, ids), logits(ours(base, trained), ids), atol=1e-4, rtol=1e-4
     )
 
 
@@ -339,17 +324,15 @@ def test_pitfall_8_an_adapter_of_a_base_in_four_bits_is_merged_to_answer_as_it_w
     assert finetune(cli, project, "quantization=nf4-dq")[0] == 0
     code, _, err = cli("merge", "--set", "merge.max_logit_difference=1e-5", cwd=project)
     assert code == 0, err
-    merged = logits_of(AutoModelForCausalLM.from_pretrained(project / "artifacts/lora_merged"))
+    merged = logits(theirs(project / "artifacts/lora_merged"), IDS)
     trained = load(project / BASE, project / ADAPTER).model
     assert isinstance(trained.get_submodule("model.decoder.layers.0.fc1"), QuantizedLinear)
-    torch.testing.assert_close(merged, logits(trained), atol=1e-4, rtol=1e-4)
-    on_stored = logits(load(project / BASE, project / ADAPTER, quantization="none").model)
+    torch.testing.assert_close(merged, logits(trained, IDS), atol=1e-4, rtol=1e-4)
+    on_stored = logits(load(project / BASE, project / ADAPTER, quantization="none").model, IDS)
     assert (on_stored - merged).abs().max() > 0.01, (
         "what a merge into the stored weights would have changed"
     )
-    certificate = json.loads(
-        (project / "artifacts/lora_merged/certificate.json").read_text(encoding="utf-8")
-    )
+    certificate = read_json(project / "artifacts/lora_merged/certificate.json")
     assert certificate["trained_on"] == "nf4-dq"
     assert certificate["max_logit_difference"] < 1e-5
     assert certificate["merged_on_stored_weights"]["max_logit_difference"] > 0.01
@@ -364,14 +347,11 @@ def test_pitfall_9_the_merged_model_answers_as_base_and_adapter(
     code, said, err = cli("export", str(ADAPTER), *how, cwd=brief)
     assert code == 0, err
     assert "8 matrices hold their update 1.0000 to 1.0000 times  largest logit difference" in said
-    merged = logits_of(AutoModelForCausalLM.from_pretrained(out))
+    merged = logits(theirs(out), IDS)
     torch.testing.assert_close(
-        merged, logits_of(theirs(brief / BASE, brief / ADAPTER)), atol=1e-5, rtol=1e-5
+        merged, logits(theirs(brief / BASE, brief / ADAPTER), IDS), atol=1e-5, rtol=1e-5
     )
-    assert (
-        json.loads((out / "certificate.json").read_text(encoding="utf-8"))["max_logit_difference"]
-        < 1e-5
-    )
+    assert read_json(out / "certificate.json")["max_logit_difference"] < 1e-5
 
 
 def test_pitfall_9_a_merge_that_answers_otherwise_is_refused(
@@ -442,9 +422,9 @@ def test_pitfall_10_adapters_that_are_switched_answer_to_the_last_bit_as_loaded_
     models, answers = ModelPool(), {}
     for name in ("base", "one", "two", "one", "base", "two"):
         models.load("model", base, None if name == "base" else tmp_path / name)
-        answers[name] = logits(models.get("model").at(1).model)
+        answers[name] = logits(models.get("model").at(1).model, IDS)
         fresh = load(base, None if name == "base" else tmp_path / name).model
-        assert torch.equal(answers[name], logits(fresh)), name
+        assert torch.equal(answers[name], logits(fresh, IDS)), name
     assert not torch.equal(answers["one"], answers["base"])
     assert not torch.equal(answers["one"], answers["two"])
 
@@ -493,7 +473,7 @@ def test_pitfall_19_and_the_same_adapter(cli: Lora, project: Path) -> None:
 def test_pitfall_24_forgetting_is_seen_before_anything_ships(
     cli: Lora, brief: Path, tmp_path: Path
 ) -> None:
-    metrics = json.loads((brief / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(brief / "artifacts/evaluation/metrics.json")
     forgot = metrics["lora"]["forgetting"]
     rise, kept = f"{forgot['loss_rise']:+.3f}", f"{forgot['answers_kept']:.0%}"
     (line,) = (

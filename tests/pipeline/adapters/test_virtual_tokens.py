@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
 
 from pipeline.adapters.virtual import attach_virtual_tokens, save_virtual
 from pipeline.data.examples import IGNORED, Window
@@ -24,8 +23,9 @@ from pipeline.training.batches import collate
 from pipeline.training.step import loss_of
 from pipeline.weights.import_adapter import import_adapter
 from tests.helpers import families
-from tests.helpers.checkpoints import checkpoint
+from tests.helpers.checkpoints import checkpoint, edit_adapter_config
 from tests.helpers.real import loss_alone
+from tests.helpers.side_by_side import theirs
 
 N = 5
 BLOCKS = ("llama", "qwen3", "gemma", "gemma2", "gemma3", "gpt2", "opt", "mixtral", "bloom")
@@ -58,17 +58,13 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 Bases = Callable[[str], Path]
 
 
-def stock(base: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
-
-
 def peft_of(base: Path, kind: str) -> Any:
     """PEFT's own model with random virtual tokens."""
     # its embeddings are narrower
     width = {"token_dim": 16} if (base.name, kind) == ("opt", "prompt") else {}
     torch.manual_seed(1)
     return get_peft_model(
-        stock(base), CONFIGS[kind](task_type="CAUSAL_LM", num_virtual_tokens=N, **width)
+        theirs(base), CONFIGS[kind](task_type="CAUSAL_LM", num_virtual_tokens=N, **width)
     )
 
 
@@ -107,8 +103,7 @@ def test_peft_opens_what_is_saved_here_with_our_logits(
     base = bases(name)
     model = ours(base, kind)
     save_virtual(tmp_path, model, str(base))
-    theirs = PeftModel.from_pretrained(stock(base), tmp_path).eval()
-    assert_close(model(IDS), their_logits(theirs), atol=1e-4, rtol=1e-4)
+    assert_close(model(IDS), their_logits(theirs(base, tmp_path)), atol=1e-4, rtol=1e-4)
     assert (model(IDS) - load(base).model(IDS)).abs().max() > 1e-2, (
         "the virtual tokens change nothing"
     )
@@ -121,10 +116,10 @@ def test_peft_opens_what_is_saved_here_with_our_logits(
 def test_what_peft_saved_loads_here_with_its_logits(
     bases: Bases, tmp_path: Path, name: str, kind: str
 ) -> None:
-    theirs = peft_of(bases(name), kind)
-    theirs.save_pretrained(tmp_path / "theirs")
+    peft = peft_of(bases(name), kind)
+    peft.save_pretrained(tmp_path / "theirs")
     import_adapter(tmp_path / "theirs", bases(name), tmp_path / "mine")
-    expected = their_logits(theirs.eval())
+    expected = their_logits(peft.eval())
     for adapter in ("theirs", "mine"):
         assert_close(
             load(bases(name), tmp_path / adapter).model(IDS), expected, atol=1e-4, rtol=1e-4
@@ -138,10 +133,10 @@ def test_a_prefix_that_peft_projected_loads_as_what_the_projection_made(
     config = PrefixTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=N, prefix_projection=True, encoder_hidden_size=12
     )
-    theirs = get_peft_model(stock(bases("llama")), config).eval()
-    theirs.save_pretrained(tmp_path)
+    peft = get_peft_model(theirs(bases("llama")), config).eval()
+    peft.save_pretrained(tmp_path)
     assert_close(
-        load(bases("llama"), tmp_path).model(IDS), their_logits(theirs), atol=1e-4, rtol=1e-4
+        load(bases("llama"), tmp_path).model(IDS), their_logits(peft), atol=1e-4, rtol=1e-4
     )
 
 
@@ -161,12 +156,12 @@ def test_the_gradient_is_that_of_plain_autograd_through_pefts_model(
     the same.
     """
     model = ours(bases(name), kind)
-    theirs = peft_of(bases(name), kind).eval()  # GPT-2 has dropout
-    (weight,) = [p for p in theirs.parameters() if p.requires_grad]
+    peft = peft_of(bases(name), kind).eval()  # GPT-2 has dropout
+    (weight,) = [p for p in peft.parameters() if p.requires_grad]
     weight.data.copy_(virtual(model).prompt_embeddings)
     windows = sequences()
     labels = sum(label != IGNORED for window in windows for label in window.labels)
-    expected = torch.stack([loss_alone(_Own(theirs), window) for window in windows]).sum() / labels
+    expected = torch.stack([loss_alone(_Own(peft), window) for window in windows]).sum() / labels
     expected.backward()  # type: ignore[no-untyped-call]
 
     assert model.supports_packing
@@ -287,9 +282,9 @@ def test_attention_is_that_of_peft_with_all_virtual_tokens_as_one(
 ) -> None:
     model = ours(bases(name), kind)
     save_virtual(tmp_path, model, "")
-    theirs = PeftModel.from_pretrained(stock(bases(name)), tmp_path).eval()
+    peft = theirs(bases(name), tmp_path)
     # (T, N + T)
-    expected = theirs(input_ids=IDS[:1], output_attentions=True).attentions[1][0, 2, -9:]
+    expected = peft(input_ids=IDS[:1], output_attentions=True).attentions[1][0, 2, -9:]
     found = merge_virtual_tokens(layer_attention(model, IDS[:1], 1)[0, 2], 9)
     assert_close(found[1:, 1:], expected[:, N:], atol=1e-5, rtol=1e-4)
     assert_close(found[1:, 0], expected[:, :N].sum(-1), atol=1e-5, rtol=1e-4)
@@ -352,16 +347,9 @@ def test_a_config_that_says_other_than_the_model_or_its_tensors_is_refused(
     bases: Bases, tmp_path: Path, kind: str, change: dict[str, Any], message: str
 ) -> None:
     save_virtual(tmp_path, ours(bases("llama"), kind), "")
-    edit(tmp_path, **change)
+    edit_adapter_config(tmp_path, **change)
     with pytest.raises(UserError, match=message):
         load(bases("llama"), tmp_path)
-
-
-def edit(folder: Path, **change: Any) -> None:
-    from pipeline.files.artifact import read_json, write_json
-
-    path = folder / "adapter_config.json"
-    write_json(path, read_json(path, "") | change)
 
 
 @each_kind

@@ -19,7 +19,6 @@ from pipeline.calc.fit import gpu, gpus
 from pipeline.calc.memory import predict
 from pipeline.calc.settings import TrainingConfig
 from pipeline.calc.sources.open_model import built_in, names
-from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
 from pipeline.models.quantized_linear import quantize
 from pipeline.models.transformers_model import from_config
@@ -29,6 +28,7 @@ from pipeline.training.batches import Batch
 from pipeline.training.optimizer import FlatOptimizer
 from pipeline.training.parallel.sharding import shard
 from pipeline.training.step import loss_of
+from tests.helpers.errors import user_error
 from tests.helpers.ranks import run_ranks
 
 LLAMA = {
@@ -368,9 +368,8 @@ def test_devices_are_named_as_their_sellers_do() -> None:
     "text", ["8", "x8", "0xh100", "2000xh100", "8xnix", "-1xh100", "4x0GB", "8x", "8x\x1b[2J"]
 )
 def test_other_devices_are_refused_in_one_line(text: str) -> None:
-    with pytest.raises(UserError) as error:
-        parallel.parse_devices(text)
-    assert str(error.value).isprintable()
+    said = user_error(parallel.parse_devices, text)
+    assert said.isprintable()
 
 
 def test_every_card_that_computes_has_a_link() -> None:

@@ -64,7 +64,7 @@ def meta_model(name: str, blocks: int | None = None) -> Any:
         return kind.from_config(config)
 
 
-def trained(model: Any) -> int:
+def trainable_count(model: Any) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -134,7 +134,7 @@ def assert_counts_are_theirs(shapes: Architecture, model: Any) -> None:
     for wanted in choices:
         config = LoraConfig(r=8, target_modules=peft_targets(shapes, wanted, model))
         adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
-        assert trainable(shapes, Lora(targets=wanted)) == trained(adapted), wanted
+        assert trainable(shapes, Lora(targets=wanted)) == trainable_count(adapted), wanted
         model = adapted.unload()
 
 
@@ -147,7 +147,7 @@ def test_dora_patterns_and_new_rows_are_those_of_peft(name: str) -> None:
     model = meta_model(name)
     modules = peft_targets(shapes, wanted, model)
     dora = get_peft_model(model, LoraConfig(r=4, target_modules=modules, use_dora=True))
-    assert trainable(shapes, Lora(rank=4, targets=wanted, dora=True)) == trained(dora)
+    assert trainable(shapes, Lora(rank=4, targets=wanted, dora=True)) == trainable_count(dora)
     model = dora.unload()
     last = shapes.blocks[0].attention[-1].name.rsplit(".", 1)[-1]
     for pattern in (last, rf"\w+\.1\..*{last}", rf".*\.0\..*{last}"):
@@ -156,7 +156,7 @@ def test_dora_patterns_and_new_rows_are_those_of_peft(name: str) -> None:
         )
         assert trainable(
             shapes, Lora(rank=4, targets=wanted, rank_pattern=((pattern, 16),))
-        ) == trained(ranked)
+        ) == trainable_count(ranked)
         model = ranked.unload()
     rows = get_peft_model(
         model, LoraConfig(r=4, target_modules=modules, trainable_token_indices=[1, 5, 9])
@@ -164,7 +164,7 @@ def test_dora_patterns_and_new_rows_are_those_of_peft(name: str) -> None:
     ours = trainable(shapes, Lora(rank=4, targets=wanted, embeddings="new_rows", new_rows=3))
     # PEFT was asked for the embedding's rows alone
     head = 0 if shapes.tied else 3 * shapes.embedding_width
-    assert ours - head == trained(rows)
+    assert ours - head == trainable_count(rows)
 
 
 @pytest.mark.parametrize("name", ["qwen3-8b", "llama-2-7b", "gpt-neox-20b", "mistral-7b-v0.3"])
@@ -177,7 +177,7 @@ def test_embeddings_and_head_in_full_are_those_of_peft(name: str) -> None:
             r=8, target_modules=peft_targets(shapes, ("attention",), model), modules_to_save=ends
         ),
     )
-    assert trainable(shapes, Lora(embeddings="all")) == trained(adapted)
+    assert trainable(shapes, Lora(embeddings="all")) == trainable_count(adapted)
 
 
 @pytest.mark.slow
@@ -191,7 +191,7 @@ def test_experts_are_those_that_peft_adapts() -> None:
         model, LoraConfig(r=2, target_modules=[], target_parameters=parameters)
     )
     asked = Lora(rank=2, targets=("feed_forward",))
-    assert trainable(shapes, asked) == trained(adapted)
+    assert trainable(shapes, asked) == trainable_count(adapted)
     assert "target_parameters" in asked.notes(shapes)[0]
     assert "leaves these experts out" in Lora(targets=("all-linear",)).notes(shapes)[0]
     for name, old in (
@@ -200,7 +200,9 @@ def test_experts_are_those_that_peft_adapts() -> None:
     ):
         shapes, model = built_in(name).shapes, meta_model(name)
         adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[*old, "gate", "q_proj"]))
-        assert trainable(shapes, Lora(rank=2, targets=(*old, "gate", "q_proj"))) == trained(adapted)
+        assert trainable(shapes, Lora(rank=2, targets=(*old, "gate", "q_proj"))) == trainable_count(
+            adapted
+        )
         assert trainable(shapes, Lora(rank=2, targets=("feed_forward",))) == trainable(
             shapes, Lora(rank=2, targets=tuple(old))
         )
@@ -218,7 +220,7 @@ def test_prefix_and_prompt_tuning_are_those_of_peft(name: str) -> None:
         adapted = get_peft_model(
             meta_model(name), config(task_type="CAUSAL_LM", num_virtual_tokens=10)
         )
-        assert trainable(shapes, method) == trained(adapted), method
+        assert trainable(shapes, method) == trainable_count(adapted), method
 
 
 @pytest.mark.parametrize(
@@ -238,7 +240,7 @@ def test_ia3_is_that_of_peft(name: str) -> None:
     config = IA3Config(
         target_modules=[*KEYS_VALUES, *FEED_FORWARD], feedforward_modules=[*FEED_FORWARD]
     )
-    assert trainable(built_in(name).shapes, IA3()) == trained(
+    assert trainable(built_in(name).shapes, IA3()) == trainable_count(
         get_peft_model(meta_model(name), config)
     )
 
@@ -257,9 +259,9 @@ def test_freezing_counts_the_last_blocks_embeddings_and_head(name: str) -> None:
             model.get_input_embeddings().requires_grad_(ends)
             if ends:
                 model.get_output_embeddings().requires_grad_(True)
-            assert trainable(shapes, Freeze(last_blocks=blocks, train_embeddings=ends)) == trained(
-                model
-            )
+            assert trainable(
+                shapes, Freeze(last_blocks=blocks, train_embeddings=ends)
+            ) == trainable_count(model)
 
 
 @pytest.mark.parametrize("name", names())
@@ -339,7 +341,7 @@ def test_one_block_and_the_head_are_meant_by_full_names_as_in_peft(name: str) ->
         next(n for n in known if n.rsplit(".", 1)[-1] == "lm_head" or "h.1." in n),
     ):
         adapted = get_peft_model(model, LoraConfig(r=8, target_modules=[full]))
-        assert trainable(shapes, Lora(targets=(full,))) == trained(adapted), full
+        assert trainable(shapes, Lora(targets=(full,))) == trainable_count(adapted), full
         model = adapted.unload()
 
 

@@ -2,7 +2,6 @@
 user reads.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from pipeline.stages.methods.full import COUNTED as FULL
 from pipeline.stages.methods.lora import COUNTED as LORA
 from pipeline.stages.methods.lora import Lora
 from pipeline.stages.registry import COUNTED
+from tests.helpers.json_files import read_json
 
 QWEN = built_in("qwen3-8b").shapes
 
@@ -334,9 +334,7 @@ def test_a_sharded_run_has_the_least_number_of_its_own_layout() -> None:
 
 
 def test_a_device_has_the_values_of_its_row_in_the_table() -> None:
-    table = json.loads(
-        (Path(fit.__file__).parent / "presets/gpus.json").read_text(encoding="utf-8")
-    )
+    table = read_json(Path(fit.__file__).parent / "presets/gpus.json")
     devices = fit.gpus.__wrapped__()  # not what was read before
     assert sorted(devices) == sorted(table)
     assert [device.bytes for device in devices.values()] == sorted(

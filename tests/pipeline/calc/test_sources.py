@@ -21,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.stages.methods.full import COUNTED as FULL
 from pipeline.stages.methods.lora import COUNTED as LORA
 from pipeline.stages.methods.lora import Lora
+from tests.helpers.json_files import read_json, write_json
 
 SMALL: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
@@ -190,7 +191,7 @@ def test_headers_alone_give_the_same_counts(tmp_path: Path, family: str) -> None
     model.save_pretrained(tmp_path, max_shard_size="60KB")
     known = open_model(str(tmp_path)).shapes
     config = tmp_path / "config.json"
-    values = json.loads(config.read_text(encoding="utf-8"))
+    values = read_json(config)
     for text in (json.dumps({**values, "model_type": "brand_new"}), None):
         config.write_text(text, encoding="utf-8") if text else config.unlink()
         shapes = open_model(str(tmp_path)).shapes
@@ -227,7 +228,7 @@ def test_our_own_checkpoints_are_minigpts(brief: Path) -> None:
 def test_a_model_of_text_and_images_is_counted_as_its_text_model(tmp_path: Path) -> None:
     text = {k: v for k, v in entry("gemma-3-4b")["config"].items() if k != "model_type"}
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({"model_type": "gemma3", "text_config": text}), encoding="utf-8")
+    write_json(path, {"model_type": "gemma3", "text_config": text})
     shapes = open_model(str(path)).shapes
     assert shapes.total == built_in("gemma-3-4b").shapes.total
     assert "text model only" in shapes.notes[0]
@@ -535,14 +536,12 @@ def test_tensors_of_odd_shapes_and_names_are_one_message_each(tmp_path: Path) ->
         {"num_attention_heads": 1000},
         {"max_position_embeddings": "abc"},
     ):
-        (tmp_path / "config.json").write_text(
-            json.dumps({"model_type": "new", **values}), encoding="utf-8"
-        )
+        write_json(tmp_path / "config.json", {"model_type": "new", **values})
         with pytest.raises(UserError, match="must be a whole number"):
             open_model(str(tmp_path))
     kinds: list[Any] = [[], {}, 3]
     for kind in kinds:
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}), encoding="utf-8")
+        write_json(tmp_path / "config.json", {"model_type": kind})
         assert open_model(str(tmp_path)).shapes.total == 32
 
 
@@ -606,7 +605,7 @@ def test_a_layer_that_is_not_supported_is_named_with_its_type_and_what_still_wor
     tmp_path: Path, config: dict[str, Any], message: str
 ) -> None:
     path = tmp_path / "config.json"
-    path.write_text(json.dumps({**SIZES, "num_hidden_layers": 2, **config}), encoding="utf-8")
+    write_json(path, {**SIZES, "num_hidden_layers": 2, **config})
     with pytest.raises(UserError, match=message) as caught:
         open_model(str(path))
     assert "\n" not in str(caught.value) and "Give the folder of its .safetensors files" in str(
@@ -678,6 +677,6 @@ def test_a_hub_id_is_read_from_its_config(monkeypatch: pytest.MonkeyPatch, tmp_p
     import huggingface_hub
 
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(entry("llama-3.2-1b")["config"]), encoding="utf-8")
+    write_json(path, entry("llama-3.2-1b")["config"])
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: str(path))
     assert open_model("someone/a-llama").shapes.total == built_in("llama-3.2-1b").shapes.total

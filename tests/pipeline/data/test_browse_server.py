@@ -14,6 +14,7 @@ from pipeline.data import browse_server
 from pipeline.data.check import check
 from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.files.worker import Server
+from tests.helpers.json_files import write_jsonl
 from tests.helpers.tokenizers import SMOLLM2, folder_with
 
 ROWS = [
@@ -72,9 +73,7 @@ class Client:
 def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Client:
     model = folder_with(tmp_path / "base", SMOLLM2)
     (model / "config.json").write_text('{"max_position_embeddings": 99}', encoding="utf-8")
-    (tmp_path / "f.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8"
-    )
+    write_jsonl(tmp_path / "f.jsonl", ROWS)
     monkeypatch.chdir(tmp_path)
     return Client()
 

@@ -9,6 +9,7 @@ import pytest
 from pipeline.data.masking import Encoder
 from pipeline.data.quality.clean import Cleaned, Leaks, clean
 from pipeline.errors import UserError
+from tests.helpers.json_files import write_json, write_jsonl
 from tests.helpers.tokenizers import tokenizer_with
 
 GOOD: list[dict[str, Any]] = [
@@ -22,7 +23,7 @@ def cleaned(
 ) -> tuple[list[str], Cleaned]:
     """The questions that were kept, and the report."""
     source, out = folder / "in.jsonl", folder / "out.jsonl"
-    source.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    write_jsonl(source, rows)
     done = clean(
         source, out, drop.split(","), columns={"prompt": "q", "completion": "a"}, force=True, **how
     )
@@ -86,16 +87,14 @@ def test_too_long_counts_tokens_as_training_does(tmp_path: Path) -> None:
 
 def test_what_the_evaluation_asks_is_a_leak_whatever_its_case_and_answer(tmp_path: Path) -> None:
     leaks = Leaks()
-    (tmp_path / "eval.jsonl").write_text(
-        json.dumps(
-            {
-                "messages": [
-                    {"role": "user", "content": "WHERE is my parcel"},
-                    {"role": "assistant", "content": "?"},
-                ]
-            }
-        ),
-        encoding="utf-8",
+    write_json(
+        tmp_path / "eval.jsonl",
+        {
+            "messages": [
+                {"role": "user", "content": "WHERE is my parcel"},
+                {"role": "assistant", "content": "?"},
+            ]
+        },
     )
     leaks.add_file(tmp_path / "eval.jsonl", "eval.jsonl", None)
     kept, done = cleaned(tmp_path, GOOD, "leaks", leaks=leaks)

@@ -8,8 +8,10 @@ import pytest
 
 from pipeline.data.columns import columns_option, rename
 from pipeline.data.containers import Reading
-from pipeline.data.formats import iter_examples
+from pipeline.data.examples import Example
 from pipeline.errors import UserError
+from tests.helpers.errors import user_error
+from tests.helpers.examples import examples_of
 
 TURNS = [
     {"role": "user", "content": "Where is it?"},
@@ -22,12 +24,10 @@ SPOKEN = [
 OF_TURNS = {"role": "speaker", "content": "text", "user": "customer|client", "assistant": "agent"}
 
 
-def read(
+def example_of(
     folder: Path, record: dict[str, Any], columns: dict[str, str], reading: Reading | None = None
-) -> Any:
-    path = folder / "d.jsonl"
-    path.write_text(json.dumps(record), encoding="utf-8")
-    (example,) = iter_examples(path, "d", columns=columns, reading=reading)
+) -> Example:
+    (example,) = examples_of(folder, record, columns=columns, reading=reading)
     return example
 
 
@@ -58,7 +58,7 @@ def read(
 def test_turns_are_read_by_the_names_that_the_file_has_for_their_keys_and_roles(
     tmp_path: Path, record: dict[str, Any], columns: dict[str, str]
 ) -> None:
-    assert read(tmp_path, record, columns) == read(tmp_path, {"messages": TURNS}, {})
+    assert example_of(tmp_path, record, columns) == example_of(tmp_path, {"messages": TURNS}, {})
 
 
 def test_sharegpts_turns_and_those_of_a_prompt_have_names_too(tmp_path: Path) -> None:
@@ -69,22 +69,26 @@ def test_sharegpts_turns_and_those_of_a_prompt_have_names_too(tmp_path: Path) ->
         "user": "customer",
         "assistant": "agent",
     }
-    assert read(tmp_path, {"talk": SPOKEN}, columns) == read(tmp_path, {"messages": TURNS}, {})
+    assert example_of(tmp_path, {"talk": SPOKEN}, columns) == example_of(
+        tmp_path, {"messages": TURNS}, {}
+    )
     split = {"asked": SPOKEN[:1], "said": SPOKEN[1:]}
     chat = {"prompt": TURNS[:1], "completion": TURNS[1:]}
-    assert read(tmp_path, split, {"prompt": "asked", "completion": "said", **OF_TURNS}) == read(
-        tmp_path, chat, {}
-    )
+    assert example_of(
+        tmp_path, split, {"prompt": "asked", "completion": "said", **OF_TURNS}
+    ) == example_of(tmp_path, chat, {})
 
 
 def test_a_path_leads_to_a_nested_value_and_a_key_with_a_dot_comes_first(tmp_path: Path) -> None:
     record = {"question": {"text": "Where?"}, "answers": {"text": ["Here", "There"]}}
-    example = read(tmp_path, record, {"prompt": "question.text", "completion": "answers.text.1"})
+    example = example_of(
+        tmp_path, record, {"prompt": "question.text", "completion": "answers.text.1"}
+    )
     assert (example.prompt, example.completion) == ("Where?", "There")
     dotted = {"q.text": "Where?", "q": {"text": "Who?"}, "a": "Here"}
-    assert read(tmp_path, dotted, {"prompt": "q.text", "completion": "a"}).prompt == "Where?"
+    assert example_of(tmp_path, dotted, {"prompt": "q.text", "completion": "a"}).prompt == "Where?"
     with pytest.raises(UserError, match=r"no column answers\.text\.7, which columns names"):
-        read(tmp_path, record, {"prompt": "question.text", "completion": "answers.text.7"})
+        example_of(tmp_path, record, {"prompt": "question.text", "completion": "answers.text.7"})
 
 
 def test_what_else_a_turn_has_is_left_out_and_counted_where_its_keys_are_named(
@@ -92,22 +96,22 @@ def test_what_else_a_turn_has_is_left_out_and_counted_where_its_keys_are_named(
 ) -> None:
     reading = Reading()
     timed = [{**turn, "at": 1} for turn in SPOKEN]
-    example = read(tmp_path, {"dialog": timed}, {"messages": "dialog", **OF_TURNS}, reading)
-    assert example == read(tmp_path, {"messages": TURNS}, {}) and reading.unused == {
+    example = example_of(tmp_path, {"dialog": timed}, {"messages": "dialog", **OF_TURNS}, reading)
+    assert example == example_of(tmp_path, {"messages": TURNS}, {}) and reading.unused == {
         "messages.at": 1
     }
     with pytest.raises(UserError, match="unknown key 'at'"):
-        read(tmp_path, {"messages": [{**turn, "at": 1} for turn in TURNS]}, {})
+        example_of(tmp_path, {"messages": [{**turn, "at": 1} for turn in TURNS]}, {})
 
 
 def test_system_is_alpacas_key_unless_turns_are_named(tmp_path: Path) -> None:
     alpaca = {"instruction": "a", "output": "b", "rules": "Be kind"}
-    assert read(tmp_path, alpaca, {"system": "rules"}).messages[0] == {
+    assert example_of(tmp_path, alpaca, {"system": "rules"}).messages[0] == {
         "role": "system",
         "content": "Be kind",
     }
     told = [{"speaker": "rules", "text": "Be kind"}, *SPOKEN]
-    example = read(
+    example = example_of(
         tmp_path, {"dialog": told}, {"messages": "dialog", **OF_TURNS, "system": "rules"}
     )
     assert example.messages[0] == {"role": "system", "content": "Be kind"}
@@ -133,9 +137,7 @@ def test_system_is_alpacas_key_unless_turns_are_named(tmp_path: Path) -> None:
 def test_a_wrong_name_is_an_error_that_says_the_right_one(
     tmp_path: Path, record: dict[str, Any], columns: dict[str, str], message: str
 ) -> None:
-    with pytest.raises(UserError) as raised:
-        read(tmp_path, record, columns)
-    assert message in str(raised.value)
+    assert message in user_error(example_of, tmp_path, record, columns)
 
 
 def test_a_text_that_looks_like_a_list_stays_a_text() -> None:

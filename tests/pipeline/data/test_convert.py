@@ -25,6 +25,7 @@ from pipeline.data.examples import Example
 from pipeline.data.formats import FORMATS, read_examples
 from pipeline.data.masking import Encoder
 from pipeline.errors import UserError
+from tests.helpers.json_files import read_json, write_jsonl
 from tests.helpers.projects import ROOT
 from tests.helpers.tokenizers import SMOLLM2, tokenizer_with
 
@@ -126,11 +127,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("data")
 
 
-def jsonl(path: Path, rows: list[Record]) -> Path:
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    return path
-
-
 @pytest.mark.parametrize("format_", ROWS)
 @settings(max_examples=40)
 @given(st.data())
@@ -139,7 +135,7 @@ def test_there_and_back_gives_the_same_examples(
 ) -> None:
     rows = data.draw(st.lists(ROWS[format_], min_size=1, max_size=3))
     name = data.draw(st.sampled_from(CONTAINERS))
-    original = jsonl(folder / "original.jsonl", rows)
+    original = write_jsonl(folder / "original.jsonl", rows)
     there, back = folder / f"there{name}", folder / "back.jsonl"
     done = convert(original, there, format_, force=True)
     assert (done.rows, done.format, done.notes) == (len(rows), format_, ())
@@ -151,7 +147,7 @@ def test_there_and_back_gives_the_same_examples(
 @given(st.lists(TEXT.filter(lambda text: "\n" not in text and not text.endswith("\r")), min_size=1))
 def test_texts_are_the_same_in_a_txt_file(folder: Path, texts: list[str]) -> None:
     convert(
-        jsonl(folder / "t.jsonl", [{"text": text} for text in texts]),
+        write_jsonl(folder / "t.jsonl", [{"text": text} for text in texts]),
         folder / "t.txt.gz",
         force=True,
     )
@@ -171,7 +167,7 @@ def test_fifty_conversations_have_the_same_tokens_and_labels_in_every_format_and
         {"messages": [{"role": r, "content": f"{r} {n}\nHello"} for r in roles[n % 2 :]]}
         for n in range(50)
     ]
-    original = jsonl(tmp_path / "d.jsonl", rows)
+    original = write_jsonl(tmp_path / "d.jsonl", rows)
     expected = [encoded for _, encoded in encoder.each(read_examples(original, "d"))]
     for format_ in ("messages", "alpaca", "sharegpt"):
         for container in CONTAINERS:
@@ -221,7 +217,7 @@ PREFERENCES = [
 def test_without_a_format_rows_stay_in_their_own(
     tmp_path: Path, rows: list[Record], container: str
 ) -> None:
-    original = jsonl(tmp_path / "d.jsonl", rows)
+    original = write_jsonl(tmp_path / "d.jsonl", rows)
     done = convert(original, tmp_path / f"there{container}")
     own = (
         "unpaired_preference"
@@ -238,9 +234,9 @@ def test_rows_of_several_formats_stay_as_they_are_where_each_row_has_its_own_key
     tmp_path: Path,
 ) -> None:
     rows: list[Record] = [{"text": "a"}, {"prompt": "b", "completion": "c"}, {"messages": QUESTION}]
-    original = jsonl(tmp_path / "d.jsonl", rows)
+    original = write_jsonl(tmp_path / "d.jsonl", rows)
     assert convert(original, tmp_path / "d.json").format == "mixed"
-    assert json.loads((tmp_path / "d.json").read_text(encoding="utf-8")) == rows
+    assert read_json(tmp_path / "d.json") == rows
     with pytest.raises(
         UserError, match=r"d.jsonl:2: rows of prompt_completion and text do not fit into one table"
     ):
@@ -253,7 +249,7 @@ QUESTION = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "
 def test_a_question_with_one_answer_is_a_pair_and_the_other_way_round_and_both_are_told(
     tmp_path: Path,
 ) -> None:
-    original = jsonl(tmp_path / "d.jsonl", [{"messages": QUESTION}])
+    original = write_jsonl(tmp_path / "d.jsonl", [{"messages": QUESTION}])
     done = convert(original, tmp_path / "pairs.csv", "prompt_completion")
     assert done.notes == (
         f"{original}: conversations written as prompt and completion, which get no chat template: "
@@ -264,13 +260,11 @@ def test_a_question_with_one_answer_is_a_pair_and_the_other_way_round_and_both_a
     assert done.notes[0].endswith(
         "prompts with completions written as turns, which get a chat template: 1"
     )
-    assert json.loads((tmp_path / "back.jsonl").read_text(encoding="utf-8")) == {
-        "messages": QUESTION
-    }
+    assert read_json(tmp_path / "back.jsonl") == {"messages": QUESTION}
 
 
 def test_answers_labelled_false_are_left_out_of_what_has_no_labels(tmp_path: Path) -> None:
-    original = jsonl(tmp_path / "d.jsonl", LABELLED)
+    original = write_jsonl(tmp_path / "d.jsonl", LABELLED)
     done = convert(original, tmp_path / "new.jsonl", "prompt_completion")
     assert done.notes == (f"{original}: answers labelled false left out: 1",)
     assert (tmp_path / "new.jsonl").read_text(
@@ -285,7 +279,9 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
         "rejected": [{"role": "assistant", "content": "b"}],
         "id": 1,
     }
-    original = jsonl(tmp_path / "d.jsonl", [pair, {key: pair[key] for key in pair if key != "id"}])
+    original = write_jsonl(
+        tmp_path / "d.jsonl", [pair, {key: pair[key] for key in pair if key != "id"}]
+    )
     done = convert(original, tmp_path / "new.jsonl", "messages")
     assert done.notes == (
         f"{original}: not used: id (1 row)",
@@ -378,7 +374,7 @@ def test_what_the_target_cannot_hold_is_refused_and_nothing_is_written(
     tmp_path: Path, case: str
 ) -> None:
     row, format_, container, message = REFUSED[case]
-    original, out = jsonl(tmp_path / "d.jsonl", [row]), tmp_path / f"out{container}"
+    original, out = write_jsonl(tmp_path / "d.jsonl", [row]), tmp_path / f"out{container}"
     out.write_text("before", encoding="utf-8")
     with pytest.raises(UserError, match=r"(d\.jsonl|out\.\w+):\d: ") as caught:
         convert(original, out, format_, force=True)
@@ -388,7 +384,7 @@ def test_what_the_target_cannot_hold_is_refused_and_nothing_is_written(
 
 
 def test_a_file_is_not_written_over_another_or_itself(tmp_path: Path) -> None:
-    original = jsonl(tmp_path / "d.jsonl", [{"text": "a"}])
+    original = write_jsonl(tmp_path / "d.jsonl", [{"text": "a"}])
     (tmp_path / "link.jsonl").hardlink_to(original)
     (tmp_path / "old.jsonl").write_text("old", encoding="utf-8")
     (tmp_path / "old.jsonl").chmod(0o640)
@@ -434,7 +430,7 @@ def test_other_libraries_read_what_is_written(tmp_path: Path) -> None:
         {"messages": QUESTION},
         {"messages": [{"role": "system", "content": 's, "s"\n'}, *QUESTION]},
     ]
-    original = jsonl(tmp_path / "d.jsonl", rows)
+    original = write_jsonl(tmp_path / "d.jsonl", rows)
     for container in (".parquet", ".arrow", ".feather", ".csv"):
         convert(original, tmp_path / f"d{container}")
     assert pyarrow.parquet.read_table(tmp_path / "d.parquet").to_pylist() == rows

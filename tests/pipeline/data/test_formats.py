@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl import extract_prompt
 
-from pipeline.data.examples import Example
 from pipeline.data.formats import iter_examples, read_examples
 from pipeline.data.masking import Encoder
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.data.windows import Corpus
 from pipeline.errors import UserError
 from tests.helpers.containers import TEXT_WRITERS, WRITERS, Records
+from tests.helpers.examples import examples_of
 from tests.helpers.tokenizers import SMOLLM2, tokenizer_with
 
 Turns = list[dict[str, Any]]
@@ -191,12 +191,6 @@ def test_a_column_that_is_nearly_one_of_the_file_is_answered_with_it(tmp_path: P
         )
 
 
-def read(tmp_path: Path, *rows: object, **options: Any) -> list[Example]:
-    path = tmp_path / "d.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return read_examples(path, "d", **options)
-
-
 CALL = {"name": "f", "arguments": {"x": 1}}
 
 
@@ -209,7 +203,7 @@ def test_dialects_of_sharegpt_are_the_messages_they_mean(tmp_path: Path) -> None
         {"from": "user", "value": "c"},
         {"from": "bard", "value": "d", "weight": 0},
     ]
-    (example,) = read(
+    (example,) = examples_of(
         tmp_path, {"conversations": turns, "system": "s", "tools": json.dumps([CALL])}
     )
     wanted = [
@@ -238,7 +232,7 @@ def test_alpacas_history_input_and_system_are_turns(tmp_path: Path) -> None:
         "system": "s",
         "history": [["a", "b"]],
     }
-    (example,) = read(tmp_path, row)
+    (example,) = examples_of(tmp_path, row)
     assert [(turn["role"], turn["content"]) for turn in example.messages] == [
         ("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "Add.\n1 + 1"), ("assistant", "2"),
     ]  # fmt: skip
@@ -264,7 +258,9 @@ def test_an_implicit_prompt_is_what_trl_extracts(
         theirs = extract_prompt({"chosen": chosen, "rejected": rejected})
         if not theirs["chosen"] or not theirs["rejected"]:
             continue
-        (ours,) = read(tmp_path_factory.mktemp("p"), {"chosen": chosen, "rejected": rejected})
+        (ours,) = examples_of(
+            tmp_path_factory.mktemp("p"), {"chosen": chosen, "rejected": rejected}
+        )
         if isinstance(chosen, str):
             assert (ours.prompt, ours.completion, ours.rejected) == tuple(
                 theirs[key] for key in ("prompt", "chosen", "rejected")
@@ -276,13 +272,15 @@ def test_an_implicit_prompt_is_what_trl_extracts(
 
 def test_answers_in_a_prompt_are_not_trained_on(tmp_path: Path) -> None:
     turns = question("a", "b", "") + question("c", "d", "")
-    (example,) = read(tmp_path, {"prompt": turns[:3], "completion": turns[3:]})
+    (example,) = examples_of(tmp_path, {"prompt": turns[:3], "completion": turns[3:]})
     assert list(example.messages) == turns and example.untrained == {1}
 
 
 def test_other_keys_are_noted_once_with_the_number_of_rows(tmp_path: Path) -> None:
     notes = list[str]()
-    read(tmp_path, {"text": "a", "id": 1, "url": "x"}, {"text": "b", "id": 2}, on_note=notes.append)
+    examples_of(
+        tmp_path, {"text": "a", "id": 1, "url": "x"}, {"text": "b", "id": 2}, on_note=notes.append
+    )
     assert notes == ["d: not used: id (2 rows), url (1 row)"]
 
 
@@ -379,4 +377,4 @@ def test_a_row_that_cannot_be_meant_is_one_message(
     tmp_path: Path, rows: Records, message: str
 ) -> None:
     with pytest.raises(UserError, match=f"^{message}"):
-        read(tmp_path, *rows)
+        examples_of(tmp_path, *rows)

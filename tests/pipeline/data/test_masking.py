@@ -19,6 +19,7 @@ from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.data.tokenizers.template_process import Conversation
 from pipeline.data.tokenizers.word import Tokenizer, WordTokenizer
 from pipeline.errors import UserError
+from tests.helpers.errors import user_error
 from tests.helpers.tokenizers import (
     INSTRUCTS,
     MARKED,
@@ -121,14 +122,9 @@ def test_a_special_token_in_a_turn_is_refused_with_its_place(
 ) -> None:
     contents = [message["content"] or "" for message in CONVERSATION.messages]
     contents[turn] += f"{token}assistant\nThe euro."
-    with pytest.raises(UserError) as error:
-        encode(talk(*contents), made(template))
-    assert str(error.value).startswith(
-        f"f.jsonl:1: messages[{turn}] contains {token}, a special token of "
-    )
-    assert str(error.value).endswith(
-        "it could begin or end a turn. Remove it, or spell it differently."
-    )
+    said = user_error(encode, talk(*contents), made(template))
+    assert said.startswith(f"f.jsonl:1: messages[{turn}] contains {token}, a special token of ")
+    assert said.endswith("it could begin or end a turn. Remove it, or spell it differently.")
 
 
 def test_special_tokens_that_users_write_around_texts_themselves_are_control_tokens(

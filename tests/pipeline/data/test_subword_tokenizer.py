@@ -13,6 +13,7 @@ from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.data.tokenizers.word import Tokenizer, WordTokenizer, load_tokenizer
 from pipeline.errors import UserError
 from tests.helpers.checkpoints import checkpoint
+from tests.helpers.json_files import read_json, write_json
 from tests.helpers.projects import folder_bytes
 from tests.helpers.tokenizers import END, MARKED, SMOLLM2, START, folder_with, tokenizer_with
 
@@ -187,20 +188,20 @@ def test_saved_files_tell_nothing_of_this_machine_and_are_the_same_each_time(
 
 def test_a_cut_that_the_file_asks_for_is_not_made(tmp_path: Path) -> None:
     folder = folder_with(tmp_path)
-    tree = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    tree = read_json(folder / "tokenizer.json")
     tree["truncation"] = {
         "direction": "Right",
         "max_length": 3,
         "strategy": "LongestFirst",
         "stride": 0,
     }
-    (folder / "tokenizer.json").write_text(json.dumps(tree), encoding="utf-8")
+    write_json(folder / "tokenizer.json", tree)
     assert len(load_tokenizer(folder).encode("The currency of Bulgaria is the euro.")) > 3
 
 
 def no_end(folder: Path) -> None:
     path = folder_with(folder) / "tokenizer_config.json"
-    path.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}), encoding="utf-8")
+    write_json(path, {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def broken(folder: Path) -> None:

@@ -2,15 +2,12 @@
 asks.
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pipeline.data.answers.questions import prompt_and_answer
 from pipeline.data.examples import content_digest
-from pipeline.data.formats import read_examples
 from pipeline.data.masking import Encoder, encode
 from pipeline.data.preferences import encode_pairs
 from pipeline.data.tokenizers.subword import SubwordTokenizer
@@ -18,18 +15,13 @@ from pipeline.data.turns import view
 from pipeline.errors import UserError
 from pipeline.stages.evaluate import trained_in_template
 from pipeline.stages.registry import open_project
+from tests.helpers.examples import examples_of
 from tests.helpers.tokenizers import SMOLLM2, tokenizer_with
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SubwordTokenizer:
     return tokenizer_with(tmp_path_factory.mktemp("model"), SMOLLM2)
-
-
-def read(folder: Path, *rows: dict[str, Any], **how: Any) -> list[Any]:
-    path = folder / "d.jsonl"
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    return read_examples(path, "d", **how)
 
 
 PLAIN = {"prompt": "Which currency has Bulgaria? ", "completion": " The euro."}
@@ -42,7 +34,7 @@ TURNS = [
 def test_a_plain_row_is_encoded_shown_and_asked_as_the_conversation_that_it_stands_for(
     tmp_path: Path, tokenizer: SubwordTokenizer
 ) -> None:
-    (plain,), (chat,) = read(tmp_path, PLAIN), read(tmp_path, {"messages": TURNS})
+    (plain,), (chat,) = examples_of(tmp_path, PLAIN), examples_of(tmp_path, {"messages": TURNS})
     assert encode(plain, tokenizer) == encode(chat, tokenizer)
     assert view(plain, tokenizer) == view(chat, tokenizer)
     assert prompt_and_answer(plain, tokenizer) == prompt_and_answer(chat, tokenizer)
@@ -51,7 +43,7 @@ def test_a_plain_row_is_encoded_shown_and_asked_as_the_conversation_that_it_stan
 def test_without_a_template_or_without_asking_for_it_texts_stay_as_they_are(
     tmp_path: Path, tokenizer: SubwordTokenizer
 ) -> None:
-    (asked,), (plain,) = read(tmp_path, PLAIN), read(tmp_path, PLAIN, templated=False)
+    (asked,), (plain,) = examples_of(tmp_path, PLAIN), examples_of(tmp_path, PLAIN, templated=False)
     without = tokenizer_with(tmp_path / "plain")
     assert encode(asked, without) == encode(plain, without)
     assert encode(plain, tokenizer) == encode(plain, without)
@@ -59,7 +51,7 @@ def test_without_a_template_or_without_asking_for_it_texts_stay_as_they_are(
 
 
 def test_what_is_held_out_does_not_depend_on_the_template(tmp_path: Path) -> None:
-    (asked,), (plain,) = read(tmp_path, PLAIN), read(tmp_path, PLAIN, templated=False)
+    (asked,), (plain,) = examples_of(tmp_path, PLAIN), examples_of(tmp_path, PLAIN, templated=False)
     assert content_digest(asked) == content_digest(plain)
 
 
@@ -72,12 +64,12 @@ def test_plain_pairs_and_labelled_answers_are_turns_too(
     }
     chat = {"prompt": [{"role": "user", "content": "Bulgaria?"}], **answers}
     both = [
-        [encoded for _, encoded in encode_pairs(Encoder(tokenizer), read(tmp_path, row))]
+        [encoded for _, encoded in encode_pairs(Encoder(tokenizer), examples_of(tmp_path, row))]
         for row in (plain, chat)
     ]
     assert both[0] == both[1] and len(both[0]) == 2
-    (labelled,) = read(tmp_path, {**PLAIN, "label": True})
-    (turns,) = read(tmp_path, {"messages": TURNS})
+    (labelled,) = examples_of(tmp_path, {**PLAIN, "label": True})
+    (turns,) = examples_of(tmp_path, {"messages": TURNS})
     assert encode(labelled, tokenizer) == encode(turns, tokenizer)
 
 
@@ -91,7 +83,7 @@ def test_a_pair_without_a_prompt_a_text_and_a_prompt_alone_are_no_turns(tmp_path
         {"prompt": "The euro"},
     )
     for row in rows:
-        (example,) = read(tmp_path, row, templated=True, prompts=True)
+        (example,) = examples_of(tmp_path, row, templated=True, prompts=True)
         assert not example.templated
 
 

@@ -17,6 +17,7 @@ from pipeline.data.formats import read_examples
 from pipeline.data.masking import Encoded, encode
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.errors import UserError
+from tests.helpers.json_files import read_json, write_json, write_jsonl
 from tests.helpers.tokenizers import tokenizer_with
 
 # Name → the special tokens that it writes, the one that ends a turn first.
@@ -75,16 +76,14 @@ def folder_of(folder: Path, name: str, training: bool) -> Path:
         [end, *special], special=True
     )
     tokenizer.save(folder, 10_000)
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({**config, "eos_token": end}), encoding="utf-8"
-    )
+    config = read_json(folder / "tokenizer_config.json")
+    write_json(folder / "tokenizer_config.json", {**config, "eos_token": end})
     return folder
 
 
 def encoded(rows: list[dict[str, Any]], folder: Path) -> list[Encoded]:
     path = folder / "d.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    write_jsonl(path, rows)
     tokenizer = SubwordTokenizer.load(folder)
     return [encode(example, tokenizer) for example in read_examples(path, "d")]
 

@@ -20,6 +20,7 @@ from pipeline.stages.registry import open_project
 from pipeline.views import models
 from pipeline.views.stages import Status
 from tests.conftest import Lora
+from tests.helpers.json_files import read_json
 from tests.helpers.projects import ROOT, folder_bytes, save
 
 BROKEN = "evaluate.limits={answers_kept: 1.0, new_loss: 100, variants: [lora, full]}"
@@ -36,9 +37,7 @@ def limited(houses: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 def metrics(root: Path) -> dict[str, Any]:
-    read: dict[str, Any] = json.loads(
-        (root / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8")
-    )
+    read: dict[str, Any] = read_json(root / "artifacts/evaluation/metrics.json")
     return read
 
 
@@ -120,7 +119,7 @@ def test_the_verdict_is_that_of_the_adapters_that_are_named(limited: Path, cli: 
         printed["artifacts/tried/one"]["trainable"] > 0
         and "trainable" not in printed["artifacts/tried/other"]
     )
-    file = json.loads((limited / "artifacts/measured/metrics.json").read_text(encoding="utf-8"))
+    file = read_json(limited / "artifacts/measured/metrics.json")
     assert file["gate"]["variants"] == ["artifacts/tried/one", "artifacts/tried/other"]
 
 

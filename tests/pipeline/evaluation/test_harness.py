@@ -19,6 +19,7 @@ from pipeline.evaluation.harness_model import HarnessModel
 from pipeline.inference.model_pool import ModelPool
 from tests.conftest import Lora
 from tests.helpers.checkpoints import adapter, checkpoint
+from tests.helpers.errors import user_error
 from tests.helpers.families import FAMILIES, TEXTS, VOCABULARY, new_project
 
 QUESTIONS = [  # a choice of one token, choices of several, white space at the end of a question
@@ -295,9 +296,9 @@ def rejected(
     base = checkpoint(tmp_path / "b", d_model=16)
     names = options.pop("tasks", ["toy"])
     folder = write_tasks(tmp_path / "t", {"toy": {**TASKS["toy_choice"], **task}}, questions)
-    with pytest.raises(UserError) as error:
-        run(named(base, []), HarnessOptions(names, folder, **options), False, lambda _: None)
-    return str(error.value)
+    return user_error(
+        run, named(base, []), HarnessOptions(names, folder, **options), False, lambda _: None
+    )
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pipeline.errors import UserError
 from pipeline.evaluation.kinds import KINDS, TaskExample, TaskOptions, plain, regex
 from pipeline.files import patterns
+from tests.helpers.errors import user_error
 
 
 def scored(kind: str, answer: Any, row: Mapping[str, Any], **options: Any) -> Mapping[str, float]:
@@ -150,9 +151,8 @@ def test_a_choice_that_a_model_cannot_write_is_never_the_right_one() -> None:
 def test_an_example_that_cannot_be_scored_is_refused(
     kind: str, row: dict[str, Any], said: str
 ) -> None:
-    with pytest.raises(UserError) as error:
-        scored(kind, "", row)
-    assert str(error.value).startswith(f"t.yaml: t, example 1: {said}")
+    reason = user_error(scored, kind, "", row)
+    assert reason.startswith(f"t.yaml: t, example 1: {said}")
 
 
 def python(folder: Path, code: str, answer: str = "four") -> float:
@@ -242,10 +242,8 @@ def test_what_it_changes_in_an_example_is_gone_with_the_next(tmp_path: Path) -> 
 def test_what_is_wrong_with_a_scorer_is_said_with_its_line(
     tmp_path: Path, code: str, said: str
 ) -> None:
-    with pytest.raises(UserError) as error:
-        python(tmp_path, code)
-    assert str(error.value).startswith(said)
-    assert "\n" not in str(error.value)
+    reason = user_error(python, tmp_path, code)
+    assert reason.startswith(said)
 
 
 def test_code_that_the_params_do_not_name_is_not_run(tmp_path: Path) -> None:

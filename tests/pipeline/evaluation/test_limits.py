@@ -12,6 +12,7 @@ from pipeline.evaluation.limits import verdict
 from pipeline.project.gate import AGAIN, RETAIN, Verdict, read_verdict
 from pipeline.project.params.schema import ValueSource, check_value, hints
 from pipeline.project.params.sections import LIMITS, Evaluate
+from tests.helpers.errors import user_error
 from tests.helpers.projects import ROOT
 
 MEASURED: dict[str, Any] = {
@@ -181,9 +182,8 @@ def limits(value: Any) -> Any:
     ],
 )
 def test_a_wrong_limit_is_refused_by_its_key(value: Any, said: str) -> None:
-    with pytest.raises(UserError) as error:
-        limits(value)
-    assert str(error.value).startswith(said)
+    reason = user_error(limits, value)
+    assert reason.startswith(said)
 
 
 def test_a_limit_on_what_is_not_measured_is_refused() -> None:

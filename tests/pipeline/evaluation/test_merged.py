@@ -9,17 +9,17 @@ import pytest
 
 from pipeline.data.formats import read_examples
 from pipeline.evaluation.comparison import weight_bytes
-from pipeline.files.artifact import read_json
 from pipeline.inference import engine
 from pipeline.inference.score import score
 from pipeline.stages.evaluate import _answers_alike
 from pipeline.stages.registry import open_project
+from tests.helpers.json_files import read_json
 
 
 def test_a_merged_model_is_not_measured_again_where_its_certificate_says_that_it_is_the_adapter(
     brief: Path,
 ) -> None:
-    metrics = read_json(brief / "artifacts/evaluation/metrics.json", "")
+    metrics = read_json(brief / "artifacts/evaluation/metrics.json")
     merged, lora = metrics["merged"], metrics["lora"]
     assert merged["measured_as"] == "lora" and "trainable" not in merged
     own = ("measured_as", "parameters", "bytes")
@@ -32,7 +32,7 @@ def test_a_merged_model_is_not_measured_again_where_its_certificate_says_that_it
     assert merged["bytes"] == weight_bytes(brief / "artifacts/lora_merged")
     assert list(metrics) == list(open_project(brief / "params.yaml").variants)
     for document in ("predictions.json", "samples.json"):
-        answers = read_json(brief / "artifacts/evaluation" / document, "")
+        answers = read_json(brief / "artifacts/evaluation" / document)
         assert answers["merged"] == answers["lora"]
     assert "so it was not measured again" in (brief / "artifacts/evaluation/report.md").read_text(
         encoding="utf-8"

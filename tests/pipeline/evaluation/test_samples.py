@@ -1,6 +1,5 @@
 """Sample answers: which examples are asked, how the answers are counted, and the limit on them."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from pipeline.evaluation.samples import count_answers, sample_answers
 from pipeline.inference import engine
 from pipeline.inference.engine import LoadedModel
 from tests.helpers.families import FAMILIES, new_project
+from tests.helpers.json_files import read_json
 
 
 @pytest.fixture(scope="module")
@@ -82,5 +82,5 @@ def test_answers_are_counted_and_a_limit_can_be_set_on_them(
 
 
 def test_texts_without_prompts_are_not_asked(brief: Path) -> None:
-    metrics = json.loads((brief / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(brief / "artifacts/evaluation/metrics.json")
     assert not any("answers" in numbers for numbers in metrics.values())

@@ -20,7 +20,9 @@ from pipeline.inference import engine
 from pipeline.inference.completions import complete_all
 from pipeline.inference.engine import LoadedModel
 from tests.helpers.checkpoints import WORDS, adapter, checkpoint
+from tests.helpers.errors import user_error
 from tests.helpers.families import ASKED, FAMILIES, new_project
+from tests.helpers.json_files import write_jsonl
 
 CAPITALS: dict[str, Any] = {
     "name": "capitals",
@@ -92,14 +94,9 @@ def test_examples_come_from_any_data_file(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(
         "prompt,answer,note\n" + "".join(f"{p},{a},x\n" for p, a in rows), encoding="utf-8"
     )
-    (tmp_path / "b.jsonl").write_text(
-        "".join(json.dumps({"prompt": p, "completion": f" {a}"}) + "\n" for p, a in rows),
-        encoding="utf-8",
-    )
+    write_jsonl(tmp_path / "b.jsonl", ({"prompt": p, "completion": f" {a}"} for p, a in rows))
     turns = [[{"role": "user", "content": p}, {"role": "assistant", "content": a}] for p, a in rows]
-    (tmp_path / "c.jsonl").write_text(
-        "".join(json.dumps({"messages": t}) + "\n" for t in turns), encoding="utf-8"
-    )
+    write_jsonl(tmp_path / "c.jsonl", ({"messages": t} for t in turns))
     for file in ("a.csv", "b.jsonl", "c.jsonl"):
         task = one(tmp_path, {"name": "t", "kind": "exact_match", "file": file}, file)
         assert [score(task, [a for _, a in rows]), score(task, ["", ""])] == [
@@ -206,10 +203,9 @@ def test_what_is_wrong_with_a_file_is_said_in_one_message(
     tmp_path: Path, text: str, said: str
 ) -> None:
     (tmp_path / "tasks.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError) as error:
-        read_tasks(tmp_path, ["tasks.yaml"])
-    assert str(error.value).startswith(said)
-    assert len(str(error.value)) < 400
+    reason = user_error(read_tasks, tmp_path, ["tasks.yaml"])
+    assert reason.startswith(said)
+    assert len(reason) < 400
 
 
 def test_a_file_that_no_task_names_is_refused(tmp_path: Path) -> None:

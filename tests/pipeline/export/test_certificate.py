@@ -24,6 +24,7 @@ from pipeline.inference.score import difference
 from pipeline.project.runner import Event
 from tests.helpers.bases import toy_checkpoint, toy_model
 from tests.helpers.checkpoints import adapter
+from tests.helpers.errors import user_error
 from tests.helpers.families import PROMPTS as FAMILY_PROMPTS
 from tests.helpers.gguf_files import rewritten, write_adapter, write_llama
 
@@ -74,9 +75,7 @@ def of_adapter(made: Path, base: Path, adapter: Path) -> dict[str, Any]:
 
 
 def refused(certify: Callable[..., dict[str, Any]], *arguments: Any) -> str:
-    with pytest.raises(UserError) as error:
-        certify(*arguments)
-    return str(error.value)
+    return user_error(certify, *arguments)
 
 
 def test_the_model_itself_differs_in_nothing(made: Path) -> None:

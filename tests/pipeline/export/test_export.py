@@ -1,6 +1,5 @@
 """`lora export`: exports open in PEFT, vLLM and transformers, with the same logits as here."""
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,14 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.adapters.config import AdapterSpec
 from pipeline.calc.target_modules import matches_suffix
 from pipeline.export.formats import FORMATS
-from pipeline.files.artifact import read_json, seal, write_json
-from pipeline.inference.engine import load
+from pipeline.files.artifact import seal
 from tests.conftest import Lora
 from tests.helpers.checkpoints import adapter
 from tests.helpers.families import FAMILIES, GENERATION, new_project
+from tests.helpers.json_files import read_json, write_json
 from tests.helpers.projects import folder_bytes, make, refusal
+from tests.helpers.side_by_side import assert_alike, logits, ours, theirs
 from tests.pipeline.adapters import test_peft
-from tests.pipeline.stages.test_families import IDS, assert_alike, ours, theirs
+from tests.pipeline.stages.test_families import IDS
 
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 KEY = re.compile(
@@ -84,7 +84,7 @@ def exported(cli: Lora, form: str, source: Path, out: Path, *more: str) -> str:
 
 def refuse_what_vllm_refuses(folder: Path, max_rank: int) -> None:
     """Its rules for an adapter folder (0.33), one by one."""
-    config = read_json(folder / "adapter_config.json", "")
+    config = read_json(folder / "adapter_config.json")
     assert {"r", "lora_alpha", "target_modules"} <= config.keys()
     assert max_rank in MAX_RANKS
     assert config["bias"] == "none"
@@ -122,9 +122,9 @@ def test_an_export_for_vllm_keeps_its_rules_and_has_our_logits_in_peft(
     base, out = tmp_path / "project/base", tmp_path / "out"
     refuse_what_vllm_refuses(out, max_rank(exported(cli, "vllm", source, out)))
     assert not (out / "manifest.json").exists()
-    tuned = ours(base, source)
-    assert_alike(tuned, theirs(base, out))
-    assert (tuned - ours(base)).abs().max() > 0.01
+    tuned = logits(ours(base, source), IDS)
+    assert_alike(tuned, logits(theirs(base, out), IDS))
+    assert (tuned - logits(ours(base), IDS)).abs().max() > 0.01
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(1, 8), (8, 8), (9, 16), (300, 320), (512, 512)])
@@ -146,7 +146,7 @@ def test_a_server_that_reads_neither_patterns_nor_alpha_has_our_logits(
     base = tmp_path / "project/base"
     exported(cli, "vllm", source, out)
     config, tensors = (
-        read_json(out / "adapter_config.json", ""),
+        read_json(out / "adapter_config.json"),
         load_file(out / "adapter_model.safetensors"),
     )
     assert (
@@ -154,7 +154,7 @@ def test_a_server_that_reads_neither_patterns_nor_alpha_has_our_logits(
         and not config["rank_pattern"]
         and not config["alpha_pattern"]
     )
-    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
+    model = theirs(base)
     untie(model)
     for key, a in tensors.items():
         match = KEY.fullmatch(key)
@@ -169,7 +169,7 @@ def test_a_server_that_reads_neither_patterns_nor_alpha_has_our_logits(
             match["embedding"] or type(model.get_submodule(match["module"])).__name__ == "Conv1D"
         )
         weight += delta.T if turned else delta
-    assert_alike(model(input_ids=IDS).logits, ours(base, source))
+    assert_alike(logits(model, IDS), logits(ours(base, source), IDS))
 
 
 def untie(model: Any) -> None:
@@ -236,9 +236,8 @@ def test_a_merged_export_opens_in_transformers_alone_with_the_logits_of_base_and
     said = exported(cli, "merged", source, out)
     assert re.search(r"8 matrices hold their update 1\.0000 to 1\.0000 times", said)
     shutil.copytree(out, tmp_path / "moved")
-    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "moved").eval()
-    both = load(brief / "artifacts/expanded", source).model(test_peft.IDS)
-    assert_alike(alone(input_ids=test_peft.IDS).logits, both)
+    both = logits(ours(brief / "artifacts/expanded", source), test_peft.IDS)
+    assert_alike(logits(theirs(tmp_path / "moved"), test_peft.IDS), both)
     assert not (out / "manifest.json").exists()
 
 
@@ -247,8 +246,7 @@ def test_a_merged_export_says_how_generation_ends_and_keeps_what_the_base_says(
 ) -> None:
     exported(cli, "merged", brief / "artifacts/lora_adapter", tmp_path / "plain")
     config, said = (
-        read_json(tmp_path / "plain" / f"{name}.json", "")
-        for name in ("config", "generation_config")
+        read_json(tmp_path / "plain" / f"{name}.json") for name in ("config", "generation_config")
     )
     assert said == {key: config[key] for key in ("eos_token_id", "pad_token_id")}
     source = made(tmp_path)
@@ -278,7 +276,7 @@ def test_a_merged_export_of_another_precision_is_the_merge_rounded_once(
     assert {value.dtype for value in wide.values()} == {torch.float32}
     assert narrow.keys() == wide.keys()
     assert all(torch.equal(narrow[name], value.to(stored)) for name, value in wide.items())
-    config = read_json(tmp_path / "narrow/config.json", "")
+    config = read_json(tmp_path / "narrow/config.json")
     assert config["dtype"] == str(stored).removeprefix("torch.")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "narrow", dtype="auto").dtype == stored
 
@@ -298,8 +296,8 @@ def test_the_card_says_how_it_was_made_what_it_learned_and_what_it_forgot(
 def facts(adapter: Path, evaluation: Path) -> list[str]:
     """From the manifest and the evaluation's metrics."""
     manifest, metrics = (
-        read_json(adapter / "manifest.json", ""),
-        read_json(evaluation / "metrics.json", "")["lora"],
+        read_json(adapter / "manifest.json"),
+        read_json(evaluation / "metrics.json")["lora"],
     )
     forgetting, params = metrics["forgetting"], manifest["params"]
     data = {name: digest for name, digest in manifest["inputs"].items() if name.startswith("data/")}
@@ -331,7 +329,7 @@ def occupied(root: Path, what: str) -> Path:
     else:
         shutil.copytree(root / "adapter", out)
         if what == "artifact":
-            (out / "manifest.json").write_text(json.dumps({"files": {}}), encoding="utf-8")
+            write_json(out / "manifest.json", {"files": {}})
     return out
 
 
@@ -430,7 +428,7 @@ def test_a_base_that_is_quantized_is_refused_as_such(
 ) -> None:
     """Not as weights of wrong shapes, which would be copied again in vain."""
     source, base = made(tmp_path), tmp_path / "project/base"
-    config = read_json(base / "config.json", "")
+    config = read_json(base / "config.json")
     write_json(base / "config.json", {**config, "quantization_config": {"quant_method": method}})
     weights = load_file(base / "model.safetensors")
     name = next(name for name in weights if name.endswith("q_proj.weight"))
@@ -491,7 +489,7 @@ def base_names(cli: Lora, root: Path, *more: str) -> dict[str, tuple[str | None,
             root / form / "adapter_config.json",
             (root / form / "README.md").read_text(encoding="utf-8"),
         )
-        named = read_json(config, "") if form != "merged" else {}
+        named = read_json(config) if form != "merged" else {}
         (of_card,) = re.findall("^base_model: (.*)$", card, flags=re.MULTILINE)
         found[form] = (named.get("base_model_name_or_path"), named.get("revision"), of_card)
     return found
@@ -519,7 +517,7 @@ def test_with_tokens_added_the_hubs_model_is_no_longer_the_base(
     assert found["peft"] == found["vllm"] == ("artifacts/expanded", None, "org/toy")
     said = export(cli, "peft", root / "artifacts/lora_adapter", root / "peft")[2]
     assert f"{UNNAMED}, artifacts/expanded: its base has" in said
-    start, stop = read_json(root / "artifacts/expanded/manifest.json", "")["new_rows"]
+    start, stop = read_json(root / "artifacts/expanded/manifest.json")["new_rows"]
     assert f"its base has {stop - start} tokens more than org/toy. Name the base" in said
     assert f"- on org/toy, tokens added: {stop - start}\n" in (root / "peft/README.md").read_text(
         encoding="utf-8"
@@ -576,9 +574,9 @@ def test_a_base_has_the_name_that_is_given(cli: Lora, brief: Path, tmp_path: Pat
         assert "base_model: me/minigpt\n" in (tmp_path / form / "README.md").read_text(
             encoding="utf-8"
         )
-    config = read_json(tmp_path / "peft/adapter_config.json", "")
+    config = read_json(tmp_path / "peft/adapter_config.json")
     assert config["base_model_name_or_path"] == "me/minigpt"
-    assert config == read_json(tmp_path / "artifacts/lora_adapter/adapter_config.json", "") | {
+    assert config == read_json(tmp_path / "artifacts/lora_adapter/adapter_config.json") | {
         "base_model_name_or_path": "me/minigpt"
     }
     said = exported(

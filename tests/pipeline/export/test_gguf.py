@@ -3,7 +3,6 @@ needs to know.
 """
 
 import io
-import json
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +22,12 @@ from pipeline.adapters.config import AdapterSpec
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.export import llama_cpp
 from pipeline.export.gguf.modelfile import go_template, read_turns
-from pipeline.files.artifact import read_json, write_json
+from pipeline.files.artifact import write_json
 from pipeline.inference.engine import load
 from tests.conftest import Lora
 from tests.helpers.checkpoints import adapter, checkpoint
 from tests.helpers.families import FAMILIES, TEMPLATE, WIDE, Family, new_project
+from tests.helpers.json_files import read_json
 from tests.helpers.projects import folder_bytes, refusal
 from tests.helpers.tokenizers import INSTRUCTS, MARKED, SMOLLM2, THINKS, UNLIKE, folder_with
 from tests.pipeline.export.test_export import ATTENTION, SPECS, export, exported, made
@@ -325,8 +325,8 @@ def test_what_llama_cpp_adds_is_what_a_merge_adds_to_each_matrix(
     assert changed
 
 
-def config(base: Path) -> dict[str, Any]:
-    return read_json(base / "config.json", "")
+def config(base: Path) -> Any:
+    return read_json(base / "config.json")
 
 
 @pytest.mark.parametrize("name", ["rows-tied", "conv1d"])
@@ -555,7 +555,7 @@ def test_tokens_have_their_texts_and_types_and_rows_beyond_them_are_unused(
 ) -> None:
     source = with_tokenizer(tmp_path, MARKED, bos="<s>")
     path = tmp_path / "project/base/tokenizer.json"
-    tree = read_json(path, "")
+    tree = read_json(path)
     added = {
         "single_word": True,
         "lstrip": False,
@@ -750,7 +750,7 @@ def test_sentencepieces_merges_become_scores_and_what_llama_cpp_would_merge_othe
     cli: Lora, name: str, tmp_path: Path
 ) -> None:
     source = with_tokenizer(tmp_path, sentencepiece=True)
-    tree = sentencepiece_merges(read_json(tmp_path / "project/base/tokenizer.json", ""))
+    tree = sentencepiece_merges(read_json(tmp_path / "project/base/tokenizer.json"))
     change, space = SENTENCEPIECE[name]
     change(tree)
     write_json(tmp_path / "project/base/tokenizer.json", tree)
@@ -807,7 +807,7 @@ def test_the_pre_tokenizer_is_named_by_what_it_does_and_an_unknown_one_is_refuse
 ) -> None:
     source = with_tokenizer(tmp_path)
     path = tmp_path / "project/base/tokenizer.json"
-    tree = json.loads(path.read_text(encoding="utf-8"))
+    tree = read_json(path)
     tree["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [pre, tree["pre_tokenizer"]]}
     write_json(path, tree)
     if name is None:

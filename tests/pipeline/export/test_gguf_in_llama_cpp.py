@@ -18,12 +18,14 @@ from pipeline.data.tokenizers.template_process import Rendered
 from pipeline.export import llama_cpp
 from pipeline.export.gguf.vocabulary import PRE_TOKENIZERS, read_vocabulary
 from pipeline.export.gguf.writer import Output
-from pipeline.files.artifact import read_json, write_json
+from pipeline.files.artifact import write_json
 from tests.conftest import Lora
+from tests.helpers.json_files import read_json
+from tests.helpers.side_by_side import logits, ours
 from tests.helpers.tokenizers import INSTRUCTS, MARKED, TEXT, folder_with
 from tests.pipeline.export.test_export import SPECS, made
 from tests.pipeline.export.test_gguf import MODELS, project, sentencepiece_merges, written
-from tests.pipeline.stages.test_families import IDS, ours
+from tests.pipeline.stages.test_families import IDS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TABLES = 5e-3  # llama.cpp looks GELU up in a table of fp16
@@ -48,7 +50,7 @@ def in_llama_cpp(model: Path, adapter: Path | None = None) -> torch.Tensor:
 def test_llama_cpp_computes_the_merged_model(cli: Lora, name: str, tmp_path: Path) -> None:
     source = project(tmp_path, MODELS[name])
     written(cli, source, tmp_path / "out", "gguf", "--quantize", "f32")
-    both = ours(tmp_path / "project/base", source)[0]
+    both = logits(ours(tmp_path / "project/base", source), IDS)[0]
     assert (in_llama_cpp(tmp_path / "out/model-f32.gguf") - both).abs().max() <= TABLES
 
 
@@ -67,7 +69,7 @@ def test_llama_cpp_scales_positions_as_the_model_does(
     scaled = replace(MODELS[family], config={**MODELS[family].config, "rope_parameters": rope})
     source = project(tmp_path, scaled)
     written(cli, source, tmp_path / "out", "gguf", "--quantize", "f32")
-    both = ours(tmp_path / "project/base", source)[0]
+    both = logits(ours(tmp_path / "project/base", source), IDS)[0]
     assert (in_llama_cpp(tmp_path / "out/model-f32.gguf") - both).abs().max() <= TABLES
 
 
@@ -80,9 +82,12 @@ def test_llama_cpp_computes_base_and_adapter(cli: Lora, name: str, tmp_path: Pat
     if not spec.rows:  # an adapter of zeros merged is the base
         write_json(base / "manifest.json", {"files": {}, "new_rows": [127, 128]})
     written(cli, source, out, "gguf-adapter")
-    found, both = in_llama_cpp(out / "base-f16.gguf", out / "adapter.gguf"), ours(base, source)[0]
+    found, both = (
+        in_llama_cpp(out / "base-f16.gguf", out / "adapter.gguf"),
+        logits(ours(base, source), IDS)[0],
+    )
     # the base is rounded to fp16
-    assert (found - both).abs().max() <= 0.05 < (both - ours(base)[0]).abs().max()
+    assert (found - both).abs().max() <= 0.05 < (both - logits(ours(base), IDS)[0]).abs().max()
 
 
 def vocabulary_file(folder: Path) -> tuple[SubwordTokenizer, Path]:
@@ -161,7 +166,7 @@ def test_llama_cpp_gives_our_ids_of_any_text(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("space", [True, False])
 def test_llama_cpp_merges_as_sentencepiece_does(space: bool, tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "t", sentencepiece=True, writes=("<s>",), bos="<s>")
-    tree = sentencepiece_merges(read_json(folder / "tokenizer.json", ""))
+    tree = sentencepiece_merges(read_json(folder / "tokenizer.json"))
     if not space:
         tree["normalizer"] = tree["normalizer"]["normalizers"][1]
     write_json(folder / "tokenizer.json", tree)

@@ -17,14 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.adapters.config import AdapterSpec
 from pipeline.files import artifact
-from pipeline.files.artifact import read_json
-from pipeline.inference.engine import load
 from tests.conftest import Lora
 from tests.helpers.checkpoints import adapter
 from tests.helpers.families import FAMILIES, new_project
 from tests.helpers.hub import TOKEN, Hub, Repository, card_problems, serving
+from tests.helpers.json_files import read_json
 from tests.helpers.projects import folder_bytes, lora, refusal
-from tests.pipeline.stages.test_families import assert_alike
+from tests.helpers.side_by_side import assert_alike, logits, ours
 
 NAME = "me/tuned"
 BASE_NAME = ("--base-name", "org/base")
@@ -53,7 +52,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = new_project(root / "project", FAMILIES["llama"]) / "base"
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Toy\n", encoding="utf-8")
     adapter(root / "adapter", base, AdapterSpec(4, 8, ("q_proj", "v_proj")))
-    config = read_json(root / "adapter/adapter_config.json", "")
+    config = read_json(root / "adapter/adapter_config.json")
     artifact.write_json(
         root / "adapter/adapter_config.json", {**config, "base_model_name_or_path": "project/base"}
     )
@@ -139,7 +138,7 @@ def test_the_card_passes_the_hubs_rules_and_loads_again(
         sentence for sentence in sentences if sentence and sentence in sent
     ]
     if form != "vllm":
-        metrics = read_json(brief / "artifacts/evaluation/metrics.json", "")["lora"]
+        metrics = read_json(brief / "artifacts/evaluation/metrics.json")["lora"]
         results = {
             (each.dataset_type, each.metric_type): each.metric_value
             for each in card.data.eval_results
@@ -207,7 +206,7 @@ def test_an_import_keeps_the_license_of_the_bases_card(cli: Lora, tmp_path: Path
     root = new_project(tmp_path / "project", FAMILIES["llama"])
     (root / "base/README.md").write_text("---\nlicense: gemma\n---\n", encoding="utf-8")
     assert cli("import", cwd=root)[0] == 0
-    assert read_json(root / "artifacts/base/manifest.json", "")["license"] == {"license": "gemma"}
+    assert read_json(root / "artifacts/base/manifest.json")["license"] == {"license": "gemma"}
     source = adapter(tmp_path / "adapter", root / "artifacts/base", AdapterSpec(2, 2, ("q_proj",)))
     assert push(cli, source, *BASE_NAME, "--dry-run", "--out", "out")[0] == 0
     assert ModelCard.load(tmp_path / "out/README.md").data.license == "gemma"
@@ -223,8 +222,7 @@ def test_auto_peft_opens_what_a_dry_run_wrote_with_our_logits_and_the_cards_code
         AutoTokenizer.from_pretrained(out),
     )
     ids = torch.tensor([tokenizer("the capital of France is Paris")["input_ids"]])
-    with torch.no_grad():
-        assert_alike(model(input_ids=ids).logits, load(base, source).model(ids))
+    assert_alike(logits(model, ids), logits(ours(base, source), ids))
     code = re.search(
         r"```python\n(.*?)```", (out / "README.md").read_text(encoding="utf-8"), re.DOTALL
     )
@@ -430,14 +428,14 @@ def test_a_push_from_a_process_of_its_own_arrives_and_shows_no_token(
 def test_an_adapter_from_elsewhere_keeps_the_name_of_its_base_and_a_sealed_one_does_not(
     cli: Lora, source: Path, make_card: Callable[[Path], str]
 ) -> None:
-    config = read_json(source / "adapter_config.json", "")
+    config = read_json(source / "adapter_config.json")
     artifact.write_json(
         source / "adapter_config.json", {**config, "base_model_name_or_path": "org/theirs"}
     )
     assert "base_model: org/theirs\n" in make_card(source)
     assert push(cli, source, "--dry-run", "--out", "out")[0] == 0
     assert (
-        read_json(source.parent / "out/adapter_config.json", "")["base_model_name_or_path"]
+        read_json(source.parent / "out/adapter_config.json")["base_model_name_or_path"]
         == "org/theirs"
     )
     artifact.seal(source, {"base": {}})

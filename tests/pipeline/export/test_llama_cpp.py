@@ -22,12 +22,12 @@ from pipeline.export.llama_cpp import LlamaCpp
 from pipeline.inference.engine import load
 from pipeline.project.runner import Progress
 from tests.conftest import Lora
-from tests.helpers.bases import TEXT, logits, toy_checkpoint, toy_tokenizer
+from tests.helpers.bases import TEXT, toy_checkpoint, toy_tokenizer
 from tests.helpers.checkpoints import adapter
 from tests.helpers.gguf_files import rewritten, write_adapter, write_llama
+from tests.helpers.side_by_side import IDS, logits
 
 pytest.importorskip("llama_cpp_py_sync")
-IDS = (5, 9, 200, 17, 3, 64)
 CHATML = (
     "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + "
     "'\n'}}{% endfor %}"
@@ -90,9 +90,9 @@ def test_an_adapter_adds_its_product_times_the_scale(
     with LlamaCpp(root / "model.gguf", tmp_path / "adapter.gguf") as opened, torch.no_grad():
         ours = tuned.logits(tuned.hidden_states(torch.tensor([IDS]))[0])
         torch.testing.assert_close(opened.logits(IDS), ours, atol=1e-4, rtol=1e-4)
-        assert (ours - logits(model, IDS)).abs().max() > 1
+        assert (ours - logits(model)).abs().max() > 1
     with LlamaCpp(root / "model.gguf", tmp_path / "adapter.gguf", scale=0) as opened:
-        torch.testing.assert_close(opened.logits(IDS), logits(model, IDS), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(opened.logits(IDS), logits(model), atol=1e-4, rtol=1e-4)
 
 
 def test_texts_have_the_ids_of_the_tokenizer_that_the_file_was_made_from(runner: LlamaCpp) -> None:
@@ -136,8 +136,8 @@ def test_quantizing_shows_its_progress_and_gives_a_file_that_opens(tmp_path: Pat
         sizes[kind] = (tmp_path / f"{kind}.gguf").stat().st_size
     assert (tmp_path / "f32.gguf").stat().st_size > sizes["q8_0"] > sizes["q4_k_m"]
     with LlamaCpp(tmp_path / "q8_0.gguf") as opened:
-        differences = (opened.logits(IDS) - logits(model, IDS)).abs()
-    assert 1e-3 < differences.max() < 0.1 * logits(model, IDS).abs().max()
+        differences = (opened.logits(IDS) - logits(model)).abs()
+    assert 1e-3 < differences.max() < 0.1 * logits(model).abs().max()
 
 
 def test_an_unknown_kind_is_refused_with_those_that_are_known(tmp_path: Path) -> None:

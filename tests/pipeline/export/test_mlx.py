@@ -1,6 +1,5 @@
 """`lora export --format mlx`: mlx-lm opens it with its own loader, and has our logits."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,19 +12,19 @@ from torch import Tensor
 
 from pipeline.adapters.config import AdapterSpec
 from pipeline.export.formats import mlx as form
-from pipeline.files.artifact import read_json
 from pipeline.inference import engine
 from tests.conftest import Lora
 from tests.helpers import bases
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.checkpoints import adapter
+from tests.helpers.json_files import read_json, write_json
 from tests.helpers.projects import folder_bytes, refusal
+from tests.helpers.side_by_side import IDS, logits, ours
 
 mx = pytest.importorskip("mlx.core")
 nn = pytest.importorskip("mlx.nn")
 mlx_lm = pytest.importorskip("mlx_lm.utils")
 
-IDS = (5, 9, 200, 17, 3, 64)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 # family, settings of the base, adapter
 SPECS: dict[str, tuple[str, dict[str, Any], AdapterSpec]] = {
@@ -84,10 +83,10 @@ def name_rope(base: Path) -> None:
     """Write the rotary base where mlx-lm reads it, as an import of ours does; toys are as
     transformers writes them.
     """
-    config = read_json(base / "config.json", "")
+    config = read_json(base / "config.json")
     rope = config.get("rope_parameters", {})
     names = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
-    (base / "config.json").write_text(json.dumps(config | names), encoding="utf-8")
+    write_json(base / "config.json", config | names)
 
 
 def export(cli: Lora, source: Path, *more: str) -> tuple[int, str, str]:
@@ -96,13 +95,7 @@ def export(cli: Lora, source: Path, *more: str) -> tuple[int, str, str]:
     return cli("export", str(source), "--format", "mlx", *options, *more, cwd=root)
 
 
-@torch.no_grad()
-def ours(base: Path, source: Path | None = None, ids: Sequence[int] = IDS) -> Tensor:
-    logits: Tensor = engine.load(base, source).model(torch.tensor([ids]))[0].float()
-    return logits
-
-
-def theirs(base: Path, folder: Path | None = None, ids: Sequence[int] = IDS) -> Tensor:
+def by_mlx(base: Path, folder: Path | None = None, ids: Sequence[int] = IDS) -> Tensor:
     """By mlx-lm's own loaders."""
     model, _ = mlx_lm.load_model(base)
     if folder is not None:
@@ -117,9 +110,11 @@ def test_mlx_lm_has_our_logits(cli: Lora, name: str, tmp_path: Path) -> None:
     source, out = made(tmp_path, *SPECS[name]), tmp_path / "out"
     code, said, errors = export(cli, source)
     assert code == 0 and "Traceback" not in errors
-    tuned = ours(tmp_path / "base", source)
-    assert (tuned - ours(tmp_path / "base")).abs().max() > 0.05, "the adapter changes nothing"
-    torch.testing.assert_close(theirs(tmp_path / "base", out), tuned, atol=1e-3, rtol=1e-3)
+    tuned = logits(ours(tmp_path / "base", source))
+    assert (tuned - logits(ours(tmp_path / "base"))).abs().max() > 0.05, (
+        "the adapter changes nothing"
+    )
+    torch.testing.assert_close(by_mlx(tmp_path / "base", out), tuned, atol=1e-3, rtol=1e-3)
     assert f"mlx_lm.generate --model {tmp_path / 'base'} --adapter-path {out}" in said
     assert re.search(r"^adapter .* MiB  \d\.\de[+-]\d\d  ", said, re.MULTILINE), said
 
@@ -138,14 +133,14 @@ def test_each_family_has_the_same_modules_in_mlx_lm(family: str, tmp_path: Path)
         name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
     } - {"lm_head"}
     assert here and here <= names
-    assert (theirs(tmp_path / "base") - ours(tmp_path / "base")).abs().max() < 5e-3
+    assert (by_mlx(tmp_path / "base") - logits(ours(tmp_path / "base"))).abs().max() < 5e-3
 
 
 def test_layers_of_all_last_blocks_have_short_names_which_other_programs_know(
     cli: Lora, tmp_path: Path
 ) -> None:
     export(cli, made(tmp_path, *SPECS["last-blocks"]))
-    config = read_json(tmp_path / "out/adapter_config.json", "")
+    config = read_json(tmp_path / "out/adapter_config.json")
     assert config["num_layers"] == 1
     assert config["lora_parameters"]["keys"] == sorted(f"self_attn.{name}" for name in ATTENTION)
 
@@ -210,7 +205,7 @@ def test_a_base_whose_rotary_settings_mlx_lm_would_not_find_is_named(
 ) -> None:
     toy_checkpoint(tmp_path / "base", rope_parameters={"rope_type": "default", "rope_theta": 500.0})
     source = adapter(tmp_path / "adapter", tmp_path / "base", SPECS["plain"][2])
-    assert (theirs(tmp_path / "base") - ours(tmp_path / "base")).abs().max() > 0.05
+    assert (by_mlx(tmp_path / "base") - logits(ours(tmp_path / "base"))).abs().max() > 0.05
     _, said, _ = export(cli, source)
     assert 'add to a copy: "rope_theta": 500.0' in said
 
@@ -227,5 +222,5 @@ def test_the_runner_continues_as_we_do_and_reads_the_same_ids(cli: Lora, tmp_pat
     new, speed = runner.generate(ids, 12)
     expected = list(ids)
     for _ in range(len(new)):
-        expected.append(int(ours(tmp_path / "base", source, expected)[-1].argmax()))
+        expected.append(int(logits(ours(tmp_path / "base", source), expected)[-1].argmax()))
     assert 0 < len(new) <= 12 and new == expected[len(ids) :] and speed > 0

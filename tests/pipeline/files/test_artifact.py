@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.project.cache import Cache, Damaged
 from pipeline.project.runner import Note
+from tests.helpers.json_files import read_json
 from tests.helpers.projects import BRIEF, PIPELINE, folder_bytes, make_one
 
 needs_proc = pytest.mark.skipif(
@@ -410,7 +410,7 @@ def test_digests_are_sha256_of_files_and_of_their_list_and_stay_what_they_were(
     listed = f'{{"a.txt": "{one}", "b/\\u00e4.txt": "{two}"}}'
     assert artifact.digest(tmp_path / "x") == hashlib.sha256(listed.encode()).hexdigest()
     artifact.seal(tmp_path / "x", {"kind": "test"})
-    manifest = json.loads((tmp_path / "x/manifest.json").read_text(encoding="utf-8"))
+    manifest = read_json(tmp_path / "x/manifest.json")
     assert manifest == {"kind": "test", "files": {"a.txt": one, "b/ä.txt": two}}
     assert artifact.sealed_digest(manifest) == artifact.digest(tmp_path / "x")
 

@@ -14,6 +14,7 @@ from pipeline.files.base_model import base_fingerprint
 from pipeline.files.digest_cache import DigestStore, cache_home
 from tests.conftest import Lora
 from tests.helpers.checkpoints import sealed_copies
+from tests.helpers.json_files import read_json, write_json
 from tests.helpers.projects import refusal
 
 WEIGHTS = "adapter_model.safetensors"
@@ -157,7 +158,7 @@ def test_the_store_is_bounded_and_keeps_what_was_used_last(
     for one in (folders[0], folders[3]):
         store.contents(one)
     store.save()
-    entries = json.loads(cached.read_text(encoding="utf-8"))["entries"]
+    entries = read_json(cached)["entries"]
     assert list(entries) == [f"files:{one}" for one in (folders[2], folders[0], folders[3])]
 
 
@@ -171,7 +172,7 @@ def test_two_processes_that_save_keep_each_others_digests(
     other.contents(tmp_path / "other")
     one.save()
     other.save()
-    assert list(json.loads(cached.read_text(encoding="utf-8"))["entries"]) == [
+    assert list(read_json(cached)["entries"]) == [
         f"files:{folder}",
         f"files:{tmp_path / 'other'}",
     ]
@@ -203,7 +204,7 @@ def test_the_list_of_adapters_hashes_each_once_in_all_calls(
     measured = {"lora": {"forgetting": {"loss_rise": 0.125}}}
     evaluation = tmp_path / "artifacts/evaluation"
     evaluation.mkdir()
-    (evaluation / "metrics.json").write_text(json.dumps(measured), encoding="utf-8")
+    write_json(evaluation / "metrics.json", measured)
     inputs = {"artifacts/lora_adapter": artifact.digest(adapters[3])}
     artifact.seal(evaluation, {"inputs": inputs, "variants": {"lora": "artifacts/lora_adapter"}})
     read: list[Path] = []

@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.files import patterns
 from pipeline.models.load import load_base
 from tests.conftest import Lora
-from tests.helpers.checkpoints import adapter, checkpoint
+from tests.helpers.checkpoints import adapter, checkpoint, edit_adapter_config
 from tests.helpers.projects import new_project, refusal
 
 CONFIG = "adapter_config.json"
@@ -35,32 +35,25 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A base and an adapter on it."""
     adapter(tmp_path / "theirs", checkpoint(tmp_path / "base"), PLAIN)
     monkeypatch.setattr(patterns, "BUDGET", 0.3)
     return tmp_path
 
 
-def edit(root: Path, **values: Any) -> None:
-    path = root / "theirs" / CONFIG
-    path.write_text(
-        json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8"
-    )
-
-
 @pytest.mark.parametrize("key", SETTINGS)
 def test_an_adapters_pattern_that_never_ends_is_one_message(
-    cli: Lora, root: Path, key: str
+    cli: Lora, models: Path, key: str
 ) -> None:
-    edit(root, **SETTINGS[key])
+    edit_adapter_config(models / "theirs", **SETTINGS[key])
     ways = [("prompt", "w1", "--adapter", "theirs"), ("adapters", "verify", "theirs")]
     # a comparison asks no model what its modules are called
     if key in ("rank_pattern", "alpha_pattern"):
         ways.append(("adapters", "diff", "theirs", "theirs"))
     for way in ways:
         more = () if way[1] == "diff" else ("--base", "base")
-        said = refusal(cli(*way, *more, cwd=root))
+        said = refusal(cli(*way, *more, cwd=models))
         assert (
             f"{key}: matching {ENDLESS!r} against the model's modules must take at most 0.3 s"
             in said
@@ -87,9 +80,9 @@ def test_a_projects_pattern_that_never_ends_is_one_message(
 
 
 def test_all_of_a_models_names_have_one_budget_together(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+    models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, clock = load_base(root / "base").model, [0.0]
+    model, clock = load_base(models / "base").model, [0.0]
 
     def matched(_name: str, timeout: float) -> None:
         """In 0.08 s."""
@@ -114,12 +107,12 @@ def test_all_of_a_models_names_have_one_budget_together(
     ],
 )
 def test_what_is_no_pattern_is_refused_everywhere(
-    cli: Lora, root: Path, pattern: str, why: str
+    cli: Lora, models: Path, pattern: str, why: str
 ) -> None:
-    edit(root, rank_pattern={pattern: 3})
-    said = refusal(cli("adapters", "verify", "theirs", "--base", "base", cwd=root))
+    edit_adapter_config(models / "theirs", rank_pattern={pattern: 3})
+    said = refusal(cli("adapters", "verify", "theirs", "--base", "base", cwd=models))
     assert "rank_pattern must be a regular expression" in said and why in said and len(said) < 500
-    said = refusal(cli("calc", "--model", "qwen3-8b", "--rank-pattern", f"{pattern}=3", cwd=root))
+    said = refusal(cli("calc", "--model", "qwen3-8b", "--rank-pattern", f"{pattern}=3", cwd=models))
     assert "is not a valid regular expression" in said and why in said
 
 

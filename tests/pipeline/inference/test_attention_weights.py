@@ -1,6 +1,5 @@
 """Attention weights, the probability of each token, the spectrum of an update; chat templates."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -21,11 +20,12 @@ from pipeline.inference.engine import layer_attention, probabilities
 from pipeline.models.generate import Sampling, generate, stream
 from pipeline.models.load import load_base
 from pipeline.models.minigpt import Attention
-from tests.helpers.checkpoints import adapter, checkpoint, minigpt
+from tests.helpers.checkpoints import adapter, checkpoint, minigpt, token_ids
+from tests.helpers.json_files import edit_json, read_json, write_json
 from tests.helpers.projects import make
 
 ENDS = {2}  # of the word tokenizer
-IDS = torch.randint(3, 74, (2, 11), generator=torch.Generator().manual_seed(3))
+IDS = token_ids(74, 2, 11)
 SPEC = AdapterSpec(3, 6.0, ("fc1", "k_proj", "q_proj", "v_proj"))
 
 
@@ -139,11 +139,9 @@ def with_template(folder: Path, template: str) -> Path:
     """
     checkpoint(folder)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) | {"bos_token": "<eos>"}
-    path.write_text(json.dumps(config), encoding="utf-8")
+    edit_json(folder / "tokenizer_config.json", bos_token="<eos>")
     path = folder / "tokenizer.json"
-    tree = json.loads(path.read_text(encoding="utf-8"))
+    tree = read_json(path)
     tree["post_processor"] = {
         "type": "TemplateProcessing",
         "single": [
@@ -153,7 +151,7 @@ def with_template(folder: Path, template: str) -> Path:
         "pair": [],
         "special_tokens": {"<eos>": {"id": "<eos>", "ids": [2], "tokens": ["<eos>"]}},
     }
-    path.write_text(json.dumps(tree), encoding="utf-8")
+    write_json(path, tree)
     return folder
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from pipeline.inference import engine
 from pipeline.inference.handlers import RequestHandler
@@ -20,6 +20,7 @@ from pipeline.models.transformers_model import TransformersModel
 from pipeline.stages.registry import open_project
 from tests.conftest import Lora
 from tests.helpers.families import END, FAMILIES, NEW, TOOL
+from tests.helpers.side_by_side import theirs
 
 PROMPT = "The currency of Bulgaria is the"
 Made = Callable[[str], Path]
@@ -30,17 +31,13 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.sampled(3), pyte
 each_family = pytest.mark.parametrize("name", FAMILIES)
 
 
-def native(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-
-
 @each_family
 @pytest.mark.sampled(9)
 def test_sequences_end_to_end_and_places_that_do_not_begin_at_0_are_read_as_transformers_does(
     family: Made, name: str
 ) -> None:
     folder = family(name) / "artifacts/expanded"
-    model, reference = load_base(folder).model, native(folder)
+    model, reference = load_base(folder).model, theirs(folder)
     assert model.supports_packing
     ids = torch.randint(0, 120, (1, 24), generator=torch.Generator().manual_seed(0))
     lengths = [9, 1, 14]
@@ -80,7 +77,7 @@ def test_generation_with_a_cache_is_that_of_transformers(family: Made, name: str
     loaded = engine.load(family(name) / "artifacts/lora_merged")
     prompt = loaded.tokenizer.encode(PROMPT)
     generated = [*prompt, *generate(loaded.model, prompt, (), 20)]
-    reference = native(loaded.base)
+    reference = theirs(loaded.base)
     with torch.no_grad():
         for t in range(len(prompt), len(generated)):
             scores = reference(input_ids=torch.tensor([generated[:t]]), use_cache=False).logits[
@@ -174,7 +171,7 @@ def test_attention_is_what_transformers_eager_attention_gives(talk: Talk) -> Non
         "input_ids"
     ]
     with torch.no_grad():
-        expected = native(artifacts / "expanded")(input_ids=ids, output_attentions=True).attentions
+        expected = theirs(artifacts / "expanded")(input_ids=ids, output_attentions=True).attentions
     for layer, head in ((0, 0), (0, 3), (1, 1)):
         answer = ask(handler, "attention", model="base", text=PROMPT, layer=layer, head=head)[-1]
         weights = torch.tensor(answer["weights"])

@@ -40,7 +40,8 @@ from pipeline.stages.registry import current_project
 from tests.conftest import Built
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.checkpoints import adapter, sealed_copies
-from tests.helpers.http_server import ask, serving, wait_for
+from tests.helpers.http_server import ask, serving
+from tests.helpers.projects import cut_off, wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ADAPTERS = ("a-1", "a-2", "a-3")
@@ -714,7 +715,7 @@ def test_adapters_are_loaded_and_unloaded_as_in_vllm_and_only_from_served_folder
         assert ask(desk, "/v1/unload_lora_adapter", unload)[0] == 404
         assert ask(desk, "/v1/completions", {"model": "mine", "prompt": "a"})[0] == 404
         weights = served / "mine/adapter_model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:-9])
+        cut_off(weights, 9)
         status, answer = load(served / "mine")
         assert (status, answer["error"]["param"]) == (400, "lora_path")
         assert [model["id"] for model in ask(desk, "/v1/models")[1]["data"]] == ["base"]

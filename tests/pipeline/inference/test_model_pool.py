@@ -18,10 +18,11 @@ from pipeline.inference.model_pool import ModelPool
 from pipeline.models import device
 from pipeline.models.base import CausalLM
 from pipeline.models.load import load_base, save_base
-from tests.helpers.checkpoints import adapter, checkpoint
+from tests.helpers.checkpoints import adapter, checkpoint, token_ids
 from tests.helpers.reference_merge import merged_model
+from tests.helpers.side_by_side import logits, ours
 
-IDS = torch.randint(3, 74, (3, 9), generator=torch.Generator().manual_seed(3))
+IDS = token_ids(74, 3, 9)
 TARGETS = ("fc1", "k_proj", "q_proj")
 ENDS = ("embed_tokens", "lm_head")
 KINDS = {  # one per setting of train_embeddings, and DoRA
@@ -50,12 +51,6 @@ def folders(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]
     return base, adapter(tmp_path / "adapter", base, spec)
 
 
-@torch.no_grad()
-def logits(model: CausalLM) -> Tensor:
-    out: Tensor = model(IDS)
-    return out
-
-
 def test_a_base_keeps_every_bit_whatever_is_loaded_on_it(folders: tuple[Path, Path]) -> None:
     base, changes = folders
     models = ModelPool()
@@ -64,8 +59,8 @@ def test_a_base_keeps_every_bit_whatever_is_loaded_on_it(folders: tuple[Path, Pa
     adapted, was_there = models.load("adapted", base, changes)
     assert was_there
     for strength in (1, 0.5, 2, 0, 1):
-        logits(adapted.at(strength).model)
-    assert not torch.equal(logits(adapted.loaded.model), logits(plain))
+        logits(adapted.at(strength).model, IDS)
+    assert not torch.equal(logits(adapted.loaded.model, IDS), logits(plain, IDS))
     models.unload("adapted")
     after = plain.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
@@ -87,8 +82,8 @@ def test_strength_0_is_the_base_and_1_the_adapter_to_the_last_bit(
     base, changes = folders
     model, _ = ModelPool().load("a", base, changes)
     for _ in range(2):
-        assert torch.equal(logits(model.at(0).model), logits(engine.load(base).model))
-        assert torch.equal(logits(model.at(1).model), logits(engine.load(base, changes).model))
+        assert torch.equal(logits(model.at(0).model, IDS), logits(ours(base), IDS))
+        assert torch.equal(logits(model.at(1).model, IDS), logits(ours(base, changes), IDS))
         model.at(0.3)
 
 
@@ -98,11 +93,13 @@ def test_any_other_strength_is_w_plus_s_times_the_change_of_w(
 ) -> None:
     base, changes = folders
     model, _ = ModelPool().load("a", base, changes)
-    old, new = load_base(base).model, merged_model(engine.load(base, changes).model)
+    old, new = load_base(base).model, merged_model(ours(base, changes))
     with torch.no_grad():
         for w, changed in zip(old.parameters(), new.parameters(), strict=True):
             w.add_(s * (changed - w))
-    torch.testing.assert_close(logits(model.at(s).model), logits(old), atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        logits(model.at(s).model, IDS), logits(old, IDS), atol=2e-4, rtol=1e-4
+    )
 
 
 def test_a_base_whose_files_changed_is_loaded_anew_for_all_that_stand_on_it(tmp_path: Path) -> None:
@@ -114,7 +111,7 @@ def test_a_base_whose_files_changed_is_loaded_anew_for_all_that_stand_on_it(tmp_
     checkpoint(base, seed=7)
     for name, folder in (("base", None), ("a", changes)):
         assert torch.equal(
-            logits(models.get(name).loaded.model), logits(engine.load(base, folder).model)
+            logits(models.get(name).loaded.model, IDS), logits(ours(base, folder), IDS)
         )
     assert models.get("a").base is models.get("base").base
 
@@ -128,9 +125,7 @@ def test_an_adapter_that_was_trained_again_answers_anew_and_one_that_is_gone_is_
     first = models.load("a", base, changes)[0]
     assert models.get("a") is first
     adapter(changes, base, KINDS["none"], seed=2)
-    assert torch.equal(
-        logits(models.get("a").loaded.model), logits(engine.load(base, changes).model)
-    )
+    assert torch.equal(logits(models.get("a").loaded.model, IDS), logits(ours(base, changes), IDS))
     shutil.rmtree(changes)
     with pytest.raises(UserError, match=r"adapter_config.json: No such file"):
         models.get("a")
@@ -147,7 +142,7 @@ def test_an_adapter_of_another_base_is_refused_and_the_others_stay(project: Path
     assert models.get("base").loaded.adapter is None
     good, _ = models.load("lora", project / "artifacts/expanded", changes)
     assert torch.equal(
-        logits(good.at(1).model), logits(engine.load(project / "artifacts/expanded", changes).model)
+        logits(good.at(1).model, IDS), logits(ours(project / "artifacts/expanded", changes), IDS)
     )
 
 
@@ -203,11 +198,11 @@ def test_a_model_that_finds_no_room_takes_that_of_the_one_unused_for_longest(
     models = ModelPool(parks=True)
     models.load("a", bases["a"], None)
     models.load("b", bases["b"], adapter(tmp_path / "changes", bases["b"], KINDS["dora"]))
-    before = logits(models.get("b").loaded.model)
+    before = logits(models.get("b").loaded.model, IDS)
     models.get("a")
     models.load("c", bases["c"], None)
     assert in_memory() == 2 and sorted(models.names) == ["a", "b", "c"]
-    assert torch.equal(logits(models.get("b").loaded.model), before)
+    assert torch.equal(logits(models.get("b").loaded.model, IDS), before)
     assert in_memory() == 2
     with pytest.raises(UserError, match="a is not loaded"):
         models.loaded("a")

@@ -45,7 +45,7 @@ def model_of(kind: str, **settings: Any) -> TransformersModel:
 
 
 @torch.no_grad()
-def read(model: TransformersModel, ids: list[int], prompt: int) -> Tensor:
+def step_by_step(model: TransformersModel, ids: list[int], prompt: int) -> Tensor:
     """Hidden states of ids after `prompt` of them, one at a time."""
     cache = model.new_cache()
     parts = [ids[:prompt], *([one] for one in ids[prompt:])]
@@ -57,13 +57,13 @@ def read(model: TransformersModel, ids: list[int], prompt: int) -> Tensor:
 def both(model: TransformersModel) -> tuple[Tensor, Tensor, int]:
     """With and without; how many modules were changed."""
     ids = torch.randint(1, 100, (24,), generator=torch.Generator().manual_seed(1)).tolist()
-    wanted = read(model, ids, 5)
+    wanted = step_by_step(model, ids, 5)
     with fast_decoding(model) as count:
         if not count:
             pytest.skip("this build of torch packs no weights")
-        found = read(model, ids, 5)
+        found = step_by_step(model, ids, 5)
     assert not any("forward" in module.__dict__ for module in model.modules())
-    assert_close(read(model, ids, 5), wanted, rtol=0, atol=0)
+    assert_close(step_by_step(model, ids, 5), wanted, rtol=0, atol=0)
     return found, wanted, count
 
 
@@ -181,7 +181,7 @@ def test_the_norm_in_fewer_calls_gives_the_bits_of_the_norm_that_it_stands_for()
 def test_a_cache_grows_in_place_and_others_read_it() -> None:
     model = model_of("llama")
     ids = torch.randint(1, 100, (140,), generator=torch.Generator().manual_seed(2)).tolist()
-    cache, plain, wanted = model.new_cache(), model.new_cache(), read(model, ids, 5)
+    cache, plain, wanted = model.new_cache(), model.new_cache(), step_by_step(model, ids, 5)
     model.hidden_states(torch.tensor([ids]), cache=plain)
     found = [model.hidden_states(torch.tensor([ids[:5]]), cache=cache)]
     # 64 fast tokens, past the buffer's first size, then three at once and three alone

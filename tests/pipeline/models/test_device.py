@@ -49,6 +49,7 @@ from tests.conftest import Lora
 from tests.helpers import fake_accelerator, families
 from tests.helpers.bases import FAMILIES, toy_checkpoint
 from tests.helpers.checkpoints import checkpoint
+from tests.helpers.errors import user_error
 from tests.helpers.fake_accelerator import NAME, alike, used
 from tests.helpers.projects import BRIEF, METHODS, STAGES, folder_bytes, make, new_project
 from tests.helpers.real import toy, windows_of, with_lora
@@ -593,9 +594,7 @@ def test_training_out_of_memory_says_what_to_lower_and_goes_on_from_the_last_who
 ) -> None:
     with monkeypatch.context() as scarce:
         Scarce(scarce, 200)
-        with pytest.raises(UserError) as caught:
-            make(project, [stage], BRIEF, force=True)
-    said = str(caught.value)
+        said = user_error(make, project, [stage], BRIEF, force=True)
     assert (
         said.startswith(f"{stage}: out of memory in step ") and "Tried to allocate 2.00 GiB" in said
     )

@@ -21,6 +21,7 @@ from pipeline.stages.registry import open_project
 from tests.conftest import Lora
 from tests.helpers.bases import edit_config
 from tests.helpers.families import FAMILIES, NEW, TOOL, VOCABULARY, new_project
+from tests.helpers.json_files import read_json
 from tests.helpers.projects import PIPELINE, STAGES, folder_bytes, make, make_one
 
 Made = Callable[[str], Path]
@@ -67,7 +68,7 @@ def test_the_audit_finds_nothing_changed_and_the_tokenizer_has_two_more_ids(
     family: Made, name: str
 ) -> None:
     artifacts = family(name) / "artifacts"
-    audit = artifact.read_json(artifacts / "expanded/audit.json", "")
+    audit = read_json(artifacts / "expanded/audit.json")
     assert audit == {
         "new_words": [TOOL, NEW],
         "old_ids_kept": True,
@@ -115,7 +116,7 @@ def test_a_token_whose_letters_are_all_unknown_is_new(tmp_path: Path) -> None:
         ["pretrain", "expand_vocab"],
         ["expand_vocab.tokens=[Ж]", "expand_vocab.special_tokens=[<unk>]"],
     )
-    assert artifact.read_json(root / "artifacts/expanded/audit.json", "")["new_words"] == ["Ж"]
+    assert read_json(root / "artifacts/expanded/audit.json")["new_words"] == ["Ж"]
 
 
 CODE = """

@@ -39,15 +39,17 @@ from tests.helpers.bases import (
     ROWS,
     TEXT,
     edit_config,
-    logits,
     opened,
     toy_checkpoint,
     toy_model,
     toy_tokenizer,
 )
 from tests.helpers.checkpoints import checkpoint
+from tests.helpers.errors import user_error
 from tests.helpers.gguf_files import rewritten, write_llama
-from tests.helpers.projects import ROOT, folder_bytes
+from tests.helpers.json_files import read_json, write_json
+from tests.helpers.projects import ROOT, cut_off, folder_bytes
+from tests.helpers.side_by_side import logits
 
 HUB_COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REAL = Path(
@@ -64,9 +66,7 @@ def imported(base: str, root: Path, **options: Any) -> tuple[Path, dict[str, Any
 
 
 def refused(base: str, root: Path, **options: Any) -> str:
-    with pytest.raises(UserError) as error:
-        imported(base, root, **options)
-    return str(error.value)
+    return user_error(imported, base, root, **options)
 
 
 # What a value names
@@ -150,9 +150,7 @@ def test_a_shard_is_a_safetensors_file_of_its_folder(name: object, tmp_path: Pat
         outside.parent.mkdir(exist_ok=True)
         shutil.copyfile(tmp_path / "model/model.safetensors", outside)
     index = {"weight_map": {"a": "model.safetensors", "b": name}}
-    (tmp_path / "model/model.safetensors.index.json").write_text(
-        json.dumps(index), encoding="utf-8"
-    )
+    write_json(tmp_path / "model/model.safetensors.index.json", index)
     said = refused("model", tmp_path)
     assert "index.json: a shard must be the name of a .safetensors file in this folder, got" in said
 
@@ -282,7 +280,7 @@ def test_rotary_settings_have_the_names_that_programs_before_transformers_5_read
 ) -> None:
     model = toy_checkpoint(tmp_path / "model", rope_parameters=rope)
     out, _ = imported("model", tmp_path)
-    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    config = read_json(out / "config.json")
     assert config["rope_theta"] == 500.0 and config["rope_parameters"] == rope
     assert config.get("rope_scaling", {}) == (
         {**LLAMA3, "rope_type": "llama3"} if len(rope) > 2 else {}
@@ -331,7 +329,7 @@ def test_a_tokenizer_without_tokenizer_json_is_converted(tmp_path: Path) -> None
     for path in (tmp_path / "model").glob("tokenizer*"):
         path.unlink()
     state = json.loads(fast.backend_tokenizer.to_str())["model"]
-    (tmp_path / "model/vocab.json").write_text(json.dumps(state["vocab"]), encoding="utf-8")
+    write_json(tmp_path / "model/vocab.json", state["vocab"])
     merges = "\n".join(" ".join(pair) for pair in state["merges"])
     (tmp_path / "model/merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
     special = {
@@ -340,7 +338,7 @@ def test_a_tokenizer_without_tokenizer_json_is_converted(tmp_path: Path) -> None
         "unk_token": "<pad>",
         "tokenizer_class": "GPT2Tokenizer",
     }
-    (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(special), encoding="utf-8")
+    write_json(tmp_path / "model/tokenizer_config.json", special)
     first = folder_bytes(imported("model", tmp_path)[0])
     new = AutoTokenizer.from_pretrained(tmp_path / "imported")
     assert [new(text)["input_ids"] for text in TEXT] == [fast(text)["input_ids"] for text in TEXT]
@@ -355,8 +353,7 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
 
 
 def truncated(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
+    cut_off(folder / "model.safetensors")
 
 
 def tensor_gone(folder: Path) -> None:

@@ -2,7 +2,6 @@
 little memory.
 """
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from pipeline.training.memory.trace import traced_peak
 from tests.conftest import Built
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.fuzz import read_or_refuse
+from tests.helpers.json_files import edit_json, read_json
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 KINDS: dict[str, dict[str, Any]] = {
@@ -101,8 +101,7 @@ def tell(source: Path, folder: Path, lie: dict[str, Any], traced: bool = False) 
     tensors too.
     """
     shutil.copytree(source, folder, dirs_exist_ok=True)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | lie
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    edit_json(folder / "config.json", **lie)
 
     def count() -> None:
         max_positions(folder)
@@ -153,7 +152,7 @@ def test_a_step_of_a_model_whose_config_lies_is_traced_or_refused(
 def test_any_value_of_any_key_is_one_message_or_changes_nothing(
     bases: Path, kind: str, tmp_path: Path
 ) -> None:
-    config = json.loads((bases / kind / "config.json").read_text(encoding="utf-8"))
+    config = read_json(bases / kind / "config.json")
     for key in sorted({*config, *LIES}):
         for value in ODD:
             tell(bases / kind, tmp_path, {key: value}, traced=True)

@@ -20,6 +20,7 @@ from pipeline.models.base import set_row_count
 from pipeline.models.generate import Sampling, distribution, generate
 from pipeline.models.load import Base, count, load_base, save_base
 from pipeline.models.minigpt import KVCache, MiniGPT, MiniGPTConfig
+from tests.helpers.checkpoints import token_ids
 
 TOKENIZER = WordTokenizer.of_words([f"w{i}" for i in range(71)])
 CONFIG = MiniGPTConfig(vocab_size=74, pad_id=0, end_id=2)
@@ -58,7 +59,7 @@ def test_the_trained_checkpoint_opens_in_transformers_with_our_logits(finished: 
         folder = finished / "artifacts" / name
         ours, _ = load_base(folder)
         theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
-        ids = torch.randint(3, ours.shape.rows, (4, 20), generator=torch.Generator().manual_seed(1))
+        ids = token_ids(ours.shape.rows, 4, 20, seed=1)
         with torch.no_grad():
             assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-5, name
 

@@ -20,6 +20,7 @@ from pipeline.models.transformers_model import TransformersModel
 from pipeline.project import probes
 from pipeline.project.runner import Event, Note, Progress, _with_findings
 from pipeline.stages.registry import open_project
+from tests.helpers.projects import note_texts
 from tests.helpers.real import toy
 from tests.helpers.rounding import OtherRounding
 
@@ -151,7 +152,7 @@ def test_a_run_tells_a_finding_once_and_after_what_was_said_before(project: Path
             yield Progress(1, 2)
         probes.record("another", "it is not here", "training is slower")
 
-    told = [event.text for event in _with_findings(stage, work()) if isinstance(event, Note)]
+    told = note_texts(_with_findings(stage, work()))
     first, second = (
         f"pretrain: {tried}: it is not here; training is slower"
         for tried in ("a kernel", "another")

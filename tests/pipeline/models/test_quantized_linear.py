@@ -21,17 +21,18 @@ from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.peft import save_adapter
 from pipeline.calc.families import architecture
 from pipeline.calc.settings import precision
-from pipeline.files.artifact import read_json, seal
+from pipeline.files.artifact import seal
 from pipeline.files.base_model import base_fingerprint
 from pipeline.models import quantized_linear
 from pipeline.models.base import compute_in_fp32
 from pipeline.models.quantized_linear import Quantization, QuantizedLinear, quantizable, quantize
 from pipeline.project import provenance
 from tests.conftest import Lora
-from tests.helpers.projects import BRIEF, folder_bytes, make, refusal
+from tests.helpers.json_files import read_json
+from tests.helpers.projects import BRIEF, folder_bytes, logged_memory, make, refusal
 from tests.helpers.real import toy, with_lora
 from tests.helpers.reference_merge import merged_model
-from tests.pipeline.weights.test_streaming_merge import load_weights, merged_through_files
+from tests.helpers.stored_models import load_weights, merged_through_files
 
 bnb = pytest.importorskip("bitsandbytes")
 CPU = torch.device("cpu")
@@ -167,7 +168,7 @@ def test_a_run_on_few_bits_is_merged_to_the_last_bit_and_says_what_a_merge_chang
 ) -> None:
     few = [*BRIEF, f"finetune_lora.quantization={kind}"]
     make(project, ["finetune_lora", "merge"], few)
-    certificate = read_json(project / "artifacts/lora_merged/certificate.json", "")
+    certificate = read_json(project / "artifacts/lora_merged/certificate.json")
     assert certificate["trained_on"] == kind
     assert certificate["max_logit_difference"] == 0, (
         "small linears are folded before their product, in few bits too"
@@ -186,10 +187,7 @@ def test_minigpt_in_sixteen_bits_trains_on_few_bits_with_the_memory_that_is_pred
     """
     settings = ("precision=bf16", f"quantization={kind}", "train_embeddings=all")
     make(project, ["finetune_lora"], [*BRIEF, *(f"finetune_lora.{one}" for one in settings)])
-    last = (
-        (project / "runs/finetune_lora/telemetry.csv").read_text(encoding="utf-8").splitlines()[-1]
-    )
-    predicted, measured = map(int, last.split(",")[-2:])
+    predicted, measured = logged_memory(project / "runs/finetune_lora/telemetry.csv")
     assert 0.8 < predicted / measured < 1, (
         "beside it, the weights of one linear are made anew at a time"
     )

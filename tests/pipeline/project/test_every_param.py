@@ -17,7 +17,17 @@ from pipeline.project.params.schema import hints
 from pipeline.stages.registry import GRAPH
 from pipeline.training.data import Prompts
 from tests.helpers.bases import toy_checkpoint
-from tests.helpers.projects import BRIEF, METHODS, PIPELINE, STAGES, folder_bytes, make
+from tests.helpers.errors import user_error
+from tests.helpers.json_files import write_jsonl
+from tests.helpers.projects import (
+    BRIEF,
+    METHODS,
+    PIPELINE,
+    STAGES,
+    folder_bytes,
+    logged_memory,
+    make,
+)
 
 OTHER = {
     "columns": "{text: body}",
@@ -254,16 +264,14 @@ def prepared(project: Path) -> Path:
         ("pairs", pairs[:5]),
         ("more_pairs", [pair | {"best": " im park"} for pair in pairs]),
     ):
-        (project / f"{name}.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
-        )
+        write_jsonl(project / f"{name}.jsonl", rows)
     shutil.copytree(
         project / "artifacts/lora_adapter", project / "other_adapter", dirs_exist_ok=True
     )
     return project
 
 
-def made(project: Path, stage: str, overrides: Sequence[str]) -> dict[str, bytes]:
+def artifact_after(project: Path, stage: str, overrides: Sequence[str]) -> dict[str, bytes]:
     """The stage's artifact, without the manifest: it repeats the params, and its change proves
     nothing.
     """
@@ -315,23 +323,23 @@ def test_a_changed_field_changes_what_its_stage_makes(
         shutil.copy(prepared(project) / "other.txt", project / "english.txt")
         beside += ["base=toy", "expand_vocab.audit_data=english.txt"]
         for earlier in ("pretrain", "expand_vocab")[: 1 if stage == "expand_vocab" else 2]:
-            made(project, earlier, beside)
+            artifact_after(project, earlier, beside)
     prepared(project)
     begun = (stage, *beside)
     if begun not in befores:
-        befores[begun] = made(project, stage, beside)
+        befores[begun] = artifact_after(project, stage, beside)
     before = befores[begun]
     assert before
-    assert made(project, stage, [*beside, f"{key}={of(OTHER, key)}"]) != before
+    assert artifact_after(project, stage, [*beside, f"{key}={of(OTHER, key)}"]) != before
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if of(REFUSED, key)])
 def test_a_field_that_would_count_for_nothing_is_refused(project: Path, key: str) -> None:
     stage = stage_of(key)
     without_file = [f"{stage}.retention_data="] if key.endswith(".retention_weight") else []
-    with pytest.raises(UserError) as error:
-        made(project, stage, [f"{key}={of(OTHER, key)}", *without_file])
-    assert of(REFUSED, key).format(stage=stage) in str(error.value)
+    assert of(REFUSED, key).format(stage=stage) in user_error(
+        artifact_after, project, stage, [f"{key}={of(OTHER, key)}", *without_file]
+    )
 
 
 @pytest.mark.parametrize("how", ["selective", "full"])
@@ -342,15 +350,14 @@ def test_checkpointing_changes_no_byte_that_is_made_and_the_memory_that_is_measu
     project: Path, stage: str, how: str
 ) -> None:
     def measured() -> int:
-        lines = (
-            (project / "runs" / stage / "telemetry.csv").read_text(encoding="utf-8").splitlines()
-        )
-        return int(lines[-1].split(",")[-1])
+        return logged_memory(project / "runs" / stage / "telemetry.csv")[1]
 
     # activations, not weights, decide the peak
     wide = [f"{stage}.window=0", f"{stage}.batch_size=64"]
-    before, plain = made(project, stage, wide), measured()
-    assert made(project, stage, [*wide, f"{stage}.gradient_checkpointing={how}"]) == before
+    before, plain = artifact_after(project, stage, wide), measured()
+    assert (
+        artifact_after(project, stage, [*wide, f"{stage}.gradient_checkpointing={how}"]) == before
+    )
     assert measured() < plain
 
 
@@ -364,8 +371,9 @@ def test_a_merge_that_differs_by_more_than_is_allowed_is_refused(project: Path) 
 
 def test_texts_to_retain_with_no_weight_change_nothing(project: Path) -> None:
     """So that one number turns them off."""
-    before = made(project, "finetune_lora", [])
+    before = artifact_after(project, "finetune_lora", [])
     retain = "finetune_lora.retention_data=data/fact_correction.de.txt"
     assert (
-        made(project, "finetune_lora", [retain, "finetune_lora.retention_batch_size=1"]) == before
+        artifact_after(project, "finetune_lora", [retain, "finetune_lora.retention_batch_size=1"])
+        == before
     )

@@ -12,6 +12,7 @@ from pipeline.stages.registry import GRAPH, open_project
 from pipeline.views.runs import discover_runs
 from pipeline.views.stages import Status, outdated
 from tests.conftest import Lora
+from tests.helpers.json_files import read_json
 from tests.helpers.projects import ROOT, dvc, folder_bytes, make, refusal
 
 CHILD = ("train_from_scratch", "finetune_prefix", "finetune_prompt", "finetune_sweep", "evaluate")
@@ -97,11 +98,11 @@ def test_the_child_makes_of_its_parents_artifacts_what_one_project_makes(
         made = folder_bytes(houses / "child/artifacts" / output)
         assert weights and {name: made[name] for name in weights} == weights
     whole, ours = (
-        json.loads((folder / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+        read_json(folder / "artifacts/evaluation/metrics.json")
         for folder in (brief, houses / "child")
     )
     assert ours == whole
-    less = json.loads((houses / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    less = read_json(houses / "artifacts/evaluation/metrics.json")
     assert less == {
         name: whole[name] for name in ("base", "expanded", "full", "freeze", "lora", "merged")
     }

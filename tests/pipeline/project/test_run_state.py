@@ -31,7 +31,7 @@ def progress(
         clock.now += seconds
 
 
-def read(folder: Path) -> Journal:
+def read_journal(folder: Path) -> Journal:
     journal = run_state.read(folder)
     assert journal is not None
     return journal
@@ -44,7 +44,7 @@ def test_a_slow_start_does_not_spoil_the_estimate(tmp_path: Path, clock: Clock) 
     with writing(tmp_path) as writer:
         progress(writer, clock, 5.0, 500, 0, 9)
         progress(writer, clock, 0.1, 500, 10, 300)
-        eta = read(tmp_path).eta
+        eta = read_journal(tmp_path).eta
     assert eta is not None and 19 < eta < 30
 
 
@@ -53,9 +53,9 @@ def test_nothing_is_estimated_in_the_first_seconds_of_a_first_run(
 ) -> None:
     with writing(tmp_path) as writer:
         progress(writer, clock, 0.3, 100, 0, 3)
-        assert read(tmp_path).eta is None
+        assert read_journal(tmp_path).eta is None
         progress(writer, clock, 0.3, 100, 4, 20)
-        assert read(tmp_path).eta == pytest.approx(80 * 0.3, rel=0.2)
+        assert read_journal(tmp_path).eta == pytest.approx(80 * 0.3, rel=0.2)
 
 
 def test_the_run_before_is_the_estimate_until_this_one_knows_better(
@@ -63,12 +63,12 @@ def test_the_run_before_is_the_estimate_until_this_one_knows_better(
 ) -> None:
     with writing(tmp_path) as writer:
         progress(writer, clock, 1.0, 100, 0, 100)
-    assert read(tmp_path).pace == pytest.approx(100 / 101, rel=0.01)
+    assert read_journal(tmp_path).pace == pytest.approx(100 / 101, rel=0.01)
     with writing(tmp_path) as writer:
         progress(writer, clock, 0.5, 50, 0, 1)  # of other length: what counts is the time of a unit
-        assert read(tmp_path).eta == pytest.approx(49, rel=0.05)
+        assert read_journal(tmp_path).eta == pytest.approx(49, rel=0.05)
         progress(writer, clock, 0.5, 50, 2, 40)
-        eta = read(tmp_path).eta
+        eta = read_journal(tmp_path).eta
     # 10 units of 0.5 s, and a fifth of the weight on the run before
     assert eta is not None and 5 <= eta <= 7
 
@@ -78,18 +78,18 @@ def test_a_run_that_does_nothing_keeps_the_pace_of_the_one_before(
 ) -> None:
     with writing(tmp_path) as writer:
         progress(writer, clock, 0.5, 10, 0, 10)
-    pace = read(tmp_path).pace
+    pace = read_journal(tmp_path).pace
     with writing(tmp_path):  # its result is taken from the cache
         clock.now += 0.2
-    assert read(tmp_path).pace == pace
-    assert read(tmp_path).seconds == pytest.approx(0.2)
+    assert read_journal(tmp_path).pace == pace
+    assert read_journal(tmp_path).seconds == pytest.approx(0.2)
 
 
 def test_another_kind_of_work_is_estimated_by_itself(tmp_path: Path, clock: Clock) -> None:
     with writing(tmp_path) as writer:
         progress(writer, clock, 0.01, 1000, 0, 1000)
         progress(writer, clock, 2.0, 10, 0, 5)
-        assert read(tmp_path).eta == pytest.approx(5 * 2.0, rel=0.3)
+        assert read_journal(tmp_path).eta == pytest.approx(5 * 2.0, rel=0.3)
 
 
 @pytest.mark.parametrize("error", [UserError("x"), KeyboardInterrupt()], ids=["failed", "stopped"])
@@ -97,15 +97,15 @@ def test_how_long_a_run_took_is_known_however_it_ended(
     tmp_path: Path, clock: Clock, error: BaseException
 ) -> None:
     with pytest.raises(type(error)), writing(tmp_path):
-        assert read(tmp_path).seconds is None
+        assert read_journal(tmp_path).seconds is None
         clock.now += 7
         raise error
-    assert read(tmp_path).seconds == pytest.approx(7)
+    assert read_journal(tmp_path).seconds == pytest.approx(7)
 
 
 def test_a_journal_that_an_older_version_wrote_is_read(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(
         '{"state": "done", "pid": 1, "started": 5.0, "done": 3, "total": 3}'
     )
-    journal = read(tmp_path)
+    journal = read_journal(tmp_path)
     assert (journal.eta, journal.seconds, journal.pace) == (None, None, 0.0)

@@ -23,6 +23,7 @@ from pipeline.project.logs.follower import Followed
 from pipeline.project.logs.run_log import SAMPLES, parse_sample, read_steps
 from pipeline.stages.registry import open_project
 from tests.conftest import Built, Lora
+from tests.helpers.json_files import read_json
 from tests.helpers.process import Forked, forked
 from tests.helpers.projects import BRIEF, LORA, ROOT, folder_bytes, make, refusal
 
@@ -69,7 +70,7 @@ def wait(root: Path) -> None:
 
 
 def key_of(root: Path, place: str = PLACE) -> str:
-    manifest = json.loads((root / place / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_json(root / place / "manifest.json")
     return cache_key(manifest)[:8]
 
 
@@ -121,10 +122,7 @@ def in_wandb(root: Path, run: str) -> tuple[Values, list[str]]:
                     (json.loads(items["step"]), json.loads(items[name]))
                 )
         for table in sorted(folder.glob("files/media/table/*.json")):
-            texts += [
-                f"{prompt} → {answer}"
-                for _, prompt, answer in json.loads(table.read_text())["data"]
-            ]
+            texts += [f"{prompt} → {answer}" for _, prompt, answer in read_json(table)["data"]]
     return values, texts
 
 
@@ -191,7 +189,7 @@ def in_dvclive(root: Path, run: str) -> tuple[Values, list[str]]:
             path.relative_to(root / "dvclive" / STAGE / "plots/metrics").with_suffix("").as_posix()
         )
         values[name] = [(int(step), float(value)) for step, value in rows]
-    last = json.loads((root / "dvclive" / STAGE / "metrics.json").read_text(encoding="utf-8"))
+    last = read_json(root / "dvclive" / STAGE / "metrics.json")
     assert last["train"]["loss"] == values["train/loss"][-1][1]
     return values, []
 
@@ -250,7 +248,7 @@ def test_the_artifact_is_the_same_to_the_byte_and_taken_from_the_cache(
     make(
         project, [STAGE], [*BRIEF, EVERY, LONG, "finetune_lora.eval_share=0.3", "report_to=[wandb]"]
     )
-    notes = json.loads((project / "runs" / STAGE / "run.json").read_text(encoding="utf-8"))["notes"]
+    notes = read_json(project / "runs" / STAGE / "run.json")["notes"]
     assert "nothing to do, taken from the cache" in notes[0]
 
 
@@ -322,7 +320,7 @@ def test_a_tracker_that_hangs_is_ended_in_bounded_time(project: Path, tmp_path: 
     path = fake(tmp_path / "fake", "wandb", hanging)
     (project / "runs/wandb").mkdir()
     (project / "runs" / STAGE / "loss.csv").touch()  # written after 1.0
-    run = json.loads((project / "runs" / STAGE / "run.json").read_text(encoding="utf-8"))
+    run = read_json(project / "runs" / STAGE / "run.json")
     given = Followed(
         str(project), STAGE, False, "k" * 64, {}, "", str(project / "runs" / STAGE), run["started"]
     )
@@ -360,9 +358,7 @@ def test_a_run_that_was_killed_goes_on_in_the_same_events(project: Path) -> None
     assert {"train/loss": values["train/loss"]} == of(
         {"train/loss": expected(project / PLACE)["train/loss"]}
     )
-    state = json.loads(
-        next((project / "runs/tensorboard").glob(".*.json")).read_text(encoding="utf-8")
-    )
+    state = read_json(next((project / "runs/tensorboard").glob(".*.json")))
     assert (state["attempt"], state["sending"]) == (1, 0)
 
 

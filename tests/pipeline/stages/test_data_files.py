@@ -13,32 +13,34 @@ from pipeline.files.artifact import read_manifest
 from pipeline.project.dvc_yaml import render_dvc_yaml
 from pipeline.stages.registry import open_project
 from tests.helpers.containers import TEXT_WRITERS
+from tests.helpers.errors import user_error
+from tests.helpers.json_files import write_json
 from tests.helpers.projects import BRIEF, ROOT, make
 
 LINES = (ROOT / "data/finetune.de.txt").read_text(encoding="utf-8").splitlines()
 WEIGHTS = "artifacts/lora_adapter/adapter_model.safetensors"
 
 
-def trained(project: Path, data: str, *overrides: str) -> bytes:
+def weights_after(project: Path, data: str, *overrides: str) -> bytes:
     make(project, ["finetune_lora"], [*BRIEF, f"finetune_lora.data={data}", *overrides], force=True)
     return (project / WEIGHTS).read_bytes()
 
 
 def test_the_same_sentences_give_the_same_adapter_from_every_container(project: Path) -> None:
-    plain = trained(project, "data/finetune.de.txt")
+    plain = weights_after(project, "data/finetune.de.txt")
     for name in ("d.csv", "d.parquet", "saved", "d.JSONL.zst"):
         TEXT_WRITERS[name]([{"text": line} for line in LINES], project / "data" / name)
-        assert trained(project, f"data/{name}") == plain
+        assert weights_after(project, f"data/{name}") == plain
         assert f"data/{name}" in read_manifest(project / "artifacts/lora_adapter")["inputs"]
     rows = [{"body": line, "id": str(n)} for n, line in enumerate(LINES)]
     TEXT_WRITERS["d.tsv"](rows, project / "data/d.tsv")
-    assert trained(project, "data/d.tsv", "finetune_lora.columns={text: body}") == plain
-    assert trained(project, "[{path: data/d.tsv, columns: {text: body}}]") == plain
+    assert weights_after(project, "data/d.tsv", "finetune_lora.columns={text: body}") == plain
+    assert weights_after(project, "[{path: data/d.tsv, columns: {text: body}}]") == plain
 
 
 def test_a_weight_changes_how_often_a_file_is_seen(project: Path) -> None:
     def steps(data: str) -> int:
-        trained(
+        weights_after(
             project,
             data,
             "finetune_lora.window=0",
@@ -71,7 +73,7 @@ def test_dvc_watches_each_file_under_its_own_key(project: Path) -> None:
         {"path": "data/finetune.de.txt", "weight": 2},
         "data/retain.de.txt",
     ]
-    params.write_text(json.dumps(tree), encoding="utf-8")
+    write_json(params, tree)
     stages = yaml.safe_load(render_dvc_yaml(open_project(params)))["stages"]
     keys = [
         dep for dep in stages["finetune_lora"]["deps"] if dep.startswith("${finetune_lora.data")
@@ -83,11 +85,10 @@ def test_dvc_watches_each_file_under_its_own_key(project: Path) -> None:
 def test_a_hub_id_in_params_is_answered_with_the_command_that_fetches_it(
     project: Path, name: str
 ) -> None:
-    with pytest.raises(UserError) as error:
-        trained(project, json.dumps(name))
-    assert str(error.value).endswith(f"becomes one by `lora data convert {name} data/NAME.jsonl`.")
+    said = user_error(weights_after, project, json.dumps(name))
+    assert said.endswith(f"becomes one by `lora data convert {name} data/NAME.jsonl`.")
     with pytest.raises(
         UserError,
         match=r"data/none.csv is not a file\. Name an existing one in section \w+ of the params\.$",
     ):
-        trained(project, "data/none.csv")
+        weights_after(project, "data/none.csv")

@@ -8,11 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from peft import PeftModel
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
 
 from pipeline.adapters.config import WEIGHTS
 from pipeline.data.formats import read_examples
@@ -21,11 +18,24 @@ from pipeline.files import artifact
 from pipeline.inference.engine import load
 from pipeline.inference.score import score
 from pipeline.project.logs.run_log import LOSS, read_steps
-from pipeline.project.runner import Note, Progress, run
+from pipeline.project.runner import Progress, run
 from pipeline.stages.registry import open_project
 from tests.conftest import Lora
+from tests.helpers.checkpoints import token_ids
 from tests.helpers.families import FAMILIES, TEXTS, new_project
-from tests.helpers.projects import STAGES, WORK, folder_bytes, make_one
+from tests.helpers.json_files import read_json, write_jsonl
+from tests.helpers.projects import (
+    STAGES,
+    WORK,
+    folder_bytes,
+    fresh,
+    logged_memory,
+    make_base,
+    make_one,
+    note_texts,
+    section_overrides,
+)
+from tests.helpers.side_by_side import logits, ours, theirs
 
 STAGE, OUTPUT = "finetune_dpo", "artifacts/dpo_adapter"
 SETTINGS = {
@@ -39,7 +49,7 @@ LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo")
 
 
 @pytest.fixture(scope="module")
-def expanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def with_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A toy Llama and pairs of answers. Read it; do not write to it."""
     root = new_project(tmp_path_factory.mktemp("dpo") / "p", FAMILIES["llama"])
     words = " ".join(TEXTS).split()
@@ -51,36 +61,28 @@ def expanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for n in range(24)
     ]
-    write(root / "data/pairs.jsonl", pairs)
-    for stage in ("pretrain", "expand_vocab"):
-        make_one(root, stage)
-    return root
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_jsonl(root / "data/pairs.jsonl", pairs)
+    return make_base(root)
 
 
 @pytest.fixture
-def project(expanded: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(expanded, tmp_path / "p")
+def project(with_pairs: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(with_pairs, tmp_path / "p")
 
 
 def given(**changes: object) -> list[str]:
-    return [f"{STAGE}.{key}={value}" for key, value in {**SETTINGS, **changes}.items()]
+    return section_overrides(STAGE, {**SETTINGS, **changes})
 
 
-def trained(root: Path, **changes: object) -> tuple[Path, str]:
+def tuned(root: Path, **changes: object) -> tuple[Path, str]:
     """The adapter that such a run makes, and its notes."""
-    for name in (OUTPUT, f"runs/{STAGE}", f".lora-cache/{STAGE}"):
-        shutil.rmtree(root / name, ignore_errors=True)
-    _, events = make_one(root, STAGE, given(**changes))
-    return root / OUTPUT, "\n".join(event.text for event in events if isinstance(event, Note))
+    _, events = make_one(fresh(root, STAGE), STAGE, given(**changes))
+    return root / OUTPUT, "\n".join(note_texts(events))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_it_learns_what_is_preferred_and_opens_in_peft(project: Path, loss: str) -> None:
-    folder, said = trained(
+    folder, said = tuned(
         project, loss=loss, train_embeddings="none", beta=2 if loss == "simpo" else 0.1
     )
     steps = read_steps(folder / LOSS)
@@ -103,13 +105,10 @@ def test_it_learns_what_is_preferred_and_opens_in_peft(project: Path, loss: str)
     )
     assert ("under the reference are computed once" in said) == (loss in ("dpo", "ipo", "kto"))
 
-    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(3))
-    base = AutoModelForCausalLM.from_pretrained(
-        project / "artifacts/expanded", attn_implementation="eager"
+    ids = token_ids(90, 2, 9)
+    found, wanted = (
+        logits(opened(project / "artifacts/expanded", folder), ids) for opened in (ours, theirs)
     )
-    with torch.no_grad():
-        wanted = PeftModel.from_pretrained(base, folder).eval()(input_ids=ids).logits
-        found = load(project / "artifacts/expanded", folder).model(ids)
     assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -122,7 +121,7 @@ def test_the_command_prints_the_accuracy_and_the_report_has_the_adapter_before_i
         for line in (project / "data/pairs.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     turned = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in pairs]
-    write(project / "data/turned.jsonl", turned)
+    write_jsonl(project / "data/turned.jsonl", turned)
     for evaluated, fell in (("pairs", False), ("turned", True)):  # what it learns, and the opposite
         settings = given(eval_share=0, eval_data=f"data/{evaluated}.jsonl")
         flags = [word for setting in settings for word in ("--set", setting)]
@@ -146,9 +145,7 @@ def test_the_command_prints_the_accuracy_and_the_report_has_the_adapter_before_i
     limits = "evaluate.limits={new_loss: 0}"
     assert cli("evaluate", "--adapter", OUTPUT, "--set", limits, cwd=project)[0] == 1
     code, out, err = cli("report", cwd=project)
-    measured = json.loads(
-        (project / "artifacts/measured/metrics.json").read_text(encoding="utf-8")
-    )[OUTPUT]
+    measured = read_json(project / "artifacts/measured/metrics.json")[OUTPUT]
     assert f"{measured['new_loss']:.3f}" in next(
         line for line in out.splitlines() if line.startswith("dpo ")
     )
@@ -173,8 +170,8 @@ def test_the_command_prints_the_accuracy_and_the_report_has_the_adapter_before_i
 )
 @pytest.mark.sampled(4)
 def test_a_killed_run_resumes_to_the_byte(project: Path, changes: dict[str, object]) -> None:
-    write(project / "data/retained.jsonl", [{"text": text} for text in TEXTS])
-    whole, _ = trained(project, **changes)
+    write_jsonl(project / "data/retained.jsonl", [{"text": text} for text in TEXTS])
+    whole, _ = tuned(project, **changes)
     unbroken = folder_bytes(whole)
     for name in (OUTPUT, f"runs/{STAGE}", ".lora-cache"):
         shutil.rmtree(project / name)
@@ -191,26 +188,26 @@ def test_a_killed_run_resumes_to_the_byte(project: Path, changes: dict[str, obje
     )
     events.close()
     _, events_ = make_one(project, STAGE, given(**changes))
-    assert any("resumed after step 3" in event.text for event in events_ if isinstance(event, Note))
+    assert any("resumed after step 3" in text for text in note_texts(events_))
     assert folder_bytes(project / OUTPUT) == unbroken
 
 
 @pytest.mark.slow
 def test_the_references_log_probs_are_computed_once_for_all_losses(project: Path) -> None:
     for loss, computes in (("dpo", True), ("ipo", False)):
-        _, said = trained(project, loss=loss)
+        _, said = tuned(project, loss=loss)
         assert ("are computed once" in said) == computes
-    write(
+    write_jsonl(
         project / "data/pairs.jsonl",
         [json.loads(line) for line in (project / "data/pairs.jsonl").open()][:20],
     )
-    assert "are computed once" in trained(project, loss="dpo")[1]
+    assert "are computed once" in tuned(project, loss="dpo")[1]
 
 
 def test_batches_that_are_accumulated_are_one(project: Path) -> None:
     found = [
         load_file(
-            trained(project, batch_size=size, gradient_accumulation_steps=6 // size)[0] / WEIGHTS
+            tuned(project, batch_size=size, gradient_accumulation_steps=6 // size)[0] / WEIGHTS
         )
         for size in (6, 2)
     ]
@@ -223,9 +220,9 @@ def test_what_is_preferred_of_the_held_out_pairs_before_and_after_is_in_the_mani
     project: Path, loss: str
 ) -> None:
     pairs = [json.loads(line) for line in (project / "data/pairs.jsonl").open()]
-    write(project / "data/held_out.jsonl", pairs[:7])
-    write(project / "data/pairs.jsonl", pairs[7:])
-    folder, _ = trained(project, loss=loss, eval_share=0, eval_data="data/held_out.jsonl")
+    write_jsonl(project / "data/held_out.jsonl", pairs[:7])
+    write_jsonl(project / "data/pairs.jsonl", pairs[7:])
+    folder, _ = tuned(project, loss=loss, eval_share=0, eval_data="data/held_out.jsonl")
     manifest, given = artifact.read_manifest(folder), {"before": None, "after": folder}
     if loss == "kto":  # whose answers are no pairs
         assert "preferences" not in manifest
@@ -241,7 +238,9 @@ def preferred(project: Path, adapter: Path | None, pairs: list[dict[str, Any]]) 
     loaded, losses = load(project / "artifacts/expanded", adapter), []
     for answer in ("chosen", "rejected"):
         file = project / f"data/{answer}.jsonl"
-        write(file, [{"prompt": pair["prompt"], "completion": pair[answer]} for pair in pairs])
+        write_jsonl(
+            file, [{"prompt": pair["prompt"], "completion": pair[answer]} for pair in pairs]
+        )
         losses.append(
             [
                 score(loaded, [example]).loss
@@ -259,42 +258,41 @@ def preferred(project: Path, adapter: Path | None, pairs: list[dict[str, Any]]) 
     "changes", [{"loss": "dpo"}, {"loss": "kto"}, {"loss": "orpo", "batch_size": 16}], ids=str
 )
 def test_the_peak_of_a_step_is_predicted(project: Path, changes: dict[str, object]) -> None:
-    trained(project, epochs=2, eval_share=0, **changes)
-    last = (project / f"runs/{STAGE}/telemetry.csv").read_text(encoding="utf-8").splitlines()[-1]
-    predicted, measured = map(int, last.split(",")[-2:])
+    tuned(project, epochs=2, eval_share=0, **changes)
+    predicted, measured = logged_memory(project / f"runs/{STAGE}/telemetry.csv")
     assert 0.97 * measured <= predicted <= 1.1 * measured
 
 
 @pytest.mark.slow
 def test_labelled_answers_are_pairs_to_kto(project: Path) -> None:
     pairs = [json.loads(line) for line in (project / "data/pairs.jsonl").open()]
-    folder, _ = trained(project, loss="kto", eval_share=0)
+    folder, _ = tuned(project, loss="kto", eval_share=0)
     from_pairs = (folder / WEIGHTS).read_bytes()
     answers = [
         {"prompt": pair["prompt"], "completion": pair[key], "label": key == "chosen"}
         for pair in pairs
         for key in ("chosen", "rejected")
     ]
-    write(project / "data/answers.jsonl", answers)
-    folder, _ = trained(project, loss="kto", eval_share=0, data="data/answers.jsonl")
+    write_jsonl(project / "data/answers.jsonl", answers)
+    folder, _ = tuned(project, loss="kto", eval_share=0, data="data/answers.jsonl")
     assert (folder / WEIGHTS).read_bytes() == from_pairs
 
 
 @pytest.mark.slow
 def test_the_reference_is_the_adapter_that_it_starts_from(project: Path) -> None:
     """Rewards begin at 0 from there; with the base as the reference they do not."""
-    trained(project)[0].rename(project / "first")
+    tuned(project)[0].rename(project / "first")
     for reference, zero in (("start", True), ("base", False)):
-        folder, _ = trained(project, init_from="first", reference=reference, learning_rate=1e-9)
+        folder, _ = tuned(project, init_from="first", reference=reference, learning_rate=1e-9)
         reward = read_steps(folder / LOSS)[0].reward_chosen
         assert reward is not None and (abs(reward) < 1e-4) == zero
 
 
 def test_two_runs_from_the_same_base_are_one_to_the_byte(project: Path) -> None:
     changes = {"save_optimizer": "true", "reference": "base"}
-    trained(project, epochs=2, **changes)[0].rename(project / "first")
-    whole = (trained(project, epochs=5, **changes)[0] / WEIGHTS).read_bytes()
-    folder, _ = trained(project, epochs=3, init_from="first", **changes)
+    tuned(project, epochs=2, **changes)[0].rename(project / "first")
+    whole = (tuned(project, epochs=5, **changes)[0] / WEIGHTS).read_bytes()
+    folder, _ = tuned(project, epochs=3, init_from="first", **changes)
     assert (folder / WEIGHTS).read_bytes() == whole
     assert artifact.read_manifest(folder)["method"] == "dpo"
 
@@ -334,6 +332,6 @@ def test_two_runs_from_the_same_base_are_one_to_the_byte(project: Path) -> None:
 def test_what_is_no_preference_is_refused(
     project: Path, rows: list[dict[str, Any]], changes: dict[str, object], message: str
 ) -> None:
-    write(project / "data/pairs.jsonl", rows)
+    write_jsonl(project / "data/pairs.jsonl", rows)
     with pytest.raises(UserError, match=message):
-        trained(project, **{"eval_share": 0, **changes})
+        tuned(project, **{"eval_share": 0, **changes})

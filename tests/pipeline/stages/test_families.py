@@ -11,18 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from pipeline.files import artifact
 from pipeline.files.safetensors_file import shapes
-from pipeline.inference import engine
 from pipeline.project.runner import Progress, run
 from pipeline.stages.registry import open_project
 from tests.helpers.families import FAMILIES, GENERATION, OTHERS, VOCABULARY, new_project
+from tests.helpers.json_files import read_json
 from tests.helpers.projects import PIPELINE, ROOT, STAGES, WORK, folder_bytes, make, make_one
+from tests.helpers.side_by_side import assert_alike, logits, ours, theirs
 
 ADAPTERS = {
     "finetune_lora": "lora_adapter",
@@ -53,34 +50,17 @@ def begun(project: Path, root: Path) -> Path:
     return root
 
 
-@torch.no_grad()
-def ours(base: Path, adapter: Path | None = None) -> Tensor:
-    logits: Tensor = engine.load(base, adapter).model(IDS)
-    return logits.float()
-
-
-@torch.no_grad()
-def theirs(base: Path, adapter: Path | None = None) -> Tensor:
-    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter)
-    logits: Tensor = model.eval()(input_ids=IDS).logits
-    return logits.float()
-
-
-def assert_alike(one: Tensor, other: Tensor, within: float = 1e-4) -> None:
-    assert (one - other).abs().max() <= within
-
-
 @each_family
 def test_every_checkpoint_of_the_pipeline_opens_in_transformers_with_our_logits(
     family: Made, name: str
 ) -> None:
     artifacts = family(name) / "artifacts"
-    found = {checkpoint: ours(artifacts / checkpoint) for checkpoint in CHECKPOINTS[1:]}
-    for checkpoint, logits in found.items():
-        assert_alike(logits, theirs(artifacts / checkpoint))
-        assert checkpoint == "expanded" or (logits - found["expanded"]).abs().max() > 0.01, (
+    found = {
+        checkpoint: logits(ours(artifacts / checkpoint), IDS) for checkpoint in CHECKPOINTS[1:]
+    }
+    for checkpoint, answers in found.items():
+        assert_alike(answers, logits(theirs(artifacts / checkpoint), IDS))
+        assert checkpoint == "expanded" or (answers - found["expanded"]).abs().max() > 0.01, (
             "nothing was learned"
         )
 
@@ -90,10 +70,10 @@ def test_the_adapter_opens_in_peft_and_the_merged_model_is_base_plus_adapter(
     family: Made, name: str
 ) -> None:
     artifacts = family(name) / "artifacts"
-    tuned = ours(artifacts / "expanded", artifacts / "lora_adapter")
-    assert_alike(tuned, theirs(artifacts / "expanded", artifacts / "lora_adapter"))
-    assert_alike(tuned, theirs(artifacts / "lora_merged"))
-    certificate = artifact.read_json(artifacts / "lora_merged/certificate.json", "")
+    tuned = logits(ours(artifacts / "expanded", artifacts / "lora_adapter"), IDS)
+    assert_alike(tuned, logits(theirs(artifacts / "expanded", artifacts / "lora_adapter"), IDS))
+    assert_alike(tuned, logits(theirs(artifacts / "lora_merged"), IDS))
+    certificate = read_json(artifacts / "lora_merged/certificate.json")
     assert certificate["max_logit_difference"] <= 1e-5
     ratios = certificate["delta_ratios"].values()
     assert len(ratios) == FAMILIES[name].linears and all(abs(ratio - 1) < 1e-3 for ratio in ratios)
@@ -119,10 +99,10 @@ def test_peft_opens_every_kind_of_adapter(
     base, adapter, merged = (
         root / "artifacts" / part for part in ("expanded", "lora_adapter", "lora_merged")
     )
-    tuned = ours(base, adapter)
-    assert_alike(tuned, theirs(base, adapter))
-    assert_alike(tuned, theirs(merged))
-    assert (tuned - ours(base)).abs().max() > 0.01
+    tuned = logits(ours(base, adapter), IDS)
+    assert_alike(tuned, logits(theirs(base, adapter), IDS))
+    assert_alike(tuned, logits(theirs(merged), IDS))
+    assert (tuned - logits(ours(base), IDS)).abs().max() > 0.01
 
 
 @each_family
@@ -130,9 +110,9 @@ def test_a_layer_too_large_to_fold_its_update_gives_the_same(
     family: Made, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, adapter = (family(name) / "artifacts" / part for part in ("expanded", "lora_adapter"))
-    folded = ours(base, adapter)
+    folded = logits(ours(base, adapter), IDS)
     monkeypatch.setattr("pipeline.adapters.lora.FOLD_BELOW", 0)
-    assert_alike(ours(base, adapter), folded)
+    assert_alike(logits(ours(base, adapter), IDS), folded)
 
 
 @pytest.mark.parametrize("name", ["gemma", "gpt2", "opt"])
@@ -148,11 +128,11 @@ def test_an_update_of_the_head_alone_unties_the_merged_model(
     base, adapter, merged = (
         root / "artifacts" / part for part in ("expanded", "lora_adapter", "lora_merged")
     )
-    assert artifact.read_json(merged / "config.json", "")["tie_word_embeddings"] is False
-    tuned = ours(base, adapter)
-    assert_alike(tuned, ours(merged))
-    assert_alike(tuned, theirs(merged))
-    assert_alike(tuned, theirs(base, adapter))
+    assert read_json(merged / "config.json")["tie_word_embeddings"] is False
+    tuned = logits(ours(base, adapter), IDS)
+    assert_alike(tuned, logits(ours(merged), IDS))
+    assert_alike(tuned, logits(theirs(merged), IDS))
+    assert_alike(tuned, logits(theirs(base, adapter), IDS))
 
 
 @each_family
@@ -160,10 +140,7 @@ def test_a_tied_model_stays_tied_on_disk_and_an_untied_one_untied(family: Made, 
     for checkpoint in CHECKPOINTS:
         folder = family(name) / "artifacts" / checkpoint
         assert ("lm_head.weight" in shapes(folder / "model.safetensors")) is not FAMILIES[name].tied
-        assert (
-            artifact.read_json(folder / "config.json", "")["tie_word_embeddings"]
-            is FAMILIES[name].tied
-        )
+        assert read_json(folder / "config.json")["tie_word_embeddings"] is FAMILIES[name].tied
 
 
 @each_family
@@ -179,7 +156,7 @@ def test_nothing_on_disk_speaks_of_this_machine_and_everyone_may_read_it(
     family: Made, name: str
 ) -> None:
     root = family(name)
-    given = artifact.read_json(root / "base/config.json", "")
+    given = read_json(root / "base/config.json")
     same = given.keys() - {"vocab_size", "_name_or_path", "transformers_version"}
     for checkpoint in CHECKPOINTS:
         folder = root / "artifacts" / checkpoint
@@ -187,7 +164,7 @@ def test_nothing_on_disk_speaks_of_this_machine_and_everyone_may_read_it(
         assert not [
             path for path in folder.glob("*.json") if str(root) in path.read_text(encoding="utf-8")
         ]
-        config = artifact.read_json(folder / "config.json", "")
+        config = read_json(folder / "config.json")
         assert {key: config.get(key) for key in same} == {key: given[key] for key in same}
         assert (folder / "generation_config.json").read_text(encoding="utf-8") == GENERATION
 
@@ -245,9 +222,15 @@ def test_in_16_bits_every_stage_gives_what_transformers_and_peft_give(
     for checkpoint in CHECKPOINTS[1:]:
         weights = load_file(artifacts / checkpoint / "model.safetensors").values()
         assert {tensor.dtype for tensor in weights} == {torch.bfloat16}
-        assert_alike(ours(artifacts / checkpoint), theirs(artifacts / checkpoint), 0.5)
-    tuned = ours(artifacts / "expanded", artifacts / "lora_adapter")
-    assert_alike(tuned, theirs(artifacts / "expanded", artifacts / "lora_adapter"), 0.5)
+        assert_alike(
+            logits(ours(artifacts / checkpoint), IDS),
+            logits(theirs(artifacts / checkpoint), IDS),
+            0.5,
+        )
+    tuned = logits(ours(artifacts / "expanded", artifacts / "lora_adapter"), IDS)
+    assert_alike(
+        tuned, logits(theirs(artifacts / "expanded", artifacts / "lora_adapter"), IDS), 0.5
+    )
 
 
 @pytest.mark.parametrize("name", ["gemma", "opt"])
@@ -261,7 +244,7 @@ def test_trained_in_16_bits_a_base_of_32_gives_its_weights_in_32(
     )
     assert shapes(trained) == shapes(before)
     assert {tensor.dtype for tensor in load_file(trained).values()} == {torch.float32}
-    assert_alike(ours(trained.parent), theirs(trained.parent))
+    assert_alike(logits(ours(trained.parent), IDS), logits(theirs(trained.parent), IDS))
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -278,9 +261,9 @@ def test_models_with_a_bias_in_the_head_or_attention_of_their_own_go_through_too
     assert ("base_model.model.lm_head.bias" in shapes(adapter / "adapter_model.safetensors")) is (
         name == "phi"
     )
-    tuned = ours(base, adapter)
-    assert_alike(tuned, theirs(base, adapter))
-    assert_alike(tuned, theirs(merged))
+    tuned = logits(ours(base, adapter), IDS)
+    assert_alike(tuned, logits(theirs(base, adapter), IDS))
+    assert_alike(tuned, logits(theirs(merged), IDS))
 
 
 SILENT = """

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, PeftModel, get_peft_model
+from peft import IA3Config, get_peft_model
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
 
 from pipeline.calc.families import architecture
 from pipeline.calc.method import trainable
@@ -17,7 +16,9 @@ from pipeline.inference.engine import load, next_probabilities
 from pipeline.stages.methods.ia3 import COUNTED
 from pipeline.views.models import describe
 from tests.conftest import Lora
-from tests.helpers.projects import BRIEF, folder_bytes, make, refusal
+from tests.helpers.json_files import read_json, write_json
+from tests.helpers.projects import BRIEF, folder_bytes, logged_memory, make, refusal
+from tests.helpers.side_by_side import theirs
 
 GIVEN = [*BRIEF, "finetune_ia3.epochs=3"]
 TEXT = "die katze sitzt auf dem"
@@ -50,7 +51,7 @@ def test_peft_opens_it_and_says_the_same(tuned: Path, settings: list[str]) -> No
         )
     base, adapter = tuned / "artifacts/expanded", tuned / "artifacts/ia3_adapter"
     ours = load(base, adapter)
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    model = theirs(base, adapter)
     ids = torch.tensor([ours.tokenizer.encode(TEXT)])
     assert_close(
         next_probabilities(ours, TEXT), model(ids).logits[0, -1].softmax(-1), rtol=1e-5, atol=1e-6
@@ -66,7 +67,7 @@ def test_it_opens_peft_s(tuned: Path, tmp_path: Path) -> None:
         feedforward_modules=["fc2"],
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model = get_peft_model(theirs(base), config)
     torch.manual_seed(0)
     for name, p in model.named_parameters():
         if "ia3_l" in name:
@@ -81,10 +82,10 @@ def test_it_opens_peft_s(tuned: Path, tmp_path: Path) -> None:
 
 def test_the_calculator_counts_what_trains(tuned: Path) -> None:
     base = tuned / "artifacts/expanded"
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config = read_json(base / "config.json")
     parameters = read_manifest(tuned / "artifacts/ia3_adapter")["parameters"]
     peft = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base),
+        theirs(base),
         IA3Config(target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"]),
     )
     assert parameters["trainable"] == peft.get_nb_trainable_parameters()[0] == 2 * (64 + 64 + 256)
@@ -106,10 +107,7 @@ def test_its_memory_is_predicted(tuned: Path, settings: list[str]) -> None:
         ["finetune_ia3"],
         [*GIVEN, "finetune_ia3.seed=1", *(f"finetune_ia3.{each}" for each in settings)],
     )
-    telemetry = tuned / "runs/finetune_ia3/telemetry.csv"
-    predicted, measured = map(
-        int, telemetry.read_text(encoding="utf-8").splitlines()[-1].split(",")[-2:]
-    )
+    predicted, measured = logged_memory(tuned / "runs/finetune_ia3/telemetry.csv")
     assert measured == pytest.approx(predicted, rel=0.035)
 
 
@@ -118,7 +116,7 @@ def test_it_is_compared_listed_and_asked_and_what_needs_a_lora_refuses_it(
     tuned: Path, cli: Lora
 ) -> None:
     make(tuned, ["evaluate"], GIVEN)
-    metrics = json.loads((tuned / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(tuned / "artifacts/evaluation/metrics.json")
     assert metrics["ia3"]["trainable"] == 768
     assert "| (IA)³ |" in (tuned / "artifacts/evaluation/report.md").read_text(encoding="utf-8")
     assert describe(tuned / "artifacts/ia3_adapter").method == "ia3"
@@ -157,14 +155,12 @@ def test_a_file_that_does_not_fit_its_config_is_refused(tuned: Path, tmp_path: P
     adapter.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (adapter / name).write_bytes((tuned / "artifacts/ia3_adapter" / name).read_bytes())
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(adapter / "adapter_config.json")
     for change, message in (
         ({"feedforward_modules": []}, "shape"),
         ({"target_modules": ["k_proj"], "feedforward_modules": []}, "ia3_l"),
         ({"target_modules": ".*k_proj"}, "ia3_l"),
     ):
-        (adapter / "adapter_config.json").write_text(
-            json.dumps({**config, **change}), encoding="utf-8"
-        )
+        write_json(adapter / "adapter_config.json", {**config, **change})
         with pytest.raises(UserError, match=message):
             load(base, adapter)

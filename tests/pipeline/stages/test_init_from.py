@@ -2,7 +2,6 @@
 is refused.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,14 @@ from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import LOSS, read_steps
-from pipeline.project.runner import Note, Progress, run
+from pipeline.project.runner import Progress, run
 from pipeline.stages.init_from import STATE
 from pipeline.stages.registry import open_project
 from pipeline.views.models import check, describe
 from tests.conftest import Lora
-from tests.helpers.families import FAMILIES, TEXTS, new_project
-from tests.helpers.projects import STAGES, WORK, make_one
+from tests.helpers.families import new_lines_project
+from tests.helpers.json_files import read_json
+from tests.helpers.projects import STAGES, WORK, make_one, note_texts, section_overrides
 
 STAGE, OUTPUT, FIRST = "finetune_lora", "artifacts/lora_adapter", "first"
 SETTINGS = {
@@ -44,16 +44,9 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def expanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A toy Llama and two dozen texts of different lengths. Read it; do not write to it."""
-    root = new_project(tmp_path_factory.mktemp("continue") / "p", FAMILIES["llama"])
-    (root / "base/chat_template.jinja").unlink()
-    words = " ".join(TEXTS).split()
-    lines = [" ".join(words[start : start + 2 + start * 7 % 11]) for start in range(24)]
-    for name, some in {"lines": lines, "others": lines[::2]}.items():
-        (root / f"data/{name}.jsonl").write_text(
-            "".join(json.dumps({"text": line}) + "\n" for line in some)
-        )
-    for stage in ("pretrain", "expand_vocab"):
-        make_one(root, stage)
+    root = new_lines_project(tmp_path_factory.mktemp("continue") / "p")
+    lines = (root / "data/lines.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (root / "data/others.jsonl").write_text("".join(lines[::2]), encoding="utf-8")
     return root
 
 
@@ -63,18 +56,18 @@ def project(expanded: Path, tmp_path: Path) -> Path:
 
 
 def given(**changes: object) -> list[str]:
-    return [f"{STAGE}.{key}={value}" for key, value in {**SETTINGS, **changes}.items()]
+    return section_overrides(STAGE, {**SETTINGS, **changes})
 
 
-def trained(root: Path, **changes: object) -> tuple[Path, list[str]]:
+def tuned(root: Path, **changes: object) -> tuple[Path, list[str]]:
     """The adapter that such a run makes, and its notes."""
     shutil.rmtree(root / OUTPUT, ignore_errors=True)
     _, events = make_one(root, STAGE, given(**changes))
-    return root / OUTPUT, [event.text for event in events if isinstance(event, Note)]
+    return root / OUTPUT, note_texts(events)
 
 
 def first_of(root: Path, **changes: object) -> Path:
-    folder, _ = trained(root, **changes)
+    folder, _ = tuned(root, **changes)
     return folder.rename(root / FIRST)
 
 
@@ -103,7 +96,7 @@ def test_two_epochs_and_three_more_are_five_to_the_byte(
 ) -> None:
     """Also with the second run killed in between, and continued from its checkpoint."""
     first_of(project, epochs=2, **changes)
-    whole, _ = trained(project, epochs=5, **changes)
+    whole, _ = tuned(project, epochs=5, **changes)
     weights, losses = (
         (whole / WEIGHTS).read_bytes(),
         [step.loss for step in read_steps(whole / LOSS)],
@@ -120,7 +113,7 @@ def test_two_epochs_and_three_more_are_five_to_the_byte(
     )
     next(event for event in events if isinstance(event, Progress) and event.done == 4)
     events.close()
-    folder, notes = trained(project, **second)
+    folder, notes = tuned(project, **second)
     assert any("resumed after step 3" in note for note in notes)
     assert any(
         f"trains on from {FIRST} and its optimizer's state, after its" in note for note in notes
@@ -135,7 +128,7 @@ def test_a_schedule_is_the_runs_own(project: Path) -> None:
     """A run that continues warms up again: the rates of both are as their settings say."""
     schedule = {"schedule": "linear", "warmup_steps": 2}
     first_of(project, epochs=2, **schedule)
-    folder, _ = trained(project, epochs=2, init_from=FIRST, **schedule)
+    folder, _ = tuned(project, epochs=2, init_from=FIRST, **schedule)
     rates = [
         [step.learning_rate for step in read_steps(one / LOSS)] for one in (project / FIRST, folder)
     ]
@@ -158,7 +151,7 @@ def test_other_data_and_settings_begin_their_own_order_with_the_same_weights(
     project: Path, changes: dict[str, object], said: str
 ) -> None:
     first_of(project, epochs=2)
-    folder, notes = trained(
+    folder, notes = tuned(
         project, init_from=FIRST, **{"epochs": 1, "learning_rate": 1e-12, **changes}
     )
     assert any(said in note for note in notes)
@@ -172,10 +165,10 @@ def test_what_the_adapter_says_counts_not_the_settings(project: Path) -> None:
     that.
     """
     first_of(project, epochs=1, target_modules="[q_proj, down_proj]")
-    folder, _ = trained(
+    folder, _ = tuned(
         project, epochs=1, init_from=FIRST, rank=7, alpha=1, target_modules="[v_proj]"
     )
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = read_json(folder / "adapter_config.json")
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (
         3,
         6,
@@ -228,7 +221,7 @@ def test_an_adapter_of_pefts_is_trained_as_peft_and_torch_train_it(
         "eval_share": 0,
         "save_optimizer": "false",
     }
-    folder, _ = trained(project, init_from=FIRST, **changes)
+    folder, _ = tuned(project, init_from=FIRST, **changes)
 
     model = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(project / "artifacts/expanded"),

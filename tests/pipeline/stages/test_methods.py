@@ -33,6 +33,8 @@ from pipeline.stages.registry import METHODS, open_project
 from pipeline.views.models import check, describe
 from tests.conftest import Lora
 from tests.helpers import families
+from tests.helpers.checkpoints import token_ids
+from tests.helpers.json_files import write_jsonl
 from tests.helpers.process import Forked
 from tests.helpers.projects import (
     COMMAND,
@@ -45,7 +47,7 @@ from tests.helpers.projects import (
     played,
     refusal,
 )
-from tests.pipeline.adapters.test_peft_interop import randomized
+from tests.helpers.side_by_side import randomized
 
 EVERY, KILLED = 2, 6  # steps between checkpoints; the step that a killed run does not take
 Arguments = tuple[str, ...]
@@ -221,9 +223,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
                 {"prompt": one.text[:6], "chosen": one.text[6:16], "rejected": one.text[16:30]}
                 for one in read_examples(root / "data/all.jsonl", "all", templated=False) * 3
             ]
-            (root / "data/pairs.jsonl").write_text(
-                "\n".join(map(json.dumps, pairs)), encoding="utf-8"
-            )
+            write_jsonl(root / "data/pairs.jsonl", pairs)
         make(root, ["pretrain", "expand_vocab"], BASES[base])
         return root
 
@@ -254,7 +254,7 @@ def base_of(root: Path) -> Path:
 def tokens(base: str) -> Tensor:
     """Two sequences of all that the base knows, its new words among them."""
     rows = {"minigpt": 99, "llama": 122}[base]
-    return torch.randint(3, rows, (2, 9), generator=torch.Generator().manual_seed(3))
+    return token_ids(rows, 2, 9)
 
 
 def stock(folder: Path, kept: Quantization = "none") -> Any:

@@ -2,7 +2,6 @@
 that the user set.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.stages.methods.lora import FinetuneLora, rate_for
 from pipeline.stages.recipe import ROOM, Machine, Recipe, choose
 from pipeline.stages.registry import COUNTED, METHODS
+from tests.helpers.json_files import write_json
 from tests.helpers.projects import load
 
 QWEN = built_in("qwen3-0.6b").shapes
@@ -41,9 +41,7 @@ def test_a_bare_section_has_what_is_chosen_but_for_what_depends_on_data_and_memo
     stage = METHODS[method]
     (tmp_path / "params.yaml").write_text(f"base: model\n{stage.section}: {{}}\n", encoding="utf-8")
     (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text(
-        json.dumps({"hidden_size": QWEN.hidden}), encoding="utf-8"
-    )
+    write_json(tmp_path / "model/config.json", {"hidden_size": QWEN.hidden})
     bare = load(tmp_path / "params.yaml").section(stage.section)
     recipe = choose(QWEN, DATA, 0.1, Machine("a device", 64 * GIB, True), [stage], {})
     by_data = {"batch_size", "gradient_accumulation_steps", "max_length", "eval_share", "samples"}

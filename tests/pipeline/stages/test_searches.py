@@ -27,13 +27,14 @@ from pipeline.stages.methods.sweep import run as sweep
 from pipeline.stages.registry import open_project
 from pipeline.stages.searches import Trial, halving, optuna, random
 from tests.helpers.bases import toy_checkpoint
+from tests.helpers.json_files import read_json
 from tests.helpers.process import Forked
 from tests.helpers.projects import (
     LORA,
     STAGES,
     folder_bytes,
     load,
-    make,
+    make_base,
     new_project,
     played,
     refusal,
@@ -46,9 +47,9 @@ HELD_OUT = ["finetune_lora.eval_share=0.3", "finetune_lora.epochs=5"]
 
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = new_project(tmp_path_factory.mktemp("searches") / "mini")
-    make(root, ["pretrain", "expand_vocab"], ["pretrain.epochs=3"])
-    return root
+    return make_base(
+        new_project(tmp_path_factory.mktemp("searches") / "mini"), ["pretrain.epochs=3"]
+    )
 
 
 def settings_of(grid: Any, search: str = "random", **keys: Any) -> FinetuneSweep:
@@ -66,10 +67,7 @@ def swept(root: Path, overrides: Sequence[str], **options: Any) -> tuple[dict[st
     manifest, events = played(
         run(open_project(root / "params.yaml", overrides), STAGE, sweep, **options)
     )
-    assert (
-        json.loads((root / "artifacts/sweep/sweep.json").read_text(encoding="utf-8"))
-        == manifest["adapters"]
-    )
+    assert read_json(root / "artifacts/sweep/sweep.json") == manifest["adapters"]
     return manifest["adapters"], events
 
 
@@ -386,7 +384,7 @@ def test_apply_writes_the_winners_values_and_those_of_set_and_nothing_else(
             "finetune", "sweep", "--apply", *(f"--set={one}" for one in given), cwd=mini
         )
         assert code == 0, err
-        rows = json.loads((mini / "artifacts/sweep/sweep.json").read_text(encoding="utf-8"))
+        rows = read_json(mini / "artifacts/sweep/sweep.json")
         best = min(rows, key=lambda name: rows[name]["eval_loss"])
         assert f"best: {best}, held-out loss" in out
         after = path.read_text(encoding="utf-8")
@@ -433,7 +431,7 @@ def test_over_sweeps_around_the_advised_rate_and_the_projects_own_rank(
         "finetune", "sweep", "--over", "learning_rate", "--set=finetune_lora.epochs=1", cwd=mini
     )
     assert code == 0, err
-    rows = json.loads((mini / "artifacts/sweep/sweep.json").read_text(encoding="utf-8"))
+    rows = read_json(mini / "artifacts/sweep/sweep.json")
     assert [row["values"]["learning_rate"] for row in rows.values()] == [
         0.00022,
         0.00067,

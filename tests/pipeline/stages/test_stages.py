@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from pipeline.data.answers.prompts import read_prompts
 from pipeline.errors import UserError
@@ -24,24 +24,22 @@ from pipeline.project.logs.run_log import final_loss, read_final_loss, read_step
 from pipeline.project.runner import run
 from pipeline.stages.registry import open_project
 from pipeline.weights.edits import AddLowRank
+from tests.helpers.json_files import read_json
 from tests.helpers.projects import BRIEF, METHODS, PIPELINE, ROOT, STAGES, make, make_one
+from tests.helpers.side_by_side import theirs
 
 Lora = Callable[..., tuple[int, str, str]]
 
 
-def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 @pytest.fixture(scope="module")
 def metrics(finished: Path) -> Any:
-    return read(finished / "artifacts/evaluation/metrics.json")
+    return read_json(finished / "artifacts/evaluation/metrics.json")
 
 
 def test_pretraining_answers_the_seven_prompts_of_section_6(finished: Path) -> None:
     folder = finished / "artifacts/base"
     model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(folder).eval(),
+        theirs(folder),
         AutoTokenizer.from_pretrained(folder),
     )
     prompts = [
@@ -80,7 +78,7 @@ def test_losses_and_kept_answers_are_those_that_transformers_computes(
     }
     answers: dict[str, torch.Tensor] = {}
     for name, folder in folders.items():
-        model = AutoModelForCausalLM.from_pretrained(finished / "artifacts" / folder).eval()
+        model = theirs(finished / "artifacts" / folder)
         tokenizer = AutoTokenizer.from_pretrained(finished / "artifacts" / folder)
         losses, choices = [], []
         for text in (finished / "data/pretrain.de.txt").read_text(encoding="utf-8").splitlines():
@@ -108,7 +106,7 @@ def test_completed_sentences_are_those_that_transformers_completes(
         "freeze": "layer_frozen",
         "merged": "lora_merged",
     }.items():
-        model = AutoModelForCausalLM.from_pretrained(finished / "artifacts" / folder).eval()
+        model = theirs(finished / "artifacts" / folder)
         tokenizer = AutoTokenizer.from_pretrained(finished / "artifacts" / folder)
         done = 0
         for text in (finished / "data/finetune.de.txt").read_text(encoding="utf-8").splitlines():
@@ -162,7 +160,7 @@ def test_only_what_a_method_trains_has_changed(finished: Path) -> None:
 
 
 def test_expanding_keeps_old_rows_and_says_so(finished: Path) -> None:
-    audit = read(finished / "artifacts/expanded/audit.json")
+    audit = read_json(finished / "artifacts/expanded/audit.json")
     assert (audit["old_rows_identical"], audit["old_ids_kept"], audit["drift"]) == (True, True, 0.0)
     assert audit["sentences_checked"] == 22
     assert len(audit["new_words"]) == 25
@@ -186,7 +184,7 @@ def test_new_rows_leaves_the_old_rows_bit_identical(project: Path) -> None:
 
 
 def test_the_certificate_says_that_every_delta_was_merged_once(finished: Path) -> None:
-    certificate = read(finished / "artifacts/lora_merged/certificate.json")
+    certificate = read_json(finished / "artifacts/lora_merged/certificate.json")
     ratios = certificate["delta_ratios"]
     assert len(ratios) == 8
     assert all(ratio == pytest.approx(1, abs=1e-5) for ratio in ratios.values())
@@ -239,13 +237,13 @@ def test_answers_compare_as_the_tokenizer_sees_them_and_must_be_words_it_knows(
     project: Path,
 ) -> None:
     prompts = project / "data/prompts.yaml"
-    before = read(project / "artifacts/evaluation/metrics.json")
+    before = read_json(project / "artifacts/evaluation/metrics.json")
     prompts.write_text(
         prompts.read_text(encoding="utf-8").replace("answer: tisch", "answer: Tisch"),
         encoding="utf-8",
     )
     make(project, ["merge", "evaluate"], BRIEF)
-    assert read(project / "artifacts/evaluation/metrics.json") == before
+    assert read_json(project / "artifacts/evaluation/metrics.json") == before
     prompts.write_text(
         prompts.read_text(encoding="utf-8").replace("answer: Tisch", "answer: tsich"),
         encoding="utf-8",
@@ -258,12 +256,12 @@ def test_answers_compare_as_the_tokenizer_sees_them_and_must_be_words_it_knows(
 @pytest.mark.slow
 def test_decomposed_letters_in_a_data_file_change_nothing(project: Path) -> None:
     data = project / "data/finetune.de.txt"
-    before = read(project / "artifacts/evaluation/metrics.json")
+    before = read_json(project / "artifacts/evaluation/metrics.json")
     data.write_text(
         unicodedata.normalize("NFD", data.read_text(encoding="utf-8")), encoding="utf-8"
     )
     make(project, ["evaluate"], BRIEF)
-    after = read(project / "artifacts/evaluation/metrics.json")
+    after = read_json(project / "artifacts/evaluation/metrics.json")
     assert after == before
 
 
@@ -311,7 +309,7 @@ def test_an_expanded_vocabulary_without_new_words_is_fine(project: Path) -> None
 
 
 def test_predictions_hold_every_prompt_of_every_variant(finished: Path) -> None:
-    predictions = read(finished / "artifacts/evaluation/predictions.json")
+    predictions = read_json(finished / "artifacts/evaluation/predictions.json")
     prompts, tasks = (
         [p.prompt for p in read_prompts(ROOT / "data/prompts.yaml", "p")],
         predictions.pop("tasks"),
@@ -384,8 +382,8 @@ def test_a_manifest_says_how_its_artifact_was_made_and_nothing_that_differs(brie
         assert str(brief) not in text
         if name != "evaluation":
             assert manifest["parameters"]["total"] in (109_568, 112_768)
-    adapter = read(brief / "artifacts/lora_adapter/manifest.json")
-    expanded = read(brief / "artifacts/expanded/manifest.json")
+    adapter = read_json(brief / "artifacts/lora_adapter/manifest.json")
+    expanded = read_json(brief / "artifacts/expanded/manifest.json")
     assert adapter["base"] == expanded["fingerprint"]
 
 
@@ -427,8 +425,8 @@ def test_adapters_beside_the_pipelines_are_evaluated_as_variants_are(
     code, out, _ = cli("evaluate", "--adapter", "artifacts/sweep/rank-1", cwd=project)
     assert code == 0 and "artifacts/copy" in out and "artifacts/sweep/rank-1" in out
     alone, together = (
-        read(artifacts / "measured/metrics.json"),
-        read(artifacts / "evaluation/metrics.json")["lora"],
+        read_json(artifacts / "measured/metrics.json"),
+        read_json(artifacts / "evaluation/metrics.json")["lora"],
     )
     shared = alone["artifacts/copy"].keys() & together.keys()
     assert {"forgetting", "new_loss", "new_completed", "old_prompts_kept", "tasks"} <= shared
@@ -451,7 +449,7 @@ def test_adapters_beside_the_pipelines_are_evaluated_as_variants_are(
         )[0]
         == 0
     )
-    assert list(read(artifacts / "measured/metrics.json")) == ["base", "artifacts/copy"], (
+    assert list(read_json(artifacts / "measured/metrics.json")) == ["base", "artifacts/copy"], (
         "other settings: measured anew"
     )
     code, _, err = cli("evaluate", "--adapter", "artifacts/base", cwd=project)

@@ -2,7 +2,6 @@
 together.
 """
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -23,10 +22,21 @@ from pipeline.errors import UserError
 from pipeline.models.load import load_base
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.project.logs.run_log import read_steps
-from pipeline.project.runner import Note, Progress, run
+from pipeline.project.runner import Progress, run
 from pipeline.stages.registry import open_project
 from tests.helpers.families import FAMILIES, new_project
-from tests.helpers.projects import BRIEF, STAGES, WORK, folder_bytes, load, make, make_one
+from tests.helpers.json_files import read_json
+from tests.helpers.projects import (
+    BRIEF,
+    STAGES,
+    WORK,
+    folder_bytes,
+    load,
+    make,
+    make_base,
+    make_one,
+    note_texts,
+)
 
 FOLDER = "artifacts/from_scratch"
 STILL = [
@@ -42,9 +52,7 @@ def weights(root: Path, name: str = FOLDER) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A toy Llama stored in fp32, expanded. Copy it before anything is made in it."""
-    root = new_project(tmp_path_factory.mktemp("scratch") / "p", FAMILIES["llama"])
-    make(root, ["pretrain", "expand_vocab"])
-    return root
+    return make_base(new_project(tmp_path_factory.mktemp("scratch") / "p", FAMILIES["llama"]))
 
 
 @pytest.fixture
@@ -54,7 +62,7 @@ def real(llama: Path, tmp_path: Path) -> Path:
 
 def test_minigpt_begins_with_its_own_initialisation_from_the_seed(project: Path) -> None:
     make(project, ["train_from_scratch"], [*BRIEF, *STILL, "train_from_scratch.seed=7"])
-    config = json.loads((project / "artifacts/expanded/config.json").read_text(encoding="utf-8"))
+    config = read_json(project / "artifacts/expanded/config.json")
     torch.manual_seed(7)
     expected = MiniGPT(MiniGPTConfig.from_opt(config, "config"))
     found = load_base(project / FOLDER).model
@@ -126,9 +134,7 @@ def test_a_run_that_stops_goes_on_and_ends_with_the_same_bytes(real: Path) -> No
     next(event for event in events if isinstance(event, Progress) and event.done == 13)
     events.close()
     _, seen = make_one(real, "train_from_scratch", given)
-    assert "train_from_scratch: resumed after step 10" in [
-        event.text for event in seen if isinstance(event, Note)
-    ]
+    assert "train_from_scratch: resumed after step 10" in note_texts(seen)
     assert folder_bytes(real / FOLDER) == expected
 
 
@@ -254,9 +260,7 @@ def test_it_takes_as_many_steps_as_pretraining_and_full_fine_tuning_and_forgets_
         return len(read_steps(finished / "artifacts" / folder / "loss.csv"))
 
     assert steps("from_scratch") == steps("base") + steps("full_finetuned") == 1_200
-    metrics: dict[str, Any] = json.loads(
-        (finished / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8")
-    )
+    metrics: dict[str, Any] = read_json(finished / "artifacts/evaluation/metrics.json")
     scratch, lora = metrics["scratch"], metrics["lora"]
     assert scratch["trainable"] == scratch["parameters"] == metrics["full"]["parameters"]
     assert (scratch["new_completed"], scratch["old_prompts_kept"]) == (8, scratch["old_prompts"])

@@ -7,21 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from peft import PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError
 from pipeline.export.model_card import card
-from pipeline.files.artifact import read_json, read_manifest
-from pipeline.inference.engine import LoadedModel, load
+from pipeline.files.artifact import read_manifest
+from pipeline.inference.engine import load
 from pipeline.inference.model_pool import ModelPool
 from pipeline.models.load import load_base
 from pipeline.views.models import adapters, describe
 from tests.conftest import Lora
-from tests.helpers.projects import BRIEF, METHODS, PIPELINE, folder_bytes, make, refusal
+from tests.helpers.checkpoints import token_ids
+from tests.helpers.json_files import read_json
+from tests.helpers.projects import BRIEF, METHODS, PIPELINE, cut_off, folder_bytes, make, refusal
+from tests.helpers.side_by_side import logits, ours, theirs
 
-IDS = torch.randint(3, 99, (2, 6), generator=torch.Generator().manual_seed(3))
+IDS = token_ids(99, 2, 6)
 each_kind = pytest.mark.parametrize("kind", ["prefix", "prompt"])
 
 
@@ -30,21 +33,14 @@ def parts(root: Path, kind: str) -> tuple[Path, Path]:
     return root / "artifacts/expanded", root / "artifacts" / kind
 
 
-@torch.no_grad()
-def logits(loaded: LoadedModel) -> torch.Tensor:
-    out: torch.Tensor = loaded.model(IDS)
-    return out
-
-
 @pytest.mark.filterwarnings("ignore")
 @each_kind
 @torch.no_grad()
 def test_what_the_stage_made_opens_in_peft_and_has_learned(finished: Path, kind: str) -> None:
     base, adapter = parts(finished, kind)
-    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
-    found = logits(load(base, adapter))
-    assert (found - theirs(input_ids=IDS).logits[:, -6:]).abs().max() < 1e-4
-    metrics = read_json(finished / "artifacts/evaluation/metrics.json", "")
+    found, wanted = logits(ours(base, adapter), IDS), theirs(base, adapter)(IDS).logits
+    assert (found - wanted[:, -6:]).abs().max() < 1e-4
+    metrics = read_json(finished / "artifacts/evaluation/metrics.json")
     assert metrics[kind]["new_loss"] < metrics["expanded"]["new_loss"] - 1
     assert (
         metrics[kind]["trainable"]
@@ -79,7 +75,7 @@ def test_another_base_an_edit_and_a_cut_are_refused(project: Path, kind: str) ->
         load(base, adapter)
     config.write_text(text, encoding="utf-8")
     weights = adapter / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-8])
+    cut_off(weights, 8)
     with pytest.raises(UserError, match=r"adapter_model.safetensors was changed after"):
         load(base, adapter)
 
@@ -142,7 +138,8 @@ def test_exported_for_peft_it_is_what_peft_opens_with_a_card(
         "one note: others cannot find this base"
     )
     assert torch.equal(
-        logits(load(parts(project, kind)[0], project / "out")), logits(load(*parts(project, kind)))
+        logits(ours(parts(project, kind)[0], project / "out"), IDS),
+        logits(ours(*parts(project, kind)), IDS),
     )
     text = (project / "out/README.md").read_text(encoding="utf-8")
     assert f"- {kind} tuning, 8 virtual tokens\n" in text
@@ -176,7 +173,9 @@ def test_pefts_own_prefix_is_imported_and_bound(cli: Lora, project: Path) -> Non
     assert (code, err) == (0, "")
     assert said.startswith("mine  fits artifacts/expanded")
     assert read_manifest(project / "mine")["params"]["virtual_tokens"] == 6
-    assert torch.equal(logits(load(base, project / "mine")), logits(load(base, project / "theirs")))
+    assert torch.equal(
+        logits(ours(base, project / "mine"), IDS), logits(ours(base, project / "theirs"), IDS)
+    )
     other = project / "artifacts/base"
     with pytest.raises(UserError, match="was trained on another base"):
         load(other, project / "mine")
@@ -186,7 +185,8 @@ def test_adapters_of_every_kind_share_one_base_and_do_not_disturb_each_other(bri
     base = brief / "artifacts/expanded"
     names = {"lora_adapter": "lora_adapter", "prefix": "prefix", "prompt": "prompt"}
     alone = {
-        name: logits(load(base, brief / "artifacts" / folder)) for name, folder in names.items()
+        name: logits(ours(base, brief / "artifacts" / folder), IDS)
+        for name, folder in names.items()
     }
     models = ModelPool()
     plain = models.load("base", base, None)[0]
@@ -195,9 +195,9 @@ def test_adapters_of_every_kind_share_one_base_and_do_not_disturb_each_other(bri
         for name, folder in names.items()
     }
     for name, resident in residents.items():
-        assert torch.equal(logits(resident.at(1)), alone[name])
-        assert torch.equal(logits(resident.at(0)), logits(plain.loaded))
-    assert torch.equal(logits(plain.loaded), logits(load(base)))
+        assert torch.equal(logits(resident.at(1).model, IDS), alone[name])
+        assert torch.equal(logits(resident.at(0).model, IDS), logits(plain.loaded.model, IDS))
+    assert torch.equal(logits(plain.loaded.model, IDS), logits(ours(base), IDS))
     for name in ("prefix", "prompt"):
         with pytest.raises(
             UserError, match="consists of virtual tokens, whose strength cannot be scaled"
@@ -214,12 +214,13 @@ def test_on_a_base_in_four_bits_they_train_and_load_on_the_same_bits(
     base, adapter = parts(project, kind)
     assert read_manifest(adapter)["parameters"]["total"] == 112_768
     assert (
-        logits(load(base, adapter)) - logits(load(base, adapter, quantization="none"))
+        logits(ours(base, adapter), IDS)
+        - logits(load(base, adapter, quantization="none").model, IDS)
     ).abs().max() > 1e-3
 
 
 def test_every_method_has_its_row_in_the_comparison(brief: Path) -> None:
-    metrics: dict[str, Any] = read_json(brief / "artifacts/evaluation/metrics.json", "")
+    metrics: dict[str, Any] = read_json(brief / "artifacts/evaluation/metrics.json")
     assert {method for method in METHODS if f"finetune_{method}" in PIPELINE} <= set(metrics)
     report = (brief / "artifacts/evaluation/report.md").read_text(encoding="utf-8")
     for name in ("Prefix tuning", "Prompt tuning"):

@@ -1,7 +1,6 @@
 """`python -m bench recipe`: its tasks, what it concludes from runs, and a run on a toy."""
 
 import csv
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from pipeline.stages.methods.lora import WIDTH, FinetuneLora
 from pipeline.stages.recipe import Machine, choose
 from pipeline.stages.registry import METHODS
 from tests.helpers.bases import toy_checkpoint
+from tests.helpers.json_files import write_jsonl
 
 SLOW, FAST = setting(2e-4, 8, 3), setting(1e-3, 16, 5, 4)
 
@@ -43,7 +43,7 @@ def test_the_rows_are_a_data_file_whose_answers_match_themselves(
 ) -> None:
     rows = [row for part in task.split() for row in part]
     path = tmp_path / "rows.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    write_jsonl(path, rows)
     assert len(read_examples(path, path.name)) == len(rows)
     for answer in {answer_of(row) for row in rows[:50]}:
         matched = match(answer, answer)

@@ -3,7 +3,6 @@ ends.
 """
 
 import ctypes
-import json
 import os
 import shlex
 import shutil
@@ -26,11 +25,13 @@ from pipeline.project.logs.run_log import read_steps
 from pipeline.project.runner import checkpoints
 from pipeline.training.parallel import launch
 from tests.conftest import Lora
-from tests.helpers import families, projects
-from tests.helpers.families import FAMILIES, TEXTS
+from tests.helpers import projects
+from tests.helpers.families import TEXTS, new_lines_project
+from tests.helpers.json_files import write_jsonl
 from tests.helpers.process import Forked
-from tests.helpers.projects import LORA, make
-from tests.pipeline.training.test_training_resume import FOLDER, STAGE, fresh, write
+from tests.helpers.projects import LORA, fresh, section_overrides
+
+STAGE, FOLDER = "finetune_lora", "artifacts/lora_adapter"
 
 PIDFD_GETFD = 438  # the system call that copies a file descriptor of another process
 CURVE, WEIGHTS = 1e-5, 1e-4  # tolerances: sums in another order
@@ -52,15 +53,7 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def expanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An fp32 base and two dozen texts of very different lengths. Read it; do not write to it."""
-    root = families.new_project(tmp_path_factory.mktemp("several") / "p", FAMILIES["llama"])
-    (root / "base/chat_template.jinja").unlink()  # each process would start another to render it
-    words = " ".join(TEXTS).split()
-    write(
-        root / "data/lines.jsonl",
-        [" ".join(words[start : start + 2 + start * 7 % 11]) for start in range(24)],
-    )
-    make(root, ["pretrain", "expand_vocab"])
-    return root
+    return new_lines_project(tmp_path_factory.mktemp("several") / "p")
 
 
 @pytest.fixture
@@ -73,9 +66,9 @@ def trivial(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A MiniGPT project, so that workers need not import transformers. Read it; do not write to
     it.
     """
-    root = projects.new_project(tmp_path_factory.mktemp("trivial") / "p")
-    make(root, ["pretrain", "expand_vocab"], ["pretrain.epochs=2"])
-    return root
+    return projects.make_base(
+        projects.new_project(tmp_path_factory.mktemp("trivial") / "p"), projects.BRIEF
+    )
 
 
 @pytest.fixture
@@ -88,8 +81,8 @@ def on_two_devices(epochs: int) -> list[str]:
 
 
 def command(*flags: str, **changes: object) -> list[str]:
-    values = [f"--set={STAGE}.{key}={value}" for key, value in {**SETTINGS, **changes}.items()]
-    return [LORA, "finetune", "lora", *flags, *values]
+    values = section_overrides(STAGE, {**SETTINGS, **changes})
+    return [LORA, "finetune", "lora", *flags, *(f"--set={value}" for value in values)]
 
 
 def started(root: Path, commands: Sequence[list[str]]) -> list[Forked]:
@@ -112,7 +105,7 @@ def ended(processes: Sequence[Forked]) -> list[tuple[int, str]]:
     return [process.end() for process in processes]
 
 
-def trained(root: Path, size: int, one: list[str], made: str = FOLDER) -> Path:
+def copied_run(root: Path, size: int, one: list[str], made: str = FOLDER) -> Path:
     """A copy of the adapter's folder after a run in `size` processes."""
     found = ended(started(root, [one] * size)) if size > 1 else [Forked(one, root).end()]
     assert [code for code, _ in found] == [0] * size, found
@@ -161,8 +154,8 @@ def tensors(folder: Path) -> Mapping[str, torch.Tensor]:
 def test_several_processes_learn_what_one_learns(
     project: Path, size: int, flags: list[str], changes: dict[str, object]
 ) -> None:
-    alone = trained(project, 1, command(**changes))
-    several = trained(fresh(project), size, command(*flags, **changes))
+    alone = copied_run(project, 1, command(**changes))
+    several = copied_run(fresh(project, STAGE), size, command(*flags, **changes))
     assert_same(several, alone)
     assert digest(several / "adapter_config.json") == digest(alone / "adapter_config.json")
 
@@ -175,7 +168,9 @@ def test_a_sharded_base_gives_the_bits_of_a_whole_one(project: Path, quantizatio
         pytest.importorskip("bitsandbytes")
     found = []
     for flag in ("--no-shard", "--shard"):
-        folder = trained(fresh(project), 2, command(flag, quantization=quantization, epochs=1))
+        folder = copied_run(
+            fresh(project, STAGE), 2, command(flag, quantization=quantization, epochs=1)
+        )
         found.append((curve(folder), tensors(folder)))
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
@@ -193,7 +188,7 @@ def test_several_processes_learn_the_preferences_that_one_learns(project: Path, 
         }
         for n in range(20)
     ]
-    (project / "data/pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    write_jsonl(project / "data/pairs.jsonl", rows)
     given = {
         "data": "data/pairs.jsonl",
         "loss": loss,
@@ -211,7 +206,7 @@ def test_several_processes_learn_the_preferences_that_one_learns(project: Path, 
     for size in (1, 2):
         shutil.rmtree(project / ".lora-cache", ignore_errors=True)
         shutil.rmtree(project / "runs", ignore_errors=True)
-        folder = trained(project, size, asked, "artifacts/dpo_adapter")
+        folder = copied_run(project, size, asked, "artifacts/dpo_adapter")
         steps = read_steps(folder / "loss.csv")
         found.append(tensors(folder))
         rewards.append(
@@ -227,7 +222,7 @@ def test_several_processes_learn_the_preferences_that_one_learns(project: Path, 
 
 
 def test_pitfall_21_a_sharded_run_writes_the_whole_adapter(project: Path, cli: Lora) -> None:
-    folder = trained(project, 2, command("--shard", train_embeddings="all"))
+    folder = copied_run(project, 2, command("--shard", train_embeddings="all"))
     made = tensors(folder)
     assert all(tensor.numel() and tensor.isfinite().all() for tensor in made.values())
     assert any(tensor.any() for key, tensor in made.items() if key.endswith("lora_B.weight")), (
@@ -241,9 +236,9 @@ def test_pitfall_21_a_sharded_run_writes_the_whole_adapter(project: Path, cli: L
 @pytest.mark.slow
 def test_a_checkpoint_does_not_depend_on_how_many_processes_made_it(project: Path) -> None:
     one = command(epochs=20)
-    whole, log = trained(project, 1, one), project / f"runs/{STAGE}/loss.csv"
+    whole, log = copied_run(project, 1, one), project / f"runs/{STAGE}/loss.csv"
     for before, after in ((2, 1), (1, 2)):
-        running = started(fresh(project), [one] * before)
+        running = started(fresh(project, STAGE), [one] * before)
         wait_for(lambda: len(read_steps(log)) >= 3, running)
         for process in running:
             assert process.process.pid
@@ -251,7 +246,7 @@ def test_a_checkpoint_does_not_depend_on_how_many_processes_made_it(project: Pat
         codes = [code for code, _ in ended(running)]
         assert codes == [128 + signal.SIGTERM, *[0] * (before - 1)]
         assert checkpoints(log.parent)
-        assert_same(trained(project, after, one), whole)
+        assert_same(copied_run(project, after, one), whole)
 
 
 def wait_for(condition: Callable[[], bool], running: Sequence[Forked]) -> None:

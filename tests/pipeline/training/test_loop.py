@@ -3,7 +3,6 @@ next one goes on.
 """
 
 import gc
-import json
 import math
 import os
 import re
@@ -53,6 +52,7 @@ from pipeline.training.parallel.collectives import SLOWEST_STEP, CollectiveError
 from pipeline.training.retention import RetentionLoss
 from pipeline.training.step import Evaluation, Learner, LossPath, StepBatch
 from pipeline.training.task import TrainingTask, build_optimizer, prepare_model
+from tests.helpers.json_files import read_json
 from tests.helpers.projects import STAGES, folder_bytes, played
 from tests.helpers.real import listed, notes, toy, windows_of, with_lora
 
@@ -776,7 +776,7 @@ def test_one_that_diverges_is_told_and_its_neighbour_trains_on_also_after_a_resu
         r"Lower its learning_rate\.",
         told,
     )
-    table = json.loads((tmp_path / "whole/sweep.json").read_text(encoding="utf-8"))
+    table = read_json(tmp_path / "whole/sweep.json")
     assert table == {"b": {"state": "diverged", "steps": 1}}
     assert [len(read_steps(tmp_path / "whole" / name / "loss.csv")) for name in "ab"] == [TOTAL, 1]
     abandon(tmp_path / "run", 5, 4, diverging(1))

@@ -24,6 +24,7 @@ from pipeline.training.loop import steps
 from pipeline.training.noise import LearnerNoise, training_noise
 from pipeline.training.step import Evaluation, loss_of
 from pipeline.training.task import TrainingTask, build_optimizer
+from tests.helpers.checkpoints import token_ids
 from tests.helpers.real import listed, stock, toy, windows_of, with_lora
 
 DROPOUT = 0.4
@@ -59,7 +60,7 @@ def test_a_step_with_dropout_is_pefts_under_the_same_masks(
 ) -> None:
     names, ids = (
         TARGETS[family],
-        torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0)),
+        token_ids(90, 2, 7, seed=0),
     )
     ours = with_lora(toy(family), names=names, dora=dora, dropout=DROPOUT)
     config = LoraConfig(

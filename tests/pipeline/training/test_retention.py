@@ -3,7 +3,6 @@ base.
 """
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,8 @@ from pipeline.training.losses import CHUNK
 from pipeline.training.optimizer import FlatOptimizer
 from pipeline.training.retention import COMPLETION, RetentionLoss, load_retention_texts
 from tests.helpers.families import FAMILIES, new_project
-from tests.helpers.projects import STAGES, make, played
+from tests.helpers.json_files import write_jsonl
+from tests.helpers.projects import STAGES, make_base, played
 from tests.helpers.real import (
     gradient_of,
     listed,
@@ -188,9 +188,7 @@ def test_every_text_has_its_turn_and_a_step_has_the_same_ones_whenever_it_comes(
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = new_project(tmp_path_factory.mktemp("retain") / "p", FAMILIES["llama"])
-    make(root, ["pretrain", "expand_vocab"])
-    return root
+    return make_base(new_project(tmp_path_factory.mktemp("retain") / "p", FAMILIES["llama"]))
 
 
 LORA = [
@@ -219,9 +217,7 @@ def test_a_prompt_alone_is_completed_by_the_base_itself(project: Path) -> None:
     """Greedily, as in transformers' generate, before training."""
     prompts = ["The currency of", "Two and"]
     lines = [{"prompt": prompts[0]}, {"text": "The yen."}, {"prompt": prompts[1]}]
-    (project / "data/mine.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
-    )
+    write_jsonl(project / "data/mine.jsonl", lines)
     overrides = ["finetune_lora.retention_data=data/mine.jsonl", "finetune_lora.retention_weight=1"]
     whole = open_project(project / "params.yaml", overrides)
     folder = project / "artifacts/expanded"

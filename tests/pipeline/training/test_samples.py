@@ -1,6 +1,5 @@
 """Samples while a model learns: they are what it says, and they change nothing that it learns."""
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -8,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
 from pipeline.inference.engine import complete, load
 from pipeline.models.kernels import decode
 from pipeline.project.logs.run_log import SAMPLES, Sample, Step, final_answers, parse_sample
 from pipeline.project.runner import Progress, run
 from pipeline.stages.registry import open_project
+from tests.helpers.errors import user_error
+from tests.helpers.json_files import read_json
 from tests.helpers.projects import BRIEF, METHODS, STAGES, WORK, folder_bytes, make
 
 PROMPTS = ["der hund", "die währung von bulgarien"]
@@ -35,7 +35,7 @@ def samples(folder: Path) -> list[Sample]:
     ]
 
 
-def trained(root: Path, stage: str, *settings: str) -> dict[str, bytes]:
+def artifact_after(root: Path, stage: str, *settings: str) -> dict[str, bytes]:
     """The artifact's files, without those that name or hold samples."""
     make(root, [stage], [*BRIEF, *(f"{stage}.{one}" for one in settings)], force=True)
     files = folder_bytes(root / STAGES[stage].path)
@@ -47,14 +47,14 @@ def trained(root: Path, stage: str, *settings: str) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_samples_change_no_byte_of_what_is_trained(project: Path, stage: str) -> None:
     ways = ["eval_share=0.3", "eval_steps=2", *WAYS[stage]]
-    without = trained(project, stage, *ways)
+    without = artifact_after(project, stage, *ways)
     assert not (project / STAGES[stage].path / SAMPLES).exists()
-    assert trained(project, stage, *ways, SAMPLED % 1) == without
+    assert artifact_after(project, stage, *ways, SAMPLED % 1) == without
     answered = samples(project / STAGES[stage].path)
     assert [one.prompt for one in answered[:2]] == PROMPTS
     # after every step
     assert len({one.step for one in answered}) == answered[-1].step == len(answered) // 2
-    assert trained(project, stage, *ways) == without
+    assert artifact_after(project, stage, *ways) == without
     # those of the run before are not taken for this one's
     assert not (project / "runs" / stage / SAMPLES).exists()
 
@@ -75,9 +75,9 @@ def test_a_pretrained_base_answers_in_its_template_and_trains_on_as_without(
         "lora_dropout=0.2",
         "eval_steps=0",
     ]
-    without = trained(root, "finetune_lora", *ways)
+    without = artifact_after(root, "finetune_lora", *ways)
     asked = '{prompts: [[{role: user, content: "Which currency has Bulgaria?"}], "Two and two"], every: 2, max_tokens: 9}'
-    assert trained(root, "finetune_lora", *ways, f"samples={asked}") == without
+    assert artifact_after(root, "finetune_lora", *ways, f"samples={asked}") == without
     *_, chat, text = samples(root / "artifacts/lora_adapter")
     assert (chat.prompt, text.prompt) == ("Which currency has Bulgaria?", "Two and two")
     loaded = load(
@@ -96,7 +96,7 @@ def test_a_pretrained_base_answers_in_its_template_and_trains_on_as_without(
     "stage", [f"finetune_{method}" for method in METHODS if method in ("lora", "freeze", "prefix")]
 )
 def test_the_last_answers_are_those_of_the_artifact(project: Path, stage: str) -> None:
-    trained(project, stage, SAMPLED % 7)
+    artifact_after(project, stage, SAMPLED % 7)
     folder, expanded = project / STAGES[stage].path, project / "artifacts/expanded"
     loaded = load(expanded, folder) if STAGES[stage].kind == "adapter" else load(folder)
     last = samples(folder)[-2:]
@@ -105,7 +105,7 @@ def test_the_last_answers_are_those_of_the_artifact(project: Path, stage: str) -
 
 
 def steps_of(project: Path, *settings: str) -> list[int]:
-    trained(project, "finetune_lora", *settings)
+    artifact_after(project, "finetune_lora", *settings)
     return sorted({one.step for one in samples(project / "artifacts/lora_adapter")})
 
 
@@ -141,9 +141,7 @@ def test_a_killed_run_goes_on_with_the_answers_of_its_checkpoint(project: Path, 
     events.close()  # as after a kill: what came after the checkpoint is only in the logs
     assert folder_bytes(folder) == whole
     make(project, ["finetune_lora"], settings, force=True)
-    notes = json.loads((project / "runs/finetune_lora/run.json").read_text(encoding="utf-8"))[
-        "notes"
-    ]
+    notes = read_json(project / "runs/finetune_lora/run.json")["notes"]
     assert f"finetune_lora: resumed after step {stop - stop % 4}" in notes
     assert folder_bytes(folder) == whole
 
@@ -158,9 +156,7 @@ def test_a_checkpoint_without_its_answers_is_not_used(project: Path) -> None:
     events.close()
     (project / "runs/finetune_lora" / SAMPLES).unlink()
     make(project, ["finetune_lora"], settings, force=True)
-    notes = json.loads((project / "runs/finetune_lora/run.json").read_text(encoding="utf-8"))[
-        "notes"
-    ]
+    notes = read_json(project / "runs/finetune_lora/run.json")["notes"]
     assert any("samples.jsonl has fewer than 2 lines" in note for note in notes)
     assert len(samples(project / "artifacts/lora_adapter")) == 2 * 4
 
@@ -213,9 +209,8 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_trained(
 ) -> None:
     log = project / "runs/finetune_lora/loss.csv"
     before = log.read_bytes()
-    with pytest.raises(UserError) as error:
-        make(project, ["finetune_lora"], [*BRIEF, f"finetune_lora.samples={value}"])
-    assert message in str(error.value)
+    said = user_error(make, project, ["finetune_lora"], [*BRIEF, f"finetune_lora.samples={value}"])
+    assert message in said
     assert log.read_bytes() == before
 
 

@@ -46,7 +46,7 @@ from tests.helpers.projects import (
     STAGES,
     folder_bytes,
     load,
-    make,
+    make_base,
     make_one,
     new_project,
     played,
@@ -166,16 +166,12 @@ def assert_same_curve(found: Sequence[Step], wanted: Sequence[Step], within: flo
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A MiniGPT's project up to the expanded base."""
-    root = new_project(tmp_path_factory.mktemp("sweep") / "mini")
-    make(root, ["pretrain", "expand_vocab"], BRIEF)
-    return root
+    return make_base(new_project(tmp_path_factory.mktemp("sweep") / "mini"), BRIEF)
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = family_project(tmp_path_factory.mktemp("sweep") / "llama", FAMILIES["llama"])
-    make(root, ["pretrain", "expand_vocab"])
-    return root
+    return make_base(family_project(tmp_path_factory.mktemp("sweep") / "llama", FAMILIES["llama"]))
 
 
 GRIDS: dict[str, tuple[Grid, list[str]]] = {

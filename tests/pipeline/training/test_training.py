@@ -20,10 +20,20 @@ from pipeline.errors import UserError
 from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import COLUMNS, Step, epoch_means, flat_from, read_steps
 from pipeline.project.params.sections import Training
-from pipeline.project.runner import Note, Progress
+from pipeline.project.runner import Progress
 from pipeline.training.batches import Batch, Batches
 from pipeline.training.optimizer import FlatOptimizer
-from tests.helpers.projects import BRIEF, METHODS, PIPELINE, ROOT, make, make_one
+from tests.helpers.projects import (
+    BRIEF,
+    METHODS,
+    PIPELINE,
+    ROOT,
+    logged_memory,
+    make,
+    make_one,
+    note_texts,
+    section_overrides,
+)
 from tests.helpers.real import steps_of
 
 
@@ -229,12 +239,7 @@ def test_the_prediction_follows_every_choice_of_targets(project: Path) -> None:
             "finetune_lora.train_embeddings=none",
         ]
         make(project, ["finetune_lora"], overrides)
-        last = (
-            (project / "runs/finetune_lora/telemetry.csv")
-            .read_text(encoding="utf-8")
-            .splitlines()[-1]
-        )
-        predicted, measured = map(int, last.split(",")[-2:])
+        predicted, measured = logged_memory(project / "runs/finetune_lora/telemetry.csv")
         assert measured == pytest.approx(predicted, rel=0.05), targets
 
 
@@ -247,8 +252,7 @@ def test_the_prediction_follows_every_choice_of_targets(project: Path) -> None:
     ],
 )
 def test_the_trainer_measures_what_the_calculator_predicts(finished: Path, stage: str) -> None:
-    lines = (finished / "runs" / stage / "telemetry.csv").read_text(encoding="utf-8").splitlines()
-    predicted, measured = map(int, lines[-1].split(",")[-2:])
+    predicted, measured = logged_memory(finished / "runs" / stage / "telemetry.csv")
     assert measured == pytest.approx(predicted, rel=0.03)
 
 
@@ -266,12 +270,9 @@ def test_what_it_measures_with_other_optimizers_dropout_and_noise_is_predicted(
     make(
         project,
         ["finetune_lora"],
-        [*BRIEF, *(f"finetune_lora.{key}={value}" for key, value in options.items())],
+        [*BRIEF, *section_overrides("finetune_lora", options)],
     )
-    last = (
-        (project / "runs/finetune_lora/telemetry.csv").read_text(encoding="utf-8").splitlines()[-1]
-    )
-    predicted, measured = map(int, last.split(",")[-2:])
+    predicted, measured = logged_memory(project / "runs/finetune_lora/telemetry.csv")
     assert measured == pytest.approx(predicted, rel=0.02)
 
 
@@ -310,7 +311,7 @@ def test_two_runs_give_the_same_bytes(project: Path) -> None:
     assert len([e for e in events if isinstance(e, Progress)]) == 12, (
         "it was trained again: 2 epochs of 6 steps"
     )
-    notes = [e.text for e in events if isinstance(e, Note)]
+    notes = note_texts(events)
     assert re.match(r"finetune_lora: [\d.]+ KiB of tensors predicted", notes[0])
     assert re.match(r"finetune_lora: [\d.]+ KiB of tensors measured", notes[1])
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -17,7 +17,8 @@ from pipeline.stages.registry import open_project
 from pipeline.training.batches import Batches
 from pipeline.training.optimizer import rate
 from pipeline.views.stages import Status
-from tests.helpers.projects import BRIEF, STAGES, make, new_project
+from tests.helpers.errors import user_error
+from tests.helpers.projects import BRIEF, STAGES, make, make_base, new_project
 from tests.helpers.real import listed, toy, trained, windows_of
 
 
@@ -57,9 +58,7 @@ def test_a_warmup_ratio_is_the_steps_that_transformers_makes_of_it(
 
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = new_project(tmp_path_factory.mktemp("options") / "p")
-    make(root, ["pretrain", "expand_vocab"], BRIEF)
-    return root
+    return make_base(new_project(tmp_path_factory.mktemp("options") / "p"), BRIEF)
 
 
 @pytest.mark.parametrize(
@@ -100,9 +99,10 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_a_bad_value_is_one_message(mini: Path, overrides: list[str], message: str) -> None:
-    with pytest.raises(UserError) as error:
-        make(mini, ["finetune_lora"], [f"finetune_lora.{override}" for override in overrides])
-    assert message in str(error.value) and "\n" not in str(error.value)
+    said = user_error(
+        make, mini, ["finetune_lora"], [f"finetune_lora.{override}" for override in overrides]
+    )
+    assert message in said
 
 
 def abandoned(root: Path, overrides: list[str], last: int, **options: Any) -> None:

@@ -27,7 +27,7 @@ from pipeline.training.batches import Batches, collate
 from pipeline.training.memory.prediction import TensorMemoryMeter
 from pipeline.training.optimizer import FlatOptimizer, rate
 from tests.helpers.families import FAMILIES, TEXTS, new_project, tokenizer
-from tests.helpers.projects import make
+from tests.helpers.projects import logged_memory, make
 from tests.helpers.real import (
     gradient_of,
     listed,
@@ -282,10 +282,7 @@ def test_the_forecast_is_of_the_largest_batch_of_the_step_that_has_it(tmp_path: 
     given = ["data=data/lines.txt", "epochs=1", "batch_size=4", "gradient_accumulation_steps=4"]
     for seed in (0, 3):
         make(root, ["finetune_lora"], [f"finetune_lora.{one}" for one in (*given, f"seed={seed}")])
-        last = (
-            (root / "runs/finetune_lora/telemetry.csv").read_text(encoding="utf-8").splitlines()[-1]
-        )
-        predicted, measured = map(int, last.split(",")[-2:])
+        predicted, measured = logged_memory(root / "runs/finetune_lora/telemetry.csv")
         assert measured == pytest.approx(predicted, rel=0.03)
 
 

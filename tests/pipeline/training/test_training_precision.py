@@ -17,7 +17,7 @@ from pipeline.training import optimizer as optimizers
 from pipeline.training.batches import Batches
 from pipeline.training.optimizer import LARGEST_SCALE, FlatOptimizer
 from tests.helpers.families import FAMILIES, new_project
-from tests.helpers.projects import load, make
+from tests.helpers.projects import load, make, make_base
 from tests.helpers.real import listed, steps_of, toy, trained, windows_of, with_lora
 
 LENGTHS = (5, 9, 2, 14, 7, 3)
@@ -173,9 +173,8 @@ def weights_of(root: Path, name: str) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def expanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An fp32 base, ready to train. Each test runs another stage on it."""
-    root = new_project(tmp_path_factory.mktemp("precision") / "p", FAMILIES["qwen3"])  # not tied
-    make(root, ["pretrain", "expand_vocab"])
-    return root
+    # a model that is not tied
+    return make_base(new_project(tmp_path_factory.mktemp("precision") / "p", FAMILIES["qwen3"]))
 
 
 def test_bf16_training_of_an_fp32_checkpoint_adds_to_it_and_rounds_none_of_it(

@@ -1,10 +1,9 @@
 """Runs that stop: killed and resumed, stopped early, stopped by a NaN."""
 
-import json
 import shutil
 import signal
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,9 +22,20 @@ from pipeline.project.runner import Progress, checkpoints, run
 from pipeline.stages.registry import open_project
 from pipeline.training.optimizer import FlatOptimizer, rate
 from pipeline.training.step import Evaluation, LossPath
-from tests.helpers.families import FAMILIES, TEXTS, new_project
+from tests.helpers.errors import user_error
+from tests.helpers.families import FAMILIES, TEXTS, new_lines_project, new_project
+from tests.helpers.json_files import write_jsonl, write_texts
 from tests.helpers.process import Forked
-from tests.helpers.projects import LORA, STAGES, WORK, folder_bytes, load, make
+from tests.helpers.projects import (
+    LORA,
+    STAGES,
+    WORK,
+    folder_bytes,
+    fresh,
+    load,
+    make,
+    section_overrides,
+)
 from tests.helpers.real import run_stage
 
 STAGE, FOLDER = "finetune_lora", "artifacts/lora_adapter"
@@ -49,7 +59,7 @@ SETTINGS = {
 
 
 def given(**changes: object) -> list[str]:
-    return [f"{STAGE}.{key}={value}" for key, value in {**SETTINGS, **changes}.items()]
+    return section_overrides(STAGE, {**SETTINGS, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -57,19 +67,7 @@ def expanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bf16 base, ready to be trained on two dozen texts of very different lengths. Read it; do
     not write to it.
     """
-    root = new_project(tmp_path_factory.mktemp("resume") / "p", FAMILIES["llama"], torch.bfloat16)
-    (root / "base/chat_template.jinja").unlink()  # each process would start another to render it
-    words = " ".join(TEXTS).split()
-    write(
-        root / "data/lines.jsonl",
-        [" ".join(words[start : start + 2 + start * 7 % 11]) for start in range(24)],
-    )
-    make(root, ["pretrain", "expand_vocab"])
-    return root
-
-
-def write(path: Path, lines: Iterable[str]) -> None:
-    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), encoding="utf-8")
+    return new_lines_project(tmp_path_factory.mktemp("resume") / "p", torch.bfloat16)
 
 
 @pytest.fixture
@@ -85,14 +83,8 @@ def stopped_after(root: Path, overrides: list[str], last: int, every: int) -> No
     events.close()
 
 
-def fresh(root: Path) -> Path:
-    for name in (".lora-cache", f"runs/{STAGE}", FOLDER):
-        shutil.rmtree(root / name, ignore_errors=True)
-    return root
-
-
 def unbroken(root: Path, overrides: list[str]) -> tuple[dict[str, bytes], list[Step]]:
-    run_stage(fresh(root), STAGE, overrides)
+    run_stage(fresh(root, STAGE), STAGE, overrides)
     return folder_bytes(root / FOLDER), read_steps(root / FOLDER / "loss.csv")
 
 
@@ -158,7 +150,7 @@ def test_pitfall_20_resume_gives_the_bytes_of_an_unbroken_run_wherever_it_was_ki
     last = len(steps)
     assert 8 < last < 100, "it stopped early, if it was to"
     for stops, every in (([4], 3), ([1, 6, 7, last - 1], 1), ([last], 1), ([last], 5)):
-        fresh(project)
+        fresh(project, STAGE)
         for stop in stops:
             stopped_after(project, overrides, stop, every)
         said = run_stage(project, STAGE, overrides)
@@ -190,7 +182,7 @@ def test_pitfall_20_resume_goes_on_at_the_learning_rate_and_the_tokens_where_it_
 def test_pitfall_20_resume_after_sigkill(project: Path) -> None:
     overrides = given(epochs=20, patience=0)
     expected, _ = unbroken(project, overrides)
-    fresh(project)
+    fresh(project, STAGE)
     command = [LORA, "finetune", "lora", *(part for one in overrides for part in ("--set", one))]
     log = project / "runs" / STAGE / "loss.csv"
     running = Forked([*command, "--checkpoint-every", "7"], project)
@@ -262,9 +254,7 @@ def test_the_evaluation_is_the_loss_of_the_examples_held_out_and_of_no_other(pro
         (held, step.eval_loss),
         ([e for e in found if e not in held], step.loss),
     ):
-        data.write_text(
-            "".join(json.dumps({"text": e.text}) + "\n" for e in part), encoding="utf-8"
-        )
+        write_jsonl(data, ({"text": e.text} for e in part))
         run_stage(project, STAGE, given(precision="fp32", **still, eval_share=0, eval_steps=0))
         (alone,) = read_steps(project / FOLDER / "loss.csv")
         assert expected == pytest.approx(alone.loss, rel=1e-3)
@@ -302,7 +292,7 @@ def with_a_nan(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tokenizer = load_base(root / "base").tokenizer
     words = [word for word in " ".join(TEXTS).split() if "J" not in word]
     lines = [" ".join(words[start : start + 3]) for start in range(20)]
-    write(root / "data/lines.jsonl", [*lines[:7], "Japan", *lines[7:]])
+    write_texts(root / "data/lines.jsonl", [*lines[:7], "Japan", *lines[7:]])
     (token,) = {*tokenizer.encode("Japan")} - {
         id_ for line in lines for id_ in tokenizer.encode(line)
     }
@@ -321,9 +311,7 @@ def test_a_nan_stops_the_run_naming_the_lines_and_keeps_the_checkpoint_before_it
     root = with_a_nan(tmp_path / "p", monkeypatch)
     plain = {"precision": precision, "epochs": 3, "patience": 0, "eval_share": 0, "eval_steps": 0}
     overrides = given(**plain, gradient_accumulation_steps=1, train_embeddings="none")
-    with pytest.raises(UserError) as error:
-        run_stage(root, STAGE, overrides)
-    message = str(error.value)
+    message = user_error(run_stage, root, STAGE, overrides)
     assert "finetune_lora: the loss is nan and the gradient norm nan at step " in message
     assert "data/lines.jsonl:8" in message and message.count("data/lines.jsonl:") == 2, (
         "the batch's two lines"
@@ -339,7 +327,7 @@ def test_a_nan_stops_the_run_naming_the_lines_and_keeps_the_checkpoint_before_it
     state = load_file(kept / "state.safetensors")
     assert all(tensor.isfinite().all() for tensor in state.values())
     assert not (root / FOLDER).exists()
-    stopped_after(fresh(root), overrides, step - 1, step - 1)
+    stopped_after(fresh(root, STAGE), overrides, step - 1, step - 1)
     (before,) = checkpoints(root / "runs" / STAGE)
     expected = load_file(before / "state.safetensors")
     assert all(
@@ -351,8 +339,8 @@ def test_a_nan_on_what_is_retained_names_the_retained_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = with_a_nan(tmp_path / "p", monkeypatch)
-    write(root / "data/kept.jsonl", ["old", "Japan", "new"])
-    write(root / "data/lines.jsonl", ["a plain line", "another one"])
+    write_texts(root / "data/kept.jsonl", ["old", "Japan", "new"])
+    write_texts(root / "data/lines.jsonl", ["a plain line", "another one"])
     kept = {"retention_data": "data/kept.jsonl", "retention_weight": 1, "retention_batch_size": 1}
     overrides = given(
         epochs=9,

@@ -35,14 +35,14 @@ evaluate:
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def data_project(tmp_path: Path) -> Path:
     new_project(tmp_path)
     (tmp_path / "params.yaml").write_text(PARAMS, encoding="utf-8")
     return tmp_path
 
 
-def test_files_come_with_what_reads_them_and_its_settings(root: Path) -> None:
-    project = open_project(root / "params.yaml")
+def test_files_come_with_what_reads_them_and_its_settings(data_project: Path) -> None:
+    project = open_project(data_project / "params.yaml")
     files = project_files(project)
     assert "data/prompts.yaml" not in files, "prompts are no data"
     mine = files["data/mine.csv"]
@@ -51,11 +51,11 @@ def test_files_come_with_what_reads_them_and_its_settings(root: Path) -> None:
     assert files["data/retain.de.txt"].readers == "lora: retention"
     assert files["data/preferences.de.jsonl"].readers == "dpo"
     assert mine.base == "", "there is no model yet"
-    (root / "artifacts/base").mkdir(parents=True)
+    (data_project / "artifacts/base").mkdir(parents=True)
     assert project_files(project)["data/mine.csv"].base == "artifacts/base"
 
 
-def test_other_files_are_those_of_data_that_the_formats_read(root: Path) -> None:
+def test_other_files_are_those_of_data_that_the_formats_read(data_project: Path) -> None:
     for name in (
         "data/a.parquet",
         "data/b.jsonl.gz",
@@ -63,9 +63,9 @@ def test_other_files_are_those_of_data_that_the_formats_read(root: Path) -> None
         "data/.d.txt",
         "data/e.md",
     ):
-        (root / name).touch()
-    project = open_project(root / "params.yaml")
-    others = other_files(root, project_files(project))
+        (data_project / name).touch()
+    project = open_project(data_project / "params.yaml")
+    others = other_files(data_project, project_files(project))
     assert {"data/a.parquet", "data/b.jsonl.gz"} <= set(others)
     assert not {
         "data/c.parquet.gz",
@@ -74,7 +74,7 @@ def test_other_files_are_those_of_data_that_the_formats_read(root: Path) -> None
         "data/prompts.yaml",
         "data/retain.de.txt",
     } & set(others)
-    assert other_files(root / "nowhere", {}) == []
+    assert other_files(data_project / "nowhere", {}) == []
     assert other_file(project, "data/a.parquet").max_length == 64, "as fine-tuning would read it"
     assert other_file(None, "x.txt").request()["path"] == "x.txt"
 
@@ -126,12 +126,12 @@ def test_a_completion_does_not_become_part_of_the_prompts_last_word() -> None:
     assert spaced({"messages": []}) == {"messages": []}
 
 
-def test_a_stage_trains_on_a_file_besides_its_data_or_instead_of_one(root: Path) -> None:
-    project = open_project(root / "params.yaml")
+def test_a_stage_trains_on_a_file_besides_its_data_or_instead_of_one(data_project: Path) -> None:
+    project = open_project(data_project / "params.yaml")
     ways = ways_to_train(project, "data/new.jsonl")
     assert ways.keys() == {"finetune_lora.data"}, "a correction is no pair for dpo"
-    save(root / "params.yaml", ways["finetune_lora.data"], GRAPH.sections)
-    project = open_project(root / "params.yaml")
+    save(data_project / "params.yaml", ways["finetune_lora.data"], GRAPH.sections)
+    project = open_project(data_project / "params.yaml")
     assert project.params.finetune_lora.files == (
         "data/mine.csv",
         "data/more.jsonl",
@@ -139,7 +139,8 @@ def test_a_stage_trains_on_a_file_besides_its_data_or_instead_of_one(root: Path)
     )
     assert ways_to_train(project, "data/new.jsonl") == {}
     (values,) = ways_to_train(project, "data/mine.edited.jsonl", "data/mine.csv").values()
-    save(root / "params.yaml", values, GRAPH.sections)
+    save(data_project / "params.yaml", values, GRAPH.sections)
     assert (
-        open_project(root / "params.yaml").params.finetune_lora.files[0] == "data/mine.edited.jsonl"
+        open_project(data_project / "params.yaml").params.finetune_lora.files[0]
+        == "data/mine.edited.jsonl"
     )

@@ -1,6 +1,5 @@
 """What the Results screen reads of an evaluation, a sweep and the files beside them."""
 
-import json
 import shutil
 from math import nan
 from pathlib import Path
@@ -16,6 +15,7 @@ from pipeline.views.evaluations import KEPT, LEARNED, Evaluation, read_evaluatio
 from pipeline.views.reports import numbers_of, read_pages, read_pictures
 from pipeline.views.sweeps import Sweep, read_sweep
 from tests.helpers.extension import PROBES, add_probes
+from tests.helpers.json_files import read_json, write_json
 from tests.helpers.projects import make, new_project
 
 NUMBERS: dict[str, Any] = {"parameters": 100, "bytes": 40_000, "new_loss": 1.0}
@@ -29,7 +29,7 @@ def empty_project(tmp_path: Path) -> Project:
 def evaluation(project: Project, **metrics: Any) -> Evaluation:
     folder = project.root / "artifacts/evaluation"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    write_json(folder / "metrics.json", metrics)
     found = read_evaluation(project)
     assert found is not None
     return found
@@ -38,7 +38,7 @@ def evaluation(project: Project, **metrics: Any) -> Evaluation:
 def sweep(project: Project, **rows: Any) -> Sweep:
     folder = project.root / "artifacts/sweep"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sweep.json").write_text(json.dumps(rows), encoding="utf-8")
+    write_json(folder / "sweep.json", rows)
     found = read_sweep(project)
     assert found is not None
     return found
@@ -73,7 +73,7 @@ def test_a_project_without_results_has_none(empty_project: Project) -> None:
 def test_the_cells_are_those_of_the_report(brief: Path) -> None:
     found = read_evaluation(open_project(brief / "params.yaml"))
     assert found is not None
-    metrics = json.loads((brief / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(brief / "artifacts/evaluation/metrics.json")
     columns, rows = comparison(by_variant(metrics))
     assert [[method.name, *method.cells.values()] for method in found.methods] == rows
     assert list(found.methods[0].cells) == columns[1:]

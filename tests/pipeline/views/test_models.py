@@ -2,14 +2,12 @@
 give.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.digest_cache import signature
 from pipeline.inference.catalog import find_base, measured, model_folders
@@ -17,7 +15,10 @@ from pipeline.inference.engine import load
 from pipeline.stages.registry import open_project
 from pipeline.views.models import Model, check, describe
 from tests.conftest import Lora
-from tests.helpers.projects import STAGES
+from tests.helpers.checkpoints import edit_adapter_config
+from tests.helpers.errors import user_error
+from tests.helpers.json_files import edit_json, read_json
+from tests.helpers.projects import STAGES, cut_off
 
 
 def models(root: Path) -> dict[str, Model]:
@@ -41,7 +42,7 @@ def test_every_model_of_the_pipeline_is_found_by_kind_and_method(brief: Path) ->
 
 
 def test_each_is_verified_with_the_forgetting_that_the_evaluation_measured(brief: Path) -> None:
-    metrics = json.loads((brief / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(brief / "artifacts/evaluation/metrics.json")
     described, measurements = models(brief), measured([brief / "artifacts"])
     for variant, (base, adapter) in open_project(brief / "params.yaml").variants.items():
         verdict = check(described[STAGES[adapter or base].output], brief, measurements)
@@ -71,10 +72,7 @@ def _last_epoch_mean(path: Path) -> float:
 
 
 def refuse_rank(root: Path) -> None:
-    path = root / "artifacts/lora_adapter/adapter_config.json"
-    path.write_text(
-        json.dumps({**json.loads(path.read_text(encoding="utf-8")), "r": 8}), encoding="utf-8"
-    )
+    edit_adapter_config(root / "artifacts/lora_adapter", r=8)
 
 
 def other_base(root: Path) -> None:
@@ -83,8 +81,7 @@ def other_base(root: Path) -> None:
 
 
 def truncated(root: Path) -> None:
-    path = root / "artifacts/lora_adapter/adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-8])
+    cut_off(root / "artifacts/lora_adapter/adapter_model.safetensors", 8)
 
 
 @pytest.mark.parametrize("spoil", [refuse_rank, other_base, truncated])
@@ -94,9 +91,8 @@ def test_the_reason_is_the_one_that_loading_gives(
     spoil(project)
     model = models(project)["lora_adapter"]
     verdict = check(model, project)
-    with pytest.raises(UserError) as refused:
-        load(find_base(model.path, project), model.path)
-    assert (verdict.state, verdict.reason) == ("refused", str(refused.value))
+    said = user_error(load, find_base(model.path, project), model.path)
+    assert (verdict.state, verdict.reason) == ("refused", said)
 
 
 def test_a_model_without_manifest_is_neither_verified_nor_refused(project: Path) -> None:
@@ -138,10 +134,7 @@ def test_a_manifest_of_another_shape_is_refused_and_never_an_error(
     project: Path, section: str, value: object
 ) -> None:
     path = project / "artifacts/lora_adapter/manifest.json"
-    path.write_text(
-        json.dumps({**json.loads(path.read_text(encoding="utf-8")), section: value}),
-        encoding="utf-8",
-    )
+    edit_json(path, **{section: value})
     assert check(models(project)["lora_adapter"], project).state == (
         "verified" if section == "parameters" else "refused"
     )

@@ -20,7 +20,7 @@ BASE = {"rank": 4, "alpha": 1.0}
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def sweep_project(tmp_path: Path) -> Path:
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
     (tmp_path / "params.yaml").write_text(f"{text}\nfinetune_sweep:\n", encoding="utf-8")
     return tmp_path
@@ -34,13 +34,13 @@ Keep = Callable[..., Path]
 
 
 @pytest.fixture
-def keep(root: Path) -> Keep:
+def keep(sweep_project: Path) -> Keep:
     """Make a finished run's folder, with a log of its own and the given differences in its
     manifest.
     """
 
     def make_one(folder: str, text: str, when: float = 1000.0, **manifest: object) -> Path:
-        path = root / folder
+        path = sweep_project / folder
         path.mkdir(parents=True)
         (path / "loss.csv").write_text(f"step\n{text}\n", encoding="utf-8")
         os.utime(path / "loss.csv", (when, when))
@@ -51,8 +51,8 @@ def keep(root: Path) -> Keep:
     return make_one
 
 
-def test_an_empty_project_has_no_runs(root: Path) -> None:
-    assert found(root) == []
+def test_an_empty_project_has_no_runs(sweep_project: Path) -> None:
+    assert found(sweep_project) == []
 
 
 def test_a_finished_pipeline_shows_each_training_once(brief: Path) -> None:
@@ -72,41 +72,44 @@ def test_an_earlier_run_is_named_by_the_params_that_differ_from_now(project: Pat
     assert labels == ["finetune_lora", "finetune_lora epochs 2, rank 4"]
 
 
-def test_without_a_run_folder_the_artifact_is_shown(root: Path, keep: Keep) -> None:
+def test_without_a_run_folder_the_artifact_is_shown(sweep_project: Path, keep: Keep) -> None:
     folder = keep("artifacts/lora_adapter", "1")
-    (run,) = found(root)
+    (run,) = found(sweep_project)
     assert (run.stage, run.log_folder, run.folder) == ("finetune_lora", folder, None)
     assert run.curves == (LogFiles("", folder / "loss.csv", None),)
 
 
-def test_runs_with_the_same_log_are_shown_once(root: Path, keep: Keep) -> None:
+def test_runs_with_the_same_log_are_shown_once(sweep_project: Path, keep: Keep) -> None:
     keep("artifacts/lora_adapter", "1")
     keep(".lora-cache/finetune_lora/aaaa", "1")
     keep(".lora-cache/finetune_lora/bbbb", "2")
-    assert [run.log_folder.name for run in found(root)] == ["lora_adapter", "bbbb"]
+    assert [run.log_folder.name for run in found(sweep_project)] == ["lora_adapter", "bbbb"]
 
 
-def test_earlier_runs_stand_from_new_to_old(root: Path, keep: Keep) -> None:
+def test_earlier_runs_stand_from_new_to_old(sweep_project: Path, keep: Keep) -> None:
     for number, when in enumerate((1000.0, 3000.0, 2000.0)):
         keep(f".lora-cache/finetune_lora/{number}", str(number), when)
-    assert [run.when for run in found(root)] == [3000.0, 2000.0, 1000.0]
+    assert [run.when for run in found(sweep_project)] == [3000.0, 2000.0, 1000.0]
 
 
-def test_runs_that_differ_in_inputs_or_code_only_say_so(root: Path, keep: Keep) -> None:
+def test_runs_that_differ_in_inputs_or_code_only_say_so(sweep_project: Path, keep: Keep) -> None:
     keep("artifacts/lora_adapter", "1", inputs={"data": "a"}, code="x")
     keep(".lora-cache/finetune_lora/aaaa", "2", inputs={"data": "b"}, code="x")
     keep(".lora-cache/finetune_lora/bbbb", "3", when=500, inputs={"data": "a"}, code="y")
-    labels = [run.label for run in found(root)]
+    labels = [run.label for run in found(sweep_project)]
     assert labels == ["finetune_lora", "finetune_lora other inputs", "finetune_lora other code"]
 
 
-def test_two_runs_of_one_name_are_told_apart_by_their_key(root: Path, keep: Keep) -> None:
+def test_two_runs_of_one_name_are_told_apart_by_their_key(sweep_project: Path, keep: Keep) -> None:
     keep(".lora-cache/finetune_lora/0123456789", "1", when=2000)
     keep(".lora-cache/finetune_lora/abcdefghij", "2")
-    assert [run.label for run in found(root)] == ["finetune_lora", "finetune_lora (abcdefgh)"]
+    assert [run.label for run in found(sweep_project)] == [
+        "finetune_lora",
+        "finetune_lora (abcdefgh)",
+    ]
 
 
-def test_broken_manifests_and_missing_params_are_survived(root: Path, keep: Keep) -> None:
+def test_broken_manifests_and_missing_params_are_survived(sweep_project: Path, keep: Keep) -> None:
     (keep(".lora-cache/finetune_lora/aaaa", "1") / "manifest.json").write_text(
         "{", encoding="utf-8"
     )
@@ -114,7 +117,7 @@ def test_broken_manifests_and_missing_params_are_survived(root: Path, keep: Keep
         '{"files": {}}', encoding="utf-8"
     )
     keep(".lora-cache/pretrain/bbbb", "3", params=None)
-    assert [run.label for run in discover_runs(root, None)] == ["pretrain"]
+    assert [run.label for run in discover_runs(sweep_project, None)] == ["pretrain"]
 
 
 def test_a_sweep_is_one_run_with_a_curve_for_each_adapter(brief: Path) -> None:
@@ -167,35 +170,41 @@ def test_a_sweep_of_which_an_adapter_diverged_is_the_artifact_that_came_of_it(
     assert read_run_outcomes(run.log_folder) == {"lr-0.001": "done", "lr-1e+09": "diverged"}
 
 
-def test_adapters_stand_in_the_order_of_their_numbers(root: Path) -> None:
+def test_adapters_stand_in_the_order_of_their_numbers(sweep_project: Path) -> None:
     names = ["lr-1e-05", "lr-0.001", "rank-2", "rank-2_seed-1", "rank-16"]
     for name in reversed(names):
-        (root / "runs/finetune_sweep" / name).mkdir(parents=True)
-        (root / f"runs/finetune_sweep/{name}/loss.csv").write_text("step\n", encoding="utf-8")
-    assert [curve.name for curve in found(root)[0].curves] == names
+        (sweep_project / "runs/finetune_sweep" / name).mkdir(parents=True)
+        (sweep_project / f"runs/finetune_sweep/{name}/loss.csv").write_text(
+            "step\n", encoding="utf-8"
+        )
+    assert [curve.name for curve in found(sweep_project)[0].curves] == names
 
 
-def test_the_stamp_changes_with_every_adapter_of_a_sweep(root: Path) -> None:
-    seen = {stamp(root, root / "params.yaml", None)}
+def test_the_stamp_changes_with_every_adapter_of_a_sweep(sweep_project: Path) -> None:
+    seen = {stamp(sweep_project, sweep_project / "params.yaml", None)}
     for number, name in enumerate(("rank-1", "rank-2"), 2):
-        (root / "runs/finetune_sweep" / name).mkdir(parents=True)
-        (root / f"runs/finetune_sweep/{name}/loss.csv").write_text("step\n", encoding="utf-8")
-        seen.add(stamp(root, root / "params.yaml", None))
+        (sweep_project / "runs/finetune_sweep" / name).mkdir(parents=True)
+        (sweep_project / f"runs/finetune_sweep/{name}/loss.csv").write_text(
+            "step\n", encoding="utf-8"
+        )
+        seen.add(stamp(sweep_project, sweep_project / "params.yaml", None))
         assert len(seen) == number
     # the same inodes
-    (root / "runs/finetune_sweep/rank-2").rename(root / "runs/finetune_sweep/rank-3")
-    assert stamp(root, root / "params.yaml", None) not in seen
+    (sweep_project / "runs/finetune_sweep/rank-2").rename(
+        sweep_project / "runs/finetune_sweep/rank-3"
+    )
+    assert stamp(sweep_project, sweep_project / "params.yaml", None) not in seen
 
 
-def test_the_stamp_changes_when_when_there_is_another_run(root: Path, keep: Keep) -> None:
-    before = stamp(root, root / "params.yaml", None)
-    assert stamp(root, root / "params.yaml", None) == before
+def test_the_stamp_changes_when_when_there_is_another_run(sweep_project: Path, keep: Keep) -> None:
+    before = stamp(sweep_project, sweep_project / "params.yaml", None)
+    assert stamp(sweep_project, sweep_project / "params.yaml", None) == before
     keep("artifacts/lora_adapter", "1")
-    after = stamp(root, root / "params.yaml", None)
+    after = stamp(sweep_project, sweep_project / "params.yaml", None)
     assert after != before
-    (root / "runs/finetune_lora").mkdir(parents=True)
-    (root / "runs/finetune_lora/loss.csv").write_text("step\n", encoding="utf-8")
-    assert stamp(root, root / "params.yaml", None) != after
+    (sweep_project / "runs/finetune_lora").mkdir(parents=True)
+    (sweep_project / "runs/finetune_lora/loss.csv").write_text("step\n", encoding="utf-8")
+    assert stamp(sweep_project, sweep_project / "params.yaml", None) != after
 
 
 def test_twenty_runs_beside_the_methods_look_different() -> None:

@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +16,17 @@ from pipeline.project.runner import Event, Job, Note, Progress, run
 from pipeline.project.stage_graph import Project
 from pipeline.stages.registry import open_project
 from pipeline.views.stages import Status, outdated, project_signature
-from tests.helpers.projects import BRIEF, COMMAND, LORA, STAGES, make, make_one, new_project, save
+from tests.helpers.projects import (
+    BRIEF,
+    COMMAND,
+    LORA,
+    STAGES,
+    make,
+    make_one,
+    new_project,
+    save,
+    wait_for,
+)
 
 
 def project_of(root: Path) -> Project:
@@ -181,13 +190,6 @@ def test_the_signature_changes_with_a_local_base(project: Path, base: str) -> No
         file.unlink() if text is None else file.write_text(text, encoding="utf-8")
         seen.append(project_signature(project_of(project)))
     assert all(one != other for one, other in pairwise(seen))
-
-
-def wait_for(condition: object, seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.01)
 
 
 def status_of(project: Path) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.adapters.low_rank import LowRank, load_update
 from pipeline.weights.combine import Combined, CombineOptions, Method, combine
 from tests.helpers.real import stock, toy
-from tests.pipeline.adapters.test_peft_interop import randomized
+from tests.helpers.side_by_side import randomized
 
 METHODS: tuple[Method, ...] = get_args(Method)
 SIZES = st.integers(1, 9)

@@ -8,23 +8,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from torch import Tensor
 
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.low_rank import LowRank, inner_product, load_update
 from pipeline.adapters.peft import load_adapter
 from pipeline.errors import UserError
-from pipeline.inference.engine import load
 from pipeline.models.load import load_base
 from pipeline.weights.compress import Compressed, Limit, compress, compress_adapter, total_error
 from pipeline.weights.import_adapter import import_adapter
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.checkpoints import adapter, checkpoint
 from tests.helpers.projects import folder_bytes
-from tests.pipeline.adapters.test_peft import IDS, theirs
-from tests.pipeline.adapters.test_peft_interop import randomized
+from tests.helpers.side_by_side import BATCH, logits, ours, randomized, theirs
 
 SIZES = st.integers(1, 9)
 EVERYTHING = AdapterSpec(
@@ -131,12 +128,6 @@ def base(tmp_path: Path) -> Path:
 
 
 @torch.no_grad()
-def logits(base: Path, folder: Path) -> Tensor:
-    found: Tensor = load(base, folder).model(IDS % 70)
-    return found
-
-
-@torch.no_grad()
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("limit", [Limit(rank=2), Limit(energy=0.7)], ids=str)
 def test_peft_opens_the_compressed_adapter_and_all_that_is_not_low_rank_stays(
@@ -160,9 +151,10 @@ def test_peft_opens_the_compressed_adapter_and_all_that_is_not_low_rank_stays(
         for key, tensor in load_file(tmp_path / "small/adapter_model.safetensors").items()
         if key in kept
     )
-    ours, other = logits(base, tmp_path / "small"), theirs(base, tmp_path / "small")
-    torch.testing.assert_close(ours, other(input_ids=IDS % 70).logits, atol=1e-5, rtol=1e-4)
-    assert (ours - logits(base, source)).abs().max() > 1e-3, "nothing was cut off"
+    found = logits(ours(base, tmp_path / "small"), BATCH)
+    wanted = logits(theirs(base, tmp_path / "small"), BATCH)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    assert (found - logits(ours(base, source), BATCH)).abs().max() > 1e-3, "nothing was cut off"
 
 
 @pytest.mark.parametrize(
@@ -175,7 +167,10 @@ def test_at_full_rank_the_logits_stay_and_two_runs_give_the_same_bytes(
     given_bytes = folder_bytes(source)
     compress_adapter(source, base, tmp_path / "same", Limit(rank=99))
     torch.testing.assert_close(
-        logits(base, tmp_path / "same"), logits(base, source), atol=1e-5, rtol=1e-4
+        logits(ours(base, tmp_path / "same"), BATCH),
+        logits(ours(base, source), BATCH),
+        atol=1e-5,
+        rtol=1e-4,
     )
     first = folder_bytes(tmp_path / "same")
     compress_adapter(source, base, tmp_path / "same", Limit(rank=99))
@@ -190,21 +185,16 @@ def test_an_adapter_of_peft_is_compressed_in_every_layout(family: str, tmp_path:
     names = {"gpt2": ["c_attn", "mlp.c_proj"], "qwen3": ["q_proj", "down_proj", "embed_tokens"]}[
         family
     ]
-    from transformers import AutoModelForCausalLM
-
     config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=names)
-    made = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    randomized(made)
+    made = randomized(get_peft_model(theirs(base), config))
     made.save_pretrained(tmp_path / "theirs")
     compress_adapter(tmp_path / "theirs", base, tmp_path / "small", Limit(rank=2))
-    opened = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base), tmp_path / "small"
-    ).eval()
+    small = tmp_path / "small"
     model = load_base(base).model
-    load_adapter(model, base, tmp_path / "small")
-    with torch.no_grad():
-        torch.testing.assert_close(model(IDS), opened(input_ids=IDS).logits, atol=1e-4, rtol=1e-4)
-        assert (model(IDS) - made(input_ids=IDS).logits).abs().max() > 1e-3
+    load_adapter(model, base, small)
+    found = logits(model, BATCH)
+    torch.testing.assert_close(found, logits(theirs(base, small), BATCH), atol=1e-4, rtol=1e-4)
+    assert (found - logits(made, BATCH)).abs().max() > 1e-3
 
 
 def test_what_cannot_be_compressed_is_refused_and_nothing_is_written(

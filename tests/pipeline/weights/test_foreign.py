@@ -4,7 +4,6 @@ with the reason.
 mlx-lm is asked itself. What litgpt and torchtune compute is written here as plain mathematics.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.files.artifact import read_manifest
-from pipeline.inference import engine
 from tests.conftest import Lora
 from tests.helpers import bases
 from tests.helpers.bases import WIDE, toy_checkpoint
+from tests.helpers.checkpoints import edit_adapter_config
 from tests.helpers.foreign import imported, refused
+from tests.helpers.json_files import write_json
 from tests.helpers.projects import folder_bytes, refusal
+from tests.helpers.side_by_side import IDS, logits, ours
 
-IDS = (5, 9, 200, 17, 3, 64)
 R, ALPHA = 4, 6.0
 D, H, G, K = 32, 4, 2, 8  # width, heads, groups, head size of the toy Llama
 SIZES = {"q": H * K, "k": G * K, "v": G * K}
@@ -35,13 +35,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape) + seed)) * 0.3
-
-
-@torch.no_grad()
-def ours(root: Path, adapter: str | None = "mine") -> Tensor:
-    model = engine.load(root / "base", root / adapter if adapter else None).model
-    logits: Tensor = model(torch.tensor([IDS]))[0]
-    return logits
 
 
 # mlx-lm
@@ -97,8 +90,12 @@ def test_an_adapter_of_mlx_lm_has_its_logits(cli: Lora, name: str, tmp_path: Pat
     family, keys, blocks, dora, base = MLX[name]
     there = made_by_mlx_lm(tmp_path, family, keys, blocks, dora, **base)
     imported(cli, tmp_path)
-    assert (there - ours(tmp_path, None)).abs().max() > 0.1, "the adapter changes nothing"
-    torch.testing.assert_close(ours(tmp_path), there, atol=1e-3, rtol=1e-3)
+    assert (there - logits(ours(tmp_path / "base"))).abs().max() > 0.1, (
+        "the adapter changes nothing"
+    )
+    torch.testing.assert_close(
+        logits(ours(tmp_path / "base", tmp_path / "mine")), there, atol=1e-3, rtol=1e-3
+    )
     source = read_manifest(tmp_path / "mine")["source"]
     assert (source["format"], source["base"]) == ("mlx-lm", "org/toy")
     assert source["sha256"].keys() == {"adapters.safetensors", "adapter_config.json"}
@@ -124,12 +121,6 @@ def test_to_mlx_lm_and_back_is_the_same_adapter(cli: Lora, tmp_path: Path) -> No
     )
 
 
-def edited(folder: Path, **values: Any) -> None:
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(config | values), encoding="utf-8")
-
-
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
@@ -147,7 +138,7 @@ def test_what_mlx_lms_config_cannot_mean_is_refused(
     cli: Lora, values: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     made_by_mlx_lm(tmp_path, "llama", ["self_attn.q_proj"], 2)
-    edited(tmp_path / "theirs", **values)
+    edit_adapter_config(tmp_path / "theirs", **values)
     assert reason in refused(cli, tmp_path)
 
 
@@ -227,7 +218,7 @@ def made_by_litgpt(root: Path, trained: str, others: bool, old: bool = False) ->
     }
     settings |= {name: part in trained for part, name in names.items()}
     (folder / "hyperparameters.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    return bases.logits(model, IDS)
+    return logits(model)
 
 
 @pytest.mark.parametrize(
@@ -238,8 +229,10 @@ def test_an_adapter_of_litgpt_has_its_logits(
 ) -> None:
     there = made_by_litgpt(tmp_path, trained, others, old)
     imported(cli, tmp_path)
-    assert (there - ours(tmp_path, None)).abs().max() > 0.1
-    torch.testing.assert_close(ours(tmp_path), there, atol=1e-4, rtol=1e-4)
+    assert (there - logits(ours(tmp_path / "base"))).abs().max() > 0.1
+    torch.testing.assert_close(
+        logits(ours(tmp_path / "base", tmp_path / "mine")), there, atol=1e-4, rtol=1e-4
+    )
     assert read_manifest(tmp_path / "mine")["source"]["format"] == "litgpt"
 
 
@@ -347,9 +340,7 @@ def made_by_torchtune(
                 tensors[f"{key}.magnitude"] = random(linear.out_features).abs() + 1
     torch.save(tensors, folder / name)
     config = {"r": R, "lora_alpha": ALPHA, "target_modules": ["q_proj"], "peft_type": "LORA"}
-    (folder / "adapter_config.json").write_text(
-        json.dumps(config | {"base_model_name_or_path": "org/toy"})
-    )
+    write_json(folder / "adapter_config.json", config | {"base_model_name_or_path": "org/toy"})
     return tensors
 
 
@@ -444,7 +435,7 @@ def test_torchtunes_own_file_is_read_and_not_its_conversion_to_peft(
         ),
         (
             "llama",
-            lambda folder: edited(folder, lora_alpha=None),
+            lambda folder: edit_adapter_config(folder, lora_alpha=None),
             "must have r and lora_alpha, got 4 and None",
         ),
     ],

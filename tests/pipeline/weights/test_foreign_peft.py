@@ -3,33 +3,28 @@ the reason.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from pipeline.inference import engine
 from tests.conftest import Lora
-from tests.helpers.bases import ROWS, logits, toy_checkpoint
+from tests.helpers.bases import ROWS, toy_checkpoint
+from tests.helpers.checkpoints import edit_adapter_config, edit_tensors
 from tests.helpers.foreign import imported, refused
+from tests.helpers.json_files import read_json
+from tests.helpers.side_by_side import logits, ours, randomized, theirs
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-IDS = (5, 9, 200, 17, 3, 64)
 PREFIX = "base_model.model."
 Weights = dict[str, Tensor]
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def stock(root: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(root / "base")
 
 
 def made(root: Path, base: dict[str, Any] | None = None, **options: Any) -> Tensor:
@@ -38,41 +33,23 @@ def made(root: Path, base: dict[str, Any] | None = None, **options: Any) -> Tens
     config = LoraConfig(
         task_type="CAUSAL_LM", **{"r": 3, "lora_alpha": 6, "target_modules": ["q_proj"], **options}
     )
-    model = get_peft_model(stock(root), config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
-    model.eval().save_pretrained(root / "theirs", save_embedding_layers=False)
-    return logits(model, IDS)
+    model = randomized(get_peft_model(theirs(root / "base"), config), 0.2)
+    model.save_pretrained(root / "theirs", save_embedding_layers=False)
+    return logits(model)
 
 
 def renamed(folder: Path, change: Callable[[str], str]) -> None:
-    edit(folder, lambda found: {change(key): value for key, value in found.items()})
-
-
-def edit(folder: Path, change: Callable[[Weights], Weights]) -> None:
-    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS, {"format": "pt"})
-
-
-def set_config(folder: Path, **values: Any) -> None:
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8")) | values
-    (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
-
-
-@torch.no_grad()
-def ours(root: Path) -> Tensor:
-    tuned: Tensor = engine.load(root / "base", root / "mine").model(torch.tensor([IDS]))[0]
-    return tuned
+    edit_tensors(folder, lambda found: {change(key): value for key, value in found.items()})
 
 
 def assert_taken(cli: Lora, root: Path, there: Tensor) -> str:
     said = imported(cli, root)
-    assert (there - logits(stock(root), IDS)).abs().max() > 0.05, "the adapter changes nothing"
-    torch.testing.assert_close(ours(root), there, atol=1e-4, rtol=1e-4)
-    in_peft = PeftModel.from_pretrained(stock(root), root / "mine").eval()
-    torch.testing.assert_close(logits(in_peft, IDS), there, atol=1e-4, rtol=1e-4)
+    assert (there - logits(theirs(root / "base"))).abs().max() > 0.05, "the adapter changes nothing"
+    torch.testing.assert_close(
+        logits(ours(root / "base", root / "mine")), there, atol=1e-4, rtol=1e-4
+    )
+    in_peft = logits(theirs(root / "base", root / "mine"))
+    torch.testing.assert_close(in_peft, there, atol=1e-4, rtol=1e-4)
     return said
 
 
@@ -132,7 +109,7 @@ def test_a_state_dict_of_modules_to_save_is_read_without_the_bases_own(
             f"{head}.original_module.weight": torch.zeros(3),
         }
 
-    edit(tmp_path / "theirs", raw)
+    edit_tensors(tmp_path / "theirs", raw)
     assert_taken(cli, tmp_path, there)
 
 
@@ -171,7 +148,7 @@ UNSLOTH = (
 def test_unsloths_pattern_of_targets_means_the_same_layers(cli: Lora, tmp_path: Path) -> None:
     there = made(tmp_path, target_modules=UNSLOTH)
     assert len(load_file(tmp_path / "theirs" / WEIGHTS)) == 8
-    set_config(
+    edit_adapter_config(
         tmp_path / "theirs",
         auto_mapping={"base_model_class": "LlamaForCausalLM", "unsloth_fixed": True},
     )
@@ -193,8 +170,8 @@ def test_no_default_of_pefts_options_is_in_the_way(cli: Lora, tmp_path: Path) ->
         for key, value in defaults.items()
         if isinstance(value, None | bool | int | float | str)
     }
-    own = json.loads((tmp_path / "theirs" / CONFIG).read_text(encoding="utf-8"))
-    set_config(
+    own = read_json(tmp_path / "theirs" / CONFIG)
+    edit_adapter_config(
         tmp_path / "theirs", **{**plain, **own, "an_option_of_a_newer_peft": None, "another": {}}
     )
     assert_taken(cli, tmp_path, there)
@@ -205,9 +182,11 @@ def test_an_initialization_that_leaves_the_base_is_taken_in_any_case(
     cli: Lora, init: str, tmp_path: Path
 ) -> None:
     there = made(tmp_path, r=4, init_lora_weights=init.lower())
-    set_config(tmp_path / "theirs", init_lora_weights=init)
+    edit_adapter_config(tmp_path / "theirs", init_lora_weights=init)
     assert imported(cli, tmp_path)
-    torch.testing.assert_close(ours(tmp_path), there, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        logits(ours(tmp_path / "base", tmp_path / "mine")), there, atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "OLoRA"])
@@ -215,7 +194,7 @@ def test_an_initialization_that_changes_the_base_is_refused_with_its_conversion(
     cli: Lora, init: str, tmp_path: Path
 ) -> None:
     made(tmp_path)
-    set_config(tmp_path / "theirs", init_lora_weights=init)
+    edit_adapter_config(tmp_path / "theirs", init_lora_weights=init)
     said = refused(cli, tmp_path)
     assert f"init_lora_weights is {init!r}, which also changes the base" in said
     assert "path_initial_model_for_weight_conversion" in said
@@ -225,7 +204,9 @@ def test_loftq_which_peft_converts_to_nothing_is_refused_with_a_merge(
     cli: Lora, tmp_path: Path
 ) -> None:
     made(tmp_path)
-    set_config(tmp_path / "theirs", init_lora_weights="loftq", loftq_config={"loftq_bits": 4})
+    edit_adapter_config(
+        tmp_path / "theirs", init_lora_weights="loftq", loftq_config={"loftq_bits": 4}
+    )
     assert "Merge it in PEFT with merge_and_unload" in refused(cli, tmp_path)
 
 
@@ -243,7 +224,7 @@ def test_a_quantized_base_is_named_with_the_one_to_use(
     cli: Lora, name: str, plain: str | None, tmp_path: Path
 ) -> None:
     there = made(tmp_path)
-    set_config(tmp_path / "theirs", base_model_name_or_path=name)
+    edit_adapter_config(tmp_path / "theirs", base_model_name_or_path=name)
     said = assert_taken(cli, tmp_path, there)
     assert (f"It names {name}, a quantized model." in said) is (plain is not None)
     assert plain is None or f"Its unquantized base is likely {plain}." in said
@@ -257,12 +238,12 @@ def test_an_embedding_that_is_the_bases_own_is_left_out(
     cli: Lora, tied: bool, tmp_path: Path
 ) -> None:
     there = made(tmp_path, {"tie_word_embeddings": tied})
-    base = stock(tmp_path)
+    base = theirs(tmp_path / "base")
     names = {"model.embed_tokens": base.model.embed_tokens, "lm_head": base.lm_head}
     copies = {
         f"{PREFIX}{name}.weight": module.weight.detach().clone() for name, module in names.items()
     }
-    edit(tmp_path / "theirs", lambda found: found | copies)
+    edit_tensors(tmp_path / "theirs", lambda found: found | copies)
     assert_taken(cli, tmp_path, there)
     assert len(load_file(tmp_path / "mine" / WEIGHTS)) == 4
 
@@ -271,13 +252,13 @@ def test_an_embedding_that_was_trained_without_being_named_is_trained_in_full(
     cli: Lora, tmp_path: Path
 ) -> None:
     made(tmp_path)
-    head = stock(tmp_path).lm_head.weight.detach().clone()
+    head = theirs(tmp_path / "base").lm_head.weight.detach().clone()
     head[5] += 1
-    edit(tmp_path / "theirs", lambda found: {**found, f"{PREFIX}lm_head.weight": head})
+    edit_tensors(tmp_path / "theirs", lambda found: {**found, f"{PREFIX}lm_head.weight": head})
     # PEFT takes it too
-    there = logits(PeftModel.from_pretrained(stock(tmp_path), tmp_path / "theirs").eval(), IDS)
+    there = logits(theirs(tmp_path / "base", tmp_path / "theirs"))
     assert_taken(cli, tmp_path, there)
-    assert json.loads((tmp_path / "mine" / CONFIG).read_text())["modules_to_save"] == ["lm_head"]
+    assert read_json(tmp_path / "mine" / CONFIG)["modules_to_save"] == ["lm_head"]
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -285,11 +266,11 @@ def test_an_embedding_of_a_grown_tokenizer_is_refused_with_both_sizes(
     cli: Lora, named: bool, tmp_path: Path
 ) -> None:
     made(tmp_path)
-    edit(
+    edit_tensors(
         tmp_path / "theirs",
         lambda found: {**found, f"{PREFIX}lm_head.weight": torch.zeros(ROWS + 8, 32)},
     )
-    set_config(tmp_path / "theirs", modules_to_save=["lm_head"] if named else None)
+    edit_adapter_config(tmp_path / "theirs", modules_to_save=["lm_head"] if named else None)
     said = refused(cli, tmp_path)
     assert (
         f"lm_head has {ROWS + 8} rows, and the base {ROWS}: tokens were added before training"
@@ -305,7 +286,7 @@ def without_tensors(folder: Path) -> None:
 
 
 def of_size_zero(folder: Path) -> None:
-    edit(folder, lambda found: {key: torch.empty(0) for key in found})
+    edit_tensors(folder, lambda found: {key: torch.empty(0) for key in found})
 
 
 def in_shards(name: str) -> Callable[[Path], None]:
@@ -317,7 +298,7 @@ def in_shards(name: str) -> Callable[[Path], None]:
 
 
 def of_two(folder: Path) -> None:
-    edit(
+    edit_tensors(
         folder,
         lambda found: {
             key.replace(f"lora_{part}", f"lora_{part}.{name}"): value.clone()
@@ -330,7 +311,7 @@ def of_two(folder: Path) -> None:
 
 
 def twice(folder: Path) -> None:
-    edit(
+    edit_tensors(
         folder,
         lambda found: found | {f"module.{key}": value.clone() for key, value in found.items()},
     )
@@ -338,7 +319,7 @@ def twice(folder: Path) -> None:
 
 def with_magnitudes(folder: Path) -> None:
     key = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_magnitude_vector"
-    edit(folder, lambda found: {**found, key: torch.ones(32)})
+    edit_tensors(folder, lambda found: {**found, key: torch.ones(32)})
 
 
 def of_experts(folder: Path) -> None:
@@ -372,7 +353,7 @@ def test_what_would_load_as_nothing_is_refused(
 
 def test_an_untrained_adapter_is_taken_with_a_note(cli: Lora, tmp_path: Path) -> None:
     made(tmp_path)
-    edit(
+    edit_tensors(
         tmp_path / "theirs",
         lambda found: {k: v * 0 if "lora_B" in k else v for k, v in found.items()},
     )

@@ -11,21 +11,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from pipeline.files.artifact import read_json, read_manifest
+from pipeline.adapters.config import CONFIG, WEIGHTS
+from pipeline.files.artifact import read_manifest
 from pipeline.files.base_model import base_fingerprint
 from pipeline.inference.engine import load
-from tests.cli.test_adapters_cli import CONFIG, WEIGHTS, edit_config, edit_tensors, two_adapters
 from tests.conftest import Lora
-from tests.helpers.checkpoints import checkpoint
-from tests.helpers.projects import folder_bytes, refusal
+from tests.helpers.checkpoints import checkpoint, edit_adapter_config, edit_tensors, token_ids
+from tests.helpers.json_files import read_json
+from tests.helpers.projects import cut_off, folder_bytes, refusal
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-IDS = torch.randint(3, 70, (4, 9), generator=torch.Generator().manual_seed(3))
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return two_adapters(tmp_path)
+IDS = token_ids(70, 4, 9)
 
 
 def imported(cli: Lora, root: Path, *more: str, source: str = "one") -> tuple[int, str, str]:
@@ -33,97 +29,101 @@ def imported(cli: Lora, root: Path, *more: str, source: str = "one") -> tuple[in
 
 
 def test_an_imported_adapter_is_bound_to_its_base_and_remembers_where_it_came_from(
-    cli: Lora, root: Path
+    cli: Lora, two_adapters: Path
 ) -> None:
-    code, said, err = imported(cli, root, "--base", "base")
+    code, said, err = imported(cli, two_adapters, "--base", "base")
     assert (code, err) == (0, "")
     assert said == "mine  fits base, by names and shapes; no more is known\n"
-    manifest = read_manifest(root / "mine")
-    assert manifest["base"] == base_fingerprint(root / "base")
+    manifest = read_manifest(two_adapters / "mine")
+    assert manifest["base"] == base_fingerprint(two_adapters / "base")
     digests = {
-        name: hashlib.sha256((root / "one" / name).read_bytes()).hexdigest()
+        name: hashlib.sha256((two_adapters / "one" / name).read_bytes()).hexdigest()
         for name in (CONFIG, WEIGHTS)
     }
     assert manifest["source"] == {"name": "one", "base": "base", "sha256": digests}
-    assert str(root) not in json.dumps(manifest)
-    assert (root / "mine" / WEIGHTS).read_bytes() == (root / "one" / WEIGHTS).read_bytes()
-    config = read_json(root / "mine" / CONFIG, "")
-    assert config == read_json(root / "one" / CONFIG, "") | {"base_model_name_or_path": "base"}
+    assert str(two_adapters) not in json.dumps(manifest)
+    assert (two_adapters / "mine" / WEIGHTS).read_bytes() == (
+        two_adapters / "one" / WEIGHTS
+    ).read_bytes()
+    config = read_json(two_adapters / "mine" / CONFIG)
+    assert config == read_json(two_adapters / "one" / CONFIG) | {"base_model_name_or_path": "base"}
     with torch.no_grad():
-        there, here = (load(root / "base", root / name).model(IDS) for name in ("one", "mine"))
+        there, here = (
+            load(two_adapters / "base", two_adapters / name).model(IDS) for name in ("one", "mine")
+        )
     assert torch.equal(here, there)
 
 
-def test_verify_accepts_it_on_its_base_alone(cli: Lora, root: Path) -> None:
-    imported(cli, root, "--base", "base")
-    code, said, _ = cli("adapters", "verify", "mine", cwd=root)
+def test_verify_accepts_it_on_its_base_alone(cli: Lora, two_adapters: Path) -> None:
+    imported(cli, two_adapters, "--base", "base")
+    code, said, _ = cli("adapters", "verify", "mine", cwd=two_adapters)
     known = (
         "files, names, shapes and base are those it was imported with; what it was trained on is "
         "not known"
     )
     assert code == 0 and known in said
-    checkpoint(root / "alike", seed=1)
+    checkpoint(two_adapters / "alike", seed=1)
     assert "was trained on another base" in refusal(
-        cli("adapters", "verify", "mine", "--base", "alike", cwd=root)
+        cli("adapters", "verify", "mine", "--base", "alike", cwd=two_adapters)
     )
-    edit_config(root / "mine", lora_alpha=4)
-    assert "lora_alpha was edited" in refusal(cli("adapters", "verify", "mine", cwd=root))
+    edit_adapter_config(two_adapters / "mine", lora_alpha=4)
+    assert "lora_alpha was edited" in refusal(cli("adapters", "verify", "mine", cwd=two_adapters))
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS, "chat_template.jinja"])
 def test_a_link_that_leaves_an_adapters_folder_is_not_followed(
-    cli: Lora, root: Path, name: str
+    cli: Lora, two_adapters: Path, name: str
 ) -> None:
-    outside = root / "outside"
-    if (root / "one" / name).exists():
-        (root / "one" / name).rename(outside)
+    outside = two_adapters / "outside"
+    if (two_adapters / "one" / name).exists():
+        (two_adapters / "one" / name).rename(outside)
     else:
         outside.write_text("private", encoding="utf-8")
-    (root / "one" / name).symlink_to(outside)
+    (two_adapters / "one" / name).symlink_to(outside)
     assert f"one/{name} is a link to a file outside its folder" in refusal(
-        imported(cli, root, "--base", "base")
+        imported(cli, two_adapters, "--base", "base")
     )
-    assert not (root / "mine").exists()
+    assert not (two_adapters / "mine").exists()
 
 
 @pytest.fixture
-def hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def hub(two_adapters: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A local hub cache in which org/toy has the base's weights, and adapter `one` names it; no
     network.
     """
-    repository = root / "hub/models--org--toy"
+    repository = two_adapters / "hub/models--org--toy"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs/main").write_text(COMMIT, encoding="utf-8")
-    shutil.copytree(root / "base", repository / "snapshots" / COMMIT)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root / "hub"))
+    shutil.copytree(two_adapters / "base", repository / "snapshots" / COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(two_adapters / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    edit_config(root / "one", base_model_name_or_path="org/toy")
+    edit_adapter_config(two_adapters / "one", base_model_name_or_path="org/toy")
     return repository / "snapshots" / COMMIT
 
 
 @pytest.mark.parametrize("revision", [None, COMMIT, "v9"])
 def test_a_base_that_the_adapter_names_is_recognised_by_its_weights(
-    cli: Lora, root: Path, hub: Path, revision: str | None
+    cli: Lora, two_adapters: Path, hub: Path, revision: str | None
 ) -> None:
-    edit_config(root / "one", revision=revision)
+    edit_adapter_config(two_adapters / "one", revision=revision)
     assert hub.is_dir()
-    said = imported(cli, root, "--base", "base")[1]
+    said = imported(cli, two_adapters, "--base", "base")[1]
     assert ("which has the weights of the model that it names" in said) is (revision != "v9")
-    assert read_manifest(root / "mine")["source"]["base"] == "org/toy"
+    assert read_manifest(two_adapters / "mine")["source"]["base"] == "org/toy"
 
 
 def test_a_base_of_the_same_shape_is_refused_where_the_one_it_names_is_known_to_be_another(
-    cli: Lora, root: Path, hub: Path
+    cli: Lora, two_adapters: Path, hub: Path
 ) -> None:
     checkpoint(hub, seed=1)
-    before = folder_bytes(root)
+    before = folder_bytes(two_adapters)
     assert (
         "one names org/toy as its base. That model is in the hub's cache, and base has other "
-        "weights" in refusal(imported(cli, root, "--base", "base"))
+        "weights" in refusal(imported(cli, two_adapters, "--base", "base"))
     )
-    assert folder_bytes(root) == before
+    assert folder_bytes(two_adapters) == before
     assert "names 'org/toy' as its base, but there is no such folder" in refusal(
-        imported(cli, root)
+        imported(cli, two_adapters)
     )
 
 
@@ -135,22 +135,22 @@ def peft_of_embeddings(folder: Path, base: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_base_of_the_same_shape_is_refused_where_the_adapter_holds_an_embedding_of_its_own(
-    cli: Lora, root: Path
+    cli: Lora, two_adapters: Path
 ) -> None:
-    peft_of_embeddings(root / "theirs", root / "base")
-    checkpoint(root / "alike", seed=1)
-    message = refusal(imported(cli, root, "--base", "alike", source="theirs"))
+    peft_of_embeddings(two_adapters / "theirs", two_adapters / "base")
+    checkpoint(two_adapters / "alike", seed=1)
+    message = refusal(imported(cli, two_adapters, "--base", "alike", source="theirs"))
     assert (
         "contains its own model.decoder.embed_tokens.weight, which differs from the base model's"
         in message
     )
-    assert not (root / "mine").exists()
-    assert imported(cli, root, "--base", "base", source="theirs")[0] == 0
-    assert cli("adapters", "verify", "mine", cwd=root)[0] == 0
+    assert not (two_adapters / "mine").exists()
+    assert imported(cli, two_adapters, "--base", "base", source="theirs")[0] == 0
+    assert cli("adapters", "verify", "mine", cwd=two_adapters)[0] == 0
 
 
 def truncated(folder: Path) -> None:
-    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
+    cut_off(folder / WEIGHTS)
 
 
 def renamed(folder: Path) -> None:
@@ -169,11 +169,11 @@ def not_finite(folder: Path) -> None:
 
 
 def of_another_rank(folder: Path) -> None:
-    edit_config(folder, r=5)
+    edit_adapter_config(folder, r=5)
 
 
 def not_understood(folder: Path) -> None:
-    edit_config(folder, lora_bias=True)
+    edit_adapter_config(folder, lora_bias=True)
 
 
 DAMAGE: dict[Callable[[Path], None], str] = {
@@ -188,24 +188,28 @@ DAMAGE: dict[Callable[[Path], None], str] = {
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
 def test_a_damaged_adapter_does_not_get_in(
-    cli: Lora, root: Path, damage: Callable[[Path], None]
+    cli: Lora, two_adapters: Path, damage: Callable[[Path], None]
 ) -> None:
-    damage(root / "one")
-    before = folder_bytes(root)
-    assert DAMAGE[damage] in refusal(imported(cli, root, "--base", "base"))
-    assert folder_bytes(root) == before and not (root / "mine").exists()
+    damage(two_adapters / "one")
+    before = folder_bytes(two_adapters)
+    assert DAMAGE[damage] in refusal(imported(cli, two_adapters, "--base", "base"))
+    assert folder_bytes(two_adapters) == before and not (two_adapters / "mine").exists()
 
 
-def test_a_base_of_another_shape_is_refused(cli: Lora, root: Path) -> None:
-    checkpoint(root / "wide", d_model=32)
-    assert "has shape [2, 64], expected [2, 32]" in refusal(imported(cli, root, "--base", "wide"))
-    assert not (root / "mine").exists()
+def test_a_base_of_another_shape_is_refused(cli: Lora, two_adapters: Path) -> None:
+    checkpoint(two_adapters / "wide", d_model=32)
+    assert "has shape [2, 64], expected [2, 32]" in refusal(
+        imported(cli, two_adapters, "--base", "wide")
+    )
+    assert not (two_adapters / "mine").exists()
 
 
-def test_an_import_replaces_an_earlier_one_and_nothing_else(cli: Lora, root: Path) -> None:
-    assert imported(cli, root, source="other")[0] == imported(cli, root)[0] == 0
-    assert (root / "mine" / WEIGHTS).read_bytes() == (root / "one" / WEIGHTS).read_bytes()
-    before = folder_bytes(root)
+def test_an_import_replaces_an_earlier_one_and_nothing_else(cli: Lora, two_adapters: Path) -> None:
+    assert imported(cli, two_adapters, source="other")[0] == imported(cli, two_adapters)[0] == 0
+    assert (two_adapters / "mine" / WEIGHTS).read_bytes() == (
+        two_adapters / "one" / WEIGHTS
+    ).read_bytes()
+    before = folder_bytes(two_adapters)
     for out, message in (("other", "exists and holds other files"), ("one", "is also an input")):
-        assert message in refusal(cli("adapters", "import", "one", "--out", out, cwd=root))
-    assert folder_bytes(root) == before
+        assert message in refusal(cli("adapters", "import", "one", "--out", out, cwd=two_adapters))
+    assert folder_bytes(two_adapters) == before

@@ -9,21 +9,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.low_rank import LowRank, load_update
 from pipeline.errors import UserError
-from pipeline.inference.engine import load
 from pipeline.weights import intruders as module
 from pipeline.weights.intruders import Pair, Searched, damp, damped, find_intruders, intruders_of
 from pipeline.weights.spectrum import in_blocks
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.checkpoints import adapter, checkpoint
 from tests.helpers.projects import folder_bytes, played
-from tests.pipeline.adapters.test_peft import IDS, theirs
-from tests.pipeline.weights.test_streaming_merge import load_weights, merged_through_files
+from tests.helpers.side_by_side import BATCH, logits, ours, theirs
+from tests.helpers.stored_models import load_weights, merged_through_files, strong
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -144,17 +142,6 @@ def base(tmp_path: Path) -> Path:
     return checkpoint(tmp_path / "base", d_model=24)
 
 
-def strong(folder: Path, base: Path, spec: AdapterSpec) -> Path:
-    """An adapter whose updates are as large as the weights."""
-    made = adapter(folder, base, spec)
-    file = made / "adapter_model.safetensors"
-    weights = {
-        key: tensor * (4 if ".lora_" in key else 1) for key, tensor in load_file(file).items()
-    }
-    save_file(weights, file, metadata={"format": "pt"})
-    return made
-
-
 def searched(base: Path, tuned: Path, epsilon: float = 0.7) -> list[Searched]:
     return played(intruders_of(base, tuned, 10, epsilon))[0]
 
@@ -211,18 +198,16 @@ def test_a_damped_adapter_is_opened_by_peft_and_at_1_it_is_the_same(
     base: Path, tmp_path: Path
 ) -> None:
     made = strong(tmp_path / "made", base, SPECS["lora"])
-    found, ids = searched(base, made), IDS % 70
+    found = searched(base, made)
     assert any(one.intruders for one in found)
     for factor, out in ((1.0, tmp_path / "same"), (0.0, tmp_path / "removed")):
         damp(base, made, out, found, factor, {"top": 10})
         first = folder_bytes(out)
         damp(base, made, out, found, factor, {"top": 10})
         assert folder_bytes(out) == first
-        ours = load(base, out).model(ids)
-        torch.testing.assert_close(
-            ours, theirs(base, out)(input_ids=ids).logits, atol=1e-3, rtol=1e-3
-        )
-        same = bool((ours - load(base, made).model(ids)).abs().max() < 1e-3)
+        here, there = (logits(opened(base, out), BATCH) for opened in (ours, theirs))
+        torch.testing.assert_close(here, there, atol=1e-3, rtol=1e-3)
+        same = bool((here - logits(ours(base, made), BATCH)).abs().max() < 1e-3)
         assert same is (factor == 1)
     removed = load_update(tmp_path / "removed").low_rank
     for one in found:

@@ -2,7 +2,6 @@
 model.
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,6 @@ from pipeline.adapters.low_rank import LowRank, directions, load_update, spectra
 from pipeline.adapters.peft import load_adapter
 from pipeline.errors import UserError
 from pipeline.files.artifact import verify
-from pipeline.inference.engine import load
 from pipeline.models.base import CausalLM
 from pipeline.models.transformers_model import load_pretrained
 from pipeline.weights import spectrum as singular_module
@@ -30,15 +28,13 @@ from pipeline.weights.blocks import Read
 from pipeline.weights.extract import Extraction, Spectra, extract, spectra_of
 from pipeline.weights.spectrum import Measured, factors, overlaps, singular
 from tests.helpers.checkpoints import adapter, checkpoint
+from tests.helpers.json_files import write_json
 from tests.helpers.projects import folder_bytes, played
 from tests.helpers.real import stock, toy
-from tests.pipeline.adapters.test_peft_interop import IDS
+from tests.helpers.side_by_side import BATCH, logits, ours
+from tests.helpers.stored_models import random_matrix, tuned_from
 
 SIDES = st.integers(1, 40)
-
-
-def drawn(rows: int, columns: int, seed: int = 0) -> Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
 def by(size: int, matrix: Tensor) -> Read:
@@ -61,7 +57,7 @@ def values_of(matrix: Tensor) -> np.ndarray[Any, Any]:
 def test_singular_values_of_a_matrix_read_in_pieces_are_numpys(
     rows: int, columns: int, size: int
 ) -> None:
-    matrix = drawn(rows, columns)
+    matrix = random_matrix(rows, columns)
     found, wanted = singular(by(size, matrix), columns, 4), values_of(matrix)
     assert found.complete and found.error == 0
     np.testing.assert_allclose(
@@ -76,7 +72,7 @@ def test_the_factors_are_the_nearest_matrix_of_their_rank(
     rows: int, columns: int, size: int, rank: int
 ) -> None:
     """Eckart and Young: U√S and √SVᵀ of the largest singular values, from numpy."""
-    matrix, rank = drawn(rows, columns), min(rank, rows, columns)
+    matrix, rank = random_matrix(rows, columns), min(rank, rows, columns)
     b, a = factors(by(size, matrix), rows, singular(by(size, matrix), columns, rank), rank)
     u, s, v = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
     np.testing.assert_allclose(
@@ -97,8 +93,8 @@ def test_values_of_a_wide_matrix_are_none_too_large_and_as_near_as_it_says(
         "decays": 1 / torch.arange(1.0, 201),
         "low rank": (torch.arange(200) < 5) + 0.0,
     }
-    left, right = (torch.linalg.qr(drawn(300, 300, seed)).Q for seed in (1, 2))
-    matrix = (left[:, :200] * decay[spectrum]) @ right[:200] + 0.01 * drawn(300, 300)
+    left, right = (torch.linalg.qr(random_matrix(300, 300, seed)).Q for seed in (1, 2))
+    matrix = (left[:, :200] * decay[spectrum]) @ right[:200] + 0.01 * random_matrix(300, 300)
     found, wanted = singular(by(64, matrix), 300, 20), values_of(matrix)
     assert not found.complete and len(found.values) == 20
     assert (found.values.numpy() <= wanted[:20] * (1 + 1e-9)).all()
@@ -129,7 +125,9 @@ def test_energy_and_ranks_are_those_of_the_squares() -> None:
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 5))
 def test_the_overlap_of_subspaces_is_the_papers_formula(k: int, n: int, seed: int) -> None:
-    one, other = (torch.linalg.qr(drawn(12, size, seed + size)).Q.double() for size in (k, n))
+    one, other = (
+        torch.linalg.qr(random_matrix(12, size, seed + size)).Q.double() for size in (k, n)
+    )
     found = overlaps(one, other)
     for i in range(1, k + 1):
         for j in range(1, n + 1):
@@ -141,7 +139,7 @@ def test_the_overlap_of_subspaces_is_the_papers_formula(k: int, n: int, seed: in
 def test_random_subspaces_overlap_by_the_larger_share_of_the_space() -> None:
     """E φ(i, j) = max(i, j) / n, the baseline for φ of trained updates."""
     pairs = [
-        [torch.linalg.qr(drawn(40, 8, 2 * seed + which).double()).Q for which in (0, 1)]
+        [torch.linalg.qr(random_matrix(40, 8, 2 * seed + which).double()).Q for which in (0, 1)]
         for seed in range(200)
     ]
     mean = torch.stack([overlaps(*pair) for pair in pairs]).mean(0)
@@ -150,7 +148,7 @@ def test_random_subspaces_overlap_by_the_larger_share_of_the_space() -> None:
 
 
 def test_directions_of_an_update_are_numpys() -> None:
-    update = LowRank(drawn(3, 20, 1), drawn(10, 3, 2), 0.5)
+    update = LowRank(random_matrix(3, 20, 1), random_matrix(10, 3, 2), 0.5)
     left, right = directions(update)
     u, _, v = np.linalg.svd(update.delta().double().numpy())
     np.testing.assert_allclose(abs((left.T.numpy() @ u[:, :3]).diagonal()), 1, rtol=1e-6)
@@ -158,35 +156,6 @@ def test_directions_of_an_update_are_numpys() -> None:
 
 
 # Whole checkpoints.
-
-
-def tuned_from(
-    base: Path, out: Path, rank: int, linears: bool = True, vectors: bool = False
-) -> Path:
-    """A copy of a checkpoint whose matrices got an update of that rank; vectors, where asked, got
-    another.
-    """
-    shutil.copytree(base, out)
-    for file in out.glob("*.safetensors"):
-        weights = load_file(file)
-        for seed, (name, weight) in enumerate(sorted(weights.items())):
-            is_end = "embed_tokens" in name or "lm_head" in name or "wte" in name
-            if (
-                weight.ndim == 2
-                and (linears or is_end)
-                and "positions" not in name
-                and "wpe" not in name
-            ):
-                step = (
-                    drawn(weight.shape[0], rank, seed)
-                    @ drawn(rank, weight.shape[1], seed + 99)
-                    / 20
-                )
-                weights[name] = (weight.float() + step).to(weight.dtype)
-            elif weight.ndim == 1 and vectors:
-                weights[name] = weight + drawn(1, len(weight), seed)[0].to(weight.dtype) / 20
-        save_file(weights, file, metadata={"format": "pt"})
-    return out
 
 
 def sharded(folder: Path, out: Path) -> Path:
@@ -199,7 +168,7 @@ def sharded(folder: Path, out: Path) -> Path:
         file = f"model-{number:05d}-of-00002.safetensors"
         save_file({name: weights[name] for name in part}, out / file)
         index |= dict.fromkeys(part, file)
-    (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    write_json(out / "model.safetensors.index.json", {"weight_map": index})
     return out
 
 
@@ -267,12 +236,6 @@ def test_an_adapters_spectra_are_its_own_beside_its_bases_weights(
     assert found["lm_head"].values[:5] == pytest.approx(values_of(whole)[:5].tolist(), rel=1e-5)
 
 
-@torch.no_grad()
-def logits(base: Path, adapter: Path | None = None) -> Tensor:
-    found: Tensor = load(base, adapter).model(IDS % 70)
-    return found
-
-
 def test_at_the_updates_own_rank_base_and_lora_are_the_tuned_model(
     base: Path, tmp_path: Path
 ) -> None:
@@ -280,8 +243,13 @@ def test_at_the_updates_own_rank_base_and_lora_are_the_tuned_model(
     found = extracted(base, tuned, tmp_path / "lora", 3)
     assert (found.rank, found.left_out) == (3, []) and found.held == pytest.approx(1)
     assert len(found.low_rank) == 12 and len(found.in_full) == 2
-    torch.testing.assert_close(logits(base, tmp_path / "lora"), logits(tuned), atol=1e-4, rtol=1e-4)
-    assert (logits(base) - logits(tuned)).abs().max() > 0.1
+    torch.testing.assert_close(
+        logits(ours(base, tmp_path / "lora"), BATCH),
+        logits(ours(tuned), BATCH),
+        atol=1e-4,
+        rtol=1e-4,
+    )
+    assert (logits(ours(base), BATCH) - logits(ours(tuned), BATCH)).abs().max() > 0.1
     verify(tmp_path / "lora")
     before = folder_bytes(tmp_path / "lora")
     extracted(base, tuned, tmp_path / "lora", 3)
@@ -321,10 +289,10 @@ def test_peft_opens_what_was_extracted_from_every_family_with_the_tuned_models_l
     theirs = PeftModel.from_pretrained(stock(model), tmp_path / "lora").eval()
     load_adapter(model, tmp_path / "toy", tmp_path / "lora")
     with torch.no_grad():
-        expected = wanted(IDS)
-        torch.testing.assert_close(model(IDS), expected, atol=1e-3, rtol=1e-3)
-        torch.testing.assert_close(theirs(input_ids=IDS).logits, expected, atol=1e-3, rtol=1e-3)
-        assert (load_pretrained(tmp_path / "toy")(IDS) - expected).abs().max() > 0.1
+        expected = wanted(BATCH)
+        torch.testing.assert_close(model(BATCH), expected, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(theirs(input_ids=BATCH).logits, expected, atol=1e-3, rtol=1e-3)
+        assert (load_pretrained(tmp_path / "toy")(BATCH) - expected).abs().max() > 0.1
 
 
 def test_a_layer_that_did_not_change_gets_no_lora(base: Path, tmp_path: Path) -> None:
@@ -335,7 +303,12 @@ def test_a_layer_that_did_not_change_gets_no_lora(base: Path, tmp_path: Path) ->
     save_file(weights, tuned / "model.safetensors")
     found = extracted(base, tuned, tmp_path / "lora", 2)
     assert len(found.low_rank) == 11
-    torch.testing.assert_close(logits(base, tmp_path / "lora"), logits(tuned), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        logits(ours(base, tmp_path / "lora"), BATCH),
+        logits(ours(tuned), BATCH),
+        atol=1e-4,
+        rtol=1e-4,
+    )
 
 
 def test_nothing_is_written_where_there_is_nothing_to_hold(base: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Checkpoints of one model with different tensor names or layout, and tied embedding and head."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +11,15 @@ from torch import Tensor
 
 from pipeline.adapters.attach import attach, tensors
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.peft import load_adapter, save_adapter
+from pipeline.adapters.peft import save_adapter
 from pipeline.errors import UserError
 from pipeline.models.transformers_model import load_pretrained
 from tests.helpers.checkpoints import checkpoint
+from tests.helpers.json_files import read_json, write_json
 from tests.helpers.real import toy
-from tests.pipeline.adapters.test_peft_interop import IDS
-from tests.pipeline.weights.test_spectrum import extracted, measured, tuned_from, values_of
+from tests.helpers.side_by_side import BATCH, logits, ours
+from tests.helpers.stored_models import tuned_from
+from tests.pipeline.weights.test_spectrum import extracted, measured, values_of
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Weights = dict[str, Tensor]
@@ -58,15 +59,6 @@ def in_full(out: Path, base: Path, *ends: str) -> Path:
     out.mkdir()
     save_adapter(out, model, spec, str(base))
     return out
-
-
-@torch.no_grad()
-def logits(base: Path, adapter: Path | None = None) -> Tensor:
-    model = load_pretrained(base)
-    if adapter is not None:
-        load_adapter(model, base, adapter)
-    found: Tensor = model(IDS)
-    return found
 
 
 @pytest.fixture
@@ -123,7 +115,12 @@ def test_a_tied_head_counts_once_whether_or_not_a_file_stores_it(
     assert not wanted.skipped
     found = extracted(base, tuned, tmp_path / "lora", 2)
     assert found.held == pytest.approx(1) and found.spectra == wanted
-    torch.testing.assert_close(logits(base, tmp_path / "lora"), logits(tuned), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        logits(ours(base, tmp_path / "lora"), BATCH),
+        logits(ours(tuned), BATCH),
+        atol=1e-3,
+        rtol=1e-3,
+    )
 
 
 def test_a_head_that_training_untied_is_set_against_the_embedding_it_was(
@@ -132,8 +129,8 @@ def test_a_head_that_training_untied_is_set_against_the_embedding_it_was(
     untied = stored_so(
         tuned, tmp_path / "untied", lambda weights: weights | {HEAD: weights[EMBEDDING] * 1.5}
     )
-    config = json.loads((untied / "config.json").read_text())
-    (untied / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    config = read_json(untied / "config.json")
+    write_json(untied / "config.json", config | {"tie_word_embeddings": False})
     found = {one.name: one for one in measured(tied, untied).tensors}
     old, new = (load_file(folder / "model.safetensors") for folder in (tied, untied))
     assert found[HEAD].change == pytest.approx(float((new[HEAD] - old[EMBEDDING]).norm()))
@@ -141,7 +138,10 @@ def test_a_head_that_training_untied_is_set_against_the_embedding_it_was(
     whole = extracted(tied, untied, tmp_path / "lora", 2).in_full
     assert {*whole} == {HEAD, EMBEDDING}
     torch.testing.assert_close(
-        logits(tied, tmp_path / "lora"), logits(untied), atol=1e-3, rtol=1e-3
+        logits(ours(tied, tmp_path / "lora"), BATCH),
+        logits(ours(untied), BATCH),
+        atol=1e-3,
+        rtol=1e-3,
     )
 
 
@@ -163,9 +163,9 @@ def test_a_body_that_one_file_names_and_the_other_does_not_is_the_same(
         one.values for one in wanted.tensors
     ] and not found.skipped
     extracted(folders["base"], folders["tuned"], tmp_path / "lora", 2)
-    wanted_logits = logits(folders["tuned"])
+    wanted_logits = logits(ours(folders["tuned"]), BATCH)
     torch.testing.assert_close(
-        logits(folders["base"], tmp_path / "lora"), wanted_logits, atol=1e-3, rtol=1e-3
+        logits(ours(folders["base"], tmp_path / "lora"), BATCH), wanted_logits, atol=1e-3, rtol=1e-3
     )
 
 

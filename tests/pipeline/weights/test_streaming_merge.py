@@ -3,7 +3,6 @@ copied.
 """
 
 import copy
-import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -26,30 +25,15 @@ from pipeline.models.transformers_model import load_pretrained
 from pipeline.project.runner import Progress
 from pipeline.weights import blocks
 from pipeline.weights.merge import Merging, merge_into, write
-from pipeline.weights.merge_check import update_ratios, written_matrices
 from pipeline.weights.merge_plan import plan_merge
 from tests.helpers.bases import edit_config, toy_checkpoint
 from tests.helpers.checkpoints import adapter, checkpoint
+from tests.helpers.json_files import read_json
 from tests.helpers.real import stock, toy
 from tests.helpers.reference_merge import merged_model
-from tests.pipeline.adapters.test_peft_interop import NAMES, options, randomized
-
-
-def merged_through_files(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
-    out.mkdir()
-    plan = plan_merge(base, adapter)
-    assert list(write(plan, out))
-    for ratio in update_ratios(plan, written_matrices(out)).values():
-        assert ratio.value is None or abs(ratio.value - 1) <= 1e-3 + ratio.rounding
-    return load_weights(out)
-
-
-def load_weights(folder: Path) -> dict[str, Any]:
-    return {
-        name: value
-        for file in folder.glob("*.safetensors")
-        for name, value in load_file(file).items()
-    }
+from tests.helpers.side_by_side import randomized
+from tests.helpers.stored_models import load_weights, merged_through_files
+from tests.pipeline.adapters.test_peft_interop import NAMES, options
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -79,10 +63,10 @@ def test_a_merge_through_files_is_the_merge_in_memory(
             assert through.keys() == kept.keys()
             for name, value in kept.items():
                 assert torch.equal(through[name], value), name
-            config = json.loads(Path(scratch, "files/config.json").read_text())
+            config = read_json(Path(scratch, "files/config.json"))
             assert (
                 config["tie_word_embeddings"]
-                == json.loads((memory / "config.json").read_text())["tie_word_embeddings"]
+                == read_json(memory / "config.json")["tie_word_embeddings"]
             )
 
     same()
@@ -200,8 +184,6 @@ def test_the_written_dtype_is_named_by_the_key_that_the_base_has(key: str, tmp_p
     (tmp_path / "out").mkdir()
     plan = plan_merge(base, tmp_path / "adapter", dtype="F32")
     assert [*write(plan, tmp_path / "out")]
-    before, after = (
-        json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "out")
-    )
+    before, after = (read_json(folder / "config.json") for folder in (base, tmp_path / "out"))
     assert after == {**before, key: "float32", "tie_word_embeddings": False}
     assert {value.dtype for value in load_weights(tmp_path / "out").values()} == {torch.float32}

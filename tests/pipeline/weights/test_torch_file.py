@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.weights import torch_file
+from tests.helpers.errors import user_error
 
 WHOLE = torch.arange(24, dtype=torch.float32).view(4, 6)
 SAVED: dict[str, Any] = {
@@ -44,10 +45,9 @@ def saved(value: Any, path: Path, **how: Any) -> Path:
 
 
 def refused(path: Path) -> str:
-    with pytest.raises(UserError) as error:
-        torch_file.load(path)
-    assert str(error.value).startswith(f"{path} cannot be read without running code from it: ")
-    return str(error.value)
+    said = user_error(torch_file.load, path)
+    assert said.startswith(f"{path} cannot be read without running code from it: ")
+    return said
 
 
 @pytest.mark.parametrize("name", SAVED)

@@ -3,7 +3,6 @@ own work.
 """
 
 import io
-import json
 import lzma
 import tarfile
 from pathlib import Path
@@ -14,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.stages.registry import open_project
 from pipeline.views.stages import Status
+from tests.helpers.json_files import read_json
 from tui.services.projects import demo
 from tui.services.projects.demo import ARCHIVE, TRAINED, open_demo
 
@@ -38,9 +38,7 @@ def test_all_of_its_stages_are_up_to_date_and_it_says_what_made_them() -> None:
 
 
 def test_it_shows_what_it_is_meant_to() -> None:
-    metrics = json.loads(
-        (open_demo().parent / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8")
-    )
+    metrics = read_json(open_demo().parent / "artifacts/evaluation/metrics.json")
     kept = {
         name: metrics[name]["forgetting"]["answers_kept"] for name in ("lora", "full", "prompt")
     }
@@ -54,14 +52,14 @@ def test_it_is_up_to_date_when_the_code_and_the_libraries_change() -> None:
     params = open_demo()
     # as an earlier version of the code has stamped it
     for path in params.parent.glob("artifacts/*/manifest.json"):
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = read_json(path)
         artifact.write_json(
             path, {**tree, "code": "another", "versions": {**tree["versions"], "python": "3.0"}}
         )
     assert "current" not in states(params).values()
     open_demo()
     assert "current" not in states(params).values()  # it believes what it has noted
-    stamp = json.loads((params.parent / demo.STAMP).read_text(encoding="utf-8"))
+    stamp = read_json(params.parent / demo.STAMP)
     artifact.write_json(params.parent / demo.STAMP, {**stamp, "code": "another"})
     open_demo()
     assert set(states(params).values()) == {"current"}

@@ -8,26 +8,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import UserError
 from pipeline.project.logs import run_state
-from tests.helpers.projects import COMMAND, LORA
+from tests.helpers.projects import COMMAND, LORA, wait_for
 from tui.services import pipeline_process
 from tui.services.pipeline_process import Runner
 
 SLEEPER = "import os, sys, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)\n"
 STUBBORN = f"import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n{SLEEPER}"
-
-
-def until(holds: Callable[[], object], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -57,24 +49,24 @@ def gone(pid: int) -> bool:
 def test_stop_reaches_every_process_of_the_group(folder: Path) -> None:
     runner = Runner(folder)
     leader = runner.start([SLEEPER]).pid
-    until(lambda: runner.log.read_text().strip())
+    wait_for(lambda: runner.log.read_text().strip())
     grandchild = int(runner.log.read_text())
     assert os.getpgid(grandchild) == leader != os.getpgrp()
     assert runner.stop().startswith("Stopping.")
-    until(lambda: runner.running() is None)
-    until(lambda: gone(grandchild))
+    wait_for(lambda: runner.running() is None)
+    wait_for(lambda: gone(grandchild))
 
 
 def test_a_second_stop_ends_a_process_that_ignores_the_interrupt(folder: Path) -> None:
     runner = Runner(folder)
     runner.start([STUBBORN])
-    until(lambda: runner.log.read_text().strip())
+    wait_for(lambda: runner.log.read_text().strip())
     child = int(runner.log.read_text())
     runner.stop()
     time.sleep(0.2)
     assert not gone(child)
     runner.stop()
-    until(lambda: gone(child))
+    wait_for(lambda: gone(child))
 
 
 def test_two_workbenches_share_one_pipeline(folder: Path) -> None:
@@ -86,10 +78,10 @@ def test_two_workbenches_share_one_pipeline(folder: Path) -> None:
     with pytest.raises(UserError, match="already running"):
         second.start([SLEEPER])
     second.stop()
-    until(lambda: first.running() is None)
+    wait_for(lambda: first.running() is None)
     assert second.running() is None
     second.start(["print('again')"])
-    until(lambda: "again" in second.log.read_text())
+    wait_for(lambda: "again" in second.log.read_text())
 
 
 def test_it_outlives_its_starter_and_is_detected(folder: Path) -> None:
@@ -103,9 +95,9 @@ def test_it_outlives_its_starter_and_is_detected(folder: Path) -> None:
     assert starter.returncode == -signal.SIGKILL
     runner = Runner(folder)
     assert runner.running() is not None
-    until(lambda: runner.log.read_text().strip())
+    wait_for(lambda: runner.log.read_text().strip())
     runner.stop()
-    until(lambda: runner.running() is None)
+    wait_for(lambda: runner.running() is None)
 
 
 def test_nothing_to_stop_and_nothing_to_run_are_errors(tmp_path: Path) -> None:
@@ -131,7 +123,7 @@ def test_a_stage_that_was_started_elsewhere_is_stopped_with_its_checkpoint_kept(
         command, cwd=project, stderr=subprocess.DEVNULL, start_new_session=True
     )
     folder = project / "runs/finetune_full"
-    until(lambda: (run := run_state.read(folder)) and run.pid == stage.pid and run.done > 1)
+    wait_for(lambda: (run := run_state.read(folder)) and run.pid == stage.pid and run.done > 1)
     with pytest.raises(UserError, match="started elsewhere"):
         starting(project)
     assert "with a checkpoint" in Runner(project).stop()

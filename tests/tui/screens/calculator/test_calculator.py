@@ -1,7 +1,6 @@
 """The calculator screen: its numbers are those of `pipeline.calc`, and every key works."""
 
 import errno
-import json
 import os
 import re
 import threading
@@ -26,7 +25,8 @@ from pipeline.stages.methods.lora import COUNTED as LORA
 from pipeline.stages.methods.lora import Lora
 from pipeline.stages.registry import COUNTED, open_project
 from tests.helpers.bases import toy_checkpoint
-from tests.helpers.pilot import until
+from tests.helpers.json_files import write_json
+from tests.helpers.pilot import screen_opens, until
 from tests.helpers.projects import load, make, save
 from tui.app import Workbench
 from tui.dialogs import Ask
@@ -329,7 +329,7 @@ async def test_search_lists_matches_while_one_types_and_enter_takes_one(empty: P
 @pytest.mark.slow
 async def test_a_path_is_read_beside_the_keys(empty: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
-    config.write_text(json.dumps(entry("qwen3-0.6b")["config"]), encoding="utf-8")
+    write_json(config, entry("qwen3-0.6b")["config"])
     async with calculator(empty) as (pilot, screen):
         for path in (config, tmp_path):
             await fill(pilot, screen, model=str(path))
@@ -545,7 +545,7 @@ async def test_write_says_what_it_writes_and_what_not_and_is_taken_back(empty: P
         await until(pilot, lambda: bool(pilot.app.message_history))
         assert "already has these values" in pilot.app.message_history[-1][2]
         await pilot.press("tab", "+", "ctrl+s")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Ask))
+        await screen_opens(pilot, Ask)
         question = " ".join(str(part.content) for part in pilot.app.screen.query(Static))
         assert "finetune_lora.rank: 4 → 8" in question
         assert (
@@ -555,7 +555,7 @@ async def test_write_says_what_it_writes_and_what_not_and_is_taken_back(empty: P
         await pilot.press("escape")
         assert path.read_text(encoding="utf-8") == before
         await pilot.press("ctrl+s")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Ask))
+        await screen_opens(pilot, Ask)
         await pilot.press("y")
         await until(pilot, lambda: path.read_text(encoding="utf-8") != before)
         assert path.read_text(encoding="utf-8") == before.replace("  rank: 4\n", "  rank: 8\n", 1)
@@ -610,7 +610,7 @@ async def write_to_params(pilot: Pilot[None]) -> None:
     app = workbench(pilot)
     message = len(app.message_history)
     await pilot.press("ctrl+s")
-    await until(pilot, lambda: isinstance(app.screen, Ask))
+    await screen_opens(pilot, Ask)
     await pilot.press("y")
     await until(pilot, lambda: len(app.message_history) > message)
 
@@ -817,7 +817,7 @@ async def test_params_broken_by_hand_are_not_written_over(empty: Path, when: str
             path.write_text(broken, encoding="utf-8")
         await pilot.press("ctrl+s")
         if when != "before":
-            await until(pilot, lambda: isinstance(pilot.app.screen, Ask))
+            await screen_opens(pilot, Ask)
             path.write_text(broken, encoding="utf-8")
             await pilot.press("y")
         await until(pilot, lambda: bool(pilot.app.message_history))
@@ -836,7 +836,7 @@ async def test_a_full_disk_leaves_the_file(empty: Path, monkeypatch: pytest.Monk
 
     async with calculator(empty) as (pilot, _):
         await pilot.press("ctrl+s")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Ask))
+        await screen_opens(pilot, Ask)
         monkeypatch.setattr(os, "fsync", full)
         await pilot.press("y")
         await until(pilot, lambda: bool(pilot.app.message_history))

@@ -13,7 +13,7 @@ from textual.pilot import Pilot
 
 from pipeline.errors import UserError
 from tests.helpers.fake_engine import DEATH, FakeInference
-from tests.helpers.pilot import until
+from tests.helpers.pilot import AppSession, until
 from tui.app import Workbench
 from tui.dialogs import Ask, Menu, PathScreen
 from tui.screens.chat.history import History
@@ -26,20 +26,14 @@ from tui.screens.chat.thoughts import WrappedText
 from tui.widgets.key_bar import KeyBar
 
 
-class Session:
+class Session(AppSession[ChatScreen]):
     """The app on its chat screen, with helpers for tests."""
 
+    kind = ChatScreen
+
     def __init__(self, pilot: Pilot[None], engine: FakeInference | None = None) -> None:
-        self.pilot, self.engine = pilot, engine or FakeInference()
-
-    @property
-    def app(self) -> Workbench:
-        assert isinstance(self.pilot.app, Workbench)
-        return self.pilot.app
-
-    @property
-    def screen(self) -> ChatScreen:
-        return next(screen for screen in self.app.screen_stack if isinstance(screen, ChatScreen))
+        super().__init__(pilot)
+        self.engine = engine or FakeInference()
 
     @property
     def field(self) -> MessageField:
@@ -66,9 +60,6 @@ class Session:
 
     def footer(self) -> str:
         return str(self.screen.query_one(KeyBar).render())
-
-    def messages(self) -> str:
-        return "\n".join(text for _, _, text in self.app.message_history)
 
     async def press(self, *keys: str) -> None:
         await self.pilot.press(*keys)

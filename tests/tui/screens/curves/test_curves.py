@@ -21,13 +21,12 @@ from tests.helpers.curves import (
     title,
     wait_until_drawn,
 )
-from tests.helpers.pilot import until
+from tests.helpers.pilot import screen_opens, until
 from tests.helpers.run_folders import (
     HEADER,
     hold,
     measured,
     write_measured,
-    write_methods,
     write_run,
     write_samples,
 )
@@ -39,12 +38,6 @@ from tui.widgets.plot.chart import Chart
 from tui.widgets.plot.scale import Range, is_drawable
 
 METHODS = {"full", "freeze", "lora"}
-
-
-@pytest.fixture
-def root(empty: Path) -> Path:
-    write_methods(empty)
-    return empty
 
 
 async def test_without_runs_it_says_what_to_do(empty: Path) -> None:
@@ -64,7 +57,7 @@ async def test_a_first_run_takes_the_place_of_the_hint(empty: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("held_threads")
 async def test_before_the_first_search_for_runs_there_is_no_hint_and_the_list_keeps_the_focus(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+    three_runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a slow disk, the layout is drawn before the runs are found; this must not look like a
     project without runs.
@@ -73,12 +66,10 @@ async def test_before_the_first_search_for_runs_there_is_no_hint_and_the_list_ke
     monkeypatch.setattr(
         selection, "discover_runs", lambda *args: ready.wait(30) and discover(*args)
     )
-    app = Workbench(root / "params.yaml")
+    app = Workbench(three_runs / "params.yaml")
     async with app.run_test() as pilot:
         await pilot.press("2")
-        await until(pilot, lambda: isinstance(app.screen, CurvesScreen))
-        screen = app.screen
-        assert isinstance(screen, CurvesScreen)
+        screen = await screen_opens(pilot, CurvesScreen)
         screen.redraw()  # as when the terminal is resized
         await pilot.pause()
         assert isinstance(screen.focused, RunList)
@@ -91,45 +82,45 @@ async def test_before_the_first_search_for_runs_there_is_no_hint_and_the_list_ke
 # Which runs are on
 
 
-async def test_on_are_the_latest_runs_of_the_methods(root: Path) -> None:
-    write_run(root, "pretrain")
-    write_run(root, "train_from_scratch")
-    async with open_curves(root) as (_, screen):
+async def test_on_are_the_latest_runs_of_the_methods(three_runs: Path) -> None:
+    write_run(three_runs, "pretrain")
+    write_run(three_runs, "train_from_scratch")
+    async with open_curves(three_runs) as (_, screen):
         assert names_on(screen) == {*METHODS, "scratch"}
         assert "· pretrain" in list_text(screen)
 
 
-async def test_a_run_that_starts_is_added_and_stays(root: Path) -> None:
-    async with open_curves(root) as (pilot, screen):
+async def test_a_run_that_starts_is_added_and_stays(three_runs: Path) -> None:
+    async with open_curves(three_runs) as (pilot, screen):
         await point_to(pilot, screen, "full")
         await pilot.press("space")
         assert names_on(screen) == {"freeze", "lora"}
-        with hold(write_run(root, "pretrain", 20, "running")):
+        with hold(write_run(three_runs, "pretrain", 20, "running")):
             await until(pilot, lambda: names_on(screen) == {"freeze", "lora", "pretrain"})
             assert screen.drawn()[-1].name == "pretrain", "on top"
         await until(pilot, lambda: "died" in details_text(screen) or "✗" in list_text(screen))
         assert names_on(screen) == {"freeze", "lora", "pretrain"}
 
 
-async def test_a_run_that_is_off_is_on_again_when_it_starts_anew(root: Path) -> None:
-    async with open_curves(root) as (pilot, screen):
+async def test_a_run_that_is_off_is_on_again_when_it_starts_anew(three_runs: Path) -> None:
+    async with open_curves(three_runs) as (pilot, screen):
         await point_to(pilot, screen, "lora")
         await pilot.press("space")
         assert names_on(screen) == {"full", "freeze"}
-        with hold(write_run(root, "finetune_lora", 20, "running")):
+        with hold(write_run(three_runs, "finetune_lora", 20, "running")):
             await until(pilot, lambda: names_on(screen) == METHODS)
 
 
-async def test_the_cursor_begins_on_what_is_running(root: Path) -> None:
-    with hold(write_run(root, "finetune_lora", 20, "running")):
-        async with open_curves(root) as (pilot, screen):
+async def test_the_cursor_begins_on_what_is_running(three_runs: Path) -> None:
+    with hold(write_run(three_runs, "finetune_lora", 20, "running")):
+        async with open_curves(three_runs) as (pilot, screen):
             await until(
                 pilot, lambda: details_text(screen).startswith("■ finetune_lora\n▶ running")
             )
 
 
-async def test_space_enter_and_a_click_switch_a_run(root: Path) -> None:
-    async with open_curves(root) as (pilot, screen):
+async def test_space_enter_and_a_click_switch_a_run(three_runs: Path) -> None:
+    async with open_curves(three_runs) as (pilot, screen):
         await pilot.press("g", "space")
         await until(pilot, lambda: names_on(screen) == {"freeze", "lora"})
         assert list_lines(screen)[0].startswith("· full")
@@ -139,8 +130,8 @@ async def test_space_enter_and_a_click_switch_a_run(root: Path) -> None:
         await until(pilot, lambda: names_on(screen) == {"full", "lora"})
 
 
-async def test_the_filter_narrows_the_list_and_nothing_else(root: Path) -> None:
-    async with open_curves(root) as (pilot, screen):
+async def test_the_filter_narrows_the_list_and_nothing_else(three_runs: Path) -> None:
+    async with open_curves(three_runs) as (pilot, screen):
         await pilot.press("slash", *"lor")
         await until(pilot, lambda: len(list_lines(screen)) == 1)
         assert names_on(screen) == METHODS
@@ -149,15 +140,15 @@ async def test_the_filter_narrows_the_list_and_nothing_else(root: Path) -> None:
 
 
 @pytest.mark.parametrize("run", ["finetune_lora", "lora"])
-async def test_another_screen_can_ask_for_a_run(root: Path, run: str) -> None:
-    async with open_curves(root) as (pilot, screen):
+async def test_another_screen_can_ask_for_a_run(three_runs: Path, run: str) -> None:
+    async with open_curves(three_runs) as (pilot, screen):
         screen.workbench.go("curves", run=run)
         await until(pilot, lambda: screen.drawn()[-1].name == "lora" and screen.drawn()[-1].pointed)
         assert details_text(screen).startswith("■ finetune_lora")
 
 
-async def test_o_opens_the_stage_and_i_tells_all(root: Path) -> None:
-    async with open_curves(root) as (pilot, screen):
+async def test_o_opens_the_stage_and_i_tells_all(three_runs: Path) -> None:
+    async with open_curves(three_runs) as (pilot, screen):
         asked: list[dict[str, str]] = []
         screen.workbench.go = lambda name, **request: asked.append({"screen": name, **request})  # type: ignore[method-assign, assignment]
         await point_to(pilot, screen, "lora")
@@ -170,8 +161,8 @@ async def test_o_opens_the_stage_and_i_tells_all(root: Path) -> None:
 # What is drawn
 
 
-async def test_each_line_has_its_name_and_value_beside_its_end(root: Path) -> None:
-    async with open_curves(root) as (_, screen):
+async def test_each_line_has_its_name_and_value_beside_its_end(three_runs: Path) -> None:
+    async with open_curves(three_runs) as (_, screen):
         for sign, name in (("●", "full"), ("▲", "freeze"), ("■", "lora")):
             line = next(line for line in screen.drawn() if line.name == name)
             value = line.value("loss", None)
@@ -179,8 +170,8 @@ async def test_each_line_has_its_name_and_value_beside_its_end(root: Path) -> No
             assert f"{sign} {name}" in chart_text(screen) and f"{value:.3g}" in chart_text(screen)
 
 
-async def test_the_run_under_the_cursor_is_on_top_and_bold(root: Path) -> None:
-    async with open_curves(root) as (pilot, screen):
+async def test_the_run_under_the_cursor_is_on_top_and_bold(three_runs: Path) -> None:
+    async with open_curves(three_runs) as (pilot, screen):
         for name in ("full", "lora", "freeze"):
             await point_to(pilot, screen, name)
             *others, last = screen.drawn()
@@ -190,9 +181,9 @@ async def test_the_run_under_the_cursor_is_on_top_and_bold(root: Path) -> None:
 
 
 async def test_the_scale_is_logarithmic_where_a_decade_is_spanned_and_l_switches(
-    root: Path,
+    three_runs: Path,
 ) -> None:
-    async with open_curves(root) as (pilot, screen):
+    async with open_curves(three_runs) as (pilot, screen):
         assert screen.chart.plot.y[1] < 1.2, "exponents of ten"
         assert " log " in title(screen)
         await pilot.press("l")
@@ -209,8 +200,8 @@ async def test_the_scale_is_linear_where_the_values_are_close(empty: Path) -> No
         assert "linear" in title(screen)
 
 
-async def test_what_is_constant_is_a_number_and_what_is_not_is_a_plot(root: Path) -> None:
-    async with open_curves(root) as (_, screen):
+async def test_what_is_constant_is_a_number_and_what_is_not_is_a_plot(three_runs: Path) -> None:
+    async with open_curves(three_runs) as (_, screen):
         *_, numbers = small_text(screen).splitlines()
         assert (
             "learning rate 0.001" in numbers
@@ -223,9 +214,9 @@ async def test_what_is_constant_is_a_number_and_what_is_not_is_a_plot(root: Path
         )
 
 
-async def test_enter_enlarges_a_plot_and_escape_brings_the_loss_back(root: Path) -> None:
-    write_measured(root)
-    async with open_curves(root) as (pilot, screen):
+async def test_enter_enlarges_a_plot_and_escape_brings_the_loss_back(three_runs: Path) -> None:
+    write_measured(three_runs)
+    async with open_curves(three_runs) as (pilot, screen):
         screen.set_focus(screen.query_one(SmallPlots))
         await pilot.press("right", "enter")
         await until(pilot, lambda: title(screen).startswith("Gradient norm"))
@@ -242,19 +233,19 @@ async def test_enter_enlarges_a_plot_and_escape_brings_the_loss_back(root: Path)
     ids=["huge", "wide", "small"],
 )
 async def test_where_there_is_no_room_for_plots_there_are_sparklines(
-    root: Path, size: tuple[int, int], plots: bool
+    three_runs: Path, size: tuple[int, int], plots: bool
 ) -> None:
-    write_measured(root)
-    async with open_curves(root, size) as (_, screen):
+    write_measured(three_runs)
+    async with open_curves(three_runs, size) as (_, screen):
         small = small_text(screen)
         assert ("⠒" in small or "⣀" in small) == plots
         assert any(block in small for block in "▂▃▄▅▆▇█") != plots
         assert "divergence" in small and "grad norm" in small and "learning rate 0.001" in small
 
 
-async def test_evaluations_are_marked_on_the_runs_that_have_them(root: Path) -> None:
-    write_measured(root, every=30)
-    async with open_curves(root) as (pilot, screen):
+async def test_evaluations_are_marked_on_the_runs_that_have_them(three_runs: Path) -> None:
+    write_measured(three_runs, every=30)
+    async with open_curves(three_runs) as (pilot, screen):
         assert chart_text(screen).count("×") == 10 and "× held out" in title(screen)
         await point_to(pilot, screen, "lora")
         assert "held-out loss 0.3693" in details_text(screen)
@@ -264,9 +255,9 @@ async def test_evaluations_are_marked_on_the_runs_that_have_them(root: Path) -> 
         )
 
 
-async def test_divergence_has_a_plot_where_a_run_that_is_on_measured_it(root: Path) -> None:
-    folder = write_measured(root)
-    async with open_curves(root) as (pilot, screen):
+async def test_divergence_has_a_plot_where_a_run_that_is_on_measured_it(three_runs: Path) -> None:
+    folder = write_measured(three_runs)
+    async with open_curves(three_runs) as (pilot, screen):
         assert "divergence" in small_text(screen)
         series = screen.runs.views[str(folder)].log.series["divergence"]
         assert [step.divergence for step in read_steps(folder / "loss.csv")] == list(series.y)
@@ -275,14 +266,16 @@ async def test_divergence_has_a_plot_where_a_run_that_is_on_measured_it(root: Pa
         await until(pilot, lambda: "divergence" not in small_text(screen))
 
 
-async def test_right_answers_have_a_plot_where_a_run_that_is_on_counted_them(root: Path) -> None:
-    folder = root / "runs/finetune_lora"
+async def test_right_answers_have_a_plot_where_a_run_that_is_on_counted_them(
+    three_runs: Path,
+) -> None:
+    folder = three_runs / "runs/finetune_lora"
     header, *rows = (folder / "loss.csv").read_text(encoding="utf-8").splitlines()
     lines = [f"{header},eval_answers"]
     for step, row in enumerate(rows, 1):
         lines.append(f"{row},{step / 300}" if step % 60 == 0 else f"{row},")
     (folder / "loss.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    async with open_curves(root) as (pilot, screen):
+    async with open_curves(three_runs) as (pilot, screen):
         assert small_text(screen).split()[:2] == ["answers", "100%"]
         series = screen.runs.views[str(folder)].log.series["eval_answers"]
         counted = [
@@ -310,8 +303,8 @@ async def test_what_preferences_log_has_plots(empty: Path) -> None:
 # Window and cursor
 
 
-async def test_zoom_and_pan_stay_and_f_follows_with_the_same_width(root: Path) -> None:
-    async with open_curves(root) as (pilot, screen):
+async def test_zoom_and_pan_stay_and_f_follows_with_the_same_width(three_runs: Path) -> None:
+    async with open_curves(three_runs) as (pilot, screen):
         screen.set_focus(screen.chart)
         assert screen.chart.plot.x == (1, 300) and "all steps" in title(screen)
         await pilot.press("up")
@@ -331,8 +324,8 @@ async def test_zoom_and_pan_stay_and_f_follows_with_the_same_width(root: Path) -
         assert screen.chart.plot.x == (1, 300) and "all steps" in title(screen)
 
 
-async def test_values_zoom_and_pan_alone(root: Path) -> None:
-    async with open_curves(root) as (pilot, screen):
+async def test_values_zoom_and_pan_alone(three_runs: Path) -> None:
+    async with open_curves(three_runs) as (pilot, screen):
         screen.set_focus(screen.chart)
         for key, factor, shift in (
             ("v", 0.7, 0.0),
@@ -359,10 +352,10 @@ async def test_values_zoom_and_pan_alone(root: Path) -> None:
 )
 @pytest.mark.slow
 async def test_zooming_ends_where_numbers_end(
-    root: Path, keys: list[str], x: Range, y: Range
+    three_runs: Path, keys: list[str], x: Range, y: Range
 ) -> None:
     """Starting from a window that is reached by many key presses."""
-    async with open_curves(root) as (pilot, screen):
+    async with open_curves(three_runs) as (pilot, screen):
         screen.set_focus(screen.chart)
         screen._set_window(x=x, y=y)
         await pilot.press(*keys * 8)
@@ -373,13 +366,13 @@ async def test_zooming_ends_where_numbers_end(
         assert all(map(is_drawable, there))
 
 
-async def test_the_step_cursor_reads_what_the_log_says(root: Path) -> None:
-    async with open_curves(root) as (pilot, screen):
+async def test_the_step_cursor_reads_what_the_log_says(three_runs: Path) -> None:
+    async with open_curves(three_runs) as (pilot, screen):
         await point_to(pilot, screen, "lora")
         await pilot.press(*["left"] * 8)
         step = int(screen.window.cursor or 0)
         assert 250 < step < 300 and f"at step {step}" in title(screen)
-        logged = read_steps(root / "runs/finetune_lora/loss.csv")[step - 1]
+        logged = read_steps(three_runs / "runs/finetune_lora/loss.csv")[step - 1]
         assert f"loss {logged.loss:.4g} at step {step}" in details_text(screen)
         line = screen.drawn()[-1]
         assert f"{line.value('loss', step):.3g}" in chart_text(screen) and "│" in small_text(screen)
@@ -388,8 +381,8 @@ async def test_the_step_cursor_reads_what_the_log_says(root: Path) -> None:
 
 
 @pytest.mark.slow
-async def test_the_step_cursor_stays_among_the_steps(root: Path) -> None:
-    async with open_curves(root) as (pilot, screen):
+async def test_the_step_cursor_stays_among_the_steps(three_runs: Path) -> None:
+    async with open_curves(three_runs) as (pilot, screen):
         for at, key, end in ((290, "right", 300), (10, "left", 1)):
             screen._set_window(cursor=at)
             await pilot.press(*[key] * 9)
@@ -400,8 +393,8 @@ async def test_the_step_cursor_stays_among_the_steps(root: Path) -> None:
             assert screen.window.cursor == end, key
 
 
-async def test_a_click_sets_the_cursor_and_a_drag_pans(root: Path) -> None:
-    async with open_curves(root) as (pilot, screen):
+async def test_a_click_sets_the_cursor_and_a_drag_pans(three_runs: Path) -> None:
+    async with open_curves(three_runs) as (pilot, screen):
         await pilot.click(Chart, offset=(20, 5))
         await until(pilot, lambda: screen.window.cursor is not None)
         assert screen.window.cursor == round(screen.chart.plot.x_at(20) or 0)
@@ -413,18 +406,18 @@ async def test_a_click_sets_the_cursor_and_a_drag_pans(root: Path) -> None:
         assert screen.window.cursor == before
 
 
-async def test_the_wheel_zooms(root: Path) -> None:
+async def test_the_wheel_zooms(three_runs: Path) -> None:
     from textual.events import MouseScrollUp
 
-    async with open_curves(root) as (pilot, screen):
+    async with open_curves(three_runs) as (pilot, screen):
         await pilot._post_mouse_events([MouseScrollUp], Chart, offset=(30, 5), button=0)
         await until(pilot, lambda: screen.window.x is not None)
         low, high = screen.chart.plot.x
         assert 1 < low < high < 300
 
 
-async def test_comma_and_full_stop_change_the_smoothing(root: Path) -> None:
-    async with open_curves(root, (160, 40)) as (pilot, screen):
+async def test_comma_and_full_stop_change_the_smoothing(three_runs: Path) -> None:
+    async with open_curves(three_runs, (160, 40)) as (pilot, screen):
         await pilot.press("full_stop")
         await until(pilot, lambda: "smooth 0.95" in title(screen))
         await pilot.press(*["comma"] * 9)
@@ -475,10 +468,10 @@ async def test_answers_are_those_at_the_cursor_or_the_newest(empty: Path) -> Non
 
 
 @pytest.mark.parametrize("size", [(200, 60), (120, 40), (80, 24), (60, 16), (30, 8)])
-async def test_any_size_shows_chart_and_list(root: Path, size: tuple[int, int]) -> None:
-    write_measured(root)
-    write_samples(root / "runs/finetune_lora", {300: "der euro"})
-    async with open_curves(root, size) as (pilot, screen):
+async def test_any_size_shows_chart_and_list(three_runs: Path, size: tuple[int, int]) -> None:
+    write_measured(three_runs)
+    write_samples(three_runs / "runs/finetune_lora", {300: "der euro"})
+    async with open_curves(three_runs, size) as (pilot, screen):
         runs = screen.query_one(RunList)
         assert screen.chart.size.height > 0 and runs.region.bottom <= size[1]
         assert bool(screen.query_one(DetailsPane).size) == (size[0] >= 76)

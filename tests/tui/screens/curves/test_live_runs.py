@@ -20,15 +20,8 @@ from tests.helpers.run_folders import (
     journal,
     lines,
     measured,
-    write_methods,
     write_run,
 )
-
-
-@pytest.fixture
-def root(empty: Path) -> Path:
-    write_methods(empty)
-    return empty
 
 
 async def test_the_curve_moves_while_the_run_goes_on(empty: Path) -> None:
@@ -134,10 +127,10 @@ async def test_a_half_written_line_waits_and_a_foreign_one_is_counted(empty: Pat
 
 @pytest.mark.slow
 async def test_a_log_with_other_columns_takes_the_place_of_one_and_half_a_line_waits(
-    root: Path,
+    three_runs: Path,
 ) -> None:
-    log = root / "runs/finetune_lora/loss.csv"
-    async with open_curves(root) as (pilot, screen):
+    log = three_runs / "runs/finetune_lora/loss.csv"
+    async with open_curves(three_runs) as (pilot, screen):
         view = screen.runs.views[str(log.parent)]
         plain = log.read_text(encoding="utf-8")
         text = measured(plain, 300)
@@ -153,18 +146,18 @@ async def test_a_log_with_other_columns_takes_the_place_of_one_and_half_a_line_w
         assert len(view.log.steps) == 300
 
 
-async def test_a_broken_params_file_does_not_hide_the_runs(root: Path) -> None:
-    (root / "params.yaml").write_text("a: [", encoding="utf-8")
-    async with open_curves(root) as (_, screen):
+async def test_a_broken_params_file_does_not_hide_the_runs(three_runs: Path) -> None:
+    (three_runs / "params.yaml").write_text("a: [", encoding="utf-8")
+    async with open_curves(three_runs) as (_, screen):
         assert len(screen.runs.views) == 3
 
 
 @pytest.mark.slow
-async def test_ten_long_runs_at_once(root: Path) -> None:
+async def test_ten_long_runs_at_once(three_runs: Path) -> None:
     from pipeline.files.artifact import file_digest, write_json
 
     for number in range(10):
-        folder = root / f".lora-cache/finetune_lora/{number:08}"
+        folder = three_runs / f".lora-cache/finetune_lora/{number:08}"
         folder.mkdir(parents=True)
         rows = 100_000 if number == 0 else 5_000
         text = "".join(
@@ -176,7 +169,7 @@ async def test_ten_long_runs_at_once(root: Path) -> None:
             folder / "manifest.json",
             {"params": {"rank": number + 10}, "files": {"loss.csv": digest}},
         )
-    async with open_curves(root) as (pilot, screen):
+    async with open_curves(three_runs) as (pilot, screen):
         assert len(screen.runs.shown) == 3, "older runs are off"
         assert sum(line.startswith("· lora rank ") for line in list_lines(screen)) == 10
         for key in screen.runs.views:
@@ -187,18 +180,18 @@ async def test_ten_long_runs_at_once(root: Path) -> None:
         assert len({screen.runs.looks[key] for key in screen.runs.shown}) == 13
 
 
-async def test_what_an_evaluation_measured_is_shown_as_kept(root: Path) -> None:
+async def test_what_an_evaluation_measured_is_shown_as_kept(three_runs: Path) -> None:
     from pipeline.files.artifact import file_digest, seal, sealed_digest, write_json
 
-    log = root / "runs/finetune_lora/loss.csv"
-    adapter = root / "artifacts/lora_adapter"
+    log = three_runs / "runs/finetune_lora/loss.csv"
+    adapter = three_runs / "artifacts/lora_adapter"
     adapter.mkdir(parents=True)
     (adapter / "loss.csv").write_bytes(log.read_bytes())
     digest = sealed_digest({"files": {"loss.csv": file_digest(log)}})
-    async with open_curves(root) as (pilot, screen):
+    async with open_curves(three_runs) as (pilot, screen):
         assert "%" not in list_text(screen)
         seal(adapter, {"params": {}, "kind": "adapter"})
-        evaluation = root / "artifacts/evaluation"
+        evaluation = three_runs / "artifacts/evaluation"
         evaluation.mkdir()
         write_json(
             evaluation / "metrics.json",

@@ -15,8 +15,9 @@ from textual.widgets import Input, OptionList, Static, TextArea
 
 from pipeline.stages.registry import open_project
 from pipeline.views.data_files import DataFile
-from tests.helpers.pilot import until
-from tests.helpers.tokenizers import SMOLLM2, folder_with
+from tests.helpers.chat_projects import PARAMS, new_chat_project
+from tests.helpers.json_files import read_json
+from tests.helpers.pilot import screen_opens, until
 from tui.app import Workbench
 from tui.dialogs import Menu, PathScreen
 from tui.screens.data.editor import Editor
@@ -26,15 +27,6 @@ from tui.screens.data.rows import RowList, RowsPane
 from tui.screens.data.screen import DataScreen
 
 pytestmark = pytest.mark.usefixtures("forked_processes")
-PARAMS = """\
-base: base
-training:
-  window: 0
-  max_length: 64
-finetune_lora:
-  data: data/chat.jsonl
-  eval_data: data/heldout.csv
-"""
 
 
 def turns(*texts: str) -> str:
@@ -60,16 +52,9 @@ ROWS = [
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def chat_project(tmp_path: Path) -> Path:
     """A project on a chat model that is not imported yet, with its tokenizer."""
-    root = tmp_path / "project"
-    model = folder_with(root / "base", SMOLLM2)
-    (model / "config.json").write_text('{"max_position_embeddings": 99}', encoding="utf-8")
-    (root / "data").mkdir()
-    (root / "params.yaml").write_text(PARAMS, encoding="utf-8")
-    (root / "data/chat.jsonl").write_text("".join(f"{row}\n" for row in ROWS), encoding="utf-8")
-    (root / "data/heldout.csv").write_text("prompt,completion\nWhere?,Here.\n", encoding="utf-8")
-    return root
+    return new_chat_project(tmp_path / "project", "".join(f"{row}\n" for row in ROWS), 99)
 
 
 @asynccontextmanager
@@ -104,9 +89,9 @@ async def checked(pilot: Pilot[Any], screen: DataScreen) -> None:
 
 @pytest.mark.slow
 async def test_the_first_file_is_what_lora_trains_on_with_the_mask_of_its_first_row(
-    root: Path,
+    chat_project: Path,
 ) -> None:
-    async with open_data(root) as (pilot, screen):
+    async with open_data(chat_project) as (pilot, screen):
         assert screen.file and screen.file.name == "data/chat.jsonl"
         await until(pilot, lambda: "305" in title(screen, RowsPane))
         assert "⟦In the west.<|im_end|>⟧" in row_text(screen) and "── user" in row_text(screen)
@@ -120,8 +105,8 @@ async def test_the_first_file_is_what_lora_trains_on_with_the_mask_of_its_first_
 
 
 @pytest.mark.slow
-async def test_the_turn_where_a_conversation_is_cut_is_named_and_marked(root: Path) -> None:
-    async with open_data(root) as (pilot, screen):
+async def test_the_turn_where_a_conversation_is_cut_is_named_and_marked(chat_project: Path) -> None:
+    async with open_data(chat_project) as (pilot, screen):
         await pilot.press("j")
         await until(pilot, lambda: title(screen, RowPane).startswith("Row 2"))
         assert "cut from turn" in title(screen, RowPane)
@@ -129,16 +114,16 @@ async def test_the_turn_where_a_conversation_is_cut_is_named_and_marked(root: Pa
 
 
 @pytest.mark.slow
-async def test_a_row_that_cannot_be_read_is_a_row_with_its_problem(root: Path) -> None:
-    async with open_data(root) as (pilot, screen):
+async def test_a_row_that_cannot_be_read_is_a_row_with_its_problem(chat_project: Path) -> None:
+    async with open_data(chat_project) as (pilot, screen):
         await pilot.press("j", "j")
         await until(pilot, lambda: title(screen, RowPane).startswith("Row 3"))
         assert row_text(screen).startswith("✗ not JSON") and ROWS[2] in row_text(screen)
 
 
 @pytest.mark.slow
-async def test_text_of_others_is_shown_as_it_is(root: Path) -> None:
-    async with open_data(root) as (pilot, screen):
+async def test_text_of_others_is_shown_as_it_is(chat_project: Path) -> None:
+    async with open_data(chat_project) as (pilot, screen):
         rows_of(screen).cursor = 3
         await until(pilot, lambda: title(screen, RowPane).startswith("Row 4"))
         assert "\\x1b[31mred [bold]not markup[/bold]" in row_text(screen)
@@ -146,8 +131,8 @@ async def test_text_of_others_is_shown_as_it_is(root: Path) -> None:
 
 
 @pytest.mark.slow
-async def test_problems_are_listed_and_lead_to_their_rows(root: Path) -> None:
-    async with open_data(root) as (pilot, screen):
+async def test_problems_are_listed_and_lead_to_their_rows(chat_project: Path) -> None:
+    async with open_data(chat_project) as (pilot, screen):
         await checked(pilot, screen)
         assert "1 error" in title(screen, ProblemsPane)
         options = [str(option.prompt) for option in screen.query_one(ProblemList).options]
@@ -167,8 +152,8 @@ async def test_problems_are_listed_and_lead_to_their_rows(root: Path) -> None:
 
 
 @pytest.mark.slow
-async def test_lengths_say_how_many_are_cut(root: Path) -> None:
-    async with open_data(root) as (pilot, screen):
+async def test_lengths_say_how_many_are_cut(chat_project: Path) -> None:
+    async with open_data(chat_project) as (pilot, screen):
         await checked(pilot, screen)
         assert screen.report and screen.report["truncated"] >= 1
         assert f"{screen.report['truncated']:,} cut" in title(screen, LengthsPane)
@@ -176,8 +161,8 @@ async def test_lengths_say_how_many_are_cut(root: Path) -> None:
 
 
 @pytest.mark.slow
-async def test_pages_are_read_as_one_moves_and_only_then(root: Path) -> None:
-    async with open_data(root) as (pilot, screen):
+async def test_pages_are_read_as_one_moves_and_only_then(chat_project: Path) -> None:
+    async with open_data(chat_project) as (pilot, screen):
         rows = rows_of(screen)
         await until(pilot, lambda: rows.count == len(ROWS))
         assert len(rows._lines) <= 100
@@ -190,8 +175,10 @@ async def test_pages_are_read_as_one_moves_and_only_then(root: Path) -> None:
 
 
 @pytest.mark.slow
-async def test_search_shows_the_rows_that_have_it_and_esc_all_on_the_same_row(root: Path) -> None:
-    async with open_data(root) as (pilot, screen):
+async def test_search_shows_the_rows_that_have_it_and_esc_all_on_the_same_row(
+    chat_project: Path,
+) -> None:
+    async with open_data(chat_project) as (pilot, screen):
         rows = rows_of(screen)
         await pilot.press("slash", *"ANSWER 29")
         await until(pilot, lambda: rows.count == 11)  # 29, 290 to 299
@@ -205,11 +192,11 @@ async def test_search_shows_the_rows_that_have_it_and_esc_all_on_the_same_row(ro
 
 
 @pytest.mark.slow
-async def test_a_row_is_edited_into_a_copy_and_the_original_stays(root: Path) -> None:
-    before = (root / "data/chat.jsonl").read_bytes()
-    async with open_data(root) as (pilot, screen):
+async def test_a_row_is_edited_into_a_copy_and_the_original_stays(chat_project: Path) -> None:
+    before = (chat_project / "data/chat.jsonl").read_bytes()
+    async with open_data(chat_project) as (pilot, screen):
         await pilot.press("e")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        await screen_opens(pilot, Editor)
         editor = pilot.app.screen
         await until(pilot, lambda: "tokens" in str(editor.query_one("#reading", Static).content))
         assert screen.unsaved() == ""
@@ -218,19 +205,19 @@ async def test_a_row_is_edited_into_a_copy_and_the_original_stays(root: Path) ->
             screen.unsaved() and editor.query_one("#out", Input).value == "data/chat.edited.jsonl"
         )
         await pilot.press("ctrl+s")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Menu))
-        lines = (root / "data/chat.edited.jsonl").read_text(encoding="utf-8").splitlines()
+        await screen_opens(pilot, Menu)
+        lines = (chat_project / "data/chat.edited.jsonl").read_text(encoding="utf-8").splitlines()
         assert json.loads(lines[0])["messages"][1]["content"] == "In the west. Yes."
-        assert lines[1:] == ROWS[1:] and (root / "data/chat.jsonl").read_bytes() == before
+        assert lines[1:] == ROWS[1:] and (chat_project / "data/chat.jsonl").read_bytes() == before
         await pilot.press("enter")  # train LoRA on it
         await until(
             pilot,
             lambda: (
-                open_project(root / "params.yaml").params.finetune_lora.files
+                open_project(chat_project / "params.yaml").params.finetune_lora.files
                 != ("data/chat.jsonl",)
             ),
         )
-        assert open_project(root / "params.yaml").params.finetune_lora.files == (
+        assert open_project(chat_project / "params.yaml").params.finetune_lora.files == (
             "data/chat.edited.jsonl",
         )
         await until(
@@ -238,16 +225,20 @@ async def test_a_row_is_edited_into_a_copy_and_the_original_stays(root: Path) ->
             lambda: screen.file and screen.file.name == "data/chat.edited.jsonl" and screen._row,
         )
         await pilot.press("z")
-        assert open_project(root / "params.yaml").params.finetune_lora.files == ("data/chat.jsonl",)
+        assert open_project(chat_project / "params.yaml").params.finetune_lora.files == (
+            "data/chat.jsonl",
+        )
 
 
 @pytest.mark.slow
-async def test_a_broken_row_is_edited_as_text_and_esc_asks_before_it_drops_that(root: Path) -> None:
-    async with open_data(root) as (pilot, screen):
+async def test_a_broken_row_is_edited_as_text_and_esc_asks_before_it_drops_that(
+    chat_project: Path,
+) -> None:
+    async with open_data(chat_project) as (pilot, screen):
         rows_of(screen).cursor = 2
         await until(pilot, lambda: title(screen, RowPane).startswith("Row 3"))
         await pilot.press("e")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        await screen_opens(pilot, Editor)
         editor = pilot.app.screen
         assert editor.query_one(TextArea).text == ROWS[2]
         await until(pilot, lambda: "not JSON" in str(editor.query_one("#reading", Static).content))
@@ -257,14 +248,14 @@ async def test_a_broken_row_is_edited_as_text_and_esc_asks_before_it_drops_that(
         assert pilot.app.screen is editor
         await pilot.press("escape")
         await until(pilot, lambda: pilot.app.screen is screen)
-        assert not (root / "data/chat.edited.jsonl").exists()
+        assert not (chat_project / "data/chat.edited.jsonl").exists()
 
 
 @pytest.mark.slow
-async def test_all_of_a_row_can_be_edited_as_json(root: Path) -> None:
-    async with open_data(root) as (pilot, _):
+async def test_all_of_a_row_can_be_edited_as_json(chat_project: Path) -> None:
+    async with open_data(chat_project) as (pilot, _):
         await pilot.press("e")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        await screen_opens(pilot, Editor)
         editor = pilot.app.screen
         assert isinstance(editor, Editor) and len(editor.query(TextArea)) == 2
         await pilot.press("ctrl+t")
@@ -274,33 +265,36 @@ async def test_all_of_a_row_can_be_edited_as_json(root: Path) -> None:
         await until(pilot, lambda: editor.query_one(TextArea).text == "all of it")
 
 
-async def test_a_corrected_answer_becomes_a_row_that_the_next_run_trains_on(root: Path) -> None:
-    async with open_data(root) as (pilot, screen):
+async def test_a_corrected_answer_becomes_a_row_that_the_next_run_trains_on(
+    chat_project: Path,
+) -> None:
+    async with open_data(chat_project) as (pilot, screen):
         record = json.loads(turns("Where is Varna?", "In the west."))
         pilot.app.go("data", add=record)  # type: ignore[attr-defined]  # as the chat does
-        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        await screen_opens(pilot, Editor)
         area = pilot.app.screen.query(TextArea).last()
         assert area.has_focus and area.text == "In the west."
         area.text = "By the sea."
         await pilot.press("ctrl+s")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Menu))
-        (line,) = (root / "data/corrections.jsonl").read_text(encoding="utf-8").splitlines()
+        await screen_opens(pilot, Menu)
+        (line,) = (chat_project / "data/corrections.jsonl").read_text(encoding="utf-8").splitlines()
         assert json.loads(line)["messages"][1]["content"] == "By the sea."
         await pilot.press("enter")
         files = ("data/chat.jsonl", "data/corrections.jsonl")
         await until(
-            pilot, lambda: open_project(root / "params.yaml").params.finetune_lora.files == files
+            pilot,
+            lambda: open_project(chat_project / "params.yaml").params.finetune_lora.files == files,
         )
         await until(pilot, lambda: "⟦By the sea.<|im_end|>⟧" in row_text(screen))
 
 
 @pytest.mark.slow
 async def test_what_is_typed_after_tab_goes_into_a_text_and_the_file_has_a_key_of_its_own(
-    root: Path,
+    chat_project: Path,
 ) -> None:
-    async with open_data(root) as (pilot, _):
+    async with open_data(chat_project) as (pilot, _):
         pilot.app.go("data", add=json.loads(turns("Where is Varna?", "In the west.")))  # type: ignore[attr-defined]
-        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        await screen_opens(pilot, Editor)
         editor = pilot.app.screen
         question, answer = editor.query(TextArea)
         await pilot.press("tab", "end", *" Now")
@@ -324,11 +318,11 @@ async def test_what_is_typed_after_tab_goes_into_a_text_and_the_file_has_a_key_o
 )
 @pytest.mark.slow
 async def test_a_corrected_answer_that_cannot_be_written_stays_in_the_editor(
-    root: Path, name: str, reason: str
+    chat_project: Path, name: str, reason: str
 ) -> None:
-    async with open_data(root) as (pilot, _):
+    async with open_data(chat_project) as (pilot, _):
         pilot.app.go("data", add=json.loads(turns("Where is Varna?", "In the west.")))  # type: ignore[attr-defined]
-        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        await screen_opens(pilot, Editor)
         editor = pilot.app.screen
         editor.query(TextArea).last().text = "By the sea."
         out, said = editor.query_one("#out", Input), editor.query_one("#reading", Static)
@@ -338,16 +332,16 @@ async def test_a_corrected_answer_that_cannot_be_written_stays_in_the_editor(
         assert pilot.app.screen is editor and editor.query(TextArea).last().text == "By the sea."
         out.value = "data/mine.jsonl"
         await pilot.press("ctrl+s")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Menu))
-        written = (root / "data/mine.jsonl").read_text(encoding="utf-8")
+        await screen_opens(pilot, Menu)
+        written = (chat_project / "data/mine.jsonl").read_text(encoding="utf-8")
         assert json.loads(written)["messages"][1]["content"] == "By the sea."
 
 
 @pytest.mark.slow
-async def test_a_row_whose_copy_cannot_be_written_stays_in_the_editor(root: Path) -> None:
-    async with open_data(root) as (pilot, _):
+async def test_a_row_whose_copy_cannot_be_written_stays_in_the_editor(chat_project: Path) -> None:
+    async with open_data(chat_project) as (pilot, _):
         await pilot.press("e")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        await screen_opens(pilot, Editor)
         editor = pilot.app.screen
         await pilot.press("end", *" Yes.")
         editor.query_one("#out", Input).value = "data/heldout.csv"
@@ -360,11 +354,11 @@ async def test_a_row_whose_copy_cannot_be_written_stays_in_the_editor(root: Path
 
 @pytest.mark.slow
 async def test_esc_asks_before_it_drops_a_row_that_was_to_be_written_with_its_problem(
-    root: Path,
+    chat_project: Path,
 ) -> None:
-    async with open_data(root) as (pilot, _):
+    async with open_data(chat_project) as (pilot, _):
         await pilot.press("e")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        await screen_opens(pilot, Editor)
         editor = pilot.app.screen
         editor.query(TextArea).last().text = ""
         await pilot.press("ctrl+s")
@@ -387,9 +381,9 @@ async def test_esc_asks_before_it_drops_a_row_that_was_to_be_written_with_its_pr
 @pytest.mark.slow
 @pytest.mark.usefixtures("held_threads")
 async def test_a_row_is_shown_though_the_page_came_before_the_count(
-    root: Path, goal: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+    chat_project: Path, goal: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with open_data(root) as (pilot, screen):
+    async with open_data(chat_project) as (pilot, screen):
         stream = screen.reader.stream
 
         async def late(do: str, file: DataFile, **fields: Any) -> AsyncIterator[Any]:
@@ -403,20 +397,24 @@ async def test_a_row_is_shown_though_the_page_came_before_the_count(
         await until(pilot, lambda: "⟦Here." in row_text(screen))
 
 
-async def test_a_model_without_a_chat_template_gets_prompt_and_completion(root: Path) -> None:
-    (root / "base/chat_template.jinja").unlink()
-    async with open_data(root) as (pilot, screen):
+async def test_a_model_without_a_chat_template_gets_prompt_and_completion(
+    chat_project: Path,
+) -> None:
+    (chat_project / "base/chat_template.jinja").unlink()
+    async with open_data(chat_project) as (pilot, screen):
         screen.open_with(add=json.loads(turns("der hund", "bellt")))
-        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        await screen_opens(pilot, Editor)
         assert [area.text for area in pilot.app.screen.query(TextArea)] == ["der hund", " bellt"]
 
 
-async def test_without_a_tokenizer_the_roles_are_the_mask_and_it_is_said(root: Path) -> None:
-    shutil.rmtree(root / "base")
-    (root / "params.yaml").write_text(
+async def test_without_a_tokenizer_the_roles_are_the_mask_and_it_is_said(
+    chat_project: Path,
+) -> None:
+    shutil.rmtree(chat_project / "base")
+    (chat_project / "params.yaml").write_text(
         PARAMS.replace("base: base", "base: org/model"), encoding="utf-8"
     )
-    async with open_data(root) as (pilot, screen):
+    async with open_data(chat_project) as (pilot, screen):
         await checked(pilot, screen)
         assert "⟦In the west.⟧" in row_text(screen) and "mask by roles" in title(screen, RowPane)
         assert "no tokens" in str(screen.query_one("#legend", Static).content)
@@ -424,11 +422,13 @@ async def test_without_a_tokenizer_the_roles_are_the_mask_and_it_is_said(root: P
 
 
 @pytest.mark.slow
-async def test_any_file_is_opened_by_its_path_and_one_that_is_not_there_says_so(root: Path) -> None:
-    (root / "elsewhere.txt").write_text("one\ntwo\n", encoding="utf-8")
-    async with open_data(root) as (pilot, screen):
+async def test_any_file_is_opened_by_its_path_and_one_that_is_not_there_says_so(
+    chat_project: Path,
+) -> None:
+    (chat_project / "elsewhere.txt").write_text("one\ntwo\n", encoding="utf-8")
+    async with open_data(chat_project) as (pilot, screen):
         await pilot.press("o", "end", "enter")
-        await until(pilot, lambda: isinstance(pilot.app.screen, PathScreen))
+        await screen_opens(pilot, PathScreen)
         await pilot.press(*"elsewhere.txt", "enter")
         await until(
             pilot, lambda: title(screen, RowsPane).startswith("elsewhere.txt") and screen._row
@@ -441,8 +441,10 @@ async def test_any_file_is_opened_by_its_path_and_one_that_is_not_there_says_so(
 
 
 @pytest.mark.slow
-async def test_the_reading_process_can_die_and_the_next_file_starts_it_again(root: Path) -> None:
-    async with open_data(root) as (pilot, screen):
+async def test_the_reading_process_can_die_and_the_next_file_starts_it_again(
+    chat_project: Path,
+) -> None:
+    async with open_data(chat_project) as (pilot, screen):
         await checked(pilot, screen)
         assert screen.reader.process._process
         screen.reader.process._process._kill()
@@ -456,18 +458,18 @@ async def test_the_reading_process_can_die_and_the_next_file_starts_it_again(roo
 
 
 @pytest.mark.slow
-async def test_rows_are_written_in_another_format(root: Path) -> None:
-    async with open_data(root) as (pilot, screen):
+async def test_rows_are_written_in_another_format(chat_project: Path) -> None:
+    async with open_data(chat_project) as (pilot, screen):
         screen.open_with(file="data/heldout.csv")
         await until(
             pilot, lambda: screen.file and screen.file.name == "data/heldout.csv" and screen._row
         )
         await pilot.press("x")
-        await until(pilot, lambda: isinstance(pilot.app.screen, PathScreen))
+        await screen_opens(pilot, PathScreen)
         pilot.app.screen.query_one(Input).value = "out.jsonl"
         await pilot.press("enter")
-        await until(pilot, lambda: (root / "out.jsonl").exists())
-        assert json.loads((root / "out.jsonl").read_text(encoding="utf-8")) == {
+        await until(pilot, lambda: (chat_project / "out.jsonl").exists())
+        assert read_json(chat_project / "out.jsonl") == {
             "prompt": "Where?",
             "completion": "Here.",
         }
@@ -476,8 +478,8 @@ async def test_rows_are_written_in_another_format(root: Path) -> None:
 @pytest.mark.parametrize("size", [(60, 16), (30, 8), (200, 60)], ids=["small", "tiny", "huge"])
 @pytest.mark.sampled(3)
 @pytest.mark.slow
-async def test_every_size_is_drawn(root: Path, size: tuple[int, int]) -> None:
-    async with open_data(root, size) as (pilot, screen):
+async def test_every_size_is_drawn(chat_project: Path, size: tuple[int, int]) -> None:
+    async with open_data(chat_project, size) as (pilot, screen):
         await checked(pilot, screen)
         await pilot.press("j", "plus", "plus", "tab", "tab")
         assert rows_of(screen).cursor == 1

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from textual.pilot import Pilot
 
-from tests.helpers.pilot import until
-from tests.helpers.tokenizers import SMOLLM2, folder_with
+from tests.helpers.chat_projects import new_chat_project
+from tests.helpers.pilot import screen_opens, until
 from tui.app import Workbench
 from tui.screens.data.editor import Editor
 from tui.screens.data.screen import DataScreen
@@ -17,15 +17,6 @@ from tui.screens.data.screen import DataScreen
 pytestmark = pytest.mark.usefixtures("forked_processes")
 SIZES = [(80, 24), (120, 40)]
 NAMES = ["80x24", "120x40"]
-PARAMS = """\
-base: base
-training:
-  window: 0
-  max_length: 64
-finetune_lora:
-  data: data/chat.jsonl
-  eval_data: data/heldout.csv
-"""
 TURNS = [
     ("Where is Sofia?", "In the west of Bulgaria, below a mountain."),
     ("And Varna?", "By the sea."),
@@ -50,15 +41,8 @@ def rows() -> list[str]:
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    root = tmp_path / "project"
-    model = folder_with(root / "base", SMOLLM2)
-    (model / "config.json").write_text('{"max_position_embeddings": 999}', encoding="utf-8")
-    (root / "data").mkdir()
-    (root / "params.yaml").write_text(PARAMS, encoding="utf-8")
-    (root / "data/chat.jsonl").write_text("\n".join(rows()), encoding="utf-8")
-    (root / "data/heldout.csv").write_text("prompt,completion\nWhere?,Here.\n", encoding="utf-8")
-    return root
+def chat_project(tmp_path: Path) -> Path:
+    return new_chat_project(tmp_path / "project", "\n".join(rows()), 999)
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +51,7 @@ def still_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tui.services.machine.readings.Machine.summary", lambda _: "cpu 1/8 GiB")
 
 
-async def read(pilot: Pilot[Any]) -> DataScreen:
+async def read_to_the_end(pilot: Pilot[Any]) -> DataScreen:
     screen = pilot.app.screen
     assert isinstance(screen, DataScreen)
     await until(pilot, lambda: screen._row and screen._row["event"] == "done" and screen.report)
@@ -77,26 +61,26 @@ async def read(pilot: Pilot[Any]) -> DataScreen:
 @pytest.mark.usefixtures("no_path")
 @pytest.mark.parametrize("size", SIZES, ids=NAMES)
 def test_a_conversation_that_is_cut(
-    root: Path, size: tuple[int, int], snap_compare: Callable[..., bool]
+    chat_project: Path, size: tuple[int, int], snap_compare: Callable[..., bool]
 ) -> None:
     async def go(pilot: Pilot[Any]) -> None:
-        screen = await read(pilot)
+        screen = await read_to_the_end(pilot)
         screen.query_one("RowList").cursor = 2  # type: ignore[attr-defined]  # it has one
         await until(pilot, lambda: screen._row and screen._row["row"] == 3)
 
-    app = Workbench(root / "params.yaml")
+    app = Workbench(chat_project / "params.yaml")
     app.first_screen = "data"
     assert snap_compare(app, run_before=go, terminal_size=size)
 
 
 @pytest.mark.usefixtures("no_path")
-def test_the_editor(root: Path, snap_compare: Callable[..., bool]) -> None:
+def test_the_editor(chat_project: Path, snap_compare: Callable[..., bool]) -> None:
     async def go(pilot: Pilot[Any]) -> None:
-        screen = await read(pilot)
+        screen = await read_to_the_end(pilot)
         screen.open_with(add=json.loads(rows()[0]))
-        await until(pilot, lambda: isinstance(pilot.app.screen, Editor))
+        await screen_opens(pilot, Editor)
         await until(pilot, lambda: "tokens" in str(pilot.app.screen.query_one("#reading").render()))
 
-    app = Workbench(root / "params.yaml")
+    app = Workbench(chat_project / "params.yaml")
     app.first_screen = "data"
     assert snap_compare(app, run_before=go, terminal_size=(100, 30))

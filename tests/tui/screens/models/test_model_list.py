@@ -20,8 +20,9 @@ from pipeline.views.model_library import Entry, Library
 from pipeline.views.models import Model, check
 from tests.helpers.checkpoints import sealed_copies
 from tests.helpers.fake_engine import FakeInference
+from tests.helpers.json_files import edit_json, read_json, write_json
 from tests.helpers.models_screen import COUNT, LISTED, USUAL, Session, open_models
-from tests.helpers.pilot import until
+from tests.helpers.pilot import screen_opens, until
 from tests.helpers.projects import new_houses, save
 from tui.app import Workbench
 from tui.dialogs import Menu, PathScreen, Reader
@@ -39,9 +40,7 @@ async def test_whether_a_model_keeps_its_limits_stands_beside_its_state(project:
         for name in ("answers_kept", "must_keep")
     ]
     gate = {"passed": False, "variants": ["full", "lora"], "broken": broken}
-    path.write_text(
-        json.dumps({**json.loads(path.read_text(encoding="utf-8")), "gate": gate}), encoding="utf-8"
-    )
+    edit_json(path, gate=gate)
     async with open_models(project) as s:
         await s.pilot.resize_terminal(400, 40)
         await until(s.pilot, lambda: "intact, breaks 2 limits" in s.row("lora"))
@@ -101,7 +100,7 @@ async def test_narrow_shows_the_important_columns_and_wide_all(brief: Path) -> N
 
 
 async def test_what_a_model_keeps_and_learned_are_bars_with_numbers(brief: Path) -> None:
-    metrics = json.loads((brief / "artifacts/evaluation/metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(brief / "artifacts/evaluation/metrics.json")
     async with open_models(brief) as s:
         for name in ("full", "lora"):
             numbers = metrics[name]
@@ -152,7 +151,7 @@ def rewrite_metrics(project: Path) -> dict[str, Any]:
     preferences.
     """
     path = project / "artifacts/evaluation/metrics.json"
-    metrics = json.loads(path.read_text(encoding="utf-8"))
+    metrics = read_json(path)
     variants = {
         name: numbers
         for name, numbers in metrics.items()
@@ -163,7 +162,7 @@ def rewrite_metrics(project: Path) -> dict[str, Any]:
     variants["freeze"]["answers"] = {"n": 0, "as_expected": 0, "similar": {"rouge_l": 0.62}}
     variants["merged"]["answers"] = {"n": 20, "as_expected": 8}
     variants["lora"]["preferences"] = {"after": {"accuracy": 0.75}}
-    path.write_text(json.dumps(metrics), encoding="utf-8")
+    write_json(path, metrics)
     return variants
 
 
@@ -195,8 +194,7 @@ async def test_the_menu_sorts_by_any_column_and_the_same_again_turns_around(brie
 
         async def sort(column: str) -> None:
             await s.press("s")
-            await until(s.pilot, lambda: isinstance(s.app.screen, Menu))
-            options = s.app.screen.query_one(OptionList)
+            options = (await screen_opens(s.pilot, Menu)).query_one(OptionList)
             options.highlighted = options.get_option_index(column)
             await s.press("enter")
 
@@ -284,7 +282,7 @@ async def test_details_are_sentences_and_all_fields_come_on_a_key(brief: Path) -
         )
         assert "Intact: its files" in s.details() and "target_modules" not in s.details()
         await s.press("i")
-        await until(s.pilot, lambda: isinstance(s.app.screen, Reader))
+        await screen_opens(s.pilot, Reader)
         manifest = artifact.read_manifest(brief / "artifacts/lora_adapter")
         shown = "\n".join(str(part.render()) for part in s.app.screen.query(Static))
         assert manifest["inputs"]["artifacts/expanded"][:12] in shown
@@ -328,9 +326,7 @@ async def test_adapters_that_the_pipeline_does_not_evaluate_are_evaluated_on_a_k
             s.pilot,
             lambda: s.row("sweep/").endswith("best keeps 100%") or "%" in s.row("sweep/rank-2"),
         )
-        metrics = json.loads(
-            (project / "artifacts/measured/metrics.json").read_text(encoding="utf-8")
-        )
+        metrics = read_json(project / "artifacts/measured/metrics.json")
         await until(s.pilot, lambda: not any("measuring" in row for row in s.rows()))
         for name in ("sweep/rank-1", "sweep/rank-2"):
             assert f"{metrics[f'artifacts/{name}']['forgetting']['answers_kept']:.0%}" in s.row(
@@ -418,7 +414,7 @@ async def test_a_folder_is_added_remembered_and_taken_away(project: Path, tmp_pa
 
     async def name(s: Session, folder: Path) -> None:
         await s.press("f")
-        await until(s.pilot, lambda: isinstance(s.app.screen, PathScreen))
+        await screen_opens(s.pilot, PathScreen)
         s.app.screen.query_one(Input).value = str(folder)
         await s.press("enter")
 
@@ -553,13 +549,13 @@ def test_a_damaged_cache_costs_time_alone(tmp_path: Path, monkeypatch: pytest.Mo
     library = Library(Project(tmp_path, Params(GRAPH.sections), GRAPH))
     first = list(library.check_all(library.scan()))
     path = library.cache.path
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = read_json(path)
     key = next(iter(stored["entries"]))
     for damage in ("[", "{}", "[]", json.dumps({**stored, "format": 0})):
         path.write_text(damage, encoding="utf-8")
         assert not any(entry.verdict for entry in Library(library.project).scan())
     stored["entries"][key][1] = {"nonsense": 1}
-    path.write_text(json.dumps(stored), encoding="utf-8")
+    write_json(path, stored)
     again = Library(library.project)
     assert [entry.label for entry in again.check_all(again.scan())] == [
         entry.label for entry in first if entry.model.path.name in key

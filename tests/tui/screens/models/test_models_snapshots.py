@@ -14,7 +14,7 @@ from textual.widgets import Static
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
 from tests.helpers.fake_engine import FakeInference
-from tests.helpers.pilot import until
+from tests.helpers.pilot import screen_opens, until
 from tui.app import Workbench
 from tui.screens.models.screen import ModelsScreen
 from tui.widgets.prompting import PromptInput
@@ -101,9 +101,7 @@ def workbench(root: Path) -> Workbench:
 
 
 async def wait_until_checked(pilot: Pilot[None], count: int) -> ModelsScreen:
-    await until(pilot, lambda: isinstance(pilot.app.screen, ModelsScreen))
-    screen = pilot.app.screen
-    assert isinstance(screen, ModelsScreen)
+    screen = await screen_opens(pilot, ModelsScreen)
     await until(
         pilot,
         lambda: len(screen.entries) == count and all(entry.verdict for entry in screen.entries),

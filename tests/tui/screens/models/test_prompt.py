@@ -11,7 +11,7 @@ from textual.widgets import Input
 from pipeline.views.models import trusts_remote_code
 from tests.helpers.fake_engine import DEATH
 from tests.helpers.models_screen import COUNT, USUAL, open_models
-from tests.helpers.pilot import until
+from tests.helpers.pilot import screen_opens, until
 from tests.helpers.projects import save
 from tui.dialogs import PathScreen
 from tui.registry import SCREENS
@@ -239,8 +239,7 @@ async def test_at_most_200_prompts_are_remembered(brief: Path) -> None:
 async def test_sampling_is_validated_and_used(brief: Path) -> None:
     async with open_models(brief) as s:
         await s.press("t")
-        await until(s.pilot, lambda: isinstance(s.app.screen, SamplingScreen))
-        top_p = s.app.screen.query_one("#top_p", Input)
+        top_p = (await screen_opens(s.pilot, SamplingScreen)).query_one("#top_p", Input)
         top_p.value = "2"
         top_p.focus()
         await s.press("enter")
@@ -269,8 +268,7 @@ async def test_the_chat_template_is_only_for_models_that_have_one(brief: Path) -
         await s.ask("die katze")
         await s.answered()
         await s.press("escape", "t")
-        await until(s.pilot, lambda: isinstance(s.app.screen, SamplingScreen))
-        box = s.app.screen.query_one("ClearCheckbox")
+        box = (await screen_opens(s.pilot, SamplingScreen)).query_one("ClearCheckbox")
         assert not box.disabled
         box.focus()
         await s.press("space", "shift+tab", "enter")
@@ -424,7 +422,7 @@ async def test_a_transcript_has_every_exchange(project: Path) -> None:
 
         async def transcript(name: str) -> str:
             await s.press("escape", "ctrl+s")
-            await until(s.pilot, lambda: isinstance(s.app.screen, PathScreen))
+            await screen_opens(s.pilot, PathScreen)
             s.app.screen.query_one(Input).value = name
             await s.press("enter")
             await until(s.pilot, lambda: (project / name).exists())
@@ -447,7 +445,7 @@ async def test_a_full_disk_on_save_is_one_message_and_leaves_nothing(
         await s.ask("eins")
         await s.answered()
         await s.press("escape", "ctrl+s")
-        await until(s.pilot, lambda: isinstance(s.app.screen, PathScreen))
+        await screen_opens(s.pilot, PathScreen)
         monkeypatch.setattr("os.fsync", full)
         messages = len(s.app.message_history)
         await s.press("enter")

@@ -14,7 +14,7 @@ from textual.widgets import Static
 
 from pipeline.files import artifact
 from tests.helpers.extension import add_probes
-from tests.helpers.pilot import until
+from tests.helpers.pilot import screen_opens, until
 from tests.helpers.pipeline_screen import (
     below,
     brief_params,
@@ -474,8 +474,7 @@ async def test_all_sizes_show_a_tree_and_a_pane_and_none_over_another(empty: Pat
 async def test_the_picture_of_the_dag_chooses_a_stage(empty: Path) -> None:
     async with open_screen(empty) as (pilot, screen):
         await pilot.press("v")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Picture))
-        view = pilot.app.screen.query_one(DagView)
+        view = (await screen_opens(pilot, Picture)).query_one(DagView)
         assert "○ pretrain ─▶ ○ expand_vocab" in view.render().plain
         position = view.drawing.positions["merge"]
         await pilot.click(DagView, offset=(position.column + 2, position.row))

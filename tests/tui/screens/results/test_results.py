@@ -2,7 +2,6 @@
 them.
 """
 
-import json
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,7 +14,8 @@ from textual.pilot import Pilot
 from textual.widgets import ContentSwitcher, OptionList, Static
 
 from tests.helpers.extension import PROBES, add_probes
-from tests.helpers.pilot import until
+from tests.helpers.json_files import read_json, write_json
+from tests.helpers.pilot import AppSession, screen_opens, until
 from tests.helpers.projects import make, save
 from tui.app import Workbench
 from tui.dialogs import Menu
@@ -28,28 +28,18 @@ from tui.screens.results.views import Views
 from tui.widgets.pane import Pane
 
 
-class Session:
+class Session(AppSession[ResultsScreen]):
     """The app on its results, with what was asked of other screens."""
 
+    kind = ResultsScreen
+
     def __init__(self, pilot: Pilot[None], asked: list[tuple[str, dict[str, Any]]]) -> None:
-        self.pilot, self.asked = pilot, asked
-
-    @property
-    def app(self) -> Workbench:
-        assert isinstance(self.pilot.app, Workbench)
-        return self.pilot.app
-
-    @property
-    def screen(self) -> ResultsScreen:
-        return next(screen for screen in self.app.screen_stack if isinstance(screen, ResultsScreen))
+        super().__init__(pilot)
+        self.asked = asked
 
     @property
     def view(self) -> str | None:
         return self.screen.query_one(ContentSwitcher).current
-
-    async def press(self, *keys: str) -> None:
-        await self.pilot.press(*keys)
-        await self.pilot.pause()
 
     def drawn(self, pane: Any) -> str:
         """The text of a pane's block."""
@@ -208,10 +198,10 @@ async def test_any_two_quantities_can_be_compared(brief: Path) -> None:
 @pytest.mark.slow
 async def test_a_broken_limit_is_named(project: Path) -> None:
     path = project / "artifacts/evaluation/metrics.json"
-    metrics = json.loads(path.read_text(encoding="utf-8"))
+    metrics = read_json(path)
     broken = [{"variant": "lora", "limit": "answers_kept", "wanted": 0.99, "value": 0.5}]
     metrics["gate"] = {"passed": False, "variants": ["lora", "full"], "broken": broken}
-    path.write_text(json.dumps(metrics), encoding="utf-8")
+    write_json(path, metrics)
     async with results(project) as user:
         assert "✗ 1 limit broken" in user.title(MethodsPane)
         user.screen.query_one(MethodsPane).point("lora")
@@ -231,9 +221,7 @@ async def test_without_old_texts_models_are_compared_by_their_tasks(empty: Path)
 
     path = empty / "artifacts/evaluation/metrics.json"
     path.parent.mkdir(parents=True)
-    path.write_text(
-        json.dumps({"base": numbers(2, 0.5), "lora": numbers(1, 0.7)}), encoding="utf-8"
-    )
+    write_json(path, {"base": numbers(2, 0.5), "lora": numbers(1, 0.7)})
     async with results(empty) as user:
         drawn = user.drawn(ScatterPane)
         assert "↑ capitals" in drawn and "loss on new sentences ─▶" in drawn
@@ -245,7 +233,7 @@ async def test_one_quantity_alone_is_not_drawn(empty: Path) -> None:
     path = empty / "artifacts/evaluation/metrics.json"
     path.parent.mkdir(parents=True)
     numbers = {"parameters": 100, "bytes": 40_000, "new_loss": 1.0}
-    path.write_text(json.dumps({"base": numbers, "lora": numbers}), encoding="utf-8")
+    write_json(path, {"base": numbers, "lora": numbers})
     async with results(empty) as user:
         assert "Set evaluate.old_data" in user.drawn(ScatterPane)
 
@@ -350,7 +338,7 @@ async def test_a_sweep_of_several_keys_has_a_plot_for_each(empty: Path) -> None:
     }
     save(empty / "params.yaml", {"finetune_sweep.grid": {"rank": [1, 4]}})
     (empty / "artifacts/sweep").mkdir(parents=True)
-    (empty / "artifacts/sweep/sweep.json").write_text(json.dumps(rows), encoding="utf-8")
+    write_json(empty / "artifacts/sweep/sweep.json", rows)
     async with results(empty) as user:
         drawn = user.drawn(PlotsPane)
         assert [
@@ -405,8 +393,7 @@ async def test_what_an_extension_measured_is_read_with_its_pictures_and_numbers(
         )
         await until(user.pilot, lambda: len(pane.query("HalfcellImage")) == 1)
         await user.press("o")
-        await until(user.pilot, lambda: isinstance(user.app.screen, PageReader))
-        numbers = user.app.screen.query_one("MarkdownPage")
+        numbers = (await screen_opens(user.pilot, PageReader)).query_one("MarkdownPage")
         await until(user.pilot, lambda: "Shares of words" in numbers.plain)  # type: ignore[attr-defined]
 
 

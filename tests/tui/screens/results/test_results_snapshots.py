@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from textual.pilot import Pilot
 
+from tests.helpers.json_files import write_json
 from tests.helpers.pilot import until
 from tui.app import Workbench
 from tui.screens.results.screen import ResultsScreen
@@ -51,7 +52,6 @@ def no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def evaluated(empty: Path) -> Path:
     """A project with an evaluation, a broken limit, and a sweep."""
-    import json
 
     broken = [{"variant": "full", "limit": "answers_kept", "wanted": 0.7, "value": 0.6}]
     metrics = {
@@ -84,7 +84,7 @@ def evaluated(empty: Path) -> Path:
     for name, tree in (("evaluation/metrics.json", metrics), ("sweep/sweep.json", rows)):
         path = empty / "artifacts" / name
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps(tree), encoding="utf-8")
+        write_json(path, tree)
     return empty
 
 

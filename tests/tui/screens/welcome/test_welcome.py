@@ -9,7 +9,7 @@ import pytest
 from textual.widgets import Input, Static
 
 from pipeline.errors import UserError
-from tests.helpers.pilot import until
+from tests.helpers.pilot import screen_opens, until
 from tests.helpers.projects import new_project
 from tui.app import Workbench
 from tui.registry import SCREENS, WELCOME
@@ -125,8 +125,7 @@ async def test_what_is_wrong_is_one_sentence_and_the_form_stays(nothing: Path) -
         await pilot.press("n")
         await until(pilot, lambda: isinstance(app.focused, Input))
         await pilot.press("ctrl+u", *"bad", "enter")
-        await until(pilot, lambda: isinstance(app.screen, Creation))
-        note = app.screen.query_one("#note", Static)
+        note = (await screen_opens(pilot, Creation)).query_one("#note", Static)
         await until(pilot, lambda: note.has_class("wrong"))
         assert str(note.content) == "✗ bad is a file. Name another folder."
         await pilot.press("escape")
