@@ -17,8 +17,9 @@ from bench.measure import Row, in_turns
 from pipeline.files.file_tail import FileTail
 from pipeline.project.logs.run_log import COLUMNS, step_parser
 from pipeline.project.logs.run_log import Row as LogRow
-from pipeline.project.stage_graph import Look, other_look
+from pipeline.project.stage_graph import Look
 from pipeline.stages.registry import STAGES
+from pipeline.views.looks import other_look
 from tui.screens.curves.series import Log
 from tui.widgets.plot.chart import Chart
 from tui.widgets.plot.line_plot import Line, View

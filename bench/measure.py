@@ -21,13 +21,9 @@ class Row:
     met: bool
 
     def cells(self) -> tuple[str, ...]:
-        time_ = (
-            f"{self.seconds:.1f} s"
-            if self.seconds >= 1
-            else f"{self.seconds * 1e3:.2f} ms"
-            if self.seconds
-            else ""
-        )
+        time_ = f"{self.seconds * 1e3:.2f} ms" if self.seconds else ""
+        if self.seconds >= 1:
+            time_ = f"{self.seconds:.1f} s"
         ratio = "" if self.ratio is None else f"{self.ratio:.2f} ×"
         return self.what, time_, self.reference, ratio, self.goal, "met" if self.met else "missed"
 

@@ -200,8 +200,7 @@ class _Unbroken(FileIO):
     lost, and no error.
 
     The command goes on: `lora train | head` trains, and whether a reader was quicker changes no
-    exit code. Nor does a full disk that takes no more notes; a result that it does not take is an
-    error, once.
+    exit code. A full disk is an error of standard output, once; of standard error it is ignored.
     """
 
     def write(self, data: Any) -> int:
@@ -237,7 +236,7 @@ def _unbroken(stream: Any) -> Any:
 
 def _exit(message: str, code: int) -> NoReturn:
     message = printable(message)
-    with suppress(OSError):  # it is what prevents the result that is worth telling
+    with suppress(OSError):  # a flush that fails must not hide the message
         sys.stdout.flush()
     sys.stderr.write(f"error: {message}\n" if code == 1 else f"{message}\n")
     raise SystemExit(code)

@@ -25,7 +25,7 @@ def base_folder(base: Path | None) -> Path | None:
         or base.is_dir()
         or (base.suffix != ".gguf" and (base.parent == Path() or base.parent.is_dir()))
     ):
-        return base  # a folder, which the command says it misses if it is not there
+        return base  # a folder; if it is missing, the command says so
     from cli.console import print_note
     from pipeline.models.import_base import import_to_cache
 
@@ -85,7 +85,7 @@ WidthOption = Annotated[
 PromptsOption = Annotated[
     Path | None, Option(help="Prompts to compare the merged model with base + adapter; loads both.")
 ]
-# of every command that computes with a model or with weights, which need not read it
+# The callback sets the device: commands that compute have the option, and never read its value.
 DeviceOption = Annotated[
     str | None,
     Option(
@@ -116,7 +116,8 @@ PlainOption = Annotated[
 ]
 JsonOption = Annotated[bool, Option("--json", help="Print one JSON document to stdout.")]
 DEFAULT_PARAMS = Path("params.yaml")
-WIDEST = len("finetune_freeze")  # of the names of the design card's stages
+# the longest name of a stage in dvc.yaml: lines of `dvc repro` are aligned to it
+WIDEST = len("finetune_freeze")
 # DVC runs the command as one of many stages: it prints one line
 UNDER_DVC = "DVC_STAGE" in os.environ
 
@@ -171,7 +172,7 @@ class Lazy(Mapping[str, Any]):
 
 @contextmanager
 def _printable_errors() -> Iterator[None]:
-    """What Click says of wrong usage repeats what was typed, without what a terminal would obey."""
+    """Removes control characters from Click's usage errors, which quote what was typed."""
     try:
         yield
     except Exception as error:
@@ -181,7 +182,7 @@ def _printable_errors() -> Iterator[None]:
 
 
 class Group(TyperGroup):
-    """Answers a former name, or another tool's, of a command or option with the name here."""
+    """Suggests today's name for an old command or option, or for another tool's."""
 
     def list_commands(self, _ctx: Any) -> list[str]:
         return list(self.commands)

@@ -324,7 +324,7 @@ class Workbench(App[None]):
         return "app.run" if busy else "app.stop"
 
     def action_run(self) -> None:
-        """Run the pipeline."""
+        """Run `dvc repro`, in a process group of its own (services/pipeline_process.py)."""
         self.start_pipeline("repro")
 
     @work(group="start", exclusive=True)

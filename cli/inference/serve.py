@@ -62,8 +62,7 @@ def serve(
 ) -> None:
     """Serve base and adapters over OpenAI's HTTP API.
 
-    By default the models of this project, on this machine only, for one desk: production belongs to
-    vLLM.
+    By default the models of this project, on this machine only, for one user. For many take vLLM.
     """
     from cli.console import print_line, print_note
     from pipeline.adapters.folder import common_base

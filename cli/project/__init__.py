@@ -42,7 +42,7 @@ def show_params(
 ) -> None:
     """Print all settings as a params file, with their sources.
 
-    That is a stage's defaults, the training block, the stage's section, --set: the last one counts.
+    Sources, of which a later one wins: a stage's defaults, the training block, its section, --set.
     """
     from cli.console import print_json, print_line
     from pipeline.project.params.edit import dump_inline

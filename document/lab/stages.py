@@ -29,16 +29,19 @@ class Claims(Section, frozen=True, kw_only=True):
 
 MEASUREMENTS = (*(study.STAGE for study in find_studies().values()), figures.STAGE)
 STAGE = Stage(
-    "claims",
-    "lab.claims.check",
-    "claims",
-    "claims",
-    "claims",
-    Claims,
+    name="claims",
+    module="lab.claims.check",
+    output="claims",
+    kind="claims",
+    method="claims",
+    settings=Claims,
     needs=(*PRODUCT, *(stage.name for stage in MEASUREMENTS)),
     data=(
-        *("pretrain.data", "finetune_lora.data", "finetune_lora.retention_data"),
-        *("study_fact_correction.data", "study_knowledge_correction.data"),
+        "pretrain.data",
+        "finetune_lora.data",
+        "finetune_lora.retention_data",
+        "study_fact_correction.data",
+        "study_knowledge_correction.data",
     ),
     skipped=lambda params: off_minigpt("claims", params),
     data_folder=DATA,

@@ -55,7 +55,7 @@ class Origin(NamedTuple):
 
     hub_id: str | None  # None: not from the hub
     revision: str | None  # its commit there
-    added: int  # tokens since
+    added: int  # tokens that expand_vocab added
     license: Mapping[str, str]  # on its card
     dequantized: str  # the quantization of the weights there, which the import dequantized
 
@@ -137,8 +137,8 @@ def refuse_foreign(
     if not (folder / artifact.MANIFEST).exists():
         return
     manifest = artifact.read_manifest(folder)
+    # what is `stored` differs from the params for PiSSA, whose files have twice the rank
     config, trained = read_config(folder), manifest.get("params", {}) | manifest.get("stored", {})
-    # PiSSA is stored with twice its rank
     names = {"r": "rank", "lora_alpha": "alpha", "num_virtual_tokens": "virtual_tokens"}
     for key, name in names.items():
         if name in trained and config.get(key) != trained[name]:

@@ -253,7 +253,7 @@ class Ops:
     """Operations of one step of N tokens, of which blocks and fine-tuning methods are made.
 
     Each follows what transformers, and this project's own layers, save for backward and copy. Not
-    part of `step.py`, since methods are given it and the step is given a method: no two files
+    part of `step/`, since methods are given it and the step is given a method: no two files
     import each other.
 
     `n`: tokens, virtual ones included; `w`: bytes of an activation; `adapter`: bytes of an

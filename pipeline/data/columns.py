@@ -87,7 +87,7 @@ def _rename_keys(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[
 
 
 def _names(columns: Mapping[str, str]) -> _Names:
-    # `system` is a key of Alpaca's rows and a role: a role where something else is said of turns
+    # `system` is a key of Alpaca's rows; where another column is about turns, it is a role
     is_about_turns = not ABOUT_TURNS.isdisjoint(columns)
     names = _Names({}, {}, {})
     for key, column in columns.items():
@@ -149,7 +149,7 @@ def _rename_turn(
     turn: Mapping[str, Any], names: _Names, list_key: str, unused: set[str]
 ) -> dict[str, Any]:
     renamed = _rename_keys(turn, names.turn_keys)
-    if names.turn_keys:  # who says which keys count has said that the others do not
+    if names.turn_keys:  # naming keys of turns drops all others
         unused |= {f"{list_key}.{key}" for key in renamed if key not in TURN_KEYS}
         renamed = {key: value for key, value in renamed.items() if key in TURN_KEYS}
     for key in ("role", "from"):

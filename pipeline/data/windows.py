@@ -129,7 +129,8 @@ class Corpus(Sequence[Window]):
         return np.asarray(self._tokens[self._starts[number] : self._starts[number + 1]])
 
     def tokens(self, number: int) -> int:
-        return self._starts[number + 1] - self._starts[number] - 1
+        length = self._starts[number + 1] - self._starts[number]
+        return length - 1  # the last token is a label alone
 
     def location(self, number: int) -> str:
         return f"{self._files[bisect_right(self._first, number) - 1]}:{self._lines[number]}"

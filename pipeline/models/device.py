@@ -1,4 +1,4 @@
-"""The device that a model runs on, and its memory.
+"""The device that a model runs on and why, as `lora doctor` says; and its memory.
 
 Nothing else decides where a model lives or a matrix is decomposed.
 """

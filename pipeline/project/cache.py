@@ -25,11 +25,11 @@ from pipeline.errors import UserError
 from pipeline.files import artifact
 
 SHORT_KEY = 8  # characters of a key that name an entry to a user
-# that determine an artifact
+# keys of a manifest that determine an artifact
 FACTS = ("kind", "method", "stage", "seed", "params", "inputs", "code", "versions")
 LARGE = 64 * 2**20  # bytes; larger files are hard-linked instead of copied
 WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
-# of another user, or on a disk that is mounted so
+# errors of a cache that may only be read: another user's, or one on a read-only disk
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -112,8 +112,8 @@ class Cache:
     ) -> list[CacheEntry]:
         """Remove entries unused for `older_than_days` days. Returns what was removed.
 
-        The newest `keep` of each stage stay, and those that were used last, as far as they have
-        `max_size` bytes together.
+        The newest `keep` of each stage stay, and the most recently used, up to `max_size` bytes in
+        total.
         """
         removed: list[CacheEntry] = []
         if not self.root.is_dir():

@@ -91,7 +91,9 @@ def create(
     # given relative to where we are, not to the project
     if base and (model := resolve(base, Path.cwd())).is_local:
         base = os.path.relpath(model.path.resolve(), folder.resolve())
-    would_write = "" if exists and not params else _new_params(folder, graph, source, base, methods)
+    would_write = ""
+    if params or not exists:
+        would_write = _new_params(folder, graph, source, base, methods)
     text = _existing_params(folder, graph, base) if exists else would_write
     project = _project(folder, graph, text, path)
     data = _data_sources(project, source.parent)
@@ -295,7 +297,8 @@ def _missing_keys(text: str, project: Project) -> dict[str, Any]:
 def _data_sources(project: Project, source_folder: Path) -> dict[str, Path]:
     """Name of each data file → the file to copy it from. Raises UserError.
 
-    That lies beside the source params, or comes with the program.
+    The original lies beside the source params, or comes with the program where a stage of an
+    extension names a `data_folder`.
     """
     sources: dict[str, Path] = {}
     for stage in project.stages.values():

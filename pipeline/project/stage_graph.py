@@ -22,9 +22,6 @@ from pipeline.files.artifact import MANIFEST
 from pipeline.project.params.load import Params, inherit, parse, read_text
 from pipeline.project.params.schema import Section, effective
 
-# of runs that are not a stage's last
-OTHERS, OTHER_SIGNS = ("#999999", "#009E73", "#CC79A7"), "○△□◇▽◀▶◁▷"
-OTHER_LOOKS = len(OTHERS) * len(OTHER_SIGNS)
 ARTIFACTS, RUNS, CACHE = "artifacts", "runs", ".lora-cache"
 # below a project: where `dvc exp run --queue` and `--temp` run copies of it
 EXPERIMENTS = (".dvc", "tmp", "exps")
@@ -53,16 +50,6 @@ class Look(NamedTuple):
     sign: str
     dash: Any = "-"
     hatch: str = ""
-
-
-def other_look(number: int) -> Look:
-    """The look of the `number`th older run. There are `OTHER_LOOKS`, then they repeat."""
-    # The sign moves on by one more after each round of colors: 3 divides 9, so that otherwise a
-    # sign had one color.
-    return Look(
-        OTHERS[number % len(OTHERS)],
-        OTHER_SIGNS[(number + number // len(OTHERS)) % len(OTHER_SIGNS)],
-    )
 
 
 class Stage(Struct, frozen=True, eq=False):

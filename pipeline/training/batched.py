@@ -33,7 +33,7 @@ class ManyAdapters(LossPath):
 
     @cached_property
     def supports_packing(self) -> bool:
-        """Tried without adapters, once the model is on its device."""
+        """Whether the base packs: tried without adapters at the first use, on the model's device."""
         with self.base():
             return self._model.supports_packing
 

@@ -1,4 +1,4 @@
-"""What an evaluation and a sweep measured: their files, read as plain values for the panes."""
+"""What an evaluation measured: its files, as plain values."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,18 +20,17 @@ from pipeline.project.gate import Verdict, read_verdict
 from pipeline.project.stage_graph import Project, Stage
 from pipeline.views.stages import apart
 
-METRICS, SWEEP = "metrics.json", "finetune_sweep"
-SCRATCH = "scratch"  # never was the base, so it cannot forget it: of no "forgot least"
-COUNTS = (  # keys of a variant's numbers that are whole numbers, if they are there
-    *(
-        "parameters",
-        "bytes",
-        "trainable",
-        "old_prompts_kept",
-        "old_prompts",
-        "prompts_corrected",
-        "prompts_to_correct",
-    ),
+METRICS = "metrics.json"
+SCRATCH = "scratch"  # it never was the base, so it never is what forgot least
+# keys of a variant's numbers that are whole numbers, if they are there
+COUNTS = (
+    "parameters",
+    "bytes",
+    "trainable",
+    "old_prompts_kept",
+    "old_prompts",
+    "prompts_corrected",
+    "prompts_to_correct",
 )
 Numbers = Mapping[str, Any]  # a variant's part of metrics.json
 

@@ -1,4 +1,4 @@
-"""What an evaluation and a sweep measured: their files, read as plain values for the panes."""
+"""What a sweep measured: its table, as plain values."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,20 +18,7 @@ from pipeline.project.logs.run_log import TABLE
 from pipeline.project.stage_graph import ARTIFACTS, Project
 from pipeline.views.evaluations import KEPT
 
-METRICS, SWEEP = "metrics.json", "finetune_sweep"
-SCRATCH = "scratch"  # never was the base, so it cannot forget it: of no "forgot least"
-COUNTS = (  # keys of a variant's numbers that are whole numbers, if they are there
-    *(
-        "parameters",
-        "bytes",
-        "trainable",
-        "old_prompts_kept",
-        "old_prompts",
-        "prompts_corrected",
-        "prompts_to_correct",
-    ),
-)
-Numbers = Mapping[str, Any]  # a variant's part of metrics.json
+SWEEP = "finetune_sweep"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
 """Stored weights, tensor by tensor.
 
-A merge is `merge.py`; the other modules compare and change adapters and checkpoints.
+What a merge writes is in `merge.py`; the other modules compare and change adapters and checkpoints.
 """

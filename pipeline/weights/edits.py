@@ -43,7 +43,7 @@ class Update:
         return float(((new - old) * update).sum()), float(update.square().sum())
 
     def with_norms(self, _blocks: Iterable[Rows]) -> "Update":
-        """Itself, with norms of the whole matrix if it needs them; `blocks` must cover W."""
+        """Itself, with norms of the whole matrix if it needs them; the blocks must cover W."""
         return self
 
 

@@ -134,10 +134,10 @@ def plan_merge(
 
     names = {name: stored_name(name, stored) or name for name in {*edits, *tied, *quantizers}}
     absent = [name for name in tied if names[name] not in stored]
-    for name in edits.keys() | quantizers:
+    for name in {*edits, *quantizers}:
         location = stored.get(names[name])
-        # one of a tied pair may be stored for both
-        if location is None and not (name in tied and len(absent) < 2):
+        stored_for_both = name in tied and len(absent) < 2
+        if location is None and not stored_for_both:
             raise UserError(
                 f"{base} has no tensor {names[name]}, which the adapter changes: it names or "
                 "splits weights differently from transformers. Save the model again with "

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 
-# Bytes, and instructions, which take seconds. The largest adapters have 40,000 tensors, of 200
-# bytes and 40 of these.
+# Limits of the pickle, in bytes and instructions. The largest adapters have 40,000 tensors, each of
+# 200 bytes and 40 instructions; more would take seconds.
 MAX_PICKLE, MAX_OPCODES = 10_000_000, 3_000_000
 # bytes of the archive's list of files; `zipfile` makes ten times that of it
 MAX_DIRECTORY = 20_000_000
 MAX_DIMENSIONS = 8
-# times the file's size that its tensors may have in all: two may be the same, as embedding and head
+# Tensors may have this many times the bytes of the file: two may share a storage, as embedding and
+# head do.
 SHARED = 2
 DTYPES = {
     "DoubleStorage": torch.float64,
@@ -101,7 +102,7 @@ def _refuse_large_directory(path: Path) -> None:
         tail = file.read()
     end, locator, end64 = tail[-22:], tail[-42:-22], tail[-98:-42]
     if not end.startswith(b"PK\5\6"):
-        raise zipfile.BadZipFile  # or it has a comment, which torch writes none of
+        raise zipfile.BadZipFile  # or it has a comment; torch writes none
     (size,) = struct.unpack("<I", end[12:16])
     # the sizes of large archives, which count then
     if locator.startswith(b"PK\6\7") and len(end64) == 56:

@@ -1,4 +1,7 @@
-"""Colours: each method's own, readable on any background, and a scale for magnitudes."""
+"""Colours: each method's own, readable on any background, and a scale for magnitudes.
+
+Which run has which look is decided in pipeline/views/looks.py.
+"""
 
 from textual.color import Color
 

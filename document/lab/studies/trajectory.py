@@ -16,8 +16,8 @@ from lab.studies import study_stage
 from lab.tables import Row, Spread, Table, shown
 from pipeline.project.params.schema import Count, Rate, Section, Seed, Steps
 from pipeline.project.runner import Event, Job, Progress
-from pipeline.project.stage_graph import OTHERS
 from pipeline.stages.registry import COLORS
+from pipeline.views.looks import OTHERS
 
 PLACE = "§2.3"
 SECTION = "trajectory"

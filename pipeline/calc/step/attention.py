@@ -1,6 +1,6 @@
 """Attention on the tape: projections, rotary positions, scores or a fused kernel, the output.
 
-Where functions begin and end, and each `del`, is part of the model: see `step.py`.
+Where functions begin and end, and each `del`, is part of the model: see `step/__init__.py`.
 """
 
 from pipeline.calc.architecture import Architecture, Block, Heads, Linear

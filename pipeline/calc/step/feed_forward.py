@@ -1,6 +1,6 @@
 """A feed-forward on the tape: dense, gated, or experts with a router.
 
-Where functions begin and end, and each `del`, is part of the model: see `step.py`.
+Where functions begin and end, and each `del`, is part of the model: see `step/__init__.py`.
 """
 
 from collections.abc import Sequence

@@ -33,7 +33,7 @@ class Line(NamedTuple):
 
 
 def iter_lines(file: BinaryIO, number: int = 0, start: int = 0) -> Iterator[Line]:
-    """The lines that are not blank. `number` lines of `start` bytes come before the first one."""
+    """The lines that are not blank. `number` lines, `start` bytes in all, come before."""
     while raw := read_piece(file):
         number, size = number + 1, len(raw)
         if raw.isspace() and not is_too_long(raw):
@@ -67,7 +67,8 @@ def skip_blank_lines(file: BinaryIO, blank: bytes | None = None) -> tuple[int, i
     assert isinstance(file, io.BufferedReader)
     lines = size = 0
     while ahead := file.peek():
-        end = ahead.rfind(b"\n", 0, len(ahead) - len(ahead.lstrip(blank))) + 1
+        blank_bytes = len(ahead) - len(ahead.lstrip(blank))
+        end = ahead.rfind(b"\n", 0, blank_bytes) + 1
         if not end:
             break
         file.read(end)
@@ -84,7 +85,7 @@ def decode_line(raw: bytes, number: int, start: int, name: str) -> str:
 
     Raises UserError if it is too long, binary or not UTF-8.
     """
-    # it cannot be cut before it is tokenized: the text behind the cut may change the tokens
+    # A long line is refused and not cut: the text behind the cut may change the tokens before it.
     if is_too_long(raw):
         raise UserError(
             f"{name}:{number}: a line must have at most {MAX_LINE_BYTES:,} bytes, got more. "

@@ -140,8 +140,8 @@ def _recognize(
 
 def _read(format_: Format, record: Record, name: str, number: int, templated: bool) -> Example:
     example = format_.read(record, name, number)
-    # of a pair without a prompt nobody knows where a user's turn would end; a prompt alone is to be
-    # continued
+    # A pair without a prompt does not say where the user's turn ends. A prompt alone is a text to be
+    # continued.
     has_texts = isinstance(record.get("prompt"), str) and not example.messages
     if templated and has_texts and example.prompt != example.text:
         return replace(example, templated=True)
@@ -220,7 +220,7 @@ def read_optional(record: Record, key: str, location: str) -> str:
 def read_list(record: Record, key: str, location: str, of: str = "") -> list[Any]:
     """A list, which may be written as JSON in a text; [] if it is missing or null.
 
-    Unless it must be a list `of` something. Raises UserError.
+    With `of`, a missing or empty list is an error. Raises UserError.
     """
     value = record.get(key)
     if isinstance(value, str) and value.strip():

@@ -1,4 +1,7 @@
-"""Chat templates, rendered as transformers does."""
+"""Chat templates: special tokens in messages are refused here, `template_process.py` renders.
+
+Rendering is that of transformers, in a process of its own with limits of time and memory.
+"""
 
 import json
 import re

@@ -1,4 +1,8 @@
-"""The merged model as GGUF files for llama.cpp, Ollama and LM Studio, which hold the tokenizer."""
+"""The merged model as GGUF files for llama.cpp, Ollama and LM Studio, which hold the tokenizer.
+
+Refused are: a setting (`export/gguf/families/`), a tensor (`weights/merge_check.py`), and tokens,
+template or logits that differ (`export/certificate.py`).
+"""
 
 from collections.abc import Generator, Sequence
 from pathlib import Path

@@ -42,7 +42,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
-        # a label must not be any text
+        # Prometheus keeps a series for each label: only known paths are labels
         route = scope["path"] if scope["path"] in self._paths else "other"
 
         async def counted(message: Message) -> None:
@@ -61,7 +61,7 @@ class Guard:
             if not started:
                 await error_response(error)(scope, receive, counted)
             else:
-                error_response(error)  # prints what nobody foresaw
+                error_response(error)  # logs an unexpected error: the response has begun
 
     def _admit(self, scope: Scope) -> None:
         """Raises ApiError for a request that must not be answered."""
@@ -98,7 +98,7 @@ class Guard:
         async def replay() -> Message:
             if messages:
                 return messages.pop()
-            # never: who listens for the end of the client is cancelled at it
+            # never returns: this task is cancelled when the client disconnects
             await asyncio.Event().wait()
             raise AssertionError
 

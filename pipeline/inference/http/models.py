@@ -76,7 +76,7 @@ def named_models(base: Path, adapters: Iterable[Path]) -> Sources:
 
 
 class ServedModels:
-    """Used on the event loop's thread; the generator's loads and unloads, between two steps."""
+    """Its methods run on the event loop's thread; the generator's loads and unloads, between steps."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class ServedModels:
             loading.exception()  # or asyncio prints it where everyone who waited has gone
 
     def _load_in(self, name: str, source: Source, pool: ModelPool) -> Resident:
-        with pool.using(self.base):  # it makes room for no other
+        with pool.using(self.base):  # the base is never evicted
             resident, _ = pool.load(name, source.base, source.adapter, self._trusted)
         if self._fits_memory:
             self._generator.fit_to_memory()

@@ -1,4 +1,7 @@
-"""Preference optimization with LoRA: DPO, IPO, KTO, ORPO or SimPO, with one model in memory."""
+"""Preference optimization with LoRA: DPO, IPO, KTO, ORPO or SimPO, with one model in memory.
+
+The losses are in training/preferences/losses.py.
+"""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ STAGE = method(
 def attach(_job: Job, settings: FinetuneFreeze, base: Base) -> Generator[Event, None, Attached]:
     from pipeline.stages.finetune import Attached
 
-    yield from ()
+    yield from ()  # a generator, as every `attach`: this one has no events
     freeze(base.model, settings)
     return Attached(
         Freeze(last_blocks=settings.last_blocks, train_embeddings=settings.train_embeddings)

@@ -116,7 +116,8 @@ def likelihood(model: CausalLM, batch: AnswerBatch) -> Likelihood:
     """With gradient, unless autograd is off."""
     parts = [batch] if model.supports_packing else batch.unpack()
     values = torch.cat([_label_log_probs(model, part) for part in parts])
-    nll = -values[: sum(batch.counts[: batch.units or None])].mean()
+    chosen = batch.counts[: batch.units or None]  # of KTO, which has no pairs, all
+    nll = -values[: sum(chosen)].mean()
     values = values if batch.answered is None else values.index_select(0, batch.answered)
     assert batch.owner is not None and batch.of_each is not None
     # on CUDA `index_add` adds in another order each time
@@ -171,7 +172,7 @@ def preference(model: CausalLM, batch: AnswerBatch, settings: PreferenceSettings
 def _divergence(model: CausalLM, mismatched: AnswerBatch, units: int) -> Tensor:
     """KTO's estimate of the divergence from the reference, (), of the batch on all ranks.
 
-    It is that of answers behind prompts of other examples. A batch without `units` is idle.
+    It is that of answers behind prompts of other examples. A rank without pairs counts nothing.
     """
     assert mismatched.reference is not None
     drift = likelihood(model, mismatched).summed - mismatched.reference

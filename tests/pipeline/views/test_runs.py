@@ -10,9 +10,9 @@ import pytest
 from pipeline.files.artifact import file_digest, write_json
 from pipeline.project.logs.run_log import read_run_outcomes
 from pipeline.project.logs.runs import LogFiles, Run
-from pipeline.project.stage_graph import other_look
 from pipeline.stages.charts import MARKERS
 from pipeline.stages.registry import METHODS, open_project
+from pipeline.views.looks import other_look
 from pipeline.views.runs import discover_runs, stamp, training_stages
 from tests.helpers.projects import BRIEF, PIPELINE, ROOT, make
 

@@ -5,8 +5,8 @@ white.
 import pytest
 from textual.color import Color
 
-from pipeline.project.stage_graph import other_look
 from pipeline.stages.registry import STAGES
+from pipeline.views.looks import other_look
 from tui.widgets.colors import CONTRAST, contrast, readable
 
 COLORS = sorted(

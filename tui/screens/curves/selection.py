@@ -12,8 +12,9 @@ from pipeline.errors import UserError
 from pipeline.inference.catalog import measured
 from pipeline.project.logs.run_log import DIVERGED
 from pipeline.project.logs.runs import Run
-from pipeline.project.stage_graph import ARTIFACTS, OTHER_LOOKS, Look, Project, other_look
+from pipeline.project.stage_graph import ARTIFACTS, Look, Project
 from pipeline.stages.registry import GRAPH, open_project
+from pipeline.views.looks import assign_looks
 from pipeline.views.runs import discover_runs, stamp
 from tui.screens.curves.metrics import METRICS
 from tui.screens.curves.runs import CurveLog, RunView
@@ -204,20 +205,8 @@ class Runs:
             self.views[str(run.log_folder)] = view
         self.stamp = now
         self._show_kept(kept)
-        # The last run of a method gets the method's look; any other run keeps the first look that
-        # was free.
-        for key, view in self.views.items():
-            last = next(
-                k for k, other_view in self.views.items() if other_view.run.stage == view.run.stage
-            )
-            if key == last and (look := GRAPH.stages[view.run.stage].look):
-                self.looks[key] = look
-            elif self.looks.get(key) in (None, *(stage.look for stage in GRAPH.stages.values())):
-                taken = {self.looks[k] for k in self.views if k in self.looks}
-                looks = map(other_look, range(OTHER_LOOKS))
-                self.looks[key] = next(
-                    (look for look in looks if look not in taken), other_look(len(taken))
-                )
+        stages = {key: view.run.stage for key, view in self.views.items()}
+        assign_looks(stages, self.looks)
         return True
 
     async def read_kept(self, project: Project | None) -> None:
