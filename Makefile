@@ -41,6 +41,7 @@ document: repro         ## all that the document says, run and measured; it prin
 test: install-dev       ## every check: lint, types, import contracts, all tests but the slow ones
 	@$(MAKE) --no-print-directory check
 	@pytest -n 2 --dist loadgroup -m "not slow and not rest"
+	@pytest -n 2 --dist loadgroup -m "not slow and not rest" document/tests
 
 test-slow: install-dev  ## the tests that take long: many processes, whole pipelines in DVC, terminals, gigabytes; what needs a real model is in check-smollm2
 	@$(SAMPLED) pytest -n 2 --dist loadgroup -m "slow and not rest" $(addprefix --ignore=,$(SMOLLM2_TESTS))

@@ -22,7 +22,8 @@ pytest_plugins = ("tests.conftest",)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that ask for `studied` run in one worker: the others would wait for it."""
+    """Tests that ask for `studied` are slow and run in one worker: the others would wait for it."""
     for item in items:
         if "studied" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("studied"))
+            item.add_marker(pytest.mark.slow)
