@@ -182,9 +182,8 @@ def _qwen() -> list[Published]:
     plain = (20.1, 20.4, 21.5, 23.8, 29.7, 36.6)
     quantized = (11.5, 11.5, 12.3, 13.9, 16.9, 23.5)
     kept = (
-        "the statistic is not stated; PEFT's preparation for quantized bases would hold "
-        "embeddings and head in fp32, "
-        "2.5 GB more"
+        "the statistic is not stated; PEFT's preparation for quantized bases would hold embeddings "
+        "and head in fp32, 2.5 GB more"
     )
     cases = []
     for name, precision, peaks in (("LoRA", "bf16", plain), ("Q-LoRA (GPTQ)", "gptq", quantized)):

@@ -316,8 +316,7 @@ def _print_interference(pairs: "list[Interference]") -> None:
     print_table(columns, rows, right=columns[1:])
     print_line(
         "cosine of their updates, of all modules together, and of the modules with the lowest and "
-        "highest: 0 if they "
-        "are independent, −1 if they are opposed."
+        "highest: 0 if they are independent, −1 if they are opposed."
     )
     print_line(
         "outputs, inputs: share of directions in common, mean over modules (`lora adapters diff` "

@@ -154,9 +154,8 @@ def train(
         for key, value in given.items():
             if open_project(params, [f"{key}={dump_inline(value)}"]).params != project.params:
                 raise UserError(
-                    f"{out} is a project already, in which {key} is not {dump_inline(value)}. "
-                    f"Edit {params}, or name "
-                    "another folder with --out."
+                    f"{out} is a project already, in which {key} is not {dump_inline(value)}. Edit "
+                    f"{params}, or name another folder with --out."
                 )
     else:
         if base is None or not data:

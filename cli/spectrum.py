@@ -325,8 +325,7 @@ def _print_tables(spectra: "Spectra") -> None:
         error = max(tensor.error for tensor in wide)
         print_line(
             f"Of {matrices} the {len(wide[0].values)} largest values come from a random subspace, "
-            "each within "
-            f"{error:.1%} of the first from a true one; no share is too high."
+            f"each within {error:.1%} of the first from a true one; no share is too high."
         )
     same = [tensor.name for tensor in spectra.tensors if not tensor.change]
     if same and changed:

@@ -620,9 +620,8 @@ def _run(package: Package, options: argparse.Namespace) -> None:
     low, high = interval(killed, len(results))
     print(
         f"{package.name}: {killed} of {len(results)} killed ({killed / len(results):.0%}, 95% "
-        f"interval {low:.0%} to "
-        f"{high:.0%}), drawn from {len(makers)}; {counts['timeout']} by timeout, "
-        f"{counts['uncovered']} run by no test"
+        f"interval {low:.0%} to {high:.0%}), drawn from {len(makers)}; {counts['timeout']} by "
+        f"timeout, {counts['uncovered']} run by no test"
     )
 
 

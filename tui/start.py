@@ -67,8 +67,7 @@ def _require_terminal() -> None:
 
             raise UserError(
                 f"lora-tui needs a terminal, but its {name} is none. Run it in a terminal without "
-                "redirecting it, or "
-                "use `lora-tui --web` for a browser."
+                "redirecting it, or use `lora-tui --web` for a browser."
             )
 
 

@@ -30,8 +30,15 @@ from pipeline.stages.registry import note_targets
 MARKS = {True: "●", False: "·"}
 BAR = 36  # cells of the largest peak's bar
 CLASSES = {  # one card of each common size in GB; Macs follow
-    **{"8": "rtx4060", "12": "rtx3060", "16": "rtx4080", "24": "rtx4090", "32": "rtx5090"},
-    **{"40": "a100-40", "48": "l40s", "80": "h100", "141": "h200"},
+    "8": "rtx4060",
+    "12": "rtx3060",
+    "16": "rtx4080",
+    "24": "rtx4090",
+    "32": "rtx5090",
+    "40": "a100-40",
+    "48": "l40s",
+    "80": "h100",
+    "141": "h200",
 }
 
 

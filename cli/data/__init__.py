@@ -170,8 +170,7 @@ def show(
     if base is None:
         raise UserError(
             f"There is no model in {' or '.join(map(str, DEFAULT_BASES))}, and its tokenizer is "
-            "needed. "
-            "Name a model with --base, or run `lora import` or `lora pretrain`."
+            "needed. Name a model with --base, or run `lora import` or `lora pretrain`."
         )
     tokenizer, positions = _open_base(base)
     encode = Encoder(tokenizer, max_length, positions)
@@ -246,7 +245,9 @@ def convert(
 
     with _row_counter("converting") as progress:
         done = convert_file(
-            *(source, out, format_),
+            source,
+            out,
+            format_,
             columns=columns_of(columns),
             force=force,
             skip_invalid=skip_invalid,
@@ -339,7 +340,9 @@ def clean(
             )
     with _row_counter("cleaning") as progress:
         done = clean_file(
-            *(source, out, reasons),
+            source,
+            out,
+            reasons,
             columns=named,
             leaks=leaks,
             encoder=encoder,

@@ -276,9 +276,8 @@ def _choose(
     for key, (edge, further) in beyond(table, best, grid, lora).items():
         longer = dump_inline({key: further})
         print_line(
-            f"{key} {dump_inline(chosen['values'][key])} is the {edge} that was tried: a better one "
-            "may be beyond it. "
-            f"Sweep on with --set 'finetune_sweep.grid={longer}'."
+            f"{key} {dump_inline(chosen['values'][key])} is the {edge} that was tried: a better "
+            f"one may be beyond it. Sweep on with --set 'finetune_sweep.grid={longer}'."
         )
     if apply:
         written = {key: value for key, value in given.items() if key.startswith("finetune_lora.")}

@@ -68,8 +68,7 @@ def check_words(loaded: "LoadedModel", pairs: Iterable[tuple[str, str]], name: s
         if not loaded.tokenizer.continuation(prompt, word):
             raise UserError(
                 f"{name}: {word!r}, expected after {prompt!r}, is not in the vocabulary of "
-                f"{loaded.name}. Use another "
-                "word, or add this one with expand_vocab."
+                f"{loaded.name}. Use another word, or add this one with expand_vocab."
             )
 
 
@@ -120,10 +119,9 @@ class Knowledge(NamedTuple):
 FORMATS = {"new_loss": ".3f", "new_done": ".1f", "old_rise": ".2f", "old_kept": ".0%"}
 COLUMNS_EXPLAINED = (
     "*New loss*: mean cross-entropy on the new sentences, in nats per token. *New done*: the "
-    "number of new sentences "
-    "completed word for word. *Old rise*: the increase of the loss on the old sentences over the "
-    "base. *Old kept*: the "
-    "share of next tokens of the old sentences where the first choice is still the base's."
+    "number of new sentences completed word for word. *Old rise*: the increase of the loss on the "
+    "old sentences over the base. *Old kept*: the share of next tokens of the old sentences where "
+    "the first choice is still the base's."
 )
 
 

@@ -22,26 +22,23 @@ DIGITS = 5  # of positions, as a fraction of the figure's size
 SMALL = 7  # points; no text is smaller
 WIDE = 7.2  # inches: a page's two columns
 PRINT: dict[str, Any] = {
-    **{
-        "font.size": 8,
-        "axes.titlesize": 8.5,
-        "axes.labelsize": 8,
-        "legend.fontsize": 7,
-        "legend.title_fontsize": 7,
-    },
-    **{"xtick.labelsize": 7, "ytick.labelsize": 7, "figure.dpi": 200, "figure.titlesize": 9},
-    **{
-        "axes.linewidth": 0.6,
-        "lines.linewidth": 1.4,
-        "hatch.linewidth": 0.5,
-        "patch.linewidth": 0.6,
-    },
-    **{
-        "xtick.major.width": 0.6,
-        "ytick.major.width": 0.6,
-        "legend.handlelength": 2.6,
-        "axes.titlelocation": "left",
-    },
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8,
+    "legend.fontsize": 7,
+    "legend.title_fontsize": 7,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "figure.dpi": 200,
+    "figure.titlesize": 9,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.4,
+    "hatch.linewidth": 0.5,
+    "patch.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "legend.handlelength": 2.6,
+    "axes.titlelocation": "left",
 }
 # the document's colors
 BLUE, RED, GREEN, ORANGE = COLORS["lora"], COLORS["full"], COLORS["prefix"], COLORS["freeze"]

@@ -47,15 +47,38 @@ _PLAIN: dict[str, Any] = {"bias": "none", "lora_bias": False}
 # PEFT's other options that may be set: those that are read, then those without effect on a trained
 # adapter.
 _KNOWN = {
-    *("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
-    *("init_lora_weights", "target_modules", "target_parameters", "exclude_modules"),
-    *("layers_to_transform", "layers_pattern", "modules_to_save", "trainable_token_indices"),
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "init_lora_weights",
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "trainable_token_indices",
     "ensure_weight_tying",
-    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "lora_dropout", "megatron_core", "qalora_group_size", "runtime_config"),
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "lora_dropout",
+    "megatron_core",
+    "qalora_group_size",
+    "runtime_config",
     "fan_in_fan_out",  # for GPT-2's layers; PEFT corrects it itself, whatever the file says
     # initializations: see _KEEPS_BASE
-    *("eva_config", "corda_config", "lora_ga_config", "loftq_config"),
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "loftq_config",
 }
 EMBEDDING = "embed_tokens"  # the module that a list of trainable_token_indices means in most models
 # Initializations that leave the base's weights unchanged: EVA and MiCA start at BA = 0 with their

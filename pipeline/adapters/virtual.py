@@ -20,11 +20,22 @@ KEY = "prompt_embeddings"
 # effect once trained.
 _VIRTUAL_PLAIN: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_transformer_submodules": 1}
 _VIRTUAL_KNOWN = {
-    *("peft_type", "num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"),
-    *("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    *("prompt_tuning_init", "prompt_tuning_init_text"),
-    *("tokenizer_name_or_path", "tokenizer_kwargs"),
-    *("encoder_hidden_size", "init_weights"),
+    "peft_type",
+    "num_virtual_tokens",
+    "token_dim",
+    "num_attention_heads",
+    "num_layers",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "prompt_tuning_init",
+    "prompt_tuning_init_text",
+    "tokenizer_name_or_path",
+    "tokenizer_kwargs",
+    "encoder_hidden_size",
+    "init_weights",
     "prefix_projection",  # its result is stored, not the projection
 }
 

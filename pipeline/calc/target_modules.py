@@ -8,31 +8,44 @@ HEAD = "lm_head"
 ALL_LINEAR = "all-linear"
 GROUPS = {
     "attention": (
-        *("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj"),
-        *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
-        *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
-        *("c_attn", "attn.c_proj", "query_key_value", "attention.dense"),
-        *("query", "key", "value", "attention.output.dense"),
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "out_proj",
+        "qkv_proj",
+        "q_a_proj",
+        "q_b_proj",
+        "kv_a_proj_with_mqa",
+        "kv_b_proj",
+        "in_proj_qkv",
+        "in_proj_z",
+        "in_proj_b",
+        "in_proj_a",
+        "c_attn",
+        "attn.c_proj",
+        "query_key_value",
+        "attention.dense",
+        "query",
+        "key",
+        "value",
+        "attention.output.dense",
     ),
     "feed_forward": (
-        *(
-            "fc1",
-            "fc2",
-            "gate_proj",
-            "up_proj",
-            "down_proj",
-            "gate_up_proj",
-            "input_linear",
-            "output_linear",
-        ),
-        *(
-            "c_fc",
-            "mlp.c_proj",
-            "dense_h_to_4h",
-            "dense_4h_to_h",
-            "intermediate.dense",
-            "output.dense",
-        ),
+        "fc1",
+        "fc2",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+        "gate_up_proj",
+        "input_linear",
+        "output_linear",
+        "c_fc",
+        "mlp.c_proj",
+        "dense_h_to_4h",
+        "dense_4h_to_h",
+        "intermediate.dense",
+        "output.dense",
     ),
 }
 ALIASES = {"o_proj": "out_proj", "out_proj": "o_proj"}  # Llama's name and OPT's
@@ -57,8 +70,7 @@ def select_linears(names: Iterable[str], targets: Iterable[str], head: str = HEA
             last_names = sorted({name.rsplit(".", 1)[-1] for name in linears})
             raise UserError(
                 f"target_modules: {target!r} matches no linear layer. The model has "
-                f"{', '.join(last_names)}; "
-                f"groups are {', '.join(GROUPS)} and all-linear."
+                f"{', '.join(last_names)}; groups are {', '.join(GROUPS)} and all-linear."
             )
         selected.update(matches)
     return [name for name in linears if name in selected]

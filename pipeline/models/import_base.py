@@ -49,13 +49,36 @@ GGUF_LICENSE = {
 # How byte-level vocabularies split a text before they merge, by `tokenizer.ggml.pre` (llama.cpp's
 # names). transformers knows others, and splits as GPT-2 does for a name that it does not know.
 SPLIT_AS_GPT2 = {
-    *("default", "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling"),
-    *("exaone4", "gigachat", "a.x-4.0", "mellum", "modern-bert", "roberta-bpe", "jina-es"),
-    *("jina-de", "jina-v1-en", "jina-v2-es", "jina-v2-de", "jina-v2-code"),
+    "default",
+    "gpt-2",
+    "phi-2",
+    "mpt",
+    "olmo",
+    "jais",
+    "trillion",
+    "granite-docling",
+    "exaone4",
+    "gigachat",
+    "a.x-4.0",
+    "mellum",
+    "modern-bert",
+    "roberta-bpe",
+    "jina-es",
+    "jina-de",
+    "jina-v1-en",
+    "jina-v2-es",
+    "jina-v2-de",
+    "jina-v2-code",
 }
 SPLIT_AT_DIGITS = {
-    *("smollm", "starcoder", "refact", "command-r"),
-    *("codeshell", "exaone", "minerva-7b", "mellum2"),
+    "smollm",
+    "starcoder",
+    "refact",
+    "command-r",
+    "codeshell",
+    "exaone",
+    "minerva-7b",
+    "mellum2",
 }
 SENTENCE = "The capital of France is Paris, and two and two are four."
 

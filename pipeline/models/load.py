@@ -30,13 +30,26 @@ PRECISIONS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}  # by safetensors' n
 
 # Sizes in a config, by the names that different families give them.
 LAYERS = (
-    *("num_hidden_layers", "n_layer", "n_layers"),
-    *("num_layers", "decoder_layers", "encoder_layers"),
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "decoder_layers",
+    "encoder_layers",
 )
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 BESIDE_WIDTH = (  # each is a side of a matrix whose other side is the width
-    *("vocab_size", "intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner", "head_dim"),
-    *("num_attention_heads", "n_head", "num_key_value_heads", "n_positions", *EXPERTS),
+    "vocab_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "ffn_dim",
+    "n_inner",
+    "head_dim",
+    "num_attention_heads",
+    "n_head",
+    "num_key_value_heads",
+    "n_positions",
+    *EXPERTS,
 )
 POSITIONS_TABLE = ("gpt2", "opt")  # families whose positions are a matrix too, by whichever key
 AT_LEAST_ONE = ("num_hidden_layers", "n_layer", "max_position_embeddings", "n_positions")
@@ -285,8 +298,13 @@ def refuse_implausible(folder: Path, files: Sequence[Path]) -> None:
         total = architecture(config, str(source)).total
     # of an architecture that the calculator does not support, or values that transformers rejects
     except (
-        *(UserError, ArithmeticError, AttributeError, LookupError, RecursionError),
-        *(TypeError, ValueError),
+        UserError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
     ):
         return
     if total > most:

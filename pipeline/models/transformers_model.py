@@ -31,10 +31,21 @@ from pipeline.models.save import generation_of, load_strict, quiet, reported, sa
 AGREEMENT = 1e-3  # of the largest logit, in fp32
 CHUNK = 64  # tokens, of gated delta nets
 NOISE = (  # settings that make training random, by their names in different configs
-    *("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout"),
-    *("activation_dropout", "layerdrop", "hidden_dropout_prob", "attention_probs_dropout_prob"),
-    *("resid_dropout", "embd_dropout", "embed_dropout"),
-    *("router_jitter_noise", "input_jitter_noise"),
+    "attention_dropout",
+    "hidden_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+    "dropout",
+    "activation_dropout",
+    "layerdrop",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "resid_dropout",
+    "embd_dropout",
+    "embed_dropout",
+    "router_jitter_noise",
+    "input_jitter_noise",
 )
 
 

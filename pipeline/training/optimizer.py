@@ -412,7 +412,12 @@ def _fused_adam(tensors: Sequence[Tensor], step: Tensor, rate: float, decay: flo
     weights, gradient, mean, square = ([tensor] for tensor in tensors)
     kernel: Any = torch._fused_adamw_ if decay > 0 else torch._fused_adam_
     kernel(
-        *(weights, gradient, mean, square, [], [step]),
+        weights,
+        gradient,
+        mean,
+        square,
+        [],
+        [step],
         lr=rate,
         beta1=0.9,
         beta2=0.999,

@@ -43,8 +43,12 @@ class DataFile:
     def request(self) -> dict[str, Any]:
         """What every request of its rows says."""
         return {
-            **{"path": self.name, "base": self.base, "columns": dict(self.columns)},
-            **{"max_length": self.max_length, "window": self.window, "templated": self.templated},
+            "path": self.name,
+            "base": self.base,
+            "columns": dict(self.columns),
+            "max_length": self.max_length,
+            "window": self.window,
+            "templated": self.templated,
         }
 
     @property

@@ -315,8 +315,7 @@ def test_report_and_compare_mark_what_was_made_from_an_earlier_adapter(
     assert (code, err) == (
         0,
         "artifacts/evaluation is out of date: artifacts/lora_adapter changed, "
-        "artifacts/lora_merged is out of date. "
-        "Run `lora merge`, then `lora evaluate`.\n",
+        "artifacts/lora_merged is out of date. Run `lora merge`, then `lora evaluate`.\n",
     )
     merge = "merged is out of date: artifacts/lora_adapter changed. Run `lora merge`.\n"
     code, out, err = cli("compare", "der wind", cwd=project)

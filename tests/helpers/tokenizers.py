@@ -52,8 +52,7 @@ MARKED_WITHOUT_END = MARKED.replace(
 # As Qwen3 does: thoughts stay in the answer to the last question and are dropped from earlier ones.
 THINKS = (
     "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set "
-    "ns.last = loop.index0 %}"
-    "{% endif %}{% endfor %}{% for message in messages "
+    "ns.last = loop.index0 %}{% endif %}{% endfor %}{% for message in messages "
     "%}" + HEADS + "{% if message.role == 'assistant' %}"
     "{% set thought = '' %}{% set said = message.content %}{% if '</think>' in said %}"
     "{% set thought = said.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
@@ -69,9 +68,8 @@ INSTRUCTS = (
     "{{ ' [/INST]' }}{% else %}{{ ' ' + message.content + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 PLAIN = (  # no special token at all
-    "{% for message in messages %}{{ '### ' + message.role + ': ' + message.content + '\n' }}{% "
-    "endfor %}"
-    "{% if add_generation_prompt %}{{ '### assistant: ' }}{% endif %}"
+    "{% for message in messages %}{{ '### ' + message.role + ': ' + message.content + '\n"
+    "' }}{% endfor %}{% if add_generation_prompt %}{{ '### assistant: ' }}{% endif %}"
 )
 UNLIKE = (  # the prompt is no beginning of the conversation
     "{{ messages | length }}{% for message in messages %}{{ message.content }}<|im_end|>{% endfor "

@@ -30,7 +30,8 @@ class LoraCommand:
         pipe = asyncio.subprocess.PIPE
         try:
             self._process = process = await asyncio.create_subprocess_exec(
-                *(*self._command, *words),
+                *self._command,
+                *words,
                 cwd=self._folder,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=pipe,

@@ -45,9 +45,8 @@ class ParamEdits:
         last = self._edits[-1]
         if last.path.read_text(encoding="utf-8") != last.after:
             raise UserError(
-                f"{last.path.name} was changed by another program since {', '.join(last.keys)} "
-                "was written, "
-                "so it is not taken back. Edit the file."
+                f"{last.path.name} was changed by another program since {', '.join(last.keys)} was "
+                "written, so it is not taken back. Edit the file."
             )
         with _followed(last.path):
             write_file(last.path.resolve(), last.before, durable=True)

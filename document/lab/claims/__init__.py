@@ -32,8 +32,19 @@ Measure = Callable[..., Result]
 # Numbers as the document writes them (16 GB, 6.25%, 7.67 million), read, and measured ones shown in
 # the same unit.
 UNITS: Mapping[str, float] = {
-    **{"%": 1e-2, "points": 1e-2, "thousand": 1e3, "million": 1e6, "billion": 1e9, "×": 1},
-    **{"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
+    "%": 1e-2,
+    "points": 1e-2,
+    "thousand": 1e3,
+    "million": 1e6,
+    "billion": 1e9,
+    "×": 1,
+    "B": 1,
+    "KB": 1e3,
+    "MB": 1e6,
+    "GB": 1e9,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
 }
 NUMBER = re.compile(r"(-?[\d,]*\.?\d+(?:e-?\d+)?)\s*([%×a-zA-Z]*)")
 

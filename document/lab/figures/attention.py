@@ -116,17 +116,14 @@ def render(job: Job) -> Findings:
     between = float((of_token[BASE].max(0).values - of_token[BASE].min(0).values).max())
     text = (
         f"Top: the measured attention weights of every head for *{' '.join(words)}*. Rows are "
-        "queries, columns are "
-        f"keys; later tokens are masked. Bottom: the row of *{token}* in each head, below the "
-        "document's.\n\n"
+        f"queries, columns are keys; later tokens are masked. Bottom: the row of *{token}* in each "
+        "head, below the document's.\n"
+        "\n"
         f"The document gives {_format_weights(weights)} as a possible pattern. Measured: *{word}* "
-        "has the most weight "
-        f"in {count}; the mean over all heads is {_format_weights(mean)}. The nearest to the "
-        "document's row is head "
-        f"{nearest['head']} of layer {nearest['layer']}, with {nearest['distance']:.0%} of the "
-        "weight on other words. "
-        f"A weight of this row differs by up to {shift:.2f} between base and adapter, and by up "
-        f"to {between:.2f} "
+        f"has the most weight in {count}; the mean over all heads is {_format_weights(mean)}. The "
+        f"nearest to the document's row is head {nearest['head']} of layer {nearest['layer']}, "
+        f"with {nearest['distance']:.0%} of the weight on other words. A weight of this row "
+        f"differs by up to {shift:.2f} between base and adapter, and by up to {between:.2f} "
         "between heads of the base."
     )
     heights = _heights(models[BASE])

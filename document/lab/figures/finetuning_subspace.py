@@ -141,9 +141,8 @@ def render(job: Job) -> Findings:
     top = {part: row["top_10"] for part, row in parts.items()}
     moved = concentration[0]["moved"]
     shows = (
-        f"{moved:.0%} of all weights move; the tenth that moves most has {top['weights']} of "
-        f"‖ΔW‖² ({top['normal']} if "
-        f"normal), of neurons {top['neurons']}"
+        f"{moved:.0%} of all weights move; the tenth that moves most has {top['weights']} of ‖ΔW‖² "
+        f"({top['normal']} if normal), of neurons {top['neurons']}"
     )
     most = max(modules, key=lambda row: row["share_of_change"])
     ranks = " and ".join(map(str, sorted({row["lora_rank"] for row in modules} - {0})))
@@ -162,20 +161,14 @@ def render(job: Job) -> Findings:
         "‖Δw‖/‖w‖ in full "
         "fine-tuning. Right: what the adapter trains instead, according to its config.",
         f"The document says that only a small subset changes significantly. Measured: {moved:.1%} "
-        "of the weights "
-        "change, because Adam moves every weight with a gradient. They do not change equally: the "
-        "top tenth has "
-        f"{top['weights']} of ‖ΔW‖², against {top['normal']} if all changes followed one normal "
-        "distribution; the top "
-        f"tenth of the neurons has {top['neurons']}. 90% of ‖ΔW‖² takes "
-        f"{parts['weights']['needed_for_90']} of the "
-        f"weights (normal: {parts['normal']['needed_for_90']}). The module with the largest share "
-        "is "
-        f"{module_name(most['block'], most['module'])}, with {most['share_of_weights']:.0%} of "
-        "the weights and "
-        f"{most['share_of_change']:.0%} of ‖ΔW‖². Among the weights of the blocks, where LoRA is "
-        "applied, the top "
-        f"tenth has {top['weights of the blocks']} of their ‖ΔW‖².",
+        "of the weights change, because Adam moves every weight with a gradient. They do not "
+        f"change equally: the top tenth has {top['weights']} of ‖ΔW‖², against {top['normal']} if "
+        "all changes followed one normal distribution; the top tenth of the neurons has "
+        f"{top['neurons']}. 90% of ‖ΔW‖² takes {parts['weights']['needed_for_90']} of the weights "
+        f"(normal: {parts['normal']['needed_for_90']}). The module with the largest share is "
+        f"{module_name(most['block'], most['module'])}, with {most['share_of_weights']:.0%} of the "
+        f"weights and {most['share_of_change']:.0%} of ‖ΔW‖². Among the weights of the blocks, "
+        f"where LoRA is applied, the top tenth has {top['weights of the blocks']} of their ‖ΔW‖².",
         f"The adapter has A and B of rank {ranks} on {len(adapted)} matrices.{also}",
     )
     size = (WIDE, sum(_heights(drawn)))
@@ -205,12 +198,15 @@ def _module_rows(
     )
     return [
         {
-            **{"block": m.block, "module": m.last, "weights": m.change.numel()},
+            "block": m.block,
+            "module": m.last,
+            "weights": m.change.numel(),
             "share_of_weights": m.change.numel() / len(all_squares),
             "share_of_change": float(m.change.square().sum()) / total,
             "relative_change": float(m.change.norm() / m.before.norm()),
             "moved": float((m.change != 0).double().mean()),
-            **{"lora_rank": m.rank, "rows_in_full": len(m.in_full)},
+            "lora_rank": m.rank,
+            "rows_in_full": len(m.in_full),
         }
         for m in (*drawn, Matrix("biases and norms", None, before, change))
     ]

@@ -68,7 +68,8 @@ def render(job: Job) -> Generator[Event, None, Findings]:
     delete_runs(job)
     descent = [
         {
-            **{"step": step, **{word: asked.probability(prompt, word) for word in words}},
+            "step": step,
+            **{word: asked.probability(prompt, word) for word in words},
             **{f"document_{word}": document.get(step, {}).get(word) for word in words},
         }
         for step, asked in sorted(answers.items())
@@ -100,9 +101,8 @@ def render(job: Job) -> Generator[Event, None, Findings]:
     with_gradient, count, trained, parameters = (sum(row[key] for row in groups) for key in keys)
     shows = (
         f"slope {signed(curve.gradient)} at θ = {signed(curve.at, PLAIN)}, local minima along θ: "
-        f"{curve.minima}; with "
-        f"LoRA {with_gradient} of {count} tensors get gradients, {trained:,} of {parameters:,} "
-        "parameters"
+        f"{curve.minima}; with LoRA {with_gradient} of {count} tensors get gradients, {trained:,} "
+        f"of {parameters:,} parameters"
     )
     firsts = {step: answers[step].first(prompt) for step in sorted(answers)}
     turning_step = next((step for step, first in firsts.items() if first != firsts[0]), None)
@@ -126,17 +126,13 @@ def render(job: Job) -> Generator[Event, None, Findings]:
     )
     paragraphs = (
         "Left: the loss of the fact correction along the parameter with the largest gradient, "
-        f"{curve.parameter} = "
-        f"{signed(curve.at, PLAIN)}. The slope there is {signed(curve.gradient)} nats per unit of "
-        "θ. In the range "
-        f"shown the curve has {shape}. At its minimum, θ = {signed(theta, PLAIN)}, the loss is "
-        f"{loss:.2f} instead of "
+        f"{curve.parameter} = {signed(curve.at, PLAIN)}. The slope there is "
+        f"{signed(curve.gradient)} nats per unit of θ. In the range shown the curve has {shape}. "
+        f"At its minimum, θ = {signed(theta, PLAIN)}, the loss is {loss:.2f} instead of "
         f"{curve.loss:.2f}: this parameter alone can reduce it that far.",
         f"Center: the probabilities after *{prompt}* while the correction trains with LoRA and "
-        "Adam on "
-        f"{describe_window(own.window)}; markers are the document's numbers. Measured: {turn}; "
-        f"after step {last} "
-        f"{probabilities}.",
+        f"Adam on {describe_window(own.window)}; markers are the document's numbers. Measured: "
+        f"{turn}; after step {last} {probabilities}.",
         f"Right: after one backward pass with LoRA {with_gradient} of {count} tensors have a "
         f"gradient, {trained:,} of "
         f"{parameters:,} parameters ({trained / parameters:.1%}); the others have none.{zeros}",
@@ -234,8 +230,11 @@ def parameter_gradients(job: Job, spec: AdapterSpec) -> list[Row]:
     torch.autograd.backward(mean_loss(loaded.model, sentences(job, loaded)))
     return [
         {
-            **{"tensor": name, "group": _group_of(name), "parameters": p.numel()},
-            **{"requires_grad": p.requires_grad, "has_grad": p.grad is not None},
+            "tensor": name,
+            "group": _group_of(name),
+            "parameters": p.numel(),
+            "requires_grad": p.requires_grad,
+            "has_grad": p.grad is not None,
             "grad_norm": None if p.grad is None else float(p.grad.norm()),
         }
         for name, p in loaded.model.named_parameters()
@@ -265,7 +264,9 @@ def _groups(tensors: Sequence[Row]) -> list[Row]:
         given = [row for row in group if row["has_grad"]]
         rows.append(
             {
-                **{"group": name, "tensors": len(group), "with_grad": len(given)},
+                "group": name,
+                "tensors": len(group),
+                "with_grad": len(given),
                 "parameters": sum(row["parameters"] for row in group),
                 "parameters_with_grad": sum(row["parameters"] for row in given),
                 "grad_norm": sum(row["grad_norm"] ** 2 for row in given) ** 0.5 if given else None,

@@ -161,8 +161,7 @@ def render(job: Job) -> Findings:
     )
     shows = "; ".join(
         f"{plane.name}: rank 1 has {share_of_rank(plane.values, 1):.0%} of ‖ΔW‖², ellipses up to "
-        f"{plane.ratio:.2f} σ₁ "
-        "apart"
+        f"{plane.ratio:.2f} σ₁ apart"
         for plane in (example, measured)
     )
     name = module_name(named[0].block, named[0].last)
@@ -194,26 +193,21 @@ def _text(example: Plane, measured: Plane, module: str, rows: Sequence[Row]) -> 
     weight_norm = float(np.linalg.svd(measured.weight, compute_uv=False)[0])
     paragraphs = (
         "The unit circle of inputs x and its images under three maps: Wx, (W + ΔW)x, and (W + "
-        "BA)x, where BA is the "
-        "best update of rank 1 (by singular value decomposition). Arrows are BAx. Top: a 2 × 2 "
-        "example. Bottom: the ΔW "
-        f"of {module} from full fine-tuning, in its first two pairs of singular vectors.",
-        "The document says that even rank 1 closely approximates full fine-tuning. That depends "
-        "on the second singular "
-        "value: the two images of a point of the circle are at most σ₂ apart, and σ₂ is reached. "
-        "In the example σ₂/σ₁ "
-        f"= {example.ratio:.3f} and rank 1 has {share_of_rank(example.values, 1):.1%} of ‖ΔW‖²: "
-        "the ellipses differ by "
-        f"at most {example.values[1]:.3f}, while full fine-tuning moves a point by up to "
+        "BA)x, where BA is the best update of rank 1 (by singular value decomposition). Arrows are "
+        f"BAx. Top: a 2 × 2 example. Bottom: the ΔW of {module} from full fine-tuning, in its "
+        "first two pairs of singular vectors.",
+        "The document says that even rank 1 closely approximates full fine-tuning. That depends on "
+        "the second singular value: the two images of a point of the circle are at most σ₂ apart, "
+        f"and σ₂ is reached. In the example σ₂/σ₁ = {example.ratio:.3f} and rank 1 has "
+        f"{share_of_rank(example.values, 1):.1%} of ‖ΔW‖²: the ellipses differ by at most "
+        f"{example.values[1]:.3f}, while full fine-tuning moves a point by up to "
         f"{example.values[0]:.3f}.",
         f"Measured, σ₂/σ₁ = {measured.ratio:.2f}: rank 1 has "
-        f"{share_of_rank(measured.values[:2], 1):.0%} of ‖ΔW‖² in "
-        f"this plane and {share_of_rank(measured.values, 1):.0%} of the full ‖ΔW‖², rank 4 "
-        f"{share_of_rank(measured.values, 4):.0%}. In this plane |Wx| is at most "
-        f"{weight_norm:.2f} and |ΔWx| at most "
-        f"{measured.values[0]:.2f}. Over all matrices the share of rank 1 ranges from "
-        f"{shares[least]:.0%} ({least}) to "
-        f"{shares[most]:.0%} ({most}).",
+        f"{share_of_rank(measured.values[:2], 1):.0%} of ‖ΔW‖² in this plane and "
+        f"{share_of_rank(measured.values, 1):.0%} of the full ‖ΔW‖², rank 4 "
+        f"{share_of_rank(measured.values, 4):.0%}. In this plane |Wx| is at most {weight_norm:.2f} "
+        f"and |ΔWx| at most {measured.values[0]:.2f}. Over all matrices the share of rank 1 ranges "
+        f"from {shares[least]:.0%} ({least}) to {shares[most]:.0%} ({most}).",
     )
     return "\n\n".join(paragraphs)
 

@@ -40,20 +40,18 @@ def render(job: Job) -> Findings:
     names = [row["module"].rsplit(".", 1)[-1] for row in parts if row["trained"]]
     shows = (
         f"A and B on {len(names)} of the block's {len(parts)} modules ({', '.join(names)}): "
-        f"{trained:,} parameters "
-        f"beside {frozen:,} frozen ones"
+        f"{trained:,} parameters beside {frozen:,} frozen ones"
     )
     text = (
         "A block of MiniGPT loaded with the adapter; names, shapes and scale are read from the "
-        "model. Pale boxes are "
-        "frozen. Green boxes with round corners, beside the matrices in the adapter's "
-        "target_modules, train, and their "
-        "output is added. The lines at the sides are the residual connections.\n\n"
+        "model. Pale boxes are frozen. Green boxes with round corners, beside the matrices in the "
+        "adapter's target_modules, train, and their output is added. The lines at the sides are "
+        "the residual connections.\n"
+        "\n"
         f"Measured: A and B on {', '.join(names)}; {trained:,} trainable parameters beside "
-        f"{frozen:,} frozen ones per "
-        f"block ({trained / (frozen + trained):.1%} of their sum); the model has "
-        f"{len(model.blocks)} blocks. Each norm "
-        "is inside the residual branch (pre-norm), as in the document."
+        f"{frozen:,} frozen ones per block ({trained / (frozen + trained):.1%} of their sum); the "
+        f"model has {len(model.blocks)} blocks. Each norm is inside the residual branch "
+        "(pre-norm), as in the document."
     )
     table = Table(
         "placement", "The modules of a block: frozen weights, and A and B if adapted", parts
@@ -88,7 +86,10 @@ def parts_of(block: nn.Module) -> list[Row]:
             "kind": type(base).__name__,
             "shape": _size(weight.shape),
             "parameters": weight.numel() + (bias.numel() if isinstance(bias, Tensor) else 0),
-            **{"A": "", "B": "", "scale": None, "trained": 0},
+            "A": "",
+            "B": "",
+            "scale": None,
+            "trained": 0,
         }
         if isinstance(module, LoRALinear):
             trained = sum(

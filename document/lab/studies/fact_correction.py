@@ -255,7 +255,8 @@ def measure(job: Job, settings: StudyFactCorrection) -> Generator[Event, None, F
     }
     top = [
         {
-            **{"prompt": prompt, "model": model},
+            "prompt": prompt,
+            "model": model,
             **{
                 f"top_{n}": f"{c.token} {c.probability:.0%}"
                 for n, c in enumerate(one.top(prompt, settings.top_k), 1)
@@ -492,15 +493,11 @@ def _compare_settings(
             fmean(first == cell.word for first in firsts[setting][cell]) for cell in corrected
         )
         tried[setting] = {
-            **{
-                "trains_on": describe_window(setting.window),
-                **setting._asdict(),
-                "first_choices": float(same),
-            },
-            **{
-                "within_15": sum(distance <= POINTS for distance in distances),
-                "distance": fmean(distances),
-            },
+            "trains_on": describe_window(setting.window),
+            **setting._asdict(),
+            "first_choices": float(same),
+            "within_15": sum(distance <= POINTS for distance in distances),
+            "distance": fmean(distances),
         }
     # The most first choices equal to the document's; ties go to the smallest mean distance.
     nearest = min(
@@ -546,9 +543,8 @@ def _text(
         reached = row["least"] - POINTS <= row["document"] <= row["greatest"] + POINTS
         far.append(
             f"*{row['prompt']}* → {row['first_choice']} ({row['model']}): "
-            f"{shown(row['measured'], PERCENT)}, the "
-            f"document has {row['document']:.0%}; over all settings {row['least']:.0%} to "
-            f"{row['greatest']:.0%}, "
+            f"{shown(row['measured'], PERCENT)}, the document has {row['document']:.0%}; over all "
+            f"settings {row['least']:.0%} to {row['greatest']:.0%}, "
             + ("so it depends on the setting" if reached else "so no setting reaches it")
         )
     by_kind = {
@@ -565,19 +561,15 @@ def _text(
         f"{row['model']}, {row['trained']}: {mean_of(row, staying)}" for row in parts
     )
     paragraphs = (
-        f"Of the {len(rows)} cells of the document's two tables, {same} have the same first "
-        "choice with every seed, "
-        f"and {near} a probability within 15 points of the document's. This is at the closest of "
-        f"{settings} settings "
-        "tried: the document gives rank and epochs, but not window, learning rate and alpha. "
-        "*Least* and *greatest* "
-        "are over all settings.",
+        f"Of the {len(rows)} cells of the document's two tables, {same} have the same first choice "
+        f"with every seed, and {near} a probability within 15 points of the document's. This is at "
+        f"the closest of {settings} settings tried: the document gives rank and epochs, but not "
+        "window, learning rate and alpha. *Least* and *greatest* are over all settings.",
         f"Cells further off: {'; '.join(far)}." if far else "No cell is further off.",
         "Mean probability of the expected words, LoRA on all four projections, training "
         f"{variants}.",
         "To see which part changes the unrelated answers, the other part is reset to the base. "
-        "Mean probability of the "
-        f"{len(staying)} words that should stay: {by_part}.",
+        f"Mean probability of the {len(staying)} words that should stay: {by_part}.",
     )
     return "\n\n".join(paragraphs)
 
@@ -594,17 +586,15 @@ def _describe_others(
 
     return (
         "*Why not a larger d_model?* V only at the closest setting. Mean probability of the "
-        "corrected words by "
-        f"d_model: {means(widths, 'd_model', 'probability_target', '.0%')}; of the words that "
-        "should stay: "
-        f"{means(widths, 'd_model', 'probability_kept', '.0%')}.\n\n"
+        f"corrected words by d_model: {means(widths, 'd_model', 'probability_target', '.0%')}; of "
+        f"the words that should stay: {means(widths, 'd_model', 'probability_kept', '.0%')}.\n"
+        "\n"
         "Mean probability of the corrected words if only these modules train, and neither "
-        "embeddings nor head: "
-        f"{means(projections, 'targets', 'probability_target', '.0%')}.\n\n"
+        f"embeddings nor head: {means(projections, 'targets', 'probability_target', '.0%')}.\n"
+        "\n"
         "Loss on the new sentences by how the rows of new words begin (§9.1), before training: "
         f"{means(new_rows, 'start', 'new_loss_before', '.2f')}; after {NEW_ROW_EPOCHS} epochs of "
-        "LoRA: "
-        f"{means(new_rows, 'start', 'new_loss_after', '.2f')}."
+        f"LoRA: {means(new_rows, 'start', 'new_loss_after', '.2f')}."
     )
 
 

@@ -20,9 +20,13 @@ if TYPE_CHECKING:
 PLACE = "§9.3"
 TUNED = ("finetune_full", "finetune_freeze", "finetune_lora", "finetune_prefix", "finetune_prompt")
 LINE_STYLES = {  # method → line style of its curve
-    **{"full fine-tuning": "-", "layer freezing": "--"},
-    **{"LoRA": "-", "LoRA, new rows": "--", "LoRA, matrices alone": ":"},
-    **{"prefix tuning": "-.", "prompt tuning": "-."},
+    "full fine-tuning": "-",
+    "layer freezing": "--",
+    "LoRA": "-",
+    "LoRA, new rows": "--",
+    "LoRA, matrices alone": ":",
+    "prefix tuning": "-.",
+    "prompt tuning": "-.",
 }
 TARGET_LOSS = 0.5  # nats per token on the new sentences, where the methods are compared
 Curve = Mapping[int, Losses]  # by epoch
@@ -136,11 +140,10 @@ def _text(trade: Sequence[Row]) -> str:
     others = f" These methods do not reach it: {', '.join(never)}." if never else ""
     return (
         f"When the loss on the new sentences reaches {TARGET_LOSS:g} nats per token, the loss on "
-        "the old sentences has "
-        f"risen by: {rises}.{others}\n\n"
+        f"the old sentences has risen by: {rises}.{others}\n"
+        "\n"
         f"From there to the last epoch it rises further: {later}. In these epochs the model only "
-        "becomes more certain "
-        "of the new sentences."
+        "becomes more certain of the new sentences."
     )
 
 

@@ -106,7 +106,10 @@ def measure(job: Job, settings: StudyIntrinsicDimension) -> Generator[Event, Non
         right = Spread.of(result.accuracy for result in by_seed)
         dimensions.append(
             {
-                **{"begins": start, "dimensions": size, "share": size / large, "right": right},
+                "begins": start,
+                "dimensions": size,
+                "share": size / large,
+                "right": right,
                 "of_full": right / full,
                 "enough": right >= settings.share * full - SLACK,
                 "loss": Spread.of(result.loss for result in by_seed),
@@ -187,21 +190,17 @@ def _text(
     )
     (ours, random, paper), share, low = least, f"{settings.share:.0%}", min(settings.dimensions)
     paragraphs = (
-        f"*Right*: the share of the {labels} next tokens of `{settings.data}` that are the "
-        "model's first choice: "
-        f"{shown(first['right'], '.0%')} before training, {shown(last['right'], '.0%')} after "
-        "full fine-tuning. In d "
-        "dimensions only d numbers train; a random isometry with one nonzero entry per row maps "
-        "them to the weights. "
-        "The number of steps is the same.",
+        f"*Right*: the share of the {labels} next tokens of `{settings.data}` that are the model's "
+        f"first choice: {shown(first['right'], '.0%')} before training, "
+        f"{shown(last['right'], '.0%')} after full fine-tuning. In d dimensions only d numbers "
+        "train; a random isometry with one nonzero entry per row maps them to the weights. The "
+        "number of steps is the same.",
         f"From the base: {from_base}. So {share} of full fine-tuning's accuracy takes "
-        f"{takes(ours)}. From random "
-        f"weights: {from_random}; {share} takes {takes(random)}.",
-        f"The paper's {paper['model']} takes {paper['least'].low:.0f} to "
-        f"{paper['least'].high:.0f} of "
-        f"{shown(paper['parameters'])}. Few dimensions are enough here as well. The effect of "
-        f"pretraining: in {low:,} "
-        f"dimensions the base reaches {right[BASE][low]}, random weights {right[RANDOM][low]}.",
+        f"{takes(ours)}. From random weights: {from_random}; {share} takes {takes(random)}.",
+        f"The paper's {paper['model']} takes {paper['least'].low:.0f} to {paper['least'].high:.0f} "
+        f"of {shown(paper['parameters'])}. Few dimensions are enough here as well. The effect of "
+        f"pretraining: in {low:,} dimensions the base reaches {right[BASE][low]}, random weights "
+        f"{right[RANDOM][low]}.",
     )
     return "\n\n".join(paragraphs)
 

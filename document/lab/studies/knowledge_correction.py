@@ -34,9 +34,12 @@ V_PROJ = ("v_proj",)
 AS_WRITTEN = "v_proj, as written"
 MAX_PROMPTS = 12  # in the picture
 BAR_STYLES = {  # adapter → color and hatch
-    **{"base": (COLORS["scratch"], ""), AS_WRITTEN: (COLORS["prompt"], "--")},
-    **{"v_proj": (COLORS["freeze"], "//"), "v_proj, retain": (COLORS["full"], "..")},
-    **{"all targets": (COLORS["prefix"], "xx"), "all targets, retain": (COLORS["lora"], "\\\\")},
+    "base": (COLORS["scratch"], ""),
+    AS_WRITTEN: (COLORS["prompt"], "--"),
+    "v_proj": (COLORS["freeze"], "//"),
+    "v_proj, retain": (COLORS["full"], ".."),
+    "all targets": (COLORS["prefix"], "xx"),
+    "all targets, retain": (COLORS["lora"], "\\\\"),
 }
 
 
@@ -147,27 +150,21 @@ def measure(job: Job, settings: StudyKnowledgeCorrection) -> Generator[Event, No
         answers = [one.answers for one in by_seed] or [before]
         summary.append(
             {
-                **{
-                    "adapter": name,
-                    "corrected": right("must_change", answers),
-                    "kept": right("must_keep", answers),
-                },
+                "adapter": name,
+                "corrected": right("must_change", answers),
+                "kept": right("must_keep", answers),
                 "divergence": Spread.of(one.divergence for one in by_seed) if by_seed else 0.0,
                 "merge_differs_by": merged.get(name),
             }
         )
     by_prompt: list[Row] = [  # of the corrected answer for prompts that must change
         {
-            **{
-                "prompt": prompt.prompt,
-                "rule": prompt.rule.removeprefix("must_"),
-                "word": prompt.corrected,
-            },
-            **{
-                "answer": prompt.answer,
-                "answer_before": originals[n].probability,
-                "base": before[n].probability,
-            },
+            "prompt": prompt.prompt,
+            "rule": prompt.rule.removeprefix("must_"),
+            "word": prompt.corrected,
+            "answer": prompt.answer,
+            "answer_before": originals[n].probability,
+            "base": before[n].probability,
             **{
                 _column(name): Spread.of(one.answers[n].probability or 0.0 for one in by_seed)
                 for name, by_seed in variants.items()
@@ -264,16 +261,14 @@ def _merge_difference(job: Job, base: Path, tuned: Corrected, prompts: Sequence[
 def _text(summary: Table, stored: float) -> str:
     results = "; ".join(
         f"{row['adapter']}: {shown(row['corrected'], '.1f')} corrected, "
-        f"{shown(row['kept'], '.1f')} kept, divergence "
-        f"{shown(row['divergence'], '.3f')}"
+        f"{shown(row['kept'], '.1f')} kept, divergence {shown(row['divergence'], '.3f')}"
         for row in summary.rows
     )
     return (
         f"{summary.title}: {results}. *Divergence* is the KL divergence from the base on other "
-        "sentences, in nats per "
-        f"token. An adapter takes {stored:.1%} of the base's bytes at most; after merging, its "
-        "logits differ from base "
-        f"+ adapter by {max(row['merge_differs_by'] for row in summary.rows[1:]):.0e} at most."
+        f"sentences, in nats per token. An adapter takes {stored:.1%} of the base's bytes at most; "
+        "after merging, its logits differ from base + adapter by "
+        f"{max(row['merge_differs_by'] for row in summary.rows[1:]):.0e} at most."
     )
 
 

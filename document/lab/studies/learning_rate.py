@@ -121,14 +121,17 @@ def runs_of(settings: StudyLearningRate, lora: FinetuneLora) -> list[Run]:
     them.
     """
     common = {
-        **{
-            "data": settings.data,
-            "eval_data": settings.eval_data,
-            "epochs": settings.epochs,
-            "max_steps": 0,
-        },
-        **{"eval_share": 0.0, "eval_steps": 0, "patience": 0, "columns": {}},
-        **{"schedule": "constant", "warmup_steps": 0, "warmup_ratio": 0.0},
+        "data": settings.data,
+        "eval_data": settings.eval_data,
+        "epochs": settings.epochs,
+        "max_steps": 0,
+        "eval_share": 0.0,
+        "eval_steps": 0,
+        "patience": 0,
+        "columns": {},
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "warmup_ratio": 0.0,
     }
     base = replace(
         lora,
@@ -182,9 +185,8 @@ def _text(best: Sequence[Row]) -> str:
     )
     return (
         f"The best of the learning rates tried: {each}. The loss is the mean cross-entropy on the "
-        "evaluation examples "
-        "after the last step, in nats per token. All adapters trained in one pass, with the same "
-        "alpha at each rank."
+        "evaluation examples after the last step, in nats per token. All adapters trained in one "
+        "pass, with the same alpha at each rank."
     )
 
 

@@ -17,7 +17,11 @@ from pipeline.stages.registry import COLORS
 PLACE = "§7, §9.3"
 TRAINED = (
     "train_from_scratch",
-    *("finetune_full", "finetune_freeze", "finetune_lora", "finetune_prefix", "finetune_prompt"),
+    "finetune_full",
+    "finetune_freeze",
+    "finetune_lora",
+    "finetune_prefix",
+    "finetune_prompt",
 )
 FROM_SCRATCH = "training from scratch"
 NEARLY_ALL = 7  # of 8 sentences
@@ -177,8 +181,7 @@ def _text(cost: Sequence[Row], knowledge: Sequence[Row]) -> str:
     if least is not None:
         forgets_least = (
             "Among the methods that start from the base and learn nearly all new sentences, "
-            f"{least['method']} "
-            "forgets least: the loss on the old sentences rises by "
+            f"{least['method']} forgets least: the loss on the old sentences rises by "
             f"{shown(least['old_rise'], '.2f')} nats."
         )
     off = max(
@@ -187,9 +190,8 @@ def _text(cost: Sequence[Row], knowledge: Sequence[Row]) -> str:
     shares = ", ".join(f"{row['method']} {shown(row['share'], '.1%')}" for row in cost)
     paragraphs = (
         f"{COLUMNS_EXPLAINED} *Predicted* and *measured*: bytes of tensors at the peak of the "
-        "largest step. *Several "
-        "tasks*: whether the method stores an adapter, so that tasks can be swapped on one "
-        "unchanged base.",
+        "largest step. *Several tasks*: whether the method stores an adapter, so that tasks can be "
+        "swapped on one unchanged base.",
         f"Trainable share of MiniGPT: {shares}. The memory prediction is within {off:.1%} of the "
         "measurement.",
         forgets_least,

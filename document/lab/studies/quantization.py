@@ -287,30 +287,22 @@ def _text(
     gib = {row["precision"]: shown(row["calculator_GiB"], ".1f") for row in sizes}
     paragraphs = (
         "*Error*: ‖W − Q‖/‖W‖ over the weights of the blocks' linears, which are quantized. "
-        "*Output error*: "
-        "‖(W − Q)X‖/‖WX‖ on their inputs. *Kept*: the share of first choices on "
-        f"`{settings.data}` equal to FP32's. "
-        f"*Bits*: per weight including scales, with groups of {settings.group}. Activations, "
-        "embeddings, head, norms "
-        "and biases are not quantized.",
+        "*Output error*: ‖(W − Q)X‖/‖WX‖ on their inputs. *Kept*: the share of first choices on "
+        f"`{settings.data}` equal to FP32's. *Bits*: per weight including scales, with groups of "
+        f"{settings.group}. Activations, embeddings, head, norms and biases are not quantized.",
         f"All first choices are kept on every base in: {', '.join(unchanged)}.{lost}",
         f"Over FP32, perplexity rises by {worse}; by less than {NEGLIGIBLE_RISE:.1%} in all "
         "others.",
         f"Output error with calibration, against rounding to nearest: {calibration}.",
-        "NF4's levels are the quantiles of a normal distribution. These weights have a kurtosis "
-        f"of {kurtosis:.1f} "
-        f"(normal: 3, uniform: 1.8). The error on them is {errors['NF4']} for NF4 and "
-        f"{errors['INT4 nearest']} for "
-        f"INT4's uniform levels; on a matrix of normal numbers it is {of_normal['NF4']} and "
-        f"{of_normal['INT4 nearest']}.",
+        "NF4's levels are the quantiles of a normal distribution. These weights have a kurtosis of "
+        f"{kurtosis:.1f} (normal: 3, uniform: 1.8). The error on them is {errors['NF4']} for NF4 "
+        f"and {errors['INT4 nearest']} for INT4's uniform levels; on a matrix of normal numbers it "
+        f"is {of_normal['NF4']} and {of_normal['INT4 nearest']}.",
         "A 4-bit code carries the most information if all 16 levels are equally frequent: 4 bits "
-        "of entropy. On normal "
-        f"numbers NF4 has {bits['NF4']}, INT4 {bits['INT4 nearest']}.",
+        f"of entropy. On normal numbers NF4 has {bits['NF4']}, INT4 {bits['INT4 nearest']}.",
         f"Qwen3-8B takes {gib['FP32']} GiB in FP32, {gib['BF16']} in BF16, {gib['INT8']} in INT8 "
-        "and "
-        f"{gib['NF4 double']} in NF4 with double quantization. Embeddings and head stay in 16 "
-        "bits, and scales are "
-        "included.",
+        f"and {gib['NF4 double']} in NF4 with double quantization. Embeddings and head stay in 16 "
+        "bits, and scales are included.",
     )
     return "\n\n".join(paragraphs)
 

@@ -42,7 +42,8 @@ FULL, RANDOM = "full", "random"
 KINDS = {  # last part of a matrix's name → its kind
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "out_proj"), "attention"),
     **dict.fromkeys(("fc1", "fc2"), "feed-forward"),
-    **{"embed_tokens": "embedding", "lm_head": "head"},
+    "embed_tokens": "embedding",
+    "lm_head": "head",
 }
 
 
@@ -298,10 +299,9 @@ def _text(energy: Sequence[Row], subspaces: Sequence[Row], extracted: Sequence[R
     by_kind = {(row["change"], row["matrices"]): row for row in energy}
     full = " ".join(
         f"In {kind} matrices rank 8 holds {shown(by_kind[FULL, kind]['rank_8'], '.0%')} of the "
-        "change by full "
-        f"fine-tuning, against {shown(by_kind[RANDOM, kind]['rank_8'], '.0%')} of a random "
-        "matrix; 90% of the change "
-        f"takes rank {shown(by_kind[FULL, kind]['rank_of_90'], '.0f')}."
+        f"change by full fine-tuning, against {shown(by_kind[RANDOM, kind]['rank_8'], '.0%')} of a "
+        "random matrix; 90% of the change takes rank "
+        f"{shown(by_kind[FULL, kind]['rank_of_90'], '.0f')}."
         for kind in ("attention", "feed-forward")
     )
     lora = " and ".join(
@@ -319,20 +319,15 @@ def _text(energy: Sequence[Row], subspaces: Sequence[Row], extracted: Sequence[R
     losses = ", ".join(f"{shown(row['new_loss'], '.2f')} at rank {row['rank']}" for row in ranks)
     paragraphs = (
         "*Relative*: ‖ΔW‖/‖W‖. *Rank n*: the share of ‖ΔW‖² in its best approximation of rank n. "
-        "*Rank of 90*: the "
-        "smallest rank that holds 90%. All are means over the matrices. *Random*: a normal random "
-        "matrix of the same "
-        "shape, which has no low-rank structure.",
+        "*Rank of 90*: the smallest rank that holds 90%. All are means over the matrices. "
+        "*Random*: a normal random matrix of the same shape, which has no low-rank structure.",
         f"{full} Of what LoRA learned, rank 2 holds {lora}.",
         "φ(i, j), from 0 to 1, is the share of the top i directions of one that lies in the span "
-        "of the top j of the "
-        f"other (§7.2 of the LoRA paper). φ(1, 1) and φ({SQUARE}, {SQUARE}) of the inputs: "
-        f"{overlaps}.",
+        f"of the top j of the other (§7.2 of the LoRA paper). φ(1, 1) and φ({SQUARE}, {SQUARE}) of "
+        f"the inputs: {overlaps}.",
         f"The loss on the new sentences is {shown(tuned['new_loss'], '.2f')} after full "
-        "fine-tuning. With the LoRA "
-        f"extracted from it, it is {losses}. At any rank the changes of norms and biases are "
-        "missing: LoRA cannot "
-        "represent them.",
+        f"fine-tuning. With the LoRA extracted from it, it is {losses}. At any rank the changes of "
+        "norms and biases are missing: LoRA cannot represent them.",
     )
     return "\n\n".join(paragraphs)
 

@@ -23,8 +23,10 @@ PLACE = "§2.3"
 SECTION = "trajectory"
 PERCENT = ".1%"
 STYLES = (  # of the words, in order: color, line, marker
-    *((COLORS["full"], "--", "o"), (COLORS["lora"], "-", "s")),
-    *((COLORS["prefix"], ":", "^"), (OTHERS[0], "-.", "D")),
+    (COLORS["full"], "--", "o"),
+    (COLORS["lora"], "-", "s"),
+    (COLORS["prefix"], ":", "^"),
+    (OTHERS[0], "-.", "D"),
 )
 
 
@@ -73,7 +75,9 @@ def measure(job: Job, settings: StudyTrajectory) -> Generator[Event, None, Findi
 
     steps: list[Row] = [
         {
-            **{"step": step, "word": word, "document": claimed["steps"].get(step, {}).get(word)},
+            "step": step,
+            "word": word,
+            "document": claimed["steps"].get(step, {}).get(word),
             **{
                 f"window_{window}": Spread.of(
                     one.answers[step].probability(prompt, word) for one in of_window
@@ -168,10 +172,8 @@ def _text(
         changes.append(f"{describe_window(window)}: {when}; after step {last[0]['step']} {words}")
     return (
         f"How the first choice after *{prompt}* changes: {'; '.join(changes)}. A step is "
-        f"{settings.batch_size} windows "
-        f"at a learning rate of {settings.learning_rate:g}. The document gives neither, and the "
-        "number of steps "
-        "depends on both."
+        f"{settings.batch_size} windows at a learning rate of {settings.learning_rate:g}. The "
+        "document gives neither, and the number of steps depends on both."
     )
 
 

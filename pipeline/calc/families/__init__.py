@@ -110,8 +110,7 @@ class Config:
             if kind not in supported:
                 raise UnsupportedLayer(
                     f"{self.source}: layer {index} is {abbreviate_repr(kind)}, which is not "
-                    f"supported; {key} may have "
-                    f"{', '.join(supported)}."
+                    f"supported; {key} may have {', '.join(supported)}."
                 )
         return value[:count]
 
@@ -195,8 +194,7 @@ def architecture(values: Mapping[str, Any], source: str) -> Architecture:
         layer = _unknown_layer(values)
         raise UnsupportedLayer(
             f"{source}: the architecture {abbreviate_repr(family)} is not "
-            f"known{f': {layer}' if layer else ''}. "
-            f"Known: {', '.join(sorted(families()))}."
+            f"known{f': {layer}' if layer else ''}. Known: {', '.join(sorted(families()))}."
         )
     built = replace(families()[family](Config(values, source)), family=family, source=source)
     if built.hidden * built.vocabulary * len(built.blocks) > 2**62:

@@ -143,7 +143,8 @@ def _build_block(tensors: Mapping[str, tuple[int, ...]]) -> Block:
 
 GGUF_FAMILIES = {  # architecture in GGUF → model_type in config.json
     **{name: name for name in ("gemma2", "llama", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")},
-    **{"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"},
+    "gemma3": "gemma3_text",
+    "qwen3moe": "qwen3_moe",
 }
 VERSIONS = (2, 3)
 _SCALARS = ("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?", None, None, "<Q", "<q", "<d")

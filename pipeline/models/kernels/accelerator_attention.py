@@ -133,7 +133,12 @@ class _FlashAttention(torch.autograd.Function):
 
         out: Tensor
         out, lse = varlen_attn(
-            *(q, k, v, q_starts, k_starts, *longest),
+            q,
+            k,
+            v,
+            q_starts,
+            k_starts,
+            *longest,
             scale=scale,
             window_size=window,
             enable_gqa=q.shape[1] != k.shape[1],
@@ -159,8 +164,18 @@ class _FlashAttention(torch.autograd.Function):
         rng = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout: there is none
         with repeatable():
             grads = torch.ops.torch_attn._varlen_attn_backward(
-                *(d_out, q, k, v, out, lse, q_starts, k_starts, *ctx.longest),
-                *(is_causal, rng, ctx.scale),
+                d_out,
+                q,
+                k,
+                v,
+                out,
+                lse,
+                q_starts,
+                k_starts,
+                *ctx.longest,
+                is_causal,
+                rng,
+                ctx.scale,
                 window_size=[*ctx.window],
             )
         return *grads, d_sinks, None, None, None, None, None

@@ -34,7 +34,13 @@ def flash_attention(
     function = _flash_attention()
     assert function is not None
     out: Tensor = function(
-        *(q, k, v, q_starts, k_starts, max(lengths), max(spans)),
+        q,
+        k,
+        v,
+        q_starts,
+        k_starts,
+        max(lengths),
+        max(spans),
         softmax_scale=rule.scale,
         causal=True,
         window_size=(-1 if rule.window is None else rule.window - 1, 0),

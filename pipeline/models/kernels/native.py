@@ -51,8 +51,12 @@ class BlockShape(ctypes.Structure):
 
     _fields_ = [
         *((name, _L) for name in ("L", "rows", "D", "F", "H", "R", "sequences")),
-        *(("scale", _F), ("eps", _F * 2)),
-        *(("frozen", _P * 16), ("factors", _P * 8), ("steps", _L * 8), ("starts", _P)),
+        ("scale", _F),
+        ("eps", _F * 2),
+        ("frozen", _P * 16),
+        ("factors", _P * 8),
+        ("steps", _L * 8),
+        ("starts", _P),
     ]
 
 

@@ -224,8 +224,7 @@ class RunLog:
         seconds = self._before + since
         speed = (step.tokens - self._tokens) / since  # labelled tokens
         self._telemetry.write(
-            f"{step.step},{seconds:.6f},{speed:.1f},{peak_memory()},{device},"
-            f"{peak.predicted},{peak.measured}\n"
+            f"{step.step},{seconds:.6f},{speed:.1f},{peak_memory()},{device},{peak.predicted},{peak.measured}\n"
         )
 
     def append_samples(self, samples: Sequence[Sample]) -> None:

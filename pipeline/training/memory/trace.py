@@ -257,7 +257,9 @@ def _make_trainable(model: CausalLM, method: Any, dtype: torch.dtype) -> None:
     model.requires_grad_(False)
     if method.name == "lora":
         spec = AdapterSpec(
-            *(method.rank, method.effective_alpha, ()),
+            method.rank,
+            method.effective_alpha,
+            (),
             ranks=dict(method.rank_pattern),
             rslora=method.rslora,
             dora=method.dora,

@@ -13,8 +13,7 @@ from pipeline.data.answers.match import Match, count, describe, match, rouge_l, 
 
 LONG = (
     "The refund was sent on Monday, and it takes three to five working days until the bank shows "
-    "it in the account of "
-    "the customer who asked."
+    "it in the account of the customer who asked."
 )
 KEYS = st.text(max_size=4)
 VALUES = st.recursive(

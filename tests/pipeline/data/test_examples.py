@@ -254,8 +254,7 @@ def test_there_are_22_sentences_to_learn_first_and_8_new_ones() -> None:
         ("", "must map groups to rules and their prompts"),
         # nine aliases of nine aliases of nine …
         (
-            "a: &a "
-            "[x]\n"
+            "a: &a [x]\n"
             + "".join(
                 f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghi")
             ),

@@ -388,9 +388,8 @@ def test_what_is_wrong_in_any_group_is_handed_over_and_left_out(
 def test_words_of_a_template_that_are_not_in_the_vocabulary_are_named(tmp_path: Path) -> None:
     WordTokenizer.of_words(["hallo", "du", ">"]).save(tmp_path, 64)
     (tmp_path / "chat_template.jinja").write_text(
-        "{% for message in messages %}{{ message.role + ' > ' + message.content + '\n' }}{% "
-        "endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant > ' }}{% endif %}"
+        "{% for message in messages %}{{ message.role + ' > ' + message.content + '\n"
+        "' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant > ' }}{% endif %}"
     )
     words, example = WordTokenizer.load(tmp_path), replace(talk("Hallo", "Du"), text="Hallo Du")
     with pytest.raises(

@@ -446,8 +446,7 @@ def test_under_nohup_a_closed_terminal_ends_nothing(mini: Path) -> None:
 def test_a_process_that_lives_and_does_not_answer_ends_the_run(mini: Path) -> None:
     code = (
         "from datetime import timedelta; from cli.main import main; from pipeline.training import "
-        "loop; "
-        "loop.SLOWEST_STEP = timedelta(seconds=3); main()"
+        "loop; loop.SLOWEST_STEP = timedelta(seconds=3); main()"
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

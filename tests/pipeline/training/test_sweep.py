@@ -451,9 +451,8 @@ def test_its_adapters_are_adapters_like_any_other(mini: Path) -> None:
     [
         (
             "{rank: 4}",
-            "finetune_sweep.grid.rank must be a list of values, such as [1, 2], or a range such "
-            "as {low: 1, high: 8}, "
-            "got 4. Change it in --set.",
+            "finetune_sweep.grid.rank must be a list of values, such as [1, 2], or a range such as "
+            "{low: 1, high: 8}, got 4. Change it in --set.",
         ),
         (
             "{rank: [4, 0]}",

@@ -79,7 +79,7 @@ async def render_chart(chart: dict[str, Any]) -> bytes:
     """The chart as the bytes of an image file. Raises UserError if the drawing process fails."""
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "pipeline.stages.charts"), stdin=pipe, stdout=pipe, stderr=pipe
+        sys.executable, "-m", "pipeline.stages.charts", stdin=pipe, stdout=pipe, stderr=pipe
     )
     out, err = await process.communicate(json.dumps(chart).encode())
     if process.returncode:

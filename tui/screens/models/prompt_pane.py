@@ -43,13 +43,12 @@ class PromptPane(Pane):
     TITLE = "Prompt"
     HELP = (
         "Enter asks all chosen models, or the one under the cursor. The table has the most likely "
-        "next tokens of each, "
-        "in percent, and how that differs from the first; below are the answers.\n\n"
+        "next tokens of each, in percent, and how that differs from the first; below are the "
+        "answers.\n"
+        "\n"
         "`[` and `]` weaken and strengthen an adapter: ×0 is its base, ×1 the adapter as trained. "
-        "The table follows at "
-        "once; answers from another strength are marked until Ctrl+R asks again. Underlined words "
-        "are not in the "
-        "vocabulary. `a` shows where the model looks."
+        "The table follows at once; answers from another strength are marked until Ctrl+R asks "
+        "again. Underlined words are not in the vocabulary. `a` shows where the model looks."
     )
 
     def __init__(self, models: LoadedModels) -> None:

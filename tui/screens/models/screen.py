@@ -58,12 +58,11 @@ class ModelsScreen(WorkbenchScreen):
     CSS_PATH = "models.tcss"
     HELP = (
         "Which models there are, what each **keeps** of the base's answers and **learned** of the "
-        "new sentences, and "
-        "how it answers beside others. The pipeline's own come first, then folders, which Enter "
-        "unfolds.\n\n"
+        "new sentences, and how it answers beside others. The pipeline's own come first, then "
+        "folders, which Enter unfolds.\n"
+        "\n"
         "Space chooses the models that a prompt goes to, Enter goes to the prompt. `E` evaluates "
-        "adapters that the "
-        "pipeline does not, such as a sweep's."
+        "adapters that the pipeline does not, such as a sweep's."
     )
     AUTO_FOCUS = "ModelTable"
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -444,8 +443,7 @@ class ModelsScreen(WorkbenchScreen):
         if not adapters:
             self.warn(
                 "There is no adapter to evaluate here: the pipeline evaluates its own models (R), "
-                "and what was "
-                "evaluated stays. Move to another adapter, or to a folder."
+                "and what was evaluated stays. Move to another adapter, or to a folder."
             )
             return
         paths = [entry.model.path for entry in adapters]

@@ -28,8 +28,14 @@ from pipeline.project.stage_graph import Project, Stage
 from tui.widgets.form import FormField, Kind, format_value, to_yaml_value
 
 KINDS: Mapping[Any, Kind] = {
-    **{bool: "boolean", int: "integer", float: "number", str: "text", Literal: "text"},
-    **{tuple: "list", Mapping: "mapping", UnionType: "files"},
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "text",
+    Literal: "text",
+    tuple: "list",
+    Mapping: "mapping",
+    UnionType: "files",
 }
 OTHERS = "training"  # the group of the shared keys that are in no other
 GROUPS: Mapping[str, Collection[str]] = {
@@ -37,8 +43,12 @@ GROUPS: Mapping[str, Collection[str]] = {
     "data": ("data", "columns", "window", "max_length"),
     "evaluation": ("eval_share", "eval_data", "eval_steps", "patience", "samples"),
     "memory": (
-        *("precision", "adapter_precision", "quantization", "optimizer"),
-        *("gradient_checkpointing", "gradient_accumulation_steps"),
+        "precision",
+        "adapter_precision",
+        "quantization",
+        "optimizer",
+        "gradient_checkpointing",
+        "gradient_accumulation_steps",
     ),
 }
 

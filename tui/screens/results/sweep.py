@@ -18,9 +18,8 @@ from tui.widgets.pane import Pane
 from tui.widgets.plot.scatter import Axis, Point, draw
 
 NOTHING = (
-    "No sweep yet. `lora finetune sweep --over learning_rate` makes one; so does R, with a "
-    "section of params.yaml such "
-    "as finetune_sweep: {grid: {rank: [1, 4, 16]}}."
+    "No sweep yet. `lora finetune sweep --over learning_rate` makes one; so does R, with a section "
+    "of params.yaml such as finetune_sweep: {grid: {rank: [1, 4, 16]}}."
 )
 FRONT, BEST = "◆", "◂"
 MAX_NAME = 28  # cells

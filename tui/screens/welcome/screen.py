@@ -70,9 +70,8 @@ class WelcomeScreen(WorkbenchScreen):
     NAME = "welcome"
     HELP = (
         "There is no project in this folder. A project is a folder with a params.yaml, which says "
-        "what is trained on "
-        "what, and a dvc.yaml, which says in which steps. Make one, look at the demo, or "
-        "calculate without one."
+        "what is trained on what, and a dvc.yaml, which says in which steps. Make one, look at the "
+        "demo, or calculate without one."
     )
     CSS_PATH = "welcome.tcss"
     AUTO_FOCUS = "Choices"

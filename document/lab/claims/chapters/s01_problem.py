@@ -30,10 +30,9 @@ with chapter.section("Introduction") as claim:
     def same_architecture(m: Sources) -> Result:
         kind, qwen = m.artifact("base/config.json").model_type, model("qwen3-8b")
         return {"GPT-3's kind": kind == "opt", "Qwen3-8B": qwen.kv_heads == qwen.heads}, (
-            f"MiniGPT is saved as {kind}, weight for weight; Qwen3-8B has {qwen.kv_heads} heads "
-            "of keys and values "
-            f"to {qwen.heads} of queries, and RMSNorm, rotary positions and a gated feed-forward "
-            "besides"
+            f"MiniGPT is saved as {kind}, weight for weight; Qwen3-8B has {qwen.kv_heads} heads of "
+            f"keys and values to {qwen.heads} of queries, and RMSNorm, rotary positions and a "
+            "gated feed-forward besides"
         )
 
 
@@ -135,9 +134,8 @@ with chapter.section("1") as claim:
             )
         )
         return {"averages in BF16": bf16, "averages in FP32": fp32}, (
-            "weight, gradient and two averages are four numbers a parameter; "
-            "with averages in 8 bits, of which the document does not speak, it would be "
-            f"{times(eight)}"
+            "weight, gradient and two averages are four numbers a parameter; with averages in 8 "
+            f"bits, of which the document does not speak, it would be {times(eight)}"
         )
 
     @claim("3 × 16 GB ≈ 48 GB", about("48 GB", "10%"))
@@ -145,6 +143,5 @@ with chapter.section("1") as claim:
         (step, bf16), (exact, fp32) = full_step("torch"), full_step("torch-fp32")
         return {"averages in BF16": bf16, "averages in FP32": fp32}, (
             f"weights {GB(step.weights)}, gradients {GB(step.gradients)}, averages "
-            f"{GB(step.optimizer)}, "
-            f"in FP32 {GB(exact.optimizer)}"
+            f"{GB(step.optimizer)}, in FP32 {GB(exact.optimizer)}"
         )

@@ -36,9 +36,8 @@ with chapter.section("2") as claim:
             "a tenth of the weights has 90% of it": weights.needed_for_90 <= 0.1,
         }, (
             f"a tenth of the neurons has {percent(neurons.top_10)}; 90% takes "
-            f"{percent(weights.needed_for_90)} of the "
-            f"weights, {percent(normal.needed_for_90)} if all changes were normally distributed; "
-            f"{percent(weights.moved)} move at all"
+            f"{percent(weights.needed_for_90)} of the weights, {percent(normal.needed_for_90)} if "
+            f"all changes were normally distributed; {percent(weights.moved)} move at all"
         )
 
 
@@ -78,8 +77,7 @@ with chapter.section("2.1") as claim:  # From Network Nodes to Attention Project
                 "the mean of all heads": getattr(mean, word),
             }, (
                 f"of 8 heads the nearest to the document's row is {head}, counted from 0, with "
-                f"{elsewhere} of its "
-                "weight elsewhere"
+                f"{elsewhere} of its weight elsewhere"
                 if word == "katze"
                 else f"{head} is the nearest to the document's row, by all five shares"
             )
@@ -143,8 +141,7 @@ with chapter.section("2.2") as claim:  # Low-Rank Structure of Weight Updates
         mini = m.row("intrinsic_dimension/least", model="MiniGPT")
         return mini.share, (
             f"MiniGPT reaches 90% of full fine-tuning in {n(mini.least)} of {n(mini.parameters)} "
-            "dimensions; "
-            "the paper's RoBERTa-Large has 200 to 800 of 355 million"
+            "dimensions; the paper's RoBERTa-Large has 200 to 800 of 355 million"
         )
 
     @claim("pretrained models: a low intrinsic dimensionality", True)
@@ -160,9 +157,8 @@ with chapter.section("2.2") as claim:  # Low-Rank Structure of Weight Updates
             "fewer dimensions than random weights take to 90%": base.least < random.least,
             "more of it in 128 dimensions": share.right > share_random.right,
         }, (
-            f"{n(base.least)} and {n(random.least)} dimensions, of those tried; "
-            f"in 128 the base learns {percent(share.right)}, random weights "
-            f"{percent(share_random.right)}"
+            f"{n(base.least)} and {n(random.least)} dimensions, of those tried; in 128 the base "
+            f"learns {percent(share.right)}, random weights {percent(share_random.right)}"
         )
 
     @claim("GPT-3 175B", about("175 billion", "1%"))
@@ -221,9 +217,8 @@ with chapter.section("2.3") as claim:  # The LoRA Formulation
         row, full = m.rows("methods/cost", method=("LoRA, matrices alone", "full fine-tuning"))
         averages = 8 * (full.trained - row.trained)
         return abs(row.measured_kB - row.predicted_kB) * 1000 / averages, (
-            "what a step of MiniGPT was measured to hold beyond what is predicted without "
-            "averages for W₀, "
-            f"as a share of these, {KB(averages)}"
+            "what a step of MiniGPT was measured to hold beyond what is predicted without averages "
+            f"for W₀, as a share of these, {KB(averages)}"
         )
 
     def word_at(step: int, word: str, share: str) -> None:
@@ -252,9 +247,8 @@ with chapter.section("2.3") as claim:  # The LoRA Formulation
                 "windows of 4 tokens": bett.window_4 + boden.window_4,
                 "whole sentences": bett.window_0 + boden.window_0,
             }, (
-                f"both together; with whole sentences tisch has {percent(tisch.window_0)} then "
-                "and sofa "
-                f"{percent(sofa.window_0)}: what the one loses the other gains"
+                f"both together; with whole sentences tisch has {percent(tisch.window_0)} then and "
+                f"sofa {percent(sofa.window_0)}: what the one loses the other gains"
             )
 
     for step, tisch, sofa, *bett_and_boden in (
@@ -287,8 +281,7 @@ with chapter.section("2.3") as claim:  # The LoRA Formulation
             "whole sentences": len(long) == seeds and max(long) <= 30,
         }, (
             f"with every seed; the slowest has sofa first from step {max(short)} on with windows "
-            "of 4 tokens, "
-            f"{max(long)} with whole sentences"
+            f"of 4 tokens, {max(long)} with whole sentences"
         )
 
     @claim("Figure 3: gradient descent over 3 steps from tisch to sofa", at_most(3))
@@ -373,8 +366,7 @@ with chapter.section("2.3") as claim:  # The LoRA Formulation
 
     @claim(
         "Figure 4: even with the minimum possible rank (r = 1), the approximation closely matches "
-        "the full fine-tuning "
-        "result",
+        "the full fine-tuning result",
         at_least("90%"),
         words="closely",
     )
@@ -384,8 +376,7 @@ with chapter.section("2.3") as claim:  # The LoRA Formulation
         return {"an example in 2D": example.rank_1, "a matrix as it was fine-tuned": best.rank_1}, (
             "of ‖ΔW‖² in the best matrix of rank 1; it is the second singular value that tells, "
             f"{percent(example.ratio)} of the first in the example, {percent(best.ratio)} in "
-            f"{best.module} of "
-            f"block {best.block}"
+            f"{best.module} of block {best.block}"
         )
 
 
@@ -424,9 +415,8 @@ with chapter.section("2.4") as claim:  # Choosing the Rank r
             "α = r": eight.new_loss - most.new_loss <= 0.05,
             "α = 1": eight_at_1.new_loss - most_at_1.new_loss <= 0.05,
         }, (
-            f"new loss {n(eight.new_loss)} at r = 8, {n(most.new_loss)} at 64, less than 0.05 "
-            "nats being no gain; "
-            f"the old loss rises by {n(eight.old_rise)} and {n(most.old_rise)}"
+            f"new loss {n(eight.new_loss)} at r = 8, {n(most.new_loss)} at 64, less than 0.05 nats "
+            f"being no gain; the old loss rises by {n(eight.old_rise)} and {n(most.old_rise)}"
         )
 
     @claim(
@@ -447,6 +437,5 @@ with chapter.section("2.4") as claim:  # Choosing the Rank r
             "r = 4 trained as such": trained - tuned <= 0.05,
         }, (
             f"new loss within 0.05 nats of {n(tuned)}: cut out of what full fine-tuning changed "
-            f"{n(four)}, "
-            f"{n(eight)} and {n(sixteen)}, trained at r = 4 {n(trained)}"
+            f"{n(four)}, {n(eight)} and {n(sixteen)}, trained at r = 4 {n(trained)}"
         )

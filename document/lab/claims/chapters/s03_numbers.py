@@ -199,6 +199,5 @@ with chapter.section("3") as claim:
         lora = calc(rank=8, trainer="torch-fp32").memory.optimizer
         return full / lora, (
             f"{GB(full)} to {MB(lora)}: with the same bytes a parameter it is the ratio of the "
-            "parameters; "
-            "48 GB are 6 bytes a parameter, 112 MB are 12"
+            "parameters; 48 GB are 6 bytes a parameter, 112 MB are 12"
         )

@@ -36,8 +36,7 @@ with chapter.section("4") as claim:
         )
         return {"∂L/∂B": max(of_b), "∂L/∂A": max(of_a)}, (
             f"relative distance from autograd's gradient, the worst of the {len(of_a)} adapted "
-            "matrices of the trained "
-            "adapter"
+            "matrices of the trained adapter"
         )
 
     @claim(
@@ -52,8 +51,7 @@ with chapter.section("4") as claim:
             "the matrix that got most": max(ratios),
         }, (
             f"how often W' − W₀ holds its (α/r) BA, by the two files, the {len(ratios)} adapted "
-            "matrices each; "
-            f"logits after {n(proof.prompts_checked)} prompts differ by "
+            f"matrices each; logits after {n(proof.prompts_checked)} prompts differ by "
             f"{n(proof.max_logit_difference)} at most"
         )
 

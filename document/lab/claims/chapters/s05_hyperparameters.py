@@ -101,8 +101,7 @@ with chapter.section("5.3") as claim:
         best = m.row_of_least("rank/rates", "new_loss", method="lora")
         return row.new_done, (
             "of MiniGPT's 8 new sentences, in 50 epochs at 3 × 10⁻⁴; the new loss stays at "
-            f"{n(row.new_loss)}, "
-            f"at {n(best.learning_rate)} it comes to {n(best.new_loss)}"
+            f"{n(row.new_loss)}, at {n(best.learning_rate)} it comes to {n(best.new_loss)}"
         )
 
     @claim("LoRA tolerates higher learning rates than Full Fine-Tuning", True)
@@ -114,9 +113,8 @@ with chapter.section("5.3") as claim:
             "learns as much at 0.03": most_lora.new_done >= most_full.new_done,
             "is no further from its best at 0.03": most_lora.new_loss <= most_full.new_loss,
         }, (
-            f"at 0.01 the old loss rises by {n(lora.old_rise)}, in full by {n(full.old_rise)}; "
-            f"at 0.03 {n(most_lora.new_done)} sentences are learned, in full "
-            f"{n(most_full.new_done)}, "
+            f"at 0.01 the old loss rises by {n(lora.old_rise)}, in full by {n(full.old_rise)}; at "
+            f"0.03 {n(most_lora.new_done)} sentences are learned, in full {n(most_full.new_done)}, "
             f"with losses of {n(most_lora.new_loss)} and {n(most_full.new_loss)}"
         )
 
@@ -128,8 +126,7 @@ with chapter.section("5.3") as claim:
         )
         return lora / full, (
             f"best of the rates tried, a factor of 3 apart: {n(lora)} with LoRA and {n(full)} in "
-            "full, "
-            "on MiniGPT's new sentences"
+            "full, on MiniGPT's new sentences"
         )
 
     @claim(

@@ -75,9 +75,8 @@ with chapter.section("6") as claim:
         same = m.column("fact_correction/rows", "ours", same_first=True)
         return {"nearest setting": len(same), "the worst of the settings": 7 + min(settings)}, (
             f"cells with the document's word first, with every seed; of the {len(settings)} "
-            "settings that the document "
-            "leaves open the nearest is chosen by them, and the original model's 7 do not depend "
-            "on it"
+            "settings that the document leaves open the nearest is chosen by them, and the "
+            "original model's 7 do not depend on it"
         )
 
     @claim(
@@ -120,8 +119,7 @@ with chapter.section("6") as claim:
                 "the greatest": row.greatest,
             }, (
                 f"{word} with the trained embeddings and head alone {ends}, with A and B alone "
-                f"{matrices}; "
-                "extremes over the settings left open"
+                f"{matrices}; extremes over the settings left open"
             )
 
     def fact_choices(prompt: str, noun: str, place: int, choices: str) -> None:
@@ -180,10 +178,9 @@ with chapter.section("6") as claim:
             "die": v.frau_die.high < every.frau_die.low,
             "das": v.mann_das.high < every.mann_das.low,
         }, (
-            "beyond the spread of the seeds, V-only to All: "
-            f"sofa {percent(v.katze_sofa)} to {percent(every.katze_sofa)}, "
-            f"wald {percent(v.hund_wald)} to {percent(every.hund_wald)}, "
-            f"das {percent(v.mann_das)} to {percent(every.mann_das)}"
+            f"beyond the spread of the seeds, V-only to All: sofa {percent(v.katze_sofa)} to "
+            f"{percent(every.katze_sofa)}, wald {percent(v.hund_wald)} to "
+            f"{percent(every.hund_wald)}, das {percent(v.mann_das)} to {percent(every.mann_das)}"
         )
 
     def trained(m: Sources, model: str, embeddings: str, retain: bool = False) -> Record:
@@ -227,10 +224,8 @@ with chapter.section("6") as claim:
             "frühling": before.blume_frühling - after.blume_frühling,
         }, (
             "LoRA V-only, alpha = r, embeddings and head trained; where their new rows alone "
-            "train, they are at "
-            f"{percent(rows.sonne_himmel)}, {percent(rows.kind_garten)} and "
-            f"{percent(rows.blume_frühling)}, "
-            "and with texts to retain at "
+            f"train, they are at {percent(rows.sonne_himmel)}, {percent(rows.kind_garten)} and "
+            f"{percent(rows.blume_frühling)}, and with texts to retain at "
             f"{percent(kept.sonne_himmel)}, {percent(kept.kind_garten)} and "
             f"{percent(kept.blume_frühling)}"
         )
@@ -247,10 +242,9 @@ with chapter.section("6") as claim:
             "trained on the corrections": float(min(plain.hund_wald, plain.kind_garten)),
             "and to keep its answers elsewhere": float(min(kept.hund_wald, kept.kind_garten)),
         }, (
-            "the lesser of wald (hund) and garten (kind); "
-            f"with {len(m.lines('finetune_lora.retention_data'))} sentences to retain the same "
-            "matrices say "
-            f"{percent(kept.hund_wald)} and {percent(kept.kind_garten)}"
+            "the lesser of wald (hund) and garten (kind); with "
+            f"{len(m.lines('finetune_lora.retention_data'))} sentences to retain the same matrices "
+            f"say {percent(kept.hund_wald)} and {percent(kept.kind_garten)}"
         )
 
     @claim(
@@ -272,9 +266,8 @@ with chapter.section("6") as claim:
         names = ("all of embeddings and head train", "their new rows train", "neither trains")
         return dict(zip(names, apart, strict=True)), (
             "how far himmel, garten or frühling part at most; garten, V-only and All: "
-            f"{percent(v.kind_garten)} and {percent(every.kind_garten)}; "
-            f"with A and B alone {percent(v_alone.kind_garten)} and "
-            f"{percent(every_alone.kind_garten)}"
+            f"{percent(v.kind_garten)} and {percent(every.kind_garten)}; with A and B alone "
+            f"{percent(v_alone.kind_garten)} and {percent(every_alone.kind_garten)}"
         )
 
     @claim("make MiniGPT larger, say d_model = 256 instead of 64: this would not help", True)
@@ -320,9 +313,8 @@ with chapter.section("6") as claim:
     def euro_after(m: Sources) -> Result:
         row = m.row("knowledge_correction/prompts", word="euro")
         return by_adapter(row), (
-            f"euro after die währung von bulgarien ist der, {percent(row.base)} before; "
-            "the recipe leaves open whether rows of embeddings and head train: here those of new "
-            "words do"
+            f"euro after die währung von bulgarien ist der, {percent(row.base)} before; the recipe "
+            "leaves open whether rows of embeddings and head train: here those of new words do"
         )
 
     def unchanged(word: str, prompt: str, quote: str, share: str) -> None:

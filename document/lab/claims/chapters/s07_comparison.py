@@ -34,8 +34,7 @@ with chapter.section("7") as claim:
             "Qwen3-8B, 18 of 36 and no ends": share(half),
         }, (
             "how many blocks, and whether embeddings and head train (§9.3: the last block, and "
-            "they do), "
-            f"which have {percent(ends)} of Qwen3-8B; MiniGPT before its vocabulary grew"
+            f"they do), which have {percent(ends)} of Qwen3-8B; MiniGPT before its vocabulary grew"
         )
 
     @claim("LoRA: 0.1-5% trainable", between("0.1%", "5%"))
@@ -104,9 +103,8 @@ with chapter.section("7") as claim:
             "MiniGPT, prompt": prompt_here < qlora_here,
         }, (
             f"Qwen3-8B, a step of 2,048 tokens: {GB(prefix)} and {GB(prompt)} on a BF16 base, "
-            f"QLoRA {GB(qlora)}: "
-            f"the base decides; MiniGPT, measured: {n(prefix_here)}, {n(prompt_here)} and "
-            f"{n(qlora_here)} kB"
+            f"QLoRA {GB(qlora)}: the base decides; MiniGPT, measured: {n(prefix_here)}, "
+            f"{n(prompt_here)} and {n(qlora_here)} kB"
         )
 
     @claim("memory: Training from Scratch extreme, above Full Fine-Tuning's very high", True)

@@ -21,6 +21,5 @@ with chapter.section("8") as claim:
             "r=16 in FP16": calc(rank=16).adapter_bytes.fp16,
         }, (
             f"Qwen3-8B, {n(lora.parameters.trainable)} parameters at the rank of §3, where the "
-            "same adapter has 18 MB; "
-            f"in FP16 35 MB would be a rank of {n(rank)}"
+            f"same adapter has 18 MB; in FP16 35 MB would be a rank of {n(rank)}"
         )

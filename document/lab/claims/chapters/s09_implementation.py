@@ -91,8 +91,7 @@ with chapter.section("9.2") as claim:  # LoRA Configuration
         low, even = m.rows("rank/alphas", alpha=(1, 4))
         return low.old_rise < even.old_rise, (
             f"the old loss rises by {n(low.old_rise)} nats at α = 1 and {n(even.old_rise)} at α = "
-            "r; "
-            f"the new one is {n(low.new_loss)} and {n(even.new_loss)}"
+            f"r; the new one is {n(low.new_loss)} and {n(even.new_loss)}"
         )
 
     @claim("higher ranks would offer diminishing returns given the small weight matrices", True)
@@ -176,9 +175,8 @@ with chapter.section("9.3") as claim:  # Comparison of the Three Approaches
             calc("minigpt", rank=4).parameters,
         )
         return made.trainable / made.total, (
-            f"{n(made.trainable)} of {n(made.total)} parameters, {n(matrices.trainable)} of them "
-            "A and B, "
-            "the rest embeddings and head"
+            f"{n(made.trainable)} of {n(made.total)} parameters, {n(matrices.trainable)} of them A "
+            "and B, the rest embeddings and head"
         )
 
     @claim("Layer Freezing: learning rate 10⁻³", 0.001)
@@ -198,9 +196,8 @@ with chapter.section("9.3") as claim:  # Comparison of the Three Approaches
             "after 50 epochs": full > freeze > lora,
             "once the new sentences are learned": full_there > freeze_there > lora_there,
         }, (
-            f"the old loss rises by {n(full)}, {n(freeze)} and {n(lora)} nats; "
-            f"by {n(full_there)}, {n(freeze_there)} and {n(lora_there)} where the new one reaches "
-            "0.5"
+            f"the old loss rises by {n(full)}, {n(freeze)} and {n(lora)} nats; by {n(full_there)}, "
+            f"{n(freeze_there)} and {n(lora_there)} where the new one reaches 0.5"
         )
 
     @claim(
@@ -226,9 +223,8 @@ with chapter.section("9.3") as claim:  # Comparison of the Three Approaches
             "embeddings and head train too": lora.forgetting.answers_kept,
             "A and B alone train": alone.old_kept,
         }, (
-            "first choices on the old sentences that are still the base's; "
-            f"embeddings and head train as well, {n(lora.trainable)} parameters; without them "
-            "what W₀x is added to "
+            "first choices on the old sentences that are still the base's; embeddings and head "
+            f"train as well, {n(lora.trainable)} parameters; without them what W₀x is added to "
             f"changes all the same, and {n(alone.new_done)} of 8 new sentences are learned"
         )
 
@@ -243,9 +239,8 @@ with chapter.section("9.3") as claim:  # Comparison of the Three Approaches
         )
         return {"die katze": cat.first == old_cat.first, "der hund": dog.first == old_dog.first}, (
             f"sitzt at {percent(cat.probability)} and läuft at {percent(dog.probability)}; still "
-            "first after Full "
-            f"Fine-Tuning, at {percent(full_cat.probability)} and {percent(full_dog.probability)}: "
-            f"{n(full_cat.first)} and {n(full_dog.first)}"
+            f"first after Full Fine-Tuning, at {percent(full_cat.probability)} and "
+            f"{percent(full_dog.probability)}: {n(full_cat.first)} and {n(full_dog.first)}"
         )
 
 

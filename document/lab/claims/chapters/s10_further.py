@@ -94,10 +94,9 @@ with chapter.section("10.1") as claim:
             "errs less on MiniGPT's weights": nf4.error < even.error,
         }, (
             f"{n(codes.entropy)} of 4 bits that normal numbers could fill, INT4 "
-            f"{n(even_codes.entropy)}; "
-            f"relative error {percent(nf4.of_normal)} to {percent(even.of_normal)} on normal "
-            "numbers, "
-            f"{percent(nf4.error)} to {percent(even.error)} on these weights"
+            f"{n(even_codes.entropy)}; relative error {percent(nf4.of_normal)} to "
+            f"{percent(even.of_normal)} on normal numbers, {percent(nf4.error)} to "
+            f"{percent(even.error)} on these weights"
         )
 
     @claim("FP8: near-lossless compression", less_than("1%"), words="near-lossless")
@@ -233,8 +232,7 @@ with chapter.section("10.2") as claim:  # DoRA, 10.3 LoRA+
         measured = (dora.parameters.trainable - plain.parameters.trainable) / v.count
         return measured, (
             f"v_proj of Qwen3-8B is {n(v.out)} × {n(v['in'])} where y = Wx: {n(measured)} "
-            "magnitudes, "
-            "one for each output, as PEFT has them"
+            "magnitudes, one for each output, as PEFT has them"
         )
 
     @claim("often yields better results than standard LoRA", True)
@@ -261,7 +259,6 @@ with chapter.section("10.3") as claim:
             "B slowed to a 16th": slower.high < lora.low,
             "A at 16 times the rate": faster.high < lora.low,
         }, (
-            f"beyond the spread of the seeds; new loss {n(slower)} and {n(faster)}, {n(lora)} "
-            "with one rate, "
-            f"{n(theirs)} with B's 16 times A's, as the paper has it"
+            f"beyond the spread of the seeds; new loss {n(slower)} and {n(faster)}, {n(lora)} with "
+            f"one rate, {n(theirs)} with B's 16 times A's, as the paper has it"
         )

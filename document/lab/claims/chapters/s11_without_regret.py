@@ -69,8 +69,7 @@ with chapter.section("LoRA Without Regret") as claim:
             "beyond the spread over seeds": forward.loss.high < attention.loss.low,
         }, (
             f"evaluation loss {n(attention.loss)} on attention with {n(attention.trained)} "
-            "parameters, "
-            f"{n(forward.loss)} on feed-forward with {n(forward.trained)}"
+            f"parameters, {n(forward.loss)} on feed-forward with {n(forward.trained)}"
         )
 
     @claim(

@@ -98,8 +98,7 @@ async def test_an_engine_that_is_killed_while_it_writes_is_said_once_and_started
         assert (answer.error, answer.tokens > 0) == ("the engine ended", True)
         assert s.messages() == (
             "The inference process ended: it was killed, perhaps because the machine ran out of "
-            "memory. "
-            "Prompt again to start a new one."
+            "memory. Prompt again to start a new one."
         )
         await s.press("ctrl+r")
         await until(s.pilot, lambda: s.answers[0] is not answer and s.answers[0].tokens)
