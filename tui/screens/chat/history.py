@@ -281,13 +281,16 @@ class HistoryPane(Pane):
     """The conversation."""
 
     TITLE = "Chat"
-    HELP = """The messages and the answers, newest last. With two models, each reads the messages and *its own* answers.
+    HELP = """\
+The messages and the answers, newest last. With two models, each reads the messages and *its own*
+answers.
 
-- `▌` is the cursor: ↑ ↓ move it, Enter edits the message it is on (the former one stays as a branch), or takes the
-  answer it is on to the data, to be corrected
+- `▌` is the cursor: ↑ ↓ move it, Enter edits the message it is on (the former one stays as a
+  branch), or takes the answer it is on to the data, to be corrected
 - `‹ 2/3 ›` is the second of three branches; ← → show the others, with all that followed
-- `▸ thoughts` are folded; Ctrl+T shows them. Thoughts are not part of what the model reads in later turns
+- `▸ thoughts` are folded; Ctrl+T shows them. Thoughts are not part of what the model reads in
+  later turns
 - `◌` waits, `◐` writes, `▪` was interrupted, `…` reached the limit, `✗` failed
 - *tokens/s* counts from the first token on; reading the prompt is not part of it
-- yellow text tells what no longer fitted into the model's window and was left out, or that an answer was given at
-  another strength than the one that is set"""
+- yellow text tells what no longer fitted into the model's window and was left out, or that an
+  answer was given at another strength than the one that is set"""

@@ -78,11 +78,13 @@ class MessagePane(Pane):
     """Where the message is typed; its title has models, strength, context and sampling."""
 
     TITLE = "Message"
-    HELP = """Enter asks, Ctrl+J begins a new line, ↑ in the first line goes to the history.
+    HELP = """\
+Enter asks, Ctrl+J begins a new line, ↑ in the first line goes to the history.
 
-The title: the models, the strength of adapters from 0 (the base) over 1 (as trained) to 2, the tokens of the model's
-window that the last turn used, and the sampling. A model without a chat template goes on with the text: the messages
-and answers are one text for it, and the system prompt stands before them."""
+The title: the models, the strength of adapters from 0 (the base) over 1 (as trained) to 2, the
+tokens of the model's window that the last turn used, and the sampling. A model without a chat
+template goes on with the text: the messages and answers are one text for it, and the system prompt
+stands before them."""
 
     def show(
         self,

@@ -53,9 +53,10 @@ class ChatScreen(WorkbenchScreen):
     """History above, message below. A conversation stays when another screen is shown."""
 
     NAME: ClassVar[str] = "chat"
-    HELP = """Talk to one model, or to two side by side: each reads the same messages and its own answers. Nothing that
-was said is lost: an edited message and an answer that was asked again begin a branch. An answer can become a row of
-training data (Ctrl+G), the conversation a file (Ctrl+S)."""
+    HELP = """\
+Talk to one model, or to two side by side: each reads the same messages and its own answers.
+Nothing that was said is lost: an edited message and an answer that was asked again begin a branch.
+An answer can become a row of training data (Ctrl+G), the conversation a file (Ctrl+S)."""
     CSS_PATH = "chat.tcss"
     AUTO_FOCUS = "MessageField"
     BINDINGS: ClassVar[list[BindingType]] = [

@@ -36,14 +36,17 @@ class ChartPane(Pane):
     """One metric, large."""
 
     TITLE = METRICS["loss"].title
-    HELP = """One metric over the steps, the smoothed line of each run that is on. The run that the list's cursor is
-on is thicker, lies on top, and has its raw values behind it. Beside each line's end: its name and newest value, or the
-value at the step cursor.
+    HELP = """\
+One metric over the steps, the smoothed line of each run that is on. The run that the list's cursor
+is on is thicker, lies on top, and has its raw values behind it. Beside each line's end: its name
+and newest value, or the value at the step cursor.
 
-`×` measured on held-out examples · `»` flat from here: later epochs' mean losses stay within 5% of the total drop.
+`×` measured on held-out examples · `»` flat from here: later epochs' mean losses stay within 5% of
+the total drop.
 
-The scale is logarithmic where the values span a factor of ten; `l` switches. *All steps* grows with the run, *last …
-steps* moves with it, *steps … to …* stays. A drag moves the picture, the wheel zooms, a click sets the step cursor."""
+The scale is logarithmic where the values span a factor of ten; `l` switches. *All steps* grows
+with the run, *last … steps* moves with it, *steps … to …* stays. A drag moves the picture, the
+wheel zooms, a click sets the step cursor."""
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up", "screen.zoom(0.7)", "Zoom in", id="curves.zoom_in"),
         # 1.43 takes a step of 0.7 back
@@ -251,13 +254,14 @@ class MetricsPane(Pane):
     """What else the runs log."""
 
     TITLE = "Also logged"
-    HELP = """What the runs log beside the large chart, each with the value of the run that the list's cursor is on
-(at the step cursor, if there is one). What does not change is a number and no plot. Enter, or a click, enlarges one in
-place of the loss; Esc brings the loss back.
+    HELP = """\
+What the runs log beside the large chart, each with the value of the run that the list's cursor is
+on (at the step cursor, if there is one). What does not change is a number and no plot. Enter, or a
+click, enlarges one in place of the loss; Esc brings the loss back.
 
-*divergence* is the Kullback–Leibler divergence from the base on the retention texts, in nats a token: 0 means that
-nothing was forgotten · *margin* and *accuracy* compare chosen with rejected answers · *memory* is measured at the peak
-of a step."""
+*divergence* is the Kullback–Leibler divergence from the base on the retention texts, in nats a
+token: 0 means that nothing was forgotten · *margin* and *accuracy* compare chosen with rejected
+answers · *memory* is measured at the peak of a step."""
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "choose", "Enlarge", id="curves.enlarge"),
         Binding("left,right", "move", "Choose", id="curves.choose", key_display="← →"),
@@ -335,13 +339,15 @@ class RunsPane(Pane):
 
     TITLE = "Runs"
     FILTER = True
-    HELP = """The runs: sign and colour of the method (`·` where it is off), name, loss, and the share of the base's
-answers on old sentences that it kept, if it was evaluated. The loss is on held-out examples if they were measured. For
-a run that is not finished: `▶` running, `‖` stopped, `✗` failed or died, and how far it is. One that is off shows when
-it ended.
+    HELP = """\
+The runs: sign and colour of the method (`·` where it is off), name, loss, and the share of the
+base's answers on old sentences that it kept, if it was evaluated. The loss is on held-out examples
+if they were measured. For a run that is not finished: `▶` running, `‖` stopped, `✗` failed or
+died, and how far it is. One that is off shows when it ended.
 
-On are the latest run of each method and what is running; Space switches. A sweep is one line, drawn as its best
-adapter (bright) and the others (dim); Enter opens it. Names tell what differs from the current settings."""
+On are the latest run of each method and what is running; Space switches. A sweep is one line,
+drawn as its best adapter (bright) and the others (dim); Enter opens it. Names tell what differs
+from the current settings."""
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("space", "screen.switch", "Show", id="curves.toggle"),
         Binding("enter", "screen.open", "Open", id="curves.open"),
@@ -365,9 +371,10 @@ class DetailsPane(Pane):
     """The run that the cursor is on."""
 
     TITLE = "Run"
-    HELP = """The run that the list's cursor is on: its state, values at its newest step or at the step cursor, memory
-as it was predicted and measured, and its pace. The time left is estimated from the last 200 steps. `i` in the list
-tells all."""
+    HELP = """\
+The run that the list's cursor is on: its state, values at its newest step or at the step cursor,
+memory as it was predicted and measured, and its pace. The time left is estimated from the last 200
+steps. `i` in the list tells all."""
     text = Text()  # what is shown
 
     def contents(self) -> Iterable[Widget]:
@@ -386,8 +393,9 @@ class AnswersPane(Pane):
     """What the runs answered."""
 
     TITLE = "Answers"
-    HELP = """What the runs that are on answered to the prompts of `samples` while they trained: at the step cursor, or
-at last."""
+    HELP = """\
+What the runs that are on answered to the prompts of `samples` while they trained: at the step
+cursor, or at last."""
     text = Text()  # what is shown
 
     def contents(self) -> Iterable[Widget]:

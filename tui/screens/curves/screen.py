@@ -51,8 +51,10 @@ class CurvesScreen(WorkbenchScreen):
     """Connects files, plots and the list of runs."""
 
     NAME: ClassVar[str] = "curves"
-    HELP = """What the training runs log over their steps: loss, held-out loss, divergence, pace, memory, and the
-answers that they gave. Running ones are followed. `x` saves what is shown as a picture or as numbers."""
+    HELP = """\
+What the training runs log over their steps: loss, held-out loss, divergence, pace, memory, and the
+answers that they gave. Running ones are followed. `x` saves what is shown as a picture or as
+numbers."""
     CSS_PATH = "curves.tcss"
     AUTO_FOCUS = "RunList"
     HORIZONTAL_BREAKPOINTS = [  # noqa: RUF012  # as Textual declares it

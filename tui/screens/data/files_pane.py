@@ -17,9 +17,10 @@ class FilesPane(Pane):
     """The project's data files, then others in `data/`."""
 
     TITLE = "Files"
-    HELP = """The data files of the project with what reads them, then other files in `data/`. Enter opens one; `o` asks
-for any other: .txt, .jsonl, .json, .csv, .tsv (also .gz, .zst), .parquet, .arrow, a folder of `save_to_disk`, a hub
-id."""
+    HELP = """\
+The data files of the project with what reads them, then other files in `data/`. Enter opens one;
+`o` asks for any other: .txt, .jsonl, .json, .csv, .tsv (also .gz, .zst), .parquet, .arrow, a
+folder of `save_to_disk`, a hub id."""
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("o", "screen.open_file", "other file", id="data.open")
     ]

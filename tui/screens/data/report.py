@@ -125,10 +125,12 @@ class LengthsPane(Pane):
     """The histogram."""
 
     TITLE = "Lengths"
-    HELP = """How many examples have which length in tokens, the end token included; a preference pair has that of its
-longer answer.
+    HELP = """\
+How many examples have which length in tokens, the end token included; a preference pair has that
+of its longer answer.
 
-- **▲ max_length** is where examples are cut: red bars lie behind it, and lose the rest of their text.
+- **▲ max_length** is where examples are cut: red bars lie behind it, and lose the rest of their
+  text.
 - **▲ window** is the length of a training window: longer examples give several, and lose nothing.
 - `m` counts all rows. `lora data check FILE` prints the same."""
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -188,10 +190,11 @@ class ProblemsPane(Pane):
     """The problems of `lora data check`, the errors first."""
 
     TITLE = "Problems"
-    HELP = """What `lora data check` says of the file: **✗** errors, which spoil a training, then **!** warnings.
+    HELP = """\
+What `lora data check` says of the file: **✗** errors, which spoil a training, then **!** warnings.
 
-Enter goes to the row; `n`, `N` go from one to the next from anywhere on this screen. Of each kind the first 50 are
-listed, all are counted."""
+Enter goes to the row; `n`, `N` go from one to the next from anywhere on this screen. Of each kind
+the first 50 are listed, all are counted."""
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("n", "screen.problem(1)", "next", id="data.next"),
         Binding("N", "screen.problem(-1)", "previous", id="data.previous"),

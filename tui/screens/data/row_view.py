@@ -90,7 +90,8 @@ class RowPane(Pane):
     """The row under the cursor of the list."""
 
     TITLE = "Row"
-    HELP = """The row as the model reads it: with a tokenizer as its chat template writes it, else its messages.
+    HELP = """\
+The row as the model reads it: with a tokenizer as its chat template writes it, else its messages.
 
 - **⟦green⟧** is trained on: the model learns to write it, with the end token behind it.
 - Plain text is read, and no loss is computed on it. Dim text is what the template adds.

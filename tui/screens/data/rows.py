@@ -237,11 +237,13 @@ class RowsPane(Pane):
 
     TITLE = "Rows"
     FILTER = True
-    HELP = """Every row of the file: its line or row number, how it begins, and its tokens with the end token.
+    HELP = """\
+Every row of the file: its line or row number, how it begins, and its tokens with the end token.
 
 - **✗** cannot be read or encoded, **!** the check complains about it, **⊣** cut at `max_length`.
 - `/` searches the whole file, whatever the case; `#120` goes to row 120.
-- `e` edits the row into a copy of the file, which stays as it is. `x` writes all rows in another format.
+- `e` edits the row into a copy of the file, which stays as it is. `x` writes all rows in another
+  format.
 - `m` checks all rows, which small files are at once. `n`, `N` go from problem to problem."""
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("e", "screen.edit", "edit", id="data.edit"),

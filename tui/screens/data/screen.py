@@ -54,12 +54,13 @@ class DataScreen(WorkbenchScreen):
 
     NAME: ClassVar[str] = "data"
     CSS_PATH = "data.tcss"
-    HELP = """What a model is trained on: the rows of a data file, which of their tokens are trained on (green, in ⟦ ⟧),
-how long they are and where they are cut, and what is wrong with them.
+    HELP = """\
+What a model is trained on: the rows of a data file, which of their tokens are trained on (green,
+in ⟦ ⟧), how long they are and where they are cut, and what is wrong with them.
 
-A file is never changed in place: an edited row is written into a copy, `NAME.edited.jsonl`, and an answer that was
-corrected in the chat is appended to a file of its own, `data/corrections.jsonl`. Both can be put into `params.yaml`
-from here, so that the next run (`R`) trains on them."""
+A file is never changed in place: an edited row is written into a copy, `NAME.edited.jsonl`, and an
+answer that was corrected in the chat is appended to a file of its own, `data/corrections.jsonl`.
+Both can be put into `params.yaml` from here, so that the next run (`R`) trains on them."""
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("o", "open_file", "Open a file", id="data.open"),
         Binding("x", "export", "Export", id="data.export"),

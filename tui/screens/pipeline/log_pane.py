@@ -194,10 +194,11 @@ class LogPane(Pane):
     TITLE = "Log"
     FILTER = True
     HELP = """\
-What the stage printed when the pipeline ran it last, and the steps that it logged. The newest lines are followed until
-you scroll up; **End** or **f** follows again. **/** searches: **n** goes to the next match, **N** to the one before.
-**a** shows the whole log of the pipeline, with what dvc says. **y** copies the lines, **+** gives the log the whole
-screen. A stage that was started in a terminal prints there; of it only the steps are here."""
+What the stage printed when the pipeline ran it last, and the steps that it logged. The newest
+lines are followed until you scroll up; **End** or **f** follows again. **/** searches: **n** goes
+to the next match, **N** to the one before. **a** shows the whole log of the pipeline, with what
+dvc says. **y** copies the lines, **+** gives the log the whole screen. A stage that was started in
+a terminal prints there; of it only the steps are here."""
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("a", "all", "all stages", id="pipeline.whole_log"),
         Binding("f", "follow", "follow", id="pipeline.follow"),

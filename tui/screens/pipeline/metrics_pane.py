@@ -22,8 +22,9 @@ class MetricsPane(Pane):
 
     TITLE = "Metrics since the last commit"
     HELP = """\
-Each number of `artifacts/evaluation/metrics.json` that differs from the one in the last git commit, in six digits.
-What the numbers mean, and the models side by side, is on the screen Results."""
+Each number of `artifacts/evaluation/metrics.json` that differs from the one in the last git
+commit, in six digits. What the numbers mean, and the models side by side, is on the screen
+Results."""
 
     def __init__(self) -> None:
         super().__init__(id="metrics")

@@ -204,14 +204,16 @@ class ParamsPane(Pane):
     TITLE = "Params"
     FILTER = True
     HELP = """\
-The settings of the stage that the cursor is on. **●** was another value when its artifact was made: the stage runs
-again with the new one. Then come those that params.yaml sets, the others of this stage (grey: their defaults), and
-groups of settings that all training shares. Below the cursor: what the param means (the comment in params.yaml, if it
-has one), the valid values, and where its value is set.
+The settings of the stage that the cursor is on. **●** was another value when its artifact was
+made: the stage runs again with the new one. Then come those that params.yaml sets, the others of
+this stage (grey: their defaults), and groups of settings that all training shares. Below the
+cursor: what the param means (the comment in params.yaml, if it has one), the valid values, and
+where its value is set.
 
-**Enter** edits the value in place, checked while you type; ↑ ↓ step through the values that a choice has. **Enter**
-again writes it to params.yaml (comments and layout stay), **Esc** keeps it as it was, **z** takes a write back.
-**Space**, ← → fold a group. **/** finds a param in all groups by its name, value or meaning."""
+**Enter** edits the value in place, checked while you type; ↑ ↓ step through the values that a
+choice has. **Enter** again writes it to params.yaml (comments and layout stay), **Esc** keeps it
+as it was, **z** takes a write back. **Space**, ← → fold a group. **/** finds a param in all groups
+by its name, value or meaning."""
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter,e", "act", "edit", id="pipeline.edit"),
         Binding("space", "toggle_group", "Fold or unfold the group", show=False),

@@ -45,8 +45,9 @@ class PipelineScreen(WorkbenchScreen):
     NAME: ClassVar[str] = "pipeline"
     CSS_PATH = "pipeline.tcss"
     HELP = """\
-What is made from what, which of it is out of date and why, and what runs. Choose a stage in the tree; its state, its
-params and its log stand beside it. A param that is written makes its stage, and all below, run again."""
+What is made from what, which of it is out of date and why, and what runs. Choose a stage in the
+tree; its state, its params and its log stand beside it. A param that is written makes its stage,
+and all below, run again."""
     HORIZONTAL_BREAKPOINTS = [(0, "-stacked"), (SIDE, "-narrow"), (WIDE, "-wide"), (HUGE, "-huge")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("S", "run_stage", "Run stage", id="pipeline.run_stage"),

@@ -41,13 +41,14 @@ class StagesPane(Pane):
 
     TITLE = "Stages"
     HELP = """\
-The tree is the DAG: a stage stands below the one that it needs, *after …* names what else it needs. The sign is its
-state. Of a stage that runs: how much is done and how long it will take, from its pace of late and that of its last
-run. Of a changed one: what changed since its artifact was made. At the right: how long the last run took.
+The tree is the DAG: a stage stands below the one that it needs, *after …* names what else it
+needs. The sign is its state. Of a stage that runs: how much is done and how long it will take,
+from its pace of late and that of its last run. Of a changed one: what changed since its artifact
+was made. At the right: how long the last run took.
 
-The cursor follows the stage that runs, until you move it. **Enter** goes to its params, **S** runs this stage alone,
-**F** again though nothing changed, **R** all that is out of date. **Space** (or ← →) folds the studies, **v** draws the
-DAG as a picture."""
+The cursor follows the stage that runs, until you move it. **Enter** goes to its params, **S** runs
+this stage alone, **F** again though nothing changed, **R** all that is out of date. **Space** (or
+← →) folds the studies, **v** draws the DAG as a picture."""
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "select", "params"),
         Binding("v", "screen.picture", "picture"),
