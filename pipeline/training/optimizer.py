@@ -369,6 +369,7 @@ class AdamW8bit(UpdateRule):
             codes, largest = code.encode(moment)
             state[name][blocks].copy_(codes)
             state[f"{name}_max"][blocks].copy_(largest)
+            del codes  # four bytes a weight, before the next are made
 
 
 class SGD(UpdateRule):

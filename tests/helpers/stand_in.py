@@ -43,6 +43,7 @@ HOSTED = {
     "training/batches.py": "a batch is made of lists, and is one table when it is copied",
     "training/batched.py": "the same of a sweep's windows",
     "training/preferences/batches.py": "the same of pairs of answers",
+    "training/preferences/losses.py:measured": "what a step measured, as numbers",
     "training/preferences/data.py": "the same",
     "training/noise.py:perturb": "the size of NEFTune's noise follows from the lengths",
     "training/step.py:_times": "the shares of a sweep's learners, where they differ",
