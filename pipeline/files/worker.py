@@ -278,6 +278,7 @@ def serve(start: Callable[[], Handle], **options: Any) -> None:
     # between two answers.
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    sys.stdout = sys.stderr
     try:
         Server(start(), sys.stdin.buffer, sink, **options).run()
     except KeyboardInterrupt:
