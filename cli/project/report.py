@@ -21,27 +21,22 @@ MOST = 3  # commands that are named one by one
 def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
     """Show the last comparison, and where the report is."""
     from cli.console import print_line
-    from pipeline.evaluation.comparison import beside
-    from pipeline.files.artifact import read_json
+    from pipeline.errors import UserError
+    from pipeline.views.evaluations import read_metrics
     from pipeline.views.reports import read_pages
     from pipeline.views.stages import outdated
 
     project = project_of(params)
-    folder = project.artifact("evaluate")
-    path = folder / "metrics.json"
-    # without an evaluation, what training itself measured is there, such as the accuracy of
-    # preferences
-    has_others = not path.exists() and beside(project, {})
-    metrics = {} if has_others else read_json(path, f"Run {project.command('evaluate')}")
-    others = beside(project, metrics)
+    path, metrics, others = read_metrics(project)
+    if not metrics and not others:
+        raise UserError(f"{path}: nothing is evaluated yet. Run {project.command('evaluate')}.")
     print_metrics(metrics, path, {stage.variant: numbers for stage, numbers in others.items()})
     for stage, numbers in others.items():
         _note_on(project, stage, numbers)
     if metrics:
-        there = (folder / "report.md").exists()
+        written = path.with_name("report.md")
         yours = f"These came with the project; {project.command('evaluate')} makes yours."
-        made = f"report: {folder / 'report.md'}"
-        print_line(made if there else yours)
+        print_line(f"report: {written}" if written.exists() else yours)
     pages = [
         page
         for page in read_pages(project)

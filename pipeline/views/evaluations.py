@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.evaluation.comparison import (
@@ -154,16 +154,33 @@ class Evaluation:
         return f"✓ limits kept by {', '.join(self.limits.models)}"
 
 
+class Metrics(NamedTuple):
+    """The last evaluation's metrics.json, {} without one.
+
+    `others`: trained models that it lacks, with what else is known of them.
+    """
+
+    path: Path
+    metrics: dict[str, Any]
+    others: dict[Stage, dict[str, Any]]
+
+
+def read_metrics(project: Project) -> Metrics:
+    """Raises UserError for a file that is not JSON."""
+    path = project.artifact("evaluate") / METRICS
+    metrics = read_json(path, "Run `lora evaluate` again") if path.exists() else {}
+    return Metrics(path, metrics, beside(project, metrics))
+
+
 def read_evaluation(project: Project) -> Evaluation | None:
     """The project's last evaluation, and what is known of adapters that ran unlisted; None if there
     is nothing.
 
     Raises UserError for a file that holds something else.
     """
-    path = project.artifact("evaluate") / METRICS
-    metrics = read_json(path, "Run `lora evaluate` again") if path.is_file() else {}
+    path, metrics, known = read_metrics(project)
     unlisted = project.unlisted().values()
-    others = {stage: of for stage, of in beside(project, metrics).items() if stage in unlisted}
+    others = {stage: known[stage] for stage in known if stage in unlisted}
     others |= {stage: metrics[stage.variant] for stage in unlisted if stage.variant in metrics}
     if not metrics and not others:
         return None

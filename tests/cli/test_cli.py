@@ -445,7 +445,7 @@ def test_an_empty_project_says_what_to_do(cli: Lora, tmp_path: Path, has_dvc: bo
         (root / "dvc.yaml").write_text("stages: {}\n", encoding="utf-8")
     assert "Make one with `lora finetune lora`" in cli("adapters", cwd=root)[1]
     for arguments, message in (
-        (["report"], "metrics.json: No such file or directory. Run `lora evaluate`"),
+        (["report"], "metrics.json: nothing is evaluated yet. Run `lora evaluate`"),
         (["compare", "der"], "There is no model yet. Run `lora pretrain`"),
         (["merge"], "expanded does not exist. Run `lora expand-vocab`"),
         (["evaluate"], "base does not exist. Run `lora pretrain`"),
