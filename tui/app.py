@@ -1,4 +1,4 @@
-"""`lora-tui`: the screens on one project."""
+"""`lora-tui`: the screens on one project, and the keys of all of them, such as `R` to run."""
 
 import asyncio
 import gc

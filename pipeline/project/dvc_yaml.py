@@ -2,7 +2,8 @@
 
 DVC knows a stage's command, what the stage reads (`params` and `deps`) and what it writes (`outs`).
 `lora new` writes both files; a test compares the repository's own dvc.yaml with this module.
-What a stage needs and reads is declared in its `Stage`: a method's in its file in stages/methods.
+What a stage needs and reads is declared in its `Stage`: in stages/registry.py, and of a method in
+its file in stages/methods.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Which look a run has in every chart: its method's, or the first of these that is free."""
+"""The color and sign of a run in every chart: its method's, or the first of these that is free."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,7 @@
-"""The runs of the screen: which there are, which are on, and the lines that they draw."""
+"""The runs of the screen: which there are, which are on, and the lines that they draw.
+
+A line's color is its run's look (`pipeline/views/looks.py`), made readable on the theme.
+"""
 
 import asyncio
 from collections.abc import Mapping

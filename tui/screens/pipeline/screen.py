@@ -1,5 +1,6 @@
-"""The pipeline screen: the stages as a tree, and of one of them its state, params and log; run and
-stop.
+"""The pipeline screen: the stages as a tree, and of one of them its state, params and log.
+
+Its own keys run one stage. `R` and `X`, which run and stop the pipeline, are the app's: `tui/app.py`.
 """
 
 from collections.abc import Iterable, Mapping
