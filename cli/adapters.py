@@ -396,7 +396,7 @@ def compress(
 
 IMPORT = "Import an adapter that was trained elsewhere."
 BOUND = "It must fit its base, and is bound to it from then on. No code in its files runs."
-READS = "\n".join(f"{each.name:10}{each.about}" for each in foreign.FORMATS.values())
+READS = "\n".join(f"{source.name:10}{source.about}" for source in foreign.FORMATS.values())
 
 
 @adapters.command("import", help=f"{IMPORT}\n\n{BOUND}\n\n\b\n{READS}")

@@ -142,7 +142,8 @@ def _measured_keys(project: "Project", stage: "Stage") -> tuple[str, ...]:
     from pipeline.files.artifact import read_json
     from pipeline.project.logs.run_log import TABLE
 
-    sweep = next((each for each in project.graph.product.values() if each.kind == "adapters"), None)
+    stages = project.graph.product.values()
+    sweep = next((other for other in stages if other.kind == "adapters"), None)
     if sweep is None or sweep.section != stage.name:
         return ()
     settings = project.section(stage)

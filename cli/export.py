@@ -42,7 +42,9 @@ QuantizeOption = Annotated[
 
 
 @app.command(
-    help="\n".join((HELP, "\n\b", *(f"{name:14}{each.about}" for name, each in FORMATS.items())))
+    help="\n".join(
+        (HELP, "\n\b", *(f"{name:14}{format_.about}" for name, format_ in FORMATS.items()))
+    )
 )
 def export(
     path: AdapterArgument,

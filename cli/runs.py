@@ -196,13 +196,14 @@ def finish_trackers(followers: list[Follower]) -> None:
     from cli.console import print_note
 
     until = monotonic() + FINISHING
-    for one in followers:
-        if not one.wait(max(0.0, until - monotonic())):
-            print_note(f"{one.name} is still reading the run's log, and ends by itself.")
-        elif problem := one.problem():
-            again = f"Send the run with `lora runs export --to {one.name}`"
+    for follower in followers:
+        if not follower.wait(max(0.0, until - monotonic())):
+            print_note(f"{follower.name} is still reading the run's log, and ends by itself.")
+        elif problem := follower.problem():
+            again = f"Send the run with `lora runs export --to {follower.name}`"
             print_note(
-                f"{one.name} did not get all of the run: {problem}. {again}; {one.log} has more."
+                f"{follower.name} did not get all of the run: {problem}. {again}; "
+                f"{follower.log} has more."
             )
 
 

@@ -201,12 +201,12 @@ def _of_project(
     project = open_project(params)
     found, implied = find_method(COUNTED, method)
     stage = METHODS[found.name] if is_given("method") else counted_stage(project)
-    own = {**options_of_stage(project, stage), **(implied if is_given("method") else {})}
+    of_stage = {**options_of_stage(project, stage), **(implied if is_given("method") else {})}
     given = {name: value for name, value in options.items() if is_given(name)}
     return (
         model if is_given("model") else model_source(project),
         method if is_given("method") else stage.method,
-        {**options, **own, **given},
+        {**options, **of_stage, **given},
     )
 
 

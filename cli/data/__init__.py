@@ -419,7 +419,7 @@ def _examples(
     )
     if row is None:
         return examples
-    example = next((each for each in examples if each.line >= row), None)
+    example = next((example for example in examples if example.line >= row), None)
     if example is None or example.line != row:
         raise UserError(f"{file} has no example in row {row}. Name another --row.")
     return iter([example])

@@ -81,8 +81,8 @@ def show_params(
         if name:
             print_line(f"{name}:")
         for path_of_key, (value, source) in rows.items():
-            own, _, key = path_of_key.rpartition(".")
-            if own == name:
+            of_section, _, key = path_of_key.rpartition(".")
+            if of_section == name:
                 print_line(
                     f"{'  ' * bool(name) + key + ': ' + dump_inline(value):<{SOURCE}}  # {source}"
                 )
@@ -119,13 +119,13 @@ def explain(
         raise UserError(f"There is no key {key}. {known}")
     facts: list[dict[str, Any]] = [
         {
-            "key": key_path(section, each),
-            "meaning": meaning(kind, each),
-            "rule": rule(kind, each),
-            "default": dump_inline(getattr(kind(), each)),
-            "pretrained": dump_inline(getattr(kind.defaults(Pretrained()), each)),
+            "key": key_path(section, field),
+            "meaning": meaning(kind, field),
+            "rule": rule(kind, field),
+            "default": dump_inline(getattr(kind(), field)),
+            "pretrained": dump_inline(getattr(kind.defaults(Pretrained()), field)),
         }
-        for each in ([name] if name else hints(kind))
+        for field in ([name] if name else hints(kind))
     ]
     if as_json:
         print_json(facts)

@@ -83,9 +83,11 @@ def _note_on(project: "Project", stage: "Stage", numbers: Mapping[str, Any]) -> 
     from cli.console import print_note
     from pipeline.inference.catalog import VERDICT
 
-    own = stage.name in project.readable
+    is_readable = stage.name in project.readable
     command = (
-        "lora evaluate" if own else f"lora evaluate --adapter {project.artifact_name(stage.name)}"
+        "lora evaluate"
+        if is_readable
+        else f"lora evaluate --adapter {project.artifact_name(stage.name)}"
     )
     if VERDICT not in numbers:
         print_note(f"{stage.variant} is not evaluated yet. Run `{command}`.")

@@ -42,12 +42,12 @@ def _method_names() -> list[str]:
 def _method(name: str) -> Any:
     from pipeline.stages.registry import METHODS
 
-    stage, one = METHODS[name], Typer(rich_markup_mode=None, add_completion=False)
+    stage, single = METHODS[name], Typer(rich_markup_mode=None, add_completion=False)
     form = ", in PEFT's format" if stage.kind == "adapter" else ""
     summary = f"{stage.summary} → {stage.path}{form}.\n\n{getdoc(stage.settings)}"
     command = _sweep if stage.kind == "adapters" else _distributes(stage)
-    one.command(name, help=summary)(command)
-    return get_command(one)
+    single.command(name, help=summary)(command)
+    return get_command(single)
 
 
 class _Methods(Group):

@@ -45,7 +45,7 @@ def predict(model: Architecture, method: FinetuningMethod, run: TrainingConfig) 
     # precision
     # (parameters, bytes each)
     groups = [(added - fp32, width), (fp32, 4 if flat else width), (base, run.width)]
-    trained = sum(count * each for count, each in groups)
+    trained = sum(count * size for count, size in groups)
     code, scratch = _update_bytes(run, added + base, trained)
     # the tape's peak is the step's: weights, optimizer and a flat gradient are there from its first
     # phase to its last
@@ -53,7 +53,7 @@ def predict(model: Architecture, method: FinetuningMethod, run: TrainingConfig) 
         weights=weight_bytes(model, run.precision),
         adapter=trained - base * run.width + (method.buffer_bytes(model, width) if flat else 0),
         gradients=tape.at_peak.get("gradients", 0) + (trained if flat else 0),
-        optimizer=round(sum(count * run.state_bytes(each) for count, each in groups)) + code,
+        optimizer=round(sum(count * run.state_bytes(size) for count, size in groups)) + code,
         activations=tape.at_peak.get("activations", 0),
         logits=tape.at_peak.get("logits", 0),
         overhead=run.context,

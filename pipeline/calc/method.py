@@ -343,11 +343,11 @@ def with_options(
         raise UserError(f"calc has no option {', '.join(sorted(unknown))}")
     changed = {}
     for name, method in methods.items():
-        own = {key: value for key, value in values.items() if key in method.__dataclass_fields__}
+        taken = {key: value for key, value in values.items() if key in method.__dataclass_fields__}
         for key, rule in options_of(method).items():
-            if rule.parse and key in own and not isinstance(own[key], tuple):
-                own[key] = rule.parse(own[key])
-        changed[name] = replace(method, **own)
+            if rule.parse and key in taken and not isinstance(taken[key], tuple):
+                taken[key] = rule.parse(taken[key])
+        changed[name] = replace(method, **taken)
         changed[name].check()
     return changed
 

@@ -332,8 +332,8 @@ def answer(
     methods, method, run = given
     count, gpu = devices
     names = [name for name in LAYOUTS if sharded is None or sharded == (name == "sharded")]
-    reasons = {name: reason for name in names if (reason := why_not(name, model, count))}
-    names = [name for name in names if name not in reasons]
+    reasons = {name: why_not(name, model, count) for name in names}
+    names = [name for name in names if not reasons[name]]
     rows = []
     for title, (m, r, _) in side_by_side(model, method, run, methods).items():
         for name in names:
@@ -359,7 +359,10 @@ def answer(
         "gpus": {"count": count, **gpu._asdict()},
         "runs": rows,
         "largest": {name: largest_of(name, model, method, run, devices) for name in names},
-        "notes": [*(f"tensor: {reason}" for reason in reasons.values()), *_notes(method, run, gpu)],
+        "notes": [
+            *(f"tensor: {reason}" for reason in reasons.values() if reason),
+            *_notes(method, run, gpu),
+        ],
     }
 
 

@@ -191,10 +191,10 @@ def explain(
         " + ".join(f"{name} {count:,}" for name, count in model.components().items()),
     )
     for p in projections(model, method):
-        each = f"A {p.rank} × {p.inputs:,} + B {p.outputs:,} × {p.rank}"
-        each += f" + magnitude {p.magnitudes:,}" if p.magnitudes else ""
-        each = f"{p.experts} × ({each})" if p.experts > 1 else each
-        yield p.name, f"{each} = {p.parameters_each:,}; × {p.count} = {p.parameters:,}"
+        factors = f"A {p.rank} × {p.inputs:,} + B {p.outputs:,} × {p.rank}"
+        factors += f" + magnitude {p.magnitudes:,}" if p.magnitudes else ""
+        factors = f"{p.experts} × ({factors})" if p.experts > 1 else factors
+        yield p.name, f"{factors} = {p.parameters_each:,}; × {p.count} = {p.parameters:,}"
     added, base = trained_split(model, method)
     yield "trainable", f"{added:,} added + {base:,} of the base = {added + base:,}"
 
@@ -228,22 +228,22 @@ def explain(
 
     size, blocks = run.tokens * model.hidden * run.width, len(model.blocks)
     inputs = sum(run.checkpointed(index) for index in range(blocks))
-    each = (
+    unit = (
         f"{run.rows} × {run.sequence:,} × {model.hidden:,} × {run.width} B = {size / MIB:,.1f} MiB"
     )
     if inputs == blocks:
         total = f"{blocks * size / GIB:.2f} GiB"
-        kept = (
-            f"{blocks} blocks keep their input, {each} each ({total}); and what the peak's phase "
+        saved = (
+            f"{blocks} blocks keep their input, {unit} each ({total}); and what the peak's phase "
             "works with"
         )
     elif inputs:
         every = "the others every tensor that backward needs"
-        kept = f"{inputs} of {blocks} blocks keep their input, {each} each; {every}"
+        saved = f"{inputs} of {blocks} blocks keep their input, {unit} each; {every}"
     else:
         every = "every tensor that backward needs, counted operation by operation"
-        kept = f"{blocks} blocks keep {every}, in units of {each}"
-    yield "activations", kept + result(memory.activations)
+        saved = f"{blocks} blocks keep {every}, in units of {unit}"
+    yield "activations", saved + result(memory.activations)
 
     rows = min(run.chunk, run.labels) if run.loss == "chunked" else run.labels
     alive = (

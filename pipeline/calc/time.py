@@ -8,6 +8,7 @@ an A100. Tests compare with published rates.
 
 import re
 from collections.abc import Iterator, Sequence
+from operator import add
 from typing import Any, NamedTuple
 
 from pipeline.calc.architecture import Architecture, Block, Linear
@@ -46,7 +47,7 @@ class Flops(NamedTuple):
         return self.forward + self.recomputed + self.backward
 
     def plus(self, other: "Flops") -> "Flops":
-        return Flops(*(one + two for one, two in zip(self, other, strict=True)))
+        return Flops(*map(add, self, other))
 
 
 def parse_tokens(text: str) -> int:
@@ -94,9 +95,9 @@ def training_time(
         f"{'TF32' if halved else '16 bit'}{no_bf16}"
     ]
     if moved:
-        each = 1000 * moved * run.tokens
+        ms = 1000 * moved * run.tokens
         assumptions += [
-            f"{run.precision}: dequantizing takes {each:,.3g} ms per step, at {device.gbps:,} GB/s"
+            f"{run.precision}: dequantizing takes {ms:,.3g} ms per step, at {device.gbps:,} GB/s"
         ]
     return Range(low, high, tokens * flops.total, (*_assumptions(flops, method, run), *assumptions))
 

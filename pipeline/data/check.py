@@ -103,8 +103,8 @@ def check(
     checked = _Check(tokenizer, max_length, positions, progress, templated)
     for several, share in ((files, eval_share), (eval_files, 1.0)):
         for file in several:
-            path, own = file if isinstance(file, tuple) else (file, {})
-            checked.read(root, str(path), own or columns, share)
+            path, own_columns = file if isinstance(file, tuple) else (file, {})
+            checked.read(root, str(path), own_columns or columns, share)
     return checked.report(eval_share)
 
 

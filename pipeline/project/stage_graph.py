@@ -247,13 +247,13 @@ class Project:
         """All params that affect the stage's output. The keys of a sweep's grid replace those of
         its settings.
         """
-        own, settings = (
+        values, settings = (
             effective(self.section(stage)),
             effective(self.params.section(stage.section)),
         )
         params = {
-            key: value for key, value in settings.items() if key not in own.get("grid", ())
-        } | own
+            key: value for key, value in settings.items() if key not in values.get("grid", ())
+        } | values
         for name in stage.extra_sections:
             params |= {
                 f"{name}.{key}": value

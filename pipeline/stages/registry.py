@@ -140,13 +140,13 @@ def counted_stage(project: Project) -> Stage:
     """The stage that the calculator counts of a project: LoRA, unless it trains by other methods
     alone.
     """
-    own = [
+    counted = [
         stage
         for stage in project.stages.values()
         if stage.method in COUNTED and stage.kind != "adapters"
     ]
     lora = METHODS["lora"]
-    return lora if lora in own or not own else own[0]
+    return lora if lora in counted or not counted else counted[0]
 
 
 def model_source(project: Project) -> str:

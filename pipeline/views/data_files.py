@@ -191,12 +191,14 @@ def append_row(path: Path, name: str, line: str) -> None:
         reading = Reading()
         next(iter_examples(path, name, prompts=True, reading=reading), None)
         record = json.loads(line)
-        own = next((each.name for each in FORMATS.values() if each.detect(record)), "unknown")
-        if reading.format != own and not {reading.format, own} <= {
-            each.name for each in FORMATS.values() if each.mixes
+        found = next(
+            (format_.name for format_ in FORMATS.values() if format_.detect(record)), "unknown"
+        )
+        if reading.format != found and not {reading.format, found} <= {
+            format_.name for format_ in FORMATS.values() if format_.mixes
         }:
             raise UserError(
-                f"{name} has rows of {reading.format}, and this one is {own}. Name another file."
+                f"{name} has rows of {reading.format}, and this one is {found}. Name another file."
             )
         with path.open("rb") as file:
             file.seek(-1, os.SEEK_END)

@@ -28,10 +28,10 @@ def assign_looks(stages: Mapping[str, str], looks: dict[str, Look]) -> None:
     of_methods = {stage.look for stage in GRAPH.stages.values()}
     seen: set[str] = set()
     for run, stage in stages.items():
-        own = GRAPH.stages[stage].look if stage not in seen else None
+        of_method = GRAPH.stages[stage].look if stage not in seen else None
         seen.add(stage)
-        if own:
-            looks[run] = own
+        if of_method:
+            looks[run] = of_method
         elif run not in looks or looks[run] in of_methods:
             taken = {looks[other] for other in stages if other in looks}
             free = (look for look in map(other_look, range(OTHER_LOOKS)) if look not in taken)

@@ -140,10 +140,10 @@ def interference(
         {name: replace(update, scale=weight * update.scale) for name, update in adapter.items()}
         for adapter, weight in zip(adapters, weights, strict=True)
     ]
-    for (first, one), (second, other) in combinations(enumerate(weighted, start=1), 2):
-        rows = [row for row in modules(one, other) if row.cosine is not None]
-        sizes = [_norm_of_all(adapter.values()) for adapter in (one, other)]
-        products = math.fsum(inner_product(one[row.module], other[row.module]) for row in rows)
+    for (first, left), (second, right) in combinations(enumerate(weighted, start=1), 2):
+        rows = [row for row in modules(left, right) if row.cosine is not None]
+        sizes = [_norm_of_all(adapter.values()) for adapter in (left, right)]
+        products = math.fsum(inner_product(left[row.module], right[row.module]) for row in rows)
         cosine = products / math.prod(sizes) if all(sizes) else None
         shares = zip(*((row.outputs, row.inputs) for row in rows), strict=True)
         outputs, inputs = (fmean(share) for share in shares) if rows else (None, None)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ MODULES = {"errors", "extensions"}  # beside them
 CODE = ("cli", "tui", "pipeline", "bench")
 # A section of a paper, behind its year: "Yang et al. 2024, §3.3".
 CITED = re.compile(r"\b\d{4}[a-z]?, §\d[\d.]*(?:(?: and|,) §\d[\d.]*)*")
+PRONOUNS = {"each", "it", "one", "own", "that", "them", "these", "this", "those"}
 FOREIGN = re.compile(r"§ ?\d|\bthe document's|^\s*(?:from|import) lab\b", re.MULTILINE)
 
 
@@ -75,6 +77,19 @@ def test_no_conditional_expression_stands_in_another() -> None:
                     and sum(isinstance(part, ast.IfExp) for part in ast.walk(node)) > 1
                 ):
                     found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert found == []
+
+
+def test_no_variable_is_a_pronoun() -> None:
+    found = []
+    for path in chain((ROOT / "cli").rglob("*.py"), (ROOT / "pipeline").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.Name)
+                and isinstance(node.ctx, ast.Store)
+                and node.id in PRONOUNS
+            ):
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.id}")
     assert found == []
 
 

@@ -54,8 +54,8 @@ class _Mismatched(Sequence[Window]):
         if not is_mismatched:
             return self._corpus[index]
         # before the first, the last
-        this, before = (self._corpus.stored(n % len(self._corpus)) for n in (index, index - 1))
-        prompt, answer = this[: _first_trained(this)], before[_first_trained(before) :]
+        row, before = (self._corpus.stored(n % len(self._corpus)) for n in (index, index - 1))
+        prompt, answer = row[: _first_trained(row)], before[_first_trained(before) :]
         return window_of(np.concatenate([prompt, answer]))
 
 
