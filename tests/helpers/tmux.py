@@ -59,6 +59,7 @@ class Terminal:
         Wait for what Escape does: a program that stalls reads it and the key after it as Alt and
         that key.
         """
+        assert "Escape" not in names[:-1]
         for name in names:
             self._tmux("send-keys", "-t", "app", name)
             time.sleep(0.1)  # a person's pace
