@@ -177,7 +177,10 @@ def compare(
             f"No variant knows: {words}. Use words of the training data, or add them with "
             "expand_vocab."
         )
-    stage_of = {name: project.variants[name][1] or project.variants[name][0] for name in answers}
+    stage_of = {}
+    for name in answers:
+        model_stage, adapter_stage = project.variants[name]
+        stage_of[name] = adapter_stage or model_stage
     old = outdated(project, list(stage_of.values()))
     for name, answer in answers.items():
         answer["outdated"] = list(old.get(stage_of[name], ()))

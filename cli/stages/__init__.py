@@ -194,7 +194,7 @@ def evaluate(
     project = project_of(params, overrides)
     if as_json:
         print_json(read_json(project.artifact("evaluate") / "metrics.json", "Run `lora evaluate`"))
-    # of many stages' output the table would be lost in the middle: `lora report` shows it
+    # among many stages' output under DVC the table would be lost: `lora report` shows it
     elif not UNDER_DVC:
         report(params)
     refuse_broken(project, shown=as_json or not UNDER_DVC)
@@ -289,7 +289,7 @@ def run_stage(
         check(project.params.report_to)
 
     def work(job: Job) -> Generator[Event, None, Facts]:
-        yield from advice_notes(project, stage)  # here, as a result from the cache needs no advice
+        yield from advice_notes(project, stage)  # not before `run`: a cached result needs no advice
         if project.params.report_to and stage.trains and world().is_main_process:
             from cli.runs import start_trackers
 
@@ -368,7 +368,7 @@ def _print_artifact(project: Project, stage: Stage, manifest: Mapping[str, Any])
 
 
 def _note_overrides(project: Project, stage: Stage) -> None:
-    """Say how what --set made differs from the params file, and what replaces it."""
+    """Print what --set made differ from the params file, and which command replaces the result."""
     from cli.console import print_note
     from pipeline.project.runner import changed_params, settings_of
 

@@ -55,14 +55,13 @@ _A_KEYS = (LINEAR_KEYS[0], EMBEDDING_KEYS[0])
 
 
 def save_adapter(folder: Path, model: CausalLM, spec: AdapterSpec, base_name: str) -> None:
-    """adapter_config.json and adapter_model.safetensors."""
+    """Write adapter_config.json and adapter_model.safetensors into `folder`."""
     layers = dict(adapter_layers(model))
-    # in place of the layers' own A and B: PiSSA's BA − B₀A₀ is a pair of rank 2R, which fits the
-    # plain base
     stored: dict[str, Tensor] = {**tensors(model, spec)}
     for name, layer in layers.items():
         if isinstance(layer, LoRALinear):
             keys = [f"{PREFIX}{name}{key}" for key in LINEAR_KEYS]
+            # A and B; with PiSSA BA − B₀A₀ as a pair of rank 2R, which fits the plain base
             stored |= zip(keys, layer.pair(), strict=True)
     save_tensors(folder / WEIGHTS, stored)
     conv1d = any(is_conv1d(layer.base) for layer in layers.values())
@@ -100,7 +99,7 @@ class StoredLora(NamedTuple):
     tensors: dict[str, Tensor]  # by PEFT's keys
     path: Path  # of the tensors' file
     # The base's own weights that PEFT saved with LoRA on an embedding, by parameter name: those
-    # that cannot be compared here, because the model is on the meta device.
+    # not compared here, as the model is on the meta device or has no parameter of this name.
     copies: dict[str, Tensor]
 
 
@@ -115,7 +114,7 @@ def load_lora(
     new = {
         id(p): nn.Parameter(value, requires_grad=False) for p, value in stored_values(model, stored)
     }
-    # replaced, not written to, everywhere they are tied: a view shares the base's
+    # Replaced wherever a tied parameter stands, and not written to: another model may share it.
     for module in model.modules():
         for name, p in module._parameters.items():
             module._parameters[name] = new.get(id(p), p)
@@ -126,7 +125,7 @@ def load_lora(
 def stored_values(model: CausalLM, stored: StoredLora) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """Each parameter of the attached adapter with its stored value, a copy in its dtype.
 
-    Raises UserError for tensors that the config and this model do not require.
+    Raises UserError unless the file has exactly the tensors that config and model require.
     """
     parameters = tensors(model, stored.spec)
     expected = {key: tuple(p.shape) for key, p in parameters.items()}
@@ -141,9 +140,10 @@ def stored_values(model: CausalLM, stored: StoredLora) -> Iterator[tuple[nn.Para
 def read_lora(
     model: CausalLM, base_folder: Path, config: AdapterConfig, reading: Reading = EACH_TIME
 ) -> StoredLora:
-    """The adapter of `config`, not yet attached to `model`, which is untied if the adapter does so.
+    """Read the adapter of `config` and check it against `model`, without attaching it.
 
-    Raises UserError if it does not fit the base.
+    A tied `model` is untied here if the adapter has different weights for embedding and head.
+    Raises UserError if the adapter does not fit the base.
     """
     folder = config.path.parent
     path = folder / WEIGHTS
@@ -156,8 +156,8 @@ def read_lora(
             f"{folder}: the adapter trains row {last_row}, but {base_folder} has "
             f"{model.shape.rows} rows. Pass the base it was trained on with --base."
         )
-    only_one = saves_embedding_or_head(model, spec) or model.embedding_name in names
-    if model.shape.tied and only_one and config.get("ensure_weight_tying"):
+    cannot_tie = saves_embedding_or_head(model, spec) or model.embedding_name in names
+    if model.shape.tied and cannot_tie and config.get("ensure_weight_tying"):
         embedding, head = model.embedding_and_head
         raise UserError(
             f"{config.path}: ensure_weight_tying is not supported with LoRA on {embedding}, nor "
@@ -168,8 +168,8 @@ def read_lora(
     base_parameters = dict(model.named_parameters(remove_duplicate=False))
     copies = {}
     for key in [key for key in values if key.endswith(COPY)]:
-        name, value = f"{key.removeprefix(PREFIX).removesuffix(COPY)}.weight", values.pop(key)
-        weight = base_parameters.get(name)
+        name = f"{key.removeprefix(PREFIX).removesuffix(COPY)}.weight"
+        value, weight = values.pop(key), base_parameters.get(name)
         if weight is None or (value.shape == weight.shape and weight.is_meta):
             copies[name] = value
         elif value.shape != weight.shape or not torch.equal(weight, value.to(weight)):
@@ -253,7 +253,8 @@ def _normalized_rows(
             )
         rows[last_part] = ids
     embedding, head = model.embedding_and_head
-    if model.shape.tied and head in rows and rows.pop(head) != rows.get(embedding):
+    head_rows = rows.pop(head, None) if model.shape.tied else None
+    if head_rows is not None and head_rows != rows.get(embedding):
         raise UserError(
             f"{path}: trainable_token_indices must name {embedding}, or {embedding} and {head} "
             f"with the same rows: they are tied in {base_folder}. Train the adapter that way, or "

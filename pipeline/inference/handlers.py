@@ -39,7 +39,7 @@ from pipeline.models.load import count
 
 MAX_ATTENTION_TOKENS = 512  # the answer has this many numbers squared
 MAX_MAP = 12  # tokens in a small map of a head; more are pooled
-# by what a request says to `do`: each has a method of RequestHandler
+# a request's `do` → its class; RequestHandler has a method of the same name
 KINDS: dict[str, type[Struct]] = {
     "generate": Generate,
     "load": Load,
@@ -59,7 +59,7 @@ class RequestHandler:
         self.models = ModelPool(parks=True, most=MAX_LOADED)
 
     def answer(self, do: object, fields: Mapping[str, Any]) -> Iterator[Answer]:
-        """Yields the answers, the last with event "done", as far as the caller iterates."""
+        """Yields the answers to one request, the last with event "done"."""
         if not isinstance(do, str) or do not in KINDS:
             raise UserError(f"do must be {', '.join(KINDS)} or cancel, got {do!r}.")
         request = parse(KINDS[do], fields)
@@ -93,7 +93,7 @@ class RequestHandler:
         return {"name": request.name}
 
     def top_k(self, request: TopK) -> Answer:
-        """Each model's likeliest tokens, and its probabilities "of" those that any model listed."""
+        """Each model's likeliest tokens; "of": its probability of each token that any listed."""
         answers = dict[str, Answer]()
         # without the models: the next may need their memory
         predictions: dict[str, tuple[Tokenizer, Tensor]] = {}
@@ -151,9 +151,9 @@ class RequestHandler:
                     "probability": drawn.probability,
                 }
         end = time.perf_counter()
-        # The first token comes with the prompt; each later one, an end token too, is a step of its
-        # own.
-        steps = tokens - (reason == "length")
+        # Steps after the first, which is the prompt's. An end token takes a step, but is not in
+        # `tokens`: the two cancel out.
+        steps = tokens - 1 if reason == "length" else tokens
         rate = steps / (end - begun) if steps > 0 else None
         yield {
             "event": "done",
@@ -248,7 +248,7 @@ def _heads(loaded: LoadedModel, ids: Sequence[int], layer: int) -> Tensor:
 
 
 def _small(heads: Tensor) -> list[list[list[float]]]:
-    """(H, T, T) pooled to at most (H, MAP, MAP); of each part the number furthest from zero."""
+    """(H, T, T) pooled to at most (H, MAX_MAP, MAX_MAP); of each part what is furthest from 0."""
     size = min(heads.shape[-1], MAX_MAP)
     largest = functional.adaptive_max_pool2d(heads[None], size)[0]
     smallest = -functional.adaptive_max_pool2d(-heads[None], size)[0]

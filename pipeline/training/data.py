@@ -133,6 +133,8 @@ def build_corpora(
     yield from _corpus_notes(job, settings, held_out)
     if settings.eval_data:
         refuse_empty(held_out, settings.eval_data)
+        refuse_empty(training, files)
+        return training, held_out
     selection = f"{section}.eval_share {share:g} selects"
     if not len(training) and len(held_out):
         raise UserError(
@@ -164,10 +166,8 @@ def _corpus_notes(job: Job, settings: Training, corpus: Corpus) -> Iterator[Note
     counts = corpus.statistics
     if counts.truncated:
         note = f"{counts.truncated} examples truncated to {settings.max_length} tokens"
-        if counts.unlabelled:
-            note += f", {counts.unlabelled} of them skipped: no label is left"
         yield Note(f"{job.stage.name}: {note}")
-    elif counts.unlabelled:
+    if counts.unlabelled:
         yield Note(f"{job.stage.name}: {counts.unlabelled} examples skipped: no token is labelled")
 
 
@@ -209,7 +209,7 @@ class Prompts:
 
 
 class Asked(TypedDict):
-    """What a TrainingTask asks its learners, by its fields."""
+    """What the learners are asked while they train, by the names of TrainingTask's fields."""
 
     prompts: Prompts | None
     questions: Prompts | None
@@ -272,7 +272,7 @@ def held_out_questions(job: Job, settings: Training, base: Base) -> Prompts | No
 
 
 def save_logs(run: Path, out: Path) -> None:
-    """Copy the logs that two runs write alike into the artifact: loss.csv, samples.jsonl if any."""
+    """Copy the logs that are equal in every run to the artifact: loss.csv, samples.jsonl if any."""
     copyfile(run / LOSS, out / LOSS)
     if (run / SAMPLES).exists():
         copyfile(run / SAMPLES, out / SAMPLES)

@@ -38,10 +38,10 @@ class Learner:
     name: str = ""  # the subfolder of its log in the run folder; empty for the only one
     noise: "LearnerNoise | None" = None  # dropout and NEFTune
     tokens: int = 0  # labels seen
-    # the steps it has taken when it was stopped before the last; None while it runs
+    # steps it had taken when it was stopped early; None: it was not
     stopped: int | None = None
-    diverged: bool = False  # why it was stopped; otherwise by early stopping
-    message: str = ""  # the same in words, until the user has been told
+    diverged: bool = False  # whether it was stopped for a loss or gradient that is not finite
+    message: str = ""  # why it was stopped, until the user has been told
     answers: "Sequence[Sample]" = ()  # to held-out examples, if the last step was evaluated
 
     def stop(self, step: int, message: str, diverged: bool = False) -> None:
@@ -58,7 +58,7 @@ class StepBatch:
 
     batch: Batch
     labels: Mapping[int, int]  # learner → number of its labels
-    input_tokens: tuple[int, ...] = ()  # of each learner, 0 included
+    input_tokens: tuple[int, ...] = ()  # by learner; 0 for one without a sequence in the batch
     # learner → what its loss is the mean of, such as pairs of answers; if empty, labels
     units: Mapping[int, int] = field(default_factory=dict)
 
@@ -105,7 +105,7 @@ class LossPath:
             yield StepBatch(batch, {0: batch.tokens})
 
     def base(self) -> AbstractContextManager[None]:
-        """The model may be tried inside this context, on input of no learner."""
+        """A context in which the model can be tried on input that belongs to no learner."""
         return nullcontext()
 
     def route(self, batch: StepBatch) -> AbstractContextManager[None]:  # noqa: ARG002
@@ -113,15 +113,15 @@ class LossPath:
         return nullcontext()
 
     def losses(self, batch: StepBatch) -> Tensor:
-        """(L,): the mean loss of each learner in `batch.labels`; () of a single one."""
+        """The mean loss of each learner in `batch.labels`, (L,); of a single learner a scalar."""
         return loss_of(self._model, batch.batch)
 
     def divergences(self, batch: StepBatch, retain: "RetentionLoss") -> Tensor:
-        """The same of the mean KL(base‖model)."""
+        """As `losses`, of the mean KL(base‖model)."""
         return retain.divergence(batch.batch)
 
     def measured(self) -> Mapping[str, float]:
-        """The rewards, over the batches whose losses were computed since the last call."""
+        """Mean rewards over the batches read since the last call, by name; {} without rewards."""
         return {}
 
 
@@ -175,7 +175,8 @@ def gradients(
     ones = dict.fromkeys(live, 1.0)
     losses, labels = _backward(path, orders, number, path.losses, ones, optimizer.scale, noises)
 
-    # a second backward, which adds to the same gradients: neither needs the other's activations
+    # A second backward, which adds to the same gradients. One after the other: the activations of
+    # only one of the two losses are in memory.
     retains = {n: retain for n in live if (retain := learners[n].retain) is not None}
     retained = {n: retain.batches for n, retain in retains.items()}
     divergences = list[BatchLosses]()
@@ -216,7 +217,7 @@ def gradients(
 
 
 class BatchLosses(NamedTuple):
-    """The losses of a batch, of each of its learners: times its share of the step's labels."""
+    """A batch's losses, one of each learner, times the batch's share of that learner's step."""
 
     learners: Sequence[int]
     values: Tensor
@@ -244,8 +245,9 @@ def _backward(
 ) -> tuple[list[BatchLosses], dict[int, float]]:
     """Backward through each learner's mean loss over a step, times its weight and the loss scale.
 
-    Every label has the same weight, whatever its batch. `noises` are in force meanwhile. Returns
-    the losses of this rank's batches, and the numbers of labels on all ranks.
+    Every label, or unit where batches have units, has the same weight, whatever its batch.
+    `noises` are in force meanwhile. Returns the losses of this rank's batches, and the numbers of
+    labels on all ranks.
     """
     batches = list(path.batches(orders, number))
     totals = _totals(orders, [batch.weights for batch in batches])
@@ -257,11 +259,11 @@ def _backward(
         noise.begin(orders[n].first + number)
     for batch in batches:
         with path.route(batch), _during(batch, noises) if noises else nullcontext():
-            # gradient accumulation: a batch's mean times its share of the step's labels, so that
-            # the parts add up to the mean over all of them; the gradients of batches and ranks are
-            # then sums
+            # gradient accumulation: a batch's mean times its share of the step's labels or units,
+            # so that the parts add up to the mean over all of them; the gradients of batches and
+            # ranks are then sums
             shares = [weight / totals[n] for n, weight in batch.weights.items()]
-            losses = _times(losses_of(batch), shares)  # (L,), logged without the weight of its term
+            losses = _times(losses_of(batch), shares)  # (L,); logged so, without `weights`
             total = _times(losses, [weights[n] for n in batch.labels])
             total = total if len(shares) == 1 else total.sum()
             torch.autograd.backward(total if scale == 1 else total * scale)
@@ -322,9 +324,9 @@ class Evaluation:
     It evaluates after the last step too. The best weights are those of the lowest loss; where
     answers are given, those of the most answers as expected, and among these of the lowest loss.
 
-    `rungs`: step → how many learners train on after it, those with the lowest losses; it is
-    evaluated there too. Its state is part of the checkpoint, so that a resumed run stops at the
-    same step as an uninterrupted one.
+    `rungs`: step → how many learners train on after it, those with the lowest losses; each rung is
+    evaluated too. The state of the evaluation is part of the checkpoint, so that a resumed run
+    stops at the same step as an uninterrupted one.
     """
 
     def __init__(
@@ -337,7 +339,7 @@ class Evaluation:
     ) -> None:
         self._batches, self._every, self._patience = batches, every, patience
         self._rungs = rungs or {}
-        # of one that is out: how many trained on at its rung
+        # learner → how many trained on at the rung that stopped it; 0 while it trains on
         self._left = torch.zeros(learners, dtype=torch.int64)
         self._best = [(math.inf, math.inf)] * learners  # share of wrong answers, loss
         self._waited = torch.zeros(learners, dtype=torch.int64)  # evaluations since the best one

@@ -114,10 +114,12 @@ def _with_settings(
 
 
 def _base(project: Project, expanded: bool) -> str:
-    """The folder of the model whose tokenizer the fine-tuning uses, or before it is made the base's
-    own.
+    """The folder of the model whose tokenizer reads the files; "" if there is none yet.
+
+    The base, expanded if `expanded`; before it is made, the folder that it is imported from.
     """
-    folders = [project.artifact(name) for name in (["expand_vocab"] * expanded + ["pretrain"])]
+    names = ["expand_vocab", "pretrain"] if expanded else ["pretrain"]
+    folders = [project.artifact(name) for name in names]
     try:
         source = parse_source(project.params.origin.base, project.root)
         folders += [source.path] if source.kind == "folder" else []
@@ -211,8 +213,9 @@ def append_row(path: Path, name: str, line: str) -> None:
 
 
 def ways_to_train(project: Project, name: str, instead_of: str = "") -> dict[str, dict[str, Any]]:
-    """The key of each stage's data → the params to write so that it trains on a file, besides its
-    data or instead of another.
+    """`section.data` of each stage that could train on a file → the params to write for that.
+
+    `instead_of`: the file that it replaces; by default it is added to the stage's data.
     """
     ways = {}
     for stage in project.stages.values():

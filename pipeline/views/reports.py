@@ -51,7 +51,7 @@ class Picture:
 def read_pages(project: Project) -> list[Page]:
     """The reports of the comparison and of all stages that measure.
 
-    Of a group's stages, those that did not run yet too, without a path.
+    A stage of a group has a page even if it did not run yet, then without a path.
     """
     pages = []
     for stage in _measuring(project):
@@ -78,7 +78,7 @@ def _measuring(project: Project) -> list[Stage]:
 
 
 def read_pictures(project: Project) -> list[Picture]:
-    """Their pictures. Of one as PNG and as SVG, the PNG is shown."""
+    """The pictures of the same stages; of one stored as PNG and as SVG, the PNG."""
     stages = _measuring(project)
     return [
         picture for stage in stages for picture in _pictures(stage, project.artifact(stage.name))
@@ -146,7 +146,7 @@ def numbers_of(path: Path, root: Path) -> str:
             }
             text = json.dumps(tree, indent=2, ensure_ascii=False)
         return f"{heading}```\n{text}\n```\n"
-    except (OSError, ValueError, AttributeError, UserError) as error:
+    except (OSError, ValueError, AttributeError, UserError, csv.Error) as error:
         return f"{heading}It cannot be read: {error}\n"
 
 

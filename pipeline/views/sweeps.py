@@ -23,10 +23,11 @@ SWEEP = "finetune_sweep"
 
 @dataclass(frozen=True)
 class Trial:
-    """An adapter of a sweep. `loss` is None if it diverged or was stopped by the search; `front`:
-    no other beats it.
+    """An adapter of a sweep, and what was measured of it.
 
-    `kept`: the share of old answers that an evaluation of exactly these weights measured.
+    `loss`: None if it diverged or the search stopped it. `front`: no other has a better loss or
+    divergence and is worse in neither. `kept`: the share of old answers that an evaluation of
+    exactly these weights measured.
     """
 
     name: str
@@ -43,8 +44,9 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sweep:
-    """sweep.json. `keys`: those in which its adapters differ. `held_out`: whether the losses are of
-    held-out data.
+    """A sweep as its sweep.json has it.
+
+    `keys`: those in which its adapters differ. `held_out`: whether the losses are of held-out data.
     """
 
     trials: Sequence[Trial]
@@ -94,7 +96,7 @@ def read_sweep(project: Project) -> Sweep | None:
     except (KeyError, TypeError, AttributeError, ValueError):
         raise UserError(f"{path} holds no sweep. Run `lora finetune sweep` again.") from None
     edges: list[str] = []
-    # what it searched is not known
+    # stays empty if the manifest does not tell what was searched, or no adapter has a loss
     with suppress(UserError, KeyError, TypeError, ValueError, AttributeError):
         grid = read_manifest(folder)["params"]["grid"]
         found = beyond(rows, best, grid, type(project.params.finetune_lora))

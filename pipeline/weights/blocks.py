@@ -57,9 +57,13 @@ def find_location(
 
 
 def blocks(rows: int, columns: int, samples: int | None = None) -> Iterator[slice]:
-    """Slices of rows that cover a matrix, or `samples` to 2·`samples` of them, evenly spread."""
+    """Slices of rows that cover a matrix; with `samples`, only some of them, evenly spread.
+
+    These are `samples` to 2·`samples`, or all if there are fewer.
+    """
     size = max(1, BLOCK // max(1, columns))
-    step = max(1, -(-rows // size) // samples) if samples else 1
+    count = -(-rows // size)  # rounded up
+    step = max(1, count // samples) if samples else 1
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size * step))
 
 

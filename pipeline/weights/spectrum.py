@@ -1,9 +1,9 @@
 """Singular values of changes: of an adapter's updates, or of two checkpoints' difference.
 
 A matrix M (O, I) is read a block of rows at a time and need not fit in memory. Up to `FULL_COLUMNS`
-columns all of its values come from MᵀM (I, I) in fp64: values below 1e-8 of the largest are lost to
-rounding. For wider matrices the largest, by subspace iteration with MᵀM on a random start (Halko,
-Martinsson and Tropp 2011, section 4.5), with a measured error bound.
+columns all its singular values are computed, from MᵀM (I, I) in fp64: those below 1e-8 of the
+largest are lost to rounding. Of wider matrices the largest are computed, by subspace iteration with
+MᵀM on a random start (Halko, Martinsson and Tropp 2011, section 4.5), with a measured error bound.
 """
 
 import math
@@ -22,7 +22,7 @@ from pipeline.weights.diff import Delta, finite_norm, norm
 
 RANKS = (1, 2, 4, 8, 16, 64)  # ranks whose share of a change is reported
 MAX_VALUES = 64  # singular values computed for a wide matrix
-FULL_COLUMNS = 1024  # columns
+FULL_COLUMNS = 1024  # up to so many columns all singular values are computed
 # dimensions of the random subspace beyond those wanted (oversampling); the last ones converge
 # slowly
 EXTRA = 32
@@ -54,11 +54,13 @@ def singular(read: Read, columns: int, count: int) -> Singular:
     For orthonormal V, the eigenvalues of VᵀMᵀMV are σ² of M if V is square, and lower bounds of
     them otherwise.
     """
-    complete, device = columns <= FULL_COLUMNS, device_for_matrix(columns**2)
+    complete = columns <= FULL_COLUMNS
+    device = device_for_matrix(columns**2)
     if complete:
         basis = torch.eye(columns, dtype=torch.float64).to(device)
     else:  # always from the same seed, so that two runs give the same numbers
-        generator, size = torch.Generator().manual_seed(0), (columns, min(columns, count + EXTRA))
+        generator = torch.Generator().manual_seed(0)
+        size = (columns, min(columns, count + EXTRA))
         drawn = torch.randn(size, dtype=torch.float64, generator=generator)
         basis = torch.linalg.qr(drawn.to(device)).Q  # (I, n), orthonormal
     image = gram_times(read, basis)
@@ -74,8 +76,8 @@ def singular(read: Read, columns: int, count: int) -> Singular:
     values, right = squares.sqrt(), basis @ rotation  # (k,), (I, k)
     if complete or not values[0]:
         return Singular(values.cpu(), right, 0.0)
-    # ‖Mᵀu − σv‖ for u = Mv/σ: M has a singular value no further from σ (Parlett 1998, section 4.5);
-    # times σ it is
+    # The residual ‖Mᵀu − σv‖, for u = Mv/σ, bounds how far σ is from a singular value of M (Parlett
+    # 1998, section 4.5). Times σ it is ‖MᵀMv − σ²v‖.
     scaled = torch.linalg.vector_norm(image @ rotation - right * values.square(), dim=0)  # (k,)
     residuals = (scaled / values.clamp(min=1e-300)).clamp(max=float(values[0]))
     return Singular(values.cpu(), right, float(residuals.max() / values[0]))

@@ -269,6 +269,18 @@ def test_a_parquet_dictionary_has_at_most_8_mib(tmp_path: Path) -> None:
         assert len(examples(path)()) == 1_500
 
 
+def test_a_page_header_in_a_longer_form_is_not_read_past_the_limit(tmp_path: Path) -> None:
+    """Thrift may write a field's number out, which no writer does: the size stands elsewhere."""
+    path = tmp_path / "d.parquet"
+    parquet.write_table(pa.table({"text": ["one", "two", "one"] * 500}), path, compression="none")
+    start = parquet.read_metadata(path).row_group(0).column(0).dictionary_page_offset
+    data = bytearray(path.read_bytes())
+    assert data[start] == 0x15
+    data[start] = 0x05
+    path.write_bytes(data)
+    assert "the column text has a damaged dictionary" in message(examples(path), tmp_path)
+
+
 def test_the_list_of_files_of_a_torch_file_has_at_most_20_million_bytes(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     file = io.BytesIO()

@@ -39,15 +39,20 @@ class Config:
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
         self._values, self.source = values, source
 
-    def size(self, *keys: str, default: int | None = None, most: int = MAX_SIZE) -> int:
-        """An integer from 1 to `most`, from the first of `keys` that is there. Raises UserError."""
+    def size(
+        self, *keys: str, default: int | None = None, least: int = 1, most: int = MAX_SIZE
+    ) -> int:
+        """An integer from `least` to `most`, from the first of `keys` that is there.
+
+        Raises UserError.
+        """
         for key in keys:
             value = self._values.get(key)
             if value is None:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
                 raise UserError(
-                    f"{self.source}: {key} must be a whole number from 1 to {most:,}, got "
+                    f"{self.source}: {key} must be a whole number from {least} to {most:,}, got "
                     f"{abbreviate_repr(value)}."
                 )
             return value
@@ -59,10 +64,7 @@ class Config:
 
     def count(self, key: str, default: int, most: int = MAX_SIZE) -> int:
         """As `size`, but 0 is valid."""
-        value = self.get(key, default)
-        if value == 0 and not isinstance(value, bool):
-            return 0
-        return self.size(key, default=default or 1, most=most)
+        return self.size(key, default=default, least=0, most=most)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._values.get(key)

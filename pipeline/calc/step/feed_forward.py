@@ -116,7 +116,8 @@ def _experts(ops: Layers, x: Value, block: Block, shares: Value) -> Value:
     del copies
     out = ops.grouped(m, down, rows)
     del m
-    # backward: the products of the gradient with both, of which out's is cast afterwards
+    # backward: two products in `wide`, of the gradient with scores and with out; less the gradient
+    # of out (the first product, cast), which the tape adds itself
     back = out.elements * (2 * wide - out.width)
     weighted = op(out, scores, width=wide, saves=[out, scores], back=back)
     del out

@@ -1,4 +1,4 @@
-"""Whether a model's answer is the expected one, also by white space or as JSON; how similar."""
+"""Compares an answer with the expected one: exactly, but for white space, as JSON, by ROUGE-L."""
 
 import json
 import math
@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 EXACT, WHITE_SPACE, JSON = "exact", "white space", "JSON"
 SIMILAR, DIFFERENT = "similar", "different"
 AS_EXPECTED = (EXACT, WHITE_SPACE, JSON)
-# of an expected text; above one of them another wording can be as good
+# a text with more of either is long: an answer in other words can be as good
 LONG_WORDS, LONG_CHARACTERS = 24, 160
-MOST_FIELDS = 20  # that differ, of one answer and in the counts
-MOST_PATH = 80  # characters: a model writes these names
+MOST_FIELDS = 20  # fields that differ: listed of one answer, and counted over all answers
+MOST_PATH = 80  # characters of a field's path, whose names a model may have written
 CJK = "぀-ヿ㐀-䶿一-鿿가-힣"  # written without spaces: each character counts as a word
 WORDS = re.compile(rf"[{CJK}]|[^\W{CJK}]+")
 
@@ -119,7 +119,7 @@ def _walk(given: Any, wanted: Any, path: str) -> Iterator[str]:
                 yield inner
     elif isinstance(given, list) and isinstance(wanted, list) and len(given) == len(wanted):
         for n, (left, right) in enumerate(zip(given, wanted, strict=True)):
-            yield from _walk(left, right, f"{path}[{n}]")
+            yield from _walk(left, right, f"{path}[{n}]"[:MOST_PATH])
     elif isinstance(given, bool) != isinstance(wanted, bool) or given != wanted:
         yield path
 

@@ -25,7 +25,7 @@ TURNS = re.compile(r'\s*\[\s*\{\s*"(?:role|content)"\s*:')
 
 
 class Line(NamedTuple):
-    """A line that is not blank, with its first byte in the file."""
+    """A line that is not blank; `start`: how many bytes of the file come before it."""
 
     number: int
     start: int
@@ -81,7 +81,7 @@ def is_too_long(raw: bytes) -> bool:
 
 
 def decode_line(raw: bytes, number: int, start: int, name: str) -> str:
-    """A line as text; `start` is its first byte in the file.
+    """A line as text; `start`: how many bytes of the file come before it.
 
     Raises UserError if it is too long, binary or not UTF-8.
     """
@@ -134,7 +134,7 @@ def jsonl_rows(file: BinaryIO, name: str, reading: Reading) -> Iterator[Row]:
         try:
             row = row_of_json(number, line, name)
         except UserError as error:
-            if HTML.match(line):  # so is the rest of it
+            if HTML.match(line):  # an HTML page: its other lines are no JSON either
                 raise
             reading.refuse(number, error)
             continue
@@ -168,7 +168,7 @@ def delimited_rows(file: BinaryIO, name: str, reading: Reading, delimiter: str) 
                 )
             yield line
 
-    # of the process: nothing else here reads csv with long fields
+    # holds for the whole process, where nothing else reads csv with long fields
     csv.field_size_limit(MAX_LINE_BYTES)
     reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     header: list[str] = []
@@ -183,12 +183,12 @@ def delimited_rows(file: BinaryIO, name: str, reading: Reading, delimiter: str) 
             ) from None
         if cells is None:
             break
-        if not header:
-            header = _read_header(cells, name, first)
-        elif not cells:
+        if not cells:
             blank, blank_size = skip_blank_lines(file, b"\r\n")
             number, start = number + blank, start + blank_size
             reading.blank += 1 + blank
+        elif not header:
+            header = _read_header(cells, name, first)
         elif len(cells) != len(header):
             ragged = (
                 f"{name}:{first}: {len(cells)} values, but the header has {len(header)} columns. "
@@ -206,7 +206,7 @@ def _read_header(cells: list[str], name: str, number: int) -> list[str]:
     if not all(header) or len(set(header)) < len(header):
         raise UserError(
             f"{name}:{number}: the first line must name every column, each name once, got "
-            f"{', '.join(map(repr, header))[:200] or 'a blank line'}."
+            f"{', '.join(map(repr, header))[:200]}."
         )
     return header
 

@@ -17,17 +17,18 @@ MAX_COLUMN, MAX_COLUMN_RATIO, MAX_DICTIONARY = 2**26, 1000, 2**23
 TABLE_ROWS = 64  # converted to Python at a time
 SAVED = "dataset_info.json"
 
-Batches = Callable[[Path, int], Iterator["pa.RecordBatch"]]  # those behind the first rows
+# (path, start) → the batches of the rows after the first `start`
+Batches = Callable[[Path, int], Iterator["pa.RecordBatch"]]
 
 
 def table_rows(path: Path, name: str, batches: Batches, start: int = 0) -> Iterator[Row]:
-    """The rows of an Arrow or Parquet file behind the first `start`.
+    """The rows of an Arrow or Parquet file after the first `start`.
 
     Raises UserError for a damaged one.
     """
     import pyarrow as pa
 
-    with path.open("rb") as file:  # for its error, which is shorter than pyarrow's
+    with path.open("rb") as file:  # a missing file fails here, with a shorter error than pyarrow's
         head = file.read(CHUNK)
     if HTML.match(head.decode("latin-1")):
         raise html_error(name)
@@ -47,7 +48,10 @@ def table_rows(path: Path, name: str, batches: Batches, start: int = 0) -> Itera
 
 
 def _row_of_table(value: dict[str, Any]) -> dict[str, Any]:
-    """A table has every key in every struct: those without a value are left out, as in JSON."""
+    """A row's value. Structs inside it lose their keys without a value, as in JSON.
+
+    A table has every key in every struct.
+    """
     return {
         key: _without_nulls(part) if isinstance(part, list | dict) else part
         for key, part in value.items()
@@ -77,6 +81,7 @@ def count_rows(path: Path, name: str) -> int:
 
 
 def _behind(batches: Iterator["pa.RecordBatch"], start: int) -> Iterator["pa.RecordBatch"]:
+    """The rows of `batches` after the first `start`."""
     for batch in batches:
         if start < batch.num_rows:
             yield batch.slice(start)
@@ -102,8 +107,8 @@ def _parquet_batches(path: Path, start: int) -> Iterator["pa.RecordBatch"]:
 def _refuse_parquet_bombs(path: Path, metadata: Any) -> None:
     """Raises UserError for a column, or a dictionary of texts, that unpacks to far too much.
 
-    A row refers to an entry of the dictionary, which writers keep at 1 MiB: 64 rows of a large one
-    are 64 copies.
+    Writers keep a dictionary at 1 MiB. Each row that refers to one of its entries gets a copy of
+    it: 64 rows with the same large text are 64 large texts.
     """
     advice = "Write it again with pyarrow or pandas if you trust it."
     with path.open("rb") as file:
@@ -115,22 +120,26 @@ def _refuse_parquet_bombs(path: Path, metadata: Any) -> None:
                     raise UserError(f"{where} unpacks {packed:,} bytes to {unpacked:,}. {advice}")
                 if column.has_dictionary_page and column.dictionary_page_offset is not None:
                     file.seek(column.dictionary_page_offset)
-                    if (size := _page_size(file.read(24))) > MAX_DICTIONARY:
+                    size = _page_size(file.read(24))
+                    if size is None:
+                        raise UserError(f"{where} has a damaged dictionary. {advice}")
+                    if size > MAX_DICTIONARY:
                         limit = f"{MAX_DICTIONARY:,} bytes, got {size:,}"
                         raise UserError(
                             f"{where} must have a dictionary of at most {limit}. {advice}"
                         )
 
 
-def _page_size(header: bytes) -> int:
+def _page_size(header: bytes) -> int | None:
     """The bytes that a Parquet page unpacks to, by the fields 1 and 2 of its Thrift header.
 
+    None for a header that is damaged, or written in a longer form than any writer's.
     By hand, as the file's metadata has only its packed size, which may be a thousandth of it.
     """
     position = 0
     for _ in ("type", "size"):
         if header[position : position + 1] != b"\x15":  # the next field, of 32 bits
-            return 0  # damaged, which pyarrow reports
+            return None
         value, shift, position = 0, 0, position + 1
         while position < len(header):
             value |= (header[position] & 127) << shift
@@ -141,7 +150,7 @@ def _page_size(header: bytes) -> int:
 
 
 def _arrow_batches(path: Path, start: int) -> Iterator["pa.RecordBatch"]:
-    """Of the file format (Feather) and of the stream format, which `datasets` writes."""
+    """The batches of an Arrow file: the file format (Feather), or `datasets`' stream format."""
     import pyarrow as pa
 
     with pa.memory_map(str(path)) as source:

@@ -39,12 +39,22 @@ def _is_card(text: str) -> bool:
     """Luhn's sum: every second digit from the right is doubled, its digits added."""
     digits = [int(c) for c in text if c.isdecimal()]
     doubled = [sum(divmod(2 * digit, 10)) for digit in digits[-2::-2]]
-    return (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0
+    return len(digits) >= 13 and (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0
+
+
+def _begins_with(is_one: Callable[[str], bool]) -> Callable[[str], bool]:
+    """Whether a match is one, or is without its last parts: a word or date that follows it."""
+
+    def check(text: str) -> bool:
+        parts = text.split(" ")
+        return any(is_one(" ".join(parts[:n])) for n in range(len(parts), 0, -1))
+
+    return check
 
 
 def _is_phone(text: str) -> bool:
-    digits = sum(c.isdecimal() for c in text)
-    return 9 - text.startswith("+") <= digits <= 15 and not DATE.match(text)
+    digits, least = sum(c.isdecimal() for c in text), 8 if text.startswith("+") else 9
+    return least <= digits <= 15 and not DATE.match(text)
 
 
 def _is_address(text: str) -> bool:
@@ -58,7 +68,7 @@ def _is_address(text: str) -> bool:
 KINDS: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
     "e-mail address": (EMAIL, lambda _: True),
     "phone number": (PHONE, _is_phone),
-    "IBAN": (IBAN, _is_iban),
-    "card number": (CARD, _is_card),
+    "IBAN": (IBAN, _begins_with(_is_iban)),
+    "card number": (CARD, _begins_with(_is_card)),
     "IP address": (ADDRESS, _is_address),
 }

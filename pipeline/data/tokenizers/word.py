@@ -114,7 +114,10 @@ class WordTokenizer:
     encode_following = encode
 
     def continuation(self, prompt: str, answer: str) -> tuple[int, ...]:  # noqa: ARG002
-        """Ids of `answer` after `prompt` and a space, unless there is one; () for unknown words."""
+        """Ids of `answer` behind `prompt`, with a space between if neither has one there.
+
+        () if `answer` has an unknown word.
+        """
         ids = self.encode(answer)
         return () if self.unknown_id in ids else ids
 
@@ -141,7 +144,7 @@ class WordTokenizer:
         ]
 
     def normalize(self, text: str) -> str:
-        """Text without differences in white space, or that the tokenizer ignores."""
+        """The text with single spaces, and without other differences that the tokenizer ignores."""
         return " ".join(split(text))
 
     @property
@@ -156,10 +159,13 @@ class WordTokenizer:
         return chat_template.render_one(self.render_each, messages, add_generation_prompt, tools)
 
     def render_each(self, conversations: Sequence[Conversation]) -> Answers:
-        """Begin to `render` all prefixes of many conversations. Raises UserError."""
+        """Begin to render the `prefixes` of each conversation; iterate to get the answers.
+
+        Raises UserError.
+        """
         if self._folder is None:
             raise chat_template.no_template("the tokenizer")
-        # without the marks: label masking then compares prefixes
+        # without `Rendered.marks`: label masking then compares prefixes
         return map(_without_marks, chat_template.render_in(self._folder, conversations))
 
     def expanded(

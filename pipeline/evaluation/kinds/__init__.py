@@ -1,4 +1,4 @@
-"""The kinds of tasks: each file here is one with its `KIND`. Its name is the file's."""
+"""The kinds of tasks. Each file here defines one as `KIND`; it has the file's name."""
 
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -38,12 +38,12 @@ class Kind(NamedTuple):
     about: str
     # (row, location): raises UserError for an example that cannot be scored
     check: Callable[[Record, str], object]
-    # the function that scores an answer to an example
+    # a task's options → the function that scores an answer to an example
     scorer: Callable[[TaskOptions], Score]
     # keys of a task that only this kind reads → their types
     options: Mapping[str, Any] = {}
-    # the texts of a row whose log-likelihoods are the answer, None for one with an unknown word;
-    # without it, the answer is a generated text
+    # a row → the texts that the model chooses from; the answer is their log-likelihoods, None for
+    # a text with an unknown word. Without it, the answer is a generated text.
     choices: Callable[[Record], Sequence[str]] | None = None
 
 
@@ -62,7 +62,10 @@ def expected(row: Record, location: str) -> list[str]:
 
 
 def comparing(is_right: Callable[[str, Sequence[str]], bool]) -> Callable[[TaskOptions], Score]:
-    """A scorer by `is_right(answer, expected)`, whose texts are `plain`, by `ignore_case`."""
+    """A scorer that gives 1 if `is_right(answer, expected)`, else 0.
+
+    Both are made `plain` before, without case if the task sets `ignore_case`.
+    """
 
     def scorer(options: TaskOptions) -> Score:
         ignore_case = options.values.get("ignore_case", False)

@@ -23,7 +23,8 @@ from pipeline.inference.http.metrics import Metrics
 from pipeline.inference.http.models import ServedModels, Sources
 from pipeline.inference.model_pool import ModelPool
 
-# above it, a request is answered 503; above its half more, a connection is closed
+# From so many connections on, a request is answered 503; beyond 1.5 times as many, a new connection
+# is closed.
 MAX_CONNECTIONS = 512
 MAX_HEADER_BYTES = 2**15
 SEND_BUFFER_BYTES = 2**17
@@ -44,7 +45,7 @@ class Access:
     origins: Sequence[str] = ()
 
     def check(self) -> None:
-        """Raises UserError if others could use it without a key."""
+        """Raises UserError if others could use it without a key, or for a bad key or origin."""
         if self.key is None and not is_local(self.host):
             raise UserError(
                 f"--host {self.host} can be reached from other machines, so --api-key is required. "
@@ -86,7 +87,7 @@ def bind(host: str, port: int) -> socket.socket:
         )[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Else 4 MB are written to a client that does not read before that is noticed.
+        # Without it, the server writes 4 MB before it notices that a client reads nothing.
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         bound.bind(address)
     except (OSError, UnicodeError) as error:
@@ -142,7 +143,7 @@ class LimitedConnection(H11Protocol):
 
 
 class HttpServer:
-    """The API on a port: made before the base is loaded, so that a busy port is known at once."""
+    """The API on a port, which is bound before the base is loaded: a busy port is known at once."""
 
     def __init__(
         self,
@@ -195,7 +196,8 @@ class HttpServer:
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM. Raises Interrupted."""
         stopped: list[int] = []
-        # uvicorn handles both, and raises them again for the handlers that were there before.
+        # uvicorn handles both itself; when it has stopped, it raises them again for these handlers
+        # of ours.
         numbers = (signal.SIGINT, signal.SIGTERM)
         previous = {
             number: signal.signal(number, lambda number, _: stopped.append(number))

@@ -11,7 +11,7 @@ from pipeline.project.logs.run_log import LOSS, SAMPLES, TELEMETRY
 
 @dataclass(frozen=True)
 class LogFiles:
-    """The log of one curve, and its telemetry if it exists."""
+    """The log of one curve, and its telemetry if that is read too; the files may be missing."""
 
     name: str  # the adapter's in a sweep, else empty
     loss: Path
@@ -28,13 +28,13 @@ class Run:
 
     stage: str
     label: str
-    log_folder: Path  # which contains the logs
+    log_folder: Path  # with the logs: the run folder, an artifact, or the cache's copy of one
     curves: tuple[LogFiles, ...]
     folder: Path | None  # the run folder of the stage's last run, which may still be running
     params: Mapping[str, Any]  # the settings it ran with, as in JSON
     when: float  # the logs' last change in seconds since the epoch
     sweeps: bool = False
-    # of its artifact, in the cache and of what it contains; empty where the run has made none
+    # its artifact's key in the cache, and the digest of the artifact's contents; "" without one
     key: str = ""
     digest: str = ""
 

@@ -28,7 +28,7 @@ def save(path: Path, values: Mapping[str, Any], kinds: Kinds) -> None:
 
 
 def set_values(text: str, values: Mapping[str, Any]) -> str:
-    """`text`, a valid params file's, with each `section.key`, or key above the sections, set.
+    """The valid params file `text` with new values, by `section.key` or key above the sections.
 
     Raises UserError if the layout does not allow it.
     """
@@ -58,8 +58,7 @@ def comments(text: str) -> dict[str, str]:
     def read(prefix: str, node: yaml.Node | None) -> None:
         for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
             first, column = key.start_mark.line, key.start_mark.column
-            # A block's value begins below its key, and a comment that follows its key is on the
-            # key's line.
+            # A comment follows the value if that ends on the key's line, else it follows the key.
             is_inline = value.start_mark.line == first
             end = value.end_mark if is_inline and value.end_mark.line == first else key.end_mark
             _, mark, comment = lines[first][end.column :].partition(" #")
@@ -91,9 +90,8 @@ def remove_section(text: str, section: str) -> str:
 def section_text(name: str, kind: type[Section], on_pretrained: bool = False) -> str:
     """A new section as text for params.yaml.
 
-    It has the section's own keys, and of those that all training stages share the ones whose
-    default is another here. On a pretrained base it has only its data: all else follows from the
-    base.
+    It has the section's own keys, and shared keys of all training stages if their default differs
+    here. On a pretrained base it has only its data: all else follows from the base.
     """
     default, shared = kind(), Training()
     lines = []
@@ -113,14 +111,14 @@ def _set(text: str, root: yaml.MappingNode, section: str, name: str, value: Any)
     if not isinstance(branch, yaml.MappingNode) or not branch.value:
         return (
             f"{text[: branch.start_mark.index].rstrip(' ')}\n  {name}: "
-            f"{dump_inline(value)}{text[_end(branch) :]}"
+            f"{dump_inline(value)}{text[_end(text, branch) :]}"
         )
     leaf = _child(branch, name)
     if leaf is not None:
         return _replace_node(text, leaf, value)
     if branch.flow_style:
         raise UserError(f"section {section} of the params file is in braces. Add {name} by hand.")
-    last = text.find("\n", _end(branch.value[-1][1]))
+    last = text.find("\n", _end(text, branch.value[-1][1]))
     last = len(text) if last < 0 else last
     indent = " " * branch.value[0][0].start_mark.column
     return f"{text[:last]}\n{indent}{name}: {dump_inline(value)}{text[last:]}"
@@ -141,7 +139,7 @@ def _child(node: yaml.MappingNode, name: str) -> yaml.Node | None:
 
 def _replace_node(text: str, node: yaml.Node, value: Any) -> str:
     """`text` with `node` replaced by `value`; a comment after it keeps its column."""
-    start, end = node.start_mark.index, _end(node)
+    start, end = node.start_mark.index, _end(text, node)
     block = isinstance(node, yaml.CollectionNode) and not node.flow_style
     if block and isinstance(node, yaml.SequenceNode) and isinstance(value, list | tuple) and value:
         new = f"\n{' ' * node.start_mark.column}".join(f"- {dump_inline(item)}" for item in value)
@@ -150,6 +148,8 @@ def _replace_node(text: str, node: yaml.Node, value: Any) -> str:
         new = f"\n{' ' * node.start_mark.column}".join(lines)
     else:
         new = dump_inline(value)
+        if block:  # a list may be level with its key, but no other value may
+            new = f"  {new}"
     if start == end:  # `key:` with nothing after it: the mark is at the colon
         new = f" {new}"
     rest = text[end:]
@@ -159,20 +159,28 @@ def _replace_node(text: str, node: yaml.Node, value: Any) -> str:
     return text[:start] + new + rest
 
 
-def _end(node: yaml.Node) -> int:
+def _end(text: str, node: yaml.Node) -> int:
     """The index where a node's text ends. A block's end mark is after the comments that follow."""
     if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
         last = node.value[-1]
-        return _end(last[1] if isinstance(last, tuple) else last)
+        return _end(text, last[1] if isinstance(last, tuple) else last)
     index: int = node.end_mark.index
+    if isinstance(node, yaml.ScalarNode) and node.style in ("|", ">"):
+        return len(text[:index].rstrip())  # its end mark is at the start of a later line
     return index
 
 
 def dump_inline(value: Any) -> str:
-    """`value` as YAML on one line; strings with Unicode line breaks are escaped."""
+    """`value` as YAML on one line, but for newlines in texts; other line breaks are escaped."""
     plain = list(value) if isinstance(value, tuple) else value
-    readable = not any(mark in str(value) for mark in "\x85\u2028\u2029")
-    text = yaml.safe_dump(
-        plain, default_flow_style=True, allow_unicode=readable, width=float("inf"), sort_keys=False
-    )
+    text = _dump(plain, readable=True)
+    if any(mark in text for mark in "\x85\u2028\u2029"):
+        text = _dump(plain, readable=False)
     return text.removesuffix("...\n").strip(" \n")
+
+
+def _dump(value: Any, readable: bool) -> str:
+    text: str = yaml.safe_dump(
+        value, default_flow_style=True, allow_unicode=readable, width=float("inf"), sort_keys=False
+    )
+    return text

@@ -45,7 +45,7 @@ Init = Literal["document", "gaussian", "kaiming", "orthogonal", "pissa"]  # see 
 # (`Section.PRETRAINED`). `lora train` begins with the same, and chooses what depends on data and
 # memory.
 PRETRAINED: Mapping[str, Any] = {
-    "epochs": 3,  # more of a few hundred examples would be memorized
+    "epochs": 3,  # with more, a few hundred examples would be memorized
     "window": 0,
     "schedule": "linear",
     "warmup_ratio": 0.03,
@@ -67,7 +67,9 @@ class DataFile(NamedTuple):
 
 
 def _read_columns(value: Any, _key: str, _origin: ValueSource) -> Mapping[str, str] | None:
-    names = [*value, *value.values()] if isinstance(value, dict) else [""]
+    if not isinstance(value, dict):
+        return None
+    names = [*value, *value.values()]
     return value if all(isinstance(name, str) and name for name in names) else None
 
 
@@ -129,6 +131,7 @@ def _read_samples(value: Any, key: str, origin: ValueSource) -> Mapping[str, Any
     for name, kind in SAMPLE_NUMBERS.items():
         if name in value:
             check_value(kind, value[name], f"{key}.{name}", origin)
+    # without the key, a value that passes the checks below
     prompts = value.get("prompts", ["none"])
     if not isinstance(prompts, list) or not prompts:
         raise UserError(
@@ -295,9 +298,9 @@ class Training(Section, frozen=True, kw_only=True):
     learning_rate: Annotated[Rate, "of the optimizer, after warm-up"] = 1e-3
     optimizer: Annotated[
         Optimizer,
-        "adamw; its moments in a byte each, and those in the host's memory (paged; on a CPU the "
-        "same); or SGD without momentum. Leave it unless the optimizer's state is what does not "
-        "fit",
+        "adamw; adamw-8bit, with its moments in a byte each; paged-adamw-8bit, with those in the "
+        "host's memory (on a CPU the same); or sgd, without momentum. Leave it unless the "
+        "optimizer's state is what does not fit",
     ] = "adamw"
     weight_decay: Annotated[
         Weight,
@@ -311,8 +314,8 @@ class Training(Section, frozen=True, kw_only=True):
     ] = 0.0
     schedule: Annotated[
         Literal["constant", "linear", "cosine"],
-        "learning rate after warm-up: constant, or down towards 0, which the step after the last "
-        "would have",
+        "learning rate after warm-up: constant, or falling, so that it would be 0 in the step "
+        "after the last",
     ] = "constant"
     warmup_steps: Annotated[Steps, "steps in which the learning rate rises to its value"] = 0
     warmup_ratio: Annotated[
@@ -457,7 +460,7 @@ class Pretrain(Training, frozen=True, kw_only=True):
 
     @classmethod
     def pretrained(cls, base: Pretrained, given: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003
-        """None: an imported base is not trained."""
+        """No defaults: an imported base is not trained."""
         return {}
 
     def __post_init__(self) -> None:
@@ -523,12 +526,12 @@ class Evaluate(Section, frozen=True, kw_only=True):
         File, "prompts with the answers they must keep, change or learn; empty: none"
     ] = ""
     max_examples: Annotated[
-        Steps, "with new_data empty, the examples that are scored at most; 0: all"
+        Steps, "most examples that are scored where new_data is empty; 0: all"
     ] = 200
     sample_answers: Annotated[
         Steps,
-        "prompts of new_data that every variant answers, greedily; they are counted, compared "
-        "with the data's",
+        "prompts of new_data that every variant answers, greedily; answers as the data expects "
+        "are counted",
     ] = 20
     tasks: Annotated[
         Files,

@@ -52,8 +52,8 @@ Ranks = Annotated[Mapping[str, Count], ALLOW_EMPTY]  # by a pattern of modules' 
 Scales = Annotated[Mapping[str, Rate], ALLOW_EMPTY]
 
 
-# The rate that answers most of `python -m bench recipe` right, on a base of that width; a wider one
-# takes less, with the exponent that the authors of LoRA Without Regret fitted to Llama models
+# On a base of width WIDTH, RATE answers most of `python -m bench recipe` right. A wider base takes
+# less, with the exponent FALL, which the authors of LoRA Without Regret fitted to Llama models
 # (tinker-cookbook, get_lora_lr).
 RATE, WIDTH, FALL = 1e-3, 576, 0.78
 
@@ -192,7 +192,7 @@ def attach(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, Non
     init = settings.init_lora_weights if stored is None else "document"
     attach_lora(base.model, spec, DTYPES[settings.adapter_precision], init)
     yield from note_wide_rank(base.model, job.stage.section)
-    yield from note_experts(base.model, spec, settings.quantization)
+    yield from note_experts(base.model, spec, settings.quantization, job.stage.section)
     if texts is not None:
         retain = RetentionLoss(base.model, texts, settings, first=continued.seen)
     # after the retention loss, which copies the base's weights that train in full
@@ -319,7 +319,9 @@ def note_wide_rank(model: CausalLM, section: str = "finetune_lora") -> Iterator[
             return
 
 
-def note_experts(model: CausalLM, spec: AdapterSpec, quantization: str) -> Iterator[Event]:
+def note_experts(
+    model: CausalLM, spec: AdapterSpec, quantization: str, section: str
+) -> Iterator[Event]:
     """Yields notes if the model has experts that get no LoRA, or are not quantized."""
     from pipeline.project.runner import Note
 
@@ -331,13 +333,12 @@ def note_experts(model: CausalLM, spec: AdapterSpec, quantization: str) -> Itera
     names = expert_parameters(model)
     if names and quantization != "none":
         yield Note(
-            f"finetune_lora.quantization {quantization} is of linears: the experts keep their "
-            "precision"
+            f"{section}.quantization {quantization} is of linears: the experts keep their precision"
         )
     if names and not spec.parameters:
         yield Note(
             "experts get no LoRA: name them, "
-            f"finetune_lora.target_parameters=[{', '.join(names)}], to train them too"
+            f"{section}.target_parameters=[{', '.join(names)}], to train them too"
         )
 
 
@@ -350,10 +351,10 @@ def new_rows(expanded: Path) -> tuple[int, ...]:
 def save_files(
     out: Path, base: Base, spec: AdapterSpec, folder: Path, settings: FinetuneLora
 ) -> Facts:
-    """Write the adapter to `out`; `folder` is the base's. Returns the manifest entries.
+    """Write the adapter to `out`; `folder` is the base's. Returns entries of the manifest.
 
-    They are the rank and alpha in the files where the settings have others: with PiSSA, whose files
-    also hold more parameters than were trained, and for an adapter that `init_from` continued.
+    Empty if the files have the settings' rank and alpha. Else those of the files: PiSSA's have
+    twice the rank, and so more parameters than were trained; `init_from` keeps the adapter's own.
     """
     from pipeline.adapters.config import WEIGHTS
     from pipeline.adapters.peft import save_adapter, stored_spec
@@ -451,7 +452,7 @@ class Lora(FinetuningMethod):
 
     @property
     def trained_rows(self) -> int:
-        """Rows of the embedding, and of a head of its own, that train: none if all of them do."""
+        """New rows that train, in the embedding and in a head of its own; 0 if all rows train."""
         return 0 if self.embeddings == "all" else self.new_rows
 
     @property
@@ -514,7 +515,7 @@ class Lora(FinetuningMethod):
 
     def adapted(self, model: Architecture) -> Mapping[str, int]:
         named = {name: self._rank_of(name) for name in matching_linears(model, self.targets)}
-        # named as two linears, an expert's gate and up get a rank each
+        # PEFT adapts an expert's gate and up as two linears: as one tensor they get twice the rank
         if model.style.split_experts:
             named |= {
                 name: self._rank_of(name, 2)
@@ -579,13 +580,15 @@ class Lora(FinetuningMethod):
         return 4 * magnitudes + (matrices * width if self.pissa else 0)
 
     def simple_count(self, model: Architecture) -> int | None:
-        """Every projection d_model × d_model, 2·r·d_model each, for plain LoRA on separate
-        attention projections.
+        """Parameters if every projection were d_model × d_model: 2·r·d_model each.
+
+        None but for plain LoRA on separate attention projections.
         """
         if self.dora or self.rank_pattern or self.embeddings != "none" or self.new_rows:
             return None
         adapted = projections(model, self)
-        if not all(p.name in GROUPS["attention"][:5] and p.experts == 1 for p in adapted):
+        separate = GROUPS["attention"][:5]  # q_proj, k_proj, v_proj, o_proj, out_proj
+        if not all(p.name in separate and p.experts == 1 for p in adapted):
             return None
         return sum(p.count * 2 * self.rank * model.hidden for p in adapted)
 
@@ -598,13 +601,13 @@ class Lora(FinetuningMethod):
                 f"rank {p.rank} is more than {p.name} can use: its rank is at most "
                 f"{min(p.inputs, p.outputs)}"
             )
-        with_experts = any(p.experts > 1 for p in adapted) and not self.target_parameters
-        if with_experts and model.style.split_experts:
+        experts_by_modules = any(p.experts > 1 for p in adapted) and not self.target_parameters
+        if experts_by_modules and model.style.split_experts:
             texts.append(
                 "experts' gate and up are one tensor: it gets a rank for each, twice the rank, as "
                 "in PEFT; training here adapts them by target_parameters"
             )
-        elif with_experts:
+        elif experts_by_modules:
             texts.append(
                 "experts are one tensor a layer: PEFT adapts them by target_parameters, not "
                 "target_modules"
@@ -642,10 +645,8 @@ class Lora(FinetuningMethod):
         `models/kernels/low_rank_block.py`.
         """
         t, n, w, run, rank = ops.tape, ops.n, ops.w, ops.run, ranks[0]
-        alike = [*ranks] == [rank] * len(block.attention) + [0] * len(block.feed_forward) and {
-            w,
-            ops.adapter,
-        } == {4}
+        wanted = [rank] * len(block.attention) + [0] * len(block.feed_forward)
+        alike = [*ranks] == wanted and w == ops.adapter == 4
         more = (
             self.dora or self.pissa or self.lora_dropout or (run.span and run.sequence > PACK_UP_TO)
         )
@@ -653,14 +654,15 @@ class Lora(FinetuningMethod):
             return None
         row, inner = n * ops.model.hidden, n * block.feed_forward[0].outputs
         factors, folded = 4 * rank * ops.model.hidden, 4 * ops.model.hidden**2
-        # two norms, attention's inputs and output, the residual sum, the activation's input, the
-        # factors joined
+        # the first norm's output, q, k and v, attention's output, the residual sum, the
+        # activation's input, and A and B of the four linears, joined
         sizes = (row, 3 * row, row, row, inner, factors, factors)
         per_row = (n, n, n, n, n * ops.model.heads)  # means, 1/σ and attention's log-sums
         saved = [x, *(t.leaf(size, w) for size in (*per_row, *sizes))]
-        # forward folds the weights, then has norm and activation; backward two gradients of the
-        # activation, or the weights folded again beside gradients of rows, last of all beside those
-        # of the factors
+        # forward: the folded weights, before the activation's input and the output exist; or the
+        # second norm's output and the activation's. Backward, less the gradient of x, which the
+        # tape adds: two gradients of the activation; or the weights, folded again, beside gradients
+        # of rows, at the end also beside those of the factors
         temp = max(folded - inner - row, row + inner)
         back = max(2 * inner - row, folded + max(7 * row, 5 * row + 2 * factors))
         weights = [ops.adapter_weight(factors // 4) for _ in range(8)]
@@ -671,11 +673,9 @@ class Lora(FinetuningMethod):
         O).
         """
         if self.lora_dropout:
-            return (
-                self._dropped_in_part(ops, x, linear, rank)
-                if ops.flat and (self.dora or self.pissa)
-                else None
-            )
+            if ops.flat and (self.dora or self.pissa):
+                return self._dropped_in_part(ops, x, linear, rank)
+            return None
         if linear.weights >= FOLD_BELOW or (self.dora and not ops.flat):
             return None
         t, sizes = ops.tape, (rank * linear.inputs, rank * linear.outputs)
@@ -695,7 +695,7 @@ class Lora(FinetuningMethod):
         if ops.run.ours and not self.dora:
             return self._add_in_place(ops, y, x, linear, rank, rows)
         b = self._low_rank(ops, x, linear, rank, rows)
-        if self.dora:  # with dropout the base computes its input too
+        if self.dora:  # with dropout PEFT computes Wx once more, of dropout(x)
             b = self._scale_as_peft(
                 ops, ops.matmul(x, linear, rows) if self.lora_dropout else y, b, linear
             )
@@ -709,8 +709,9 @@ class Lora(FinetuningMethod):
         return ops.tape.op(x, view=True) if ops.flat else x
 
     def _dropped_in_part(self, ops: Ops, x: Value, linear: Linear, rank: int) -> Value:
-        """The update of dropout(x), and what does not train of x − dropout(x): our DoRA and
-        PiSSA.
+        """Our DoRA and PiSSA with dropout: all of dropout(x), and the frozen part of the rest.
+
+        The rest is x − dropout(x).
         """
         t, plain, size = ops.tape, replace(self, lora_dropout=0.0), ops.n * linear.outputs
         dropped = self._drop(ops, x)
@@ -724,7 +725,7 @@ class Lora(FinetuningMethod):
             frozen = t.op(frozen, t.op(low), alias=True)
         return t.op(y, frozen, alias=True)
 
-    # Functions of their own, though called once: what they do not save is freed when they return.
+    # Functions of their own, even if called once: what they do not save is freed when they return.
 
     def _add_in_place(
         self, ops: Ops, y: Value, x: Value, linear: Linear, rank: int, rows: int
@@ -734,7 +735,8 @@ class Lora(FinetuningMethod):
             ops.tape,
             (linear.experts * rank * linear.inputs, linear.experts * rank * linear.outputs),
         )
-        copied, twice = ops.adapter != ops.w or self.pissa, 2 if self.pissa else 1
+        copied = ops.adapter != ops.w or self.pissa
+        twice = 2 if self.pissa else 1
         A, B = ([t.leaf(twice * size, ops.w)] if copied else [] for size in sizes)
         a = t.op(
             x, elements=rows * twice * rank, saves=[x, *A], weights=[ops.adapter_weight(sizes[0])]

@@ -52,8 +52,8 @@ def attach(job: Job, settings: FinetunePrefix, base: Base) -> Generator[Event, N
 
     attached = yield from attach_virtual(job, settings, base, Prefix(settings.virtual_tokens))
     if settings.gradient_checkpointing != "none":
-        with placed_for_inference(base.model):  # tries the model's attention
-            works = base.model.supports_prefix
+        with placed_for_inference(base.model):
+            works = base.model.supports_prefix  # runs the model with a prefix, to try it
         if not works:
             raise UserError(
                 "finetune_prefix.gradient_checkpointing must be none, got "

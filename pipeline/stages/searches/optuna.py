@@ -34,7 +34,8 @@ def ask(settings: SearchSettings, tried: Sequence[Trial]) -> list[Values]:
         for trial in trials:
             asked.append({key: _suggest(trial, key, options) for key, options in grid.items()})
         known = [earlier.values for earlier in tried]
-        if new := [values for n, values in enumerate(asked) if values not in (*known, *asked[:n])]:
+        new = [values for n, values in enumerate(asked) if values not in (*known, *asked[:n])]
+        if new:
             return new
         for trial, values in zip(trials, asked, strict=True):
             loss = tried[known.index(values)].loss
@@ -72,7 +73,7 @@ def _check(settings: SearchSettings) -> None:
 
 SEARCH = Search(
     ask,
-    lambda _settings: True,
+    draws=lambda _settings: True,
     reads=("trials", "search_seed", "sampler", "generation"),
     passes=lambda settings: ceil(settings.trials / settings.generation),
     compares=True,

@@ -613,6 +613,12 @@ def test_a_layer_that_is_not_supported_is_named_with_its_type_and_what_still_wor
     )
 
 
+def test_a_number_that_may_be_none_at_all_says_that_0_is_allowed() -> None:
+    config = {**SIZES, "model_type": "gemma4_text", "hidden_size_per_layer_input": -1}
+    with pytest.raises(UserError, match=r"must be a whole number from 0 to .*, got -1"):
+        architecture(config, "g")
+
+
 def test_the_headers_of_a_hybrid_give_its_counts(tmp_path: Path) -> None:
     """Granite 4's Mamba layers, whose memory is not predicted operation by operation."""
     sizes = {

@@ -65,6 +65,12 @@ def test_two_json_values_are_the_same_if_python_says_so_of_their_canonical_text(
     assert match(json.dumps(first, indent=1), json.dumps(second)).as_expected == same
 
 
+def test_the_path_of_a_field_is_short_however_deep_the_answer(deep: int = 200) -> None:
+    one, other = ("[" * deep + value + "]" * deep for value in "12")
+    (path,) = match(one, other).differs
+    assert path.startswith("[0][0]") and len(path) <= 80
+
+
 def test_a_long_free_text_is_similar_and_never_right_or_wrong() -> None:
     assert match(LONG, LONG) == Match("similar", rouge_l=1.0)
     other = match(LONG.replace("Monday", "Friday"), LONG)

@@ -103,6 +103,7 @@ def test_white_space_of_a_text_file_is_kept_also_compressed(tmp_path: Path) -> N
         ("d.txt", b"\na\n \t\n\nb\n\n", 3),
         ("d.jsonl", b'\n{"text": "a"}\n \n\n{"text": "b"}\n\n', 3),
         ("d.csv", b"text\n\na\n\nb\n", 2),
+        ("d.csv", b"\n\ntext\na\nb\n", 2),
     ],
 )
 def test_blank_lines_are_skipped_and_counted_once(

@@ -78,6 +78,7 @@ def test_one_line_changes_and_its_comment_keeps_its_column(key: str, value: Any,
 
 
 @example("finetune_lora.data", "a\u2028b\x85")
+@example("finetune_lora.data", ["a\u2028b", "\x85"])
 @given(
     st.sampled_from(KEYS),
     st.one_of(st.integers(), st.booleans(), st.floats(allow_nan=False), st.text(max_size=30)),
@@ -112,6 +113,20 @@ def test_a_block_mapping_stays_one_in_the_order_that_is_given() -> None:
     )
 
 
+@pytest.mark.parametrize("style", ["|", "|-", ">", ">-"])
+def test_a_text_in_a_block_ends_before_the_next_section(style: str) -> None:
+    rest = "# of the base\npretrain:\n  window: 4\n"
+    text = f"finetune_lora:\n  data: {style}\n    a.txt\n    b.txt\n\n{rest}"
+    data = yaml.safe_load(text)["finetune_lora"]["data"]
+    for values, expected in (
+        ({"finetune_lora.seed": 5}, {"data": data, "seed": 5}),
+        ({"finetune_lora.data": "c.txt"}, {"data": "c.txt"}),
+    ):
+        new = set_values(text, values)
+        assert yaml.safe_load(new) == {"finetune_lora": expected, "pretrain": {"window": 4}}
+        assert new.endswith(rest)
+
+
 @pytest.mark.parametrize("value", ["", (), [], "a", ("a", "b")])
 @pytest.mark.parametrize(
     "text",
@@ -119,6 +134,8 @@ def test_a_block_mapping_stays_one_in_the_order_that_is_given() -> None:
         "expand_vocab:\n  tokens:\n  noise_std: 0.1\n",
         "expand_vocab:\n  tokens:   # none yet\n  noise_std: 0.1\n",
         "expand_vocab:\n  tokens:\n    - one\n    - two # comment\n  noise_std: 0.1\n",
+        "expand_vocab:\n  tokens:\n  - one\n  - two\n  noise_std: 0.1\n",  # level with its key
+        "expand_vocab:\n  tokens: >-\n    one\n\n  noise_std: 0.1\n",
         "expand_vocab:\n  noise_std: 0.1\n  tokens:",
         "expand_vocab:\n  tokens: ''\n  noise_std: 0.1\n",
         "expand_vocab:\n  noise_std: 0.1\n",

@@ -14,8 +14,9 @@ from pipeline.project.dvc_yaml import render_dvc_yaml
 from pipeline.stages.registry import open_project
 from tests.helpers.containers import TEXT_WRITERS
 from tests.helpers.errors import user_error
-from tests.helpers.json_files import write_json
-from tests.helpers.projects import BRIEF, ROOT, make
+from tests.helpers.json_files import write_json, write_jsonl
+from tests.helpers.projects import BRIEF, ROOT, make, make_one
+from tests.helpers.real import notes
 
 LINES = (ROOT / "data/finetune.de.txt").read_text(encoding="utf-8").splitlines()
 WEIGHTS = "artifacts/lora_adapter/adapter_model.safetensors"
@@ -92,3 +93,40 @@ def test_a_hub_id_in_params_is_answered_with_the_command_that_fetches_it(
         match=r"data/none.csv is not a file\. Name an existing one in section \w+ of the params\.$",
     ):
         weights_after(project, "data/none.csv")
+
+
+def write_prompts(project: Path, **more: object) -> list[dict[str, object]]:
+    """The sentences, each with its last word as the completion."""
+    halves = [line.rsplit(" ", 1) for line in LINES]
+    rows = [{"prompt": f"{start} ", "completion": end, **more} for start, end in halves]
+    write_jsonl(project / "data/prompts.jsonl", rows)
+    return rows
+
+
+def test_where_every_prompt_is_cut_off_that_is_the_reason_also_beside_eval_data(
+    project: Path,
+) -> None:
+    write_prompts(project)
+    settings = [
+        "finetune_lora.eval_data=data/finetune.de.txt",
+        "finetune_lora.window=0",
+        "finetune_lora.max_length=2",
+    ]
+    reason = user_error(weights_after, project, "data/prompts.jsonl", *settings)
+    assert reason.startswith("data/prompts.jsonl: nothing to train on")
+    assert "Raise max_length" in reason
+
+
+def test_an_example_that_was_not_cut_is_not_counted_among_those_that_were(project: Path) -> None:
+    rows = write_prompts(project, label=True)
+    unwanted = {"prompt": "der ", "completion": "schnee", "label": False}
+    write_jsonl(project / "data/prompts.jsonl", [*rows, unwanted, unwanted])
+    longest = max(len(line.split()) for line in LINES)
+    settings = [
+        "finetune_lora.data=data/prompts.jsonl",
+        "finetune_lora.window=0",
+        f"finetune_lora.max_length={longest}",  # its end is cut off, its label is not
+    ]
+    _, seen = make_one(project, "finetune_lora", [*BRIEF, *settings])
+    assert f"examples truncated to {longest} tokens" in notes(seen)
+    assert "2 examples skipped: no token is labelled" in notes(seen)

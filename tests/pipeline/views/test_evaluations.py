@@ -1,5 +1,6 @@
 """What the Results screen reads of an evaluation, a sweep and the files beside them."""
 
+import csv
 import shutil
 from math import nan
 from pathlib import Path
@@ -230,6 +231,16 @@ def test_of_a_group_what_did_not_run_is_a_page_without_a_file(
 def test_numbers_that_cannot_be_read_say_so(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\xff\x00[" if name == "no.json" else b"")
     assert len(numbers_of(tmp_path / name, tmp_path).splitlines()) >= 3
+
+
+def test_a_csv_whose_quote_never_ends_says_so(tmp_path: Path) -> None:
+    (tmp_path / "no.csv").write_text('"' + "a" * 200_000, encoding="utf-8")
+    before = csv.field_size_limit(131_072)  # Python's own, before a data file is read
+    try:
+        text = numbers_of(tmp_path / "no.csv", tmp_path)
+    finally:
+        csv.field_size_limit(before)
+    assert "It cannot be read: field larger than field limit" in text
 
 
 def test_an_svg_alone_is_listed(empty_project: Project, brief: Path) -> None:

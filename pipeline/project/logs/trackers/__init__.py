@@ -26,7 +26,7 @@ class TrackedRun:
 
 
 class Tracker(Protocol):
-    """A run as its tracker has it. A method may raise anything, and may never return."""
+    """A run as its tracker has it. A method may raise anything, or hang."""
 
     def __init__(self, run: TrackedRun) -> None: ...
     def log(self, step: int, values: Mapping[str, float]) -> None: ...

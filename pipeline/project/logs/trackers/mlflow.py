@@ -48,7 +48,7 @@ class Tracker:
 
         now = int(time.time() * 1000)
         self._metrics += [Metric(name, value, now, step) for name, value in values.items()]
-        if len(self._metrics) >= MOST - 100:
+        if len(self._metrics) >= MOST - 100:  # a step has fewer than 100 values
             self.flush()
 
     def log_text(self, step: int, samples: Sequence[Sample]) -> None:
