@@ -208,11 +208,12 @@ def _shorten(text: str, width: int) -> str:
     if _width(text) <= width:
         return text
     half = (width - 1) // 2
+    # white space stays as it is
     words = (
         w if len(w) <= width else f"{w[: width - 1 - half]}…{w[len(w) - half :]}"
-        for w in text.split(" ")
+        for w in re.split(r"([ \n])", text)
     )
-    return " ".join(words)
+    return "".join(words)
 
 
 def number(value: float | None, form: str = "") -> str:
@@ -256,10 +257,10 @@ def follow(events: "Generator[Event, None, Result]", title: str, quiet: bool = F
     from pipeline.project.runner import Note
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}"),
+        TextColumn("{task.fields[text]}", markup=False),
         TimeRemainingColumn(),
     )
     with Progress(

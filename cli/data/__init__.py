@@ -189,9 +189,9 @@ def show(
     if row:
         return
     with TemporaryDirectory() as folder:
-        first = islice(chain((example for example, _ in shown), examples), COUNTED)
-        statistics = Corpus.of(encode.each(first), Path(folder)).statistics
-    is_all = next(examples, None) is None
+        every = chain((example for example, _ in shown), examples)
+        statistics = Corpus.of(encode.each(islice(every, COUNTED)), Path(folder)).statistics
+    is_all = next(every, None) is None
     rows = [
         ("examples", f"{statistics.examples:,}"),
         ("tokens", f"{statistics.tokens:,}"),

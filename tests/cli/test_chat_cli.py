@@ -85,6 +85,15 @@ def test_adapters_are_switched_and_compared_on_the_same_history(
     assert out == f"{one}\ntwo:\n{two}\nbase:\n{base}\n{two}\n"
 
 
+def test_an_adapter_is_loaded_on_the_base_that_was_named(
+    cli: Lora, monkeypatch: pytest.MonkeyPatch, home: Path, tmp_path: Path
+) -> None:
+    """Also where the base that the adapter names is there too."""
+    checkpoint(tmp_path, seed=9).rename(tmp_path / "other")
+    out, err = talk(cli, monkeypatch, home, ["Two"], "--base", str(tmp_path / "other"), "--adapter", "artifacts/one")
+    print(out, err)
+
+
 def test_strength_zero_is_the_base(cli: Lora, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     lines = ["/adapter one", "/strength 0", "Two and two?", "/reset", "/strength 1", "Two and two?"]
     out, _ = talk(cli, monkeypatch, home, lines)
@@ -144,6 +153,7 @@ def test_without_a_name_it_talks_with_the_model_trained_last_not_merged(
         ("/strength", "/strength needs X, got nothing."),
         ("/save said.txt", "/save needs a file that ends in .jsonl, got said.txt."),
         ("/save said.jsonl", "/save needs a conversation: nothing was said yet."),
+        ("/save a\0.jsonl", "/save a␀.jsonl: "),
         ("/retry", "/retry needs a question to answer again: there is none yet."),
         ("/jump", "/jump is no command. Commands: /adapter,"),
         ("fake <|end|>", "contains <|end|>, a special token"),
@@ -153,7 +163,7 @@ def test_without_a_name_it_talks_with_the_model_trained_last_not_merged(
 def test_a_line_that_cannot_be_obeyed_is_one_message_and_the_conversation_goes_on(
     cli: Lora, monkeypatch: pytest.MonkeyPatch, home: Path, line: str, message: str
 ) -> None:
-    before = ["Two and two?"] if "undo" in message else []
+    before = ["Two and two?"] if "undo" in message or "\0" in line else []
     out, err = talk(cli, monkeypatch, home, [*before, line, "/reset", "Two and two?"])
     assert message in err
     assert out.splitlines()[-1] == answers(home, ["Two and two?"], None)[0].splitlines()[-1]

@@ -115,6 +115,25 @@ def test_a_line_of_the_result_is_printed_as_it_is(
     assert tuple(capsys.readouterr()) == (f"{line}\n", f"{line}\n")
 
 
+def test_lines_of_a_cell_are_shortened_one_by_one() -> None:
+    first, second = "a" * 35, "b" * 35
+    lines = drawn(40, ["text"], [[f"{first}\n{second} and more"]], [])
+    assert [line.strip() for line in lines] == ["text", first, second, "and more"]
+
+
+def test_brackets_in_the_progress_of_a_stage_are_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Console(file=StringIO(), force_terminal=True, width=100, color_system=None)
+    monkeypatch.setattr(console, "stderr", terminal)
+
+    def names() -> Generator[Progress, None, None]:
+        yield Progress(0, 1, "lm_head[/a]")
+
+    console.follow(names(), "merge [b]")
+    assert isinstance(terminal.file, StringIO)
+    shown = terminal.file.getvalue()
+    assert "merge [b] " in shown and "lm_head[/a]" in shown
+
+
 def test_a_heading_that_a_terminal_would_obey_takes_the_room_of_what_is_shown() -> None:
     lines = drawn(40, ["\x1b[31m" + "x" * 20, "n"], [["a", "12,345"]], ["n"])
     assert lines[0].split() == ["␛[31m" + "x" * 20, "n"] and lines[1].split() == ["a", "12,345"]

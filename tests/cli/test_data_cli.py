@@ -135,6 +135,16 @@ def test_statistics_are_of_the_first_thousand_rows(cli: Lora, here: Path) -> Non
     assert out.endswith("`lora data check d.jsonl` reads all.\n")
 
 
+def test_statistics_of_a_part_are_named_so_also_if_more_rows_are_shown(
+    cli: Lora, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cli.data.COUNTED", 2)
+    code, out, _ = cli("data", "show", "d.jsonl", "--limit", "4", cwd=here)
+    assert code == 0 and "d.jsonl:4" in out
+    assert re.search(r"the first 2 *\nexamples +2 ", out)
+    assert out.endswith("`lora data check d.jsonl` reads all.\n")
+
+
 def test_a_table_is_shown_by_its_columns_without_what_a_terminal_would_obey(
     cli: Lora, here: Path
 ) -> None:

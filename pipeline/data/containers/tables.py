@@ -122,7 +122,7 @@ def _refuse_parquet_bombs(path: Path, metadata: Any) -> None:
                     file.seek(column.dictionary_page_offset)
                     size = _page_size(file.read(24))
                     if size is None:
-                        raise UserError(f"{where} has a damaged dictionary. {advice}")
+                        raise ValueError(f"the column {column.path_in_schema} is damaged")
                     if size > MAX_DICTIONARY:
                         limit = f"{MAX_DICTIONARY:,} bytes, got {size:,}"
                         raise UserError(

@@ -559,6 +559,35 @@ def test_stacks_of_one_file_are_counted_apart_and_buffers_not_at_all(tmp_path: P
     assert open_model(str(tmp_path)).shapes.total == 32 + 32 + 16 + 16
 
 
+CONV = "model.layers.0.conv"
+STACKED = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+@pytest.mark.parametrize("shapes", [
+    {f"{CONV}.weight": (6, 4, 3, 3)},
+    {f"{CONV}.weight": (8, 4, 1), f"{CONV}.bias": (8,)},
+    {f"{CONV}.weight": (8, 1, 4), f"{CONV}.bias": (8,)},
+    {STACKED: (3, 4, 10), f"{STACKED}_bias": (3, 10)},
+    {"lm_head.weight": (16, 4), "talker.lm_head.weight": (8, 4)},
+    {"lm_head.weight": (20, 4)},
+    {"decoder.embed_tokens.weight": (10, 4)},
+    {f"model.layers.0.experts.{n}.w1.weight": (8 + n, 4) for n in range(3)},
+])  # fmt: skip
+def test_every_number_of_the_tensors_is_counted_once(
+    tmp_path: Path, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    """Convolutions, biases of stacked experts, heads and embeddings of several sizes."""
+    shapes = {
+        "model.embed_tokens.weight": (16, 4),
+        "model.layers.0.self_attn.q_proj.weight": (4, 4),
+        **shapes,
+    }
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "m.safetensors")
+    counted = open_model(str(tmp_path)).shapes.total
+    assert counted == sum(tensor.numel() for tensor in tensors.values())
+
+
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     small("llama").save_pretrained(tmp_path, max_shard_size="60KB")
     shards = sorted(tmp_path.glob("*.safetensors"))
@@ -648,6 +677,32 @@ def test_the_headers_of_a_hybrid_give_its_counts(tmp_path: Path) -> None:
 def test_bad_layer_types_are_one_message(value: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         architecture({**entry("qwen3.5-4b")["config"], "layer_types": value}, "config.json")
+
+
+@pytest.mark.parametrize("value, got", [([1, 0], "[1, 0]"), (4, "4"), ("abc", "'abc'")])
+def test_layers_without_positions_must_be_listed_for_every_block(value: Any, got: str) -> None:
+    config = {**entry("llama-4-scout")["config"], "model_type": "llama4_text"}
+    config = {**config, **config.pop("text_config", {}), "no_rope_layers": value}
+    with pytest.raises(UserError) as raised:
+        architecture(config, "config.json")
+    assert str(raised.value) == (
+        f"config.json: no_rope_layers must list 0 or 1 for each of the 48 layers, got {got}."
+    )
+
+
+def test_an_empty_list_of_moe_layers_means_no_experts() -> None:
+    """As in transformers, where only null has the default."""
+    settings = {**SIZES, **SMALL["llama4_text"], "moe_layers": []}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama4_text", **settings))
+    assert architecture({"model_type": "llama4_text", **settings}, "l").total == total(model)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "smollm3", "mixtral"])
+def test_a_null_number_of_key_value_heads_means_as_many_as_heads(family: str) -> None:
+    settings = {**SIZES, **SMALL[family], "num_key_value_heads": None}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
+    built = architecture({"model_type": family, **settings}, family)
+    assert (built.kv_heads, built.total) == (4, total(model))
 
 
 def test_a_tied_head_may_be_said_for_text_and_images_together(tmp_path: Path) -> None:

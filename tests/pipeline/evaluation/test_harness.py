@@ -323,6 +323,21 @@ def test_what_a_task_raises_is_one_message(tmp_path: Path) -> None:
     assert "\n" not in message
 
 
+def test_a_task_whose_code_exits_is_one_message(tmp_path: Path) -> None:
+    task = tmp_path / "toy.yaml"
+    task.write_text(
+        "task: toy\noutput_type: loglikelihood_rolling\ndoc_to_text: !function code.text\n"
+        "doc_to_target: x\ntest_split: test\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n', encoding="utf-8")
+    code = "def text(row):\n    raise SystemExit('no words')\n"
+    (tmp_path / "code.py").write_text(code, encoding="utf-8")
+    message = user_error(run, {}, HarnessOptions([str(task)]), False, lambda _: None)
+    assert "cannot be loaded: SystemExit: no words." in message
+
+
 def test_settings_of_generation_that_are_not_supported_are_named(tmp_path: Path) -> None:
     beams = {"until": ["."], "num_beams": 4}
     task = {

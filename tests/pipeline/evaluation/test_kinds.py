@@ -235,7 +235,10 @@ def test_what_it_changes_in_an_example_is_gone_with_the_next(tmp_path: Path) -> 
                 f"def score(answer, example):\n    return {value}",
                 "data/mine.py: score must return a number from 0 to 1, got",
             )
-            for value in ("2", "-0.1", "float('nan')", "float('inf')", "'1'", "None", "[1]", "1j")
+            for value in (
+                *("2", "-0.1", "float('nan')", "float('inf')", "'1'", "None", "[1]", "1j"),
+                "10**400",  # more than a float can hold
+            )
         ),
     ],
 )

@@ -89,6 +89,20 @@ def test_the_prompts_of_tasks_are_read_without_their_scorers(tmp_path: Path) -> 
     assert prompts == ["The capital of France is", "Two and two?", "Who?", "Why?"]
 
 
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"examples": [{"messages": [{"role": "assistant", "content": "Me."}]}]},
+        {"file": "a\0b"},
+        {"file": "\ud800"},
+    ],
+)
+def test_what_is_no_task_has_no_prompts(tmp_path: Path, task: dict[str, Any]) -> None:
+    write_jsonl(tmp_path / "t.jsonl", [{"name": "t", "kind": "contains", **task}])
+    with pytest.raises(UserError, match=r"^t\.jsonl: t"):
+        list(task_prompts(tmp_path / "t.jsonl", "t.jsonl"))
+
+
 def test_examples_come_from_any_data_file(tmp_path: Path) -> None:
     rows = [("Two and two?", "Four."), ("Which capital?", "Paris.")]
     (tmp_path / "a.csv").write_text(
@@ -180,6 +194,18 @@ def test_a_file_that_yaml_wrote_with_anchors_is_read_as_written_out(tmp_path: Pa
         (
             "- {name: t, kind: contains, file: x.csv}",
             "tasks.yaml: t: file x.csv is not in evaluate.tasks. Add it there",
+        ),
+        (
+            '- {name: t, kind: contains, file: "a\\0b"}',
+            "tasks.yaml: task 1: file must not have a NUL or half a surrogate pair in a text",
+        ),
+        (
+            '- {name: t, kind: python, scorer: "a\\0b", examples: [{prompt: a}]}',
+            "tasks.yaml: task 1: scorer must not have a NUL or half a surrogate pair in a text",
+        ),
+        (
+            "- {name: t, kind: contains, examples: [{messages: [{role: assistant, content: a}]}]}",
+            "tasks.yaml: t, example 1: messages must have a turn before the answer",
         ),
         (
             "- {name: t, kind: contains, max_new_tokens: 0, examples: [{prompt: a, answer: b}]}",

@@ -119,6 +119,13 @@ def test_mlx_lm_has_our_logits(cli: Lora, name: str, tmp_path: Path) -> None:
     assert re.search(r"^adapter .* MiB  \d\.\de[+-]\d\d  ", said, re.MULTILINE), said
 
 
+def test_a_base_may_have_braces_in_its_name(cli: Lora, tmp_path: Path) -> None:
+    source = made(tmp_path, *SPECS["plain"])
+    code, said, errors = export(cli, source, "--base-name", "org/{name}")
+    assert code == 0, errors
+    assert f"mlx_lm.generate --model org/{{name}} --adapter-path {tmp_path / 'out'}" in said
+
+
 @pytest.mark.parametrize("family", sorted(form.FAMILIES))
 def test_each_family_has_the_same_modules_in_mlx_lm(family: str, tmp_path: Path) -> None:
     model = toy_checkpoint(tmp_path / "base", family)

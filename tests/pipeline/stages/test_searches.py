@@ -363,6 +363,8 @@ def test_of_adapters_that_diverged_or_were_stopped_at_a_rung_none_is_chosen() ->
     )
     with pytest.raises(UserError, match="No adapter of the sweep has a finite loss"):
         choose({"b": rows["b"]})
+    with pytest.raises(UserError, match="No adapter of the sweep has a finite loss"):
+        choose({"b": rows["b"]}, 0.1)
     with pytest.raises(UserError, match=r"--max-divergence needs .*finetune_sweep.old_data"):
         choose(rows, 0.1)
     with pytest.raises(

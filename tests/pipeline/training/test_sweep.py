@@ -668,6 +668,12 @@ def rows_of(best: object, *others: object) -> dict[str, object]:
             {"rank": {"low": 1, "high": 100, "log": False}},
             {"rank": ("highest", [6, 7, 9])},
         ),
+        # in two digits, the next numbers are lower
+        (
+            rows_of({"learning_rate": 0.0102}, {"learning_rate": 0.0101}),
+            {"learning_rate": [0.0101, 0.0102]},
+            {},
+        ),
         # chance: 100 could be drawn
         (rows_of(60, 50, 40), {"rank": {"low": 1, "high": 100, "log": False}}, {}),
         (

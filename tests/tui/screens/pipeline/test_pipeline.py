@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from textual.widgets import Static
 
+from pipeline.errors import UserError
+from pipeline.evaluation.metrics_diff import metrics_since_commit
 from pipeline.files import artifact
 from tests.helpers.extension import add_probes
 from tests.helpers.pilot import screen_opens, until
@@ -492,6 +494,17 @@ async def test_the_steps_of_a_run_are_in_its_log(project: Path) -> None:
         assert log_lines(screen) == [
             "Nothing was printed: the pipeline has not run this stage since its log began."
         ]
+
+
+@pytest.mark.parametrize("text", ['{"a": 1' + "0" * 400 + "}", "[" * 100_000])
+def test_metrics_that_cannot_be_read_are_one_message(tmp_path: Path, text: str) -> None:
+    metrics = tmp_path / "metrics.json"
+    metrics.write_text(text, encoding="utf-8")
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    with pytest.raises(UserError, match=r"^metrics\.json cannot be read: "):
+        metrics_since_commit(metrics)
 
 
 @pytest.mark.slow
