@@ -192,10 +192,8 @@ def diff(
 
     first, second = load_update(one), load_update(other)
     refuse_other_model(first, second)
-    settings, rows = (
-        settings_that_differ(first, second),
-        list(modules(first.low_rank, second.low_rank)),
-    )
+    settings = settings_that_differ(first, second)
+    rows = list(modules(first.low_rank, second.low_rank))
     trained = list(values(first, second))
     if as_json:
         by_module, by_value = [row._asdict() for row in rows], [row._asdict() for row in trained]

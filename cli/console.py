@@ -28,7 +28,10 @@ _ESCAPED = {code: f"\\u{code:04x}" for code in OBEYED}
 
 
 class _Console(Console):
-    """Shows what a terminal would obey: names of folders, params and answers come from others."""
+    """Prints signs in place of characters that a terminal would obey.
+
+    Names of folders, params and answers come from others.
+    """
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
@@ -103,7 +106,7 @@ def print_costs(costs: "Mapping[str, Cost]") -> None:
 
 
 class _Column(NamedTuple):
-    """A column's cells; at `most` wide none wraps, at `least` texts wrap or are shortened."""
+    """A column's cells. At the width `most` no cell wraps; at `least`, texts wrap or are cut."""
 
     heading: str
     cells: Sequence[str]

@@ -112,6 +112,8 @@ def push(
     check(publication, form, exported, dry_run)
     with tempfile.TemporaryDirectory() as scratch:
         folder = out or Path(scratch, repository.rpartition("/")[2])
+        if not dry_run:  # a short relative name could stand anywhere in `lines`
+            folder = folder.absolute()
         lines = follow(prepare(form, exported, publication, folder), "export")
         done = f"A push sends these files to {repository} in one commit; nothing was sent."
         if not dry_run:

@@ -28,7 +28,7 @@ from pipeline.project.process import open_streams, require_current_folder, world
 
 STDOUT = 1
 
-# Command → its module and its line in `lora --help`, which so imports no module.
+# Command → its module and its line in `lora --help`, so that the help imports no module.
 COMMANDS = {
     "train": ("cli.new", "Fine-tune a base on your data, in one command."),
     "new": ("cli.new", "Make a project: params, data, dvc.yaml."),
@@ -65,9 +65,11 @@ def _names() -> list[str]:
 def _find(name: str, app: Any) -> Any:
     """The command or group of this name in a Typer app; None if there is none."""
     for command in app.registered_commands:
-        if name == (command.name or command.callback.__name__):
+        if name == (command.name or typer.main.get_command_name(command.callback.__name__)):
             return command
-    return next((below for below in app.registered_groups if below.name == name), None)
+    # a group may have its name and its help from several places
+    groups = map(typer.main.solve_typer_info_defaults, app.registered_groups)
+    return next((below for below in groups if below.name == name), None)
 
 
 def _lacks(name: str, app: Any) -> str:
@@ -84,7 +86,7 @@ def _load(name: str) -> Any:
 
     whole = group()
     whole.add_typer(import_module(COMMANDS[name][0]).app if name in COMMANDS else ADDED[name])
-    whole.callback()(lambda: None)  # or Typer makes of a single command no group
+    whole.callback()(lambda: None)  # without it, Typer makes no group of a single command
     return typer.main.get_group(whole).commands[name]
 
 
@@ -99,7 +101,7 @@ class _Commands(Group):
 
 
 def _line(name: str) -> str:
-    """Its line in `lora --help`."""
+    """A command's line in `lora --help`."""
     if name in COMMANDS:
         return COMMANDS[name][1]
     try:

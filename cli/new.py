@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
@@ -116,7 +117,7 @@ def new(
         for note in notes:
             print_note(note)
         print_line(f"{folder}: added {', '.join(added)}" if added else f"{folder}: nothing to add")
-    print_line(f"Next: cd {folder}; {_dvc()} repro; lora-tui")
+    print_line(f"Next: cd {quote(str(folder))}; {_dvc()} repro; lora-tui")
 
 
 @app.command()
@@ -151,6 +152,15 @@ def train(
         project = open_project(params)
         given = follow(place_files(_read_values(values, chosen), out, GRAPH), "")
         _refuse_other(project, base, [*(data or ()), *filter(None, [eval_data])])
+        trained = [stage.section for stage in project.stages.values() if stage.trains]
+        for name in _names(methods):
+            if f"finetune_{name}" not in trained:
+                raise UserError(
+                    f"{out} is a project already, which does not train by {name}. Add a section "
+                    f"finetune_{name} to {params}, or name another folder with --out."
+                )
+        if columns:
+            given |= {f"{section}.columns": columns_of(columns) for section in trained}
         for key, value in given.items():
             if open_project(params, [f"{key}={dump_inline(value)}"]).params != project.params:
                 raise UserError(
@@ -406,9 +416,10 @@ def _print_results(project: Project, folder: Path) -> None:
             print_line(f"{' ' * len(name)}  {line}")
     print_answers(samples, ["base", *names], SHOWN_ANSWERS)
     adapter = next((s.path for s in project.stages.values() if s.kind == "adapter"), None)
-    where = os.path.relpath(folder)
+    project_folder = quote(os.path.relpath(folder))
     print_line(
-        f"\nNext: cd {where}; lora report   all answers; or: lora-tui, lora chat, lora serve"
+        f"\nNext: cd {project_folder}; lora report   all answers; or: lora-tui, lora chat, lora "
+        "serve"
     )
     print_line(f"      {_dvc()} repro   after an edit of params.yaml")
     if adapter:
@@ -420,4 +431,4 @@ def _print_results(project: Project, folder: Path) -> None:
 
 def _dvc() -> str:
     """How DVC is called here: by its path where it is not on PATH, as in an environment of pipx."""
-    return "dvc" if shutil.which("dvc") else str(Path(sys.executable).with_name("dvc"))
+    return "dvc" if shutil.which("dvc") else quote(str(Path(sys.executable).with_name("dvc")))

@@ -212,10 +212,8 @@ class Group(TyperGroup):
 
                 meant = OPTIONS.get(unknown.option_name)
                 if any(meant in option.opts for option in unknown.ctx.command.params):
-                    unknown.message, unknown.possibilities = (
-                        f"{unknown.message}. Did you mean {meant}?",
-                        None,
-                    )
+                    unknown.message = f"{unknown.message}. Did you mean {meant}?"
+                    unknown.possibilities = None
             raise
 
 

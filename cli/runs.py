@@ -88,6 +88,7 @@ def apply(
             f"{project.home(run.stage).root}."
         )
     values = settings_to_write(project, run)
+    _refuse_unwritable(project, values, name)  # before the artifact is replaced
     restore(project, run)
     write_values(project, values, name)
     print_line(
@@ -157,13 +158,12 @@ def start_trackers(job: Job) -> Generator[Event, None, list[Follower]]:
     from pipeline.project.logs.follower import Followed, Follower, missing
     from pipeline.project.runner import Note
 
-    project, stage, journal, started = (
-        job.project,
-        job.stage,
-        run_state.read(job.run),
-        list[Follower](),
-    )
-    for name in project.params.report_to if journal else ():
+    project, stage = job.project, job.stage
+    started: list[Follower] = []
+    journal = run_state.read(job.run)
+    if journal is None:
+        return started
+    for name in project.params.report_to:
         if why := missing(name):
             yield Note(
                 f"{stage.name}: report_to: {why}, and send the run with `lora runs export --to "
@@ -178,7 +178,7 @@ def start_trackers(job: Job) -> Generator[Event, None, list[Follower]]:
             params=job.input_facts["params"],
             artifact=str(project.cache / stage.name / job.key),
             run=str(job.run),
-            started=journal.started if journal else 0.0,
+            started=journal.started,
         )
         try:
             started.append(Follower(name, followed))
@@ -210,26 +210,18 @@ def finish_trackers(followers: list[Follower]) -> None:
 def write_values(project: Project, values: Mapping[str, Any], what: str = "--apply") -> None:
     """Write `section.key` → value into the params file, and print the lines that changed.
 
-    Raises UserError, which begins with `what`, for a section of the project that this one builds
-    on.
+    Raises UserError, which for a section of the project that this one builds on begins with `what`.
     """
     from difflib import unified_diff
 
     from cli.console import print_line, print_note
-    from pipeline.errors import UserError
     from pipeline.project.params.edit import save
     from pipeline.project.params.load import read_text
     from pipeline.stages.registry import open_project
 
+    _refuse_unwritable(project, values, what)
     path = project.params_path
     named = open_project(path).params.written
-    sections = dict.fromkeys(key.partition(".")[0] for key in values if "." in key)
-    inherited = project.parent.params.written if project.parent else frozenset()
-    for section in sections:
-        if section in inherited - named:
-            raise UserError(
-                f"{what}: {section} is a section of {project.params.project}. Set it there by hand."
-            )
     before = read_text(path)
     save(path, values, project.graph.sections)
     lines = unified_diff(before.splitlines(), read_text(path).splitlines(), n=0, lineterm="")
@@ -240,10 +232,34 @@ def write_values(project: Project, values: Mapping[str, Any], what: str = "--app
         else f"{path.name} has these values already."
     )
     new = [
-        section for section in sections if section not in named and section in project.graph.product
+        section
+        for section in _sections_of(values)
+        if section not in named and section in project.graph.product
     ]
     if new and (project.root / "dvc.yaml").is_file():
         print_note(
             f"{new[0]} is a stage of this project now. For `dvc repro`, remove dvc.yaml and run "
             "`lora new .`."
         )
+
+
+def _sections_of(values: Mapping[str, Any]) -> dict[str, None]:
+    return dict.fromkeys(key.partition(".")[0] for key in values if "." in key)
+
+
+def _refuse_unwritable(project: Project, values: Mapping[str, Any], what: str) -> None:
+    """Raises the UserError of `write_values`, and writes nothing."""
+    from pipeline.errors import UserError
+    from pipeline.project.params.edit import set_values
+    from pipeline.project.params.load import parse, read_text
+    from pipeline.stages.registry import open_project
+
+    path = project.params_path
+    named = open_project(path).params.written
+    inherited = project.parent.params.written if project.parent else frozenset()
+    for section in _sections_of(values):
+        if section in inherited - named:
+            raise UserError(
+                f"{what}: {section} is a section of {project.params.project}. Set it there by hand."
+            )
+    parse(set_values(read_text(path), values), path, project.graph.sections)

@@ -207,7 +207,7 @@ def _find_intruders(
             about = {"name": matrix.pair.module, "complete": matrix.complete}
             matrices.append({**about, "intruders": found})
         scores = {name: cost._asdict() for name, cost in quality.items()}
-        written = out and str(out)
+        written = None if out is None else str(out)
         print_json({**search, "matrices": matrices, "damped": written, "quality": scores})
         return
     if out is not None:
@@ -272,10 +272,11 @@ def _print_json(spectra: "Spectra", **more: Any) -> None:
 
 
 def _print_csv(spectra: "Spectra") -> None:
-    """The same, a row per tensor, without the singular values."""
+    """A row for each tensor: what `_facts` has, without the singular values."""
     import csv
     import sys
 
+    from pipeline.files.text import printable
     from pipeline.weights.spectrum import RANKS
 
     writer = csv.writer(sys.stdout, lineterminator="\n")
@@ -286,10 +287,10 @@ def _print_csv(spectra: "Spectra") -> None:
         numbers = (tensor[key] for key in ("norm", "change", "relative"))
         ranks = (*tensor["energy"].values(), tensor["stable_rank"], tensor["effective_rank"])
         written = ["" if value is None else f"{value:.6g}" for value in (*numbers, *ranks)]
+        name = printable(tensor["name"])  # from a file: a terminal would obey its escapes
         shape = "x".join(map(str, tensor["shape"]))
-        writer.writerow(
-            [tensor["name"], shape, *written, tensor["rank_of_90"], f"{tensor['error']:.2g}"]
-        )
+        error = f"{tensor['error']:.2g}"
+        writer.writerow([name, shape, *written, tensor["rank_of_90"], error])
 
 
 def _print_tables(spectra: "Spectra") -> None:
@@ -315,11 +316,10 @@ def _print_tables(spectra: "Spectra") -> None:
     if vectors := [tensor for tensor in changed if not tensor.values]:
         shares = [tensor.relative for tensor in vectors if tensor.relative is not None]
         change_range = f", by {_percent(min(shares))} to {_percent(max(shares))}" if shares else ""
-        tensors = (
-            f"{len(vectors)} other tensor{'s' * (len(vectors) > 1)}, norms and biases for the "
-            "most part,"
+        print_line(
+            f"{len(vectors)} other tensor{'s' * (len(vectors) > 1)}, norms and biases for the most "
+            f"part, changed too{change_range}: no low rank carries them."
         )
-        print_line(f"{tensors} changed too{change_range}: no low rank carries them.")
     if wide := [tensor for tensor in changed if not tensor.complete]:
         matrices = f"{len(wide)} wide matri{'ces' if len(wide) > 1 else 'x'}"
         error = max(tensor.error for tensor in wide)
@@ -346,7 +346,10 @@ def short(name: str) -> str:
     """A tensor's name from its block number on, or its last parts: 0.self_attn.q_proj, lm_head."""
     module = name.removesuffix(".weight")
     numbered = re.search(r"(?:^|\.)(\d+\..*)", module)
-    return numbered[1] if numbered else ".".join(module.split(".")[-1 - (module == name) :])
+    if numbered:
+        return numbered[1]
+    parts = 1 if module != name else 2  # "bias" alone does not say of what
+    return ".".join(module.split(".")[-parts:])
 
 
 def _percent(share: float | None) -> str:

@@ -22,12 +22,11 @@ CONTROL |= dict.fromkeys(
 
 
 class UserError(Exception):
-    """An error that the user can fix: the message says what is wrong and what to do next. Exit code
-    1.
+    """An error that the user can fix. The exit code is 1.
 
-    Each argument is a line. Messages quote names and values of files from elsewhere, which may have
-    control characters, line breaks that would fake a second message, or megabytes: signs replace
-    the former, an ellipsis the middle of a long line.
+    The message says what is wrong and what to do next; each argument is one of its lines. It may
+    quote names and values of files from elsewhere. Signs replace control characters in them, and
+    line breaks that would fake a second message; an ellipsis replaces the middle of a long line.
     """
 
     def __init__(self, *lines: str) -> None:
@@ -44,10 +43,9 @@ def _one_line(text: str) -> str:
 
 
 class Interrupted(Exception):
-    """A signal stopped the work between two steps; `message` says after which. Exit code 128 +
-    signal.
+    """A signal stopped the work between two steps. The exit code is 128 + signal.
 
-    `resumes`: whether the same command goes on from there.
+    `message` says after which step. `resumes`: whether the same command goes on from there.
     """
 
     def __init__(self, signal_number: int, message: str, resumes: bool = True) -> None:
@@ -87,7 +85,7 @@ def first_line(error: BaseException) -> str:
 def path_problem(error: BaseException) -> UserError | None:
     """What the user can mend in what pathlib raises as RuntimeError; None for any other error."""
     text = str(error) if isinstance(error, RuntimeError) else ""
-    # Python 3.13 raises no error, and the system an OSError
+    # from Python 3.13 on, it is the system that reports a loop, as an OSError
     if text.startswith("Symlink loop from "):
         path = text.removeprefix("Symlink loop from ")
         return UserError(
@@ -101,8 +99,9 @@ def path_problem(error: BaseException) -> UserError | None:
 
 
 def explain(error: OSError) -> str:
-    """Such as `No space left on device: PATH. Free some space.` The reason comes first: tables may
-    cut the rest.
+    """The message of an OSError, such as `No space left on device: PATH. Free some space.`
+
+    The reason comes first: tables may cut the rest.
     """
     path = f": {error.filename}" if error.filename else ""
     return f"{error.strerror or error}{path}.{' Free some space.' if error.errno in FULL else ''}"
@@ -117,7 +116,7 @@ class Needs(NamedTuple):
 
 
 _LLAMA_CPP = "llama-cpp-py-sync"
-# the only list of it: `lora doctor`, docs/reference/extras.md and error messages read this
+# the only list of what needs which extra: `lora doctor`, docs/reference/extras.md and error messages read this
 OPTIONAL = {
     "base: MODEL.gguf": Needs("gguf", ("gguf", "sentencepiece", "protobuf", "accelerate")),
     "lora export --format gguf": Needs("gguf", ("gguf",)),
@@ -145,7 +144,7 @@ OPTIONAL = {
 
 
 def install_command(extra: str) -> str:
-    """What installs an extra into the environment that runs: of pipx, of uv, or any other."""
+    """The command that installs an extra into this environment: of pipx, of uv, or any other."""
     name, prefix = f"'lora-workbench[{extra}]'", Path(sys.prefix)
     if (prefix / "pipx_metadata.json").exists():
         return f"pipx runpip lora-workbench install {name}"

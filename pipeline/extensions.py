@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from functools import cache, cached_property
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
@@ -28,16 +29,14 @@ from pipeline.errors import UserError, first_line
 
 T = TypeVar("T")
 GROUP = "lora_workbench"
-OFF = "LORA_NO_EXTENSIONS"  # an environment variable: does it work without them?
+OFF = "LORA_NO_EXTENSIONS"  # an environment variable that leaves them all out
 
 
 class Kind(NamedTuple):
-    """`attribute`: what a module of this kind defines; empty: the module is meant itself.
-    `package`: ours, with a file for each.
-    """
+    """A kind of extension."""
 
-    attribute: str
-    package: str = ""
+    attribute: str  # what a module of this kind defines; empty: the module itself is used
+    package: str = ""  # ours, with a file for each name
 
 
 KINDS = {
@@ -59,12 +58,12 @@ KINDS = {
 
 
 class EntryPoint(NamedTuple):
-    """`distribution`: the installed package that names `module`, as NAME-VERSION."""
+    """A module that an installed package adds."""
 
     kind: str
     name: str
     module: str
-    distribution: str
+    distribution: str  # the package, as NAME-VERSION
 
 
 class ExtensionError(UserError):
@@ -73,8 +72,7 @@ class ExtensionError(UserError):
 
 @cache
 def entry_points() -> tuple[EntryPoint, ...]:
-    """Those of all installed packages, in the order of their names; nothing is imported. None where
-    `OFF` is set.
+    """The entry points of all installed packages, sorted; nothing is imported. () if `OFF` is set.
 
     Read by hand: with `importlib.metadata` it takes 60 ms, half of what `lora --help` may take.
     """
@@ -100,7 +98,7 @@ def _read(path: Path) -> Iterator[EntryPoint]:
     for line in map(str.strip, lines):
         if line.startswith("["):
             section = line.strip("[]").strip()
-        elif section == GROUP and "=" in line:
+        elif section == GROUP and "=" in line and not line.startswith("#"):
             full_name, _, module = line.partition("=")
             kind, _, name = full_name.strip().partition(".")
             yield EntryPoint(
@@ -143,12 +141,14 @@ class Registry(Mapping[str, T]):
         for point in (point for point in entry_points() if point.kind == kind):
             if point.name in self._ours or point.name in taken:
                 _problems[point] = f"{_title(point)}: the program has this name."
-            elif (other := self._theirs.setdefault(point.name, point)) is not point:
+            elif other := self._theirs.get(point.name):
                 _problems[point] = f"{_title(point)}: {other.distribution} has this name."
+            else:
+                self._theirs[point.name] = point
         _registries[kind] = self
 
     def __getitem__(self, name: str) -> T:
-        """Raises ExtensionError where it is an extension's, which cannot be used."""
+        """Raises ExtensionError for an extension that cannot be used."""
         if name in self._loaded:
             return self._loaded[name]
         if name in self._ours:
@@ -162,7 +162,8 @@ class Registry(Mapping[str, T]):
             item: T = _import(point)
             reason = self._check(point.name, item) if self._check else ""
             if self._order:
-                self._order(item)
+                ours = [self[name] for name in islice(self._ours, 1)]
+                sorted(map(self._order, [*ours, item]))  # raises TypeError unless they compare
         except (AttributeError, LookupError, TypeError) as error:
             reason = f"{point.module} does not define what it has to ({first_line(error)})."
         if reason:
@@ -215,7 +216,9 @@ def problems() -> list[str]:
         if package := KINDS[point.kind].package:
             import_module(package)  # makes its registry
         registry = _registries.get(point.kind)
-        (Registry[Any](point.kind) if registry is None else registry).problems()
+        if registry is None:
+            registry = Registry[Any](point.kind)
+        registry.problems()
     return [_problems[point] for point in entry_points() if point in _problems]
 
 

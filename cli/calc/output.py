@@ -191,7 +191,8 @@ def print_sweep(out: Output, model: Model, given: Configuration, text: str) -> N
     key, choices = key.strip(), [value.strip() for value in values.split(",") if value.strip()]
     if not choices:
         raise UserError(f"sweep takes KEY=A,B,..., such as rank=1,2,4,8, got {text!r}.")
-    shapes, rows = model.shapes, list[tuple[Any, ...]]()
+    shapes = model.shapes
+    rows: list[tuple[Any, ...]] = []
     for value, method, run in swept(given.method, given.run, key, choices, given.methods):
         memory, trained = predict(shapes, method, run), trainable(shapes, method)
         number = int(value) if key in LARGEST else value

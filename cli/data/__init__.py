@@ -332,7 +332,8 @@ def clean(
                 "--drop too-long counts tokens, and there is no model. Name one with --base."
             )
         tokenizer, positions = _open_base(base)
-        encoder, max_length = Encoder(tokenizer), max_length or positions or 0
+        encoder = Encoder(tokenizer)
+        max_length = max_length or positions or 0
         if not max_length:
             raise UserError(
                 "--drop too-long needs --max-length: the model does not say how many positions it "
@@ -378,7 +379,7 @@ def _default_base() -> Path | None:
 
 
 def _open_base(base: Path) -> tuple["Tokenizer", int | None]:
-    """Its tokenizer and its number of positions."""
+    """The tokenizer of a base, and its number of positions if known."""
     from pipeline.data.tokenizers.word import load_tokenizer
     from pipeline.files.base_model import max_positions
 

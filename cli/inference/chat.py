@@ -6,11 +6,19 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from typer import Option
 
-from cli.inference.prompt import Adapter, PromptBase, Seed, Temperature, chosen_model
+from cli.inference.prompt import (
+    Adapter,
+    PromptBase,
+    Seed,
+    Temperature,
+    chosen_model,
+    validate_utf8,
+)
 from cli.options import DeviceOption, finite, group
 from pipeline.errors import UserError, explain
 from pipeline.files.text import printable
@@ -27,7 +35,7 @@ BASE = "base"  # what /adapter and /compare call the model without an adapter
 def chat(
     base: PromptBase = None,
     adapter: Adapter = None,
-    system: Annotated[str, Option(help="System prompt.")] = "",
+    system: Annotated[str, Option(callback=validate_utf8, help="System prompt.")] = "",
     strength: Annotated[
         float,
         Option(
@@ -57,7 +65,10 @@ def chat(
     base, adapter = chosen_model(base, adapter, merged=False)
     conversation = Conversation(system, Sampling(temperature, 0, sample_top_p, seed), max_tokens)
     session = Session(base, conversation, strength)
-    session.choose(str(adapter) if adapter else BASE)
+    name = str(adapter) if adapter else BASE
+    # on this base, even if the adapter names another
+    session.pool.load(name, base, _adapter(name) if adapter else None)
+    session.choose(name)
     print_note(f"model: {f'{adapter} on {base}' if adapter else base}")
     if not session.model().tokenizer.has_template:
         print_note("It has no chat template: it completes each text by itself.")
@@ -158,7 +169,7 @@ class Session:
         self.name = name
 
     def _load(self, name: str) -> None:
-        """Each adapter on the base that it names: a project may have adapters of several."""
+        """Load an adapter on the base that it names: a project may have adapters of several."""
         from pipeline.inference.catalog import find_base
 
         if name in self.pool.names:
@@ -166,7 +177,7 @@ class Session:
         base, adapter = self.base, None
         if name != BASE:
             adapter = _adapter(name)
-            with suppress(UserError):  # its base is elsewhere here: the one that was named is tried
+            with suppress(UserError):  # if its base is not here, the session's is tried
                 base = find_base(adapter, Path())
         self.pool.load(name, base, adapter)
 
@@ -231,10 +242,12 @@ class Session:
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        except OSError as error:
-            raise UserError(f"/save {path}: {error.strerror}.") from None
+        except (OSError, ValueError) as error:  # ValueError: a zero character in the name
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"/save {path}: {reason}.") from None
         print_note(
-            f"{len(rows)} examples were added to {path}; `lora train --data {path}` reads them"
+            f"{len(rows)} examples were added to {path}; `lora train --data {quote(text)}` reads "
+            "them"
         )
 
     def help(self, _argument: str) -> None:

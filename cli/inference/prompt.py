@@ -28,7 +28,7 @@ app = group()
 MAX_COLUMNS = 8
 
 
-def _validate_utf8(text: str) -> str:
+def validate_utf8(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -49,7 +49,7 @@ PromptBase = Annotated[
 Adapter = Annotated[Path | None, Option(help="Adapter folder.")]
 Temperature = Annotated[float, Option(min=0, help="Sampling temperature; 0: greedy.")]
 Seed = Annotated[int, Option(min=0, help="Random seed for sampling.")]
-Text = Annotated[str, Argument(metavar="TEXT", callback=_validate_utf8, help="Text to complete.")]
+Text = Annotated[str, Argument(metavar="TEXT", callback=validate_utf8, help="Text to complete.")]
 TopK = Annotated[int, Option("--top-k", min=1, help="Number of next-token candidates to show.")]
 Chat = Annotated[
     bool, Option("--chat", help="Put TEXT as a user turn into the model's chat template.")

@@ -58,12 +58,13 @@ def show_params(
     if section is not None and section not in names:
         raise UserError(f"{section} is not a section of this project. It has {', '.join(names)}.")
     names = names if section is None else [section]
-    above = {
-        "base": params.origin.base,
-        "report_to": params.report_to,
-        "device": params.running.device,
-    }
-    above = above if section is None else {}
+    above: dict[str, Any] = {}
+    if section is None:
+        above = {
+            "base": params.origin.base,
+            "report_to": params.report_to,
+            "device": params.running.device,
+        }
     rows = {key: (value, params.source(TOP_LEVEL[key], key)) for key, value in above.items()}
     for name in names:
         for key in hints(params.kinds[name]):
@@ -83,9 +84,8 @@ def show_params(
         for path_of_key, (value, source) in rows.items():
             of_section, _, key = path_of_key.rpartition(".")
             if of_section == name:
-                print_line(
-                    f"{'  ' * bool(name) + key + ': ' + dump_inline(value):<{SOURCE}}  # {source}"
-                )
+                setting = f"{'  ' * bool(name)}{key}: {dump_inline(value)}"
+                print_line(f"{setting:<{SOURCE}}  # {source}")
 
 
 @settings.command()
@@ -105,13 +105,12 @@ def explain(
     from pipeline.stages.registry import GRAPH
 
     kinds: dict[str, type[Section]] = {TRAINING: Training, **GRAPH.sections, RUNNING: Running}
-    section, _, name = (f"{TOP_LEVEL[key]}.{key}" if key in TOP_LEVEL else key).partition(".")
+    path = f"{TOP_LEVEL[key]}.{key}" if key in TOP_LEVEL else key
+    section, _, name = path.partition(".")
     if section not in kinds:
         meant = suggest(section, kinds, KEYS)
-        raise UserError(
-            f"There is no section {section}. "
-            "" + (f"Did you mean {meant}?" if meant else f"Known: {', '.join(kinds)}.")
-        )
+        known = f"Did you mean {meant}?" if meant else f"Known: {', '.join(kinds)}."
+        raise UserError(f"There is no section {section}. {known}")
     kind = kinds[section]
     if name and name not in hints(kind):
         meant = suggest(name, list(hints(kind)), KEYS, section)
@@ -211,7 +210,7 @@ def prune(
 
 
 def _cache_of(params: Path) -> "Cache":
-    """The cache of the project; of its folder, where there is no params.yaml any more."""
+    """The project's cache; without a params.yaml the one in this folder. Raises UserError."""
     from pipeline.project.cache import Cache
     from pipeline.project.stage_graph import cache_folder
 

@@ -154,7 +154,7 @@ def _optional_libraries(missing: Mapping[str, Sequence[str]]) -> list[dict[str, 
 
 
 def _check_gpu(out: Path, as_json: bool) -> None:
-    """Run the checks on the GPU and write the report; without one, print what they are."""
+    """Run the checks on the GPU and write the report; without a GPU print what they expect."""
     from cli.console import print_json, print_note
     from pipeline.models.device import best_device, explain_choice
     from pipeline.stages.gpu_checks import report

@@ -14,7 +14,7 @@ app = group()
 Samples = Mapping[str, Sequence[Mapping[str, Any]]]
 UNKNOWN_WORDS = "not asked: it does not know all of these words"
 MOST_CHARACTERS = 300  # of a text; report.md has all of it
-MOST = 3  # commands that are named one by one
+MOST = 3  # commands that are named one by one; of more, `dvc repro` takes the place
 
 
 @app.command()
@@ -52,25 +52,20 @@ def report(params: ParamsOption = DEFAULT_PARAMS) -> None:
             warn_outdated(project, f"{project.artifact_name(name)} is", old[name], old)
 
 
-def _print_answers(folder: Path, metrics: Mapping[str, Any]) -> None:
-    """The sample answers, and how many are as expected; nothing where the data has no prompts."""
+def _print_answers(folder: Path, names: Sequence[str], counts: Sequence[str]) -> None:
+    """The `counts`, and the sample answers of the models `names`; nothing without counts."""
     from cli.console import print_line
     from pipeline.errors import UserError
     from pipeline.files.artifact import read_json
 
-    lines = [
-        f"{name}: {line}"
-        for name in metrics
-        for line in count_lines(metrics, name, "the data's prompts")
-    ]
-    if not lines:
+    if not counts:
         return
-    for line in lines:
+    for line in counts:
         print_line(line)
     if not (folder / "samples.json").exists():  # a measured adapter's answers are counted alone
         return
     try:
-        print_answers(read_json(folder / "samples.json", "Run `lora evaluate`"), [*metrics])
+        print_answers(read_json(folder / "samples.json", "Run `lora evaluate`"), names)
     except (KeyError, TypeError, AttributeError):
         raise UserError(
             f"{folder / 'samples.json'} holds no answers. Run `lora evaluate` again."
@@ -79,7 +74,7 @@ def _print_answers(folder: Path, metrics: Mapping[str, Any]) -> None:
 
 
 def _note_on(project: "Project", stage: "Stage", numbers: Mapping[str, Any]) -> None:
-    """Notes how a model is evaluated that the evaluation lacks, or its verdict."""
+    """A note on a model that the last evaluation lacks: how to evaluate it, or what it breaks."""
     from cli.console import print_note
     from pipeline.inference.catalog import VERDICT
 
@@ -117,14 +112,19 @@ def print_metrics(
         models = {**by_variant(metrics), **(others or {})}
         columns, rows = comparison(models)
         task_columns, task_rows = task_scores(models)
-    except (KeyError, TypeError, AttributeError, ValueError):
+        counts = [
+            f"{name}: {line}"
+            for name in models
+            for line in count_lines(models, name, "the data's prompts")
+        ]
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         raise UserError(f"{path} holds other metrics. Run `lora evaluate` again.") from None
     print_table(columns, rows, right=columns[1:])
     print_line("\n".join(["", legend(columns), *certified(models), ""]))
     if task_rows:
         print_table(task_columns, task_rows, right=task_columns[2:])
         print_line(f"\n{TASKS}\n")
-    _print_answers(path.parent, models)
+    _print_answers(path.parent, [*models], counts)
     print_gate(metrics)
 
 
@@ -180,7 +180,7 @@ def warn_outdated(
 
 
 def count_lines(metrics: Mapping[str, Any], name: str, where: str) -> list[str]:
-    """How many answers of a model are as expected, beside the base's, and where others differ."""
+    """How many of a model's answers are as expected, and of the base's; where the rest differ."""
     from pipeline.data.answers.match import describe
 
     counts, before = (metrics.get(model, {}).get("answers", {}) for model in (name, "base"))
@@ -212,11 +212,11 @@ def print_answers(samples: Samples, names: Sequence[str], most: int | None = Non
         print_line(f"\n> {_shorten(last[number]['question'])}")
         print_line(f"  {'expected':{width}}  {_shorten(last[number]['reference'])}")
         for name in models:
-            # by its prompt: a model is not asked what has words that it does not know
+            # by the prompt: a model is asked only questions all of whose words it knows
             same = [row for row in samples[name] if row["prompt"] == last[number]["prompt"]]
-            sign, answer = (
-                (match_of(same[0]).sign, same[0]["answer"]) if same else (" ", UNKNOWN_WORDS)
-            )
+            sign, answer = " ", UNKNOWN_WORDS
+            if same:
+                sign, answer = match_of(same[0]).sign, same[0]["answer"]
             print_line(f"{sign} {name:{width}}  {_shorten(answer)}")
 
 

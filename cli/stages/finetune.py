@@ -42,10 +42,11 @@ def _method_names() -> list[str]:
 def _method(name: str) -> Any:
     from pipeline.stages.registry import METHODS
 
-    stage, single = METHODS[name], Typer(rich_markup_mode=None, add_completion=False)
+    stage = METHODS[name]
     form = ", in PEFT's format" if stage.kind == "adapter" else ""
     summary = f"{stage.summary} → {stage.path}{form}.\n\n{getdoc(stage.settings)}"
     command = _sweep if stage.kind == "adapters" else _distributes(stage)
+    single = Typer(rich_markup_mode=None, add_completion=False)
     single.command(name, help=summary)(command)
     return get_command(single)
 
@@ -109,7 +110,6 @@ def _distributes(stage: Stage) -> Callable[..., None]:
         ] = False,
         _device: DeviceOption = None,
     ) -> None:
-
         if apply and (dry_run or not overrides):
             reason = "--dry-run makes nothing" if dry_run else "there are none"
             raise UserError(
@@ -127,7 +127,11 @@ def _distributes(stage: Stage) -> Callable[..., None]:
             raise UserError(
                 "--nnodes and --rdzv-endpoint go together: the machines have to meet. Name both."
             )
-        if node_rank is not None and not node_rank < nodes > 1:
+        if node_rank is not None and nodes == 1:
+            raise UserError(
+                "--node-rank numbers several machines. Say how many with --nnodes, or leave it out."
+            )
+        if node_rank is not None and node_rank >= nodes:
             raise UserError(
                 f"--node-rank must be less than --nnodes, which is {nodes}, got {node_rank}. "
                 "Correct it."

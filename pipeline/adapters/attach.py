@@ -42,7 +42,8 @@ def targeted(model: nn.Module, spec: AdapterSpec) -> list[str]:
 
     Raises UserError if there are none and no experts either, or if a name matches nothing.
     """
-    embedding, targets = getattr(model, "embedding_name", ""), spec.targets
+    embedding = getattr(model, "embedding_name", "")
+    targets = spec.targets
     layers = [
         name for name, module in model.named_modules() if adaptable(module) or name == embedding
     ]
@@ -50,7 +51,7 @@ def targeted(model: nn.Module, spec: AdapterSpec) -> list[str]:
         matches = [name for name in layers if full_match(targets, name, "target_modules")]
     else:
         wanted = (targets,) if isinstance(targets, str) else targets
-        # groups such as all-linear leave it out
+        # groups such as all-linear leave the embedding out
         if not any(matches_suffix(embedding, want) for want in wanted):
             layers = [name for name in layers if name != embedding]
         matches = select_linears(layers, wanted, getattr(model, "head_name", HEAD))
@@ -154,7 +155,8 @@ def _attach_rows(model: CausalLM, rows: Mapping[str, tuple[int, ...]]) -> None:
         # a tied head shares the embedding's rows
         key = embedding if model.shape.tied else name.rpartition(".")[2]
         if key in rows:
-            base, ids = model.get_submodule(name), torch.tensor(rows[key], device=model.device)
+            base = model.get_submodule(name)
+            ids = torch.tensor(rows[key], device=model.device)
             if key not in trained:
                 trained[key] = nn.Parameter(weight_of(base).detach()[ids].clone())  # (n, D)
             model.set_submodule(name, kind(base, ids, trained[key]))
@@ -170,7 +172,7 @@ def tensors(model: CausalLM, spec: AdapterSpec) -> dict[str, nn.Parameter]:
     for name, module in model.named_modules():
         by_key = module.adapter_parameters() if isinstance(module, AdapterLayer) else {}
         if ROWS in by_key and name.rpartition(".")[2] not in spec.rows:
-            by_key = {}  # a tied head's are the embedding's
+            by_key = {}  # a tied head's rows are saved with the embedding
         if by_key:
             parameters |= {f"{PREFIX}{name}{key}": p for key, p in by_key.items()}
         elif spec.saves(name):
@@ -182,7 +184,8 @@ def tensors(model: CausalLM, spec: AdapterSpec) -> dict[str, nn.Parameter]:
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The adapter's tensors. Raises UserError if a number is not finite or no floating point."""
     refuse_pickle(folder)
-    tensors, path = load_tensors(folder / WEIGHTS), folder / WEIGHTS
+    path = folder / WEIGHTS
+    tensors = load_tensors(path)
     for key, tensor in tensors.items():
         if not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
@@ -229,7 +232,7 @@ def short_targets(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
 
 
 class AdapterScale:
-    """W + s·(W′ − W) for every W that an adapter changed; s = 1 gives the adapter's bits.
+    """Scales an attached adapter: every W′ becomes W + s·(W′ − W); s = 1 gives W′ bit for bit.
 
     LoRA's update is linear in its scale; DoRA's is not, so it has a separate strength. Weights
     trained in full or row by row are interpolated from `base` for each s: no tensor is written to.

@@ -23,7 +23,10 @@ from pipeline.models.device import to_device
 
 
 class AdapterRouting:
-    """Which rows of a forward belong to which adapter: `counts` for each. With `off` none do."""
+    """Which rows of a forward belong to which adapter: `counts` has each adapter's number of rows.
+
+    With `off` all rows go through the base only.
+    """
 
     def __init__(self, adapters: int) -> None:
         self.off = False
@@ -76,7 +79,8 @@ class BatchedLayer(nn.Module):
         super().__init__()
         self.base, self.routing = base, routing
         self.parts = nn.ModuleList(nn.Identity() if part is None else part for part in parts)
-        by_adapter, self.shapes = list[dict[str, nn.Parameter]](), list[dict[str, torch.Size]]()
+        by_adapter: list[dict[str, nn.Parameter]] = []
+        self.shapes: list[dict[str, torch.Size]] = []
         for part in self.parts:
             trained = {name: p for name, p in part.named_parameters() if p.requires_grad}
             by_adapter.append(trained)
@@ -186,7 +190,7 @@ def batched_lora_forward(
 
 
 class _BatchedLoRA(torch.autograd.Function):
-    """The same with one call per product: small models spend their time on calls.
+    """`batched_lora_forward` with one call per product: small models spend their time on calls.
 
     A step of MiniGPT with LoRA on all linears takes 1/1.05 of the time for 4 adapters, 1/1.1 for 32
     (CPU seconds of one thread, in turns).
@@ -301,11 +305,12 @@ def attach_many(model: CausalLM, attachers: Sequence[Callable[[], object]]) -> A
     for attach_one in attachers:
         attach_one()
         adapters.append(_detach(model, base))
-    routing, stacks = AdapterRouting(len(attachers)), StackedParameters()
+    routing = AdapterRouting(len(attachers))
+    stacks = StackedParameters()
     for name in dict.fromkeys(chain.from_iterable(adapters)):
         parts = [layers_by_name.get(name) for layers_by_name in adapters]
         kinds = {type(part) for part in parts}
-        # whatever the parts are; the others are one product for all
+        # runs any parts one after another; the other classes compute one product for all
         layer: type[BatchedLayer] = BatchedLayer
         present = [part for part in parts if part is not None]
         if all(isinstance(part, LoRALinear) and part.adds_to_base for part in present):

@@ -28,16 +28,20 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # an adapt
 MODEL = "config.json"  # in the folder of a full model instead of CONFIG
 PREFIX = "base_model.model."  # of the names of tensors in WEIGHTS
 LORA = "LORA"  # PEFT's `peft_type` of LoRA and DoRA
-# the first version of PEFT that stores experts' A and B as `ExpertUpdate` does, and writes its own
+# the first version of PEFT that stores experts' A and B as `ExpertUpdate` does
 LAYOUT = "0.19.1"
-VIRTUAL = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}  # its types that change no weight
+VIRTUAL = {
+    "PREFIX_TUNING": "prefix",
+    "PROMPT_TUNING": "prompt",
+}  # PEFT's types that change no weight
 # Weights of a linear below which its update is folded in: two calls in place of four, 1.89 → 1.56
 # ms per step on MiniGPT. Above, backward would form a gradient of W's size, which LoRA exists to
 # avoid.
 FOLD_BELOW = 2**16
 OTHER_KINDS: dict[str, str] = {}
-"""Further types → the module with `load(model, base_folder, folder)`. A registry above fills it
-from its methods.
+"""PEFT's types of other methods → the module with `load(model, base_folder, folder)`.
+
+`pipeline.stages.registry` fills it.
 """
 Number = TypeVar("Number", int, float)
 ANY_LIST = r"(?<=\.)[^.]*"  # PEFT's default layers_pattern: any module list inside another module
@@ -154,7 +158,7 @@ class AdapterSpec:
         numbers = (
             block_match(name, module, "layers_pattern") for name in self.lists or (ANY_LIST,)
         )
-        # that of the block that contains the module: the first in its name
+        # the first number in the name: that of the block that contains the module
         block = next((number for number in numbers if number is not None), None)
         return excluded or block not in self.layers
 
@@ -259,13 +263,17 @@ def refuse_options(
 ) -> None:
     """Raises UserError for another value of a `plain` option, and for an option not `known`."""
     for key, supported in plain.items():
-        if (config.get(key) or supported) != supported:
+        value = config.get(key) or supported
+        if value != supported:
             raise UserError(
-                f"{path}: {key} is {config[key]!r}; only {supported!r} is supported so far."
+                f"{path}: {key} is {abbreviate_repr(value, 200)}; only {supported!r} is supported "
+                "so far."
             )
     for key in sorted(config.keys() - plain.keys() - {*known}):
         if config[key]:
-            raise UserError(f"{path}: {key} is {config[key]!r}; it is not supported so far.")
+            raise UserError(
+                f"{path}: {key} is {abbreviate_repr(config[key], 200)}; it is not supported so far."
+            )
 
 
 @dataclass(frozen=True)
@@ -362,7 +370,7 @@ class AdapterConfig:
         return value if whole else float(value)
 
     def names(self, key: str, needed: bool = False, may_be_pattern: bool = False) -> Any:
-        """A tuple of names, or a pattern as a string; where that is not allowed, it is a name."""
+        """A tuple of names, or a pattern as a string; without `may_be_pattern` that is a name."""
         value = self.get(key) or []
         if isinstance(value, str):
             return self._pattern(key, value) if may_be_pattern else (value,)
@@ -394,9 +402,9 @@ class AdapterConfig:
 
     def _layers(self) -> tuple[int, ...]:
         value = self.get("layers_to_transform")
-        numbers = value if isinstance(value, list) else [value]
         if value is None:
-            numbers = []
+            return ()
+        numbers = value if isinstance(value, list) else [value]
         if not _is_list_of(numbers, int):
             raise self._invalid("layers_to_transform", "the numbers of blocks", value)
         return tuple(numbers)
@@ -407,8 +415,9 @@ class AdapterConfig:
         if not isinstance(indices, dict):
             raise self._invalid("trainable_token_indices", "a mapping of modules to rows", value)
         for name, ids in indices.items():
-            if not _is_list_of(ids, int) or min(ids, default=0) < 0:
-                raise self._invalid(f"trainable_token_indices.{name}", "a list of rows", ids)
+            if not ids or not _is_list_of(ids, int) or min(ids) < 0:
+                key = f"trainable_token_indices.{name}"
+                raise self._invalid(key, "a list of rows, at least one, each from 0", ids)
         return {name: tuple(ids) for name, ids in indices.items()}
 
     def _invalid(self, key: str, rule: str, value: Any) -> UserError:

@@ -92,9 +92,10 @@ class LoRAExperts(AdapterLayer):
         return dict(updates)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        by_key, updates = dict[str, nn.Parameter](), self.by_parameter().values()
+        by_key: dict[str, nn.Parameter] = {}
+        updates = self.by_parameter().values()
+        a_key, b_key = LINEAR_KEYS
         for nested, update in zip(nesting(len(updates)), updates, strict=True):
-            a_key, b_key = LINEAR_KEYS
             by_key[nested + a_key], by_key[nested + b_key] = update.lora_A, update.lora_B
         return by_key
 
@@ -162,7 +163,7 @@ def in_this_layout(
         known = known & _may_be_swapped(version, stack.transposed)
         fitting = {swapped for swapped in fitting if _fits(stack, swapped, values)}
     if not fitting:
-        # the shapes are those of no layout, which is said with those that are expected
+        # the shapes fit no layout: the check against the model says which are expected
         return changed
     if len(fitting & known) != 1:
         raise UserError(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 from pipeline.adapters.config import CONFIG, WEIGHTS, read_config
 from pipeline.errors import UserError
@@ -63,14 +63,16 @@ class Origin(NamedTuple):
 def origin_of(adapter: Path, base: Path | None = None) -> Origin | None:
     """The origin of the adapter's base, or of `base`.
 
-    None if the base was not imported, is missing, or was expanded from another base than the one in
-    the folder beside it.
+    None if the base is missing, was made here without an import, or was expanded from another base
+    than the one in the folder beside it. A base without a manifest comes from elsewhere: only its
+    license is known.
     """
     try:
         base = base or base_of(adapter)
         if not (base / artifact.MANIFEST).exists():
             return Origin(None, None, 0, license_of(base), "")
-        manifest, added = artifact.read_manifest(base), 0
+        manifest = artifact.read_manifest(base)
+        added = 0
         if manifest.get("stage") == "expand_vocab":
             start, stop = manifest["new_rows"]
             imported = artifact.read_manifest(base.parent / "base")
@@ -112,15 +114,26 @@ def quantization_of(adapter: Path | None) -> Quantization:
     """
     if adapter is None or not (adapter / artifact.MANIFEST).exists():
         return "none"
-    params = artifact.read_manifest(adapter).get("params", {})
+    params = _read_part(adapter, artifact.read_manifest(adapter), "params")
     quantization: Quantization = params.get("quantization", "none")
     allowed = get_args(Quantization)
     if quantization not in allowed:
         raise UserError(
             f"{adapter / artifact.MANIFEST}: quantization must be one of {', '.join(allowed)}, got "
-            f"{quantization!r}. Train the adapter again."
+            f"{abbreviate_repr(quantization, 200)}. Train the adapter again."
         )
     return quantization
+
+
+def _read_part(folder: Path, manifest: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The mapping at `key` of the folder's manifest, or {}. Raises UserError for another value."""
+    part = manifest.get(key, {})
+    if not isinstance(part, dict):
+        raise UserError(
+            f"{folder / artifact.MANIFEST}: {key} must be a mapping, got "
+            f"{abbreviate_repr(part, 200)}. Train the adapter again."
+        )
+    return part
 
 
 def refuse_foreign(
@@ -137,8 +150,11 @@ def refuse_foreign(
     if not (folder / artifact.MANIFEST).exists():
         return
     manifest = artifact.read_manifest(folder)
-    # what is `stored` differs from the params for PiSSA, whose files have twice the rank
-    config, trained = read_config(folder), manifest.get("params", {}) | manifest.get("stored", {})
+    params, stored, trained_on = (
+        _read_part(folder, manifest, key) for key in ("params", "stored", "base")
+    )
+    config = read_config(folder)
+    trained = params | stored  # these two differ for PiSSA, whose files have twice the rank
     names = {"r": "rank", "lora_alpha": "alpha", "num_virtual_tokens": "virtual_tokens"}
     for key, name in names.items():
         if name in trained and config.get(key) != trained[name]:
@@ -147,7 +163,6 @@ def refuse_foreign(
                 f"was trained with {trained[name]!r}. Restore the file or train the adapter again."
             )
     artifact.verify(folder, contents)
-    trained_on = manifest.get("base", {})
     for part, digest in fingerprint(base_folder).items():
         if trained_on.get(part) != digest:
             raise UserError(

@@ -78,8 +78,9 @@ class LoRALinear(AdapterLayer, LowRankLinear):
     W is (O, I), lora_A (R, I), lora_B (O, R). The update of a small W is folded in, (W + s·BA)x;
     for a large one the (O, I) product is never formed. With PiSSA y = Wx + b + s·(BA − B₀A₀)x: the
     paper subtracts s·B₀A₀ from W, here W stays unchanged. Dropout, while it trains, is on the input
-    of A, as in PEFT: y = Wx + b + s·BA·dropout(x). The update is not folded. A and B may have
-    another dtype than W: they are cast to x's dtype, which is cheaper than casting x to theirs.
+    of A, as in PEFT: y = Wx + b + s·BA·dropout(x); the update is then folded with PiSSA only. A
+    and B may have another dtype than W: they are cast to x's dtype, which is cheaper than casting x
+    to theirs.
     """
 
     initial_A: Tensor
@@ -245,7 +246,7 @@ class DoRALinear(LoRALinear):
         return out if self.strength == 1 else torch.lerp(self.base(x), out, self.strength)
 
     def linear_update(self) -> None:
-        """It is more: a magnitude and a norm."""
+        """None: magnitude and norm make it more than W and two factors."""
 
     def _updated_weight(self, A: Tensor, B: Tensor) -> Tensor:
         """W + s·BA, (O, I)."""
@@ -290,7 +291,7 @@ class EmbeddingRows(TokenRows):
     def adapted(self, tokens: Tensor) -> Tensor:
         old: Tensor = self.base(tokens)  # (B, T, D)
         slot = self.slot[tokens]  # (B, T)
-        new = F.embedding(slot.clamp(min=0), self.rows)  # (B, T, D); not used of other tokens
+        new = F.embedding(slot.clamp(min=0), self.rows)  # (B, T, D); of other tokens not used
         new = scaled_as(self.base, new).to(old.dtype)
         return torch.where((slot >= 0)[..., None], new, old)
 
@@ -365,7 +366,7 @@ def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def row_norms(weight: Tensor) -> Tensor:
-    """‖row‖ of a weight (O, I), (O,), in fp32 or wider, at least LEAST."""
+    """‖row‖, (O,), of a weight (O, I), in fp32 or wider, at least LEAST."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=wide)
     return norms.clamp_(min=LEAST)

@@ -29,7 +29,7 @@ _KEYS = (LINEAR_KEYS, EMBEDDING_KEYS)
 
 @dataclass(frozen=True)
 class LowRank:
-    """s·BA; an embedding's inputs are its rows."""
+    """A low-rank update s·BA of one weight; an embedding's inputs are its rows."""
 
     a: Tensor  # (R, I)
     b: Tensor  # (O, R)
@@ -121,8 +121,8 @@ class LowRankUpdate:
 
     spec: AdapterSpec
     low_rank: Mapping[str, LowRank]
-    rows: Mapping[str, tuple[tuple[int, ...], Tensor]]
-    whole: Mapping[str, Tensor]  # parameters that were trained in full, by name
+    rows: Mapping[str, tuple[tuple[int, ...], Tensor]]  # numbers of n rows, and their values (n, D)
+    whole: Mapping[str, Tensor]  # parameters that were trained in full, and DoRA's magnitudes
     base: str | None = None  # the sha256 of the base's tensors, if a manifest names it
 
 
@@ -135,11 +135,12 @@ def load_update(folder: Path) -> LowRankUpdate:
     config = AdapterConfig.read(folder)
     config.refuse_other_kinds()
     manifest = artifact.verify(folder) if (folder / artifact.MANIFEST).exists() else {}
-    path, again = folder / WEIGHTS, "Train or import the adapter again."
+    path = folder / WEIGHTS
+    again = "Train or import the adapter again."
     stored = read_tensors(folder)
     tensors = {key.removeprefix(PREFIX): stored[key] for key in sorted(stored, key=layer_sort_key)}
     row_modules = [key.removesuffix(ROWS) for key in tensors if key.endswith(ROWS)]
-    # trainable_token_indices as a list is the embedding's, whose name only the tensors' keys give
+    # a list in trainable_token_indices means the embedding, which only the tensors' keys name
     spec = config.spec(row_modules[0].rpartition(".")[2] if row_modules else EMBEDDING)
     refuse_experts(folder, spec)
 
@@ -147,7 +148,8 @@ def load_update(folder: Path) -> LowRankUpdate:
     for embedding, (a_key, b_key) in enumerate(_KEYS):
         for key in [key for key in tensors if key.endswith(a_key)]:
             name = key.removesuffix(a_key)
-            a, b, rank = tensors.pop(key), tensors.pop(name + b_key, None), spec.rank_of(name)
+            a, b = tensors.pop(key), tensors.pop(name + b_key, None)
+            rank = spec.rank_of(name)
             if b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
                 raise UserError(f"{path}: {name} has no A and B of the same rank. {again}")
             if a.shape[0] != rank:
@@ -161,7 +163,13 @@ def load_update(folder: Path) -> LowRankUpdate:
         ids = next((ids for suffix, ids in spec.rows.items() if name.endswith(suffix)), None)
         if ids is None:
             raise UserError(f"{path}: {name} has rows that its config does not name. {again}")
-        rows[name] = (ids, tensors.pop(name + ROWS))
+        values = tensors.pop(name + ROWS)
+        if values.ndim != 2 or len(values) != len(ids):
+            raise UserError(
+                f"{path}: {name} must have {len(ids)} rows, as its config says, got shape "
+                f"{list(values.shape)}. {again}"
+            )
+        rows[name] = (ids, values)
     return LowRankUpdate(spec, low_rank, rows, tensors, manifest.get("base", {}).get("tensors"))
 
 

@@ -74,8 +74,10 @@ class RowRouting:
     """Which rows of a forward belong to which adapter; those of none go through the base only."""
 
     def __init__(self) -> None:
-        self.version, self.rows = 0, 0
-        self.shares, self.stacked = list[Share](), list[MixedAdapter]()
+        self.version = 0  # another number after each change
+        self.rows = 0  # of all adapters and of none
+        self.shares = list[Share]()
+        self.stacked = list[MixedAdapter]()
         self._routed: tuple[list[MixedAdapter | None], list[int]] = [], []
         self._masks = dict[object, tuple[Tensor, Tensor]]()
 
@@ -85,19 +87,22 @@ class RowRouting:
             return
         self._routed = [*adapters], [*counts]
         self.version += 1
-        self.shares, self._masks, stop = [], {}, 0
+        self.shares, self._masks = [], {}
+        stop = 0
         for adapter, count in zip(adapters, counts, strict=True):
             start, stop = stop, stop + count
             if adapter is not None and self.shares and self.shares[-1].adapter is adapter:
                 start = self.shares.pop().start
             if adapter is not None:
                 self.shares.append(Share(adapter, start, stop))
-        self.rows, live = stop, [share.adapter for share in self.shares]
+        self.rows = stop
+        live = [share.adapter for share in self.shares]
         # adapters without rows stay stacked for a while: stacking copies their tensors in every
         # layer
         stacked = [*dict.fromkeys([*self.stacked, *live])]
         if len(stacked) > 2 * max(len(live), 4):
             stacked = live
+        # an equal list stays the same object, by which layers know that their stack is valid
         if stacked != self.stacked:
             self.stacked = stacked
 
@@ -107,15 +112,17 @@ class RowRouting:
         self.route([], [])
 
     def masks(self, updates: Sequence[tuple[int, float]], like: Tensor) -> tuple[Tensor, Tensor]:
-        """The scale of each row and column (rows, ΣR), and where the row is another's.
+        """Scales (rows, ΣR), and which of their entries belong to another adapter than the row.
 
-        For the product with A of all stacked adapters, whose ranks and scales are `updates`.
+        They are for the rows' product with A of all stacked adapters. `updates`: rank and scale of
+        each adapter.
         """
         key = (*updates,)
         if key not in self._masks:
             scales = torch.zeros(self.rows, sum(rank for rank, _ in updates))
             foreign = torch.ones(scales.shape, dtype=torch.bool)
-            shares, stop = {share.adapter: share for share in self.shares}, 0
+            shares = {share.adapter: share for share in self.shares}
+            stop = 0
             for adapter, (rank, scale) in zip(self.stacked, updates, strict=True):
                 start, stop = stop, stop + rank
                 if adapter in shares:
@@ -145,7 +152,7 @@ class MixedLayer(UpdatedLinear):
         self._stack: StackedUpdates | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        # (B, T) of (B, T) or (B, T, I)
+        # (B, T), where the ids are (B, T) and other inputs (B, T, I)
         outer = x.shape if isinstance(self.base, nn.Embedding) else x.shape[:-1]
         rows = x.reshape(outer.numel(), *x.shape[len(outer) :])
         out: Tensor = self.base(rows)  # (N, O)
@@ -169,14 +176,16 @@ class MixedLayer(UpdatedLinear):
     def read_routing(self, dtype: torch.dtype = torch.float32) -> None:
         """Keep what forwards in `dtype` need to know of the routing until it changes."""
         routing, name = self.routing, self.name
-        low_rank, self._replacements = [], list[tuple[int, int, nn.Module]]()
+        low_rank = []
+        self._replacements = list[tuple[int, int, nn.Module]]()
         for share in routing.shares:
             layer = share.adapter.layers.get(name)
             if is_low_rank(layer):
                 low_rank.append((share, layer))
             elif layer is not None:
                 self._replacements.append((share.start, share.stop, layer))
-        self._masks, self._updates = None, list[tuple[int, int, Tensor, Tensor, float]]()
+        self._masks = None
+        self._updates = list[tuple[int, int, Tensor, Tensor, float]]()
         if len(low_rank) > 1 and routing.rows <= STACKED_ROWS:
             if self._stack is None or self._stack.adapters is not routing.stacked:
                 self._stack = self._stacked(dtype)

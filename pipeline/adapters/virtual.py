@@ -16,9 +16,9 @@ from pipeline.models.save import save_tensors
 from pipeline.models.virtual_tokens import PrefixTokens, PromptTokens, prefix_of
 
 KEY = "prompt_embeddings"
-# PEFT's options of virtual tokens with their only supported value; those that are read, or without
-# effect once trained.
+# PEFT's options of virtual tokens that have only one supported value
 _VIRTUAL_PLAIN: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_transformer_submodules": 1}
+# its other options that may be set: they are read here, or have no effect on trained tokens
 _VIRTUAL_KNOWN = {
     "peft_type",
     "num_virtual_tokens",
@@ -76,7 +76,8 @@ def save_virtual(folder: Path, model: CausalLM, base_name: str) -> None:
     assert virtual is not None
     save_tensors(folder / WEIGHTS, {KEY: virtual.prompt_embeddings})
     n, width = virtual.prompt_embeddings.shape
-    heads, options = model.shape.heads, dict[str, Any]()
+    heads = model.shape.heads
+    options: dict[str, Any]
     # PEFT's sizes of a prefix are those of the keys, which heads may share
     if isinstance(virtual, PrefixTokens):
         heads, width = virtual.groups, width // (2 * virtual.layers)
@@ -101,9 +102,10 @@ def save_virtual(folder: Path, model: CausalLM, base_name: str) -> None:
 
 @torch.no_grad()
 def load_virtual(model: CausalLM, config: AdapterConfig) -> VirtualTokens:
-    """Give `model`, or its skeleton, stored virtual tokens, whose base was checked before.
+    """Give `model`, or its skeleton, stored virtual tokens. Callers check that it is their base.
 
-    Raises UserError for tensors that their config and this model do not require.
+    Raises UserError for an option that is not supported, and for tensors that do not fit the config
+    and the model.
     """
     path, weights = config.path, config.path.parent / WEIGHTS
     refuse_options(config.values, path, _VIRTUAL_PLAIN, _VIRTUAL_KNOWN)

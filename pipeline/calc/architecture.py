@@ -53,7 +53,10 @@ class Linear(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """Attention heads: `keys` key/value heads serve `queries`; elements of a key and of a value."""
+    """Attention heads: `keys` key/value heads serve `queries`.
+
+    `size` and `value_size`: elements of a key and of a value.
+    """
 
     queries: int
     keys: int

@@ -72,10 +72,13 @@ def gpu(name: str) -> Gpu:
     )
 
 
-def of_size(gib: float) -> Gpu:
-    """A device with `gib` GiB. Raises UserError if that is not a positive amount."""
+def of_size(gib: float, option: str = "fit") -> Gpu:
+    """A device with `gib` GiB. Raises UserError, about `option`, if that is no possible amount."""
     if not 0 < gib < 2**20:
-        raise UserError(f"fit takes GiB of memory, which must be more than 0, got {gib:g}.")
+        raise UserError(
+            f"{option} takes GiB of memory, which must be more than 0 and below 1,048,576, got "
+            f"{gib:g}."
+        )
     return Gpu("fit", f"{gib:g} GiB", round(gib * GIB))
 
 

@@ -40,7 +40,8 @@ def predict(model: Architecture, method: FinetuningMethod, run: TrainingConfig) 
     tape = run_step(model, method, run)
     flat = model.style.ours or run.ours  # gradients are one persistent flat buffer
     added, base = trained_split(model, method)
-    width, fp32 = precision(run.adapter_precision).compute, method.fp32_parameters(model)
+    width = precision(run.adapter_precision).compute
+    fp32 = method.fp32_parameters(model)
     # our trainer keeps magnitudes in fp32 in a vector of their own; PEFT gives them the adapter's
     # precision
     # (parameters, bytes each)
@@ -76,18 +77,20 @@ CODE = 2 * (2 * 256 * 4 + 2**16)
 
 
 def _update_bytes(run: TrainingConfig, count: int, trained: int) -> tuple[int, int]:
-    """Bytes that the optimizer has beside its state, and while it updates `count` parameters."""
+    """The optimizer's bytes beside its state: always, and while it updates `count` parameters.
+
+    `trained`: bytes of those parameters.
+    """
     if not run.ours:
         # a copy of all
         return 0, trained if (run.trainer, run.optimizer) == ("torch-foreach", "adamw") else 0
     if "8bit" not in run.optimizer:
         return 0, 0
     chunk = min(STATE_CHUNK, -(-count // STATE_BLOCK) * STATE_BLOCK)
-    # both moments in fp32, codes and edges in 4 bytes, and a bool; the state itself, if it comes
-    # from the host
-    return CODE, 17 * chunk + (
-        round(2 * (1 + 4 / STATE_BLOCK) * chunk) if run.optimizer.startswith("paged") else 0
-    )
+    # a paged state comes from the host
+    state = 2 * (1 + 4 / STATE_BLOCK) * chunk if run.optimizer.startswith("paged") else 0
+    # both moments in fp32, codes and edges in 4 bytes, and a bool
+    return CODE, 17 * chunk + round(state)
 
 
 def weight_bytes(model: Architecture, name: str) -> int:
@@ -131,9 +134,16 @@ def refuse_impossible(model: Architecture, method: FinetuningMethod, run: Traini
             f"{run.precision} weights cannot be trained: {method.name} changes the base itself. "
             "Use --method lora, or a 16- or 32-bit precision."
         )
+    virtual = method.positions
+    room = model.context - virtual
     # a packed row is longer than its sequences, whose positions start anew
-    tokens = run.attended + method.positions
-    if (model.positions or model.fixed_positions) and tokens > model.context:
+    if (model.positions or model.fixed_positions) and run.attended > room:
+        if room < 1:
+            raise UserError(
+                f"virtual-tokens must be below {model.context:,}, the model's positions, got "
+                f"{virtual:,}."
+            )
+        less = f" less {virtual:,} virtual tokens" if virtual else ""
         raise UserError(
-            f"sequence must be at most {model.context:,}, the model's positions, got {tokens:,}."
+            f"sequence must be at most {room:,}, the model's positions{less}, got {run.attended:,}."
         )

@@ -47,7 +47,7 @@ class TrainedParts(NamedTuple):
     base: Mapping[str, int] = {}
 
 
-class Projection(Struct, frozen=True):  # no tuple, whose `count` is a method
+class Projection(Struct, frozen=True):  # a tuple's `count` is a method
     """`count` equal linears with LoRA: A (rank, inputs) and B (outputs, rank) per expert."""
 
     name: str
@@ -64,7 +64,7 @@ class Projection(Struct, frozen=True):  # no tuple, whose `count` is a method
 
     @property
     def magnitudes(self) -> int:
-        """DoRA's magnitudes for one expert: what its parameters are more than A and B."""
+        """DoRA's magnitudes for one expert: its parameters without A and B."""
         return self.parameters_each // self.experts - self.rank * (self.inputs + self.outputs)
 
 
@@ -113,7 +113,7 @@ class FinetuningMethod:
         """Raises UserError if this model cannot be trained with these options."""
 
     def fitted(self, model: Architecture) -> Self:
-        """The method with options that this model has, for a comparison nobody asked for."""
+        """The method with options that fit this model: for a column that users did not ask for."""
         return self
 
     def without_base(self) -> Self:

@@ -1,8 +1,9 @@
 """A run on several GPUs of one machine: memory, traffic, and the bound on its speed.
 
 Three layouts. `replicated`: every GPU has the base and its own sequences; adapter gradients are
-summed. `sharded`: the same, but each has its rows of every block's frozen weights, and gathers a
-block's when it runs, in forward and again in backward (FSDP2; training/parallel/sharding.py).
+summed. `sharded`: the same, but each has only its rows of every block's frozen weights, and gathers
+the others when the block runs, in forward and again in backward (FSDP2;
+training/parallel/sharding.py).
 `tensor`: all compute the same sequences, each with its share of the heads and of the inner neurons
 of every block (Shoeybi et al. 2019), so that outputs of attention and feed-forward are summed.
 Norms, embeddings and head are on every GPU in all three.
@@ -30,7 +31,7 @@ from pipeline.errors import UserError
 LAYOUTS = ("replicated", "sharded", "tensor")
 MOST = 1024  # GPUs of one run
 # Blocks whose weights are whole at once: in backward the one that runs and the next, which is
-# fetched meanwhile; in forward FSDP2 also holds the last one's until the next are in place.
+# fetched meanwhile; in forward FSDP2 also holds the previous block's until the next are in place.
 # Measured; tests compare.
 GATHERED = {"forward": 3, "backward": 2}
 
@@ -95,7 +96,7 @@ def parse_devices(text: str) -> Devices:
         .strip("-")
     )
     size = re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", name)
-    return Devices(int(match[1]), of_size(float(name)) if size else find_gpu(name))
+    return Devices(int(match[1]), of_size(float(name), "gpus") if size else find_gpu(name))
 
 
 def why_not(layout: str, model: Architecture, count: int) -> str | None:
@@ -183,7 +184,7 @@ def shard(model: Architecture, method: FinetuningMethod, run: TrainingConfig, co
 def share_bytes(block: Block, run: TrainingConfig, count: int) -> int:
     """Bytes of a block's weights on each of `count` devices.
 
-    Every device has as many rows of each tensor, so that the last may be padded.
+    Every device has the same number of rows of each tensor; those of the last may be padding.
     """
     kind = precision(run.precision)
     total = 0
@@ -204,7 +205,7 @@ def _sharded_traffic(
     first, trained = first_trained(model, method), method.trained_base(model).first_block
     reduced = _replicated_traffic(model, method, run, count).reduced_gradients
     reduced -= 4 * sum(block.parameters for block in model.blocks[trained:])  # they are scattered
-    # the backward of a block fetches the block before it, even of the first that a gradient reaches
+    # the backward of a block fetches the block before it; the first that a gradient reaches does too
     return Traffic(sum(sizes), sum(sizes[max(0, first - 1) :]), sum(sizes[trained:]), reduced)
 
 
@@ -327,7 +328,8 @@ def answer(
 ) -> dict[str, Any]:
     """Full fine-tuning, the adapter and the adapter on NF4, in each layout: bytes per device.
 
-    `sharded`: only that layout; False: all others. Raises UserError for invalid settings.
+    `sharded`: True for that layout alone, False for the others, None for all. Raises UserError for
+    invalid settings.
     """
     methods, method, run = given
     count, gpu = devices

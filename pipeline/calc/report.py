@@ -134,7 +134,8 @@ def swept(
         m, r = method, run
         if key == "method":
             m, implied = find_method(methods, value)
-            r = replace(run, **implied)
+            step = {} if m.name == method.name else m.step
+            r = replace(run, **{**step, **implied, "answers": m.answers})
         elif key in TrainingConfig.__dataclass_fields__:
             r = replace(run, **{key: value})
         else:

@@ -10,7 +10,9 @@ from pipeline.errors import UserError
 
 
 class Precision(NamedTuple):
-    """`bytes` per weight, `scales` of them for scales; activations have `compute` bytes.
+    """How numbers are stored: `bytes` per weight, `scales` of them for scales.
+
+    Activations have `compute` bytes.
 
     A 16- or 32-bit precision applies to every tensor, a quantized one only to the linears of the
     blocks: each other parameter (embeddings, head, norms, biases) has `compute` bytes.

@@ -26,7 +26,7 @@ class Storage:
         self.bytes = -(-size // ROUNDING) * ROUNDING  # rounded up
         tape.grow(kind, self.bytes)
 
-    # CPython calls it with the last reference, as torch frees a tensor's storage
+    # CPython calls it when the last reference goes, which is when torch frees a tensor's storage
     def __del__(self) -> None:
         self._tape.live[self.kind] -= self.bytes
 
@@ -186,8 +186,7 @@ class Tape:
         self._backward_until(0)
 
     def _backward_until(self, stop: int) -> None:
-        # the last operation first, as autograd takes of all nodes that are ready the one that was
-        # made last
+        # the last operation first: of the nodes that are ready, autograd takes the one made last
         while len(self._nodes) > stop:
             node = self._nodes.pop()
             if node.grad is None:  # no gradient arrived: the loss does not depend on it
@@ -252,9 +251,9 @@ class Tape:
 class Ops:
     """Operations of one step of N tokens, of which blocks and fine-tuning methods are made.
 
-    Each follows what transformers, and this project's own layers, save for backward and copy. Not
-    part of `step/`, since methods are given it and the step is given a method: no two files
-    import each other.
+    Each follows what transformers, and this project's own layers, save for backward and copy. They
+    are not in `step/`, which imports `method.py`: `method.py` names them, and no two files import
+    each other.
 
     `n`: tokens, virtual ones included; `w`: bytes of an activation; `adapter`: bytes of an
     adapter's parameter; `trains`: whether the base weights at hand get gradients; `flat`: gradients
@@ -352,7 +351,8 @@ class Ops:
 
     def gate(self, h: Value) -> Value:
         """activation(gate) · up, for gate and up in one tensor (N, 2·I)."""
-        t, gate, up = self.tape, self.view(h, h.elements // 2), self.view(h, h.elements // 2)
+        t = self.tape
+        gate, up = self.view(h, h.elements // 2), self.view(h, h.elements // 2)
         if not self.style.clamps:
             a = self.activation(gate)
             return t.op(a, up, saves=[a, up])

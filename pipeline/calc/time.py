@@ -170,10 +170,12 @@ def flops_per_token(model: Architecture, method: FinetuningMethod, run: Training
     base, rank_by_name = method.trained_base(model), ranks(model, method)
     first = first_trained(model, method)
     length = run.attended + method.positions
-    total, kinds = Flops(), dict[tuple[int, tuple[int, ...], bool, bool, bool], Flops]()
+    total = Flops()
+    kinds = dict[tuple[int, tuple[int, ...], bool, bool, bool], Flops]()
     for index, block in enumerate(model.blocks):
         adapted = model.ranks_in(index, rank_by_name)
-        differs, trains, again = index >= first, index >= base.first_block, run.checkpointed(index)
+        differs = index >= first
+        trains, again = index >= base.first_block, run.checkpointed(index)
         key = (id(block), adapted, differs, trains, again)
         if key not in kinds:  # most blocks are equal
             kinds[key] = _block(model, method, run, block, adapted, length, differs, trains, again)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from pipeline.data.containers import TABLES, Reading, Row, read_rows, suffix_of
 from pipeline.data.containers.lines import (
     decode_line,
+    is_too_long,
     iter_lines,
     read_piece,
     row_of_json,
@@ -31,8 +32,9 @@ from pipeline.errors import UserError
 from pipeline.files.problems import without_location
 
 LINES = (".txt", ".jsonl")
-STEP = 64  # rows between two that the index knows the place of
+STEP = 64  # the index keeps the place of every STEP-th row
 LONGEST = 2**17  # characters that are kept of a line that cannot be read
+ESCAPED = {*"\"'\\/<>&+`"}  # ASCII characters that some writers of JSON escape
 Stopped = Callable[[], bool]
 
 
@@ -83,14 +85,18 @@ class RowFile:
         yield self.count
 
     def _index_lines(self, stopped: Stopped) -> Iterator[int]:
+        # its own, since an index that was stopped may still take a few steps beside the next one
+        count, places = 0, array("q")
+        self._places = places
         with self.path.open("rb") as file:
             for line in iter_lines(file):
-                if self.count % STEP == 0:
-                    self._places.extend((line.number - 1, line.start))
-                    yield self.count
+                if count % STEP == 0:
+                    places.extend((line.number - 1, line.start))
+                    yield count
                     if stopped():
                         return
-                self.count += 1
+                count += 1
+                self.count = count
 
     def read(self, first: int, count: int, stopped: Stopped = lambda: False) -> list[Entry]:
         """The rows from `first` on, at most `count`. Raises UserError."""
@@ -99,9 +105,9 @@ class RowFile:
             if ahead < 0 or (ahead > STEP and (self.is_table or self.has_lines)):
                 self._at, self._following = self._entered(first)
             try:
-                while (
-                    self._at < first and not stopped() and next(self._following, None) is not None
-                ):
+                while self._at < first and not stopped():
+                    if next(self._following, None) is None:
+                        break
                     self._at += 1
                 entries = list(islice(self._following, count)) if self._at == first else []
             except OSError as error:
@@ -114,7 +120,7 @@ class RowFile:
         """The position of the row with this number, or of the next one; None without any."""
         if self.is_table:
             return number - 1 if 0 < number <= self.count else None
-        # of the last indexed row that does not begin behind it
+        # the last indexed row whose number is at most `number`
         step = max(0, bisect_left(self._places[::2], number) - 1) if self.has_lines else 0
         at, entries = self._entered(step * STEP)
         for position, entry in enumerate(entries, at):
@@ -125,23 +131,24 @@ class RowFile:
         return None
 
     def _entered(self, first: int) -> tuple[int, Iterator[Entry]]:
-        """The number of a row at or before `first`, and the rows from it on."""
+        """The position of a row at or before `first`, and the rows from it on."""
         if self.is_table:
             return first, self._rows(first)
-        if self.has_lines and len(self._places):
-            step = min(first // STEP, len(self._places) // 2 - 1)
-            number, start = self._places[2 * step : 2 * step + 2]
+        places = self._places  # a new index replaces them
+        if self.has_lines and places:
+            step = min(first // STEP, len(places) // 2 - 1)
+            number, start = places[2 * step : 2 * step + 2]
             return step * STEP, self._lines(number, start)
         return 0, self.rows()
 
     def rows(self, keep: Callable[[bytes], bool] | None = None) -> Iterator[Entry]:
-        """All rows; of a file of lines, with `keep`, the others unread: an empty text."""
+        """All rows. Of a file of lines, those that `keep` refuses are not parsed: UNREAD."""
         return self._lines(0, 0, keep) if self.has_lines else self._rows()
 
     def _lines(
         self, number: int, start: int, keep: Callable[[bytes], bool] | None = None
     ) -> Iterator[Entry]:
-        """The lines behind the first `number`, which are `start` bytes.
+        """The lines after the first `number`, which take `start` bytes.
 
         Unlike in training, a bad one ends nothing.
         """
@@ -200,21 +207,26 @@ def copied(source: RowFile, position: int, line: str) -> Iterator[bytes]:
         return
     for number, entry in enumerate(source.rows()):
         if number == position:
-            yield line.encode() + b"\n"
+            yield _encoded(line)
         else:
-            yield b"" if entry.problem else as_json(entry.row.value).encode() + b"\n"
+            yield b"" if entry.problem else _encoded(as_json(entry.row.value))
+
+
+def _encoded(line: str) -> bytes:
+    # a surrogate without its pair is no character, and its escape stands for it in JSON
+    return line.encode(errors="backslashreplace") + b"\n"
 
 
 def _copied_lines(path: Path, position: int, line: str) -> Iterator[bytes]:
     with path.open("rb") as file:
         number = 0
         while raw := read_piece(file):
-            if raw.isspace():
+            if raw.isspace() and not is_too_long(raw):
                 skip_blank_lines(file)
                 continue
             if number == position:
                 skip_rest(file, raw)
-                yield line.encode() + b"\n"
+                yield _encoded(line)
             else:
                 yield raw
                 # a line that is too long, or the last without an end
@@ -230,9 +242,9 @@ def find(source: RowFile, text: str, stopped: Stopped) -> Iterator[tuple[int, En
     Case does not count.
     """
     wanted = text.casefold()
-    # Parsing a line takes ten times as long as looking into it; JSON escapes quotes, and perhaps
-    # what is not ASCII.
-    is_plain = wanted.isascii() and wanted.isprintable() and not {*wanted} & {*'"\\/'}
+    # Parsing a line takes ten times as long as looking into it. What may be escaped in it, as
+    # characters beyond ASCII may be, is only found by parsing.
+    is_plain = wanted.isascii() and wanted.isprintable() and ESCAPED.isdisjoint(wanted)
     raw_wanted = wanted.encode(errors="replace")
     keep = (lambda raw: raw_wanted in raw.lower()) if is_plain else None
     for position, entry in enumerate(source.rows(keep)):

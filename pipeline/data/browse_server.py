@@ -136,7 +136,7 @@ class Browser:
         return {"position": position}
 
     def row(self, request: Request) -> Answer:
-        """One row, turn by turn; while the tokenizer is loaded, before that without tokens."""
+        """One row, turn by turn. Sent without tokens first if the tokenizer has to be loaded."""
         entries = self._open(request).read(request.number("position"), 1, request.cancelled.is_set)
         request.check()
         if not entries:
@@ -167,7 +167,7 @@ class Browser:
         return report.as_json()
 
     def copy(self, request: Request) -> Answer:
-        """All rows in the file `out`, that at `position` as `line`."""
+        """Write all rows to the file `out`, the one at `position` as `line`."""
         from pipeline.files.artifact import write_file
 
         source, out, report = self._open(request), Path(request.text("out")), request.progress()
@@ -202,7 +202,7 @@ class Browser:
         return {"rows": done.rows, "format": done.format, "notes": done.notes}
 
     def _open(self, request: Request) -> RowFile:
-        """The file, again if it has changed."""
+        """The file, which is opened again if it has changed."""
         name = request.text("path")
         path = Path(name)
         status = None
@@ -215,7 +215,7 @@ class Browser:
             return self._file[1]
 
     def _is_loading(self, request: Request) -> bool:
-        """Whether its tokenizer is not here yet: importing the libraries takes seconds."""
+        """Whether the base's tokenizer is not here yet: importing the libraries takes seconds."""
         base, loaded = request.text("base"), self._tokenizer
         return bool(base) and (loaded is None or loaded[0] != base)
 
@@ -355,7 +355,7 @@ def _shortened(shown: Any) -> tuple[list[tuple[str, list[tuple[str, str]]]], int
 
 
 def start() -> worker.Handle:
-    """What answers requests to one browser, also those on which a library fails."""
+    """What answers the requests to one browser. A library's failure is an error message too."""
     browser = Browser()
 
     def handle(asked: worker.Request) -> Iterator[Answer]:

@@ -19,7 +19,13 @@ import numpy.typing as npt
 from pipeline.data.columns import clean_command
 from pipeline.data.containers import Reading
 from pipeline.data.containers.rows import row_of_error
-from pipeline.data.examples import Example, content_digest, is_held_out, joins_words
+from pipeline.data.examples import (
+    Example,
+    content_digest,
+    is_held_out,
+    joins_words,
+    row_digest,
+)
 from pipeline.data.formats import EmptyValue, iter_examples, notes
 from pipeline.data.masking import Encoded, Encoder
 from pipeline.data.preferences import pair
@@ -42,7 +48,7 @@ REPLACED = "\ufffd"
 class DataReport:
     """What is in data files. Lengths are in tokens, before a cut.
 
-    Without a tokenizer, all of tokens is None.
+    Without a tokenizer, everything about tokens is None.
     """
 
     files: tuple[str, ...]
@@ -93,7 +99,7 @@ def check(
     progress: Callable[[int], None] | None = None,
     templated: bool = False,
 ) -> DataReport:
-    """The report of data files in `root`, which never raises for what is in them.
+    """The report of data files in `root`. Never raises for what is in them.
 
     `columns`, as for `iter_examples`, count for files that have none of their own, `templated` for
     all. `max_length` above 0 truncates. Longer than the model's `positions` is an error, so pass
@@ -121,11 +127,12 @@ class _Check:
     def __post_init__(self) -> None:
         self._has_template = self.tokenizer is not None and self.tokenizer.has_template
         self._names: list[str] = []
-        self._digests = bytearray()  # 16 bytes per example
+        # of contents and of rows, 16 bytes per example
+        self._contents, self._whole = bytearray(), bytearray()
         self._files, self._rows = array("i"), array("q")
         self._held_out = bytearray()
         self._lengths = array("q")  # of the training set
-        self._longest = (0, "", "")  # with its location, and what leaves it out
+        self._longest = (0, "", "")  # its length, its location, the command that leaves it out
         # the command that writes the file read now without rows that are too long
         self._leave_out = ""
         self._formats: Counter[str] = Counter()
@@ -134,6 +141,7 @@ class _Check:
         # rows, blank lines, turns, tokens, labels, truncated, templated
         self._counts: Counter[str] = Counter()
         self._encoded = 0  # examples
+        self._chosen_refused = False  # of the last pair
         self._rendered = ""
 
     def read(
@@ -194,7 +202,8 @@ class _Check:
             self._count_row()
             digest = content_digest(example)
             held_out = is_held_out(digest, share)
-            self._digests += digest[:16]
+            self._contents += digest[:16]
+            self._whole += row_digest(example)[:16]
             self._files.append(len(self._names) - 1)
             self._rows.append(example.line)
             self._held_out.append(held_out)
@@ -208,13 +217,18 @@ class _Check:
             yield example
 
     def _joins_words(self, example: Example) -> bool:
-        # without a model nobody knows
+        # without a model, a template may still part them
         if example.templated and (self._has_template or self.tokenizer is None):
             return False
         return example.prompt is not None and joins_words(example.prompt, example.completion)
 
     def _refuse_example(self, example: Example, error: UserError) -> None:
-        self._encoded += not isinstance(example, _Rejected)
+        if isinstance(example, _Rejected):
+            if self._chosen_refused:  # the row is counted already
+                return
+        else:
+            self._encoded += 1
+            self._chosen_refused = True
         text = without_location(error, example.file, example.line)
         self._add_problem("not tokenized", "error", example.line, text)
 
@@ -222,11 +236,13 @@ class _Check:
         length, row = len(encoded.ids), example.line
         if isinstance(example, _Rejected):
             # the length of a pair is that of its longer answer; its labels are the chosen one's
-            if self._lengths and not self._held_out[self._encoded - 1]:
+            if not self._chosen_refused and not self._held_out[self._encoded - 1]:
                 self._lengths[-1] = max(self._lengths[-1], length)
+                self._keep_longest(example, length)
             return
         held_out = self._held_out[self._encoded]
         self._encoded += 1
+        self._chosen_refused = False
         kept = min(length, self.max_length or length)
         labels = sum(encoded.trained[1:kept])
         if not held_out:
@@ -234,8 +250,7 @@ class _Check:
             self._counts["tokens"] += kept
             self._counts["labels"] += labels
             self._counts["truncated"] += kept < length
-            if length > self._longest[0]:
-                self._longest = length, example.location, self._leave_out
+            self._keep_longest(example, length)
             if labels and not self._rendered and self.tokenizer:
                 self._rendered = rendered(example, self.tokenizer, self.max_length)
         if self.positions is not None and kept > self.positions:
@@ -245,6 +260,10 @@ class _Check:
             )
             self._add_problem("too long", "error", row, text)
         self._check_labels(example, encoded, kept, labels)
+
+    def _keep_longest(self, example: Example, length: int) -> None:
+        if length > self._longest[0]:
+            self._longest = length, example.location, self._leave_out
 
     def _check_labels(self, example: Example, encoded: Encoded, kept: int, labels: int) -> None:
         row, length = example.line, len(encoded.ids)
@@ -336,17 +355,15 @@ class _Check:
 
     def _find_repeated(self) -> tuple[int, int]:
         """(examples that repeat an earlier one of their set, evaluated ones trained on)."""
-        digests = np.frombuffer(self._digests, "S16")
-        _, earliest, contents = np.unique(digests, return_index=True, return_inverse=True)
-        first = earliest[contents]  # of each example, the earliest one of the same content
         held_out = np.frombuffer(self._held_out, bool)
-        repeated = np.flatnonzero(first != np.arange(len(first)))
-        leaked = held_out[repeated] & ~held_out[first[repeated]]
-        for kind, text, numbers in (
-            ("overlap", "also in the training set:", repeated[leaked]),
-            ("duplicate", "the same as", repeated[~leaked]),
+        asked, same = _earliest(self._contents), _earliest(self._whole)
+        leaked = held_out & ~held_out[asked]
+        repeated = (same != np.arange(len(same))) & ~leaked
+        for kind, text, examples, first in (
+            ("overlap", "also in the training set:", leaked, asked),
+            ("duplicate", "the same as", repeated, same),
         ):
-            for number in numbers:
+            for number in np.flatnonzero(examples):
                 file, earlier = self._files[number], first[number]
                 other_file, other_row = self._files[earlier], self._rows[earlier]
                 where = f"{self._names[other_file]}:{other_row}"
@@ -355,7 +372,15 @@ class _Check:
                 row = self._rows[number]
                 problem = Problem(row, self._names[file], f"{text} {where}.", "warning")
                 self._problems.add(kind, "warning", file, problem)
-        return int((~leaked).sum()), int(leaked.sum())
+        return int(repeated.sum()), int(leaked.sum())
+
+
+def _earliest(digests: bytearray) -> npt.NDArray[np.int64]:
+    """For each example the number of the first one with the same digest."""
+    _, earliest, groups = np.unique(
+        np.frombuffer(digests, "S16"), return_index=True, return_inverse=True
+    )
+    return earliest[groups]
 
 
 def _histogram(lengths: npt.NDArray[np.int64]) -> tuple[tuple[int, int], ...]:

@@ -50,7 +50,7 @@ def columns_option(columns: Mapping[str, str]) -> str:
 
 
 def clean_command(name: str, columns: Mapping[str, str]) -> str:
-    """What writes the file without rows that spoil a training."""
+    """The command that writes the file without rows that spoil a training."""
     return f"lora data clean {quote(name)} OUT{columns_option(columns)}"
 
 

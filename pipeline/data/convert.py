@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.data.containers import COMPRESSED, Reading, suffix_of
+from pipeline.data.containers.rows import row_of_error
 from pipeline.data.examples import Example, Message
 from pipeline.data.formats import FORMATS, CannotHold, iter_examples, notes
 from pipeline.data.formats.messages import refuse_more_than_texts, text_of
@@ -61,7 +62,8 @@ def convert(
     `source`: a file, a folder or an id of the hub.
     `format_`: one of CHOICES; by default rows stay in their own. `columns` as for `iter_examples`.
     `skip_invalid`: leave out what cannot be read or written, instead of raising it. `keep`: whether
-    the row of this number is written. Raises UserError, and then `out` is as before.
+    the row of this number is written; of others no error counts. Raises UserError, and then `out`
+    is as before.
     """
     suffix, compression = suffix_of(out)
     if suffix not in WRITERS or (compression and suffix in TABLES):
@@ -88,7 +90,7 @@ def convert(
             _verify(new, out, rows)
             with new.open("rb") as written:
                 os.fsync(written.fileno())
-            with suppress(OSError):  # there is none yet, or the file system knows no permissions
+            with suppress(OSError):  # no `out` yet, or a file system without permissions
                 new.chmod(out.stat().st_mode)
             new.replace(out)
     except OSError as error:  # what is wrong with the input is a UserError
@@ -111,7 +113,7 @@ class _Rows:
 
     def __post_init__(self) -> None:
         self.name = str(self.source)
-        self.reading = Reading(self._skip) if self.skip_invalid else Reading()
+        self.reading = Reading(self._refuse)
         self.skipped = Problems()
         self.formats: set[str] = set()
         # of each example: its row, and 16 bytes
@@ -129,20 +131,23 @@ class _Rows:
             if example.desirable is False and format_ != self.reading.format:
                 self._changed["answers labelled false left out"] += 1
                 continue
-            if self.texts_only and format_ != "text":
-                raise UserError(
-                    f"{example.location}: a .txt file holds texts alone, and this row is written "
-                    f"as {format_}. Name another file, such as one that ends in .jsonl."
-                )
             try:
+                if self.texts_only:
+                    _refuse_in_txt(example, format_)
                 written = self._as_kind_of(example, format_)
                 record = FORMATS[format_].write(written)
             except CannotHold as reason:
-                why = f"cannot be written as {format_}: {reason}. Name another --format."
-                if not self.skip_invalid:
-                    raise UserError(f"{example.location}: {why}") from None
-                self._skip(example.line, UserError(why))
+                error = UserError(
+                    f"{example.location}: cannot be written as {format_}: {reason}. Name another "
+                    "--format, or leave the row out with --skip-invalid."
+                )
+                self._refuse(example.line, error)
                 continue
+            except UserError as error:
+                self._refuse(example.line, error)
+                continue
+            if example.rejected is not None and written.rejected is None:
+                self._changed["rejected answers left out"] += 1
             self.formats.add(format_)
             self.numbers.append(example.line)
             self.digests += digest(written)
@@ -150,19 +155,23 @@ class _Rows:
                 self.progress(len(self.numbers))
             yield record
 
-    def _skip(self, row: int, error: UserError) -> None:
+    def _refuse(self, row: int, error: UserError) -> None:
+        """Raises the error of a row that is to be written, or counts the row as skipped."""
+        if not self.keep(row):
+            return
+        if not self.skip_invalid:
+            raise error from None
         text = shortened(without_location(error, self.name, row))
         self.skipped.add("skipped", "warning", 0, Problem(row, self.name, text, "warning"))
 
     def _as_kind_of(self, example: Example, format_: str) -> Example:
         """The example without what `format_` is not for, and as turns or texts as it needs."""
         if example.rejected is not None and format_ != "preference":
-            self._changed["rejected answers left out"] += 1
             example = replace(example, rejected=None)
         if format_ != "unpaired_preference":
             example = replace(example, desirable=None)
         if format_ in OF_MESSAGES and not example.messages:
-            if example.prompt is None:
+            if not (example.prompt or "").strip():
                 raise CannotHold("it has no prompt that an assistant could answer")
             change = "prompts with completions written as turns, which get a chat template"
             self._changed[change] += 1
@@ -187,6 +196,21 @@ class _Rows:
             yield f"{self.name}: {change}: {count:,}"
 
 
+def _refuse_in_txt(example: Example, format_: str) -> None:
+    """Raises UserError for what no line of a .txt file can be."""
+    if format_ != "text":
+        raise UserError(
+            f"{example.location}: a .txt file holds texts alone, and this row is written as "
+            f"{format_}. Name another file, such as one that ends in .jsonl."
+        )
+    is_text = not example.messages and example.prompt is None
+    if is_text and ("\n" in example.text or example.text.endswith("\r")):
+        raise UserError(
+            f"{example.location}: the text has several lines, and a line of .txt is a text. Use "
+            ".jsonl."
+        )
+
+
 def digest(example: Example) -> bytes:
     """16 bytes of all that an example is trained by, the order of keys included."""
     parts = [
@@ -203,18 +227,24 @@ def digest(example: Example) -> bytes:
 
 def _verify(new: Path, out: Path, rows: _Rows) -> None:
     """Raises UserError unless the written file holds the examples."""
-    number = 0
-    for number, example in enumerate(iter_examples(new, str(out)), 1):
-        if digest(example) != rows.digests[16 * (number - 1) : 16 * number]:
-            raise UserError(
-                f"{rows.name}:{rows.numbers[number - 1]}: {out.name} would not give the same "
-                "example again. Name another container, such as .jsonl, or another --format."
-            )
-    if number != len(rows.numbers):
-        raise UserError(
-            f"{out}: {number:,} of {len(rows.numbers):,} rows can be read again. Name another "
-            "container."
-        )
+    same = 0  # examples that were read again
+    reason = ""
+    try:
+        for example in iter_examples(new, str(out)):
+            if digest(example) != rows.digests[16 * same : 16 * (same + 1)]:
+                break
+            same += 1
+        else:
+            if same == len(rows.numbers):
+                return
+    except UserError as error:
+        why = without_location(error, str(out), row_of_error(error, str(out)))
+        reason = f" ({why.removesuffix('.').partition('. ')[0]})"  # without its advice
+    row = rows.numbers[min(same, len(rows.numbers) - 1)]
+    raise UserError(
+        f"{rows.name}:{row}: {out.name} would not give the same example again{reason}. Name "
+        "another container, such as .jsonl, or another --format."
+    )
 
 
 @contextmanager
@@ -244,13 +274,7 @@ def _write_json(file: BinaryIO, rows: _Rows) -> None:
 
 def _write_txt(file: BinaryIO, rows: _Rows) -> None:
     for record in rows:
-        text = record["text"]
-        if "\n" in text or text.endswith("\r"):
-            raise UserError(
-                f"{rows.name}:{rows.numbers[-1]}: the text has several lines, and a line of .txt "
-                "is a text. Use .jsonl."
-            )
-        file.write(text.encode() + b"\n")
+        file.write(record["text"].encode() + b"\n")
 
 
 def _write_csv(file: BinaryIO, rows: _Rows, delimiter: str = ",") -> None:
@@ -323,7 +347,7 @@ def _arrow_type(key: str, turns: Iterable[str]) -> Any:
 
 
 def _as_cells(record: Record) -> Record:
-    """`tools` and tool calls as JSON, as the arguments of two calls differ in their keys."""
+    """The record for a table: `tools` and tool calls as JSON, since their keys differ by row."""
     cells = dict(record)
     if "tools" in cells:
         cells["tools"] = _dump(cells["tools"])

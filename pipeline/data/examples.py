@@ -69,14 +69,24 @@ def joins_words(before: str, after: str) -> bool:
 
 
 def content_digest(example: Example) -> bytes:
-    """Equal for examples of the same content.
+    """32 bytes, equal for examples of the same content.
 
-    File and line do not count: no text is trained on in one file and evaluated in another.
+    File and line do not count: no text is trained on in one file and evaluated in another. A
+    rejected answer and a label do not count either.
     """
     parts: list[Any] = [example.text, example.prompt, example.messages]
     if example.tools:
         parts.append(example.tools)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()
+
+
+def row_digest(example: Example) -> bytes:
+    """32 bytes: as `content_digest`, but a rejected answer and a label count too."""
+    digest = content_digest(example)
+    if example.rejected is None and example.desirable is None:
+        return digest
+    more = json.dumps([example.rejected, example.desirable])
+    return hashlib.sha256(digest + more.encode()).digest()
 
 
 def in_evaluation(example: Example, share: float) -> bool:
@@ -88,7 +98,7 @@ def in_evaluation(example: Example, share: float) -> bool:
 
 
 def is_held_out(digest: bytes, share: float) -> bool:
-    """`in_evaluation`, by the `content_digest`."""
+    """`in_evaluation` of an example with this `content_digest`."""
     return int.from_bytes(digest[:8]) < share * 2**64
 
 

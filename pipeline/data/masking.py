@@ -22,7 +22,7 @@ RENDERED_TOGETHER = 16
 GROUP_EXAMPLES, GROUP_CHARACTERS = 64, 2**18
 
 Mask = npt.NDArray[np.bool_]  # (T,)
-# as read, as turns; None of no conversation
+# an example as read, the same as turns, and its renderings if it is a conversation
 WithRenderings = tuple[Example, Example, Renderings | UserError | None]
 
 
@@ -51,7 +51,7 @@ class Encoder:
     max_length: int = 0
     positions: int | None = None
     virtual: int = 0
-    labels_bad_answers: bool = False  # of rows that call their answer a bad one: to avoid it
+    labels_bad_answers: bool = False  # for losses that learn to avoid them
 
     def __call__(self, example: Example) -> Encoded:
         """Raises UserError, as `encode`."""
@@ -168,7 +168,7 @@ def as_turns(example: Example, tokenizer: Tokenizer) -> Example:
 
 
 def _groups(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    """Runs of examples that are rendered together. What reading raises comes behind the others."""
+    """Runs of examples that are rendered together. An error of reading comes behind the last."""
     group, size = list[Example](), 0
     try:
         for example in examples:
@@ -184,7 +184,7 @@ def _groups(examples: Iterable[Example]) -> Iterator[list[Example]]:
 
 
 def _one_group_ahead(groups: Iterator[Iterator[WithRenderings]]) -> Iterator[WithRenderings]:
-    """What is in the groups. The next one is sent before one is tokenized: two processes work."""
+    """The items of the groups. The next group is rendered while one is tokenized."""
     previous: Iterator[WithRenderings] = iter(())
     try:
         for following in groups:
@@ -286,7 +286,7 @@ class _AssistantTurns:
         return trained, ended
 
     def _marks_of_trained_turns(self) -> list[tuple[int, int]]:
-        """A mark is of the last answer whose prompt ends before the mark does."""
+        """A mark belongs to the last answer whose prompt ends before the mark does."""
         starts, marks = self._starts(), []
         for mark in self._text.marks:
             begun = sum(start < mark[1] for start in starts)
@@ -341,9 +341,9 @@ class _AssistantTurns:
         return starts
 
     def _end_of_header(self, turn: int, prompt: str) -> int | None:
-        """Where an answer begins whose prompt ends otherwise, as in a `<think>` that it leaves out.
+        """Where an answer begins if its prompt ends with more, such as a `<think>`.
 
-        None unless the earlier turns are as in the prompt, and what begins the answer's turn.
+        None unless the text has the prompt's earlier turns, and the beginning of the answer's turn.
         """
         before = self._render(turn)
         shared = commonprefix([self._text, prompt])  # noqa: RUF071  # of characters
@@ -354,7 +354,7 @@ class _AssistantTurns:
     def _ends_of_headers(self, turn: int, starts: list[int]) -> list[int]:
         """Where the answers begin in a template that drops thoughts from earlier ones.
 
-        Behind what it writes before the first, if it stands before each answer and nowhere else.
+        Behind the header of the first, if this header stands before each answer and nowhere else.
         """
         if starts:
             before = self._render(self._answers[0])
@@ -377,7 +377,7 @@ class _AssistantTurns:
             if offset >= 0 and not any(start <= begin < offset for begin, _ in ends):
                 break
         else:
-            if not calls:  # whose template may leave out what is said beside them
+            if not calls:  # a template may leave out what is said beside calls
                 raise self._masking_error(turn, "does not write its content unchanged")
             text, offset = "", start
         behind = offset + len(text)
@@ -393,7 +393,7 @@ class _AssistantTurns:
         return len(until_turn), False
 
     def _holds_next_turn(self, turn: int, start: int, stop: int) -> bool:
-        """Whether the end token at `stop` may be the next turn's, with none behind tool calls."""
+        """Whether the end token at `stop` may come behind the next turn, so is not the calls' own."""
         following = self._example.messages[turn + 1 : turn + 2]
         texts = [(message["content"] or "").strip() for message in following]
         return any(text in self._text[start:stop] for text in texts)

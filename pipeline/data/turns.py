@@ -111,7 +111,7 @@ def _of_texts(
             size = len(trained) - at
             after = tokenizer.word(ids[-1])
         inner = size - bool(before) - bool(after)
-        # a continuation is tokenized otherwise than a text: the places are about right
+        # a continuation has other tokens than a text: their places are estimated
         if len(stops) != inner:
             stops = [len(text) * (n + 1) // inner for n in range(inner)]
         start = len(before)
@@ -148,7 +148,8 @@ def _of_messages(
 def _ends(example: Example, text: str, tokenizer: Tokenizer) -> Iterator[int]:
     """Where each turn ends in the rendered `text`.
 
-    Where a conversation up to it ends, if the template wrote it so; else behind its content.
+    That is where the conversation up to it ends, if `text` begins with that rendering, else behind
+    its content.
     """
     messages = example.messages
     prefixes = [(n, False) for n in range(1, min(len(messages), MOST_TURNS))]
@@ -174,7 +175,8 @@ def _cut(pieces: Iterable[_Piece], kept: int) -> Iterator[Turn]:
     for piece in pieces:
         first, last = piece.content
         parts: list[tuple[Kind, str]] = []
-        at, kind = 0, _kind(False, kept > 0)
+        at = 0
+        kind = _kind(False, kept > 0)
         for number, (stop, is_trained) in enumerate(zip(piece.stops, piece.trained, strict=True)):
             end = max(at, stop)
             kind = _kind(is_trained, number < kept)

@@ -66,7 +66,8 @@ class Corpus(Sequence[Window]):
 
     def __init__(self, folder: Path, weights: Mapping[str, float] | None = None) -> None:
         """`weights`: file → how often each of its examples is seen per epoch."""
-        self._path, self._weights = folder / FILE, weights or {}
+        self._path = folder / FILE
+        self._weights = weights or {}
         self._starts = array("q", [0])  # offsets in tokens, with the end of the last
         self._lines = array("q")
         self._files: list[str] = []  # _files[i] begins with example number _first[i]
@@ -169,7 +170,8 @@ def refuse_empty(corpus: Corpus, name: str) -> None:
             "were cut before their first label. Raise max_length, or shorten the prompts."
         )
     raise UserError(
-        f"{name}: nothing to train on: every example is shorter than two tokens. Write longer ones."
+        f"{name}: nothing to train on: every example is shorter than two tokens, labelled false, or "
+        "marked with train: false. Add others."
     )
 
 

@@ -124,11 +124,13 @@ def summary(scores: Sequence[Scores], base: Sequence[Scores] | None) -> dict[str
     What else the kind measures has the same three, under its name.
     """
     measured: dict[str, Any] = {}
-    for key in scores[0]:
-        numbers: dict[str, Any] = _mean([example[key] for example in scores])
+    # an example without an answer has a score alone
+    for key in dict.fromkeys(key for example in scores for key in example):
+        values = [example.get(key, 0.0) for example in scores]
+        numbers: dict[str, Any] = _mean(values)
         if base is not None:
-            pairs = zip(scores, base, strict=True)
-            numbers["difference"] = _mean([ours[key] - theirs[key] for ours, theirs in pairs])
+            pairs = zip(values, base, strict=True)
+            numbers["difference"] = _mean([ours - theirs.get(key, 0.0) for ours, theirs in pairs])
         measured |= {**numbers, "n": len(scores)} if key == "score" else {key: numbers}
     return measured
 

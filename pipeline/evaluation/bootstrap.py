@@ -17,7 +17,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     # A resample is n draws, so how often each distinct value occurs in it is multinomial. Most
     # scores are 0 or 1: two counts per resample, instead of n.
     distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
-    n, generator = len(values), np.random.default_rng(0)
+    n = len(values)
+    generator = np.random.default_rng(0)
     step = max(1, CELLS // len(distinct))
     means = np.concatenate(
         [

@@ -105,11 +105,11 @@ def by_variant(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def task_scores(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and a row of texts for each task and variant, for report and terminal."""
-    by_variant = {variant: numbers.get("tasks", {}) for variant, numbers in metrics.items()}
-    tasks = dict.fromkeys(task for scored in by_variant.values() for task in scored)
+    scored_by = {variant: numbers.get("tasks", {}) for variant, numbers in metrics.items()}
+    tasks = dict.fromkeys(task for scored in scored_by.values() for task in scored)
     rows = []
     for task in tasks:
-        for variant, scored in by_variant.items():
+        for variant, scored in scored_by.items():
             if task not in scored:
                 continue
             scores = scored[task]

@@ -18,7 +18,7 @@ from pipeline.errors import UserError, first_line, is_out_of_memory, require
 from pipeline.inference.model_pool import ModelPool
 from pipeline.project.params.aliases import suggest
 
-# lm-eval's own for `random`, and for numpy and few-shot examples: other seeds choose other examples
+# lm-eval's own seeds: of `random`, and of numpy and the choice of few-shot examples
 SEEDS = 0, 1234
 Folders = Mapping[str, tuple[Path, Path | None]]  # name → base and adapter
 
@@ -57,10 +57,11 @@ def run(
     require("lora evaluate --harness")
     from pipeline.evaluation.harness_model import HarnessModel, UnknownWords
 
-    # what stops a task is raised; the rest is for its author
+    # warnings are for a task's author; an error that stops the task is raised
     for name in ("lm_eval", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    pool, results, about = ModelPool(), dict[str, Any](), dict[str, Any]()
+    pool = ModelPool()
+    results, about = dict[str, Any](), dict[str, Any]()
     with redirect_stdout(sys.stderr):  # stdout is for the result
         tasks = _load_tasks(options)
         for name, (base, adapter) in models.items():
@@ -71,7 +72,7 @@ def run(
             try:
                 with _explained(f"{name}: lm-eval failed"):
                     scored = _evaluate(model, tasks, options)
-            # a base that is not expanded; the models after it may know them
+            # such as a base that is not expanded; the models after it may know the words
             except UnknownWords as error:
                 note(f"{error} It is left out.")
                 continue
@@ -167,7 +168,7 @@ def _explained(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if is_out_of_memory(error):
             raise
         hint = "Check the YAML file of the task, and the code that it names."

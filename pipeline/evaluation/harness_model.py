@@ -42,7 +42,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     def __init__(self, pool: ModelPool, name: str) -> None:
         super().__init__()
-        self._pool, self._name, self.truncated = pool, name, 0
+        self._pool, self._name = pool, name
+        self.truncated = 0
 
     @property
     def _model(self) -> CausalLM:
@@ -153,7 +154,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         """Log-likelihood of each text; one that is too long is cut in windows without overlap."""
         windows: list[Tokenized] = []
         for number, request in enumerate(requests):
-            ids, start = self.tok_encode(request.args[0]), self.prefix_token_id
+            ids = self.tok_encode(request.args[0])
+            start = self.prefix_token_id
             for window in get_rolling_token_windows(ids, start, self.max_length, context_len=1):
                 windows.append((number, *make_disjoint_window(window)))
         totals = [0.0] * len(requests)

@@ -32,7 +32,7 @@ def metrics_since_commit(path: Path) -> list[MetricChange]:
     try:
         before = dict(_numbers(json.loads(committed)))
         after = dict(_numbers(json.loads(path.read_text(encoding="utf-8"))))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, OverflowError, RecursionError) as error:
         raise UserError(f"{path.name} cannot be read: {error}.") from None
     return [
         MetricChange(name, before.get(name), after.get(name))
@@ -46,9 +46,9 @@ def _six_digits(value: float | None) -> str:
 
 
 def _numbers(tree: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Every number in the JSON tree with its dotted name."""
+    """Every number in nested JSON objects, but not in lists, with its dotted name."""
     if isinstance(tree, Mapping):
         for key, value in tree.items():
             yield from _numbers(value, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(tree, int | float) and not isinstance(tree, bool):
-        yield prefix, tree
+        yield prefix, float(tree)

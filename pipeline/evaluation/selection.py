@@ -47,6 +47,8 @@ def choose(rows: Rows, max_divergence: float | None = None) -> str:
     """
     every = {name: loss_of(row) for name, row in rows.items()}
     losses = {name: loss for name, loss in every.items() if loss is not None}
+    if not losses:
+        raise UserError("No adapter of the sweep has a finite loss. Lower the learning rates.")
     if max_divergence is not None:
         divergences = {name: float(rows[name].get("divergence", nan)) for name in losses}
         if any(map(isnan, divergences.values())):
@@ -63,8 +65,6 @@ def choose(rows: Rows, max_divergence: float | None = None) -> str:
                 f"--max-divergence {max_divergence:g}: no adapter is that close to the base. The "
                 f"closest is {least}, {divergences[least]:.4g}. Raise it."
             )
-    if not losses:
-        raise UserError("No adapter of the sweep has a finite loss. Lower the learning rates.")
     return min(losses, key=losses.__getitem__)
 
 
@@ -90,10 +90,14 @@ def beyond(
         if key in ranges and not _is_near_end(value, **ranges[key]):
             continue
         edge, near = ("lowest", tried[1]) if value == tried[0] else ("highest", tried[-2])
-        further = [number for number in _steps(near, value) if _is_valid(settings, key, number)]
-        further = [*dict.fromkeys([value, *further])]
-        if len(further) > 1:
-            edges[key] = edge, further
+        further = [
+            number
+            for number in dict.fromkeys(_steps(near, value))
+            # a rounded step may lead back
+            if (number - value) * (value - near) > 0 and _is_valid(settings, key, number)
+        ]
+        if further:
+            edges[key] = edge, [value, *further]
     return edges
 
 

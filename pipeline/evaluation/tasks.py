@@ -15,13 +15,14 @@ from pipeline.errors import UserError
 from pipeline.evaluation.kinds import KINDS, Kind, Score, TaskExample, TaskOptions
 from pipeline.files import strict_yaml
 from pipeline.files.text import abbreviate_repr
-from pipeline.project.params.schema import Names, ValueSource, check_value
+from pipeline.project.params.schema import File, Names, ValueSource, check_value
 
 NAME = re.compile(r"[\w .-]{1,60}")
+# options of kinds whose answers are generated
 GENERATED = {
     "max_new_tokens": Annotated[int, Meta(ge=1, le=65_536)],
     "stop": Names,
-}  # options where answers are written
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def _entries(path: Path, name: str) -> Iterator[tuple[Record, str]]:
     entries: Any = []
     if path.suffix.lower() in (".yaml", ".yml"):
         entries = strict_yaml.read(path, name)
-        is_list = isinstance(entries, list) and entries
+        is_list = isinstance(entries, list) and len(entries) > 0
         if not is_list or not all(isinstance(entry, dict) for entry in entries):
             raise UserError(
                 f"{name} must be a list of tasks, each with name, kind and examples, got "
@@ -74,13 +75,19 @@ def _entries(path: Path, name: str) -> Iterator[tuple[Record, str]]:
             )
     elif path.suffix.lower() == ".jsonl" and "kind" in next(read_rows(path, name)).value:
         entries = [row.value for row in read_rows(path, name)]
-    yield from ((entry, f"{name}: task {number}") for number, entry in enumerate(entries, 1))
+    for number, entry in enumerate(entries, 1):
+        location = f"{name}: task {number}"
+        for key in ("file", "scorer"):
+            if isinstance(entry.get(key), str):  # a path with a NUL cannot be resolved
+                check_value(File, entry[key], f"{location}: {key}", ValueSource(name))
+        yield entry, location
 
 
 def _read_task(
     entry: Record, location: str, file: str, folder: Path, files: Mapping[Path, str]
 ) -> Task:
-    name, kind = entry.get("name"), KINDS.get(str(entry.get("kind")))
+    name = entry.get("name")
+    kind = KINDS.get(str(entry.get("kind")))
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise UserError(
             f"{location}: name must be a text of at most 60 letters, digits, spaces and ._-, got "
@@ -164,12 +171,17 @@ def task_prompts(path: Path, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _read_prompt(row: Record, location: str, chat: bool) -> tuple[Record, Any]:
-    """The row, with the expected answer of a conversation, and its prompt: a text or messages."""
+    """The row and its prompt, a text or messages; a conversation's last answer is its `answer`."""
     prompt: Any
     if "messages" in row:
         prompt = read_turns(row, "messages", location).messages
         if prompt[-1]["role"] == "assistant":
-            row, prompt = {"answer": prompt[-1]["content"], **row}, prompt[:-1]
+            row = {"answer": prompt[-1]["content"], **row}
+            prompt = prompt[:-1]
+        if not prompt:
+            raise UserError(
+                f"{location}: messages must have a turn before the answer. Add the user's."
+            )
     elif isinstance(row.get("prompt"), list):
         prompt = read_turns(row, "prompt", location).messages
     else:

@@ -83,7 +83,7 @@ class Candidate(NamedTuple):
     """Files to compare."""
 
     label: str
-    # of ROUNDING, the limit of its logits' difference; others are quantized, and have no limit
+    # a key of ROUNDING, which limits the logits' difference; a quantized kind has no limit
     kind: str
     size: int
     open: Callable[[], AbstractContextManager[Runner]]
@@ -136,14 +136,16 @@ def compare(
 @no_grad()
 def reference(loaded: LoadedModel, tokenizer: Tokenizer, prompts: Sequence[str]) -> Reference:
     """The exported model, with logits in fp32, so that only the other program rounds."""
-    model, room = loaded.model, MOST_TOKENS
+    model = loaded.model
+    room = MOST_TOKENS
     ids = list[list[int]]()
     for prompt in prompts:
         ids.append(list(tokenizer.encode(prompt)[: min(room, model.max_length)]))
         room -= len(ids[-1])
         if room <= 0:
             break
-    chat, asked = _rendered_chat(tokenizer, prompts[0]), prompts[0]
+    chat = _rendered_chat(tokenizer, prompts[0])
+    asked = prompts[0]
     if chat:
         with suppress(UserError):  # from a template that needs other turns
             asked = tokenizer.render([{"role": "user", "content": asked}], True)
@@ -192,9 +194,9 @@ def _compare(expected: Reference, candidate: Candidate, runner: Runner) -> dict[
     most = runner.max_length if isinstance(runner, SelfContained) else MOST_TOKENS
     pairs = ((logits[:most], runner.logits(ids[:most])) for ids, logits in expected.prompts)
     first = next(pairs)
-    rows, theirs = (logits.shape[-1] for logits in first)
-    if theirs != rows:
-        problems.append(f"it has {theirs} tokens, the exported model {rows} (is it another base?)")
+    ours, theirs = (logits.shape[-1] for logits in first)
+    if theirs != ours:
+        problems.append(f"it has {theirs} tokens, the exported model {ours} (is it another base?)")
     else:
         result = difference_of(chain([first], pairs))
         entry |= result._asdict()
@@ -217,7 +219,8 @@ def _template_problems(expected: Reference, runner: Runner) -> list[str]:
     """What differs in the chat template and the end tokens that the file holds."""
     if not isinstance(runner, SelfContained):
         return []
-    problems, tokenizer = [], expected.tokenizer
+    problems = []
+    tokenizer = expected.tokenizer
     ours = tokenizer.template if isinstance(tokenizer, SubwordTokenizer) else None
     if ours != runner.template:
         if ours is None:

@@ -80,18 +80,21 @@ def check(publication: Publication, form: str, export: Export, dry_run: bool) ->
 def _refuse_unnamed_base(form: str, export: Export, dry_run: bool) -> None:
     """Raises UserError for an adapter whose base others cannot find by its name."""
     if export.base_name:
-        if not dry_run and parse_source(export.base_name, Path()).kind != HUB:
+        kind = None
+        with suppress(UserError):
+            kind = parse_source(export.base_name, Path()).kind
+        if not dry_run and kind != HUB:
             raise UserError(
-                f"--base-name must be a hub id such as org/name, got {export.base_name!r}, a path "
-                "here."
+                f"--base-name must be a hub id such as org/name, got {export.base_name!r}, which "
+                "is none, or a path here."
             )
         return
-    if FORMATS[form].relation != "adapter" or not (reason := unnamed_base(export)):
-        return
-    raise UserError(
-        f"{export.adapter}: {reason}. Name the base on the hub with --base-name org/name, or push "
-        "with --format merged."
-    )
+    is_adapter = FORMATS[form].relation == "adapter"
+    if is_adapter and (reason := unnamed_base(export)):
+        raise UserError(
+            f"{export.adapter}: {reason}. Name the base on the hub with --base-name org/name, or "
+            "push with --format merged."
+        )
 
 
 def _refuse_unwritable(publication: Publication) -> None:
@@ -103,7 +106,8 @@ def _refuse_unwritable(publication: Publication) -> None:
         raise UserError(
             "there is no token for the hub. Log in with `hf auth login`, or set HF_TOKEN."
         )
-    api, name = HfApi(), publication.repository
+    api = HfApi()
+    name = publication.repository
     with _reported(name):
         api.whoami()
         try:
@@ -135,17 +139,19 @@ def prepare(
     from pipeline.export.model_card import has_card
 
     sources = [export.adapter]
-    with suppress(UserError):  # the format says so, if it needs one
+    with suppress(UserError):  # a format that needs a base refuses its lack
         sources.append(export.find_base())
     is_export = has_card(folder) and not (folder / artifact.MANIFEST).exists()
     artifact.refuse_other(folder, is_export, sources)
     with artifact.writing(folder) as out:
-        inner = out / folder.name  # a card may name it
+        # A card may name the folder, and a file of the export may have the same name.
+        inner = out / ".new" / folder.name
         lines = yield from write(form, export, inner)
         yield from _complete_card(inner / CARD, export, publication)
         for path in list(inner.iterdir()):
             path.rename(out / path.name)
         inner.rmdir()
+        inner.parent.rmdir()
     return [line.replace(str(inner), str(folder)) for line in lines]
 
 
@@ -209,7 +215,8 @@ def upload(folder: Path, publication: Publication) -> Generator[Event, None, str
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     _refuse_paths(folder)
-    api, sent = HfApi(), files_of(folder)
+    api = HfApi()
+    sent = files_of(folder)
     name, branch = publication.repository, publication.revision
     with _reported(name), warnings.catch_warnings(record=True) as warned:
         api.create_repo(name, private=publication.private or None, exist_ok=True)
@@ -245,7 +252,8 @@ def _reported(repository: str) -> Iterator[None]:
         ) from None
     # errors of huggingface_hub, its HTTP client and its storage have no common base class
     except Exception as error:
-        status, reason = _status_of(error), " ".join(str(error).split())[:300].rstrip(".")
+        status = _status_of(error)
+        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         namespace = repository.partition("/")[0]
         explained = {
             401: (

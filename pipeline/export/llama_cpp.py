@@ -178,7 +178,8 @@ class LlamaCpp:
         import torch
 
         self._process.worker.send("logits", ids=list(ids))
-        logits, row = torch.empty(len(ids), self._facts["rows"]), 0
+        logits = torch.empty(len(ids), self._facts["rows"])
+        row = 0
         while data := self._process.read()[1]:  # some of the rows
             part = torch.frombuffer(data, dtype=torch.float32).view(-1, logits.shape[1])
             logits[row : row + len(part)] = part
@@ -271,9 +272,10 @@ class _Process:
         return how + (f": {reasons[0][:200]}" if reasons else "")
 
     def _error(self, what: str) -> UserError:
+        what = what.rstrip(".")
         if self._file is None:
             return UserError(f"llama.cpp {what}. Install it again: {INSTALL}.")
         return UserError(
-            f"{self._file}: llama.cpp {what.rstrip('.')}. The file is damaged, or of a kind that "
+            f"{self._file}: llama.cpp {what}. The file is damaged, or of a kind that "
             "this build does not know. Write it again, or install a newer llama-cpp-py-sync."
         )

@@ -55,7 +55,7 @@ class Library:
         return str(self.ffi.string(pointer).decode("utf-8", "replace"))
 
     def failed(self, default: str) -> Failed:
-        """The first error in the log says more than those that follow from it."""
+        """The reason of a failure: the first error in the log, which caused the others."""
         return Failed(self.errors[0] if self.errors else default)
 
 
@@ -112,13 +112,15 @@ class Session:
 
     def chat(self, messages: Sequence[dict[str, str]], ask: bool, template: str) -> str | None:
         """Rendered by llama.cpp's list of known templates; None if it knows none like this one."""
-        ffi, kept = self._ffi, []
+        ffi = self._ffi
+        kept = []  # a C string is freed with its Python object
         turns = ffi.new("llama_chat_message[]", len(messages))
         for turn, message in zip(turns, messages, strict=True):
             for key in ("role", "content"):
                 kept.append(ffi.new("char[]", message[key].encode()))
                 setattr(turn, key, kept[-1])
-        form, size = template.encode(), 0
+        form = template.encode()
+        size = 0
         for _ in range(2):  # first for the size
             out = ffi.new("char[]", size + 1)
             size = self._lib.llama_chat_apply_template(form, turns, len(messages), ask, out, size)
@@ -157,7 +159,7 @@ class Session:
         return {"ids": new, "seconds": time.perf_counter() - started}
 
     def _restart(self, length: int, exact: bool) -> None:
-        """An empty context for `length` tokens; `exact`: with fp32 in attention, not as users."""
+        """An empty context for `length` tokens; `exact`: attention in fp32, not the default."""
         lib, ffi = self._lib, self._ffi
         if (
             self._context != ffi.NULL
@@ -175,7 +177,8 @@ class Session:
         if exact:  # flash attention rounds to fp16, as the cache does by default
             parameters.type_k = parameters.type_v = lib.GGML_TYPE_F32
             parameters.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self._context, self._exact = lib.llama_init_from_model(self._model, parameters), exact
+        self._context = lib.llama_init_from_model(self._model, parameters)
+        self._exact = exact
         if self._context == ffi.NULL:
             raise self._library.failed("no context for the model")
         if self._adapter is not None:
@@ -248,7 +251,7 @@ class Handler:
 
 
 def _limit_memory(size: int) -> None:
-    """Limit memory to three times the files, as llama.cpp may map, load and repack, and a rest."""
+    """Limit memory to EXTRA_MEMORY and three times `size`: llama.cpp may map, load and repack."""
     worker.limit_memory(3 * size + EXTRA_MEMORY)
 
 

@@ -24,7 +24,8 @@ class MLX:
     def __init__(self, base: Path, adapter: Path | None = None) -> None:
         """Raises UserError if mlx-lm cannot open them."""
         self.name = f"mlx-lm {version('mlx-lm')}"
-        self._base, config = base, read_config(base)
+        self._base = base
+        config = read_config(base)
         # mlx-lm takes its own default for a rotary setting that it does not find.
         settings = {key: value for key, value in rope_settings(config).items() if key not in config}
         with reported(str(base), trusted=False, hint="Export with --format merged"):
@@ -48,7 +49,8 @@ class MLX:
 
     def generate(self, ids: Sequence[int], limit: int) -> tuple[list[int], float]:
         """The greedy continuation, up to an end token or `limit` tokens, and tokens per second."""
-        start, new = perf_counter(), list[int]()
+        start = perf_counter()
+        new: list[int] = []
         for token, _ in generate_step(mx.array(list(ids)), self._model, max_tokens=limit):
             if token in self._tokenizer.eos_token_ids:
                 break

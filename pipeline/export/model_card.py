@@ -67,7 +67,9 @@ def card(
     """
     from huggingface_hub import ModelCardData
 
-    origin, merged, name = origin_of(adapter, base), certificate is not None, adapter.resolve().name
+    origin = origin_of(adapter, base)
+    merged = certificate is not None
+    name = adapter.resolve().name
     manifest = artifact.verify(adapter) if (adapter / artifact.MANIFEST).exists() else {}
     metrics = measured_of(adapter)
     known = hub_name(adapter, origin, manifest, base_name)
@@ -147,7 +149,7 @@ def hub_name(
         name = read_config(adapter).get("base_model_name_or_path")
         try:
             base_of(adapter)
-            return None
+            return None  # the name is that of a folder here
         except UserError:
             pass
     try:
@@ -176,7 +178,8 @@ def _results(metrics: Mapping[str, Any], manifest: Mapping[str, Any]) -> "Iterat
     from huggingface_hub import EvalResult
 
     forgetting, params = metrics.get("forgetting", {}), manifest.get("params", {})
-    new, old, completed = "new data", "old data", None
+    new, old = "new data", "old data"
+    completed = None
     if "new_completed" in metrics:
         completed = metrics["new_completed"] / max(1, metrics["new_sentences"])
     elif params.get("eval_share") or params.get("eval_data"):
@@ -221,14 +224,16 @@ def _usage(adapter: Path, name: str, merged: bool) -> str:
     """Python that loads the model `name` and lets it answer."""
     kind = quantization_of(adapter)
     quantized = kind != "none" and not merged
-    source = json.dumps(name) + ", quantization_config=quantized" * quantized
+    # Python reads JSON's escapes of letters beyond U+FFFF as two letters
+    quoted = json.dumps(name, ensure_ascii=False)
+    source = quoted + ", quantization_config=quantized" * quantized
     auto = "AutoModelForCausalLM" if merged else "AutoPeftModelForCausalLM"
     lines = [
         f"from transformers import {'AutoModelForCausalLM, ' * merged}AutoTokenizer"
         + ", BitsAndBytesConfig" * quantized,
         f"quantized = BitsAndBytesConfig({BITSANDBYTES.get(kind)})" * quantized,
         f"model = {auto}.from_pretrained({source})",
-        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})",
+        f"tokenizer = AutoTokenizer.from_pretrained({quoted})",
     ]
     if not merged:
         lines.insert(0, f"from peft import {auto}")
@@ -314,7 +319,7 @@ def _data(manifest: Mapping[str, Any]) -> Iterator[str]:
     params = manifest.get("params", {})
     for name, digest in manifest.get("inputs", {}).items():
         is_data = combined or not name.startswith(("artifacts/", "../artifacts/"))
-        retained = name == params.get("retention_data") != params.get("data")
+        retained = name == params.get("retention_data") and name != params.get("data")
         if is_data and (_retains(params) or not retained):
             yield f"`{name}`{', retained' * retained}, sha256 `{digest}`"
 

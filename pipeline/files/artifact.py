@@ -109,12 +109,12 @@ def write_file(path: Path, contents: str | Iterable[bytes], durable: bool = Fals
 def refuse_other(out: Path, earlier: bool, sources: Iterable[Path]) -> None:
     """Raises UserError if writing to the folder `out` could destroy something.
 
-    It must not be one of `sources`, inside or around one, and be empty or an `earlier` result.
-
-    Also if it has a file that no command writes and no source has: a merge copies the license of a
-    base.
+    `out` must not be one of `sources`, nor lie inside or around one. It must be empty or an
+    `earlier` result, and hold only what commands write or a source has: a merge copies the license
+    of a base.
     """
-    resolved, copied = out.resolve(), set[str]()
+    resolved = out.resolve()
+    copied: set[str] = set()
     for source in (source.resolve() for source in sources):
         if resolved == source:
             raise UserError(f"{out} is also an input. Name another folder with --out.")
@@ -149,13 +149,13 @@ def _sibling(target: Path, kind: str) -> Path:
 
 def _recover(target: Path) -> None:
     """Restore what a killed process was about to replace, and delete what it had started."""
-    # The start time is missing where the system has no /proc, and in names that earlier versions
-    # wrote.
     try:
         siblings = sorted(target.parent.iterdir())
     except OSError:  # there is no folder yet, or it cannot be listed
         return
     for leftover in siblings:
+        # The start time is missing where the system has no /proc, and in names that earlier
+        # versions wrote.
         match = _TEMPORARY.fullmatch(leftover.name)
         if match and match[1] == target.name and not _is_running(int(match[2]), match[3] or ""):
             if match[4] == "old" and not target.exists():
@@ -176,7 +176,8 @@ def _is_running(pid: int, started: str) -> bool:
     """Whether another process with this id, and start time `started` if known, is still running."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    # a number from a file's name may be larger than the system knows
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass
@@ -217,7 +218,7 @@ def refuse_untrusted(folder: Path) -> None:
     """Raises UserError for what no model or adapter folder needs but a malicious one may have.
 
     That is links to files outside it, text files so large that reading them exhausts memory, and a
-    config.json of so many layers or labels.
+    config.json of too many layers or labels.
     """
     # Through a link, a folder from elsewhere could make any file of this machine part of a base,
     # which is then shared. Two kinds are allowed: from a snapshot of the hub's cache to its blobs,
@@ -235,7 +236,7 @@ def refuse_untrusted(folder: Path) -> None:
             if not path.is_symlink():
                 continue
             target = Path(os.path.realpath(path))
-            is_inside = any(parent in target.parents for parent in trusted)
+            is_inside = any(root in target.parents for root in trusted)
             if not is_inside and not _DVC_OBJECT.fullmatch(str(target)):
                 raise UserError(
                     f"{path} is a link to a file outside its folder: {target}. "
@@ -355,8 +356,9 @@ def verify(
                 change = "is missing"
             elif name not in sealed:
                 change = "was added"
+            undo = "restore" if name in sealed else "remove"
             raise UserError(
-                f"{folder / name} {change} after the artifact was made. Make it again or restore "
+                f"{folder / name} {change} after the artifact was made. Make it again or {undo} "
                 "the file."
             )
     return manifest

@@ -82,7 +82,7 @@ def parse_source(base: str, root: Path) -> Source:
     """
     if base == MINIGPT:
         return Source("minigpt", base)
-    # What is there goes before the hub: org/name may be both. A missing .gguf is a missing file, as
+    # A file or folder goes before the hub: org/name may be both. A missing .gguf is a missing file, as
     # no hub id ends so.
     path = _path(base, root)
     if path is not None and path.is_dir():
@@ -101,7 +101,8 @@ def parse_source(base: str, root: Path) -> Source:
 def _path(base: str, root: Path) -> Path | None:
     """The path of a file or folder of that name, existing or not; None if it cannot be a path."""
     try:
-        path = root / (name := expand(base))
+        name = expand(base)
+        path = root / name
         if not root.is_dir():  # a project about to be created: .. does not resolve yet
             path = Path(os.path.normpath(root.resolve() / name))
         path.is_dir()
@@ -143,7 +144,9 @@ def _first_integer(
 def shared_name(name: str) -> str:
     """The name of a base or data file in a manifest: of an absolute path only the last part."""
     path = Path(name)
-    return path.name or name if path.is_absolute() or name.startswith("~") else name
+    if path.is_absolute() or name.startswith("~"):
+        return path.name or name
+    return name
 
 
 def license_of(folder: Path) -> dict[str, str]:
@@ -195,7 +198,7 @@ def resolve(base: str, root: Path) -> Source:
 
 
 def identity(source: Source, digest: Callable[[Path], str] = digest) -> dict[str, str]:
-    """Its part of the cache key: shared name → sha256; of the hub, id and revision.
+    """A base's part of the cache key: shared name → sha256; of the hub, id and revision.
 
     {} for MiniGPT, whose training settings are the key. Of a folder only the files that an import
     reads count. Raises UserError.

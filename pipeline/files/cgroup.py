@@ -30,7 +30,7 @@ def cpu_seconds(folder: Path, mount: Path = MOUNT) -> float:
             line.split() for line in (folder / "cpu.stat").read_text(encoding="ascii").splitlines()
         )
         return int(stat["usage_usec"]) / 1e6
-    # where both controllers share a mount; else the same folder in the other one
+    # cpu and cpuacct may share a mount; else it is in the same folder of the other mount
     usage = folder / "cpuacct.usage"
     if not usage.exists():
         usage = mount / "cpuacct" / folder.relative_to(mount / "cpu") / usage.name

@@ -93,7 +93,7 @@ class FactStore:
         self._saved = True
 
     def get(self, key: str, stamp: str, earlier: bool = True) -> Facts | None:
-        """The facts that were stored with this stamp; without `earlier`, by this process."""
+        """The facts that were stored with this stamp; without `earlier`, only by this process."""
         if self._stored is None:
             self._stored = _read_entries(self.path)
         entry = self._computed.get(key) or (self._stored.get(key) if earlier else None)
@@ -148,7 +148,9 @@ def _read_entries(path: Path) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     with suppress(OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         stored = json.loads(path.read_text(encoding="utf-8"))
-        for key, (stamp, facts) in stored["entries"].items() if stored["format"] == FORMAT else ():
+        if stored["format"] != FORMAT:
+            return {}
+        for key, (stamp, facts) in stored["entries"].items():
             if isinstance(stamp, str) and isinstance(facts, dict):
                 entries[key] = stamp, facts
     return entries
@@ -177,8 +179,8 @@ class DigestStore(FactStore):
     def _cached(
         self, kind: str, folder: Path, compute: Callable[[Path], dict[str, str]], earlier: bool
     ) -> dict[str, str]:
-        # Before the files are read, so that an edit meanwhile gives another signature the next
-        # time.
+        # The signature is taken before the files are read: an edit meanwhile gives another one the
+        # next time.
         now, files = time.time_ns(), signature(folder)
         key = f"{kind}:{folder.resolve()}"
         stamp = hashlib.sha256(json.dumps(files).encode()).hexdigest()

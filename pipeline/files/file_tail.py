@@ -28,7 +28,9 @@ class Chunk(Generic[T]):
 
 
 class FileTail(Generic[T]):
-    """Complete lines of a file as rows; lines that the parser rejects by ValueError are `skipped`.
+    """Complete lines of a file as rows.
+
+    `skipped` counts the lines that the parser rejects by ValueError or that exceed a chunk.
 
     `parser_for(header)` returns the parser of the lines below the first; with `header=False`, the
     parser of all lines, given "". With `latest`, a reader that is further behind skips to the last
@@ -49,7 +51,8 @@ class FileTail(Generic[T]):
         self._start_over()
 
     def _start_over(self) -> None:
-        self.skipped = self._offset = 0
+        self.skipped = 0
+        self._offset = 0
         self._tail = b""
         self._file: tuple[int, int] | None = None
         # the next line is the header, or the rest of a line longer than a chunk
@@ -94,26 +97,32 @@ class FileTail(Generic[T]):
             if change:
                 self._start_over()
         self._file = identity
-        limit, mark = self._latest or CHUNK_SIZE, b""
+        limit = self._latest or CHUNK_SIZE
+        mark = b""
         if self._latest and info.st_size - self._offset > self._latest:
-            self._offset, self._tail, mark = info.st_size - self._latest, b"", b"... "
+            self._offset = info.st_size - self._latest
+            self._tail = b""
+            mark = b"... "
         file.seek(self._offset)
         data = file.read(limit)
-        more, end = len(data) == limit, data.rfind(b"\n") + 1
+        more = len(data) == limit
+        end = data.rfind(b"\n") + 1  # of the last complete line
         if not end and not more:  # half a line: wait for the rest
             return Chunk([], change)
         data = data[: end or limit]
-        at_start, self._offset = self._offset == 0, self._offset + len(data)
+        at_start = self._offset == 0
+        self._offset += len(data)
         self._tail = (self._tail + data)[-TAIL_SIZE:]
+        if not end:  # a part of a line longer than a chunk, which its first part counts
+            self.skipped += not self._skip_line
+            self._skip_line = True
+            return Chunk([], change, more)
         data = mark + data
         if self._skip_line:
             header, _, data = data.partition(b"\n")
-            if at_start and end:
+            if at_start:
                 self._parse = self._parser_for(header.decode(errors="replace"))
-        self._skip_line = not end
-        if not end:  # a part of a line longer than a chunk
-            self.skipped += 1
-            return Chunk([], change, more)
+        self._skip_line = False
         rows: list[T] = []
         for line in data.decode(errors="replace").split("\n")[:-1]:
             try:

@@ -43,7 +43,7 @@ def _read_machine() -> Memory:
 
 
 def memory_limits(mount: Path = MOUNT, own: Path = OWN) -> Iterator[tuple[int, Path]]:
-    """The limit of this process's control group in bytes, with its folder, and those of all above.
+    """The limits in bytes of this process's control group and of all above it, with their folders.
 
     A group shares its own limit with all groups below it, so that each of them may be the tightest.
     """

@@ -41,7 +41,7 @@ _left: ContextVar[list[float] | None] = ContextVar("seconds left", default=None)
 
 
 def problem(pattern: str) -> str | None:
-    """Why it is not a valid regular expression of `re`, which PEFT uses; None if it is valid."""
+    """Why the pattern is not valid in `re`, which PEFT uses; None if it is valid."""
     if len(pattern) > LONGEST:
         return f"it has {len(pattern)} characters, more than {LONGEST}"
     # imported here: `lora calc` starts in a tenth of a second, and most settings have no pattern
@@ -58,12 +58,15 @@ def problem(pattern: str) -> str | None:
 
 
 def full_match(pattern: str, name: str, key: str) -> bool:
-    """Whether it matches the full name. Raises UserError about the setting `key` in time."""
+    """Whether the pattern matches the full name.
+
+    Raises UserError, which names the setting `key`, when time is up.
+    """
     return _within_budget("fullmatch", pattern, pattern, name, key) is not None
 
 
 def end_match(pattern: str, name: str, key: str) -> bool:
-    """Whether it matches the name or its end after a dot, as PEFT's rank_pattern.
+    """Whether the pattern matches the name or its end after a dot, as PEFT's rank_pattern.
 
     Raises UserError when time is up.
     """
@@ -71,7 +74,7 @@ def end_match(pattern: str, name: str, key: str) -> bool:
 
 
 def search(pattern: str, text: str, key: str) -> bool:
-    """Whether it matches somewhere in the text. Raises UserError when time is up."""
+    """Whether the pattern matches somewhere in the text. Raises UserError when time is up."""
     return (
         _within_budget("search", pattern, pattern, text, key, "an answer", "nested repetitions")
         is not None
@@ -89,7 +92,8 @@ def block_match(pattern: str, name: str, key: str) -> int | None:
     Raises UserError when time is up.
     """
     match = _within_budget("match", block_pattern(pattern), pattern, name, key)
-    return None if match is None else int(match["block"])
+    # of `layers|h`, the first alternative has no number
+    return None if match is None or match["block"] is None else int(match["block"])
 
 
 def block_pattern(pattern: str) -> str:

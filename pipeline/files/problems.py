@@ -42,7 +42,7 @@ class Group:
 
 @dataclass
 class Problems:
-    """Collects them in bounded memory."""
+    """Collects problems in bounded memory."""
 
     _kept: list[tuple[int, Problem]] = field(default_factory=list)  # with the number of its file
     counts: Counter[str] = field(default_factory=Counter)

@@ -38,6 +38,7 @@ OS_ERROR = re.compile(r"\(os error (\d+)\)")  # the end of an OS error's message
 # An entry takes 60 to 200 bytes, and published files have up to about 100,000 tensors. The format
 # allows headers five times as large, and parsing those takes more than a GB of memory.
 MAX_HEADER = 20_000_000  # bytes
+MAX_DIMENSIONS = 64  # PyTorch's; the product of a million sizes takes hours
 PIECE = 8 * 2**20  # bytes per read, if the kernel cannot copy between the files
 
 Bytes = bytes | bytearray | memoryview
@@ -116,7 +117,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Any] | No
             if not 2 <= length <= size - 8:
                 raise _damaged(path, f"its header of {length} bytes does not fit in {size} bytes")
             raw += file.read(length)
-            # of bytes, `json` also takes half of a surrogate pair
+            # decoded first: from bytes, `json` would also take half of a surrogate pair
             header = json.loads(raw[8:].decode())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}.") from None
@@ -133,6 +134,9 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Any] | No
             dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
             start, stop = (base + int(offset) for offset in entry["data_offsets"])
             name.encode()  # an escaped surrogate without its pair is no character
+            # offsets are 64-bit numbers; no message can hold those of thousands of digits
+            if len(shape) > MAX_DIMENSIONS or abs(start) + abs(stop) >= 2**64:
+                raise ValueError
         except (KeyError, OverflowError, TypeError, ValueError):
             raise _damaged(
                 path, f"{name[:200]!r} has no valid name, dtype, shape and offsets"
@@ -146,7 +150,8 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Any] | No
         if stop - start != prod(shape) * BYTES[dtype] or start < base:
             raise _damaged(path, f"{name} of shape {shape} does not have {stop - start} bytes")
         infos[name] = TensorInfo(dtype, shape, start, stop)
-        expected, described = max(expected, stop), described + stop - start
+        expected = max(expected, stop)
+        described += stop - start
     # A truncated download still has its whole header: only the file's size tells.
     if expected != size:
         raise _damaged(path, f"the header describes {expected} bytes, the file has {size}")
@@ -181,6 +186,10 @@ def fingerprint(paths: Sequence[Path]) -> str:
             remaining = info.stop - info.start
             while remaining:
                 block = files[path].read(min(remaining, 1 << 20))
+                if not block:
+                    raise UserError(
+                        f"{path} was truncated while it was read. Create or copy it again."
+                    )
                 digest.update(block)
                 remaining -= len(block)
     return digest.hexdigest()
@@ -190,10 +199,8 @@ def refuse_difference(
     expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]], source: str
 ) -> None:
     """Raises UserError unless `actual` has exactly the expected names and shapes."""
-    missing, extra = (
-        sorted(expected.keys() - actual.keys()),
-        sorted(actual.keys() - expected.keys()),
-    )
+    missing = sorted(expected.keys() - actual.keys())
+    extra = sorted(actual.keys() - expected.keys())
     wrong = sorted(
         name for name in expected.keys() & actual.keys() if expected[name] != actual[name]
     )
@@ -221,7 +228,7 @@ def rewrite(
     unchanged = [
         (name, info.dtype, info.shape) for name, info in sorted(infos.items(), key=_offsets)
     ]
-    # Byte for byte the source's header then, which may be padded otherwise than ours.
+    # Then the source's header is copied byte for byte: its padding may differ from ours.
     is_unchanged = [(t.name, t.dtype, t.shape) for t in tensors] == unchanged
     header = raw if is_unchanged else _build_header(tensors, metadata)
     offset = len(header)

@@ -13,19 +13,18 @@ import yaml
 from pipeline.errors import UserError
 
 MOST_CHARACTERS = 10_000_000  # of a file: PyYAML takes a second for each million
-# that a text may stand for through its aliases; a few lines of `*name` can mean billions
+# values that a text may stand for through its aliases: a few lines of `*name` can mean billions
 MOST_VALUES = 1_000_000
-
-LONG_TEXT = 100  # characters of a text that count as a value more: aliases repeat long texts too
+LONG_TEXT = 100  # characters of a text count as one more value: aliases repeat long texts too
 LONGEST_NUMBER = 1_000  # characters
 
 
 def read(path: Path, name: str) -> Any:
     """The value of a file that messages call `name`. Raises UserError."""
     try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(MOST_CHARACTERS + 1)
-        if len(text) > MOST_CHARACTERS:
+        with path.open("rb") as file:
+            data = file.read(4 * MOST_CHARACTERS + 1)  # a character has up to 4 bytes
+        if len(data) > 4 * MOST_CHARACTERS or len(text := data.decode()) > MOST_CHARACTERS:
             raise UserError(
                 f"{name} must have at most {MOST_CHARACTERS:,} characters. Make it shorter."
             )
@@ -54,6 +53,8 @@ def load(text: str) -> Any:
             return yaml.load(text, _UniqueKeys)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
+    except (AttributeError, IndexError, KeyError, OverflowError):  # PyYAML's, of `!!bool x`
+        raise ValueError("a value does not fit its type") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -76,7 +77,8 @@ def _written_out(node: yaml.Node | None, known: dict[int, float]) -> float:
 class _Unique(yaml.constructor.SafeConstructor):
     """Rejects duplicate keys, of which PyYAML silently keeps the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put what `<<` names into the node. Called again where another node merges this one."""
         seen = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
@@ -89,10 +91,12 @@ class _Unique(yaml.constructor.SafeConstructor):
                     None, None, f"key {key!r} twice", key_node.start_mark
                 )
             seen.add(key)
-        return super().construct_mapping(node, deep)
+        super().flatten_mapping(node)
+        # the last of equal keys is the node's own; a second call would find the merged one twice
+        node.value = [*{(key.tag, key.value): (key, value) for key, value in node.value}.values()]
 
     def construct_short_int(self, node: yaml.ScalarNode) -> int:
-        """An integer that Python can also write: of 0x…, it reads any length, and `repr` fails."""
+        """An integer that Python can also write: it reads 0x… of any length, but `repr` fails."""
         if len(node.value) > LONGEST_NUMBER:
             why = f"a number must have at most {LONGEST_NUMBER} digits"
             raise yaml.constructor.ConstructorError(None, None, why, node.start_mark)

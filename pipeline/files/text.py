@@ -22,15 +22,20 @@ def escape_whitespace(token: str) -> str:
 
 def abbreviate_repr(value: object, limit: int = 60) -> str:
     """The repr of a value for an error message: at most `limit` characters and an ellipsis."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # a number of more than 4,300 digits, or code of others
+        text = f"a value of type {type(value).__name__}"
     return text if len(text) <= limit else f"{text[:limit]}…"
 
 
 def join_texts(texts: Iterable[str]) -> str:
-    """The texts as one that goes on: with a space between two where there is no white space."""
+    """The texts as one. Between two of them is a space, unless one has white space there."""
     joined = ""
     for text in filter(None, texts):
-        joined += text if not joined or joined[-1].isspace() or text[0].isspace() else f" {text}"
+        if joined and not joined[-1].isspace() and not text[0].isspace():
+            joined += " "
+        joined += text
     return joined
 
 

@@ -103,9 +103,9 @@ class Worker:
         return answer, data
 
     def _read_some(self, deadline: float) -> None:
-        """By poll: `read` would wait forever for a process that hangs."""
+        """Add to the unread output. Raises EOFError at its end, TimeoutError at the deadline."""
         assert self.process.stdout is not None
-        poller = select.poll()
+        poller = select.poll()  # a plain read would wait forever for a process that hangs
         poller.register(self.process.stdout, select.POLLIN)
         if not poller.poll(max(0, deadline - time.monotonic()) * 1000):
             raise TimeoutError

@@ -35,11 +35,11 @@ class BatchedModel:
     def __init__(self, base: ResidentBase) -> None:
         self.model = view(base.loaded.model).eval()
         self._routing, self._fast = RowRouting(), ExitStack()
-        # by the adapter's model, None if its rows cannot be computed beside others; a strength is a
-        # MixedAdapter each
+        # by the adapter's model; None if its rows cannot be computed beside others
         self._layers: WeakKeyDictionary[nn.Module, dict[str, nn.Module] | None] = (
             WeakKeyDictionary()
         )
+        # by the adapter's model and by strength
         self._adapters: WeakKeyDictionary[nn.Module, WeakValueDictionary[float, MixedAdapter]] = (
             WeakKeyDictionary()
         )
@@ -69,7 +69,8 @@ class BatchedModel:
             return None
         model = resident.loaded.model
         by_strength = self._adapters.setdefault(model, WeakValueDictionary())
-        adapter, layers = by_strength.get(strength), self._layers[model]
+        adapter = by_strength.get(strength)
+        layers = self._layers[model]
         assert layers is not None
         if adapter is None:
             if all(map(is_low_rank, layers.values())):

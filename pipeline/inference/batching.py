@@ -1,10 +1,10 @@
 """Continuous batching: one forward per token for many requests, whatever their adapters.
 
-A thread owns the models. Between two steps requests join, end and are cancelled; a step reads the
-prompts that have joined, PROMPT_TOKENS of them at most, so that a long one does not hold up the
-others, and then gives every running request a token. Requests begin in the order in which they
-came. A model that cannot be computed beside others (virtual tokens, or a forward that does not
-agree with the model's own) takes its turns alone, in the same thread.
+A thread owns the models. Between two steps requests join, end and are cancelled. A step reads at
+most PROMPT_TOKENS tokens of the prompts that have joined, so that a long one does not hold up the
+others. Then it gives every running request a token. Requests begin in the order in which they came.
+A model that cannot be computed beside others (virtual tokens, or a forward that does not agree with
+the model's own) takes its turns alone, in the same thread.
 """
 
 import threading
@@ -29,7 +29,7 @@ from pipeline.models.generate import GREEDY, Sampling, bytes_per_token, draw, fi
 from pipeline.models.kernels.decode import fast_decoding
 
 PROMPT_TOKENS = 512  # read per step, at most
-# whose keys and values running requests may need in all, where nothing else is said
+# tokens whose keys and values all running requests may need, where nothing else is said
 MAX_TOKENS = 65_536
 
 T = TypeVar("T")
@@ -107,11 +107,11 @@ class Running:
 
     @property
     def tokens_read(self) -> int:
-        """In the cache."""
+        """Tokens in the cache."""
         return int(self.cache.length if self.batched else self.cache.get_seq_length())
 
     def logits_alone(self) -> Tensor:
-        """(1, V)."""
+        """Of the next token, (1, V); reads the unread tokens."""
         model = self.resident.at(self.ticket.generation.strength).model
         with fast_decoding(model):
             hidden = model.hidden_states(
@@ -297,10 +297,8 @@ class BatchedGenerator:
         """Begin the requests that there is room for, in order."""
         while self._waiting and len(self._running) < self.max_batch and not self._closed:
             ticket = self._waiting[0]
-            if (
-                sum(run.ticket.capacity for run in self._running) + ticket.capacity
-                > self.max_tokens
-            ):
+            held = sum(run.ticket.capacity for run in self._running)
+            if self._running and held + ticket.capacity > self.max_tokens:
                 return  # none overtakes: a long one would wait for ever
             with self._changed:
                 self._waiting.popleft()
@@ -312,7 +310,7 @@ class BatchedGenerator:
     def _begin(self, ticket: Ticket) -> Running:
         generation = ticket.generation
         resident = self._pool.get(generation.model)  # loaded again if its files changed
-        resident.refuse_strength(generation.strength)
+        self._capacity(generation)  # again: there may be less memory since, or another vocabulary
         base = resident.base
         if base not in self._batched:
             self._batched[base] = BatchedModel(base)
@@ -343,7 +341,8 @@ class BatchedGenerator:
 
     def _advance_together(self, batched: BatchedModel, started: bool) -> None:
         """One forward for all requests that have a token already, or for those that have none."""
-        room, runs, counts = PROMPT_TOKENS, list[Running](), list[int]()
+        room = PROMPT_TOKENS
+        runs, counts = list[Running](), list[int]()
         for run in self._running:
             if run.batched is batched and run.started == started and room > 0:
                 runs.append(run)
@@ -351,7 +350,9 @@ class BatchedGenerator:
                 room -= counts[-1]
         if not runs:
             return
-        first = {run.adapter: n for n, run in reversed([*enumerate(runs)])}
+        first = dict[MixedAdapter | None, int]()
+        for n, run in enumerate(runs):
+            first.setdefault(run.adapter, n)
         # those of an adapter side by side
         order = sorted(range(len(runs)), key=lambda n: first[runs[n].adapter])
         runs = [runs[n] for n in order]
@@ -393,7 +394,9 @@ class BatchedGenerator:
         except Exception as error:  # also the callback's: it concerns this request alone
             self._end(run, _reported(error))
             return
-        run.started, run.unread, run.left = True, [id_], run.left - 1
+        run.started = True
+        run.unread = [id_]
+        run.left -= 1
         if run.left == 0:
             self._end(run, "length")
 

@@ -48,8 +48,8 @@ def measured(roots: Iterable[Path]) -> Measurements:
             metrics = artifact.read_json(path, "Run `lora evaluate`")
             for variant, name in manifest["variants"].items():
                 verdict = read_verdict(manifest, variant)
-                numbers = {**metrics[variant], VERDICT: None}
-                numbers = measurements.setdefault(manifest["inputs"][name], numbers)
+                without_verdict = {**metrics[variant], VERDICT: None}
+                numbers = measurements.setdefault(manifest["inputs"][name], without_verdict)
                 # of the first evaluation that had limits
                 numbers[VERDICT] = numbers[VERDICT] or verdict
     return measurements

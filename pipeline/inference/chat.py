@@ -86,7 +86,8 @@ class Conversation:
     @property
     def messages(self) -> list[Message]:
         """System prompt and turns, as the chat template and data files have them."""
-        return [{"role": "system", "content": self.system}] * bool(self.system) + self.turns
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return system + self.turns
 
     def ask(self, text: str) -> None:
         """Add the user's turn; the next answer replies to it."""
@@ -127,7 +128,8 @@ class Conversation:
                     f"{error} /undo takes the last turn back, /reset begins anew."
                 ) from None
             raise
-        decode_next, begun = tokenizer.stream(), not is_chat
+        decode_next = tokenizer.stream()
+        begun = not is_chat
         for id_ in generate(loaded.model, ids, tokenizer.end_ids, self.limit, self.sampling):
             piece = decode_next(id_)
             if not begun:  # an answer begins without the white space of its template

@@ -31,8 +31,8 @@ from pipeline.project.params.sections import Quantization
 
 def view(model: CausalLM) -> CausalLM:
     """A copy of the modules that shares all tensors, and can be changed by itself."""
-    # deepcopy takes what the memo holds for copied: modules become new objects around the same
-    # storage
+    # deepcopy takes a tensor's copy from the memo, where there is one: modules become new objects
+    # around the same storage
     memo: dict[int, Any] = {
         id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()
     }
@@ -57,7 +57,7 @@ class ResidentBase:
 
     @cached_property
     def fingerprint(self) -> Mapping[str, str]:
-        """Cached, so that a large base is not read again for each adapter."""
+        """`base_fingerprint`, cached: a large base is not read again for each adapter."""
         return base_fingerprint(self.folder)
 
 
@@ -113,8 +113,8 @@ class ModelPool:
 
     A base stays loaded while any of them uses it.
 
-    The model unused for longest makes room for another. With `parks`, also where the device has no
-    memory left; it then comes back when it is asked for: nobody else may hold it.
+    The model unused for longest makes room for another. With `parks` it also does where the device
+    has no memory left, and is loaded again when it is asked for; nobody else may hold it then.
     """
 
     def __init__(
@@ -137,28 +137,29 @@ class ModelPool:
 
     @property
     def bases(self) -> list[ResidentBase]:
-        """Those in memory."""
+        """The bases in memory."""
         models = [*self._models.values()]  # at once: another thread may use one
         return [*{id(model.base): model.base for model in models}.values()]
 
     @property
     def device(self) -> torch.device | None:
-        """Of the model that was used last; None without models."""
-        last = next(reversed(self._models.values()), None)
-        return last.loaded.model.device if last else None
+        """The device of the model that was used last; None without models."""
+        models = [*self._models.values()]  # at once, as in `bases`
+        return models[-1].loaded.model.device if models else None
 
     def load(
         self, name: str, base: Path, adapter: Path | None, trust_remote_code: bool = False
     ) -> tuple[Resident, bool]:
-        """Load a model as `name`; also whether its base was loaded already. Raises UserError."""
+        """The model, loaded as `name`, and whether its base was loaded already. Raises UserError."""
         folder, quantization = base.resolve(), quantization_of(adapter)
-        self._make_room(name, folder)  # before: two large models may not fit side by side
         shared = self._bases.get((folder, quantization))
-        # a base whose files changed is loaded beside the old one, which models that are still
-        # loaded keep
-        resident = shared is not None and shared.signature == signature(folder)
-        if shared is None or not resident:
-            shared = None  # its memory may be needed
+        if shared is not None and shared.signature != signature(folder):
+            # a base whose files changed is loaded beside the old one, which models that are still
+            # loaded keep; if none does, its memory may be needed
+            shared = None
+        resident = shared is not None
+        self._make_room(name, shared)  # before: two large models may not fit side by side
+        if shared is None:
             shared = ResidentBase(
                 base, trust_remote_code, quantization, make_room=self._park_oldest
             )
@@ -166,8 +167,9 @@ class ModelPool:
         if adapter is None:
             model = Resident(replace(shared.loaded, name=name, base=base), shared, ())
         else:
-            # before loading: a change then shows
-            adapted, files = view(shared.loaded.model), signature(adapter)
+            adapted = view(shared.loaded.model)
+            # before loading: a change during it then shows
+            files = signature(adapter)
             spec = load_adapter(
                 adapted, base, adapter, Reading(fingerprint=lambda _: shared.fingerprint)
             )
@@ -175,7 +177,7 @@ class ModelPool:
             lora = spec if isinstance(spec, AdapterSpec) else None
             scales = AdapterScale(adapted, shared.loaded.model, lora) if lora is not None else None
             model = Resident(loaded, shared, files, lora, scales)
-        # the adapter was then verified against other weights
+        # if its files changed, the adapter was verified against other weights
         if signature(shared.folder) != shared.signature:
             raise UserError(f"{shared.folder} changed while it was loaded. Load it again.")
         self._parked.pop(name, None)
@@ -192,9 +194,10 @@ class ModelPool:
 
     def unload(self, name: str) -> None:
         """Drop a model. Raises UserError if it is not loaded."""
-        if self._parked.pop(name, None) is None:
-            self.loaded(name)
-            del self._models[name]
+        with self._lock:
+            if self._parked.pop(name, None) is None:
+                self.loaded(name)
+                del self._models[name]
 
     def get(self, name: str) -> Resident:
         """The model, reloaded if its files changed or if it was parked. Raises UserError."""
@@ -238,19 +241,18 @@ class ModelPool:
             self._models[name] = model
             self._models.move_to_end(name)
 
-    def _make_room(self, name: str, folder: Path) -> None:
-        """Drop models until one more, on the base in `folder`, is within the limits."""
+    def _make_room(self, name: str, base: ResidentBase | None) -> None:
+        """Drop models until one more, on `base` or (None) a new one, is within the limits."""
         with self._lock:
             for other in [*self._parked, *self._models]:
-                if self._has_room(name, folder):
+                if self._has_room(name, base):
                     return
                 if other != name and not self._in_use[other]:
                     self.unload(other)
 
-    def _has_room(self, name: str, folder: Path) -> bool:
-        others = [model for key, model in self._models.items() if key != name]
-        bases = {id(model.base): model.base.folder.resolve() for model in others}
-        more = folder not in bases.values()
+    def _has_room(self, name: str, base: ResidentBase | None) -> bool:
+        bases = {id(model.base) for key, model in self._models.items() if key != name}
+        more = base is None or id(base) not in bases
         return len(bases) + more <= self._most_bases and len({*self.names} - {name}) < self._most
 
     def _park_oldest(self) -> bool:

@@ -95,7 +95,7 @@ class Status(Struct):
 
 
 class FieldError(UserError):
-    """A request with a `field` that it must not have like this."""
+    """A field of a request is missing, unknown or wrong; `field` is its name."""
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}{problem}")
@@ -103,7 +103,7 @@ class FieldError(UserError):
 
 
 def parse(kind: type[Kind], fields: Mapping[str, Any]) -> Kind:
-    """The fields of a request, of which null is as missing. Raises FieldError."""
+    """The fields as a request; a field that is null counts as missing. Raises FieldError."""
     given = {key: value for key, value in fields.items() if value is not None}
     for key, value in given.items():
         try:
@@ -121,9 +121,10 @@ def parse(kind: type[Kind], fields: Mapping[str, Any]) -> Kind:
 
 def _explain(error: str, fields: Mapping[str, Any]) -> FieldError:
     """msgspec's message as one that begins with the field and ends with its value."""
-    # no regular expression: the names of fields are in it
+    # no regular expression: the path has names of fields, which may have any characters
     text, at, path = error.rpartition(" - at `")
-    text, within = (text, path[:-1].removeprefix("$").removeprefix(".")) if at else (error, "")
+    text = text if at else error
+    within = path[:-1].removeprefix("$").removeprefix(".") if at else ""
     if match := _OF_OBJECT.fullmatch(text):
         field = ".".join(filter(None, (within, match["name"])))[:200]
         if match["problem"] == "missing required":

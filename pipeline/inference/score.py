@@ -16,9 +16,10 @@ from torch import Tensor
 from pipeline.adapters.folder import quantization_of
 from pipeline.data.answers.questions import prompt_and_answer
 from pipeline.data.examples import Example
-from pipeline.data.masking import encode
+from pipeline.data.masking import Encoder, encode
 from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.errors import UserError
+from pipeline.files.text import abbreviate_repr
 from pipeline.inference.engine import (
     LoadedModel,
     TokenProbability,
@@ -33,7 +34,7 @@ from pipeline.models.device import to_device
 from pipeline.models.generate import finite
 from pipeline.project.params.sections import Quantization
 
-# tokens whose logits are in memory at once; those of a whole evaluation exceed the model many times
+# tokens whose logits are in memory at once; those of a whole evaluation are many times the model
 CHUNK = 256
 
 
@@ -42,8 +43,8 @@ class EvalScores:
     """Next-token predictions on examples: losses in nats, top-1 predictions and labels, each (N,).
 
     `divergence` is the mean KL(base‖model) in nats per token. To compare another model with this
-    one, its logits are recomputed from `hidden`, which takes far less memory than keeping them, by
-    the model's head alone.
+    one, `logits` computes this one's logits again from `hidden`: it needs the model's head alone,
+    and hidden states take far less memory than logits.
     """
 
     losses: Tensor
@@ -60,7 +61,11 @@ class EvalScores:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        """Infinite where the loss is so large that its exponential is no number."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
 
     @property
     def accuracy(self) -> float:
@@ -89,11 +94,12 @@ def score(
     Raises UserError if `base` tokenized the examples differently, so that its predictions are not
     comparable.
     """
-    model, divergences = loaded.model, list[Tensor]()
-    losses, choices, labels = list[Tensor](), list[Tensor](), list[int]()
-    encoded = [
-        encode(example, loaded.tokenizer, max_length, model.shape.positions) for example in examples
-    ]
+    model = loaded.model
+    losses, choices, divergences = list[Tensor](), list[Tensor](), list[Tensor]()
+    labels = list[int]()
+    virtual = 0 if model.virtual is None else model.virtual.count
+    encoder = Encoder(loaded.tokenizer, max_length, model.shape.positions, virtual)
+    encoded = [encoder(example) for example in examples]
     for number, (example, encoding) in enumerate(zip(examples, encoded, strict=True)):
         if base is not None and base.ids[number] != encoding.ids:
             raise UserError(
@@ -116,9 +122,9 @@ def score(
             losses.append(F.nll_loss(of_labels, wanted[here], reduction="none"))
             choices.append(of_labels.argmax(dim=-1))
             if base is not None:
-                # its vocabulary may be smaller
                 log_p = base.logits(base.hidden[number][rows]).float().log_softmax(-1)
                 log_p = log_p.to(log_q.device)  # two large models may not fit on one device
+                # the base's vocabulary may be smaller
                 difference = log_p - log_q[:, : log_p.shape[-1]]
                 divergences.append((log_p.exp() * difference).sum(dim=-1))  # (n,)
     # read at the end: until then a GPU is not waited for
@@ -135,10 +141,11 @@ def score(
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """How likely an answer is after a prompt, as one of tokens (None if it has none).
+    """How likely an answer is after a prompt.
 
-    `first`: whether the greedy completion begins with it; `top`: the likeliest next tokens. The
-    probability of a long answer may be 0, its logarithm is not.
+    `probability`: of all its tokens, or None if it has none. `first`: whether the greedy completion
+    begins with the answer. `top`: the likeliest next tokens. The probability of a long answer may
+    be 0, its logarithm is not.
     """
 
     probability: float | None
@@ -156,6 +163,12 @@ def score_answers(
     prompts = [encode_prompt(loaded, prompt) for prompt, _ in pairs]
     answers = [tokenizer.continuation(prompt, answer) for prompt, answer in pairs]
     sequences = [(*ids, *answer[:-1]) for ids, answer in zip(prompts, answers, strict=True)]
+    for (prompt, _), sequence in zip(pairs, sequences, strict=True):
+        if len(sequence) > model.max_length:
+            raise UserError(
+                f"The prompt {abbreviate_repr(prompt)} and its answer without the last token have "
+                f"{len(sequence)} tokens; {loaded.name} takes {model.max_length}. Shorten them."
+            )
     scores = []
     for ids, answer, hidden in zip(
         prompts, answers, packed_hidden_states(model, sequences), strict=True
@@ -169,7 +182,8 @@ def score_answers(
             continue
         tokens = torch.tensor(answer)
         token_log_p = log_p.gather(1, tokens[:, None])
-        total, first = token_log_p.sum(), bool((log_p.argmax(dim=-1) == tokens).all())
+        total = token_log_p.sum()
+        first = bool((log_p.argmax(dim=-1) == tokens).all())
         scores.append(AnswerScore(float(total.exp()), first, top, float(total)))
     return scores
 
@@ -219,7 +233,7 @@ class SameLogits:
         base, adapter, prompts = self.base, self.adapter, self.prompts
         tuned = self._load(base, adapter)
         result = difference(tuned, self._load(merged), prompts)
-        if not result.max_logit_difference <= self.limit:  # NaN is not either
+        if not result.max_logit_difference <= self.limit:  # refuses NaN too
             raise UserError(
                 "merge refused: the merged model's logits differ from base + adapter by "
                 f"{result.max_logit_difference:.1e}, more than merge.max_logit_difference "
@@ -264,7 +278,7 @@ class Difference(NamedTuple):
 @torch.no_grad()
 def difference(one: LoadedModel, other: LoadedModel, texts: Sequence[str]) -> Difference:
     """Difference of two models on `texts`, computed in fp32 so that rounding does not count."""
-    # may include unknown words
+    # texts may have unknown words
     ids = [one.tokenizer.encode(text)[: one.model.shape.positions] for text in texts]
     with compute_in_fp32(one.model), compute_in_fp32(other.model):
         hidden = zip(

@@ -45,7 +45,7 @@ class CausalLM(nn.Module):
     virtual: "VirtualTokens | None"  # read before every sequence
     compiles = False  # whether `torch.compile` of its blocks may pay
     takes_packed_cache = False  # whether `cache` may be a PackedCache
-    # makes lengths of packed sequences what its blocks get
+    # turns the lengths of packed sequences into what its blocks get
     wrap_lengths: Callable[[Sequence[int]], Sequence[int]] = tuple
     logit_cap: float | None = None  # the head's logits are cap·tanh(logits / cap)
 
@@ -61,6 +61,8 @@ class CausalLM(nn.Module):
         """Whether sequences packed end to end give what each gives alone: tried once."""
         # a CPU would take minutes for more
         most = min(self.max_length - 4, 64 if self.device.type == "cpu" else ROW)
+        if most < 0:
+            return False  # too few positions to try it
         reach = max((size for size in self.local_reach if size <= most), default=0)
         lengths = [reach + 3, reach + 4]
         ids = torch.arange(1, sum(lengths) + 1, device=self.device)[None] % self.shape.rows
@@ -192,7 +194,7 @@ class CausalLM(nn.Module):
         """Replace parts by faster ones that compute the same, in place."""
 
     def prepare_accelerator_training(self, device: torch.device) -> None:
-        """The same for training on another `device`, where the model need not be yet."""
+        """The same for training on another `device`. The model may not be there yet."""
 
     @property
     def trains_natively(self) -> bool:
@@ -297,7 +299,7 @@ class VirtualTokens(nn.Module):
         segments: Sequence[int] | None,
         cache: Any,
     ) -> Tensor:
-        """The same with an empty cache or none; `positions` count the virtual tokens."""
+        """`read` with an empty cache or none; `positions` count the virtual tokens."""
         raise NotImplementedError
 
 

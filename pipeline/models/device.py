@@ -42,19 +42,21 @@ def asked_device() -> torch.device | None:
         return None
     if not process.is_valid(name):
         raise UserError(f"{source} must be {process.RULE}, got {name!r}. Change it.")
-    rank, is_one_device = world(), name == "mps" or ":" in name
+    rank = world()
+    is_one_device = name == "mps" or ":" in name
     if rank.world_size > 1 and is_one_device:  # MPS has no collectives
         raise UserError(
             f"{source} must be cpu or cuda for several processes, got {name!r}. Each takes a GPU "
             "by its rank."
         )
-    device = torch.device("cuda", rank.local_rank) if name == "cuda" else torch.device(name)
+    # compared as text: torch takes cuda:256 for cuda:0
+    wanted = f"cuda:{rank.local_rank}" if name == "cuda" else name
     names = devices()
-    if str(device) not in names:
+    if wanted not in names:
         raise UserError(
             f"{source} must name a device of this machine, got {name!r}. It has {', '.join(names)}."
         )
-    return device
+    return torch.device(wanted)
 
 
 def best_device() -> torch.device:
@@ -201,9 +203,9 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def read_numbers(tensors: Sequence[Tensor]) -> list[float]:
-    """The numbers in the tensors, all on one device, for which the host waits once."""
+    """The numbers in tensors of one device; the host waits for all of them once."""
     rows = [tensor.detach().view(-1) for tensor in tensors]
-    # there is nothing to wait for, and joining them is one call more
+    # on the CPU there is nothing to wait for, and joining them is one more call
     if not rows or rows[0].is_cpu:
         return [*chain.from_iterable(row.tolist() for row in rows)]
     numbers: list[float] = torch.cat(rows).tolist()

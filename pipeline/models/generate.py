@@ -46,7 +46,7 @@ class Sampling:
 GREEDY = Sampling()
 # ids of two sequences, whose last tokens are read one at a time
 PROBES = ((1, 2, 3, 4, 5), (2, 3, 4))
-# of prompts and answers that are generated side by side: their keys and values are in memory
+# most tokens of prompts and answers side by side: their keys and values are in memory
 GROUP_TOKENS = 4096
 # at lower temperatures the division overflows, and the likeliest token is sampled anyway
 COLDEST = 1e-6
@@ -211,7 +211,7 @@ def agrees(
     alone: CausalLM, read: Callable[[Sequence[SequenceCache], Sequence[Sequence[int]]], Tensor]
 ) -> bool:
     """Whether `read` gives side by side the logits that `alone` gives for one sequence."""
-    if alone.virtual is not None:  # which read no cache of many sequences
+    if alone.virtual is not None:  # virtual tokens cannot be read into a PackedCache
         return False
     first, second = ([id_ % alone.shape.rows for id_ in probe] for probe in PROBES)
 

@@ -98,7 +98,8 @@ def import_base(
     `auto` keeps the precision of the weights; a GGUF file, which is quantized, becomes fp32.
     Raises UserError if anything is missing, left over, damaged, not finite or not causal.
     """
-    dtype, revision = DTYPES.get(precision), None  # no dtype for auto
+    dtype = DTYPES.get(precision)  # None for auto
+    revision = None
     with quiet(), tempfile.TemporaryDirectory() as scratch:
         if source.kind == base_model.GGUF:
             model, more = _import_gguf(source, out, dtype or torch.float32, Path(scratch))
@@ -131,7 +132,8 @@ def import_to_cache(base: Path, on_start: Callable[[], None]) -> Path:
 
     It is imported there first if it is not yet; `on_start` is called before that. Raises UserError.
     """
-    source, digests = base_model.resolve(str(base), Path.cwd()), digest_cache.DigestStore()
+    source = base_model.resolve(str(base), Path.cwd())
+    digests = digest_cache.DigestStore()
     if source.kind == base_model.HUB:
         downloaded = _download(source, False)  # named after its commit
         name = f"{source.hub_id.replace('/', '--')}@{downloaded.name}"
@@ -178,10 +180,11 @@ def _import_folder(
     """
     from transformers import AutoTokenizer
 
-    config, more = read_json(folder / "config.json", "Copy it again"), dict[str, Any]()
+    config = read_json(folder / "config.json", "Copy it again")
+    more = dict[str, Any]()
     kind = _bitsandbytes_kind(config)
     if kind is None:
-        refuse_quantized(config, f"base: {folder}")
+        refuse_quantized(config, name)
     files = base_model.weight_files(folder)
     refuse_implausible(folder, files)  # it also rejects damaged files, with a reason
     if kind is None:
@@ -282,7 +285,7 @@ def _import_gguf(
         write_json(path, saved)
     # What a file says of itself is any value of any length.
     license = {
-        key: str(metadata[name])[:300] for key, name in GGUF_LICENSE.items() if name in metadata
+        key: str(metadata[field])[:300] for key, field in GGUF_LICENSE.items() if field in metadata
     }
     facts: dict[str, Any] = {"license": license} if license else {}
     stored = metadata.get("general.file_type")

@@ -72,12 +72,12 @@ def load_base(
 ) -> Base:
     """The checkpoint in `folder`, in evaluation mode, on the CPU, in `precision` or its own.
 
-    `quantization` is that of its blocks' linears. Also sets the number of CPU threads for this
-    model, on which what is computed before training then does not depend.
+    `quantization` is that of its blocks' linears. Also sets the number of CPU threads for a model of
+    this size, so that no earlier setting changes what is computed before training.
 
     Raises UserError; never loads a checkpoint partially.
     """
-    asked_device()  # a device that is not there is said before a large base is read
+    asked_device()  # raises for a missing device before a large base is read
     ours = _describe_minigpt(folder)
     tokenizer = load_tokenizer(folder)
     requested = DTYPES[precision] if precision else None
@@ -99,8 +99,8 @@ def load_base(
             model.stored = _stored(model, folder)
     refuse_integers(model, weight_files(folder), str(folder))
     device = device_for(model)
-    # An imported base was checked, as was one that was made here; of several processes each reads
-    # its rows only.
+    # A base with a manifest was checked when it was imported or made. Of several processes each
+    # reads only its rows.
     if not (folder / MANIFEST).exists() and world().world_size == 1:
         refuse_not_finite(model, str(folder))
         if device.type == "cpu" and ours is None:
@@ -120,7 +120,8 @@ def load_base(
 
 def _stored(model: CausalLM, folder: Path) -> dict[Tensor, TensorLocation]:
     """Each weight that was not renamed, fused or cast, and its place in the files of `folder`."""
-    locations, stored = tensor_locations(folder), dict[Tensor, TensorLocation]()
+    locations = tensor_locations(folder)
+    stored = dict[Tensor, TensorLocation]()
     for name, p in model.named_parameters():
         location = locations.get(name)
         if location is None or location.info.shape != tuple(p.shape):
@@ -263,8 +264,8 @@ def refuse_not_finite(model: torch.nn.Module, name: str) -> None:
 def _refuse_unusable(model: CausalLM, name: str, trust_remote_code: bool) -> None:
     """Raises UserError unless `model` computes two tokens, together and one at a time.
 
-    What config.json says falsely of how a model computes, such as a window that is a text, shows no
-    earlier.
+    Some false settings of config.json, such as a window that is a text, show only when the model
+    computes.
     """
     model.eval()
     with reported(name, trust_remote_code):
@@ -281,7 +282,8 @@ def refuse_implausible(folder: Path, files: Sequence[Path]) -> None:
     Runs before transformers builds anything: a million layers take minutes, a huge vocabulary all
     the memory.
     """
-    config, source = read_json(folder / CONFIG, "Copy it again"), folder / CONFIG
+    source = folder / CONFIG
+    config = read_json(source, "Copy it again")
     infos = [*chain.from_iterable(read_header(path).values() for path in files)]
     stored = sum(prod(info.shape) for info in infos)
     # a stored number packs several parameters: at least 2 bits each
@@ -314,10 +316,10 @@ def refuse_implausible(folder: Path, files: Sequence[Path]) -> None:
 
 
 def refuse_implausible_gguf(path: Path) -> dict[str, Any]:
-    """The same for a GGUF file's metadata, which is returned. A parameter takes at least one bit.
+    """`refuse_implausible` for the GGUF file `path`; returns its metadata.
 
-    The blocks are counted: transformers leaves out those above `block_count`, and without it builds
-    32.
+    A parameter takes at least one bit. `block_count` must be the number of blocks: transformers
+    leaves out those above it, and builds 32 if it is missing.
     """
     from pipeline.calc.sources import headers  # loading a model checks its folder only
 
@@ -339,7 +341,10 @@ def refuse_implausible_gguf(path: Path) -> dict[str, Any]:
 
 
 def _refuse_sizes(config: Mapping[str, Any], tensors: int, most: int, source: Path) -> None:
-    """Raises UserError for no layers, more than tensors, or a matrix above `most` numbers."""
+    """Raises UserError for no layers, more layers than tensors, or more than `most` numbers.
+
+    The numbers are those of one matrix; of all layers' experts there are at most MOST_EXPERTS.
+    """
 
     def integers(keys: Sequence[str]) -> dict[str, int]:
         return {key: config[key] for key in keys if type(config.get(key)) is int}
@@ -350,7 +355,7 @@ def _refuse_sizes(config: Mapping[str, Any], tensors: int, most: int, source: Pa
         for name, experts in integers(EXPERTS).items():
             if count * experts > MOST_EXPERTS:
                 raise _implausible(
-                    source, f"{key} × {name} is {count * experts:,}, more than {MOST_EXPERTS:,}"
+                    source, f"{key} × {name} is {count:,} × {experts:,}, more than {MOST_EXPERTS:,}"
                 )
     for key, count in integers(AT_LEAST_ONE).items():
         if count < 1:
@@ -361,8 +366,9 @@ def _refuse_sizes(config: Mapping[str, Any], tensors: int, most: int, source: Pa
     for key, width in integers(WIDTHS).items():
         for name, count in integers((*BESIDE_WIDTH, *table)).items():
             if width * count > most:
+                # the product may have more digits than Python writes
                 raise _implausible(
-                    source, f"{key} × {name} is {width * count:,}, more than its weights hold"
+                    source, f"{key} × {name} is {width:,} × {count:,}, more than its weights hold"
                 )
 
 

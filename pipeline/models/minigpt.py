@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.calc.settings import PACK_UP_TO
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_json
+from pipeline.files.text import abbreviate_repr
 from pipeline.models.base import (
     CausalLM,
     Checkpointing,
@@ -106,14 +107,21 @@ class MiniGPTConfig:
                 raise UserError(f"{source}: {key} is {config.get(key)!r}; MiniGPT needs {value!r}.")
         if config.get("word_embed_proj_dim") != config.get("hidden_size"):
             raise UserError(
-                f"{source}: word_embed_proj_dim differs from hidden_size; MiniGPT has one width."
+                f"{source}: word_embed_proj_dim differs from hidden_size; MiniGPT has one width. "
+                "Copy it again."
             )
         for key in _FIELDS:
             size = config.get(key)
-            if key not in _NO_SIZES and (not isinstance(size, int) or size < 1):
-                raise UserError(f"{source}: {key} must be a whole number from 1, got {size!r}.")
+            if key not in _NO_SIZES and (type(size) is not int or size < 1):
+                raise UserError(
+                    f"{source}: {key} must be a whole number from 1, got {abbreviate_repr(size)}. "
+                    "Copy it again."
+                )
         if config["hidden_size"] % (2 * config["num_attention_heads"]):
-            raise UserError(f"{source}: hidden_size must be a multiple of 2 × num_attention_heads.")
+            raise UserError(
+                f"{source}: hidden_size must be a multiple of 2 × num_attention_heads. Copy it "
+                "again."
+            )
         for key in _NO_SIZES:
             if key not in config:
                 raise UserError(
@@ -162,7 +170,9 @@ class Attention(nn.Module):
         H, K = self.n_heads, self.head_size
         projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))  # (B, T, D) each
         q, k, v = (y.view(B, T, H, K).transpose(1, 2) for y in projected)  # (B, H, T, K) each
-        lengths, rule, pairs = [*(segments or [T])], Rule(K**-0.5), None
+        lengths = [*(segments or [T])]
+        rule = Rule(K**-0.5)
+        pairs = None  # of a PackedCache
         if isinstance(cache, KVCache):
             k, v = cache.update(k, v, self.layer)  # (B, H, S, K)
         if prefix is not None:
@@ -223,7 +233,7 @@ class Block(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))  # type: ignore[no-any-return]
 
     def _fused(self, x: Tensor, segments: Sequence[int] | None) -> Tensor | None:
-        """The same in one call, if only low-rank updates train."""
+        """`forward` in one call if only low-rank updates train; else None."""
         if not uses_cpu_kernels(x.device) or (segments is not None and x.shape[1] > PACK_UP_TO):
             return None
         attention = self.self_attn

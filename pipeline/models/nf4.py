@@ -64,7 +64,7 @@ def on_device(table: Callable[[], Tensor], device: torch.device) -> Tensor:
     key = (table, device)
     if key not in _tables:
         there = table().to(device)
-        if type(there) is not Tensor:  # a fake one is none outside its mode
+        if type(there) is not Tensor:  # a fake tensor is of no use outside its mode
             return there
         _tables[key] = there
     return _tables[key]
@@ -79,7 +79,8 @@ def _quantiles(count: int) -> Tensor:
 def dynamic_levels(signed: bool = True) -> Tensor:
     """(256,) fp32, ascending: 0, 1 and ± fraction · 10^e for e from -6 to 0.
 
-    There are 2^(e + 6) fractions for each e; not `signed`, twice as many and none below 0.
+    There are 2^(e + 6) fractions for each e. Without `signed` there are twice as many, and none of
+    the numbers is below 0.
 
     A smaller exponent leaves fewer bits for the fraction (the dynamic tree of Dettmers et al. 2022,
     sections 1.3 and 2). The fractions are the midpoints of equal intervals of [0.1, 1]; there is no

@@ -200,7 +200,8 @@ def quantize(
         layer.dtype = dtype or layer.dtype
         model.set_submodule(name, layer)
     for tensor in model.state_dict(keep_vars=True).values():  # MiniGPT's table of positions too
-        tensor.data = tensor.data.to(dtype or tensor.dtype)
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype or tensor.dtype)
 
 
 @cache

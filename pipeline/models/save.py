@@ -49,7 +49,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from None
+        raise UserError(f"{path} cannot be read: {error}. Create or copy it again.") from None
 
 
 def read_rows(location: TensorLocation, start: int, stop: int, dtype: torch.dtype) -> Tensor:
@@ -131,7 +131,7 @@ def save_checkpoint(model: Any, folder: Path, generation: str | None) -> None:
     """
     from transformers import GenerationConfig
 
-    # an old one may fail today's validation: `generation` replaces it
+    # the model's own may fail today's validation: `generation` replaces it
     model.generation_config = GenerationConfig()
     with quiet(), as_os_error(folder / WEIGHTS):
         model.save_pretrained(folder, max_shard_size=ONE_FILE)

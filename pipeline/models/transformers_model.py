@@ -62,7 +62,10 @@ class TransformersModel(CausalLM):
     def __init__(
         self, model: Any, stored: Mapping[str, Any] | None = None, generation: str | None = None
     ) -> None:
-        """`stored`: config settings that `save` writes; `generation`: the same of its file."""
+        """`stored`: config settings that `save` writes.
+
+        `generation`: the text of generation_config.json that it writes, if any.
+        """
         super().__init__()
         for name, child in model.named_children():
             self.add_module(name, child)
@@ -71,9 +74,11 @@ class TransformersModel(CausalLM):
         self._stored = {**(stored or {}), "pad_token_id": model.config.pad_token_id}
         self._generation = generation
         required = ("vocab_size", "num_hidden_layers", "num_attention_heads")
-        config, head = model.config.get_text_config(), model.get_output_embeddings()
+        config = model.config.get_text_config()
+        head = model.get_output_embeddings()
         bodies = [name for name in (model.base_model_prefix, "model") if hasattr(model, name)]
-        if not bodies or head is None or not all(hasattr(config, key) for key in required):
+        has_parts = bodies and head is not None and all(hasattr(config, key) for key in required)
+        if not has_parts or not _block_lists(getattr(model, bodies[0]), config):
             raise UserError(
                 f"unsupported model {type(model).__name__}: it does not consist of an embedding, "
                 "Transformer blocks and a head. Choose another base."
@@ -113,8 +118,7 @@ class TransformersModel(CausalLM):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        lists = [m for m in self.body.modules() if isinstance(m, nn.ModuleList)]
-        return next(m for m in lists if len(m) == self.config.num_hidden_layers)
+        return _block_lists(self.body, self.config)[0]
 
     def labelled_states(
         self, ids: Tensor, positions: Tensor, segments: Sequence[int] | None, index: Tensor | None
@@ -189,12 +193,13 @@ class TransformersModel(CausalLM):
     def local_reach(self) -> Sequence[int]:
         sizes = {key: size for key, size in vars(self.config).items() if type(size) is int}
         reaches = [size for key, size in sizes.items() if re.search("window|chunk|conv", key)]
-        # a state that goes on from chunk to chunk, whose size is in transformers' code alone
+        # A gated delta net, which has a convolution, carries a state from chunk to chunk: only
+        # transformers' code has a chunk's size.
         return (*reaches, CHUNK) if any("conv" in key for key in sizes) else reaches
 
     @property
     def mixes_lengths(self) -> bool:
-        # these scale rotary positions of every token by the longest sequence in the forward
+        # both kinds below scale every token's rotary positions by the forward's longest sequence
         rope = getattr(self.config, "rope_parameters", None) or {}
         parts = [part for part in (rope, *rope.values()) if isinstance(part, Mapping)]
         kinds = {part.get("rope_type") for part in parts}
@@ -251,6 +256,12 @@ class TransformersModel(CausalLM):
             model.config.update(changed)
 
 
+def _block_lists(body: nn.Module, config: Any) -> list[nn.ModuleList]:
+    """The lists of as many modules as `config` counts blocks; the first one holds the blocks."""
+    lists = [m for m in body.modules() if isinstance(m, nn.ModuleList)]
+    return [m for m in lists if len(m) == config.num_hidden_layers]
+
+
 def load_pretrained(
     folder: Path, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> TransformersModel:
@@ -265,7 +276,8 @@ def load_pretrained(
     model = load_strict(
         folder, str(folder), trust_remote_code, config=config, dtype=dtype or "auto"
     )
-    return _with_kernels(TransformersModel(model, noise, generation_of(folder)))
+    with reported(str(folder), trust_remote_code):
+        return _with_kernels(TransformersModel(model, noise, generation_of(folder)))
 
 
 def without_weights(folder: Path, trust_remote_code: bool = False) -> TransformersModel:
@@ -277,7 +289,7 @@ def without_weights(folder: Path, trust_remote_code: bool = False) -> Transforme
         model = AutoModelForCausalLM.from_config(
             config, trust_remote_code=trust_remote_code, dtype=torch.float32
         )
-    return _with_kernels(TransformersModel(model.eval(), noise, generation_of(folder)))
+        return _with_kernels(TransformersModel(model.eval(), noise, generation_of(folder)))
 
 
 def _config_without_noise(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
@@ -306,7 +318,7 @@ def _use_our_experts(model: Any) -> None:
 
 
 def from_config(config: Mapping[str, Any], dtype: torch.dtype) -> TransformersModel:
-    """A model of that shape with random weights, or with fake ones under FakeTensorMode."""
+    """The model of a config with random weights, or with fake ones under FakeTensorMode."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = AutoConfig.for_model(**{**config, **dict.fromkeys(NOISE, 0.0)})

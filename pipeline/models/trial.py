@@ -32,7 +32,7 @@ def try_kernels(device: torch.device) -> Sequence[Finding]:
 
                 model.prepare_accelerator_training(device)
                 fuses_head(model.to(device))
-            _ = model.supports_packing
+            _ = model.supports_packing  # reading it tries packed sequences
         except Exception as error:  # of a driver, or of a card without memory
             record(f"a small model on {device}", error, "nothing is computed there")
     return findings

@@ -27,7 +27,8 @@ class PromptTokens(VirtualTokens):
         segments: Sequence[int] | None,
         cache: Any,
     ) -> Tensor:
-        n, lengths = self.count, [ids.shape[1]] if segments is None else list(segments)
+        n = self.count
+        lengths = [ids.shape[1]] if segments is None else list(segments)
         x: Tensor = model.embeddings(ids)  # (B, T, D)
         first = torch.arange(n, device=ids.device)
         # (B, T + n · sequences, D)
@@ -76,8 +77,7 @@ class PrefixTokens(VirtualTokens):
     ) -> Tensor:
         if cache is None and model.supports_prefix:
             return model.run_body(ids, positions, segments, prefix=self.prepend)
-        # attention that takes no prefix still takes a cache: its first tokens then are the virtual
-        # ones
+        # attention that takes no prefix takes a cache, whose first tokens then are the virtual ones
         cache = model.new_cache() if cache is None else cache
         dtype = next(model.embeddings.parameters()).dtype
         for number in range(self.layers):
@@ -87,7 +87,7 @@ class PrefixTokens(VirtualTokens):
 
 
 def before_each(first: Tensor, x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """`first` (1, n, …) before each of the sequences of `lengths` in x (B, T, …)."""
+    """x (B, T + n · sequences, …): `first` (1, n, …) before each sequence of `lengths` in x."""
     rows = first.expand(x.shape[0], *first.shape[1:])  # (B, n, …)
     sequences = x.split_with_sizes(list(lengths), 1)
     return torch.cat([*chain.from_iterable((rows, sequence) for sequence in sequences)], 1)

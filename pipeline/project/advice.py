@@ -17,11 +17,12 @@ TOLERANCE = 5  # the curve of loss over rate is flat near its minimum: within th
 SHORT = 64  # tokens of a window that has next to no context
 BATCH = 32
 BITS_PER_PARAMETER, BITS_PER_TOKEN = 2, 1
-MANY, EPOCHS, EPOCHS_OF_FEW = 1000, 4, 15  # examples; epochs on at least as many, and on fewer
+MANY = 1000  # examples
+EPOCHS, EPOCHS_OF_FEW = 4, 15  # on at least `MANY` examples, and on fewer
 HIGH_RANK, FIXED_ALPHA = 64, 32
 CUT = 0.05  # share of the examples
 SMALL_BASE = 10**9  # parameters
-SLOWER = 8  # times that products in bf16 take of those in fp32, measured on a CPU with AVX2
+SLOWER = 8  # products in bf16 take so many times as long as in fp32, on a CPU with AVX2
 # from the adapter that init_from names
 TAKEN_OVER = ("rank", "alpha", "target_modules", "train_embeddings")
 
@@ -90,13 +91,13 @@ def rule(*keys: str, source: str, imported_only: bool = False) -> Callable[[Rule
 
 
 def advise(project: Project, facts: Facts) -> list[Advice]:
-    """What the rules advise for a section's settings: first where these are the most times too high
-    or too low.
+    """What the rules advise for a section's settings, the furthest from it first.
 
-    An adapter that training goes on from keeps its rank, alpha, targets and what trains, so of
-    these nothing is said.
+    Where training goes on from an adapter, its rank, alpha, targets and trained embeddings are
+    kept: nothing is said of these.
     """
-    settings, imports = project.params.section(facts.section), project.params.origin.imports
+    settings = project.params.section(facts.section)
+    imports = project.params.origin.imports
     facts = facts._replace(width=project.params.width)
     continues = bool(getattr(settings, "init_from", ""))
     answers: list[tuple[float, Advice]] = []
@@ -241,11 +242,13 @@ def epochs(settings: Any, facts: Facts) -> Answer | None:
     drawn = settings.max_steps * settings.batch_size * settings.gradient_accumulation_steps
     if not facts.examples or (drawn and facts.more):
         return None
-    seen, by = (drawn / facts.examples, ", as max_steps says,") if drawn else (settings.epochs, "")
+    seen = drawn / facts.examples if drawn else settings.epochs
+    by = ", as max_steps says," if drawn else ""
     most = EPOCHS if facts.examples >= MANY else EPOCHS_OF_FEW
     if seen <= most:
         return None
-    why = f"{facts.examples:,} examples seen {seen:,.0f} times each{by} are memorized"
+    times = f"{seen:,.1f}".removesuffix(".0")
+    why = f"{facts.examples:,} examples seen {times} times each{by} are memorized"
     return Answer(f"at most {most}", why, seen / most)
 
 

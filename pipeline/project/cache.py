@@ -123,7 +123,7 @@ class Cache:
         size = 0  # of the entries so far
         with self._lock():
             # of a killed process: a running one would hold the lock
-            for unfinished in self.root.glob("*/.*"):
+            for unfinished in self.root.glob("*/.*/"):
                 shutil.rmtree(unfinished)
             for entry in self._entries():
                 count[entry.stage] += 1
@@ -143,15 +143,17 @@ class Cache:
         self.root.mkdir(parents=True, exist_ok=True)
         path = self.root / ".lock"
         file: BinaryIO
+        mode = fcntl.LOCK_EX
         try:
-            file, mode = path.open("ab"), fcntl.LOCK_EX
+            file = path.open("ab")
         except OSError as error:
             if error.errno not in READ_ONLY:
                 raise
             if not path.exists():
                 yield
                 return
-            file, mode = path.open("rb"), fcntl.LOCK_SH
+            file = path.open("rb")
+            mode = fcntl.LOCK_SH
         with file:
             fcntl.flock(file, mode)
             yield
@@ -159,7 +161,7 @@ class Cache:
 
 def _remove(entry: Path) -> None:
     """Remove an entry: whole, also if the process is killed, so that nobody finds a part of it."""
-    aside = entry.with_name(f".{entry.name}")  # as `prune` knows what is unfinished
+    aside = entry.with_name(f".{entry.name}")  # by the dot `prune` knows what is unfinished
     shutil.rmtree(aside, ignore_errors=True)
     shutil.rmtree(entry.rename(aside))
 

@@ -7,6 +7,7 @@ its file in stages/methods.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -63,8 +64,16 @@ def render_code_yaml(project: Project) -> str:
 def renew_code_yaml(project: Project) -> None:
     """Write the project's `CODE_FILE` again if the code has changed: only then does DVC see it."""
     path = project.root / CODE_FILE
-    if path.is_file() and path.read_text(encoding="utf-8") != (text := render_code_yaml(project)):
+    if not path.is_file():
+        return
+    text = render_code_yaml(project)
+    if not is_current(path, text):
         write_file(path, text)
+
+
+def is_current(path: Path, text: str) -> bool:
+    """Whether the file has this text; it may not be UTF-8."""
+    return path.read_text(encoding="utf-8", errors="replace") == text
 
 
 def watched_files(project: Project, stage: Stage) -> dict[str, str]:

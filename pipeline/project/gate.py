@@ -6,7 +6,8 @@ Commands, exports and screens all show it by this module.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-LIMITS = "evaluate.limits"  # begins the error of a command whose models break them, and no other
+# The error of a command whose models break limits begins with this, and no other error does.
+LIMITS = "evaluate.limits"
 PASSED = "passed"
 FORGETTING = frozenset({"answers_kept", "old_loss_rise", "divergence", "must_keep", "task_drop"})
 # the other limits are maximums
@@ -57,7 +58,7 @@ class Verdict(NamedTuple):
 
     @property
     def reasons(self) -> list[str]:
-        """Each broken limit with what was measured, of several models with the model's name."""
+        """Each broken limit with what was measured; its model's name first if there are several."""
         if len(self.models) > 1:
             return [f"{limit.variant}: {limit}" for limit in self.broken]
         return [str(limit) for limit in self.broken]
@@ -70,13 +71,13 @@ class Verdict(NamedTuple):
 
     @property
     def error(self) -> str:
-        """Why a command ends with 1, and what to do next."""
+        """Why a command ends with exit code 1, and what to do next."""
         names = ", ".join(dict.fromkeys(broken.variant for broken in self.broken))
         are = "is" if len(self.broken) == 1 else "are"
         return f"{LIMITS}: {self.counted} {are} broken, by {names}. {self.next_step}"
 
     def warning(self, name: str) -> str:
-        """What is said of a model that breaks limits where it is shipped."""
+        """What an export says of a model that breaks limits; `name` is the model's."""
         reasons = self.reasons[:MOST]
         if len(self.broken) > MOST:
             reasons.append(f"{len(self.broken) - MOST} more")

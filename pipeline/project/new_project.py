@@ -16,10 +16,12 @@ import yaml
 from pipeline.errors import UserError
 from pipeline.files.artifact import digest, is_temporary, write_file, writing
 from pipeline.files.base_model import resolve
+from pipeline.files.home import expand
 from pipeline.project import provenance
 from pipeline.project.dvc_yaml import (
     CODE_FILE,
     HEADER,
+    is_current,
     render_code_yaml,
     render_dvc_yaml,
     watched_files,
@@ -57,7 +59,7 @@ DVC_CONFIG = """\
 [cache]
     type = "reflink,hardlink,copy"
 """
-# of a project before its params: the base, fetched data
+# what a project has before its params file: the base, fetched data
 UNFINISHED = {"artifacts", "runs", ".lora-cache", "data"}
 
 
@@ -120,9 +122,11 @@ def create(
 
 
 def _same_yaml(path: Path, text: str) -> bool:
+    from pipeline.files import strict_yaml
+
     try:
-        return bool(yaml.safe_load(path.read_text(encoding="utf-8")) == yaml.safe_load(text))
-    except (yaml.YAMLError, ValueError):
+        return bool(strict_yaml.load(path.read_text(encoding="utf-8")) == strict_yaml.load(text))
+    except ValueError:
         return False
 
 
@@ -177,7 +181,7 @@ def write_project(project: Project, text: str) -> list[str]:
     }
     added = [name for name in files if not (folder / name).exists()]
     # the only file that is renewed
-    if CODE_FILE not in added and (folder / CODE_FILE).read_text("utf-8") != files[CODE_FILE]:
+    if CODE_FILE not in added and not is_current(folder / CODE_FILE, files[CODE_FILE]):
         added.append(CODE_FILE)
     has_dvc = (folder / ".dvc").is_dir()
     if not has_dvc:
@@ -216,7 +220,7 @@ def _select_methods(text: str, graph: StageGraph, methods: Sequence[str]) -> str
     if unknown := [name for name in methods if name not in sections]:
         raise UserError(f"--methods: unknown method {unknown[0]}. Known: {', '.join(sections)}.")
     params = parse(text, Path(PARAMS), graph.sections)
-    selected = [sections[method] for method in methods]
+    selected = list(dict.fromkeys(sections[method] for method in methods))
 
     removed = params.written.intersection(sections.values()).difference(selected)
     if "lora" not in methods:
@@ -277,7 +281,8 @@ def _existing_params(folder: Path, graph: StageGraph, base: str | None) -> str:
 
 def _missing_keys(text: str, project: Project) -> dict[str, Any]:
     """`section.key` → value, for the keys that dvc.yaml refers to and the text lacks."""
-    tree, params = yaml.safe_load(text), project.params
+    tree = yaml.safe_load(text)
+    params = project.params
     missing: dict[str, Any] = {
         key: getattr(params.section(section), key)
         for key, section in TOP_LEVEL.items()
@@ -307,7 +312,7 @@ def _data_sources(project: Project, source_folder: Path) -> dict[str, Path]:
             inside = not Path(name).is_absolute() and ".." not in Path(name).parts
             if key != "base" and inside and (source_folder / name).exists():
                 sources[name] = source_folder / name
-            elif (project.root / name).exists() or key == "base":
+            elif (project.root / expand(name)).exists() or key == "base":
                 continue
             elif inside and (
                 packaged := [folder / name for folder in packages if (folder / name).is_file()]

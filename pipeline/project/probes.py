@@ -29,11 +29,14 @@ class Finding(NamedTuple):
 
 
 _logged: list[Finding] = []
-_held: list[list[Finding]] = []  # where they go instead, the innermost last
+_held: list[list[Finding]] = []  # the lists that findings go to instead; the innermost is the last
 
 
 def record(tried: str, said: str | BaseException, slower: str) -> None:
-    """Log it, which stderr shows, unless it is `held`. `said`: why, or the error."""
+    """Log a path that is not taken, once: to stderr, or inside `held` to the list.
+
+    `said`: why, or the error.
+    """
     why = f"{type(said).__name__}: {first_line(said)}" if isinstance(said, BaseException) else said
     finding = Finding(tried, why, slower)
     findings = _held[-1] if _held else _logged
@@ -57,13 +60,13 @@ def held() -> Iterator[list[Finding]]:
 
 
 def attempt(tried: str, slower: str, compute: Callable[[], Result]) -> Result | None:
-    """What it computes; None where it raises, which is recorded.
+    """What `compute` returns; None if it raises an error, which is recorded.
 
-    Raises what it raised if memory ran out: that says nothing of the path.
+    An error for lack of memory is raised: it says nothing of the path.
     """
     try:
         return compute()
-    # of a model that takes no segments, of a kernel that does not run here
+    # a model may take no segments, a kernel may not run here
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -82,9 +85,10 @@ def computes(
 ) -> bool:
     """Whether `compute` gives the rows (..., D) that `right` gives; it is recorded if not.
 
-    `again`: the same as `right` beside other rows, whose products may have another kernel: it shows
-    how far rounding goes, which no fixed tolerance knows: over 36 blocks in bf16, one unit in the
-    last place becomes 3% to 10%. `wrong`: what a model gives that does not do what was tried.
+    `again`: the rows of `right`, computed beside other rows, for which products may take another
+    kernel. It shows how far rounding goes. No fixed tolerance knows that: over 36 blocks in bf16,
+    one unit in the last place becomes 3% to 10%. `wrong`: the rows of a model that does not do what
+    was tried.
     """
     expected = right()
     rows = attempt(tried, slower, compute)

@@ -108,7 +108,8 @@ _by_option = False
 
 def is_valid(name: str) -> bool:
     """Whether `name` keeps to RULE."""
-    return re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", name) is not None
+    # torch refuses a leading zero, and takes cuda:256 for cuda:0
+    return re.fullmatch(r"auto|cpu|mps|cuda(:(0|[1-9][0-9]?))?", name) is not None
 
 
 def ask(name: str) -> None:

@@ -14,7 +14,7 @@ from types import CodeType
 from pipeline import extensions
 
 ROOT = Path(__file__).resolve().parents[2]
-# what a package imports that finds its own modules
+# a package that imports one of these finds its own modules
 FINDERS = {"pkgutil", "pipeline.extensions"}
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "matplotlib")
 
@@ -56,7 +56,11 @@ def _imports(source: bytes) -> tuple[str, ...]:
     the same time, as `inspect.signature` does.
     """
     names, imports_in = list[str](), ModuleFinder().scan_opcodes
-    waiting = [compile(source, "<source>", "exec")]
+    try:
+        waiting = [compile(source, "<source>", "exec")]
+    # not Python, as an extension's file may be: what imports it fails, and says so
+    except (SyntaxError, ValueError):
+        return ()
     while waiting:
         code = waiting.pop()
         waiting += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
@@ -72,8 +76,9 @@ def _roots() -> dict[str, Path]:
     roots = {"pipeline": ROOT}
     for name in extensions.packages():
         spec = find_spec(name)  # of a top-level name: imports nothing
-        if spec and spec.origin and spec.submodule_search_locations:
-            roots[name] = Path(spec.origin).parents[1]
+        if spec and spec.origin and spec.has_location:
+            # a package's __init__.py, or an extension that is one file
+            roots[name] = Path(spec.origin).parents[1 if spec.submodule_search_locations else 0]
     return roots
 
 
@@ -95,6 +100,8 @@ def commit(*modules: str) -> str | None:
     Not HEAD: a commit that touches a README must not change the bytes of every artifact.
     """
     files = [str(path) for path in code_files(*modules) if path.is_relative_to(ROOT)]
+    if not files:  # of an extension alone: without names, git tells HEAD
+        return None
     return (_git(ROOT, "log", "-1", "--format=%H", "--", *files) or "").strip() or None
 
 
@@ -114,7 +121,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def version_of(library: str) -> str:
-    """Of an installed package, or "not installed"."""
+    """The version of an installed package, or "not installed"."""
     # 6 ms, which the first paint should not wait for
     from importlib.metadata import PackageNotFoundError, version
 

@@ -45,7 +45,7 @@ def _key(stage: Stage, key: str) -> str:
 
 
 def _files(value: Any) -> list[str]:
-    """The names in a key that names one file or several, each perhaps with more about it."""
+    """The files that a key's value names: one path or several, each a text or a mapping."""
     entries = [value] if isinstance(value, str) else value or []
     names = [entry["path"] if isinstance(entry, Mapping) else entry for entry in entries]
     return [name for name in names if name]

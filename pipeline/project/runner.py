@@ -148,7 +148,7 @@ def run(
 
 
 def _with_findings(stage: Stage, events: Iterable[Event]) -> Iterator[Event]:
-    """The events, and what is found of this machine meanwhile."""
+    """The events, and a note for each faster path that meanwhile was found not to work here."""
     reported = 0
     with held() as findings:
         for event in chain(events, [None]):
@@ -197,7 +197,10 @@ def _make(
 def _keep_replaced(
     cache: Cache, stage: Stage, target: Path, folder: Path, settings: Settings
 ) -> list[Note]:
-    """Keep a trained model with other settings in the cache, and a note for when it is replaced."""
+    """Store the trained model in place in the cache if it has other settings.
+
+    Returns the note for when it is replaced; none if nothing is.
+    """
     if not stage.look:
         return []
     # DVC removes an output before it runs the stage
@@ -293,8 +296,9 @@ def _without_paths(value: Any) -> Any:
 
 def _inputs(project: Project, stage: Stage, digests: Digests = DIGESTS) -> dict[str, str]:
     """Name → digest of everything that the stage reads. Raises UserError if it is not all there."""
-    for name in project.data_files(stage):
+    for key, name in project.file_keys(stage).items():
         if not (project.root / name).exists():
+            section = key.partition("[")[0].rpartition(".")[0] or stage.section
             convert = ""
             # data/mine.csv is a file
             if HUB_ID.fullmatch(name) and not Path(name).suffix[1:].isalpha():
@@ -303,7 +307,7 @@ def _inputs(project: Project, stage: Stage, digests: Digests = DIGESTS) -> dict[
                     f"{name} data/NAME.jsonl`."
                 )
             raise UserError(
-                f"{name} is not a file. Name an existing one in section {stage.name} of the params."
+                f"{name} is not a file. Name an existing one in section {section} of the params."
                 f"{convert}"
             )
     for need in project.needs(stage):

@@ -71,7 +71,7 @@ class Stage(Struct, frozen=True, eq=False):
     data: tuple[str, ...] = ()
     settings_from: str = ""  # the section with its training settings, if that is another stage's
     extra_sections: tuple[str, ...] = ()  # further sections that affect its output
-    # params → why a project does not have it in spite of its section; empty where it has
+    # params → why a project does not have it in spite of its section; empty if it has it
     skipped: Callable[[Params], str] | None = None
     data_folder: str = ""  # where the files lie that its settings name by default
     quantizes: bool = False  # whether it quantizes a base, whatever its settings
@@ -229,9 +229,9 @@ class Project:
         parent = cls(source.resolve().parent, parent_params, graph)
         files: dict[str, set[str]] = {}  # section → its keys that name data files
         for stage in graph.among(parent_params.written).values():
-            files.setdefault(stage.section, set()).update(
-                key for key in stage.data if "." not in key
-            )
+            for key in stage.data:
+                section, _, name = key.rpartition(".")
+                files.setdefault(section or stage.section, set()).add(name)
         return cls(
             root,
             inherit(params, parent_params, files, os.path.relpath(parent.root, root)),
@@ -247,10 +247,8 @@ class Project:
         """All params that affect the stage's output. The keys of a sweep's grid replace those of
         its settings.
         """
-        values, settings = (
-            effective(self.section(stage)),
-            effective(self.params.section(stage.section)),
-        )
+        values = effective(self.section(stage))
+        settings = effective(self.params.section(stage.section))
         params = {
             key: value for key, value in settings.items() if key not in values.get("grid", ())
         } | values
@@ -289,7 +287,7 @@ class Project:
     def unlisted(self) -> dict[str, Stage]:
         """The methods that ran here and have no section in the params file, as by `--set`, by name.
 
-        The files say so each time: a run may begin while the project is open.
+        The folders are looked at each time: a run may begin while the project is open.
         """
         taken = {stage.output for stage in self.readable.values()}
         methods = (
@@ -306,9 +304,7 @@ class Project:
 
     @property
     def shown(self) -> dict[str, Stage]:
-        """All of which there is something to show: those that it can read, then what is
-        unlisted.
-        """
+        """The stages that have something to show: those that it can read, then the unlisted."""
         return self.readable | self.unlisted()
 
     def stage(self, name: str) -> Stage:
@@ -371,7 +367,8 @@ class Project:
 
     def command(self, stage: str) -> str:
         """How the artifact of a stage is made: `lora import`, or `dvc repro` for all."""
-        home, command = self.home(stage), self.graph.stages[self.standing_for(stage)].command
+        stage = self.standing_for(stage)
+        home, command = self.home(stage), self.graph.stages[stage].command
         where = "" if home is self else f" in {home.root}"
         return f"`{command}`{where}{', or `dvc repro` for all' * home.has_dvc}"
 
@@ -402,15 +399,14 @@ class Project:
         files: dict[str, str] = {}
         for key in stage.data:
             value = self.setting(stage, key)
-            entries = (
-                {key: value}
-                if isinstance(value, str)
-                else {f"{key}[{i}]": part for i, part in enumerate(value)}
-            )
-            names = {
-                k: part if isinstance(part, str) else part["path"] for k, part in entries.items()
-            }
-            names = {k if entries[k] == name else f"{k}.path": name for k, name in names.items()}
+            if isinstance(value, str):
+                names = {key: value}
+            else:
+                names = {}
+                for i, part in enumerate(value):
+                    is_path = isinstance(part, str)
+                    place = f"{key}[{i}]" if is_path else f"{key}[{i}].path"
+                    names[place] = part if is_path else part["path"]
             files |= {k: name for k, name in names.items() if name and name not in files.values()}
         return files
 

@@ -55,7 +55,9 @@ def _draw_panel(axis: Any, panel: Mapping[str, Any]) -> None:
 
 def _draw_curve(axis: Any, curve: Mapping[str, Any], number: int) -> None:
     """Raw and smoothed values, evaluations, and a stroke where the curve becomes flat."""
-    x, mean, color, marker = curve["x"], curve["mean"], curve["color"], MARKERS[curve["sign"]]
+    x, mean, color = curve["x"], curve["mean"], curve["color"]
+    marker = MARKERS.get(curve["sign"], "o")  # an extension's sign may be any
+    label = curve["label"].replace("$", r"\$")  # a formula would begin there
     raw = [value for pair in zip(curve["low"], curve["high"], strict=True) for value in pair]
     axis.plot([value for value in x for _ in range(2)], raw, color=color, alpha=0.3, linewidth=0.6)
     axis.plot(
@@ -63,7 +65,7 @@ def _draw_curve(axis: Any, curve: Mapping[str, Any], number: int) -> None:
         mean,
         DASHES[number % len(DASHES)],
         color=color,
-        label=curve["label"],
+        label=label,
         marker=marker,
         markerfacecolor="white" if curve["sign"] in HOLLOW else color,
         markevery=(0.05 + 0.03 * number, 0.15),
@@ -71,7 +73,7 @@ def _draw_curve(axis: Any, curve: Mapping[str, Any], number: int) -> None:
     )
     if curve["held_out"]["x"]:
         at, loss = curve["held_out"]["x"], curve["held_out"]["y"]
-        axis.plot(at, loss, ":", marker="x", color=color, label=f"{curve['label']}, held out")
+        axis.plot(at, loss, ":", marker="x", color=color, label=f"{label}, held out")
     if curve["flat"]:
         axis.plot(*curve["flat"], marker="|", markersize=16, markeredgewidth=2, color=color)
 

@@ -45,7 +45,8 @@ METRICS, PREDICTIONS, SAMPLES = "metrics.json", "predictions.json", "samples.jso
 REPORT, PICTURE = "report.md", "finetuning_comparison.png"
 # numbers of `_cost` that a merged model does not share with its adapter
 TRAINED = ("trainable", "trainable_percent", "preferences")
-# nats per token: reports have three digits. Rounding to 16 bits may exceed it, which is measured
+# nats per token, as reports have three digits. A merge that rounds to 16 bits may exceed it: it is
+# then measured
 ALIKE = 1e-3
 SCORES = ("probability", "first", "corrected_probability", "corrected_first", "top_k")
 
@@ -121,7 +122,8 @@ class _Measured:
 
     def add(self, loaded: LoadedModel, samples: bool = True) -> dict[str, Any]:
         """What a model kept and what it learned; `samples`: whether it answers questions too."""
-        settings, name, numbers = self._settings, loaded.name, dict[str, Any]()
+        settings, name = self._settings, loaded.name
+        numbers: dict[str, Any] = {}
         if settings.old_data:
             old = score(loaded, _old_examples(self._job, loaded), self._before)
             self._before = self._before or old
@@ -258,7 +260,7 @@ def _limited(project: Project, tasks: Sequence[Task], prompts: Sequence[Prompt])
     if unknown := [name for name in chosen if name not in trained]:
         raise UserError(
             f"evaluate.limits.variants: {unknown[0]} is not a trained variant of this project. It "
-            f"has {', '.join(trained)}."
+            f"has {', '.join(trained) or 'none'}."
         )
     names = [task.name for task in tasks]
     if unknown := [name for name in limits.get("tasks", ()) if name not in names]:
@@ -322,7 +324,7 @@ def _trained_sections(project: Project) -> list[Training]:
 
 
 def trained_in_template(project: Project) -> bool:
-    """Whether plain prompts train in the base's chat template. Raises UserError if some do."""
+    """Whether plain prompts train in the base's chat template. Raises UserError if only some do."""
     ways = {section.templated for section in _trained_sections(project)}
     if len(ways) > 1:
         raise UserError(
@@ -352,10 +354,11 @@ def _score_new(
 
     Nobody can know held-out sentences word for word.
     """
-    if any(loaded.tokenizer.unknown_words(example.text) for example in examples):
+    unknown = next((e for e in examples if loaded.tokenizer.unknown_words(e.text)), None)
+    if unknown:
         if loaded.name != "base":
             raise UserError(
-                f"{examples[0].file} has words that {loaded.name} does not know. Add the file to "
+                f"{unknown.file} has words that {loaded.name} does not know. Add the file to "
                 "expand_vocab.data."
             )
         return {}  # the base has no embeddings for the new words

@@ -50,7 +50,8 @@ def read_init(
     job: Job, model: CausalLM, base_folder: Path, name: str
 ) -> tuple[StoredLora, Continued]:
     """The adapter `name` of `init_from`, and what continues of its run. Raises UserError."""
-    key, folder = f"{job.stage.name}.init_from", job.path(name)
+    key = f"{job.stage.name}.init_from"
+    folder = job.path(name)
     if folder.resolve() == job.project.artifact(job.stage.name).resolve():
         raise UserError(
             f"{key} is {name}, which this stage itself writes. Copy the folder to another place "
@@ -76,7 +77,7 @@ def _continued(job: Job, folder: Path) -> Continued:
 
 
 def _order(manifest: Mapping[str, Any]) -> list[Any]:
-    """What the order of a run's batches depends on. Files count by content, and by their weight."""
+    """What the order of a run's batches depends on; of a file its content, weight and columns."""
     params, inputs = manifest["params"], manifest["inputs"]
     data = params["data"] if isinstance(params["data"], str) else tuple(params["data"])
     files = [(inputs[file.path], file.weight, file.columns) for file in data_files(data)]

@@ -18,15 +18,17 @@ PROMPTS = 8  # examples to check the merge on, if merge.prompts is empty
 def run(job: Job) -> Generator[Event, None, Facts]:
     """Merge base + adapter into one checkpoint.
 
-    Raises UserError and writes nothing if its logits differ too much.
+    Raises UserError and writes nothing if the checkpoint's logits differ too much.
     """
-    settings, trust = job.project.params.merge, job.project.params.origin.trust_remote_code
+    settings = job.project.params.merge
+    trust = job.project.params.origin.trust_remote_code
     base, adapter = job.artifact("expand_vocab"), job.artifact("finetune_lora")
     if settings.prompts:
         entries = read_prompts(job.path(settings.prompts), settings.prompts)
         prompts = [entry.prompt for entry in entries]
     else:
-        tokenizer, examples = load_tokenizer(base), new_examples(job)[0][:PROMPTS]
+        tokenizer = load_tokenizer(base)
+        examples = new_examples(job)[0][:PROMPTS]
         prompts = []
         for example in examples:
             asked = prompt_and_answer(example, tokenizer)

@@ -111,6 +111,7 @@ def start(request: Request, graph: StageGraph) -> Generator[Event, None, Started
     draft = [f"base: {edit.dump_inline(base)}", *(f"{stage.section}: {{}}" for stage in stages)]
     overrides = [f"{key}={edit.dump_inline(value)}" for key, value in given.items()]
     drafted = _project(folder, "\n".join(draft), graph, overrides)
+    _refuse_unwritten(given, stages)
     folder.mkdir(parents=True, exist_ok=True)
     yield Note(f"importing {request.base}")
     yield from run(drafted, graph.stages["import"])
@@ -199,7 +200,8 @@ def _fetched(name: str, folder: Path) -> Generator[Event, None, str]:
     if not name or Path(name).exists() or suffix_of(Path(name))[0] or not is_hub_id(name):
         return name
     file = folder / "data" / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', name).strip('_')}.jsonl"
-    if not file.exists():  # of an earlier, unfinished call
+    # an earlier, unfinished call may have fetched it
+    if not file.exists():
         yield Note(f"fetching {name}")
         yield from (Note(note) for note in convert(Path(name), file).notes)
     return str(file)
@@ -211,7 +213,9 @@ def _share(files: Sequence[str], columns: Mapping[str, str], count: int) -> floa
     Of few, the first share that selects some and leaves some; 0 if none does.
     """
     if count > MANY:
-        return round(min(HELD_OUT, MOST_HELD_OUT / count), 4)
+        share = min(HELD_OUT, MOST_HELD_OUT / count)
+        # of millions, four decimals would be 0
+        return round(share, 4) or float(f"{share:.0e}")
     examples: list[Example] = []
     for name in files:
         examples += iter_examples(Path(name), name, columns=columns)
@@ -249,6 +253,23 @@ def _shared(given: Mapping[str, Any], stages: Sequence[Stage]) -> dict[str, Any]
     return {keys.get(key, key): value for key, value in given.items()}
 
 
+def _refuse_unwritten(given: Mapping[str, Any], stages: Sequence[Stage]) -> None:
+    """Raises UserError for a given value of a section that the params file will not have."""
+    for key in given:
+        section = key.partition(".")[0]
+        if section not in _sections_of(stages):
+            raise UserError(
+                f"{key}: the new project has no section {section}. Remove it, name its method in "
+                "--methods, or add the section to params.yaml afterwards."
+            )
+
+
+def _sections_of(stages: Sequence[Stage]) -> list[str]:
+    """The sections of a new params file, in their order."""
+    trained = [stage.section for stage in stages]
+    return ["import", "expand_vocab", TRAINING, *trained, "merge", "evaluate"]
+
+
 def _refuse_data(report: DataReport, columns: Mapping[str, str]) -> None:
     if report.ok:
         return
@@ -273,7 +294,13 @@ def _trial(
     settings = project.params.section(stage.section)
     # a part may have no example to hold out
     plain = structs.replace(
-        settings, eval_share=0.0, eval_data="", eval_steps=0, patience=0, samples={}
+        settings,
+        eval_share=0.0,
+        eval_data="",
+        eval_steps=0,
+        patience=0,
+        metric_for_best_model="eval_loss",
+        samples={},
     )
     part = replace(project, params=project.params.replaced({stage.section: plain}))
     trial = yield from try_stage(part, stage, SAMPLE)
@@ -303,8 +330,8 @@ def params_text(
 ) -> str:
     """params.yaml of a new project: what was chosen or given, section by section.
 
-    Left out is what is off by default, and alpha if it follows the rank. Other defaults for a
-    pretrained base are written, as another release may choose others.
+    It leaves out what is off by default, and alpha if it follows the rank. It has the other
+    defaults for a pretrained base, as another release may change them.
     """
     folder = request.folder.resolve()
 
@@ -340,9 +367,8 @@ def params_text(
         plain = tuple(value) if isinstance(value, list) else value
         if plain != getattr(defaults, name, None) or key in always or key in recipe.given:
             sections.setdefault(section, []).append(f"  {name}: {edit.dump_inline(value)}\n")
-    trained = [stage.section for stage in stages]
-    order = ["import", "expand_vocab", TRAINING, *trained, "merge", "evaluate"]
-    body = "\n".join(f"{name}:\n{''.join(sections[name])}" for name in order if name in sections)
+    order = [name for name in _sections_of(stages) if name in sections]
+    body = "\n".join(f"{name}:\n{''.join(sections[name])}" for name in order)
     return f"{HEADER}\nbase: {edit.dump_inline(base)}\n\n{body}"
 
 

@@ -82,7 +82,8 @@ def choose(
     recipe = Recipe(given)
     examples = data.examples
     defaults = Training.pretrained(Pretrained(), _of_section(given, TRAINING))
-    epochs = next((epochs for least, epochs in EPOCHS if examples >= least), defaults.pop("epochs"))
+    of_few = defaults.pop("epochs")
+    epochs = next((epochs for least, epochs in EPOCHS if examples >= least), of_few)
     if f"{TRAINING}.max_steps" not in given and any(
         "epochs" not in stage.settings.PRETRAINED for stage in stages
     ):
@@ -186,7 +187,6 @@ def _fit(
     trained = data.examples * (1 - (recipe.values.get(f"{TRAINING}.eval_share") or 0.0))
     while batch < LARGEST_BATCH and data.examples / (2 * batch) >= LEAST_STEPS:
         batch *= 2
-    why = f"{batch} examples a step: an epoch has {ceil(trained / batch):,} steps"
 
     longest = (data.quantiles or {}).get("max", 0)
     whole = suggest_max_length(longest, longest, model.context if model else None)
@@ -206,8 +206,11 @@ def _fit(
     ways = product(lengths, quantizations, ("none", "selective", "full"), range(batch.bit_length()))
     for length, quantization, checkpointing, halved in ways:
         recipe.set(f"{TRAINING}.max_length", length, lengths[length])
+        accumulated = recipe.given.get(f"{TRAINING}.gradient_accumulation_steps", 1 << halved)
+        examples = (batch >> halved) * accumulated
+        why = f"{examples} examples a step: an epoch has {ceil(trained / examples):,} steps"
         recipe.set(f"{TRAINING}.batch_size", batch >> halved, why)
-        recipe.set(f"{TRAINING}.gradient_accumulation_steps", 1 << halved)
+        recipe.set(f"{TRAINING}.gradient_accumulation_steps", accumulated)
         saves = "" if checkpointing == "none" else "saves memory"
         recipe.set(f"{TRAINING}.gradient_checkpointing", checkpointing, saves)
         for name in adapters:

@@ -32,9 +32,9 @@ def _wrong_name(name: str, stage: Stage) -> str:
     return f"its stage must be finetune_{name} and its method {name}, got {stage.name}."
 
 
-# Found, so that a new method is one file; and not by import statements, which digests follow:
-# whatever imports this module would depend on the code of every method. A stage's own digest starts
-# at its method's file (`Stage.code`).
+# Methods are found, so that a new one is one file. No import statement names them: digests follow
+# these, and whatever imports this module would depend on the code of every method. A stage's own
+# digest starts at its method's file (`Stage.code`).
 _FOUND = Registry[Stage]("method", order=lambda stage: (stage.order, stage.name), check=_wrong_name)
 METHODS: Mapping[str, Stage] = {stage.method: stage for stage in _FOUND.values()}
 COUNTED: Mapping[str, FinetuningMethod] = {  # as the calculator counts them, with default options

@@ -227,7 +227,8 @@ def _prompt_table(
         asked = entries[0]
         if (asked["group"], asked["rule"]) == (group, rule):
             answers = [asked["answer"], *([asked["corrected"]] if changes else [])]
-            rows.append([f"*{asked['prompt']}*", *answers, *map(_first_choice, entries)])
+            cells = [f"*{_escaped(asked['prompt'])}*", *map(_escaped, answers)]
+            rows.append([*cells, *map(_first_choice, entries)])
     ticked = ", ✓ where it is the corrected one" if changes else ""
     note = f"First choices; **bold** where it is not the answer{ticked}.\n"
     return f"## {group}: {rule}\n\n{note}\n" + _table(columns, rows)

@@ -17,8 +17,8 @@ from pipeline.training.losses import Head, cross_entropy, mean_loss
 from pipeline.training.retention import RetentionLoss
 from pipeline.training.step import LossPath, StepBatch
 
-# Logits that are computed at once, 16 MiB in fp32: a small model's step is bound by calls. If there
-# are more, then per adapter, in chunks.
+# Most logits that are computed at once, 16 MiB in fp32: a small model's step is bound by calls.
+# More are computed for one adapter after the other, in chunks.
 LOGITS = 2**22
 
 
@@ -28,7 +28,7 @@ class ManyAdapters(LossPath):
     def __init__(self, model: CausalLM, routing: AdapterRouting) -> None:
         super().__init__(model)
         self._routing = routing
-        # by the dataset's id: of training, evaluation, retention
+        # id of a dataset (of training, evaluation or retention) → its `_stack_windows`
         self._tables: dict[int, Tensor | None] = {}
 
     @cached_property

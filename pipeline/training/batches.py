@@ -46,7 +46,7 @@ class Batch:
         return replace(self, idle=True)
 
     def to(self, device: torch.device) -> "Batch":
-        """On `device`, by one copy that the host does not wait for: of all whole numbers."""
+        """The same on `device`. Its int64 tensors are one copy, for which the host does not wait."""
         if self.ids.device == device:
             return self
         moved, whole = dict[str, Any](), dict[str, Tensor]()
@@ -65,8 +65,12 @@ class Batch:
         """One batch per sequence, for models that do not support packing."""
         if self.segments is None:
             return [self]
-        index = torch.arange(self.ids.numel()) if self.label_index is None else self.label_index
-        labels = torch.full((self.ids.numel(),), IGNORED).index_put((index,), self.labels)
+        total = self.ids.numel()
+        device = self.ids.device
+        index = self.label_index
+        if index is None:
+            index = torch.arange(total, device=device)
+        labels = torch.full((total,), IGNORED, device=device).index_put((index,), self.labels)
         table = torch.stack((self.ids[0], self.positions[0], labels))  # (3, ΣT)
         parts = table.split_with_sizes([*self.segments], 1)
         return [replace(_batch_from(part, None), idle=self.idle) for part in parts]
@@ -100,9 +104,9 @@ def collate(windows: Sequence[Window]) -> Batch:
 def _batch_from(
     table: Tensor, segments: tuple[int, ...] | None, all_labelled: bool = False
 ) -> Batch:
-    """From ids, positions and labels, (3, N) for one row or (3, B, T).
+    """The batch of a table of ids, positions and labels: (3, T) for one row, or (3, B, T).
 
-    `all_labelled`: known without a look.
+    `all_labelled`: every token is known to have a label.
     """
     ids, positions, labels = (table if table.dim() == 3 else table[:, None]).unbind()  # (B, T) each
     flat = labels.flatten()
@@ -132,7 +136,7 @@ class Batches:
         # of one epoch only: a data set may have millions of windows
         self._epoch, self._rows = 0, self._shuffle(0)
         self._last: int | None = None  # the step that was read last
-        # a step whose batches are made already, and these
+        # the step whose batches were made ahead, and its batches
         self._ahead: tuple[int, list[Batch]] | None = None
         self.first = first
 
@@ -191,9 +195,9 @@ class Batches:
         ]
 
     def _shuffle(self, epoch: int) -> list[int]:
-        """The windows of an epoch, in their order: as many in each epoch."""
-        # Python's generator, by a string: it hashes that by SHA-512, so every machine and torch has
-        # the same order
+        """The windows of an epoch, in its order. Every epoch has equally many."""
+        # Python's generator, seeded by a string: it hashes the string by SHA-512, so the order is
+        # the same on every machine and with every version of torch
         rows = list[int]()
         for run, weight in self.dataset.parts:
             times, part = divmod(weight, 1)

@@ -294,7 +294,7 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
                 yield Progress(done, task.total, _describe_losses(task, by_learner))
         except Diverged as diverged:
             yield from _tell_stops(job, task)
-            # the checkpoint is of before: a run with it meets the same step again
+            # the checkpoint is of the state before this step: a run with it meets the step again
             for n in diverged.gradients:
                 task.learners[n].resume()
             save(done)
@@ -427,7 +427,9 @@ def _held_signals() -> Iterator[list[int]]:
 
     if threading.current_thread() is threading.main_thread():  # no other thread may set a handler
         for number in (signal.SIGINT, signal.SIGTERM, *[signal.SIGHUP] * hangs_up()):
-            previous[number] = signal.signal(number, hold)
+            # before `hold` is there, which needs it
+            previous[number] = signal.getsignal(number)
+            signal.signal(number, hold)
     try:
         yield received
     finally:
@@ -438,7 +440,7 @@ def _held_signals() -> Iterator[list[int]]:
 def _tell_stops(job: Job, task: TrainingTask) -> Iterator[Event]:
     """A note for each learner that was stopped since the last call.
 
-    If the only one diverged, an error follows instead.
+    A single learner that diverged has no note: an error follows.
     """
     stopped = [learner for learner in task.learners if learner.message]
     if stopped:
@@ -464,7 +466,10 @@ def _write_outcomes(job: Job, task: TrainingTask) -> None:
 def _out_of_memory(
     job: Job, task: TrainingTask, reason: str, done: int = 0, checkpoint_note: str = ""
 ) -> CollectiveError:
-    """What to lower, and which checkpoint is kept: another program may have used the memory."""
+    """The error, with what to lower and which checkpoint is kept.
+
+    The run may fit when it is resumed: another program may have used the memory.
+    """
     batch = task.batches[min(done, task.total - 1)][0]
     advice = task.less_memory or suggest_less_memory(
         task.model, task.method, task.settings, batch, job.stage.name

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 Head = Callable[[Tensor], Tensor]
 # rows (n, D) and their targets (n, ...) → the sum of their losses
 SummedLoss = Callable[[Tensor, Tensor], Tensor]
-# Rows whose logits a CPU computes at once, at most. Head and loss of SmolLM2, of 236 to 323 labels,
-# take 1.09 × as long by 128 rows and what is left, 1.27 × by 64 rows.
+# Rows whose logits a CPU computes at once, at most. For 236 to 323 labels, SmolLM2's head and loss
+# take 1.09 × as long in chunks of 128 rows and a rest, 1.27 × in chunks of 64.
 CHUNK = 192
 
 
@@ -88,7 +88,7 @@ def _row_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """The cross-entropy of each row of logits (n, V) with its label, (n,) in fp32."""
     if logits.dtype != torch.bfloat16:
         return F.cross_entropy(logits.float(), labels, reduction="none")
-    from pipeline.models.kernels.cross_entropy import cross_entropy  # which MiniGPT does not need
+    from pipeline.models.kernels.cross_entropy import cross_entropy  # MiniGPT does not need it
 
     return cross_entropy(logits, labels)
 
@@ -206,9 +206,11 @@ def log_probs(
 
 
 class _LogProbs(torch.autograd.Function):
-    """Unlike in `_Chunked`, what a row's gradient is multiplied by is known only in backward.
+    """The log-probabilities of labels, whose logits are computed in chunks.
 
-    A row's own gradient is of its size and is kept; a head that trains is computed once more.
+    Unlike in `_Chunked`, the factor of each row's gradient is known only in backward. With a frozen
+    head the rows' gradients are kept, which are as large as the rows. A head that trains is
+    computed once more.
     """
 
     @staticmethod
@@ -228,7 +230,8 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (saved, labels), upstream = ctx.saved_tensors, -outputs[0]
+        saved, labels = ctx.saved_tensors
+        upstream = -outputs[0]
         if not ctx.trained:
             return saved.mul_(upstream[:, None]), None, None, None
         row_grads, sums = [], list[Tensor]()

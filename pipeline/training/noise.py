@@ -1,4 +1,4 @@
-"""LoRA's dropout and NEFTune's noise: numbers that depend on seed, step, batch and layer alone.
+"""LoRA's dropout and NEFTune's noise: numbers that seed, step, rank, batch and layer determine.
 
 So a run that resumes, a step that is repeated and a block that is computed again in backward have
 the same numbers, and an adapter of a sweep has those of a run of its own.
@@ -20,7 +20,7 @@ from pipeline.training.parallel.collectives import rank
 
 
 class LearnerNoise:
-    """The random numbers of one learner, and none outside `during`: when it is evaluated."""
+    """The random numbers of one learner. Outside `during`, as in evaluations, there are none."""
 
     def __init__(self, settings: Training) -> None:
         self._seed, self._alpha = settings.seed, settings.neftune_alpha
@@ -81,7 +81,7 @@ def training_noise(model: CausalLM, settings: Sequence[Training]) -> Iterator[li
             dropping.append(layer)
 
     def perturb(_module: nn.Module, _inputs: object, embeddings: Tensor) -> Tensor:
-        # their tokens follow each other, in the learners' order
+        # the learners' tokens follow each other, in the order of the learners
         live = [noise for noise in noises if noise.lengths]
         if not live:
             return embeddings

@@ -5,6 +5,7 @@ Learning without Forgetting, Li & Hoiem 2017.
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.adapters.attach import disable_adapter
 from pipeline.adapters.lora import AdapterLayer
-from pipeline.data.examples import Window
+from pipeline.data.examples import Example, Window
 from pipeline.data.formats import iter_examples
 from pipeline.data.masking import encode
 from pipeline.data.windows import Dataset, InMemoryDataset
@@ -92,8 +93,7 @@ class RetentionLoss:
             before = batch.read_by(model)  # (N, D)
         after = batch.read_by(model)
 
-        # of the base the hidden states are kept, not the logits: those are made again chunk by
-        # chunk
+        # of the base only the hidden states are kept: its logits are computed chunk by chunk
         def base_logits(hidden: Tensor) -> Tensor:
             with self._as_base():
                 return model.logits(hidden)
@@ -122,8 +122,7 @@ class RetentionLoss:
 def load_retention_texts(
     job: Job, settings: RetentionSettings, base: Base
 ) -> Generator[Event, None, Dataset | None]:
-    """The texts of the settings' retention_data, encoded; the base completes prompts. None if
-    unset.
+    """The texts of retention_data, encoded; None if it is unset. The base completes prompts.
 
     Raises UserError for a weight without a file.
     """
@@ -137,7 +136,7 @@ def load_retention_texts(
     path, name = job.path(settings.retention_data), settings.retention_data
     examples = list(iter_examples(path, name, prompts=True, templated=settings.templated))
     prompts = {
-        n: base.tokenizer.encode(example.text)
+        n: _encode_prompt(example, base, settings.max_length)
         for n, example in enumerate(examples)
         if example.prompt == example.text
     }
@@ -163,3 +162,10 @@ def load_retention_texts(
         # the divergence counts every token, so every token is a label
         windows.append(Window(0, ids, ids))
     return InMemoryDataset(windows, [example.location for example in examples])
+
+
+def _encode_prompt(prompt: Example, base: Base, max_length: int) -> tuple[int, ...]:
+    """The ids of a prompt alone, cut at `max_length` as a text is. Raises UserError as for one."""
+    text = replace(prompt, prompt=None, templated=False)
+    length = len(encode(text, base.tokenizer, max_length, base.model.shape.positions).ids)
+    return base.tokenizer.encode(prompt.text)[:length]

@@ -39,7 +39,7 @@ PROGRESS = ("tokens", "stopped", "diverged")  # a tensor each, of all learners; 
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """A model and its learners, which take the same number of steps on data of their own order."""
+    """A model and its learners, which take equally many steps, each in its own order of the data."""
 
     model: CausalLM
     learners: Sequence[Learner]
@@ -51,7 +51,7 @@ class TrainingTask:
     sharded: bool | None = None
     # what to do when memory runs out; by default what the calculator suggests
     less_memory: str = ""
-    # the optimizer's, of the run that this one continues
+    # the optimizer's state at the end of the run that this one continues
     state: Mapping[str, Tensor] | None = None
     # name → outcome of the adapters of a sweep's earlier passes, whose logs stay
     earlier: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -114,7 +114,7 @@ def build_optimizer(model: nn.Module, *settings: Training) -> FlatOptimizer:
 def prepare_model(
     model: CausalLM, checkpointing: Checkpointing, compiles: bool = False
 ) -> torch.device:
-    """Apply checkpointing and faster kernels; returns the device to train on, to move it to."""
+    """Apply checkpointing and faster kernels. Returns the device that the model is to train on."""
     device = device_for(model)
     model.checkpoint_blocks(checkpointing)
     if uses_cpu_kernels(device):
@@ -197,7 +197,7 @@ def _start_over(job: Job, task: TrainingTask, optimizer: FlatOptimizer) -> Itera
 
 
 def _load_checkpoint(job: Job) -> tuple[int, dict[str, Tensor], str | None]:
-    """Step and state of the newest usable checkpoint, else 0 and why the last one is unusable."""
+    """Step and state of the newest usable checkpoint; without one 0, {} and the oldest's reason."""
     reason = None
     for folder in checkpoints(job.run):
         try:

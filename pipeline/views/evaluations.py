@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from pipeline.project.stage_graph import Project, Stage
 from pipeline.views.stages import apart
 
 METRICS = "metrics.json"
-SCRATCH = "scratch"  # it never was the base, so it never is what forgot least
+SCRATCH = "scratch"  # a variant that never was the base, so it cannot have forgotten least
 # keys of a variant's numbers that are whole numbers, if they are there
 COUNTS = (
     "parameters",
@@ -51,7 +51,7 @@ class Measure:
         """Of one model; None if it was not measured, or is not finite."""
         try:
             value = float(self.value(numbers))
-        except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        except (KeyError, TypeError, ValueError, ArithmeticError):
             return None
         return value if isfinite(value) else None
 
@@ -100,7 +100,8 @@ class Method:
     name: str
     stage: Stage
     path: Path
-    base: Path | None  # of an adapter; of others the expanded base beside which they are prompted
+    # an adapter's base; for others the expanded base, which is prompted beside them
+    base: Path | None
     numbers: Numbers
     cells: Mapping[str, str]
     verdict: Verdict | None
@@ -121,7 +122,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics.json: its methods in the DAG's order, and in what they can be compared."""
+    """metrics.json: its methods in the DAG's order, and the measures that compare them."""
 
     methods: Sequence[Method]
     learned: Sequence[Measure]
@@ -138,14 +139,16 @@ class Evaluation:
 
         def kept(method: Method) -> list[float]:
             values = [(measure, measure.of(method.numbers)) for measure in self.kept]
-            return [measure.better(value) for measure, value in values if value is not None]
+            return [-inf if value is None else measure.better(value) for measure, value in values]
 
-        return max((m for m in trained if kept(m)), key=kept, default=None)
+        measured = (m for m in trained if any(map(isfinite, kept(m))))
+        return max(measured, key=kept, default=None)
 
     @property
     def verdict(self) -> str:
-        """The gate's badge: whose limits were kept, or by how many they were broken; empty without
-        limits.
+        """The gate's badge: the models that keep the limits, or how many limits are broken.
+
+        Empty without limits.
         """
         if self.limits is None:
             return ""
@@ -173,8 +176,9 @@ def read_metrics(project: Project) -> Metrics:
 
 
 def read_evaluation(project: Project) -> Evaluation | None:
-    """The project's last evaluation, and what is known of adapters that ran unlisted; None if there
-    is nothing.
+    """The project's last evaluation, with what is known of adapters that the params file lacks.
+
+    None if there is nothing.
 
     Raises UserError for a file that holds something else.
     """
@@ -223,7 +227,7 @@ def read_evaluation(project: Project) -> Evaluation | None:
         )
         # what has another shape is met here, and not while a screen is drawn
         task_scores(by_variant(metrics))
-    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError):
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError):
         raise UserError(f"{path} holds other metrics. Run `lora evaluate` again.") from None
     return evaluation
 
@@ -237,11 +241,10 @@ def _method(
     marks: tuple[str, ...],
 ) -> Method:
     if not all(isinstance(numbers.get(key, 0), int) for key in COUNTS):
-        raise TypeError(f"{stage.variant} has counts that are none")
+        raise TypeError(f"{stage.variant} has counts that are no whole numbers")
     path = project.artifact(stage.name)
-    base: Path | None = project.artifact(
-        project.variants.get(stage.variant, ("expand_vocab", None))[0]
-    )
+    base_stage, _ = project.variants.get(stage.variant, ("expand_vocab", None))
+    base: Path | None = project.artifact(base_stage)
     if base == path:
         before = project.artifact("expand_vocab")
         base = before if stage.method not in BASES and before.is_dir() else None
@@ -249,6 +252,6 @@ def _method(
 
 
 def _distinct(measures: Sequence[Measure], every: Sequence[Numbers]) -> list[Measure]:
-    """Those that were measured of some model, the ones in which models differ first."""
+    """The measures that some model has, first those in which models differ."""
     values = {m.name: {v for v in map(m.of, every) if v is not None} for m in measures}
     return sorted((m for m in measures if values[m.name]), key=lambda m: len(values[m.name]) < 2)

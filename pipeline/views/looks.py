@@ -1,4 +1,4 @@
-"""The color and sign of a run in every chart: its method's, or the first of these that is free."""
+"""The color and sign of a run in every chart: its method's, or the first free one of those below."""
 
 from collections.abc import Mapping
 
@@ -6,14 +6,15 @@ from pipeline.project.stage_graph import Look
 from pipeline.stages.registry import GRAPH
 
 # of runs that are not a stage's last
-OTHERS, OTHER_SIGNS = ("#999999", "#009E73", "#CC79A7"), "○△□◇▽◀▶◁▷"
+OTHERS = ("#999999", "#009E73", "#CC79A7")
+OTHER_SIGNS = "○△□◇▽◀▶◁▷"
 OTHER_LOOKS = len(OTHERS) * len(OTHER_SIGNS)
 
 
 def other_look(number: int) -> Look:
     """The look of the `number`th older run. There are `OTHER_LOOKS`, then they repeat."""
-    # The sign moves on by one more after each round of colors: 3 divides 9, so that otherwise a
-    # sign had one color.
+    # After each round of colors the sign moves on by one more. As 3 divides 9, each sign would
+    # otherwise have one color only.
     return Look(
         OTHERS[number % len(OTHERS)],
         OTHER_SIGNS[(number + number // len(OTHERS)) % len(OTHER_SIGNS)],

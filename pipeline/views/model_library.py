@@ -1,5 +1,6 @@
-"""The models in some folders: their descriptions and verdicts, kept until their files change, also
-between starts.
+"""The models in some folders: their descriptions and verdicts.
+
+Both are kept until their files change, also when the program starts again.
 """
 
 import os
@@ -72,7 +73,7 @@ class CheckContext:
 
     measurements: Measurements
     signature: Callable[[Path], Signature]
-    # by an adapter's parent, its name
+    # the folder that an adapter lies in, and the base's name in its config → the base's folder
     bases: dict[tuple[Path, str | None], Path | None] = field(default_factory=dict)
 
 
@@ -128,10 +129,8 @@ class Library:
         file.
         """
         models: dict[Path, tuple[Signature, Model]] = {}
-        folder_stamps, context = (
-            {folder: file_stamp(folder) for folder in self.folders},
-            self._check_context(),
-        )
+        folder_stamps = {folder: file_stamp(folder) for folder in self.folders}
+        context = self._check_context()
         variants = self.project_variants()
         numbers = {path: number for number, path in enumerate(variants)}
         marks = {
@@ -185,15 +184,21 @@ class Library:
         )
 
     def changed(self) -> bool:
-        """Whether a file of a model was changed in place since then. Costs a stat per file."""
+        """Whether a file of a model was changed in place since the last complete scan.
+
+        Costs a stat per file.
+        """
         return any(signature(path) != before for path, (before, _) in list(self._models.items()))
 
     def check_all(
         self, entries: Iterable[Entry], first: Callable[[], Collection[Path]] = tuple
     ) -> Iterator[Entry]:
-        """Yield the unchecked entries with a verdict, those of `first` before the others. For the
-        list: accepts digests cached by an earlier process."""
-        context, saved = self._check_context(), monotonic()
+        """Yield the unchecked entries with a verdict, those of `first` before the others.
+
+        For the list: accepts digests cached by an earlier process.
+        """
+        context = self._check_context()
+        saved = monotonic()
         pending = {entry.model.path: entry for entry in entries if entry.verdict is None}
         try:
             while pending:
@@ -215,7 +220,8 @@ class Library:
         """The entry with its model as its files describe it."""
         if entry.is_read:
             return entry
-        path, now = entry.model.path, signature(entry.model.path)  # before the files are read
+        path = entry.model.path
+        now = signature(path)  # before the files are read
         model = describe(path)
         self._models[path] = now, model
         self.cache.put(self.key("model", path), stamp_of(now), _model_facts(model), now)
@@ -229,7 +235,8 @@ class Library:
         For loading, it hashes all files that this process has not hashed yet; `earlier`: accepts
         digests cached by an earlier process.
         """
-        context, entry = context or self._check_context(), self.read(entry)
+        context = context or self._check_context()
+        entry = self.read(entry)
         model, path = entry.model, entry.model.path
         now = signature(path)  # before the files are read
         stamp = self._stamp(model, now, context)

@@ -105,8 +105,8 @@ def adapters(
         model = describe(folder)
         digest = artifact.contents_digest(contents(folder))
         result = scored(VerificationResult(VERIFIED, digest=digest), measurements)
-        params = _read_json_or_empty(folder / artifact.MANIFEST).get("params") or {}
-        trained_rank = params.get("rank")
+        params = _read_json_or_empty(folder / artifact.MANIFEST).get("params")
+        trained_rank = params.get("rank") if isinstance(params, dict) else None
         described.append(
             Adapter(
                 path=folder,
@@ -148,12 +148,13 @@ def describe(folder: Path) -> Model:
 
     Missing or damaged files leave fields unknown; `check` gives the reason.
 
-    What kind of adapter it is comes from its config, so that a new one needs no line here; by what
-    a LoRA was trained, such as DPO, from its manifest.
+    The kind of an adapter comes from its config, so that a new kind needs no line here. The method
+    that trained a LoRA, such as DPO, comes from its manifest.
     """
     config = _read_json_or_empty(folder / CONFIG)
     manifest = _read_json_or_empty(folder / artifact.MANIFEST)
-    trained, files = manifest.get("method"), signature(folder)
+    trained = manifest.get("method")
+    files = signature(folder)
     rank, base = config.get("r"), config.get("base_model_name_or_path")
     targets: tuple[str, ...] = ()
     virtual = "num_virtual_tokens" in config
@@ -240,11 +241,12 @@ def newest_model(project: Project, merged: bool = True) -> tuple[Path, Path | No
     if not existing:
         command = project.command(project.variants["base"][0])
         raise UserError(f"There is no model yet. Run {command}, or name one with --base.")
-    trained = [pair for name, pair in existing.items() if name not in ("base", "expanded")]
+    models = [pair for name, pair in existing.items() if name not in ("base", "expanded")]
+    if not models:
+        models = [existing.get("expanded") or existing["base"]]
     base, *adapter = max(
-        reversed(trained),  # of two with the same time, the later in the pipeline
+        reversed(models),  # of two with the same time, the later in the pipeline
         key=lambda pair: _modified_at(signature(pair[-1])) or 0.0,
-        default=existing.get("expanded") or existing["base"],
     )
     return base, adapter[0] if adapter else None
 
@@ -309,7 +311,7 @@ def scored(verdict: VerificationResult, measurements: Measurements) -> Verificat
     def number(read: Callable[[], Any]) -> float | None:
         try:
             return float(read())
-        except (KeyError, TypeError, ValueError, ZeroDivisionError):  # another tool's metrics
+        except (KeyError, TypeError, ValueError, ArithmeticError):  # another tool's metrics
             return None
 
     return replace(

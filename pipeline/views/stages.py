@@ -102,7 +102,7 @@ class Status:
             return StageState(stage, ENDED[run.state], (*filter(None, [message]), *reasons), run)
 
         # What a stage reads is compared once that is itself up to date: it may be made again as it
-        # was. What is unlisted is not made again with what it reads.
+        # was. A stage that the params file lacks is not made again with what it reads.
         if stage.name in project.stages and state in ("current", "changed"):
             # a params file may lack a section
             needs = [need for need in project.needs(stage) if need in before]
@@ -136,6 +136,10 @@ class Status:
             return "changed", (str(error),)
         except OSError as error:
             return "changed", (f"{error.filename}: {error.strerror}",)
+        except (AttributeError, TypeError):  # a manifest whose sections have another type
+            path = folder / artifact.MANIFEST
+            reason = f"{path} is not a manifest of this project. Make the artifact again."
+            return "changed", (reason,)
         return ("changed" if reasons else "current"), reasons
 
     def _cached(self, key: tuple[str, Path | str], now: Signature, make: Callable[[], str]) -> str:
@@ -160,7 +164,7 @@ def _why_missing(project: Project, stage: Stage) -> str:
 def _compare_unlisted(
     project: Project, stage: Stage, digests: Digests, manifest: Mapping[str, Any]
 ) -> tuple[State, tuple[str, ...]]:
-    """What it was trained on counts: the params file has no settings of it, maybe not its data."""
+    """As `_compare`, of a stage that the params file lacks: settings and data are not compared."""
     needs = {project.artifact_name(need): project.artifact(need) for need in project.needs(stage)}
     now = {name: digests.path(path) for name, path in needs.items() if path.is_dir()}
     reasons = [f"{name} changed" for name in changed_inputs(manifest.get("inputs", {}), now)]
@@ -197,7 +201,8 @@ def outdated(project: Project, names: Iterable[str]) -> dict[str, tuple[str, ...
     Changed params, code and libraries are ignored: the results are still valid for the models they
     were made from. Stages without a manifest are ignored too.
     """
-    selected, stages = set(names), project.readable
+    selected = set(names)
+    stages = project.readable
     for stage in reversed(stages.values()):
         if stage.name in selected:
             selected.update(project.needs(stage))

@@ -50,7 +50,7 @@ class CombineOptions:
 
     method: Method = "cat"
     rank: int = 8  # of the result of svd, ties and dare
-    density: float = 0.5  # the share of values that ties and dare keep
+    density: float = 0.5  # the share of values that ties, dare and knots keep
     seed: int = 0  # of the values that dare drops
 
 
@@ -80,6 +80,11 @@ def combine(
             if name in adapter
         ]
         exact = concatenate(parts)
+        if not exact.b.isfinite().all():
+            raise UserError(
+                f"--weights must keep the sum of each module within fp32, got {list(weights)}: "
+                f"that of {name} overflows. Use smaller weights."
+            )
         updates[name] = _METHODS[options.method](parts, options, name)
         error += concatenate([Part(updates[name], 1.0), Part(exact, -1.0)]).squared_norm()
         norm += exact.squared_norm()
@@ -140,9 +145,9 @@ def _dense(
 def _knots(parts: Sequence[Part], options: CombineOptions, _name: str) -> LowRank:
     """TIES in a basis that the adapters share: U of [ΔW₁ … ΔWₙ] = UΣ[V₁ … Vₙ]ᵀ (O, nI).
 
-    The result has rank ΣR and is not truncated. Merged are ΣVᵢᵀ = UᵀΔWᵢ, as in the authors' code.
-    With the QR decomposition [s₁B₁ … sₙBₙ] = Q[S₁ … Sₙ], U is Q times the left singular vectors of
-    [S₁A₁ … SₙAₙ], and with AᵢᵀT = PᵢTᵢ of the small [S₁T₁ᵀ … SₙTₙᵀ].
+    The result has rank ΣR and is not truncated. TIES merges the ΣVᵢᵀ = UᵀΔWᵢ, as in the authors'
+    code. With the QR decomposition [s₁B₁ … sₙBₙ] = Q[S₁ … Sₙ], U is Q times the left singular
+    vectors of [S₁A₁ … SₙAₙ]. With Aᵢᵀ = PᵢTᵢ these are those of the small [S₁T₁ᵀ … SₙTₙᵀ].
     """
     scaled = torch.cat([update.scale * update.b.double() for update, _ in parts], dim=1)  # (O, ΣR)
     q, s = torch.linalg.qr(scaled)

@@ -146,7 +146,8 @@ def import_adapter(
     Raises UserError.
     """
     refuse_other(out, "import", [source])
-    tool, model = foreign.detect(source), skeleton(base, trust_remote_code)
+    tool = foreign.detect(source)
+    model = skeleton(base, trust_remote_code)
     converted = tool.read(source, model, base)
     config = read_config(source) if converted is None else converted.config
     verified = _refuse_other_base(source, config, base)
@@ -160,7 +161,7 @@ def import_adapter(
             artifact.write_json(folder / CONFIG, config)
             try:
                 params = _checked(model, base, folder)
-            except UserError as error:  # it names files that are gone then
+            except UserError as error:  # it names files in `folder`, which is about to go
                 raise UserError(str(error).replace(str(folder), str(source))) from None
         artifact.write_json(folder / CONFIG, {**config, "base_model_name_or_path": str(base)})
         copy_tokenizer(base, folder)

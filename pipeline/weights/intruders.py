@@ -175,7 +175,8 @@ def intruders_of(
     Raises UserError.
     """
     refuse_adapter(base)
-    pairs, searched = list(linears(base, tuned, trust_remote_code)), []
+    pairs = list(linears(base, tuned, trust_remote_code))
+    searched = []
     if not pairs:
         raise UserError(
             f"{tuned} changes no linear layer of a block: there are no intruders to look for."

@@ -141,8 +141,9 @@ def write(plan: MergePlan, out: Path) -> Iterator[str]:
     if (out / INDEX).exists() and (plan.added or plan.dtype):
         index = read_json(out / INDEX, "Copy the base again")
         index["weight_map"] |= {name: plan.source(name).file.name for name in plan.added}
-        if "total_size" in index.get("metadata", {}):
-            index["metadata"]["total_size"] = size
+        metadata = index.get("metadata")
+        if isinstance(metadata, dict) and "total_size" in metadata:
+            metadata["total_size"] = size
         write_json(out / INDEX, index)
 
 

@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 # Limits of the pickle, in bytes and instructions. The largest adapters have 40,000 tensors, each of
 # 200 bytes and 40 instructions; more would take seconds.
 MAX_PICKLE, MAX_OPCODES = 10_000_000, 3_000_000
-# bytes of the archive's list of files; `zipfile` makes ten times that of it
+# bytes of the archive's list of files; `zipfile` takes ten times as much memory
 MAX_DIRECTORY = 20_000_000
 MAX_DIMENSIONS = 8
 # Tensors may have this many times the bytes of the file: two may share a storage, as embedding and
@@ -86,7 +86,8 @@ def load(path: Path) -> dict[str, Tensor]:
         AttributeError,
         OverflowError,
         EOFError,
-        NotImplementedError,
+        RuntimeError,
+        struct.error,
     ):
         reason = "its contents are damaged"
     raise UserError(
@@ -104,7 +105,7 @@ def _refuse_large_directory(path: Path) -> None:
     if not end.startswith(b"PK\5\6"):
         raise zipfile.BadZipFile  # or it has a comment; torch writes none
     (size,) = struct.unpack("<I", end[12:16])
-    # the sizes of large archives, which count then
+    # a large archive has a second record, whose size counts
     if locator.startswith(b"PK\6\7") and len(end64) == 56:
         size = max(size if size < 2**32 - 1 else 0, *struct.unpack("<Q", end64[40:48]))
     if size > MAX_DIRECTORY:
@@ -294,6 +295,8 @@ _CALLS: dict[str, Callable[..., Any]] = {  # what the functions that torch.save 
 
 
 def _called(name: Any, arguments: Any) -> Any:
-    if not isinstance(name, Name) or name not in _CALLS:
-        raise _Refused(f"it calls {str(name)[:80]}")
+    if not isinstance(name, Name):
+        raise _Refused("it calls what is not a function")
+    if name not in _CALLS:
+        raise _Refused(f"it calls {name[:80]}")
     return _CALLS[name](*arguments)

@@ -373,7 +373,7 @@ BAD = [
     (["--model", "gpt2", "--trace"], "does not support LoRA on GPT-2's Conv1D layers"),
     (
         ["--model", "gpt2", "--method", "prompt", "--sequence", "1024"],
-        "sequence must be at most 1,024",
+        "sequence must be at most 1,004",
     ),
     (["--model", "minigpt", "--sequence", "33"], "sequence must be at most 32"),
     (
@@ -385,6 +385,7 @@ BAD = [
         "--trace runs a mixture of experts in bf16, got fp32",
     ),
     (["--trace", "--embeddings", "new_rows", "--new-rows", "3"], "without trainable token rows"),
+    (["--trace", "--loss", "divergence"], "--trace cannot run the retention loss"),
     (
         ["--trace", "--dora", "--trainer", "torch"],
         "supports DoRA and dropout only as implemented here, not in PEFT",

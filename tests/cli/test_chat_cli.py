@@ -3,9 +3,11 @@
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from pipeline.adapters.config import AdapterSpec
 from pipeline.data.tokenizers.word import load_tokenizer
@@ -89,9 +91,26 @@ def test_an_adapter_is_loaded_on_the_base_that_was_named(
     cli: Lora, monkeypatch: pytest.MonkeyPatch, home: Path, tmp_path: Path
 ) -> None:
     """Also where the base that the adapter names is there too."""
-    checkpoint(tmp_path, seed=9).rename(tmp_path / "other")
-    out, err = talk(cli, monkeypatch, home, ["Two"], "--base", str(tmp_path / "other"), "--adapter", "artifacts/one")
-    print(out, err)
+    other = tmp_path / "other"
+    shutil.copytree(home / "base", other)
+    weights = load_file(other / "model.safetensors")
+    changed = {name: weight.flip(0) for name, weight in weights.items()}
+    save_file(changed, other / "model.safetensors", metadata={"format": "pt"})
+    loaded = load(other, home / "artifacts/one")
+    prompt = load_tokenizer(other).render([{"role": "user", "content": "Two and two?"}], True)
+    answer = continued(loaded, prompt, 9).strip()
+    assert answer != answers(home, ["Two and two?"], "one")[0]
+    options = ("--base", str(other), "--adapter", "artifacts/one")
+    out, err = talk(cli, monkeypatch, home, ["Two and two?"], *options)
+    assert out == f"{answer}\n" and f"model: artifacts/one on {other}\n" in err
+
+
+def test_a_system_prompt_that_is_not_utf8_is_one_message(
+    cli: Lora, monkeypatch: pytest.MonkeyPatch, home: Path
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Two and two?\n"))
+    code, out, err = cli("chat", "--base", "base", "--system", "\udcff", cwd=home)
+    assert (code, out) == (2, "") and "it is not valid UTF-8" in err
 
 
 def test_strength_zero_is_the_base(cli: Lora, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
@@ -106,13 +125,14 @@ def test_strength_zero_is_the_base(cli: Lora, monkeypatch: pytest.MonkeyPatch, h
 def test_a_saved_conversation_is_a_data_file(
     cli: Lora, monkeypatch: pytest.MonkeyPatch, home: Path, tmp_path: Path
 ) -> None:
-    file = tmp_path / "said.jsonl"
-    talk(
+    file = tmp_path / "what I said.jsonl"
+    _, err = talk(
         cli,
         monkeypatch,
         home,
         ["/system Be brief.", "Two and two?", f"/save {file}", f"/save {file}"],
     )
+    assert f"`lora train --data '{file}'` reads them\n" in err
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     answer = answers(home, ["Two and two?"], None, "Be brief.")[0]
     turns = [("system", "Be brief."), ("user", "Two and two?"), ("assistant", answer)]

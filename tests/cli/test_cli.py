@@ -338,6 +338,30 @@ def test_report_and_compare_mark_what_was_made_from_an_earlier_adapter(
     assert cli("report", cwd=project)[2] == ""
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"answers": {"n": 1, "as_expected": 1}},
+        {"answers": {"similar": {"n": 2, "rouge_l": 0.5}, "differs": ["name"]}},
+        {"bytes": 10**400},
+    ],
+    ids=["no ways", "no counts", "endless"],
+)
+def test_a_report_of_metrics_of_another_form_is_refused(
+    cli: Lora, tmp_path: Path, numbers: dict[str, Any]
+) -> None:
+    from tests.helpers.projects import new_project
+
+    root = new_project(tmp_path / "p")
+    folder = root / "artifacts/evaluation"
+    folder.mkdir(parents=True)
+    metrics = {"base": {"bytes": 1, **numbers}}
+    (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    assert "metrics.json holds other metrics. Run `lora evaluate` again." in refusal(
+        cli("report", cwd=root)
+    )
+
+
 def test_the_list_reports_adapters_that_were_trained_on_another_base(
     cli: Lora, project: Path
 ) -> None:
@@ -496,6 +520,21 @@ def test_an_empty_project_says_what_to_do(cli: Lora, tmp_path: Path, has_dvc: bo
             ["pretrain", "--set", "pretrain.data=nix.txt"],
             1,
             "nix.txt is not a file. Name an existing one in section",
+        ),
+        (
+            ["finetune", "sweep", "--set", "finetune_lora.data=nix.txt"],
+            1,
+            "nix.txt is not a file. Name an existing one in section finetune_lora of",
+        ),
+        (
+            ["finetune", "sweep", "--set", "finetune_sweep.old_data=nix.txt"],
+            1,
+            "nix.txt is not a file. Name an existing one in section finetune_sweep of",
+        ),
+        (
+            ["evaluate", "--set", "evaluate.tasks=[nix.yaml]"],
+            1,
+            "nix.yaml is not a file. Name an existing one in section evaluate of",
         ),
         (
             ["evaluate", "--set", "evaluate.prompt_words=50"],

@@ -118,7 +118,7 @@ def test_a_line_of_the_result_is_printed_as_it_is(
 def test_lines_of_a_cell_are_shortened_one_by_one() -> None:
     first, second = "a" * 35, "b" * 35
     lines = drawn(40, ["text"], [[f"{first}\n{second} and more"]], [])
-    assert [line.strip() for line in lines] == ["text", first, second, "and more"]
+    assert [line.strip() for line in lines] == ["text", first, f"{second} and", "more"]
 
 
 def test_brackets_in_the_progress_of_a_stage_are_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:

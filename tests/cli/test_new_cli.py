@@ -242,6 +242,12 @@ def test_a_project_of_another_base_or_other_data_is_refused(here: Path, cli: Lor
     assert "is a project already" in refusal(
         cli(*again, "toy", "--data", "chats.json", "--set", "rank=4", cwd=here)
     )
+    assert "does not train by full. Add a section finetune_full" in refusal(
+        cli(*again, "toy", "--data", "chats.json", "--methods", "lora,full", cwd=here)
+    )
+    assert "in which finetune_lora.columns is not {prompt: q}" in refusal(
+        cli(*again, "toy", "--data", "chats.json", "--columns", "prompt=q", cwd=here)
+    )
 
 
 def test_a_dry_run_says_what_it_takes_and_what_dvc_would_run_and_makes_nothing(
@@ -305,6 +311,18 @@ def test_what_it_takes_is_said_of_all_data_where_a_part_was_tried(
     assert tokens == pytest.approx(
         int(re.findall(r"tokens  ([\d,]+)", out)[0].replace(",", "")), rel=0.25
     )
+
+
+@pytest.mark.slow
+def test_a_part_is_tried_without_the_answers_that_choose_the_best_model(
+    here: Path, cli: Lora, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.stages.quickstart.SAMPLE", 10)
+    chosen = ("metric_for_best_model=eval_answers", "patience=2", "samples={held_out: 4}")
+    given = [f"--set={value}" for value in (*chosen, "epochs=2")]
+    code, _, err = cli("new", "best", "--base", "toy", "--data", "chats.json", *given, cwd=here)
+    assert code == 0, err
+    assert load(here / "best/params.yaml").finetune_lora.metric_for_best_model == "eval_answers"
 
 
 @pytest.mark.slow
@@ -579,6 +597,10 @@ def test_what_is_wrong_is_one_message_and_leaves_no_project(here: Path, cli: Lor
         ),
         (("--base", "toy", "--data", "chats.json", "--set", "lora_alpha=8"), "Did you mean alpha?"),
         (("--base", "toy", "--data", "chats.json", "--set", "rank"), "--set takes KEY=VALUE"),
+        (
+            ("--base", "toy", "--data", "chats.json", "--set", "finetune_full.epochs=1"),
+            "finetune_full.epochs: the new project has no section finetune_full",
+        ),
         (
             ("--base", "toy", "--data", "chats.json", "--set", "target_modules=[nope]"),
             "matches no linear layer",

@@ -119,6 +119,21 @@ def test_a_run_whose_copy_is_gone_is_made_again_by_its_command(project: Path, cl
     assert (project / "params.yaml").read_bytes() == before
 
 
+def test_a_run_whose_settings_cannot_be_written_is_not_taken(project: Path, cli: Lora) -> None:
+    _, _, err = cli(*OTHER, cwd=project)
+    key = err.partition("`lora runs apply ")[2][:8]
+    params = project / "params.yaml"
+    text = remove_section(params.read_text(encoding="utf-8"), "finetune_lora")
+    params.write_text(
+        f"{text}\nfinetune_lora: {{data: [data/finetune.de.txt]}}\n", encoding="utf-8"
+    )
+    before = folder_bytes(project / "artifacts/lora_adapter")
+    assert "section finetune_lora of the params file is in braces" in refusal(
+        cli("runs", "apply", key, cwd=project)
+    )
+    assert folder_bytes(project / "artifacts/lora_adapter") == before
+
+
 def test_taking_a_sweep_that_no_section_names_makes_it_a_stage(project: Path, cli: Lora) -> None:
     params = project / "params.yaml"
     params.write_text(

@@ -229,6 +229,17 @@ def test_each_wrong_request_is_one_message(
     assert not (models / "x").exists()
 
 
+def test_what_a_terminal_would_obey_is_shown_in_names(cli: Lora, models: Path) -> None:
+    for folder in ("base", "tuned"):
+        weights = load_file(models / folder / "model.safetensors")
+        weights["lm_\x1b[31mhead"] = torch.full((4, 4), float(len(folder)))
+        save_file(weights, models / folder / "model.safetensors")
+    for form in ([], ["--csv"], ["--json"]):
+        code, out, err = cli("spectrum", "base", "tuned", *form, cwd=models)
+        assert (code, err) == (0, "")
+        assert "\x1b" not in out and "[31mhead" in out
+
+
 def test_tensors_of_only_one_checkpoint_are_listed_as_not_included(cli: Lora, models: Path) -> None:
     shutil.copytree(models / "base", models / "fewer")
     weights = load_file(models / "base/model.safetensors")

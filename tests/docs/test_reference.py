@@ -54,14 +54,15 @@ def test_a_message_of_the_program_is_on_the_page_of_errors_with_names_for_its_va
     templates = {
         "--price "
         "1": "--price needs --tokens: a cost is hours times a price. Add --tokens, such as 5M.",
-        "--fit -1": "fit takes GiB of memory, which must be more than 0, got GIB.",
+        "--fit -1": "OPTION takes GiB of memory, which must be more than 0 and below 1,048,576, "
+        "got GIB.",
         "--gpus "
         "many": "gpus must be a number up to MOST and a GPU, such as 8xH100 or 4x24GB, got TEXT.",
     }
     for options, template in templates.items():
         assert f"- `{template}` in [`" in page
         code, _, shown = cli("calc", *options.split(), cwd=tmp_path)
-        pattern = re.sub("GIB|MOST|TEXT", ".+", re.escape(template))
+        pattern = re.sub("OPTION|GIB|MOST|TEXT", ".+", re.escape(template))
         assert code == 1 and re.fullmatch(f"error: {pattern}", " ".join(shown.split()))
 
 

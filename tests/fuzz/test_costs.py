@@ -25,7 +25,7 @@ from pipeline.data.formats import iter_examples
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.errors import LONGEST_MESSAGE, UserError
 from pipeline.evaluation.tasks import read_tasks
-from pipeline.files import artifact, patterns
+from pipeline.files import artifact, patterns, strict_yaml
 from pipeline.files.safetensors_file import read_header
 from pipeline.models.load import skeleton
 from pipeline.project.foreign import read_config
@@ -102,6 +102,48 @@ def test_a_number_of_yaml_that_is_too_long_to_write_is_one_message(
         assert "a number must have at most 1000 digits" in message(reader, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        "!!bool x",
+        "!!int ''",
+        "!!float ''",
+        "!!timestamp x",
+        "1" + ":59" * 200 + ".5",
+        r'"\UFFFFFFFF"',
+    ],
+    ids=range(6),
+)
+def test_a_value_of_yaml_that_does_not_fit_its_tag_is_one_message(
+    tmp_path: Path, value: str
+) -> None:
+    (tmp_path / "params.yaml").write_text(f"finetune_lora: {{rank: {value}}}\n", encoding="utf-8")
+    (tmp_path / "t.yaml").write_text(f"a: {value}\n", encoding="utf-8")
+    for reader in (
+        lambda: open_project(tmp_path / "params.yaml"),
+        lambda: read_tasks(tmp_path, ["t.yaml"]),
+    ):
+        assert "yaml" in message(reader, tmp_path)
+
+
+def test_a_mapping_of_yaml_that_merges_another_is_merged_before_it_is_read_itself() -> None:
+    deep = "x: &x {k: 1, l: 1}\na:\n  deep: &b {<<: *x, k: 2}\nc: {<<: *b, l: 3}\n"
+    merged = {"k": 2, "l": 1}
+    expected = {"x": {"k": 1, "l": 1}, "a": {"deep": merged}, "c": {"k": 2, "l": 3}}
+    assert strict_yaml.load(deep) == expected
+    for twice in ("{<<: *x, k: 2, k: 3}", "{k: 2, k: 3}"):
+        with pytest.raises(ValueError, match="key 'k' twice"):
+            strict_yaml.load(f"x: &x {{k: 1}}\na:\n  deep: &b {twice}\nc: {{<<: *b}}\n")
+
+
+def test_the_place_of_a_byte_that_is_not_utf_8_counts_from_the_beginning_of_the_file(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a.yaml").write_bytes(b"a: 1 #" + b"x" * 30_000 + "ä".encode() * 9 + b"\xff")
+    with pytest.raises(UserError, match=r"^a.yaml: not UTF-8 \(byte 30024\)"):
+        strict_yaml.read(tmp_path / "a.yaml", "a.yaml")
+
+
 def test_aliases_in_params_are_read_as_what_they_stand_for(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(
         "base: minigpt\nfinetune_lora: &lora {rank: 3, epochs: 2}\nfinetune_prefix: {epochs: 2}\n"
@@ -147,6 +189,16 @@ def test_tensors_of_a_safetensors_file_do_not_overlap(tmp_path: Path) -> None:
     header = json.dumps(entries).encode()
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(2**16))
     assert "its tensors overlap" in message(
+        lambda: read_header(tmp_path / "a.safetensors"), tmp_path
+    )
+
+
+def test_a_shape_of_a_safetensors_file_has_few_dimensions(tmp_path: Path) -> None:
+    """Their product would take hours."""
+    sizes = ",".join([str(2**63 - 1)] * 50_000)
+    header = f'{{"a":{{"dtype":"F32","shape":[{sizes}],"data_offsets":[0,0]}}}}'.encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    assert "'a' has no valid name, dtype, shape and offsets" in message(
         lambda: read_header(tmp_path / "a.safetensors"), tmp_path
     )
 

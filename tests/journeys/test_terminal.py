@@ -213,9 +213,8 @@ def child(project: Path) -> int:
     """The inference process that works in `project`."""
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
             if (
-                "pipeline.inference.server" in command
+                b"pipeline.inference.server" in (entry / "cmdline").read_bytes()
                 and (entry / "cwd").resolve() == project.resolve()
             ):
                 return int(entry.name)

@@ -4,6 +4,7 @@ leaves the program as it is without it.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -59,6 +60,12 @@ SPOILT = (
     spoilt("a number for a method", "STAGE = 3", "method.a", OTHER),
     spoilt("a number for a stage", "STAGE = 3", "stage.a", OTHER),
     spoilt("a number for a format", "FORMAT = 3", "data_format.a", OTHER),
+    spoilt(
+        "an order that is no number",
+        "from types import SimpleNamespace\nFORMAT = SimpleNamespace(order='first')",
+        "data_format.a",
+        OTHER,
+    ),
     spoilt("a number for a command", "app = 3", "command.a", OTHER),
     spoilt("another name", METHOD.format(name="b", order=1), "method.a", "b"),
     spoilt("a taken name inside", METHOD.format(name="lora", order=1), "method.a", "lora"),
@@ -129,8 +136,16 @@ def test_an_entry_point_of_another_group_is_another_programs(
     assert extensions.entry_points() == (("search", "b", "b", "other-2.0"),)
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe[", b"[lora_workbench", b"method.x\n=\n[]\n"])
-def test_a_damaged_entry_points_file_adds_nothing(
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xfe[",
+        b"[lora_workbench",
+        b"method.x\n=\n[]\n",
+        b"[lora_workbench]\n# method.x = a comment\n",
+    ],
+)
+def test_a_damaged_entry_points_file_or_a_comment_in_it_adds_nothing(
     content: bytes, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(folder, {})
@@ -224,6 +239,31 @@ def test_doctor_has_a_line_for_each_fault(all_spoilt: Path, tmp_path: Path) -> N
     done = lora("doctor", cwd=tmp_path, **environment(all_spoilt))
     assert "Extensions that add nothing:" in done.stdout
     assert done.stdout.count("-1: ") == len(SPOILT)
+
+
+def test_a_command_has_the_name_and_the_help_that_typer_gives_it(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Of a function with an underscore, and of a group that names itself."""
+    text = """
+import typer
+app, below = typer.Typer(), typer.Typer(name="a-group", help="A group of two.")
+app.add_typer(below)
+
+@app.command(help="A tool.")
+def a_tool() -> None: ...
+
+below.command("one")(a_tool)
+below.command("two")(a_tool)
+"""
+    install(folder, {"command.a-tool": "a", "command.a-group": "a"}, {"a.py": text})
+    said = lora("--help", cwd=tmp_path, **environment(folder)).stdout
+    assert re.search(r"a-tool +A tool\.\n", said) and re.search(
+        r"a-group +A group of two\.\n", said
+    )
+    for command in (["a-tool"], ["a-group", "two"]):
+        done = lora(*command, cwd=tmp_path, **environment(folder))
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_what_cannot_be_imported_is_refused_by_its_name(

@@ -49,7 +49,7 @@ def gemma4_text(config: Config) -> Architecture:
 def _full_attention(config: Config, built: Architecture) -> Block:
     """Larger heads; with attention_k_eq_v the values are the keys before their norm."""
     bias, same = config.flag("attention_bias", False), config.flag("attention_k_eq_v", False)
-    # as released; the library saves what differs from the other layers
+    # only configs that the library saved have per_layer_config: what differs from the other layers
     if config.get("per_layer_config") is None:
         size = config.size("global_head_dim", default=512)
         keys = (

@@ -134,7 +134,7 @@ def roberta(config: Config) -> Architecture:
         activation=config.get("hidden_act", "gelu"),
     )
     context = config.size("max_position_embeddings", default=512)
-    # the types of tokens have a table of their own
+    # with the rows of another table, that of the tokens' types
     built = _build(
         config,
         block,

@@ -16,9 +16,10 @@ def qwen3_5_text(config: Config) -> Architecture:
 def qwen3_5_moe_text(config: Config) -> Architecture:
     """Experts, and a shared one that is scaled by a gate, in every block."""
     built = _hybrid(config, kv_heads=2, top_k=config.size("num_experts_per_tok", default=8))
-    hidden, inner = built.hidden, config.size("shared_expert_intermediate_size", default=512)
+    hidden = built.hidden
+    shared_inner = config.size("shared_expert_intermediate_size", default=512)
     shared = (
-        *gated("mlp.shared_expert", hidden, inner),
+        *gated("mlp.shared_expert", hidden, shared_inner),
         Linear("mlp.shared_expert_gate", hidden, 1),
     )
     experts = config.size("num_experts", default=256)
@@ -51,7 +52,8 @@ def _hybrid(config: Config, kv_heads: int, top_k: int = 0) -> Architecture:
     # queries and their gates
     full = replace(built.blocks[0], attention=(q._replace(outputs=2 * q.outputs), *others))
     linear = _delta_net(config, built)
-    every, layers = config.size("full_attention_interval", default=4), len(built.blocks)
+    every = config.size("full_attention_interval", default=4)
+    layers = len(built.blocks)
     kinds = config.layer_types("layer_types", layers, KINDS)
     kinds = kinds or [KINDS[(index + 1) % every == 0] for index in range(layers)]
     return replace(built, blocks=tuple(full if kind == KINDS[1] else linear for kind in kinds))

@@ -5,6 +5,8 @@ from msgspec.structs import replace
 from pipeline.calc.architecture import Architecture, BlockStyle, Linear
 from pipeline.calc.families import Config
 from pipeline.calc.families.llama_like import Defaults, decoder, gated, with_experts
+from pipeline.errors import UserError
+from pipeline.files.text import abbreviate_repr
 
 
 def llama4_text(config: Config) -> Architecture:
@@ -37,14 +39,19 @@ def llama4_text(config: Config) -> Architecture:
     positions = config.get("no_rope_layers") or [
         int((index + 1) % every != 0) for index in range(layers)
     ]
-    chosen = config.layers("moe_layers", layers) or set(range(step - 1, layers, step))
+    if not isinstance(positions, list) or len(positions) < layers:
+        raise UserError(
+            f"{config.source}: no_rope_layers must list 0 or 1 for each of the {layers} layers, "
+            f"got {abbreviate_repr(positions)}."
+        )
+    chosen = config.layers("moe_layers", layers)
+    if config.get("moe_layers") is None:
+        chosen = set(range(step - 1, layers, step))
     made = {}
-    for is_sparse, block in enumerate((dense, sparse)):
+    for is_sparse, block in ((False, dense), (True, sparse)):
         for rotates in (False, True):
             made[is_sparse, rotates] = replace(block, rotates=rotates)
-    blocks = tuple(
-        made[index in chosen, bool(at)] for index, at in zip(range(layers), positions, strict=False)
-    )
+    blocks = tuple(made[index in chosen, bool(positions[index])] for index in range(layers))
     notes = (
         "every token passes through every expert, as in transformers: other libraries need less",
     )

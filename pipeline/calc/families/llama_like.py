@@ -34,6 +34,8 @@ def decoder(config: Config, style: BlockStyle, default: Defaults) -> Architectur
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     layers = config.size("num_hidden_layers", most=MOST_LAYERS)
     kv_heads = config.size("num_key_value_heads", default=default.kv_heads or heads)
+    if config.is_null("num_key_value_heads"):
+        kv_heads = heads
     if not config.get("head_dim") and not default.head_size and hidden % heads:
         raise UserError(
             f"{config.source}: hidden_size {hidden} is not a multiple of num_attention_heads "

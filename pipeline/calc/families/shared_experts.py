@@ -14,7 +14,7 @@ from pipeline.calc.families.llama_like import Defaults, decoder, gated, with_exp
 
 
 class Latent(NamedTuple):
-    """Default sizes of the library: ranks of queries and of keys, parts of a head, a value."""
+    """The library's default sizes: ranks of queries and keys, two parts of a head, its value."""
 
     q_rank: int
     kv_rank: int
@@ -113,7 +113,8 @@ def _with_shared(
 
     `experts`, `inner`: the library's defaults.
     """
-    first, inner = built.blocks[0], config.size("moe_intermediate_size", default=inner)
+    first = built.blocks[0]
+    inner = config.size("moe_intermediate_size", default=inner)
     routed = config.size("n_routed_experts", "num_local_experts", default=experts)
     sparse = with_experts(first, built.hidden, routed, inner)
     shared = gated(

@@ -3,10 +3,10 @@
 GGUF names its architecture. Safetensors files do not: their tensors' names and sizes are enough for
 parameter counts, and for models that no family builds.
 
-Read without a library: those for these formats import numpy or torch, and the calculator would
-start ten times more slowly. A file may be damaged or made to do harm, so no number in it is
-trusted: each count and length is limited before memory is taken for it, and a GGUF's metadata must
-describe as many parameters as its tensors have.
+They are read without a library: the libraries for these formats import numpy or torch, which would
+make the calculator start ten times more slowly. A file may be damaged or made to do harm, so no
+number in it is trusted: each count and length is limited before memory is taken for it, and a
+GGUF's metadata must describe as many parameters as its tensors have.
 """
 
 import re
@@ -51,8 +51,7 @@ def from_safetensors(files: Sequence[Path], config: Mapping[str, Any], source: s
             f"{source}: {packed[0]} contains packed, quantized weights. Give the original model "
             "instead."
         )
-    # tensors of the blocks by (stack, number), where a stack is an encoder, decoder or vision
-    # tower, and the rest
+    # tensors of the blocks by (stack, number); a stack is an encoder, decoder or vision tower
     blocks: dict[tuple[str, int], dict[str, tuple[int, ...]]] = defaultdict(dict)
     rest: dict[str, tuple[int, ...]] = {}
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -63,19 +62,18 @@ def from_safetensors(files: Sequence[Path], config: Mapping[str, Any], source: s
             blocks[match[1], int(match[2])][match[3]] = shape
         else:
             rest[name] = shape
-    embedding = next((shape for name, shape in shapes.items() if _EMBEDDING.search(name)), None)
-    if embedding is None or len(embedding) != 2 or 0 in embedding or not blocks:
+    embedding = next((name for name in shapes if _EMBEDDING.search(name)), "")
+    table = shapes.get(embedding, ())
+    if len(table) != 2 or 0 in table or not blocks:
         raise UserError(
             f"{source}: its tensors have no embedding and numbered layers. Is it a language model?"
         )
-    vocabulary, width = embedding
-    head = [shape for name, shape in rest.items() if _HEAD.search(name)]
-    positions = sum(prod(shape) for name, shape in rest.items() if _POSITIONS.search(name))
-    others = [
-        s
-        for n, s in rest.items()
-        if not (_HEAD.search(n) or _POSITIONS.search(n) or _EMBEDDING.search(n))
-    ]
+    vocabulary, width = table
+    heads_of_rest = [name for name in rest if _HEAD.search(name)]
+    head = next((name for name in heads_of_rest if rest[name] == table), None)
+    head_biases = {name for name in heads_of_rest if len(rest[name]) == 1}
+    positions = {name for name in rest if _POSITIONS.search(name)}
+    others = rest.keys() - {embedding, head} - head_biases - positions
     largest = Counter(stack for stack, _ in blocks).most_common(1)[0][0]
     built = {key: _build_block(blocks[key]) for key in sorted(blocks)}
     first = next(block for (stack, _), block in built.items() if stack == largest)
@@ -99,10 +97,10 @@ def from_safetensors(files: Sequence[Path], config: Mapping[str, Any], source: s
         context=sizes.size("max_position_embeddings", default=2**20),
         blocks=tuple(unique.setdefault(block, block) for block in built.values()),
         embedding_width=width,
-        final_norm=sum(map(prod, others)),
-        tied=not any(len(shape) > 1 for shape in head),
-        positions=positions,
-        head_bias=sum(prod(shape) for shape in head if len(shape) == 1),
+        final_norm=sum(prod(rest[name]) for name in others),
+        tied=head is None,
+        positions=sum(prod(rest[name]) for name in positions),
+        head_bias=sum(prod(rest[name]) for name in head_biases),
         style=BlockStyle(gated=len(first.feed_forward) != 2, unknown=True),
         layers=largest,
         source=source,
@@ -114,17 +112,20 @@ def from_safetensors(files: Sequence[Path], config: Mapping[str, Any], source: s
 
 
 def _build_block(tensors: Mapping[str, tuple[int, ...]]) -> Block:
-    """A block: matrices are linears, equal experts are one, all other tensors count as norms."""
+    """A block: matrices are linears, equal experts are one, all other tensors count as norms.
+
+    A convolution in one dimension counts as a stack of linears.
+    """
     counts: Counter[str] = Counter()
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in tensors.items():
         plain = _EXPERT.sub("experts.", name)
         counts[plain] += 1
         shapes[plain] = shape
-    linears, bound = [], set()
+    linears, in_linears = list[Linear](), set[str | None]()
     for name, shape in shapes.items():
         stem = name.removesuffix(".weight")
-        if len(shape) < 2 or name.endswith(".bias"):
+        if len(shape) not in (2, 3) or name.endswith((".bias", "_bias")):
             continue
         bias = next((b for b in (f"{stem}.bias", f"{stem}_bias") if b in shapes), None)
         outputs, inputs = shape[-2:]
@@ -132,9 +133,14 @@ def _build_block(tensors: Mapping[str, tuple[int, ...]]) -> Block:
         if _TRANSPOSED.search(stem) and (rows == inputs or not bias):
             outputs, inputs = inputs, outputs
         experts = shape[0] if len(shape) == 3 else counts[name]
-        linears.append(Linear(stem, inputs, outputs, bias is not None, experts))
-        bound |= {name, bias}
-    norms = sum(prod(shape) * counts[name] for name, shape in shapes.items() if name not in bound)
+        # gpt-oss stacks its experts' weights as (E, inputs, outputs)
+        if len(shape) == 3 and rows == inputs != outputs:
+            outputs, inputs = inputs, outputs
+        has_bias = bias is not None and prod(shapes[bias]) * counts[bias] == outputs * experts
+        linears.append(Linear(stem, inputs, outputs, has_bias, experts))
+        in_linears |= {name, bias} if has_bias else {name}
+    others = shapes.keys() - in_linears
+    norms = sum(prod(shapes[name]) * counts[name] for name in others)
     attention = tuple(linear for linear in linears if matches_target("attention", linear.name))
     return Block(attention, tuple(linear for linear in linears if linear not in attention), norms)
 
@@ -181,7 +187,7 @@ class _Reader:
 
     def _skip(self, size: int) -> None:
         self._file.seek(size, 1)
-        self._left -= size  # the next read finds out
+        self._left -= size  # checked by the next read
 
     def unpack(self, form: str) -> Any:
         return struct.unpack(form, self._read(struct.calcsize(form)))[0]
@@ -202,8 +208,8 @@ class _Reader:
     def value(self, kind: int) -> Any:
         """A value of GGUF type `kind`.
 
-        An array is its number if all are equal (one per layer), else the sorted set; [] for strings
-        and long arrays.
+        Of an array, which has a number for each layer, the number if all are equal, else the
+        different ones, sorted; [] for an array of strings and for a long one.
         """
         if kind == _STRING:
             return self.string()
@@ -253,7 +259,8 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
             if dimensions > 4:
                 raise UserError(f"{path} is damaged: {name} has {dimensions} dimensions.")
             shapes[name] = tuple(reader.unpack("<Q") for _ in range(dimensions))
-            reader.unpack("<I"), reader.unpack("<Q")  # type and offset
+            reader.unpack("<I")  # type
+            reader.unpack("<Q")  # offset
     return metadata, shapes
 
 
@@ -269,7 +276,7 @@ def from_gguf(path: Path) -> Architecture:
     config = gguf_config(metadata, shapes)
     family = "mixtral" if kind == "llama" and config.get("num_experts") else GGUF_FAMILIES[kind]
     built = architecture({**config, "model_type": family}, str(path))
-    # llama.cpp stores the factors of long contexts as a tensor, which transformers computes
+    # llama.cpp stores the factors of long contexts as a tensor; transformers computes them
     stored = sum(prod(shape) for name, shape in shapes.items() if not name.startswith("rope_"))
     size = path.stat().st_size
     if stored != built.total:

@@ -54,7 +54,11 @@ def open_model(name: str) -> Model:
     if name.lower() in names():
         return built_in(name.lower())
     path = Path(name)
-    if path.exists():
+    try:
+        exists = path.exists()
+    except OSError:  # a name that is too long for a file
+        exists = False
+    if exists:
         return from_path(path)
     if path.suffix in (".json", ".gguf", ".safetensors") or name.startswith((".", "/", "~")):
         raise UserError(f"{name} does not exist.")

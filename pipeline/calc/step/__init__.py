@@ -45,9 +45,11 @@ class Step(Layers):
         width, length = model.embedding_width, self.n // run.rows
         # an operation keeps the phase and kind in which it was recorded: what its backward
         # allocates counts there too
-        t.phase, self.trains = "forward, embeddings", self.base.rest
-        # alive for the whole step
-        self.inputs = ids, _labels = [t.leaf(self.n, 8), t.leaf(self.n, 8)]
+        t.phase = "forward, embeddings"
+        self.trains = self.base.rest
+        # ids and labels, alive for the whole step
+        self.inputs = [t.leaf(self.n, 8), t.leaf(self.n, 8)]
+        ids = self.inputs[0]
         # a mask with one row per query of a group of heads
         if run.attention == "short" and not self.eager:
             self.mask = t.leaf(model.heads // model.kv_heads * (self.scores // run.rows), self.w)
@@ -121,8 +123,8 @@ class Step(Layers):
     def _repeated_blocks(self, x: Value, start: int, stop: int, period: int) -> Value:
         """Blocks `start` to `stop`, which repeat; the middle of a long run is extrapolated.
 
-        Two periods at each end are enough: the first of a run may differ, since no gradient may
-        reach it, and each later one adds the same bytes. Simulating 80 blocks would take 15 times
+        Two periods at each end are enough: the first of a run may differ, as perhaps no gradient
+        reaches it, and each later one adds the same bytes. Simulating 80 blocks would take 15 times
         as long.
         """
         # every second block is checkpointed

@@ -129,7 +129,8 @@ def _project(
         return q, k, v, out, None
     # by first letter: q, k, v, and o(_proj) or d(ense)
     by_letter = {linear.name.rsplit(".", 1)[-1][0]: linear for linear in block.attention}
-    q, gate = ops.linear(x, by_letter["q"]), None
+    gate = None
+    q = ops.linear(x, by_letter["q"])
     if ops.style.output_gate:
         # a copy, since the halves of each head alternate
         gate = ops.tape.op(ops.view(q, ops.n * widths[0]))
@@ -160,7 +161,8 @@ def _rotate(ops: Layers, x: Value, tables: list[Value]) -> Value:
     op = ops.tape.op
     share = ops.style.rotary
     rotated = op(x, elements=int(x.elements * share), view=True) if ops.style.rejoins else x
-    half, size = op(rotated, elements=rotated.elements // 2), rotated.elements  # −x₂
+    size = rotated.elements
+    half = op(rotated, elements=size // 2)  # −x₂
     swapped = op(half, rotated, elements=size, back=size * rotated.width)
     del half
     times_cos = op(rotated, saves=tables[:1])
@@ -177,7 +179,8 @@ def _project_latent(ops: Layers, x: Value, block: Block) -> tuple[Value, Value, 
     *queries, compress, expand, out = block.attention
     q = ops.linear(x, queries[0])
     q = ops.linear(ops.norm(q, queries[0].outputs), queries[1]) if len(queries) > 1 else q
-    rotated, n = compress.outputs - expand.inputs, ops.n
+    n = ops.n
+    rotated = compress.outputs - expand.inputs  # elements of a head that rotate
     latent = ops.linear(x, compress)
     kv = ops.norm(ops.view(latent, n * expand.inputs), expand.inputs)
     q_turned, k_turned = (
@@ -209,7 +212,8 @@ def _rotate_complex(ops: Layers, x: Value, block: Block, size: int) -> Value:
 def _rotate_pairs(ops: Layers, x: Value) -> Value:
     """Pairs of neighbours rotate: two products and their sum for each half, both joined."""
     op = ops.tape.op
-    half, tables = x.elements // 2, ops.tables.get(ops.model.head_size, [])
+    half = x.elements // 2
+    tables = ops.tables.get(ops.model.head_size, [])
 
     def turned() -> Value:
         parts = [op(x, elements=half, saves=table) for table in (tables[:1], tables[1:2])]

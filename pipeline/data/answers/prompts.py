@@ -43,6 +43,9 @@ def read_prompts(path: Path, name: str) -> list[Prompt]:
                 f"{abbreviate_repr(rules)}."
             )
         for rule, entries in rules.items():
+            if rule not in get_args(Rule):
+                known = ", ".join(get_args(Rule))
+                raise UserError(f"{name}: {group}.{rule}: unknown rule. Use one of {known}.")
             if not isinstance(entries, list):
                 raise UserError(
                     f"{name}: {group}.{rule} must be a list of prompts, got "
@@ -59,10 +62,8 @@ def prompt_texts(path: Path | None) -> list[str]:
     return [prompt.prompt for prompt in read_prompts(path, str(path))] if path else []
 
 
-def _read_prompt(entry: Any, group: str, rule: Any, name: str) -> Prompt:
+def _read_prompt(entry: Any, group: str, rule: Rule, name: str) -> Prompt:
     location = f"{name}: {group}.{rule}"
-    if rule not in get_args(Rule):
-        raise UserError(f"{location}: unknown rule. Use one of {', '.join(get_args(Rule))}.")
     shown = abbreviate_repr(entry, 200)
     required = {"prompt", "answer"} | ({"corrected"} if rule == "must_change" else set())
     if not isinstance(entry, dict) or set(entry) != required:
@@ -81,4 +82,5 @@ def _read_prompt(entry: Any, group: str, rule: Any, name: str) -> Prompt:
         for key, value in entry.items()
         if key != "prompt"
     }
-    return Prompt(group, rule, entry["prompt"], **{"corrected": words["answer"], **words})
+    answer = words["answer"]
+    return Prompt(group, rule, entry["prompt"], answer, words.get("corrected", answer))

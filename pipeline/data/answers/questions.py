@@ -7,7 +7,7 @@ from pipeline.data.examples import Example
 from pipeline.data.masking import as_turns
 from pipeline.data.tokenizers.word import Tokenizer
 
-# an answer may have so many at least, and so many more than the expected one
+# what every answer may have at least, and how many more than the expected one it may have
 LEAST_TOKENS, SPARE_TOKENS = 64, 16
 MOST_TOKENS = 1024  # of any answer
 
@@ -22,7 +22,7 @@ class Question(NamedTuple):
 
 
 def prompt_and_answer(example: Example, tokenizer: Tokenizer) -> tuple[str, str] | None:
-    """What the model reads before an example's last answer, and that answer; None of a text."""
+    """What the model reads before an example's last answer, and that answer; None for a text."""
     example = as_turns(example, tokenizer)
     if not example.messages:
         return None if example.prompt is None else (example.prompt, example.completion)
@@ -39,7 +39,7 @@ def prompt_and_answer(example: Example, tokenizer: Tokenizer) -> tuple[str, str]
 def questions(
     examples: Iterable[Example], tokenizer: Tokenizer, most: int, positions: int
 ) -> list[Question]:
-    """At most so many questions, evenly from all examples that have a prompt: a file may be sorted.
+    """At most `most` questions, evenly from all examples with a prompt: a file may be sorted.
 
     Left out are prompts with words that a word-level model does not know, and those that leave no
     room for an answer in `positions` tokens.

@@ -73,7 +73,7 @@ def object_row(number: int, value: Any, name: str) -> Row:
 
 
 def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json's `object_pairs_hook`. Raises ValueError."""
+    """The pairs as an object, for json's `object_pairs_hook`. Raises ValueError."""
     record = dict(pairs)
     if len(record) < len(pairs):
         raise ValueError("duplicate key")

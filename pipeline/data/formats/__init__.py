@@ -50,7 +50,7 @@ class Format(NamedTuple):
 
     @property
     def name(self) -> str:
-        """That of its file."""
+        """The name of its module."""
         return self.read.__module__.rpartition(".")[2]
 
 
@@ -77,7 +77,7 @@ def iter_examples(
     the file, the line or row, and the reason.
     """
     columns, reading = columns or {}, reading or Reading()
-    first: tuple[Format, int] | None = None  # of the file's rows that are no text lines
+    first: tuple[Format, int] | None = None  # format and number of the first row
     for row in read_rows(path, name, reading):
         if isinstance(row.value, str):
             if columns:
@@ -87,7 +87,7 @@ def iter_examples(
             continue
         try:
             format_, record, unused = _recognize(row.number, row.value, name, columns, not first)
-            # of a file in which every row has other keys, the first ones are counted
+            # where every row has other keys, only the first keys are counted
             is_full = len(reading.unused) >= MAX_UNUSED
             reading.unused.update(key for key in unused if not is_full or key in reading.unused)
             first = first or (format_, row.number)
@@ -118,7 +118,7 @@ def example_of(
 ) -> Example:
     """The example of one row, by itself; its prompt may stand alone.
 
-    Raises UserError, as `iter_examples`, but for rows of formats that do not mix.
+    Raises UserError, as `iter_examples`, which also compares the formats of rows.
     """
     if isinstance(row.value, str):
         return Example(row.value, name, row.number)
@@ -140,8 +140,8 @@ def _recognize(
 
 def _read(format_: Format, record: Record, name: str, number: int, templated: bool) -> Example:
     example = format_.read(record, name, number)
-    # A pair without a prompt does not say where the user's turn ends. A prompt alone is a text to be
-    # continued.
+    # Neither a pair without a prompt, which does not say where the user's turn ends, nor a prompt
+    # alone, which is a text to be continued.
     has_texts = isinstance(record.get("prompt"), str) and not example.messages
     if templated and has_texts and example.prompt != example.text:
         return replace(example, templated=True)
@@ -162,7 +162,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _detect(record: Record, columns: Mapping[str, str], location: str) -> Format:
-    """The format of a record: of the keys that the user named, otherwise of all."""
+    """The format of a record, by the keys that the user named, otherwise by all keys."""
     named = {key: record[key] for key in columns if key in record}
     for part in [named, record] if columns else [record]:
         for format_ in FORMATS.values():

@@ -47,7 +47,8 @@ def conversation(
     turns: Turns, record: Record, file: str, line: int, key: str = "messages"
 ) -> Example:
     """The example of a whole conversation. Raises UserError if there is nothing to train on."""
-    location, roles = f"{file}:{line}", [message["role"] for message in turns.messages]
+    location = f"{file}:{line}"
+    roles = [message["role"] for message in turns.messages]
     if "assistant" not in roles:
         raise UserError(
             f'{location}: {key} has no "assistant" turn, so there is nothing to train on. Add one.'
@@ -198,7 +199,7 @@ def is_untrained(entry: Mapping[str, Any], turn: Message, location: str) -> bool
 
 
 def read_tools(record: Record, location: str) -> tuple[Mapping[str, Any], ...]:
-    """The schemas of `tools`; a bare function is wrapped as transformers has it."""
+    """The schemas of `tools`, bare functions wrapped as in transformers. Raises UserError."""
     if not record.get("tools"):
         return ()
     tools = read_list(record, "tools", location)
@@ -225,7 +226,10 @@ def write(example: Example) -> dict[str, Any]:
 
 
 def write_turns(example: Example, start: int, stop: int | None = None) -> list[dict[str, Any]]:
-    """Messages; an answer without a label says so, except in a prompt, which has no labels."""
+    """The messages [start, stop). An answer without a label says so.
+
+    With `stop` they are a prompt, whose answers have no labels anyway.
+    """
     turns = []
     for number, message in list(enumerate(example.messages))[start:stop]:
         turn = {**message}

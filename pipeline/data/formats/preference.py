@@ -24,7 +24,8 @@ from pipeline.errors import UserError
 
 
 def read(record: Record, file: str, line: int) -> Example:
-    location, prompt = f"{file}:{line}", record.get("prompt")
+    location = f"{file}:{line}"
+    prompt = record.get("prompt")
     kinds = [describe_type(record[key]) for key in ("chosen", "rejected")]
     if len(set(kinds)) > 1:
         raise UserError(
@@ -36,7 +37,7 @@ def read(record: Record, file: str, line: int) -> Example:
             # a space belongs to the answer's first word
             prompt = good[: _shared(good, bad)].removesuffix(" ")
             good, bad = good[len(prompt) :], bad[len(prompt) :]
-            _refuse_equal(good, bad, location)
+            _refuse_without_answers(good.strip(), bad.strip(), location)
         else:
             prompt = read_string(record, "prompt", location)
         return Example(prompt + good, file, line, prompt, rejected=bad)
@@ -52,7 +53,8 @@ def read(record: Record, file: str, line: int) -> Example:
             _behind(chosen, same),
             _behind(rejected, same),
         )
-    _refuse_equal(chosen.messages, rejected.messages, location)
+    _refuse_without_answers(chosen.messages, rejected.messages, location)
+    conversation(joined(before, rejected), {}, file, line, "prompt + rejected")  # for its errors
     example = conversation(joined(before, chosen), record, file, line, "prompt + chosen")
     return replace(example, begin=len(before.messages), rejected=rejected.messages)
 
@@ -64,7 +66,7 @@ def _shared(chosen: Sequence[object], rejected: Sequence[object]) -> int:
     return next(differs, min(len(chosen), len(rejected)))
 
 
-def _refuse_equal(
+def _refuse_without_answers(
     chosen: str | tuple[Message, ...], rejected: str | tuple[Message, ...], location: str
 ) -> None:
     if not chosen or not rejected:
@@ -82,12 +84,14 @@ def _behind(turns: Turns, begin: int) -> Turns:
 
 def write(example: Example) -> dict[str, Any]:
     if isinstance(example.rejected, str):
-        prompt = {"prompt": example.prompt} if example.prompt else {}
-        return {**prompt, "chosen": example.completion, "rejected": example.rejected}
+        prompt = example.prompt or ""
+        if not prompt.strip():  # what both answers begin with, as no row has a blank prompt
+            return {"chosen": example.text, "rejected": prompt + example.rejected}
+        return {"prompt": prompt, "chosen": example.completion, "rejected": example.rejected}
     if not example.rejected:
         raise CannotHold("it has no rejected answer")
     begin = completion_start(example)
-    # the prompts differ, and an example does not know where they begin
+    # the two prompts differ, and the example does not say where the rejected answer begins
     if example.rejected[0]["role"] != "assistant":
         raise CannotHold("its rejected answer does not begin with an assistant turn")
     return {

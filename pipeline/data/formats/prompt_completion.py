@@ -23,7 +23,7 @@ def read(record: Record, file: str, line: int) -> Example:
 
 
 def write(example: Example) -> dict[str, Any]:
-    if example.prompt is None:
+    if not (example.prompt or "").strip():
         raise CannotHold("it has no prompt")
     return {"prompt": example.prompt, "completion": example.completion}
 

@@ -3,13 +3,13 @@
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.containers import Reading
 from pipeline.data.convert import Conversion, convert
-from pipeline.data.examples import Example, content_digest
+from pipeline.data.examples import Example, row_digest
 from pipeline.data.formats import EmptyValue, iter_examples
 from pipeline.data.masking import Encoder
 from pipeline.data.quality.near_duplicates import MinHashes, ShingleCounts, shingles, words
@@ -42,7 +42,7 @@ class Cleaned:
     examples: dict[str, list[Dropped]]  # the first of each reason
     personal: dict[str, int]  # kind of likely personal data → rows with some, of those written
     personal_rows: dict[str, list[int]]  # the first of each kind
-    conversion: Conversion
+    conversion: Conversion  # its `skipped`: rows that no reason drops and that cannot be written
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,17 +78,22 @@ def clean(
         raise UserError(f"{source}: no row is left ({counts}). Drop for fewer reasons with --drop.")
     keep = cleaning.kept.__contains__
     done = convert(
-        source, out, columns=columns, force=force, progress=progress, skip_invalid=True, keep=keep
+        source,
+        out,
+        columns=columns,
+        force=force,
+        skip_invalid=skip_invalid,
+        keep=keep,
+        progress=progress,
     )
     return Cleaned(
         cleaning.rows,
-        len(cleaning.kept),
+        done.rows,
         dict(cleaning.dropped),
         cleaning.examples,
         dict(cleaning.personal),
         cleaning.personal_rows,
-        # the rows that cannot be read are among those dropped
-        replace(done, skipped=()),
+        done,
     )
 
 
@@ -221,7 +226,7 @@ class _Cleaning:
             return "personal", ", ".join(kinds)
         if "duplicates" not in self.drop and "near-duplicates" not in self.drop:
             return None
-        first = seen.setdefault(content_digest(example)[:16], example.line)
+        first = seen.setdefault(row_digest(example)[:16], example.line)
         if first == example.line:
             return None
         reason = "duplicates" if "duplicates" in self.drop else "near-duplicates"
@@ -230,8 +235,10 @@ class _Cleaning:
     def _drop_near(self, counts: ShingleCounts) -> None:
         hashes, rows = MinHashes(), array("q")
         for example in self._again():
-            hashes.add(counts.distinctive(shingles(example.text)))
-            rows.append(example.line)
+            of_text = shingles(example.text)
+            if len(of_text):
+                hashes.add(counts.distinctive(of_text))
+                rows.append(example.line)
         earlier = {rows[other]: rows[first] for other, first in hashes.earlier_ones().items()}
         for example in self._again():
             if (first := earlier.get(example.line)) is not None:

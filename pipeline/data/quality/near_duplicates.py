@@ -33,9 +33,9 @@ def words(text: str) -> list[str]:
 
 
 def shingles(text: str) -> Hashes:
-    """The distinct hashes of runs of WORDS words; a shorter text is one run."""
+    """The distinct hashes of runs of WORDS words. A shorter text is one run, one without words none."""
     codes = np.fromiter((crc32(word.encode(errors="replace")) for word in words(text)), np.uint64)
-    size = max(1, len(codes) - WORDS + 1)
+    size = max(1, len(codes) - WORDS + 1) if len(codes) else 0
     mixed = np.zeros(size, np.uint64)
     for offset in range(min(WORDS, len(codes))):
         mixed = _mix(mixed + codes[offset : offset + size])

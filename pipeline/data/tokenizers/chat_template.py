@@ -52,7 +52,7 @@ def render_one(
     add_generation_prompt: bool,
     tools: Tools = (),
 ) -> Rendered:
-    """A whole conversation, by what renders many. Raises UserError."""
+    """A whole conversation, rendered by a function for many. Raises UserError."""
     prefixes = [(len(messages), add_generation_prompt)]
     (renderings,) = render_each([Conversation(messages, prefixes, tools)])
     if isinstance(renderings, UserError):

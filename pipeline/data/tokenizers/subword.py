@@ -66,8 +66,8 @@ def _panics_reported(name: str) -> Iterator[None]:
 def _refuse_growth(folder: Path) -> None:
     """Raises UserError for a tokenizer.json whose replacements lengthen texts too much.
 
-    40 times "a" → "aa" would take a terabyte. Before the library reads the file, as it normalizes
-    added tokens then.
+    40 times "a" → "aa" would take a terabyte. To be called before the library reads the file,
+    because it normalizes added tokens then.
     """
     path = folder / "tokenizer.json"
     raw = path.read_bytes() if path.is_file() else b""
@@ -98,8 +98,8 @@ def _growth(part: Any) -> float:
     text = pattern.get("String") if isinstance(pattern, dict) else None
     if isinstance(text, str) and text:
         return max(1.0, len(content) / len(text))
-    # Of a regular expression, one character may match; if it matches nothing too, the content comes
-    # between all.
+    # A regular expression may match each character. If it also matches the empty text, the content
+    # comes between all characters too.
     expression = pattern.get("Regex") if isinstance(pattern, dict) else None
     fills = (
         not isinstance(expression, str)
@@ -122,7 +122,8 @@ class SubwordTokenizer:
         # some tokenizer.json enable these; nothing here is truncated or padded silently
         self._inner.no_truncation()
         self._inner.no_padding()
-        eos_id, self._extra_end_ids = hf_tokenizer.eos_token_id, tuple(ends)
+        eos_id = hf_tokenizer.eos_token_id
+        self._extra_end_ids = tuple(ends)
         if eos_id is None and not self._extra_end_ids:
             raise UserError(
                 f"{name}: its tokenizer has no end-of-text token. Set eos_token in {CONFIG}."
@@ -333,13 +334,15 @@ class SubwordTokenizer:
     def expanded(
         self, tokens: Iterable[str], special: bool = False
     ) -> tuple["SubwordTokenizer", list[str]]:
-        """Tokens match exactly as written; one like a word matches only as a whole word.
+        """A tokenizer with these tokens added, and those that it did not have.
 
-        Special tokens are left out of decoded text.
+        They match exactly as written, and one like a word only as a whole word. Special tokens are
+        left out of decoded text.
         """
         from tokenizers import AddedToken
 
-        hf_tokenizer, new = copy.deepcopy(self._hf_tokenizer), []
+        hf_tokenizer = copy.deepcopy(self._hf_tokenizer)
+        new = []
         for token in dict.fromkeys(tokens):
             ids = self._ids(token)
             is_unknown = ids == (hf_tokenizer.unk_token_id,) and token != hf_tokenizer.unk_token

@@ -176,7 +176,8 @@ class Request:
 
 def _renderings(answers: Sequence[Mapping[str, Any]]) -> list[Rendered | TemplateError]:
     """The renderings of a conversation; one that is a beginning of the first came as its length."""
-    first, renderings = _first_text(answers), list[Rendered | TemplateError]()
+    first = _first_text(answers)
+    renderings = list[Rendered | TemplateError]()
     for answer in answers:
         if "error" in answer:
             renderings.append(TemplateError(answer["error"]))
@@ -226,7 +227,8 @@ def _handle(request: "Asked") -> "Iterator[Answer]":
     # The parent stops what takes too long. Of CPU time there is a limit too, in case the parent
     # itself is killed.
     limit("RLIMIT_CPU", int(time.process_time() + RENDER_SECONDS) + 2)
-    given, answers = (request.fields["template"], request.fields["tokens"]), []
+    given = request.fields["template"], request.fields["tokens"]
+    answers = []
     for messages, prefixes, tools in request.fields["conversations"]:
         rendered = [_answer(*given, messages, tools, *prefix) for prefix in prefixes]
         answers.append(_shortened(rendered))
@@ -234,7 +236,7 @@ def _handle(request: "Asked") -> "Iterator[Answer]":
 
 
 def _shortened(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The length instead of the text of what the first rendering begins with: most prompts are."""
+    """The answers. Texts that the first text begins with, as most prompts, are sent as lengths."""
     first = _first_text(answers)
     for answer in answers[1:]:
         if "text" in answer and first.startswith(answer["text"]):

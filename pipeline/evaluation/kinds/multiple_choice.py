@@ -1,7 +1,8 @@
-"""multiple_choice: the right one of some texts is the likeliest after the prompt.
+"""multiple_choice: of several texts, the right one must be the likeliest after the prompt.
 
 As `acc` and `acc_norm` of lm-evaluation-harness: acc_norm divides a choice's log-likelihood by its
-number of characters, so that long choices have no disadvantage. Of equal choices the first counts.
+number of characters, so that long choices have no disadvantage. Of equally likely choices the first
+counts.
 """
 
 import math
@@ -23,7 +24,8 @@ def choices(row: Record, location: str = "") -> list[str]:
 
 def right(row: Record, location: str = "") -> int:
     """The index of `answer`, the text of a choice or its number from 0. Raises UserError."""
-    texts, answer = choices(row, location), row.get("answer")
+    texts = choices(row, location)
+    answer = row.get("answer")
     if len(texts) < 2 or len(set(texts)) < len(texts):
         raise UserError(
             f"{location}: choices must be two or more different texts, got "
@@ -45,7 +47,8 @@ def scorer(options: TaskOptions) -> Score:
     def score(log_likelihoods: Sequence[float | None], example: TaskExample) -> Scores:
         # a text with a word that a word tokenizer does not know has probability 0
         values = [-math.inf if value is None else value for value in log_likelihoods]
-        answer, lengths = right(example.row), [len(text) for text in choices(example.row)]
+        answer = right(example.row)
+        lengths = [len(text) for text in choices(example.row)]
         by_length = [value / length for value, length in zip(values, lengths, strict=True)]
         known = values[answer] > -math.inf
         scores = {

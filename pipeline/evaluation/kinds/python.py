@@ -9,7 +9,6 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from math import isfinite
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +25,7 @@ def check(row: Record, location: str) -> None:
 
 
 def scorer(options: TaskOptions) -> Score:
-    """Runs the file. Raises UserError."""
+    """The user's `score` as a `Score`; the file is run for it. Raises UserError."""
     written = options.values.get("scorer")
     if not written:
         raise UserError(
@@ -55,14 +54,14 @@ def scorer(options: TaskOptions) -> Score:
     def score(answer: str, example: TaskExample) -> Scores:
         row = copy.deepcopy(dict(example.row))
         value = _call(name, path, example.location, lambda: function(answer, row))
-        # numpy's numbers are Real too; the answer's type is checked, as a text "0.5" is a mistake
-        number = float(value) if isinstance(value, Real) else float("nan")
-        if not (isfinite(number) and 0 <= number <= 1):
+        # numpy's numbers are Real too; a text such as "0.5" is a mistake
+        is_number = isinstance(value, Real)
+        if not (is_number and 0 <= value <= 1):  # NaN is not either
             raise UserError(
                 f"{name}: score must return a number from 0 to 1, got {abbreviate_repr(value)} for "
                 f"{example.location}. Correct it."
             )
-        return {"score": number}
+        return {"score": float(value)}
 
     return score
 

@@ -62,7 +62,7 @@ def write(name: str, export: Export, out: Path) -> Generator[Event, None, list[s
         )
     lines = yield from FORMATS[name].write(export, out)
     if earlier:
-        yield Note(f"{out}: the earlier export of {earlier} there is replaced.")
+        yield Note(f"{out}: the earlier export of {earlier} was replaced.")
     return lines
 
 

@@ -1,7 +1,7 @@
 """The merged model as GGUF files for llama.cpp, Ollama and LM Studio, which hold the tokenizer.
 
-Refused are: a setting (`export/gguf/families/`), a tensor (`weights/merge_check.py`), and tokens,
-template or logits that differ (`export/certificate.py`).
+An export is refused if a setting differs in llama.cpp (`export/gguf/families/`), or a tensor
+(`weights/merge_check.py`), or tokens, template or logits (`export/certificate.py`).
 """
 
 from collections.abc import Generator, Sequence
@@ -37,8 +37,9 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     require("lora export --format gguf")
     from pipeline.export.gguf.writer import describe_model, write_files, written_matrices
 
-    base, name = export.find_base(), export.adapter.resolve().name
-    trust, reading = export.trust_remote_code, Reading.once()
+    base, trust = export.find_base(), export.trust_remote_code
+    name = export.adapter.resolve().name
+    reading = Reading.once()
     artifact.refuse_other(out, is_earlier_export(out), (base, export.adapter))
     merge = plan_merge(base, export.adapter, trust, reading=reading)
     model = describe_model(merge, trust)
@@ -93,7 +94,7 @@ def _widest(kinds: Sequence[str]) -> str:
     for kind in ("f32", "f16", "bf16"):
         if kind in kinds:
             return kind
-    # quantized files alone need no other, unless llama.cpp is here to compare it
+    # quantized files need no wider one beside them, unless llama.cpp is here: it compares that too
     return DEFAULT if llama_cpp.is_installed() else kinds[0]
 
 

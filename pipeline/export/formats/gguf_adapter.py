@@ -41,8 +41,8 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     family_of(model.describe())
     reading = Reading.once()
     updates = low_rank_updates(base, export.adapter, trust, reading=reading)
-    # If the head is tied, llama.cpp would apply the embedding's update to the head too, where its
-    # layout is another, and stop: the base for such an adapter has a head of its own.
+    # With a tied head, llama.cpp would apply the embedding's update to the head too. There its
+    # layout is another, and llama.cpp stops. So the base for such an adapter has its own head.
     own_head = bool({model.embedding_name, model.head_name} & updates.keys())
     unchanged = MergePlan(base, tensor_locations(base))
     described = describe_model(unchanged, trust, own_head)
@@ -74,8 +74,8 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     if beside:
         return [
             *written,
-            "It changes tokens or their embeddings: use it on the base beside it, no other file "
-            "of that model.",
+            "The adapter changes tokens or their embeddings: use it with the base beside it, and "
+            "with no other file of that model.",
             f"llama-cli -m {out / base_path.name} --lora {out / path.name}",
         ]
     return [

@@ -24,8 +24,9 @@ def merging_of(export: Export) -> tuple["Merging", "Verify | None"]:
     merging = Merging(base, export.adapter, export.precision, export.trust_remote_code)
     if export.prompts is None:
         return merging, None
-    texts, trust = prompt_texts(export.prompts), export.trust_remote_code
-    return merging, SameLogits(base, export.adapter, texts, trust_remote_code=trust)
+    texts = prompt_texts(export.prompts)
+    check = SameLogits(base, export.adapter, texts, trust_remote_code=export.trust_remote_code)
+    return merging, check
 
 
 def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:

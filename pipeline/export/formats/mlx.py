@@ -49,7 +49,7 @@ FAMILIES = (
     "starcoder2",
 )
 FITS = 3  # times the base's size: it may be stored in 16 bits, and is compared in fp32
-WIDER = 4  # ranks that padding multiplies by more are worth a note
+WIDER = 4  # padding to this many times a rank, or more, is worth a note
 
 
 def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
@@ -69,8 +69,8 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
             f"Known: {', '.join(sorted(FAMILIES))}. Export it with --format merged."
         )
     named = export.base_name or str(base)
-    command = f"mlx_lm.generate --model {named} --adapter-path {{}}"
-    with adapter_folder(export._replace(base=base), out, "mlx", [command.format(".")]) as folder:
+    command = f"mlx_lm.generate --model {named} --adapter-path"
+    with adapter_folder(export._replace(base=base), out, "mlx", [f"{command} ."]) as folder:
         trust, reading = export.trust_remote_code, Reading.once()
         model = skeleton(base, trust)
         updates = low_rank_updates(base, export.adapter, trust, dora=True, reading=reading)
@@ -106,7 +106,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
         write_json(folder / CONFIG, config)
         compared = yield from _compared(export, base, folder, reading)
     yield from note_on_base(export)
-    return [f"{out}  for MLX. Use it with:", command.format(out), *compared]
+    return [f"{out}  for MLX. Use it with:", f"{command} {out}", *compared]
 
 
 def _with_tied_head(model: "CausalLM", updates: "Updates", adapter: Path) -> "Updates":

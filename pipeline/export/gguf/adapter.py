@@ -27,9 +27,9 @@ def write_adapter(
 ) -> None:
     """Write the updates of `model` in fp32.
 
-    llama.cpp multiplies each by alpha/R with one alpha and its own rank R, so an update with
-    another scale has the difference in its B. Raises UserError if llama.cpp does not compute such a
-    model.
+    llama.cpp multiplies each update by alpha/R, with one alpha for all and the update's rank R. So
+    B of an update with another scale holds the factor between the two. Raises UserError if
+    llama.cpp does not compute such a model.
     """
     # llama.cpp takes an alpha of 0 as a scale of 1
     alphas = Counter(update.scale * update.rank for update in updates.values() if update.scale)
@@ -39,7 +39,7 @@ def write_adapter(
         update = updates[name]
         b = layout.rows(update.b.float()) * (update.scale * update.rank / alpha)  # (O, R)
         a = update.a.float()  # (R, I)
-        # of the embedding (V, R): llama.cpp looks up a token's row
+        # the embedding's A is stored as (V, R): llama.cpp looks up a token's row
         tensors[f"{target}.lora_a"] = a.T if target == EMBEDDING else a
         tensors[f"{target}.lora_b"] = b
     facts = {

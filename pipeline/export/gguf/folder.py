@@ -19,7 +19,8 @@ def is_earlier_export(out: Path) -> bool:
 
 def tokenizer_of(base: Path, adapter: Path) -> SubwordTokenizer:
     """The base's tokenizer, with the chat template of the adapter's training. Raises UserError."""
-    tokenizer, path = SubwordTokenizer.load(base), adapter / TEMPLATE
+    tokenizer = SubwordTokenizer.load(base)
+    path = adapter / TEMPLATE
     if not path.is_file():
         return tokenizer
     try:
@@ -29,14 +30,15 @@ def tokenizer_of(base: Path, adapter: Path) -> SubwordTokenizer:
 
 
 def general(adapter: Path, base: Path, base_name: str | None) -> dict[str, Any]:
-    """Metadata of a file's origin; `base_name`: default the hub id of the base."""
+    """Metadata of a file's origin. `base_name` defaults to the hub id of the base."""
     origin = origin_of(adapter, base)
     base_name = base_name or (origin.hub_id if origin else None)
     facts: dict[str, Any] = {"general.type": "model", "general.name": adapter.resolve().name}
     if base_name:
         organization, _, short = base_name.rpartition("/")
         facts |= {"general.base_model.count": 1, "general.base_model.0.name": short}
-        facts |= {"general.base_model.0.organization": organization} if organization else {}
+        if organization:
+            facts["general.base_model.0.organization"] = organization
     if origin and (license := origin.license.get("license")):
         facts["general.license"] = license
     return facts

@@ -27,7 +27,7 @@ class Turns(NamedTuple):
 
 
 def modelfile(model: str, vocabulary: Vocabulary) -> str:
-    """For the file `model` in the same folder."""
+    """The text of a Modelfile for the file `model` in the same folder."""
     lines = [f"FROM ./{model}"]
     tokenizer = vocabulary.tokenizer
     if (turns := read_turns(tokenizer)) and (template := go_template(turns, vocabulary.bos)):
@@ -40,7 +40,10 @@ def modelfile(model: str, vocabulary: Vocabulary) -> str:
 
 
 def read_turns(tokenizer: SubwordTokenizer) -> Turns | None:
-    """None without a chat template, or if it writes more than fixed texts around messages."""
+    """What the tokenizer's chat template writes around messages.
+
+    None without a template, or if it writes more than fixed texts.
+    """
     if not tokenizer.has_template:
         return None
 
@@ -69,7 +72,9 @@ def read_turns(tokenizer: SubwordTokenizer) -> Turns | None:
         return Turns(None, first, first, answer, between)
     before, rest = _cut(told, _SYSTEM)
     after, rest = _cut(rest, _USER)
-    return Turns(before, first, after, answer, between) if rest == answer else None
+    if told.count(_SYSTEM) != 1 or rest != answer:
+        return None
+    return Turns(before, first, after, answer, between)
 
 
 def _cut(text: str, content: str) -> tuple[str, str]:
@@ -79,9 +84,12 @@ def _cut(text: str, content: str) -> tuple[str, str]:
 
 def go_template(turns: Turns, bos: str | None) -> str | None:
     """The turns in Go's language, without `bos`, which Ollama adds; None if Go cannot say them."""
-    if any('"""' in text or "{{" in text for text in turns if text):
+    texts = list(filter(None, turns))
+    # `{{` may also begin in a text's last character
+    if any('"""' in text or "{{" in f"{text}{{" for text in texts):
         return None
-    first, system, after_system = turns.first.removeprefix(bos or ""), "", turns.after_system
+    first, system = turns.first.removeprefix(bos or ""), ""
+    after_system = turns.after_system
     if turns.system is None:  # system messages are left out
         after_system = first
     else:

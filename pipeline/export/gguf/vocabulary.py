@@ -62,10 +62,14 @@ def read_vocabulary(tokenizer: SubwordTokenizer, rows: int) -> Vocabulary:
         )
     tree = tokenizer.describe()
     model = tree["model"]
-    marked = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-    if model["type"] != "BPE" or marked:
+    if model["type"] != "BPE":
         raise UserError(
             f"GGUF export supports BPE tokenizers, got {model['type']}. Use --format merged."
+        )
+    if mark := model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise UserError(
+            f"GGUF export supports BPE tokenizers without marks on words, got {mark!r}. Use "
+            "--format merged."
         )
     vocabulary: dict[str, int] = model["vocab"]
     texts = {id_: text for text, id_ in vocabulary.items()}
@@ -117,14 +121,18 @@ def _loose_tokens(added: list[dict[str, Any]]) -> Iterator[str]:
     words = [token["content"] for token in added if token["single_word"]]
     if words:
         yield (
-            f"llama.cpp also finds {', '.join(words[:5])}{' …' * (len(words) > 5)} inside longer "
+            f"llama.cpp also finds {_first_five(words)} inside longer "
             "words, where transformers does not: texts with such words get other token ids."
         )
     spaced = [token["content"] for token in added if token["lstrip"] or token["rstrip"]]
     if spaced:
         yield (
-            f"llama.cpp keeps the spaces beside {', '.join(spaced[:5])}, which transformers strips."
+            f"llama.cpp keeps the spaces beside {_first_five(spaced)}, which transformers strips."
         )
+
+
+def _first_five(words: list[str]) -> str:
+    return ", ".join(words[:5]) + " …" * (len(words) > 5)
 
 
 def _splits(pre: Mapping[str, Any] | None) -> tuple[str, ...]:
@@ -192,8 +200,15 @@ def _sentencepiece(
         steps = normalizer["normalizers"]
     prefix = steps[:1] == [{"type": "Prepend", "prepend": "▁"}]
     replaces = steps[prefix:] == [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
-    if normalizer is None and pre and pre["type"] == "Metaspace" and not pre.get("split", True):
-        scheme, pre, replaces = pre["prepend_scheme"], None, True
+    if (
+        normalizer is None
+        and pre
+        and pre["type"] == "Metaspace"
+        and pre["replacement"] == "▁"
+        and not pre.get("split", True)
+    ):
+        scheme = pre["prepend_scheme"]
+        pre, replaces = None, True
         prefix = scheme == "always" or (scheme == "first" and not chats)
         if scheme == "first":
             notes.append(
@@ -258,7 +273,8 @@ def _beginning(tokenizer: SubwordTokenizer, notes: list[str]) -> dict[str, Any]:
     one, so both may write it. If the template writes none, none must be added, or a chat would
     begin with a BOS that it did not have in training. Raises UserError.
     """
-    prefix, named = tokenizer.prefix, tokenizer.special_ids()
+    prefix = tokenizer.prefix
+    named = tokenizer.special_ids()
     if len(prefix) > 1:
         raise UserError(
             f"the tokenizer begins a text with {len(prefix)} tokens, llama.cpp with at most one. "

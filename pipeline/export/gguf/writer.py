@@ -81,7 +81,8 @@ def describe_model(
         layout = family.layout(config, name)
         shape = tuple(parameter.shape[::-1] if layout.transposed else parameter.shape)
         sources.append(Source(names(name), shape, stored, layout))
-    settings, notes = family.settings(config), []
+    settings = family.settings(config)
+    notes = []
     if (context := settings["context_length"]) < model.shape.positions:
         notes.append(
             "llama.cpp has no sliding window for this model. The file names a context of "
@@ -178,7 +179,7 @@ class Output:
 
     @property
     def size(self) -> int:
-        """Of the tensors, in bytes."""
+        """Bytes of the tensors."""
         return sum(self._sizes.values())
 
     def begin(self) -> None:
@@ -223,7 +224,7 @@ def type_of(source: Source, kind: str) -> Type:
 
 
 def file_type(kind: str) -> int:
-    """general.file_type."""
+    """The value of general.file_type for a file of `kind`."""
     return int(gguf.LlamaFileType[f"{'ALL' if kind == 'f32' else 'MOSTLY'}_{kind.upper()}"])
 
 

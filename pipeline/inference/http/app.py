@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import itertools
+import re
 import secrets
 import time
 import traceback
@@ -33,7 +34,7 @@ from pipeline.inference.model_pool import Resident
 from pipeline.inference.requests import FieldError
 from pipeline.models.generate import Sampling
 
-# Characters of a token, on average, in no real text: a longer one is rejected unencoded, which
+# More than the average of any real text. A longer prompt is rejected before it is encoded, which
 # takes seconds for 1 MiB.
 MAX_TOKEN_CHARACTERS = 32
 Ids = tuple[int, ...]
@@ -65,7 +66,7 @@ class EventStream:
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told of an error. An unexpected one is only printed here."""
+    """What a client is told of an error. The details of an unexpected one are only printed."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, Busy):
@@ -291,7 +292,8 @@ def _render(loaded: LoadedModel, body: ChatRequest) -> str:
     try:
         text = tokenizer.render(messages, True, tools)
     except UserError as error:  # which names the model by its path
-        raise ApiError(400, str(error).replace(str(loaded.base), name), "messages") from None
+        path = rf"(?<!\S){re.escape(str(loaded.base))}(?=[:.] )"
+        raise ApiError(400, re.sub(path, lambda _: name, str(error)), "messages") from None
     if tools and text == tokenizer.render(messages, True):
         raise ApiError(400, f"The chat template of {name} takes no tools. Remove them.", "tools")
     return text
@@ -328,6 +330,6 @@ def _strength(resident: Resident, strength: float | None) -> float:
 
 
 def _fingerprint(resident: Resident) -> str:
-    """Changes with the files of base or adapter."""
+    """A text that changes with the files of base or adapter."""
     files = repr((resident.base.signature, resident.signature))
     return f"fp_{hashlib.sha256(files.encode()).hexdigest()[:12]}"

@@ -21,7 +21,7 @@ class TextToken(NamedTuple):
 
 @dataclass(frozen=True)
 class Piece:
-    """What a choice goes on with. `finish` is set in its last piece: "stop" or "length"."""
+    """The next part of a choice. `finish` is set in its last piece: "stop" or "length"."""
 
     index: int
     text: str

@@ -15,7 +15,8 @@ from pipeline.inference.http.errors import ApiError
 from pipeline.inference.http.metrics import Metrics
 
 MAX_BODY_BYTES = 2**20
-MAX_DISCARDED_BYTES = 2**24  # of a larger body that is read, so that its sender sees the answer
+# a larger body is read up to here, so that its sender sees the answer
+MAX_DISCARDED_BYTES = 2**24
 ARRIVAL_SECONDS = 10.0  # for the body
 OPEN = ("/health",)  # without a key
 

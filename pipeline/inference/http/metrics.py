@@ -16,7 +16,7 @@ class Metrics:
     """Counters of one server, and its generator's sequences."""
 
     def __init__(self, generator: BatchedGenerator) -> None:
-        # the times at which counters were made
+        # leaves out the times at which counters were made
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
         shared: dict[str, Any] = {"namespace": "lora", "registry": self._registry}

@@ -76,7 +76,11 @@ def named_models(base: Path, adapters: Iterable[Path]) -> Sources:
 
 
 class ServedModels:
-    """Its methods run on the event loop's thread; the generator's loads and unloads, between steps."""
+    """The models of a server.
+
+    Its methods run on the event loop's thread; models load and unload on the generator's, between
+    steps.
+    """
 
     def __init__(
         self,
@@ -105,7 +109,7 @@ class ServedModels:
 
     @property
     def sources(self) -> Sources:
-        """By name; loaded ones and others."""
+        """All models by name, in memory or not."""
         sources = self._scanned | self._added
         return {name: source for name, source in sources.items() if name not in self._removed}
 
@@ -126,7 +130,7 @@ class ServedModels:
         return await self._load(name, source, "model")
 
     async def _load(self, name: str, source: Source, param: str) -> Resident:
-        """Loaded once for all who wait, also if the first of them goes."""
+        """The model, loaded once for all who wait for it, even if the first of them goes."""
         key = name, source
         if key not in self._loading:
             future = self._generator.call(partial(self._load_in, name, source))
@@ -189,7 +193,11 @@ class ServedModels:
                 "Start `lora serve` with --allow-lora-path.",
                 "lora_path",
             )
-        if not (folder / CONFIG).is_file():
+        try:
+            is_adapter = (folder / CONFIG).is_file()
+        except OSError:  # a name that is too long, a folder that may not be entered
+            is_adapter = False
+        if not is_adapter:
             raise ApiError(
                 404, f"No adapter found for {path[:200]}: it has no {CONFIG}.", "lora_path"
             )
@@ -200,10 +208,11 @@ class ServedModels:
         source = self.sources.get(name)
         if source is None or source.adapter is None:
             raise ApiError(404, f"The lora adapter '{name[:200]}' cannot be found.", "lora_name")
-        unloaded = self._generator.call(partial(self._unload_in, name))
-        await asyncio.wrap_future(unloaded)
+        # first: nobody must load it again while it is unloaded
         self._added.pop(name, None)
         self._removed.add(name)
+        unloaded = self._generator.call(partial(self._unload_in, name))
+        await asyncio.wrap_future(unloaded)
 
     def describe(self, name: str) -> dict[str, object]:
         """An entry of GET /v1/models."""

@@ -110,8 +110,8 @@ class CompletionFormat:
         }
 
 
-# How an API writes choices. `prefix` and `object_`: of its ids, and what an answer is called;
-# `opening`: what comes before a choice's first piece in a stream.
+# How an API writes choices. `prefix` begins an answer's id, and `object_` is its type; `opening`
+# comes before a choice's first piece in a stream.
 Format = ChatFormat | CompletionFormat
 
 

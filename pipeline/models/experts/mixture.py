@@ -38,7 +38,7 @@ def register() -> str:
 
 
 def _forward(base: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """As transformers computes it, but where only its grouped products read on every call."""
+    """What transformers computes; by `mixed` where only transformers' products read numbers."""
     from transformers.integrations.moe import grouped_mm_experts_forward
 
     plain = base.has_gate and not base.has_post_expert_norm and not base._is_expert_parallel
@@ -112,8 +112,8 @@ def _project(
     factors: Mapping[str, list[tuple[Tensor, Tensor, float]]],
 ) -> Tensor:
     """One expert's projection of its rows (n, I), with its update if it has one: (n, O)."""
-    # cast where two models are compared in fp32, block by block: only a module's own parameters are
-    # wide then
+    # they may be narrower than x where models are compared: `compute_in_fp32` widens only the
+    # parameters of the module that runs
     weight = getattr(base, name)[expert].to(x.dtype)
     bias = getattr(base, f"{name}_bias")[expert].to(x.dtype) if base.has_bias else None
     out = F.linear(x, weight.T if base.is_transposed else weight, bias)

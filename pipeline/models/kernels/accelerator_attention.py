@@ -69,7 +69,7 @@ def attend_on_accelerator(
 
 
 def _supports_varlen(q: Tensor, v: Tensor, rule: Rule, cached: bool) -> bool:
-    """Whether torch's flash attention of packed sequences applies; `cached`: to more keys too."""
+    """Whether torch's flash attention of packed sequences applies; `cached`: with older keys."""
     if rule.softcap is not None or not suits_flash_attention(q, v) or not _has_varlen():
         return False
     has_numbers = type(q) is Tensor and not q.is_meta
@@ -80,7 +80,7 @@ def _supports_varlen(q: Tensor, v: Tensor, rule: Rule, cached: bool) -> bool:
 
 @cache
 def _has_varlen() -> bool:
-    """Whether this torch has it, with the arguments that are passed here: it came after 2.9."""
+    """Whether this torch has `varlen_attn` with the arguments passed here: it came after 2.9."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -187,8 +187,8 @@ def _agrees(
 ) -> bool:
     """Whether flash attention computes what `_blockwise` does, with gradients, on an AMD GPU.
 
-    Its kernels there pad the logsumexp, and by their version ignore windows or align the causal
-    mask with the first key.
+    Its kernels there pad the logsumexp, and some versions ignore windows or align the causal mask
+    with the first key.
     """
     kind = ["packed rows", *["windows"] * window, *["sinks"] * sinks, *["a cache"] * cached]
     tried = f"flash attention of {', '.join(kind)} in {dtype} on {device}"
@@ -216,8 +216,10 @@ def _agrees(
         return max(float(torch.dist(fast, plain) / plain.norm()) for fast, plain in pairs)
 
     error = attempt(tried, slower, largest_error)
-    if error is None or error < AGREEMENT:
-        return error is not None
+    if error is None:
+        return False
+    if error < AGREEMENT:
+        return True
     record(tried, f"its numbers are off by {error:.0%}", slower)
     return False
 

@@ -49,7 +49,7 @@ def compile_blocks(model: CausalLM) -> None:
 
 
 def seconds_compiling() -> float:
-    """Those of this process so far."""
+    """Seconds that this process has spent compiling so far."""
     from torch._dynamo.utils import calculate_time_spent
 
     return float(calculate_time_spent().get("total_wall_time", 0.0))

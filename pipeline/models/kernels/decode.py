@@ -44,7 +44,8 @@ class PackedLinear:
     """
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
-        self.versions, self.inputs = _weight_versions(linears), linears[0].in_features
+        self.versions = _weight_versions(linears)
+        self.inputs = linears[0].in_features
         weight = torch.cat([linear.weight.detach() for linear in linears])  # (ΣO, I)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
         self.bias: Tensor | None = None
@@ -69,7 +70,7 @@ class Rotation:
         self.source: Any = None
 
     def of(self, embeddings: Any, values: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """Those for heads of `shape`, the last `values` of which are values.
+        """cos and sin for heads of `shape` (N, GR + 2G, K), the last `values` of them of values.
 
         `embeddings`: cos and sin (1, N, K) of positions.
         """
@@ -94,7 +95,9 @@ class OneTokenBlock:
     def __init__(self, block: Any, rotation: Rotation) -> None:
         attention, mlp = block.self_attn, block.mlp
         self.layer, self.scale, self.K = attention.layer_idx, attention.scaling, attention.head_dim
-        self.R, self.rotation, self.act = attention.num_key_value_groups, rotation, mlp.act_fn
+        self.R = attention.num_key_value_groups
+        self.window = window_of(attention)
+        self.rotation, self.act = rotation, mlp.act_fn
         self.norm = fewer_calls(block.input_layernorm)
         self.feed_norm = fewer_calls(block.post_attention_layernorm)
         self.head_norms = None
@@ -160,6 +163,8 @@ class OneTokenBlock:
         return (x + self.down(self.act(gate) * up))[None]
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        if self.window is not None:
+            keys, values = keys[:, :, -self.window :], values[:, :, -self.window :]
         return F.scaled_dot_product_attention(q, keys, values, scale=self.scale)  # (1, G, R, K)
 
 
@@ -294,9 +299,24 @@ def has_llama_parts(block: Any) -> bool:
     attention, mlp = block.self_attn, block.mlp
     if [*attention.parameters(recurse=False)] or getattr(attention, "sliding_window", None):
         return False
+    # Ministral 3's queries grow with their position, which no short input tells
+    rope = getattr(getattr(attention, "config", None), "rope_parameters", None) or {}
+    if "llama_4_scaling_beta" in rope:
+        return False
     parts = {name for name, _ in attention.named_children()}
     has_attention = parts in (PROJECTIONS, PROJECTIONS | {"q_norm", "k_norm"})
     return has_attention and {name for name, _ in mlp.named_children()} == FEED_FORWARD
+
+
+def window_of(attention: Any) -> int | None:
+    """Keys that a token attends to, its own included; None: all.
+
+    Mistral's attention, which has no attribute for it, reads the config's window in each forward:
+    no short input tells it.
+    """
+    of_config = getattr(getattr(attention, "config", None), "sliding_window", None)
+    window: int | None = getattr(attention, "sliding_window", of_config)
+    return window
 
 
 @torch.no_grad()
@@ -316,7 +336,7 @@ def _check_agreement(model: CausalLM, forwards: Forwards) -> bool:
 
 @contextmanager
 def _replaced_forwards(forwards: Forwards) -> Iterator[None]:
-    """Other forwards inside the block, but where another generation replaced them."""
+    """Modules have these forwards inside the block, unless another generation replaced theirs."""
     changed = [module for module in forwards if "forward" not in module.__dict__]
     for module in changed:
         module.forward = forwards[module]
@@ -336,7 +356,7 @@ def _is_bf16_on_cpu(weight: Tensor) -> bool:
 
 
 def _packed_linear(linears: Sequence[nn.Linear]) -> PackedLinear:
-    """From the cache, unless a weight has changed since."""
+    """The linears as one, from the cache unless a weight has changed."""
     packed = _packed.get(linears[0])
     if packed is None or packed.versions != _weight_versions(linears):
         packed = _packed[linears[0]] = PackedLinear(linears)

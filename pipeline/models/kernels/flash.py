@@ -16,7 +16,7 @@ from pipeline.models.kernels.plain_attention import Rule, sequence_starts
 
 
 def supports_flash(q: Tensor, v: Tensor) -> bool:
-    """Whether it is installed and computes q and v (B, heads, tokens, K). It has no sinks."""
+    """Whether flash-attn is installed and takes q and v (B, heads, tokens, K). It has no sinks."""
     return q.is_cuda and suits_flash_attention(q, v) and _flash_attention() is not None
 
 
@@ -25,8 +25,8 @@ def flash_attention(
 ) -> Tensor:
     """(B, T, H, K) for q (B, H, T, K), k and v (B, G, S, K), as `rule` says.
 
-    Each row holds sequences of `lengths` queries and `spans` keys; of those, query t of T sees key
-    S - T + t and the window before it. Repeated, it gives the same gradients.
+    Each row holds sequences of `lengths` queries and `spans` keys. In a sequence, query t of T sees
+    key S - T + t and the window before that key. A second call gives the same gradients.
     """
     B, H, T, K = q.shape
     q_starts, k_starts = (sequence_starts((*sizes,) * B, q.device) for sizes in (lengths, spans))

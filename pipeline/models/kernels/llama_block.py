@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.models.base import CausalLM, LowRankLinear
 from pipeline.models.kernels import random_tensors
-from pipeline.models.kernels.decode import AGREEMENT, has_llama_parts
+from pipeline.models.kernels.decode import AGREEMENT, has_llama_parts, window_of
 from pipeline.models.kernels.native import call, supports
 from pipeline.models.kernels.packed_attention import attend
 from pipeline.models.kernels.rms_norm import RMSNorm
@@ -30,10 +30,10 @@ ALONE = ("cache", "past_key_values", "past", "attention_mask")
 
 
 class TrainingBlock(nn.Module):
-    """The first base class of a replaced block, whose own forward evaluates.
+    """A block of Llama with a faster forward for training.
 
-    After its attention the last block computes only the rows that carry a label: (1, n, D) for an
-    index (n,).
+    It stands before the block's own class, whose forward still evaluates. After its attention the
+    last block computes only the rows that carry a label: (1, n, D) for an index (n,).
     """
 
     is_last = False
@@ -85,15 +85,17 @@ class TrainingBlock(nn.Module):
 
 @torch.no_grad()
 def fuse_llama_blocks(model: CausalLM) -> int:
-    """Replaces in place the forwards of Llama's blocks that then compute the same.
+    """Replaces in place the forward of each block that then computes the same.
 
-    Returns their number. Names, parameters and state_dict stay.
+    Returns the number of these blocks. Names, parameters and state_dict stay.
     """
     probe = torch.linspace(-4, 4, 33)
     blocks = list[nn.Module]()
     for block in model.blocks:
-        if has_llama_parts(block) and not isinstance(block, TrainingBlock):
-            # by itself: near 0, where a block of small weights reads it, GELU is much the same
+        if isinstance(block, TrainingBlock) or not has_llama_parts(block):
+            continue
+        if window_of(block.self_attn) is None:  # its attention would not hide keys
+            # compared without its block, which may read it near 0 only: there GELU is much the same
             act: Any = block.get_submodule("mlp").act_fn
             if torch.allclose(act(probe), F.silu(probe)):
                 blocks.append(block)
@@ -124,12 +126,13 @@ def fuse_llama_blocks(model: CausalLM) -> int:
 
 
 def _replace(block: nn.Module, options: dict[str, Any]) -> bool:
-    """Give the block its faster forward if that changes a random input alike."""
+    """Give the block its faster forward if both do the same to a random input; whether they do."""
     width = len(block.post_attention_layernorm.weight)  # type: ignore[union-attr, arg-type]
-    # small: what a block adds does not depend on its input's size, and bf16 rounds the sum of both
+    # small: its size does not change what the block adds, but how far bf16 rounds the sum of both
     (x,) = random_tensors((1, 7, width))
     x = x.mul_(2**-8).to(torch.bfloat16)
-    expected, kind = block(x, **options).float() - x.float(), type(block)
+    expected = block(x, **options).float() - x.float()
+    kind = type(block)
     block.__class__ = _with_training_forward(kind)  # type: ignore[arg-type]  # mypy: a class has no hash
     added = attempt(
         f"the fused {kind.__name__}", PLAIN, lambda: block(x, **options).float() - x.float()
@@ -230,7 +233,9 @@ class _Linears(torch.autograd.Function):
             for i, grad_A, part, (A_dtype, B_dtype) in of_each:
                 d_A[i] = grad_A.to(A_dtype)
                 d_B[i] = (part.t() @ grads[i]).t().mul(ctx.scales[i]).to(B_dtype)
-        return None if d_x is None else d_x.view(ctx.shape), None, *[None] * (2 * n), *d_A, *d_B
+        if d_x is not None:
+            d_x = d_x.view(ctx.shape)
+        return d_x, None, *[None] * (2 * n), *d_A, *d_B
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -1,10 +1,10 @@
 """MiniGPT's block with frozen weights and low-rank updates of its attention as one autograd node.
 
 A small model's step is bound by calls: under autograd a product of 16 rows costs views, a node and
-bookkeeping, which take longer than it does. Here forward and backward are the calls that compute
-something; q, k and v are one product. Of one adapter on MiniGPT a step of 16 to 32 rows takes
-1/1.05 of the time that it takes without, one of 96 rows 1.14 ×; of eight adapters, by native.c,
-see `_NativeBlock` (CPU seconds of one thread, in turns).
+bookkeeping, which take longer than the product. Here forward and backward are the calls that
+compute something; q, k and v are one product. With one adapter on MiniGPT, a step of 16 to 32 rows
+takes 1/1.05 of the time that it takes without this file, one of 96 rows 1.14 × (CPU seconds of one
+thread, in turns). For eight adapters, by native.c, see `_NativeBlock`.
 """
 
 from collections.abc import Callable, Sequence
@@ -62,10 +62,10 @@ def low_rank_block(
 ) -> Tensor | None:
     """x + attention(norm(x)), then + fc2(gelu(fc1(norm))), (B, T, D).
 
-    `mask`: of a row of `segments`.
+    `mask` (T, T): of a row of several sequences, whose lengths are `segments`.
 
-    None unless q, k, v and out (`attention`) have updates alike, nothing else of the block trains
-    and all is in fp32.
+    Returns None unless q, k, v and out (`attention`) have updates alike, nothing else of the block
+    trains and all is in fp32.
     """
     if x.dtype != torch.float32:
         return None
@@ -165,14 +165,18 @@ class _Block(torch.autograd.Function):
             d_As = torch.baddbmm(A, B_.mT, folded, beta=0, alpha=block.scale).unbind()
             d_Bs = torch.baddbmm(B_, folded, A.mT, beta=0, alpha=block.scale).unbind()
             return d_x, None, *d_As, *d_Bs
-        (d_A, d_B), L = of_qkv, len(joined[0])
+        d_A, d_B = of_qkv
+        L = len(joined[0])
         d_As = d_A.view(L, 3, -1, D).unbind(1)  # (L, R, D) each
         d_Bs = d_B.view(L, 3, D, 3, -1).diagonal(dim1=1, dim2=3).unbind(-1)  # (L, D, R) each
         return d_x, None, *d_As, of_out[0], *d_Bs, of_out[1]
 
 
 def _runs_natively(x: Tensor, block: _Frozen, factors: Sequence[Tensor]) -> bool:
-    """Only of many adapters: a single one's numbers are the same with a compiler and without."""
+    """Whether native.c computes the block of many adapters.
+
+    It is not asked to compute a single one's, whose numbers are the same without a compiler.
+    """
     # one adapter does not need it
     from pipeline.models.kernels.native import COLUMNS, LANES, supports
 
@@ -187,10 +191,10 @@ def _runs_natively(x: Tensor, block: _Frozen, factors: Sequence[Tensor]) -> bool
 
 
 class _NativeBlock(torch.autograd.Function):
-    """The same of L adapters by native.c: of 8 with 16 tokens each, 0.2 ms instead of 0.7.
+    """`_Block` of L adapters by native.c: of 8 with 16 tokens each, 0.2 ms instead of 0.7.
 
-    What torch's calls take longest for: attention of short sequences, and products of few rows.
-    Gradients as in `_backward`.
+    It saves most where torch's calls take longest: in attention of short sequences and products of
+    few rows. Gradients as in `_backward`.
     """
 
     @staticmethod
@@ -200,9 +204,11 @@ class _NativeBlock(torch.autograd.Function):
         from pipeline.models.kernels.native import COLUMNS, LANES, BlockShape, call
         from pipeline.models.kernels.short_attention import starts_of
 
-        x, starts = x.contiguous(), starts_of(lengths)
+        x = x.contiguous()
+        starts = starts_of(lengths)
         L, R, D = factors[0].shape
-        F_, n = len(block.fc1[0]), x.numel() // D  # width of the feed-forward, rows
+        F_ = len(block.fc1[0])  # width of the feed-forward
+        n = x.numel() // D  # rows
         norms = [(weight, bias) for weight, bias, _ in block.norms]
         pairs = (*norms, *block.attention, block.fc1, block.fc2)
         pointers = [tensor.data_ptr() for tensor in chain.from_iterable(pairs)]
@@ -220,8 +226,7 @@ class _NativeBlock(torch.autograd.Function):
         room = x.new_empty(n * (2 * D + max(F_, 3 * D)) + max(weights, updates, attention))
         out = torch.empty_like(x)
         call("low_rank_forward", _address(shape, factors), x, out, saved, room)
-        # the tensors at whose addresses `shape` points are held by `block`, `starts`, and what is
-        # saved
+        # `block`, `starts` and what is saved keep the tensors to whose addresses `shape` points
         ctx.shape, ctx.block, ctx.starts, ctx.room = shape, block, starts, room.shape
         ctx.save_for_backward(x, saved, *factors)
         return out
@@ -231,7 +236,8 @@ class _NativeBlock(torch.autograd.Function):
         from pipeline.models.kernels.native import call
 
         x, saved, *factors = ctx.saved_tensors
-        d_out, room = outputs[0].contiguous(), x.new_empty(ctx.room)
+        d_out = outputs[0].contiguous()
+        room = x.new_empty(ctx.room)
         grads = [factor.new_empty(factor.shape) for factor in factors]
         of_factors = (c_void_p * len(grads))(*[grad.data_ptr() for grad in grads])
         d_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
@@ -243,7 +249,10 @@ class _NativeBlock(torch.autograd.Function):
 
 
 def _address(shape: "BlockShape", factors: Sequence[Tensor]) -> int:
-    """The address of `shape` with these factors: a checkpointed block has others in backward."""
+    """Point `shape` to these factors, and return its address.
+
+    Backward sets them anew: those of a checkpointed block then have other addresses.
+    """
     shape.factors = (c_void_p * len(factors))(*[factor.data_ptr() for factor in factors])
     shape.steps = (c_long * len(factors))(*[factor.stride(0) for factor in factors])
     return addressof(shape)
@@ -270,9 +279,8 @@ def _layers(
 ) -> tuple[_Linear, _Linear, Tensor | None]:
     """The layer of q, k and v with (3D, D) weights, that of out, and the folded weights.
 
-    Of one adapter these are (4, D, D).
-
-    Updates of L adapters stay apart: folded they are L weights, and as many gradients of weights.
+    The folded weights of one adapter are (4, D, D). Updates of L adapters are not folded: that
+    would be L weights, and as many gradients of weights.
     """
     weights = [weight for weight, _ in block.attention]
     if of_out:

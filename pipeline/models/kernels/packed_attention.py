@@ -26,9 +26,9 @@ NAME = "lora_segments"
 
 
 def register(function: Callable[..., Any] | None = None) -> str:
-    """The name to pass to transformers as `attn_implementation`. Such a model passes no masks.
+    """Register our attention with transformers; returns its name, an `attn_implementation`.
 
-    `function`: what stands in for `attend`.
+    A model that uses it passes no masks. `function`: what stands in for `attend`.
     """
     from transformers import AttentionInterface  # takes two seconds, which MiniGPT does not need
 
@@ -70,11 +70,12 @@ def attend(
         raise ValueError(
             f"segments {list(segments)} do not add up to one row of {query.shape[2]} tokens"
         )
-    T, pairs = query.shape[2], None
+    T = query.shape[2]
+    pairs = None  # of the cache
     lengths = [T] if segments is None else list(segments)
     if prefix is not None:
         key, value = prefix(module.layer_idx, key, value, lengths)  # type: ignore[arg-type]
-    # of keys
+    # each sequence's number of keys
     spans = [length + (key.shape[2] - T) // len(lengths) for length in lengths]
     if past is not None:
         pairs = past.update(module.layer_idx, key, value, lengths)  # type: ignore[arg-type]
@@ -93,8 +94,8 @@ def attend(
         from pipeline.models.kernels.accelerator_attention import attend_on_accelerator
 
         out = attend_on_accelerator(query, key, value, lengths, spans, rule, pairs)
-    # Also in training without gradients: with its adapter off, a model then gives the bits that its
-    # base gives.
+    # In training also without gradients: a model whose adapter is off then gives the bits of its
+    # base.
     elif module.training and rule.plain and lengths == spans and max(lengths) <= LONGEST:
         out = short_attention(query, key, value, lengths, rule.scale)
     elif len(lengths) == 1 and pairs is None:
@@ -115,4 +116,5 @@ def record_weights(layer: int) -> Iterator[list[Tensor]]:
     try:
         yield recorder[1]
     finally:
-        _recorders.remove(recorder)
+        # by identity: others may be equal
+        _recorders[:] = [other for other in _recorders if other is not recorder]

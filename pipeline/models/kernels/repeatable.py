@@ -1,10 +1,10 @@
 """Gradients of attention on a GPU that are the same each time.
 
 The backward of torch's fused kernels adds up in the order in which their blocks end, unless
-deterministic algorithms are on where it is called. They cannot be on for a step: then an operation
-that has none raises, and each product, unless CUBLAS_WORKSPACE_CONFIG is set. Where torch is to
-warn instead of raising, it leaves these kernels as they are. So they are on for the calls of these
-kernels alone (docs/decisions/0024).
+deterministic algorithms are on where it is called. They cannot be on for a whole step: an operation
+without one then raises, and so does every product unless CUBLAS_WORKSPACE_CONFIG is set. If torch
+only warns of these, it does not make the kernels deterministic either. So the algorithms are on for
+the calls of these kernels alone (docs/decisions/0024).
 """
 
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ def supports_repeatable(q: Tensor, k: Tensor, v: Tensor) -> bool:
 class RepeatableAttention(torch.autograd.Function):
     """Causal attention of q, k (B, H, T, K) and v (B, H, T, V).
 
-    By torch's memory-efficient kernel, which has every precision and values of another size.
+    torch's memory-efficient kernel computes it, in every precision and for V other than K.
     """
 
     @staticmethod

@@ -93,7 +93,8 @@ def _forward(
     x: Tensor, added: Tensor | None, weight: Tensor, eps: float, offset: float
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """x + added if there is one, its norm, and 1/√… of each row, by native.c."""
-    width, total = x.shape[-1], None if added is None else torch.empty_like(x)
+    width = x.shape[-1]
+    total = None if added is None else torch.empty_like(x)
     out, inverse = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     tensors = (x, added, weight, total, out, inverse)
     call("rms_norm_forward", *tensors, x.numel() // width, width, eps, offset)
@@ -104,7 +105,9 @@ def _backward(
     grad: Tensor, passed: Tensor | None, x: Tensor, weight: Tensor, inverse: Tensor, offset: float
 ) -> Tensor:
     """dx, plus `passed` if there is one, by native.c."""
-    grad, d_x, width = grad.contiguous(), torch.empty_like(x), x.shape[-1]
+    grad = grad.contiguous()
+    d_x = torch.empty_like(x)
+    width = x.shape[-1]
     tensors = (grad, passed, x, weight, inverse, d_x)
     call("rms_norm_backward", *tensors, x.numel() // width, width, offset)
     return d_x
@@ -118,8 +121,8 @@ def fuse_rms_norms(
 ) -> list[str]:
     """Replaces in place the norms that compute the same as one of `kind`; returns their names.
 
-    They are compared on `device`, by default on their own. Fake tensors have no numbers to compare:
-    with `checked` False every norm of that name is replaced.
+    Only classes named …RMSNorm are tried. They are compared on `device`, by default on their own.
+    Fake tensors have no numbers to compare: with `checked` False all of these classes are replaced.
     """
     replaced = []
     for name, module in list(model.named_modules()):
@@ -141,7 +144,7 @@ def fuse_rms_norms(
 
 @torch.no_grad()
 def _same_on_random_input(ours: RMSNorm, theirs: nn.Module, device: torch.device) -> bool:
-    """Whether a norm of that name computes what ours does: only its numbers tell."""
+    """Whether both norms compute the same: a class's name and weight do not tell."""
     if device != ours.weight.device:
         ours, theirs = copy.deepcopy(ours).to(device), copy.deepcopy(theirs).to(device)
     probe = random_tensors((PROBES, len(ours.weight)))[0].to(ours.weight)  # (PROBES, D)

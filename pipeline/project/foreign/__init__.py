@@ -1,7 +1,7 @@
 """Configs of other tools as settings of this one, for `lora new --from`.
 
-A tool is one file here with its `FORMAT`; they are asked in their order. Names are those of
-`params/aliases.py`, and a file holds only what its tool says otherwise than by a name. Every
+A tool is one file here with its `FORMAT`; tools are asked by `Format.order`. Other names of keys
+are in `params/aliases.py`: a tool's file reads only what another name alone does not say. Every
 problem is a UserError with file and key.
 """
 
@@ -42,7 +42,7 @@ class Format(NamedTuple):
     order: int  # in which tools are asked
     name: str
     marks: frozenset[str]  # keys of which one says that a config is the tool's
-    read: Callable[["Config"], None]  # takes from a Config what is not a name
+    read: Callable[["Config"], None]  # takes from a Config what a name alone does not say
 
 
 class Config:
@@ -56,7 +56,7 @@ class Config:
         self.left: list[tuple[str, Any, str]] = []
 
     def choose(self, key: str, sections: Mapping[Any, str], default: str = "finetune_lora") -> None:
-        """The section by the value of `key`. Raises UserError for a value not in `sections`."""
+        """Set the section by the value of `key`. Raises UserError for one not in `sections`."""
         value = self.rest.pop(key, None)
         if value is not None and (not isinstance(value, str | bool) or value not in sections):
             known = ", ".join(map(str, sections))
@@ -67,14 +67,14 @@ class Config:
         self.section = default if value is None else sections[value]
 
     def choose_preferences(self, key: str, losses: Mapping[str, str]) -> None:
-        """Preferences in place of examples if `key` says so, with the loss that it names."""
+        """Learn from preferences in place of examples if `key` names one of the `losses`."""
         if self.section == "finetune_lora" and (loss := losses.get(str(self.rest.get(key)))):
             self.section = "finetune_dpo"
             self.take(key, "loss", loss)
             del self.rest[key]
 
     def take(self, theirs: str, ours: str, value: Any) -> None:
-        """A value of the section, if it has the key. Raises UserError if it breaks a rule."""
+        """Take a value if the section has `ours`. Raises UserError if the value breaks a rule."""
         if ours == "base":
             if not isinstance(value, str):
                 raise UserError(
@@ -99,13 +99,13 @@ class Config:
         self.taken[ours] = (theirs, list(typed) if isinstance(typed, tuple) else typed)
 
     def leave(self, theirs: str, value: Any, why: str) -> None:
-        """A key without a counterpart."""
+        """Note a key without a counterpart."""
         self.left.append((theirs, value, why))
 
     def take_files(self, theirs: str, names: Any) -> None:
-        """The data files among `names`, from the current folder or the config's.
+        """Take the data files among `names`, from the current folder or the config's.
 
-        Of a folder it is train.jsonl.
+        Of a folder train.jsonl is taken.
         """
         for name in names if isinstance(names, list) else [names]:
             relative = str(name)[:LONGEST]
@@ -122,8 +122,9 @@ class Config:
                 self.leave(theirs, name, why)
 
     def take_rest(self) -> None:
-        """What no rule of the tool took, by its name."""
-        double = True in [self.rest.pop(key, None) for key in DOUBLE]
+        """Take by its name what the tool's own rules have not taken."""
+        popped = [self.rest.pop(key, None) for key in DOUBLE]
+        double = True in popped
         for theirs, value in self.rest.items():
             ours = KEYS.get(theirs, theirs)
             is_off = value is False and ours != "gradient_checkpointing"
@@ -142,13 +143,13 @@ class Config:
             self.taken["quantization"] = (theirs, "nf4-dq")
 
     def drop(self, ours: str, why: str) -> None:
-        """Leave what was taken."""
+        """Move what was taken to what is left."""
         if ours in self.taken:
             theirs, value = self.taken.pop(ours)
             self.leave(theirs, value, why)
 
     def done(self, format_name: str) -> Foreign:
-        """All that was read, without what cannot stand together."""
+        """All that was read, without settings that other settings exclude."""
         if not self.taken.get("eval_share", ("", 0))[1]:
             for key in ("eval_steps", "patience"):
                 self.drop(key, "nothing is held out: set eval_share")

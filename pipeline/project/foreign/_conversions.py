@@ -1,7 +1,7 @@
 """Values that other tools write in another way: by our key, a function (their key, value) → ours.
 
-It returns a `Why` for a value without a counterpart, and None for one that says nothing, such as
-`max_steps: -1`.
+The function returns a `Why` for a value without a counterpart, and None for one that says nothing,
+such as `max_steps: -1`.
 """
 
 import re
@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.project.params.aliases import by_other_name
 
+# names of embedding and head
 ENDS = frozenset(("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings"))
 BITS = {"load_in_4bit": "nf4", "load_in_8bit": "int8", "4": "nf4", "8": "int8"}
 # quantize the scales too
@@ -76,9 +77,10 @@ class Why(str):
 
 
 def by_name(ours: str, theirs: str, value: Any) -> Any:
-    """A value of the keys in `NAMES`; bf16 and fp16 are also keys, and pissa_init another."""
+    """Our name of a value of a key in `NAMES`. bf16, fp16 and pissa_init are keys that name it."""
     if theirs in ("bf16", "fp16") and value in (True, "auto", "full"):
         return theirs
+    # PEFT's pissa_niter_16 is PiSSA too
     name = "pissa" if theirs == "pissa_init" else str(value).partition("_niter")[0]
     known = dict.fromkeys(NAMES[ours].values())
     return NAMES[ours].get(name) or Why(f"values here are {', '.join(known)}")

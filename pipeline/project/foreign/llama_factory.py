@@ -20,6 +20,7 @@ def read(config: Config) -> None:
         config.take("disable_gradient_checkpointing", "gradient_checkpointing", "none")
     rank = config.rest.get("lora_rank")
     if isinstance(rank, int) and config.section in LORA and config.rest.get("lora_alpha") is None:
+        config.take("lora_rank", "rank", rank)  # refused as the file has it, not doubled
         config.take("lora_rank", "alpha", 2 * rank)
 
 

@@ -20,7 +20,11 @@ def read(config: Config) -> None:
     lora = _mapping(config, "lora_parameters")
     rank, scale = lora.get("rank"), lora.pop("scale", None)
     if isinstance(scale, int | float) and isinstance(rank, int):
-        config.take("lora_parameters.scale", "alpha", scale * rank)
+        # refused as the file has them: their product would be another number
+        config.take("lora_parameters.scale", "alpha", scale)
+        config.take("lora_parameters.rank", "rank", lora.pop("rank"))
+        if "rank" in config.taken:
+            config.take("lora_parameters.scale", "alpha", scale * rank)
         lora.pop("alpha", None)  # mlx-lm has it in older files and does not read it
     for key, value in lora.items():
         if value is not None:

@@ -82,7 +82,8 @@ class Follower:
     """The process in which one tracker follows one run."""
 
     def __init__(self, name: str, followed: Followed) -> None:
-        self.name, module = name, TRACKERS[name]
+        self.name = name
+        module = TRACKERS[name]
         folder = Path(followed.out) if followed.out else Path(followed.root, module.FOLDER)
         shown = followed.out or module.FOLDER
         self.view = module.VIEW.format(folder=shown)
@@ -128,7 +129,7 @@ class Follower:
 
 
 def check(names: Iterator[str] | list[str] | tuple[str, ...], key: str = "report_to") -> None:
-    """Raises UserError for a tracker that there is not."""
+    """Raises UserError for a name that no tracker has."""
     if unknown := [name for name in names if name not in TRACKERS]:
         raise UserError(
             f"{key} must name trackers of {', '.join(TRACKERS)}, got {unknown[0]!r}. Change it."
@@ -146,9 +147,7 @@ def missing(name: str) -> str:
 
 
 def _states(name: str, followed: Followed) -> Path:
-    """The folder in which it is written down what a tracker was sent, and what its process
-    printed.
-    """
+    """The folder of the files that say what a tracker was sent, and what its process printed."""
     return Path(followed.out) if followed.out else Path(followed.root, "runs", name)
 
 
@@ -173,8 +172,9 @@ class Feed:
         self.read_from(files, followed.started)
 
     def read_from(self, files: LogFiles, since: float = 0.0) -> None:
-        """From now on the logs are these, with the same lines; those not written `since` are
-        another run's.
+        """Read `files` from now on, which have the same lines.
+
+        A file that was last written before `since` is another run's.
         """
         self._since = since
         steps = FileTail(files.loss, lambda header: partial(_read_step, step_parser(header)))
@@ -193,7 +193,8 @@ class Feed:
                 chunk = tail.read()
                 if not is_ours():
                     return
-                more, last = chunk.more, self._state.get(name, 0)
+                more = chunk.more
+                last = self._state.get(name, 0)
                 # a resumed run writes the same lines again
                 rows = [row for row in chunk.rows if row.step > last]
                 if rows:
@@ -295,7 +296,8 @@ def _read_state(path: Path) -> dict[str, int]:
 
 def follow(name: str, followed: Followed) -> None:
     """Send a run to a tracker until it has ended. Killed by SIGALRM if the tracker hangs."""
-    module, folder, artifact = TRACKERS[name], Path(followed.run), Path(followed.artifact)
+    module = TRACKERS[name]
+    folder, artifact = Path(followed.run), Path(followed.artifact)
     feeds: dict[str, Feed] = {}
 
     def is_ours() -> bool:
@@ -318,15 +320,16 @@ def follow(name: str, followed: Followed) -> None:
             and journal.state == "running"
             and run_state.alive(folder)
         )
-        send(folder, is_ours)  # after the look at its state: nothing is written after that
+        # after the look at the state: a run that had ended by then writes nothing more
+        send(folder, is_ours)
         if journal is not None and is_ours():
             state = "failed" if journal.state == "running" else journal.state  # its process died
         if not goes_on:
             break
         time.sleep(POLL)
-    # a run that is sent later is waited for, and can be interrupted
+    # no limit for a run that is sent later: its user waits for it, and can interrupt it
     signal.alarm(PATIENCE if followed.started else 0)
-    # another run has the run folder, or it is over
+    # another run has the run folder, or there is none: the logs are in the artifact
     if not (followed.started and is_ours()) and artifact.is_dir():
         for files in curves(artifact, followed.sweeps):
             if files.name in feeds:
@@ -342,7 +345,7 @@ def main() -> None:
     os.nice(10)  # the cores are the training's
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     with (_states(name, followed) / f".{followed.stage}.lock").open("w") as lock:
-        # a run that resumes at once waits until it was read how the last one ended
+        # if a run resumes at once, the follower of the last one first reads how that ended
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             follow(name, followed)

@@ -206,7 +206,8 @@ class RunLog:
             (folder / SAMPLES).unlink(missing_ok=True)
         before = last_telemetry(folder)
         self._before = before.seconds if before else 0.0
-        self._start, self._tokens = time.perf_counter(), at_tokens
+        self._start = time.perf_counter()
+        self._tokens = at_tokens
 
     def __enter__(self) -> "RunLog":
         return self
@@ -224,7 +225,8 @@ class RunLog:
         seconds = self._before + since
         speed = (step.tokens - self._tokens) / since  # labelled tokens
         self._telemetry.write(
-            f"{step.step},{seconds:.6f},{speed:.1f},{peak_memory()},{device},{peak.predicted},{peak.measured}\n"
+            f"{step.step},{seconds:.6f},{speed:.1f},{peak_memory()},{device},"
+            f"{peak.predicted},{peak.measured}\n"
         )
 
     def append_samples(self, samples: Sequence[Sample]) -> None:
@@ -260,7 +262,7 @@ def peak_memory() -> int:
 
 
 def _open_at(path: Path, header: str, at_step: int) -> TextIO:
-    """Open `path` for appending, truncated after the lines of `at_step`, their first number.
+    """Open `path` for appending, without the lines of steps after `at_step`.
 
     It is truncated in place, so that a kill at any moment keeps the lines before.
     """
@@ -284,9 +286,10 @@ def flat_from(steps: Sequence[Step]) -> int | None:
 
 
 def flat_epoch(means: Sequence[float]) -> int | None:
-    """The first epoch from which the mean loss stays within 5% of the total drop of the last's.
+    """The first epoch (from 1) from which the mean loss stays near that of the last epoch.
 
-    None if only the last epoch does: the curve has not flattened.
+    Near is within 5% of the difference between the first and the last mean. None if only the last
+    epoch is near: the curve has not flattened.
     """
     if len(means) < 2 or not all(map(math.isfinite, means)):
         return None

@@ -30,14 +30,14 @@ class Journal:
     started: float
     done: int = 0  # of `total` units of work
     total: int = 0
-    first: int = 0  # the unit it started or resumed at, at `since`
+    first: int = 0  # units that were done at `since`, when it started or resumed
     since: float = 0.0
     text: str = ""
     message: str = ""
     notes: list[str] = field(default_factory=list)
     ended: float = 0.0  # 0 while it runs, and if it died
     rate: float = 0.0  # units of work per second lately; 0 in the first seconds
-    past: float = 0.0  # those of the run before; 0 if there was none
+    past: float = 0.0  # units of work per second of the run before; 0 if there was none
 
     @property
     def seconds(self) -> float | None:
@@ -52,8 +52,8 @@ class Journal:
             return None
         if not (self.rate > 0 and self.past > 0):
             return left / max(self.rate, self.past)
-        # The first units say little: a library warms up, and those of a study differ. They count by
-        # how many are done.
+        # The first units say little: a library warms up, and those of a study differ. So this run's
+        # rate counts by the share of units that are done.
         share = self.done / self.total
         return share * (left / self.rate) + (1 - share) * (left / self.past)
 
@@ -111,14 +111,14 @@ class Writer:
         """Update the journal and write it immediately."""
         self._journal = replace(self._journal, **values)
         try:
-            write_file(self._path, json.dumps(asdict(self._journal), ensure_ascii=False))
+            write_file(self._path, [_encode(self._journal)])
         except OSError:
             # On a full disk, write into the old file's block, as there is no room for a new file.
             # Notes are dropped, so that one block is enough. A reader may see no journal at this
             # moment.
             short = replace(self._journal, notes=[], message=self._journal.message[:MAX_MESSAGE])
             with suppress(OSError), self._path.open("rb+", buffering=0) as file:
-                file.write(json.dumps(asdict(short), ensure_ascii=False).encode())
+                file.write(_encode(short))
                 file.truncate()
 
     def note(self, text: str) -> None:
@@ -127,7 +127,7 @@ class Writer:
     def progress(self, done: int, total: int, text: str) -> None:
         """Write the progress, at most every `PAUSE` seconds: a step may take a millisecond."""
         now = time.time()
-        # the start, or of another kind of work
+        # the work starts, or another kind of work does
         if total != self._journal.total or done < self._journal.done:
             self._journal = replace(self._journal, first=done, since=now)
             self._earlier = self._later = (now, done)
@@ -141,6 +141,11 @@ class Writer:
         then, done_then = self._earlier
         rate = (done - done_then) / (now - then) if elapsed >= WARM_UP else 0.0
         self.change(done=done, total=total, text=text, rate=rate)
+
+
+def _encode(journal: Journal) -> bytes:
+    """The journal's JSON. A path in its texts may not be UTF-8: ? stands for such bytes."""
+    return json.dumps(asdict(journal), ensure_ascii=False).encode(errors="replace")
 
 
 class Settings(NamedTuple):

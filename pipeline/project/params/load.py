@@ -14,6 +14,7 @@ from msgspec import structs
 
 from pipeline.errors import UserError
 from pipeline.files import base_model
+from pipeline.files.text import abbreviate_repr
 from pipeline.project.params.schema import (
     Pretrained,
     Section,
@@ -33,9 +34,10 @@ RUNNING = "running"
 # sources of values that no file sets
 DEFAULT, PRETRAINED = "default", "default for a pretrained base"
 OVERRIDE = "--set"
+EARLIER_NEW = "an earlier `lora new`"
 # A file with this first line was written by `lora new` when a pretrained base had MiniGPT's
-# defaults. It left them out, and keeps them: fp32 on a device without bf16, and the epochs where
-# max_steps counts.
+# defaults. The file leaves them out and still means them: fp32 on a device without bf16, and the
+# epochs where max_steps counts.
 EARLIER, EARLIER_DEFAULTS = "# Written by `lora new`. ", {"precision": "fp32", "epochs": 50}
 # keys above the sections → the section that holds them in memory; `running` is no stage's, so
 # nothing is made again
@@ -151,9 +153,12 @@ class Params:
         """The file, its training block or --set; empty for a default."""
         if where_set := self.sources.get(key_path(section, key)):
             return where_set
-        kind, shared = self._kind(section), f"{TRAINING}.{key}"
+        kind = self._kind(section)
+        shared = f"{TRAINING}.{key}"
         inherits = issubclass(kind, Training) and key not in kind.NOT_SHARED
-        return f"{self.sources[shared]}, {TRAINING}" if inherits and shared in self.sources else ""
+        if inherits and shared in self.sources:
+            return f"{self.sources[shared]}, {TRAINING}"
+        return ""
 
     def _kind(self, section: str) -> type[Section]:
         return Running if section == RUNNING else self.kinds[section]
@@ -226,10 +231,13 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
     if text.startswith(EARLIER):
         training = {**EARLIER_DEFAULTS, **training}
         for key in EARLIER_DEFAULTS:
-            sources.setdefault(f"{TRAINING}.{key}", "an earlier `lora new`")
+            sources.setdefault(f"{TRAINING}.{key}", EARLIER_NEW)
     params = Params(
         kinds, {}, tree, training, sources, project, path.name, named, Running(**running)
     )
+    # read with `origin`, so that its errors name --set; `params.origin` would name the file
+    if "import" in tree:
+        params = params._with({"import": _read_section("import", params, origin)})
     if params.origin.imports:
         params = replace(params, width=base_model.width(params.origin.base, path.parent))
     for key, value in training.items():  # also where nothing trains
@@ -242,7 +250,8 @@ def _check_keys(tree: Mapping[str, Any], kinds: Kinds, origin: ValueSource) -> N
     for name, keys in tree.items():
         if keys is not None and not isinstance(keys, dict):
             raise UserError(
-                f"{origin.of(name)}: {name} must be a section of key: value lines, got {keys!r}."
+                f"{origin.of(name)}: {name} must be a section of key: value lines, got "
+                f"{abbreviate_repr(keys)}."
             )
         kind = Training if name == TRAINING else kinds[name]
         known = [key for key in hints(kind) if key not in TOP_LEVEL]
@@ -276,7 +285,10 @@ def inherit(
             return path
         return Path(os.path.normpath(Path(prefix) / path)).as_posix()
 
-    sources = {key: f"{prefix}/{source}" for key, source in parent.sources.items()}
+    sources = {
+        key: source if source == EARLIER_NEW else f"{prefix}/{source}"
+        for key, source in parent.sources.items()
+    }
     running = {key: getattr(params.running, key) for key in hints(Running) if key in params.sources}
     child = replace(
         params,
@@ -304,7 +316,7 @@ def _build(params: Params, origin: ValueSource) -> Params:
 
 
 def _read_section(name: str, params: Params, origin: ValueSource) -> Section:
-    """What the file says of a section, on the training block if it trains, on its defaults."""
+    """A section: what the file says, else the training block if it trains, else its defaults."""
     kind = params.kinds[name]
     types = hints(kind)
     values = {}
@@ -329,7 +341,9 @@ def _read_tree(text: str, path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold sections such as `finetune_lora:`, got {tree!r}.")
+        raise UserError(
+            f"{path} must hold sections such as `finetune_lora:`, got {abbreviate_repr(tree)}."
+        )
     return tree
 
 
@@ -340,7 +354,8 @@ def _read_override(override: str) -> tuple[str, Any]:
     path, equals, text = override.partition("=")
     path = path.strip()
     section, dot, key = path.partition(".")
-    if not (equals and (key if dot else section in TOP_LEVEL)):
+    is_key = bool(section and key) if dot else section in TOP_LEVEL
+    if not equals or not is_key:
         raise UserError(
             f"--set takes section.key=value, such as finetune_lora.rank=8, got {override!r}."
         )
@@ -359,7 +374,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> str:
         return path
     if tree.get(section) is None:
         tree[section] = {}
-    if not isinstance(tree[section], dict):
+    if section in (PROJECT, *TOP_LEVEL) or not isinstance(tree[section], dict):
         raise UserError(f"--set {path}: {section} is not a section in the params file.")
     tree[section][key] = value
     return path

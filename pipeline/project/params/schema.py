@@ -44,7 +44,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
     The declared defaults are those of MiniGPT.
     """
 
-    # its own defaults on a pretrained base, where they are others
+    # key → its default on a pretrained base, where that is another
     PRETRAINED: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod
@@ -103,10 +103,12 @@ class ValueSource(NamedTuple):
     def of(self, key: str) -> str:
         """Where `key` is set: "--set" or the file.
 
-        `key`: section, section.key, or a key deeper in a mapping.
+        `key`: section, section.key, or a key deeper in a mapping or list, such as
+        section.key[0].path.
         """
         section_key = ".".join(key.split(".")[:2])
-        return "--set" if section_key in self.overridden else self.file
+        without_index = section_key.partition("[")[0]
+        return "--set" if {section_key, without_index} & self.overridden else self.file
 
 
 @cache

@@ -90,7 +90,7 @@ def failed(what: str, error: Exception) -> Seen:
 
 
 def _place(frames: Sequence[traceback.FrameSummary]) -> str:
-    """The innermost of the frames outside torch and this file."""
+    """The innermost of the frames outside torch, `warnings` and this file."""
     skipped = (str(Path(torch.__file__).parent), warnings.__file__, __file__)
     outside = [frame for frame in frames if not frame.filename.startswith(skipped)]
     frame = (outside or frames)[-1]
@@ -419,8 +419,8 @@ def end_tree(pid: int) -> None:
 
 
 LARGE = Case("llama-3.2-1b", entry("llama-3.2-1b")["config"], steps=3, batch=8)
-NEEDED = 12 * 2**30  # bytes of the card that it takes in whole
-EXACT = 0.05  # of a prediction of memory
+NEEDED = 12 * 2**30  # bytes of a card on which all of its blocks train
+EXACT = 0.05  # the largest relative error of a prediction of memory
 
 
 @check(

@@ -26,7 +26,7 @@ from pipeline.training.task import TrainingTask, build_optimizer, prepare_model
 
 RANK, LEARNING_RATE, MAX_GRAD_NORM = 16, 1e-4, 1.0
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ASKED = 0.6  # of an example's tokens, the first: they have no labels
+ASKED = 0.6  # the share of an example's tokens, its first ones, that have no labels
 Example = tuple[list[int], list[int]]  # ids, labels
 
 
@@ -81,7 +81,7 @@ class LoraRun:
     """The training of `lora finetune lora`, step by step; a case has the same weights each time."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
-        self.case, self.device, examples = case, device, case.examples()
+        self.case, self.device = case, device
         torch.manual_seed(0)
         with torch.device(device):
             self.model: TransformersModel = from_config(case.config, torch.bfloat16)
@@ -91,7 +91,7 @@ class LoraRun:
         attach(self.model, AdapterSpec(RANK, 2 * RANK, TARGETS, saved=saved), torch.float32)
         windows = []
         self.tokens = self.labels = 0  # of an epoch
-        for ids, labels in examples:
+        for ids, labels in case.examples():
             learned = tuple(label != IGNORED for label in labels)
             windows.append(as_window(Encoded(tuple(ids), learned)))
             self.tokens += len(ids) - 1

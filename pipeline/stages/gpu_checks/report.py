@@ -101,11 +101,14 @@ def _anonymous(seen: Seen) -> Seen:
 
 
 def _without_names(text: str) -> str:
-    for path in (Path.home(), Path.cwd(), Path(sys.prefix)):
+    folders = [Path.cwd(), Path(sys.prefix)]
+    with suppress(RuntimeError):  # a container's user may have none
+        folders.insert(0, Path.home())
+    for path in folders:
         text = text.replace(f"{path}/", "…/")
     text = re.sub(r"(?<![\w.…/])/(?:[^\s/:'\"]+/)+", "…/", text)
     names = [socket.gethostname()]
-    with suppress(OSError, KeyError):  # a container's user may have none
+    with suppress(OSError, KeyError):  # nor a name
         names.append(getpass.getuser())
     for name in filter(None, names):
         text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "…", text)

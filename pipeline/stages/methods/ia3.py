@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -50,8 +50,8 @@ PEFT_OPTIONS = {  # those that are read, or without effect once the vectors are 
 
 
 class FinetuneIA3(AdapterTraining, frozen=True, kw_only=True):
-    """One vector a scaled linear trains: l ⊙ Wx, or W(l ⊙ x) in feed-forward layers (Liu et al.
-    2022).
+    """A vector for each scaled linear trains: l ⊙ Wx, or W(l ⊙ x) in feed-forward layers (Liu et
+    al. 2022).
     """
 
     PRETRAINED: ClassVar[Mapping[str, Any]] = {"feedforward_modules": ("down_proj",)}
@@ -238,7 +238,7 @@ def _scaled(model: CausalLM, folder: Path) -> tuple[list[str], list[str]]:
     return [name for name in names if name not in inputs], inputs
 
 
-def _matching(ends: Sequence[str], names: Iterable[str]) -> tuple[str, ...]:
+def _matching(ends: Sequence[str], names: Collection[str]) -> tuple[str, ...]:
     """The `ends` with which at least one of the names ends."""
     return tuple(end for end in ends if any(matches_suffix(name, end) for name in names))
 
@@ -247,7 +247,7 @@ def _matching(ends: Sequence[str], names: Iterable[str]) -> tuple[str, ...]:
 
 
 class IA3(FinetuningMethod):
-    """A vector each scales keys, values and the inputs of the last feed-forward linear of a block.
+    """Vectors scale the keys, the values and the inputs of each block's last feed-forward linear.
 
     Experts are left out, as in PEFT: they are no modules.
     """

@@ -51,8 +51,8 @@ if TYPE_CHECKING:
 
 MAX_ADAPTERS = 256  # adapters in one pass
 MAX_NAME = 100  # characters of a name, which is also a folder's
-PASSES = "passes"  # below the run folder: finished ones of a sweep that has several
-# that only some searches read
+PASSES = "passes"  # folder below the run folder, with the finished passes of a sweep of several
+# keys of finetune_sweep that only some searches read
 SEARCH_KEYS = ("trials", "search_seed", "reduction_factor", "sampler", "generation")
 ABBREVIATIONS = {
     "learning_rate": "lr",
@@ -267,7 +267,8 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     check(job.project)
     settings, sweep = job.project.params.finetune_lora, job.project.params.finetune_sweep
     search = SEARCHES[sweep.search]
-    passes, rows, tried = search.passes(sweep), dict[str, Any](), list[Trial]()
+    passes = search.passes(sweep)
+    rows, tried = dict[str, Any](), list[Trial]()
     for number in range(passes):
         asked = search.ask(sweep, tried)
         if not asked:
@@ -456,7 +457,8 @@ def _adapters(
     for n, values in enumerate(combinations):
         if values in combinations[:n]:
             raise UserError(
-                f"finetune_sweep.grid has {_adapter_name(values)} twice. Remove one of them."
+                f"finetune_sweep.grid has {_adapter_name(values) or '{}'} twice. Remove one of "
+                "them."
             )
     names = _disambiguate([_adapter_name(values) or "adapter" for values in combinations], taken)
     adapters: dict[str, Adapter] = {}

@@ -1,6 +1,6 @@
 """How a sweep chooses the combinations that it trains. A search is a file here with `SEARCH`.
 
-Only the search that a sweep uses is imported. It imports no torch, and no library of another one.
+Only the search that a sweep uses is imported. It imports no torch, and no other search's library.
 """
 
 from collections.abc import Callable, Mapping, Sequence

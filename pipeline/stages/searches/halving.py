@@ -1,7 +1,7 @@
 """Successive halving (Jamieson & Talwalkar 2016): after each rung the worse adapters stop."""
 
 from pipeline.errors import UserError
-from pipeline.stages.searches import Search, SearchSettings, combinations, count, one_grid
+from pipeline.stages.searches import Search, SearchSettings, check_trials, combinations, count
 from pipeline.stages.searches.random import draw
 
 
@@ -21,8 +21,10 @@ def rungs(settings: SearchSettings, adapters: int, steps: int) -> dict[int, int]
 
 def _check(settings: SearchSettings) -> None:
     if settings.trials:
-        one_grid(settings)
-    adapters = settings.trials or count(settings)
+        check_trials(settings)
+        adapters = len(draw(settings))  # a grid may have fewer combinations than `trials`
+    else:
+        adapters = count(settings)
     if adapters < settings.reduction_factor:
         raise UserError(
             f"reduction_factor is {settings.reduction_factor}, but there are only {adapters} "

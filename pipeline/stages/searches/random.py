@@ -12,7 +12,8 @@ ATTEMPTS = 100  # draws per wanted combination: fewer come out of a grid that ha
 def draw(settings: SearchSettings) -> list[Values]:
     """`trials` different combinations, or as many as the grid has."""
     # only `random()`: Python guarantees its numbers for a seed; other methods may change
-    share, drawn = Random(settings.search_seed).random, list[Values]()
+    share = Random(settings.search_seed).random
+    drawn = list[Values]()
     for _ in range(ATTEMPTS * settings.trials):
         values = {key: _value(options, share()) for key, options in one_grid(settings).items()}
         if values not in drawn:

@@ -54,7 +54,7 @@ def suggest_less_memory(
 
     now = predict_peak_memory(model, method, settings, batch)
     if now is None:
-        return f"Lower {stage}.max_length{''.join(f' or set {option}' for option in options)}."
+        return " or set ".join([f"Lower {stage}.max_length", *options]) + "."
     predictions = []
     for option, (changed, read) in options.items():
         size = predict_peak_memory(model, method, changed, read)
@@ -283,10 +283,11 @@ def release(error: BaseException) -> str:
     The frames of its traceback hold them, and a GPU has no room for the checkpoint until they are
     gone.
     """
-    reason, link = first_line(error), error.__context__
-    error.__traceback__ = None
+    reason = first_line(error)
+    link: BaseException | None = error
     while link is not None:
-        link.__traceback__, link = None, link.__context__
+        link.__traceback__ = None
+        link = link.__context__
     gc.collect()  # frames and autograd's contexts refer to each other
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

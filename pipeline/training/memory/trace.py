@@ -88,6 +88,8 @@ def _refuse_unsupported(
             f"--trace supports {', '.join(DTYPES)}, got {run.precision}. Change --precision."
         )
     _refuse_other_kernels(model, run)
+    if run.loss == "divergence":
+        raise UserError("--trace cannot run the retention loss. Use --loss chunked.")
     linears = chain.from_iterable(block.linears for block in model.blocks)
     if run.precision != "bf16" and any(linear.experts > 1 for linear in linears):
         # torch has no fake product of experts in other dtypes, though GPUs have a real one

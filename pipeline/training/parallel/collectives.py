@@ -26,8 +26,8 @@ SLOWEST_STEP = timedelta(minutes=30)
 LOOK = timedelta(seconds=1)  # a collective that takes longer looks whether a rank is lost
 NAMED_WITHIN = 5  # seconds: gloo notices an end at once, but not whose it is
 
-# How gloo and NCCL tell of a connection; of a mistake they say none of it. NCCL's own names of
-# errors do not tell: it passes on a closed connection as an internal error, too.
+# Words of gloo and NCCL about a connection, which their messages about mistakes do not have. The
+# names of NCCL's errors do not tell: it reports a closed connection as an internal error, too.
 _OF_A_COLLECTIVE = re.compile("gloo|nccl|pair closure|collective operation", re.IGNORECASE)
 _OF_A_CONNECTION = re.compile(
     "connection (closed|reset|refused)|timed out|timeout|broken pipe|no route to "

@@ -33,7 +33,8 @@ class Heartbeats:
     def __init__(self, store: Any, rank: int, on_loss: Callable[[], None]) -> None:
         self.lost = ""
         self._store, self._rank, self._on_loss = store, rank, on_loss
-        self._found, self._left, self._last_word = threading.Event(), threading.Event(), FAILED
+        self._found, self._left = threading.Event(), threading.Event()
+        self._last_word = FAILED
         self._names: dict[int, str] = {}
         self._here: dict[int, psutil.Process] = {}
         self._counts: dict[int, bytes] = {}
@@ -49,7 +50,7 @@ class Heartbeats:
         return socket.gethostname(), process.pid, process.create_time()
 
     def start(self, identities: Sequence[tuple[str, int, float]]) -> None:
-        """Begin to count, once every rank has called `announce`; `identities`: theirs, by rank."""
+        """Begin to count. Every rank has called `announce` before. `identities`: of all ranks."""
         several = len({machine for machine, *_ in identities}) > 1
         for rank, (machine, pid, created) in enumerate(identities):
             if rank == self._rank:
@@ -75,7 +76,7 @@ class Heartbeats:
             thread.join(2 * BEAT)  # the store may not answer
 
     def name_lost(self, within: float) -> str:
-        """The lost rank, once it is known, or after so many seconds one that is late; or ""."""
+        """The lost rank, for which it waits `within` seconds; else one that is late; else ""."""
         self._found.wait(within)
         return self.lost or self._silent_for(LATE)
 
@@ -130,7 +131,7 @@ class Heartbeats:
 
 
 def runs(process: psutil.Process) -> bool:
-    """Not if it has ended and its parent has not asked for its exit code yet."""
+    """Whether the process has not ended. A zombie has: only its exit code was not asked for."""
     with suppress(psutil.NoSuchProcess):
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     return False

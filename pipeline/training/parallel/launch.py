@@ -102,8 +102,8 @@ def launch(
         first = [failure.exitcode for failure in error.failures.values() if failure.local_rank == 0]
         if first and first[0] > 0:  # it has said why
             return first[0]
-        killed = {rank: code for rank, code in codes.items() if code < 0}
-        rank, code = next(iter(killed.items()), (min(codes), 1))
+        rank = next((rank for rank, code in codes.items() if code < 0), min(codes))
+        code = codes[rank]
         reason = f"exited with code {code}"
         if code < 0:
             known = {number.value: number.name for number in signal.Signals}

@@ -144,7 +144,7 @@ def process_group(stage: str) -> Iterator[None]:
                 f"{torch.cuda.device_count()}. Start fewer."
             )
         torch.cuda.set_device(rank.local_rank)
-    # both on a GPU: numbers and messages travel as CPU tensors
+    # on GPUs both: numbers and messages travel as CPU tensors
     backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
     # NCCL connects here at once
     device = torch.device("cuda", rank.local_rank) if on_gpus else None
@@ -183,15 +183,15 @@ def process_group(stage: str) -> Iterator[None]:
         if done:
             dist.destroy_process_group()
         else:
-            # It would wait for ranks that are gone, as the group's destructor would: this process
-            # ends without them.
+            # Destroying the group would wait for ranks that are gone, and so would its destructor,
+            # which one more reference keeps from running.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
             _abort_within(ABORT_WITHIN)
 
 
 def _begin_heartbeats(on_loss: Callable[[], None]) -> Heartbeats:
     store: Any = dist.distributed_c10d._get_default_store()
-    # who waits on the other holds its connection
+    # a thread that waits on the group's own store holds its connection
     clone = dist.distributed_c10d.PrefixStore("heartbeats", store.clone())
     heartbeats = Heartbeats(clone, dist.get_rank(), on_loss)
     heartbeats.announce()

@@ -29,12 +29,12 @@ def needs_shards(model: CausalLM, device: torch.device, predicted_peak: Callable
     if all_reduce_max(int(model_bytes(model) > free)):
         return True
     exceeds = free < torch.inf and predicted_peak() > free
-    # a model without it may still fit unsharded
+    # a model without packing cannot be sharded, and may still fit unsharded
     return bool(all_reduce_max(int(exceeds and model.supports_packing)))
 
 
 def is_sharded(model: CausalLM) -> bool:
-    """Whether `shard` has: such a model runs on all ranks at once or not at all."""
+    """Whether `shard` was called: such a model runs on all ranks at once or not at all."""
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(model.body, FSDPModule)
@@ -44,8 +44,8 @@ def shard(model: CausalLM, device: torch.device) -> None:
     """Shard the blocks' frozen weights over the ranks (FSDP2), and move the model.
 
     A block's weights are gathered when it runs. Trainable parameters, embeddings and head are
-    replicated. A weight that is still as its file has it is read from there, this rank's rows
-    alone: a base in its own precision was only mapped into memory so far. Raises UserError.
+    replicated. This rank's rows of a weight are read from its file, unless the weight was changed:
+    a base in its own precision was only mapped into memory so far. Raises UserError.
     """
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -109,7 +109,7 @@ def _shard(
 def _rows(p: Tensor, start: int, stop: int, location: TensorLocation | None) -> Tensor:
     """Rows of a weight from its file, or from memory if it changed since it was loaded.
 
-    Its first row tells, with which little of the mapped file becomes resident.
+    Only the first row is compared, so that little of the mapped file becomes resident.
     """
     if location is None or not read_rows(location, 0, 1, p.dtype).equal(p[:1].cpu()):
         return p[start:stop]

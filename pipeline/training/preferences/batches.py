@@ -58,12 +58,12 @@ class AnswerBatch(Batch):
     counts: tuple[int, ...] = ()  # labels of each sequence, of the N in the batch
     answered: Tensor | None = None  # indices of the labels of an answer; None: all are
     owner: Tensor | None = None  # the sequence of each label of an answer
-    of_each: Tensor | None = None  # how many of these each sequence has
+    of_each: Tensor | None = None  # how many labels each answer has
     reference: Tensor | None = None  # per sequence
     # KTO
     desirable: Tensor | None = None  # (n,), 1 or 0
     liked: int = 0  # units that are desirable
-    by_kind: Tensor | None = None  # (n,) the units, these first
+    by_kind: Tensor | None = None  # (n,) the units, the desirable ones first
     mismatched: "AnswerBatch | None" = None  # the second sequences
 
     def as_idle(self) -> "AnswerBatch":
@@ -104,7 +104,10 @@ def answer_batch(answers: Answers, units: Sequence[int]) -> AnswerBatch:
 
 
 def batch_of(answers: Answers, indices: Sequence[int], whole: int = 0) -> AnswerBatch:
-    """The sequences `indices` as a batch of no units; the first `whole` have labels throughout."""
+    """The sequences `indices` as a batch of no units.
+
+    The first `whole` of them have a label for every token up to their last label.
+    """
     windows = [answers.windows[index] for index in indices]
     counts = [_labels(window) for window in windows]
     answered, of_each = None, torch.tensor(counts)

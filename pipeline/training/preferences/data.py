@@ -41,10 +41,13 @@ TENSORS = "log_probs.safetensors"
 
 
 class _Mismatched(Sequence[Window]):
-    """Each answer of the corpus, then the answer of the previous example behind its prompt."""
+    """Each answer of the corpus, then the answer of the previous example behind its prompt.
 
-    def __init__(self, corpus: Corpus) -> None:
-        self._corpus = corpus
+    Each example has at most `longest` tokens; what is put together is cut there.
+    """
+
+    def __init__(self, corpus: Corpus, longest: int) -> None:
+        self._corpus, self._longest = corpus, longest
 
     def __len__(self) -> int:
         return 2 * len(self._corpus)
@@ -56,7 +59,7 @@ class _Mismatched(Sequence[Window]):
         # before the first, the last
         row, before = (self._corpus.stored(n % len(self._corpus)) for n in (index, index - 1))
         prompt, answer = row[: _first_trained(row)], before[_first_trained(before) :]
-        return window_of(np.concatenate([prompt, answer]))
+        return window_of(np.concatenate([prompt, answer])[: self._longest])
 
 
 def _first_trained(stored: npt.NDArray[np.int32]) -> int:
@@ -72,13 +75,16 @@ def build_answers(
     """
     encode = encode_answers if loss == "kto" else encode_pairs
     training, held_out = yield from build_corpora(job, settings, base, encode)
-    return _answers_of(training, loss), None if held_out is None else _answers_of(held_out, loss)
+    longest = base.model.max_length
+    answers = _answers_of(training, loss, longest)
+    return answers, None if held_out is None else _answers_of(held_out, loss, longest)
 
 
-def _answers_of(corpus: Corpus, loss: PreferenceLoss) -> Answers:
+def _answers_of(corpus: Corpus, loss: PreferenceLoss, longest: int) -> Answers:
     if loss == "kto":
+        windows = _Mismatched(corpus, longest)
         desirable = [*map(bool, corpus.desirable)]
-        return Answers(_Mismatched(corpus), corpus.location, corpus.parts, desirable=desirable)
+        return Answers(windows, corpus.location, corpus.parts, desirable=desirable)
     parts = tuple((range(run.start // 2, run.stop // 2), weight) for run, weight in corpus.parts)
     whole = loss == "orpo"
     return Answers(corpus, lambda number: corpus.location(2 * number), parts, whole=whole)
@@ -166,7 +172,7 @@ def _log_probs(
             for start in shard_for_rank(range(0, len(sums), SCORED_TOGETHER)):
                 part = range(start, min(start + SCORED_TOGETHER, len(sums)))
                 batch = batch_of(data, part).to(model.device)
-                # as progress tells: waits for it
+                # `cpu` waits for the device, so that progress is what is done
                 sums[part.start : part.stop] = likelihood(model, batch).summed.cpu()
                 done += len(part)
                 yield Progress(done, total, "reference")

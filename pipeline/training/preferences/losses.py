@@ -113,10 +113,11 @@ class Likelihood(NamedTuple):
 
 
 def likelihood(model: CausalLM, batch: AnswerBatch) -> Likelihood:
-    """With gradient, unless autograd is off."""
+    """The log-probabilities of a batch's answers, with gradient unless autograd is off."""
     parts = [batch] if model.supports_packing else batch.unpack()
     values = torch.cat([_label_log_probs(model, part) for part in parts])
-    chosen = batch.counts[: batch.units or None]  # of KTO, which has no pairs, all
+    # of the first sequences; of a batch without units, all
+    chosen = batch.counts[: batch.units or None]
     nll = -values[: sum(chosen)].mean()
     values = values if batch.answered is None else values.index_select(0, batch.answered)
     assert batch.owner is not None and batch.of_each is not None
@@ -190,8 +191,8 @@ class PreferencePath(LossPath):
     def __init__(self, model: CausalLM, settings: PreferenceSettings) -> None:
         super().__init__(model)
         self._settings = settings
-        # of each batch since the last `measured`: how many answers of both kinds, and their summed
-        # rewards and the number of right ones, (3,)
+        # Of each batch since the last `measured`. `_counts`: answers of both kinds. `_sums`, (3,):
+        # the rewards of both kinds, and how many are right.
         self._counts: list[tuple[int, int]] = []
         self._sums: list[Tensor] = []
 

@@ -1,9 +1,8 @@
 """Adapters of litgpt: lit_model.pth.lora, with rank and alpha in hyperparameters.yaml.
 
 One A and B for queries, keys and values together: A stacks an A of rank R for each of those that
-are trained, B their rows, heads in order. So they split without a product. Only models with LLaMA's
-names of layers; those that fuse other matrices in transformers, as Pythia's and Phi's, are not
-read.
+are trained, B their rows, heads in order. So they are split without multiplying B and A. Only
+models with LLaMA's names of layers are read. Pythia and Phi fuse other matrices in transformers.
 """
 
 from pathlib import Path
@@ -40,13 +39,21 @@ def detect(folder: Path) -> bool:
 
 def read(folder: Path, model: "CausalLM", base: Path) -> Converted:
     """Raises UserError."""
+    from pipeline.files.text import abbreviate_repr
     from pipeline.weights.torch_file import load
 
-    source, settings = folder / WEIGHTS, _settings(folder / SETTINGS)
+    source = folder / WEIGHTS
+    settings = _settings(folder / SETTINGS)
     rank, alpha = (settings.get(key) for key in ("lora_r", "lora_alpha"))
-    if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
+    if (
+        not isinstance(rank, int)
+        or not isinstance(alpha, int | float)
+        or rank < 1
+        or max(rank, alpha) > 1e9
+    ):
         raise UserError(
-            f"{folder / SETTINGS} must have lora_r and lora_alpha, got {rank!r} and {alpha!r}."
+            f"{folder / SETTINGS} must have lora_r and lora_alpha, got {abbreviate_repr(rank)} "
+            f"and {abbreviate_repr(alpha)}."
         )
     if "model.layers.0.self_attn.q_proj" not in dict(model.named_modules()):
         raise UserError(

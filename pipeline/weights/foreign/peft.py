@@ -1,9 +1,8 @@
 """PEFT's own format, as tools that wrap PEFT's model write it.
 
 These are LLaMA-Factory, Axolotl, Unsloth, TRL under FSDP or DeepSpeed, and code that saves a state
-dict itself. What leaves the same adapter under other names is read. PEFT skips names that it does
-not know, so that such an adapter loads as nothing; what is nothing is rejected here with the
-reason.
+dict itself. An adapter whose tensors only have other names is read. PEFT itself skips names that it
+does not know and loads nothing. An adapter that would change nothing is rejected with the reason.
 """
 
 import re
@@ -54,7 +53,8 @@ def read(folder: Path, model: "CausalLM", base: Path) -> Converted | None:
 
     if (folder / MANIFEST).exists():
         return None  # ours: anything unusual in it is an edit, which its digests tell
-    config, source = read_config(folder), folder / WEIGHTS
+    config = read_config(folder)
+    source = folder / WEIGHTS
     if not source.exists() and (folder / PICKLE).is_file():
         source = folder / PICKLE
     if not source.exists():
@@ -71,7 +71,8 @@ def read(folder: Path, model: "CausalLM", base: Path) -> Converted | None:
         stays = source.name == WEIGHTS
         return None if stays else Converted(config, stored, (source, folder / CONFIG))
     names = _Names([name for name, _ in model.named_modules()])
-    tensors, settings = _renamed(stored, names, source), dict(config)
+    tensors = _renamed(stored, names, source)
+    settings = dict(config)
     if isinstance(targets := config.get("target_modules"), list):
         # tools list those of many architectures, and PEFT asks for one of them to be there
         settings["target_modules"] = [name for name in targets if name in names] or targets
@@ -129,15 +130,16 @@ def _renamed(stored: Mapping[str, "Tensor"], names: "_Names", source: Path) -> d
                 f"{source} holds several adapters: {several}. Save the one you mean with "
                 "save_pretrained."
             )
-        if tensors.setdefault(PREFIX + name, tensor) is not tensor:
+        if PREFIX + name in tensors:
             raise UserError(
                 f"{source}: {key[:200]} is there twice, under two names. Save the adapter again."
             )
+        tensors[PREFIX + name] = tensor
     return tensors
 
 
 class _Names:
-    """The base's modules by the ends of their names. `wrappers`: those that are none of its own."""
+    """The base's modules by the ends of their names. `wrappers`: those that the base lacks."""
 
     def __init__(self, modules: Sequence[str]) -> None:
         self.modules = {*modules}
@@ -152,9 +154,9 @@ class _Names:
         return isinstance(end, str) and (end in self.modules or end in self._by_end)
 
     def full(self, name: str) -> str:
-        """The only module of this name with more or fewer parts before it.
+        """The only module whose name is this one with more or fewer parts before it.
 
-        As after training the body alone.
+        Parts are missing after training the body alone. The name itself if there is no such module.
         """
         if name in self.modules:
             return name
@@ -179,8 +181,9 @@ def _take_embeddings(
 ) -> None:
     """Take an embedding or head that is saved whole without modules_to_save.
 
-    PEFT does that where a tokenizer grew. It is left out if it is the base's, and otherwise trained
-    in full, in place. Raises UserError for other rows.
+    PEFT does that where a tokenizer grew. If it equals the base's it is taken out of `tensors`,
+    otherwise it becomes one of modules_to_save in `config`. Raises UserError for another number of
+    rows.
     """
     import torch
 

@@ -1,10 +1,10 @@
 """Adapters of torchtune in its own names: adapter_model.pt, or adapter_0.pt of older versions.
 
-Its LLaMA, Mistral and Gemma turn pairs of neighbours by their positions, as Meta's code does, where
-transformers turns a number and that half a head further: rows of queries and keys are in another
-order. torchtune writes the adapter in PEFT's format too, which is not read where its own file is
-there: of Qwen2, whose rows are in transformers' order, it reorders them all the same, and DoRA's
-magnitudes it leaves in Meta's order.
+By a token's position its LLaMA, Mistral and Gemma turn pairs of neighbours, as Meta's code does.
+transformers pairs a number with the one half a head further. So rows of queries and keys are in
+another order. torchtune also writes the adapter in PEFT's format, which is not read where its own
+file is there, as it is wrong twice: it reorders Qwen2's rows, which already are in transformers'
+order, and leaves DoRA's magnitudes in Meta's order.
 """
 
 import re
@@ -49,6 +49,7 @@ def detect(folder: Path) -> bool:
 def read(folder: Path, model: "CausalLM", base: Path) -> Converted:
     """Raises UserError."""
     from pipeline.files.artifact import read_json
+    from pipeline.files.text import abbreviate_repr
     from pipeline.models.load import read_config
     from pipeline.weights.torch_file import load
 
@@ -58,9 +59,15 @@ def read(folder: Path, model: "CausalLM", base: Path) -> Converted:
         "torchtune writes it with r and lora_alpha; its files of Meta's format lack it",
     )
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1:
+    if (
+        not isinstance(rank, int)
+        or not isinstance(alpha, int | float)
+        or rank < 1
+        or max(rank, alpha) > 1e9
+    ):
         raise UserError(
-            f"{folder / CONFIG} must have r and lora_alpha, got {rank!r} and {alpha!r}."
+            f"{folder / CONFIG} must have r and lora_alpha, got {abbreviate_repr(rank)} and "
+            f"{abbreviate_repr(alpha)}."
         )
     shape = read_config(base)
     family = str(shape.get("model_type"))

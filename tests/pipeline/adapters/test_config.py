@@ -246,6 +246,10 @@ def test_ranks_and_alphas_are_taken_up_to_their_bounds(
             {"trainable_token_indices": {"e": [0, -1]}},
             "trainable_token_indices.e must be a list of rows",
         ),
+        (
+            {"trainable_token_indices": {"e": []}},
+            r"trainable_token_indices.e must be a list of rows, at least one, .*, got \[\]",
+        ),
         ({"bias": "all"}, "bias is 'all'; only 'none' is supported"),
         ({"lora_bias": True}, "lora_bias is True; only False is supported"),
         ({"tomorrow": 1}, "tomorrow is 1; it is not supported"),
@@ -299,6 +303,9 @@ def test_costs_of_names_and_patterns_are_limited(
 def test_a_long_value_is_shown_by_its_beginning(tmp_path: Path) -> None:
     said = user_error(read_spec, written(tmp_path, PLAIN, r="x" * 900))
     assert "x" * 199 + "…" in said and "x" * 200 not in said
+    for option in ("bias", "tomorrow"):
+        said = user_error(read_spec, written(tmp_path, PLAIN, **{option: "x" * 900}))
+        assert "x" * 199 + "…" in said and "x" * 200 not in said
 
 
 def test_targets_may_be_missing_only_where_experts_are_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 belong together.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,19 @@ def test_the_quantization_is_the_manifests_and_none_without_one(tmp_path: Path) 
         UserError, match=r"manifest.json: quantization must be one of none, .*, got 'nf5'"
     ):
         quantization_of(sealed(tmp_path / "d", params={"quantization": "nf5"}))
+
+
+@pytest.mark.parametrize("value", [[], "nf4", None, 5])
+def test_a_manifest_whose_parts_are_no_mappings_is_refused_by_its_key(
+    tmp_path: Path, value: object
+) -> None:
+    for n, key in enumerate(("params", "stored", "base")):
+        folder = sealed(config(tmp_path / str(n)), **{key: value})
+        message = f"{folder}/manifest.json: {key} must be a mapping, got {value!r}"
+        with pytest.raises(UserError, match=re.escape(message)):
+            refuse_foreign(Path("base"), folder, lambda _: BASE)
+    with pytest.raises(UserError, match=r"manifest.json: params must be a mapping, got"):
+        quantization_of(tmp_path / "0")
 
 
 # Whether both belong together

@@ -157,7 +157,7 @@ def stored(tmp_path: Path) -> Path:
         key: value for name, low in parts.items() for key, value in tensors_of(name, low).items()
     }
     values |= tensors_of("wte", update((4, 6, 2, 1.0), 2, embedding=True))
-    values[f"{PREFIX}m.embed.token_adapter.trainable_tokens_delta"] = torch.ones(2, 4)
+    values[TOKENS] = torch.ones(2, 4)
     values[f"{PREFIX}norm.weight"] = torch.full((4,), 7.0)
     save_file(values, tmp_path / "adapter_model.safetensors")
     return tmp_path
@@ -196,6 +196,7 @@ def test_a_sealed_adapter_names_its_base_and_may_not_be_edited(stored: Path) -> 
 
 
 A, B = (f"{PREFIX}{NAMES[0]}.lora_{end}.weight" for end in "AB")
+TOKENS = f"{PREFIX}m.embed.token_adapter.trainable_tokens_delta"
 
 
 @pytest.mark.parametrize(
@@ -213,8 +214,16 @@ A, B = (f"{PREFIX}{NAMES[0]}.lora_{end}.weight" for end in "AB")
             {f"{PREFIX}other.token_adapter.trainable_tokens_delta": torch.ones(2, 4)},
             "other has rows that its config does not name",
         ),
+        (
+            {TOKENS: torch.ones(3, 4)},
+            r"m.embed must have 2 rows, as its config says, got shape \[3, 4\]",
+        ),
+        ({TOKENS: torch.ones(2)}, r"m.embed must have 2 rows, as its config says, got shape \[2\]"),
     ],
-    ids=["no B", "ranks that differ", "A is no matrix", "B is no matrix", "another rank", "rows"],
+    ids=[
+        *("no B", "ranks that differ", "A is no matrix", "B is no matrix", "another rank", "rows"),
+        *("too many rows", "rows are no matrix"),
+    ],
 )
 def test_factors_that_do_not_belong_together_are_refused(
     stored: Path, change: dict[str, Tensor | None], message: str

@@ -235,7 +235,7 @@ def test_an_initialisation_that_changes_the_base_is_refused(
         (
             "trainable_token_indices",
             {"embed_tokens": [-1]},
-            "embed_tokens must be a list of rows, got [-1]",
+            "embed_tokens must be a list of rows, at least one, each from 0, got [-1]",
         ),
         (
             "trainable_token_indices",

@@ -14,7 +14,13 @@ from pipeline.calc.architecture import Architecture, Block
 from pipeline.calc.families import architecture
 from pipeline.calc.fit import GIB, changes, gpu, gpus, largest
 from pipeline.calc.memory import inference, possible, predict, weight_bytes
-from pipeline.calc.method import FinetuningMethod, projections, trainable, with_options
+from pipeline.calc.method import (
+    FinetuningMethod,
+    configure,
+    projections,
+    trainable,
+    with_options,
+)
 from pipeline.calc.report import answer, explain, side_by_side, swept
 from pipeline.calc.settings import (
     OPTIMIZERS,
@@ -519,6 +525,28 @@ def test_training_quantized_weights_is_refused() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "tokens, sequence, said",
+    [
+        (
+            20,
+            1024,
+            "sequence must be at most 1,004, the model's positions less 20 virtual tokens, got "
+            "1,024.",
+        ),
+        (1024, 1, "virtual-tokens must be below 1,024, the model's positions, got 1,024."),
+        (0, 1025, "sequence must be at most 1,024, the model's positions, got 1,025."),
+    ],
+)
+def test_a_sequence_that_leaves_no_room_for_virtual_tokens_is_told_how_long_it_may_be(
+    tokens: int, sequence: int, said: str
+) -> None:
+    method = Prompt(virtual_tokens=tokens) if tokens else LORA
+    with pytest.raises(UserError) as raised:
+        predict(built_in("gpt2").shapes, method, TrainingConfig(sequence=sequence))
+    assert str(raised.value) == said
+
+
 @pytest.mark.parametrize("name, kind", [
     ("qwen3.5-4b", "block 0 of this model has a gated delta net"),
     ("deepseek-v3", "block 0 of this model has latent attention"),
@@ -638,6 +666,20 @@ def test_gpus_go_from_8_to_141_gb_and_an_unknown_one_gets_the_nearest() -> None:
     assert gpu("RTX 4090") == gpus()["rtx4090"]
     with pytest.raises(UserError, match=r"'rtx4091' is not known. Nearest: rtx4090"):
         gpu("rtx4091")
+
+
+def test_a_method_in_a_sweep_has_the_step_that_it_has_by_itself() -> None:
+    """DPO's pairs of answers and its logits in chunks, when the sweep starts from LoRA."""
+    methods, method, run = configure(QWEN, COUNTED, "lora")
+    for name, m, r in swept(method, run, "method", ["lora", "qlora", "dpo", "ia3"], methods):
+        assert (m, r) == configure(QWEN, COUNTED, name)[1:]
+
+
+def test_a_sweep_of_methods_keeps_the_logits_that_were_given() -> None:
+    methods, method, run = configure(QWEN, COUNTED, "dpo", loss="full")
+    ((_, _, first), (_, _, second)) = swept(method, run, "method", ["dpo", "lora"], methods)
+    assert (first.loss, first.answers) == ("full", 2)
+    assert (second.loss, second.answers) == ("full", 1)
 
 
 def test_a_sweep_changes_one_thing() -> None:

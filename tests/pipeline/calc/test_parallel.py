@@ -15,7 +15,7 @@ from pipeline.adapters.attach import attach
 from pipeline.adapters.config import AdapterSpec
 from pipeline.calc import parallel
 from pipeline.calc.families import architecture
-from pipeline.calc.fit import gpu, gpus
+from pipeline.calc.fit import gpu, gpus, of_size
 from pipeline.calc.memory import predict
 from pipeline.calc.settings import TrainingConfig
 from pipeline.calc.sources.open_model import built_in, names
@@ -370,6 +370,12 @@ def test_devices_are_named_as_their_sellers_do() -> None:
 def test_other_devices_are_refused_in_one_line(text: str) -> None:
     said = user_error(parallel.parse_devices, text)
     assert said.isprintable()
+
+
+def test_a_size_that_no_gpu_has_is_refused_by_the_options_name_with_both_limits() -> None:
+    rule = "takes GiB of memory, which must be more than 0 and below 1,048,576"
+    assert user_error(parallel.parse_devices, "4x0GB") == f"gpus {rule}, got 0."
+    assert user_error(of_size, 2e6) == f"fit {rule}, got 2e+06."
 
 
 def test_every_card_that_computes_has_a_link() -> None:

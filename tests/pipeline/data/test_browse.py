@@ -121,6 +121,15 @@ def test_a_reading_that_is_stopped_can_go_on(tmp_path: Path) -> None:
     assert [entry.row.number for entry in file.read(3, 1)] == [4], "from its beginning again"
 
 
+def test_an_index_that_was_stopped_counts_from_the_beginning_again(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "a"}\n' * COUNT, encoding="utf-8")
+    file = RowFile(path, path.name)
+    assert [*file.index(lambda: file.count > STEP)][-1] < COUNT and not file.complete
+    assert [*file.index(lambda: False)][-1] == COUNT
+    assert [entry.row.number for entry in file.read(2 * STEP, 1)] == [2 * STEP + 1]
+
+
 def found(file: RowFile, text: str) -> list[int]:
     return [position for position, entry in find(file, text, lambda: False) if entry]
 
@@ -134,12 +143,15 @@ def test_search_finds_texts_as_they_are_read_whatever_the_case_and_the_escapes(
         '{"text": "\\u00c4pfel"}',
         "{broken hund",
         '{"text": "x"}',
+        '{"text": "1 \\u003c 2 \\u0026 it\\u0027s"}',
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
     file = opened(path)
     assert found(file, "hund") == [0, 2] and found(file, "äpfel") == [1]
     assert found(file, "x") == [3], "keys are no texts"
     assert found(file, '"bellt"') == [0]
+    for text in ("1 < 2", "2 & ", "it's"):  # some writers escape these too
+        assert found(file, text) == [4], text
 
 
 def test_a_copy_has_the_row_changed_and_nothing_else(tmp_path: Path) -> None:
@@ -167,6 +179,27 @@ def test_a_copy_of_another_container_is_jsonl_without_what_cannot_be_read(tmp_pa
         b'{"text": "1"}\n',
         b'{"text": "two"}\n',
     ]
+
+
+def test_a_copy_counts_a_line_of_spaces_that_is_too_long_as_the_row_that_it_is(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "t.jsonl"
+    spaces = b" " * (MAX_LINE_BYTES + 10)
+    path.write_bytes(b'{"text": "a"}\n' + spaces + b'\n{"text": "b"}\n{"text": "c"}\n')
+    file = opened(path)
+    assert file.read(2, 1)[0].row.value == {"text": "b"}
+    copy = b"".join(copied(file, 2, '{"text": "new"}'))
+    assert copy == b'{"text": "a"}\n' + spaces + b'\n{"text": "new"}\n{"text": "c"}\n'
+
+
+def test_a_copy_keeps_an_unpaired_surrogate_as_its_escape(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    path.write_text('[{"text": "\\ud800"}, {"text": "b"}]', encoding="utf-8")
+    for position in (0, 1):
+        line = '{"text": "\ud800"}'
+        pieces = [*copied(opened(path), position, line)]
+        assert pieces[0] == b'{"text": "\\ud800"}\n'
 
 
 def test_a_file_that_vanishes_is_one_message(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from pipeline.data.examples import in_evaluation
 from pipeline.data.formats import iter_examples
 from pipeline.data.masking import Encoder, encode
 from pipeline.data.tokenizers.subword import SubwordTokenizer
+from pipeline.data.tokenizers.word import WordTokenizer
 from pipeline.data.windows import Corpus
 from pipeline.errors import UserError
 from pipeline.files.problems import KEPT, MAX_GROUPS
@@ -294,6 +295,32 @@ def test_one_example_much_longer_than_the_others_is_named(
     rows = [*(turns(f"Hello {n}", "Hi") for n in range(199)), turns("Hello", "euro " * 400)]
     report = check([jsonl(tmp_path / "d.jsonl", rows)], tokenizer)
     assert report.ok and "d.jsonl:200, has 4" in report.problems[0].problem
+
+
+def test_one_rejected_answer_much_longer_than_all_others_is_named(
+    tmp_path: Path, tokenizer: SubwordTokenizer
+) -> None:
+    rows = [{"prompt": f"{n} ", "chosen": "yes " * 2, "rejected": "no"} for n in range(150)]
+    rows[6]["rejected"] = "no " * 400
+    report = check([jsonl(tmp_path / "d.jsonl", rows)], tokenizer)
+    assert "the longest example" in report.problems[0].problem
+    assert f"{tmp_path / 'd.jsonl'}:7, has" in report.problems[0].problem
+
+
+def test_a_pair_that_cannot_be_tokenized_is_one_problem_and_changes_no_other_length(
+    tmp_path: Path,
+) -> None:
+    words = WordTokenizer.of_words(["a", "b"])
+    first = {"prompt": "a", "chosen": " b", "rejected": " a"}
+    alone = check([jsonl(tmp_path / "d.jsonl", [first])], words)
+    for rejected in (" a b" * 9, " unknown"):
+        pair = {"prompt": "a", "chosen": " unknown", "rejected": rejected}
+        report = check([jsonl(tmp_path / "d.jsonl", [first, pair])], words)
+        assert report.quantiles == alone.quantiles
+        assert (report.counts["not tokenized"], report.errors) == (1, 1)
+    pair = {"prompt": "a", "chosen": " b b", "rejected": " unknown"}
+    report = check([jsonl(tmp_path / "d.jsonl", [first, pair])], words)
+    assert report.counts["not tokenized"] == 1, "the rejected answer alone counts too"
 
 
 def test_without_a_tokenizer_rows_are_checked_and_nothing_is_said_of_tokens(tmp_path: Path) -> None:

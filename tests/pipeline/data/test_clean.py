@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.data.check import check
 from pipeline.data.masking import Encoder
 from pipeline.data.quality.clean import Cleaned, Leaks, clean
 from pipeline.errors import UserError
@@ -53,6 +54,40 @@ def test_what_is_invalid_is_an_error_or_skipped_and_counted(tmp_path: Path) -> N
         cleaned(tmp_path, rows, "empty")
     _, done = cleaned(tmp_path, rows, "empty", skip_invalid=True)
     assert done.dropped == {"empty": 0, "invalid": 1} and done.kept == 2
+
+
+def test_a_kept_row_that_cannot_be_written_is_an_error_or_skipped_and_told(tmp_path: Path) -> None:
+    answer = [{"role": "assistant", "content": "a"}]
+    rows = [
+        {
+            "chosen": [{"role": "user", "content": "q"}, *answer],
+            "rejected": [{"role": "user", "content": asked}, {"role": "assistant", "content": "b"}],
+        }
+        for asked in ("q", "other")
+    ]
+    source, out = write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    with pytest.raises(UserError, match=r"in\.jsonl:2: cannot be written as preference: "):
+        clean(source, out, ["empty"])
+    done = clean(source, out, ["empty"], skip_invalid=True)
+    assert (done.rows, done.kept) == (2, 1)
+    assert [group.row for group in done.conversion.skipped] == [2]
+
+
+def test_texts_without_a_word_are_not_nearly_equal(tmp_path: Path) -> None:
+    rows = [{"q": "∀ ∃", "a": "∈"}, {"q": "← →", "a": "↑"}, {"q": "← →", "a": "↑"}]
+    kept, done = cleaned(tmp_path, rows, "near-duplicates")
+    assert kept == ["∀ ∃", "← →"]
+    assert done.examples["near-duplicates"][0].why == "the same as row 2"
+
+
+def test_a_pair_with_another_rejected_answer_is_another_row(tmp_path: Path) -> None:
+    pair = {"prompt": "Where? ", "chosen": "Here.", "rejected": "No."}
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write_jsonl(source, [pair, {**pair, "rejected": "Yes."}, pair])
+    assert check([str(source)]).duplicates == 1
+    assert clean(source, out, ["duplicates"]).dropped == {"duplicates": 1}
+    kept = out.read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["rejected"] for line in kept] == ["No.", "Yes."]
 
 
 def test_of_equal_and_nearly_equal_rows_the_first_stays(tmp_path: Path) -> None:

@@ -91,6 +91,13 @@ def test_a_json_list_is_read_as_json_reads_it_wherever_its_pieces_end(
         assert [(row.number, row.value) for row in rows] == list(enumerate(records, 1))
 
 
+def test_a_long_row_of_a_json_list_is_read_wherever_it_begins(tmp_path: Path) -> None:
+    lengths = [30_000, 900_000, *[1000] * 1500]
+    records = [{"text": "x" * length} for length in lengths]
+    (tmp_path / "d.json").write_text(json.dumps(records), encoding="utf-8")
+    assert [row.value for row in read_rows(tmp_path / "d.json", "d.json")] == records
+
+
 def test_white_space_of_a_text_file_is_kept_also_compressed(tmp_path: Path) -> None:
     texts = ["\tif x:  # doubled", "  a\rb\u2028c\x0bd\x85e ", "f\r"]
     compressed("\n".join(texts), tmp_path / "d.txt.gz")
@@ -224,6 +231,11 @@ def truncated(name: str) -> bytes:
         ("d.json", b"[]", "d.json: the file is empty"),
         ("d.json", b"", "d.json: the file is empty"),
         ("d.json", b'[{"text": "a", "text": "b"}]', "d.json: row 1: not JSON: duplicate key"),
+        (
+            "d.json",
+            b'[{"text": "a", "text": "b"}' + b', {"text": ""}' * 2**17 + b"]",
+            "d.json: row 1: not JSON: duplicate key",
+        ),
         ("d.json", b'[{"text": "\xff"}]', "d.json: not UTF-8"),
         (
             "d.csv",

@@ -192,6 +192,7 @@ PREFERENCES = [
     ],
     [{"prompt": "p", "chosen": "a b", "rejected": "a c"}],
     [{"chosen": "x", "rejected": "y"}],
+    [{"chosen": "\nx", "rejected": "\ny"}],
     [
         {
             "prompt": [{"role": "user", "content": "q"}],
@@ -352,6 +353,18 @@ REFUSED: dict[str, tuple[Record, str, str, str]] = {
         "which part of it is trained on",
     ),
     "a text as a conversation": ({"text": "a"}, "messages", ".jsonl", "it has no prompt"),
+    "answers without a prompt as a conversation": (
+        {"chosen": "x", "rejected": "y"},
+        "messages",
+        ".jsonl",
+        "it has no prompt",
+    ),
+    "answers without a prompt as a pair": (
+        {"chosen": "\nx", "rejected": "\ny"},
+        "prompt_completion",
+        ".jsonl",
+        "it has no prompt",
+    ),
     "lines in a line": ({"text": "a\nb"}, "text", ".txt", "the text has several lines"),
     "a zero byte in a line": ({"text": "a\0b"}, "text", ".txt", "byte 1 is zero"),
     "a byte order mark at the start": (
@@ -381,6 +394,35 @@ def test_what_the_target_cannot_hold_is_refused_and_nothing_is_written(
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert out.read_text(encoding="utf-8") == "before"
     assert {path.name for path in tmp_path.iterdir()} == {"d.jsonl", out.name}
+
+
+def test_what_cannot_be_read_again_names_the_row_of_the_input(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"chosen": "x", "rejected": "y"}]
+    original = write_jsonl(tmp_path / "d.jsonl", rows)
+    with pytest.raises(UserError) as caught:
+        convert(original, tmp_path / "new.csv")
+    assert str(caught.value) == (
+        f"{original}:2: new.csv would not give the same example again (prompt is empty). Name "
+        "another container, such as .jsonl, or another --format."
+    )
+
+
+def test_of_a_txt_file_too_the_rows_that_it_cannot_hold_are_skipped(tmp_path: Path) -> None:
+    rows = [{"text": "a\nb"}, {"text": "c"}, {"prompt": "d", "completion": "e"}]
+    original = write_jsonl(tmp_path / "d.jsonl", rows)
+    done = convert(original, tmp_path / "new.txt", skip_invalid=True)
+    assert (tmp_path / "new.txt").read_bytes() == b"c\n" and done.rows == 1
+    assert [(group.row, group.rows) for group in done.skipped] == [(1, 1), (3, 1)]
+
+
+def test_of_a_row_that_is_skipped_nothing_else_is_counted(tmp_path: Path) -> None:
+    asked = {"prompt": QUESTION[:1], "chosen": QUESTION[1:]}
+    bad = [{"role": "assistant", "content": "b"}]
+    system = [{"role": "system", "content": "s"}, *QUESTION[:1]]
+    rows = [asked | {"rejected": bad}, {**asked, "prompt": system, "rejected": bad}]
+    original = write_jsonl(tmp_path / "d.jsonl", rows)
+    done = convert(original, tmp_path / "new.jsonl", "prompt_completion", skip_invalid=True)
+    assert done.rows == 1 and f"{original}: rejected answers left out: 1" in done.notes
 
 
 def test_a_file_is_not_written_over_another_or_itself(tmp_path: Path) -> None:

@@ -264,6 +264,10 @@ def test_there_are_22_sentences_to_learn_first_and_8_new_ones() -> None:
         ("a: [b]", "a must map rules \(must_change, must_keep, must_learn\) to prompts"),
         ("a: {must_keep: x}", "a.must_keep must be a list of prompts"),
         ("a: {must_stay: [{prompt: p, answer: q}]}", "a.must_stay: unknown rule"),
+        (
+            "a: {must_stay: [], must_keep: [{prompt: p, answer: q}]}",
+            "a.must_stay: unknown rule",
+        ),
         ("a: {must_keep: [{prompt: p}]}", "each prompt needs exactly answer, prompt"),
         (
             "a: {must_change: [{prompt: p, answer: q}]}",

@@ -326,6 +326,18 @@ DEEP = {"name": "f", "x": json.loads("[" * 299 + "]" * 299)}
             "d:1: chosen and rejected do not end in two answers",
         ),
         (
+            [{"chosen": "Hi there ", "rejected": "Hi there you"}],
+            "d:1: chosen and rejected do not end in two answers",
+        ),
+        (
+            [{"prompt": [ASKED], "chosen": question("a", "b", "")[1:], "rejected": [ASKED]}],
+            'd:1: prompt \\+ rejected has no "assistant" turn',
+        ),
+        (
+            [{"chosen": question("a", "b", ""), "rejected": question("a", "b", "")[1:]}],
+            'd:1: prompt \\+ rejected must not start with an "assistant" turn',
+        ),
+        (
             [PAIR | {"chosen": [ASKED]}],
             "d:1: chosen and rejected must be of one kind, got a list and a string",
         ),

@@ -63,6 +63,13 @@ def test_examples_of_one_token_leave_nothing_to_learn(tmp_path: Path) -> None:
         refuse_empty(corpus, "d.txt")
 
 
+def test_examples_of_which_nothing_may_be_learned_are_not_called_short(tmp_path: Path) -> None:
+    corpus = Corpus.of([(Example("x y", "f", 1), Encoded((1, 2), (False, False)))], tmp_path)
+    with pytest.raises(UserError, match=r"labelled false, or marked with train: false") as caught:
+        refuse_empty(corpus, "d.jsonl")
+    assert "every example is shorter than two tokens, labelled" in str(caught.value)
+
+
 @pytest.mark.slow
 def test_a_file_larger_than_what_is_kept_of_it_streams_through(tmp_path: Path) -> None:
     path, examples = tmp_path / "large.txt", 20_000

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from pipeline.errors import UserError
 from pipeline.export.model_card import card
 from pipeline.inference.catalog import measured
 from pipeline.project.gate import RETAIN
 from pipeline.project.new_project import write_project
+from pipeline.stages.evaluate import _limited
 from pipeline.stages.registry import open_project
 from pipeline.views import models
 from pipeline.views.stages import Status
@@ -266,6 +268,15 @@ def test_a_limit_that_could_never_count_is_refused(
     code, out, err = cli("evaluate", "--set", f"evaluate.limits={limits}", cwd=limited)
     assert (code, out) == (1, "")
     assert err.startswith(f"error: {said}")
+
+
+def test_where_nothing_trains_no_variant_can_be_limited(tmp_path: Path) -> None:
+    limits = "{new_loss: 1, variants: lora}"
+    (tmp_path / "params.yaml").write_text(
+        f"pretrain: {{}}\nevaluate: {{new_data: x.txt, limits: {limits}}}\n", encoding="utf-8"
+    )
+    with pytest.raises(UserError, match=r"lora is not a trained variant .* It has none\.$"):
+        _limited(open_project(tmp_path / "params.yaml"), [], [])
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ time.
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -394,6 +395,14 @@ def test_the_difference_is_of_each_example_from_the_base() -> None:
         "high": 0,
         "difference": {"score": 0, "low": 0, "high": 0},
     }
+
+
+def test_an_example_without_an_answer_has_zero_of_all_that_a_kind_measures(tmp_path: Path) -> None:
+    task = replace(one(tmp_path, CAPITALS), score=lambda _answer, _row: {"score": 1.0, "more": 0.5})
+    for answers in (["a", None], [None, "a"]):
+        measured = summary(score(task, answers), score(task, [None, None]))
+        assert (measured["score"], measured["more"]["score"]) == (0.5, 0.25)
+        assert measured["more"]["difference"]["score"] == 0.25
 
 
 def test_every_answer_is_kept_with_its_scores(tmp_path: Path, llama: LoadedModel) -> None:

@@ -366,7 +366,7 @@ def test_a_second_export_takes_the_place_of_the_first_and_says_so(
     first = folder_bytes(out)
     (out / "left_over.json").write_text("of an older version", encoding="utf-8")
     code, _, said = export(cli, form, source, out)
-    assert code == 0 and f"{out}: the earlier export of adapter there is replaced." in said
+    assert code == 0 and f"{out}: the earlier export of adapter was replaced." in said
     assert folder_bytes(out) == first
 
 

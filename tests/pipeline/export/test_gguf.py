@@ -20,8 +20,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pipeline.adapters.config import AdapterSpec
 from pipeline.data.tokenizers.subword import SubwordTokenizer
+from pipeline.errors import UserError
 from pipeline.export import llama_cpp
-from pipeline.export.gguf.modelfile import go_template, read_turns
+from pipeline.export.gguf.modelfile import Turns, go_template, read_turns
+from pipeline.export.gguf.vocabulary import read_vocabulary
 from pipeline.files.artifact import write_json
 from pipeline.inference.engine import load
 from tests.conftest import Lora
@@ -408,6 +410,15 @@ REFUSED: dict[str, tuple[Family, AdapterSpec | None, tuple[str, ...], str]] = {
         (),
         "layer_types=",
     ),
+    "no windows": (
+        replace(
+            scaled("gemma2"),
+            config={**scaled("gemma2").config, "layer_types": ["full_attention"] * 2},
+        ),
+        None,
+        (),
+        "layer_types=['full_attention', 'full_attention']",
+    ),
     "head": (
         scaled("gemma2"),
         AdapterSpec(4, 8, ("embed_tokens",)),
@@ -581,6 +592,28 @@ def test_tokens_have_their_texts_and_types_and_rows_beyond_them_are_unused(
     assert found["tokenizer.ggml.merges"] == [" ".join(pair) for pair in tree["model"]["merges"]]
 
 
+def test_of_many_tokens_that_llama_cpp_finds_otherwise_five_are_named(tmp_path: Path) -> None:
+    path = folder_with(tmp_path) / "tokenizer.json"
+    tree = read_json(path)
+    rules = dict.fromkeys(("single_word", "lstrip", "rstrip"), True)
+    for number in range(6):
+        token = {"id": 900 + number, "content": f"word{number}", **rules}
+        tree["added_tokens"].append({**token, "normalized": False, "special": False})
+    write_json(path, tree)
+    inside, spaces = read_vocabulary(SubwordTokenizer.load(tmp_path), 906).notes
+    assert "word3, word4 … inside longer words" in inside
+    assert "beside word0, word1, word2, word3, word4 …, which" in spaces
+
+
+def test_marks_on_parts_of_words_are_refused_by_their_name(tmp_path: Path) -> None:
+    path = folder_with(tmp_path) / "tokenizer.json"
+    tree = read_json(path)
+    tree["model"]["end_of_word_suffix"] = "</w>"
+    write_json(path, tree)
+    with pytest.raises(UserError, match="BPE tokenizers without marks on words, got '</w>'"):
+        read_vocabulary(SubwordTokenizer.load(tmp_path), 906)
+
+
 @pytest.mark.parametrize(
     ("template", "writes", "adds", "noted"),
     [
@@ -714,10 +747,27 @@ def test_a_template_that_writes_more_than_texts_around_messages_gives_no_templat
         "{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}{% if "
         "add_generation_prompt %}>{% endif %}"
     )
-    for name, template in {"none": None, "unlike": UNLIKE, "counts": counts}.items():
+    deaf = (  # it leaves out system messages, and writes nothing before an answer
+        "{% for m in messages if m.role != 'system' %}{{ '\nQ: ' if m.role == 'user' else '' }}"
+        "{{ m.content }}{% endfor %}"
+    )
+    twice = (
+        "{% for m in messages %}{{ m.content }}"
+        "{% if m.role == 'system' %}{{ ' ' + m.content }}{% endif %}>{% endfor %}"
+    )
+    templates = {"none": None, "unlike": UNLIKE, "counts": counts, "deaf": deaf, "twice": twice}
+    for name, template in templates.items():
         assert read_turns(SubwordTokenizer.load(folder_with(tmp_path / name, template))) is None, (
             name
         )
+
+
+@pytest.mark.parametrize("text", ['"""', "{{", "<{"])
+def test_a_text_that_go_or_ollama_would_read_as_its_own_gives_no_template(text: str) -> None:
+    plain = Turns("<s>", "<u>", "<u>", "<a>", "<u>")
+    assert go_template(plain, None) is not None
+    for field in Turns._fields:
+        assert go_template(plain._replace(**{field: text}), None) is None
 
 
 # change, space before a text
@@ -735,6 +785,18 @@ SENTENCEPIECE: dict[str, tuple[Callable[[dict[str, Any]], None], bool | None]] =
             },
         ),
         True,
+    ),
+    "another-space": (
+        lambda tree: tree.update(
+            normalizer=None,
+            pre_tokenizer={
+                "type": "Metaspace",
+                "replacement": "_",
+                "prepend_scheme": "always",
+                "split": False,
+            },
+        ),
+        None,
     ),
     "lowercase": (
         lambda tree: tree["normalizer"]["normalizers"].append({"type": "Lowercase"}),

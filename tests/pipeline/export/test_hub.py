@@ -5,6 +5,7 @@ accepts.
 import re
 import shutil
 import time
+from ast import literal_eval
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -231,6 +232,22 @@ def test_auto_peft_opens_what_a_dry_run_wrote_with_our_logits_and_the_cards_code
     exec(code[1], {})
 
 
+def test_the_code_on_a_card_names_a_folder_of_any_letters(
+    source: Path, make_card: Callable[[Path], str]
+) -> None:
+    text = make_card(source.rename(source.with_name("tuned 🦊")))
+    (name,) = set(re.findall(r'from_pretrained\((".*?")', text))
+    assert literal_eval(name) == "tuned 🦊"
+
+
+def test_a_dry_runs_folder_may_have_the_name_of_a_file_in_it(cli: Lora, source: Path) -> None:
+    files = []
+    for out in ("out", "README.md"):
+        assert push(cli, source, *BASE_NAME, "--dry-run", "--out", out)[0] == 0
+        files.append(folder_bytes(source.parent / out))
+    assert files[0] == files[1]
+
+
 def test_the_code_on_a_merged_models_card_needs_transformers_alone(cli: Lora, source: Path) -> None:
     out = source.parent / "me/tuned"
     assert (
@@ -256,6 +273,15 @@ def test_a_second_push_updates_and_removes_what_the_first_left(
     assert {"picture.png", "adapter_model.safetensors"} <= set(repository.files)
     assert not {"model.safetensors", "config.json", "certificate.json"} & set(repository.files)
     assert len(repository.commits) == 2
+
+
+@pytest.mark.usefixtures("hub")
+def test_the_lines_name_the_repository_in_place_of_the_folder_alone(
+    cli: Lora, source: Path
+) -> None:
+    code, said, errors = push(cli, source, *BASE_NAME, "--format", "vllm", "--out", "e")
+    assert (code, errors) == (0, "")
+    assert f"{NAME}  for vLLM. Serve it with:" in said
 
 
 def test_a_branch_is_made_and_main_stays(cli: Lora, hub: Hub, source: Path) -> None:
@@ -334,6 +360,16 @@ def test_every_failure_of_the_hub_is_one_message_and_commits_nothing(
     assert not any(repository.commits for repository in hub.repositories.values())
 
 
+def test_a_failure_without_a_message_is_told_by_its_type(
+    cli: Lora, hub: Hub, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent(_: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", silent)
+    assert f"the push to {hub.url} failed (TimeoutError)." in refusal(push(cli, source, *BASE_NAME))
+
+
 def test_a_broken_rule_of_the_hub_is_told_in_its_own_words(
     cli: Lora, hub: Hub, source: Path
 ) -> None:
@@ -361,6 +397,10 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "path": (
         ("--base-name", "project/base"),
         "--base-name must be a hub id such as org/name, got 'project/base'",
+    ),
+    "name": (
+        ("--base-name", "a b"),
+        "--base-name must be a hub id such as org/name, got 'a b'",
     ),
     "license": (
         (*BASE_NAME, "--license", "a b"),

@@ -227,6 +227,15 @@ def test_an_assertion_and_a_hang_say_why(
         pass
 
 
+def test_a_library_that_does_not_start_is_one_message_with_one_full_stop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = ("sh", "-c", "echo 'ImportError: no library.' >&2; exit 1")
+    monkeypatch.setattr(llama_cpp, "COMMAND", command)
+    with pytest.raises(UserError, match=r"^llama\.cpp died: Error: no library\. Install it again"):
+        llama_cpp.find()
+
+
 @pytest.mark.slow
 def test_the_process_ends_with_its_parent(toy: tuple[Path, torch.nn.Module]) -> None:
     code = (

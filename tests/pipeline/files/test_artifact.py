@@ -105,6 +105,12 @@ def test_leftovers_of_the_dead_are_cleared_and_those_of_the_living_are_not(
     assert names(tmp_path) == sorted([f".x.{living.pid}.tmp", f".x.y.{dead.pid}.tmp", "x"])
 
 
+def test_a_leftover_whose_number_no_process_has_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / f".x.{10**20}-9.tmp").write_text("half", encoding="utf-8")
+    artifact.write_file(tmp_path / "x", "one")
+    assert names(tmp_path) == ["x"]
+
+
 KILLED_BETWEEN_TWO_RENAMES = """
 import os, signal, sys
 from pathlib import Path
@@ -421,7 +427,7 @@ def test_the_first_file_that_differs_is_named(tmp_path: Path) -> None:
         (tmp_path / "x" / name).write_text("", encoding="utf-8")
     with pytest.raises(
         UserError,
-        match=r"x/0\.txt was added after the artifact was made\. Make it again or restore",
+        match=r"x/0\.txt was added after the artifact was made\. Make it again or remove",
     ):
         artifact.verify(tmp_path / "x")
     assert (
@@ -528,6 +534,12 @@ def test_pruning_clears_what_a_killed_process_had_begun(project: Path) -> None:
     assert not begun.exists()
     assert Cache(project / "nowhere").prune() == []
     assert not (project / "nowhere").exists()
+
+
+def test_pruning_passes_a_hidden_file_by(tmp_path: Path) -> None:
+    (tmp_path / "merge").mkdir()
+    (tmp_path / "merge/.DS_Store").touch()
+    assert Cache(tmp_path).prune() == []
 
 
 def test_an_entry_of_the_cache_is_removed_whole_though_its_removal_is_cut_short(

@@ -178,7 +178,7 @@ def test_foreign_lines_are_counted(log: Path) -> None:
 
 
 def test_a_line_longer_than_a_piece_is_skipped_whole(log: Path) -> None:
-    append(log, "9," * CHUNK_SIZE + "\n" + line(3))
+    append(log, "9," * 2 * CHUNK_SIZE + "\n" + line(3))
     tail = FileTail(log, step_parser)
     rows, more = [], True
     while more:
@@ -186,7 +186,7 @@ def test_a_line_longer_than_a_piece_is_skipped_whole(log: Path) -> None:
         rows += steps(chunk.rows)
         more = chunk.more
     assert rows == [1, 2, 3]
-    assert tail.skipped >= 1
+    assert tail.skipped == 1
 
 
 def test_a_long_log_comes_in_pieces(log: Path) -> None:

@@ -116,6 +116,12 @@ def test_what_is_no_pattern_is_refused_everywhere(
     assert "is not a valid regular expression" in said and why in said
 
 
+def test_a_part_of_a_list_pattern_that_names_no_block_matches_none() -> None:
+    """In PEFT, too, the number belongs to the last alternative alone."""
+    assert patterns.block_match("(?:layers|h)", "model.layers.3.mlp", "layers_pattern") == 3
+    assert patterns.block_match("layers|h", "model.layers.3.mlp", "layers_pattern") is None
+
+
 PIECES = st.sampled_from(
     [
         *"qkvo_.01|*+?",

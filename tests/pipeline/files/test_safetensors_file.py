@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from pipeline.errors import UserError
+from pipeline.files import safetensors_file
 from pipeline.files.safetensors_file import (
     NewTensor,
     fingerprint,
@@ -51,6 +52,17 @@ def test_a_fingerprint_ignores_order_and_metadata_but_no_bit(path: Path, tmp_pat
         assert fingerprint([other]) != fingerprint([path])
 
 
+def test_a_file_that_is_cut_while_it_is_hashed_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = safetensors_file.read_header(path)
+    monkeypatch.setattr(safetensors_file, "read_header", lambda _: header)
+    with path.open("rb+") as file:
+        file.truncate(path.stat().st_size - 4)
+    with pytest.raises(UserError, match="was truncated while it was read"):
+        fingerprint([path])
+
+
 @given(st.data())
 def test_a_file_cut_anywhere_is_refused(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -71,7 +83,11 @@ def test_a_file_cut_anywhere_is_refused(
         b'{"a":{}}',
         b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}',
         b'{"a":7}',
+        # longer as a text than Python writes
+        b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[%s,%s]}}' % (b"9" * 4300, b"9" * 4300),
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[-%s,%s]}}' % (b"9" * 4300, b"9" * 4300),
     ],
+    ids=range(7),
 )
 def test_a_header_that_does_not_describe_its_file_is_refused(tmp_path: Path, header: bytes) -> None:
     path = tmp_path / "h.safetensors"

@@ -6,7 +6,7 @@ import time
 import pytest
 from rich.cells import cell_len
 
-from pipeline.files.text import escape_whitespace
+from pipeline.files.text import abbreviate_repr, escape_whitespace
 from tui.screens.models.answers import CELL, format_answer, table
 from tui.screens.models.attention import HEAVIEST, bars, matrix, window
 from tui.screens.models.conversation import Answer, Exchange
@@ -101,3 +101,15 @@ def test_an_answer_follows_its_prompt_with_the_space_that_it_has() -> None:
         exchange = Exchange("is the", Sampling(), [answer := Answer("m", text=text)])
         assert exchange.answers_text() == whole
         assert str(format_answer(exchange, [answer], 1.0)) == f"m  {whole}"
+
+
+class Nameless:
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(10**5_000, "int"), (Nameless(), "Nameless")], ids=["int", "code"]
+)
+def test_what_has_no_text_of_its_own_is_shown_by_its_type(value: object, kind: str) -> None:
+    assert abbreviate_repr(value) == f"a value of type {kind}"

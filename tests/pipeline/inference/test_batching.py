@@ -527,6 +527,22 @@ def test_caches_take_half_of_the_memory_that_the_models_leave(
         submit(generator, Generation("base", (5,), 99))
 
 
+def test_a_request_that_waits_while_its_memory_goes_is_refused_and_the_next_is_answered(
+    start: Start, references: ModelPool
+) -> None:
+    generator = start()
+    large, small = Generation("base", (5, 6), 9), Generation("base", (5,), 3)
+
+    def begin(_: ModelPool) -> list[Callable[[], Ended]]:
+        waits = [submit(generator, request) for request in (large, small)]
+        generator.max_tokens = 8  # a model was loaded
+        return waits
+
+    refused, answered = generator.call(begin).result()
+    assert "may take 11 tokens; there is memory for 8" in str(refused()[1])
+    assert [token.id for token in answered()[0]] == alone(references, small)
+
+
 def test_a_model_that_comes_while_others_answer_leaves_them_their_caches(
     start: Start, pool: ModelPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -28,11 +29,18 @@ from pipeline.data.tokenizers import chat_template
 from pipeline.data.tokenizers.template_process import Rendered
 from pipeline.errors import UserError
 from pipeline.inference import engine
-from pipeline.inference.batching import GeneratedToken
+from pipeline.inference.batching import BatchedGenerator, GeneratedToken
 from pipeline.inference.http import guard, models, server
 from pipeline.inference.http.app import Api
 from pipeline.inference.http.choices import StoppedText
-from pipeline.inference.http.models import Source, Sources, named_models, project_models
+from pipeline.inference.http.errors import ApiError
+from pipeline.inference.http.models import (
+    ServedModels,
+    Source,
+    Sources,
+    named_models,
+    project_models,
+)
 from pipeline.inference.http.server import Access, HttpServer, bind
 from pipeline.inference.model_pool import ModelPool
 from pipeline.models.generate import Sampling
@@ -699,6 +707,7 @@ def test_adapters_are_loaded_and_unloaded_as_in_vllm_and_only_from_served_folder
         assert messages == {"lora_path must be in a folder that is served"}
         status, answer = load(served / "nothing")
         assert (status, answer["error"]["type"]) == (404, "not_found_error")
+        assert load(served / ("a" * 300))[0] == 404  # longer than the name of a file may be
         assert load(served / "mine", "base")[0] == 400
         assert load(served / "mine") == (200, "Success: LoRA adapter 'mine' added successfully.")
         assert load(served / "mine")[0] == 400
@@ -719,6 +728,35 @@ def test_adapters_are_loaded_and_unloaded_as_in_vllm_and_only_from_served_folder
         status, answer = load(served / "mine")
         assert (status, answer["error"]["param"]) == (400, "lora_path")
         assert [model["id"] for model in ask(desk, "/v1/models")[1]["data"]] == ["base"]
+
+
+async def test_an_adapter_that_is_asked_for_while_it_is_unloaded_is_not_served_afterwards(
+    folders: Path,
+) -> None:
+    sources = named_models(folders / "base", [folders / "a-1"])
+    generator = BatchedGenerator(ModelPool())
+    served = await asyncio.to_thread(ServedModels, generator, generator._pool, lambda: sources)
+    busy = threading.Event()
+    generator.call(lambda _: busy.wait(60))
+    unloading = asyncio.create_task(served.unload_adapter("a-1"))
+    await asyncio.sleep(0)
+    asked = asyncio.create_task(served.get("a-1"))
+    await asyncio.sleep(0)
+    busy.set()
+    await asyncio.gather(unloading, asked, return_exceptions=True)
+    with pytest.raises(ApiError, match="a-1 does not exist"):
+        await served.get("a-1")
+    await asyncio.to_thread(generator.close)
+
+
+def test_a_model_in_the_current_folder_has_its_name_in_messages(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folders / "base")
+    body = {"model": "base", "messages": [{"role": "user", "content": "a</s>b"}]}
+    with serving(named_models(Path(), ())) as desk:
+        said = ask(desk, "/v1/chat/completions", body)[1]["error"]["message"]
+    assert "a special token of base. It would not be read as text: it could begin" in said
 
 
 @pytest.mark.slow

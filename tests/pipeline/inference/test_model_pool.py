@@ -2,7 +2,11 @@
 
 import os
 import shutil
+import sys
+import threading
+import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from torch import Tensor
 
 from pipeline.adapters.config import AdapterSpec
 from pipeline.errors import UserError
+from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
 from pipeline.inference import engine, model_pool
 from pipeline.inference.model_pool import ModelPool
@@ -209,6 +214,58 @@ def test_a_model_that_finds_no_room_takes_that_of_the_one_unused_for_longest(
     for name in "abc":
         models.unload(name)
     assert models.names == [] and in_memory() == 0
+
+
+def test_a_base_in_other_bits_or_with_other_files_counts_among_the_most_bases(
+    tmp_path: Path,
+) -> None:
+    base = checkpoint(tmp_path / "base")
+    changes = adapter(tmp_path / "a", base, KINDS["none"])
+    plain = shutil.copytree(changes, tmp_path / "b")
+    params = {"quantization": "nf4-dq"}
+    artifact.seal(changes, {"base": base_fingerprint(base), "params": params})
+    models = ModelPool(most_bases=1)
+    models.load("base", base, None)
+    models.load("a", base, changes)
+    assert models.names == ["a"] and len(models.bases) == 1
+    models.load("base", base, None)
+    models.load("b", base, plain)
+    assert models.names == ["base", "b"] and len(models.bases) == 1
+    checkpoint(base, seed=7)
+    models.load("b", base, plain)
+    assert models.names == ["b"] and len(models.bases) == 1
+
+
+def test_other_threads_may_find_models_while_one_loads_and_unloads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, errors = ModelPool(), list[Exception]()
+    model = models.load("a", checkpoint(tmp_path / "base"), None)[0]
+    monkeypatch.setattr(model_pool.Resident, "current", True)
+    deadline, interval = time.monotonic() + 2, sys.getswitchinterval()
+
+    def load_and_unload() -> None:
+        models._put("a", model)
+        models.unload("a")
+
+    def repeat(call: Callable[[], object]) -> None:
+        try:
+            while time.monotonic() < deadline:
+                call()
+        except Exception as error:
+            errors.append(error)
+
+    calls = (load_and_unload, lambda: models.find("a"), lambda: models.device)
+    threads = [threading.Thread(target=repeat, args=(call,)) for call in calls]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert errors == []
 
 
 def test_one_thread_serves_small_models_and_all_cores_a_large_one_or_what_the_user_says(

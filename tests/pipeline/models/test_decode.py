@@ -10,7 +10,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from pipeline.adapters.attach import adapter_layers, attach
 from pipeline.adapters.config import AdapterSpec
-from pipeline.models.generate import generate
+from pipeline.models.base import PackedCache, SequenceCache
+from pipeline.models.generate import generate, last_states
 from pipeline.models.kernels.decode import SHORT, fast_decoding, fewer_calls
 from pipeline.models.transformers_model import TransformersModel, from_config
 from tests.helpers.families import FAMILIES, OTHERS
@@ -77,6 +78,41 @@ def test_a_block_for_one_token_is_the_same_block(kind: str) -> None:
     assert_alike(found, wanted)
     # the blocks, the body and the head: what is joined is not packed a second time
     assert count == 3 + 2
+
+
+ROPE = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
+GROWING = {**ROPE, "llama_4_scaling_beta": 2.0, "original_max_position_embeddings": 8}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {}),
+        ("mistral", {"sliding_window": 6}),
+        # of its layers one has the config's window
+        ("qwen2", {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 2}),
+        # queries that grow with their position
+        (
+            "ministral3",
+            {"rope_parameters": GROWING, "max_position_embeddings": 32, "sliding_window": None},
+        ),
+    ],
+)
+@torch.no_grad()
+def test_several_sequences_at_once_are_read_as_each_alone(
+    kind: str, settings: dict[str, Any]
+) -> None:
+    model = model_of(kind, **settings)
+    rows = [torch.randint(1, 100, (24,)).tolist() for _ in range(2)]
+    wanted = [step_by_step(model, row, 1)[0] for row in rows]
+    cache = PackedCache([SequenceCache(24), SequenceCache(24)])
+    found = []
+    with fast_decoding(model):
+        for tokens in zip(*rows, strict=True):
+            found.append(last_states(model, cache, [[token] for token in tokens]).float())
+            cache.advance([1, 1])
+    for number, alone in enumerate(wanted):
+        assert_alike(torch.stack([read[number] for read in found]), alone)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])

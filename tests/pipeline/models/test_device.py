@@ -162,6 +162,17 @@ def test_a_packed_step_and_generation_of_each_family_are_the_cpus(
     )
 
 
+# as preferences are read where a base does not read sequences end to end
+@pytest.mark.parametrize("given", [0, 2])
+def test_a_batch_that_is_there_is_taken_apart_there(accelerator: torch.device, given: int) -> None:
+    batch = collate(windows_of((3, 5), lambda _: given))
+    expected, apart = batch.unpack(), batch.to(accelerator).unpack()
+    assert [part.ids.device.type for part in apart] == [accelerator.type] * 2
+    for part, other in zip(apart, expected, strict=True):
+        assert part.ids.tolist() == other.ids.tolist()
+        assert part.labels.tolist() == other.labels.tolist()
+
+
 # asking
 
 
@@ -466,6 +477,17 @@ def test_a_small_model_stays_on_the_cpu_unless_a_device_is_named(
         assert (on(SMALL), on(BIG)) == (device_, device_)
         assert str(device.device_for_matrix(1)) == device_
         assert str(gpus[-1]) == device_ or name == "cpu"
+
+
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize("name", ["cuda:256", "cuda:001", "cuda:\u0663"])
+def test_a_number_that_torch_takes_for_another_or_for_none_is_no_device(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_DEVICE", name)
+    rule = "must be auto, cpu, cuda, cuda:N or mps"
+    with pytest.raises(UserError, match=f"{rule}, got '{name}'"):
+        on(BIG)
 
 
 def test_each_rank_has_its_gpu(gpus: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:

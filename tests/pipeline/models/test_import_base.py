@@ -631,16 +631,18 @@ def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(
         ),
         (
             {"vocab_size": 10**12},
-            "hidden_size × vocab_size is 32,000,000,000,000, more than its weights hold",
+            "hidden_size × vocab_size is 32 × 1,000,000,000,000, more than its weights hold",
         ),
         ({"hidden_size": 10**7}, "hidden_size × vocab_size is"),
+        ({"hidden_size": 10**4000}, "hidden_size × vocab_size is 10"),  # no text for the product
+        ({"num_experts": 9 * 10**4299}, "num_hidden_layers × num_experts is 2 × 9,0"),
         ({"intermediate_size": 10**9}, "hidden_size × intermediate_size is"),
         ({"head_dim": 10**7}, "hidden_size × head_dim is"),
         ({"head_dim": 10**5}, "it describes 76,829,856 parameters, the weights have 36,000"),
         ({"text_config": {"n_layer": 10**6}}, "n_layer is"),
         (
             {"model_type": "mixtral", "num_local_experts": 90_000},
-            "num_hidden_layers × num_local_experts is 180,000",
+            "num_hidden_layers × num_local_experts is 2 × 90,000, more than 100,000",
         ),
     ],
 )
@@ -707,6 +709,13 @@ def test_without_network_the_hubs_cache_is_asked_and_the_commit_pinned(
     again = folder_bytes(out)
     hub.rename(hub.parent / "models--org--renamed")
     assert folder_bytes(imported("org/renamed", tmp_path)[0]) == again
+
+
+def test_a_quantized_model_of_the_hub_is_refused_by_the_name_that_was_given(
+    hub: Path, tmp_path: Path
+) -> None:
+    quantized(hub / "snapshots" / HUB_COMMIT)
+    assert refused("org/toy", tmp_path).startswith("base: org/toy is quantized ('gptq'); ")
 
 
 @pytest.mark.parametrize("base", ["org/missing", "org/toy@v9"])
@@ -818,7 +827,7 @@ def test_a_gguf_file_that_is_cut_or_of_an_unknown_kind_is_refused(tmp_path: Path
         (
             "vocab_size",
             10**9,
-            "hidden_size × vocab_size is 32,000,000,000, more than its weights hold",
+            "hidden_size × vocab_size is 32 × 1,000,000,000, more than its weights hold",
         ),
         ("context_length", 0, "max_position_embeddings must be at least 1, got 0"),
     ],

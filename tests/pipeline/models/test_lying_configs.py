@@ -56,6 +56,7 @@ LIES: dict[str, tuple[Any, ...]] = {  # key → values that no model has
     "num_labels": (10**12, -1, "abc"),
     "final_logit_softcapping": ("abc", [], 10**30),
     "logit_scale": ("abc", {"x": 1}, 10**30),
+    "logits_scaling": ("abc", {"x": 1}, 0, 10**30),
     "query_pre_attn_scalar": (-1, 0, "abc"),
     "return_dict": (False, "abc"),
     "n_head": (0, -1, "4"),

@@ -1,7 +1,9 @@
 """MiniGPT against a stock OPTForCausalLM, and generation against `generate`."""
 
 import math
+import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from pipeline.models.base import set_row_count
 from pipeline.models.generate import Sampling, distribution, generate
 from pipeline.models.load import Base, count, load_base, save_base
 from pipeline.models.minigpt import KVCache, MiniGPT, MiniGPTConfig
+from pipeline.models.save import load_tensors
 from tests.helpers.checkpoints import token_ids
 
 TOKENIZER = WordTokenizer.of_words([f"w{i}" for i in range(71)])
@@ -191,6 +194,29 @@ def test_resizing_keeps_old_rows_bit_for_bit(tied: bool) -> None:
 def test_a_config_that_means_another_model_is_refused(key: str, value: object) -> None:
     with pytest.raises(UserError, match=f"{key} is .*; MiniGPT needs"):
         MiniGPTConfig.from_opt({**CONFIG.to_opt(), key: value}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"vocab_size": True}, "vocab_size must be a whole number from 1, got True"),
+        ({"word_embed_proj_dim": 8}, "word_embed_proj_dim differs from hidden_size"),
+        ({"num_attention_heads": 5}, "hidden_size must be a multiple of 2 × num_attention_heads"),
+    ],
+)
+def test_a_config_of_impossible_sizes_is_refused_with_what_to_do(
+    changes: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(UserError, match=rf"{reason}.*\. Copy it again\."):
+        MiniGPTConfig.from_opt({**CONFIG.to_opt(), **changes}, "config.json")
+
+
+def test_a_file_that_only_safetensors_rejects_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    header = b'{"x":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}'  # no tensor has byte 0
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"ab")
+    with pytest.raises(UserError, match=r"cannot be read: .*\. Create or copy it again\."):
+        load_tensors(path)
 
 
 def test_a_checkpoint_that_does_not_fit_its_config_is_refused(tmp_path: Path) -> None:

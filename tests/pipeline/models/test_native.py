@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
 
 from pipeline.adapters.attach import adapter_layers, attach
 from pipeline.adapters.config import AdapterSpec
@@ -48,7 +55,12 @@ SIZES = {
     "head_dim": 32,
 }
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": True}
-CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config, "gemma": GemmaConfig}
+CONFIGS = {
+    "llama": LlamaConfig,
+    "qwen3": Qwen3Config,
+    "gemma": GemmaConfig,
+    "mistral": MistralConfig,
+}
 TARGETS = {
     "attention": ("q_proj", "v_proj"),
     "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"),
@@ -323,6 +335,39 @@ def test_blocks_that_combine_the_same_parts_otherwise_keep_their_forward() -> No
     model = made("gemma").train()  # its activation is GELU
     model.prepare_cpu_training()
     assert not any(isinstance(block, TrainingBlock) for block in model.blocks)
+
+
+@needs_native
+@pytest.mark.parametrize("window", [8, None])
+@torch.no_grad()
+def test_a_window_of_the_config_hides_keys_in_training_too(window: int | None) -> None:
+    """Mistral's attention reads it there, and has no attribute of that name."""
+    config = CONFIGS["mistral"](**SIZES, **HEADS, sliding_window=window)
+    whole = AutoModelForCausalLM.from_config(config, dtype=BF16, attn_implementation=register())
+    model, ids = TransformersModel(whole).train(), torch.arange(40)[None]
+    before = model.hidden_states(ids)
+    model.prepare_cpu_training()
+    assert model.trains_natively == (window is None)
+    near(model.hidden_states(ids), before, 0.05)
+
+
+@needs_native
+@torch.no_grad()
+def test_queries_that_grow_with_their_position_do_so_in_training_too() -> None:
+    """Ministral 3's, from a position on that no short probe reaches."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "llama_4_scaling_beta": 2.0}
+    sizes = {**SIZES, **HEADS, "max_position_embeddings": 64, "sliding_window": None}
+    config = AutoConfig.for_model(
+        "ministral3", rope_parameters={**rope, "original_max_position_embeddings": 16}, **sizes
+    )
+    whole = AutoModelForCausalLM.from_config(config, dtype=BF16, attn_implementation=register())
+    for p in whole.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.1)
+    model, ids = TransformersModel(whole).train(), torch.arange(40)[None]
+    before = model.hidden_states(ids)
+    model.prepare_cpu_training()
+    near(model.hidden_states(ids), before, 0.1)
 
 
 @needs_native

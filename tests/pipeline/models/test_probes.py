@@ -20,6 +20,7 @@ from pipeline.models.transformers_model import TransformersModel
 from pipeline.project import probes
 from pipeline.project.runner import Event, Note, Progress, _with_findings
 from pipeline.stages.registry import open_project
+from tests.helpers.checkpoints import small_minigpt
 from tests.helpers.projects import note_texts
 from tests.helpers.real import toy
 from tests.helpers.rounding import OtherRounding
@@ -92,6 +93,13 @@ def test_what_leaks_later_than_a_short_sequence_is_long_is_found(reach: int) -> 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "gpt_oss"])
 def test_a_model_of_few_positions_is_tried_within_them(family: str) -> None:
     assert toy(family, max_position_embeddings=8, sliding_window=4).eval().supports_packing
+
+
+@pytest.mark.parametrize("positions", [1, 3, 4])
+def test_a_model_of_too_few_positions_to_be_tried_reads_one_sequence_at_a_time(
+    positions: int,
+) -> None:
+    assert small_minigpt(max_positions=positions).eval().supports_packing == (positions > 3)
 
 
 def test_a_token_whose_embedding_is_zero_has_hidden_states_of_zero() -> None:

@@ -246,6 +246,14 @@ def test_without_bitsandbytes_eight_bits_are_refused_with_what_goes_without(
     )
 
 
+def test_a_table_of_integers_stays_as_it_is() -> None:
+    """DeepSeek V4 has one: a token's experts."""
+    model = toy("llama", torch.float32)
+    model.blocks[0].register_buffer("table", torch.tensor([1, 257]))
+    quantize(model, "nf4", torch.bfloat16, CPU)
+    assert model.state_dict()["model.layers.0.table"].tolist() == [1, 257]
+
+
 @torch.no_grad()
 def test_a_small_16_bit_linear_in_few_bits_is_compared_in_fp32() -> None:
     """As a merge's certificate does, on any prompts."""

@@ -4,6 +4,7 @@ precision.
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from pipeline.adapters.config import AdapterSpec
 from pipeline.errors import UserError
 from pipeline.models.base import compute_in_fp32
 from pipeline.models.kernels import packed_attention, plain_attention
+from pipeline.models.load import load_base, skeleton
 from pipeline.models.transformers_model import TransformersModel, refuse_unlike
+from tests.helpers.bases import toy_checkpoint
 from tests.helpers.families import FAMILIES
 from tests.helpers.real import toy
 
@@ -78,6 +81,29 @@ def test_logits_that_are_made_otherwise_are_refused(dtype: torch.dtype) -> None:
         UserError, match=r"toy: unsupported model LlamaForCausalLM: its logits are not its head"
     ):
         refuse_unlike(model, "toy")
+
+
+def test_a_decoder_whose_config_counts_another_models_blocks_is_refused(tmp_path: Path) -> None:
+    """Bart's num_hidden_layers are its encoder's."""
+    toy_checkpoint(
+        tmp_path,
+        "bart",
+        d_model=32,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        decoder_layers=1,
+        num_hidden_layers=2,
+    )
+    for opens in (load_base, skeleton):
+        with pytest.raises(UserError, match="unsupported model BartForCausalLM: it does not cons"):
+            opens(tmp_path)
+
+
+def test_a_generation_config_that_is_no_text_is_one_message(tmp_path: Path) -> None:
+    toy_checkpoint(tmp_path)
+    (tmp_path / "generation_config.json").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"cannot be opened: 'utf-8' codec can't decode byte 0xff"):
+        skeleton(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

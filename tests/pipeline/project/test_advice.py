@@ -89,6 +89,14 @@ def test_a_rule_speaks_where_its_setting_breaks_it_and_a_fact_that_it_needs_is_k
     assert keys(advised(facts=Facts("finetune_lora", **known), **settings)) == broken
 
 
+def test_examples_seen_a_little_more_often_than_advised_are_not_said_to_be_seen_as_often() -> None:
+    facts = Facts("finetune_lora", examples=1000)
+    (advice,) = advised(facts=facts, max_steps=132)  # 32 a step
+    assert "seen 4.2 times each" in advice.why and advice.advised == "at most 4"
+    (advice,) = advised(facts=facts, epochs=50)
+    assert "seen 50 times each" in advice.why
+
+
 def test_the_worst_setting_comes_first() -> None:
     facts = Facts("finetune_lora", examples=150)
     broken: dict[str, Any] = {

@@ -394,6 +394,20 @@ def test_transformers_as_it_writes_its_arguments_leaves_nothing_without_a_reason
         ),
         ({**AXOLOTL, "learning_rate": "9" * 5000}, "learning_rate is too long"),
         ({"peft_type": "VERA"}, "peft_type must be one of LORA"),
+        ({"finetuning_type": "lora", "lora_rank": -8}, "lora_rank must be at least 1, got -8"),
+        ({"finetuning_type": "lora", "lora_rank": 10**400}, "lora_rank must be below"),
+        (
+            {"iters": 1, "lora_parameters": {"rank": -8, "scale": 2.0}},
+            "lora_parameters.rank must be at least 1, got -8",
+        ),
+        (
+            {"iters": 1, "lora_parameters": {"rank": 8, "scale": -2.5}},
+            "lora_parameters.scale must be more than 0, got -2.5",
+        ),
+        (
+            {"iters": 1, "lora_parameters": {"rank": 10**400, "scale": 2.5}},
+            "lora_parameters.rank must be below",
+        ),
         (
             {"pretrain": {}, "finetune_lora": {"rank": 2}},
             "A params file of this project is given with --params",

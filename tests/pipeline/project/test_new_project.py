@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pipeline.project import new_project
-from pipeline.project.dvc_yaml import render_dvc_yaml
+from pipeline.project.dvc_yaml import CODE_HEADER, render_dvc_yaml, renew_code_yaml
 from pipeline.stages.registry import GRAPH, open_project
 from tests.conftest import Lora
 from tests.helpers import families
@@ -109,6 +109,13 @@ def test_why_dvc_fails_is_said(cli: Lora, tmp_path: Path, monkeypatch: pytest.Mo
         "project: unexpected error - no room. Try `dvc init --no-scm` there.\n"
     )
     assert not (tmp_path / "project/dvc.yaml").exists()
+
+
+def test_the_next_command_can_be_copied_if_the_folder_has_a_space(
+    cli: Lora, tmp_path: Path
+) -> None:
+    out = cli("new", "my project", cwd=tmp_path)[1]
+    assert out.endswith("Next: cd 'my project'; dvc repro; lora-tui\n")
 
 
 @pytest.mark.slow
@@ -318,6 +325,39 @@ def test_the_code_that_stages_run_is_one_more_of_their_params(
         "pipeline.project.provenance.code_digest", lambda *modules: f"another {modules[0]}"
     )
     assert new_project.create(folder, GRAPH)[0] == ["code.yaml"]
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 3000, "a: !!bool x\n", "a: !!timestamp x\n"], ids=["deep", "bool", "time"]
+)
+def test_whatever_is_in_the_files_for_dvc_the_project_is_completed(
+    tmp_path: Path, text: str
+) -> None:
+    folder = tmp_path / "project"
+    new_project.create(folder, GRAPH)
+    (folder / "dvc.yaml").write_text(text, encoding="utf-8")
+    (folder / "code.yaml").write_bytes(b"\xff\n")
+    renew_code_yaml(open_project(folder / "params.yaml"))
+    assert (folder / "code.yaml").read_text(encoding="utf-8").startswith(CODE_HEADER)
+    (folder / "code.yaml").write_bytes(b"\xff\n")
+    added, (note,) = new_project.create(folder, GRAPH)
+    assert added == ["code.yaml"] and f"{folder / 'dvc.yaml'} is kept" in note
+
+
+def test_a_method_that_is_asked_for_twice_is_one(tmp_path: Path) -> None:
+    new_project.create(tmp_path / "project", GRAPH, methods=["dpo", "dpo"])
+    assert "finetune_dpo" in open_project(tmp_path / "project/params.yaml").stages
+
+
+def test_a_data_file_in_the_home_folder_stays_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("[]\n", encoding="utf-8")
+    source = params_of(tmp_path / "from", "merge:\n  prompts: ~/mine.yaml\n")
+    new_project.create(tmp_path / "project", GRAPH, source)
+    stages = yaml.safe_load((tmp_path / "project/dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    assert str(tmp_path / "mine.yaml") in stages["merge"]["deps"]
 
 
 def test_empty_files_are_left_out_and_one_named_twice_is_watched_once(tmp_path: Path) -> None:

@@ -202,6 +202,8 @@ def test_a_file_of_an_earlier_lora_new_keeps_what_it_left_out(tmp_path: Path) ->
         ("training: {rank: 4}\n", "unknown key training.rank"),
         ("training: {data: a.txt}\n", "training.data: each stage names its own data"),
         ("training: 7\n", "training must be a section of key: value lines, got 7"),
+        (f"training: {'x' * 90}\n", f"got '{'x' * 59}…."),
+        (f"{'x' * 90}\n", f"got '{'x' * 59}…."),
     ],
 )
 def test_a_wrong_training_block_is_refused_wherever_it_counts(
@@ -381,6 +383,11 @@ def test_bad_input_is_one_message_with_key_rule_and_value(
     [
         ("rank=8", "--set takes section.key=value"),
         ("finetune_lora.rank", "--set takes section.key=value"),
+        (".rank=8", "--set takes section.key=value"),
+        ("project.x=1", "--set project.x: project is not a section in the params file"),
+        ("report_to.x=1", "--set report_to.x: report_to is not a section in the params file"),
+        ("base=1", "base must be a text, got 1. Change it in --set."),
+        ("import.trust_remote_code=3", "must be true or false, got 3. Change it in --set."),
         ("finetune_lora.rank=", "must be a whole number, got None"),
         ("finetune_lora.rank=[", "is not a YAML value"),
         ("nowhere.rank=8", "--set: unknown key nowhere"),
@@ -410,6 +417,12 @@ def test_bad_input_is_one_message_with_key_rule_and_value(
             "evaluate.tasks=[a, a]",
             "evaluate.tasks has 'a' twice. Remove one of them from --set.",
         ),
+        ("finetune_lora.data=[1]", "finetune_lora.data[0] must be a path, .* Change it in --set."),
+        (
+            "finetune_lora.data=[{path: x, weight: -1}]",
+            "finetune_lora.data[0].weight must be more than 0, got -1. Change it in --set.",
+        ),
+        ("finetune_lora.data[0]=x", "--set: unknown key finetune_lora.data[0]. Did you mean data?"),
     ],
 )
 def test_bad_overrides_are_refused(override: str, message: str) -> None:

@@ -57,6 +57,18 @@ def test_a_project_has_the_stages_of_its_own_sections_and_reads_all_else_where_i
     ]
 
 
+def test_what_an_earlier_lora_new_left_out_of_the_parent_has_that_source_in_the_child(
+    tmp_path: Path,
+) -> None:
+    first = "# Written by `lora new`. \n"
+    (tmp_path / "params.yaml").write_text(f"{first}finetune_lora:\n", encoding="utf-8")
+    (tmp_path / "child").mkdir()
+    child = tmp_path / "child/params.yaml"
+    child.write_text("project: ../params.yaml\nfinetune_dpo:\n", encoding="utf-8")
+    source = open_project(child).params.source("finetune_dpo", "precision")
+    assert source == "an earlier `lora new`, training"
+
+
 def test_a_child_of_a_pretrained_base_has_its_defaults(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(
         "base: model.gguf\nfinetune_lora: {rank: 16}\n", encoding="utf-8"
@@ -87,6 +99,27 @@ def test_settings_of_the_parent_name_the_same_files_from_the_childs_folder(house
     sweep = child.stages["finetune_sweep"]
     assert child.stage_params(sweep)["retention_data"] == "../data/retain.de.txt"
     assert child.inputs(sweep).keys() >= {"../artifacts/expanded", "../data/retain.de.txt"}
+
+
+def test_a_file_that_a_sweep_of_the_parent_measures_on_is_the_parents(tmp_path: Path) -> None:
+    """Its settings are those of two sections."""
+    (tmp_path / "params.yaml").write_text(
+        "pretrain: {}\nfinetune_sweep: {old_data: old.txt}\n", encoding="utf-8"
+    )
+    (tmp_path / "child").mkdir()
+    child = tmp_path / "child/params.yaml"
+    child.write_text("project: ../params.yaml\nfinetune_dpo: {}\n", encoding="utf-8")
+    assert open_project(child).params.finetune_sweep.old_data == "../old.txt"
+
+
+@pytest.mark.parametrize(("base", "command"), [("minigpt", "pretrain"), ("model.gguf", "import")])
+def test_what_makes_the_base_runs_in_the_parent(base: str, command: str, tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(f"base: {base}\n", encoding="utf-8")
+    (tmp_path / "child").mkdir()
+    child = tmp_path / "child/params.yaml"
+    child.write_text("project: ../params.yaml\nfinetune_dpo: {}\n", encoding="utf-8")
+    for stage in ("pretrain", "expand_vocab"):
+        assert open_project(child).command(stage) == f"`lora {command}` in {tmp_path}"
 
 
 def test_the_child_makes_of_its_parents_artifacts_what_one_project_makes(
@@ -158,7 +191,10 @@ def test_the_parent_lists_no_runs_of_its_child_though_both_have_one_cache(houses
             ("finetune", "prefix", "--set", "finetune_lora.rank=2"),
             "--set finetune_lora: params.yaml has no such",
         ),
-        (("finetune", "prefix", "--set", "project.x=2"), "--set project: params.yaml has no such"),
+        (
+            ("finetune", "prefix", "--set", "project.x=2"),
+            "--set project.x: project is not a section",
+        ),
     ],
 )
 def test_the_parents_stages_and_settings_are_the_parents(

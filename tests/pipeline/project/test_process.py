@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.project.process import ProcessRank, world
+from pipeline.project.process import ProcessRank, is_valid, world
 from tests.helpers.projects import LORA
 
 BIN = Path(sys.executable).parent
@@ -52,6 +52,17 @@ def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in SET:
         monkeypatch.setenv(name, "")
     assert world() == ProcessRank(0, 1, 0, 1)
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "mps", "cuda", "cuda:0", "cuda:10", "cuda:99"])
+def test_a_device_has_a_number_as_torch_reads_it(name: str) -> None:
+    assert is_valid(name)
+
+
+@pytest.mark.parametrize("name", ["cuda:00", "cuda:07", "cuda:١", "cuda:256", "cuda:", "cuda:0\n"])
+def test_a_number_that_torch_refuses_or_takes_for_another_is_no_device(name: str) -> None:
+    """torch raises RuntimeError for a leading zero, and reads cuda:256 as cuda:0."""
+    assert not is_valid(name)
 
 
 def test_the_command_says_which_variable_is_wrong(tmp_path: Path) -> None:

@@ -103,6 +103,12 @@ def test_how_long_a_run_took_is_known_however_it_ended(
     assert read_journal(tmp_path).seconds == pytest.approx(7)
 
 
+def test_a_path_that_is_not_utf_8_in_an_error_leaves_the_error_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="missing"), writing(tmp_path):
+        raise UserError("\udcff is missing")
+    assert read_journal(tmp_path).message == "? is missing"
+
+
 def test_a_journal_that_an_older_version_wrote_is_read(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(
         '{"state": "done", "pid": 1, "started": 5.0, "done": 3, "total": 3}'

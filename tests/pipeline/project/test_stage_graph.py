@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.project import provenance
 from pipeline.project.dvc_yaml import HEADER, render_code_yaml, render_dvc_yaml
 from pipeline.project.provenance import code_files
 from pipeline.stages.registry import open_project
+from tests.helpers.extension import install, load
 from tests.helpers.projects import CHILD, COMMAND, ROOT, STAGES, dvc, git, make, save, shorten
 
 
@@ -90,6 +92,39 @@ finally:
     done.set()
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize("text", ["def read(:\n", "x = 1\0\n"])
+def test_a_file_that_python_cannot_read_counts_by_its_content_alone(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An extension that cannot be imported is left out; it does not stop what reads data."""
+    files = {"qa_rows/__init__.py": "", "qa_rows/rows.py": text}
+    load(monkeypatch, install(tmp_path, {"data_format.qa": "qa_rows.rows"}, files))
+    code = STAGES["pretrain"].code
+    assert tmp_path / "qa_rows/rows.py" in provenance.code_files(*code)
+    before = provenance.code_digest(*code)
+    (tmp_path / "qa_rows/rows.py").write_text("x = 2\n", encoding="utf-8")
+    assert provenance.code_digest(*code) != before
+
+
+def test_the_code_of_an_extension_that_is_one_file_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(monkeypatch, install(tmp_path, {"stage.one": "one_file"}, {"one_file.py": "x = 1\n"}))
+    assert provenance.code_files("one_file") == [tmp_path / "one_file.py"]
+    before = provenance.code_digest("one_file")
+    (tmp_path / "one_file.py").write_text("x = 2\n", encoding="utf-8")
+    assert provenance.code_digest("one_file") != before
+
+
+def test_what_imports_nothing_of_ours_has_no_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a file's name git would tell the last commit of all."""
+    files = {"alone/__init__.py": "", "alone/probe.py": "def run(job):\n    yield from ()\n"}
+    load(monkeypatch, install(tmp_path, {"stage.probe": "alone.probe"}, files))
+    assert provenance.commit("alone.probe") is None
 
 
 CONCERNED = ("finetune_lora", "merge", "evaluate")  # by a changed rank of LoRA

@@ -21,6 +21,7 @@ from pipeline.project.cache import cache_key
 from pipeline.project.logs import follower, trackers
 from pipeline.project.logs.follower import Followed
 from pipeline.project.logs.run_log import SAMPLES, parse_sample, read_steps
+from pipeline.project.logs.trackers import TrackedRun, wandb
 from pipeline.stages.registry import open_project
 from tests.conftest import Built, Lora
 from tests.helpers.json_files import read_json
@@ -459,6 +460,25 @@ def test_what_cannot_be_reported_to_is_refused_first(
     project: Path, cli: Lora, setting: str, message: str
 ) -> None:
     assert message in refusal(cli("finetune", "lora", "--force", f"--set={setting}", cwd=project))
+
+
+def test_dvclive_may_write_into_the_folder_that_dvc_has(tmp_path: Path) -> None:
+    (tmp_path / ".dvc").mkdir()
+    run = TrackedRun("p", STAGE, "n", {}, tmp_path, True)
+    tracker = trackers.TRACKERS["dvclive"].Tracker(run)
+    tracker.log(1, {"train/loss": 2.0})
+    tracker.finish("done")
+    assert (tmp_path / STAGE / "metrics.json").is_file()
+
+
+def test_without_a_netrc_that_can_be_read_wandb_is_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / ".netrc").write_bytes(b"# \xe4\nmachine api.wandb.ai login x password y\n")
+    assert wandb._mode() == "offline"
 
 
 def test_report_to_is_shown_with_its_source(project: Path, cli: Lora) -> None:

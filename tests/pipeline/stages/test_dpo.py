@@ -12,14 +12,17 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from pipeline.adapters.config import WEIGHTS
+from pipeline.data.examples import IGNORED
 from pipeline.data.formats import read_examples
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.inference.engine import load
 from pipeline.inference.score import score
+from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import LOSS, read_steps
-from pipeline.project.runner import Progress, run
+from pipeline.project.runner import Job, Progress, run
 from pipeline.stages.registry import open_project
+from pipeline.training.preferences.data import build_answers
 from tests.conftest import Lora
 from tests.helpers.checkpoints import token_ids
 from tests.helpers.families import FAMILIES, TEXTS, new_project
@@ -33,6 +36,7 @@ from tests.helpers.projects import (
     make_base,
     make_one,
     note_texts,
+    played,
     section_overrides,
 )
 from tests.helpers.side_by_side import logits, ours, theirs
@@ -280,6 +284,26 @@ def test_labelled_answers_are_pairs_to_kto(project: Path) -> None:
     write_jsonl(project / "data/answers.jsonl", answers)
     folder, _ = tuned(project, loss="kto", eval_share=0, data="data/answers.jsonl")
     assert (folder / WEIGHTS).read_bytes() == from_pairs
+
+
+def test_an_answer_behind_another_prompt_is_cut_at_the_models_positions(project: Path) -> None:
+    long = "The currency of " * 16
+    answers = [
+        {"prompt": long, "completion": "the euro", "label": True},
+        {"prompt": "The currency", "completion": long, "label": False},
+    ]
+    write_jsonl(project / "data/answers.jsonl", answers)
+    overrides = given(loss="kto", eval_share=0, data="data/answers.jsonl")
+    whole = open_project(project / "params.yaml", overrides)
+    job = Job(whole, STAGES[STAGE], project / "out", project / "runs", "", 100)
+    base = load_base(project / "artifacts/expanded")
+    (found, _), _ = played(build_answers(job, whole.section(job.stage), "kto", base))
+    own, behind = found.windows[0], found.windows[1]
+    # the last of as many tokens is a label alone
+    assert len(own.ids) < len(behind.ids) == base.model.shape.positions - 1
+    prompt = own.labels.count(IGNORED)
+    assert behind.ids[:prompt] == own.ids[:prompt]
+    assert behind.labels.count(IGNORED) == prompt
 
 
 @pytest.mark.slow

@@ -308,6 +308,16 @@ def test_the_report_names_neither_user_nor_host_nor_folders(
     assert report._without_names(text) == "no …/x/y.py and …/z.so: …@…, 3 tokens/s, …/w.py (a/b)"
 
 
+def test_a_user_without_a_home_gets_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container, where the user is a number."""
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    assert report._without_names("in /srv/secret/z.so") == "in …/z.so"
+
+
 def test_on_a_cpu_it_says_what_it_would_do(cli: Lora, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

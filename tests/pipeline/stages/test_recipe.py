@@ -11,6 +11,7 @@ from pipeline.calc.sources.open_model import built_in
 from pipeline.data.check import DataReport, check
 from pipeline.errors import UserError
 from pipeline.stages.methods.lora import FinetuneLora, rate_for
+from pipeline.stages.quickstart import _share
 from pipeline.stages.recipe import ROOM, Machine, Recipe, choose
 from pipeline.stages.registry import COUNTED, METHODS
 from tests.helpers.json_files import write_json
@@ -133,6 +134,16 @@ def test_a_device_without_bf16_trains_in_fp32_and_is_never_quantized() -> None:
     assert recipe.values["training.precision"] == "fp32"
     with pytest.raises(UserError, match="a step takes"):
         chosen(1.5, bf16=False)
+
+
+def test_the_examples_a_step_are_those_of_the_accumulation_that_the_user_set() -> None:
+    reasons = chosen(64, gradient_accumulation_steps=4).reasons
+    assert reasons["training.batch_size"] == "64 examples a step: an epoch has 15 steps"
+
+
+@pytest.mark.parametrize("count", [501, 10**4, 10**6, 4_100_000, 10**8])
+def test_of_any_number_of_examples_some_are_held_out(count: int) -> None:
+    assert 50 <= _share([], {}, count) * count <= 210
 
 
 def test_few_examples_are_seen_more_often_and_in_smaller_steps() -> None:

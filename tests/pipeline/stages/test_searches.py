@@ -25,7 +25,7 @@ from pipeline.project.runner import Note, run
 from pipeline.stages.methods.sweep import FinetuneSweep, grid_around, variants
 from pipeline.stages.methods.sweep import run as sweep
 from pipeline.stages.registry import open_project
-from pipeline.stages.searches import Trial, halving, optuna, random
+from pipeline.stages.searches import SEARCHES, Trial, halving, optuna, random
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.json_files import read_json
 from tests.helpers.process import Forked
@@ -254,7 +254,8 @@ def test_optuna_is_told_what_each_adapter_of_a_generation_lost_and_asks_for_the_
         asked.append([*tried])
         return plain(own, tried)
 
-    monkeypatch.setattr(optuna, "SEARCH", optuna.SEARCH._replace(ask=watched))
+    # what the registry has loaded: another test may have read it before
+    monkeypatch.setitem(SEARCHES._loaded, "optuna", optuna.SEARCH._replace(ask=watched))
     given = given_(
         {"learning_rate": RATES, "rank": [1, 2, 4]}, "optuna", "trials=5", "generation=2"
     )
@@ -504,6 +505,14 @@ def test_over_sweeps_around_the_advised_rate_and_the_projects_own_rank(
         (
             ["search=halving", "grid={rank: [1, 2]}"],
             "finetune_sweep.reduction_factor is 3, but there are only 2",
+        ),
+        (
+            ["search=halving", "trials=16", "grid={rank: [1, 2]}"],
+            "finetune_sweep.reduction_factor is 3, but there are only 2",
+        ),
+        (
+            ["search=halving", "trials=16", "grid={}"],
+            "finetune_sweep.grid is empty, but search halving draws from it.",
         ),
         (
             ["search=halving"],

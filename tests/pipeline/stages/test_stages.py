@@ -6,6 +6,7 @@ import shutil
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,17 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from pipeline.data.answers.prompts import read_prompts
+from pipeline.data.examples import Example
 from pipeline.errors import UserError
 from pipeline.files.artifact import digest
 from pipeline.inference.catalog import measured
 from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import final_loss, read_final_loss, read_steps
+from pipeline.project.params.sections import Evaluate
 from pipeline.project.runner import run
+from pipeline.stages.evaluate import _score_new
 from pipeline.stages.registry import open_project
+from pipeline.stages.report import _prompt_table
 from pipeline.weights.edits import AddLowRank
 from tests.helpers.json_files import read_json
 from tests.helpers.projects import BRIEF, METHODS, PIPELINE, ROOT, STAGES, make, make_one
@@ -290,6 +295,17 @@ def test_a_word_that_was_never_added_is_refused_with_its_line(project: Path) -> 
         make(project, ["finetune_lora"], BRIEF)
 
 
+def test_the_file_whose_words_a_model_lacks_is_named() -> None:
+    """Not the first of the files that training held examples out of."""
+    tokenizer = SimpleNamespace(
+        unknown_words=lambda text: [word for word in [text] if word == "möwe"]
+    )
+    loaded: Any = SimpleNamespace(name="lora", tokenizer=tokenizer)
+    examples = [Example("hund", "known.txt", 1), Example("möwe", "new.txt", 1)]
+    with pytest.raises(UserError, match=r"^new.txt has words that lora does not know"):
+        _score_new(loaded, examples, Evaluate(), 0)
+
+
 @pytest.mark.slow
 def test_an_expanded_vocabulary_without_new_words_is_fine(project: Path) -> None:
     overrides = [
@@ -329,6 +345,19 @@ def test_predictions_hold_every_prompt_of_every_variant(finished: Path) -> None:
             assert len(found) == 5
             assert found == sorted(found, reverse=True)
             assert 0 < sum(found) <= 1 + 1e-6
+
+
+def test_a_prompt_with_a_bar_or_a_line_break_stays_one_row_of_the_report() -> None:
+    entry = {
+        "group": "signs",
+        "rule": "must_change",
+        "prompt": "a | b\nc",
+        "answer": "x|y",
+        "corrected": "<z>",
+        "top_k": None,
+    }
+    table = _prompt_table({"base": [entry]}, "signs", "must_change", {"base": "Base"})
+    assert table.endswith("| *a \\| b\\nc* | x\\|y | &lt;z> | unknown word |\n")
 
 
 def test_the_report_states_the_numbers_that_were_measured(finished: Path, metrics: Any) -> None:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.errors import UserError
 from pipeline.files.artifact import digest
 from pipeline.project.logs.run_log import read_steps
 from pipeline.project.runner import checkpoints
@@ -497,7 +498,7 @@ def test_machines_have_to_meet(mini: Path, cli: Lora) -> None:
             ["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:70000"],
             "--rdzv-endpoint must be HOST:PORT of a machine",
         ),
-        (["--node-rank", "0"], "--node-rank must be less than --nnodes, which is 1"),
+        (["--node-rank", "0"], "--node-rank numbers several machines. Say how many with"),
         (
             ["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:7", "--node-rank", "2"],
             "--node-rank must be less than",
@@ -627,6 +628,27 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
+
+
+def test_a_process_that_fails_has_its_own_exit_code_in_the_message(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import logging
+
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+    from torch.distributed.launcher import api
+
+    monkeypatch.setenv(launch.LAUNCHER, "")  # restored afterwards, with what else `launch` sets
+    for name in ("OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(logging, "disable", lambda _: None)
+
+    def run(*_: str) -> None:
+        raise ChildFailedError("cli.main", {1: ProcessFailure(1, 7, 3, "")})
+
+    monkeypatch.setattr(api, "elastic_launch", lambda *_: run)
+    with pytest.raises(UserError, match=r"rank 1 of 1 exited with code 3\. Run the same command"):
+        launch.launch(1, [])
 
 
 def test_torchrun_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,6 +154,24 @@ def test_the_second_signal_is_handled_as_without_a_run(tmp_path: Path) -> None:
     assert stopped.value.signal_number == signal.SIGINT, "the last one that was held"
 
 
+def test_a_signal_that_arrives_as_its_handler_is_installed_ends_the_run_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install = signal.signal
+
+    def install_and_receive(number: int, handler: Any) -> Any:
+        before = install(number, handler)
+        if number == signal.SIGTERM and "hold" in getattr(handler, "__name__", ""):
+            os.kill(os.getpid(), number)
+        return before
+
+    with handled(signal.SIGTERM) as arrived:
+        monkeypatch.setattr(signal, "signal", install_and_receive)
+        with pytest.raises(Interrupted, match=r"stopped after step 1 of 6$"):
+            list(train(new_job(tmp_path / "run"), new_task()))
+        assert not arrived
+
+
 def test_a_signal_after_the_last_step_ends_the_run_too(tmp_path: Path) -> None:
     with handled(signal.SIGTERM):
         events = train(new_job(tmp_path / "run"), new_task())

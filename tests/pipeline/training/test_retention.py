@@ -240,6 +240,26 @@ def test_a_prompt_alone_is_completed_by_the_base_itself(project: Path) -> None:
     assert list(found[1].ids) == tokenizer("The yen.")["input_ids"], "without an end"
 
 
+def test_a_prompt_alone_is_cut_and_refused_as_a_text_is(project: Path) -> None:
+    prompt = "The currency of " * 30
+    write_jsonl(project / "data/mine.jsonl", [{"prompt": prompt}])
+    changes = ["retention_data=data/mine.jsonl", "retention_weight=1", "max_length=20"]
+    base = load_base(project / "artifacts/expanded")
+
+    def found(*given: str) -> Any:
+        overrides = [f"finetune_lora.{change}" for change in given]
+        whole = open_project(project / "params.yaml", overrides)
+        job = Job(whole, STAGES["finetune_lora"], project / "out", project / "runs", "", 100)
+        return played(load_retention_texts(job, whole.params.finetune_lora, base))[0]
+
+    ids = found(*changes)[0].ids
+    assert ids[:20] == base.tokenizer.encode(prompt)[:20] and len(ids) <= 20 + COMPLETION
+    with pytest.raises(
+        UserError, match=r"mine\.jsonl:1: \d+ tokens .* more than the model's 64 pos"
+    ):
+        found(*changes[:2])
+
+
 def test_a_weight_without_texts_is_refused(project: Path) -> None:
     with pytest.raises(
         UserError,

@@ -463,6 +463,7 @@ def test_its_adapters_are_adapters_like_any_other(mini: Path) -> None:
             "finetune_sweep.grid.batch_size: adapters that train together can differ in seed",
         ),
         ("{rank: [1, 1]}", "finetune_sweep.grid has rank-1 twice. Remove one of them."),
+        ("[{}, {}]", "finetune_sweep.grid has {} twice. Remove one of them."),
         ("[1]", "finetune_sweep.grid must be a mapping of keys to lists of values"),
         (
             "{rank: [1], alpha: " + str(list(range(1, 300))) + "}",

@@ -95,6 +95,15 @@ def test_forgot_least_is_a_trained_model_that_was_the_base(empty_project: Projec
     assert found.forgot_least is not None and found.forgot_least.name == "full"
 
 
+def test_what_is_not_finite_counts_as_worst_and_not_as_another_measure(
+    empty_project: Project,
+) -> None:
+    diverged = kept(0.5, nan)
+    diverged["forgetting"]["divergence"] = 0.1
+    found = evaluation(empty_project, base=kept(1), full=diverged, lora=kept(0.5, 0.2))
+    assert found.forgot_least is not None and found.forgot_least.name == "lora"
+
+
 def test_without_old_texts_nothing_is_said_of_forgetting(empty_project: Project) -> None:
     found = evaluation(empty_project, base=NUMBERS, lora=NUMBERS)
     assert (found.forgot_least, found.kept, found.tasks) == (None, [], [])
@@ -122,7 +131,13 @@ def test_measures_in_which_models_differ_come_first(empty_project: Project) -> N
 
 @pytest.mark.parametrize(
     ("numbers", "expected"),
-    [({"new_loss": nan}, None), ({}, None), ({"new_loss": "1"}, 1.0), ({"new_loss": []}, None)],
+    [
+        ({"new_loss": nan}, None),
+        ({}, None),
+        ({"new_loss": "1"}, 1.0),
+        ({"new_loss": []}, None),
+        ({"new_loss": 10**400}, None),
+    ],
 )
 def test_a_measure_of_what_is_no_number_is_none(
     numbers: dict[str, Any], expected: float | None
@@ -153,6 +168,7 @@ def test_the_gate_names_each_broken_limit(empty_project: Project) -> None:
         pytest.param({"lora": {"bytes": "many"}}, id="a text"),
         pytest.param({"lora": NUMBERS, "gate": {"broken": 1}}, id="another gate"),
         pytest.param({"lora": {**NUMBERS, "tasks": {"a": {}}}}, id="a task without a score"),
+        pytest.param({"lora": {**NUMBERS, "bytes": 10**400}}, id="a number beyond all floats"),
     ],
 )
 def test_other_metrics_are_refused_in_one_sentence(

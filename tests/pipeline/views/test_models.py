@@ -13,7 +13,16 @@ from pipeline.files.digest_cache import signature
 from pipeline.inference.catalog import find_base, measured, model_folders
 from pipeline.inference.engine import load
 from pipeline.stages.registry import open_project
-from pipeline.views.models import Model, check, describe
+from pipeline.views.models import (
+    VERIFIED,
+    Model,
+    VerificationResult,
+    adapters,
+    check,
+    describe,
+    newest_model,
+    scored,
+)
 from tests.conftest import Lora
 from tests.helpers.checkpoints import edit_adapter_config
 from tests.helpers.errors import user_error
@@ -138,6 +147,21 @@ def test_a_manifest_of_another_shape_is_refused_and_never_an_error(
     assert check(models(project)["lora_adapter"], project).state == (
         "verified" if section == "parameters" else "refused"
     )
+    assert "lora_adapter" in [adapter.path.name for adapter in adapters(project)]
+
+
+def test_a_measurement_beyond_all_floats_is_none() -> None:
+    verdict = scored(VerificationResult(VERIFIED, digest="a"), {"a": {"new_loss": 10**400}})
+    assert verdict.new_loss is None
+
+
+def test_without_any_base_the_newest_model_is_a_checkpoint(project: Path) -> None:
+    for name in ("base", "expanded"):
+        shutil.rmtree(project / "artifacts" / name)
+    opened = open_project(project / "params.yaml")
+    folder, adapter = newest_model(opened)
+    assert folder.is_relative_to(project / "artifacts") and adapter is None
+    assert folder.name not in ("base", "expanded")
 
 
 def test_adapters_of_a_sweep_are_bound_to_the_base_beside_it_and_answer_like_any_other(

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from matplotlib import rc_context
 
 from pipeline.files.artifact import file_digest, write_json
 from pipeline.project.logs.run_log import read_run_outcomes
 from pipeline.project.logs.runs import LogFiles, Run
-from pipeline.stages.charts import MARKERS
+from pipeline.stages.charts import MARKERS, draw
 from pipeline.stages.registry import METHODS, open_project
 from pipeline.views.looks import other_look
 from pipeline.views.runs import discover_runs, stamp, training_stages
@@ -217,3 +218,26 @@ def test_twenty_runs_beside_the_methods_look_different() -> None:
 def test_every_sign_has_a_marker_in_an_exported_picture() -> None:
     looks = (*(stage.look for stage in METHODS.values()), *map(other_look, range(20)))
     assert {look.sign for look in looks if look} <= MARKERS.keys()
+
+
+def exported(label: str, sign: str) -> str:
+    """A picture of one curve, whose texts are texts."""
+    numbers = {"x": [1, 2], "low": [1.0, 2.0], "high": [1.0, 2.0], "mean": [1.0, 2.0]}
+    shown = {"label": label, "color": "#000000", "sign": sign, "dim": False, "flat": None}
+    curve = {**numbers, **shown, "held_out": {"x": [1], "y": [2.0]}}
+    panel = {"title": "Loss", "log": False, "y": None, "curves": [curve]}
+    with rc_context({"svg.fonttype": "none"}):
+        return draw({"format": "svg", "title": "", "x": [1, 2], "panels": [panel]}).decode()
+
+
+def test_a_label_with_dollars_is_no_formula() -> None:
+    """A run whose `rank_pattern` is another has its patterns in its label."""
+    label = "finetune_lora, rank_pattern {q_proj$: 8, k_proj$: 4}"
+    picture = exported(label, "●")
+    assert f">{label}<" in picture and f">{label}, held out<" in picture
+
+
+def test_a_sign_that_matplotlib_has_not_is_a_dot() -> None:
+    """An extension's method may have any sign."""
+    assert "✚" not in MARKERS
+    assert exported("a", "✚") == exported("a", "●")

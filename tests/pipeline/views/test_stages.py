@@ -16,6 +16,7 @@ from pipeline.project.runner import Event, Job, Note, Progress, run
 from pipeline.project.stage_graph import Project
 from pipeline.stages.registry import open_project
 from pipeline.views.stages import Status, outdated, project_signature
+from tests.helpers.json_files import edit_json
 from tests.helpers.projects import (
     BRIEF,
     COMMAND,
@@ -75,6 +76,20 @@ def test_a_changed_input_an_edited_artifact_and_a_missing_file_are_named(project
     )
     (project / "data/prompts.yaml").unlink()
     assert "data/prompts.yaml is not a file" in status.of(project_of(project))["merge"].reasons[0]
+
+
+@pytest.mark.parametrize("section", ["params", "inputs", "versions"])
+@pytest.mark.parametrize("value", [["rank"], None])
+def test_a_manifest_of_another_shape_is_a_reason_and_never_an_error(
+    project: Path, section: str, value: object
+) -> None:
+    edit_json(project / "artifacts/lora_adapter/manifest.json", **{section: value})
+    found = Status().of(project_of(project))["finetune_lora"]
+    assert found.state == "changed"
+    assert found.reasons == (
+        "artifacts/lora_adapter/manifest.json is not a manifest of this project. Make the "
+        "artifact again.",
+    )
 
 
 def test_an_artifact_that_vanished_under_others_is_missing_and_they_wait(project: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.adapters.low_rank import LowRank, load_update
 from pipeline.weights.combine import Combined, CombineOptions, Method, combine
+from tests.helpers.errors import user_error
 from tests.helpers.real import stock, toy
 from tests.helpers.side_by_side import randomized
 
@@ -117,6 +118,16 @@ def test_the_error_is_that_of_all_modules_together() -> None:
 
 
 ONE, OTHER = torch.tensor([[4.0, -1.0], [2.0, 0.5]]), torch.tensor([[-3.0, -2.0], [1.0, 3.0]])
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_weights_whose_sum_no_fp32_holds_are_refused(method: Method) -> None:
+    adapters = [{"w": LowRank(torch.ones(2, 3), torch.ones(4, 2), 1.0)} for _ in range(2)]
+    said = user_error(combine, adapters, [1e39, 1.0], CombineOptions(method))
+    assert said == (
+        "--weights must keep the sum of each module within fp32, got [1e+39, 1.0]: that of w "
+        "overflows. Use smaller weights."
+    )
 
 
 def matrices(*dense: Tensor) -> list[LowRank]:

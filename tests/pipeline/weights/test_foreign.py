@@ -253,6 +253,13 @@ def of_other_parts(folder: Path) -> None:
     )
 
 
+def of_absurd_alpha(folder: Path) -> None:
+    settings = yaml.safe_load((folder / "hyperparameters.yaml").read_text(encoding="utf-8"))
+    (folder / "hyperparameters.yaml").write_text(
+        yaml.safe_dump(settings | {"lora_alpha": 10**400}), encoding="utf-8"
+    )
+
+
 def of_experts(folder: Path) -> None:
     tensors = torch.load(folder / "lit_model.pth.lora", weights_only=True)
     more = {f"transformer.h.0.mlp.experts.0.fc_1.lora_{part}": random(R, R) for part in "AB"}
@@ -267,6 +274,7 @@ def of_experts(folder: Path) -> None:
             "hyperparameters.yaml: No such file or directory. litgpt writes it beside the adapter",
         ),
         (of_aliases, "hyperparameters.yaml is no settings file of litgpt"),
+        (of_absurd_alpha, f"must have lora_r and lora_alpha, got 4 and 1{59 * '0'}…"),
         (of_other_parts, "which do not fit the 48 rows of model.layers.0.self_attn.q_proj"),
         (
             of_experts,
@@ -437,6 +445,11 @@ def test_torchtunes_own_file_is_read_and_not_its_conversion_to_peft(
             "llama",
             lambda folder: edit_adapter_config(folder, lora_alpha=None),
             "must have r and lora_alpha, got 4 and None",
+        ),
+        (
+            "llama",
+            lambda folder: edit_adapter_config(folder, lora_alpha=10**400),
+            f"must have r and lora_alpha, got 4 and 1{59 * '0'}…",
         ),
     ],
 )

@@ -18,7 +18,7 @@ from pipeline.adapters.config import WEIGHTS, AdapterSpec
 from pipeline.adapters.peft import load_adapter
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.files.base_model import base_fingerprint
+from pipeline.files.base_model import INDEX, base_fingerprint
 from pipeline.inference.engine import load
 from pipeline.models.load import skeleton
 from pipeline.models.transformers_model import load_pretrained
@@ -28,7 +28,7 @@ from pipeline.weights.merge import Merging, merge_into, write
 from pipeline.weights.merge_plan import plan_merge
 from tests.helpers.bases import edit_config, toy_checkpoint
 from tests.helpers.checkpoints import adapter, checkpoint
-from tests.helpers.json_files import read_json
+from tests.helpers.json_files import read_json, write_json
 from tests.helpers.real import stock, toy
 from tests.helpers.reference_merge import merged_model
 from tests.helpers.side_by_side import randomized
@@ -173,6 +173,18 @@ def test_a_matrix_of_many_blocks_is_merged_and_measured_by_samples(
     parts = merged_through_files(base, tmp_path / "adapter", tmp_path / "parts")
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, atol=1e-6, rtol=1e-6)
+
+
+def test_an_index_may_have_no_metadata(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    toy_checkpoint(base, dtype=torch.bfloat16)
+    weight_map = dict.fromkeys(load_weights(base), "model.safetensors")
+    write_json(base / INDEX, {"metadata": None, "weight_map": weight_map})
+    adapter(tmp_path / "adapter", base, SPECS["head"])
+    (tmp_path / "out").mkdir()
+    plan = plan_merge(base, tmp_path / "adapter", dtype="F32")
+    assert [*write(plan, tmp_path / "out")]
+    assert read_json(tmp_path / "out" / INDEX)["metadata"] is None
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])

@@ -174,6 +174,47 @@ def test_a_file_that_contradicts_itself_is_refused(
     refused(rewritten(saved({"a": WHOLE}, tmp_path / "file.pt"), change))
 
 
+def with_pickle(program: bytes, path: Path) -> Path:
+    """A file of torch.save with this pickle."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + program + b".")
+        archive.writestr("archive/data/0", struct.pack("<4f", *range(4)))
+    return path
+
+
+def test_a_file_of_four_bytes_that_begins_as_an_archives_end_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "short.pt"
+    path.write_bytes(b"PK\5\6")
+    refused(path)
+
+
+def test_an_encrypted_file_is_refused(tmp_path: Path) -> None:
+    path = saved({"a": WHOLE}, tmp_path / "file.pt")
+    raw, entry = bytearray(path.read_bytes()), b"PK\1\2"
+    places = [start for start in range(len(raw)) if raw.startswith(entry, start)]
+    for start in places:
+        raw[start + 8] |= 1
+    path.write_bytes(raw)
+    refused(path)
+
+
+def test_a_call_of_what_is_no_name_is_refused_and_not_written_out(tmp_path: Path) -> None:
+    deep = b")" + 100_000 * b"\x85"
+    doubled = b")" + 60 * b"q\x00h\x00\x86"  # written out, it has 2⁶⁰ parts
+    for program in (deep, doubled):
+        assert "it calls what is not a function" in refused(
+            with_pickle(program + b")R", tmp_path / "file.pt")
+        )
+
+
+def test_a_tensor_of_nothing_with_absurd_dimensions_is_refused(tmp_path: Path) -> None:
+    storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000NK\x04tQ"
+    huge = b"\x8a\x08" + (2**62).to_bytes(8, "little")
+    view = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00(K\x00" + 2 * huge + b"t"
+    entry = b"X\x01\x00\x00\x00a" + view + b"K\x01K\x01K\x01\x87tR"
+    refused(with_pickle(b"}" + entry + b"s", tmp_path / "file.pt"))
+
+
 def test_the_format_before_torch_1_6_is_refused(tmp_path: Path) -> None:
     path = saved({"a": WHOLE}, tmp_path / "file.pt", _use_new_zipfile_serialization=False)
     assert "not a zip archive as torch has written since version 1.6" in refused(path)

@@ -38,8 +38,8 @@ def _settings(config: Config) -> dict[str, Any]:
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if config[key] is None:  # llama.cpp caps with a default then
             raise unsupported(key, None)
-    if (period := window_period(config)) != 2:
-        raise unsupported("layer_types", f"full attention in every {period}th block")
+    if window_period(config) != 2:
+        raise unsupported("layer_types", config["layer_types"])
     return {
         **attention(config),
         **rope(config["rope_parameters"], ("default",)),

@@ -16,12 +16,12 @@ class Tracker:
     def __init__(self, run: TrackedRun) -> None:
         from dvclive import Live
 
-        if not any((folder / ".dvc").is_dir() for folder in run.folder.absolute().parents):
+        folder = run.folder / run.place
+        if not any((parent / ".dvc").is_dir() for parent in folder.absolute().parents):
             raise UserError(
                 f"{run.folder} is in no DVC project. Run `lora new .` or `dvc init` first."
             )
         logging.getLogger("dvclive").setLevel(logging.WARNING)
-        folder = run.folder / run.place
         self._live = Live(
             dir=str(folder),
             resume=not run.is_new,

@@ -17,8 +17,8 @@ class Tracker:
     def __init__(self, run: TrackedRun) -> None:
         import trackio
 
-        # `init` ends the run of its context: in one of its own there is none, so that a sweep's
-        # adapters stay open.
+        # `init` ends the run of its context. A context of its own has none, so that the runs of a
+        # sweep's other adapters stay open.
         self._run: Any = copy_context().run(
             trackio.init,
             project=os.environ.get("TRACKIO_PROJECT") or run.project,

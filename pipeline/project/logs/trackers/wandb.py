@@ -64,10 +64,10 @@ class Tracker:
 
 
 def _mode() -> str:
-    """Never one that asks for a login."""
+    """WANDB_MODE, else online where there is a key and offline where wandb would ask for one."""
     if mode := os.environ.get("WANDB_MODE"):
         return mode
     known: object = os.environ.get("WANDB_API_KEY")
-    with suppress(OSError, netrc.NetrcParseError):
+    with suppress(OSError, UnicodeError, netrc.NetrcParseError):
         known = known or netrc.netrc().authenticators(HOST)
     return "online" if known else "offline"

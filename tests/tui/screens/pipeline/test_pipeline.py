@@ -496,7 +496,9 @@ async def test_the_steps_of_a_run_are_in_its_log(project: Path) -> None:
         ]
 
 
-@pytest.mark.parametrize("text", ['{"a": 1' + "0" * 400 + "}", "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ['{"a": 1' + "0" * 400 + "}", "[" * 100_000], ids=["a long number", "deep"]
+)
 def test_metrics_that_cannot_be_read_are_one_message(tmp_path: Path, text: str) -> None:
     metrics = tmp_path / "metrics.json"
     metrics.write_text(text, encoding="utf-8")
