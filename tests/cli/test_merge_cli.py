@@ -196,6 +196,7 @@ def test_killed_before_its_last_rename_it_leaves_the_old_result_or_none(
     assert not list(plain.glob(".*")), "no temporary folder is left"
 
 
+@pytest.mark.slow
 def test_killed_between_two_renames_the_next_run_begins_with_the_old_result(
     cli: Lora, plain: Path
 ) -> None:

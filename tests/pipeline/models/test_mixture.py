@@ -168,6 +168,7 @@ def compare() -> None:
         assert_close(found, expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.slow
 def test_our_kernels_give_each_experts_product_and_its_gradients() -> None:
     pytest.importorskip("triton", reason="Triton comes with torch for GPUs")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}  # read when Triton is imported

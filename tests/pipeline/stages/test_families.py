@@ -51,6 +51,7 @@ def begun(project: Path, root: Path) -> Path:
 
 
 @each_family
+@pytest.mark.slow
 def test_every_checkpoint_of_the_pipeline_opens_in_transformers_with_our_logits(
     family: Made, name: str
 ) -> None:

@@ -142,6 +142,7 @@ def leave_one_after_the_other() -> float:
     return time.monotonic()
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_done_is_not_lost() -> None:
     first, *others = run_ranks(3, leave_one_after_the_other, grouped=False, seconds=60)
     assert all(first > other + 5 for other in others)
