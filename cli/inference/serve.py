@@ -98,14 +98,14 @@ def serve(
     served = server.HttpServer(
         scan, access, port, allowed, trust_remote_code, max_batch, max_waiting, max_total_tokens
     )
-    key = "$LORA_API_KEY" if api_key else "none"
+    key = 'os.environ["LORA_API_KEY"]' if api_key else '"none"'
     header = ' -H "Authorization: Bearer $LORA_API_KEY"' if api_key else ""
     print_line(f"Serving {served.models.base} at {served.url}/v1, stop with Ctrl-C. Models:")
     for name in served.models.sources:
         print_line(f"  {name}")
     print_line(f"Running sequences may have {served.generator.max_tokens:,} tokens in all.")
     print_line(f"Try: curl {served.url}/v1/models{header}")
-    print_line(f'or:  OpenAI(base_url="{served.url}/v1", api_key="{key}")')
+    print_line(f'or:  OpenAI(base_url="{served.url}/v1", api_key={key})')
     print_note(
         "It is made for one desk. For production use vLLM: lora export ADAPTER --format vllm "
         "--out DIR"

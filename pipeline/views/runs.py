@@ -52,7 +52,7 @@ def choose(runs: Sequence[Run], name: str | None) -> list[Run]:
     if name is None:
         chosen = list(reversed(last.values()))
     else:
-        chosen = [run for run in runs if run.key[:SHORT_KEY] == name]
+        chosen = [run for run in runs if run.key and run.key[:SHORT_KEY] == name]
         chosen = chosen or [run for run in last.values() if run.stage == name]
     if not chosen:
         raise UserError(

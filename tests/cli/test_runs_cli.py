@@ -100,6 +100,7 @@ def test_a_run_that_has_not_finished_or_is_not_there_cannot_be_taken(
     project: Path, cli: Lora
 ) -> None:
     assert "There is no run nosuch" in refusal(cli("runs", "apply", "nosuch", cwd=project))
+    assert "There is no run" in refusal(cli("runs", "apply", "", cwd=project))
     log = project / "runs/finetune_lora/loss.csv"
     log.write_text(
         "step,epoch,loss,learning_rate,grad_norm,tokens\n1,1,9,1,1,1\n", encoding="utf-8"

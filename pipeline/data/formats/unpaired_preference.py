@@ -9,8 +9,8 @@ from typing import Any
 from pipeline.data.examples import Example
 from pipeline.data.formats import Format, Record, chat_prompt, prompt_completion
 
-# a .csv file holds texts, others numbers too
-LABELS = {"true": True, "1": True, "false": False, "0": False}
+# a .csv file holds texts, others numbers too: pandas writes 1.0 where a row of the column is empty
+LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 def detect(record: Record) -> bool:

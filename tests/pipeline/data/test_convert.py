@@ -273,6 +273,13 @@ def test_answers_labelled_false_are_left_out_of_what_has_no_labels(tmp_path: Pat
     ) == '{"prompt": "p", "completion": " a"}\n'
 
 
+def test_a_label_of_pandas_is_a_label(tmp_path: Path) -> None:
+    """A column in which a value is missing has floats."""
+    rows = [{"prompt": "p", "completion": " a", "label": label} for label in (1.0, 0.0)]
+    original = write_jsonl(tmp_path / "d.jsonl", rows)
+    assert [example.desirable for example in read_examples(original, "d")] == [True, False]
+
+
 def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     pair = {
         "prompt": QUESTION[:1],
