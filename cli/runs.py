@@ -250,8 +250,7 @@ def _sections_of(values: Mapping[str, Any]) -> dict[str, None]:
 def _refuse_unwritable(project: Project, values: Mapping[str, Any], what: str) -> None:
     """Raises the UserError of `write_values`, and writes nothing."""
     from pipeline.errors import UserError
-    from pipeline.project.params.edit import set_values
-    from pipeline.project.params.load import parse, read_text
+    from pipeline.project.params.edit import edited
     from pipeline.stages.registry import open_project
 
     path = project.params_path
@@ -262,4 +261,4 @@ def _refuse_unwritable(project: Project, values: Mapping[str, Any], what: str) -
             raise UserError(
                 f"{what}: {section} is a section of {project.params.project}. Set it there by hand."
             )
-    parse(set_values(read_text(path), values), path, project.graph.sections)
+    edited(path, values, project.graph.sections)

@@ -30,10 +30,8 @@ PREFIX = "base_model.model."  # of the names of tensors in WEIGHTS
 LORA = "LORA"  # PEFT's `peft_type` of LoRA and DoRA
 # the first version of PEFT that stores experts' A and B as `ExpertUpdate` does
 LAYOUT = "0.19.1"
-VIRTUAL = {
-    "PREFIX_TUNING": "prefix",
-    "PROMPT_TUNING": "prompt",
-}  # PEFT's types that change no weight
+# PEFT's types that change no weight
+VIRTUAL = {"PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}
 # Weights of a linear below which its update is folded in: two calls in place of four, 1.89 → 1.56
 # ms per step on MiniGPT. Above, backward would form a gradient of W's size, which LoRA exists to
 # avoid.

@@ -291,7 +291,7 @@ class EmbeddingRows(TokenRows):
     def adapted(self, tokens: Tensor) -> Tensor:
         old: Tensor = self.base(tokens)  # (B, T, D)
         slot = self.slot[tokens]  # (B, T)
-        new = F.embedding(slot.clamp(min=0), self.rows)  # (B, T, D); of other tokens not used
+        new = F.embedding(slot.clamp(min=0), self.rows)  # (B, T, D); not used for other tokens
         new = scaled_as(self.base, new).to(old.dtype)
         return torch.where((slot >= 0)[..., None], new, old)
 

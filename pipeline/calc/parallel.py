@@ -205,7 +205,7 @@ def _sharded_traffic(
     first, trained = first_trained(model, method), method.trained_base(model).first_block
     reduced = _replicated_traffic(model, method, run, count).reduced_gradients
     reduced -= 4 * sum(block.parameters for block in model.blocks[trained:])  # they are scattered
-    # the backward of a block fetches the block before it; the first that a gradient reaches does too
+    # Backward of a block fetches the block before it: also that of the first with a gradient.
     return Traffic(sum(sizes), sum(sizes[max(0, first - 1) :]), sum(sizes[trained:]), reduced)
 
 

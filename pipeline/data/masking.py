@@ -393,7 +393,7 @@ class _AssistantTurns:
         return len(until_turn), False
 
     def _holds_next_turn(self, turn: int, start: int, stop: int) -> bool:
-        """Whether the end token at `stop` may come behind the next turn, so is not the calls' own."""
+        """Whether the end token at `stop` may end the next turn, and so is not the calls' own."""
         following = self._example.messages[turn + 1 : turn + 2]
         texts = [(message["content"] or "").strip() for message in following]
         return any(text in self._text[start:stop] for text in texts)

@@ -170,8 +170,8 @@ def refuse_empty(corpus: Corpus, name: str) -> None:
             "were cut before their first label. Raise max_length, or shorten the prompts."
         )
     raise UserError(
-        f"{name}: nothing to train on: every example is shorter than two tokens, labelled false, or "
-        "marked with train: false. Add others."
+        f"{name}: nothing to train on: every example is shorter than two tokens, labelled false, "
+        "or marked with train: false. Add others."
     )
 
 

@@ -29,7 +29,8 @@ class WorkerDied(UserError):
 class AsyncWorker:
     """A process that is started on first use. If it ends, what it had loaded is lost.
 
-    `name` and `advice` begin and end the message when it died; `environment` is called at each start.
+    `name` and `advice` begin and end the message when it died. `environment` is called at each
+    start.
     """
 
     def __init__(

@@ -82,7 +82,7 @@ def parse_source(base: str, root: Path) -> Source:
     """
     if base == MINIGPT:
         return Source("minigpt", base)
-    # A file or folder goes before the hub: org/name may be both. A missing .gguf is a missing file, as
+    # A file or folder goes before the hub: org/name may be both. A missing .gguf is a missing file:
     # no hub id ends so.
     path = _path(base, root)
     if path is not None and path.is_dir():

@@ -150,7 +150,7 @@ class ModelPool:
     def load(
         self, name: str, base: Path, adapter: Path | None, trust_remote_code: bool = False
     ) -> tuple[Resident, bool]:
-        """The model, loaded as `name`, and whether its base was loaded already. Raises UserError."""
+        """The model, loaded as `name`, and whether its base was there already. Raises UserError."""
         folder, quantization = base.resolve(), quantization_of(adapter)
         shared = self._bases.get((folder, quantization))
         if shared is not None and shared.signature != signature(folder):

@@ -3,9 +3,10 @@
 Any causal language model that transformers opens is imported completely or rejected. Pickles are
 never read. Two imports of one base write the same bytes, whatever its path.
 
-A GGUF file may be refused by `files/base_model.py` (no such file, no GGUF), `calc/sources/headers.py`
-(damaged, or too large), `load.py` (sizes that do not fit its tensors, NaN), `save.py` (tensors that
-the model lacks or has left over), and here (a tokenizer that splits texts in an unknown way).
+A GGUF file may be refused by `files/base_model.py` (no such file, no GGUF), by
+`calc/sources/headers.py` (damaged, or too large), `load.py` (sizes that do not fit its tensors,
+NaN), `save.py` (tensors that the model lacks or has left over), and here (a tokenizer that splits
+texts in an unknown way).
 """
 
 import tempfile

@@ -72,8 +72,8 @@ def load_base(
 ) -> Base:
     """The checkpoint in `folder`, in evaluation mode, on the CPU, in `precision` or its own.
 
-    `quantization` is that of its blocks' linears. Also sets the number of CPU threads for a model of
-    this size, so that no earlier setting changes what is computed before training.
+    `quantization` is that of its blocks' linears. Also sets the number of CPU threads for a model
+    of this size, so that no earlier setting changes what is computed before training.
 
     Raises UserError; never loads a checkpoint partially.
     """

@@ -46,7 +46,7 @@ class Batch:
         return replace(self, idle=True)
 
     def to(self, device: torch.device) -> "Batch":
-        """The same on `device`. Its int64 tensors are one copy, for which the host does not wait."""
+        """The same on `device`. One copy moves its int64 tensors; the host does not wait for it."""
         if self.ids.device == device:
             return self
         moved, whole = dict[str, Any](), dict[str, Tensor]()

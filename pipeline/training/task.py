@@ -39,7 +39,7 @@ PROGRESS = ("tokens", "stopped", "diverged")  # a tensor each, of all learners; 
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """A model and its learners, which take equally many steps, each in its own order of the data."""
+    """A model and its learners, which take equally many steps, each in its order of the data."""
 
     model: CausalLM
     learners: Sequence[Learner]

@@ -1,4 +1,4 @@
-"""The color and sign of a run in every chart: its method's, or the first free one of those below."""
+"""The color and sign of a run in every chart: its method's, or the first of OTHERS free."""
 
 from collections.abc import Mapping
 

@@ -89,17 +89,22 @@ def _litgpt(path: Path) -> None:
     _settings(path)
 
 
+def messages_of_yaml(folder: Path, value: str) -> list[str]:
+    """What is said of a value in a params file and in a file of tasks."""
+    (folder / "params.yaml").write_text(f"finetune_lora: {{rank: {value}}}\n", encoding="utf-8")
+    (folder / "t.yaml").write_text(f"a: {value}\n", encoding="utf-8")
+    return [
+        message(lambda: open_project(folder / "params.yaml"), folder),
+        message(lambda: read_tasks(folder, ["t.yaml"]), folder),
+    ]
+
+
 @pytest.mark.parametrize("number", ["0x" + "f" * 5_000, "9" * 5_000, "1" + ":59" * 2_000])
 def test_a_number_of_yaml_that_is_too_long_to_write_is_one_message(
     tmp_path: Path, number: str
 ) -> None:
-    (tmp_path / "params.yaml").write_text(f"finetune_lora: {{rank: {number}}}\n", encoding="utf-8")
-    (tmp_path / "t.yaml").write_text(f"a: {number}\n", encoding="utf-8")
-    for reader in (
-        lambda: open_project(tmp_path / "params.yaml"),
-        lambda: read_tasks(tmp_path, ["t.yaml"]),
-    ):
-        assert "a number must have at most 1000 digits" in message(reader, tmp_path)
+    for said in messages_of_yaml(tmp_path, number):
+        assert "a number must have at most 1000 digits" in said
 
 
 @pytest.mark.parametrize(
@@ -117,13 +122,8 @@ def test_a_number_of_yaml_that_is_too_long_to_write_is_one_message(
 def test_a_value_of_yaml_that_does_not_fit_its_tag_is_one_message(
     tmp_path: Path, value: str
 ) -> None:
-    (tmp_path / "params.yaml").write_text(f"finetune_lora: {{rank: {value}}}\n", encoding="utf-8")
-    (tmp_path / "t.yaml").write_text(f"a: {value}\n", encoding="utf-8")
-    for reader in (
-        lambda: open_project(tmp_path / "params.yaml"),
-        lambda: read_tasks(tmp_path, ["t.yaml"]),
-    ):
-        assert "yaml" in message(reader, tmp_path)
+    for said in messages_of_yaml(tmp_path, value):
+        assert "yaml" in said
 
 
 def test_a_mapping_of_yaml_that_merges_another_is_merged_before_it_is_read_itself() -> None:

@@ -33,7 +33,7 @@ def words(text: str) -> list[str]:
 
 
 def shingles(text: str) -> Hashes:
-    """The distinct hashes of runs of WORDS words. A shorter text is one run, one without words none."""
+    """The distinct hashes of runs of WORDS words. A shorter text is one run; without words none."""
     codes = np.fromiter((crc32(word.encode(errors="replace")) for word in words(text)), np.uint64)
     size = max(1, len(codes) - WORDS + 1) if len(codes) else 0
     mixed = np.zeros(size, np.uint64)

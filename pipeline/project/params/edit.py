@@ -20,11 +20,16 @@ def save(path: Path, values: Mapping[str, Any], kinds: Kinds) -> None:
     Then it is unchanged.
     """
     path = path.resolve()  # so that a symlink is kept
+    write_file(path, edited(path, values, kinds), durable=True)
+
+
+def edited(path: Path, values: Mapping[str, Any], kinds: Kinds) -> str:
+    """The text of the file with new values, as `save` writes it. Raises UserError as `save`."""
     text = read_text(path)
     parse(text, path, kinds)
     new = set_values(text, values)
-    parse(new, path, kinds)  # what the values' own rules or the layout do not allow is not written
-    write_file(path, new, durable=True)
+    parse(new, path, kinds)  # what the values' own rules or the layout do not allow
+    return new
 
 
 def set_values(text: str, values: Mapping[str, Any]) -> str:

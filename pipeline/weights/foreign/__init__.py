@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.extensions import Registry
+from pipeline.files.text import abbreviate_repr
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.adapters.low_rank import LowRank
     from pipeline.models.base import CausalLM
+
+MOST = 10**9  # of a rank or alpha: fp32 holds their quotient
 
 
 class Converted(NamedTuple):
@@ -39,6 +42,21 @@ class Format(NamedTuple):
     about: str
     detect: Callable[[Path], bool]
     read: Callable[[Path, "CausalLM", Path], Converted | None]
+
+
+def rank_and_alpha(
+    path: Path, settings: Mapping[str, Any], rank_key: str, alpha_key: str
+) -> tuple[int, float]:
+    """The rank and alpha of a tool's settings, read from `path`. Raises UserError."""
+    rank: Any = settings.get(rank_key)
+    alpha: Any = settings.get(alpha_key)
+    are_numbers = isinstance(rank, int) and isinstance(alpha, int | float)
+    if are_numbers and 1 <= rank <= MOST and alpha <= MOST:
+        return rank, alpha
+    raise UserError(
+        f"{path} must have {rank_key} and {alpha_key}, got {abbreviate_repr(rank)} and "
+        f"{abbreviate_repr(alpha)}."
+    )
 
 
 def detect(folder: Path) -> Format:

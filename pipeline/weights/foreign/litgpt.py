@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
-from pipeline.weights.foreign import Converted, Format, converted, low_rank
+from pipeline.weights.foreign import Converted, Format, converted, low_rank, rank_and_alpha
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,22 +39,11 @@ def detect(folder: Path) -> bool:
 
 def read(folder: Path, model: "CausalLM", base: Path) -> Converted:
     """Raises UserError."""
-    from pipeline.files.text import abbreviate_repr
     from pipeline.weights.torch_file import load
 
     source = folder / WEIGHTS
     settings = _settings(folder / SETTINGS)
-    rank, alpha = (settings.get(key) for key in ("lora_r", "lora_alpha"))
-    if (
-        not isinstance(rank, int)
-        or not isinstance(alpha, int | float)
-        or rank < 1
-        or max(rank, alpha) > 1e9
-    ):
-        raise UserError(
-            f"{folder / SETTINGS} must have lora_r and lora_alpha, got {abbreviate_repr(rank)} "
-            f"and {abbreviate_repr(alpha)}."
-        )
+    rank, alpha = rank_and_alpha(folder / SETTINGS, settings, "lora_r", "lora_alpha")
     if "model.layers.0.self_attn.q_proj" not in dict(model.named_modules()):
         raise UserError(
             f"{base} has other layers than LLaMA's, which litgpt names and splits otherwise. "

@@ -58,8 +58,8 @@ def read(folder: Path, model: "CausalLM", _base: Path) -> Converted:
         updates[name] = update
         if update.embedding and update.magnitude is not None:
             raise UserError(
-                f"{source}: {name} is an embedding with DoRA, which PEFT does not support. Fuse it with "
-                "mlx_lm.fuse."
+                f"{source}: {name} is an embedding with DoRA, which PEFT does not support. Fuse it "
+                "with mlx_lm.fuse."
             )
         # mlx-lm computes a tied head with the adapted embedding
         if update.embedding and model.shape.tied:

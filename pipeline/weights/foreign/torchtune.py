@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
-from pipeline.weights.foreign import Converted, Format, converted, low_rank
+from pipeline.weights.foreign import Converted, Format, converted, low_rank, rank_and_alpha
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,6 @@ def detect(folder: Path) -> bool:
 def read(folder: Path, model: "CausalLM", base: Path) -> Converted:
     """Raises UserError."""
     from pipeline.files.artifact import read_json
-    from pipeline.files.text import abbreviate_repr
     from pipeline.models.load import read_config
     from pipeline.weights.torch_file import load
 
@@ -58,17 +57,7 @@ def read(folder: Path, model: "CausalLM", base: Path) -> Converted:
         folder / CONFIG,
         "torchtune writes it with r and lora_alpha; its files of Meta's format lack it",
     )
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if (
-        not isinstance(rank, int)
-        or not isinstance(alpha, int | float)
-        or rank < 1
-        or max(rank, alpha) > 1e9
-    ):
-        raise UserError(
-            f"{folder / CONFIG} must have r and lora_alpha, got {abbreviate_repr(rank)} and "
-            f"{abbreviate_repr(alpha)}."
-        )
+    rank, alpha = rank_and_alpha(folder / CONFIG, config, "r", "lora_alpha")
     shape = read_config(base)
     family = str(shape.get("model_type"))
     if family not in REORDERED:
