@@ -28,7 +28,7 @@ from pipeline.data.examples import (
 )
 from pipeline.data.formats import EmptyValue, iter_examples, notes
 from pipeline.data.masking import Encoded, Encoder
-from pipeline.data.preferences import pair
+from pipeline.data.preferences import Rejected, with_rejected
 from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.data.turns import view
 from pipeline.errors import UserError
@@ -161,9 +161,7 @@ class _Check:
                 deque(examples, maxlen=0)
             else:
                 encoder = Encoder(self.tokenizer)
-                for example, encoded in encoder.each(
-                    _with_rejected(examples), self._refuse_example
-                ):
+                for example, encoded in encoder.each(with_rejected(examples), self._refuse_example):
                     self._add_tokens(example, encoded)
         except UserError as error:  # about the file, or what it holds from here on
             row = row_of_error(error, name)
@@ -223,7 +221,7 @@ class _Check:
         return example.prompt is not None and joins_words(example.prompt, example.completion)
 
     def _refuse_example(self, example: Example, error: UserError) -> None:
-        if isinstance(example, _Rejected):
+        if isinstance(example, Rejected):
             if self._chosen_refused:  # the row is counted already
                 return
         else:
@@ -234,16 +232,19 @@ class _Check:
 
     def _add_tokens(self, example: Example, encoded: Encoded) -> None:
         length, row = len(encoded.ids), example.line
-        if isinstance(example, _Rejected):
+        kept = min(length, self.max_length or length)
+        if isinstance(example, Rejected):
             # the length of a pair is that of its longer answer; its labels are the chosen one's
             if not self._chosen_refused and not self._held_out[self._encoded - 1]:
                 self._lengths[-1] = max(self._lengths[-1], length)
                 self._keep_longest(example, length)
+            if self._exceeds_positions(kept):
+                text = f"rejected answer: {self._too_long(kept)}"
+                self._add_warning("rejected too long", row, text)
             return
         held_out = self._held_out[self._encoded]
         self._encoded += 1
         self._chosen_refused = False
-        kept = min(length, self.max_length or length)
         labels = sum(encoded.trained[1:kept])
         if not held_out:
             self._lengths.append(length)
@@ -253,13 +254,18 @@ class _Check:
             self._keep_longest(example, length)
             if labels and not self._rendered and self.tokenizer:
                 self._rendered = rendered(example, self.tokenizer, self.max_length)
-        if self.positions is not None and kept > self.positions:
-            text = (
-                f"{kept:,} tokens with the end token, more than the model's {self.positions:,} "
-                f"positions. Leave it out with {self._leave_out}, or cut it with max_length."
-            )
-            self._add_problem("too long", "error", row, text)
+        if self._exceeds_positions(kept):
+            self._add_problem("too long", "error", row, self._too_long(kept))
         self._check_labels(example, encoded, kept, labels)
+
+    def _exceeds_positions(self, length: int) -> bool:
+        return self.positions is not None and length > self.positions
+
+    def _too_long(self, length: int) -> str:
+        return (
+            f"{length:,} tokens with the end token, more than the model's {self.positions:,} "
+            f"positions. Leave it out with {self._leave_out}, or cut it with max_length."
+        )
 
     def _keep_longest(self, example: Example, length: int) -> None:
         if length > self._longest[0]:
@@ -397,17 +403,6 @@ def suggest_max_length(p99: int, longest: int, positions: int | None = None) -> 
     """
     length = -(-(longest if longest <= NEAR * p99 else p99) // STEP) * STEP
     return min(length, positions or length)
-
-
-class _Rejected(Example):
-    """The worse answer of the pair that comes before it."""
-
-
-def _with_rejected(examples: Iterable[Example]) -> Iterator[Example]:
-    for example in examples:
-        yield example
-        if example.rejected is not None:
-            yield _Rejected(**vars(pair(example)[1]))
 
 
 def rendered(example: Example, tokenizer: Tokenizer, max_length: int = 0) -> str:

@@ -23,6 +23,18 @@ def encode_pairs(
             yield answer, encoded if is_labelled else replace(encoded, trained=untrained)
 
 
+class Rejected(Example):
+    """The worse answer of the pair that comes before it."""
+
+
+def with_rejected(examples: Iterable[Example]) -> Iterator[Example]:
+    """The examples, a pair's worse answer behind it."""
+    for example in examples:
+        yield example
+        if example.rejected is not None:
+            yield Rejected(**vars(pair(example)[1]))
+
+
 def encode_answers(
     encoder: Encoder, examples: Iterable[Example]
 ) -> Iterator[tuple[Example, Encoded]]:

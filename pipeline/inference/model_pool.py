@@ -40,7 +40,10 @@ def view(model: CausalLM) -> CausalLM:
 
 
 class ResidentBase:
-    """A loaded checkpoint, with the `signature` of its files when it was loaded."""
+    """A loaded checkpoint, with the `signature` of its files when it was loaded.
+
+    `loaded`: a model that stays as it was given, whatever becomes of its files.
+    """
 
     def __init__(
         self,
@@ -50,7 +53,8 @@ class ResidentBase:
         loaded: LoadedModel | None = None,
         make_room: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.folder, self.signature, self.trusted = folder, signature(folder), trust_remote_code
+        self.folder, self.trusted = folder, trust_remote_code
+        self.signature = None if loaded else signature(folder)
         self.loaded = loaded or engine.load(
             folder, None, "", trust_remote_code, quantization, make_room
         )
@@ -105,7 +109,7 @@ class Resident:
         adapter = self.loaded.adapter
         if adapter is not None and signature(adapter) != self.signature:
             return False
-        return signature(self.base.folder) == self.base.signature
+        return self.base.signature in (None, signature(self.base.folder))
 
 
 class ModelPool:
@@ -187,7 +191,7 @@ class ModelPool:
         return model, resident
 
     def add(self, loaded: LoadedModel) -> None:
-        """Take a model that is loaded already; if it has an adapter, both count as a base."""
+        """Take a loaded model, never to be reloaded; with an adapter, both count as a base."""
         alone = replace(loaded, adapter=None)
         base = ResidentBase(loaded.base, False, quantization_of(loaded.adapter), alone)
         self._put(loaded.name, Resident(alone, base, ()))

@@ -244,12 +244,14 @@ def refuse_integers(model: torch.nn.Module, files: Sequence[Path], name: str) ->
 
 
 def refuse_not_finite(model: torch.nn.Module, name: str) -> None:
-    """Raises UserError if a weight holds NaN or infinity.
+    """Raises UserError if a weight, or another stored tensor, holds NaN or infinity.
 
     Logits show it only for the tokens that it concerns. The least and the largest number tell:
     reading a GB of weights once, without a copy, takes half a second.
     """
-    for tensor, weight in model.named_parameters():
+    stored = model.state_dict()  # without masks, whose -inf a model makes by itself
+    buffers = ((tensor, buffer) for tensor, buffer in model.named_buffers() if tensor in stored)
+    for tensor, weight in chain(model.named_parameters(), buffers):
         if not weight.is_floating_point() or not weight.numel():
             continue
         if not torch.stack(torch.aminmax(weight)).isfinite().all():

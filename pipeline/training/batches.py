@@ -171,6 +171,10 @@ class Batches:
     def _collate(self, numbers: Sequence[int]) -> Batch:
         return collate([self.dataset[number] for number in numbers])
 
+    def longest_alone(self, step: int) -> Batch:
+        """The longest sequence (or pair of answers) of the step's first batch, alone in one."""
+        return self._collate([max(self.rows(step)[0], key=self.dataset.tokens)])
+
     def locations(self, step: int) -> list[str]:
         """`file:line` of each example in a step, without duplicates."""
         rows = chain.from_iterable(self.rows(step))

@@ -470,9 +470,14 @@ def _out_of_memory(
 
     The run may fit when it is resumed: another program may have used the memory.
     """
-    batch = task.batches[min(done, task.total - 1)][0]
+    step = min(done, task.total - 1)
     advice = task.less_memory or suggest_less_memory(
-        task.model, task.method, task.settings, batch, job.stage.name
+        task.model,
+        task.method,
+        task.settings,
+        task.batches[step][0],
+        task.batches.longest_alone(step),
+        job.stage.name,
     )
     return CollectiveError(
         f"{job.stage.name}: out of memory in step {done + 1} ({reason}). {advice} "

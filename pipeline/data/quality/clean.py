@@ -12,6 +12,7 @@ from pipeline.data.convert import Conversion, convert
 from pipeline.data.examples import Example, row_digest
 from pipeline.data.formats import EmptyValue, iter_examples
 from pipeline.data.masking import Encoder
+from pipeline.data.preferences import Rejected, with_rejected
 from pipeline.data.quality.near_duplicates import MinHashes, ShingleCounts, shingles, words
 from pipeline.data.quality.personal import personal_data
 from pipeline.errors import UserError
@@ -207,17 +208,34 @@ class _Cleaning:
             yield from examples
             return
 
-        def refuse(example: Example, error: UserError) -> None:
+        fitting: Example | None = None  # so far: a rejected answer may follow
+
+        def is_of_dropped(answer: Example) -> bool:
+            return isinstance(answer, Rejected) and (fitting is None or fitting.line != answer.line)
+
+        def refuse(answer: Example, error: UserError) -> None:
+            nonlocal fitting
             if not self.skip_invalid:
                 raise error
-            self._leave_out(example, "invalid", without_location(error, example.file, example.line))
+            if is_of_dropped(answer):
+                return
+            if isinstance(answer, Rejected):
+                fitting = None
+            self._leave_out(answer, "invalid", without_location(error, answer.file, answer.line))
 
-        for example, encoded in self.encoder.each(examples, refuse):
+        for answer, encoded in self.encoder.each(with_rejected(examples), refuse):
+            if is_of_dropped(answer):
+                continue
+            if not isinstance(answer, Rejected):
+                if fitting is not None:
+                    yield fitting
+                fitting = answer
             if len(encoded.ids) > self.max_length:
                 why = f"{len(encoded.ids):,} tokens, more than {self.max_length:,}"
-                self._leave_out(example, "too-long", why)
-            else:
-                yield example
+                self._leave_out(answer, "too-long", why)
+                fitting = None
+        if fitting is not None:
+            yield fitting
 
     def _reason(self, example: Example, seen: dict[bytes, int]) -> tuple[str, str] | None:
         if "leaks" in self.drop and self.leaks and (place := self.leaks.location(example)):

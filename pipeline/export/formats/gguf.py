@@ -6,6 +6,7 @@ An export is refused if a setting differs in llama.cpp (`export/gguf/families/`)
 
 from collections.abc import Generator, Sequence
 from pathlib import Path
+from shlex import quote
 
 from pipeline.errors import UserError, require
 from pipeline.export import llama_cpp
@@ -76,7 +77,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
         text = modelfile(files[kinds[0]], vocabulary)
         (folder / "Modelfile").write_text(text, encoding="utf-8")
         commands = [f"llama-cli -m {files[kind]}" for kind in kinds]
-        commands.append(f"ollama create {name} -f Modelfile")
+        commands.append(f"ollama create {quote(name)} -f Modelfile")
         text = card(
             export.adapter, certificate, base, export.base_name, library="gguf", commands=commands
         )
@@ -84,8 +85,8 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     return [
         "  ".join((str(out), *describe(certificate))),
         *table,
-        *(f"llama-cli -m {out / files[kind]}" for kind in kinds),
-        f"ollama create {name} -f {out / 'Modelfile'}",
+        *(f"llama-cli -m {quote(str(out / files[kind]))}" for kind in kinds),
+        f"ollama create {quote(name)} -f {quote(str(out / 'Modelfile'))}",
     ]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Mapping
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError, require
@@ -76,12 +77,12 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
             *written,
             "The adapter changes tokens or their embeddings: use it with the base beside it, and "
             "with no other file of that model.",
-            f"llama-cli -m {out / base_path.name} --lora {out / path.name}",
+            f"llama-cli -m {quote(str(out / base_path.name))} --lora {quote(str(out / path.name))}",
         ]
     return [
         *written,
-        f"llama-cli -m BASE.gguf --lora {out / path.name}    (BASE.gguf: {base.resolve().name} as "
-        "GGUF)",
+        f"llama-cli -m BASE.gguf --lora {quote(str(out / path.name))}    (BASE.gguf: "
+        f"{base.resolve().name} as GGUF)",
     ]
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Generator, Iterable
 from contextlib import nullcontext
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError, install_command, missing_libraries
@@ -69,7 +70,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
             f"Known: {', '.join(sorted(FAMILIES))}. Export it with --format merged."
         )
     named = export.base_name or str(base)
-    command = f"mlx_lm.generate --model {named} --adapter-path"
+    command = f"mlx_lm.generate --model {quote(named)} --adapter-path"
     with adapter_folder(export._replace(base=base), out, "mlx", [f"{command} ."]) as folder:
         trust, reading = export.trust_remote_code, Reading.once()
         model = skeleton(base, trust)
@@ -106,7 +107,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
         write_json(folder / CONFIG, config)
         compared = yield from _compared(export, base, folder, reading)
     yield from note_on_base(export)
-    return [f"{out}  for MLX. Use it with:", f"{command} {out}", *compared]
+    return [f"{out}  for MLX. Use it with:", f"{command} {quote(str(out))}", *compared]
 
 
 def _with_tied_head(model: "CausalLM", updates: "Updates", adapter: Path) -> "Updates":

@@ -9,6 +9,7 @@ nothing: it reserves the largest rank for every module.
 from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
@@ -49,10 +50,11 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
         write_updates(folder, uniform, skeleton(base, export.trust_remote_code), named)
     yield from note_on_base(export)
     rank = next(rank for rank in RANKS if rank >= widest)
-    modules = f"--max-lora-rank {rank} --lora-modules {out.resolve().name}={out}"
+    modules = quote(f"{out.resolve().name}={out}")
+    options = f"--enable-lora --max-lora-rank {rank} --lora-modules {modules}"
     return [
         f"{out}  for vLLM. Serve it with:",
-        f"vllm serve {export.base_name or base} --enable-lora {modules}",
+        f"vllm serve {quote(export.base_name or str(base))} {options}",
     ]
 
 

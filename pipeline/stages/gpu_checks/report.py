@@ -97,7 +97,11 @@ def _run(check: Check, device: torch.device, folder: Path) -> list[Seen]:
 
 def _anonymous(seen: Seen) -> Seen:
     """Without names of host, user and folders, as the report goes into an issue."""
-    return seen._replace(what=_without_names(seen.what), text=_without_names(seen.text))
+    return seen._replace(
+        what=_without_names(seen.what),
+        text=_without_names(seen.text),
+        remedy=_without_names(seen.remedy),
+    )
 
 
 def _without_names(text: str) -> str:

@@ -34,11 +34,17 @@ T = TypeVar("T")
 
 
 def suggest_less_memory(
-    model: CausalLM, method: FinetuningMethod | None, settings: Training, batch: Batch, stage: str
+    model: CausalLM,
+    method: FinetuningMethod | None,
+    settings: Training,
+    batch: Batch,
+    smallest: Batch,
+    stage: str,
 ) -> str:
     """A sentence with the predicted memory of a step on `batch` and of settings that need less.
 
-    Settings that do not change the result come first, quantization last.
+    Settings that do not change the result come first, quantization last. `smallest`: what a
+    batch_size of 1 leaves of `batch`.
     """
     options: dict[str, tuple[Training, Batch]] = {}
     if settings.gradient_checkpointing != "full":
@@ -47,7 +53,7 @@ def suggest_less_memory(
     if settings.batch_size > 1:
         sequences = settings.batch_size * settings.gradient_accumulation_steps
         smaller = f"{stage}.batch_size=1 with gradient_accumulation_steps={sequences}"
-        options[smaller] = settings, longest_sequence(batch)
+        options[smaller] = settings, smallest
     if isinstance(settings, AdapterTraining) and settings.quantization == "none":
         quantized = replace(settings, quantization="nf4-dq", precision="bf16")
         options[f"{stage}.quantization=nf4-dq"] = quantized, batch
@@ -62,18 +68,6 @@ def suggest_less_memory(
             predictions.append(f"{in_units(size)} with {option}")
     advice = ", ".join(predictions) or f"lower {stage}.max_length"
     return f"The calculator predicts {in_units(now)}; {advice}."
-
-
-def longest_sequence(batch: Batch) -> Batch:
-    """A batch of only the longest sequence of `batch`."""
-    longest = max(batch.unpack(), key=lambda part: part.ids.numel())
-    if len(longest.ids) == 1:
-        return longest
-    # equal lengths: take the first sequence
-    index, length = longest.label_index, longest.ids.shape[1]
-    labels = slice(None, length) if index is None else (index < length).to(longest.labels.device)
-    label_index = None if index is None else index[labels]
-    return Batch(longest.ids[:1], longest.positions[:1], longest.labels[labels], label_index)
 
 
 def predict_peak_memory(

@@ -307,6 +307,17 @@ def test_one_rejected_answer_much_longer_than_all_others_is_named(
     assert f"{tmp_path / 'd.jsonl'}:7, has" in report.problems[0].problem
 
 
+def test_a_rejected_answer_beyond_the_models_positions_is_a_warning(
+    tmp_path: Path, tokenizer: SubwordTokenizer
+) -> None:
+    rows = [{"prompt": "Which? ", "chosen": "yes", "rejected": "no " * n} for n in (1, 300)]
+    report = check([jsonl(tmp_path / "d.jsonl", rows)], tokenizer, positions=256)
+    (problem,) = (each for each in report.problems if "positions" in each.problem)
+    assert (problem.row, problem.level, report.ok) == (2, "warning", True)
+    assert problem.problem.startswith("rejected answer: ")
+    assert "--drop too-long" in problem.problem
+
+
 def test_a_pair_that_cannot_be_tokenized_is_one_problem_and_changes_no_other_length(
     tmp_path: Path,
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 from pipeline.data.check import check
 from pipeline.data.masking import Encoder
 from pipeline.data.quality.clean import Cleaned, Leaks, clean
+from pipeline.data.tokenizers.word import WordTokenizer
 from pipeline.errors import UserError
 from tests.helpers.json_files import write_json, write_jsonl
 from tests.helpers.tokenizers import tokenizer_with
@@ -118,6 +119,25 @@ def test_too_long_counts_tokens_as_training_does(tmp_path: Path) -> None:
     kept, done = cleaned(tmp_path, rows, "too-long", encoder=encoder, max_length=100)
     assert kept == [row["q"] for row in GOOD] and done.dropped == {"too-long": 1}
     assert done.examples["too-long"][0].why.endswith(" tokens, more than 100")
+
+
+def test_a_pair_is_too_long_or_invalid_once_whichever_answer_is(tmp_path: Path) -> None:
+    answers = [
+        (" b", " a"),
+        (" b", " a" * 9),
+        (" b" * 9, " a"),
+        (" b" * 9, " a" * 9),
+        (" unknown", " a" * 9),
+        (" b", " unknown"),
+        (" a", " b"),
+    ]
+    rows = [{"prompt": "a", "chosen": good, "rejected": bad} for good, bad in answers]
+    source, out = write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    encoder = Encoder(WordTokenizer.of_words(["a", "b"]))
+    done = clean(source, out, ["too-long"], encoder=encoder, max_length=5, skip_invalid=True)
+    kept = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [(row["chosen"], row["rejected"]) for row in kept] == [answers[0], answers[-1]]
+    assert done.dropped == {"too-long": 3, "invalid": 2}
 
 
 def test_what_the_evaluation_asks_is_a_leak_whatever_its_case_and_answer(tmp_path: Path) -> None:

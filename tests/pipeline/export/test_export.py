@@ -1,6 +1,7 @@
 """`lora export`: exports open in PEFT, vLLM and transformers, with the same logits as here."""
 
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -583,6 +584,20 @@ def test_a_base_has_the_name_that_is_given(cli: Lora, brief: Path, tmp_path: Pat
         cli, "vllm", made(tmp_path / "other"), tmp_path / "vllm", "--base-name", "me/llama"
     )
     assert "vllm serve me/llama " in said
+
+
+@pytest.mark.parametrize("form", ["vllm", "mlx", "gguf", "gguf-adapter"])
+def test_the_commands_are_for_a_shell_whatever_the_folders_are_called(
+    form: str, cli: Lora, tmp_path: Path
+) -> None:
+    out = tmp_path / "two words; echo $HOME"
+    code, said, _ = export(cli, form, made(tmp_path / "llama"), out)
+    assert code == 0
+    programs = ("vllm ", "mlx_lm.generate ", "llama-cli ", "ollama ")
+    commands = [shlex.split(line) for line in said.splitlines() if line.startswith(programs)]
+    assert commands
+    for words in commands:
+        assert any(str(out) in word for word in words)
 
 
 def test_an_adapter_of_a_base_in_few_bits_says_so_wherever_it_goes(

@@ -71,6 +71,15 @@ def test_a_base_keeps_every_bit_whatever_is_loaded_on_it(folders: tuple[Path, Pa
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
+def test_a_model_that_was_given_stays_whatever_becomes_of_its_files(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base")
+    loaded = engine.load(base, adapter(tmp_path / "adapter", base, KINDS["none"]), "adapted")
+    models = ModelPool()
+    models.add(loaded)
+    os.utime(base / "model.safetensors", (1, 1))
+    assert models.get("adapted").loaded.model is loaded.model
+
+
 def test_what_an_adapter_does_not_train_in_full_is_in_memory_once(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base")
     models = ModelPool()

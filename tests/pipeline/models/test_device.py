@@ -38,9 +38,8 @@ from pipeline.project.runner import checkpoints
 from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.stages.methods.lora import Lora as LoraMethod
 from pipeline.stages.registry import open_project
-from pipeline.training.batches import collate
+from pipeline.training.batches import Batches, collate
 from pipeline.training.memory.prediction import (
-    longest_sequence,
     predict_peak_memory,
     suggest_less_memory,
 )
@@ -52,7 +51,7 @@ from tests.helpers.checkpoints import checkpoint
 from tests.helpers.errors import user_error
 from tests.helpers.fake_accelerator import NAME, alike, used
 from tests.helpers.projects import BRIEF, METHODS, STAGES, folder_bytes, make, new_project
-from tests.helpers.real import toy, windows_of, with_lora
+from tests.helpers.real import listed, toy, windows_of, with_lora
 
 EIGH, SVD = "aten::_linalg_eigh", "aten::_linalg_svd"
 TWO = ("artifacts/lora_adapter", "artifacts/lora_adapter")
@@ -647,12 +646,15 @@ def test_a_model_that_finds_no_room_to_train_is_one_message(
 def test_the_advice_is_the_calculators() -> None:
     model = with_lora(toy("llama"), torch.float32)
     prepare_model(model, "none")
-    batch = collate(windows_of((5, 9, 2, 14)))
+    batches = Batches(listed(windows_of((5, 9, 2, 14))), 4, seed=None)
+    batch = batches[0][0]
     settings, method = (
         FinetuneLora(batch_size=4, gradient_accumulation_steps=2),
         LoraMethod(4, 4.0, ("attention",)),
     )
-    said = suggest_less_memory(model, method, settings, batch, "finetune_lora")
+    said = suggest_less_memory(
+        model, method, settings, batch, batches.longest_alone(0), "finetune_lora"
+    )
     sizes = {
         "": predict_peak_memory(model, method, settings, batch),
         "finetune_lora.gradient_checkpointing=full": predict_peak_memory(
@@ -665,12 +667,6 @@ def test_the_advice_is_the_calculators() -> None:
     for words, size in sizes.items():
         assert size and f"{in_units(size)}{words and ' with '}{words}" in said
     assert "quantization" in said
-
-
-def test_a_batch_of_equal_lengths_has_one_of_them_as_its_longest() -> None:
-    batch = collate(windows_of((6, 6, 6), asked=lambda _: 3))
-    one = longest_sequence(batch)
-    assert one.ids.shape == (1, 6) and len(one.labels) == len(batch.labels) // 3
 
 
 @on_accelerator

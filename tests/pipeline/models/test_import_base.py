@@ -475,17 +475,20 @@ def test_a_folder_that_was_not_imported_is_checked_when_it_is_loaded(
         load_base(tmp_path / "model")
 
 
-@pytest.mark.parametrize("change", [torch.nan, torch.int8])
-def test_a_minigpt_is_checked_too(change: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("layers.0.fc1", torch.nan), ("layers.0.fc1", torch.int8), ("embed_positions", torch.nan)],
+)
+def test_a_minigpt_is_checked_too(name: str, change: Any, tmp_path: Path) -> None:
     checkpoint(tmp_path / "model")
-    name = "model.decoder.layers.0.fc1.weight"
+    name = f"model.decoder.{name}.weight"
     path = tmp_path / "model/model.safetensors"
     tensors = load_file(path)
     tensors[name] = (
         tensors[name].to(change) if isinstance(change, torch.dtype) else tensors[name] * change
     )
     save_file(tensors, path)
-    with pytest.raises(UserError, match=r"fc1\.weight (is not finite|holds integers)"):
+    with pytest.raises(UserError, match=rf"{name} (is not finite|holds integers)"):
         load_base(tmp_path / "model")
 
 

@@ -308,6 +308,11 @@ def test_the_report_names_neither_user_nor_host_nor_folders(
     assert report._without_names(text) == "no …/x/y.py and …/z.so: …@…, 3 tokens/s, …/w.py (a/b)"
 
 
+def test_what_to_do_names_no_folder_either() -> None:
+    seen = checks.Seen("card", "none", False, "Put it into /srv/secret/lib.so")
+    assert report._anonymous(seen).remedy == "Put it into …/lib.so"
+
+
 def test_a_user_without_a_home_gets_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a container, where the user is a number."""
 

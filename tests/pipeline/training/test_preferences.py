@@ -159,6 +159,15 @@ def test_a_rank_that_gets_no_unit_is_idle(monkeypatch: pytest.MonkeyPatch) -> No
     )
 
 
+def test_the_smallest_batch_is_the_longest_pair_of_the_first() -> None:
+    answers = answers_of(sequences(8))
+    batches = AnswerBatches(answers, 2, None, 2)
+    longest = max((0, 1), key=answers.tokens)
+    alone = batches.longest_alone(0)
+    assert isinstance(alone, AnswerBatch) and (alone.units, len(alone.counts)) == (1, 2)
+    assert torch.equal(alone.ids, answer_batch(answers, [longest]).ids)
+
+
 def test_batches_are_in_the_order_of_their_seed_and_orpos_have_labels_on_prompts_too() -> None:
     answers = answers_of(sequences(24))
     lengths = [len(window.ids) for window in answers.windows]
