@@ -109,9 +109,9 @@ def write_file(path: Path, contents: str | Iterable[bytes], durable: bool = Fals
 def refuse_other(out: Path, earlier: bool, sources: Iterable[Path]) -> None:
     """Raises UserError if writing to the folder `out` could destroy something.
 
-    `out` must not be one of `sources`, nor lie inside or around one. It must be empty or an
-    `earlier` result, and hold only what commands write or a source has: a merge copies the license
-    of a base.
+    `out`, which is replaced as a whole, must not be one of `sources`, nor lie inside or around one,
+    nor hold the current folder. It must be empty or an `earlier` result, and hold only what
+    commands write or a source has: a merge copies the license of a base.
     """
     resolved = out.resolve()
     copied: set[str] = set()
@@ -123,6 +123,11 @@ def refuse_other(out: Path, earlier: bool, sources: Iterable[Path]) -> None:
                 f"{out} and the input {source} contain one another. Name another folder with --out."
             )
         copied |= {path.name for path in source.glob("[!.]*")}
+    if resolved in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(
+            f"{out} is or holds the current folder, which cannot be replaced. Name another folder "
+            "with --out."
+        )
     if out.exists() and not earlier and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
             f"{out} exists and holds other files. Name another folder with --out, or remove it."

@@ -206,7 +206,7 @@ def test_a_certificate_says_how_far_each_merge_is_from_what_was_trained_on_four_
 
 
 def test_one_command_trains_on_a_sharegpt_file_and_predicts_its_memory(tmp_path: Path) -> None:
-    """48 conversations for one epoch: held-out loss falls, the peak is within 5% of the
+    """28 conversations for one epoch: held-out loss falls, the peak is within 5% of the
     prediction.
     """
     said = [
@@ -214,7 +214,7 @@ def test_one_command_trains_on_a_sharegpt_file_and_predicts_its_memory(tmp_path:
             f"Which number follows {n}?",
             f"The number {n + 1} follows {n}, and {n + 2} follows that one.",
         )
-        for n in range(48)
+        for n in range(28)
     ]
     rows = [
         {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]}

@@ -297,6 +297,16 @@ def test_what_is_written_must_not_be_or_hold_or_lie_in_an_input(tmp_path: Path) 
         artifact.refuse_other(tmp_path / name, False, sources)
 
 
+def test_the_current_folder_is_nothing_to_write_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (Path(), Path(".."), tmp_path):
+        with pytest.raises(UserError, match="holds the current folder, which cannot be replaced"):
+            artifact.refuse_other(out, True, [])
+
+
 def snapshot(root: Path, cache: str = "models--a--b", kind: str = "snapshots") -> Path:
     """A model as the hub's cache holds it: links to blobs beside the snapshots."""
     folder = root / cache / kind / "0123"
