@@ -1,6 +1,7 @@
 """document/dvc.yaml says what the stage graph says, and the document's stages are stages like any."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -181,10 +182,11 @@ def test_a_seed_twice_is_refused() -> None:
         load(DOCUMENT / "params.yaml", ["study_rank.seeds=[1, 1]"])
 
 
-@pytest.mark.slow
 def test_what_studies_read_comes_with_a_new_project(cli: Lora, tmp_path: Path) -> None:
     source = tmp_path / "params.yaml"
     source.write_text("study_fact_correction: {}\nclaims: {}\n", encoding="utf-8")
+    shutil.copytree(ROOT / "data", tmp_path / "data")
+    (tmp_path / "data/fact_correction.de.txt").unlink()
     code, _, err = cli("new", "project", "--params", str(source), cwd=tmp_path)
     assert code == 0, err
     for file in (DOCUMENT / "data/document.yaml", ROOT / "data/fact_correction.de.txt"):
