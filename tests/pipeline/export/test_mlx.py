@@ -123,7 +123,7 @@ def test_a_base_may_have_braces_in_its_name(cli: Lora, tmp_path: Path) -> None:
     source = made(tmp_path, *SPECS["plain"])
     code, said, errors = export(cli, source, "--base-name", "org/{name}")
     assert code == 0, errors
-    assert f"mlx_lm.generate --model org/{{name}} --adapter-path {tmp_path / 'out'}" in said
+    assert f"mlx_lm.generate --model 'org/{{name}}' --adapter-path {tmp_path / 'out'}" in said
 
 
 @pytest.mark.parametrize("family", sorted(form.FAMILIES))
