@@ -172,7 +172,7 @@ class Batches:
         return collate([self.dataset[number] for number in numbers])
 
     def longest_alone(self, step: int) -> Batch:
-        """The longest sequence (or pair of answers) of the step's first batch, alone in one."""
+        """A batch of the longest sequence, or pair of answers, in the step's first batch."""
         return self._collate([max(self.rows(step)[0], key=self.dataset.tokens)])
 
     def locations(self, step: int) -> list[str]:

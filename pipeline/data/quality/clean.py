@@ -4,6 +4,8 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from pipeline.data.convert import Conversion, convert
 from pipeline.data.examples import Example, row_digest
 from pipeline.data.formats import EmptyValue, iter_examples
 from pipeline.data.masking import Encoder
-from pipeline.data.preferences import Rejected, with_rejected
+from pipeline.data.preferences import with_rejected
 from pipeline.data.quality.near_duplicates import MinHashes, ShingleCounts, shingles, words
 from pipeline.data.quality.personal import personal_data
 from pipeline.errors import UserError
@@ -203,39 +205,33 @@ class _Cleaning:
         self._note("empty" if is_empty else "invalid", Dropped(row, shortened(why), ""))
 
     def _encoded(self, examples: Iterator[Example]) -> Iterator[Example]:
-        """The examples, without those that are too long."""
+        """The examples, without rows of which an answer is too long."""
         if "too-long" not in self.drop or self.encoder is None:
             yield from examples
             return
 
-        fitting: Example | None = None  # so far: a rejected answer may follow
-
-        def is_of_dropped(answer: Example) -> bool:
-            return isinstance(answer, Rejected) and (fitting is None or fitting.line != answer.line)
+        refused = set[int]()  # rows
 
         def refuse(answer: Example, error: UserError) -> None:
-            nonlocal fitting
             if not self.skip_invalid:
                 raise error
-            if is_of_dropped(answer):
-                return
-            if isinstance(answer, Rejected):
-                fitting = None
-            self._leave_out(answer, "invalid", without_location(error, answer.file, answer.line))
+            if answer.line not in refused:
+                refused.add(answer.line)
+                why = without_location(error, answer.file, answer.line)
+                self._leave_out(answer, "invalid", why)
 
-        for answer, encoded in self.encoder.each(with_rejected(examples), refuse):
-            if is_of_dropped(answer):
+        encoded = self.encoder.each(with_rejected(examples), refuse)
+        # a row is whole when the next one begins: what is refused of it is known by then
+        for row, answers in groupby(encoded, lambda each: each[0].line):
+            sizes = [(len(tokens.ids), answer) for answer, tokens in answers]
+            if row in refused:
                 continue
-            if not isinstance(answer, Rejected):
-                if fitting is not None:
-                    yield fitting
-                fitting = answer
-            if len(encoded.ids) > self.max_length:
-                why = f"{len(encoded.ids):,} tokens, more than {self.max_length:,}"
+            longest, answer = max(sizes, key=itemgetter(0))
+            if longest > self.max_length:
+                why = f"{longest:,} tokens, more than {self.max_length:,}"
                 self._leave_out(answer, "too-long", why)
-                fitting = None
-        if fitting is not None:
-            yield fitting
+            else:
+                yield sizes[0][1]
 
     def _reason(self, example: Example, seen: dict[bytes, int]) -> tuple[str, str] | None:
         if "leaks" in self.drop and self.leaks and (place := self.leaks.location(example)):
