@@ -236,8 +236,12 @@ class _Check:
         if isinstance(example, Rejected):
             # the length of a pair is that of its longer answer; its labels are the chosen one's
             if not self._chosen_refused and not self._held_out[self._encoded - 1]:
+                self._counts["truncated"] += self._lengths[-1] <= kept < length
                 self._lengths[-1] = max(self._lengths[-1], length)
                 self._keep_longest(example, length)
+            if kept < length:
+                text = f"rejected answer: truncated from {length:,} to {kept:,} tokens."
+                self._add_warning("truncated", row, text)
             if self._exceeds_positions(kept):
                 text = f"rejected answer: {self._too_long(kept)}"
                 self._add_warning("rejected too long", row, text)

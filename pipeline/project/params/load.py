@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 from msgspec import structs
 
 from pipeline.errors import UserError
-from pipeline.files import base_model
 from pipeline.files.text import abbreviate_repr
 from pipeline.project.params.schema import (
     Pretrained,
@@ -239,6 +238,9 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
     if "import" in tree:
         params = params._with({"import": _read_section("import", params, origin)})
     if params.origin.imports:
+        # with OpenSSL and ctypes 8 ms, which the calculator does not need
+        from pipeline.files import base_model
+
         params = replace(params, width=base_model.width(params.origin.base, path.parent))
     for key, value in training.items():  # also where nothing trains
         check_value(hints(Training)[key], value, f"{TRAINING}.{key}", origin)

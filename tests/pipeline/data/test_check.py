@@ -318,6 +318,18 @@ def test_a_rejected_answer_beyond_the_models_positions_is_a_warning(
     assert "--drop too-long" in problem.problem
 
 
+def test_a_pair_is_truncated_once_whichever_of_its_answers_is_cut(
+    tmp_path: Path, tokenizer: SubwordTokenizer
+) -> None:
+    long, short = "no " * 100, "no"
+    answers = [(short, short), (short, long), (long, short), (long, long)]
+    rows = [{"prompt": f"{n} ", "chosen": a, "rejected": b} for n, (a, b) in enumerate(answers)]
+    report = check([jsonl(tmp_path / "d.jsonl", rows)], tokenizer, max_length=50)
+    assert report.truncated == 3
+    cut = [(each.row, each.problem.startswith("rejected")) for each in report.problems]
+    assert cut == [(2, True), (3, False), (4, False), (4, True)]
+
+
 def test_a_pair_that_cannot_be_tokenized_is_one_problem_and_changes_no_other_length(
     tmp_path: Path,
 ) -> None:
