@@ -84,26 +84,26 @@ def entry_points() -> tuple[EntryPoint, ...]:
         # `python -m` puts the current folder there: a project's files are data, not code
         if not folder or os.path.realpath(folder) == current:
             continue
-        for path in Path(folder).glob("*.dist-info/entry_points.txt"):
-            points += _read(path)
+        for package in Path(folder).glob("*.dist-info"):
+            points += _read(package)
     return tuple(sorted(set(points)))
 
 
-def _read(path: Path) -> Iterator[EntryPoint]:
-    section = ""
+def _read(package: Path) -> Iterator[EntryPoint]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = (package / "entry_points.txt").read_text(encoding="utf-8")
     except (OSError, ValueError):
         return
-    for line in map(str.strip, lines):
+    if GROUP not in text:
+        return
+    section = ""
+    for line in map(str.strip, text.splitlines()):
         if line.startswith("["):
             section = line.strip("[]").strip()
         elif section == GROUP and "=" in line and not line.startswith("#"):
             full_name, _, module = line.partition("=")
             kind, _, name = full_name.strip().partition(".")
-            yield EntryPoint(
-                kind, name, module.strip(), path.parent.name.removesuffix(".dist-info")
-            )
+            yield EntryPoint(kind, name, module.strip(), package.stem)
 
 
 def added_modules(package: str) -> list[str]:
