@@ -236,6 +236,7 @@ class _Check:
         if isinstance(example, Rejected):
             # the length of a pair is that of its longer answer; its labels are the chosen one's
             if not self._chosen_refused and not self._held_out[self._encoded - 1]:
+                # once for a pair: not if its chosen answer is cut too
                 self._counts["truncated"] += self._lengths[-1] <= kept < length
                 self._lengths[-1] = max(self._lengths[-1], length)
                 self._keep_longest(example, length)

@@ -238,7 +238,7 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
     if "import" in tree:
         params = params._with({"import": _read_section("import", params, origin)})
     if params.origin.imports:
-        # with OpenSSL and ctypes 8 ms, which the calculator does not need
+        # it loads OpenSSL and ctypes: 8 ms, which the calculator does without
         from pipeline.files import base_model
 
         params = replace(params, width=base_model.width(params.origin.base, path.parent))
