@@ -42,6 +42,7 @@ from tui.services.param_edits import ParamEdits
 from tui.services.pipeline_process import Runner, Running
 from tui.services.project_watch import ProjectWatch
 from tui.themes import DARK, LIGHT, THEMES, ParsedOnce
+from tui.widgets.colors import look_variables
 from tui.widgets.header import Header, describe_state
 
 if TYPE_CHECKING:
@@ -482,6 +483,13 @@ class Workbench(App[None]):
     def get_line_filters(self) -> Sequence[LineFilter]:
         """Textual's filters, and one that removes control characters."""
         return [*super().get_line_filters(), CONTROL_CHARACTER_FILTER]
+
+    def get_css_variables(self) -> dict[str, str]:
+        """Textual's, and the colours of methods and runs on the theme's background."""
+        variables = super().get_css_variables()
+        variables |= look_variables(Color.parse(variables["background"]))
+        self.theme_variables = variables
+        return variables
 
     def _initial_theme(self) -> str:
         """The theme of the config, else the one last chosen, else one that suits the terminal's

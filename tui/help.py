@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 from textual.binding import Binding
 
+from tui.panes.pane import Pane
 from tui.widgets.colors import LOOKS
-from tui.widgets.pane import Pane
 
 STATES = {
     "✓": "up to date; intact",
@@ -40,9 +40,9 @@ def page(prose: str, keys: Keys, pane: Pane | None) -> Iterable[RenderableType]:
     """The parts of the help: prose (Markdown), then tables."""
     from rich.markdown import Markdown
 
-    if pane and pane.help:
+    if pane and pane.about.help:
         yield Text(pane.title, "bold")
-        yield Markdown(f"{pane.help}\n")
+        yield Markdown(f"{pane.about.help}\n")
     yield Markdown(f"{prose}\n")
     own = [
         (names, binding) for names, binding in keys if not (binding.id or "app.").startswith("app.")

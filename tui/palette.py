@@ -16,9 +16,10 @@ from pipeline.files.home import expand
 from pipeline.inference.catalog import model_folders
 from pipeline.project.stage_graph import ARTIFACTS
 from tui.dialogs import MarkdownReader
+from tui.panes.pane import Pane
 from tui.registry import SCREENS
 from tui.widgets.form import format_value
-from tui.widgets.pane import Pane
+from tui.widgets.pane import Pane as ClassPane
 
 Workbench = Any  # `tui.app` has it, and imports this module
 MAX_PROMPTS, MAX_MODELS = 50, 2000
@@ -116,41 +117,35 @@ def _bindings(declared: Iterable[Any]) -> Iterator[Binding]:
 
 
 def _screen_commands(app: Workbench, name: str) -> Iterator[Command]:
-    """The commands of a screen and of its panes, which are found by the folder that their class is
-    in.
-    """
+    """The commands of a screen and of its panes."""
     if name not in SCREENS:  # the first look has none
         return
     kind: Any = SCREENS[name].kind()
+    own = [("", binding) for binding in _bindings(kind.__dict__.get("BINDINGS", ()))]
+    for pane, about in kind.PANES.items():
+        own += [(f"#{pane}", binding) for binding in _bindings(about.keys)]
     folder = kind.__module__.rpartition(".")[0]
-    owners = [kind, *(pane for pane in _panes(Pane) if pane.__module__.startswith(f"{folder}."))]
-    for owner in owners:
-        for binding in _bindings(owner.__dict__.get("BINDINGS", ())):
-            label = f"{SCREENS[name].label}: {binding.description}"
-            yield Command(
-                label,
-                f"key {app.get_key_display(binding)}",
-                _remote(app, name, owner, binding.action),
-            )
+    for old in (pane for pane in _panes(ClassPane) if pane.__module__.startswith(f"{folder}.")):
+        own += [(old.__name__, b) for b in _bindings(old.__dict__.get("BINDINGS", ()))]
+    for pane, binding in own:
+        label = f"{SCREENS[name].label}: {binding.description}"
+        key = f"key {app.get_key_display(binding)}"
+        yield Command(label, key, partial(_run_there, app, name, pane, binding.action))
 
 
-def _panes(kind: type[Pane]) -> Iterator[type[Pane]]:
+def _panes(kind: type[ClassPane]) -> Iterator[type[ClassPane]]:
     for below in kind.__subclasses__():
         yield below
         yield from _panes(below)
 
 
-def _remote(app: Workbench, name: str, owner: type, action: str) -> Callable[[], Any]:
-    async def run() -> None:
-        screen = await app.shown(name)
-        node: Any = screen
-        if issubclass(owner, Pane):
-            node = next(iter(screen.query(owner)), screen)
-            if focus := node.first_focusable() if isinstance(node, Pane) else None:
-                screen.set_focus(focus)
-        await app.run_action(action, default_namespace=node)
-
-    return run
+async def _run_there(app: Workbench, name: str, pane: str, action: str) -> None:
+    """Show a screen, give the focus to a pane, and run an action as if its key was pressed."""
+    node: Any = await app.shown(name)
+    if pane and (found := next(iter(node.query(pane).results(Pane)), None)):
+        node.set_focus(found.first_focus())
+        node = found
+    await app.run_action(action, default_namespace=node)
 
 
 def _stages(app: Workbench) -> Iterator[Command]:

@@ -2,7 +2,7 @@
 help.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from textual.app import ComposeResult
@@ -13,9 +13,9 @@ from textual.screen import Screen
 from textual.widget import Widget
 
 from tui.app import Workbench
+from tui.panes.pane import About, FilterField, Pane
 from tui.widgets.header import Header
 from tui.widgets.key_bar import KeyBar
-from tui.widgets.pane import FilterField, Pane
 
 TALL, WIDE, HUGE = 20, 110, 170  # from this many rows, columns, columns on there is room for more
 
@@ -25,6 +25,7 @@ class WorkbenchScreen(Screen[None]):
 
     NAME: ClassVar[str] = ""
     HELP: ClassVar[str] = ""
+    PANES: ClassVar[Mapping[str, About]] = {}
     ESCAPE_TO_MINIMIZE = False  # `action_leave` decides: a field first
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "leave", "Leave", id="app.leave"),
@@ -73,6 +74,10 @@ class WorkbenchScreen(Screen[None]):
     def body(self) -> Iterable[Widget]:
         """The widgets between the header and the keys."""
         return ()
+
+    def pane(self, name: str, *content: Widget) -> Pane:
+        """A pane of PANES, with its name as id."""
+        return Pane(self.PANES[name], *content, id=name)
 
     # What the app and other screens ask
 
@@ -142,7 +147,7 @@ class WorkbenchScreen(Screen[None]):
         panes = (
             pane
             for pane in (self.focused_pane, *self.query(Pane))
-            if pane and pane.FILTER and pane.size
+            if pane and pane.filter_field and pane.size
         )
         if pane := next(panes, None):
             pane.open_filter()

@@ -7,6 +7,7 @@ from textual.color import Color
 
 from pipeline.project.stage_graph import Look
 from pipeline.stages.registry import METHODS
+from pipeline.views.looks import OTHERS
 
 CONTRAST = 4.5  # minimum contrast of text against the background (WCAG's value)
 NO_LOOK = Look("#808080", "·")
@@ -18,6 +19,20 @@ def method_look(name: str) -> Look:
     (`finetune_lora`).
     """
     return LOOKS.get(name.removeprefix("finetune_"), NO_LOOK)
+
+
+def look_style(look: Look) -> str:
+    """The style of what has this look: a theme variable, readable on the theme's background."""
+    return f"$look-{look.color.lstrip('#')}"
+
+
+def look_variables(background: Color) -> dict[str, str]:
+    """The theme variables that `look_style` names."""
+    colors = {look.color for look in (*LOOKS.values(), NO_LOOK)} | {*OTHERS}
+    return {
+        f"look-{color.lstrip('#')}": readable(Color.parse(color), background).hex
+        for color in colors
+    }
 
 
 def method_style(name: str, background: Color) -> str:

@@ -7,7 +7,7 @@ from textual.events import Click
 from textual.reactive import reactive
 from textual.widget import Widget
 
-from tui.widgets.pane import Pane
+from tui.panes.pane import Pane
 
 Keys = tuple[tuple[str, str, str], ...]  # key as it is shown, label, key as Textual names it
 # keys with a longer name that type a character

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from rich.text import Text
 from textual.binding import Binding, BindingType
+from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Static
 
@@ -90,7 +91,7 @@ class ModelsPane(Pane):
         )
         self.show_title()
 
-    def show_title(self, *facts: str | Text, title: str = "") -> None:
+    def show_title(self, *facts: Content | str | Text, title: str = "") -> None:
         super().show_title(*(facts or self._facts), title=title)
 
     def filtered(self, text: str) -> None:

@@ -1,0 +1,126 @@
+"""A scrolled list of lines of any length, of which only those that are seen are drawn."""
+
+from typing import ClassVar
+
+from textual.binding import Binding, BindingType
+from textual.content import Content
+from textual.geometry import Size
+from textual.scroll_view import ScrollView
+from textual.selection import Selection
+from textual.strip import Strip
+from textual.style import Style
+from textual.visual import Visual
+
+
+class Lines(ScrollView, can_focus=True):
+    """Subclasses implement `line`, call `set_size`, and `refresh` when lines look otherwise.
+
+    With `head_height` 1 the line `head` stays at the top.
+    """
+
+    DEFAULT_CSS = """
+    Lines {
+        height: 1fr; background: transparent; scrollbar-size-vertical: 1; text-wrap: nowrap;
+        & > .lines--head { color: $text-muted; text-style: bold; }
+        & > .lines--cursor { background: $block-cursor-blurred-background; }
+        &:focus > .lines--cursor { background: $block-cursor-background; color: $block-cursor-foreground; }
+        & > .lines--match { background: $warning-muted; }
+        & > .lines--found { background: $warning; color: $background; }
+    }
+    """
+    COMPONENT_CLASSES: ClassVar[set[str]] = {
+        "lines--head",
+        "lines--cursor",
+        "lines--match",
+        "lines--found",
+    }
+    head_height = 0
+
+    def line(self, number: int) -> Content:
+        """The line of this number, counted from 0; it is cut to the width."""
+        raise NotImplementedError
+
+    def head(self) -> Content:
+        """The line that stays at the top."""
+        return Content("")
+
+    def line_class(self, number: int) -> str:  # noqa: ARG002  # for subclasses
+        """The component class of a line; "" for the style of the widget."""
+        return ""
+
+    @property
+    def line_count(self) -> int:
+        return self.virtual_size.height - self.head_height
+
+    @property
+    def width(self) -> int:
+        """Cells of a line that are seen."""
+        return self.scrollable_content_region.width
+
+    @property
+    def page_height(self) -> int:
+        """Lines that are seen, the head not counted."""
+        return max(self.scrollable_content_region.height - self.head_height, 1)
+
+    def set_size(self, width: int, lines: int) -> None:
+        """There are so many lines, of at most `width` cells."""
+        size = Size(width, lines + self.head_height)
+        if size != self.virtual_size:
+            self.virtual_size = size
+            # A layout may come between the asking and the setting, and would keep the old height.
+            self.call_after_refresh(self.refresh, layout=True)
+        self.refresh()
+
+    def show_line(self, number: int, lines: int = 1) -> None:
+        """Scroll until a line, and as many after it, are seen."""
+        top, height = round(self.scroll_offset.y), self.page_height
+        wanted = min(max(top, number + lines - height), number)
+        if wanted != top and self.scrollable_content_region.height:
+            self.scroll_to(y=wanted, animate=False, force=True)
+
+    def refresh_number(self, number: int) -> None:
+        """Draw a line again."""
+        self.refresh_line(number + self.head_height)
+
+    def render_line(self, y: int) -> Strip:
+        x, top = self.scroll_offset
+        width = max(self.size.width, self.virtual_size.width)
+        number, name = y + round(top) - self.head_height, ""
+        if y < self.head_height:
+            content, name = self.head(), "lines--head"
+        elif number < self.line_count:
+            content, name = self._selected(number), self.line_class(number)
+        else:
+            return Strip.blank(self.size.width, self.rich_style)
+        style: Style = self.get_visual_style(name) if name else self.visual_style
+        strips = Visual.to_strips(self, content, width, 1, style, apply_selection=False, pad=True)
+        strip = strips[0] if strips else Strip.blank(width)
+        return strip.apply_offsets(0, number).crop(x, x + self.size.width)
+
+    def _selected(self, number: int) -> Content:
+        """The line, with the part that the mouse selected."""
+        content = self.line(number)
+        span = self.text_selection.get_span(number) if self.text_selection else None
+        if span is None:
+            return content
+        start, end = span
+        style = Style.from_styles(self.screen.get_component_styles("screen--selection"))
+        return content.stylize(style, start, len(content) if end == -1 else end)
+
+    def get_selection(self, selection: Selection) -> tuple[str, str] | None:
+        """The text that the mouse selected."""
+        text = "\n".join(self.line(number).plain for number in range(self.line_count))
+        return selection.extract(text), "\n"
+
+    def selection_updated(self, selection: Selection | None) -> None:  # noqa: ARG002  # Textual's
+        self.refresh()
+
+
+MOVE_KEYS: tuple[BindingType, ...] = (
+    Binding("down,j", "move(1)", "Down", show=False),
+    Binding("up,k", "move(-1)", "Up", show=False),
+    Binding("pagedown", "page(1)", "Page down", show=False),
+    Binding("pageup", "page(-1)", "Page up", show=False),
+    Binding("home,g", "first", "First", show=False),
+    Binding("end,G", "last", "Last", show=False),
+)
