@@ -17,14 +17,27 @@ from errno import EADDRINUSE
 from pathlib import Path
 from typing import Any
 
+import textual_serve.server
 from aiohttp import web
 from aiohttp.typedefs import Handler
+from textual_serve.app_service import AppService
 from textual_serve.server import Server
 
 from pipeline.errors import UserError
 
 PAGE = Path(__file__).parent  # its app_index.html
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+
+
+class WaitedApp(AppService):  # type: ignore[misc]  # as the server below
+    """textual-serve's app process, which has exited once it is stopped: asyncio would warn of one
+    that exits after Ctrl+C has closed the event loop.
+    """
+
+    async def stop(self) -> None:
+        await super().stop()
+        if self._process:
+            await self._process.wait()
 
 
 class TokenServer(Server):  # type: ignore[misc]  # textual-serve is not type-checked here
@@ -97,6 +110,8 @@ class TokenServer(Server):  # type: ignore[misc]  # textual-serve is not type-ch
         """Serve until Ctrl+C, without a log: paths of requests hold the token. Raises OSError if
         the port is taken.
         """
+
+        textual_serve.server.AppService = WaitedApp  # where its server finds the class
 
         def print_url(_: str) -> None:
             print(
