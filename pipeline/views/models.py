@@ -28,9 +28,11 @@ from pipeline.project.logs.run_log import LOSS, read_final_loss
 from pipeline.project.stage_graph import ARTIFACTS, Project
 from pipeline.stages.registry import open_project
 
+WEIGHTS = ".safetensors"
 UNSEALED = "no manifest: base unknown"
 NOT_CHECKED = "It has no manifest, so only names and shapes can be checked, when it is loaded."
 VERIFIED, UNBOUND, REFUSED = "verified", "no manifest", "refused"
+WITHOUT_WEIGHTS = "without weights"  # a model of a demo, whose answers are replayed
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ class Model:
 
 @dataclass(frozen=True)
 class VerificationResult:
-    """`state` is VERIFIED, UNBOUND (no manifest to compare with) or REFUSED, with the reason."""
+    """`state` is VERIFIED, UNBOUND (no manifest to compare with), WITHOUT_WEIGHTS or REFUSED, with
+    the reason.
+    """
 
     state: str
     reason: str | None = None
@@ -182,7 +186,10 @@ def describe(folder: Path) -> Model:
         base=base if isinstance(base, str) else None,
         # the manifest of an adapter counts its base too
         parameters=_count_parameters(folder, {} if kind == "adapter" else manifest),
-        size=sum(file.size for file in files if file.name.endswith(".safetensors")),
+        size=sum(file.size for file in files if file.name.endswith(WEIGHTS))
+        + sum(
+            size for name, size in artifact.not_shipped(folder).items() if name.endswith(WEIGHTS)
+        ),
         final_loss=last_loss,
         when=_modified_at(files),
         scales=kind == "adapter" and not virtual,
@@ -278,6 +285,10 @@ def check(
     """
     is_adapter = model.kind == "adapter"
     try:
+        if left_out := artifact.not_shipped(model.path):
+            digest = artifact.sealed_digest(artifact.verify(model.path, contents))
+            reason = f"It was shipped without {', '.join(left_out)}. Run its stage to make it."
+            return scored(VerificationResult(WITHOUT_WEIGHTS, reason, digest=digest), measurements)
         if is_adapter:
             refuse_foreign(find_base(model.path, root), model.path, fingerprint, contents)
         if (model.path / artifact.MANIFEST).exists():

@@ -12,7 +12,7 @@ from textual.containers import VerticalScroll
 
 from pipeline.project.runner import MOST
 from pipeline.views.model_library import Entry
-from pipeline.views.models import REFUSED, UNBOUND, VERIFIED
+from pipeline.views.models import REFUSED, UNBOUND, VERIFIED, WITHOUT_WEIGHTS
 from tui.screens.models.columns import format_size, format_time, short_targets
 from tui.widgets.text import Lines, levels
 
@@ -145,6 +145,7 @@ def format_sentences(details: Details) -> Text:
         )
     if sentence := {
         VERIFIED: "Intact: its files, and an adapter's base, are those of its manifest.",
+        WITHOUT_WEIGHTS: "A demo's model: its weights are not shipped, and its answers are recorded.",
         UNBOUND: "No manifest: its base is compared by names and shapes only, when it is loaded.",
     }.get(entry.state):
         text.append(f"{sentence}\n")
