@@ -19,7 +19,7 @@ from tui.services.projects import packed_tokenizer
 from tui.services.projects.demo import TRAINED
 
 # caches, locks, the tokens as a run reads them
-LEFT_OUT = {".lora-cache", "tmp", "cache", "lock", "tokens", "exports"}
+LEFT_OUT = {".git", ".lora-cache", "tmp", "cache", "lock", "tokens", "exports"}
 WEIGHTS = ("*.safetensors", "*.gguf")
 COLORS = 64  # of a figure
 TOKENIZER = "tokenizer.json"

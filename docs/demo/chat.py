@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,10 @@ from docs.demo.chats import Chat, collected, next_replies, read_chats, read_lice
 from docs.demo.record import prompts, record
 from pipeline.data.examples import in_evaluation
 from pipeline.data.formats import read_examples
-from pipeline.inference.catalog import model_folders
 from pipeline.project.new_project import create
-from pipeline.project.stage_graph import ARTIFACTS, Project
+from pipeline.project.stage_graph import Project
 from pipeline.stages.registry import GRAPH, open_project
-from pipeline.views.models import describe
+from tui.services.engine_client import ANSWERS
 from tui.services.projects.demo import TRAINED
 
 HERE = Path(__file__).parent
@@ -28,7 +27,7 @@ PACKAGE = "chitchat_dataset-0.9.0-py3-none-any.whl"
 DOWNLOADS = Path(os.environ.get("DOWNLOADS") or "~/.cache/lora-workbench").expanduser()
 GENERAL = ("heldout.en.txt", "retain.en.jsonl")
 SHORTEST = 6  # turns of a held-out chat whose sixth is to be chosen
-MOST_CHATS = 32  # of them
+MOST_CHATS = 24  # of them
 README = (HERE / "README.txt").read_text(encoding="utf-8")
 
 
@@ -58,7 +57,12 @@ def build(root: Path) -> Project:
     create(root, GRAPH)
     project = open_project(root / "params.yaml")
     run_stages(project)
-    record(root, _models(project))
+    if not (root / ANSWERS).exists():
+        models = _models(project)
+        # expand_vocab adds no tokens
+        imported, expanded = map(project.artifact_name, ("import", "expand_vocab"))
+        del models[imported]
+        record(root, models, {imported: expanded})
     finish(project, weights=False)
     (root / "README.md").write_text(_readme(), encoding="utf-8")
     return project
@@ -84,13 +88,12 @@ def _held_out_chats(path: Path, share: float) -> list[Chat]:
     return chats[:MOST_CHATS]
 
 
-def _models(project: Project) -> Mapping[str, str | None]:
-    """Folder → an adapter's base, relative to the project, of each model in artifacts/."""
-    base = project.artifact_name("expand_vocab")
+def _models(project: Project) -> dict[str, str | None]:
+    """Folder → an adapter's base, relative to the project, of the models that are compared."""
     models: dict[str, str | None] = {}
-    for folder in model_folders(project.root / ARTIFACTS):
-        is_adapter = describe(folder).kind == "adapter"
-        models[folder.relative_to(project.root).as_posix()] = base if is_adapter else None
+    for base, adapter in project.variants.values():
+        folder = project.artifact_name(adapter or base)
+        models[folder] = project.artifact_name(base) if adapter else None
     return models
 
 

@@ -12,15 +12,16 @@ from pipeline.inference.replay import Exchange, Recorded, Recording
 from tui.services.engine_client import ANSWERS
 
 PROMPTS = Path(__file__).with_name("prompts.yaml")
-LIMIT = 48  # tokens of an answer
+LIMIT = 40  # tokens of an answer
 LIKELIEST = 10  # first tokens that a table may show
 DIGITS = 4  # of a probability
 
 
-def record(root: Path, models: Mapping[str, str | None]) -> Path:
+def record(root: Path, models: Mapping[str, str | None], alike: Mapping[str, str]) -> Path:
     """Ask each model of the project in `root` every prompt; returns the file that was written.
 
-    `models`: folder → the folder of an adapter's base, relative to `root`.
+    `models`: folder → the folder of an adapter's base, relative to `root`. `alike`: folder → the
+    one of `models` that is the same model.
     """
     engine = RequestHandler()
     facts = {}
@@ -30,6 +31,7 @@ def record(root: Path, models: Mapping[str, str | None]) -> Path:
         fields = {"name": folder, "base": str(root / (base or folder))}
         loaded = _ask(engine, "load", **fields, adapter=adapter and str(adapter))[-1]
         facts[folder] = {key: loaded[key] for key in ("parameters", "chat", "layers", "heads")}
+    facts |= {folder: facts[other] for folder, other in alike.items()}
     exchanges = []
     for said, chat in prompts():
         likeliest = _likeliest(engine, [*models], said, chat)
@@ -37,11 +39,12 @@ def record(root: Path, models: Mapping[str, str | None]) -> Path:
         for folder in models:
             answers[folder], window = _answer(engine, folder, said, chat, likeliest[folder])
             windows.append(window)
+        answers |= {folder: answers[other] for folder, other in alike.items()}
         exchanges.append(Exchange(said, chat, answers))
         print(f"recorded: {' → '.join(said)}", flush=True)
     recording = Recording(facts, max(windows), exchanges)
     path = root / ANSWERS
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(recording), indent=1) + b"\n")
+    path.write_bytes(msgspec.json.encode(recording) + b"\n")
     return path
 
 
@@ -93,7 +96,6 @@ def _answer(
         [round(token["probability"], DIGITS) for token in tokens],
         done["reason"],
         prompt["tokens"],
-        done["tokens_per_second"] and round(done["tokens_per_second"], 1),
         [(choice["token"], round(choice["probability"], DIGITS)) for choice in likeliest["top_k"]],
         {token: p if p is None else round(p, DIGITS) for token, p in likeliest["of"].items()},
     )

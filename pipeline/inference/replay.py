@@ -29,7 +29,7 @@ KINDS: dict[str, type[Struct]] = {
     "status": Status,
 }
 NAMED = 3  # prompts that an error names
-RATE = 20.0  # tokens per second where the recording has no rate
+RATE = 20  # tokens per second: not the models' own, which was that of another machine
 
 
 class Recorded(Struct):
@@ -41,7 +41,6 @@ class Recorded(Struct):
     probabilities: list[float]
     reason: str
     prompt_tokens: int
-    tokens_per_second: float | None
     top_k: list[tuple[str, float]]
     of: dict[str, float | None]
 
@@ -159,26 +158,26 @@ class Replay:
                 "cut_tokens": 0,
                 "opens_thought": False,
             }
-        rate = answer.tokens_per_second
         shown = min(len(answer.pieces), request.limit)
         pairs = zip(answer.pieces[:shown], answer.probabilities, strict=False)
         for text, probability in pairs:
-            cancellable.cancelled.wait(1 / (rate or RATE))
+            cancellable.cancelled.wait(1 / RATE)
             yield {"event": "token", "text": text, "probability": probability}
         yield {
             "event": "done",
             "reason": answer.reason if shown == len(answer.pieces) else "length",
             "tokens": shown,
             "seconds": time.perf_counter() - start,
-            "tokens_per_second": rate,
+            "tokens_per_second": None,
         }
 
     def _find(self, said: Sequence[str], chat: bool) -> Exchange:
         """The exchange in which the user said this. Raises UserError, which names others."""
         exchange = self._exchanges.get((chat, *(text.strip() for text in said)))
         if exchange is None:
-            others = [other.said[0] for other in self._recording.exchanges if other.chat == chat]
-            known = ", ".join(f'"{text}"' for text in dict.fromkeys(others[:NAMED]))
+            recorded = [other for other in self._recording.exchanges if other.chat == chat]
+            others = [*dict.fromkeys(other.said[0] for other in recorded)]
+            known = ", ".join(f'"{text}"' for text in others[:NAMED])
             raise UserError(
                 "This demo has no weights: it replays recorded answers, and has none to this. It "
                 f"knows {known}. README.md has them all, and says how to get the weights."

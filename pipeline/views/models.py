@@ -62,7 +62,7 @@ class Model:
 
     `size` is in bytes of weights, `when` in seconds since the epoch; `parameters` of an adapter
     exclude its base; `scales`: whether it is an adapter whose strength can be scaled, which virtual
-    tokens cannot.
+    tokens and recorded answers cannot.
     """
 
     path: Path
@@ -162,6 +162,7 @@ def describe(folder: Path) -> Model:
     rank, base = config.get("r"), config.get("base_model_name_or_path")
     targets: tuple[str, ...] = ()
     virtual = "num_virtual_tokens" in config
+    left_out = artifact.not_shipped(folder)
     if (folder / CONFIG).exists():
         kind, peft_type = "adapter", config.get("peft_type")
         method = "dora" if config.get("use_dora") else peft_type
@@ -173,6 +174,7 @@ def describe(folder: Path) -> Model:
         kind = "base" if trained in (None, *BASES) else "checkpoint"
         kind = "merged" if trained == "merge" else kind
         method = trained or _read_json_or_empty(folder / "config.json").get("model_type")
+    sizes = {file.name: file.size for file in files} | left_out
     try:
         last_loss = read_final_loss(folder / LOSS)
     except OSError:
@@ -184,15 +186,11 @@ def describe(folder: Path) -> Model:
         rank=rank if isinstance(rank, int) else None,
         targets=targets,
         base=base if isinstance(base, str) else None,
-        # the manifest of an adapter counts its base too
-        parameters=_count_parameters(folder, {} if kind == "adapter" else manifest),
-        size=sum(file.size for file in files if file.name.endswith(WEIGHTS))
-        + sum(
-            size for name, size in artifact.not_shipped(folder).items() if name.endswith(WEIGHTS)
-        ),
+        parameters=_count_parameters(folder, kind, manifest),
+        size=sum(size for name, size in sizes.items() if name.endswith(WEIGHTS)),
         final_loss=last_loss,
         when=_modified_at(files),
-        scales=kind == "adapter" and not virtual,
+        scales=kind == "adapter" and not virtual and not left_out,
     )
 
 
@@ -214,10 +212,16 @@ def _read_json_or_empty(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _count_parameters(folder: Path, manifest: Mapping[str, Any]) -> int | None:
-    """The manifest's count, or else the number of elements in the weights."""
+def _count_parameters(folder: Path, kind: str, manifest: Mapping[str, Any]) -> int | None:
+    """The manifest's count, or else the number of elements in the weights.
+
+    Of an adapter the weights': its manifest counts the base too, and what trains without its
+    weights.
+    """
+    counted = "total" if kind != "adapter" else "trainable"
     try:
-        return int(manifest["parameters"]["total"])
+        if kind != "adapter" or artifact.not_shipped(folder):
+            return int(manifest["parameters"][counted])
     except (KeyError, OverflowError, TypeError, ValueError):
         pass
     try:

@@ -221,7 +221,8 @@ def _measured(entry: Entry) -> str:
 def _numbers(details: Details) -> str:
     model = details.entry.model
     parts = [f"{model.parameters:,} parameters"] if model.parameters is not None else []
-    parts += [f"{format_size(model.size)} on disk"] if model.size else []
+    where = "of weights" if details.entry.state == WITHOUT_WEIGHTS else "on disk"
+    parts += [f"{format_size(model.size)} {where}"] if model.size else []
     parts += (
         [f"training ended at loss {model.final_loss:.3f}"] if model.final_loss is not None else []
     )

@@ -5,6 +5,7 @@ Its vocabulary is the tokens that no merge makes, then the token of each merge i
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 
@@ -24,6 +25,7 @@ def pack(text: str) -> str:
     return packed
 
 
+@lru_cache(1)  # adapters have their base's
 def unpack(text: str) -> str:
     """The whole tokenizer.json."""
     tree = json.loads(text)
