@@ -106,8 +106,15 @@ pictures: install-dev   ## the pictures of README.md and docs/how-to/tui.md, fro
 recordings: install-dev ## the short recordings of the tutorials, from the real program
 	@python -m docs.recordings
 
-demo: install-dev       ## the finished project that `lora-tui --demo` opens, made and packed into the program
-	@python -m docs.demo
+# Chats of people, as a package of PyPI (MIT, 8 MB).
+CHATS := $(DOWNLOADS)/chitchat_dataset-0.9.0-py3-none-any.whl
+
+demo: install-dev $(SMOLLM2) $(CHATS)  ## the finished projects that `lora-tui --demo` opens, made and packed into the program; 20 minutes of CPU time
+	@DOWNLOADS=$(DOWNLOADS) python -m docs.demo
+
+$(CHATS): | $(VENV)/.installed-dev
+	@mkdir -p $(DOWNLOADS)
+	@$(BIN)/pip download --quiet --no-deps --dest $(DOWNLOADS) chitchat-dataset==0.9.0
 
 # On a CPU without instructions for bf16, a product of matrices in bf16 takes ten times as long as in fp32.
 MULTIPLIES_BF16 := $(BIN)/python -c 'import sys, torch; from pipeline.models import device; sys.exit(not device.multiplies_bf16(torch.device("cpu")))'

@@ -25,7 +25,7 @@ def keyboard() -> Iterator[Row]:
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with started([*TUI, "--demo"], folder, SIZE) as (_, master):
+        with started([*TUI, "--demo", "minigpt"], folder, SIZE) as (_, master):
             _read_quiet(master, SETTLE)
             seconds = [_seconds_to_paint(master, key) for key in (b"j", b"k") * (KEYS // 2)]
         typical, worst = median(seconds), max(seconds)

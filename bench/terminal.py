@@ -68,7 +68,7 @@ def terminal() -> Iterator[Row]:
             ratio <= 1.8,
         )
         for number, name in enumerate(SCREENS, 1):
-            share = _cpu_share([*TUI, "--demo"], project, IDLE_SECONDS, str(number))
+            share = _cpu_share([*TUI, "--demo", "minigpt"], project, IDLE_SECONDS, str(number))
             yield _row(f"{name}, idle", share, 0.01, IDLE_SECONDS)
         _lora(project, "pretrain", "--set", "pretrain.epochs=2").wait()
         _lora(project, "expand-vocab").wait()

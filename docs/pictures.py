@@ -15,7 +15,7 @@ from textual.pilot import Pilot
 
 from tui.app import Workbench
 from tui.registry import SCREENS
-from tui.services.projects.demo import open_demo
+from tui.services.projects.demo import MINIGPT, open_demo
 
 HERE = Path(__file__).resolve().parent
 FOLDER = HERE / "pictures"
@@ -40,12 +40,12 @@ def text(screen: Any) -> str:
 
 
 async def pipeline(pilot: Pilot[None]) -> None:
-    await until(pilot, lambda screen: "evaluate" in text(screen) and "11 ✓" in text(screen))
+    await until(pilot, lambda screen: "evaluate" in text(screen) and "10 ✓" in text(screen))
     await pilot.press(*["down"] * 5)
 
 
 async def curves(pilot: Pilot[None]) -> None:
-    await until(pilot, lambda screen: "7 of 8 on" in text(screen) and "finished" in text(screen))
+    await until(pilot, lambda screen: "6 of 7 on" in text(screen) and "finished" in text(screen))
 
 
 async def results(pilot: Pilot[None]) -> None:
@@ -115,7 +115,7 @@ def without_fonts(svg: str) -> str:
 def page() -> str:
     """docs/reference/screens.md: every screen in every size, dark and light."""
     parts = [
-        "# Every screen\n\nFrom the real program on its demo (`lora-tui --demo`); `make pictures` "
+        "# Every screen\n\nFrom the real program on its demo (`lora-tui --demo minigpt`); `make pictures` "
         "renews them.\n"
     ]
     for name, entry in SCREENS.items():
@@ -135,7 +135,7 @@ async def main() -> None:
         path.unlink()
     with tempfile.TemporaryDirectory() as home:
         os.environ |= {f"XDG_{kind}_HOME": home for kind in ("CACHE", "STATE", "CONFIG")}
-        params = open_demo()
+        params = open_demo(MINIGPT)
         for name in SCREENS:
             for size in SIZES:
                 for theme in THEMES:

@@ -215,7 +215,7 @@ def calculator(folder: Path) -> str:
 
 
 def workbench(folder: Path) -> str:
-    """`lora-tui --demo`: one screen after the other."""
+    """`lora-tui --demo minigpt`: one screen after the other."""
     size, homes = (
         (100, 30),
         {f"XDG_{kind}_HOME": str(folder) for kind in ("CACHE", "STATE", "CONFIG", "DATA")},
@@ -228,7 +228,7 @@ def workbench(folder: Path) -> str:
         ("7", lambda text: "FITS" in text),
         ("1", lambda text: "evaluate" in text),
     )
-    with Terminal("lora-tui --demo", folder, size, {**homes, "PATH": PATH}) as terminal:
+    with Terminal("lora-tui --demo minigpt", folder, size, {**homes, "PATH": PATH}) as terminal:
         recorder = Recorder(terminal)
         recorder.every = 1.2
         recorder.until(lambda text: "evaluate" in text and "quit" in text)
@@ -237,7 +237,7 @@ def workbench(folder: Path) -> str:
             recorder.type(key)
             recorder.until(holds)
             recorder.rest(2)
-    return svg(recorder.frames, size, "lora-tui --demo", speed=2)
+    return svg(recorder.frames, size, "lora-tui --demo minigpt", speed=2)
 
 
 RECORDINGS = {"first-adapter": first_adapter, "calculator": calculator, "workbench": workbench}

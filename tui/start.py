@@ -32,13 +32,16 @@ def main() -> None:
             require("lora-tui --web")
             from tui.services.web.server import serve
 
-            serve(["--demo"] if arguments.demo else ["--params", str(params)], arguments.port)
+            serve(
+                ["--demo", arguments.demo] if arguments.demo else ["--params", str(params)],
+                arguments.port,
+            )
             return
         _require_terminal()
         if arguments.demo:
             from tui.services.projects.demo import greet, open_demo
 
-            params = open_demo()
+            params = open_demo(arguments.demo)
             greeting = greet(params.parent)
     except UserError as error:
         sys.exit(f"error: {error}")
@@ -75,7 +78,7 @@ class Arguments:
     """What is typed after `lora-tui`."""
 
     params: Path | None = None
-    demo: bool = False
+    demo: str = ""
     web: bool = False
     port: int = 8000
 
@@ -93,8 +96,12 @@ def _read_arguments() -> Arguments:
     parser.add_argument("--params", type=Path, help="params file of the project (params.yaml)")
     parser.add_argument(
         "--demo",
-        action="store_true",
-        help="open a small finished project that comes with the program",
+        nargs="?",
+        const="chat",
+        choices=("chat", "minigpt"),
+        metavar="chat|minigpt",
+        help="open a finished project that comes with the program: chat (the default), a language "
+        "model adapted to chats, or minigpt, one so small that it trains in a minute",
     )
     parser.add_argument(
         "--web", action="store_true", help="serve the app to a browser on this machine"

@@ -15,6 +15,8 @@ from typing import Any
 from pipeline.errors import UserError
 
 MANIFEST = "manifest.json"
+# in a manifest: name → bytes of the files that a demo is shipped without
+NOT_SHIPPED = "not_shipped"
 MORE_TEMPLATES = "additional_chat_templates"  # transformers reads this folder in a model folder
 # bytes; the largest published tokenizer.json has 35 MB, and opening it takes ten times that
 LARGEST_TEXT = 100_000_000
@@ -346,6 +348,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest.get("files"), dict):
         raise UserError(f"{path} is not a manifest of this project. Make the artifact again.")
     return manifest
+
+
+def not_shipped(folder: Path) -> dict[str, int]:
+    """Name → bytes of the files, such as weights, that the artifact in a demo is without; {} for
+    any other folder.
+    """
+    try:
+        left_out = read_manifest(folder).get(NOT_SHIPPED, {})
+        return {str(name): int(size) for name, size in left_out.items()}
+    except (UserError, AttributeError, TypeError, ValueError):
+        return {}
 
 
 def verify(

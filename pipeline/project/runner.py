@@ -65,6 +65,11 @@ class Job:
         stage = self.project.standing_for(stage)
         folder, home = self.project.artifact(stage), self.project.home(stage)
         _refuse_missing(self.project, stage)
+        if left_out := artifact.not_shipped(folder):
+            raise UserError(
+                f"{self.project.artifact_name(stage)} was shipped without {', '.join(left_out)}. "
+                f"Run {self.project.command(stage)}."
+            )
         made_from = artifact.verify(folder)["inputs"]
         needs = home.needs(home.graph.stages[stage])
         now = {home.artifact_name(need): artifact.digest(home.artifact(need)) for need in needs}
@@ -318,14 +323,24 @@ def _inputs(project: Project, stage: Stage, digests: Digests = DIGESTS) -> dict[
         _refuse_missing(project, need)
     inputs: dict[str, str] = {}
     if stage.name == "import":
-        source = base_model.resolve(project.params.origin.base, project.root)
-        inputs |= base_model.identity(source, digests.path)
+        inputs |= _base_identity(project, digests)
     for name, path in project.inputs(stage).items():
         shared, number = base_model.shared_name(name), 2
         while shared in inputs:  # files of the same name in several folders
             shared, number = f"{base_model.shared_name(name)} {number}", number + 1
         inputs[shared] = digests.path(path)
     return inputs
+
+
+def _base_identity(project: Project, digests: Digests) -> dict[str, str]:
+    """Name → digest of the base that is imported. Raises UserError.
+
+    The base that a demo is shipped without counts as the one that it was made from.
+    """
+    base, imported = project.params.origin.base, project.artifact("import")
+    if base in artifact.not_shipped(imported) and not (project.root / base).exists():
+        return {base: artifact.read_manifest(imported)["inputs"][base]}
+    return base_model.identity(base_model.resolve(base, project.root), digests.path)
 
 
 def _restore(cache: Cache, stage: Stage, key: str, target: Path) -> Generator[Event, None, bool]:

@@ -28,9 +28,11 @@ from pipeline.project.logs.run_log import LOSS, read_final_loss
 from pipeline.project.stage_graph import ARTIFACTS, Project
 from pipeline.stages.registry import open_project
 
+WEIGHTS = ".safetensors"
 UNSEALED = "no manifest: base unknown"
 NOT_CHECKED = "It has no manifest, so only names and shapes can be checked, when it is loaded."
 VERIFIED, UNBOUND, REFUSED = "verified", "no manifest", "refused"
+WITHOUT_WEIGHTS = "without weights"  # a model of a demo, whose answers are replayed
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Model:
 
     `size` is in bytes of weights, `when` in seconds since the epoch; `parameters` of an adapter
     exclude its base; `scales`: whether it is an adapter whose strength can be scaled, which virtual
-    tokens cannot.
+    tokens and recorded answers cannot.
     """
 
     path: Path
@@ -78,7 +80,9 @@ class Model:
 
 @dataclass(frozen=True)
 class VerificationResult:
-    """`state` is VERIFIED, UNBOUND (no manifest to compare with) or REFUSED, with the reason."""
+    """`state` is VERIFIED, UNBOUND (no manifest to compare with), WITHOUT_WEIGHTS or REFUSED, with
+    the reason.
+    """
 
     state: str
     reason: str | None = None
@@ -158,6 +162,7 @@ def describe(folder: Path) -> Model:
     rank, base = config.get("r"), config.get("base_model_name_or_path")
     targets: tuple[str, ...] = ()
     virtual = "num_virtual_tokens" in config
+    left_out = artifact.not_shipped(folder)
     if (folder / CONFIG).exists():
         kind, peft_type = "adapter", config.get("peft_type")
         method = "dora" if config.get("use_dora") else peft_type
@@ -169,6 +174,7 @@ def describe(folder: Path) -> Model:
         kind = "base" if trained in (None, *BASES) else "checkpoint"
         kind = "merged" if trained == "merge" else kind
         method = trained or _read_json_or_empty(folder / "config.json").get("model_type")
+    sizes = {file.name: file.size for file in files} | left_out
     try:
         last_loss = read_final_loss(folder / LOSS)
     except OSError:
@@ -180,12 +186,11 @@ def describe(folder: Path) -> Model:
         rank=rank if isinstance(rank, int) else None,
         targets=targets,
         base=base if isinstance(base, str) else None,
-        # the manifest of an adapter counts its base too
-        parameters=_count_parameters(folder, {} if kind == "adapter" else manifest),
-        size=sum(file.size for file in files if file.name.endswith(".safetensors")),
+        parameters=_count_parameters(folder, kind, manifest),
+        size=sum(size for name, size in sizes.items() if name.endswith(WEIGHTS)),
         final_loss=last_loss,
         when=_modified_at(files),
-        scales=kind == "adapter" and not virtual,
+        scales=kind == "adapter" and not virtual and not left_out,
     )
 
 
@@ -207,10 +212,16 @@ def _read_json_or_empty(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _count_parameters(folder: Path, manifest: Mapping[str, Any]) -> int | None:
-    """The manifest's count, or else the number of elements in the weights."""
+def _count_parameters(folder: Path, kind: str, manifest: Mapping[str, Any]) -> int | None:
+    """The manifest's count, or else the number of elements in the weights.
+
+    Of an adapter the weights': its manifest counts the base too, and what trains without its
+    weights.
+    """
+    counted = "total" if kind != "adapter" else "trainable"
     try:
-        return int(manifest["parameters"]["total"])
+        if kind != "adapter" or artifact.not_shipped(folder):
+            return int(manifest["parameters"][counted])
     except (KeyError, OverflowError, TypeError, ValueError):
         pass
     try:
@@ -278,6 +289,10 @@ def check(
     """
     is_adapter = model.kind == "adapter"
     try:
+        if left_out := artifact.not_shipped(model.path):
+            digest = artifact.sealed_digest(artifact.verify(model.path, contents))
+            reason = f"It was shipped without {', '.join(left_out)}. Run its stage to make it."
+            return scored(VerificationResult(WITHOUT_WEIGHTS, reason, digest=digest), measurements)
         if is_adapter:
             refuse_foreign(find_base(model.path, root), model.path, fingerprint, contents)
         if (model.path / artifact.MANIFEST).exists():

@@ -13,7 +13,7 @@ from pipeline.project.params.load import Params
 from pipeline.project.stage_graph import Project
 from pipeline.stages.registry import GRAPH, open_project
 from pipeline.views.model_library import GONE, Entry, Library
-from pipeline.views.models import REFUSED, trusts_remote_code
+from pipeline.views.models import REFUSED, WITHOUT_WEIGHTS, trusts_remote_code
 from tui.services.engine_client import Inference
 
 
@@ -82,8 +82,11 @@ class LoadedModels:
             if stamp == GONE:
                 raise UserError(f"{path} no longer exists. Select another model.")
             verdict = (await asyncio.to_thread(self.library.check, entry)).verdict
-            if verdict and verdict.state == REFUSED:
-                raise UserError(verdict.reason or REFUSED)
+            is_missing = verdict and verdict.state == WITHOUT_WEIGHTS
+            if verdict and (
+                verdict.state == REFUSED or (is_missing and not self.inference.replays)
+            ):
+                raise UserError(verdict.reason or verdict.state)
             base = await asyncio.to_thread(self.library.base, entry.model)
             trust = base is not None and await asyncio.to_thread(
                 trusts_remote_code, self._params, base

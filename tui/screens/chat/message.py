@@ -99,6 +99,8 @@ stands before them."""
         `names` of the models; `unknown` words of the typed text.
         """
         facts: list[str | Text] = [Text(" beside ").join(names) if names else "no model"]
+        if session.models.inference.replays:
+            facts.append("recorded answers")
         if session.scales:
             facts.append(f"×{session.strength:.2f} {_track(session.strength)}")
         if unknown:

@@ -13,13 +13,25 @@ from pipeline.files.text import natural_sort_key
 from pipeline.project.gate import PASSED
 from pipeline.stages.registry import METHODS
 from pipeline.views.model_library import CHECKING, Entry
-from pipeline.views.models import REFUSED, UNBOUND, VERIFIED
+from pipeline.views.models import REFUSED, UNBOUND, VERIFIED, WITHOUT_WEIGHTS
 from tui.widgets.colors import share_style
 from tui.widgets.text import bar, pad_or_truncate
 
-SIGNS = {VERIFIED: "✓", UNBOUND: "?", REFUSED: "✗", CHECKING: "…"}
-STATES = {VERIFIED: "intact", UNBOUND: "no manifest", REFUSED: "refused", CHECKING: "checking"}
-STATE_COLORS = {VERIFIED: "success", UNBOUND: "warning", REFUSED: "error", CHECKING: ""}
+SIGNS = {VERIFIED: "✓", UNBOUND: "?", WITHOUT_WEIGHTS: "○", REFUSED: "✗", CHECKING: "…"}
+STATES = {
+    VERIFIED: "intact",
+    UNBOUND: "no manifest",
+    WITHOUT_WEIGHTS: "replayed",
+    REFUSED: "refused",
+    CHECKING: "checking",
+}
+STATE_COLORS = {
+    VERIFIED: "success",
+    UNBOUND: "warning",
+    WITHOUT_WEIGHTS: "",
+    REFUSED: "error",
+    CHECKING: "",
+}
 # folder → method
 SWEEPS = {stage.output: name for name, stage in METHODS.items() if stage.kind == "adapters"}
 MIN_NAME, MAX_NAME = 10, 40  # cells

@@ -12,7 +12,7 @@ from textual.containers import VerticalScroll
 
 from pipeline.project.runner import MOST
 from pipeline.views.model_library import Entry
-from pipeline.views.models import REFUSED, UNBOUND, VERIFIED
+from pipeline.views.models import REFUSED, UNBOUND, VERIFIED, WITHOUT_WEIGHTS
 from tui.screens.models.columns import format_size, format_time, short_targets
 from tui.widgets.text import Lines, levels
 
@@ -145,6 +145,7 @@ def format_sentences(details: Details) -> Text:
         )
     if sentence := {
         VERIFIED: "Intact: its files, and an adapter's base, are those of its manifest.",
+        WITHOUT_WEIGHTS: "A demo's model: its weights are not shipped, and its answers are recorded.",
         UNBOUND: "No manifest: its base is compared by names and shapes only, when it is loaded.",
     }.get(entry.state):
         text.append(f"{sentence}\n")
@@ -220,7 +221,8 @@ def _measured(entry: Entry) -> str:
 def _numbers(details: Details) -> str:
     model = details.entry.model
     parts = [f"{model.parameters:,} parameters"] if model.parameters is not None else []
-    parts += [f"{format_size(model.size)} on disk"] if model.size else []
+    where = "of weights" if details.entry.state == WITHOUT_WEIGHTS else "on disk"
+    parts += [f"{format_size(model.size)} {where}"] if model.size else []
     parts += (
         [f"training ended at loss {model.final_loss:.3f}"] if model.final_loss is not None else []
     )

@@ -300,6 +300,8 @@ class ModelsScreen(WorkbenchScreen):
         self.slider.disabled = not any(entry.model.scales for entry in entries)
         adapters = [entry.label for entry in entries if entry.model.kind == "adapter"]
         self.slider.why = f"{adapters[0]} changes no weights" if adapters else "no adapter chosen"
+        if self.engine.replays:
+            self.slider.why = "answers were recorded at 1"
         self.prompt_pane.show_models([entry.label for entry in entries])
         bases = await asyncio.to_thread(
             lambda: [self.library.base(entry.model) for entry in entries]

@@ -1,5 +1,4 @@
-"""`lora-tui --demo`: a small finished project, packed into the program by `make demo`
-(docs/demo.py).
+"""`lora-tui --demo`: a finished project, packed into the program by `make demo` (docs/demo).
 
 It is unpacked once into the user's cache folder. Its stages were run by another version of the code
 perhaps, on another machine: so that they count as up to date here, the manifests' code digests and
@@ -14,11 +13,13 @@ import tarfile
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import version
+from lzma import LZMAError
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError, explain
 from pipeline.files import artifact
+from pipeline.files.base_model import IMPORTED
 from pipeline.files.digest_cache import cache_home, signature
 from pipeline.files.home import home_folder
 from pipeline.project import provenance
@@ -26,31 +27,41 @@ from pipeline.project.runner import input_facts
 from pipeline.project.stage_graph import Project, Stage
 from pipeline.stages.registry import open_project
 from tui.services.pipeline_process import Runner
+from tui.services.projects import packed_tokenizer
 
-ARCHIVE = Path(__file__).with_name("demo.tar.xz")
+# by name, the first is the one that opens if none is named
+ARCHIVES: Mapping[str, Path] = {
+    "chat": Path(__file__).with_name("demo.tar.xz"),
+    "minigpt": Path(__file__).with_name("minigpt.tar.xz"),
+}
+CHAT, MINIGPT = ARCHIVES
 PARAMS = "params.yaml"
 # in the unpacked project: which archive it is from, its files, the code that it was stamped for
 STAMP = ".demo.json"
 TRAINED = "trained"  # in a manifest of the demo: with what it was really made
 MAX_BYTES = 100_000_000  # unpacked
+TOKENIZER = "tokenizer.json"
 
 
-def open_demo() -> Path:
-    """The params file of the demo, which is unpacked if it is not there whole. Raises UserError."""
-    folder = cache_home() / "lora-workbench" / f"demo-{version('lora-workbench')}"
+def open_demo(name: str = CHAT) -> Path:
+    """The params file of a demo, which is unpacked if it is not there whole. Raises UserError."""
+    archive = ARCHIVES[name]
+    number = version("lora-workbench")
+    suffix = number if name == CHAT else f"{name}-{number}"
+    folder = cache_home() / "lora-workbench" / f"demo-{suffix}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with folder.with_name(f".{folder.name}.lock").open("w") as lock:  # two may start at once
             fcntl.flock(lock, fcntl.LOCK_EX)
-            packed = ARCHIVE.read_bytes()
+            packed = archive.read_bytes()
             if not Runner(folder).groups() and not _is_whole(folder, packed):
                 _unpack(packed, folder)
             _stamp(folder)
-    except (OSError, tarfile.TarError, EOFError) as error:
+    except (OSError, tarfile.TarError, EOFError, LZMAError) as error:
         reason = (
             explain(error).rstrip(".")
             if isinstance(error, OSError)
-            else f"{ARCHIVE} is damaged ({error})"
+            else f"{archive} is damaged ({error})"
         )
         raise UserError(
             f"The demo cannot be unpacked: {reason}. Set XDG_CACHE_HOME to a folder with room."
@@ -62,9 +73,13 @@ def greet(folder: Path) -> str:
     """What a user should know of it."""
     home = home_folder()
     where = f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) else folder
-    return (
-        f"This is a demo, a project that was trained earlier. It lies in {where}. R runs it anew."
-    )
+    told = f"This is a demo, a project that was trained earlier. It lies in {where}."
+    if artifact.not_shipped(folder / IMPORTED):
+        return (
+            f"{told} It has no weights: its models' answers were recorded, and are replayed. "
+            "README.md there says to which prompts, and how to get the weights."
+        )
+    return f"{told} R runs it anew."
 
 
 def _is_whole(folder: Path, packed: bytes) -> bool:
@@ -98,8 +113,11 @@ def _unpack(packed: bytes, folder: Path) -> None:
             if not member.isfile() or path.is_absolute() or ".." in path.parts or size > MAX_BYTES:
                 raise tarfile.TarError(f"{member.name} has no place in it")
             (out / path).parent.mkdir(parents=True, exist_ok=True)
-            content = archive.extractfile(member)
-            (out / path).write_bytes(content.read() if content else b"")
+            file = archive.extractfile(member)
+            content = file.read() if file else b""
+            if path.name == TOKENIZER:
+                content = packed_tokenizer.unpack(content.decode()).encode()
+            (out / path).write_bytes(content)
             names.append(member.name)
         stamp = {"archive": hashlib.sha256(packed).hexdigest(), "files": names}
         artifact.write_json(out / STAMP, stamp)

