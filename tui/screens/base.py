@@ -3,6 +3,7 @@ help.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, ClassVar
 
 from textual.app import ComposeResult
@@ -88,6 +89,30 @@ class WorkbenchScreen(Screen[None]):
         again.
         """
 
+    def watched(self) -> Iterable[Path]:
+        """The folders and files that the screen shows, existing or not."""
+        return ()
+
+    def files_changed(self) -> None:
+        """Something at or below `watched` may have changed. Called while the screen is shown, a few
+        times per second at most, and once when it is shown again.
+        """
+
+    def tick(self) -> None:
+        """Show what only the clock changes. Called once per second while the screen is shown."""
+
+    def follow_files(self) -> None:
+        """Follow what `watched` names now. Called when the screen is shown, and by a screen that
+        shows other files than before.
+        """
+        self.workbench.file_watch.follow(
+            "screen", self.watched(), lambda: self.call_later(self._notice_files)
+        )
+
+    def _notice_files(self) -> None:
+        if self.is_mounted and self in self.app.screen_stack[:1]:
+            self.files_changed()
+
     def notice(self) -> None:
         """Call `project_changed` if the watch saw a change since the last call."""
         if self.is_mounted and self._seen_revision != self.workbench.project_watch.revision:
@@ -97,6 +122,9 @@ class WorkbenchScreen(Screen[None]):
     def on_screen_resume(self) -> None:
         self.workbench.refresh_header()
         self.notice()
+        if self.is_mounted:  # a screen that was just made is resumed again once it is
+            self.follow_files()
+            self._notice_files()
 
     # Panes
 
