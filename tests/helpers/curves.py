@@ -42,7 +42,7 @@ async def wait_until_drawn(pilot: Pilot[Any], screen: CurvesScreen) -> None:
 
     # a read that began earlier may miss what was written since
     await until(pilot, lambda: not screen._reading)
-    screen._poll()
+    screen.files_changed()
     await pilot.pause()
     await until(pilot, done)
 

@@ -70,10 +70,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tui.services.watch.STEP", 20)
     monkeypatch.setattr("tui.services.watch.STARTED", 50)
     monkeypatch.setattr("tui.services.watch.PAUSE", 0.05)
-    monkeypatch.setattr("tui.screens.pipeline.screen.TICK", 0.1)
-    monkeypatch.setattr("tui.screens.curves.screen.POLL", 0.1)
     monkeypatch.setattr("tui.screens.curves.screen.MAX_DELAY", 0.0)
-    monkeypatch.setattr("tui.screens.models.screen.EVERY", 0.3)
     monkeypatch.setattr("tui.screens.models.prompt_pane.STATUS_EVERY", 0.1)
 
 

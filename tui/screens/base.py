@@ -105,13 +105,18 @@ class WorkbenchScreen(Screen[None]):
         """Follow what `watched` names now. Called when the screen is shown, and by a screen that
         shows other files than before.
         """
-        self.workbench.file_watch.follow(
-            "screen", self.watched(), lambda: self.call_later(self._notice_files)
-        )
+        if self._is_shown():
+            self.workbench.file_watch.follow(
+                "screen", self.watched(), lambda: self.call_later(self._notice_files)
+            )
 
     def _notice_files(self) -> None:
-        if self.is_mounted and self in self.app.screen_stack[:1]:
+        if self._is_shown():
             self.files_changed()
+
+    def _is_shown(self) -> bool:
+        """Whether it is, perhaps below a dialog; a screen that was just made is not yet."""
+        return self.is_mounted and self in self.app.screen_stack[:1]
 
     def notice(self) -> None:
         """Call `project_changed` if the watch saw a change since the last call."""
@@ -122,9 +127,8 @@ class WorkbenchScreen(Screen[None]):
     def on_screen_resume(self) -> None:
         self.workbench.refresh_header()
         self.notice()
-        if self.is_mounted:  # a screen that was just made is resumed again once it is
-            self.follow_files()
-            self._notice_files()
+        self.follow_files()
+        self._notice_files()
 
     # Panes
 

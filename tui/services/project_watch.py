@@ -18,7 +18,7 @@ from tui.services.pipeline_process import Runner, Running
 from tui.services.watch import FileWatch
 
 BUSY = 1.0  # seconds between two looks while something runs: a killed process changes no file
-PAUSE = 0.6  # seconds between two looks at files that change: with 300 adapters one takes 10 ms
+PAUSE = 0.9  # seconds between two looks at files that change: with 300 adapters one takes 10 ms
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pipeline.files.digest_cache import Signature, signature
 STEP = 100  # ms: changes are told once none is new for a step, within two of them
 DEBOUNCE = 400  # ms after which changes are told though there are always new ones
 STARTED = 500  # ms after which a watch that saw nothing says that it has begun
-PAUSE = 0.4  # seconds between two calls of a follower: a log may grow 50 times per second
+PAUSE = 0.5  # seconds between two calls of a follower: a log may grow 50 times per second
 
 # A watch of 4,000 folders is begun in 0.1 s, in which nothing else is done.
 MAX_FOLDERS = 4000

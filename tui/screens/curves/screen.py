@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from time import monotonic, process_time
 from typing import Any, ClassVar, Literal
 
@@ -14,6 +15,7 @@ from textual.widget import Widget
 from textual.widgets import OptionList, Static
 
 from pipeline.files.artifact import MANIFEST
+from pipeline.project.stage_graph import ARTIFACTS, RUNS
 from tui.dialogs import Ask, PathScreen, Reader
 from tui.registry import SCREENS
 from tui.screens.base import HUGE, TALL, WIDE, WorkbenchScreen
@@ -40,7 +42,6 @@ from tui.widgets.plot.scale import Range, spans_decade
 EMPTY = "No runs yet. R runs the pipeline; each training stage then has its curve here."
 SMOOTHING = 0.9  # initial
 SMOOTHINGS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
-POLL, IDLE_POLLS = 0.5, 4  # seconds between checks of the files; times as long while no run is live
 CPU_SHARE = 0.02  # of a core for drawing a live chart, since training needs the rest
 MAX_DELAY = 2.0  # seconds after which it is drawn anyway
 # columns and rows from which there is room for the list beside the chart, for small plots
@@ -98,7 +99,7 @@ numbers."""
         self._answers: bool | None = None  # whether they are shown, if the user has said so
         self._states: dict[str, str] = {}  # of the stages, when it was last read what they kept
         self._reading = False
-        self._polls = 0
+        self._is_stale = False  # a file may have changed since the last reading began
         self._drawn_at = self._cpu_time = 0.0  # wall-clock and CPU seconds at the last redraw
 
     def body(self) -> Iterable[Widget]:
@@ -111,13 +112,6 @@ numbers."""
                 yield DetailsPane()
                 yield AnswersPane()
         yield Static(EMPTY, id="nothing", markup=False)
-
-    def on_mount(self) -> None:
-        self.set_interval(POLL, self._poll)
-
-    def on_screen_resume(self) -> None:
-        super().on_screen_resume()
-        self._look()
 
     def open_with(self, run: str = "", **_: Any) -> None:
         """Show a run: its stage (the newest of it), its method, or `finetune_sweep/NAME` for an
@@ -160,23 +154,32 @@ numbers."""
 
     # Reading files
 
-    def _poll(self) -> None:
-        """Check everything that may have changed: os.stat, and the small run states of live runs.
+    def watched(self) -> Iterable[Path]:
+        """The params, which name the runs, and the folders of their logs, the parent's too."""
+        project = self.workbench.project_watch.project
+        roots = [self.workbench.root]
+        if project and project.parent:
+            roots.append(project.parent.root)
+        logs = [root / name for root in roots for name in (RUNS, ARTIFACTS)]
+        return [self.workbench.params_path, *logs]
 
-        While none is live, a fourth as often: the watch of the project tells when one starts.
-        """
-        self._polls += 1
-        live = any(view.alive for view in self.runs.views.values())
-        if live or self._polls % IDLE_POLLS == 0:
+    def files_changed(self) -> None:
+        self._is_stale = True
+        self._look()
+
+    def tick(self) -> None:
+        """A run whose process was killed changes no file."""
+        if self._is_stale or any(view.alive for view in self.runs.views.values()):
             self._look()
 
     def _look(self) -> None:
+        """Check everything that may have changed: os.stat, and the small run states."""
         if self.is_current and not self._reading:
             self._read()
 
     @work
     async def _read(self) -> None:
-        self._reading = True
+        self._reading, self._is_stale = True, False
         try:
             first = self.runs.stamp is None
             rediscovered = await self.runs.rediscover()
@@ -194,6 +197,7 @@ numbers."""
                 or since > MAX_DELAY
                 or process_time() - self._cpu_time < CPU_SHARE * since
             )
+            self._is_stale = self._is_stale or not due
             changed = [view for _, view in self.runs.visible() if due and view.changed()]
             for view in changed:
                 await view.read()
@@ -355,7 +359,7 @@ numbers."""
         """Draw, and read a run that is on now at once."""
         self.redraw()
         self._drawn_at = 0.0
-        self._poll()
+        self._look()
 
     def action_open(self) -> None:
         """List a sweep's adapters, or no longer; show or hide any other run."""

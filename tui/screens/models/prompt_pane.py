@@ -54,6 +54,7 @@ class PromptPane(Pane):
     def __init__(self, models: LoadedModels) -> None:
         super().__init__(id="prompt")
         self.engine, self.conversation = models.inference, Conversation(models)
+        self._next_status = 0.0  # when the engine's state is asked for
         self.saved = 0  # exchanges in the last transcript
         self._probe = Latest(self._probe_once)
         self.prompt, self.slider, self.answers, self.bar = (
@@ -75,7 +76,6 @@ class PromptPane(Pane):
         yield self.bar
 
     def on_mount(self) -> None:
-        self._status_timer = self.set_interval(STATUS_EVERY, self.tick)
         self._show_sampling()
 
     @property
@@ -271,8 +271,12 @@ class PromptPane(Pane):
                     self._set_engine_state("ready")
 
     def tick(self) -> None:
+        """Ask for the engine's state, every STATUS_EVERY seconds."""
         if not self.screen.is_current or self.is_generating() or self.bar.state == "starting":
             return
+        if monotonic() < self._next_status:
+            return
+        self._next_status = monotonic() + STATUS_EVERY
         if self.engine.running:
             self._status()
         elif self.bar.state in ("ready", "busy"):

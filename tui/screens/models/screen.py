@@ -40,7 +40,6 @@ SAVE_QUESTION = (
     "Save the transcript to which file? .jsonl gives JSON lines, any other suffix Markdown."
 )
 MAX_PROMPTS = 200  # in the saved history
-EVERY = 1.0  # seconds between checks for changed files, at least
 # times as long as a look at all files takes there is none: thousands must not keep a core busy
 IDLE_SHARE = 300
 # seconds for which verdicts are collected before the list is drawn: never one redraw a verdict
@@ -95,7 +94,8 @@ class ModelsScreen(WorkbenchScreen):
         # not shown yet; None: the scan is done
         self._checked: deque[list[Entry] | Entry | None] = deque()
         self._visible: Sequence[Path] = ()  # checked first
-        self._next_look = 0.0  # when the files are looked at again
+        self._is_stale = False  # a file may have changed since the files were last looked at
+        self._next_look = 0.0  # when they may be looked at again
         # Widgets are attributes, because messages and answers can arrive while the screen closes
         # and queries fail.
         self.list_pane, self.details_pane, self.prompt_pane = (
@@ -112,8 +112,6 @@ class ModelsScreen(WorkbenchScreen):
         )
 
     def on_mount(self) -> None:
-        self._drawing = self.set_interval(BATCH, self._show_checked, pause=True)
-        self._watcher = self.set_interval(EVERY, self._watch)
         for folder in self._folders():
             if not folder.is_dir():
                 self.warn(f"{folder} is not a folder, so it is not searched for models.")
@@ -209,7 +207,13 @@ class ModelsScreen(WorkbenchScreen):
         self._stop = stop = threading.Event()
         checked: deque[list[Entry] | Entry | None] = deque()
         self._checked = checked
-        self._drawing.resume()
+        self.follow_files()
+
+        def add(found: Entry | None) -> None:
+            was_empty = not checked
+            checked.append(found)
+            if was_empty:
+                self.call_later(lambda: self.set_timer(BATCH, self._show_checked))
 
         def scan() -> None:
             entries: list[Entry] = []
@@ -222,18 +226,35 @@ class ModelsScreen(WorkbenchScreen):
             for entry in self.library.check_all(entries, lambda: self._visible):
                 if stop.is_set():
                     return
-                checked.append(entry)
-            checked.append(None)
+                add(entry)
+            add(None)
 
         # A daemon, not a worker of Textual's: quitting must not wait until gigabytes are hashed.
         threading.Thread(target=scan, daemon=True).start()
 
-    @work(exclusive=True, group="watch")
-    async def _watch(self) -> None:
+    def watched(self) -> Iterable[Path]:
+        return self.library.folders
+
+    def files_changed(self) -> None:
+        self._is_stale = True
+        self._look()
+
+    def tick(self) -> None:
+        if self._is_stale:
+            self._look()
+        self.prompt_pane.tick()
+
+    @work(exclusive=True, group="look")
+    async def _look(self) -> None:
+        """Find the models anew if their files changed."""
         if not self.is_current:
             return
+        self._is_stale = False
         changed, started = await asyncio.to_thread(self.library.added), monotonic()
-        if not changed and started >= self._next_look:
+        if not changed and started < self._next_look:
+            self._is_stale = True  # the clock asks again
+            return
+        if not changed:
             changed = await asyncio.to_thread(self.library.changed)
             self._next_look = monotonic() + IDLE_SHARE * (monotonic() - started)
         if changed:
@@ -260,7 +281,7 @@ class ModelsScreen(WorkbenchScreen):
         while self._checked:
             found = self._checked.popleft()
             if found is None:
-                self._drawing.pause()
+                self._is_stale = True  # a file may have changed while all were read
             elif isinstance(found, Entry):
                 fresh[found.model.path] = found
             else:

@@ -11,7 +11,6 @@ from textual import work
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
 from textual.content import Content
-from textual.timer import Timer
 from textual.widget import Widget
 from textual.widgets import Static
 
@@ -20,7 +19,7 @@ from tui.screens.base import WorkbenchScreen
 from tui.screens.monitor.charts import Charts
 from tui.screens.monitor.prediction import Prediction, read_prediction
 from tui.screens.monitor.series import machine_series
-from tui.services.machine.readings import EVERY, Sample
+from tui.services.machine.readings import Sample
 from tui.widgets.drawing import Drawing, Lines
 from tui.widgets.pane import Pane
 from tui.widgets.text import cells
@@ -67,7 +66,6 @@ them. `t` shows a longer time, up to an hour.
         super().__init__()
         self.span = next(iter(SPANS))
         self.prediction: Prediction | None = None  # of the stage that runs
-        self._timer: Timer | None = None
         self._title: tuple[str, ...] = ()
 
     def body(self) -> Iterable[Widget]:
@@ -77,31 +75,24 @@ them. `t` shows a longer time, up to an hour.
             yield ProcessesPane(Drawing(), id="processes")
 
     def on_mount(self) -> None:
-        self._timer = self.set_interval(EVERY, self._tick)
-        self._tick()
+        self.tick()
 
-    def on_screen_resume(self) -> None:
-        super().on_screen_resume()
-        if self._timer:
-            self._timer.resume()
-            self._tick()
-
-    def on_screen_suspend(self) -> None:
-        if self._timer:
-            self._timer.pause()
+    def files_changed(self) -> None:
+        """It is shown again."""
+        self.tick()
 
     def action_span(self) -> None:
         """The next longer time span; after the longest, the shortest."""
         names = list(SPANS)
         self.span = names[(names.index(self.span) + 1) % len(names)]
-        self._tick()
+        self.tick()
 
     @property
     def _stage(self) -> str:
         running = self.workbench.project_watch.running
         return running.stage.name if running else ""
 
-    def _tick(self) -> None:
+    def tick(self) -> None:
         """Draw the present."""
         machine, samples = self.workbench.machine, self.workbench.machine.samples
         charts = self.query_one(Charts)

@@ -4,6 +4,7 @@ Its own keys run one stage. `R` and `X`, which run and stop the pipeline, are th
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 from textual import on, work
@@ -30,7 +31,6 @@ from tui.services.pipeline_process import OLD_LOG
 from tui.widgets.form import format_value
 from tui.widgets.pane import Pane
 
-TICK = 0.5  # seconds between two looks at the logs
 REST = 0.05  # seconds that the cursor rests before the panes are filled
 SIDE = 72  # columns from which the tree stands beside the other panes
 EVALUATION = GRAPH.stages["evaluate"].path
@@ -94,7 +94,6 @@ and all below, run again."""
         self._show_pane("log")
         self._show_pane("params")
         self.give_focus(self.stages_pane.tree_list)
-        self.set_interval(TICK, self._tick)
 
     # Its parts, and what the watch knows
 
@@ -179,8 +178,14 @@ and all below, run again."""
             self.workbench.root / EVALUATION / "metrics.json", self.workbench.root
         )
 
-    def _tick(self) -> None:
-        if self.is_current and self.query(LogPane):
+    def watched(self) -> Iterable[Path]:
+        """The folders of the logs: the pipeline's, and each stage's."""
+        project = self.project
+        stages = [project.run_folder(name) for name in project.shown] if project else []
+        return [self.workbench.runner.runs, *stages]
+
+    def files_changed(self) -> None:
+        if self.query(LogPane):
             self._read_logs()
 
     def _read_logs(self, force: bool = False) -> None:

@@ -1,5 +1,6 @@
 """The screen of models on the real inference process."""
 
+import math
 import os
 import re
 import shutil
@@ -130,7 +131,7 @@ async def test_a_killed_engine_is_reported_and_the_next_prompt_starts_a_new_one(
         assert engine is not None
         pid = engine.pid
         assert pid is not None
-        s.screen.prompt_pane._status_timer.pause()  # so that only the prompt is pending below
+        s.screen.prompt_pane._next_status = math.inf  # so that only the prompt is pending below
         await until(s.pilot, lambda: engine._process is not None and not engine._process._pending)
         os.kill(pid, signal.SIGSTOP)  # so that it has not answered yet
         await s.ask(PROMPT)

@@ -455,16 +455,12 @@ async def test_a_full_disk_on_save_is_one_message_and_leaves_nothing(
 
 
 async def test_a_model_deleted_between_selecting_and_asking_says_so_in_its_column(
-    project: Path,
+    project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with open_models(project) as s:
         await s.press("p")
-        s.screen._watcher.pause()
-        looks = [
-            worker
-            for worker in s.app.workers
-            if worker.group == "watch" and worker.node is s.screen
-        ]
+        monkeypatch.setattr(s.screen, "_look", lambda: None)
+        looks = [worker for worker in s.app.workers if worker.group == "look"]
         # one that sees it gone deselects it
         await until(s.pilot, lambda: all(look.is_finished for look in looks))
         shutil.rmtree(project / "artifacts/layer_frozen")

@@ -143,7 +143,6 @@ async def monitor(
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tui.services.machine.readings.FIRST", 0.05)
     monkeypatch.setattr("tui.services.machine.readings.EVERY", 0.1)
-    monkeypatch.setattr("tui.screens.monitor.screen.EVERY", 0.1)
 
 
 def text_of(screen: MonitorScreen) -> str:
